@@ -1,0 +1,304 @@
+"""The only door to peft: put adapters on a base, count them, save them, load them again on their base.
+
+PEFT makes the adapters and writes the files; ours are the choice of targets, the summary, the checks, the dtype of what
+is saved, and a model class whose forward is not under autocast (a Trainer's `bf16=True` would cast every layer's input
+on a CPU, and LoRA with it).
+Source: LoRA, arXiv:2106.09685; `peft/tuners/lora/model.py`.
+Cost: rank x (in + out) parameters a layer, fp32 while training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModelForCausalLM, get_peft_model_state_dict
+from peft import PeftModel as _PeftModel
+from peft import get_peft_model as _get_peft_model
+
+from halfbyte import quant as codec
+from halfbyte.errors import AdapterError, TrainError
+from halfbyte.targets import Targets
+
+if TYPE_CHECKING:
+    from halfbyte.recipe import Lora
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+# Names under `lora:` that are not fields of peft.LoraConfig.
+OWN_FIELDS = frozenset({"save_dtype"})
+
+
+class Adapted(PeftModelForCausalLM):
+    """A PeftModelForCausalLM that computes in the base's own dtype, whatever autocast its caller has entered."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(self.device.type, enabled=False):
+            return super().forward(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What LoRA was put on: leaf names with counts, and how much trains."""
+
+    modules: tuple[tuple[str, int], ...]
+    trainable: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.trainable / self.total
+
+    def __str__(self) -> str:
+        names = ", ".join(f"{name} x{count}" for name, count in self.modules)
+        return f"{names}; {self.trainable:,} of {self.total:,} parameters train ({self.percent:.2f}%)"
+
+
+def lora_config(lora: Lora, targets: Targets) -> LoraConfig:
+    """The recipe's `lora:` as PEFT's own config. The two share their names, so every set value is passed on."""
+    values = {k: v for k, v in lora.model_dump(exclude={"target_modules", *OWN_FIELDS}).items() if v is not None}
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return LoraConfig(**values, target_modules=targets.for_peft)
+
+
+def add(model: Any, lora: Lora, targets: Targets, *, seed: int) -> Any:
+    """Put fresh adapters on a base.
+
+    Args:
+        targets: as `targets.resolve_targets` chose them for this model.
+        seed: of LoRA A's random start; the global random state is left as `torch.manual_seed(seed)` makes it.
+
+    Raises:
+        AdapterError: nothing matches (with near names), or PEFT refuses the settings.
+    """
+    freeze(model)
+    torch.manual_seed(seed)
+    try:
+        adapted = get_peft_model(model, lora_config(lora, targets))
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        raise AdapterError(f"lora: {_first_line(error)}", fix="halfbyte train RECIPE --dry-run shows each value") from error
+    check_modules_to_save(adapted, lora.modules_to_save)
+    return adapted
+
+
+def check_modules_to_save(adapted: Any, asked: Any) -> None:
+    """PEFT skips a `modules_to_save` name that matches nothing; here that is an error with the names there are."""
+    from peft.utils import ModulesToSaveWrapper
+
+    found = {name.rsplit(".", 1)[-1] for name, m in adapted.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    missing = sorted(set(asked or ()) - found)
+    if missing:
+        leaves = {name.rsplit(".", 1)[-1] for name, m in adapted.get_base_model().named_modules() if not list(m.children())}
+        raise AdapterError(
+            f"lora.modules_to_save names {missing}, which the model does not have.",
+            fix=f"choose among {sorted(leaf for leaf in leaves if leaf and not leaf.isdigit())[:20]}",
+        )
+
+
+def freeze(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def get_peft_model(model: Any, peft_config: Any, adapter_name: str = "default", **kwargs: Any) -> Any:
+    """PEFT's `get_peft_model` on a base that is safe to evaluate in between, computing without autocast.
+
+    Same arguments and result type (a subclass of `PeftModelForCausalLM`) as PEFT's own.
+    """
+    codec.make_safe(model)
+    adapted = _get_peft_model(model, peft_config, adapter_name, **kwargs)
+    return own_class(adapted)
+
+
+def own_class(adapted: Any) -> Any:
+    """Give a plain PeftModelForCausalLM instance our class; other task types stay as they are. No state is added."""
+    if type(adapted) is PeftModelForCausalLM:
+        adapted.__class__ = Adapted
+    return adapted
+
+
+class PeftModel(_PeftModel):
+    """PEFT's PeftModel with the same `from_pretrained`, on a base that is safe to evaluate while training."""
+
+    @classmethod
+    def from_pretrained(cls, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        codec.make_safe(model)
+        return own_class(_PeftModel.from_pretrained(model, model_id, *args, **kwargs))
+
+
+def prepare_model_for_kbit_training(
+    model: Any,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+) -> Any:
+    """Make a loaded base ready for LoRA: frozen, safe, in a dtype that this machine multiplies.
+
+    Unlike PEFT's, nothing is upcast to fp32 except what would otherwise compute in fp16 on a CPU, whose fp16 backward
+    is about a thousand times slower: there the model is moved to the dtype of `device.compute_dtype`, and a warning
+    says so once. Recomputation is turned on only when asked for by `gradient_checkpointing_kwargs`, or on a card:
+    elsewhere memory is planned, and recomputing costs a third of a step.
+
+    Args: as PEFT's (`peft/utils/other.py`, `prepare_model_for_kbit_training`).
+    """
+    from halfbyte import device as machine
+
+    freeze(model)
+    codec.make_safe(model)
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if on_cpu:
+        _leave_fp16(model, machine.compute_dtype(machine.detect(), "auto"))
+    else:
+        codec.set_compute_dtype(model, model.dtype)
+    if use_gradient_checkpointing and (gradient_checkpointing_kwargs is not None or not on_cpu):
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs or {})
+    if auto_clear_cache and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return model
+
+
+def _leave_fp16(model: Any, chosen: tuple[str, str]) -> None:
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[chosen[0]]
+    asked = {m.compute_dtype for _, m in codec.linears_4bit(model)}
+    other = [p for p in model.parameters() if p.is_floating_point() and p.dtype in (torch.float16, torch.bfloat16)]
+    was_fp16 = torch.float16 in asked or any(p.dtype == torch.float16 for p in other)
+    for parameter in other:
+        parameter.data = parameter.data.to(dtype)
+    for buffer in model.buffers():
+        if buffer.dtype == torch.float16:
+            buffer.data = buffer.data.to(dtype)
+    codec.set_compute_dtype(model, dtype)
+    model.config.dtype = dtype
+    if was_fp16:
+        warnings.warn(
+            f"float16 was asked for, but a CPU cannot train in it; computing in {chosen[0]} ({chosen[1]}).",
+            stacklevel=3,
+        )
+
+
+def summary(adapted: Any) -> Summary:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    names = Counter(n.rsplit(".", 1)[-1] for n, m in adapted.named_modules() if isinstance(m, BaseTunerLayer))
+    trainable, total = adapted.get_nb_trainable_parameters()
+    return Summary(tuple(sorted(names.items())), trainable, total)
+
+
+def without_gradient(adapted: Any) -> list[str]:
+    """Trainable parameters that have no gradient after a backward: each is a silent failure."""
+    return [n for n, p in adapted.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def save(
+    adapted: Any, folder: Path, *, base_id: str, revision: str | None, dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write `folder` in PEFT's format, whole or not at all; an older one there is replaced.
+
+    Args:
+        base_id: hub id, folder or packaged name that the base came from; never a path inside a cache.
+        dtype: of the saved tensors; training masters are fp32.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        write_files(adapted, temporary, base_id=base_id, revision=revision, dtype=dtype)
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
+            os.replace(folder, old)
+            os.replace(temporary, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise TrainError(
+            f"the adapter could not be written to {folder}: {error.strerror or error}.",
+            fix="free some disk space; checkpoints already written are whole, `halfbyte train --resume` continues",
+        ) from error
+    return folder
+
+
+def write_files(
+    adapted: Any, folder: Path, *, base_id: str, revision: str | None, dtype: torch.dtype | None
+) -> None:
+    """Write PEFT's two adapter files (`adapter_model.safetensors`, `adapter_config.json`) into `folder`.
+
+    Args:
+        dtype: of the saved tensors; None keeps each in its own.
+    """
+    config = adapted.peft_config[adapted.active_adapter]
+    config.base_model_name_or_path = base_id
+    config.revision = revision
+    saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    state = {k: v.detach().to("cpu", dtype or v.dtype) for k, v in saved.items()}
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
+    inference = config.inference_mode
+    config.inference_mode = True
+    try:
+        config.save_pretrained(str(folder))
+    finally:
+        config.inference_mode = inference
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`adapter_config.json` of an adapter folder.
+
+    Raises:
+        AdapterError: the folder is none, or its config is not JSON.
+    """
+    missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
+    if missing:
+        raise AdapterError(f"{folder} is not an adapter: it has no {' and no '.join(missing)}.")
+    try:
+        return dict(json.loads((folder / ADAPTER_FILES[1]).read_text()))
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{folder / ADAPTER_FILES[1]} is not JSON: {error}") from error
+
+
+def load(model: Any, folder: Path, *, trainable: bool = False) -> Any:
+    """Put a saved adapter on its base.
+
+    Raises:
+        AdapterError: it does not fit: names tensors whose shape differs or that the base has no place for.
+    """
+    config = read_config(folder)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        shown = next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
+        raise AdapterError(
+            f"the adapter in {folder} does not fit this base: {shown[:300]}",
+            fix=f"it was trained on {config.get('base_model_name_or_path')!r}; open it on that model",
+        ) from error
+    lost = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
+    if lost:
+        raise AdapterError(
+            f"the adapter in {folder} lacks weights that its config promises: {lost[0][:300]}",
+            fix="the file is damaged or of another version; save it again",
+        )
+    return adapted
+
+
+def put_weights(adapted: Any, folder: Path) -> None:
+    """Set the adapter's weights to those saved in `folder`."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(adapted, load_file(folder / ADAPTER_FILES[0]))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -1,0 +1,332 @@
+"""Open a base: the frozen model in 4 bits, its tokenizer, and the proof that it is resident as the policy says.
+
+Why: transformers leaves what it cannot quantise (fused expert tensors, unknown module types) in 16 bits without a word,
+fills missing weights with random numbers under a warning, and loads a Linear4bit that an eval forward breaks (`quant.py`).
+Cost: transformers quantises while loading; the check is one walk over the parameters.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from halfbyte import device as machine
+from halfbyte import quant as codec
+from halfbyte import shapes, sources
+from halfbyte.errors import BaseModelError
+
+if TYPE_CHECKING:
+    from halfbyte.recipe import Quant
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Resident bytes may exceed what the specs say by this share before it is an error: scales of odd sizes, padding.
+RESIDENT_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base that is open: `expected_bytes` is what the TensorSpecs say under the policy, `resident_bytes` what is there."""
+
+    model: Any
+    tokenizer: Any
+    checkpoint: sources.Checkpoint
+    specs: tuple[shapes.TensorSpec, ...]
+    compute_dtype: str
+    dtype_reason: str
+    resident_bytes: int
+    expected_bytes: int
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def open_base(
+    checkpoint: sources.Checkpoint,
+    quant: Quant,
+    device: machine.Device,
+    *,
+    trust_remote_code: bool = False,
+    device_map: Any = "auto",
+) -> Base:
+    """Load a checkpoint under the policy of `quant`.
+
+    Raises:
+        BaseModelError: the checkpoint asks for code of its own, lacks weights, is quantised in another way, or stays
+            larger in memory than the policy says.
+    """
+    folder = checkpoint.path
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    dtype_name, reason = machine.compute_dtype(device, quant.compute_dtype)
+    dtype = DTYPES[dtype_name]
+    specs = tuple(shapes.read_checkpoint(folder)) if not checkpoint.pickle else ()
+    heads = _head_names(config) if quant.skip_modules or quant.fp32_modules else ()
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        _check_prequantised(quantised, folder)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                quantization_config=None if quantised is not None else codec.bnb_config(quant, dtype, heads),
+                device_map=device_map if device.kind == "cuda" else {"": "cpu"},
+                trust_remote_code=trust_remote_code,
+                use_safetensors=not checkpoint.pickle,
+                weights_only=True,
+                output_loading_info=True,
+            )
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise BaseModelError(f"{checkpoint.id} could not be opened from {folder}: {_first_line(error)}") from error
+    _check_complete(model, info, checkpoint)
+    codec.make_safe(model)
+    codec.set_compute_dtype(model, dtype)
+    keep_fp32(model, quant.fp32_modules, dtype)
+    model.name_or_path = checkpoint.id
+    model.config.name_or_path = checkpoint.id
+    resident = codec.resident_bytes(model)
+    expected = sum(codec.encoded_bytes(s, quant, dtype.itemsize) for s in specs)
+    if quantised is None:
+        check_resident(model, quant, resident, expected, checkpoint.id)
+    return Base(
+        model=model,
+        tokenizer=open_tokenizer(checkpoint, model, trust_remote_code=trust_remote_code),
+        checkpoint=checkpoint,
+        specs=specs,
+        compute_dtype=dtype_name,
+        dtype_reason=reason,
+        resident_bytes=resident,
+        expected_bytes=expected,
+    )
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's config as transformers reads it.
+
+    Raises:
+        BaseModelError: the architecture is unknown, is not a causal LM, or comes as code that is not trusted.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise BaseModelError(
+                f"{folder} brings Python code of its own (`auto_map` in config.json), which is not run unasked.",
+                fix="read that code; if you trust it, set `trust_remote_code: true` in the recipe",
+            ) from error
+        raise BaseModelError(f"{folder / 'config.json'} is not a config that transformers knows: {_first_line(error)}") from error
+    own_code = trust_remote_code and hasattr(config, "auto_map")
+    if type(config) not in AutoModelForCausalLM._model_mapping and not own_code:
+        raise BaseModelError(
+            f"{folder}: model type {config.model_type!r} is not a causal language model.",
+            fix="choose a model with a causal-LM head, such as a Llama, Qwen, Gemma, Mistral, GPT-2 or BLOOM",
+        )
+    return config
+
+
+def open_tokenizer(checkpoint: sources.Checkpoint, model: Any | None = None, *, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        BaseModelError: none is there, or it knows more tokens than the embedding has rows.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        raise BaseModelError(
+            f"no tokenizer could be read from {checkpoint.path}: {_first_line(error)}",
+            fix="put the model's tokenizer.json and tokenizer_config.json beside its config.json",
+        ) from error
+    rows = model.get_input_embeddings().weight.shape[0] if model is not None else None
+    if rows is not None and len(tokenizer) > rows:
+        raise BaseModelError(
+            f"{checkpoint.id}: the tokenizer knows {len(tokenizer)} tokens, the embedding has {rows} rows.",
+            fix="use the tokenizer that belongs to this checkpoint",
+        )
+    return tokenizer
+
+
+def check_resident(model: Any, quant: Quant, resident: int, expected: int, name: str) -> None:
+    """Compare what is in memory with what the policy says.
+
+    Raises:
+        BaseModelError: matrices that the policy holds in 4 bits stayed in 16 (fused experts), naming the largest.
+    """
+    if quant.type == "none":
+        return
+    stayed = big_unquantised(model, quant)
+    stayed_bytes = sum(p.numel() * p.element_size() for _, p in stayed)
+    too_large = expected > 0 and resident > expected * (1 + RESIDENT_TOLERANCE) + 1e6
+    if stayed_bytes > resident * RESIDENT_TOLERANCE or (too_large and stayed):
+        names = sorted(stayed, key=lambda item: -item[1].numel())[:3]
+        listed = ", ".join(f"{n} {tuple(p.shape)}" for n, p in names)
+        kind = "fused expert tensors" if any(p.ndim == 3 for _, p in stayed) else "matrices"
+        leaf = names[0][0].rsplit(".", 1)[0].rsplit(".", 1)[-1]
+        raise BaseModelError(
+            f"{name}: {len(stayed)} {kind} stayed in {8 * stayed[0][1].element_size()} bits, "
+            f"{stayed_bytes / 1e9:.3f} of {resident / 1e9:.3f} GB resident where quant.type {quant.type} gives "
+            f"{expected / 1e9:.3f} GB. The largest: {listed}.",
+            fix=f"this build cannot hold them in 4 bits; to accept 16 bits: --set 'quant.skip_modules=[{leaf}]'",
+        )
+    if too_large:
+        raise BaseModelError(
+            f"{name}: {resident / 1e9:.3f} GB are resident, the checkpoint's tensors under quant.type {quant.type} "
+            f"give {expected / 1e9:.3f} GB.",
+            fix="name the modules you want unquantised in `quant.skip_modules`, so that the plan counts them",
+        )
+
+
+def big_unquantised(model: Any, quant: Quant) -> list[tuple[str, Any]]:
+    """Weight matrices that are neither 4-bit, nor an embedding or head, nor exempted by the recipe.
+
+    Small ones (routers, convolutions: under 1/1000 of the model's parameters each) are not meant.
+    """
+    exempt = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    head = model.get_output_embeddings()
+    if head is not None and getattr(head, "weight", None) is not None:
+        exempt.add(id(head.weight))
+    total = sum(p.numel() for p in model.parameters())
+    return [
+        (name, p)
+        for name, p in model.named_parameters()
+        if p.ndim >= 2
+        and p.is_floating_point()
+        and id(p) not in exempt
+        and p.numel() * 1000 > total
+        and not codec.matches(name, (*quant.skip_modules, *quant.fp32_modules))
+        and not _is_default_skip(name, model)
+    ]
+
+
+def keep_fp32(model: Any, patterns: tuple[str, ...], compute_dtype: torch.dtype) -> list[str]:
+    """Hold the named modules in fp32 and convert at their border, so that the residual stream keeps its dtype."""
+    if not patterns:
+        return []
+    chosen = [
+        (name, module)
+        for name, module in model.named_modules()
+        if codec.matches(name, patterns) and next(module.parameters(recurse=False), None) is not None
+    ]
+    if not chosen:
+        raise BaseModelError(
+            f"quant.fp32_modules {list(patterns)} name no module of {type(model).__name__}.",
+            fix="use module names as in `model.named_modules()`, such as `norm` or `input_layernorm`",
+        )
+    for _, module in chosen:
+        module.float()
+        module.register_forward_pre_hook(_to_fp32)
+        if compute_dtype != torch.float32 and module is not model.get_output_embeddings():
+            module.register_forward_hook(_Back(compute_dtype))
+    return [name for name, _ in chosen]
+
+
+def _to_fp32(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+
+
+class _Back:
+    """Forward hook: the module's floating output in the compute dtype again."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
+        return output.to(self.dtype) if isinstance(output, torch.Tensor) and output.is_floating_point() else output
+
+
+def _head_names(config: Any) -> tuple[str, ...]:
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    from halfbyte.targets import meta_model
+
+    return tuple(get_keys_to_not_convert(meta_model(config)))
+
+
+def _is_default_skip(name: str, model: Any) -> bool:
+    skipped = getattr(getattr(model, "hf_quantizer", None), "modules_to_not_convert", None) or ()
+    keep = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return codec.matches(name, [*skipped, *keep])
+
+
+def _check_prequantised(quantised: Any, folder: Path) -> None:
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+    if str(getattr(method, "value", method)) != "bitsandbytes":
+        raise BaseModelError(
+            f"{folder} is already quantised with {getattr(method, 'value', method)!r}; LoRA here is trained on a base "
+            "that bitsandbytes holds.",
+            fix="use the unquantised checkpoint of the same model",
+        )
+
+
+def _check_complete(model: Any, info: dict[str, Any], checkpoint: sources.Checkpoint) -> None:
+    missing = sorted(info.get("missing_keys", ()))
+    mismatched = sorted(str(k) for k in info.get("mismatched_keys", ()))
+    if missing or mismatched:
+        problem = "lacks" if missing else "has with another shape"
+        names = missing or mismatched
+        raise BaseModelError(
+            f"{checkpoint.id} {problem} {len(names)} of the weights that {type(model).__name__} needs: "
+            f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}. They would be random numbers.",
+            fix="download the checkpoint again, or check that config.json belongs to it",
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+
+
+def load_base(
+    model_id: str,
+    *,
+    load_in_4bit: bool = True,
+    quantization_config: Any = None,
+    device_map: Any = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Any:
+    """The classic reload line, `load_in_4bit=True, device_map="auto"`, which transformers 5 itself refuses.
+
+    Args:
+        model_id: hub id (with `@revision` or `revision`), folder, `.gguf` file or packaged name.
+        load_in_4bit: NF4 with double quantisation; False keeps 16 bits.
+        quantization_config: a `BitsAndBytesConfig` whose 4-bit type, double quantisation and compute dtype are taken.
+        dtype: compute dtype `auto`, `bf16`, `fp16` or `fp32`, unless `quantization_config` names one.
+
+    Returns:
+        The model, safe to evaluate and train in turns, with `name_or_path` set to what was asked for.
+    """
+    from halfbyte.recipe import Quant
+
+    values: dict[str, Any] = {"type": "nf4" if load_in_4bit else "none", "compute_dtype": dtype}
+    if quantization_config is not None:
+        names = {value: key for key, value in DTYPES.items()}
+        values = {
+            "type": quantization_config.bnb_4bit_quant_type if quantization_config.load_in_4bit else "none",
+            "double_quant": quantization_config.bnb_4bit_use_double_quant,
+            "compute_dtype": names.get(quantization_config.bnb_4bit_compute_dtype, "auto"),
+            "skip_modules": tuple(quantization_config.llm_int8_skip_modules or ()),
+        }
+    device = machine.detect()
+    base = open_base(
+        sources.resolve(f"{model_id}@{revision}" if revision else model_id, allow_pickle=allow_pickle),
+        Quant(**values),
+        device,
+        trust_remote_code=trust_remote_code,
+        device_map=device_map,
+    )
+    if values["compute_dtype"] == "fp16" and base.compute_dtype != "fp16":
+        warnings.warn(f"float16 was asked for; computing in {base.compute_dtype} ({base.dtype_reason}).", stacklevel=2)
+    return base.model

@@ -1,0 +1,83 @@
+"""Lay examples end to end as one padding-free batch, and offer planned steps to the Trainer.
+
+Why: no padding is computed. `cu_seq_lens` and the restarting positions keep attention inside each example, and the
+first label of each example is -100, so that no prediction crosses from one into the next.
+Source: the keys of transformers' `DataCollatorWithFlattening(return_flash_attn_kwargs=True)`, and two more for a loss
+that makes logits only where there is a label.
+Cost: a few copies of T integers a pass; made when asked for, nothing kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, chain
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from halfbyte.data.pack import Step
+from halfbyte.data.template import IGNORED, Example
+
+
+def collate(examples: Sequence[Example]) -> dict[str, Any]:
+    """One batch of T tokens from n examples, K of the tokens predicted.
+
+    Returns:
+        input_ids, position_ids, labels: (1, T) int64. Labels are not shifted; -100 at the start of each example.
+        cu_seq_lens_q, cu_seq_lens_k: (n + 1,) int32, where each example starts, and T.
+        max_length_q, max_length_k: the longest example, as an int.
+        keep: (K,) int64, the positions p whose next token is labelled.
+        targets: (K,) int64, `labels[0, keep + 1]`.
+    """
+    if not examples:
+        raise ValueError("a pass needs at least one example")
+    lengths = [len(e.input_ids) for e in examples]
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)  # (n + 1,)
+    input_ids = torch.tensor(list(chain.from_iterable(e.input_ids for e in examples)))  # (T,)
+    labels = torch.tensor(list(chain.from_iterable(e.labels for e in examples)))  # (T,)
+    labels[starts[:-1].long()] = IGNORED
+    position_ids = torch.cat([torch.arange(n) for n in lengths])  # (T,)
+    keep = (labels[1:] != IGNORED).nonzero().squeeze(1)  # (K,)
+    return {
+        "input_ids": input_ids[None],  # (1, T)
+        "position_ids": position_ids[None],
+        "labels": labels[None],
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+        "keep": keep,
+        "targets": labels[keep + 1],  # (K,)
+    }
+
+
+class StepDataset(Dataset[dict[str, Any]]):
+    """Item i is optimiser step i: `{"step": Step, "passes": [batch, ...]}`."""
+
+    def __init__(self, examples: Sequence[Example], steps: Sequence[Step]) -> None:
+        self.examples = examples
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        step = self.steps[index]
+        return {"step": step, "passes": [collate([self.examples[r] for r in rows]) for rows in step.passes]}
+
+
+class EvalPasses(Sequence[dict[str, Any]]):
+    """Item i is the batch of pass i of an evaluation, as `pack.eval_passes` planned it."""
+
+    def __init__(self, examples: Sequence[Example], passes: Sequence[tuple[int, ...]]) -> None:
+        self.examples = examples
+        self.passes = passes
+
+    def __len__(self) -> int:
+        return len(self.passes)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return EvalPasses(self.examples, self.passes[index])
+        return collate([self.examples[r] for r in self.passes[index]])

@@ -1,0 +1,246 @@
+"""What this machine is: instruction set, cores, memory (and the control group's limit on it), disk, cards.
+
+Why: every choice made before a model is loaded (compute dtype, pass size, what fits) depends on it, and asking torch
+costs seconds. A container's limit is what ends a run, not the machine's memory, so both are read.
+Source: Linux `proc(5)`, cgroup v1 `memory.txt` and v2 `cgroup-v2.rst`; `nvidia-smi --help-query-gpu`.
+Cost: a few small files; one `nvidia-smi` call where it is installed. Elsewhere than Linux the instruction set is not
+read (psutil gives the memory), so a CPU there computes in fp32 unless the recipe says otherwise.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from halfbyte.errors import RecipeError
+
+# Flags that change a decision or explain a speed: x86 as /proc/cpuinfo spells them, then ARM ("bf16" is BFMMLA).
+ISA_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "i8mm", "bf16", "sve")
+BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
+BF16_CAPABILITY = (8, 0)
+DTYPES = ("auto", "bf16", "fp16", "fp32")
+_NVIDIA_SMI = (
+    "nvidia-smi",
+    "--query-gpu=index,uuid,name,memory.total,memory.free,compute_cap",
+    "--format=csv,noheader,nounits",
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """One accelerator, as the driver reports it. `capability` is CUDA's compute capability, (8, 0) for an A100."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Device:
+    """A machine, as this process may use it.
+
+    `cores` honours affinity and CPU quota. `ram_bytes` is the smaller of the machine's memory and the control group's
+    limit; `ram_available_bytes` the smaller of what is free now and what is left under that limit.
+    """
+
+    kind: Literal["cpu", "cuda"]
+    isa: tuple[str, ...]
+    cores: int
+    ram_bytes: int
+    ram_available_bytes: int
+    cards: tuple[Card, ...] = ()
+    cpu: str = ""
+
+    def disk_free_bytes(self, path: Path) -> int:
+        """Free bytes for this user on the file system of `path`, or of its nearest parent that exists."""
+        while not path.exists() and path != path.parent:
+            path = path.parent
+        return shutil.disk_usage(path).free
+
+    def to_json(self) -> dict[str, Any]:
+        """The machine for `report.json`; tuples become lists."""
+        values = asdict(self)
+        values["isa"] = list(self.isa)
+        values["cards"] = [{**asdict(card), "capability": list(card.capability)} for card in self.cards]
+        return values
+
+
+def detect(root: Path = Path("/"), env: Mapping[str, str] = os.environ) -> Device:
+    """Look at the machine.
+
+    Args:
+        root: where `proc` and `sys` are; tests give a folder of their own.
+        env: CUDA_VISIBLE_DEVICES is read from it.
+    """
+    total, available = _memory(root)
+    limits = list(_cgroup_memory(root))
+    cards = _cards(env) if torch_has_cuda() else ()
+    cpu, isa = _cpu(root)
+    return Device(
+        kind="cuda" if cards else "cpu",
+        isa=isa,
+        cores=_cores(root),
+        ram_bytes=min([total, *(limit for limit, _ in limits)]),
+        ram_available_bytes=max(0, min([available, *(limit - used for limit, used in limits)])),
+        cards=cards,
+        cpu=cpu,
+    )
+
+
+def compute_dtype(device: Device, asked: str = "auto") -> tuple[str, str]:
+    """The dtype that matrix products run in, and why. fp16 on a card means loss scaling; on a CPU it is never chosen.
+
+    Returns:
+        ("bf16" | "fp16" | "fp32", reason), such as ("bf16", "auto: CPU has avx512_bf16").
+    """
+    if asked not in DTYPES:
+        raise RecipeError(f"quant.compute_dtype must be one of {', '.join(DTYPES)}, got {asked!r}")
+    best, why = _best_on_card(device.cards) if device.kind == "cuda" else _best_on_cpu(device.isa)
+    if asked == "auto":
+        return best, f"auto: {why}"
+    if asked == "fp16" and device.kind == "cpu":
+        return best, f"fp16 asked, but a CPU multiplies it ~1000x slower in the backward; {best} instead"
+    if asked == "bf16" and best != "bf16":
+        return asked, f"asked; slow, as {why}"
+    return asked, "asked, with loss scaling" if asked == "fp16" else "asked"
+
+
+def torch_has_cuda() -> bool:
+    """Whether the installed torch is a CUDA build, read from its version file without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    version = Path(spec.origin).with_name("version.py")
+    return version.is_file() and re.search(r"^cuda\b[^=\n]*= *['\"]", version.read_text(), re.MULTILINE) is not None
+
+
+def _best_on_cpu(isa: tuple[str, ...]) -> tuple[str, str]:
+    have = [flag for flag in BF16_FLAGS if flag in isa]
+    return ("bf16", f"CPU has {have[0]}") if have else ("fp32", "this CPU has no bf16 multiply (avx512_bf16, amx_bf16)")
+
+
+def _best_on_card(cards: tuple[Card, ...]) -> tuple[str, str]:
+    card = min(cards, key=lambda c: c.capability)  # one dtype for all: the oldest card decides
+    major, minor = card.capability
+    if card.capability >= BF16_CAPABILITY:
+        return "bf16", f"{card.name} has compute capability {major}.{minor}"
+    return "fp16", f"{card.name} has compute capability {major}.{minor}, below 8.0: no bf16 multiply; with loss scaling"
+
+
+def _cpu(root: Path) -> tuple[str, tuple[str, ...]]:
+    text = _read(root / "proc/cpuinfo")
+    flags: set[str] = set()
+    for line in re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE):
+        flags.update(line.split())
+        break  # all cores of one machine report the same; big.LITTLE kernels list the common set
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return (name[1].strip() if name else platform.processor()), tuple(f for f in ISA_FLAGS if f in flags)
+
+
+def _cores(root: Path) -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    count: float = len(affinity(0)) if affinity else os.cpu_count() or 1
+    for folder in _cgroup_folders(root, "cpu"):
+        quota = _read(folder / "cpu.max").split() or [
+            _read(folder / "cpu.cfs_quota_us").strip(),
+            _read(folder / "cpu.cfs_period_us").strip(),
+        ]
+        if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit() and int(quota[1]) > 0:
+            count = min(count, int(quota[0]) / int(quota[1]))
+    return max(1, int(count))
+
+
+def _memory(root: Path) -> tuple[int, int]:
+    fields = dict(re.findall(r"^(\w+):\s*(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE))
+    if "MemTotal" in fields and "MemAvailable" in fields:
+        return int(fields["MemTotal"]) * 1024, int(fields["MemAvailable"]) * 1024
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return int(memory.total), int(memory.available)
+
+
+def _cgroup_memory(root: Path) -> Iterator[tuple[int, int]]:
+    """(limit, used) for each control group above this process that has a limit; file pages it can drop do not count."""
+    names = (  # limit, usage, the reclaimable part in memory.stat: v2, then v1
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    )
+    for folder in _cgroup_folders(root, "memory"):
+        for limit_name, used_name, reclaimable in names:
+            limit, used = _read(folder / limit_name).strip(), _read(folder / used_name).strip()
+            if limit.isdigit() and used.isdigit():
+                stat = re.search(rf"^{reclaimable} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+                yield int(limit), max(0, int(used) - (int(stat[1]) if stat else 0))
+
+
+def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
+    """The group of this process for a controller (v1) and the unified one (v2), each with every parent.
+
+    In a container the path that `/proc/self/cgroup` gives may be the host's; the mount's root then is the group, and it
+    is always among the parents.
+    """
+    mount = root / "sys/fs/cgroup"
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if controllers == "":
+            tops = [mount, mount / "unified"]
+        elif controller in controllers.split(","):
+            tops = [mount / controllers, mount / controller]
+        else:
+            continue
+        for top in dict.fromkeys(tops):
+            folder = top / path.strip("/")
+            while top in (folder, *folder.parents):
+                if folder.is_dir():
+                    yield folder
+                folder = folder.parent
+
+
+def _cards(env: Mapping[str, str]) -> tuple[Card, ...]:
+    try:
+        done = subprocess.run(_NVIDIA_SMI, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return parse_cards(done.stdout, env.get("CUDA_VISIBLE_DEVICES"))
+
+
+def parse_cards(csv: str, visible: str | None) -> tuple[Card, ...]:
+    """Cards from `nvidia-smi`'s CSV (MiB), cut down and ordered as CUDA_VISIBLE_DEVICES says (numbers or UUIDs).
+
+    As CUDA does, the list ends at the first entry that names no card. Rows with unknown values ("[N/A]") are left out.
+    """
+    rows: list[tuple[str, str, Card]] = []
+    for line in csv.splitlines():
+        cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) != 6 or not re.fullmatch(r"\d+;\d+;\d+\.\d+", ";".join(cells[3:])):
+            continue
+        index, uuid, name, total, free, capability = cells
+        major, minor = capability.split(".")
+        rows.append((index, uuid, Card(name, int(total) * 2**20, int(free) * 2**20, (int(major), int(minor)))))
+    if visible is None:
+        return tuple(card for _, _, card in rows)
+    chosen: list[Card] = []
+    for want in (part.strip() for part in visible.split(",")):
+        found = [card for index, uuid, card in rows if want and (index == want or uuid.startswith(want))]
+        if len(found) != 1:
+            break
+        chosen.append(found[0])
+    return tuple(chosen)
+
+
+def _read(path: Path) -> str:
+    """A small system file, or nothing where it does not exist or may not be read."""
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""

@@ -1,0 +1,64 @@
+"""One family of errors. Each message says what is wrong, what was found, what is allowed, and what to do next.
+
+Why: a user's mistake must never end in a traceback; `cli.py` prints `str(error)` and leaves with `exit_code`.
+Cost: nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class HalfbyteError(Exception):
+    """Base of every error that halfbyte raises on purpose.
+
+    Args:
+        message: one or a few plain sentences: what, got, allowed.
+        fix: the next command or change that helps; appended on a line of its own.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, fix: str | None = None) -> None:
+        self.message = message
+        self.fix = fix
+        super().__init__(message if fix is None else f"{message}\n  fix: {fix}")
+
+
+class RecipeError(HalfbyteError):
+    """A recipe, a `--set` or a command-line value that cannot be used. Holds every problem found."""
+
+    def __init__(self, problems: str | Sequence[str], *, where: str | None = None, fix: str | None = None) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        head = "" if where is None else f"{where}: "
+        if len(self.problems) == 1:
+            text = head + self.problems[0]
+        else:
+            text = f"{head}{len(self.problems)} problems\n" + "\n".join(f"  - {p}" for p in self.problems)
+        super().__init__(text, fix=fix)
+
+
+class SourceError(HalfbyteError):
+    """A model that cannot be found, fetched or read."""
+
+
+class BaseModelError(HalfbyteError):
+    """A base that could be read but not opened as asked (wrong bytes resident, wrong type, unsafe code)."""
+
+
+class AdapterError(HalfbyteError):
+    """LoRA settings that do not fit the model, or an adapter that does not fit its base."""
+
+
+class DataError(HalfbyteError):
+    """Training data that cannot be used: names file, line and field."""
+
+
+class RunError(HalfbyteError):
+    """A run folder that exists, is missing, is locked or is incomplete."""
+
+
+class TrainError(HalfbyteError):
+    """A run that started and failed (non-finite loss, disk full, adapter without a gradient)."""
+
+    exit_code = 1

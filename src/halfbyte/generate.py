@@ -1,0 +1,103 @@
+"""Text from a base or from base and adapter: batches, streams, and the tokens that end a turn.
+
+Source: transformers' `generate`; left padding with an attention mask, greedy unless a temperature is given.
+Cost: each new token dequantises the base once, whatever the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens. `temperature` 0 is greedy; `seed` makes sampling repeatable."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+class _Stream(TextStreamer):  # type: ignore[misc]
+    def __init__(self, tokenizer: Any, emit: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.emit = emit
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.emit(text)
+
+
+def chat_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation up to where the assistant speaks; the plain text where there is no chat template."""
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer("".join(m["content"] for m in messages))["input_ids"])
+
+
+def stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens after which the assistant has finished: the model's own, the tokenizer's, and the turn's end in its template."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        ids.add(end_of_turn_id(tokenizer))
+    return sorted(i for i in ids if i is not None)
+
+
+def end_of_turn_id(tokenizer: Any) -> int | None:
+    """The special token that the chat template puts after an assistant's words, or None."""
+    probe = "halfbyte"
+    messages = [{"role": "user", "content": probe}, {"role": "assistant", "content": probe}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # a template may refuse any conversation in its own words; then it names no end of turn
+        return None
+    tail = tokenizer(text.rsplit(probe, 1)[-1], add_special_tokens=False)["input_ids"]
+    return tail[0] if tail and tail[0] in set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder) else None
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    emit: Callable[[str], None] | None = None,
+) -> list[str]:
+    """Continue each prompt (token ids). With `emit`, one prompt only: new text is passed on as it comes."""
+    device = next(model.parameters()).device
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    width = max(len(p) for p in prompts)
+    ids = torch.full((len(prompts), width), pad, device=device)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(list(prompt), device=device)
+        mask[row, width - len(prompt) :] = 1
+    chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if sampling.temperature > 0:
+        chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=sampling.max_new_tokens,
+                eos_token_id=stop_ids(model, tokenizer),
+                pad_token_id=pad,
+                use_cache=True,
+                streamer=_Stream(tokenizer, emit) if emit is not None else None,
+                **chosen,
+            )
+    finally:
+        model.train(was_training)
+    return [str(text) for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]

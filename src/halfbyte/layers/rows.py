@@ -1,0 +1,80 @@
+"""Packed outside, one row an example inside: for models whose attention cannot take packed examples.
+
+Why: Bloom and MPT (ALiBi), Mamba, chunked attention and the like have no seam for example lengths. A dense block mask
+over the pack costs T^2 per head and rounds ALiBi's far positions in bf16; a recurrent state ignores a mask altogether.
+What: two torch forward hooks on the model's body. Before it, (1, T) becomes right-padded rows (N, L) with an ordinary
+padding mask; after it, the hidden states become (1, T) again. So the head, the loss and every caller see a pack,
+and the body runs its stock path on stock input.
+Cost: padding inside the body, N x (the longest example) tokens instead of T; attention costs N L^2 instead of T^2.
+
+The lengths arrive in `attention_mask` as example numbers, counted from 1: [[1, 1, 1, 2, 2, 3]]. An ordinary mask
+(0 and 1) passes untouched.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def example_numbers(lengths: Tensor) -> Tensor:
+    """The `attention_mask` that asks for rows: (N,) lengths -> (1, T) numbers from 1."""
+    return torch.arange(1, len(lengths) + 1, device=lengths.device).repeat_interleave(lengths)[None]
+
+
+class Rows:
+    """The pair of hooks on one body, and what the second needs to know from the first."""
+
+    def __init__(self, body: torch.nn.Module) -> None:
+        self._real: Tensor | None = None  # (N, L) bool, during a packed forward
+        self._handles = [
+            body.register_forward_pre_hook(self._before, with_kwargs=True),
+            body.register_forward_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, body: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._real = None
+        given = dict(zip(inspect.signature(body.forward).parameters, args, strict=False)) | kwargs
+        numbers = given.get("attention_mask")
+        if numbers is None or numbers.dim() != 2 or numbers.shape[0] != 1 or int(numbers.max()) < 2:
+            return None
+        lengths = torch.bincount(numbers[0])[1:]  # (N,)
+        column = torch.arange(int(lengths.max()), device=lengths.device)  # (L,)
+        real = column < lengths[:, None]  # (N, L)
+        token = ((lengths.cumsum(0) - lengths)[:, None] + column).where(real, 0)  # (N, L): where in the pack
+        given = {name: _as_rows(x, numbers.shape[1], token) for name, x in given.items()}
+        given["attention_mask"] = real.long()
+        self._real = real
+        return (), given
+
+    def _after(self, body: torch.nn.Module, args: Any, output: Any) -> Any:
+        real, self._real = self._real, None
+        if real is None:
+            return None
+        hidden = output[0][real.to(output[0].device)][None]  # (N, L, D) -> (1, T, D)
+        if isinstance(output, tuple):
+            return (hidden, *output[1:])
+        output.last_hidden_state = hidden
+        return output
+
+
+def _as_rows(x: Any, tokens: int, token: Tensor) -> Any:
+    """(1, T, ...) -> (N, L, ...); anything of another shape stays. Padding repeats the first token, masked."""
+    is_packed = isinstance(x, Tensor) and x.dim() >= 2 and x.shape[:2] == (1, tokens)
+    return x[0][token.to(x.device)] if is_packed else x
+
+
+def attached(body: torch.nn.Module) -> Rows | None:
+    """The hooks on this body, if any; found on the body itself, so a copied model knows its own."""
+    for hook in body._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, Rows):
+            return owner
+    return None

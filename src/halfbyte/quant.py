@@ -1,0 +1,136 @@
+"""The only door to bitsandbytes: which tensor gets which encoding, and a Linear4bit that is safe to train.
+
+Why: on CPUs with AVX512-BF16 an eval forward of `bitsandbytes.nn.Linear4bit` repacks its weight in place; every later
+training step then runs a kernel without autograd, and all LoRA gradients silently become None
+(`bitsandbytes/nn/modules.py`, `Linear4bit.forward`). `make_safe` turns that repacking off on each instance, always.
+Source: QLoRA, arXiv:2305.14314; NF4 in its appendix E.
+Cost: none at run time; a base is quantised by bitsandbytes itself while transformers loads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+from halfbyte.shapes import TensorSpec, nf4_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from halfbyte.recipe import Quant
+
+Encoding = Literal["4bit", "compute", "fp32"]
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a dotted tensor or module name holds one of `patterns` as a run of whole dotted parts.
+
+    `mlp.down_proj` matches `model.layers.0.mlp.down_proj.weight`; `down` does not.
+    """
+    dotted = f".{name}."
+    return any(f".{pattern.strip('.')}." in dotted for pattern in patterns)
+
+
+def encoding(spec: TensorSpec, quant: Quant) -> Encoding:
+    """The policy: how one tensor of a checkpoint is held in memory. Every room asks here, none decides on its own."""
+    if matches(spec.name, quant.fp32_modules):
+        return "fp32"
+    if quant.type == "none" or matches(spec.name, quant.skip_modules):
+        return "compute"
+    return "4bit" if spec.role in ("linear", "expert") else "compute"
+
+
+def encoded_bytes(spec: TensorSpec, quant: Quant, compute_itemsize: int) -> int:
+    """Resident bytes of one tensor under the policy; `compute_itemsize` is 2 for bf16/fp16 and 4 for fp32."""
+    kind = encoding(spec, quant)
+    if kind == "4bit":
+        return nf4_bytes(spec.numel, quant.block_size, quant.double_quant)
+    return spec.numel * (4 if kind == "fp32" else compute_itemsize)
+
+
+def bnb_config(quant: Quant, compute_dtype: torch.dtype, head_names: Iterable[str] = ()) -> Any | None:
+    """`BitsAndBytesConfig` for `from_pretrained`, or None for `quant.type: none`.
+
+    Args:
+        head_names: modules that transformers would skip by default (the output head); naming any module of one's own
+            replaces that default (`transformers/quantizers/base.py`, `get_modules_to_not_convert`), so both are given.
+    """
+    if quant.type == "none":
+        return None
+    from transformers import BitsAndBytesConfig
+
+    skip = [*quant.skip_modules, *quant.fp32_modules]
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant.type,
+        bnb_4bit_use_double_quant=quant.double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=[*head_names, *skip] if skip else None,
+    )
+
+
+def linears_4bit(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """Every `bitsandbytes.nn.Linear4bit` of a model, with its name."""
+    import bitsandbytes as bnb
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
+
+
+def make_safe(model: torch.nn.Module) -> int:
+    """Keep an eval forward from repacking 4-bit weights in place. Returns how many layers were made safe.
+
+    A weight that an earlier eval forward has already repacked is unpacked again by reading the layer's state dict once
+    (bitsandbytes' own inverse, `Linear4bit._save_to_state_dict`).
+    """
+    layers = linears_4bit(model)
+    for _, module in layers:
+        module.support_avx512bf16_for_cpu = False
+        if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+            module.state_dict()
+    return len(layers)
+
+
+def set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> list[str]:
+    """Make every 4-bit layer multiply in `dtype`, forward and backward. Returns the names whose dtype changed.
+
+    The backward dequantises to `quant_state.dtype` and the forward to the input's (`bitsandbytes/autograd/_functions.py`,
+    `MatMul4Bit`): unless the two are one dtype, forward and backward use different weights.
+    """
+    changed = []
+    for name, module in linears_4bit(model):
+        state = module.weight.quant_state
+        if module.compute_dtype != dtype or (state is not None and state.dtype != dtype):
+            changed.append(name)
+        module.compute_dtype = dtype
+        module.compute_type_is_set = True
+        if state is not None:
+            state.dtype = dtype
+    return changed
+
+
+def resident_bytes(model: torch.nn.Module) -> int:
+    """Bytes of every parameter (each storage once) with the scales and code tables of 4-bit weights; no buffers."""
+    seen: set[int] = set()
+    total = 0
+
+    def add(tensor: Any) -> None:
+        nonlocal total
+        if tensor is not None and tensor.device.type != "meta" and tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            total += tensor.numel() * tensor.element_size()
+
+    for parameter in model.parameters():
+        add(parameter)
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:
+            for tensor in (state.absmax, state.code, getattr(state, "offset", None)):
+                add(tensor)
+            state = state.state2 if getattr(state, "nested", False) else None
+    return total
+
+
+def dequantised(module: Any) -> torch.Tensor:
+    """The 16-bit weight that a 4-bit layer computes with, (out, in), in its quant state's dtype."""
+    import bitsandbytes.functional as bnb_f
+
+    return bnb_f.dequantize_4bit(module.weight.data, module.weight.quant_state)

@@ -1,0 +1,102 @@
+"""`report.json`: what a run did, measured, beside what its plan had said.
+
+Why: a plan that is never compared with a measurement is a guess; and figures without versions and machine cannot be
+compared with any others.
+Source: the rows of `metrics.jsonl`, so a resumed run counts the steps of all its processes.
+Cost: one read of the metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from halfbyte.errors import RunError
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Loss of the first and of the last optimiser step."""
+
+    first: float
+    last: float
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What can be both planned and measured. None: not planned, or nothing to measure (no card)."""
+
+    tokens: int | None = None
+    steps: int | None = None
+    train_seconds: float | None = None
+    peak_rss_bytes: int | None = None
+    peak_device_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A finished run. `tokens` are real ones, never padding; `notices` are the slow paths taken and why."""
+
+    tokens: int
+    train_seconds: float
+    tokens_per_second: float
+    steps: int
+    loss: Loss
+    eval_loss: float | None
+    peak_rss_bytes: int
+    peak_device_bytes: int | None
+    planned: Figures
+    measured: Figures
+    versions: Mapping[str, str]
+    machine: Mapping[str, Any]
+    notices: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `run.write_json_atomic`."""
+        return {**asdict(self), "notices": list(self.notices)}
+
+
+def build(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    planned: Figures,
+    peak_rss_bytes: int,
+    peak_device_bytes: int | None,
+    versions: Mapping[str, str],
+    machine: Mapping[str, Any],
+    notices: Iterable[str] = (),
+) -> Report:
+    """The report of a run from its metrics.
+
+    Args:
+        rows: of `metrics.jsonl`. A step's row has `loss`, `tokens` and `seconds`, and may have `rss_bytes`; an
+            evaluation's row has `eval_loss`, of which the last counts.
+        peak_rss_bytes: of this process; a resumed run's earlier ones are seen through their rows.
+        peak_device_bytes: None without a card.
+
+    Raises:
+        RunError: no step was made.
+    """
+    steps = [row for row in rows if "loss" in row]
+    if not steps:
+        raise RunError("the run made no step, so there is nothing to report.")
+    tokens = sum(int(row["tokens"]) for row in steps)
+    seconds = float(sum(row["seconds"] for row in steps))
+    evals = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
+    peak = max([peak_rss_bytes, *(int(row["rss_bytes"]) for row in rows if row.get("rss_bytes"))])
+    return Report(
+        tokens=tokens,
+        train_seconds=seconds,
+        tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
+        steps=len(steps),
+        loss=Loss(first=steps[0]["loss"], last=steps[-1]["loss"]),
+        eval_loss=evals[-1] if evals else None,
+        peak_rss_bytes=peak,
+        peak_device_bytes=peak_device_bytes,
+        planned=planned,
+        measured=Figures(tokens, len(steps), seconds, peak, peak_device_bytes),
+        versions=dict(versions),
+        machine=dict(machine),
+        notices=tuple(notices),
+    )

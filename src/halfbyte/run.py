@@ -1,0 +1,325 @@
+"""The run folder: create it, lock it, append metrics, find it again.
+
+Why: a run must never overwrite another, two processes must never write one, and a crash at any moment must leave files
+that can be read. So the folder appears whole under its name, JSON is replaced in one step, and metrics are appended a
+whole line at a time, with a torn last line cut away.
+Source: `rename(2)` (atomic within a file system), `flock(2)` (released by the kernel when its process ends).
+Cost: one small write a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from halfbyte.errors import RunError, TrainError
+
+LIBRARIES = (
+    "halfbyte", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers",
+    "huggingface_hub", "numpy",
+)  # fmt: skip
+_STEP = re.compile(r"step-(\d+)$")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run on disk; the properties are its files, whether they are there yet or not.
+
+    `with RunFolder.create(...)` and `with RunFolder.reopen(...)` hold its lock, for writing; `open` is for reading.
+    """
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Refuse a path that exists, before anything is loaded.
+
+        Raises:
+            RunError: something is there already.
+        """
+        if path.exists() or path.is_symlink():
+            raise _exists(path)
+
+    @classmethod
+    @contextlib.contextmanager
+    def create(cls, path: Path, recipe_yaml: str) -> Iterator[RunFolder]:
+        """Make a new run folder with its resolved recipe, whole or not at all, and hold its lock.
+
+        Raises:
+            RunError: something is there already, or the place cannot be written.
+        """
+        cls.check_free(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / "checkpoints").mkdir(parents=True)
+            _write_synced(temporary / "recipe.yaml", recipe_yaml.encode())
+            os.rename(temporary, path)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster
+                raise _exists(path) from error
+            if error.errno in _FULL:
+                raise RunError(
+                    _full_text(path, len(recipe_yaml)), fix="free some space, or give another output:"
+                ) from error
+            raise RunError(
+                f"the run folder {path} cannot be made: {error.strerror}.", fix="give another output:"
+            ) from error
+        run = cls(path)
+        with run.lock():
+            yield run
+
+    @classmethod
+    @contextlib.contextmanager
+    def reopen(cls, path: Path) -> Iterator[RunFolder]:
+        """Find an unfinished run again and hold its lock.
+
+        Raises:
+            RunError: as `open`, or another process writes it.
+        """
+        run = cls.open(path, need_adapter=False)
+        with run.lock():
+            yield run
+
+    @classmethod
+    def open(cls, path: Path, *, need_adapter: bool = True) -> RunFolder:
+        """Find a run again.
+
+        Args:
+            need_adapter: False for a run that may be unfinished.
+
+        Raises:
+            RunError: no such folder, not a run folder, or no adapter in it yet.
+        """
+        if not path.exists():
+            raise RunError(
+                f"there is no run folder {path}.", fix="give the `output:` of a run, such as runs/quickstart"
+            )
+        if not path.is_dir():
+            raise RunError(f"{path} is a file, not a run folder.")
+        run = cls(path)
+        missing = [
+            item.name + "/" * (item == run.checkpoints) for item in (run.recipe, run.checkpoints) if not item.exists()
+        ]
+        if missing:
+            hint = ""
+            if (path / "adapter_config.json").is_file():
+                hint = " It is an adapter: give the run folder that it lies in."
+            raise RunError(f"{path} is not a run folder: it has no {' and no '.join(missing)}.{hint}")
+        if need_adapter and not (run.adapter / "adapter_config.json").is_file():
+            raise RunError(
+                f"the run {path} has no adapter yet: {run.progress()}.",
+                fix=f"halfbyte train {path} --resume",
+            )
+        return run
+
+    def progress(self) -> str:
+        """How far the run got, in words: the last step in the metrics and the newest checkpoint."""
+        steps = [row["step"] for row in self.read_metrics() if isinstance(row.get("step"), int)]
+        saved = [int(m[1]) for p in self.checkpoints.glob("step-*") if (m := _STEP.search(p.name))]
+        done = f"it got to step {max(steps)}" if steps else "it ended before its first step"
+        return f"{done}, " + (f"with a checkpoint at step {max(saved)}" if saved else "without a checkpoint")
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for writing. The lock ends with its process, so one that crashed leaves none behind.
+
+        Raises:
+            RunError: another process holds it; names its id.
+        """
+        if sys.platform == "win32":
+            raise RunError("a run cannot be locked on Windows yet.", fix="run halfbyte under WSL")
+        import fcntl
+
+        with (self.path / "lock").open("a+") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                stream.seek(0)
+                holder = stream.read().strip() or "unknown"
+                raise RunError(
+                    f"the run {self.path} is being written by process {holder}.",
+                    fix="wait for it, stop it, or give another output:",
+                ) from error
+            stream.truncate(0)
+            stream.write(str(os.getpid()))
+            stream.flush()
+            yield
+
+    def write_plan(self, plan: Mapping[str, Any]) -> None:
+        write_json_atomic(self.plan, plan)
+
+    def write_report(self, report: Mapping[str, Any]) -> None:
+        write_json_atomic(self.report, report)
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add one row. A torn line that a crash left at the end is cut away first.
+
+        Raises:
+            TrainError: no space left.
+        """
+        line = (json.dumps(finite(row)) + "\n").encode()
+        with _space_for(self.metrics, len(line)):
+            if not _ends_whole(self.metrics):
+                self._rewrite_metrics(self.read_metrics())
+            descriptor = os.open(self.metrics, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                os.write(descriptor, line)
+            finally:
+                os.close(descriptor)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every whole row, in order; a torn last line is passed over.
+
+        Raises:
+            RunError: a line before the last is not a JSON object.
+        """
+        if not self.metrics.is_file():
+            return []
+        lines = self.metrics.read_bytes().split(b"\n")
+        rows: list[dict[str, Any]] = []
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("not a JSON object")
+            except ValueError as error:
+                if number == len(lines):  # no newline after it: the write was cut off
+                    break
+                raise RunError(f"{self.metrics}:{number}: {error}.", fix="remove that line") from error
+            if number < len(lines):
+                rows.append(row)
+        return rows
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the rows after `step`: the resumed run writes them again."""
+        rows = self.read_metrics()
+        kept = [row for row in rows if row.get("step", 0) <= step]
+        if len(kept) != len(rows) or not _ends_whole(self.metrics):
+            self._rewrite_metrics(kept)
+
+    def _rewrite_metrics(self, rows: list[dict[str, Any]]) -> None:
+        write_atomic(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def write_json_atomic(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all; numbers that JSON has no name for (NaN, infinity) become null."""
+    write_atomic(path, (json.dumps(finite(value), indent=2) + "\n").encode())
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace a file in one step: written beside it, synced, renamed.
+
+    Raises:
+        TrainError: no space left; says how much is needed. The old file is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with _space_for(path, len(data)):
+        try:
+            _write_synced(temporary, data)
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def finite(value: Any) -> Any:
+    """A copy in which every NaN and infinity is None, tuples are lists and paths are text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of each library that a result depends on, as installed; nothing is imported."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def _space_for(path: Path, size: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise TrainError(_full_text(path, size), fix="free some space, then `halfbyte train ... --resume`") from error
+
+
+def _full_text(path: Path, size: int) -> str:
+    folder = next((p for p in path.parents if p.exists()), Path("."))
+    free = shutil.disk_usage(folder).free
+    return f"no space left: writing {path} needs {size} bytes, and {folder} has {free} bytes free."
+
+
+def _exists(path: Path) -> RunError:
+    return RunError(
+        f"the run folder {path} exists already, and a run is never overwritten.",
+        fix="continue it with --resume, or give another output: (--output)",
+    )
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _ends_whole(path: Path) -> bool:
+    """Whether a file is absent, empty or ends with a newline."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return True
+    with path.open("rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1) == b"\n"

@@ -1,0 +1,278 @@
+"""A model as a list of TensorSpecs, read from the headers of its checkpoint: no weight is touched.
+
+Why: planning, storing, loading and checking must agree on what each tensor is; this list is the one place that says it.
+Source: the safetensors format (8 bytes of header length, a JSON header, then data); names and shapes of the checkpoint
+itself, which transformers may rename or merge while it loads.
+Cost: a few hundred kB read per file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from halfbyte.errors import SourceError
+
+Role = Literal["linear", "embedding", "head", "norm", "bias", "expert", "router", "other"]
+
+DTYPE_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+}
+_HEADER_LIMIT_BYTES = 100_000_000  # the format's own limit
+
+# The last dotted part before `.weight` decides; these are the names met in transformers' causal-LM checkpoints.
+_EMBEDDINGS = re.compile(r"embed(ding)?s?$|^embed_(tokens|in|positions)$|^w[tp]e$|^shared$")
+_HEADS = frozenset(("lm_head", "embed_out", "output_projection"))
+_ROUTERS = frozenset(("gate", "router"))
+_NORM = re.compile(r"norm|^ln(_|$)|(^|_)ln$|layernorm", re.IGNORECASE)
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
+# Buffers that older checkpoints hold and transformers passes over: causal masks, rotary tables.
+_PASSED_OVER = re.compile(r"(?:attn|attention)\.(?:bias|masked_bias)$|rotary_emb\.(?:inv_freq|cos_cached|sin_cached)$")
+_CONV1D_TYPES = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
+
+# Double quantisation of bitsandbytes: one fp32 scale for 256 8-bit scales; code tables of 16 and 256 fp32 values.
+NESTED_BLOCK = 256
+CODE_BYTES, NESTED_CODE_BYTES, OFFSET_BYTES = 16 * 4, 256 * 4, 4
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a checkpoint, under the checkpoint's own name.
+
+    `role` "linear" is what the policy may quantise as a matrix, "expert" the same for fused or unnamed expert tensors;
+    `transposed`: stored (in, out), as GPT-2's Conv1D does, where nn.Linear stores (out, in).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    role: Role
+    layer: int | None
+    transposed: bool = False
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return (self.numel * DTYPE_BITS[self.dtype] + 7) // 8
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Sizes of a decoder, under one name whatever its `config.json` calls them."""
+
+    model_type: str
+    hidden: int
+    intermediate: int
+    layers: int
+    vocab: int
+    experts: int = 0
+    experts_per_token: int = 0
+    tied_head: bool = False
+
+
+def nf4_bytes(numel: int, block_size: int, double_quant: bool) -> int:
+    """Bytes of one tensor in 4 bits, as bitsandbytes holds it (NF4 and FP4 alike).
+
+    Packed codes, two a byte, and one scale a block: fp32; or, with double quantisation, 8 bits, with one fp32 scale
+    for 256 of them, their mean, and a table of 256 values. Each tensor has its own table of 16 values.
+    """
+    blocks = -(-numel // block_size)
+    packed = -(-numel // 2)
+    if not double_quant:
+        return packed + 4 * blocks + CODE_BYTES
+    return packed + blocks + 4 * -(-blocks // NESTED_BLOCK) + OFFSET_BYTES + NESTED_CODE_BYTES + CODE_BYTES
+
+
+def read_checkpoint(folder: Path) -> list[TensorSpec]:
+    """Every tensor that loading will use, in the order of the files' names and then of their data.
+
+    A head that the config ties to the embedding is listed once, as the embedding.
+
+    Raises:
+        SourceError: no config, no safetensors, a shard missing, or a file that is cut short or not what it says.
+    """
+    config = read_config(folder)
+    specs: list[TensorSpec] = []
+    for file in weight_files(folder):
+        for name, entry in read_header(file).items():
+            if _PASSED_OVER.search(name) is None:
+                specs.append(spec_of(name, tuple(entry["shape"]), entry["dtype"], config))
+    if _get(config, "tie_word_embeddings") and any(s.role == "embedding" for s in specs):
+        specs = [s for s in specs if s.role != "head"]
+    return specs
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a model folder."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise SourceError(
+            f"{folder} has no config.json, so it is not a model folder.",
+            fix="name the folder that holds config.json and the .safetensors files",
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{path} holds a JSON {type(value).__name__}, not an object.")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, as its index lists them or as they lie there."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise SourceError(f"{index} is not an index of safetensors files: {error!r}.") from error
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise SourceError(
+                f"{folder} lacks {len(missing)} of the {len(names)} files in its index: {', '.join(missing[:5])}.",
+                fix="download the model again; what is there already is kept",
+            )
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
+    pickles = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
+    if pickles:
+        raise SourceError(
+            f"{folder} has only pickled weights ({', '.join(pickles[:3])}), which can run code when they are opened.",
+            fix="use a revision with .safetensors files, or set allow_pickle: true if you trust the source",
+        )
+    raise SourceError(f"{folder} has no .safetensors file.", fix="name the folder that holds the weights")
+
+
+def read_header(file: Path) -> dict[str, dict[str, Any]]:
+    """Name -> {dtype, shape, data_offsets} of one safetensors file, checked against the file's size.
+
+    Raises:
+        SourceError: the file is cut short, or its header is not a safetensors header.
+    """
+    size = file.stat().st_size
+    again = "download it again"
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        if len(start) < 8:
+            raise SourceError(f"{file} is cut short: {size} bytes, and the header's length alone takes 8.", fix=again)
+        length = int.from_bytes(start, "little")
+        if length > _HEADER_LIMIT_BYTES:
+            raise SourceError(f"{file} is not a safetensors file: it says that its header has {length} bytes.")
+        if length > size - 8:
+            raise SourceError(f"{file} is cut short: its header has {length} bytes, the file {size}.", fix=again)
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            _check_entry(name, entry)
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise SourceError(f"{file} has a header that is not a safetensors header: {error}.") from error
+    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if end > size:
+        raise SourceError(f"{file} is cut short: its tensors end at byte {end}, the file at {size}.", fix=again)
+    return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]))
+
+
+def spec_of(name: str, shape: tuple[int, ...], dtype: str, config: Mapping[str, Any]) -> TensorSpec:
+    """What one tensor is, from its name, its shape and the config."""
+    layer = _LAYER.search(name)
+    role = _role(name, shape, config, in_layer=layer is not None)
+    transposed = role == "linear" and layer is not None and config.get("model_type") in _CONV1D_TYPES
+    return TensorSpec(name, shape, dtype, role, int(layer[1]) if layer else None, transposed)
+
+
+def read_facts(folder: Path) -> Facts:
+    """Sizes of the model in a folder; from its config alone where the weights are not in safetensors."""
+    specs = read_checkpoint(folder) if any(folder.glob("*.safetensors")) else []
+    return facts_of(read_config(folder), specs)
+
+
+def facts_of(config: Mapping[str, Any], specs: Iterable[TensorSpec]) -> Facts:
+    """Sizes from the config; what it does not say is read from the tensors."""
+    specs = list(specs)
+    embedding = max((s.shape for s in specs if s.role == "embedding"), default=(0, 0))
+    hidden = _first(config, "hidden_size", "n_embd", "d_model", "model_dim", "dim") or embedding[-1]
+    deepest = max((s.layer for s in specs if s.layer is not None), default=-1) + 1
+    return Facts(
+        model_type=str(config.get("model_type", "")),
+        hidden=hidden,
+        intermediate=_first(config, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * hidden,
+        layers=_first(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or deepest,
+        vocab=_first(config, "vocab_size") or embedding[0],
+        experts=_experts(config),
+        experts_per_token=_first(config, "num_experts_per_tok", "moe_topk", "top_k"),
+        tied_head=not any(s.role == "head" for s in specs),
+    )
+
+
+def _role(name: str, shape: tuple[int, ...], config: Mapping[str, Any], *, in_layer: bool) -> Role:
+    parts = name.split(".")
+    tail = parts[-1]
+    named = tail in ("weight", "bias")
+    module = parts[-2] if named and len(parts) > 1 else tail
+    if _NORM.search(module) is not None and len(shape) <= 1:
+        return "norm"
+    if tail == "bias" or tail.endswith("_bias"):
+        return "bias"
+    if len(shape) == 3 and ("expert" in name or ("conv" not in module and shape[0] == _experts(config) != 0)):
+        return "expert"
+    if len(shape) != 2:
+        return "other"
+    if not named:  # a bare Parameter: no nn.Linear, so nothing that quantises by module type will find it
+        return "expert" if "expert" in name else "other"
+    if module in _ROUTERS and _experts(config):
+        return "router"
+    if module in _HEADS or (name in ("output.weight", "model.output.weight") and not in_layer):
+        return "head"
+    if _EMBEDDINGS.search(module) is not None or (not in_layer and shape[0] == _first(config, "vocab_size")):
+        return "embedding"
+    return "linear"
+
+
+def _check_entry(name: str, entry: Any) -> None:
+    shape, dtype, (begin, end) = entry["shape"], entry["dtype"], entry["data_offsets"]
+    if dtype not in DTYPE_BITS:
+        raise ValueError(f"{name} has the unknown dtype {dtype!r}")
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError(f"{name} has the shape {shape!r} and the offsets {begin!r}, {end!r}")
+    if end - begin != (math.prod(shape) * DTYPE_BITS[dtype] + 7) // 8:
+        raise ValueError(f"{name} has {end - begin} bytes, which do not hold {dtype} {shape}")
+
+
+def _experts(config: Mapping[str, Any]) -> int:
+    return _first(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def _first(config: Mapping[str, Any], *names: str) -> int:
+    """The first of these config values that is a positive number; 0 if none is."""
+    for name in names:
+        value = _get(config, name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return 0
+
+
+def _get(config: Mapping[str, Any], name: str) -> Any:
+    """A config value; models with several towers keep the language model's under `text_config`."""
+    inner = config.get("text_config")
+    value = config.get(name)
+    return inner.get(name) if value is None and isinstance(inner, Mapping) else value

@@ -1,0 +1,86 @@
+"""What a source becomes: a local checkpoint; and halfbyte's own cache folder, with its lock.
+
+Why: hub, folder, GGUF and packaged models all end as one small value, and two processes may ask for the same one.
+Cost: standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from halfbyte.errors import SourceError
+
+Kind = Literal["hub", "folder", "gguf", "packaged"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on this disk that `from_pretrained(path)` can open."""
+
+    path: Path
+    """Local folder with config.json, the weights and (if the source had one) the tokenizer."""
+    id: str
+    """What names the model elsewhere: hub id, absolute path of folder or .gguf, packaged name; no cache path."""
+    revision: str | None
+    """The commit of a hub model; None for the rest."""
+    kind: Kind
+    pickle: bool = False
+    """True when the weights are `.bin` files: they are read with `weights_only=True`."""
+
+
+def cache_dir() -> Path:
+    """Where halfbyte keeps what it converts or fetches: $HALFBYTE_CACHE, else ~/.cache/halfbyte."""
+    named = os.environ.get("HALFBYTE_CACHE")
+    return Path(named).expanduser().absolute() if named else Path.home() / ".cache" / "halfbyte"
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder of the cache, or say why that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SourceError(
+            f"the cache folder {folder} cannot be made: {error.strerror or error}",
+            fix="name a folder that you can write: export HALFBYTE_CACHE=/path/with/space",
+        ) from error
+
+
+def need_space(folder: Path, need_bytes: int, what: str) -> None:
+    """Refuse before any work when the disk cannot hold the result."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < need_bytes:
+        raise SourceError(
+            f"no space left for {what}: it needs {need_bytes / 1e9:.2f} GB in {folder}, "
+            f"and {free_bytes / 1e9:.2f} GB are free",
+            fix="free some space, or name another folder: export HALFBYTE_CACHE=/path/with/space",
+        )
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """Hold an exclusive lock on `path`; the second process waits. Yields the descriptor.
+
+    A child that inherits the descriptor keeps the lock alive, also when this process is killed.
+    """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise SourceError("GGUF and packaged models need POSIX file locks, which this system does not have") from error
+    make_folder(path.parent)
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise SourceError(
+            f"the cache folder {path.parent} cannot be written: {error.strerror or error}",
+            fix="name a folder that you can write: export HALFBYTE_CACHE=/path/with/space",
+        ) from error
+    # Closing releases the lock, unless a child still holds the same open file.
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()

@@ -1,0 +1,455 @@
+"""Which modules of a model get a LoRA adapter: `auto`, `all-linear`, a list of name endings or a regex.
+
+Why: PEFT's own table knows 35 architectures, mostly without o_proj, and a table goes stale with every release. Here
+the choice is read from the model itself: the projections of each layer's token mixer (attention, linear attention, the
+input of a state-space block), in the shortest names that hit nothing else. Heads, routers, gates and the vision or
+audio towers of a multi-modal model are never chosen.
+Source: matching is PEFT's own (`peft.tuners.tuners_utils.check_target_module_exists`): what is listed is adapted.
+Cost: a walk over module names; `meta_model` allocates no weight. torch and peft are imported inside functions.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.errors import AdapterError, SourceError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+AUTO = "auto"
+ALL_LINEAR = "all-linear"
+
+# The containers, between the layer's number and the projection's own name, in which tokens meet each other.
+_MIXER = re.compile(r".*(attn|attention)s?|(.*_)?att|mixer|mamba|conv|temporal_block|mlstm_layer", re.IGNORECASE)
+# Inside such a container, but not a query, key, value or output: gates and decays (small, or saturating), compressors,
+# positions, sinks, expert layers, and the MLPs that Nemotron-H keeps under the name `mixer`.
+_NOT_A_PROJECTION = re.compile(
+    r"(.*_)?(experts|mlp|ffn)|compressor|sconv|relative_pos\w*|in_proj_(a|b|ba|z)"
+    r"|((output|forget|message)_)?gate(_proj)?|[oif]gate_preact|(a|b|g|g_a|g_b|f|f_a|f_b|dt|up|down|sink|weight)_proj"
+)
+# A causal LM without an encoder never runs these.
+_CROSS = re.compile(r"encoder_attn|cross_attn|crossattention|cross_attention")
+# nn.Linear modules that choose experts. An adapter there moves tokens between experts and upsets the load balance.
+_ROUTER = re.compile(r"gate|(.*_)?router(_.*)?|shared_expert_gate|wg")
+# No gradient reaches these in text fine-tuning: towers and bridges of other senses, BLT's frozen entropy model, extra
+# heads that predict several tokens, poolers, and the indexers of sparse attention (behind a top-k).
+_ASIDE = re.compile(
+    r".*(vision|visual|image|img|audio|speech|projector).*|.*_tower|embed_tokens_extend|patcher|mtp(_.*)?|pooler|indexer"
+)
+# Read as raw weights by the fused kernels (`outproj_weight=self.out_proj.weight`), so an adapter there would be ignored
+# without a word. Only the input of a state-space block is always called as a module.
+_STATE_SPACE_INPUT = "in_proj"
+# GPT-2's convention: both blocks of a layer write to the residual stream through a `c_proj`, and both are meant.
+_GPT2_OUTPUT, _GPT2_INPUT = "c_proj", "c_attn"
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What `LoraConfig.target_modules` gets: name endings, or one regex over full names; and why."""
+
+    names: tuple[str, ...] | str
+    reason: str
+
+    @property
+    def for_peft(self) -> list[str] | str:
+        return self.names if isinstance(self.names, str) else list(self.names)
+
+
+def auto_targets(model: nn.Module) -> Targets:
+    """The projections of every layer's token mixer; of every linear layer where the mixer has none (XLNet)."""
+    usable = _usable(model)
+    chosen = {name for name in usable if _is_mixer_projection(name)}
+    if any(_leaf(name) == _GPT2_INPUT for name in chosen):
+        chosen |= {name for name in usable if _leaf(name) == _GPT2_OUTPUT}
+    architecture = _architecture(model)
+    if chosen:
+        kinds = {False: "the attention projections", True: f"{_STATE_SPACE_INPUT} of the state-space blocks"}
+        found = sorted({_in_state_space(model, name) for name in chosen})
+        reason = f"auto: {' and '.join(kinds[kind] for kind in found)} of {architecture}"
+    else:
+        chosen = {name for name in usable if _split(name)[1]}
+        reason = f"auto: {architecture} has no linear projections in its attention; those of its layers instead"
+    if not chosen:
+        raise AdapterError(
+            f"lora.target_modules: auto finds no linear layer in {architecture}.{_what_exists(model)}",
+            fix="name the modules: --set 'lora.target_modules=[...]'",
+        )
+    return Targets(_shortest_names(model, chosen), reason)
+
+
+def all_linear(model: nn.Module) -> Targets:
+    """What PEFT's `all-linear` takes, less routers, heads of any name, and other senses' towers.
+
+    In some MoE architectures PEFT rewrites names such as `gate_proj` into the fused 3-D expert parameters. Those names
+    are left out too (shared experts with them): such experts are not adapted here.
+    """
+    architecture = _architecture(model)
+    usable = _usable(model)
+    by_leaf: dict[str, set[str]] = {}
+    for name in usable:
+        by_leaf.setdefault(_leaf(name), set()).add(name)
+    rewritten = sorted(leaf for leaf in by_leaf if _becomes_expert_parameter(model, leaf))
+    chosen = usable - {name for leaf in rewritten for name in by_leaf[leaf]}
+    reason = f"all-linear: every linear layer of {architecture} but head and routers"
+    if rewritten:
+        reason += f"; without {', '.join(rewritten)}, which PEFT would turn into the fused experts"
+    if not chosen:
+        raise AdapterError(f"lora.target_modules: all-linear finds nothing in {architecture}.{_what_exists(model)}")
+    return Targets(_shortest_names(model, chosen), reason)
+
+
+def resolve_targets(model: nn.Module, asked: str | Sequence[str]) -> Targets:
+    """`lora.target_modules` as the recipe has it -> what PEFT is given. Every entry must match something.
+
+    Raises:
+        AdapterError: nothing matches; names near to what was asked and the linear layers that exist are listed.
+    """
+    if isinstance(asked, str):
+        if asked.lower() == AUTO:
+            return auto_targets(model)
+        if asked.lower() == ALL_LINEAR:
+            return all_linear(model)
+        targets = Targets(asked, "a regular expression over full names")
+    else:
+        targets = Targets(tuple(dict.fromkeys(asked)), "as listed")
+    matched(model, targets)
+    return targets
+
+
+def matched(
+    model: nn.Module,
+    targets: Targets,
+    *,
+    exclude: Sequence[str] | str = (),
+    layers_to_transform: Sequence[int] | int | None = None,
+    layers_pattern: Sequence[str] | str | None = None,
+    modules_to_save: Sequence[str] = (),
+) -> list[str]:
+    """Full names of the modules that PEFT will adapt, in the model's order.
+
+    Raises:
+        AdapterError: an entry matches nothing, or something that cannot carry an adapter.
+    """
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    _refuse_unmatched(model, targets)
+    config = _peft_config(
+        model,
+        targets,
+        exclude_modules=exclude if isinstance(exclude, str) else list(exclude) or None,
+        layers_to_transform=list(layers_to_transform)
+        if isinstance(layers_to_transform, Sequence)
+        else layers_to_transform,
+        layers_pattern=list(layers_pattern)
+        if layers_pattern and not isinstance(layers_pattern, str)
+        else layers_pattern,
+        modules_to_save=list(modules_to_save) or None,
+    )
+    names = [name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)]
+    if not names:
+        limits = {
+            "exclude_modules": exclude,
+            "layers_to_transform": layers_to_transform,
+            "modules_to_save": modules_to_save,
+        }
+        asked = ", ".join(f"{key} {value!r}" for key, value in limits.items() if value not in (None, (), [], ""))
+        raise AdapterError(f"lora.target_modules: {_show(targets)} match, but nothing is left after {asked}")
+    problems = [problem for name in names if (problem := _cannot_carry(model, name))]
+    if problems:
+        unique = list(dict.fromkeys(problems))
+        raise AdapterError(
+            "lora.target_modules: " + "; ".join(unique), fix="lora.target_modules: auto, or leave them out"
+        )
+    return names
+
+
+def lora_parameter_count(
+    model: nn.Module,
+    modules: Iterable[str],
+    r: int,
+    rank_pattern: Mapping[str, int] | None = None,
+    *,
+    use_dora: bool = False,
+) -> int:
+    """Trainable numbers that LoRA adds to `modules` (from `matched`): r x (in + out) each, and out more for DoRA."""
+    from peft.utils.other import get_pattern_key
+
+    patterns = dict(rank_pattern or {})
+    total = 0
+    for name in modules:
+        inputs, outputs = _in_out(model.get_submodule(name))
+        rank = patterns.get(get_pattern_key(patterns.keys(), name), r)
+        total += rank * (inputs + outputs) + (outputs if use_dora else 0)
+    return total
+
+
+def meta_model(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """The model of a checkpoint folder, or of a transformers config, on the meta device: shapes without weights."""
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    where = ""
+    if isinstance(config, (str, Path)):
+        where = str(config)
+        if not (Path(config) / "config.json").is_file():
+            raise SourceError(f"{where}: no config.json there", fix="give a checkpoint folder")
+        try:
+            config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, local_files_only=True)
+        except (ValueError, OSError, KeyError, StrictDataclassError) as error:
+            raise SourceError(f"{where}/config.json cannot be used: {error}") from error
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+        kind = getattr(config, "model_type", type(config).__name__)
+        raise SourceError(f"{where or kind}: transformers cannot build this model: {error}") from error
+
+
+def targets_table_markdown() -> str:
+    """The table of docs/lora.md: what `auto` and `all-linear` choose in each architecture's default configuration."""
+    from transformers import AutoConfig
+
+    rows = ["| architecture | `auto` | `all-linear` |", "| --- | --- | --- |"]
+    for model_type in WELL_KNOWN:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = meta_model(AutoConfig.for_model(model_type))
+        auto, every = _cell(auto_targets(model)), _cell(all_linear(model))
+        rows.append(f"| {model_type} | {auto} | {'the same' if every == auto else every} |")
+    return "\n".join(rows) + "\n"
+
+
+# fmt: off
+WELL_KNOWN = (
+    "apertus", "bloom", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "ernie4_5", "exaone4", "falcon", "falcon_h1",
+    "gemma", "gemma2", "gemma3", "gemma3_text", "gemma4", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neo",
+    "gpt_neox", "gpt_oss", "gptj", "granite", "jamba", "llama", "llama4_text", "mamba", "mamba2", "mistral", "mixtral",
+    "modernbert-decoder", "mpt", "nemotron_h", "olmo2", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3",
+    "qwen3_5", "qwen3_moe", "qwen3_next", "recurrent_gemma", "rwkv", "seed_oss", "smollm3", "stablelm", "starcoder2",
+)
+# fmt: on
+
+
+# --- what a module is ---------------------------------------------------------------------------------------------
+
+
+def _is_matmul(module: nn.Module) -> bool:
+    """Whether the module is y = xW and nothing more, in any storage (plain, Conv1D, bitsandbytes)."""
+    from torch import nn
+    from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, Conv1D):
+        return True
+    # nn.MultiheadAttention reads the weight of its out_proj and never calls it.
+    if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    kind = type(module)
+    # transformers derives routers and grouped projections from nn.Linear, with another forward; Falcon's is plain.
+    own_forward = kind.forward is not nn.Linear.forward and kind.__module__.startswith("transformers.models.")
+    return not own_forward or kind.__name__ == "FalconLinear"
+
+
+def _usable(model: nn.Module) -> set[str]:
+    """Linear layers that auto and all-linear may take: inside the language model, no head, no router."""
+    base = getattr(model, "base_model", model)
+    prefix = next((name for name, module in model.named_modules() if module is base), "")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    names = set()
+    for name, module in model.named_modules():
+        if not _is_matmul(module) or module is head or (prefix and not name.startswith(f"{prefix}.")):
+            continue
+        parts = name.split(".")
+        if any(_ASIDE.fullmatch(part) or _ROUTER.fullmatch(part) or _CROSS.fullmatch(part) for part in parts):
+            continue
+        if _leaf(name) in {"lm_head", "score", "embed_out", "classifier"} or _raw_in_state_space(model, name):
+            continue
+        names.add(name)
+    return names
+
+
+def _split(name: str) -> tuple[str, list[str]]:
+    """`model.layers.3.self_attn.q_proj` -> (`model.layers`, [`self_attn`, `q_proj`]); no layer number: (name, [])."""
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[:place]), parts[place + 1 :]
+    return name, []
+
+
+def _endings(name: str) -> list[str]:
+    """`a.b.c` -> [`c`, `b.c`, `a.b.c`]: what PEFT's list form can match it by."""
+    parts = name.split(".")
+    return [".".join(parts[place:]) for place in reversed(range(len(parts)))]
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _is_mixer_projection(name: str) -> bool:
+    stack, inner = _split(name)
+    if not inner or any(_NOT_A_PROJECTION.fullmatch(part) for part in inner):
+        return False
+    return any(_MIXER.fullmatch(part) for part in [_leaf(stack), *inner[:-1]])
+
+
+def _in_state_space(model: nn.Module, name: str) -> bool:
+    parent = model.get_submodule(name.rpartition(".")[0])
+    return hasattr(parent, "conv1d") and hasattr(parent, _STATE_SPACE_INPUT)
+
+
+def _raw_in_state_space(model: nn.Module, name: str) -> bool:
+    return _leaf(name) != _STATE_SPACE_INPUT and _in_state_space(model, name)
+
+
+def _cannot_carry(model: nn.Module, name: str) -> str | None:
+    from torch import nn
+
+    module = model.get_submodule(name)
+    leaf, kind = _leaf(name), type(module).__name__
+    if not _is_matmul(module) and not isinstance(module, nn.Embedding):
+        return f"{leaf!r} is a {kind}, which cannot carry an adapter"
+    if _is_matmul(module) and _raw_in_state_space(model, name):
+        return f"{leaf!r} of a state-space block is read as a raw weight by its kernel, which would ignore an adapter"
+    return None
+
+
+def _in_out(module: Any) -> tuple[int, int]:
+    if hasattr(module, "in_features"):
+        return int(module.in_features), int(module.out_features)
+    if hasattr(module, "num_embeddings"):
+        return int(module.num_embeddings), int(module.embedding_dim)
+    inputs, outputs = module.weight.shape  # Conv1D keeps (in, out)
+    return int(inputs), int(outputs)
+
+
+# --- names --------------------------------------------------------------------------------------------------------
+
+
+def _shortest_names(model: nn.Module, chosen: set[str]) -> tuple[str, ...] | str:
+    """The shortest endings that hit `chosen` and nothing else; a regex where there are none."""
+    taken: set[str] = set()  # every ending of every other module: PEFT matches by ending, whatever the module's type
+    for name, _ in model.named_modules():
+        if name not in chosen:
+            taken.update(_endings(name))
+    endings: dict[str, None] = {}
+    for name in (name for name, _ in model.named_modules() if name in chosen):
+        # Without the layer's own number, and never beginning with another.
+        short = _endings(".".join(_split(name)[1]) or name)
+        ending = next((end for end in short if end not in taken and not end[0].isdigit()), None)
+        if ending is None:
+            return _regex(chosen)
+        endings[ending] = None
+    return tuple(endings)
+
+
+def _regex(chosen: set[str]) -> str:
+    stacks: dict[str, set[str]] = {}
+    whole = set()
+    for name in chosen:
+        stack, inner = _split(name)
+        if inner:
+            pattern = r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in inner)
+            stacks.setdefault(re.escape(stack), set()).add(pattern)
+        else:
+            whole.add(re.escape(name))
+    by_inner: dict[str, list[str]] = {}
+    for stack, patterns in sorted(stacks.items()):
+        by_inner.setdefault("|".join(sorted(patterns)), []).append(stack)
+    parts = [rf"({'|'.join(names)})\.\d+\.({inner})" for inner, names in by_inner.items()]
+    return "|".join([*parts, *sorted(whole)])
+
+
+def _peft_config(model: nn.Module, targets: Targets, **limits: Any) -> Any:
+    """The LoraConfig as PEFT will see it, after its renames for fused experts."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    if isinstance(targets.names, str) and limits.get("layers_to_transform") is not None:
+        raise AdapterError(
+            f"lora.layers_to_transform needs target_modules as a list; here they are one regex: {targets.names}",
+            fix="write the layers into the regex, or list name endings",
+        )
+    try:
+        config = LoraConfig(target_modules=targets.for_peft, **limits)
+    except ValueError as error:
+        raise AdapterError(f"lora: PEFT refuses these settings: {error}") from error
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+        experts = sorted(config.target_parameters or ())
+    except ValueError as error:
+        experts = [str(error)]
+    if experts:
+        raise AdapterError(
+            f"lora.target_modules: {_show(targets)} name fused experts of {_architecture(model)} "
+            f"({', '.join(experts)}), which are not adapted here.",
+            fix="lora.target_modules: auto, or all-linear (both leave them out)",
+        )
+    return config
+
+
+def _becomes_expert_parameter(model: nn.Module, leaf: str) -> bool:
+    try:
+        _peft_config(model, Targets((leaf,), ""))
+    except AdapterError:
+        return True
+    return False
+
+
+# --- messages -----------------------------------------------------------------------------------------------------
+
+
+def _refuse_unmatched(model: nn.Module, targets: Targets) -> None:
+    modules = [name for name, _ in model.named_modules() if name]
+    leaves = sorted({_leaf(name) for name in modules if _is_matmul(model.get_submodule(name))})
+    architecture = _architecture(model)
+    fix = "lora.target_modules: auto"
+    if not targets.names:
+        raise AdapterError(f"lora.target_modules is empty.{_what_exists(model)}", fix=fix)
+    if isinstance(targets.names, str):
+        try:
+            pattern = re.compile(targets.names)
+        except re.error as error:
+            raise AdapterError(f"lora.target_modules: {targets.names!r} is no regular expression: {error}") from error
+        missing = [] if any(pattern.fullmatch(name) for name in modules) else [targets.names]
+        listed = [part.strip() for part in targets.names.split(",")]
+        if all(part in leaves for part in listed):
+            fix = f"a string is a regular expression over full names; for endings write a list: [{', '.join(listed)}]"
+    else:
+        endings = {ending for name in modules for ending in _endings(name)}
+        missing = [name for name in targets.names if name not in endings]
+    if not missing:
+        return
+    lines = []
+    for name in missing:
+        near = [leaf for leaf in difflib.get_close_matches(_leaf(name), leaves, n=3, cutoff=0.6) if leaf != name]
+        lines.append(f"no module of {architecture} matches {name!r}" + (f" (near: {', '.join(near)})" if near else ""))
+    raise AdapterError("lora.target_modules: " + "; ".join(lines) + f".{_what_exists(model)}", fix=fix)
+
+
+def _what_exists(model: nn.Module) -> str:
+    counts = Counter(_leaf(name) for name, module in model.named_modules() if _is_matmul(module))
+    return " Its linear layers: " + (", ".join(f"{leaf} x{count}" for leaf, count in counts.items()) or "none")
+
+
+def _architecture(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__)
+
+
+def _show(targets: Targets) -> str:
+    return targets.names if isinstance(targets.names, str) else ", ".join(targets.names)
+
+
+def _cell(targets: Targets) -> str:
+    names = (targets.names,) if isinstance(targets.names, str) else targets.names
+    return " ".join("`" + name.replace("|", r"\|") + "`" for name in names)
