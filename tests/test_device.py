@@ -1,4 +1,4 @@
-"""device.py: limits of control groups, instruction sets, cards and the compute dtype, on machines made of text files."""
+"""device.py: control groups, instruction sets, cards and the compute dtype, on machines made of text files."""
 
 from __future__ import annotations
 
@@ -154,7 +154,10 @@ def test_cards_decide_by_the_oldest_one() -> None:
     assert "slow" in compute_dtype(cuda((7, 0)), "bf16")[1]
 
 
-CSV = "0, GPU-aaa, NVIDIA H100 80GB HBM3, 81559, 81000, 9.0\n1, GPU-bbb, Tesla T4, 15360, 15000, 7.5\n2, GPU-ccc, X, [N/A], 1, 9.0\n"
+CSV = """0, GPU-aaa, NVIDIA H100 80GB HBM3, 81559, 81000, 9.0
+1, GPU-bbb, Tesla T4, 15360, 15000, 7.5
+2, GPU-ccc, X, [N/A], 1, 9.0
+"""
 
 
 def test_cards_are_read_from_the_drivers_table() -> None:

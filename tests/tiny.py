@@ -4,7 +4,7 @@ Every hidden size is a multiple of 64 (one 4-bit block), attention is grouped wh
 (4 query heads, 2 key/value heads), every dropout is 0, and the initial weights are ten times larger than usual:
 with the usual 0.02 attention is nearly uniform, and a test could not tell a wrong mask from a right one.
 
-Import it as `from tests import tiny` or `import tiny`, whichever the test layout offers.
+Use: `from tests import tiny`.
 """
 
 from __future__ import annotations

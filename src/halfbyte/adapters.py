@@ -15,6 +15,7 @@ import shutil
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +129,7 @@ class PeftModel(_PeftModel):
 
     @classmethod
     def from_pretrained(cls, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
-        codec.make_safe(model)
+        make_ready(model)
         return own_class(_PeftModel.from_pretrained(model, model_id, *args, **kwargs))
 
 
@@ -147,15 +148,8 @@ def prepare_model_for_kbit_training(
 
     Args: as PEFT's (`peft/utils/other.py`, `prepare_model_for_kbit_training`).
     """
-    from halfbyte import device as machine
-
     freeze(model)
-    codec.make_safe(model)
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    if on_cpu:
-        _leave_fp16(model, machine.compute_dtype(machine.detect(), "auto"))
-    else:
-        codec.set_compute_dtype(model, model.dtype)
+    on_cpu = make_ready(model)
     if use_gradient_checkpointing and (gradient_checkpointing_kwargs is not None or not on_cpu):
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs or {})
@@ -164,23 +158,37 @@ def prepare_model_for_kbit_training(
     return model
 
 
-def _leave_fp16(model: Any, chosen: tuple[str, str]) -> None:
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[chosen[0]]
-    asked = {m.compute_dtype for _, m in codec.linears_4bit(model)}
-    other = [p for p in model.parameters() if p.is_floating_point() and p.dtype in (torch.float16, torch.bfloat16)]
-    was_fp16 = torch.float16 in asked or any(p.dtype == torch.float16 for p in other)
-    for parameter in other:
-        parameter.data = parameter.data.to(dtype)
+def make_ready(model: Any) -> bool:
+    """Safe to evaluate, and on a CPU in a dtype that it multiplies. Returns whether the model is on a CPU."""
+    codec.make_safe(model)
+    if next(model.parameters()).device.type != "cpu":
+        return False
+    layers = codec.linears_4bit(model)
+    half = [p for p in model.parameters() if p.dtype == torch.float16]
+    asked_fp16 = bool(half) or any(layer.compute_dtype == torch.float16 for _, layer in layers)
+    if not asked_fp16:
+        # forward and backward dequantise to one dtype, the one that the residual stream has
+        codec.set_compute_dtype(model, model.dtype if model.dtype in (torch.bfloat16, torch.float32) else torch.float32)
+        return True
+    from halfbyte import device as machine
+
+    name, reason = machine.compute_dtype(machine.detect(), "auto")
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.to(dtype)
     for buffer in model.buffers():
         if buffer.dtype == torch.float16:
             buffer.data = buffer.data.to(dtype)
     codec.set_compute_dtype(model, dtype)
     model.config.dtype = dtype
-    if was_fp16:
-        warnings.warn(
-            f"float16 was asked for, but a CPU cannot train in it; computing in {chosen[0]} ({chosen[1]}).",
-            stacklevel=3,
-        )
+    _say_once(f"float16 was asked for, but a CPU cannot train in it; computing in {name} ({reason}).")
+    return True
+
+
+@cache
+def _say_once(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
 
 
 def summary(adapted: Any) -> Summary:

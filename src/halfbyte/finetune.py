@@ -22,7 +22,7 @@ from halfbyte.errors import DataError
 from halfbyte.generate import Sampling
 from halfbyte.layers import packing
 from halfbyte.recipe import Loaded, Origin, Recipe, load_recipe, rows, to_yaml
-from halfbyte.run import RunFolder, versions, write_json_atomic
+from halfbyte.run import RunFolder, versions
 from halfbyte.train import StepTrainer, training_arguments
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ def resolve(loaded: Loaded) -> Resolution:
     auto = {
         "quant.compute_dtype": device.compute_dtype(machine, recipe.quant.compute_dtype),
         "lora.target_modules": (chosen.names, chosen.reason),
-        "train.gradient_checkpointing": (plan.gradient_checkpointing, plan.reasons[1].partition(": ")[2]),
-        "train.max_tokens_per_pass": (plan.max_tokens_per_pass, plan.reasons[0].partition(": ")[2]),
+        "train.gradient_checkpointing": (plan.gradient_checkpointing, plan.reasons["gradient_checkpointing"]),
+        "train.max_tokens_per_pass": (plan.max_tokens_per_pass, plan.reasons["max_tokens_per_pass"]),
     }
     resolved = []
     for field, value, origin in rows(loaded):
@@ -112,7 +112,7 @@ def resolve(loaded: Loaded) -> Resolution:
         f"model     {found.id}{revision}",
         f"data      {data_note(prepared)}; {count_steps(prepared)} steps of {rows_per_step(recipe)} rows",
         f"adapters  on {len(modules)} modules, {trainable:,} parameters train",
-        *plan.text(),
+        *plan.text_lines(),
     ]
     return Resolution(resolved, [*lines, *(f"warning: {w}" for w in loaded.warnings)])
 
@@ -188,7 +188,7 @@ def make_plan(prepared: Prepared, machine: device.Device, model: Any, modules: l
         prepared.train.lengths,
         labelled=prepared.train.labelled,
         trainable=targets.lora_parameter_count(model, modules, recipe.lora.r, recipe.lora.rank_pattern),
-        facts=shapes.facts(shapes.read_config(folder), specs),
+        facts=shapes.facts_of(shapes.read_config(folder), specs),
         resident_bytes=lambda spec: quant.encoded_bytes(spec, recipe.quant, itemsize),
     )
 
@@ -235,18 +235,17 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     model = adapters.add(opened.model, recipe.lora, chosen, seed=recipe.train.seed)
     tell.note(f"adapters  {adapters.summary(model)} ({chosen.reason})")
     proof = packing.prove(model)
-    packing.install(model, proof.layout)
     notices += [] if proof.ok else [f"packing: {proof.reason}"]
     tell.note(f"packing   {proof.mode}: {proof.reason}")
-    for reason in plan.reasons:
-        tell.note(f"plan      {reason}")
+    for name, why in plan.reasons.items():
+        tell.note(f"plan      {name} {getattr(plan, name)}: {why}")
     tell.note(f"plan      peak memory about {plan.peak_bytes / 1e9:.2f} GB of {plan.available_bytes / 1e9:.1f} GB free")
     for notice in notices:
         tell.note(f"note      {notice}")
     if plan.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    run = RunFolder.open(out, need_adapter=False) if resume else RunFolder.create(out, to_yaml(recipe))
-    with run.lock(), stop_on_signals() as stop:
+    folder = RunFolder.reopen(out) if resume else RunFolder.create(out, to_yaml(recipe))
+    with folder as run, stop_on_signals() as stop:
         story = _Story(run, prepared, opened, model, plan, proof, machine, tell, stop, tuple(notices))
         return story.tell_it(resume=resume)
 
@@ -272,7 +271,7 @@ class _Story:
         budget = self.plan.max_tokens_per_pass
         steps = plan_steps(self.prepared, max_tokens_per_pass=budget, examples_per_pass=examples_per_pass)
         planned = {**self.plan.to_json(), "steps": len(steps), "tokens": sum(s.tokens for s in steps)}
-        write_json_atomic(run.plan, planned)
+        run.write_plan(planned)
         held_out = self.prepared.evaluation
         batches: Any = ()
         if held_out is not None:
@@ -325,6 +324,7 @@ class _Story:
         found = self.prepared.checkpoint
         dtype = base.DTYPES[recipe.lora.save_dtype]
         adapters.save(self.model, run.adapter, base_id=found.id, revision=found.revision, dtype=dtype)
+        used = callbacks.process_memory()
         card = max((c.total_bytes - c.free_bytes for c in self.machine.cards), default=None)
         report = reporting.build(
             run.read_metrics(),
@@ -334,12 +334,13 @@ class _Story:
                 peak_rss_bytes=self.plan.peak_bytes if card is None else None,
                 peak_device_bytes=None if card is None else self.plan.peak_bytes,
             ),
-            peak_device_bytes=callbacks.process_memory().get("peak_device_bytes"),
+            peak_rss_bytes=used["peak_rss_bytes"],
+            peak_device_bytes=used.get("peak_device_bytes"),
             versions=versions(),
             machine=self.machine.to_json(),
             notices=self.notices,
         ).to_json()
-        write_json_atomic(run.report, report)
+        run.write_report(report)
         return Outcome(run.path, report, len(steps))
 
     def write_adapter(self, folder: Path) -> None:
@@ -387,7 +388,7 @@ def open_run(path: Path) -> Opened:
     opened = base.open_base(found, recipe.quant, device.detect(), trust_remote_code=recipe.trust_remote_code)
     model = adapters.load(opened.model, run.adapter)
     model.eval()
-    packing.install(model, packing.prove(model).layout)
+    packing.prove(model)  # leaves the model set up for what it has proven
     return Opened(path, recipe, found, model, opened.tokenizer)
 
 

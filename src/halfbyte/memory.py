@@ -95,7 +95,8 @@ def plan(
     """Choose `max_tokens_per_pass` and `gradient_checkpointing`, and count what the run will take.
 
     Without recomputation and in passes as large as fit in half of the free memory; else smaller passes, down to the
-    longest example alone; else recomputation; else the smallest there is, with a warning. The recipe's own values win.
+    longest example alone; else recomputation, then in nine tenths of it; else the smallest there is, with a warning.
+    The recipe's own values win.
 
     Args:
         lengths: tokens of each training example; `labelled`: how many of them carry a label (none given: all do).
@@ -118,12 +119,8 @@ def plan(
     largest = asked_tokens or max(longest, min(MAX_TOKENS_PER_PASS, step))
     smallest = max(longest, asked_tokens or 0)
     choices = (False, True) if asked_again is None else (asked_again,)
-    fitting = (
-        (again, budget)
-        for budget in (COMFORT, LIMIT)
-        for again in choices
-        if cost[again].bytes(min(smallest, step)) <= room[budget]
-    )
+    measures = (*((again, COMFORT) for again in choices), (choices[-1], LIMIT))
+    fitting = ((again, b) for again, b in measures if cost[again].bytes(min(smallest, step)) <= room[b])
     again, budget = next(fitting, (choices[-1], None))
     tokens = smallest if budget is None else max(smallest, min(largest, cost[again].tokens(room[budget])))
     counted = min(tokens, max(step, longest))
@@ -173,7 +170,9 @@ class _Cost:
         linears = [s for s in specs if s.role == "linear"]
         # PEFT's LoRA layer keeps its input in fp32, and once more after a dropout. The inputs' total width is about
         # half of what the trained parameters say: r * (in + out) for each target.
-        width = min(trainable / max(1, recipe.lora.r) / 2, sum(min(s.shape) for s in linears)) / layers
+        width = (
+            min(trainable / max(1, recipe.lora.r) / 2, sum(s.shape[0 if s.transposed else 1] for s in linears)) / layers
+        )
         kept = 4 * width * (2 if recipe.lora.lora_dropout else 1)
         # two norms keep fp32 inputs, attention keeps query, key, value and output, the MLP four intermediate tensors
         layer = 2 * 4 * hidden + 4 * itemsize * hidden + 4 * itemsize * mlp + kept

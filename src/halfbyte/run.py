@@ -94,7 +94,7 @@ class RunFolder:
             os.rename(temporary, path)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster
+            if path.exists():  # another process was faster
                 raise _exists(path) from error
             if error.errno in _FULL:
                 raise RunError(

@@ -1,4 +1,4 @@
-"""Tiny tokenizers made on the spot, byte-level and SentencePiece-like, chat templates of every kind, and SmolLM2's own."""
+"""Tiny tokenizers made on the spot, byte-level and SentencePiece-like; chat templates of every kind; SmolLM2's own."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ GEMMA = (
 MISTRAL = (
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}"
     "{% endif %}{% endfor %}{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' }}"
-    "{% if loop.index0 == ns.last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n\n' }}{% endif %}"
+    "{% if loop.index0 == ns.last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n\n' }}"
+    "{% endif %}"
     "{{ m['content'] + '[/INST]' }}{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + eos_token }}"
     "{% endif %}{% endfor %}"
 )
@@ -78,7 +79,7 @@ def _wrap(tokenizer: Tokenizer, template: str | None, eos: str | None) -> PreTra
 
 
 def byte_level(template: str | None = None, *, eos: str | None = "</s>") -> Any:
-    """As GPT-2's: every text is cut anywhere and comes back exactly. Knows `\\n\\n` and `\\n\\n\\n` as one token each."""
+    """As GPT-2's: a text can be cut anywhere and comes back exactly. Runs of line ends are one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -107,6 +107,10 @@ def test_a_row_over_the_budget_is_a_pass_of_its_own() -> None:
     assert arrange([0, 1, 2], [30, 500, 30], 100, None) == ((1,), (0, 2))
 
 
+def test_at_most_so_many_examples_a_pass() -> None:
+    assert arrange(range(5), [5] * 5, 100, 2) == ((0, 1), (2, 3), (4,))
+
+
 def test_one_example_a_pass_keeps_the_order() -> None:
     assert arrange([2, 0, 1], [30, 500, 30], 100, 1) == ((2,), (0,), (1,))
 

@@ -11,9 +11,9 @@ import torch
 import transformers
 from torch import Tensor
 
-import tiny
 from halfbyte.errors import BaseModelError
 from halfbyte.layers import attention, packing, rows
+from tests import tiny
 
 LENGTHS = {"uneven": [5, 1, 9, 3], "equal": [6, 6, 6], "ones": [1, 1, 2]}
 LAYOUT = dict.fromkeys(tiny.ARCHITECTURES, "cu_seq_lens") | {"bloom": "rows", "mpt": "rows", "falcon": "position_ids"}
@@ -128,6 +128,19 @@ def test_the_models_own_loss_takes_the_same_inputs(name: str) -> None:
         loss = model(**packing.forward_inputs(model, collated(batch))).loss
         alone = loss_sum(logits_alone(stock, batch), batch) / sum(len(b) - 1 for b in batch)
     assert loss.item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_logits_of_chosen_tokens(name: str) -> None:
+    """Positions count along the pack in every layout, also where the body runs on rows."""
+    model = tiny.model(name)
+    packing.install(model)
+    inputs = packing.forward_inputs(model, collated(examples(LENGTHS["uneven"])))
+    inputs.pop("labels")
+    keep = torch.tensor([2, 5, 6, 17])
+    with torch.no_grad():
+        some, every = model(**inputs, logits_to_keep=keep).logits[0], model(**inputs).logits[0]
+    torch.testing.assert_close(some, every[keep], **FP32)
 
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)

