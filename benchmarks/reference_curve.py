@@ -1,9 +1,10 @@
 """The loss curve of the plain stack, as a reference that halfbyte must meet step for step.
 
-What: SmolLM2-135M in NF4 (double quantisation, bf16), LoRA r 16 on q_proj and v_proj, dropout 0, batch 4 x 4, 50 steps of
-GSM8K, through transformers + peft + bitsandbytes as their users write it: `prepare_model_for_kbit_training`, `Trainer`
-with `bf16=True`, dynamic padding, completion-only labels. Rows and their order are halfbyte's (same seed), so the two
-curves can be compared point by point; token ids and labels come from halfbyte's data rooms, everything else is theirs.
+What: SmolLM2-135M in NF4 (double quantisation, bf16), LoRA r 16 on q_proj and v_proj, dropout 0, batch 4 x 4, 50
+steps of GSM8K, through transformers + peft + bitsandbytes as their users write it (`prepare_model_for_kbit_training`,
+`Trainer` with `bf16=True`, dynamic padding, completion-only labels). Rows and their order are halfbyte's (same seed),
+so the two curves can be compared point by point; token ids and labels come from halfbyte's data rooms, everything else
+is theirs.
 
     python benchmarks/reference_curve.py plain    GSM8K/train.jsonl --out benchmarks/reference_curve.json
     python benchmarks/reference_curve.py halfbyte GSM8K/train.jsonl --compare benchmarks/reference_curve.json
@@ -39,17 +40,18 @@ def overrides(steps: int) -> list[str]:
 
 def plain(data: Path, steps: int) -> dict[str, Any]:
     import torch
+    from halfbyte.recipe import recipe_from
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
     from halfbyte import finetune
-    from halfbyte.recipe import recipe_from
 
-    prepared = finetune.read_data(recipe_from("smollm2-135m", str(data), overrides(steps)).recipe)
-    planned = finetune.plan_run(prepared, max_tokens_per_pass=10**9, examples_per_pass=1)
+    prepared = finetune.prepare(recipe_from("smollm2-135m", str(data), overrides(steps)).recipe)
+    planned = finetune.plan_steps(prepared, max_tokens_per_pass=10**9, examples_per_pass=1)
     order = [row for step in planned for (row,) in step.passes]
     items = [
-        {"input_ids": list(prepared.train[r].input_ids), "labels": list(prepared.train[r].labels)} for r in order
+        {"input_ids": list(prepared.train.examples[r].input_ids), "labels": list(prepared.train.examples[r].labels)}
+        for r in order
     ]
 
     def pad(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -104,8 +106,9 @@ def plain(data: Path, steps: int) -> dict[str, Any]:
 
 
 def halfbyte(data: Path, steps: int) -> dict[str, Any]:
-    from halfbyte import finetune
     from halfbyte.recipe import recipe_from
+
+    from halfbyte import finetune
 
     with tempfile.TemporaryDirectory() as out:
         values = [*overrides(steps), "train.lr_scheduler_type=linear", f"output={out}/run"]

@@ -110,7 +110,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage: str, tmp_path: Path) -> Non
 
 
 def test_no_whole_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="no whole checkpoint to resume from .* it has none"):
+    with pytest.raises(RunError, match=r"no whole checkpoint to resume from .* it has none"):
         checkpoint.newest(tmp_path)
     (tmp_path / "step-000010").mkdir()
     with pytest.raises(RunError, match="found only damaged ones: step-000010"):

@@ -12,7 +12,7 @@ import torch
 from halfbyte import adapters
 from tests import tiny
 
-SCRIPT = '''
+SCRIPT = """
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 from {module} import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -34,7 +34,7 @@ model.save_pretrained("./lora_adapters")
 base = AutoModelForCausalLM.from_pretrained(model_id, quantization_config=bnb_config, device_map="auto")
 loaded = PeftModel.from_pretrained(base, "./lora_adapters")
 generated = loaded.generate(input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=5, do_sample=False)
-'''
+"""
 
 TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"], "bloom": ["query_key_value"]}
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from halfbyte.errors import SourceError
-from halfbyte.shapes import Facts, facts_of, nf4_bytes, read_checkpoint, read_facts, read_header, spec_of
+from halfbyte.shapes import Facts, facts_of, nf4_bytes, read_checkpoint, read_config, read_header, spec_of
 
 
 def folder(root: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any] | None = None) -> Path:
@@ -211,11 +211,9 @@ def test_facts_under_every_config_spelling(tmp_path: Path) -> None:
     }
     assert facts_of(towers, []) == Facts("x", 64, 96, 2, 9, tied_head=True)
     tensors = {"model.embed_tokens.weight": torch.zeros(32, 8), "model.layers.4.mlp.up_proj.weight": torch.zeros(4, 8)}
-    read = read_facts(
-        folder(
-            tmp_path, {**tensors, "lm_head.weight": torch.zeros(32, 8)}, {"num_experts": 4, "num_experts_per_tok": 2}
-        )
-    )
+    config = {"num_experts": 4, "num_experts_per_tok": 2}
+    folder(tmp_path, {**tensors, "lm_head.weight": torch.zeros(32, 8)}, config)
+    read = facts_of(read_config(tmp_path), read_checkpoint(tmp_path))
     assert read == Facts("llama", 8, 32, 5, 32, experts=4, experts_per_token=2, tied_head=False)
 
 

@@ -25,77 +25,15 @@ TEST_ROWS = 64
 
 # The shop delivers to these cities. The last few customers occur only in the held-out rows.
 CITIES = (
-    "Paris",
-    "London",
-    "Rome",
-    "Boston",
-    "Chicago",
-    "Oxford",
-    "Cambridge",
-    "Berlin",
-    "Madrid",
-    "Vienna",
-    "Oslo",
-    "Dallas",
-    "Denver",
-    "Seattle",
-    "Toronto",
-    "Tokyo",
-    "Milan",
-    "Geneva",
-    "Miami",
-    "Athens",
-)
+    "Paris", "London", "Rome", "Boston", "Chicago", "Oxford", "Cambridge", "Berlin", "Madrid", "Vienna", "Oslo",
+    "Dallas", "Denver", "Seattle", "Toronto", "Tokyo", "Milan", "Geneva", "Miami", "Athens",
+)  # fmt: skip
 NAMES = (
-    "Anna",
-    "Ben",
-    "David",
-    "Henry",
-    "Jack",
-    "Maria",
-    "Simon",
-    "Victor",
-    "Alice",
-    "Daniel",
-    "Frank",
-    "Martin",
-    "Peter",
-    "Sarah",
-    "Thomas",
-    "Adam",
-    "Chris",
-    "Greg",
-    "James",
-    "Sam",
-    "William",
-    "Fred",
-    "Kim",
-    "Mark",
-    "Tim",
-    "Carl",
-    "Edward",
-    "Jane",
-    "Max",
-    "Emma",
-    "Laura",
-    "Grace",
-    "Karen",
-    "Oscar",
-    "Julia",
-    "Nina",
-    "Kevin",
-    "Emily",
-    "Paul",
-    "Alex",
-    "Tom",
-    "George",
-    "Robert",
-    "Andrew",
-    "Joseph",
-    "Michael",
-    "Samuel",
-    "Elizabeth",
-)
+    "Anna", "Ben", "David", "Henry", "Jack", "Maria", "Simon", "Victor", "Alice", "Daniel", "Frank", "Martin",
+    "Peter", "Sarah", "Thomas", "Adam", "Chris", "Greg", "James", "Sam", "William", "Fred", "Kim", "Mark", "Tim",
+    "Carl", "Edward", "Jane", "Max", "Emma", "Laura", "Grace", "Karen", "Oscar", "Julia", "Nina", "Kevin", "Emily",
+    "Paul", "Alex", "Tom", "George", "Robert", "Andrew", "Joseph", "Michael", "Jim", "Elizabeth",
+)  # fmt: skip
 HELD_OUT_NAMES = 8
 
 COLOURS = ("red", "blue", "green", "black", "white", "yellow")
@@ -113,10 +51,9 @@ PRODUCTS = {
 }
 SIZED = ("shirt", "jacket")
 SIZES = {"S": "small", "M": "medium", "L": "large"}
-MISSPELT = {"yellow": "yelow", "jacket": "jaket", "jackets": "jakets", "scarves": "scarfs"}
+MISSPELT = {"jacket": "jaket", "jackets": "jakets", "scarves": "scarfs"}
 
-WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-SAYINGS = {1: "a", 2: "a pair of"}
+WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CONTENT = {*COLOURS, *PRODUCTS, *PRODUCTS.values(), *SIZES.values(), *MISSPELT.values(), *WORDS}
 DAYS = {"Mon": "Monday", "Tue": "Tuesday", "Wed": "Wednesday", "Thu": "Thursday", "Fri": "Friday"}
 
@@ -131,7 +68,7 @@ REQUESTS = (
     "for our {city} office: {items}{by}.",
     "order for {city}{by}: {items}.",
 )
-BY = (" by {day}", " before {day}", " on {day}", " no later than {day}", ", {day} at the latest", " for {day}")
+BY = (" by {day}", " by end of {day}", " on {day}", " no later than {day}", ", {day} at the latest", " for {day}")
 CHATTER = (
     "The last ones were great.",
     "It's for a birthday.",
@@ -188,26 +125,24 @@ def draw_order(dice: Dice, names: Sequence[str]) -> Order:
         item = f"{dice.pick(COLOURS)} {product}"
         if product in SIZED:
             item += f" {dice.pick(tuple(SIZES))}"
-        qty = dice.pick(tuple(SAYINGS)) if dice.chance(0.3) else 1 + dice.below(len(WORDS))
-        items.append((item, qty))
+        items.append((item, 1 + dice.below(len(WORDS))))
     return Order(dice.pick(names), tuple(items), dice.pick(CITIES), dice.pick(tuple(DAYS)))
 
 
 def say_item(dice: Dice, item: str, qty: int) -> str:
-    """`("red shirt L", 2)` -> "two red shirts in large", "2x red shirt (L)", "a pair of red shirts (L)"..."""
+    """`("red shirt L", 2)` -> "two red shirts (L)", "2x red shirt (large)", "2 red shirts (L)"..."""
     colour, product, *size = item.split()
     noun = product if qty == 1 else PRODUCTS[product]
-    if qty in SAYINGS and dice.chance(0.6):
-        count = SAYINGS[qty]
-    elif qty <= len(WORDS) and dice.chance(0.5):
-        count = WORDS[qty - 1]
+    if dice.chance(0.5):
+        count = "a" if qty == 1 else WORDS[qty - 1]
     elif dice.chance(0.3):
         count, noun = f"{qty}x", product
     else:
         count = str(qty)
-    colour, noun = (MISSPELT[w] if w in MISSPELT and dice.chance(0.25) else w for w in (colour, noun))
+    if noun in MISSPELT and dice.chance(0.25):
+        noun = MISSPELT[noun]
     if size:
-        return f"{count} {colour} {noun} " + dice.pick((f"in {SIZES[size[0]]}", f"({size[0]})"))
+        return f"{count} {colour} {noun} ({dice.pick((size[0], SIZES[size[0]]))})"
     return dice.pick((f"{count} {noun} in {colour}", f"{count} {colour} {noun}", f"{count} {colour} {noun}"))
 
 

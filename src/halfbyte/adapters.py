@@ -83,7 +83,9 @@ def add(model: Any, lora: Lora, targets: Targets, *, seed: int) -> Any:
     try:
         adapted = get_peft_model(model, lora_config(lora, targets))
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise AdapterError(f"lora: {_first_line(error)}", fix="halfbyte train RECIPE --dry-run shows each value") from error
+        raise AdapterError(
+            f"lora: {_first_line(error)}", fix="halfbyte train RECIPE --dry-run shows each value"
+        ) from error
     check_modules_to_save(adapted, lora.modules_to_save)
     return adapted
 
@@ -95,7 +97,9 @@ def check_modules_to_save(adapted: Any, asked: Any) -> None:
     found = {name.rsplit(".", 1)[-1] for name, m in adapted.named_modules() if isinstance(m, ModulesToSaveWrapper)}
     missing = sorted(set(asked or ()) - found)
     if missing:
-        leaves = {name.rsplit(".", 1)[-1] for name, m in adapted.get_base_model().named_modules() if not list(m.children())}
+        leaves = {
+            name.rsplit(".", 1)[-1] for name, m in adapted.get_base_model().named_modules() if not list(m.children())
+        }
         raise AdapterError(
             f"lora.modules_to_save names {missing}, which the model does not have.",
             fix=f"choose among {sorted(leaf for leaf in leaves if leaf and not leaf.isdigit())[:20]}",
@@ -199,14 +203,21 @@ def summary(adapted: Any) -> Summary:
     return Summary(tuple(sorted(names.items())), trainable, total)
 
 
+def loraplus_optimizer(adapted: Any, cls: Any, ratio: float, weight_decay: float, kwargs: dict[str, Any]) -> Any:
+    """An optimiser whose learning rate for B is `ratio` times that for A (LoRA+, arXiv:2402.12354)."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    return create_loraplus_optimizer(
+        adapted, cls, loraplus_lr_ratio=ratio, loraplus_weight_decay=weight_decay, **kwargs
+    )
+
+
 def without_gradient(adapted: Any) -> list[str]:
     """Trainable parameters that have no gradient after a backward: each is a silent failure."""
     return [n for n, p in adapted.named_parameters() if p.requires_grad and p.grad is None]
 
 
-def save(
-    adapted: Any, folder: Path, *, base_id: str, revision: str | None, dtype: torch.dtype = torch.float32
-) -> Path:
+def save(adapted: Any, folder: Path, *, base_id: str, revision: str | None, dtype: torch.dtype = torch.float32) -> Path:
     """Write `folder` in PEFT's format, whole or not at all; an older one there is replaced.
 
     Args:
@@ -233,9 +244,7 @@ def save(
     return folder
 
 
-def write_files(
-    adapted: Any, folder: Path, *, base_id: str, revision: str | None, dtype: torch.dtype | None
-) -> None:
+def write_files(adapted: Any, folder: Path, *, base_id: str, revision: str | None, dtype: torch.dtype | None) -> None:
     """Write PEFT's two adapter files (`adapter_model.safetensors`, `adapter_config.json`) into `folder`.
 
     Args:

@@ -1,7 +1,8 @@
 """Open a base: the frozen model in 4 bits, its tokenizer, and the proof that it is resident as the policy says.
 
 Why: transformers leaves what it cannot quantise (fused expert tensors, unknown module types) in 16 bits without a word,
-fills missing weights with random numbers under a warning, and loads a Linear4bit that an eval forward breaks (`quant.py`).
+fills missing weights with random numbers under a warning, and loads a Linear4bit that an eval forward breaks
+(`quant.py`).
 Cost: transformers quantises while loading; the check is one walk over the parameters.
 """
 
@@ -29,7 +30,7 @@ RESIDENT_TOLERANCE = 0.02
 
 @dataclass(frozen=True)
 class Base:
-    """A base that is open: `expected_bytes` is what the TensorSpecs say under the policy, `resident_bytes` what is there."""
+    """An open base. `expected_bytes` is what the TensorSpecs say under the policy, `resident_bytes` what is there."""
 
     model: Any
     tokenizer: Any
@@ -123,7 +124,9 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
                 f"{folder} brings Python code of its own (`auto_map` in config.json), which is not run unasked.",
                 fix="read that code; if you trust it, set `trust_remote_code: true` in the recipe",
             ) from error
-        raise BaseModelError(f"{folder / 'config.json'} is not a config that transformers knows: {_first_line(error)}") from error
+        raise BaseModelError(
+            f"{folder / 'config.json'} is not a config that transformers knows: {_first_line(error)}"
+        ) from error
     own_code = trust_remote_code and hasattr(config, "auto_map")
     if type(config) not in AutoModelForCausalLM._model_mapping and not own_code:
         raise BaseModelError(

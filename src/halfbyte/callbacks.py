@@ -1,6 +1,6 @@
 """What happens around a step: metrics, checkpoints by steps, minutes and signals, and the best adapter.
 
-Why: a run that is stopped at any moment loses at most the time since its last checkpoint, and none after SIGINT/SIGTERM.
+Why: a run that is stopped at any moment loses at most the time since its last checkpoint; SIGINT and SIGTERM save one.
 Source: `transformers/trainer_callback.py` (events and their order in `trainer.py`, `_run_epoch`).
 Cost: one JSON line a step; a checkpoint costs its files.
 """
@@ -115,7 +115,7 @@ class Best:
 
 
 @dataclass
-class RunCallback(TrainerCallback):  # type: ignore[misc]
+class RunCallback(TrainerCallback):
     """Writes the run folder while the Trainer trains.
 
     Args:
@@ -166,7 +166,9 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         elif due and state.global_step < state.max_steps:
             self.save("")
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any) -> None:
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
+    ) -> None:
         row: dict[str, Any] = {"step": state.global_step, **(metrics or {})}
         self.evals.append(row)
         self.run.append_metrics(row)

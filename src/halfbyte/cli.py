@@ -5,7 +5,6 @@ The only room that prints. A mistake of the user ends with one message and exit 
 
 from __future__ import annotations
 
-
 import os
 import sys
 from collections.abc import Callable
@@ -36,12 +35,23 @@ BaseOnly = Annotated[bool, typer.Option("--base", help="The base alone, without 
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml | MODEL | RUN", help="A recipe, a model, or with --resume a run folder.")],
-    data: Annotated[str | None, typer.Argument(metavar="[DATA.jsonl]", help="With a MODEL: the rows to train on.")] = None,
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE.yaml | MODEL | RUN", help="A recipe, a model, or with --resume a run folder."),
+    ],
+    data: Annotated[
+        str | None, typer.Argument(metavar="[DATA.jsonl]", help="With a MODEL: the rows to train on.")
+    ] = None,
     set_: Set = [],  # noqa: B006  typer copies it
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The run folder; short for --set output=...")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run folder.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every resolved value and where it came from; train nothing.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The run folder; short for --set output=...")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run folder.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print every resolved value and where it came from; train nothing.")
+    ] = False,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -237,7 +247,8 @@ def _load(recipe: str, data: str | None, overrides: list[str], *, resume: bool) 
             path = Path(load_recipe(path).recipe.output)
         if not (path / "recipe.yaml").is_file():
             raise RecipeError(
-                f"{path} is not a run folder: it has no recipe.yaml.", fix="halfbyte train RUN --resume, RUN as train made it"
+                f"{path} is not a run folder: it has no recipe.yaml.",
+                fix="halfbyte train RUN --resume, RUN as train made it",
             )
         return load_recipe(path / "recipe.yaml")
     if data is not None:
@@ -288,6 +299,3 @@ def _guard(call: Callable[[], Any]) -> int:
 
 def main() -> None:
     sys.exit(_guard(app))
-
-
-

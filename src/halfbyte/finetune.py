@@ -352,11 +352,13 @@ class _Story:
 def cadence(recipe: Recipe, total_steps: int, steps_per_epoch: int) -> Cadence:
     train = recipe.train
     steps = {"no": 0, "epoch": steps_per_epoch}.get(train.save_strategy, _count(train.save_steps, total_steps))
-    return Cadence(steps=steps, minutes=train.save_minutes, keep=train.save_total_limit, at_end=train.save_strategy != "no")
+    return Cadence(
+        steps=steps, minutes=train.save_minutes, keep=train.save_total_limit, at_end=train.save_strategy != "no"
+    )
 
 
 def eval_every(recipe: Recipe, train_rows: int) -> int:
-    """Steps between evaluations; 0 for none. The Trainer sees the whole run as one epoch, so epochs become steps here."""
+    """Steps between evaluations; 0 for none. The Trainer sees one epoch of all steps, so epochs become steps here."""
     train = recipe.train
     steps_per_epoch = math.ceil(train_rows / rows_per_step(recipe))
     if train.eval_strategy == "no":
@@ -404,7 +406,9 @@ def evaluate(
     """Score the adapter, and with `with_base` the base alone, on the same rows. Keys: `base`, `adapter`."""
     path = data or (Path(opened.recipe.data.eval) if opened.recipe.data.eval else None)
     if path is None:
-        raise DataError("the run has no held-out rows (data.eval).", fix=f"halfbyte eval {opened.run} --data ROWS.jsonl")
+        raise DataError(
+            "the run has no held-out rows (data.eval).", fix=f"halfbyte eval {opened.run} --data ROWS.jsonl"
+        )
     encoded = encode(opened.recipe, path, opened.tokenizer)
     examples = encoded.examples[:limit]
     per_pass = 1 if packing.installed(opened.model) == "single" else None

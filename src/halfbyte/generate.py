@@ -24,7 +24,7 @@ class Sampling:
     seed: int | None = None
 
 
-class _Stream(TextStreamer):  # type: ignore[misc]
+class _Stream(TextStreamer):
     def __init__(self, tokenizer: Any, emit: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.emit = emit
@@ -42,7 +42,7 @@ def chat_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens after which the assistant has finished: the model's own, the tokenizer's, and the turn's end in its template."""
+    """Tokens that end an answer: the model's own, the tokenizer's, and the end of turn in its template."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id}
     if tokenizer.chat_template:

@@ -93,8 +93,8 @@ def make_safe(model: torch.nn.Module) -> int:
 def set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> list[str]:
     """Make every 4-bit layer multiply in `dtype`, forward and backward. Returns the names whose dtype changed.
 
-    The backward dequantises to `quant_state.dtype` and the forward to the input's (`bitsandbytes/autograd/_functions.py`,
-    `MatMul4Bit`): unless the two are one dtype, forward and backward use different weights.
+    The backward dequantises to `quant_state.dtype` and the forward to the input's dtype (`MatMul4Bit` in
+    `bitsandbytes/autograd/_functions.py`): unless the two are one dtype, forward and backward use different weights.
     """
     changed = []
     for name, module in linears_4bit(model):

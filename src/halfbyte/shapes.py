@@ -200,12 +200,6 @@ def spec_of(name: str, shape: tuple[int, ...], dtype: str, config: Mapping[str, 
     return TensorSpec(name, shape, dtype, role, int(layer[1]) if layer else None, transposed)
 
 
-def read_facts(folder: Path) -> Facts:
-    """Sizes of the model in a folder; from its config alone where the weights are not in safetensors."""
-    specs = read_checkpoint(folder) if any(folder.glob("*.safetensors")) else []
-    return facts_of(read_config(folder), specs)
-
-
 def facts_of(config: Mapping[str, Any], specs: Iterable[TensorSpec]) -> Facts:
     """Sizes from the config; what it does not say is read from the tensors."""
     specs = list(specs)

@@ -102,7 +102,9 @@ class PlainListener:
 
     def evaluated(self, row: dict[str, Any]) -> None:
         best = "  (best so far)" if row.get("best") else ""
-        out.print(f"eval at step {row['step']}: loss {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:.3f}{best}")
+        out.print(
+            f"eval at step {row['step']}: loss {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:.3f}{best}"
+        )
 
     def saved(self, path: Path, reason: str) -> None:
         if not self.quiet:
@@ -122,14 +124,16 @@ class LiveListener(PlainListener):
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tokens/s  {task.fields[memory]}  ETA {task.fields[eta]}"),
+            TextColumn(
+                "loss {task.fields[loss]}  {task.fields[rate]} tokens/s  {task.fields[memory]}  ETA {task.fields[eta]}"
+            ),
             console=out,
         )
         self.task: Any = None
 
     def begin(self, total_steps: int, done_steps: int, log_every: int) -> None:
         super().begin(total_steps, done_steps, log_every)
-        empty = {"loss": "-", "rate": "-", "memory": "-", "eta": "-"}
+        empty: dict[str, Any] = {"loss": "-", "rate": "-", "memory": "-", "eta": "-"}
         self.task = self.bar.add_task("training", total=total_steps, completed=done_steps, **empty)
         self.bar.start()
 
@@ -191,7 +195,9 @@ def report(outcome: Any) -> None:
         + (f"   eval loss {row['eval_loss']:.4f}" if row["eval_loss"] is not None else "")
     )
     out.print(f"peak memory {gb(row['measured']['peak_rss_bytes'])} (planned {gb(row['planned']['peak_rss_bytes'])})")
-    text(f"adapter  {outcome.run}/adapter\n  next: halfbyte eval {outcome.run} --base   or   halfbyte chat {outcome.run}")
+    text(
+        f"adapter  {outcome.run}/adapter\n  next: halfbyte eval {outcome.run} --base   or   halfbyte chat {outcome.run}"
+    )
 
 
 def scores(values: dict[str, Score], samples: int) -> None:

@@ -1,8 +1,8 @@
 """The only door to transformers.Trainer: one item of the dataset is one whole optimiser step.
 
-Why: the rows that batch x accumulation take together are split into padding-free passes as memory allows. The Trainer
-sees batch 1 and accumulation 1; `training_step` loops over the passes, sums the loss over labelled tokens and divides it
-once. So any split gives the same optimisation, and the position in the data is the step's index.
+Why: the rows that batch x accumulation take together are split into padding-free passes as memory allows. The
+Trainer sees batch 1 and accumulation 1; `training_step` loops over the passes, sums the loss over labelled tokens and
+divides it once. So any split gives the same optimisation, and the position in the data is the step's index.
 Source: `transformers/trainer.py` (`training_step`, `evaluate`, `create_optimizer`: documented overrides).
 Cost: logits are made for labelled tokens only (`logits_to_keep`), one pass at a time.
 """
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from halfbyte.adapters import without_gradient
+from halfbyte.adapters import loraplus_optimizer, without_gradient
 from halfbyte.errors import TrainError
 from halfbyte.layers import loss
 
@@ -58,7 +58,9 @@ class StepRecord:
         return {**asdict(self), "tokens_per_second": self.tokens / self.seconds if self.seconds > 0 else 0.0}
 
 
-def training_arguments(train: Train, *, folder: Path, total_steps: int, fp16: bool, use_cpu: bool, eval_steps: int) -> Any:
+def training_arguments(
+    train: Train, *, folder: Path, total_steps: int, fp16: bool, use_cpu: bool, eval_steps: int
+) -> Any:
     """The recipe's `train:` as TrainingArguments for a run of `total_steps` items.
 
     Args:
@@ -87,13 +89,16 @@ def training_arguments(train: Train, *, folder: Path, total_steps: int, fp16: bo
     )
 
 
-class StepTrainer(Trainer):  # type: ignore[misc]
+class StepTrainer(Trainer):
     """A Trainer whose dataset yields `{"step": Step, "passes": [batch, ...]}`, each a whole optimiser step.
 
     Args:
         eval_batches: packed passes of held-out rows, as `data.collate` makes them.
         loraplus_lr_ratio: learning rate of B over that of A (LoRA+, arXiv:2402.12354); None for one rate.
     """
+
+    optimizer: Any
+    control: Any
 
     def __init__(
         self,
@@ -109,7 +114,9 @@ class StepTrainer(Trainer):  # type: ignore[misc]
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.last: StepRecord | None = None
         self.where_rows: Callable[[Any], str] = lambda step: ""
-        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=[], callbacks=list(callbacks))
+        super().__init__(
+            model=model, args=args, train_dataset=train_dataset, eval_dataset=[], callbacks=list(callbacks)
+        )
         self.loss_is_scaled_for_ga = True
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
@@ -122,12 +129,8 @@ class StepTrainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, model: Any = None) -> Any:
         if self.loraplus_lr_ratio is None or self.optimizer is not None:
             return super().create_optimizer(model)
-        from peft.optimizers import create_loraplus_optimizer
-
         cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = create_loraplus_optimizer(
-            self.model, cls, loraplus_lr_ratio=self.loraplus_lr_ratio, loraplus_weight_decay=self.args.weight_decay, **kwargs
-        )
+        self.optimizer = loraplus_optimizer(self.model, cls, self.loraplus_lr_ratio, self.args.weight_decay, kwargs)
         return self.optimizer
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -202,4 +205,3 @@ class StepTrainer(Trainer):  # type: ignore[misc]
 def _only(items: list[dict[str, Any]]) -> dict[str, Any]:
     (item,) = items
     return item
-
