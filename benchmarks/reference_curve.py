@@ -40,11 +40,11 @@ def overrides(steps: int) -> list[str]:
 
 def plain(data: Path, steps: int) -> dict[str, Any]:
     import torch
-    from halfbyte.recipe import recipe_from
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
     from halfbyte import finetune
+    from halfbyte.recipe_file import recipe_from
 
     prepared = finetune.prepare(recipe_from("smollm2-135m", str(data), overrides(steps)).recipe)
     planned = finetune.plan_steps(prepared, max_tokens_per_pass=10**9, examples_per_pass=1)
@@ -106,9 +106,8 @@ def plain(data: Path, steps: int) -> dict[str, Any]:
 
 
 def halfbyte(data: Path, steps: int) -> dict[str, Any]:
-    from halfbyte.recipe import recipe_from
-
     from halfbyte import finetune
+    from halfbyte.recipe_file import recipe_from
 
     with tempfile.TemporaryDirectory() as out:
         values = [*overrides(steps), "train.lr_scheduler_type=linear", f"output={out}/run"]

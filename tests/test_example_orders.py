@@ -89,7 +89,7 @@ def test_answers_are_compact_json_of_one_schema(generator: ModuleType) -> None:
             assert 1 <= len(order["items"]) <= 3
             for item in order["items"]:
                 assert list(item) == ["item", "qty"]
-                assert type(item["qty"]) is int and 1 <= item["qty"] <= 10
+                assert type(item["qty"]) is int and 1 <= item["qty"] <= 9
                 found = items.fullmatch(item["item"])
                 assert found, item
                 assert bool(found[3]) == (found[2] in generator.SIZED), item
@@ -103,7 +103,7 @@ def test_every_answer_can_be_read_off_its_email(generator: ModuleType) -> None:
         assert order["by"].lower() in said
         for item in order["items"]:
             qty = item["qty"]
-            words = (generator.WORDS[qty - 1], f"{qty}x?", generator.SAYINGS.get(qty, str(qty)))
+            words = ("a" if qty == 1 else generator.WORDS[qty - 1], f"{qty}x?")
             assert any(re.search(rf"\b{word}\b", said) for word in words), (email, item)
 
 

@@ -95,10 +95,9 @@ class Cadence:
 
 @dataclass
 class Best:
-    """The best evaluation so far, kept as an adapter in `checkpoints/best/` with `best.json`."""
+    """The best (lowest) evaluation so far, kept as an adapter in `checkpoints/best/` with `best.json`."""
 
     metric: str
-    greater_is_better: bool
     folder: Path
     value: float | None = None
     step: int | None = None
@@ -111,7 +110,7 @@ class Best:
                 self.value, self.step = row["value"], row["step"]
 
     def better(self, value: float) -> bool:
-        return self.value is None or (value > self.value if self.greater_is_better else value < self.value)
+        return self.value is None or value < self.value
 
 
 @dataclass

@@ -57,11 +57,12 @@ def train(
 ) -> None:
     """Fine-tune: a recipe in, a working adapter out."""
     from halfbyte import show
-    from halfbyte.recipe import to_yaml
+    from halfbyte.recipe_file import to_yaml
 
     overrides = [*set_, *([f"output={output}"] if output is not None else [])]
     loaded = _load(recipe, data, overrides, resume=resume)
     if dry_run:
+        _tame_libraries()
         from halfbyte import finetune
 
         resolution = finetune.resolve(loaded)
@@ -94,7 +95,7 @@ def init(
     """Write a commented recipe to start from."""
     from halfbyte import show
     from halfbyte.errors import RecipeError
-    from halfbyte.recipe import init_template
+    from halfbyte.recipe_file import init_template
 
     if path.exists():
         raise RecipeError(f"{path} exists and is not overwritten.", fix="name another file: halfbyte init NAME.yaml")
@@ -234,7 +235,7 @@ def version() -> None:
 
 def _load(recipe: str, data: str | None, overrides: list[str], *, resume: bool) -> Loaded:
     from halfbyte.errors import RecipeError
-    from halfbyte.recipe import load_recipe, recipe_from
+    from halfbyte.recipe_file import load_recipe, recipe_from
 
     path = Path(recipe)
     if resume:
@@ -267,10 +268,11 @@ def _load(recipe: str, data: str | None, overrides: list[str], *, resume: bool) 
 
 def _tame_libraries() -> None:
     """No progress bars and no advice of libraries between our own lines; warnings meant for users come from us."""
+    import logging
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     import transformers

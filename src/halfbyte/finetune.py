@@ -21,7 +21,8 @@ from halfbyte.data import collate, pack, read, template
 from halfbyte.errors import DataError
 from halfbyte.generate import Sampling
 from halfbyte.layers import packing
-from halfbyte.recipe import Loaded, Origin, Recipe, load_recipe, rows, to_yaml
+from halfbyte.recipe import Loaded, Origin, Recipe, rows
+from halfbyte.recipe_file import load_recipe, to_yaml
 from halfbyte.run import RunFolder, versions
 from halfbyte.train import StepTrainer, training_arguments
 
@@ -363,7 +364,7 @@ def eval_every(recipe: Recipe, train_rows: int) -> int:
     steps_per_epoch = math.ceil(train_rows / rows_per_step(recipe))
     if train.eval_strategy == "no":
         return 0
-    if train.eval_strategy == "epoch":
+    if train.eval_strategy == "epoch" or (train.eval_strategy == "auto" and train.eval_steps is None):
         return steps_per_epoch
     total = pack.count_steps(
         train_rows, rows_per_step=rows_per_step(recipe), epochs=train.num_train_epochs, max_steps=train.max_steps
@@ -375,7 +376,6 @@ def best(recipe: Recipe, run: RunFolder) -> Best:
     name = recipe.train.metric_for_best_model or "loss"
     found = Best(
         metric=name if name.startswith("eval_") else f"eval_{name}",
-        greater_is_better=bool(recipe.train.greater_is_better),
         folder=run.checkpoints / "best",
     )
     found.restore()

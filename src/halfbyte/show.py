@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from halfbyte.callbacks import Listener
     from halfbyte.evaluate import Score
 
-out = Console(highlight=False, soft_wrap=True)
+# a pipe has no width: tables then take what they need
+_WIDTH = None if sys.stdout.isatty() else 160
+out = Console(highlight=False, soft_wrap=True, width=_WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -60,7 +62,8 @@ def ask() -> str:
 def resolution(value: Any) -> None:
     """Every resolved value with where it came from and why, then what follows from them."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("field", "value", "from", "why"):
+    table.add_column("field", no_wrap=True)
+    for column in ("value", "from", "why"):
         table.add_column(column, overflow="fold")
     for field, shown, origin in value.rows:
         style = {"default": "dim", "auto": "cyan"}.get(origin.kind, "")

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 NOT_FOR_TRAINER = frozenset(
     {
         "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "num_train_epochs",
-        "max_steps", "fp16", "bf16", "gradient_checkpointing", "gradient_checkpointing_kwargs", "save_strategy",
-        "save_steps", "save_total_limit", "save_minutes", "load_best_model_at_end", "metric_for_best_model",
-        "greater_is_better", "loraplus_lr_ratio", "max_tokens_per_pass", "data_seed", "eval_strategy", "eval_steps",
+        "max_steps", "fp16", "bf16", "gradient_checkpointing", "save_strategy", "save_steps", "save_total_limit",
+        "save_minutes", "load_best_model_at_end", "metric_for_best_model", "loraplus_lr_ratio", "max_tokens_per_pass",
+        "data_seed", "eval_strategy", "eval_steps",
     }
 )  # fmt: skip
 
