@@ -19,16 +19,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from halfbyte.docs import WELL_KNOWN, targets_table_markdown
 from halfbyte.errors import AdapterError, SourceError
 from halfbyte.targets import (
-    WELL_KNOWN,
     Targets,
     auto_targets,
     lora_parameter_count,
     matched,
     meta_model,
     resolve_targets,
-    targets_table_markdown,
 )
 
 # Types whose default configuration does not build, or has none of the layers that its real checkpoints have.

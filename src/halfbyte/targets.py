@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -212,31 +211,6 @@ def meta_model(config: Any, *, trust_remote_code: bool = False) -> Any:
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
         kind = getattr(config, "model_type", type(config).__name__)
         raise SourceError(f"{where or kind}: transformers cannot build this model: {error}") from error
-
-
-def targets_table_markdown() -> str:
-    """The table of docs/lora.md: what `auto` and `all-linear` choose in each architecture's default configuration."""
-    from transformers import AutoConfig
-
-    rows = ["| architecture | `auto` | `all-linear` |", "| --- | --- | --- |"]
-    for model_type in WELL_KNOWN:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = meta_model(AutoConfig.for_model(model_type))
-        auto, every = _cell(auto_targets(model)), _cell(all_linear(model))
-        rows.append(f"| {model_type} | {auto} | {'the same' if every == auto else every} |")
-    return "\n".join(rows) + "\n"
-
-
-# fmt: off
-WELL_KNOWN = (
-    "apertus", "bloom", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "ernie4_5", "exaone4", "falcon", "falcon_h1",
-    "gemma", "gemma2", "gemma3", "gemma3_text", "gemma4", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neo",
-    "gpt_neox", "gpt_oss", "gptj", "granite", "jamba", "llama", "llama4_text", "mamba", "mamba2", "mistral", "mixtral",
-    "modernbert-decoder", "mpt", "nemotron_h", "olmo2", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3",
-    "qwen3_5", "qwen3_moe", "qwen3_next", "recurrent_gemma", "rwkv", "seed_oss", "smollm3", "stablelm", "starcoder2",
-)
-# fmt: on
 
 
 # --- what a module is ---------------------------------------------------------------------------------------------
@@ -448,8 +422,3 @@ def _architecture(model: nn.Module) -> str:
 
 def _show(targets: Targets) -> str:
     return targets.names if isinstance(targets.names, str) else ", ".join(targets.names)
-
-
-def _cell(targets: Targets) -> str:
-    names = (targets.names,) if isinstance(targets.names, str) else targets.names
-    return " ".join("`" + name.replace("|", r"\|") + "`" for name in names)
