@@ -19,8 +19,6 @@ def test_a_generated_page_is_up_to_date(name: str) -> None:
 def test_check_says_what_is_stale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(docs, "PAGES", {"a.md": lambda: "new"})
     (tmp_path / "docs").mkdir()

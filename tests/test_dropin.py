@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -122,3 +123,18 @@ def test_load_base_is_the_classic_reload_line(tmp_path: Path) -> None:
     assert not any(layer.support_avx512bf16_for_cpu for _, layer in layers)
     assert {layer.weight.quant_state.quant_type for _, layer in layers} == {"nf4"}
     assert model.name_or_path == str(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("free_gb", "expected"), [(16, False), (0.001, True)])
+def test_recomputation_is_prepared_where_memory_asks_for_it(
+    free_gb: float, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halfbyte import device, prepare_model_for_kbit_training
+
+    machine = device.detect()
+    monkeypatch.setattr(device, "detect", lambda: dataclasses.replace(machine, ram_available_bytes=int(free_gb * 1e9)))
+    model = prepare_model_for_kbit_training(tiny.model("llama"))
+    assert model.is_gradient_checkpointing is expected
+    asked = prepare_model_for_kbit_training(tiny.model("llama"), use_gradient_checkpointing=not expected)
+    assert asked.is_gradient_checkpointing is not expected
+    assert not any(p.requires_grad for p in model.parameters())

@@ -31,6 +31,8 @@ from halfbyte.targets import Targets
 if TYPE_CHECKING:
     from halfbyte.recipe import Lora
 
+# The batch that a script of unknown batch size is prepared for: 4 examples of 1024 tokens, the largest pass of a plan.
+PREPARED_TOKENS = 4096
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 # Names under `lora:` that are not fields of peft.LoraConfig.
 OWN_FIELDS = frozenset({"save_dtype"})
@@ -139,7 +141,7 @@ class PeftModel(_PeftModel):
 
 def prepare_model_for_kbit_training(
     model: Any,
-    use_gradient_checkpointing: bool = True,
+    use_gradient_checkpointing: bool | None = None,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     auto_clear_cache: bool = True,
 ) -> Any:
@@ -147,19 +149,32 @@ def prepare_model_for_kbit_training(
 
     Unlike PEFT's, nothing is upcast to fp32 except what would otherwise compute in fp16 on a CPU, whose fp16 backward
     is about a thousand times slower: there the model is moved to the dtype of `device.compute_dtype`, and a warning
-    says so once. Recomputation is turned on only when asked for by `gradient_checkpointing_kwargs`, or on a card:
-    elsewhere memory is planned, and recomputing costs a third of a step.
+    says so once.
 
-    Args: as PEFT's (`peft/utils/other.py`, `prepare_model_for_kbit_training`).
+    Args:
+        use_gradient_checkpointing: None (where PEFT's has True) turns recomputation on where it is needed: on a card,
+            and on a CPU where the activations of `PREPARED_TOKENS` tokens would take more than half of free memory.
+        gradient_checkpointing_kwargs, auto_clear_cache: as PEFT's (`peft/utils/other.py`).
     """
     freeze(model)
     on_cpu = make_ready(model)
-    if use_gradient_checkpointing and (gradient_checkpointing_kwargs is not None or not on_cpu):
+    if use_gradient_checkpointing is None:
+        use_gradient_checkpointing = gradient_checkpointing_kwargs is not None or not on_cpu or _needs_recompute(model)
+    if use_gradient_checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs or {})
     if auto_clear_cache and torch.cuda.is_available():
         torch.cuda.empty_cache()
     return model
+
+
+def _needs_recompute(model: Any) -> bool:
+    from halfbyte import device, memory, shapes
+
+    facts = shapes.facts_of(model.config.to_dict(), ())
+    itemsize = torch.finfo(model.dtype).bits // 8
+    kept = PREPARED_TOKENS * facts.layers * memory.layer_bytes_per_token(facts, itemsize)
+    return kept > memory.COMFORT * device.detect().ram_available_bytes
 
 
 def make_ready(model: Any) -> bool:

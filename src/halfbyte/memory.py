@@ -143,6 +143,15 @@ def plan(
     return Plan(dtype, asked_tokens or tokens, again, counted, lines, free, reasons, tuple(warnings))
 
 
+def layer_bytes_per_token(facts: Facts, itemsize: int) -> float:
+    """What backward needs of one token and one decoder layer, without LoRA's own inputs.
+
+    Two norms keep fp32 inputs, attention keeps query, key, value and output, the MLP four intermediate tensors.
+    """
+    mlp = facts.intermediate * max(1, facts.experts_per_token)
+    return 2 * 4 * facts.hidden + 4 * itemsize * facts.hidden + 4 * itemsize * mlp
+
+
 @dataclass(frozen=True)
 class _Cost:
     """Bytes of one pass: so many a token, and a part that does not grow with it."""
@@ -166,7 +175,6 @@ class _Cost:
         recompute: bool,
     ) -> _Cost:
         hidden, layers = facts.hidden, max(1, facts.layers)
-        mlp = facts.intermediate * max(1, facts.experts_per_token)
         linears = [s for s in specs if s.role == "linear"]
         # PEFT's LoRA layer keeps its input in fp32, and once more after a dropout. The inputs' total width is about
         # half of what the trained parameters say: r * (in + out) for each target.
@@ -174,8 +182,7 @@ class _Cost:
             min(trainable / max(1, recipe.lora.r) / 2, sum(s.shape[0 if s.transposed else 1] for s in linears)) / layers
         )
         kept = 4 * width * (2 if recipe.lora.lora_dropout else 1)
-        # two norms keep fp32 inputs, attention keeps query, key, value and output, the MLP four intermediate tensors
-        layer = 2 * 4 * hidden + 4 * itemsize * hidden + 4 * itemsize * mlp + kept
+        layer = layer_bytes_per_token(facts, itemsize) + kept
         ends = (4 + itemsize) * hidden
         how = f"a token: {layers} layers x {layer / 1e3:.1f} kB"
         total = layers * layer + ends
