@@ -39,8 +39,7 @@ fmt: $(INSTALLED_DEV)
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED_DEV)
-	$(BIN)/python -m pip install -e '.[bench]'
-	$(BIN)/python -m benchmarks
+	$(BIN)/python benchmarks/reference_curve.py both examples/orders/train.jsonl --steps 8
 
 docs: $(INSTALLED_DEV)
 	$(BIN)/python -m halfbyte.docs

@@ -100,7 +100,7 @@ def test_every_answer_can_be_read_off_its_email(generator: ModuleType) -> None:
         said = email.lower()
         assert order["customer"].lower() in said.split()[-1]
         assert order["ship_to"].lower() in said
-        assert order["by"].lower() in said
+        assert order["by"][:3].lower() in said
         for item in order["items"]:
             qty = item["qty"]
             words = ("a" if qty == 1 else generator.WORDS[qty - 1], f"{qty}x?")

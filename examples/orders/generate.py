@@ -55,7 +55,7 @@ MISSPELT = {"jacket": "jaket", "jackets": "jakets", "scarves": "scarfs"}
 
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CONTENT = {*COLOURS, *PRODUCTS, *PRODUCTS.values(), *SIZES.values(), *MISSPELT.values(), *WORDS}
-DAYS = {"Mon": "Monday", "Tue": "Tuesday", "Wed": "Wednesday", "Thu": "Thursday", "Fri": "Friday"}
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
 
 GREETINGS = ("Hi,", "Hello,", "Hey there,", "Good morning,", "Dear team,", "Hi all,", "")
 REQUESTS = (
@@ -68,7 +68,7 @@ REQUESTS = (
     "for our {city} office: {items}{by}.",
     "order for {city}{by}: {items}.",
 )
-BY = (" by {day}", " by end of {day}", " on {day}", " no later than {day}", ", {day} at the latest", " for {day}")
+BY = (" by {day}", " by end of {day}", " on {day}", " no later than {day}", " by {day} at the latest", " for {day}")
 CHATTER = (
     "The last ones were great.",
     "It's for a birthday.",
@@ -111,22 +111,22 @@ class Dice:
     def pick(self, options: Sequence[T]) -> T:
         return options[self.below(len(options))]
 
+    def some(self, options: Sequence[T], n: int) -> list[T]:
+        """`n` different ones, in any order."""
+        left = list(options)
+        return [left.pop(self.below(len(left))) for _ in range(n)]
+
 
 def draw_order(dice: Dice, names: Sequence[str]) -> Order:
-    """One order of one to three different products."""
+    """One order of one to three different products, each in a different quantity."""
     n_items = dice.pick((1, 1, 2, 2, 2, 2, 3))
-    products: list[str] = []
-    while len(products) < n_items:
-        product = dice.pick(tuple(PRODUCTS))
-        if product not in products:
-            products.append(product)
     items: list[tuple[str, int]] = []
-    for product in products:
-        item = f"{dice.pick(COLOURS)} {product}"
-        if product in SIZED:
-            item += f" {dice.pick(tuple(SIZES))}"
-        items.append((item, 1 + dice.below(len(WORDS))))
-    return Order(dice.pick(names), tuple(items), dice.pick(CITIES), dice.pick(tuple(DAYS)))
+    products = dice.some(tuple(PRODUCTS), n_items)
+    quantities = dice.some(range(1, len(WORDS) + 1), n_items)
+    for product, qty in zip(products, quantities, strict=True):
+        size = f" {dice.pick(tuple(SIZES))}" if product in SIZED else ""
+        items.append((f"{dice.pick(COLOURS)} {product}{size}", qty))
+    return Order(dice.pick(names), tuple(items), dice.pick(CITIES), dice.pick(DAYS))
 
 
 def say_item(dice: Dice, item: str, qty: int) -> str:
@@ -164,7 +164,7 @@ def write_email(dice: Dice, order: Order) -> str:
     said = [say_item(dice, item, qty) for item, qty in order.items]
     if len(said) > 1:
         said = [*said[:-2], said[-2] + dice.pick((" and ", ", ", " plus ")) + said[-1]]
-    day = order.day if dice.chance(0.3) else DAYS[order.day]
+    day = order.day[:3] if dice.chance(0.3) else order.day
     by = dice.pick(BY).format(day=day)
     request = dice.pick(REQUESTS).format(items=", ".join(said), city=order.city, by=by)
     if dice.chance(0.25):
@@ -175,7 +175,7 @@ def write_email(dice: Dice, order: Order) -> str:
     if not greeting:
         request = request[0].upper() + request[1:]
     email = f"{greeting} {request} {dice.pick(CLOSINGS).format(name=order.customer)}".strip()
-    return email.lower() if dice.chance(0.15) else email
+    return email.lower() if dice.chance(0.2) else email
 
 
 def make() -> tuple[list[tuple[str, Order]], list[tuple[str, Order]]]:

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -106,6 +109,54 @@ def check_modules_to_save(adapted: Any, asked: Any) -> None:
             f"lora.modules_to_save names {missing}, which the model does not have.",
             fix=f"choose among {sorted(leaf for leaf in leaves if leaf and not leaf.isdigit())[:20]}",
         )
+
+
+def check_names(model: Any, lora: Lora, modules: Sequence[str]) -> None:
+    """Names and numbers under `lora:` that hit nothing; PEFT only warns of some, says nothing of others.
+
+    Args:
+        modules: full names of the layers that get an adapter, as `targets.matched` gives them.
+
+    Raises:
+        AdapterError: with all of them.
+    """
+    from peft.utils.other import get_pattern_key
+
+    names = [name for name, _ in model.named_modules() if name]
+    problems = []
+    for field, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        used = {get_pattern_key(pattern, name) for name in modules}
+        problems += [
+            f"lora.{field}: {key!r} is the key of no layer with an adapter" for key in pattern if key not in used
+        ]
+    excluded = lora.exclude_modules or ()
+    if isinstance(excluded, str):
+        if not any(re.fullmatch(excluded, name) for name in names):
+            problems.append(f"lora.exclude_modules: {excluded!r} matches no module")
+    else:
+        dotted = [f".{name}" for name in names]
+        unmatched = [name for name in excluded if not any(other.endswith(f".{name}") for other in dotted)]
+        problems += [f"lora.exclude_modules: {name!r} matches no module" for name in unmatched]
+    layers = lora.layers_to_transform
+    for layer in (layers,) if isinstance(layers, int) else layers or ():
+        if not any(f".{layer}." in name for name in names):
+            problems.append(f"lora.layers_to_transform: the model has no layer {layer}")
+    rows = model.get_input_embeddings().weight.shape[0]
+    unknown = [token for token in lora.trainable_token_indices or () if token >= rows]
+    problems += [
+        f"lora.trainable_token_indices: {token} is beyond the {rows} rows of the embedding" for token in unknown
+    ]
+    if lora.bias != "none" and not any(_has_bias(model, modules, everywhere=lora.bias == "all")):
+        problems.append(f"lora.bias {lora.bias}: there is no bias to train")
+    if problems:
+        raise AdapterError("; ".join(problems) + ".", fix="correct them, or leave them out")
+
+
+def _has_bias(model: Any, modules: Sequence[str], *, everywhere: bool) -> Iterator[bool]:
+    if everywhere:
+        yield from (name.endswith(".bias") for name, _ in model.named_parameters())
+    else:
+        yield from (getattr(model.get_submodule(name), "bias", None) is not None for name in modules)
 
 
 def freeze(model: Any) -> None:
@@ -322,6 +373,29 @@ def load(model: Any, folder: Path, *, trainable: bool = False) -> Any:
             fix="the file is damaged or of another version; save it again",
         )
     return adapted
+
+
+def biases(model: Any) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """The base's own biases and copies of them, to be taken before an adapter that has trained them is put on."""
+    return [(p, p.detach().clone()) for name, p in model.named_parameters() if "bias" in name]
+
+
+@contextmanager
+def base_alone(adapted: Any, own: Sequence[tuple[torch.nn.Parameter, torch.Tensor]]) -> Iterator[None]:
+    """The base without its adapter. PEFT's `disable_adapter` leaves trained biases (`bias: all`) in place."""
+    with adapted.disable_adapter():
+        trained = [(parameter, parameter.detach().clone()) for parameter, _ in own]
+        try:
+            _put(own)
+            yield
+        finally:
+            _put(trained)
+
+
+@torch.no_grad()
+def _put(values: Sequence[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+    for parameter, value in values:
+        parameter.copy_(value)
 
 
 def put_weights(adapted: Any, folder: Path) -> None:

@@ -53,6 +53,7 @@ def open_base(
     *,
     trust_remote_code: bool = False,
     device_map: Any = "auto",
+    with_tokenizer: bool = True,
 ) -> Base:
     """Load a checkpoint under the policy of `quant`.
 
@@ -77,7 +78,7 @@ def open_base(
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
-                quantization_config=None if quantised is not None else codec.bnb_config(quant, dtype, heads),
+                **({} if quantised is not None else {"quantization_config": codec.bnb_config(quant, dtype, heads)}),
                 device_map=device_map if device.kind == "cuda" else {"": "cpu"},
                 trust_remote_code=trust_remote_code,
                 use_safetensors=not checkpoint.pickle,
@@ -87,6 +88,8 @@ def open_base(
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise BaseModelError(f"{checkpoint.id} could not be opened from {folder}: {_first_line(error)}") from error
     _check_complete(model, info, checkpoint)
+    if quantised is None:
+        codec.quantise_plain_linears(model, quant, dtype)
     codec.make_safe(model)
     codec.set_compute_dtype(model, dtype)
     keep_fp32(model, quant.fp32_modules, dtype)
@@ -98,7 +101,7 @@ def open_base(
         check_resident(model, quant, resident, expected, checkpoint.id)
     return Base(
         model=model,
-        tokenizer=open_tokenizer(checkpoint, model, trust_remote_code=trust_remote_code),
+        tokenizer=open_tokenizer(checkpoint, model, trust_remote_code=trust_remote_code) if with_tokenizer else None,
         checkpoint=checkpoint,
         specs=specs,
         compute_dtype=dtype_name,
@@ -329,6 +332,7 @@ def load_base(
         device,
         trust_remote_code=trust_remote_code,
         device_map=device_map,
+        with_tokenizer=False,
     )
     if values["compute_dtype"] == "fp16" and base.compute_dtype != "fp16":
         warnings.warn(f"float16 was asked for; computing in {base.compute_dtype} ({base.dtype_reason}).", stacklevel=2)

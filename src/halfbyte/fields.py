@@ -8,6 +8,7 @@ Cost: none; nothing heavy is imported.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +38,8 @@ LORA_FIELDS = _table(
     F("task_type", "the kind of model; halfbyte trains causal language models", "CAUSAL_LM", "CAUSAL_LM"),
     F("use_rslora", "rank-stabilised LoRA: scale by lora_alpha / sqrt(r)", False, "true above r 64"),
     F("use_dora", "DoRA: train magnitude and direction apart; slower, often better at a low rank", False, "false"),
-    F("lora_bias", "a trained bias in LoRA's second matrix; for layers that have a bias", False, "false"),
-    F("init_lora_weights", "how A starts: true (Kaiming), gaussian, orthogonal; false: both at random", True, "true"),
+    F("lora_bias", "a trained bias in LoRA's B; can be merged only into layers with a bias", False, "false"),
+    F("init_lora_weights", "start of A: true (Kaiming), gaussian, orthogonal (16-bit base); false: A, B random", True),
     F("rank_pattern", "another rank for some layers: {name ending or regex: r}", {}),
     F("alpha_pattern", "another lora_alpha for some layers: {name ending or regex: alpha}", {}),
     F("layers_to_transform", "only these decoder layers, by index", None),
@@ -77,16 +78,18 @@ LORA_REFUSED = {
     "ensure_weight_tying": "a tied embedding and head are frozen here, or trained through modules_to_save",
 }
 
-# Values of init_lora_weights that PEFT knows and a frozen 4-bit base cannot follow.
+# Values of init_lora_weights that PEFT knows and a frozen base cannot follow.
+_CHANGES_BASE = "it starts from a decomposition of the base's weights and changes them; the frozen base stays as it is"
 INIT_REFUSED = {
-    "pissa": "PiSSA starts from an SVD of the base's weights and changes them; 4-bit weights stay as they are",
-    "olora": "OLoRA starts from a QR of the base's weights and changes them; 4-bit weights stay as they are",
-    "corda": "CorDA changes the base's weights; 4-bit weights stay as they are",
+    "pissa": _CHANGES_BASE,
+    "olora": _CHANGES_BASE,
+    "corda": _CHANGES_BASE,
+    "mica": "it starts from a decomposition of full-precision weights",
     "loftq": "LoftQ needs the base in full precision to start from",
     "eva": "EVA needs passes over the data before training, which is not built",
     "lora_ga": "LoRA-GA needs gradients of the full-precision weights",
-    "mini_lora": "it is an experiment of PEFT's without a stable meaning",
 }
+INIT_NAMES = ("gaussian", "orthogonal")
 
 TRAIN_FIELDS = _table(
     F("per_device_train_batch_size", "examples that count as one batch", 4, "with accumulation, 8 to 64 a step"),
@@ -96,35 +99,36 @@ TRAIN_FIELDS = _table(
     F("max_steps", "optimiser steps; above 0 it overrides num_train_epochs", -1),
     F("learning_rate", "the highest learning rate", 2e-4, "1e-4 to 1e-3"),
     F("lr_scheduler_type", "how the rate falls: linear, cosine, constant, ...", "linear", "linear or cosine"),
-    F("lr_scheduler_kwargs", "further arguments of the schedule", None),
+    F("lr_scheduler_kwargs", "arguments of the schedule, such as {num_cycles: 2} for cosine_with_restarts", None),
     F("warmup_steps", "steps over which the rate rises; below 1 a share of all steps", 0, "0.03"),
     F("weight_decay", "decay of the adapter's weights (AdamW)", 0.0, "0 to 0.1"),
     F("max_grad_norm", "gradients are clipped to this norm; 0 for no clipping", 1.0, "0.3 to 1"),
     F("adam_beta1", "Adam's first moment", 0.9),
     F("adam_beta2", "Adam's second moment", 0.999),
     F("adam_epsilon", "Adam's epsilon", 1e-8),
-    F("optim", "the optimiser", "adamw_torch", "adamw_torch"),
-    F("optim_args", "further arguments of the optimiser, as name=value,name=value", None),
+    F("optim", "adamw_torch, adamw_torch_fused, adafactor, sgd, adagrad, rmsprop", "adamw_torch", "adamw_torch"),
+    F("optim_args", "arguments of sgd, adagrad or rmsprop, as name=value,name=value", None),
     F("label_smoothing_factor", "label smoothing of the training loss", 0.0, "0"),
-    F("neftune_noise_alpha", "NEFTune: noise on the embeddings while training", None, "5, for chat data"),
     F("seed", "of the adapters' start, the order of rows (unless data_seed) and dropout", 42),
     F("data_seed", "of the order of rows", None),
     F("logging_steps", "steps between printed lines and reports; metrics.jsonl always has every step", 1),
-    F("report_to", "none, or integrations of transformers such as tensorboard, wandb", "none"),
+    F("logging_first_step", "report the first step to report_to too, whatever logging_steps", False),
+    F("report_to", "none, or installed integrations of transformers, such as [tensorboard]", "none"),
     F("run_name", "the run's name for report_to", None),
-    F("eval_strategy", "auto (each epoch if data.eval is there), no, steps, epoch", "auto"),
-    F("eval_steps", "steps between evaluations; below 1 a share of all steps", None),
+    F("eval_strategy", "auto (with data.eval: by eval_steps, or each epoch), no, steps, epoch", "auto"),
+    F("eval_steps", "steps between evaluations; below 1 a share of all; none given: logging_steps", None),
     F("eval_on_start", "evaluate before the first step too", False),
-    F("save_strategy", "checkpoints by steps, epoch, or no (only on a signal)", "steps"),
+    F("save_strategy", "checkpoints by steps, epoch, or no (then by save_minutes and on a signal)", "steps"),
     F("save_steps", "steps between checkpoints; below 1 a share of all steps", 100),
-    F("save_total_limit", "how many checkpoints are kept", 2),
-    F("load_best_model_at_end", "the adapter is that of the best evaluation, not of the last step", True),
-    F("metric_for_best_model", "loss or perplexity", "loss"),
+    F("save_total_limit", "how many checkpoints are kept; null for all", 2),
+    F("load_best_model_at_end", "with evaluations: the adapter is that of the best one, not of the last step", True),
+    F("metric_for_best_model", "what the best evaluation has least of: loss or perplexity", "loss"),
+    F("greater_is_better", "only false, as loss and perplexity are better when smaller", None),
     F("bf16", "compute in bf16: feeds quant.compute_dtype, never autocast", None),
     F("fp16", "compute in fp16 with loss scaling on a card; on a CPU what it multiplies instead", None),
     F("gradient_checkpointing", "recompute activations: auto (if memory asks for it), true, false", "auto", "auto"),
     F("loraplus_lr_ratio", "LoRA+: learning rate of B over that of A", None, "16, with a lower rate", ours=True),
-    F("save_minutes", "minutes between checkpoints, beside save_steps", 15.0, ours=True),
+    F("save_minutes", "minutes between checkpoints, beside save_steps; null for none", 15.0, ours=True),
     F("max_tokens_per_pass", "tokens in one forward pass: auto (what fits), or a number", "auto", "auto", ours=True),
 )  # fmt: skip
 
@@ -151,10 +155,10 @@ TRAIN_REFUSED = {
     "use_liger_kernel": "it replaces upstream classes and needs a card; logits are made for labelled tokens only here",
     "liger_kernel_config": "see use_liger_kernel",
     "use_cache": "training needs no key/value cache; generation always uses it",
+    "neftune_noise_alpha": "its noise is scaled by the length of a row, and a pass here holds several rows",
     "torch_empty_cache_steps": "memory is planned instead",
     "auto_find_batch_size": "passes are planned to fit; the batch is never changed behind your back",
     "logging_strategy": _OUR_LOG,
-    "logging_first_step": _OUR_LOG,
     "log_on_each_node": _OUR_LOG,
     "logging_nan_inf_filter": "a loss that is not finite ends the run and names its rows",
     "include_num_input_tokens_seen": "metrics.jsonl has the tokens of every step",
@@ -182,7 +186,6 @@ TRAIN_REFUSED = {
     "hub_strategy": _NO_HUB,
     "hub_always_push": _NO_HUB,
     "hub_revision": _NO_HUB,
-    "greater_is_better": "loss and perplexity are better when smaller",
     "ignore_data_skip": "the position in the data is the step's index; nothing has to be skipped",
     "restore_callback_states_from_checkpoint": _OUR_CHECKPOINTS,
     "full_determinism": "the order of rows and the seeds are always fixed; on a CPU two runs give the same bytes",
@@ -218,16 +221,98 @@ TRAIN_REFUSED = {
     "local_rank": _NO_SHARDING,
 }
 
-# Optimisers of transformers that need nothing else installed; those of bitsandbytes need a card.
-OPTIMIZERS_ANYWHERE = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
-OPTIMIZERS_ON_CARDS = (
-    "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_32bit", "lion_8bit",
-    "paged_lion_8bit", "paged_lion_32bit", "ademamix", "ademamix_8bit", "rmsprop_bnb", "rmsprop_bnb_8bit",
+# Optimisers that need nothing else installed and come back from a checkpoint exactly -> the names `optim_args` takes.
+OPTIMIZERS: dict[str, tuple[str, ...]] = {
+    "adamw_torch": (),
+    "adamw_torch_fused": (),
+    "adafactor": (),
+    "sgd": ("momentum", "dampening", "weight_decay", "nesterov"),
+    "adagrad": ("lr_decay", "weight_decay", "eps"),
+    "rmsprop": ("momentum", "alpha", "eps", "weight_decay", "centered"),
+}
+BITSANDBYTES_OPTIMIZERS = (
+    "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion_32bit", "lion_8bit",
+    "paged_lion_32bit", "paged_lion_8bit", "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
+    "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
 )  # fmt: skip
-SCHEDULES = (
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
-    "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
-)  # fmt: skip
+BITSANDBYTES_OPTIMIZERS_REFUSED = "its state does not come back from a checkpoint; an adapter's AdamW state is small"
+
+# Schedules -> the names that `lr_scheduler_kwargs` takes.
+SCHEDULES: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "cosine": ("num_cycles",),
+    "cosine_with_restarts": ("num_cycles",),
+    "polynomial": ("lr_end", "power"),
+    "constant": (),
+    "constant_with_warmup": (),
+    "inverse_sqrt": ("timescale",),
+    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"),
+    "warmup_stable_decay": (
+        "num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles",
+    ),
+}  # fmt: skip
+# Those that cannot do without: one of these names must be given.
+SCHEDULES_NEED = {
+    "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
+    "warmup_stable_decay": ("num_decay_steps",),
+}
+SCHEDULES_REFUSED = {
+    "reduce_lr_on_plateau": "it follows an evaluation, and a schedule here is fixed before the first step",
+    "greedy": "it follows the loss, and a schedule here is fixed before the first step",
+}
+
+# Integrations of transformers -> the modules of which one must be installed.
+INTEGRATIONS: dict[str, tuple[str, ...]] = {
+    "azure_ml": ("azureml",),
+    "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "comet_ml": ("comet_ml",),
+    "dagshub": ("dagshub",),
+    "dvclive": ("dvclive",),
+    "flyte": ("flytekit",),
+    "kubeflow": ("kubeflow",),
+    "mlflow": ("mlflow",),
+    "neptune": ("neptune",),
+    "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
+
+# Names of other tools and of older versions -> what to write instead.
+ELSEWHERE = {
+    "rank": "lora.r",
+    "lora_r": "lora.r",
+    "alpha": "lora.lora_alpha",
+    "dropout": "lora.lora_dropout",
+    "batch_size": "train.per_device_train_batch_size",
+    "epochs": "train.num_train_epochs",
+    "lr": "train.learning_rate",
+    "scheduler": "train.lr_scheduler_type",
+    "optimizer": "train.optim",
+    "warmup_ratio": "train.warmup_steps, where a number below 1 is a share of all steps",
+    "evaluation_strategy": "train.eval_strategy",
+    "logging_dir": "output, where metrics.jsonl lies",
+    "max_seq_length": "data.max_length",
+    "dataset": "data.train",
+    "dataset_text_field": "data.fields",
+    "train_file": "data.train",
+    "validation_file": "data.eval",
+    "model_name_or_path": "model",
+    "base_model": "model",
+    "load_in_4bit": "quant.type: nf4",
+    "bnb_4bit_quant_type": "quant.type",
+    "bnb_4bit_compute_dtype": "quant.compute_dtype",
+    "bnb_4bit_use_double_quant": "quant.double_quant",
+}
+# And what needs no name here.
+NOT_NEEDED = {
+    "group_by_length": "passes have no padding",
+    "packing": "rows are always packed, and never see each other",
+    "overwrite_output_dir": "a run folder is never overwritten; give another output",
+}
 
 
 def markdown(table: dict[str, FieldInfo]) -> str:
@@ -247,7 +332,9 @@ def markdown_refused(table: dict[str, str]) -> str:
 
 
 def shown(value: object) -> str:
-    """A default as YAML would write it."""
+    """A value as YAML would write it, in one line."""
     if value is None:
         return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list | tuple) else str(value)

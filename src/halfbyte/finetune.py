@@ -17,7 +17,7 @@ from halfbyte import adapters, base, callbacks, checkpoint, device, memory, quan
 from halfbyte import evaluate as scoring
 from halfbyte import report as reporting
 from halfbyte.callbacks import Best, Cadence, Listener, RunCallback, Silent, StopRequest, stop_on_signals
-from halfbyte.data import collate, pack, read, template
+from halfbyte.data import collate, pack, read, render, template
 from halfbyte.errors import DataError
 from halfbyte.generate import Sampling
 from halfbyte.layers import packing
@@ -76,13 +76,14 @@ class Opened:
     checkpoint: sources.Checkpoint
     model: Any
     tokenizer: Any
+    own_biases: list[Any]
 
     def adapted(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     @contextmanager
     def base_only(self) -> Iterator[None]:
-        with self.model.disable_adapter():
+        with adapters.base_alone(self.model, self.own_biases):
             yield
 
 
@@ -174,6 +175,7 @@ def choose_targets(model: Any, recipe: Recipe) -> tuple[targets.Targets, list[st
         layers_pattern=lora.layers_pattern,
         modules_to_save=lora.modules_to_save or (),
     )
+    adapters.check_names(model, lora, modules)
     return chosen, modules
 
 
@@ -388,10 +390,13 @@ def open_run(path: Path) -> Opened:
     recipe = load_recipe(run.recipe).recipe
     found = find_model(recipe)
     opened = base.open_base(found, recipe.quant, device.detect(), trust_remote_code=recipe.trust_remote_code)
+    if recipe.data.chat_template is not None:
+        opened.tokenizer.chat_template = render.chat_template(opened.tokenizer, recipe.data)
+    own = adapters.biases(opened.model) if recipe.lora.bias != "none" else []
     model = adapters.load(opened.model, run.adapter)
     model.eval()
     packing.prove(model)  # leaves the model set up for what it has proven
-    return Opened(path, recipe, found, model, opened.tokenizer)
+    return Opened(path, recipe, found, model, opened.tokenizer, own)
 
 
 def evaluate(

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from halfbyte.recipe import Quant
 
 Encoding = Literal["4bit", "compute", "fp32"]
+# Subclasses of nn.Linear in transformers whose forward is the plain product, and which its loader leaves in 16 bits.
+PLAIN_LINEARS = frozenset(("FalconLinear",))
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -74,6 +76,44 @@ def linears_4bit(model: torch.nn.Module) -> list[tuple[str, Any]]:
     import bitsandbytes as bnb
 
     return [(name, module) for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
+
+
+def quantise_plain_linears(model: Any, quant: Quant, dtype: torch.dtype) -> list[str]:
+    """Put into 4 bits what transformers passes over: it replaces `nn.Linear` itself, not Falcon's own subclass of it,
+    whose forward is the same product. One layer at a time, on this instance. Returns the names.
+    """
+    if quant.type == "none":
+        return []
+    import bitsandbytes as bnb
+    from torch import nn
+
+    skip = (*quant.skip_modules, *quant.fp32_modules)
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if type(module).__name__ in PLAIN_LINEARS
+        and isinstance(module, nn.Linear)
+        and module is not model.get_output_embeddings()
+        and not matches(name, skip)
+    ]
+    for name, module in found:
+        has_bias = module.bias is not None
+        made = bnb.nn.Linear4bit(
+            module.in_features,
+            module.out_features,
+            has_bias,
+            dtype,
+            compress_statistics=quant.double_quant,
+            quant_type=quant.type,
+            device="meta",
+        )
+        values = made.weight.__dict__  # block size, type and module, as Linear4bit chose them
+        made.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, **values).to(module.weight.device)
+        if has_bias:
+            made.bias = nn.Parameter(module.bias.data, requires_grad=False)
+        made.train(module.training)
+        model.set_submodule(name, made)
+    return [name for name, _ in found]
 
 
 def make_safe(model: torch.nn.Module) -> int:

@@ -8,18 +8,27 @@ Cost: no torch; pydantic and YAML.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from halfbyte.fields import (
+    BITSANDBYTES_OPTIMIZERS,
+    BITSANDBYTES_OPTIMIZERS_REFUSED,
+    INIT_NAMES,
     INIT_REFUSED,
+    INTEGRATIONS,
     LORA_FIELDS,
-    OPTIMIZERS_ANYWHERE,
-    OPTIMIZERS_ON_CARDS,
+    OPTIMIZERS,
     SCHEDULES,
+    SCHEDULES_NEED,
+    SCHEDULES_REFUSED,
     TRAIN_FIELDS,
 )
 
@@ -57,6 +66,19 @@ def _names_or_text(value: Any) -> Any:
     raise ValueError("must be a name, a regular expression or a list of names, such as [q_proj, v_proj]")
 
 
+def _modules(value: Any) -> Any:
+    """Names of modules, or a regular expression over full names."""
+    value = _names_or_text(value)
+    if isinstance(value, str):
+        if re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value):
+            raise ValueError(f"must be a list: write [{value}]")
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"must be a list of names or a regular expression ({error})") from None
+    return value
+
+
 def _off_is_no(value: Any) -> Any:
     """YAML 1.1 reads a bare `no` as false."""
     return "no" if value is False else value
@@ -67,25 +89,87 @@ def _init(value: Any) -> Any:
         reason = next((why for name, why in INIT_REFUSED.items() if value.lower().startswith(name)), None)
         if reason is not None:
             raise ValueError(f"cannot be {value!r}: {reason}")
-    if value not in (True, False, "gaussian", "orthogonal"):
-        raise ValueError("must be true, false, gaussian or orthogonal")
+    if not isinstance(value, bool) and value not in INIT_NAMES:
+        raise ValueError(f"must be true, false, {' or '.join(INIT_NAMES)}")
     return value
 
 
 def _optimizer(value: Any) -> Any:
-    if value not in (*OPTIMIZERS_ANYWHERE, *OPTIMIZERS_ON_CARDS):
-        anywhere, on_cards = ", ".join(OPTIMIZERS_ANYWHERE), ", ".join(OPTIMIZERS_ON_CARDS)
-        raise ValueError(f"must be one of {anywhere}, or on a card {on_cards}")
+    if value in BITSANDBYTES_OPTIMIZERS:
+        raise ValueError(f"cannot be {value!r}: {BITSANDBYTES_OPTIMIZERS_REFUSED}. Try adamw_torch")
+    return _one_of(value, OPTIMIZERS)
+
+
+def _schedule(value: Any) -> Any:
+    if isinstance(value, str) and value in SCHEDULES_REFUSED:
+        raise ValueError(f"cannot be {value!r}: {SCHEDULES_REFUSED[value]}")
+    return _one_of(value, SCHEDULES)
+
+
+def _metric(value: Any) -> Any:
+    return _one_of(value, ("loss", "eval_loss", "perplexity", "eval_perplexity"))
+
+
+def _one_of(value: Any, allowed: Iterable[str]) -> Any:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"must be one of {', '.join(allowed)}")
     return value
 
 
-def _one_of(*allowed: str) -> BeforeValidator:
-    def check(value: Any) -> Any:
-        if value not in allowed:
-            raise ValueError(f"must be one of {', '.join(allowed)}")
-        return value
+def _smaller_is_better(value: Any) -> Any:
+    if value is not None and value is not False:
+        raise ValueError("must be false: loss and perplexity are better when smaller")
+    return value
 
-    return BeforeValidator(check)
+
+def _integrations(value: Any) -> Any:
+    """`none`, `all`, or names of integrations whose library is here."""
+    if value is None or value in ("none", "all", [], ["none"], (), ("none",)):
+        return value if value == "all" else "none"
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or not all(
+        isinstance(name, str) and name in INTEGRATIONS for name in names
+    ):
+        raise ValueError(f"must be none, all, or a list of {', '.join(INTEGRATIONS)}")
+    for name in names:
+        if not any(importlib.util.find_spec(module) for module in INTEGRATIONS[name]):
+            raise ValueError(f"names {name}, which is not installed: pip install {INTEGRATIONS[name][0]}")
+    return tuple(names)
+
+
+def _settings(value: Any) -> Any:
+    """Named numbers and words. YAML 1.1 reads 1e-5, without a point, as text."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError("must be a mapping of names to values, such as {num_cycles: 2}")
+    return {key: _read_number(inner) if isinstance(inner, str) else inner for key, inner in value.items()}
+
+
+def _read_number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _optimizer_settings(value: Any) -> Any:
+    if not isinstance(value, str) or not re.fullmatch(r"\s*\w+\s*=[^,=]+(,\s*\w+\s*=[^,=]+)*", value):
+        raise ValueError("must be name=value,name=value")
+    return value
+
+
+def _whole_or_share(value: float) -> float:
+    """Steps, or below 1 a share of all steps, as TrainingArguments reads them."""
+    if value < 1:
+        return value
+    if value != int(value):
+        raise ValueError("must be a whole number of steps, or a share of all steps below 1")
+    return int(value)
+
+
+def _by_epochs_or_count(value: int) -> int:
+    if value == 0:
+        raise ValueError("must be -1 (by epochs) or >= 1")
+    return value
 
 
 def _auto_or_count(value: Any) -> Any:
@@ -102,6 +186,10 @@ def _auto_or_bool(value: Any) -> Any:
 
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
+Bool = Annotated[bool, Field(strict=True)]
+Seed = Annotated[Int, Field(ge=0, lt=2**32)]
+Steps = Annotated[Float, AfterValidator(_whole_or_share)]
+Modules = Annotated[str | tuple[str, ...], BeforeValidator(_modules)]
 Names = Annotated[tuple[str, ...] | None, BeforeValidator(_names)]
 NamesOrText = Annotated[str | tuple[str, ...], BeforeValidator(_names_or_text)]
 
@@ -124,7 +212,7 @@ class Quant(_Section):
     """How the frozen base lies in memory."""
 
     type: Literal["nf4", "fp4", "none"] = Field("nf4", description="code of the frozen weights; none keeps 16 bits")
-    double_quant: bool = Field(True, description="quantise the scales too: 4.127 instead of 4.5 bits a weight")
+    double_quant: Bool = Field(True, description="quantise the scales too: 4.127 instead of 4.5 bits a weight")
     compute_dtype: Annotated[Dtype, BeforeValidator(lambda v: _DTYPE_NAMES.get(v, v) if isinstance(v, str) else v)] = (
         Field("auto", description="dtype of the matrix products: auto, bf16, fp16 (cards only) or fp32")
     )
@@ -150,13 +238,13 @@ class Lora(_Section):
 
     r: Int = _lora("r", ge=1)
     lora_alpha: Int = _lora("lora_alpha", ge=1)
-    target_modules: NamesOrText = _lora("target_modules")
+    target_modules: Modules = _lora("target_modules")
     lora_dropout: Float = _lora("lora_dropout", ge=0, lt=1)
     bias: Literal["none", "all", "lora_only"] = _lora("bias")
     task_type: Literal["CAUSAL_LM"] = _lora("task_type")
-    use_rslora: bool = _lora("use_rslora")
-    use_dora: bool = _lora("use_dora")
-    lora_bias: bool = _lora("lora_bias")
+    use_rslora: Bool = _lora("use_rslora")
+    use_dora: Bool = _lora("use_dora")
+    lora_bias: Bool = _lora("lora_bias")
     init_lora_weights: Annotated[bool | str, BeforeValidator(_init)] = _lora("init_lora_weights")
     rank_pattern: dict[str, Annotated[Int, Field(ge=1)]] = _lora("rank_pattern")
     alpha_pattern: dict[str, Annotated[Int, Field(ge=1)]] = _lora("alpha_pattern")
@@ -164,18 +252,10 @@ class Lora(_Section):
         "layers_to_transform"
     )
     layers_pattern: NamesOrText | None = _lora("layers_pattern")
-    exclude_modules: NamesOrText | None = _lora("exclude_modules")
+    exclude_modules: Modules | None = _lora("exclude_modules")
     modules_to_save: Names = _lora("modules_to_save")
     trainable_token_indices: tuple[Annotated[Int, Field(ge=0)], ...] | None = _lora("trainable_token_indices")
     save_dtype: Literal["fp32", "bf16"] = _lora("save_dtype")
-
-    @model_validator(mode="after")
-    def _together(self) -> Lora:
-        if self.init_lora_weights == "orthogonal" and self.r % 2:
-            raise ValueError(f"lora.init_lora_weights orthogonal needs an even lora.r, got {self.r}")
-        if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise ValueError("lora.layers_pattern says where lora.layers_to_transform counts; give both or neither")
-        return self
 
 
 class Fields(_Section):
@@ -208,51 +288,42 @@ class Train(_Section):
     gradient_accumulation_steps: Int = _train("gradient_accumulation_steps", ge=1)
     per_device_eval_batch_size: Int = _train("per_device_eval_batch_size", ge=1)
     num_train_epochs: Float = _train("num_train_epochs", gt=0)
-    max_steps: Int = _train("max_steps", ge=-1)
+    max_steps: Annotated[Int, AfterValidator(_by_epochs_or_count)] = _train("max_steps", ge=-1)
     learning_rate: Float = _train("learning_rate", gt=0)
-    lr_scheduler_type: Annotated[str, _one_of(*SCHEDULES)] = _train("lr_scheduler_type")
-    lr_scheduler_kwargs: dict[str, Any] | None = _train("lr_scheduler_kwargs")
-    warmup_steps: Float = _train("warmup_steps", ge=0)
+    lr_scheduler_type: Annotated[str, BeforeValidator(_schedule)] = _train("lr_scheduler_type")
+    lr_scheduler_kwargs: Annotated[dict[str, Any], BeforeValidator(_settings)] | None = _train("lr_scheduler_kwargs")
+    warmup_steps: Steps = _train("warmup_steps", ge=0)
     weight_decay: Float = _train("weight_decay", ge=0)
     max_grad_norm: Float = _train("max_grad_norm", ge=0)
     adam_beta1: Float = _train("adam_beta1", ge=0, lt=1)
     adam_beta2: Float = _train("adam_beta2", ge=0, lt=1)
     adam_epsilon: Float = _train("adam_epsilon", gt=0)
     optim: Annotated[str, BeforeValidator(_optimizer)] = _train("optim")
-    optim_args: str | None = _train("optim_args")
+    optim_args: Annotated[str, BeforeValidator(_optimizer_settings)] | None = _train("optim_args")
     label_smoothing_factor: Float = _train("label_smoothing_factor", ge=0, lt=1)
-    neftune_noise_alpha: Annotated[Float, Field(gt=0)] | None = _train("neftune_noise_alpha")
-    seed: Int = _train("seed", ge=0)
-    data_seed: Annotated[Int, Field(ge=0)] | None = _train("data_seed")
+    seed: Seed = _train("seed")
+    data_seed: Seed | None = _train("data_seed")
     logging_steps: Int = _train("logging_steps", ge=1)
-    report_to: NamesOrText = _train("report_to")
+    logging_first_step: Bool = _train("logging_first_step")
+    report_to: Annotated[str | tuple[str, ...], BeforeValidator(_integrations)] = _train("report_to")
     run_name: str | None = _train("run_name")
     eval_strategy: Annotated[Literal["auto", "no", "steps", "epoch"], BeforeValidator(_off_is_no)] = _train(
         "eval_strategy"
     )
-    eval_steps: Annotated[Float, Field(gt=0)] | None = _train("eval_steps")
-    eval_on_start: bool = _train("eval_on_start")
+    eval_steps: Annotated[Steps, Field(gt=0)] | None = _train("eval_steps")
+    eval_on_start: Bool = _train("eval_on_start")
     save_strategy: Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_off_is_no)] = _train("save_strategy")
-    save_steps: Float = _train("save_steps", gt=0)
+    save_steps: Steps = _train("save_steps", gt=0)
     save_total_limit: Annotated[Int, Field(ge=1)] | None = _train("save_total_limit")
-    load_best_model_at_end: bool = _train("load_best_model_at_end")
-    metric_for_best_model: Annotated[str, _one_of("loss", "eval_loss", "perplexity", "eval_perplexity")] = _train(
-        "metric_for_best_model"
-    )
-    bf16: bool | None = _train("bf16")
-    fp16: bool | None = _train("fp16")
+    load_best_model_at_end: Bool = _train("load_best_model_at_end")
+    metric_for_best_model: Annotated[str, BeforeValidator(_metric)] = _train("metric_for_best_model")
+    greater_is_better: Annotated[bool | None, BeforeValidator(_smaller_is_better)] = _train("greater_is_better")
+    bf16: Bool | None = _train("bf16")
+    fp16: Bool | None = _train("fp16")
     gradient_checkpointing: Annotated[bool | str, BeforeValidator(_auto_or_bool)] = _train("gradient_checkpointing")
     loraplus_lr_ratio: Annotated[Float, Field(gt=0)] | None = _train("loraplus_lr_ratio")
     save_minutes: Annotated[Float, Field(gt=0)] | None = _train("save_minutes")
     max_tokens_per_pass: Annotated[int | str, BeforeValidator(_auto_or_count)] = _train("max_tokens_per_pass")
-
-    @model_validator(mode="after")
-    def _together(self) -> Train:
-        if self.bf16 and self.fp16:
-            raise ValueError("train.bf16 and train.fp16 cannot both be true; better give neither")
-        if self.max_steps == 0:
-            raise ValueError("train.max_steps must be -1 (by epochs) or >= 1, got 0")
-        return self
 
 
 class Recipe(_Section):
@@ -265,20 +336,86 @@ class Recipe(_Section):
     data: Data = Field(description="what is trained on")
     train: Train = Field(default_factory=Train, description="the training, as transformers.TrainingArguments names it")
     output: str = Field("runs/run", min_length=1, description="the run folder; never overwritten")
-    allow_pickle: bool = Field(False, description="read a .bin checkpoint (with weights_only)")
-    trust_remote_code: bool = Field(False, description="run Python code that the checkpoint brings")
+    allow_pickle: Bool = Field(False, description="read a .bin checkpoint (with weights_only)")
+    trust_remote_code: Bool = Field(False, description="run Python code that the checkpoint brings")
 
     @model_validator(mode="after")
     def _together(self) -> Recipe:
-        problems = []
-        if self.data.eval is None and (self.train.eval_strategy in ("steps", "epoch") or self.train.eval_on_start):
-            problems.append("train.eval_strategy asks for evaluations, but data.eval names no held-out rows")
-        if self.train.eval_strategy in ("no", "epoch") and self.train.eval_steps is not None:
-            chosen = self.train.eval_strategy
-            problems.append(f"train.eval_steps is not read with train.eval_strategy {chosen}; say steps")
-        if problems:
-            raise ValueError("\n".join(problems))
+        found = list(contradictions(self))
+        if found:
+            raise PydanticCustomError("together", "values that exclude each other", {"problems": found})
         return self
+
+
+def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Values that are each allowed, but not together: the fields, and what is wrong in one sentence."""
+    yield from _in_source(recipe)
+    yield from _in_lora(recipe)
+    yield from _in_evaluation(recipe)
+    train = recipe.train
+    if train.bf16 and train.fp16:
+        yield ("train.bf16", "train.fp16"), "train.bf16 and train.fp16 cannot both be true; better give neither"
+    for name in ("bf16", "fp16"):
+        if getattr(train, name) and recipe.quant.compute_dtype not in ("auto", name):
+            said = f"train.{name} is true, but quant.compute_dtype is {recipe.quant.compute_dtype}; give one of them"
+            yield (f"train.{name}", "quant.compute_dtype"), said
+    schedule, given = train.lr_scheduler_type, train.lr_scheduler_kwargs or {}
+    involved = ("train.lr_scheduler_type", "train.lr_scheduler_kwargs")
+    if unknown := sorted(set(given) - set(SCHEDULES[schedule])):
+        allowed = ", ".join(SCHEDULES[schedule]) or "nothing"
+        yield involved, f"train.lr_scheduler_kwargs: {schedule} takes {allowed}, got {', '.join(unknown)}"
+    needed = SCHEDULES_NEED.get(schedule, ())
+    if needed and not set(needed) & set(given):
+        yield involved, f"train.lr_scheduler_type {schedule} needs {' or '.join(needed)} in train.lr_scheduler_kwargs"
+    names = re.findall(r"(\w+)\s*=", train.optim_args or "")
+    if unknown := sorted(set(names) - set(OPTIMIZERS[train.optim])):
+        allowed = ", ".join(OPTIMIZERS[train.optim]) or "nothing"
+        yield ("train.optim", "train.optim_args"), f"train.optim_args: {train.optim} takes {allowed}, got {unknown[0]}"
+
+
+def _in_source(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    if recipe.revision is not None:
+        if os.path.exists(os.path.expanduser(recipe.model)):
+            yield ("model", "revision"), f"revision is for hub ids, and model {recipe.model} is a path that exists"
+        elif "@" in recipe.model:
+            yield ("model", "revision"), f"model {recipe.model} and revision {recipe.revision}: give the revision once"
+
+
+def _in_lora(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    lora = recipe.lora
+    if lora.init_lora_weights == "orthogonal":
+        odd = [r for r in (lora.r, *lora.rank_pattern.values()) if r % 2]
+        if recipe.quant.type != "none":
+            said = "lora.init_lora_weights orthogonal needs quant.type none: PEFT makes it in the dtype of the base"
+            yield ("lora.init_lora_weights", "quant.type"), said
+        elif odd:
+            said = f"lora.init_lora_weights orthogonal needs even ranks, got {odd[0]}"
+            yield ("lora.init_lora_weights", "lora.r", "lora.rank_pattern"), said
+    if lora.lora_bias and lora.use_dora:
+        yield ("lora.lora_bias", "lora.use_dora"), "lora.lora_bias and lora.use_dora cannot both be true"
+    if lora.lora_bias and isinstance(lora.init_lora_weights, str):
+        said = f"lora.lora_bias needs lora.init_lora_weights true or false, got {lora.init_lora_weights}"
+        yield ("lora.lora_bias", "lora.init_lora_weights"), said
+    if lora.layers_pattern is not None and lora.layers_to_transform is None:
+        said = "lora.layers_pattern says where lora.layers_to_transform counts; give both or neither"
+        yield ("lora.layers_pattern", "lora.layers_to_transform"), said
+    target = lora.target_modules
+    if lora.layers_to_transform is not None and isinstance(target, str) and target not in ("auto", "all-linear"):
+        said = "lora.layers_to_transform is not read with a regular expression in lora.target_modules; give a list"
+        yield ("lora.layers_to_transform", "lora.target_modules"), said
+
+
+def _in_evaluation(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    train, strategy = recipe.train, recipe.train.eval_strategy
+    if recipe.data.eval is None:
+        asking = {"eval_strategy": strategy in ("steps", "epoch"), "eval_on_start": train.eval_on_start}
+        for name in (name for name, asks in asking.items() if asks):
+            value = strategy if name == "eval_strategy" else "true"
+            said = f"train.{name} {value} asks for evaluations, but data.eval names no held-out rows"
+            yield (f"train.{name}", "data.eval"), said
+    if strategy in ("no", "epoch") and train.eval_steps is not None:
+        said = f"train.eval_steps is not read with train.eval_strategy {strategy}; say steps"
+        yield ("train.eval_steps", "train.eval_strategy"), said
 
 
 class Loaded(NamedTuple):
@@ -310,15 +447,3 @@ def leaves(section: BaseModel, prefix: str = "") -> list[tuple[str, Any]]:
         else:
             found.append((prefix + name, value))
     return found
-
-
-def unusual(recipe: Recipe) -> tuple[str, ...]:
-    """Values outside the ranges that usually serve. They are used all the same."""
-    lora, said = recipe.lora, []
-    if not 8 <= lora.r <= 64:
-        said.append(f"lora.r {lora.r} is outside the usual 8 to 64")
-    if lora.lora_alpha != 2 * lora.r:
-        said.append(f"lora.lora_alpha {lora.lora_alpha:g} is not the usual 2 x r = {2 * lora.r}")
-    if not 0.05 <= lora.lora_dropout <= 0.1:
-        said.append(f"lora.lora_dropout {lora.lora_dropout:g} is outside the usual 0.05 to 0.1")
-    return tuple(said)

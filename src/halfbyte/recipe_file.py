@@ -7,18 +7,20 @@ Cost: one parse of a small file.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from halfbyte.errors import RecipeError
-from halfbyte.fields import LORA_FIELDS, LORA_REFUSED, TRAIN_FIELDS, TRAIN_REFUSED, FieldInfo, shown
-from halfbyte.recipe import SECTIONS, Loaded, Origin, Recipe, leaves, unusual
+from halfbyte.fields import LORA_FIELDS, TRAIN_FIELDS, FieldInfo, shown
+from halfbyte.recipe import SECTIONS, Loaded, Origin, Recipe, leaves
+from halfbyte.recipe_problems import field_of, first_of_each, sentences, unusual
 
-_REFUSED = {"lora": LORA_REFUSED, "train": TRAIN_REFUSED}
+_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 _INIT_SHOWN = {
     "lora": ("r", "lora_alpha", "target_modules", "lora_dropout", "bias", "use_rslora", "use_dora", "modules_to_save"),
     "train": (
@@ -43,15 +45,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Loaded:
         raise RecipeError(f"there is no recipe {path}{hint}", fix=f"halfbyte init {path} writes one") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}).") from error
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be read: {error.strerror}.") from error
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} cannot be read: {getattr(error, 'strerror', error)}.") from error
     values, lines = _parse(text, str(path))
     return _build(values, lines, overrides, path)
 
 
 def recipe_from(model: str, data: str, overrides: Sequence[str] = ()) -> Loaded:
     """A recipe of defaults for a model and a file of rows, as `halfbyte train MODEL DATA.jsonl` uses it."""
-    name = f"{Path(model.partition('@')[0]).name.removesuffix('.gguf')}-{Path(data).stem}"
+    name = f"{Path(model.partition('@')[0]).name.removesuffix('.gguf') or 'model'}-{Path(data).stem}"
     values = {"model": model, "data": {"train": data}, "output": f"runs/{name}"}
     loaded = _build(values, {}, overrides, None)
     given = {"model", "data.train", "output"}
@@ -63,8 +65,16 @@ def recipe_from(model: str, data: str, overrides: Sequence[str] = ()) -> Loaded:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The recipe as YAML, every value written out but those that are not set; loading it gives an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, width=110)
+    """The recipe as YAML, every value written out but what is null by default; loading it gives an equal recipe."""
+    values = recipe.model_dump(mode="json")
+    for section, model in SECTIONS.items():
+        inner = values
+        for name in section.split(".") if section else ():
+            inner = inner[name]
+        for name, field in model.model_fields.items():
+            if inner[name] is None and field.default is None:
+                del inner[name]
+    return yaml.safe_dump(values, sort_keys=False, width=110, allow_unicode=True)
 
 
 def init_template(model: str, data: str) -> str:
@@ -139,63 +149,139 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[str, int]]:
             f"{name} holds {kind}; a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}.",
             fix="halfbyte init NAME.yaml writes a recipe to start from",
         )
-    _walk(node, "", lines, problems)
+    _walk(node, "", lines, problems, ())
     if problems:
         raise RecipeError(problems, where=name)
     try:
         values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(f"{name}: not YAML: {str(error).splitlines()[0]}.") from error
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RecipeError(f"{name}: not YAML: {problem}.") from error
     return values, lines
 
 
-def _walk(node: yaml.MappingNode, prefix: str, lines: dict[str, int], problems: list[str]) -> None:
+def _walk(
+    node: yaml.MappingNode, prefix: str, lines: dict[str, int], problems: list[str], outer: tuple[yaml.Node, ...]
+) -> None:
     for key, value in node.value:
-        dotted = f"{prefix}{key.value}"
         line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode) or key.tag not in _KEY_TAGS:
+            shown_key = key.value if isinstance(key, yaml.ScalarNode) else "a list or mapping"
+            problems.append(f"line {line}: a key must be text, got {shown_key}")
+            continue
+        dotted = f"{prefix}{key.value}"
         if dotted in lines:
             problems.append(f"line {line}: {dotted} is given twice, first in line {lines[dotted]}")
         lines[dotted] = line
-        if isinstance(value, yaml.MappingNode):
-            _walk(value, f"{dotted}.", lines, problems)
+        if value in (*outer, node):
+            problems.append(f"line {line}: {dotted} holds itself")
+        elif isinstance(value, yaml.MappingNode):
+            _walk(value, f"{dotted}.", lines, problems, (*outer, node))
 
 
 def _build(values: dict[str, Any], lines: dict[str, int], overrides: Sequence[str], path: Path | None) -> Loaded:
     problems: list[str] = []
-    given = {dotted: Origin("recipe", "") for dotted in _dotted(values)}
+    given = {dotted: Origin("recipe", f"line {lines[dotted]}" if dotted in lines else "") for dotted in _dotted(values)}
     merged = _copy(values)
     for override in overrides:
-        dotted, equals, text = override.partition("=")
-        dotted = dotted.strip()
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        if not equals or not dotted:
-            problems.append(f"--set {override}: must be FIELD=VALUE, such as lora.r=32")
-            continue
-        if not _put(merged, dotted.split("."), value):
-            problems.append(f"--set {override}: {dotted} lies inside a value that is not a section")
-            continue
-        for name in [dotted, *(f"{dotted}.{inner}" for inner in _dotted(value))]:
-            given[name] = Origin("set", "")
-            lines = {k: v for k, v in lines.items() if k != name}
+        for dotted in _set(merged, override, problems):
+            given[dotted] = Origin("set", "")
+            lines = {k: v for k, v in lines.items() if k != dotted}
     where = str(path) if path is not None else None
-    _split_revision(merged)
-    try:
-        recipe = Recipe.model_validate(merged)
-    except ValidationError as error:
-        found = [_message(item, lines, given) for item in _first_of_each(error.errors(include_url=False))]
-        problems += [line for text in dict.fromkeys(found) for line in text.split("\n")]
-        raise RecipeError(problems, where=where, fix=_fix(problems, path)) from error
-    if problems:
-        raise RecipeError(problems, where=where)
+    if _split_revision(merged):
+        given["revision"] = given["model"]
+    _fill_sections(merged)
+    recipe, found = _validate(merged)
+    problems += [text for item in found for text in sentences(item, lines, given)]
+    if problems or recipe is None:
+        raise RecipeError(list(dict.fromkeys(problems)), where=where, fix=_fix(problems))
     origins = {field: given.get(field, Origin("default", "")) for field, _ in leaves(recipe)}
     recipe, origins = _feed_dtype(recipe, origins)
     return Loaded(recipe, origins, unusual(recipe), path)
 
 
-def _fix(problems: list[str], path: Path | None) -> str | None:
+def _set(values: dict[str, Any], override: str, problems: list[str]) -> list[str]:
+    """Put one `a.b=c` into the values; a section's mapping is merged. Returns the dotted fields that it set."""
+    dotted, equals, text = override.partition("=")
+    dotted = dotted.strip()
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        value = text
+    if not equals or not dotted:
+        problems.append(f"--set {override}: must be FIELD=VALUE, such as lora.r=32")
+        return []
+    found = []
+    for name, inner in _spread(dotted, value):
+        if _is_text(name) and value is not None and not isinstance(inner, (str, dict, list)):
+            inner = text.strip()  # a name such as 2024 is not meant as a number
+        if not _put(values, name.split("."), inner):
+            problems.append(f"--set {override}: {name} lies inside a value that is not a section")
+            continue
+        found += [name, *(f"{name}.{key}" for key in _dotted(inner))]
+        found += [".".join(name.split(".")[:depth]) for depth in range(1, name.count(".") + 1)]
+    return [name for name in found if name not in SECTIONS]
+
+
+def _spread(dotted: str, value: Any) -> list[tuple[str, Any]]:
+    if dotted in SECTIONS and isinstance(value, dict):
+        return [pair for key, inner in value.items() for pair in _spread(f"{dotted}.{key}", inner)]
+    return [(dotted, value)]
+
+
+def _is_text(dotted: str) -> bool:
+    outer, _, name = dotted.rpartition(".")
+    field = SECTIONS[outer].model_fields.get(name) if outer in SECTIONS else None
+    return field is not None and field.annotation in (str, str | None)
+
+
+def _fill_sections(values: dict[str, Any]) -> None:
+    """A section whose every line is commented out is an empty one, not null."""
+    for section in SECTIONS:
+        outer, _, name = section.rpartition(".")
+        inside = values.get(outer) if outer else values
+        if name and isinstance(inside, dict) and name in inside and inside[name] is None:
+            inside[name] = {}
+
+
+def _validate(values: dict[str, Any]) -> tuple[Recipe | None, list[Any]]:
+    """The recipe, or every problem: of single fields, and then of the others together as if those were defaults."""
+    try:
+        return Recipe.model_validate(values), []
+    except ValidationError as error:
+        found = first_of_each(error.errors(include_url=False))
+    bad = {field_of([str(part) for part in item["loc"]]) for item in found if item["loc"]}
+    if not bad:
+        return None, found
+    rest = _copy(values)
+    for dotted in bad:
+        _remove(rest, dotted.split("."))
+    rest.setdefault("model", "unknown")
+    rest.setdefault("data", {}).setdefault("train", "unknown")
+    try:
+        Recipe.model_validate(rest)
+    except ValidationError as error:
+        together = [item for item in error.errors(include_url=False) if item["type"] == "together"]
+        for item in together:
+            kept = [(fields, text) for fields, text in item["ctx"]["problems"] if not bad & _with_sections(fields)]
+            found.append({**item, "ctx": {"problems": kept}})
+    return None, found
+
+
+def _with_sections(fields: Sequence[str]) -> set[str]:
+    return {*fields, *(name.rpartition(".")[0] for name in fields)}
+
+
+def _remove(values: dict[str, Any], keys: list[str]) -> None:
+    for key in keys[:-1]:
+        inner = values.get(key)
+        if not isinstance(inner, dict):
+            return
+        values = inner
+    values.pop(keys[-1], None)
+
+
+def _fix(problems: list[str]) -> str | None:
     if any("is required" in p for p in problems):
         return "halfbyte init NAME.yaml writes a recipe with every required field"
     return None
@@ -211,13 +297,19 @@ def _feed_dtype(recipe: Recipe, origins: dict[str, Origin]) -> tuple[Recipe, dic
     return recipe.model_copy(update={"quant": quant}), origins
 
 
-def _split_revision(values: dict[str, Any]) -> None:
+def _split_revision(values: dict[str, Any]) -> bool:
+    """`org/name@revision` -> model and revision. Not for a path that exists. Returns whether it was split."""
     model = values.get("model")
-    if not isinstance(model, str) or "@" not in model or Path(model).exists() or values.get("revision") is not None:
-        return
+    if not isinstance(model, str) or "@" not in model or values.get("revision") is not None or _exists(model):
+        return False
     name, _, revision = model.rpartition("@")
     if name and revision:
         values["model"], values["revision"] = name, revision
+    return bool(name and revision)
+
+
+def _exists(model: str) -> bool:
+    return os.path.exists(os.path.expanduser(model))  # False, not an error, for a name that no path can have
 
 
 def _dotted(values: Any, prefix: str = "") -> list[str]:
@@ -242,91 +334,3 @@ def _put(values: dict[str, Any], keys: list[str], value: Any) -> bool:
         values = inner
     values[keys[-1]] = value
     return True
-
-
-def _first_of_each(items: list[Any]) -> list[Any]:
-    """One problem a field: a union of types reports the same value once for each of them."""
-    seen: set[tuple[str, str]] = set()
-    kept = []
-    for item in items:
-        key = (_field_of([str(part) for part in item["loc"]]), "" if item["loc"] else str(item.get("ctx")))
-        if key not in seen:
-            kept.append(item)
-            seen.add(key)
-    return kept
-
-
-def _message(item: Any, lines: Mapping[str, int], given: Mapping[str, Origin]) -> str:
-    """One of pydantic's problems in our words: line, field, what was found, what is allowed."""
-    location = [str(part) for part in item["loc"]]
-    dotted = _field_of(location)
-    line = lines.get(dotted)
-    lead = f"line {line}: " if line is not None else "--set " if _was_set(dotted, given) else ""
-    kind, found, context = item["type"], item.get("input"), item.get("ctx", {})
-    got = f", got {_show(found)}"
-    if kind == "extra_forbidden":
-        return lead + _unknown(location)
-    if kind == "missing":
-        return f"{dotted} is required: {_description(dotted)}"
-    if kind == "value_error":
-        text = str(context.get("error", item["msg"]))
-        if not location or "\n" in text or text.startswith(("lora.", "train.", "data.", "quant.")):
-            return "\n".join(f"{lead}{part}" for part in text.split("\n"))
-        return f"{lead}{dotted} {text}{'' if 'got' in text or 'cannot be' in text else got}"
-    limits = {"greater_than_equal": ("ge", ">="), "greater_than": ("gt", ">"), "less_than": ("lt", "<")}
-    if kind in limits:
-        key, sign = limits[kind]
-        return f"{lead}{dotted} must be {sign} {context[key]:g}{got}"
-    if kind == "literal_error":
-        return f"{lead}{dotted} must be {str(context['expected']).replace(chr(39), '')}{got}"
-    wanted = {
-        "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "dict": "a mapping",
-        "model": "a section with fields of its own", "tuple": "a list", "finite": "a finite number",
-    }  # fmt: skip
-    for start, words in wanted.items():
-        if kind.startswith(start) and kind != "string_too_short":
-            return f"{lead}{dotted} must be {words}{got}"
-    return f"{lead}{dotted}: {item['msg']}{got}"
-
-
-def _field_of(location: list[str]) -> str:
-    """The dotted field of a pydantic location, without the names of union members and list positions behind it."""
-    for end in range(len(location), 0, -1):
-        *outer, name = location[:end]
-        section = SECTIONS.get(".".join(outer))
-        if section is not None and (name in section.model_fields or end == len(location)):
-            return ".".join(location[:end])
-    return ".".join(location)
-
-
-def _was_set(dotted: str, given: Mapping[str, Origin]) -> bool:
-    return dotted in given and given[dotted].kind == "set"
-
-
-def _unknown(location: list[str]) -> str:
-    """An unknown key: refused for a reason, or a typo with the nearest name."""
-    *outer, name = location
-    section = ".".join(outer)
-    dotted = ".".join(location)
-    reason = _REFUSED.get(section, {}).get(name)
-    if reason is not None:
-        return f"{dotted} is not supported: {reason}"
-    fields = [*SECTIONS[section].model_fields]
-    elsewhere = [f"{other}.{name}".lstrip(".") for other, model in SECTIONS.items() if name in model.model_fields]
-    if elsewhere:
-        return f"{dotted} is not a field; did you mean {elsewhere[0]}?"
-    near = difflib.get_close_matches(name, fields, 1, 0.6)
-    if near:
-        return f"{dotted} is not a field; did you mean {'.'.join([*outer, near[0]])}?"
-    return f"{dotted} is not a field; {section or 'a recipe'} has {', '.join(fields)}"
-
-
-def _description(dotted: str) -> str:
-    *outer, name = dotted.split(".")
-    section: type[BaseModel] = SECTIONS[".".join(outer)]
-    return str(section.model_fields[name].description)
-
-
-def _show(value: Any) -> str:
-    text = repr(value) if isinstance(value, str) else shown(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -62,7 +62,7 @@ class Renderer:
     def __init__(self, tokenizer: Any, data: Data) -> None:
         self._tokenizer = tokenizer
         self._mask = data.mask
-        self._template = _template(tokenizer, data)
+        self._template = chat_template(tokenizer, data)
         self._counts: Counter[str] = Counter()
         added = {t.content: t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()}
         special = {c for c, t in added.items() if t.special} | set(tokenizer.all_special_tokens)
@@ -199,7 +199,7 @@ def _any_of(words: dict[str, bool]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(w) + (r"\s*" if words[w] else "") for w in longest_first) or r"(?!)")
 
 
-def _template(tokenizer: Any, data: Data) -> str | None:
+def chat_template(tokenizer: Any, data: Data) -> str | None:
     """The chat template as Jinja text: the recipe's (text, or a file of it), else the tokenizer's own, else None."""
     asked = data.chat_template
     if asked is None:
