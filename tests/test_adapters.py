@@ -26,8 +26,9 @@ from halfbyte.sources import Checkpoint
 from tests import tiny, tiny_run
 
 NAMES = ("llama", "gpt2", "bloom")
-# Two bf16 programs for one sum; measured 0 to 2e-3. Another adapter, or none, is off by more than 0.1.
-BF16_ROUNDING = 1e-2
+# ||difference|| / ||logits||. In train mode (there is no dropout) both run one program. In eval mode plain bitsandbytes
+# on a CPU with AVX512-BF16 rounds the scales of its weights to bf16: measured 1 to 3%. No adapter is off by over 10%.
+BF16_ROUNDING, STOCK_EVAL = 1e-3, 0.06
 
 
 def plain_base(folder: Path) -> Any:
@@ -46,9 +47,9 @@ def our_base(folder: Path) -> Any:
     return open_base(found, Quant(compute_dtype="bf16"), device.detect(), with_tokenizer=False).model
 
 
-def logits(model: Any) -> torch.Tensor:
+def logits(model: Any, *, train: bool = False) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(input_ids=torch.arange(3, 23)[None]).logits[0].float()
+        return model.train(train)(input_ids=torch.arange(3, 23)[None]).logits[0].float()
 
 
 def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -73,9 +74,10 @@ def test_ours_in_plain_peft(name: str, dtype: str, tmp_path: Path) -> None:
     ours = finetune.open_run(Path(loaded.recipe.output)).model
     plain = peft.PeftModel.from_pretrained(plain_base(tmp_path / "model"), str(folder))
     assert type(plain) is peft.PeftModelForCausalLM
-    wanted = logits(plain)
-    print("OURS->PEFT", name, dtype, difference(logits(ours), wanted))
+    wanted = logits(plain, train=True)
+    print("OURS->PEFT", name, dtype, difference(logits(ours), wanted), difference(logits(ours), logits(plain)))
     assert difference(logits(ours), wanted) < BF16_ROUNDING
+    assert difference(logits(plain), wanted) < STOCK_EVAL
     assert far(ours, wanted)
 
 
@@ -90,7 +92,7 @@ def test_plain_pefts_here(name: str, tmp_path: Path) -> None:
         if parameter.requires_grad:
             parameter.data = torch.randn_like(parameter) * 0.2
     plain.save_pretrained(str(tmp_path / "adapter"))
-    wanted = logits(plain)
+    wanted = logits(plain, train=True)
     for model in (
         adapters.load(our_base(tmp_path / "model"), tmp_path / "adapter"),
         halfbyte.PeftModel.from_pretrained(our_base(tmp_path / "model"), str(tmp_path / "adapter")),
@@ -99,7 +101,7 @@ def test_plain_pefts_here(name: str, tmp_path: Path) -> None:
         assert isinstance(model, adapters.Adapted)
         assert difference(logits(model), wanted) < BF16_ROUNDING
         assert far(model, wanted)
-        assert not any(p.requires_grad for p in model.parameters())
+        assert not any(p.requires_grad for n, p in model.named_parameters() if "lora_" in n)
     model = adapters.load(our_base(tmp_path / "model"), tmp_path / "adapter", trainable=True)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
         n for n, _ in model.named_parameters() if "lora_" in n
@@ -137,12 +139,16 @@ def test_a_run_writes_the_asked_model_everywhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "dtype", "modules"), [(("q_proj", "v_proj"), torch.float32, 64), ("auto", torch.bfloat16, 128)]
 )
-def test_a_rank_16_adapter_of_a_7b_shape_fits_34_mb(asked: Any, dtype: torch.dtype, modules: int, tmp_path: Path) -> None:
+def test_a_rank_16_adapter_of_a_7b_shape_fits_34_mb(
+    asked: Any, dtype: torch.dtype, modules: int, tmp_path: Path
+) -> None:
     config = transformers.LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
     )
     model = targets.meta_model(config)
-    adapted = adapters.add(model, Lora(r=16, lora_alpha=32, target_modules=asked), targets.resolve_targets(model, asked), seed=0)
+    adapted = adapters.add(
+        model, Lora(r=16, lora_alpha=32, target_modules=asked), targets.resolve_targets(model, asked), seed=0
+    )
     for module in adapted.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.requires_grad:
@@ -158,7 +164,7 @@ def test_a_rank_16_adapter_of_a_7b_shape_fits_34_mb(asked: Any, dtype: torch.dty
 def test_adapters_that_do_not_fit_are_one_clear_error(tmp_path: Path) -> None:
     adapters.save(small(), tmp_path / "adapter", base_id="org/asked", revision=None)
     wider = tiny.model("llama", changes={"hidden_size": 128, "head_dim": 16})
-    with pytest.raises(AdapterError, match=r"does not fit this base: size mismatch.*org/asked") as caught:
+    with pytest.raises(AdapterError, match=r"(?s)does not fit this base: size mismatch.*org/asked") as caught:
         adapters.load(wider, tmp_path / "adapter")
     assert "q_proj" in str(caught.value)
     with pytest.raises(AdapterError, match="does not fit this base"):
@@ -188,7 +194,7 @@ def test_folders_that_are_no_adapters(tmp_path: Path) -> None:
         adapters.load(tiny.model("llama"), tmp_path)
     adapters.save(small(), tmp_path / "adapter", base_id="org/asked", revision=None)
     (tmp_path / "adapter" / "adapter_config.json").write_text("{")
-    with pytest.raises(AdapterError, match="is not JSON"):
+    with pytest.raises(AdapterError, match="JSON"):
         adapters.load(tiny.model("llama"), tmp_path / "adapter")
 
 
@@ -243,7 +249,7 @@ def test_put_weights_sets_every_trained_tensor(tmp_path: Path) -> None:
 
 
 def test_modules_to_save_that_name_nothing_are_an_error() -> None:
-    with pytest.raises(AdapterError, match=r"\['lm_haed'\].*lm_head"):
+    with pytest.raises(AdapterError, match=r"(?s)names .*lm_haed.*, which.*lm_head"):
         small(modules_to_save=("lm_haed",))
 
 
@@ -297,8 +303,6 @@ def test_the_seed_decides_how_a_starts() -> None:
     model = tiny.model("llama")
     recipe = Lora(r=4, lora_alpha=8)
     other = adapters.add(model, recipe, targets.resolve_targets(model, recipe.target_modules), seed=1)
-    weights = [
-        {n: p.detach() for n, p in m.named_parameters() if "lora_A" in n} for m in (first, same, other)
-    ]
+    weights = [{n: p.detach() for n, p in m.named_parameters() if "lora_A" in n} for m in (first, same, other)]
     assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
     assert not any(torch.equal(weights[0][n], weights[2][n]) for n in weights[0])

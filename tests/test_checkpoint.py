@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,8 @@ from halfbyte.errors import RunError, TrainError
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, betas=(0.8, 0.9), weight_decay=0.1),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "bitsandbytes 8-bit": lambda p: bnb.optim.AdamW8bit(p, lr=0.1, min_8bit_size=0),
+    "bitsandbytes 32-bit": lambda p: bnb.optim.AdamW(p, lr=0.1, optim_bits=32),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
 }
 

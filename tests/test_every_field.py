@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from halfbyte import finetune, show
 from halfbyte.errors import HalfbyteError
 from halfbyte.recipe import SECTIONS, Recipe, leaves
+from halfbyte.recipe_file import load_recipe
 from tests import tiny_run
 
 Change = dict[str, Any]
@@ -297,7 +299,8 @@ CASES: dict[str, tuple[Case, ...]] = {
     "train.save_total_limit": (Case({"train__save_total_limit": 2}, checkpoints, SAVE, want=[3, 4]),),
     "train.load_best_model_at_end": (
         Case({"train__load_best_model_at_end": False}, best_is_saved,
-             {**EVAL, "train__eval_on_start": True, "train__learning_rate": 99.0}, want=False),
+             {"data__train": "ONE WORD", "data__eval": "OTHER WORDS", "train__eval_steps": 1,
+              "train__learning_rate": 0.05}, want=False),  # unlearns the other words: the first evaluation is the best
     ),
     "train.metric_for_best_model": (
         Case({"train__metric_for_best_model": "perplexity"}, file("checkpoints/best/best.json", "metric"), EVAL,
@@ -385,6 +388,8 @@ class Lab:
         self.at = {
             "EVAL": tiny_run.rows(folder / "eval.jsonl", 6, seed=5),
             "BOTH": folder / "both.jsonl",
+            "ONE WORD": self._pairs(folder / "one.jsonl", "cup", 16),
+            "OTHER WORDS": self._pairs(folder / "words.jsonl", "tree road box green blue round small large old", 3),
             "OTHER": tiny_run.checkpoint(folder / "other", seed=1),
             "PICKLE": self._pickle(tiny_run.checkpoint(folder / "pickle")),
             "CODE": self._code(tiny_run.checkpoint(folder / "code")),
@@ -399,6 +404,11 @@ class Lab:
 
         row = {"prompt": "red " * (1 + i % 3), "completion": "cup", "other": "a longer text in its place"}
         return {**row, "messages": said("tree road"), "other_messages": said("small box of cups")}
+
+    @staticmethod
+    def _pairs(path: Path, completion: str, n: int) -> Path:
+        path.write_text((json.dumps({"prompt": "red", "completion": completion}) + "\n") * n)
+        return path
 
     @staticmethod
     def _pickle(folder: Path) -> Path:
@@ -522,3 +532,29 @@ def test_what_was_trained_comes_back(kind: str, lab: Lab) -> None:
     assert untrained != pytest.approx(trained, rel=1e-3)
     assert scores["adapter"].loss == pytest.approx(trained, rel=1e-6)
     assert scores["base"].loss == pytest.approx(untrained, rel=1e-6)
+
+
+def test_a_trained_run_answers_under_the_template_it_was_trained_with(lab: Lab) -> None:
+    own = tiny_run.CHATML.replace("assistant", "helper")
+    ran = lab.ran({"data__chat_template": own}, "llama")
+    assert finetune.open_run(ran.folder).tokenizer.chat_template == own
+    assert finetune.open_run(lab.ran({}, "llama").folder).tokenizer.chat_template == tiny_run.CHATML
+
+
+def test_a_run_opens_where_the_integration_it_reported_to_is_not_installed(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = lab.ran(BOARD, "llama")
+    monkeypatch.delitem(sys.modules, "tensorboardX")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(lab.folder)])
+    with pytest.raises(HalfbyteError, match="tensorboard, which is not installed"):
+        load_recipe(ran.folder / "recipe.yaml")
+    assert finetune.open_run(ran.folder).recipe.train.report_to == "none"
+
+
+def test_a_revision_is_part_of_what_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(finetune.sources, "resolve", lambda model, **_: asked.append(model))
+    recipe = Recipe.model_validate({"model": "org/name", "revision": "v1", "data": {"train": "t"}})
+    finetune.find_model(recipe)
+    assert asked == ["org/name@v1"]

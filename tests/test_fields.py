@@ -54,7 +54,6 @@ def test_what_a_schedule_needs_is_among_what_it_takes() -> None:
     for schedule, needed in fields.SCHEDULES_NEED.items():
         assert set(needed) <= set(fields.SCHEDULES[schedule])
     assert not set(fields.SCHEDULES) & set(fields.SCHEDULES_REFUSED)
-    assert not set(fields.OPTIMIZERS) & set(fields.BITSANDBYTES_OPTIMIZERS)
 
 
 @pytest.mark.parametrize("section", TABLES)

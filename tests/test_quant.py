@@ -22,7 +22,9 @@ needs_avx512_bf16 = pytest.mark.skipif(
 
 def layer(dtype: torch.dtype, compute: torch.dtype, *, double: bool = True, features: int = 64) -> Any:
     torch.manual_seed(0)
-    made = bnb.nn.Linear4bit(features, 128, bias=False, compute_dtype=compute, compress_statistics=double, quant_type="nf4")
+    made = bnb.nn.Linear4bit(
+        features, 128, bias=False, compute_dtype=compute, compress_statistics=double, quant_type="nf4"
+    )
     weight = torch.randn(128, features, dtype=dtype)
     made.weight = bnb.nn.Params4bit(
         weight, requires_grad=False, compress_statistics=double, quant_type="nf4", module=made
@@ -51,7 +53,13 @@ def test_patterns_match_whole_dotted_parts(name: str, pattern: str, wanted: bool
 
 def test_the_policy() -> None:
     matrix, head = spec("a.q_proj.weight", "linear"), spec("lm_head.weight", "head")
-    for role, kind in {"linear": "4bit", "expert": "4bit", "embedding": "compute", "head": "compute", "norm": "compute"}.items():
+    for role, kind in {
+        "linear": "4bit",
+        "expert": "4bit",
+        "embedding": "compute",
+        "head": "compute",
+        "norm": "compute",
+    }.items():
         assert codec.encoding(spec("x.weight", role), Quant()) == kind
     assert codec.encoding(matrix, Quant(type="none")) == "compute"
     assert codec.encoding(matrix, Quant(skip_modules=("q_proj",))) == "compute"

@@ -118,8 +118,8 @@ def reference(loaded: Loaded) -> list[float]:
 
 
 # bf16 rounds differently in matrices of padded and of packed shape, and Adam makes whole steps of the signs of small
-# gradients: hence the lower rate there. Measured: 2e-7 in fp32; in bf16 4e-4, and 2e-3 at the rate of fp32.
-@pytest.mark.parametrize(("dtype", "rate", "tolerance"), [("fp32", 1e-2, 1e-5), ("bf16", 3e-4, 1e-3)])
+# gradients: hence the lower rate there. Measured: 2e-7 in fp32; in bf16 3e-4, and 2e-3 at the rate of fp32.
+@pytest.mark.parametrize(("dtype", "rate", "tolerance"), [("fp32", 1e-2, 1e-5), ("bf16", 1e-4, 1e-3)])
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_losses_are_those_of_the_plain_padded_stack(
     name: str, dtype: str, rate: float, tolerance: float, tmp_path: Path
@@ -197,7 +197,6 @@ def test_any_split_of_a_step_gives_the_same_losses(name: str, tmp_path: Path) ->
         passes.append(metrics(loaded)[0]["passes"])
     assert passes[0] == 1 and passes[3] == 8
     assert len(set(passes)) >= 4, passes
-    print("SPLIT", name, passes, max(worst(other, found[0]) for other in found[1:]))
     assert max(worst(other, found[0]) for other in found[1:]) < 1e-4
 
 
@@ -361,18 +360,18 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
 def test_the_best_adapter_is_kept(tmp_path: Path) -> None:
     """A rate that overshoots: the evaluation is best somewhere in the middle."""
     tiny_run.rows(tmp_path / "eval.jsonl", 8, seed=5)
-    common: dict[str, Any] = {"train__learning_rate": 0.2, "train__lr_scheduler_type": "constant"}
+    common: dict[str, Any] = {"train__learning_rate": 0.5, "train__lr_scheduler_type": "constant"}
     evaluated = {"data__eval": tmp_path / "eval.jsonl", "train__eval_strategy": "steps", "train__eval_steps": 1}
-    loaded = tiny_run.recipe(tmp_path, **common, **evaluated, train__max_steps=14)
+    loaded = tiny_run.recipe(tmp_path, **common, **evaluated, train__max_steps=12)
     finetune.train(loaded)
     found = {row["step"]: row["eval_loss"] for row in metrics(loaded) if "eval_loss" in row}
     step = min(found, key=lambda k: found[k])
-    assert 1 < step < 14, found
+    assert 1 < step < 12, found
     short = tiny_run.recipe(tmp_path, **common, train__max_steps=step, output=tmp_path / "short")
     finetune.train(short)
     assert adapter_bytes(loaded) == adapter_bytes(short)
     last = tiny_run.recipe(
-        tmp_path, **common, **evaluated, train__max_steps=14, train__load_best_model_at_end=False, output=tmp_path / "l"
+        tmp_path, **common, **evaluated, train__max_steps=12, train__load_best_model_at_end=False, output=tmp_path / "l"
     )
     finetune.train(last)
     assert adapter_bytes(last) != adapter_bytes(loaded)
@@ -386,7 +385,9 @@ def test_the_best_adapter_is_kept(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_and_names_its_rows(tmp_path: Path) -> None:
     loaded = tiny_run.recipe(tmp_path, train__learning_rate=1e30, train__max_grad_norm=0)
-    with pytest.raises(TrainError, match=r"the loss is (nan|inf) at step 2 \(rows .*train\.jsonl:\d+.*\.\.\.\)|step 2 \(rows"):
+    with pytest.raises(
+        TrainError, match=r"the loss is (nan|inf) at step 2 \(rows .*train\.jsonl:\d+.*\.\.\.\)|step 2 \(rows"
+    ):
         finetune.train(loaded)
     run = RunFolder(Path(loaded.recipe.output))
     assert not run.adapter.exists()

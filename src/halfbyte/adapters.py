@@ -26,6 +26,7 @@ import torch
 from peft import LoraConfig, PeftModelForCausalLM, get_peft_model_state_dict
 from peft import PeftModel as _PeftModel
 from peft import get_peft_model as _get_peft_model
+from safetensors import SafetensorError, safe_open
 
 from halfbyte import quant as codec
 from halfbyte.errors import AdapterError, TrainError
@@ -102,12 +103,12 @@ def check_modules_to_save(adapted: Any, asked: Any) -> None:
     found = {name.rsplit(".", 1)[-1] for name, m in adapted.named_modules() if isinstance(m, ModulesToSaveWrapper)}
     missing = sorted(set(asked or ()) - found)
     if missing:
-        leaves = {
-            name.rsplit(".", 1)[-1] for name, m in adapted.get_base_model().named_modules() if not list(m.children())
-        }
+        # of a layer with an adapter the parts are PEFT's own: `base_layer`, `lora_A.default`, ...
+        names = (name for name, p in adapted.get_base_model().named_parameters() if not p.requires_grad)
+        leaves = sorted({name.replace(".base_layer", "").rsplit(".", 2)[-2] for name in names})
         raise AdapterError(
-            f"lora.modules_to_save names {missing}, which the model does not have.",
-            fix=f"choose among {sorted(leaf for leaf in leaves if leaf and not leaf.isdigit())[:20]}",
+            f"lora.modules_to_save names {', '.join(missing)}, which the model does not have.",
+            fix=f"choose among {', '.join(leaves[:20])}",
         )
 
 
@@ -294,20 +295,44 @@ def save(adapted: Any, folder: Path, *, base_id: str, revision: str | None, dtyp
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         write_files(adapted, temporary, base_id=base_id, revision=revision, dtype=dtype)
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
-            os.replace(folder, old)
-            os.replace(temporary, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, folder)
-    except OSError as error:
+        replace_folder(temporary, folder)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise TrainError(
-            f"the adapter could not be written to {folder}: {error.strerror or error}.",
+            f"the adapter could not be written to {folder}: {getattr(error, 'strerror', None) or error}.",
             fix="free some disk space; checkpoints already written are whole, `halfbyte train --resume` continues",
         ) from error
     return folder
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put a finished folder in the place of an older one.
+
+    The files are synced first. An interruption puts the older one back; a process killed between the two renames
+    leaves it under the name that `set_aside` gives.
+    """
+    for path in (*new.iterdir(), new):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    aside = set_aside(old)
+    if old.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(old, aside)
+    try:
+        os.replace(new, old)
+    except BaseException:
+        if aside.exists():
+            os.replace(aside, old)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> Path:
+    """Where the older folder lies for the moment in which a new one takes its place."""
+    return folder.with_name(f".{folder.name}.old")
 
 
 def write_files(adapted: Any, folder: Path, *, base_id: str, revision: str | None, dtype: torch.dtype | None) -> None:
@@ -337,15 +362,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     """`adapter_config.json` of an adapter folder.
 
     Raises:
-        AdapterError: the folder is none, or its config is not JSON.
+        AdapterError: the folder is none, or its config is not that of a LoRA adapter.
     """
     missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
     if missing:
         raise AdapterError(f"{folder} is not an adapter: it has no {' and no '.join(missing)}.")
+    path = folder / ADAPTER_FILES[1]
     try:
-        return dict(json.loads((folder / ADAPTER_FILES[1]).read_text()))
-    except (ValueError, TypeError) as error:
-        raise AdapterError(f"{folder / ADAPTER_FILES[1]} is not JSON: {error}") from error
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} cannot be read as JSON: {error}.") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise AdapterError(f"{path} is not the config of a LoRA adapter: its peft_type is {kind!r}.")
+    return dict(config)
 
 
 def load(model: Any, folder: Path, *, trainable: bool = False) -> Any:
@@ -359,13 +389,25 @@ def load(model: Any, folder: Path, *, trainable: bool = False) -> Any:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+    except SafetensorError as error:
+        raise AdapterError(
+            f"{folder / ADAPTER_FILES[0]} is cut short or damaged: {_first_line(error)}.",
+            fix="copy it again; a run's checkpoints/ hold earlier states of its adapter",
+        ) from error
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         shown = next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
         raise AdapterError(
             f"the adapter in {folder} does not fit this base: {shown[:300]}",
             fix=f"it was trained on {config.get('base_model_name_or_path')!r}; open it on that model",
         ) from error
+    strange = _without_place(adapted, folder)
+    if strange:
+        raise AdapterError(
+            f"the adapter in {folder} has {len(strange)} tensors that this base has no place for: "
+            f"{', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''}.",
+            fix=f"it was trained on {config.get('base_model_name_or_path')!r}; open it on that model",
+        )
     lost = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
     if lost:
         raise AdapterError(
@@ -396,6 +438,14 @@ def base_alone(adapted: Any, own: Sequence[tuple[torch.nn.Parameter, torch.Tenso
 def _put(values: Sequence[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
     for parameter, value in values:
         parameter.copy_(value)
+
+
+def _without_place(adapted: Any, folder: Path) -> list[str]:
+    """Saved tensors that PEFT has read and dropped: a deeper model's, most often."""
+    known = {*get_peft_model_state_dict(adapted, save_embedding_layers=False)}
+    known |= {name for name, _ in adapted.named_parameters()}  # whole embeddings, which PEFT may save unasked
+    with safe_open(folder / ADAPTER_FILES[0], "pt") as file:
+        return sorted(set(file.keys()) - known)
 
 
 def put_weights(adapted: Any, folder: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from halfbyte.recipe import Quant
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# File names, without their ending, that any of transformers' tokenizers is read from.
+TOKENIZER_STEMS = frozenset({"tokenizer", "vocab", "spiece", "sentencepiece", "tekken"})
 # Resident bytes may exceed what the specs say by this share before it is an error: scales of odd sizes, padding.
 RESIDENT_TOLERANCE = 0.02
 
@@ -83,11 +86,18 @@ def open_base(
                 trust_remote_code=trust_remote_code,
                 use_safetensors=not checkpoint.pickle,
                 weights_only=True,
+                ignore_mismatched_sizes=True,  # they are named in _check_complete
                 output_loading_info=True,
             )
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
+    except UnpicklingError as error:
+        raise BaseModelError(
+            f"{checkpoint.id}: its pickled weights hold more than tensors, so they were not read: {_blocked(error)}.",
+            fix="use a copy of the model with safetensors",
+        ) from error
+    except (ValueError, RuntimeError, OSError, KeyError, EOFError) as error:
         raise BaseModelError(f"{checkpoint.id} could not be opened from {folder}: {_first_line(error)}") from error
     _check_complete(model, info, checkpoint)
+    _check_skipped(model, quant)
     if quantised is None:
         codec.quantise_plain_linears(model, quant, dtype)
     codec.make_safe(model)
@@ -121,7 +131,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # of any kind: a config class checks its values in its own way
         if "trust_remote_code" in str(error):
             raise BaseModelError(
                 f"{folder} brings Python code of its own (`auto_map` in config.json), which is not run unasked.",
@@ -149,9 +159,11 @@ def open_tokenizer(checkpoint: sources.Checkpoint, model: Any | None = None, *, 
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # of any kind: the files are read by many classes, some of them in Rust
+        there = any(f.stem in TOKENIZER_STEMS for f in checkpoint.path.iterdir())
+        why = _first_line(error) if there else "it has no tokenizer.json"
         raise BaseModelError(
-            f"no tokenizer could be read from {checkpoint.path}: {_first_line(error)}",
+            f"no tokenizer could be read from {checkpoint.path}: {why}",
             fix="put the model's tokenizer.json and tokenizer_config.json beside its config.json",
         ) from error
     rows = model.get_input_embeddings().weight.shape[0] if model is not None else None
@@ -273,23 +285,48 @@ def _check_prequantised(quantised: Any, folder: Path) -> None:
             "that bitsandbytes holds.",
             fix="use the unquantised checkpoint of the same model",
         )
+    four = quantised.get("load_in_4bit") if isinstance(quantised, dict) else quantised.load_in_4bit
+    if not four:
+        raise BaseModelError(
+            f"{folder} is already quantised to 8 bits; the base is held in 4 bits or in 16.",
+            fix="use the unquantised checkpoint of the same model",
+        )
+
+
+def _check_skipped(model: Any, quant: Quant) -> None:
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    missing = [pattern for pattern in quant.skip_modules if not any(codec.matches(name, (pattern,)) for name in names)]
+    if missing:
+        raise BaseModelError(
+            f"quant.skip_modules {missing} name no module of {type(model).__name__}.",
+            fix="use module names as in `model.named_modules()`, such as `lm_head` or `mlp.down_proj`",
+        )
 
 
 def _check_complete(model: Any, info: dict[str, Any], checkpoint: sources.Checkpoint) -> None:
     missing = sorted(info.get("missing_keys", ()))
-    mismatched = sorted(str(k) for k in info.get("mismatched_keys", ()))
+    mismatched = sorted(
+        f"{name} is {tuple(found)}, not {tuple(needed)}" for name, found, needed in info.get("mismatched_keys", ())
+    )
     if missing or mismatched:
-        problem = "lacks" if missing else "has with another shape"
-        names = missing or mismatched
+        problem = "has not the shape of" if mismatched else "lacks"
+        names = mismatched or missing
         raise BaseModelError(
             f"{checkpoint.id} {problem} {len(names)} of the weights that {type(model).__name__} needs: "
-            f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}. They would be random numbers.",
+            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. They would be random numbers.",
             fix="download the checkpoint again, or check that config.json belongs to it",
         )
 
 
+def _blocked(error: BaseException) -> str:
+    """What `torch.load` refused, out of the page that it says about it."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), _first_line(error)).rstrip(".")
+
+
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])[:300]
 
 
 def load_base(

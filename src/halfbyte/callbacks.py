@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from transformers import TrainerCallback
 
 from halfbyte import checkpoint
+from halfbyte.adapters import replace_folder, set_aside
 
 if TYPE_CHECKING:
     from halfbyte.run import RunFolder
@@ -103,6 +104,9 @@ class Best:
     step: int | None = None
 
     def restore(self) -> None:
+        """Find the best of an earlier process again."""
+        if not self.folder.exists() and set_aside(self.folder).exists():
+            os.replace(set_aside(self.folder), self.folder)
         path = self.folder / "best.json"
         if path.is_file():
             row = json.loads(path.read_text())
@@ -175,11 +179,12 @@ class RunCallback(TrainerCallback):
         if best is not None and best.metric in row and best.better(row[best.metric]):
             best.value, best.step = row[best.metric], state.global_step
             temporary = best.folder.with_name(f".best.{os.getpid()}")
-            self.write_adapter(temporary)
-            (temporary / "best.json").write_text(
-                json.dumps({"metric": best.metric, "value": best.value, "step": best.step})
-            )
-            replace_folder(temporary, best.folder)
+            with checkpoint.whole_or_absent(f"the best adapter {best.folder}", temporary):
+                self.write_adapter(temporary)
+                (temporary / "best.json").write_text(
+                    json.dumps({"metric": best.metric, "value": best.value, "step": best.step})
+                )
+                replace_folder(temporary, best.folder)
             row = {**row, "best": True}
         self.listener.evaluated(row)
 
@@ -223,14 +228,3 @@ def process_memory() -> dict[str, int]:
     if torch.cuda.is_available():
         found["peak_device_bytes"] = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     return found
-
-
-def replace_folder(new: Path, old: Path) -> None:
-    """Put a finished folder in the place of an older one; a crash in between leaves one of the two whole."""
-    if old.exists():
-        aside = old.with_name(f".{old.name}.old.{os.getpid()}")
-        os.replace(old, aside)
-        os.replace(new, old)
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        os.replace(new, old)

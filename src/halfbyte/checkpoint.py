@@ -15,16 +15,19 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from halfbyte.errors import RunError, TrainError
 
+NESTED = "/"  # between a state's name and a name inside it
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 OPTIMIZER_TENSORS, OPTIMIZER_JSON, RNG_TENSORS = "optimizer.safetensors", "optimizer.json", "rng.safetensors"
@@ -54,7 +57,7 @@ def save(
     if is_whole(final):
         return final
     temporary = folder / f".step-{step:06d}.{os.getpid()}"
-    try:
+    with whole_or_absent(f"checkpoint {final}", temporary):
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -73,13 +76,24 @@ def save(
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         _fsync(folder)
-    except OSError as error:
+    return final
+
+
+@contextmanager
+def whole_or_absent(what: str, temporary: Path) -> Iterator[None]:
+    """A write that the disk refuses ends in one error, and what was written so far is removed.
+
+    Raises:
+        TrainError: with the reason of the system.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise TrainError(
-            f"checkpoint {final} could not be written: {error.strerror or error}.",
+            f"{what} could not be written: {getattr(error, 'strerror', None) or error}.",
             fix="free some disk space, then continue from the newest whole checkpoint with `halfbyte train --resume`",
         ) from error
-    return final
 
 
 def is_whole(path: Path, *, hashes: bool = False) -> bool:
@@ -189,6 +203,13 @@ def _flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, 
             if isinstance(value, torch.Tensor):
                 # clone: safetensors refuses tensors that share storage
                 tensors[f"{index}.{name}"] = value.detach().cpu().contiguous().clone()
+            elif isinstance(value, dict) and any(isinstance(inner, torch.Tensor) for inner in value.values()):
+                # bitsandbytes keeps the 8-bit state and its scales in a dict of their own
+                for inner_name, inner in value.items():
+                    if isinstance(inner, torch.Tensor):
+                        tensors[f"{index}.{name}{NESTED}{inner_name}"] = inner.detach().cpu().contiguous().clone()
+                    else:
+                        scalars.setdefault(str(index), {})[f"{name}{NESTED}{inner_name}"] = _plain(inner)
             else:
                 scalars.setdefault(str(index), {})[name] = _plain(value)
     return tensors, {"scalars": scalars, "param_groups": _plain(state["param_groups"])}
@@ -201,6 +222,10 @@ def _unflatten(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[s
         state.setdefault(int(index), {})[name] = tensor
     for index, values in rest["scalars"].items():
         state.setdefault(int(index), {}).update(values)
+    for values in state.values():
+        for key in [key for key in values if NESTED in key]:
+            name, _, inner_name = key.partition(NESTED)
+            values.setdefault(name, {})[inner_name] = values.pop(key)
     groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in rest["param_groups"]]
     return {"state": state, "param_groups": groups}
 

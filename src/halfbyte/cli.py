@@ -102,6 +102,8 @@ def init(
     try:
         path.write_text(init_template(model, data))
     except OSError as error:
+        if path.is_file():
+            path.unlink()  # the beginning of a recipe, on a full disk
         raise RecipeError(f"{path} cannot be written: {error.strerror}.") from error
     show.text(f"wrote {path}\n  next: halfbyte train {path} --dry-run")
 
@@ -251,7 +253,9 @@ def _load(recipe: str, data: str | None, overrides: list[str], *, resume: bool) 
                 f"{path} is not a run folder: it has no recipe.yaml.",
                 fix="halfbyte train RUN --resume, RUN as train made it",
             )
-        return load_recipe(path / "recipe.yaml")
+        loaded = load_recipe(path / "recipe.yaml")
+        # the folder may have been moved or copied since its recipe was written
+        return loaded._replace(recipe=loaded.recipe.model_copy(update={"output": str(path)}))
     if data is not None:
         if path.suffix in (".yaml", ".yml"):
             raise RecipeError(f"{recipe} is a recipe and names its own data; {data} is one argument too many.")
@@ -282,7 +286,7 @@ def _tame_libraries() -> None:
 
 
 def _guard(call: Callable[[], Any]) -> int:
-    """Run the app; a HalfbyteError is one message on stderr and its exit code."""
+    """Run the app; a HalfbyteError, or what the system refuses, is one message on stderr and an exit code."""
     from halfbyte.errors import HalfbyteError
 
     try:
@@ -296,6 +300,10 @@ def _guard(call: Callable[[], Any]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(f"error: {where}{error.strerror or error}\n")
+        return 1
     return 0
 
 

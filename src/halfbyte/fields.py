@@ -229,14 +229,12 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "sgd": ("momentum", "dampening", "weight_decay", "nesterov"),
     "adagrad": ("lr_decay", "weight_decay", "eps"),
     "rmsprop": ("momentum", "alpha", "eps", "weight_decay", "centered"),
-}
-BITSANDBYTES_OPTIMIZERS = (
-    "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion_32bit", "lion_8bit",
-    "paged_lion_32bit", "paged_lion_8bit", "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
-    "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
-)  # fmt: skip
-BITSANDBYTES_OPTIMIZERS_REFUSED = "its state does not come back from a checkpoint; an adapter's AdamW state is small"
-
+    **dict.fromkeys(
+        ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion_32bit", "lion_8bit",
+         "paged_lion_32bit", "paged_lion_8bit", "ademamix", "ademamix_8bit", "rmsprop_bnb", "rmsprop_bnb_8bit",
+         "rmsprop_bnb_32bit"), (),
+    ),
+}  # fmt: skip
 # Schedules -> the names that `lr_scheduler_kwargs` takes.
 SCHEDULES: dict[str, tuple[str, ...]] = {
     "linear": (),

@@ -24,7 +24,7 @@ from halfbyte.layers import packing
 from halfbyte.recipe import Loaded, Origin, Recipe, rows
 from halfbyte.recipe_file import load_recipe, to_yaml
 from halfbyte.run import RunFolder, versions
-from halfbyte.train import StepTrainer, training_arguments
+from halfbyte.train import StepTrainer, rehearse, training_arguments
 
 if TYPE_CHECKING:
     from halfbyte.data.template import Encoded, Example
@@ -122,10 +122,13 @@ def resolve(loaded: Loaded) -> Resolution:
 def prepare(recipe: Recipe) -> Prepared:
     """Find the model, read its tokenizer, and turn every row into tokens and labels."""
     found = find_model(recipe)
+    base.read_config(found.path, trust_remote_code=recipe.trust_remote_code)
     tokenizer = base.open_tokenizer(found, trust_remote_code=recipe.trust_remote_code)
     train = encode(recipe, Path(recipe.data.train), tokenizer)
     evaluation = encode(recipe, Path(recipe.data.eval), tokenizer) if recipe.data.eval else None
-    return Prepared(recipe, found, tokenizer, train, evaluation)
+    prepared = Prepared(recipe, found, tokenizer, train, evaluation)
+    rehearse(recipe.train, total_steps=count_steps(prepared))
+    return prepared
 
 
 def find_model(recipe: Recipe) -> sources.Checkpoint:
@@ -387,7 +390,8 @@ def best(recipe: Recipe, run: RunFolder) -> Best:
 def open_run(path: Path) -> Opened:
     """The adapter of a finished run on its base."""
     run = RunFolder.open(path)
-    recipe = load_recipe(run.recipe).recipe
+    # where the run was trained an integration was installed that need not be here
+    recipe = load_recipe(run.recipe, ["train.report_to=none"]).recipe
     found = find_model(recipe)
     opened = base.open_base(found, recipe.quant, device.detect(), trust_remote_code=recipe.trust_remote_code)
     if recipe.data.chat_template is not None:

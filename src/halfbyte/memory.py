@@ -32,8 +32,9 @@ TOKENS_STEP = 64
 
 # Bytes of optimiser state for each trained parameter; AdamW's 8 for a name that is not here.
 OPTIMIZER_BYTES = {
-    "sgd": 0, "rmsprop": 4, "adagrad": 4, "lion_32bit": 4, "adafactor": 1, "adamw_bnb_8bit": 2, "adamw_8bit": 2,
-    "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1, "ademamix": 12,
+    "sgd": 0, "rmsprop": 4, "adagrad": 4, "lion_32bit": 4, "paged_lion_32bit": 4, "adafactor": 1, "adamw_bnb_8bit": 2,
+    "adamw_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1, "ademamix": 12, "ademamix_8bit": 3,
+    "rmsprop_bnb": 4, "rmsprop_bnb_32bit": 4, "rmsprop_bnb_8bit": 1,
 }  # fmt: skip
 
 

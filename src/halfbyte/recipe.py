@@ -19,8 +19,6 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from halfbyte.fields import (
-    BITSANDBYTES_OPTIMIZERS,
-    BITSANDBYTES_OPTIMIZERS_REFUSED,
     INIT_NAMES,
     INIT_REFUSED,
     INTEGRATIONS,
@@ -95,8 +93,6 @@ def _init(value: Any) -> Any:
 
 
 def _optimizer(value: Any) -> Any:
-    if value in BITSANDBYTES_OPTIMIZERS:
-        raise ValueError(f"cannot be {value!r}: {BITSANDBYTES_OPTIMIZERS_REFUSED}. Try adamw_torch")
     return _one_of(value, OPTIMIZERS)
 
 

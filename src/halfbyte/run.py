@@ -30,6 +30,7 @@ LIBRARIES = (
     "halfbyte", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers",
     "huggingface_hub", "numpy",
 )  # fmt: skip
+ANOTHER = "give another output: (--output)"
 _STEP = re.compile(r"step-(\d+)$")
 
 
@@ -68,13 +69,17 @@ class RunFolder:
 
     @staticmethod
     def check_free(path: Path) -> None:
-        """Refuse a path that exists, before anything is loaded.
+        """Refuse a path that exists, or that no folder can be made at, before anything is loaded.
 
         Raises:
-            RunError: something is there already.
+            RunError: something is there already, or a file is in the way, or the place cannot be written.
         """
         if path.exists() or path.is_symlink():
             raise _exists(path)
+        above = next((p for p in path.absolute().parents if p.exists()), Path("/"))
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            why = f"{above} is a file" if not above.is_dir() else f"{above} is not writable"
+            raise RunError(f"the run folder {path} cannot be made: {why}.", fix=ANOTHER)
 
     @classmethod
     @contextlib.contextmanager
@@ -97,12 +102,8 @@ class RunFolder:
             if path.exists():  # another process was faster
                 raise _exists(path) from error
             if error.errno in _FULL:
-                raise RunError(
-                    _full_text(path, len(recipe_yaml)), fix="free some space, or give another output:"
-                ) from error
-            raise RunError(
-                f"the run folder {path} cannot be made: {error.strerror}.", fix="give another output:"
-            ) from error
+                raise RunError(_full_text(path, len(recipe_yaml)), fix=f"free some space, or {ANOTHER}") from error
+            raise RunError(f"the run folder {path} cannot be made: {error.strerror}.", fix=ANOTHER) from error
         run = cls(path)
         with run.lock():
             yield run
@@ -177,7 +178,7 @@ class RunFolder:
                 holder = stream.read().strip() or "unknown"
                 raise RunError(
                     f"the run {self.path} is being written by process {holder}.",
-                    fix="wait for it, stop it, or give another output:",
+                    fix=f"wait for it, stop it, or {ANOTHER}",
                 ) from error
             stream.truncate(0)
             stream.write(str(os.getpid()))
@@ -305,7 +306,7 @@ def _full_text(path: Path, size: int) -> str:
 def _exists(path: Path) -> RunError:
     return RunError(
         f"the run folder {path} exists already, and a run is never overwritten.",
-        fix="continue it with --resume, or give another output: (--output)",
+        fix=f"continue it with --resume, or {ANOTHER}",
     )
 
 

@@ -37,7 +37,9 @@ _ROUTERS = frozenset(("gate", "router"))
 _NORM = re.compile(r"norm|^ln(_|$)|(^|_)ln$|layernorm", re.IGNORECASE)
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 # Buffers that older checkpoints hold and transformers passes over: causal masks, rotary tables.
-_PASSED_OVER = re.compile(r"(?:^|\.)(?:attn|attention)\.(?:bias|masked_bias)$|rotary_emb\.(?:inv_freq|cos_cached|sin_cached)$")
+_PASSED_OVER = re.compile(
+    r"(?:^|\.)(?:attn|attention)\.(?:bias|masked_bias)$|rotary_emb\.(?:inv_freq|cos_cached|sin_cached)$"
+)
 _CONV1D_TYPES = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
 
 # Double quantisation of bitsandbytes: one fp32 scale for 256 8-bit scales; code tables of 16 and 256 fp32 values.

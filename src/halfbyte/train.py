@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from halfbyte.adapters import loraplus_optimizer, without_gradient
-from halfbyte.errors import TrainError
+from halfbyte.errors import RecipeError, TrainError
 from halfbyte.layers import loss
 
 if TYPE_CHECKING:
@@ -39,6 +39,9 @@ NOT_FOR_TRAINER = frozenset(
         "data_seed", "eval_strategy", "eval_steps",
     }
 )  # fmt: skip
+
+# Every step of a run is planned before the first one, in about 1 kB each.
+MAX_STEPS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,38 @@ def training_arguments(
         average_tokens_across_devices=True,
         log_level="error",
     )
+
+
+def rehearse(train: Train, *, total_steps: int) -> None:
+    """Make the optimiser and the schedule of the recipe on one number, before anything is loaded or written.
+
+    Raises:
+        RecipeError: arguments that they do not take, or more steps than can be planned.
+    """
+    if total_steps > MAX_STEPS:
+        raise RecipeError(
+            f"train: {total_steps:,} steps are more than the {MAX_STEPS:,} that one run can have.",
+            fix="lower train.max_steps or train.num_train_epochs",
+        )
+    try:
+        args = training_arguments(
+            train, folder=Path("unused"), total_steps=total_steps, fp16=False, use_cpu=True, eval_steps=0
+        )
+        cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = cls([torch.nn.Parameter(torch.zeros(1))], **kwargs)
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=args.get_warmup_steps(total_steps),
+            num_training_steps=total_steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
+        raise RecipeError(
+            f"train: optimiser {train.optim} and schedule {train.lr_scheduler_type} cannot be made as asked: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}.",
+            fix="look at train.optim_args and train.lr_scheduler_kwargs",
+        ) from error
 
 
 class StepTrainer(Trainer):
@@ -158,7 +193,9 @@ class StepTrainer(Trainer):
         if not math.isfinite(value):
             raise TrainError(
                 f"the loss is {value} at step {self.state.global_step + 1}{self.where_rows(step)}.",
-                fix="lower train.learning_rate, set train.max_grad_norm, or look at those rows",
+                fix="lower train.learning_rate, set train.max_grad_norm, or look at those rows"
+                if self.state.global_step
+                else "nothing has been trained yet: look at the base's weights and at those rows",
             )
         if self.state.global_step == self._initial_global_step and (dead := without_gradient(self.model)):
             raise TrainError(

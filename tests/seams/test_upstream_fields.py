@@ -48,7 +48,7 @@ def test_every_field_is_taken_or_refused_and_no_other(name: str) -> None:
 
 def test_optimisers_and_schedules_are_those_of_transformers() -> None:
     theirs = {item.value for item in OptimizerNames}
-    assert {*fields.OPTIMIZERS, *fields.BITSANDBYTES_OPTIMIZERS} <= theirs
+    assert {*fields.OPTIMIZERS} <= theirs
     theirs = {item.value for item in SchedulerType}
     assert {*fields.SCHEDULES} | {*fields.SCHEDULES_REFUSED} == theirs
 

@@ -134,7 +134,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, _names(path.parent), n=1)
         raise DataError(
-            f"{path}: no such file.", fix=f"did you mean {path.parent / near[0]}?" if near else "check data.train"
+            f"{path}: no such file.", fix=f"did you mean {path.parent / near[0]}?" if near else "check the path"
         ) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from halfbyte.data.read import Message, Row
 from halfbyte.errors import DataError
@@ -160,6 +160,11 @@ class Renderer:
             text: str = self._tokenizer.apply_chat_template(
                 chat, chat_template=self._template, tokenize=False, add_generation_prompt=prompt
             )
+        except TemplateSyntaxError as error:
+            raise DataError(
+                f"the chat template cannot be read: {error.message} (line {error.lineno}).",
+                fix="data.chat_template: a file with a template that can",
+            ) from None
         except (TemplateError, TypeError, ValueError) as error:
             raise Refused(f"the chat template refuses it: {error}") from None
         return text
