@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte import adapters
+from halfbyte import dropin
 from tests import tiny
 
 SCRIPT = """
@@ -55,7 +55,7 @@ def run_script(model_id: Path, targets: list[str]) -> tuple[dict[str, Any], list
 @pytest.mark.parametrize("name", list(TARGETS))
 def test_the_classic_script(name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    adapters._say_once.cache_clear()
+    dropin._say_once.cache_clear()
     tiny.save(tmp_path / "model", name, dtype=dtype)
     names, said = run_script(tmp_path / "model", TARGETS[name])
     log = [row["loss"] for row in names["trainer"].state.log_history if "loss" in row]

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_hook
 
-from halfbyte import finetune, show
+from halfbyte import finetune, inputs, show
+from halfbyte import opened as opened_run
 from halfbyte.errors import HalfbyteError
 from halfbyte.recipe import SECTIONS, Recipe, leaves
 from halfbyte.recipe_file import load_recipe
@@ -527,8 +528,8 @@ def test_what_was_trained_comes_back(kind: str, lab: Lab) -> None:
     model, changes = KEPT[kind]
     ran = lab.ran({**EVAL, "train__eval_on_start": True, "train__load_best_model_at_end": False, **changes}, model)
     untrained, trained = (row["eval_loss"] for row in ran.metrics if "eval_loss" in row)
-    opened = finetune.open_run(ran.folder)
-    scores = finetune.evaluate(opened, with_base=True, max_new_tokens=1)
+    opened = opened_run.open_run(ran.folder)
+    scores = opened_run.evaluate(opened, with_base=True, max_new_tokens=1)
     assert untrained != pytest.approx(trained, rel=1e-3)
     assert scores["adapter"].loss == pytest.approx(trained, rel=1e-6)
     assert scores["base"].loss == pytest.approx(untrained, rel=1e-6)
@@ -537,8 +538,8 @@ def test_what_was_trained_comes_back(kind: str, lab: Lab) -> None:
 def test_a_trained_run_answers_under_the_template_it_was_trained_with(lab: Lab) -> None:
     own = tiny_run.CHATML.replace("assistant", "helper")
     ran = lab.ran({"data__chat_template": own}, "llama")
-    assert finetune.open_run(ran.folder).tokenizer.chat_template == own
-    assert finetune.open_run(lab.ran({}, "llama").folder).tokenizer.chat_template == tiny_run.CHATML
+    assert opened_run.open_run(ran.folder).tokenizer.chat_template == own
+    assert opened_run.open_run(lab.ran({}, "llama").folder).tokenizer.chat_template == tiny_run.CHATML
 
 
 def test_a_run_opens_where_the_integration_it_reported_to_is_not_installed(
@@ -549,12 +550,12 @@ def test_a_run_opens_where_the_integration_it_reported_to_is_not_installed(
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(lab.folder)])
     with pytest.raises(HalfbyteError, match="tensorboard, which is not installed"):
         load_recipe(ran.folder / "recipe.yaml")
-    assert finetune.open_run(ran.folder).recipe.train.report_to == "none"
+    assert opened_run.open_run(ran.folder).recipe.train.report_to == "none"
 
 
 def test_a_revision_is_part_of_what_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(finetune.sources, "resolve", lambda model, **_: asked.append(model))
     recipe = Recipe.model_validate({"model": "org/name", "revision": "v1", "data": {"train": "t"}})
-    finetune.find_model(recipe)
+    inputs.find_model(recipe)
     assert asked == ["org/name@v1"]

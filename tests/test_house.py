@@ -28,7 +28,7 @@ NO_TORCH = ("__main__", "cli", "device", "errors", "fields", "memory", "recipe",
 # Library -> the rooms that may import it.
 DOORS = {
     "bitsandbytes": {"quant"},
-    "peft": {"adapters", "targets", "layers.lora_linear"},
+    "peft": {"dropin", "adapters", "targets", "layers.lora_linear"},
 }
 TRAINER_NAMES = re.compile(r"^(Trainer|TrainingArguments|Seq2SeqTrainer|TrainerCallback|trainer(_\w+)?)$")
 TRAINER_ROOMS = {"train", "callbacks"}

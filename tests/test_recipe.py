@@ -302,7 +302,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("train: {greater_is_better: true}", "line 3: train.greater_is_better must be false: loss and perplexity are better when smaller, got true"),
     ("train: {gradient_checkpointing: often}", "line 3: train.gradient_checkpointing must be auto, true or false, got 'often'"),
     ("train: {max_tokens_per_pass: 0}", "line 3: train.max_tokens_per_pass must be auto, or a whole number >= 1, got 0"),
-    ("train: {optim: adam}", "line 3: train.optim must be one of adamw_torch, adamw_torch_fused, adafactor, sgd, adagrad, rmsprop, got 'adam'"),
+    ("train: {optim: adam}", "line 3: train.optim must be one of adamw_torch, adamw_torch_fused, adafactor, sgd, adagrad, rmsprop, adamw_bnb_8bit, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit, lion_32bit, lion_8bit, paged_lion_32bit, paged_lion_8bit, ademamix, ademamix_8bit, rmsprop_bnb, rmsprop_bnb_8bit, rmsprop_bnb_32bit, got 'adam'"),
     ("train: {optim_args: momentum=0.9}", "line 3: train.optim_args: adamw_torch takes nothing, got momentum"),
     ("train: {optim: sgd, optim_args: fast}", "line 3: train.optim_args must be name=value,name=value, got 'fast'"),
     ("train: {lr_scheduler_type: greedy}", "line 3: train.lr_scheduler_type cannot be 'greedy': it follows the loss, and a schedule here is fixed before the first step"),
@@ -381,7 +381,7 @@ SETS: list[tuple[str, str]] = [
     ("model.x=3", "--set model.x=3: model.x lies inside a value that is not a section"),
     ("output=", "--set output must be text, got null"),
     ("nonsense=1", "--set nonsense is not a field; a recipe has model, revision, quant, lora, data, train, output, allow_pickle, trust_remote_code"),
-    ("train.optim=[", "--set train.optim must be one of adamw_torch, adamw_torch_fused, adafactor, sgd, adagrad, rmsprop, got '['"),
+    ("train.optim=[", "--set train.optim must be one of adamw_torch, adamw_torch_fused, adafactor, sgd, adagrad, rmsprop, adamw_bnb_8bit, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit, lion_32bit, lion_8bit, paged_lion_32bit, paged_lion_8bit, ademamix, ademamix_8bit, rmsprop_bnb, rmsprop_bnb_8bit, rmsprop_bnb_32bit, got '['"),
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, get_linear_schedule_with_warmup
 
 from halfbyte import adapters, base, checkpoint, device, finetune
+from halfbyte import opened as opened_run
 from halfbyte.callbacks import Silent
 from halfbyte.data import collate, pack
 from halfbyte.errors import RunError, TrainError
@@ -375,8 +376,8 @@ def test_the_best_adapter_is_kept(tmp_path: Path) -> None:
     )
     finetune.train(last)
     assert adapter_bytes(last) != adapter_bytes(loaded)
-    opened = finetune.open_run(Path(loaded.recipe.output))
-    score = finetune.evaluate(opened, max_new_tokens=1)["adapter"]
+    opened = opened_run.open_run(Path(loaded.recipe.output))
+    score = opened_run.evaluate(opened, max_new_tokens=1)["adapter"]
     assert score.loss == pytest.approx(found[step], rel=1e-5)
 
 
@@ -404,7 +405,7 @@ def test_an_adapter_without_a_gradient_stops(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(adapters, "add", with_a_dead_one)
     loaded = tiny_run.recipe(tmp_path)
-    with pytest.raises(TrainError, match="1 trained tensors got no gradient in the first step.*never_used"):
+    with pytest.raises(TrainError, match=r"1 trained tensors got no gradient in the first step.*never_used"):
         finetune.train(loaded)
     assert metrics(loaded) == []
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from halfbyte.adapters import PeftModel, get_peft_model, prepare_model_for_kbit_training
     from halfbyte.base import load_base
+    from halfbyte.dropin import PeftModel, get_peft_model, prepare_model_for_kbit_training
     from halfbyte.errors import HalfbyteError
 
 __version__ = "0.1.0"
@@ -29,9 +29,9 @@ __all__ = [
 
 _HOMES = {
     "LoraConfig": "peft",
-    "PeftModel": "halfbyte.adapters",
-    "get_peft_model": "halfbyte.adapters",
-    "prepare_model_for_kbit_training": "halfbyte.adapters",
+    "PeftModel": "halfbyte.dropin",
+    "get_peft_model": "halfbyte.dropin",
+    "prepare_model_for_kbit_training": "halfbyte.dropin",
     "load_base": "halfbyte.base",
     "HalfbyteError": "halfbyte.errors",
 }

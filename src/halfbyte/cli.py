@@ -123,11 +123,11 @@ def generate(
 
     with show.waiting("opening base and adapter", silent=json_):
         _tame_libraries()
-        from halfbyte import finetune
+        from halfbyte import opened as opening
         from halfbyte.generate import Sampling, chat_ids
         from halfbyte.generate import generate as write
 
-        opened = finetune.open_run(run)
+        opened = opening.open_run(run)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     answers = []
     for text in prompt:
@@ -154,11 +154,11 @@ def chat(
 
     with show.waiting("opening base and adapter", silent=False):
         _tame_libraries()
-        from halfbyte import finetune
+        from halfbyte import opened as opening
         from halfbyte.generate import Sampling, chat_ids
         from halfbyte.generate import generate as write
 
-        opened = finetune.open_run(run)
+        opened = opening.open_run(run)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     first = [{"role": "system", "content": system}] if system else []
     history = list(first)
@@ -213,11 +213,11 @@ def evaluate(
 
     with show.waiting("opening base and adapter", silent=json_):
         _tame_libraries()
-        from halfbyte import finetune
+        from halfbyte import opened as opening
 
-        opened = finetune.open_run(run)
+        opened = opening.open_run(run)
     with show.counting("rows", silent=json_) as progress:
-        scores = finetune.evaluate(
+        scores = opening.evaluate(
             opened, data=data, limit=limit, with_base=base, max_new_tokens=max_new_tokens, progress=progress
         )
     if json_:

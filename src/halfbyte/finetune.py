@@ -7,38 +7,23 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfbyte import adapters, base, callbacks, checkpoint, device, memory, quant, shapes, sources, targets
-from halfbyte import evaluate as scoring
+from halfbyte import adapters, base, callbacks, checkpoint, device, memory, quant, shapes, targets
 from halfbyte import report as reporting
 from halfbyte.callbacks import Best, Cadence, Listener, RunCallback, Silent, StopRequest, stop_on_signals
-from halfbyte.data import collate, pack, read, render, template
-from halfbyte.errors import DataError
-from halfbyte.generate import Sampling
+from halfbyte.data import collate, pack
+from halfbyte.inputs import Prepared, data_note, prepare
 from halfbyte.layers import packing
 from halfbyte.recipe import Loaded, Origin, Recipe, rows
-from halfbyte.recipe_file import load_recipe, to_yaml
+from halfbyte.recipe_file import to_yaml
 from halfbyte.run import RunFolder, versions
 from halfbyte.train import StepTrainer, rehearse, training_arguments
 
 if TYPE_CHECKING:
-    from halfbyte.data.template import Encoded, Example
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is known before a weight is loaded: the source, the tokenizer, and every row as tokens."""
-
-    recipe: Recipe
-    checkpoint: sources.Checkpoint
-    tokenizer: Any
-    train: Encoded
-    evaluation: Encoded | None
+    from halfbyte.data.template import Example
 
 
 @dataclass(frozen=True)
@@ -67,30 +52,11 @@ class Outcome:
         return signal.Signals(self.stopped_by).name if self.stopped_by is not None else ""
 
 
-@dataclass
-class Opened:
-    """A trained adapter on its base, ready to answer."""
-
-    run: Path
-    recipe: Recipe
-    checkpoint: sources.Checkpoint
-    model: Any
-    tokenizer: Any
-    own_biases: list[Any]
-
-    def adapted(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    @contextmanager
-    def base_only(self) -> Iterator[None]:
-        with adapters.base_alone(self.model, self.own_biases):
-            yield
-
-
 def resolve(loaded: Loaded) -> Resolution:
     """Resolve every `auto` without loading a weight; the data is read, since the plan follows from its lengths."""
     recipe, machine = loaded.recipe, device.detect()
     prepared = prepare(recipe)
+    rehearse(recipe.train, total_steps=count_steps(prepared))
     found = prepared.checkpoint
     model = targets.meta_model(base.read_config(found.path, trust_remote_code=recipe.trust_remote_code))
     chosen, modules = choose_targets(model, recipe)
@@ -117,39 +83,6 @@ def resolve(loaded: Loaded) -> Resolution:
         *plan.text_lines(),
     ]
     return Resolution(resolved, [*lines, *(f"warning: {w}" for w in loaded.warnings)])
-
-
-def prepare(recipe: Recipe) -> Prepared:
-    """Find the model, read its tokenizer, and turn every row into tokens and labels."""
-    found = find_model(recipe)
-    base.read_config(found.path, trust_remote_code=recipe.trust_remote_code)
-    tokenizer = base.open_tokenizer(found, trust_remote_code=recipe.trust_remote_code)
-    train = encode(recipe, Path(recipe.data.train), tokenizer)
-    evaluation = encode(recipe, Path(recipe.data.eval), tokenizer) if recipe.data.eval else None
-    prepared = Prepared(recipe, found, tokenizer, train, evaluation)
-    rehearse(recipe.train, total_steps=count_steps(prepared))
-    return prepared
-
-
-def find_model(recipe: Recipe) -> sources.Checkpoint:
-    name = f"{recipe.model}@{recipe.revision}" if recipe.revision else recipe.model
-    return sources.resolve(name, allow_pickle=recipe.allow_pickle)
-
-
-def encode(recipe: Recipe, path: Path, tokenizer: Any) -> Encoded:
-    return template.encode(read.read_rows(path, recipe.data), tokenizer, recipe.data)
-
-
-def data_note(prepared: Prepared) -> str:
-    stats = prepared.train.stats
-    note = (
-        f"{stats.rows:,} rows, {stats.tokens:,} tokens ({stats.min_length} to {stats.max_length} a row), "
-        f"{stats.labelled_share:.0%} of them trained"
-    )
-    left_out = len(prepared.train.skipped)
-    note += f", {left_out} rows skipped" if left_out else ""
-    note += f", {prepared.train.truncated} truncated" if prepared.train.truncated else ""
-    return note + (f"; {prepared.evaluation.stats.rows:,} rows held out" if prepared.evaluation else "")
 
 
 def rows_per_step(recipe: Recipe) -> int:
@@ -228,6 +161,7 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     else:
         RunFolder.check_free(out)
     prepared = prepare(recipe)
+    rehearse(recipe.train, total_steps=count_steps(prepared))
     notices = [*prepared.train.notices, *(prepared.evaluation.notices if prepared.evaluation else ())]
     tell.note(f"data      {data_note(prepared)}")
     opened = base.open_base(prepared.checkpoint, recipe.quant, machine, trust_remote_code=recipe.trust_remote_code)
@@ -385,52 +319,6 @@ def best(recipe: Recipe, run: RunFolder) -> Best:
     )
     found.restore()
     return found
-
-
-def open_run(path: Path) -> Opened:
-    """The adapter of a finished run on its base."""
-    run = RunFolder.open(path)
-    # where the run was trained an integration was installed that need not be here
-    recipe = load_recipe(run.recipe, ["train.report_to=none"]).recipe
-    found = find_model(recipe)
-    opened = base.open_base(found, recipe.quant, device.detect(), trust_remote_code=recipe.trust_remote_code)
-    if recipe.data.chat_template is not None:
-        opened.tokenizer.chat_template = render.chat_template(opened.tokenizer, recipe.data)
-    own = adapters.biases(opened.model) if recipe.lora.bias != "none" else []
-    model = adapters.load(opened.model, run.adapter)
-    model.eval()
-    packing.prove(model)  # leaves the model set up for what it has proven
-    return Opened(path, recipe, found, model, opened.tokenizer, own)
-
-
-def evaluate(
-    opened: Opened,
-    *,
-    data: Path | None = None,
-    limit: int | None = None,
-    with_base: bool = False,
-    max_new_tokens: int = 256,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, scoring.Score]:
-    """Score the adapter, and with `with_base` the base alone, on the same rows. Keys: `base`, `adapter`."""
-    path = data or (Path(opened.recipe.data.eval) if opened.recipe.data.eval else None)
-    if path is None:
-        raise DataError(
-            "the run has no held-out rows (data.eval).", fix=f"halfbyte eval {opened.run} --data ROWS.jsonl"
-        )
-    encoded = encode(opened.recipe, path, opened.tokenizer)
-    examples = encoded.examples[:limit]
-    per_pass = 1 if packing.installed(opened.model) == "single" else None
-    passes = pack.eval_passes([len(e.input_ids) for e in examples], memory.MAX_TOKENS_PER_PASS, per_pass)
-    batches = collate.EvalPasses(examples, passes)
-    sampling = Sampling(max_new_tokens=max_new_tokens)
-    scores: dict[str, scoring.Score] = {}
-    for name, mode in [*([("base", opened.base_only)] if with_base else []), ("adapter", opened.adapted)]:
-        with mode():
-            scores[name] = scoring.score(
-                opened.model, opened.tokenizer, examples, batches, sampling=sampling, progress=progress
-            )
-    return scores
 
 
 def _count(value: float, total: int) -> int:

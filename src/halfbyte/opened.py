@@ -1,0 +1,88 @@
+"""A finished run opened again: its adapter on its base, ready to answer and to be scored beside the base alone.
+
+Cost: loading the base once; the base alone is the same model with its adapter switched off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halfbyte import adapters, base, device, inputs, memory, sources
+from halfbyte import evaluate as scoring
+from halfbyte.data import collate, pack, render
+from halfbyte.errors import DataError
+from halfbyte.generate import Sampling
+from halfbyte.layers import packing
+from halfbyte.recipe import Recipe
+from halfbyte.recipe_file import load_recipe
+from halfbyte.run import RunFolder
+
+
+@dataclass
+class Opened:
+    """A trained adapter on its base, ready to answer."""
+
+    run: Path
+    recipe: Recipe
+    checkpoint: sources.Checkpoint
+    model: Any
+    tokenizer: Any
+    own_biases: list[Any]
+
+    def adapted(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    @contextmanager
+    def base_only(self) -> Iterator[None]:
+        with adapters.base_alone(self.model, self.own_biases):
+            yield
+
+
+def open_run(path: Path) -> Opened:
+    """The adapter of a finished run on its base."""
+    run = RunFolder.open(path)
+    # where the run was trained an integration was installed that need not be here
+    recipe = load_recipe(run.recipe, ["train.report_to=none"]).recipe
+    found = inputs.find_model(recipe)
+    opened = base.open_base(found, recipe.quant, device.detect(), trust_remote_code=recipe.trust_remote_code)
+    if recipe.data.chat_template is not None:
+        opened.tokenizer.chat_template = render.chat_template(opened.tokenizer, recipe.data)
+    own = adapters.biases(opened.model) if recipe.lora.bias != "none" else []
+    model = adapters.load(opened.model, run.adapter)
+    model.eval()
+    packing.prove(model)  # leaves the model set up for what it has proven
+    return Opened(path, recipe, found, model, opened.tokenizer, own)
+
+
+def evaluate(
+    opened: Opened,
+    *,
+    data: Path | None = None,
+    limit: int | None = None,
+    with_base: bool = False,
+    max_new_tokens: int = 256,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, scoring.Score]:
+    """Score the adapter, and with `with_base` the base alone, on the same rows. Keys: `base`, `adapter`."""
+    path = data or (Path(opened.recipe.data.eval) if opened.recipe.data.eval else None)
+    if path is None:
+        raise DataError(
+            "the run has no held-out rows (data.eval).", fix=f"halfbyte eval {opened.run} --data ROWS.jsonl"
+        )
+    encoded = inputs.encode(opened.recipe, path, opened.tokenizer)
+    examples = encoded.examples[:limit]
+    per_pass = 1 if packing.installed(opened.model) == "single" else None
+    passes = pack.eval_passes([len(e.input_ids) for e in examples], memory.MAX_TOKENS_PER_PASS, per_pass)
+    batches = collate.EvalPasses(examples, passes)
+    sampling = Sampling(max_new_tokens=max_new_tokens)
+    scores: dict[str, scoring.Score] = {}
+    for name, mode in [*([("base", opened.base_only)] if with_base else []), ("adapter", opened.adapted)]:
+        with mode():
+            scores[name] = scoring.score(
+                opened.model, opened.tokenizer, examples, batches, sampling=sampling, progress=progress
+            )
+    return scores
