@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import halfbyte
-from halfbyte import adapters, device, finetune, targets
+from halfbyte import adapters, device, dropin, finetune, targets
 from halfbyte import opened as opened_run
 from halfbyte.base import open_base
 from halfbyte.errors import AdapterError, TrainError
@@ -97,7 +97,7 @@ def test_plain_pefts_here(name: str, tmp_path: Path) -> None:
         adapters.load(our_base(tmp_path / "model"), tmp_path / "adapter"),
         halfbyte.PeftModel.from_pretrained(our_base(tmp_path / "model"), str(tmp_path / "adapter")),
     ):
-        assert isinstance(model, adapters.Adapted)
+        assert isinstance(model, dropin.Adapted)
         assert difference(logits(model), wanted) < BF16_ROUNDING
         assert not any(p.requires_grad for p in model.parameters())
         assert far(model, wanted)
@@ -208,6 +208,7 @@ def test_folders_that_are_no_adapters(tmp_path: Path) -> None:
     ],
     ids=lambda lora: next(iter(lora)),
 )
+@pytest.mark.filterwarnings("ignore:.*lora_bias")
 def test_everything_that_trains_comes_back(lora: dict[str, Any], tmp_path: Path) -> None:
     round_trip(tiny.model("llama", changes={"attention_bias": True}), lora, tmp_path)
 

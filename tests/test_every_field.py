@@ -259,7 +259,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "train.adam_beta2": (Case({"train__adam_beta2": 0.5}),),
     "train.adam_epsilon": (Case({"train__adam_epsilon": 0.1}),),
     "train.optim": (
-        *(Case({"train__optim": name}) for name in ("adafactor", "sgd", "adagrad", "rmsprop")),
+        *(Case({"train__optim": name}) for name in ("adafactor", "sgd", "adagrad", "rmsprop", "lion_8bit")),
         Case({"train__optim": "adamw_torch_fused"}, argument("optim"), want="adamw_torch_fused"),
     ),
     "train.optim_args": (
@@ -555,7 +555,7 @@ def test_a_run_opens_where_the_integration_it_reported_to_is_not_installed(
 
 def test_a_revision_is_part_of_what_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(finetune.sources, "resolve", lambda model, **_: asked.append(model))
+    monkeypatch.setattr(inputs.sources, "resolve", lambda model, **_: asked.append(model))
     recipe = Recipe.model_validate({"model": "org/name", "revision": "v1", "data": {"train": "t"}})
     inputs.find_model(recipe)
     assert asked == ["org/name@v1"]

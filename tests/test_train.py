@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, get_linear_sc
 
 from halfbyte import adapters, base, checkpoint, device, finetune
 from halfbyte import opened as opened_run
-from halfbyte.callbacks import Silent
+from halfbyte.callbacks import Best, Silent
 from halfbyte.data import collate, pack
 from halfbyte.errors import RunError, TrainError
 from halfbyte.generate import Sampling, generate
 from halfbyte.layers import loss, packing
 from halfbyte.recipe import Loaded
+from halfbyte.recipe_file import load_recipe
 from halfbyte.run import RunFolder
 from tests import tiny, tiny_run
 
@@ -381,6 +382,17 @@ def test_the_best_adapter_is_kept(tmp_path: Path) -> None:
     assert score.loss == pytest.approx(found[step], rel=1e-5)
 
 
+def test_the_best_adapter_is_found_again_after_a_kill_between_two_renames(tmp_path: Path) -> None:
+    aside = adapters.set_aside(tmp_path / "best")
+    aside.mkdir()
+    (aside / "best.json").write_text(json.dumps({"metric": "eval_loss", "value": 0.5, "step": 3}))
+    best = Best("eval_loss", tmp_path / "best")
+    best.restore()
+    assert (best.value, best.step) == (0.5, 3)
+    assert (tmp_path / "best" / "best.json").is_file() and not aside.exists()
+    assert best.better(0.4) and not best.better(0.6)
+
+
 # --- what stops a run --------------------------------------------------------------------------------------------
 
 
@@ -432,7 +444,7 @@ def test_when_checkpoints_are_written(values: dict[str, Any], wanted: list[int],
     loaded = tiny_run.recipe(tmp_path, train__max_steps=7, **{f"train__{k}": v for k, v in values.items()})
     if values.get("save_minutes", 1) is None or values.get("save_total_limit", 1) is None:
         nulls = [f"train.{k}=null" for k, v in values.items() if v is None]
-        loaded = finetune.load_recipe(tmp_path / "recipe.yaml", nulls)
+        loaded = load_recipe(tmp_path / "recipe.yaml", nulls)
     finetune.train(loaded)
     assert saved(loaded) == [f"step-{step:06d}" for step in wanted]
 

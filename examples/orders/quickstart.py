@@ -33,7 +33,7 @@ def main() -> None:
     out = free_name(Path("runs"))
     recipe = os.path.relpath(HERE / "recipe.yaml")
     run("train", recipe, "--output", str(out))
-    run("eval", str(out), "--base", "--samples", "3", "--max-new-tokens", "96")
+    run("eval", str(out), "--base", "--limit", "48", "--samples", "3", "--max-new-tokens", "64")
     print(f"\n{time.monotonic() - start:.0f} s in all. Talk to it: {os.path.relpath(HALFBYTE)} chat {out}")
 
 

@@ -1,0 +1,98 @@
+"""What quant.py stands on in bitsandbytes, and the danger that it is there for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from bitsandbytes.nn import modules as bnb_modules
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from tests import tiny
+
+needs_avx512_bf16 = pytest.mark.skipif(
+    not bnb_modules.has_avx512bf16(), reason="only CPUs with AVX512-BF16 repack 4-bit weights"
+)
+
+
+def layer(double: bool = True) -> Any:
+    torch.manual_seed(0)
+    made = bnb.nn.Linear4bit(
+        64, 64, bias=False, compute_dtype=torch.bfloat16, compress_statistics=double, quant_type="nf4"
+    )
+    made.weight = bnb.nn.Params4bit(
+        torch.randn(64, 64, dtype=torch.bfloat16), requires_grad=False, compress_statistics=double, quant_type="nf4"
+    ).to("cpu")
+    return made
+
+
+def stock_adapted(folder: Path) -> Any:
+    """The plain stack: transformers' 4-bit loader and PEFT, nothing of ours."""
+    tiny.save(folder, "llama", torch.bfloat16)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    return get_peft_model(base, lora)
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor | None]:
+    ids = torch.arange(3, 23)[None]
+    model.train()
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@needs_avx512_bf16
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
+def test_a_stock_layer_loses_gradients_after_an_eval_forward(tmp_path: Path) -> None:
+    """The danger is real. When this fails, upstream has repaired it, and `quant.make_safe` can go."""
+    model = stock_adapted(tmp_path)
+    assert all(m.support_avx512bf16_for_cpu for m in model.modules() if isinstance(m, bnb.nn.Linear4bit))
+    assert all(g is not None and bool(g.any()) for g in gradients(model).values())
+    with torch.no_grad():
+        model.eval()(input_ids=torch.arange(3, 23)[None])
+    assert all(gradient is None for gradient in gradients(model).values())  # and the loss is as healthy as before
+
+
+@needs_avx512_bf16
+def test_the_switch_and_the_mark_of_the_repacking() -> None:
+    stock, safe = layer(), layer()
+    safe.support_avx512bf16_for_cpu = False
+    x = torch.ones(4, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for made in (stock, safe):
+            made.eval()(x)
+    assert stock.weight.quant_state.packing_format_for_cpu
+    assert not getattr(safe.weight.quant_state, "packing_format_for_cpu", False)
+    stock.state_dict()  # upstream's own inverse, in place
+    assert not getattr(stock.weight.quant_state, "packing_format_for_cpu", False)
+
+
+def test_names_that_are_read_and_set() -> None:
+    made = layer()
+    assert {"support_avx512bf16_for_cpu", "compute_dtype", "compute_type_is_set"} <= vars(made).keys()
+    state = made.weight.quant_state
+    assert state.nested and state.blocksize == 64 and state.dtype == torch.bfloat16
+    assert state.absmax.dtype == torch.uint8 and state.state2.blocksize == 256
+    assert state.code.numel() == 16 and state.offset.numel() == 1
+    assert layer(double=False).weight.quant_state.absmax.dtype == torch.float32
+
+
+def test_the_backward_dequantises_to_the_dtype_of_the_state() -> None:
+    made = layer()
+    made.weight.quant_state.dtype = torch.float32
+    assert bnb.functional.dequantize_4bit(made.weight.data, made.weight.quant_state).dtype == torch.float32
+
+
+def test_a_fresh_layer_says_how_its_weight_is_to_be_quantised() -> None:
+    """`quantise_plain_linears` hands these on to Params4bit, as transformers' loader does."""
+    made = bnb.nn.Linear4bit(64, 64, False, torch.bfloat16, compress_statistics=False, quant_type="fp4", device="meta")
+    values = made.weight.__dict__
+    assert values["quant_type"] == "fp4" and values["compress_statistics"] is False and values["blocksize"] == 64
+    weight = bnb.nn.Params4bit(torch.randn(64, 64), requires_grad=False, **values).to("cpu")
+    assert weight.quant_state.quant_type == "fp4" and weight.dtype == torch.uint8

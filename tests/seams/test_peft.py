@@ -1,0 +1,132 @@
+"""What adapters.py and targets.py stand on in peft."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model, get_peft_model_state_dict
+from peft import set_peft_model_state_dict as set_state
+from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import get_pattern_key
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+from halfbyte import dropin
+from tests import tiny
+
+IDS = torch.arange(3, 13)[None]
+
+
+def adapted(**values: Any) -> Any:
+    torch.manual_seed(0)
+    config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **values})
+    return get_peft_model(tiny.model("llama"), config)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def test_an_instance_takes_our_class() -> None:
+    model = adapted(init_lora_weights=False)
+    assert type(model) is PeftModelForCausalLM
+    wanted = logits(model)
+    own = dropin.own_class(model)
+    assert own is model and type(own) is dropin.Adapted and isinstance(own, PeftModel)
+    assert torch.equal(logits(own), wanted)
+    assert type(copy.deepcopy(own)) is dropin.Adapted
+
+
+def test_an_adapted_model_without_its_adapter_is_the_base() -> None:
+    model = dropin.own_class(adapted(init_lora_weights=False))
+    with model.disable_adapter():
+        bare = logits(model)
+    torch.testing.assert_close(bare, logits(tiny.model("llama")), rtol=0, atol=0)
+    assert not torch.allclose(logits(model), bare)
+
+
+def test_the_saved_names_are_those_that_are_set_back() -> None:
+    first, second = adapted(init_lora_weights=False), adapted()
+    state = get_peft_model_state_dict(first, save_embedding_layers=False)
+    assert all(".default" not in name for name in state)
+    result = set_state(second, state)
+    assert not result.unexpected_keys
+    assert torch.equal(logits(first), logits(second))
+
+
+def test_tensors_without_a_place_are_dropped_without_a_word() -> None:
+    """Why `adapters.load` compares the names itself."""
+    model = adapted()
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    extra = {name.replace("layers.0.", "layers.9."): tensor for name, tensor in state.items()}
+    set_state(model, {**state, **extra})
+
+
+def test_fused_experts_are_seen_by_the_conversion_of_the_config() -> None:
+    config = MixtralConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=64, num_local_experts=2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    asked = LoraConfig(target_modules=["w1", "w3", "q_proj"])
+    convert_peft_config_for_transformers(asked, model=model, conversions=None)
+    assert set(asked.target_parameters) == {"gate_up_proj"} and set(asked.target_modules) == {"q_proj"}
+    with pytest.raises(ValueError, match="without also targeting w3"):
+        convert_peft_config_for_transformers(LoraConfig(target_modules=["w1"]), model=model, conversions=None)
+    plain = LoraConfig(target_modules=["q_proj"])
+    convert_peft_config_for_transformers(plain, model=tiny.model("llama"), conversions=None)
+    assert not plain.target_parameters and set(plain.target_modules) == {"q_proj"}
+
+
+def test_how_names_are_matched() -> None:
+    config = LoraConfig(target_modules=["q_proj"], exclude_modules=["layers.1.self_attn.q_proj"])
+    assert check_target_module_exists(config, "model.layers.0.self_attn.q_proj")
+    assert not check_target_module_exists(config, "model.layers.1.self_attn.q_proj")
+    assert not check_target_module_exists(config, "model.layers.0.self_attn.k_proj")
+    assert get_pattern_key(["q_proj"], "model.layers.0.self_attn.q_proj") == "q_proj"
+
+
+def test_adapters_and_saved_modules_are_found_by_type() -> None:
+    model = adapted(modules_to_save=["lm_head"])
+    assert sum(isinstance(m, BaseTunerLayer) for m in model.base_model.model.modules()) >= tiny.LAYERS
+    assert [n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)] == [
+        "lm_head"
+    ]
+
+
+def test_adapters_of_a_16_bit_base_are_fp32() -> None:
+    model = get_peft_model(tiny.model("llama", dtype=torch.bfloat16), LoraConfig(target_modules=["q_proj"]))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_loraplus_makes_groups_of_two_rates() -> None:
+    optimizer = create_loraplus_optimizer(
+        adapted(), torch.optim.AdamW, loraplus_lr_ratio=4, loraplus_weight_decay=0.0, lr=0.1
+    )
+    assert {group["lr"] for group in optimizer.param_groups if group["params"]} == {0.1, 0.4}
+
+
+def test_a_missing_weight_is_a_warning(tmp_path: Path) -> None:
+    """`adapters.load` turns it into an error by these words."""
+    from safetensors.torch import load_file, save_file
+
+    adapted().save_pretrained(str(tmp_path))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        PeftModel.from_pretrained(tiny.model("llama"), str(tmp_path))
+
+
+def test_signatures() -> None:
+    assert "is_trainable" in inspect.signature(PeftModel.from_pretrained).parameters
+    assert "save_embedding_layers" in inspect.signature(get_peft_model_state_dict).parameters
