@@ -119,6 +119,28 @@ def test_json_is_the_report_and_nothing_else(halfbyte: Cli) -> None:
     assert json.loads(ended.out) == json.loads(Path("here/it/is/report.json").read_text())
 
 
+def test_long_lines_go_on_under_their_beginning(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal("train", "recipe.yaml", "--set", "train.max_steps=6", columns=80)
+    said = terminal.read("halfbyte chat run")
+    assert terminal.wait() == 0
+    assert (
+        "\nadapters  k_proj x2, o_proj x2, q_proj x2, v_proj x2; 7,168 of 122,176\n          parameters train" in said
+    )
+    bars = [line for line in re.split(r"[\r\n]", said) if line.startswith("training ")]
+    assert bars and all(len(line) <= 80 for line in bars)
+    assert re.search(r"^training ━+ 6/6 loss \d+\.\d{4}  \d+ tokens/s  \d+\.\d\d GB  ETA 0:00 *$", bars[-1]), bars[-1]
+
+
+def test_the_reported_evaluation_is_that_of_the_kept_adapter(halfbyte: Cli) -> None:
+    changes = ("train.max_steps=40", "train.learning_rate=0.05", "train.eval_strategy=steps", "train.eval_steps=5")
+    ended = halfbyte("train", "recipe.yaml", "--json", *(part for value in changes for part in ("--set", value)))
+    assert (ended.code, ended.err) == (0, "")
+    losses = [row["eval_loss"] for row in RunFolder(Path("run")).read_metrics() if "eval_loss" in row]
+    assert json.loads(ended.out)["eval_loss"] == min(losses) < losses[-1]
+    kept = json.loads(halfbyte("eval", "run", "--json", "--max-new-tokens", "1").out)["adapter"]["loss"]
+    assert kept == pytest.approx(min(losses), rel=1e-5)
+
+
 def test_a_model_and_rows_print_the_recipe_that_is_used(halfbyte: Cli) -> None:
     ended = halfbyte("train", "model", "train.jsonl", "--set", "train.max_steps=1", "--set", "quant.compute_dtype=fp32")
     assert (ended.code, ended.err) == (0, "")
@@ -249,10 +271,11 @@ def test_eval_as_json_agrees_with_the_run(halfbyte: Cli) -> None:
 class Terminal:
     """A command on a pseudo-terminal of its own."""
 
-    def __init__(self, *args: str) -> None:
+    def __init__(self, *args: str, columns: int = 100) -> None:
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:
-            os.execvpe(sys.executable, [sys.executable, "-m", "halfbyte", *args], {**ENV, "COLUMNS": "100"})
+            env = {**ENV, "COLUMNS": str(columns), "TERM": "xterm"}
+            os.execvpe(sys.executable, [sys.executable, "-m", "halfbyte", *args], env)
 
     def read(self, until: str, seconds: float = 120) -> str:
         """What appears until `until` does, without colours and with plain line ends."""
@@ -287,7 +310,7 @@ def test_chat_on_a_terminal(here: Path, halfbyte: Cli) -> None:
 
     terminal = Terminal("chat", "done", "--max-new-tokens", "8")
     opening = terminal.read("you> ")
-    assert "/base  answer the last message with the base alone    /reset  forget    /quit  leave" in opening
+    assert "/base  the same of the base alone    /reset  forget    /quit  leave" in opening
     terminal.say("/base")
     assert "say something first\n" in terminal.read("you> ")
     terminal.say("/nonsense")

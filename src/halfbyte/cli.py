@@ -162,7 +162,7 @@ def chat(
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     first = [{"role": "system", "content": system}] if system else []
     history = list(first)
-    show.text("/base  answer the last message with the base alone    /reset  forget    /quit  leave")
+    show.text("/base  the same of the base alone    /reset  forget    /quit  leave")
 
     def answer(messages: list[dict[str, str]]) -> str:
         text = write(opened.model, opened.tokenizer, [chat_ids(opened.tokenizer, messages)], sampling, emit=show.stream)

@@ -257,8 +257,8 @@ class _Story:
     def finish(self, callback: RunCallback, steps: list[pack.Step]) -> Outcome:
         """Save the adapter (the best one where evaluations chose it) and the report."""
         recipe, run = self.prepared.recipe, self.run
-        chosen = callback.best
-        if chosen is not None and chosen.step is not None and recipe.train.load_best_model_at_end:
+        chosen = callback.best if recipe.train.load_best_model_at_end else None
+        if chosen is not None and chosen.step is not None:
             adapters.put_weights(self.model, chosen.folder)
             self.tell.note(f"adapter   the best of {len(callback.evals)} evaluations, from step {chosen.step}")
         found = self.prepared.checkpoint
@@ -279,6 +279,7 @@ class _Story:
             versions=versions(),
             machine=self.machine.to_json(),
             notices=self.notices,
+            adapter_step=None if chosen is None else chosen.step,
         ).to_json()
         run.write_report(report)
         return Outcome(run.path, report, len(steps))

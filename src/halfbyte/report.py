@@ -66,14 +66,16 @@ def build(
     versions: Mapping[str, str],
     machine: Mapping[str, Any],
     notices: Iterable[str] = (),
+    adapter_step: int | None = None,
 ) -> Report:
     """The report of a run from its metrics.
 
     Args:
         rows: of `metrics.jsonl`. A step's row has `loss`, `tokens` and `seconds`, and may have `rss_bytes`; an
-            evaluation's row has `eval_loss`, of which the last counts.
+            evaluation's row has `eval_loss`.
         peak_rss_bytes: of this process; a resumed run's earlier ones are seen through their rows.
         peak_device_bytes: None without a card.
+        adapter_step: of the evaluation whose adapter was kept, and whose loss is reported; None for the last one.
 
     Raises:
         RunError: no step was made.
@@ -83,7 +85,8 @@ def build(
         raise RunError("the run made no step, so there is nothing to report.")
     tokens = sum(int(row["tokens"]) for row in steps)
     seconds = float(sum(row["seconds"] for row in steps))
-    evals = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
+    evals = {row["step"]: row["eval_loss"] for row in rows if row.get("eval_loss") is not None}
+    kept = adapter_step if adapter_step in evals else max(evals, default=None)
     peak = max([peak_rss_bytes, *(int(row["rss_bytes"]) for row in rows if row.get("rss_bytes"))])
     return Report(
         tokens=tokens,
@@ -91,7 +94,7 @@ def build(
         tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
         steps=len(steps),
         loss=Loss(first=steps[0]["loss"], last=steps[-1]["loss"]),
-        eval_loss=evals[-1] if evals else None,
+        eval_loss=evals.get(kept),
         peak_rss_bytes=peak,
         peak_device_bytes=peak_device_bytes,
         planned=planned,

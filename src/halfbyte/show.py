@@ -6,7 +6,9 @@ Cost: rich is imported when something is drawn.
 from __future__ import annotations
 
 import json
+import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +44,19 @@ def text(value: str) -> None:
     out.print(escape(value))
 
 
+def labelled(value: str) -> None:
+    """Lines of a label and what it says; on a terminal a long one goes on under its beginning, cut between words."""
+    for line in value.splitlines():
+        parts = [line]
+        if out.is_terminal:
+            label = re.match(r".*?\S {2,}(?=\S)", line)
+            indent = " " * (label.end() if label is not None and label.end() <= out.width // 2 else 2)
+            parts = textwrap.wrap(
+                line, out.width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+            )
+        text("\n".join(parts))
+
+
 def warning(value: str) -> None:
     err.print(f"[yellow]warning:[/yellow] {escape(value)}")
 
@@ -70,7 +85,7 @@ def resolution(value: Any) -> None:
         table.add_row(field, escape(_short(shown)), origin.kind, escape(origin.why), style=style)
     out.print(table)
     for line in value.lines:
-        text(line)
+        labelled(line)
 
 
 def _short(value: Any) -> str:
@@ -86,7 +101,7 @@ class PlainListener:
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            out.print(escape(text))
+            labelled(text)
 
     def begin(self, total_steps: int, done_steps: int, log_every: int) -> None:
         self.total, self.first, self.started = total_steps, done_steps, time.monotonic()
@@ -192,8 +207,9 @@ def report(outcome: Any) -> None:
     """The end of a run: what it reached, planned beside measured, and what to do next."""
     row = outcome.report
     loss = row["loss"]
-    out.print(
-        f"\n{row['steps']} steps, {row['tokens']:,} tokens in {duration(row['train_seconds'])} "
+    out.print()
+    labelled(
+        f"{row['steps']} steps, {row['tokens']:,} tokens in {duration(row['train_seconds'])} "
         f"({row['tokens_per_second']:.0f} tokens/s)   loss {loss['first']:.4f} -> {loss['last']:.4f}"
         + (f"   eval loss {row['eval_loss']:.4f}" if row["eval_loss"] is not None else "")
     )
