@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from hub_server import HubServer, commit_of
+from tests.hub_server import HubServer, commit_of
 
 ASK = """
 import json, sys
