@@ -6,9 +6,9 @@ Source: tensors kept for backward were counted with `torch.autograd.graph.saved_
 with bitsandbytes 4-bit weights and PEFT's LoRA layers; `LIBRARIES_BYTES` is the measured RSS of a process that has
 imported torch (CPU build), transformers, peft and bitsandbytes and multiplied one matrix.
 Cost: none. This is an **estimate**: what autograd keeps, counted high (attention counts full key/value heads, every MLP
-four intermediate tensors), but not what the allocator keeps beside it. Peak RSS of real runs was 1% (q/v, 4,000 tokens
-a pass) and 36% (all linears with dropout) above it; `docs/log.md` has the figures. A model whose attention is not fused
-is not covered.
+four intermediate tensors), but not what the allocator keeps beside it. Peak RSS of real runs was 1% (after 3 steps)
+to 50% (after 200 steps of ever new pass lengths) above it; `docs/log.md` has the figures. A model whose attention is
+not fused is not covered.
 """
 
 from __future__ import annotations
