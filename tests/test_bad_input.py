@@ -29,12 +29,13 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from halfbyte import checkpoint, cli, finetune
+from halfbyte import checkpoint, finetune
 from halfbyte import run as run_room
 from halfbyte.errors import HalfbyteError
 from halfbyte.recipe_file import load_recipe
 from halfbyte.run import RunFolder
 from tests import tiny, tiny_run
+from tests.in_process import Cli, runner
 
 AGAIN = "\n  fix: copy or download the files again"
 ALLOWED = (
@@ -42,16 +43,6 @@ ALLOWED = (
     "or a packaged name (gemma3-270m, smollm2-135m)"
 )
 OTHER_OUTPUT = "\n  fix: give another output: (--output)"
-
-
-@dataclass(frozen=True)
-class Ended:
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Ended]
 
 
 @dataclass(frozen=True)
@@ -94,16 +85,7 @@ def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def halfbyte(here: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
-    def run(*args: str) -> Ended:
-        capsys.readouterr()
-        try:
-            code = cli._guard(lambda: cli.app(list(args)))
-        except SystemExit as left:
-            code = int(left.code or 0)
-        said = capsys.readouterr()
-        return Ended(code, said.out, said.err.replace(str(here), "TMP"))
-
-    return run
+    return runner(here, capsys)
 
 
 def tree(folder: Path) -> dict[str, str]:

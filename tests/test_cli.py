@@ -12,33 +12,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from halfbyte import checkpoint, cli, finetune, show
+from halfbyte import checkpoint, finetune, show
 from halfbyte.recipe import leaves
 from halfbyte.recipe_file import load_recipe
 from halfbyte.run import RunFolder
 from tests import tiny_run
+from tests.in_process import Cli, runner
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 ADAPTER = "adapter/adapter_model.safetensors"
 LEAF = {"value", "from", "why"}
-
-
-@dataclass(frozen=True)
-class Ended:
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Ended]
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +56,7 @@ def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def halfbyte(here: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
-    def run(*args: str) -> Ended:
-        capsys.readouterr()
-        try:
-            code = cli._guard(lambda: cli.app(list(args)))
-        except SystemExit as left:
-            code = int(left.code or 0)
-        said = capsys.readouterr()
-        return Ended(code, said.out, said.err.replace(str(here), "TMP"))
-
-    return run
+    return runner(here, capsys)
 
 
 # --- train -----------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 from halfbyte.dropin import PeftModel, freeze, get_peft_model
-from halfbyte.errors import AdapterError, TrainError
+from halfbyte.errors import AdapterError, TrainError, first_line
 from halfbyte.targets import Targets
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def add(model: Any, lora: Lora, targets: Targets, *, seed: int) -> Any:
         adapted = get_peft_model(model, lora_config(lora, targets))
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise AdapterError(
-            f"lora: {_first_line(error)}", fix="halfbyte train RECIPE --dry-run shows each value"
+            f"lora: {first_line(error)}", fix="halfbyte train RECIPE --dry-run shows each value"
         ) from error
     check_modules_to_save(adapted, lora.modules_to_save)
     return adapted
@@ -276,7 +276,7 @@ def load(model: Any, folder: Path, *, trainable: bool = False) -> Any:
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except SafetensorError as error:
         raise AdapterError(
-            f"{folder / ADAPTER_FILES[0]} is cut short or damaged: {_first_line(error)}.",
+            f"{folder / ADAPTER_FILES[0]} is cut short or damaged: {first_line(error)}.",
             fix="copy it again; a run's checkpoints/ hold earlier states of its adapter",
         ) from error
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
@@ -339,7 +339,3 @@ def put_weights(adapted: Any, folder: Path) -> None:
     from safetensors.torch import load_file
 
     set_peft_model_state_dict(adapted, load_file(folder / ADAPTER_FILES[0]))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -19,7 +19,7 @@ import torch
 from halfbyte import device as machine
 from halfbyte import quant as codec
 from halfbyte import shapes, sources
-from halfbyte.errors import BaseModelError
+from halfbyte.errors import BaseModelError, first_line
 
 if TYPE_CHECKING:
     from halfbyte.recipe import Quant
@@ -95,7 +95,7 @@ def open_base(
             fix="use a copy of the model with safetensors",
         ) from error
     except (ValueError, RuntimeError, OSError, KeyError, EOFError) as error:
-        raise BaseModelError(f"{checkpoint.id} could not be opened from {folder}: {_first_line(error)}") from error
+        raise BaseModelError(f"{checkpoint.id} could not be opened from {folder}: {first_line(error)}") from error
     _check_complete(model, info, checkpoint)
     _check_skipped(model, quant)
     if quantised is None:
@@ -138,7 +138,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
                 fix="read that code; if you trust it, set `trust_remote_code: true` in the recipe",
             ) from error
         raise BaseModelError(
-            f"{folder / 'config.json'} is not a config that transformers knows: {_first_line(error)}"
+            f"{folder / 'config.json'} is not a config that transformers knows: {first_line(error)}"
         ) from error
     own_code = trust_remote_code and hasattr(config, "auto_map")
     if type(config) not in AutoModelForCausalLM._model_mapping and not own_code:
@@ -161,7 +161,7 @@ def open_tokenizer(checkpoint: sources.Checkpoint, model: Any | None = None, *, 
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
     except Exception as error:  # of any kind: the files are read by many classes, some of them in Rust
         there = any(f.stem in TOKENIZER_STEMS for f in checkpoint.path.iterdir())
-        why = _first_line(error) if there else "it has no tokenizer.json"
+        why = first_line(error) if there else "it has no tokenizer.json"
         raise BaseModelError(
             f"no tokenizer could be read from {checkpoint.path}: {why}",
             fix="put the model's tokenizer.json and tokenizer_config.json beside its config.json",
@@ -321,12 +321,7 @@ def _check_complete(model: Any, info: dict[str, Any], checkpoint: sources.Checkp
 def _blocked(error: BaseException) -> str:
     """What `torch.load` refused, out of the page that it says about it."""
     lines = [line.strip() for line in str(error).splitlines()]
-    return next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), _first_line(error)).rstrip(".")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])[:300]
+    return next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), first_line(error)).rstrip(".")
 
 
 def load_base(

@@ -62,3 +62,9 @@ class TrainError(HalfbyteError):
     """A run that started and failed (non-finite loss, disk full, adapter without a gradient)."""
 
     exit_code = 1
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """The first line of a library's own words, for a message of ours; the error's type where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0][:limit] if text else type(error).__name__

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from halfbyte.adapters import loraplus_optimizer, without_gradient
-from halfbyte.errors import RecipeError, TrainError
+from halfbyte.errors import RecipeError, TrainError, first_line
 from halfbyte.layers import loss
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def rehearse(train: Train, *, total_steps: int) -> None:
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
         raise RecipeError(
             f"train: optimiser {train.optim} and schedule {train.lr_scheduler_type} cannot be made as asked: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}.",
+            f"{first_line(error)}.",
             fix="look at train.optim_args and train.lr_scheduler_kwargs",
         ) from error
 

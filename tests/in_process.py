@@ -1,0 +1,38 @@
+"""The command line without a process: quick, and with what it printed. Used by test_cli.py and test_bad_input.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from halfbyte import cli
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended; the folder it ran in reads TMP in `err`."""
+
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Ended]
+
+
+def runner(here: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """`run("train", "recipe.yaml")` as `halfbyte train recipe.yaml` in the current folder, which is `here`."""
+
+    def run(*args: str) -> Ended:
+        capsys.readouterr()
+        try:
+            code = cli._guard(lambda: cli.app(list(args)))
+        except SystemExit as left:
+            code = int(left.code or 0)
+        said = capsys.readouterr()
+        return Ended(code, said.out, said.err.replace(str(here), "TMP"))
+
+    return run
