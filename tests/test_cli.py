@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 
-from halfbyte import checkpoint, finetune, show
+from halfbyte import checkpoint, finetune, generate, show
 from halfbyte.recipe import leaves
 from halfbyte.recipe_file import load_recipe
 from halfbyte.run import RunFolder
@@ -409,3 +409,19 @@ def test_version_names_the_libraries(halfbyte: Cli) -> None:
     ended = halfbyte("version")
     assert ended.code == 0
     assert [line.split()[0] for line in ended.out.splitlines()][:3] == ["python", "halfbyte", "torch"]
+
+
+def test_chat_begins_with_the_system_message(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[list[dict[str, str]]] = []
+    own = generate.chat_ids
+
+    def listen(tokenizer: object, messages: list[dict[str, str]]) -> list[int]:
+        heard.append([dict(m) for m in messages])
+        return own(tokenizer, messages)
+
+    typed = iter(["w1", "/reset", "w2", "/quit"])
+    monkeypatch.setattr(show, "ask", lambda: next(typed))
+    monkeypatch.setattr(generate, "chat_ids", listen)
+    assert halfbyte("chat", "done", "--system", "be brief", "--max-new-tokens", "2").code == 0
+    system = {"role": "system", "content": "be brief"}
+    assert heard == [[system, {"role": "user", "content": "w1"}], [system, {"role": "user", "content": "w2"}]]
