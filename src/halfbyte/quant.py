@@ -169,6 +169,11 @@ def resident_bytes(model: torch.nn.Module) -> int:
     return total
 
 
+def is_4bit(module: Any) -> bool:
+    """Whether a module is a `bitsandbytes.nn.Linear4bit` whose weight is quantised."""
+    return getattr(getattr(module, "weight", None), "quant_state", None) is not None
+
+
 def dequantised(module: Any) -> torch.Tensor:
     """The 16-bit weight that a 4-bit layer computes with, (out, in), in its quant state's dtype."""
     import bitsandbytes.functional as bnb_f

@@ -1,0 +1,256 @@
+"""Training speed and memory, side by side: the plain stack, the plain stack tuned, TRL's SFTTrainer, and halfbyte.
+
+Each stack (`stacks.py`) lives in its own process, and they take turns, a round each, so that a busy moment of the
+machine meets all of them. A ratio is taken round by round; the table shows medians and the spread. Beside it stands the
+ceiling, measured in the same run: bf16 (or fp32) products of 4096 x 4096 matrices. The floor of a token is
+4 x (linear weights + lm_head x labelled share) FLOP: forward and the gradient of the input, nothing computed twice.
+
+    python benchmarks/throughput.py gsm8k --data GSM8K/train.jsonl            # q/v; also gsm8k-all
+    python benchmarks/throughput.py llama7b --model FOLDER --rounds 5         # a folder made by `make_random.py`
+    python benchmarks/throughput.py architectures                             # ten tiny models
+    python benchmarks/throughput.py vocabulary                                # memory with a 128k head
+    python benchmarks/throughput.py gsm8k --isa avx2 --dtype fp32
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.stacks import STACKS, Case
+
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+
+
+class Worker:
+    """A stack in its process: started, asked for rounds, ended."""
+
+    def __init__(self, stack: str, case: Case, environment: dict[str, str]) -> None:
+        self.stack = stack
+        self.log = tempfile.NamedTemporaryFile("w+", suffix=f".{stack}.log", delete=False)
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("stacks.py")), stack, json.dumps(asdict(case))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
+            env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(
+                [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])},
+        )  # fmt: skip
+        self.state = self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("@@"):
+                found: dict[str, Any] = json.loads(line[2:])
+                return found
+            self.log.write(line)
+        sys.exit(f"{self.stack} ended: {Path(self.log.name).read_text()[-3000:]}")
+
+    def round(self) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        Path(self.log.name).unlink(missing_ok=True)
+
+
+def matmul_rate(sizes: tuple[int, int, int], dtype: str, environment: dict[str, str], seconds: float = 2.0) -> float:
+    """FLOP/s of (M, K) @ (K, N) in a process of its own, the best of what fits in `seconds`."""
+    code = f"""
+import torch, time
+m, k, n = {sizes}
+a = torch.randn(m, k).to(torch.{dtype}); b = torch.randn(n, k).to(torch.{dtype})
+best, end = 1e9, time.perf_counter() + {seconds}
+while time.perf_counter() < end:
+    t = time.perf_counter(); torch.nn.functional.linear(a, b); best = min(best, time.perf_counter() - t)
+print(2 * m * k * n / best)
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    return float(out.stdout)
+
+
+def flop_per_token(case: Case) -> tuple[float, dict[str, float]]:
+    """The floor of one token, and what it was counted from."""
+    from halfbyte import finetune, shapes
+    from halfbyte.recipe_file import recipe_from
+
+    prepared = finetune.prepare(recipe_from(case.model, case.data, case.overrides("unused")).recipe)
+    specs = shapes.read_checkpoint(prepared.checkpoint.path)
+    linear = sum(s.numel for s in specs if s.role in ("linear", "expert"))
+    head = max((s.numel for s in specs if s.role in ("head", "embedding")), default=0)
+    share = sum(prepared.train.labelled) / sum(prepared.train.lengths)
+    return 4.0 * (linear + head * share), {"linear": linear, "lm_head": head, "labelled_share": share}
+
+
+def compare(case: Case, stacks: list[str], environment: dict[str, str], *, floor: bool = True) -> dict[str, Any]:
+    """Alternate the stacks for `case.rounds - 1` rounds after one that warms up."""
+    dtype = {"bf16": "bfloat16", "fp32": "float32"}[case.dtype]
+    workers = [Worker(stack, case, environment) for stack in stacks]
+    rounds: dict[str, list[dict[str, Any]]] = {stack: [] for stack in stacks}
+    ceilings: list[float] = []
+    try:
+        for number in range(case.rounds):
+            for worker in workers:
+                row = worker.round()
+                if number:
+                    rounds[worker.stack].append(row)
+                print(f"  round {number} {worker.stack:<10} {row['tokens'] / row['seconds']:9.1f} tokens/s "
+                      f"loss {statistics.mean(row['losses']):.4f}", file=sys.stderr, flush=True)  # fmt: skip
+            if number and floor:
+                ceilings.append(matmul_rate((4096, 4096, 4096), dtype, environment))
+    finally:
+        for worker in workers:
+            worker.end()
+    result: dict[str, Any] = {"case": asdict(case), "stacks": {}}
+    per_token, counted = flop_per_token(case)
+    if ceilings:
+        result |= {"ceiling_flops": statistics.median(ceilings), "flop_per_token": per_token, "counted": counted}
+    for worker in workers:
+        rows = rounds[worker.stack]
+        rates = [r["tokens"] / r["seconds"] for r in rows]
+        found = {
+            "tokens_per_second": statistics.median(rates),
+            "spread": [min(rates), max(rates)],
+            "losses": [r["losses"] for r in rows],
+            "peak_rss_bytes": max(r["peak_rss_bytes"] for r in rows),
+            "peak_anonymous_bytes": max(r["peak_anonymous_bytes"] for r in rows),
+            "start": worker.state,
+        }
+        if ceilings:
+            shares = [rate * per_token / c for rate, c in zip(rates, ceilings, strict=True)]
+            found["share_of_floor"] = statistics.median(shares)
+        result["stacks"][worker.stack] = found
+    if "halfbyte" in rounds or "dropin" in rounds:
+        ours = "halfbyte" if "halfbyte" in rounds else "dropin"
+        for stack in stacks:
+            ratios = [b["seconds"] / a["seconds"] for a, b in zip(rounds[ours], rounds[stack], strict=True)]
+            result["stacks"][stack]["times_faster"] = statistics.median(ratios)
+            result["stacks"][stack]["times_faster_spread"] = [min(ratios), max(ratios)]
+            means = [
+                abs(statistics.mean(a["losses"]) / statistics.mean(b["losses"]) - 1)
+                for a, b in zip(rounds[ours], rounds[stack], strict=True)
+            ]
+            result["stacks"][stack]["loss_difference"] = max(means)
+    return result
+
+
+def table(title: str, result: dict[str, Any]) -> str:
+    lines = [title]
+    if "ceiling_flops" in result:
+        lines.append(f"ceiling {result['ceiling_flops'] / 1e9:.0f} GFLOP/s at 4096^2; floor "
+                     f"{result['flop_per_token'] / 1e9:.3f} GFLOP a token")  # fmt: skip
+    lines.append(f"{'stack':<10} {'tokens/s':>9} {'of floor':>9} {'ours is x faster':>24} {'peak RSS':>9} "
+                 f"{'anonymous':>10} {'loss diff':>10}")  # fmt: skip
+    for stack, row in result["stacks"].items():
+        share = f"{row['share_of_floor']:.1%}" if "share_of_floor" in row else ""
+        ratio = "" if "times_faster" not in row else (
+            f"{row['times_faster']:.2f} ({row['times_faster_spread'][0]:.2f}-{row['times_faster_spread'][1]:.2f})")
+        lines.append(
+            f"{stack:<10} {row['tokens_per_second']:9.1f} {share:>9} {ratio:>24} {row['peak_rss_bytes'] / 1e9:6.2f} GB "
+            f"{row['peak_anonymous_bytes'] / 1e9:7.2f} GB {row.get('loss_difference', 0):10.1e}"
+        )
+    return "\n".join(lines)
+
+
+def sample(data: Path, folder: Path, rows: int) -> str:
+    """The first `rows` rows of a file, in a file of their own."""
+    lines = data.read_text(encoding="utf-8").splitlines()[:rows]
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def words(folder: Path, rows: int, length: int, seed: int = 0) -> str:
+    """Rows of exactly `length` one-token words for the models of `make_random.py`, everything but the first labelled."""
+    import random
+
+    draw = random.Random(seed)
+    path = folder / "words.jsonl"
+    text = [" ".join(f"w{draw.randrange(200)}" for _ in range(length - 2)) for _ in range(rows)]
+    path.write_text("".join(json.dumps({"prompt": "w0", "completion": t}) + "\n" for t in text), encoding="utf-8")
+    return str(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", choices=["gsm8k", "gsm8k-all", "llama7b", "architectures", "vocabulary", "shapes"])
+    parser.add_argument("--data", type=Path, default=Path("examples/orders/train.jsonl"))
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--stacks", nargs="+", choices=STACKS, default=None)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--checkpointing", choices=["own", "on", "off"], default="own")
+    parser.add_argument("--isa", choices=["native", "avx2"], default="native")
+    parser.add_argument("--only", nargs="+", help="architectures to run")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    environment = dict(AVX2) if args.isa == "avx2" else {}
+    again = {"own": None, "on": True, "off": False}[args.checkpointing]
+    rounds = args.rounds + 1
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as out:
+        folder = Path(out)
+        if args.case in ("gsm8k", "gsm8k-all"):
+            stacks = args.stacks or ["plain", "tuned", "trl", "trl-tuned", "halfbyte"]
+            case = Case(
+                args.model, sample(args.data, folder, args.rows), rounds, args.rows // 16, dropout=args.dropout,
+                dtype=args.dtype, checkpointing=again,
+                targets=("q_proj", "v_proj") if args.case == "gsm8k" else "all-linear",
+            )  # fmt: skip
+            results[args.case] = compare(case, stacks, environment)
+        elif args.case == "llama7b":
+            case = Case(
+                args.model, words(folder, 1, 512), rounds, 1, 1, 1, dropout=args.dropout, dtype=args.dtype,
+                mask="all", checkpointing=again,
+            )  # fmt: skip
+            results["llama7b"] = compare(case, args.stacks or ["plain", "halfbyte"], environment)
+        elif args.case == "shapes":
+            rate = {f"{m}x{k}x{n}": matmul_rate((m, k, n), {"bf16": "bfloat16", "fp32": "float32"}[args.dtype],
+                                                environment, 1.0)
+                    for m, k, n in [(4096, 4096, 4096), (2000, 576, 576), (2000, 576, 192), (2000, 576, 1536),
+                                    (2000, 1536, 576), (1000, 576, 49152), (512, 4096, 4096), (512, 4096, 11008),
+                                    (512, 11008, 4096)]}  # fmt: skip
+            print("\n".join(f"{k:<18} {v / 1e9:7.0f} GFLOP/s" for k, v in rate.items()))
+            results["shapes"] = rate
+        else:
+            from benchmarks import make_random
+
+            names = args.only or (make_random.ARCHITECTURES if args.case == "architectures" else ["llama-128k"])
+            for name in names:
+                model = make_random.small(folder / name, name)
+                long = args.case == "vocabulary"
+                case = Case(
+                    str(model), words(folder, 16, 512) if long else make_random.rows(folder, 32), rounds,
+                    1 if long else 2, 4, 4, targets=make_random.QV[name],
+                    dropout=args.dropout, dtype=args.dtype, mask="all" if long else "completion",
+                    checkpointing=True if long else again,
+                )  # fmt: skip
+                results[name] = compare(case, args.stacks or ["plain", "halfbyte"], environment, floor=False)
+                print(table(name, results[name]), flush=True)
+    if args.case not in ("shapes", "architectures", "vocabulary"):
+        print(table(args.case, results[args.case]))
+    if args.json:
+        args.json.write_text(json.dumps({"time": time.strftime("%F %T"), **results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Causal attention over packed examples on a CPU: rotary, torch's flash forward, and a backward of matrix products.
+
+Why: torch's flash attention for CPUs runs its backward at a tenth of the matmul's rate (SmolLM2 on GSM8K: a fifth of a
+step), and rotary in plain torch makes some twenty passes over q and k.
+What: q and k are rotated while they are copied into blocks of heads (`kernels/scores.py`); forward is torch's flash
+kernel, whose log-sum-exp is kept; backward computes scores and dP in fp32 by batched matmul, turns both into P and dS in
+one pass, and gets dq, dk, dv from three more matmuls in the compute dtype. Query heads of one key head are rows of one
+matrix, so nothing is repeated. Long examples go in blocks of rows that see only the columns before them.
+Source: FlashAttention-2, arXiv:2307.08691, section 3.1 (the backward's formulas).
+Cost: q, k, v, the output and one fp32 a head and token are kept; 5 matmuls of L x L x D in backward.
+
+Letters: T tokens, H query heads, K key heads, G = H / K, D head size, R rotated part, L tokens in an example, n examples
+of one length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.layers.kernels import available
+
+ROWS = 512  # rows of queries whose scores are computed at once in the backward of a long example
+SCORES_BYTES = 24_000_000  # fp32 scores at once; as many again for dP
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Where each token of a pack goes. `runs` are (first token, n, L) for neighbours of equal length.
+
+    The blocks of an example begin at row H * start of H * T rows, head after head, L rows each.
+    """
+
+    runs: tuple[tuple[int, int, int], ...]
+    start: Tensor  # (T,) int64: tokens before the example of token t
+    length: Tensor  # (T,) int64: tokens of its example
+
+
+@lru_cache(maxsize=16)
+def blocks_of(lengths: tuple[int, ...]) -> Blocks:
+    runs, at = [], 0
+    for length, same in groupby(lengths):
+        n = sum(1 for _ in same)
+        runs.append((at, n, length))
+        at += n * length
+    sizes = torch.tensor(lengths)
+    starts = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+    return Blocks(tuple(runs), starts, torch.repeat_interleave(sizes, sizes))
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether these (T, heads, D) tensors can go this way."""
+    same = q.dtype == k.dtype == v.dtype and q.shape[2] == k.shape[2] == v.shape[2]
+    return available(q) and same and q.shape[2] % 2 == 0 and q.shape[1] % k.shape[1] == 0
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, cos: Tensor | None, sin: Tensor | None
+) -> Tensor:
+    """Causal attention of each example to itself.
+
+    Args:
+        q: (T, H, D). k, v: (T, K, D). lengths: of the examples; they sum to T.
+        cos, sin: (T, R), rotary tables for q and k; None for none.
+
+    Returns:
+        (T, H, D).
+    """
+    if cos is None or sin is None:
+        cos = sin = q.new_empty((q.shape[0], 0))
+    out: Tensor = BlockAttention.apply(q, k, v, cos.to(q.dtype).contiguous(), sin.to(q.dtype).contiguous(), lengths, scale)
+    return out
+
+
+class BlockAttention(torch.autograd.Function):
+    """`attention` above; keeps the rotated blocks, the output and the log-sum-exp."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, lengths: tuple[int, ...], scale: float
+    ) -> Tensor:
+        blocks = blocks_of(lengths)
+        none = cos[:, :0]
+        qb, kb = _to_blocks(q, cos, sin, blocks), _to_blocks(k, cos, sin, blocks)
+        vb = _to_blocks(v, none, none, blocks)
+        tokens, heads, d = q.shape
+        groups = heads // k.shape[1]
+        out = q.new_empty((tokens, heads, d))
+        lse = torch.empty(tokens * heads, dtype=torch.float32)
+        for first, n, length in blocks.runs:
+            q1, k1, v1 = (_run(x, first, n, length) for x in (qb, kb, vb))  # (n, heads, L, D)
+            if groups > 1:
+                k1, v1 = k1.repeat_interleave(groups, 1), v1.repeat_interleave(groups, 1)
+            o, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q1, k1, v1, 0.0, True, scale=scale)
+            last = first + n * length
+            out[first:last].view(n, length, heads, d).copy_(o.transpose(1, 2))
+            lse[first * heads : last * heads].view(n, heads, length).copy_(sums)
+        ctx.save_for_backward(qb, kb, vb, out, lse, cos, sin)
+        ctx.blocks, ctx.scale = blocks, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        from halfbyte.layers.kernels import scores as kernels
+
+        qb, kb, vb, out, lse, cos, sin = ctx.saved_tensors
+        blocks = ctx.blocks
+        tokens, heads, d = out.shape
+        key_heads = kb.shape[1]
+        none = cos[:, :0]
+        dout = _rows(grads[0])
+        dob = _to_blocks(dout, none, none, blocks)
+        delta = torch.empty_like(lse)
+        kernels.row_dots(dout.contiguous(), out, blocks.start, blocks.length, delta)
+        dqb, dkb, dvb = torch.empty_like(qb), torch.empty_like(kb), torch.empty_like(vb)
+        for first, n, length in blocks.runs:
+            whole = heads * length * length * 4
+            step = max(1, SCORES_BYTES // whole)  # examples at once
+            for a in range(0, n, step):
+                at, count = first + a * length, min(step, n - a)
+                parts = [_run(x, at, count, length) for x in (qb, kb, vb, dob, dqb, dkb, dvb)]
+                rows = slice(at * heads, (at + count * length) * heads)
+                sums = lse[rows].view(count, heads, length), delta[rows].view(count, heads, length)
+                _example_backward(*parts, *sums, ctx.scale)
+        dq, dk, dv = dout.new_empty((tokens, heads, d)), *(dout.new_empty((tokens, key_heads, d)) for _ in range(2))
+        kernels.from_blocks(dqb, cos, sin, blocks.start, blocks.length, dq)
+        kernels.from_blocks(dkb, cos, sin, blocks.start, blocks.length, dk)
+        kernels.from_blocks(dvb, none, none, blocks.start, blocks.length, dv)
+        return dq, dk, dv, None, None, None, None
+
+
+def _example_backward(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, lse: Tensor, delta: Tensor,
+    scale: float,
+) -> None:  # fmt: skip
+    """Fill dq (n, H, L, D), dk and dv (n, K, L, D) for n examples of one length; lse, delta: (n, H, L)."""
+    from halfbyte.layers.kernels import scores as kernels
+
+    n, heads, length, d = q.shape
+    key_heads = k.shape[1]
+    m, groups = n * key_heads, heads // key_heads
+    k, v, dk, dv = (x.view(m, length, d) for x in (k, v, dk, dv))
+    k32, v32 = k.float(), v.float()
+    for r0 in range(0, length, ROWS):
+        r1 = min(length, r0 + ROWS)
+        tall = r1 - r0
+        # query heads of one key head are rows of one matrix: (m, G * rows, D)
+        q1, do1 = (x.view(m, groups, length, d)[:, :, r0:r1].reshape(m, groups * tall, d) for x in (q, do))
+        sums = (x.view(m, groups, length)[:, :, r0:r1].reshape(-1) for x in (lse, delta))
+        s = torch.bmm(q1.float(), k32[:, :r1].transpose(1, 2))  # (m, G rows, r1) fp32
+        dp = torch.bmm(do1.float(), v32[:, :r1].transpose(1, 2))
+        in_place = q.dtype == torch.float32
+        p, ds = (s, dp) if in_place else (torch.empty_like(s, dtype=q.dtype), torch.empty_like(s, dtype=q.dtype))
+        flat = (x.view(-1, r1) for x in (s, dp, p, ds))
+        kernels.softmax_backward(*flat, *sums, scale=scale, offset=r0, tall=tall)
+        dq1 = torch.bmm(ds, k[:, :r1])  # (m, G rows, D)
+        dq.view(m, groups, length, d)[:, :, r0:r1] = dq1.view(m, groups, tall, d)
+        if r0 == 0 and r1 == length:
+            torch.bmm(p.transpose(1, 2), do1, out=dv)
+            torch.bmm(ds.transpose(1, 2), q1, out=dk)
+        elif r0 == 0:
+            dv.zero_()
+            dk.zero_()
+        if not (r0 == 0 and r1 == length):
+            dv[:, :r1].baddbmm_(p.transpose(1, 2), do1)
+            dk[:, :r1].baddbmm_(ds.transpose(1, 2), q1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(T, heads, D) with each token's heads and D contiguous."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _to_blocks(x: Tensor, cos: Tensor, sin: Tensor, blocks: Blocks) -> Tensor:
+    """(T, heads, D) -> the same number of elements in blocks, seen as (T, heads, D)."""
+    from halfbyte.layers.kernels import scores as kernels
+
+    x = _rows(x)
+    out = x.new_empty(x.shape)
+    kernels.to_blocks(x, cos, sin, blocks.start, blocks.length, out)
+    return out
+
+
+def _run(x: Tensor, first: int, n: int, length: int) -> Tensor:
+    """The blocks of n examples of one length from token `first` on: (n, heads, L, D)."""
+    heads, d = x.shape[1:]
+    return x.view(-1)[first * heads * d :][: n * length * heads * d].view(n, heads, length, d)

@@ -1,0 +1,269 @@
+"""Put the fused layers on a model, and take them off: linears with and without LoRA, norms, gated MLPs, attention.
+
+What: an instance gets a subclass of its own class, whose forward takes the fast path where it may and is the class's own
+forward where it may not. No state is added: names in state dicts, PEFT's isinstance checks, saving, merging and
+unloading stay as they were, and `remove` puts the classes back.
+Why by instance: classes of transformers, peft and bitsandbytes are never assigned to; another model in the same process
+is not touched. A norm or an MLP is taken only after it was seen to compute what the fused formula computes.
+Source: PEFT's own way of adding to a module (`peft/tuners/lora/`); torch documents `__class__` for parametrizations.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte import quant
+from halfbyte.layers import block_attention, elementwise
+from halfbyte.layers.kernels import available
+from halfbyte.layers.lora_linear import frozen_linear, lora_linear
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What `install` did: how many modules of each kind run fused, and why some LoRA layers do not."""
+
+    counts: dict[str, int]
+    unfused: dict[str, int]
+
+    def __str__(self) -> str:
+        done = ", ".join(f"{count} {kind}" for kind, count in self.counts.items()) or "nothing"
+        left = ", ".join(f"{count} by PEFT's own forward ({why})" for why, count in self.unfused.items())
+        return done + (f"; {left}" if left else "")
+
+
+class _Fast:
+    """Marks an instance whose class was put here by `install`; its own class is the second base."""
+
+
+class _FrozenLinear(_Fast):
+    """A quantised linear layer without LoRA."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _computes(self, x):
+            return super().forward(x)  # type: ignore[misc]
+        return frozen_linear(x, self)
+
+
+class _LoraLinear(_Fast):
+    """PEFT's LoRA layer over a frozen linear layer, when one plain adapter is active."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.base_layer  # type: ignore[attr-defined]
+        if args or kwargs or unfused_reason(self) or not _computes(base, x):
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        (name,) = self.active_adapters  # type: ignore[attr-defined]
+        if name not in self.lora_A:  # type: ignore[attr-defined]
+            return frozen_linear(x, base)
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[attr-defined]
+        dropout = self.lora_dropout[name]  # type: ignore[attr-defined]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return lora_linear(x, base, a, b, self.scaling[name], p)  # type: ignore[attr-defined]
+
+
+class _RmsNorm(_Fast):
+    """An RMS norm with a frozen weight, of llama's or gemma's kind."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Tensor = self.weight  # type: ignore[attr-defined]
+        if weight.requires_grad or x.dtype != weight.dtype or not available(x):
+            return super().forward(x)  # type: ignore[misc]
+        return elementwise.rms_norm(x, weight, _epsilon(self), one_plus=_is_one_plus(type(self)))
+
+
+class _GatedMlp(_Fast):
+    """down(act(gate(x)) * up(x))."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not available(x):
+            return super().forward(x)  # type: ignore[misc]
+        g, u = self.gate_proj(x), self.up_proj(x)  # type: ignore[attr-defined]
+        return self.down_proj(elementwise.gated(g, u, _activation(self)))  # type: ignore[attr-defined,no-any-return]
+
+
+class _Attention(_Fast):
+    """Llama's attention block on a pack: projections, norms of q and k if there are any, rotary and attention in one."""
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        lengths = None if args else _pack_lengths(self, hidden_states, position_embeddings, kwargs)
+        if lengths is None:
+            return super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)  # type: ignore[misc]
+        tokens, d = hidden_states.shape[1], self.head_dim  # type: ignore[attr-defined]
+        q, k, v = (p(hidden_states).view(tokens, -1, d) for p in (self.q_proj, self.k_proj, self.v_proj))  # type: ignore[attr-defined]
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)  # type: ignore[attr-defined]
+        cos, sin = (x[0] for x in position_embeddings)  # (T, R)
+        out = block_attention.attention(q, k, v, lengths, self.scaling, cos, sin)  # type: ignore[attr-defined]
+        return self.o_proj(out.view(1, tokens, -1)), None  # type: ignore[attr-defined]
+
+
+# Attention classes whose forward is: project, (norm q and k,) rotate both halves, attend, project.
+ATTENTIONS = frozenset(
+    {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention", "GemmaAttention", "Gemma3Attention"}
+)
+
+
+def install(model: nn.Module) -> Fused:
+    """Make every module that can be run fused do so. Calling it again changes nothing but the counts."""
+    from peft.tuners.lora import LoraLayer
+
+    counts: Counter[str] = Counter()
+    unfused: Counter[str] = Counter()
+    inside = {id(m.base_layer) for m in model.modules() if isinstance(m, LoraLayer)}
+    for module in list(model.modules()):
+        kind = type(module) if not isinstance(module, _Fast) else type(module).__bases__[1]
+        if isinstance(module, LoraLayer):
+            if _is_linear(module.base_layer):
+                reason = unfused_reason(module)
+                unfused.update([reason] if reason else [])
+                counts["LoRA linears"] += not reason
+                _become(module, _LoraLinear)
+        elif quant.is_4bit(module):
+            if id(module) not in inside:
+                counts["frozen linears"] += 1
+                _become(module, _FrozenLinear)
+        elif _is_rms_norm(module):
+            counts["norms"] += 1
+            _become(module, _RmsNorm)
+        elif _is_gated_mlp(module):
+            counts["gated MLPs"] += 1
+            _become(module, _GatedMlp)
+        elif kind.__name__ in ATTENTIONS:
+            counts["attentions"] += 1
+            _become(module, _Attention)
+    return Fused(dict(counts), dict(unfused))
+
+
+def remove(model: nn.Module) -> int:
+    """Give every module its own class back. Returns how many had another."""
+    fast = [m for m in model.modules() if isinstance(m, _Fast)]
+    for module in fast:
+        module.__class__ = type(module).__bases__[1]
+    return len(fast)
+
+
+def installed(model: nn.Module) -> bool:
+    return any(isinstance(m, _Fast) for m in model.modules())
+
+
+def unfused_reason(layer: Any) -> str:
+    """Why this LoRA layer must run PEFT's own forward now; empty if it need not."""
+    if layer.disable_adapters:
+        return "adapters disabled"
+    if layer.merged:
+        return "merged"
+    names = [n for n in layer.active_adapters if n in layer.lora_A]
+    if len(layer.active_adapters) != 1:
+        return "several adapters" if layer.active_adapters else "no active adapter"
+    if any(n in getattr(layer, "lora_variant", {}) for n in names):
+        return "DoRA or another variant"
+    if any(getattr(layer, "lora_bias", {}).get(n) for n in names):
+        return "lora_bias"
+    if any(not isinstance(layer.lora_dropout[n], (nn.Dropout, nn.Identity)) for n in names):
+        return "its dropout"
+    return ""
+
+
+def _become(module: nn.Module, mixin: type) -> None:
+    if not isinstance(module, _Fast):
+        module.__class__ = _subclass(mixin, type(module))
+
+
+@cache
+def _subclass(mixin: type, cls: type) -> type:
+    """`cls` with the mixin's forward. Named alike, since PEFT and transformers look for words in class names."""
+    return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _is_linear(layer: Any) -> bool:
+    return quant.is_4bit(layer) or (type(layer) is nn.Linear and not layer.weight.requires_grad)
+
+
+def _computes(layer: Any, x: Tensor) -> bool:
+    """Whether `layer` multiplies in x's own dtype, so that no cast is left out; decoding single tokens stays upstream."""
+    if not isinstance(x, Tensor) or (not torch.is_grad_enabled() and x.numel() < 8 * x.shape[-1]):
+        return False
+    if quant.is_4bit(layer):
+        return layer.compute_dtype in (None, x.dtype) and layer.weight.quant_state.dtype == x.dtype
+    return bool(layer.weight.dtype == x.dtype)
+
+
+def _epsilon(norm: Any) -> float:
+    return float(getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", 0.0))
+
+
+def _is_rms_norm(module: Any) -> bool:
+    if isinstance(module, _RmsNorm):
+        return True
+    if not type(module).__name__.endswith("RMSNorm") or getattr(module, "weight", None) is None:
+        return False
+    return module.weight.dim() == 1 and not module.weight.requires_grad and _is_one_plus(type(module)) is not None
+
+
+@cache
+def _is_one_plus(cls: type) -> bool | None:
+    """Which formula a norm class computes, seen on random numbers: (1 + w), w, or neither (None)."""
+    if issubclass(cls, _Fast):
+        return _is_one_plus(cls.__bases__[1])
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 64, generator=generator)
+    try:
+        norm = cls(64, eps=1e-5)
+        norm.weight.data = torch.rand(64, generator=generator)
+        y = norm(x)
+    except Exception:  # of any kind: another constructor than a plain norm's; it stays as it is
+        return None
+    for one_plus in (False, True):
+        if torch.allclose(y, elementwise.rms_norm_formula(x, norm.weight, 1e-5, one_plus=one_plus), atol=1e-6):
+            return one_plus
+    return None
+
+
+def _activation(mlp: Any) -> int:
+    name = getattr(mlp.config, "hidden_act", None) or getattr(mlp.config, "hidden_activation", None)
+    return elementwise.ACTIVATIONS[name]
+
+
+def _is_gated_mlp(module: Any) -> bool:
+    """An MLP of three linears whose forward is down(act(gate(x)) * up(x)), by its class's name and its parts."""
+    if isinstance(module, _GatedMlp):
+        return True
+    kind, parts = type(module).__name__, dict(module.named_children())
+    if kind not in GATED_MLPS or set(parts) != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        return False
+    config = getattr(module, "config", None)
+    name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+    return name in elementwise.ACTIVATIONS
+
+
+GATED_MLPS = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP"})
+
+
+def _pack_lengths(module: Any, x: Tensor, position_embeddings: Any, kwargs: dict[str, Any]) -> tuple[int, ...] | None:
+    """The lengths of the examples in x (1, T, D) if the fused attention may take them; None if not."""
+    cu = kwargs.get("cu_seq_lens_q")
+    if x.dim() != 3 or x.shape[0] != 1 or position_embeddings is None or not available(x):
+        return None
+    if cu is None or kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None:
+        return None
+    if not torch.is_grad_enabled() or (module.training and module.attention_dropout):
+        return None
+    lengths: tuple[int, ...] = tuple(cu.diff().tolist())
+    window = getattr(module, "sliding_window", None)
+    if window is not None and max(lengths) > window:
+        return None
+    if getattr(module, "attn_logit_softcapping", None) is not None or module.head_dim % 2:
+        return None
+    return lengths
+
+
+def fused_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    yield from ((name, m) for name, m in model.named_modules() if isinstance(m, _Fast))

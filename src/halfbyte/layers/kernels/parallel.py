@@ -1,0 +1,87 @@
+"""Run a compiled kernel on torch's own threads.
+
+Why: a second pool of threads (numba's) fights with torch's for the cores, since OpenMP's threads spin for a while after
+each region. `GOMP_parallel` of the libgomp that torch has loaded runs a function on the pool that its matmuls use.
+What: a kernel is a numba `cfunc` of one pointer to 32 int64 slots: a counter's address, then addresses, sizes, and
+floats (as float64 bits). Each thread takes blocks of rows from the counter until none is left.
+Source: GOMP_parallel is libgomp's stable entry point (libgomp.map, GOMP_4.0); LLVM's libomp exports it too.
+Cost: 5 microseconds a call. Without an OpenMP library in the process the kernel runs on the calling thread alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SLOTS = 32
+# Rows that a thread takes at once: a few hundred kB of activations, so that both threads end together.
+BLOCK_ELEMENTS = 64 * 1024
+
+
+@cache
+def _openmp() -> Any | None:
+    """`GOMP_parallel` of the OpenMP library in this process."""
+    try:
+        with open("/proc/self/maps") as maps:
+            paths = {line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line or "libiomp" in line}
+    except OSError:
+        return None
+    inside = [p for p in sorted(paths) if "/torch" in p] or sorted(paths)
+    for path in inside:
+        try:
+            found = ctypes.CDLL(path).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        found.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        found.restype = None
+        return found
+    return None
+
+
+def run(kernel: Any, values: list[Tensor | int | float | None]) -> None:
+    """Call `kernel` (a compiled cfunc) with `values` in slots 1, 2, ...; returns when every block is done.
+
+    Tensors must be contiguous on the CPU and stay alive until then, which this frame sees to. None is address 0.
+    """
+    counter = np.zeros(8, dtype=np.int64)  # a cache line of its own
+    slots = np.zeros(SLOTS, dtype=np.int64)
+    floats = slots.view(np.float64)
+    slots[0] = counter.ctypes.data
+    for i, value in enumerate(values, 1):
+        if isinstance(value, Tensor):
+            slots[i] = value.data_ptr()
+        elif isinstance(value, float):
+            floats[i] = value
+        else:
+            slots[i] = 0 if value is None else value
+    threads = torch.get_num_threads()
+    parallel = _openmp() if threads > 1 else None
+    if parallel is None:
+        kernel.ctypes(slots.ctypes.data)
+    else:
+        parallel(kernel.address, slots.ctypes.data, threads, 0)
+
+
+def block_rows(width: int) -> int:
+    """How many rows of `width` elements a thread takes at once."""
+    return max(1, BLOCK_ELEMENTS // max(1, width))
+
+
+def per_dtype(make: Callable[[Any, Any, Any], Any]) -> Callable[[torch.dtype], Any]:
+    """A kernel for bf16 and fp32 from one source: `make(load, store, element)`, compiled when first used."""
+
+    @cache
+    def get(dtype: torch.dtype) -> Any:
+        from halfbyte.layers.kernels import scalar
+
+        if dtype == torch.bfloat16:
+            return make(scalar.load_bf16, scalar.store_bf16, np.uint16)
+        return make(scalar.load_f32, scalar.store_f32, np.float32)
+
+    return get

@@ -1,0 +1,195 @@
+"""Scalar building blocks that LLVM turns into vector code: bf16 loads and stores, exp, and an atomic counter.
+
+Why: numba knows no bf16 and calls libm for exp, one number at a time. A bf16 is the upper half of an fp32, so loading
+is a shift and storing a rounded shift; exp is a polynomial of degree 6 on [-ln2/2, ln2/2] times a power of two.
+Source: rounding to nearest even as in `c10/util/BFloat16.h`; exp after Cephes (relative error below 2e-7).
+Cost: none of their own; each is inlined.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+_I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+# No `nnan`/`ninf`: a loss that is not finite must stay visible.
+FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
+
+
+def _i32(value: int) -> Any:
+    return ir.Constant(_I32, value)
+
+
+@intrinsic  # type: ignore[misc]
+def load_bf16(typing_context, x):  # type: ignore[no-untyped-def]
+    """uint16 -> float32."""
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.bitcast(builder.shl(builder.zext(args[0], _I32), _i32(16)), _F32)
+
+    return types.float32(types.uint16), build
+
+
+@intrinsic  # type: ignore[misc]
+def store_bf16(typing_context, x):  # type: ignore[no-untyped-def]
+    """float32 -> uint16, to nearest even. NaN stays NaN for the quiet NaNs that arithmetic makes."""
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        bits = builder.bitcast(args[0], _I32)
+        odd = builder.and_(builder.lshr(bits, _i32(16)), _i32(1))
+        rounded = builder.add(builder.add(bits, _i32(0x7FFF)), odd)
+        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
+        return builder.trunc(builder.lshr(builder.select(is_nan, bits, rounded), _i32(16)), _I16)
+
+    return types.uint16(types.float32), build
+
+
+@njit(inline="always")  # type: ignore[misc]
+def load_f32(x):  # type: ignore[no-untyped-def]
+    return x
+
+
+@njit(inline="always")  # type: ignore[misc]
+def store_f32(x):  # type: ignore[no-untyped-def]
+    return x
+
+
+@intrinsic  # type: ignore[misc]
+def _two_to(typing_context, n):  # type: ignore[no-untyped-def]
+    """2 to the power of a whole float32 in [-126, 127]."""
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        whole = builder.fptosi(args[0], _I32)
+        return builder.bitcast(builder.shl(builder.add(whole, _i32(127)), _i32(23)), _F32)
+
+    return types.float32(types.float32), build
+
+
+@intrinsic  # type: ignore[misc]
+def _floor(typing_context, x):  # type: ignore[no-untyped-def]
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.call(builder.module.declare_intrinsic("llvm.floor", [_F32]), args)
+
+    return types.float32(types.float32), build
+
+
+@njit(inline="always", fastmath={"contract"})  # type: ignore[misc]
+def exp_f32(x):  # type: ignore[no-untyped-def]
+    """exp in fp32, clamped to [-87, 88]: 1.6e-38 below, 1.7e38 above; NaN stays NaN."""
+    f = np.float32
+    x = f(-87.0) if x < f(-87.0) else x
+    x = f(88.0) if x > f(88.0) else x
+    n = _floor(x * f(1.44269504) + f(0.5))
+    r = x - n * f(0.693359375)
+    r = r + n * f(2.12194440e-4)
+    p = f(1.9875691500e-4)
+    p = p * r + f(1.3981999507e-3)
+    p = p * r + f(8.3334519073e-3)
+    p = p * r + f(4.1665795894e-2)
+    p = p * r + f(1.6666665459e-1)
+    p = p * r + f(5.0000001201e-1)
+    return (p * r * r + r + f(1.0)) * _two_to(n)
+
+
+@intrinsic  # type: ignore[misc]
+def take(typing_context, counter):  # type: ignore[no-untyped-def]
+    """counter[0]++, atomically; returns the value before."""
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        return builder.atomic_rmw("add", array.data, ir.Constant(_I64, 1), "monotonic")
+
+    return types.int64(counter), build
+
+
+@intrinsic  # type: ignore[misc]
+def pointer(typing_context, address):  # type: ignore[no-untyped-def]
+    """int64 -> void*."""
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), build
+
+
+@intrinsic  # type: ignore[misc]
+def hash_u32(typing_context, x):  # type: ignore[no-untyped-def]
+    """A 32-bit mixing function (two multiplications), for random bits from a counter.
+
+    Source: "lowbias32" by C. Wellons (bias 0.17), github.com/skeeto/hash-prospector, public domain.
+    """
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def shift_xor(value: Any, by: int) -> Any:
+            return builder.xor(value, builder.lshr(value, _i32(by)))
+
+        value = shift_xor(args[0], 16)
+        value = shift_xor(builder.mul(value, _i32(0x7FEB352D)), 15)
+        return shift_xor(builder.mul(value, _i32(0x846CA68B)), 16)
+
+    return types.uint32(types.uint32), build
+
+
+def _keep(builder: Any, bits: Any, low: Any) -> Any:
+    """All ones in each half of 32 bits whose random half is at least `low`."""
+    first = builder.icmp_unsigned(">=", builder.and_(bits, _i32(0xFFFF)), low)
+    second = builder.icmp_unsigned(">=", builder.lshr(bits, _i32(16)), low)
+    return builder.or_(
+        builder.select(first, _i32(0x0000FFFF), _i32(0)), builder.select(second, _i32(0xFFFF0000), _i32(0))
+    )
+
+
+@intrinsic  # type: ignore[misc]
+def drop_pair(typing_context, pair, bits, low):  # type: ignore[no-untyped-def]
+    """Two bf16 in 32 bits, each 0 where its 16 random bits are below `low`."""
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.and_(args[0], _keep(builder, args[1], args[2]))
+
+    return types.uint32(types.uint32, types.uint32, types.uint32), build
+
+
+@intrinsic  # type: ignore[misc]
+def add_pair(typing_context, a, b):  # type: ignore[no-untyped-def]
+    """The sums of two pairs of bf16, to nearest even."""
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def halves(pair: Any) -> tuple[Any, Any]:
+            high = builder.and_(pair, _i32(0xFFFF0000))
+            return builder.bitcast(builder.shl(pair, _i32(16)), _F32), builder.bitcast(high, _F32)
+
+        def rounded(value: Any) -> Any:
+            bits = builder.bitcast(value, _I32)
+            odd = builder.and_(builder.lshr(bits, _i32(16)), _i32(1))
+            return builder.add(builder.add(bits, _i32(0x7FFF)), odd)
+
+        (a0, a1), (b0, b1) = halves(args[0]), halves(args[1])
+        low = builder.lshr(rounded(builder.fadd(a0, b0)), _i32(16))
+        return builder.or_(low, builder.and_(rounded(builder.fadd(a1, b1)), _i32(0xFFFF0000)))
+
+    return types.uint32(types.uint32, types.uint32), build
+
+
+@intrinsic  # type: ignore[misc]
+def below(typing_context, bits, low, high_half):  # type: ignore[no-untyped-def]
+    """Whether one half of 32 random bits (the upper one if `high_half`) is below `low`."""
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        half = builder.select(args[2], builder.lshr(args[0], _i32(16)), builder.and_(args[0], _i32(0xFFFF)))
+        return builder.icmp_unsigned("<", half, args[1])
+
+    return types.boolean(types.uint32, types.uint32, types.boolean), build
+
+
+@intrinsic  # type: ignore[misc]
+def counter_bits(typing_context, start, j, seed):  # type: ignore[no-untyped-def]
+    """The hash input of pair `start + j` under `seed`, in 32 bits."""
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.xor(builder.add(args[0], builder.trunc(args[1], _I32)), args[2])
+
+    return types.uint32(types.uint32, types.intp, types.uint32), build

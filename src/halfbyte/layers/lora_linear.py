@@ -1,0 +1,150 @@
+"""A frozen linear layer with LoRA as one autograd function: y = x W^T + b + s (drop(x) A^T) B^T.
+
+Why: PEFT's layer casts x to fp32 and back, keeps four tensors of x's size for backward, draws its dropout mask one
+Bernoulli number at a time, and bitsandbytes keeps what it dequantised from alive through ctx. Here the base is
+dequantised on the fly, twice a step, into memory that is free again at once; LoRA's part is accumulated into the base's
+output; x and the (N, R) intermediate are all that is kept; dropout's mask is made again from its seed.
+Source: LoRA, arXiv:2106.09685 section 4.1; `peft/tuners/lora/layer.py` and `bnb.py` for the meaning of every flag.
+Cost: 4 N D O FLOP a step and layer, 1 / (2 N) of that for dequantising, R / D for LoRA.
+
+Letters: N tokens, D in, O out, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from halfbyte import quant
+from halfbyte.layers.kernels import available
+
+# Where kernels are at hand the mask is a hash of (seed, position); elsewhere it is drawn once and kept, a byte a number.
+_SEEDS = 2**31 - 1
+
+
+def frozen_weight(layer: Any, dtype: torch.dtype) -> Tensor:
+    """The (O, D) matrix that `layer` multiplies with, in `dtype`: dequantised, or the weight itself."""
+    if quant.is_4bit(layer):
+        weight = quant.dequantised(layer)
+        return weight if weight.dtype == dtype else weight.to(dtype)
+    weight = layer.weight
+    return weight if weight.dtype == dtype else weight.to(dtype)
+
+
+class FrozenLinear(torch.autograd.Function):
+    """x W^T + b for a frozen W. Keeps nothing but the layer; b may train.
+
+    Args of `apply`:
+        x: (N, D) in the compute dtype. bias: (O,) or None. layer: the module that holds W.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Any) -> Tensor:
+        ctx.layer = layer
+        ctx.dtype = x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return F.linear(x, frozen_weight(layer, x.dtype), None if bias is None else bias.to(x.dtype))  # (N, O)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (dy,) = grads
+        dx = dy @ frozen_weight(ctx.layer, ctx.dtype) if ctx.needs_input_grad[0] else None  # (N, D)
+        db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
+        return dx, db, None
+
+
+class LoraLinear(torch.autograd.Function):
+    """x W^T + b + scale (drop(x) A^T) B^T for a frozen W and trained A, B (and b, if it trains).
+
+    Args of `apply`:
+        x: (N, D) in the compute dtype. a: (R, D), b: (O, R), masters of any float dtype. bias: (O,) or None.
+        layer: the module that holds W. scale: LoRA's. p: dropout. seed: of the mask.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, layer: Any, scale: float, p: float, seed: int
+    ) -> Tensor:
+        scale = scale / (1 - p) if p else scale
+        a16, b16 = a.to(x.dtype), b.to(x.dtype)
+        y = F.linear(x, frozen_weight(layer, x.dtype), None if bias is None else bias.to(x.dtype))  # (N, O)
+        mask = None
+        dropped = x
+        if p:
+            dropped, mask = drop(x, p, seed)
+        h = dropped @ a16.T  # (N, D) @ (D, R) -> (N, R)
+        y.addmm_(h, b16.T, alpha=scale)  # (N, R) @ (R, O)
+        ctx.save_for_backward(x, h, a16, b16, mask)
+        ctx.layer, ctx.scale, ctx.p, ctx.seed = layer, scale, p, seed
+        ctx.dtypes = a.dtype, b.dtype, None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (dy,) = grads
+        x, h, a16, b16, mask = ctx.saved_tensors
+        da = db = dbias = dx = None
+        dh = (dy @ b16).mul_(ctx.scale)  # (N, O) @ (O, R) -> (N, R)
+        if ctx.needs_input_grad[2]:
+            db = (dy.T @ h).mul_(ctx.scale).to(ctx.dtypes[1])  # (O, N) @ (N, R) -> (O, R)
+        if ctx.needs_input_grad[1]:
+            dropped = drop(x, ctx.p, ctx.seed, mask)[0] if ctx.p else x
+            da = (dh.T @ dropped).to(ctx.dtypes[0])  # (R, N) @ (N, D) -> (R, D)
+        if ctx.needs_input_grad[0]:
+            dx = dy @ frozen_weight(ctx.layer, x.dtype)  # (N, D)
+            if ctx.p:
+                add_dropped(dx, dh @ a16, ctx.p, ctx.seed, mask)
+            else:
+                dx.addmm_(dh, a16)
+        if ctx.needs_input_grad[3]:
+            dbias = dy.sum(0, dtype=torch.float32).to(ctx.dtypes[2])
+        return dx, da, db, dbias, None, None, None, None
+
+
+def drop(x: Tensor, p: float, seed: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """x with dropped numbers set to 0, unscaled; and the mask where it has to be kept."""
+    if _by_hash(x):
+        from halfbyte.layers.kernels import gate
+
+        out = torch.empty_like(x)
+        gate.dropped(x, out, p, seed)
+        return out, None
+    if mask is None:
+        generator = torch.Generator(device=x.device).manual_seed(seed)
+        mask = torch.rand(x.shape, device=x.device, generator=generator) >= p
+    return x * mask, mask
+
+
+def add_dropped(out: Tensor, x: Tensor, p: float, seed: int, mask: Tensor | None) -> None:
+    """out += x where the mask keeps it."""
+    if mask is not None:
+        out.addcmul_(x, mask.to(x.dtype))
+    else:
+        from halfbyte.layers.kernels import gate
+
+        gate.add_dropped(x, out, p, seed)
+
+
+def _by_hash(x: Tensor) -> bool:
+    return available(x) and x.is_contiguous() and x.numel() % 2 == 0
+
+
+def draw_seed() -> int:
+    """A seed for a mask from torch's global generator, so that runs repeat and recomputation draws the same."""
+    return int(torch.randint(_SEEDS, ()))
+
+
+def frozen_linear(x: Tensor, layer: Any) -> Tensor:
+    """(..., D) -> (..., O) through a frozen layer."""
+    y = FrozenLinear.apply(x.reshape(-1, x.shape[-1]), layer.bias, layer)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def lora_linear(x: Tensor, layer: Any, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
+    """(..., D) -> (..., O) through a frozen layer and its LoRA; p is 0 outside training."""
+    flat = x.reshape(-1, x.shape[-1])
+    y = LoraLinear.apply(flat, a, b, layer.bias, layer, scale, p, draw_seed() if p else 0)
+    return y.view(*x.shape[:-1], y.shape[-1])
