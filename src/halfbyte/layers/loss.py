@@ -1,9 +1,13 @@
-"""Cross-entropy of one packed pass, from logits of labelled tokens only.
+"""Cross-entropy of one packed pass: from hidden states of labelled tokens, in chunks, logits never whole.
 
 Why: a vocabulary of 50,000 to 250,000 makes whole logits the largest tensor of a step, and on completion-only data most
-rows of it carry no label. `logits_to_keep` (a documented forward argument) takes the positions that do; scaling and
-softcapping of logits happen inside the model's own forward, so they stay exact.
-Cost: (K, V) logits in fp32 for K labelled tokens.
+rows of it carry no label.
+What: the body's hidden states at labelled positions meet the head in chunks; each chunk's gradient takes the place of its
+logits and is multiplied back at once. Scaled and softcapped logits (granite, cohere, gemma) are told by the config and
+checked against the model's own logits; a model that does anything else gets its logits from its own forward, for
+labelled positions only (`logits_to_keep`, a documented argument).
+Source: the order of work is that of Liger-Kernel's fused linear cross-entropy (arXiv:2410.10989, section 3.2).
+Cost: 2 x K D V x 2 FLOP, `CHUNK_BYTES` of logits, (K, D) kept.
 """
 
 from __future__ import annotations
@@ -11,11 +15,17 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from halfbyte.layers import packing
+from halfbyte.layers.kernels import available
+
+# Logits at once: large enough for the matmul's full rate, small enough for the third-level cache.
+CHUNK_BYTES = 32_000_000
 
 
 def accepts(model: Any, name: str) -> bool:
@@ -35,6 +45,11 @@ def pass_loss(model: Any, batch: Mapping[str, Any], *, label_smoothing: float = 
     keep, targets = batch["keep"].to(device), batch["targets"].to(device)  # (K,), (K,)
     inputs = packing.forward_inputs(model, {k: v for k, v in batch.items() if k != "labels"})
     inputs = {k: v.to(device) if k == "input_ids" else v for k, v in inputs.items()}
+    head = head_of(model)
+    if head is not None:
+        with torch.autocast(device.type, enabled=False):
+            hidden = packing.body(packing.causal_lm(model))(**inputs)[0]  # (1, T, D)
+        return head_loss(hidden[0].index_select(0, keep.to(hidden.device)), targets, head, smoothing=label_smoothing)
     if accepts(model, "logits_to_keep"):
         logits = model(**inputs, logits_to_keep=keep).logits[0]  # (K, V)
     else:
@@ -42,6 +57,148 @@ def pass_loss(model: Any, batch: Mapping[str, Any], *, label_smoothing: float = 
         logits = logits.index_select(0, keep.to(logits.device))  # (K, V)
     targets = targets.to(logits.device)
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A frozen output head: logits = cap(scale * (h W^T + b)), cap(z) = softcap * tanh(z / softcap) where there is one."""
+
+    weight: torch.Tensor  # (V, D)
+    bias: torch.Tensor | None  # (V,)
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def head_of(model: Any) -> Head | None:
+    """The head of a model whose logits are seen to be this head's; None where they must come from its own forward.
+
+    None: the head carries an adapter or trains, is not a plain linear layer, or the model (DDP, a prompt, a projection
+    after the body) does more between body and logits than `Head` can say. Seen once per model, on three tokens.
+    """
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        return None
+    lm = packing.causal_lm(model)
+    linear = lm.get_output_embeddings()
+    if type(linear) is not torch.nn.Linear or linear.weight.requires_grad or packing.body(lm) is lm:
+        return None
+    if linear.bias is not None and linear.bias.requires_grad:
+        return None
+    scale, softcap = _scaling(lm.config.get_text_config())
+    head = Head(linear.weight, linear.bias, scale, softcap)
+    seen = _SEEN.get(lm)
+    if seen is None or seen[0] is not linear.weight:
+        seen = (linear.weight, _computes_logits(lm, head))
+        _SEEN[lm] = seen
+    return head if seen[1] else None
+
+
+_SEEN: WeakKeyDictionary[Any, tuple[Any, bool]] = WeakKeyDictionary()
+
+
+def _scaling(config: Any) -> tuple[float, float | None]:
+    """What stands between head and logits in the configs that have it: granite divides, cohere multiplies, gemma caps."""
+    scale = 1.0
+    if getattr(config, "logits_scaling", None):
+        scale = 1.0 / float(config.logits_scaling)
+    elif getattr(config, "logit_scale", None) and isinstance(config.logit_scale, (int, float)):
+        scale = float(config.logit_scale)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return scale, None if softcap is None else float(softcap)
+
+
+def _computes_logits(lm: Any, head: Head) -> bool:
+    """Whether `head` on the body's output gives the logits of the model's own forward."""
+    ids = torch.arange(1, 4, device=lm.device)[None] % lm.config.get_text_config().vocab_size
+    training = [m for m in lm.modules() if m.training]
+    lm.eval()
+    try:
+        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+            options = {"use_cache": False} if accepts(lm, "use_cache") else {}
+            hidden = packing.body(lm)(input_ids=ids, **options)[0]
+            wanted = lm(input_ids=ids, **options).logits.float()
+            got = _logits(hidden[0], head).float()[None]
+    except Exception:  # of the model's own code; the repair: its own forward makes the logits
+        return False
+    finally:
+        for module in training:
+            module.training = True
+    return got.shape == wanted.shape and bool(((got - wanted).norm() <= 1e-2 * wanted.norm()).item())
+
+
+def _logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    """(K, D) -> (K, V), in hidden's dtype, as the models' own forward makes them."""
+    logits = torch.nn.functional.linear(hidden, head.weight, head.bias)
+    if head.scale != 1.0:
+        logits = logits * head.scale
+    return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
+
+
+def head_loss(hidden: torch.Tensor, targets: torch.Tensor, head: Head, *, smoothing: float = 0.0) -> torch.Tensor:
+    """Summed cross-entropy of `targets` (K,) under the head's logits of `hidden` (K, D), in chunks. Scalar, fp32."""
+    if hidden.dtype != head.weight.dtype:
+        hidden = hidden.to(head.weight.dtype)
+    loss: torch.Tensor = _HeadLoss.apply(hidden, targets.to(hidden.device), head, smoothing)
+    return loss
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Logits live a chunk at a time; their gradient takes their place, and only (K, D) is kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Head, smoothing: float) -> torch.Tensor:
+        wanted = ctx.needs_input_grad[0]
+        rows, width = hidden.shape[0], head.weight.shape[0]
+        losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+        grad = torch.empty_like(hidden) if wanted else None
+        chunk = max(16, CHUNK_BYTES // (width * hidden.element_size()))
+        with torch.no_grad():
+            for first in range(0, rows, chunk):
+                part = slice(first, min(rows, first + chunk))
+                logits = torch.nn.functional.linear(hidden[part], head.weight, head.bias)  # (C, V)
+                if head.scale != 1.0:
+                    logits.mul_(head.scale)
+                slope = None
+                if head.softcap is not None:
+                    bent = torch.tanh_(logits.div_(head.softcap))
+                    slope = 1 - bent * bent if wanted else None
+                    logits = bent.mul_(head.softcap)
+                losses[part], gradient = _chunk_loss(logits, targets[part], smoothing, gradient=wanted)
+                if grad is not None:
+                    if slope is not None:
+                        gradient.mul_(slope)
+                    if head.scale != 1.0:
+                        gradient.mul_(head.scale)
+                    torch.mm(gradient, head.weight, out=grad[part])  # (C, V) @ (V, D)
+                del logits, gradient
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = ctx.saved_tensors
+        return grad * grads[0].to(grad.dtype), None, None, None
+
+
+def _chunk_loss(
+    logits: torch.Tensor, targets: torch.Tensor, smoothing: float, *, gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses (C,) in fp32, and the logits' gradient (C, V) in their own dtype, which may be their own memory."""
+    if available(logits):
+        from halfbyte.layers.kernels import entropy
+
+        losses = torch.empty(len(targets), dtype=torch.float32)
+        entropy.cross_entropy_(logits, targets, losses, smoothing=smoothing, gradient=gradient)
+        return losses, logits
+    log_p = torch.log_softmax(logits, -1, dtype=torch.float32)
+    losses = torch.nn.functional.nll_loss(log_p, targets, reduction="none")
+    if smoothing:
+        losses = (1 - smoothing) * losses - smoothing * log_p.mean(-1)
+    if not gradient:
+        return losses, logits
+    p = log_p.exp_().sub_(smoothing / logits.shape[1])
+    p[torch.arange(len(targets), device=p.device), targets] -= 1 - smoothing
+    return losses, p.to(logits.dtype)
 
 
 def mean_loss(model: Any, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -52,7 +52,7 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _body(lm: Any) -> Any:
+def body(lm: Any) -> Any:
     """What the head stands on: takes input_ids and a mask, gives hidden states. `lm` itself where there is none."""
     decoder = lm.get_decoder()
     return lm.base_model if decoder is lm else decoder
@@ -66,7 +66,7 @@ def layouts(model: Any) -> tuple[Layout, ...]:
     # ALiBi counts positions from the mask, not from position_ids: in a long pack its bf16 biases would lose precision.
     if restarts and lm._supports_flash_attn and not getattr(lm.config, "alibi", False):
         found.append("cu_seq_lens" if lm._can_set_attn_implementation() else "position_ids")
-    if _body(lm) is not lm:
+    if body(lm) is not lm:
         found.append("rows")
     return tuple(found)
 
@@ -78,9 +78,9 @@ def install(model: Any, layout: Layout | None = None) -> Layout:
     """
     lm = causal_lm(model)
     chosen: Layout = next(iter(layouts(lm)), "single") if layout is None else layout
-    hooks = rows.attached(_body(lm))
+    hooks = rows.attached(body(lm))
     if chosen == "rows" and hooks is None:
-        rows.Rows(_body(lm))
+        rows.Rows(body(lm))
     elif chosen != "rows" and hooks is not None:
         hooks.remove()
     if chosen == "cu_seq_lens":
@@ -94,7 +94,7 @@ def install(model: Any, layout: Layout | None = None) -> Layout:
 def installed(model: Any) -> Layout:
     """Which layout this model is set up for, read from the model itself."""
     lm = causal_lm(model)
-    if rows.attached(_body(lm)) is not None:
+    if rows.attached(body(lm)) is not None:
         return "rows"
     if lm.config._attn_implementation == NAME:
         return "cu_seq_lens"
