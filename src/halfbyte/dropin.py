@@ -16,18 +16,27 @@ import torch
 from peft import PeftModel as _PeftModel
 from peft import PeftModelForCausalLM
 from peft import get_peft_model as _get_peft_model
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from halfbyte import quant as codec
+from halfbyte.layers import fuse, unpad
 
 # The batch that a script of unknown batch size is prepared for: 4 examples of 1024 tokens, the largest pass of a plan.
 PREPARED_TOKENS = 4096
 
 
 class Adapted(PeftModelForCausalLM):
-    """A PeftModelForCausalLM that computes in the base's own dtype, whatever autocast its caller has entered."""
+    """A PeftModelForCausalLM that computes in the base's own dtype, whatever autocast its caller has entered, and
+    that runs the padded batches of a training script without their padding (`layers/unpad.py`).
+    """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(self.device.type, enabled=False):
+            if self.training and torch.is_grad_enabled():
+                unpad.attach(self)
+                loss = None if args else unpad.training_loss(self, kwargs)
+                if loss is not None:
+                    return CausalLMOutputWithPast(loss=loss)
             return super().forward(*args, **kwargs)
 
 
@@ -47,9 +56,13 @@ def get_peft_model(model: Any, peft_config: Any, adapter_name: str = "default", 
 
 
 def own_class(adapted: Any) -> Any:
-    """Give a plain PeftModelForCausalLM instance our class; other task types stay as they are. No state is added."""
+    """Give a plain PeftModelForCausalLM instance our class, and its modules their fused forwards.
+
+    Other task types stay as they are. No state is added.
+    """
     if type(adapted) is PeftModelForCausalLM:
         adapted.__class__ = Adapted
+        fuse.install(adapted)
     return adapted
 
 

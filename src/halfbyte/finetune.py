@@ -17,6 +17,7 @@ from halfbyte.callbacks import Best, Cadence, Listener, RunCallback, Silent, Sto
 from halfbyte.data import collate, pack
 from halfbyte.inputs import Prepared, data_note, prepare
 from halfbyte.layers import packing
+from halfbyte.layers.proof import prove_fused
 from halfbyte.recipe import Loaded, Origin, Recipe, rows
 from halfbyte.recipe_file import to_yaml
 from halfbyte.run import RunFolder, versions
@@ -177,6 +178,9 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     proof = packing.prove(model)
     notices += [] if proof.ok else [f"packing: {proof.reason}"]
     tell.note(f"packing   {proof.mode}: {proof.reason}")
+    fused = prove_fused(model, packed=proof.ok)
+    notices += [] if fused.ok else [f"engine: {fused.reason}"]
+    tell.note(f"engine    {fused.reason}")
     for name, why in plan.reasons.items():
         tell.note(f"plan      {name} {getattr(plan, name)}: {why}")
     tell.note(f"plan      peak memory about {plan.peak_bytes / 1e9:.2f} GB of {plan.available_bytes / 1e9:.1f} GB free")

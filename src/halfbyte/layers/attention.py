@@ -26,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from halfbyte.errors import BaseModelError
+from halfbyte.layers import block_attention
 
 NAME = "halfbyte_packed"
 
@@ -136,6 +137,12 @@ def _packed(
     s_aux: Tensor | None,
 ) -> Tensor:
     """Each run of neighbours of equal length L as one batch. Returns (1, T, H, D)."""
+    slides = sliding_window is not None and max(lengths) > sliding_window
+    if query.requires_grad and not dropout and softcap is None and s_aux is None and causal and not slides:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+        if block_attention.takes(q, k, v):
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            return block_attention.attention(q, k, v, tuple(lengths), scale, None, None)[None]
     runs = [(length, sum(1 for _ in same)) for length, same in groupby(lengths)]  # (L, how many)
     # split, not slices: its backward is one concatenation, where each slice would add a zero-filled (T, D) tensor
     sizes = [length * count for length, count in runs]

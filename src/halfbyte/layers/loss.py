@@ -34,18 +34,21 @@ def accepts(model: Any, name: str) -> bool:
     return name in inspect.signature(type(inner).forward).parameters
 
 
-def pass_loss(model: Any, batch: Mapping[str, Any], *, label_smoothing: float = 0.0) -> torch.Tensor:
+def pass_loss(
+    model: Any, batch: Mapping[str, Any], *, label_smoothing: float = 0.0, fused: bool = True
+) -> torch.Tensor:
     """Summed cross-entropy over the labelled tokens of one packed pass, fp32. Scalar.
 
     Args:
         batch: as `data.collate.collate` makes it, with `keep` (positions whose next token is labelled) and `targets`.
         label_smoothing: as `TrainingArguments.label_smoothing_factor`.
+        fused: False for the model's own forward and torch's cross-entropy, the reference.
     """
     device = next(model.parameters()).device
     keep, targets = batch["keep"].to(device), batch["targets"].to(device)  # (K,), (K,)
     inputs = packing.forward_inputs(model, {k: v for k, v in batch.items() if k != "labels"})
     inputs = {k: v.to(device) if k == "input_ids" else v for k, v in inputs.items()}
-    head = head_of(model)
+    head = head_of(model) if fused else None
     if head is not None:
         with torch.autocast(device.type, enabled=False):
             hidden = packing.body(packing.causal_lm(model))(**inputs)[0]  # (1, T, D)

@@ -121,15 +121,11 @@ def forward_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     if "use_cache" in inspect.signature(lm.forward).parameters:
         inputs["use_cache"] = False
     starts: Tensor = batch["cu_seq_lens_q"]
-    if len(starts) <= 2:
-        return inputs
+    if len(starts) <= 2 and not (installed(lm) == "cu_seq_lens" and torch.is_grad_enabled()):
+        return inputs  # in a training forward even one example brings its lengths: the fused attention asks for them
     layout = installed(lm)
     if layout == "cu_seq_lens":
-        # On the CPU: the attention of each layer reads the lengths in Python, and must not wait for a card each time.
-        starts = starts.cpu()
-        longest = int(starts.diff().max())
-        inputs |= {"position_ids": batch["position_ids"].to(device), "attention_mask": no_mask(device)}
-        inputs |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+        inputs |= packed_inputs(batch, device)
     elif layout == "position_ids":
         inputs["position_ids"] = batch["position_ids"].to(device)
     elif layout == "rows":
@@ -140,6 +136,17 @@ def forward_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
             fix="halfbyte.layers.packing.prove(model) first; if it says single, one example a pass",
         )
     return inputs
+
+
+def packed_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """What tells a forward in the `cu_seq_lens` layout where its examples begin.
+
+    The lengths stay on the CPU: the attention of each layer reads them in Python, and must not wait for a card each time.
+    """
+    starts = batch["cu_seq_lens_q"].cpu()
+    longest = int(starts.diff().max())
+    lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+    return {"position_ids": batch["position_ids"].to(device), "attention_mask": no_mask(device), **lengths}
 
 
 def prove(model: Any) -> Proof:

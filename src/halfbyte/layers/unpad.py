@@ -1,0 +1,160 @@
+"""Padded batches at the door: a script that brings (B, L) rows with a mask has them run end to end, without padding.
+
+Why: a Trainer with dynamic padding, or TRL, spends a third of its step on padding and on dense masks. What a script sees
+does not change: hidden states and logits have their (B, L) shape, with zeros where the padding was.
+What: two torch hooks on the model's body, the mirror of `rows.py`: before it, real tokens are laid end to end with their
+lengths; after it, hidden states go back to their places. `training_loss` is the shorter way for a Trainer, which asks for
+the loss alone: logits are then made where there is a label, and never whole.
+Only what is surely the same is touched: a training forward with gradients, rows that are padded on the right, positions
+as the model counts them itself, no cache, no hidden states of every layer asked for.
+Cost: one gather of the ids, one scatter of (T, D).
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from halfbyte.layers import loss, packing
+
+_PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "use_cache", "return_dict", "position_ids"})
+# Whether a causal LM takes packed examples, once it has been seen.
+_PROVEN: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def packs(model: Any) -> bool:
+    """Whether this model is proven to take examples end to end by their lengths. Proven at the first call."""
+    lm = packing.causal_lm(model)
+    if lm not in _PROVEN:
+        packed = packing.installed(lm) == "cu_seq_lens"
+        _PROVEN[lm] = packed or ("cu_seq_lens" in packing.layouts(lm) and packing.prove(lm).layout == "cu_seq_lens")
+    return _PROVEN[lm]
+
+
+def lengths_of(mask: Tensor | None, rows: int, width: int) -> Tensor | None:
+    """(B,) lengths of right-padded rows; None if they are padded in another way, or a row is empty."""
+    if mask is None:
+        return torch.full((rows,), width)
+    if mask.dim() != 2 or mask.shape != (rows, width):
+        return None
+    lengths = mask.long().sum(1)
+    padded_right = (mask.bool() == (torch.arange(width, device=mask.device) < lengths[:, None])).all()
+    return lengths if bool(padded_right) and bool((lengths > 0).all()) else None
+
+
+def real_tokens(lengths: Tensor, width: int) -> Tensor:
+    """(T,) places of the real tokens in the flattened (B * L) rows."""
+    real = torch.arange(width, device=lengths.device) < lengths[:, None]  # (B, L)
+    return real.flatten().nonzero().squeeze(1)
+
+
+def pack(lengths: Tensor, width: int) -> dict[str, Any]:
+    """`position_ids` and the lengths of a pack, as `packing.forward_inputs` reads them."""
+    starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+    return {"position_ids": (real_tokens(lengths, width) % width)[None], "cu_seq_lens_q": starts}
+
+
+class Unpad:
+    """The pair of hooks on one body, and where the tokens of the forward under way belong."""
+
+    def __init__(self, body: torch.nn.Module) -> None:
+        self._shape: tuple[int, int] | None = None
+        self._tokens: Tensor | None = None
+        self._handles = [
+            body.register_forward_pre_hook(self._before, with_kwargs=True),
+            body.register_forward_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, body: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._tokens = None
+        if not (body.training and torch.is_grad_enabled()):
+            return None
+        given = dict(zip(inspect.signature(body.forward).parameters, args, strict=False)) | kwargs
+        given = {k: v for k, v in given.items() if v is not None and v is not False}
+        if given.get("use_cache") or not set(given) <= _PLAIN or "position_ids" in given:
+            return None
+        name = "input_ids" if "input_ids" in given else "inputs_embeds"
+        x = given.get(name)
+        if x is None:
+            return None
+        rows, width = x.shape[:2]
+        lengths = lengths_of(given.get("attention_mask"), rows, width)
+        if lengths is None:
+            return None
+        tokens = real_tokens(lengths.to(x.device), width)
+        self._shape, self._tokens = (rows, width), tokens
+        inputs = packing.packed_inputs(pack(lengths.to(x.device), width), x.device)
+        return (), {**inputs, name: x.flatten(0, 1)[tokens][None], "use_cache": False}
+
+    def _after(self, body: torch.nn.Module, args: Any, output: Any) -> Any:
+        tokens, self._tokens = self._tokens, None
+        if tokens is None or self._shape is None:
+            return None
+        packed = output[0][0]  # (T, D)
+        rows, width = self._shape
+        hidden = packed.new_zeros((rows * width, packed.shape[-1])).index_copy(0, tokens, packed)
+        hidden = hidden.view(rows, width, -1)
+        if isinstance(output, tuple):
+            return (hidden, *output[1:])
+        output.last_hidden_state = hidden
+        return output
+
+
+def attached(body: torch.nn.Module) -> Unpad | None:
+    for hook in body._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, Unpad):
+            return owner
+    return None
+
+
+def attach(model: Any) -> bool:
+    """Put the hooks on the body of a model that takes packed examples. Returns whether they are there."""
+    lm = packing.causal_lm(model)
+    body = packing.body(lm)
+    if body is lm or not packs(lm):
+        return False
+    if attached(body) is None:
+        Unpad(body)
+    return True
+
+
+def training_loss(model: Any, inputs: dict[str, Any]) -> Tensor | None:
+    """The mean loss of a Trainer's batch: the sum over labelled tokens divided by its `num_items_in_batch`.
+
+    Args:
+        inputs: a forward's keyword arguments: input_ids (B, L), labels (B, L), num_items_in_batch, perhaps a mask.
+
+    Returns:
+        None if this batch must go the ordinary way: other arguments, padding elsewhere than on the right, labels on
+        padding, or a model whose logits are not its plain head's.
+    """
+    given = {k: v for k, v in inputs.items() if v is not None and v is not False}
+    items = given.pop("num_items_in_batch", None)
+    if items is None or not set(given) <= {"input_ids", "attention_mask", "labels", "use_cache", "return_dict"}:
+        return None
+    ids, labels = given.get("input_ids"), given.get("labels")
+    if ids is None or labels is None or ids.dim() != 2 or labels.shape != ids.shape or given.get("use_cache"):
+        return None
+    rows, width = ids.shape
+    lengths = lengths_of(given.get("attention_mask"), rows, width)
+    if lengths is None or not packs(model) or loss.head_of(model) is None:
+        return None
+    tokens = real_tokens(lengths.to(ids.device), width)
+    flat = labels.flatten().to(ids.device)
+    if int((flat != -100).sum()) != int((flat[tokens] != -100).sum()):
+        return None
+    packed = pack(lengths.to(ids.device), width)
+    wanted = flat[tokens].clone()  # (T,)
+    wanted[packed["cu_seq_lens_q"][:-1].long()] = -100  # the first token of an example is nobody's next token
+    keep = (wanted[1:] != -100).nonzero().squeeze(1)
+    batch = {**packed, "input_ids": ids.flatten()[tokens][None], "keep": keep, "targets": wanted[keep + 1]}
+    return loss.pass_loss(model, batch) / items
