@@ -358,7 +358,7 @@ WHOLE_FILES: list[tuple[str | bytes, str]] = [
     (b"model: \x00", "r.yaml: not YAML: unacceptable character #x0000: special characters are not allowed."),
     ("data: {train: t}\n", "r.yaml: model is required: hub id[@revision], local folder, .gguf file, or a packaged name"),
     ("model: m\n", "r.yaml: data is required: what is trained on"),
-    ("model: m\ndata: {}\n", "r.yaml: data.train is required: the rows to train on, JSONL; relative to where halfbyte is run"),
+    ("model: m\ndata: {}\n", "r.yaml: data.train is required: the rows to train on: JSONL, JSON, CSV or Parquet; a glob, a list, or hub:org/name?split=train"),
     ("model: o/n@a\nrevision: b\ndata: {train: t}\n", "r.yaml: line 1: model o/n@a and revision b: give the revision once"),
     ("model: .\nrevision: b\ndata: {train: t}\n", "r.yaml: line 1: revision is for hub ids, and model . is a path that exists"),
 ]  # fmt: skip

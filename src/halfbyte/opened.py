@@ -68,7 +68,7 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, scoring.Score]:
     """Score the adapter, and with `with_base` the base alone, on the same rows. Keys: `base`, `adapter`."""
-    path = data or (Path(opened.recipe.data.eval) if opened.recipe.data.eval else None)
+    path = data or opened.recipe.data.eval
     if path is None:
         raise DataError(
             "the run has no held-out rows (data.eval).", fix=f"halfbyte eval {opened.run} --data ROWS.jsonl"

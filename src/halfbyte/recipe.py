@@ -64,6 +64,15 @@ def _names_or_text(value: Any) -> Any:
     raise ValueError("must be a name, a regular expression or a list of names, such as [q_proj, v_proj]")
 
 
+def _rows(value: Any) -> Any:
+    """Names of files, globs or hub datasets."""
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, (tuple, list)) and value and all(isinstance(v, str) and v for v in value):
+        return tuple(value)
+    raise ValueError("must be the name of a file, a glob, a hub: dataset, or a list of them")
+
+
 def _modules(value: Any) -> Any:
     """Names of modules, or a regular expression over full names."""
     value = _names_or_text(value)
@@ -186,6 +195,7 @@ Bool = Annotated[bool, Field(strict=True)]
 Seed = Annotated[Int, Field(ge=0, lt=2**32)]
 Steps = Annotated[Float, AfterValidator(_whole_or_share)]
 Modules = Annotated[str | tuple[str, ...], BeforeValidator(_modules)]
+Rows = Annotated[str | tuple[str, ...], BeforeValidator(_rows)]
 Names = Annotated[tuple[str, ...] | None, BeforeValidator(_names)]
 NamesOrText = Annotated[str | tuple[str, ...], BeforeValidator(_names_or_text)]
 
@@ -260,14 +270,29 @@ class Fields(_Section):
     prompt: str = Field("prompt", min_length=1, description="the column with the question")
     completion: str = Field("completion", min_length=1, description="the column with the answer")
     messages: str = Field("messages", min_length=1, description="the column with the list of messages")
+    conversations: str = Field("conversations", min_length=1, description="the same under ShareGPT's name")
+    role: str | None = Field(None, min_length=1, description="who speaks, in a message: role; in ShareGPT's: from")
+    content: str | None = Field(
+        None, min_length=1, description="what is said, in a message: content; in ShareGPT's: value"
+    )
+    instruction: str = Field("instruction", min_length=1, description="Alpaca's task")
+    input: str = Field("input", min_length=1, description="what Alpaca's task is about; may be absent or empty")
+    output: str = Field("output", min_length=1, description="Alpaca's answer")
+    text: str = Field("text", min_length=1, description="the column with plain text")
+    system: str = Field("system", min_length=1, description="a system message for the row, in any format but text")
+    tools: str = Field("tools", min_length=1, description="the tools that a conversation may call, or their JSON")
 
 
 class Data(_Section):
     """What is trained on."""
 
-    train: str = Field(min_length=1, description="the rows to train on, JSONL; relative to where halfbyte is run")
-    eval: str | None = Field(None, min_length=1, description="held-out rows, for evaluation")
-    format: Literal["auto", "messages", "prompt_completion"] = Field("auto", description="how a row is read")
+    train: Rows = Field(
+        description="the rows to train on: JSONL, JSON, CSV or Parquet; a glob, a list, or hub:org/name?split=train"
+    )
+    eval: Rows | None = Field(None, description="held-out rows, for evaluation")
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
+        "auto", description="how a row is read; auto tells it from the columns and says why"
+    )
     fields: Fields = Field(default_factory=Fields, description="which columns hold what")
     max_length: Int = Field(1024, ge=2, description="tokens of the longest row")
     mask: Literal["completion", "assistant", "all"] = Field(

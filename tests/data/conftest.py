@@ -12,6 +12,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from halfbyte.recipe import Data
+
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -134,19 +136,9 @@ def make_sentence_piece() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def make_data() -> Callable[..., Any]:
-    """The `data:` section of a recipe, of which only what the data room reads."""
+    """The `data:` section of a recipe."""
 
-    def make(**changed: Any) -> SimpleNamespace:
-        fields = SimpleNamespace(
-            **{"prompt": "prompt", "completion": "completion", "messages": "messages"} | changed.pop("fields", {})
-        )
-        defaults = {
-            "format": "auto",
-            "max_length": 1024,
-            "mask": "completion",
-            "overlong": "error",
-            "chat_template": None,
-        }
-        return SimpleNamespace(fields=fields, **{**defaults, **changed})
+    def make(**changed: Any) -> Data:
+        return Data(**{"train": "unread", "max_length": 1024, **changed})
 
     return make

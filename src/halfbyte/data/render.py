@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from halfbyte.data.read import Message, Row
+from halfbyte.data.formats import Message, Row
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class Renderer:
         self._tokenizer = tokenizer
         self._mask = data.mask
         self._template = chat_template(tokenizer, data)
+        self._tools: Any = None
         self._counts: Counter[str] = Counter()
         added = {t.content: t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()}
         special = {c for c, t in added.items() if t.special} | set(tokenizer.all_special_tokens)
@@ -83,7 +84,10 @@ class Renderer:
                     "the rows are messages, and this tokenizer has no chat template.",
                     fix="data.chat_template: a file with one, or rows of prompt and completion",
                 )
-            return self._chat(row.where, row.messages)
+            return self._chat(row.where, row.messages, row.tools)
+        if row.text is not None:
+            self._count_special((row.text,))
+            return Rendered(row.where, row.text, ((0, len(row.text)),), "", row.text, ends=True, opens=True)
         prompt, completion = row.prompt or "", row.completion or ""
         if self._template is not None:
             return self._chat(row.where, (Message("user", prompt), Message("assistant", completion)))
@@ -96,7 +100,8 @@ class Renderer:
         """What the user should know of the rows rendered so far, each with its count."""
         return [f"{n:,} {'row' if n == 1 else 'rows'}: {what}" for what, n in self._counts.items() if n]
 
-    def _chat(self, where: str, messages: tuple[Message, ...]) -> Rendered:
+    def _chat(self, where: str, messages: tuple[Message, ...], tools: tuple[Any, ...] | None = None) -> Rendered:
+        self._tools = tools
         last = len(messages) - 1
         text = self._apply(messages)
         start, stop, prompt = self._turn(text, messages, last)
@@ -155,10 +160,10 @@ class Renderer:
         return start, stop, prompt if self._has_prompt else text[:start]
 
     def _apply(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
-        chat = [{"role": m.role, "content": m.content} for m in messages]
+        chat = [m.to_template() for m in messages]
         try:
             text: str = self._tokenizer.apply_chat_template(
-                chat, chat_template=self._template, tokenize=False, add_generation_prompt=prompt
+                chat, tools=self._tools, chat_template=self._template, tokenize=False, add_generation_prompt=prompt
             )
         except TemplateSyntaxError as error:
             raise DataError(

@@ -73,7 +73,9 @@ def attention(
     """
     if cos is None or sin is None:
         cos = sin = q.new_empty((q.shape[0], 0))
-    out: Tensor = BlockAttention.apply(q, k, v, cos.to(q.dtype).contiguous(), sin.to(q.dtype).contiguous(), lengths, scale)
+    out: Tensor = BlockAttention.apply(
+        q, k, v, cos.to(q.dtype).contiguous(), sin.to(q.dtype).contiguous(), lengths, scale
+    )
     return out
 
 
