@@ -341,7 +341,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case({"data__fields__role": "who"}, given=SHARED, refused=r"conversations\[0\]\.who: missing"),
     ),
     "data.fields.content": (
-        Case({"data__fields__content": "said"}, given=SHARED, refused=r"conversations\[0\]\.said: missing"),
+        Case({"data__fields__content": "said"}, given=SHARED, refused="'value' is not supported"),
     ),
     **{
         f"data.fields.{name}": (Case({f"data__fields__{name}": other}, column("tokens"), given),)

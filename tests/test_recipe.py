@@ -16,7 +16,8 @@ import yaml
 from pydantic import ValidationError
 
 from halfbyte.errors import RecipeError
-from halfbyte.recipe import Data, Loaded, Recipe, leaves, rows
+from halfbyte.recipe import Loaded, Recipe, leaves, rows
+from halfbyte.recipe_data import Data
 from halfbyte.recipe_file import init_template, load_recipe, recipe_from, to_yaml
 
 LEAST = "model: m\ndata: {train: t.jsonl}\n"
@@ -57,6 +58,20 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "data.fields.prompt": ("question", {}),
     "data.fields.completion": ("answer", {}),
     "data.fields.messages": ("chat", {}),
+    **{
+        f"data.fields.{name}": ("mine", {})
+        for name in (
+            "conversations",
+            "role",
+            "content",
+            "instruction",
+            "input",
+            "output",
+            "text",
+            "system",
+            "tools",
+        )
+    },
     "data.max_length": (2048, {}),
     "data.mask": ("all", {}),
     "data.overlong": ("skip", {}),

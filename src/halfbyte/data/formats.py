@@ -20,7 +20,7 @@ from halfbyte.data.problems import BadRow, keys, kind, near, shorten, text_of, v
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
-    from halfbyte.recipe import Data, Fields
+    from halfbyte.recipe_data import Data, Fields
 
 Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 

@@ -19,7 +19,7 @@ from halfbyte.data.problems import BadRow, Problems
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
-    from halfbyte.recipe import Data
+    from halfbyte.recipe_data import Data
 
 
 class Reader:

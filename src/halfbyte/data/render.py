@@ -25,7 +25,7 @@ from halfbyte.data.formats import Message, Row
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
-    from halfbyte.recipe import Data
+    from halfbyte.recipe_data import Data
 
 _HEADER_CHARS = 16  # so much of the generation prompt's end must stand before a turn, where the template rewrites
 _PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text has, and that no template strips

@@ -22,7 +22,7 @@ from halfbyte.data.render import Refused, Rendered, Renderer, common_length
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
-    from halfbyte.recipe import Data
+    from halfbyte.recipe_data import Data
 
 IGNORED = -100
 
