@@ -13,7 +13,7 @@ from typing import Any
 
 from halfbyte import adapters, base, device, inputs, memory, sources
 from halfbyte import evaluate as scoring
-from halfbyte.data import collate, pack, render
+from halfbyte.data import chat_template, collate, pack
 from halfbyte.errors import DataError
 from halfbyte.generate import Sampling
 from halfbyte.layers import packing
@@ -50,7 +50,7 @@ def open_run(path: Path) -> Opened:
     found = inputs.find_model(recipe)
     opened = base.open_base(found, recipe.quant, device.detect(), trust_remote_code=recipe.trust_remote_code)
     if recipe.data.chat_template is not None:
-        opened.tokenizer.chat_template = render.chat_template(opened.tokenizer, recipe.data)
+        opened.tokenizer.chat_template = chat_template.chat_template(opened.tokenizer, recipe.data)
     own = adapters.biases(opened.model) if recipe.lora.bias != "none" else []
     model = adapters.load(opened.model, run.adapter)
     model.eval()
