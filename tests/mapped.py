@@ -5,6 +5,7 @@ Use: `from tests import mapped`. Wider than tiny's models, so that a layer is ma
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,16 @@ _WIDE = {
 LAYERS = 4
 
 
-def save(folder: Path, name: str, *, double_quant: bool = True, seed: int = 0) -> Path:
+def save(
+    folder: Path, name: str, *, double_quant: bool = True, seed: int = 0, changes: Mapping[str, Any] | None = None
+) -> Path:
     """Write a pre-quantised checkpoint of `LAYERS` layers in bf16 and NF4 and return its folder."""
-    changes = dict(_WIDE.get(name, {"hidden_size": 256, "intermediate_size": 512}))
-    changes |= {"n_layer" if name in ("gpt2", "bloom") else "n_layers" if name == "mpt" else "num_hidden_layers": LAYERS}
+    sizes: dict[str, Any] = dict(_WIDE.get(name, {"hidden_size": 256, "intermediate_size": 512}))
+    sizes |= {"n_layer" if name in ("gpt2", "bloom") else "n_layers" if name == "mpt" else "num_hidden_layers": LAYERS}
     if name == "gemma3":
-        changes["layer_types"] = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+        sizes["layer_types"] = ["sliding_attention", "full_attention"] * (LAYERS // 2)
     plain = folder / "plain"
-    tiny.model(name, seed=seed, dtype=torch.bfloat16, changes=changes).save_pretrained(plain)
+    tiny.model(name, seed=seed, dtype=torch.bfloat16, changes={**sizes, **(changes or {})}).save_pretrained(plain)
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ PAGES = 64
 
 
 @pytest.fixture
-def mapped(tmp_path: Path) -> Iterator[tuple[Any, Span, Any]]:
+def mapped(tmp_path: Path) -> tuple[Any, Span, Any]:
     """(array over a private file mapping, its span, what the file holds)."""
     content = np.random.default_rng(0).integers(0, 256, PAGES * PAGE, dtype=np.uint8)
     path = tmp_path / "weights"
@@ -27,11 +26,11 @@ def mapped(tmp_path: Path) -> Iterator[tuple[Any, Span, Any]]:
     with path.open("rb") as file:
         view = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     array = np.frombuffer(view, dtype=np.uint8)
-    yield array, Span(array.ctypes.data, array.ctypes.data + array.nbytes), content
+    return array, Span(array.ctypes.data, array.ctypes.data + array.nbytes), content
 
 
 def test_a_file_mapping_is_found_and_memory_is_not(mapped: Any) -> None:
-    array, span, _ = mapped
+    _, span, _ = mapped
     maps = FileMaps.read()
     assert maps.holds(span.start, span.bytes)
     assert maps.holds(span.start + 5, span.bytes - 5)

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from halfbyte import base, device, pages, stream
-from halfbyte.errors import BaseModelError
 from halfbyte.dropin import get_peft_model
+from halfbyte.errors import BaseModelError
 from halfbyte.layers import fuse, loss, packing
 from halfbyte.recipe import Quant
 from halfbyte.sources import Checkpoint
-from peft import LoraConfig
 from tests import mapped, tiny
 
 pytestmark = pytest.mark.skipif(not pages.supported(), reason="needs Linux and /proc/self/pagemap")
@@ -31,6 +31,13 @@ def folder(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return mapped.save(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers of 5 MB, far more than the edges of a few pages."""
+    changes = {"hidden_size": 1024, "intermediate_size": 2048}
+    return mapped.save(tmp_path_factory.mktemp("wide"), "llama", changes=changes)
 
 
 def adapted(folder: Path, *, fused: bool, dropout: float = 0.05, **config: Any) -> Any:
@@ -83,7 +90,11 @@ class Poison:
     """A mover whose dropped layers are garbage: only what is computed between `need` and `drop` can be right."""
 
     def __init__(self, model: Any) -> None:
-        self.tensors = [stream._module_tensors(layer) for layer in stream.decoder_layers(model)]
+        maps = pages.FileMaps.read()
+        self.tensors = [
+            [t for t in stream._tensors(layer) if stream._is_mapped(t, maps)] for layer in stream.decoder_layers(model)
+        ]
+        assert all(self.tensors)
         self.copies = [[t.clone() for t in group] for group in self.tensors]
         self.log: list[str] = []
 
@@ -137,9 +148,9 @@ def test_gradients_are_the_same_to_the_bit_wherever_the_base_lies(folder: Path, 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_both_kinds_of_recomputation_go_through_the_seam(llama: Path, reentrant: bool) -> None:
     model = adapted(llama, fused=True)
-    wanted = gradients(model, (9, 5), fused=True)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    wanted = gradients(model, (9, 5), fused=True)
     placed = stream.place(model, "streamed", mover=Poison(model))
     equal(gradients(model, (9, 5), fused=True), wanted)
     placed.remove()
@@ -149,13 +160,15 @@ def test_the_order_is_up_and_down_and_the_next_layers_come_ahead(llama: Path) ->
     model = adapted(llama, fused=True)
     poison = Poison(model)
     placed = stream.place(model, "streamed", mover=poison)
+    gradients(model, (9, 5), fused=True)  # the loss looks at the head once, with a forward of its own
     poison.log.clear()
+    before = placed.stream.visits if placed.stream else 0
     gradients(model, (9, 5), fused=True)
     fetched = [int(line.split()[1]) for line in poison.log if line.startswith("fetch")]
     assert fetched == [0, 1, 2, 1, 2, 3, 2, 3, 4, 3, 4, 3, 2, 1, 2, 1, 0, 1, 0, 0]
     dropped = [int(line.split()[1]) for line in poison.log if line.startswith("drop")]
     assert dropped == [0, 1, 2, 4, 3, 2, 1]
-    assert placed.stream is not None and placed.stream.visits == 8
+    assert placed.stream is not None and placed.stream.visits - before == 2 * mapped.LAYERS
     placed.remove()
 
 
@@ -197,14 +210,14 @@ def _watch(model: Any, look: Callable[[], None]) -> Iterator[None]:
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "peft"])
 @pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "keep"])
-def test_at_most_two_layers_are_in_memory_at_any_time(llama: Path, fused: bool, recompute: bool) -> None:
+def test_at_most_two_layers_are_in_memory_at_any_time(wide: Path, fused: bool, recompute: bool) -> None:
     """The real resident set of the mapped layers, read at every module; unstreamed it is all of them."""
-    model = adapted(llama, fused=fused)
+    model = adapted(wide, fused=fused)
     if recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     maps = pages.FileMaps.read()
     layers = [
-        pages.whole_pages(stream._areas(t for t in stream._module_tensors(layer) if stream._is_mapped(t, maps)))
+        pages.whole_pages(stream._areas(t for t in stream._tensors(layer) if stream._is_mapped(t, maps)))
         for layer in stream.decoder_layers(model)
     ]
     sizes = [sum(span.bytes for span in spans) for spans in layers]
@@ -221,8 +234,9 @@ def test_at_most_two_layers_are_in_memory_at_any_time(llama: Path, fused: bool, 
 
     assert peak() == sum(sizes)
     placed = stream.place(model, "streamed")
-    # the kernel maps the pages around one that is touched, so a neighbour in the file may be there too
-    assert peak() <= 2 * max(sizes) + 16 * pages.PAGE
+    # the kernel maps the 16 pages around one that is touched, so the edges of neighbours in the file may be there too
+    assert peak() <= 2 * max(sizes) + 2 * 16 * pages.PAGE * sum(len(spans) for spans in layers)
+    assert peak() < 0.7 * sum(sizes)
     placed.remove()
     assert peak() == sum(sizes)
 
@@ -243,11 +257,11 @@ def test_a_bias_that_was_trained_in_the_mapping_is_not_lost(tmp_path: Path) -> N
 
 def test_resident_is_private_memory_and_keeps_the_numbers(llama: Path) -> None:
     model = mapped.open_model(llama)
-    before = [t.clone() for t in stream._module_tensors(model)]
+    before = [t.clone() for t in stream._tensors(model)]
     mapped_bytes = stream.place(model, "mapped").mapped_bytes
     assert mapped_bytes > 0.9 * stream._bytes(before)
     placed = stream.place(model, "resident")
-    after = stream._module_tensors(model)
+    after = stream._tensors(model)
     assert placed.mapped_bytes == 0 and placed.total_bytes == stream._bytes(after)
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     maps = pages.FileMaps.read()
@@ -265,7 +279,7 @@ def test_a_base_that_was_quantised_while_loading_cannot_be_on_disk(tmp_path: Pat
     tiny.save(tmp_path, "llama", torch.bfloat16)
     checkpoint = Checkpoint(path=tmp_path, id="x", revision=None, kind="folder")
     model = base.open_base(checkpoint, Quant(), device.detect(), with_tokenizer=False).model
-    with pytest.raises(BaseModelError, match=r"quant.placement .* needs a base that is opened from a 4-bit checkpoint"):
+    with pytest.raises(BaseModelError, match=r"quant.placement .* needs a base whose weights are opened from a file"):
         stream.place(model, placement)
     assert stream.place(model, "resident").mapped_bytes == 0
 

@@ -1,9 +1,9 @@
 """Memory pages of this process that are files: which tensors lie in one, bring pages in ahead, let them go behind.
 
 Why: frozen weights that were opened memory-mapped need not live in RAM. A page of a file that nobody has written to can
-be let go at any moment and is read again when it is next touched; a page that somebody has written to (a trained bias, a
-merged weight) is private memory, and letting it go would bring the file's old bytes back in silence. So every page is
-looked up before it goes.
+be let go at any moment and is read again when it is next touched; a page that somebody has written to (a trained bias,
+a merged weight) is private memory, and letting it go would bring the file's old bytes back in silence. So every page
+is looked up before it goes.
 Source: Linux `proc(5)` (`/proc/self/maps`, `smaps`, `pagemap`), `madvise(2)`: MADV_WILLNEED reads ahead into the page
 cache, MADV_DONTNEED takes pages out of this process; they stay in the page cache as long as the kernel has room.
 Cost: measured, per GB: looking up 2.5 ms, letting go 0.6 ms, bringing back from the page cache 5 ms. Linux only.

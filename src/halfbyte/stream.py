@@ -3,12 +3,14 @@
 Why: frozen weights on disk need not live in RAM; a base larger than memory trains if its layers come and go around the
 computation. The order is known: up through the layers, down again in backward, so the next one is read while this one
 computes.
-What: `place` puts torch's forward hooks on the decoder layers. Before a layer runs, it is the current one: the next is
-fetched, all others are dropped. In a forward with gradients the layer's output gets a hook, which fires in backward just
-before the layer's own backward (and its recomputation, where there is one), and the same happens downwards. So training
-with and without recomputation, evaluation and generation go through one seam, for every architecture.
+What: `place` puts torch's forward hooks on the decoder layers. Before a layer runs, it is the current one: the next are
+fetched, all others are dropped. In a forward with gradients the layer's output gets a hook, which fires in backward
+just before the layer's own backward (and its recomputation, where there is one), and the same happens downwards. So
+training with and without recomputation, evaluation and generation go through one seam, for every architecture.
 How layers come and go is a `Mover`: here pages of mapped files; a card's copies would be another. Correctness never
-rests on a mover that only moves pages: what was dropped is read again when it is touched.
+rests on a mover that only moves pages: what was dropped is read again when it is touched. One that copies must know
+that bitsandbytes' own forward keeps the packed weight for backward outside `save_for_backward`
+(`bitsandbytes/autograd/_functions.py`); the fused layers keep the layer alone and ask it again.
 Source: torch's documented `register_forward_pre_hook`, `register_forward_hook`, `Tensor.register_hook`.
 Cost: memory of one layer, and of the head while it works; a base larger than RAM is read from disk up to twice a pass.
 """
@@ -23,7 +25,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from halfbyte import pages
+from halfbyte import pages, quant
 from halfbyte.errors import BaseModelError
 
 Placement = Literal["resident", "mapped", "streamed"]
@@ -102,7 +104,8 @@ class Placed:
         if self.placement == "streamed":
             return f"streamed: {self.layers} layers come and go, {self.mapped_bytes / 1e9:.3f} GB of them on disk"
         if self.placement == "mapped":
-            return f"mapped: {self.mapped_bytes / 1e9:.3f} of {self.total_bytes / 1e9:.3f} GB on disk, paged by the kernel"
+            share = f"{self.mapped_bytes / 1e9:.3f} of {self.total_bytes / 1e9:.3f} GB"
+            return f"mapped: {share} on disk, paged by the kernel"
         return f"resident: {self.total_bytes / 1e9:.3f} GB in memory"
 
     def remove(self) -> None:
@@ -126,21 +129,21 @@ def place(model: Any, placement: Placement, *, mover: Mover | None = None) -> Pl
         BaseModelError: `mapped` or `streamed` is asked of a base that lies in private memory, or of a system that
             cannot let pages go.
     """
-    tensors = _base_tensors(model)
+    tensors = _tensors(model)
     total = _bytes(tensors)
     maps = pages.FileMaps.read()
-    mapped = [t for t in tensors if _is_mapped(t, maps)]
     if placement == "resident":
         _into_memory(model, maps)
         return Placed("resident", total, 0)
-    if mover is None and _bytes(mapped) * 2 < total:
+    if mover is None and not is_mapped(model, maps):
         raise BaseModelError(
-            f"quant.placement {placement} needs a base that is opened from a 4-bit checkpoint on disk; of this one "
-            f"{_bytes(mapped) / 1e9:.3f} of {total / 1e9:.3f} GB lie in a file, the rest was quantised while loading.",
-            fix="halfbyte quantize MODEL writes one, or use --set quant.placement=resident",
+            f"quant.placement {placement} needs a base whose weights are opened from a file as they are; these were "
+            "quantised or converted while loading and lie in private memory.",
+            fix="halfbyte quantize MODEL writes a 4-bit base to disk, or use --set quant.placement=resident",
         )
+    mapped = _bytes(t for t in tensors if _is_mapped(t, maps))
     if placement == "mapped":
-        return Placed("mapped", total, _bytes(mapped))
+        return Placed("mapped", total, mapped)
     if mover is None and not pages.supported():
         raise BaseModelError(
             "quant.placement streamed needs Linux with a readable /proc/self/pagemap: a page that was written to must "
@@ -150,7 +153,7 @@ def place(model: Any, placement: Placement, *, mover: Mover | None = None) -> Pl
     layers = decoder_layers(model)
     if mover is None:
         mover = PageMover(*_groups(model, layers, maps))
-    return Placed("streamed", total, _bytes(mapped), len(layers), Stream(layers, mover))
+    return Placed("streamed", total, mapped, len(layers), Stream(layers, mover))
 
 
 class Stream:
@@ -236,31 +239,40 @@ def decoder_layers(model: Any) -> list[nn.Module]:
             f"{type(model).__name__} has no list of layers, so it cannot be streamed.",
             fix="--set quant.placement=mapped leaves the paging to the system",
         )
-    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters())))
+    largest: Any = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
+    return list(largest)
+
+
+def is_mapped(model: Any, maps: pages.FileMaps | None = None) -> bool:
+    """Whether most of the layers' weights lie in a file: of the 4-bit ones where there are some, else of all."""
+    maps = maps or pages.FileMaps.read()
+    modules = [m for layer in decoder_layers(model) for m in layer.modules()]
+    packed = [m.weight.data for m in modules if quant.is_4bit(m)]
+    weights = packed or [p.data for m in modules for p in m.parameters(recurse=False)]
+    return 2 * _bytes(t for t in weights if _is_mapped(t, maps)) > _bytes(weights)
 
 
 def _groups(model: Any, layers: list[nn.Module], maps: pages.FileMaps) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
     """Mapped tensors of each layer and of the rest; and the same without an embedding that is not the head too."""
-    groups = [[t for t in _module_tensors(layer) if _is_mapped(t, maps)] for layer in layers]
+    groups = [[t for t in _tensors(layer) if _is_mapped(t, maps)] for layer in layers]
     inside = {t.data_ptr() for group in groups for t in group}
-    rest = [t for t in _base_tensors(model) if _is_mapped(t, maps) and t.data_ptr() not in inside]
+    rest = [t for t in _tensors(model) if _is_mapped(t, maps) and t.data_ptr() not in inside]
     head = model.get_output_embeddings()
     whole = {p.data_ptr() for p in head.parameters()} if head is not None else set()
     rows = {p.data_ptr() for p in model.get_input_embeddings().parameters()} - whole
     return [*groups, rest], [*groups, [t for t in rest if t.data_ptr() not in rows]]
 
 
-def _base_tensors(model: nn.Module) -> list[Tensor]:
-    """Frozen parameters, buffers, and the scales and codes of 4-bit weights; each storage once."""
-    return _module_tensors(model)
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """Parameters, buffers, and the scales and codes of 4-bit weights; each storage once.
 
-
-def _module_tensors(module: nn.Module) -> list[Tensor]:
-    found = {}
+    Those that train are not left out: before an adapter is put on, everything says that it does. What is written to is
+    private memory from then on, and stays.
+    """
+    found: dict[int, Tensor] = {}
     for parameter in module.parameters():
-        if not parameter.requires_grad:
-            for tensor in (parameter.data, *(getattr(state, name) for state, name in _scales(parameter))):
-                found.setdefault(tensor.data_ptr(), tensor)
+        for tensor in (parameter.data, *(getattr(state, name) for state, name in _scales(parameter))):
+            found.setdefault(tensor.data_ptr(), tensor)
     for buffer in module.buffers():
         found.setdefault(buffer.data_ptr(), buffer)
     return [t for t in found.values() if t.device.type != "meta" and t.numel()]

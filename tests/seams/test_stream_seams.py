@@ -60,6 +60,6 @@ def test_the_loader_maps_a_prequantised_checkpoint_without_a_copy(tmp_path: Path
     model = mapped.open_model(mapped.save(tmp_path, name))
     maps = pages.FileMaps.read()
     for layer in stream.decoder_layers(model):
-        tensors = [p for p in stream._module_tensors(layer) if p.numel() > 64]
+        tensors = [p for p in stream._tensors(layer) if p.numel() > 64]
         copied = [tuple(t.shape) for t in tensors if not stream._is_mapped(t, maps)]
         assert tensors and not copied
