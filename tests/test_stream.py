@@ -281,7 +281,21 @@ def test_a_base_that_was_quantised_while_loading_cannot_be_on_disk(tmp_path: Pat
     model = base.open_base(checkpoint, Quant(), device.detect(), with_tokenizer=False).model
     with pytest.raises(BaseModelError, match=r"quant.placement .* needs a base whose weights are opened from a file"):
         stream.place(model, placement)
-    assert stream.place(model, "resident").mapped_bytes == 0
+    embedding = model.get_input_embeddings().weight
+    before = embedding.data_ptr()
+    assert stream.place(model, "resident").mapped_bytes > 0  # what is around the layers is left where it is
+    assert embedding.data_ptr() == before
+
+
+def test_auto_maps_what_fits_in_half_of_free_memory(llama: Path, tmp_path: Path) -> None:
+    model = mapped.open_model(llama)
+    size = stream._bytes(stream._tensors(model))
+    assert stream.choose("auto", model, 2 * size)[0] == "mapped"
+    placement, why = stream.choose("auto", model, 2 * size - 2)
+    assert placement == "streamed" and "more than 50%" in why
+    assert stream.choose("mapped", model, size) == ("mapped", "as the recipe says")
+    stream.place(model, "resident")
+    assert stream.choose("auto", model, size)[0] == "resident"
 
 
 def test_without_pagemap_streaming_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

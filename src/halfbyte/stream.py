@@ -29,6 +29,8 @@ from halfbyte import pages, quant
 from halfbyte.errors import BaseModelError
 
 Placement = Literal["resident", "mapped", "streamed"]
+# Share of free memory that a mapped base may take by choice; beyond it the system would page what the next layer needs.
+MAPPED_SHARE = 0.5
 # How many layers are read ahead: one is read while one computes, and the disk never waits for the second.
 AHEAD = 2
 
@@ -115,14 +117,27 @@ class Placed:
             self.stream, self.placement, self.layers = None, "mapped", 0
 
 
+def choose(asked: Placement | Literal["auto"], model: Any, free_bytes: int) -> tuple[Placement, str]:
+    """The placement of an open base, and why. A base that was quantised while loading can only be resident."""
+    if asked != "auto":
+        return asked, "as the recipe says"
+    if not is_mapped(model):
+        return "resident", "auto: it does not lie in a file as it is computed with"
+    size = _bytes(_tensors(model))
+    share = f"{size / 1e9:.2f} GB, {free_bytes / 1e9:.1f} GB free"
+    if size <= MAPPED_SHARE * free_bytes:
+        return "mapped", f"auto: {share}"
+    return "streamed", f"auto: {share}, more than {MAPPED_SHARE:.0%} of it"
+
+
 def place(model: Any, placement: Placement, *, mover: Mover | None = None) -> Placed:
     """Put a base where it is wanted, before or after its adapters. Adapters and whatever trains stay in memory.
 
     Args:
         model: a causal LM of transformers, plain or with PEFT around it, as `base.open_base` opens it. An earlier
             placement of the same model must have been removed.
-        placement: `resident` copies mapped weights into private memory (their bytes once more while it copies one
-            tensor); `mapped` leaves them to the kernel; `streamed` bounds them to a layer or two at a time.
+        placement: `resident` copies a mapped base into private memory, tensor by tensor (one whose layers are there
+            already stays as it is); `mapped` leaves it to the kernel; `streamed` bounds it to a layer or two at a time.
         mover: for `streamed`, how layers come and go; default: `PageMover` over the mapped files.
 
     Raises:
@@ -133,8 +148,9 @@ def place(model: Any, placement: Placement, *, mover: Mover | None = None) -> Pl
     total = _bytes(tensors)
     maps = pages.FileMaps.read()
     if placement == "resident":
-        _into_memory(model, maps)
-        return Placed("resident", total, 0)
+        if is_mapped(model, maps):
+            _into_memory(model, maps)
+        return Placed("resident", total, _bytes(t for t in _tensors(model) if _is_mapped(t, maps)))
     if mover is None and not is_mapped(model, maps):
         raise BaseModelError(
             f"quant.placement {placement} needs a base whose weights are opened from a file as they are; these were "
