@@ -24,7 +24,20 @@ HELP_CPU_SECONDS = 0.5
 
 HEAVY = frozenset({"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "numba", "gguf", "trl"})
 # Rooms that `halfbyte --help` and `halfbyte plan` go through.
-NO_TORCH = ("__main__", "cli", "device", "errors", "fields", "memory", "recipe", "report", "run", "shapes")
+NO_TORCH = (
+    "__main__",
+    "bnb_backend",
+    "cli",
+    "device",
+    "errors",
+    "fields",
+    "memory",
+    "quantise",
+    "recipe",
+    "report",
+    "run",
+    "shapes",
+)
 # Library -> the rooms that may import it.
 DOORS = {
     "bitsandbytes": {"quant"},

@@ -10,9 +10,14 @@ Cost: none at run time; a base is quantised by bitsandbytes itself while transfo
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any, Literal
 
-from halfbyte.shapes import TensorSpec, nf4_bytes
+import numpy as np
+
+from halfbyte import quantise
+from halfbyte.errors import BaseModelError
+from halfbyte.shapes import NESTED_BLOCK, TensorSpec, nf4_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +74,52 @@ def bnb_config(quant: Quant, compute_dtype: torch.dtype, head_names: Iterable[st
         bnb_4bit_compute_dtype=compute_dtype,
         llm_int8_skip_modules=[*head_names, *skip] if skip else None,
     )
+
+
+def encode(
+    values: torch.Tensor, quant: Quant, name: str, *, pool: Executor | None = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """One matrix in 4 bits, and what a checkpoint holds beside it, as bitsandbytes writes them.
+
+    Args:
+        values: bf16, fp16 or fp32, on the CPU; its dtype is what the weight is later dequantised to.
+        name: what an error calls the tensor.
+
+    Returns:
+        packed: (ceil(n / 2), 1) uint8.
+        parts: `absmax`, `quant_map`, `quant_state.bitsandbytes__nf4` and with double quantisation `nested_*`.
+
+    Raises:
+        BaseModelError: NaN or Inf among the values: they would turn a whole block into nonsense.
+    """
+    import bitsandbytes.functional as bnb_f
+    import torch
+
+    flat = values.detach().reshape(-1)
+    array = (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy()
+    codes, scales, bad = quantise.quantise(array, quant.type, quant.block_size, pool=pool)
+    if bad >= 0:
+        where = bad + int((~flat[bad : bad + quant.block_size].isfinite()).nonzero()[0])
+        at = np.unravel_index(where, tuple(values.shape))
+        raise BaseModelError(
+            f"{name} holds {flat[where].item()} at {tuple(int(i) for i in at)}; a weight that is not finite cannot be "
+            "quantised.",
+            fix="download the checkpoint again, or use another revision: this one is broken",
+        )
+    absmax = torch.from_numpy(scales)
+    kept: dict[str, Any] = {
+        "shape": values.shape,
+        "dtype": values.dtype,
+        "blocksize": quant.block_size,
+        "code": bnb_f.get_4bit_type(quant.type, device=values.device),
+        "quant_type": quant.type,
+    }
+    if quant.double_quant:  # as `bitsandbytes.functional.quantize_4bit` does it
+        offset = absmax.mean()
+        absmax, nested = bnb_f.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+        kept |= {"offset": offset, "state2": nested}
+    state = bnb_f.QuantState(absmax=absmax, **kept)
+    return torch.from_numpy(codes).unsqueeze(1), state.as_dict(packed=True)
 
 
 def linears_4bit(model: torch.nn.Module) -> list[tuple[str, Any]]:

@@ -96,3 +96,14 @@ def test_a_fresh_layer_says_how_its_weight_is_to_be_quantised() -> None:
     assert values["quant_type"] == "fp4" and values["compress_statistics"] is False and values["blocksize"] == 64
     weight = bnb.nn.Params4bit(torch.randn(64, 64), requires_grad=False, **values).to("cpu")
     assert weight.quant_state.quant_type == "fp4" and weight.dtype == torch.uint8
+
+
+def test_the_kernel_before_ours_can_be_fetched_and_called() -> None:
+    """`bnb_backend` hands on what it does not take; and bitsandbytes still calls what its entry point group names."""
+    before = torch.library.get_kernel("bitsandbytes::quantize_4bit", "CPU")
+    values = torch.randn(128)
+    keys = torch._C._dispatch_keys(values)
+    packed, absmax = before.call_boxed(keys, values, 64, "nf4", torch.uint8)
+    wanted, state = bnb.functional.quantize_4bit(values, quant_type="nf4", compress_statistics=False)
+    assert torch.equal(packed, wanted) and torch.equal(absmax, state.absmax)
+    assert 'entry_points(group="bitsandbytes.backends")' in Path(bnb.__file__).read_text(encoding="utf-8")
