@@ -191,20 +191,21 @@ class _Handler(BaseHTTPRequestHandler):
                 status = 206
                 headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
         keep = self.hub.cut_after.pop(file, None) if self.command == "GET" else None
-        if self.hub.ignore_ranges and isinstance(data, Sparse):  # as much as a client may be surprised with
-            end = min(end, 50_000_000)
-        self._send(status, data[start:end], headers, keep=keep)
+        body = data[start:end] if self.command == "GET" and end - start < 100_000_000 else b""
+        self._send(status, body, headers, keep=keep, length=end - start)
 
-    def _send(self, status: int, body: bytes, headers: dict[str, str], *, keep: int | None = None) -> None:
+    def _send(
+        self, status: int, body: bytes, headers: dict[str, str], *, keep: int | None = None, length: int = -1
+    ) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(body) if length < 0 else length))
         self.end_headers()
         if self.command == "GET":
             self.hub.sent_bytes += len(body)
             with contextlib.suppress(ConnectionError):  # the client had seen enough
                 self.wfile.write(body if keep is None else body[:keep])
-        if keep is not None:
+        if keep is not None or length > len(body):
             self.wfile.flush()
             self.close_connection = True

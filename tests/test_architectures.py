@@ -69,7 +69,10 @@ def test_every_family_has_a_reference_or_a_tiny_model() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "rwkv"}, r"architecture 'rwkv' are not known.*Known: bloom.*\n.*download the model's .safetensors"),
+        (
+            {"model_type": "rwkv"},
+            r"architecture 'rwkv' are not known.*Known: bloom.*\n.*download the model's .safetensors",
+        ),
         ({}, r"config.json has no model_type"),
         ({"model_type": "llama", "hidden_size": 64, "vocab_size": 9, "num_attention_heads": 2}, r"gives no layers"),
         ({"model_type": "llama", "num_hidden_layers": 0, "hidden_size": 64}, r"gives no layers, vocab, heads"),

@@ -1,7 +1,7 @@
 """From a config alone to the list of tensors, for the architectures that are met most: what a header would say.
 
-Why: `halfbyte plan llama-2-70b` must answer without the model and without a network, and transformers, which knows every
-architecture, costs seconds to import.
+Why: `halfbyte plan llama-2-70b` must answer without the model and without a network, and transformers, which knows
+every architecture, costs seconds to import.
 What: one function for each family names its tensors as transformers does; families that differ in details share one.
 Source: `transformers/models/*/modeling_*.py`; a test builds each family there on the meta device and compares.
 Cost: a list of a few hundred entries; no torch.
@@ -30,8 +30,8 @@ def tensors_of(config: Mapping[str, Any]) -> list[TensorSpec]:
     kind = str(config.get("model_type", ""))
     if kind not in FAMILIES:
         raise SourceError(
-            f"the tensors of the architecture {kind or '(config.json has no model_type)'!r} are not known from its config "
-            f"alone. Known: {', '.join(sorted(FAMILIES))}.",
+            f"the tensors of the architecture {kind or '(config.json has no model_type)'!r} are not known from its "
+            f"config alone. Known: {', '.join(sorted(FAMILIES))}.",
             fix="download the model's .safetensors files (their headers are enough) and give their folder, or give its "
             "hub id: hf download ORG/NAME",
         )
@@ -47,7 +47,7 @@ def tensors_of(config: Mapping[str, Any]) -> list[TensorSpec]:
 
 
 def _llama(config: Mapping[str, Any], f: Facts) -> Named:
-    """Llama and what is built like it: three projections and a gated MLP, RMS norms, perhaps biases and norms of q, k."""
+    """Llama and what is built like it: projections and a gated MLP, RMS norms, perhaps biases and norms of q and k."""
     kind = f.model_type
     qkv_bias = bool(config.get("attention_bias", kind == "qwen2"))
     out_bias = qkv_bias and kind != "qwen2"
@@ -163,10 +163,7 @@ def _falcon(config: Mapping[str, Any], f: Facts) -> Named:
     bias = bool(config.get("bias", False))
     new = bool(config.get("new_decoder_architecture", False))
     parallel = bool(config.get("parallel_attn", True))
-    if new or config.get("multi_query", True):
-        fused = (f.heads + 2 * f.key_heads) * f.head_size
-    else:
-        fused = 3 * f.hidden
+    fused = (f.heads + 2 * f.key_heads) * f.head_size if new or config.get("multi_query", True) else 3 * f.hidden
     yield "transformer.word_embeddings.weight", (f.vocab, f.hidden)
     for n in range(f.layers):
         layer = f"transformer.h.{n}"
@@ -243,7 +240,8 @@ def _head(config: Mapping[str, Any], f: Facts, name: str, *, tied: bool = False,
 
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any], Facts], Named]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "smollm3"), _llama),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "granite", "smollm3"), _llama),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), _llama),
     "phi3": _phi3, "phi": _phi, "gpt2": _gpt2, "gptj": _gptj, "gpt_neox": _gpt_neox, "bloom": _bloom, "falcon": _falcon,
     "mpt": _mpt, "opt": _opt,
 }  # fmt: skip

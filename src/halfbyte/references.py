@@ -70,6 +70,13 @@ def _opt(hidden: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _mpt(hidden: int, layers: int, heads: int, positions: int) -> dict[str, Any]:
+    return {
+        "model_type": "mpt", "d_model": hidden, "n_layers": layers, "n_heads": heads, "vocab_size": 50432,
+        "max_seq_len": positions,
+    }  # fmt: skip
+
+
 REFERENCES: dict[str, dict[str, Any]] = {
     "llama-2-7b": _llama(4096, 11008, 32, 32, 32, 32000),
     "llama-2-13b": _llama(5120, 13824, 40, 40, 40, 32000),
@@ -160,6 +167,6 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "opt-13b": _opt(5120, 40, 40),
     "opt-30b": _opt(7168, 48, 56),
     "opt-66b": _opt(9216, 64, 72),
-    "mpt-7b": {"model_type": "mpt", "d_model": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 50432, "max_seq_len": 2048},
-    "mpt-30b": {"model_type": "mpt", "d_model": 7168, "n_layers": 48, "n_heads": 64, "vocab_size": 50432, "max_seq_len": 8192},
+    "mpt-7b": _mpt(4096, 32, 32, 2048),
+    "mpt-30b": _mpt(7168, 48, 64, 8192),
 }  # fmt: skip

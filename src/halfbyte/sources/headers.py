@@ -71,7 +71,9 @@ def describe(model: str, revision: str | None = None) -> Shape:
     if path.is_file():
         if path.suffix == ".gguf":
             return _of_gguf(path)
-        raise SourceError(f"{path} is one file; a model is a folder, a .gguf file or a name.", fix=f"give {path.parent}")
+        raise SourceError(
+            f"{path} is one file; a model is a folder, a .gguf file or a name.", fix=f"give {path.parent}"
+        )
     match = hub.HUB_ID.fullmatch(model)
     if match is None or model.startswith((".", "/", "~")):
         near = difflib.get_close_matches(name, [*REFERENCES, *ALIASES], n=3, cutoff=0.5)
@@ -89,7 +91,9 @@ def of_folder(folder: Path, name: str | None = None) -> Shape:
     name = name or str(folder)
     if config.get("quantization_config") is not None:
         # its tensors are packed codes; what they stand for follows from the architecture
-        return _of(name, config, tensors_of(config), "config.json (weights are quantised already)", config_bytes, folder)
+        return _of(
+            name, config, tensors_of(config), "config.json (weights are quantised already)", config_bytes, folder
+        )
     try:
         files = shapes.weight_files(folder)
     except SourceError:
@@ -119,9 +123,9 @@ def _of(
     lacking = [what for what in ("hidden", "layers", "vocab") if not getattr(facts, what)]
     if lacking:
         raise SourceError(
-            f"{name}: neither its config nor its tensors say {', '.join(lacking)}; this is no language model that can be "
-            "planned for.",
-            fix="give the folder of a causal language model: config.json with hidden_size, num_hidden_layers, vocab_size",
+            f"{name}: neither its config nor its tensors say {', '.join(lacking)}; this is no language model that can "
+            "be planned for.",
+            fix="give the folder of a causal language model (config with hidden_size, num_hidden_layers, vocab_size)",
         )
     return Shape(name, config, tuple(specs), facts, origin, read_bytes, path)
 
@@ -146,7 +150,11 @@ def _of_gguf(path: Path) -> Shape:
 
 
 def _torch_name(name: str) -> str:
-    return "lm_head.weight" if name == "output.weight" else name.replace("blk.", "layers.").replace("token_embd", "embed_tokens")
+    return (
+        "lm_head.weight"
+        if name == "output.weight"
+        else name.replace("blk.", "layers.").replace("token_embd", "embed_tokens")
+    )
 
 
 def _of_hub(repo: str, revision: str | None) -> Shape:
@@ -157,11 +165,13 @@ def _of_hub(repo: str, revision: str | None) -> Shape:
     folder = config_path.parent
     commit = folder.name
     name = repo if revision is None else f"{repo}@{revision}"
+    if (folder / SINGLE).is_file():
+        return of_folder(folder, name)
     index = hub.small_file(repo, INDEX, commit)
     files = [SINGLE]
     if index is not None:
         files = hub.indexed_files(index)
-    if all((folder / file).is_file() for file in files):
+    if index is not None and all((folder / file).is_file() for file in files):
         return of_folder(folder, name)
     config = shapes.read_config(folder)
     read = config_path.stat().st_size + (index.stat().st_size if index is not None else 0)
@@ -185,7 +195,8 @@ def _of_hub(repo: str, revision: str | None) -> Shape:
 def _without_headers(name: str, config: Mapping[str, Any], read: int) -> Shape:
     if config.get("model_type") not in FAMILIES:
         raise SourceError(
-            f"{name} has no safetensors, and the tensors of a {config.get('model_type')!r} are not known from its config.",
+            f"{name} has no safetensors, and the tensors of a {config.get('model_type')!r} are not known from its "
+            "config.",
             fix=f"download it, and give its folder: hf download {name.partition('@')[0]}",
         )
     return _of(name, config, tensors_of(config), "config.json alone", read)

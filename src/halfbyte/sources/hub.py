@@ -160,9 +160,14 @@ class Remote:
         Raises:
             SourceError: the server ignores ranges (it would send the whole model), or breaks off.
         """
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+        from huggingface_hub.utils._headers import build_hf_headers
+        from huggingface_hub.utils._http import get_session, hf_raise_for_status
 
-        headers = {**build_hf_headers(), "Range": f"bytes={start}-{min(end, self.size) - 1}", "Accept-Encoding": "identity"}
+        headers = {
+            **build_hf_headers(),
+            "Range": f"bytes={start}-{min(end, self.size) - 1}",
+            "Accept-Encoding": "identity",
+        }
         repo = self.name.rpartition("/")[0]
         try:
             with get_session().stream("GET", self.url, headers=headers, follow_redirects=True) as response:
