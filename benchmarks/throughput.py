@@ -160,8 +160,13 @@ def table(title: str, result: dict[str, Any]) -> str:
                  f"{'anonymous':>10} {'loss diff':>10}")  # fmt: skip
     for stack, row in result["stacks"].items():
         share = f"{row['share_of_floor']:.1%}" if "share_of_floor" in row else ""
-        ratio = "" if "times_faster" not in row else (
-            f"{row['times_faster']:.2f} ({row['times_faster_spread'][0]:.2f}-{row['times_faster_spread'][1]:.2f})")
+        ratio = (
+            ""
+            if "times_faster" not in row
+            else (
+                f"{row['times_faster']:.2f} ({row['times_faster_spread'][0]:.2f}-{row['times_faster_spread'][1]:.2f})"
+            )
+        )
         lines.append(
             f"{stack:<10} {row['tokens_per_second']:9.1f} {share:>9} {ratio:>24} {row['peak_rss_bytes'] / 1e9:6.2f} GB "
             f"{row['peak_anonymous_bytes'] / 1e9:7.2f} GB {row.get('loss_difference', 0):10.1e}"

@@ -91,7 +91,12 @@ class _Attention(_Fast):
     """Llama's attention block on a pack: projections, norms of q and k if there are any, rotary and attention in one."""
 
     def forward(
-        self, hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Any = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         lengths = None if args else _pack_lengths(self, hidden_states, position_embeddings, kwargs)
         if lengths is None:

@@ -29,3 +29,12 @@ def enabled() -> bool:
 def available(*tensors: torch.Tensor) -> bool:
     """Whether kernels take these tensors: on the CPU, bf16 or fp32, numba at hand."""
     return all(t.device.type == "cpu" and t.dtype in DTYPES for t in tensors) and enabled()
+
+
+def whole_attention(x: torch.Tensor) -> bool:
+    """Whether attention of x's dtype runs as one kernel here: bf16 on a processor with AVX512-BF16."""
+    if x.dtype != torch.bfloat16 or not available(x):
+        return False
+    from halfbyte.layers.kernels import tiles
+
+    return tiles.available()
