@@ -1,6 +1,7 @@
 """One training stack in its own process, a round at a time when told to: what `throughput.py` compares.
 
-Stacks, all on the same rows in the same order, 16-bit base in NF4 with double quantisation, the same LoRA and optimiser:
+Stacks, all on the same rows in the same order, 16-bit base in NF4 with double quantisation, the same LoRA and
+optimiser:
 
     plain      as its users write it: prepare_model_for_kbit_training with its default checkpointing, bf16=True, Trainer
     tuned      the plain stack at its best: no checkpointing, everything in bf16 (no autocast), rows grouped by length

@@ -324,6 +324,10 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case({"quant__compute_dtype": "bf16"}, computing),
     ),
     "quant.block_size": (Case({"quant__block_size": 128}, refused="quant.block_size must be 64"),),
+    "quant.placement": (
+        Case({"quant__placement": "streamed"}, line("placement"), {"quant__type": "none"}),
+        Case({"quant__placement": "streamed"}, refused="quant.placement streamed needs a base whose weights"),
+    ),
     "quant.skip_modules": (Case({"quant__skip_modules": ["q_proj"]}, first_loss),),
     "quant.fp32_modules": (
         Case({"quant__fp32_modules": ["model.norm", "lm_head"]}, first_loss, {"quant__compute_dtype": "bf16"}),

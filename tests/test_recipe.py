@@ -33,6 +33,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "quant.type": ("fp4", {}),
     "quant.double_quant": (False, {}),
     "quant.compute_dtype": ("fp32", {}),
+    "quant.placement": ("resident", {}),
     "quant.skip_modules": (["lm_head"], {}),
     "quant.fp32_modules": (["norm"], {}),
     "lora.r": (8, {}),

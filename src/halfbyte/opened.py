@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte import adapters, base, device, inputs, memory, sources
+from halfbyte import adapters, base, device, inputs, memory, sources, stream
 from halfbyte import evaluate as scoring
 from halfbyte.data import chat_template, collate, pack
 from halfbyte.errors import DataError
@@ -48,7 +48,9 @@ def open_run(path: Path) -> Opened:
     # where the run was trained an integration was installed that need not be here
     recipe = load_recipe(run.recipe, ["train.report_to=none"]).recipe
     found = inputs.find_model(recipe)
-    opened = base.open_base(found, recipe.quant, device.detect(), trust_remote_code=recipe.trust_remote_code)
+    machine = device.detect()
+    opened = base.open_base(found, recipe.quant, machine, trust_remote_code=recipe.trust_remote_code)
+    stream.place(opened.model, stream.choose(recipe.quant.placement, opened.model, machine.ram_available_bytes)[0])
     if recipe.data.chat_template is not None:
         opened.tokenizer.chat_template = chat_template.chat_template(opened.tokenizer, recipe.data)
     own = adapters.biases(opened.model) if recipe.lora.bias != "none" else []

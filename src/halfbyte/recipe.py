@@ -203,6 +203,10 @@ class Quant(Section):
         Field("auto", description="dtype of the matrix products: auto, bf16, fp16 (cards only) or fp32")
     )
     block_size: Literal[64] = Field(64, description="weights that share a scale; transformers loads blocks of 64")
+    placement: Literal["auto", "resident", "mapped", "streamed"] = Field(
+        "auto",
+        description="where the base lies: in memory, in its file as the system pages it, or there and read by layers",
+    )
     skip_modules: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
         (), description="modules that are not quantised, by name"
     )

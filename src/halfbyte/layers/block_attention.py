@@ -4,14 +4,14 @@ Why: torch's flash attention for CPUs runs its backward at a tenth of the matmul
 step), and rotary in plain torch makes some twenty passes over q and k.
 What: q and k are rotated while they are copied into blocks of heads (`kernels/scores.py`). On a processor with
 AVX512-BF16 all else is one kernel (`kernels/flash.py`). Elsewhere forward is torch's flash kernel, whose log-sum-exp is
-kept; backward computes scores and dP in fp32 by batched matmul, turns both into P and dS in one pass, and gets dq, dk, dv
-from three more matmuls in the compute dtype. Query heads of one key head are rows of one matrix, so nothing is repeated.
-Long examples go in blocks of rows that see only the columns before them.
+kept; backward computes scores and dP in fp32 by batched matmul, turns both into P and dS in one pass, and gets dq, dk,
+dv from three more matmuls in the compute dtype. Query heads of one key head are rows of one matrix, so nothing is
+repeated. Long examples go in blocks of rows that see only the columns before them.
 Source: FlashAttention-2, arXiv:2307.08691, section 3.1 (the backward's formulas).
 Cost: q, k, v, the output and one fp32 a head and token are kept; 5 matmuls of L x L x D in backward.
 
-Letters: T tokens, H query heads, K key heads, G = H / K, D head size, R rotated part, L tokens in an example, n examples
-of one length.
+Letters: T tokens, H query heads, K key heads, G = H / K, D head size, R rotated part, L tokens in an example, n
+examples of one length.
 """
 
 from __future__ import annotations
@@ -164,17 +164,20 @@ def _backward_by_matmul(
             parts = [_run(x, at, count, length) for x in (qb, kb, vb, dob, dqb, dkb, dvb)]
             rows = slice(at * heads, (at + count * length) * heads)
             sums = lse[rows].view(count, heads, length), delta[rows].view(count, heads, length)
-            _example_backward(*parts, *sums, scale)
+            _example_backward(parts, sums, scale)
     return dqb, dkb, dvb
 
 
-def _example_backward(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, lse: Tensor, delta: Tensor,
-    scale: float,
-) -> None:  # fmt: skip
-    """Fill dq (n, H, L, D), dk and dv (n, K, L, D) for n examples of one length; lse, delta: (n, H, L)."""
+def _example_backward(parts: list[Tensor], sums: tuple[Tensor, Tensor], scale: float) -> None:
+    """Gradients of n examples of one length.
+
+    Args:
+        parts: q, k, v, the output's gradient, and dq, dk, dv to be filled; each (n, its heads, L, D).
+        sums: log-sum-exp and the rows' dots of output and gradient, (n, H, L).
+    """
     from halfbyte.layers.kernels import scores as kernels
 
+    q, k, v, do, dq, dk, dv = parts
     n, heads, length, d = q.shape
     key_heads = k.shape[1]
     m, groups = n * key_heads, heads // key_heads
@@ -185,13 +188,13 @@ def _example_backward(
         tall = r1 - r0
         # query heads of one key head are rows of one matrix: (m, G * rows, D)
         q1, do1 = (x.view(m, groups, length, d)[:, :, r0:r1].reshape(m, groups * tall, d) for x in (q, do))
-        sums = (x.view(m, groups, length)[:, :, r0:r1].reshape(-1) for x in (lse, delta))
+        rows = (x.view(m, groups, length)[:, :, r0:r1].reshape(-1) for x in sums)
         s = torch.bmm(q1.float(), k32[:, :r1].transpose(1, 2))  # (m, G rows, r1) fp32
         dp = torch.bmm(do1.float(), v32[:, :r1].transpose(1, 2))
         in_place = q.dtype == torch.float32
         p, ds = (s, dp) if in_place else (torch.empty_like(s, dtype=q.dtype), torch.empty_like(s, dtype=q.dtype))
         flat = (x.view(-1, r1) for x in (s, dp, p, ds))
-        kernels.softmax_backward(*flat, *sums, scale=scale, offset=r0, tall=tall)
+        kernels.softmax_backward(*flat, *rows, scale=scale, offset=r0, tall=tall)
         dq1 = torch.bmm(ds, k[:, :r1])  # (m, G rows, D)
         dq.view(m, groups, length, d)[:, :, r0:r1] = dq1.view(m, groups, tall, d)
         if r0 == 0 and r1 == length:

@@ -21,14 +21,18 @@ from torch.nn import functional as F
 from halfbyte import quant
 from halfbyte.layers.kernels import available
 
-# Where kernels are at hand the mask is a hash of (seed, position); elsewhere it is drawn once and kept, a byte a number.
+# Where kernels are at hand the mask is a hash of (seed, position); elsewhere it is drawn once and kept, a byte
+# a number.
 _SEEDS = 2**31 - 1
 
 
 def frozen_weight(layer: Any, dtype: torch.dtype) -> Tensor:
-    """The (O, D) matrix that `layer` multiplies with, in `dtype`: dequantised, or the weight itself."""
+    """The (O, D) matrix that `layer` multiplies with, in `dtype`: dequantised, or the weight itself.
+
+    To be used at once: a dequantised one lies in memory that the next call overwrites.
+    """
     if quant.is_4bit(layer):
-        weight = quant.dequantised(layer)
+        weight = quant.dequantised(layer, reuse=True)
         return weight if weight.dtype == dtype else weight.to(dtype)
     weight = layer.weight
     return weight if weight.dtype == dtype else weight.to(dtype)

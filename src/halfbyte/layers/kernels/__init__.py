@@ -1,7 +1,7 @@
 """Passes over memory that torch makes in many: one read and one write each, on torch's own threads.
 
-`available(x)` says whether a kernel may be used for a tensor; every caller has a path in plain torch beside it, which is
-the reference in the tests. numba compiles a kernel when it is first used and keeps it in its cache.
+`available(x)` says whether a kernel may be used for a tensor; every caller has a path in plain torch beside it, which
+is the reference in the tests. numba compiles a kernel when it is first used and keeps it in its cache.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Causal attention of whole examples as one kernel, forward and backward, on bf16 tiles that stay in cache.
 
-What: a task is one example, one key head and some of the query heads that it serves. Keys and values are laid out once in
-pairs (`tiles.py`); then a few rows of queries at a time go through scores, softmax and product, and no score ever leaves
-the core's own cache. Only the columns that a row sees are computed, in steps of a tile.
+What: a task is one example, one key head and some of the query heads that it serves. Keys and values are laid out once
+in pairs (`tiles.py`); then a few rows of queries at a time go through scores, softmax and product, and no score ever
+leaves the core's own cache. Only the columns that a row sees are computed, in steps of a tile.
 Source: FlashAttention-2, arXiv:2307.08691, section 3.1 (formulas); the layout is ours.
 Cost: 2 and 5 products of L x L x D / 2; scratch of some hundred kB a thread.
 
@@ -31,7 +31,7 @@ _HIGH = np.uint32(16)
 _jit: Any = njit(fastmath=FASTMATH, cache=True, error_model="numpy")
 
 
-@njit(fastmath={*FASTMATH, "nnan"}, cache=True, error_model="numpy")  # type: ignore[misc]
+@njit(fastmath={*FASTMATH, "nnan"}, cache=True, error_model="numpy")
 def _largest(row):  # type: ignore[no-untyped-def]
     """The maximum; a NaN may be passed over, and comes back with its exp."""
     m = row[0]
@@ -131,7 +131,7 @@ def _forward_head(q, length, d, scale, kt, vp, s, p, o, qp, sums, padded, wide, 
                 to[c] = store_bf16(a[c] * share)
 
 
-@cfunc(types.void(types.voidptr), cache=True, error_model="numpy")  # type: ignore[misc]
+@cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
 def _forward(address):  # type: ignore[no-untyped-def]
     slot, number = carray(address, (32,), np.int64), carray(address, (32,), np.float64)
     tokens, heads, key_heads, d, parts, examples = slot[8], slot[9], slot[10], slot[11], slot[12], slot[13]
@@ -278,7 +278,7 @@ def _backward_head(  # type: ignore[no-untyped-def]
                 to[c] = store_bf16(a[c])
 
 
-@cfunc(types.void(types.voidptr), cache=True, error_model="numpy")  # type: ignore[misc]
+@cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
 def _backward(address):  # type: ignore[no-untyped-def]
     slot, number = carray(address, (32,), np.int64), carray(address, (32,), np.float64)
     tokens, heads, key_heads, d, parts, examples = slot[12], slot[13], slot[14], slot[15], slot[16], slot[17]
@@ -350,8 +350,8 @@ def _backward(address):  # type: ignore[no-untyped-def]
             head = key_head * groups + g
             own, rows = start * heads + head * length, (start * heads + head) * d
             _backward_head(
-                q[own * d :], do[rows:], o[rows:], heads * d, length, d, scale, lse[own:], kt, kp, vt, work, padded, wide,
-                dq[own * d :], dka, dva,
+                q[own * d :], do[rows:], o[rows:], heads * d, length, d, scale, lse[own:], kt, kp, vt, work, padded,
+                wide, dq[own * d :], dka, dva,
             )  # fmt: skip
         block += part * tokens * key_heads * d
         for i in range(length):

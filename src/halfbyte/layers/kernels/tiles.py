@@ -1,7 +1,7 @@
 """A tile of a bf16 matrix product in registers, for products whose operands already lie in cache.
 
-Why: attention's products are small (a head, a few hundred tokens), and a call of the matmul library for each of them costs
-more than its arithmetic; written as one kernel, the scores between two products never leave the cache.
+Why: attention's products are small (a head, a few hundred tokens), and a call of the matmul library for each of them
+costs more than its arithmetic; written as one kernel, the scores between two products never leave the cache.
 What: C (12, 32) in fp32 = or += A (12, K) B (K, 32) for bf16 operands by AVX512-BF16's dot products of pairs. B lies in
 pairs: 32 bits hold rows 2k and 2k + 1 of a column. A's pairs may lie at any distance, so a transposed A costs nothing.
 Source: VDPBF16PS, Intel SDM volume 2; blocking after Goto and van de Geijn, "Anatomy of high-performance matrix
@@ -23,7 +23,7 @@ _LANES = 16
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
 
-class _BFloat(ir.Type):  # type: ignore[misc]
+class _BFloat(ir.Type):
     """LLVM's bfloat, which llvmlite has no name for."""
 
     def _to_string(self) -> str:
@@ -50,12 +50,13 @@ def available() -> bool:
     return bool(binding.get_host_cpu_features().get("avx512bf16", False))
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def tile(typing_context, c, c_row, a, a_row, a_step, b, b_step, steps, add):  # type: ignore[no-untyped-def]
     """C = A B, or C += A B where `add` is not 0, for one tile.
 
-    Args (all int64): c, a, b: addresses. c_row: floats from a row of C to the next. a_row, a_step: pairs from a row of A to
-        the next and from a pair of a row to its next. b_step: pairs from a row of pairs of B to the next. steps: pairs.
+    Args (all int64): c, a, b: addresses. c_row: floats from a row of C to the next. a_row, a_step: pairs from a row of
+        A to the next and from a pair of a row to its next. b_step: pairs from a row of pairs of B to the next. steps:
+        pairs.
     """
 
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
