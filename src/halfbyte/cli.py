@@ -87,6 +87,31 @@ def train(
 
 
 @app.command()
+def plan(
+    target: Annotated[
+        str, typer.Argument(metavar="MODEL | RECIPE.yaml", help="Hub id, folder, .gguf file, a bundled shape, or a recipe.")
+    ],
+    set_: Set = [],  # noqa: B006  typer copies it
+    device: Annotated[
+        str | None, typer.Option("--device", help="A machine that is not here: 24GB, 4x80GB, or cpu:16GB.")
+    ] = None,
+    length: Annotated[int | None, typer.Option("--length", min=2, help="Tokens of each row, instead of the data.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Full fine-tuning, 16-bit LoRA and 4-bit QLoRA side by side.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """What a training takes (memory, disk, time) and how it fits, before anything is downloaded or loaded."""
+    from halfbyte import planning, show, show_plan
+    from halfbyte.recipe_file import load_recipe, recipe_from
+
+    is_recipe = Path(target).suffix in (".yaml", ".yml")
+    loaded = load_recipe(Path(target), set_) if is_recipe else recipe_from(target, "train.jsonl", set_)
+    found = planning.plan_model(loaded, device=device, length=length, side_by_side=compare)
+    show.document(found.to_json()) if json_ else show_plan.planned(found)
+
+
+@app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="Where to write the recipe.")] = Path("recipe.yaml"),
     model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file or packaged name.")] = "smollm2-135m",

@@ -222,6 +222,16 @@ def resident_bytes(model: torch.nn.Module) -> int:
     return total
 
 
+def quantised_linear(weight: torch.Tensor, device: str = "cpu") -> Any:
+    """A safe Linear4bit (NF4, double quantisation) that holds one (out, in) weight and computes in its dtype."""
+    import bitsandbytes as bnb
+
+    made = bnb.nn.Linear4bit(weight.shape[1], weight.shape[0], False, weight.dtype, quant_type="nf4", device="meta")
+    made.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to(device)
+    made.support_avx512bf16_for_cpu = False
+    return made
+
+
 def is_4bit(module: Any) -> bool:
     """Whether a module is a `bitsandbytes.nn.Linear4bit` whose weight is quantised."""
     return getattr(getattr(module, "weight", None), "quant_state", None) is not None

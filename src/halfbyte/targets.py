@@ -65,7 +65,7 @@ class Targets:
 def auto_targets(model: nn.Module) -> Targets:
     """The projections of every layer's token mixer; of every linear layer where the mixer has none (XLNet)."""
     usable = _usable(model)
-    chosen = {name for name in usable if _is_mixer_projection(name)}
+    chosen = {name for name in usable if is_mixer_projection(name)}
     if any(_leaf(name) == _GPT2_INPUT for name in chosen):
         chosen |= {name for name in usable if _leaf(name) == _GPT2_OUTPUT}
     architecture = _architecture(model)
@@ -242,8 +242,7 @@ def _usable(model: nn.Module) -> set[str]:
     for name, module in model.named_modules():
         if not _is_matmul(module) or module is head or (prefix and not name.startswith(f"{prefix}.")):
             continue
-        parts = name.split(".")
-        if any(_ASIDE.fullmatch(part) or _ROUTER.fullmatch(part) or _CROSS.fullmatch(part) for part in parts):
+        if is_aside(name):
             continue
         if _leaf(name) in {"lm_head", "score", "embed_out", "classifier"} or _raw_in_state_space(model, name):
             continue
@@ -270,7 +269,13 @@ def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _is_mixer_projection(name: str) -> bool:
+def is_aside(name: str) -> bool:
+    """Whether a module is a router, or belongs to what text fine-tuning never runs."""
+    return any(_ASIDE.fullmatch(p) or _ROUTER.fullmatch(p) or _CROSS.fullmatch(p) for p in name.split("."))
+
+
+def is_mixer_projection(name: str) -> bool:
+    """Whether a linear layer of this name is one of a layer's token mixer: query, key, value, output or the like."""
     stack, inner = _split(name)
     if not inner or any(_NOT_A_PROJECTION.fullmatch(part) for part in inner):
         return False

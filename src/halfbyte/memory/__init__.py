@@ -1,0 +1,36 @@
+"""The plan of a run, before the first byte is loaded: every line of memory by name, disk, time, and the choices.
+
+What: `Job` holds what a plan follows from, as plain numbers; `make` chooses; `Plan` is a value that is printed, obeyed,
+and later compared with what was measured.
+Cost: a few milliseconds; no torch.
+"""
+
+from __future__ import annotations
+
+from halfbyte.device import Device
+from halfbyte.memory import choose, fixes
+from halfbyte.memory.choose import MARGIN, MAX_TOKENS_PER_PASS, count
+from halfbyte.memory.decoder import FAMILIES
+from halfbyte.memory.job import Job, Rows
+from halfbyte.memory.lines import GB, ITEMSIZE, Fix, Line, Plan, Time
+from halfbyte.memory.timing import Rates
+
+__all__ = [
+    "FAMILIES", "GB", "ITEMSIZE", "MARGIN", "MAX_TOKENS_PER_PASS", "QUANTISED_IS_MAPPED", "Fix", "Job", "Line", "Plan",
+    "Rates", "Rows", "Time", "count", "make",
+]  # fmt: skip
+
+# Whether a base that is quantised here lies in a file as it is computed with.
+QUANTISED_IS_MAPPED = False
+
+
+def make(job: Job, device: Device, rates: Rates | None = None) -> Plan:
+    """The plan of one training on one machine; where nothing fits, with the nearest changes that would.
+
+    Args:
+        rates: what the machine does in a second, as `calibrate` measured it; None: assumed, and said so.
+    """
+    from dataclasses import replace
+
+    plan = choose.make(job, device, rates)
+    return replace(plan, fixes=fixes.nearest(job, device, plan, rates))

@@ -1,0 +1,165 @@
+"""What one decoder layer takes of a token: what backward needs of it, and what is there for a moment while it runs.
+
+Source: the engine itself. Every formula here was read off `torch.autograd.graph.saved_tensors_hooks` on real models of
+the family, and `tests/memory/test_decoder.py` compares both again, byte for byte, so that they cannot drift apart.
+Engine: frozen linears keep nothing; LoRA linears their input (once where several read the same) and (N, R); a fused RMS
+norm its input and one fp32 a row; a gated MLP gate and up; attention rotated q, k, v, output and log-sum-exp. What no
+kernel runs (another architecture, a card) keeps what its own code keeps.
+Cost: none; no torch.
+
+Letters: T tokens of a pass, L of an example, D hidden, A = heads x head size, KV the same of keys, I the MLP's width,
+R rank, c bytes of the compute dtype, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from halfbyte.memory.lines import Recompute
+from halfbyte.shapes import Facts
+from halfbyte.sites import Site
+
+Mlp = Literal["gated", "gated_stock", "formula", "one", "relu"]
+Attention = Literal["flash", "eager", "alibi", "dense"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How an architecture's layer is built, as far as memory can tell.
+
+    `norms` that keep an input of their own. `mlp`: gated by the engine's kernel or by stock code; `formula`: GELU
+    written as a formula (keeps four tensors); `one`: keeps its input; `relu`: keeps its output, which the next linear reads.
+    `attention`: `flash` keeps no scores; `eager` (softcap) and `alibi` keep them for each pair of tokens of an example,
+    `dense` for each pair of the whole pass. `parallel`: attention and MLP read one normed input.
+    """
+
+    norms: int = 2
+    rms: bool = True
+    qk_norms: bool = False
+    mlp: Mlp = "gated"
+    attention: Attention = "flash"
+    parallel: bool = False
+    fused_attention: bool = True
+    window: bool = False
+
+
+# An architecture that is not here is counted as the stock gated kind: an estimate, and the plan says so.
+UNKNOWN = Family(mlp="gated_stock", fused_attention=False)
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "gemma"), Family()),
+    "qwen3": Family(qk_norms=True),
+    "gemma3_text": Family(norms=4, qk_norms=True, window=True),
+    "gemma2": Family(norms=4, attention="eager", fused_attention=False),
+    **dict.fromkeys(("granite", "smollm3", "phi3"), Family(mlp="gated_stock")),
+    "gpt2": Family(rms=False, mlp="formula"),
+    **dict.fromkeys(("phi", "gptj"), Family(norms=1, rms=False, mlp="formula", parallel=True)),
+    "gpt_neox": Family(norms=1, rms=False, mlp="one"),
+    "opt": Family(rms=False, mlp="relu"),
+    "bloom": Family(rms=False, mlp="one", attention="alibi"),
+    "mpt": Family(rms=False, mlp="one", attention="alibi"),
+    "falcon": Family(norms=1, rms=False, mlp="one", attention="dense", parallel=True),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Bytes of one token in one layer; `pair` of each pair of tokens that attention keeps a score for.
+
+    kept: for backward, without recomputation. selective: where norms' outputs and the MLP's inner product are made
+    again. entry: its input, which full recomputation keeps. work: for a moment, in its backward.
+    """
+
+    kept: float
+    selective: float
+    entry: float
+    work: float
+    pair: float = 0.0
+    pairs: Attention = "flash"
+
+    def of(self, recompute: Recompute) -> float:
+        """Bytes a token and layer that stay until backward."""
+        return {"none": self.kept, "selective": self.selective, "full": self.entry}[recompute]
+
+
+def family_of(facts: Facts) -> Family:
+    return FAMILIES.get(facts.model_type, UNKNOWN)
+
+
+def layer_of(
+    facts: Facts, sites: Sequence[Site], itemsize: int, *, kernels: bool, dropout: bool, fused: bool = True
+) -> Layer:
+    """The mean layer of a decoder.
+
+    Args:
+        sites: every layer with an adapter; a layer's share is the mean over all layers.
+        kernels: the engine's kernels run (a CPU, bf16 or fp32); else torch's own operations, as on a card.
+        dropout: LoRA's, whose mask is made again by a kernel and kept (a byte a number) without one.
+        fused: LoRA linears are the engine's; else PEFT's own, whose inputs are kept in fp32, twice with dropout.
+    """
+    family, c, layers = family_of(facts), itemsize, max(1, facts.layers)
+    hidden, inner = facts.hidden, facts.intermediate * max(1, facts.experts_per_token)
+    wide = facts.heads * facts.head_size or hidden
+    narrow = facts.key_heads * facts.head_size or hidden
+
+    norm = 4 + (c if kernels else 4) * hidden if family.rms else c * hidden + 2 * c
+    kept = family.norms * norm
+    if family.qk_norms:
+        kept += (c if kernels else 4) * (wide + narrow) + 4 * (facts.heads + facts.key_heads)
+    kept += {
+        "flash": c * (2 * wide + 2 * narrow) + 4 * facts.heads,
+        "eager": c * 3 * wide,  # keys and values under each query head
+        "alibi": c * 3 * wide,
+        "dense": 4 * (wide + 2 * narrow),  # torch's own formula works in fp32
+    }[family.attention]
+    kept += _mlp(family.mlp, inner, c, kernels=kernels)
+
+    # what adapters read is kept once, whoever reads it; the share of layers that have one
+    read = {(site.layer, _same(site.reads, parallel=family.parallel)): site.inputs for site in sites}
+    again = 0.0
+    for (_, what), width in read.items():
+        is_there = (what == "attended" and family.attention == "flash" and kernels) or (
+            what == "inner" and family.mlp == "relu"
+        )
+        size = 0 if is_there else c * width / layers
+        kept += size
+        again += size if what in ("attention", "mlp", "inner") else 0
+    for site in sites:
+        kept += c * site.rank / layers
+        kept += site.inputs / layers if dropout and not kernels and fused else 0
+        kept += site.inputs * (8 if dropout else 4) / layers if not fused else 0
+
+    score, pair = family.attention, 0.0
+    if score == "eager":
+        pair = facts.heads * (4 + 2 * c) + 1
+    elif score == "alibi":
+        pair = facts.heads * (4 + c)
+    elif score == "dense":
+        pair = facts.heads * 4.0
+    work = c * max(_mlp_work(family.mlp, inner) + 2 * hidden, 3 * wide + 4 * narrow + 2 * hidden)
+    return Layer(kept, kept - again, c * hidden, work, pair, score)
+
+
+def pairs_of(layer: Layer, lengths: Sequence[int]) -> float:
+    """How many pairs of tokens attention keeps scores for, in a pass of examples of these lengths."""
+    if layer.pairs == "flash":
+        return 0.0
+    if layer.pairs == "dense":
+        return float(sum(lengths)) ** 2
+    if layer.pairs == "alibi":  # padded rows
+        return float(len(lengths) * max(lengths, default=0) ** 2)
+    return float(sum(length * length for length in lengths))
+
+
+def _mlp(kind: Mlp, inner: int, c: int, *, kernels: bool) -> float:
+    tensors = {"gated": 2 if kernels else 3, "gated_stock": 3, "formula": 4, "one": 1, "relu": 1}[kind]
+    return tensors * c * inner
+
+
+def _mlp_work(kind: Mlp, inner: int) -> float:
+    return {"gated": 3, "gated_stock": 4, "formula": 4, "one": 2, "relu": 2}[kind] * inner
+
+
+def _same(what: str, *, parallel: bool) -> str:
+    return "attention" if parallel and what == "mlp" else what

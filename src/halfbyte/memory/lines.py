@@ -1,0 +1,138 @@
+"""What a plan is made of: lines with a name, bytes and a formula in words; the plan itself; both printable as JSON.
+
+Cost: none; no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+GB = 1e9
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+# private: memory of the process itself; file: pages of a mapped file, which the system can drop and read again;
+# device: a card's; disk: what stays on disk.
+Where = Literal["private", "file", "device", "disk"]
+Recompute = Literal["none", "selective", "full"]
+Placement = Literal["resident", "mapped", "streamed", "split"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing that takes memory, how its bytes were counted, and where that formula is from."""
+
+    name: str
+    bytes: int
+    how: str
+    source: str = ""
+    where: Where = "private"
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of a step and of the run, each as a range; `source` says what they rest on."""
+
+    step_low_s: float
+    step_s: float
+    step_high_s: float
+    steps: int
+    source: str
+    parts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def run_s(self) -> float:
+        return self.step_s * self.steps
+
+
+@dataclass(frozen=True)
+class Fix:
+    """A change that makes a plan fit (`short_bytes` 0) or comes near, and what it costs in time: 1.3 is 30% longer."""
+
+    change: str
+    setting: str
+    peak_bytes: int
+    short_bytes: int
+    slower: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is expected to take, and the choices that follow from it.
+
+    `lines` add up to the peak of a training step, where it computes: in RAM, or on one card (the fullest). `host_lines`
+    are RAM beside the cards. `loading`, `evaluating` and `generating` are peaks of their own, in the same place.
+    `reasons` has one for each choice, under its name. `tokens_in_pass` is what the activations were counted for:
+    `max_tokens_per_pass`, or less when a whole step is shorter, or more when one example is longer.
+    """
+
+    compute_dtype: str
+    placement: Placement
+    recompute: Recompute
+    max_tokens_per_pass: int
+    tokens_in_pass: int
+    lines: tuple[Line, ...]
+    host_lines: tuple[Line, ...]
+    disk: tuple[Line, ...]
+    loading_bytes: int
+    evaluating_bytes: int
+    generating_bytes: int
+    available_bytes: int
+    host_available_bytes: int
+    trainable: int
+    parameters: int
+    time: Time
+    reasons: dict[str, str]
+    warnings: tuple[str, ...]
+    fixes: tuple[Fix, ...] = ()
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self.recompute != "none"
+
+    @property
+    def step_bytes(self) -> int:
+        return sum(line.bytes for line in self.lines)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most at any time: of a step, of loading, of an evaluation."""
+        return max(self.step_bytes, self.loading_bytes, self.evaluating_bytes)
+
+    @property
+    def private_bytes(self) -> int:
+        """What cannot be dropped: a step's lines without pages of files."""
+        return sum(line.bytes for line in self.lines if line.where != "file")
+
+    @property
+    def file_bytes(self) -> int:
+        return self.step_bytes - self.private_bytes
+
+    @property
+    def short_bytes(self) -> int:
+        """How much is missing; 0 where the plan fits. Pages of files count as far as they must be there at once."""
+        host = sum(line.bytes for line in self.host_lines)
+        return max(0, self.needed_bytes - self.available_bytes, host - self.host_available_bytes)
+
+    @property
+    def needed_bytes(self) -> int:
+        """The peak without pages that the kernel may drop: all of a mapped base but a layer or two."""
+        dropped = sum(line.bytes for line in self.lines if line.where == "file")
+        return max(self.peak_bytes - dropped, self.private_bytes)
+
+    def line(self, name: str) -> int:
+        return sum(line.bytes for line in self.lines if line.name == name)
+
+    def text_lines(self) -> list[str]:
+        """The plan as printable lines: name, GB, how it was counted; then the choices and the warnings."""
+        rows = [f"{line.name:<22} {line.bytes / GB:8.3f} GB  {line.how}" for line in self.lines]
+        rows.append(f"{'peak':<22} {self.peak_bytes / GB:8.3f} GB  of {self.available_bytes / GB:.1f} GB free")
+        rows += [f"{name} {getattr(self, name)}: {why}" for name, why in self.reasons.items()]
+        return [*rows, *(f"warning: {text}" for text in self.warnings)]
+
+    def to_json(self) -> dict[str, Any]:
+        derived = {
+            name: getattr(self, name)
+            for name in ("peak_bytes", "step_bytes", "private_bytes", "file_bytes", "short_bytes", "gradient_checkpointing")
+        }
+        return {**derived, **asdict(self)}

@@ -1,0 +1,121 @@
+"""What a training step adds at its peak: activations, what a layer's backward needs for a moment, logits, slack.
+
+Source: `decoder.py` for what is kept; `layers/loss.py` for the chunked head (Liger-Kernel, arXiv:2410.10989, 3.2);
+FlashAttention-2, arXiv:2307.08691, for the attention's workspace. `SLACK` is what glibc's allocator holds beside what is
+in use, measured by `benchmarks/plan_accuracy.py`.
+Cost: none; no torch.
+
+Letters: T tokens of a pass, K of them labelled, V vocabulary, D hidden, c bytes of the compute dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from halfbyte.memory.decoder import pairs_of
+from halfbyte.memory.job import Job
+from halfbyte.memory.lines import Line, Recompute, Where
+
+LOGITS_CHUNK_BYTES = 32_000_000  # layers/loss.py
+SCORES_BYTES = 24_000_000  # layers/block_attention.py: scores in fp32 at once, as many for dP, both in the compute dtype
+TOKENS_STEP = 64
+SLACK = 0.08
+CARD_SLACK = 0.05  # PyTorch's caching allocator rounds and splits; a round figure, not measured here
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The largest pass of a plan: its examples, its labelled tokens."""
+
+    lengths: tuple[int, ...]
+    labelled: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+def largest_pass(job: Job, tokens: int) -> Pass:
+    """The worst pass of at most `tokens`: the longest rows together, as many as one step has."""
+    rows = job.rows.descending
+    most = job.rows_per_step if job.packed else 1
+    taken: list[int] = []
+    for length in rows[: max(most, 1)]:
+        if taken and sum(taken) + length > tokens:
+            break
+        taken.append(length)
+    if taken and job.packed and sum(taken) < tokens:  # shorter rows fill what is left of it
+        left = tokens - sum(taken)
+        for length in rows[len(taken) :]:
+            if len(taken) >= most:
+                break
+            if length <= left:
+                taken.append(length)
+                left -= length
+    total = sum(taken)
+    return Pass(tuple(taken) or (1,), round(total * job.rows.labelled_share))
+
+
+def step_lines(job: Job, largest: Pass, recompute: Recompute, where: Where, cards: int = 1) -> tuple[Line, ...]:
+    """Lines of the peak of one pass.
+
+    Args:
+        cards: layers are split over so many; each holds its share of what is kept.
+    """
+    layer, layers, c, tokens = job.layer, job.facts.layers, job.itemsize, largest.tokens
+    hidden = job.facts.hidden
+    pairs = pairs_of(layer, largest.lengths)
+    rows = len(largest.lengths) * max(largest.lengths) if layer.pairs == "alibi" else tokens
+    here = -(-layers // cards)
+    kept = here * (rows * layer.of(recompute) + (layer.pair * pairs if recompute != "full" else 0))
+    words = f"{tokens} tokens x {here} layers x {layer.of(recompute) / 1e3:.2f} kB"
+    if recompute == "full":
+        kept += rows * layer.kept + layer.pair * pairs
+        words += f" and one layer of {layer.kept / 1e3:.2f} kB"
+    ends = tokens * c * 3 * hidden  # embedding, last norm's input and output
+    tile = c * job.largest_linear
+    backward = rows * layer.work + layer.pair * pairs
+    scores = 0.0 if not job.kernels or layer.pairs != "flash" or job.dtype == "bf16" else 2 * SCORES_BYTES
+    loss = logits_bytes(job, largest.labelled) + 3 * largest.labelled * c * hidden
+    # the loss is over before the last layer's backward begins, so the larger of both counts
+    moment = max(backward + tile + scores, loss)
+    slack = (SLACK if where == "private" else CARD_SLACK) * (kept + ends + moment)
+    lines = [
+        Line("activations", round(kept + ends), words, f"memory/decoder.py, recomputation {recompute}", where),
+    ]
+    if backward + tile + scores >= loss:
+        lines += [
+            Line("backward of a layer", round(backward + scores), f"{tokens} tokens", "memory/decoder.py", where),
+            Line("dequantised weight", tile, f"{job.largest_linear / 1e6:.1f} M numbers", "layers/lora_linear.py", where),
+        ]
+    else:
+        share = f"{largest.labelled} labelled tokens, vocabulary {job.facts.vocab}"
+        lines += [Line("logits", round(loss), share, "layers/loss.py", where)]
+    lines.append(Line("allocator", round(slack), f"{slack / max(1, kept + ends + moment):.0%} of these", "measured", where))
+    return tuple(lines)
+
+
+def logits_bytes(job: Job, labelled: int) -> int:
+    """Logits that exist at once: a chunk; without kernels also their fp32 log-probabilities."""
+    rows = max(16, LOGITS_CHUNK_BYTES // max(1, job.facts.vocab * job.itemsize))
+    return min(rows, max(1, labelled)) * job.facts.vocab * (job.itemsize if job.kernels else job.itemsize + 8)
+
+
+def evaluating_bytes(job: Job, largest: Pass) -> int:
+    """The peak of an evaluation's pass above what is held: no tensor is kept for backward."""
+    c, tokens = job.itemsize, largest.tokens
+    pairs = pairs_of(job.layer, largest.lengths)
+    inside = tokens * job.layer.work + job.layer.pair * pairs + c * job.largest_linear
+    return round((1 + SLACK) * (tokens * c * 3 * job.facts.hidden + max(inside, logits_bytes(job, largest.labelled))))
+
+
+def generating_bytes(job: Job, tokens: int, sequences: int = 1) -> int:
+    """The peak of generation above what is held: the key/value cache, and one token's way through the model.
+
+    2 x layers x key heads x head size x c bytes a token (keys and values); a growing cache is copied as it grows.
+    """
+    facts = job.facts
+    width = facts.key_heads * facts.head_size or facts.hidden
+    cache = 2 * facts.layers * width * job.itemsize * tokens * sequences
+    prompt = tokens * sequences * job.itemsize * 4 * facts.hidden
+    return round(1.5 * cache + prompt + job.itemsize * job.largest_linear + sequences * facts.vocab * 4)
