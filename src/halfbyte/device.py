@@ -96,6 +96,11 @@ def detect(root: Path = Path("/"), env: Mapping[str, str] = os.environ) -> Devic
     )
 
 
+def ram_available(root: Path = Path("/")) -> int:
+    """What a process may still take now: free memory, or what is left under the control group's limit."""
+    return max(0, min([_memory(root)[1], *(limit - used for limit, used in _cgroup_memory(root))]))
+
+
 def compute_dtype(device: Device, asked: str = "auto") -> tuple[str, str]:
     """The dtype that matrix products run in, and why. fp16 on a card means loss scaling; on a CPU it is never chosen.
 
@@ -171,16 +176,16 @@ def _memory(root: Path) -> tuple[int, int]:
 
 def _cgroup_memory(root: Path) -> Iterator[tuple[int, int]]:
     """(limit, used) for each control group above this process that has a limit; file pages it can drop do not count."""
-    names = (  # limit, usage, the reclaimable part in memory.stat: v2, then v1
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    names = (  # limit, usage, the reclaimable parts in memory.stat: v2, then v1
+        ("memory.max", "memory.current", "(?:in)?active_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_(?:in)?active_file"),
     )
     for folder in _cgroup_folders(root, "memory"):
         for limit_name, used_name, reclaimable in names:
             limit, used = _read(folder / limit_name).strip(), _read(folder / used_name).strip()
             if limit.isdigit() and used.isdigit():
-                stat = re.search(rf"^{reclaimable} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
-                yield int(limit), max(0, int(used) - (int(stat[1]) if stat else 0))
+                parts = re.findall(rf"^{reclaimable} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+                yield int(limit), max(0, int(used) - sum(int(part) for part in parts))
 
 
 def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:

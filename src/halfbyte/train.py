@@ -25,6 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from halfbyte.adapters import loraplus_optimizer, without_gradient
 from halfbyte.errors import RecipeError, TrainError, first_line
 from halfbyte.layers import loss
+from halfbyte.pacing import Pace, is_out_of_memory
 
 if TYPE_CHECKING:
     from halfbyte.recipe import Train
@@ -130,6 +131,7 @@ class StepTrainer(Trainer):
     Args:
         eval_batches: packed passes of held-out rows, as `data.collate` makes them.
         loraplus_lr_ratio: learning rate of B over that of A (LoRA+, arXiv:2402.12354); None for one rate.
+        pace: splits steps anew when memory runs short; None for passes as they were planned.
     """
 
     optimizer: Any
@@ -144,8 +146,10 @@ class StepTrainer(Trainer):
         eval_batches: Sequence[Mapping[str, Any]] = (),
         loraplus_lr_ratio: float | None = None,
         callbacks: Sequence[Any] = (),
+        pace: Pace | None = None,
     ) -> None:
         self.eval_batches = eval_batches
+        self.pace = pace
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.last: StepRecord | None = None
         self.where_rows: Callable[[Any], str] = lambda step: ""
@@ -182,13 +186,22 @@ class StepTrainer(Trainer):
             self.optimizer.train()
         step, passes = inputs["step"], inputs["passes"]
         total = torch.zeros((), device=self.args.device)
-        for number, batch in enumerate(passes):
-            last = number == len(passes) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                summed = loss.pass_loss(model, batch, label_smoothing=self.args.label_smoothing_factor)
-                part = summed / step.labelled_tokens
-                self.accelerator.backward(part)
-            total += part.detach().to(total.device)
+        pace = self.pace
+        waiting, done = list(step.passes) if pace is None else pace.split(step.passes), 0
+        while waiting:
+            held = None if pace is None else pace.hold(model)
+            try:
+                with contextlib.nullcontext() if len(waiting) == 1 else self.accelerator.no_sync(model):
+                    part = self._run_pass(model, passes.of(waiting[0]), step.labelled_tokens)
+            except (RuntimeError, MemoryError) as error:
+                if pace is None or not is_out_of_memory(error):
+                    raise
+                waiting = pace.failed(error, model, held, waiting)
+                continue
+            total += part.to(total.device)
+            done, waiting = done + 1, waiting[1:]
+            if pace is not None and waiting:
+                waiting = pace.between(waiting)
         value = float(total)
         if not math.isfinite(value):
             raise TrainError(
@@ -203,8 +216,15 @@ class StepTrainer(Trainer):
                 f"{', '.join(dead[:3])}.",
                 fix="turn gradient_checkpointing off; if it stays, report it with the recipe",
             )
-        self._record(step, value)
+        self._record(step, value, done)
         return total
+
+    def _run_pass(self, model: Any, batch: Mapping[str, Any], labelled_tokens: int) -> torch.Tensor:
+        """Forward and backward of one pass; its share of the step's loss."""
+        summed = loss.pass_loss(model, batch, label_smoothing=self.args.label_smoothing_factor)
+        part = summed / labelled_tokens
+        self.accelerator.backward(part)
+        return part.detach()
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -221,7 +241,7 @@ class StepTrainer(Trainer):
         """4 FLOP a base parameter and token: forward and the gradient of the input; a frozen weight needs no third."""
         return 4.0 * self.model.get_nb_trainable_parameters()[1] * inputs["step"].tokens
 
-    def _record(self, step: Any, value: float) -> None:
+    def _record(self, step: Any, value: float, passes: int) -> None:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
         scaler = getattr(self.accelerator, "scaler", None)
@@ -233,7 +253,7 @@ class StepTrainer(Trainer):
             grad_norm=norm / float(scaler.get_scale()) if scaler is not None else norm,
             tokens=step.tokens,
             labelled_tokens=step.labelled_tokens,
-            passes=len(step.passes),
+            passes=passes,
             seconds=now - self._ended,
         )
         self._ended = now

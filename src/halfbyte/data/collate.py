@@ -53,7 +53,7 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
 
 
 class StepDataset(Dataset[dict[str, Any]]):
-    """Item i is optimiser step i: `{"step": Step, "passes": [batch, ...]}`."""
+    """Item i is optimiser step i: `{"step": Step, "passes": a sequence of batches, each made when it is asked for}`."""
 
     def __init__(self, examples: Sequence[Example], steps: Sequence[Step]) -> None:
         self.examples = examples
@@ -64,11 +64,11 @@ class StepDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         step = self.steps[index]
-        return {"step": step, "passes": [collate([self.examples[r] for r in rows]) for rows in step.passes]}
+        return {"step": step, "passes": EvalPasses(self.examples, step.passes)}
 
 
 class EvalPasses(Sequence[dict[str, Any]]):
-    """Item i is the batch of pass i of an evaluation, as `pack.eval_passes` planned it."""
+    """Item i is the batch of pass i, of an evaluation as `pack.eval_passes` planned it or of a step."""
 
     def __init__(self, examples: Sequence[Example], passes: Sequence[tuple[int, ...]]) -> None:
         self.examples = examples
@@ -80,4 +80,8 @@ class EvalPasses(Sequence[dict[str, Any]]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return EvalPasses(self.examples, self.passes[index])
-        return collate([self.examples[r] for r in self.passes[index]])
+        return self.of(self.passes[index])
+
+    def of(self, rows: Sequence[int]) -> dict[str, Any]:
+        """The batch of other rows of the same examples: a step may be split anew while it runs."""
+        return collate([self.examples[r] for r in rows])
