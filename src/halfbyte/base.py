@@ -18,8 +18,10 @@ import torch
 
 from halfbyte import device as machine
 from halfbyte import quant as codec
-from halfbyte import shapes, sources
+from halfbyte import shapes, sources, store
 from halfbyte.errors import BaseModelError, first_line
+
+from halfbyte.store.shelf import source_files
 
 if TYPE_CHECKING:
     from halfbyte.recipe import Quant
@@ -29,6 +31,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENIZER_STEMS = frozenset({"tokenizer", "vocab", "spiece", "sentencepiece", "tekken"})
 # Resident bytes may exceed what the specs say by this share before it is an error: scales of odd sizes, padding.
 RESIDENT_TOLERANCE = 0.02
+# Quantising at load holds the source's pages and the result: measured 18.3 GB for 13.5 (docs/log.md).
+LOADING_SHARE = 1.4
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Base:
     dtype_reason: str
     resident_bytes: int
     expected_bytes: int
+    origin: str = ""
+    """Where the weights came from: the store's folder, or why they were quantised while loading."""
 
     @property
     def device(self) -> torch.device:
@@ -57,10 +63,17 @@ def open_base(
     trust_remote_code: bool = False,
     device_map: Any = "auto",
     with_tokenizer: bool = True,
+    use_store: bool = True,
+    tell: store.Tell | None = None,
 ) -> Base:
-    """Load a checkpoint under the policy of `quant`.
+    """Open a checkpoint under the policy of `quant`: its store, memory-mapped, which is built first if there is none.
+
+    Args:
+        use_store: False quantises while loading, with the 16-bit weights in memory.
+        tell: how a build goes.
 
     Raises:
+        StoreError: the store can neither be built nor done without.
         BaseModelError: the checkpoint asks for code of its own, lacks weights, is quantised in another way, or stays
             larger in memory than the policy says.
     """
@@ -73,6 +86,13 @@ def open_base(
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None:
         _check_prequantised(quantised, folder)
+    origin = str(folder)
+    if use_store and quantised is None and quant.type != "none" and not hasattr(config, "auto_map"):
+        wanted = want(checkpoint, config, quant, device, specs)
+        stored, why = stored_base(wanted, device, tell)
+        folder, origin = (stored, f"store {stored}") if stored is not None else (folder, f"{folder}: {why}")
+    from_store = folder != checkpoint.path
+    bits = None if quantised is not None or from_store else codec.bnb_config(quant, dtype, heads)
     from transformers import AutoModelForCausalLM
 
     try:
@@ -81,19 +101,16 @@ def open_base(
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
-                **({} if quantised is not None else {"quantization_config": codec.bnb_config(quant, dtype, heads)}),
+                **({} if bits is None else {"quantization_config": bits}),
                 device_map=device_map if device.kind == "cuda" else {"": "cpu"},
                 trust_remote_code=trust_remote_code,
-                use_safetensors=not checkpoint.pickle,
+                use_safetensors=from_store or not checkpoint.pickle,
                 weights_only=True,
                 ignore_mismatched_sizes=True,  # they are named in _check_complete
                 output_loading_info=True,
             )
     except UnpicklingError as error:
-        raise BaseModelError(
-            f"{checkpoint.id}: its pickled weights hold more than tensors, so they were not read: {_blocked(error)}.",
-            fix="use a copy of the model with safetensors",
-        ) from error
+        raise _unsafe_pickle(checkpoint, error) from error
     except (ValueError, RuntimeError, OSError, KeyError, EOFError) as error:
         raise BaseModelError(f"{checkpoint.id} could not be opened from {folder}: {first_line(error)}") from error
     _check_complete(model, info, checkpoint)
@@ -118,7 +135,52 @@ def open_base(
         dtype_reason=reason,
         resident_bytes=resident,
         expected_bytes=expected,
+        origin=origin,
     )
+
+
+def want(
+    checkpoint: sources.Checkpoint,
+    config: Any,
+    quant: Quant,
+    device: machine.Device,
+    specs: tuple[shapes.TensorSpec, ...],
+) -> store.Wanted:
+    """The store that `open_base` opens for these settings; what cannot be held as asked is told before it is built."""
+    dtype = DTYPES[machine.compute_dtype(device, quant.compute_dtype)[0]]
+    heads = _head_names(config) if quant.skip_modules or quant.fp32_modules else ()
+    expected = sum(codec.encoded_bytes(s, quant, dtype.itemsize) for s in specs)
+
+    def check(model: Any) -> None:
+        _check_skipped(model, quant)
+        _named_fp32(model, quant.fp32_modules)
+        check_resident(model, quant, codec.planned_bytes(model, quant), expected, checkpoint.id)
+
+    return store.Wanted(checkpoint, config, quant, dtype, heads, cores=device.cores, check=check)
+
+
+def stored_base(
+    wanted: store.Wanted, device: machine.Device, tell: store.Tell | None = None
+) -> tuple[Path | None, str]:
+    """The folder of the store, found or built; or None, and why the base is quantised while it is loaded instead.
+
+    Raises:
+        StoreError: no store can be written, and the 16-bit weights do not fit in memory either.
+    """
+    tell = tell or store.Tell()
+    try:
+        return store.ensure(wanted, tell=tell), ""
+    except UnpicklingError as error:
+        raise _unsafe_pickle(wanted.checkpoint, error) from error
+    except store.CannotHold as reason:
+        why = str(reason)
+    except store.NotWritable as error:
+        nbytes = sum(file.stat().st_size for file in source_files(wanted.checkpoint))
+        if nbytes * LOADING_SHARE > device.ram_available_bytes:
+            raise
+        why = error.message
+    tell.say(f"no store, the base is quantised while it is loaded: {why}")
+    return None, why
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -211,6 +273,7 @@ def big_unquantised(model: Any, quant: Quant) -> list[tuple[str, Any]]:
     Small ones (routers, convolutions: under 1/1000 of the model's parameters each) are not meant.
     """
     exempt = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    exempt |= {id(m.weight) for _, m in codec.linears_4bit(model) if m.weight.is_meta}  # still to be filled
     head = model.get_output_embeddings()
     if head is not None and getattr(head, "weight", None) is not None:
         exempt.add(id(head.weight))
@@ -229,6 +292,17 @@ def big_unquantised(model: Any, quant: Quant) -> list[tuple[str, Any]]:
 
 def keep_fp32(model: Any, patterns: tuple[str, ...], compute_dtype: torch.dtype) -> list[str]:
     """Hold the named modules in fp32 and convert at their border, so that the residual stream keeps its dtype."""
+    chosen = _named_fp32(model, patterns)
+    for _, module in chosen:
+        module.float()
+        module.register_forward_pre_hook(_to_fp32)
+        if compute_dtype != torch.float32 and module is not model.get_output_embeddings():
+            module.register_forward_hook(_Back(compute_dtype))
+    return [name for name, _ in chosen]
+
+
+def _named_fp32(model: Any, patterns: tuple[str, ...]) -> list[tuple[str, Any]]:
+    """The modules with parameters of their own that the recipe wants in fp32."""
     if not patterns:
         return []
     chosen = [
@@ -241,12 +315,7 @@ def keep_fp32(model: Any, patterns: tuple[str, ...], compute_dtype: torch.dtype)
             f"quant.fp32_modules {list(patterns)} name no module of {type(model).__name__}.",
             fix="use module names as in `model.named_modules()`, such as `norm` or `input_layernorm`",
         )
-    for _, module in chosen:
-        module.float()
-        module.register_forward_pre_hook(_to_fp32)
-        if compute_dtype != torch.float32 and module is not model.get_output_embeddings():
-            module.register_forward_hook(_Back(compute_dtype))
-    return [name for name, _ in chosen]
+    return chosen
 
 
 def _to_fp32(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -316,6 +385,13 @@ def _check_complete(model: Any, info: dict[str, Any], checkpoint: sources.Checkp
             f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. They would be random numbers.",
             fix="download the checkpoint again, or check that config.json belongs to it",
         )
+
+
+def _unsafe_pickle(checkpoint: sources.Checkpoint, error: UnpicklingError) -> BaseModelError:
+    return BaseModelError(
+        f"{checkpoint.id}: its pickled weights hold more than tensors, so they were not read: {_blocked(error)}.",
+        fix="use a copy of the model with safetensors",
+    )
 
 
 def _blocked(error: BaseException) -> str:

@@ -92,34 +92,45 @@ def encode(
     Raises:
         BaseModelError: NaN or Inf among the values: they would turn a whole block into nonsense.
     """
-    import bitsandbytes.functional as bnb_f
     import torch
 
     flat = values.detach().reshape(-1)
     array = (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy()
     codes, scales, bad = quantise.quantise(array, quant.type, quant.block_size, pool=pool)
     if bad >= 0:
-        where = bad + int((~flat[bad : bad + quant.block_size].isfinite()).nonzero()[0])
-        at = np.unravel_index(where, tuple(values.shape))
-        raise BaseModelError(
-            f"{name} holds {flat[where].item()} at {tuple(int(i) for i in at)}; a weight that is not finite cannot be "
-            "quantised.",
-            fix="download the checkpoint again, or use another revision: this one is broken",
-        )
-    absmax = torch.from_numpy(scales)
+        raise not_finite(flat[bad : bad + quant.block_size], bad, tuple(values.shape), name)
+    parts = scales_of(torch.from_numpy(scales), values.shape, values.dtype, quant)
+    return torch.from_numpy(codes).unsqueeze(1), parts
+
+
+def not_finite(block: torch.Tensor, start: int, shape: tuple[int, ...], name: str) -> BaseModelError:
+    """The error that names the first NaN or Inf of a block, which begins at element `start` of the tensor."""
+    where = int((~block.isfinite()).nonzero()[0])
+    at = tuple(int(i) for i in np.unravel_index(start + where, shape))
+    return BaseModelError(
+        f"{name} holds {block[where].item()} at {at}; a weight that is not finite cannot be quantised.",
+        fix="download the checkpoint again, or use another revision: this one is broken",
+    )
+
+
+def scales_of(absmax: torch.Tensor, shape: Any, dtype: torch.dtype, quant: Quant) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds beside the packed codes of a weight with these block scales (blocks,) fp32."""
+    import bitsandbytes.functional as bnb_f
+    import torch
+
     kept: dict[str, Any] = {
-        "shape": values.shape,
-        "dtype": values.dtype,
+        "shape": torch.Size(shape),
+        "dtype": dtype,
         "blocksize": quant.block_size,
-        "code": bnb_f.get_4bit_type(quant.type, device=values.device),
+        "code": bnb_f.get_4bit_type(quant.type, device="cpu"),
         "quant_type": quant.type,
     }
     if quant.double_quant:  # as `bitsandbytes.functional.quantize_4bit` does it
         offset = absmax.mean()
         absmax, nested = bnb_f.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
         kept |= {"offset": offset, "state2": nested}
-    state = bnb_f.QuantState(absmax=absmax, **kept)
-    return torch.from_numpy(codes).unsqueeze(1), state.as_dict(packed=True)
+    parts: dict[str, torch.Tensor] = bnb_f.QuantState(absmax=absmax, **kept).as_dict(packed=True)
+    return parts
 
 
 def linears_4bit(model: torch.nn.Module) -> list[tuple[str, Any]]:
@@ -129,17 +140,14 @@ def linears_4bit(model: torch.nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
 
 
-def quantise_plain_linears(model: Any, quant: Quant, dtype: torch.dtype) -> list[str]:
-    """Put into 4 bits what transformers passes over: it replaces `nn.Linear` itself, not Falcon's own subclass of it,
-    whose forward is the same product. One layer at a time, on this instance. Returns the names.
-    """
+def plain_linears(model: Any, quant: Quant) -> list[tuple[str, Any]]:
+    """The modules that `quantise_plain_linears` is for, as (name, module)."""
     if quant.type == "none":
         return []
-    import bitsandbytes as bnb
     from torch import nn
 
     skip = (*quant.skip_modules, *quant.fp32_modules)
-    found = [
+    return [
         (name, module)
         for name, module in model.named_modules()
         if type(module).__name__ in PLAIN_LINEARS
@@ -147,6 +155,18 @@ def quantise_plain_linears(model: Any, quant: Quant, dtype: torch.dtype) -> list
         and module is not model.get_output_embeddings()
         and not matches(name, skip)
     ]
+
+
+def quantise_plain_linears(model: Any, quant: Quant, dtype: torch.dtype) -> list[str]:
+    """Put into 4 bits what transformers passes over: it replaces `nn.Linear` itself, not Falcon's own subclass of it,
+    whose forward is the same product. One layer at a time, on this instance. Returns the names.
+    """
+    found = plain_linears(model, quant)
+    if not found:
+        return []
+    import bitsandbytes as bnb
+    from torch import nn
+
     for name, module in found:
         has_bias = module.bias is not None
         made = bnb.nn.Linear4bit(
@@ -218,6 +238,15 @@ def resident_bytes(model: torch.nn.Module) -> int:
                 add(tensor)
             state = state.state2 if getattr(state, "nested", False) else None
     return total
+
+
+def planned_bytes(model: torch.nn.Module, quant: Quant) -> int:
+    """`resident_bytes` of an empty model on the meta device whose 4-bit layers are there but hold nothing yet."""
+    in_4bit = {id(module.weight) for _, module in linears_4bit(model)}
+    return sum(
+        nf4_bytes(p.numel(), quant.block_size, quant.double_quant) if id(p) in in_4bit else p.numel() * p.element_size()
+        for p in model.parameters()
+    )
 
 
 def is_4bit(module: Any) -> bool:

@@ -1,0 +1,270 @@
+"""What a store holds: for every tensor of a source its name, its encoding, its dtype and its file.
+
+Why: opening the store must give, bit for bit, what transformers gives when it quantises while loading. So nothing is
+decided here that it decides itself: its own quantiser prepares the (empty) model, its own rules rename the tensors, and
+what a store's tensors would be called when it is opened is tried out before anything is written.
+Source: `transformers/core_model_loading.py`, `convert_and_load_state_dict_in_model`; `quantizers/quantizer_bnb_4bit.py`.
+Cost: the model on the meta device; no weight is touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from halfbyte import quant as codec
+from halfbyte import shapes
+from halfbyte.errors import BaseModelError, StoreError
+from halfbyte.store.shelf import CannotHold
+from halfbyte.store.reading import SourceTensor, torch_dtypes
+from halfbyte.store.writer import Slot
+
+if TYPE_CHECKING:
+    import torch
+
+    from halfbyte.recipe import Quant
+
+STATE = "quant_state.bitsandbytes__{type}"
+# A tensor outside the layers gets a file of its own from this size on: the embedding, the head.
+OWN_FILE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of a store. `dtype` is what its values are cast to, before they are quantised too."""
+
+    name: str
+    source: SourceTensor
+    encoding: Literal["4bit", "copy"]
+    dtype: torch.dtype
+    transposed: bool = False
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.source.shape)
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One file: every tensor of a decoder layer, one large tensor, or the small rest."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(piece.source.nbytes for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Layout:
+    files: tuple[FilePlan, ...]
+    quant: Quant
+    dtype: torch.dtype
+    head_names: tuple[str, ...] = field(default=())
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(plan.source_bytes for plan in self.files)
+
+    @property
+    def parameters(self) -> int:
+        return sum(piece.numel for plan in self.files for piece in plan.pieces)
+
+
+def lay_out(
+    tensors: dict[str, SourceTensor],
+    config: Any,
+    quant: Quant,
+    dtype: torch.dtype,
+    head_names: Iterable[str] = (),
+    *,
+    check: Callable[[Any], None] | None = None,
+) -> Layout:
+    """Decide everything about a store.
+
+    Args:
+        tensors: what the source holds.
+        config: the model's config, as transformers reads it.
+        dtype: the compute dtype. transformers casts to it before it quantises, so it is part of a store's identity.
+        head_names: as for `quant.bnb_config`.
+        check: is shown the empty model, and raises what is wrong with it.
+
+    Raises:
+        BaseModelError: weights are missing, or a matrix has another shape than the config says.
+        CannotHold: transformers merges or splits matrices that are to be in 4 bits, or would not find them again.
+    """
+    heads = tuple(head_names)
+    loader = _Loader(config, codec.bnb_config(quant, dtype, heads), dtype, pre_quantised=False)
+    plain = {f"{name}.weight" for name, _ in codec.plain_linears(loader.model, quant)}
+    if check is not None and not plain:
+        check(loader.model)
+    pieces: list[tuple[Piece, str]] = []
+    wrong: list[str] = []
+    for name, target, converted in loader.targets(tensors):
+        if target not in loader.state:
+            continue  # a buffer or a tower that this class does not read
+        source, in_4bit = tensors[name], loader.is_4bit(target)
+        if converted and (in_4bit or target in plain):
+            raise CannotHold(f"transformers merges or splits {name} while it loads")
+        if target in plain:
+            raise CannotHold(f"{target.removesuffix('.weight')} is of a class that opens in 16 bits only")
+        wanted = loader.dtype_of(target, quantised=in_4bit)
+        transposed = in_4bit and loader.transposed(target)
+        if in_4bit and source.dtype not in ("F64", "F32", "F16", "BF16"):
+            raise CannotHold(f"{name} is {source.dtype}, which is not quantised to 4 bits")
+        if in_4bit and tuple(source.shape) != loader.shape_of(target):
+            wrong.append(f"{name} is {tuple(source.shape)}, not {loader.shape_of(target)}")
+        pieces.append((Piece(name, source, "4bit" if in_4bit else "copy", wanted, transposed), target))
+    if wrong:
+        raise BaseModelError(
+            f"the checkpoint has not the shape of {len(wrong)} of the weights that {type(loader.model).__name__} "
+            f"needs: {', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}.",
+            fix="download the checkpoint again, or check that config.json belongs to it",
+        )
+    kept = _once(pieces, loader.tied)
+    named = _names(kept, config, codec.bnb_config(quant, dtype, heads), dtype, quant)
+    return Layout(_files(named, config), quant, dtype, heads)
+
+
+def slots(piece: Piece, quant: Quant) -> list[Slot]:
+    """The tensors that a piece becomes in its file."""
+    name, shape, n = piece.name, piece.source.shape, piece.numel
+    if piece.encoding == "copy":
+        kind = next(k for k, v in torch_dtypes().items() if v == piece.dtype)
+        return [Slot(name, kind, shape, n * piece.dtype.itemsize)]
+    blocks = -(-n // quant.block_size)
+    found = [Slot(name, "U8", (-(-n // 2), 1), -(-n // 2))]
+    if quant.double_quant:
+        nested = -(-blocks // shapes.NESTED_BLOCK)
+        found += [Slot(f"{name}.absmax", "U8", (blocks,), blocks)]
+        found += [Slot(f"{name}.nested_absmax", "F32", (nested,), 4 * nested)]
+        found += [Slot(f"{name}.nested_quant_map", "F32", (256,), shapes.NESTED_CODE_BYTES)]
+    else:
+        found += [Slot(f"{name}.absmax", "F32", (blocks,), 4 * blocks)]
+    found += [Slot(f"{name}.quant_map", "F32", (16,), shapes.CODE_BYTES)]
+    return [*found, Slot(f"{name}.{STATE.format(type=quant.type)}", "U8", (0,), None)]
+
+
+class _Loader:
+    """transformers' own view of a load: the empty model after its quantiser prepared it, and how tensors are renamed."""
+
+    def __init__(self, config: Any, bnb: Any, dtype: torch.dtype, *, pre_quantised: bool) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+        from transformers.quantizers import AutoHfQuantizer
+
+        self.compute_dtype = dtype
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        self.original = {name: module for name, module in self.model.named_modules()}
+        self.quantiser = AutoHfQuantizer.from_config(bnb, pre_quantized=pre_quantised)
+        self.quantiser.preprocess_model(
+            model=self.model, dtype=dtype, device_map={"": "cpu"}, checkpoint_files=[], use_kernels=False
+        )
+        mapping = get_model_conversion_mapping(self.model, None, self.quantiser)
+        self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self.state = self.model.state_dict()
+        self.plan = self.model._get_dtype_plan(dtype)
+        self.tied = dict(self.model.all_tied_weights_keys)
+
+    def targets(self, names: Iterable[str]) -> list[tuple[str, str, bool]]:
+        """(name, what the model calls it, whether an operation changes it on the way), in the loader's own order."""
+        from transformers.core_model_loading import dot_natural_key, rename_source_key
+
+        prefix, found = self.model.base_model_prefix, []
+        for name in sorted(names, key=dot_natural_key):
+            target, pattern = rename_source_key(name, self.renamings, self.converters, prefix, self.state)
+            if target not in self.state and name in self.state:
+                target, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=self.state)
+            found.append((name, target, pattern is not None))
+        return found
+
+    def is_4bit(self, target: str) -> bool:
+        return bool(self.quantiser.param_needs_quantization(self.model, target))
+
+    def transposed(self, target: str) -> bool:
+        """Whether the checkpoint holds (in, out), as GPT-2's Conv1D does."""
+        return type(self.original[target.rpartition(".")[0]]).__name__ == "Conv1D"
+
+    def shape_of(self, target: str) -> tuple[int, ...]:
+        """The shape in the checkpoint."""
+        return tuple(self.original[target.rpartition(".")[0]].weight.shape)
+
+    def dtype_of(self, target: str, *, quantised: bool) -> torch.dtype:
+        """What the loader casts a tensor to."""
+        for pattern, dtype in self.plan.items():
+            if self._plan_hits(pattern, target):
+                found: torch.dtype = dtype
+                return found
+        return self.compute_dtype if quantised else self.state[target].dtype
+
+    @staticmethod
+    def _plan_hits(pattern: str, target: str) -> bool:
+        from transformers.core_model_loading import build_glob_alternation
+
+        return build_glob_alternation([pattern])[0].search(target) is not None
+
+
+def _once(pieces: list[tuple[Piece, str]], tied: dict[str, str]) -> list[tuple[Piece, str]]:
+    """Without a tied tensor that a pickle holds twice in one storage; loading ties it again."""
+    by_target = {target: piece for piece, target in pieces}
+
+    def repeated(piece: Piece, target: str) -> bool:
+        first = by_target.get(tied.get(target, ""))
+        return first is not None and first is not piece and _same_place(first.source, piece.source)
+
+    return [(piece, target) for piece, target in pieces if not repeated(piece, target)]
+
+
+def _same_place(a: SourceTensor, b: SourceTensor) -> bool:
+    return (a.file, a.start, a.nbytes, a.shape) == (b.file, b.start, b.nbytes, b.shape)
+
+
+def _names(
+    pieces: list[tuple[Piece, str]], config: Any, bnb: Any, dtype: torch.dtype, quant: Quant
+) -> list[Piece]:
+    """The pieces under names by which transformers will find them in the store: the source's, or else the model's."""
+    loader = _Loader(config, bnb, dtype, pre_quantised=True)
+    for use_target in (False, True):
+        named = [(_renamed(piece, target) if use_target else piece, target) for piece, target in pieces]
+        wanted = {slot.name: target for piece, target in named for slot in slots(piece, quant)}
+        if {name: target for name, target, _ in loader.targets(wanted)} == wanted:
+            return [piece for piece, _ in named]
+    raise CannotHold("transformers would not find its tensors again by their names")
+
+
+def _renamed(piece: Piece, name: str) -> Piece:
+    return Piece(name, piece.source, piece.encoding, piece.dtype, piece.transposed)
+
+
+def _files(pieces: list[Piece], config: Any) -> tuple[FilePlan, ...]:
+    groups: dict[str, list[Piece]] = {}
+    values = {"model_type": config.model_type}
+    for piece in pieces:
+        layer = shapes.spec_of(piece.name, piece.source.shape, "BF16", values).layer
+        if layer is not None:
+            name = f"model-layer-{layer:04d}.safetensors"
+        elif piece.source.nbytes >= OWN_FILE_BYTES:
+            name = f"model-{re.sub(r'[^A-Za-z0-9_]+', '-', piece.name)}.safetensors"
+        else:
+            name = "model-rest.safetensors"
+        groups.setdefault(name, []).append(piece)
+    plans = (FilePlan(name, tuple(members)) for name, members in groups.items())
+    # The largest first, so that no thread begins a long file when the others are done.
+    return tuple(sorted(plans, key=lambda plan: -plan.source_bytes))
+
+
+def refuse(reason: str, model: str) -> StoreError:
+    """What `halfbyte quantize` says where a store is not possible."""
+    return StoreError(
+        f"{model} cannot be held in a store: {reason}.",
+        fix="nothing is needed: train, eval and chat quantise it each time it is loaded",
+    )
