@@ -140,51 +140,73 @@ def linears_4bit(model: torch.nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
 
 
-def plain_linears(model: Any, quant: Quant) -> list[tuple[str, Any]]:
-    """The modules that `quantise_plain_linears` is for, as (name, module)."""
-    if quant.type == "none":
-        return []
+def plain_linears(model: Any, exempt: Iterable[str]) -> list[tuple[str, Any]]:
+    """(name, module) of what transformers passes over: it puts `nn.Linear` itself into 4 bits, not Falcon's own
+    subclass of it, whose forward is the same product. Modules named by `exempt` and the output head are not meant.
+    """
     from torch import nn
 
-    skip = (*quant.skip_modules, *quant.fp32_modules)
+    patterns = tuple(exempt)
     return [
         (name, module)
         for name, module in model.named_modules()
         if type(module).__name__ in PLAIN_LINEARS
         and isinstance(module, nn.Linear)
         and module is not model.get_output_embeddings()
-        and not matches(name, skip)
+        and not matches(name, patterns)
     ]
 
 
+def replace_plain_linears(model: Any, settings: Any, exempt: Iterable[str], *, pre_quantised: bool) -> None:
+    """On an empty model, as transformers' `replace_with_bnb_linear` does it for `nn.Linear`; `settings` is a
+    `BitsAndBytesConfig`. A checkpoint's packed weights are bytes: pre-quantised layers wait for those."""
+    for name, module in plain_linears(model, exempt):
+        made = _empty_linear4bit(
+            module,
+            settings.bnb_4bit_compute_dtype,
+            double_quant=settings.bnb_4bit_use_double_quant,
+            kind=settings.bnb_4bit_quant_type,
+        )
+        if pre_quantised:
+            made.weight.data = made.weight.data.to(settings.bnb_4bit_quant_storage)
+        made.source_cls = type(module)
+        made.requires_grad_(False)
+        model.set_submodule(name, made)
+
+
 def quantise_plain_linears(model: Any, quant: Quant, dtype: torch.dtype) -> list[str]:
-    """Put into 4 bits what transformers passes over: it replaces `nn.Linear` itself, not Falcon's own subclass of it,
-    whose forward is the same product. One layer at a time, on this instance. Returns the names.
-    """
-    found = plain_linears(model, quant)
+    """Put plain linears of a loaded model into 4 bits, one at a time, on this instance. Returns the names."""
+    found = plain_linears(model, (*quant.skip_modules, *quant.fp32_modules)) if quant.type != "none" else []
     if not found:
         return []
     import bitsandbytes as bnb
     from torch import nn
 
     for name, module in found:
-        has_bias = module.bias is not None
-        made = bnb.nn.Linear4bit(
-            module.in_features,
-            module.out_features,
-            has_bias,
-            dtype,
-            compress_statistics=quant.double_quant,
-            quant_type=quant.type,
-            device="meta",
-        )
+        made = _empty_linear4bit(module, dtype, double_quant=quant.double_quant, kind=quant.type)
         values = made.weight.__dict__  # block size, type and module, as Linear4bit chose them
         made.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, **values).to(module.weight.device)
-        if has_bias:
+        if module.bias is not None:
             made.bias = nn.Parameter(module.bias.data, requires_grad=False)
         made.train(module.training)
         model.set_submodule(name, made)
     return [name for name, _ in found]
+
+
+def _empty_linear4bit(module: Any, dtype: torch.dtype, *, double_quant: bool, kind: str) -> Any:
+    """A `Linear4bit` on the meta device with the sizes of a linear layer."""
+    import bitsandbytes as bnb
+    import torch
+
+    with torch.device("meta"):
+        return bnb.nn.Linear4bit(
+            module.in_features,
+            module.out_features,
+            module.bias is not None,
+            dtype,
+            compress_statistics=double_quant,
+            quant_type=kind,
+        )
 
 
 def make_safe(model: torch.nn.Module) -> int:
@@ -199,6 +221,21 @@ def make_safe(model: torch.nn.Module) -> int:
         if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
             module.state_dict()
     return len(layers)
+
+
+def forget_deserialising(model: Any) -> None:
+    """Let a model that was opened pre-quantised be saved again.
+
+    transformers keeps the conversions of a load and reverts them in `save_pretrained`, but cannot revert this one
+    (`core_model_loading.py`, `ConversionOps.reverse_op`); without it the tensors are written as they are held.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions:
+        model._weight_conversions = [
+            entry
+            for entry in conversions
+            if not any(type(op).__name__ == "Bnb4bitDeserialize" for op in getattr(entry, "operations", ()))
+        ]
 
 
 def set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> list[str]:

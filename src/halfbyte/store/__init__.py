@@ -40,8 +40,8 @@ class Wanted:
     dtype: torch.dtype
     head_names: tuple[str, ...] = ()
     cores: int = 1
-    check: Callable[[Any], None] | None = None
-    """Called with the empty model, prepared for 4 bits, before anything is built; raises what is wrong with it."""
+    check: Callable[[Any, dict[str, Any]], None] | None = None
+    """As for `layout.lay_out`: called before anything is built."""
 
     @property
     def dtype_name(self) -> str:

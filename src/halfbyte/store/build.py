@@ -2,7 +2,7 @@
 
 What: one thread a file, several files at once; a tensor goes through in chunks, so that memory does not grow with the
 model, not even with its embedding. Reading, hashing, quantising and writing all run without Python's lock.
-A finished file is durable and noted in a journal before it counts; the folder gets its manifest last, and then its name.
+A finished file is durable and noted in a journal before it counts; the folder gets its manifest last, then its name.
 Cost: one read of the source and one write of the result; see docs/log.md.
 """
 
@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from halfbyte import plain_linears, quantise
 from halfbyte import quant as codec
-from halfbyte import quantise
 from halfbyte.errors import HalfbyteError, StoreError
 from halfbyte.sources.checkpoint import Checkpoint
 from halfbyte.store import manifest, shelf
@@ -169,9 +169,7 @@ def _preflight(request: Request, partial: Path, journal: _Journal) -> None:
         )
 
 
-def _write_files(
-    request: Request, source: Source, journal: _Journal, tell: Callable[[Progress], None] | None
-) -> None:
+def _write_files(request: Request, source: Source, journal: _Journal, tell: Callable[[Progress], None] | None) -> None:
     layout = request.layout
     todo = [plan for plan in layout.files if plan.name not in journal.files]
     count = _Counter(layout.source_bytes - sum(plan.source_bytes for plan in todo), layout.source_bytes)
@@ -253,7 +251,7 @@ class _FileBuild:
         self.journal.add(entry, hashes)
 
     def _chunks(self, piece: Piece, digest: Any) -> Any:
-        """(first element, values in the wanted dtype) for the whole tensor in pieces; a transposed one comes at once."""
+        """(first element, values in the wanted dtype) in pieces of the tensor; a transposed one comes at once."""
         kind = torch_dtypes()[piece.source.dtype]
         at_once = piece.numel if piece.transposed else CHUNK_ELEMENTS
         for first in range(0, piece.numel, max(1, at_once)):
@@ -264,7 +262,7 @@ class _FileBuild:
             if len(self.buffer) < nbytes:
                 self.buffer = np.empty(nbytes, np.uint8)
             raw = self.buffer[:nbytes]
-            self.source.read(piece.source, first * kind.itemsize, memoryview(raw))
+            self.source.read(piece.source, first * kind.itemsize, raw.data)
             digest.update(raw)
             yield first, torch.from_numpy(raw).view(kind).to(piece.dtype)
             self.count.add(nbytes)
@@ -327,7 +325,9 @@ def _config(request: Request) -> dict[str, Any]:
     values: dict[str, Any] = json.loads((request.checkpoint.path / "config.json").read_text(encoding="utf-8"))
     values.pop("torch_dtype", None)
     values["dtype"] = str(layout.dtype).removeprefix("torch.")
-    values["quantization_config"] = codec.bnb_config(layout.quant, layout.dtype, layout.head_names).to_dict()
+    four_bit: Any = codec.bnb_config(layout.quant, layout.dtype, layout.head_names)
+    settings = four_bit.to_dict()
+    values["quantization_config"] = plain_linears.mark(settings, layout.quant) if layout.has_plain_linears else settings
     return values
 
 

@@ -3,7 +3,7 @@
 Why: opening the store must give, bit for bit, what transformers gives when it quantises while loading. So nothing is
 decided here that it decides itself: its own quantiser prepares the (empty) model, its own rules rename the tensors, and
 what a store's tensors would be called when it is opened is tried out before anything is written.
-Source: `transformers/core_model_loading.py`, `convert_and_load_state_dict_in_model`; `quantizers/quantizer_bnb_4bit.py`.
+Source: transformers, `convert_and_load_state_dict_in_model` in core_model_loading.py; quantizers/quantizer_bnb_4bit.py.
 Cost: the model on the meta device; no weight is touched.
 """
 
@@ -13,14 +13,13 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from halfbyte import plain_linears, shapes
 from halfbyte import quant as codec
-from halfbyte import shapes
-from halfbyte.errors import BaseModelError, StoreError
-from halfbyte.store.shelf import CannotHold
 from halfbyte.store.reading import SourceTensor, torch_dtypes
+from halfbyte.store.shelf import CannotHold
 from halfbyte.store.writer import Slot
 
 if TYPE_CHECKING:
@@ -65,7 +64,9 @@ class Layout:
     files: tuple[FilePlan, ...]
     quant: Quant
     dtype: torch.dtype
-    head_names: tuple[str, ...] = field(default=())
+    head_names: tuple[str, ...] = ()
+    has_plain_linears: bool = False
+    """Whether it opens with `plain_linears.opening_config` only."""
 
     @property
     def source_bytes(self) -> int:
@@ -83,7 +84,7 @@ def lay_out(
     dtype: torch.dtype,
     head_names: Iterable[str] = (),
     *,
-    check: Callable[[Any], None] | None = None,
+    check: Callable[[Any, dict[str, Any]], None] | None = None,
 ) -> Layout:
     """Decide everything about a store.
 
@@ -92,43 +93,35 @@ def lay_out(
         config: the model's config, as transformers reads it.
         dtype: the compute dtype. transformers casts to it before it quantises, so it is part of a store's identity.
         head_names: as for `quant.bnb_config`.
-        check: is shown the empty model, and raises what is wrong with it.
+        check: is shown the empty model and what transformers would say of the load (`missing_keys`,
+            `mismatched_keys`), and raises what is wrong.
 
     Raises:
-        BaseModelError: weights are missing, or a matrix has another shape than the config says.
         CannotHold: transformers merges or splits matrices that are to be in 4 bits, or would not find them again.
     """
     heads = tuple(head_names)
-    loader = _Loader(config, codec.bnb_config(quant, dtype, heads), dtype, pre_quantised=False)
-    plain = {f"{name}.weight" for name, _ in codec.plain_linears(loader.model, quant)}
-    if check is not None and not plain:
-        check(loader.model)
+    loader = _Loader(config, quant, dtype, heads, pre_quantised=False)
     pieces: list[tuple[Piece, str]] = []
-    wrong: list[str] = []
+    wrong: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
     for name, target, converted in loader.targets(tensors):
         if target not in loader.state:
             continue  # a buffer or a tower that this class does not read
         source, in_4bit = tensors[name], loader.is_4bit(target)
-        if converted and (in_4bit or target in plain):
+        if converted and in_4bit:
             raise CannotHold(f"transformers merges or splits {name} while it loads")
-        if target in plain:
-            raise CannotHold(f"{target.removesuffix('.weight')} is of a class that opens in 16 bits only")
         wanted = loader.dtype_of(target, quantised=in_4bit)
         transposed = in_4bit and loader.transposed(target)
         if in_4bit and source.dtype not in ("F64", "F32", "F16", "BF16"):
             raise CannotHold(f"{name} is {source.dtype}, which is not quantised to 4 bits")
         if in_4bit and tuple(source.shape) != loader.shape_of(target):
-            wrong.append(f"{name} is {tuple(source.shape)}, not {loader.shape_of(target)}")
+            wrong.append((name, source.shape, loader.shape_of(target)))
         pieces.append((Piece(name, source, "4bit" if in_4bit else "copy", wanted, transposed), target))
-    if wrong:
-        raise BaseModelError(
-            f"the checkpoint has not the shape of {len(wrong)} of the weights that {type(loader.model).__name__} "
-            f"needs: {', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}.",
-            fix="download the checkpoint again, or check that config.json belongs to it",
-        )
+    if check is not None:
+        missing = loader.missing({target for _, target in pieces})
+        check(loader.model, {"missing_keys": missing, "mismatched_keys": wrong})
     kept = _once(pieces, loader.tied)
-    named = _names(kept, config, codec.bnb_config(quant, dtype, heads), dtype, quant)
-    return Layout(_files(named, config), quant, dtype, heads)
+    named = _names(kept, _Loader(config, quant, dtype, heads, pre_quantised=True), quant)
+    return Layout(_files(named, config), quant, dtype, heads, loader.has_plain)
 
 
 def slots(piece: Piece, quant: Quant) -> list[Slot]:
@@ -151,9 +144,11 @@ def slots(piece: Piece, quant: Quant) -> list[Slot]:
 
 
 class _Loader:
-    """transformers' own view of a load: the empty model after its quantiser prepared it, and how tensors are renamed."""
+    """transformers' own view of a load: the empty model, prepared by its quantiser, and how tensors are renamed."""
 
-    def __init__(self, config: Any, bnb: Any, dtype: torch.dtype, *, pre_quantised: bool) -> None:
+    def __init__(
+        self, config: Any, quant: Quant, dtype: torch.dtype, heads: tuple[str, ...], *, pre_quantised: bool
+    ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -163,8 +158,13 @@ class _Loader:
         self.compute_dtype = dtype
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-        self.original = {name: module for name, module in self.model.named_modules()}
-        self.quantiser = AutoHfQuantizer.from_config(bnb, pre_quantized=pre_quantised)
+        self.original = dict(self.model.named_modules())
+        bnb = codec.bnb_config(quant, dtype, heads)
+        self.has_plain = bool(codec.plain_linears(self.model, (*quant.skip_modules, *quant.fp32_modules)))
+        if self.has_plain:
+            self.quantiser = plain_linears.quantiser(bnb, quant, pre_quantised=pre_quantised)
+        else:
+            self.quantiser = AutoHfQuantizer.from_config(bnb, pre_quantized=pre_quantised)
         self.quantiser.preprocess_model(
             model=self.model, dtype=dtype, device_map={"": "cpu"}, checkpoint_files=[], use_kernels=False
         )
@@ -186,6 +186,21 @@ class _Loader:
                 target, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=self.state)
             found.append((name, target, pattern is not None))
         return found
+
+    def missing(self, covered: set[str]) -> list[str]:
+        """Parameters that no tensor of the checkpoint reaches, neither by name nor through a tie."""
+        ties: dict[str, set[str]] = {}
+        for a, b in self.tied.items():
+            ties.setdefault(a, set()).add(b)
+            ties.setdefault(b, set()).add(a)
+        ignored = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
+        return [
+            name
+            for name, _ in self.model.named_parameters()
+            if name not in covered
+            and not ties.get(name, set()) & covered
+            and not any(pattern.search(name) for pattern in ignored)
+        ]
 
     def is_4bit(self, target: str) -> bool:
         return bool(self.quantiser.param_needs_quantization(self.model, target))
@@ -228,11 +243,8 @@ def _same_place(a: SourceTensor, b: SourceTensor) -> bool:
     return (a.file, a.start, a.nbytes, a.shape) == (b.file, b.start, b.nbytes, b.shape)
 
 
-def _names(
-    pieces: list[tuple[Piece, str]], config: Any, bnb: Any, dtype: torch.dtype, quant: Quant
-) -> list[Piece]:
+def _names(pieces: list[tuple[Piece, str]], loader: _Loader, quant: Quant) -> list[Piece]:
     """The pieces under names by which transformers will find them in the store: the source's, or else the model's."""
-    loader = _Loader(config, bnb, dtype, pre_quantised=True)
     for use_target in (False, True):
         named = [(_renamed(piece, target) if use_target else piece, target) for piece, target in pieces]
         wanted = {slot.name: target for piece, target in named for slot in slots(piece, quant)}
@@ -260,11 +272,3 @@ def _files(pieces: list[Piece], config: Any) -> tuple[FilePlan, ...]:
     plans = (FilePlan(name, tuple(members)) for name, members in groups.items())
     # The largest first, so that no thread begins a long file when the others are done.
     return tuple(sorted(plans, key=lambda plan: -plan.source_bytes))
-
-
-def refuse(reason: str, model: str) -> StoreError:
-    """What `halfbyte quantize` says where a store is not possible."""
-    return StoreError(
-        f"{model} cannot be held in a store: {reason}.",
-        fix="nothing is needed: train, eval and chat quantise it each time it is loaded",
-    )

@@ -104,9 +104,7 @@ class PickledSource(Source):
                 if isinstance(value, torch.Tensor) and value.dtype in names:
                     shape, nbytes = tuple(value.shape), value.numel() * value.element_size()
                     self._values[name] = value
-                    self.tensors[name] = SourceTensor(
-                        name, names[value.dtype], shape, nbytes, file, value.data_ptr()
-                    )
+                    self.tensors[name] = SourceTensor(name, names[value.dtype], shape, nbytes, file, value.data_ptr())
 
     def read(self, tensor: SourceTensor, offset: int, into: memoryview) -> None:
         import torch

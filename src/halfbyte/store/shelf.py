@@ -75,7 +75,7 @@ def folder() -> Path:
 
 
 def settings(quant: Quant, dtype: str) -> dict[str, Any]:
-    """What of a recipe's `quant` decides the bytes of a store. Weights are cast to the compute dtype, then quantised."""
+    """What decides the bytes of a store besides its source. Weights are cast to the compute dtype, then quantised."""
     return {
         "type": quant.type,
         "double_quant": quant.double_quant,
