@@ -1,6 +1,7 @@
 """One training stack in its own process, a round at a time when told to: what `throughput.py` compares.
 
-Stacks, all on the same rows in the same order, 16-bit base in NF4 with double quantisation, the same LoRA and optimiser:
+Stacks, all on the same rows in the same order, 16-bit base in NF4 with double quantisation, the same LoRA and
+optimiser:
 
     plain      as its users write it: prepare_model_for_kbit_training with its default checkpointing, bf16=True, Trainer
     tuned      the plain stack at its best: no checkpointing, everything in bf16 (no autocast), rows grouped by length
@@ -73,7 +74,11 @@ class Case:
             "train.lr_scheduler_type=linear",
             f"train.seed={SEED}",
             "train.save_strategy=no",
-            *([f"train.gradient_checkpointing={str(self.checkpointing).lower()}"] if self.checkpointing is not None else []),
+            *(
+                [f"train.gradient_checkpointing={str(self.checkpointing).lower()}"]
+                if self.checkpointing is not None
+                else []
+            ),
             *self.options,
             f"output={output}",
         ]
@@ -262,11 +267,17 @@ def run_transformers(case: Case, stack: str) -> None:
                 output_dir=out, gradient_checkpointing=again, max_length=None, **{**common, "bf16": autocast}
             )
             trainer: Any = SFTTrainer(
-                model=model, args=arguments, train_dataset=Dataset.from_list(rows), peft_config=lora, callbacks=[Turns()]
+                model=model,
+                args=arguments,
+                train_dataset=Dataset.from_list(rows),
+                peft_config=lora,
+                callbacks=[Turns()],
             )
         else:
             if stack != "tuned":
-                given = {} if stack == "dropin" and case.checkpointing is None else {"use_gradient_checkpointing": again}
+                given = (
+                    {} if stack == "dropin" and case.checkpointing is None else {"use_gradient_checkpointing": again}
+                )
                 model = prepare_model_for_kbit_training(model, **given)
             elif again:
                 model.gradient_checkpointing_enable()

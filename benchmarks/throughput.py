@@ -15,6 +15,7 @@ ceiling, measured in the same run: bf16 (or fp32) products of 4096 x 4096 matric
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import statistics
@@ -22,7 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,15 @@ if __package__ in (None, ""):
 
 from benchmarks.stacks import STACKS, Case
 
-AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+# Environments in which libraries and kernels use no more than a class of processors has.
+ISA = {
+    "native": {},
+    "avx512_bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+bmi,+bmi2,+lzcnt,+popcnt,+f16c,+sse4.2",
+    },
+}  # fmt: skip
 
 
 class Worker:
@@ -39,7 +50,7 @@ class Worker:
 
     def __init__(self, stack: str, case: Case, environment: dict[str, str]) -> None:
         self.stack = stack
-        self.log = tempfile.NamedTemporaryFile("w+", suffix=f".{stack}.log", delete=False)
+        self.log = tempfile.NamedTemporaryFile("w+", suffix=f".{stack}.log", delete=False)  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("stacks.py")), stack, json.dumps(asdict(case))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
@@ -99,22 +110,39 @@ def flop_per_token(case: Case) -> tuple[float, dict[str, float]]:
     return 4.0 * (linear + head * share), {"linear": linear, "lm_head": head, "labelled_share": share}
 
 
-def compare(case: Case, stacks: list[str], environment: dict[str, str], *, floor: bool = True) -> dict[str, Any]:
+@contextmanager
+def alone(lock: Path | None) -> Iterator[None]:
+    """Hold `lock` (flock), so that other work on the machine that respects it waits."""
+    if lock is None:
+        yield
+        return
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def compare(
+    case: Case, stacks: list[str], environment: dict[str, str], *, floor: bool = True, lock: Path | None = None
+) -> dict[str, Any]:
     """Alternate the stacks for `case.rounds - 1` rounds after one that warms up."""
     dtype = {"bf16": "bfloat16", "fp32": "float32"}[case.dtype]
-    workers = [Worker(stack, case, environment) for stack in stacks]
     rounds: dict[str, list[dict[str, Any]]] = {stack: [] for stack in stacks}
     ceilings: list[float] = []
+    workers: list[Worker] = []
     try:
+        for stack in stacks:
+            with alone(lock):
+                workers.append(Worker(stack, case, environment))
         for number in range(case.rounds):
-            for worker in workers:
-                row = worker.round()
-                if number:
-                    rounds[worker.stack].append(row)
-                print(f"  round {number} {worker.stack:<10} {row['tokens'] / row['seconds']:9.1f} tokens/s "
-                      f"loss {statistics.mean(row['losses']):.4f}", file=sys.stderr, flush=True)  # fmt: skip
-            if number and floor:
-                ceilings.append(matmul_rate((4096, 4096, 4096), dtype, environment))
+            with alone(lock):
+                for worker in workers:
+                    row = worker.round()
+                    if number:
+                        rounds[worker.stack].append(row)
+                    print(f"  round {number} {worker.stack:<10} {row['tokens'] / row['seconds']:9.1f} tokens/s "
+                          f"loss {statistics.mean(row['losses']):.4f}", file=sys.stderr, flush=True)  # fmt: skip
+                if number and floor:
+                    ceilings.append(matmul_rate((4096, 4096, 4096), dtype, environment))
     finally:
         for worker in workers:
             worker.end()
@@ -160,8 +188,13 @@ def table(title: str, result: dict[str, Any]) -> str:
                  f"{'anonymous':>10} {'loss diff':>10}")  # fmt: skip
     for stack, row in result["stacks"].items():
         share = f"{row['share_of_floor']:.1%}" if "share_of_floor" in row else ""
-        ratio = "" if "times_faster" not in row else (
-            f"{row['times_faster']:.2f} ({row['times_faster_spread'][0]:.2f}-{row['times_faster_spread'][1]:.2f})")
+        ratio = (
+            ""
+            if "times_faster" not in row
+            else (
+                f"{row['times_faster']:.2f} ({row['times_faster_spread'][0]:.2f}-{row['times_faster_spread'][1]:.2f})"
+            )
+        )
         lines.append(
             f"{stack:<10} {row['tokens_per_second']:9.1f} {share:>9} {ratio:>24} {row['peak_rss_bytes'] / 1e9:6.2f} GB "
             f"{row['peak_anonymous_bytes'] / 1e9:7.2f} GB {row.get('loss_difference', 0):10.1e}"
@@ -178,7 +211,7 @@ def sample(data: Path, folder: Path, rows: int) -> str:
 
 
 def words(folder: Path, rows: int, length: int, seed: int = 0) -> str:
-    """Rows of exactly `length` one-token words for the models of `make_random.py`, everything but the first labelled."""
+    """Rows of `length` tokens, one-token words for the models of `make_random.py`, all but the first labelled."""
     import random
 
     draw = random.Random(seed)
@@ -199,11 +232,12 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--checkpointing", choices=["own", "on", "off"], default="own")
-    parser.add_argument("--isa", choices=["native", "avx2"], default="native")
+    parser.add_argument("--isa", choices=ISA, default="native")
     parser.add_argument("--only", nargs="+", help="architectures to run")
+    parser.add_argument("--lock", type=Path, help="a file to hold (flock) while measuring")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    environment = dict(AVX2) if args.isa == "avx2" else {}
+    environment = dict(ISA[args.isa])
     again = {"own": None, "on": True, "off": False}[args.checkpointing]
     rounds = args.rounds + 1
     results: dict[str, Any] = {}
@@ -216,13 +250,13 @@ def main() -> None:
                 dtype=args.dtype, checkpointing=again,
                 targets=("q_proj", "v_proj") if args.case == "gsm8k" else "all-linear",
             )  # fmt: skip
-            results[args.case] = compare(case, stacks, environment)
+            results[args.case] = compare(case, stacks, environment, lock=args.lock)
         elif args.case == "llama7b":
             case = Case(
                 args.model, words(folder, 1, 512), rounds, 1, 1, 1, dropout=args.dropout, dtype=args.dtype,
                 mask="all", checkpointing=again,
             )  # fmt: skip
-            results["llama7b"] = compare(case, args.stacks or ["plain", "halfbyte"], environment)
+            results["llama7b"] = compare(case, args.stacks or ["plain", "halfbyte"], environment, lock=args.lock)
         elif args.case == "shapes":
             rate = {f"{m}x{k}x{n}": matmul_rate((m, k, n), {"bf16": "bfloat16", "fp32": "float32"}[args.dtype],
                                                 environment, 1.0)
@@ -244,7 +278,9 @@ def main() -> None:
                     dropout=args.dropout, dtype=args.dtype, mask="all" if long else "completion",
                     checkpointing=True if long else again,
                 )  # fmt: skip
-                results[name] = compare(case, args.stacks or ["plain", "halfbyte"], environment, floor=False)
+                results[name] = compare(
+                    case, args.stacks or ["plain", "halfbyte"], environment, floor=False, lock=args.lock
+                )
                 print(table(name, results[name]), flush=True)
     if args.case not in ("shapes", "architectures", "vocabulary"):
         print(table(args.case, results[args.case]))

@@ -5,6 +5,7 @@ It can ask for a token, gate a model, cut a file in the middle and refuse what f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -15,12 +16,30 @@ from types import TracebackType
 
 @dataclass
 class Repo:
-    files: dict[str, bytes]
+    files: dict[str, bytes | Sparse]
     revisions: dict[str, str] = field(default_factory=dict)
     """Branch or tag -> commit. `main` is made if it is not there."""
     token: str | None = None
     """Needed to see the model at all."""
     gated: bool = False
+
+
+class Sparse:
+    """A file of `size` bytes that begins with `start` and goes on with zeros, made as it is sent."""
+
+    def __init__(self, start: bytes, size: int) -> None:
+        self.start, self.size = start, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, part: slice) -> bytes:
+        first, last, _ = part.indices(self.size)
+        return self.start[first:last] + bytes(last - max(first, min(last, len(self.start))))
+
+
+def _digest(data: bytes | Sparse) -> str:
+    return hashlib.sha1(data if isinstance(data, bytes) else data.start).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -34,6 +53,10 @@ class HubServer:
     """`with HubServer() as hub:` serves until the block ends; `hub.repos` may be changed while it does."""
 
     def __init__(self) -> None:
+        self.sent_bytes = 0
+        """Of all bodies so far."""
+        self.ignore_ranges = False
+        """Answer a request for a part with the whole file, as a plain server does."""
         self.repos: dict[str, Repo] = {}
         self.seen: list[Seen] = []
         self.cut_after: dict[str, int] = {}
@@ -52,7 +75,7 @@ class HubServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._http.server_port}"
 
-    def add(self, name: str, files: dict[str, bytes], **options: object) -> Repo:
+    def add(self, name: str, files: dict[str, bytes | Sparse], **options: object) -> Repo:
         repo = Repo(files, **options)  # type: ignore[arg-type]
         repo.revisions.setdefault("main", commit_of(name, "main"))
         self.repos[name] = repo
@@ -136,8 +159,8 @@ class _Handler(BaseHTTPRequestHandler):
         return revision if revision in repo.revisions.values() else repo.revisions.get(revision)
 
     @staticmethod
-    def _entry(file: str, data: bytes) -> dict[str, object]:
-        return {"type": "file", "path": file, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+    def _entry(file: str, data: bytes | Sparse) -> dict[str, object]:
+        return {"type": "file", "path": file, "size": len(data), "oid": _digest(data)}
 
     @staticmethod
     def _info(name: str, repo: Repo, commit: str) -> dict[str, object]:
@@ -150,32 +173,39 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
         self._send(status, json.dumps({"error": message}).encode(), headers)
 
-    def _file(self, file: str, data: bytes, commit: str) -> None:
+    def _file(self, file: str, data: bytes | Sparse, commit: str) -> None:
         headers = {
-            "ETag": f'"{hashlib.sha1(data).hexdigest()}"',
+            "ETag": f'"{_digest(data)}"',
             "X-Repo-Commit": commit,
             "Accept-Ranges": "bytes",
         }
-        status, start = 200, 0
+        status, start, end = 200, 0, len(data)
         wanted = self.headers.get("Range")
         if self.command == "GET" and wanted:
             if self.hub.refuse_ranges:
                 self._fail(503, "", "over capacity")
                 return
-            start = int(wanted.removeprefix("bytes=").partition("-")[0])
-            status = 206
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            if not self.hub.ignore_ranges:
+                first, _, last = wanted.removeprefix("bytes=").partition("-")
+                start, end = int(first), min(len(data), int(last) + 1 if last else len(data))
+                status = 206
+                headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
         keep = self.hub.cut_after.pop(file, None) if self.command == "GET" else None
-        self._send(status, data[start:], headers, keep=keep)
+        body = data[start:end] if self.command == "GET" and end - start < 100_000_000 else b""
+        self._send(status, body, headers, keep=keep, length=end - start)
 
-    def _send(self, status: int, body: bytes, headers: dict[str, str], *, keep: int | None = None) -> None:
+    def _send(
+        self, status: int, body: bytes, headers: dict[str, str], *, keep: int | None = None, length: int = -1
+    ) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(body) if length < 0 else length))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body if keep is None else body[:keep])
-        if keep is not None:
+            self.hub.sent_bytes += len(body)
+            with contextlib.suppress(ConnectionError):  # the client had seen enough
+                self.wfile.write(body if keep is None else body[:keep])
+        if keep is not None or length > len(body):
             self.wfile.flush()
             self.close_connection = True

@@ -21,6 +21,7 @@ from halfbyte import adapters, device, dropin, finetune, targets
 from halfbyte import opened as opened_run
 from halfbyte.base import open_base
 from halfbyte.errors import AdapterError, TrainError
+from halfbyte.layers import fuse
 from halfbyte.recipe import Lora, Quant
 from halfbyte.run import RunFolder
 from halfbyte.sources import Checkpoint
@@ -29,7 +30,9 @@ from tests import tiny, tiny_run
 NAMES = ("llama", "gpt2", "bloom")
 # ||difference|| / ||logits||. In train mode (there is no dropout) both run one program. In eval mode plain bitsandbytes
 # on a CPU with AVX512-BF16 rounds the scales of its weights to bf16: measured 1 to 3%. No adapter is off by over 10%.
-BF16_ROUNDING, STOCK_EVAL = 1e-3, 0.06
+# The fused layers round elsewhere: measured 0.8 to 2.4%, where both ways are 0.7 to 3.5% from the same sums in fp32, ours
+# now a little nearer, now a little farther.
+BF16_ROUNDING, STOCK_EVAL, FUSED = 1e-3, 0.06, 0.05
 
 
 def plain_base(folder: Path) -> Any:
@@ -76,6 +79,8 @@ def test_ours_in_plain_peft(name: str, dtype: str, tmp_path: Path) -> None:
     plain = peft.PeftModel.from_pretrained(plain_base(tmp_path / "model"), str(folder))
     assert type(plain) is peft.PeftModelForCausalLM
     wanted = logits(plain, train=True)
+    assert difference(logits(ours), wanted) < FUSED
+    assert fuse.remove(ours)
     assert difference(logits(ours), wanted) < BF16_ROUNDING
     assert difference(logits(plain), wanted) < STOCK_EVAL
     assert far(ours, wanted)
@@ -98,6 +103,8 @@ def test_plain_pefts_here(name: str, tmp_path: Path) -> None:
         halfbyte.PeftModel.from_pretrained(our_base(tmp_path / "model"), str(tmp_path / "adapter")),
     ):
         assert isinstance(model, dropin.Adapted)
+        assert difference(logits(model), wanted) < FUSED
+        assert fuse.remove(model)
         assert difference(logits(model), wanted) < BF16_ROUNDING
         assert not any(p.requires_grad for p in model.parameters())
         assert far(model, wanted)

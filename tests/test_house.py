@@ -41,7 +41,7 @@ NO_TORCH = (
 # Library -> the rooms that may import it.
 DOORS = {
     "bitsandbytes": {"quant"},
-    "peft": {"dropin", "adapters", "targets", "layers.lora_linear"},
+    "peft": {"dropin", "adapters", "targets", "layers.fuse", "layers.proof"},
 }
 TRAINER_NAMES = re.compile(r"^(Trainer|TrainingArguments|Seq2SeqTrainer|TrainerCallback|trainer(_\w+)?)$")
 TRAINER_ROOMS = {"train", "callbacks"}
@@ -56,8 +56,8 @@ def rooms() -> tuple[str, ...]:
     assert block is not None, "docs/design.md has no tree of src/halfbyte/"
     found: list[str] = []
     for line in block[1].splitlines():
-        folder = re.match(r"\s+(\w+)/", line)
-        prefix = f"{folder[1]}." if folder else ""
+        folder = re.match(r"\s+([\w/]+)/", line)
+        prefix = f"{folder[1].replace('/', '.')}." if folder else ""
         found += [prefix + name for name in re.findall(r"(\w+)\.py\b", line)]
     return tuple(dict.fromkeys(found))
 

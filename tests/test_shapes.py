@@ -203,8 +203,10 @@ def test_pickles_missing_weights_and_missing_config_have_their_own_message(tmp_p
 
 
 def test_facts_under_every_config_spelling(tmp_path: Path) -> None:
-    gpt2 = facts_of({"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_inner": None, "vocab_size": 50257}, [])
-    assert gpt2 == Facts("gpt2", 768, 3072, 12, 50257, tied_head=True)
+    gpt2 = facts_of(
+        {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_inner": None, "vocab_size": 50257, "n_head": 12}, []
+    )
+    assert gpt2 == Facts("gpt2", 768, 3072, 12, 50257, tied_head=True, heads=12, key_heads=12, head_size=64)
     towers = {
         "model_type": "x",
         "text_config": {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": 9},

@@ -73,7 +73,10 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Facts:
-    """Sizes of a decoder, under one name whatever its `config.json` calls them."""
+    """Sizes of a decoder, under one name whatever its `config.json` calls them; 0 for what it does not say.
+
+    `heads` of queries share `key_heads` of keys and values, each `head_size` wide; `positions` is the longest text.
+    """
 
     model_type: str
     hidden: int
@@ -83,6 +86,10 @@ class Facts:
     experts: int = 0
     experts_per_token: int = 0
     tied_head: bool = False
+    heads: int = 0
+    key_heads: int = 0
+    head_size: int = 0
+    positions: int = 0
 
 
 def nf4_bytes(numel: int, block_size: int, double_quant: bool) -> int:
@@ -107,11 +114,17 @@ def read_checkpoint(folder: Path) -> list[TensorSpec]:
         SourceError: no config, no safetensors, a shard missing, or a file that is cut short or not what it says.
     """
     config = read_config(folder)
-    specs: list[TensorSpec] = []
-    for file in weight_files(folder):
-        for name, entry in read_header(file).items():
-            if _PASSED_OVER.search(name) is None:
-                specs.append(spec_of(name, tuple(entry["shape"]), entry["dtype"], config))
+    return specs_of((read_header(file) for file in weight_files(folder)), config)
+
+
+def specs_of(headers: Iterable[Mapping[str, Mapping[str, Any]]], config: Mapping[str, Any]) -> list[TensorSpec]:
+    """The tensors of all files of one checkpoint; a tied head once, buffers that loading passes over left out."""
+    specs = [
+        spec_of(name, tuple(entry["shape"]), entry["dtype"], config)
+        for header in headers
+        for name, entry in header.items()
+        if _PASSED_OVER.search(name) is None
+    ]
     if _get(config, "tie_word_embeddings") and any(s.role == "embedding" for s in specs):
         specs = [s for s in specs if s.role != "head"]
     return specs
@@ -170,27 +183,41 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
         SourceError: the file is cut short, or its header is not a safetensors header.
     """
     size = file.stat().st_size
-    again = "download it again"
     with file.open("rb") as stream:
-        start = stream.read(8)
-        if len(start) < 8:
-            raise SourceError(f"{file} is cut short: {size} bytes, and the header's length alone takes 8.", fix=again)
-        length = int.from_bytes(start, "little")
-        if length > _HEADER_LIMIT_BYTES:
-            raise SourceError(f"{file} is not a safetensors file: it says that its header has {length} bytes.")
-        if length > size - 8:
-            raise SourceError(f"{file} is cut short: its header has {length} bytes, the file {size}.", fix=again)
-        raw = stream.read(length)
+        length = header_length(stream.read(8), size, str(file))
+        return parse_header(stream.read(length), size, str(file))
+
+
+def header_length(start: bytes, size: int, name: str) -> int:
+    """Bytes of the JSON header of a safetensors file of `size` bytes, from its first eight."""
+    if len(start) < 8:
+        raise SourceError(
+            f"{name} is cut short: {size} bytes, and the header's length alone takes 8.", fix="download it again"
+        )
+    length = int.from_bytes(start[:8], "little")
+    if length > _HEADER_LIMIT_BYTES:
+        raise SourceError(f"{name} is not a safetensors file: it says that its header has {length} bytes.")
+    if length > size - 8:
+        raise SourceError(
+            f"{name} is cut short: its header has {length} bytes, the file {size}.", fix="download it again"
+        )
+    return length
+
+
+def parse_header(raw: bytes, size: int, name: str) -> dict[str, dict[str, Any]]:
+    """The entries of a header in the order of their data; `name` and `size` are those of its file."""
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
-        for name, entry in header.items():
-            _check_entry(name, entry)
+        for key, entry in header.items():
+            _check_entry(key, entry)
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise SourceError(f"{file} has a header that is not a safetensors header: {error}.") from error
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        raise SourceError(f"{name} has a header that is not a safetensors header: {error}.") from error
+    end = 8 + len(raw) + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if end > size:
-        raise SourceError(f"{file} is cut short: its tensors end at byte {end}, the file at {size}.", fix=again)
+        raise SourceError(
+            f"{name} is cut short: its tensors end at byte {end}, the file at {size}.", fix="download it again"
+        )
     return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]))
 
 
@@ -205,11 +232,13 @@ def spec_of(name: str, shape: tuple[int, ...], dtype: str, config: Mapping[str, 
 def facts_of(config: Mapping[str, Any], specs: Iterable[TensorSpec]) -> Facts:
     """Sizes from the config; what it does not say is read from the tensors."""
     specs = list(specs)
+    kind = str(config.get("model_type", ""))
+    heads = _first(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
     embedding = max((s.shape for s in specs if s.role == "embedding"), default=(0, 0))
     hidden = _first(config, "hidden_size", "n_embd", "d_model", "model_dim", "dim") or embedding[-1]
     deepest = max((s.layer for s in specs if s.layer is not None), default=-1) + 1
     return Facts(
-        model_type=str(config.get("model_type", "")),
+        model_type=kind,
         hidden=hidden,
         intermediate=_first(config, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * hidden,
         layers=_first(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or deepest,
@@ -217,7 +246,18 @@ def facts_of(config: Mapping[str, Any], specs: Iterable[TensorSpec]) -> Facts:
         experts=_experts(config),
         experts_per_token=_first(config, "num_experts_per_tok", "moe_topk", "top_k"),
         tied_head=not any(s.role == "head" for s in specs),
+        heads=heads,
+        key_heads=_key_heads(config, kind, heads),
+        head_size=_first(config, "head_dim") or (hidden // heads if heads else 0),
+        positions=_first(config, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx"),
     )
+
+
+def _key_heads(config: Mapping[str, Any], kind: str, heads: int) -> int:
+    """Falcon says how its keys are shared in three ways; everyone else by a number, or not at all."""
+    if kind == "falcon" and not _get(config, "new_decoder_architecture"):
+        return 1 if config.get("multi_query", True) else heads
+    return _first(config, "num_key_value_heads", "num_kv_heads") or heads
 
 
 def _role(name: str, shape: tuple[int, ...], config: Mapping[str, Any], *, in_layer: bool) -> Role:

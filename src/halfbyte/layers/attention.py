@@ -27,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 
 from halfbyte.errors import BaseModelError
 from halfbyte.layers import block_attention
+from halfbyte.layers.kernels import whole_attention
 
 NAME = "halfbyte_packed"
 
@@ -138,7 +139,8 @@ def _packed(
 ) -> Tensor:
     """Each run of neighbours of equal length L as one batch. Returns (1, T, H, D)."""
     slides = sliding_window is not None and max(lengths) > sliding_window
-    if query.requires_grad and not dropout and softcap is None and s_aux is None and causal and not slides:
+    wanted = query.requires_grad or whole_attention(query)  # without gradients torch's own kernel is as good as blocks
+    if wanted and not dropout and softcap is None and s_aux is None and causal and not slides:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
         if block_attention.takes(q, k, v):
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling

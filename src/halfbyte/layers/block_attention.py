@@ -2,15 +2,16 @@
 
 Why: torch's flash attention for CPUs runs its backward at a tenth of the matmul's rate (SmolLM2 on GSM8K: a fifth of a
 step), and rotary in plain torch makes some twenty passes over q and k.
-What: q and k are rotated while they are copied into blocks of heads (`kernels/scores.py`); forward is torch's flash
-kernel, whose log-sum-exp is kept; backward computes scores and dP in fp32 by batched matmul, turns both into P and dS in
-one pass, and gets dq, dk, dv from three more matmuls in the compute dtype. Query heads of one key head are rows of one
-matrix, so nothing is repeated. Long examples go in blocks of rows that see only the columns before them.
+What: q and k are rotated while they are copied into blocks of heads (`kernels/scores.py`). On a processor with
+AVX512-BF16 all else is one kernel (`kernels/flash.py`). Elsewhere forward is torch's flash kernel, whose log-sum-exp is
+kept; backward computes scores and dP in fp32 by batched matmul, turns both into P and dS in one pass, and gets dq, dk,
+dv from three more matmuls in the compute dtype. Query heads of one key head are rows of one matrix, so nothing is
+repeated. Long examples go in blocks of rows that see only the columns before them.
 Source: FlashAttention-2, arXiv:2307.08691, section 3.1 (the backward's formulas).
 Cost: q, k, v, the output and one fp32 a head and token are kept; 5 matmuls of L x L x D in backward.
 
-Letters: T tokens, H query heads, K key heads, G = H / K, D head size, R rotated part, L tokens in an example, n examples
-of one length.
+Letters: T tokens, H query heads, K key heads, G = H / K, D head size, R rotated part, L tokens in an example, n
+examples of one length.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.layers.kernels import available
+from halfbyte.layers.kernels import available, whole_attention
 
 ROWS = 512  # rows of queries whose scores are computed at once in the backward of a long example
 SCORES_BYTES = 24_000_000  # fp32 scores at once; as many again for dP
@@ -37,6 +38,7 @@ class Blocks:
     """
 
     runs: tuple[tuple[int, int, int], ...]
+    starts: Tensor  # (examples + 1,) int64: tokens before each example, and all of them
     start: Tensor  # (T,) int64: tokens before the example of token t
     length: Tensor  # (T,) int64: tokens of its example
 
@@ -49,8 +51,9 @@ def blocks_of(lengths: tuple[int, ...]) -> Blocks:
         runs.append((at, n, length))
         at += n * length
     sizes = torch.tensor(lengths)
-    starts = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
-    return Blocks(tuple(runs), starts, torch.repeat_interleave(sizes, sizes))
+    before = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    start = torch.repeat_interleave(before[:-1], sizes)
+    return Blocks(tuple(runs), before, start, torch.repeat_interleave(sizes, sizes))
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -73,7 +76,9 @@ def attention(
     """
     if cos is None or sin is None:
         cos = sin = q.new_empty((q.shape[0], 0))
-    out: Tensor = BlockAttention.apply(q, k, v, cos.to(q.dtype).contiguous(), sin.to(q.dtype).contiguous(), lengths, scale)
+    out: Tensor = BlockAttention.apply(
+        q, k, v, cos.to(q.dtype).contiguous(), sin.to(q.dtype).contiguous(), lengths, scale
+    )
     return out
 
 
@@ -88,6 +93,13 @@ class BlockAttention(torch.autograd.Function):
         none = cos[:, :0]
         qb, kb = _to_blocks(q, cos, sin, blocks), _to_blocks(k, cos, sin, blocks)
         vb = _to_blocks(v, none, none, blocks)
+        ctx.blocks, ctx.scale, ctx.lengths = blocks, scale, lengths
+        if whole_attention(q):
+            from halfbyte.layers.kernels import flash
+
+            out, lse = flash.forward(qb, kb, vb, lengths, blocks.starts, scale)
+            ctx.save_for_backward(qb, kb, vb, out, lse, cos, sin)
+            return out
         tokens, heads, d = q.shape
         groups = heads // k.shape[1]
         out = q.new_empty((tokens, heads, d))
@@ -101,7 +113,6 @@ class BlockAttention(torch.autograd.Function):
             out[first:last].view(n, length, heads, d).copy_(o.transpose(1, 2))
             lse[first * heads : last * heads].view(n, heads, length).copy_(sums)
         ctx.save_for_backward(qb, kb, vb, out, lse, cos, sin)
-        ctx.blocks, ctx.scale = blocks, scale
         return out
 
     @staticmethod
@@ -111,36 +122,62 @@ class BlockAttention(torch.autograd.Function):
         qb, kb, vb, out, lse, cos, sin = ctx.saved_tensors
         blocks = ctx.blocks
         tokens, heads, d = out.shape
-        key_heads = kb.shape[1]
-        none = cos[:, :0]
-        dout = _rows(grads[0])
-        dob = _to_blocks(dout, none, none, blocks)
-        delta = torch.empty_like(lse)
-        kernels.row_dots(dout.contiguous(), out, blocks.start, blocks.length, delta)
-        dqb, dkb, dvb = torch.empty_like(qb), torch.empty_like(kb), torch.empty_like(vb)
-        for first, n, length in blocks.runs:
-            whole = heads * length * length * 4
-            step = max(1, SCORES_BYTES // whole)  # examples at once
-            for a in range(0, n, step):
-                at, count = first + a * length, min(step, n - a)
-                parts = [_run(x, at, count, length) for x in (qb, kb, vb, dob, dqb, dkb, dvb)]
-                rows = slice(at * heads, (at + count * length) * heads)
-                sums = lse[rows].view(count, heads, length), delta[rows].view(count, heads, length)
-                _example_backward(*parts, *sums, ctx.scale)
-        dq, dk, dv = dout.new_empty((tokens, heads, d)), *(dout.new_empty((tokens, key_heads, d)) for _ in range(2))
+        if whole_attention(out):
+            from halfbyte.layers.kernels import flash
+
+            dout = grads[0].contiguous()
+            dqb, dkb, dvb = flash.backward(qb, kb, vb, out, dout, lse, ctx.lengths, blocks.starts, ctx.scale)
+        else:
+            dqb, dkb, dvb = _backward_by_matmul(qb, kb, vb, out, grads[0], lse, cos, blocks, ctx.scale)
+        dq, dk, dv = out.new_empty((tokens, heads, d)), *(out.new_empty(kb.shape) for _ in range(2))
         kernels.from_blocks(dqb, cos, sin, blocks.start, blocks.length, dq)
         kernels.from_blocks(dkb, cos, sin, blocks.start, blocks.length, dk)
-        kernels.from_blocks(dvb, none, none, blocks.start, blocks.length, dv)
+        kernels.from_blocks(dvb, cos[:, :0], cos[:, :0], blocks.start, blocks.length, dv)
         return dq, dk, dv, None, None, None, None
 
 
-def _example_backward(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, lse: Tensor, delta: Tensor,
+def _backward_by_matmul(
+    qb: Tensor,
+    kb: Tensor,
+    vb: Tensor,
+    out: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    cos: Tensor,
+    blocks: Blocks,
     scale: float,
-) -> None:  # fmt: skip
-    """Fill dq (n, H, L, D), dk and dv (n, K, L, D) for n examples of one length; lse, delta: (n, H, L)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the blocks by batched products, scores in memory."""
     from halfbyte.layers.kernels import scores as kernels
 
+    heads = out.shape[1]
+    dout = _rows(dout)
+    dob = _to_blocks(dout, cos[:, :0], cos[:, :0], blocks)
+    delta = torch.empty_like(lse)
+    kernels.row_dots(dout.contiguous(), out, blocks.start, blocks.length, delta)
+    dqb, dkb, dvb = torch.empty_like(qb), torch.empty_like(kb), torch.empty_like(vb)
+    for first, n, length in blocks.runs:
+        whole = heads * length * length * 4
+        step = max(1, SCORES_BYTES // whole)  # examples at once
+        for a in range(0, n, step):
+            at, count = first + a * length, min(step, n - a)
+            parts = [_run(x, at, count, length) for x in (qb, kb, vb, dob, dqb, dkb, dvb)]
+            rows = slice(at * heads, (at + count * length) * heads)
+            sums = lse[rows].view(count, heads, length), delta[rows].view(count, heads, length)
+            _example_backward(parts, sums, scale)
+    return dqb, dkb, dvb
+
+
+def _example_backward(parts: list[Tensor], sums: tuple[Tensor, Tensor], scale: float) -> None:
+    """Gradients of n examples of one length.
+
+    Args:
+        parts: q, k, v, the output's gradient, and dq, dk, dv to be filled; each (n, its heads, L, D).
+        sums: log-sum-exp and the rows' dots of output and gradient, (n, H, L).
+    """
+    from halfbyte.layers.kernels import scores as kernels
+
+    q, k, v, do, dq, dk, dv = parts
     n, heads, length, d = q.shape
     key_heads = k.shape[1]
     m, groups = n * key_heads, heads // key_heads
@@ -151,13 +188,13 @@ def _example_backward(
         tall = r1 - r0
         # query heads of one key head are rows of one matrix: (m, G * rows, D)
         q1, do1 = (x.view(m, groups, length, d)[:, :, r0:r1].reshape(m, groups * tall, d) for x in (q, do))
-        sums = (x.view(m, groups, length)[:, :, r0:r1].reshape(-1) for x in (lse, delta))
+        rows = (x.view(m, groups, length)[:, :, r0:r1].reshape(-1) for x in sums)
         s = torch.bmm(q1.float(), k32[:, :r1].transpose(1, 2))  # (m, G rows, r1) fp32
         dp = torch.bmm(do1.float(), v32[:, :r1].transpose(1, 2))
         in_place = q.dtype == torch.float32
         p, ds = (s, dp) if in_place else (torch.empty_like(s, dtype=q.dtype), torch.empty_like(s, dtype=q.dtype))
         flat = (x.view(-1, r1) for x in (s, dp, p, ds))
-        kernels.softmax_backward(*flat, *sums, scale=scale, offset=r0, tall=tall)
+        kernels.softmax_backward(*flat, *rows, scale=scale, offset=r0, tall=tall)
         dq1 = torch.bmm(ds, k[:, :r1])  # (m, G rows, D)
         dq.view(m, groups, length, d)[:, :, r0:r1] = dq1.view(m, groups, tall, d)
         if r0 == 0 and r1 == length:

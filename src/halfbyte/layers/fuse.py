@@ -1,7 +1,7 @@
 """Put the fused layers on a model, and take them off: linears with and without LoRA, norms, gated MLPs, attention.
 
-What: an instance gets a subclass of its own class, whose forward takes the fast path where it may and is the class's own
-forward where it may not. No state is added: names in state dicts, PEFT's isinstance checks, saving, merging and
+What: an instance gets a subclass of its own class, whose forward takes the fast path where it may and is the class's
+own forward where it may not. No state is added: names in state dicts, PEFT's isinstance checks, saving, merging and
 unloading stay as they were, and `remove` puts the classes back.
 Why by instance: classes of transformers, peft and bitsandbytes are never assigned to; another model in the same process
 is not touched. A norm or an MLP is taken only after it was seen to compute what the fused formula computes.
@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from halfbyte import quant
 from halfbyte.layers import block_attention, elementwise
 from halfbyte.layers.kernels import available
 from halfbyte.layers.lora_linear import frozen_linear, lora_linear
+
+_cached: Any = cache  # mypy takes a class as a key for unhashable
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,19 @@ class Fused:
 class _Fast:
     """Marks an instance whose class was put here by `install`; its own class is the second base."""
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+
 
 class _FrozenLinear(_Fast):
     """A quantised linear layer without LoRA."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not _computes(self, x):
-            return super().forward(x)  # type: ignore[misc]
+            return super().forward(x)
         return frozen_linear(x, self)
 
 
@@ -55,26 +63,26 @@ class _LoraLinear(_Fast):
     """PEFT's LoRA layer over a frozen linear layer, when one plain adapter is active."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base = self.base_layer  # type: ignore[attr-defined]
+        base = self.base_layer
         if args or kwargs or unfused_reason(self) or not _computes(base, x):
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        (name,) = self.active_adapters  # type: ignore[attr-defined]
-        if name not in self.lora_A:  # type: ignore[attr-defined]
+            return super().forward(x, *args, **kwargs)
+        (name,) = self.active_adapters
+        if name not in self.lora_A:
             return frozen_linear(x, base)
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[attr-defined]
-        dropout = self.lora_dropout[name]  # type: ignore[attr-defined]
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        dropout = self.lora_dropout[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return lora_linear(x, base, a, b, self.scaling[name], p)  # type: ignore[attr-defined]
+        return lora_linear(x, base, a, b, self.scaling[name], p)
 
 
 class _RmsNorm(_Fast):
     """An RMS norm with a frozen weight, of llama's or gemma's kind."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight: Tensor = self.weight  # type: ignore[attr-defined]
+        weight: Tensor = self.weight
         if weight.requires_grad or x.dtype != weight.dtype or not available(x):
-            return super().forward(x)  # type: ignore[misc]
-        return elementwise.rms_norm(x, weight, _epsilon(self), one_plus=_is_one_plus(type(self)))
+            return super().forward(x)
+        return elementwise.rms_norm(x, weight, _epsilon(self), one_plus=bool(_is_one_plus(type(self))))
 
 
 class _GatedMlp(_Fast):
@@ -82,27 +90,32 @@ class _GatedMlp(_Fast):
 
     def forward(self, x: Tensor) -> Tensor:
         if not available(x):
-            return super().forward(x)  # type: ignore[misc]
-        g, u = self.gate_proj(x), self.up_proj(x)  # type: ignore[attr-defined]
-        return self.down_proj(elementwise.gated(g, u, _activation(self)))  # type: ignore[attr-defined,no-any-return]
+            return super().forward(x)
+        g, u = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(elementwise.gated(g, u, _activation(self)))
 
 
 class _Attention(_Fast):
-    """Llama's attention block on a pack: projections, norms of q and k if there are any, rotary and attention in one."""
+    """Llama's attention block on a pack: projections, norms of q and k if any, rotary and attention in one."""
 
     def forward(
-        self, hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Any = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         lengths = None if args else _pack_lengths(self, hidden_states, position_embeddings, kwargs)
         if lengths is None:
-            return super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)  # type: ignore[misc]
-        tokens, d = hidden_states.shape[1], self.head_dim  # type: ignore[attr-defined]
-        q, k, v = (p(hidden_states).view(tokens, -1, d) for p in (self.q_proj, self.k_proj, self.v_proj))  # type: ignore[attr-defined]
+            return super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)
+        tokens, d = hidden_states.shape[1], self.head_dim
+        q, k, v = (p(hidden_states).view(tokens, -1, d) for p in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)  # type: ignore[attr-defined]
+            q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = (x[0] for x in position_embeddings)  # (T, R)
-        out = block_attention.attention(q, k, v, lengths, self.scaling, cos, sin)  # type: ignore[attr-defined]
-        return self.o_proj(out.view(1, tokens, -1)), None  # type: ignore[attr-defined]
+        out = block_attention.attention(q, k, v, lengths, self.scaling, cos, sin)
+        return self.o_proj(out.view(1, tokens, -1)), None
 
 
 # Attention classes whose forward is: project, (norm q and k,) rotate both halves, attend, project.
@@ -177,8 +190,8 @@ def _become(module: nn.Module, mixin: type) -> None:
         module.__class__ = _subclass(mixin, type(module))
 
 
-@cache
-def _subclass(mixin: type, cls: type) -> type:
+@_cached
+def _subclass(mixin: Any, cls: Any) -> Any:
     """`cls` with the mixin's forward. Named alike, since PEFT and transformers look for words in class names."""
     return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
@@ -188,7 +201,7 @@ def _is_linear(layer: Any) -> bool:
 
 
 def _computes(layer: Any, x: Tensor) -> bool:
-    """Whether `layer` multiplies in x's own dtype, so that no cast is left out; decoding single tokens stays upstream."""
+    """Whether `layer` multiplies in x's own dtype, so that no cast is left out; single tokens stay upstream."""
     if not isinstance(x, Tensor) or (not torch.is_grad_enabled() and x.numel() < 8 * x.shape[-1]):
         return False
     if quant.is_4bit(layer):
@@ -197,7 +210,8 @@ def _computes(layer: Any, x: Tensor) -> bool:
 
 
 def _epsilon(norm: Any) -> float:
-    return float(getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", 0.0))
+    found: Any = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", 0.0)
+    return float(found)
 
 
 def _is_rms_norm(module: Any) -> bool:
@@ -208,8 +222,8 @@ def _is_rms_norm(module: Any) -> bool:
     return module.weight.dim() == 1 and not module.weight.requires_grad and _is_one_plus(type(module)) is not None
 
 
-@cache
-def _is_one_plus(cls: type) -> bool | None:
+@_cached
+def _is_one_plus(cls: Any) -> bool | None:
     """Which formula a norm class computes, seen on random numbers: (1 + w), w, or neither (None)."""
     if issubclass(cls, _Fast):
         return _is_one_plus(cls.__bases__[1])
@@ -228,7 +242,7 @@ def _is_one_plus(cls: type) -> bool | None:
 
 
 def _activation(mlp: Any) -> int:
-    name = getattr(mlp.config, "hidden_act", None) or getattr(mlp.config, "hidden_activation", None)
+    name: Any = getattr(mlp.config, "hidden_act", None) or getattr(mlp.config, "hidden_activation", None)
     return elementwise.ACTIVATIONS[name]
 
 

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from halfbyte import quant
 from halfbyte.layers.kernels import available
 
-# Where kernels are at hand the mask is a hash of (seed, position); elsewhere it is drawn once and kept, a byte a number.
+# Where kernels are at hand the mask is a hash of (seed, position); elsewhere it is drawn once and kept, a byte
+# a number.
 _SEEDS = 2**31 - 1
 
 

@@ -2,9 +2,9 @@
 
 Why: a vocabulary of 50,000 to 250,000 makes whole logits the largest tensor of a step, and on completion-only data most
 rows of it carry no label.
-What: the body's hidden states at labelled positions meet the head in chunks; each chunk's gradient takes the place of its
-logits and is multiplied back at once. Scaled and softcapped logits (granite, cohere, gemma) are told by the config and
-checked against the model's own logits; a model that does anything else gets its logits from its own forward, for
+What: the body's hidden states at labelled positions meet the head in chunks; each chunk's gradient takes the place of
+its logits and is multiplied back at once. Scaled and softcapped logits (granite, cohere, gemma) are told by the config
+and checked against the model's own logits; a model that does anything else gets its logits from its own forward, for
 labelled positions only (`logits_to_keep`, a documented argument).
 Source: the order of work is that of Liger-Kernel's fused linear cross-entropy (arXiv:2410.10989, section 3.2).
 Cost: 2 x K D V x 2 FLOP, `CHUNK_BYTES` of logits, (K, D) kept.
@@ -64,7 +64,7 @@ def pass_loss(
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """A frozen output head: logits = cap(scale * (h W^T + b)), cap(z) = softcap * tanh(z / softcap) where there is one."""
+    """A frozen output head: logits = cap(scale * (h W^T + b)), with cap(z) = softcap * tanh(z / softcap) if any."""
 
     weight: torch.Tensor  # (V, D)
     bias: torch.Tensor | None  # (V,)
@@ -99,7 +99,7 @@ _SEEN: WeakKeyDictionary[Any, tuple[Any, bool]] = WeakKeyDictionary()
 
 
 def _scaling(config: Any) -> tuple[float, float | None]:
-    """What stands between head and logits in the configs that have it: granite divides, cohere multiplies, gemma caps."""
+    """What stands between head and logits, by the config: granite divides, cohere multiplies, gemma caps."""
     scale = 1.0
     if getattr(config, "logits_scaling", None):
         scale = 1.0 / float(config.logits_scaling)

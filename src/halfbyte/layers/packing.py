@@ -141,7 +141,8 @@ def forward_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
 def packed_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """What tells a forward in the `cu_seq_lens` layout where its examples begin.
 
-    The lengths stay on the CPU: the attention of each layer reads them in Python, and must not wait for a card each time.
+    The lengths stay on the CPU: the attention of each layer reads them in Python, and must not wait for a card each
+    time.
     """
     starts = batch["cu_seq_lens_q"].cpu()
     longest = int(starts.diff().max())

@@ -1,8 +1,8 @@
 """The proof at start that the fused layers learn what PEFT's own forward learns, on the user's own model.
 
-What: the gradients of every adapter on two short examples, three times: by PEFT's and transformers' own code, fused, and
-fused again after an evaluation. The first two must agree as closely as the dtype allows, the last two to the bit, and no
-adapter may be without a gradient. Where that fails the fused layers are taken off again, and it is said.
+What: the gradients of every adapter on two short examples, three times: by PEFT's and transformers' own code, fused,
+and fused again after an evaluation. The first two must agree as closely as the dtype allows, the last two to the bit,
+and no adapter may be without a gradient. Where that fails the fused layers are taken off again, and it is said.
 Why: a wrong gradient under a healthy loss curve is the worst bug of this trade; this is the cheapest place to see it.
 Cost: three passes of 14 tokens forward and backward.
 """

@@ -42,6 +42,8 @@ class GgufHeader:
     metadata: dict[str, Any]
     """Scalars and strings. An array is kept as its length only."""
     tensors: tuple[GgufTensor, ...]
+    data_start: int = 0
+    """Where the header ends."""
 
     @property
     def numel(self) -> int:
@@ -95,7 +97,7 @@ class _Parser:
         entries = [self._tensor_entry() for _ in range(tensor_count)]
         self._check(metadata, entries)
         tensors = tuple(GgufTensor(name, shape, nbytes) for name, shape, nbytes, _ in entries)
-        return GgufHeader(metadata["general.architecture"], metadata, tensors)
+        return GgufHeader(metadata["general.architecture"], metadata, tensors, self.position)
 
     def _check(self, metadata: dict[str, Any], entries: list[tuple[str, tuple[int, ...], int, int]]) -> None:
         path = self.path

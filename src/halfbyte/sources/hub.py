@@ -8,7 +8,9 @@ Cost: two requests to find the commit and its files; a whole snapshot that is ca
 from __future__ import annotations
 
 import errno
+import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -101,11 +103,91 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
         path = snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=SUBFOLDERS)
     # Every failure of a download ends as one of ours; what is not recognised is raised again as it is.
     except Exception as error:
-        _explain(error, repo, revision or "main")
+        explain(error, repo, revision or "main")
     return Path(path)
 
 
-def _explain(error: Exception, repo: str, revision: str) -> NoReturn:
+def small_file(repo: str, file: str, revision: str | None) -> Path | None:
+    """One small file of a model (its config, an index) through the hub's cache; None where the model has it not."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, file, revision=revision))
+    except LocalEntryNotFoundError as error:
+        explain(error, repo, revision or "main")
+    except EntryNotFoundError:
+        return None
+    except Exception as error:  # of any kind, as in `_download`
+        explain(error, repo, revision or "main")
+
+
+def indexed_files(index: Path) -> list[str]:
+    """The files that an index of safetensors names."""
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise SourceError(f"{index} is not an index of safetensors files: {error!r}.") from error
+
+
+@dataclass
+class Remote:
+    """A file on the hub that is read in parts."""
+
+    url: str
+    name: str
+    size: int
+    read_bytes: int = 0
+
+    @classmethod
+    def open(cls, repo: str, file: str, revision: str) -> Remote | None:
+        """Ask for the size; None where the model has no such file."""
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.errors import EntryNotFoundError
+
+        url = hf_hub_url(repo, file, revision=revision)
+        try:
+            found = get_hf_file_metadata(url)
+        except EntryNotFoundError:
+            return None
+        except Exception as error:  # of any kind, as in `_download`
+            explain(error, repo, revision)
+        return cls(url, f"{repo}/{file}", found.size or 0)
+
+    def read(self, start: int, end: int) -> bytes:
+        """Bytes `start` to `end` of the file, or to its end.
+
+        Raises:
+            SourceError: the server ignores ranges (it would send the whole model), or breaks off.
+        """
+        from huggingface_hub.utils._headers import build_hf_headers
+        from huggingface_hub.utils._http import get_session, hf_raise_for_status
+
+        headers = {
+            **build_hf_headers(),
+            "Range": f"bytes={start}-{min(end, self.size) - 1}",
+            "Accept-Encoding": "identity",
+        }
+        repo = self.name.rpartition("/")[0]
+        try:
+            with get_session().stream("GET", self.url, headers=headers, follow_redirects=True) as response:
+                hf_raise_for_status(response)
+                if response.status_code != 206:
+                    raise SourceError(
+                        f"the server ignores ranges: it would send all {self.size / 1e9:.2f} GB of {self.name} for its "
+                        f"header (HTTP {response.status_code} instead of 206).",
+                        fix=f"download the model, and give its folder: hf download {repo}",
+                    )
+                data = b"".join(response.iter_bytes())
+        except SourceError:
+            raise
+        except Exception as error:  # of any kind, as in `_download`
+            explain(error, repo, "main")
+        self.read_bytes += len(data)
+        return data
+
+
+def explain(error: Exception, repo: str, revision: str) -> NoReturn:
     """Turn a failure of huggingface_hub into a SourceError."""
     from huggingface_hub import constants, errors
 

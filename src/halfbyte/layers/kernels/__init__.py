@@ -1,7 +1,7 @@
 """Passes over memory that torch makes in many: one read and one write each, on torch's own threads.
 
-`available(x)` says whether a kernel may be used for a tensor; every caller has a path in plain torch beside it, which is
-the reference in the tests. numba compiles a kernel when it is first used and keeps it in its cache.
+`available(x)` says whether a kernel may be used for a tensor; every caller has a path in plain torch beside it, which
+is the reference in the tests. numba compiles a kernel when it is first used and keeps it in its cache.
 """
 
 from __future__ import annotations
@@ -29,3 +29,12 @@ def enabled() -> bool:
 def available(*tensors: torch.Tensor) -> bool:
     """Whether kernels take these tensors: on the CPU, bf16 or fp32, numba at hand."""
     return all(t.device.type == "cpu" and t.dtype in DTYPES for t in tensors) and enabled()
+
+
+def whole_attention(x: torch.Tensor) -> bool:
+    """Whether attention of x's dtype runs as one kernel here: bf16 on a processor with AVX512-BF16."""
+    if x.dtype != torch.bfloat16 or not available(x):
+        return False
+    from halfbyte.layers.kernels import tiles
+
+    return tiles.available()

@@ -15,7 +15,7 @@ from halfbyte.layers.kernels.scalar import FASTMATH, exp_f32, pointer, take
 
 
 def _make(load: Any, store: Any, element: Any) -> Any:
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")  # type: ignore[misc]
+    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
     def largest(a):  # type: ignore[no-untyped-def]
         top = np.float32(-3.0e38)
         for j in range(a.shape[0]):
@@ -23,26 +23,26 @@ def _make(load: Any, store: Any, element: Any) -> Any:
             top = v if v > top else top
         return top
 
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")  # type: ignore[misc]
+    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
     def exp_sum(a, top):  # type: ignore[no-untyped-def]
         total = np.float32(0.0)
         for j in range(a.shape[0]):
             total += exp_f32(load(a[j]) - top)
         return total
 
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")  # type: ignore[misc]
+    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
     def plain_sum(a):  # type: ignore[no-untyped-def]
         total = np.float32(0.0)
         for j in range(a.shape[0]):
             total += load(a[j])
         return total
 
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")  # type: ignore[misc]
+    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
     def gradient(a, lse, low):  # type: ignore[no-untyped-def]
         for j in range(a.shape[0]):
             a[j] = store(exp_f32(load(a[j]) - lse) - low)
 
-    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")  # type: ignore[misc]
+    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
         n, width, block = s[4], s[5], s[8]

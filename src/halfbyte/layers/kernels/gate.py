@@ -27,7 +27,7 @@ SILU = 0  # else gelu by tanh
 _K, _C = np.float32(0.7978845608028654), np.float32(0.044715)  # sqrt(2/pi)
 
 
-@njit(inline="always", error_model="numpy")  # type: ignore[misc]
+@njit(inline="always", error_model="numpy")
 def _sigmoid(v):  # type: ignore[no-untyped-def]
     return np.float32(1.0) / (np.float32(1.0) + exp_f32(-v))
 
@@ -35,7 +35,7 @@ def _sigmoid(v):  # type: ignore[no-untyped-def]
 def _forward(load: Any, store: Any, element: Any) -> Any:
     size = np.dtype(element).itemsize
 
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")  # type: ignore[misc]
+    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
     def part(g, u, h, kind):  # type: ignore[no-untyped-def]
         if kind == SILU:
             for j in range(g.shape[0]):
@@ -47,11 +47,11 @@ def _forward(load: Any, store: Any, element: Any) -> Any:
                 s = _sigmoid(np.float32(2.0) * _K * (v + _C * v * v * v))  # (1 + tanh(z)) / 2 = sigmoid(2 z)
                 h[j] = store(v * s * load(u[j]))
 
-    @njit(inline="always", error_model="numpy")  # type: ignore[misc]
+    @njit(inline="always", error_model="numpy")
     def at(address, shape):  # type: ignore[no-untyped-def]
         return carray(pointer(address), shape, element)
 
-    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")  # type: ignore[misc]
+    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
         n, block = s[4], s[6]
@@ -70,7 +70,7 @@ def _forward(load: Any, store: Any, element: Any) -> Any:
 def _backward(load: Any, store: Any, element: Any) -> Any:
     size = np.dtype(element).itemsize
 
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")  # type: ignore[misc]
+    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
     def part(dh, g, u, dg, du, kind):  # type: ignore[no-untyped-def]
         one = np.float32(1.0)
         if kind == SILU:
@@ -89,11 +89,11 @@ def _backward(load: Any, store: Any, element: Any) -> Any:
                 du[j] = store(d * v * s)
                 dg[j] = store(d * w * s * (one + v * (one - s) * slope))
 
-    @njit(inline="always", error_model="numpy")  # type: ignore[misc]
+    @njit(inline="always", error_model="numpy")
     def at(address, shape):  # type: ignore[no-untyped-def]
         return carray(pointer(address), shape, element)
 
-    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")  # type: ignore[misc]
+    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
         n, block = s[6], s[8]
@@ -122,7 +122,7 @@ def _masked(*, add: bool) -> Any:
 
         if is_pair:
 
-            @njit(cache=True, error_model="numpy")  # type: ignore[misc]
+            @njit(cache=True, error_model="numpy")
             def part(x, out, low, seed, start):  # type: ignore[no-untyped-def]
                 for j in range(x.shape[0]):
                     kept = drop_pair(x[j], hash_u32(counter_bits(start, j, seed)), low)
@@ -130,7 +130,7 @@ def _masked(*, add: bool) -> Any:
 
         else:
 
-            @njit(cache=True, error_model="numpy")  # type: ignore[misc]
+            @njit(cache=True, error_model="numpy")
             def part(x, out, low, seed, start):  # type: ignore[no-untyped-def]
                 for j in range(x.shape[0]):
                     bits = hash_u32(counter_bits(start, j >> 1, seed))
@@ -139,7 +139,7 @@ def _masked(*, add: bool) -> Any:
 
         word = np.uint32 if is_pair else np.float32
 
-        @cfunc(types.void(types.voidptr), cache=True)  # type: ignore[misc]
+        @cfunc(types.void(types.voidptr), cache=True)
         def kernel(p):  # type: ignore[no-untyped-def]
             s = carray(p, (32,), np.int64)
             n, block = s[3], s[6]  # pairs
@@ -176,7 +176,7 @@ def threshold(p: float) -> int:
 
 
 def dropped(x: Any, out: Any, p: float, seed: int) -> None:
-    """out = x where the mask of `seed` keeps it, else 0; not scaled by 1 / (1 - p). x has an even number of elements."""
+    """out = x where the mask of `seed` keeps it, else 0; not scaled by 1 / (1 - p). x has an even size."""
     run(_dropped_kernel(x.dtype), [x, out, x.numel() // 2, threshold(p), seed & 0xFFFFFFFF, BLOCK_ELEMENTS // 2])
 
 

@@ -17,7 +17,7 @@ from halfbyte.layers.kernels.scalar import FASTMATH, pointer, take
 
 
 def _forward(load: Any, store: Any, element: Any) -> Any:
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")  # type: ignore[misc]
+    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
     def rows(x, w, y, rstd, eps, one_plus, first, last):  # type: ignore[no-untyped-def]
         width = x.shape[1]
         inverse = np.float32(1.0) / np.float32(width)
@@ -36,7 +36,7 @@ def _forward(load: Any, store: Any, element: Any) -> Any:
                 for j in range(width):
                     b[j] = store(load(w[j]) * load(store(load(a[j]) * r)))
 
-    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")  # type: ignore[misc]
+    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
         n, d, block = s[5], s[6], s[9]
@@ -53,7 +53,7 @@ def _forward(load: Any, store: Any, element: Any) -> Any:
 
 
 def _backward(load: Any, store: Any, element: Any) -> Any:
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")  # type: ignore[misc]
+    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
     def rows(dy, x, w, rstd, dx, one_plus, first, last):  # type: ignore[no-untyped-def]
         width = x.shape[1]
         inverse = np.float32(1.0) / np.float32(width)
@@ -67,7 +67,7 @@ def _backward(load: Any, store: Any, element: Any) -> Any:
             for j in range(width):
                 out[j] = store(r * (load(g[j]) * (plus + load(w[j])) - load(a[j]) * c))
 
-    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")  # type: ignore[misc]
+    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
         n, d, block = s[6], s[7], s[9]

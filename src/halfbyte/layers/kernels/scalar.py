@@ -24,7 +24,7 @@ def _i32(value: int) -> Any:
     return ir.Constant(_I32, value)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def load_bf16(typing_context, x):  # type: ignore[no-untyped-def]
     """uint16 -> float32."""
 
@@ -34,7 +34,7 @@ def load_bf16(typing_context, x):  # type: ignore[no-untyped-def]
     return types.float32(types.uint16), build
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def store_bf16(typing_context, x):  # type: ignore[no-untyped-def]
     """float32 -> uint16, to nearest even. NaN stays NaN for the quiet NaNs that arithmetic makes."""
 
@@ -48,17 +48,17 @@ def store_bf16(typing_context, x):  # type: ignore[no-untyped-def]
     return types.uint16(types.float32), build
 
 
-@njit(inline="always")  # type: ignore[misc]
+@njit(inline="always")
 def load_f32(x):  # type: ignore[no-untyped-def]
     return x
 
 
-@njit(inline="always")  # type: ignore[misc]
+@njit(inline="always")
 def store_f32(x):  # type: ignore[no-untyped-def]
     return x
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _two_to(typing_context, n):  # type: ignore[no-untyped-def]
     """2 to the power of a whole float32 in [-126, 127]."""
 
@@ -69,7 +69,7 @@ def _two_to(typing_context, n):  # type: ignore[no-untyped-def]
     return types.float32(types.float32), build
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _floor(typing_context, x):  # type: ignore[no-untyped-def]
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return builder.call(builder.module.declare_intrinsic("llvm.floor", [_F32]), args)
@@ -77,7 +77,7 @@ def _floor(typing_context, x):  # type: ignore[no-untyped-def]
     return types.float32(types.float32), build
 
 
-@njit(inline="always", fastmath={"contract"})  # type: ignore[misc]
+@njit(inline="always", fastmath={"contract"})
 def exp_f32(x):  # type: ignore[no-untyped-def]
     """exp in fp32, clamped to [-87, 88]: 1.6e-38 below, 1.7e38 above; NaN stays NaN."""
     f = np.float32
@@ -95,7 +95,7 @@ def exp_f32(x):  # type: ignore[no-untyped-def]
     return (p * r * r + r + f(1.0)) * _two_to(n)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def take(typing_context, counter):  # type: ignore[no-untyped-def]
     """counter[0]++, atomically; returns the value before."""
 
@@ -106,7 +106,7 @@ def take(typing_context, counter):  # type: ignore[no-untyped-def]
     return types.int64(counter), build
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def pointer(typing_context, address):  # type: ignore[no-untyped-def]
     """int64 -> void*."""
 
@@ -116,7 +116,7 @@ def pointer(typing_context, address):  # type: ignore[no-untyped-def]
     return types.voidptr(types.int64), build
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def hash_u32(typing_context, x):  # type: ignore[no-untyped-def]
     """A 32-bit mixing function (two multiplications), for random bits from a counter.
 
@@ -143,7 +143,7 @@ def _keep(builder: Any, bits: Any, low: Any) -> Any:
     )
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def drop_pair(typing_context, pair, bits, low):  # type: ignore[no-untyped-def]
     """Two bf16 in 32 bits, each 0 where its 16 random bits are below `low`."""
 
@@ -153,7 +153,7 @@ def drop_pair(typing_context, pair, bits, low):  # type: ignore[no-untyped-def]
     return types.uint32(types.uint32, types.uint32, types.uint32), build
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def add_pair(typing_context, a, b):  # type: ignore[no-untyped-def]
     """The sums of two pairs of bf16, to nearest even."""
 
@@ -174,7 +174,7 @@ def add_pair(typing_context, a, b):  # type: ignore[no-untyped-def]
     return types.uint32(types.uint32, types.uint32), build
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def below(typing_context, bits, low, high_half):  # type: ignore[no-untyped-def]
     """Whether one half of 32 random bits (the upper one if `high_half`) is below `low`."""
 
@@ -185,7 +185,7 @@ def below(typing_context, bits, low, high_half):  # type: ignore[no-untyped-def]
     return types.boolean(types.uint32, types.uint32, types.boolean), build
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def counter_bits(typing_context, start, j, seed):  # type: ignore[no-untyped-def]
     """The hash input of pair `start + j` under `seed`, in 32 bits."""
 

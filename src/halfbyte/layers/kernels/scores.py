@@ -18,7 +18,7 @@ from halfbyte.layers.kernels.scalar import FASTMATH, exp_f32, pointer, take
 
 
 def _to_blocks(load: Any, store: Any, element: Any) -> Any:
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")  # type: ignore[misc]
+    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
     def rows(x, stride, cos, sin, start, length, out, heads, d, r, first, last):  # type: ignore[no-untyped-def]
         half = r // 2
         for t in range(first, last):
@@ -35,7 +35,7 @@ def _to_blocks(load: Any, store: Any, element: Any) -> Any:
                 for j in range(r, d):
                     b[j] = a[j]
 
-    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")  # type: ignore[misc]
+    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
         n, heads, d, r, stride, block = s[7], s[8], s[9], s[10], s[11], s[12]
@@ -54,7 +54,7 @@ def _to_blocks(load: Any, store: Any, element: Any) -> Any:
 
 
 def _from_blocks(load: Any, store: Any, element: Any) -> Any:
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")  # type: ignore[misc]
+    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
     def rows(x, cos, sin, start, length, out, heads, d, r, first, last):  # type: ignore[no-untyped-def]
         half = r // 2
         for t in range(first, last):
@@ -71,7 +71,7 @@ def _from_blocks(load: Any, store: Any, element: Any) -> Any:
                 for j in range(r, d):
                     b[j] = a[j]
 
-    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")  # type: ignore[misc]
+    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
         n, heads, d, r, block = s[7], s[8], s[9], s[10], s[11]
@@ -90,7 +90,7 @@ def _from_blocks(load: Any, store: Any, element: Any) -> Any:
 
 
 def _softmax_backward(load: Any, store: Any, element: Any) -> Any:
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")  # type: ignore[misc]
+    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
     def rows(scores, dp, p, ds, lse, delta, scale, offset, tall, first, last):  # type: ignore[no-untyped-def]
         width = scores.shape[1]
         for i in range(first, last):
@@ -105,7 +105,7 @@ def _softmax_backward(load: Any, store: Any, element: Any) -> Any:
                 q[j] = element(0)
                 d[j] = element(0)
 
-    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")  # type: ignore[misc]
+    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
         n, width, block = s[7], s[8], s[12]
@@ -124,7 +124,7 @@ def _softmax_backward(load: Any, store: Any, element: Any) -> Any:
 
 
 def _row_dots(load: Any, store: Any, element: Any) -> Any:
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")  # type: ignore[misc]
+    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
     def rows(a, b, start, length, out, heads, d, first, last):  # type: ignore[no-untyped-def]
         for t in range(first, last):
             for h in range(heads):
@@ -135,7 +135,7 @@ def _row_dots(load: Any, store: Any, element: Any) -> Any:
                     total += load(u[j]) * load(v[j])
                 out[start[t] * heads + h * length[t] + t - start[t]] = total
 
-    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")  # type: ignore[misc]
+    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
         n, heads, d, block = s[6], s[7], s[8], s[9]

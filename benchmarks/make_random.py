@@ -1,0 +1,166 @@
+"""Random models of real architectures for the benchmarks, with a tokenizer of one-token words; no download.
+
+    python benchmarks/make_random.py llama FOLDER              # one of ten architectures, small
+    python benchmarks/make_random.py llama-2-7b-nf4 FOLDER     # Llama-2-7B in NF4, as bitsandbytes writes it: 3.9 GB
+
+Speed and memory of a step do not depend on the values of the weights, so random ones measure them as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+WIDTH, LAYERS, HEADS, VOCABULARY, POSITIONS = 512, 4, 8, 8192, 1024
+WORDS = 200
+
+_LLAMA = {
+    "hidden_size": WIDTH, "intermediate_size": 1536, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS // 2, "max_position_embeddings": POSITIONS,
+}  # fmt: skip
+_GEMMA = {
+    **_LLAMA, "head_dim": WIDTH // HEADS, "query_pre_attn_scalar": WIDTH // HEADS, "sliding_window": 512,
+    "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
+}  # fmt: skip
+_GPT2 = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": POSITIONS}
+_OPT = {**_LLAMA, "ffn_dim": 2048, "word_embed_proj_dim": WIDTH}
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", _LLAMA),
+    "qwen3": ("Qwen3Config", {**_LLAMA, "head_dim": WIDTH // HEADS}),
+    "gemma3": ("Gemma3TextConfig", _GEMMA),
+    "phi3": ("Phi3Config", {**_LLAMA, "original_max_position_embeddings": POSITIONS}),
+    "gpt2": ("GPT2Config", _GPT2),
+    "bloom": ("BloomConfig", {"hidden_size": WIDTH, "n_layer": LAYERS, "n_head": HEADS}),
+    "gpt_neox": ("GPTNeoXConfig", {**_LLAMA, "intermediate_size": 2048}),
+    "falcon": ("FalconConfig", {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}),
+    "opt": ("OPTConfig", _OPT),
+    "mpt": ("MptConfig", {"d_model": WIDTH, "n_heads": HEADS, "n_layers": LAYERS, "max_seq_len": POSITIONS}),
+    "llama-128k": ("LlamaConfig", {**_LLAMA, "num_hidden_layers": 2, "vocab_size": 128_256}),
+}
+ARCHITECTURES = tuple(name for name in _CONFIGS if name != "llama-128k")
+# What a user would name for "q and v": the fused matrix where the architecture has one.
+QV: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_CONFIGS, ("q_proj", "v_proj")),
+    "phi3": ("qkv_proj",), "gpt2": ("c_attn",), "mpt": ("Wqkv",),
+    **dict.fromkeys(("bloom", "gpt_neox", "falcon"), ("query_key_value",)),
+}  # fmt: skip
+LLAMA_2_7B = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 32, "max_position_embeddings": 4096, "vocab_size": 32000,
+}  # fmt: skip
+
+
+def tokenizer() -> Any:
+    """Words w0 to w199, a token each, split at spaces."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(WORDS))]
+    made = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def small(folder: Path, name: str) -> Path:
+    """A checkpoint of `name` in bf16, weights and tokenizer."""
+    import torch
+    import transformers
+
+    cls, values = _CONFIGS[name]
+    config = getattr(transformers, cls)(
+        **{"vocab_size": VOCABULARY, **values, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def rows(folder: Path, n: int, seed: int = 0) -> str:
+    """Questions and answers of 60 to 400 words, as long as GSM8K's are; returns the file."""
+    draw = random.Random(seed)
+
+    def words(low: int, high: int) -> str:
+        return " ".join(f"w{draw.randrange(WORDS)}" for _ in range(draw.randint(low, high)))
+
+    lines = [json.dumps({"prompt": words(30, 150), "completion": words(30, 250)}) + "\n" for _ in range(n)]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def quantised_llama(folder: Path, values: dict[str, int]) -> Path:
+    """A pre-quantised checkpoint (NF4, double quantisation, bf16) of a Llama shape, one file a decoder layer.
+
+    The layers hold the same numbers: a layer is drawn and quantised once and written under every layer's name.
+    """
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+    from safetensors.torch import save_file
+    from transformers import BitsAndBytesConfig, LlamaConfig
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = LlamaConfig(**values, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Any:
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+
+    hidden, inner = config.hidden_size, config.intermediate_size
+    keys = config.num_key_value_heads * (hidden // config.num_attention_heads)
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }  # fmt: skip
+    layer: dict[str, Any] = {f"{n}.weight": torch.ones(hidden, dtype=torch.bfloat16)
+                             for n in ("input_layernorm", "post_attention_layernorm")}  # fmt: skip
+    for name, shape in shapes.items():
+        packed, state = quantize_4bit(draw(*shape), quant_type="nf4", compress_statistics=True)
+        layer[f"{name}.weight"] = packed
+        layer |= {f"{name}.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    index: dict[str, str] = {}
+
+    def write(file: str, tensors: dict[str, Any]) -> None:
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(tensors, file))
+
+    for number in range(config.num_hidden_layers):
+        write(f"layer-{number:03}.safetensors", {f"model.layers.{number}.{k}": v for k, v in layer.items()})
+    write("ends.safetensors", {
+        "model.embed_tokens.weight": draw(config.vocab_size, hidden),
+        "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
+        "lm_head.weight": draw(config.vocab_size, hidden),
+    })  # fmt: skip
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = torch.bfloat16
+    config.quantization_config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=[*_CONFIGS, "llama-2-7b-nf4"])
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    if args.name == "llama-2-7b-nf4":
+        quantised_llama(args.folder, LLAMA_2_7B)
+    else:
+        small(args.folder, args.name)
+    print(args.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""A tile of a bf16 matrix product in registers, for products whose operands already lie in cache.
+
+Why: attention's products are small (a head, a few hundred tokens), and a call of the matmul library for each of them
+costs more than its arithmetic; written as one kernel, the scores between two products never leave the cache.
+What: C (12, 32) in fp32 = or += A (12, K) B (K, 32) for bf16 operands by AVX512-BF16's dot products of pairs. B lies in
+pairs: 32 bits hold rows 2k and 2k + 1 of a column. A's pairs may lie at any distance, so a transposed A costs nothing.
+Source: VDPBF16PS, Intel SDM volume 2; blocking after Goto and van de Geijn, "Anatomy of high-performance matrix
+multiplication" (ACM TOMS 2008): 24 of 32 registers accumulate, 2 hold B, A is broadcast from memory.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils, config
+from numba.extending import intrinsic
+
+ROWS, COLUMNS = 12, 32
+_LANES = 16
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+_FLOATS = ir.VectorType(ir.FloatType(), _LANES)
+_PAIRS = ir.VectorType(_BFloat(), 2 * _LANES)
+_WORDS = ir.VectorType(_I32, _LANES)
+
+
+@cache
+def available() -> bool:
+    """Whether the processor that numba compiles for multiplies pairs of bf16."""
+    asked = config.CPU_FEATURES
+    if asked is not None:
+        return "+avx512bf16" in asked.split(",")
+    return bool(binding.get_host_cpu_features().get("avx512bf16", False))
+
+
+@intrinsic
+def tile(typing_context, c, c_row, a, a_row, a_step, b, b_step, steps, add):  # type: ignore[no-untyped-def]
+    """C = A B, or C += A B where `add` is not 0, for one tile.
+
+    Args (all int64): c, a, b: addresses. c_row: floats from a row of C to the next. a_row, a_step: pairs from a row of
+        A to the next and from a pair of a row to its next. b_step: pairs from a row of pairs of B to the next. steps:
+        pairs.
+    """
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        c, c_row, a, a_row, a_step, b, b_step, steps, add = args
+        multiply = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(_FLOATS, [_FLOATS, _PAIRS, _PAIRS]), "llvm.x86.avx512bf16.dpbf16ps.512"
+        )
+        half = range(COLUMNS // _LANES)
+
+        def times(x: Any, y: Any) -> Any:
+            return builder.mul(x, y)
+
+        def c_at(row: int, column: int) -> Any:
+            offset = builder.add(times(c_row, _I64(row)), _I64(column * _LANES))
+            return builder.inttoptr(builder.add(c, times(offset, _I64(4))), _FLOATS.as_pointer())
+
+        sums = [[cgutils.alloca_once(builder, _FLOATS) for _ in half] for _ in range(ROWS)]
+        with builder.if_else(builder.icmp_signed("!=", add, _I64(0))) as (then, otherwise):
+            with then:
+                for row in range(ROWS):
+                    for column in half:
+                        builder.store(builder.load(c_at(row, column), align=4), sums[row][column])
+            with otherwise:
+                for row in range(ROWS):
+                    for column in half:
+                        builder.store(ir.Constant(_FLOATS, None), sums[row][column])
+        with cgutils.for_range(builder, steps, intp=_I64) as loop:
+            b_now = builder.add(b, times(times(loop.index, b_step), _I64(4)))
+            found = [
+                builder.bitcast(
+                    builder.load(
+                        builder.inttoptr(builder.add(b_now, _I64(column * _LANES * 4)), _WORDS.as_pointer()), align=4
+                    ),
+                    _PAIRS,
+                )
+                for column in half
+            ]
+            a_now = builder.add(a, times(times(loop.index, a_step), _I64(4)))
+            for row in range(ROWS):
+                at = builder.add(a_now, times(times(a_row, _I64(row)), _I64(4)))
+                pair = builder.load(builder.inttoptr(at, _I32.as_pointer()), align=4)
+                one = builder.insert_element(ir.Constant(_WORDS, ir.Undefined), pair, _I32(0))
+                every = builder.shuffle_vector(one, ir.Constant(_WORDS, ir.Undefined), ir.Constant(_WORDS, None))
+                spread = builder.bitcast(every, _PAIRS)
+                for column in half:
+                    before = builder.load(sums[row][column])
+                    builder.store(builder.call(multiply, [before, spread, found[column]]), sums[row][column])
+        for row in range(ROWS):
+            for column in half:
+                builder.store(builder.load(sums[row][column]), c_at(row, column), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 9), build
