@@ -37,15 +37,14 @@ def line(progress: Progress) -> str:
 
 
 class PlainBuild:
-    """A line now and then, and one at the end."""
+    """A line now and then; none for a build that is over before the first is due."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
-        self.write, self.last, self.ended = write, time.monotonic(), False
+        self.write, self.lines = write, 0
 
     def __call__(self, progress: Progress) -> None:
-        now, end = time.monotonic(), progress.done_bytes >= progress.total_bytes
-        if (now - self.last >= LINE_SECONDS or end) and not self.ended:
-            self.last, self.ended = now, end
+        if progress.seconds >= LINE_SECONDS * (self.lines + 1):
+            self.lines = int(progress.seconds / LINE_SECONDS)
             self.write(line(progress))
 
     def end(self) -> None: ...
