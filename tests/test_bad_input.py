@@ -334,9 +334,9 @@ CASES = [
     Case(
         "wrong fields",
         train(DATA),
-        "error: bad.jsonl:1: cannot tell the format. Needed: the key 'messages', or both 'prompt' and 'completion'; "
-        "got 'prompt', 'complettion'.\n  fix: name the columns, as in --set data.fields.prompt=question "
-        "--set data.fields.completion=answer",
+        "error: bad.jsonl:1: cannot tell the format. Needed: the key 'messages' or 'conversations', or both 'prompt' "
+        "and 'completion', or 'instruction' and 'output', or 'text'; got 'prompt', 'complettion'.\n"
+        "  fix: name the columns, as in --set data.fields.prompt=question --set data.fields.completion=answer",
         write("bad.jsonl", row(prompt="a", complettion="b")),
     ),
     Case(

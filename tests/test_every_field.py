@@ -158,6 +158,7 @@ SGD: Change = {"train__optim": "sgd"}
 SAVE: Change = {"train__save_strategy": "steps", "train__save_steps": 1, "train__save_total_limit": 9}
 BOARD: Change = {"train__report_to": ["tensorboard"], "train__logging_steps": 3}
 PAIRS: Change = {"data__train": "BOTH", "data__format": "prompt_completion"}
+SHARED: Change = {"data__train": "BOTH", "data__format": "sharegpt"}
 AUTO: Change = {"quant__compute_dtype": "auto"}
 
 
@@ -323,6 +324,10 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case({"quant__compute_dtype": "bf16"}, computing),
     ),
     "quant.block_size": (Case({"quant__block_size": 128}, refused="quant.block_size must be 64"),),
+    "quant.placement": (
+        Case({"quant__placement": "streamed"}, line("placement"), {"quant__type": "none"}),
+        Case({"quant__placement": "streamed"}, refused="quant.placement streamed needs a base whose weights"),
+    ),
     "quant.skip_modules": (Case({"quant__skip_modules": ["q_proj"]}, first_loss),),
     "quant.fp32_modules": (
         Case({"quant__fp32_modules": ["model.norm", "lm_head"]}, first_loss, {"quant__compute_dtype": "bf16"}),
@@ -336,6 +341,25 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case({"data__fields__messages": "other_messages"}, column("tokens"),
              {"data__train": "BOTH", "data__format": "messages"}),
     ),
+    "data.fields.role": (
+        Case({"data__fields__role": "who"}, given=SHARED, refused=r"conversations\[0\]\.who: missing"),
+    ),
+    "data.fields.content": (
+        Case({"data__fields__content": "said"}, given=SHARED, refused="'value' is not supported"),
+    ),
+    **{
+        f"data.fields.{name}": (Case({f"data__fields__{name}": other}, column("tokens"), given),)
+        for name, other, given in (
+            ("conversations", "other_shared", SHARED),
+            ("instruction", "other", {"data__train": "BOTH", "data__format": "alpaca"}),
+            ("input", "other", {"data__train": "BOTH", "data__format": "alpaca"}),
+            ("output", "other", {"data__train": "BOTH", "data__format": "alpaca"}),
+            ("system", "other", {"data__train": "BOTH", "data__format": "alpaca"}),
+            ("tools", "other_tools", {"data__train": "BOTH", "data__format": "messages",
+                                      "data__chat_template": "{{ tools }}" + tiny_run.CHATML}),
+            ("text", "other", {"data__train": "BOTH", "data__format": "text"}),
+        )
+    },
     "data.max_length": (Case({"data__max_length": 19}, column("tokens"), {"data__overlong": "skip"}),),
     "data.mask": (Case({"data__mask": "all"}, column("labelled_tokens")),),
     "data.overlong": (
@@ -404,6 +428,9 @@ class Lab:
             return [{"role": "user", "content": text}, {"role": "assistant", "content": text * 2}]
 
         row = {"prompt": "red " * (1 + i % 3), "completion": "cup", "other": "a longer text in its place"}
+        row |= {"instruction": "red", "input": "cup", "output": "box", "text": "tree"}
+        shared = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+        row |= {"conversations": shared, "other_shared": shared * 3, "tools": [{"a": 1}], "other_tools": [{"bb": 22}]}
         return {**row, "messages": said("tree road"), "other_messages": said("small box of cups")}
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,34 @@ def test_plain_subclasses_of_linear_are_quantised_too(kind: str, tmp_path: Path)
         after = model(input_ids=ids).logits
     assert 0 < (after - before).norm() / before.norm() < 0.6
     assert codec.quantise_plain_linears(model, Quant(type="none"), torch.bfloat16) == []
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("shape", [(64, 64), (5, 2), (123, 126), (7, 33), (256, 192)])
+def test_reused_memory_holds_what_bitsandbytes_dequantises(kind: str, dtype: Any, double: bool, shape: Any) -> None:
+    generator = torch.Generator().manual_seed(sum(shape))
+    layers = []
+    for _ in range(2):
+        made = bnb.nn.Linear4bit(shape[1], shape[0], bias=False, compress_statistics=double, quant_type=kind)
+        weight = torch.randn(shape, generator=generator).to(dtype)
+        made.weight = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=double, quant_type=kind).to(
+            "cpu"
+        )
+        layers.append(made)
+    kept = [codec.dequantised(made).clone() for made in layers]
+    assert not torch.equal(*kept)
+    for made, wanted in zip(layers, kept, strict=True):
+        got = codec.dequantised(made, reuse=True)
+        assert got.dtype == dtype and got.shape == torch.Size(shape)
+        assert torch.equal(got, wanted)
+
+
+def test_reused_memory_is_that_of_the_largest_weight_and_of_one_thread() -> None:
+    small, large = (layer(torch.bfloat16, torch.bfloat16, features=n) for n in (64, 256))
+    first = codec.dequantised(large, reuse=True).data_ptr()
+    assert codec.dequantised(small, reuse=True).data_ptr() == first
+    assert codec.dequantised(large, reuse=True).data_ptr() == first
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(lambda: codec.dequantised(large, reuse=True).data_ptr()).result() != first

@@ -16,7 +16,8 @@ import yaml
 from pydantic import ValidationError
 
 from halfbyte.errors import RecipeError
-from halfbyte.recipe import Data, Loaded, Recipe, leaves, rows
+from halfbyte.recipe import Loaded, Recipe, leaves, rows
+from halfbyte.recipe_data import Data
 from halfbyte.recipe_file import init_template, load_recipe, recipe_from, to_yaml
 
 LEAST = "model: m\ndata: {train: t.jsonl}\n"
@@ -32,6 +33,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "quant.type": ("fp4", {}),
     "quant.double_quant": (False, {}),
     "quant.compute_dtype": ("fp32", {}),
+    "quant.placement": ("resident", {}),
     "quant.skip_modules": (["lm_head"], {}),
     "quant.fp32_modules": (["norm"], {}),
     "lora.r": (8, {}),
@@ -57,6 +59,20 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "data.fields.prompt": ("question", {}),
     "data.fields.completion": ("answer", {}),
     "data.fields.messages": ("chat", {}),
+    **{
+        f"data.fields.{name}": ("mine", {})
+        for name in (
+            "conversations",
+            "role",
+            "content",
+            "instruction",
+            "input",
+            "output",
+            "text",
+            "system",
+            "tools",
+        )
+    },
     "data.max_length": (2048, {}),
     "data.mask": ("all", {}),
     "data.overlong": ("skip", {}),
@@ -358,7 +374,7 @@ WHOLE_FILES: list[tuple[str | bytes, str]] = [
     (b"model: \x00", "r.yaml: not YAML: unacceptable character #x0000: special characters are not allowed."),
     ("data: {train: t}\n", "r.yaml: model is required: hub id[@revision], local folder, .gguf file, or a packaged name"),
     ("model: m\n", "r.yaml: data is required: what is trained on"),
-    ("model: m\ndata: {}\n", "r.yaml: data.train is required: the rows to train on, JSONL; relative to where halfbyte is run"),
+    ("model: m\ndata: {}\n", "r.yaml: data.train is required: the rows to train on: JSONL, JSON, CSV or Parquet; a glob, a list, or hub:org/name?split=train"),
     ("model: o/n@a\nrevision: b\ndata: {train: t}\n", "r.yaml: line 1: model o/n@a and revision b: give the revision once"),
     ("model: .\nrevision: b\ndata: {train: t}\n", "r.yaml: line 1: revision is for hub ids, and model . is a path that exists"),
 ]  # fmt: skip

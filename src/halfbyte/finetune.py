@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfbyte import adapters, base, callbacks, checkpoint, device, memory, quant, shapes, store, targets
+from halfbyte import adapters, base, callbacks, checkpoint, device, memory, quant, shapes, store, stream, targets
 from halfbyte import report as reporting
 from halfbyte.callbacks import Best, Cadence, Listener, RunCallback, Silent, StopRequest, stop_on_signals
 from halfbyte.data import collate, pack
@@ -177,6 +177,9 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
         f"({opened.expected_bytes / 1e9:.3f} planned), computing in {opened.compute_dtype} ({opened.dtype_reason})"
     )
     tell.note(f"base      {opened.origin}")
+    placement, why = stream.choose(recipe.quant.placement, opened.model, machine.ram_available_bytes)
+    placed = stream.place(opened.model, placement)
+    tell.note(f"placement {placed} ({why})")
     chosen, modules = choose_targets(opened.model, recipe)
     plan = make_plan(prepared, machine, opened.model, modules)
     notices += plan.warnings
@@ -198,7 +201,10 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     folder = RunFolder.reopen(out) if resume else RunFolder.create(out, to_yaml(recipe))
     with folder as run, stop_on_signals() as stop:
         story = _Story(run, prepared, opened, model, plan, proof, machine, tell, stop, tuple(notices))
-        return story.tell_it(resume=resume)
+        try:
+            return story.tell_it(resume=resume)
+        finally:
+            placed.remove()
 
 
 @dataclass

@@ -6,6 +6,7 @@ Cost: tokenising, about 3,000 rows a second a core.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ def prepare(recipe: Recipe) -> Prepared:
     found = find_model(recipe)
     base.read_config(found.path, trust_remote_code=recipe.trust_remote_code)
     tokenizer = base.open_tokenizer(found, trust_remote_code=recipe.trust_remote_code)
-    train = encode(recipe, Path(recipe.data.train), tokenizer)
-    evaluation = encode(recipe, Path(recipe.data.eval), tokenizer) if recipe.data.eval else None
+    train = encode(recipe, recipe.data.train, tokenizer)
+    evaluation = encode(recipe, recipe.data.eval, tokenizer) if recipe.data.eval else None
     return Prepared(recipe, found, tokenizer, train, evaluation)
 
 
@@ -42,8 +43,8 @@ def find_model(recipe: Recipe) -> sources.Checkpoint:
     return sources.resolve(name, allow_pickle=recipe.allow_pickle)
 
 
-def encode(recipe: Recipe, path: Path, tokenizer: Any) -> Encoded:
-    return template.encode(read.read_rows(path, recipe.data), tokenizer, recipe.data)
+def encode(recipe: Recipe, names: Path | str | Sequence[str], tokenizer: Any) -> Encoded:
+    return template.encode(read.read_rows(names, recipe.data), tokenizer, recipe.data)
 
 
 def data_note(prepared: Prepared) -> str:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte import adapters, base, device, inputs, memory, sources, store
+from halfbyte import adapters, base, device, inputs, memory, sources, store, stream
 from halfbyte import evaluate as scoring
-from halfbyte.data import collate, pack, render
+from halfbyte.data import chat_template, collate, pack
 from halfbyte.errors import DataError
 from halfbyte.generate import Sampling
 from halfbyte.layers import packing
@@ -50,8 +50,9 @@ def open_run(path: Path, tell: store.Tell | None = None) -> Opened:
     found = inputs.find_model(recipe)
     machine = device.detect()
     opened = base.open_base(found, recipe.quant, machine, trust_remote_code=recipe.trust_remote_code, tell=tell)
+    stream.place(opened.model, stream.choose(recipe.quant.placement, opened.model, machine.ram_available_bytes)[0])
     if recipe.data.chat_template is not None:
-        opened.tokenizer.chat_template = render.chat_template(opened.tokenizer, recipe.data)
+        opened.tokenizer.chat_template = chat_template.chat_template(opened.tokenizer, recipe.data)
     own = adapters.biases(opened.model) if recipe.lora.bias != "none" else []
     model = adapters.load(opened.model, run.adapter)
     model.eval()
@@ -69,7 +70,7 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, scoring.Score]:
     """Score the adapter, and with `with_base` the base alone, on the same rows. Keys: `base`, `adapter`."""
-    path = data or (Path(opened.recipe.data.eval) if opened.recipe.data.eval else None)
+    path = data or opened.recipe.data.eval
     if path is None:
         raise DataError(
             "the run has no held-out rows (data.eval).", fix=f"halfbyte eval {opened.run} --data ROWS.jsonl"

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from halfbyte.fields import (
@@ -29,6 +29,7 @@ from halfbyte.fields import (
     SCHEDULES_REFUSED,
     TRAIN_FIELDS,
 )
+from halfbyte.recipe_data import Data, Fields, Int, Section, number
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 _DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
@@ -39,12 +40,6 @@ class Origin(NamedTuple):
 
     kind: Literal["set", "recipe", "default", "auto", "command"]
     why: str
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("must be a number")
-    return value
 
 
 def _names(value: Any) -> Any:
@@ -180,18 +175,13 @@ def _auto_or_bool(value: Any) -> Any:
     raise ValueError("must be auto, true or false")
 
 
-Int = Annotated[int, BeforeValidator(_number)]
-Float = Annotated[float, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(number)]
 Bool = Annotated[bool, Field(strict=True)]
 Seed = Annotated[Int, Field(ge=0, lt=2**32)]
 Steps = Annotated[Float, AfterValidator(_whole_or_share)]
 Modules = Annotated[str | tuple[str, ...], BeforeValidator(_modules)]
 Names = Annotated[tuple[str, ...] | None, BeforeValidator(_names)]
 NamesOrText = Annotated[str | tuple[str, ...], BeforeValidator(_names_or_text)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def _lora(name: str, **limits: Any) -> Any:
@@ -204,7 +194,7 @@ def _train(name: str, **limits: Any) -> Any:
     return Field(default=field.default, description=field.what, **limits)
 
 
-class Quant(_Section):
+class Quant(Section):
     """How the frozen base lies in memory."""
 
     type: Literal["nf4", "fp4", "none"] = Field("nf4", description="code of the frozen weights; none keeps 16 bits")
@@ -213,6 +203,10 @@ class Quant(_Section):
         Field("auto", description="dtype of the matrix products: auto, bf16, fp16 (cards only) or fp32")
     )
     block_size: Literal[64] = Field(64, description="weights that share a scale; transformers loads blocks of 64")
+    placement: Literal["auto", "resident", "mapped", "streamed"] = Field(
+        "auto",
+        description="where the base lies: in memory, in its file as the system pages it, or there and read by layers",
+    )
     skip_modules: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
         (), description="modules that are not quantised, by name"
     )
@@ -229,7 +223,7 @@ class Quant(_Section):
         return {k: v for k, v in value.items() if not (k in lists and (v is None or v == [] or v == ()))}
 
 
-class Lora(_Section):
+class Lora(Section):
     """The adapters, under the names of peft.LoraConfig."""
 
     r: Int = _lora("r", ge=1)
@@ -254,30 +248,7 @@ class Lora(_Section):
     save_dtype: Literal["fp32", "bf16"] = _lora("save_dtype")
 
 
-class Fields(_Section):
-    """Which columns of a row hold what."""
-
-    prompt: str = Field("prompt", min_length=1, description="the column with the question")
-    completion: str = Field("completion", min_length=1, description="the column with the answer")
-    messages: str = Field("messages", min_length=1, description="the column with the list of messages")
-
-
-class Data(_Section):
-    """What is trained on."""
-
-    train: str = Field(min_length=1, description="the rows to train on, JSONL; relative to where halfbyte is run")
-    eval: str | None = Field(None, min_length=1, description="held-out rows, for evaluation")
-    format: Literal["auto", "messages", "prompt_completion"] = Field("auto", description="how a row is read")
-    fields: Fields = Field(default_factory=Fields, description="which columns hold what")
-    max_length: Int = Field(1024, ge=2, description="tokens of the longest row")
-    mask: Literal["completion", "assistant", "all"] = Field(
-        "completion", description="what is trained: the last assistant turn, every one, or all tokens"
-    )
-    overlong: Literal["error", "truncate", "skip"] = Field("error", description="what happens to a longer row")
-    chat_template: str | None = Field(None, description="a Jinja template, or its file, instead of the model's own")
-
-
-class Train(_Section):
+class Train(Section):
     """The training, under the names of transformers.TrainingArguments."""
 
     per_device_train_batch_size: Int = _train("per_device_train_batch_size", ge=1)
@@ -322,7 +293,7 @@ class Train(_Section):
     max_tokens_per_pass: Annotated[int | str, BeforeValidator(_auto_or_count)] = _train("max_tokens_per_pass")
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """Everything a run depends on."""
 
     model: str = Field(min_length=1, description="hub id[@revision], local folder, .gguf file, or a packaged name")
@@ -423,7 +394,7 @@ class Loaded(NamedTuple):
     path: Path | None
 
 
-SECTIONS: dict[str, type[_Section]] = {
+SECTIONS: dict[str, type[Section]] = {
     "": Recipe, "quant": Quant, "lora": Lora, "data": Data, "data.fields": Fields, "train": Train,
 }  # fmt: skip
 

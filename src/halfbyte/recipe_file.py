@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Loaded:
 
 def recipe_from(model: str, data: str, overrides: Sequence[str] = ()) -> Loaded:
     """A recipe of defaults for a model and a file of rows, as `halfbyte train MODEL DATA.jsonl` uses it."""
-    name = f"{Path(model.partition('@')[0]).name.removesuffix('.gguf') or 'model'}-{Path(data).stem}"
+    rows = re.sub(r"[^\w.-]+", "-", Path(data).stem).strip("-")  # a glob or a hub dataset is no name of a folder
+    name = f"{Path(model.partition('@')[0]).name.removesuffix('.gguf') or 'model'}-{rows}"
     values = {"model": model, "data": {"train": data}, "output": f"runs/{name}"}
     loaded = _build(values, {}, overrides, None)
     given = {"model", "data.train", "output"}
@@ -232,7 +234,7 @@ def _spread(dotted: str, value: Any) -> list[tuple[str, Any]]:
 def _is_text(dotted: str) -> bool:
     outer, _, name = dotted.rpartition(".")
     field = SECTIONS[outer].model_fields.get(name) if outer in SECTIONS else None
-    return field is not None and field.annotation in (str, str | None)
+    return field is not None and (dotted in ("data.train", "data.eval") or field.annotation in (str, str | None))
 
 
 def _fill_sections(values: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from halfbyte.recipe_data import Data
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -71,14 +73,30 @@ _SPECIAL = [
 ]
 
 
-def _wrap(tokenizer: Tokenizer, template: str | None, eos: str | None) -> PreTrainedTokenizerFast:
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in _SPECIAL])
+def _wrap(
+    tokenizer: Tokenizer,
+    template: str | None,
+    eos: str | None,
+    bos: str = "<s>",
+    special: Sequence[str] = _SPECIAL,
+    plain: Sequence[str] = (),
+) -> PreTrainedTokenizerFast:
+    named = dict.fromkeys(t for t in (bos, eos, "<pad>", *special) if t is not None)
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in named])
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in plain])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, pad_token="<pad>", chat_template=template
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token="<pad>", chat_template=template
     )
 
 
-def byte_level(template: str | None = None, *, eos: str | None = "</s>") -> Any:
+def byte_level(
+    template: str | None = None,
+    *,
+    eos: str | None = "</s>",
+    bos: str = "<s>",
+    special: Sequence[str] = _SPECIAL,
+    plain: Sequence[str] = (),
+) -> Any:
     """As GPT-2's: a text can be cut anywhere and comes back exactly. Runs of line ends are one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -87,7 +105,7 @@ def byte_level(template: str | None = None, *, eos: str | None = "</s>") -> Any:
         vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
-    return _wrap(tokenizer, template, eos)
+    return _wrap(tokenizer, template, eos, bos, special, plain)
 
 
 def sentence_piece(template: str | None = None) -> Any:
@@ -134,19 +152,9 @@ def make_sentence_piece() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def make_data() -> Callable[..., Any]:
-    """The `data:` section of a recipe, of which only what the data room reads."""
+    """The `data:` section of a recipe."""
 
-    def make(**changed: Any) -> SimpleNamespace:
-        fields = SimpleNamespace(
-            **{"prompt": "prompt", "completion": "completion", "messages": "messages"} | changed.pop("fields", {})
-        )
-        defaults = {
-            "format": "auto",
-            "max_length": 1024,
-            "mask": "completion",
-            "overlong": "error",
-            "chat_template": None,
-        }
-        return SimpleNamespace(fields=fields, **{**defaults, **changed})
+    def make(**changed: Any) -> Data:
+        return Data(**{"train": "unread", "max_length": 1024, **changed})
 
     return make

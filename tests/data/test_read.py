@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from halfbyte.data.read import Message, detect_format, read_rows
+from halfbyte.data.formats import Message, detect_format
+from halfbyte.data.read import read_rows
 from halfbyte.errors import DataError
 
 GOOD = '{"prompt": "a", "completion": "b"}'
@@ -94,8 +95,8 @@ def test_a_format_that_cannot_be_told(tmp_path: Path, make_data: Any) -> None:
     with pytest.raises(DataError) as error:
         read_rows(path, make_data())
     assert str(error.value) == (
-        f"{path}:1: cannot tell the format. Needed: the key 'messages', or both 'prompt' and 'completion'; "
-        "got 'question', 'answer'.\n"
+        f"{path}:1: cannot tell the format. Needed: the key 'messages' or 'conversations', or both 'prompt' and "
+        "'completion', or 'instruction' and 'output', or 'text'; got 'question', 'answer'.\n"
         "  fix: name the columns, as in --set data.fields.prompt=question --set data.fields.completion=answer"
     )
 
@@ -150,11 +151,11 @@ BAD_MESSAGES = [
     ('{"messages": [{"content": "a"}]}', "messages[0].role: missing; the row has 'content'"),
     (
         '{"messages": [{"role": "assistant", "content": [{"type": "text"}]}]}',
-        "messages[0].content: a string is needed, got a list",
+        "messages[0].content[0]: an object with type text and a text is needed, got an object",
     ),
     (
         '{"messages": [{"role": "assistant", "content": "a", "tool_calls": [1]}]}',
-        "messages[0]: 'tool_calls' is not supported; allowed: role, content, train",
+        "messages[0].tool_calls[0]: an object is needed, got the number 1",
     ),
     (
         '{"messages": [{"role": "assistant", "content": "a", "train": "no"}]}',
@@ -227,12 +228,13 @@ def test_a_folder(tmp_path: Path, make_data: Any) -> None:
     assert str(error.value) == expected
 
 
-def test_one_json_list(tmp_path: Path, make_data: Any) -> None:
-    path = write(tmp_path, f"[\n{GOOD},\n{GOOD}\n]", "train.json")
+def test_one_json_list_under_the_name_of_json_lines(tmp_path: Path, make_data: Any) -> None:
+    path = write(tmp_path, f"[\n{GOOD},\n{GOOD}\n]")
     with pytest.raises(DataError) as error:
         read_rows(path, make_data())
     assert str(error.value) == (
-        f"{path}:1 opens a JSON list; one JSON object a line is needed.\n  fix: jq -c '.[]' {path} > train.jsonl"
+        f"{path}:1 opens a JSON list; one JSON object a line is needed.\n"
+        f"  fix: name it .json, or: jq -c '.[]' {path} > train.jsonl"
     )
 
 

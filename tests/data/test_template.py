@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from halfbyte.data.read import Message, Row
+from halfbyte.data.formats import Message, Row
 from halfbyte.data.template import IGNORED, Encoded, Example, encode
 from halfbyte.errors import DataError
 

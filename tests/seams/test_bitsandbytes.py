@@ -8,6 +8,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from bitsandbytes.cextension import lib
 from bitsandbytes.nn import modules as bnb_modules
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -107,3 +108,11 @@ def test_the_kernel_before_ours_can_be_fetched_and_called() -> None:
     wanted, state = bnb.functional.quantize_4bit(values, quant_type="nf4", compress_statistics=False)
     assert torch.equal(packed, wanted) and torch.equal(absmax, state.absmax)
     assert 'entry_points(group="bitsandbytes.backends")' in Path(bnb.__file__).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_the_c_library_has_the_functions_behind_dequantize_4bit(kind: str, dtype: str) -> None:
+    """`quant.dequantised` calls them with memory of its own; without them it is slower, not wrong."""
+    assert hasattr(getattr(lib, f"cdequantize_blockwise_cpu_{kind}_{dtype}"), "argtypes")
+    assert not hasattr(lib.there_is_no_such_function, "argtypes")

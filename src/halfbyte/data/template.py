@@ -16,12 +16,13 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.data.read import Row, listing
+from halfbyte.data.formats import Row
+from halfbyte.data.problems import listing
 from halfbyte.data.render import Refused, Rendered, Renderer, common_length
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
-    from halfbyte.recipe import Data
+    from halfbyte.recipe_data import Data
 
 IGNORED = -100
 

@@ -27,9 +27,12 @@ _SEEDS = 2**31 - 1
 
 
 def frozen_weight(layer: Any, dtype: torch.dtype) -> Tensor:
-    """The (O, D) matrix that `layer` multiplies with, in `dtype`: dequantised, or the weight itself."""
+    """The (O, D) matrix that `layer` multiplies with, in `dtype`: dequantised, or the weight itself.
+
+    To be used at once: a dequantised one lies in memory that the next call overwrites.
+    """
     if quant.is_4bit(layer):
-        weight = quant.dequantised(layer)
+        weight = quant.dequantised(layer, reuse=True)
         return weight if weight.dtype == dtype else weight.to(dtype)
     weight = layer.weight
     return weight if weight.dtype == dtype else weight.to(dtype)

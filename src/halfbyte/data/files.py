@@ -1,0 +1,134 @@
+"""What a recipe names as rows: files, globs, several of them, hub datasets; found, and told apart by their endings.
+
+Why: one name may stand for many files, and a name that stands for none must say what there is instead.
+Source: `glob` of the standard library, sorted; a hub dataset is `hub:org/name?split=train&name=...&revision=...`, the
+arguments of `datasets.load_dataset`.
+Cost: a look into the folders; no file is read here but for a digest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import parse_qsl
+
+from halfbyte.errors import DataError
+
+Kind = Literal["jsonl", "json", "csv", "parquet", "hub"]
+HUB = "hub:"
+HUB_ARGUMENTS = ("name", "split", "revision")
+ENDINGS: dict[str, Kind] = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of rows, or one hub dataset. `label` is what its rows are called after: the file's name."""
+
+    kind: Kind
+    path: Path
+    label: str
+    gz: bool = False
+    hub: tuple[tuple[str, str], ...] = ()
+    """Arguments of `datasets.load_dataset`, `path` among them."""
+
+    def where(self, number: int) -> str:
+        """The name of a row: `train.jsonl:12` is a line; `rows.parquet row 12` counts rows."""
+        return f"{self.label}:{number}" if self.kind in ("jsonl", "csv") else f"{self.label} row {number}"
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.kind == "hub" else self.path.stat().st_size
+
+
+def find(names: str | Path | Sequence[str]) -> list[Source]:
+    """Every source that the names stand for, globs in sorted order, each file once.
+
+    Raises:
+        DataError: a name that stands for nothing, a folder, or a hub dataset that is not named as it must be.
+    """
+    found: dict[tuple[str, str], Source] = {}
+    for name in [str(names)] if isinstance(names, str | Path) else names:
+        for source in _hub(name) if name.startswith(HUB) else _files(name):
+            found.setdefault((str(source.path), str(source.hub)), source)
+    return list(found.values())
+
+
+def same(a: Sequence[Source], b: Sequence[Source]) -> list[str]:
+    """Labels of the sources that two lists share."""
+    ours = {(s.path.absolute() if s.kind != "hub" else s.path, s.hub) for s in a}
+    return [s.label for s in b if (s.path.absolute() if s.kind != "hub" else s.path, s.hub) in ours]
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes. About 1.5 GB a second where the processor has instructions for it."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _files(name: str) -> list[Source]:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        inside = sorted(p.name for p in path.iterdir() if _kind(p)[2] and _kind(p)[0] != "json")
+        raise DataError(
+            f"{name} is a folder; a .jsonl file is needed.",
+            fix=f"data.train: {path / (inside[0] if len(inside) == 1 else '*' + Path(inside[0]).suffix)}"
+            if inside
+            else None,
+        )
+    if path.exists():
+        return [_source(path, name)]
+    if glob.has_magic(name):
+        matched = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+        if matched:
+            return [_source(p, str(p)) for p in matched]
+        raise DataError(f"{name} matches no file.", fix="check the pattern; it is read relative to where halfbyte runs")
+    match = difflib.get_close_matches(path.name, _names(path.parent), n=1)
+    raise DataError(
+        f"{name}: no such file.", fix=f"did you mean {path.parent / match[0]}?" if match else "check the path"
+    )
+
+
+def _source(path: Path, name: str) -> Source:
+    kind, gz, _ = _kind(path)
+    if kind == "parquet" and gz:
+        raise DataError(
+            f"{name}: a Parquet file is compressed inside, and is not read from a .gz.", fix=f"gunzip {name}"
+        )
+    return Source(kind, path, path.name, gz)
+
+
+def _kind(path: Path) -> tuple[Kind, bool, bool]:
+    """(kind, gzipped, known): a file of unknown ending is read as JSON lines."""
+    gz = path.suffix.lower() == ".gz"
+    ending = (path.with_suffix("") if gz else path).suffix.lower()
+    return ENDINGS.get(ending, "jsonl"), gz, ending in ENDINGS
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [p.name for p in folder.iterdir()]
+    except OSError:
+        return []
+
+
+def _hub(name: str) -> list[Source]:
+    path, _, query = name.removeprefix(HUB).partition("?")
+    arguments = dict(parse_qsl(query, keep_blank_values=True))
+    strange = sorted(set(arguments) - set(HUB_ARGUMENTS))
+    example = "hub:openai/gsm8k?name=main&split=train"
+    if not path or strange:
+        what = f"{strange[0]!r} is not an argument" if strange else "no dataset is named"
+        raise DataError(f"{name}: {what}; allowed after the ?: {', '.join(HUB_ARGUMENTS)}.", fix=f"as in {example}")
+    if "split" not in arguments:
+        raise DataError(f"{name}: which split?", fix=f"as in {example}")
+    return [Source("hub", Path(path), f"{path}/{arguments['split']}", hub=(("path", path), *sorted(arguments.items())))]

@@ -1,0 +1,91 @@
+"""What is wrong with rows, in words: one bad row, and a list of which the first are shown and the rest counted.
+
+Why: a row that cannot be used must be named with its file, line and field, and a million of them must not be a million
+lines. So a collector keeps the first 20 and counts all.
+Cost: nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+SHOWN_PROBLEMS = 20
+_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+
+
+class BadRow(Exception):
+    """What is wrong with one row: field, what was needed, what was found. Collected, never shown alone."""
+
+
+class Problems:
+    """The first `SHOWN_PROBLEMS` texts, and how many there were."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.shown: list[str] = []
+
+    def add(self, text: str) -> None:
+        self.count += 1
+        if len(self.shown) < SHOWN_PROBLEMS:
+            self.shown.append(text)
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+    def listing(self, head: str) -> str:
+        return listing(head, self.shown, self.count)
+
+
+def listing(head: str, problems: Sequence[str], count: int | None = None) -> str:
+    """A heading, and the problems under it: the first 20 in full, the rest counted."""
+    shown = "\n".join(f"  - {p}" for p in problems[:SHOWN_PROBLEMS])
+    rest = (len(problems) if count is None else count) - min(len(problems), SHOWN_PROBLEMS)
+    return f"{head}\n{shown}" + (f"\n  ... and {rest:,} more" if rest > 0 else "")
+
+
+def value_of(record: Mapping[str, Any], key: str, field: str) -> Any:
+    if key not in record:
+        raise BadRow(f"{field}: missing; the row has {keys(record)}{near(key, record)}")
+    return record[key]
+
+
+def text_of(value: object, field: str, *, empty: bool = False) -> str:
+    """A string that is text, and not blank unless `empty`."""
+    if not isinstance(value, str):
+        raise BadRow(f"{field}: a string is needed, got {kind(value)}")
+    if not empty and not value.strip():
+        raise BadRow(f"{field}: empty" if not value else f"{field}: only white space")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{field}: half a surrogate pair ({value[error.start]!a}) is not text") from None
+    return value
+
+
+def kind(value: object) -> str:
+    if isinstance(value, list | dict | bool | None):
+        return _KINDS[type(value)]
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    if isinstance(value, str):
+        return f"the string {shorten(value)!r}"
+    return f"{type(value).__name__} {shorten(str(value))}"
+
+
+def keys(record: Mapping[str, Any]) -> str:
+    if not record:
+        return "no keys"
+    shown = ", ".join(repr(shorten(str(k), 40)) for k in list(record)[:8])
+    return shown if len(record) <= 8 else f"{shown} and {len(record) - 8} more"
+
+
+def near(word: str, known: Collection[str]) -> str:
+    folded = {k.casefold(): k for k in known}
+    match = difflib.get_close_matches(word.casefold(), folded, n=1)
+    return f"; did you mean {folded[match[0]]!r}?" if match else ""
+
+
+def shorten(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
