@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfbyte import adapters, base, callbacks, checkpoint, device, memory, quant, shapes, stream, targets
+from halfbyte import adapters, base, callbacks, checkpoint, device, fitting, memory, pacing, store, targets, usage
 from halfbyte import report as reporting
-from halfbyte.callbacks import Best, Cadence, Listener, RunCallback, Silent, StopRequest, stop_on_signals
+from halfbyte.callbacks import Listener, RunCallback, Silent, StopRequest, stop_on_signals
 from halfbyte.data import collate, pack
 from halfbyte.inputs import Prepared, data_note, prepare
 from halfbyte.layers import packing
@@ -21,6 +21,7 @@ from halfbyte.layers.proof import prove_fused
 from halfbyte.recipe import Loaded, Origin, Recipe, rows
 from halfbyte.recipe_file import to_yaml
 from halfbyte.run import RunFolder, versions
+from halfbyte.steps import best, cadence, count_steps, eval_every, plan_steps, rows_per_step
 from halfbyte.train import StepTrainer, rehearse, training_arguments
 
 if TYPE_CHECKING:
@@ -61,11 +62,13 @@ def resolve(loaded: Loaded) -> Resolution:
     found = prepared.checkpoint
     model = targets.meta_model(base.read_config(found.path, trust_remote_code=recipe.trust_remote_code))
     chosen, modules = choose_targets(model, recipe)
-    plan = make_plan(prepared, machine, model, modules)
+    job = fitting.job_of(prepared, machine, chosen, model)
+    plan = memory.make(job, machine, fitting.rates_for(job, machine))
     auto = {
         "quant.compute_dtype": device.compute_dtype(machine, recipe.quant.compute_dtype),
         "lora.target_modules": (chosen.names, chosen.reason),
-        "train.gradient_checkpointing": (plan.gradient_checkpointing, plan.reasons["gradient_checkpointing"]),
+        "train.gradient_checkpointing": (plan.gradient_checkpointing, plan.reasons["recompute"]),
+        "quant.placement": (plan.placement, plan.reasons["placement"]),
         "train.max_tokens_per_pass": (plan.max_tokens_per_pass, plan.reasons["max_tokens_per_pass"]),
     }
     resolved = []
@@ -86,20 +89,6 @@ def resolve(loaded: Loaded) -> Resolution:
     return Resolution(resolved, [*lines, *(f"warning: {w}" for w in loaded.warnings)])
 
 
-def rows_per_step(recipe: Recipe) -> int:
-    return recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps
-
-
-def count_steps(prepared: Prepared) -> int:
-    train = prepared.recipe.train
-    return pack.count_steps(
-        len(prepared.train.examples),
-        rows_per_step=rows_per_step(prepared.recipe),
-        epochs=train.num_train_epochs,
-        max_steps=train.max_steps,
-    )
-
-
 def choose_targets(model: Any, recipe: Recipe) -> tuple[targets.Targets, list[str]]:
     """The target names, and the full names of the modules that they hit under the recipe's limits."""
     lora = recipe.lora
@@ -114,38 +103,6 @@ def choose_targets(model: Any, recipe: Recipe) -> tuple[targets.Targets, list[st
     )
     adapters.check_names(model, lora, modules)
     return chosen, modules
-
-
-def make_plan(prepared: Prepared, machine: device.Device, model: Any, modules: list[str]) -> memory.Plan:
-    """Decide, from sizes alone, how a step is split and whether to recompute."""
-    recipe, folder = prepared.recipe, prepared.checkpoint.path
-    specs = [] if prepared.checkpoint.pickle else shapes.read_checkpoint(folder)
-    itemsize = memory.ITEMSIZE[device.compute_dtype(machine, recipe.quant.compute_dtype)[0]]
-    return memory.plan(
-        recipe,
-        specs,
-        machine,
-        prepared.train.lengths,
-        labelled=prepared.train.labelled,
-        trainable=targets.lora_parameter_count(model, modules, recipe.lora.r, recipe.lora.rank_pattern),
-        facts=shapes.facts_of(shapes.read_config(folder), specs),
-        resident_bytes=lambda spec: quant.encoded_bytes(spec, recipe.quant, itemsize),
-    )
-
-
-def plan_steps(prepared: Prepared, *, max_tokens_per_pass: int, examples_per_pass: int | None) -> list[pack.Step]:
-    """Every optimiser step of the run: which rows, in which order, in which passes."""
-    train = prepared.recipe.train
-    return pack.plan_steps(
-        prepared.train.lengths,
-        prepared.train.labelled,
-        rows_per_step=rows_per_step(prepared.recipe),
-        epochs=train.num_train_epochs,
-        max_steps=train.max_steps,
-        seed=train.seed if train.data_seed is None else train.data_seed,
-        max_tokens_per_pass=max_tokens_per_pass,
-        examples_per_pass=examples_per_pass,
-    )
 
 
 def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = None) -> Outcome:
@@ -165,17 +122,31 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     rehearse(recipe.train, total_steps=count_steps(prepared))
     notices = [*prepared.train.notices, *(prepared.evaluation.notices if prepared.evaluation else ())]
     tell.note(f"data      {data_note(prepared)}")
-    opened = base.open_base(prepared.checkpoint, recipe.quant, machine, trust_remote_code=recipe.trust_remote_code)
+    config = base.read_config(prepared.checkpoint.path, trust_remote_code=recipe.trust_remote_code)
+    meta = targets.meta_model(config)
+    job = fitting.job_of(prepared, machine, choose_targets(meta, recipe)[0], meta)
+    plan = memory.make(job, machine, fitting.rates_for(job, machine, say=lambda text: tell.note(f"machine   {text}")))
+    for name, why in plan.reasons.items():
+        tell.note(f"plan      {name} {getattr(plan, name)}: {why}")
+    tell.note(f"plan      peak memory about {plan.peak_bytes / 1e9:.2f} GB of {plan.available_bytes / 1e9:.1f} GB free")
+    notices += plan.warnings
+    opened = base.open_base(
+        prepared.checkpoint,
+        recipe.quant,
+        machine,
+        trust_remote_code=recipe.trust_remote_code,
+        device_map="auto" if plan.placement == "split" else {"": 0},
+        tell=store.Tell(progress=tell.building, note=lambda text: tell.note(f"base      {text}")),
+    )
     tell.note(
         f"base      {prepared.checkpoint.id}: {recipe.quant.type}, {opened.resident_bytes / 1e9:.3f} GB resident "
         f"({opened.expected_bytes / 1e9:.3f} planned), computing in {opened.compute_dtype} ({opened.dtype_reason})"
     )
-    placement, why = stream.choose(recipe.quant.placement, opened.model, machine.ram_available_bytes)
-    placed = stream.place(opened.model, placement)
-    tell.note(f"placement {placed} ({why})")
-    chosen, modules = choose_targets(opened.model, recipe)
-    plan = make_plan(prepared, machine, opened.model, modules)
-    notices += plan.warnings
+    tell.note(f"base      {opened.origin}")
+    placed, elsewhere = fitting.place(opened.model, plan, asked=recipe.quant.placement != "auto")
+    notices += [f"placement: {elsewhere}"] if elsewhere else []
+    tell.note(f"placement {placed} ({elsewhere or plan.reasons['placement']})")
+    chosen, _ = choose_targets(opened.model, recipe)
     model = adapters.add(opened.model, recipe.lora, chosen, seed=recipe.train.seed)
     tell.note(f"adapters  {adapters.summary(model)} ({chosen.reason})")
     proof = packing.prove(model)
@@ -184,16 +155,21 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     fused = prove_fused(model, packed=proof.ok)
     notices += [] if fused.ok else [f"engine: {fused.reason}"]
     tell.note(f"engine    {fused.reason}")
-    for name, why in plan.reasons.items():
-        tell.note(f"plan      {name} {getattr(plan, name)}: {why}")
-    tell.note(f"plan      peak memory about {plan.peak_bytes / 1e9:.2f} GB of {plan.available_bytes / 1e9:.1f} GB free")
     for notice in notices:
         tell.note(f"note      {notice}")
-    if plan.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    pacing.recompute_as(model, plan.recompute)
+    pace = fitting.make_pace(prepared, plan, replace(job, packed=proof.ok), machine, model, tell.note)
+    passes = Passes.of(prepared, pace)
+    rehearsed = pacing.rehearse(model, pace, passes.longest, passes.batch, passes.held_out)
+    tell.note(
+        f"rehearsed {rehearsed.tokens} tokens, the longest pass, in {rehearsed.seconds:.1f} s: "
+        f"{rehearsed.pass_bytes / 1e9:.2f} GB above {rehearsed.held.private / 1e9:.2f} GB held"
+    )
     folder = RunFolder.reopen(out) if resume else RunFolder.create(out, to_yaml(recipe))
-    with folder as run, stop_on_signals() as stop:
-        story = _Story(run, prepared, opened, model, plan, proof, machine, tell, stop, tuple(notices))
+    with folder as run, stop_on_signals() as stop, usage.Peak() as peak:
+        story = _Story(
+            run, prepared, opened, model, plan, pace, passes, rehearsed, peak, machine, tell, stop, tuple(notices)
+        )
         try:
             return story.tell_it(resume=resume)
         finally:
@@ -209,7 +185,10 @@ class _Story:
     opened: base.Base
     model: Any
     plan: memory.Plan
-    proof: packing.Proof
+    pace: pacing.Pace
+    passes: Passes
+    rehearsed: pacing.Rehearsed
+    peak: usage.Peak
     machine: device.Device
     tell: Listener
     stop: StopRequest
@@ -217,16 +196,9 @@ class _Story:
 
     def tell_it(self, *, resume: bool) -> Outcome:
         recipe, run = self.prepared.recipe, self.run
-        examples_per_pass = None if self.proof.ok else 1
-        budget = self.plan.max_tokens_per_pass
-        steps = plan_steps(self.prepared, max_tokens_per_pass=budget, examples_per_pass=examples_per_pass)
+        steps, held_out = self.passes.steps, self.prepared.evaluation
         planned = {**self.plan.to_json(), "steps": len(steps), "tokens": sum(s.tokens for s in steps)}
         run.write_plan(planned)
-        held_out = self.prepared.evaluation
-        batches: Any = ()
-        if held_out is not None:
-            per_pass = 1 if not self.proof.ok else recipe.train.per_device_eval_batch_size
-            batches = collate.EvalPasses(held_out.examples, pack.eval_passes(held_out.lengths, budget, per_pass))
         point = checkpoint.newest(run.checkpoints) if resume else None
         if point is not None:
             run.truncate_metrics(checkpoint.step_of(point))
@@ -250,9 +222,10 @@ class _Story:
                 eval_steps=eval_every(recipe, len(self.prepared.train.examples)) if held_out is not None else 0,
             ),
             train_dataset=collate.StepDataset(self.prepared.train.examples, steps),
-            eval_batches=batches,
+            eval_batches=self.passes.held_out,
             loraplus_lr_ratio=recipe.train.loraplus_lr_ratio,
             callbacks=[callback],
+            pace=self.pace,
         )
         trainer.where_rows = lambda step: _rows_note(self.prepared.train.examples, step)
         callback.trainer = trainer
@@ -275,20 +248,25 @@ class _Story:
         dtype = base.DTYPES[recipe.lora.save_dtype]
         adapters.save(self.model, run.adapter, base_id=found.id, revision=found.revision, dtype=dtype)
         used = callbacks.process_memory()
-        card = max((c.total_bytes - c.free_bytes for c in self.machine.cards), default=None)
+        on_card, timed = bool(self.machine.cards), self.plan.time.measured
+        peak = usage.Usage(self.peak.private, self.peak.file)
+        rows = run.read_metrics()
+        step_s = reporting.usual_seconds(rows)
         report = reporting.build(
-            run.read_metrics(),
+            rows,
             planned=reporting.Figures(
                 tokens=sum(s.tokens for s in steps),
                 steps=len(steps),
-                peak_rss_bytes=self.plan.peak_bytes if card is None else None,
-                peak_device_bytes=None if card is None else self.plan.peak_bytes,
+                train_seconds=self.plan.time.run_s if timed else None,
+                peak_rss_bytes=None if on_card else self.plan.peak_bytes,
+                peak_device_bytes=self.plan.peak_bytes if on_card else None,
             ),
+            lines=fitting.compared(self.plan, self.opened, self.rehearsed, peak, run.path, step_s if timed else None),
             peak_rss_bytes=used["peak_rss_bytes"],
             peak_device_bytes=used.get("peak_device_bytes"),
             versions=versions(),
             machine=self.machine.to_json(),
-            notices=self.notices,
+            notices=(*self.notices, *(f"memory: {down}" for down in self.pace.downs)),
             adapter_step=None if chosen is None else chosen.step,
         ).to_json()
         run.write_report(report)
@@ -300,41 +278,32 @@ class _Story:
         adapters.write_files(self.model, folder, base_id=found.id, revision=found.revision, dtype=None)
 
 
-def cadence(recipe: Recipe, total_steps: int, steps_per_epoch: int) -> Cadence:
-    train = recipe.train
-    steps = {"no": 0, "epoch": steps_per_epoch}.get(train.save_strategy, _count(train.save_steps, total_steps))
-    return Cadence(
-        steps=steps, minutes=train.save_minutes, keep=train.save_total_limit, at_end=train.save_strategy != "no"
-    )
+@dataclass(frozen=True)
+class Passes:
+    """Every step's passes and the evaluation's, as the pace splits them at the start."""
 
+    steps: list[pack.Step]
+    examples: list[Example]
+    held_out: Any
 
-def eval_every(recipe: Recipe, train_rows: int) -> int:
-    """Steps between evaluations; 0 for none. The Trainer sees one epoch of all steps, so epochs become steps here."""
-    train = recipe.train
-    steps_per_epoch = math.ceil(train_rows / rows_per_step(recipe))
-    if train.eval_strategy == "no":
-        return 0
-    if train.eval_strategy == "epoch" or (train.eval_strategy == "auto" and train.eval_steps is None):
-        return steps_per_epoch
-    total = pack.count_steps(
-        train_rows, rows_per_step=rows_per_step(recipe), epochs=train.num_train_epochs, max_steps=train.max_steps
-    )
-    return _count(train.eval_steps or train.logging_steps, total)
+    @classmethod
+    def of(cls, prepared: Prepared, pace: pacing.Pace) -> Passes:
+        steps = plan_steps(prepared, max_tokens_per_pass=pace.tokens, examples_per_pass=pace.examples_per_pass)
+        held_out: Any = ()
+        if prepared.evaluation is not None:
+            per_pass = pace.examples_per_pass or prepared.recipe.train.per_device_eval_batch_size
+            lengths = prepared.evaluation.lengths
+            held_out = collate.EvalPasses(
+                prepared.evaluation.examples, pack.eval_passes(lengths, pace.tokens, per_pass)
+            )
+        return cls(steps, prepared.train.examples, held_out)
 
+    @property
+    def longest(self) -> list[pacing.Rows]:
+        return [rows for step in self.steps for rows in step.passes]
 
-def best(recipe: Recipe, run: RunFolder) -> Best:
-    name = recipe.train.metric_for_best_model or "loss"
-    found = Best(
-        metric=name if name.startswith("eval_") else f"eval_{name}",
-        folder=run.checkpoints / "best",
-    )
-    found.restore()
-    return found
-
-
-def _count(value: float, total: int) -> int:
-    """Steps from a number, or from a share of all steps below 1, as the Trainer reads `save_steps` and `eval_steps`."""
-    return max(1, math.ceil(value * total)) if value < 1 else int(value)
+    def batch(self, rows: pacing.Rows) -> Any:
+        return collate.collate([self.examples[r] for r in rows])
 
 
 def _rows_note(examples: list[Example], step: pack.Step) -> str:

@@ -192,3 +192,11 @@ def rehearse(
 def _forget(model: Any) -> None:
     for parameter in model.parameters():
         parameter.grad = None
+
+
+def recompute_as(model: Any, policy: Recompute) -> None:
+    """Make a model (PEFT around it or not) do again in backward what the policy says; may be called at any time."""
+    if policy == "none":
+        model.gradient_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

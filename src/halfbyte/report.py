@@ -35,6 +35,20 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """One line of the plan beside what was measured: bytes, or seconds."""
+
+    name: str
+    planned: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        """(planned - measured) / measured: below 0 the plan was too low."""
+        return (self.planned - self.measured) / self.measured if self.measured else 0.0
+
+
+@dataclass(frozen=True)
 class Report:
     """A finished run. `tokens` are real ones, never padding; `notices` are the slow paths taken and why."""
 
@@ -48,13 +62,16 @@ class Report:
     peak_device_bytes: int | None
     planned: Figures
     measured: Figures
+    errors: Mapping[str, float]
+    lines: tuple[Compared, ...]
     versions: Mapping[str, str]
     machine: Mapping[str, Any]
     notices: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `run.write_json_atomic`."""
-        return {**asdict(self), "notices": list(self.notices)}
+        lines = [{**asdict(line), "error": line.error} for line in self.lines]
+        return {**asdict(self), "errors": dict(self.errors), "lines": lines, "notices": list(self.notices)}
 
 
 def build(
@@ -66,6 +83,7 @@ def build(
     versions: Mapping[str, str],
     machine: Mapping[str, Any],
     notices: Iterable[str] = (),
+    lines: Iterable[Compared] = (),
     adapter_step: int | None = None,
 ) -> Report:
     """The report of a run from its metrics.
@@ -75,6 +93,7 @@ def build(
             evaluation's row has `eval_loss`.
         peak_rss_bytes: of this process; a resumed run's earlier ones are seen through their rows.
         peak_device_bytes: None without a card.
+        lines: planned beside measured, for each line that can be measured alone.
         adapter_step: of the evaluation whose adapter was kept, and whose loss is reported; None for the last one.
 
     Raises:
@@ -88,6 +107,7 @@ def build(
     evals = {row["step"]: row["eval_loss"] for row in rows if row.get("eval_loss") is not None}
     kept = adapter_step if adapter_step in evals else max(evals, default=None)
     peak = max([peak_rss_bytes, *(int(row["rss_bytes"]) for row in rows if row.get("rss_bytes"))])
+    measured = Figures(tokens, len(steps), seconds, peak, peak_device_bytes)
     return Report(
         tokens=tokens,
         train_seconds=seconds,
@@ -98,8 +118,22 @@ def build(
         peak_rss_bytes=peak,
         peak_device_bytes=peak_device_bytes,
         planned=planned,
-        measured=Figures(tokens, len(steps), seconds, peak, peak_device_bytes),
+        measured=measured,
+        errors=errors(planned, measured),
+        lines=tuple(lines),
         versions=dict(versions),
         machine=dict(machine),
         notices=tuple(notices),
     )
+
+
+def errors(planned: Figures, measured: Figures) -> dict[str, float]:
+    """(planned - measured) / measured of every figure that has both."""
+    pairs = {name: (getattr(planned, name), getattr(measured, name)) for name in Figures.__dataclass_fields__}
+    return {name: (a - b) / b for name, (a, b) in pairs.items() if a is not None and b}
+
+
+def usual_seconds(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """The median step's seconds, without the first one, which compiles and touches everything."""
+    seconds = sorted([float(row["seconds"]) for row in rows if "loss" in row][1:])
+    return seconds[len(seconds) // 2] if seconds else None

@@ -20,8 +20,8 @@ __all__ = [
     "Rates", "Rows", "Time", "count", "make",
 ]  # fmt: skip
 
-# Whether a base that is quantised here lies in a file as it is computed with.
-QUANTISED_IS_MAPPED = False
+# A base that is quantised here lies in its store as it is computed with.
+QUANTISED_IS_MAPPED = True
 
 
 def make(job: Job, device: Device, rates: Rates | None = None) -> Plan:

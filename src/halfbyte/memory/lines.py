@@ -38,6 +38,7 @@ class Time:
     step_high_s: float
     steps: int
     source: str
+    measured: bool = False
     parts: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -97,4 +97,4 @@ def step_time(
         parts["waiting for disk"] = read
     total = sum(parts.values())
     spread = SPREAD if rates.measured else SPREAD_ASSUMED
-    return Time(total * (1 - spread), total, total * (1 + spread), job.steps, rates.source, parts)
+    return Time(total * (1 - spread), total, total * (1 + spread), job.steps, rates.source, rates.measured, parts)
