@@ -50,7 +50,7 @@ def test_v2_limit_counts_what_is_left_and_not_droppable_pages(tmp_path: Path) ->
         "proc/self/cgroup": "0::/user.slice/job\n",
         f"{group}/memory.max": f"{6 * GIB}\n",
         f"{group}/memory.current": f"{4 * GIB}\n",
-        f"{group}/memory.stat": f"anon 5\ninactive_file {1 * GIB}\nactive_file 7\n",
+        f"{group}/memory.stat": f"anon 5\ninactive_file {1 * GIB - 7}\nactive_file 7\n",
     }
     found = detect(machine(tmp_path, files))
     assert found.ram_bytes == 6 * GIB

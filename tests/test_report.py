@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from halfbyte.errors import RunError
-from halfbyte.report import Figures, build
+from halfbyte.report import Compared, Figures, build, usual_seconds
 
 ROWS: list[dict[str, Any]] = [
     {"step": 1, "loss": 4.0, "tokens": 100, "seconds": 1.0, "rss_bytes": 700},
@@ -29,6 +29,7 @@ def report(rows: list[dict[str, Any]], peak_rss_bytes: int = 800) -> dict[str, A
         versions={"torch": "2"},
         machine={"kind": "cpu"},
         notices=["packing: single"],
+        lines=[Compared("base", 90, 100)],
     )
     document: dict[str, Any] = json.loads(json.dumps(built.to_json()))
     return document
@@ -50,6 +51,8 @@ def test_every_field_is_there_and_measured() -> None:
         "measured": {
             "tokens": 600, "steps": 3, "train_seconds": 5.0, "peak_rss_bytes": 900, "peak_device_bytes": None,
         },
+        "errors": {"tokens": 50 / 600, "steps": 0.0, "peak_rss_bytes": 100 / 900},
+        "lines": [{"name": "base", "planned": 90, "measured": 100, "error": -0.1}],
         "versions": {"torch": "2"},
         "machine": {"kind": "cpu"},
         "notices": ["packing: single"],
@@ -67,3 +70,12 @@ def test_without_an_evaluation_there_is_no_eval_loss() -> None:
 def test_no_step_is_an_error() -> None:
     with pytest.raises(RunError, match="made no step"):
         report([{"step": 0, "eval_loss": 1.0}])
+
+
+def test_a_usual_step_is_the_median_without_the_first() -> None:
+    assert usual_seconds(ROWS) == 3.0
+    assert usual_seconds(ROWS[:1]) is None
+
+
+def test_a_line_that_could_not_be_measured_has_no_error() -> None:
+    assert Compared("a pass", 5, 0).error == 0.0

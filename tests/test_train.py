@@ -460,7 +460,7 @@ def test_the_report_has_the_fields_of_the_design(tmp_path: Path) -> None:
     assert report == json.loads(json.dumps(outcome.report))
     assert set(report) == {
         "tokens", "train_seconds", "tokens_per_second", "steps", "loss", "eval_loss", "peak_rss_bytes",
-        "peak_device_bytes", "planned", "measured", "versions", "machine", "notices",
+        "peak_device_bytes", "planned", "measured", "errors", "lines", "versions", "machine", "notices",
     }  # fmt: skip
     examples = finetune.prepare(loaded.recipe).train.examples
     assert report["tokens"] == sum(len(e.input_ids) for e in examples)  # 4 steps of 4 rows: each of 16 rows once
@@ -473,4 +473,8 @@ def test_the_report_has_the_fields_of_the_design(tmp_path: Path) -> None:
     assert report["planned"]["tokens"] == report["measured"]["tokens"] == report["tokens"]
     assert report["planned"]["steps"] == report["measured"]["steps"] == 4
     assert report["measured"]["peak_rss_bytes"] == report["peak_rss_bytes"] > 1e8
+    lines = {line["name"]: line for line in report["lines"]}
+    assert lines["base"]["planned"] == lines["base"]["measured"] > 0
+    assert lines["private memory"]["measured"] > 1e8
+    assert {"the longest pass", "pages of files", "adapter on disk"} <= set(lines)
     assert {"halfbyte", "torch", "transformers", "peft", "bitsandbytes"} <= set(report["versions"])

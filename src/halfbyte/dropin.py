@@ -23,6 +23,7 @@ from halfbyte.layers import fuse, unpad
 
 # The batch that a script of unknown batch size is prepared for: 4 examples of 1024 tokens, the largest pass of a plan.
 PREPARED_TOKENS = 4096
+COMFORT = 0.5  # share of free memory that activations may take before they are made again
 
 
 class Adapted(PeftModelForCausalLM):
@@ -105,12 +106,14 @@ def prepare_model_for_kbit_training(
 
 
 def _needs_recompute(model: Any) -> bool:
-    from halfbyte import device, memory, shapes
+    from halfbyte import device, shapes
+    from halfbyte.memory import decoder
 
     facts = shapes.facts_of(model.config.to_dict(), ())
     itemsize = torch.finfo(model.dtype).bits // 8
-    kept = PREPARED_TOKENS * facts.layers * memory.layer_bytes_per_token(facts, itemsize)
-    return kept > memory.COMFORT * device.detect().ram_available_bytes
+    layer = decoder.layer_of(facts, (), itemsize, kernels=True, dropout=False)
+    kept = PREPARED_TOKENS * facts.layers * (layer.kept + 2 * itemsize * facts.hidden)  # and what adapters read
+    return kept > COMFORT * device.detect().ram_available_bytes
 
 
 def make_ready(model: Any) -> bool:

@@ -60,7 +60,10 @@ def resolve(loaded: Loaded) -> Resolution:
     prepared = prepare(recipe)
     rehearse(recipe.train, total_steps=count_steps(prepared))
     found = prepared.checkpoint
-    model = targets.meta_model(base.read_config(found.path, trust_remote_code=recipe.trust_remote_code))
+    model = targets.meta_model(
+        base.read_config(found.path, trust_remote_code=recipe.trust_remote_code),
+        trust_remote_code=recipe.trust_remote_code,
+    )
     chosen, modules = choose_targets(model, recipe)
     job = fitting.job_of(prepared, machine, chosen, model)
     plan = memory.make(job, machine, fitting.rates_for(job, machine))
@@ -123,7 +126,7 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     notices = [*prepared.train.notices, *(prepared.evaluation.notices if prepared.evaluation else ())]
     tell.note(f"data      {data_note(prepared)}")
     config = base.read_config(prepared.checkpoint.path, trust_remote_code=recipe.trust_remote_code)
-    meta = targets.meta_model(config)
+    meta = targets.meta_model(config, trust_remote_code=recipe.trust_remote_code)
     job = fitting.job_of(prepared, machine, choose_targets(meta, recipe)[0], meta)
     plan = memory.make(job, machine, fitting.rates_for(job, machine, say=lambda text: tell.note(f"machine   {text}")))
     for name, why in plan.reasons.items():

@@ -28,8 +28,14 @@ def nearest(job: Job, device: Device, plan: Plan, rates: Rates | None = None) ->
         made = choose.make(changed, device, rates)
         slower = made.time.step_s / max(1e-9, plan.time.step_s)
         found.append(Fix(change, setting, made.needed_bytes, made.short_bytes, slower))
-    found.sort(key=lambda fix: (fix.short_bytes, fix.slower))
-    return tuple(fix for fix in found if fix.short_bytes < plan.short_bytes)[:NEAREST]
+    # of one kind the mildest that fits, else the one that comes nearest; `_changes` goes from mild to strong
+    kinds: dict[str, Fix] = {}
+    for fix in found:
+        kind = fix.setting.partition("=")[0]
+        if kind not in kinds or (kinds[kind].short_bytes and fix.short_bytes < kinds[kind].short_bytes):
+            kinds[kind] = fix
+    near = [fix for fix in kinds.values() if fix.short_bytes < plan.short_bytes]
+    return tuple(sorted(near, key=lambda fix: (fix.short_bytes, fix.slower))[:NEAREST])
 
 
 def _changes(job: Job, device: Device) -> Iterator[tuple[str, str, Job]]:
