@@ -1,8 +1,8 @@
 """What this machine does in a second: matrix products, attention, passes over memory, dequantising, reading a file.
 
 Why: time follows from these five figures, and they differ tenfold between machines that look alike.
-What: measured once, by `halfbyte doctor` or before the first training, and kept in halfbyte's cache under the processor,
-the number of threads and torch's version; without them a plan says "time assumed".
+What: measured once, by `halfbyte doctor` or before the first training, and kept in halfbyte's cache under the
+processor, the number of threads and torch's version; without them a plan says "time assumed".
 Cost: about three seconds once; reading the cache imports no torch.
 """
 
@@ -39,7 +39,9 @@ def path_of(device: Device, dtype: str) -> Path:
     """The file that holds the rates of this processor with so many threads."""
     import hashlib
 
-    what = f"{FORMAT} {device.cpu} {' '.join(device.isa)} {threads(device)} {dtype} {_version('torch')} {_cards(device)}"
+    what = (
+        f"{FORMAT} {device.cpu} {' '.join(device.isa)} {threads(device)} {dtype} {_version('torch')} {_cards(device)}"
+    )
     return cache_dir() / "calibration" / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
 
 
@@ -134,7 +136,9 @@ def _attention(torch: Any, where: str, kind: Any) -> float:
         q, k, v = (torch.randn(total, heads, d, device=where).to(kind).requires_grad_() for _ in range(3))
         scale = d**-0.5
         if block_attention.takes(q, k, v):
-            return flop / _best(lambda: block_attention.attention(q, k, v, lengths, scale, None, None).sum().backward(), where)
+            return flop / _best(
+                lambda: block_attention.attention(q, k, v, lengths, scale, None, None).sum().backward(), where
+            )
         shaped = [x.detach().view(4, 256, heads, d).transpose(1, 2).requires_grad_() for x in (q, k, v)]
         attend = torch.nn.functional.scaled_dot_product_attention
         return flop / _best(lambda: attend(*shaped, is_causal=True).sum().backward(), where)

@@ -92,13 +92,16 @@ def train(
 @app.command()
 def plan(
     target: Annotated[
-        str, typer.Argument(metavar="MODEL | RECIPE.yaml", help="Hub id, folder, .gguf file, a bundled shape, or a recipe.")
+        str,
+        typer.Argument(metavar="MODEL | RECIPE.yaml", help="Hub id, folder, .gguf file, bundled shape, or a recipe."),
     ],
     set_: Set = [],  # noqa: B006  typer copies it
     device: Annotated[
         str | None, typer.Option("--device", help="A machine that is not here: 24GB, 4x80GB, or cpu:16GB.")
     ] = None,
-    length: Annotated[int | None, typer.Option("--length", min=2, help="Tokens of each row, instead of the data.")] = None,
+    length: Annotated[
+        int | None, typer.Option("--length", min=2, help="Tokens of each row, instead of the data.")
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Full fine-tuning, 16-bit LoRA and 4-bit QLoRA side by side.")
     ] = False,

@@ -65,7 +65,7 @@ def rates_for(job: memory.Job, machine: Device, say: Callable[[str], None] | Non
 
 
 def place(model: Any, plan: memory.Plan, *, asked: bool) -> tuple[stream.Placed, str]:
-    """Put the base where the plan says. One that does not lie in a file after all stays in memory, unless it was asked for.
+    """Put the base where the plan says. One that does not lie in a file after all stays in memory, unless asked for.
 
     Returns:
         Where it is, and why if that is not the plan's.
@@ -74,7 +74,9 @@ def place(model: Any, plan: memory.Plan, *, asked: bool) -> tuple[stream.Placed,
     if wanted == "split":
         return stream.place(model, "resident"), ""
     if wanted != "resident" and not asked and not stream.is_mapped(model):
-        return stream.place(model, "resident"), f"planned {wanted}, but it does not lie in a file as it is computed with"
+        return stream.place(
+            model, "resident"
+        ), f"planned {wanted}, but it does not lie in a file as it is computed with"
     return stream.place(model, wanted), ""
 
 

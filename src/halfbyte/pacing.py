@@ -81,7 +81,8 @@ class Pace:
         free = free_bytes() - self.margin
         if free >= self.need(self._largest(waiting), self.recompute):
             return list(waiting)
-        reason = f"{(free + self.margin) / GB:.2f} GB are free, the next pass needs {self.need(self._largest(waiting), self.recompute) / GB:.2f}"
+        needed = self.need(self._largest(waiting), self.recompute)
+        reason = f"{(free + self.margin) / GB:.2f} GB are free, the next pass needs {needed / GB:.2f}"
         moved = False
         while free < self.need(min(self.tokens, self._largest(waiting)), self.recompute) and self.down(reason):
             moved = True
@@ -107,7 +108,7 @@ class Pace:
         return True
 
     def hold(self, model: Any) -> list[Any] | None:
-        """The gradients before a pass, so that a failed one can be undone; None where failures do not come as errors."""
+        """The gradients before a pass, to undo a failed one with; None where failures do not come as errors."""
         if not self.on_card:
             return None
         return [None if p.grad is None else p.grad.clone() for p in model.parameters() if p.requires_grad]
@@ -126,7 +127,7 @@ class Pace:
             torch.cuda.empty_cache()
         if not self.down(f"an allocation failed: {first_line(error, 120)}"):
             raise TrainError(
-                f"memory: a pass of {self._largest(waiting)} tokens does not fit, and there is no smaller way to run it.",
+                f"memory: a pass of {self._largest(waiting)} tokens does not fit, and there is no smaller way.",
                 fix="lower data.max_length or lora.r; halfbyte plan RECIPE lists what fits",
             ) from error
         return self.split(waiting)

@@ -1,16 +1,14 @@
 """`halfbyte plan`: from a model's name or a recipe to a plan, before anything is downloaded, loaded or tokenised.
 
-What: shapes from headers, LoRA's places from names, row lengths from the recipe's file: counted with `tokenizer.json` where
-it is at hand, else estimated from characters, and said so. A run plans again from its real tokens.
+What: shapes from headers, LoRA's places from names, row lengths from the recipe's file: counted with `tokenizer.json`
+where it is at hand, else estimated from characters, and said so. A run plans again from its real tokens.
 Cost: under a second; no torch.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from halfbyte import calibrate, memory
@@ -76,9 +74,13 @@ def plan_model(
     made = memory.make(job, machine, rates)
     ways = compare(job, machine, rates) if side_by_side else ()
     if shape.facts.positions and rows.longest > shape.facts.positions:
-        notes.append(f"rows of {rows.longest} tokens are longer than the {shape.facts.positions} that the model was made for")
+        notes.append(
+            f"rows of {rows.longest} tokens are longer than the {shape.facts.positions} that the model was made for"
+        )
     if shape.facts.model_type not in memory.FAMILIES:
-        notes.append(f"{shape.facts.model_type} is not among the measured architectures; counted as a stock gated decoder")
+        notes.append(
+            f"{shape.facts.model_type} is not among the measured architectures; counted as a stock gated decoder"
+        )
     if device is not None:
         notes.append("a machine that is not here: all of its memory is taken to be free")
     return Planned(shape, recipe, machine, made, tuple(notes), ways)
@@ -104,7 +106,9 @@ def parse_device(text: str) -> Device:
         )
     if kind == "cpu":
         if count > 1:
-            raise RecipeError(f"--device {text!r}: a machine has one RAM; allowed: {DEVICE_HELP}.", fix="--device cpu:64GB")
+            raise RecipeError(
+                f"--device {text!r}: a machine has one RAM; allowed: {DEVICE_HELP}.", fix="--device cpu:64GB"
+            )
         here = detect()
         return Device("cpu", here.isa, here.cores, size, size, cpu=here.cpu)
     card = Card(f"card of {match['size']} {match['unit']}", size, size, (8, 0))
@@ -123,12 +127,16 @@ def _rows(recipe: Recipe, shape: headers.Shape, length: int | None, *, given: bo
 
     limit = recipe.data.max_length
     count, how = _counter(shape)
-    texts = [_texts(row) for row in read_rows(Path(recipe.data.train), recipe.data)]
+    texts = [_texts(row) for row in read_rows(recipe.data.train, recipe.data)]
     lengths = [min(limit, count(asked) + count(answer) + TEMPLATE_TOKENS) for asked, answer in texts]
-    labelled = lengths if recipe.data.mask == "all" else [min(n, count(a) + 2) for n, (_, a) in zip(lengths, texts, strict=True)]
+    labelled = (
+        lengths
+        if recipe.data.mask == "all"
+        else [min(n, count(a) + 2) for n, (_, a) in zip(lengths, texts, strict=True)]
+    )
     held_out: list[int] = []
     if recipe.data.eval:
-        pairs = (_texts(row) for row in read_rows(Path(recipe.data.eval), recipe.data))
+        pairs = (_texts(row) for row in read_rows(recipe.data.eval, recipe.data))
         held_out = [min(limit, count(asked) + count(answer) + TEMPLATE_TOKENS) for asked, answer in pairs]
     note = f"{len(lengths):,} rows of about {sum(lengths) / len(lengths):.0f} tokens, the longest {max(lengths)}: {how}"
     return memory.Rows(tuple(lengths), tuple(labelled), tuple(held_out)), [note]
@@ -150,7 +158,9 @@ def _counter(shape: headers.Shape) -> tuple[Any, str]:
 
         tokenizer = Tokenizer.from_file(str(file))
         return (lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)), "counted, but for the template"
-    return (lambda text: round(len(text) / CHARACTERS_PER_TOKEN)), f"estimated at {CHARACTERS_PER_TOKEN} characters a token"
+    return (
+        lambda text: round(len(text) / CHARACTERS_PER_TOKEN)
+    ), f"estimated at {CHARACTERS_PER_TOKEN} characters a token"
 
 
 def _steps(recipe: Recipe, rows: memory.Rows) -> int:
@@ -165,5 +175,3 @@ def _steps(recipe: Recipe, rows: memory.Rows) -> int:
         epochs=train.num_train_epochs,
         max_steps=train.max_steps,
     )
-
-

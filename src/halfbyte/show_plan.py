@@ -58,7 +58,9 @@ def verdict(plan: Plan) -> None:
         show.out.print(f"[yellow]{escape(warning)}[/yellow]")
     for fix in plan.fixes:
         state = "fits" if not fix.short_bytes else f"still {show.gb(fix.short_bytes)} short"
-        show.text(f"  --set {fix.setting:<34} {fix.change}: {show.gb(fix.peak_bytes)}, {state}; a step takes x{fix.slower:.2f}")
+        show.text(
+            f"  --set {fix.setting:<34} {fix.change}: {show.gb(fix.peak_bytes)}, {state}; a step x{fix.slower:.2f}"
+        )
     if not plan.warnings:
         share = plan.needed_bytes / max(1, plan.available_bytes)
         show.out.print(f"[green]it fits[/green]: {share:.0%} of the free memory")
@@ -80,7 +82,11 @@ def table(title: str, lines: tuple[Line, ...], available: int) -> Table:
         )
     over = total > available
     made.add_row(
-        "total", show.gb(total), bar(total, whole, "red" if over else "green"), f"of {show.gb(available)} free", style="bold"
+        "total",
+        show.gb(total),
+        bar(total, whole, "red" if over else "green"),
+        f"of {show.gb(available)} free",
+        style="bold",
     )
     return made
 
@@ -106,7 +112,13 @@ def seconds(value: float) -> str:
 
 def ways(found: tuple[Way, ...]) -> Table:
     made = Table(header_style="bold", title="side by side, the same rows, no recomputation", title_justify="left")
-    for name, justify in (("", "left"), ("memory", "right"), ("trainable", "right"), ("%", "right"), ("time a step", "right")):
+    for name, justify in (
+        ("", "left"),
+        ("memory", "right"),
+        ("trainable", "right"),
+        ("%", "right"),
+        ("time a step", "right"),
+    ):
         made.add_column(name, justify=justify)  # type: ignore[arg-type]
     for way in found:
         made.add_row(
@@ -119,5 +131,8 @@ def machine(device: Device) -> str:
     if device.cards:
         first = device.cards[0]
         many = f"{len(device.cards)} x " if len(device.cards) > 1 else ""
-        return f"{many}{first.name}, {show.gb(first.free_bytes)} free each; {show.gb(device.ram_available_bytes)} RAM free"
-    return f"{device.cores} cores ({device.cpu or 'CPU'}), {show.gb(device.ram_available_bytes)} of {show.gb(device.ram_bytes)} RAM free"
+        return (
+            f"{many}{first.name}, {show.gb(first.free_bytes)} free each; {show.gb(device.ram_available_bytes)} RAM free"
+        )
+    ram = f"{show.gb(device.ram_available_bytes)} of {show.gb(device.ram_bytes)} RAM free"
+    return f"{device.cores} cores ({device.cpu or 'CPU'}), {ram}"

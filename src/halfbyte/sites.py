@@ -1,7 +1,7 @@
 """Where LoRA sits, from tensor names and shapes alone: what a plan needs to know of adapters before a model is built.
 
 Why: `targets.py` reads the modules of a built model, which takes torch; a plan is asked for before that.
-What: the same choice by the same names, on the list of tensors. A run still asks the real modules; a test compares both.
+What: the same choice by the same names, on the list of tensors. A run still asks the modules; a test compares both.
 Cost: a few regular expressions a tensor; no torch.
 """
 
@@ -83,7 +83,9 @@ def trainable(found: Iterable[Site], specs: Sequence[TensorSpec], lora: Lora) ->
         biases = [s for s in specs if s.name.endswith(".bias")]
         total += sum(s.numel for s in biases if lora.bias == "all" or s.name.removesuffix(".bias") in adapted)
     if lora.trainable_token_indices:
-        total += len(lora.trainable_token_indices) * max((s.shape[-1] for s in specs if s.role == "embedding"), default=0)
+        total += len(lora.trainable_token_indices) * max(
+            (s.shape[-1] for s in specs if s.role == "embedding"), default=0
+        )
     return total
 
 

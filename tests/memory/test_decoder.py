@@ -126,7 +126,9 @@ def test_every_family_is_measured() -> None:
 def test_an_unknown_architecture_is_counted_as_the_stock_gated_kind() -> None:
     facts = Facts("novel", 64, 128, 2, 100, heads=4, key_heads=2, head_size=16)
     assert family_of(facts).mlp == "gated_stock"
-    known = layer_of(Facts("llama", 64, 128, 2, 100, heads=4, key_heads=2, head_size=16), (), 2, kernels=True, dropout=False)
+    known = layer_of(
+        Facts("llama", 64, 128, 2, 100, heads=4, key_heads=2, head_size=16), (), 2, kernels=True, dropout=False
+    )
     assert layer_of(facts, (), 2, kernels=True, dropout=False).kept > known.kept
 
 

@@ -1,4 +1,4 @@
-"""The plan: where the base lies, what is recomputed and how large a pass is, so that it fits with a margin, fastest first.
+"""The choices: where the base lies, what is recomputed, how large a pass is; fitting with a margin, fastest first.
 
 What: every combination that the recipe leaves open is counted and timed; of those that fit within `MARGIN` the fastest
 is taken, and among those that are as fast the one that takes least. Where none fits, `fixes.py` says what would.
@@ -33,7 +33,6 @@ class _Candidate:
     asked_tokens: bool = False
 
 
-
 def make(job: Job, device: Device, rates: Rates | None = None) -> Plan:
     """Plan one training. The recipe's own values win; what they make impossible is a warning with what is missing."""
     rates = rates or assumed(device, job.dtype)
@@ -49,9 +48,7 @@ def make(job: Job, device: Device, rates: Rates | None = None) -> Plan:
     return _told(min(found, key=lambda c: c.plan.needed_bytes), found, job)
 
 
-def count(
-    job: Job, device: Device, rates: Rates, *, placement: Placement, recompute: Recompute, tokens: int
-) -> Plan:
+def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recompute: Recompute, tokens: int) -> Plan:
     """The plan of given choices: its lines, peaks, disk and time. `reasons` are empty."""
     on_cpu = device.kind == "cpu"
     where: Where = "private" if on_cpu else "device"
@@ -59,9 +56,9 @@ def count(
     largest = step.largest_pass(job, tokens)
     process = state.process_lines(device, job)
     held = (*state.base_lines(job, placement, cards, where), *_share(state.training_lines(job, where), cards))
-    if on_cpu:
-        fixed, host = (*process, *held), ()
-    else:
+    fixed: tuple[Line, ...] = (*process, *held)
+    host: tuple[Line, ...] = ()
+    if not on_cpu:
         context = Line("CUDA context", state.CUDA_CONTEXT_BYTES, "a round figure for each card", "", "device")
         fixed, host = (context, *held), process
     lines = (*fixed, *step.step_lines(job, largest, recompute, where, cards))
@@ -91,12 +88,13 @@ def count(
         ),
         reasons={},
         warnings=(),
+        busy_file_bytes=state.busy_file_bytes(job) if placement in ("mapped", "streamed") else 0,
     )
 
 
 def placements(job: Job, device: Device) -> tuple[tuple[Placement, ...], bool]:
     """The placements that are open, and whether the recipe chose."""
-    asked = getattr(job.recipe.quant, "placement", "auto")
+    asked = job.recipe.quant.placement
     if asked != "auto":
         return (asked,), True
     if device.kind == "cuda":
@@ -111,8 +109,8 @@ def policies(job: Job) -> tuple[tuple[Recompute, ...], bool]:
     if asked is False:
         return ("none",), True
     if asked in POLICIES:
-        return (asked,), True  # type: ignore[return-value]
-    return (SUPPORTED_POLICIES, False)
+        return (asked,), True
+    return SUPPORTED_POLICIES, False
 
 
 # What the engine can do; `selective` keeps the outputs of matrix products and makes what is cheap again.
@@ -167,13 +165,13 @@ def _told(chosen: _Candidate, found: list[_Candidate], job: Job, *, tight: bool 
         what = "RAM" if plan.host_lines and host > plan.host_available_bytes else "memory"
         warnings.append(
             f"{plan.short_bytes / GB:.1f} GB short of {what}: about {plan.needed_bytes / GB:.1f} GB needed, "
-            f"{plan.available_bytes / GB:.1f} GB free, with {plan.tokens_in_pass} tokens in a pass (the longest example "
-            f"has {longest})."
+            f"{plan.available_bytes / GB:.1f} GB free, with {plan.tokens_in_pass} tokens in a pass (the longest "
+            f"example has {longest})."
         )
     elif tight:
         warnings.append(
-            f"it fits without the margin of {MARGIN:.0%}: {plan.needed_bytes / GB:.2f} of {plan.available_bytes / GB:.2f} GB "
-            "free. The run steps down if memory runs out."
+            f"it fits without the margin of {MARGIN:.0%}: {plan.needed_bytes / GB:.2f} GB of "
+            f"{plan.available_bytes / GB:.2f} GB free. The run steps down if memory runs out."
         )
     if isinstance(asked, int) and asked < longest:
         warnings.append(f"the longest example has {longest} tokens, more than train.max_tokens_per_pass {asked}")
@@ -182,14 +180,14 @@ def _told(chosen: _Candidate, found: list[_Candidate], job: Job, *, tight: bool 
 
 def _why_placement(chosen: _Candidate, job: Job) -> str:
     plan = chosen.plan
-    if getattr(job.recipe.quant, "placement", "auto") != "auto":
+    if job.recipe.quant.placement != "auto":
         return "as the recipe says"
     if chosen.placement == "split":
         return "the base and its activations do not fit on one card"
     if chosen.placement == "streamed":
         return (
-            f"the base of {job.base_bytes / GB:.1f} GB does not stay in {plan.available_bytes / GB:.1f} GB beside the rest; "
-            "layers come and go"
+            f"the base of {job.base_bytes / GB:.1f} GB does not stay in {plan.available_bytes / GB:.1f} GB beside the "
+            "rest; layers come and go"
         )
     if chosen.placement == "mapped":
         return "it fits, and pages of its file need no copy"

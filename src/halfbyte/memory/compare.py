@@ -1,8 +1,8 @@
 """Full fine-tuning, LoRA on 16 bits and QLoRA on 4 bits, side by side, for one model and one machine.
 
 Source: Hu et al. 2021 (arXiv:2106.09685) and Dettmers et al. 2023 (arXiv:2305.14314) for what each trains and holds.
-Full fine-tuning is counted as mixed precision has it: weights and gradients in 16 bits, AdamW's two numbers in fp32 (and
-no fp32 master copy); its backward computes the gradient of each weight too, so every linear layer keeps its input.
+Full fine-tuning is counted as mixed precision has it: weights and gradients in 16 bits, AdamW's two numbers in fp32
+(and no fp32 master copy); its backward computes the gradient of each weight too, so every linear layer keeps its input.
 Cost: three plans; no torch.
 """
 
@@ -63,7 +63,9 @@ def _full(job: Job, device: Device, rates: Rates, tokens: int) -> Way:
     state = OPTIMIZER_BYTES.get(str(job.recipe.train.optim), 8)
     read = {(s.layer, s.shape[-1 if not s.transposed else 0]) for s in job.specs if s.role == "linear"}
     inputs = pass_tokens * c * sum(width for _, width in read)
-    kept = tuple(line for line in plan.lines if line.name not in ("adapters", "adapters' copies", "gradients", "optimiser"))
+    kept = tuple(
+        line for line in plan.lines if line.name not in ("adapters", "adapters' copies", "gradients", "optimiser")
+    )
     lines = (
         *kept,
         Line("inputs of linears", inputs, "each linear layer keeps what it read", "", where),  # type: ignore[arg-type]

@@ -30,7 +30,8 @@ class Family:
     """How an architecture's layer is built, as far as memory can tell.
 
     `norms` that keep an input of their own. `mlp`: gated by the engine's kernel or by stock code; `formula`: GELU
-    written as a formula (keeps four tensors); `one`: keeps its input; `relu`: keeps its output, which the next linear reads.
+    written as a formula (keeps four tensors); `one`: keeps its input; `relu`: keeps its output, which the
+    next linear reads.
     `attention`: `flash` keeps no scores; `eager` (softcap) and `alibi` keep them for each pair of tokens of an example,
     `dense` for each pair of the whole pass. `parallel`: attention and MLP read one normed input.
     """
@@ -104,7 +105,7 @@ def layer_of(
     narrow = facts.key_heads * facts.head_size or hidden
 
     norm = 4 + (c if kernels else 4) * hidden if family.rms else c * hidden + 2 * c
-    kept = family.norms * norm
+    kept: float = family.norms * norm
     if family.qk_norms:
         kept += (c if kernels else 4) * (wide + narrow) + 4 * (facts.heads + facts.key_heads)
     kept += {

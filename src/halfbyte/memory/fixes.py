@@ -51,7 +51,7 @@ def _changes(job: Job, device: Device) -> Iterator[tuple[str, str, Job]]:
     if isinstance(train.max_tokens_per_pass, int) and train.max_tokens_per_pass > job.rows.longest:
         smaller = base(update={"train": train.model_copy(update={"max_tokens_per_pass": "auto"})})
         yield "smaller passes", "train.max_tokens_per_pass=auto", _with(job, recipe=smaller)
-    asked = getattr(quant, "placement", "auto")
+    asked = quant.placement
     if device.kind == "cpu" and asked not in ("auto", "streamed"):
         streamed = base(update={"quant": quant.model_copy(update={"placement": "streamed"})})
         yield "stream the base", "quant.placement=streamed", _with(job, recipe=streamed, mappable=True)
@@ -66,7 +66,9 @@ def _changes(job: Job, device: Device) -> Iterator[tuple[str, str, Job]]:
     while rank > 4:
         rank //= 2
         fewer = base(update={"lora": lora.model_copy(update={"r": rank})})
-        changed = _with(job, recipe=fewer, sites=tuple(replace(s, rank=max(1, s.rank * rank // lora.r)) for s in job.sites))
+        changed = _with(
+            job, recipe=fewer, sites=tuple(replace(s, rank=max(1, s.rank * rank // lora.r)) for s in job.sites)
+        )
         yield f"rank {rank}", f"lora.r={rank}", changed
     attention = lora.model_copy(update={"target_modules": "auto"})
     fewer_sites = sites(job.specs, attention)

@@ -67,7 +67,9 @@ class Rows:
         """The same rows, none longer than `length`."""
         lengths = tuple(min(n, length) for n in self.lengths)
         labelled = tuple(min(n, length) for n in self.labelled)
-        return replace(self, lengths=lengths, labelled=labelled, evaluated=tuple(min(n, length) for n in self.evaluated))
+        return replace(
+            self, lengths=lengths, labelled=labelled, evaluated=tuple(min(n, length) for n in self.evaluated)
+        )
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Job:
     """One training to be planned.
 
     Args:
-        mappable: the base can lie in a mapped file as it is computed with (a store, or a checkpoint in the compute dtype).
+        mappable: the base can lie in a mapped file as it is computed with (a store, or a checkpoint in that dtype).
         kernels: the engine's kernels run here; else torch's own operations.
         packed: examples share a pass; False where that is not proven for the model.
     """
@@ -109,7 +111,9 @@ class Job:
         found = tuple(sites(specs, recipe.lora, targets)) if specs else ()
         on_cpu = device.kind == "cpu"
         if mappable is None:
-            mappable = on_cpu and recipe.quant.type == "none" and all(ITEMSIZE[dtype] == s.nbytes / s.numel for s in specs)
+            mappable = (
+                on_cpu and recipe.quant.type == "none" and all(ITEMSIZE[dtype] == s.nbytes / s.numel for s in specs)
+            )
         return cls(
             recipe=recipe, specs=tuple(specs), facts=facts, sites=found, rows=rows, dtype=dtype,
             mappable=mappable and on_cpu, kernels=on_cpu and dtype in ("bf16", "fp32"), packed=packed, steps=steps,
@@ -136,7 +140,9 @@ class Job:
     def linear_numel(self) -> int:
         """Weights that every token is multiplied with, without the head; of experts those that a token meets."""
         dense = sum(s.numel for s in self.specs if s.role == "linear" and ".experts." not in s.name)
-        experts = sum(s.numel for s in self.specs if s.role == "expert" or (s.role == "linear" and ".experts." in s.name))
+        experts = sum(
+            s.numel for s in self.specs if s.role == "expert" or (s.role == "linear" and ".experts." in s.name)
+        )
         share = self.facts.experts_per_token / self.facts.experts if self.facts.experts else 1.0
         return dense + round(experts * share)
 

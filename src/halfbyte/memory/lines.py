@@ -64,7 +64,8 @@ class Plan:
     `lines` add up to the peak of a training step, where it computes: in RAM, or on one card (the fullest). `host_lines`
     are RAM beside the cards. `loading`, `evaluating` and `generating` are peaks of their own, in the same place.
     `reasons` has one for each choice, under its name. `tokens_in_pass` is what the activations were counted for:
-    `max_tokens_per_pass`, or less when a whole step is shorter, or more when one example is longer.
+    `max_tokens_per_pass`, or less when a whole step is shorter, or more when one example is longer. `busy_file_bytes`
+    are the pages of a mapped base that must be there at once: a few layers, and the head.
     """
 
     compute_dtype: str
@@ -85,6 +86,7 @@ class Plan:
     time: Time
     reasons: dict[str, str]
     warnings: tuple[str, ...]
+    busy_file_bytes: int = 0
     fixes: tuple[Fix, ...] = ()
 
     @property
@@ -117,9 +119,8 @@ class Plan:
 
     @property
     def needed_bytes(self) -> int:
-        """The peak without pages that the kernel may drop: all of a mapped base but a layer or two."""
-        dropped = sum(line.bytes for line in self.lines if line.where == "file")
-        return max(self.peak_bytes - dropped, self.private_bytes)
+        """The peak without pages that the kernel may drop: libraries' code, and a mapped base but for a few layers."""
+        return max(self.peak_bytes - self.file_bytes, self.private_bytes) + self.busy_file_bytes
 
     def line(self, name: str) -> int:
         return sum(line.bytes for line in self.lines if line.name == name)
@@ -134,6 +135,13 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         derived = {
             name: getattr(self, name)
-            for name in ("peak_bytes", "step_bytes", "private_bytes", "file_bytes", "short_bytes", "gradient_checkpointing")
+            for name in (
+                "peak_bytes",
+                "step_bytes",
+                "private_bytes",
+                "file_bytes",
+                "short_bytes",
+                "gradient_checkpointing",
+            )
         }
         return {**derived, **asdict(self)}

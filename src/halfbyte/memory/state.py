@@ -54,9 +54,15 @@ def base_lines(job: Job, placement: Placement, cards: int, where: Where) -> tupl
     kind = f"{len(job.specs)} tensors, {job.parameters / 1e6:.1f} M weights, quant.type {quant.type}"
     source = "shapes.nf4_bytes; QLoRA, arXiv:2305.14314" if quant.type != "none" else "itemsize x weights"
     if placement == "streamed":
-        layers = (2 + AHEAD) * job.layer_bytes
-        held = min(job.base_bytes, layers + _touched_outer(job))
-        return (Line("base", held, f"streamed: {2 + AHEAD} layers of {job.facts.layers}, and the head", source, "file"),)
+        return (
+            Line(
+                "base",
+                busy_file_bytes(job),
+                f"streamed: {2 + AHEAD} layers of {job.facts.layers}, and the head",
+                source,
+                "file",
+            ),
+        )
     if placement == "split":
         share = -(-(job.base_bytes - job.outer_bytes) // cards) + job.outer_bytes
         return (Line("base", share, f"a card's share of {cards}: {kind}", source, where),)
@@ -64,6 +70,11 @@ def base_lines(job: Job, placement: Placement, cards: int, where: Where) -> tupl
         held = job.base_bytes - job.outer_bytes + _touched_outer(job)
         return (Line("base", held, f"mapped: {kind}", source, "file"),)
     return (Line("base", job.base_bytes, kind, source, where),)
+
+
+def busy_file_bytes(job: Job) -> int:
+    """Pages of a mapped or streamed base that are in use at once."""
+    return min(job.base_bytes, (2 + AHEAD) * job.layer_bytes + _touched_outer(job))
 
 
 def _touched_outer(job: Job) -> int:
@@ -81,7 +92,9 @@ def training_lines(job: Job, where: Where) -> tuple[Line, ...]:
     state = OPTIMIZER_BYTES.get(optimizer, 8)
     copies = job.lora_parameters * (job.itemsize if job.dtype != "fp32" else 0)
     return (
-        Line("adapters", 4 * count, f"{count} trained parameters in fp32", "LoRA, arXiv:2106.09685: r (in + out)", where),
+        Line(
+            "adapters", 4 * count, f"{count} trained parameters in fp32", "LoRA, arXiv:2106.09685: r (in + out)", where
+        ),
         Line("adapters' copies", copies, f"in {job.dtype} while a pass lasts", "layers/lora_linear.py", where),
         Line("gradients", 4 * count, "fp32", "", where),
         Line("optimiser", state * count, f"{optimizer}: {state} bytes a parameter", "AdamW: two numbers", where),

@@ -1,8 +1,8 @@
 """What a training step adds at its peak: activations, what a layer's backward needs for a moment, logits, slack.
 
 Source: `decoder.py` for what is kept; `layers/loss.py` for the chunked head (Liger-Kernel, arXiv:2410.10989, 3.2);
-FlashAttention-2, arXiv:2307.08691, for the attention's workspace. `SLACK` is what glibc's allocator holds beside what is
-in use, measured by `benchmarks/plan_accuracy.py`.
+FlashAttention-2, arXiv:2307.08691, for the attention's workspace. `SLACK` is what glibc's allocator holds beside what
+is in use, measured by `benchmarks/plan_accuracy.py`.
 Cost: none; no torch.
 
 Letters: T tokens of a pass, K of them labelled, V vocabulary, D hidden, c bytes of the compute dtype.
@@ -17,7 +17,9 @@ from halfbyte.memory.job import Job
 from halfbyte.memory.lines import Line, Recompute, Where
 
 LOGITS_CHUNK_BYTES = 32_000_000  # layers/loss.py
-SCORES_BYTES = 24_000_000  # layers/block_attention.py: scores in fp32 at once, as many for dP, both in the compute dtype
+SCORES_BYTES = (
+    24_000_000  # layers/block_attention.py: scores in fp32 at once, as many for dP, both in the compute dtype
+)
 TOKENS_STEP = 64
 SLACK = 0.08
 CARD_SLACK = 0.05  # PyTorch's caching allocator rounds and splits; a round figure, not measured here
@@ -86,12 +88,16 @@ def step_lines(job: Job, largest: Pass, recompute: Recompute, where: Where, card
     if backward + tile + scores >= loss:
         lines += [
             Line("backward of a layer", round(backward + scores), f"{tokens} tokens", "memory/decoder.py", where),
-            Line("dequantised weight", tile, f"{job.largest_linear / 1e6:.1f} M numbers", "layers/lora_linear.py", where),
+            Line(
+                "dequantised weight", tile, f"{job.largest_linear / 1e6:.1f} M numbers", "layers/lora_linear.py", where
+            ),
         ]
     else:
         share = f"{largest.labelled} labelled tokens, vocabulary {job.facts.vocab}"
         lines += [Line("logits", round(loss), share, "layers/loss.py", where)]
-    lines.append(Line("allocator", round(slack), f"{slack / max(1, kept + ends + moment):.0%} of these", "measured", where))
+    lines.append(
+        Line("allocator", round(slack), f"{slack / max(1, kept + ends + moment):.0%} of these", "measured", where)
+    )
     return tuple(lines)
 
 

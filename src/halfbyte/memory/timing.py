@@ -1,7 +1,7 @@
 """Seconds a step, from what this machine multiplies, moves and reads in a second.
 
-Source: 2 FLOP a weight and token forward, 2 for the gradient of the input (a frozen weight needs no third), 2 more where
-the forward is done again; attention 4 L A forward and 10 L A backward a token and layer (FlashAttention-2,
+Source: 2 FLOP a weight and token forward, 2 for the gradient of the input (a frozen weight needs no third), 2 more
+where the forward is done again; attention 4 L A forward and 10 L A backward a token and layer (FlashAttention-2,
 arXiv:2307.08691), half of it under a causal mask. Rates come from `calibrate.py`; without them from a table of round
 figures by instruction set, and the plan says "time assumed".
 Cost: none; no torch.
