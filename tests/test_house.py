@@ -45,7 +45,7 @@ DOORS = {
 }
 TRAINER_NAMES = re.compile(r"^(Trainer|TrainingArguments|Seq2SeqTrainer|TrainerCallback|trainer(_\w+)?)$")
 TRAINER_ROOMS = {"train", "callbacks"}
-PRINTING_ROOMS = {"cli", "show", "docs"}
+PRINTING_ROOMS = {"cli", "show", "show_store", "docs"}
 
 
 @cache

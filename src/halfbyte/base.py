@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from halfbyte import device as machine
+from halfbyte import plain_linears, resident, shapes, sources, store
 from halfbyte import quant as codec
-from halfbyte import shapes, sources
 from halfbyte.errors import BaseModelError, first_line
+from halfbyte.store.shelf import source_files
 
 if TYPE_CHECKING:
     from halfbyte.recipe import Quant
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # File names, without their ending, that any of transformers' tokenizers is read from.
 TOKENIZER_STEMS = frozenset({"tokenizer", "vocab", "spiece", "sentencepiece", "tekken"})
-# Resident bytes may exceed what the specs say by this share before it is an error: scales of odd sizes, padding.
-RESIDENT_TOLERANCE = 0.02
+# Quantising at load holds the source's pages and the result: measured 18.3 GB for 13.5 (docs/log.md).
+LOADING_SHARE = 1.4
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Base:
     dtype_reason: str
     resident_bytes: int
     expected_bytes: int
+    origin: str = ""
+    """Where the weights came from: the store's folder, or why they were quantised while loading."""
 
     @property
     def device(self) -> torch.device:
@@ -57,10 +60,17 @@ def open_base(
     trust_remote_code: bool = False,
     device_map: Any = "auto",
     with_tokenizer: bool = True,
+    use_store: bool = True,
+    tell: store.Tell | None = None,
 ) -> Base:
-    """Load a checkpoint under the policy of `quant`.
+    """Open a checkpoint under the policy of `quant`: its store, memory-mapped, which is built first if there is none.
+
+    Args:
+        use_store: False quantises while loading, with the 16-bit weights in memory.
+        tell: how a build goes.
 
     Raises:
+        StoreError: the store can neither be built nor done without.
         BaseModelError: the checkpoint asks for code of its own, lacks weights, is quantised in another way, or stays
             larger in memory than the policy says.
     """
@@ -69,10 +79,18 @@ def open_base(
     dtype_name, reason = machine.compute_dtype(device, quant.compute_dtype)
     dtype = DTYPES[dtype_name]
     specs = tuple(shapes.read_checkpoint(folder)) if not checkpoint.pickle else ()
-    heads = _head_names(config) if quant.skip_modules or quant.fp32_modules else ()
+    heads = resident.head_names(config) if quant.skip_modules or quant.fp32_modules else ()
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None:
         _check_prequantised(quantised, folder)
+    origin = str(folder)
+    if use_store and quantised is None and quant.type != "none" and not hasattr(config, "auto_map"):
+        wanted = want(checkpoint, config, quant, device, specs)
+        stored, why = stored_base(wanted, device, tell)
+        folder, origin = (stored, f"store {stored}") if stored is not None else (folder, f"{folder}: {why}")
+    from_store = folder != checkpoint.path
+    own = opening_config(folder if from_store else None, config)
+    bits = None if quantised is not None or from_store else codec.bnb_config(quant, dtype, heads)
     from transformers import AutoModelForCausalLM
 
     try:
@@ -81,34 +99,35 @@ def open_base(
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
-                **({} if quantised is not None else {"quantization_config": codec.bnb_config(quant, dtype, heads)}),
+                **({} if bits is None else {"quantization_config": bits}),
+                **({} if own is None else {"config": own}),
                 device_map=device_map if device.kind == "cuda" else {"": "cpu"},
                 trust_remote_code=trust_remote_code,
-                use_safetensors=not checkpoint.pickle,
+                use_safetensors=from_store or not checkpoint.pickle,
                 weights_only=True,
-                ignore_mismatched_sizes=True,  # they are named in _check_complete
+                ignore_mismatched_sizes=True,  # they are named in resident.check_complete
                 output_loading_info=True,
             )
     except UnpicklingError as error:
-        raise BaseModelError(
-            f"{checkpoint.id}: its pickled weights hold more than tensors, so they were not read: {_blocked(error)}.",
-            fix="use a copy of the model with safetensors",
-        ) from error
+        raise _unsafe_pickle(checkpoint, error) from error
     except (ValueError, RuntimeError, OSError, KeyError, EOFError) as error:
         raise BaseModelError(f"{checkpoint.id} could not be opened from {folder}: {first_line(error)}") from error
-    _check_complete(model, info, checkpoint)
-    _check_skipped(model, quant)
-    if quantised is None:
+    resident.check_complete(model, info, checkpoint)
+    resident.check_skipped(model, quant)
+    if bits is None:
+        codec.forget_deserialising(model)
+        plain_linears.settle(model)
+    elif quantised is None:
         codec.quantise_plain_linears(model, quant, dtype)
     codec.make_safe(model)
     codec.set_compute_dtype(model, dtype)
-    keep_fp32(model, quant.fp32_modules, dtype)
+    resident.keep_fp32(model, quant.fp32_modules, dtype)
     model.name_or_path = checkpoint.id
     model.config.name_or_path = checkpoint.id
-    resident = codec.resident_bytes(model)
+    held = codec.resident_bytes(model)
     expected = sum(codec.encoded_bytes(s, quant, dtype.itemsize) for s in specs)
     if quantised is None:
-        check_resident(model, quant, resident, expected, checkpoint.id)
+        resident.check_resident(model, quant, held, expected, checkpoint.id)
     return Base(
         model=model,
         tokenizer=open_tokenizer(checkpoint, model, trust_remote_code=trust_remote_code) if with_tokenizer else None,
@@ -116,9 +135,70 @@ def open_base(
         specs=specs,
         compute_dtype=dtype_name,
         dtype_reason=reason,
-        resident_bytes=resident,
+        resident_bytes=held,
         expected_bytes=expected,
+        origin=origin,
     )
+
+
+def opening_config(folder: Path | None, config: Any) -> Any | None:
+    """The config that a pre-quantised folder must be opened with, where it is not its own."""
+    if folder is not None:
+        config = read_config(folder)
+    if not plain_linears.is_marked(getattr(config, "quantization_config", None)):
+        return None
+    return plain_linears.opening_config(config)
+
+
+def want(
+    checkpoint: sources.Checkpoint,
+    config: Any,
+    quant: Quant,
+    device: machine.Device,
+    specs: tuple[shapes.TensorSpec, ...],
+) -> store.Wanted:
+    """The store that `open_base` opens for these settings; what cannot be held as asked is told before it is built."""
+    dtype = DTYPES[machine.compute_dtype(device, quant.compute_dtype)[0]]
+    heads = resident.head_names(config) if quant.skip_modules or quant.fp32_modules else ()
+    expected = sum(codec.encoded_bytes(s, quant, dtype.itemsize) for s in specs)
+
+    def check(model: Any, info: dict[str, Any]) -> None:
+        resident.check_complete(model, info, checkpoint)
+        resident.check_skipped(model, quant)
+        resident.named_fp32(model, quant.fp32_modules)
+        resident.check_resident(model, quant, codec.planned_bytes(model, quant), expected, checkpoint.id)
+
+    return store.Wanted(checkpoint, config, quant, dtype, heads, cores=device.cores, check=check)
+
+
+def ensure_store(wanted: store.Wanted, *, out: Path | None = None, tell: store.Tell | None = None) -> Path:
+    """`store.ensure`, with the words of this room for a pickle that is refused."""
+    try:
+        return store.ensure(wanted, out=out, tell=tell)
+    except UnpicklingError as error:
+        raise _unsafe_pickle(wanted.checkpoint, error) from error
+
+
+def stored_base(
+    wanted: store.Wanted, device: machine.Device, tell: store.Tell | None = None
+) -> tuple[Path | None, str]:
+    """The folder of the store, found or built; or None, and why the base is quantised while it is loaded instead.
+
+    Raises:
+        StoreError: no store can be written, and the 16-bit weights do not fit in memory either.
+    """
+    tell = tell or store.Tell()
+    try:
+        return ensure_store(wanted, tell=tell), ""
+    except store.CannotHold as reason:
+        why = str(reason)
+    except store.NotWritable as error:
+        nbytes = sum(file.stat().st_size for file in source_files(wanted.checkpoint))
+        if nbytes * LOADING_SHARE > device.ram_available_bytes:
+            raise
+        why = error.message
+    tell.say(f"no store, the base is quantised while it is loaded: {why}")
+    return None, why
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -175,108 +255,6 @@ def open_tokenizer(checkpoint: sources.Checkpoint, model: Any | None = None, *, 
     return tokenizer
 
 
-def check_resident(model: Any, quant: Quant, resident: int, expected: int, name: str) -> None:
-    """Compare what is in memory with what the policy says.
-
-    Raises:
-        BaseModelError: matrices that the policy holds in 4 bits stayed in 16 (fused experts), naming the largest.
-    """
-    if quant.type == "none":
-        return
-    stayed = big_unquantised(model, quant)
-    stayed_bytes = sum(p.numel() * p.element_size() for _, p in stayed)
-    too_large = expected > 0 and resident > expected * (1 + RESIDENT_TOLERANCE) + 1e6
-    if stayed_bytes > resident * RESIDENT_TOLERANCE or (too_large and stayed):
-        names = sorted(stayed, key=lambda item: -item[1].numel())[:3]
-        listed = ", ".join(f"{n} {tuple(p.shape)}" for n, p in names)
-        kind = "fused expert tensors" if any(p.ndim == 3 for _, p in stayed) else "matrices"
-        leaf = names[0][0].rsplit(".", 1)[0].rsplit(".", 1)[-1]
-        raise BaseModelError(
-            f"{name}: {len(stayed)} {kind} stayed in {8 * stayed[0][1].element_size()} bits, "
-            f"{stayed_bytes / 1e9:.3f} of {resident / 1e9:.3f} GB resident where quant.type {quant.type} gives "
-            f"{expected / 1e9:.3f} GB. The largest: {listed}.",
-            fix=f"this build cannot hold them in 4 bits; to accept 16 bits: --set 'quant.skip_modules=[{leaf}]'",
-        )
-    if too_large:
-        raise BaseModelError(
-            f"{name}: {resident / 1e9:.3f} GB are resident, the checkpoint's tensors under quant.type {quant.type} "
-            f"give {expected / 1e9:.3f} GB.",
-            fix="name the modules you want unquantised in `quant.skip_modules`, so that the plan counts them",
-        )
-
-
-def big_unquantised(model: Any, quant: Quant) -> list[tuple[str, Any]]:
-    """Weight matrices that are neither 4-bit, nor an embedding or head, nor exempted by the recipe.
-
-    Small ones (routers, convolutions: under 1/1000 of the model's parameters each) are not meant.
-    """
-    exempt = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    head = model.get_output_embeddings()
-    if head is not None and getattr(head, "weight", None) is not None:
-        exempt.add(id(head.weight))
-    total = sum(p.numel() for p in model.parameters())
-    return [
-        (name, p)
-        for name, p in model.named_parameters()
-        if p.ndim >= 2
-        and p.is_floating_point()
-        and id(p) not in exempt
-        and p.numel() * 1000 > total
-        and not codec.matches(name, (*quant.skip_modules, *quant.fp32_modules))
-        and not _is_default_skip(name, model)
-    ]
-
-
-def keep_fp32(model: Any, patterns: tuple[str, ...], compute_dtype: torch.dtype) -> list[str]:
-    """Hold the named modules in fp32 and convert at their border, so that the residual stream keeps its dtype."""
-    if not patterns:
-        return []
-    chosen = [
-        (name, module)
-        for name, module in model.named_modules()
-        if codec.matches(name, patterns) and next(module.parameters(recurse=False), None) is not None
-    ]
-    if not chosen:
-        raise BaseModelError(
-            f"quant.fp32_modules {list(patterns)} name no module of {type(model).__name__}.",
-            fix="use module names as in `model.named_modules()`, such as `norm` or `input_layernorm`",
-        )
-    for _, module in chosen:
-        module.float()
-        module.register_forward_pre_hook(_to_fp32)
-        if compute_dtype != torch.float32 and module is not model.get_output_embeddings():
-            module.register_forward_hook(_Back(compute_dtype))
-    return [name for name, _ in chosen]
-
-
-def _to_fp32(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
-
-
-class _Back:
-    """Forward hook: the module's floating output in the compute dtype again."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def __call__(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        return output.to(self.dtype) if isinstance(output, torch.Tensor) and output.is_floating_point() else output
-
-
-def _head_names(config: Any) -> tuple[str, ...]:
-    from transformers.quantizers.base import get_keys_to_not_convert
-
-    from halfbyte.targets import meta_model
-
-    return tuple(get_keys_to_not_convert(meta_model(config)))
-
-
-def _is_default_skip(name: str, model: Any) -> bool:
-    skipped = getattr(getattr(model, "hf_quantizer", None), "modules_to_not_convert", None) or ()
-    keep = getattr(model, "_keep_in_fp32_modules", None) or ()
-    return codec.matches(name, [*skipped, *keep])
-
-
 def _check_prequantised(quantised: Any, folder: Path) -> None:
     method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
     if str(getattr(method, "value", method)) != "bitsandbytes":
@@ -293,29 +271,11 @@ def _check_prequantised(quantised: Any, folder: Path) -> None:
         )
 
 
-def _check_skipped(model: Any, quant: Quant) -> None:
-    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
-    missing = [pattern for pattern in quant.skip_modules if not any(codec.matches(name, (pattern,)) for name in names)]
-    if missing:
-        raise BaseModelError(
-            f"quant.skip_modules {missing} name no module of {type(model).__name__}.",
-            fix="use module names as in `model.named_modules()`, such as `lm_head` or `mlp.down_proj`",
-        )
-
-
-def _check_complete(model: Any, info: dict[str, Any], checkpoint: sources.Checkpoint) -> None:
-    missing = sorted(info.get("missing_keys", ()))
-    mismatched = sorted(
-        f"{name} is {tuple(found)}, not {tuple(needed)}" for name, found, needed in info.get("mismatched_keys", ())
+def _unsafe_pickle(checkpoint: sources.Checkpoint, error: UnpicklingError) -> BaseModelError:
+    return BaseModelError(
+        f"{checkpoint.id}: its pickled weights hold more than tensors, so they were not read: {_blocked(error)}.",
+        fix="use a copy of the model with safetensors",
     )
-    if missing or mismatched:
-        problem = "has not the shape of" if mismatched else "lacks"
-        names = mismatched or missing
-        raise BaseModelError(
-            f"{checkpoint.id} {problem} {len(names)} of the weights that {type(model).__name__} needs: "
-            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. They would be random numbers.",
-            fix="download the checkpoint again, or check that config.json belongs to it",
-        )
 
 
 def _blocked(error: BaseException) -> str:

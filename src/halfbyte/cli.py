@@ -24,6 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+stores = typer.Typer(help="The quantised bases in halfbyte's cache.", no_args_is_help=True)
+app.add_typer(stores, name="store")
+
 Set = Annotated[list[str], typer.Option("--set", metavar="a.b=c", help="Change one value of the recipe; repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines only, and few of them.")]
@@ -121,13 +124,13 @@ def generate(
     """Answer prompts with the adapter on its base, or with the base alone."""
     from halfbyte import show
 
-    with show.waiting("opening base and adapter", silent=json_):
+    with show.waiting("opening base and adapter", silent=json_) as tell:
         _tame_libraries()
         from halfbyte import opened as opening
         from halfbyte.generate import Sampling, chat_ids
         from halfbyte.generate import generate as write
 
-        opened = opening.open_run(run)
+        opened = opening.open_run(run, tell)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     answers = []
     for text in prompt:
@@ -152,13 +155,13 @@ def chat(
     """Talk to the adapter. /base asks the base alone the same, /reset forgets, /quit leaves."""
     from halfbyte import show
 
-    with show.waiting("opening base and adapter", silent=False):
+    with show.waiting("opening base and adapter", silent=False) as tell:
         _tame_libraries()
         from halfbyte import opened as opening
         from halfbyte.generate import Sampling, chat_ids
         from halfbyte.generate import generate as write
 
-        opened = opening.open_run(run)
+        opened = opening.open_run(run, tell)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     first = [{"role": "system", "content": system}] if system else []
     history = list(first)
@@ -211,11 +214,11 @@ def evaluate(
     """Completion loss, perplexity and exact match on held-out rows; with --base beside the base alone."""
     from halfbyte import show
 
-    with show.waiting("opening base and adapter", silent=json_):
+    with show.waiting("opening base and adapter", silent=json_) as tell:
         _tame_libraries()
         from halfbyte import opened as opening
 
-        opened = opening.open_run(run)
+        opened = opening.open_run(run, tell)
     with show.counting("rows", silent=json_) as progress:
         scores = opening.evaluate(
             opened, data=data, limit=limit, with_base=base, max_new_tokens=max_new_tokens, progress=progress
@@ -224,6 +227,91 @@ def evaluate(
         show.document({name: s.to_json() for name, s in scores.items()})
     else:
         show.scores(scores, samples)
+
+
+@app.command()
+def quantize(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL | RECIPE.yaml", help="As in a recipe; or a recipe's own base.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Write it there instead of into halfbyte's cache.")
+    ] = None,
+    set_: Set = [],  # noqa: B006
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantise a base once, in bounded memory; train, eval and chat then open it at once."""
+    from halfbyte import show, show_store
+    from halfbyte.recipe_file import load_recipe, recipe_from
+
+    path = Path(model)
+    # no rows are read here, so their file has no name
+    recipe = (load_recipe(path, set_) if path.suffix in (".yaml", ".yml") else recipe_from(model, "-", set_)).recipe
+    with show_store.building(show.err, silent=json_ or quiet) as tell:
+        _tame_libraries()
+        from halfbyte import shelving
+
+        built = shelving.quantize(recipe, out=out, tell=tell)
+    show.document(built.to_json()) if json_ else show.text(show_store.built(built))
+
+
+@stores.command(name="list")
+def list_stores(json_: Json = False) -> None:
+    """What lies in the cache: source, size, state and last use of every store."""
+    from halfbyte import show, show_store
+    from halfbyte.store import shelf
+
+    entries = shelf.listing()
+    if json_:
+        show.document([entry.to_json() for entry in entries])
+    else:
+        show_store.shelf(show.out, shelf.folder(), entries)
+
+
+@stores.command()
+def verify(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[STORE]...", help="Keys, sources or folders; all if none.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Hash every byte of stores and compare with what was built. Exit code 1 if anything differs."""
+    from halfbyte import shelving, show
+
+    with show.counting("stores", silent=json_) as progress:
+        found = shelving.verify(names or [], progress)
+    if json_:
+        show.document({name: {"whole": not problems, "problems": problems} for name, problems in found.items()})
+    else:
+        show.text("\n".join(f"{name}: {'; '.join(p) or 'whole'}" for name, p in found.items()) or "there are no stores")
+    if any(found.values()):
+        raise typer.Exit(1)
+
+
+@stores.command()
+def gc(
+    unused_days: Annotated[
+        float | None, typer.Option(min=0, help="Also whole stores that nobody has opened for so many days.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every store that no process uses.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    json_: Json = False,
+) -> None:
+    """Remove interrupted builds, damaged stores and old formats."""
+    from halfbyte import shelving, show
+
+    removed, kept = shelving.collect(unused_days=unused_days, everything=everything, dry_run=dry_run)
+    if json_:
+        names = {"removed": removed, "kept": kept}
+        show.document({"dry_run": dry_run, **{k: [entry.to_json() for entry in v] for k, v in names.items()}})
+        return
+    verb = "would be removed" if dry_run else "removed"
+    show.text(f"{verb}: {len(removed)}, {show.gb(sum(entry.nbytes for entry in removed))}")
+    for entry in removed:
+        show.text(f"  {entry.path.name} ({entry.state})")
+    for entry in kept:
+        show.text(f"  kept, in use: {entry.path.name}")
 
 
 @app.command()

@@ -42,6 +42,10 @@ class SourceError(HalfbyteError):
     """A model that cannot be found, fetched or read."""
 
 
+class StoreError(HalfbyteError):
+    """A store of a quantised base that cannot be built, found or trusted."""
+
+
 class BaseModelError(HalfbyteError):
     """A base that could be read but not opened as asked (wrong bytes resident, wrong type, unsafe code)."""
 

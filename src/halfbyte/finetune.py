@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfbyte import adapters, base, callbacks, checkpoint, device, memory, quant, shapes, stream, targets
+from halfbyte import adapters, base, callbacks, checkpoint, device, memory, quant, shapes, store, stream, targets
 from halfbyte import report as reporting
 from halfbyte.callbacks import Best, Cadence, Listener, RunCallback, Silent, StopRequest, stop_on_signals
 from halfbyte.data import collate, pack
@@ -166,11 +166,18 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     rehearse(recipe.train, total_steps=count_steps(prepared))
     notices = [*prepared.train.notices, *(prepared.evaluation.notices if prepared.evaluation else ())]
     tell.note(f"data      {data_note(prepared)}")
-    opened = base.open_base(prepared.checkpoint, recipe.quant, machine, trust_remote_code=recipe.trust_remote_code)
+    opened = base.open_base(
+        prepared.checkpoint,
+        recipe.quant,
+        machine,
+        trust_remote_code=recipe.trust_remote_code,
+        tell=store.Tell(progress=tell.building, note=lambda text: tell.note(f"base      {text}")),
+    )
     tell.note(
         f"base      {prepared.checkpoint.id}: {recipe.quant.type}, {opened.resident_bytes / 1e9:.3f} GB resident "
         f"({opened.expected_bytes / 1e9:.3f} planned), computing in {opened.compute_dtype} ({opened.dtype_reason})"
     )
+    tell.note(f"base      {opened.origin}")
     placement, why = stream.choose(recipe.quant.placement, opened.model, machine.ram_available_bytes)
     placed = stream.place(opened.model, placement)
     tell.note(f"placement {placed} ({why})")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte import adapters, base, device, inputs, memory, sources, stream
+from halfbyte import adapters, base, device, inputs, memory, sources, store, stream
 from halfbyte import evaluate as scoring
 from halfbyte.data import chat_template, collate, pack
 from halfbyte.errors import DataError
@@ -42,14 +42,14 @@ class Opened:
             yield
 
 
-def open_run(path: Path) -> Opened:
-    """The adapter of a finished run on its base."""
+def open_run(path: Path, tell: store.Tell | None = None) -> Opened:
+    """The adapter of a finished run on its base, whose store is built if it is not there any more."""
     run = RunFolder.open(path)
     # where the run was trained an integration was installed that need not be here
     recipe = load_recipe(run.recipe, ["train.report_to=none"]).recipe
     found = inputs.find_model(recipe)
     machine = device.detect()
-    opened = base.open_base(found, recipe.quant, machine, trust_remote_code=recipe.trust_remote_code)
+    opened = base.open_base(found, recipe.quant, machine, trust_remote_code=recipe.trust_remote_code, tell=tell)
     placement, _ = stream.choose(recipe.quant.placement, opened.model, machine.ram_available_bytes)
     stream.place(opened.model, placement)
     if recipe.data.chat_template is not None:

@@ -94,34 +94,45 @@ def encode(
     Raises:
         BaseModelError: NaN or Inf among the values: they would turn a whole block into nonsense.
     """
-    import bitsandbytes.functional as bnb_f
     import torch
 
     flat = values.detach().reshape(-1)
     array = (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy()
     codes, scales, bad = quantise.quantise(array, quant.type, quant.block_size, pool=pool)
     if bad >= 0:
-        where = bad + int((~flat[bad : bad + quant.block_size].isfinite()).nonzero()[0])
-        at = np.unravel_index(where, tuple(values.shape))
-        raise BaseModelError(
-            f"{name} holds {flat[where].item()} at {tuple(int(i) for i in at)}; a weight that is not finite cannot be "
-            "quantised.",
-            fix="download the checkpoint again, or use another revision: this one is broken",
-        )
-    absmax = torch.from_numpy(scales)
+        raise not_finite(flat[bad : bad + quant.block_size], bad, tuple(values.shape), name)
+    parts = scales_of(torch.from_numpy(scales), values.shape, values.dtype, quant)
+    return torch.from_numpy(codes).unsqueeze(1), parts
+
+
+def not_finite(block: torch.Tensor, start: int, shape: tuple[int, ...], name: str) -> BaseModelError:
+    """The error that names the first NaN or Inf of a block, which begins at element `start` of the tensor."""
+    where = int((~block.isfinite()).nonzero()[0])
+    at = tuple(int(i) for i in np.unravel_index(start + where, shape))
+    return BaseModelError(
+        f"{name} holds {block[where].item()} at {at}; a weight that is not finite cannot be quantised.",
+        fix="download the checkpoint again, or use another revision: this one is broken",
+    )
+
+
+def scales_of(absmax: torch.Tensor, shape: Any, dtype: torch.dtype, quant: Quant) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds beside the packed codes of a weight with these block scales (blocks,) fp32."""
+    import bitsandbytes.functional as bnb_f
+    import torch
+
     kept: dict[str, Any] = {
-        "shape": values.shape,
-        "dtype": values.dtype,
+        "shape": torch.Size(shape),
+        "dtype": dtype,
         "blocksize": quant.block_size,
-        "code": bnb_f.get_4bit_type(quant.type, device=values.device),
+        "code": bnb_f.get_4bit_type(quant.type, device="cpu"),
         "quant_type": quant.type,
     }
     if quant.double_quant:  # as `bitsandbytes.functional.quantize_4bit` does it
         offset = absmax.mean()
         absmax, nested = bnb_f.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
         kept |= {"offset": offset, "state2": nested}
-    state = bnb_f.QuantState(absmax=absmax, **kept)
-    return torch.from_numpy(codes).unsqueeze(1), state.as_dict(packed=True)
+    parts: dict[str, torch.Tensor] = bnb_f.QuantState(absmax=absmax, **kept).as_dict(packed=True)
+    return parts
 
 
 def linears_4bit(model: torch.nn.Module) -> list[tuple[str, Any]]:
@@ -131,42 +142,73 @@ def linears_4bit(model: torch.nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
 
 
-def quantise_plain_linears(model: Any, quant: Quant, dtype: torch.dtype) -> list[str]:
-    """Put into 4 bits what transformers passes over: it replaces `nn.Linear` itself, not Falcon's own subclass of it,
-    whose forward is the same product. One layer at a time, on this instance. Returns the names.
+def plain_linears(model: Any, exempt: Iterable[str]) -> list[tuple[str, Any]]:
+    """(name, module) of what transformers passes over: it puts `nn.Linear` itself into 4 bits, not Falcon's own
+    subclass of it, whose forward is the same product. Modules named by `exempt` and the output head are not meant.
     """
-    if quant.type == "none":
-        return []
-    import bitsandbytes as bnb
     from torch import nn
 
-    skip = (*quant.skip_modules, *quant.fp32_modules)
-    found = [
+    patterns = tuple(exempt)
+    return [
         (name, module)
         for name, module in model.named_modules()
         if type(module).__name__ in PLAIN_LINEARS
         and isinstance(module, nn.Linear)
         and module is not model.get_output_embeddings()
-        and not matches(name, skip)
+        and not matches(name, patterns)
     ]
-    for name, module in found:
-        has_bias = module.bias is not None
-        made = bnb.nn.Linear4bit(
-            module.in_features,
-            module.out_features,
-            has_bias,
-            dtype,
-            compress_statistics=quant.double_quant,
-            quant_type=quant.type,
-            device="meta",
+
+
+def replace_plain_linears(model: Any, settings: Any, exempt: Iterable[str], *, pre_quantised: bool) -> None:
+    """On an empty model, as transformers' `replace_with_bnb_linear` does it for `nn.Linear`; `settings` is a
+    `BitsAndBytesConfig`. A checkpoint's packed weights are bytes: pre-quantised layers wait for those."""
+    for name, module in plain_linears(model, exempt):
+        made = _empty_linear4bit(
+            module,
+            settings.bnb_4bit_compute_dtype,
+            double_quant=settings.bnb_4bit_use_double_quant,
+            kind=settings.bnb_4bit_quant_type,
         )
+        if pre_quantised:
+            made.weight.data = made.weight.data.to(settings.bnb_4bit_quant_storage)
+        made.source_cls = type(module)
+        made.requires_grad_(False)
+        model.set_submodule(name, made)
+
+
+def quantise_plain_linears(model: Any, quant: Quant, dtype: torch.dtype) -> list[str]:
+    """Put plain linears of a loaded model into 4 bits, one at a time, on this instance. Returns the names."""
+    found = plain_linears(model, (*quant.skip_modules, *quant.fp32_modules)) if quant.type != "none" else []
+    if not found:
+        return []
+    import bitsandbytes as bnb
+    from torch import nn
+
+    for name, module in found:
+        made = _empty_linear4bit(module, dtype, double_quant=quant.double_quant, kind=quant.type)
         values = made.weight.__dict__  # block size, type and module, as Linear4bit chose them
         made.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, **values).to(module.weight.device)
-        if has_bias:
+        if module.bias is not None:
             made.bias = nn.Parameter(module.bias.data, requires_grad=False)
         made.train(module.training)
         model.set_submodule(name, made)
     return [name for name, _ in found]
+
+
+def _empty_linear4bit(module: Any, dtype: torch.dtype, *, double_quant: bool, kind: str) -> Any:
+    """A `Linear4bit` on the meta device with the sizes of a linear layer."""
+    import bitsandbytes as bnb
+    import torch
+
+    with torch.device("meta"):
+        return bnb.nn.Linear4bit(
+            module.in_features,
+            module.out_features,
+            module.bias is not None,
+            dtype,
+            compress_statistics=double_quant,
+            quant_type=kind,
+        )
 
 
 def make_safe(model: torch.nn.Module) -> int:
@@ -181,6 +223,21 @@ def make_safe(model: torch.nn.Module) -> int:
         if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
             module.state_dict()
     return len(layers)
+
+
+def forget_deserialising(model: Any) -> None:
+    """Let a model that was opened pre-quantised be saved again.
+
+    transformers keeps the conversions of a load and reverts them in `save_pretrained`, but cannot revert this one
+    (`core_model_loading.py`, `ConversionOps.reverse_op`); without it the tensors are written as they are held.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions:
+        model._weight_conversions = [
+            entry
+            for entry in conversions
+            if not any(type(op).__name__ == "Bnb4bitDeserialize" for op in getattr(entry, "operations", ()))
+        ]
 
 
 def set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> list[str]:
@@ -220,6 +277,15 @@ def resident_bytes(model: torch.nn.Module) -> int:
                 add(tensor)
             state = state.state2 if getattr(state, "nested", False) else None
     return total
+
+
+def planned_bytes(model: torch.nn.Module, quant: Quant) -> int:
+    """`resident_bytes` of an empty model on the meta device whose 4-bit layers are there but hold nothing yet."""
+    in_4bit = {id(module.weight) for _, module in linears_4bit(model)}
+    return sum(
+        nf4_bytes(p.numel(), quant.block_size, quant.double_quant) if id(p) in in_4bit else p.numel() * p.element_size()
+        for p in model.parameters()
+    )
 
 
 def is_4bit(module: Any) -> bool:

@@ -19,9 +19,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from halfbyte import show_store
+
 if TYPE_CHECKING:
+    from halfbyte import store
     from halfbyte.callbacks import Listener
     from halfbyte.evaluate import Score
+    from halfbyte.store.build import Progress
 
 # a pipe has no width: tables then take what they need
 _WIDTH = None if sys.stdout.isatty() else 160
@@ -98,6 +102,10 @@ class PlainListener:
 
     def __init__(self, *, quiet: bool) -> None:
         self.quiet, self.total, self.every, self.started, self.first = quiet, 0, 1, 0.0, 0
+        self.build: show_store.PlainBuild | show_store.LiveBuild = show_store.PlainBuild(self.note)
+
+    def building(self, progress: Progress) -> None:
+        self.build(progress)
 
     def note(self, text: str) -> None:
         if not self.quiet:
@@ -136,6 +144,7 @@ class LiveListener(PlainListener):
 
     def __init__(self) -> None:
         super().__init__(quiet=False)
+        self.build = show_store.LiveBuild(out)
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self.bar = Progress(
@@ -181,16 +190,23 @@ def progress(*, quiet: bool, silent: bool) -> Iterator[Listener]:
     try:
         yield listener
     finally:
+        listener.build.end()
         listener.end()
 
 
 @contextmanager
-def waiting(what: str, *, silent: bool) -> Iterator[None]:
+def waiting(what: str, *, silent: bool) -> Iterator[store.Tell]:
+    """While something is opened: yields whom to tell how the building of a store goes."""
+    from halfbyte import store
+
+    def say(text: str) -> None:
+        err.print(escape(text))
+
     if silent or not err.is_terminal:
-        yield
+        yield store.Tell() if silent else store.Tell(progress=show_store.PlainBuild(say), note=say)
         return
-    with err.status(what):
-        yield
+    with err.status(what) as status:
+        yield store.Tell(progress=lambda p: status.update(f"{what}: {show_store.line(p)}"), note=say)
 
 
 @contextmanager

@@ -1,0 +1,167 @@
+"""The manifest of a store: what it was made from, how, and each file's size and hash. It is written last.
+
+Why: a folder without a manifest is no store, so a half store can never look whole.
+Cost: checking sizes and headers of a 7B store takes milliseconds; hashing it whole, seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from halfbyte.errors import StoreError
+
+MANIFEST = "halfbyte-store.json"
+# Raised when what a store holds changes, so that older ones are neither found nor opened.
+FORMAT_VERSION = 1
+_HASH_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file: its bytes, its whole hash, and that of its safetensors header (the whole file's for other files)."""
+
+    name: str
+    nbytes: int
+    sha256: str
+    header_sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`source` says id, kind, revision and folder; `content_sha256` is over every tensor that was read, by name."""
+
+    key: str
+    source: dict[str, Any]
+    content_sha256: str
+    quant: dict[str, Any]
+    parameters: int
+    seconds: float
+    created: str
+    files: tuple[Entry, ...]
+    format: int = FORMAT_VERSION
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.files)
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    """Put the manifest in its place, whole or not at all, and durably."""
+    write_durably(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode() + b"\n")
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a small file so that after a power cut it is there whole, or as it was before."""
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names in `folder` durable, where the system can open a folder."""
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a folder.
+
+    Raises:
+        StoreError: none is there, it is not one, or it is of another format version.
+    """
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StoreError(f"{folder} is not a store: it has no {MANIFEST}, which is written last.") from None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read: {error}.") from error
+    version = values.get("format") if isinstance(values, dict) else None
+    if version != FORMAT_VERSION:
+        raise StoreError(
+            f"{folder} is a store of format {version}, and this halfbyte reads format {FORMAT_VERSION}.",
+            fix="build it again: halfbyte quantize MODEL",
+        )
+    try:
+        files = tuple(Entry(**entry) for entry in values.pop("files"))
+        return Manifest(files=files, **values)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise StoreError(f"{path} is not a manifest of a store: {error}.") from error
+
+
+def problems(folder: Path, manifest: Manifest, *, full: bool = False) -> list[str]:
+    """What differs from the manifest; empty for a whole store.
+
+    Args:
+        full: hash every byte, not only sizes and headers.
+    """
+    check = _full_problem if full else _cheap_problem
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        found = pool.map(lambda entry: check(folder / entry.name, entry), manifest.files)
+        return [problem for problem in found if problem]
+
+
+def entry_of(path: Path) -> Entry:
+    """Size and hashes of a file as it lies on the disk."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_HASH_BYTES):
+            digest.update(chunk)
+        nbytes = file.tell()
+    whole = digest.hexdigest()
+    return Entry(path.name, nbytes, whole, header_hash(path) or whole)
+
+
+def header_hash(path: Path) -> str | None:
+    """sha256 of a safetensors file's length and header; None for other files."""
+    if path.suffix != ".safetensors":
+        return None
+    with path.open("rb") as file:
+        start = file.read(8)
+        return hashlib.sha256(start + file.read(int.from_bytes(start, "little") % (1 << 30))).hexdigest()
+
+
+def tree_hash(parts: Iterable[tuple[str, str]]) -> str:
+    """One hash for many named ones, whatever their order."""
+    lines = "".join(f"{name}\0{value}\n" for name, value in sorted(parts))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _cheap_problem(path: Path, entry: Entry) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != entry.nbytes:
+            return f"{entry.name} has {size:,} bytes, not {entry.nbytes:,}"
+        if entry.name.endswith(".safetensors") and header_hash(path) != entry.header_sha256:
+            return f"the header of {entry.name} has changed"
+        if entry.name == "config.json" and entry_of(path).sha256 != entry.sha256:
+            return f"{entry.name} has changed"
+    except FileNotFoundError:
+        return f"{entry.name} is missing"
+    except OSError as error:
+        return f"{entry.name} cannot be read: {error.strerror or error}"
+    return None
+
+
+def _full_problem(path: Path, entry: Entry) -> str | None:
+    problem = _cheap_problem(path, entry)
+    if problem is None and entry_of(path).sha256 != entry.sha256:
+        return f"{entry.name} has another sha256 than when it was built"
+    return problem
