@@ -11,37 +11,48 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 
 from halfbyte.layers.kernels.parallel import block_rows, per_dtype, run
-from halfbyte.layers.kernels.scalar import FASTMATH, exp_f32, pointer, take
+from halfbyte.layers.kernels.scalar import (
+    FASTMATH,
+    exp_f32,
+    load,
+    pointer,
+    store,
+    take,
+)
 
 
-def _make(load: Any, store: Any, element: Any) -> Any:
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
-    def largest(a):  # type: ignore[no-untyped-def]
-        top = np.float32(-3.0e38)
-        for j in range(a.shape[0]):
-            v = load(a[j])
-            top = v if v > top else top
-        return top
+@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+def _largest(a):  # type: ignore[no-untyped-def]
+    top = np.float32(-3.0e38)
+    for j in range(a.shape[0]):
+        v = load(a[j])
+        top = v if v > top else top
+    return top
 
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
-    def exp_sum(a, top):  # type: ignore[no-untyped-def]
-        total = np.float32(0.0)
-        for j in range(a.shape[0]):
-            total += exp_f32(load(a[j]) - top)
-        return total
 
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
-    def plain_sum(a):  # type: ignore[no-untyped-def]
-        total = np.float32(0.0)
-        for j in range(a.shape[0]):
-            total += load(a[j])
-        return total
+@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+def _exp_sum(a, top):  # type: ignore[no-untyped-def]
+    total = np.float32(0.0)
+    for j in range(a.shape[0]):
+        total += exp_f32(load(a[j]) - top)
+    return total
 
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
-    def gradient(a, lse, low):  # type: ignore[no-untyped-def]
-        for j in range(a.shape[0]):
-            a[j] = store(exp_f32(load(a[j]) - lse) - low)
 
+@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+def _plain_sum(a):  # type: ignore[no-untyped-def]
+    total = np.float32(0.0)
+    for j in range(a.shape[0]):
+        total += load(a[j])
+    return total
+
+
+@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+def _gradient(a, lse, low):  # type: ignore[no-untyped-def]
+    for j in range(a.shape[0]):
+        a[j] = store(exp_f32(load(a[j]) - lse) - low, a)
+
+
+def _make(element: Any) -> Any:
     @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
@@ -57,16 +68,16 @@ def _make(load: Any, store: Any, element: Any) -> Any:
                 break
             for i in range(first, min(n, first + block)):
                 a = logits[i]
-                top = largest(a)
-                lse = top + np.log(exp_sum(a, top))
+                top = _largest(a)
+                lse = top + np.log(_exp_sum(a, top))
                 wanted = load(a[target[i]])
                 loss[i] = lse - (np.float32(1.0) - smoothing) * wanted
                 if smoothing > np.float32(0.0):
-                    loss[i] -= low * plain_sum(a)
+                    loss[i] -= low * _plain_sum(a)
                 if s[6]:
                     hit = exp_f32(wanted - lse)
-                    gradient(a, lse, low)
-                    a[target[i]] = store(hit - low - (np.float32(1.0) - smoothing))
+                    _gradient(a, lse, low)
+                    a[target[i]] = store(hit - low - (np.float32(1.0) - smoothing), a)
 
     return kernel
 

@@ -20,7 +20,7 @@ from numba import carray, cfunc, njit, types
 from torch import Tensor
 
 from halfbyte.layers.kernels.parallel import run
-from halfbyte.layers.kernels.scalar import FASTMATH, exp_f32, load_bf16, pointer, store_bf16, take
+from halfbyte.layers.kernels.scalar import FASTMATH, exp_f32, load, pointer, store, take
 from halfbyte.layers.kernels.tiles import COLUMNS, ROWS, tile
 
 _TALL = 48  # rows of queries in a block of the backward pass: a multiple of ROWS and of 2
@@ -101,7 +101,7 @@ def _softmax_rows(s, p, o_sums, first, length, padded, until, scale, lse):  # ty
             for j in range(seen):
                 e = exp_f32(a[j] * scale - m)
                 total += e
-                q[j] = store_bf16(e)
+                q[j] = store(e, q)
             o_sums[r] = total
             lse[i] = m + np.float32(math.log(total))
         for j in range(seen, until):
@@ -128,7 +128,7 @@ def _forward_head(q, length, d, scale, kt, vp, s, p, o, qp, sums, padded, wide, 
             a, to = o[r * wide : r * wide + d], out[(i + r) * row : (i + r) * row + d]
             share = np.float32(1.0) / sums[r]
             for c in range(d):
-                to[c] = store_bf16(a[c] * share)
+                to[c] = store(a[c] * share, to)
 
 
 @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
@@ -199,18 +199,18 @@ def _probabilities(s, dp, i0, j0, rows, width, until, scale, lse, delta, ds, dsp
         lb, eb = lse[a + 1], delta[a + 1]
         for j in range(both_see):
             pa, pb = exp_f32(sa[j] * scale - la), exp_f32(sb[j] * scale - lb)
-            ua, ub = store_bf16(pa * (ga[j] - ea) * scale), store_bf16(pb * (gb[j] - eb) * scale)
+            ua, ub = store(pa * (ga[j] - ea) * scale, da), store(pb * (gb[j] - eb) * scale, db)
             da[j], db[j] = ua, ub
             td[j] = np.uint32(ua) | (np.uint32(ub) << _HIGH)
-            tp[j] = np.uint32(store_bf16(pa)) | (np.uint32(store_bf16(pb)) << _HIGH)
+            tp[j] = np.uint32(store(pa, da)) | (np.uint32(store(pb, db)) << _HIGH)
         for j in range(both_see, until):
             ua, ub, wa, wb = np.uint16(0), np.uint16(0), np.uint16(0), np.uint16(0)
             if j < seen_a:
                 pa = exp_f32(sa[j] * scale - la)
-                wa, ua = store_bf16(pa), store_bf16(pa * (ga[j] - ea) * scale)
+                wa, ua = store(pa, da), store(pa * (ga[j] - ea) * scale, da)
             if j < seen_b:
                 pb = exp_f32(sb[j] * scale - lb)
-                wb, ub = store_bf16(pb), store_bf16(pb * (gb[j] - eb) * scale)
+                wb, ub = store(pb, db), store(pb * (gb[j] - eb) * scale, db)
             da[j], db[j] = ua, ub
             td[j] = np.uint32(ua) | (np.uint32(ub) << _HIGH)
             tp[j] = np.uint32(wa) | (np.uint32(wb) << _HIGH)
@@ -245,7 +245,7 @@ def _backward_head(  # type: ignore[no-untyped-def]
             if r < rows:
                 a, b = do[(i0 + r) * row : (i0 + r) * row + d], o[(i0 + r) * row : (i0 + r) * row + d]
                 for c in range(d):
-                    total += load_bf16(a[c]) * load_bf16(b[c])
+                    total += load(a[c]) * load(b[c])
             delta[r] = total
             sums[r] = lse[i0 + r] if r < rows else np.float32(0.0)
         end = i0 + rows  # columns that the last row sees
@@ -275,7 +275,7 @@ def _backward_head(  # type: ignore[no-untyped-def]
         for r in range(rows):
             a, to = dqa[r * wide : r * wide + d], dq[(i0 + r) * d : (i0 + r + 1) * d]
             for c in range(d):
-                to[c] = store_bf16(a[c])
+                to[c] = store(a[c], to)
 
 
 @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
@@ -358,8 +358,8 @@ def _backward(address):  # type: ignore[no-untyped-def]
             a, b = dka[i * wide : i * wide + d], dva[i * wide : i * wide + d]
             to_k, to_v = dk[block + i * d : block + (i + 1) * d], dv[block + i * d : block + (i + 1) * d]
             for c in range(d):
-                to_k[c] = store_bf16(a[c])
-                to_v[c] = store_bf16(b[c])
+                to_k[c] = store(a[c], to_k)
+                to_v[c] = store(b[c], to_v)
 
 
 def _scratch(d: int, longest: int, *, backward: bool) -> int:

@@ -19,7 +19,9 @@ from halfbyte.layers.kernels.scalar import (
     drop_pair,
     exp_f32,
     hash_u32,
+    load,
     pointer,
+    store,
     take,
 )
 
@@ -32,24 +34,41 @@ def _sigmoid(v):  # type: ignore[no-untyped-def]
     return np.float32(1.0) / (np.float32(1.0) + exp_f32(-v))
 
 
-def _forward(load: Any, store: Any, element: Any) -> Any:
+@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+def _forward_part(g, u, h, kind):  # type: ignore[no-untyped-def]
+    if kind == SILU:
+        for j in range(g.shape[0]):
+            v = load(g[j])
+            h[j] = store(v * _sigmoid(v) * load(u[j]), h)
+    else:
+        for j in range(g.shape[0]):
+            v = load(g[j])
+            s = _sigmoid(np.float32(2.0) * _K * (v + _C * v * v * v))  # (1 + tanh(z)) / 2 = sigmoid(2 z)
+            h[j] = store(v * s * load(u[j]), h)
+
+
+@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+def _backward_part(dh, g, u, dg, du, kind):  # type: ignore[no-untyped-def]
+    one = np.float32(1.0)
+    if kind == SILU:
+        for j in range(g.shape[0]):
+            v, d = load(g[j]), load(dh[j])
+            s = _sigmoid(v)
+            w = load(u[j])
+            du[j] = store(d * v * s, du)
+            dg[j] = store(d * w * s * (one + v * (one - s)), dg)
+    else:
+        for j in range(g.shape[0]):
+            v, d = load(g[j]), load(dh[j])
+            s = _sigmoid(np.float32(2.0) * _K * (v + _C * v * v * v))
+            slope = np.float32(2.0) * _K * (one + np.float32(3.0) * _C * v * v)
+            w = load(u[j])
+            du[j] = store(d * v * s, du)
+            dg[j] = store(d * w * s * (one + v * (one - s) * slope), dg)
+
+
+def _forward(element: Any) -> Any:
     size = np.dtype(element).itemsize
-
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
-    def part(g, u, h, kind):  # type: ignore[no-untyped-def]
-        if kind == SILU:
-            for j in range(g.shape[0]):
-                v = load(g[j])
-                h[j] = store(v * _sigmoid(v) * load(u[j]))
-        else:
-            for j in range(g.shape[0]):
-                v = load(g[j])
-                s = _sigmoid(np.float32(2.0) * _K * (v + _C * v * v * v))  # (1 + tanh(z)) / 2 = sigmoid(2 z)
-                h[j] = store(v * s * load(u[j]))
-
-    @njit(inline="always", error_model="numpy")
-    def at(address, shape):  # type: ignore[no-untyped-def]
-        return carray(pointer(address), shape, element)
 
     @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
@@ -61,37 +80,15 @@ def _forward(load: Any, store: Any, element: Any) -> Any:
             if a >= n:
                 break
             b = min(n, a + block)
-            n_here, skip = (b - a,), a * size
-            part(at(s[1] + skip, n_here), at(s[2] + skip, n_here), at(s[3] + skip, n_here), s[5])
+            here, skip = (b - a,), a * size
+            g, u = carray(pointer(s[1] + skip), here, element), carray(pointer(s[2] + skip), here, element)
+            _forward_part(g, u, carray(pointer(s[3] + skip), here, element), s[5])
 
     return kernel
 
 
-def _backward(load: Any, store: Any, element: Any) -> Any:
+def _backward(element: Any) -> Any:
     size = np.dtype(element).itemsize
-
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
-    def part(dh, g, u, dg, du, kind):  # type: ignore[no-untyped-def]
-        one = np.float32(1.0)
-        if kind == SILU:
-            for j in range(g.shape[0]):
-                v, d = load(g[j]), load(dh[j])
-                s = _sigmoid(v)
-                w = load(u[j])
-                du[j] = store(d * v * s)
-                dg[j] = store(d * w * s * (one + v * (one - s)))
-        else:
-            for j in range(g.shape[0]):
-                v, d = load(g[j]), load(dh[j])
-                s = _sigmoid(np.float32(2.0) * _K * (v + _C * v * v * v))
-                slope = np.float32(2.0) * _K * (one + np.float32(3.0) * _C * v * v)
-                w = load(u[j])
-                du[j] = store(d * v * s)
-                dg[j] = store(d * w * s * (one + v * (one - s) * slope))
-
-    @njit(inline="always", error_model="numpy")
-    def at(address, shape):  # type: ignore[no-untyped-def]
-        return carray(pointer(address), shape, element)
 
     @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
@@ -103,62 +100,69 @@ def _backward(load: Any, store: Any, element: Any) -> Any:
             if a >= n:
                 break
             b = min(n, a + block)
-            n_here, skip = (b - a,), a * size
-            dh, g, u = at(s[1] + skip, n_here), at(s[2] + skip, n_here), at(s[3] + skip, n_here)
-            part(dh, g, u, at(s[4] + skip, n_here), at(s[5] + skip, n_here), s[7])
+            here, skip = (b - a,), a * size
+            dh, g = carray(pointer(s[1] + skip), here, element), carray(pointer(s[2] + skip), here, element)
+            u, dg = carray(pointer(s[3] + skip), here, element), carray(pointer(s[4] + skip), here, element)
+            _backward_part(dh, g, u, dg, carray(pointer(s[5] + skip), here, element), s[7])
 
     return kernel
 
 
-def _masked(*, add: bool) -> Any:
-    """Kernels over pairs of elements: each pair takes its 2 x 16 random bits from one hash of its number.
+@njit(cache=True, error_model="numpy")
+def _masked_pairs(x, out, low, seed, start, add):  # type: ignore[no-untyped-def]
+    """bf16: a pair is one word of 32 bits."""
+    if add:
+        for j in range(x.shape[0]):
+            out[j] = add_pair(out[j], drop_pair(x[j], hash_u32(counter_bits(start, j, seed)), low))
+    else:
+        for j in range(x.shape[0]):
+            out[j] = drop_pair(x[j], hash_u32(counter_bits(start, j, seed)), low)
 
-    A bf16 pair is one 32-bit word; an fp32 pair is two words. `out` = x or `out` += x where kept.
-    """
 
-    def make(load: Any, store: Any, element: Any) -> Any:
-        is_pair = element is np.uint16
-        words = 1 if is_pair else 2
+@njit(cache=True, error_model="numpy")
+def _masked_floats(x, out, low, seed, start, add):  # type: ignore[no-untyped-def]
+    """fp32: a pair is two words."""
+    for j in range(x.shape[0]):
+        bits = hash_u32(counter_bits(start, j >> 1, seed))
+        kept = np.float32(0.0) if below(bits, low, j & 1 == 1) else x[j]
+        out[j] = out[j] + kept if add else kept
 
-        if is_pair:
 
-            @njit(cache=True, error_model="numpy")
-            def part(x, out, low, seed, start):  # type: ignore[no-untyped-def]
-                for j in range(x.shape[0]):
-                    kept = drop_pair(x[j], hash_u32(counter_bits(start, j, seed)), low)
-                    out[j] = add_pair(out[j], kept) if add else kept
+@cfunc(types.void(types.voidptr), cache=True)
+def _masked_bf16(p):  # type: ignore[no-untyped-def]
+    """Pairs of elements, each with 2 x 16 random bits from one hash of its number: out = or += x where kept."""
+    s = carray(p, (32,), np.int64)
+    n, block = s[3], s[6]  # pairs
+    counter = carray(pointer(s[0]), (1,), np.int64)
+    while True:
+        a = take(counter) * block
+        if a >= n:
+            break
+        shape, skip = (min(n, a + block) - a,), a * 4
+        x, out = carray(pointer(s[1] + skip), shape, np.uint32), carray(pointer(s[2] + skip), shape, np.uint32)
+        _masked_pairs(x, out, np.uint32(s[4]), np.uint32(s[5]), np.uint32(a), s[7])
 
-        else:
 
-            @njit(cache=True, error_model="numpy")
-            def part(x, out, low, seed, start):  # type: ignore[no-untyped-def]
-                for j in range(x.shape[0]):
-                    bits = hash_u32(counter_bits(start, j >> 1, seed))
-                    kept = np.float32(0.0) if below(bits, low, j & 1 == 1) else x[j]
-                    out[j] = out[j] + kept if add else kept
-
-        word = np.uint32 if is_pair else np.float32
-
-        @cfunc(types.void(types.voidptr), cache=True)
-        def kernel(p):  # type: ignore[no-untyped-def]
-            s = carray(p, (32,), np.int64)
-            n, block = s[3], s[6]  # pairs
-            counter = carray(pointer(s[0]), (1,), np.int64)
-            while True:
-                a = take(counter) * block
-                if a >= n:
-                    break
-                shape, skip = ((min(n, a + block) - a) * words,), a * words * 4
-                x, out = carray(pointer(s[1] + skip), shape, word), carray(pointer(s[2] + skip), shape, word)
-                part(x, out, np.uint32(s[4]), np.uint32(s[5]), np.uint32(a))
-
-        return kernel
-
-    return make
+@cfunc(types.void(types.voidptr), cache=True)
+def _masked_fp32(p):  # type: ignore[no-untyped-def]
+    s = carray(p, (32,), np.int64)
+    n, block = s[3], s[6]  # pairs
+    counter = carray(pointer(s[0]), (1,), np.int64)
+    while True:
+        a = take(counter) * block
+        if a >= n:
+            break
+        shape, skip = (2 * (min(n, a + block) - a),), a * 8
+        x, out = carray(pointer(s[1] + skip), shape, np.float32), carray(pointer(s[2] + skip), shape, np.float32)
+        _masked_floats(x, out, np.uint32(s[4]), np.uint32(s[5]), np.uint32(a), s[7])
 
 
 _forward_kernel, _backward_kernel = per_dtype(_forward), per_dtype(_backward)
-_dropped_kernel, _add_dropped_kernel = per_dtype(_masked(add=False)), per_dtype(_masked(add=True))
+
+
+def _masked(x: Any, out: Any, p: float, seed: int, *, add: bool) -> None:
+    kernel = _masked_bf16 if x.element_size() == 2 else _masked_fp32
+    run(kernel, [x, out, x.numel() // 2, threshold(p), seed & 0xFFFFFFFF, BLOCK_ELEMENTS // 2, int(add)])
 
 
 def gated(g: Any, u: Any, h: Any, kind: int) -> None:
@@ -177,9 +181,9 @@ def threshold(p: float) -> int:
 
 def dropped(x: Any, out: Any, p: float, seed: int) -> None:
     """out = x where the mask of `seed` keeps it, else 0; not scaled by 1 / (1 - p). x has an even size."""
-    run(_dropped_kernel(x.dtype), [x, out, x.numel() // 2, threshold(p), seed & 0xFFFFFFFF, BLOCK_ELEMENTS // 2])
+    _masked(x, out, p, seed, add=False)
 
 
 def add_dropped(x: Any, out: Any, p: float, seed: int) -> None:
     """out += x where the mask of `seed` keeps it: the same mask as `dropped` has for this shape and seed."""
-    run(_add_dropped_kernel(x.dtype), [x, out, x.numel() // 2, threshold(p), seed & 0xFFFFFFFF, BLOCK_ELEMENTS // 2])
+    _masked(x, out, p, seed, add=True)

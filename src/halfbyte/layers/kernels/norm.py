@@ -13,29 +13,51 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 
 from halfbyte.layers.kernels.parallel import block_rows, per_dtype, run
-from halfbyte.layers.kernels.scalar import FASTMATH, pointer, take
+from halfbyte.layers.kernels.scalar import (
+    FASTMATH,
+    load,
+    pointer,
+    store,
+    take,
+)
 
 
-def _forward(load: Any, store: Any, element: Any) -> Any:
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
-    def rows(x, w, y, rstd, eps, one_plus, first, last):  # type: ignore[no-untyped-def]
-        width = x.shape[1]
-        inverse = np.float32(1.0) / np.float32(width)
-        for i in range(first, last):
-            a, b = x[i], y[i]
-            total = np.float32(0.0)
+@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+def _forward_rows(x, w, y, rstd, eps, one_plus, first, last):  # type: ignore[no-untyped-def]
+    width = x.shape[1]
+    inverse = np.float32(1.0) / np.float32(width)
+    for i in range(first, last):
+        a, b = x[i], y[i]
+        total = np.float32(0.0)
+        for j in range(width):
+            v = load(a[j])
+            total += v * v
+        r = np.float32(1.0) / np.sqrt(total * inverse + eps)
+        rstd[i] = r
+        if one_plus:
             for j in range(width):
-                v = load(a[j])
-                total += v * v
-            r = np.float32(1.0) / np.sqrt(total * inverse + eps)
-            rstd[i] = r
-            if one_plus:
-                for j in range(width):
-                    b[j] = store((np.float32(1.0) + load(w[j])) * (load(a[j]) * r))
-            else:
-                for j in range(width):
-                    b[j] = store(load(w[j]) * load(store(load(a[j]) * r)))
+                b[j] = store((np.float32(1.0) + load(w[j])) * (load(a[j]) * r), b)
+        else:
+            for j in range(width):
+                b[j] = store(load(w[j]) * load(store(load(a[j]) * r, b)), b)
 
+
+@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+def _backward_rows(dy, x, w, rstd, dx, one_plus, first, last):  # type: ignore[no-untyped-def]
+    width = x.shape[1]
+    inverse = np.float32(1.0) / np.float32(width)
+    plus = np.float32(one_plus)
+    for i in range(first, last):
+        a, g, out, r = x[i], dy[i], dx[i], rstd[i]
+        dot = np.float32(0.0)
+        for j in range(width):
+            dot += load(g[j]) * (plus + load(w[j])) * load(a[j])
+        c = dot * r * r * inverse
+        for j in range(width):
+            out[j] = store(r * (load(g[j]) * (plus + load(w[j])) - load(a[j]) * c), out)
+
+
+def _forward(element: Any) -> Any:
     @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
@@ -47,26 +69,12 @@ def _forward(load: Any, store: Any, element: Any) -> Any:
             first = take(counter) * block
             if first >= n:
                 break
-            rows(x, w, y, rstd, np.float32(f[7]), s[8], first, min(n, first + block))
+            _forward_rows(x, w, y, rstd, np.float32(f[7]), s[8], first, min(n, first + block))
 
     return kernel
 
 
-def _backward(load: Any, store: Any, element: Any) -> Any:
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
-    def rows(dy, x, w, rstd, dx, one_plus, first, last):  # type: ignore[no-untyped-def]
-        width = x.shape[1]
-        inverse = np.float32(1.0) / np.float32(width)
-        plus = np.float32(one_plus)
-        for i in range(first, last):
-            a, g, out, r = x[i], dy[i], dx[i], rstd[i]
-            dot = np.float32(0.0)
-            for j in range(width):
-                dot += load(g[j]) * (plus + load(w[j])) * load(a[j])
-            c = dot * r * r * inverse
-            for j in range(width):
-                out[j] = store(r * (load(g[j]) * (plus + load(w[j])) - load(a[j]) * c))
-
+def _backward(element: Any) -> Any:
     @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
@@ -79,7 +87,7 @@ def _backward(load: Any, store: Any, element: Any) -> Any:
             first = take(counter) * block
             if first >= n:
                 break
-            rows(dy, x, w, rstd, dx, s[8], first, min(n, first + block))
+            _backward_rows(dy, x, w, rstd, dx, s[8], first, min(n, first + block))
 
     return kernel
 

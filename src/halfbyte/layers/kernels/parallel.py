@@ -73,15 +73,15 @@ def block_rows(width: int) -> int:
     return max(1, BLOCK_ELEMENTS // max(1, width))
 
 
-def per_dtype(make: Callable[[Any, Any, Any], Any]) -> Callable[[torch.dtype], Any]:
-    """A kernel for bf16 and fp32 from one source: `make(load, store, element)`, compiled when first used."""
+def per_dtype(make: Callable[[Any], Any]) -> Callable[[torch.dtype], Any]:
+    """A kernel for bf16 and fp32 from one source, `make(element type)`, compiled when first used.
+
+    What `make` closes over must be the element type alone: numba looks its cache up by the values of a closure, and a
+    compiled function among them would be another one in each process.
+    """
 
     @cache
     def get(dtype: torch.dtype) -> Any:
-        from halfbyte.layers.kernels import scalar
-
-        if dtype == torch.bfloat16:
-            return make(scalar.load_bf16, scalar.store_bf16, np.uint16)
-        return make(scalar.load_f32, scalar.store_f32, np.float32)
+        return make(np.uint16 if dtype == torch.bfloat16 else np.float32)
 
     return get

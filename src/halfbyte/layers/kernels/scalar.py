@@ -24,38 +24,39 @@ def _i32(value: int) -> Any:
     return ir.Constant(_I32, value)
 
 
-@intrinsic
-def load_bf16(typing_context, x):  # type: ignore[no-untyped-def]
-    """uint16 -> float32."""
+def _rounded(builder: Any, value: Any) -> Any:
+    """bf16 bits of a float, to nearest even. NaN stays NaN for the quiet NaNs that arithmetic makes."""
+    bits = builder.bitcast(value, _I32)
+    odd = builder.and_(builder.lshr(bits, _i32(16)), _i32(1))
+    rounded = builder.add(builder.add(bits, _i32(0x7FFF)), odd)
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    return builder.trunc(builder.lshr(builder.select(is_nan, bits, rounded), _i32(16)), _I16)
 
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+
+@intrinsic
+def load(typing_context, x):  # type: ignore[no-untyped-def]
+    """An element of an array of bf16 (as uint16) or float32 -> float32."""
+
+    def bf16(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return builder.bitcast(builder.shl(builder.zext(args[0], _I32), _i32(16)), _F32)
 
-    return types.float32(types.uint16), build
+    def fp32(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return args[0]
+
+    return types.float32(x), bf16 if x == types.uint16 else fp32
 
 
 @intrinsic
-def store_bf16(typing_context, x):  # type: ignore[no-untyped-def]
-    """float32 -> uint16, to nearest even. NaN stays NaN for the quiet NaNs that arithmetic makes."""
+def store(typing_context, x, array):  # type: ignore[no-untyped-def]
+    """float32 -> an element of `array`, which holds bf16 (as uint16) or float32."""
 
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        bits = builder.bitcast(args[0], _I32)
-        odd = builder.and_(builder.lshr(bits, _i32(16)), _i32(1))
-        rounded = builder.add(builder.add(bits, _i32(0x7FFF)), odd)
-        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
-        return builder.trunc(builder.lshr(builder.select(is_nan, bits, rounded), _i32(16)), _I16)
+    def bf16(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _rounded(builder, args[0])
 
-    return types.uint16(types.float32), build
+    def fp32(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return args[0]
 
-
-@njit(inline="always")
-def load_f32(x):  # type: ignore[no-untyped-def]
-    return x
-
-
-@njit(inline="always")
-def store_f32(x):  # type: ignore[no-untyped-def]
-    return x
+    return array.dtype(types.float32, array), bf16 if array.dtype == types.uint16 else fp32
 
 
 @intrinsic

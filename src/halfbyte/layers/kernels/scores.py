@@ -14,27 +14,81 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 
 from halfbyte.layers.kernels.parallel import block_rows, per_dtype, run
-from halfbyte.layers.kernels.scalar import FASTMATH, exp_f32, pointer, take
+from halfbyte.layers.kernels.scalar import (
+    FASTMATH,
+    exp_f32,
+    load,
+    pointer,
+    store,
+    take,
+)
 
 
-def _to_blocks(load: Any, store: Any, element: Any) -> Any:
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
-    def rows(x, stride, cos, sin, start, length, out, heads, d, r, first, last):  # type: ignore[no-untyped-def]
-        half = r // 2
-        for t in range(first, last):
-            c, s = cos[t], sin[t]
-            for h in range(heads):
-                at = t * stride + h * d
-                a = x[at : at + d]
-                to = (start[t] * heads + h * length[t] + t - start[t]) * d
-                b = out[to : to + d]
-                for j in range(half):
-                    v, w = load(a[j]), load(a[j + half])
-                    b[j] = store(v * load(c[j]) - w * load(s[j]))
-                    b[j + half] = store(w * load(c[j + half]) + v * load(s[j + half]))
-                for j in range(r, d):
-                    b[j] = a[j]
+@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+def _to_rows(x, stride, cos, sin, start, length, out, heads, d, r, first, last):  # type: ignore[no-untyped-def]
+    half = r // 2
+    for t in range(first, last):
+        c, s = cos[t], sin[t]
+        for h in range(heads):
+            at = t * stride + h * d
+            a = x[at : at + d]
+            to = (start[t] * heads + h * length[t] + t - start[t]) * d
+            b = out[to : to + d]
+            for j in range(half):
+                v, w = load(a[j]), load(a[j + half])
+                b[j] = store(v * load(c[j]) - w * load(s[j]), b)
+                b[j + half] = store(w * load(c[j + half]) + v * load(s[j + half]), b)
+            for j in range(r, d):
+                b[j] = a[j]
 
+
+@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+def _from_rows(x, cos, sin, start, length, out, heads, d, r, first, last):  # type: ignore[no-untyped-def]
+    half = r // 2
+    for t in range(first, last):
+        c, s = cos[t], sin[t]
+        for h in range(heads):
+            at = (start[t] * heads + h * length[t] + t - start[t]) * d
+            a = x[at : at + d]
+            to = (t * heads + h) * d
+            b = out[to : to + d]
+            for j in range(half):
+                v, w = load(a[j]), load(a[j + half])
+                b[j] = store(v * load(c[j]) + w * load(s[j + half]), b)
+                b[j + half] = store(w * load(c[j + half]) - v * load(s[j]), b)
+            for j in range(r, d):
+                b[j] = a[j]
+
+
+@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+def _softmax_rows(scores, dp, p, ds, lse, delta, scale, offset, tall, first, last):  # type: ignore[no-untyped-def]
+    width = scores.shape[1]
+    for i in range(first, last):
+        seen = min(width, offset + i % tall + 1)  # causal: the columns that row i sees
+        a, g, q, d = scores[i], dp[i], p[i], ds[i]
+        m, e = lse[i], delta[i]
+        for j in range(seen):
+            v = exp_f32(a[j] * scale - m)
+            q[j] = store(v, q)
+            d[j] = store(v * (g[j] - e) * scale, d)
+        for j in range(seen, width):
+            q[j] = store(np.float32(0.0), q)
+            d[j] = store(np.float32(0.0), d)
+
+
+@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+def _dot_rows(a, b, start, length, out, heads, d, first, last):  # type: ignore[no-untyped-def]
+    for t in range(first, last):
+        for h in range(heads):
+            at = (t * heads + h) * d
+            u, v = a[at : at + d], b[at : at + d]
+            total = np.float32(0.0)
+            for j in range(d):
+                total += load(u[j]) * load(v[j])
+            out[start[t] * heads + h * length[t] + t - start[t]] = total
+
+
+def _to_blocks(element: Any) -> Any:
     @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
@@ -48,29 +102,12 @@ def _to_blocks(load: Any, store: Any, element: Any) -> Any:
             first = take(counter) * block
             if first >= n:
                 break
-            rows(x, stride, cos, sin, start, length, out, heads, d, r, first, min(n, first + block))
+            _to_rows(x, stride, cos, sin, start, length, out, heads, d, r, first, min(n, first + block))
 
     return kernel
 
 
-def _from_blocks(load: Any, store: Any, element: Any) -> Any:
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
-    def rows(x, cos, sin, start, length, out, heads, d, r, first, last):  # type: ignore[no-untyped-def]
-        half = r // 2
-        for t in range(first, last):
-            c, s = cos[t], sin[t]
-            for h in range(heads):
-                at = (start[t] * heads + h * length[t] + t - start[t]) * d
-                a = x[at : at + d]
-                to = (t * heads + h) * d
-                b = out[to : to + d]
-                for j in range(half):
-                    v, w = load(a[j]), load(a[j + half])
-                    b[j] = store(v * load(c[j]) + w * load(s[j + half]))
-                    b[j + half] = store(w * load(c[j + half]) - v * load(s[j]))
-                for j in range(r, d):
-                    b[j] = a[j]
-
+def _from_blocks(element: Any) -> Any:
     @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
@@ -84,27 +121,12 @@ def _from_blocks(load: Any, store: Any, element: Any) -> Any:
             first = take(counter) * block
             if first >= n:
                 break
-            rows(x, cos, sin, start, length, out, heads, d, r, first, min(n, first + block))
+            _from_rows(x, cos, sin, start, length, out, heads, d, r, first, min(n, first + block))
 
     return kernel
 
 
-def _softmax_backward(load: Any, store: Any, element: Any) -> Any:
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
-    def rows(scores, dp, p, ds, lse, delta, scale, offset, tall, first, last):  # type: ignore[no-untyped-def]
-        width = scores.shape[1]
-        for i in range(first, last):
-            seen = min(width, offset + i % tall + 1)  # causal: the columns that row i sees
-            a, g, q, d = scores[i], dp[i], p[i], ds[i]
-            m, e = lse[i], delta[i]
-            for j in range(seen):
-                v = exp_f32(a[j] * scale - m)
-                q[j] = store(v)
-                d[j] = store(v * (g[j] - e) * scale)
-            for j in range(seen, width):
-                q[j] = element(0)
-                d[j] = element(0)
-
+def _softmax_backward(element: Any) -> Any:
     @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
@@ -118,23 +140,12 @@ def _softmax_backward(load: Any, store: Any, element: Any) -> Any:
             if first >= n:
                 break
             last = min(n, first + block)
-            rows(scores, dp, out, ds, lse, delta, np.float32(f[9]), s[10], s[11], first, last)
+            _softmax_rows(scores, dp, out, ds, lse, delta, np.float32(f[9]), s[10], s[11], first, last)
 
     return kernel
 
 
-def _row_dots(load: Any, store: Any, element: Any) -> Any:
-    @njit(fastmath=FASTMATH, cache=True, error_model="numpy")
-    def rows(a, b, start, length, out, heads, d, first, last):  # type: ignore[no-untyped-def]
-        for t in range(first, last):
-            for h in range(heads):
-                at = (t * heads + h) * d
-                u, v = a[at : at + d], b[at : at + d]
-                total = np.float32(0.0)
-                for j in range(d):
-                    total += load(u[j]) * load(v[j])
-                out[start[t] * heads + h * length[t] + t - start[t]] = total
-
+def _row_dots(element: Any) -> Any:
     @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
@@ -147,7 +158,7 @@ def _row_dots(load: Any, store: Any, element: Any) -> Any:
             first = take(counter) * block
             if first >= n:
                 break
-            rows(a, b, start, length, out, heads, d, first, min(n, first + block))
+            _dot_rows(a, b, start, length, out, heads, d, first, min(n, first + block))
 
     return kernel
 
