@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from halfbyte import base, device, pages, stream
+from halfbyte import base, device, finetune, pages, stream
+from halfbyte import opened as opened_run
 from halfbyte.dropin import get_peft_model
 from halfbyte.errors import BaseModelError
 from halfbyte.layers import fuse, loss, packing
 from halfbyte.recipe import Quant
 from halfbyte.sources import Checkpoint
-from tests import mapped, tiny
+from tests import mapped, tiny, tiny_run
 
 pytestmark = pytest.mark.skipif(not pages.supported(), reason="needs Linux and /proc/self/pagemap")
 VOCAB = 256
@@ -278,7 +280,7 @@ def test_a_tied_head_stays_tied_when_it_is_copied(tmp_path: Path) -> None:
 def test_a_base_that_was_quantised_while_loading_cannot_be_on_disk(tmp_path: Path, placement: Any) -> None:
     tiny.save(tmp_path, "llama", torch.bfloat16)
     checkpoint = Checkpoint(path=tmp_path, id="x", revision=None, kind="folder")
-    model = base.open_base(checkpoint, Quant(), device.detect(), with_tokenizer=False).model
+    model = base.open_base(checkpoint, Quant(), device.detect(), with_tokenizer=False, use_store=False).model
     with pytest.raises(BaseModelError, match=r"quant.placement .* needs a base whose weights are opened from a file"):
         stream.place(model, placement)
     embedding = model.get_input_embeddings().weight
@@ -313,3 +315,63 @@ def test_removed_means_no_hooks(llama: Path) -> None:
     placed.remove()
     assert placed.placement == "mapped"
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in stream.decoder_layers(model))
+
+
+def test_a_shallow_model_is_that_of_its_first_layers_and_whole_again_afterwards(folder: Path) -> None:
+    model = adapted(folder, fused=True)
+    layers = stream.decoder_layers(model)
+    ids = batch((9,))["input_ids"]
+    whole = model.eval()(input_ids=ids, use_cache=False).logits
+    seen: list[int] = []
+    hooks = [layer.register_forward_hook(lambda *_, n=n: seen.append(n)) for n, layer in enumerate(layers)]
+    with stream.shallow(model) as count:
+        assert count == 2 and stream.decoder_layers(model) == layers[:2]
+        short = model(input_ids=ids, use_cache=False).logits
+    assert seen == [0, 1]
+    assert stream.decoder_layers(model) == layers
+    assert not torch.equal(short, whole)
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, whole)
+    assert [hook.remove() for hook in hooks]
+
+
+def test_a_shallow_model_reaches_down_to_a_layer_that_trains_and_to_every_kind(llama: Path, tmp_path: Path) -> None:
+    model = adapted(llama, fused=True, target_modules=["q_proj"], layers_to_transform=[2])
+    with stream.shallow(model) as count:
+        assert count == 3
+    kinds = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    mixed = mapped.open_model(mapped.save(tmp_path, "gemma3", changes={"layer_types": kinds}))
+    with stream.shallow(mixed) as count:
+        assert count == 4
+    with pytest.raises(RuntimeError), stream.shallow(model):
+        raise RuntimeError
+    assert len(stream.decoder_layers(model)) == mapped.LAYERS
+
+
+def test_proofs_of_a_streamed_run_read_two_layers_and_the_engine_is_on_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole run from a 4-bit checkpoint in each placement: the same losses; the proofs see the first layers only."""
+    made = mapped.save(tmp_path, "llama", changes={"vocab_size": tiny_run.VOCAB})
+    made.rename(tmp_path / "model")
+    tiny_run.tokenizer().save_pretrained(tmp_path / "model")
+    trainers: list[Any] = []
+    make = finetune.StepTrainer
+
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        trainers.append(make(*args, **kwargs))
+        return trainers[-1]
+
+    monkeypatch.setattr(finetune, "StepTrainer", keep)
+    losses, fused = {}, {}
+    for placement in ("resident", "mapped", "streamed"):
+        loaded = tiny_run.recipe(
+            tmp_path, quant__placement=placement, quant__compute_dtype="bf16", output=tmp_path / placement
+        )
+        finetune.train(loaded)
+        rows = (tmp_path / placement / "metrics.jsonl").read_text().splitlines()
+        losses[placement] = [json.loads(row)["loss"] for row in rows]
+        fused[placement] = len(list(fuse.fused_modules(trainers[-1].model)))
+    assert losses["streamed"] == losses["mapped"] == losses["resident"]
+    assert fused["streamed"] == fused["mapped"] == fused["resident"] > 4 * mapped.LAYERS
+    opened = opened_run.open_run(tmp_path / "streamed")
+    assert packing.installed(opened.model) == "cu_seq_lens"

@@ -7,16 +7,30 @@ from __future__ import annotations
 
 import math
 import signal
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfbyte import adapters, base, callbacks, checkpoint, device, fitting, memory, pacing, store, targets, usage
+from halfbyte import (
+    adapters,
+    base,
+    callbacks,
+    checkpoint,
+    device,
+    fitting,
+    memory,
+    pacing,
+    store,
+    stream,
+    targets,
+    usage,
+)
 from halfbyte import report as reporting
 from halfbyte.callbacks import Listener, RunCallback, Silent, StopRequest, stop_on_signals
 from halfbyte.data import collate, pack
 from halfbyte.inputs import Prepared, data_note, prepare
-from halfbyte.layers import packing
+from halfbyte.layers import fuse, loss, packing
 from halfbyte.layers.proof import prove_fused
 from halfbyte.recipe import Loaded, Origin, Recipe, rows
 from halfbyte.recipe_file import to_yaml
@@ -152,10 +166,13 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     chosen, _ = choose_targets(opened.model, recipe)
     model = adapters.add(opened.model, recipe.lora, chosen, seed=recipe.train.seed)
     tell.note(f"adapters  {adapters.summary(model)} ({chosen.reason})")
-    proof = packing.prove(model)
+    with stream.shallow(model) if placed.placement == "streamed" else nullcontext():
+        proof = packing.prove(model)
+        fused = prove_fused(model, packed=proof.ok)
+        loss.head_of(model)
+    (fuse.install if fused.ok else fuse.remove)(model)  # on the layers that the proofs have not seen
     notices += [] if proof.ok else [f"packing: {proof.reason}"]
     tell.note(f"packing   {proof.mode}: {proof.reason}")
-    fused = prove_fused(model, packed=proof.ok)
     notices += [] if fused.ok else [f"engine: {fused.reason}"]
     tell.note(f"engine    {fused.reason}")
     for notice in notices:

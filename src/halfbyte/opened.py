@@ -50,13 +50,15 @@ def open_run(path: Path, tell: store.Tell | None = None) -> Opened:
     found = inputs.find_model(recipe)
     machine = device.detect()
     opened = base.open_base(found, recipe.quant, machine, trust_remote_code=recipe.trust_remote_code, tell=tell)
-    stream.place(opened.model, stream.choose(recipe.quant.placement, opened.model, machine.ram_available_bytes)[0])
+    placement, _ = stream.choose(recipe.quant.placement, opened.model, machine.ram_available_bytes)
+    stream.place(opened.model, placement)
     if recipe.data.chat_template is not None:
         opened.tokenizer.chat_template = chat_template.chat_template(opened.tokenizer, recipe.data)
     own = adapters.biases(opened.model) if recipe.lora.bias != "none" else []
     model = adapters.load(opened.model, run.adapter)
     model.eval()
-    packing.prove(model)  # leaves the model set up for what it has proven
+    with stream.shallow(model) if placement == "streamed" else nullcontext():
+        packing.prove(model)  # leaves the model set up for what it has proven
     return Opened(path, recipe, found, model, opened.tokenizer, own)
 
 

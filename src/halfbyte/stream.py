@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from halfbyte import pages, quant
 from halfbyte.errors import BaseModelError
+from halfbyte.layers import packing
 
 Placement = Literal["resident", "mapped", "streamed"]
 # Share of free memory that a mapped base may take by choice; beyond it the system would page what the next layer needs.
@@ -82,10 +84,6 @@ class PageMover:
 
     def close(self) -> None:
         self._reader.shutdown(wait=True, cancel_futures=True)
-
-    @property
-    def spans(self) -> list[tuple[pages.Span, ...]]:
-        return self._spans
 
     def _bring(self, group: int) -> None:
         for span in self._ahead[group]:
@@ -247,16 +245,46 @@ class _After:
         self.stream.downwards(self.number)
 
 
+@contextmanager
+def shallow(model: Any) -> Iterator[int]:
+    """The model with its first layers only: two, or as many as hold one of each kind and something that trains.
+
+    For proofs at start on a base that comes from disk: a forward through all of it would read all of it. What a proof
+    puts on modules or takes off reaches these layers alone. Whole again afterwards. Yields how many layers there are.
+    """
+    holder, name = _layer_list(model)
+    whole: Any = getattr(holder, name)
+    kinds = getattr(packing.causal_lm(model).config.get_text_config(), "layer_types", None) or [""] * len(whole)
+    enough = max(kinds.index(kind) for kind in set(kinds)) + 1
+    trained = [i for i, layer in enumerate(whole) if any(p.requires_grad for p in layer.parameters())]
+    count = min(len(whole), max(2, enough, *[i + 1 for i in trained[:1]]))
+    setattr(holder, name, nn.ModuleList(list(whole)[:count]))
+    try:
+        yield count
+    finally:
+        setattr(holder, name, whole)
+
+
 def decoder_layers(model: Any) -> list[nn.Module]:
     """The repeated layers of a model, in the order in which they run: the list of modules with the most parameters."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    holder, name = _layer_list(model)
+    return list(getattr(holder, name))
+
+
+def _layer_list(model: Any) -> tuple[nn.Module, str]:
+    """(module, attribute) of the list of decoder layers."""
+    lists = [
+        (module, name)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) > 0
+    ]
     if not lists:
         raise BaseModelError(
             f"{type(model).__name__} has no list of layers, so it cannot be streamed.",
             fix="--set quant.placement=mapped leaves the paging to the system",
         )
-    largest: Any = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
-    return list(largest)
+    return max(lists, key=lambda found: sum(p.numel() for p in getattr(*found).parameters()))
 
 
 def is_mapped(model: Any, maps: pages.FileMaps | None = None) -> bool:
