@@ -33,7 +33,7 @@ RATE, SEED = 2e-4, 42
 
 @dataclass(frozen=True)
 class Case:
-    """What every stack runs. `steps` are those of one round; `rounds` counts the one that warms up."""
+    """What every stack runs. `steps` are those of one round; `rounds` counts the first, one step to warm up."""
 
     model: str
     data: str
@@ -92,6 +92,7 @@ class Rounds:
         self.losses: list[float] = []
         self.tokens = 0
         self.started = 0.0
+        self.steps = 1
         self.anonymous = Peak()
 
     def ready(self, **facts: Any) -> None:
@@ -107,8 +108,9 @@ class Rounds:
     def step(self, loss: float, tokens: int) -> None:
         self.losses.append(loss)
         self.tokens += tokens
-        if len(self.losses) < self.case.steps:
+        if len(self.losses) < self.steps:
             return
+        self.steps = self.case.steps
         seconds = time.perf_counter() - self.started
         say(
             {
