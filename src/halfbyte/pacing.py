@@ -20,7 +20,7 @@ from halfbyte import usage
 from halfbyte.data import pack
 from halfbyte.device import ram_available
 from halfbyte.errors import TrainError, first_line
-from halfbyte.layers import loss
+from halfbyte.layers import fuse, loss, packing
 from halfbyte.memory.lines import GB, Recompute
 
 Rows = tuple[int, ...]
@@ -197,7 +197,10 @@ def _forget(model: Any) -> None:
 
 def recompute_as(model: Any, policy: Recompute) -> None:
     """Make a model (PEFT around it or not) do again in backward what the policy says; may be called at any time."""
-    if policy == "none":
-        model.gradient_checkpointing_disable()
+    lm = packing.causal_lm(model)
+    fuse.recompute_cheap(lm, on=policy == "selective")
+    if policy != "full":
+        if lm.is_activation_checkpointing:
+            lm.activation_checkpointing_disable()
     else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

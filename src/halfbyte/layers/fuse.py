@@ -11,7 +11,7 @@ Source: PEFT's own way of adding to a module (`peft/tuners/lora/`); torch docume
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from halfbyte import quant
 from halfbyte.layers import block_attention, elementwise
 from halfbyte.layers.kernels import available
-from halfbyte.layers.lora_linear import frozen_linear, lora_linear
+from halfbyte.layers.lora_linear import REMADE, Remade, frozen_linear, lora_linear
 
 _cached: Any = cache  # mypy takes a class as a key for unhashable
 
@@ -82,7 +82,10 @@ class _RmsNorm(_Fast):
         weight: Tensor = self.weight
         if weight.requires_grad or x.dtype != weight.dtype or not available(x):
             return super().forward(x)
-        return elementwise.rms_norm(x, weight, _epsilon(self), one_plus=bool(_is_one_plus(type(self))))
+        eps, one_plus = _epsilon(self), bool(_is_one_plus(type(self)))
+        y = elementwise.rms_norm(x, weight, eps, one_plus=one_plus)
+        kept = x.detach()
+        return _cheap(self, y, lambda: elementwise.rms_norm(kept, weight, eps, one_plus=one_plus))
 
 
 class _GatedMlp(_Fast):
@@ -92,7 +95,9 @@ class _GatedMlp(_Fast):
         if not available(x):
             return super().forward(x)
         g, u = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(elementwise.gated(g, u, _activation(self)))
+        kind, kept = _activation(self), (g.detach(), u.detach())
+        h = elementwise.gated(g, u, kind)
+        return self.down_proj(_cheap(self, h, lambda: elementwise.gated(*kept, kind)))
 
 
 class _Attention(_Fast):
@@ -160,7 +165,24 @@ def remove(model: nn.Module) -> int:
     fast = [m for m in model.modules() if isinstance(m, _Fast)]
     for module in fast:
         module.__class__ = type(module).__bases__[1]
+        module.__dict__.pop("_halfbyte_cheap", None)
     return len(fast)
+
+
+def recompute_cheap(model: nn.Module, *, on: bool) -> None:
+    """Selective recomputation: outputs of norms and the gated MLP's inner product are made again in backward, not kept.
+
+    They cost a pass over memory each; outputs of matrix products stay. Only what an adapter reads is kept otherwise.
+    """
+    for module in model.modules():
+        if isinstance(module, (_RmsNorm, _GatedMlp)):
+            module.__dict__["_halfbyte_cheap"] = on
+
+
+def _cheap(module: Any, y: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    if module.__dict__.get("_halfbyte_cheap") and torch.is_grad_enabled():
+        setattr(y, REMADE, Remade(make))
+    return y
 
 
 def installed(model: nn.Module) -> bool:

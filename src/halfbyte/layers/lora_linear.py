@@ -12,6 +12,7 @@ Letters: N tokens, D in, O out, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,35 @@ from halfbyte.layers.kernels import available
 # Where kernels are at hand the mask is a hash of (seed, position); elsewhere it is drawn once and kept, a byte
 # a number.
 _SEEDS = 2**31 - 1
+
+
+# Under this name a tensor carries the way to make it again (`Remade`), where recomputation is selective.
+REMADE = "_halfbyte_remade"
+
+
+class Remade:
+    """A tensor that is cheap to make again from what is kept anyway. Made once for all that were promised it."""
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self._make: Callable[[], Tensor] | None = make
+        self._value: Tensor | None = None
+        self._promised = 0
+
+    def promise(self) -> Remade:
+        self._promised += 1
+        return self
+
+    def take(self) -> Tensor:
+        if self._value is None:
+            if self._make is None:
+                raise RuntimeError("backward a second time through a graph whose buffers are freed")
+            with torch.no_grad():
+                self._value = self._make()
+        value = self._value
+        self._promised -= 1
+        if self._promised <= 0:
+            self._value = self._make = None
+        return value
 
 
 def frozen_weight(layer: Any, dtype: torch.dtype) -> Tensor:
@@ -65,13 +95,15 @@ class LoraLinear(torch.autograd.Function):
 
     Args of `apply`:
         x: (N, D) in the compute dtype. a: (R, D), b: (O, R), masters of any float dtype. bias: (O,) or None.
-        layer: the module that holds W. scale: LoRA's. p: dropout. seed: of the mask.
+        layer: the module that holds W. scale: LoRA's. p: dropout. seed: of the mask. remade: makes x again in backward,
+        where it is then not kept; None keeps it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, layer: Any, scale: float, p: float, seed: int
-    ) -> Tensor:
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, layer: Any, scale: float, p: float, seed: int,
+        remade: Remade | None = None,
+    ) -> Tensor:  # fmt: skip
         scale = scale / (1 - p) if p else scale
         a16, b16 = a.to(x.dtype), b.to(x.dtype)
         y = F.linear(x, frozen_weight(layer, x.dtype), None if bias is None else bias.to(x.dtype))  # (N, O)
@@ -81,8 +113,9 @@ class LoraLinear(torch.autograd.Function):
             dropped, mask = drop(x, p, seed)
         h = dropped @ a16.T  # (N, D) @ (D, R) -> (N, R)
         y.addmm_(h, b16.T, alpha=scale)  # (N, R) @ (R, O)
-        ctx.save_for_backward(x, h, a16, b16, mask)
+        ctx.save_for_backward(None if remade else x, h, a16, b16, mask)
         ctx.layer, ctx.scale, ctx.p, ctx.seed = layer, scale, p, seed
+        ctx.remade = remade.promise() if remade else None
         ctx.dtypes = a.dtype, b.dtype, None if bias is None else bias.dtype
         return y
 
@@ -90,6 +123,8 @@ class LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (dy,) = grads
         x, h, a16, b16, mask = ctx.saved_tensors
+        if ctx.remade is not None:
+            x = ctx.remade.take().view(-1, a16.shape[1])
         da = db = dbias = dx = None
         dh = (dy @ b16).mul_(ctx.scale)  # (N, O) @ (O, R) -> (N, R)
         if ctx.needs_input_grad[2]:
@@ -105,7 +140,7 @@ class LoraLinear(torch.autograd.Function):
                 dx.addmm_(dh, a16)
         if ctx.needs_input_grad[3]:
             dbias = dy.sum(0, dtype=torch.float32).to(ctx.dtypes[2])
-        return dx, da, db, dbias, None, None, None, None
+        return dx, da, db, dbias, None, None, None, None, None
 
 
 def drop(x: Tensor, p: float, seed: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -150,5 +185,6 @@ def frozen_linear(x: Tensor, layer: Any) -> Tensor:
 def lora_linear(x: Tensor, layer: Any, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
     """(..., D) -> (..., O) through a frozen layer and its LoRA; p is 0 outside training."""
     flat = x.reshape(-1, x.shape[-1])
-    y = LoraLinear.apply(flat, a, b, layer.bias, layer, scale, p, draw_seed() if p else 0)
+    remade = getattr(x, REMADE, None) if torch.is_grad_enabled() else None
+    y = LoraLinear.apply(flat, a, b, layer.bias, layer, scale, p, draw_seed() if p else 0, remade)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -114,7 +114,7 @@ def policies(job: Job) -> tuple[tuple[Recompute, ...], bool]:
 
 
 # What the engine can do; `selective` keeps the outputs of matrix products and makes what is cheap again.
-SUPPORTED_POLICIES: tuple[Recompute, ...] = ("none", "full")
+SUPPORTED_POLICIES: tuple[Recompute, ...] = POLICIES
 
 
 def _candidates(job: Job, device: Device, rates: Rates) -> Iterator[_Candidate]:

@@ -117,6 +117,7 @@ def layer_of(
     kept += _mlp(family.mlp, inner, c, kernels=kernels)
 
     # what adapters read is kept once, whoever reads it; the share of layers that have one
+    gated = family.mlp == "gated"
     read = {(site.layer, _same(site.reads, parallel=family.parallel)): site.inputs for site in sites}
     again = 0.0
     for (_, what), width in read.items():
@@ -125,7 +126,7 @@ def layer_of(
         )
         size = 0 if is_there else c * width / layers
         kept += size
-        again += size if what in ("attention", "mlp", "inner") else 0
+        again += size if kernels and what in _REMADE and (family.rms if what != "inner" else gated) else 0
     for site in sites:
         kept += c * site.rank / layers
         kept += site.inputs / layers if dropout and not kernels and fused else 0
@@ -160,6 +161,9 @@ def _mlp(kind: Mlp, inner: int, c: int, *, kernels: bool) -> float:
 
 def _mlp_work(kind: Mlp, inner: int) -> float:
     return {"gated": 3, "gated_stock": 4, "formula": 4, "one": 2, "relu": 2}[kind] * inner
+
+
+_REMADE = ("attention", "mlp", "inner")  # what `fuse.recompute_cheap` makes again: norms' outputs, the inner product
 
 
 def _same(what: str, *, parallel: bool) -> str:

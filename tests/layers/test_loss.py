@@ -1,0 +1,130 @@
+"""Cross-entropy from hidden states against whole logits in fp64: scales, caps, smoothing, chunks, odd sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+from halfbyte.data.collate import collate
+from halfbyte.data.template import Example
+from halfbyte.layers import loss, packing
+from halfbyte.layers.loss import Head, head_loss, head_of
+from tests import tiny
+
+
+def whole(hidden: torch.Tensor, targets: torch.Tensor, head: Head, smoothing: float) -> torch.Tensor:
+    logits = F.linear(hidden, head.weight.double(), None if head.bias is None else head.bias.double()) * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("chunk", [1, 10**9], ids=["chunks", "whole"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize(("scale", "softcap", "bias"), [(1.0, None, False), (0.25, None, True), (3.0, 5.0, True)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("k", "d", "v"), [(123, 16, 77), (1, 5, 320)])
+def test_head_loss(
+    k: int, d: int, v: int, dtype: torch.dtype, tolerance: float, scale: float, softcap: float | None, bias: bool,
+    smoothing: float, chunk: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(loss, "CHUNK_BYTES", chunk)
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(k, d, generator=draw).to(dtype).requires_grad_()
+    weight = (torch.randn(v, d, generator=draw) * 0.7).to(dtype)
+    head = Head(weight, torch.randn(v, generator=draw).to(dtype) if bias else None, scale, softcap)
+    targets = torch.randint(v, (k,), generator=draw)
+    got = head_loss(hidden, targets, head, smoothing=smoothing)
+    (got * 0.5).backward()
+    wide = hidden.detach().double().requires_grad_()
+    wanted = whole(wide, targets, head, smoothing)
+    (wanted * 0.5).backward()
+    assert got.dtype == torch.float32
+    assert float((got.double() - wanted).abs()) <= max(tolerance, 1e-6) * float(wanted.abs())
+    assert hidden.grad is not None and wide.grad is not None
+    assert float((hidden.grad.double() - wide.grad).norm()) <= tolerance * float(wide.grad.norm())
+
+
+def test_no_gradient_is_made_where_none_is_wanted() -> None:
+    hidden = torch.randn(4, 8)
+    head = Head(torch.randn(9, 8), None)
+    targets = torch.tensor([0, 1, 2, 8])
+    got = head_loss(hidden, targets, head)
+    assert not got.requires_grad
+    torch.testing.assert_close(got, F.cross_entropy(hidden @ head.weight.T, targets, reduction="sum"))
+
+
+def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    real = F.linear
+
+    def spy(x: Any, weight: Any, bias: Any = None) -> Any:
+        rows.append(x.shape[0])
+        return real(x, weight, bias)
+
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 32 * 1000 * 4)
+    monkeypatch.setattr(torch.nn.functional, "linear", spy)
+    head_loss(
+        torch.randn(100, 8, requires_grad=True), torch.zeros(100, dtype=torch.long), Head(torch.randn(1000, 8), None)
+    )
+    assert rows == [32, 32, 32, 4]
+
+
+def example(ids: tuple[int, ...], labels: tuple[int, ...]) -> Example:
+    return Example(ids, labels, "a row", prompt_ids=ids[:1], completion="")
+
+
+SCALED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma2": ("Gemma2Config", {"final_logit_softcapping": 7.0, "head_dim": 16, "query_pre_attn_scalar": 16}),
+    "cohere": ("CohereConfig", {"logit_scale": 0.25}),
+    "granite": ("GraniteConfig", {"logits_scaling": 6.0}),
+}
+
+
+@pytest.mark.parametrize("name", [*SCALED, "llama", "opt", "gpt2"])
+def test_a_pass_is_the_models_own_loss(name: str) -> None:
+    if name in SCALED:
+        cls, values = SCALED[name]
+        config = getattr(transformers, cls)(**{**tiny._LLAMA_LIKE, "vocab_size": 256, "pad_token_id": 0, **values})
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    else:
+        model = tiny.model(name)
+    packing.prove(model)
+    examples = [
+        example(tuple(range(3, 9)), (-100, -100, 5, 6, 7, 8)),
+        example((9, 4, 30), (-100, -100, 30)),  # all masked but one
+        example((8,), (-100,)),  # a sequence of one token
+        example((7, 200), (-100, 200)),
+    ]
+    batch = collate(examples)
+    assert head_of(model) is not None
+    fused = loss.pass_loss(model, batch)
+    own = sum(
+        F.cross_entropy(model(torch.tensor([e.input_ids])).logits[0, :-1], torch.tensor(e.labels[1:]), reduction="sum")
+        for e in examples
+        if any(label >= 0 for label in e.labels[1:])
+    )
+    torch.testing.assert_close(fused, own, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss.pass_loss(model, batch, fused=False), own, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_that_is_not_plain_is_left_to_the_model() -> None:
+    model = tiny.model("llama")
+    model.lm_head.weight.requires_grad_(False)
+    assert head_of(model) is not None
+    model.lm_head.weight.requires_grad_(True)
+    assert head_of(model) is None
+    other = tiny.model("llama").requires_grad_(False)
+    own = other.forward
+    other.forward = lambda *args, **kwargs: _doubled(own(*args, **kwargs))
+    assert head_of(other) is None  # its logits are seen not to be the head's
+
+
+def _doubled(output: Any) -> Any:
+    output.logits = output.logits * 2
+    return output

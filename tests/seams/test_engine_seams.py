@@ -1,0 +1,69 @@
+"""What the fused layers and kernels stand on in torch, peft, bitsandbytes and numba."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import peft
+import pytest
+import torch
+from torch import nn
+
+from halfbyte.layers import kernels
+from halfbyte.layers.kernels import parallel
+
+
+def test_an_instance_takes_a_subclass_and_gives_it_back() -> None:
+    layer = nn.Linear(3, 2)
+    own = type(layer)
+    cls = type(own.__name__, (own,), {"forward": lambda self, x: own.forward(self, x) * 2})
+    x = torch.ones(1, 3)
+    before = layer(x)
+    layer.__class__ = cls
+    assert torch.equal(layer(x), before * 2) and isinstance(layer, own)
+    layer.__class__ = own
+    assert torch.equal(layer(x), before)
+
+
+def test_pefts_lora_layer_has_the_fields_that_the_fused_one_reads() -> None:
+    model = nn.ModuleDict({"q": nn.Linear(4, 4)})
+    layer = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q"], r=2), model)["q"]
+    assert isinstance(layer, peft.tuners.lora.LoraLayer)
+    for name in ("base_layer", "lora_A", "lora_B", "lora_dropout", "scaling", "active_adapters", "merged"):
+        assert hasattr(layer, name), name
+    assert layer.disable_adapters is False and layer.lora_variant == {} and not layer.lora_bias["default"]
+    assert isinstance(layer.lora_dropout["default"], nn.Identity)
+
+
+def test_torchs_flash_kernel_for_cpus_gives_the_log_sum_exp() -> None:
+    q = torch.randn(1, 2, 7, 8)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q, 0.0, True, scale=0.5)
+    hidden = torch.ones(7, 7, dtype=torch.bool).triu(1)
+    scores = (q @ q.transpose(2, 3) * 0.5).masked_fill(hidden, float("-inf"))
+    torch.testing.assert_close(out, scores.softmax(-1) @ q)
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+
+
+def test_torchs_openmp_runs_a_function_on_every_thread() -> None:
+    torch.ones(100_000).sum()  # its OpenMP is in the process
+    run = parallel._openmp()
+    if run is None:
+        pytest.skip("no OpenMP library that exports GOMP_parallel: kernels run on the calling thread")
+    seen = np.zeros(1, dtype=np.int64)
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def count(_: int) -> None:
+        seen[0] += 1  # under the interpreter's lock
+
+    run(ctypes.cast(count, ctypes.c_void_p), None, 2, 0)
+    assert seen[0] == 2
+
+
+@pytest.mark.skipif(not kernels.enabled(), reason="numba does not work here")
+def test_numba_has_the_instructions_that_the_tiles_need() -> None:
+    from llvmlite import binding
+
+    from halfbyte.layers.kernels import tiles
+
+    assert tiles.available() == bool(binding.get_host_cpu_features().get("avx512bf16", False))
