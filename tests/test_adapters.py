@@ -30,8 +30,8 @@ from tests import tiny, tiny_run
 NAMES = ("llama", "gpt2", "bloom")
 # ||difference|| / ||logits||. In train mode (there is no dropout) both run one program. In eval mode plain bitsandbytes
 # on a CPU with AVX512-BF16 rounds the scales of its weights to bf16: measured 1 to 3%. No adapter is off by over 10%.
-# The fused layers round elsewhere: measured 0.8 to 2.4%, where both are 0.7 to 3.5% from the same sums in fp32, ours now
-# a little nearer, now a little farther.
+# The fused layers round elsewhere: measured 0.8 to 2.4%, where both are 0.7 to 3.5% from the same sums in fp32, ours
+# now a little nearer, now a little farther.
 BF16_ROUNDING, STOCK_EVAL, FUSED = 1e-3, 0.06, 0.05
 
 
