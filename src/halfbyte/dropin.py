@@ -99,7 +99,7 @@ def prepare_model_for_kbit_training(
         use_gradient_checkpointing = gradient_checkpointing_kwargs is not None or not on_cpu or _needs_recompute(model)
     if use_gradient_checkpointing:
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs or {})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=gradient_checkpointing_kwargs or {})
     if auto_clear_cache and torch.cuda.is_available():
         torch.cuda.empty_cache()
     return model

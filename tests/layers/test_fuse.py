@@ -62,9 +62,10 @@ def test_gradients_are_those_of_peft_and_transformers(name: str, bias: str) -> N
     model = adapted(name, bias=bias)
     own = gradients(model, fused=False)
     counts = fuse.install(model)
-    assert counts.counts.get("LoRA linears") or name in ("gpt2",), counts
+    own_linears = name in ("gpt2", "falcon")  # classes of their own in 16-bit; plain 4-bit linears once quantised
+    assert bool(counts.counts.get("LoRA linears")) != own_linears, counts
     assert apart(gradients(model), own) < 1e-5
-    assert fuse.remove(model) > 0
+    assert fuse.remove(model) == sum(counts.counts.values())
     assert apart(gradients(model, fused=False), own) == 0.0
 
 

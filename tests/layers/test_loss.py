@@ -26,7 +26,7 @@ def whole(hidden: torch.Tensor, targets: torch.Tensor, head: Head, smoothing: fl
 @pytest.mark.parametrize("chunk", [1, 10**9], ids=["chunks", "whole"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize(("scale", "softcap", "bias"), [(1.0, None, False), (0.25, None, True), (3.0, 5.0, True)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize(("k", "d", "v"), [(123, 16, 77), (1, 5, 320)])
 def test_head_loss(
     k: int, d: int, v: int, dtype: torch.dtype, tolerance: float, scale: float, softcap: float | None, bias: bool,
@@ -44,7 +44,7 @@ def test_head_loss(
     wanted = whole(wide, targets, head, smoothing)
     (wanted * 0.5).backward()
     assert got.dtype == torch.float32
-    assert float((got.double() - wanted).abs()) <= max(tolerance, 1e-6) * float(wanted.abs())
+    assert float((got.double() - wanted).abs()) <= tolerance * float(wanted.abs())
     assert hidden.grad is not None and wide.grad is not None
     assert float((hidden.grad.double() - wide.grad).norm()) <= tolerance * float(wide.grad.norm())
 
@@ -94,6 +94,7 @@ def test_a_pass_is_the_models_own_loss(name: str) -> None:
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
     else:
         model = tiny.model(name)
+    model.requires_grad_(False)  # a head that trains is left to the model
     packing.prove(model)
     examples = [
         example(tuple(range(3, 9)), (-100, -100, 5, 6, 7, 8)),

@@ -12,7 +12,7 @@ from halfbyte.layers.proof import prove_fused
 from tests.layers.test_fuse import adapted
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize("name", ["llama", "opt", "bloom"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_right_layers_stay_on_and_nothing_else_changes(name: str, dtype: torch.dtype) -> None:
     model = adapted(name, dtype)

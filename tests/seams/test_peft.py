@@ -41,7 +41,7 @@ def test_an_instance_takes_our_class() -> None:
     wanted = logits(model)
     own = dropin.own_class(model)
     assert own is model and type(own) is dropin.Adapted and isinstance(own, PeftModel)
-    assert torch.equal(logits(own), wanted)
+    torch.testing.assert_close(logits(own), wanted, rtol=1e-4, atol=1e-5)  # fused: other roundings
     assert type(copy.deepcopy(own)) is dropin.Adapted
 
 
@@ -49,7 +49,7 @@ def test_an_adapted_model_without_its_adapter_is_the_base() -> None:
     model = dropin.own_class(adapted(init_lora_weights=False))
     with model.disable_adapter():
         bare = logits(model)
-    torch.testing.assert_close(bare, logits(tiny.model("llama")), rtol=0, atol=0)
+    torch.testing.assert_close(bare, logits(tiny.model("llama")), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(logits(model), bare)
 
 

@@ -1,7 +1,8 @@
 """The choices: where the base lies, what is recomputed, how large a pass is; fitting with a margin, fastest first.
 
 What: every combination that the recipe leaves open is counted and timed; of those that fit within `MARGIN` the fastest
-is taken, and among those that are as fast the one that takes least. Where none fits, `fixes.py` says what would.
+is taken. Among those that are as fast within `SAME_TIME`, memory decides: where one leaves half of the machine free, time
+alone; else the one that takes least. Where none fits, `fixes.py` says what would.
 Cost: a few milliseconds; no torch.
 """
 
@@ -18,6 +19,7 @@ from halfbyte.memory.timing import Rates, assumed, step_time
 
 MARGIN = 0.15  # of free memory that a plan leaves: its own error, and what the system needs meanwhile
 SAME_TIME = 1.02  # plans whose times differ by less are told apart by memory
+PLENTY = 0.5  # of free memory: a plan that takes no more need not save any
 CACHE_SHARE = 0.9  # of what is left, that the system keeps of a mapped file
 MAX_TOKENS_PER_PASS = 4096  # larger passes no longer run faster, they only take memory
 GENERATED_TOKENS = 1024
@@ -41,6 +43,9 @@ def make(job: Job, device: Device, rates: Rates | None = None) -> Plan:
     if fitting:
         fastest = min(c.plan.time.step_s for c in fitting)
         level = [c for c in fitting if c.plan.time.step_s <= SAME_TIME * fastest]
+        roomy = [c for c in level if _room(c.plan) <= PLENTY]
+        if roomy:
+            return _told(min(roomy, key=lambda c: c.plan.time.step_s), found, job)
         return _told(min(level, key=lambda c: c.plan.private_bytes), found, job)
     tight = [c for c in found if c.plan.short_bytes == 0]
     if tight:

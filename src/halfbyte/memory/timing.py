@@ -24,6 +24,8 @@ PASS_OVERHEAD_S = 0.02
 HALF_RATE_TOKENS = 48
 # Bytes moved for each byte that a layer keeps, forward and backward, by all that is no matrix product.
 TRAFFIC = 6.0
+# Of that, what is done again under a policy.
+TRAFFIC_AGAIN = {"none": 1.0, "selective": 1.2, "full": 1.4}
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def step_time(
     parts = {
         "matrix products": step_tokens * (products + head) / rates.matmul_flops / full_rate,
         "attention": step_tokens * attention / rates.attention_flops,
-        "elementwise": step_tokens * moved / rates.memory_bytes,
+        "elementwise": step_tokens * moved * TRAFFIC_AGAIN[recompute] / rates.memory_bytes,
         "dequantising": passes * again * job.linear_numel / rates.dequant_elements if quantised else 0.0,
         "overhead": passes * PASS_OVERHEAD_S,
     }
