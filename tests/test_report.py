@@ -28,6 +28,7 @@ def report(rows: list[dict[str, Any]], peak_rss_bytes: int = 800) -> dict[str, A
         peak_device_bytes=None,
         versions={"torch": "2"},
         machine={"kind": "cpu"},
+        data={"gates": []},
         notices=["packing: single"],
         lines=[Compared("base", 90, 100)],
     )
@@ -55,6 +56,7 @@ def test_every_field_is_there_and_measured() -> None:
         "lines": [{"name": "base", "planned": 90, "measured": 100, "error": -0.1}],
         "versions": {"torch": "2"},
         "machine": {"kind": "cpu"},
+        "data": {"gates": []},
         "notices": ["packing: single"],
     }  # fmt: skip
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, get_linear_sc
 from halfbyte import adapters, base, checkpoint, device, finetune
 from halfbyte import opened as opened_run
 from halfbyte.callbacks import Best, Silent
-from halfbyte.data import collate, pack
+from halfbyte.data import collate, gates, pack
 from halfbyte.errors import RunError, TrainError
 from halfbyte.generate import Sampling, generate
 from halfbyte.layers import loss, packing
@@ -460,9 +460,11 @@ def test_the_report_has_the_fields_of_the_design(tmp_path: Path) -> None:
     assert report == json.loads(json.dumps(outcome.report))
     assert set(report) == {
         "tokens", "train_seconds", "tokens_per_second", "steps", "loss", "eval_loss", "peak_rss_bytes",
-        "peak_device_bytes", "planned", "measured", "errors", "lines", "versions", "machine", "notices",
+        "peak_device_bytes", "planned", "measured", "errors", "lines", "versions", "machine", "data", "notices",
     }  # fmt: skip
     examples = finetune.prepare(loaded.recipe).train.examples
+    assert report["data"]["train"]["tokens"] == report["tokens"]
+    assert [gate["gate"] for gate in report["data"]["gates"]] == list(gates.GATES)
     assert report["tokens"] == sum(len(e.input_ids) for e in examples)  # 4 steps of 4 rows: each of 16 rows once
     rows = [row for row in metrics(loaded) if "loss" in row]
     assert report["steps"] == len(rows) == 4

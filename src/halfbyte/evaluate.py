@@ -14,7 +14,7 @@ from halfbyte.generate import Sampling, generate
 from halfbyte.layers.loss import mean_loss
 
 if TYPE_CHECKING:
-    from halfbyte.data.template import Example
+    from halfbyte.data.examples import Example
 
 
 @dataclass(frozen=True)

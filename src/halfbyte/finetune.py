@@ -29,7 +29,8 @@ from halfbyte import (
 from halfbyte import report as reporting
 from halfbyte.callbacks import Listener, RunCallback, Silent, StopRequest, stop_on_signals
 from halfbyte.data import collate, pack
-from halfbyte.inputs import Prepared, data_note, prepare
+from halfbyte.inputs import Prepared, data_note, data_report, prepare
+from halfbyte.inputs import notices as data_notices
 from halfbyte.layers import fuse, loss, packing
 from halfbyte.layers.proof import prove_fused
 from halfbyte.recipe import Loaded, Origin, Recipe, rows
@@ -39,7 +40,7 @@ from halfbyte.steps import best, cadence, count_steps, eval_every, plan_steps, r
 from halfbyte.train import StepTrainer, rehearse, training_arguments
 
 if TYPE_CHECKING:
-    from halfbyte.data.template import Example
+    from halfbyte.data.examples import Examples
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def resolve(loaded: Loaded) -> Resolution:
     lines = [
         f"model     {found.id}{revision}",
         f"data      {data_note(prepared)}; {count_steps(prepared)} steps of {rows_per_step(recipe)} rows",
+        *(f"data      {finding.line}" for finding in prepared.findings),
         f"adapters  on {len(modules)} modules, {trainable:,} parameters train",
         *plan.text_lines(),
     ]
@@ -137,8 +139,10 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
         RunFolder.check_free(out)
     prepared = prepare(recipe)
     rehearse(recipe.train, total_steps=count_steps(prepared))
-    notices = [*prepared.train.notices, *(prepared.evaluation.notices if prepared.evaluation else ())]
+    notices = [*data_notices(prepared), *(str(f) for f in prepared.findings if f.level != "ok")]
     tell.note(f"data      {data_note(prepared)}")
+    for finding in prepared.findings:
+        tell.note(f"data      {finding.line}")
     config = base.read_config(prepared.checkpoint.path, trust_remote_code=recipe.trust_remote_code)
     meta = targets.meta_model(config, trust_remote_code=recipe.trust_remote_code)
     job = fitting.job_of(prepared, machine, choose_targets(meta, recipe)[0], meta)
@@ -286,6 +290,7 @@ class _Story:
             peak_device_bytes=used.get("peak_device_bytes"),
             versions=versions(),
             machine=self.machine.to_json(),
+            data=data_report(self.prepared),
             notices=(*self.notices, *(f"memory: {down}" for down in self.pace.downs)),
             adapter_step=None if chosen is None else chosen.step,
         ).to_json()
@@ -303,7 +308,7 @@ class Passes:
     """Every step's passes and the evaluation's, as the pace splits them at the start."""
 
     steps: list[pack.Step]
-    examples: list[Example]
+    examples: Examples
     held_out: Any
 
     @classmethod
@@ -326,6 +331,6 @@ class Passes:
         return collate.collate([self.examples[r] for r in rows])
 
 
-def _rows_note(examples: list[Example], step: pack.Step) -> str:
-    where = [examples[row].where for rows in step.passes for row in rows]
+def _rows_note(examples: Examples, step: pack.Step) -> str:
+    where = [examples.where(row) for rows in step.passes for row in rows]
     return f" (rows {', '.join(where[:4])}{' ...' if len(where) > 4 else ''})"

@@ -66,6 +66,7 @@ class Report:
     lines: tuple[Compared, ...]
     versions: Mapping[str, str]
     machine: Mapping[str, Any]
+    data: Mapping[str, Any]
     notices: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
@@ -84,6 +85,7 @@ def build(
     machine: Mapping[str, Any],
     notices: Iterable[str] = (),
     lines: Iterable[Compared] = (),
+    data: Mapping[str, Any] | None = None,
     adapter_step: int | None = None,
 ) -> Report:
     """The report of a run from its metrics.
@@ -93,6 +95,7 @@ def build(
             evaluation's row has `eval_loss`.
         peak_rss_bytes: of this process; a resumed run's earlier ones are seen through their rows.
         peak_device_bytes: None without a card.
+        data: rows, tokens and what the gates of the data found.
         lines: planned beside measured, for each line that can be measured alone.
         adapter_step: of the evaluation whose adapter was kept, and whose loss is reported; None for the last one.
 
@@ -123,6 +126,7 @@ def build(
         lines=tuple(lines),
         versions=dict(versions),
         machine=dict(machine),
+        data=dict(data or {}),
         notices=tuple(notices),
     )
 

@@ -7,8 +7,8 @@ import torch
 from transformers import DataCollatorWithFlattening
 
 from halfbyte.data.collate import EvalPasses, StepDataset, collate
+from halfbyte.data.examples import Example
 from halfbyte.data.pack import Step
-from halfbyte.data.template import Example
 
 
 def example(start: int, length: int, labelled: int, where: str = "x.jsonl:1") -> Example:

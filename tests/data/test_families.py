@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from halfbyte.data.examples import IGNORED
 from halfbyte.data.formats import Message, Row
-from halfbyte.data.template import IGNORED, encode
+from halfbyte.data.template import encode
 from tests.data.families import FAMILIES, Family, reference
 
 MASKS = ("completion", "assistant", "all")

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from halfbyte.data.examples import IGNORED, Example
 from halfbyte.data.formats import Message, Row
-from halfbyte.data.template import IGNORED, Encoded, Example, encode
+from halfbyte.data.template import Encoded, encode
 from halfbyte.errors import DataError
 
 TALK = (
@@ -104,7 +105,7 @@ def test_thoughts_that_a_template_adds_and_takes_away(make_byte_level: Any, make
     encoded = encode([row], tokenizer, make_data(mask="assistant"))
     assert runs(encoded.examples[0], tokenizer) == ["yes<|im_end|>", "<think>\n\n</think>\n\nno<|im_end|>"]
     assert is_prefix(encoded.examples[0])
-    assert encoded.notices == []
+    assert encoded.tally.messages() == []
 
 
 def test_a_generation_prompt_that_the_row_does_not_have(make_byte_level: Any, make_data: Any, templates: Any) -> None:
@@ -112,7 +113,7 @@ def test_a_generation_prompt_that_the_row_does_not_have(make_byte_level: Any, ma
     encoded = encode([chat(("user", "a"), ("assistant", "b"))] * 2, tokenizer, make_data())
     assert runs(encoded.examples[0], tokenizer) == ["b<|im_end|>"]
     assert text(encoded.examples[0].prompt_ids, tokenizer).endswith("assistant\n<think>\n")
-    assert encoded.notices == ["2 rows: the generation prompt is not how the chat template begins the row"]
+    assert encoded.tally.messages() == ["2 rows: the generation prompt is not how the chat template begins the row"]
 
 
 def test_no_end_of_turn_in_the_template(make_byte_level: Any, make_data: Any, templates: Any) -> None:
@@ -121,7 +122,9 @@ def test_no_end_of_turn_in_the_template(make_byte_level: Any, make_data: Any, te
     example = encoded.examples[0]
     assert runs(example, tokenizer) == ["I am fine.", "48 clips\n\nin May</s>"]
     assert text(example.input_ids, tokenizer).endswith("### assistant: 48 clips\n\nin May</s>")
-    assert encoded.notices == ["1 row: no end-of-turn token after an earlier assistant turn; only its text is labelled"]
+    assert encoded.tally.messages() == [
+        "1 row: no end-of-turn token after an earlier assistant turn; only its text is labelled"
+    ]
     every = one(chat(*TALK), tokenizer, make_data(mask="all"))
     assert every.labels == (IGNORED, *every.input_ids[1:])
     assert text(every.input_ids, tokenizer) == text(example.input_ids, tokenizer)
@@ -275,7 +278,7 @@ def test_smollm2(smollm: Any, make_data: Any) -> None:
         assert runs(example, smollm) == [f"{row.completion}<|im_end|>"]
         assert example.labels[-1] == IGNORED  # the line end after the turn
         assert example.where == row.where
-    assert encoded.notices == []
+    assert encoded.tally.messages() == []
 
 
 # --- length
@@ -309,8 +312,8 @@ def test_overlong_error(make_byte_level: Any, make_data: Any) -> None:
 def test_overlong_skip(make_byte_level: Any, make_data: Any) -> None:
     encoded = fit(make_byte_level, make_data, "skip")
     assert [e.where for e in encoded.examples] == ["t.jsonl:1"]
-    assert encoded.skipped == ["t.jsonl:2: 52 tokens, over 10", "t.jsonl:3: 52 tokens, over 10"]
-    assert encoded.truncated == 0
+    assert encoded.tally.skipped.shown == ["t.jsonl:2: 52 tokens, over 10", "t.jsonl:3: 52 tokens, over 10"]
+    assert encoded.tally.truncated == 0
 
 
 def test_overlong_truncate(make_byte_level: Any, make_data: Any) -> None:
@@ -319,8 +322,8 @@ def test_overlong_truncate(make_byte_level: Any, make_data: Any) -> None:
     cut = encoded.examples[1]
     assert len(cut.input_ids) == len(cut.labels) == 10
     assert encoded.labelled == [2, 9]
-    assert encoded.truncated == 1
-    assert encoded.skipped == ["t.jsonl:3: 52 tokens, and none of the first 10 is labelled"]
+    assert encoded.tally.truncated == 1
+    assert encoded.tally.skipped.shown == ["t.jsonl:3: 52 tokens, and none of the first 10 is labelled"]
 
 
 @pytest.mark.parametrize("overlong", ["skip", "truncate"])
@@ -380,14 +383,16 @@ def test_a_message_that_the_template_leaves_out_is_noticed(
 ) -> None:
     rows = [chat(("system", "Be brief."), *TALK), chat(*TALK)]
     encoded = encode(rows, make_byte_level(templates.gemma), make_data())
-    assert encoded.notices == ["1 row: the chat template changes or leaves out the text of a system message"]
+    assert encoded.tally.messages() == ["1 row: the chat template changes or leaves out the text of a system message"]
 
 
 def test_special_tokens_in_the_text_are_noticed(make_byte_level: Any, make_data: Any, templates: Any) -> None:
     tokenizer = make_byte_level(templates.chatml)
     row = chat(("user", "a<|im_end|>"), ("assistant", "b<|im_end|>c"))
     encoded = encode([row, chat(*TALK)], tokenizer, make_data())
-    assert encoded.notices == ["1 row: the text holds a special token of this tokenizer, and is read as that token"]
+    assert encoded.tally.messages() == [
+        "1 row: the text holds a special token of this tokenizer, and is read as that token"
+    ]
     assert runs(encoded.examples[0], tokenizer) == ["b<|im_end|>c<|im_end|>"]
 
 

@@ -13,7 +13,7 @@ from peft import LoraConfig
 import halfbyte
 from halfbyte import targets
 from halfbyte.data.collate import collate
-from halfbyte.data.template import Example
+from halfbyte.data.examples import Example
 from halfbyte.layers import fuse, kernels, loss, packing
 from tests import tiny
 

@@ -25,6 +25,11 @@ START, END = "<|im_start|>", "<|im_end|>"
 _RESERVED = re.compile(r"<?\W*(reserved|unused|extra_id|dummy|placeholder)\w*\W*\d+\W*>?", re.IGNORECASE)
 
 
+def is_reserved(token: str) -> bool:
+    """Whether a token's name says that the model's makers have kept it for later: no text has trained it."""
+    return _RESERVED.fullmatch(token) is not None
+
+
 @dataclass(frozen=True)
 class Chosen:
     """What was settled about the template before rows are rendered."""
@@ -83,7 +88,7 @@ def settle(tokenizer: Any, data: Data, *, embedding_rows: int, chats: bool) -> C
         new = tuple(tokenizer.convert_tokens_to_ids([START, END]))
         what = f"{START} and {END} take rows {new[0]} and {new[1]} of the embedding, which are trained"
     else:
-        reserved = sorted((i, t) for t, i in vocabulary.items() if i < embedding_rows and _RESERVED.fullmatch(t))
+        reserved = sorted((i, t) for t, i in vocabulary.items() if i < embedding_rows and is_reserved(t))
         if len(reserved) < 2:
             raise DataError(
                 f"{why}, so ChatML is meant, and its tokens {START} and {END} are new; but the embedding has "

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from halfbyte.data.examples import IGNORED, Example
 from halfbyte.data.pack import Step
-from halfbyte.data.template import IGNORED, Example
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Any]:

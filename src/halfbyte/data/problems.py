@@ -20,22 +20,58 @@ class BadRow(Exception):
 
 
 class Problems:
-    """The first `SHOWN_PROBLEMS` texts, and how many there were."""
+    """The first `SHOWN_PROBLEMS` texts, and how many there were.
+
+    `block` is set by who reads in parts: it puts the texts of several collectors in the order of the rows.
+    """
 
     def __init__(self) -> None:
         self.count = 0
-        self.shown: list[str] = []
+        self.block = 0
+        self._shown: list[tuple[int, str]] = []
+
+    @property
+    def shown(self) -> list[str]:
+        return [text for _, text in self._shown]
 
     def add(self, text: str) -> None:
         self.count += 1
-        if len(self.shown) < SHOWN_PROBLEMS:
-            self.shown.append(text)
+        if len(self._shown) < SHOWN_PROBLEMS:
+            self._shown.append((self.block, text))
+
+    def add_all(self, other: Problems) -> None:
+        """What another collector found, in the order of the rows."""
+        self.count += other.count
+        self._shown = sorted([*self._shown, *other._shown], key=lambda item: item[0])[:SHOWN_PROBLEMS]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"count": self.count, "shown": self._shown}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Problems:
+        made = cls()
+        made.count = value["count"]
+        made._shown = [(block, text) for block, text in value["shown"]]
+        return made
 
     def __bool__(self) -> bool:
         return self.count > 0
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Problems) and (self.count, self._shown) == (other.count, other._shown)
+
     def listing(self, head: str) -> str:
         return listing(head, self.shown, self.count)
+
+    def first(self, most: int = 3) -> str:
+        """The first few in one line: `a, b, c and 9 more`."""
+        return some(self.shown, self.count, most)
+
+
+def some(names: Sequence[str], count: int | None = None, most: int = 3) -> str:
+    """The first few of several names in one line, the rest counted."""
+    rest = (len(names) if count is None else count) - min(len(names), most)
+    return ", ".join(names[:most]) + (f" and {rest:,} more" if rest else "")
 
 
 def listing(head: str, problems: Sequence[str], count: int | None = None) -> str:

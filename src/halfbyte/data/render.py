@@ -65,7 +65,8 @@ class Renderer:
         self._tokenizer = tokenizer
         self._mask = data.mask
         self._template = chat_template(tokenizer, data)
-        self._counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+        """What the user should know of the rows rendered so far, and of how many it holds."""
         self._tools: tuple[Any, ...] | None = None
         added = {t.content: t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()}
         special = {c for c, t in added.items() if t.special} | set(tokenizer.all_special_tokens)
@@ -102,9 +103,10 @@ class Renderer:
         span = (0 if self._mask == "all" else start, stop)
         return Rendered(row.where, prompt + completion, (span,), prompt, completion, ends=True, opens=True)
 
-    def notices(self) -> list[str]:
-        """What the user should know of the rows rendered so far, each with its count."""
-        return [f"{n:,} {'row' if n == 1 else 'rows'}: {what}" for what, n in self._counts.items() if n]
+    def end_tokens(self) -> frozenset[int]:
+        """Ids of the tokens that end an assistant's turn, or a text."""
+        names = [*self._ends, *(t for t in [self._tokenizer.eos_token] if t is not None)]
+        return frozenset(self._tokenizer.convert_tokens_to_ids(name) for name in names)
 
     def _chat(self, where: str, messages: tuple[Message, ...]) -> Rendered:
         last = len(messages) - 1
@@ -136,7 +138,7 @@ class Renderer:
         ending = (self._endings.match(text, at) or self._added.match(text, at)) if ends else None
         if ending:
             return start, ending.end()
-        self._counts["no end-of-turn token after an earlier assistant turn; only its text is labelled"] += 1
+        self.counts["no end-of-turn token after an earlier assistant turn; only its text is labelled"] += 1
         return start, stop
 
     def _after_calls(self, text: str, messages: tuple[Message, ...], i: int, stop: int) -> int:
@@ -175,7 +177,7 @@ class Renderer:
         if opens is not None:
             return opens, stop, text[:opens]
         if self._header and i == len(messages) - 1:
-            self._counts["the generation prompt is not how the chat template begins the row"] += 1
+            self.counts["the generation prompt is not how the chat template begins the row"] += 1
         # Where there is none, the prompt's end still tells where the model's own begins, white space or the mark of a
         # call: of all places before the text, there where the prompt's end agrees longest with what stands before it.
         places = {*range(len(text[:start].rstrip()), start + 1), *self._places(text, prompt[-_TAIL_CHARS:], start)}
@@ -201,12 +203,12 @@ class Renderer:
     def _notice(self, text: str, messages: tuple[Message, ...], spans: list[tuple[int, int]]) -> None:
         self._count_special(m.content for m in messages)
         for role in {m.role for m in messages if m.role != "assistant" and m.content.strip() not in text}:
-            self._counts[f"the chat template changes or leaves out the text of a {role} message"] += 1
+            self.counts[f"the chat template changes or leaves out the text of a {role} message"] += 1
         if any(t.strip() not in text for m in messages if (t := m.more.get("reasoning_content"))):
-            self._counts["the chat template leaves out the thoughts of an assistant message"] += 1
+            self.counts["the chat template leaves out the thoughts of an assistant message"] += 1
         names = [(tool.get("function") or tool).get("name") for tool in self._tools or ()]
         if any(isinstance(name, str) and name not in text for name in names):
-            self._counts["the chat template leaves out the tools"] += 1
+            self.counts["the chat template leaves out the tools"] += 1
 
     def _apply(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
         chat = [m.to_template() for m in messages]
@@ -259,7 +261,7 @@ class Renderer:
 
     def _count_special(self, texts: Iterable[str]) -> None:
         if any(self._special.search(t) for t in texts):
-            self._counts["the text holds a special token of this tokenizer, and is read as that token"] += 1
+            self.counts["the text holds a special token of this tokenizer, and is read as that token"] += 1
 
 
 def common_length(a: Sequence[object], b: Sequence[object]) -> int:
