@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def quantize(recipe: Recipe, *, out: Path | None = None, tell: store.Tell | None
     """
     if recipe.quant.type == "none":
         raise BaseModelError("quant.type none keeps the base in 16 bits, as it is; there is nothing to quantise.")
-    started, began = time.monotonic(), time.time()
+    started, built = time.monotonic(), []
     found = inputs.find_model(recipe)
     config = base.read_config(found.path, trust_remote_code=recipe.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
@@ -59,15 +59,14 @@ def quantize(recipe: Recipe, *, out: Path | None = None, tell: store.Tell | None
     try:
         if hasattr(config, "auto_map"):
             raise store.CannotHold("it brings Python code of its own")
-        path = base.ensure_store(wanted, out=out, tell=tell)
+        telling = replace(tell or store.Tell(), built=lambda: built.append(True))
+        path = base.ensure_store(wanted, out=out, tell=telling)
     except store.CannotHold as reason:
         raise StoreError(
             f"{found.id} cannot be held in a store: {reason}.",
             fix="nothing is needed: train, eval and chat quantise it each time they load it",
         ) from reason
-    made = manifest.read(path)
-    built = (path / manifest.MANIFEST).stat().st_mtime >= began - 1
-    return Built(path, made, built, time.monotonic() - started)
+    return Built(path, manifest.read(path), bool(built), time.monotonic() - started)
 
 
 def named(names: list[str]) -> list[shelf.Shelved]:
@@ -77,15 +76,20 @@ def named(names: list[str]) -> list[shelf.Shelved]:
         StoreError: a name that means none, with those that are there.
     """
     if not names:
-        return [entry for entry in shelf.listing() if entry.state not in ("building", "broken")]
+        return [entry for entry in shelf.listing() if _is_in_place(entry)]
     chosen: dict[Path, shelf.Shelved] = {}
     for name in names:
-        found = shelf.find(name)
+        found = [entry for entry in shelf.find(name) if _is_in_place(entry)]
         if not found:
-            there = ", ".join(entry.key for entry in shelf.listing()) or "none"
+            there = ", ".join(entry.key for entry in shelf.listing() if _is_in_place(entry)) or "none"
             raise StoreError(f"no store is called {name}; there are: {there}.", fix="halfbyte store list")
         chosen |= {entry.path: entry for entry in found}
     return list(chosen.values())
+
+
+def _is_in_place(entry: shelf.Shelved) -> bool:
+    """Whether a command finds it as a store, whole or not: neither an unfinished build nor what was set aside."""
+    return entry.path.name == entry.key
 
 
 def verify(names: list[str], progress: Callable[[int, int], None] | None = None) -> dict[str, list[str]]:

@@ -60,3 +60,12 @@ def differing(a: Any, b: Any) -> list[str]:
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=torch.arange(3, 23)[None]).logits[0].float()
+
+
+def flip(path: Path, position: int) -> None:
+    """Change one bit of a file."""
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 1]))

@@ -50,10 +50,12 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Tell:
-    """Whom to tell what: `progress` about ten times a second while building, `note` now and then, in words."""
+    """Whom to tell what: `progress` about ten times a second while building, `note` now and then, in words, and `built`
+    once if this call has built the store."""
 
     progress: Callable[[Progress], None] | None = None
     note: Callable[[str], None] | None = None
+    built: Callable[[], None] | None = None
 
     def say(self, text: str) -> None:
         if self.note is not None:
@@ -87,6 +89,8 @@ def ensure(wanted: Wanted, *, out: Path | None = None, tell: Tell | None = None)
             tell.say(f"a damaged store is built again: {_damage(target)}")
             shelf.set_aside(target)
         _build(wanted, key, target, tell)
+        if tell.built is not None:
+            tell.built()
     shelf.touch(target)
     return target
 

@@ -1,0 +1,137 @@
+"""Killed at random moments, a build goes on next time and never leaves half a store; two builders build once."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte import store
+from halfbyte.store import manifest, shelf
+from tests import tiny
+from tests.store import nursery
+from tests.store.helpers import checkpoint, differing, opened, wanted
+
+KILLS = 20
+SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough files that many moments are between two of them."""
+    sizes = {"num_hidden_layers": 16, "hidden_size": 256, "intermediate_size": 1024}
+    folder = tmp_path_factory.mktemp("model")
+    tiny.model("llama", dtype=torch.bfloat16, changes=sizes).save_pretrained(folder, max_shard_size="5MB")
+    return folder
+
+
+def end(process: Any) -> int:
+    process.join(SECONDS)
+    assert process.exitcode is not None
+    return int(process.exitcode)
+
+
+def state(bases: Path) -> str:
+    """What a process left: nothing, a part, or a store."""
+    folders = [p for p in bases.iterdir() if p.name != shelf.LOCKS] if bases.is_dir() else []
+    if not folders:
+        return "nothing"
+    if any(not p.name.endswith(shelf.PARTIAL) for p in folders):
+        return "whole"
+    return "part" if any(folders[0].glob("*.safetensors")) else "begun"
+
+
+def _begun(process: Any, bases: Path) -> None:
+    """Wait until a build has begun to write, or has ended."""
+    while process.is_alive() and not any(bases.glob("*" + shelf.PARTIAL)):
+        time.sleep(0.001)
+
+
+def _work_seconds(process: Any, bases: Path, *, whole: bool) -> float:
+    """How long a process works: all of it, or from where its build begins to write."""
+    began = time.perf_counter()
+    if not whole:
+        _begun(process, bases)
+        began = time.perf_counter()
+    assert end(process) == 0
+    return time.perf_counter() - began
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("work", [nursery.build, nursery.open_first], ids=["building", "opening"])
+def test_killed_at_any_moment_there_is_a_whole_store_or_none(
+    work: Callable[[Path, Path], None], model: Path, tmp_path: Path, cache: Path
+) -> None:
+    seed = int(os.environ.get("HALFBYTE_TEST_SEED", time.time_ns() % 10**6))
+    print(f"seed {seed}; HALFBYTE_TEST_SEED repeats its moments")
+    draw, bases = random.Random(seed), cache / "bases"
+    reference = store.ensure(wanted(model), out=tmp_path / "reference")
+    expected = manifest.read(reference)
+    loaded = opened(model, use_store=False, compute_dtype="bf16").model
+    for name in ("imports", "rehearsal"):
+        process = nursery.running(work, model, tmp_path / name)
+        seconds = _work_seconds(process, tmp_path / name / "bases", whole=work is nursery.open_first)
+    left: Counter[str] = Counter()
+    for _ in range(KILLS):
+        process = nursery.running(work, model, cache)
+        if work is nursery.build:
+            _begun(process, bases)
+        time.sleep(draw.uniform(0, seconds))
+        process.kill()
+        end(process)
+        left[state(bases)] += 1
+        for folder in bases.iterdir() if bases.is_dir() else ():
+            if folder.name != shelf.LOCKS and not folder.name.endswith(shelf.PARTIAL):
+                assert store.verify(folder).files == expected.files
+        if work is nursery.open_first or draw.random() < 0.3:  # else the next one finds what this one left
+            found = opened(model, compute_dtype="bf16")
+            assert found.origin.startswith("store ") and differing(found.model, loaded) == []
+            del found
+            shutil.rmtree(bases)
+            shelf._in_use.clear()
+    print(f"left after {KILLS} kills within {seconds:.2f} s: {dict(left)}")
+    assert end(nursery.running(work, model, cache)) == 0
+    (whole,) = (p for p in bases.iterdir() if p.name != shelf.LOCKS)
+    assert store.verify(whole).files == expected.files
+    assert left["part"] + left["begun"] > 0, "no kill fell into a build"
+
+
+def test_of_two_processes_one_builds_and_the_other_waits(model: Path, cache: Path) -> None:
+    context = nursery.context()
+    events, go = context.Queue(), context.Event()
+    first = nursery.running(nursery.report, model, cache, "first", events, go)
+    assert events.get(timeout=SECONDS) == ("first", "building")
+    second = nursery.running(nursery.report, model, cache, "second", events, go)
+    assert events.get(timeout=SECONDS) == ("second", "another process builds the store of org/name; waiting for it")
+    assert second.is_alive()
+    go.set()
+    said = []
+    while len(said) < 3:
+        if (event := events.get(timeout=SECONDS)) != ("first", "building"):  # said ten times a second
+            said.append(event)
+    assert end(first) == end(second) == 0
+    folder = str(cache / "bases" / shelf.key_of(checkpoint(model), wanted(model).quant, "bfloat16"))
+    assert sorted(said) == sorted([("first", "built"), ("first", folder), ("second", folder)])
+    store.verify(Path(folder))
+
+
+def test_who_waits_goes_on_where_the_builder_was_killed(model: Path, cache: Path) -> None:
+    context = nursery.context()
+    events, go, again = context.Queue(), context.Event(), context.Event()
+    first = nursery.running(nursery.report, model, cache, "first", events, go)
+    assert events.get(timeout=SECONDS) == ("first", "building")
+    again.set()
+    second = nursery.running(nursery.report, model, cache, "second", events, again)
+    assert events.get(timeout=SECONDS)[1].startswith("another process builds")
+    first.kill()
+    assert events.get(timeout=SECONDS) == ("second", "built")
+    assert end(second) == 0
+    store.verify(Path(events.get(timeout=SECONDS)[1]))
