@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,14 @@ def tokenizer() -> Any:
     )
 
 
-def small(folder: Path, name: str) -> Path:
-    """A checkpoint of `name` in bf16, weights and tokenizer."""
+def small(folder: Path, name: str, changes: Mapping[str, Any] | None = None) -> Path:
+    """A checkpoint of `name` in bf16, weights and tokenizer. `changes`: fields of its config."""
     import torch
     import transformers
 
     cls, values = _CONFIGS[name]
     config = getattr(transformers, cls)(
-        **{"vocab_size": VOCABULARY, **values, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        **{"vocab_size": VOCABULARY, **values, **(changes or {}), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     )
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)

@@ -316,7 +316,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("train: {save_steps: 2.5}", "line 3: train.save_steps must be a whole number of steps, or a share of all steps below 1, got 2.5"),
     ("train: {seed: 5000000000}", "line 3: train.seed must be < 4294967296, got 5000000000"),
     ("train: {greater_is_better: true}", "line 3: train.greater_is_better must be false: loss and perplexity are better when smaller, got true"),
-    ("train: {gradient_checkpointing: often}", "line 3: train.gradient_checkpointing must be auto, true or false, got 'often'"),
+    ("train: {gradient_checkpointing: often}", "line 3: train.gradient_checkpointing must be auto, true, false or selective, got 'often'"),
     ("train: {max_tokens_per_pass: 0}", "line 3: train.max_tokens_per_pass must be auto, or a whole number >= 1, got 0"),
     ("train: {optim: adam}", "line 3: train.optim must be one of adamw_torch, adamw_torch_fused, adafactor, sgd, adagrad, rmsprop, adamw_bnb_8bit, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit, lion_32bit, lion_8bit, paged_lion_32bit, paged_lion_8bit, ademamix, ademamix_8bit, rmsprop_bnb, rmsprop_bnb_8bit, rmsprop_bnb_32bit, got 'adam'"),
     ("train: {optim_args: momentum=0.9}", "line 3: train.optim_args: adamw_torch takes nothing, got momentum"),

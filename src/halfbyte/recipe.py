@@ -169,10 +169,10 @@ def _auto_or_count(value: Any) -> Any:
     raise ValueError("must be auto, or a whole number >= 1")
 
 
-def _auto_or_bool(value: Any) -> Any:
-    if value == "auto" or isinstance(value, bool):
+def _recompute(value: Any) -> Any:
+    if value in ("auto", "selective") or isinstance(value, bool):
         return value
-    raise ValueError("must be auto, true or false")
+    raise ValueError("must be auto, true, false or selective")
 
 
 Float = Annotated[float, BeforeValidator(number)]
@@ -287,7 +287,7 @@ class Train(Section):
     greater_is_better: Annotated[bool | None, BeforeValidator(_smaller_is_better)] = _train("greater_is_better")
     bf16: Bool | None = _train("bf16")
     fp16: Bool | None = _train("fp16")
-    gradient_checkpointing: Annotated[bool | str, BeforeValidator(_auto_or_bool)] = _train("gradient_checkpointing")
+    gradient_checkpointing: Annotated[bool | str, BeforeValidator(_recompute)] = _train("gradient_checkpointing")
     loraplus_lr_ratio: Annotated[Float, Field(gt=0)] | None = _train("loraplus_lr_ratio")
     save_minutes: Annotated[Float, Field(gt=0)] | None = _train("save_minutes")
     max_tokens_per_pass: Annotated[int | str, BeforeValidator(_auto_or_count)] = _train("max_tokens_per_pass")

@@ -21,7 +21,7 @@ from halfbyte.layers.kernels.scalar import (
 )
 
 
-@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+@njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
 def _largest(a):  # type: ignore[no-untyped-def]
     top = np.float32(-3.0e38)
     for j in range(a.shape[0]):
@@ -30,7 +30,7 @@ def _largest(a):  # type: ignore[no-untyped-def]
     return top
 
 
-@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+@njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
 def _exp_sum(a, top):  # type: ignore[no-untyped-def]
     total = np.float32(0.0)
     for j in range(a.shape[0]):
@@ -38,7 +38,7 @@ def _exp_sum(a, top):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+@njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
 def _plain_sum(a):  # type: ignore[no-untyped-def]
     total = np.float32(0.0)
     for j in range(a.shape[0]):
@@ -46,7 +46,7 @@ def _plain_sum(a):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+@njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
 def _gradient(a, lse, low):  # type: ignore[no-untyped-def]
     for j in range(a.shape[0]):
         a[j] = store(exp_f32(load(a[j]) - lse) - low, a)

@@ -31,7 +31,7 @@ _HIGH = np.uint32(16)
 _jit: Any = njit(fastmath=FASTMATH, cache=True, error_model="numpy")
 
 
-@njit(fastmath={*FASTMATH, "nnan"}, cache=True, error_model="numpy")
+@njit(forceinline=True, fastmath={*FASTMATH, "nnan"}, error_model="numpy")
 def _largest(row):  # type: ignore[no-untyped-def]
     """The maximum; a NaN may be passed over, and comes back with its exp."""
     m = row[0]

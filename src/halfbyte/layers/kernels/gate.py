@@ -34,7 +34,7 @@ def _sigmoid(v):  # type: ignore[no-untyped-def]
     return np.float32(1.0) / (np.float32(1.0) + exp_f32(-v))
 
 
-@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+@njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
 def _forward_part(g, u, h, kind):  # type: ignore[no-untyped-def]
     if kind == SILU:
         for j in range(g.shape[0]):
@@ -47,7 +47,7 @@ def _forward_part(g, u, h, kind):  # type: ignore[no-untyped-def]
             h[j] = store(v * s * load(u[j]), h)
 
 
-@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+@njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
 def _backward_part(dh, g, u, dg, du, kind):  # type: ignore[no-untyped-def]
     one = np.float32(1.0)
     if kind == SILU:
@@ -108,7 +108,7 @@ def _backward(element: Any) -> Any:
     return kernel
 
 
-@njit(cache=True, error_model="numpy")
+@njit(forceinline=True, error_model="numpy")
 def _masked_pairs(x, out, low, seed, start, add):  # type: ignore[no-untyped-def]
     """bf16: a pair is one word of 32 bits."""
     if add:
@@ -119,7 +119,7 @@ def _masked_pairs(x, out, low, seed, start, add):  # type: ignore[no-untyped-def
             out[j] = drop_pair(x[j], hash_u32(counter_bits(start, j, seed)), low)
 
 
-@njit(cache=True, error_model="numpy")
+@njit(forceinline=True, error_model="numpy")
 def _masked_floats(x, out, low, seed, start, add):  # type: ignore[no-untyped-def]
     """fp32: a pair is two words."""
     for j in range(x.shape[0]):

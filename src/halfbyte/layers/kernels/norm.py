@@ -22,7 +22,7 @@ from halfbyte.layers.kernels.scalar import (
 )
 
 
-@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+@njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
 def _forward_rows(x, w, y, rstd, eps, one_plus, first, last):  # type: ignore[no-untyped-def]
     width = x.shape[1]
     inverse = np.float32(1.0) / np.float32(width)
@@ -42,7 +42,7 @@ def _forward_rows(x, w, y, rstd, eps, one_plus, first, last):  # type: ignore[no
                 b[j] = store(load(w[j]) * load(store(load(a[j]) * r, b)), b)
 
 
-@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+@njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
 def _backward_rows(dy, x, w, rstd, dx, one_plus, first, last):  # type: ignore[no-untyped-def]
     width = x.shape[1]
     inverse = np.float32(1.0) / np.float32(width)

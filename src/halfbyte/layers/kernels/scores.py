@@ -24,7 +24,7 @@ from halfbyte.layers.kernels.scalar import (
 )
 
 
-@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+@njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
 def _to_rows(x, stride, cos, sin, start, length, out, heads, d, r, first, last):  # type: ignore[no-untyped-def]
     half = r // 2
     for t in range(first, last):
@@ -42,7 +42,7 @@ def _to_rows(x, stride, cos, sin, start, length, out, heads, d, r, first, last):
                 b[j] = a[j]
 
 
-@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+@njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
 def _from_rows(x, cos, sin, start, length, out, heads, d, r, first, last):  # type: ignore[no-untyped-def]
     half = r // 2
     for t in range(first, last):
@@ -60,7 +60,7 @@ def _from_rows(x, cos, sin, start, length, out, heads, d, r, first, last):  # ty
                 b[j] = a[j]
 
 
-@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+@njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
 def _softmax_rows(scores, dp, p, ds, lse, delta, scale, offset, tall, first, last):  # type: ignore[no-untyped-def]
     width = scores.shape[1]
     for i in range(first, last):
@@ -76,7 +76,7 @@ def _softmax_rows(scores, dp, p, ds, lse, delta, scale, offset, tall, first, las
             d[j] = store(np.float32(0.0), d)
 
 
-@njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+@njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
 def _dot_rows(a, b, start, length, out, heads, d, first, last):  # type: ignore[no-untyped-def]
     for t in range(first, last):
         for h in range(heads):

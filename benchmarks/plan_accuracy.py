@@ -1,0 +1,386 @@
+"""Planned against measured: memory of whole runs, in a process of its own each, over architectures, lengths and choices.
+
+    python benchmarks/plan_accuracy.py                        # 36 runs, about ten minutes on one thread
+    python benchmarks/plan_accuracy.py --only qwen3           # those whose name has the word
+    python benchmarks/plan_accuracy.py --seven-b FOLDER       # also the 7B shape: 3.9 GB written to FOLDER, gigabytes of RAM
+    python benchmarks/plan_accuracy.py --time                 # calibrate first, and compare seconds a step too
+
+Each run plans, trains two or three steps and ends; this process reads its `/proc/PID/statm` every two milliseconds.
+Private memory is compared above that of the empty process: one that has imported all a run imports, and holds nothing.
+Total memory is the kernel's own high-water mark (VmHWM). A base's store is built before, in a process of its own too,
+whose peak and whose bytes on disk are compared with the plan's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+PERIOD_S = 0.002
+PRIVATE_MEAN, PRIVATE_WORST, TOTAL_MEAN, TOTAL_WORST, TOTAL_UNDER = 0.10, 0.20, 0.05, 0.12, 0.05
+BUILD_WORST, DISK_WORST, TIME_WORST = 0.10, 0.01, 0.20
+ROWS = 16
+# Wide enough that a step's own memory is more than the noise of the process around it.
+_WIDE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "num_attention_heads": 16,
+         "num_key_value_heads": 4}  # fmt: skip
+WIDTHS: dict[str, dict[str, Any]] = {
+    "llama": {**_WIDE, "max_position_embeddings": 4096},
+    "qwen3": {**_WIDE, "head_dim": 64, "hidden_size": 768, "intermediate_size": 2048, "vocab_size": 32000},
+    "gemma3": {**_WIDE, "head_dim": 64, "query_pre_attn_scalar": 64, "layer_types": ["full_attention"] * 6},
+    "phi3": {**_WIDE, "hidden_size": 768, "num_attention_heads": 12},
+    "gpt2": {"n_embd": 768, "n_layer": 8, "n_head": 12},
+    "bloom": {"hidden_size": 768, "n_layer": 6, "n_head": 12},
+    "gpt_neox": {**_WIDE, "intermediate_size": 4096},
+}
+EVERY = "all-linear"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run. `targets` qv: those that carry queries and values; `tokens` of a pass: None as the plan chooses."""
+
+    model: str
+    length: int
+    rank: int
+    targets: str = "qv"
+    recompute: bool | str = False
+    placement: str = "auto"
+    quant: str = "nf4"
+    tokens: int | None = None
+    batch: int = 4
+    dropout: float = 0.05
+    dtype: str = "auto"
+    optim: str = "adamw_torch"
+    evaluated: bool = False
+
+    @property
+    def name(self) -> str:
+        more = [
+            f"{self.targets} r{self.rank}", {False: "keep", True: "full"}.get(self.recompute, str(self.recompute)),
+            self.placement, self.quant, *([self.dtype] if self.dtype != "auto" else []),
+            *([f"passes of {self.tokens}"] if self.tokens else []), *(["8-bit"] if "8bit" in self.optim else []),
+            *(["eval"] if self.evaluated else []),
+        ]  # fmt: skip
+        return f"{self.model} {self.batch} x {self.length} {' '.join(more)}"
+
+
+CASES = (
+    Case("smollm2-135m", 256, 16),
+    Case("smollm2-135m", 512, 16, EVERY, tokens=1024),
+    Case("smollm2-135m", 512, 8, EVERY, "selective"),
+    Case("smollm2-135m", 1024, 64, EVERY, True),
+    Case("smollm2-135m", 256, 16, placement="resident"),
+    Case("smollm2-135m", 384, 16, placement="streamed", recompute=True),
+    Case("smollm2-135m", 256, 16, quant="none"),
+    Case("smollm2-135m", 256, 16, EVERY, dtype="fp32", dropout=0.0),
+    Case("smollm2-135m", 256, 16, EVERY, quant="fp4", tokens=512),
+    Case("smollm2-135m", 300, 16, evaluated=True),
+    Case("llama", 512, 16),
+    Case("llama", 512, 64, EVERY),
+    Case("llama", 512, 64, EVERY, "selective"),
+    Case("llama", 1024, 16, EVERY, True),
+    Case("llama", 256, 8, placement="streamed", batch=8),
+    Case("llama", 512, 8, quant="fp4", placement="resident"),
+    Case("llama", 2048, 16, batch=1),
+    Case("llama", 256, 256, EVERY, optim="adamw_bnb_8bit"),
+    Case("qwen3", 512, 16),
+    Case("qwen3", 512, 16, EVERY, "selective"),
+    Case("qwen3", 1024, 8, "qv", True, batch=3),
+    Case("qwen3", 384, 32, EVERY, quant="none", placement="resident"),
+    Case("qwen3", 256, 16, placement="streamed", tokens=512),
+    Case("gemma3", 512, 16),
+    Case("gemma3", 512, 16, EVERY, "selective"),
+    Case("gemma3", 768, 64, "qv", True),
+    Case("phi3", 512, 16),
+    Case("phi3", 512, 16, EVERY, True, quant="fp4"),
+    Case("gpt2", 512, 16),
+    Case("gpt2", 256, 64, EVERY, batch=8),
+    Case("gpt2", 512, 16, EVERY, True, placement="resident"),
+    Case("bloom", 256, 16),
+    Case("bloom", 256, 16, EVERY, True, batch=8),
+    Case("gpt_neox", 512, 16),
+    Case("gpt_neox", 512, 32, EVERY, dropout=0.0),
+    Case("gpt_neox", 512, 16, "qv", True, placement="streamed"),
+)
+SEVEN_B = (
+    Case("llama-2-7b-nf4", 512, 16, "qv", True, "mapped", batch=2, dropout=0.0),
+    Case("llama-2-7b-nf4", 512, 16, "qv", True, "streamed", batch=2, dropout=0.0),
+    Case("llama-2-7b-nf4", 256, 64, EVERY, "selective", "mapped", batch=2),
+)
+SEVEN_B_MODELS = frozenset(case.model for case in SEVEN_B)
+
+
+@dataclass
+class Seen:
+    """The highest bytes of a process that was watched, and how it ended."""
+
+    private: int = 0
+    file: int = 0
+    total: int = 0
+    rc: int = 0
+    output: str = ""
+    seconds: float = 0.0
+
+
+@dataclass
+class Result:
+    case: str
+    planned: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    def error(self, name: str) -> float:
+        """(planned - measured) / measured."""
+        return (self.planned[name] - self.measured[name]) / self.measured[name]
+
+
+def watch(arguments: list[str], env: dict[str, str]) -> Seen:
+    """Run a process of Python to its end, and look at its memory all the while."""
+    from halfbyte import usage
+
+    began = time.monotonic()
+    with tempfile.TemporaryFile("w+") as out:
+        child = subprocess.Popen([sys.executable, *arguments], stdout=out, stderr=subprocess.STDOUT, env=env)
+        seen = Seen()
+        while child.poll() is None:
+            try:
+                now = usage.now(child.pid)
+            except Exception:  # of psutil's many, where the process ended between two looks
+                break
+            seen.private, seen.file = max(seen.private, now.private), max(seen.file, now.file)
+            seen.total = max(seen.total, now.total)
+            time.sleep(PERIOD_S)
+        seen.rc = child.wait()
+        out.seek(0)
+        seen.output = out.read()
+    seen.seconds = time.monotonic() - began
+    return seen
+
+
+def high_water_bytes() -> int:
+    found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def write_rows(path: Path, count: int, length: int, seed: int) -> None:
+    """Rows that all reach `length` tokens: words of which each is at least one, cut where it is reached."""
+    draw = random.Random(seed)
+    lines = []
+    for _ in range(count):
+        words = [f"w{draw.randrange(200)}" for _ in range(length)]
+        lines.append(json.dumps({"prompt": " ".join(words[: length // 16]), "completion": " ".join(words[length // 16 :])}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def recipe_of(case: Case, model: str, folder: Path) -> dict[str, Any]:
+    from benchmarks import make_random
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(folder / "train.jsonl", ROWS, case.length, 0)
+    data: dict[str, Any] = {"train": str(folder / "train.jsonl"), "max_length": case.length, "overlong": "truncate"}
+    if case.evaluated:
+        write_rows(folder / "eval.jsonl", 8, case.length, 1)
+        data["eval"] = str(folder / "eval.jsonl")
+    qv = list(make_random.QV.get(case.model, ("q_proj", "v_proj")))
+    return {
+        "model": model,
+        "quant": {"type": case.quant, "placement": case.placement, "compute_dtype": case.dtype},
+        "lora": {
+            "r": case.rank, "lora_alpha": 16, "lora_dropout": case.dropout,
+            "target_modules": qv if case.targets == "qv" else case.targets,
+        },
+        "data": data,
+        "train": {
+            "per_device_train_batch_size": case.batch, "gradient_accumulation_steps": 1, "max_steps": 2, "learning_rate": 1e-4, "save_strategy": "no",
+            "gradient_checkpointing": case.recompute, "max_tokens_per_pass": case.tokens or "auto", "optim": case.optim,
+            "eval_strategy": "epoch" if case.evaluated else "no",
+        },
+        "output": str(folder / "run"),
+    }  # fmt: skip
+
+
+def child(kind: str, recipe: Path) -> None:
+    """In a process of its own: `empty`, `build`, `calibrate` or `train`. The last line that it prints is JSON."""
+    from halfbyte import finetune, shelving  # what a run imports
+    from halfbyte.recipe_file import load_recipe
+
+    said: dict[str, Any] = {}
+    if kind == "build":
+        built = shelving.quantize(load_recipe(recipe).recipe)
+        said = {"disk": sum(f.stat().st_size for f in built.path.rglob("*") if f.is_file()), "built": built.built}
+    elif kind == "calibrate":
+        from halfbyte import calibrate, device
+
+        said = {d: calibrate.ensure(device.detect(), d).to_json() for d in ("bf16", "fp32")}
+    elif kind == "train":
+        outcome = finetune.train(load_recipe(recipe))
+        said = {"plan": json.loads(outcome.run.joinpath("plan.json").read_text()), "report": outcome.report}
+    print("\n" + json.dumps({**said, "high_water": high_water_bytes()}))
+
+
+class Bench:
+    """Models, rows and stores in one folder; a cache of its own, so that every store is built here once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.env = {**os.environ, "HALFBYTE_CACHE": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "false",
+                    "PYTHONPATH": os.pathsep.join(filter(None, (*sys.path[:1], os.environ.get("PYTHONPATH"))))}  # fmt: skip
+        self.models: dict[str, str] = {}
+        self.built: set[tuple[str, str, str]] = set()
+        self.builds: list[Result] = []
+        self.empty = self.run("empty", Path())[0].private
+
+    def run(self, kind: str, recipe: Path) -> tuple[Seen, dict[str, Any]]:
+        seen = watch([__file__, "--child", kind, str(recipe)], self.env)
+        if seen.rc != 0:
+            raise SystemExit(f"{kind} {recipe}: exit code {seen.rc}\n{seen.output[-3000:]}")
+        said = json.loads(seen.output.splitlines()[-1])
+        return seen, said
+
+    def model(self, name: str) -> str:
+        if name == "smollm2-135m":
+            return name
+        if name not in self.models:
+            from benchmarks import make_random
+
+            folder = self.folder / "models" / name
+            if not folder.exists():
+                make_random.small(folder, name, WIDTHS[name])
+            self.models[name] = str(folder)
+        return self.models[name]
+
+    def seven_b(self, folder: Path) -> None:
+        """Llama-2-7B's shape in NF4, drawn layer by layer."""
+        from benchmarks import make_random
+
+        if not folder.exists():
+            make_random.quantised_llama(folder, make_random.LLAMA_2_7B)
+        self.models["llama-2-7b-nf4"] = str(folder.absolute())
+
+    def measure(self, case: Case, number: int) -> Result:
+        import yaml
+
+        folder = self.folder / "runs" / f"{number:02}"
+        shutil.rmtree(folder, ignore_errors=True)
+        values = recipe_of(case, self.model(case.model), folder)
+        path = folder / "recipe.yaml"
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        self.build(case, path)
+        seen, said = self.run("train", path)
+        plan = said["plan"]
+        found = Result(case.name, plan=plan, lines=said["report"]["lines"])
+        found.planned = {"private": plan["private_bytes"] - self.empty, "total": plan["peak_bytes"]}
+        found.measured = {"private": seen.private - self.empty, "total": max(said["high_water"], seen.total)}
+        steps = [c for c in said["report"]["lines"] if c["name"] == "seconds a step"]
+        if steps:
+            found.planned["step_s"], found.measured["step_s"] = steps[0]["planned"], steps[0]["measured"]
+        shutil.rmtree(folder / "run")
+        return found
+
+    def build(self, case: Case, recipe: Path) -> None:
+        """The store of a quantised base, before its first run."""
+        key = (case.model, case.quant, case.dtype)
+        if case.quant == "none" or key in self.built or case.model in SEVEN_B_MODELS:
+            return
+        self.built.add(key)
+        planned = {"total": 1.0, "disk": 1.0} if os.environ.get("X") else plan_of_build(recipe)
+        seen, said = self.run("build", recipe)
+        if said["built"]:
+            found = Result(f"store of {' '.join(key)}", planned)
+            found.measured = {"total": max(said["high_water"], seen.total), "disk": said["disk"]}
+            self.builds.append(found)
+
+
+def plan_of_build(recipe: Path) -> dict[str, float]:
+    from halfbyte import planning
+    from halfbyte.recipe_file import load_recipe
+
+    plan = planning.plan_model(load_recipe(recipe)).plan
+    return {"total": plan.building_bytes, "disk": sum(line.bytes for line in plan.disk if line.name == "base store")}
+
+
+def summary(results: list[Result], name: str, *, mean: float, worst: float, under: float | None = None) -> bool:
+    """Print mean and worst error beside what is allowed; whether both hold."""
+    errors = [(result.error(name), result.case) for result in results if name in result.planned]
+    if not errors:
+        return True
+    average = sum(abs(error) for error, _ in errors) / len(errors)
+    largest, where = max(errors, key=lambda pair: abs(pair[0]))
+    lowest = min(error for error, _ in errors)
+    fine = average <= mean and abs(largest) <= worst and (under is None or lowest >= -under)
+    print(
+        f"{name:<8} of {len(errors)}: mean {average:.1%} (at most {mean:.0%}), worst {largest:+.1%} (at most {worst:.0%}; "
+        f"{where}), lowest {lowest:+.1%}{'' if under is None else f' (not below -{under:.0%})'}: {'yes' if fine else 'NO'}"
+    )
+    return fine
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="", help="runs whose name has this word")
+    parser.add_argument("--folder", type=Path, help="for models, stores and runs; kept")
+    parser.add_argument("--seven-b", type=Path, metavar="FOLDER", help="also the 7B shape, made there if it is not")
+    parser.add_argument("--time", action="store_true", help="calibrate, and compare seconds a step; needs a quiet machine")
+    parser.add_argument("--json", type=Path, help="write plans and figures here")
+    args = parser.parse_args()
+    if args.child:
+        child(args.child[0], Path(args.child[1]))
+        return 0
+    with tempfile.TemporaryDirectory(prefix="halfbyte-plan-") as temporary:
+        bench = Bench((args.folder or Path(temporary)).absolute())
+        if args.time:
+            bench.run("calibrate", Path())
+        cases = [case for case in CASES if args.only in case.name]
+        if args.seven_b:
+            bench.seven_b(args.seven_b)
+            cases += SEVEN_B
+        print(f"the empty process: {bench.empty / 1e9:.3f} GB private\n")
+        print(f"{'':<72} private above empty    total peak RSS\n{'':<72} plan   seen    error   plan   seen    error")
+        results = []
+        for number, case in enumerate(cases):
+            result = bench.measure(case, number)
+            results.append(result)
+            cells = [
+                f"{result.planned[n] / 1e9:6.3f} {result.measured[n] / 1e9:6.3f} {result.error(n):+7.1%}"
+                for n in ("private", "total")
+            ]
+            seconds = ""
+            if "step_s" in result.planned:
+                seconds = f"  {result.planned['step_s']:.2f} s, seen {result.measured['step_s']:.2f} s"
+            print(f"{case.name:<70} {'  '.join(cells)}{seconds}", flush=True)
+        for built in bench.builds:
+            print(
+                f"{built.case:<40} peak {built.planned['total'] / 1e9:.3f} GB, seen {built.measured['total'] / 1e9:.3f}; "
+                f"disk {built.planned['disk'] / 1e6:.2f} MB, seen {built.measured['disk'] / 1e6:.2f}"
+            )
+        if args.json:
+            args.json.write_text(json.dumps([result.__dict__ for result in (*results, *bench.builds)], indent=1))
+    print()
+    fine = [
+        summary(results, "private", mean=PRIVATE_MEAN, worst=PRIVATE_WORST),
+        summary(results, "total", mean=TOTAL_MEAN, worst=TOTAL_WORST, under=TOTAL_UNDER),
+        summary(bench.builds, "total", mean=BUILD_WORST, worst=BUILD_WORST),
+        summary(bench.builds, "disk", mean=DISK_WORST, worst=DISK_WORST),
+        summary(results, "step_s", mean=TIME_WORST, worst=TIME_WORST),
+    ]
+    return 0 if all(fine) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
