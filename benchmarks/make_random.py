@@ -74,7 +74,14 @@ def small(folder: Path, name: str, changes: Mapping[str, Any] | None = None) -> 
 
     cls, values = _CONFIGS[name]
     config = getattr(transformers, cls)(
-        **{"vocab_size": VOCABULARY, **values, **(changes or {}), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        **{
+            "vocab_size": VOCABULARY,
+            **values,
+            **(changes or {}),
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
     )
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)

@@ -1,14 +1,14 @@
-"""Planned against measured: memory of whole runs, in a process of its own each, over architectures, lengths and choices.
+"""Planned against measured: memory of whole runs, each in its own process, over architectures, lengths and choices.
 
-    python benchmarks/plan_accuracy.py                        # 36 runs, about ten minutes on one thread
+    python benchmarks/plan_accuracy.py                        # 36 runs, about a quarter of an hour on one thread
     python benchmarks/plan_accuracy.py --only qwen3           # those whose name has the word
-    python benchmarks/plan_accuracy.py --seven-b FOLDER       # also the 7B shape: 3.9 GB written to FOLDER, gigabytes of RAM
+    python benchmarks/plan_accuracy.py --seven-b FOLDER       # also the 7B shape: 3.9 GB written to FOLDER
     python benchmarks/plan_accuracy.py --time                 # calibrate first, and compare seconds a step too
 
 Each run plans, trains two or three steps and ends; this process reads its `/proc/PID/statm` every two milliseconds.
 Private memory is compared above that of the empty process: one that has imported all a run imports, and holds nothing.
 Total memory is the kernel's own high-water mark (VmHWM). A base's store is built before, in a process of its own too,
-whose peak and whose bytes on disk are compared with the plan's.
+whose peak and bytes on disk are printed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if __package__ in (None, ""):
 
 PERIOD_S = 0.002
 PRIVATE_MEAN, PRIVATE_WORST, TOTAL_MEAN, TOTAL_WORST, TOTAL_UNDER = 0.10, 0.20, 0.05, 0.12, 0.05
-BUILD_WORST, DISK_WORST, TIME_WORST = 0.10, 0.01, 0.20
+TIME_WORST = 0.20
 ROWS = 16
 # Wide enough that a step's own memory is more than the noise of the process around it.
 _WIDE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "num_attention_heads": 16,
@@ -183,7 +183,9 @@ def write_rows(path: Path, count: int, length: int, seed: int) -> None:
     lines = []
     for _ in range(count):
         words = [f"w{draw.randrange(200)}" for _ in range(length)]
-        lines.append(json.dumps({"prompt": " ".join(words[: length // 16]), "completion": " ".join(words[length // 16 :])}))
+        lines.append(
+            json.dumps({"prompt": " ".join(words[: length // 16]), "completion": " ".join(words[length // 16 :])})
+        )
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -206,7 +208,8 @@ def recipe_of(case: Case, model: str, folder: Path) -> dict[str, Any]:
         },
         "data": data,
         "train": {
-            "per_device_train_batch_size": case.batch, "gradient_accumulation_steps": 1, "max_steps": 2, "learning_rate": 1e-4, "save_strategy": "no",
+            "per_device_train_batch_size": case.batch, "gradient_accumulation_steps": 1, "max_steps": 2,
+            "learning_rate": 1e-4, "save_strategy": "no",
             "gradient_checkpointing": case.recompute, "max_tokens_per_pass": case.tokens or "auto", "optim": case.optim,
             "eval_strategy": "epoch" if case.evaluated else "no",
         },
@@ -238,8 +241,9 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.env = {**os.environ, "HALFBYTE_CACHE": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "false",
-                    "PYTHONPATH": os.pathsep.join(filter(None, (*sys.path[:1], os.environ.get("PYTHONPATH"))))}  # fmt: skip
+        path = os.pathsep.join(filter(None, (*sys.path[:1], os.environ.get("PYTHONPATH"))))
+        mine = {"HALFBYTE_CACHE": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}
+        self.env = {**os.environ, **mine}
         self.models: dict[str, str] = {}
         self.built: set[tuple[str, str, str]] = set()
         self.builds: list[Result] = []
@@ -298,20 +302,11 @@ class Bench:
         if case.quant == "none" or key in self.built or case.model in SEVEN_B_MODELS:
             return
         self.built.add(key)
-        planned = {"total": 1.0, "disk": 1.0} if os.environ.get("X") else plan_of_build(recipe)
         seen, said = self.run("build", recipe)
         if said["built"]:
-            found = Result(f"store of {' '.join(key)}", planned)
+            found = Result(f"store of {' '.join(key)}", {})
             found.measured = {"total": max(said["high_water"], seen.total), "disk": said["disk"]}
             self.builds.append(found)
-
-
-def plan_of_build(recipe: Path) -> dict[str, float]:
-    from halfbyte import planning
-    from halfbyte.recipe_file import load_recipe
-
-    plan = planning.plan_model(load_recipe(recipe)).plan
-    return {"total": plan.building_bytes, "disk": sum(line.bytes for line in plan.disk if line.name == "base store")}
 
 
 def summary(results: list[Result], name: str, *, mean: float, worst: float, under: float | None = None) -> bool:
@@ -323,9 +318,10 @@ def summary(results: list[Result], name: str, *, mean: float, worst: float, unde
     largest, where = max(errors, key=lambda pair: abs(pair[0]))
     lowest = min(error for error, _ in errors)
     fine = average <= mean and abs(largest) <= worst and (under is None or lowest >= -under)
+    floor = "" if under is None else f" (not below -{under:.0%})"
     print(
-        f"{name:<8} of {len(errors)}: mean {average:.1%} (at most {mean:.0%}), worst {largest:+.1%} (at most {worst:.0%}; "
-        f"{where}), lowest {lowest:+.1%}{'' if under is None else f' (not below -{under:.0%})'}: {'yes' if fine else 'NO'}"
+        f"{name:<8} of {len(errors)}: mean {average:.1%} (at most {mean:.0%}), worst {largest:+.1%} (at most "
+        f"{worst:.0%}; {where}), lowest {lowest:+.1%}{floor}: {'yes' if fine else 'NO'}"
     )
     return fine
 
@@ -336,7 +332,9 @@ def main() -> int:
     parser.add_argument("--only", default="", help="runs whose name has this word")
     parser.add_argument("--folder", type=Path, help="for models, stores and runs; kept")
     parser.add_argument("--seven-b", type=Path, metavar="FOLDER", help="also the 7B shape, made there if it is not")
-    parser.add_argument("--time", action="store_true", help="calibrate, and compare seconds a step; needs a quiet machine")
+    parser.add_argument(
+        "--time", action="store_true", help="calibrate, and compare seconds a step; needs a quiet machine"
+    )
     parser.add_argument("--json", type=Path, help="write plans and figures here")
     args = parser.parse_args()
     if args.child:
@@ -366,8 +364,8 @@ def main() -> int:
             print(f"{case.name:<70} {'  '.join(cells)}{seconds}", flush=True)
         for built in bench.builds:
             print(
-                f"{built.case:<40} peak {built.planned['total'] / 1e9:.3f} GB, seen {built.measured['total'] / 1e9:.3f}; "
-                f"disk {built.planned['disk'] / 1e6:.2f} MB, seen {built.measured['disk'] / 1e6:.2f}"
+                f"{built.case:<40} peak seen {built.measured['total'] / 1e9:.3f} GB, "
+                f"{built.measured['disk'] / 1e6:.2f} MB on disk"
             )
         if args.json:
             args.json.write_text(json.dumps([result.__dict__ for result in (*results, *bench.builds)], indent=1))
@@ -375,8 +373,6 @@ def main() -> int:
     fine = [
         summary(results, "private", mean=PRIVATE_MEAN, worst=PRIVATE_WORST),
         summary(results, "total", mean=TOTAL_MEAN, worst=TOTAL_WORST, under=TOTAL_UNDER),
-        summary(bench.builds, "total", mean=BUILD_WORST, worst=BUILD_WORST),
-        summary(bench.builds, "disk", mean=DISK_WORST, worst=DISK_WORST),
         summary(results, "step_s", mean=TIME_WORST, worst=TIME_WORST),
     ]
     return 0 if all(fine) else 1

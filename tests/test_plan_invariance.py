@@ -48,14 +48,22 @@ WAYS = (
     Way("streamed, cheap again, one a pass", choices("streamed", "selective", 1)),
     Way("streamed, all again", choices("streamed", True, 1000)),
     Way("a machine with room", choices("auto", "auto", "auto"), 10**9, taken={"recompute": "none"}),
-    Way("a small machine", choices("auto", "auto", "auto"), 1_150_000, taken={"recompute": "none"}),
+    Way("a small machine", choices("auto", "auto", "auto"), 1_150_000),
     Way("a smaller machine", choices("auto", "auto", "auto"), 950_000),
     Way("a machine that is short", choices("auto", "auto", "auto"), 500_000, taken={"recompute": "full"}),
-    Way("steps down in the middle of a step", choices("mapped", False, 60), short_from=4, downs=(
-        "recomputation none -> selective", "recomputation selective -> full", "passes of 60 tokens")),  # fmt: skip
-    Way("steps down, streamed", choices("streamed", "selective", 60), short_from=3, downs=(
-        "recomputation selective -> full", "passes of 60 tokens")),  # fmt: skip
-)  # fmt: skip
+    Way(
+        "steps down in the middle of a step",
+        choices("mapped", False, 60),
+        short_from=4,
+        downs=("recomputation none -> selective", "recomputation selective -> full", "passes of 60 -> "),
+    ),
+    Way(
+        "steps down, streamed",
+        choices("streamed", "selective", 60),
+        short_from=3,
+        downs=("recomputation selective -> full", "passes of 60 -> "),
+    ),
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +105,9 @@ def test_the_losses_do_not_depend_on_the_plan(
     plan = json.loads((run / "plan.json").read_text())
     assert {name: plan[name] for name in way.taken} == way.taken
     notices = [n for n in json.loads((run / "report.json").read_text())["notices"] if n.startswith("memory: ")]
-    assert [n.removeprefix("memory: ").startswith(d) for n, d in zip(notices, way.downs, strict=True)] == (
-        [True] * len(way.downs)
-    )
+    assert len(notices) >= len(way.downs) and bool(notices) == bool(way.downs)  # the last kind of step may repeat
+    for said, wanted_down in zip(notices, way.downs, strict=False):
+        assert said.removeprefix("memory: ").startswith(wanted_down)
 
 
 def test_the_budgets_gave_plans_of_more_than_one_kind(reference: tuple[Path, list[float]]) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import signal
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,6 +156,7 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
         machine,
         trust_remote_code=recipe.trust_remote_code,
         device_map="auto" if plan.placement == "split" else {"": 0},
+        with_tokenizer=False,
         tell=store.Tell(progress=tell.building, note=lambda text: tell.note(f"base      {text}")),
     )
     tell.note(
@@ -170,29 +170,37 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     chosen, _ = choose_targets(opened.model, recipe)
     model = adapters.add(opened.model, recipe.lora, chosen, seed=recipe.train.seed)
     tell.note(f"adapters  {adapters.summary(model)} ({chosen.reason})")
-    with stream.shallow(model) if placed.placement == "streamed" else nullcontext():
+    with stream.shallow(model):
         proof = packing.prove(model)
         fused = prove_fused(model, packed=proof.ok)
         loss.head_of(model)
-    (fuse.install if fused.ok else fuse.remove)(model)  # on the layers that the proofs have not seen
+    # on the layers that the proofs have not seen too
+    engine = f"{fuse.install(model)}; {fused.reason}" if fused.ok else fused.reason
+    if not fused.ok:
+        fuse.remove(model)
     notices += [] if proof.ok else [f"packing: {proof.reason}"]
     tell.note(f"packing   {proof.mode}: {proof.reason}")
     notices += [] if fused.ok else [f"engine: {fused.reason}"]
-    tell.note(f"engine    {fused.reason}")
+    tell.note(f"engine    {engine}")
     for notice in notices:
         tell.note(f"note      {notice}")
     pacing.recompute_as(model, plan.recompute)
     pace = fitting.make_pace(prepared, plan, replace(job, packed=proof.ok), machine, model, tell.note)
     passes = Passes.of(prepared, pace)
-    rehearsed = pacing.rehearse(model, pace, passes.longest, passes.batch, passes.held_out)
-    tell.note(
-        f"rehearsed {rehearsed.tokens} tokens, the longest pass, in {rehearsed.seconds:.1f} s: "
-        f"{rehearsed.pass_bytes / 1e9:.2f} GB above {rehearsed.held.private / 1e9:.2f} GB held"
-    )
+    rehearsed = None
+    if plan.needed_bytes <= fitting.UNREHEARSED * plan.available_bytes:
+        tell.note(f"rehearsed nothing: {plan.needed_bytes / 1e9:.2f} GB are planned, a small part of what is free")
+    else:
+        rehearsed = pacing.rehearse(model, pace, passes.longest, passes.batch, passes.held_out)
+        tell.note(
+            f"rehearsed {rehearsed.tokens} tokens, the longest pass, in {rehearsed.seconds:.1f} s: "
+            f"{rehearsed.pass_bytes / 1e9:.2f} GB above {rehearsed.held.private / 1e9:.2f} GB held"
+        )
+    held = rehearsed.held if rehearsed else usage.now()
     folder = RunFolder.reopen(out) if resume else RunFolder.create(out, to_yaml(recipe))
     with folder as run, stop_on_signals() as stop, usage.Peak() as peak:
         story = _Story(
-            run, prepared, opened, model, plan, pace, passes, rehearsed, peak, machine, tell, stop, tuple(notices)
+            run, prepared, opened, model, plan, pace, passes, held, peak, machine, tell, stop, tuple(notices)
         )
         try:
             return story.tell_it(resume=resume)
@@ -211,7 +219,7 @@ class _Story:
     plan: memory.Plan
     pace: pacing.Pace
     passes: Passes
-    rehearsed: pacing.Rehearsed
+    held: usage.Usage  # before the first step
     peak: usage.Peak
     machine: device.Device
     tell: Listener
@@ -285,7 +293,7 @@ class _Story:
                 peak_rss_bytes=None if on_card else self.plan.peak_bytes,
                 peak_device_bytes=self.plan.peak_bytes if on_card else None,
             ),
-            lines=fitting.compared(self.plan, self.opened, self.rehearsed, peak, run.path, step_s if timed else None),
+            lines=fitting.compared(self.plan, self.opened, self.held, peak, run.path, step_s if timed else None),
             peak_rss_bytes=used["peak_rss_bytes"],
             peak_device_bytes=used.get("peak_device_bytes"),
             versions=versions(),

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # A run that is thought to be shorter is not worth the seconds of a calibration.
 CALIBRATE_FROM_S = 60.0
+# A plan that takes no more of what is free need not be rehearsed: it would fit if it were wrong by a factor of four.
+UNREHEARSED = 0.2
 
 
 def job_of(prepared: Prepared, machine: Device, chosen: Targets, model: Any, *, packed: bool = True) -> memory.Job:
@@ -108,14 +110,15 @@ def make_pace(
 
 
 def compared(
-    plan: memory.Plan, opened: Base, rehearsed: pacing.Rehearsed, peak: usage.Usage, run: Path, step_s: float | None
+    plan: memory.Plan, opened: Base, held: usage.Usage, peak: usage.Usage, run: Path, step_s: float | None
 ) -> Sequence[Compared]:
     """Planned beside measured, line by line where a line can be measured alone.
 
     Args:
-        peak: the highest private and file bytes seen. step_s: seconds of a usual step.
+        held: before the first step. peak: the highest private and file bytes seen while training. step_s: of a usual
+            step.
     """
-    held = sum(plan.line(name) for name in ("libraries", "data", "adapters"))
+    planned_held = sum(plan.line(name) for name in ("libraries", "data", "adapters"))
     passing = ("adapters' copies", "gradients", "activations", "backward of a layer", "dequantised weight", "logits")
     found = [Compared("base", plan.line("base") or opened.expected_bytes, opened.resident_bytes)]
     if plan.host_lines:
@@ -124,8 +127,12 @@ def compared(
     else:
         resident = plan.line("base") if plan.placement == "resident" else 0
         found += [
-            Compared("before a pass, private", held + resident, rehearsed.held.private),
-            Compared("the longest pass", sum(plan.line(n) for n in (*passing, "allocator")), rehearsed.pass_bytes),
+            Compared("before a pass, private", planned_held + resident, held.private),
+            Compared(
+                "the longest pass",
+                sum(plan.line(n) for n in (*passing, "allocator")),
+                max(0, peak.private - held.private),
+            ),
             Compared("private memory", plan.private_bytes, peak.private),
             Compared("pages of files", plan.file_bytes, peak.file),
         ]

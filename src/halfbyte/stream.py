@@ -249,9 +249,13 @@ class _After:
 def shallow(model: Any) -> Iterator[int]:
     """The model with its first layers only: two, or as many as hold one of each kind and something that trains.
 
-    For proofs at start on a base that comes from disk: a forward through all of it would read all of it. What a proof
-    puts on modules or takes off reaches these layers alone. Whole again afterwards. Yields how many layers there are.
+    For proofs at start: a forward through all of a base costs a second, and where it comes from disk reads all of it.
+    What a proof puts on modules or takes off reaches these layers alone. Whole again afterwards. Yields how many layers there
+    are, 0 for a model without a list of layers, which stays whole.
     """
+    if not _layer_lists(model):
+        yield 0
+        return
     holder, name = _layer_list(model)
     whole: Any = getattr(holder, name)
     kinds = getattr(packing.causal_lm(model).config.get_text_config(), "layer_types", None) or [""] * len(whole)
@@ -271,14 +275,18 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     return list(getattr(holder, name))
 
 
-def _layer_list(model: Any) -> tuple[nn.Module, str]:
-    """(module, attribute) of the list of decoder layers."""
-    lists = [
+def _layer_lists(model: Any) -> list[tuple[nn.Module, str]]:
+    return [
         (module, name)
         for module in model.modules()
         for name, child in module.named_children()
         if isinstance(child, nn.ModuleList) and len(child) > 0
     ]
+
+
+def _layer_list(model: Any) -> tuple[nn.Module, str]:
+    """(module, attribute) of the list of decoder layers."""
+    lists = _layer_lists(model)
     if not lists:
         raise BaseModelError(
             f"{type(model).__name__} has no list of layers, so it cannot be streamed.",

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,3 +183,28 @@ def test_numba_that_does_not_work_is_left_alone(monkeypatch: pytest.MonkeyPatch)
     assert kernels.available(torch.zeros(2))
     assert not kernels.available(torch.zeros(2, dtype=torch.float64))
     assert not kernels.available(torch.zeros(2), torch.zeros(2, dtype=torch.float16))
+
+
+def test_a_kernel_from_the_cache_gives_the_bits_of_one_compiled_now(tmp_path: Path) -> None:
+    """A run and its resumption must end in the same bytes, whichever of them came first on this machine."""
+    code = """
+import hashlib, torch
+from halfbyte.layers import elementwise
+torch.set_num_threads(1)
+for dtype in (torch.float32, torch.bfloat16):
+    draw = torch.Generator().manual_seed(0)
+    g, u, dh, w = (torch.randn(37, 96, generator=draw).to(dtype).requires_grad_() for _ in range(4))
+    elementwise.gated(g, u, 1).backward(dh.detach())
+    elementwise.rms_norm(u, w[0].detach(), 1e-5, one_plus=False).backward(dh.detach())
+    for x in (g.grad, u.grad):
+        print(hashlib.sha256(x.float().numpy().tobytes()).hexdigest())
+"""
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for _ in range(2)
+    ]  # fmt: skip
+    assert list(tmp_path.rglob("*.nbc")), "the first has filled the cache"
+    assert said[0] == said[1] and said[0].count("\n") == 4
