@@ -429,9 +429,9 @@ CASES = [
         "weights of another shape",
         train(),
         "error: TMP/model has not the shape of 2 of the weights that LlamaForCausalLM needs: lm_head.weight is "
-        "(320, 64), not (100, 64), model.embed_tokens.weight is (320, 64), not (100, 64). They would be random "
+        "(320, 64), not (330, 64), model.embed_tokens.weight is (320, 64), not (330, 64). They would be random "
         "numbers.\n  fix: download the checkpoint again, or check that config.json belongs to it",
-        config(vocab_size=100),
+        config(vocab_size=330),
     ),
     Case(
         "weights missing",

@@ -246,13 +246,19 @@ def open_tokenizer(checkpoint: sources.Checkpoint, model: Any | None = None, *, 
             f"no tokenizer could be read from {checkpoint.path}: {why}",
             fix="put the model's tokenizer.json and tokenizer_config.json beside its config.json",
         ) from error
-    rows = model.get_input_embeddings().weight.shape[0] if model is not None else None
-    if rows is not None and len(tokenizer) > rows:
+    if model is not None:
+        check_vocabulary(checkpoint, tokenizer, model)
+    return tokenizer
+
+
+def check_vocabulary(checkpoint: sources.Checkpoint, tokenizer: Any, model: Any) -> None:
+    """Refuse a tokenizer that knows more tokens than the embedding has rows (BaseModelError)."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
         raise BaseModelError(
             f"{checkpoint.id}: the tokenizer knows {len(tokenizer)} tokens, the embedding has {rows} rows.",
             fix="use the tokenizer that belongs to this checkpoint",
         )
-    return tokenizer
 
 
 def _check_prequantised(quantised: Any, folder: Path) -> None:

@@ -126,7 +126,7 @@ TRAIN_FIELDS = _table(
     F("greater_is_better", "only false, as loss and perplexity are better when smaller", None),
     F("bf16", "compute in bf16: feeds quant.compute_dtype, never autocast", None),
     F("fp16", "compute in fp16 with loss scaling on a card; on a CPU what it multiplies instead", None),
-    F("gradient_checkpointing", "recompute activations: auto (if memory asks for it), true, false, selective (what is cheap)",
+    F("gradient_checkpointing", "recompute activations: auto (as memory asks), true, false, selective (what is cheap)",
       "auto", "auto"),
     F("loraplus_lr_ratio", "LoRA+: learning rate of B over that of A", None, "16, with a lower rate", ours=True),
     F("save_minutes", "minutes between checkpoints, beside save_steps; null for none", 15.0, ours=True),

@@ -159,6 +159,7 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
         with_tokenizer=False,
         tell=store.Tell(progress=tell.building, note=lambda text: tell.note(f"base      {text}")),
     )
+    base.check_vocabulary(prepared.checkpoint, prepared.tokenizer, opened.model)
     tell.note(
         f"base      {prepared.checkpoint.id}: {recipe.quant.type}, {opened.resident_bytes / 1e9:.3f} GB resident "
         f"({opened.expected_bytes / 1e9:.3f} planned), computing in {opened.compute_dtype} ({opened.dtype_reason})"

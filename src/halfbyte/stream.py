@@ -250,8 +250,8 @@ def shallow(model: Any) -> Iterator[int]:
     """The model with its first layers only: two, or as many as hold one of each kind and something that trains.
 
     For proofs at start: a forward through all of a base costs a second, and where it comes from disk reads all of it.
-    What a proof puts on modules or takes off reaches these layers alone. Whole again afterwards. Yields how many layers there
-    are, 0 for a model without a list of layers, which stays whole.
+    What a proof puts on modules or takes off reaches these layers alone. Whole again afterwards. Yields how many layers
+    there are, 0 for a model without a list of layers, which stays whole.
     """
     if not _layer_lists(model):
         yield 0

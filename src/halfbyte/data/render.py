@@ -92,7 +92,7 @@ class Renderer:
             if self._template is None:
                 raise DataError(
                     "the rows are messages, and this tokenizer has no chat template.",
-                    fix="data.chat_template: chatml, or a file with one, or rows of prompt and completion",
+                    fix="data.chat_template: a file with one, or rows of prompt and completion",
                 )
             return self._chat(row.where, row.messages)
         prompt, completion = row.prompt or "", row.completion or ""
