@@ -38,8 +38,11 @@ fmt: $(INSTALLED_DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# BENCH_DATA: rows to train on (question and answer, or prompt and completion); GSM8K's train.jsonl for the log's figures.
+BENCH_DATA ?= examples/orders/train.jsonl
 bench: $(INSTALLED_DEV)
-	$(BIN)/python benchmarks/reference_curve.py both examples/orders/train.jsonl --steps 8
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	$(BIN)/python benchmarks/throughput.py gsm8k --data $(BENCH_DATA)
 
 docs: $(INSTALLED_DEV)
 	$(BIN)/python -m halfbyte.docs

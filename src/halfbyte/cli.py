@@ -26,6 +26,8 @@ app = typer.Typer(
 
 stores = typer.Typer(help="The quantised bases in halfbyte's cache.", no_args_is_help=True)
 app.add_typer(stores, name="store")
+rows = typer.Typer(help="The rows that a model would be trained on.", no_args_is_help=True)
+app.add_typer(rows, name="data")
 
 Set = Annotated[list[str], typer.Option("--set", metavar="a.b=c", help="Change one value of the recipe; repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
@@ -282,6 +284,36 @@ def quantize(
 
         built = shelving.quantize(recipe, out=out, tell=tell)
     show.document(built.to_json()) if json_ else show.text(show_store.built(built))
+
+
+@rows.command()
+def check(
+    target: Annotated[str, typer.Argument(metavar="RECIPE.yaml | DATA.jsonl", help="A recipe, or the rows alone.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Whose tokenizer and template; with a recipe, another one.")
+    ] = None,
+    row: Annotated[int | None, typer.Option("--row", min=1, help="Show this row, instead of the first two.")] = None,
+    set_: Set = [],  # noqa: B006  typer copies it
+    json_: Json = False,
+) -> None:
+    """What would be trained on: gates, lengths, steps, rows with their labels. Exit code 2 if it would be refused."""
+    from halfbyte import show, show_data
+    from halfbyte.errors import RecipeError
+    from halfbyte.recipe_file import load_recipe, recipe_from
+
+    if Path(target).suffix in (".yaml", ".yml"):
+        loaded = load_recipe(Path(target), [*set_, *([f"model={model}"] if model else [])])
+    elif model is None:
+        raise RecipeError("rows alone say nothing about tokens.", fix=f"halfbyte data check {target} --model MODEL")
+    else:
+        loaded = recipe_from(model, target, set_)
+    _tame_libraries()
+    from halfbyte import checking
+
+    found = checking.check(loaded, row=row)
+    show.document(found.to_json()) if json_ else show_data.checked(found)
+    if found.refused:
+        raise typer.Exit(2)
 
 
 @stores.command(name="list")

@@ -101,11 +101,15 @@ def _digest(ids: Sequence[int]) -> int:
 
 
 class Examples(Sequence[Example]):
-    """All rows, each made into an `Example` when it is asked for. A slice is a list."""
+    """All rows, each made into an `Example` when it is asked for. A slice is a list.
+
+    Attributes:
+        batches: the rows as record batches of `SCHEMA`.
+    """
 
     def __init__(self, batches: Iterable[Any]) -> None:
-        self._batches = [b for b in batches if b.num_rows]
-        self._ends = np.cumsum([b.num_rows for b in self._batches], dtype=np.int64)
+        self.batches = [b for b in batches if b.num_rows]
+        self._ends = np.cumsum([b.num_rows for b in self.batches], dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -121,11 +125,11 @@ class Examples(Sequence[Example]):
             raise IndexError(f"row {index} of {len(self)}")
         index %= len(self)
         number = int(np.searchsorted(self._ends, index, side="right"))
-        held = self._batches[number]
+        held = self.batches[number]
         return _example(held, index - int(self._ends[number]) + held.num_rows)
 
     def __iter__(self) -> Iterator[Example]:
-        for held in self._batches:
+        for held in self.batches:
             for row in range(held.num_rows):
                 yield _example(held, row)
 
@@ -144,11 +148,11 @@ class Examples(Sequence[Example]):
     def where(self, index: int) -> str:
         """The name of a row, without making the whole of it."""
         number = int(np.searchsorted(self._ends, index, side="right"))
-        held = self._batches[number]
+        held = self.batches[number]
         return str(held.column("where")[index - int(self._ends[number]) + held.num_rows].as_py())
 
     def _column(self, name: str, of: Any, dtype: Any = np.int64) -> np.ndarray[Any, Any]:
-        parts = [of(b.column(name)).astype(dtype) for b in self._batches]
+        parts = [of(b.column(name)).astype(dtype) for b in self.batches]
         return np.concatenate(parts) if parts else np.zeros(0, dtype)
 
 
