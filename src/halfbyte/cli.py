@@ -120,6 +120,26 @@ def plan(
 
 
 @app.command()
+def doctor(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Also prove everything on this model.")] = None,
+    set_: Set = [],  # noqa: B006  typer copies it
+    json_: Json = False,
+) -> None:
+    """What this machine is and does; with a model, proofs on a few of its layers. Exit code 1 if one fails."""
+    from halfbyte import show, show_doctor
+    from halfbyte.recipe_file import recipe_from
+
+    recipe = recipe_from(model, "train.jsonl", set_).recipe if model else None
+    _tame_libraries()
+    from halfbyte import doctor
+
+    found = doctor.examine(recipe, tell=(lambda text: None) if json_ else show.aside)
+    show.document(found.to_json()) if json_ else show_doctor.diagnosis(found)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="Where to write the recipe.")] = Path("recipe.yaml"),
     model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file or packaged name.")] = "smollm2-135m",

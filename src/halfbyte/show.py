@@ -65,6 +65,11 @@ def warning(value: str) -> None:
     err.print(f"[yellow]warning:[/yellow] {escape(value)}")
 
 
+def aside(value: str) -> None:
+    """What goes on now, beside the output."""
+    err.print(f"[dim]{escape(value)}[/dim]")
+
+
 def document(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
 

@@ -65,6 +65,15 @@ def prove_fused(model: Any, *, packed: bool) -> FusedProof:
     return FusedProof(True, f"gradients as PEFT's to {difference:.1e}", difference)
 
 
+def sample_gradients(model: Any, *, packed: bool) -> dict[str, Tensor]:
+    """The gradients of every adapter on the proof's examples, with dropout off; the model is as before afterwards.
+
+    For comparing two ways to run one model, to the bit.
+    """
+    with _as_given(model), _trained_apart(model):
+        return _gradients(model, _batch(model, packed=packed))
+
+
 def _compute_dtype(model: Any) -> torch.dtype:
     dtype: torch.dtype = packing.causal_lm(model).dtype
     return dtype

@@ -1,0 +1,131 @@
+"""`halfbyte doctor`: what this machine is and does in a second; with a model, whether what halfbyte claims holds here.
+
+What: a few layers of the model at their true width, with adapters: packed against each example alone, fused against
+PEFT's gradients, gradients after an evaluation, and the same gradients wherever the base lies.
+Cost: a few seconds; building the base's store first, if there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte import adapters, base, calibrate, device, inputs, memory, store, stream, targets
+from halfbyte.errors import BaseModelError
+from halfbyte.layers import packing
+from halfbyte.layers.proof import prove_fused, sample_gradients
+from halfbyte.recipe import Recipe
+from halfbyte.run import versions
+from halfbyte.sources.checkpoint import cache_dir
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim, whether it holds here, and what was seen."""
+
+    claim: str
+    ok: bool
+    seen: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `doctor` found. `model` is its id; `checks` are empty without one."""
+
+    device: device.Device
+    dtype: str
+    dtype_reason: str
+    rates: memory.Rates
+    cache: Path
+    cache_free_bytes: int
+    versions: dict[str, str]
+    model: str | None = None
+    layers: int = 0
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "machine": self.device.to_json(),
+            "compute_dtype": self.dtype,
+            "compute_dtype_reason": self.dtype_reason,
+            "rates": self.rates.to_json(),
+            "cache": str(self.cache),
+            "cache_free_bytes": self.cache_free_bytes,
+            "versions": self.versions,
+            "model": self.model,
+            "layers": self.layers,
+            "checks": [asdict(check) for check in self.checks],
+            "ok": self.ok,
+        }
+
+
+def examine(recipe: Recipe | None = None, *, tell: Callable[[str], None] = lambda text: None) -> Diagnosis:
+    """Look at the machine, measured anew; and at a model, if a recipe names one.
+
+    Raises:
+        HalfbyteError: no such model, or one that cannot be opened.
+    """
+    machine = device.detect()
+    asked = recipe.quant.compute_dtype if recipe is not None else "auto"
+    dtype, why = device.compute_dtype(machine, asked)
+    tell("measuring this machine")
+    rates = calibrate.ensure(machine, dtype, say=tell)
+    found = Diagnosis(
+        machine, dtype, why, rates, cache_dir(), machine.disk_free_bytes(cache_dir()), versions()
+    )  # fmt: skip
+    return found if recipe is None else _with_model(found, recipe, tell)
+
+
+def _with_model(found: Diagnosis, recipe: Recipe, tell: Callable[[str], None]) -> Diagnosis:
+    checkpoint = inputs.find_model(recipe)
+    tell(f"opening {checkpoint.id}")
+    opened = base.open_base(
+        checkpoint,
+        recipe.quant,
+        found.device,
+        trust_remote_code=recipe.trust_remote_code,
+        with_tokenizer=False,
+        tell=store.Tell(note=tell),
+    )
+    held = f"{opened.resident_bytes:,} bytes, {opened.expected_bytes:,} by its list of tensors"
+    checks = [Check("resident as the policy says", opened.resident_bytes == opened.expected_bytes, held)]
+    chosen = targets.resolve_targets(opened.model, recipe.lora.target_modules)
+    model = adapters.add(opened.model, recipe.lora, chosen, seed=recipe.train.seed)
+    with stream.shallow(model) as layers:
+        tell(f"proving on {layers} layers")
+        packed = packing.prove(model)
+        checks.append(Check("packed examples do not see each other", packed.ok, packed.reason))
+        fused = prove_fused(model, packed=packed.ok)
+        checks.append(Check("the engine learns what PEFT's own forward learns, also after an evaluation", fused.ok,
+                            fused.reason))  # fmt: skip
+        checks.append(_wherever(model, packed=packed.ok))
+    return Diagnosis(**{**vars(found), "model": checkpoint.id, "layers": layers, "checks": tuple(checks)})
+
+
+def _wherever(model: Any, *, packed: bool) -> Check:
+    """The same gradients to the bit from a base that is mapped, streamed, and in private memory."""
+    claim = "the same gradients wherever the base lies"
+    if not stream.is_mapped(model):
+        return Check(claim, True, "the base lies in private memory alone, as it was not opened from a file as it is")
+    wanted = sample_gradients(model, packed=packed)
+    differing = []
+    for placement in ("streamed", "resident"):
+        try:
+            placed = stream.place(model, placement)
+        except BaseModelError as error:
+            return Check(claim, False, f"{placement}: {error}")
+        try:
+            got = sample_gradients(model, packed=packed)
+        finally:
+            placed.remove()
+        if got.keys() != wanted.keys() or any(not torch.equal(got[name], wanted[name]) for name in wanted):
+            differing.append(f"{placement} differs from mapped")
+    return Check(claim, not differing, "; ".join(differing) or "mapped, streamed and resident are equal to the bit")

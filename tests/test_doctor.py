@@ -1,0 +1,64 @@
+"""`halfbyte doctor`: the machine, and proofs on a model; a proof that fails is told and ends with 1."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte import calibrate, doctor, pages
+from halfbyte.memory import Rates
+from tests import tiny_run
+from tests.in_process import Cli, runner
+
+RATES = Rates(380e9, 20e9, 8e9, 150e9, 1.5e9, "measured for this test")
+
+
+@pytest.fixture
+def halfbyte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(calibrate, "ensure", lambda *args, **kwargs: RATES)
+    tiny_run.checkpoint(tmp_path / "model")
+    return runner(tmp_path, capsys)
+
+
+def test_the_machine_alone(halfbyte: Cli) -> None:
+    ended = halfbyte("doctor")
+    assert (ended.code, ended.err) == (0, "measuring this machine\n")
+    for word in ("processor", "memory", "cache", "computes", "380 GFLOP/s in matrix products", "versions  python"):
+        assert word in ended.out
+    assert "model" not in ended.out
+
+
+@pytest.mark.skipif(not pages.supported(), reason="needs Linux and /proc/self/pagemap")
+def test_every_claim_is_proven_on_a_model(halfbyte: Cli) -> None:
+    ended = halfbyte("doctor", "model", "--set", "quant.compute_dtype=fp32")
+    assert ended.code == 0, ended.out
+    assert ended.out.count("\nok      ") == 4
+    assert "mapped, streamed and resident are equal to the bit" in ended.out
+    found = json.loads(halfbyte("doctor", "model", "--set", "quant.compute_dtype=fp32", "--json").out)
+    assert found["ok"] and found["layers"] == 2 and len(found["checks"]) == 4
+    assert found["rates"]["matmul_flops"] == 380e9
+
+
+@pytest.mark.skipif(not pages.supported(), reason="needs Linux and /proc/self/pagemap")
+def test_a_claim_that_does_not_hold_is_told(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = doctor.sample_gradients, []
+
+    def off(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        calls.append(1)
+        found = real(*args, **kwargs)
+        return {n: g + 1e-6 for n, g in found.items()} if len(calls) == 2 else found
+
+    monkeypatch.setattr(doctor, "sample_gradients", off)
+    ended = halfbyte("doctor", "model", "--set", "quant.compute_dtype=fp32")
+    assert ended.code == 1
+    assert "FAILED  the same gradients wherever the base lies: streamed differs from mapped" in ended.out
+
+
+def test_a_model_that_is_not_there_is_one_message(halfbyte: Cli) -> None:
+    ended = halfbyte("doctor", "no/such/folder")
+    assert ended.code == 2 and "error: " in ended.err and "Traceback" not in ended.err
