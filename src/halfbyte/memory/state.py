@@ -13,8 +13,8 @@ from halfbyte.device import Device
 from halfbyte.memory.job import Job
 from halfbyte.memory.lines import Line, Placement, Where
 
-LIBRARIES_PRIVATE_BYTES = 330_000_000
-LIBRARIES_FILE_BYTES = 330_000_000
+LIBRARIES_PRIVATE_BYTES = 470_000_000
+LIBRARIES_FILE_BYTES = 235_000_000
 CUDA_CONTEXT_BYTES = 600_000_000  # driver context and cuBLAS workspace; a round figure, not measured here
 HOST_OF_CARD_BYTES = 2_500_000_000  # a CUDA build's libraries and pinned buffers in RAM; a round figure, not measured
 TOKENIZER_BYTES_PER_ENTRY = 700

@@ -21,7 +21,7 @@ SCORES_BYTES = (
     24_000_000  # layers/block_attention.py: scores in fp32 at once, as many for dP, both in the compute dtype
 )
 TOKENS_STEP = 64
-SLACK = 0.08
+SLACK = 0.14
 CARD_SLACK = 0.05  # PyTorch's caching allocator rounds and splits; a round figure, not measured here
 
 
