@@ -61,7 +61,7 @@ DOORS = {
 }
 TRAINER_NAMES = re.compile(r"^(Trainer|TrainingArguments|Seq2SeqTrainer|TrainerCallback|trainer(_\w+)?)$")
 TRAINER_ROOMS = {"train", "callbacks"}
-PRINTING_ROOMS = {"cli", "show", "show_store", "docs"}
+PRINTING_ROOMS = {"cli", "cli_store", "show", "show_store", "docs"}
 
 
 @cache

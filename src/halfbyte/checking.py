@@ -19,7 +19,7 @@ from halfbyte.recipe import Loaded
 from halfbyte.steps import count_steps, plan_steps, rows_per_step
 
 if TYPE_CHECKING:
-    from halfbyte.data.template import Example
+    from halfbyte.data.examples import Example
 
 SHOWN_ROWS = 2
 BINS = 10
