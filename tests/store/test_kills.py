@@ -24,7 +24,7 @@ from tests.store.helpers import checkpoint, differing, opened, wanted
 
 KILLS = 20
 SECONDS = 120
-OPENING_SECONDS = 0.3  # of which a kill falls into the opening of a whole store
+OPENING_SECONDS = 0.05  # of which a kill falls into the opening of a whole store
 
 
 @pytest.fixture(scope="module")
