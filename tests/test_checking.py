@@ -61,6 +61,15 @@ def test_rows_alone_need_a_model_and_a_row_can_be_chosen(halfbyte: Cli) -> None:
     )  # fmt: skip
 
 
+def test_with_a_recipe_another_model_can_be_named_and_limits_on_targets_are_checked(halfbyte: Cli, here: Path) -> None:
+    tiny_run.checkpoint(here / "other", "gpt2")
+    for named in ("model", "other"):
+        (said,) = halfbyte("data", "check", "recipe.yaml", "--model", named).out.splitlines()[:1]
+        assert said.startswith("model     ") and said.endswith(f"/{named}")
+    ended = halfbyte("data", "check", "recipe.yaml", "--set", "lora.exclude_modules=[nowhere]")
+    assert ended.code == 2 and "nowhere" in ended.err
+
+
 def test_what_would_be_refused_is_shown_and_the_exit_code_is_2(halfbyte: Cli) -> None:
     ended = halfbyte("data", "check", "recipe.yaml", "--set", "data.max_length=5", "--set", "data.overlong=skip")
     assert ended.code == 2 and ended.err.startswith("error: no row is left")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte import calibrate, doctor, pages
+from halfbyte import calibrate, device, doctor, pages
 from halfbyte.memory import Rates
 from tests import tiny_run
 from tests.in_process import Cli, runner
@@ -20,7 +20,8 @@ RATES = Rates(380e9, 20e9, 8e9, 150e9, 1.5e9, "measured for this test")
 @pytest.fixture
 def halfbyte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(calibrate, "ensure", lambda *args, **kwargs: RATES)
+    monkeypatch.setattr(calibrate, "measure", lambda *args, **kwargs: RATES)
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
     tiny_run.checkpoint(tmp_path / "model")
     return runner(tmp_path, capsys)
 
@@ -57,6 +58,17 @@ def test_a_claim_that_does_not_hold_is_told(halfbyte: Cli, monkeypatch: pytest.M
     ended = halfbyte("doctor", "model", "--set", "quant.compute_dtype=fp32")
     assert ended.code == 1
     assert "FAILED  the same gradients wherever the base lies: streamed differs from mapped" in ended.out
+
+
+def test_it_measures_anew_and_keeps_what_it_found_for_plans(halfbyte: Cli) -> None:
+    machine = device.detect()
+    dtype = device.compute_dtype(machine, "auto")[0]
+    assert calibrate.cached(machine, dtype) is None
+    halfbyte("doctor")
+    assert calibrate.cached(machine, dtype) == RATES
+    path = calibrate.path_of(machine, dtype)
+    path.write_text(path.read_text().replace("380000000000.0", "1.0"))
+    assert "380 GFLOP/s" in halfbyte("doctor").out and calibrate.cached(machine, dtype) == RATES
 
 
 def test_a_model_that_is_not_there_is_one_message(halfbyte: Cli) -> None:

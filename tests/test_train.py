@@ -60,7 +60,7 @@ def reference(loaded: Loaded) -> list[float]:
         recipe.model, dtype=dtype, quantization_config=quantised if recipe.quant.type == "nf4" else None
     )
     torch.manual_seed(train.seed)
-    targets, _ = finetune.choose_targets(model, recipe)
+    targets, _ = adapters.choose_targets(model, recipe.lora)
     config = LoraConfig(
         r=recipe.lora.r,
         lora_alpha=recipe.lora.lora_alpha,
@@ -228,7 +228,7 @@ def test_gradients_are_the_same_bits_after_an_evaluation(name: str, again: bool,
     loaded = tiny_run.recipe(tmp_path, quant__compute_dtype="bf16", lora__lora_dropout=0.1)
     prepared = finetune.prepare(loaded.recipe)
     opened = base.open_base(prepared.checkpoint, loaded.recipe.quant, device.detect())
-    targets, _ = finetune.choose_targets(opened.model, loaded.recipe)
+    targets, _ = adapters.choose_targets(opened.model, loaded.recipe.lora)
     model = adapters.add(opened.model, loaded.recipe.lora, targets, seed=0)
     packing.install(model)  # the proof is itself an eval forward: it comes after the first gradients
     if again:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from halfbyte.dropin import PeftModel, freeze, get_peft_model
 from halfbyte.errors import AdapterError, TrainError, first_line
-from halfbyte.targets import Targets
+from halfbyte.targets import Targets, matched, resolve_targets
 
 if TYPE_CHECKING:
     from halfbyte.recipe import Lora
@@ -97,6 +97,21 @@ def check_modules_to_save(adapted: Any, asked: Any) -> None:
             f"lora.modules_to_save names {', '.join(missing)}, which the model does not have.",
             fix=f"choose among {', '.join(leaves[:20])}",
         )
+
+
+def choose_targets(model: Any, lora: Lora) -> tuple[Targets, list[str]]:
+    """The target names, and the full names of the modules that they hit under the recipe's limits."""
+    chosen = resolve_targets(model, lora.target_modules)
+    modules = matched(
+        model,
+        chosen,
+        exclude=lora.exclude_modules or (),
+        layers_to_transform=lora.layers_to_transform,
+        layers_pattern=lora.layers_pattern,
+        modules_to_save=lora.modules_to_save or (),
+    )
+    check_names(model, lora, modules)
+    return chosen, modules
 
 
 def check_names(model: Any, lora: Lora, modules: Sequence[str]) -> None:

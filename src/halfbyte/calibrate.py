@@ -8,6 +8,7 @@ Cost: about three seconds once; reading the cache imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -51,9 +52,9 @@ def threads(device: Device) -> int:
     return int(asked) if asked.isdigit() and int(asked) > 0 else device.cores
 
 
-def ensure(device: Device, dtype: str, *, say: Callable[[str], None] = lambda text: None) -> Rates:
-    """The cached rates, or new ones, kept if the cache can be written."""
-    found = cached(device, dtype)
+def ensure(device: Device, dtype: str, *, say: Callable[[str], None] = lambda text: None, anew: bool = False) -> Rates:
+    """The cached rates, or new ones (always with `anew`), kept if the cache can be written."""
+    found = None if anew else cached(device, dtype)
     if found is not None:
         return found
     say("calibrating this machine once (a few seconds)")
@@ -65,7 +66,8 @@ def ensure(device: Device, dtype: str, *, say: Callable[[str], None] = lambda te
         temporary.write_text(json.dumps(rates.to_json()), encoding="utf-8")
         os.replace(temporary, path)
     except OSError:  # a cache that cannot be written costs the same seconds again, and nothing else
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return rates
 
 

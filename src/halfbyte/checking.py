@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from halfbyte import base, device, fitting, inputs, memory, targets
+from halfbyte import adapters, device, fitting, inputs, memory, targets
 from halfbyte.errors import DataError
 from halfbyte.inputs import Prepared
 from halfbyte.recipe import Loaded
@@ -108,11 +108,8 @@ def check(loaded: Loaded, *, row: int | None = None) -> Checked:
     rows = len(prepared.train.examples)
     if row is not None and not 1 <= row <= rows:
         raise DataError(f"there is no row {row}: {rows:,} rows are trained on.", fix=f"--row 1 to --row {rows}")
-    config = base.read_config(prepared.checkpoint.path, trust_remote_code=recipe.trust_remote_code)
-    model = targets.meta_model(config, trust_remote_code=recipe.trust_remote_code)
-    chosen = targets.resolve_targets(model, recipe.lora.target_modules)
-    job = fitting.job_of(prepared, machine, chosen, model)
-    plan = memory.make(job, machine, fitting.rates_for(job, machine))
+    model = targets.meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
+    _, plan = fitting.plan_of(prepared, machine, adapters.choose_targets(model, recipe.lora)[0], model)
     planned = plan_steps(prepared, max_tokens_per_pass=plan.max_tokens_per_pass, examples_per_pass=None)
     numbers = [row - 1] if row is not None else range(min(SHOWN_ROWS, rows))
     return Checked(

@@ -112,25 +112,23 @@ def plan(
 ) -> None:
     """What a training takes (memory, disk, time) and how it fits, before anything is downloaded or loaded."""
     from halfbyte import planning, show, show_plan
-    from halfbyte.recipe_file import load_recipe, recipe_from
 
-    is_recipe = Path(target).suffix in (".yaml", ".yml")
-    loaded = load_recipe(Path(target), set_) if is_recipe else recipe_from(target, "train.jsonl", set_)
-    found = planning.plan_model(loaded, device=device, length=length, side_by_side=compare)
+    found = planning.plan_model(_recipe_or_model(target, set_), device=device, length=length, side_by_side=compare)
     show.document(found.to_json()) if json_ else show_plan.planned(found)
 
 
 @app.command()
 def doctor(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Also prove everything on this model.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL | RECIPE.yaml]", help="Also prove everything on it.")
+    ] = None,
     set_: Set = [],  # noqa: B006  typer copies it
     json_: Json = False,
 ) -> None:
     """What this machine is and does; with a model, proofs on a few of its layers. Exit code 1 if one fails."""
     from halfbyte import show, show_doctor
-    from halfbyte.recipe_file import recipe_from
 
-    recipe = recipe_from(model, "train.jsonl", set_).recipe if model else None
+    recipe = _recipe_or_model(model, set_).recipe if model else None
     _tame_libraries()
     from halfbyte import doctor
 
@@ -294,11 +292,8 @@ def quantize(
 ) -> None:
     """Quantise a base once, in bounded memory; train, eval and chat then open it at once."""
     from halfbyte import show, show_store
-    from halfbyte.recipe_file import load_recipe, recipe_from
 
-    path = Path(model)
-    # no rows are read here, so their file has no name
-    recipe = (load_recipe(path, set_) if path.suffix in (".yaml", ".yml") else recipe_from(model, "-", set_)).recipe
+    recipe = _recipe_or_model(model, set_).recipe
     with show_store.building(show.err, silent=json_ or quiet) as tell:
         _tame_libraries()
         from halfbyte import shelving
@@ -322,7 +317,7 @@ def check(
     from halfbyte.errors import RecipeError
     from halfbyte.recipe_file import load_recipe, recipe_from
 
-    if Path(target).suffix in (".yaml", ".yml"):
+    if _is_recipe(target):
         loaded = load_recipe(Path(target), [*set_, *([f"model={model}"] if model else [])])
     elif model is None:
         raise RecipeError("rows alone say nothing about tokens.", fix=f"halfbyte data check {target} --model MODEL")
@@ -344,6 +339,17 @@ def version() -> None:
     from halfbyte.run import versions
 
     show.text("\n".join(f"{name} {value}" for name, value in versions().items()))
+
+
+def _recipe_or_model(target: str, overrides: list[str]) -> Loaded:
+    """A recipe file, or the default recipe for a model; its rows have no name, for commands that need not read any."""
+    from halfbyte.recipe_file import load_recipe, recipe_from
+
+    return load_recipe(Path(target), overrides) if _is_recipe(target) else recipe_from(target, "-", overrides)
+
+
+def _is_recipe(target: str) -> bool:
+    return Path(target).suffix in (".yaml", ".yml")
 
 
 def _load(recipe: str, data: str | None, overrides: list[str], *, resume: bool) -> Loaded:
@@ -368,12 +374,12 @@ def _load(recipe: str, data: str | None, overrides: list[str], *, resume: bool) 
         # the folder may have been moved or copied since its recipe was written
         return loaded._replace(recipe=loaded.recipe.model_copy(update={"output": str(path)}))
     if data is not None:
-        if path.suffix in (".yaml", ".yml"):
+        if _is_recipe(recipe):
             raise RecipeError(f"{recipe} is a recipe and names its own data; {data} is one argument too many.")
         return recipe_from(recipe, data, overrides)
     if path.is_dir() and (path / "recipe.yaml").is_file():
         raise RecipeError(f"{path} is a run folder.", fix=f"halfbyte train {path} --resume")
-    if path.suffix not in (".yaml", ".yml") and not path.is_file():
+    if not _is_recipe(recipe) and not path.is_file():
         raise RecipeError(
             f"{recipe} is neither a recipe (.yaml) nor given with data.",
             fix=f"halfbyte train {recipe} DATA.jsonl, or write a recipe with `halfbyte init`",

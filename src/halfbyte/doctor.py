@@ -8,13 +8,13 @@ Cost: a few seconds; building the base's store first, if there is none.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from halfbyte import adapters, base, calibrate, device, inputs, memory, store, stream, targets
+from halfbyte import adapters, base, calibrate, device, inputs, memory, store, stream
 from halfbyte.errors import BaseModelError
 from halfbyte.layers import packing
 from halfbyte.layers.proof import prove_fused, sample_gradients
@@ -68,7 +68,7 @@ class Diagnosis:
 
 
 def examine(recipe: Recipe | None = None, *, tell: Callable[[str], None] = lambda text: None) -> Diagnosis:
-    """Look at the machine, measured anew; and at a model, if a recipe names one.
+    """Look at the machine, measured anew and kept for later plans; and at a model, if a recipe names one.
 
     Raises:
         HalfbyteError: no such model, or one that cannot be opened.
@@ -77,7 +77,7 @@ def examine(recipe: Recipe | None = None, *, tell: Callable[[str], None] = lambd
     asked = recipe.quant.compute_dtype if recipe is not None else "auto"
     dtype, why = device.compute_dtype(machine, asked)
     tell("measuring this machine")
-    rates = calibrate.ensure(machine, dtype, say=tell)
+    rates = calibrate.ensure(machine, dtype, anew=True)
     found = Diagnosis(
         machine, dtype, why, rates, cache_dir(), machine.disk_free_bytes(cache_dir()), versions()
     )  # fmt: skip
@@ -97,7 +97,7 @@ def _with_model(found: Diagnosis, recipe: Recipe, tell: Callable[[str], None]) -
     )
     held = f"{opened.resident_bytes:,} bytes, {opened.expected_bytes:,} by its list of tensors"
     checks = [Check("resident as the policy says", opened.resident_bytes == opened.expected_bytes, held)]
-    chosen = targets.resolve_targets(opened.model, recipe.lora.target_modules)
+    chosen, _ = adapters.choose_targets(opened.model, recipe.lora)
     model = adapters.add(opened.model, recipe.lora, chosen, seed=recipe.train.seed)
     with stream.shallow(model) as layers:
         tell(f"proving on {layers} layers")
@@ -107,7 +107,7 @@ def _with_model(found: Diagnosis, recipe: Recipe, tell: Callable[[str], None]) -
         checks.append(Check("the engine learns what PEFT's own forward learns, also after an evaluation", fused.ok,
                             fused.reason))  # fmt: skip
         checks.append(_wherever(model, packed=packed.ok))
-    return Diagnosis(**{**vars(found), "model": checkpoint.id, "layers": layers, "checks": tuple(checks)})
+    return replace(found, model=checkpoint.id, layers=layers, checks=tuple(checks))
 
 
 def _wherever(model: Any, *, packed: bool) -> Check:

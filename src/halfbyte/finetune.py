@@ -32,7 +32,7 @@ from halfbyte.inputs import Prepared, data_note, data_report, prepare
 from halfbyte.inputs import notices as data_notices
 from halfbyte.layers import fuse, loss, packing
 from halfbyte.layers.proof import prove_fused
-from halfbyte.recipe import Loaded, Origin, Recipe, rows
+from halfbyte.recipe import Loaded, Origin, rows
 from halfbyte.recipe_file import to_yaml
 from halfbyte.run import RunFolder, versions
 from halfbyte.steps import best, cadence, count_steps, eval_every, plan_steps, rows_per_step
@@ -74,13 +74,9 @@ def resolve(loaded: Loaded) -> Resolution:
     prepared = prepare(recipe)
     rehearse(recipe.train, total_steps=count_steps(prepared))
     found = prepared.checkpoint
-    model = targets.meta_model(
-        base.read_config(found.path, trust_remote_code=recipe.trust_remote_code),
-        trust_remote_code=recipe.trust_remote_code,
-    )
-    chosen, modules = choose_targets(model, recipe)
-    job = fitting.job_of(prepared, machine, chosen, model)
-    plan = memory.make(job, machine, fitting.rates_for(job, machine))
+    model = targets.meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
+    chosen, modules = adapters.choose_targets(model, recipe.lora)
+    _, plan = fitting.plan_of(prepared, machine, chosen, model)
     auto = {
         "quant.compute_dtype": device.compute_dtype(machine, recipe.quant.compute_dtype),
         "lora.target_modules": (chosen.names, chosen.reason),
@@ -107,22 +103,6 @@ def resolve(loaded: Loaded) -> Resolution:
     return Resolution(resolved, [*lines, *(f"warning: {w}" for w in loaded.warnings)])
 
 
-def choose_targets(model: Any, recipe: Recipe) -> tuple[targets.Targets, list[str]]:
-    """The target names, and the full names of the modules that they hit under the recipe's limits."""
-    lora = recipe.lora
-    chosen = targets.resolve_targets(model, lora.target_modules)
-    modules = targets.matched(
-        model,
-        chosen,
-        exclude=lora.exclude_modules or (),
-        layers_to_transform=lora.layers_to_transform,
-        layers_pattern=lora.layers_pattern,
-        modules_to_save=lora.modules_to_save or (),
-    )
-    adapters.check_names(model, lora, modules)
-    return chosen, modules
-
-
 def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = None) -> Outcome:
     """Fine-tune. Nothing is written before the model, the data and the adapters are known to be good.
 
@@ -142,10 +122,9 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     tell.note(f"data      {data_note(prepared)}")
     for finding in prepared.findings:
         tell.note(f"data      {finding.line}")
-    config = base.read_config(prepared.checkpoint.path, trust_remote_code=recipe.trust_remote_code)
-    meta = targets.meta_model(config, trust_remote_code=recipe.trust_remote_code)
-    job = fitting.job_of(prepared, machine, choose_targets(meta, recipe)[0], meta)
-    plan = memory.make(job, machine, fitting.rates_for(job, machine, say=lambda text: tell.note(f"machine   {text}")))
+    meta = targets.meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
+    chosen, _ = adapters.choose_targets(meta, recipe.lora)
+    job, plan = fitting.plan_of(prepared, machine, chosen, meta, say=lambda text: tell.note(f"machine   {text}"))
     for name, why in plan.reasons.items():
         tell.note(f"plan      {name} {getattr(plan, name)}: {why}")
     tell.note(f"plan      peak memory about {plan.peak_bytes / 1e9:.2f} GB of {plan.available_bytes / 1e9:.1f} GB free")
@@ -168,7 +147,7 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     placed, elsewhere = fitting.place(opened.model, plan, asked=recipe.quant.placement != "auto")
     notices += [f"placement: {elsewhere}"] if elsewhere else []
     tell.note(f"placement {placed} ({elsewhere or plan.reasons['placement']})")
-    chosen, _ = choose_targets(opened.model, recipe)
+    chosen, _ = adapters.choose_targets(opened.model, recipe.lora)
     model = adapters.add(opened.model, recipe.lora, chosen, seed=recipe.train.seed)
     tell.note(f"adapters  {adapters.summary(model)} ({chosen.reason})")
     with stream.shallow(model):
@@ -192,7 +171,7 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     if plan.needed_bytes <= fitting.UNREHEARSED * plan.available_bytes:
         tell.note(f"rehearsed nothing: {plan.needed_bytes / 1e9:.2f} GB are planned, a small part of what is free")
     else:
-        rehearsed = pacing.rehearse(model, pace, passes.longest, passes.batch, passes.held_out)
+        rehearsed = pacing.rehearse(model, pace, passes.all, passes.batch, passes.held_out)
         tell.note(
             f"rehearsed {rehearsed.tokens} tokens, the longest pass, in {rehearsed.seconds:.1f} s: "
             f"{rehearsed.pass_bytes / 1e9:.2f} GB above {rehearsed.held.private / 1e9:.2f} GB held"
@@ -327,13 +306,11 @@ class Passes:
         if prepared.evaluation is not None:
             per_pass = pace.examples_per_pass or prepared.recipe.train.per_device_eval_batch_size
             lengths = prepared.evaluation.lengths
-            held_out = collate.EvalPasses(
-                prepared.evaluation.examples, pack.eval_passes(lengths, pace.tokens, per_pass)
-            )
+            held_out = collate.Batches(prepared.evaluation.examples, pack.eval_passes(lengths, pace.tokens, per_pass))
         return cls(steps, prepared.train.examples, held_out)
 
     @property
-    def longest(self) -> list[pacing.Rows]:
+    def all(self) -> list[pacing.Rows]:
         return [rows for step in self.steps for rows in step.passes]
 
     def batch(self, rows: pacing.Rows) -> Any:

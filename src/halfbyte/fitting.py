@@ -56,6 +56,14 @@ def job_of(prepared: Prepared, machine: Device, chosen: Targets, model: Any, *, 
     )
 
 
+def plan_of(
+    prepared: Prepared, machine: Device, chosen: Targets, model: Any, say: Callable[[str], None] | None = None
+) -> tuple[memory.Job, memory.Plan]:
+    """The plan of a run with these targets, and what it follows from. `say`: the machine may be calibrated first."""
+    job = job_of(prepared, machine, chosen, model)
+    return job, memory.make(job, machine, rates_for(job, machine, say))
+
+
 def rates_for(job: memory.Job, machine: Device, say: Callable[[str], None] | None = None) -> memory.Rates | None:
     """This machine's rates: the cached ones, or measured now if the run is long enough and `say` is given."""
     found = calibrate.cached(machine, job.dtype)

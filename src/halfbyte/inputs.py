@@ -23,6 +23,7 @@ class Prepared:
 
     recipe: Recipe
     checkpoint: sources.Checkpoint
+    config: Any
     tokenizer: Any
     train: Encoded
     evaluation: Encoded | None
@@ -50,7 +51,7 @@ def look(recipe: Recipe) -> Prepared:
     rows = config.get_text_config().vocab_size
     trained = frozenset(recipe.lora.trainable_token_indices or ())
     findings = gates.check(train, evaluation, tokenizer, recipe.data, embedding_rows=rows, trained=trained)
-    return Prepared(recipe, found, tokenizer, train, evaluation, findings)
+    return Prepared(recipe, found, config, tokenizer, train, evaluation, findings)
 
 
 def find_model(recipe: Recipe) -> sources.Checkpoint:

@@ -57,7 +57,7 @@ def open_run(path: Path, tell: store.Tell | None = None) -> Opened:
     own = adapters.biases(opened.model) if recipe.lora.bias != "none" else []
     model = adapters.load(opened.model, run.adapter)
     model.eval()
-    with stream.shallow(model) if placement == "streamed" else nullcontext():
+    with stream.shallow(model):
         packing.prove(model)  # leaves the model set up for what it has proven
     return Opened(path, recipe, found, model, opened.tokenizer, own)
 
@@ -81,7 +81,7 @@ def evaluate(
     examples = encoded.examples[:limit]
     per_pass = 1 if packing.installed(opened.model) == "single" else None
     passes = pack.eval_passes([len(e.input_ids) for e in examples], memory.MAX_TOKENS_PER_PASS, per_pass)
-    batches = collate.EvalPasses(examples, passes)
+    batches = collate.Batches(examples, passes)
     sampling = Sampling(max_new_tokens=max_new_tokens)
     scores: dict[str, scoring.Score] = {}
     for name, mode in [*([("base", opened.base_only)] if with_base else []), ("adapter", opened.adapted)]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening
 
-from halfbyte.data.collate import EvalPasses, StepDataset, collate
+from halfbyte.data.collate import Batches, StepDataset, collate
 from halfbyte.data.examples import Example
 from halfbyte.data.pack import Step
 
@@ -68,7 +68,7 @@ def test_step_dataset() -> None:
 
 
 def test_eval_passes() -> None:
-    batches = EvalPasses([A, B, C], [(0,), (1, 2)])
+    batches = Batches([A, B, C], [(0,), (1, 2)])
     assert [b["input_ids"].tolist() for b in batches] == [[[10, 11, 12, 13]], [[20, 30, 31, 32]]]
     assert len(batches[1:]) == 1
 

@@ -76,7 +76,7 @@ def test_output_and_gradients(
     for name, (a, b) in zip(("out", "dq", "dk", "dv"), pairs, strict=True):
         assert a is not None and b is not None
         apart = float((a.detach().double() - b.detach()).norm())
-        assert apart <= TOLERANCE[dtype] * max(float(b.detach().norm()), 1.0), name  # alone, a token has dq = dk = 0
+        assert apart <= TOLERANCE[dtype] * max(float(b.detach().norm()), 0.2), name  # alone, a token has dq = dk = 0
 
 
 def test_an_output_that_is_not_contiguous_gives_the_same_gradient() -> None:

@@ -19,6 +19,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from halfbyte import dropin
+from halfbyte.layers import fuse
 from tests import tiny
 
 IDS = torch.arange(3, 13)[None]
@@ -42,6 +43,8 @@ def test_an_instance_takes_our_class() -> None:
     own = dropin.own_class(model)
     assert own is model and type(own) is dropin.Adapted and isinstance(own, PeftModel)
     torch.testing.assert_close(logits(own), wanted, rtol=1e-4, atol=1e-5)  # fused: other roundings
+    assert fuse.remove(own) > 0
+    assert torch.equal(logits(own), wanted)
     assert type(copy.deepcopy(own)) is dropin.Adapted
 
 
@@ -49,7 +52,10 @@ def test_an_adapted_model_without_its_adapter_is_the_base() -> None:
     model = dropin.own_class(adapted(init_lora_weights=False))
     with model.disable_adapter():
         bare = logits(model)
-    torch.testing.assert_close(bare, logits(tiny.model("llama")), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(bare, logits(tiny.model("llama")), rtol=1e-4, atol=1e-5)
+        fuse.remove(model)
+        bare = logits(model)
+    torch.testing.assert_close(bare, logits(tiny.model("llama")), rtol=0, atol=0)
     assert not torch.allclose(logits(model), bare)
 
 

@@ -43,6 +43,14 @@ def test_quantize_builds_then_finds_and_train_opens_it(halfbyte: Cli, tmp_path: 
     assert built["path"] in halfbyte("quantize", "recipe.yaml").out
 
 
+def test_quiet_leaves_out_how_the_build_goes(halfbyte: Cli) -> None:
+    halfbyte("quantize", "model")
+    for quiet, told in (((), True), (("--quiet",), False)):
+        os.truncate(sorted(only_store().glob("*.safetensors"))[0], 10)
+        ended = halfbyte("quantize", "model", *quiet)
+        assert ended.code == 0 and ("a damaged store is built again" in ended.err) == told and "built in" in ended.out
+
+
 def test_quantize_into_a_folder_that_is_a_model(halfbyte: Cli, tmp_path: Path) -> None:
     ended = halfbyte("quantize", "model", "--out", "four", "--set", "quant.type=fp4")
     assert ended.code == 0 and "built in" in ended.out

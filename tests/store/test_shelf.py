@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -89,6 +91,12 @@ def test_a_folder_elsewhere_is_another_store_and_a_hub_model_is_its_revision(fol
     assert key(other) != key(folder)
     hub = [replace(checkpoint(f), kind="hub", revision="abc") for f in (folder, other)]
     assert len({shelf.key_of(h, Quant(), "bfloat16") for h in hub}) == 1
+
+
+def test_the_locks_of_a_process_are_closed_when_it_ends(cache: Path) -> None:
+    code = "from halfbyte.store import shelf; shelf.hold('name-nf4-0123456789abcdef'); assert shelf._in_use"
+    ended = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, check=True)
+    assert "ResourceWarning" not in ended.stderr and list((cache / "bases").rglob("*.use"))
 
 
 def test_a_name_that_no_file_can_have_becomes_one(folder: Path) -> None:

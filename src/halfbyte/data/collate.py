@@ -64,10 +64,10 @@ class StepDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         step = self.steps[index]
-        return {"step": step, "passes": EvalPasses(self.examples, step.passes)}
+        return {"step": step, "passes": Batches(self.examples, step.passes)}
 
 
-class EvalPasses(Sequence[dict[str, Any]]):
+class Batches(Sequence[dict[str, Any]]):
     """Item i is the batch of pass i, of an evaluation as `pack.eval_passes` planned it or of a step."""
 
     def __init__(self, examples: Sequence[Example], passes: Sequence[tuple[int, ...]]) -> None:
@@ -79,7 +79,7 @@ class EvalPasses(Sequence[dict[str, Any]]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return EvalPasses(self.examples, self.passes[index])
+            return Batches(self.examples, self.passes[index])
         return self.of(self.passes[index])
 
     def of(self, rows: Sequence[int]) -> dict[str, Any]:

@@ -20,45 +20,31 @@ class BadRow(Exception):
 
 
 class Problems:
-    """The first `SHOWN_PROBLEMS` texts, and how many there were.
-
-    `block` is set by who reads in parts: it puts the texts of several collectors in the order of the rows.
-    """
+    """The first `SHOWN_PROBLEMS` texts, and how many there were."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.block = 0
-        self._shown: list[tuple[int, str]] = []
-
-    @property
-    def shown(self) -> list[str]:
-        return [text for _, text in self._shown]
+        self.shown: list[str] = []
 
     def add(self, text: str) -> None:
         self.count += 1
-        if len(self._shown) < SHOWN_PROBLEMS:
-            self._shown.append((self.block, text))
-
-    def add_all(self, other: Problems) -> None:
-        """What another collector found, in the order of the rows."""
-        self.count += other.count
-        self._shown = sorted([*self._shown, *other._shown], key=lambda item: item[0])[:SHOWN_PROBLEMS]
+        if len(self.shown) < SHOWN_PROBLEMS:
+            self.shown.append(text)
 
     def to_json(self) -> dict[str, Any]:
-        return {"count": self.count, "shown": self._shown}
+        return {"count": self.count, "shown": self.shown}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Problems:
         made = cls()
-        made.count = value["count"]
-        made._shown = [(block, text) for block, text in value["shown"]]
+        made.count, made.shown = value["count"], list(value["shown"])
         return made
 
     def __bool__(self) -> bool:
         return self.count > 0
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Problems) and (self.count, self._shown) == (other.count, other._shown)
+        return isinstance(other, Problems) and (self.count, self.shown) == (other.count, other.shown)
 
     def listing(self, head: str) -> str:
         return listing(head, self.shown, self.count)

@@ -1,7 +1,6 @@
 """What was seen while rows became tokens: rows kept, cut and left out, each token's count, what the labels lack.
 
-Why: the gates judge all rows, and looking at two million of them twice would take minutes. What several workers saw
-adds up.
+Why: the gates judge all rows, and looking at two million of them twice would take minutes. It is kept with the tokens.
 Cost: under a microsecond a token; nothing is kept but counts and the first 20 of each kind.
 """
 
@@ -60,17 +59,6 @@ class Tally:
     def messages(self) -> list[str]:
         """What the user should know of the rows, each with its count."""
         return [f"{n:,} {'row' if n == 1 else 'rows'}: {what}" for what, n in self.notices.items() if n]
-
-    def add(self, other: Tally) -> None:
-        """Add what another worker saw."""
-        for name, value in vars(other).items():
-            mine: Any = getattr(self, name)
-            if isinstance(value, Problems):
-                mine.add_all(value)
-            elif isinstance(value, Counter):
-                mine.update(value)
-            else:
-                setattr(self, name, max(mine, value) if name == "longest" else mine + value)
 
     def to_json(self) -> dict[str, Any]:
         """All of it; `from_json` makes the same tally of it."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from halfbyte.recipe_data import Data
 
 # Counts up when rendering, tokenising or the file's layout changes.
-FORMAT = 1
+FORMAT = 2
 LEAST_ROWS = 1000  # fewer are tokenised in no time
 MOST_BYTES = 5_000_000_000
 _TALLY = b"halfbyte.tally"

@@ -8,6 +8,7 @@ Cost: the headers of the source's files are read to look it up; a hub model is k
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
@@ -31,8 +32,14 @@ if TYPE_CHECKING:
 
 PARTIAL, BROKEN, LOCKS, USED = ".partial", ".broken", ".locks", "last-used"
 _KEY = re.compile(r"[\w.-]+-[0-9a-f]{16}")
-# Shared locks of the stores that this process has opened; closed when it ends.
+# Shared locks of the stores that this process has opened.
 _in_use: dict[str, Any] = {}
+
+
+@atexit.register
+def _let_go() -> None:
+    for file in _in_use.values():
+        file.close()
 
 
 class CannotHold(Exception):

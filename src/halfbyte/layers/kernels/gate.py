@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numba import carray, cfunc, njit, types
+from numba.extending import overload
 
 from halfbyte.layers.kernels.parallel import BLOCK_ELEMENTS, per_dtype, run
 from halfbyte.layers.kernels.scalar import (
@@ -108,61 +109,56 @@ def _backward(element: Any) -> Any:
     return kernel
 
 
-@njit(forceinline=True, error_model="numpy")
-def _masked_pairs(x, out, low, seed, start, add):  # type: ignore[no-untyped-def]
-    """bf16: a pair is one word of 32 bits."""
-    if add:
+def _masked_part(x, out, low, seed, start, add):  # type: ignore[no-untyped-def]
+    """out = or += x where the mask keeps it. A pair of elements has 2 x 16 random bits from one hash of its number."""
+    raise NotImplementedError("compiled only")
+
+
+@overload(_masked_part, jit_options={"forceinline": True, "error_model": "numpy"})
+def _of_words(x, out, low, seed, start, add):  # type: ignore[no-untyped-def]
+    def pairs(x, out, low, seed, start, add):  # type: ignore[no-untyped-def]
+        """bf16: a pair is one word of 32 bits."""
+        if add:
+            for j in range(x.shape[0]):
+                out[j] = add_pair(out[j], drop_pair(x[j], hash_u32(counter_bits(start, j, seed)), low))
+        else:
+            for j in range(x.shape[0]):
+                out[j] = drop_pair(x[j], hash_u32(counter_bits(start, j, seed)), low)
+
+    def floats(x, out, low, seed, start, add):  # type: ignore[no-untyped-def]
+        """fp32: a pair is two words."""
         for j in range(x.shape[0]):
-            out[j] = add_pair(out[j], drop_pair(x[j], hash_u32(counter_bits(start, j, seed)), low))
-    else:
-        for j in range(x.shape[0]):
-            out[j] = drop_pair(x[j], hash_u32(counter_bits(start, j, seed)), low)
+            bits = hash_u32(counter_bits(start, j >> 1, seed))
+            kept = np.float32(0.0) if below(bits, low, j & 1 == 1) else x[j]
+            out[j] = out[j] + kept if add else kept
+
+    return pairs if x.dtype == types.uint32 else floats
 
 
-@njit(forceinline=True, error_model="numpy")
-def _masked_floats(x, out, low, seed, start, add):  # type: ignore[no-untyped-def]
-    """fp32: a pair is two words."""
-    for j in range(x.shape[0]):
-        bits = hash_u32(counter_bits(start, j >> 1, seed))
-        kept = np.float32(0.0) if below(bits, low, j & 1 == 1) else x[j]
-        out[j] = out[j] + kept if add else kept
+def _masking(element: Any) -> Any:
+    words, word = (1, np.uint32) if element is np.uint16 else (2, np.float32)
+
+    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
+    def kernel(p):  # type: ignore[no-untyped-def]
+        s = carray(p, (32,), np.int64)
+        n, block = s[3], s[6]  # pairs
+        counter = carray(pointer(s[0]), (1,), np.int64)
+        while True:
+            a = take(counter) * block
+            if a >= n:
+                break
+            here, skip = (words * (min(n, a + block) - a),), a * 4 * words
+            x, out = carray(pointer(s[1] + skip), here, word), carray(pointer(s[2] + skip), here, word)
+            _masked_part(x, out, np.uint32(s[4]), np.uint32(s[5]), np.uint32(a), s[7])  # type: ignore[no-untyped-call]
+
+    return kernel
 
 
-@cfunc(types.void(types.voidptr), cache=True)
-def _masked_bf16(p):  # type: ignore[no-untyped-def]
-    """Pairs of elements, each with 2 x 16 random bits from one hash of its number: out = or += x where kept."""
-    s = carray(p, (32,), np.int64)
-    n, block = s[3], s[6]  # pairs
-    counter = carray(pointer(s[0]), (1,), np.int64)
-    while True:
-        a = take(counter) * block
-        if a >= n:
-            break
-        shape, skip = (min(n, a + block) - a,), a * 4
-        x, out = carray(pointer(s[1] + skip), shape, np.uint32), carray(pointer(s[2] + skip), shape, np.uint32)
-        _masked_pairs(x, out, np.uint32(s[4]), np.uint32(s[5]), np.uint32(a), s[7])
-
-
-@cfunc(types.void(types.voidptr), cache=True)
-def _masked_fp32(p):  # type: ignore[no-untyped-def]
-    s = carray(p, (32,), np.int64)
-    n, block = s[3], s[6]  # pairs
-    counter = carray(pointer(s[0]), (1,), np.int64)
-    while True:
-        a = take(counter) * block
-        if a >= n:
-            break
-        shape, skip = (2 * (min(n, a + block) - a),), a * 8
-        x, out = carray(pointer(s[1] + skip), shape, np.float32), carray(pointer(s[2] + skip), shape, np.float32)
-        _masked_floats(x, out, np.uint32(s[4]), np.uint32(s[5]), np.uint32(a), s[7])
-
-
-_forward_kernel, _backward_kernel = per_dtype(_forward), per_dtype(_backward)
+_forward_kernel, _backward_kernel, _mask_kernel = per_dtype(_forward), per_dtype(_backward), per_dtype(_masking)
 
 
 def _masked(x: Any, out: Any, p: float, seed: int, *, add: bool) -> None:
-    kernel = _masked_bf16 if x.element_size() == 2 else _masked_fp32
-    run(kernel, [x, out, x.numel() // 2, threshold(p), seed & 0xFFFFFFFF, BLOCK_ELEMENTS // 2, int(add)])
+    run(_mask_kernel(x.dtype), [x, out, x.numel() // 2, threshold(p), seed & 0xFFFFFFFF, BLOCK_ELEMENTS // 2, int(add)])
 
 
 def gated(g: Any, u: Any, h: Any, kind: int) -> None:

@@ -1,0 +1,41 @@
+"""What a process holds: private memory and pages of files apart, and the highest of each while something runs."""
+
+from __future__ import annotations
+
+import mmap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from halfbyte import usage
+
+SIZE = 64_000_000
+pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+
+
+def test_private_memory_and_pages_of_files_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(SIZE))
+    before = usage.now()
+    held = np.ones(SIZE, dtype=np.uint8)
+    private = usage.now()
+    assert private.private - before.private > 0.9 * SIZE and private.file - before.file < 0.1 * SIZE
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert all(mapped[at] == 0 for at in range(0, SIZE, mmap.PAGESIZE))
+        both = usage.now()
+        assert both.file - private.file > 0.9 * SIZE and both.private - private.private < 0.1 * SIZE
+        assert both.total == both.private + both.file
+    del held
+
+
+def test_a_peak_is_seen_after_it_is_over() -> None:
+    before = usage.now()
+    with usage.Peak(period_s=0.005) as peak:
+        held = np.ones(SIZE, dtype=np.uint8)
+        time.sleep(0.1)
+        del held
+        usage.trim()
+    assert peak.private - before.private > 0.9 * SIZE
+    assert usage.now().private - before.private < 0.5 * SIZE
