@@ -61,6 +61,8 @@ class HubServer:
         self.seen: list[Seen] = []
         self.cut_after: dict[str, int] = {}
         """File -> bytes sent before the connection breaks; only the first request for it is cut."""
+        self.hang_up = 0
+        """So many requests for a part of a file get no answer: the connection ends."""
         self.refuse_ranges = False
         """Answer 503 to every request that wants the rest of a file."""
         server = self
@@ -111,6 +113,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def do_GET(self) -> None:
+        if self.headers.get("Range") and self.hub.hang_up:
+            self.hub.hang_up -= 1
+            self.close_connection = True
+            return
         self._answer()
 
     def _answer(self) -> None:

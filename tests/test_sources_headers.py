@@ -172,6 +172,16 @@ def test_a_sharded_7b_on_a_hub_is_read_in_kilobytes(tmp_path: Path) -> None:
         assert hub.sent_bytes < 2_000_000
 
 
+def test_a_connection_that_ends_without_an_answer_is_opened_again(tmp_path: Path) -> None:
+    with HubServer() as hub:
+        hub.add(NAME, sharded_7b())
+        hub.hang_up = 2
+        assert json.loads(ask(hub, tmp_path, NAME))[0] == 6_738_415_616
+        assert hub.hang_up == 0
+        hub.hang_up = 99
+        assert f"the download of {NAME} was cut: " in ask(hub, tmp_path, NAME)
+
+
 def test_a_server_that_ignores_ranges_is_an_error_and_not_a_download(tmp_path: Path) -> None:
     with HubServer() as hub:
         hub.add(NAME, sharded_7b())

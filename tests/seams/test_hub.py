@@ -39,3 +39,13 @@ def test_gguf_sizes_are_found_by_plain_numbers() -> None:
 
     assert GGML_QUANT_SIZES[3] == (32, 20)  # Q4_1: two fp16 and 16 bytes of codes for 32 weights
     assert 10_000 not in GGML_QUANT_SIZES
+
+
+def test_reading_a_part_of_a_file_goes_on_after_a_connection_ends() -> None:
+    from huggingface_hub import get_hf_file_metadata
+    from huggingface_hub.utils import _http
+
+    assert "retry_on_errors" in inspect.signature(get_hf_file_metadata).parameters
+    taken = inspect.signature(_http.http_stream_backoff).parameters
+    assert {"max_retries", "base_wait_time", "retry_on_exceptions"} <= set(taken)
+    assert any(e.__name__ == "RemoteProtocolError" for e in taken["retry_on_exceptions"].default)

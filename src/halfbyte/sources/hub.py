@@ -130,6 +130,10 @@ def indexed_files(index: Path) -> list[str]:
         raise SourceError(f"{index} is not an index of safetensors files: {error!r}.") from error
 
 
+# After a connection that ended without an answer, or a server that is busy: three seconds in all.
+RETRIES, FIRST_WAIT_S = 4, 0.2
+
+
 @dataclass
 class Remote:
     """A file on the hub that is read in parts."""
@@ -147,7 +151,7 @@ class Remote:
 
         url = hf_hub_url(repo, file, revision=revision)
         try:
-            found = get_hf_file_metadata(url)
+            found = get_hf_file_metadata(url, retry_on_errors=True)
         except EntryNotFoundError:
             return None
         except Exception as error:  # of any kind, as in `_download`
@@ -161,7 +165,7 @@ class Remote:
             SourceError: the server ignores ranges (it would send the whole model), or breaks off.
         """
         from huggingface_hub.utils._headers import build_hf_headers
-        from huggingface_hub.utils._http import get_session, hf_raise_for_status
+        from huggingface_hub.utils._http import hf_raise_for_status, http_stream_backoff
 
         headers = {
             **build_hf_headers(),
@@ -170,7 +174,15 @@ class Remote:
         }
         repo = self.name.rpartition("/")[0]
         try:
-            with get_session().stream("GET", self.url, headers=headers, follow_redirects=True) as response:
+            # a connection that the server had closed while it was idle is opened again
+            with http_stream_backoff(
+                "GET",
+                self.url,
+                max_retries=RETRIES,
+                base_wait_time=FIRST_WAIT_S,
+                headers=headers,
+                follow_redirects=True,
+            ) as response:
                 hf_raise_for_status(response)
                 if response.status_code != 206:
                     raise SourceError(
