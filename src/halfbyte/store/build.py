@@ -174,8 +174,10 @@ def _write_files(request: Request, source: Source, journal: _Journal, tell: Call
     todo = [plan for plan in layout.files if plan.name not in journal.files]
     count = _Counter(layout.source_bytes - sum(plan.source_bytes for plan in todo), layout.source_bytes)
     stop = threading.Event()
+    threads: set[threading.Thread] = set()
 
     def one(plan: FilePlan) -> None:
+        threads.add(threading.current_thread())
         if not stop.is_set():
             _FileBuild(plan, layout, source, journal, stop, count).run()
 
@@ -194,6 +196,8 @@ def _write_files(request: Request, source: Source, journal: _Journal, tell: Call
             finally:  # also at Ctrl-C: no thread may read on when the files are closed
                 stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
+                for thread in tuple(threads):  # one that Ctrl-C kept the pool from noting as its own
+                    thread.join()
     except MemoryError as error:
         raise StoreError(f"there is not enough memory to build the store of {request.checkpoint.id}.") from error
     if changed := source.changed():
