@@ -15,6 +15,7 @@ from halfbyte.inputs import Prepared
 from halfbyte.memory import choose, step
 from halfbyte.memory.lines import Recompute
 from halfbyte.report import Compared
+from halfbyte.sources.checkpoint import beside_weights
 from halfbyte.steps import count_steps
 from halfbyte.targets import Targets
 
@@ -53,6 +54,7 @@ def job_of(prepared: Prepared, machine: Device, chosen: Targets, model: Any, *, 
         mappable=memory.QUANTISED_IS_MAPPED if recipe.quant.type != "none" else None,
         packed=packed,
         steps=count_steps(prepared),
+        beside_bytes=sum(file.stat().st_size for file in beside_weights(found.path)),
     )
 
 

@@ -94,6 +94,7 @@ def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recom
         reasons={},
         warnings=(),
         busy_file_bytes=state.busy_file_bytes(job) if placement in ("mapped", "streamed") else 0,
+        building=job.building.lines(device.cores) if job.mappable and job.recipe.quant.type != "none" else (),
     )
 
 

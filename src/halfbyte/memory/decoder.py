@@ -22,7 +22,7 @@ from halfbyte.shapes import Facts
 from halfbyte.sites import Site
 
 Mlp = Literal["gated", "gated_stock", "formula", "one", "relu"]
-Attention = Literal["flash", "eager", "alibi", "dense"]
+Attention = Literal["flash", "eager", "alibi", "dense", "dropped"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Family:
     written as a formula (keeps four tensors); `one`: keeps its input; `relu`: keeps its output, which the
     next linear reads.
     `attention`: `flash` keeps no scores; `eager` (softcap) and `alibi` keep them for each pair of tokens of an example,
-    `dense` for each pair of the whole pass. `parallel`: attention and MLP read one normed input.
+    `dense` for each pair of the whole pass; `dropped` is what `flash` becomes where the model drops some of its scores
+    in training (GPT-2), which torch's flash kernel cannot. `parallel`: attention and MLP read one normed input.
     """
 
     norms: int = 2
@@ -100,6 +101,9 @@ def layer_of(
         fused: LoRA linears are the engine's; else PEFT's own, whose inputs are kept in fp32, twice with dropout.
     """
     family, c, layers = family_of(facts), itemsize, max(1, facts.layers)
+    attention: Attention = family.attention
+    if attention == "flash" and facts.attention_dropout and kernels:
+        attention = "dropped"
     hidden, inner = facts.hidden, facts.intermediate * max(1, facts.experts_per_token)
     wide = facts.heads * facts.head_size or hidden
     narrow = facts.key_heads * facts.head_size or hidden
@@ -113,7 +117,10 @@ def layer_of(
         "eager": c * 3 * wide,  # keys and values under each query head
         "alibi": c * 3 * wide,
         "dense": 4 * (wide + 2 * narrow),  # torch's own formula works in fp32
-    }[family.attention]
+        "dropped": 4 * 3 * wide,  # and has keys and values under each query head
+    }[attention]
+    if facts.residual_dropout:  # torch's dropout for CPUs keeps its mask as numbers
+        kept += 2 * (c if kernels else 1) * hidden
     kept += _mlp(family.mlp, inner, c, kernels=kernels)
 
     # what adapters read is kept once, whoever reads it; the share of layers that have one
@@ -121,7 +128,7 @@ def layer_of(
     read = {(site.layer, _same(site.reads, parallel=family.parallel)): site.inputs for site in sites}
     again = 0.0
     for (_, what), width in read.items():
-        is_there = (what == "attended" and family.attention == "flash" and kernels) or (
+        is_there = (what == "attended" and attention == "flash" and kernels) or (
             what == "inner" and family.mlp == "relu"
         )
         size = 0 if is_there else c * width / layers
@@ -132,15 +139,12 @@ def layer_of(
         kept += site.inputs / layers if dropout and not kernels and fused else 0
         kept += site.inputs * (8 if dropout else 4) / layers if not fused else 0
 
-    score, pair = family.attention, 0.0
-    if score == "eager":
-        pair = facts.heads * (4 + 2 * c) + 1
-    elif score == "alibi":
-        pair = facts.heads * (4 + c)
-    elif score == "dense":
-        pair = facts.heads * 4.0
+    pair = {
+        "flash": 0.0, "eager": facts.heads * (4 + 2 * c) + 1, "alibi": facts.heads * (4 + c),
+        "dense": facts.heads * 4.0, "dropped": facts.heads * 12.0,
+    }[attention]  # fmt: skip
     work = c * max(_mlp_work(family.mlp, inner) + 2 * hidden, 3 * wide + 4 * narrow + 2 * hidden)
-    return Layer(kept, kept - again, c * hidden, work, pair, score)
+    return Layer(kept, kept - again, c * hidden, work, pair, attention)
 
 
 def pairs_of(layer: Layer, lengths: Sequence[int]) -> float:

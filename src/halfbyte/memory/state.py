@@ -122,5 +122,7 @@ def disk_lines(job: Job, *, store: bool) -> tuple[Line, ...]:
         Line("adapter", final + (4 * job.trainable if job.rows.evaluated else 0), "the last and the best", "", "disk"),
     ]
     if store and job.recipe.quant.type != "none":
-        found.insert(0, Line("base store", job.base_bytes, f"quantised once: {job.recipe.quant.type}", "", "disk"))
+        found.insert(
+            0, Line("base store", job.building.disk_bytes, f"quantised once: {job.recipe.quant.type}", "", "disk")
+        )
     return tuple(found)
