@@ -1,4 +1,4 @@
-"""A run under a memory limit of a control group: the plan reads it, says where the base lies, and the run ends within it.
+"""A run under a memory limit of a control group: the plan reads it, places the base, and the run ends within it.
 
 Slow: a base of 1.5 GB is written, and each limit is a training in a process of its own. Needs the right to make a group
 below this process's own (root, or a delegated one); without it the tests are skipped, with a warning.
