@@ -1,8 +1,8 @@
 """The memory tables that people know, planned here line by line, and measured where this machine can.
 
     python benchmarks/memory_table.py                          # planned figures alone: a second
-    python benchmarks/memory_table.py --measure FOLDER         # and runs of Llama-2-7B in 4 bits (FOLDER: its base, made
-                                                               # there if it is not, 3.9 GB) and of a 1.1B in 16 bits
+    python benchmarks/memory_table.py --measure FOLDER         # and runs of Llama-2-7B in 4 bits (its base is FOLDER,
+                                                               # 3.9 GB, made if it is not) and of a 1.1B in 16 bits
 
 The published figures are rounded and say little of batch, length and optimiser, so `ASSUMED` says what each row is
 planned with here. Planned is a card's memory with all that is on it; `without states` leaves out the optimiser's, as
@@ -169,8 +169,10 @@ def measured(folder: Path) -> None:
     from benchmarks import make_random
     from benchmarks.plan_accuracy import Bench, Case
 
-    small = {**{k: 2048 for k in ("hidden_size",)}, "intermediate_size": 5632, "num_hidden_layers": 22,
-             "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000}  # fmt: skip
+    small = {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "vocab_size": 32000,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="halfbyte-table-") as temporary:
         bench = Bench(Path(temporary))
         bench.seven_b(folder)
@@ -178,9 +180,9 @@ def measured(folder: Path) -> None:
         make_random.small(one, "llama", small)
         bench.models["llama-1.1b"] = str(one)
         cases = (
-            ("QLoRA, Llama-2-7B", Case("llama-2-7b-nf4", 1024, 8, "qv", False, "mapped", batch=1, dropout=0.0)),
-            ("LoRA in 16 bits, 1.1B", Case("llama-1.1b", 1024, 8, "qv", False, "resident", "none", batch=1, dropout=0.0)),
-        )  # fmt: skip
+            ("QLoRA, Llama-2-7B", Case("llama-2-7b-nf4", 1024, 8, placement="mapped", batch=1)),
+            ("LoRA in 16 bits, 1.1B", Case("llama-1.1b", 1024, 8, placement="resident", quant="none", batch=1)),
+        )
         print("\n**Measured: a step on this CPU**\n")
         print("| | planned | measured | off | planned with |\n| --- | --- | --- | --- | --- |")
         for number, (name, case) in enumerate(cases):

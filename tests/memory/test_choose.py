@@ -179,9 +179,18 @@ def test_disk_is_the_store_and_what_the_run_keeps() -> None:
     device = cpu(64)
     one = job(device, train__save_total_limit=2)
     sizes = {line.name: line.bytes for line in memory.make(one, device).disk}
-    assert sizes["base store"] == one.base_bytes
+    assert sizes["base store"] == one.building.disk_bytes > one.base_bytes
     assert sizes["checkpoints"] == 3 * 12 * one.trainable
     assert sizes["adapter"] == 4 * one.trainable
+
+
+def test_building_the_store_is_planned_where_one_is_built() -> None:
+    device = cpu(64)
+    plan = memory.make(job(device), device)
+    assert plan.building_bytes == sum(line.bytes for line in plan.building) > 0
+    assert plan.to_json()["building_bytes"] == plan.building_bytes
+    assert memory.make(job(device, mappable=False), device).building == ()
+    assert memory.make(job(device, quant__type="none"), device).building == ()
 
 
 def test_a_longer_vocabulary_takes_more_logits_and_fewer_labels_less_time() -> None:
