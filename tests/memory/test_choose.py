@@ -168,11 +168,24 @@ def test_base_and_training_state_are_counted_from_specs_and_parameters() -> None
     plan = memory.make(one, device)
     assert one.trainable == 30 * 16 * ((576 + 576) + (576 + 192))
     assert plan.line("base") == sum(encoded_bytes(s, one.recipe.quant, 2) for s in one.specs)
-    assert plan.line("adapters") == plan.line("gradients") == 4 * one.trainable
+    assert plan.line("adapters") == 4 * one.trainable
+    # in one pass they come as activations go, a layer's at the peak; over several passes all of them are there
+    assert plan.line("gradients") == 4 * one.trainable // 30
+    several = made(device, train__max_tokens_per_pass=400, lora__target_modules=["q_proj", "v_proj"])
+    assert several.line("gradients") == 4 * one.trainable
     assert plan.line("optimiser") == 8 * one.trainable
     assert made(device, train__optim="adamw_bnb_8bit", lora__target_modules=["q_proj", "v_proj"]).line("optimiser") == (
         2 * one.trainable
     )
+
+
+def test_gradients_larger_than_what_a_pass_takes_are_all_there_at_its_end() -> None:
+    device = cpu(64)
+    fields: Any = {"lora__r": 256, "lora__target_modules": "all-linear"}
+    one = job(device, rows=Rows((8,) * 16), **fields)
+    plan = memory.make(one, device)
+    gone = sum(plan.line(name) for name in ("activations", "logits", "backward of a layer", "dequantised weight"))
+    assert plan.line("gradients") + gone + plan.line("allocator") == 4 * one.trainable
 
 
 def test_disk_is_the_store_and_what_the_run_keeps() -> None:

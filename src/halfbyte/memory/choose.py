@@ -66,7 +66,10 @@ def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recom
     if not on_cpu:
         context = Line("CUDA context", state.CUDA_CONTEXT_BYTES, "a round figure for each card", "", "device")
         fixed, host = (context, *held), process
-    lines = (*fixed, *step.step_lines(job, largest, recompute, where, cards))
+    during = step.step_lines(job, largest, recompute, where, cards)
+    passes = -(-job.step_tokens // max(1, largest.tokens))
+    gradients = state.gradients_line(job, where, passes=passes, pass_bytes=sum(line.bytes for line in during))
+    lines = (*fixed, *_share((gradients,), cards), *during)
     fixed_bytes = sum(line.bytes for line in fixed)
     available = device.ram_available_bytes if on_cpu else min((card.free_bytes for card in device.cards), default=0)
     private = sum(line.bytes for line in lines if line.where != "file")

@@ -87,7 +87,7 @@ def _touched_outer(job: Job) -> int:
 
 
 def training_lines(job: Job, where: Where) -> tuple[Line, ...]:
-    """What trains: LoRA's masters, their copies in the compute dtype, gradients, and the optimiser's state."""
+    """What trains: LoRA's masters, their copies in the compute dtype, and the optimiser's state."""
     count, optimizer = job.trainable, str(job.recipe.train.optim)
     state = OPTIMIZER_BYTES.get(optimizer, 8)
     copies = job.lora_parameters * (job.itemsize if job.dtype != "fp32" else 0)
@@ -96,9 +96,18 @@ def training_lines(job: Job, where: Where) -> tuple[Line, ...]:
             "adapters", 4 * count, f"{count} trained parameters in fp32", "LoRA, arXiv:2106.09685: r (in + out)", where
         ),
         Line("adapters' copies", copies, f"in {job.dtype} while a pass lasts", "layers/lora_linear.py", where),
-        Line("gradients", 4 * count, "fp32", "", where),
         Line("optimiser", state * count, f"{optimizer}: {state} bytes a parameter", "AdamW: two numbers", where),
     )
+
+
+def gradients_line(job: Job, where: Where, *, passes: int, pass_bytes: int) -> Line:
+    """Gradients at a step's peak. With several passes all of them are there when the last one is at its peak; with one
+    they come as its activations go, so a layer's are there, or all of them when `pass_bytes` are gone."""
+    whole = 4 * job.trainable
+    if passes > 1:
+        return Line("gradients", whole, f"fp32, over {passes} passes", "", where)
+    held = max(whole // max(1, job.facts.layers), whole - pass_bytes)
+    return Line("gradients", held, f"fp32, {whole / 1e6:.1f} MB at the end of the only pass", "", where)
 
 
 def loading_bytes(job: Job, placement: Placement, lines: tuple[Line, ...]) -> int:
