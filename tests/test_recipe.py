@@ -76,6 +76,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "data.max_length": (2048, {}),
     "data.mask": ("all", {}),
     "data.overlong": ("skip", {}),
+    "data.packing": ("stream", {}),
     "data.chat_template": ("chat.jinja", {}),
     "train.per_device_train_batch_size": (2, {}),
     "train.gradient_accumulation_steps": (2, {}),

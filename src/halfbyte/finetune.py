@@ -28,6 +28,7 @@ from halfbyte import (
 from halfbyte import report as reporting
 from halfbyte.callbacks import Listener, RunCallback, Silent, StopRequest, stop_on_signals
 from halfbyte.data import collate, pack
+from halfbyte.errors import DataError
 from halfbyte.inputs import Prepared, data_note, data_report, prepare
 from halfbyte.inputs import notices as data_notices
 from halfbyte.layers import fuse, loss, packing
@@ -158,6 +159,11 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     engine = f"{fuse.install(model)}; {fused.reason}" if fused.ok else fused.reason
     if not fused.ok:
         fuse.remove(model)
+    if not proof.ok and recipe.data.packing == "stream":
+        raise DataError(
+            f"data.packing stream lays several texts end to end, and here that is not safe: {proof.reason}",
+            fix="data.packing: rows",
+        )
     notices += [] if proof.ok else [f"packing: {proof.reason}"]
     tell.note(f"packing   {proof.mode}: {proof.reason}")
     notices += [] if fused.ok else [f"engine: {fused.reason}"]
@@ -171,7 +177,7 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     if plan.needed_bytes <= fitting.UNREHEARSED * plan.available_bytes:
         tell.note(f"rehearsed nothing: {plan.needed_bytes / 1e9:.2f} GB are planned, a small part of what is free")
     else:
-        rehearsed = pacing.rehearse(model, pace, passes.all, passes.batch, passes.held_out)
+        rehearsed = pacing.rehearse(model, pace, passes.steps.longest_pass(), passes.batch, passes.held_out)
         tell.note(
             f"rehearsed {rehearsed.tokens} tokens, the longest pass, in {rehearsed.seconds:.1f} s: "
             f"{rehearsed.pass_bytes / 1e9:.2f} GB above {rehearsed.held.private / 1e9:.2f} GB held"
@@ -209,7 +215,7 @@ class _Story:
     def tell_it(self, *, resume: bool) -> Outcome:
         recipe, run = self.prepared.recipe, self.run
         steps, held_out = self.passes.steps, self.prepared.evaluation
-        planned = {**self.plan.to_json(), "steps": len(steps), "tokens": sum(s.tokens for s in steps)}
+        planned = {**self.plan.to_json(), "steps": len(steps), "tokens": steps.tokens}
         run.write_plan(planned)
         point = checkpoint.newest(run.checkpoints) if resume else None
         if point is not None:
@@ -249,7 +255,7 @@ class _Story:
             return Outcome(run.path, {}, trainer.state.global_step, self.stop.signal)
         return self.finish(callback, steps)
 
-    def finish(self, callback: RunCallback, steps: list[pack.Step]) -> Outcome:
+    def finish(self, callback: RunCallback, steps: pack.Steps) -> Outcome:
         """Save the adapter (the best one where evaluations chose it) and the report."""
         recipe, run = self.prepared.recipe, self.run
         chosen = callback.best if recipe.train.load_best_model_at_end else None
@@ -267,7 +273,7 @@ class _Story:
         report = reporting.build(
             rows,
             planned=reporting.Figures(
-                tokens=sum(s.tokens for s in steps),
+                tokens=steps.tokens,
                 steps=len(steps),
                 train_seconds=self.plan.time.run_s if timed else None,
                 peak_rss_bytes=None if on_card else self.plan.peak_bytes,
@@ -295,7 +301,7 @@ class _Story:
 class Passes:
     """Every step's passes and the evaluation's, as the pace splits them at the start."""
 
-    steps: list[pack.Step]
+    steps: pack.Steps
     examples: Examples
     held_out: Any
 
@@ -308,10 +314,6 @@ class Passes:
             lengths = prepared.evaluation.lengths
             held_out = collate.Batches(prepared.evaluation.examples, pack.eval_passes(lengths, pace.tokens, per_pass))
         return cls(steps, prepared.train.examples, held_out)
-
-    @property
-    def all(self) -> list[pacing.Rows]:
-        return [rows for step in self.steps for rows in step.passes]
 
     def batch(self, rows: pacing.Rows) -> Any:
         return collate.collate([self.examples[r] for r in rows])

@@ -13,7 +13,7 @@ from typing import Any
 
 from halfbyte import adapters, base, device, inputs, memory, sources, store, stream
 from halfbyte import evaluate as scoring
-from halfbyte.data import chat_template, collate, pack
+from halfbyte.data import blocks, chat_template, collate, pack, tokenise
 from halfbyte.errors import DataError
 from halfbyte.generate import Sampling
 from halfbyte.layers import packing
@@ -77,7 +77,9 @@ def evaluate(
         raise DataError(
             "the run has no held-out rows (data.eval).", fix=f"halfbyte eval {opened.run} --data ROWS.jsonl"
         )
-    encoded = inputs.encode(opened.recipe, path, opened.tokenizer)
+    encoded = tokenise.encode(path, opened.tokenizer, opened.recipe.data, cores=device.cores())
+    if opened.recipe.data.packing == "stream":
+        encoded = blocks.stream(encoded, opened.recipe.data.max_length)
     examples = encoded.examples[:limit]
     per_pass = 1 if packing.installed(opened.model) == "single" else None
     passes = pack.eval_passes([len(e.input_ids) for e in examples], memory.MAX_TOKENS_PER_PASS, per_pass)
