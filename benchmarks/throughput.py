@@ -104,7 +104,8 @@ def flop_per_token(case: Case) -> tuple[float, dict[str, float]]:
 
     prepared = finetune.prepare(recipe_from(case.model, case.data, case.overrides("unused")).recipe)
     specs = shapes.read_checkpoint(prepared.checkpoint.path)
-    linear = sum(s.numel for s in specs if s.role in ("linear", "expert"))
+    # a pre-quantised checkpoint holds two weights a byte
+    linear = sum(s.numel * (2 if s.dtype == "U8" else 1) for s in specs if s.role in ("linear", "expert"))
     head = max((s.numel for s in specs if s.role in ("head", "embedding")), default=0)
     share = sum(prepared.train.labelled) / sum(prepared.train.lengths)
     return 4.0 * (linear + head * share), {"linear": linear, "lm_head": head, "labelled_share": share}

@@ -20,6 +20,7 @@ from halfbyte import (
     fitting,
     memory,
     pacing,
+    process,
     store,
     stream,
     targets,
@@ -117,6 +118,8 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
         checkpoint.newest(RunFolder.open(out, need_adapter=False).checkpoints)
     else:
         RunFolder.check_free(out)
+    settings = process.settle(machine.cores)
+    tell.note(f"process   {settings.line}")
     prepared = prepare(recipe)
     rehearse(recipe.train, total_steps=count_steps(prepared))
     notices = [*data_notices(prepared), *(str(f) for f in prepared.findings if f.level != "ok")]
@@ -186,7 +189,7 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     folder = RunFolder.reopen(out) if resume else RunFolder.create(out, to_yaml(recipe))
     with folder as run, stop_on_signals() as stop, usage.Peak() as peak:
         story = _Story(
-            run, prepared, opened, model, plan, pace, passes, held, peak, machine, tell, stop, tuple(notices)
+            run, prepared, opened, model, plan, pace, passes, held, peak, machine, settings, tell, stop, tuple(notices)
         )
         try:
             return story.tell_it(resume=resume)
@@ -208,6 +211,7 @@ class _Story:
     held: usage.Usage  # before the first step
     peak: usage.Peak
     machine: device.Device
+    settings: process.Settings
     tell: Listener
     stop: StopRequest
     notices: tuple[str, ...]
@@ -283,7 +287,7 @@ class _Story:
             peak_rss_bytes=used["peak_rss_bytes"],
             peak_device_bytes=used.get("peak_device_bytes"),
             versions=versions(),
-            machine=self.machine.to_json(),
+            machine={**self.machine.to_json(), "process": self.settings.to_json()},
             data=data_report(self.prepared),
             notices=(*self.notices, *(f"memory: {down}" for down in self.pace.downs)),
             adapter_step=None if chosen is None else chosen.step,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte import adapters, base, device, inputs, memory, sources, store, stream
+from halfbyte import adapters, base, device, inputs, memory, process, sources, store, stream
 from halfbyte import evaluate as scoring
 from halfbyte.data import blocks, chat_template, collate, pack, tokenise
 from halfbyte.errors import DataError
@@ -49,6 +49,7 @@ def open_run(path: Path, tell: store.Tell | None = None) -> Opened:
     recipe = load_recipe(run.recipe, ["train.report_to=none"]).recipe
     found = inputs.find_model(recipe)
     machine = device.detect()
+    process.settle(machine.cores)
     opened = base.open_base(found, recipe.quant, machine, trust_remote_code=recipe.trust_remote_code, tell=tell)
     placement, _ = stream.choose(recipe.quant.placement, opened.model, machine.ram_available_bytes)
     stream.place(opened.model, placement)
