@@ -444,6 +444,27 @@ def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
         load_recipe(Path("a\0b.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (
+            {"format": "messages"},
+            "data.packing stream is for plain text, and data.format is messages; say rows, or format: text",
+        ),
+        ({"mask": "assistant"}, "data.packing stream is for plain text, in which no assistant speaks; data.mask: all"),
+        (
+            {"overlong": "skip"},
+            "data.overlong skip is not read with data.packing stream: long texts are cut into blocks",
+        ),
+    ],
+)
+def test_what_blocks_of_text_exclude(data: dict[str, str], said: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        Recipe.model_validate({"model": "m", "data": {"train": "t", "packing": "stream", **data}})
+    ((_, told),) = error.value.errors()[0]["ctx"]["problems"]
+    assert told == said
+
+
 def test_contradictions_hold_without_a_file_too() -> None:
     with pytest.raises(ValidationError, match="exclude each other"):
         Recipe.model_validate({"model": "m", "data": {"train": "t"}, "train": {"bf16": True, "fp16": True}})
