@@ -114,7 +114,7 @@ class Steps(Sequence[Step]):
 
     def longest_pass(self) -> tuple[int, ...]:
         """The rows of the pass with the most tokens, of the first epoch's steps with the most tokens."""
-        looked_at = range(min(self.total, self.per_epoch))
+        looked_at: Sequence[int] = range(min(self.total, self.per_epoch))
         if len(looked_at) > LOOKED_AT_STEPS:
             lengths = np.asarray(self.lengths)[self._order(0)]
             starts = np.arange(0, len(lengths), self.rows_per_step)[: len(looked_at)]

@@ -8,12 +8,13 @@ Cost: see `template`; divided by the cores where rows are many.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.data import files, helpers, template, token_cache
+from halfbyte.data.examples import Examples
 from halfbyte.data.read import Chunk, Reader
 from halfbyte.data.tally import Tally
 from halfbyte.data.template import Encoded, Encoder, Part
@@ -42,7 +43,7 @@ def encode(names: Path | str | Sequence[str], tokenizer: Any, data: Data, *, cor
     except OSError:  # nothing can be kept: once more, in memory
         batches: list[Any] = []
         tally = _run(names, tokenizer, data, cores, batches.append)
-        return Encoded(template.Examples(batches), tally)
+        return Encoded(Examples(batches), tally)
 
 
 def _run(
@@ -71,7 +72,7 @@ def _run(
 
 def _parts(
     chunks: Iterator[Chunk], encoder: Encoder, tokenizer: Any, data: Data, cores: int, only_read: Callable[[], bool]
-) -> Iterator[Part]:
+) -> Generator[Part]:
     first = list(islice(chunks, ALONE_CHUNKS + 1)) if cores > 1 else []
     if len(first) <= ALONE_CHUNKS:
         for chunk in chain(first, chunks):
