@@ -314,7 +314,7 @@ def _parquet(source: Source) -> Numbered:
                 for record in _rows_of(batch):
                     number += 1
                     yield number, record
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError) as error:  # ValueError: names of columns that are not UTF-8
         if number:
             yield number + 1, BadRow(f"the file is damaged here: {first_line(error)}")
             return
