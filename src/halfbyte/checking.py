@@ -111,7 +111,7 @@ def check(loaded: Loaded, *, row: int | None = None) -> Checked:
     if row is not None and not 1 <= row <= rows:
         raise DataError(f"there is no row {row}: {rows:,} rows are trained on.", fix=f"--row 1 to --row {rows}")
     model = targets.meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
-    _, plan = fitting.plan_of(prepared, machine, adapters.choose_targets(model, recipe.lora)[0], model)
+    _, plan = fitting.plan_of(prepared, machine, adapters.choose_targets(model, prepared.recipe.lora)[0], model)
     planned = plan_steps(prepared, max_tokens_per_pass=plan.max_tokens_per_pass, examples_per_pass=None)
     numbers = [row - 1] if row is not None else range(min(SHOWN_ROWS, rows))
     return Checked(

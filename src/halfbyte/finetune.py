@@ -74,6 +74,7 @@ def resolve(loaded: Loaded) -> Resolution:
     """Resolve every `auto` without loading a weight; the data is read, since the plan follows from its lengths."""
     recipe, machine = loaded.recipe, device.detect()
     prepared = prepare(recipe)
+    recipe = prepared.recipe
     rehearse(recipe.train, total_steps=count_steps(prepared))
     found = prepared.checkpoint
     model = targets.meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
@@ -86,6 +87,8 @@ def resolve(loaded: Loaded) -> Resolution:
         "quant.placement": (plan.placement, plan.reasons["placement"]),
         "train.max_tokens_per_pass": (plan.max_tokens_per_pass, plan.reasons["max_tokens_per_pass"]),
     }
+    if prepared.chatml is not None:
+        auto["lora.trainable_token_indices"] = (recipe.lora.trainable_token_indices, prepared.chatml.notice)
     resolved = []
     for field, value, origin in rows(loaded):
         if field in auto and auto[field][0] != value:
@@ -121,6 +124,7 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     settings = process.settle(machine.cores)
     tell.note(f"process   {settings.line}")
     prepared = prepare(recipe)
+    recipe = prepared.recipe
     rehearse(recipe.train, total_steps=count_steps(prepared))
     notices = [*data_notices(prepared), *(str(f) for f in prepared.findings if f.level != "ok")]
     tell.note(f"data      {data_note(prepared)}")
@@ -186,7 +190,7 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
             f"{rehearsed.pass_bytes / 1e9:.2f} GB above {rehearsed.held.private / 1e9:.2f} GB held"
         )
     held = rehearsed.held if rehearsed else usage.now()
-    folder = RunFolder.reopen(out) if resume else RunFolder.create(out, to_yaml(recipe))
+    folder = RunFolder.reopen(out) if resume else RunFolder.create(out, to_yaml(loaded.recipe))
     with folder as run, stop_on_signals() as stop, usage.Peak() as peak:
         story = _Story(
             run, prepared, opened, model, plan, pace, passes, held, peak, machine, settings, tell, stop, tuple(notices)
@@ -268,7 +272,14 @@ class _Story:
             self.tell.note(f"adapter   the best of {len(callback.evals)} evaluations, from step {chosen.step}")
         found = self.prepared.checkpoint
         dtype = base.DTYPES[recipe.lora.save_dtype]
-        adapters.save(self.model, run.adapter, base_id=found.id, revision=found.revision, dtype=dtype)
+        adapters.save(
+            self.model,
+            run.adapter,
+            base_id=found.id,
+            revision=found.revision,
+            dtype=dtype,
+            tokenizer=self.prepared.tokenizer if self.prepared.chatml is not None else None,
+        )
         used = callbacks.process_memory()
         on_card, timed = bool(self.machine.cards), self.plan.time.measured
         peak = usage.Usage(self.peak.private, self.peak.file)

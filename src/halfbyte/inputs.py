@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from halfbyte import base, device, sources
-from halfbyte.data import blocks, gates, tokenise
+from halfbyte.data import blocks, chatml, gates, tokenise
 from halfbyte.data.template import Encoded
 from halfbyte.recipe import Recipe
 
@@ -26,6 +26,8 @@ class Prepared:
     train: Encoded
     evaluation: Encoded | None
     findings: tuple[gates.Finding, ...]
+    chatml: chatml.Settled | None = None
+    """Where the model has no chat template of its own; then `recipe` trains the rows of its new tokens."""
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -45,15 +47,29 @@ def look(recipe: Recipe) -> Prepared:
     config = base.read_config(found.path, trust_remote_code=recipe.trust_remote_code)
     tokenizer = base.open_tokenizer(found, trust_remote_code=recipe.trust_remote_code)
     data, cores = recipe.data, device.cores()
+    text = config.get_text_config()
+    settled = None
+    if chatml.is_needed(data.train, tokenizer, data):
+        tied = bool(text.tie_word_embeddings)
+        settled = chatml.settle(tokenizer, data, embedding_rows=text.vocab_size, tied=tied)
+        recipe = with_trained(recipe, settled.new_tokens)
     train = tokenise.encode(data.train, tokenizer, data, cores=cores)
     evaluation = tokenise.encode(data.eval, tokenizer, data, cores=cores) if data.eval else None
-    rows = config.get_text_config().vocab_size
+    rows = text.vocab_size
     trained = frozenset(recipe.lora.trainable_token_indices or ())
     findings = gates.check(train, evaluation, tokenizer, recipe.data, embedding_rows=rows, trained=trained)
     if data.packing == "stream":
         train = blocks.stream(train, data.max_length)
         evaluation = blocks.stream(evaluation, data.max_length) if evaluation is not None else None
-    return Prepared(recipe, found, config, tokenizer, train, evaluation, findings)
+    return Prepared(recipe, found, config, tokenizer, train, evaluation, findings, settled)
+
+
+def with_trained(recipe: Recipe, tokens: tuple[int, ...]) -> Recipe:
+    """A recipe that also trains the embedding's rows of these tokens."""
+    if not tokens:
+        return recipe
+    every = tuple(sorted({*(recipe.lora.trainable_token_indices or ()), *tokens}))
+    return recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"trainable_token_indices": every})})
 
 
 def find_model(recipe: Recipe) -> sources.Checkpoint:
@@ -95,4 +111,5 @@ def data_report(prepared: Prepared) -> dict[str, Any]:
 def notices(prepared: Prepared) -> list[str]:
     """What the user should know of the rows, beside the gates."""
     held_out = prepared.evaluation
-    return [*prepared.train.tally.messages(), *(held_out.tally.messages() if held_out is not None else ())]
+    first = [prepared.chatml.notice] if prepared.chatml is not None else []
+    return [*first, *prepared.train.tally.messages(), *(held_out.tally.messages() if held_out is not None else ())]

@@ -73,4 +73,6 @@ class Data(Section):
     packing: Literal["rows", "stream"] = Field(
         "rows", description="rows as they are; or stream: plain texts end to end, in blocks of max_length tokens"
     )
-    chat_template: str | None = Field(None, description="a Jinja template, or its file, instead of the model's own")
+    chat_template: str | None = Field(
+        None, description="a Jinja template, or its file, or chatml, instead of the model's own"
+    )

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from halfbyte.data import file_digests, files
+from halfbyte.data.chat_template import CHATML
 from halfbyte.data.examples import SCHEMA, Examples
 from halfbyte.data.tally import Tally
 from halfbyte.data.template import Encoded
@@ -53,7 +54,8 @@ def key(names: Path | str | Sequence[str], tokenizer: Any, data: Data) -> str | 
     found = files.find(names)
     if backend is None or any(source.kind == "hub" for source in found):
         return None
-    template = Path(data.chat_template) if data.chat_template and "{" not in data.chat_template else None
+    asked = data.chat_template if data.chat_template != CHATML else None
+    template = Path(asked) if asked and "{" not in asked else None
     with contextlib.suppress(OSError):  # a template that cannot be read is an error where it is used
         values = {
             "format": FORMAT,
@@ -62,7 +64,7 @@ def key(names: Path | str | Sequence[str], tokenizer: Any, data: Data) -> str | 
             "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
             "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
             "template": tokenizer.chat_template,
-            "asked": template.read_text(encoding="utf-8") if template else data.chat_template,
+            "asked": template.read_text(encoding="utf-8") if template else asked,
             "data": data.model_dump(mode="json", exclude=_ELSEWHERE),
         }
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:32]
