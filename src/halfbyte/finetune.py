@@ -80,7 +80,7 @@ def resolve(loaded: Loaded) -> Resolution:
     model = targets.meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
     chosen, modules = adapters.choose_targets(model, recipe.lora)
     _, plan = fitting.plan_of(prepared, machine, chosen, model)
-    auto = {
+    auto: dict[str, tuple[Any, str]] = {
         "quant.compute_dtype": device.compute_dtype(machine, recipe.quant.compute_dtype),
         "lora.target_modules": (chosen.names, chosen.reason),
         "train.gradient_checkpointing": (plan.gradient_checkpointing, plan.reasons["recompute"]),

@@ -50,7 +50,7 @@ def look(recipe: Recipe) -> Prepared:
     text = config.get_text_config()
     settled = None
     if chatml.is_needed(data.train, tokenizer, data):
-        tied = bool(text.tie_word_embeddings)
+        tied = bool(getattr(text, "tie_word_embeddings", False))
         settled = chatml.settle(tokenizer, data, embedding_rows=text.vocab_size, tied=tied)
         recipe = with_trained(recipe, settled.new_tokens)
     train = tokenise.encode(data.train, tokenizer, data, cores=cores)
