@@ -218,7 +218,7 @@ def words(folder: Path, rows: int, length: int, seed: int = 0) -> str:
     draw = random.Random(seed)
     path = folder / "words.jsonl"
     text = [" ".join(f"w{draw.randrange(200)}" for _ in range(length - 2)) for _ in range(rows)]
-    path.write_text("".join(json.dumps({"prompt": "w0", "completion": t}) + "\n" for t in text), encoding="utf-8")
+    path.write_text("".join(json.dumps({"prompt": "w0 ", "completion": t}) + "\n" for t in text), encoding="utf-8")
     return str(path)
 
 

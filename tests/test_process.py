@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import platform
-import subprocess
-import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,44 +38,27 @@ def test_threads_that_the_user_asked_for_stay(name: str, threads: int) -> None:
 
 
 @pytest.mark.parametrize("name", process.MALLOC_VARIABLES)
-def test_an_allocator_that_the_user_has_set_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_names_what_changes_the_allocator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.41"))
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: pytest.fail("the allocator was touched"))
     assert process.settle(2, env={name: "1"}).allocator == f"glibc 2.41, {name}"
+    assert process.settle(2, env={}).allocator == "glibc 2.41"
 
 
-def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_c_library_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: pytest.fail("the allocator was touched"))
     assert process.settle(2, env={}).allocator == "the system's"
 
 
-_FAULTS = """
-import ctypes, resource, sys
-from halfbyte import process
-if sys.argv[1] == "settled":
-    process.settle(1)
-libc = ctypes.CDLL(None)
-libc.malloc.restype = libc.memset.restype = ctypes.c_void_p
-libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
-libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    block = libc.malloc(64 << 20)
-    libc.memset(block, 1, 64 << 20)
-    libc.free(block)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
-print(faults())
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own settings")
-def test_a_large_block_is_used_again_instead_of_fetched_anew() -> None:
-    """64 MiB are more than glibc's threshold ever grows to: without the setting each block is 16,384 new pages."""
-
-    def faults(what: str) -> int:
-        command = [sys.executable, "-c", _FAULTS, what]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-    assert faults("settled") < 1000 < faults("plain")
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("always [madvise] never\n", "madvise"), ("[always] madvise never\n", "always"), (None, "unknown")],
+)
+def test_huge_pages_are_said_as_the_system_has_them(
+    text: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_HUGE_PAGES", tmp_path / "enabled")
+    if text is not None:
+        (tmp_path / "enabled").write_text(text)
+    settings = process.settle(2, env={})
+    assert settings.huge_pages == said
+    assert said in settings.line and settings.to_json()["huge_pages"] == said

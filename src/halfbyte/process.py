@@ -1,15 +1,15 @@
-"""Settings of halfbyte's own process: how many threads, and how the C library keeps freed memory.
+"""Settings of halfbyte's own process: how many threads, and what of the allocator and of huge pages is left alone.
 
 Why: under a CPU quota (a container) torch starts a thread for every processor of the host, and they take turns on the
-few that are allowed. glibc hands every large block back to the system when it is freed and asks for it again in the
-next layer, until its moving threshold has grown past the block; a fixed threshold does not depend on what came before.
-Source: `torch.set_num_threads`; glibc's `mallopt(3)`, where a threshold that is set stops moving.
-Cost: none. Huge pages are left as the system has them: asking for them gained nothing measurable (docs/log.md).
+few that are allowed.
+Source: `torch.set_num_threads`. Fixed thresholds of glibc's allocator, small or large, and huge pages (torch's
+`THP_MEM_ALLOC_ENABLE`, glibc's `glibc.malloc.hugetlb`) were measured and gained nothing (docs/log.md), so they stay as
+the system and the user have them; the report says how that is.
+Cost: none.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 from collections.abc import Mapping
@@ -17,12 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-MALLOC_VARIABLES = ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
-# Blocks from this size on get pages of their own, given back when they are freed; smaller ones stay and are used again.
-MMAP_THRESHOLD = 1 << 30
-TRIM_THRESHOLD = 256 << 20  # free bytes at the heap's top from which they are given back
-TOP_PAD = 64 << 20  # bytes that the heap grows by
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+MALLOC_VARIABLES = (
+    "GLIBC_TUNABLES",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_TOP_PAD_",
+    "LD_PRELOAD",
+)
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -37,14 +38,14 @@ class Settings:
 
     @property
     def line(self) -> str:
-        return f"{self.threads} threads ({self.threads_why}); {self.allocator}; huge pages: {self.huge_pages}"
+        return f"{self.threads} threads ({self.threads_why}); allocator {self.allocator}; huge pages: {self.huge_pages}"
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
 
 
 def settle(cores: int, env: Mapping[str, str] = os.environ) -> Settings:
-    """Set threads and allocator for this process, where the user's environment does not say otherwise.
+    """Set the threads of this process, where the user's environment does not say otherwise, and look at the rest.
 
     Args:
         cores: that this process may use, affinity and CPU quota counted (`device.Device.cores`).
@@ -67,16 +68,11 @@ def _threads(cores: int, env: Mapping[str, str]) -> tuple[int, str]:
 
 
 def _allocator(env: Mapping[str, str]) -> str:
-    name, version = platform.libc_ver()
-    if name != "glibc":
-        return "the system's"
-    if asked := [name for name in MALLOC_VARIABLES if env.get(name)]:
-        return f"glibc {version}, {asked[0]}"
-    mallopt = ctypes.CDLL(None).mallopt
-    values = ((_M_MMAP_THRESHOLD, MMAP_THRESHOLD), (_M_TRIM_THRESHOLD, TRIM_THRESHOLD), (_M_TOP_PAD, TOP_PAD))
-    if not all(mallopt(option, value) for option, value in values):
-        return f"glibc {version}, which refused a threshold"
-    return f"glibc {version}: blocks below {MMAP_THRESHOLD >> 20} MiB stay and are used again"
+    """The C library's, with the variables that change it."""
+    asked = [name for name in MALLOC_VARIABLES if env.get(name)]
+    return " ".join([part for part in platform.libc_ver() if part] or ["the system's"]) + "".join(
+        f", {name}" for name in asked
+    )
 
 
 def _huge_pages() -> str:

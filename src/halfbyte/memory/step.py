@@ -10,6 +10,7 @@ Letters: T tokens of a pass, K of them labelled, V vocabulary, D hidden, c bytes
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from halfbyte.memory.decoder import pairs_of
 from halfbyte.memory.job import Job
 from halfbyte.memory.lines import Line, Recompute, Where
 
-LOGITS_CHUNK_BYTES = 32_000_000  # layers/loss.py
+LOGITS_CHUNK_BYTES, LOGITS_ROWS = 32_000_000, 16  # layers/loss.py: at once at most, in multiples of so many rows
 SCORES_BYTES, SCORES_ROWS = 24_000_000, 512  # layers/block_attention.py: scores in fp32 at once, rows of a long example
 TOKENS_STEP = 64
 SLACK = 0.14
@@ -41,18 +42,18 @@ def largest_pass(job: Job, tokens: int) -> Pass:
     rows = job.rows.descending
     most = job.rows_per_step if job.packed else 1
     taken: list[int] = []
-    for length in rows[: max(most, 1)]:
+    for length in rows[: max(most, 1)].tolist():
         if taken and sum(taken) + length > tokens:
             break
         taken.append(length)
     if taken and job.packed and sum(taken) < tokens:  # shorter rows fill what is left of it
-        left = tokens - sum(taken)
-        for length in rows[len(taken) :]:
-            if len(taken) >= most:
+        left, at = tokens - sum(taken), len(taken)
+        while len(taken) < most:
+            at = max(at, bisect_left(rows, -left, key=lambda length: -int(length)))  # the first that is short enough
+            if at >= len(rows):
                 break
-            if length <= left:
-                taken.append(length)
-                left -= length
+            taken.append(int(rows[at]))
+            left, at = left - taken[-1], at + 1
     total = sum(taken)
     return Pass(tuple(taken) or (1,), round(total * job.rows.labelled_share))
 
@@ -111,8 +112,10 @@ def scores_bytes(job: Job, largest: Pass) -> float:
 
 def logits_bytes(job: Job, labelled: int) -> int:
     """Logits that exist at once: a chunk; without kernels also their fp32 log-probabilities."""
-    rows = max(16, LOGITS_CHUNK_BYTES // max(1, job.facts.vocab * job.itemsize))
-    return min(rows, max(1, labelled)) * job.facts.vocab * (job.itemsize if job.kernels else job.itemsize + 8)
+    most = max(LOGITS_ROWS, LOGITS_CHUNK_BYTES // max(1, job.facts.vocab * job.itemsize))
+    even = -(-labelled // max(1, -(-labelled // most)))
+    rows = min(most, -(-even // LOGITS_ROWS) * LOGITS_ROWS, max(1, labelled))
+    return rows * job.facts.vocab * (job.itemsize if job.kernels else job.itemsize + 8)
 
 
 def evaluating_bytes(job: Job, largest: Pass) -> int:
