@@ -129,7 +129,10 @@ def compared(
             step.
     """
     planned_held = sum(plan.line(name) for name in ("libraries", "data", "adapters"))
-    passing = ("adapters' copies", "gradients", "activations", "backward of a layer", "dequantised weight", "logits")
+    passing = (
+        "first pass", "adapters' copies", "optimiser", "gradients", "activations", "backward of a layer",
+        "dequantised weight", "logits",
+    )  # fmt: skip
     found = [Compared("base", plan.line("base") or opened.expected_bytes, opened.resident_bytes)]
     if plan.host_lines:
         host = sum(line.bytes for line in plan.host_lines)

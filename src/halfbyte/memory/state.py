@@ -19,7 +19,9 @@ LIBRARIES_PRIVATE_BYTES = 470_000_000
 LIBRARIES_FILE_BYTES = 235_000_000
 CUDA_CONTEXT_BYTES = 600_000_000  # driver context and cuBLAS workspace; a round figure, not measured here
 HOST_OF_CARD_BYTES = 2_500_000_000  # a CUDA build's libraries and pinned buffers in RAM; a round figure, not measured
-TOKENIZER_BYTES_PER_ENTRY = 700
+# What the first passes leave in the process beside tensors: compiled kernels, buffers of threads, the Trainer's own.
+FIRST_PASS_BYTES = 75_000_000
+TOKENIZER_BYTES_PER_ENTRY = 200
 ROW_BYTES = 60  # its length, labels, place in the order; its tokens lie in a file that is mapped
 TOUCHED_BYTES_PER_TOKEN = 65536  # the kernel maps sixteen pages around each one that is touched
 AHEAD = 2  # layers that are read ahead of a streamed one
@@ -45,6 +47,7 @@ def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
     return (
         Line("libraries", LIBRARIES_PRIVATE_BYTES, "torch, transformers, peft, numba and their state", source),
         Line("libraries, mapped", LIBRARIES_FILE_BYTES, "their code", source, "file"),
+        Line("first pass", FIRST_PASS_BYTES, "kernels, threads' buffers and the Trainer, from then on", source),
         Line("data", held, words),
     )
 

@@ -21,7 +21,7 @@ from halfbyte.memory.lines import Line, Recompute, Where
 LOGITS_CHUNK_BYTES, LOGITS_ROWS = 32_000_000, 16  # layers/loss.py: at once at most, in multiples of so many rows
 SCORES_BYTES, SCORES_ROWS = 24_000_000, 512  # layers/block_attention.py: scores in fp32 at once, rows of a long example
 TOKENS_STEP = 64
-SLACK = 0.14
+SLACK = 0.08
 CARD_SLACK = 0.05  # PyTorch's caching allocator rounds and splits; a round figure, not measured here
 
 
