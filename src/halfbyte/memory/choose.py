@@ -135,8 +135,9 @@ def _candidates(job: Job, device: Device, rates: Rates) -> Iterator[_Candidate]:
                 plan = count(job, device, rates, placement=placement, recompute=recompute, tokens=max(asked, 1))
                 yield _Candidate(placement, recompute, asked, plan, asked_tokens=True)
                 continue
-            # a streamed base is read once a pass, so there the whole step in one pass is worth having
-            cap = whole if placement == "streamed" else min(MAX_TOKENS_PER_PASS, whole)
+            # a base that is streamed from disk is read once a pass, so there the whole step in one pass is worth having
+            read_again = placement == "streamed" and job.base_bytes > PLENTY * device.ram_available_bytes
+            cap = whole if read_again else min(MAX_TOKENS_PER_PASS, whole)
             for tokens in _sizes(longest, max(longest, cap)):
                 plan = count(job, device, rates, placement=placement, recompute=recompute, tokens=tokens)
                 yield _Candidate(placement, recompute, tokens, plan)
