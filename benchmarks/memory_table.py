@@ -50,6 +50,12 @@ class Row:
     note: str = ""
 
     @property
+    def title(self) -> str:
+        """With the model's size in front, where the name does not say it."""
+        size = self.model.rpartition("-")[2]
+        return self.name if size in self.name.lower() else f"{size.upper()} {self.name}"
+
+    @property
     def assumed(self) -> str:
         where = "every linear" if self.targets == "all-linear" else "q, v"
         again = "full recomputation" if self.recompute else "nothing recomputed"
@@ -157,7 +163,7 @@ def show_lines(found: list[Planned]) -> None:
     """Every line of every row, where a published figure is far off or not."""
     names = list(dict.fromkeys(line.name for one in found for line in one.lines))
     print("\n**Line by line, GB**\n")
-    print("| | " + " | ".join(f"{one.row.model} {one.row.name}" for one in found) + " |")
+    print("| | " + " | ".join(one.row.title for one in found) + " |")
     print("| --- " * (len(found) + 1) + "|")
     for name in names:
         cells = [sum(line.bytes for line in one.lines if line.name == name) / GB for one in found]
