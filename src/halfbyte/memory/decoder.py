@@ -127,7 +127,7 @@ def layer_of(
     narrow = facts.key_heads * facts.head_size or hidden
 
     norm = 4 + (c if kernels else 4) * hidden if family.rms else c * hidden + 2 * c
-    before = max(1, family.norms // 2) * norm  # attention, and the rest of them before or after the MLP
+    before: float = max(1, family.norms // 2) * norm  # attention, and the rest of them before or after the MLP
     if family.qk_norms:
         before += (c if kernels else 4) * (wide + narrow) + 4 * (facts.heads + facts.key_heads)
     before += {
@@ -137,7 +137,8 @@ def layer_of(
         "dense": 4 * (wide + 2 * narrow),  # torch's own formula works in fp32
         "dropped": 4 * 3 * wide,  # and has keys and values under each query head
     }[attention]
-    mlp = max(0, family.norms - max(1, family.norms // 2)) * norm + _mlp(family.mlp, inner, c, kernels=kernels)
+    mlp: float = max(0, family.norms - max(1, family.norms // 2)) * norm
+    mlp += _mlp(family.mlp, inner, c, kernels=kernels)
     if facts.residual_dropout:  # torch's dropout for CPUs keeps its mask as numbers
         before += (c if kernels else 1) * hidden
         mlp += (c if kernels else 1) * hidden
@@ -150,7 +151,7 @@ def layer_of(
         is_there = (what == "attended" and attention == "flash" and kernels) or (
             what == "inner" and family.mlp == "relu"
         )
-        size = 0 if is_there else c * width / layers
+        size = 0.0 if is_there else c * width / layers
         again += size if kernels and what in _REMADE and (family.rms if what != "inner" else gated) else 0
         if what in ("mlp", "inner"):
             mlp += size
@@ -176,12 +177,23 @@ def layer_of(
     if family.norms == 1 and not adapted & {"mlp", "inner"}:  # both branches read the embedding
         idle += _mlp(family.mlp, inner, c, kernels=kernels)
     kept = before + mlp
-    moments = [
-        c * hidden + _mlp_moment(family.mlp, c * inner, adapted="inner" in adapted, dropout=dropout, again=more)
-        for more in (False, kernels and gated and "inner" in adapted)
-    ]
-    work = c * (3 * wide + 4 * narrow + hidden) - mlp
-    return Layer(kept, kept - again, c * hidden, idle, *moments, work, pair, pair_moment, attention)
+
+    def moment(*, again: bool) -> float:
+        last = _mlp_moment(family.mlp, c * inner, adapted="inner" in adapted, dropout=dropout, again=again)
+        return c * hidden + last
+
+    return Layer(
+        kept=kept,
+        selective=kept - again,
+        entry=c * hidden,
+        idle=idle,
+        mlp=moment(again=False),
+        mlp_again=moment(again=kernels and gated and "inner" in adapted),
+        attention=c * (3 * wide + 4 * narrow + hidden) - mlp,
+        pair=pair,
+        pair_moment=pair_moment,
+        pairs=attention,
+    )
 
 
 def _mlp_moment(kind: Mlp, inner: float, *, adapted: bool, dropout: bool, again: bool) -> float:
