@@ -73,7 +73,8 @@ class Layer:
     again. entry: its input, which full recomputation keeps. idle: what the first layer does not keep, as nothing before
     it trains. mlp, mlp_again: for a moment above what is kept, in the MLP's backward, without and with selective
     recomputation. attention: the same in attention's backward, when the MLP's part is free again. pair, pair_moment:
-    of each pair of tokens that attention keeps a score for, and for a moment.
+    of each pair of tokens that attention keeps a score for, and for a moment; pair_again: what is more of them while a
+    forward is done again (seen: one tensor in the compute dtype, where scores are made by the model's own code).
     """
 
     kept: float
@@ -85,6 +86,7 @@ class Layer:
     attention: float
     pair: float = 0.0
     pair_moment: float = 0.0
+    pair_again: float = 0.0
     pairs: Attention = "flash"
 
     def of(self, recompute: Recompute) -> float:
@@ -99,7 +101,7 @@ class Layer:
         """
         mlp = self.mlp_again if recompute == "selective" else self.mlp
         attention = self.attention * rows + self.pair_moment * pairs + scores
-        again = (self.kept - self.entry) * rows + self.pair * pairs if recompute == "full" else 0.0
+        again = (self.kept - self.entry) * rows + (self.pair + self.pair_again) * pairs if recompute == "full" else 0.0
         return again + max(mlp * rows, attention)
 
 
@@ -192,6 +194,7 @@ def layer_of(
         attention=c * (3 * wide + 4 * narrow + hidden) - mlp,
         pair=pair,
         pair_moment=pair_moment,
+        pair_again=heads * c if attention == "alibi" else 0.0,
         pairs=attention,
     )
 

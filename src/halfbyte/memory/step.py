@@ -21,7 +21,8 @@ from halfbyte.memory.lines import Line, Recompute, Where
 LOGITS_CHUNK_BYTES, LOGITS_ROWS = 32_000_000, 16  # layers/loss.py: at once at most, in multiples of so many rows
 SCORES_BYTES, SCORES_ROWS = 24_000_000, 512  # layers/block_attention.py: scores in fp32 at once, rows of a long example
 TOKENS_STEP = 64
-SLACK = 0.08
+SLACK = 0.08  # of what is kept until backward
+MOMENT_SLACK = 0.25  # of what comes and goes in between, and leaves holes
 CARD_SLACK = 0.05  # PyTorch's caching allocator rounds and splits; a round figure, not measured here
 
 
@@ -81,7 +82,7 @@ def step_lines(job: Job, largest: Pass, recompute: Recompute, where: Where, card
     loss = logits_bytes(job, largest.labelled) + 2 * c * hidden * (tokens + largest.labelled)
     # the loss is over before the last layer's backward begins, so the larger of both counts
     moment = max(backward, loss)
-    slack = (SLACK if where == "private" else CARD_SLACK) * (kept + moment)
+    slack = SLACK * kept + MOMENT_SLACK * moment if where == "private" else CARD_SLACK * (kept + moment)
     if backward >= loss:
         again = ", its forward done again" if recompute == "full" else ""
         at_once = Line("backward of a layer", round(backward), f"{tokens} tokens{again}", "memory/decoder.py", where)
