@@ -49,8 +49,8 @@ def make(job: Job, device: Device, rates: Rates | None = None) -> Plan:
         return _told(min(level, key=lambda c: c.plan.private_bytes), found, job)
     tight = [c for c in found if c.plan.short_bytes == 0]
     if tight:
-        return _told(min(tight, key=lambda c: _room(c.plan)), found, job, tight=True)
-    return _told(min(found, key=lambda c: c.plan.needed_bytes), found, job)
+        return _told(min(tight, key=lambda c: (_room(c.plan), c.plan.time.step_s)), found, job, tight=True)
+    return _told(min(found, key=lambda c: (c.plan.needed_bytes, c.plan.time.step_s)), found, job)
 
 
 def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recompute: Recompute, tokens: int) -> Plan:

@@ -20,7 +20,7 @@ LIBRARIES_FILE_BYTES = 235_000_000
 CUDA_CONTEXT_BYTES = 600_000_000  # driver context and cuBLAS workspace; a round figure, not measured here
 HOST_OF_CARD_BYTES = 2_500_000_000  # a CUDA build's libraries and pinned buffers in RAM; a round figure, not measured
 # What the first passes leave in the process beside tensors: compiled kernels, buffers of threads, the Trainer's own.
-FIRST_PASS_BYTES = 75_000_000
+FIRST_PASS_BYTES = 50_000_000
 TOKENIZER_BYTES_PER_ENTRY = 200
 ROW_BYTES = 60  # its length, labels, place in the order; its tokens lie in a file that is mapped
 TOUCHED_BYTES_PER_TOKEN = 65536  # the kernel maps sixteen pages around each one that is touched

@@ -23,6 +23,7 @@ SCORES_BYTES, SCORES_ROWS = 24_000_000, 512  # layers/block_attention.py: scores
 TOKENS_STEP = 64
 SLACK = 0.08  # of what is kept until backward
 MOMENT_SLACK = 0.25  # of what comes and goes in between, and leaves holes
+HEAP_BYTES = 32 << 20  # glibc's largest moving threshold: a larger block has pages of its own, a smaller one a hole
 CARD_SLACK = 0.05  # PyTorch's caching allocator rounds and splits; a round figure, not measured here
 
 
@@ -82,7 +83,9 @@ def step_lines(job: Job, largest: Pass, recompute: Recompute, where: Where, card
     loss = logits_bytes(job, largest.labelled) + 2 * c * hidden * (tokens + largest.labelled)
     # the loss is over before the last layer's backward begins, so the larger of both counts
     moment = max(backward, loss)
-    slack = SLACK * kept + MOMENT_SLACK * moment if where == "private" else CARD_SLACK * (kept + moment)
+    scores = 4 * job.facts.heads * pairs  # of one layer, in fp32
+    hole = scores if scores < HEAP_BYTES else 0.0
+    slack = SLACK * kept + MOMENT_SLACK * moment + hole if where == "private" else CARD_SLACK * (kept + moment)
     if backward >= loss:
         again = ", its forward done again" if recompute == "full" else ""
         at_once = Line("backward of a layer", round(backward), f"{tokens} tokens{again}", "memory/decoder.py", where)
