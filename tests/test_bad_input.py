@@ -368,8 +368,8 @@ CASES = [
         "  fix: data.max_length: 24, or data.overlong: truncate (cut the end off) or skip",
     ),
     Case(
-        "no chat template",
-        train(DATA),
+        "no chat template for held-out rows",
+        train("data.eval=bad.jsonl"),
         "error: the rows are messages, and this tokenizer has no chat template.\n"
         "  fix: data.chat_template: a file with one, or rows of prompt and completion",
         all_of(remove("model/chat_template.jinja"), write("bad.jsonl", chat(("user", "a"), ("assistant", "b")))),

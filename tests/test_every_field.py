@@ -366,6 +366,10 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case({"data__overlong": "truncate"}, column("tokens"), {"data__max_length": 19, "data__overlong": "skip"}),
         Case({"data__overlong": "error", "data__max_length": 19}, refused="longer than data.max_length 19"),
     ),
+    "data.packing": (
+        Case({"data__packing": "stream"}, column("tokens"), {"data__train": "BOTH", "data__format": "text"}),
+        Case({"data__packing": "stream"}, refused="data.packing stream is for plain text"),
+    ),
     "data.chat_template": (
         Case({"data__chat_template": tiny_run.CHATML.replace("role'] + '\n'", "role'] + '\n\n'")}, column("tokens")),
     ),

@@ -42,7 +42,7 @@ def test_it_runs_the_longest_pass_and_leaves_everything_as_it_was(monkeypatch: p
         asked.append(rows)
         return batch()
 
-    found = pacing.rehearse(model, pace([], []), [(2,), (0, 1), (1, 2)], made, [batch()])
+    found = pacing.rehearse(model, pace([], []), (0, 1), made, [batch()])
     assert asked == [(0, 1)] and found.tokens == 50
     assert ran == [True, False], "a pass of training, a batch of an evaluation"
     assert found.held.private > 0 and found.pass_bytes >= 0 and found.seconds > 0
@@ -69,12 +69,12 @@ def test_it_steps_down_until_it_fits_and_tells_where_nothing_does(monkeypatch: p
     applied: list[str] = []
     monkeypatch.setattr(loss, "pass_loss", failing(2))
     way = pace(said, applied)
-    found = pacing.rehearse(adapted("llama"), way, [(0, 1, 2)], lambda rows: batch())
+    found = pacing.rehearse(adapted("llama"), way, (0, 1, 2), lambda rows: batch())
     assert applied == ["full"] and way.tokens == 30 and found.tokens == 30
     assert "none -> full" in said[0] and "60 -> 30 tokens" in said[1]
     monkeypatch.setattr(loss, "pass_loss", failing(99))
     with pytest.raises(TrainError, match="there is no smaller way"):
-        pacing.rehearse(adapted("llama"), pace([], [], policies=("none",)), [(0, 1, 2)], lambda rows: batch())
+        pacing.rehearse(adapted("llama"), pace([], [], policies=("none",)), (0, 1, 2), lambda rows: batch())
 
 
 @pytest.mark.parametrize(("share", "rehearsed"), [(0.0, True), (1.0, False)])

@@ -88,7 +88,7 @@ def test_the_losses_do_not_depend_on_the_plan(
     if way.free is not None:
         here = replace(device.detect(), ram_bytes=way.free, ram_available_bytes=way.free)
         monkeypatch.setattr(device, "detect", lambda: here)
-        for name in ("LIBRARIES_PRIVATE_BYTES", "TOKENIZER_BYTES_PER_ENTRY", "ROW_BYTES", "ROW_BYTES_PER_TOKEN"):
+        for name in ("LIBRARIES_PRIVATE_BYTES", "TOKENIZER_BYTES_PER_ENTRY", "ROW_BYTES"):
             monkeypatch.setattr(state, name, 0)
     looks = 0
 

@@ -76,6 +76,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "data.max_length": (2048, {}),
     "data.mask": ("all", {}),
     "data.overlong": ("skip", {}),
+    "data.packing": ("stream", {}),
     "data.chat_template": ("chat.jinja", {}),
     "train.per_device_train_batch_size": (2, {}),
     "train.gradient_accumulation_steps": (2, {}),
@@ -441,6 +442,27 @@ def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
         load_recipe(tmp_path)
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(Path("a\0b.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (
+            {"format": "messages"},
+            "data.packing stream is for plain text, and data.format is messages; say rows, or format: text",
+        ),
+        ({"mask": "assistant"}, "data.packing stream is for plain text, in which no assistant speaks; data.mask: all"),
+        (
+            {"overlong": "skip"},
+            "data.overlong skip is not read with data.packing stream: long texts are cut into blocks",
+        ),
+    ],
+)
+def test_what_blocks_of_text_exclude(data: dict[str, str], said: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        Recipe.model_validate({"model": "m", "data": {"train": "t", "packing": "stream", **data}})
+    ((_, told),) = error.value.errors()[0]["ctx"]["problems"]
+    assert told == said
 
 
 def test_contradictions_hold_without_a_file_too() -> None:

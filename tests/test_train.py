@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,8 @@ from halfbyte import adapters, base, checkpoint, device, finetune
 from halfbyte import opened as opened_run
 from halfbyte.callbacks import Best, Silent
 from halfbyte.data import collate, gates, pack
-from halfbyte.errors import RunError, TrainError
+from halfbyte.data.examples import Example
+from halfbyte.errors import DataError, RunError, TrainError
 from halfbyte.generate import Sampling, generate
 from halfbyte.layers import loss, packing
 from halfbyte.recipe import Loaded
@@ -40,6 +44,12 @@ def losses(loaded: Loaded) -> list[float]:
 
 def worst(got: list[float], wanted: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(got, wanted, strict=True))
+
+
+def texts_of(row: Example) -> list[Example]:
+    """A row, or each text of a block for itself."""
+    edges = itertools.pairwise((*row.starts, len(row.input_ids)))
+    return [replace(row, input_ids=row.input_ids[a:b], labels=row.labels[a:b], starts=(0,)) for a, b in edges]
 
 
 def reference(loaded: Loaded) -> list[float]:
@@ -92,7 +102,7 @@ def reference(loaded: Loaded) -> list[float]:
     )
     found = []
     for step in steps:
-        rows = [prepared.train.examples[row] for rows in step.passes for row in rows]
+        rows = [text for rows in step.passes for row in rows for text in texts_of(prepared.train.examples[row])]
         labelled = sum(label != -100 for row in rows for label in row.labels)
         total = 0.0
         for start in range(0, len(rows), ROWS_PER_MICRO_BATCH):
@@ -136,6 +146,29 @@ def test_losses_are_those_of_the_plain_padded_stack(
     assert len(got) == 6
     assert len(set(got)) == 6
     assert worst(got, wanted) < tolerance
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+def test_texts_in_blocks_train_as_each_for_itself(name: str, tmp_path: Path) -> None:
+    tiny_run.checkpoint(tmp_path / "model", name)
+    loaded = tiny_run.recipe(tmp_path, **stream(tmp_path), train__max_steps=5)
+    got = losses(loaded)
+    assert worst(got, reference(loaded)) < 1e-5
+    assert {row["tokens"] for row in metrics(loaded)[:2]} == {4 * 24}, "a block is what a row is elsewhere"
+
+
+def stream(tmp_path: Path) -> dict[str, Any]:
+    """Texts of 3 to 40 tokens in blocks of 24."""
+    draw = random.Random(3)
+    texts = [" ".join(draw.choices(["red", "cup", "old", "tree"], k=draw.randint(1, 19))) for _ in range(40)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return {"data__train": tmp_path / "texts.jsonl", "data__packing": "stream", "data__max_length": 24}
+
+
+def test_blocks_need_attention_that_keeps_texts_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "prove", lambda model: packing.Proof(False, "single", "it leaks", 1.0))
+    with pytest.raises(DataError, match=r"not safe: it leaks\n  fix: data\.packing: rows"):
+        finetune.train(tiny_run.recipe(tmp_path, **stream(tmp_path)))
 
 
 def test_loraplus_is_a_rate_of_its_own_for_b(tmp_path: Path) -> None:
@@ -305,6 +338,7 @@ RESUMED: dict[str, dict[str, Any]] = {
     "bf16": {"quant__compute_dtype": "bf16", "train__gradient_checkpointing": True},
     "best": {"train__eval_strategy": "steps", "train__eval_steps": 2, "train__load_best_model_at_end": True},
     "loraplus": {"train__loraplus_lr_ratio": 8, "train__weight_decay": 0.1, "train__learning_rate": 1e-3},
+    "stream": {"data__packing": "stream"},
     "cosine": {"train__lr_scheduler_type": "cosine", "train__warmup_steps": 2, "train__optim": "adafactor"},
 }
 
@@ -320,6 +354,8 @@ def test_an_interrupted_run_ends_in_the_same_bytes(kind: str, how: str, tmp_path
         "train__save_steps": 2,
         **RESUMED[kind],
     }
+    if kind == "stream":
+        values |= stream(tmp_path)
     if kind == "best":
         values["data__eval"] = tmp_path / "eval.jsonl"
     whole = tiny_run.recipe(tmp_path, **values)

@@ -26,25 +26,25 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-_SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]  # 0, 1, 2 as in tiny's configs
+_SPECIAL = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")  # 0, 1, 2 as in tiny's configs
 _WORDS = ["red", "green", "blue", "round", "square", "small", "large", "old", "new", "cup", "box", "tree", "road"]
 
 
 @cache
-def tokenizer() -> Any:
+def tokenizer(special: tuple[str, ...] = _SPECIAL, eos: str = "<|im_end|>", chat_template: str | None = CHATML) -> Any:
     """A byte-level BPE tokenizer of VOCAB tokens with a ChatML template; any text comes back exactly."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB,
-        special_tokens=_SPECIAL,
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     made.train_from_iterator([" ".join(_WORDS), "user assistant system\n"] * 8, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="<|im_end|>", pad_token="<pad>", chat_template=CHATML
+        tokenizer_object=made, bos_token="<s>", eos_token=eos, pad_token="<pad>", chat_template=chat_template
     )
 
 

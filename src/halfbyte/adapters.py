@@ -184,17 +184,28 @@ def without_gradient(adapted: Any) -> list[str]:
     return [n for n, p in adapted.named_parameters() if p.requires_grad and p.grad is None]
 
 
-def save(adapted: Any, folder: Path, *, base_id: str, revision: str | None, dtype: torch.dtype = torch.float32) -> Path:
+def save(
+    adapted: Any,
+    folder: Path,
+    *,
+    base_id: str,
+    revision: str | None,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: Any | None = None,
+) -> Path:
     """Write `folder` in PEFT's format, whole or not at all; an older one there is replaced.
 
     Args:
         base_id: hub id, folder or packaged name that the base came from; never a path inside a cache.
         dtype: of the saved tensors; training masters are fp32.
+        tokenizer: written beside it, where it is not the base's own any more.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         write_files(adapted, temporary, base_id=base_id, revision=revision, dtype=dtype)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
         replace_folder(temporary, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from halfbyte import adapters, device, fitting, inputs, memory, targets
+from halfbyte.data import pack
 from halfbyte.errors import DataError
 from halfbyte.inputs import Prepared
 from halfbyte.recipe import Loaded
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 SHOWN_ROWS = 2
 BINS = 10
+COUNTED_STEPS = 20_000
 # Edges of the histogram are multiples of it.
 BIN_TOKENS = 16
 
@@ -109,24 +111,30 @@ def check(loaded: Loaded, *, row: int | None = None) -> Checked:
     if row is not None and not 1 <= row <= rows:
         raise DataError(f"there is no row {row}: {rows:,} rows are trained on.", fix=f"--row 1 to --row {rows}")
     model = targets.meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
-    _, plan = fitting.plan_of(prepared, machine, adapters.choose_targets(model, recipe.lora)[0], model)
+    _, plan = fitting.plan_of(prepared, machine, adapters.choose_targets(model, prepared.recipe.lora)[0], model)
     planned = plan_steps(prepared, max_tokens_per_pass=plan.max_tokens_per_pass, examples_per_pass=None)
     numbers = [row - 1] if row is not None else range(min(SHOWN_ROWS, rows))
     return Checked(
         prepared,
         plan,
         count_steps(prepared),
-        sum(len(step.passes) for step in planned),
-        sum(step.tokens for step in planned),
+        count_passes(planned),
+        planned.tokens,
         histogram(prepared.train.lengths),
         tuple(shown(prepared.train.examples[n], n + 1, prepared.tokenizer) for n in numbers),
     )
 
 
-def histogram(lengths: list[int]) -> tuple[Bin, ...]:
+def count_passes(steps: pack.Steps) -> int:
+    """Passes of all steps; of more than `COUNTED_STEPS`, as many a step as the first ones have."""
+    counted = steps[:COUNTED_STEPS]
+    return round(sum(len(step.passes) for step in counted) * len(steps) / max(1, len(counted)))
+
+
+def histogram(lengths: pack.Sizes) -> tuple[Bin, ...]:
     """At most `BINS` bins of one width, from the shortest row to the longest."""
-    first = min(lengths) // BIN_TOKENS * BIN_TOKENS
-    width = -(-(max(lengths) + 1 - first) // BINS)
+    first = int(np.min(lengths)) // BIN_TOKENS * BIN_TOKENS
+    width = -(-(int(np.max(lengths)) + 1 - first) // BINS)
     width = -(-width // BIN_TOKENS) * BIN_TOKENS
     counts = np.bincount((np.asarray(lengths) - first) // width)
     return tuple(Bin(first + i * width, first + (i + 1) * width - 1, int(n)) for i, n in enumerate(counts))

@@ -88,7 +88,7 @@ def detect(root: Path = Path("/"), env: Mapping[str, str] = os.environ) -> Devic
     return Device(
         kind="cuda" if cards else "cpu",
         isa=isa,
-        cores=_cores(root),
+        cores=cores(root),
         ram_bytes=min([total, *(limit for limit, _ in limits)]),
         ram_available_bytes=max(0, min([available, *(limit - used for limit, used in limits)])),
         cards=cards,
@@ -151,7 +151,8 @@ def _cpu(root: Path) -> tuple[str, tuple[str, ...]]:
     return (name[1].strip() if name else platform.processor()), tuple(f for f in ISA_FLAGS if f in flags)
 
 
-def _cores(root: Path) -> int:
+def cores(root: Path = Path("/")) -> int:
+    """Cores that this process may use, by its affinity and the control group's quota."""
     affinity = getattr(os, "sched_getaffinity", None)
     count: float = len(affinity(0)) if affinity else os.cpu_count() or 1
     for folder in _cgroup_folders(root, "cpu"):

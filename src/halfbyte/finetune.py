@@ -20,6 +20,7 @@ from halfbyte import (
     fitting,
     memory,
     pacing,
+    process,
     store,
     stream,
     targets,
@@ -28,6 +29,7 @@ from halfbyte import (
 from halfbyte import report as reporting
 from halfbyte.callbacks import Listener, RunCallback, Silent, StopRequest, stop_on_signals
 from halfbyte.data import collate, pack
+from halfbyte.errors import DataError
 from halfbyte.inputs import Prepared, data_note, data_report, prepare
 from halfbyte.inputs import notices as data_notices
 from halfbyte.layers import fuse, loss, packing
@@ -72,18 +74,21 @@ def resolve(loaded: Loaded) -> Resolution:
     """Resolve every `auto` without loading a weight; the data is read, since the plan follows from its lengths."""
     recipe, machine = loaded.recipe, device.detect()
     prepared = prepare(recipe)
+    recipe = prepared.recipe
     rehearse(recipe.train, total_steps=count_steps(prepared))
     found = prepared.checkpoint
     model = targets.meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
     chosen, modules = adapters.choose_targets(model, recipe.lora)
     _, plan = fitting.plan_of(prepared, machine, chosen, model)
-    auto = {
+    auto: dict[str, tuple[Any, str]] = {
         "quant.compute_dtype": device.compute_dtype(machine, recipe.quant.compute_dtype),
         "lora.target_modules": (chosen.names, chosen.reason),
         "train.gradient_checkpointing": (plan.gradient_checkpointing, plan.reasons["recompute"]),
         "quant.placement": (plan.placement, plan.reasons["placement"]),
         "train.max_tokens_per_pass": (plan.max_tokens_per_pass, plan.reasons["max_tokens_per_pass"]),
     }
+    if prepared.chatml is not None:
+        auto["lora.trainable_token_indices"] = (recipe.lora.trainable_token_indices, prepared.chatml.notice)
     resolved = []
     for field, value, origin in rows(loaded):
         if field in auto and auto[field][0] != value:
@@ -116,7 +121,10 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
         checkpoint.newest(RunFolder.open(out, need_adapter=False).checkpoints)
     else:
         RunFolder.check_free(out)
+    settings = process.settle(machine.cores)
+    tell.note(f"process   {settings.line}")
     prepared = prepare(recipe)
+    recipe = prepared.recipe
     rehearse(recipe.train, total_steps=count_steps(prepared))
     notices = [*data_notices(prepared), *(str(f) for f in prepared.findings if f.level != "ok")]
     tell.note(f"data      {data_note(prepared)}")
@@ -158,6 +166,11 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     engine = f"{fuse.install(model)}; {fused.reason}" if fused.ok else fused.reason
     if not fused.ok:
         fuse.remove(model)
+    if not proof.ok and recipe.data.packing == "stream":
+        raise DataError(
+            f"data.packing stream lays several texts end to end, and here that is not safe: {proof.reason}",
+            fix="data.packing: rows",
+        )
     notices += [] if proof.ok else [f"packing: {proof.reason}"]
     tell.note(f"packing   {proof.mode}: {proof.reason}")
     notices += [] if fused.ok else [f"engine: {fused.reason}"]
@@ -171,16 +184,16 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     if plan.needed_bytes <= fitting.UNREHEARSED * plan.available_bytes:
         tell.note(f"rehearsed nothing: {plan.needed_bytes / 1e9:.2f} GB are planned, a small part of what is free")
     else:
-        rehearsed = pacing.rehearse(model, pace, passes.all, passes.batch, passes.held_out)
+        rehearsed = pacing.rehearse(model, pace, passes.steps.longest_pass(), passes.batch, passes.held_out)
         tell.note(
             f"rehearsed {rehearsed.tokens} tokens, the longest pass, in {rehearsed.seconds:.1f} s: "
             f"{rehearsed.pass_bytes / 1e9:.2f} GB above {rehearsed.held.private / 1e9:.2f} GB held"
         )
     held = rehearsed.held if rehearsed else usage.now()
-    folder = RunFolder.reopen(out) if resume else RunFolder.create(out, to_yaml(recipe))
+    folder = RunFolder.reopen(out) if resume else RunFolder.create(out, to_yaml(loaded.recipe))
     with folder as run, stop_on_signals() as stop, usage.Peak() as peak:
         story = _Story(
-            run, prepared, opened, model, plan, pace, passes, held, peak, machine, tell, stop, tuple(notices)
+            run, prepared, opened, model, plan, pace, passes, held, peak, machine, settings, tell, stop, tuple(notices)
         )
         try:
             return story.tell_it(resume=resume)
@@ -202,6 +215,7 @@ class _Story:
     held: usage.Usage  # before the first step
     peak: usage.Peak
     machine: device.Device
+    settings: process.Settings
     tell: Listener
     stop: StopRequest
     notices: tuple[str, ...]
@@ -209,7 +223,7 @@ class _Story:
     def tell_it(self, *, resume: bool) -> Outcome:
         recipe, run = self.prepared.recipe, self.run
         steps, held_out = self.passes.steps, self.prepared.evaluation
-        planned = {**self.plan.to_json(), "steps": len(steps), "tokens": sum(s.tokens for s in steps)}
+        planned = {**self.plan.to_json(), "steps": len(steps), "tokens": steps.tokens}
         run.write_plan(planned)
         point = checkpoint.newest(run.checkpoints) if resume else None
         if point is not None:
@@ -249,7 +263,7 @@ class _Story:
             return Outcome(run.path, {}, trainer.state.global_step, self.stop.signal)
         return self.finish(callback, steps)
 
-    def finish(self, callback: RunCallback, steps: list[pack.Step]) -> Outcome:
+    def finish(self, callback: RunCallback, steps: pack.Steps) -> Outcome:
         """Save the adapter (the best one where evaluations chose it) and the report."""
         recipe, run = self.prepared.recipe, self.run
         chosen = callback.best if recipe.train.load_best_model_at_end else None
@@ -258,7 +272,14 @@ class _Story:
             self.tell.note(f"adapter   the best of {len(callback.evals)} evaluations, from step {chosen.step}")
         found = self.prepared.checkpoint
         dtype = base.DTYPES[recipe.lora.save_dtype]
-        adapters.save(self.model, run.adapter, base_id=found.id, revision=found.revision, dtype=dtype)
+        adapters.save(
+            self.model,
+            run.adapter,
+            base_id=found.id,
+            revision=found.revision,
+            dtype=dtype,
+            tokenizer=self.prepared.tokenizer if self.prepared.chatml is not None else None,
+        )
         used = callbacks.process_memory()
         on_card, timed = bool(self.machine.cards), self.plan.time.measured
         peak = usage.Usage(self.peak.private, self.peak.file)
@@ -267,7 +288,7 @@ class _Story:
         report = reporting.build(
             rows,
             planned=reporting.Figures(
-                tokens=sum(s.tokens for s in steps),
+                tokens=steps.tokens,
                 steps=len(steps),
                 train_seconds=self.plan.time.run_s if timed else None,
                 peak_rss_bytes=None if on_card else self.plan.peak_bytes,
@@ -277,7 +298,7 @@ class _Story:
             peak_rss_bytes=used["peak_rss_bytes"],
             peak_device_bytes=used.get("peak_device_bytes"),
             versions=versions(),
-            machine=self.machine.to_json(),
+            machine={**self.machine.to_json(), "process": self.settings.to_json()},
             data=data_report(self.prepared),
             notices=(*self.notices, *(f"memory: {down}" for down in self.pace.downs)),
             adapter_step=None if chosen is None else chosen.step,
@@ -295,7 +316,7 @@ class _Story:
 class Passes:
     """Every step's passes and the evaluation's, as the pace splits them at the start."""
 
-    steps: list[pack.Step]
+    steps: pack.Steps
     examples: Examples
     held_out: Any
 
@@ -308,10 +329,6 @@ class Passes:
             lengths = prepared.evaluation.lengths
             held_out = collate.Batches(prepared.evaluation.examples, pack.eval_passes(lengths, pace.tokens, per_pass))
         return cls(steps, prepared.train.examples, held_out)
-
-    @property
-    def all(self) -> list[pacing.Rows]:
-        return [rows for step in self.steps for rows in step.passes]
 
     def batch(self, rows: pacing.Rows) -> Any:
         return collate.collate([self.examples[r] for r in rows])

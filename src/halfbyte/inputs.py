@@ -1,18 +1,16 @@
 """What a recipe names, before a weight is loaded: the checkpoint, its tokenizer, every row as tokens, and the gates.
 
 Why: a missing file, a bad row or the wrong labels must be told in seconds, not after the base is loaded.
-Cost: tokenising, about 2,500 rows of 200 tokens a second a core; once, then their pages.
+Cost: tokenising, about 3,000 rows of 200 tokens a second a core; once, then their pages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from halfbyte import base, sources
-from halfbyte.data import gates, read, template, token_cache
+from halfbyte import base, device, sources
+from halfbyte.data import blocks, chatml, gates, tokenise
 from halfbyte.data.template import Encoded
 from halfbyte.recipe import Recipe
 
@@ -28,6 +26,8 @@ class Prepared:
     train: Encoded
     evaluation: Encoded | None
     findings: tuple[gates.Finding, ...]
+    chatml: chatml.Settled | None = None
+    """Where the model has no chat template of its own; then `recipe` trains the rows of its new tokens."""
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -46,12 +46,30 @@ def look(recipe: Recipe) -> Prepared:
     found = find_model(recipe)
     config = base.read_config(found.path, trust_remote_code=recipe.trust_remote_code)
     tokenizer = base.open_tokenizer(found, trust_remote_code=recipe.trust_remote_code)
-    train = encode(recipe, recipe.data.train, tokenizer)
-    evaluation = encode(recipe, recipe.data.eval, tokenizer) if recipe.data.eval else None
-    rows = config.get_text_config().vocab_size
+    data, cores = recipe.data, device.cores()
+    text = config.get_text_config()
+    settled = None
+    if chatml.is_needed(data.train, tokenizer, data):
+        tied = bool(getattr(text, "tie_word_embeddings", False))
+        settled = chatml.settle(tokenizer, data, embedding_rows=text.vocab_size, tied=tied)
+        recipe = with_trained(recipe, settled.new_tokens)
+    train = tokenise.encode(data.train, tokenizer, data, cores=cores)
+    evaluation = tokenise.encode(data.eval, tokenizer, data, cores=cores) if data.eval else None
+    rows = text.vocab_size
     trained = frozenset(recipe.lora.trainable_token_indices or ())
     findings = gates.check(train, evaluation, tokenizer, recipe.data, embedding_rows=rows, trained=trained)
-    return Prepared(recipe, found, config, tokenizer, train, evaluation, findings)
+    if data.packing == "stream":
+        train = blocks.stream(train, data.max_length)
+        evaluation = blocks.stream(evaluation, data.max_length) if evaluation is not None else None
+    return Prepared(recipe, found, config, tokenizer, train, evaluation, findings, settled)
+
+
+def with_trained(recipe: Recipe, tokens: tuple[int, ...]) -> Recipe:
+    """A recipe that also trains the embedding's rows of these tokens."""
+    if not tokens:
+        return recipe
+    every = tuple(sorted({*(recipe.lora.trainable_token_indices or ()), *tokens}))
+    return recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"trainable_token_indices": every})})
 
 
 def find_model(recipe: Recipe) -> sources.Checkpoint:
@@ -59,22 +77,12 @@ def find_model(recipe: Recipe) -> sources.Checkpoint:
     return sources.resolve(name, allow_pickle=recipe.allow_pickle)
 
 
-def encode(recipe: Recipe, names: Path | str | Sequence[str], tokenizer: Any) -> Encoded:
-    """Rows as tokens: from the cache, or read, rendered and tokenised now."""
-    key = token_cache.key(names, tokenizer, recipe.data)
-    kept = token_cache.load(key) if key else None
-    if kept is not None:
-        return kept
-    encoded = template.encode(read.read_rows(names, recipe.data), tokenizer, recipe.data)
-    if key:
-        token_cache.save(key, encoded)
-    return encoded
-
-
 def data_note(prepared: Prepared) -> str:
     stats = prepared.train.stats
+    texts = prepared.train.texts
+    rows = f"{stats.rows:,} rows" if texts is None else f"{texts:,} texts in {stats.rows:,} blocks"
     note = (
-        f"{stats.rows:,} rows, {stats.tokens:,} tokens ({stats.min_length} to {stats.max_length} a row), "
+        f"{rows}, {stats.tokens:,} tokens ({stats.min_length} to {stats.max_length} a row), "
         f"{stats.labelled_share:.0%} of them trained"
     )
     return note + (f"; {prepared.evaluation.stats.rows:,} rows held out" if prepared.evaluation else "")
@@ -86,9 +94,10 @@ def data_report(prepared: Prepared) -> dict[str, Any]:
     def counts(encoded: Encoded) -> dict[str, Any]:
         stats, tally = encoded.stats, encoded.tally
         return {
-            "rows": tally.seen, "used": stats.rows, "skipped": tally.skipped.count, "truncated": tally.truncated,
+            "rows": tally.seen, "used": tally.kept, "skipped": tally.skipped.count, "truncated": tally.truncated,
             "tokens": stats.tokens, "labelled_tokens": stats.labelled_tokens, "labelled_share": stats.labelled_share,
             "longest": stats.max_length, "mean_length": stats.mean_length,
+            **({} if encoded.texts is None else {"blocks": stats.rows}),
         }  # fmt: skip
 
     held_out = prepared.evaluation
@@ -102,4 +111,5 @@ def data_report(prepared: Prepared) -> dict[str, Any]:
 def notices(prepared: Prepared) -> list[str]:
     """What the user should know of the rows, beside the gates."""
     held_out = prepared.evaluation
-    return [*prepared.train.tally.messages(), *(held_out.tally.messages() if held_out is not None else ())]
+    first = [prepared.chatml.notice] if prepared.chatml is not None else []
+    return [*first, *prepared.train.tally.messages(), *(held_out.tally.messages() if held_out is not None else ())]

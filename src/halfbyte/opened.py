@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from halfbyte import adapters, base, device, inputs, memory, sources, store, stream
+from halfbyte import adapters, base, device, inputs, memory, process, sources, store, stream
 from halfbyte import evaluate as scoring
-from halfbyte.data import chat_template, collate, pack
+from halfbyte.data import blocks, chat_template, collate, pack, tokenise
 from halfbyte.errors import DataError
 from halfbyte.generate import Sampling
 from halfbyte.layers import packing
@@ -49,17 +49,21 @@ def open_run(path: Path, tell: store.Tell | None = None) -> Opened:
     recipe = load_recipe(run.recipe, ["train.report_to=none"]).recipe
     found = inputs.find_model(recipe)
     machine = device.detect()
+    process.settle(machine.cores)
     opened = base.open_base(found, recipe.quant, machine, trust_remote_code=recipe.trust_remote_code, tell=tell)
     placement, _ = stream.choose(recipe.quant.placement, opened.model, machine.ram_available_bytes)
     stream.place(opened.model, placement)
-    if recipe.data.chat_template is not None:
-        opened.tokenizer.chat_template = chat_template.chat_template(opened.tokenizer, recipe.data)
+    tokenizer = opened.tokenizer
+    if (run.adapter / "tokenizer_config.json").is_file():  # ChatML, with tokens that the base's own does not have
+        tokenizer = base.open_tokenizer(replace(found, path=run.adapter), opened.model)
+    elif recipe.data.chat_template is not None:
+        tokenizer.chat_template = chat_template.chat_template(tokenizer, recipe.data)
     own = adapters.biases(opened.model) if recipe.lora.bias != "none" else []
     model = adapters.load(opened.model, run.adapter)
     model.eval()
     with stream.shallow(model):
         packing.prove(model)  # leaves the model set up for what it has proven
-    return Opened(path, recipe, found, model, opened.tokenizer, own)
+    return Opened(path, recipe, found, model, tokenizer, own)
 
 
 def evaluate(
@@ -77,7 +81,9 @@ def evaluate(
         raise DataError(
             "the run has no held-out rows (data.eval).", fix=f"halfbyte eval {opened.run} --data ROWS.jsonl"
         )
-    encoded = inputs.encode(opened.recipe, path, opened.tokenizer)
+    encoded = tokenise.encode(path, opened.tokenizer, opened.recipe.data, cores=device.cores())
+    if opened.recipe.data.packing == "stream":
+        encoded = blocks.stream(encoded, opened.recipe.data.max_length)
     examples = encoded.examples[:limit]
     per_pass = 1 if packing.installed(opened.model) == "single" else None
     passes = pack.eval_passes([len(e.input_ids) for e in examples], memory.MAX_TOKENS_PER_PASS, per_pass)

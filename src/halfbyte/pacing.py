@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
 from halfbyte import usage
@@ -45,7 +47,7 @@ class Pace:
         on_card: memory is a card's, whose allocations fail with an error; else RAM, which is looked at.
     """
 
-    lengths: Sequence[int]
+    lengths: pack.Sizes
     tokens: int
     examples_per_pass: int | None
     recompute: Recompute
@@ -58,9 +60,9 @@ class Pace:
     downs: list[str] = field(default_factory=list)
     _tight: bool = False
 
-    @property
+    @cached_property
     def longest(self) -> int:
-        return max(self.lengths, default=1)
+        return int(np.max(self.lengths, initial=1))
 
     @property
     def margin(self) -> int:
@@ -133,7 +135,7 @@ class Pace:
         return self.split(waiting)
 
     def _largest(self, passes: Sequence[Rows]) -> int:
-        return max((sum(self.lengths[r] for r in rows) for rows in passes), default=0)
+        return max((int(sum(self.lengths[r] for r in rows)) for rows in passes), default=0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -152,7 +154,7 @@ class Rehearsed:
 
 
 def rehearse(
-    model: Any, pace: Pace, passes: Sequence[Rows], batch: Callable[[Rows], Any], evaluation: Sequence[Any] = ()
+    model: Any, pace: Pace, longest: Rows, batch: Callable[[Rows], Any], evaluation: Sequence[Any] = ()
 ) -> Rehearsed:
     """Run the longest pass forward and backward, and one batch of an evaluation, before anything is learned.
 
@@ -164,9 +166,8 @@ def rehearse(
     import time
 
     def size(rows: Rows) -> int:
-        return sum(pace.lengths[r] for r in rows)
+        return int(sum(pace.lengths[r] for r in rows))
 
-    longest = max(passes, key=size)
     training = model.training
     devices = [torch.cuda.current_device()] if pace.on_card else []
     while True:

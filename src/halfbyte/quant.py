@@ -319,7 +319,7 @@ def dequantised(module: Any, *, reuse: bool = False) -> torch.Tensor:
         return bnb_f.dequantize_4bit(packed, state)
     absmax = state.absmax
     if state.nested:
-        absmax = (bnb_f.dequantize_blockwise(absmax, state.state2) + state.offset).float()
+        absmax = bnb_f.dequantize_blockwise(absmax, state.state2).add_(state.offset).float()
     out = _scratch(state.shape.numel(), state.dtype).view(state.shape)
     rows, columns = state.shape
     sizes = (ctypes.c_longlong(n) for n in (state.blocksize, rows, columns))

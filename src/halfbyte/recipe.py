@@ -319,6 +319,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     yield from _in_source(recipe)
     yield from _in_lora(recipe)
     yield from _in_evaluation(recipe)
+    yield from _in_data(recipe)
     train = recipe.train
     if train.bf16 and train.fp16:
         yield ("train.bf16", "train.fp16"), "train.bf16 and train.fp16 cannot both be true; better give neither"
@@ -370,6 +371,21 @@ def _in_lora(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if lora.layers_to_transform is not None and isinstance(target, str) and target not in ("auto", "all-linear"):
         said = "lora.layers_to_transform is not read with a regular expression in lora.target_modules; give a list"
         yield ("lora.layers_to_transform", "lora.target_modules"), said
+
+
+def _in_data(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    data = recipe.data
+    if data.packing != "stream":
+        return
+    if data.format not in ("auto", "text"):
+        said = f"data.packing stream is for plain text, and data.format is {data.format}; say rows, or format: text"
+        yield ("data.packing", "data.format"), said
+    if data.mask == "assistant":
+        said = "data.packing stream is for plain text, in which no assistant speaks; data.mask: all"
+        yield ("data.packing", "data.mask"), said
+    if data.overlong != "error":
+        said = f"data.overlong {data.overlong} is not read with data.packing stream: long texts are cut into blocks"
+        yield ("data.packing", "data.overlong"), said
 
 
 def _in_evaluation(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:

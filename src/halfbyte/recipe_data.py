@@ -70,4 +70,9 @@ class Data(Section):
         "completion", description="what is trained: the last assistant turn, every one, or all tokens"
     )
     overlong: Literal["error", "truncate", "skip"] = Field("error", description="what happens to a longer row")
-    chat_template: str | None = Field(None, description="a Jinja template, or its file, instead of the model's own")
+    packing: Literal["rows", "stream"] = Field(
+        "rows", description="rows as they are; or stream: plain texts end to end, in blocks of max_length tokens"
+    )
+    chat_template: str | None = Field(
+        None, description="a Jinja template, or its file, or chatml, instead of the model's own"
+    )

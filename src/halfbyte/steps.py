@@ -1,6 +1,6 @@
 """The steps of a run, counted and arranged: how many, which rows, when to save and to evaluate.
 
-Cost: pure Python; a few microseconds a row.
+Cost: none; a step is made when it is asked for.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def count_steps(prepared: Prepared) -> int:
     )
 
 
-def plan_steps(prepared: Prepared, *, max_tokens_per_pass: int, examples_per_pass: int | None) -> list[pack.Step]:
+def plan_steps(prepared: Prepared, *, max_tokens_per_pass: int, examples_per_pass: int | None) -> pack.Steps:
     """Every optimiser step of the run: which rows, in which order, in which passes."""
     train = prepared.recipe.train
     return pack.plan_steps(

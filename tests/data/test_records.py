@@ -74,6 +74,9 @@ def test_parquet_with_nested_messages(tmp_path: Path, make_data: Any) -> None:
     assert (rows[2999].where, rows[2999].messages[1].content) == ("rows.parquet row 3000", "a")
     with pytest.raises(DataError, match=r"x\.parquet is not Parquet that can be read"):
         read_rows(make(tmp_path, "x.parquet", "no"), make_data())
+    renamed = (tmp_path / "rows.parquet").read_bytes().replace(b"messages", b"mess\xaeges")
+    with pytest.raises(DataError, match=r"x\.parquet is not Parquet that can be read: 'utf-8' codec can't decode"):
+        read_rows(make(tmp_path, "x.parquet", renamed), make_data())
 
 
 def test_lines_and_numbers_are_those_of_the_file(tmp_path: Path) -> None:

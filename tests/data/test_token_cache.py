@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from halfbyte import inputs
-from halfbyte.data import template, token_cache
+from halfbyte.data import template, token_cache, tokenise
 
 ROWS = [{"prompt": f"what is {n}", "completion": f"a number, {n}"} for n in range(7)]
 
@@ -28,12 +26,13 @@ def test_the_second_time_nothing_is_tokenised_and_all_is_the_same(
     rows: Path, make_byte_level: Any, templates: Any, make_data: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer, data = make_byte_level(templates.chatml), make_data()
-    first = inputs.encode(SimpleNamespace(data=data), rows, tokenizer)  # type: ignore[arg-type]
-    monkeypatch.setattr(template, "encode", lambda *args: pytest.fail("tokenised again"))
-    again = inputs.encode(SimpleNamespace(data=data), rows, tokenizer)  # type: ignore[arg-type]
+    first = tokenise.encode(rows, tokenizer, data)
+    monkeypatch.setattr(template.Encoder, "part", lambda *args, **more: pytest.fail("tokenised again"))
+    again = tokenise.encode(rows, tokenizer, data)
     assert list(again.examples) == list(first.examples) and len(again.examples) == len(ROWS)
     assert again.tally == first.tally
-    assert (again.lengths, again.labelled, again.stats) == (first.lengths, first.labelled, first.stats)
+    assert again.stats == first.stats and again.lengths.tolist() == first.lengths.tolist()
+    assert again.labelled.tolist() == first.labelled.tolist()
     assert again.examples.digests().tolist() == first.examples.digests().tolist()
 
 
@@ -65,17 +64,18 @@ def test_a_damaged_file_is_not_used(
 ) -> None:
     import pyarrow as pa
 
-    tokenizer, recipe = make_byte_level(templates.chatml), SimpleNamespace(data=make_data())
-    first = inputs.encode(recipe, rows, tokenizer)  # type: ignore[arg-type]
+    tokenizer, data = make_byte_level(templates.chatml), make_data()
+    first = tokenise.encode(rows, tokenizer, data)
+    examples, schema = list(first.examples), first.examples.batches[0].schema
     (path,) = token_cache.folder().glob("*")
     whole = path.read_bytes()
     if harm == "no tally":
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, first.examples.batches[0].schema) as writer:
-            writer.write_batch(first.examples.batches[0])
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            writer.write_batch(pa.record_batch([[]] * len(schema), schema=schema))
     else:
         path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "not arrow": b"x" * len(whole)}[harm])
     assert token_cache.load(path.stem) is None
-    assert list(inputs.encode(recipe, rows, tokenizer).examples) == list(first.examples)  # type: ignore[arg-type]
+    assert list(tokenise.encode(rows, tokenizer, data).examples) == examples
     assert token_cache.load(path.stem) is not None, "made again"
 
 
@@ -84,7 +84,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "file"))
-    found = inputs.encode(SimpleNamespace(data=make_data()), rows, make_byte_level(templates.chatml))  # type: ignore[arg-type]
+    found = tokenise.encode(rows, make_byte_level(templates.chatml), make_data())
     assert len(found.examples) == len(ROWS)
 
 
@@ -94,7 +94,7 @@ def test_few_rows_are_not_kept_and_the_oldest_go_first(
     tokenizer = make_byte_level(templates.chatml)
 
     def kept(**data: Any) -> list[str]:
-        inputs.encode(SimpleNamespace(data=make_data(**data)), rows, tokenizer)  # type: ignore[arg-type]
+        tokenise.encode(rows, tokenizer, make_data(**data))
         return [f.stem for f in token_cache.folder().glob("*")]
 
     (first,) = kept()

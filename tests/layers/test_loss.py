@@ -114,6 +114,51 @@ def test_a_pass_is_the_models_own_loss(name: str) -> None:
     torch.testing.assert_close(loss.pass_loss(model, batch, fused=False), own, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "opt", "phi3"])
+@pytest.mark.parametrize("lengths", [(5, 1, 9), (1,), (15, 17)], ids=str)
+def test_rows_behind_the_others_change_no_loss_and_no_gradient(
+    name: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.model(name)
+    model.requires_grad_(False)
+    packing.prove(model)
+    assert packing.installed(model) == "cu_seq_lens"
+    embedding = model.get_input_embeddings()
+    draw = torch.Generator().manual_seed(1)
+    ids = [tuple(torch.randint(3, 200, (n,), generator=draw).tolist()) for n in lengths]
+    batch = collate([example(row, row) for row in ids])
+    trained = next(p for name_, p in model.named_parameters() if p.dim() == 2 and p is not embedding.weight)
+    trained.requires_grad_(True)
+
+    def of() -> tuple[torch.Tensor, torch.Tensor]:
+        value = loss.pass_loss(model, batch)
+        if not value.requires_grad or not len(batch["keep"]):
+            return value.detach(), torch.zeros(())
+        return value.detach(), torch.autograd.grad(value, trained)[0]
+
+    plain = of()
+    monkeypatch.setattr(packing, "ALIGNED_FROM", 1)
+    seen: list[int] = []
+    hook = embedding.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
+    aligned = of()
+    hook.remove()
+    assert seen == [packing.up_to(sum(lengths))]
+    torch.testing.assert_close(aligned, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_a_small_pass_gets_no_rows() -> None:
+    batch = collate([example((5, 6, 7), (5, 6, 7))])
+    assert packing.aligned(batch)["input_ids"].shape == (1, 3)
+
+
+def test_the_gradient_of_chosen_rows_is_that_of_index_select() -> None:
+    x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    rows = torch.tensor([0, 2, 3, 6])
+    assert torch.autograd.gradcheck(lambda t: loss._Rows.apply(t, rows), (x,))
+    empty = torch.tensor([], dtype=torch.long)
+    assert torch.autograd.grad(loss._Rows.apply(x, empty).sum(), x)[0].abs().sum() == 0
+
+
 def test_a_head_that_is_not_plain_is_left_to_the_model() -> None:
     model = tiny.model("llama")
     model.lm_head.weight.requires_grad_(False)

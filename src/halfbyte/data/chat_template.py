@@ -11,6 +11,7 @@ from halfbyte.errors import DataError
 if TYPE_CHECKING:
     from halfbyte.recipe_data import Data
 
+CHATML = "chatml"  # in the recipe: ChatML as `chatml.py` makes it
 _RESERVED = re.compile(r"<?\W*(reserved|unused|extra_id|dummy|placeholder)\w*\W*\d+\W*>?", re.IGNORECASE)
 
 
@@ -22,7 +23,7 @@ def is_reserved(token: str) -> bool:
 def chat_template(tokenizer: Any, data: Data) -> str | None:
     """The chat template as Jinja text: the recipe's (text, or a file of it), else the tokenizer's own, else None."""
     asked = data.chat_template
-    if asked is None:
+    if asked is None or asked == CHATML:  # which is the tokenizer's own by now
         if not tokenizer.chat_template:
             return None
         try:
@@ -40,5 +41,5 @@ def chat_template(tokenizer: Any, data: Data) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"data.chat_template {asked!r} is neither Jinja text nor a file that can be read ({error}).",
-            fix="data.chat_template: chat.jinja",
+            fix="data.chat_template: chat.jinja, or chatml",
         ) from None

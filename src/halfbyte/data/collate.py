@@ -21,18 +21,18 @@ from halfbyte.data.pack import Step
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Any]:
-    """One batch of T tokens from n examples, K of the tokens predicted.
+    """One batch of T tokens from n texts (a block of several counts as so many), K of the tokens predicted.
 
     Returns:
-        input_ids, position_ids, labels: (1, T) int64. Labels are not shifted; -100 at the start of each example.
-        cu_seq_lens_q, cu_seq_lens_k: (n + 1,) int32, where each example starts, and T.
-        max_length_q, max_length_k: the longest example, as an int.
+        input_ids, position_ids, labels: (1, T) int64. Labels are not shifted; -100 at the start of each text.
+        cu_seq_lens_q, cu_seq_lens_k: (n + 1,) int32, where each text starts, and T.
+        max_length_q, max_length_k: the longest text, as an int.
         keep: (K,) int64, the positions p whose next token is labelled.
         targets: (K,) int64, `labels[0, keep + 1]`.
     """
     if not examples:
         raise ValueError("a pass needs at least one example")
-    lengths = [len(e.input_ids) for e in examples]
+    lengths = [n for e in examples for n in e.pieces]
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)  # (n + 1,)
     input_ids = torch.tensor(list(chain.from_iterable(e.input_ids for e in examples)))  # (T,)
     labels = torch.tensor(list(chain.from_iterable(e.labels for e in examples)))  # (T,)

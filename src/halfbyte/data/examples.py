@@ -2,7 +2,7 @@
 
 Why: a row of Python integers takes 24 bytes a token and more; here it takes four, and they may lie in a file that is
 mapped into memory. So two million rows cost no more than their pages that are looked at.
-Source: Arrow's columnar format; record batches of `template.CHUNK_ROWS` rows.
+Source: Arrow's columnar format; record batches of at most `read.CHUNK_ROWS` rows.
 Cost: 4 bytes a token on disk or in memory; about 30 microseconds to make one `Example`.
 """
 
@@ -12,6 +12,7 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, overload
 
 import numpy as np
@@ -45,6 +46,13 @@ class Example:
     """What generation starts from to answer this row."""
     completion: str
     """The reference answer: the last assistant text."""
+    starts: tuple[int, ...] = (0,)
+    """Where a text begins: attention does not cross it. More than one only in a block of several texts."""
+
+    @property
+    def pieces(self) -> list[int]:
+        """Tokens of each text in it."""
+        return [b - a for a, b in pairwise((*self.starts, len(self.input_ids)))]
 
 
 @dataclass
@@ -144,6 +152,15 @@ class Examples(Sequence[Example]):
     def digests(self) -> np.ndarray[Any, Any]:
         """A 64-bit hash of each row's tokens: (rows,) uint64."""
         return self._column("digest", lambda column: column.to_numpy(), np.uint64)
+
+    def ids(self, index: int) -> np.ndarray[Any, Any]:
+        """The tokens of a row, where they lie: (length,) uint32."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        held = self.batches[number]
+        found: np.ndarray[Any, Any] = held.column("ids")[
+            index - int(self._ends[number]) + held.num_rows
+        ].values.to_numpy()
+        return found
 
     def where(self, index: int) -> str:
         """The name of a row, without making the whole of it."""

@@ -3,14 +3,13 @@
 Why: one name may stand for many files, and a name that stands for none must say what there is instead.
 Source: `glob` of the standard library, sorted; a hub dataset is `hub:org/name?split=train&name=...&revision=...`, the
 arguments of `datasets.load_dataset`.
-Cost: a look into the folders; no file is read here but for a digest.
+Cost: a look into the folders; no file is read here.
 """
 
 from __future__ import annotations
 
 import difflib
 import glob
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,15 +63,6 @@ def same(a: Sequence[Source], b: Sequence[Source]) -> list[str]:
     """Labels of the sources that two lists share."""
     ours = {(s.path.absolute() if s.kind != "hub" else s.path, s.hub) for s in a}
     return [s.label for s in b if (s.path.absolute() if s.kind != "hub" else s.path, s.hub) in ours]
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file's bytes. About 1.5 GB a second where the processor has instructions for it."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def _files(name: str) -> list[Source]:

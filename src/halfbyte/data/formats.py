@@ -11,7 +11,7 @@ Cost: a few microseconds a row.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -95,11 +95,11 @@ def detect_format(record: Mapping[str, Any], data: Data, where: str = "the first
     )
 
 
-def parser(found: Format, data: Data, record: Mapping[str, Any]) -> Parser:
+def parser(found: Format, data: Data, record: Collection[str]) -> Parser:
     """What turns a record of this format into a row, or raises `BadRow`.
 
     Args:
-        record: the first one; it tells under which of the two names its conversation lies.
+        record: the first one, or its keys; they tell under which of the two names its conversation lies.
     """
     f = data.fields
     column = f.messages

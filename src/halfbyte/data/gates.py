@@ -110,6 +110,9 @@ def _ends(train: Encoded) -> Finding:
 
 def _length(train: Encoded, data: Data) -> Finding:
     tally, limit = train.tally, data.max_length
+    if data.packing == "stream":
+        found = f"texts of {train.stats.min_length:,} to {train.stats.max_length:,} tokens in blocks of {limit:,}"
+        return Finding("length", "ok", found)
     if not tally.longest:
         return Finding("length", "ok", f"the longest row has {train.stats.max_length:,} tokens of {limit:,}")
     over = tally.truncated + tally.skipped.count

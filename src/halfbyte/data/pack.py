@@ -4,20 +4,28 @@ Why: the item of the data set is one whole step, so the budget of a pass may cha
 without changing what a step learns from. Rows are grouped as transformers.Trainer groups them (the last step of an
 epoch may be short); first-fit decreasing then puts them into passes (at most 11/9 of the fewest possible, plus one:
 Johnson 1973).
-Cost: pure Python, a few microseconds a row; no torch.
+Cost: a step is made when it is asked for, a few microseconds a row; an epoch's order a second for two million rows,
+made when its first step is. No torch.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
 
 Passes = tuple[tuple[int, ...], ...]
+Sizes = Sequence[int] | np.ndarray[Any, Any]
 
 # Rows of an evaluation are packed window by window: first-fit looks at every open pass, which is quadratic.
 EVAL_WINDOW_ROWS = 512
+# Steps that are looked at to find the longest pass of a run; of more, so many that have the most tokens.
+LOOKED_AT_STEPS = 4096
 
 
 @dataclass(frozen=True)
@@ -31,9 +39,106 @@ class Step:
     tokens: int
 
 
+@dataclass(frozen=True, eq=False)
+class Steps(Sequence[Step]):
+    """Every step of a run, each made when it is asked for; a slice is a list.
+
+    Epoch e takes the rows in the order of `random.Random(f"{seed}/{e}").shuffle`, which does not depend on the machine,
+    on torch or on earlier epochs. The same arguments give the same steps anywhere.
+
+    Args:
+        lengths: tokens of each row.
+        labelled: labelled tokens of each row.
+        rows_per_step: batch size x accumulation (x processes).
+        total: how many steps there are, as `count_steps` counts them.
+        max_tokens_per_pass: a row longer than this is a pass of its own.
+        examples_per_pass: at most so many rows a pass; None for as many as fit, 1 where packing is not proven.
+    """
+
+    lengths: Sizes
+    labelled: Sizes
+    rows_per_step: int
+    total: int
+    seed: int
+    max_tokens_per_pass: int
+    examples_per_pass: int | None
+
+    def __post_init__(self) -> None:
+        lengths, labelled = np.asarray(self.lengths), np.asarray(self.labelled)
+        if not len(lengths) or len(lengths) != len(labelled):
+            raise ValueError(
+                f"lengths and labelled must be of one size, at least 1, got {len(lengths)} and {len(labelled)}"
+            )
+        if self.rows_per_step < 1 or self.max_tokens_per_pass < 1 or self.examples_per_pass == 0:
+            raise ValueError(
+                f"a step and a pass must hold a row, got {self.rows_per_step}, {self.max_tokens_per_pass} tokens and "
+                f"{self.examples_per_pass}"
+            )
+        object.__setattr__(self, "lengths", lengths)
+        object.__setattr__(self, "labelled", labelled)
+        object.__setattr__(self, "_orders", {})
+
+    @property
+    def per_epoch(self) -> int:
+        return -(-len(self.lengths) // self.rows_per_step)
+
+    def __len__(self) -> int:
+        return self.total
+
+    @overload
+    def __getitem__(self, index: int) -> Step: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Step]: ...
+    def __getitem__(self, index: int | slice) -> Step | list[Step]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self.total))]
+        if not -self.total <= index < self.total:
+            raise IndexError(f"step {index} of {self.total}")
+        index %= self.total
+        epoch, place = divmod(index, self.per_epoch)
+        rows = self._order(epoch)[place * self.rows_per_step : (place + 1) * self.rows_per_step].tolist()
+        return Step(
+            index=index,
+            passes=arrange(rows, self.lengths, self.max_tokens_per_pass, self.examples_per_pass),
+            labelled_tokens=int(np.asarray(self.labelled)[rows].sum()),
+            tokens=int(np.asarray(self.lengths)[rows].sum()),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Of all steps together."""
+        epochs, steps = divmod(self.total, self.per_epoch)
+        lengths = np.asarray(self.lengths)
+        whole = epochs * int(lengths.sum())
+        return whole + int(lengths[self._order(epochs)[: steps * self.rows_per_step]].sum()) if steps else whole
+
+    def longest_pass(self) -> tuple[int, ...]:
+        """The rows of the pass with the most tokens, of the first epoch's steps with the most tokens."""
+        looked_at: Sequence[int] = range(min(self.total, self.per_epoch))
+        if len(looked_at) > LOOKED_AT_STEPS:
+            lengths = np.asarray(self.lengths)[self._order(0)]
+            starts = np.arange(0, len(lengths), self.rows_per_step)[: len(looked_at)]
+            sums = np.add.reduceat(lengths, starts)
+            fullest = np.argpartition(sums, -LOOKED_AT_STEPS)[-LOOKED_AT_STEPS:]
+            with_longest = int(np.argmax(lengths[: self.total * self.rows_per_step])) // self.rows_per_step
+            looked_at = [*fullest.tolist(), with_longest]
+        passes = (rows for i in looked_at for rows in self[i].passes)
+        return max(passes, key=lambda rows: int(np.asarray(self.lengths)[list(rows)].sum()))
+
+    def _order(self, epoch: int) -> np.ndarray[Any, Any]:
+        """The rows of one epoch in their order: (rows,) uint32; the last one is kept."""
+        kept: dict[int, np.ndarray[Any, Any]] = vars(self)["_orders"]
+        if epoch not in kept:
+            order = array("I", range(len(self.lengths)))
+            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            kept.clear()
+            kept[epoch] = np.frombuffer(order, dtype=np.uint32)
+        return kept[epoch]
+
+
 def plan_steps(
-    lengths: Sequence[int],
-    labelled: Sequence[int],
+    lengths: Sizes,
+    labelled: Sizes,
     *,
     rows_per_step: int,
     epochs: float,
@@ -41,41 +146,18 @@ def plan_steps(
     seed: int,
     max_tokens_per_pass: int,
     examples_per_pass: int | None,
-) -> list[Step]:
-    """Every step of the run, each at the position of its index; the same arguments give the same steps anywhere.
-
-    Epoch e takes the rows in the order of `random.Random(f"{seed}/{e}").shuffle`, which does not depend on the machine,
-    on torch or on earlier epochs.
+) -> Steps:
+    """Every step of the run, each at the position of its index.
 
     Args:
-        lengths: tokens of each row.
-        labelled: labelled tokens of each row.
-        rows_per_step: batch size x accumulation (x processes).
         epochs: may be a fraction; the number of steps is rounded up, as the Trainer does.
         max_steps: above 0 it decides the number of steps, over as many epochs as they take.
-        max_tokens_per_pass: a row longer than this is a pass of its own.
-        examples_per_pass: at most so many rows a pass; None for as many as fit, 1 where packing is not proven.
+        others: as `Steps` has them.
     """
-    if not lengths or len(lengths) != len(labelled):
-        raise ValueError(
-            f"lengths and labelled must be of one size, at least 1, got {len(lengths)} and {len(labelled)}"
-        )
     if rows_per_step < 1:
         raise ValueError(f"rows_per_step must be >= 1, got {rows_per_step}")
     total = count_steps(len(lengths), rows_per_step=rows_per_step, epochs=epochs, max_steps=max_steps)
-    steps: list[Step] = []
-    for rows in _groups(len(lengths), rows_per_step, seed):
-        if len(steps) == total:
-            break
-        steps.append(
-            Step(
-                index=len(steps),
-                passes=arrange(rows, lengths, max_tokens_per_pass, examples_per_pass),
-                labelled_tokens=sum(labelled[r] for r in rows),
-                tokens=sum(lengths[r] for r in rows),
-            )
-        )
-    return steps
+    return Steps(lengths, labelled, rows_per_step, total, seed, max_tokens_per_pass, examples_per_pass)
 
 
 def count_steps(rows: int, *, rows_per_step: int, epochs: float, max_steps: int) -> int:
@@ -83,7 +165,7 @@ def count_steps(rows: int, *, rows_per_step: int, epochs: float, max_steps: int)
     return max_steps if max_steps > 0 else math.ceil(epochs * math.ceil(rows / rows_per_step))
 
 
-def eval_passes(lengths: Sequence[int], budget: int, examples_per_pass: int | None) -> list[tuple[int, ...]]:
+def eval_passes(lengths: Sizes, budget: int, examples_per_pass: int | None) -> list[tuple[int, ...]]:
     """All rows once, in passes of at most `budget` tokens and `examples_per_pass` rows."""
     passes: list[tuple[int, ...]] = []
     for start in range(0, len(lengths), EVAL_WINDOW_ROWS):
@@ -92,9 +174,7 @@ def eval_passes(lengths: Sequence[int], budget: int, examples_per_pass: int | No
     return passes
 
 
-def arrange(
-    rows: Sequence[int], lengths: Sequence[int], max_tokens_per_pass: int, examples_per_pass: int | None
-) -> Passes:
+def arrange(rows: Sequence[int], lengths: Sizes, max_tokens_per_pass: int, examples_per_pass: int | None) -> Passes:
     """Rows into few passes, first-fit decreasing; within a pass, and among equals, they keep the order of `rows`."""
     most = len(rows) if examples_per_pass is None else examples_per_pass
     if max_tokens_per_pass < 1 or most < 1:
@@ -103,8 +183,9 @@ def arrange(
         return tuple((r,) for r in rows)
     bins: list[list[int]] = []
     free: list[int] = []
-    for position in sorted(range(len(rows)), key=lambda p: -lengths[rows[p]]):
-        need = lengths[rows[position]]
+    sizes = [int(lengths[r]) for r in rows]
+    for position in sorted(range(len(rows)), key=lambda p: -sizes[p]):
+        need = sizes[position]
         for number, room in enumerate(free):
             if need <= room and len(bins[number]) < most:
                 bins[number].append(position)
@@ -114,14 +195,3 @@ def arrange(
             bins.append([position])
             free.append(max_tokens_per_pass - need)
     return tuple(tuple(rows[p] for p in sorted(positions)) for positions in bins)
-
-
-def _groups(rows: int, rows_per_step: int, seed: int) -> Iterator[list[int]]:
-    """The rows of one step after another, for ever."""
-    epoch = 0
-    while True:
-        order = list(range(rows))
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        for start in range(0, rows, rows_per_step):
-            yield order[start : start + rows_per_step]
-        epoch += 1

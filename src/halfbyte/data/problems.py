@@ -31,6 +31,11 @@ class Problems:
         if len(self.shown) < SHOWN_PROBLEMS:
             self.shown.append(text)
 
+    def merge(self, later: Problems) -> None:
+        """Take in what was found after this."""
+        self.shown += later.shown[: SHOWN_PROBLEMS - len(self.shown)]
+        self.count += later.count
+
     def to_json(self) -> dict[str, Any]:
         return {"count": self.count, "shown": self.shown}
 

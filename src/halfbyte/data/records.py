@@ -13,7 +13,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from typing import IO, Any
 
@@ -22,7 +22,9 @@ from halfbyte.data.problems import BadRow, kind, shorten
 from halfbyte.errors import DataError, first_line
 
 Record = dict[str, Any] | BadRow
+Unparsed = Record | bytes  # bytes: one JSON object of a file of JSON lines
 Numbered = Iterator[tuple[int, Record]]
+NumberedUnparsed = Iterator[tuple[int, Unparsed]]
 
 MAX_ROW_BYTES = 256_000_000  # a longer line is no row, and would fill the memory
 _CHUNK_CHARS = 1 << 20
@@ -33,20 +35,40 @@ csv.field_size_limit(MAX_ROW_BYTES)
 
 
 def read(source: Source) -> Numbered:
+    """(number, record or what is wrong with it) of every record; as `unparsed`, parsed."""
+    for number, found in unparsed(source):
+        yield number, parsed(found)
+
+
+def unparsed(source: Source) -> NumberedUnparsed:
     """(number, record or what is wrong with it) of every record; numbers are lines for JSON lines and CSV.
+
+    JSON lines come as bytes, so that another process may parse them.
 
     Raises:
         DataError: no such file, no permission, UTF-16, or a file that is not what its ending says.
     """
-    reader = {"jsonl": _json_lines, "json": _json, "csv": _csv, "parquet": _parquet, "hub": _hub}[source.kind]
+    readers: dict[str, Callable[[Source], NumberedUnparsed]] = {
+        "jsonl": _json_lines, "json": _json, "csv": _csv, "parquet": _parquet, "hub": _hub,
+    }  # fmt: skip
     try:
-        yield from reader(source)
+        yield from readers[source.kind](source)
     except FileNotFoundError:
         raise DataError(f"{source.path}: no such file.", fix="check the path") from None
     except OSError as error:
         if isinstance(error, gzip.BadGzipFile):
             raise DataError(f"{source.path} is not gzip, as its ending says.", fix="take .gz off its name") from None
         raise DataError(f"{source.path} cannot be read: {error.strerror or error}.") from None
+
+
+def parsed(found: Unparsed) -> Record:
+    """A record, or what is wrong with it."""
+    if not isinstance(found, bytes):
+        return found
+    try:
+        return parse(found)
+    except BadRow as bad:
+        return bad
 
 
 def no_rows(source: Source) -> DataError:
@@ -117,7 +139,7 @@ def _lines(source: Source) -> Iterator[tuple[int, bytes | BadRow]]:
             yield number + 1, BadRow(f"the file is damaged or cut short here: {first_line(error)}")
 
 
-def _json_lines(source: Source) -> Numbered:
+def _json_lines(source: Source) -> NumberedUnparsed:
     for number, raw in _lines(source):
         if isinstance(raw, BadRow):
             yield number, raw
@@ -127,10 +149,7 @@ def _json_lines(source: Source) -> Numbered:
                 f"{source.path}:{number} opens a JSON list; one JSON object a line is needed.",
                 fix=f"name it .json, or: jq -c '.[]' {source.path} > {source.path.with_suffix('.jsonl').name}",
             )
-        try:
-            yield number, parse(raw)
-        except BadRow as bad:
-            yield number, bad
+        yield number, raw
 
 
 def _spans_lines(raw: bytes) -> bool:
@@ -142,7 +161,7 @@ def _spans_lines(raw: bytes) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
-def _json(source: Source) -> Numbered:
+def _json(source: Source) -> NumberedUnparsed:
     """One list of objects; or one object that holds such a list; or JSON lines under another name."""
     with _open(source) as file:
         try:
@@ -295,7 +314,7 @@ def _parquet(source: Source) -> Numbered:
                 for record in _rows_of(batch):
                     number += 1
                     yield number, record
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError) as error:  # ValueError: names of columns that are not UTF-8
         if number:
             yield number + 1, BadRow(f"the file is damaged here: {first_line(error)}")
             return

@@ -56,6 +56,16 @@ class Tally:
         found = np.flatnonzero(counts)
         self.used.update(dict(zip(found.tolist(), counts[found].tolist(), strict=True)))
 
+    def merge(self, later: Tally) -> None:
+        """Take in what was seen of the rows after these."""
+        self.longest = max(self.longest, later.longest)
+        for name in ("seen", "kept", "truncated"):
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+        for name in ("refused", "long", "skipped", "endless", "empty"):
+            getattr(self, name).merge(getattr(later, name))
+        self.notices.update(later.notices)
+        self.used.update(later.used)
+
     def messages(self) -> list[str]:
         """What the user should know of the rows, each with its count."""
         return [f"{n:,} {'row' if n == 1 else 'rows'}: {what}" for what, n in self.notices.items() if n]

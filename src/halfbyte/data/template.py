@@ -12,21 +12,24 @@ Cost: one tokenisation a row (three where the tokenizer cannot be cut), about 0.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from halfbyte.data.examples import Examples, Tokens, batch
 from halfbyte.data.formats import Row
+from halfbyte.data.problems import Problems
+from halfbyte.data.read import CHUNK_ROWS, Chunk, understand
 from halfbyte.data.render import Refused, Rendered, Renderer, common_length
 from halfbyte.data.tally import Tally
-from halfbyte.errors import DataError
+from halfbyte.errors import DataError, HalfbyteError
 
 if TYPE_CHECKING:
     from halfbyte.recipe_data import Data
 
-CHUNK_ROWS = 1024  # rows tokenised in one call: enough for the tokenizer's threads, few enough to stay small
 _CUT_PROBES = (("\n", "a b"), (":", " a"), ("]", "7"))  # cut or whole, the same tokens: it marks no start
 
 
@@ -52,25 +55,29 @@ class Encoded:
 
     examples: Examples
     tally: Tally
+    texts: int | None = None
+    """Of how many texts the rows are blocks; None where each row is its own."""
 
     @cached_property
-    def lengths(self) -> list[int]:
-        return self.examples.lengths().tolist()
+    def lengths(self) -> np.ndarray[Any, Any]:
+        """Tokens of each row: (rows,) int64."""
+        return self.examples.lengths()
 
     @cached_property
-    def labelled(self) -> list[int]:
-        return self.examples.labelled().tolist()
+    def labelled(self) -> np.ndarray[Any, Any]:
+        """Labelled tokens of each row: (rows,) int64."""
+        return self.examples.labelled()
 
     @cached_property
     def stats(self) -> Stats:
         lengths = self.lengths
         return Stats(
             rows=len(lengths),
-            tokens=sum(lengths),
-            labelled_tokens=sum(self.labelled),
-            min_length=min(lengths),
-            mean_length=sum(lengths) / len(lengths),
-            max_length=max(lengths),
+            tokens=int(lengths.sum()),
+            labelled_tokens=int(self.labelled.sum()),
+            min_length=int(lengths.min()),
+            mean_length=float(lengths.mean()),
+            max_length=int(lengths.max()),
         )
 
 
@@ -83,10 +90,13 @@ def encode(rows: Sequence[Row], tokenizer: Any, data: Data) -> Encoded:
     """
     if not rows:
         raise DataError("there are no rows to encode.")
-    encoder = Encoder(tokenizer, data)
-    batches = [batch(encoder.chunk(rows[at : at + CHUNK_ROWS])) for at in range(0, len(rows), CHUNK_ROWS)]
-    check(encoder.tally, data)
-    return Encoded(Examples(batches), encoder.tally)
+    encoder, tally, batches = Encoder(tokenizer, data), Tally(), []
+    for at in range(0, len(rows), CHUNK_ROWS):
+        made, seen = encoder.encode(rows[at : at + CHUNK_ROWS])
+        batches.append(made)
+        tally.merge(seen)
+    check(tally, data)
+    return Encoded(Examples(batches), tally)
 
 
 def check(tally: Tally, data: Data) -> None:
@@ -113,38 +123,77 @@ def check(tally: Tally, data: Data) -> None:
         )
 
 
+@dataclass
+class Part:
+    """A chunk of records as tokens."""
+
+    batch: Any = None
+    """A record batch of `examples.SCHEMA`; None where nothing was encoded."""
+    tally: Tally = field(default_factory=Tally)
+    used: int = 0
+    problems: Problems = field(default_factory=Problems)
+    """`used + problems.count` is the number of its records."""
+    error: HalfbyteError | None = None
+    """What no row of it could be encoded for."""
+
+
 class Encoder:
-    """Rows to tokens, chunk by chunk; `tally` holds what it saw."""
+    """Rows to tokens, chunk by chunk. What it makes of a chunk does not depend on the chunks before."""
 
     def __init__(self, tokenizer: Any, data: Data) -> None:
         self._data = data
         self._renderer, self._lexer = Renderer(tokenizer, data), _Lexer(tokenizer)
-        self.tally = Tally(notices=self._renderer.counts)
+        self._tally = Tally()
         self._ends = self._renderer.end_tokens()
         added = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self._special = frozenset(added | set(tokenizer.all_special_ids))
 
-    def chunk(self, rows: Sequence[Row]) -> list[Tokens]:
-        """The rows that are trained on, as `data.overlong` leaves them; the others are in the tally."""
+    def part(self, chunk: Chunk, *, only_read: bool = False) -> Part:
+        """What a chunk holds, as tokens; with `only_read` only how many of its records can be used."""
+        found = understand(chunk, self._data)
+        made = Part(used=len(found.rows), problems=found.problems)
+        if not only_read:
+            try:
+                made.batch, made.tally = self.encode(found.rows)
+            except HalfbyteError as error:
+                made.error = error
+        return made
+
+    def encode(self, rows: Sequence[Row]) -> tuple[Any, Tally]:
+        """A record batch of the rows that are trained on, as `data.overlong` leaves them, and what was seen.
+
+        Raises:
+            DataError: not one row of this kind can be encoded.
+        """
+        self._tally = Tally()
+        self._renderer.counts = self._tally.notices
+        return batch(self._kept(rows)), self._tally
+
+    def _kept(self, rows: Sequence[Row]) -> list[Tokens]:
         rendered: list[Rendered] = []
+        if self._data.packing == "stream" and any(row.text is None for row in rows):
+            raise DataError(
+                "data.packing stream is for plain text, and the rows are conversations or prompts.",
+                fix="data.packing: rows, or data.format: text",
+            )
         for row in rows:
             try:
                 rendered.append(self._renderer.render(row))
             except Refused as refused:
-                self.tally.refused.add(f"{row.where}: {refused}")
-        self.tally.seen += len(rows)
+                self._tally.refused.add(f"{row.where}: {refused}")
+        self._tally.seen += len(rows)
         kept = [t for tokens in self._lexer.tokens(rendered) if (t := self._fit(tokens)) is not None]
-        self.tally.keep(kept, self._ends, self._special)
+        self._tally.keep(kept, self._ends, self._special)
         return kept
 
     def _fit(self, row: Tokens) -> Tokens | None:
         """Apply `data.overlong`."""
-        tally, length, limit = self.tally, len(row.ids), self._data.max_length
+        tally, length, limit = self._tally, len(row.ids), self._data.max_length
         if not row.labelled:
             what = f"not one token is labelled (data.mask {self._data.mask}), so there is nothing to learn from it"
             tally.refused.add(f"{row.where}: {what}")
             return None
-        if length <= limit:
+        if length <= limit or self._data.packing == "stream":  # there a long text goes on in the next block
             return row
         tally.longest = max(tally.longest, length)
         cut = row.cut(limit)

@@ -46,13 +46,16 @@ def pass_loss(
     """
     device = next(model.parameters()).device
     keep, targets = batch["keep"].to(device), batch["targets"].to(device)  # (K,), (K,)
+    if torch.is_grad_enabled() and packing.installed(model) == "cu_seq_lens":
+        batch = packing.aligned(batch)
     inputs = packing.forward_inputs(model, {k: v for k, v in batch.items() if k != "labels"})
     inputs = {k: v.to(device) if k == "input_ids" else v for k, v in inputs.items()}
     head = head_of(model) if fused else None
     if head is not None:
         with torch.autocast(device.type, enabled=False):
             hidden = packing.body(packing.causal_lm(model))(**inputs)[0]  # (1, T, D)
-        return head_loss(hidden[0].index_select(0, keep.to(hidden.device)), targets, head, smoothing=label_smoothing)
+        labelled: torch.Tensor = _Rows.apply(hidden[0], keep.to(hidden.device))
+        return head_loss(labelled, targets, head, smoothing=label_smoothing)
     if accepts(model, "logits_to_keep"):
         logits = model(**inputs, logits_to_keep=keep).logits[0]  # (K, V)
     else:
@@ -144,6 +147,22 @@ def head_loss(hidden: torch.Tensor, targets: torch.Tensor, head: Head, *, smooth
     return loss
 
 
+class _Rows(torch.autograd.Function):
+    """`index_select(0, rows)` of rows that are named once each: backward copies, where torch adds one after another."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows)
+        ctx.count = x.shape[0]
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (rows,) = ctx.saved_tensors
+        (grad,) = grads
+        return grad.new_zeros(ctx.count, *grad.shape[1:]).index_copy_(0, rows, grad), None
+
+
 class _HeadLoss(torch.autograd.Function):
     """Logits live a chunk at a time; their gradient takes their place, and only (K, D) is kept for backward."""
 
@@ -153,7 +172,9 @@ class _HeadLoss(torch.autograd.Function):
         rows, width = hidden.shape[0], head.weight.shape[0]
         losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if wanted else None
-        chunk = max(16, CHUNK_BYTES // (width * hidden.element_size()))
+        most = max(16, CHUNK_BYTES // (width * hidden.element_size()))
+        # even ones, as a short last one costs the head's bytes again
+        chunk = min(most, packing.up_to(-(-rows // -(-rows // most)))) if rows else 1
         with torch.no_grad():
             for first in range(0, rows, chunk):
                 part = slice(first, min(rows, first + chunk))

@@ -27,6 +27,8 @@ from halfbyte.layers.attention import NAME, no_mask, register
 
 Layout = Literal["cu_seq_lens", "position_ids", "rows", "single"]
 
+# oneDNN divides some odd numbers of rows badly: 511 or 505 of them took a fifth longer than 512 (docs/log.md).
+ROWS, ALIGNED_FROM = 16, 384
 _LENGTHS = (5, 1, 9)  # uneven, with the shortest possible example inside
 # Packed and alone multiply matrices of different shapes, so sums round in another order, once or twice a layer. The
 # figure is the largest ||difference|| / ||logits|| of a token, in units of the dtype's epsilon. Measured on a 30-layer
@@ -136,6 +138,35 @@ def forward_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
             fix="halfbyte.layers.packing.prove(model) first; if it says single, one example a pass",
         )
     return inputs
+
+
+def up_to(count: int) -> int:
+    """The next multiple of `ROWS`."""
+    return -(-count // ROWS) * ROWS
+
+
+def aligned(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with tokens of no example behind the others, until its rows are a multiple that products are fast at.
+
+    They are an example of their own without a label, so no other token sees them and no gradient comes from them.
+    A pass of less than `ALIGNED_FROM` tokens stays as it is, as there they would cost more than they save.
+    """
+    tokens = batch["input_ids"].shape[1]
+    more = up_to(tokens) - tokens
+    if not more or tokens < ALIGNED_FROM:
+        return dict(batch)
+    ids, positions, starts = batch["input_ids"], batch["position_ids"], batch["cu_seq_lens_q"]
+    ends = torch.cat([starts, starts.new_tensor([tokens + more])])
+    longest = max(int(batch["max_length_q"]), more)
+    return {
+        **{name: value for name, value in batch.items() if name != "labels"},
+        "input_ids": torch.cat([ids, ids[:, :1].expand(1, more)], 1),
+        "position_ids": torch.cat([positions, torch.arange(more, device=positions.device)[None]], 1),
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def packed_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recom
         host_lines=host,
         disk=state.disk_lines(job, store=job.mappable),
         loading_bytes=state.loading_bytes(job, placement, fixed) // cards,
-        evaluating_bytes=fixed_bytes + step.evaluating_bytes(job, largest) if job.rows.evaluated else 0,
+        evaluating_bytes=fixed_bytes + step.evaluating_bytes(job, largest) if len(job.rows.evaluated) else 0,
         generating_bytes=fixed_bytes + step.generating_bytes(job, GENERATED_TOKENS),
         available_bytes=available,
         host_available_bytes=device.ram_available_bytes,

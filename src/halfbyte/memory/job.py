@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from halfbyte import quant as codec
 from halfbyte.device import Device, compute_dtype
@@ -22,16 +24,24 @@ if TYPE_CHECKING:
 
 # Without rows at hand: a common shape of instruction data, told as an assumption.
 ASSUMED_ROWS = 1000
+Sizes = Sequence[int] | np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
-    """The data as the plan sees it: tokens of each row, how many carry a label, and the held-out rows' tokens."""
+    """The data as the plan sees it: tokens of each row, how many carry a label, and the held-out rows' tokens.
 
-    lengths: tuple[int, ...]
-    labelled: tuple[int, ...] = ()
-    evaluated: tuple[int, ...] = ()
+    All are (rows,) int64, of whatever they are made.
+    """
+
+    lengths: Sizes
+    labelled: Sizes = ()
+    evaluated: Sizes = ()
     assumed: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("lengths", "labelled", "evaluated"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.int64))
 
     @classmethod
     def assume(cls, length: int) -> Rows:
@@ -39,16 +49,16 @@ class Rows:
         return cls((length,) * ASSUMED_ROWS, assumed=True)
 
     @cached_property
-    def descending(self) -> tuple[int, ...]:
-        return tuple(sorted(self.lengths, reverse=True))
+    def descending(self) -> np.ndarray[Any, Any]:
+        return np.sort(self.lengths)[::-1]
 
     @property
     def longest(self) -> int:
-        return self.descending[0] if self.lengths else 1
+        return int(self.descending[0]) if len(self.lengths) else 1
 
     @cached_property
     def tokens(self) -> int:
-        return sum(self.lengths)
+        return int(np.sum(self.lengths))
 
     @property
     def mean(self) -> float:
@@ -57,19 +67,16 @@ class Rows:
     @cached_property
     def mean_of_a_token(self) -> float:
         """The mean length of the row that a token lies in."""
-        return sum(n * n for n in self.lengths) / max(1, self.tokens)
+        return float(np.square(self.lengths).sum()) / max(1, self.tokens)
 
     @cached_property
     def labelled_share(self) -> float:
-        return sum(self.labelled) / max(1, self.tokens) if self.labelled else 1.0
+        return int(np.sum(self.labelled)) / max(1, self.tokens) if len(self.labelled) else 1.0
 
     def cut(self, length: int) -> Rows:
         """The same rows, none longer than `length`."""
-        lengths = tuple(min(n, length) for n in self.lengths)
-        labelled = tuple(min(n, length) for n in self.labelled)
-        return replace(
-            self, lengths=lengths, labelled=labelled, evaluated=tuple(min(n, length) for n in self.evaluated)
-        )
+        lengths, labelled, evaluated = (np.minimum(n, length) for n in (self.lengths, self.labelled, self.evaluated))
+        return replace(self, lengths=lengths, labelled=labelled, evaluated=evaluated)
 
 
 @dataclass(frozen=True)
@@ -194,4 +201,4 @@ class Job:
     @cached_property
     def step_tokens(self) -> int:
         """Tokens of the largest step there can be: its rows are drawn at random, so the longest may come together."""
-        return max(1, sum(self.rows.descending[: self.rows_per_step]))
+        return max(1, int(self.rows.descending[: self.rows_per_step].sum()))

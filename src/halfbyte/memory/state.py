@@ -9,6 +9,8 @@ Cost: none; no torch.
 
 from __future__ import annotations
 
+import numpy as np
+
 from halfbyte.device import Device
 from halfbyte.memory.job import Job
 from halfbyte.memory.lines import Line, Placement, Where
@@ -18,8 +20,7 @@ LIBRARIES_FILE_BYTES = 235_000_000
 CUDA_CONTEXT_BYTES = 600_000_000  # driver context and cuBLAS workspace; a round figure, not measured here
 HOST_OF_CARD_BYTES = 2_500_000_000  # a CUDA build's libraries and pinned buffers in RAM; a round figure, not measured
 TOKENIZER_BYTES_PER_ENTRY = 700
-ROW_BYTES_PER_TOKEN = 4  # Arrow columns
-ROW_BYTES = 1500
+ROW_BYTES = 60  # its length, labels, place in the order; its tokens lie in a file that is mapped
 TOUCHED_BYTES_PER_TOKEN = 65536  # the kernel maps sixteen pages around each one that is touched
 AHEAD = 2  # layers that are read ahead of a streamed one
 
@@ -33,9 +34,9 @@ OPTIMIZER_BYTES = {
 
 def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
     """Libraries, tokenizer and rows: RAM of the process."""
-    tokens = job.rows.tokens + sum(job.rows.evaluated)
+    tokens = job.rows.tokens + int(np.sum(job.rows.evaluated))
     rows = len(job.rows.lengths) + len(job.rows.evaluated)
-    data = 0 if job.rows.assumed else ROW_BYTES_PER_TOKEN * tokens + ROW_BYTES * rows
+    data = 0 if job.rows.assumed else ROW_BYTES * rows
     held = TOKENIZER_BYTES_PER_ENTRY * job.facts.vocab + data
     words = "tokenizer" if job.rows.assumed else f"tokenizer of {job.facts.vocab} entries, {tokens} tokens as rows"
     if device.kind == "cuda":
@@ -119,7 +120,13 @@ def disk_lines(job: Job, *, store: bool) -> tuple[Line, ...]:
     final = (4 if lora.save_dtype == "fp32" else 2) * job.trainable
     found = [
         Line("checkpoints", keep * one, f"{keep} of {one / 1e6:.1f} MB, one of them being written", "", "disk"),
-        Line("adapter", final + (4 * job.trainable if job.rows.evaluated else 0), "the last and the best", "", "disk"),
+        Line(
+            "adapter",
+            final + (4 * job.trainable if len(job.rows.evaluated) else 0),
+            "the last and the best",
+            "",
+            "disk",
+        ),
     ]
     if store and job.recipe.quant.type != "none":
         found.insert(0, Line("base store", job.base_bytes, f"quantised once: {job.recipe.quant.type}", "", "disk"))

@@ -10,6 +10,7 @@ Letters: T tokens of a pass, K of them labelled, V vocabulary, D hidden, c bytes
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from halfbyte.memory.decoder import pairs_of
@@ -42,18 +43,18 @@ def largest_pass(job: Job, tokens: int) -> Pass:
     rows = job.rows.descending
     most = job.rows_per_step if job.packed else 1
     taken: list[int] = []
-    for length in rows[: max(most, 1)]:
+    for length in rows[: max(most, 1)].tolist():
         if taken and sum(taken) + length > tokens:
             break
         taken.append(length)
     if taken and job.packed and sum(taken) < tokens:  # shorter rows fill what is left of it
-        left = tokens - sum(taken)
-        for length in rows[len(taken) :]:
-            if len(taken) >= most:
+        left, at = tokens - sum(taken), len(taken)
+        while len(taken) < most:
+            at = max(at, bisect_left(rows, -left, key=lambda length: -int(length)))  # the first that is short enough
+            if at >= len(rows):
                 break
-            if length <= left:
-                taken.append(length)
-                left -= length
+            taken.append(int(rows[at]))
+            left, at = left - taken[-1], at + 1
     total = sum(taken)
     return Pass(tuple(taken) or (1,), round(total * job.rows.labelled_share))
 

@@ -1,0 +1,88 @@
+"""Plain texts end to end, cut into blocks of one length: `data.packing: stream`.
+
+Why: texts of very different lengths fill passes evenly, none is too long, and nothing is left out or trained twice.
+What: texts follow each other in the order of their files, each with its end token (and its first one, where the
+tokenizer has one); the last block is as long as what is left. Attention does not cross from one text into the next, as
+everywhere: a block knows where its texts begin. The first token of a piece has no label, since nothing precedes it.
+A block is what a row is elsewhere: batch x accumulation count blocks.
+Cost: nothing is copied until a block is asked for, and then its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, overload
+
+import numpy as np
+
+from halfbyte.data.examples import IGNORED, Example, Examples
+from halfbyte.data.template import Encoded
+
+
+def stream(texts: Encoded, block_tokens: int) -> Encoded:
+    """The same tokens in blocks; what was seen of the texts stays."""
+    return Encoded(Blocks(texts.examples, block_tokens), texts.tally, texts=len(texts.examples))
+
+
+class Blocks(Examples):
+    """Blocks of `size` tokens over texts, each made when it is asked for. A slice is a list."""
+
+    def __init__(self, texts: Examples, size: int) -> None:
+        super().__init__(texts.batches)
+        self._texts, self._size = texts, size
+        self._starts = np.concatenate([[0], np.cumsum(texts.lengths())])  # of each text in the stream, and its end
+
+    def __len__(self) -> int:
+        return -(-int(self._starts[-1]) // self._size)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
+        index %= len(self)
+        first, stop = self._bounds(index)
+        ids: list[int] = []
+        labels: list[int] = []
+        starts: list[int] = []
+        for text in range(*self._inside(index)):
+            begins = int(self._starts[text])
+            piece = self._texts.ids(text)[max(0, first - begins) : stop - begins].tolist()
+            starts.append(len(ids))
+            ids += piece
+            labels += [IGNORED, *piece[1:]]
+        return Example(tuple(ids), tuple(labels), self.where(index), (), "", tuple(starts))
+
+    def lengths(self) -> np.ndarray[Any, Any]:
+        found = np.full(len(self), self._size, np.int64)
+        found[-1] = int(self._starts[-1]) - (len(self) - 1) * self._size
+        return found
+
+    def labelled(self) -> np.ndarray[Any, Any]:
+        edges = np.minimum(np.arange(len(self) + 1) * self._size, self._starts[-1])
+        first = np.searchsorted(self._starts, edges[:-1], side="right") - 1
+        last = np.searchsorted(self._starts, edges[1:], side="left")
+        pieces: np.ndarray[Any, Any] = last - first
+        return self.lengths() - pieces
+
+    def where(self, index: int) -> str:
+        """The names of its first and its last text."""
+        first, stop = self._inside(index)
+        names = [self._texts.where(first), self._texts.where(stop - 1)]
+        return names[0] if names[0] == names[1] else f"{names[0]} to {names[1]}"
+
+    def _bounds(self, index: int) -> tuple[int, int]:
+        return index * self._size, min((index + 1) * self._size, int(self._starts[-1]))
+
+    def _inside(self, index: int) -> tuple[int, int]:
+        """The texts [first, stop) that have tokens in a block."""
+        first, stop = self._bounds(index)
+        begins = int(np.searchsorted(self._starts, first, side="right")) - 1
+        return begins, int(np.searchsorted(self._starts, stop, side="left"))

@@ -1,0 +1,84 @@
+"""Settings of halfbyte's own process: how many threads, and what of the allocator and of huge pages is left alone.
+
+Why: under a CPU quota (a container) torch starts a thread for every processor of the host, and they take turns on the
+few that are allowed.
+Source: `torch.set_num_threads`. Fixed thresholds of glibc's allocator, small or large, and huge pages (torch's
+`THP_MEM_ALLOC_ENABLE`, glibc's `glibc.malloc.hugetlb`) were measured and gained nothing (docs/log.md), so they stay as
+the system and the user have them; the report says how that is.
+Cost: none.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+MALLOC_VARIABLES = (
+    "GLIBC_TUNABLES",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_TOP_PAD_",
+    "LD_PRELOAD",
+)
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What this process computes with, in words for the report. `threads` are torch's, for one operation."""
+
+    threads: int
+    threads_why: str
+    allocator: str
+    huge_pages: str
+
+    @property
+    def line(self) -> str:
+        return f"{self.threads} threads ({self.threads_why}); allocator {self.allocator}; huge pages: {self.huge_pages}"
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def settle(cores: int, env: Mapping[str, str] = os.environ) -> Settings:
+    """Set the threads of this process, where the user's environment does not say otherwise, and look at the rest.
+
+    Args:
+        cores: that this process may use, affinity and CPU quota counted (`device.Device.cores`).
+        env: variables that OpenMP and glibc read.
+    """
+    threads, why = _threads(cores, env)
+    return Settings(threads, why, _allocator(env), _huge_pages())
+
+
+def _threads(cores: int, env: Mapping[str, str]) -> tuple[int, str]:
+    import torch
+
+    found = torch.get_num_threads()
+    if asked := [name for name in THREAD_VARIABLES if env.get(name)]:
+        return found, asked[0]
+    if found <= cores:
+        return found, "torch's own choice"
+    torch.set_num_threads(cores)
+    return cores, f"{cores} of {found}: more are not allowed to run at once"
+
+
+def _allocator(env: Mapping[str, str]) -> str:
+    """The C library's, with the variables that change it."""
+    asked = [name for name in MALLOC_VARIABLES if env.get(name)]
+    return " ".join([part for part in platform.libc_ver() if part] or ["the system's"]) + "".join(
+        f", {name}" for name in asked
+    )
+
+
+def _huge_pages() -> str:
+    """The choice in brackets of `always [madvise] never`; no block of ours is advised."""
+    try:
+        text = _HUGE_PAGES.read_text(encoding="ascii")
+    except OSError:
+        return "unknown"
+    return text.partition("[")[2].partition("]")[0] or "unknown"
