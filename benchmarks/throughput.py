@@ -111,6 +111,19 @@ def flop_per_token(case: Case) -> tuple[float, dict[str, float]]:
     return 4.0 * (linear + head * share), {"linear": linear, "lm_head": head, "labelled_share": share}
 
 
+def shapes_in_use(case: Case) -> list[tuple[int, int, int]]:
+    """(rows, in, out) of the products of a pass: each linear shape of the model once, largest first."""
+    from halfbyte import finetune
+    from halfbyte.recipe_file import recipe_from
+    from halfbyte.targets import meta_model
+
+    prepared = finetune.prepare(recipe_from(case.model, case.data, case.overrides("unused")).recipe)
+    step = sum(prepared.train.lengths) * case.batch * case.accumulation // len(prepared.train.lengths)
+    modules = meta_model(prepared.config).modules()
+    found = {tuple(m.weight.shape) for m in modules if type(m).__name__ == "Linear" and m.weight.dim() == 2}
+    return [(min(int(step), 4096), i, o) for o, i in sorted(found, key=lambda s: -s[0] * s[1])]
+
+
 @contextmanager
 def alone(lock: Path | None) -> Iterator[None]:
     """Hold `lock` (flock), so that other work on the machine that respects it waits."""
@@ -151,6 +164,9 @@ def compare(
     per_token, counted = flop_per_token(case)
     if ceilings:
         result |= {"ceiling_flops": statistics.median(ceilings), "flop_per_token": per_token, "counted": counted}
+        with alone(lock):
+            rates = {shape: matmul_rate(shape, dtype, environment, 0.5) for shape in shapes_in_use(case)}
+        result["shape_flops"] = {" x ".join(map(str, shape)): rate for shape, rate in rates.items()}
     for worker in workers:
         rows = rounds[worker.stack]
         rates = [r["tokens"] / r["seconds"] for r in rows]
@@ -185,6 +201,8 @@ def table(title: str, result: dict[str, Any]) -> str:
     if "ceiling_flops" in result:
         lines.append(f"ceiling {result['ceiling_flops'] / 1e9:.0f} GFLOP/s at 4096^2; floor "
                      f"{result['flop_per_token'] / 1e9:.3f} GFLOP a token")  # fmt: skip
+        rates = (f"{shape}: {rate / 1e9:.0f}" for shape, rate in result["shape_flops"].items())
+        lines.append("at the shapes in use (rows x in x out), GFLOP/s: " + ", ".join(rates))
     lines.append(f"{'stack':<10} {'tokens/s':>9} {'of floor':>9} {'ours is x faster':>24} {'peak RSS':>9} "
                  f"{'anonymous':>10} {'loss diff':>10}")  # fmt: skip
     for stack, row in result["stacks"].items():
