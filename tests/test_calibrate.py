@@ -23,6 +23,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_rate_is_measured(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr(calibrate, "SECONDS_EACH", 0.01)
     monkeypatch.setattr(calibrate, "FILE_BYTES", 32_000_000)
+    monkeypatch.setattr(calibrate, "MEMORY_BYTES", 1_000_000)
     for dtype in ("fp32", "bf16"):
         found = calibrate.measure(device.detect(), dtype)
         for name, value in found.to_json().items():

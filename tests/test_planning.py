@@ -85,11 +85,14 @@ def test_a_config_without_layers_is_told(halfbyte: Cli) -> None:
     assert ended.code == 2 and ended.err.startswith("error: ")
 
 
-def test_no_torch_and_under_a_second_of_cpu_time(tmp_path: Path) -> None:
-    code = """
+@pytest.mark.parametrize("model", ["llama-2-7b", "model"], ids=["a bundled shape", "a folder"])
+def test_no_torch_and_under_a_second_of_cpu_time(model: str, tmp_path: Path) -> None:
+    if model == "model":
+        tiny_run.checkpoint(tmp_path / model)
+    code = f"""
 import resource, sys
 from halfbyte import cli
-code = cli._guard(lambda: cli.app(["plan", "llama-2-7b", "--json"], standalone_mode=False))
+code = cli._guard(lambda: cli.app(["plan", {model!r}, "--json"], standalone_mode=False))
 used = resource.getrusage(resource.RUSAGE_SELF)
 print("\\n@", code, "torch" in sys.modules, used.ru_utime + used.ru_stime)
 """

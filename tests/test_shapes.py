@@ -202,11 +202,30 @@ def test_pickles_missing_weights_and_missing_config_have_their_own_message(tmp_p
         read_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("config", "attention", "residual"),
+    [
+        ({"model_type": "gpt2", "attn_pdrop": 0.0, "resid_pdrop": 0.2}, 0.0, 0.2),
+        ({"model_type": "opt"}, 0.0, 0.1),
+        ({"model_type": "opt", "dropout": 0.0, "attention_dropout": 0.3}, 0.3, 0.0),
+        ({"model_type": "bloom", "hidden_dropout": 0.1, "attention_dropout": 0.1}, 0.1, 0.1),
+        ({"model_type": "mpt", "attn_config": {"attn_pdrop": 0.1}}, 0.1, 0.0),
+        ({"model_type": "llama"}, 0.0, 0.0),
+    ],
+)
+def test_a_models_own_dropout(config: dict[str, Any], attention: float, residual: float) -> None:
+    found = facts_of(config, [])
+    assert (found.attention_dropout, found.residual_dropout) == (attention, residual)
+
+
 def test_facts_under_every_config_spelling(tmp_path: Path) -> None:
     gpt2 = facts_of(
         {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_inner": None, "vocab_size": 50257, "n_head": 12}, []
     )
-    assert gpt2 == Facts("gpt2", 768, 3072, 12, 50257, tied_head=True, heads=12, key_heads=12, head_size=64)
+    assert gpt2 == Facts(
+        "gpt2", 768, 3072, 12, 50257, tied_head=True, heads=12, key_heads=12, head_size=64, attention_dropout=0.1,
+        residual_dropout=0.1,
+    )  # fmt: skip
     towers = {
         "model_type": "x",
         "text_config": {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": 9},

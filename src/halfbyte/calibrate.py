@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import fields
@@ -24,7 +25,8 @@ from halfbyte.sources.checkpoint import cache_dir
 
 SECONDS_EACH = 0.4
 FILE_BYTES = 256_000_000
-FORMAT = 1
+MEMORY_BYTES = 128_000_000  # more than any cache holds
+FORMAT = 2
 
 
 def cached(device: Device, dtype: str) -> Rates | None:
@@ -72,7 +74,7 @@ def ensure(device: Device, dtype: str, *, say: Callable[[str], None] = lambda te
 
 
 def measure(device: Device, dtype: str) -> Rates:
-    """Measure, on torch's own threads: the best of a few tries each."""
+    """Measure, on torch's own threads: the median of some tries each."""
     import torch
 
     where = "cuda" if device.kind == "cuda" else "cpu"
@@ -89,8 +91,8 @@ def measure(device: Device, dtype: str) -> Rates:
         )
 
 
-def _best(call: Callable[[], Any], where: str) -> float:
-    """Seconds of the fastest of several calls."""
+def _usual(call: Callable[[], Any], where: str) -> float:
+    """Seconds of the median call: a training runs at what lasts, not at the best moment of a clock that moves."""
     import torch
 
     def once() -> float:
@@ -101,30 +103,30 @@ def _best(call: Callable[[], Any], where: str) -> float:
         return time.perf_counter() - began
 
     once()
-    best, ends = once(), time.perf_counter() + SECONDS_EACH
+    taken, ends = [once()], time.perf_counter() + SECONDS_EACH
     while time.perf_counter() < ends:
-        best = min(best, once())
-    return best
+        taken.append(once())
+    return statistics.median(taken)
 
 
 def _matmul(torch: Any, where: str, kind: Any) -> float:
-    size = 1024 if where == "cpu" else 8192
+    size = 2048 if where == "cpu" else 8192
     a, b = torch.ones(size, size, dtype=kind, device=where), torch.ones(size, size, dtype=kind, device=where)
     out = torch.empty_like(a)
-    return 2 * size**3 / _best(lambda: torch.mm(a, b, out=out), where)
+    return 2 * size**3 / _usual(lambda: torch.mm(a, b, out=out), where)
 
 
 def _memory(torch: Any, where: str, kind: Any) -> float:
-    a = torch.ones(16_000_000, dtype=kind, device=where)
+    a = torch.ones(MEMORY_BYTES // torch.empty(0, dtype=kind).element_size(), dtype=kind, device=where)
     out = torch.empty_like(a)
-    return 3 * a.numel() * a.element_size() / _best(lambda: torch.add(a, a, out=out), where)
+    return 3 * a.numel() * a.element_size() / _usual(lambda: torch.add(a, a, out=out), where)
 
 
 def _dequantise(torch: Any, where: str, kind: Any) -> float:
     from halfbyte import quant
 
     layer = quant.quantised_linear(torch.ones(2048, 2048, dtype=kind), where)
-    return 2048 * 2048 / _best(lambda: quant.dequantised(layer, reuse=True), where)
+    return 2048 * 2048 / _usual(lambda: quant.dequantised(layer, reuse=True), where)
 
 
 def _attention(torch: Any, where: str, kind: Any) -> float:
@@ -138,12 +140,12 @@ def _attention(torch: Any, where: str, kind: Any) -> float:
         q, k, v = (torch.randn(total, heads, d, device=where).to(kind).requires_grad_() for _ in range(3))
         scale = d**-0.5
         if block_attention.takes(q, k, v):
-            return flop / _best(
+            return flop / _usual(
                 lambda: block_attention.attention(q, k, v, lengths, scale, None, None).sum().backward(), where
             )
         shaped = [x.detach().view(4, 256, heads, d).transpose(1, 2).requires_grad_() for x in (q, k, v)]
         attend = torch.nn.functional.scaled_dot_product_attention
-        return flop / _best(lambda: attend(*shaped, is_causal=True).sum().backward(), where)
+        return flop / _usual(lambda: attend(*shaped, is_causal=True).sum().backward(), where)
 
 
 def _disk() -> float:

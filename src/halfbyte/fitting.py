@@ -15,6 +15,7 @@ from halfbyte.inputs import Prepared
 from halfbyte.memory import choose, step
 from halfbyte.memory.lines import Recompute
 from halfbyte.report import Compared
+from halfbyte.sources.checkpoint import beside_weights
 from halfbyte.steps import count_steps
 from halfbyte.targets import Targets
 
@@ -53,6 +54,7 @@ def job_of(prepared: Prepared, machine: Device, chosen: Targets, model: Any, *, 
         mappable=memory.QUANTISED_IS_MAPPED if recipe.quant.type != "none" else None,
         packed=packed,
         steps=count_steps(prepared),
+        beside_bytes=sum(file.stat().st_size for file in beside_weights(found.path)),
     )
 
 
@@ -127,7 +129,10 @@ def compared(
             step.
     """
     planned_held = sum(plan.line(name) for name in ("libraries", "data", "adapters"))
-    passing = ("adapters' copies", "gradients", "activations", "backward of a layer", "dequantised weight", "logits")
+    passing = (
+        "first pass", "adapters' copies", "optimiser", "gradients", "activations", "backward of a layer",
+        "dequantised weight", "logits",
+    )  # fmt: skip
     found = [Compared("base", plan.line("base") or opened.expected_bytes, opened.resident_bytes)]
     if plan.host_lines:
         host = sum(line.bytes for line in plan.host_lines)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeGuard
 
 from halfbyte import calibrate, memory
 from halfbyte.device import Card, Device, detect
@@ -17,6 +18,7 @@ from halfbyte.errors import RecipeError
 from halfbyte.memory.compare import Way, compare
 from halfbyte.recipe import Loaded, Recipe
 from halfbyte.sources import headers
+from halfbyte.sources.checkpoint import beside_weights
 
 DEFAULT_LENGTH = 512
 CHARACTERS_PER_TOKEN = 3.6  # English text under vocabularies of 32,000 to 150,000; other scripts have fewer
@@ -69,7 +71,10 @@ def plan_model(
     steps = _steps(recipe, rows)
     on_cpu = machine.kind == "cpu"
     mappable = None if recipe.quant.type == "none" else on_cpu and memory.QUANTISED_IS_MAPPED
-    job = memory.Job.of(recipe, shape.specs, shape.facts, rows, machine, mappable=mappable, steps=steps)
+    beside = sum(file.stat().st_size for file in beside_weights(shape.path)) if _is_folder(shape.path) else None
+    job = memory.Job.of(
+        recipe, shape.specs, shape.facts, rows, machine, mappable=mappable, steps=steps, beside_bytes=beside
+    )
     rates = calibrate.cached(machine, job.dtype) if device is None else None
     made = memory.make(job, machine, rates)
     ways = compare(job, machine, rates) if side_by_side else ()
@@ -116,6 +121,10 @@ def parse_device(text: str) -> Device:
     return Device("cuda", (), 16, max(64 * 10**9, count * size), max(64 * 10**9, count * size), (card,) * count)
 
 
+def _is_folder(path: Path | None) -> TypeGuard[Path]:
+    return path is not None and path.is_dir()
+
+
 def _rows(recipe: Recipe, shape: headers.Shape, length: int | None, *, given: bool) -> tuple[memory.Rows, list[str]]:
     """Row lengths and how they were found."""
     if length is not None:
@@ -152,7 +161,7 @@ def _texts(row: Any) -> tuple[str, str]:
 
 def _counter(shape: headers.Shape) -> tuple[Any, str]:
     """A function from text to a number of tokens, and what it rests on."""
-    file = shape.path / "tokenizer.json" if shape.path is not None and shape.path.is_dir() else None
+    file = shape.path / "tokenizer.json" if _is_folder(shape.path) else None
     if file is not None and file.is_file():
         from tokenizers import Tokenizer
 

@@ -40,6 +40,8 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 _PASSED_OVER = re.compile(
     r"(?:^|\.)(?:attn|attention)\.(?:bias|masked_bias)$|rotary_emb\.(?:inv_freq|cos_cached|sin_cached)$"
 )
+# Dropout by default, in transformers' config classes; everyone else's is 0.
+_OWN_DROPOUT = {"gpt2": {"attention_dropout": 0.1, "resid_pdrop": 0.1}, "opt": {"resid_pdrop": 0.1}}
 _CONV1D_TYPES = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
 
 # Double quantisation of bitsandbytes: one fp32 scale for 256 8-bit scales; code tables of 16 and 256 fp32 values.
@@ -76,6 +78,7 @@ class Facts:
     """Sizes of a decoder, under one name whatever its `config.json` calls them; 0 for what it does not say.
 
     `heads` of queries share `key_heads` of keys and values, each `head_size` wide; `positions` is the longest text.
+    `attention_dropout` and `residual_dropout` are the model's own, which act in training beside LoRA's.
     """
 
     model_type: str
@@ -90,6 +93,8 @@ class Facts:
     key_heads: int = 0
     head_size: int = 0
     positions: int = 0
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.0
 
 
 def nf4_bytes(numel: int, block_size: int, double_quant: bool) -> int:
@@ -250,7 +255,20 @@ def facts_of(config: Mapping[str, Any], specs: Iterable[TensorSpec]) -> Facts:
         key_heads=_key_heads(config, kind, heads),
         head_size=_first(config, "head_dim") or (hidden // heads if heads else 0),
         positions=_first(config, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx"),
+        attention_dropout=_dropout(config, kind, "attention_dropout", "attn_pdrop"),
+        residual_dropout=_dropout(config, kind, "resid_pdrop", "hidden_dropout", "dropout"),
     )
+
+
+def _dropout(config: Mapping[str, Any], kind: str, *names: str) -> float:
+    """The first of these that is there; what transformers' config class has where the file says nothing."""
+    inner = _get(config, "attn_config")  # MPT's
+    for source in (config, inner if isinstance(inner, Mapping) else {}):
+        for name in names:
+            value = _get(source, name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                return float(value)
+    return _OWN_DROPOUT.get(kind, {}).get(names[0], 0.0)
 
 
 def _key_heads(config: Mapping[str, Any], kind: str, heads: int) -> int:

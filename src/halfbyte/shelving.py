@@ -13,7 +13,9 @@ from typing import Any
 
 from halfbyte import base, device, inputs, shapes, store
 from halfbyte.errors import BaseModelError, StoreError
+from halfbyte.memory.building import Building
 from halfbyte.recipe import Recipe
+from halfbyte.sources.checkpoint import beside_weights
 from halfbyte.store import manifest, shelf
 
 
@@ -56,10 +58,11 @@ def quantize(recipe: Recipe, *, out: Path | None = None, tell: store.Tell | None
         )
     specs = tuple(shapes.read_checkpoint(found.path)) if not found.pickle else ()
     wanted = base.want(found, config, recipe.quant, device.detect(), specs)
+    telling = replace(tell or store.Tell(), built=lambda: built.append(True))
+    telling.say(_preflight(wanted, specs))
     try:
         if hasattr(config, "auto_map"):
             raise store.CannotHold("it brings Python code of its own")
-        telling = replace(tell or store.Tell(), built=lambda: built.append(True))
         path = base.ensure_store(wanted, out=out, tell=telling)
     except store.CannotHold as reason:
         raise StoreError(
@@ -67,6 +70,16 @@ def quantize(recipe: Recipe, *, out: Path | None = None, tell: store.Tell | None
             fix="nothing is needed: train, eval and chat quantise it each time they load it",
         ) from reason
     return Built(path, manifest.read(path), bool(built), time.monotonic() - started)
+
+
+def _preflight(wanted: store.Wanted, specs: tuple[shapes.TensorSpec, ...]) -> str:
+    """What building takes, before it begins."""
+    if not specs:
+        return "planned   unknown: pickled weights have no header to read"
+    beside = sum(file.stat().st_size for file in beside_weights(wanted.checkpoint.path))
+    plan = Building(specs, wanted.quant, wanted.dtype.itemsize, wanted.config.get_text_config().vocab_size, beside)
+    ram = sum(line.bytes for line in plan.lines(wanted.cores))
+    return f"planned   {ram / 1e9:.2f} GB of RAM while it is built, {plan.disk_bytes / 1e9:.3f} GB on disk"
 
 
 def named(names: list[str]) -> list[shelf.Shelved]:

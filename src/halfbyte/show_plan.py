@@ -40,7 +40,7 @@ def planned(value: Planned) -> None:
     if plan.host_lines:
         show.out.print(table("beside it, in RAM", plan.host_lines, plan.host_available_bytes))
     also = [("loading", plan.loading_bytes), ("an evaluation", plan.evaluating_bytes)]
-    also.append(("generating 1,024 tokens", plan.generating_bytes))
+    also += [("generating 1,024 tokens", plan.generating_bytes), ("building the base's store", plan.building_bytes)]
     show.labelled("also      " + ", ".join(f"{name} {show.gb(size)}" for name, size in also if size))
     show.labelled("disk      " + ", ".join(f"{line.name} {show.gb(line.bytes)} ({line.how})" for line in plan.disk))
     show.labelled("time      " + times(plan))

@@ -28,6 +28,16 @@ def test_right_layers_stay_on_and_nothing_else_changes(name: str, dtype: torch.d
         assert torch.equal(p, before[n]) and p.grad is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_drops_scores_by_a_call_of_its_own_is_no_difference(dtype: torch.dtype) -> None:
+    model = adapted("gpt2", dtype)
+    for module in model.modules():
+        if hasattr(module, "attn_dropout"):
+            module.attn_dropout.p = 0.1
+    proof = prove_fused(model, packed=packing.installed(model) != "single")
+    assert proof.ok, proof.reason
+
+
 def wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     real = fuse.lora_linear
 

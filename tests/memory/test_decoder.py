@@ -31,7 +31,14 @@ MORE = {
 }  # fmt: skip
 
 
-def build(name: str, layers: int, folder: Path) -> Path:
+# The model's own dropout, which tiny.py sets to 0.
+OWN = {
+    "gpt2": {"attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1},
+    "opt": {"attention_dropout": 0.1, "dropout": 0.1},
+}
+
+
+def build(name: str, layers: int, folder: Path, changed: dict[str, Any] | None = None) -> Path:
     """A checkpoint of `layers` layers; the MLP's width is no other tensor's, so that nothing is right by accident."""
     import transformers
 
@@ -41,6 +48,7 @@ def build(name: str, layers: int, folder: Path) -> Path:
         changes: dict[str, Any] = {count: layers} | ({inner: 192} if name not in ("bloom", "mpt") else {})
         if name == "gemma3":
             changes |= {"layer_types": ["full_attention"] * layers}
+        changes |= changed or {}
         tiny.model(name, dtype=torch.bfloat16, changes=changes).save_pretrained(folder)
         return folder
     sizes: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 256, "pad_token_id": 0}
@@ -88,11 +96,12 @@ def kept_bytes(folder: Path, asked: str, dropout: float, *, cheap: bool = False)
 
 
 def measured_and_planned(
-    name: str, root: Path, asked: str, dropout: float, *, kernels: bool, cheap: bool = False
-) -> tuple[float, float]:
+    name: str, root: Path, asked: str, dropout: float, *, kernels: bool, cheap: bool = False,
+    changed: dict[str, Any] | None = None,
+) -> tuple[float, float]:  # fmt: skip
     """Bytes of one layer: the difference between three layers and two, and the formula's."""
-    two, _, _ = kept_bytes(build(name, 2, root / "2"), asked, dropout, cheap=cheap)
-    three, found, facts = kept_bytes(build(name, 3, root / "3"), asked, dropout, cheap=cheap)
+    two, _, _ = kept_bytes(build(name, 2, root / "2", changed), asked, dropout, cheap=cheap)
+    three, found, facts = kept_bytes(build(name, 3, root / "3", changed), asked, dropout, cheap=cheap)
     layer = layer_of(facts, found, 2, kernels=kernels, dropout=dropout > 0)
     # rows are padded to the longest example
     rows = len(LENGTHS) * max(LENGTHS) if layer.pairs == "alibi" else TOKENS
@@ -108,6 +117,12 @@ def test_a_layer_keeps_what_the_formula_says(name: str, asked: str, dropout: flo
     measured, planned = measured_and_planned(name, tmp_path, asked, dropout, kernels=True)
     # GPT-J keeps its rotary tables once a layer, as wide as a setting of its own says
     assert planned == pytest.approx(measured, rel=0.03 if name == "gptj" else 0.01)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_model_that_drops_in_training_keeps_its_masks_and_scores(name: str, tmp_path: Path) -> None:
+    measured, planned = measured_and_planned(name, tmp_path, "auto", 0.0, kernels=True, changed=OWN[name])
+    assert planned == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize("name", [*tiny.ARCHITECTURES, *MORE])

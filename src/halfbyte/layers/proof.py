@@ -98,12 +98,16 @@ def _compare(
 
 
 def _gradients(model: Any, batch: dict[str, Any], *, fused: bool = True) -> dict[str, Tensor]:
-    """The gradient of every trained tensor, with dropout off."""
+    """The gradient of every trained tensor, with dropout off. What a model drops by a call of its own (attention scores
+    of GPT-2) is drawn from one seed, so that each way drops the same."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.training = False
-    loss.pass_loss(model, batch, fused=fused).backward()
+    cards = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(cards)):
+        torch.manual_seed(0)
+        loss.pass_loss(model, batch, fused=fused).backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     for parameter in model.parameters():
         parameter.grad = None

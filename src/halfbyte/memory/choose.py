@@ -66,7 +66,10 @@ def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recom
     if not on_cpu:
         context = Line("CUDA context", state.CUDA_CONTEXT_BYTES, "a round figure for each card", "", "device")
         fixed, host = (context, *held), process
-    lines = (*fixed, *step.step_lines(job, largest, recompute, where, cards))
+    during = step.step_lines(job, largest, recompute, where, cards)
+    passes = -(-job.step_tokens // max(1, largest.tokens))
+    gradients = state.gradients_line(job, where, passes=passes, pass_bytes=sum(line.bytes for line in during))
+    lines = (*fixed, *_share((gradients,), cards), *during)
     fixed_bytes = sum(line.bytes for line in fixed)
     available = device.ram_available_bytes if on_cpu else min((card.free_bytes for card in device.cards), default=0)
     private = sum(line.bytes for line in lines if line.where != "file")
@@ -94,6 +97,7 @@ def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recom
         reasons={},
         warnings=(),
         busy_file_bytes=state.busy_file_bytes(job) if placement in ("mapped", "streamed") else 0,
+        building=job.building.lines(device.cores) if job.mappable and job.recipe.quant.type != "none" else (),
     )
 
 
@@ -131,8 +135,9 @@ def _candidates(job: Job, device: Device, rates: Rates) -> Iterator[_Candidate]:
                 plan = count(job, device, rates, placement=placement, recompute=recompute, tokens=max(asked, 1))
                 yield _Candidate(placement, recompute, asked, plan, asked_tokens=True)
                 continue
-            # a streamed base is read once a pass, so there the whole step in one pass is worth having
-            cap = whole if placement == "streamed" else min(MAX_TOKENS_PER_PASS, whole)
+            # a base that is streamed from disk is read once a pass, so there the whole step in one pass is worth having
+            read_again = placement == "streamed" and job.base_bytes > PLENTY * device.ram_available_bytes
+            cap = whole if read_again else min(MAX_TOKENS_PER_PASS, whole)
             for tokens in _sizes(longest, max(longest, cap)):
                 plan = count(job, device, rates, placement=placement, recompute=recompute, tokens=tokens)
                 yield _Candidate(placement, recompute, tokens, plan)

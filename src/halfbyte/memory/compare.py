@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from halfbyte.device import Device
 from halfbyte.memory import choose
 from halfbyte.memory.job import Job
-from halfbyte.memory.lines import Line
+from halfbyte.memory.lines import Line, Recompute
 from halfbyte.memory.state import OPTIMIZER_BYTES
 from halfbyte.memory.step import largest_pass
 from halfbyte.memory.timing import Rates, assumed
@@ -39,30 +39,34 @@ class Way:
         return 100 * self.trainable / max(1, self.parameters)
 
 
-def compare(job: Job, device: Device, rates: Rates | None = None, *, tokens: int | None = None) -> tuple[Way, ...]:
-    """The three ways, with the same pass of `tokens` (the longest row if not said) and no recomputation anywhere."""
+def compare(
+    job: Job, device: Device, rates: Rates | None = None, *, tokens: int | None = None, recompute: Recompute = "none"
+) -> tuple[Way, ...]:
+    """The three ways, with the same pass of `tokens` (the longest row if not said) and the same recomputation."""
     rates = rates or assumed(device, job.dtype)
     tokens = tokens or job.rows.longest
     recipe = job.recipe
     plain = recipe.model_copy(update={"quant": recipe.quant.model_copy(update={"type": "none"})})
     packed = recipe.model_copy(update={"quant": recipe.quant.model_copy(update={"type": "nf4"})})
-    ways = [_full(replace(job, recipe=plain, mappable=False), device, rates, tokens)]
+    ways = [_full(replace(job, recipe=plain, mappable=False), device, rates, tokens, recompute)]
     for name, changed in (("LoRA, 16-bit base", plain), ("QLoRA, 4-bit base", packed)):
         one = replace(job, recipe=changed, mappable=False)
-        plan = choose.count(one, device, rates, placement="resident", recompute="none", tokens=tokens)
+        plan = choose.count(one, device, rates, placement="resident", recompute=recompute, tokens=tokens)
         ways.append(Way(name, plan.lines, job.trainable, job.parameters, plan.time.step_s))
     first = ways[0].step_s
     return tuple(replace(way, relative_time=way.step_s / max(1e-12, first)) for way in ways)
 
 
-def _full(job: Job, device: Device, rates: Rates, tokens: int) -> Way:
+def _full(job: Job, device: Device, rates: Rates, tokens: int, recompute: Recompute) -> Way:
     where = "private" if device.kind == "cpu" else "device"
-    plan = choose.count(job, device, rates, placement="resident", recompute="none", tokens=tokens)
+    plan = choose.count(job, device, rates, placement="resident", recompute=recompute, tokens=tokens)
     count, c = job.parameters, job.itemsize
     pass_tokens = largest_pass(job, tokens).tokens
     state = OPTIMIZER_BYTES.get(str(job.recipe.train.optim), 8)
     read = {(s.layer, s.shape[-1 if not s.transposed else 0]) for s in job.specs if s.role == "linear"}
-    inputs = pass_tokens * c * sum(width for _, width in read)
+    # under full recomputation only one layer's at a time
+    share = 1 if recompute != "full" else 1 / max(1, job.facts.layers)
+    inputs = round(share * pass_tokens * c * sum(width for _, width in read))
     kept = tuple(
         line for line in plan.lines if line.name not in ("adapters", "adapters' copies", "gradients", "optimiser")
     )

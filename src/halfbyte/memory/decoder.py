@@ -22,7 +22,7 @@ from halfbyte.shapes import Facts
 from halfbyte.sites import Site
 
 Mlp = Literal["gated", "gated_stock", "formula", "one", "relu"]
-Attention = Literal["flash", "eager", "alibi", "dense"]
+Attention = Literal["flash", "eager", "alibi", "dense", "dropped"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Family:
     written as a formula (keeps four tensors); `one`: keeps its input; `relu`: keeps its output, which the
     next linear reads.
     `attention`: `flash` keeps no scores; `eager` (softcap) and `alibi` keep them for each pair of tokens of an example,
-    `dense` for each pair of the whole pass. `parallel`: attention and MLP read one normed input.
+    `dense` for each pair of the whole pass; `dropped` is what `flash` becomes where the model drops some of its scores
+    in training (GPT-2), which torch's flash kernel cannot. `parallel`: attention and MLP read one normed input.
     """
 
     norms: int = 2
@@ -66,22 +67,40 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Layer:
-    """Bytes of one token in one layer; `pair` of each pair of tokens that attention keeps a score for.
+    """Bytes of one token in one layer.
 
     kept: for backward, without recomputation. selective: where norms' outputs and the MLP's inner product are made
-    again. entry: its input, which full recomputation keeps. work: for a moment, in its backward.
+    again. entry: its input, which full recomputation keeps. idle: what the first layer does not keep, as nothing before
+    it trains. mlp, mlp_again: for a moment above what is kept, in the MLP's backward, without and with selective
+    recomputation. attention: the same in attention's backward, when the MLP's part is free again. pair, pair_moment:
+    of each pair of tokens that attention keeps a score for, and for a moment.
     """
 
     kept: float
     selective: float
     entry: float
-    work: float
+    idle: float
+    mlp: float
+    mlp_again: float
+    attention: float
     pair: float = 0.0
+    pair_moment: float = 0.0
     pairs: Attention = "flash"
 
     def of(self, recompute: Recompute) -> float:
         """Bytes a token and layer that stay until backward."""
         return {"none": self.kept, "selective": self.selective, "full": self.entry}[recompute]
+
+    def moment(self, recompute: Recompute, rows: float, pairs: float, scores: float) -> float:
+        """The largest moment of a layer's backward for `rows` tokens, above what is kept.
+
+        Args:
+            scores: bytes of attention's scores at once, where they are made in memory and not kept.
+        """
+        mlp = self.mlp_again if recompute == "selective" else self.mlp
+        attention = self.attention * rows + self.pair_moment * pairs + scores
+        again = (self.kept - self.entry) * rows + self.pair * pairs if recompute == "full" else 0.0
+        return again + max(mlp * rows, attention)
 
 
 def family_of(facts: Facts) -> Family:
@@ -100,47 +119,95 @@ def layer_of(
         fused: LoRA linears are the engine's; else PEFT's own, whose inputs are kept in fp32, twice with dropout.
     """
     family, c, layers = family_of(facts), itemsize, max(1, facts.layers)
+    attention: Attention = family.attention
+    if attention == "flash" and facts.attention_dropout and kernels:
+        attention = "dropped"
     hidden, inner = facts.hidden, facts.intermediate * max(1, facts.experts_per_token)
     wide = facts.heads * facts.head_size or hidden
     narrow = facts.key_heads * facts.head_size or hidden
 
     norm = 4 + (c if kernels else 4) * hidden if family.rms else c * hidden + 2 * c
-    kept: float = family.norms * norm
+    before: float = max(1, family.norms // 2) * norm  # attention, and the rest of them before or after the MLP
     if family.qk_norms:
-        kept += (c if kernels else 4) * (wide + narrow) + 4 * (facts.heads + facts.key_heads)
-    kept += {
+        before += (c if kernels else 4) * (wide + narrow) + 4 * (facts.heads + facts.key_heads)
+    before += {
         "flash": c * (2 * wide + 2 * narrow) + 4 * facts.heads,
         "eager": c * 3 * wide,  # keys and values under each query head
         "alibi": c * 3 * wide,
         "dense": 4 * (wide + 2 * narrow),  # torch's own formula works in fp32
-    }[family.attention]
-    kept += _mlp(family.mlp, inner, c, kernels=kernels)
+        "dropped": 4 * 3 * wide,  # and has keys and values under each query head
+    }[attention]
+    mlp: float = max(0, family.norms - max(1, family.norms // 2)) * norm
+    mlp += _mlp(family.mlp, inner, c, kernels=kernels)
+    if facts.residual_dropout:  # torch's dropout for CPUs keeps its mask as numbers
+        before += (c if kernels else 1) * hidden
+        mlp += (c if kernels else 1) * hidden
 
     # what adapters read is kept once, whoever reads it; the share of layers that have one
     gated = family.mlp == "gated"
     read = {(site.layer, _same(site.reads, parallel=family.parallel)): site.inputs for site in sites}
     again = 0.0
     for (_, what), width in read.items():
-        is_there = (what == "attended" and family.attention == "flash" and kernels) or (
+        is_there = (what == "attended" and attention == "flash" and kernels) or (
             what == "inner" and family.mlp == "relu"
         )
-        size = 0 if is_there else c * width / layers
-        kept += size
+        size = 0.0 if is_there else c * width / layers
         again += size if kernels and what in _REMADE and (family.rms if what != "inner" else gated) else 0
+        if what in ("mlp", "inner"):
+            mlp += size
+        else:
+            before += size
     for site in sites:
-        kept += c * site.rank / layers
-        kept += site.inputs / layers if dropout and not kernels and fused else 0
-        kept += site.inputs * (8 if dropout else 4) / layers if not fused else 0
+        size = c * site.rank / layers
+        size += site.inputs / layers if dropout and not kernels and fused else 0
+        size += site.inputs * (8 if dropout else 4) / layers if not fused else 0
+        if site.reads in ("mlp", "inner"):
+            mlp += size
+        else:
+            before += size
 
-    score, pair = family.attention, 0.0
-    if score == "eager":
-        pair = facts.heads * (4 + 2 * c) + 1
-    elif score == "alibi":
-        pair = facts.heads * (4 + c)
-    elif score == "dense":
-        pair = facts.heads * 4.0
-    work = c * max(_mlp_work(family.mlp, inner) + 2 * hidden, 3 * wide + 4 * narrow + 2 * hidden)
-    return Layer(kept, kept - again, c * hidden, work, pair, score)
+    heads = facts.heads
+    pair, pair_moment = {
+        "flash": (0.0, 0.0), "eager": (heads * (4 + 2 * c) + 1.0, heads * (4 + 2 * c) + 1.0),
+        "alibi": (heads * (4.0 + c), heads * (4.0 + c)), "dense": (heads * 4.0, heads * 4.0),
+        "dropped": (heads * 12.0, heads * 4.0),  # scores, their mask and both together; the gradient of one
+    }[attention]  # fmt: skip
+    adapted = {what for _, what in read}
+    idle = norm if family.norms else 0.0
+    if family.norms == 1 and not adapted & {"mlp", "inner"}:  # both branches read the embedding
+        idle += _mlp(family.mlp, inner, c, kernels=kernels)
+    kept = before + mlp
+
+    def moment(*, again: bool) -> float:
+        last = _mlp_moment(family.mlp, c * inner, adapted="inner" in adapted, dropout=dropout, again=again)
+        return c * hidden + last
+
+    return Layer(
+        kept=kept,
+        selective=kept - again,
+        entry=c * hidden,
+        idle=idle,
+        mlp=moment(again=False),
+        mlp_again=moment(again=kernels and gated and "inner" in adapted),
+        attention=c * (3 * wide + 4 * narrow + hidden) - mlp,
+        pair=pair,
+        pair_moment=pair_moment,
+        pairs=attention,
+    )
+
+
+def _mlp_moment(kind: Mlp, inner: float, *, adapted: bool, dropout: bool, again: bool) -> float:
+    """Bytes above what is kept at the worst moment of an MLP's backward, but for the gradient that comes in.
+
+    Through the last matrix: the gradient of what it reads, and with an adapter that drops, two more of that size (what
+    was dropped, and the adapter's own gradient). Through the activation: that gradient and those of its inputs; what an
+    adapter read is free then. `again`: what the last matrix reads is made again, not kept.
+    """
+    last = inner * ((3 if dropout else 1) + again if adapted else 1)
+    activation = inner * (2 if kind in ("one", "relu") else 3)
+    if adapted and not again and kind != "relu":
+        activation -= inner
+    return max(last, activation)
 
 
 def pairs_of(layer: Layer, lengths: Sequence[int]) -> float:
@@ -157,10 +224,6 @@ def pairs_of(layer: Layer, lengths: Sequence[int]) -> float:
 def _mlp(kind: Mlp, inner: int, c: int, *, kernels: bool) -> float:
     tensors = {"gated": 2 if kernels else 3, "gated_stock": 3, "formula": 4, "one": 1, "relu": 1}[kind]
     return tensors * c * inner
-
-
-def _mlp_work(kind: Mlp, inner: int) -> float:
-    return {"gated": 3, "gated_stock": 4, "formula": 4, "one": 2, "relu": 2}[kind] * inner
 
 
 _REMADE = ("attention", "mlp", "inner")  # what `fuse.recompute_cheap` makes again: norms' outputs, the inner product

@@ -14,6 +14,7 @@ import numpy as np
 
 from halfbyte import quant as codec
 from halfbyte.device import Device, compute_dtype
+from halfbyte.memory.building import Building
 from halfbyte.memory.decoder import Layer, layer_of
 from halfbyte.memory.lines import ITEMSIZE
 from halfbyte.shapes import Facts, TensorSpec
@@ -87,6 +88,7 @@ class Job:
         mappable: the base can lie in a mapped file as it is computed with (a store, or a checkpoint in that dtype).
         kernels: the engine's kernels run here; else torch's own operations.
         packed: examples share a pass; False where that is not proven for the model.
+        beside_bytes: of the tokenizer and what else a store copies; None where they are not at hand.
     """
 
     recipe: Recipe
@@ -99,6 +101,7 @@ class Job:
     kernels: bool = True
     packed: bool = True
     steps: int = 1
+    beside_bytes: int | None = None
 
     @classmethod
     def of(
@@ -113,6 +116,7 @@ class Job:
         mappable: bool | None = None,
         packed: bool = True,
         steps: int = 1,
+        beside_bytes: int | None = None,
     ) -> Job:
         dtype, _ = compute_dtype(device, recipe.quant.compute_dtype)
         found = tuple(sites(specs, recipe.lora, targets)) if specs else ()
@@ -124,6 +128,7 @@ class Job:
         return cls(
             recipe=recipe, specs=tuple(specs), facts=facts, sites=found, rows=rows, dtype=dtype,
             mappable=mappable and on_cpu, kernels=on_cpu and dtype in ("bf16", "fp32"), packed=packed, steps=steps,
+            beside_bytes=beside_bytes,
         )  # fmt: skip
 
     @property
@@ -177,6 +182,11 @@ class Job:
         """Numbers in the largest matrix that is dequantised to be multiplied with."""
         linears = (s for s in self.specs if codec.encoding(s, self.recipe.quant) == "4bit")
         return max((s.numel // (s.shape[0] if s.role == "expert" else 1) for s in linears), default=0)
+
+    @property
+    def building(self) -> Building:
+        """The store of its base."""
+        return Building(self.specs, self.recipe.quant, self.itemsize, self.facts.vocab, self.beside_bytes)
 
     @cached_property
     def layer(self) -> Layer:

@@ -65,7 +65,8 @@ class Plan:
     are RAM beside the cards. `loading`, `evaluating` and `generating` are peaks of their own, in the same place.
     `reasons` has one for each choice, under its name. `tokens_in_pass` is what the activations were counted for:
     `max_tokens_per_pass`, or less when a whole step is shorter, or more when one example is longer. `busy_file_bytes`
-    are the pages of a mapped base that must be there at once: a few layers, and the head.
+    are the pages of a mapped base that must be there at once: a few layers, and the head. `building` is RAM while the
+    store of the base is built, once, before its first run.
     """
 
     compute_dtype: str
@@ -87,6 +88,7 @@ class Plan:
     reasons: dict[str, str]
     warnings: tuple[str, ...]
     busy_file_bytes: int = 0
+    building: tuple[Line, ...] = ()
     fixes: tuple[Fix, ...] = ()
 
     @property
@@ -101,6 +103,10 @@ class Plan:
     def peak_bytes(self) -> int:
         """The most at any time: of a step, of loading, of an evaluation."""
         return max(self.step_bytes, self.loading_bytes, self.evaluating_bytes)
+
+    @property
+    def building_bytes(self) -> int:
+        return sum(line.bytes for line in self.building)
 
     @property
     def private_bytes(self) -> int:
@@ -141,6 +147,7 @@ class Plan:
                 "private_bytes",
                 "file_bytes",
                 "short_bytes",
+                "building_bytes",
                 "gradient_checkpointing",
             )
         }

@@ -19,7 +19,9 @@ LIBRARIES_PRIVATE_BYTES = 470_000_000
 LIBRARIES_FILE_BYTES = 235_000_000
 CUDA_CONTEXT_BYTES = 600_000_000  # driver context and cuBLAS workspace; a round figure, not measured here
 HOST_OF_CARD_BYTES = 2_500_000_000  # a CUDA build's libraries and pinned buffers in RAM; a round figure, not measured
-TOKENIZER_BYTES_PER_ENTRY = 700
+# What the first passes leave in the process beside tensors: compiled kernels, buffers of threads, the Trainer's own.
+FIRST_PASS_BYTES = 75_000_000
+TOKENIZER_BYTES_PER_ENTRY = 200
 ROW_BYTES = 60  # its length, labels, place in the order; its tokens lie in a file that is mapped
 TOUCHED_BYTES_PER_TOKEN = 65536  # the kernel maps sixteen pages around each one that is touched
 AHEAD = 2  # layers that are read ahead of a streamed one
@@ -45,6 +47,7 @@ def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
     return (
         Line("libraries", LIBRARIES_PRIVATE_BYTES, "torch, transformers, peft, numba and their state", source),
         Line("libraries, mapped", LIBRARIES_FILE_BYTES, "their code", source, "file"),
+        Line("first pass", FIRST_PASS_BYTES, "kernels, threads' buffers and the Trainer, from then on", source),
         Line("data", held, words),
     )
 
@@ -88,7 +91,7 @@ def _touched_outer(job: Job) -> int:
 
 
 def training_lines(job: Job, where: Where) -> tuple[Line, ...]:
-    """What trains: LoRA's masters, their copies in the compute dtype, gradients, and the optimiser's state."""
+    """What trains: LoRA's masters, their copies in the compute dtype, and the optimiser's state."""
     count, optimizer = job.trainable, str(job.recipe.train.optim)
     state = OPTIMIZER_BYTES.get(optimizer, 8)
     copies = job.lora_parameters * (job.itemsize if job.dtype != "fp32" else 0)
@@ -97,9 +100,18 @@ def training_lines(job: Job, where: Where) -> tuple[Line, ...]:
             "adapters", 4 * count, f"{count} trained parameters in fp32", "LoRA, arXiv:2106.09685: r (in + out)", where
         ),
         Line("adapters' copies", copies, f"in {job.dtype} while a pass lasts", "layers/lora_linear.py", where),
-        Line("gradients", 4 * count, "fp32", "", where),
         Line("optimiser", state * count, f"{optimizer}: {state} bytes a parameter", "AdamW: two numbers", where),
     )
+
+
+def gradients_line(job: Job, where: Where, *, passes: int, pass_bytes: int) -> Line:
+    """Gradients at a step's peak. With several passes all of them are there when the last one is at its peak; with one
+    they come as its activations go, so a layer's are there, or all of them when `pass_bytes` are gone."""
+    whole = 4 * job.trainable
+    if passes > 1:
+        return Line("gradients", whole, f"fp32, over {passes} passes", "", where)
+    held = max(whole // max(1, job.facts.layers), whole - pass_bytes)
+    return Line("gradients", held, f"fp32, {whole / 1e6:.1f} MB at the end of the only pass", "", where)
 
 
 def loading_bytes(job: Job, placement: Placement, lines: tuple[Line, ...]) -> int:
@@ -129,5 +141,7 @@ def disk_lines(job: Job, *, store: bool) -> tuple[Line, ...]:
         ),
     ]
     if store and job.recipe.quant.type != "none":
-        found.insert(0, Line("base store", job.base_bytes, f"quantised once: {job.recipe.quant.type}", "", "disk"))
+        found.insert(
+            0, Line("base store", job.building.disk_bytes, f"quantised once: {job.recipe.quant.type}", "", "disk")
+        )
     return tuple(found)

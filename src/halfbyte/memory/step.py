@@ -11,18 +11,17 @@ Letters: T tokens of a pass, K of them labelled, V vocabulary, D hidden, c bytes
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from dataclasses import dataclass
 
 from halfbyte.memory.decoder import pairs_of
 from halfbyte.memory.job import Job
 from halfbyte.memory.lines import Line, Recompute, Where
 
-LOGITS_CHUNK_BYTES = 32_000_000  # layers/loss.py
-SCORES_BYTES = (
-    24_000_000  # layers/block_attention.py: scores in fp32 at once, as many for dP, both in the compute dtype
-)
+LOGITS_CHUNK_BYTES, LOGITS_ROWS = 32_000_000, 16  # layers/loss.py: at once at most, in multiples of so many rows
+SCORES_BYTES, SCORES_ROWS = 24_000_000, 512  # layers/block_attention.py: scores in fp32 at once, rows of a long example
 TOKENS_STEP = 64
-SLACK = 0.14
+SLACK = 0.08
 CARD_SLACK = 0.05  # PyTorch's caching allocator rounds and splits; a round figure, not measured here
 
 
@@ -60,60 +59,72 @@ def largest_pass(job: Job, tokens: int) -> Pass:
 
 
 def step_lines(job: Job, largest: Pass, recompute: Recompute, where: Where, cards: int = 1) -> tuple[Line, ...]:
-    """Lines of the peak of one pass.
+    """Lines of the peak of one pass: at the end of the forward, in the loss, or in the last layer's backward.
 
     Args:
         cards: layers are split over so many; each holds its share of what is kept.
     """
-    layer, layers, c, tokens = job.layer, job.facts.layers, job.itemsize, largest.tokens
+    layer, c, tokens = job.layer, job.itemsize, largest.tokens
     hidden = job.facts.hidden
     pairs = pairs_of(layer, largest.lengths)
     rows = len(largest.lengths) * max(largest.lengths) if layer.pairs == "alibi" else tokens
-    here = -(-layers // cards)
+    here = -(-job.facts.layers // cards)
     kept = here * (rows * layer.of(recompute) + (layer.pair * pairs if recompute != "full" else 0))
+    # what is made again is held by the way to make it, also in the first layer
+    kept -= (
+        rows * layer.idle if recompute == "none" or (recompute == "selective" and layer.selective == layer.kept) else 0
+    )
     words = f"{tokens} tokens x {here} layers x {layer.of(recompute) / 1e3:.2f} kB"
-    if recompute == "full":
-        kept += rows * layer.kept + layer.pair * pairs
-        words += f" and one layer of {layer.kept / 1e3:.2f} kB"
-    ends = tokens * c * 3 * hidden  # embedding, last norm's input and output
     tile = c * job.largest_linear
-    backward = rows * layer.work + layer.pair * pairs
-    scores = 0.0 if not job.kernels or layer.pairs != "flash" or job.dtype == "bf16" else 2 * SCORES_BYTES
-    loss = logits_bytes(job, largest.labelled) + 3 * largest.labelled * c * hidden
+    backward = layer.moment(recompute, rows, pairs, scores_bytes(job, largest))
+    # the last norm's input and output; at labelled tokens what the head reads, and its gradient
+    loss = logits_bytes(job, largest.labelled) + 2 * c * hidden * (tokens + largest.labelled)
     # the loss is over before the last layer's backward begins, so the larger of both counts
-    moment = max(backward + tile + scores, loss)
-    slack = (SLACK if where == "private" else CARD_SLACK) * (kept + ends + moment)
-    lines = [
-        Line("activations", round(kept + ends), words, f"memory/decoder.py, recomputation {recompute}", where),
-    ]
-    if backward + tile + scores >= loss:
-        lines += [
-            Line("backward of a layer", round(backward + scores), f"{tokens} tokens", "memory/decoder.py", where),
-            Line(
-                "dequantised weight", tile, f"{job.largest_linear / 1e6:.1f} M numbers", "layers/lora_linear.py", where
-            ),
-        ]
+    moment = max(backward, loss)
+    slack = (SLACK if where == "private" else CARD_SLACK) * (kept + moment)
+    if backward >= loss:
+        again = ", its forward done again" if recompute == "full" else ""
+        at_once = Line("backward of a layer", round(backward), f"{tokens} tokens{again}", "memory/decoder.py", where)
     else:
         share = f"{largest.labelled} labelled tokens, vocabulary {job.facts.vocab}"
-        lines += [Line("logits", round(loss), share, "layers/loss.py", where)]
-    lines.append(
-        Line("allocator", round(slack), f"{slack / max(1, kept + ends + moment):.0%} of these", "measured", where)
+        at_once = Line("logits", round(loss), share, "layers/loss.py", where)
+    biggest = f"{job.largest_linear / 1e6:.1f} M numbers"
+    return (
+        Line("activations", round(kept), words, f"memory/decoder.py, recomputation {recompute}", where),
+        at_once,
+        Line("dequantised weight", tile, biggest, "layers/lora_linear.py", where),
+        Line("allocator", round(slack), f"{slack / max(1, kept + moment):.0%} of these", "measured", where),
     )
-    return tuple(lines)
+
+
+def scores_bytes(job: Job, largest: Pass) -> float:
+    """Attention's scores that exist at once in backward where no kernel makes them in cache: S and dP in fp32, and both
+    in the compute dtype if that is another."""
+    if not job.kernels or job.layer.pairs != "flash" or job.dtype == "bf16":
+        return 0.0
+    heads, most = max(1, job.facts.heads), 0.0
+    for length, count in Counter(largest.lengths).items():
+        whole = 4 * heads * length * length
+        at_once = min(count, max(1, SCORES_BYTES // whole)) * 4 * heads * length * min(length, SCORES_ROWS)
+        most = max(most, at_once)
+    return most * (2 + (0 if job.itemsize == 4 else job.itemsize / 2))
 
 
 def logits_bytes(job: Job, labelled: int) -> int:
     """Logits that exist at once: a chunk; without kernels also their fp32 log-probabilities."""
-    rows = max(16, LOGITS_CHUNK_BYTES // max(1, job.facts.vocab * job.itemsize))
-    return min(rows, max(1, labelled)) * job.facts.vocab * (job.itemsize if job.kernels else job.itemsize + 8)
+    most = max(LOGITS_ROWS, LOGITS_CHUNK_BYTES // max(1, job.facts.vocab * job.itemsize))
+    even = -(-labelled // max(1, -(-labelled // most)))
+    rows = min(most, -(-even // LOGITS_ROWS) * LOGITS_ROWS, max(1, labelled))
+    return rows * job.facts.vocab * (job.itemsize if job.kernels else job.itemsize + 8)
 
 
 def evaluating_bytes(job: Job, largest: Pass) -> int:
     """The peak of an evaluation's pass above what is held: no tensor is kept for backward."""
     c, tokens = job.itemsize, largest.tokens
     pairs = pairs_of(job.layer, largest.lengths)
-    inside = tokens * job.layer.work + job.layer.pair * pairs + c * job.largest_linear
-    return round((1 + SLACK) * (tokens * c * 3 * job.facts.hidden + max(inside, logits_bytes(job, largest.labelled))))
+    inside = tokens * job.layer.mlp + job.layer.pair * pairs
+    moment = tokens * c * 3 * job.facts.hidden + max(inside, logits_bytes(job, largest.labelled))
+    return round((1 + SLACK) * moment) + c * job.largest_linear
 
 
 def generating_bytes(job: Job, tokens: int, sequences: int = 1) -> int:

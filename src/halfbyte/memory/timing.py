@@ -19,11 +19,12 @@ from halfbyte.memory.lines import Placement, Recompute, Time
 
 SPREAD = 0.25  # of a time from measured rates; shared machines and turbo clocks move that much
 SPREAD_ASSUMED = 0.6
-PASS_OVERHEAD_S = 0.02
+# What a layer of a pass takes besides arithmetic: some hundred calls from Python, forward and backward.
+LAYER_OVERHEAD_S = 0.005
 # A pass of so many tokens multiplies at half the rate of a large one.
 HALF_RATE_TOKENS = 48
 # Bytes moved for each byte that a layer keeps, forward and backward, by all that is no matrix product.
-TRAFFIC = 6.0
+TRAFFIC = 10.0
 # Of that, what is done again under a policy.
 TRAFFIC_AGAIN = {"none": 1.0, "selective": 1.2, "full": 1.4}
 
@@ -89,7 +90,7 @@ def step_time(
         "attention": step_tokens * attention / rates.attention_flops,
         "elementwise": step_tokens * moved * TRAFFIC_AGAIN[recompute] / rates.memory_bytes,
         "dequantising": passes * again * job.linear_numel / rates.dequant_elements if quantised else 0.0,
-        "overhead": passes * PASS_OVERHEAD_S,
+        "overhead": passes * LAYER_OVERHEAD_S * job.facts.layers,
     }
     compute = sum(parts.values())
     read = 2 * passes * max(0.0, job.base_bytes - cached_bytes) / rates.disk_bytes

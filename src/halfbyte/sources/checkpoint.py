@@ -6,6 +6,7 @@ Cost: standard library only.
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,11 @@ from typing import Literal
 from halfbyte.errors import SourceError
 
 Kind = Literal["hub", "folder", "gguf", "packaged"]
+# What lies beside the weights and makes the folder a model of its own: descriptions, tokenizer, template.
+BESIDE = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+    "*.model", "*.tiktoken", "chat_template*", "preprocessor_config.json", "processor_config.json", "LICENSE*",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,11 @@ class Checkpoint:
     kind: Kind
     pickle: bool = False
     """True when the weights are `.bin` files: they are read with `weights_only=True`."""
+
+
+def beside_weights(folder: Path) -> list[Path]:
+    """The files of a model folder that a store of its base copies as they are."""
+    return sorted(p for p in folder.iterdir() if p.is_file() and any(fnmatch.fnmatch(p.name, b) for b in BESIDE))
 
 
 def cache_dir() -> Path:

@@ -8,7 +8,6 @@ Cost: one read of the source and one write of the result; see docs/log.md.
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 import os
@@ -27,7 +26,8 @@ import torch
 from halfbyte import plain_linears, quantise
 from halfbyte import quant as codec
 from halfbyte.errors import HalfbyteError, StoreError
-from halfbyte.sources.checkpoint import Checkpoint
+from halfbyte.memory import building
+from halfbyte.sources.checkpoint import Checkpoint, beside_weights
 from halfbyte.store import manifest, shelf
 from halfbyte.store.layout import STATE, FilePlan, Layout, Piece, slots
 from halfbyte.store.reading import Source, torch_dtypes
@@ -35,15 +35,6 @@ from halfbyte.store.writer import Writer
 
 JOURNAL = "journal.jsonl"
 INDEX = "model.safetensors.index.json"
-# What lies beside the weights and makes the folder a model of its own: descriptions, tokenizer, template.
-BESIDE = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
-    "*.model", "*.tiktoken", "chat_template*", "preprocessor_config.json", "processor_config.json", "LICENSE*",
-)  # fmt: skip
-# A multiple of every block size; with casting to another dtype a thread holds about four times this in bytes.
-CHUNK_ELEMENTS = 1 << 22
-# Reading waits for the disk now and then: one thread more than cores keeps them busy.
-EXTRA_THREADS = 1
 POLL_SECONDS = 0.1
 SPARE_BYTES = 1 << 20
 _MORE_ROOM = (
@@ -159,7 +150,7 @@ def _preflight(request: Request, partial: Path, journal: _Journal) -> None:
         Writer(partial / plan.name, [s for piece in plan.pieces for s in slots(piece, layout.quant)]).most_bytes
         for plan in todo
     )
-    beside = sum(path.stat().st_size for path in _beside(request.checkpoint.path))
+    beside = sum(path.stat().st_size for path in beside_weights(request.checkpoint.path))
     need += beside + SPARE_BYTES
     if (free := _free_bytes(partial)) < need:
         raise shelf.NotWritable(
@@ -181,7 +172,7 @@ def _write_files(request: Request, source: Source, journal: _Journal, tell: Call
         if not stop.is_set():
             _FileBuild(plan, layout, source, journal, stop, count).run()
 
-    pool = ThreadPoolExecutor(request.cores + EXTRA_THREADS, thread_name_prefix="store")
+    pool = ThreadPoolExecutor(request.cores + building.EXTRA_THREADS, thread_name_prefix="store")
     pending: set[Future[None]] = set()
     try:
         with source:
@@ -257,7 +248,7 @@ class _FileBuild:
     def _chunks(self, piece: Piece, digest: Any) -> Any:
         """(first element, values in the wanted dtype) in pieces of the tensor; a transposed one comes at once."""
         kind = torch_dtypes()[piece.source.dtype]
-        at_once = piece.numel if piece.transposed else CHUNK_ELEMENTS
+        at_once = piece.numel if piece.transposed else building.CHUNK_ELEMENTS
         for first in range(0, piece.numel, max(1, at_once)):
             if self.stop.is_set():
                 raise _Stopped("the build was stopped")
@@ -301,7 +292,7 @@ def _finish(request: Request, source: Source, journal: _Journal, seconds: float)
     """Everything but the weights, and the manifest last."""
     folder, found = journal.folder, request.checkpoint
     entries = dict(journal.files)
-    for path in _beside(found.path):
+    for path in beside_weights(found.path):
         manifest.write_durably(folder / path.name, path.read_bytes())
         entries[path.name] = manifest.entry_of(folder / path.name)
     for name, content in (("config.json", _config(request)), (INDEX, _index(request, entries))):
@@ -340,10 +331,6 @@ def _index(request: Request, entries: dict[str, manifest.Entry]) -> dict[str, An
     weight_map = {s.name: plan.name for plan in request.layout.files for p in plan.pieces for s in slots(p, quant)}
     total = sum(entries[plan.name].nbytes for plan in request.layout.files)
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
-
-
-def _beside(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_file() and any(fnmatch.fnmatch(p.name, b) for b in BESIDE))
 
 
 def _free_bytes(folder: Path) -> int:

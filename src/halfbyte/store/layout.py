@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from halfbyte import plain_linears, shapes
 from halfbyte import quant as codec
+from halfbyte.memory.building import OWN_FILE
 from halfbyte.store.reading import SourceTensor, torch_dtypes
 from halfbyte.store.shelf import CannotHold
 from halfbyte.store.writer import Slot
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from halfbyte.recipe import Quant
 
 STATE = "quant_state.bitsandbytes__{type}"
-# A tensor outside the layers gets a file of its own from this size on: the embedding, the head.
-OWN_FILE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -264,7 +263,7 @@ def _files(pieces: list[Piece], config: Any) -> tuple[FilePlan, ...]:
         layer = shapes.spec_of(piece.name, piece.source.shape, "BF16", values).layer
         if layer is not None:
             name = f"model-layer-{layer:04d}.safetensors"
-        elif piece.source.nbytes >= OWN_FILE_BYTES:
+        elif piece.source.nbytes >= OWN_FILE:
             name = f"model-{re.sub(r'[^A-Za-z0-9_]+', '-', piece.name)}.safetensors"
         else:
             name = "model-rest.safetensors"
