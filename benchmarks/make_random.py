@@ -102,6 +102,48 @@ def rows(folder: Path, n: int, seed: int = 0) -> str:
     return str(path)
 
 
+def sharded_llama(folder: Path, values: dict[str, int], shard_bytes: int = 2_000_000_000) -> int:
+    """A Llama in bf16, every weight drawn for itself, written shard by shard: no more than one is in memory.
+
+    Returns:
+        Bytes of the shards.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = LlamaConfig(**values, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, shape in shapes.items():
+        if held + 2 * shape.numel() > shard_bytes and shards[-1]:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += 2 * shape.numel()
+    index: dict[str, str] = {}
+    total = 0
+    for number, names in enumerate(shards, start=1):
+        tensors = {}
+        for name in names:
+            tensor = torch.empty(shapes[name], dtype=torch.bfloat16)
+            tensors[name] = tensor.fill_(1) if tensor.ndim == 1 else tensor.normal_(0, 0.02, generator=generator)
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(names, file))
+        total += (folder / file).stat().st_size
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    config.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return total
+
+
 def quantised_llama(folder: Path, values: dict[str, int]) -> Path:
     """A pre-quantised checkpoint (NF4, double quantisation, bf16) of a Llama shape, one file a decoder layer.
 

@@ -20,6 +20,7 @@ from halfbyte import device as machine
 from halfbyte import plain_linears, resident, shapes, sources, store
 from halfbyte import quant as codec
 from halfbyte.errors import BaseModelError, first_line
+from halfbyte.store import first_pages
 from halfbyte.store.shelf import source_files
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ def open_base(
     bits = None if quantised is not None or from_store else codec.bnb_config(quant, dtype, heads)
     from transformers import AutoModelForCausalLM
 
+    if bits is None:
+        first_pages.read(folder)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -41,7 +41,7 @@ NOT_FOR_TRAINER = frozenset(
     }
 )  # fmt: skip
 
-# Every step of a run is planned before the first one, in about 1 kB each.
+# Each has a row in metrics.jsonl, and the report reads all of them.
 MAX_STEPS = 1_000_000
 
 

@@ -81,3 +81,11 @@ def test_other_rows_are_refused(make_byte_level: Any, make_data: Any) -> None:
         "data.packing stream is for plain text, and the rows are conversations or prompts.\n"
         "  fix: data.packing: rows, or data.format: text"
     )
+
+
+def test_columns_are_those_of_the_rows_also_of_a_part_of_a_batch() -> None:
+    whole, part = texts([4, 2, 9]).batches, texts([5, 6, 7, 8, 1, 3]).batches[1].slice(1, 2)
+    examples = Examples([*whole, part])
+    assert examples.lengths().tolist() == [len(e.input_ids) for e in examples] == [4, 2, 9, 1, 3]
+    assert examples.labelled().tolist() == [sum(t >= 0 for t in e.labels) for e in examples]
+    assert [examples.ids(i).tolist() for i in range(5)] == [list(e.input_ids) for e in examples]

@@ -99,13 +99,29 @@ def test_what_cannot_be_read_is_told_before_what_cannot_be_encoded(
         tokenise.encode(name, make_byte_level(), make_data())
 
 
-def test_a_helper_that_ends_early_is_done_without(
-    tmp_path: Path, make_byte_level: Any, templates: Any, make_data: Any, monkeypatch: pytest.MonkeyPatch
+def ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(helpers.sys, "executable", shutil.which("false"))
+
+
+def cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(helpers.sys, "executable", "/nowhere/python")
+
+
+def cannot_be_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dumps(value: Any) -> bytes:
+        raise TypeError("cannot pickle")
+
+    monkeypatch.setattr(helpers.pickle, "dumps", dumps)
+
+
+@pytest.mark.parametrize("harm", [ends_early, cannot_start, cannot_be_handed_over])
+def test_a_helper_that_does_not_help_is_done_without(
+    harm: Any, tmp_path: Path, make_byte_level: Any, templates: Any, make_data: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, tokenizer = write(tmp_path / "a.jsonl", [*map(json.dumps, ROWS)]), make_byte_level(templates.chatml)
     alone = outcome(tokenise.encode(name, tokenizer, make_data(), cores=1))
     shutil.rmtree(tmp_path / "cache")
-    monkeypatch.setattr(helpers.sys, "executable", shutil.which("false"))
+    harm(monkeypatch)
     assert outcome(tokenise.encode(name, tokenizer, make_data(), cores=2)) == alone
 
 

@@ -46,11 +46,17 @@ class Helpers:
         self._all: list[subprocess.Popen[bytes]] = []
         self._new: set[subprocess.Popen[bytes]] = set()
         self._count = count
-        self._setting = pickle.dumps((tokenizer, data))
+        self._setting = b""
+        # a tokenizer that is code of its own may not be handed to another process; then this one does all
+        with contextlib.suppress(pickle.PicklingError, AttributeError, TypeError):
+            self._setting = pickle.dumps((tokenizer, data))
 
     def __enter__(self) -> Helpers:
         path = os.pathsep.join(p for p in sys.path if p)
         for _ in range(self._count):
+            if not self._setting:
+                self._idle.put(None)
+                continue
             try:
                 helper = subprocess.Popen(
                     [sys.executable, "-m", "halfbyte.data.helpers"],

@@ -54,6 +54,8 @@ class Source:
     def __enter__(self) -> Source:
         for file in self.files:
             self._fds[file] = os.open(file, os.O_RDONLY)
+            # The kernel reads ahead by itself. Asked for each next piece (WILLNEED) it takes the thread's own time, and
+            # letting go of a piece then waits for it.
             _advise(self._fds[file], 0, 0, "SEQUENTIAL")
         return self
 
@@ -63,15 +65,12 @@ class Source:
         self._fds.clear()
 
     def read(self, tensor: SourceTensor, offset: int, into: memoryview) -> None:
-        """Fill `into` with bytes of a tensor, from `offset` on; the next ones are fetched ahead, these then dropped.
+        """Fill `into` with bytes of a tensor, from `offset` on; the page cache lets go of them.
 
         Raises:
             StoreError: the file has become shorter.
         """
         fd, at, count = self._fds[tensor.file], tensor.start + offset, len(into)
-        ahead = min(count, tensor.nbytes - offset - count)
-        if ahead > 0:
-            _advise(fd, at + count, ahead, "WILLNEED")
         done = 0
         while done < count:
             got = os.preadv(fd, [into[done:]], at + done)

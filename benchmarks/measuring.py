@@ -1,0 +1,109 @@
+"""What the benchmarks of bases on disk measure with: this process's memory, the disk, the rate of matrix products."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from halfbyte import pages
+
+
+@dataclass
+class Memory:
+    """The largest resident set while it was watched, split at that moment, and the largest of each part."""
+
+    peak: pages.Resident = field(default_factory=lambda: pages.Resident(0, 0))
+    anonymous: int = 0
+    file: int = 0
+    high_water: int = 0
+
+    def to_json(self) -> dict[str, float]:
+        return {
+            "peak_gb": max(self.peak.total, self.high_water) / 1e9,
+            "sampled_gb": self.peak.total / 1e9,
+            "at_peak_private_gb": self.peak.anonymous / 1e9,
+            "at_peak_file_gb": self.peak.file / 1e9,
+            "largest_private_gb": self.anonymous / 1e9,
+            "largest_file_gb": self.file / 1e9,
+        }
+
+
+@contextmanager
+def watched(every_s: float = 0.02) -> Iterator[Memory]:
+    """Sample this process's resident set on a thread; the kernel's high-water mark begins anew."""
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+    seen, done = Memory(), threading.Event()
+
+    def sample() -> None:
+        while not done.is_set():
+            now = pages.resident()
+            seen.peak = max(seen.peak, now, key=lambda r: r.total)
+            seen.anonymous, seen.file = max(seen.anonymous, now.anonymous), max(seen.file, now.file)
+            done.wait(every_s)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        thread.join()
+        found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        seen.high_water = int(found[1]) * 1024 if found else 0
+
+
+def matmul_rate(size: int = 4096) -> float:
+    """FLOP/s of bf16 products of two size x size matrices, the best of five."""
+    a, b = (torch.randn(size, size).bfloat16() for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def cold(folder: Path) -> None:
+    """Put a checkpoint's weights out of the page cache."""
+    for path in folder.glob("*.safetensors"):
+        number = os.open(path, os.O_RDONLY)
+        os.fsync(number)
+        os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(number)
+
+
+def disk_rate(folder: Path) -> float:
+    """Bytes/s of reading a checkpoint's files one after the other, from cold; up to 4 GB of them."""
+    cold(folder)
+    done, began = 0, time.perf_counter()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while part := file.read(1 << 24):
+                done += len(part)
+        if done > 4e9:
+            break
+    return done / (time.perf_counter() - began)
+
+
+def read_from_disk() -> int:
+    """Bytes that this process has made the disk read so far, by reads and by touched pages (`proc(5)`, `io`)."""
+    found = re.search(r"^read_bytes: (\d+)$", Path("/proc/self/io").read_text(), re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def verdict(name: str, value: float, limit: float, unit: str = "", *, at_least: bool = False) -> bool:
+    fine = value >= limit if at_least else value <= limit
+    say(f"{name}: {value:.3f}{unit}, at {'least' if at_least else 'most'} {limit:g}{unit}: {'yes' if fine else 'NO'}")
+    return fine
