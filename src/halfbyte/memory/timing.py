@@ -27,6 +27,9 @@ HALF_RATE_TOKENS = 48
 TRAFFIC = 10.0
 # Of that, what is done again under a policy.
 TRAFFIC_AGAIN = {"none": 1.0, "selective": 1.2, "full": 1.4}
+# Numbers of a dropout mask that torch draws in a second, whatever the threads, where a model drops by itself: from one run
+# of GPT-2, 1.0 s beside 1.9 of all else for 75 million numbers (docs/log.md).
+MASK_NUMBERS = 75e6
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,11 @@ def step_time(
     moved = TRAFFIC * job.layer.kept * job.facts.layers
     pass_tokens = step_tokens / passes
     full_rate = pass_tokens / (pass_tokens + HALF_RATE_TOKENS)
+    facts = job.facts
+    scores = rows.mean_of_a_token * facts.heads if facts.attention_dropout else 0.0
+    masks = facts.layers * (scores + (2 * facts.hidden if facts.residual_dropout else 0))
     parts = {
+        "own dropout": step_tokens * masks * (again - 1) / MASK_NUMBERS if job.kernels else 0.0,
         "matrix products": step_tokens * (products + head) / rates.matmul_flops / full_rate,
         "attention": step_tokens * attention / rates.attention_flops,
         "elementwise": step_tokens * moved * TRAFFIC_AGAIN[recompute] / rates.memory_bytes,
