@@ -132,7 +132,7 @@ def test_a_run_trains_its_rows_and_opens_with_plain_peft(tied: bool, tmp_path: P
         dtype=torch.float32,
     )
     untouched = plain.get_input_embeddings().weight.detach().clone()
-    # in training mode (there is no dropout): else bitsandbytes computes a 4-bit base in bf16 on a CPU
+    # in training mode (there is no dropout): without, bitsandbytes takes another path for a 4-bit base on a CPU
     peft = PeftModel.from_pretrained(plain, adapter).train()
     ours = opened.open_run(Path(loaded.recipe.output))
     ours.model.train()

@@ -27,8 +27,8 @@ HALF_RATE_TOKENS = 48
 TRAFFIC = 10.0
 # Of that, what is done again under a policy.
 TRAFFIC_AGAIN = {"none": 1.0, "selective": 1.2, "full": 1.4}
-# Numbers of a dropout mask that torch draws in a second, whatever the threads, where a model drops by itself: from one run
-# of GPT-2, 1.0 s beside 1.9 of all else for 75 million numbers (docs/log.md).
+# Numbers of a dropout mask that torch draws in a second, whatever the threads, where a model drops by itself: from one
+# run of GPT-2, 1.0 s beside 1.9 of all else for 75 million numbers (docs/log.md).
 MASK_NUMBERS = 75e6
 
 
