@@ -151,6 +151,17 @@ def test_a_small_pass_gets_no_rows() -> None:
     assert packing.aligned(batch)["input_ids"].shape == (1, 3)
 
 
+def test_rows_are_added_to_a_batch_that_knows_only_where_its_examples_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a padded batch comes from a script of the user's (`unpad.py`)."""
+    monkeypatch.setattr(packing, "ALIGNED_FROM", 1)
+    batch = collate([example((5, 6, 7), (5, 6, 7)), example((8, 9), (8, 9))])
+    known = {name: batch[name] for name in ("input_ids", "position_ids", "cu_seq_lens_q", "keep", "targets")}
+    aligned = packing.aligned(known)
+    assert aligned["input_ids"].shape == aligned["position_ids"].shape == (1, 16)
+    assert aligned["cu_seq_lens_q"].tolist() == [0, 3, 5, 16]
+    assert aligned["max_length_q"] == 11
+
+
 def test_the_gradient_of_chosen_rows_is_that_of_index_select() -> None:
     x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
     rows = torch.tensor([0, 2, 3, 6])

@@ -157,7 +157,7 @@ def aligned(batch: Mapping[str, Any]) -> dict[str, Any]:
         return dict(batch)
     ids, positions, starts = batch["input_ids"], batch["position_ids"], batch["cu_seq_lens_q"]
     ends = torch.cat([starts, starts.new_tensor([tokens + more])])
-    longest = max(int(batch["max_length_q"]), more)
+    longest = int(ends.diff().max())
     return {
         **{name: value for name, value in batch.items() if name != "labels"},
         "input_ids": torch.cat([ids, ids[:, :1].expand(1, more)], 1),
