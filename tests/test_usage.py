@@ -6,7 +6,6 @@ import mmap
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from halfbyte import usage
@@ -15,11 +14,18 @@ SIZE = 64_000_000
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
 
 
+def new_pages() -> mmap.mmap:
+    """Memory that no allocator has had before, all of it touched."""
+    held = mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    held.write(b"\1" * SIZE)
+    return held
+
+
 def test_private_memory_and_pages_of_files_are_told_apart(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(SIZE))
     before = usage.now()
-    held = np.ones(SIZE, dtype=np.uint8)
+    held = new_pages()
     private = usage.now()
     assert private.private - before.private > 0.9 * SIZE and private.file - before.file < 0.1 * SIZE
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
@@ -27,15 +33,14 @@ def test_private_memory_and_pages_of_files_are_told_apart(tmp_path: Path) -> Non
         both = usage.now()
         assert both.file - private.file > 0.9 * SIZE and both.private - private.private < 0.1 * SIZE
         assert both.total == both.private + both.file
-    del held
+    held.close()
 
 
 def test_a_peak_is_seen_after_it_is_over() -> None:
     before = usage.now()
     with usage.Peak(period_s=0.005) as peak:
-        held = np.ones(SIZE, dtype=np.uint8)
+        held = new_pages()
         time.sleep(0.1)
-        del held
-        usage.trim()
+        held.close()
     assert peak.private - before.private > 0.9 * SIZE
     assert usage.now().private - before.private < 0.5 * SIZE

@@ -309,7 +309,6 @@ ELSEWHERE = {
 # And what needs no name here.
 NOT_NEEDED = {
     "group_by_length": "passes have no padding",
-    "packing": "rows are always packed, and never see each other",
     "overwrite_output_dir": "a run folder is never overwritten; give another output",
 }
 

@@ -321,7 +321,7 @@ def test_overlong_truncate(make_byte_level: Any, make_data: Any) -> None:
     assert [e.where for e in encoded.examples] == ["t.jsonl:1", "t.jsonl:2"]
     cut = encoded.examples[1]
     assert len(cut.input_ids) == len(cut.labels) == 10
-    assert encoded.labelled == [2, 9]
+    assert list(encoded.labelled) == [2, 9]
     assert encoded.tally.truncated == 1
     assert encoded.tally.skipped.shown == ["t.jsonl:3: 52 tokens, and none of the first 10 is labelled"]
 

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -132,6 +133,15 @@ def threads_left() -> list[str]:
     return [thread.name for thread in left if thread.is_alive()]
 
 
+def waits_for_threads() -> None:
+    """Until the main thread is in its wait: where it frees objects an interrupt would be told and lost."""
+    main = threading.main_thread().ident
+    assert main is not None
+    end = time.monotonic() + 10
+    while time.monotonic() < end and sys._current_frames()[main].f_code.co_name != "wait":
+        time.sleep(0.001)
+
+
 def test_ctrl_c_ends_the_threads_and_keeps_what_is_done(tmp_path: Path, cache: Path) -> None:
     work, calls = quantise.quantise, 0
 
@@ -139,6 +149,7 @@ def test_ctrl_c_ends_the_threads_and_keeps_what_is_done(tmp_path: Path, cache: P
         nonlocal calls
         calls += 1
         if calls == 10:
+            waits_for_threads()
             signal.raise_signal(signal.SIGINT)  # Python's handler runs in the main thread, as with a terminal's
             time.sleep(0.2)
         return work(*args, **kwargs)
