@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
-from halfbyte import bnb_backend, quantise
+from halfbyte import bnb_backend, quantise, sources
 from halfbyte import quant as codec
 from halfbyte.errors import BaseModelError
 from halfbyte.recipe import Quant
@@ -123,13 +124,30 @@ def test_a_checkpoint_s_tensors_are_those_of_bitsandbytes(
     shape: tuple[int, int], dtype: torch.dtype, double: bool, kind: str
 ) -> None:
     torch.manual_seed(1)
-    values = (torch.randn(shape) * 0.05).to(dtype)
+    same_tensors((torch.randn(shape) * 0.05).to(dtype), double, kind)
+
+
+def same_tensors(values: torch.Tensor, double: bool, kind: str) -> None:
     wanted, state = bnb_f.quantize_4bit(values, quant_type=kind, compress_statistics=double)
     packed, parts = codec.encode(values, Quant(type=kind, double_quant=double), "x")
     assert torch.equal(packed, wanted)
     expected = state.as_dict(packed=True)
     assert parts.keys() == expected.keys()
     assert all(torch.equal(parts[name].view(torch.uint8), expected[name].view(torch.uint8)) for name in parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [True, False])
+def test_a_real_model_s_matrices_are_those_of_bitsandbytes(double: bool, kind: str) -> None:
+    seen = 0
+    for file in sources.resolve("smollm2-135m").path.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  it is no mapping
+                if name.endswith("proj.weight"):
+                    same_tensors(tensors.get_tensor(name), double, kind)
+                    seen += 1
+    assert seen == 7 * 30
 
 
 def test_a_transposed_matrix_is_quantised_as_it_reads() -> None:
