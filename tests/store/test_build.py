@@ -155,10 +155,15 @@ def test_ctrl_c_ends_the_threads_and_keeps_what_is_done(tmp_path: Path, cache: P
         return work(*args, **kwargs)
 
     request = wanted(model(tmp_path / "m"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantise, "quantise", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            store.ensure(request)
+    # a shell that starts a command in the background lets it ignore the interrupt
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(quantise, "quantise", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                store.ensure(request)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert threads_left() == []
     assert [name for name in left_over(cache) if not name.endswith(".partial")] == []
     store.verify(store.ensure(request))
