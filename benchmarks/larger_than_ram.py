@@ -12,9 +12,6 @@ token are told apart.
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -25,9 +22,9 @@ if __package__ in (None, ""):
 
 import torch
 
-from benchmarks.measuring import cold, disk_rate, matmul_rate, say, verdict, watched
+from benchmarks.measuring import arguments, cold, disk_rate, matmul_rate, on_disk, say, verdict, watched
 from benchmarks.random_base import VOCAB, Shape, write
-from halfbyte import adapters, base, device, pages, stream, targets, usage
+from halfbyte import adapters, base, device, stream, targets, usage
 from halfbyte.layers import fuse, loss, packing
 from halfbyte.recipe import Lora, Quant
 from halfbyte.sources import Checkpoint
@@ -97,9 +94,8 @@ def train_larger(folder: Path, tokens: int, layers: int | None) -> dict[str, Any
         open_s = time.perf_counter() - began
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
         say(f"opened in {open_s:.1f} s; {placed}")
-        began = time.perf_counter()
-        loss.head_of(model)
-        say(f"the head is seen to be a plain one: two forwards of 3 tokens, {time.perf_counter() - began:.1f} s")
+        with stream.shallow(model):  # as a training does
+            loss.head_of(model)
         value, seconds = step(model, optimizer, tokens)
         trained = [p for p in model.parameters() if p.requires_grad]
         with_gradient = sum(1 for p in trained if p.grad is not None and bool(p.grad.abs().sum() > 0))
@@ -129,23 +125,9 @@ def train_larger(folder: Path, tokens: int, layers: int | None) -> dict[str, Any
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/halfbyte-larger-than-ram"), help="for the base")
-    parser.add_argument("--layers", type=int, help="fewer layers of the same shape")
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser = arguments(__doc__, "/tmp/halfbyte-larger-than-ram")
     args = parser.parse_args()
-    if not pages.supported():
-        sys.exit("SKIPPED: Linux with a readable /proc/self/pagemap is needed")
-    if args.folder.exists():
-        sys.exit(f"{args.folder} exists; name another --folder")
-    try:
-        result = train_larger(args.folder, args.tokens, args.layers)
-    finally:
-        shutil.rmtree(args.folder, ignore_errors=True)
-    print(json.dumps(result, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    result = on_disk(args, lambda: train_larger(args.folder, args.tokens, args.layers))
     fine = [
         verdict("peak resident set of the step", result["peak_gb"], MAX_RSS_GB, " GB"),
         verdict("peak resident set of the token", result["token_memory"]["peak_gb"], MAX_RSS_GB, " GB"),

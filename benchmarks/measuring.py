@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import re
+import shutil
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -97,6 +102,33 @@ def read_from_disk() -> int:
     """Bytes that this process has made the disk read so far, by reads and by touched pages (`proc(5)`, `io`)."""
     found = re.search(r"^read_bytes: (\d+)$", Path("/proc/self/io").read_text(), re.MULTILINE)
     return int(found[1]) if found else 0
+
+
+def arguments(text: str, folder: str) -> argparse.ArgumentParser:
+    """What every benchmark of a base on disk can be told; `text` is its docstring."""
+    parser = argparse.ArgumentParser(description=text.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path(folder), help="for the base; removed afterwards")
+    parser.add_argument("--layers", type=int, help="fewer layers of the same shape")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    return parser
+
+
+def on_disk(args: argparse.Namespace, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The figures of a run whose base lies in a folder of its own, shown and kept; the folder goes in any case."""
+    if not pages.supported():
+        sys.exit("SKIPPED: Linux with a readable /proc/self/pagemap is needed")
+    if args.folder.exists():
+        sys.exit(f"{args.folder} exists; name another --folder")
+    try:
+        result = measure()
+    finally:
+        shutil.rmtree(args.folder, ignore_errors=True)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if args.json:
+        args.json.write_text(text + "\n", encoding="utf-8")
+    return result
 
 
 def say(text: str) -> None:

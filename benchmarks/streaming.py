@@ -11,9 +11,6 @@ the disk is that of reading the same files one after the other, from cold, befor
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -25,9 +22,9 @@ if __package__ in (None, ""):
 import torch
 
 from benchmarks.larger_than_ram import floor_flop, opened, step
-from benchmarks.measuring import cold, disk_rate, matmul_rate, read_from_disk, say, verdict, watched
+from benchmarks.measuring import arguments, cold, disk_rate, matmul_rate, on_disk, read_from_disk, say, verdict, watched
 from benchmarks.random_base import Shape, write
-from halfbyte import pages, stream
+from halfbyte import stream
 from halfbyte.layers import loss
 
 MAX_SLOWER, MAX_COLD_SLOWER = 1.05, 1.10
@@ -92,24 +89,10 @@ def compare(folder: Path, tokens: int, layers: int | None, rounds: int) -> dict[
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/halfbyte-streaming"), help="for the base")
-    parser.add_argument("--layers", type=int, help="fewer layers of the same shape")
-    parser.add_argument("--tokens", type=int, default=512)
+    parser = arguments(__doc__, "/tmp/halfbyte-streaming")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()
-    if not pages.supported():
-        sys.exit("SKIPPED: Linux with a readable /proc/self/pagemap is needed")
-    if args.folder.exists():
-        sys.exit(f"{args.folder} exists; name another --folder")
-    try:
-        result = compare(args.folder, args.tokens, args.layers, args.rounds)
-    finally:
-        shutil.rmtree(args.folder, ignore_errors=True)
-    print(json.dumps(result, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    result = on_disk(args, lambda: compare(args.folder, args.tokens, args.layers, args.rounds))
     equal = all(result["gradients_equal"].values())
     say(f"gradients as resident, to the bit: {'yes' if equal else 'NO'}")
     fine = [

@@ -62,6 +62,20 @@ def test_a_recipe_is_planned_from_its_rows_and_a_folder_from_its_headers(halfbyt
     assert plan(halfbyte, "model")["model"]["parameters"] == found["model"]["parameters"]
 
 
+def test_plain_texts_are_counted_and_packing_them_changes_the_plan(halfbyte: Cli) -> None:
+    tiny_run.recipe(Path("."))
+    text = " ".join(["w1"] * 10)
+    Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for _ in range(30)))
+    asked = ("recipe.yaml", "--set", "data.train=texts.jsonl", "--set", "data.max_length=64")
+    rows = plan(halfbyte, *asked)
+    assert rows["notes"][0].startswith("30 rows of about ") and ", the longest 64: " not in rows["notes"][0]
+    tokens = 30 * int(rows["notes"][0].split("the longest ")[1].split(":")[0])
+    blocks = plan(halfbyte, *asked, "--set", "data.packing=stream")
+    assert blocks["notes"][0].startswith(f"{-(-tokens // 64)} blocks of about ")
+    assert ", the longest 64: " in blocks["notes"][0]
+    assert line(blocks, "activations") > line(rows, "activations")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -37,6 +37,20 @@ def test_threads_that_the_user_asked_for_stay(name: str, threads: int) -> None:
     assert (settings.threads, settings.threads_why, torch.get_num_threads()) == (4, name, 4)
 
 
+@pytest.mark.parametrize(
+    ("env", "asked"),
+    [
+        ({}, None),
+        ({"OMP_NUM_THREADS": "3"}, (3, "OMP_NUM_THREADS")),
+        ({"OMP_NUM_THREADS": "3,2"}, (3, "OMP_NUM_THREADS")),
+        ({"MKL_NUM_THREADS": "5"}, (5, "MKL_NUM_THREADS")),
+        ({"OMP_NUM_THREADS": "many", "MKL_NUM_THREADS": "0"}, None),
+    ],
+)
+def test_what_counts_as_asked_for(env: dict[str, str], asked: tuple[int, str] | None) -> None:
+    assert process.asked_threads(env) == asked
+
+
 @pytest.mark.parametrize("name", process.MALLOC_VARIABLES)
 def test_the_report_names_what_changes_the_allocator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.41"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import platform
 import time
 from pathlib import Path
 
@@ -44,3 +46,23 @@ def test_a_peak_is_seen_after_it_is_over() -> None:
         held.close()
     assert peak.private - before.private > 0.9 * SIZE
     assert usage.now().private - before.private < 0.5 * SIZE
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc keeps freed memory")
+def test_what_the_c_library_keeps_is_given_back() -> None:
+    """Blocks below the threshold from which each has pages of its own, freed but for the one behind them."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes, libc.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+    blocks = [libc.malloc(50_000) for _ in range(SIZE // 50_000)]
+    for block in blocks:
+        libc.memset(block, 1, 50_000)
+    last, full = blocks.pop(), usage.now().private
+    for block in blocks:
+        libc.free(block)
+    kept = usage.now().private
+    usage.trim()
+    given = usage.now().private
+    libc.free(last)
+    assert full - kept < 0.2 * SIZE
+    assert kept - given > 0.8 * SIZE

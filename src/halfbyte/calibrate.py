@@ -21,6 +21,7 @@ from typing import Any
 
 from halfbyte.device import Device
 from halfbyte.memory.timing import Rates
+from halfbyte.process import asked_threads
 from halfbyte.sources.checkpoint import cache_dir
 
 SECONDS_EACH = 0.4
@@ -49,9 +50,9 @@ def path_of(device: Device, dtype: str) -> Path:
 
 
 def threads(device: Device) -> int:
-    """Threads that torch will use, as OpenMP reads it."""
-    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    return int(asked) if asked.isdigit() and int(asked) > 0 else device.cores
+    """Threads that torch will use, once `process.settle` has been called."""
+    asked = asked_threads()
+    return asked[0] if asked else device.cores
 
 
 def ensure(device: Device, dtype: str, *, say: Callable[[str], None] = lambda text: None, anew: bool = False) -> Rates:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from halfbyte import adapters, base, calibrate, device, inputs, memory, store, stream
+from halfbyte import adapters, base, calibrate, device, inputs, memory, process, store, stream
 from halfbyte.errors import BaseModelError
 from halfbyte.layers import packing
 from halfbyte.layers.proof import prove_fused, sample_gradients
@@ -76,6 +76,7 @@ def examine(recipe: Recipe | None = None, *, tell: Callable[[str], None] = lambd
     machine = device.detect()
     asked = recipe.quant.compute_dtype if recipe is not None else "auto"
     dtype, why = device.compute_dtype(machine, asked)
+    process.settle(machine.cores)
     tell("measuring this machine")
     rates = calibrate.ensure(machine, dtype, anew=True)
     found = Diagnosis(

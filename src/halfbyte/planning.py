@@ -8,9 +8,10 @@ Cost: under a second; no torch.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from halfbyte import calibrate, memory
 from halfbyte.device import Card, Device, detect
@@ -19,6 +20,10 @@ from halfbyte.memory.compare import Way, compare
 from halfbyte.recipe import Loaded, Recipe
 from halfbyte.sources import headers
 from halfbyte.sources.checkpoint import beside_weights
+
+if TYPE_CHECKING:
+    from halfbyte.data.formats import Row
+    from halfbyte.recipe_data import Data
 
 DEFAULT_LENGTH = 512
 CHARACTERS_PER_TOKEN = 3.6  # English text under vocabularies of 32,000 to 150,000; other scripts have fewer
@@ -132,34 +137,46 @@ def _rows(recipe: Recipe, shape: headers.Shape, length: int | None, *, given: bo
     if not given:
         assumed = min(DEFAULT_LENGTH, shape.facts.positions or DEFAULT_LENGTH)
         return memory.Rows.assume(assumed), [f"rows of {assumed} tokens each are assumed, all labelled: --length N"]
-    from halfbyte.data.read import read_rows
-
-    limit = recipe.data.max_length
     count, how = _counter(shape)
-    texts = [_texts(row) for row in read_rows(recipe.data.train, recipe.data)]
-    lengths = [min(limit, count(asked) + count(answer) + TEMPLATE_TOKENS) for asked, answer in texts]
-    labelled = (
-        lengths
-        if recipe.data.mask == "all"
-        else [min(n, count(a) + 2) for n, (_, a) in zip(lengths, texts, strict=True)]
-    )
-    held_out: list[int] = []
-    if recipe.data.eval:
-        pairs = (_texts(row) for row in read_rows(recipe.data.eval, recipe.data))
-        held_out = [min(limit, count(asked) + count(answer) + TEMPLATE_TOKENS) for asked, answer in pairs]
-    note = f"{len(lengths):,} rows of about {sum(lengths) / len(lengths):.0f} tokens, the longest {max(lengths)}: {how}"
-    return memory.Rows(tuple(lengths), tuple(labelled), tuple(held_out)), [note]
+    lengths, labelled = _sizes(recipe.data.train, recipe.data, count)
+    held_out, _ = _sizes(recipe.data.eval, recipe.data, count) if recipe.data.eval else ([], [])
+    rows = "blocks" if recipe.data.packing == "stream" else "rows"
+    mean = sum(lengths) / len(lengths)
+    note = f"{len(lengths):,} {rows} of about {mean:.0f} tokens, the longest {max(lengths)}: {how}"
+    return memory.Rows(lengths, labelled, held_out), [note]
 
 
-def _texts(row: Any) -> tuple[str, str]:
-    """What is asked and what is answered, of a row of either format."""
-    if row.messages is None:
-        return row.prompt or "", row.completion or ""
-    contents = [str(message.content or "") for message in row.messages]
-    return "".join(contents[:-1]), contents[-1]
+def _sizes(names: Path | str | Sequence[str], data: Data, count: Callable[[str], int]) -> tuple[list[int], list[int]]:
+    """About how many tokens each row has, and how many labelled ones; of blocks where texts are packed into them."""
+    from halfbyte.data.files import find
+    from halfbyte.data.read import Reader
+
+    reader = Reader(find(names), data)
+    sizes = [_size(row, data, count) for row in reader]
+    reader.check()
+    limit = data.max_length
+    if data.packing == "stream":
+        full, rest = divmod(sum(tokens for tokens, _ in sizes), limit)
+        blocks = [limit] * full + [rest] * (rest > 0)
+        return blocks, blocks
+    return [min(limit, tokens) for tokens, _ in sizes], [min(limit, labelled) for _, labelled in sizes]
 
 
-def _counter(shape: headers.Shape) -> tuple[Any, str]:
+def _size(row: Row, data: Data, count: Callable[[str], int]) -> tuple[int, int]:
+    """Tokens of a row of any format, and labelled ones: what is answered, or all of it."""
+    if row.text is not None:
+        tokens = count(row.text) + 1  # and its end
+        return tokens, tokens
+    asked, answer = row.prompt or "", row.completion or ""
+    if row.messages is not None:
+        *before, answer = [str(message.content or "") for message in row.messages]
+        asked = "".join(before)
+    answered = count(answer)
+    tokens = count(asked) + answered + TEMPLATE_TOKENS
+    return tokens, tokens if data.mask == "all" else min(tokens, answered + 2)
+
+
+def _counter(shape: headers.Shape) -> tuple[Callable[[str], int], str]:
     """A function from text to a number of tokens, and what it rests on."""
     file = shape.path / "tokenizer.json" if _is_folder(shape.path) else None
     if file is not None and file.is_file():

@@ -55,12 +55,21 @@ def settle(cores: int, env: Mapping[str, str] = os.environ) -> Settings:
     return Settings(threads, why, _allocator(env), _huge_pages())
 
 
+def asked_threads(env: Mapping[str, str] = os.environ) -> tuple[int, str] | None:
+    """The threads that the user's environment asks for, and the variable that does; None if none does."""
+    for name in THREAD_VARIABLES:
+        first = env.get(name, "").partition(",")[0]
+        if first.isdigit() and int(first) > 0:
+            return int(first), name
+    return None
+
+
 def _threads(cores: int, env: Mapping[str, str]) -> tuple[int, str]:
     import torch
 
     found = torch.get_num_threads()
-    if asked := [name for name in THREAD_VARIABLES if env.get(name)]:
-        return found, asked[0]
+    if asked := asked_threads(env):
+        return found, asked[1]
     if found <= cores:
         return found, "torch's own choice"
     torch.set_num_threads(cores)

@@ -73,11 +73,12 @@ def test_ram_does_not_grow_with_the_model_but_with_what_comes_whole() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_peak_of_a_real_build_within_ten_percent(name: str, tmp_path: Path) -> None:
+    """In a process that has imported what a training has, which builds a store before its first step."""
     folder = checkpoint(tmp_path / "m", name)
     code = f"""
 import json, re
 from pathlib import Path
-from halfbyte import shelving
+from halfbyte import finetune, shelving
 from halfbyte.recipe_file import recipe_from
 built = shelving.quantize(recipe_from({str(folder)!r}, "none.jsonl", []).recipe, out=Path({str(tmp_path / "out")!r}))
 status = Path("/proc/self/status").read_text()

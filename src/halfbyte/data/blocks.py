@@ -11,7 +11,7 @@ Cost: nothing is copied until a block is asked for, and then its tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +25,7 @@ def stream(texts: Encoded, block_tokens: int) -> Encoded:
 
 
 class Blocks(Examples):
-    """Blocks of `size` tokens over texts, each made when it is asked for. A slice is a list."""
+    """Blocks of `size` tokens over texts, each made when it is asked for; `batches` are those of the texts."""
 
     def __init__(self, texts: Examples, size: int) -> None:
         super().__init__(texts.batches)
@@ -38,16 +38,7 @@ class Blocks(Examples):
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"block {index} of {len(self)}")
-        index %= len(self)
+    def _made(self, index: int) -> Example:
         first, stop = self._bounds(index)
         ids: list[int] = []
         labels: list[int] = []

@@ -131,10 +131,7 @@ class Examples(Sequence[Example]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        index %= len(self)
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        held = self.batches[number]
-        return _example(held, index - int(self._ends[number]) + held.num_rows)
+        return self._made(index % len(self))
 
     def __iter__(self) -> Iterator[Example]:
         for held in self.batches:
@@ -155,18 +152,24 @@ class Examples(Sequence[Example]):
 
     def ids(self, index: int) -> np.ndarray[Any, Any]:
         """The tokens of a row, where they lie: (length,) uint32."""
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        held = self.batches[number]
-        found: np.ndarray[Any, Any] = held.column("ids")[
-            index - int(self._ends[number]) + held.num_rows
-        ].values.to_numpy()
+        held, row = self._place(index)
+        found: np.ndarray[Any, Any] = held.column("ids")[row].values.to_numpy()
         return found
 
     def where(self, index: int) -> str:
         """The name of a row, without making the whole of it."""
+        held, row = self._place(index)
+        return str(held.column("where")[row].as_py())
+
+    def _made(self, index: int) -> Example:
+        """The row of a number that is there."""
+        return _example(*self._place(index))
+
+    def _place(self, index: int) -> tuple[Any, int]:
+        """The batch that holds a row, and its number there."""
         number = int(np.searchsorted(self._ends, index, side="right"))
         held = self.batches[number]
-        return str(held.column("where")[index - int(self._ends[number]) + held.num_rows].as_py())
+        return held, index - int(self._ends[number]) + held.num_rows
 
     def _column(self, name: str, of: Any, dtype: Any = np.int64) -> np.ndarray[Any, Any]:
         parts = [of(b.column(name)).astype(dtype) for b in self.batches]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from halfbyte import plain_linears, shapes
 from halfbyte import quant as codec
-from halfbyte.memory.building import OWN_FILE
+from halfbyte.memory.building import OWN_FILE_BYTES
 from halfbyte.store.reading import SourceTensor, torch_dtypes
 from halfbyte.store.shelf import CannotHold
 from halfbyte.store.writer import Slot
@@ -263,7 +263,7 @@ def _files(pieces: list[Piece], config: Any) -> tuple[FilePlan, ...]:
         layer = shapes.spec_of(piece.name, piece.source.shape, "BF16", values).layer
         if layer is not None:
             name = f"model-layer-{layer:04d}.safetensors"
-        elif piece.source.nbytes >= OWN_FILE:
+        elif piece.source.nbytes >= OWN_FILE_BYTES:
             name = f"model-{re.sub(r'[^A-Za-z0-9_]+', '-', piece.name)}.safetensors"
         else:
             name = "model-rest.safetensors"
