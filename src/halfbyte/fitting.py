@@ -15,7 +15,7 @@ from halfbyte.inputs import Prepared
 from halfbyte.memory import choose, step
 from halfbyte.memory.lines import Recompute
 from halfbyte.report import Compared
-from halfbyte.sources.checkpoint import beside_weights
+from halfbyte.sources.checkpoint import beside_bytes
 from halfbyte.steps import count_steps
 from halfbyte.targets import Targets
 
@@ -54,7 +54,7 @@ def job_of(prepared: Prepared, machine: Device, chosen: Targets, model: Any, *, 
         mappable=memory.QUANTISED_IS_MAPPED if recipe.quant.type != "none" else None,
         packed=packed,
         steps=count_steps(prepared),
-        beside_bytes=sum(file.stat().st_size for file in beside_weights(found.path)),
+        beside_bytes=beside_bytes(found.path),
     )
 
 

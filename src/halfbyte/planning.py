@@ -19,7 +19,7 @@ from halfbyte.errors import RecipeError
 from halfbyte.memory.compare import Way, compare
 from halfbyte.recipe import Loaded, Recipe
 from halfbyte.sources import headers
-from halfbyte.sources.checkpoint import beside_weights
+from halfbyte.sources.checkpoint import beside_bytes
 
 if TYPE_CHECKING:
     from halfbyte.data.formats import Row
@@ -76,7 +76,7 @@ def plan_model(
     steps = _steps(recipe, rows)
     on_cpu = machine.kind == "cpu"
     mappable = None if recipe.quant.type == "none" else on_cpu and memory.QUANTISED_IS_MAPPED
-    beside = sum(file.stat().st_size for file in beside_weights(shape.path)) if _is_folder(shape.path) else None
+    beside = beside_bytes(shape.path) if _is_folder(shape.path) else None
     job = memory.Job.of(
         recipe, shape.specs, shape.facts, rows, machine, mappable=mappable, steps=steps, beside_bytes=beside
     )

@@ -15,7 +15,7 @@ from halfbyte import base, device, inputs, shapes, store
 from halfbyte.errors import BaseModelError, StoreError
 from halfbyte.memory.building import Building
 from halfbyte.recipe import Recipe
-from halfbyte.sources.checkpoint import beside_weights
+from halfbyte.sources.checkpoint import beside_bytes
 from halfbyte.store import manifest, shelf
 
 
@@ -76,7 +76,7 @@ def _preflight(wanted: store.Wanted, specs: tuple[shapes.TensorSpec, ...]) -> st
     """What building takes, before it begins."""
     if not specs:
         return "planned   unknown: pickled weights have no header to read"
-    beside = sum(file.stat().st_size for file in beside_weights(wanted.checkpoint.path))
+    beside = beside_bytes(wanted.checkpoint.path)
     plan = Building(specs, wanted.quant, wanted.dtype.itemsize, wanted.config.get_text_config().vocab_size, beside)
     ram = sum(line.bytes for line in plan.lines(wanted.cores))
     return f"planned   {ram / 1e9:.2f} GB of RAM while it is built, {plan.disk_bytes / 1e9:.3f} GB on disk"

@@ -68,6 +68,34 @@ def test_as_peft_says_it(
     close(given[2].grad, wide[2].grad, tolerance)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_what_a_young_adapter_adds_is_not_rounded_away(bias: bool, p: float) -> None:
+    """In bf16, of additions far below half a unit of what they are added to; in mean they must come through whole."""
+    n, d, o, r, small = 2048, 64, 128, 8, 2e-4
+    layer = four_bit(o, d, bias=bias, dtype=torch.bfloat16)
+    x, a, b, dy = parts(n, d, o, r, torch.bfloat16)
+
+    def run(size: float) -> tuple[Tensor, Tensor]:
+        given = x.clone().requires_grad_()
+        torch.manual_seed(11)
+        y = lora_linear(given, layer, a, b * size, 1.0, p)
+        y.backward(dy)
+        assert given.grad is not None
+        return y.detach().double(), given.grad.double()
+
+    torch.manual_seed(11)
+    keep = drop(torch.ones_like(x), p, room.draw_seed())[0].double() / (1 - p) if p else torch.ones(n, d).double()
+    added = (
+        (x.double() * keep) @ a.double().T @ (small * b.double()).T,
+        (dy.double() @ (small * b.double()) @ a.double()),
+    )
+    for got, before, wanted in zip(run(small), run(0.0), (added[0], added[1] * keep), strict=True):
+        came_through = float(((got - before) * wanted).sum() / wanted.square().sum())
+        assert came_through == pytest.approx(1.0, abs=0.15)
+        assert float(wanted.abs().mean() / before.abs().mean()) < 2**-10
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_a_frozen_layer_without_lora(dtype: torch.dtype, tolerance: float) -> None:
     layer = four_bit(65, 123, bias=True, dtype=dtype)

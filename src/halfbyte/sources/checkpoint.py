@@ -45,6 +45,11 @@ def beside_weights(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_file() and any(fnmatch.fnmatch(p.name, b) for b in BESIDE))
 
 
+def beside_bytes(folder: Path) -> int:
+    """Bytes of those files."""
+    return sum(path.stat().st_size for path in beside_weights(folder))
+
+
 def cache_dir() -> Path:
     """Where halfbyte keeps what it converts or fetches: $HALFBYTE_CACHE, else ~/.cache/halfbyte."""
     named = os.environ.get("HALFBYTE_CACHE")

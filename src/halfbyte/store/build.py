@@ -27,7 +27,7 @@ from halfbyte import plain_linears, quantise
 from halfbyte import quant as codec
 from halfbyte.errors import HalfbyteError, StoreError
 from halfbyte.memory import building
-from halfbyte.sources.checkpoint import Checkpoint, beside_weights
+from halfbyte.sources.checkpoint import Checkpoint, beside_bytes, beside_weights
 from halfbyte.store import manifest, shelf
 from halfbyte.store.layout import STATE, FilePlan, Layout, Piece, slots
 from halfbyte.store.reading import Source, torch_dtypes
@@ -150,7 +150,7 @@ def _preflight(request: Request, partial: Path, journal: _Journal) -> None:
         Writer(partial / plan.name, [s for piece in plan.pieces for s in slots(piece, layout.quant)]).most_bytes
         for plan in todo
     )
-    beside = sum(path.stat().st_size for path in beside_weights(request.checkpoint.path))
+    beside = beside_bytes(request.checkpoint.path)
     need += beside + SPARE_BYTES
     if (free := _free_bytes(partial)) < need:
         raise shelf.NotWritable(

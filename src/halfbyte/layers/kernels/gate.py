@@ -14,7 +14,6 @@ from numba.extending import overload
 from halfbyte.layers.kernels.parallel import BLOCK_ELEMENTS, per_dtype, run
 from halfbyte.layers.kernels.scalar import (
     FASTMATH,
-    add_pair,
     below,
     counter_bits,
     drop_pair,
@@ -109,28 +108,23 @@ def _backward(element: Any) -> Any:
     return kernel
 
 
-def _masked_part(x, out, low, seed, start, add):  # type: ignore[no-untyped-def]
-    """out = or += x where the mask keeps it. A pair of elements has 2 x 16 random bits from one hash of its number."""
+def _masked_part(x, out, low, seed, start):  # type: ignore[no-untyped-def]
+    """out = x where the mask keeps it. A pair of elements has 2 x 16 random bits from one hash of its number."""
     raise NotImplementedError("compiled only")
 
 
 @overload(_masked_part, jit_options={"forceinline": True, "error_model": "numpy"})
-def _of_words(x, out, low, seed, start, add):  # type: ignore[no-untyped-def]
-    def pairs(x, out, low, seed, start, add):  # type: ignore[no-untyped-def]
+def _of_words(x, out, low, seed, start):  # type: ignore[no-untyped-def]
+    def pairs(x, out, low, seed, start):  # type: ignore[no-untyped-def]
         """bf16: a pair is one word of 32 bits."""
-        if add:
-            for j in range(x.shape[0]):
-                out[j] = add_pair(out[j], drop_pair(x[j], hash_u32(counter_bits(start, j, seed)), low))
-        else:
-            for j in range(x.shape[0]):
-                out[j] = drop_pair(x[j], hash_u32(counter_bits(start, j, seed)), low)
+        for j in range(x.shape[0]):
+            out[j] = drop_pair(x[j], hash_u32(counter_bits(start, j, seed)), low)
 
-    def floats(x, out, low, seed, start, add):  # type: ignore[no-untyped-def]
+    def floats(x, out, low, seed, start):  # type: ignore[no-untyped-def]
         """fp32: a pair is two words."""
         for j in range(x.shape[0]):
             bits = hash_u32(counter_bits(start, j >> 1, seed))
-            kept = np.float32(0.0) if below(bits, low, j & 1 == 1) else x[j]
-            out[j] = out[j] + kept if add else kept
+            out[j] = np.float32(0.0) if below(bits, low, j & 1 == 1) else x[j]
 
     return pairs if x.dtype == types.uint32 else floats
 
@@ -149,16 +143,12 @@ def _masking(element: Any) -> Any:
                 break
             here, skip = (words * (min(n, a + block) - a),), a * 4 * words
             x, out = carray(pointer(s[1] + skip), here, word), carray(pointer(s[2] + skip), here, word)
-            _masked_part(x, out, np.uint32(s[4]), np.uint32(s[5]), np.uint32(a), s[7])  # type: ignore[no-untyped-call]
+            _masked_part(x, out, np.uint32(s[4]), np.uint32(s[5]), np.uint32(a))  # type: ignore[no-untyped-call]
 
     return kernel
 
 
 _forward_kernel, _backward_kernel, _mask_kernel = per_dtype(_forward), per_dtype(_backward), per_dtype(_masking)
-
-
-def _masked(x: Any, out: Any, p: float, seed: int, *, add: bool) -> None:
-    run(_mask_kernel(x.dtype), [x, out, x.numel() // 2, threshold(p), seed & 0xFFFFFFFF, BLOCK_ELEMENTS // 2, int(add)])
 
 
 def gated(g: Any, u: Any, h: Any, kind: int) -> None:
@@ -176,10 +166,5 @@ def threshold(p: float) -> int:
 
 
 def dropped(x: Any, out: Any, p: float, seed: int) -> None:
-    """out = x where the mask of `seed` keeps it, else 0; not scaled by 1 / (1 - p). x has an even size."""
-    _masked(x, out, p, seed, add=False)
-
-
-def add_dropped(x: Any, out: Any, p: float, seed: int) -> None:
-    """out += x where the mask of `seed` keeps it: the same mask as `dropped` has for this shape and seed."""
-    _masked(x, out, p, seed, add=True)
+    """out = x where the mask of `seed` keeps it, else 0; not scaled by 1 / (1 - p). x is of even size; may be out."""
+    run(_mask_kernel(x.dtype), [x, out, x.numel() // 2, threshold(p), seed & 0xFFFFFFFF, BLOCK_ELEMENTS // 2])

@@ -155,27 +155,6 @@ def drop_pair(typing_context, pair, bits, low):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def add_pair(typing_context, a, b):  # type: ignore[no-untyped-def]
-    """The sums of two pairs of bf16, to nearest even."""
-
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        def halves(pair: Any) -> tuple[Any, Any]:
-            high = builder.and_(pair, _i32(0xFFFF0000))
-            return builder.bitcast(builder.shl(pair, _i32(16)), _F32), builder.bitcast(high, _F32)
-
-        def rounded(value: Any) -> Any:
-            bits = builder.bitcast(value, _I32)
-            odd = builder.and_(builder.lshr(bits, _i32(16)), _i32(1))
-            return builder.add(builder.add(bits, _i32(0x7FFF)), odd)
-
-        (a0, a1), (b0, b1) = halves(args[0]), halves(args[1])
-        low = builder.lshr(rounded(builder.fadd(a0, b0)), _i32(16))
-        return builder.or_(low, builder.and_(rounded(builder.fadd(a1, b1)), _i32(0xFFFF0000)))
-
-    return types.uint32(types.uint32, types.uint32), build
-
-
-@intrinsic
 def below(typing_context, bits, low, high_half):  # type: ignore[no-untyped-def]
     """Whether one half of 32 random bits (the upper one if `high_half`) is below `low`."""
 
