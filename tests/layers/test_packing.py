@@ -16,7 +16,7 @@ from halfbyte.layers import attention, packing, rows
 from tests import tiny
 
 LENGTHS = {"uneven": [5, 1, 9, 3], "equal": [6, 6, 6], "ones": [1, 1, 2]}
-LAYOUT = dict.fromkeys(tiny.ARCHITECTURES, "cu_seq_lens") | {"bloom": "rows", "mpt": "rows", "falcon": "position_ids"}
+LAYOUT = dict.fromkeys(tiny.ARCHITECTURES, "cu_seq_lens") | dict.fromkeys(("bloom", "mpt", "falcon"), "rows")
 # fp32: sums over 64 to 128 terms in another order, twice a layer, logits of about 1.5
 FP32 = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -204,7 +204,7 @@ def test_a_cache_asked_for_does_not_let_examples_meet() -> None:
 )
 def test_variants_are_proven(name: str, changes: dict[str, Any]) -> None:
     proof = packing.prove(tiny.model(name, changes=changes))
-    assert proof.ok and proof.layout == ("rows" if changes.get("alibi") else LAYOUT[name])
+    assert proof.ok and proof.layout == LAYOUT[name]
 
 
 @pytest.mark.parametrize("name", ["bloom", "falcon"])
@@ -324,10 +324,10 @@ class TestInstall:
         model = tiny.model("llama")
         batch = examples(LENGTHS["uneven"])
         alone = logits_alone(model, batch)
-        for layout in ("cu_seq_lens", "cu_seq_lens", "rows", "rows", "position_ids", "rows", "cu_seq_lens"):
+        for layout in ("cu_seq_lens", "cu_seq_lens", "rows", "rows", "single", "rows", "cu_seq_lens"):
             packing.install(model, layout)
-            assert packing.installed(model) == ("single" if layout == "position_ids" else layout)
-            if layout != "position_ids":
+            assert packing.installed(model) == layout
+            if layout != "single":
                 torch.testing.assert_close(logits_packed(model, batch), alone, **FP32)
         packing.install(model, "single")
         assert model.config._attn_implementation == "sdpa" and not model.model._forward_pre_hooks

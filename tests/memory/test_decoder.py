@@ -16,7 +16,7 @@ from halfbyte import adapters, base, sources, targets
 from halfbyte import device as machine
 from halfbyte.layers import fuse, packing
 from halfbyte.layers.proof import prove_fused
-from halfbyte.memory.decoder import FAMILIES, Layer, family_of, layer_of, pairs_of
+from halfbyte.memory.decoder import FAMILIES, PADDED, Layer, family_of, layer_of, pairs_of
 from halfbyte.recipe import Lora, Quant
 from halfbyte.shapes import Facts, facts_of, read_checkpoint, read_config
 from halfbyte.sites import Site, sites
@@ -104,7 +104,7 @@ def measured_and_planned(
     three, found, facts = kept_bytes(build(name, 3, root / "3", changed), asked, dropout, cheap=cheap)
     layer = layer_of(facts, found, 2, kernels=kernels, dropout=dropout > 0)
     # rows are padded to the longest example
-    rows = len(LENGTHS) * max(LENGTHS) if layer.pairs == "alibi" else TOKENS
+    rows = len(LENGTHS) * max(LENGTHS) if layer.pairs in PADDED else TOKENS
     copies = 2 * sum(site.parameters for site in found) / facts.layers  # LoRA's weights in bf16
     return three - two, rows * (layer.selective if cheap else layer.kept) + layer.pair * pairs_of(
         layer, LENGTHS

@@ -1,11 +1,12 @@
 """How each architecture takes examples laid end to end, and the proof that it keeps them apart.
 
-What: four layouts, tried in this order; the first that is proven on the user's own model is used.
+What: three layouts, tried in this order; the first that is proven on the user's own model is used.
     cu_seq_lens   our attention runs per example. Needs transformers' attention interface and the promise
                   (`_supports_flash_attn`) that lengths and `sliding_window` say all that a mask would.
-    position_ids  the stock path, which builds a dense block mask where positions restart (Falcon, GPT-Neo).
-    rows          the body runs on padded rows (`rows.py`): ALiBi, recurrent layers, chunked attention.
+    rows          the body runs on padded rows (`rows.py`): ALiBi, attention of a class's own, recurrent layers, chunks.
     single        nothing proven: one example a pass, plain input.
+Tried and dropped: transformers' own block mask where positions restart. It is dense over the whole pack, T^2 a head, and
+Falcon ran at a third of the plain stack's speed by it (docs/log.md).
 Why a proof: a model that lets examples see each other trains without any error, on something else.
 Cost of the proof: seven forward passes of at most 15 tokens, at start.
 """
@@ -25,7 +26,7 @@ from halfbyte.errors import BaseModelError
 from halfbyte.layers import rows
 from halfbyte.layers.attention import NAME, no_mask, register
 
-Layout = Literal["cu_seq_lens", "position_ids", "rows", "single"]
+Layout = Literal["cu_seq_lens", "rows", "single"]
 
 # oneDNN divides some odd numbers of rows badly: 511 or 505 of them took a fifth longer than 512 (docs/log.md).
 ROWS, ALIGNED_FROM = 16, 384
@@ -66,8 +67,9 @@ def layouts(model: Any) -> tuple[Layout, ...]:
     found: list[Layout] = []
     restarts = "position_ids" in inspect.signature(lm.forward).parameters
     # ALiBi counts positions from the mask, not from position_ids: in a long pack its bf16 biases would lose precision.
-    if restarts and lm._supports_flash_attn and not getattr(lm.config, "alibi", False):
-        found.append("cu_seq_lens" if lm._can_set_attn_implementation() else "position_ids")
+    by_position = restarts and not getattr(lm.config, "alibi", False)
+    if by_position and lm._supports_flash_attn and lm._can_set_attn_implementation():
+        found.append("cu_seq_lens")
     if body(lm) is not lm:
         found.append("rows")
     return tuple(found)
@@ -98,9 +100,7 @@ def installed(model: Any) -> Layout:
     lm = causal_lm(model)
     if rows.attached(body(lm)) is not None:
         return "rows"
-    if lm.config._attn_implementation == NAME:
-        return "cu_seq_lens"
-    return "position_ids" if "position_ids" in layouts(lm) else "single"
+    return "cu_seq_lens" if lm.config._attn_implementation == NAME else "single"
 
 
 def forward_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,8 +128,6 @@ def forward_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     layout = installed(lm)
     if layout == "cu_seq_lens":
         inputs |= packed_inputs(batch, device)
-    elif layout == "position_ids":
-        inputs["position_ids"] = batch["position_ids"].to(device)
     elif layout == "rows":
         inputs["attention_mask"] = rows.example_numbers(starts.diff()).to(device)
     else:

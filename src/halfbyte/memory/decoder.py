@@ -22,7 +22,8 @@ from halfbyte.shapes import Facts
 from halfbyte.sites import Site
 
 Mlp = Literal["gated", "gated_stock", "formula", "one", "relu"]
-Attention = Literal["flash", "eager", "alibi", "dense", "dropped"]
+Attention = Literal["flash", "eager", "alibi", "padded", "dropped"]
+PADDED = ("alibi", "padded")  # the body runs on rows padded to the longest example
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Family:
     `norms` that keep an input of their own. `mlp`: gated by the engine's kernel or by stock code; `formula`: GELU
     written as a formula (keeps four tensors); `one`: keeps its input; `relu`: keeps its output, which the
     next linear reads.
-    `attention`: `flash` keeps no scores; `eager` (softcap) and `alibi` keep them for each pair of tokens of an example,
-    `dense` for each pair of the whole pass; `dropped` is what `flash` becomes where the model drops some of its scores
+    `attention`: `flash` keeps no scores; `eager` (softcap) keeps them for each pair of tokens of an example, `alibi` and
+    `padded` for each pair of a row; `dropped` is what `flash` becomes where the model drops some of its scores
     in training (GPT-2), which torch's flash kernel cannot. `parallel`: attention and MLP read one normed input.
     """
 
@@ -61,7 +62,7 @@ FAMILIES: dict[str, Family] = {
     "opt": Family(rms=False, mlp="relu"),
     "bloom": Family(rms=False, mlp="one", attention="alibi"),
     "mpt": Family(rms=False, mlp="one", attention="alibi"),
-    "falcon": Family(norms=1, rms=False, mlp="one", attention="dense", parallel=True),
+    "falcon": Family(norms=1, rms=False, mlp="one", attention="padded", parallel=True),
 }
 
 
@@ -136,8 +137,8 @@ def layer_of(
         "flash": c * (2 * wide + 2 * narrow) + 4 * facts.heads,
         "eager": c * 3 * wide,  # keys and values under each query head
         "alibi": c * 3 * wide,
-        "dense": 4 * (wide + 2 * narrow),  # torch's own formula works in fp32
-        "dropped": 4 * 3 * wide,  # and has keys and values under each query head
+        "padded": 4 * 3 * wide,  # torch's own formula works in fp32, with keys and values under each query head
+        "dropped": 4 * 3 * wide,  # so does this one
     }[attention]
     mlp: float = max(0, family.norms - max(1, family.norms // 2)) * norm
     mlp += _mlp(family.mlp, inner, c, kernels=kernels)
@@ -171,7 +172,7 @@ def layer_of(
     heads = facts.heads
     pair, pair_moment = {
         "flash": (0.0, 0.0), "eager": (heads * (4 + 2 * c) + 1.0, heads * (4 + 2 * c) + 1.0),
-        "alibi": (heads * (4.0 + c), heads * (4.0 + c)), "dense": (heads * 4.0, heads * 4.0),
+        "alibi": (heads * (4.0 + c), heads * (4.0 + c)), "padded": (heads * 4.0, heads * 4.0),
         "dropped": (heads * 12.0, heads * 4.0),  # scores, their mask and both together; the gradient of one
     }[attention]  # fmt: skip
     adapted = {what for _, what in read}
@@ -217,9 +218,7 @@ def pairs_of(layer: Layer, lengths: Sequence[int]) -> float:
     """How many pairs of tokens attention keeps scores for, in a pass of examples of these lengths."""
     if layer.pairs == "flash":
         return 0.0
-    if layer.pairs == "dense":
-        return float(sum(lengths)) ** 2
-    if layer.pairs == "alibi":  # padded rows
+    if layer.pairs in PADDED:
         return float(len(lengths) * max(lengths, default=0) ** 2)
     return float(sum(length * length for length in lengths))
 

@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass
 
-from halfbyte.memory.decoder import pairs_of
+from halfbyte.memory.decoder import PADDED, pairs_of
 from halfbyte.memory.job import Job
 from halfbyte.memory.lines import Line, Recompute, Where
 
@@ -69,7 +69,7 @@ def step_lines(job: Job, largest: Pass, recompute: Recompute, where: Where, card
     layer, c, tokens = job.layer, job.itemsize, largest.tokens
     hidden = job.facts.hidden
     pairs = pairs_of(layer, largest.lengths)
-    rows = len(largest.lengths) * max(largest.lengths) if layer.pairs == "alibi" else tokens
+    rows = len(largest.lengths) * max(largest.lengths) if layer.pairs in PADDED else tokens
     here = -(-job.facts.layers // cards)
     kept = here * (rows * layer.of(recompute) + (layer.pair * pairs if recompute != "full" else 0))
     # what is made again is held by the way to make it, also in the first layer
