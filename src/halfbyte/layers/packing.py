@@ -5,8 +5,8 @@ What: three layouts, tried in this order; the first that is proven on the user's
                   (`_supports_flash_attn`) that lengths and `sliding_window` say all that a mask would.
     rows          the body runs on padded rows (`rows.py`): ALiBi, attention of a class's own, recurrent layers, chunks.
     single        nothing proven: one example a pass, plain input.
-Tried and dropped: transformers' own block mask where positions restart. It is dense over the whole pack, T^2 a head, and
-Falcon ran at a third of the plain stack's speed by it (docs/log.md).
+Tried and dropped: transformers' own block mask where positions restart. It is dense over the whole pack, T^2 a head; by
+it Falcon ran at a third of the plain stack's speed (docs/log.md).
 Why a proof: a model that lets examples see each other trains without any error, on something else.
 Cost of the proof: seven forward passes of at most 15 tokens, at start.
 """

@@ -33,8 +33,8 @@ class Family:
     `norms` that keep an input of their own. `mlp`: gated by the engine's kernel or by stock code; `formula`: GELU
     written as a formula (keeps four tensors); `one`: keeps its input; `relu`: keeps its output, which the
     next linear reads.
-    `attention`: `flash` keeps no scores; `eager` (softcap) keeps them for each pair of tokens of an example, `alibi` and
-    `padded` for each pair of a row; `dropped` is what `flash` becomes where the model drops some of its scores
+    `attention`: `flash` keeps no scores; `eager` (softcap) keeps them for each pair of tokens of an example, `alibi`
+    and `padded` for each pair of a row; `dropped` is what `flash` becomes where the model drops some of its scores
     in training (GPT-2), which torch's flash kernel cannot. `parallel`: attention and MLP read one normed input.
     """
 

@@ -62,7 +62,7 @@ def base_lines(job: Job, placement: Placement, cards: int, where: Where) -> tupl
             Line(
                 "base",
                 busy_file_bytes(job),
-                f"streamed: {2 + AHEAD} layers of {job.facts.layers}, and the head",
+                f"streamed: {1 + AHEAD} layers of {job.facts.layers}, or one and the head",
                 source,
                 "file",
             ),
@@ -77,8 +77,11 @@ def base_lines(job: Job, placement: Placement, cards: int, where: Where) -> tupl
 
 
 def busy_file_bytes(job: Job) -> int:
-    """Pages of a mapped or streamed base that are in use at once."""
-    return min(job.base_bytes, (2 + AHEAD) * job.layer_bytes + _touched_outer(job))
+    """Pages of a mapped or streamed base that are in use at once.
+
+    The layer that computes and those that are read ahead, or the head beside the last layer.
+    """
+    return min(job.base_bytes, max((1 + AHEAD) * job.layer_bytes, job.layer_bytes + _touched_outer(job)))
 
 
 def _touched_outer(job: Job) -> int:

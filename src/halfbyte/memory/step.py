@@ -22,6 +22,9 @@ LOGITS_CHUNK_BYTES, LOGITS_ROWS = 32_000_000, 16  # layers/loss.py: at once at m
 SCORES_BYTES, SCORES_ROWS = 24_000_000, 512  # layers/block_attention.py: scores in fp32 at once, rows of a long example
 TOKENS_STEP = 64
 SLACK = 0.08  # of what is kept until backward
+# More of that under full recomputation: each layer's input stays amid what was freed around it, and leaves a hole. Seen
+# of 30 small layers, and hardly of 6.
+ENTRY_SLACK, ENTRY_LAYERS = 0.3, 30
 MOMENT_SLACK = 0.25  # of what comes and goes in between, and leaves holes
 HEAP_BYTES = 32 << 20  # glibc's largest moving threshold: a larger block has pages of its own, a smaller one a hole
 CARD_SLACK = 0.05  # PyTorch's caching allocator rounds and splits; a round figure, not measured here
@@ -84,8 +87,9 @@ def step_lines(job: Job, largest: Pass, recompute: Recompute, where: Where, card
     # the loss is over before the last layer's backward begins, so the larger of both counts
     moment = max(backward, loss)
     scores = 4 * job.facts.heads * pairs  # of one layer, in fp32
-    hole = scores if scores < HEAP_BYTES else 0.0
-    slack = SLACK * kept + MOMENT_SLACK * moment + hole if where == "private" else CARD_SLACK * (kept + moment)
+    hole = scores * (2 if recompute == "full" else 1) if scores < HEAP_BYTES else 0.0
+    of_kept = SLACK + (ENTRY_SLACK * min(1.0, here / ENTRY_LAYERS) if recompute == "full" else 0.0)
+    slack = of_kept * kept + MOMENT_SLACK * moment + hole if where == "private" else CARD_SLACK * (kept + moment)
     if backward >= loss:
         again = ", its forward done again" if recompute == "full" else ""
         at_once = Line("backward of a layer", round(backward), f"{tokens} tokens{again}", "memory/decoder.py", where)
