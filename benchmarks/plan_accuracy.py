@@ -44,7 +44,7 @@ WIDTHS: dict[str, dict[str, Any]] = {
     "phi3": {**_WIDE, "hidden_size": 768, "num_attention_heads": 12},
     "gpt2": {"n_embd": 768, "n_layer": 8, "n_head": 12},
     "bloom": {"hidden_size": 768, "n_layer": 6, "n_head": 12},
-    "gpt_neox": {**{k: v for k, v in _WIDE.items() if k != "num_key_value_heads"}, "intermediate_size": 4096},
+    "gpt_neox": {**_WIDE, "intermediate_size": 4096},
 }
 EVERY = "all-linear"
 

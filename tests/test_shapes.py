@@ -252,3 +252,10 @@ def test_4bit_bytes_are_those_of_bitsandbytes(numel: int, block_size: int, doubl
     if double_quant:
         held += [state.state2.absmax, state.state2.code, state.offset]
     assert nf4_bytes(numel, block_size, double_quant) == sum(t.numel() * t.element_size() for t in held)
+
+
+@pytest.mark.parametrize(("kind", "keys"), [("gpt_neox", 16), ("opt", 16), ("llama", 4)])
+def test_shared_keys_count_only_where_the_attention_knows_them(kind: str, keys: int) -> None:
+    """A config may carry fields that its model does not read."""
+    config = {"model_type": kind, "hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4}
+    assert facts_of({**config, "num_hidden_layers": 2, "vocab_size": 256}, []).key_heads == keys

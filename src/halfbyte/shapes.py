@@ -271,8 +271,14 @@ def _dropout(config: Mapping[str, Any], kind: str, *names: str) -> float:
     return _OWN_DROPOUT.get(kind, {}).get(names[0], 0.0)
 
 
+# Their attention knows no shared keys, whatever number a config carries.
+_EVERY_HEAD_ITS_KEYS = frozenset({"gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "codegen"})
+
+
 def _key_heads(config: Mapping[str, Any], kind: str, heads: int) -> int:
     """Falcon says how its keys are shared in three ways; everyone else by a number, or not at all."""
+    if kind in _EVERY_HEAD_ITS_KEYS:
+        return heads
     if kind == "falcon" and not _get(config, "new_decoder_architecture"):
         return 1 if config.get("multi_query", True) else heads
     return _first(config, "num_key_value_heads", "num_kv_heads") or heads
