@@ -85,7 +85,8 @@ def step_time(
     width = job.facts.heads * job.facts.head_size or job.facts.hidden
     attention = (14 + 4 * (recompute == "full")) / 2 * rows.mean_of_a_token * width * job.facts.layers
     quantised = job.recipe.quant.type != "none"
-    moved = TRAFFIC * job.layer.kept * job.facts.layers
+    # scores that are made in memory (ALiBi, softcap, dropout) go through it as what is kept does
+    moved = TRAFFIC * (job.layer.kept + job.layer.pair * rows.mean_of_a_token) * job.facts.layers
     pass_tokens = step_tokens / passes
     full_rate = pass_tokens / (pass_tokens + HALF_RATE_TOKENS)
     facts = job.facts
