@@ -393,6 +393,8 @@ def _tame_libraries() -> None:
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # bitsandbytes wraps its fallback functions in torch.compile; off, they run as written and no compiler is imported
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
