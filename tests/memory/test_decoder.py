@@ -112,12 +112,15 @@ def measured_and_planned(
 
 
 def agree(name: str, planned: float, measured: float, rel: float) -> None:
-    """Falcon's rows: torch 2.13 has no flash kernel for keys that all heads share under a mask, torch 2.15 has one and
-    keeps less. The plan counts the larger."""
-    if name == "falcon" and measured < 0.9 * planned:
-        assert measured > 0.3 * planned
-        return
-    assert planned == pytest.approx(measured, rel=rel)
+    """Falcon's rows: torch 2.13 has no flash kernel for keys that all heads share under a mask, and keeps what the plan
+    counts; torch 2.15 has one, which keeps q, k, v in bf16 (keys once), a log-sum-exp a head, and the mask."""
+    wanted = [planned]
+    if name == "falcon":
+        heads, wide, narrow = tiny.HEADS, tiny.HIDDEN, tiny.HIDDEN // tiny.HEADS
+        rows, pairs = len(LENGTHS) * max(LENGTHS), len(LENGTHS) * max(LENGTHS) ** 2
+        fewer = rows * (4 * 3 * wide - 2 * (wide + 2 * narrow) - 4 * heads) + pairs * (4 * heads - 2)
+        wanted.append(planned - fewer)
+    assert any(one == pytest.approx(measured, rel=rel) for one in wanted), (wanted, measured)
 
 
 @pytest.mark.parametrize("name", [*tiny.ARCHITECTURES, *MORE, "phi", "gptj"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +119,14 @@ def test_the_c_library_has_the_functions_behind_dequantize_4bit(kind: str, dtype
     """`quant.dequantised` calls them with memory of its own; without them it is slower, not wrong."""
     assert hasattr(getattr(lib, f"cdequantize_blockwise_cpu_{kind}_{dtype}"), "argtypes")
     assert not hasattr(lib.there_is_no_such_function, "argtypes")
+
+
+def test_the_command_line_loads_no_compiler() -> None:
+    """bitsandbytes wraps functions in torch.compile as it is imported; `TORCHDYNAMO_DISABLE` keeps inductor away."""
+    loads = "from halfbyte import finetune; print('torch._inductor.compile_fx' in sys.modules)"
+    env = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    for before, seen in (("", "True"), ("from halfbyte import cli; cli._tame_libraries();", "False")):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys; {before} {loads}"], capture_output=True, text=True, env=env
+        )
+        assert done.stdout.split()[-1] == seen, done.stderr

@@ -65,10 +65,9 @@ def layouts(model: Any) -> tuple[Layout, ...]:
     """The packed layouts that this model could take, best first. Nothing is proven yet."""
     lm = causal_lm(model)
     found: list[Layout] = []
-    restarts = "position_ids" in inspect.signature(lm.forward).parameters
     # ALiBi counts positions from the mask, not from position_ids: in a long pack its bf16 biases would lose precision.
-    by_position = restarts and not getattr(lm.config, "alibi", False)
-    if by_position and lm._supports_flash_attn and lm._can_set_attn_implementation():
+    restarts = "position_ids" in inspect.signature(lm.forward).parameters and not getattr(lm.config, "alibi", False)
+    if restarts and lm._supports_flash_attn and lm._can_set_attn_implementation():
         found.append("cu_seq_lens")
     if body(lm) is not lm:
         found.append("rows")
