@@ -56,25 +56,10 @@ def adapted(folder: Path, *, fused: bool, dropout: float = 0.05, **config: Any) 
     return model
 
 
-def batch(lengths: tuple[int, ...]) -> dict[str, Any]:
-    """A pass of random examples, every token but the last of each labelled."""
-    total = sum(lengths)
-    ids = torch.randint(3, VOCAB, (total,), generator=torch.Generator().manual_seed(2))
-    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    keep = torch.tensor([i for i in range(total - 1) if i + 1 not in starts.tolist()])
-    return {
-        "input_ids": ids[None],
-        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
-        "cu_seq_lens_q": starts,
-        "keep": keep,
-        "targets": ids[keep + 1],
-    }
-
-
 def gradients(model: Any, lengths: tuple[int, ...], *, fused: bool) -> dict[str, Tensor]:
     torch.manual_seed(3)
     model.train()
-    loss.pass_loss(model, batch(lengths), fused=fused).backward()
+    loss.pass_loss(model, tiny.batch(lengths, VOCAB), fused=fused).backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     for parameter in model.parameters():
         parameter.grad = None
@@ -176,12 +161,12 @@ def test_the_order_is_up_and_down_and_the_next_layers_come_ahead(llama: Path) ->
 
 def test_evaluation_and_generation_are_the_same_and_leave_the_gradients_alone(folder: Path) -> None:
     model = adapted(folder, fused=True, dropout=0.0)
-    inputs = {"input_ids": batch((9,))["input_ids"], "attention_mask": torch.ones(1, 9, dtype=torch.int64)}
+    inputs = {"input_ids": tiny.batch((9,), VOCAB)["input_ids"], "attention_mask": torch.ones(1, 9, dtype=torch.int64)}
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 
     def run() -> tuple[Any, ...]:
         before = gradients(model, (9,), fused=True)
-        score = loss.mean_loss(model, [batch((9,))])["loss"]
+        score = loss.mean_loss(model, [tiny.batch((9,), VOCAB)])["loss"]
         model.eval()
         with torch.no_grad():
             text = model.generate(**inputs, **options)
@@ -230,7 +215,7 @@ def test_at_most_two_layers_are_in_memory_at_any_time(wide: Path, fused: bool, r
         watch = _watch(model, lambda: seen.append(sum(pages.present_bytes(spans) for spans in layers)))
         next(watch)
         gradients(model, (9, 5), fused=fused)
-        loss.mean_loss(model, [batch((9, 5))])
+        loss.mean_loss(model, [tiny.batch((9, 5), VOCAB)])
         next(watch, None)
         return max(seen)
 
@@ -320,7 +305,7 @@ def test_removed_means_no_hooks(llama: Path) -> None:
 def test_a_shallow_model_is_that_of_its_first_layers_and_whole_again_afterwards(folder: Path) -> None:
     model = adapted(folder, fused=True)
     layers = stream.decoder_layers(model)
-    ids = batch((9,))["input_ids"]
+    ids = tiny.batch((9,), VOCAB)["input_ids"]
     whole = model.eval()(input_ids=ids, use_cache=False).logits
     seen: list[int] = []
     hooks = [layer.register_forward_hook(lambda *_, n=n: seen.append(n)) for n, layer in enumerate(layers)]

@@ -9,7 +9,7 @@ Use: `from tests import tiny`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +115,18 @@ def save(folder: Path, name: str, dtype: torch.dtype = torch.float32, *, seed: i
     """Write a checkpoint folder (config.json, model.safetensors; no tokenizer) and return it."""
     model(name, seed=seed, vocab_size=vocab_size, dtype=dtype).save_pretrained(folder)
     return folder
+
+
+def batch(lengths: Sequence[int], vocab_size: int) -> dict[str, Any]:
+    """A pass of random examples, every token but the last of each labelled."""
+    total = sum(lengths)
+    ids = torch.randint(3, vocab_size, (total,), generator=torch.Generator().manual_seed(2))
+    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    keep = torch.tensor([i for i in range(total - 1) if i + 1 not in starts.tolist()])
+    return {
+        "input_ids": ids[None],
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "cu_seq_lens_q": starts,
+        "keep": keep,
+        "targets": ids[keep + 1],
+    }

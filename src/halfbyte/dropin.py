@@ -18,6 +18,7 @@ from peft import PeftModelForCausalLM
 from peft import get_peft_model as _get_peft_model
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from halfbyte import holes
 from halfbyte import quant as codec
 from halfbyte.layers import fuse, unpad
 
@@ -98,6 +99,7 @@ def prepare_model_for_kbit_training(
     if use_gradient_checkpointing is None:
         use_gradient_checkpointing = gradient_checkpointing_kwargs is not None or not on_cpu or _needs_recompute(model)
     if use_gradient_checkpointing:
+        holes.install(model)
         model.enable_input_require_grads()
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=gradient_checkpointing_kwargs or {})
     if auto_clear_cache and torch.cuda.is_available():

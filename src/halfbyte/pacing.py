@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from halfbyte import usage
+from halfbyte import holes, usage
 from halfbyte.data import pack
 from halfbyte.device import ram_available
 from halfbyte.errors import TrainError, first_line
@@ -203,5 +203,7 @@ def recompute_as(model: Any, policy: Recompute) -> None:
     if policy != "full":
         if lm.is_activation_checkpointing:
             lm.activation_checkpointing_disable()
+        holes.remove(lm)
     else:
+        holes.install(lm)
         lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

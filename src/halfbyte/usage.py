@@ -12,7 +12,9 @@ import ctypes
 import os
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from types import TracebackType
 
 PERIOD_S = 0.02
@@ -48,6 +50,37 @@ def trim() -> None:
         release = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if release is not None:
             release(0)
+
+
+def heap_in_use() -> int | None:
+    """Bytes that the C library's heap has given out (`mallinfo2`); None where it does not tell (glibc since 2.33 does).
+
+    A walk over its free blocks: about a millisecond.
+    """
+    count = _mallinfo2()
+    if count is None:
+        return None
+    found = count()
+    return int(found.uordblks + found.hblkhd)
+
+
+class _MallInfo2(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
+@cache
+def _mallinfo2() -> Callable[[], _MallInfo2] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    found = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if found is not None:
+        found.restype = _MallInfo2
+    return found
 
 
 class Peak:

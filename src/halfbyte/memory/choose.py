@@ -60,7 +60,10 @@ def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recom
     cards = max(1, len(device.cards)) if placement == "split" else 1
     largest = step.largest_pass(job, tokens)
     process = state.process_lines(device, job)
-    held = (*state.base_lines(job, placement, cards, where), *_share(state.training_lines(job, where), cards))
+    held = (
+        *state.base_lines(job, placement, cards, where),
+        *_share(state.training_lines(job, where, recompute), cards),
+    )
     fixed: tuple[Line, ...] = (*process, *held)
     host: tuple[Line, ...] = ()
     if not on_cpu:

@@ -13,7 +13,7 @@ import numpy as np
 
 from halfbyte.device import Device
 from halfbyte.memory.job import Job
-from halfbyte.memory.lines import Line, Placement, Where
+from halfbyte.memory.lines import Line, Placement, Recompute, Where
 
 LIBRARIES_PRIVATE_BYTES = 470_000_000
 LIBRARIES_FILE_BYTES = 235_000_000
@@ -93,11 +93,13 @@ def _touched_outer(job: Job) -> int:
     return job.outer_bytes - embedding + min(embedding, distinct * TOUCHED_BYTES_PER_TOKEN)
 
 
-def training_lines(job: Job, where: Where) -> tuple[Line, ...]:
+def training_lines(job: Job, where: Where, recompute: Recompute) -> tuple[Line, ...]:
     """What trains: LoRA's masters, their copies in the compute dtype, and the optimiser's state."""
     count, optimizer = job.trainable, str(job.recipe.train.optim)
     state = OPTIMIZER_BYTES.get(optimizer, 8)
     copies = job.lora_parameters * (job.itemsize if job.dtype != "fp32" else 0)
+    if recompute == "full":  # they are made again with each layer
+        copies //= max(1, job.facts.layers)
     return (
         Line(
             "adapters", 4 * count, f"{count} trained parameters in fp32", "LoRA, arXiv:2106.09685: r (in + out)", where
