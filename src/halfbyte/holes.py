@@ -1,9 +1,9 @@
 """Holes in the C library's heap, given back to the system while layers are recomputed.
 
-Why: who recomputes every layer is short of memory, and half of what such a pass holds can be holes. PyTorch asks glibc
-for aligned memory, and `memalign` cannot put a tensor where one of the same size was, since it asks for more than that.
-So each layer's temporaries split larger holes or go on top of the heap: SmolLM2, 4 x 512 tokens, held 0.91 GB where
-0.73 do (`docs/log.md`, "Holes under full recomputation").
+Why: who recomputes every layer is short of memory, and a third of what such a run holds can be holes. PyTorch asks
+glibc for aligned memory, and `memalign` cannot put a tensor where one of the same size was, since it asks for more than
+that. So each layer's temporaries split larger holes or go on top of the heap: SmolLM2, 4 x 512 tokens, held 0.91 GB
+where 0.75 to 0.79 do (`docs/log.md`, "Holes under full recomputation").
 What: after each decoder layer, forward and backward, a look at what is resident. Where it grew by more than a budget,
 and the heap's own count says that it is holes, `malloc_trim` gives them back.
 Source: malloc_trim(3), mallinfo(3), glibc `malloc/malloc.c` (`_int_memalign`); torch's documented forward and tensor
