@@ -69,7 +69,7 @@ def test_a_budget_that_one_layer_passes_grows(watched: list[int]) -> None:
     for _ in range(8):  # of 250 MB freed each time
         watched[:2] = 450, 100
         seen.look()
-    assert 2 <= seen.trims <= 5
+    assert 2 <= watched[2] <= 5
     watched[:2] = 900, 100  # holes that are more than that are still given back
     seen.look()
     assert watched[0] == 200
@@ -130,14 +130,16 @@ def test_it_is_installed_once_and_by_our_import_line_too() -> None:
     layer = stream.decoder_layers(model)[0]
     hooks = len(layer._forward_hooks)
     assert hooks == 1
-    assert holes.install(model) is None
+    holes.install(model)
     assert len(layer._forward_hooks) == hooks
     holes.remove(model)
     assert not layer._forward_hooks
 
 
 def test_a_model_without_a_list_of_layers_is_left_as_it_is() -> None:
-    class Plain(torch.nn.Module):
+    class Plain(torch.nn.Linear):
         device = torch.device("cpu")
 
-    assert holes.install(Plain()) is None
+    plain = Plain(2, 2)
+    holes.install(plain)
+    assert not plain._forward_hooks

@@ -17,9 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import nn
-
 from halfbyte import stream, usage
 from halfbyte.errors import BaseModelError
 from halfbyte.layers import packing
@@ -35,7 +32,6 @@ class Holes:
 
     least: int = 0  # private bytes that are not the heap's, nor holes that could be given back
     seen: int = 0  # private bytes after the last time
-    trims: int = 0
     factor: float = 1.0
     just: bool = False  # whether the last look gave holes back
 
@@ -52,28 +48,19 @@ class Holes:
         self.factor, self.just = self.factor * (GROWTH if before else 1.0), True
         self.seen = usage.now().private
         self.least = self.seen - in_use
-        self.trims += 1
 
 
-def install(model: Any) -> Holes | None:
-    """Look after each decoder layer of a model (PEFT around it or not) from now on; None where that is of no use."""
+def install(model: Any) -> None:
+    """Look after each decoder layer of a model (PEFT around it or not) from now on; nothing where that is of no use."""
     lm = packing.causal_lm(model)
     if lm in _INSTALLED or lm.device.type != "cpu" or usage.heap_in_use() is None:
-        return None
+        return
     try:
         layers = stream.decoder_layers(lm)
     except BaseModelError:  # no list of layers
-        return None
+        return
     holes = Holes()
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        holes.look()
-        hidden = output[0] if isinstance(output, tuple) else output
-        if torch.is_grad_enabled() and isinstance(hidden, torch.Tensor) and hidden.requires_grad:
-            hidden.register_hook(lambda gradient: holes.look())  # the layer above is done
-
-    _INSTALLED[lm] = [layer.register_forward_hook(after) for layer in layers]
-    return holes
+    _INSTALLED[lm] = [layer.register_forward_hook(stream.After(holes.look, holes.look)) for layer in layers]
 
 
 def remove(model: Any) -> None:

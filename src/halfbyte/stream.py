@@ -17,10 +17,11 @@ Cost: memory of one layer, and of the head while it works; a base larger than RA
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -186,7 +187,7 @@ class Stream:
         for number, layer in enumerate(layers):
             self._handles += [
                 layer.register_forward_pre_hook(_Before(self, number)),
-                layer.register_forward_hook(_After(self, number)),
+                layer.register_forward_hook(After(partial(self.downwards, number))),
             ]
         self._drop_all_but(set())
 
@@ -229,20 +230,28 @@ class _Before:
         self.stream.upwards(self.number)
 
 
-class _After:
-    """Forward hook of one layer: its output will say when backward comes to it."""
+class After:
+    """Forward hook of one layer: its output will say when backward comes to it.
 
-    def __init__(self, stream: Stream, number: int) -> None:
-        self.stream, self.number = stream, number
+    Args:
+        backward: called just before the layer's own backward, when the layer above is done.
+        forward: called after the layer's forward.
+    """
+
+    def __init__(self, backward: Callable[[], None], forward: Callable[[], None] | None = None) -> None:
+        self.backward, self.forward = backward, forward
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.forward is not None:
+            self.forward()
         if torch.is_grad_enabled():
-            for tensor in (output,) if isinstance(output, Tensor) else output:
-                if isinstance(tensor, Tensor) and tensor.requires_grad:
-                    tensor.register_hook(self.backward)
+            tensors = (output,) if isinstance(output, Tensor) else output
+            hidden = next((t for t in tensors if isinstance(t, Tensor) and t.requires_grad), None)
+            if hidden is not None:
+                hidden.register_hook(self._arrived)
 
-    def backward(self, gradient: Tensor) -> None:
-        self.stream.downwards(self.number)
+    def _arrived(self, gradient: Tensor) -> None:
+        self.backward()
 
 
 @contextmanager

@@ -12,10 +12,10 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
+from typing import Any
 
 PERIOD_S = 0.02
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
@@ -44,24 +44,17 @@ def now(pid: int | str = "self") -> Usage:
         return Usage(int(psutil.Process(os.getpid() if pid == "self" else int(pid)).memory_info().rss), 0)
 
 
+@cache
+def _c_library(name: str) -> Any:
+    """A function of the C library that Linux has loaded; None where it has none of that name."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
+
+
 def trim() -> None:
     """Give what the C library keeps of freed memory back to the system, where it can (glibc)."""
-    if sys.platform.startswith("linux"):
-        release = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if release is not None:
-            release(0)
-
-
-def heap_in_use() -> int | None:
-    """Bytes that the C library's heap has given out (`mallinfo2`); None where it does not tell (glibc since 2.33 does).
-
-    A walk over its free blocks: about a millisecond.
-    """
-    count = _mallinfo2()
-    if count is None:
-        return None
-    found = count()
-    return int(found.uordblks + found.hblkhd)
+    release = _c_library("malloc_trim")
+    if release is not None:
+        release(0)
 
 
 class _MallInfo2(ctypes.Structure):
@@ -73,14 +66,17 @@ class _MallInfo2(ctypes.Structure):
     ]  # fmt: skip
 
 
-@cache
-def _mallinfo2() -> Callable[[], _MallInfo2] | None:
-    if not sys.platform.startswith("linux"):
+def heap_in_use() -> int | None:
+    """Bytes that the C library's heap has given out (`mallinfo2`); None where it does not tell (glibc since 2.33 does).
+
+    A walk over its free blocks: about a millisecond.
+    """
+    count = _c_library("mallinfo2")
+    if count is None:
         return None
-    found = getattr(ctypes.CDLL(None), "mallinfo2", None)
-    if found is not None:
-        found.restype = _MallInfo2
-    return found
+    count.restype = _MallInfo2
+    found = count()
+    return int(found.uordblks + found.hblkhd)
 
 
 class Peak:

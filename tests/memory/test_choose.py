@@ -189,6 +189,37 @@ def test_gradients_larger_than_what_a_pass_takes_are_all_there_at_its_end() -> N
     assert plan.line("gradients") + gone + plan.line("allocator") == 4 * one.trainable
 
 
+def test_copies_of_adapters_are_a_layers_where_layers_are_made_again() -> None:
+    device = cpu(64)
+    one = job(device, lora__target_modules="all-linear")
+    kept = made(device, lora__target_modules="all-linear", train__gradient_checkpointing=False)
+    again = made(device, lora__target_modules="all-linear", train__gradient_checkpointing=True)
+    assert kept.line("adapters' copies") == 2 * one.lora_parameters
+    assert again.line("adapters' copies") == 2 * one.lora_parameters // 30
+
+
+def test_a_streamed_base_holds_a_few_layers_or_one_and_the_head() -> None:
+    device = cpu(64)
+    deep = job(device, "llama-2-70b", quant__placement="streamed")
+    assert made(device, "llama-2-70b", quant__placement="streamed").line("base") == 3 * deep.layer_bytes
+    wide = job(device, quant__placement="streamed")  # its head, tied to the embedding, is larger than two layers
+    assert made(device, quant__placement="streamed").line("base") == wide.layer_bytes + wide.outer_bytes
+
+
+def test_scores_that_go_through_memory_take_time() -> None:
+    device = cpu(64)
+    one = job(device, "bloom-560m", train__gradient_checkpointing=False)
+    rates = assumed(device, one.dtype)
+    assert one.layer.pair > 0
+    bare = replace(one)
+    bare.__dict__["layer"] = replace(one.layer, pair=0.0)
+    seconds = [
+        step_time(j, rates, tokens=3200, recompute="none", placement="mapped", cached_bytes=10**12).step_s
+        for j in (bare, one)
+    ]
+    assert seconds[0] < seconds[1]
+
+
 def test_disk_is_the_store_and_what_the_run_keeps() -> None:
     device = cpu(64)
     one = job(device, train__save_total_limit=2)

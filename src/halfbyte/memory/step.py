@@ -87,6 +87,7 @@ def step_lines(job: Job, largest: Pass, recompute: Recompute, where: Where, card
     # the loss is over before the last layer's backward begins, so the larger of both counts
     moment = max(backward, loss)
     scores = 4 * job.facts.heads * pairs  # of one layer, in fp32
+    # once more where a forward is done again: there are those of the first, freed, and those of the second
     hole = scores * (2 if recompute == "full" else 1) if scores < HEAP_BYTES else 0.0
     of_kept = SLACK + (ENTRY_SLACK * min(1.0, here / ENTRY_LAYERS) if recompute == "full" else 0.0)
     slack = of_kept * kept + MOMENT_SLACK * moment + hole if where == "private" else CARD_SLACK * (kept + moment)
