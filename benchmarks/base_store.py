@@ -57,10 +57,12 @@ def open_plain(folder: Path) -> Any:
 
 
 def open_halfbyte(folder: Path) -> Any:
-    from halfbyte import base, device, sources
-    from halfbyte.recipe import Quant
+    from halfbyte.base import load
+    from halfbyte.models import sources
+    from halfbyte.recipe.schema import Quant
+    from halfbyte.system import device
 
-    return base.open_base(sources.resolve(str(folder)), Quant(compute_dtype="bf16"), device.detect()).model
+    return load.open_base(sources.resolve(str(folder)), Quant(compute_dtype="bf16"), device.detect()).model
 
 
 def open_standard(folder: Path) -> Any:
@@ -82,7 +84,7 @@ def work(name: str, folder: Path, logits: Path | None) -> None:
     from transformers.models.llama import modeling_llama  # noqa: F401
     from transformers.utils import logging
 
-    from halfbyte import base  # noqa: F401
+    from halfbyte.base import load  # noqa: F401
 
     logging.disable_progress_bar()
     before = read_from_disk()

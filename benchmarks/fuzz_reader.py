@@ -29,10 +29,10 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from halfbyte.data import files
-from halfbyte.data.read import Reader
+from halfbyte.data.reading import files
+from halfbyte.data.reading.read import Reader
 from halfbyte.errors import DataError
-from halfbyte.recipe_data import Data
+from halfbyte.recipe.data import Data
 
 LIMIT_S = 10.0
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".jsonl.gz", ".json.gz", ".csv.gz")

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from halfbyte import pages
+from halfbyte.system import pages
 
 
 @dataclass

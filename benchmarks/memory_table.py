@@ -118,11 +118,11 @@ class Planned:
 
 
 def planned(row: Row) -> Planned:
-    from halfbyte import memory
-    from halfbyte.memory.compare import compare
-    from halfbyte.planning import parse_device
-    from halfbyte.recipe import Recipe
-    from halfbyte.sources import headers
+    from halfbyte import plan
+    from halfbyte.models import describe
+    from halfbyte.plan.ahead import parse_device
+    from halfbyte.plan.compare import compare
+    from halfbyte.recipe.schema import Recipe
 
     recipe = Recipe.model_validate({
         "model": row.model, "data": {"train": "none.jsonl"},
@@ -132,10 +132,10 @@ def planned(row: Row) -> Planned:
             "gradient_checkpointing": row.recompute,
         },
     })  # fmt: skip
-    shape = headers.describe(row.model)
+    shape = describe.describe(row.model)
     device = parse_device("80GB")
-    job = memory.Job.of(
-        recipe, shape.specs, shape.facts, memory.Rows.assume(row.tokens), device, targets=row.targets, mappable=False
+    job = plan.Job.of(
+        recipe, shape.specs, shape.facts, plan.Rows.assume(row.tokens), device, targets=row.targets, mappable=False
     )
     ways = compare(job, device, tokens=row.rows * row.tokens, recompute="full" if row.recompute else "none")
     way = ways[row.way]

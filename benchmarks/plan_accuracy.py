@@ -165,7 +165,7 @@ class Result:
 
 def watch(arguments: list[str], env: dict[str, str]) -> Seen:
     """Run a process of Python to its end, and look at its memory all the while."""
-    from halfbyte import usage
+    from halfbyte.system import usage
 
     began = time.monotonic()
     with tempfile.TemporaryFile("w+") as out:
@@ -234,15 +234,17 @@ def recipe_of(case: Case, model: str, folder: Path) -> dict[str, Any]:
 
 def child(kind: str, recipe: Path) -> None:
     """In a process of its own: `empty`, `build`, `calibrate` or `train`. The last line that it prints is JSON."""
-    from halfbyte import finetune, shelving  # what a run imports
-    from halfbyte.recipe_file import load_recipe
+    from halfbyte import finetune
+    from halfbyte.base import quantize  # what a run imports
+    from halfbyte.recipe.file import load_recipe
 
     said: dict[str, Any] = {}
     if kind == "build":
-        built = shelving.quantize(load_recipe(recipe).recipe)
+        built = quantize.quantize(load_recipe(recipe).recipe)
         said = {"disk": sum(f.stat().st_size for f in built.path.rglob("*") if f.is_file()), "built": built.built}
     elif kind == "calibrate":
-        from halfbyte import calibrate, device
+        from halfbyte.plan import calibrate
+        from halfbyte.system import device
 
         said = {d: calibrate.ensure(device.detect(), d).to_json() for d in ("bf16", "fp32")}
     elif kind == "train":

@@ -50,7 +50,7 @@ def plain(data: Path, steps: int, *, prepare: bool = False) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
     from halfbyte import finetune
-    from halfbyte.recipe_file import recipe_from
+    from halfbyte.recipe.file import recipe_from
 
     prepared = finetune.prepare(recipe_from("smollm2-135m", str(data), overrides(data, steps)).recipe)
     planned = finetune.plan_steps(prepared, max_tokens_per_pass=10**9, examples_per_pass=1)
@@ -113,7 +113,7 @@ def plain(data: Path, steps: int, *, prepare: bool = False) -> dict[str, Any]:
 
 def halfbyte(data: Path, steps: int) -> dict[str, Any]:
     from halfbyte import finetune
-    from halfbyte.recipe_file import recipe_from
+    from halfbyte.recipe.file import recipe_from
 
     with tempfile.TemporaryDirectory() as out:
         values = [*overrides(data, steps), "train.lr_scheduler_type=linear", f"output={out}/run"]

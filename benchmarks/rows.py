@@ -36,8 +36,10 @@ if __package__ in (None, ""):
 
 import psutil
 
-from halfbyte import device, inputs, sources
-from halfbyte.recipe_file import recipe_from
+from halfbyte.models import sources
+from halfbyte.recipe.file import recipe_from
+from halfbyte.system import device
+from halfbyte.training import prepare
 
 MOST_ABOVE_GB, MOST_SECOND_S = 1.0, 3.0
 PROMPT_WORDS, COMPLETION_WORDS = (20, 75), (25, 110)
@@ -78,18 +80,21 @@ def pss_bytes(process: psutil.Process) -> int:
 
 def halfbyte_side(model: str, rows: Path) -> dict[str, Any]:
     """One start, in this process."""
-    from halfbyte import adapters, base, fitting, steps, targets
+    from halfbyte.adapters import lora
+    from halfbyte.base import load
+    from halfbyte.models.structure import meta_model
+    from halfbyte.training import fit, schedule
 
     recipe, machine = recipe_from(model, str(rows)).recipe, device.detect()
-    found = inputs.find_model(recipe)
-    base.open_tokenizer(found, trust_remote_code=False)
-    targets.meta_model(base.read_config(found.path, trust_remote_code=False), trust_remote_code=False)  # imports all
+    found = sources.find_model(recipe)
+    load.open_tokenizer(found, trust_remote_code=False)
+    meta_model(load.read_config(found.path, trust_remote_code=False), trust_remote_code=False)  # imports all
     baseline, began = pss_bytes(psutil.Process()), time.perf_counter()
-    prepared = inputs.prepare(recipe)
+    prepared = prepare.prepare(recipe)
     encoded = time.perf_counter()
-    meta = targets.meta_model(prepared.config, trust_remote_code=False)
-    _, plan = fitting.plan_of(prepared, machine, adapters.choose_targets(meta, recipe.lora)[0], meta)
-    planned = steps.plan_steps(prepared, max_tokens_per_pass=plan.max_tokens_per_pass, examples_per_pass=None)
+    meta = meta_model(prepared.config, trust_remote_code=False)
+    _, plan = fit.plan_of(prepared, machine, lora.choose_targets(meta, recipe.lora)[0], meta)
+    planned = schedule.plan_steps(prepared, max_tokens_per_pass=plan.max_tokens_per_pass, examples_per_pass=None)
     first = planned[0]
     ended = time.perf_counter()
     return {

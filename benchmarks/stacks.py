@@ -152,8 +152,8 @@ def say(facts: dict[str, Any]) -> None:
 
 def run_halfbyte(case: Case) -> None:
     from halfbyte import finetune
-    from halfbyte.callbacks import Silent
-    from halfbyte.recipe_file import recipe_from
+    from halfbyte.recipe.file import recipe_from
+    from halfbyte.training.callback import Silent
 
     rounds = Rounds(case)
 
@@ -174,7 +174,7 @@ def run_halfbyte(case: Case) -> None:
 def items(case: Case, *, by_length: bool) -> tuple[Path, list[dict[str, list[int]]]]:
     """The checkpoint's folder, and halfbyte's rows in halfbyte's order; a step's rows grouped by length if asked."""
     from halfbyte import finetune
-    from halfbyte.recipe_file import recipe_from
+    from halfbyte.recipe.file import recipe_from
 
     prepared = finetune.prepare(recipe_from(case.model, case.data, case.overrides("unused")).recipe)
     planned = finetune.plan_steps(prepared, max_tokens_per_pass=10**9, examples_per_pass=1)

@@ -24,7 +24,7 @@ import torch
 from benchmarks.larger_than_ram import floor_flop, opened, step
 from benchmarks.measuring import arguments, cold, disk_rate, matmul_rate, on_disk, read_from_disk, say, verdict, watched
 from benchmarks.random_base import Shape, write
-from halfbyte import stream
+from halfbyte.base import stream
 from halfbyte.layers import loss
 
 MAX_SLOWER, MAX_COLD_SLOWER = 1.05, 1.10

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte import cli
+from halfbyte.cli import main
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def runner(here: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
     def run(*args: str) -> Ended:
         capsys.readouterr()
         try:
-            code = cli._guard(lambda: cli.app(list(args)))
+            code = main._guard(lambda: main.app(list(args)))
         except SystemExit as left:
             code = int(left.code or 0)
         said = capsys.readouterr()

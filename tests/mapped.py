@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from halfbyte import base, device
-from halfbyte.recipe import Quant
-from halfbyte.sources import Checkpoint
+from halfbyte.base import load
+from halfbyte.models.sources import Checkpoint
+from halfbyte.recipe.schema import Quant
+from halfbyte.system import device
 from tests import tiny
 
 # config fields that make tiny's models wider, by architecture; a layer then has 0.3 MB and more
@@ -53,4 +54,4 @@ def open_model(folder: Path) -> Any:
     """Open it as halfbyte does, without a tokenizer, computing in bf16."""
     checkpoint = Checkpoint(path=folder, id=str(folder), revision=None, kind="folder")
     quant = Quant(compute_dtype="bf16")
-    return base.open_base(checkpoint, quant, device.detect(), with_tokenizer=False).model
+    return load.open_base(checkpoint, quant, device.detect(), with_tokenizer=False).model

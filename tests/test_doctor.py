@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte import calibrate, device, doctor, pages
-from halfbyte.memory import Rates
+from halfbyte import doctor
+from halfbyte.plan import Rates, calibrate
+from halfbyte.system import device, pages
 from tests import tiny_run
 from tests.in_process import Cli, runner
 

@@ -17,8 +17,8 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from halfbyte.recipe import Loaded
-from halfbyte.recipe_file import load_recipe
+from halfbyte.recipe.file import load_recipe
+from halfbyte.recipe.schema import Loaded
 from tests import tiny
 
 VOCAB = 320

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from halfbyte.base import load_base
-    from halfbyte.dropin import PeftModel, get_peft_model, prepare_model_for_kbit_training
+    from halfbyte.adapters.dropin import PeftModel, get_peft_model, prepare_model_for_kbit_training
+    from halfbyte.base.load import load_base
     from halfbyte.errors import HalfbyteError
 
 __version__ = "0.1.0"
@@ -29,10 +29,10 @@ __all__ = [
 
 _HOMES = {
     "LoraConfig": "peft",
-    "PeftModel": "halfbyte.dropin",
-    "get_peft_model": "halfbyte.dropin",
-    "prepare_model_for_kbit_training": "halfbyte.dropin",
-    "load_base": "halfbyte.base",
+    "PeftModel": "halfbyte.adapters.dropin",
+    "get_peft_model": "halfbyte.adapters.dropin",
+    "prepare_model_for_kbit_training": "halfbyte.adapters.dropin",
+    "load_base": "halfbyte.base.load",
     "HalfbyteError": "halfbyte.errors",
 }
 

@@ -1,5 +1,5 @@
 """`python -m halfbyte`."""
 
-from halfbyte.cli import main
+from halfbyte.cli.main import main
 
 main()

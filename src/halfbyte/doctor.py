@@ -14,13 +14,18 @@ from typing import Any
 
 import torch
 
-from halfbyte import adapters, base, calibrate, device, inputs, memory, process, store, stream
+from halfbyte import plan
+from halfbyte.adapters import lora
+from halfbyte.base import load, store, stream
 from halfbyte.errors import BaseModelError
 from halfbyte.layers import packing
-from halfbyte.layers.proof import prove_fused, sample_gradients
-from halfbyte.recipe import Recipe
-from halfbyte.run import versions
-from halfbyte.sources.checkpoint import cache_dir
+from halfbyte.layers.fused_proof import prove_fused, sample_gradients
+from halfbyte.models import sources
+from halfbyte.models.sources.checkpoint import cache_dir
+from halfbyte.plan import calibrate
+from halfbyte.recipe.schema import Recipe
+from halfbyte.runs.folder import versions
+from halfbyte.system import device, threads
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Diagnosis:
     device: device.Device
     dtype: str
     dtype_reason: str
-    rates: memory.Rates
+    rates: plan.Rates
     cache: Path
     cache_free_bytes: int
     versions: dict[str, str]
@@ -76,7 +81,7 @@ def examine(recipe: Recipe | None = None, *, tell: Callable[[str], None] = lambd
     machine = device.detect()
     asked = recipe.quant.compute_dtype if recipe is not None else "auto"
     dtype, why = device.compute_dtype(machine, asked)
-    process.settle(machine.cores)
+    threads.settle(machine.cores)
     tell("measuring this machine")
     rates = calibrate.ensure(machine, dtype, anew=True)
     found = Diagnosis(
@@ -86,9 +91,9 @@ def examine(recipe: Recipe | None = None, *, tell: Callable[[str], None] = lambd
 
 
 def _with_model(found: Diagnosis, recipe: Recipe, tell: Callable[[str], None]) -> Diagnosis:
-    checkpoint = inputs.find_model(recipe)
+    checkpoint = sources.find_model(recipe)
     tell(f"opening {checkpoint.id}")
-    opened = base.open_base(
+    opened = load.open_base(
         checkpoint,
         recipe.quant,
         found.device,
@@ -98,8 +103,8 @@ def _with_model(found: Diagnosis, recipe: Recipe, tell: Callable[[str], None]) -
     )
     held = f"{opened.resident_bytes:,} bytes, {opened.expected_bytes:,} by its list of tensors"
     checks = [Check("resident as the policy says", opened.resident_bytes == opened.expected_bytes, held)]
-    chosen, _ = adapters.choose_targets(opened.model, recipe.lora)
-    model = adapters.add(opened.model, recipe.lora, chosen, seed=recipe.train.seed)
+    chosen, _ = lora.choose_targets(opened.model, recipe.lora)
+    model = lora.add(opened.model, recipe.lora, chosen, seed=recipe.train.seed)
     with stream.shallow(model) as layers:
         tell(f"proving on {layers} layers")
         packed = packing.prove(model)

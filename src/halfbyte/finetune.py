@@ -11,37 +11,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfbyte import (
-    adapters,
-    base,
-    callbacks,
-    checkpoint,
-    device,
-    fitting,
-    memory,
-    pacing,
-    process,
-    store,
-    stream,
-    targets,
-    usage,
-)
-from halfbyte import report as reporting
-from halfbyte.callbacks import Listener, RunCallback, Silent, StopRequest, stop_on_signals
+from halfbyte import plan as memory
+from halfbyte.adapters import lora, targets
+from halfbyte.base import load, store, stream
 from halfbyte.data import collate, pack
 from halfbyte.errors import DataError
-from halfbyte.inputs import Prepared, data_note, data_report, prepare
-from halfbyte.inputs import notices as data_notices
 from halfbyte.layers import fuse, loss, packing
-from halfbyte.layers.proof import prove_fused
-from halfbyte.recipe import Loaded, Origin, rows
-from halfbyte.recipe_file import to_yaml
-from halfbyte.run import RunFolder, versions
-from halfbyte.steps import best, cadence, count_steps, eval_every, plan_steps, rows_per_step
-from halfbyte.train import StepTrainer, rehearse, training_arguments
+from halfbyte.layers.fused_proof import prove_fused
+from halfbyte.models.structure import meta_model
+from halfbyte.recipe.file import to_yaml
+from halfbyte.recipe.schema import Loaded, Origin, rows
+from halfbyte.runs import checkpoint
+from halfbyte.runs import report as reporting
+from halfbyte.runs.folder import RunFolder, versions
+from halfbyte.system import device, threads, usage
+from halfbyte.training import callback as callbacks
+from halfbyte.training import fit, micro_batches
+from halfbyte.training.callback import Listener, RunCallback, Silent, StopRequest, stop_on_signals
+from halfbyte.training.prepare import Prepared, data_note, data_report, prepare
+from halfbyte.training.prepare import notices as data_notices
+from halfbyte.training.schedule import best, cadence, count_steps, eval_every, plan_steps, rows_per_step
+from halfbyte.training.trainer import StepTrainer, rehearse, training_arguments
 
 if TYPE_CHECKING:
-    from halfbyte.data.examples import Examples
+    from halfbyte.data.encoding.examples import Examples
 
 
 @dataclass(frozen=True)
@@ -77,9 +70,9 @@ def resolve(loaded: Loaded) -> Resolution:
     recipe = prepared.recipe
     rehearse(recipe.train, total_steps=count_steps(prepared))
     found = prepared.checkpoint
-    model = targets.meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
-    chosen, modules = adapters.choose_targets(model, recipe.lora)
-    _, plan = fitting.plan_of(prepared, machine, chosen, model)
+    model = meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
+    chosen, modules = lora.choose_targets(model, recipe.lora)
+    _, plan = fit.plan_of(prepared, machine, chosen, model)
     auto: dict[str, tuple[Any, str]] = {
         "quant.compute_dtype": device.compute_dtype(machine, recipe.quant.compute_dtype),
         "lora.target_modules": (chosen.names, chosen.reason),
@@ -121,7 +114,7 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
         checkpoint.newest(RunFolder.open(out, need_adapter=False).checkpoints)
     else:
         RunFolder.check_free(out)
-    settings = process.settle(machine.cores)
+    settings = threads.settle(machine.cores)
     tell.note(f"process   {settings.line}")
     prepared = prepare(recipe)
     recipe = prepared.recipe
@@ -130,14 +123,14 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     tell.note(f"data      {data_note(prepared)}")
     for finding in prepared.findings:
         tell.note(f"data      {finding.line}")
-    meta = targets.meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
-    chosen, _ = adapters.choose_targets(meta, recipe.lora)
-    job, plan = fitting.plan_of(prepared, machine, chosen, meta, say=lambda text: tell.note(f"machine   {text}"))
+    meta = meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
+    chosen, _ = lora.choose_targets(meta, recipe.lora)
+    job, plan = fit.plan_of(prepared, machine, chosen, meta, say=lambda text: tell.note(f"machine   {text}"))
     for name, why in plan.reasons.items():
         tell.note(f"plan      {name} {getattr(plan, name)}: {why}")
     tell.note(f"plan      peak memory about {plan.peak_bytes / 1e9:.2f} GB of {plan.available_bytes / 1e9:.1f} GB free")
     notices += plan.warnings
-    opened = base.open_base(
+    opened = load.open_base(
         prepared.checkpoint,
         recipe.quant,
         machine,
@@ -146,18 +139,18 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
         with_tokenizer=False,
         tell=store.Tell(progress=tell.building, note=lambda text: tell.note(f"base      {text}")),
     )
-    base.check_vocabulary(prepared.checkpoint, prepared.tokenizer, opened.model)
+    load.check_vocabulary(prepared.checkpoint, prepared.tokenizer, opened.model)
     tell.note(
         f"base      {prepared.checkpoint.id}: {recipe.quant.type}, {opened.resident_bytes / 1e9:.3f} GB resident "
         f"({opened.expected_bytes / 1e9:.3f} planned), computing in {opened.compute_dtype} ({opened.dtype_reason})"
     )
     tell.note(f"base      {opened.origin}")
-    placed, elsewhere = fitting.place(opened.model, plan, asked=recipe.quant.placement != "auto")
+    placed, elsewhere = fit.place(opened.model, plan, asked=recipe.quant.placement != "auto")
     notices += [f"placement: {elsewhere}"] if elsewhere else []
     tell.note(f"placement {placed} ({elsewhere or plan.reasons['placement']})")
-    chosen, _ = adapters.choose_targets(opened.model, recipe.lora)
-    model = adapters.add(opened.model, recipe.lora, chosen, seed=recipe.train.seed)
-    tell.note(f"adapters  {adapters.summary(model)} ({chosen.reason})")
+    chosen, _ = lora.choose_targets(opened.model, recipe.lora)
+    model = lora.add(opened.model, recipe.lora, chosen, seed=recipe.train.seed)
+    tell.note(f"adapters  {lora.summary(model)} ({chosen.reason})")
     with stream.shallow(model):
         proof = packing.prove(model)
         fused = prove_fused(model, packed=proof.ok)
@@ -177,14 +170,14 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     tell.note(f"engine    {engine}")
     for notice in notices:
         tell.note(f"note      {notice}")
-    pacing.recompute_as(model, plan.recompute)
-    pace = fitting.make_pace(prepared, plan, replace(job, packed=proof.ok), machine, model, tell.note)
+    micro_batches.recompute_as(model, plan.recompute)
+    pace = fit.make_pace(prepared, plan, replace(job, packed=proof.ok), machine, model, tell.note)
     passes = Passes.of(prepared, pace)
     rehearsed = None
-    if plan.needed_bytes <= fitting.UNREHEARSED * plan.available_bytes:
+    if plan.needed_bytes <= fit.UNREHEARSED * plan.available_bytes:
         tell.note(f"rehearsed nothing: {plan.needed_bytes / 1e9:.2f} GB are planned, a small part of what is free")
     else:
-        rehearsed = pacing.rehearse(model, pace, passes.steps.longest_pass(), passes.batch, passes.held_out)
+        rehearsed = micro_batches.rehearse(model, pace, passes.steps.longest_pass(), passes.batch, passes.held_out)
         tell.note(
             f"rehearsed {rehearsed.tokens} tokens, the longest pass, in {rehearsed.seconds:.1f} s: "
             f"{rehearsed.pass_bytes / 1e9:.2f} GB above {rehearsed.held.private / 1e9:.2f} GB held"
@@ -207,15 +200,15 @@ class _Story:
 
     run: RunFolder
     prepared: Prepared
-    opened: base.Base
+    opened: load.Base
     model: Any
     plan: memory.Plan
-    pace: pacing.Pace
+    pace: micro_batches.Pace
     passes: Passes
     held: usage.Usage  # before the first step
     peak: usage.Peak
     machine: device.Device
-    settings: process.Settings
+    settings: threads.Settings
     tell: Listener
     stop: StopRequest
     notices: tuple[str, ...]
@@ -268,11 +261,11 @@ class _Story:
         recipe, run = self.prepared.recipe, self.run
         chosen = callback.best if recipe.train.load_best_model_at_end else None
         if chosen is not None and chosen.step is not None:
-            adapters.put_weights(self.model, chosen.folder)
+            lora.put_weights(self.model, chosen.folder)
             self.tell.note(f"adapter   the best of {len(callback.evals)} evaluations, from step {chosen.step}")
         found = self.prepared.checkpoint
-        dtype = base.DTYPES[recipe.lora.save_dtype]
-        adapters.save(
+        dtype = load.DTYPES[recipe.lora.save_dtype]
+        lora.save(
             self.model,
             run.adapter,
             base_id=found.id,
@@ -294,7 +287,7 @@ class _Story:
                 peak_rss_bytes=None if on_card else self.plan.peak_bytes,
                 peak_device_bytes=self.plan.peak_bytes if on_card else None,
             ),
-            lines=fitting.compared(self.plan, self.opened, self.held, peak, run.path, step_s if timed else None),
+            lines=fit.compared(self.plan, self.opened, self.held, peak, run.path, step_s if timed else None),
             peak_rss_bytes=used["peak_rss_bytes"],
             peak_device_bytes=used.get("peak_device_bytes"),
             versions=versions(),
@@ -309,7 +302,7 @@ class _Story:
     def write_adapter(self, folder: Path) -> None:
         """PEFT's two files at full precision, so that a resumed run continues from the same numbers."""
         found = self.prepared.checkpoint
-        adapters.write_files(self.model, folder, base_id=found.id, revision=found.revision, dtype=None)
+        lora.write_files(self.model, folder, base_id=found.id, revision=found.revision, dtype=None)
 
 
 @dataclass(frozen=True)
@@ -321,7 +314,7 @@ class Passes:
     held_out: Any
 
     @classmethod
-    def of(cls, prepared: Prepared, pace: pacing.Pace) -> Passes:
+    def of(cls, prepared: Prepared, pace: micro_batches.Pace) -> Passes:
         steps = plan_steps(prepared, max_tokens_per_pass=pace.tokens, examples_per_pass=pace.examples_per_pass)
         held_out: Any = ()
         if prepared.evaluation is not None:
@@ -330,7 +323,7 @@ class Passes:
             held_out = collate.Batches(prepared.evaluation.examples, pack.eval_passes(lengths, pace.tokens, per_pass))
         return cls(steps, prepared.train.examples, held_out)
 
-    def batch(self, rows: pacing.Rows) -> Any:
+    def batch(self, rows: micro_batches.Rows) -> Any:
         return collate.collate([self.examples[r] for r in rows])
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from halfbyte.data.blocks import Blocks, stream
 from halfbyte.data.collate import collate
-from halfbyte.data.examples import IGNORED, Examples, Tokens, batch
-from halfbyte.data.formats import Row
-from halfbyte.data.template import encode
+from halfbyte.data.encoding.encoder import encode
+from halfbyte.data.encoding.examples import IGNORED, Examples, Tokens, batch
+from halfbyte.data.reading.formats import Row
 from halfbyte.errors import DataError
 
 

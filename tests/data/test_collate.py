@@ -7,7 +7,7 @@ import torch
 from transformers import DataCollatorWithFlattening
 
 from halfbyte.data.collate import Batches, StepDataset, collate
-from halfbyte.data.examples import Example
+from halfbyte.data.encoding.examples import Example
 from halfbyte.data.pack import Step
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from halfbyte import finetune
 from halfbyte.data import gates
-from halfbyte.data.formats import Message, Row
+from halfbyte.data.encoding.encoder import Encoded, encode
 from halfbyte.data.gates import Finding
-from halfbyte.data.template import Encoded, encode
+from halfbyte.data.reading.formats import Message, Row
 from halfbyte.errors import DataError
 from tests import tiny_run
 

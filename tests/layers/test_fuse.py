@@ -11,10 +11,11 @@ import torch
 from peft import LoraConfig
 
 import halfbyte
-from halfbyte import targets
+from halfbyte.adapters import targets
 from halfbyte.data.collate import collate
-from halfbyte.data.examples import Example
-from halfbyte.layers import fuse, kernels, loss, packing
+from halfbyte.data.encoding.examples import Example
+from halfbyte.layers import fuse, loss, packing
+from halfbyte.layers.kernels import cpu
 from tests import tiny
 
 LENGTHS = (5, 40, 40, 1, 23)
@@ -225,15 +226,15 @@ def test_selective_recomputation_keeps_less() -> None:
     assert kept[1] < kept[0]
 
 
-@pytest.mark.skipif(not kernels.enabled(), reason="numba does not work here")
+@pytest.mark.skipif(not cpu.enabled(), reason="numba does not work here")
 def test_without_kernels_everything_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted("llama", lora_dropout=0.0)
     fuse.install(model)
     fast = gradients(model)
     monkeypatch.setenv("HALFBYTE_KERNELS", "0")
-    kernels.enabled.cache_clear()
+    cpu.enabled.cache_clear()
     try:
         assert apart(gradients(model), fast) < 1e-5
     finally:
         monkeypatch.undo()
-        kernels.enabled.cache_clear()
+        cpu.enabled.cache_clear()

@@ -10,7 +10,7 @@ import transformers
 from torch.nn import functional as F
 
 from halfbyte.data.collate import collate
-from halfbyte.data.examples import Example
+from halfbyte.data.encoding.examples import Example
 from halfbyte.layers import loss, packing
 from halfbyte.layers.loss import Head, head_loss, head_of
 from tests import tiny

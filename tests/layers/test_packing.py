@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from halfbyte.errors import BaseModelError
-from halfbyte.layers import attention, packing, rows
+from halfbyte.layers import packed_attention, packing, padded_rows
 from tests import tiny
 
 LENGTHS = {"uneven": [5, 1, 9, 3], "equal": [6, 6, 6], "ones": [1, 1, 2]}
@@ -297,7 +297,7 @@ class TestProof:
         proof = packing.prove(model)
         assert proof.mode == "single" and "ValueError: no packs here" in proof.reason
         assert model.config._attn_implementation == "eager"  # as the user had it
-        assert rows.attached(model.model) is None
+        assert padded_rows.attached(model.model) is None
 
     def test_bitsandbytes_inside_peft(self, tmp_path: Any) -> None:
         quant = transformers.BitsAndBytesConfig(
@@ -333,9 +333,9 @@ class TestInstall:
         assert model.config._attn_implementation == "sdpa" and not model.model._forward_pre_hooks
 
     def test_register_twice(self) -> None:
-        attention.register()
-        attention.register()
-        assert transformers.AttentionInterface()[attention.NAME] is attention.attention
+        packed_attention.register()
+        packed_attention.register()
+        assert transformers.AttentionInterface()[packed_attention.NAME] is packed_attention.attention
 
     def test_a_call_after_a_failed_one_starts_clean(self) -> None:
         model = tiny.model("bloom")

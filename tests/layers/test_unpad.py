@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 
 import halfbyte
-from halfbyte import targets
+from halfbyte.adapters import targets
 from halfbyte.layers import packing, unpad
 from tests import tiny
 

@@ -11,7 +11,7 @@ import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from halfbyte.layers import attention
+from halfbyte.layers import packed_attention
 from tests import tiny
 
 INTERFACE = [name for name in tiny.ARCHITECTURES if name not in {"bloom", "mpt", "falcon"}]
@@ -19,11 +19,11 @@ INTERFACE = [name for name in tiny.ARCHITECTURES if name not in {"bloom", "mpt",
 
 @pytest.fixture(autouse=True)
 def _registered() -> None:
-    attention.register()
+    packed_attention.register()
 
 
 def test_both_registries_know_the_name() -> None:
-    assert attention.NAME in AttentionInterface() and attention.NAME in AttentionMaskInterface()
+    assert packed_attention.NAME in AttentionInterface() and packed_attention.NAME in AttentionMaskInterface()
 
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
@@ -42,14 +42,14 @@ def test_lengths_windows_and_scale_reach_the_attention(name: str, monkeypatch: p
 
     def spy(module: Any, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
         seen.append({"mask": mask, **kwargs})
-        return attention.attention(module, q, k, v, mask, **kwargs)
+        return packed_attention.attention(module, q, k, v, mask, **kwargs)
 
     AttentionInterface.register("halfbyte_spy", spy)
-    AttentionMaskInterface.register("halfbyte_spy", AttentionMaskInterface()[attention.NAME])
+    AttentionMaskInterface.register("halfbyte_spy", AttentionMaskInterface()[packed_attention.NAME])
     model = tiny.model(name)
     model.set_attn_implementation("halfbyte_spy")
     starts = torch.tensor([0, 3, 8], dtype=torch.int32)
-    mask = attention.no_mask("cpu")
+    mask = packed_attention.no_mask("cpu")
     model(
         input_ids=torch.arange(8)[None],
         position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]),
@@ -67,8 +67,8 @@ def test_lengths_windows_and_scale_reach_the_attention(name: str, monkeypatch: p
 
 def test_a_four_dimensional_mask_is_handed_through() -> None:
     config = tiny.config("gemma3")
-    config._attn_implementation = attention.NAME
-    mask = attention.no_mask("cpu")
+    config._attn_implementation = packed_attention.NAME
+    mask = packed_attention.no_mask("cpu")
     arguments = {"inputs_embeds": torch.zeros(1, 4, 64), "attention_mask": mask, "cache": None}
     assert create_causal_mask(config, **arguments) is mask
     assert create_sliding_window_causal_mask(config, **arguments) is mask
@@ -76,9 +76,9 @@ def test_a_four_dimensional_mask_is_handed_through() -> None:
 
 def test_the_implementation_can_be_set_after_loading_and_taken_back() -> None:
     model = tiny.model("llama")
-    model.set_attn_implementation(attention.NAME)
-    assert model.config._attn_implementation == attention.NAME
-    assert attention.NAME not in model.config.to_json_string()  # never saved with the model
+    model.set_attn_implementation(packed_attention.NAME)
+    assert model.config._attn_implementation == packed_attention.NAME
+    assert packed_attention.NAME not in model.config.to_json_string()  # never saved with the model
     model.set_attn_implementation(None)
     assert model.config._attn_implementation == "sdpa"
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from halfbyte.layers import kernels
-from halfbyte.layers.kernels import parallel
+from halfbyte.layers.kernels import cpu
+from halfbyte.layers.kernels.cpu import parallel
 
 
 def test_an_instance_takes_a_subclass_and_gives_it_back() -> None:
@@ -60,10 +60,10 @@ def test_torchs_openmp_runs_a_function_on_every_thread() -> None:
     assert seen[0] == 2
 
 
-@pytest.mark.skipif(not kernels.enabled(), reason="numba does not work here")
+@pytest.mark.skipif(not cpu.enabled(), reason="numba does not work here")
 def test_numba_has_the_instructions_that_the_tiles_need() -> None:
     from llvmlite import binding
 
-    from halfbyte.layers.kernels import tiles
+    from halfbyte.layers.kernels.cpu import tiles
 
     assert tiles.available() == bool(binding.get_host_cpu_features().get("avx512bf16", False))

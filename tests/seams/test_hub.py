@@ -29,7 +29,7 @@ def test_the_loader_takes_a_config_with_a_gguf_and_reports_what_was_missing() ->
 def test_transformers_still_needs_our_digit_split() -> None:
     """When this fails, upstream splits digits itself, and the table in convert.py can go."""
     mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
-    from halfbyte.sources.convert import DIGIT_SPLIT
+    from halfbyte.models.sources.gguf_convert import DIGIT_SPLIT
 
     assert not DIGIT_SPLIT & mapping.GGUF_PRE_TOKENIZER_SPLITS.keys()
 

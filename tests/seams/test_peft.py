@@ -18,7 +18,7 @@ from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from halfbyte import dropin
+from halfbyte.adapters import dropin
 from halfbyte.layers import fuse
 from tests import tiny
 

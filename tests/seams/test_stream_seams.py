@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from halfbyte import pages, stream
+from halfbyte.base import stream
+from halfbyte.system import pages
 from tests import mapped, tiny
 
 

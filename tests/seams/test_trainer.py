@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
-from halfbyte import adapters
+from halfbyte.adapters import lora
 from tests import tiny
 
 ROWS = [{"input_ids": torch.arange(3 + i, 9 + i), "labels": torch.arange(3 + i, 9 + i)} for i in range(4)]
@@ -136,7 +136,7 @@ def test_the_scheduler_and_clipping_see_one_item_as_one_step(tmp_path: Path) -> 
 
 def resumable(folder: Path, state: TrainerState, model: Any) -> Path:
     folder.mkdir()
-    adapters.write_files(model, folder, base_id="org/name", revision=None, dtype=None)
+    lora.write_files(model, folder, base_id="org/name", revision=None, dtype=None)
     state.save_to_json(str(folder / "trainer_state.json"))
     return folder
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from halfbyte.layers.loss import accepts
-from halfbyte.targets import meta_model
+from halfbyte.models.structure import meta_model
 from tests import tiny
 
 IDS = torch.arange(3, 15)[None]

@@ -18,12 +18,14 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from halfbyte import adapters, checkpoint, fields
-from halfbyte.recipe import Data, Lora, Recipe, Train
-from halfbyte.targets import Targets
-from halfbyte.train import NOT_FOR_TRAINER, training_arguments
+from halfbyte.adapters import lora
+from halfbyte.adapters.targets import Targets
+from halfbyte.recipe import fields
+from halfbyte.recipe.schema import Data, Lora, Recipe, Train
+from halfbyte.runs import checkpoint
+from halfbyte.training.trainer import NOT_FOR_TRAINER, training_arguments
 from tests import tiny
-from tests.test_recipe import OTHER
+from tests.recipe.test_schema import OTHER
 
 TABLES = {
     "LoraConfig": (peft.LoraConfig, fields.LORA_FIELDS, fields.LORA_REFUSED),
@@ -143,15 +145,15 @@ def test_an_optimiser_reads_its_arguments(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, info in fields.LORA_FIELDS.items() if not info.ours])
 def test_a_lora_field_reaches_the_config(name: str) -> None:
     if name == "task_type":
-        assert adapters.lora_config(Lora(), Targets(("q_proj",), "")).task_type == "CAUSAL_LM"
+        assert lora.lora_config(Lora(), Targets(("q_proj",), "")).task_type == "CAUSAL_LM"
         return
     if name == "target_modules":  # chosen by `targets.py`
-        assert adapters.lora_config(Lora(), Targets(("v_proj",), "")).target_modules == {"v_proj"}
+        assert lora.lora_config(Lora(), Targets(("v_proj",), "")).target_modules == {"v_proj"}
         return
     value, needs = OTHER[f"lora.{name}"]
     needed = {dotted.removeprefix("lora."): inner for dotted, inner in needs.items()}
-    plain = adapters.lora_config(Lora(**needed), Targets(("q_proj",), ""))
-    changed = adapters.lora_config(Lora(**needed, **{name: value}), Targets(("q_proj",), ""))
+    plain = lora.lora_config(Lora(**needed), Targets(("q_proj",), ""))
+    changed = lora.lora_config(Lora(**needed, **{name: value}), Targets(("q_proj",), ""))
     differing = {key for key, inner in changed.to_dict().items() if inner != plain.to_dict()[key]}
     assert differing == {name}
 
@@ -181,7 +183,7 @@ def test_a_train_field_reaches_the_arguments(name: str, tmp_path: Path) -> None:
 def test_the_names_that_never_reach_the_trainer_are_fields() -> None:
     assert set(fields.TRAIN_FIELDS) >= NOT_FOR_TRAINER
     assert {name for name, info in fields.TRAIN_FIELDS.items() if info.ours} <= NOT_FOR_TRAINER
-    assert {name for name, info in fields.LORA_FIELDS.items() if info.ours} == adapters.OWN_FIELDS
+    assert {name for name, info in fields.LORA_FIELDS.items() if info.ours} == lora.OWN_FIELDS
 
 
 # --- what is refused, and why ---------------------------------------------------------------------------------------

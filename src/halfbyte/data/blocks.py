@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from halfbyte.data.examples import IGNORED, Example, Examples
-from halfbyte.data.template import Encoded
+from halfbyte.data.encoding.encoder import Encoded
+from halfbyte.data.encoding.examples import IGNORED, Example, Examples
 
 
 def stream(texts: Encoded, block_tokens: int) -> Encoded:

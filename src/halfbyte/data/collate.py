@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from halfbyte.data.examples import IGNORED, Example
+from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.data.pack import Step
 
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from halfbyte.data.chat_template import is_reserved
-from halfbyte.data.problems import some
-from halfbyte.data.template import Encoded
+from halfbyte.data.encoding.chat_template import is_reserved
+from halfbyte.data.encoding.encoder import Encoded
+from halfbyte.data.reading.problems import some
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
-    from halfbyte.recipe_data import Data
+    from halfbyte.recipe.data import Data
 
 Level = Literal["ok", "warning", "refused"]
 LEAST_LABELLED_SHARE = 0.01

@@ -1,224 +1,229 @@
-"""Attention over examples laid end to end, none of which sees another.
+"""Causal attention over packed examples on a CPU: rotary, torch's flash forward, and a backward of matrix products.
 
-Why: transformers' own path builds a dense block mask over the whole pack (16 examples of 128 tokens: 140 ms a layer,
-against 36 here), and builds none when a cache is asked for, so examples then see each other silently.
-What: a function registered under `NAME` in transformers' AttentionInterface, with stock SDPA's mask under the same
-name in AttentionMaskInterface. Given `cu_seq_lens_q` it runs torch SDPA on each example; equal neighbours go as one
-batch. Without it (padding, generation with a cache) it is stock SDPA.
-Whatever the fused kernel cannot say (score softcap, attention sinks) runs by the eager formula, example by example;
-whatever is not understood raises `PackingError`, which the proof in `packing.py` turns into one example a pass.
-Source: the contract is the one flash attention has upstream: `cu_seq_lens_*` and `sliding_window` are the whole mask.
-Cost: one split of q, k, v and one concatenation of the outputs; both are copies once in the backward pass.
+Why: torch's flash attention for CPUs runs its backward at a tenth of the matmul's rate (SmolLM2 on GSM8K: a fifth of a
+step), and rotary in plain torch makes some twenty passes over q and k.
+What: q and k are rotated while they are copied into blocks of heads (`kernels/scores.py`). On a processor with
+AVX512-BF16 all else is one kernel (`kernels/flash.py`). Elsewhere forward is torch's flash kernel, whose log-sum-exp is
+kept; backward computes scores and dP in fp32 by batched matmul, turns both into P and dS in one pass, and gets dq, dk,
+dv from three more matmuls in the compute dtype. Query heads of one key head are rows of one matrix, so nothing is
+repeated. Long examples go in blocks of rows that see only the columns before them.
+Source: FlashAttention-2, arXiv:2307.08691, section 3.1 (the backward's formulas).
+Cost: q, k, v, the output and one fp32 a head and token are kept; 5 matmuls of L x L x D in backward.
 
-Letters: N examples, H query heads, K key/value heads, T tokens in the pack, L tokens in one example, D head size.
+Letters: T tokens, H query heads, K key heads, G = H / K, D head size, R rotated part, L tokens in an example, n
+examples of one length.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-from halfbyte.errors import BaseModelError
-from halfbyte.layers import block_attention
-from halfbyte.layers.kernels import whole_attention
+from halfbyte.layers.kernels.cpu import available, whole_attention
 
-NAME = "halfbyte_packed"
+ROWS = 512  # rows of queries whose scores are computed at once in the backward of a long example
+SCORES_BYTES = 24_000_000  # fp32 scores at once; as many again for dP
 
 
-class PackingError(BaseModelError):
-    """A model asks of packed attention what it cannot do. Such a model runs one example a pass."""
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Where each token of a pack goes. `runs` are (first token, n, L) for neighbours of equal length.
 
-
-def register() -> None:
-    """Make `NAME` known to transformers. Calling it again changes nothing.
-
-    Both registries are needed: without the mask function transformers drops a 2-D padding mask silently.
+    The blocks of an example begin at row H * start of H * T rows, head after head, L rows each.
     """
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+    runs: tuple[tuple[int, int, int], ...]
+    starts: Tensor  # (examples + 1,) int64: tokens before each example, and all of them
+    start: Tensor  # (T,) int64: tokens before the example of token t
+    length: Tensor  # (T,) int64: tokens of its example
 
 
-def no_mask(device: torch.device | str) -> Tensor:
-    """The `attention_mask` of a packed forward: no element, four dimensions.
+@lru_cache(maxsize=16)
+def blocks_of(lengths: tuple[int, ...]) -> Blocks:
+    runs, at = [], 0
+    for length, same in groupby(lengths):
+        n = sum(1 for _ in same)
+        runs.append((at, n, length))
+        at += n * length
+    sizes = torch.tensor(lengths)
+    before = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    start = torch.repeat_interleave(before[:-1], sizes)
+    return Blocks(tuple(runs), before, start, torch.repeat_interleave(sizes, sizes))
 
-    transformers hands a 4-D mask through as it is, so the dense block mask is never built; and any code that would
-    add this one to its scores fails on the shape, instead of attending to everything.
-    """
-    return torch.empty((1, 1, 0, 0), device=device)
+
+def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether these (T, heads, D) tensors can go this way."""
+    same = q.dtype == k.dtype == v.dtype and q.shape[2] == k.shape[2] == v.shape[2]
+    return available(q) and same and q.shape[2] % 2 == 0 and q.shape[1] % k.shape[1] == 0
 
 
 def attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    cu_seq_lens_k: Tensor | None = None,
-    **rest: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface (its signature; `rest` holds what only some models pass).
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, cos: Tensor | None, sin: Tensor | None
+) -> Tensor:
+    """Causal attention of each example to itself.
 
     Args:
-        query: (N, H, T, D); packed: N = 1.
-        key, value: (N, K, T, D), K dividing H; the value's D may differ.
-        sliding_window: how many tokens a token sees, itself included.
+        q: (T, H, D). k, v: (T, K, D). lengths: of the examples; they sum to T.
+        cos, sin: (T, R), rotary tables for q and k; None for none.
 
     Returns:
-        The output (N, T, H, D), and None for the attention weights.
+        (T, H, D).
     """
-    causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
-    if cu_seq_lens_q is not None:
-        lengths = _check_packed(query, key, causal, cu_seq_lens_q, cu_seq_lens_k, rest)
-        return _packed(query, key, value, lengths, causal, sliding_window, scaling, dropout, softcap, s_aux), None
-    if attention_mask is not None and attention_mask.numel() == 0:
-        raise PackingError(f"{type(module).__name__} was handed packed examples without their lengths (cu_seq_lens_q)")
-    if softcap is None and s_aux is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **rest
-        )
-    if rest.get("position_bias") is not None:
-        raise PackingError("a position bias together with softcap or sinks is not supported")
-    if attention_mask is None and causal and query.shape[2] > 1:  # transformers left the mask to `is_causal`
-        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-        attention_mask = _visible(query.shape[2], None, query.device)
-    return _eager(query, key, value, attention_mask, scaling, dropout, softcap, s_aux).transpose(
-        1, 2
-    ).contiguous(), None
-
-
-def _check_packed(
-    query: Tensor, key: Tensor, causal: bool, cu_q: Tensor, cu_k: Tensor | None, rest: dict[str, Any]
-) -> list[int]:
-    """The lengths of the examples, after everything that would be silently wrong has been refused."""
-    lengths: list[int] = cu_q.diff().tolist()
-    problems = []
-    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        problems.append(f"one pack and no earlier keys, got query {tuple(query.shape)}, key {tuple(key.shape)}")
-    if sum(lengths) != query.shape[2]:
-        problems.append(f"cu_seq_lens_q must cover the {query.shape[2]} tokens, got {sum(lengths)}")
-    if cu_k is not None and cu_k is not cu_q and not torch.equal(cu_k, cu_q):
-        problems.append("cu_seq_lens_k must equal cu_seq_lens_q")
-    if not causal:
-        problems.append("causal attention only")
-    # Positions have done their work in the model; any other tensor would change the scores in a way not known here.
-    unknown = sorted(
-        k for k, v in rest.items() if isinstance(v, Tensor) and k not in {"position_ids", "cache_position"}
+    if cos is None or sin is None:
+        cos = sin = q.new_empty((q.shape[0], 0))
+    out: Tensor = BlockAttention.apply(
+        q, k, v, cos.to(q.dtype).contiguous(), sin.to(q.dtype).contiguous(), lengths, scale
     )
-    if unknown:
-        problems.append(f"arguments that are not understood: {', '.join(unknown)}")
-    if problems:
-        raise PackingError("packed attention: " + "; ".join(problems))
-    return lengths
+    return out
 
 
-def _packed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: list[int],
-    causal: bool,
-    sliding_window: int | None,
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None,
-    s_aux: Tensor | None,
-) -> Tensor:
-    """Each run of neighbours of equal length L as one batch. Returns (1, T, H, D)."""
-    slides = sliding_window is not None and max(lengths) > sliding_window
-    wanted = query.requires_grad or whole_attention(query)  # without gradients torch's own kernel is as good as blocks
-    if wanted and not dropout and softcap is None and s_aux is None and causal and not slides:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
-        if block_attention.takes(q, k, v):
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            return block_attention.attention(q, k, v, tuple(lengths), scale, None, None)[None]
-    runs = [(length, sum(1 for _ in same)) for length, same in groupby(lengths)]  # (L, how many)
-    # split, not slices: its backward is one concatenation, where each slice would add a zero-filled (T, D) tensor
-    sizes = [length * count for length, count in runs]
-    pieces = (x[0].transpose(0, 1).split(sizes) for x in (query, key, value))  # each (n L, heads, D)
-    outputs = []
-    for (length, count), q, k, v in zip(runs, *pieces, strict=True):
-        q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))  # (n, heads, L, D)
-        out = _one_length(q, k, v, sliding_window, scaling, dropout, softcap, s_aux)  # (n, H, L, D)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))  # (n L, H, D)
-    return torch.cat(outputs)[None]
+class BlockAttention(torch.autograd.Function):
+    """`attention` above; keeps the rotated blocks, the output and the log-sum-exp."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, lengths: tuple[int, ...], scale: float
+    ) -> Tensor:
+        blocks = blocks_of(lengths)
+        none = cos[:, :0]
+        qb, kb = _to_blocks(q, cos, sin, blocks), _to_blocks(k, cos, sin, blocks)
+        vb = _to_blocks(v, none, none, blocks)
+        ctx.blocks, ctx.scale, ctx.lengths = blocks, scale, lengths
+        if whole_attention(q):
+            from halfbyte.layers.kernels.cpu import flash
+
+            out, lse = flash.forward(qb, kb, vb, lengths, blocks.starts, scale)
+            ctx.save_for_backward(qb, kb, vb, out, lse, cos, sin)
+            return out
+        tokens, heads, d = q.shape
+        groups = heads // k.shape[1]
+        out = q.new_empty((tokens, heads, d))
+        lse = torch.empty(tokens * heads, dtype=torch.float32)
+        for first, n, length in blocks.runs:
+            q1, k1, v1 = (_run(x, first, n, length) for x in (qb, kb, vb))  # (n, heads, L, D)
+            if groups > 1:
+                k1, v1 = k1.repeat_interleave(groups, 1), v1.repeat_interleave(groups, 1)
+            o, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q1, k1, v1, 0.0, True, scale=scale)
+            last = first + n * length
+            out[first:last].view(n, length, heads, d).copy_(o.transpose(1, 2))
+            lse[first * heads : last * heads].view(n, heads, length).copy_(sums)
+        ctx.save_for_backward(qb, kb, vb, out, lse, cos, sin)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        from halfbyte.layers.kernels.cpu import scores as kernels
+
+        qb, kb, vb, out, lse, cos, sin = ctx.saved_tensors
+        blocks = ctx.blocks
+        tokens, heads, d = out.shape
+        if whole_attention(out):
+            from halfbyte.layers.kernels.cpu import flash
+
+            dout = grads[0].contiguous()
+            dqb, dkb, dvb = flash.backward(qb, kb, vb, out, dout, lse, ctx.lengths, blocks.starts, ctx.scale)
+        else:
+            dqb, dkb, dvb = _backward_by_matmul(qb, kb, vb, out, grads[0], lse, cos, blocks, ctx.scale)
+        dq, dk, dv = out.new_empty((tokens, heads, d)), *(out.new_empty(kb.shape) for _ in range(2))
+        kernels.from_blocks(dqb, cos, sin, blocks.start, blocks.length, dq)
+        kernels.from_blocks(dkb, cos, sin, blocks.start, blocks.length, dk)
+        kernels.from_blocks(dvb, cos[:, :0], cos[:, :0], blocks.start, blocks.length, dv)
+        return dq, dk, dv, None, None, None, None
 
 
-def _one_length(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sliding_window: int | None,
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None,
-    s_aux: Tensor | None,
-) -> Tensor:
-    """Causal attention of n examples of one length: (n, H, L, D), (n, K, L, D) -> (n, H, L, D)."""
-    length = query.shape[2]
-    slides = sliding_window is not None and length > sliding_window
-    if softcap is not None or s_aux is not None:
-        mask = _visible(length, sliding_window if slides else None, query.device)
-        return _eager(query, key, value, mask, scaling, dropout, softcap, s_aux)
-    mask = _visible(length, sliding_window, query.device) if slides else None
-    grouped = query.shape[1] != key.shape[1]
-    # enable_gqa saves 10% on a CPU; on a card with a mask, or with large heads, it would select the slow kernel.
-    if grouped and query.device.type != "cpu" and (mask is not None or not key.shape[-1] == value.shape[-1] <= 256):
-        key, value = _repeat(key, query), _repeat(value, query)
-        grouped = False
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None, enable_gqa=grouped
-    )
+def _backward_by_matmul(
+    qb: Tensor,
+    kb: Tensor,
+    vb: Tensor,
+    out: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    cos: Tensor,
+    blocks: Blocks,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the blocks by batched products, scores in memory."""
+    from halfbyte.layers.kernels.cpu import scores as kernels
+
+    heads = out.shape[1]
+    dout = _rows(dout)
+    dob = _to_blocks(dout, cos[:, :0], cos[:, :0], blocks)
+    delta = torch.empty_like(lse)
+    kernels.row_dots(dout.contiguous(), out, blocks.start, blocks.length, delta)
+    dqb, dkb, dvb = torch.empty_like(qb), torch.empty_like(kb), torch.empty_like(vb)
+    for first, n, length in blocks.runs:
+        whole = heads * length * length * 4
+        step = max(1, SCORES_BYTES // whole)  # examples at once
+        for a in range(0, n, step):
+            at, count = first + a * length, min(step, n - a)
+            parts = [_run(x, at, count, length) for x in (qb, kb, vb, dob, dqb, dkb, dvb)]
+            rows = slice(at * heads, (at + count * length) * heads)
+            sums = lse[rows].view(count, heads, length), delta[rows].view(count, heads, length)
+            _example_backward(parts, sums, scale)
+    return dqb, dkb, dvb
 
 
-def _eager(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None,
-    s_aux: Tensor | None,
-) -> Tensor:
-    """The formula itself, scores in memory: softmax(softcap(q k^T scale) | sink) v, as gemma2 and gpt_oss have it."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = query @ _repeat(key, query).transpose(2, 3) * scale  # (n, H, Lq, Lk)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        hidden = torch.finfo(scores.dtype).min
-        scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask
-    if s_aux is not None:  # a learned score per head for looking at nothing
-        sink = s_aux.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sink], dim=-1)
-    softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
-    weights = F.softmax(scores, dim=-1, dtype=softmax_dtype).to(query.dtype)
-    if s_aux is not None:
-        weights = weights[..., :-1]
-    return F.dropout(weights, dropout) @ _repeat(value, query)
+def _example_backward(parts: list[Tensor], sums: tuple[Tensor, Tensor], scale: float) -> None:
+    """Gradients of n examples of one length.
+
+    Args:
+        parts: q, k, v, the output's gradient, and dq, dk, dv to be filled; each (n, its heads, L, D).
+        sums: log-sum-exp and the rows' dots of output and gradient, (n, H, L).
+    """
+    from halfbyte.layers.kernels.cpu import scores as kernels
+
+    q, k, v, do, dq, dk, dv = parts
+    n, heads, length, d = q.shape
+    key_heads = k.shape[1]
+    m, groups = n * key_heads, heads // key_heads
+    k, v, dk, dv = (x.view(m, length, d) for x in (k, v, dk, dv))
+    k32, v32 = k.float(), v.float()
+    for r0 in range(0, length, ROWS):
+        r1 = min(length, r0 + ROWS)
+        tall = r1 - r0
+        # query heads of one key head are rows of one matrix: (m, G * rows, D)
+        q1, do1 = (x.view(m, groups, length, d)[:, :, r0:r1].reshape(m, groups * tall, d) for x in (q, do))
+        rows = (x.view(m, groups, length)[:, :, r0:r1].reshape(-1) for x in sums)
+        s = torch.bmm(q1.float(), k32[:, :r1].transpose(1, 2))  # (m, G rows, r1) fp32
+        dp = torch.bmm(do1.float(), v32[:, :r1].transpose(1, 2))
+        in_place = q.dtype == torch.float32
+        p, ds = (s, dp) if in_place else (torch.empty_like(s, dtype=q.dtype), torch.empty_like(s, dtype=q.dtype))
+        flat = (x.view(-1, r1) for x in (s, dp, p, ds))
+        kernels.softmax_backward(*flat, *rows, scale=scale, offset=r0, tall=tall)
+        dq1 = torch.bmm(ds, k[:, :r1])  # (m, G rows, D)
+        dq.view(m, groups, length, d)[:, :, r0:r1] = dq1.view(m, groups, tall, d)
+        if r0 == 0 and r1 == length:
+            torch.bmm(p.transpose(1, 2), do1, out=dv)
+            torch.bmm(ds.transpose(1, 2), q1, out=dk)
+        elif r0 == 0:
+            dv.zero_()
+            dk.zero_()
+        if not (r0 == 0 and r1 == length):
+            dv[:, :r1].baddbmm_(p.transpose(1, 2), do1)
+            dk[:, :r1].baddbmm_(ds.transpose(1, 2), q1)
 
 
-def _visible(length: int, sliding_window: int | None, device: torch.device) -> Tensor:
-    """(L, L) bool: which key (column) a query (row) sees."""
-    at = torch.arange(length, device=device)
-    back = at[:, None] - at[None, :]
-    return back >= 0 if sliding_window is None else (back >= 0) & (back < sliding_window)
+def _rows(x: Tensor) -> Tensor:
+    """(T, heads, D) with each token's heads and D contiguous."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
-def _repeat(kv: Tensor, query: Tensor) -> Tensor:
-    """(n, K, L, D) -> (n, H, L, D): each key/value head under the query heads it serves."""
-    return kv.repeat_interleave(query.shape[1] // kv.shape[1], dim=1)
+def _to_blocks(x: Tensor, cos: Tensor, sin: Tensor, blocks: Blocks) -> Tensor:
+    """(T, heads, D) -> the same number of elements in blocks, seen as (T, heads, D)."""
+    from halfbyte.layers.kernels.cpu import scores as kernels
+
+    x = _rows(x)
+    out = x.new_empty(x.shape)
+    kernels.to_blocks(x, cos, sin, blocks.start, blocks.length, out)
+    return out
+
+
+def _run(x: Tensor, first: int, n: int, length: int) -> Tensor:
+    """The blocks of n examples of one length from token `first` on: (n, heads, L, D)."""
+    heads, d = x.shape[1:]
+    return x.view(-1)[first * heads * d :][: n * length * heads * d].view(n, heads, length, d)

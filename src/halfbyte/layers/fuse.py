@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte import quant
-from halfbyte.layers import block_attention, elementwise
-from halfbyte.layers.kernels import available
+from halfbyte.layers import attention, norm_gate
+from halfbyte.layers.kernels.cpu import available
 from halfbyte.layers.lora_linear import REMADE, Remade, frozen_linear, lora_linear
+from halfbyte.quant import bnb
 
 _cached: Any = cache  # mypy takes a class as a key for unhashable
 
@@ -83,9 +83,9 @@ class _RmsNorm(_Fast):
         if weight.requires_grad or x.dtype != weight.dtype or not available(x):
             return super().forward(x)
         eps, one_plus = _epsilon(self), bool(_is_one_plus(type(self)))
-        y = elementwise.rms_norm(x, weight, eps, one_plus=one_plus)
+        y = norm_gate.rms_norm(x, weight, eps, one_plus=one_plus)
         kept = x.detach()
-        return _cheap(self, y, lambda: elementwise.rms_norm(kept, weight, eps, one_plus=one_plus))
+        return _cheap(self, y, lambda: norm_gate.rms_norm(kept, weight, eps, one_plus=one_plus))
 
 
 class _GatedMlp(_Fast):
@@ -96,8 +96,8 @@ class _GatedMlp(_Fast):
             return super().forward(x)
         g, u = self.gate_proj(x), self.up_proj(x)
         kind, kept = _activation(self), (g.detach(), u.detach())
-        h = elementwise.gated(g, u, kind)
-        return self.down_proj(_cheap(self, h, lambda: elementwise.gated(*kept, kind)))
+        h = norm_gate.gated(g, u, kind)
+        return self.down_proj(_cheap(self, h, lambda: norm_gate.gated(*kept, kind)))
 
 
 class _Attention(_Fast):
@@ -119,7 +119,7 @@ class _Attention(_Fast):
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = (x[0] for x in position_embeddings)  # (T, R)
-        out = block_attention.attention(q, k, v, lengths, self.scaling, cos, sin)
+        out = attention.attention(q, k, v, lengths, self.scaling, cos, sin)
         return self.o_proj(out.view(1, tokens, -1)), None
 
 
@@ -144,7 +144,7 @@ def install(model: nn.Module) -> Fused:
                 unfused.update([reason] if reason else [])
                 counts["LoRA linears"] += not reason
                 _become(module, _LoraLinear)
-        elif quant.is_4bit(module):
+        elif bnb.is_4bit(module):
             if id(module) not in inside:
                 counts["frozen linears"] += 1
                 _become(module, _FrozenLinear)
@@ -219,14 +219,14 @@ def _subclass(mixin: Any, cls: Any) -> Any:
 
 
 def _is_linear(layer: Any) -> bool:
-    return quant.is_4bit(layer) or (type(layer) is nn.Linear and not layer.weight.requires_grad)
+    return bnb.is_4bit(layer) or (type(layer) is nn.Linear and not layer.weight.requires_grad)
 
 
 def _computes(layer: Any, x: Tensor) -> bool:
     """Whether `layer` multiplies in x's own dtype, so that no cast is left out; single tokens stay upstream."""
     if not isinstance(x, Tensor) or (not torch.is_grad_enabled() and x.numel() < 8 * x.shape[-1]):
         return False
-    if quant.is_4bit(layer):
+    if bnb.is_4bit(layer):
         return layer.compute_dtype in (None, x.dtype) and layer.weight.quant_state.dtype == x.dtype
     return bool(layer.weight.dtype == x.dtype)
 
@@ -258,14 +258,14 @@ def _is_one_plus(cls: Any) -> bool | None:
     except Exception:  # of any kind: another constructor than a plain norm's; it stays as it is
         return None
     for one_plus in (False, True):
-        if torch.allclose(y, elementwise.rms_norm_formula(x, norm.weight, 1e-5, one_plus=one_plus), atol=1e-6):
+        if torch.allclose(y, norm_gate.rms_norm_formula(x, norm.weight, 1e-5, one_plus=one_plus), atol=1e-6):
             return one_plus
     return None
 
 
 def _activation(mlp: Any) -> int:
     name: Any = getattr(mlp.config, "hidden_act", None) or getattr(mlp.config, "hidden_activation", None)
-    return elementwise.ACTIVATIONS[name]
+    return norm_gate.ACTIVATIONS[name]
 
 
 def _is_gated_mlp(module: Any) -> bool:
@@ -277,7 +277,7 @@ def _is_gated_mlp(module: Any) -> bool:
         return False
     config = getattr(module, "config", None)
     name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
-    return name in elementwise.ACTIVATIONS
+    return name in norm_gate.ACTIVATIONS
 
 
 GATED_MLPS = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP"})

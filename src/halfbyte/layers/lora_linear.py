@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from halfbyte import quant
-from halfbyte.layers.kernels import available
+from halfbyte.layers.kernels.cpu import available
+from halfbyte.quant import bnb
 
 # Where kernels are at hand the mask is a hash of (seed, position); elsewhere it is drawn once and kept, a byte
 # a number.
@@ -64,8 +64,8 @@ def frozen_weight(layer: Any, dtype: torch.dtype) -> Tensor:
 
     To be used at once: a dequantised one lies in memory that the next call overwrites.
     """
-    if quant.is_4bit(layer):
-        weight = quant.dequantised(layer, reuse=True)
+    if bnb.is_4bit(layer):
+        weight = bnb.dequantised(layer, reuse=True)
         return weight if weight.dtype == dtype else weight.to(dtype)
     weight = layer.weight
     return weight if weight.dtype == dtype else weight.to(dtype)
@@ -154,7 +154,7 @@ class LoraLinear(torch.autograd.Function):
 def drop(x: Tensor, p: float, seed: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """x with dropped numbers set to 0, unscaled; and the mask where it has to be kept."""
     if _by_hash(x):
-        from halfbyte.layers.kernels import gate
+        from halfbyte.layers.kernels.cpu import gate
 
         out = torch.empty_like(x)
         gate.dropped(x, out, p, seed)
@@ -170,7 +170,7 @@ def drop_(x: Tensor, p: float, seed: int, mask: Tensor | None) -> None:
     if mask is not None:
         x.mul_(mask)
     else:
-        from halfbyte.layers.kernels import gate
+        from halfbyte.layers.kernels.cpu import gate
 
         gate.dropped(x, x, p, seed)
 

@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from halfbyte.layers import packing
-from halfbyte.layers.kernels import available
+from halfbyte.layers.kernels.cpu import available
 
 # Logits at once: large enough for the matmul's full rate, small enough for the third-level cache.
 CHUNK_BYTES = 32_000_000
@@ -209,7 +209,7 @@ def _chunk_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses (C,) in fp32, and the logits' gradient (C, V) in their own dtype, which may be their own memory."""
     if available(logits):
-        from halfbyte.layers.kernels import entropy
+        from halfbyte.layers.kernels.cpu import entropy
 
         losses = torch.empty(len(targets), dtype=torch.float32)
         entropy.cross_entropy_(logits, targets, losses, smoothing=smoothing, gradient=gradient)

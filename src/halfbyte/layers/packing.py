@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import BaseModelError
-from halfbyte.layers import rows
-from halfbyte.layers.attention import NAME, no_mask, register
+from halfbyte.layers import padded_rows
+from halfbyte.layers.packed_attention import NAME, no_mask, register
 
 Layout = Literal["cu_seq_lens", "rows", "single"]
 
@@ -81,9 +81,9 @@ def install(model: Any, layout: Layout | None = None) -> Layout:
     """
     lm = causal_lm(model)
     chosen: Layout = next(iter(layouts(lm)), "single") if layout is None else layout
-    hooks = rows.attached(body(lm))
+    hooks = padded_rows.attached(body(lm))
     if chosen == "rows" and hooks is None:
-        rows.Rows(body(lm))
+        padded_rows.Rows(body(lm))
     elif chosen != "rows" and hooks is not None:
         hooks.remove()
     if chosen == "cu_seq_lens":
@@ -97,7 +97,7 @@ def install(model: Any, layout: Layout | None = None) -> Layout:
 def installed(model: Any) -> Layout:
     """Which layout this model is set up for, read from the model itself."""
     lm = causal_lm(model)
-    if rows.attached(body(lm)) is not None:
+    if padded_rows.attached(body(lm)) is not None:
         return "rows"
     return "cu_seq_lens" if lm.config._attn_implementation == NAME else "single"
 
@@ -128,7 +128,7 @@ def forward_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     if layout == "cu_seq_lens":
         inputs |= packed_inputs(batch, device)
     elif layout == "rows":
-        inputs["attention_mask"] = rows.example_numbers(starts.diff()).to(device)
+        inputs["attention_mask"] = padded_rows.example_numbers(starts.diff()).to(device)
     else:
         raise BaseModelError(
             f"{type(lm).__name__} is not set up for {len(starts) - 1} examples in one pass",

@@ -1,0 +1,152 @@
+"""The drop-in names: PEFT's functions and classes on a base that is safe to evaluate, in a dtype that is multiplied.
+
+Why: the classic QLoRA script must run as it is. On a CPU it would compute in fp16 (whose backward is about a thousand
+times slower), its Trainer's autocast would cast every layer's input, and an evaluation would end its gradients.
+Source: `peft/mapping_func.py`, `peft/peft_model.py`, `peft/utils/other.py`.
+Cost: none; nothing is upcast.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+from peft import PeftModel as _PeftModel
+from peft import PeftModelForCausalLM
+from peft import get_peft_model as _get_peft_model
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from halfbyte.base import heap
+from halfbyte.layers import fuse, unpad
+from halfbyte.quant import bnb as codec
+
+# The batch that a script of unknown batch size is prepared for: 4 examples of 1024 tokens, the largest pass of a plan.
+PREPARED_TOKENS = 4096
+COMFORT = 0.5  # share of free memory that activations may take before they are made again
+
+
+class Adapted(PeftModelForCausalLM):
+    """A PeftModelForCausalLM that computes in the base's own dtype, whatever autocast its caller has entered, and
+    that runs the padded batches of a training script without their padding (`layers/unpad.py`).
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(self.device.type, enabled=False):
+            if self.training and torch.is_grad_enabled():
+                unpad.attach(self)
+                loss = None if args else unpad.training_loss(self, kwargs)
+                if loss is not None:
+                    return CausalLMOutputWithPast(loss=loss)
+            return super().forward(*args, **kwargs)
+
+
+def freeze(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def get_peft_model(model: Any, peft_config: Any, adapter_name: str = "default", **kwargs: Any) -> Any:
+    """PEFT's `get_peft_model` on a base that is safe to evaluate in between, computing without autocast.
+
+    Same arguments and result type (a subclass of `PeftModelForCausalLM`) as PEFT's own.
+    """
+    codec.make_safe(model)
+    adapted = _get_peft_model(model, peft_config, adapter_name, **kwargs)
+    return own_class(adapted)
+
+
+def own_class(adapted: Any) -> Any:
+    """Give a plain PeftModelForCausalLM instance our class, and its modules their fused forwards.
+
+    Other task types stay as they are. No state is added.
+    """
+    if type(adapted) is PeftModelForCausalLM:
+        adapted.__class__ = Adapted
+        fuse.install(adapted)
+    return adapted
+
+
+class PeftModel(_PeftModel):
+    """PEFT's PeftModel with the same `from_pretrained`, on a base that is safe to evaluate while training."""
+
+    @classmethod
+    def from_pretrained(cls, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        make_ready(model)
+        return own_class(_PeftModel.from_pretrained(model, model_id, *args, **kwargs))
+
+
+def prepare_model_for_kbit_training(
+    model: Any,
+    use_gradient_checkpointing: bool | None = None,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+) -> Any:
+    """Make a loaded base ready for LoRA: frozen, safe, in a dtype that this machine multiplies.
+
+    Unlike PEFT's, nothing is upcast to fp32 except what would otherwise compute in fp16 on a CPU, whose fp16 backward
+    is about a thousand times slower: there the model is moved to the dtype of `device.compute_dtype`, and a warning
+    says so once.
+
+    Args:
+        use_gradient_checkpointing: None (where PEFT's has True) turns recomputation on where it is needed: on a card,
+            and on a CPU where the activations of `PREPARED_TOKENS` tokens would take more than half of free memory.
+        gradient_checkpointing_kwargs, auto_clear_cache: as PEFT's (`peft/utils/other.py`).
+    """
+    freeze(model)
+    on_cpu = make_ready(model)
+    if use_gradient_checkpointing is None:
+        use_gradient_checkpointing = gradient_checkpointing_kwargs is not None or not on_cpu or _needs_recompute(model)
+    if use_gradient_checkpointing:
+        heap.install(model)
+        model.enable_input_require_grads()
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=gradient_checkpointing_kwargs or {})
+    if auto_clear_cache and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return model
+
+
+def _needs_recompute(model: Any) -> bool:
+    from halfbyte.models import tensors
+    from halfbyte.plan import layer as decoder
+    from halfbyte.system import device
+
+    facts = tensors.facts_of(model.config.to_dict(), ())
+    itemsize = torch.finfo(model.dtype).bits // 8
+    layer = decoder.layer_of(facts, (), itemsize, kernels=True, dropout=False)
+    kept = PREPARED_TOKENS * facts.layers * (layer.kept + 2 * itemsize * facts.hidden)  # and what adapters read
+    return kept > COMFORT * device.detect().ram_available_bytes
+
+
+def make_ready(model: Any) -> bool:
+    """Safe to evaluate, and on a CPU in a dtype that it multiplies. Returns whether the model is on a CPU."""
+    codec.make_safe(model)
+    if next(model.parameters()).device.type != "cpu":
+        return False
+    layers = codec.linears_4bit(model)
+    half = [p for p in model.parameters() if p.dtype == torch.float16]
+    asked_fp16 = bool(half) or any(layer.compute_dtype == torch.float16 for _, layer in layers)
+    if not asked_fp16:
+        # forward and backward dequantise to one dtype, the one that the residual stream has
+        codec.set_compute_dtype(model, model.dtype if model.dtype in (torch.bfloat16, torch.float32) else torch.float32)
+        return True
+    from halfbyte.system import device as machine
+
+    name, reason = machine.compute_dtype(machine.detect(), "auto")
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.to(dtype)
+    for buffer in model.buffers():
+        if buffer.dtype == torch.float16:
+            buffer.data = buffer.data.to(dtype)
+    codec.set_compute_dtype(model, dtype)
+    model.config.dtype = dtype
+    _say_once(f"float16 was asked for, but a CPU cannot train in it; computing in {name} ({reason}).")
+    return True
+
+
+@cache
+def _say_once(text: str) -> None:
+    warnings.warn(text, stacklevel=4)

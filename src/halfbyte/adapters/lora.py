@@ -1,0 +1,367 @@
+"""The only door to peft: put adapters on a base, count them, save them, load them again on their base.
+
+PEFT makes the adapters and writes the files; ours are the choice of targets, the summary, the checks, the dtype of what
+is saved, and a model class whose forward is not under autocast (a Trainer's `bf16=True` would cast every layer's input
+on a CPU, and LoRA with it).
+Source: LoRA, arXiv:2106.09685; `peft/tuners/lora/model.py`.
+Cost: rank x (in + out) parameters a layer, fp32 while training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+
+from halfbyte.adapters.dropin import PeftModel, freeze, get_peft_model
+from halfbyte.adapters.targets import Targets, matched, resolve_targets
+from halfbyte.errors import AdapterError, TrainError, first_line
+
+if TYPE_CHECKING:
+    from halfbyte.recipe.schema import Lora
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+# Names under `lora:` that are not fields of peft.LoraConfig.
+OWN_FIELDS = frozenset({"save_dtype"})
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What LoRA was put on: leaf names with counts, and how much trains."""
+
+    modules: tuple[tuple[str, int], ...]
+    trainable: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.trainable / self.total
+
+    def __str__(self) -> str:
+        names = ", ".join(f"{name} x{count}" for name, count in self.modules)
+        return f"{names}; {self.trainable:,} of {self.total:,} parameters train ({self.percent:.2f}%)"
+
+
+def lora_config(lora: Lora, targets: Targets) -> LoraConfig:
+    """The recipe's `lora:` as PEFT's own config. The two share their names, so every set value is passed on."""
+    values = {k: v for k, v in lora.model_dump(exclude={"target_modules", *OWN_FIELDS}).items() if v is not None}
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return LoraConfig(**values, target_modules=targets.for_peft)
+
+
+def add(model: Any, lora: Lora, targets: Targets, *, seed: int) -> Any:
+    """Put fresh adapters on a base.
+
+    Args:
+        targets: as `targets.resolve_targets` chose them for this model.
+        seed: of LoRA A's random start; the global random state is left as `torch.manual_seed(seed)` makes it.
+
+    Raises:
+        AdapterError: nothing matches (with near names), or PEFT refuses the settings.
+    """
+    freeze(model)
+    torch.manual_seed(seed)
+    try:
+        adapted = get_peft_model(model, lora_config(lora, targets))
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        raise AdapterError(
+            f"lora: {first_line(error)}", fix="halfbyte train RECIPE --dry-run shows each value"
+        ) from error
+    check_modules_to_save(adapted, lora.modules_to_save)
+    return adapted
+
+
+def check_modules_to_save(adapted: Any, asked: Any) -> None:
+    """PEFT skips a `modules_to_save` name that matches nothing; here that is an error with the names there are."""
+    from peft.utils import ModulesToSaveWrapper
+
+    found = {name.rsplit(".", 1)[-1] for name, m in adapted.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    missing = sorted(set(asked or ()) - found)
+    if missing:
+        # of a layer with an adapter the parts are PEFT's own: `base_layer`, `lora_A.default`, ...
+        names = (name for name, p in adapted.get_base_model().named_parameters() if not p.requires_grad)
+        leaves = sorted({name.replace(".base_layer", "").rsplit(".", 2)[-2] for name in names})
+        raise AdapterError(
+            f"lora.modules_to_save names {', '.join(missing)}, which the model does not have.",
+            fix=f"choose among {', '.join(leaves[:20])}",
+        )
+
+
+def choose_targets(model: Any, lora: Lora) -> tuple[Targets, list[str]]:
+    """The target names, and the full names of the modules that they hit under the recipe's limits."""
+    chosen = resolve_targets(model, lora.target_modules)
+    modules = matched(
+        model,
+        chosen,
+        exclude=lora.exclude_modules or (),
+        layers_to_transform=lora.layers_to_transform,
+        layers_pattern=lora.layers_pattern,
+        modules_to_save=lora.modules_to_save or (),
+    )
+    check_names(model, lora, modules)
+    return chosen, modules
+
+
+def check_names(model: Any, lora: Lora, modules: Sequence[str]) -> None:
+    """Names and numbers under `lora:` that hit nothing; PEFT only warns of some, says nothing of others.
+
+    Args:
+        modules: full names of the layers that get an adapter, as `targets.matched` gives them.
+
+    Raises:
+        AdapterError: with all of them.
+    """
+    from peft.utils.other import get_pattern_key
+
+    names = [name for name, _ in model.named_modules() if name]
+    problems = []
+    for field, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        used = {get_pattern_key(pattern, name) for name in modules}
+        problems += [
+            f"lora.{field}: {key!r} is the key of no layer with an adapter" for key in pattern if key not in used
+        ]
+    excluded = lora.exclude_modules or ()
+    if isinstance(excluded, str):
+        if not any(re.fullmatch(excluded, name) for name in names):
+            problems.append(f"lora.exclude_modules: {excluded!r} matches no module")
+    else:
+        dotted = [f".{name}" for name in names]
+        unmatched = [name for name in excluded if not any(other.endswith(f".{name}") for other in dotted)]
+        problems += [f"lora.exclude_modules: {name!r} matches no module" for name in unmatched]
+    layers = lora.layers_to_transform
+    for layer in (layers,) if isinstance(layers, int) else layers or ():
+        if not any(f".{layer}." in name for name in names):
+            problems.append(f"lora.layers_to_transform: the model has no layer {layer}")
+    rows = model.get_input_embeddings().weight.shape[0]
+    unknown = [token for token in lora.trainable_token_indices or () if token >= rows]
+    problems += [
+        f"lora.trainable_token_indices: {token} is beyond the {rows} rows of the embedding" for token in unknown
+    ]
+    if lora.bias != "none" and not any(_has_bias(model, modules, everywhere=lora.bias == "all")):
+        problems.append(f"lora.bias {lora.bias}: there is no bias to train")
+    if problems:
+        raise AdapterError("; ".join(problems) + ".", fix="correct them, or leave them out")
+
+
+def _has_bias(model: Any, modules: Sequence[str], *, everywhere: bool) -> Iterator[bool]:
+    if everywhere:
+        yield from (name.endswith(".bias") for name, _ in model.named_parameters())
+    else:
+        yield from (getattr(model.get_submodule(name), "bias", None) is not None for name in modules)
+
+
+def summary(adapted: Any) -> Summary:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    names = Counter(n.rsplit(".", 1)[-1] for n, m in adapted.named_modules() if isinstance(m, BaseTunerLayer))
+    trainable, total = adapted.get_nb_trainable_parameters()
+    return Summary(tuple(sorted(names.items())), trainable, total)
+
+
+def loraplus_optimizer(adapted: Any, cls: Any, ratio: float, weight_decay: float, kwargs: dict[str, Any]) -> Any:
+    """An optimiser whose learning rate for B is `ratio` times that for A (LoRA+, arXiv:2402.12354)."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    return create_loraplus_optimizer(
+        adapted, cls, loraplus_lr_ratio=ratio, loraplus_weight_decay=weight_decay, **kwargs
+    )
+
+
+def without_gradient(adapted: Any) -> list[str]:
+    """Trainable parameters that have no gradient after a backward: each is a silent failure."""
+    return [n for n, p in adapted.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def save(
+    adapted: Any,
+    folder: Path,
+    *,
+    base_id: str,
+    revision: str | None,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: Any | None = None,
+) -> Path:
+    """Write `folder` in PEFT's format, whole or not at all; an older one there is replaced.
+
+    Args:
+        base_id: hub id, folder or packaged name that the base came from; never a path inside a cache.
+        dtype: of the saved tensors; training masters are fp32.
+        tokenizer: written beside it, where it is not the base's own any more.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        write_files(adapted, temporary, base_id=base_id, revision=revision, dtype=dtype)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        replace_folder(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise TrainError(
+            f"the adapter could not be written to {folder}: {getattr(error, 'strerror', None) or error}.",
+            fix="free some disk space; checkpoints already written are whole, `halfbyte train --resume` continues",
+        ) from error
+    return folder
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put a finished folder in the place of an older one.
+
+    The files are synced first. An interruption puts the older one back; a process killed between the two renames
+    leaves it under the name that `set_aside` gives.
+    """
+    for path in (*new.iterdir(), new):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    aside = set_aside(old)
+    if old.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(old, aside)
+    try:
+        os.replace(new, old)
+    except BaseException:
+        if aside.exists():
+            os.replace(aside, old)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> Path:
+    """Where the older folder lies for the moment in which a new one takes its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def write_files(adapted: Any, folder: Path, *, base_id: str, revision: str | None, dtype: torch.dtype | None) -> None:
+    """Write PEFT's two adapter files (`adapter_model.safetensors`, `adapter_config.json`) into `folder`.
+
+    Args:
+        dtype: of the saved tensors; None keeps each in its own.
+    """
+    config = adapted.peft_config[adapted.active_adapter]
+    config.base_model_name_or_path = base_id
+    config.revision = revision
+    saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    state = {k: v.detach().to("cpu", dtype or v.dtype) for k, v in saved.items()}
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
+    inference = config.inference_mode
+    config.inference_mode = True
+    try:
+        config.save_pretrained(str(folder))
+    finally:
+        config.inference_mode = inference
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`adapter_config.json` of an adapter folder.
+
+    Raises:
+        AdapterError: the folder is none, or its config is not that of a LoRA adapter.
+    """
+    missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
+    if missing:
+        raise AdapterError(f"{folder} is not an adapter: it has no {' and no '.join(missing)}.")
+    path = folder / ADAPTER_FILES[1]
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} cannot be read as JSON: {error}.") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise AdapterError(f"{path} is not the config of a LoRA adapter: its peft_type is {kind!r}.")
+    return dict(config)
+
+
+def load(model: Any, folder: Path, *, trainable: bool = False) -> Any:
+    """Put a saved adapter on its base.
+
+    Raises:
+        AdapterError: it does not fit: names tensors whose shape differs or that the base has no place for.
+    """
+    config = read_config(folder)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except SafetensorError as error:
+        raise AdapterError(
+            f"{folder / ADAPTER_FILES[0]} is cut short or damaged: {first_line(error)}.",
+            fix="copy it again; a run's checkpoints/ hold earlier states of its adapter",
+        ) from error
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        shown = next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
+        raise AdapterError(
+            f"the adapter in {folder} does not fit this base: {shown[:300]}",
+            fix=f"it was trained on {config.get('base_model_name_or_path')!r}; open it on that model",
+        ) from error
+    strange = _without_place(adapted, folder)
+    if strange:
+        raise AdapterError(
+            f"the adapter in {folder} has {len(strange)} tensors that this base has no place for: "
+            f"{', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''}.",
+            fix=f"it was trained on {config.get('base_model_name_or_path')!r}; open it on that model",
+        )
+    lost = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
+    if lost:
+        raise AdapterError(
+            f"the adapter in {folder} lacks weights that its config promises: {lost[0][:300]}",
+            fix="the file is damaged or of another version; save it again",
+        )
+    return adapted
+
+
+def biases(model: Any) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """The base's own biases and copies of them, to be taken before an adapter that has trained them is put on."""
+    return [(p, p.detach().clone()) for name, p in model.named_parameters() if "bias" in name]
+
+
+@contextmanager
+def base_alone(adapted: Any, own: Sequence[tuple[torch.nn.Parameter, torch.Tensor]]) -> Iterator[None]:
+    """The base without its adapter. PEFT's `disable_adapter` leaves trained biases (`bias: all`) in place."""
+    with adapted.disable_adapter():
+        trained = [(parameter, parameter.detach().clone()) for parameter, _ in own]
+        try:
+            _put(own)
+            yield
+        finally:
+            _put(trained)
+
+
+@torch.no_grad()
+def _put(values: Sequence[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+    for parameter, value in values:
+        parameter.copy_(value)
+
+
+def _without_place(adapted: Any, folder: Path) -> list[str]:
+    """Saved tensors that PEFT has read and dropped: a deeper model's, most often."""
+    known = {*get_peft_model_state_dict(adapted, save_embedding_layers=False)}
+    known |= {name for name, _ in adapted.named_parameters()}  # whole embeddings, which PEFT may save unasked
+    with safe_open(folder / ADAPTER_FILES[0], "pt") as file:
+        return sorted(set(file.keys()) - known)
+
+
+def put_weights(adapted: Any, folder: Path) -> None:
+    """Set the adapter's weights to those saved in `folder`."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(adapted, load_file(folder / ADAPTER_FILES[0]))

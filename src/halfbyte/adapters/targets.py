@@ -1,0 +1,354 @@
+"""Which modules of a model get a LoRA adapter: `auto`, `all-linear`, a list of name endings or a regex.
+
+Why: PEFT's own table knows 35 architectures, mostly without o_proj, and a table goes stale with every release. Here
+the choice is read from the model itself: the projections of each layer's token mixer (attention, linear attention, the
+input of a state-space block), in the shortest names that hit nothing else. Heads, routers, gates and the vision or
+audio towers of a multi-modal model are never chosen.
+Source: matching is PEFT's own (`peft.tuners.tuners_utils.check_target_module_exists`): what is listed is adapted.
+Cost: a walk over module names; `meta_model` allocates no weight. torch and peft are imported inside functions.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.errors import AdapterError
+from halfbyte.models.names import ALL_LINEAR, AUTO, endings_of, is_aside, is_mixer_projection, leaf_of, split_at_layer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Read as raw weights by the fused kernels (`outproj_weight=self.out_proj.weight`), so an adapter there would be ignored
+# without a word. Only the input of a state-space block is always called as a module.
+_STATE_SPACE_INPUT = "in_proj"
+# GPT-2's convention: both blocks of a layer write to the residual stream through a `c_proj`, and both are meant.
+_GPT2_OUTPUT, _GPT2_INPUT = "c_proj", "c_attn"
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What `LoraConfig.target_modules` gets: name endings, or one regex over full names; and why."""
+
+    names: tuple[str, ...] | str
+    reason: str
+
+    @property
+    def for_peft(self) -> list[str] | str:
+        return self.names if isinstance(self.names, str) else list(self.names)
+
+
+def auto_targets(model: nn.Module) -> Targets:
+    """The projections of every layer's token mixer; of every linear layer where the mixer has none (XLNet)."""
+    usable = _usable(model)
+    chosen = {name for name in usable if is_mixer_projection(name)}
+    if any(leaf_of(name) == _GPT2_INPUT for name in chosen):
+        chosen |= {name for name in usable if leaf_of(name) == _GPT2_OUTPUT}
+    architecture = _architecture(model)
+    if chosen:
+        kinds = {False: "the attention projections", True: f"{_STATE_SPACE_INPUT} of the state-space blocks"}
+        found = sorted({_in_state_space(model, name) for name in chosen})
+        reason = f"auto: {' and '.join(kinds[kind] for kind in found)} of {architecture}"
+    else:
+        chosen = {name for name in usable if split_at_layer(name)[1]}
+        reason = f"auto: {architecture} has no linear projections in its attention; those of its layers instead"
+    if not chosen:
+        raise AdapterError(
+            f"lora.target_modules: auto finds no linear layer in {architecture}.{_what_exists(model)}",
+            fix="name the modules: --set 'lora.target_modules=[...]'",
+        )
+    return Targets(_shortest_names(model, chosen), reason)
+
+
+def all_linear(model: nn.Module) -> Targets:
+    """What PEFT's `all-linear` takes, less routers, heads of any name, and other senses' towers.
+
+    In some MoE architectures PEFT rewrites names such as `gate_proj` into the fused 3-D expert parameters. Those names
+    are left out too (shared experts with them): such experts are not adapted here.
+    """
+    architecture = _architecture(model)
+    usable = _usable(model)
+    by_leaf: dict[str, set[str]] = {}
+    for name in usable:
+        by_leaf.setdefault(leaf_of(name), set()).add(name)
+    rewritten = sorted(leaf for leaf in by_leaf if _becomes_expert_parameter(model, leaf))
+    chosen = usable - {name for leaf in rewritten for name in by_leaf[leaf]}
+    reason = f"all-linear: every linear layer of {architecture} but head and routers"
+    if rewritten:
+        reason += f"; without {', '.join(rewritten)}, which PEFT would turn into the fused experts"
+    if not chosen:
+        raise AdapterError(f"lora.target_modules: all-linear finds nothing in {architecture}.{_what_exists(model)}")
+    return Targets(_shortest_names(model, chosen), reason)
+
+
+def resolve_targets(model: nn.Module, asked: str | Sequence[str]) -> Targets:
+    """`lora.target_modules` as the recipe has it -> what PEFT is given. Every entry must match something.
+
+    Raises:
+        AdapterError: nothing matches; names near to what was asked and the linear layers that exist are listed.
+    """
+    if isinstance(asked, str):
+        if asked.lower() == AUTO:
+            return auto_targets(model)
+        if asked.lower() == ALL_LINEAR:
+            return all_linear(model)
+        targets = Targets(asked, "a regular expression over full names")
+    else:
+        targets = Targets(tuple(dict.fromkeys(asked)), "as listed")
+    matched(model, targets)
+    return targets
+
+
+def matched(
+    model: nn.Module,
+    targets: Targets,
+    *,
+    exclude: Sequence[str] | str = (),
+    layers_to_transform: Sequence[int] | int | None = None,
+    layers_pattern: Sequence[str] | str | None = None,
+    modules_to_save: Sequence[str] = (),
+) -> list[str]:
+    """Full names of the modules that PEFT will adapt, in the model's order.
+
+    Raises:
+        AdapterError: an entry matches nothing, or something that cannot carry an adapter.
+    """
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    _refuse_unmatched(model, targets)
+    config = _peft_config(
+        model,
+        targets,
+        exclude_modules=exclude if isinstance(exclude, str) else list(exclude) or None,
+        layers_to_transform=list(layers_to_transform)
+        if isinstance(layers_to_transform, Sequence)
+        else layers_to_transform,
+        layers_pattern=list(layers_pattern)
+        if layers_pattern and not isinstance(layers_pattern, str)
+        else layers_pattern,
+        modules_to_save=list(modules_to_save) or None,
+    )
+    names = [name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)]
+    if not names:
+        limits = {
+            "exclude_modules": exclude,
+            "layers_to_transform": layers_to_transform,
+            "modules_to_save": modules_to_save,
+        }
+        asked = ", ".join(f"{key} {value!r}" for key, value in limits.items() if value not in (None, (), [], ""))
+        raise AdapterError(f"lora.target_modules: {_show(targets)} match, but nothing is left after {asked}")
+    problems = [problem for name in names if (problem := _cannot_carry(model, name))]
+    if problems:
+        unique = list(dict.fromkeys(problems))
+        raise AdapterError(
+            "lora.target_modules: " + "; ".join(unique), fix="lora.target_modules: auto, or leave them out"
+        )
+    return names
+
+
+def lora_parameter_count(
+    model: nn.Module,
+    modules: Iterable[str],
+    r: int,
+    rank_pattern: Mapping[str, int] | None = None,
+    *,
+    use_dora: bool = False,
+) -> int:
+    """Trainable numbers that LoRA adds to `modules` (from `matched`): r x (in + out) each, and out more for DoRA."""
+    from peft.utils.other import get_pattern_key
+
+    patterns = dict(rank_pattern or {})
+    total = 0
+    for name in modules:
+        inputs, outputs = _in_out(model.get_submodule(name))
+        rank = patterns.get(get_pattern_key(patterns.keys(), name), r)
+        total += rank * (inputs + outputs) + (outputs if use_dora else 0)
+    return total
+
+
+# --- what a module is ---------------------------------------------------------------------------------------------
+
+
+def _is_matmul(module: nn.Module) -> bool:
+    """Whether the module is y = xW and nothing more, in any storage (plain, Conv1D, bitsandbytes)."""
+    from torch import nn
+    from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, Conv1D):
+        return True
+    # nn.MultiheadAttention reads the weight of its out_proj and never calls it.
+    if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    kind = type(module)
+    # transformers derives routers and grouped projections from nn.Linear, with another forward; Falcon's is plain.
+    own_forward = kind.forward is not nn.Linear.forward and kind.__module__.startswith("transformers.models.")
+    return not own_forward or kind.__name__ == "FalconLinear"
+
+
+def _usable(model: nn.Module) -> set[str]:
+    """Linear layers that auto and all-linear may take: inside the language model, no head, no router."""
+    base = getattr(model, "base_model", model)
+    prefix = next((name for name, module in model.named_modules() if module is base), "")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    names = set()
+    for name, module in model.named_modules():
+        if not _is_matmul(module) or module is head or (prefix and not name.startswith(f"{prefix}.")):
+            continue
+        if is_aside(name):
+            continue
+        if leaf_of(name) in {"lm_head", "score", "embed_out", "classifier"} or _raw_in_state_space(model, name):
+            continue
+        names.add(name)
+    return names
+
+
+def _in_state_space(model: nn.Module, name: str) -> bool:
+    parent = model.get_submodule(name.rpartition(".")[0])
+    return hasattr(parent, "conv1d") and hasattr(parent, _STATE_SPACE_INPUT)
+
+
+def _raw_in_state_space(model: nn.Module, name: str) -> bool:
+    return leaf_of(name) != _STATE_SPACE_INPUT and _in_state_space(model, name)
+
+
+def _cannot_carry(model: nn.Module, name: str) -> str | None:
+    from torch import nn
+
+    module = model.get_submodule(name)
+    leaf, kind = leaf_of(name), type(module).__name__
+    if not _is_matmul(module) and not isinstance(module, nn.Embedding):
+        return f"{leaf!r} is a {kind}, which cannot carry an adapter"
+    if _is_matmul(module) and _raw_in_state_space(model, name):
+        return f"{leaf!r} of a state-space block is read as a raw weight by its kernel, which would ignore an adapter"
+    return None
+
+
+def _in_out(module: Any) -> tuple[int, int]:
+    if hasattr(module, "in_features"):
+        return int(module.in_features), int(module.out_features)
+    if hasattr(module, "num_embeddings"):
+        return int(module.num_embeddings), int(module.embedding_dim)
+    inputs, outputs = module.weight.shape  # Conv1D keeps (in, out)
+    return int(inputs), int(outputs)
+
+
+# --- names --------------------------------------------------------------------------------------------------------
+
+
+def _shortest_names(model: nn.Module, chosen: set[str]) -> tuple[str, ...] | str:
+    """The shortest endings that hit `chosen` and nothing else; a regex where there are none."""
+    taken: set[str] = set()  # every ending of every other module: PEFT matches by ending, whatever the module's type
+    for name, _ in model.named_modules():
+        if name not in chosen:
+            taken.update(endings_of(name))
+    endings: dict[str, None] = {}
+    for name in (name for name, _ in model.named_modules() if name in chosen):
+        # Without the layer's own number, and never beginning with another.
+        short = endings_of(".".join(split_at_layer(name)[1]) or name)
+        ending = next((end for end in short if end not in taken and not end[0].isdigit()), None)
+        if ending is None:
+            return _regex(chosen)
+        endings[ending] = None
+    return tuple(endings)
+
+
+def _regex(chosen: set[str]) -> str:
+    stacks: dict[str, set[str]] = {}
+    whole = set()
+    for name in chosen:
+        stack, inner = split_at_layer(name)
+        if inner:
+            pattern = r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in inner)
+            stacks.setdefault(re.escape(stack), set()).add(pattern)
+        else:
+            whole.add(re.escape(name))
+    by_inner: dict[str, list[str]] = {}
+    for stack, patterns in sorted(stacks.items()):
+        by_inner.setdefault("|".join(sorted(patterns)), []).append(stack)
+    parts = [rf"({'|'.join(names)})\.\d+\.({inner})" for inner, names in by_inner.items()]
+    return "|".join([*parts, *sorted(whole)])
+
+
+def _peft_config(model: nn.Module, targets: Targets, **limits: Any) -> Any:
+    """The LoraConfig as PEFT will see it, after its renames for fused experts."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    if isinstance(targets.names, str) and limits.get("layers_to_transform") is not None:
+        raise AdapterError(
+            f"lora.layers_to_transform needs target_modules as a list; here they are one regex: {targets.names}",
+            fix="write the layers into the regex, or list name endings",
+        )
+    try:
+        config = LoraConfig(target_modules=targets.for_peft, **limits)
+    except ValueError as error:
+        raise AdapterError(f"lora: PEFT refuses these settings: {error}") from error
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+        experts = sorted(config.target_parameters or ())
+    except ValueError as error:
+        experts = [str(error)]
+    if experts:
+        raise AdapterError(
+            f"lora.target_modules: {_show(targets)} name fused experts of {_architecture(model)} "
+            f"({', '.join(experts)}), which are not adapted here.",
+            fix="lora.target_modules: auto, or all-linear (both leave them out)",
+        )
+    return config
+
+
+def _becomes_expert_parameter(model: nn.Module, leaf: str) -> bool:
+    try:
+        _peft_config(model, Targets((leaf,), ""))
+    except AdapterError:
+        return True
+    return False
+
+
+# --- messages -----------------------------------------------------------------------------------------------------
+
+
+def _refuse_unmatched(model: nn.Module, targets: Targets) -> None:
+    modules = [name for name, _ in model.named_modules() if name]
+    leaves = sorted({leaf_of(name) for name in modules if _is_matmul(model.get_submodule(name))})
+    architecture = _architecture(model)
+    fix = "lora.target_modules: auto"
+    if not targets.names:
+        raise AdapterError(f"lora.target_modules is empty.{_what_exists(model)}", fix=fix)
+    if isinstance(targets.names, str):
+        try:
+            pattern = re.compile(targets.names)
+        except re.error as error:
+            raise AdapterError(f"lora.target_modules: {targets.names!r} is no regular expression: {error}") from error
+        missing = [] if any(pattern.fullmatch(name) for name in modules) else [targets.names]
+        listed = [part.strip() for part in targets.names.split(",")]
+        if all(part in leaves for part in listed):
+            fix = f"a string is a regular expression over full names; for endings write a list: [{', '.join(listed)}]"
+    else:
+        endings = {ending for name in modules for ending in endings_of(name)}
+        missing = [name for name in targets.names if name not in endings]
+    if not missing:
+        return
+    lines = []
+    for name in missing:
+        near = [leaf for leaf in difflib.get_close_matches(leaf_of(name), leaves, n=3, cutoff=0.6) if leaf != name]
+        lines.append(f"no module of {architecture} matches {name!r}" + (f" (near: {', '.join(near)})" if near else ""))
+    raise AdapterError("lora.target_modules: " + "; ".join(lines) + f".{_what_exists(model)}", fix=fix)
+
+
+def _what_exists(model: nn.Module) -> str:
+    counts = Counter(leaf_of(name) for name, module in model.named_modules() if _is_matmul(module))
+    return " Its linear layers: " + (", ".join(f"{leaf} x{count}" for leaf, count in counts.items()) or "none")
+
+
+def _architecture(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__)
+
+
+def _show(targets: Targets) -> str:
+    return targets.names if isinstance(targets.names, str) else ", ".join(targets.names)

@@ -1,0 +1,72 @@
+"""Holes in the C library's heap, given back to the system while layers are recomputed.
+
+Why: who recomputes every layer is short of memory, and a third of what such a run holds can be holes. PyTorch asks
+glibc for aligned memory, and `memalign` cannot put a tensor where one of the same size was, since it asks for more than
+that. So each layer's temporaries split larger holes or go on top of the heap: SmolLM2, 4 x 512 tokens, held 0.91 GB
+where 0.75 to 0.79 do (`docs/log.md`, "Holes under full recomputation").
+What: after each decoder layer, forward and backward, a look at what is resident. Where it grew by more than a budget,
+and the heap's own count says that it is holes, `malloc_trim` gives them back.
+Source: malloc_trim(3), mallinfo(3), glibc `malloc/malloc.c` (`_int_memalign`); torch's documented forward and tensor
+hooks. Nothing is done on a card, or where the C library has no `mallinfo2` (glibc before 2.33, others).
+Cost: a read of /proc/self/statm a layer, and a few milliseconds each time that the budget is passed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from halfbyte.base import stream
+from halfbyte.errors import BaseModelError
+from halfbyte.layers import packing
+from halfbyte.system import usage
+
+# Holes that are let be: giving back costs time, and taking it again a page at a time costs more.
+BUDGET_BYTES, BUDGET_SHARE = 96_000_000, 0.1  # at least, and of what is private
+GROWTH = 1.5  # of the budget where it is passed within one layer: then it is the layer's own way that goes and comes
+
+
+@dataclass
+class Holes:
+    """Looks at the heap, and gives its holes back when they are more than the budget."""
+
+    least: int = 0  # private bytes that are not the heap's, nor holes that could be given back
+    seen: int = 0  # private bytes after the last time
+    factor: float = 1.0
+    just: bool = False  # whether the last look gave holes back
+
+    def look(self) -> None:
+        private = usage.now().private
+        budget = self.factor * max(BUDGET_BYTES, BUDGET_SHARE * private)
+        before, self.just = self.just, False
+        if private < self.seen + budget:
+            return
+        in_use = usage.heap_in_use()
+        if in_use is None or (self.seen and private - in_use < self.least + budget):
+            return
+        usage.trim()
+        self.factor, self.just = self.factor * (GROWTH if before else 1.0), True
+        self.seen = usage.now().private
+        self.least = self.seen - in_use
+
+
+def install(model: Any) -> None:
+    """Look after each decoder layer of a model (PEFT around it or not) from now on; nothing where that is of no use."""
+    lm = packing.causal_lm(model)
+    if lm in _INSTALLED or lm.device.type != "cpu" or usage.heap_in_use() is None:
+        return
+    try:
+        layers = stream.decoder_layers(lm)
+    except BaseModelError:  # no list of layers
+        return
+    holes = Holes()
+    _INSTALLED[lm] = [layer.register_forward_hook(stream.After(holes.look, holes.look)) for layer in layers]
+
+
+def remove(model: Any) -> None:
+    for handle in _INSTALLED.pop(packing.causal_lm(model), ()):
+        handle.remove()
+
+
+_INSTALLED: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()

@@ -1,0 +1,342 @@
+"""Open a base: the frozen model in 4 bits, its tokenizer, and the proof that it is resident as the policy says.
+
+Why: transformers leaves what it cannot quantise (fused expert tensors, unknown module types) in 16 bits without a word,
+fills missing weights with random numbers under a warning, and loads a Linear4bit that an eval forward breaks
+(`quant.py`).
+Cost: transformers quantises while loading; the check is one walk over the parameters.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from halfbyte.base import residency, store
+from halfbyte.base.store import first_pages
+from halfbyte.base.store.shelf import source_files
+from halfbyte.errors import BaseModelError, first_line
+from halfbyte.models import sources, tensors
+from halfbyte.quant import bnb as codec
+from halfbyte.quant import linear_subclasses
+from halfbyte.system import device as machine
+
+if TYPE_CHECKING:
+    from halfbyte.recipe.schema import Quant
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# File names, without their ending, that any of transformers' tokenizers is read from.
+TOKENIZER_STEMS = frozenset({"tokenizer", "vocab", "spiece", "sentencepiece", "tekken"})
+# Quantising at load holds the source's pages and the result: measured 18.3 GB for 13.5 (docs/log.md).
+LOADING_SHARE = 1.4
+
+
+@dataclass(frozen=True)
+class Base:
+    """An open base. `expected_bytes` is what the TensorSpecs say under the policy, `resident_bytes` what is there."""
+
+    model: Any
+    tokenizer: Any
+    checkpoint: sources.Checkpoint
+    specs: tuple[tensors.TensorSpec, ...]
+    compute_dtype: str
+    dtype_reason: str
+    resident_bytes: int
+    expected_bytes: int
+    origin: str = ""
+    """Where the weights came from: the store's folder, or why they were quantised while loading."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def open_base(
+    checkpoint: sources.Checkpoint,
+    quant: Quant,
+    device: machine.Device,
+    *,
+    trust_remote_code: bool = False,
+    device_map: Any = "auto",
+    with_tokenizer: bool = True,
+    use_store: bool = True,
+    tell: store.Tell | None = None,
+) -> Base:
+    """Open a checkpoint under the policy of `quant`: its store, memory-mapped, which is built first if there is none.
+
+    Args:
+        use_store: False quantises while loading, with the 16-bit weights in memory.
+        tell: how a build goes.
+
+    Raises:
+        StoreError: the store can neither be built nor done without.
+        BaseModelError: the checkpoint asks for code of its own, lacks weights, is quantised in another way, or stays
+            larger in memory than the policy says.
+    """
+    folder = checkpoint.path
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    dtype_name, reason = machine.compute_dtype(device, quant.compute_dtype)
+    dtype = DTYPES[dtype_name]
+    specs = tuple(tensors.read_checkpoint(folder)) if not checkpoint.pickle else ()
+    heads = residency.head_names(config) if quant.skip_modules or quant.fp32_modules else ()
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        _check_prequantised(quantised, folder)
+    origin = str(folder)
+    if use_store and quantised is None and quant.type != "none" and not hasattr(config, "auto_map"):
+        wanted = want(checkpoint, config, quant, device, specs)
+        stored, why = stored_base(wanted, device, tell)
+        folder, origin = (stored, f"store {stored}") if stored is not None else (folder, f"{folder}: {why}")
+    from_store = folder != checkpoint.path
+    own = opening_config(folder if from_store else None, config)
+    bits = None if quantised is not None or from_store else codec.bnb_config(quant, dtype, heads)
+    from transformers import AutoModelForCausalLM
+
+    if bits is None:
+        first_pages.read(folder)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                **({} if bits is None else {"quantization_config": bits}),
+                **({} if own is None else {"config": own}),
+                device_map=device_map if device.kind == "cuda" else {"": "cpu"},
+                trust_remote_code=trust_remote_code,
+                use_safetensors=from_store or not checkpoint.pickle,
+                weights_only=True,
+                ignore_mismatched_sizes=True,  # they are named in resident.check_complete
+                output_loading_info=True,
+            )
+    except UnpicklingError as error:
+        raise _unsafe_pickle(checkpoint, error) from error
+    except (ValueError, RuntimeError, OSError, KeyError, EOFError) as error:
+        raise BaseModelError(f"{checkpoint.id} could not be opened from {folder}: {first_line(error)}") from error
+    residency.check_complete(model, info, checkpoint)
+    residency.check_skipped(model, quant)
+    if bits is None:
+        codec.forget_deserialising(model)
+        linear_subclasses.settle(model)
+    elif quantised is None:
+        codec.quantise_plain_linears(model, quant, dtype)
+    codec.make_safe(model)
+    codec.set_compute_dtype(model, dtype)
+    residency.keep_fp32(model, quant.fp32_modules, dtype)
+    model.name_or_path = checkpoint.id
+    model.config.name_or_path = checkpoint.id
+    held = codec.resident_bytes(model)
+    expected = sum(codec.encoded_bytes(s, quant, dtype.itemsize) for s in specs)
+    if quantised is None:
+        residency.check_resident(model, quant, held, expected, checkpoint.id)
+    return Base(
+        model=model,
+        tokenizer=open_tokenizer(checkpoint, model, trust_remote_code=trust_remote_code) if with_tokenizer else None,
+        checkpoint=checkpoint,
+        specs=specs,
+        compute_dtype=dtype_name,
+        dtype_reason=reason,
+        resident_bytes=held,
+        expected_bytes=expected,
+        origin=origin,
+    )
+
+
+def opening_config(folder: Path | None, config: Any) -> Any | None:
+    """The config that a pre-quantised folder must be opened with, where it is not its own."""
+    if folder is not None:
+        config = read_config(folder)
+    if not linear_subclasses.is_marked(getattr(config, "quantization_config", None)):
+        return None
+    return linear_subclasses.opening_config(config)
+
+
+def want(
+    checkpoint: sources.Checkpoint,
+    config: Any,
+    quant: Quant,
+    device: machine.Device,
+    specs: tuple[tensors.TensorSpec, ...],
+) -> store.Wanted:
+    """The store that `open_base` opens for these settings; what cannot be held as asked is told before it is built."""
+    dtype = DTYPES[machine.compute_dtype(device, quant.compute_dtype)[0]]
+    heads = residency.head_names(config) if quant.skip_modules or quant.fp32_modules else ()
+    expected = sum(codec.encoded_bytes(s, quant, dtype.itemsize) for s in specs)
+
+    def check(model: Any, info: dict[str, Any]) -> None:
+        residency.check_complete(model, info, checkpoint)
+        residency.check_skipped(model, quant)
+        residency.named_fp32(model, quant.fp32_modules)
+        residency.check_resident(model, quant, codec.planned_bytes(model, quant), expected, checkpoint.id)
+
+    return store.Wanted(checkpoint, config, quant, dtype, heads, cores=device.cores, check=check)
+
+
+def ensure_store(wanted: store.Wanted, *, out: Path | None = None, tell: store.Tell | None = None) -> Path:
+    """`store.ensure`, with the words of this room for a pickle that is refused."""
+    try:
+        return store.ensure(wanted, out=out, tell=tell)
+    except UnpicklingError as error:
+        raise _unsafe_pickle(wanted.checkpoint, error) from error
+
+
+def stored_base(
+    wanted: store.Wanted, device: machine.Device, tell: store.Tell | None = None
+) -> tuple[Path | None, str]:
+    """The folder of the store, found or built; or None, and why the base is quantised while it is loaded instead.
+
+    Raises:
+        StoreError: no store can be written, and the 16-bit weights do not fit in memory either.
+    """
+    tell = tell or store.Tell()
+    try:
+        return ensure_store(wanted, tell=tell), ""
+    except store.CannotHold as reason:
+        why = str(reason)
+    except store.NotWritable as error:
+        nbytes = sum(file.stat().st_size for file in source_files(wanted.checkpoint))
+        if nbytes * LOADING_SHARE > device.ram_available_bytes:
+            raise
+        why = error.message
+    tell.say(f"no store, the base is quantised while it is loaded: {why}")
+    return None, why
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's config as transformers reads it.
+
+    Raises:
+        BaseModelError: the architecture is unknown, is not a causal LM, or comes as code that is not trusted.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of any kind: a config class checks its values in its own way
+        if "trust_remote_code" in str(error):
+            raise BaseModelError(
+                f"{folder} brings Python code of its own (`auto_map` in config.json), which is not run unasked.",
+                fix="read that code; if you trust it, set `trust_remote_code: true` in the recipe",
+            ) from error
+        raise BaseModelError(
+            f"{folder / 'config.json'} is not a config that transformers knows: {first_line(error)}"
+        ) from error
+    own_code = trust_remote_code and hasattr(config, "auto_map")
+    if type(config) not in AutoModelForCausalLM._model_mapping and not own_code:
+        raise BaseModelError(
+            f"{folder}: model type {config.model_type!r} is not a causal language model.",
+            fix="choose a model with a causal-LM head, such as a Llama, Qwen, Gemma, Mistral, GPT-2 or BLOOM",
+        )
+    return config
+
+
+def open_tokenizer(checkpoint: sources.Checkpoint, model: Any | None = None, *, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        BaseModelError: none is there, or it knows more tokens than the embedding has rows.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of any kind: the files are read by many classes, some of them in Rust
+        there = any(f.stem in TOKENIZER_STEMS for f in checkpoint.path.iterdir())
+        why = first_line(error) if there else "it has no tokenizer.json"
+        raise BaseModelError(
+            f"no tokenizer could be read from {checkpoint.path}: {why}",
+            fix="put the model's tokenizer.json and tokenizer_config.json beside its config.json",
+        ) from error
+    if model is not None:
+        check_vocabulary(checkpoint, tokenizer, model)
+    return tokenizer
+
+
+def check_vocabulary(checkpoint: sources.Checkpoint, tokenizer: Any, model: Any) -> None:
+    """Refuse a tokenizer that knows more tokens than the embedding has rows (BaseModelError)."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise BaseModelError(
+            f"{checkpoint.id}: the tokenizer knows {len(tokenizer)} tokens, the embedding has {rows} rows.",
+            fix="use the tokenizer that belongs to this checkpoint",
+        )
+
+
+def _check_prequantised(quantised: Any, folder: Path) -> None:
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+    if str(getattr(method, "value", method)) != "bitsandbytes":
+        raise BaseModelError(
+            f"{folder} is already quantised with {getattr(method, 'value', method)!r}; LoRA here is trained on a base "
+            "that bitsandbytes holds.",
+            fix="use the unquantised checkpoint of the same model",
+        )
+    four = quantised.get("load_in_4bit") if isinstance(quantised, dict) else quantised.load_in_4bit
+    if not four:
+        raise BaseModelError(
+            f"{folder} is already quantised to 8 bits; the base is held in 4 bits or in 16.",
+            fix="use the unquantised checkpoint of the same model",
+        )
+
+
+def _unsafe_pickle(checkpoint: sources.Checkpoint, error: UnpicklingError) -> BaseModelError:
+    return BaseModelError(
+        f"{checkpoint.id}: its pickled weights hold more than tensors, so they were not read: {_blocked(error)}.",
+        fix="use a copy of the model with safetensors",
+    )
+
+
+def _blocked(error: BaseException) -> str:
+    """What `torch.load` refused, out of the page that it says about it."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), first_line(error)).rstrip(".")
+
+
+def load_base(
+    model_id: str,
+    *,
+    load_in_4bit: bool = True,
+    quantization_config: Any = None,
+    device_map: Any = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Any:
+    """The classic reload line, `load_in_4bit=True, device_map="auto"`, which transformers 5 itself refuses.
+
+    Args:
+        model_id: hub id (with `@revision` or `revision`), folder, `.gguf` file or packaged name.
+        load_in_4bit: NF4 with double quantisation; False keeps 16 bits.
+        quantization_config: a `BitsAndBytesConfig` whose 4-bit type, double quantisation and compute dtype are taken.
+        dtype: compute dtype `auto`, `bf16`, `fp16` or `fp32`, unless `quantization_config` names one.
+
+    Returns:
+        The model, safe to evaluate and train in turns, with `name_or_path` set to what was asked for.
+    """
+    from halfbyte.recipe.schema import Quant
+
+    values: dict[str, Any] = {"type": "nf4" if load_in_4bit else "none", "compute_dtype": dtype}
+    if quantization_config is not None:
+        names = {value: key for key, value in DTYPES.items()}
+        values = {
+            "type": quantization_config.bnb_4bit_quant_type if quantization_config.load_in_4bit else "none",
+            "double_quant": quantization_config.bnb_4bit_use_double_quant,
+            "compute_dtype": names.get(quantization_config.bnb_4bit_compute_dtype, "auto"),
+            "skip_modules": tuple(quantization_config.llm_int8_skip_modules or ()),
+        }
+    device = machine.detect()
+    base = open_base(
+        sources.resolve(f"{model_id}@{revision}" if revision else model_id, allow_pickle=allow_pickle),
+        Quant(**values),
+        device,
+        trust_remote_code=trust_remote_code,
+        device_map=device_map,
+        with_tokenizer=False,
+    )
+    if values["compute_dtype"] == "fp16" and base.compute_dtype != "fp16":
+        warnings.warn(f"float16 was asked for; computing in {base.compute_dtype} ({base.dtype_reason}).", stacklevel=2)
+    return base.model

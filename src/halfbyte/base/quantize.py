@@ -1,0 +1,83 @@
+"""`halfbyte quantize` and `halfbyte store`: build the store of a base ahead of its first use, and look over the shelf.
+
+Cost: as the rooms in store/; verifying hashes every byte.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from halfbyte.base import load, store
+from halfbyte.base.store import manifest
+from halfbyte.errors import BaseModelError, StoreError
+from halfbyte.models import sources, tensors
+from halfbyte.models.sources.checkpoint import beside_bytes
+from halfbyte.plan.building import Building
+from halfbyte.recipe.schema import Recipe
+from halfbyte.system import device
+
+
+@dataclass(frozen=True)
+class Built:
+    """A store that is there now. `built` is False where it was there before; `seconds` is this call's."""
+
+    path: Path
+    manifest: manifest.Manifest
+    built: bool
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        found = asdict(self.manifest)
+        del found["files"]
+        return {
+            "path": str(self.path),
+            "built": self.built,
+            "seconds": round(self.seconds, 3),
+            "bytes": self.manifest.nbytes,
+            "manifest": found,
+        }
+
+
+def quantize(recipe: Recipe, *, out: Path | None = None, tell: store.Tell | None = None) -> Built:
+    """Build the store that a run of `recipe` opens, or find it.
+
+    Raises:
+        StoreError: it cannot be built: with the reason, and what helps.
+        BaseModelError: nothing is to be quantised, or the model is quantised already.
+    """
+    if recipe.quant.type == "none":
+        raise BaseModelError("quant.type none keeps the base in 16 bits, as it is; there is nothing to quantise.")
+    started, built = time.monotonic(), []
+    found = sources.find_model(recipe)
+    config = load.read_config(found.path, trust_remote_code=recipe.trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        raise BaseModelError(
+            f"{found.id} is quantised already.", fix="use it as the model of a recipe; it opens as it is"
+        )
+    specs = tuple(tensors.read_checkpoint(found.path)) if not found.pickle else ()
+    wanted = load.want(found, config, recipe.quant, device.detect(), specs)
+    telling = replace(tell or store.Tell(), built=lambda: built.append(True))
+    telling.say(_preflight(wanted, specs))
+    try:
+        if hasattr(config, "auto_map"):
+            raise store.CannotHold("it brings Python code of its own")
+        path = load.ensure_store(wanted, out=out, tell=telling)
+    except store.CannotHold as reason:
+        raise StoreError(
+            f"{found.id} cannot be held in a store: {reason}.",
+            fix="nothing is needed: train, eval and chat quantise it each time they load it",
+        ) from reason
+    return Built(path, manifest.read(path), bool(built), time.monotonic() - started)
+
+
+def _preflight(wanted: store.Wanted, specs: tuple[tensors.TensorSpec, ...]) -> str:
+    """What building takes, before it begins."""
+    if not specs:
+        return "planned   unknown: pickled weights have no header to read"
+    beside = beside_bytes(wanted.checkpoint.path)
+    plan = Building(specs, wanted.quant, wanted.dtype.itemsize, wanted.config.get_text_config().vocab_size, beside)
+    ram = sum(line.bytes for line in plan.lines(wanted.cores))
+    return f"planned   {ram / 1e9:.2f} GB of RAM while it is built, {plan.disk_bytes / 1e9:.3f} GB on disk"

@@ -1,0 +1,156 @@
+"""What an open model holds, compared with what the policy and the checkpoint say; and modules that stay in fp32.
+
+Why: transformers leaves what it cannot quantise in 16 bits without a word, and fills what a checkpoint lacks with
+random numbers under a warning. The same questions are asked of the empty model, before anything is built for it.
+Cost: a walk over the parameters.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from halfbyte.errors import BaseModelError
+from halfbyte.models import sources
+from halfbyte.quant import bnb as codec
+
+if TYPE_CHECKING:
+    from halfbyte.recipe.schema import Quant
+
+# Resident bytes may exceed what the specs say by this share before it is an error: scales of odd sizes, padding.
+RESIDENT_TOLERANCE = 0.02
+
+
+def check_resident(model: Any, quant: Quant, resident: int, expected: int, name: str) -> None:
+    """Compare what is in memory with what the policy says.
+
+    Raises:
+        BaseModelError: matrices that the policy holds in 4 bits stayed in 16 (fused experts), naming the largest.
+    """
+    if quant.type == "none":
+        return
+    stayed = big_unquantised(model, quant)
+    stayed_bytes = sum(p.numel() * p.element_size() for _, p in stayed)
+    too_large = expected > 0 and resident > expected * (1 + RESIDENT_TOLERANCE) + 1e6
+    if stayed_bytes > resident * RESIDENT_TOLERANCE or (too_large and stayed):
+        names = sorted(stayed, key=lambda item: -item[1].numel())[:3]
+        listed = ", ".join(f"{n} {tuple(p.shape)}" for n, p in names)
+        kind = "fused expert tensors" if any(p.ndim == 3 for _, p in stayed) else "matrices"
+        leaf = names[0][0].rsplit(".", 1)[0].rsplit(".", 1)[-1]
+        raise BaseModelError(
+            f"{name}: {len(stayed)} {kind} stayed in {8 * stayed[0][1].element_size()} bits, "
+            f"{stayed_bytes / 1e9:.3f} of {resident / 1e9:.3f} GB resident where quant.type {quant.type} gives "
+            f"{expected / 1e9:.3f} GB. The largest: {listed}.",
+            fix=f"this build cannot hold them in 4 bits; to accept 16 bits: --set 'quant.skip_modules=[{leaf}]'",
+        )
+    if too_large:
+        raise BaseModelError(
+            f"{name}: {resident / 1e9:.3f} GB are resident, the checkpoint's tensors under quant.type {quant.type} "
+            f"give {expected / 1e9:.3f} GB.",
+            fix="name the modules you want unquantised in `quant.skip_modules`, so that the plan counts them",
+        )
+
+
+def big_unquantised(model: Any, quant: Quant) -> list[tuple[str, Any]]:
+    """Weight matrices that are neither 4-bit, nor an embedding or head, nor exempted by the recipe.
+
+    Small ones (routers, convolutions: under 1/1000 of the model's parameters each) are not meant.
+    """
+    exempt = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    exempt |= {id(m.weight) for _, m in codec.linears_4bit(model) if m.weight.is_meta}  # still to be filled
+    head = model.get_output_embeddings()
+    if head is not None and getattr(head, "weight", None) is not None:
+        exempt.add(id(head.weight))
+    total = sum(p.numel() for p in model.parameters())
+    return [
+        (name, p)
+        for name, p in model.named_parameters()
+        if p.ndim >= 2
+        and p.is_floating_point()
+        and id(p) not in exempt
+        and p.numel() * 1000 > total
+        and not codec.matches(name, (*quant.skip_modules, *quant.fp32_modules))
+        and not _is_default_skip(name, model)
+    ]
+
+
+def keep_fp32(model: Any, patterns: tuple[str, ...], compute_dtype: torch.dtype) -> list[str]:
+    """Hold the named modules in fp32 and convert at their border, so that the residual stream keeps its dtype."""
+    chosen = named_fp32(model, patterns)
+    for _, module in chosen:
+        module.float()
+        module.register_forward_pre_hook(_to_fp32)
+        if compute_dtype != torch.float32 and module is not model.get_output_embeddings():
+            module.register_forward_hook(_Back(compute_dtype))
+    return [name for name, _ in chosen]
+
+
+def named_fp32(model: Any, patterns: tuple[str, ...]) -> list[tuple[str, Any]]:
+    """The modules with parameters of their own that the recipe wants in fp32."""
+    if not patterns:
+        return []
+    chosen = [
+        (name, module)
+        for name, module in model.named_modules()
+        if codec.matches(name, patterns) and next(module.parameters(recurse=False), None) is not None
+    ]
+    if not chosen:
+        raise BaseModelError(
+            f"quant.fp32_modules {list(patterns)} name no module of {type(model).__name__}.",
+            fix="use module names as in `model.named_modules()`, such as `norm` or `input_layernorm`",
+        )
+    return chosen
+
+
+def _to_fp32(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+
+
+class _Back:
+    """Forward hook: the module's floating output in the compute dtype again."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
+        return output.to(self.dtype) if isinstance(output, torch.Tensor) and output.is_floating_point() else output
+
+
+def head_names(config: Any) -> tuple[str, ...]:
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    from halfbyte.models.structure import meta_model
+
+    return tuple(get_keys_to_not_convert(meta_model(config)))
+
+
+def _is_default_skip(name: str, model: Any) -> bool:
+    skipped = getattr(getattr(model, "hf_quantizer", None), "modules_to_not_convert", None) or ()
+    keep = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return codec.matches(name, [*skipped, *keep])
+
+
+def check_skipped(model: Any, quant: Quant) -> None:
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    missing = [pattern for pattern in quant.skip_modules if not any(codec.matches(name, (pattern,)) for name in names)]
+    if missing:
+        raise BaseModelError(
+            f"quant.skip_modules {missing} name no module of {type(model).__name__}.",
+            fix="use module names as in `model.named_modules()`, such as `lm_head` or `mlp.down_proj`",
+        )
+
+
+def check_complete(model: Any, info: dict[str, Any], checkpoint: sources.Checkpoint) -> None:
+    missing = sorted(info.get("missing_keys", ()))
+    mismatched = sorted(
+        f"{name} is {tuple(found)}, not {tuple(needed)}" for name, found, needed in info.get("mismatched_keys", ())
+    )
+    if missing or mismatched:
+        problem = "has not the shape of" if mismatched else "lacks"
+        names = mismatched or missing
+        raise BaseModelError(
+            f"{checkpoint.id} {problem} {len(names)} of the weights that {type(model).__name__} needs: "
+            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. They would be random numbers.",
+            fix="download the checkpoint again, or check that config.json belongs to it",
+        )

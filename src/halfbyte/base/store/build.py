@@ -1,0 +1,341 @@
+"""Build a store: read, cast, quantise and write in parallel, in bounded memory, going on where an earlier try ended.
+
+What: one thread a file, several files at once; a tensor goes through in chunks, so that memory does not grow with the
+model, not even with its embedding. Reading, hashing, quantising and writing all run without Python's lock.
+A finished file is durable and noted in a journal before it counts; the folder gets its manifest last, then its name.
+Cost: one read of the source and one write of the result; see docs/log.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from halfbyte.base.store import manifest, shelf
+from halfbyte.base.store.layout import STATE, FilePlan, Layout, Piece, slots
+from halfbyte.base.store.reading import Source, torch_dtypes
+from halfbyte.base.store.writer import Writer
+from halfbyte.errors import HalfbyteError, StoreError
+from halfbyte.models.sources.checkpoint import Checkpoint, beside_bytes, beside_weights
+from halfbyte.plan import building
+from halfbyte.quant import bnb as codec
+from halfbyte.quant import linear_subclasses, nf4_cpu
+
+JOURNAL = "journal.jsonl"
+INDEX = "model.safetensors.index.json"
+POLL_SECONDS = 0.1
+SPARE_BYTES = 1 << 20
+_MORE_ROOM = (
+    "free some space, or name another folder (HALFBYTE_CACHE, or --out DIR); what is built already is kept and used "
+    "again, and `halfbyte store gc` removes it"
+)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a build is: bytes of the source that are done, of all; `bytes_per_second` counts this try alone."""
+
+    done_bytes: int
+    total_bytes: int
+    bytes_per_second: float
+    seconds: float
+
+    @property
+    def eta_seconds(self) -> float | None:
+        left = self.total_bytes - self.done_bytes
+        return left / self.bytes_per_second if self.bytes_per_second > 0 else None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to build, from what, under which key; `cores` is how many threads may compute at once."""
+
+    checkpoint: Checkpoint
+    layout: Layout
+    key: str
+    settings: dict[str, Any]
+    cores: int
+
+
+def build(request: Request, source: Source, target: Path, tell: Callable[[Progress], None] | None = None) -> None:
+    """Make the folder `target`, which must not be there. Call it under the lock of `shelf.building`.
+
+    Raises:
+        StoreError: no space, a source that changes or ends too early, a folder that cannot be written.
+        BaseModelError: a weight that is not finite.
+    """
+    partial = target.with_name(target.name + shelf.PARTIAL)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        journal = _Journal(partial, request)
+        _preflight(request, partial, journal)
+        started = time.monotonic()
+        _write_files(request, source, journal, tell)
+        _finish(request, source, journal, time.monotonic() - started)
+        os.replace(partial, target)
+        manifest.sync_folder(target.parent)
+    except OSError as error:
+        where = error.filename or partial
+        raise shelf.NotWritable(
+            f"the store of {request.checkpoint.id} cannot be written: {where}: {error.strerror or error}. "
+            f"{_free_bytes(partial) / 1e9:.2f} GB are free there.",
+            fix=_MORE_ROOM,
+        ) from error
+
+
+class _Journal:
+    """The files that are finished, one JSON line each, written when the file is durable."""
+
+    def __init__(self, folder: Path, request: Request) -> None:
+        self.folder, self.path = folder, folder / JOURNAL
+        self.lock = threading.Lock()
+        self.files: dict[str, manifest.Entry] = {}
+        self.hashes: dict[str, dict[str, str]] = {}
+        self.key = request.key
+        known = {plan.name for plan in request.layout.files}
+        for line in self._lines():
+            entry = manifest.Entry(**line["entry"])
+            # Hashed again: what an interrupted process left behind is not believed.
+            if entry.name in known and line["key"] == self.key and _is_whole(folder / entry.name, entry):
+                self.files[entry.name], self.hashes[entry.name] = entry, line["tensors"]
+        for path in folder.iterdir():
+            if path.name not in self.files and path != self.path:
+                path.unlink()
+
+    def _lines(self) -> list[dict[str, Any]]:
+        found = []
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
+        for line in text.splitlines():
+            try:
+                value = json.loads(line)
+                manifest.Entry(**value["entry"])
+                found.append({"key": value["key"], "entry": value["entry"], "tensors": dict(value["tensors"])})
+            except (ValueError, TypeError, KeyError):
+                continue  # cut while it was written: that file is built again
+        return found
+
+    def add(self, entry: manifest.Entry, tensors: dict[str, str]) -> None:
+        line = json.dumps({"key": self.key, "entry": asdict(entry), "tensors": tensors})
+        with self.lock:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("\n" + line + "\n")  # a cut line before this one ends here
+                file.flush()
+                os.fsync(file.fileno())
+            self.files[entry.name], self.hashes[entry.name] = entry, tensors
+
+
+def _is_whole(path: Path, entry: manifest.Entry) -> bool:
+    try:
+        return path.stat().st_size == entry.nbytes and manifest.entry_of(path) == entry
+    except OSError:
+        return False
+
+
+def _preflight(request: Request, partial: Path, journal: _Journal) -> None:
+    layout = request.layout
+    todo = [plan for plan in layout.files if plan.name not in journal.files]
+    need = sum(
+        Writer(partial / plan.name, [s for piece in plan.pieces for s in slots(piece, layout.quant)]).most_bytes
+        for plan in todo
+    )
+    beside = beside_bytes(request.checkpoint.path)
+    need += beside + SPARE_BYTES
+    if (free := _free_bytes(partial)) < need:
+        raise shelf.NotWritable(
+            f"no space left for the 4-bit store of {request.checkpoint.id}: it needs {need / 1e9:.2f} GB in "
+            f"{partial.parent}, and {free / 1e9:.2f} GB are free",
+            fix=_MORE_ROOM,
+        )
+
+
+def _write_files(request: Request, source: Source, journal: _Journal, tell: Callable[[Progress], None] | None) -> None:
+    layout = request.layout
+    todo = [plan for plan in layout.files if plan.name not in journal.files]
+    count = _Counter(layout.source_bytes - sum(plan.source_bytes for plan in todo), layout.source_bytes)
+    stop = threading.Event()
+    threads: set[threading.Thread] = set()
+
+    def one(plan: FilePlan) -> None:
+        threads.add(threading.current_thread())
+        if not stop.is_set():
+            _FileBuild(plan, layout, source, journal, stop, count).run()
+
+    pool = ThreadPoolExecutor(request.cores + building.EXTRA_THREADS, thread_name_prefix="store")
+    pending: set[Future[None]] = set()
+    try:
+        with source:
+            try:
+                pending = {pool.submit(one, plan) for plan in todo}
+                while pending:
+                    done, pending = wait(pending, timeout=POLL_SECONDS, return_when=FIRST_EXCEPTION)
+                    for future in done:
+                        future.result()
+                    if tell is not None:
+                        tell(count.progress())
+            finally:  # also at Ctrl-C: no thread may read on when the files are closed
+                stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                for thread in tuple(threads):  # one that Ctrl-C kept the pool from noting as its own
+                    thread.join()
+    except MemoryError as error:
+        raise StoreError(f"there is not enough memory to build the store of {request.checkpoint.id}.") from error
+    if changed := source.changed():
+        for plan in todo:
+            (journal.folder / plan.name).unlink(missing_ok=True)
+        raise StoreError(
+            f"{changed[0]} was changed while it was read, so the store would be a mixture of two models.",
+            fix="run the same command again when the file is complete",
+        )
+
+
+class _Stopped(HalfbyteError):
+    """Another thread has failed, or the user has had enough."""
+
+
+class _Counter:
+    def __init__(self, done: int, total: int) -> None:
+        self.lock, self.before, self.done, self.total = threading.Lock(), done, done, total
+        self.started = time.monotonic()
+
+    def add(self, nbytes: int) -> None:
+        with self.lock:
+            self.done += nbytes
+
+    def progress(self) -> Progress:
+        seconds = time.monotonic() - self.started
+        rate = (self.done - self.before) / seconds if seconds > 0 else 0.0
+        return Progress(self.done, self.total, rate, seconds)
+
+
+class _FileBuild:
+    """One file from its tensors, on one thread, with buffers that are used again."""
+
+    def __init__(
+        self, plan: FilePlan, layout: Layout, source: Source, journal: _Journal, stop: threading.Event, count: _Counter
+    ) -> None:
+        self.plan, self.layout, self.source, self.journal = plan, layout, source, journal
+        self.stop, self.count = stop, count
+        self.buffer = np.empty(0, np.uint8)
+
+    def run(self) -> None:
+        quant = self.layout.quant
+        every = [slot for piece in self.plan.pieces for slot in slots(piece, quant)]
+        late: dict[str, bytes] = {}
+        hashes: dict[str, str] = {}
+        with Writer(self.journal.folder / self.plan.name, every) as out:
+            for piece in self.plan.pieces:
+                digest = hashlib.sha256(f"{piece.source.dtype}{list(piece.source.shape)}".encode())
+                if piece.encoding == "copy":
+                    self._copy(piece, out, digest)
+                else:
+                    late |= self._quantise(piece, out, digest)
+                hashes[piece.source.name] = digest.hexdigest()
+            entry = out.finish(late)
+        self.journal.add(entry, hashes)
+
+    def _chunks(self, piece: Piece, digest: Any) -> Any:
+        """(first element, values in the wanted dtype) in pieces of the tensor; a transposed one comes at once."""
+        kind = torch_dtypes()[piece.source.dtype]
+        at_once = piece.numel if piece.transposed else building.CHUNK_ELEMENTS
+        for first in range(0, piece.numel, max(1, at_once)):
+            if self.stop.is_set():
+                raise _Stopped("the build was stopped")
+            count = min(at_once, piece.numel - first)
+            nbytes = count * kind.itemsize
+            if len(self.buffer) < nbytes:
+                self.buffer = np.empty(nbytes, np.uint8)
+            raw = self.buffer[:nbytes]
+            self.source.read(piece.source, first * kind.itemsize, raw.data)
+            digest.update(raw)
+            yield first, torch.from_numpy(raw).view(kind).to(piece.dtype)
+            self.count.add(nbytes)
+
+    def _copy(self, piece: Piece, out: Writer, digest: Any) -> None:
+        for first, values in self._chunks(piece, digest):
+            out.put(piece.name, values.view(torch.uint8).numpy(), first * piece.dtype.itemsize)
+
+    def _quantise(self, piece: Piece, out: Writer, digest: Any) -> dict[str, bytes]:
+        quant, name = self.layout.quant, piece.name
+        blocks = -(-piece.numel // quant.block_size)
+        shape = piece.source.shape[::-1] if piece.transposed else piece.source.shape
+        absmax = torch.empty(blocks, dtype=torch.float32)
+        for first, values in self._chunks(piece, digest):
+            if piece.transposed:
+                values = values.view(piece.source.shape).T.contiguous().view(-1)
+            scales = absmax[first // quant.block_size : -(-(first + len(values)) // quant.block_size)]
+            array = (values.view(torch.uint16) if piece.dtype == torch.bfloat16 else values).numpy()
+            packed, _, bad = nf4_cpu.quantise(array, quant.type, quant.block_size, absmax=scales.numpy())
+            if bad >= 0:
+                raise codec.not_finite(values[bad : bad + quant.block_size], first + bad, shape, name)
+            out.put(name, packed, first // 2)
+        parts = codec.scales_of(absmax, shape, piece.dtype, quant)
+        state = STATE.format(type=quant.type)
+        for part, value in parts.items():
+            if part != state:
+                out.put(f"{name}.{part}", value.contiguous().view(torch.uint8).numpy())
+        return {f"{name}.{state}": parts[state].numpy().tobytes()}
+
+
+def _finish(request: Request, source: Source, journal: _Journal, seconds: float) -> None:
+    """Everything but the weights, and the manifest last."""
+    folder, found = journal.folder, request.checkpoint
+    entries = dict(journal.files)
+    for path in beside_weights(found.path):
+        manifest.write_durably(folder / path.name, path.read_bytes())
+        entries[path.name] = manifest.entry_of(folder / path.name)
+    for name, content in (("config.json", _config(request)), (INDEX, _index(request, entries))):
+        manifest.write_durably(folder / name, json.dumps(content, indent=2).encode() + b"\n")
+        entries[name] = manifest.entry_of(folder / name)
+    journal.path.unlink()
+    manifest.write(
+        folder,
+        manifest.Manifest(
+            key=request.key,
+            source={"id": found.id, "kind": found.kind, "revision": found.revision, "path": str(found.path)},
+            content_sha256=manifest.tree_hash((t, h) for f in journal.hashes.values() for t, h in f.items()),
+            quant=request.settings,
+            parameters=request.layout.parameters,
+            seconds=round(seconds, 3),
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            files=tuple(entries[name] for name in sorted(entries)),
+        ),
+    )
+
+
+def _config(request: Request) -> dict[str, Any]:
+    """The source's config.json with what makes it a pre-quantised bitsandbytes checkpoint."""
+    layout = request.layout
+    values: dict[str, Any] = json.loads((request.checkpoint.path / "config.json").read_text(encoding="utf-8"))
+    values.pop("torch_dtype", None)
+    values["dtype"] = str(layout.dtype).removeprefix("torch.")
+    four_bit: Any = codec.bnb_config(layout.quant, layout.dtype, layout.head_names)
+    settings = four_bit.to_dict()
+    if layout.has_plain_linears:
+        settings = linear_subclasses.mark(settings, layout.quant)
+    values["quantization_config"] = settings
+    return values
+
+
+def _index(request: Request, entries: dict[str, manifest.Entry]) -> dict[str, Any]:
+    quant = request.layout.quant
+    weight_map = {s.name: plan.name for plan in request.layout.files for p in plan.pieces for s in slots(p, quant)}
+    total = sum(entries[plan.name].nbytes for plan in request.layout.files)
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def _free_bytes(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

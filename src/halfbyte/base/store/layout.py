@@ -1,0 +1,274 @@
+"""What a store holds: for every tensor of a source its name, its encoding, its dtype and its file.
+
+Why: opening the store must give, bit for bit, what transformers gives when it quantises while loading. So nothing is
+decided here that it decides itself: its own quantiser prepares the (empty) model, its own rules rename the tensors, and
+what a store's tensors would be called when it is opened is tried out before anything is written.
+Source: transformers, `convert_and_load_state_dict_in_model` in core_model_loading.py; quantizers/quantizer_bnb_4bit.py.
+Cost: the model on the meta device; no weight is touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from halfbyte.base.store.reading import SourceTensor, torch_dtypes
+from halfbyte.base.store.shelf import CannotHold
+from halfbyte.base.store.writer import Slot
+from halfbyte.models import tensors as shapes
+from halfbyte.plan.building import OWN_FILE_BYTES
+from halfbyte.quant import bnb as codec
+from halfbyte.quant import linear_subclasses
+
+if TYPE_CHECKING:
+    import torch
+
+    from halfbyte.recipe.schema import Quant
+
+STATE = "quant_state.bitsandbytes__{type}"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of a store. `dtype` is what its values are cast to, before they are quantised too."""
+
+    name: str
+    source: SourceTensor
+    encoding: Literal["4bit", "copy"]
+    dtype: torch.dtype
+    transposed: bool = False
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.source.shape)
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One file: every tensor of a decoder layer, one large tensor, or the small rest."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(piece.source.nbytes for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Layout:
+    files: tuple[FilePlan, ...]
+    quant: Quant
+    dtype: torch.dtype
+    head_names: tuple[str, ...] = ()
+    has_plain_linears: bool = False
+    """Whether it opens with `plain_linears.opening_config` only."""
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(plan.source_bytes for plan in self.files)
+
+    @property
+    def parameters(self) -> int:
+        return sum(piece.numel for plan in self.files for piece in plan.pieces)
+
+
+def lay_out(
+    tensors: dict[str, SourceTensor],
+    config: Any,
+    quant: Quant,
+    dtype: torch.dtype,
+    head_names: Iterable[str] = (),
+    *,
+    check: Callable[[Any, dict[str, Any]], None] | None = None,
+) -> Layout:
+    """Decide everything about a store.
+
+    Args:
+        tensors: what the source holds.
+        config: the model's config, as transformers reads it.
+        dtype: the compute dtype. transformers casts to it before it quantises, so it is part of a store's identity.
+        head_names: as for `quant.bnb_config`.
+        check: is shown the empty model and what transformers would say of the load (`missing_keys`,
+            `mismatched_keys`), and raises what is wrong.
+
+    Raises:
+        CannotHold: transformers merges or splits matrices that are to be in 4 bits, or would not find them again.
+    """
+    heads = tuple(head_names)
+    loader = _Loader(config, quant, dtype, heads, pre_quantised=False)
+    pieces: list[tuple[Piece, str]] = []
+    wrong: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+    for name, target, converted in loader.targets(tensors):
+        if target not in loader.state:
+            continue  # a buffer or a tower that this class does not read
+        source, in_4bit = tensors[name], loader.is_4bit(target)
+        if converted and in_4bit:
+            raise CannotHold(f"transformers merges or splits {name} while it loads")
+        wanted = loader.dtype_of(target, quantised=in_4bit)
+        transposed = in_4bit and loader.transposed(target)
+        if in_4bit and source.dtype not in ("F64", "F32", "F16", "BF16"):
+            raise CannotHold(f"{name} is {source.dtype}, which is not quantised to 4 bits")
+        if in_4bit and tuple(source.shape) != loader.shape_of(target):
+            wrong.append((name, source.shape, loader.shape_of(target)))
+        pieces.append((Piece(name, source, "4bit" if in_4bit else "copy", wanted, transposed), target))
+    if check is not None:
+        missing = loader.missing({target for _, target in pieces})
+        check(loader.model, {"missing_keys": missing, "mismatched_keys": wrong})
+    kept = _once(pieces, loader.tied)
+    named = _names(kept, _Loader(config, quant, dtype, heads, pre_quantised=True), quant)
+    return Layout(_files(named, config), quant, dtype, heads, loader.has_plain)
+
+
+def slots(piece: Piece, quant: Quant) -> list[Slot]:
+    """The tensors that a piece becomes in its file."""
+    name, shape, n = piece.name, piece.source.shape, piece.numel
+    if piece.encoding == "copy":
+        kind = next(k for k, v in torch_dtypes().items() if v == piece.dtype)
+        return [Slot(name, kind, shape, n * piece.dtype.itemsize)]
+    blocks = -(-n // quant.block_size)
+    found = [Slot(name, "U8", (-(-n // 2), 1), -(-n // 2))]
+    if quant.double_quant:
+        nested = -(-blocks // shapes.NESTED_BLOCK)
+        found += [Slot(f"{name}.absmax", "U8", (blocks,), blocks)]
+        found += [Slot(f"{name}.nested_absmax", "F32", (nested,), 4 * nested)]
+        found += [Slot(f"{name}.nested_quant_map", "F32", (256,), shapes.NESTED_CODE_BYTES)]
+    else:
+        found += [Slot(f"{name}.absmax", "F32", (blocks,), 4 * blocks)]
+    found += [Slot(f"{name}.quant_map", "F32", (16,), shapes.CODE_BYTES)]
+    return [*found, Slot(f"{name}.{STATE.format(type=quant.type)}", "U8", (0,), None)]
+
+
+class _Loader:
+    """transformers' own view of a load: the empty model, prepared by its quantiser, and how tensors are renamed."""
+
+    def __init__(
+        self, config: Any, quant: Quant, dtype: torch.dtype, heads: tuple[str, ...], *, pre_quantised: bool
+    ) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+        from transformers.quantizers import AutoHfQuantizer
+
+        self.compute_dtype = dtype
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        self.original = dict(self.model.named_modules())
+        bnb = codec.bnb_config(quant, dtype, heads)
+        self.has_plain = bool(codec.plain_linears(self.model, (*quant.skip_modules, *quant.fp32_modules)))
+        if self.has_plain:
+            self.quantiser = linear_subclasses.quantiser(bnb, quant, pre_quantised=pre_quantised)
+        else:
+            self.quantiser = AutoHfQuantizer.from_config(bnb, pre_quantized=pre_quantised)
+        self.quantiser.preprocess_model(
+            model=self.model, dtype=dtype, device_map={"": "cpu"}, checkpoint_files=[], use_kernels=False
+        )
+        mapping = get_model_conversion_mapping(self.model, None, self.quantiser)
+        self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self.state = self.model.state_dict()
+        self.plan = self.model._get_dtype_plan(dtype)
+        self.tied = dict(self.model.all_tied_weights_keys)
+
+    def targets(self, names: Iterable[str]) -> list[tuple[str, str, bool]]:
+        """(name, what the model calls it, whether an operation changes it on the way), in the loader's own order."""
+        from transformers.core_model_loading import dot_natural_key, rename_source_key
+
+        prefix, found = self.model.base_model_prefix, []
+        for name in sorted(names, key=dot_natural_key):
+            target, pattern = rename_source_key(name, self.renamings, self.converters, prefix, self.state)
+            if target not in self.state and name in self.state:
+                target, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=self.state)
+            found.append((name, target, pattern is not None))
+        return found
+
+    def missing(self, covered: set[str]) -> list[str]:
+        """Parameters that no tensor of the checkpoint reaches, neither by name nor through a tie."""
+        ties: dict[str, set[str]] = {}
+        for a, b in self.tied.items():
+            ties.setdefault(a, set()).add(b)
+            ties.setdefault(b, set()).add(a)
+        ignored = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
+        return [
+            name
+            for name, _ in self.model.named_parameters()
+            if name not in covered
+            and not ties.get(name, set()) & covered
+            and not any(pattern.search(name) for pattern in ignored)
+        ]
+
+    def is_4bit(self, target: str) -> bool:
+        return bool(self.quantiser.param_needs_quantization(self.model, target))
+
+    def transposed(self, target: str) -> bool:
+        """Whether the checkpoint holds (in, out), as GPT-2's Conv1D does."""
+        return type(self.original[target.rpartition(".")[0]]).__name__ == "Conv1D"
+
+    def shape_of(self, target: str) -> tuple[int, ...]:
+        """The shape in the checkpoint."""
+        return tuple(self.original[target.rpartition(".")[0]].weight.shape)
+
+    def dtype_of(self, target: str, *, quantised: bool) -> torch.dtype:
+        """What the loader casts a tensor to."""
+        for pattern, dtype in self.plan.items():
+            if self._plan_hits(pattern, target):
+                found: torch.dtype = dtype
+                return found
+        return self.compute_dtype if quantised else self.state[target].dtype
+
+    @staticmethod
+    def _plan_hits(pattern: str, target: str) -> bool:
+        from transformers.core_model_loading import build_glob_alternation
+
+        return build_glob_alternation([pattern])[0].search(target) is not None
+
+
+def _once(pieces: list[tuple[Piece, str]], tied: dict[str, str]) -> list[tuple[Piece, str]]:
+    """Without a tied tensor that a pickle holds twice in one storage; loading ties it again."""
+    by_target = {target: piece for piece, target in pieces}
+
+    def repeated(piece: Piece, target: str) -> bool:
+        first = by_target.get(tied.get(target, ""))
+        return first is not None and first is not piece and _same_place(first.source, piece.source)
+
+    return [(piece, target) for piece, target in pieces if not repeated(piece, target)]
+
+
+def _same_place(a: SourceTensor, b: SourceTensor) -> bool:
+    return (a.file, a.start, a.nbytes, a.shape) == (b.file, b.start, b.nbytes, b.shape)
+
+
+def _names(pieces: list[tuple[Piece, str]], loader: _Loader, quant: Quant) -> list[Piece]:
+    """The pieces under names by which transformers will find them in the store: the source's, or else the model's."""
+    for use_target in (False, True):
+        named = [(_renamed(piece, target) if use_target else piece, target) for piece, target in pieces]
+        wanted = {slot.name: target for piece, target in named for slot in slots(piece, quant)}
+        if {name: target for name, target, _ in loader.targets(wanted)} == wanted:
+            return [piece for piece, _ in named]
+    raise CannotHold("transformers would not find its tensors again by their names")
+
+
+def _renamed(piece: Piece, name: str) -> Piece:
+    return Piece(name, piece.source, piece.encoding, piece.dtype, piece.transposed)
+
+
+def _files(pieces: list[Piece], config: Any) -> tuple[FilePlan, ...]:
+    groups: dict[str, list[Piece]] = {}
+    values = {"model_type": config.model_type}
+    for piece in pieces:
+        layer = shapes.spec_of(piece.name, piece.source.shape, "BF16", values).layer
+        if layer is not None:
+            name = f"model-layer-{layer:04d}.safetensors"
+        elif piece.source.nbytes >= OWN_FILE_BYTES:
+            name = f"model-{re.sub(r'[^A-Za-z0-9_]+', '-', piece.name)}.safetensors"
+        else:
+            name = "model-rest.safetensors"
+        groups.setdefault(name, []).append(piece)
+    plans = (FilePlan(name, tuple(members)) for name, members in groups.items())
+    # The largest first, so that no thread begins a long file when the others are done.
+    return tuple(sorted(plans, key=lambda plan: -plan.source_bytes))

@@ -1,0 +1,152 @@
+"""The tensors of a source, read in pieces past the page cache: safetensors by position, pickles through a mapping.
+
+Why: a source is read once, front to back; kept in the page cache it would push out what the machine needs.
+Cost: one copy from the kernel into a buffer that is used again. Safetensors bytes are never mapped, so they count in no
+process's resident memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from halfbyte.errors import StoreError, first_line
+from halfbyte.models import tensors
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One tensor of a source, under the source's name and safetensors' name of its dtype."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: Path
+    start: int
+    """Its first byte in the file; for a pickle the address of its storage, which tells shared tensors."""
+
+
+class Source:
+    """Every tensor of a safetensors checkpoint. Threads may read at once."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.files = tuple(files)
+        self.seen = {file: _stamp(file) for file in self.files}
+        self.tensors: dict[str, SourceTensor] = {}
+        self._fds: dict[Path, int] = {}
+        self._index()
+
+    def _index(self) -> None:
+        for file in self.files:
+            header = tensors.read_header(file)
+            with file.open("rb") as stream:
+                data = 8 + int.from_bytes(stream.read(8), "little")
+            for name, entry in header.items():
+                begin, end = entry["data_offsets"]
+                found = SourceTensor(name, entry["dtype"], tuple(entry["shape"]), end - begin, file, data + begin)
+                self.tensors[name] = found
+
+    def __enter__(self) -> Source:
+        for file in self.files:
+            self._fds[file] = os.open(file, os.O_RDONLY)
+            # The kernel reads ahead by itself. Asked for each next piece (WILLNEED) it takes the thread's own time, and
+            # letting go of a piece then waits for it.
+            _advise(self._fds[file], 0, 0, "SEQUENTIAL")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def read(self, tensor: SourceTensor, offset: int, into: memoryview) -> None:
+        """Fill `into` with bytes of a tensor, from `offset` on; the page cache lets go of them.
+
+        Raises:
+            StoreError: the file has become shorter.
+        """
+        fd, at, count = self._fds[tensor.file], tensor.start + offset, len(into)
+        done = 0
+        while done < count:
+            got = os.preadv(fd, [into[done:]], at + done)
+            if got == 0:
+                raise StoreError(f"{tensor.file} is cut short: {tensor.name} ends {count - done} bytes too early.")
+            done += got
+        _advise(fd, at, count, "DONTNEED")
+
+    def changed(self) -> list[Path]:
+        """Files that are not what they were when this source was opened."""
+        return [file for file, stamp in self.seen.items() if _stamp(file) != stamp]
+
+
+class PickledSource(Source):
+    """A checkpoint of `.bin` files, each mapped by torch and read with `weights_only=True`."""
+
+    def _index(self) -> None:
+        import torch
+
+        names = {dtype: name for name, dtype in torch_dtypes().items()}
+        self._values: dict[str, Any] = {}
+        for file in self.files:
+            try:
+                content = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+            except UnpicklingError:
+                raise  # said in full where the recipe's permission is known
+            except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+                raise StoreError(f"{file} cannot be read: {first_line(error)}.") from error
+            for name, value in content.items():
+                if isinstance(value, torch.Tensor) and value.dtype in names:
+                    shape, nbytes = tuple(value.shape), value.numel() * value.element_size()
+                    self._values[name] = value
+                    self.tensors[name] = SourceTensor(name, names[value.dtype], shape, nbytes, file, value.data_ptr())
+
+    def read(self, tensor: SourceTensor, offset: int, into: memoryview) -> None:
+        import torch
+
+        flat = self._values[tensor.name].reshape(-1)
+        size = flat.element_size()
+        part = flat[offset // size : (offset + len(into)) // size].contiguous()
+        into[:] = memoryview(part.view(torch.uint8).numpy())
+
+
+def torch_dtypes() -> dict[str, Any]:
+    """safetensors' names of the dtypes that a checkpoint may hold, and torch's."""
+    import torch
+
+    return {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
+
+
+def _is_zip(file: Path) -> bool:
+    """torch's format since 1.6, the one that can be mapped."""
+    with file.open("rb") as stream:
+        return stream.read(2) == b"PK"
+
+
+def _stamp(file: Path) -> tuple[int, int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _advise(fd: int, start: int, count: int, what: str) -> None:
+    """Tell the kernel how a range will be read, where it can be told."""
+    advice = getattr(os, f"POSIX_FADV_{what}", None)
+    if advice is not None:
+        os.posix_fadvise(fd, start, count, advice)

@@ -1,0 +1,282 @@
+"""Where stores lie and how they are found: by source, quantiser settings and format version; list, last use, gc.
+
+Why: a base is quantised once for a machine, whichever command asks first, and two processes may ask at once.
+What: `bases/KEY/` under the cache folder is a store, `KEY.partial/` one that is being built. Locks are files of their
+own that are never removed, so that nobody waits on a file that somebody else has replaced.
+Cost: the headers of the source's files are read to look it up; a hub model is known by its revision.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.base.store import manifest
+from halfbyte.errors import StoreError
+from halfbyte.models import tensors
+from halfbyte.models.sources.checkpoint import Checkpoint, cache_dir
+from halfbyte.models.sources.folder import PICKLE, PICKLE_INDEX, indexed_shards
+
+if TYPE_CHECKING:
+    from halfbyte.recipe.schema import Quant
+
+PARTIAL, BROKEN, LOCKS, USED = ".partial", ".broken", ".locks", "last-used"
+_KEY = re.compile(r"[\w.-]+-[0-9a-f]{16}")
+# Shared locks of the stores that this process has opened.
+_in_use: dict[str, Any] = {}
+
+
+@atexit.register
+def _let_go() -> None:
+    for file in _in_use.values():
+        file.close()
+
+
+class CannotHold(Exception):
+    """A source that cannot be a store, and why. It can still be quantised while it is loaded."""
+
+
+class NotWritable(StoreError):
+    """No store can be written: no space, or no permission. The source can still be quantised while it is loaded."""
+
+
+@dataclass(frozen=True)
+class Shelved:
+    """One folder of the shelf. `state`: whole, building (or interrupted), old format, or broken."""
+
+    key: str
+    path: Path
+    state: str
+    nbytes: int
+    last_used: float
+    manifest: manifest.Manifest | None
+    in_use: bool
+
+    def to_json(self) -> dict[str, Any]:
+        found = self.manifest
+        return {
+            "key": self.key,
+            "path": str(self.path),
+            "state": self.state,
+            "bytes": self.nbytes,
+            "last_used": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.last_used)),
+            "in_use": self.in_use,
+            "source": found.source if found else None,
+            "quant": found.quant if found else None,
+            "content_sha256": found.content_sha256 if found else None,
+        }
+
+
+def folder() -> Path:
+    return cache_dir() / "bases"
+
+
+def settings(quant: Quant, dtype: str) -> dict[str, Any]:
+    """What decides the bytes of a store besides its source. Weights are cast to the compute dtype, then quantised."""
+    return {
+        "type": quant.type,
+        "double_quant": quant.double_quant,
+        "block_size": quant.block_size,
+        "compute_dtype": dtype,
+        "skip_modules": sorted(quant.skip_modules),
+        "fp32_modules": sorted(quant.fp32_modules),
+    }
+
+
+def key_of(checkpoint: Checkpoint, quant: Quant, dtype: str) -> str:
+    """The name of the store that belongs to a source and settings: readable, and unique by its hash."""
+    wanted = {"source": identity(checkpoint), "quant": settings(quant, dtype), "format": manifest.FORMAT_VERSION}
+    digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
+    stem = re.sub(r"[^\w.-]+", "_", Path(checkpoint.id).name)[:48].strip(".") or "base"
+    return f"{stem}-{quant.type}-{digest}"
+
+
+def identity(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a source is, without reading its weights: a hub revision, or path, size, time and header of each file."""
+    config = hashlib.sha256((checkpoint.path / "config.json").read_bytes()).hexdigest()
+    if checkpoint.kind == "hub":
+        return {"hub": f"{checkpoint.id}@{checkpoint.revision}", "pickle": checkpoint.pickle, "config": config}
+    files = []
+    for file in source_files(checkpoint):
+        found = file.stat()
+        header = manifest.header_hash(file)
+        files.append([str(file.absolute()), found.st_size, found.st_mtime_ns, header])
+    return {"files": files, "config": config}
+
+
+def source_files(checkpoint: Checkpoint) -> list[Path]:
+    """The files that hold the source's weights."""
+    if not checkpoint.pickle:
+        return tensors.weight_files(checkpoint.path)
+    if (checkpoint.path / PICKLE).is_file():
+        return [checkpoint.path / PICKLE]
+    return [checkpoint.path / shard for shard in indexed_shards(checkpoint.path / PICKLE_INDEX)[0]]
+
+
+def hold(key: str) -> None:
+    """Keep `gc` away from a store while this process lives. Never fails: a cache that can only be read has no gc."""
+    if key in _in_use:
+        return
+    file = _lock_file(key, "use")
+    if file is not None and _lock(file, exclusive=False, wait=True):
+        _in_use[key] = file
+
+
+def touch(path: Path) -> None:
+    """Note that a store is opened now, where that can be written."""
+    with suppress(OSError):
+        (path / USED).touch()
+
+
+@contextmanager
+def building(key: str, on_wait: Callable[[], None] | None = None, *, where: Path | None = None) -> Iterator[None]:
+    """Hold the right to build a store; a second process waits, after `on_wait` was called once.
+
+    Args:
+        where: a folder outside the shelf that is built; its lock lies beside it.
+    """
+    file = _lock_file(key, "build", where)
+    if file is None:
+        target = where.parent if where is not None else folder()
+        raise NotWritable(
+            f"no store can be built in {target}: it cannot be written.",
+            fix="name a folder that you can write: export HALFBYTE_CACHE=/path/with/space, or --out DIR",
+        )
+    with file:
+        if not _lock(file, exclusive=True, wait=False):
+            if on_wait is not None:
+                on_wait()
+            _lock(file, exclusive=True, wait=True)
+        yield
+
+
+def set_aside(path: Path) -> None:
+    """Take a damaged store out of the way. Who has it mapped keeps its pages; `gc` removes what is left."""
+    aside = path.with_name(f"{path.name}{BROKEN}-{os.getpid()}-{time.time_ns()}")
+    os.replace(path, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def listing() -> list[Shelved]:
+    """Everything on the shelf, the last used first."""
+    if not folder().is_dir():
+        return []
+    found = [_shelved(path) for path in folder().iterdir() if path.is_dir() and path.name != LOCKS]
+    return sorted(found, key=lambda entry: -entry.last_used)
+
+
+def find(name: str) -> list[Shelved]:
+    """The stores whose key begins with `name`, or whose source is called so."""
+    return [
+        entry
+        for entry in listing()
+        if entry.key.startswith(name) or (entry.manifest is not None and entry.manifest.source.get("id") == name)
+    ]
+
+
+def collectable(*, unused_days: float | None = None, everything: bool = False) -> list[Shelved]:
+    """What `gc` would remove: interrupted builds, damaged stores and old formats; with an age, whole stores too."""
+    now = time.time()
+    return [
+        entry
+        for entry in listing()
+        if not entry.in_use
+        and (
+            everything
+            or entry.state != "whole"
+            or (unused_days is not None and now - entry.last_used > unused_days * 86400)
+        )
+    ]
+
+
+def remove(entry: Shelved) -> bool:
+    """Delete one folder of the shelf unless a process builds or uses it. Returns whether it is gone."""
+    locks = [_lock_file(entry.key, kind) for kind in ("build", "use")]
+    try:
+        if not all(file is not None and _lock(file, exclusive=True, wait=False) for file in locks):
+            return False
+        aside = entry.path
+        if BROKEN not in entry.path.name:  # out of sight at once: a half deleted store is never found
+            aside = entry.path.with_name(f"{entry.path.name}{BROKEN}-{os.getpid()}-{time.time_ns()}")
+            os.replace(entry.path, aside)
+        shutil.rmtree(aside)
+    except OSError as error:
+        raise StoreError(f"{entry.path} cannot be removed: {error.strerror or error}.") from error
+    finally:
+        for file in locks:
+            if file is not None:
+                file.close()
+    return True
+
+
+def _shelved(path: Path) -> Shelved:
+    key = _KEY.match(path.name)
+    name = key[0] if key is not None else path.name
+    found, state = None, "whole"
+    if path.name != name:
+        state = "building" if path.name == name + PARTIAL else "broken"
+    else:
+        try:
+            found = manifest.read(path)
+            state = "broken" if manifest.problems(path, found) else "whole"
+        except StoreError as error:
+            state = "old format" if "of format" in error.message else "broken"
+    nbytes, touched = 0, 0.0
+    for root, _, names in os.walk(path):
+        for file in names:
+            try:
+                stat = os.stat(os.path.join(root, file))
+            except OSError:
+                continue
+            nbytes, touched = nbytes + stat.st_size, max(touched, stat.st_mtime)
+    return Shelved(name, path, state, nbytes, touched, found, _busy(name))
+
+
+def _busy(key: str) -> bool:
+    """Whether a process builds or uses a store."""
+    for kind in ("build", "use"):
+        path = folder() / LOCKS / f"{key}.{kind}"
+        if not path.is_file():
+            continue
+        try:
+            with path.open("a") as file:
+                if not _lock(file, exclusive=True, wait=False):
+                    return True
+        except OSError:
+            continue
+    return False
+
+
+def _lock_file(key: str, kind: str, where: Path | None = None) -> Any | None:
+    """An open lock file, or None where none can be made."""
+    path = folder() / LOCKS / f"{key}.{kind}" if where is None else where.with_name(f".{where.name}.{kind}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a")
+    except OSError:
+        return None
+
+
+def _lock(file: Any, *, exclusive: bool, wait: bool) -> bool:
+    """Lock an open file until it is closed. Without POSIX locks (Windows) every lock is had at once."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise StoreError(f"{file.name} cannot be locked: {error.strerror or error}.") from error
+    return True

@@ -1,0 +1,127 @@
+"""One safetensors file, written piece by piece in any order, its header last.
+
+Why: a layer is quantised in chunks, so that neither its source nor its result is ever whole in memory; and the length
+of one small tensor (the quantiser's state, as JSON) is known only at the end.
+What: room for the header is kept free and the data begins on a page of its own, so that a file is one clean mapping.
+Tensors are ordered by the alignment that their length keeps: packed weights come first and lie on multiples of 64.
+Source: the safetensors format: 8 bytes of header length, a JSON header that spaces may fill up, data without holes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from halfbyte.base.store import manifest
+
+PAGE = 4096
+# Digits that an offset may take in the header.
+_LARGEST = 10**15
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of the file; `nbytes` None for bytes that are handed over at the end."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int | None
+
+
+class Writer:
+    """A file under construction: `NAME.tmp`, renamed to NAME when it is whole and on the disk.
+
+    Args:
+        slots: every tensor; those whose length is not known yet get at most `spare_bytes` each.
+    """
+
+    def __init__(self, path: Path, slots: Iterable[Slot], *, spare_bytes: int = 1024) -> None:
+        self.path = path
+        self.partial = path.with_name(path.name + ".tmp")
+        every = list(slots)
+        self.known = sorted((s for s in every if s.nbytes is not None), key=lambda s: -_alignment(s.nbytes or 0))
+        self.late = [s for s in every if s.nbytes is None]
+        bound = _header([(s, _LARGEST, _LARGEST) for s in [*self.known, *self.late]])
+        room = len(bound) + 32 * len(self.late)  # their shapes come late too
+        self.data_start = -(-(8 + room) // PAGE) * PAGE
+        self.starts: dict[str, int] = {}
+        at = 0
+        for slot in self.known:
+            self.starts[slot.name] = at
+            at += slot.nbytes or 0
+        self.known_bytes = at
+        self.most_bytes = self.data_start + at + spare_bytes * len(self.late)
+        self.fd = -1
+
+    def __enter__(self) -> Writer:
+        self.fd = os.open(self.partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+        return self
+
+    def put(self, name: str, data: Any, offset: int = 0) -> None:
+        """Write bytes of a tensor, `offset` bytes after its beginning."""
+        _write(self.fd, data, self.data_start + self.starts[name] + offset)
+
+    def finish(self, late: Mapping[str, bytes]) -> manifest.Entry:
+        """Write what was not known before, then the header; the file is durable and in its place afterwards."""
+        placed: list[tuple[Slot, int, int]] = []
+        for slot in self.known:
+            start = self.starts[slot.name]
+            placed.append((slot, start, start + (slot.nbytes or 0)))
+        at = self.known_bytes
+        for slot in self.late:
+            content = late[slot.name]
+            _write(self.fd, content, self.data_start + at)
+            placed.append((Slot(slot.name, slot.dtype, (len(content),), len(content)), at, at + len(content)))
+            at += len(content)
+        header = _header(placed)
+        room = self.data_start - 8
+        if len(header) > room:
+            raise ValueError(f"the header of {self.path.name} takes {len(header)} bytes, and {room} were kept free")
+        _write(self.fd, room.to_bytes(8, "little") + header.ljust(room), 0)
+        os.ftruncate(self.fd, self.data_start + at)
+        os.fsync(self.fd)
+        os.close(self.fd)
+        self.fd = -1
+        entry = manifest.entry_of(self.partial)
+        os.replace(self.partial, self.path)
+        manifest.sync_folder(self.path.parent)
+        return manifest.Entry(self.path.name, entry.nbytes, entry.sha256, _header_hash(self.path))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+        if kind is not None:
+            self.partial.unlink(missing_ok=True)
+
+
+def _header_hash(path: Path) -> str:
+    found = manifest.header_hash(path)
+    if found is None:
+        raise ValueError(f"{path.name} is not named as a safetensors file")
+    return found
+
+
+def _header(placed: Iterable[tuple[Slot, int, int]]) -> bytes:
+    values: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for slot, start, end in placed:
+        values[slot.name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [start, end]}
+    return json.dumps(values, separators=(",", ":")).encode()
+
+
+def _alignment(nbytes: int) -> int:
+    """The largest power of two up to a page that divides a length."""
+    return min(PAGE, nbytes & -nbytes) if nbytes else PAGE
+
+
+def _write(fd: int, data: Any, offset: int) -> None:
+    """Write all of it: the system may take less at a time."""
+    view = memoryview(data).cast("B")
+    while len(view):
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done

@@ -1,0 +1,385 @@
+"""Where a base lies while it works: in private memory, mapped, or streamed through memory layer by layer.
+
+Why: frozen weights on disk need not live in RAM; a base larger than memory trains if its layers come and go around the
+computation. The order is known: up through the layers, down again in backward, so the next one is read while this one
+computes.
+What: `place` puts torch's forward hooks on the decoder layers. Before a layer runs, it is the current one: the next are
+fetched, all others are dropped. In a forward with gradients the layer's output gets a hook, which fires in backward
+just before the layer's own backward (and its recomputation, where there is one), and the same happens downwards. So
+training with and without recomputation, evaluation and generation go through one seam, for every architecture.
+How layers come and go is a `Mover`: here pages of mapped files; a card's copies would be another. Correctness never
+rests on a mover that only moves pages: what was dropped is read again when it is touched. One that copies must know
+that bitsandbytes' own forward keeps the packed weight for backward outside `save_for_backward`
+(`bitsandbytes/autograd/_functions.py`); the fused layers keep the layer alone and ask it again.
+Source: torch's documented `register_forward_pre_hook`, `register_forward_hook`, `Tensor.register_hook`.
+Cost: memory of one layer, and of the head while it works; a base larger than RAM is read from disk up to twice a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.errors import BaseModelError
+from halfbyte.layers import packing
+from halfbyte.quant import bnb
+from halfbyte.system import pages
+
+Placement = Literal["resident", "mapped", "streamed"]
+# Share of free memory that a mapped base may take by choice; beyond it the system would page what the next layer needs.
+MAPPED_SHARE = 0.5
+# How many layers are read ahead: one is read while one computes, and the disk never waits for the second.
+AHEAD = 2
+
+
+class Mover(Protocol):
+    """Brings the weights of a group (a decoder layer, or the last group: what is around the layers) and drops them."""
+
+    def fetch(self, group: int) -> None:
+        """Begin to bring a group; returns before it is there. Again for one that is there: nothing."""
+
+    def need(self, group: int) -> None:
+        """Return when the group can be computed with."""
+
+    def drop(self, group: int) -> None:
+        """Let a group go. For one that is not there: nothing."""
+
+    def close(self) -> None:
+        """End what runs in the background. Weights can be computed with afterwards."""
+
+
+class PageMover:
+    """Groups of tensors in mapped files: read ahead on a thread, let go page by page; what is touched comes by itself.
+
+    Args:
+        groups: tensors of each group, all mapped. They are kept alive, so that no address is ever someone else's.
+        ahead: which tensors of each group are worth reading ahead; of an embedding only a few rows are touched.
+    """
+
+    def __init__(self, groups: list[list[Tensor]], ahead: list[list[Tensor]]) -> None:
+        self._tensors = groups
+        self._spans = [pages.whole_pages(_areas(group)) for group in groups]
+        self._ahead = [pages.whole_pages(_areas(group)) for group in ahead]
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="halfbyte-read-ahead")
+        self._coming: dict[int, Future[None]] = {}
+
+    def fetch(self, group: int) -> None:
+        if group not in self._coming:
+            self._coming[group] = self._reader.submit(self._bring, group)
+
+    def need(self, group: int) -> None:
+        """A page that is not there yet is waited for when it is touched."""
+
+    def drop(self, group: int) -> None:
+        coming = self._coming.pop(group, None)
+        if coming is not None:
+            coming.cancel()
+        for span in self._spans[group]:
+            pages.let_go(span)
+
+    def close(self) -> None:
+        self._reader.shutdown(wait=True, cancel_futures=True)
+
+    def _bring(self, group: int) -> None:
+        for span in self._ahead[group]:
+            pages.bring(span)
+
+
+@dataclass
+class Placed:
+    """A base in its place. `mapped_bytes` of `total_bytes` lie in files; `layers` come and go if it is streamed."""
+
+    placement: Placement
+    total_bytes: int
+    mapped_bytes: int
+    layers: int = 0
+    stream: Stream | None = None
+
+    def __str__(self) -> str:
+        if self.placement == "streamed":
+            return f"streamed: {self.layers} layers come and go, {self.mapped_bytes / 1e9:.3f} GB of them on disk"
+        if self.placement == "mapped":
+            share = f"{self.mapped_bytes / 1e9:.3f} of {self.total_bytes / 1e9:.3f} GB"
+            return f"mapped: {share} on disk, paged by the kernel"
+        return f"resident: {self.total_bytes / 1e9:.3f} GB in memory"
+
+    def remove(self) -> None:
+        """Take the hooks off; a streamed base is a mapped one afterwards."""
+        if self.stream is not None:
+            self.stream.remove()
+            self.stream, self.placement, self.layers = None, "mapped", 0
+
+
+def choose(asked: Placement | Literal["auto"], model: Any, free_bytes: int) -> tuple[Placement, str]:
+    """The placement of an open base, and why. A base that was quantised while loading can only be resident."""
+    if asked != "auto":
+        return asked, "as the recipe says"
+    if not is_mapped(model):
+        return "resident", "auto: it does not lie in a file as it is computed with"
+    size = _bytes(_tensors(model))
+    share = f"{size / 1e9:.2f} GB, {free_bytes / 1e9:.1f} GB free"
+    if size <= MAPPED_SHARE * free_bytes:
+        return "mapped", f"auto: {share}"
+    return "streamed", f"auto: {share}, more than {MAPPED_SHARE:.0%} of it"
+
+
+def place(model: Any, placement: Placement, *, mover: Mover | None = None) -> Placed:
+    """Put a base where it is wanted, before or after its adapters. Adapters and whatever trains stay in memory.
+
+    Args:
+        model: a causal LM of transformers, plain or with PEFT around it, as `base.open_base` opens it. An earlier
+            placement of the same model must have been removed.
+        placement: `resident` copies a mapped base into private memory, tensor by tensor (one whose layers are there
+            already stays as it is); `mapped` leaves it to the kernel; `streamed` bounds it to a layer or two at a time.
+        mover: for `streamed`, how layers come and go; default: `PageMover` over the mapped files.
+
+    Raises:
+        BaseModelError: `mapped` or `streamed` is asked of a base that lies in private memory, or of a system that
+            cannot let pages go.
+    """
+    tensors = _tensors(model)
+    total = _bytes(tensors)
+    maps = pages.FileMaps.read()
+    if placement == "resident":
+        if is_mapped(model, maps):
+            _into_memory(model, maps)
+        return Placed("resident", total, _bytes(t for t in _tensors(model) if _is_mapped(t, maps)))
+    if mover is None and not is_mapped(model, maps):
+        raise BaseModelError(
+            f"quant.placement {placement} needs a base whose weights are opened from a file as they are; these were "
+            "quantised or converted while loading and lie in private memory.",
+            fix="halfbyte quantize MODEL writes a 4-bit base to disk, or use --set quant.placement=resident",
+        )
+    mapped = _bytes(t for t in tensors if _is_mapped(t, maps))
+    if placement == "mapped":
+        return Placed("mapped", total, mapped)
+    if mover is None and not pages.supported():
+        raise BaseModelError(
+            "quant.placement streamed needs Linux with a readable /proc/self/pagemap: a page that was written to must "
+            "not be let go.",
+            fix="--set quant.placement=mapped leaves the paging to the system",
+        )
+    layers = decoder_layers(model)
+    if mover is None:
+        mover = PageMover(*_groups(model, layers, maps))
+    return Placed("streamed", total, mapped, len(layers), Stream(layers, mover))
+
+
+class Stream:
+    """The cursor over the layers: which one computes now, and so which is fetched and which is dropped.
+
+    The group after the last layer is what is around them: embedding, last norm, head.
+    """
+
+    def __init__(self, layers: list[nn.Module], mover: Mover, *, ahead: int = AHEAD) -> None:
+        self.mover = mover
+        self.count = len(layers)
+        self.ahead = ahead
+        self.held: set[int] = set(range(self.count + 1))
+        self.visits = 0
+        self._handles = []
+        for number, layer in enumerate(layers):
+            self._handles += [
+                layer.register_forward_pre_hook(_Before(self, number)),
+                layer.register_forward_hook(After(partial(self.downwards, number))),
+            ]
+        self._drop_all_but(set())
+
+    def upwards(self, layer: int) -> None:
+        """`layer` is about to run forward."""
+        following = range(layer + 1, min(layer + 1 + self.ahead, self.count + 1))
+        self._move(layer, list(following))
+
+    def downwards(self, layer: int) -> None:
+        """`layer` is about to run backward; below the first one the next forward begins, with the first one."""
+        self._move(layer, list(range(layer - 1, max(-1, layer - 1 - self.ahead), -1)))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.mover.close()
+
+    def _move(self, layer: int, following: list[int]) -> None:
+        self.visits += 1
+        self._drop_all_but({layer, *following})
+        for group in (layer, *following):
+            self.mover.fetch(group)
+            self.held.add(group)
+        self.mover.need(layer)
+
+    def _drop_all_but(self, wanted: set[int]) -> None:
+        for group in self.held - wanted:
+            self.mover.drop(group)
+        self.held &= wanted
+
+
+class _Before:
+    """Forward pre-hook of one layer."""
+
+    def __init__(self, stream: Stream, number: int) -> None:
+        self.stream, self.number = stream, number
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.stream.upwards(self.number)
+
+
+class After:
+    """Forward hook of one layer: its output will say when backward comes to it.
+
+    Args:
+        backward: called just before the layer's own backward, when the layer above is done.
+        forward: called after the layer's forward.
+    """
+
+    def __init__(self, backward: Callable[[], None], forward: Callable[[], None] | None = None) -> None:
+        self.backward, self.forward = backward, forward
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.forward is not None:
+            self.forward()
+        if torch.is_grad_enabled():
+            tensors = (output,) if isinstance(output, Tensor) else output
+            hidden = next((t for t in tensors if isinstance(t, Tensor) and t.requires_grad), None)
+            if hidden is not None:
+                hidden.register_hook(self._arrived)
+
+    def _arrived(self, gradient: Tensor) -> None:
+        self.backward()
+
+
+@contextmanager
+def shallow(model: Any) -> Iterator[int]:
+    """The model with its first layers only: two, or as many as hold one of each kind and something that trains.
+
+    For proofs at start: a forward through all of a base costs a second, and where it comes from disk reads all of it.
+    What a proof puts on modules or takes off reaches these layers alone. Whole again afterwards. Yields how many layers
+    there are, 0 for a model without a list of layers, which stays whole.
+    """
+    if not _layer_lists(model):
+        yield 0
+        return
+    holder, name = _layer_list(model)
+    whole: Any = getattr(holder, name)
+    kinds = getattr(packing.causal_lm(model).config.get_text_config(), "layer_types", None) or [""] * len(whole)
+    enough = max(kinds.index(kind) for kind in set(kinds)) + 1
+    trained = [i for i, layer in enumerate(whole) if any(p.requires_grad for p in layer.parameters())]
+    count = min(len(whole), max(2, enough, *[i + 1 for i in trained[:1]]))
+    setattr(holder, name, nn.ModuleList(list(whole)[:count]))
+    try:
+        yield count
+    finally:
+        setattr(holder, name, whole)
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The repeated layers of a model, in the order in which they run: the list of modules with the most parameters."""
+    holder, name = _layer_list(model)
+    return list(getattr(holder, name))
+
+
+def _layer_lists(model: Any) -> list[tuple[nn.Module, str]]:
+    return [
+        (module, name)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) > 0
+    ]
+
+
+def _layer_list(model: Any) -> tuple[nn.Module, str]:
+    """(module, attribute) of the list of decoder layers."""
+    lists = _layer_lists(model)
+    if not lists:
+        raise BaseModelError(
+            f"{type(model).__name__} has no list of layers, so it cannot be streamed.",
+            fix="--set quant.placement=mapped leaves the paging to the system",
+        )
+    return max(lists, key=lambda found: sum(p.numel() for p in getattr(*found).parameters()))
+
+
+def is_mapped(model: Any, maps: pages.FileMaps | None = None) -> bool:
+    """Whether most of the layers' weights lie in a file: of the 4-bit ones where there are some, else of all."""
+    maps = maps or pages.FileMaps.read()
+    modules = [m for layer in decoder_layers(model) for m in layer.modules()]
+    packed = [m.weight.data for m in modules if bnb.is_4bit(m)]
+    weights = packed or [p.data for m in modules for p in m.parameters(recurse=False)]
+    return 2 * _bytes(t for t in weights if _is_mapped(t, maps)) > _bytes(weights)
+
+
+def _groups(model: Any, layers: list[nn.Module], maps: pages.FileMaps) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    """Mapped tensors of each layer and of the rest; and the same without an embedding that is not the head too."""
+    groups = [[t for t in _tensors(layer) if _is_mapped(t, maps)] for layer in layers]
+    inside = {t.data_ptr() for group in groups for t in group}
+    rest = [t for t in _tensors(model) if _is_mapped(t, maps) and t.data_ptr() not in inside]
+    head = model.get_output_embeddings()
+    whole = {p.data_ptr() for p in head.parameters()} if head is not None else set()
+    rows = {p.data_ptr() for p in model.get_input_embeddings().parameters()} - whole
+    return [*groups, rest], [*groups, [t for t in rest if t.data_ptr() not in rows]]
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """Parameters, buffers, and the scales and codes of 4-bit weights; each storage once.
+
+    Those that train are not left out: before an adapter is put on, everything says that it does. What is written to is
+    private memory from then on, and stays.
+    """
+    found: dict[int, Tensor] = {}
+    for parameter in module.parameters():
+        for tensor in (parameter.data, *(getattr(state, name) for state, name in _scales(parameter))):
+            found.setdefault(tensor.data_ptr(), tensor)
+    for buffer in module.buffers():
+        found.setdefault(buffer.data_ptr(), buffer)
+    return [t for t in found.values() if t.device.type != "meta" and t.numel()]
+
+
+def _scales(parameter: Any) -> Iterator[tuple[Any, str]]:
+    """(quant state, attribute) of each tensor that a 4-bit parameter needs beside its packed weight."""
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        for name in ("absmax", "code", "offset"):
+            if isinstance(getattr(state, name, None), Tensor):
+                yield state, name
+        state = state.state2 if getattr(state, "nested", False) else None
+
+
+def _into_memory(model: nn.Module, maps: pages.FileMaps) -> None:
+    """Copy every mapped tensor into private memory; the file's pages are let go tensor by tensor."""
+    copies: dict[int, Tensor] = {}
+
+    def copied(tensor: Tensor) -> Tensor:
+        if not _is_mapped(tensor, maps):
+            return tensor
+        address = tensor.data_ptr()
+        if address not in copies:
+            copies[address] = tensor.clone()
+            if pages.supported():
+                for span in pages.whole_pages(_areas([tensor])):
+                    pages.let_go(span)
+        return copies[address]
+
+    for parameter in model.parameters():
+        parameter.data = copied(parameter.data)
+        for state, name in _scales(parameter):
+            setattr(state, name, copied(getattr(state, name)))
+    for buffer in model.buffers():
+        buffer.data = copied(buffer.data)
+
+
+def _is_mapped(tensor: Tensor, maps: pages.FileMaps) -> bool:
+    return tensor.device.type == "cpu" and maps.holds(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+
+
+def _areas(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    return [(t.data_ptr(), t.numel() * t.element_size()) for t in tensors]
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,77 @@
+"""How `halfbyte data check` looks: the gates, a bar for each length, and rows with their labelled tokens in colour.
+
+Only `main.py` imports it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from halfbyte.cli import show
+
+if TYPE_CHECKING:
+    from halfbyte.training.preview import Checked, Shown
+
+BAR = 40
+STYLES = {"ok": "green", "warning": "yellow", "refused": "bold red"}
+LABELLED, SPECIAL, OTHER = "bold green", "reverse", "dim"
+
+
+def checked(value: Checked) -> None:
+    from halfbyte.training import prepare
+
+    prepared = value.prepared
+    show.labelled(f"model     {prepared.checkpoint.id}")
+    show.labelled(f"data      {prepare.data_note(prepared)}")
+    for notice in prepare.notices(prepared):
+        show.labelled(f"note      {notice}")
+    show.text("")
+    for finding in prepared.findings:
+        line = Text(finding.line)
+        line.stylize(STYLES[finding.level], 0, len(finding.level))
+        show.out.print(line)
+    show.text("")
+    lengths(value)
+    run(value)
+    for row in value.shown:
+        show.text("")
+        example(row)
+
+
+def lengths(value: Checked) -> None:
+    """Rows by their tokens."""
+    most = max(found.rows for found in value.histogram)
+    for found in value.histogram:
+        bar = "█" * round(BAR * found.rows / most) or ("▏" if found.rows else "")
+        show.out.print(Text(f"{found.least:>7,} to {found.most:>6,} tokens  {found.rows:>9,}  ").append(bar, "cyan"))
+    show.text("")
+
+
+def run(value: Checked) -> None:
+    """What a run over these rows is."""
+    about = value.to_json()["run"]
+    time = value.plan.time
+    show.labelled(
+        f"run       {value.steps:,} steps of {about['rows_per_step']} rows, {value.tokens:,} tokens; "
+        f"{about['passes_per_step']:.1f} passes a step, {about['rows_per_pass']:.1f} rows in each "
+        f"(at most {about['max_tokens_per_pass']:,} tokens)"
+    )
+    measured = "" if time.measured else f" ({time.source})"
+    show.labelled(f"time      about {show.duration(time.run_s)}{measured}")
+
+
+def example(row: Shown) -> None:
+    """One row: labelled tokens stand out, special tokens too; without colours, labels stand between ⟦ and ⟧."""
+    colours = show.out.is_terminal and not show.out.no_color
+    show.text(f"row {row.row} ({row.where}): {row.tokens:,} tokens, {row.labelled:,} labelled")
+    text, inside = Text(), False
+    for piece in row.pieces:
+        if piece.labelled != inside and not colours:
+            text.append("⟦" if piece.labelled else "⟧")
+        inside = piece.labelled
+        style = LABELLED if piece.labelled else OTHER
+        text.append(piece.text, f"{style} {SPECIAL}" if piece.special else style)
+    text.append("⟧" if inside and not colours else "")
+    show.out.print(text)

@@ -1,0 +1,138 @@
+"""How `halfbyte plan` looks: a bar for each line, the total against the machine, the choices and what would fit.
+
+Cost: rich is imported when something is drawn. Only `main.py` imports it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from halfbyte.cli import show
+
+if TYPE_CHECKING:
+    from halfbyte.plan import Line, Plan
+    from halfbyte.plan.ahead import Planned
+    from halfbyte.plan.compare import Way
+    from halfbyte.system.device import Device
+
+BAR = 30
+STYLES = {"private": "cyan", "device": "cyan", "file": "blue", "disk": "dim"}
+
+
+def planned(value: Planned) -> None:
+    shape, plan, recipe = value.shape, value.plan, value.recipe
+    show.text(f"{shape.name}: {shape.parameters / 1e9:.2f} B parameters, {shape.facts.layers} layers ({shape.origin})")
+    show.text(f"machine   {machine(value.device)}, computing in {plan.compute_dtype}")
+    rows = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps
+    percent = 100 * plan.trainable / max(1, plan.parameters)
+    show.text(
+        f"training  {plan.trainable:,} parameters ({percent:.2f}%), r {recipe.lora.r}, {rows} rows a step, "
+        f"quant.type {recipe.quant.type}"
+    )
+    for note in value.notes:
+        show.text(f"          {note}")
+    show.text("")
+    place = "a training step at its peak, on a card" if plan.host_lines else "a training step at its peak"
+    show.out.print(table(place, plan.lines, plan.available_bytes))
+    if plan.host_lines:
+        show.out.print(table("beside it, in RAM", plan.host_lines, plan.host_available_bytes))
+    also = [("loading", plan.loading_bytes), ("an evaluation", plan.evaluating_bytes)]
+    also += [("generating 1,024 tokens", plan.generating_bytes), ("building the base's store", plan.building_bytes)]
+    show.labelled("also      " + ", ".join(f"{name} {show.gb(size)}" for name, size in also if size))
+    show.labelled("disk      " + ", ".join(f"{line.name} {show.gb(line.bytes)} ({line.how})" for line in plan.disk))
+    show.labelled("time      " + times(plan))
+    show.text("")
+    for name, why in plan.reasons.items():
+        show.labelled(f"{name:<20} {getattr(plan, name)}: {why}")
+    verdict(plan)
+    if value.ways:
+        show.text("")
+        show.out.print(ways(value.ways))
+
+
+def verdict(plan: Plan) -> None:
+    for warning in plan.warnings:
+        show.out.print(f"[yellow]{escape(warning)}[/yellow]")
+    for fix in plan.fixes:
+        state = "fits" if not fix.short_bytes else f"still {show.gb(fix.short_bytes)} short"
+        show.text(
+            f"  --set {fix.setting:<34} {fix.change}: {show.gb(fix.peak_bytes)}, {state}; a step x{fix.slower:.2f}"
+        )
+    if not plan.warnings:
+        share = plan.needed_bytes / max(1, plan.available_bytes)
+        show.out.print(f"[green]it fits[/green]: {share:.0%} of the free memory")
+
+
+def table(title: str, lines: tuple[Line, ...], available: int) -> Table:
+    """A line with its bar each, and the total against what is free."""
+    total = sum(line.bytes for line in lines)
+    whole = max(total, available, 1)
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=False)
+    made.add_column("name", no_wrap=True)
+    made.add_column("GB", justify="right", no_wrap=True)
+    made.add_column("bar", no_wrap=True)
+    made.add_column("how", overflow="fold", style="dim")
+    for line in lines:
+        where = " [file]" if line.where == "file" else ""
+        made.add_row(
+            line.name, show.gb(line.bytes), bar(line.bytes, whole, STYLES[line.where]), escape(line.how + where)
+        )
+    over = total > available
+    made.add_row(
+        "total",
+        show.gb(total),
+        bar(total, whole, "red" if over else "green"),
+        f"of {show.gb(available)} free",
+        style="bold",
+    )
+    return made
+
+
+def bar(value: float, whole: float, style: str) -> str:
+    """Eighths of a block, so that small lines are told apart."""
+    eighths = round(8 * BAR * value / whole)
+    full, rest = divmod(eighths, 8)
+    blocks = "█" * full + ("▏▎▍▌▋▊▉"[rest - 1] if rest else "")
+    return f"[{style}]{blocks or ('▏' if value else '')}[/{style}]"
+
+
+def times(plan: Plan) -> str:
+    time = plan.time
+    step = f"{seconds(time.step_low_s)} to {seconds(time.step_high_s)} a step"
+    run = f", {time.steps:,} steps {seconds(time.step_low_s * time.steps)} to {seconds(time.step_high_s * time.steps)}"
+    return f"{step}{run if time.steps > 1 else ''} ({time.source})"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2g} s" if value < 10 else f"{value:.0f} s" if value < 120 else show.duration(value)
+
+
+def ways(found: tuple[Way, ...]) -> Table:
+    made = Table(header_style="bold", title="side by side, the same rows, no recomputation", title_justify="left")
+    for name, justify in (
+        ("", "left"),
+        ("memory", "right"),
+        ("trainable", "right"),
+        ("%", "right"),
+        ("time a step", "right"),
+    ):
+        made.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for way in found:
+        made.add_row(
+            way.name, show.gb(way.bytes), f"{way.trainable:,}", f"{way.percent:.2f}", f"x{way.relative_time:.2f}"
+        )
+    return made
+
+
+def machine(device: Device) -> str:
+    if device.cards:
+        first = device.cards[0]
+        many = f"{len(device.cards)} x " if len(device.cards) > 1 else ""
+        return (
+            f"{many}{first.name}, {show.gb(first.free_bytes)} free each; {show.gb(device.ram_available_bytes)} RAM free"
+        )
+    ram = f"{show.gb(device.ram_available_bytes)} of {show.gb(device.ram_bytes)} RAM free"
+    return f"{device.cores} cores ({device.cpu or 'CPU'}), {ram}"

@@ -1,0 +1,73 @@
+"""`halfbyte store`: what lies in the cache, whether it is whole, and what may go. Heavy imports are inside commands.
+
+Only `main.py` imports it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+stores = typer.Typer(help="The quantised bases in halfbyte's cache.", no_args_is_help=True)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+
+
+@stores.command(name="list")
+def list_stores(json_: Json = False) -> None:
+    """What lies in the cache: source, size, state and last use of every store."""
+    from halfbyte.base.store import shelf
+    from halfbyte.cli import show, show_store
+
+    entries = shelf.listing()
+    if json_:
+        show.document([entry.to_json() for entry in entries])
+    else:
+        show_store.shelf(show.out, shelf.folder(), entries)
+
+
+@stores.command()
+def verify(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[STORE]...", help="Keys, sources or folders; all if none.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Hash every byte of stores and compare with what was built. Exit code 1 if anything differs."""
+    from halfbyte.base.store import maintenance
+    from halfbyte.cli import show
+
+    with show.counting("stores", silent=json_) as progress:
+        found = maintenance.verify(names or [], progress)
+    if json_:
+        show.document({name: {"whole": not problems, "problems": problems} for name, problems in found.items()})
+    else:
+        show.text("\n".join(f"{name}: {'; '.join(p) or 'whole'}" for name, p in found.items()) or "there are no stores")
+    if any(found.values()):
+        raise typer.Exit(1)
+
+
+@stores.command()
+def gc(
+    unused_days: Annotated[
+        float | None, typer.Option(min=0, help="Also whole stores that nobody has opened for so many days.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every store that no process uses.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    json_: Json = False,
+) -> None:
+    """Remove interrupted builds, damaged stores and old formats."""
+    from halfbyte.base.store import maintenance
+    from halfbyte.cli import show
+
+    removed, kept = maintenance.collect(unused_days=unused_days, everything=everything, dry_run=dry_run)
+    if json_:
+        names = {"removed": removed, "kept": kept}
+        show.document({"dry_run": dry_run, **{k: [entry.to_json() for entry in v] for k, v in names.items()}})
+        return
+    verb = "would be removed" if dry_run else "removed"
+    show.text(f"{verb}: {len(removed)}, {show.gb(sum(entry.nbytes for entry in removed))}")
+    for entry in removed:
+        show.text(f"  {entry.path.name} ({entry.state})")
+    for entry in kept:
+        show.text(f"  kept, in use: {entry.path.name}")

@@ -1,0 +1,1 @@
+"""Rows -> tokens and labels: chat templates, masks, the cache of tokens. No torch."""

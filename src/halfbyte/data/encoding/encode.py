@@ -1,0 +1,84 @@
+"""From names of files to rows as tokens: kept ones, or read, rendered and tokenised now; many rows on every core.
+
+What: chunks of records are encoded one after another and written to the cache as they come, so what is in memory does
+not grow with the rows. Up to `ALONE_CHUNKS` chunks are encoded in this process; more, by helpers on every core.
+Cost: see `template`; divided by the cores where rows are many.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.data.encoding import encoder as template
+from halfbyte.data.encoding import token_cache, workers
+from halfbyte.data.encoding.encoder import Encoded, Encoder, Part
+from halfbyte.data.encoding.examples import Examples
+from halfbyte.data.encoding.tally import Tally
+from halfbyte.data.reading import files
+from halfbyte.data.reading.read import Chunk, Reader
+from halfbyte.errors import HalfbyteError
+
+if TYPE_CHECKING:
+    from halfbyte.recipe.data import Data
+
+ALONE_CHUNKS = 32  # thirty thousand rows, ten seconds: about what starting helpers gains and costs
+
+
+def encode(names: Path | str | Sequence[str], tokenizer: Any, data: Data, *, cores: int = 1) -> Encoded:
+    """Rows as tokens. The same ones, in the same order, whatever `cores` is.
+
+    Raises:
+        DataError: names that stand for nothing; all rows that cannot be read; else all that cannot be encoded.
+    """
+    name = token_cache.key(names, tokenizer, data)
+    kept = token_cache.load(name) if name else None
+    if kept is not None:
+        return kept
+    try:
+        with token_cache.Writer(name) as writer:
+            tally = _run(names, tokenizer, data, cores, writer.add)
+            return writer.finish(tally)
+    except OSError:  # nothing can be kept: once more, in memory
+        batches: list[Any] = []
+        tally = _run(names, tokenizer, data, cores, batches.append)
+        return Encoded(Examples(batches), tally)
+
+
+def _run(
+    names: Path | str | Sequence[str], tokenizer: Any, data: Data, cores: int, keep: Callable[[Any], None]
+) -> Tally:
+    reader, encoder, tally = Reader(files.find(names), data), Encoder(tokenizer, data), Tally()
+    error: HalfbyteError | None = None
+
+    def only_read() -> bool:
+        """Whether nothing will come of it: then the rest is read to name all that is wrong, and not encoded."""
+        return error is not None or bool(reader.problems)
+
+    with contextlib.closing(_parts(reader.chunks(), encoder, tokenizer, data, cores, only_read)) as parts:
+        for part in parts:
+            reader.saw(part.used, part.problems)
+            error = error or part.error
+            if part.batch is not None and not only_read():
+                tally.merge(part.tally)
+                keep(part.batch)
+    reader.check()
+    if error is not None:
+        raise error
+    template.check(tally, data)
+    return tally
+
+
+def _parts(
+    chunks: Iterator[Chunk], encoder: Encoder, tokenizer: Any, data: Data, cores: int, only_read: Callable[[], bool]
+) -> Generator[Part]:
+    first = list(islice(chunks, ALONE_CHUNKS + 1)) if cores > 1 else []
+    if len(first) <= ALONE_CHUNKS:
+        for chunk in chain(first, chunks):
+            yield encoder.part(chunk, only_read=only_read())
+        return
+    with workers.Helpers(min(cores, workers.MOST), tokenizer, data, encoder) as several:
+        yield from several.parts(chain(first, chunks), only_read)

@@ -1,0 +1,297 @@
+"""Render rows to text by the chat template, and mark exactly what the model itself must write.
+
+Why: a label on the wrong side of a template's header teaches the model to write headers, and one end-of-turn token too
+few teaches it never to stop. Few templates have `{% generation %}`, so spans are measured on renderings:
+- a turn opens where the rendering of all before it, with the generation prompt, ends; where a longer conversation
+  rewrites its beginning (Qwen3 and gpt-oss drop old thoughts), at the last generation prompt before its own text;
+- its text closes where a rendering with another text in its place is the same again: whatever the template strips,
+  rewrites or adds elsewhere;
+- the end-of-turn token after it is always part of it.
+Cost: two renderings a row; one more for a turn that the template does not copy verbatim, one to three for each earlier
+turn under mask assistant, two more for one that calls tools.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError, TemplateSyntaxError
+
+from halfbyte.data.encoding.chat_template import chat_template
+from halfbyte.data.reading.formats import Message, Row
+from halfbyte.errors import DataError, first_line
+
+if TYPE_CHECKING:
+    from halfbyte.recipe.data import Data
+
+_TAIL_CHARS = 8  # so much of a prompt's end is looked for, where the template rewrites what came before
+_PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text has, and that no template strips
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One row as text, with the spans of it that are labelled."""
+
+    where: str
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    """Characters [start, stop), ascending, apart."""
+    prompt: str
+    """What generation starts from; nearly always `text` up to the last assistant turn."""
+    completion: str
+    ends: bool
+    """Whether an end of text must be appended: the text has no end-of-turn token of its own."""
+    opens: bool = False
+    """Whether the tokenizer's own first token (a BOS) belongs in front; a chat template writes its own."""
+
+
+class Refused(Exception):
+    """Why one row cannot be rendered; collected by the caller."""
+
+
+class Renderer:
+    """Rows to text and spans, by one chat template, or end to end where there is none.
+
+    Raises:
+        DataError: a chat template in the recipe that cannot be read.
+    """
+
+    def __init__(self, tokenizer: Any, data: Data) -> None:
+        self._tokenizer = tokenizer
+        self._mask = data.mask
+        self._template = chat_template(tokenizer, data)
+        self.counts: Counter[str] = Counter()
+        """What the user should know of the rows rendered so far, and of how many it holds."""
+        self._tools: tuple[Any, ...] | None = None
+        added = {t.content: t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()}
+        special = {c for c, t in added.items() if t.special} | set(tokenizer.all_special_tokens)
+        # A token that takes in the white space on its right takes it into its span.
+        self._endings = _any_of({c: c in added and added[c].rstrip for c in special})
+        self._added = _any_of({c: added[c].rstrip for c in added})
+        self._special = _any_of(dict.fromkeys(special, False))
+        self._lead = ""
+        self._header = self._generation_prompt() if self._template is not None else ""
+        self._ends = self._end_marks() if self._template is not None else set()
+
+    def render(self, row: Row) -> Rendered:
+        """
+        Raises:
+            Refused: the template cannot render this row, or not so that its assistant texts can be found.
+            DataError: messages, and no chat template.
+        """
+        self._tools = row.tools
+        if row.text is not None:
+            self._count_special((row.text,))
+            return Rendered(row.where, row.text, ((0, len(row.text)),), "", row.text, ends=True, opens=True)
+        if row.messages is not None:
+            if self._template is None:
+                raise DataError(
+                    "the rows are messages, and this tokenizer has no chat template.",
+                    fix="data.chat_template: a file with one, or rows of prompt and completion",
+                )
+            return self._chat(row.where, row.messages)
+        prompt, completion = row.prompt or "", row.completion or ""
+        if self._template is not None:
+            return self._chat(row.where, (Message("user", prompt), Message("assistant", completion)))
+        self._count_special((prompt, completion))
+        start, stop = len(prompt), len(prompt) + len(completion)
+        span = (0 if self._mask == "all" else start, stop)
+        return Rendered(row.where, prompt + completion, (span,), prompt, completion, ends=True, opens=True)
+
+    def end_tokens(self) -> frozenset[int]:
+        """Ids of the tokens that end an assistant's turn, or a text."""
+        names = [*self._ends, *(t for t in [self._tokenizer.eos_token] if t is not None)]
+        return frozenset(self._tokenizer.convert_tokens_to_ids(name) for name in names)
+
+    def _chat(self, where: str, messages: tuple[Message, ...]) -> Rendered:
+        last = len(messages) - 1
+        text = self._apply(messages)
+        start, stop, prompt = self._turn(text, messages, last)
+        ending = self._endings.search(text, stop) or self._added.search(text, stop)
+        end = ending.end() if ending else stop
+        if not ending:  # no token ends the turn: what the template writes after it would keep the model from stopping
+            text = text[:stop]
+        spans: list[tuple[int, int]] = []
+        if self._mask == "assistant":
+            trained = [i for i in range(last) if _is_trained(messages[i])]
+            spans = [self._earlier(text, messages, i, ends=bool(ending)) for i in trained]
+        if self._mask == "all":
+            spans = [(0, len(text))]
+        elif messages[last].train:
+            spans.append((start, end))
+        if any(a[1] > b[0] for a, b in itertools.pairwise(spans)):
+            raise Refused("the chat template does not write the messages in their order")
+        self._notice(text, messages, spans)
+        return Rendered(where, text, tuple(spans), prompt, messages[last].content, ends=not ending)
+
+    def _earlier(self, text: str, messages: tuple[Message, ...], i: int, *, ends: bool) -> tuple[int, int]:
+        """The span of a turn that others follow. `ends`: a token ends the last turn, so one ends this turn too."""
+        start, stop, _ = self._turn(text, messages, i)
+        if "tool_calls" in messages[i].more:
+            stop = self._after_calls(text, messages, i, stop)
+        at = len(text) - len(text[stop:].lstrip())
+        ending = (self._endings.match(text, at) or self._added.match(text, at)) if ends else None
+        if ending:
+            return start, ending.end()
+        self.counts["no end-of-turn token after an earlier assistant turn; only its text is labelled"] += 1
+        return start, stop
+
+    def _after_calls(self, text: str, messages: tuple[Message, ...], i: int, stop: int) -> int:
+        """Where a turn's own text ends, of which `stop` is the end of the last argument of its last tool call."""
+        alone, other = self._apply(messages[: i + 1]), self._apply((*messages[:i], _other(messages[i])[0]))
+        tail = alone[len(alone) - common_length(alone[::-1], other[::-1]) :]  # brackets, marks, the end of the turn
+        for ending in self._endings.finditer(tail):
+            if text.startswith(tail[: ending.start()], stop):
+                return stop + ending.start()
+        return stop
+
+    def _turn(self, text: str, messages: tuple[Message, ...], i: int) -> tuple[int, int, str]:
+        """Of turn i: where what the model must write opens, where its text closes, and the prompt before it."""
+        message = messages[i]
+        prompt = self._apply(messages[:i], prompt=True) + self._lead if i else ""
+        follows = bool(i) and text.startswith(prompt)
+        if follows and not message.more and text.startswith(message.content, len(prompt)):
+            return len(prompt), len(prompt) + len(message.content), prompt
+
+        changed_message, mark = _other(message)
+        changed = self._apply((*messages[:i], changed_message, *messages[i + 1 :]))
+        start = common_length(text, changed)
+        stop = len(text) - common_length(text[start:][::-1], changed[start:][::-1])
+        if mark not in changed:
+            what = "tool calls" if "tool_calls" in message.more else "text"
+            raise Refused(f"messages[{i}]: the chat template does not write the {what} of this assistant message")
+
+        # Between prompt and text: white space, or an empty block of thoughts. The model writes that too.
+        if follows and len(prompt) <= start:
+            return len(prompt), stop, prompt
+        if not i:
+            opens = self._after_header(text, start)
+            return (start, stop, text[:start]) if opens is None else (opens, stop, text[:opens])
+        # What came before is rewritten, or the prompt says more. The last header before the text is this turn's.
+        opens = self._after_header(text, start)
+        if opens is not None:
+            return opens, stop, text[:opens]
+        if self._header and i == len(messages) - 1:
+            self.counts["the generation prompt is not how the chat template begins the row"] += 1
+        # Where there is none, the prompt's end still tells where the model's own begins, white space or the mark of a
+        # call: of all places before the text, there where the prompt's end agrees longest with what stands before it.
+        places = {*range(len(text[:start].rstrip()), start + 1), *self._places(text, prompt[-_TAIL_CHARS:], start)}
+        agree = {o: common_length(prompt[::-1], text[:o][::-1]) for o in sorted(places)}
+        opens = max(agree, key=lambda o: agree[o])
+        return opens if agree[opens] else start, stop, prompt
+
+    def _places(self, text: str, tail: str, start: int) -> Iterator[int]:
+        """Behind each `tail` before `start`, as long as no turn ends between."""
+        at = text.rfind(tail, 0, start)
+        while at >= 0 and not any(end in text[at + len(tail) : start] for end in self._ends):
+            yield at + len(tail)
+            at = text.rfind(tail, 0, at + len(tail) - 1)
+
+    def _after_header(self, text: str, start: int) -> int | None:
+        """Behind the last generation prompt that ends at or before `start`, if only this turn lies between."""
+        if not self._header:
+            return None
+        at = text.rfind(self._header, 0, start)
+        opens = at + len(self._header)
+        return opens if at >= 0 and not any(end in text[opens:start] for end in self._ends) else None
+
+    def _notice(self, text: str, messages: tuple[Message, ...], spans: list[tuple[int, int]]) -> None:
+        self._count_special(m.content for m in messages)
+        for role in {m.role for m in messages if m.role != "assistant" and m.content.strip() not in text}:
+            self.counts[f"the chat template changes or leaves out the text of a {role} message"] += 1
+        if any(t.strip() not in text for m in messages if (t := m.more.get("reasoning_content"))):
+            self.counts["the chat template leaves out the thoughts of an assistant message"] += 1
+        names = [(tool.get("function") or tool).get("name") for tool in self._tools or ()]
+        if any(isinstance(name, str) and name not in text for name in names):
+            self.counts["the chat template leaves out the tools"] += 1
+
+    def _apply(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
+        chat = [m.to_template() for m in messages]
+        tools = None if self._tools is None else list(self._tools)
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                chat, tools=tools, chat_template=self._template, tokenize=False, add_generation_prompt=prompt
+            )
+        except TemplateSyntaxError as error:
+            raise DataError(
+                f"the chat template cannot be read: {error.message} (line {error.lineno}).",
+                fix="data.chat_template: a file with a template that can",
+            ) from None
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise Refused(f"the chat template refuses it: {first_line(error)}") from None
+        return text
+
+    def _generation_prompt(self) -> str:
+        """What stands between a user's words and an assistant's; empty if that is nothing, or only white space.
+
+        It is what `add_generation_prompt` adds. Some templates need none; some know none, and write a header all the
+        same: then it is put behind each prompt (`_lead`).
+        """
+        asked, said = Message("user", "a"), Message("assistant", chr(_PRIVATE_USE[0]))
+        try:
+            without, with_it = self._apply((asked,)), self._apply((asked,), prompt=True)
+            if with_it != without:
+                same = common_length(without, with_it)
+                cut = [m.start() for m in self._added.finditer(with_it) if m.start() <= same]  # not inside a token
+                return with_it[same:] if with_it.startswith(without) else with_it[max(cut, default=same) :]
+            whole = self._apply((asked, said))
+        except Refused:
+            return ""
+        lead = whole[len(without) : whole.find(said.content)] if whole.startswith(without) else ""
+        self._lead = lead if lead.strip() else ""
+        return self._lead
+
+    def _end_marks(self) -> set[str]:
+        """The tokens that end an assistant's turn: the last one, and one that others follow."""
+        asked, said = Message("user", "a"), Message("assistant", chr(_PRIVATE_USE[0]))
+        found: set[str] = set()
+        for talk in ((asked, said), (asked, said, asked, said)):
+            try:
+                text = self._apply(talk)
+            except Refused:
+                continue
+            ending = self._endings.search(text, max(0, text.find(said.content)))
+            found |= {ending.group().rstrip()} if ending else set()
+        return found
+
+    def _count_special(self, texts: Iterable[str]) -> None:
+        if any(self._special.search(t) for t in texts):
+            self.counts["the text holds a special token of this tokenizer, and is read as that token"] += 1
+
+
+def common_length(a: Sequence[object], b: Sequence[object]) -> int:
+    """How many items two sequences have in common at their start."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _other(message: Message) -> tuple[Message, str]:
+    """The same message with another text, or with other arguments of its tool calls; and that other text."""
+    said = f"{message.content}{dict(message.more)}"
+    mark = next(c for c in map(chr, _PRIVATE_USE) if c not in said)
+    calls = message.more.get("tool_calls")
+    if not calls:
+        return Message("assistant", mark), mark
+    changed = [{**c, "function": {"name": c["function"]["name"], "arguments": {mark: mark}}} for c in calls]
+    return replace(message, more={**message.more, "tool_calls": changed}), mark
+
+
+def _is_trained(message: Message) -> bool:
+    return message.role == "assistant" and message.train
+
+
+def _any_of(words: dict[str, bool]) -> re.Pattern[str]:
+    """Any of these words, the longest first; with the white space after it where the value is True."""
+    longest_first = sorted(words, key=len, reverse=True)
+    return re.compile("|".join(re.escape(w) + (r"\s*" if words[w] else "") for w in longest_first) or r"(?!)")

@@ -1,0 +1,40 @@
+"""Passes over memory that torch makes in many: one read and one write each, on torch's own threads.
+
+`available(x)` says whether a kernel may be used for a tensor; every caller has a path in plain torch beside it, which
+is the reference in the tests. numba compiles a kernel when it is first used and keeps it in its cache.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+@cache
+def enabled() -> bool:
+    """Whether numba works here and HALFBYTE_KERNELS is not 0."""
+    if os.environ.get("HALFBYTE_KERNELS", "1") == "0":
+        return False
+    try:
+        from halfbyte.layers.kernels.cpu import scalar  # noqa: F401
+    except Exception:  # of any kind: a broken numba must not stop a training, torch does the same more slowly
+        return False
+    return True
+
+
+def available(*tensors: torch.Tensor) -> bool:
+    """Whether kernels take these tensors: on the CPU, bf16 or fp32, numba at hand."""
+    return all(t.device.type == "cpu" and t.dtype in DTYPES for t in tensors) and enabled()
+
+
+def whole_attention(x: torch.Tensor) -> bool:
+    """Whether attention of x's dtype runs as one kernel here: bf16 on a processor with AVX512-BF16."""
+    if x.dtype != torch.bfloat16 or not available(x):
+        return False
+    from halfbyte.layers.kernels.cpu import tiles
+
+    return tiles.available()

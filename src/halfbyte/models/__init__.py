@@ -1,0 +1,1 @@
+"""A model without its weights: its tensors, its parts, and what is special in its architecture."""

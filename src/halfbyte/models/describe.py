@@ -1,0 +1,202 @@
+"""What a model is, without its weights: its config and the list of its tensors, from headers alone.
+
+Why: a plan is asked for before anything is downloaded, and must not wait for a library that can load models.
+What: a bundled name needs nothing; a folder gives config.json and safetensors headers (or the config alone, where the
+architecture is known); a GGUF its own header; a hub id the same through HTTP range requests: kilobytes, not the model.
+Source: the safetensors format; RFC 9110, section 14 (range requests); the hub's `resolve` addresses.
+Cost: a few small files or requests; no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halfbyte.errors import SourceError
+from halfbyte.models import tensors
+from halfbyte.models.architectures import FAMILIES, tensors_of
+from halfbyte.models.references import REFERENCES
+from halfbyte.models.sources import gguf_header, hub
+from halfbyte.models.tensors import Facts, TensorSpec
+
+# Packaged models under the name of the reference that has their shape.
+ALIASES = {"gemma3-270m": "gemma-3-270m"}
+# The first request for a file: the header of a shard with a few hundred tensors fits.
+FIRST_BYTES = 64 * 1024
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+# `general.architecture` of a GGUF -> model_type of transformers, where the two differ.
+_GGUF_TYPES = {"gptneox": "gpt_neox", "gemma3": "gemma3_text", "phi2": "phi"}
+# config.json's name -> the GGUF's, below its architecture.
+_GGUF_FIELDS = {
+    "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length", "max_position_embeddings": "context_length",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model without its weights. `origin` says where the list of tensors is from, `read_bytes` what that took."""
+
+    name: str
+    config: Mapping[str, Any]
+    specs: tuple[TensorSpec, ...]
+    facts: Facts
+    origin: str
+    read_bytes: int = 0
+    path: Path | None = None
+
+    @property
+    def parameters(self) -> int:
+        return sum(s.numel for s in self.specs)
+
+
+def describe(model: str, revision: str | None = None) -> Shape:
+    """The shape of a bundled name, a folder, a `.gguf` file or a hub id `org/name[@revision]`.
+
+    Raises:
+        SourceError: nothing is there under that name; a file is damaged; the architecture is unknown and no header is
+            at hand; the config says nothing that a decoder could be made of.
+    """
+    model = model.strip()
+    name = ALIASES.get(model.lower(), model.lower())
+    if name in REFERENCES:
+        return _of(model, REFERENCES[name], tensors_of(REFERENCES[name]), "bundled shape")
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return of_folder(path)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return _of_gguf(path)
+        raise SourceError(
+            f"{path} is one file; a model is a folder, a .gguf file or a name.", fix=f"give {path.parent}"
+        )
+    match = hub.HUB_ID.fullmatch(model)
+    if match is None or model.startswith((".", "/", "~")):
+        near = difflib.get_close_matches(name, [*REFERENCES, *ALIASES], n=3, cutoff=0.5)
+        raise SourceError(
+            f"there is no {model}: not a folder, not a .gguf file, and not a bundled shape.",
+            fix=f"did you mean {' or '.join(near)}?" if near else f"bundled are {', '.join(sorted(REFERENCES))}",
+        )
+    return _of_hub(match["id"], revision or match["revision"])
+
+
+def of_folder(folder: Path, name: str | None = None) -> Shape:
+    """From a folder's headers; from its config alone where it has no safetensors, or holds a quantised base."""
+    config = tensors.read_config(folder)
+    config_bytes = (folder / "config.json").stat().st_size
+    name = name or str(folder)
+    if config.get("quantization_config") is not None:
+        # its tensors are packed codes; what they stand for follows from the architecture
+        return _of(
+            name, config, tensors_of(config), "config.json (weights are quantised already)", config_bytes, folder
+        )
+    try:
+        files = tensors.weight_files(folder)
+    except SourceError:
+        if config.get("model_type") not in FAMILIES:
+            raise
+        return _of(name, config, tensors_of(config), "config.json alone", config_bytes, folder)
+    headers = [tensors.read_header(file) for file in files]
+    read = config_bytes + sum(_header_bytes(file) for file in files)
+    origin = f"headers of {len(files)} file{'s' * (len(files) > 1)}"
+    return _of(name, config, tensors.specs_of(headers, config), origin, read, folder)
+
+
+def _header_bytes(file: Path) -> int:
+    with file.open("rb") as stream:
+        return 8 + int.from_bytes(stream.read(8), "little")
+
+
+def _of(
+    name: str,
+    config: Mapping[str, Any],
+    specs: list[TensorSpec],
+    origin: str,
+    read_bytes: int = 0,
+    path: Path | None = None,
+) -> Shape:
+    facts = tensors.facts_of(config, specs)
+    lacking = [what for what in ("hidden", "layers", "vocab") if not getattr(facts, what)]
+    if lacking:
+        raise SourceError(
+            f"{name}: neither its config nor its tensors say {', '.join(lacking)}; this is no language model that can "
+            "be planned for.",
+            fix="give the folder of a causal language model (config with hidden_size, num_hidden_layers, vocab_size)",
+        )
+    return Shape(name, config, tuple(specs), facts, origin, read_bytes, path)
+
+
+def _of_gguf(path: Path) -> Shape:
+    header = gguf_header.read_header(path)
+    kind = header.architecture
+    values = {key: header.metadata.get(f"{kind}.{field}") for key, field in _GGUF_FIELDS.items()}
+    config: dict[str, Any] = {key: value for key, value in values.items() if isinstance(value, int)}
+    shapes_by_name = {tensor.name: tensor.shape for tensor in header.tensors}
+    embedding = shapes_by_name.get("token_embd.weight")
+    if embedding is not None:
+        config["vocab_size"] = embedding[0]
+    config["model_type"] = _GGUF_TYPES.get(kind, kind)
+    config["tie_word_embeddings"] = "output.weight" not in shapes_by_name
+    config["attention_bias"] = "blk.0.attn_q.bias" in shapes_by_name
+    if config["model_type"] in FAMILIES:
+        specs = tensors_of(config)
+    else:
+        specs = [tensors.spec_of(_torch_name(t.name), t.shape, "BF16", config) for t in header.tensors]
+    return _of(str(path), config, specs, "GGUF header", header.data_start, path)
+
+
+def _torch_name(name: str) -> str:
+    return (
+        "lm_head.weight"
+        if name == "output.weight"
+        else name.replace("blk.", "layers.").replace("token_embd", "embed_tokens")
+    )
+
+
+def _of_hub(repo: str, revision: str | None) -> Shape:
+    """Through the hub's cache where it has the model, else by range requests."""
+    config_path = hub.small_file(repo, "config.json", revision)
+    if config_path is None:
+        raise SourceError(f"{repo} has no config.json, so it is not a model.", fix="check the name on the hub")
+    folder = config_path.parent
+    commit = folder.name
+    name = repo if revision is None else f"{repo}@{revision}"
+    if (folder / SINGLE).is_file():
+        return of_folder(folder, name)
+    index = hub.small_file(repo, INDEX, commit)
+    files = [SINGLE]
+    if index is not None:
+        files = hub.indexed_files(index)
+    if index is not None and all((folder / file).is_file() for file in files):
+        return of_folder(folder, name)
+    config = tensors.read_config(folder)
+    read = config_path.stat().st_size + (index.stat().st_size if index is not None else 0)
+    headers = []
+    for file in files:
+        remote = hub.Remote.open(repo, file, commit)
+        if remote is None:
+            return _without_headers(name, config, read)
+        start = remote.read(0, FIRST_BYTES)
+        length = tensors.header_length(start[:8], remote.size, f"{repo}/{file}")
+        if 8 + length > len(start):
+            start += remote.read(len(start), 8 + length)
+        headers.append(tensors.parse_header(start[8 : 8 + length], remote.size, f"{repo}/{file}"))
+        read += remote.read_bytes
+    if config.get("quantization_config") is not None:
+        return _of(name, config, tensors_of(config), "config.json (weights are quantised already)", read)
+    origin = f"headers of {len(files)} file{'s' * (len(files) > 1)} on the hub"
+    return _of(name, config, tensors.specs_of(headers, config), origin, read)
+
+
+def _without_headers(name: str, config: Mapping[str, Any], read: int) -> Shape:
+    if config.get("model_type") not in FAMILIES:
+        raise SourceError(
+            f"{name} has no safetensors, and the tensors of a {config.get('model_type')!r} are not known from its "
+            "config.",
+            fix=f"download it, and give its folder: hf download {name.partition('@')[0]}",
+        )
+    return _of(name, config, tensors_of(config), "config.json alone", read)

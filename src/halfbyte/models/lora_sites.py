@@ -1,0 +1,123 @@
+"""Where LoRA sits, from tensor names and shapes alone: what a plan needs to know of adapters before a model is built.
+
+Why: `targets.py` reads the modules of a built model, which takes torch; a plan is asked for before that.
+What: the same choice by the same names, on the list of tensors. A run still asks the modules; a test compares both.
+Cost: a few regular expressions a tensor; no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from halfbyte.errors import AdapterError
+from halfbyte.models.names import ALL_LINEAR, AUTO, is_aside, is_mixer_projection
+from halfbyte.models.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from halfbyte.recipe.schema import Lora
+
+# What a linear layer reads: the normed input of attention or MLP, the attention's output, the MLP's inner activation.
+Reads = Literal["attention", "attended", "mlp", "inner"]
+_ATTENDED = re.compile(r"o_proj|out_proj|dense|c_proj|wo")
+_INNER = re.compile(r"down_proj|fc2|c_proj|dense_4h_to_h|fc_out|w2")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear layer with an adapter of rank `rank`."""
+
+    name: str
+    layer: int | None
+    inputs: int
+    outputs: int
+    rank: int
+    reads: Reads
+
+    @property
+    def parameters(self) -> int:
+        return self.rank * (self.inputs + self.outputs)
+
+
+def sites(specs: Sequence[TensorSpec], lora: Lora, names: Sequence[str] | str | None = None) -> tuple[Site, ...]:
+    """The layers that get an adapter.
+
+    Args:
+        names: target modules as `targets.resolve_targets` chose them for the built model; None reads the recipe's.
+
+    Raises:
+        AdapterError: nothing matches; says what there is.
+    """
+    linears = {s.name.removesuffix(".weight"): s for s in specs if s.role == "linear" and s.layer is not None}
+    targets = lora.target_modules if names is None else names
+    wanted_names = _wanted(targets, linears)
+    chosen = [name for name in linears if name in wanted_names]
+    excluded = lora.exclude_modules
+    if excluded:
+        chosen = [name for name in chosen if not _matches(name, excluded)]
+    layers = lora.layers_to_transform
+    if layers is not None:
+        wanted = (layers,) if isinstance(layers, int) else layers
+        chosen = [name for name in chosen if linears[name].layer in wanted]
+    if not chosen:
+        leaves = sorted({name.rpartition(".")[2] for name in linears})
+        raise AdapterError(
+            f"lora.target_modules {targets!r} match no linear layer. There are: {', '.join(leaves) or 'none'}.",
+            fix="lora.target_modules: auto",
+        )
+    return tuple(_site(name, linears[name], lora.r, lora.rank_pattern) for name in chosen)
+
+
+def trainable(found: Iterable[Site], specs: Sequence[TensorSpec], lora: Lora) -> int:
+    """How many numbers train: LoRA, and what the recipe trains beside it (whole modules, biases, token rows)."""
+    found = list(found)
+    total = sum(site.parameters for site in found)
+    if lora.use_dora or lora.lora_bias:
+        total += sum(site.outputs for site in found)
+    saved = lora.modules_to_save or ()
+    total += sum(s.numel for s in specs if any(part in saved for part in s.name.split(".")))
+    adapted = {site.name for site in found}
+    if lora.bias != "none":
+        biases = [s for s in specs if s.name.endswith(".bias")]
+        total += sum(s.numel for s in biases if lora.bias == "all" or s.name.removesuffix(".bias") in adapted)
+    if lora.trainable_token_indices:
+        total += len(lora.trainable_token_indices) * max(
+            (s.shape[-1] for s in specs if s.role == "embedding"), default=0
+        )
+    return total
+
+
+def reads(name: str) -> Reads:
+    leaf = name.rpartition(".")[2]
+    if is_mixer_projection(name):
+        return "attended" if _ATTENDED.fullmatch(leaf) else "attention"
+    return "inner" if _INNER.fullmatch(leaf) else "mlp"
+
+
+def _wanted(targets: Sequence[str] | str, linears: Mapping[str, TensorSpec]) -> set[str]:
+    if isinstance(targets, str):
+        if targets.lower() == AUTO:
+            mixers = {name for name in linears if is_mixer_projection(name) and not is_aside(name)}
+            # GPT-2's convention: both blocks of a layer end in a `c_proj`, and PEFT takes both by that name
+            both = any(name.endswith(".c_attn") for name in mixers)
+            return mixers | {name for name in linears if both and name.endswith(".c_proj")} or set(linears)
+        if targets.lower() == ALL_LINEAR:
+            return {name for name in linears if not is_aside(name)}
+    return {name for name in linears if _matches(name, targets)}
+
+
+def _matches(name: str, targets: Sequence[str] | str) -> bool:
+    if isinstance(targets, str):
+        try:
+            return re.fullmatch(targets, name) is not None
+        except re.error as error:
+            raise AdapterError(f"lora.target_modules: {targets!r} is no regular expression: {error}") from error
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _site(name: str, spec: TensorSpec, rank: int, patterns: Mapping[str, int]) -> Site:
+    outputs, inputs = reversed(spec.shape) if spec.transposed else spec.shape
+    found: Iterator[int] = (r for key, r in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+    return Site(name, spec.layer, inputs, outputs, next(found, rank), reads(name))

@@ -1,0 +1,266 @@
+"""A model of the Hugging Face hub -> a local snapshot, through `huggingface_hub.snapshot_download`.
+
+Why: its cache, its token, HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_OFFLINE are what users already have; this module
+only chooses the files and turns each of its failures into one message with the next step.
+Cost: two requests to find the commit and its files; a whole snapshot that is cached needs no download.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from halfbyte.errors import SourceError
+from halfbyte.models.sources.checkpoint import Checkpoint
+from halfbyte.models.sources.folder import (
+    PICKLE,
+    PICKLE_INDEX,
+    SAFETENSORS,
+    SAFETENSORS_INDEX,
+    check_folder,
+    indexed_shards,
+)
+
+HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^@\s]+))?")
+# Everything a model needs but its weights. Code is fetched because it is small; running it is another question.
+DESCRIPTION = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "adapter_config.json",
+    "*.py",
+]
+# Not `*.safetensors`: some repositories hold the same weights a second time under another name.
+WEIGHTS = [SAFETENSORS, SAFETENSORS_INDEX, "model-*.safetensors"]
+PICKLED_WEIGHTS = [PICKLE, PICKLE_INDEX, "pytorch_model-*.bin"]
+# fnmatch's star crosses folders; what lies in one (onnx/, original/) is never read.
+SUBFOLDERS = ["*/*"]
+
+
+def fetch(model: str, *, allow_pickle: bool) -> Checkpoint:
+    """Fetch `org/name[@revision]`, or find it in the hub's cache.
+
+    Raises:
+        SourceError: not found, not allowed, unknown revision, offline and not cached, no network, or cut.
+    """
+    match = HUB_ID.fullmatch(model)
+    if match is None:
+        raise SourceError(f"{model!r} is not a hub id; allowed: org/name or org/name@revision")
+    repo, revision = match["id"], match["revision"]
+    folder = _download(repo, revision, DESCRIPTION + WEIGHTS)
+    # The snapshot folder is named by its commit; what follows must come from the same one.
+    commit = folder.name
+    if (folder / SAFETENSORS_INDEX).is_file() and not (folder / SAFETENSORS).is_file():
+        shards, _ = indexed_shards(folder / SAFETENSORS_INDEX)
+        if lacking := [shard for shard in shards if not (folder / shard).is_file()]:
+            _download(repo, commit, lacking)
+    elif not (folder / SAFETENSORS).is_file():
+        _other_weights(repo, commit, allow_pickle=allow_pickle)
+    pickled = check_folder(folder, allow_pickle=allow_pickle, label=model)
+    return Checkpoint(path=folder, id=repo, revision=commit, kind="hub", pickle=pickled)
+
+
+def _other_weights(repo: str, commit: str, *, allow_pickle: bool) -> None:
+    """No safetensors: fetch the pickled weights if that is allowed, else say what the repository has."""
+    if allow_pickle:
+        _download(repo, commit, PICKLED_WEIGHTS)
+        return
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        files = {file.path for file in get_cached_repo_tree(repo, revision=commit)}
+    except CachedRepoTreeNotFoundError:
+        return
+    if files & {PICKLE, PICKLE_INDEX}:
+        raise SourceError(
+            f"{repo} has only pickled weights ({PICKLE}), and a pickle can run code when it is read; "
+            "allowed: safetensors",
+            fix="use a revision or a copy with safetensors, or, if you trust it, set allow_pickle: true",
+        )
+    if ggufs := sorted(file for file in files if file.endswith(".gguf")):
+        raise SourceError(
+            f"{repo} has only GGUF files: {', '.join(ggufs[:5])}",
+            fix=f"fetch one and give its path as the model: hf download {repo} {ggufs[0]}",
+        )
+
+
+def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=SUBFOLDERS)
+    # Every failure of a download ends as one of ours; what is not recognised is raised again as it is.
+    except Exception as error:
+        explain(error, repo, revision or "main")
+    return Path(path)
+
+
+def small_file(repo: str, file: str, revision: str | None) -> Path | None:
+    """One small file of a model (its config, an index) through the hub's cache; None where the model has it not."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, file, revision=revision))
+    except LocalEntryNotFoundError as error:
+        explain(error, repo, revision or "main")
+    except EntryNotFoundError:
+        return None
+    except Exception as error:  # of any kind, as in `_download`
+        explain(error, repo, revision or "main")
+
+
+def indexed_files(index: Path) -> list[str]:
+    """The files that an index of safetensors names."""
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise SourceError(f"{index} is not an index of safetensors files: {error!r}.") from error
+
+
+# After a connection that ended without an answer, or a server that is busy: three seconds in all.
+RETRIES, FIRST_WAIT_S = 4, 0.2
+
+
+@dataclass
+class Remote:
+    """A file on the hub that is read in parts."""
+
+    url: str
+    name: str
+    size: int
+    read_bytes: int = 0
+
+    @classmethod
+    def open(cls, repo: str, file: str, revision: str) -> Remote | None:
+        """Ask for the size; None where the model has no such file."""
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.errors import EntryNotFoundError
+
+        url = hf_hub_url(repo, file, revision=revision)
+        try:
+            found = get_hf_file_metadata(url, retry_on_errors=True)
+        except EntryNotFoundError:
+            return None
+        except Exception as error:  # of any kind, as in `_download`
+            explain(error, repo, revision)
+        return cls(url, f"{repo}/{file}", found.size or 0)
+
+    def read(self, start: int, end: int) -> bytes:
+        """Bytes `start` to `end` of the file, or to its end.
+
+        Raises:
+            SourceError: the server ignores ranges (it would send the whole model), or breaks off.
+        """
+        from huggingface_hub.utils._headers import build_hf_headers
+        from huggingface_hub.utils._http import hf_raise_for_status, http_stream_backoff
+
+        headers = {
+            **build_hf_headers(),
+            "Range": f"bytes={start}-{min(end, self.size) - 1}",
+            "Accept-Encoding": "identity",
+        }
+        repo = self.name.rpartition("/")[0]
+        try:
+            # a connection that the server had closed while it was idle is opened again
+            with http_stream_backoff(
+                "GET",
+                self.url,
+                max_retries=RETRIES,
+                base_wait_time=FIRST_WAIT_S,
+                headers=headers,
+                follow_redirects=True,
+            ) as response:
+                hf_raise_for_status(response)
+                if response.status_code != 206:
+                    raise SourceError(
+                        f"the server ignores ranges: it would send all {self.size / 1e9:.2f} GB of {self.name} for its "
+                        f"header (HTTP {response.status_code} instead of 206).",
+                        fix=f"download the model, and give its folder: hf download {repo}",
+                    )
+                data = b"".join(response.iter_bytes())
+        except SourceError:
+            raise
+        except Exception as error:  # of any kind, as in `_download`
+            explain(error, repo, "main")
+        self.read_bytes += len(data)
+        return data
+
+
+def explain(error: Exception, repo: str, revision: str) -> NoReturn:
+    """Turn a failure of huggingface_hub into a SourceError."""
+    from huggingface_hub import constants, errors
+
+    hub = constants.ENDPOINT
+    login = "hf auth login (or export HF_TOKEN=...)"
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    rerun = "run the same command again; files that are already whole are kept"
+    if isinstance(error, errors.HFValidationError):
+        raise SourceError(f"{repo!r} is not a hub id: {error}") from error
+    if isinstance(error, errors.GatedRepoError):
+        raise SourceError(
+            f"{repo} is gated: its owner must grant you access",
+            fix=f"accept its terms at {hub}/{repo}, then {login}",
+        ) from error
+    if isinstance(error, errors.RevisionNotFoundError):
+        raise SourceError(
+            f"{repo} has no revision {revision!r}; allowed: a branch, a tag or a commit of it",
+            fix=f"see {hub}/{repo}/tree/main, or leave the revision out",
+        ) from error
+    if isinstance(error, errors.RepositoryNotFoundError) and status == 404:
+        raise SourceError(f"{hub} has no model {repo}", fix=f"check the name at {hub}/models") from error
+    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
+        raise SourceError(
+            f"{hub} does not show {repo} to you (HTTP {status}): it does not exist, is private, or the token is wrong",
+            fix=f"check the name; if it is private: {login}",
+        ) from error
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        _explain_not_cached(error, repo, revision, hub)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        raise SourceError(
+            f"no space left while {repo} was downloaded to {constants.HF_HUB_CACHE}",
+            fix="free some space, or name another folder: export HF_HUB_CACHE=/path/with/space",
+        ) from error
+    if isinstance(error, PermissionError):
+        raise SourceError(
+            f"the hub's cache cannot be written: {error}",
+            fix="name a folder that you can write: export HF_HUB_CACHE=/path/with/space",
+        ) from error
+    if isinstance(error, errors.HfHubHTTPError):
+        raise SourceError(f"{hub} answered HTTP {status} while {repo} was downloaded", fix=rerun) from error
+    # The HTTP client's own errors (httpx, httpx2), a file of the wrong length, and Xet's: a broken transfer.
+    transport = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2")
+    if transport or isinstance(error, (OSError, errors.XetDownloadError)):
+        first_line = str(error).partition("\n")[0] or type(error).__name__
+        raise SourceError(f"the download of {repo} was cut: {first_line}", fix=rerun) from error
+    raise error
+
+
+def _explain_not_cached(error: Exception, repo: str, revision: str, hub: str) -> NoReturn:
+    from huggingface_hub import constants, errors
+
+    partly = isinstance(error, errors.IncompleteSnapshotError)
+    state = "only partly" if partly else "not"
+    where = f"{repo} (revision {revision}) is {state} in the cache {constants.HF_HUB_CACHE}"
+    if constants.HF_HUB_OFFLINE:
+        raise SourceError(
+            f"{where}, and HF_HUB_OFFLINE is set",
+            fix="run once with a network and HF_HUB_OFFLINE=0, or give a local folder as the model",
+        ) from error
+    raise SourceError(
+        f"{hub} cannot be reached, and {where}",
+        fix="check the network (HF_ENDPOINT, proxy), or give a local folder, a .gguf file or smollm2-135m as the model",
+    ) from error

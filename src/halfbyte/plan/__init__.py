@@ -1,0 +1,36 @@
+"""The plan of a run, before the first byte is loaded: every line of memory by name, disk, time, and the choices.
+
+What: `Job` holds what a plan follows from, as plain numbers; `make` chooses; `Plan` is a value that is printed, obeyed,
+and later compared with what was measured.
+Cost: a few milliseconds; no torch.
+"""
+
+from __future__ import annotations
+
+from halfbyte.plan import choose, fixes
+from halfbyte.plan.choose import MARGIN, MAX_TOKENS_PER_PASS, count
+from halfbyte.plan.job import Job, Rows
+from halfbyte.plan.layer import FAMILIES
+from halfbyte.plan.lines import GB, ITEMSIZE, Fix, Line, Plan, Time
+from halfbyte.plan.timing import Rates
+from halfbyte.system.device import Device
+
+__all__ = [
+    "FAMILIES", "GB", "ITEMSIZE", "MARGIN", "MAX_TOKENS_PER_PASS", "QUANTISED_IS_MAPPED", "Fix", "Job", "Line", "Plan",
+    "Rates", "Rows", "Time", "count", "make",
+]  # fmt: skip
+
+# A base that is quantised here lies in its store as it is computed with.
+QUANTISED_IS_MAPPED = True
+
+
+def make(job: Job, device: Device, rates: Rates | None = None) -> Plan:
+    """The plan of one training on one machine; where nothing fits, with the nearest changes that would.
+
+    Args:
+        rates: what the machine does in a second, as `calibrate` measured it; None: assumed, and said so.
+    """
+    from dataclasses import replace
+
+    plan = choose.make(job, device, rates)
+    return replace(plan, fixes=fixes.nearest(job, device, plan, rates))

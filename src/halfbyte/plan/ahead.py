@@ -1,0 +1,204 @@
+"""`halfbyte plan`: from a model's name or a recipe to a plan, before anything is downloaded, loaded or tokenised.
+
+What: shapes from headers, LoRA's places from names, row lengths from the recipe's file: counted with `tokenizer.json`
+where it is at hand, else estimated from characters, and said so. A run plans again from its real tokens.
+Cost: under a second; no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from halfbyte import plan as memory
+from halfbyte.errors import RecipeError
+from halfbyte.models import describe
+from halfbyte.models.sources.checkpoint import beside_bytes
+from halfbyte.plan import calibrate
+from halfbyte.plan.compare import Way, compare
+from halfbyte.recipe.schema import Loaded, Recipe
+from halfbyte.system.device import Card, Device, detect
+
+if TYPE_CHECKING:
+    from halfbyte.data.reading.formats import Row
+    from halfbyte.recipe.data import Data
+
+DEFAULT_LENGTH = 512
+CHARACTERS_PER_TOKEN = 3.6  # English text under vocabularies of 32,000 to 150,000; other scripts have fewer
+TEMPLATE_TOKENS = 24  # what a chat template puts around one question and its answer
+_DEVICE = re.compile(r"(?:(?P<count>\d+)\s*x\s*)?(?P<size>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]i?B?)", re.IGNORECASE)
+_UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+DEVICE_HELP = "24GB or 4x80GB for cards, cpu:16GB for a machine without one"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What `halfbyte plan` shows."""
+
+    shape: describe.Shape
+    recipe: Recipe
+    device: Device
+    plan: memory.Plan
+    notes: tuple[str, ...]
+    ways: tuple[Way, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        shape = {"name": self.shape.name, "origin": self.shape.origin, "parameters": self.shape.parameters}
+        ways = [
+            {
+                "name": way.name, "bytes": way.bytes, "trainable": way.trainable, "percent": way.percent,
+                "relative_time": way.relative_time, "lines": [line.__dict__ for line in way.lines],
+            }
+            for way in self.ways
+        ]  # fmt: skip
+        return {
+            "model": {**shape, "read_bytes": self.shape.read_bytes}, "machine": self.device.to_json(),
+            "plan": self.plan.to_json(), "notes": list(self.notes), **({"compare": ways} if ways else {}),
+        }  # fmt: skip
+
+
+def plan_model(
+    loaded: Loaded, *, device: str | None = None, length: int | None = None, side_by_side: bool = False
+) -> Planned:
+    """Plan a recipe (or a model under the default one).
+
+    Args:
+        device: of another machine, as `parse_device` reads it; None for this one.
+        length: tokens of every row, instead of the recipe's data.
+        side_by_side: also full fine-tuning, LoRA and QLoRA.
+    """
+    recipe = loaded.recipe
+    machine = detect() if device is None else parse_device(device)
+    shape = describe.describe(recipe.model, recipe.revision)
+    rows, notes = _rows(recipe, shape, length, given=loaded.path is not None)
+    steps = _steps(recipe, rows)
+    on_cpu = machine.kind == "cpu"
+    mappable = None if recipe.quant.type == "none" else on_cpu and memory.QUANTISED_IS_MAPPED
+    beside = beside_bytes(shape.path) if _is_folder(shape.path) else None
+    job = memory.Job.of(
+        recipe, shape.specs, shape.facts, rows, machine, mappable=mappable, steps=steps, beside_bytes=beside
+    )
+    rates = calibrate.cached(machine, job.dtype) if device is None else None
+    made = memory.make(job, machine, rates)
+    ways = compare(job, machine, rates) if side_by_side else ()
+    if shape.facts.positions and rows.longest > shape.facts.positions:
+        notes.append(
+            f"rows of {rows.longest} tokens are longer than the {shape.facts.positions} that the model was made for"
+        )
+    if shape.facts.model_type not in memory.FAMILIES:
+        notes.append(
+            f"{shape.facts.model_type} is not among the measured architectures; counted as a stock gated decoder"
+        )
+    if device is not None:
+        notes.append("a machine that is not here: all of its memory is taken to be free")
+    return Planned(shape, recipe, machine, made, tuple(notes), ways)
+
+
+def parse_device(text: str) -> Device:
+    """A machine that is not here: `24GB`, `4x80GB` (cards), `cpu:16GB` (RAM alone).
+
+    Raises:
+        RecipeError: anything else, or no memory at all.
+    """
+    kind, _, rest = text.rpartition(":")
+    match = _DEVICE.fullmatch(rest.strip())
+    if match is None or kind not in ("", "cpu", "cuda", "gpu"):
+        raise RecipeError(f"--device {text!r} is not a machine; allowed: {DEVICE_HELP}.", fix="--device 24GB")
+    count = int(match["count"] or 1)
+    size = int(float(match["size"]) * _UNITS[match["unit"].upper().removesuffix("B")])
+    if size < 10**8 or not 1 <= count <= 1024:
+        raise RecipeError(
+            f"--device {text!r} has {'no' if size == 0 or count == 0 else 'an unlikely amount of'} memory; allowed: "
+            f"{DEVICE_HELP}.",
+            fix="--device 24GB",
+        )
+    if kind == "cpu":
+        if count > 1:
+            raise RecipeError(
+                f"--device {text!r}: a machine has one RAM; allowed: {DEVICE_HELP}.", fix="--device cpu:64GB"
+            )
+        here = detect()
+        return Device("cpu", here.isa, here.cores, size, size, cpu=here.cpu)
+    card = Card(f"card of {match['size']} {match['unit']}", size, size, (8, 0))
+    # the host of cards is not planned for from afar: as much RAM as the cards have
+    return Device("cuda", (), 16, max(64 * 10**9, count * size), max(64 * 10**9, count * size), (card,) * count)
+
+
+def _is_folder(path: Path | None) -> TypeGuard[Path]:
+    return path is not None and path.is_dir()
+
+
+def _rows(recipe: Recipe, shape: describe.Shape, length: int | None, *, given: bool) -> tuple[memory.Rows, list[str]]:
+    """Row lengths and how they were found."""
+    if length is not None:
+        return memory.Rows.assume(length), [f"rows of {length} tokens each, all labelled, as --length says"]
+    if not given:
+        assumed = min(DEFAULT_LENGTH, shape.facts.positions or DEFAULT_LENGTH)
+        return memory.Rows.assume(assumed), [f"rows of {assumed} tokens each are assumed, all labelled: --length N"]
+    count, how = _counter(shape)
+    lengths, labelled = _sizes(recipe.data.train, recipe.data, count)
+    held_out, _ = _sizes(recipe.data.eval, recipe.data, count) if recipe.data.eval else ([], [])
+    rows = "blocks" if recipe.data.packing == "stream" else "rows"
+    mean = sum(lengths) / len(lengths)
+    note = f"{len(lengths):,} {rows} of about {mean:.0f} tokens, the longest {max(lengths)}: {how}"
+    return memory.Rows(lengths, labelled, held_out), [note]
+
+
+def _sizes(names: Path | str | Sequence[str], data: Data, count: Callable[[str], int]) -> tuple[list[int], list[int]]:
+    """About how many tokens each row has, and how many labelled ones; of blocks where texts are packed into them."""
+    from halfbyte.data.reading.files import find
+    from halfbyte.data.reading.read import Reader
+
+    reader = Reader(find(names), data)
+    sizes = [_size(row, data, count) for row in reader]
+    reader.check()
+    limit = data.max_length
+    if data.packing == "stream":
+        full, rest = divmod(sum(tokens for tokens, _ in sizes), limit)
+        blocks = [limit] * full + [rest] * (rest > 0)
+        return blocks, blocks
+    return [min(limit, tokens) for tokens, _ in sizes], [min(limit, labelled) for _, labelled in sizes]
+
+
+def _size(row: Row, data: Data, count: Callable[[str], int]) -> tuple[int, int]:
+    """Tokens of a row of any format, and labelled ones: what is answered, or all of it."""
+    if row.text is not None:
+        tokens = count(row.text) + 1  # and its end
+        return tokens, tokens
+    asked, answer = row.prompt or "", row.completion or ""
+    if row.messages is not None:
+        *before, answer = [str(message.content or "") for message in row.messages]
+        asked = "".join(before)
+    answered = count(answer)
+    tokens = count(asked) + answered + TEMPLATE_TOKENS
+    return tokens, tokens if data.mask == "all" else min(tokens, answered + 2)
+
+
+def _counter(shape: describe.Shape) -> tuple[Callable[[str], int], str]:
+    """A function from text to a number of tokens, and what it rests on."""
+    file = shape.path / "tokenizer.json" if _is_folder(shape.path) else None
+    if file is not None and file.is_file():
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(file))
+        return (lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)), "counted, but for the template"
+    return (
+        lambda text: round(len(text) / CHARACTERS_PER_TOKEN)
+    ), f"estimated at {CHARACTERS_PER_TOKEN} characters a token"
+
+
+def _steps(recipe: Recipe, rows: memory.Rows) -> int:
+    if rows.assumed:
+        return 1
+    from halfbyte.data.pack import count_steps
+
+    train = recipe.train
+    return count_steps(
+        len(rows.lengths),
+        rows_per_step=train.per_device_train_batch_size * train.gradient_accumulation_steps,
+        epochs=train.num_train_epochs,
+        max_steps=train.max_steps,
+    )

@@ -1,0 +1,116 @@
+"""What building the store of a base takes, before it begins: RAM at its peak, and bytes on disk.
+
+What: a few threads each read a tensor in chunks into a buffer that is used again, cast and quantise a chunk, and write
+it; so the peak does not grow with the model, but for tensors that a checkpoint holds transposed, which come whole. On
+disk lie the tensors, a header a file, an index, and what a checkpoint has beside its weights.
+Source: `store/build.py` (buffers), `store/writer.py` and `store/layout.py` (files); the process itself is measured.
+Cost: one walk over the tensors; no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from halfbyte.models.tensors import DTYPE_BITS, TensorSpec
+from halfbyte.plan.lines import Line
+from halfbyte.quant import bnb as codec
+
+if TYPE_CHECKING:
+    from halfbyte.recipe.schema import Quant
+
+# A multiple of every block size; with casting to another dtype a thread holds about four times this in bytes.
+CHUNK_ELEMENTS = 1 << 22
+# Reading waits for the disk now and then: one thread more than cores keeps them busy.
+EXTRA_THREADS = 1
+# Of a process that will train; `halfbyte quantize` alone imports less (0.60 GB at its peak where 0.67 are planned).
+LIBRARIES_PRIVATE_BYTES = 420_000_000
+LIBRARIES_FILE_BYTES = 235_000_000
+# Of a tokenizer's files for each entry of the vocabulary, where they are not at hand to be looked at.
+BESIDE_BYTES_PER_ENTRY = 60
+OWN_FILE_BYTES = 1 << 20  # a tensor around the layers gets a file of its own from here on
+PAGE_BYTES = 4096  # the data of a file begins on one
+# Names of tensors beside packed codes: scales, code tables, and the quantiser's state as JSON.
+_DOUBLE = (".absmax", ".nested_absmax", ".nested_quant_map", ".quant_map", ".quant_state.bitsandbytes__nf4")
+_SINGLE = (".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4")
+_STATE_BYTES = 190
+_ENTRY_BYTES = 90  # of a header: dtype, shape, two offsets
+_INDEX_BYTES = 42  # of the index: the name of the file, quotes, spaces
+_FILE_BYTES = 260  # of the manifest: name, size, two hashes
+
+
+@dataclass(frozen=True)
+class Building:
+    """A store to be built.
+
+    Args:
+        itemsize: bytes of a number in the compute dtype. beside_bytes: of files that are copied; None where they are
+            not at hand: then guessed from the `vocab` entries of the tokenizer.
+    """
+
+    specs: tuple[TensorSpec, ...]
+    quant: Quant
+    itemsize: int
+    vocab: int
+    beside_bytes: int | None = None
+
+    def lines(self, cores: int) -> tuple[Line, ...]:
+        """RAM while it is built on `cores` cores."""
+        threads = min(cores + EXTRA_THREADS, len(self._files()))
+        buffers = sum(sorted((self._held(spec) for spec in self.specs), reverse=True)[:threads])
+        words = f"{threads} threads, {CHUNK_ELEMENTS / 1e6:.1f} M numbers at once"
+        return (
+            Line("libraries", LIBRARIES_PRIVATE_BYTES, "torch, transformers, bitsandbytes, numba", "measured"),
+            Line("libraries, mapped", LIBRARIES_FILE_BYTES, "their code", "measured", "file"),
+            Line("chunks", buffers, words, "store/build.py"),
+        )
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the store's folder: tensors, headers, index, manifest, and what is copied beside them."""
+        total = 0
+        for specs in self._files().values():
+            names = [name for spec in specs for name in self._names(spec)]
+            total += sum(codec.encoded_bytes(spec, self.quant, self.itemsize) for spec in specs)
+            total += _STATE_BYTES * sum(self._is_4bit(spec) for spec in specs)
+            header = sum(len(name) + _ENTRY_BYTES for name in names)
+            total += (
+                -(-header // PAGE_BYTES) * PAGE_BYTES + sum(len(name) + _INDEX_BYTES for name in names) + _FILE_BYTES
+            )
+        beside = self.beside_bytes
+        return total + (BESIDE_BYTES_PER_ENTRY * self.vocab if beside is None else beside)
+
+    def _files(self) -> dict[str, list[TensorSpec]]:
+        """A file for each layer, one for each large tensor around them, one for the small rest."""
+        found: dict[str, list[TensorSpec]] = {}
+        for spec in self.specs:
+            name = (
+                f"layer {spec.layer}"
+                if spec.layer is not None
+                else spec.name
+                if spec.nbytes >= OWN_FILE_BYTES
+                else "rest"
+            )
+            found.setdefault(name, []).append(spec)
+        return found
+
+    def _names(self, spec: TensorSpec) -> list[str]:
+        """The tensors that one becomes in its file."""
+        if not self._is_4bit(spec):
+            return [spec.name]
+        return [spec.name, *(spec.name + part for part in (_DOUBLE if self.quant.double_quant else _SINGLE))]
+
+    def _is_4bit(self, spec: TensorSpec) -> bool:
+        return codec.encoding(spec, self.quant) == "4bit"
+
+    def _held(self, spec: TensorSpec) -> int:
+        """Bytes that a thread holds at most while it works on one tensor."""
+        at_once = spec.numel if spec.transposed else min(spec.numel, CHUNK_ELEMENTS)
+        read = at_once * DTYPE_BITS[spec.dtype] // 8
+        cast = 0 if DTYPE_BITS[spec.dtype] == 8 * self.itemsize else at_once * self.itemsize
+        if not self._is_4bit(spec):
+            return read + cast
+        turned = at_once * self.itemsize if spec.transposed else 0
+        scales = 4 * spec.numel // self.quant.block_size
+        # codes of the chunk; scales, and while they are quantised themselves, once more as differences from their mean
+        return read + cast + turned + at_once // 2 + 2 * scales

@@ -1,0 +1,152 @@
+"""What lies in memory whatever a pass does: libraries, rows, the base, the adapters and what trains them; and on disk.
+
+Source: QLoRA, arXiv:2305.14314 (4 bits and two levels of scales; `shapes.nf4_bytes`, equal to bitsandbytes' own bytes);
+AdamW keeps two fp32 numbers a parameter, its 8-bit form two bytes (arXiv:2110.02861). The process's own bytes are
+measured: `LIBRARIES_*` is what remains of a tiny training (torch CPU build, transformers, peft, bitsandbytes, numba),
+`docs/log.md` has the figures.
+Cost: none; no torch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from halfbyte.plan.job import Job
+from halfbyte.plan.lines import Line, Placement, Recompute, Where
+from halfbyte.system.device import Device
+
+LIBRARIES_PRIVATE_BYTES = 470_000_000
+LIBRARIES_FILE_BYTES = 235_000_000
+CUDA_CONTEXT_BYTES = 600_000_000  # driver context and cuBLAS workspace; a round figure, not measured here
+HOST_OF_CARD_BYTES = 2_500_000_000  # a CUDA build's libraries and pinned buffers in RAM; a round figure, not measured
+# What the first passes leave in the process beside tensors: compiled kernels, buffers of threads, the Trainer's own.
+FIRST_PASS_BYTES = 50_000_000
+TOKENIZER_BYTES_PER_ENTRY = 200
+ROW_BYTES = 60  # its length, labels, place in the order; its tokens lie in a file that is mapped
+TOUCHED_BYTES_PER_TOKEN = 65536  # the kernel maps sixteen pages around each one that is touched
+AHEAD = 2  # layers that are read ahead of a streamed one
+
+# Bytes of optimiser state for each trained parameter; AdamW's 8 for a name that is not here.
+OPTIMIZER_BYTES = {
+    "sgd": 0, "rmsprop": 4, "adagrad": 4, "lion_32bit": 4, "paged_lion_32bit": 4, "adafactor": 1, "adamw_bnb_8bit": 2,
+    "adamw_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1, "ademamix": 12, "ademamix_8bit": 3,
+    "rmsprop_bnb": 4, "rmsprop_bnb_32bit": 4, "rmsprop_bnb_8bit": 1,
+}  # fmt: skip
+
+
+def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
+    """Libraries, tokenizer and rows: RAM of the process."""
+    tokens = job.rows.tokens + int(np.sum(job.rows.evaluated))
+    rows = len(job.rows.lengths) + len(job.rows.evaluated)
+    data = 0 if job.rows.assumed else ROW_BYTES * rows
+    held = TOKENIZER_BYTES_PER_ENTRY * job.facts.vocab + data
+    words = "tokenizer" if job.rows.assumed else f"tokenizer of {job.facts.vocab} entries, {tokens} tokens as rows"
+    if device.kind == "cuda":
+        return (Line("libraries", HOST_OF_CARD_BYTES, "a CUDA build; a round figure"), Line("data", held, words))
+    source = "measured on a tiny run"
+    return (
+        Line("libraries", LIBRARIES_PRIVATE_BYTES, "torch, transformers, peft, numba and their state", source),
+        Line("libraries, mapped", LIBRARIES_FILE_BYTES, "their code", source, "file"),
+        Line("first pass", FIRST_PASS_BYTES, "kernels, threads' buffers and the Trainer, from then on", source),
+        Line("data", held, words),
+    )
+
+
+def base_lines(job: Job, placement: Placement, cards: int, where: Where) -> tuple[Line, ...]:
+    """The frozen base, where it computes."""
+    quant = job.recipe.quant
+    kind = f"{len(job.specs)} tensors, {job.parameters / 1e6:.1f} M weights, quant.type {quant.type}"
+    source = "shapes.nf4_bytes; QLoRA, arXiv:2305.14314" if quant.type != "none" else "itemsize x weights"
+    if placement == "streamed":
+        return (
+            Line(
+                "base",
+                busy_file_bytes(job),
+                f"streamed: {1 + AHEAD} layers of {job.facts.layers}, or one and the head",
+                source,
+                "file",
+            ),
+        )
+    if placement == "split":
+        share = -(-(job.base_bytes - job.outer_bytes) // cards) + job.outer_bytes
+        return (Line("base", share, f"a card's share of {cards}: {kind}", source, where),)
+    if placement == "mapped":
+        held = job.base_bytes - job.outer_bytes + _touched_outer(job)
+        return (Line("base", held, f"mapped: {kind}", source, "file"),)
+    return (Line("base", job.base_bytes, kind, source, where),)
+
+
+def busy_file_bytes(job: Job) -> int:
+    """Pages of a mapped or streamed base that are in use at once.
+
+    The layer that computes and those that are read ahead, or the head beside the last layer.
+    """
+    return min(job.base_bytes, max((1 + AHEAD) * job.layer_bytes, job.layer_bytes + _touched_outer(job)))
+
+
+def _touched_outer(job: Job) -> int:
+    """Of an embedding that is not the head too, only the rows of the data's tokens are read."""
+    if job.facts.tied_head:
+        return job.outer_bytes
+    embedding = job.itemsize * job.embedding_numel
+    distinct = min(job.facts.vocab, max(1, round(0.2 * job.rows.tokens)))
+    return job.outer_bytes - embedding + min(embedding, distinct * TOUCHED_BYTES_PER_TOKEN)
+
+
+def training_lines(job: Job, where: Where, recompute: Recompute) -> tuple[Line, ...]:
+    """What trains: LoRA's masters, their copies in the compute dtype, and the optimiser's state."""
+    count, optimizer = job.trainable, str(job.recipe.train.optim)
+    state = OPTIMIZER_BYTES.get(optimizer, 8)
+    copies = job.lora_parameters * (job.itemsize if job.dtype != "fp32" else 0)
+    if recompute == "full":  # they are made again with each layer
+        copies //= max(1, job.facts.layers)
+    return (
+        Line(
+            "adapters", 4 * count, f"{count} trained parameters in fp32", "LoRA, arXiv:2106.09685: r (in + out)", where
+        ),
+        Line("adapters' copies", copies, f"in {job.dtype} while a pass lasts", "layers/lora_linear.py", where),
+        Line("optimiser", state * count, f"{optimizer}: {state} bytes a parameter", "AdamW: two numbers", where),
+    )
+
+
+def gradients_line(job: Job, where: Where, *, passes: int, pass_bytes: int) -> Line:
+    """Gradients at a step's peak. With several passes all of them are there when the last one is at its peak; with one
+    they come as its activations go, so a layer's are there, or all of them when `pass_bytes` are gone."""
+    whole = 4 * job.trainable
+    if passes > 1:
+        return Line("gradients", whole, f"fp32, over {passes} passes", "", where)
+    held = max(whole // max(1, job.facts.layers), whole - pass_bytes)
+    return Line("gradients", held, f"fp32, {whole / 1e6:.1f} MB at the end of the only pass", "", where)
+
+
+def loading_bytes(job: Job, placement: Placement, lines: tuple[Line, ...]) -> int:
+    """The peak while the base is opened: what is held then, and one tensor more on its way."""
+    held = sum(line.bytes for line in lines if line.name.startswith(("libraries", "CUDA")))
+    if job.mappable and placement in ("mapped", "streamed"):
+        return held + job.outer_bytes
+    base = sum(line.bytes for line in lines if line.name == "base")
+    return held + base + job.biggest_numel * (job.itemsize if job.mappable else job.itemsize + 4)
+
+
+def disk_lines(job: Job, *, store: bool) -> tuple[Line, ...]:
+    """What a run leaves on disk: the base's store, checkpoints, the adapter."""
+    train, lora = job.recipe.train, job.recipe.lora
+    state = OPTIMIZER_BYTES.get(str(train.optim), 8)
+    one = (4 + state) * job.trainable
+    keep = 0 if train.save_strategy == "no" and train.save_minutes is None else (train.save_total_limit or 1) + 1
+    final = (4 if lora.save_dtype == "fp32" else 2) * job.trainable
+    found = [
+        Line("checkpoints", keep * one, f"{keep} of {one / 1e6:.1f} MB, one of them being written", "", "disk"),
+        Line(
+            "adapter",
+            final + (4 * job.trainable if len(job.rows.evaluated) else 0),
+            "the last and the best",
+            "",
+            "disk",
+        ),
+    ]
+    if store and job.recipe.quant.type != "none":
+        found.insert(
+            0, Line("base store", job.building.disk_bytes, f"quantised once: {job.recipe.quant.type}", "", "disk")
+        )
+    return tuple(found)

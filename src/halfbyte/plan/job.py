@@ -1,0 +1,214 @@
+"""What a plan follows from, as plain numbers: the model, the adapters, the data, the optimiser, the machine's way.
+
+Cost: one walk over the tensors; no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from halfbyte.models.lora_sites import Site, sites, trainable
+from halfbyte.models.tensors import Facts, TensorSpec
+from halfbyte.plan.building import Building
+from halfbyte.plan.layer import Layer, layer_of
+from halfbyte.plan.lines import ITEMSIZE
+from halfbyte.quant import bnb as codec
+from halfbyte.system.device import Device, compute_dtype
+
+if TYPE_CHECKING:
+    from halfbyte.recipe.schema import Recipe
+
+# Without rows at hand: a common shape of instruction data, told as an assumption.
+ASSUMED_ROWS = 1000
+Sizes = Sequence[int] | np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The data as the plan sees it: tokens of each row, how many carry a label, and the held-out rows' tokens.
+
+    All are (rows,) int64, of whatever they are made.
+    """
+
+    lengths: Sizes
+    labelled: Sizes = ()
+    evaluated: Sizes = ()
+    assumed: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("lengths", "labelled", "evaluated"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.int64))
+
+    @classmethod
+    def assume(cls, length: int) -> Rows:
+        """Rows that all have `length` tokens, all of them labelled."""
+        return cls((length,) * ASSUMED_ROWS, assumed=True)
+
+    @cached_property
+    def descending(self) -> np.ndarray[Any, Any]:
+        return np.sort(self.lengths)[::-1]
+
+    @property
+    def longest(self) -> int:
+        return int(self.descending[0]) if len(self.lengths) else 1
+
+    @cached_property
+    def tokens(self) -> int:
+        return int(np.sum(self.lengths))
+
+    @property
+    def mean(self) -> float:
+        return self.tokens / max(1, len(self.lengths))
+
+    @cached_property
+    def mean_of_a_token(self) -> float:
+        """The mean length of the row that a token lies in."""
+        return float(np.square(self.lengths).sum()) / max(1, self.tokens)
+
+    @cached_property
+    def labelled_share(self) -> float:
+        return int(np.sum(self.labelled)) / max(1, self.tokens) if len(self.labelled) else 1.0
+
+    def cut(self, length: int) -> Rows:
+        """The same rows, none longer than `length`."""
+        lengths, labelled, evaluated = (np.minimum(n, length) for n in (self.lengths, self.labelled, self.evaluated))
+        return replace(self, lengths=lengths, labelled=labelled, evaluated=evaluated)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training to be planned.
+
+    Args:
+        mappable: the base can lie in a mapped file as it is computed with (a store, or a checkpoint in that dtype).
+        kernels: the engine's kernels run here; else torch's own operations.
+        packed: examples share a pass; False where that is not proven for the model.
+        beside_bytes: of the tokenizer and what else a store copies; None where they are not at hand.
+    """
+
+    recipe: Recipe
+    specs: tuple[TensorSpec, ...]
+    facts: Facts
+    sites: tuple[Site, ...]
+    rows: Rows
+    dtype: str
+    mappable: bool = False
+    kernels: bool = True
+    packed: bool = True
+    steps: int = 1
+    beside_bytes: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        specs: Sequence[TensorSpec],
+        facts: Facts,
+        rows: Rows,
+        device: Device,
+        *,
+        targets: Sequence[str] | str | None = None,
+        mappable: bool | None = None,
+        packed: bool = True,
+        steps: int = 1,
+        beside_bytes: int | None = None,
+    ) -> Job:
+        dtype, _ = compute_dtype(device, recipe.quant.compute_dtype)
+        found = tuple(sites(specs, recipe.lora, targets)) if specs else ()
+        on_cpu = device.kind == "cpu"
+        if mappable is None:
+            mappable = (
+                on_cpu and recipe.quant.type == "none" and all(ITEMSIZE[dtype] == s.nbytes / s.numel for s in specs)
+            )
+        return cls(
+            recipe=recipe, specs=tuple(specs), facts=facts, sites=found, rows=rows, dtype=dtype,
+            mappable=mappable and on_cpu, kernels=on_cpu and dtype in ("bf16", "fp32"), packed=packed, steps=steps,
+            beside_bytes=beside_bytes,
+        )  # fmt: skip
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def rows_per_step(self) -> int:
+        train = self.recipe.train
+        return train.per_device_train_batch_size * train.gradient_accumulation_steps
+
+    @cached_property
+    def parameters(self) -> int:
+        return sum(s.numel for s in self.specs)
+
+    @cached_property
+    def trainable(self) -> int:
+        return trainable(self.sites, self.specs, self.recipe.lora)
+
+    @cached_property
+    def linear_numel(self) -> int:
+        """Weights that every token is multiplied with, without the head; of experts those that a token meets."""
+        dense = sum(s.numel for s in self.specs if s.role == "linear" and ".experts." not in s.name)
+        experts = sum(
+            s.numel for s in self.specs if s.role == "expert" or (s.role == "linear" and ".experts." in s.name)
+        )
+        share = self.facts.experts_per_token / self.facts.experts if self.facts.experts else 1.0
+        return dense + round(experts * share)
+
+    @cached_property
+    def base_bytes(self) -> int:
+        return sum(codec.encoded_bytes(s, self.recipe.quant, self.itemsize) for s in self.specs)
+
+    @cached_property
+    def layer_bytes(self) -> int:
+        """Bytes of the largest decoder layer of the base."""
+        sizes: dict[int, int] = {}
+        for s in self.specs:
+            if s.layer is not None:
+                sizes[s.layer] = sizes.get(s.layer, 0) + codec.encoded_bytes(s, self.recipe.quant, self.itemsize)
+        return max(sizes.values(), default=0)
+
+    @cached_property
+    def outer_bytes(self) -> int:
+        """Bytes of the base around its layers: embeddings, head, last norm."""
+        outer = (s for s in self.specs if s.layer is None)
+        return sum(codec.encoded_bytes(s, self.recipe.quant, self.itemsize) for s in outer)
+
+    @cached_property
+    def largest_linear(self) -> int:
+        """Numbers in the largest matrix that is dequantised to be multiplied with."""
+        linears = (s for s in self.specs if codec.encoding(s, self.recipe.quant) == "4bit")
+        return max((s.numel // (s.shape[0] if s.role == "expert" else 1) for s in linears), default=0)
+
+    @property
+    def building(self) -> Building:
+        """The store of its base."""
+        return Building(self.specs, self.recipe.quant, self.itemsize, self.facts.vocab, self.beside_bytes)
+
+    @cached_property
+    def layer(self) -> Layer:
+        lora = self.recipe.lora
+        fused = not (lora.use_dora or lora.lora_bias)
+        return layer_of(
+            self.facts, self.sites, self.itemsize, kernels=self.kernels, dropout=lora.lora_dropout > 0, fused=fused
+        )
+
+    @cached_property
+    def lora_parameters(self) -> int:
+        return sum(site.parameters for site in self.sites)
+
+    @cached_property
+    def biggest_numel(self) -> int:
+        return max((s.numel for s in self.specs), default=0)
+
+    @cached_property
+    def embedding_numel(self) -> int:
+        return max((s.numel for s in self.specs if s.role == "embedding"), default=0)
+
+    @cached_property
+    def step_tokens(self) -> int:
+        """Tokens of the largest step there can be: its rows are drawn at random, so the longest may come together."""
+        return max(1, int(self.rows.descending[: self.rows_per_step].sum()))

@@ -1,0 +1,148 @@
+"""What a training step adds at its peak: activations, what a layer's backward needs for a moment, logits, slack.
+
+Source: `decoder.py` for what is kept; `layers/loss.py` for the chunked head (Liger-Kernel, arXiv:2410.10989, 3.2);
+FlashAttention-2, arXiv:2307.08691, for the attention's workspace. `SLACK` is what glibc's allocator holds beside what
+is in use, measured by `benchmarks/plan_accuracy.py`.
+Cost: none; no torch.
+
+Letters: T tokens of a pass, K of them labelled, V vocabulary, D hidden, c bytes of the compute dtype.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from dataclasses import dataclass
+
+from halfbyte.plan.job import Job
+from halfbyte.plan.layer import PADDED, pairs_of
+from halfbyte.plan.lines import Line, Recompute, Where
+
+LOGITS_CHUNK_BYTES, LOGITS_ROWS = 32_000_000, 16  # layers/loss.py: at once at most, in multiples of so many rows
+SCORES_BYTES, SCORES_ROWS = 24_000_000, 512  # layers/block_attention.py: scores in fp32 at once, rows of a long example
+TOKENS_STEP = 64
+SLACK = 0.08  # of what is kept until backward
+# More of that under full recomputation: each layer's input stays amid what was freed around it, and leaves a hole. Seen
+# of 30 small layers, and hardly of 6; `holes.py` sees to it that there are not more.
+ENTRY_SLACK, ENTRY_LAYERS = 0.3, 30
+MOMENT_SLACK = 0.25  # of what comes and goes in between, and leaves holes
+HEAP_BYTES = 32 << 20  # glibc's largest moving threshold: a larger block has pages of its own, a smaller one a hole
+CARD_SLACK = 0.05  # PyTorch's caching allocator rounds and splits; a round figure, not measured here
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The largest pass of a plan: its examples, its labelled tokens."""
+
+    lengths: tuple[int, ...]
+    labelled: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+def largest_pass(job: Job, tokens: int) -> Pass:
+    """The worst pass of at most `tokens`: the longest rows together, as many as one step has."""
+    rows = job.rows.descending
+    most = job.rows_per_step if job.packed else 1
+    taken: list[int] = []
+    for length in rows[: max(most, 1)].tolist():
+        if taken and sum(taken) + length > tokens:
+            break
+        taken.append(length)
+    if taken and job.packed and sum(taken) < tokens:  # shorter rows fill what is left of it
+        left, at = tokens - sum(taken), len(taken)
+        while len(taken) < most:
+            at = max(at, bisect_left(rows, -left, key=lambda length: -int(length)))  # the first that is short enough
+            if at >= len(rows):
+                break
+            taken.append(int(rows[at]))
+            left, at = left - taken[-1], at + 1
+    total = sum(taken)
+    return Pass(tuple(taken) or (1,), round(total * job.rows.labelled_share))
+
+
+def step_lines(job: Job, largest: Pass, recompute: Recompute, where: Where, cards: int = 1) -> tuple[Line, ...]:
+    """Lines of the peak of one pass: at the end of the forward, in the loss, or in the last layer's backward.
+
+    Args:
+        cards: layers are split over so many; each holds its share of what is kept.
+    """
+    layer, c, tokens = job.layer, job.itemsize, largest.tokens
+    hidden = job.facts.hidden
+    pairs = pairs_of(layer, largest.lengths)
+    rows = len(largest.lengths) * max(largest.lengths) if layer.pairs in PADDED else tokens
+    here = -(-job.facts.layers // cards)
+    kept = here * (rows * layer.of(recompute) + (layer.pair * pairs if recompute != "full" else 0))
+    # what is made again is held by the way to make it, also in the first layer
+    kept -= (
+        rows * layer.idle if recompute == "none" or (recompute == "selective" and layer.selective == layer.kept) else 0
+    )
+    words = f"{tokens} tokens x {here} layers x {layer.of(recompute) / 1e3:.2f} kB"
+    tile = c * job.largest_linear
+    backward = layer.moment(recompute, rows, pairs, scores_bytes(job, largest))
+    # the last norm's input and output; at labelled tokens what the head reads, and its gradient
+    loss = logits_bytes(job, largest.labelled) + 2 * c * hidden * (tokens + largest.labelled)
+    # the loss is over before the last layer's backward begins, so the larger of both counts
+    moment = max(backward, loss)
+    scores = 4 * job.facts.heads * pairs  # of one layer, in fp32
+    # once more where a forward is done again: there are those of the first, freed, and those of the second
+    hole = scores * (2 if recompute == "full" else 1) if scores < HEAP_BYTES else 0.0
+    of_kept = SLACK + (ENTRY_SLACK * min(1.0, here / ENTRY_LAYERS) if recompute == "full" else 0.0)
+    slack = of_kept * kept + MOMENT_SLACK * moment + hole if where == "private" else CARD_SLACK * (kept + moment)
+    if backward >= loss:
+        again = ", its forward done again" if recompute == "full" else ""
+        at_once = Line("backward of a layer", round(backward), f"{tokens} tokens{again}", "memory/decoder.py", where)
+    else:
+        share = f"{largest.labelled} labelled tokens, vocabulary {job.facts.vocab}"
+        at_once = Line("logits", round(loss), share, "layers/loss.py", where)
+    biggest = f"{job.largest_linear / 1e6:.1f} M numbers"
+    return (
+        Line("activations", round(kept), words, f"memory/decoder.py, recomputation {recompute}", where),
+        at_once,
+        Line("dequantised weight", tile, biggest, "layers/lora_linear.py", where),
+        Line("allocator", round(slack), f"{slack / max(1, kept + moment):.0%} of these", "measured", where),
+    )
+
+
+def scores_bytes(job: Job, largest: Pass) -> float:
+    """Attention's scores that exist at once in backward where no kernel makes them in cache: S and dP in fp32, and both
+    in the compute dtype if that is another."""
+    if not job.kernels or job.layer.pairs != "flash" or job.dtype == "bf16":
+        return 0.0
+    heads, most = max(1, job.facts.heads), 0.0
+    for length, count in Counter(largest.lengths).items():
+        whole = 4 * heads * length * length
+        at_once = min(count, max(1, SCORES_BYTES // whole)) * 4 * heads * length * min(length, SCORES_ROWS)
+        most = max(most, at_once)
+    return most * (2 + (0 if job.itemsize == 4 else job.itemsize / 2))
+
+
+def logits_bytes(job: Job, labelled: int) -> int:
+    """Logits that exist at once: a chunk; without kernels also their fp32 log-probabilities."""
+    most = max(LOGITS_ROWS, LOGITS_CHUNK_BYTES // max(1, job.facts.vocab * job.itemsize))
+    even = -(-labelled // max(1, -(-labelled // most)))
+    rows = min(most, -(-even // LOGITS_ROWS) * LOGITS_ROWS, max(1, labelled))
+    return rows * job.facts.vocab * (job.itemsize if job.kernels else job.itemsize + 8)
+
+
+def evaluating_bytes(job: Job, largest: Pass) -> int:
+    """The peak of an evaluation's pass above what is held: no tensor is kept for backward."""
+    c, tokens = job.itemsize, largest.tokens
+    pairs = pairs_of(job.layer, largest.lengths)
+    inside = tokens * job.layer.mlp + job.layer.pair * pairs
+    moment = tokens * c * 3 * job.facts.hidden + max(inside, logits_bytes(job, largest.labelled))
+    return round((1 + SLACK) * moment) + c * job.largest_linear
+
+
+def generating_bytes(job: Job, tokens: int, sequences: int = 1) -> int:
+    """The peak of generation above what is held: the key/value cache, and one token's way through the model.
+
+    2 x layers x key heads x head size x c bytes a token (keys and values); a growing cache is copied as it grows.
+    """
+    facts = job.facts
+    width = facts.key_heads * facts.head_size or facts.hidden
+    cache = 2 * facts.layers * width * job.itemsize * tokens * sequences
+    prompt = tokens * sequences * job.itemsize * 4 * facts.hidden
+    return round(1.5 * cache + prompt + job.itemsize * job.largest_linear + sequences * facts.vocab * 4)

@@ -1,0 +1,111 @@
+"""Seconds a step, from what this machine multiplies, moves and reads in a second.
+
+Source: 2 FLOP a weight and token forward, 2 for the gradient of the input (a frozen weight needs no third), 2 more
+where the forward is done again; attention 4 L A forward and 10 L A backward a token and layer (FlashAttention-2,
+arXiv:2307.08691), half of it under a causal mask. Rates come from `calibrate.py`; without them from a table of round
+figures by instruction set, and the plan says "time assumed".
+Cost: none; no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from halfbyte.plan.job import Job
+from halfbyte.plan.lines import Placement, Recompute, Time
+from halfbyte.system.device import Device
+
+SPREAD = 0.25  # of a time from measured rates; shared machines and turbo clocks move that much
+SPREAD_ASSUMED = 0.6
+# What a layer of a pass takes besides arithmetic: some hundred calls from Python, forward and backward.
+LAYER_OVERHEAD_S = 0.005
+# A pass of so many tokens multiplies at half the rate of a large one.
+HALF_RATE_TOKENS = 48
+# Bytes moved for each byte that a layer keeps, forward and backward, by all that is no matrix product.
+TRAFFIC = 10.0
+# Of that, what is done again under a policy.
+TRAFFIC_AGAIN = {"none": 1.0, "selective": 1.2, "full": 1.4}
+# Numbers of a dropout mask that torch draws in a second, whatever the threads, where a model drops by itself: from one
+# run of GPT-2, 1.0 s beside 1.9 of all else for 75 million numbers (docs/log.md).
+MASK_NUMBERS = 75e6
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does in a second, with all its threads."""
+
+    matmul_flops: float
+    memory_bytes: float
+    dequant_elements: float
+    attention_flops: float
+    disk_bytes: float
+    source: str
+    measured: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def assumed(device: Device, dtype: str) -> Rates:
+    """Round figures for a machine that was not measured."""
+    if device.kind == "cuda":
+        return Rates(60e12, 600e9, 200e9, 30e12, 1e9, "time assumed: a card of 60 TFLOP/s", measured=False)
+    fast = dtype == "bf16" and any(flag in device.isa for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    per_core = 150e9 if fast else 60e9 if "avx512f" in device.isa else 25e9
+    cores = max(1, device.cores)
+    return Rates(
+        per_core * cores, 8e9 * cores, 4e9 * cores, 0.4 * per_core * cores, 1e9,
+        f"time assumed: {per_core * cores / 1e9:.0f} GFLOP/s by instruction set", measured=False,
+    )  # fmt: skip
+
+
+def step_time(
+    job: Job,
+    rates: Rates,
+    *,
+    tokens: int,
+    recompute: Recompute,
+    placement: Placement,
+    cached_bytes: float,
+) -> Time:
+    """Seconds of a mean step.
+
+    Args:
+        tokens: of a pass. cached_bytes: of a mapped base that stay in memory; the rest is read twice a pass.
+    """
+    rows = job.rows
+    step_tokens = rows.mean * job.rows_per_step
+    at_once = max(1.0, tokens / max(1.0, rows.mean)) if job.packed else 1.0
+    passes = max(1, math.ceil(job.rows_per_step / max(1.0, math.floor(at_once))))
+    again = {"none": 2.0, "selective": 2.0, "full": 3.0}[recompute]
+    products = 2 * again * job.linear_numel + 6 * job.lora_parameters
+    head = 4 * job.facts.vocab * job.facts.hidden * rows.labelled_share
+    width = job.facts.heads * job.facts.head_size or job.facts.hidden
+    attention = (14 + 4 * (recompute == "full")) / 2 * rows.mean_of_a_token * width * job.facts.layers
+    quantised = job.recipe.quant.type != "none"
+    # scores that are made in memory (ALiBi, softcap, dropout) go through it as what is kept does
+    moved = TRAFFIC * (job.layer.kept + job.layer.pair * rows.mean_of_a_token) * job.facts.layers
+    pass_tokens = step_tokens / passes
+    full_rate = pass_tokens / (pass_tokens + HALF_RATE_TOKENS)
+    facts = job.facts
+    scores = rows.mean_of_a_token * facts.heads if facts.attention_dropout else 0.0
+    masks = facts.layers * (scores + (2 * facts.hidden if facts.residual_dropout else 0))
+    parts = {
+        "own dropout": step_tokens * masks * (again - 1) / MASK_NUMBERS if job.kernels else 0.0,
+        "matrix products": step_tokens * (products + head) / rates.matmul_flops / full_rate,
+        "attention": step_tokens * attention / rates.attention_flops,
+        "elementwise": step_tokens * moved * TRAFFIC_AGAIN[recompute] / rates.memory_bytes,
+        "dequantising": passes * again * job.linear_numel / rates.dequant_elements if quantised else 0.0,
+        "overhead": passes * LAYER_OVERHEAD_S * job.facts.layers,
+    }
+    compute = sum(parts.values())
+    read = 2 * passes * max(0.0, job.base_bytes - cached_bytes) / rates.disk_bytes
+    if placement == "streamed":
+        parts["waiting for disk"] = max(0.0, read - compute)  # read while the layer before computes
+    elif placement == "mapped":
+        parts["waiting for disk"] = read
+    total = sum(parts.values())
+    spread = SPREAD if rates.measured else SPREAD_ASSUMED
+    return Time(total * (1 - spread), total, total * (1 + spread), job.steps, rates.source, rates.measured, parts)

@@ -1,0 +1,1 @@
+"""Number formats of frozen weights, and the only door to bitsandbytes."""

@@ -1,0 +1,92 @@
+"""Pre-quantised checkpoints of models whose linears are a subclass of nn.Linear: transformers' quantiser, taught them.
+
+Why: transformers puts `nn.Linear` itself into 4 bits and passes over Falcon's own subclass, whose forward is the same
+product. What `quant.quantise_plain_linears` does after a load is done here before it, so such a store opens mapped.
+What: a quantiser and its config under a name of their own, in transformers' registry for custom quantisers. A store
+that needs it says so in its config.json; plain transformers refuses to open it, as its shapes are not Falcon's.
+Source: `transformers/quantizers/auto.py`, `register_quantizer`, `register_quantization_config`.
+Cost: none.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.quant import bnb as codec
+
+if TYPE_CHECKING:
+    from halfbyte.recipe.schema import Quant
+
+METHOD = "halfbyte_4bit"
+# The key in a store's `quantization_config`: patterns of modules that stay as they are.
+MARK = "halfbyte_plain_linears_but"
+
+
+def is_marked(quantised: Any) -> bool:
+    """Whether a config's `quantization_config` is of a store that only opens with `opening_config`."""
+    return isinstance(quantised, dict) and MARK in quantised
+
+
+def mark(values: dict[str, Any], quant: Quant) -> dict[str, Any]:
+    """A bitsandbytes config as a dictionary, marked."""
+    return {**values, MARK: sorted({*quant.skip_modules, *quant.fp32_modules})}
+
+
+def opening_config(config: Any) -> Any:
+    """A copy of a model's config that sends `from_pretrained` to our quantiser."""
+    _register()
+    found = copy.deepcopy(config)
+    values = dict(found.quantization_config)
+    inner = {name: value for name, value in values.items() if name not in (MARK, "quant_method")}
+    found.quantization_config = {"quant_method": METHOD, "exempt": values[MARK], "bitsandbytes": inner}
+    return found
+
+
+def quantiser(bnb: Any, quant: Quant, *, pre_quantised: bool) -> Any:
+    """The quantiser itself, for what a load would do: see `store/layout.py`."""
+    config_class, quantiser_class = _register()
+    values = {"exempt": [*quant.skip_modules, *quant.fp32_modules], "bitsandbytes": bnb.to_dict()}
+    return quantiser_class(config_class.from_dict(values), pre_quantized=pre_quantised)
+
+
+def settle(model: Any) -> None:
+    """After opening: the model says that it is bitsandbytes', which it is, so that PEFT and saving know it."""
+    found: Any = getattr(model.config, "quantization_config", None)
+    if getattr(found, "quant_method", None) == METHOD:
+        model.config.quantization_config = found.plain()
+        model.quantization_method = model.config.quantization_config.quant_method
+
+
+@cache
+def _register() -> tuple[Any, Any]:
+    from transformers import BitsAndBytesConfig
+    from transformers.quantizers import register_quantization_config, register_quantizer
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    class PlainLinearsConfig(BitsAndBytesConfig):
+        """A bitsandbytes config, and the patterns of modules that stay as they are."""
+
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+            inner = {k: v for k, v in config_dict["bitsandbytes"].items() if k != "quant_method"}
+            made = super().from_dict(inner)
+            made.quant_method, made.exempt = METHOD, tuple(config_dict["exempt"])
+            return (made, kwargs) if return_unused_kwargs else made
+
+        def plain(self) -> Any:
+            inner = {k: v for k, v in self.to_dict().items() if k not in ("quant_method", "exempt")}
+            return BitsAndBytesConfig.from_dict(inner)
+
+    class PlainLinearsQuantizer(Bnb4BitHfQuantizer):
+        """bitsandbytes' quantiser, which prepares plain subclasses of nn.Linear too."""
+
+        def _process_model_before_weight_loading(self, model: Any, device_map: Any, **kwargs: Any) -> None:
+            super()._process_model_before_weight_loading(model, device_map, **kwargs)
+            settings = self.quantization_config
+            codec.replace_plain_linears(model, settings, settings.exempt, pre_quantised=self.pre_quantized)
+
+    register_quantization_config(METHOD)(PlainLinearsConfig)
+    register_quantizer(METHOD)(PlainLinearsQuantizer)
+    return PlainLinearsConfig, PlainLinearsQuantizer

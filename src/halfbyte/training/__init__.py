@@ -1,0 +1,1 @@
+"""Optimiser steps that obey a plan, on transformers' Trainer."""

@@ -1,0 +1,210 @@
+"""How a step is split into passes now, and the way down when memory runs short: recompute more, then smaller passes.
+
+Why: a run that dies after an hour of training is the pain that people name first. What a step learns does not depend on
+how it is split (the loss is a sum over labelled tokens, divided once), so a run can step down in the middle of a step.
+What: before the first step the longest pass and one evaluation batch run once. Between passes what is free is compared
+with a margin; where it is short, memory that was freed is given back, and if the next pass still does not fit, the run
+steps down. A pass whose allocation fails (cards raise an error; Linux mostly kills) is undone and done again smaller.
+Cost: a look at /proc between passes, 0.2 ms; where failures are caught, a copy of the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from halfbyte.base import heap
+from halfbyte.data import pack
+from halfbyte.errors import TrainError, first_line
+from halfbyte.layers import fuse, loss, packing
+from halfbyte.plan.lines import GB, Recompute
+from halfbyte.system import usage
+from halfbyte.system.device import ram_available
+
+Rows = tuple[int, ...]
+MARGIN_SHARE = 0.03  # of the machine's memory (or the group's limit) that stays free between passes
+MARGIN_BYTES = 64_000_000
+
+
+def free_bytes() -> int:
+    """What this process could still take, as the kernel and the control group see it."""
+    return ram_available()
+
+
+@dataclass
+class Pace:
+    """The split of a run's steps. Changes only downwards, and says so.
+
+    Args:
+        lengths: tokens of each row. tokens: of a pass. longest: of the longest row, below which no pass goes.
+        need: bytes that a pass of so many tokens takes above what is held, under a policy.
+        policies: recomputation in the order in which more is done again.
+        apply: makes the model recompute as a policy says.
+        on_card: memory is a card's, whose allocations fail with an error; else RAM, which is looked at.
+    """
+
+    lengths: pack.Sizes
+    tokens: int
+    examples_per_pass: int | None
+    recompute: Recompute
+    policies: tuple[Recompute, ...]
+    need: Callable[[int, Recompute], int]
+    apply: Callable[[Recompute], None]
+    tell: Callable[[str], None]
+    ram_bytes: int
+    on_card: bool = False
+    downs: list[str] = field(default_factory=list)
+    _tight: bool = False
+
+    @cached_property
+    def longest(self) -> int:
+        return int(np.max(self.lengths, initial=1))
+
+    @property
+    def margin(self) -> int:
+        return max(MARGIN_BYTES, round(MARGIN_SHARE * self.ram_bytes))
+
+    def split(self, passes: Sequence[Rows]) -> list[Rows]:
+        """A step's passes as they were planned, or arranged anew since the budget was lowered."""
+        if all(sum(self.lengths[r] for r in rows) <= self.tokens or len(rows) == 1 for rows in passes):
+            return list(passes)
+        rows = [r for part in passes for r in part]
+        return list(pack.arrange(rows, self.lengths, self.tokens, self.examples_per_pass))
+
+    def between(self, waiting: Sequence[Rows]) -> list[Rows]:
+        """The passes that are still to come, after a look at what is free."""
+        if self.on_card or free_bytes() >= self.margin:
+            return list(waiting)
+        usage.trim()
+        free = free_bytes() - self.margin
+        if free >= self.need(self._largest(waiting), self.recompute):
+            return list(waiting)
+        needed = self.need(self._largest(waiting), self.recompute)
+        reason = f"{(free + self.margin) / GB:.2f} GB are free, the next pass needs {needed / GB:.2f}"
+        moved = False
+        while free < self.need(min(self.tokens, self._largest(waiting)), self.recompute) and self.down(reason):
+            moved = True
+        if not moved and not self._tight:
+            self._tight = True
+            self.tell(f"memory    {reason}; there is no smaller way to run this step")
+        return self.split(waiting)
+
+    def down(self, reason: str) -> bool:
+        """One step down; False where there is none."""
+        place = self.policies.index(self.recompute)
+        if place + 1 < len(self.policies):
+            before, self.recompute = self.recompute, self.policies[place + 1]
+            self.apply(self.recompute)
+            said = f"recomputation {before} -> {self.recompute}"
+        elif self.tokens > self.longest:
+            before_tokens, self.tokens = self.tokens, max(self.longest, self.tokens // 2)
+            said = f"passes of {before_tokens} -> {self.tokens} tokens"
+        else:
+            return False
+        self.downs.append(f"{said}: {reason}")
+        self.tell(f"memory    stepping down, {said} ({reason}); what is learned stays the same")
+        return True
+
+    def hold(self, model: Any) -> list[Any] | None:
+        """The gradients before a pass, to undo a failed one with; None where failures do not come as errors."""
+        if not self.on_card:
+            return None
+        return [None if p.grad is None else p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    def failed(self, error: BaseException, model: Any, held: list[Any] | None, waiting: Sequence[Rows]) -> list[Rows]:
+        """After an allocation failed in the first of `waiting`: gradients as before it, one step down, all again.
+
+        Raises:
+            TrainError: there is no step down left.
+        """
+        if held is None:
+            raise error
+        for parameter, before in zip((p for p in model.parameters() if p.requires_grad), held, strict=True):
+            parameter.grad = before
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if not self.down(f"an allocation failed: {first_line(error, 120)}"):
+            raise TrainError(
+                f"memory: a pass of {self._largest(waiting)} tokens does not fit, and there is no smaller way.",
+                fix="lower data.max_length or lora.r; halfbyte plan RECIPE lists what fits",
+            ) from error
+        return self.split(waiting)
+
+    def _largest(self, passes: Sequence[Rows]) -> int:
+        return max((int(sum(self.lengths[r] for r in rows)) for rows in passes), default=0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a card or in RAM."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What the longest pass took above what was held before it, and what was held."""
+
+    tokens: int
+    held: usage.Usage
+    pass_bytes: int
+    seconds: float
+
+
+def rehearse(
+    model: Any, pace: Pace, longest: Rows, batch: Callable[[Rows], Any], evaluation: Sequence[Any] = ()
+) -> Rehearsed:
+    """Run the longest pass forward and backward, and one batch of an evaluation, before anything is learned.
+
+    Gradients and the random state are as before. Steps down until it fits.
+
+    Raises:
+        TrainError: not even the smallest way fits.
+    """
+    import time
+
+    def size(rows: Rows) -> int:
+        return int(sum(pace.lengths[r] for r in rows))
+
+    training = model.training
+    devices = [torch.cuda.current_device()] if pace.on_card else []
+    while True:
+        (rows, *_) = sorted(pace.split([longest]), key=size, reverse=True)
+        held = usage.now()
+        began = time.perf_counter()
+        try:
+            with torch.random.fork_rng(devices=devices), usage.Peak() as peak:
+                model.train()
+                loss.pass_loss(model, batch(rows)).backward()
+                _forget(model)
+                if len(evaluation):
+                    loss.mean_loss(model, [evaluation[0]])
+            model.train(training)
+            return Rehearsed(size(rows), held, max(0, peak.private - held.private), time.perf_counter() - began)
+        except (RuntimeError, MemoryError) as error:
+            _forget(model)
+            if not is_out_of_memory(error):
+                raise
+            kept: list[Any] = [None for p in model.parameters() if p.requires_grad]
+            pace.failed(error, model, kept, [rows])
+
+
+def _forget(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def recompute_as(model: Any, policy: Recompute) -> None:
+    """Make a model (PEFT around it or not) do again in backward what the policy says; may be called at any time."""
+    lm = packing.causal_lm(model)
+    fuse.recompute_cheap(lm, on=policy == "selective")
+    if policy != "full":
+        if lm.is_activation_checkpointing:
+            lm.activation_checkpointing_disable()
+        heap.remove(lm)
+    else:
+        heap.install(lm)
+        lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

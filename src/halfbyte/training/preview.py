@@ -1,0 +1,161 @@
+"""`halfbyte data check`: what would be trained on, seen before anything is: gates, lengths, passes, rows as tokens.
+
+Why: a mask that is wrong, or an end token that is never learned, shows at a glance, and never in a loss.
+Cost: tokenising, and the shapes of the model; no weight is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from halfbyte import plan as memory
+from halfbyte.adapters import lora
+from halfbyte.data import pack
+from halfbyte.errors import DataError
+from halfbyte.models.structure import meta_model
+from halfbyte.recipe.schema import Loaded
+from halfbyte.system import device
+from halfbyte.training import fit, prepare
+from halfbyte.training.prepare import Prepared
+from halfbyte.training.schedule import count_steps, plan_steps, rows_per_step
+
+if TYPE_CHECKING:
+    from halfbyte.data.encoding.examples import Example
+
+SHOWN_ROWS = 2
+BINS = 10
+COUNTED_STEPS = 20_000
+# Edges of the histogram are multiples of it.
+BIN_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring tokens of one kind, as text."""
+
+    text: str
+    labelled: bool
+    special: bool
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A row as the model meets it. `row` counts from 1, among the rows that are trained on."""
+
+    row: int
+    where: str
+    tokens: int
+    labelled: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Bin:
+    """How many rows have from `least` to `most` tokens."""
+
+    least: int
+    most: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `data check` shows."""
+
+    prepared: Prepared
+    plan: memory.Plan
+    steps: int
+    passes: int
+    tokens: int
+    histogram: tuple[Bin, ...]
+    shown: tuple[Shown, ...]
+
+    @property
+    def refused(self) -> bool:
+        return any(finding.level == "refused" for finding in self.prepared.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        recipe, rows = self.prepared.recipe, len(self.prepared.train.examples)
+        return {
+            "model": self.prepared.checkpoint.id,
+            **prepare.data_report(self.prepared),
+            "notices": prepare.notices(self.prepared),
+            "refused": self.refused,
+            "run": {
+                "steps": self.steps,
+                "rows_per_step": rows_per_step(recipe),
+                "passes_per_step": self.passes / max(1, self.steps),
+                "rows_per_pass": min(rows, rows_per_step(recipe)) * self.steps / max(1, self.passes),
+                "max_tokens_per_pass": self.plan.max_tokens_per_pass,
+                "tokens": self.tokens,
+                "seconds": self.plan.time.run_s,
+                "seconds_from": self.plan.time.source,
+            },
+            "histogram": [asdict(found) for found in self.histogram],
+            "rows": [asdict(found) for found in self.shown],
+        }
+
+
+def check(loaded: Loaded, *, row: int | None = None) -> Checked:
+    """Everything that a run would know of its rows before its first step.
+
+    Args:
+        row: the one to show, from 1; None for the first `SHOWN_ROWS`.
+
+    Raises:
+        HalfbyteError: no model, rows that cannot be used, no such row. What the gates refuse is among the findings.
+    """
+    recipe, machine = loaded.recipe, device.detect()
+    prepared = prepare.look(recipe)
+    rows = len(prepared.train.examples)
+    if row is not None and not 1 <= row <= rows:
+        raise DataError(f"there is no row {row}: {rows:,} rows are trained on.", fix=f"--row 1 to --row {rows}")
+    model = meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
+    _, plan = fit.plan_of(prepared, machine, lora.choose_targets(model, prepared.recipe.lora)[0], model)
+    planned = plan_steps(prepared, max_tokens_per_pass=plan.max_tokens_per_pass, examples_per_pass=None)
+    numbers = [row - 1] if row is not None else range(min(SHOWN_ROWS, rows))
+    return Checked(
+        prepared,
+        plan,
+        count_steps(prepared),
+        count_passes(planned),
+        planned.tokens,
+        histogram(prepared.train.lengths),
+        tuple(shown(prepared.train.examples[n], n + 1, prepared.tokenizer) for n in numbers),
+    )
+
+
+def count_passes(steps: pack.Steps) -> int:
+    """Passes of all steps; of more than `COUNTED_STEPS`, as many a step as the first ones have."""
+    counted = steps[:COUNTED_STEPS]
+    return round(sum(len(step.passes) for step in counted) * len(steps) / max(1, len(counted)))
+
+
+def histogram(lengths: pack.Sizes) -> tuple[Bin, ...]:
+    """At most `BINS` bins of one width, from the shortest row to the longest."""
+    first = int(np.min(lengths)) // BIN_TOKENS * BIN_TOKENS
+    width = -(-(int(np.max(lengths)) + 1 - first) // BINS)
+    width = -(-width // BIN_TOKENS) * BIN_TOKENS
+    counts = np.bincount((np.asarray(lengths) - first) // width)
+    return tuple(Bin(first + i * width, first + (i + 1) * width - 1, int(n)) for i, n in enumerate(counts))
+
+
+def shown(example: Example, row: int, tokenizer: Any) -> Shown:
+    """A row as text, cut where a label or a special token begins or ends."""
+    special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids)
+    marked = [(i, label >= 0, i in special) for i, label in zip(example.input_ids, example.labels, strict=True)]
+    pieces = [
+        Piece(_text(tokenizer, [i for i, _, _ in group]), labelled, is_special)
+        for (labelled, is_special), group in groupby(marked, key=lambda token: token[1:])
+    ]
+    labelled = sum(label >= 0 for label in example.labels)
+    return Shown(row, example.where, len(example.input_ids), labelled, tuple(pieces))
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text

@@ -1,0 +1,264 @@
+"""The only door to transformers.Trainer: one item of the dataset is one whole optimiser step.
+
+Why: the rows that batch x accumulation take together are split into padding-free passes as memory allows. The
+Trainer sees batch 1 and accumulation 1; `training_step` loops over the passes, sums the loss over labelled tokens and
+divides it once. So any split gives the same optimisation, and the position in the data is the step's index.
+Source: `transformers/trainer.py` (`training_step`, `evaluate`, `create_optimizer`: documented overrides).
+Cost: logits are made for labelled tokens only (`logits_to_keep`), one pass at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from halfbyte.adapters.lora import loraplus_optimizer, without_gradient
+from halfbyte.errors import RecipeError, TrainError, first_line
+from halfbyte.layers import loss
+from halfbyte.training.micro_batches import Pace, is_out_of_memory
+
+if TYPE_CHECKING:
+    from halfbyte.recipe.schema import Train
+
+# Names under `train:` that are not fields of transformers.TrainingArguments, or that never reach the Trainer:
+# batch and accumulation are inside the item, the dtype is the base's, checkpoints and the best adapter are ours.
+NOT_FOR_TRAINER = frozenset(
+    {
+        "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "num_train_epochs",
+        "max_steps", "fp16", "bf16", "gradient_checkpointing", "save_strategy", "save_steps", "save_total_limit",
+        "save_minutes", "load_best_model_at_end", "metric_for_best_model", "loraplus_lr_ratio", "max_tokens_per_pass",
+        "data_seed", "eval_strategy", "eval_steps",
+    }
+)  # fmt: skip
+
+# Each has a row in metrics.jsonl, and the report reads all of them.
+MAX_STEPS = 1_000_000
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one optimiser step did; one row of `metrics.jsonl`."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    labelled_tokens: int
+    passes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "tokens_per_second": self.tokens / self.seconds if self.seconds > 0 else 0.0}
+
+
+def training_arguments(
+    train: Train, *, folder: Path, total_steps: int, fp16: bool, use_cpu: bool, eval_steps: int
+) -> Any:
+    """The recipe's `train:` as TrainingArguments for a run of `total_steps` items.
+
+    Args:
+        fp16: loss scaling, for a card without bf16; autocast itself is switched off in `adapters.Adapted`.
+        eval_steps: 0 for none; epochs are turned into steps by the caller, as the Trainer sees one epoch of all steps.
+    """
+    values = {k: v for k, v in train.model_dump(exclude=set(NOT_FOR_TRAINER)).items() if v is not None}
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return TrainingArguments(
+        **values,
+        output_dir=str(folder),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        max_steps=total_steps,
+        save_strategy="no",
+        eval_strategy="steps" if eval_steps else "no",
+        eval_steps=eval_steps or None,
+        fp16=fp16,
+        use_cpu=use_cpu,
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        disable_tqdm=True,
+        logging_nan_inf_filter=False,
+        average_tokens_across_devices=True,
+        log_level="error",
+    )
+
+
+def rehearse(train: Train, *, total_steps: int) -> None:
+    """Make the optimiser and the schedule of the recipe on one number, before anything is loaded or written.
+
+    Raises:
+        RecipeError: arguments that they do not take, or more steps than can be planned.
+    """
+    if total_steps > MAX_STEPS:
+        raise RecipeError(
+            f"train: {total_steps:,} steps are more than the {MAX_STEPS:,} that one run can have.",
+            fix="lower train.max_steps or train.num_train_epochs",
+        )
+    try:
+        args = training_arguments(
+            train, folder=Path("unused"), total_steps=total_steps, fp16=False, use_cpu=True, eval_steps=0
+        )
+        cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = cls([torch.nn.Parameter(torch.zeros(1))], **kwargs)
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=args.get_warmup_steps(total_steps),
+            num_training_steps=total_steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
+        raise RecipeError(
+            f"train: optimiser {train.optim} and schedule {train.lr_scheduler_type} cannot be made as asked: "
+            f"{first_line(error)}.",
+            fix="look at train.optim_args and train.lr_scheduler_kwargs",
+        ) from error
+
+
+class StepTrainer(Trainer):
+    """A Trainer whose dataset yields `{"step": Step, "passes": [batch, ...]}`, each a whole optimiser step.
+
+    Args:
+        eval_batches: packed passes of held-out rows, as `data.collate` makes them.
+        loraplus_lr_ratio: learning rate of B over that of A (LoRA+, arXiv:2402.12354); None for one rate.
+        pace: splits steps anew when memory runs short; None for passes as they were planned.
+    """
+
+    optimizer: Any
+    control: Any
+
+    def __init__(
+        self,
+        model: Any,
+        args: Any,
+        *,
+        train_dataset: Dataset[dict[str, Any]],
+        eval_batches: Sequence[Mapping[str, Any]] = (),
+        loraplus_lr_ratio: float | None = None,
+        callbacks: Sequence[Any] = (),
+        pace: Pace | None = None,
+    ) -> None:
+        self.eval_batches = eval_batches
+        self.pace = pace
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.last: StepRecord | None = None
+        self.where_rows: Callable[[Any], str] = lambda step: ""
+        super().__init__(
+            model=model, args=args, train_dataset=train_dataset, eval_dataset=[], callbacks=list(callbacks)
+        )
+        self.loss_is_scaled_for_ga = True
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self._ended = time.perf_counter()
+
+    def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Items in their order, one at a time: the order was drawn when the steps were planned."""
+        return DataLoader(self.train_dataset, batch_size=1, shuffle=False, collate_fn=_only)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.loraplus_lr_ratio is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = loraplus_optimizer(self.model, cls, self.loraplus_lr_ratio, self.args.weight_decay, kwargs)
+        return self.optimizer
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward over every pass of one step.
+
+        Returns:
+            The step's loss: the sum over its labelled tokens, divided once by their number. Scalar.
+
+        Raises:
+            TrainError: the loss is not finite (names the rows), or an adapter got no gradient.
+        """
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        step, passes = inputs["step"], inputs["passes"]
+        total = torch.zeros((), device=self.args.device)
+        pace = self.pace
+        waiting, done = list(step.passes) if pace is None else pace.split(step.passes), 0
+        while waiting:
+            held = None if pace is None else pace.hold(model)
+            try:
+                with contextlib.nullcontext() if len(waiting) == 1 else self.accelerator.no_sync(model):
+                    part = self._run_pass(model, passes.of(waiting[0]), step.labelled_tokens)
+            except (RuntimeError, MemoryError) as error:
+                if pace is None or not is_out_of_memory(error):
+                    raise
+                waiting = pace.failed(error, model, held, waiting)
+                continue
+            total += part.to(total.device)
+            done, waiting = done + 1, waiting[1:]
+            if pace is not None and waiting:
+                waiting = pace.between(waiting)
+        value = float(total)
+        if not math.isfinite(value):
+            raise TrainError(
+                f"the loss is {value} at step {self.state.global_step + 1}{self.where_rows(step)}.",
+                fix="lower train.learning_rate, set train.max_grad_norm, or look at those rows"
+                if self.state.global_step
+                else "nothing has been trained yet: look at the base's weights and at those rows",
+            )
+        if self.state.global_step == self._initial_global_step and (dead := without_gradient(self.model)):
+            raise TrainError(
+                f"{len(dead)} trained tensors got no gradient in the first step, so they would never learn: "
+                f"{', '.join(dead[:3])}.",
+                fix="turn gradient_checkpointing off; if it stays, report it with the recipe",
+            )
+        self._record(step, value, done)
+        return total
+
+    def _run_pass(self, model: Any, batch: Mapping[str, Any], labelled_tokens: int) -> torch.Tensor:
+        """Forward and backward of one pass; its share of the step's loss."""
+        summed = loss.pass_loss(model, batch, label_smoothing=self.args.label_smoothing_factor)
+        part = summed / labelled_tokens
+        self.accelerator.backward(part)
+        return part.detach()
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean loss per labelled token over the held-out passes, without touching the random state or the weights."""
+        batches = self.eval_batches if eval_dataset is None else eval_dataset
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in loss.mean_loss(self.model, batches).items()}
+        self._ended = time.perf_counter()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """4 FLOP a base parameter and token: forward and the gradient of the input; a frozen weight needs no third."""
+        return 4.0 * self.model.get_nb_trainable_parameters()[1] * inputs["step"].tokens
+
+    def _record(self, step: Any, value: float, passes: int) -> None:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        scaler = getattr(self.accelerator, "scaler", None)
+        now = time.perf_counter()
+        self.last = StepRecord(
+            step=self.state.global_step + 1,
+            loss=value,
+            learning_rate=float(self.optimizer.param_groups[0]["lr"]),
+            grad_norm=norm / float(scaler.get_scale()) if scaler is not None else norm,
+            tokens=step.tokens,
+            labelled_tokens=step.labelled_tokens,
+            passes=passes,
+            seconds=now - self._ended,
+        )
+        self._ended = now
+
+
+def _only(items: list[dict[str, Any]]) -> dict[str, Any]:
+    (item,) = items
+    return item

@@ -1,0 +1,142 @@
+"""The classic QLoRA script with only its import line changed, on three architectures and on fp16 checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte.adapters import dropin
+from tests import tiny
+
+SCRIPT = """
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+from {module} import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+bnb_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float16, bnb_4bit_quant_type="nf4")
+model = AutoModelForCausalLM.from_pretrained(model_id, quantization_config=bnb_config, device_map="auto")
+model = prepare_model_for_kbit_training(model)
+lora_config = LoraConfig(
+    r=16, lora_alpha=32, target_modules=target_modules, lora_dropout=0.05, bias="none", task_type="CAUSAL_LM"
+)
+model = get_peft_model(model, lora_config)
+training_args = TrainingArguments(
+    per_device_train_batch_size=4, gradient_accumulation_steps=4, num_train_epochs=3, learning_rate=2e-4, fp16=True,
+    output_dir="./lora_output", report_to="none", disable_tqdm=True, logging_steps=1,
+)
+trainer = Trainer(model=model, args=training_args, train_dataset=rows)
+trainer.train()
+model.save_pretrained("./lora_adapters")
+base = AutoModelForCausalLM.from_pretrained(model_id, quantization_config=bnb_config, device_map="auto")
+loaded = PeftModel.from_pretrained(base, "./lora_adapters")
+generated = loaded.generate(input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=5, do_sample=False)
+"""
+
+TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"], "bloom": ["query_key_value"]}
+
+
+def run_script(model_id: Path, targets: list[str]) -> tuple[dict[str, Any], list[str]]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 256, (32, 24), generator=generator)
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    names: dict[str, Any] = {"model_id": str(model_id), "target_modules": targets, "rows": rows}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        exec(SCRIPT.format(module="halfbyte"), names)
+    return names, [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("name", list(TARGETS))
+def test_the_classic_script(name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    dropin._say_once.cache_clear()
+    tiny.save(tmp_path / "model", name, dtype=dtype)
+    names, said = run_script(tmp_path / "model", TARGETS[name])
+    log = [row["loss"] for row in names["trainer"].state.log_history if "loss" in row]
+    assert len(log) == 6
+    assert log[4] + log[5] < log[0] + log[1]  # two steps are one epoch: the same rows
+    assert all(bool(p.detach().any()) for n, p in names["model"].named_parameters() if "lora_B" in n)
+    model = names["model"]
+    floating = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    assert torch.float16 not in floating
+    about_dtype = [text for text in said if "float16 was asked for" in text]
+    assert len(about_dtype) == 1
+    assert "computing in" in about_dtype[0]
+    assert names["generated"].shape == (1, 8)
+    for path in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "lora_adapters" / path).is_file()
+
+
+def test_the_reloaded_adapter_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.save(tmp_path / "model", "llama", dtype=torch.bfloat16)
+    names, _ = run_script(tmp_path / "model", TARGETS["llama"])
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        trained = names["model"].eval()(input_ids=ids).logits.float()
+        loaded = names["loaded"].eval()(input_ids=ids).logits.float()
+        with names["loaded"].disable_adapter():
+            bare = names["loaded"](input_ids=ids).logits.float()
+    torch.testing.assert_close(loaded, trained, rtol=2e-2, atol=2e-2)
+    assert not torch.allclose(bare, trained, rtol=2e-2, atol=2e-2)
+
+
+def test_autocast_of_a_caller_does_not_reach_the_layers(tmp_path: Path) -> None:
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+
+    from halfbyte import get_peft_model
+
+    tiny.save(tmp_path / "model", "llama", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model(input_ids=torch.tensor([[5, 6, 7]]))  # the first call of all looks at the model itself
+    seen: list[torch.dtype] = []
+    base.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+    assert seen == [torch.float32]
+
+
+def test_names_that_are_offered() -> None:
+    import halfbyte
+
+    for name in halfbyte.__all__:
+        assert getattr(halfbyte, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'LoraConfg'"):
+        halfbyte.LoraConfg  # noqa: B018
+
+
+def test_load_base_is_the_classic_reload_line(tmp_path: Path) -> None:
+    from halfbyte import load_base
+    from halfbyte.quant.bnb import linears_4bit
+
+    tiny.save(tmp_path / "model", "llama", dtype=torch.float16)
+    model = load_base(str(tmp_path / "model"), load_in_4bit=True, device_map="auto", dtype="fp32")
+    layers = linears_4bit(model)
+    assert len(layers) == 14
+    assert not any(layer.support_avx512bf16_for_cpu for _, layer in layers)
+    assert {layer.weight.quant_state.quant_type for _, layer in layers} == {"nf4"}
+    assert model.name_or_path == str(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("free_gb", "expected"), [(16, False), (0.001, True)])
+def test_recomputation_is_prepared_where_memory_asks_for_it(
+    free_gb: float, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halfbyte import prepare_model_for_kbit_training
+    from halfbyte.system import device
+
+    machine = device.detect()
+    monkeypatch.setattr(device, "detect", lambda: dataclasses.replace(machine, ram_available_bytes=int(free_gb * 1e9)))
+    model = prepare_model_for_kbit_training(tiny.model("llama"))
+    assert model.is_gradient_checkpointing is expected
+    asked = prepare_model_for_kbit_training(tiny.model("llama"), use_gradient_checkpointing=not expected)
+    assert asked.is_gradient_checkpointing is not expected
+    assert not any(p.requires_grad for p in model.parameters())

@@ -1,0 +1,430 @@
+"""The command line as its user sees it: what each command prints, its exit code, chat on a terminal, and signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from halfbyte import finetune
+from halfbyte.cli import show
+from halfbyte.inference import generate
+from halfbyte.recipe.file import load_recipe
+from halfbyte.recipe.schema import leaves
+from halfbyte.runs import checkpoint
+from halfbyte.runs.folder import RunFolder
+from tests import tiny_run
+from tests.in_process import Cli, runner
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ADAPTER = "adapter/adapter_model.safetensors"
+LEAF = {"value", "from", "why"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A model, rows, held-out rows, a recipe, and the run `done` of it; all paths relative."""
+    folder = tmp_path_factory.mktemp("world")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        tiny_run.checkpoint(folder / "model")
+        tiny_run.rows(folder / "test.jsonl", n=5, seed=1)
+        tiny_run.recipe(Path("."), lora__r=8, lora__lora_alpha=16, lora__lora_dropout=0.05, data__eval="test.jsonl")
+        finetune.train(load_recipe(Path("recipe.yaml"), ["output=done"]))
+        yield folder
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture
+def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(world, tmp_path / "w")
+    monkeypatch.chdir(tmp_path / "w")
+    return tmp_path / "w"
+
+
+@pytest.fixture
+def halfbyte(here: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
+    return runner(here, capsys)
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+STEP = r"step {}/4  loss \d+\.\d{{4}}  \d+ tokens/s  memory \d+\.\d\d GB  ETA \d+:\d\d"
+
+
+def test_train_says_what_it_does(halfbyte: Cli) -> None:
+    ended = halfbyte("train", "recipe.yaml")
+    assert (ended.code, ended.err) == (0, "")
+    lines = [
+        r"data      16 rows, 334 tokens \(17 to 24 a row\), 29% of them trained; 5 rows held out",
+        r"base      .*/model: nf4, 0\.000 GB resident \(0\.000 planned\), computing in fp32 \(.*\)",
+        r"adapters  k_proj x2, o_proj x2, q_proj x2, v_proj x2; 7,168 of 122,176 parameters train .*",
+        r"packing   packed: cu_seq_lens: packed = alone",
+        r"plan      peak memory about \d+\.\d\d GB of \d+\.\d GB free",
+        *(STEP.format(n) for n in (1, 2, 3, 4)),
+        r"eval at step 4: loss \d+\.\d{4}  perplexity \d+\.\d{3}  \(best so far\)",
+        r"4 steps, 334 tokens in \d+:\d\d \(\d+ tokens/s\)   loss \d+\.\d{4} -> \d+\.\d{4}   eval loss \d+\.\d{4}",
+        r"peak memory \d+\.\d\d GB \(planned \d+\.\d\d GB\)",
+        r"adapter  run/adapter",
+        r"  next: halfbyte eval run --base   or   halfbyte chat run",
+    ]
+    for line in lines:
+        assert re.search(f"^{line}$", ended.out, re.MULTILINE), (line, ended.out)
+    assert "\x1b" not in ended.out
+    assert Path("run", ADAPTER).read_bytes() == Path("done", ADAPTER).read_bytes()
+
+
+def test_quiet_is_few_lines(halfbyte: Cli) -> None:
+    ended = halfbyte("train", "recipe.yaml", "--quiet", "--set", "train.max_steps=20")
+    assert (ended.code, ended.err) == (0, "")
+    steps = [int(found) for found in re.findall(r"^step (\d+)/20 ", ended.out, re.MULTILINE)]
+    assert steps == list(range(2, 21, 2))
+    assert "data   " not in ended.out and "checkpoint" not in ended.out
+
+
+def test_json_is_the_report_and_nothing_else(halfbyte: Cli) -> None:
+    ended = halfbyte("train", "recipe.yaml", "--json", "--output", "here/it/is")
+    assert (ended.code, ended.err) == (0, "")
+    assert json.loads(ended.out) == json.loads(Path("here/it/is/report.json").read_text())
+
+
+def test_long_lines_go_on_under_their_beginning(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal("train", "recipe.yaml", "--set", "train.max_steps=6", columns=80)
+    said = terminal.read("halfbyte chat run")
+    assert terminal.wait() == 0
+    assert (
+        "\nadapters  k_proj x2, o_proj x2, q_proj x2, v_proj x2; 7,168 of 122,176\n          parameters train" in said
+    )
+    bars = [line for line in re.split(r"[\r\n]", said) if line.startswith("training ")]
+    assert bars and all(len(line) <= 80 for line in bars)
+    assert re.search(r"^training ━+ 6/6 loss \d+\.\d{4}  \d+ tokens/s  \d+\.\d\d GB  ETA 0:00 *$", bars[-1]), bars[-1]
+
+
+def test_the_reported_evaluation_is_that_of_the_kept_adapter(halfbyte: Cli) -> None:
+    changes = ("train.max_steps=40", "train.learning_rate=0.05", "train.eval_strategy=steps", "train.eval_steps=5")
+    ended = halfbyte("train", "recipe.yaml", "--json", *(part for value in changes for part in ("--set", value)))
+    assert (ended.code, ended.err) == (0, "")
+    losses = [row["eval_loss"] for row in RunFolder(Path("run")).read_metrics() if "eval_loss" in row]
+    assert json.loads(ended.out)["eval_loss"] == min(losses) < losses[-1]
+    kept = json.loads(halfbyte("eval", "run", "--json", "--max-new-tokens", "1").out)["adapter"]["loss"]
+    assert kept == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_a_model_and_rows_print_the_recipe_that_is_used(halfbyte: Cli) -> None:
+    ended = halfbyte("train", "model", "train.jsonl", "--set", "train.max_steps=1", "--set", "quant.compute_dtype=fp32")
+    assert (ended.code, ended.err) == (0, "")
+    head, _, rest = ended.out.partition("\n\n")
+    printed = yaml.safe_load(rest.partition("\n\n")[0])
+    assert head == "No recipe given; this one is used:"
+    assert printed == yaml.safe_load(Path("runs/model-train/recipe.yaml").read_text())
+    assert (printed["model"], printed["data"]["train"], printed["train"]["max_steps"]) == ("model", "train.jsonl", 1)
+    quiet = halfbyte("train", "model", "train.jsonl", "-q", "--set", "train.max_steps=1", "-o", "two")
+    assert quiet.code == 0 and "No recipe given" not in quiet.out
+
+
+def test_an_unusual_value_is_a_warning(halfbyte: Cli) -> None:
+    ended = halfbyte("train", "recipe.yaml", "-q", "--set", "lora.lora_dropout=0.5", "--set", "train.max_steps=1")
+    assert ended.code == 0
+    assert ended.err == "warning: lora.lora_dropout 0.5 is outside the usual 0.05 to 0.1\n"
+
+
+def test_a_dry_run_tells_every_value_and_trains_nothing(here: Path, halfbyte: Cli) -> None:
+    before = sorted(here.rglob("*"))
+    ended = halfbyte("train", "recipe.yaml", "--dry-run", "--set", "train.seed=7")
+    assert (ended.code, ended.err) == (0, "")
+    for line in (
+        r"lora\.r +8 +recipe.*",
+        r"lora\.bias +none +default *",
+        r"train\.seed +7 +set *",
+        r"lora\.target_modules +\[\"q_proj\", \"k_proj\", \"v_proj\", \"o_proj\"\] +auto +the attention projections.*",
+        r"model     .*/model",
+        r"data      16 rows, .*; 4 steps of 4 rows",
+        r"adapters  on 8 modules, 7,168 parameters train",
+        r"peak +\d+\.\d{3} GB  of \d+\.\d GB free",
+    ):
+        assert re.search(f"^{line}$", ended.out, re.MULTILINE), (line, ended.out)
+    assert sorted(here.rglob("*")) == before
+
+
+def test_a_dry_run_as_json_has_an_origin_for_every_leaf(here: Path, halfbyte: Cli) -> None:
+    ended = halfbyte("train", "recipe.yaml", "--dry-run", "--json", "--set", "train.seed=7")
+    assert (ended.code, ended.err) == (0, "")
+    shown = json.loads(ended.out)
+    values = shown["values"]
+    assert all(set(leaf) == LEAF for leaf in values.values())
+    assert {leaf["from"] for leaf in values.values()} == {"set", "recipe", "default", "auto"}
+    assert values["train.seed"] == {"value": 7, "from": "set", "why": values["train.seed"]["why"]}
+    assert values["lora.target_modules"]["value"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert values["lora.target_modules"]["why"] == "the attention projections of llama"
+    assert set(values) == {field for field, _ in leaves(load_recipe(Path("recipe.yaml")).recipe)}
+    assert any(note.startswith("peak  ") for note in shown["notes"])
+
+
+def test_init_writes_a_recipe_that_loads(halfbyte: Cli) -> None:
+    ended = halfbyte("init", "mine.yaml", "--model", "model", "--data", "train.jsonl")
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out == "wrote mine.yaml\n  next: halfbyte train mine.yaml --dry-run\n"
+    text = Path("mine.yaml").read_text()
+    assert halfbyte("train", "mine.yaml", "--dry-run").code == 0
+    again = halfbyte("init", "mine.yaml")
+    assert again.code == 2
+    assert again.err.startswith("error: mine.yaml exists and is not overwritten.\n  fix: ")
+    assert Path("mine.yaml").read_text() == text
+
+
+# --- what was trained ------------------------------------------------------------------------------------------------
+
+
+def test_generate_and_its_base(halfbyte: Cli) -> None:
+    answers = {}
+    for name, flags in (("adapter", ()), ("base", ("--base",))):
+        asked = ("generate", "done", "-p", "red cup", "--prompt", "old box", "--max-new-tokens", "6", *flags)
+        ended = halfbyte(*asked, "--json")
+        assert (ended.code, ended.err) == (0, "")
+        shown = json.loads(ended.out)
+        assert (shown["run"], shown["with_adapter"]) == ("done", name == "adapter")
+        assert [a["prompt"] for a in shown["answers"]] == ["red cup", "old box"]
+        answers[name] = [a["output"] for a in shown["answers"]]
+        plain = halfbyte(*asked)
+        assert (plain.code, plain.err) == (0, "")
+        assert plain.out == "".join(f"{text}\n" for text in answers[name])  # streamed, and the same text
+    assert answers["adapter"] != answers["base"]
+
+
+def test_generate_streams(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces: list[str] = []
+    monkeypatch.setattr(show, "stream", pieces.append)
+    halfbyte("generate", "done", "-p", "red cup", "--max-new-tokens", "20")
+    assert len([piece for piece in pieces if piece]) > 1
+
+
+def test_sampling_repeats_with_its_seed(halfbyte: Cli) -> None:
+    def sample(seed: int) -> str:
+        flags = ("--max-new-tokens", "12", "--temperature", "1.5", "--seed", str(seed))
+        return halfbyte("generate", "done", "-p", "red cup", *flags).out
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_eval_puts_base_and_adapter_side_by_side(halfbyte: Cli) -> None:
+    ended = halfbyte("eval", "done", "--base", "--max-new-tokens", "4", "--samples", "1")
+    assert (ended.code, ended.err) == (0, "")
+    for line in (
+        r"┃ +┃ +base ┃ +adapter ┃",
+        r"│ completion loss │ +\d+\.\d{4} │ +\d+\.\d{4} │",
+        r"│ perplexity +│ +[\d.]+ │ +[\d.]+ │",
+        r"│ exact match +│ 0 of 5 \(0\.0%\) │ 0 of 5 \(0\.0%\) │",
+        r"test\.jsonl:1",
+        r" expected: .*",
+        r"     base: .*differs",
+        r"  adapter: .*differs",
+    ):
+        assert re.search(f"^{line}$", ended.out, re.MULTILINE), (line, ended.out)
+    assert "test.jsonl:2" not in ended.out
+
+
+def test_eval_as_json_agrees_with_the_run(halfbyte: Cli) -> None:
+    shown = json.loads(halfbyte("eval", "done", "--base", "--json", "--max-new-tokens", "4").out)
+    assert list(shown) == ["base", "adapter"]
+    report = json.loads(Path("done/report.json").read_text())
+    assert shown["adapter"]["loss"] == pytest.approx(report["eval_loss"], rel=1e-5)  # fp32, one pass or several
+    assert shown["adapter"]["loss"] < shown["base"]["loss"]
+    assert len(shown["adapter"]["samples"]) == shown["adapter"]["rows"] == 5
+    limited = json.loads(
+        halfbyte("eval", "done", "--data", "train.jsonl", "--limit", "3", "--json", "--max-new-tokens", "4").out
+    )
+    assert list(limited) == ["adapter"]
+    assert [s["where"] for s in limited["adapter"]["samples"]] == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:3"]
+
+
+class Terminal:
+    """A command on a pseudo-terminal of its own."""
+
+    def __init__(self, *args: str, columns: int = 100) -> None:
+        self.pid, self.descriptor = pty.fork()
+        if self.pid == 0:
+            env = {**ENV, "COLUMNS": str(columns), "TERM": "xterm"}
+            os.execvpe(sys.executable, [sys.executable, "-m", "halfbyte", *args], env)
+
+    def read(self, until: str, seconds: float = 120) -> str:
+        """What appears until `until` does, without colours and with plain line ends."""
+        raw, end = b"", time.monotonic() + seconds
+        while until not in plain(raw):
+            left = end - time.monotonic()
+            assert left > 0 and select.select([self.descriptor], [], [], left)[0], plain(raw)
+            try:
+                chunk = os.read(self.descriptor, 65536)
+            except OSError:  # the other end is closed
+                chunk = b""
+            assert chunk, plain(raw)
+            raw += chunk
+        return plain(raw)
+
+    def say(self, line: str) -> None:
+        os.write(self.descriptor, line.encode() + b"\n")
+
+    def wait(self) -> int:
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.close(self.descriptor)
+        return code
+
+
+def plain(raw: bytes) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", raw.decode(errors="replace")).replace("\r\n", "\n")
+
+
+def test_chat_on_a_terminal(here: Path, halfbyte: Cli) -> None:
+    def alone(*flags: str) -> str:
+        return halfbyte("generate", "done", "-p", "red cup", "--max-new-tokens", "8", *flags).out
+
+    terminal = Terminal("chat", "done", "--max-new-tokens", "8")
+    opening = terminal.read("you> ")
+    assert "/base  the same of the base alone    /reset  forget    /quit  leave" in opening
+    terminal.say("/base")
+    assert "say something first\n" in terminal.read("you> ")
+    terminal.say("/nonsense")
+    assert "no such command /nonsense; there are /base, /reset, /quit\n" in terminal.read("you> ")
+    terminal.say("red cup")
+    first = terminal.read("you> ")
+    assert first == f"red cup\n{alone()}you> "
+    terminal.say("/base")
+    assert terminal.read("you> ") == f"/base\n{alone('--base')}you> "
+    terminal.say("red cup")
+    assert terminal.read("you> ") != first, "the second answer does not depend on the first"
+    terminal.say("/reset")
+    terminal.read("you> ")
+    terminal.say("red cup")
+    assert terminal.read("you> ") == first
+    terminal.say("/quit")
+    assert terminal.wait() == 0
+
+
+# --- signals: a real process, stopped in the middle ------------------------------------------------------------------
+
+STEPS = 150
+LONG = (f"train.max_steps={STEPS}", "train.save_strategy=steps", "train.save_steps=25", "train.eval_strategy=no")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world: Path) -> Iterator[bytes]:
+    """The adapter of a run of STEPS steps from beginning to end. Sums on one thread, as in the other processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    finetune.train(load_recipe(world / "recipe.yaml", [*LONG, "output=whole"]))
+    yield Path("whole", ADAPTER).read_bytes()
+    torch.set_num_threads(threads)
+
+
+def stopped(number: signal.Signals, after: int) -> tuple[int, str, str]:
+    """Start the long run and send it a signal once it has made `after` steps."""
+    metrics = Path("run/metrics.jsonl")
+    changes = [part for value in LONG for part in ("--set", value)]
+    command = [sys.executable, "-m", "halfbyte", "train", "recipe.yaml", *changes]
+    process = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= after):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_resume_ends_in_the_same_bytes(
+    number: signal.Signals, code: int, here: Path, halfbyte: Cli, uninterrupted: bytes
+) -> None:
+    returned, out, err = stopped(number, after=30)
+    assert returned == code, err
+    said = re.fullmatch(
+        rf"warning: stopped by {number.name} after step (\d+); nothing is lost\.\n"
+        r"  continue: halfbyte train run --resume\n",
+        err,
+    )
+    assert said, err
+    step = int(said[1])
+    assert 30 <= step < STEPS
+    assert f"checkpoint run/checkpoints/step-{step:06d} ({number.name} received)\n" in out
+    run = RunFolder(Path("run"))
+    assert checkpoint.step_of(checkpoint.newest(run.checkpoints)) == step
+    assert not run.adapter.exists()
+    early = halfbyte("generate", "run", "-p", "x")
+    assert early.code == 2
+    assert early.err == (
+        f"error: the run run has no adapter yet: it got to step {step}, with a checkpoint at step {step}.\n"
+        "  fix: halfbyte train run --resume\n"
+    )
+    if number == signal.SIGINT:
+        command = [sys.executable, "-m", "halfbyte", "train", "run", "--resume", "--quiet"]
+        resumed = subprocess.run(command, env=ENV, capture_output=True, text=True)
+        assert (resumed.returncode, resumed.stderr) == (0, "")
+    else:
+        resumed_here = halfbyte("train", "run", "--resume", "--quiet")
+        assert (resumed_here.code, resumed_here.err) == (0, "")
+    check_whole(run, uninterrupted)
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(here: Path, halfbyte: Cli, uninterrupted: bytes) -> None:
+    returned, _, err = stopped(signal.SIGKILL, after=60)
+    assert returned == -signal.SIGKILL and err == ""
+    run = RunFolder(Path("run"))
+    assert checkpoint.step_of(checkpoint.newest(run.checkpoints)) >= 50
+    ended = halfbyte("train", "run", "--resume", "--quiet")
+    assert (ended.code, ended.err) == (0, "")
+    check_whole(run, uninterrupted)
+
+
+def check_whole(run: RunFolder, wanted: bytes) -> None:
+    assert (run.path / ADAPTER).read_bytes() == wanted
+    assert [row["step"] for row in run.read_metrics()] == list(range(1, STEPS + 1))
+
+
+def test_a_run_that_was_moved_resumes_where_it_lies(here: Path, halfbyte: Cli) -> None:
+    ended = halfbyte("train", "recipe.yaml", "-q", "--set", "train.save_strategy=steps", "--set", "train.save_steps=2")
+    assert ended.code == 0
+    Path("elsewhere").mkdir()
+    Path("run").rename("elsewhere/moved")
+    adapter = Path("elsewhere/moved", ADAPTER)
+    wanted = adapter.read_bytes()
+    shutil.rmtree(adapter.parent)
+    shutil.rmtree("elsewhere/moved/checkpoints/step-000004")
+    ended = halfbyte("train", "elsewhere/moved", "--resume", "-q")
+    assert (ended.code, ended.err) == (0, "")
+    assert adapter.read_bytes() == wanted and not Path("run").exists()
+
+
+def test_version_names_the_libraries(halfbyte: Cli) -> None:
+    ended = halfbyte("version")
+    assert ended.code == 0
+    assert [line.split()[0] for line in ended.out.splitlines()][:3] == ["python", "halfbyte", "torch"]
+
+
+def test_chat_begins_with_the_system_message(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[list[dict[str, str]]] = []
+    own = generate.chat_ids
+
+    def listen(tokenizer: object, messages: list[dict[str, str]]) -> list[int]:
+        heard.append([dict(m) for m in messages])
+        return own(tokenizer, messages)
+
+    typed = iter(["w1", "/reset", "w2", "/quit"])
+    monkeypatch.setattr(show, "ask", lambda: next(typed))
+    monkeypatch.setattr(generate, "chat_ids", listen)
+    assert halfbyte("chat", "done", "--system", "be brief", "--max-new-tokens", "2").code == 0
+    system = {"role": "system", "content": "be brief"}
+    assert heard == [[system, {"role": "user", "content": "w1"}], [system, {"role": "user", "content": "w2"}]]

@@ -1,0 +1,30 @@
+"""The generated pages are those that the code would write now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from halfbyte.cli import reference
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", list(reference.PAGES))
+def test_a_generated_page_is_up_to_date(name: str) -> None:
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == reference.PAGES[name](), "run `make docs`"
+
+
+def test_check_says_what_is_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reference, "PAGES", {"a.md": lambda: "new"})
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.md").write_text("old")
+    assert reference.main(["--check"]) == 1
+    assert capsys.readouterr().out == "docs: a.md out of date\n"
+    assert reference.main([]) == 0
+    assert (tmp_path / "docs" / "a.md").read_text() == "new"
+    assert reference.main(["--check"]) == 0

@@ -1,0 +1,243 @@
+"""Every row is read or is named in an error: file, line, field, and what was found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halfbyte.data.reading.formats import Message, detect_format
+from halfbyte.data.reading.read import read_rows
+from halfbyte.errors import DataError
+
+GOOD = '{"prompt": "a", "completion": "b"}'
+
+
+def write(folder: Path, content: str | bytes, name: str = "train.jsonl") -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def chat(*messages: tuple[str, str], **more: Any) -> str:
+    return json.dumps({"messages": [{"role": r, "content": c} for r, c in messages], **more})
+
+
+def test_prompt_completion(tmp_path: Path, make_data: Any) -> None:
+    path = write(tmp_path, '{"question": "2+2?", "answer": "4", "id": 7}\n{"question": "é\\u2028", "answer": "ß"}')
+    rows = read_rows(path, make_data(fields={"prompt": "question", "completion": "answer"}))
+    assert [(r.where, r.prompt, r.completion, r.messages) for r in rows] == [
+        ("train.jsonl:1", "2+2?", "4", None),
+        ("train.jsonl:2", "é\u2028", "ß", None),
+    ]
+
+
+def test_messages(tmp_path: Path, make_data: Any) -> None:
+    messages = [
+        {"role": "system", "content": "s", "name": None},
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "a", "train": False},
+        {"role": "tool", "content": "t", "train": False},
+        {"role": "assistant", "content": "b", "train": True},
+    ]
+    (row,) = read_rows(write(tmp_path, json.dumps({"messages": messages})), make_data())
+    assert row.messages == (
+        Message("system", "s"),
+        Message("user", "u"),
+        Message("assistant", "a", train=False),
+        Message("tool", "t", train=False),
+        Message("assistant", "b"),
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"{GOOD}\n{GOOD}\n",
+        f"{GOOD}\n{GOOD}",
+        f"{GOOD}\r\n{GOOD}\r\n",
+        b"\xef\xbb\xbf" + f"{GOOD}\n{GOOD}\n".encode(),
+        f"{GOOD}\n\n  \t\r\n{GOOD}\n\n",
+    ],
+)
+def test_ends_marks_and_blank_lines(tmp_path: Path, make_data: Any, content: str | bytes) -> None:
+    assert [(r.prompt, r.completion) for r in read_rows(write(tmp_path, content), make_data())] == [("a", "b")] * 2
+
+
+def test_line_numbers_count_blank_lines_and_only_real_line_ends(tmp_path: Path, make_data: Any) -> None:
+    odd = '{"prompt": "a\u2028\u0085", "completion": "b"}'
+    rows = read_rows(write(tmp_path, f"\n{odd}\n\n{GOOD}"), make_data())
+    assert [r.where for r in rows] == ["train.jsonl:2", "train.jsonl:4"]
+
+
+@pytest.mark.parametrize(
+    ("record", "asked", "expected", "why"),
+    [
+        ({"messages": []}, "auto", "messages", "auto: here has the key 'messages'"),
+        (
+            {"prompt": 1, "completion": 2},
+            "auto",
+            "prompt_completion",
+            "auto: here has the keys 'prompt' and 'completion'",
+        ),
+        ({"messages": [], "prompt": 1, "completion": 1}, "auto", "messages", "auto: here has the key 'messages'"),
+        ({}, "messages", "messages", "data.format in the recipe"),
+    ],
+)
+def test_format_and_its_reason(make_data: Any, record: dict[str, Any], asked: str, expected: str, why: str) -> None:
+    assert detect_format(record, make_data(format=asked), "here") == (expected, why)
+
+
+def test_a_format_that_cannot_be_told(tmp_path: Path, make_data: Any) -> None:
+    path = write(tmp_path, '{"question": "a", "answer": "b"}')
+    with pytest.raises(DataError) as error:
+        read_rows(path, make_data())
+    assert str(error.value) == (
+        f"{path}:1: cannot tell the format. Needed: the key 'messages' or 'conversations', or both 'prompt' and "
+        "'completion', or 'instruction' and 'output', or 'text'; got 'question', 'answer'.\n"
+        "  fix: name the columns, as in --set data.fields.prompt=question --set data.fields.completion=answer"
+    )
+
+
+BAD_ROWS = [
+    ("{", "not JSON (Expecting property name enclosed in double quotes at character 2): {"),
+    (b'{"prompt": "\xff", "completion": "b"}', "not UTF-8 (byte 0xff at 13)"),
+    ("7", "an object is needed, got the number 7"),
+    ("null", "an object is needed, got null"),
+    ('"x"', "an object is needed, got the string 'x'"),
+    ("[1]", "an object is needed, got a list"),
+    ('{"prompt": "a"}', "completion: missing; the row has 'prompt'"),
+    (
+        '{"Prompts": "a", "completion": "b"}',
+        "prompt: missing; the row has 'Prompts', 'completion'; did you mean 'Prompts'?",
+    ),
+    ("{}", "prompt: missing; the row has no keys"),
+    ('{"prompt": 3, "completion": "b"}', "prompt: a string is needed, got the number 3"),
+    ('{"prompt": "a", "completion": ["b"]}', "completion: a string is needed, got a list"),
+    ('{"prompt": "a", "completion": null}', "completion: a string is needed, got null"),
+    ('{"prompt": true, "completion": "b"}', "prompt: a string is needed, got true or false"),
+    ('{"prompt": "", "completion": "b"}', "prompt: empty"),
+    ('{"prompt": "a", "completion": " \\n"}', "completion: only white space"),
+    ('{"prompt": "a\\ud800", "completion": "b"}', "prompt: half a surrogate pair ('\\ud800') is not text"),
+]
+
+
+@pytest.mark.parametrize(("bad", "text"), BAD_ROWS)
+def test_a_bad_row(tmp_path: Path, make_data: Any, bad: str | bytes, text: str) -> None:
+    raw = bad if isinstance(bad, bytes) else bad.encode()
+    path = write(tmp_path, GOOD.encode() + b"\n" + raw + b"\n" + GOOD.encode())
+    with pytest.raises(DataError) as error:
+        read_rows(path, make_data())
+    assert str(error.value) == f"1 of 3 rows cannot be used\n  - {path}:2: {text}"
+
+
+BAD_MESSAGES = [
+    ('{"message": []}', "messages: missing; the row has 'message'; did you mean 'message'?"),
+    ('{"messages": "hi"}', "messages: a list of messages is needed, got the string 'hi'"),
+    ('{"messages": []}', "messages: no message has the role assistant, so there is nothing to learn from"),
+    (chat(("user", "u")), "messages: no message has the role assistant, so there is nothing to learn from"),
+    (
+        chat(("assistant", "a"), ("user", "u")),
+        "messages[1].role: the last message must be of the assistant, got 'user'",
+    ),
+    (
+        chat(("Assistent", "a")),
+        "messages[0].role: one of system, user, assistant, tool is needed, got 'Assistent'; did you mean 'assistant'?",
+    ),
+    (chat(("user", "u"), ("assistant", "")), "messages[1].content: empty"),
+    ('{"messages": ["hi"]}', "messages[0]: an object with role and content is needed, got the string 'hi'"),
+    ('{"messages": [{"content": "a"}]}', "messages[0].role: missing; the row has 'content'"),
+    (
+        '{"messages": [{"role": "assistant", "content": [{"type": "text"}]}]}',
+        "messages[0].content[0]: an object with type text and a text is needed, got an object",
+    ),
+    (
+        '{"messages": [{"role": "assistant", "content": "a", "tool_calls": [1]}]}',
+        "messages[0].tool_calls[0]: an object is needed, got the number 1",
+    ),
+    (
+        '{"messages": [{"role": "assistant", "content": "a", "train": "no"}]}',
+        "messages[0].train: true or false is needed, got the string 'no'",
+    ),
+    (
+        '{"messages": [{"role": "user", "content": "a", "train": true}, {"role": "assistant", "content": "a"}]}',
+        "messages[0].train: only an assistant message can be trained on, this one is user",
+    ),
+]
+
+
+@pytest.mark.parametrize(("bad", "text"), BAD_MESSAGES)
+def test_a_bad_conversation(tmp_path: Path, make_data: Any, bad: str, text: str) -> None:
+    path = write(tmp_path, bad)
+    with pytest.raises(DataError) as error:
+        read_rows(path, make_data(format="messages"))
+    assert str(error.value) == f"1 of 1 rows cannot be used\n  - {path}:1: {text}"
+
+
+def test_all_bad_rows_are_counted_and_twenty_are_shown(tmp_path: Path, make_data: Any) -> None:
+    path = write(tmp_path, "\n".join([GOOD] + ['{"prompt": "a"}'] * 1023))
+    with pytest.raises(DataError) as error:
+        read_rows(path, make_data())
+    lines = str(error.value).splitlines()
+    assert lines[0] == "1,023 of 1,024 rows cannot be used"
+    assert len(lines) == 22
+    assert lines[20].startswith(f"  - {path}:21: completion: missing")
+    assert lines[21] == "  ... and 1,003 more"
+
+
+def test_a_bad_first_row_does_not_hide_the_format(tmp_path: Path, make_data: Any) -> None:
+    path = write(tmp_path, f"oops\n{GOOD}\n" + '{"prompt": "a"}')
+    with pytest.raises(DataError) as error:
+        read_rows(path, make_data())
+    assert "2 of 3 rows" in str(error.value)
+    assert f"{path}:1: not JSON" in str(error.value)
+    assert f"{path}:3: completion: missing" in str(error.value)
+
+
+def test_deep_nesting_is_no_crash(tmp_path: Path, make_data: Any) -> None:
+    path = write(tmp_path, GOOD + '\n{"prompt": ' + "[" * 200_000)
+    with pytest.raises(DataError, match="2: not JSON"):
+        read_rows(path, make_data())
+
+
+@pytest.mark.parametrize("content", ["", "\n \n", b"\xef\xbb\xbf"])
+def test_no_rows(tmp_path: Path, make_data: Any, content: str | bytes) -> None:
+    path = write(tmp_path, content)
+    with pytest.raises(DataError) as error:
+        read_rows(path, make_data())
+    assert str(error.value).startswith(f"{path} has no rows.\n  fix: write one JSON object a line")
+
+
+def test_a_missing_file_names_a_near_one(tmp_path: Path, make_data: Any) -> None:
+    write(tmp_path, GOOD, "train.jsonl")
+    with pytest.raises(DataError) as error:
+        read_rows(tmp_path / "trian.jsonl", make_data())
+    expected = f"{tmp_path / 'trian.jsonl'}: no such file.\n  fix: did you mean {tmp_path / 'train.jsonl'}?"
+    assert str(error.value) == expected
+    with pytest.raises(DataError, match="no such file"):
+        read_rows(tmp_path / "nowhere" / "x.jsonl", make_data())
+
+
+def test_a_folder(tmp_path: Path, make_data: Any) -> None:
+    write(tmp_path, GOOD, "rows.jsonl")
+    with pytest.raises(DataError) as error:
+        read_rows(tmp_path, make_data())
+    expected = f"{tmp_path} is a folder; a .jsonl file is needed.\n  fix: data.train: {tmp_path / 'rows.jsonl'}"
+    assert str(error.value) == expected
+
+
+def test_one_json_list_under_the_name_of_json_lines(tmp_path: Path, make_data: Any) -> None:
+    path = write(tmp_path, f"[\n{GOOD},\n{GOOD}\n]")
+    with pytest.raises(DataError) as error:
+        read_rows(path, make_data())
+    assert str(error.value) == (
+        f"{path}:1 opens a JSON list; one JSON object a line is needed.\n"
+        f"  fix: name it .json, or: jq -c '.[]' {path} > train.jsonl"
+    )
+
+
+def test_utf16(tmp_path: Path, make_data: Any) -> None:
+    with pytest.raises(DataError, match="is UTF-16; UTF-8 is needed"):
+        read_rows(write(tmp_path, GOOD.encode("utf-16")), make_data())

@@ -1,0 +1,68 @@
+"""Generation against a loop that reads the whole text again for each token, and the scores made from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte.inference.evaluate import Sample, Score
+from halfbyte.inference.generate import Sampling, chat_ids, end_of_turn_id, generate, stop_ids
+from tests import tiny, tiny_run
+
+
+def greedy(model: Any, prompt: list[int], stops: list[int], steps: int) -> list[int]:
+    """One token after another, without a cache and without padding."""
+    ids = list(prompt)
+    for _ in range(steps):
+        with torch.no_grad():
+            following = int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        ids.append(following)
+        if following in stops:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+def test_prompts_of_several_lengths_are_continued_as_each_alone(name: str) -> None:
+    model, tokenizer = tiny.model(name, vocab_size=tiny_run.VOCAB), tiny_run.tokenizer()
+    prompts = [chat_ids(tokenizer, [{"role": "user", "content": text}]) for text in ("red", "a large round box", "new")]
+    stops = stop_ids(model, tokenizer)
+    wanted = [tokenizer.decode(greedy(model, p, stops, 6), skip_special_tokens=True) for p in prompts]
+    assert generate(model, tokenizer, prompts, Sampling(max_new_tokens=6)) == wanted
+
+
+def test_a_stream_gives_the_same_text_in_pieces_and_leaves_the_mode_alone() -> None:
+    model, tokenizer = tiny.model("llama", vocab_size=tiny_run.VOCAB).train(), tiny_run.tokenizer()
+    prompt, pieces = chat_ids(tokenizer, [{"role": "user", "content": "red"}]), []
+    (whole,) = generate(model, tokenizer, [prompt], Sampling(max_new_tokens=5), emit=pieces.append)
+    assert "".join(pieces) == whole
+    assert model.training
+
+
+def test_a_seed_repeats_what_sampling_chooses() -> None:
+    model, tokenizer = tiny.model("llama", vocab_size=tiny_run.VOCAB), tiny_run.tokenizer()
+    prompt = chat_ids(tokenizer, [{"role": "user", "content": "red"}])
+
+    def sampled(seed: int) -> str:
+        return generate(model, tokenizer, [prompt], Sampling(12, temperature=5.0, seed=seed))[0]
+
+    assert sampled(1) == sampled(1)
+    assert len({sampled(seed) for seed in range(4)}) > 1
+
+
+def test_an_answer_ends_at_the_end_of_turn_and_at_the_models_own_end() -> None:
+    tokenizer, model = tiny_run.tokenizer(), tiny.model("llama", vocab_size=tiny_run.VOCAB)
+    turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end_of_turn_id(tokenizer) == turn
+    assert stop_ids(model, tokenizer) == sorted({turn, model.generation_config.eos_token_id})
+    plain = tiny_run.tokenizer(chat_template=None)
+    assert chat_ids(plain, [{"role": "user", "content": "red box"}]) == plain("red box")["input_ids"]
+
+
+def test_an_exact_match_looks_past_white_space_around_only() -> None:
+    assert Sample("a:1", "p", "yes \n", " yes").exact
+    assert not Sample("a:1", "p", "yes", "Yes").exact
+    assert Score(1.0, 2.7, 3, 0, 0, ()).exact_match == 0.0
+    assert Score(1.0, 2.7, 3, 4, 1, ()).to_json()["exact_match"] == 0.25

@@ -1,0 +1,78 @@
+"""sites.py: LoRA's places from names alone are those that PEFT takes on the built model."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from halfbyte.adapters import targets
+from halfbyte.errors import AdapterError
+from halfbyte.models.architectures import tensors_of
+from halfbyte.models.lora_sites import sites, trainable
+from halfbyte.models.structure import meta_model
+from halfbyte.recipe.schema import Lora
+from tests import tiny
+
+
+def both(name: str, **lora: Any) -> tuple[set[str], int, set[str], int]:
+    """(names, parameters) by names alone, then by the modules of the built model."""
+    config = tiny.config(name)
+    specs = tensors_of(json.loads(config.to_json_string(use_diff=False)))
+    asked = Lora(r=8, **lora)
+    found = sites(specs, asked)
+    model = meta_model(config)
+    chosen = targets.resolve_targets(model, asked.target_modules)
+    real = targets.matched(
+        model, chosen, exclude=asked.exclude_modules or (), layers_to_transform=asked.layers_to_transform
+    )
+    count = targets.lora_parameter_count(model, real, 8, asked.rank_pattern)
+    return {site.name for site in found}, sum(s.parameters for s in found), set(real), count
+
+
+@pytest.mark.parametrize("asked", ["auto", "all-linear"])
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_names_alone_give_what_the_modules_give(name: str, asked: str) -> None:
+    names, parameters, real, count = both(name, target_modules=asked)
+    assert names == real
+    assert parameters == count
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["mlp.down_proj"]},
+        {"target_modules": r".*layers\.1\.self_attn\.(q|k)_proj"},
+        {"target_modules": "auto", "layers_to_transform": 1},
+        {"target_modules": "all-linear", "exclude_modules": ["down_proj"]},
+        {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 2}},
+    ],
+)
+def test_lists_expressions_and_limits(lora: dict[str, Any]) -> None:
+    names, parameters, real, count = both("llama", **lora)
+    assert names == real
+    assert parameters == count
+
+
+def test_what_trains_beside_lora() -> None:
+    specs = tensors_of(json.loads(tiny.config("gpt2").to_json_string(use_diff=False)))
+    plain = Lora(r=8)
+    base = trainable(sites(specs, plain), specs, plain)
+    for change, more in (
+        ({"bias": "all"}, sum(s.numel for s in specs if s.name.endswith(".bias"))),
+        ({"modules_to_save": ("wte",)}, 256 * 64),
+        ({"trainable_token_indices": (1, 2)}, 2 * 64),
+        ({"use_dora": True}, sum(site.outputs for site in sites(specs, plain))),
+    ):
+        asked = Lora(r=8, **change)
+        assert trainable(sites(specs, asked), specs, asked) == base + more, change
+
+
+def test_nothing_that_matches_is_an_error_with_what_there_is() -> None:
+    specs = tensors_of(json.loads(tiny.config("llama").to_json_string(use_diff=False)))
+    with pytest.raises(AdapterError, match=r"'wq',\) match no linear layer\. There are: down_proj, gate_proj"):
+        sites(specs, Lora(target_modules=("wq",)))
+    with pytest.raises(AdapterError, match="is no regular expression"):
+        sites(specs, Lora().model_copy(update={"target_modules": "("}))

@@ -1,0 +1,115 @@
+"""`halfbyte plan`: each flag, each kind of target, nonsense; without torch, and in under a second of CPU time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny_run
+from tests.in_process import Cli, runner
+
+
+@pytest.fixture
+def halfbyte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    monkeypatch.chdir(tmp_path)
+    return runner(tmp_path, capsys)
+
+
+def plan(halfbyte: Cli, *arguments: str) -> dict[str, Any]:
+    ended = halfbyte("plan", *arguments, "--json")
+    assert ended.code == 0, ended.err
+    found: dict[str, Any] = json.loads(ended.out)
+    return found
+
+
+def line(found: dict[str, Any], name: str) -> int:
+    return sum(each["bytes"] for each in found["plan"]["lines"] if each["name"] == name)
+
+
+def test_a_well_known_model_needs_nothing(halfbyte: Cli) -> None:
+    found = plan(halfbyte, "llama-2-7b")
+    assert found["model"]["parameters"] == 6_738_415_616
+    assert found["plan"]["trainable"] > 0 and found["plan"]["peak_bytes"] > 3.5e9
+    said = halfbyte("plan", "llama-2-7b").out
+    assert "llama-2-7b: 6.74 B parameters, 32 layers" in said and "time" in said and "max_tokens_per_pass" in said
+
+
+def test_length_device_set_and_compare_change_the_plan(halfbyte: Cli) -> None:
+    short, long = (plan(halfbyte, "llama-2-7b", "--device", "cpu:64GB", "--length", n) for n in ("128", "2048"))
+    assert line(long, "activations") > line(short, "activations")
+    assert long["plan"]["time"]["step_s"] > 10 * short["plan"]["time"]["step_s"]
+    card, cards = (plan(halfbyte, "llama-2-7b", "--device", d) for d in ("24GB", "4x80GB"))
+    assert card["machine"]["kind"] == "cuda" and len(cards["machine"]["cards"]) == 4
+    assert card["plan"]["available_bytes"] == 24e9 and card["plan"]["host_lines"]
+    ranks = [plan(halfbyte, "llama-2-7b", "--device", "24GB", "--set", f"lora.r={r}") for r in (16, 64)]
+    assert ranks[1]["plan"]["trainable"] == 4 * ranks[0]["plan"]["trainable"]
+    ways = plan(halfbyte, "llama-2-7b", "--device", "80GB", "--compare")["compare"]
+    full, lora, qlora = (way["bytes"] for way in ways)
+    assert full > lora > qlora and "compare" not in card
+    assert "QLoRA, 4-bit base" in halfbyte("plan", "llama-2-7b", "--device", "80GB", "--compare").out
+
+
+def test_a_recipe_is_planned_from_its_rows_and_a_folder_from_its_headers(halfbyte: Cli) -> None:
+    tiny_run.recipe(Path("."))
+    found = plan(halfbyte, "recipe.yaml")
+    assert "16 rows of about" in found["notes"][0] and "counted, but for the template" in found["notes"][0]
+    assert found["plan"]["tokens_in_pass"] < 128 * 4
+    assert plan(halfbyte, "model")["model"]["parameters"] == found["model"]["parameters"]
+
+
+def test_plain_texts_are_counted_and_packing_them_changes_the_plan(halfbyte: Cli) -> None:
+    tiny_run.recipe(Path("."))
+    text = " ".join(["w1"] * 10)
+    Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for _ in range(30)))
+    asked = ("recipe.yaml", "--set", "data.train=texts.jsonl", "--set", "data.max_length=64")
+    rows = plan(halfbyte, *asked)
+    assert rows["notes"][0].startswith("30 rows of about ") and ", the longest 64: " not in rows["notes"][0]
+    tokens = 30 * int(rows["notes"][0].split("the longest ")[1].split(":")[0])
+    blocks = plan(halfbyte, *asked, "--set", "data.packing=stream")
+    assert blocks["notes"][0].startswith(f"{-(-tokens // 64)} blocks of about ")
+    assert ", the longest 64: " in blocks["notes"][0]
+    assert line(blocks, "activations") > line(rows, "activations")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("llama-2-7b", "--device", "0GB"), "error: --device '0GB' has no memory; allowed: 24GB or 4x80GB"),
+        (("llama-2-7b", "--device", "big"), "error: --device 'big' is not a machine; allowed: 24GB or 4x80GB"),
+        (("llama-2-7b", "--device", "2xcpu:8GB"), "is not a machine"),
+        (("llama-2-7b", "--device", "cpu:2x8GB"), "a machine has one RAM"),
+        (("llama-9-7c",), "error: "),
+        (("none.yaml",), "error: there is no recipe none.yaml"),
+    ],
+)
+def test_nonsense_is_one_message(arguments: tuple[str, ...], said: str, halfbyte: Cli) -> None:
+    ended = halfbyte("plan", *arguments)
+    assert ended.code == 2 and said in ended.err and ended.err.startswith("error: ")
+
+
+def test_a_config_without_layers_is_told(halfbyte: Cli) -> None:
+    Path("m").mkdir()
+    Path("m/config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8, "vocab_size": 9}))
+    ended = halfbyte("plan", "m")
+    assert ended.code == 2 and ended.err.startswith("error: ")
+
+
+@pytest.mark.parametrize("model", ["llama-2-7b", "model"], ids=["a bundled shape", "a folder"])
+def test_no_torch_and_under_a_second_of_cpu_time(model: str, tmp_path: Path) -> None:
+    if model == "model":
+        tiny_run.checkpoint(tmp_path / model)
+    code = f"""
+import resource, sys
+from halfbyte.cli import main as cli
+code = cli._guard(lambda: cli.app(["plan", {model!r}, "--json"], standalone_mode=False))
+used = resource.getrusage(resource.RUSAGE_SELF)
+print("\\n@", code, "torch" in sys.modules, used.ru_utime + used.ru_stime)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    _, ended, torch, seconds = said.splitlines()[-1].split()
+    assert (ended, torch) == ("0", "False") and float(seconds) < 1.0

@@ -1,0 +1,287 @@
+"""memory/: the choices of the plan on machines of every size; what it says when nothing fits; its lines."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from halfbyte import plan as memory
+from halfbyte.models.architectures import tensors_of
+from halfbyte.models.references import REFERENCES
+from halfbyte.models.tensors import facts_of
+from halfbyte.plan import MARGIN, Job, Plan, Rows, choose
+from halfbyte.plan.compare import compare
+from halfbyte.plan.timing import Rates, assumed, step_time
+from halfbyte.quant.bnb import encoded_bytes
+from halfbyte.recipe.schema import Recipe
+from halfbyte.system.device import Card, Device
+
+GB = 10**9
+
+
+def cpu(free: float) -> Device:
+    return Device("cpu", ("avx512_bf16",), 2, 64 * GB, int(free * GB))
+
+
+def cards(free: float, count: int = 1, ram: float = 64) -> Device:
+    one = Card("card", int(free * GB), int(free * GB), (8, 0))
+    return Device("cuda", (), 16, int(ram * GB), int(ram * GB), (one,) * count)
+
+
+def job(
+    device: Device, model: str = "smollm2-135m", rows: Rows | None = None, *, mappable: bool = True, **fields: Any
+) -> Job:
+    """A job of a bundled shape. `fields` are the recipe's, as `train__optim="sgd"`."""
+    values: dict[str, Any] = {"model": model, "data": {"train": "t.jsonl"}}
+    for name, value in fields.items():
+        section, _, field = name.partition("__")
+        values.setdefault(section, {})[field] = value
+    specs = tensors_of(REFERENCES[model])
+    facts = facts_of(REFERENCES[model], specs)
+    return Job.of(Recipe(**values), specs, facts, rows or Rows((200,) * 64), device, mappable=mappable)
+
+
+def made(device: Device, model: str = "smollm2-135m", rows: Rows | None = None, **fields: Any) -> Plan:
+    return memory.make(job(device, model, rows, **fields), device)
+
+
+def test_with_room_nothing_is_recomputed_and_the_base_is_mapped() -> None:
+    plan = made(cpu(64))
+    assert (plan.placement, plan.recompute, plan.warnings, plan.fixes) == ("mapped", "none", (), ())
+    assert plan.short_bytes == 0
+    assert set(plan.reasons) == {"placement", "recompute", "max_tokens_per_pass"}
+
+
+def test_among_plans_as_fast_as_each_other_the_smallest_is_taken_unless_memory_is_plenty() -> None:
+    """Steps of 6400 tokens take two passes, of 4000 tokens and the rest or of 3200 each."""
+    rows, device = Rows((400,) * 64), cpu(64)
+    large = choose.count(
+        job(device, rows=rows), device, assumed(device, "bf16"), placement="mapped", recompute="none", tokens=4096
+    )
+    assert made(device, rows=rows).max_tokens_per_pass == 4096
+    plan = made(cpu(1.4 * large.needed_bytes / GB), rows=rows)
+    assert plan.private_bytes < large.private_bytes
+    assert plan.time.step_s <= choose.SAME_TIME * large.time.step_s
+
+
+def test_less_room_means_the_next_measure_and_none_before_it_is_needed() -> None:
+    """On ever smaller machines: smaller passes, recomputation, then a warning; each within the margin until then."""
+    taken = []
+    for free in (16, 3, 2, 1.6, 1.3, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35):
+        plan = made(cpu(free), rows=Rows((700,) * 64))
+        kind = "short" if plan.short_bytes else "recompute" if plan.recompute != "none" else "plain"
+        taken.append(kind)
+        if kind != "short":
+            assert plan.needed_bytes <= free * GB
+        if not plan.warnings:
+            assert plan.needed_bytes <= (1 - MARGIN) * free * GB
+    order = ["plain", "recompute", "short"]
+    assert taken == sorted(taken, key=order.index)
+    assert set(taken) == set(order)
+
+
+def test_a_base_that_memory_cannot_keep_is_streamed_and_a_smaller_one_is_not() -> None:
+    assert made(cpu(64), "llama-2-7b").placement == "mapped"
+    small = made(cpu(5), "llama-2-7b", Rows((256,) * 64))
+    assert small.placement == "streamed"
+    assert "does not stay in" in small.reasons["placement"]
+    assert small.line("base") < 3.9e9 / 4
+    assert small.time.parts["waiting for disk"] >= 0
+
+
+def test_a_70b_trains_in_a_few_gigabytes_when_streamed() -> None:
+    plan = made(cpu(8), "llama-2-70b", Rows((512,) * 16))
+    assert (plan.placement, plan.short_bytes) == ("streamed", 0)
+    assert plan.peak_bytes < 8 * GB
+
+
+def test_a_base_that_cannot_be_mapped_stays_resident() -> None:
+    device = cpu(64)
+    plan = memory.make(job(device, mappable=False), device)
+    assert plan.placement == "resident"
+    assert [line.where for line in plan.lines if line.name == "base"] == ["private"]
+
+
+def test_cards_one_if_it_fits_else_split_else_short() -> None:
+    rows = Rows((512,) * 16)
+    assert made(cards(80), "llama-2-70b", rows).placement == "resident"
+    split = made(cards(24, 4), "llama-2-70b", rows)
+    assert (split.placement, split.short_bytes) == ("split", 0)
+    assert split.line("base") < 15 * GB
+    short = made(cards(24), "llama-2-70b", rows)
+    assert short.short_bytes > 10 * GB
+    assert short.host_lines
+
+
+def test_when_nothing_fits_it_says_how_much_is_missing_and_what_is_near() -> None:
+    plan = made(cpu(1.2), "llama-2-7b", Rows((2048,) * 8), lora__r=64, lora__target_modules="all-linear")
+    assert f"{plan.short_bytes / GB:.1f} GB short of memory" in plan.warnings[0]
+    assert 1 <= len(plan.fixes) <= 3
+    assert all(fix.short_bytes < plan.short_bytes and fix.slower > 0 for fix in plan.fixes)
+    kinds = [fix.setting.partition("=")[0] for fix in plan.fixes]
+    assert len(set(kinds)) == len(kinds)
+
+
+def test_a_change_that_is_said_to_fit_does() -> None:
+    rows, device = Rows((4096,) * 16), cpu(3.2)
+    fields: Any = {"train__gradient_checkpointing": False}
+    plan = made(device, "llama-3.2-1b", rows, **fields)
+    fitting = {fix.setting.partition("=")[0]: fix for fix in plan.fixes if not fix.short_bytes}
+    assert plan.short_bytes
+    assert {"train.gradient_checkpointing", "data.max_length"} <= set(fitting)
+    length = int(fitting["data.max_length"].setting.partition("=")[2])
+    assert made(device, "llama-3.2-1b", rows.cut(length), **fields).short_bytes == 0
+    milder = made(device, "llama-3.2-1b", rows.cut(2 * length), **fields)
+    assert milder.short_bytes > 0, "the mildest change that fits is the one that is named"
+    assert made(device, "llama-3.2-1b", rows).short_bytes == 0
+
+
+def test_the_recipes_own_values_win_and_are_counted() -> None:
+    plan = made(
+        cpu(64), train__max_tokens_per_pass=512, train__gradient_checkpointing=True, quant__placement="streamed"
+    )
+    assert (plan.max_tokens_per_pass, plan.recompute, plan.placement) == (512, "full", "streamed")
+    assert set(plan.reasons.values()) == {"as the recipe says"}
+    assert plan.tokens_in_pass == 400  # two rows of 200 fit into 512
+    longer = made(cpu(64), rows=Rows((700,) * 20), train__max_tokens_per_pass=512)
+    assert (longer.max_tokens_per_pass, longer.tokens_in_pass) == (512, 700)
+    assert "the longest example has 700 tokens" in longer.warnings[0]
+    assert made(cpu(0.9), train__gradient_checkpointing=False).recompute == "none"
+
+
+def test_a_pass_always_holds_the_longest_example() -> None:
+    plan = made(cpu(1.4), rows=Rows((30,) * 50 + (1500,)))
+    assert plan.tokens_in_pass >= 1500
+
+
+def test_unproven_packing_is_one_example_a_pass() -> None:
+    device = cpu(64)
+    plan = memory.make(replace(job(device), packed=False), device)
+    assert plan.tokens_in_pass == 200
+
+
+def test_base_and_training_state_are_counted_from_specs_and_parameters() -> None:
+    device = cpu(64)
+    one = job(device, lora__target_modules=["q_proj", "v_proj"])
+    plan = memory.make(one, device)
+    assert one.trainable == 30 * 16 * ((576 + 576) + (576 + 192))
+    assert plan.line("base") == sum(encoded_bytes(s, one.recipe.quant, 2) for s in one.specs)
+    assert plan.line("adapters") == 4 * one.trainable
+    # in one pass they come as activations go, a layer's at the peak; over several passes all of them are there
+    assert plan.line("gradients") == 4 * one.trainable // 30
+    several = made(device, train__max_tokens_per_pass=400, lora__target_modules=["q_proj", "v_proj"])
+    assert several.line("gradients") == 4 * one.trainable
+    assert plan.line("optimiser") == 8 * one.trainable
+    assert made(device, train__optim="adamw_bnb_8bit", lora__target_modules=["q_proj", "v_proj"]).line("optimiser") == (
+        2 * one.trainable
+    )
+
+
+def test_gradients_larger_than_what_a_pass_takes_are_all_there_at_its_end() -> None:
+    device = cpu(64)
+    fields: Any = {"lora__r": 256, "lora__target_modules": "all-linear"}
+    one = job(device, rows=Rows((8,) * 16), **fields)
+    plan = memory.make(one, device)
+    gone = sum(plan.line(name) for name in ("activations", "logits", "backward of a layer", "dequantised weight"))
+    assert plan.line("gradients") + gone + plan.line("allocator") == 4 * one.trainable
+
+
+def test_copies_of_adapters_are_a_layers_where_layers_are_made_again() -> None:
+    device = cpu(64)
+    one = job(device, lora__target_modules="all-linear")
+    kept = made(device, lora__target_modules="all-linear", train__gradient_checkpointing=False)
+    again = made(device, lora__target_modules="all-linear", train__gradient_checkpointing=True)
+    assert kept.line("adapters' copies") == 2 * one.lora_parameters
+    assert again.line("adapters' copies") == 2 * one.lora_parameters // 30
+
+
+def test_a_streamed_base_holds_a_few_layers_or_one_and_the_head() -> None:
+    device = cpu(64)
+    deep = job(device, "llama-2-70b", quant__placement="streamed")
+    assert made(device, "llama-2-70b", quant__placement="streamed").line("base") == 3 * deep.layer_bytes
+    wide = job(device, quant__placement="streamed")  # its head, tied to the embedding, is larger than two layers
+    assert made(device, quant__placement="streamed").line("base") == wide.layer_bytes + wide.outer_bytes
+
+
+def test_scores_that_go_through_memory_take_time() -> None:
+    device = cpu(64)
+    one = job(device, "bloom-560m", train__gradient_checkpointing=False)
+    rates = assumed(device, one.dtype)
+    assert one.layer.pair > 0
+    bare = replace(one)
+    bare.__dict__["layer"] = replace(one.layer, pair=0.0)
+    seconds = [
+        step_time(j, rates, tokens=3200, recompute="none", placement="mapped", cached_bytes=10**12).step_s
+        for j in (bare, one)
+    ]
+    assert seconds[0] < seconds[1]
+
+
+def test_disk_is_the_store_and_what_the_run_keeps() -> None:
+    device = cpu(64)
+    one = job(device, train__save_total_limit=2)
+    sizes = {line.name: line.bytes for line in memory.make(one, device).disk}
+    assert sizes["base store"] == one.building.disk_bytes > one.base_bytes
+    assert sizes["checkpoints"] == 3 * 12 * one.trainable
+    assert sizes["adapter"] == 4 * one.trainable
+
+
+def test_building_the_store_is_planned_where_one_is_built() -> None:
+    device = cpu(64)
+    plan = memory.make(job(device), device)
+    assert plan.building_bytes == sum(line.bytes for line in plan.building) > 0
+    assert plan.to_json()["building_bytes"] == plan.building_bytes
+    assert memory.make(job(device, mappable=False), device).building == ()
+    assert memory.make(job(device, quant__type="none"), device).building == ()
+
+
+def test_a_longer_vocabulary_takes_more_logits_and_fewer_labels_less_time() -> None:
+    device = cpu(64)
+    rows = Rows((200,) * 64, (100,) * 64)
+    rates = assumed(device, "bf16")
+    choice: Any = {"tokens": 3200, "recompute": "none", "placement": "mapped", "cached_bytes": 1e12}
+    whole, half = (step_time(job(device, rows=r), rates, **choice) for r in (Rows((200,) * 64), rows))
+    assert half.step_s < whole.step_s
+
+
+def test_time_grows_with_what_is_done_again_and_with_what_is_read() -> None:
+    device = cpu(64)
+    rates = Rates(4e11, 5e10, 1e10, 1e11, 1e9, "calibrated")
+    one = job(device, "llama-2-7b")
+
+    def seconds(**change: Any) -> float:
+        given: Any = {"tokens": 3200, "recompute": "none", "placement": "mapped", "cached_bytes": 1e12, **change}
+        return step_time(one, rates, **given).step_s
+
+    assert 1.2 < seconds(recompute="full") / seconds() < 1.6
+    assert seconds(cached_bytes=0) > seconds() + 2 * one.base_bytes / 1e9 * 0.99
+    assert seconds(placement="streamed", cached_bytes=0) < seconds(cached_bytes=0)
+    assert seconds(tokens=400) > seconds()
+    time = step_time(one, rates, tokens=3200, recompute="none", placement="mapped", cached_bytes=1e12)
+    assert time.step_low_s < time.step_s < time.step_high_s
+    assert time.step_s == pytest.approx(sum(time.parts.values()))
+
+
+def test_three_ways_side_by_side() -> None:
+    device = cards(80)
+    one = job(device, "llama-2-7b", Rows((512,) * 16), lora__r=8, lora__target_modules=["q_proj", "v_proj"])
+    full, lora, qlora = compare(one, device)
+    assert [way.trainable for way in (full, lora, qlora)] == [6_738_415_616, 4_194_304, 4_194_304]
+    assert f"{lora.percent:.2f}" == "0.06"
+    assert full.bytes > 2.5 * lora.bytes > 2.5 * qlora.bytes
+    assert full.relative_time == 1.0
+    assert qlora.relative_time > lora.relative_time
+
+
+def test_the_plan_prints_and_is_json() -> None:
+    plan = made(cpu(0.35))
+    text = "\n".join(plan.text_lines())
+    for word in ("base", "adapters", "activations", "peak", "max_tokens_per_pass", "warning: "):
+        assert word in text
+    document = json.loads(json.dumps(plan.to_json()))
+    assert document["step_bytes"] == sum(item["bytes"] for item in document["lines"]) == plan.step_bytes
+    assert document["private_bytes"] + document["file_bytes"] == document["step_bytes"]
+    assert document["short_bytes"] == plan.short_bytes > 0

@@ -1,0 +1,11 @@
+"""Sizes that the plan repeats, since it imports no torch, are those of the engine."""
+
+from __future__ import annotations
+
+from halfbyte.layers import attention, loss, packing
+from halfbyte.plan import peak
+
+
+def test_the_plan_counts_the_chunks_that_the_engine_makes() -> None:
+    assert (peak.LOGITS_CHUNK_BYTES, peak.LOGITS_ROWS) == (loss.CHUNK_BYTES, packing.ROWS)
+    assert (peak.SCORES_BYTES, peak.SCORES_ROWS) == (attention.SCORES_BYTES, attention.ROWS)

@@ -1,0 +1,219 @@
+"""run.py: a run folder is made whole, locked, never overwritten, and readable after a crash at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from halfbyte.runs import folder as room
+from halfbyte.errors import RunError, TrainError
+from halfbyte.runs.folder import RunFolder, finite, versions, write_atomic, write_json_atomic
+
+RECIPE = "model: smollm2-135m\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    with RunFolder.create(tmp_path / "runs" / "a", RECIPE) as run:
+        pass
+    return run
+
+
+def test_create_makes_the_folder_whole_with_its_recipe(folder: RunFolder) -> None:
+    assert folder.recipe.read_text() == RECIPE
+    assert folder.checkpoints.is_dir()
+    assert [p.name for p in folder.path.parent.iterdir()] == ["a"]  # nothing temporary is left
+
+
+@pytest.mark.parametrize("kind", ["run", "empty", "file", "dangling"])
+def test_nothing_that_exists_is_overwritten(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a"
+    if kind == "run":
+        with RunFolder.create(path, RECIPE):
+            pass
+    elif kind == "empty":
+        path.mkdir()
+    elif kind == "file":
+        path.write_text("mine")
+    else:
+        path.symlink_to(tmp_path / "nowhere")
+    with (
+        pytest.raises(RunError, match=r"exists already.*\n.*--resume, or give another output:"),
+        RunFolder.create(path, "x"),
+    ):
+        pass
+    with pytest.raises(RunError, match="exists already"):
+        RunFolder.check_free(path)
+    if kind == "run":
+        assert (path / "recipe.yaml").read_text() == RECIPE
+
+
+def test_of_two_that_create_at_once_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    with RunFolder.create(path, RECIPE):
+        monkeypatch.setattr(RunFolder, "check_free", lambda path: None)  # looked before the other one renamed
+        with pytest.raises(RunError, match="exists already"), RunFolder.create(path, "other"):
+            pass
+    assert (path / "recipe.yaml").read_text() == RECIPE
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_place_that_cannot_be_written_is_an_error_without_leftovers(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(RunError, match=r"cannot be made: .*/file is a file\."),
+        RunFolder.create(tmp_path / "file" / "run", "x"),
+    ):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_open_says_what_is_wrong(tmp_path: Path, folder: RunFolder) -> None:
+    with pytest.raises(RunError, match="there is no run folder"):
+        RunFolder.open(tmp_path / "none")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="is a file, not a run folder"):
+        RunFolder.open(tmp_path / "file")
+    with pytest.raises(RunError, match=r"is not a run folder: it has no recipe\.yaml and no checkpoints/\.$"):
+        RunFolder.open(tmp_path)
+    folder.adapter.mkdir()
+    (folder.adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(RunError, match="It is an adapter: give the run folder that it lies in"):
+        RunFolder.open(folder.adapter)
+    assert RunFolder.open(folder.path) == folder
+
+
+def test_open_without_an_adapter_says_how_far_it_got(folder: RunFolder) -> None:
+    with pytest.raises(RunError, match="it ended before its first step, without a checkpoint"):
+        RunFolder.open(folder.path)
+    folder.append_metrics({"step": 41, "loss": 1.0})
+    folder.append_metrics({"step": 42, "loss": 1.0})
+    for name in ("step-000020", "step-000040", ".step-000041.77", "best"):
+        (folder.checkpoints / name).mkdir()
+    expected = "no adapter yet: it got to step 42, with a checkpoint at step 40.\n  fix: halfbyte train "
+    with pytest.raises(RunError, match=re.escape(f"{expected}{folder.path} --resume")):
+        RunFolder.open(folder.path)
+    with RunFolder.reopen(folder.path) as again:
+        assert again == folder
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from halfbyte.runs.folder import RunFolder
+with RunFolder.reopen(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_is_written_by_one_process_and_a_killed_one_leaves_no_lock(folder: RunFolder) -> None:
+    command = [sys.executable, "-c", HOLD, str(folder.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match=f"is being written by process {other.pid}"), RunFolder.reopen(folder.path):
+            pass
+        other.kill()
+    with RunFolder.reopen(folder.path):
+        assert (folder.path / "lock").read_text() == str(os.getpid())
+
+
+def test_create_holds_the_lock(tmp_path: Path) -> None:
+    with (
+        RunFolder.create(tmp_path / "a", RECIPE) as run,
+        pytest.raises(RunError, match="is being written"),
+        RunFolder.reopen(run.path),
+    ):
+        pass
+
+
+def test_metrics_are_one_object_a_line_and_read_back(folder: RunFolder) -> None:
+    rows = [{"step": n, "loss": 1.5 / n, "note": "ä"} for n in (1, 2, 3)]
+    for number, row in enumerate(rows, start=1):
+        folder.append_metrics(row)
+        assert len(folder.metrics.read_text().splitlines()) == number  # on disk at once, not at the end
+    assert folder.read_metrics() == rows
+
+
+def test_numbers_that_json_has_no_name_for_become_null(folder: RunFolder) -> None:
+    folder.append_metrics({"step": 1, "loss": float("nan"), "more": [float("inf"), (1, Path("x"))]})
+    assert "NaN" not in folder.metrics.read_text()
+    assert folder.read_metrics() == [{"step": 1, "loss": None, "more": [None, [1, "x"]]}]
+    assert finite({"a": 1.5}) == {"a": 1.5}
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"step": 3}', "{", "\x00\x00\x00"])
+def test_a_torn_last_line_is_passed_over_and_cut_away_by_the_next_row(folder: RunFolder, torn: str) -> None:
+    folder.append_metrics({"step": 1})
+    folder.append_metrics({"step": 2})
+    with folder.metrics.open("a") as stream:
+        stream.write(torn)
+    assert folder.read_metrics() == [{"step": 1}, {"step": 2}]
+    folder.append_metrics({"step": 3, "again": True})
+    assert folder.read_metrics() == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+    assert all(json.loads(line) for line in folder.metrics.read_text().splitlines())
+
+
+def test_a_damaged_line_in_the_middle_is_an_error_with_its_number(folder: RunFolder) -> None:
+    folder.metrics.write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
+    with pytest.raises(RunError, match=r"metrics\.jsonl:2: "):
+        folder.read_metrics()
+    folder.metrics.write_text('{"step": 1}\n[2]\n')
+    with pytest.raises(RunError, match=r"metrics\.jsonl:2: not a JSON object"):
+        folder.read_metrics()
+
+
+def test_rows_after_the_checkpoint_are_cut_off(folder: RunFolder) -> None:
+    for n in range(1, 8):
+        folder.append_metrics({"step": n})
+    folder.append_metrics({"step": 5, "eval_loss": 1.0})
+    folder.truncate_metrics(5)
+    assert [row["step"] for row in folder.read_metrics()] == [1, 2, 3, 4, 5, 5]
+    before = folder.metrics.stat().st_ino
+    folder.truncate_metrics(5)
+    assert folder.metrics.stat().st_ino == before  # nothing to cut: not written again
+    folder.truncate_metrics(0)
+    assert folder.read_metrics() == []
+
+
+def test_json_is_replaced_whole(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.write_plan({"peak": 1})
+    assert json.loads(folder.plan.read_text()) == {"peak": 1}
+
+    def fail(source: Path, target: Path) -> None:
+        raise PermissionError("no")
+
+    monkeypatch.setattr(room.os, "replace", fail)
+    with pytest.raises(PermissionError):
+        write_json_atomic(folder.plan, {"peak": 2})
+    assert json.loads(folder.plan.read_text()) == {"peak": 1}
+    assert not list(folder.path.glob(".plan*"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device without space")
+def test_a_full_disk_is_said_with_the_size_needed(folder: RunFolder) -> None:
+    folder.report.write_text("old")
+    (folder.path / f".report.json.{os.getpid()}").symlink_to("/dev/full")
+    with pytest.raises(
+        TrainError, match=r"no space left: writing .*report\.json needs 8 bytes, and .* bytes free\.\n.*--resume"
+    ):
+        write_atomic(folder.report, b"12345678")
+    assert folder.report.read_text() == "old"
+    folder.metrics.symlink_to("/dev/full")
+    with pytest.raises(TrainError, match=r"no space left: writing .*metrics\.jsonl needs 12 bytes"):
+        folder.append_metrics({"step": 1})
+
+
+def test_versions_name_what_is_installed_without_importing_it() -> None:
+    code = "import sys; from halfbyte.runs.folder import versions; v = versions(); print(v['torch'], 'torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    found = versions()
+    assert out == [found["torch"], "False"]
+    assert {"python", "halfbyte", "transformers", "peft", "bitsandbytes"} <= set(found)

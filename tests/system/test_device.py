@@ -1,0 +1,206 @@
+"""device.py: control groups, instruction sets, cards and the compute dtype, on machines made of text files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from halfbyte.errors import RecipeError
+from halfbyte.system import device
+from halfbyte.system.device import Card, Device, compute_dtype, detect, parse_cards
+
+GIB = 2**30
+NO_LIMIT_V1 = "9223372036854771712"
+SAPPHIRE = "model name\t: Xeon X\nflags\t\t: fpu sse2 avx2 avx512f avx512_bf16 amx_bf16 amx_int8\n"
+HASWELL = "model name\t: Core i7\nflags\t\t: fpu sse2 avx2\n"
+GRAVITON = "processor\t: 0\nFeatures\t: fp asimd i8mm bf16 sve\n"
+
+
+def machine(root: Path, files: dict[str, str], *, cpuinfo: str = HASWELL, total: int = 16, available: int = 8) -> Path:
+    """A root folder with /proc and the given files."""
+    meminfo = f"MemTotal: {total * 2**20} kB\nMemFree: 1 kB\nMemAvailable: {available * 2**20} kB\n"
+    for name, text in {"proc/cpuinfo": cpuinfo, "proc/meminfo": meminfo, **files}.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def cpu(*isa: str) -> Device:
+    return Device("cpu", isa, cores=2, ram_bytes=GIB, ram_available_bytes=GIB)
+
+
+def cuda(*capabilities: tuple[int, int]) -> Device:
+    cards = tuple(Card(f"card{n}", 8 * GIB, 7 * GIB, capability) for n, capability in enumerate(capabilities))
+    return Device("cuda", ("avx512_bf16",), cores=2, ram_bytes=GIB, ram_available_bytes=GIB, cards=cards)
+
+
+def test_without_a_control_group_memory_is_the_machines(tmp_path: Path) -> None:
+    found = detect(machine(tmp_path, {}))
+    assert (found.ram_bytes, found.ram_available_bytes) == (16 * GIB, 8 * GIB)
+    assert (found.kind, found.cpu, found.isa) == ("cpu", "Core i7", ("avx2",))
+
+
+def test_v2_limit_counts_what_is_left_and_not_droppable_pages(tmp_path: Path) -> None:
+    group = "sys/fs/cgroup/user.slice/job"
+    files = {
+        "proc/self/cgroup": "0::/user.slice/job\n",
+        f"{group}/memory.max": f"{6 * GIB}\n",
+        f"{group}/memory.current": f"{4 * GIB}\n",
+        f"{group}/memory.stat": f"anon 5\ninactive_file {1 * GIB - 7}\nactive_file 7\n",
+    }
+    found = detect(machine(tmp_path, files))
+    assert found.ram_bytes == 6 * GIB
+    assert found.ram_available_bytes == 3 * GIB  # 6 - (4 - 1)
+
+
+def test_v2_limit_of_a_parent_binds_too(tmp_path: Path) -> None:
+    files = {
+        "proc/self/cgroup": "0::/slice/job\n",
+        "sys/fs/cgroup/slice/memory.max": str(3 * GIB),
+        "sys/fs/cgroup/slice/memory.current": str(1 * GIB),
+        "sys/fs/cgroup/slice/job/memory.max": "max\n",
+        "sys/fs/cgroup/slice/job/memory.current": str(1 * GIB),
+    }
+    found = detect(machine(tmp_path, files))
+    assert (found.ram_bytes, found.ram_available_bytes) == (3 * GIB, 2 * GIB)
+
+
+def test_v2_in_a_container_whose_group_path_is_the_hosts(tmp_path: Path) -> None:
+    files = {
+        "proc/self/cgroup": "0::/../../docker/abc\n",
+        "sys/fs/cgroup/memory.max": str(2 * GIB),
+        "sys/fs/cgroup/memory.current": str(3 * GIB),
+    }
+    found = detect(machine(tmp_path, files))
+    assert found.ram_bytes == 2 * GIB
+    assert found.ram_available_bytes == 0  # over the limit already, never negative
+
+
+def test_v1_limit_and_no_limit(tmp_path: Path) -> None:
+    mount = "sys/fs/cgroup/memory"
+    files = {
+        "proc/self/cgroup": "9:name=systemd:/\n4:memory:/job\n0::/\n",
+        f"{mount}/memory.limit_in_bytes": NO_LIMIT_V1,
+        f"{mount}/memory.usage_in_bytes": str(2 * GIB),
+        f"{mount}/job/memory.limit_in_bytes": str(5 * GIB),
+        f"{mount}/job/memory.usage_in_bytes": str(2 * GIB),
+        f"{mount}/job/memory.stat": f"total_inactive_file {GIB}\n",
+    }
+    found = detect(machine(tmp_path / "limited", files))
+    assert (found.ram_bytes, found.ram_available_bytes) == (5 * GIB, 4 * GIB)
+    files[f"{mount}/job/memory.limit_in_bytes"] = NO_LIMIT_V1
+    found = detect(machine(tmp_path / "free", files))
+    assert (found.ram_bytes, found.ram_available_bytes) == (16 * GIB, 8 * GIB)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"},
+        {
+            "proc/self/cgroup": "3:cpu,cpuacct:/\n",
+            "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "150000\n",
+            "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+        },
+    ],
+)
+def test_cpu_quota_bounds_the_cores(tmp_path: Path, files: dict[str, str]) -> None:
+    assert detect(machine(tmp_path / "quota", files)).cores == 1
+    for name in files:
+        if "cpu." in name:
+            files[name] = "max 100000\n" if name.endswith("max") else "-1\n"
+    assert detect(machine(tmp_path / "none", files)).cores == detect(machine(tmp_path / "plain", {})).cores
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "dtype", "reason"),
+    [
+        (SAPPHIRE, "bf16", "auto: CPU has avx512_bf16"),
+        (GRAVITON, "bf16", "auto: CPU has bf16"),
+        (HASWELL, "fp32", "auto: this CPU has no bf16 multiply (avx512_bf16, amx_bf16)"),
+    ],
+)
+def test_auto_dtype_follows_the_instruction_set(tmp_path: Path, cpuinfo: str, dtype: str, reason: str) -> None:
+    assert compute_dtype(detect(machine(tmp_path, {}, cpuinfo=cpuinfo))) == (dtype, reason)
+
+
+def test_fp16_is_never_chosen_on_a_cpu() -> None:
+    text = "fp16 asked, but a CPU multiplies it ~1000x slower in the backward; {} instead"
+    assert compute_dtype(cpu("avx512_bf16"), "fp16") == ("bf16", text.format("bf16"))
+    assert compute_dtype(cpu("avx2"), "fp16") == ("fp32", text.format("fp32"))
+
+
+def test_other_dtypes_that_are_asked_for_are_honoured() -> None:
+    assert compute_dtype(cpu("amx_bf16"), "fp32") == ("fp32", "asked")
+    assert compute_dtype(cpu("amx_bf16"), "bf16") == ("bf16", "asked")
+    dtype, reason = compute_dtype(cpu("avx2"), "bf16")
+    assert dtype == "bf16"
+    assert "slow" in reason
+    with pytest.raises(RecipeError, match=r"compute_dtype must be one of auto, bf16, fp16, fp32, got 'int8'"):
+        compute_dtype(cpu(), "int8")
+
+
+def test_cards_decide_by_the_oldest_one() -> None:
+    assert compute_dtype(cuda((8, 0), (9, 0)))[0] == "bf16"
+    dtype, reason = compute_dtype(cuda((9, 0), (7, 5)))
+    assert dtype == "fp16"
+    assert reason.startswith("auto: card1 has compute capability 7.5")
+    assert "loss scaling" in reason
+    assert compute_dtype(cuda((9, 0)), "fp16") == ("fp16", "asked, with loss scaling")
+    assert "slow" in compute_dtype(cuda((7, 0)), "bf16")[1]
+
+
+CSV = """0, GPU-aaa, NVIDIA H100 80GB HBM3, 81559, 81000, 9.0
+1, GPU-bbb, Tesla T4, 15360, 15000, 7.5
+2, GPU-ccc, X, [N/A], 1, 9.0
+"""
+
+
+def test_cards_are_read_from_the_drivers_table() -> None:
+    cards = parse_cards(CSV, None)
+    assert [c.name for c in cards] == ["NVIDIA H100 80GB HBM3", "Tesla T4"]
+    assert cards[1] == Card("Tesla T4", 15360 * 2**20, 15000 * 2**20, (7, 5))
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        ("1", ["Tesla T4"]),
+        ("", []),
+        ("-1", []),
+        ("GPU-bbb,0", ["Tesla T4", "NVIDIA H100 80GB HBM3"]),
+        ("1,7,0", ["Tesla T4"]),
+    ],
+)
+def test_cards_honour_cuda_visible_devices(visible: str, names: list[str]) -> None:
+    assert [c.name for c in parse_cards(CSV, visible)] == names
+
+
+def test_no_driver_or_a_driver_that_fails_means_no_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_NVIDIA_SMI", ("no-such-program-anywhere",))
+    assert device._cards({}) == ()
+    monkeypatch.setattr(device, "_NVIDIA_SMI", (sys.executable, "-c", "raise SystemExit(9)"))
+    assert device._cards({}) == ()
+    monkeypatch.setattr(device, "_NVIDIA_SMI", (sys.executable, "-c", f"print({CSV!r})"))
+    assert len(device._cards({})) == 2
+    assert len(device._cards({"CUDA_VISIBLE_DEVICES": "0"})) == 1
+
+
+def test_torch_has_cuda_agrees_with_torch() -> None:
+    code = "import torch; print(torch.version.cuda is not None)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert str(device.torch_has_cuda()) == said
+
+
+def test_this_machine_and_its_json(tmp_path: Path) -> None:
+    found = detect()
+    assert found.cores >= 1
+    assert 0 < found.ram_available_bytes <= found.ram_bytes
+    assert found.disk_free_bytes(tmp_path / "not" / "there") > 0
+    shown = cuda((8, 6)).to_json()
+    assert shown["cards"][0]["capability"] == [8, 6]
+    assert shown["isa"] == ["avx512_bf16"]

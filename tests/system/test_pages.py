@@ -1,0 +1,111 @@
+"""Pages of files: found, let go, brought back; private ones never let go."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from halfbyte.system import pages
+from halfbyte.system.pages import PAGE, FileMaps, Span
+
+pytestmark = pytest.mark.skipif(not pages.supported(), reason="needs Linux and /proc/self/pagemap")
+PAGES = 64
+
+
+@pytest.fixture
+def mapped(tmp_path: Path) -> tuple[Any, Span, Any]:
+    """(array over a private file mapping, its span, what the file holds)."""
+    content = np.random.default_rng(0).integers(0, 256, PAGES * PAGE, dtype=np.uint8)
+    path = tmp_path / "weights"
+    path.write_bytes(content.tobytes())
+    with path.open("rb") as file:
+        view = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    array = np.frombuffer(view, dtype=np.uint8)
+    return array, Span(array.ctypes.data, array.ctypes.data + array.nbytes), content
+
+
+def test_a_file_mapping_is_found_and_memory_is_not(mapped: Any) -> None:
+    _, span, _ = mapped
+    maps = FileMaps.read()
+    assert maps.holds(span.start, span.bytes)
+    assert maps.holds(span.start + 5, span.bytes - 5)
+    assert not maps.holds(span.start, span.bytes + 2**40)
+    private = np.ones(PAGES * PAGE, dtype=np.uint8)
+    assert not maps.holds(private.ctypes.data, private.nbytes)
+    assert not FileMaps(()).holds(span.start, 1)
+
+
+def test_neighbouring_maps_of_a_file_count_as_one() -> None:
+    maps = FileMaps((Span(0, 10), Span(10, 20), Span(30, 40)))
+    assert maps.holds(5, 15)
+    assert not maps.holds(5, 16)
+    assert not maps.holds(15, 20)
+    assert not maps.holds(20, 1)
+    assert maps.holds(30, 10)
+
+
+def test_what_is_let_go_is_gone_and_comes_back_the_same(mapped: Any) -> None:
+    array, span, content = mapped
+    assert int(array.sum()) == int(content.sum())
+    assert pages.present_bytes([span]) == span.bytes
+    assert pages.let_go(span) == span.bytes
+    assert pages.present_bytes([span]) == 0
+    assert np.array_equal(array, content)
+    pages.let_go(span)
+    pages.bring(span)  # into the page cache, not into this process
+    assert pages.present_bytes([span]) == 0
+
+
+def test_a_page_that_was_written_to_is_kept(mapped: Any) -> None:
+    array, span, content = mapped
+    array.sum()
+    array[5 * PAGE + 7] ^= 255
+    array[-1] ^= 255
+    assert list(pages.clean(span)) == [
+        Span(span.start, span.start + 5 * PAGE),
+        Span(span.start + 6 * PAGE, span.end - PAGE),
+    ]
+    assert pages.let_go(span) == span.bytes - 2 * PAGE
+    assert array[5 * PAGE + 7] == content[5 * PAGE + 7] ^ 255
+    assert array[-1] == content[-1] ^ 255
+    changed = np.flatnonzero(array != content)
+    assert changed.tolist() == [5 * PAGE + 7, PAGES * PAGE - 1]
+
+
+def test_all_private_means_nothing_to_let_go(mapped: Any) -> None:
+    array, span, _ = mapped
+    array[:] = 1
+    assert list(pages.clean(span)) == []
+    assert pages.let_go(span) == 0
+    assert int(array.sum()) == array.nbytes
+
+
+def test_whole_pages_lie_inside_and_join_over_small_gaps() -> None:
+    assert pages.whole_pages([(PAGE + 1, 3 * PAGE)]) == (Span(2 * PAGE, 4 * PAGE),)
+    assert pages.whole_pages([(0, 100)]) == ()
+    assert pages.whole_pages([(3 * PAGE, PAGE), (0, 3 * PAGE - 64)]) == (Span(0, 4 * PAGE),)
+    assert pages.whole_pages([(0, PAGE), (3 * PAGE, PAGE)]) == (Span(0, PAGE), Span(3 * PAGE, 4 * PAGE))
+    assert pages.whole_pages([(0, 4 * PAGE), (PAGE, PAGE)]) == (Span(0, 4 * PAGE),)
+
+
+def test_the_resident_set_is_that_of_the_kernel() -> None:
+    with open("/proc/self/status", encoding="utf-8") as file:
+        total = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmRSS"))
+    assert abs(pages.resident().total - total) < 20e6
+
+
+def test_a_fork_looks_at_its_own_pages(mapped: Any) -> None:
+    array, span, _ = mapped
+    array.sum()
+    assert pages.let_go(span)
+    child = os.fork()
+    if child == 0:
+        touched = int(array[: 2 * PAGE].sum() > 0) and pages.present_bytes([Span(span.start, span.start + 2 * PAGE)])
+        os._exit(0 if touched == 2 * PAGE else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert pages.present_bytes([span]) == 0

@@ -1,0 +1,69 @@
+"""What a process holds: private memory and pages of files apart, and the highest of each while something runs."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import platform
+import time
+from pathlib import Path
+
+import pytest
+
+from halfbyte.system import usage
+
+SIZE = 64_000_000
+pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+
+
+def new_pages() -> mmap.mmap:
+    """Memory that no allocator has had before, all of it touched."""
+    held = mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for _ in range(SIZE // 1_000_000):  # no bytes object of that size beside it: the heap would keep its pages
+        held.write(b"\1" * 1_000_000)
+    return held
+
+
+def test_private_memory_and_pages_of_files_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(SIZE))
+    before = usage.now()
+    held = new_pages()
+    private = usage.now()
+    assert private.private - before.private > 0.9 * SIZE and private.file - before.file < 0.1 * SIZE
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert all(mapped[at] == 0 for at in range(0, SIZE, mmap.PAGESIZE))
+        both = usage.now()
+        assert both.file - private.file > 0.9 * SIZE and both.private - private.private < 0.1 * SIZE
+        assert both.total == both.private + both.file
+    held.close()
+
+
+def test_a_peak_is_seen_after_it_is_over() -> None:
+    before = usage.now()
+    with usage.Peak(period_s=0.005) as peak:
+        held = new_pages()
+        time.sleep(0.1)
+        held.close()
+    assert peak.private - before.private > 0.9 * SIZE
+    assert usage.now().private - before.private < 0.5 * SIZE
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc keeps freed memory")
+def test_what_the_c_library_keeps_is_given_back() -> None:
+    """Blocks below the threshold from which each has pages of its own, freed but for the one behind them."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes, libc.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+    blocks = [libc.malloc(50_000) for _ in range(SIZE // 50_000)]
+    for block in blocks:
+        libc.memset(block, 1, 50_000)
+    last, full = blocks.pop(), usage.now().private
+    for block in blocks:
+        libc.free(block)
+    kept = usage.now().private
+    usage.trim()
+    given = usage.now().private
+    libc.free(last)
+    assert full - kept < 0.2 * SIZE
+    assert kept - given > 0.8 * SIZE

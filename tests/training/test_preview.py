@@ -1,0 +1,89 @@
+"""`halfbyte data check`: what it shows is what a run takes; refusals, single rows, JSON, and rows without a recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from halfbyte import finetune
+from halfbyte.recipe.file import load_recipe
+from halfbyte.training import preview
+from tests import tiny_run
+from tests.in_process import Cli, runner
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    tiny_run.recipe(Path("."), train__max_steps=None, train__num_train_epochs=2)
+    return tmp_path
+
+
+@pytest.fixture
+def halfbyte(here: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
+    return runner(here, capsys)
+
+
+def test_it_shows_gates_lengths_steps_and_marked_rows(halfbyte: Cli) -> None:
+    ended = halfbyte("data", "check", "recipe.yaml")
+    assert (ended.code, ended.err) == (0, "")
+    for gate in ("labels", "end token", "length", "duplicates", "empty answers", "overlap", "unseen", "vocabulary"):
+        assert f"ok       {gate}" in ended.out or f"warning  {gate}" in ended.out
+    assert "8 steps of 4 rows" in ended.out
+    first = json.loads(Path("train.jsonl").read_text().splitlines()[0])
+    assert "row 1 (train.jsonl:1): " in ended.out and "row 2 (train.jsonl:2): " in ended.out
+    marked = ended.out.partition("⟦")[2].partition("⟧")[0]
+    assert marked == first["completion"] + "<|im_end|>", "the answer and its end are what is learned"
+
+
+def test_its_figures_are_those_of_the_run(halfbyte: Cli) -> None:
+    ended = halfbyte("data", "check", "recipe.yaml", "--json")
+    found = json.loads(ended.out)
+    report = finetune.train(load_recipe(Path("recipe.yaml"))).report
+    assert found["run"]["tokens"] == report["tokens"] and found["run"]["steps"] == report["steps"]
+    assert found["train"] == report["data"]["train"] and found["gates"] == report["data"]["gates"]
+    assert sum(b["rows"] for b in found["histogram"]) == found["train"]["rows"] == 16
+    assert [row["row"] for row in found["rows"]] == [1, 2]
+
+
+def test_rows_alone_need_a_model_and_a_row_can_be_chosen(halfbyte: Cli) -> None:
+    without = halfbyte("data", "check", "train.jsonl")
+    assert without.code == 2
+    assert without.err == (
+        "error: rows alone say nothing about tokens.\n  fix: halfbyte data check train.jsonl --model MODEL\n"
+    )
+    ended = halfbyte("data", "check", "train.jsonl", "--model", "model", "--row", "16")
+    assert ended.code == 0 and "row 16 (train.jsonl:16)" in ended.out and "row 1 (" not in ended.out
+    beyond = halfbyte("data", "check", "train.jsonl", "--model", "model", "--row", "17")
+    assert (beyond.code, beyond.err) == (
+        2, "error: there is no row 17: 16 rows are trained on.\n  fix: --row 1 to --row 16\n",
+    )  # fmt: skip
+
+
+def test_with_a_recipe_another_model_can_be_named_and_limits_on_targets_are_checked(halfbyte: Cli, here: Path) -> None:
+    tiny_run.checkpoint(here / "other", "gpt2")
+    for named in ("model", "other"):
+        (said,) = halfbyte("data", "check", "recipe.yaml", "--model", named).out.splitlines()[:1]
+        assert said.startswith("model     ") and said.endswith(f"/{named}")
+    ended = halfbyte("data", "check", "recipe.yaml", "--set", "lora.exclude_modules=[nowhere]")
+    assert ended.code == 2 and "nowhere" in ended.err
+
+
+def test_what_would_be_refused_is_shown_and_the_exit_code_is_2(halfbyte: Cli) -> None:
+    ended = halfbyte("data", "check", "recipe.yaml", "--set", "data.max_length=5", "--set", "data.overlong=skip")
+    assert ended.code == 2 and ended.err.startswith("error: no row is left")
+    config = Path("model/config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "vocab_size": 100}))
+    ended = halfbyte("data", "check", "recipe.yaml")
+    assert ended.code == 2 and "refused  vocabulary" in ended.out and "row 1 (" in ended.out
+
+
+def test_the_histogram_holds_every_row_once() -> None:
+    for lengths in ([5], [1, 2, 3], [97, 570, 96, 333], list(range(1, 5000, 7))):
+        bins = preview.histogram(lengths)
+        assert len(bins) <= preview.BINS
+        for found in bins:
+            assert found.rows == sum(found.least <= n <= found.most for n in lengths)
+        assert sum(found.rows for found in bins) == len(lengths)
