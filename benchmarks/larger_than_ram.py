@@ -69,7 +69,7 @@ def step(model: Any, optimizer: Any, tokens: int) -> tuple[float, float]:
     model.train()
     began = time.perf_counter()
     packed = batch(tokens)
-    value = loss.pass_loss(model, packed) / packed["targets"].numel()
+    value = loss.micro_batch_loss(model, packed) / packed["targets"].numel()
     value.backward()
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     if optimizer is not None:

@@ -52,7 +52,7 @@ EVERY = "all-linear"
 
 @dataclass(frozen=True)
 class Case:
-    """One run. `targets` qv: those that carry queries and values; `tokens` of a pass: None as the plan chooses."""
+    """One run. `targets` qv: those that carry queries and values; `tokens` of a micro-batch, None as planned."""
 
     model: str
     length: int
@@ -75,7 +75,7 @@ class Case:
         more = [
             f"{self.targets} r{self.rank}", {False: "keep", True: "full"}.get(self.recompute, str(self.recompute)),
             self.placement, self.quant, *([self.dtype] if self.dtype != "auto" else []),
-            *([f"passes of {self.tokens}"] if self.tokens else []), *(["8-bit"] if "8bit" in self.optim else []),
+            *([f"micro-batches of {self.tokens}"] if self.tokens else []), *(["8-bit"] if "8bit" in self.optim else []),
             *(["eval"] if self.evaluated else []), *([f"{self.steps} steps"] if self.steps != 2 else []),
         ]  # fmt: skip
         return f"{self.model} {self.batch} x {self.length} {' '.join(more)}"
@@ -225,7 +225,8 @@ def recipe_of(case: Case, model: str, folder: Path) -> dict[str, Any]:
         "train": {
             "per_device_train_batch_size": case.batch, "gradient_accumulation_steps": 1, "max_steps": case.steps,
             "learning_rate": 1e-4, "save_strategy": "no",
-            "gradient_checkpointing": case.recompute, "max_tokens_per_pass": case.tokens or "auto", "optim": case.optim,
+            "gradient_checkpointing": case.recompute, "max_tokens_per_micro_batch": case.tokens or "auto",
+            "optim": case.optim,
             "eval_strategy": "epoch" if case.evaluated else "no",
         },
         "output": str(folder / "run"),

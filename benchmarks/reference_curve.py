@@ -53,8 +53,8 @@ def plain(data: Path, steps: int, *, prepare: bool = False) -> dict[str, Any]:
     from halfbyte.recipe.file import recipe_from
 
     prepared = finetune.prepare(recipe_from("smollm2-135m", str(data), overrides(data, steps)).recipe)
-    planned = finetune.plan_steps(prepared, max_tokens_per_pass=10**9, examples_per_pass=1)
-    order = [row for step in planned for (row,) in step.passes]
+    planned = finetune.plan_steps(prepared, max_tokens_per_micro_batch=10**9, examples_per_micro_batch=1)
+    order = [row for step in planned for (row,) in step.micro_batches]
     items = [
         {"input_ids": list(prepared.train.examples[r].input_ids), "labels": list(prepared.train.examples[r].labels)}
         for r in order

@@ -94,13 +94,15 @@ def halfbyte_side(model: str, rows: Path) -> dict[str, Any]:
     encoded = time.perf_counter()
     meta = meta_model(prepared.config, trust_remote_code=False)
     _, plan = fit.plan_of(prepared, machine, lora.choose_targets(meta, recipe.lora)[0], meta)
-    planned = schedule.plan_steps(prepared, max_tokens_per_pass=plan.max_tokens_per_pass, examples_per_pass=None)
+    planned = schedule.plan_steps(
+        prepared, max_tokens_per_micro_batch=plan.max_tokens_per_micro_batch, examples_per_micro_batch=None
+    )
     first = planned[0]
     ended = time.perf_counter()
     return {
         "seconds": ended - began, "rows_seconds": encoded - began, "baseline_bytes": baseline,
         "tokens": prepared.train.stats.tokens, "labelled": prepared.train.stats.labelled_tokens,
-        "steps": len(planned), "passes_of_the_first": len(first.passes),
+        "steps": len(planned), "micro_batches_of_the_first": len(first.micro_batches),
     }  # fmt: skip
 
 

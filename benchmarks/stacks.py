@@ -177,10 +177,10 @@ def items(case: Case, *, by_length: bool) -> tuple[Path, list[dict[str, list[int
     from halfbyte.recipe.file import recipe_from
 
     prepared = finetune.prepare(recipe_from(case.model, case.data, case.overrides("unused")).recipe)
-    planned = finetune.plan_steps(prepared, max_tokens_per_pass=10**9, examples_per_pass=1)
+    planned = finetune.plan_steps(prepared, max_tokens_per_micro_batch=10**9, examples_per_micro_batch=1)
     rows: list[dict[str, list[int]]] = []
     for step in planned:
-        found = [prepared.train.examples[r] for (r,) in step.passes]
+        found = [prepared.train.examples[r] for (r,) in step.micro_batches]
         found = sorted(found, key=lambda e: len(e.input_ids)) if by_length else found
         rows += [{"input_ids": list(e.input_ids), "labels": list(e.labels)} for e in found]
     return prepared.checkpoint.path, rows

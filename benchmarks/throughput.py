@@ -113,7 +113,7 @@ def flop_per_token(case: Case) -> tuple[float, dict[str, float]]:
 
 
 def shapes_in_use(case: Case) -> list[tuple[int, int, int]]:
-    """(rows, in, out) of the products of a pass: each linear shape of the model once, largest first."""
+    """(rows, in, out) of the products of a micro-batch: each linear shape of the model once, largest first."""
     from halfbyte import finetune
     from halfbyte.models.structure import meta_model
     from halfbyte.recipe.file import recipe_from

@@ -118,7 +118,7 @@ def save(folder: Path, name: str, dtype: torch.dtype = torch.float32, *, seed: i
 
 
 def batch(lengths: Sequence[int], vocab_size: int) -> dict[str, Any]:
-    """A pass of random examples, every token but the last of each labelled."""
+    """A micro-batch of random examples, every token but the last of each labelled."""
     total = sum(lengths)
     ids = torch.randint(3, vocab_size, (total,), generator=torch.Generator().manual_seed(2))
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)

@@ -26,12 +26,13 @@ from halfbyte.runs import report as reporting
 from halfbyte.runs.folder import RunFolder, versions
 from halfbyte.system import device, threads, usage
 from halfbyte.training import callback as callbacks
-from halfbyte.training import fit, micro_batches
+from halfbyte.training import fit
 from halfbyte.training.callback import Listener, RunCallback, Silent, StopRequest, stop_on_signals
+from halfbyte.training.pace import Pace, Rows, recompute_as, rehearse
 from halfbyte.training.prepare import Prepared, data_note, data_report, prepare
 from halfbyte.training.prepare import notices as data_notices
 from halfbyte.training.schedule import best, cadence, count_steps, eval_every, plan_steps, rows_per_step
-from halfbyte.training.trainer import StepTrainer, rehearse, training_arguments
+from halfbyte.training.trainer import StepTrainer, check_arguments, training_arguments
 
 if TYPE_CHECKING:
     from halfbyte.data.encoding.examples import Examples
@@ -68,7 +69,7 @@ def resolve(loaded: Loaded) -> Resolution:
     recipe, machine = loaded.recipe, device.detect()
     prepared = prepare(recipe)
     recipe = prepared.recipe
-    rehearse(recipe.train, total_steps=count_steps(prepared))
+    check_arguments(recipe.train, total_steps=count_steps(prepared))
     found = prepared.checkpoint
     model = meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
     chosen, modules = lora.choose_targets(model, recipe.lora)
@@ -78,7 +79,10 @@ def resolve(loaded: Loaded) -> Resolution:
         "lora.target_modules": (chosen.names, chosen.reason),
         "train.gradient_checkpointing": (plan.gradient_checkpointing, plan.reasons["recompute"]),
         "quant.placement": (plan.placement, plan.reasons["placement"]),
-        "train.max_tokens_per_pass": (plan.max_tokens_per_pass, plan.reasons["max_tokens_per_pass"]),
+        "train.max_tokens_per_micro_batch": (
+            plan.max_tokens_per_micro_batch,
+            plan.reasons["max_tokens_per_micro_batch"],
+        ),
     }
     if prepared.chatml is not None:
         auto["lora.trainable_token_indices"] = (recipe.lora.trainable_token_indices, prepared.chatml.notice)
@@ -118,7 +122,7 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     tell.note(f"process   {settings.line}")
     prepared = prepare(recipe)
     recipe = prepared.recipe
-    rehearse(recipe.train, total_steps=count_steps(prepared))
+    check_arguments(recipe.train, total_steps=count_steps(prepared))
     notices = [*data_notices(prepared), *(str(f) for f in prepared.findings if f.level != "ok")]
     tell.note(f"data      {data_note(prepared)}")
     for finding in prepared.findings:
@@ -170,23 +174,38 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     tell.note(f"engine    {engine}")
     for notice in notices:
         tell.note(f"note      {notice}")
-    micro_batches.recompute_as(model, plan.recompute)
+    recompute_as(model, plan.recompute)
     pace = fit.make_pace(prepared, plan, replace(job, packed=proof.ok), machine, model, tell.note)
-    passes = Passes.of(prepared, pace)
+    micro_batches = MicroBatches.of(prepared, pace)
     rehearsed = None
     if plan.needed_bytes <= fit.UNREHEARSED * plan.available_bytes:
         tell.note(f"rehearsed nothing: {plan.needed_bytes / 1e9:.2f} GB are planned, a small part of what is free")
     else:
-        rehearsed = micro_batches.rehearse(model, pace, passes.steps.longest_pass(), passes.batch, passes.held_out)
+        rehearsed = rehearse(
+            model, pace, micro_batches.steps.longest_micro_batch(), micro_batches.batch, micro_batches.held_out
+        )
         tell.note(
-            f"rehearsed {rehearsed.tokens} tokens, the longest pass, in {rehearsed.seconds:.1f} s: "
-            f"{rehearsed.pass_bytes / 1e9:.2f} GB above {rehearsed.held.private / 1e9:.2f} GB held"
+            f"rehearsed {rehearsed.tokens} tokens, the longest micro-batch, in {rehearsed.seconds:.1f} s: "
+            f"{rehearsed.micro_batch_bytes / 1e9:.2f} GB above {rehearsed.held.private / 1e9:.2f} GB held"
         )
     held = rehearsed.held if rehearsed else usage.now()
     folder = RunFolder.reopen(out) if resume else RunFolder.create(out, to_yaml(loaded.recipe))
     with folder as run, stop_on_signals() as stop, usage.Peak() as peak:
         story = _Story(
-            run, prepared, opened, model, plan, pace, passes, held, peak, machine, settings, tell, stop, tuple(notices)
+            run,
+            prepared,
+            opened,
+            model,
+            plan,
+            pace,
+            micro_batches,
+            held,
+            peak,
+            machine,
+            settings,
+            tell,
+            stop,
+            tuple(notices),
         )
         try:
             return story.tell_it(resume=resume)
@@ -203,8 +222,8 @@ class _Story:
     opened: load.Base
     model: Any
     plan: memory.Plan
-    pace: micro_batches.Pace
-    passes: Passes
+    pace: Pace
+    micro_batches: MicroBatches
     held: usage.Usage  # before the first step
     peak: usage.Peak
     machine: device.Device
@@ -215,7 +234,7 @@ class _Story:
 
     def tell_it(self, *, resume: bool) -> Outcome:
         recipe, run = self.prepared.recipe, self.run
-        steps, held_out = self.passes.steps, self.prepared.evaluation
+        steps, held_out = self.micro_batches.steps, self.prepared.evaluation
         planned = {**self.plan.to_json(), "steps": len(steps), "tokens": steps.tokens}
         run.write_plan(planned)
         point = checkpoint.newest(run.checkpoints) if resume else None
@@ -241,7 +260,7 @@ class _Story:
                 eval_steps=eval_every(recipe, len(self.prepared.train.examples)) if held_out is not None else 0,
             ),
             train_dataset=collate.StepDataset(self.prepared.train.examples, steps),
-            eval_batches=self.passes.held_out,
+            eval_batches=self.micro_batches.held_out,
             loraplus_lr_ratio=recipe.train.loraplus_lr_ratio,
             callbacks=[callback],
             pace=self.pace,
@@ -306,27 +325,31 @@ class _Story:
 
 
 @dataclass(frozen=True)
-class Passes:
-    """Every step's passes and the evaluation's, as the pace splits them at the start."""
+class MicroBatches:
+    """Every step's micro-batches and the evaluation's, as the pace splits them at the start."""
 
     steps: pack.Steps
     examples: Examples
     held_out: Any
 
     @classmethod
-    def of(cls, prepared: Prepared, pace: micro_batches.Pace) -> Passes:
-        steps = plan_steps(prepared, max_tokens_per_pass=pace.tokens, examples_per_pass=pace.examples_per_pass)
+    def of(cls, prepared: Prepared, pace: Pace) -> MicroBatches:
+        steps = plan_steps(
+            prepared, max_tokens_per_micro_batch=pace.tokens, examples_per_micro_batch=pace.examples_per_micro_batch
+        )
         held_out: Any = ()
         if prepared.evaluation is not None:
-            per_pass = pace.examples_per_pass or prepared.recipe.train.per_device_eval_batch_size
+            per_micro_batch = pace.examples_per_micro_batch or prepared.recipe.train.per_device_eval_batch_size
             lengths = prepared.evaluation.lengths
-            held_out = collate.Batches(prepared.evaluation.examples, pack.eval_passes(lengths, pace.tokens, per_pass))
+            held_out = collate.Batches(
+                prepared.evaluation.examples, pack.eval_micro_batches(lengths, pace.tokens, per_micro_batch)
+            )
         return cls(steps, prepared.train.examples, held_out)
 
-    def batch(self, rows: micro_batches.Rows) -> Any:
+    def batch(self, rows: Rows) -> Any:
         return collate.collate([self.examples[r] for r in rows])
 
 
 def _rows_note(examples: Examples, step: pack.Step) -> str:
-    where = [examples.where(row) for rows in step.passes for row in rows]
+    where = [examples.where(row) for rows in step.micro_batches for row in rows]
     return f" (rows {', '.join(where[:4])}{' ...' if len(where) > 4 else ''})"

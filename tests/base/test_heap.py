@@ -13,7 +13,7 @@ from halfbyte.adapters.dropin import get_peft_model, prepare_model_for_kbit_trai
 from halfbyte.base import heap, stream
 from halfbyte.layers import loss, packing
 from halfbyte.system import usage
-from halfbyte.training import micro_batches
+from halfbyte.training.pace import recompute_as
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(usage.heap_in_use() is None, reason="needs glibc 2.33")
@@ -31,7 +31,7 @@ def adapted(name: str) -> Any:
 def gradients(model: Any) -> dict[str, torch.Tensor]:
     torch.manual_seed(3)
     model.zero_grad()
-    loss.pass_loss(model, tiny.batch((40, 17, 23), 256)).backward()
+    loss.micro_batch_loss(model, tiny.batch((40, 17, 23), 256)).backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -106,12 +106,12 @@ def test_gradients_are_the_same_bits_where_every_look_gives_back(name: str, monk
     model = adapted(name)
     plain = gradients(model)
     monkeypatch.setattr(heap.Holes, "look", every := Every())
-    micro_batches.recompute_as(model, "full")
+    recompute_as(model, "full")
     trimmed = gradients(model)
     layers = len(stream.decoder_layers(model))
     assert every.looks == 2 * layers  # forward and backward
     assert plain.keys() == trimmed.keys() and all(torch.equal(plain[n], trimmed[n]) for n in plain)
-    micro_batches.recompute_as(model, "none")
+    recompute_as(model, "none")
     gradients(model)
     assert every.looks == 2 * layers
 

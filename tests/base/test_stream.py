@@ -61,7 +61,7 @@ def adapted(folder: Path, *, fused: bool, dropout: float = 0.05, **config: Any) 
 def gradients(model: Any, lengths: tuple[int, ...], *, fused: bool) -> dict[str, Tensor]:
     torch.manual_seed(3)
     model.train()
-    loss.pass_loss(model, tiny.batch(lengths, VOCAB), fused=fused).backward()
+    loss.micro_batch_loss(model, tiny.batch(lengths, VOCAB), fused=fused).backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     for parameter in model.parameters():
         parameter.grad = None

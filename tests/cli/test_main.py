@@ -242,7 +242,7 @@ def test_eval_as_json_agrees_with_the_run(halfbyte: Cli) -> None:
     shown = json.loads(halfbyte("eval", "done", "--base", "--json", "--max-new-tokens", "4").out)
     assert list(shown) == ["base", "adapter"]
     report = json.loads(Path("done/report.json").read_text())
-    assert shown["adapter"]["loss"] == pytest.approx(report["eval_loss"], rel=1e-5)  # fp32, one pass or several
+    assert shown["adapter"]["loss"] == pytest.approx(report["eval_loss"], rel=1e-5)  # fp32, one micro-batch or several
     assert shown["adapter"]["loss"] < shown["base"]["loss"]
     assert len(shown["adapter"]["samples"]) == shown["adapter"]["rows"] == 5
     limited = json.loads(

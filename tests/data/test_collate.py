@@ -50,7 +50,7 @@ def test_a_label_on_a_first_token_is_never_predicted() -> None:
     assert every.labels == (7, 8)
 
 
-def test_a_pass_without_labels_has_no_targets() -> None:
+def test_a_micro_batch_without_labels_has_no_targets() -> None:
     batch = collate([B, B])
     assert batch["keep"].shape == batch["targets"].shape == (0,)
 
@@ -61,13 +61,13 @@ def test_step_dataset() -> None:
     assert len(data) == 2
     item = data[0]
     assert item["step"] is steps[0]
-    assert [p["input_ids"].tolist() for p in item["passes"]] == [[[10, 11, 12, 13, 30, 31, 32]], [[20]]]
-    assert sum(p["targets"].numel() for p in item["passes"]) == steps[0].labelled_tokens
+    assert [p["input_ids"].tolist() for p in item["micro_batches"]] == [[[10, 11, 12, 13, 30, 31, 32]], [[20]]]
+    assert sum(p["targets"].numel() for p in item["micro_batches"]) == steps[0].labelled_tokens
     with pytest.raises(IndexError):
         data[2]
 
 
-def test_eval_passes() -> None:
+def test_eval_micro_batches() -> None:
     batches = Batches([A, B, C], [(0,), (1, 2)])
     assert [b["input_ids"].tolist() for b in batches] == [[[10, 11, 12, 13]], [[20, 30, 31, 32]]]
     assert len(batches[1:]) == 1

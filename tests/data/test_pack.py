@@ -1,4 +1,4 @@
-"""Every row once an epoch, in few passes within the budget, the same wherever it is planned."""
+"""Every row once an epoch, in few micro-batches within the budget, the same wherever it is planned."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfbyte.data.pack import EVAL_WINDOW_ROWS, arrange, count_steps, eval_passes, plan_steps
+from halfbyte.data.pack import EVAL_WINDOW_ROWS, arrange, count_steps, eval_micro_batches, plan_steps
 
 
 def plan(lengths: list[int], **changed: Any) -> list[Any]:
@@ -19,14 +19,14 @@ def plan(lengths: list[int], **changed: Any) -> list[Any]:
         "epochs": 1.0,
         "max_steps": -1,
         "seed": 0,
-        "max_tokens_per_pass": 100,
-        "examples_per_pass": None,
+        "max_tokens_per_micro_batch": 100,
+        "examples_per_micro_batch": None,
     }
     return plan_steps(lengths, [n - 1 for n in lengths], **{**arguments, **changed})
 
 
 def rows(steps: list[Any]) -> list[list[int]]:
-    return [[r for p in s.passes for r in p] for s in steps]
+    return [[r for p in s.micro_batches for r in p] for s in steps]
 
 
 def test_the_last_step_of_an_epoch_keeps_the_remainder() -> None:
@@ -81,21 +81,21 @@ def test_steps_hold_what_they_say(
         lengths,
         epochs=1.0,
         rows_per_step=rows_per_step,
-        max_tokens_per_pass=budget,
-        examples_per_pass=most,
+        max_tokens_per_micro_batch=budget,
+        examples_per_micro_batch=most,
         seed=seed,
     )
     assert sorted(chain.from_iterable(rows(steps))) == list(range(len(lengths)))
-    wide = plan(lengths, rows_per_step=rows_per_step, max_tokens_per_pass=10**6, seed=seed)
+    wide = plan(lengths, rows_per_step=rows_per_step, max_tokens_per_micro_batch=10**6, seed=seed)
     for step, other in zip(steps, wide, strict=True):
-        for p in step.passes:
+        for p in step.micro_batches:
             assert len(p) == 1 or sum(lengths[r] for r in p) <= budget
             assert most is None or len(p) <= most
-        inside = [r for p in step.passes for r in p]
+        inside = [r for p in step.micro_batches for r in p]
         assert step.tokens == sum(lengths[r] for r in inside)
         assert step.labelled_tokens == step.tokens - len(inside)
-        assert len(other.passes) == 1
-        assert sorted(inside) == sorted(other.passes[0])
+        assert len(other.micro_batches) == 1
+        assert sorted(inside) == sorted(other.micro_batches[0])
 
 
 def test_first_fit_decreasing_fills_what_arrival_order_would_not() -> None:
@@ -103,28 +103,30 @@ def test_first_fit_decreasing_fills_what_arrival_order_would_not() -> None:
     assert arrange(range(6), lengths, 100, None) == ((0, 2), (1, 3), (4, 5))
 
 
-def test_a_row_over_the_budget_is_a_pass_of_its_own() -> None:
+def test_a_row_over_the_budget_is_a_micro_batch_of_its_own() -> None:
     assert arrange([0, 1, 2], [30, 500, 30], 100, None) == ((1,), (0, 2))
 
 
-def test_at_most_so_many_examples_a_pass() -> None:
+def test_at_most_so_many_examples_a_micro_batch() -> None:
     assert arrange(range(5), [5] * 5, 100, 2) == ((0, 1), (2, 3), (4,))
 
 
-def test_one_example_a_pass_keeps_the_order() -> None:
+def test_one_example_a_micro_batch_keeps_the_order() -> None:
     assert arrange([2, 0, 1], [30, 500, 30], 100, 1) == ((2,), (0,), (1,))
 
 
 def test_evaluation_takes_every_row_once() -> None:
     lengths = [1 + i * 7919 % 90 for i in range(2 * EVAL_WINDOW_ROWS + 3)]
-    passes = eval_passes(lengths, 256, None)
-    assert sorted(r for p in passes for r in p) == list(range(len(lengths)))
-    assert all(sum(lengths[r] for r in p) <= 256 for p in passes)
-    assert len(passes) <= 1.1 * sum(lengths) / 256
-    assert eval_passes([5, 5], 256, 1) == [(0,), (1,)]
+    micro_batches = eval_micro_batches(lengths, 256, None)
+    assert sorted(r for p in micro_batches for r in p) == list(range(len(lengths)))
+    assert all(sum(lengths[r] for r in p) <= 256 for p in micro_batches)
+    assert len(micro_batches) <= 1.1 * sum(lengths) / 256
+    assert eval_micro_batches([5, 5], 256, 1) == [(0,), (1,)]
 
 
-@pytest.mark.parametrize("bad", [{"rows_per_step": 0}, {"max_tokens_per_pass": 0}, {"examples_per_pass": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"rows_per_step": 0}, {"max_tokens_per_micro_batch": 0}, {"examples_per_micro_batch": 0}]
+)
 def test_impossible_arguments(bad: dict[str, int]) -> None:
     with pytest.raises(ValueError):
         plan([5, 6], **bad)

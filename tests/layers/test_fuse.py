@@ -47,7 +47,7 @@ def batch() -> dict[str, Any]:
 
 def gradients(model: Any, *, fused: bool = True) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    loss.pass_loss(model, batch(), fused=fused).backward()
+    loss.micro_batch_loss(model, batch(), fused=fused).backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -220,7 +220,7 @@ def test_selective_recomputation_keeps_less() -> None:
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            held = loss.pass_loss(model, batch())
+            held = loss.micro_batch_loss(model, batch())
         kept.append(sum(storages.values()))
         del held
     assert kept[1] < kept[0]

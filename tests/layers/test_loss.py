@@ -86,7 +86,7 @@ SCALED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", [*SCALED, "llama", "opt", "gpt2"])
-def test_a_pass_is_the_models_own_loss(name: str) -> None:
+def test_a_micro_batch_is_the_models_own_loss(name: str) -> None:
     if name in SCALED:
         cls, values = SCALED[name]
         config = getattr(transformers, cls)(**{**tiny._LLAMA_LIKE, "vocab_size": 256, "pad_token_id": 0, **values})
@@ -104,14 +104,14 @@ def test_a_pass_is_the_models_own_loss(name: str) -> None:
     ]
     batch = collate(examples)
     assert head_of(model) is not None
-    fused = loss.pass_loss(model, batch)
+    fused = loss.micro_batch_loss(model, batch)
     own = sum(
         F.cross_entropy(model(torch.tensor([e.input_ids])).logits[0, :-1], torch.tensor(e.labels[1:]), reduction="sum")
         for e in examples
         if any(label >= 0 for label in e.labels[1:])
     )
     torch.testing.assert_close(fused, own, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(loss.pass_loss(model, batch, fused=False), own, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss.micro_batch_loss(model, batch, fused=False), own, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "opt", "phi3"])
@@ -131,7 +131,7 @@ def test_rows_behind_the_others_change_no_loss_and_no_gradient(
     trained.requires_grad_(True)
 
     def of() -> tuple[torch.Tensor, torch.Tensor]:
-        value = loss.pass_loss(model, batch)
+        value = loss.micro_batch_loss(model, batch)
         if not value.requires_grad or not len(batch["keep"]):
             return value.detach(), torch.zeros(())
         return value.detach(), torch.autograd.grad(value, trained)[0]
@@ -146,7 +146,7 @@ def test_rows_behind_the_others_change_no_loss_and_no_gradient(
     torch.testing.assert_close(aligned, plain, rtol=1e-5, atol=1e-6)
 
 
-def test_a_small_pass_gets_no_rows() -> None:
+def test_a_small_micro_batch_gets_no_rows() -> None:
     batch = collate([example((5, 6, 7), (5, 6, 7))])
     assert packing.aligned(batch)["input_ids"].shape == (1, 3)
 

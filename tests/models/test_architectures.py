@@ -85,7 +85,8 @@ def test_what_does_not_follow_is_said(config: dict[str, Any], message: str) -> N
 
 def test_the_list_of_a_70b_takes_no_torch() -> None:
     code = (
-        "import sys\nfrom halfbyte.models.architectures import tensors_of\nfrom halfbyte.models.references import REFERENCES\n"
+        "import sys\nfrom halfbyte.models.architectures import tensors_of\n"
+        "from halfbyte.models.references import REFERENCES\n"
         "tensors_of(REFERENCES['llama-2-70b'])\nprint('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -36,7 +36,9 @@ def test_a_well_known_model_needs_nothing(halfbyte: Cli) -> None:
     assert found["model"]["parameters"] == 6_738_415_616
     assert found["plan"]["trainable"] > 0 and found["plan"]["peak_bytes"] > 3.5e9
     said = halfbyte("plan", "llama-2-7b").out
-    assert "llama-2-7b: 6.74 B parameters, 32 layers" in said and "time" in said and "max_tokens_per_pass" in said
+    assert (
+        "llama-2-7b: 6.74 B parameters, 32 layers" in said and "time" in said and "max_tokens_per_micro_batch" in said
+    )
 
 
 def test_length_device_set_and_compare_change_the_plan(halfbyte: Cli) -> None:
@@ -58,7 +60,7 @@ def test_a_recipe_is_planned_from_its_rows_and_a_folder_from_its_headers(halfbyt
     tiny_run.recipe(Path("."))
     found = plan(halfbyte, "recipe.yaml")
     assert "16 rows of about" in found["notes"][0] and "counted, but for the template" in found["notes"][0]
-    assert found["plan"]["tokens_in_pass"] < 128 * 4
+    assert found["plan"]["tokens_in_micro_batch"] < 128 * 4
     assert plan(halfbyte, "model")["model"]["parameters"] == found["model"]["parameters"]
 
 

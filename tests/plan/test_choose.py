@@ -52,23 +52,23 @@ def test_with_room_nothing_is_recomputed_and_the_base_is_mapped() -> None:
     plan = made(cpu(64))
     assert (plan.placement, plan.recompute, plan.warnings, plan.fixes) == ("mapped", "none", (), ())
     assert plan.short_bytes == 0
-    assert set(plan.reasons) == {"placement", "recompute", "max_tokens_per_pass"}
+    assert set(plan.reasons) == {"placement", "recompute", "max_tokens_per_micro_batch"}
 
 
 def test_among_plans_as_fast_as_each_other_the_smallest_is_taken_unless_memory_is_plenty() -> None:
-    """Steps of 6400 tokens take two passes, of 4000 tokens and the rest or of 3200 each."""
+    """Steps of 6400 tokens take two micro-batches, of 4000 tokens and the rest or of 3200 each."""
     rows, device = Rows((400,) * 64), cpu(64)
     large = choose.count(
         job(device, rows=rows), device, assumed(device, "bf16"), placement="mapped", recompute="none", tokens=4096
     )
-    assert made(device, rows=rows).max_tokens_per_pass == 4096
+    assert made(device, rows=rows).max_tokens_per_micro_batch == 4096
     plan = made(cpu(1.4 * large.needed_bytes / GB), rows=rows)
     assert plan.private_bytes < large.private_bytes
     assert plan.time.step_s <= choose.SAME_TIME * large.time.step_s
 
 
 def test_less_room_means_the_next_measure_and_none_before_it_is_needed() -> None:
-    """On ever smaller machines: smaller passes, recomputation, then a warning; each within the margin until then."""
+    """On ever smaller machines: smaller micro-batches, recomputation, then a warning; until then within the margin."""
     taken = []
     for free in (16, 3, 2, 1.6, 1.3, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35):
         plan = made(cpu(free), rows=Rows((700,) * 64))
@@ -141,26 +141,26 @@ def test_a_change_that_is_said_to_fit_does() -> None:
 
 def test_the_recipes_own_values_win_and_are_counted() -> None:
     plan = made(
-        cpu(64), train__max_tokens_per_pass=512, train__gradient_checkpointing=True, quant__placement="streamed"
+        cpu(64), train__max_tokens_per_micro_batch=512, train__gradient_checkpointing=True, quant__placement="streamed"
     )
-    assert (plan.max_tokens_per_pass, plan.recompute, plan.placement) == (512, "full", "streamed")
+    assert (plan.max_tokens_per_micro_batch, plan.recompute, plan.placement) == (512, "full", "streamed")
     assert set(plan.reasons.values()) == {"as the recipe says"}
-    assert plan.tokens_in_pass == 400  # two rows of 200 fit into 512
-    longer = made(cpu(64), rows=Rows((700,) * 20), train__max_tokens_per_pass=512)
-    assert (longer.max_tokens_per_pass, longer.tokens_in_pass) == (512, 700)
+    assert plan.tokens_in_micro_batch == 400  # two rows of 200 fit into 512
+    longer = made(cpu(64), rows=Rows((700,) * 20), train__max_tokens_per_micro_batch=512)
+    assert (longer.max_tokens_per_micro_batch, longer.tokens_in_micro_batch) == (512, 700)
     assert "the longest example has 700 tokens" in longer.warnings[0]
     assert made(cpu(0.9), train__gradient_checkpointing=False).recompute == "none"
 
 
-def test_a_pass_always_holds_the_longest_example() -> None:
+def test_a_micro_batch_always_holds_the_longest_example() -> None:
     plan = made(cpu(1.4), rows=Rows((30,) * 50 + (1500,)))
-    assert plan.tokens_in_pass >= 1500
+    assert plan.tokens_in_micro_batch >= 1500
 
 
-def test_unproven_packing_is_one_example_a_pass() -> None:
+def test_unproven_packing_is_one_example_a_micro_batch() -> None:
     device = cpu(64)
     plan = memory.make(replace(job(device), packed=False), device)
-    assert plan.tokens_in_pass == 200
+    assert plan.tokens_in_micro_batch == 200
 
 
 def test_base_and_training_state_are_counted_from_specs_and_parameters() -> None:
@@ -170,9 +170,10 @@ def test_base_and_training_state_are_counted_from_specs_and_parameters() -> None
     assert one.trainable == 30 * 16 * ((576 + 576) + (576 + 192))
     assert plan.line("base") == sum(encoded_bytes(s, one.recipe.quant, 2) for s in one.specs)
     assert plan.line("adapters") == 4 * one.trainable
-    # in one pass they come as activations go, a layer's at the peak; over several passes all of them are there
+    # in one micro-batch they come as activations go, a layer's at the peak; over several micro-batches all of them are
+    # there
     assert plan.line("gradients") == 4 * one.trainable // 30
-    several = made(device, train__max_tokens_per_pass=400, lora__target_modules=["q_proj", "v_proj"])
+    several = made(device, train__max_tokens_per_micro_batch=400, lora__target_modules=["q_proj", "v_proj"])
     assert several.line("gradients") == 4 * one.trainable
     assert plan.line("optimiser") == 8 * one.trainable
     assert made(device, train__optim="adamw_bnb_8bit", lora__target_modules=["q_proj", "v_proj"]).line("optimiser") == (
@@ -180,7 +181,7 @@ def test_base_and_training_state_are_counted_from_specs_and_parameters() -> None
     )
 
 
-def test_gradients_larger_than_what_a_pass_takes_are_all_there_at_its_end() -> None:
+def test_gradients_larger_than_what_a_micro_batch_takes_are_all_there_at_its_end() -> None:
     device = cpu(64)
     fields: Any = {"lora__r": 256, "lora__target_modules": "all-linear"}
     one = job(device, rows=Rows((8,) * 16), **fields)
@@ -279,7 +280,7 @@ def test_three_ways_side_by_side() -> None:
 def test_the_plan_prints_and_is_json() -> None:
     plan = made(cpu(0.35))
     text = "\n".join(plan.text_lines())
-    for word in ("base", "adapters", "activations", "peak", "max_tokens_per_pass", "warning: "):
+    for word in ("base", "adapters", "activations", "peak", "max_tokens_per_micro_batch", "warning: "):
         assert word in text
     document = json.loads(json.dumps(plan.to_json()))
     assert document["step_bytes"] == sum(item["bytes"] for item in document["lines"]) == plan.step_bytes

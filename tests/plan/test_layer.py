@@ -71,7 +71,7 @@ def build(name: str, layers: int, folder: Path, changed: dict[str, Any] | None =
 
 
 def kept_bytes(folder: Path, asked: str, dropout: float, *, cheap: bool = False) -> tuple[int, tuple[Site, ...], Facts]:
-    """Bytes that backward keeps in a pass through the body, without the model's own weights."""
+    """Bytes that backward keeps in a micro-batch through the body, without the model's own weights."""
     opened = load.open_base(
         sources.resolve(str(folder)), Quant(compute_dtype="bf16"), machine.detect(), with_tokenizer=False
     )

@@ -13,7 +13,7 @@ import torch
 from halfbyte import finetune
 from halfbyte.plan import held
 from halfbyte.system import device
-from halfbyte.training import micro_batches
+from halfbyte.training import pace
 from tests import tiny_run
 
 STEPS = 4
@@ -22,7 +22,8 @@ STEPS = 4
 @dataclass(frozen=True)
 class Way:
     """One way to run the recipe. `free`: RAM that the machine is said to have, with libraries that take none;
-    `short_from`: at that look and later ones between passes, memory is short; `taken`: what the run must have done."""
+    `short_from`: at that look and later ones between micro-batches, memory is short; `taken`: what the run must have
+    done."""
 
     name: str
     fields: dict[str, Any] = field(default_factory=dict)
@@ -36,18 +37,18 @@ def choices(placement: str, recompute: bool | str, tokens: int | str) -> dict[st
     return {
         "quant__placement": placement,
         "train__gradient_checkpointing": recompute,
-        "train__max_tokens_per_pass": tokens,
+        "train__max_tokens_per_micro_batch": tokens,
     }
 
 
 WAYS = (
-    Way("one example a pass", choices("resident", False, 1)),
-    Way("two or three a pass", choices("resident", False, 60)),
+    Way("one example a micro-batch", choices("resident", False, 1)),
+    Way("two or three a micro-batch", choices("resident", False, 60)),
     Way("mapped", choices("mapped", False, 60)),
     Way("mapped, cheap again", choices("mapped", "selective", 60), taken={"recompute": "selective"}),
     Way("resident, all again", choices("resident", True, 1000), taken={"recompute": "full"}),
     Way("streamed", choices("streamed", False, 60), taken={"placement": "streamed"}),
-    Way("streamed, cheap again, one a pass", choices("streamed", "selective", 1)),
+    Way("streamed, cheap again, one a micro-batch", choices("streamed", "selective", 1)),
     Way("streamed, all again", choices("streamed", True, 1000)),
     Way("a machine with room", choices("auto", "auto", "auto"), 10**9, taken={"recompute": "none"}),
     Way("a small machine", choices("auto", "auto", "auto"), 1_150_000),
@@ -57,13 +58,13 @@ WAYS = (
         "steps down in the middle of a step",
         choices("mapped", False, 60),
         short_from=4,
-        downs=("recomputation none -> selective", "recomputation selective -> full", "passes of 60 -> "),
+        downs=("recomputation none -> selective", "recomputation selective -> full", "micro-batches of 60 -> "),
     ),
     Way(
         "steps down, streamed",
         choices("streamed", "selective", 60),
         short_from=3,
-        downs=("recomputation selective -> full", "passes of 60 -> "),
+        downs=("recomputation selective -> full", "micro-batches of 60 -> "),
     ),
 )
 
@@ -90,7 +91,7 @@ def test_the_losses_do_not_depend_on_the_plan(
     if way.free is not None:
         here = replace(device.detect(), ram_bytes=way.free, ram_available_bytes=way.free)
         monkeypatch.setattr(device, "detect", lambda: here)
-        for name in ("LIBRARIES_PRIVATE_BYTES", "FIRST_PASS_BYTES", "TOKENIZER_BYTES_PER_ENTRY", "ROW_BYTES"):
+        for name in ("LIBRARIES_PRIVATE_BYTES", "FIRST_MICRO_BATCH_BYTES", "TOKENIZER_BYTES_PER_ENTRY", "ROW_BYTES"):
             monkeypatch.setattr(held, name, 0)
     looks = 0
 
@@ -99,7 +100,7 @@ def test_the_losses_do_not_depend_on_the_plan(
         looks += 1
         return 0 if way.short_from is not None and looks >= way.short_from else 10**12
 
-    monkeypatch.setattr(micro_batches, "free_bytes", free)
+    monkeypatch.setattr(pace, "free_bytes", free)
     got = losses(root, way.fields, way.name)
     assert got == pytest.approx(wanted, rel=1e-4)
     assert wanted[-1] < 0.9 * wanted[0], "the recipe learns, so that a lost gradient would show"
@@ -115,7 +116,7 @@ def test_the_losses_do_not_depend_on_the_plan(
 def test_the_budgets_gave_plans_of_more_than_one_kind(reference: tuple[Path, list[float]]) -> None:
     root, _ = reference
     plans = [json.loads(path.read_text()) for path in root.glob("*/plan.json")]
-    kinds = {(p["placement"], p["recompute"], p["max_tokens_per_pass"]) for p in plans}
+    kinds = {(p["placement"], p["recompute"], p["max_tokens_per_micro_batch"]) for p in plans}
     assert len(plans) > len(WAYS), "the tests of this file run together"
     assert len(kinds) >= 10
     assert torch.get_default_dtype() == torch.float32

@@ -319,7 +319,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "train.save_minutes": (
         Case({"train__save_minutes": 1e-9}, checkpoints, {"train__save_total_limit": 9}, want=[1, 2, 3]),
     ),
-    "train.max_tokens_per_pass": (Case({"train__max_tokens_per_pass": 50}, column("passes")),),
+    "train.max_tokens_per_micro_batch": (Case({"train__max_tokens_per_micro_batch": 50}, column("micro_batches")),),
     "quant.type": (Case({"quant__type": "fp4"}, first_loss), Case({"quant__type": "none"}, first_loss)),
     "quant.double_quant": (Case({"quant__double_quant": False}, first_loss),),
     "quant.compute_dtype": (

@@ -115,7 +115,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.gradient_checkpointing": (True, {}),
     "train.loraplus_lr_ratio": (16.0, {}),
     "train.save_minutes": (None, {}),
-    "train.max_tokens_per_pass": (512, {}),
+    "train.max_tokens_per_micro_batch": (512, {}),
 }
 # The only value that there is; the field is taken so that known scripts load, or for what comes later.
 FIXED = {"quant.block_size": 64, "lora.task_type": "CAUSAL_LM"}
@@ -318,7 +318,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("train: {seed: 5000000000}", "line 3: train.seed must be < 4294967296, got 5000000000"),
     ("train: {greater_is_better: true}", "line 3: train.greater_is_better must be false: loss and perplexity are better when smaller, got true"),
     ("train: {gradient_checkpointing: often}", "line 3: train.gradient_checkpointing must be auto, true, false or selective, got 'often'"),
-    ("train: {max_tokens_per_pass: 0}", "line 3: train.max_tokens_per_pass must be auto, or a whole number >= 1, got 0"),
+    ("train: {max_tokens_per_micro_batch: 0}", "line 3: train.max_tokens_per_micro_batch must be auto, or a whole number >= 1, got 0"),
     ("train: {optim: adam}", "line 3: train.optim must be one of adamw_torch, adamw_torch_fused, adafactor, sgd, adagrad, rmsprop, adamw_bnb_8bit, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit, lion_32bit, lion_8bit, paged_lion_32bit, paged_lion_8bit, ademamix, ademamix_8bit, rmsprop_bnb, rmsprop_bnb_8bit, rmsprop_bnb_32bit, got 'adam'"),
     ("train: {optim_args: momentum=0.9}", "line 3: train.optim_args: adamw_torch takes nothing, got momentum"),
     ("train: {optim: sgd, optim_args: fast}", "line 3: train.optim_args must be name=value,name=value, got 'fast'"),
@@ -337,9 +337,9 @@ MISTAKES: list[tuple[str, str]] = [
     ("train: {eval_strategy: no, eval_steps: 5}", "line 3: train.eval_steps is not read with train.eval_strategy no; say steps"),
     ("train: {output_dir: x}", "line 3: train.output_dir is not supported: the run folder is the recipe's own `output:` (or --output)"),
     ("train: {fsdp: full_shard}", "line 3: train.fsdp is not supported: sharding over processes is not built; one process uses every card it sees"),
-    ("train: {neftune_noise_alpha: 5}", "line 3: train.neftune_noise_alpha is not supported: its noise is scaled by the length of a row, and a pass here holds several rows"),
+    ("train: {neftune_noise_alpha: 5}", "line 3: train.neftune_noise_alpha is not supported: its noise is scaled by the length of a row, and a micro-batch here holds several rows"),
     ("train: {warmup_ratio: 0.1}", "line 3: train.warmup_ratio is not a field; write train.warmup_steps, where a number below 1 is a share of all steps"),
-    ("train: {group_by_length: true}", "line 3: train.group_by_length is not needed: passes have no padding"),
+    ("train: {group_by_length: true}", "line 3: train.group_by_length is not needed: micro-batches have no padding"),
     ("learning_rate: 1", "line 3: learning_rate is not a field; did you mean train.learning_rate?"),
     ("deepspeed: x", "line 3: deepspeed is not supported: sharding over processes is not built; one process uses every card it sees"),
     ("ouput: x", "line 3: ouput is not a field; did you mean output?"),

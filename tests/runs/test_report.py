@@ -80,4 +80,4 @@ def test_a_usual_step_is_the_median_without_the_first() -> None:
 
 
 def test_a_line_that_could_not_be_measured_has_no_error() -> None:
-    assert Compared("a pass", 5, 0).error == 0.0
+    assert Compared("a micro-batch", 5, 0).error == 0.0

@@ -1,4 +1,4 @@
-"""Training is right: the losses of the plain padded stack, in any split into passes, with evaluations in between."""
+"""Training is right: the losses of the plain padded stack, in any split, with evaluations in between."""
 
 from __future__ import annotations
 
@@ -101,12 +101,12 @@ def reference(loaded: Loaded) -> list[float]:
         epochs=train.num_train_epochs,
         max_steps=train.max_steps,
         seed=train.seed,
-        max_tokens_per_pass=10**9,
-        examples_per_pass=None,
+        max_tokens_per_micro_batch=10**9,
+        examples_per_micro_batch=None,
     )
     found = []
     for step in steps:
-        rows = [text for rows in step.passes for row in rows for text in texts_of(prepared.train.examples[row])]
+        rows = [text for rows in step.micro_batches for row in rows for text in texts_of(prepared.train.examples[row])]
         labelled = sum(label != -100 for row in rows for label in row.labels)
         total = 0.0
         for start in range(0, len(rows), ROWS_PER_MICRO_BATCH):
@@ -220,21 +220,21 @@ def test_eval_loss_is_the_plain_mean_over_labelled_tokens(tmp_path: Path) -> Non
 def test_any_split_of_a_step_gives_the_same_losses(name: str, tmp_path: Path) -> None:
     tiny_run.checkpoint(tmp_path / "model", name)
     tiny_run.rows(tmp_path / "train.jsonl", 30)
-    found, passes = [], []
+    found, micro_batches = [], []
     splits = [(8, 1, "auto"), (4, 2, 200), (2, 4, 90), (1, 8, 1), (8, 1, 64)]
     for number, (batch, accumulation, tokens) in enumerate(splits):
         loaded = tiny_run.recipe(
             tmp_path,
             train__per_device_train_batch_size=batch,
             train__gradient_accumulation_steps=accumulation,
-            train__max_tokens_per_pass=tokens,
+            train__max_tokens_per_micro_batch=tokens,
             train__max_steps=5,
             output=tmp_path / f"run{number}",
         )
         found.append(losses(loaded))
-        passes.append(metrics(loaded)[0]["passes"])
-    assert passes[0] == 1 and passes[3] == 8
-    assert len(set(passes)) >= 4, passes
+        micro_batches.append(metrics(loaded)[0]["micro_batches"])
+    assert micro_batches[0] == 1 and micro_batches[3] == 8
+    assert len(set(micro_batches)) >= 4, micro_batches
     assert max(worst(other, found[0]) for other in found[1:]) < 1e-4
 
 
@@ -247,7 +247,7 @@ def test_recomputation_changes_nothing(name: str, tmp_path: Path) -> None:
             tmp_path,
             lora__lora_dropout=0.1,
             train__gradient_checkpointing=again,
-            train__max_tokens_per_pass=100,
+            train__max_tokens_per_micro_batch=100,
             output=tmp_path / f"run{again}",
         )
         found.append(losses(loaded))
@@ -279,7 +279,7 @@ def test_gradients_are_the_same_bits_after_an_evaluation(name: str, again: bool,
         model.train()
         model.zero_grad()
         torch.manual_seed(0)
-        loss.pass_loss(model, batch).backward()
+        loss.micro_batch_loss(model, batch).backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
     before = gradients()
@@ -379,7 +379,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(kind: str, how: str, tmp_path
     outcome = finetune.train(cut, resume=True)
     assert outcome.stopped_by is None and outcome.step == 7
     got, wanted = metrics(cut), metrics(whole)
-    keys = ("step", "loss", "learning_rate", "grad_norm", "tokens", "labelled_tokens", "passes", "eval_loss")
+    keys = ("step", "loss", "learning_rate", "grad_norm", "tokens", "labelled_tokens", "micro_batches", "eval_loss")
     assert [[row.get(key) for key in keys] for row in got] == [[row.get(key) for key in keys] for row in wanted]
     assert [row["step"] for row in got if "loss" in row] == [1, 2, 3, 4, 5, 6, 7]
     assert adapter_bytes(cut) == adapter_bytes(whole)
@@ -518,5 +518,5 @@ def test_the_report_has_the_fields_of_the_design(tmp_path: Path) -> None:
     lines = {line["name"]: line for line in report["lines"]}
     assert lines["base"]["planned"] == lines["base"]["measured"] > 0
     assert lines["private memory"]["measured"] > 1e8
-    assert {"the longest pass", "pages of files", "adapter on disk"} <= set(lines)
+    assert {"the longest micro-batch", "pages of files", "adapter on disk"} <= set(lines)
     assert {"halfbyte", "torch", "transformers", "peft", "bitsandbytes"} <= set(report["versions"])

@@ -22,7 +22,8 @@ from halfbyte.base import heap
 from halfbyte.layers import fuse, unpad
 from halfbyte.quant import bnb as codec
 
-# The batch that a script of unknown batch size is prepared for: 4 examples of 1024 tokens, the largest pass of a plan.
+# The batch that a script of unknown batch size is prepared for: 4 examples of 1024 tokens, the largest micro-batch of a
+# plan.
 PREPARED_TOKENS = 4096
 COMFORT = 0.5  # share of free memory that activations may take before they are made again
 

@@ -55,8 +55,8 @@ def run(value: Checked) -> None:
     time = value.plan.time
     show.labelled(
         f"run       {value.steps:,} steps of {about['rows_per_step']} rows, {value.tokens:,} tokens; "
-        f"{about['passes_per_step']:.1f} passes a step, {about['rows_per_pass']:.1f} rows in each "
-        f"(at most {about['max_tokens_per_pass']:,} tokens)"
+        f"{about['micro_batches_per_step']:.1f} micro-batches a step, {about['rows_per_micro_batch']:.1f} rows in each "
+        f"(at most {about['max_tokens_per_micro_batch']:,} tokens)"
     )
     measured = "" if time.measured else f" ({time.source})"
     show.labelled(f"time      about {show.duration(time.run_s)}{measured}")

@@ -1,6 +1,7 @@
 """Plain texts end to end, cut into blocks of one length: `data.packing: stream`.
 
-Why: texts of very different lengths fill passes evenly, none is too long, and nothing is left out or trained twice.
+Why: texts of very different lengths fill micro-batches evenly, none is too long, and nothing is left out or trained
+twice.
 What: texts follow each other in the order of their files, each with its end token (and its first one, where the
 tokenizer has one); the last block is as long as what is left. Attention does not cross from one text into the next, as
 everywhere: a block knows where its texts begin. The first token of a piece has no label, since nothing precedes it.

@@ -4,7 +4,7 @@ Why: no padding is computed. `cu_seq_lens` and the restarting positions keep att
 first label of each example is -100, so that no prediction crosses from one into the next.
 Source: the keys of transformers' `DataCollatorWithFlattening(return_flash_attn_kwargs=True)`, and two more for a loss
 that makes logits only where there is a label.
-Cost: a few copies of T integers a pass; made when asked for, nothing kept.
+Cost: a few copies of T integers a micro-batch; made when asked for, nothing kept.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
         targets: (K,) int64, `labels[0, keep + 1]`.
     """
     if not examples:
-        raise ValueError("a pass needs at least one example")
+        raise ValueError("a micro-batch needs at least one example")
     lengths = [n for e in examples for n in e.pieces]
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)  # (n + 1,)
     input_ids = torch.tensor(list(chain.from_iterable(e.input_ids for e in examples)))  # (T,)
@@ -53,7 +53,7 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
 
 
 class StepDataset(Dataset[dict[str, Any]]):
-    """Item i is optimiser step i: `{"step": Step, "passes": a sequence of batches, each made when it is asked for}`."""
+    """Item i is optimiser step i: `{"step": Step, "micro_batches": batches, each made when it is asked for}`."""
 
     def __init__(self, examples: Sequence[Example], steps: Sequence[Step]) -> None:
         self.examples = examples
@@ -64,23 +64,23 @@ class StepDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         step = self.steps[index]
-        return {"step": step, "passes": Batches(self.examples, step.passes)}
+        return {"step": step, "micro_batches": Batches(self.examples, step.micro_batches)}
 
 
 class Batches(Sequence[dict[str, Any]]):
-    """Item i is the batch of pass i, of an evaluation as `pack.eval_passes` planned it or of a step."""
+    """Item i is the batch of micro-batch i, of an evaluation as `pack.eval_micro_batches` planned it or of a step."""
 
-    def __init__(self, examples: Sequence[Example], passes: Sequence[tuple[int, ...]]) -> None:
+    def __init__(self, examples: Sequence[Example], micro_batches: Sequence[tuple[int, ...]]) -> None:
         self.examples = examples
-        self.passes = passes
+        self.micro_batches = micro_batches
 
     def __len__(self) -> int:
-        return len(self.passes)
+        return len(self.micro_batches)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return Batches(self.examples, self.passes[index])
-        return self.of(self.passes[index])
+            return Batches(self.examples, self.micro_batches[index])
+        return self.of(self.micro_batches[index])
 
     def of(self, rows: Sequence[int]) -> dict[str, Any]:
         """The batch of other rows of the same examples: a step may be split anew while it runs."""

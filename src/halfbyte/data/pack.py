@@ -1,9 +1,10 @@
-"""Plan every optimiser step of a run: which rows, in which order, arranged into which passes.
+"""Plan every optimiser step of a run: which rows, in which order, arranged into which micro-batches.
 
-Why: the item of the data set is one whole step, so the budget of a pass may change, and a run may resume at any step,
-without changing what a step learns from. Rows are grouped as transformers.Trainer groups them (the last step of an
-epoch may be short); first-fit decreasing then puts them into passes (at most 11/9 of the fewest possible, plus one:
-Johnson 1973).
+Why: the item of the data set is one whole step, so the budget of a micro-batch may change, and a run may resume at any
+step, without changing what a step learns from. Rows are grouped as transformers.Trainer groups them (the last step of
+an epoch may be short); first-fit decreasing then puts them into micro-batches (at most 11/9 of the fewest possible,
+plus
+one: Johnson 1973).
 Cost: a step is made when it is asked for, a few microseconds a row; an epoch's order a second for two million rows,
 made when its first step is. No torch.
 """
@@ -19,12 +20,12 @@ from typing import Any, overload
 
 import numpy as np
 
-Passes = tuple[tuple[int, ...], ...]
+MicroBatches = tuple[tuple[int, ...], ...]
 Sizes = Sequence[int] | np.ndarray[Any, Any]
 
-# Rows of an evaluation are packed window by window: first-fit looks at every open pass, which is quadratic.
+# Rows of an evaluation are packed window by window: first-fit looks at every open micro-batch, which is quadratic.
 EVAL_WINDOW_ROWS = 512
-# Steps that are looked at to find the longest pass of a run; of more, so many that have the most tokens.
+# Steps that are looked at to find the longest micro-batch of a run; of more, so many that have the most tokens.
 LOOKED_AT_STEPS = 4096
 
 
@@ -33,8 +34,8 @@ class Step:
     """One optimiser step: every row of it, and how they share forward passes."""
 
     index: int
-    passes: Passes
-    """Row numbers of each pass."""
+    micro_batches: MicroBatches
+    """Row numbers of each micro-batch."""
     labelled_tokens: int
     tokens: int
 
@@ -51,8 +52,9 @@ class Steps(Sequence[Step]):
         labelled: labelled tokens of each row.
         rows_per_step: batch size x accumulation (x processes).
         total: how many steps there are, as `count_steps` counts them.
-        max_tokens_per_pass: a row longer than this is a pass of its own.
-        examples_per_pass: at most so many rows a pass; None for as many as fit, 1 where packing is not proven.
+        max_tokens_per_micro_batch: a row longer than this is a micro-batch of its own.
+        examples_per_micro_batch: at most so many rows a micro-batch; None for as many as fit, 1 where packing is not
+        proven.
     """
 
     lengths: Sizes
@@ -60,8 +62,8 @@ class Steps(Sequence[Step]):
     rows_per_step: int
     total: int
     seed: int
-    max_tokens_per_pass: int
-    examples_per_pass: int | None
+    max_tokens_per_micro_batch: int
+    examples_per_micro_batch: int | None
 
     def __post_init__(self) -> None:
         lengths, labelled = np.asarray(self.lengths), np.asarray(self.labelled)
@@ -69,10 +71,10 @@ class Steps(Sequence[Step]):
             raise ValueError(
                 f"lengths and labelled must be of one size, at least 1, got {len(lengths)} and {len(labelled)}"
             )
-        if self.rows_per_step < 1 or self.max_tokens_per_pass < 1 or self.examples_per_pass == 0:
+        if self.rows_per_step < 1 or self.max_tokens_per_micro_batch < 1 or self.examples_per_micro_batch == 0:
             raise ValueError(
-                f"a step and a pass must hold a row, got {self.rows_per_step}, {self.max_tokens_per_pass} tokens and "
-                f"{self.examples_per_pass}"
+                f"a step and a micro-batch must hold a row, got {self.rows_per_step}, "
+                f"{self.max_tokens_per_micro_batch} tokens and {self.examples_per_micro_batch}"
             )
         object.__setattr__(self, "lengths", lengths)
         object.__setattr__(self, "labelled", labelled)
@@ -99,7 +101,7 @@ class Steps(Sequence[Step]):
         rows = self._order(epoch)[place * self.rows_per_step : (place + 1) * self.rows_per_step].tolist()
         return Step(
             index=index,
-            passes=arrange(rows, self.lengths, self.max_tokens_per_pass, self.examples_per_pass),
+            micro_batches=arrange(rows, self.lengths, self.max_tokens_per_micro_batch, self.examples_per_micro_batch),
             labelled_tokens=int(np.asarray(self.labelled)[rows].sum()),
             tokens=int(np.asarray(self.lengths)[rows].sum()),
         )
@@ -112,8 +114,8 @@ class Steps(Sequence[Step]):
         whole = epochs * int(lengths.sum())
         return whole + int(lengths[self._order(epochs)[: steps * self.rows_per_step]].sum()) if steps else whole
 
-    def longest_pass(self) -> tuple[int, ...]:
-        """The rows of the pass with the most tokens, of the first epoch's steps with the most tokens."""
+    def longest_micro_batch(self) -> tuple[int, ...]:
+        """The rows of the micro-batch with the most tokens, of the first epoch's steps with the most tokens."""
         looked_at: Sequence[int] = range(min(self.total, self.per_epoch))
         if len(looked_at) > LOOKED_AT_STEPS:
             lengths = np.asarray(self.lengths)[self._order(0)]
@@ -122,8 +124,8 @@ class Steps(Sequence[Step]):
             fullest = np.argpartition(sums, -LOOKED_AT_STEPS)[-LOOKED_AT_STEPS:]
             with_longest = int(np.argmax(lengths[: self.total * self.rows_per_step])) // self.rows_per_step
             looked_at = [*fullest.tolist(), with_longest]
-        passes = (rows for i in looked_at for rows in self[i].passes)
-        return max(passes, key=lambda rows: int(np.asarray(self.lengths)[list(rows)].sum()))
+        micro_batches = (rows for i in looked_at for rows in self[i].micro_batches)
+        return max(micro_batches, key=lambda rows: int(np.asarray(self.lengths)[list(rows)].sum()))
 
     def _order(self, epoch: int) -> np.ndarray[Any, Any]:
         """The rows of one epoch in their order: (rows,) uint32; the last one is kept."""
@@ -144,8 +146,8 @@ def plan_steps(
     epochs: float,
     max_steps: int,
     seed: int,
-    max_tokens_per_pass: int,
-    examples_per_pass: int | None,
+    max_tokens_per_micro_batch: int,
+    examples_per_micro_batch: int | None,
 ) -> Steps:
     """Every step of the run, each at the position of its index.
 
@@ -157,7 +159,7 @@ def plan_steps(
     if rows_per_step < 1:
         raise ValueError(f"rows_per_step must be >= 1, got {rows_per_step}")
     total = count_steps(len(lengths), rows_per_step=rows_per_step, epochs=epochs, max_steps=max_steps)
-    return Steps(lengths, labelled, rows_per_step, total, seed, max_tokens_per_pass, examples_per_pass)
+    return Steps(lengths, labelled, rows_per_step, total, seed, max_tokens_per_micro_batch, examples_per_micro_batch)
 
 
 def count_steps(rows: int, *, rows_per_step: int, epochs: float, max_steps: int) -> int:
@@ -165,20 +167,25 @@ def count_steps(rows: int, *, rows_per_step: int, epochs: float, max_steps: int)
     return max_steps if max_steps > 0 else math.ceil(epochs * math.ceil(rows / rows_per_step))
 
 
-def eval_passes(lengths: Sizes, budget: int, examples_per_pass: int | None) -> list[tuple[int, ...]]:
-    """All rows once, in passes of at most `budget` tokens and `examples_per_pass` rows."""
-    passes: list[tuple[int, ...]] = []
+def eval_micro_batches(lengths: Sizes, budget: int, examples_per_micro_batch: int | None) -> list[tuple[int, ...]]:
+    """All rows once, in micro-batches of at most `budget` tokens and `examples_per_micro_batch` rows."""
+    micro_batches: list[tuple[int, ...]] = []
     for start in range(0, len(lengths), EVAL_WINDOW_ROWS):
         window = range(start, min(start + EVAL_WINDOW_ROWS, len(lengths)))
-        passes.extend(arrange(window, lengths, budget, examples_per_pass))
-    return passes
+        micro_batches.extend(arrange(window, lengths, budget, examples_per_micro_batch))
+    return micro_batches
 
 
-def arrange(rows: Sequence[int], lengths: Sizes, max_tokens_per_pass: int, examples_per_pass: int | None) -> Passes:
-    """Rows into few passes, first-fit decreasing; within a pass, and among equals, they keep the order of `rows`."""
-    most = len(rows) if examples_per_pass is None else examples_per_pass
-    if max_tokens_per_pass < 1 or most < 1:
-        raise ValueError(f"a pass must hold a token and a row, got {max_tokens_per_pass} and {examples_per_pass}")
+def arrange(
+    rows: Sequence[int], lengths: Sizes, max_tokens_per_micro_batch: int, examples_per_micro_batch: int | None
+) -> MicroBatches:
+    """Rows into few micro-batches, first-fit decreasing; within one, and among equals, in the order of `rows`."""
+    most = len(rows) if examples_per_micro_batch is None else examples_per_micro_batch
+    if max_tokens_per_micro_batch < 1 or most < 1:
+        raise ValueError(
+            "a micro-batch must hold a token and a row, got "
+            f"{max_tokens_per_micro_batch} and {examples_per_micro_batch}"
+        )
     if most == 1:
         return tuple((r,) for r in rows)
     bins: list[list[int]] = []
@@ -193,5 +200,5 @@ def arrange(rows: Sequence[int], lengths: Sizes, max_tokens_per_pass: int, examp
                 break
         else:
             bins.append([position])
-            free.append(max_tokens_per_pass - need)
+            free.append(max_tokens_per_micro_batch - need)
     return tuple(tuple(rows[p] for p in sorted(positions)) for positions in bins)

@@ -90,9 +90,11 @@ def evaluate(
     if opened.recipe.data.packing == "stream":
         encoded = blocks.stream(encoded, opened.recipe.data.max_length)
     examples = encoded.examples[:limit]
-    per_pass = 1 if packing.installed(opened.model) == "single" else None
-    passes = pack.eval_passes([len(e.input_ids) for e in examples], plan.MAX_TOKENS_PER_PASS, per_pass)
-    batches = collate.Batches(examples, passes)
+    per_micro_batch = 1 if packing.installed(opened.model) == "single" else None
+    micro_batches = pack.eval_micro_batches(
+        [len(e.input_ids) for e in examples], plan.MAX_TOKENS_PER_MICRO_BATCH, per_micro_batch
+    )
+    batches = collate.Batches(examples, micro_batches)
     sampling = Sampling(max_new_tokens=max_new_tokens)
     scores: dict[str, scoring.Score] = {}
     for name, mode in [*([("base", opened.base_only)] if with_base else []), ("adapter", opened.adapted)]:

@@ -4,7 +4,7 @@ What: the gradients of every adapter on two short examples, three times: by PEFT
 and fused again after an evaluation. The first two must agree as closely as the dtype allows, the last two to the bit,
 and no adapter may be without a gradient. Where that fails the fused layers are taken off again, and it is said.
 Why: a wrong gradient under a healthy loss curve is the worst bug of this trade; this is the cheapest place to see it.
-Cost: three passes of 14 tokens forward and backward.
+Cost: three micro-batches of 14 tokens forward and backward.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def prove_fused(model: Any, *, packed: bool) -> FusedProof:
 
     Args:
         model: with its adapters, after `packing.prove`.
-        packed: whether passes hold several examples.
+        packed: whether micro-batches hold several examples.
     """
     fuse.install(model)
     if not any(p.requires_grad for p in model.parameters()):
@@ -51,7 +51,7 @@ def prove_fused(model: Any, *, packed: bool) -> FusedProof:
             got = _gradients(model, batch)
             with torch.no_grad():
                 model.eval()
-                loss.pass_loss(model, batch)
+                loss.micro_batch_loss(model, batch)
             again = _gradients(model, batch)
             fuse.remove(model)
             own = _gradients(model, batch, fused=False)
@@ -107,7 +107,7 @@ def _gradients(model: Any, batch: dict[str, Any], *, fused: bool = True) -> dict
     cards = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(cards)):
         torch.manual_seed(0)
-        loss.pass_loss(model, batch, fused=fused).backward()
+        loss.micro_batch_loss(model, batch, fused=fused).backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     for parameter in model.parameters():
         parameter.grad = None

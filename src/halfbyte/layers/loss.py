@@ -1,4 +1,4 @@
-"""Cross-entropy of one packed pass: from hidden states of labelled tokens, in chunks, logits never whole.
+"""Cross-entropy of one packed micro-batch: from hidden states of labelled tokens, in chunks, logits never whole.
 
 Why: a vocabulary of 50,000 to 250,000 makes whole logits the largest tensor of a step, and on completion-only data most
 rows of it carry no label.
@@ -34,10 +34,10 @@ def accepts(model: Any, name: str) -> bool:
     return name in inspect.signature(type(inner).forward).parameters
 
 
-def pass_loss(
+def micro_batch_loss(
     model: Any, batch: Mapping[str, Any], *, label_smoothing: float = 0.0, fused: bool = True
 ) -> torch.Tensor:
-    """Summed cross-entropy over the labelled tokens of one packed pass, fp32. Scalar.
+    """Summed cross-entropy over the labelled tokens of one packed micro-batch, fp32. Scalar.
 
     Args:
         batch: as `data.collate.collate` makes it, with `keep` (positions whose next token is labelled) and `targets`.
@@ -226,7 +226,7 @@ def _chunk_loss(
 
 
 def mean_loss(model: Any, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean loss per labelled token over passes, in eval mode and without gradients; the model's mode is put back.
+    """Mean loss per labelled token over micro-batches, in eval mode, without gradients; the mode is put back.
 
     Returns:
         `loss`, `perplexity`, `labelled_tokens`, `tokens`.
@@ -237,7 +237,7 @@ def mean_loss(model: Any, batches: Iterable[Mapping[str, Any]]) -> dict[str, flo
     try:
         with torch.no_grad():
             for batch in batches:
-                total += float(pass_loss(model, batch))
+                total += float(micro_batch_loss(model, batch))
                 labelled += batch["targets"].numel()
                 tokens += batch["input_ids"].numel()
     finally:

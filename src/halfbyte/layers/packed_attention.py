@@ -6,7 +6,7 @@ What: a function registered under `NAME` in transformers' AttentionInterface, wi
 name in AttentionMaskInterface. Given `cu_seq_lens_q` it runs torch SDPA on each example; equal neighbours go as one
 batch. Without it (padding, generation with a cache) it is stock SDPA.
 Whatever the fused kernel cannot say (score softcap, attention sinks) runs by the eager formula, example by example;
-whatever is not understood raises `PackingError`, which the proof in `packing.py` turns into one example a pass.
+whatever is not understood raises `PackingError`, which the proof in `packing.py` turns into one example a micro-batch.
 Source: the contract is the one flash attention has upstream: `cu_seq_lens_*` and `sliding_window` are the whole mask.
 Cost: one split of q, k, v and one concatenation of the outputs; both are copies once in the backward pass.
 
@@ -33,7 +33,7 @@ NAME = "halfbyte_packed"
 
 
 class PackingError(BaseModelError):
-    """A model asks of packed attention what it cannot do. Such a model runs one example a pass."""
+    """A model asks of packed attention what it cannot do. Such a model runs one example a micro-batch."""
 
 
 def register() -> None:

@@ -4,7 +4,7 @@ What: three layouts, tried in this order; the first that is proven on the user's
     cu_seq_lens   our attention runs per example. Needs transformers' attention interface and the promise
                   (`_supports_flash_attn`) that lengths and `sliding_window` say all that a mask would.
     rows          the body runs on padded rows (`rows.py`): ALiBi, attention of a class's own, recurrent layers, chunks.
-    single        nothing proven: one example a pass, plain input.
+    single        nothing proven: one example a micro-batch, plain input.
 Tried and dropped: transformers' own block mask where positions restart. It is dense over the whole pack, T^2 a head; by
 it Falcon ran at a third of the plain stack's speed (docs/log.md).
 Why a proof: a model that lets examples see each other trains without any error, on something else.
@@ -103,7 +103,7 @@ def installed(model: Any) -> Layout:
 
 
 def forward_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of this model's forward for one collated pass.
+    """The keyword arguments of this model's forward for one collated micro-batch.
 
     Args:
         model: after `install` or `prove`; PEFT and DDP wrappers are looked through.
@@ -111,8 +111,8 @@ def forward_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         input_ids, labels if given, use_cache=False, and what the layout needs, on the model's device (the lengths on
-        the CPU). Logits and labels stay (1, T) in every layout. A pass of one example gets plain input, right for
-        every model.
+        the CPU). Logits and labels stay (1, T) in every layout. A micro-batch of one example gets plain input, right
+        for every model.
     """
     lm = causal_lm(model)
     device = lm.device
@@ -131,8 +131,8 @@ def forward_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
         inputs["attention_mask"] = padded_rows.example_numbers(starts.diff()).to(device)
     else:
         raise BaseModelError(
-            f"{type(lm).__name__} is not set up for {len(starts) - 1} examples in one pass",
-            fix="halfbyte.layers.packing.prove(model) first; if it says single, one example a pass",
+            f"{type(lm).__name__} is not set up for {len(starts) - 1} examples in one micro-batch",
+            fix="halfbyte.layers.packing.prove(model) first; if it says single, one example a micro-batch",
         )
     return inputs
 
@@ -146,7 +146,7 @@ def aligned(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batch with tokens of no example behind the others, until its rows are a multiple that products are fast at.
 
     They are an example of their own without a label, so no other token sees them and no gradient comes from them.
-    A pass of less than `ALIGNED_FROM` tokens stays as it is, as there they would cost more than they save.
+    A micro-batch of less than `ALIGNED_FROM` tokens stays as it is, as there they would cost more than they save.
     """
     tokens = batch["input_ids"].shape[1]
     more = up_to(tokens) - tokens

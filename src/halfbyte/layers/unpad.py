@@ -159,4 +159,4 @@ def training_loss(model: Any, inputs: dict[str, Any]) -> Tensor | None:
     wanted[packed["cu_seq_lens_q"][:-1].long()] = -100  # the first token of an example is nobody's next token
     keep = (wanted[1:] != -100).nonzero().squeeze(1)
     batch = {**packed, "input_ids": ids.flatten()[tokens][None], "keep": keep, "targets": wanted[keep + 1]}
-    return loss.pass_loss(model, batch) / items
+    return loss.micro_batch_loss(model, batch) / items

@@ -8,7 +8,7 @@ Cost: a few milliseconds; no torch.
 from __future__ import annotations
 
 from halfbyte.plan import choose, fixes
-from halfbyte.plan.choose import MARGIN, MAX_TOKENS_PER_PASS, count
+from halfbyte.plan.choose import MARGIN, MAX_TOKENS_PER_MICRO_BATCH, count
 from halfbyte.plan.job import Job, Rows
 from halfbyte.plan.layer import FAMILIES
 from halfbyte.plan.lines import GB, ITEMSIZE, Fix, Line, Plan, Time
@@ -16,8 +16,8 @@ from halfbyte.plan.timing import Rates
 from halfbyte.system.device import Device
 
 __all__ = [
-    "FAMILIES", "GB", "ITEMSIZE", "MARGIN", "MAX_TOKENS_PER_PASS", "QUANTISED_IS_MAPPED", "Fix", "Job", "Line", "Plan",
-    "Rates", "Rows", "Time", "count", "make",
+    "FAMILIES", "GB", "ITEMSIZE", "MARGIN", "MAX_TOKENS_PER_MICRO_BATCH", "QUANTISED_IS_MAPPED", "Fix", "Job", "Line",
+    "Plan", "Rates", "Rows", "Time", "count", "make",
 ]  # fmt: skip
 
 # A base that is quantised here lies in its store as it is computed with.

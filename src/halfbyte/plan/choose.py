@@ -1,4 +1,4 @@
-"""The choices: where the base lies, what is recomputed, how large a pass is; fitting with a margin, fastest first.
+"""The choices: placement of the base, recomputation, size of a micro-batch; fitting with a margin, fastest first.
 
 What: every combination that the recipe leaves open is counted and timed; of those that fit within `MARGIN` the fastest
 is taken. Among those that are as fast within `SAME_TIME`, memory decides: where one leaves half of the machine free,
@@ -22,7 +22,7 @@ MARGIN = 0.15  # of free memory that a plan leaves: its own error, and what the 
 SAME_TIME = 1.02  # plans whose times differ by less are told apart by memory
 PLENTY = 0.5  # of free memory: a plan that takes no more need not save any
 CACHE_SHARE = 0.9  # of what is left, that the system keeps of a mapped file
-MAX_TOKENS_PER_PASS = 4096  # larger passes no longer run faster, they only take memory
+MAX_TOKENS_PER_MICRO_BATCH = 4096  # larger micro-batches no longer run faster, they only take memory
 GENERATED_TOKENS = 1024
 POLICIES: tuple[Recompute, ...] = ("none", "selective", "full")
 
@@ -59,7 +59,7 @@ def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recom
     on_cpu = device.kind == "cpu"
     where: Where = "private" if on_cpu else "device"
     cards = max(1, len(device.cards)) if placement == "split" else 1
-    largest = peak.largest_pass(job, tokens)
+    largest = peak.largest_micro_batch(job, tokens)
     process = state.process_lines(device, job)
     held = (
         *state.base_lines(job, placement, cards, where),
@@ -71,8 +71,10 @@ def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recom
         context = Line("CUDA context", state.CUDA_CONTEXT_BYTES, "a round figure for each card", "", "device")
         fixed, host = (context, *held), process
     during = peak.step_lines(job, largest, recompute, where, cards)
-    passes = -(-job.step_tokens // max(1, largest.tokens))
-    gradients = state.gradients_line(job, where, passes=passes, pass_bytes=sum(line.bytes for line in during))
+    micro_batches = -(-job.step_tokens // max(1, largest.tokens))
+    gradients = state.gradients_line(
+        job, where, micro_batches=micro_batches, micro_batch_bytes=sum(line.bytes for line in during)
+    )
     lines = (*fixed, *_share((gradients,), cards), *during)
     fixed_bytes = sum(line.bytes for line in fixed)
     available = device.ram_available_bytes if on_cpu else min((card.free_bytes for card in device.cards), default=0)
@@ -83,8 +85,8 @@ def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recom
         compute_dtype=job.dtype,
         placement=placement,
         recompute=recompute,
-        max_tokens_per_pass=tokens,
-        tokens_in_pass=largest.tokens,
+        max_tokens_per_micro_batch=tokens,
+        tokens_in_micro_batch=largest.tokens,
         lines=tuple(line for line in lines if line.bytes),
         host_lines=host,
         disk=state.disk_lines(job, store=job.mappable),
@@ -131,7 +133,7 @@ SUPPORTED_POLICIES: tuple[Recompute, ...] = POLICIES
 
 
 def _candidates(job: Job, device: Device, rates: Rates) -> Iterator[_Candidate]:
-    asked = job.recipe.train.max_tokens_per_pass
+    asked = job.recipe.train.max_tokens_per_micro_batch
     longest, whole = job.rows.longest, job.step_tokens
     for placement in placements(job, device)[0]:
         for recompute in policies(job)[0]:
@@ -139,16 +141,17 @@ def _candidates(job: Job, device: Device, rates: Rates) -> Iterator[_Candidate]:
                 plan = count(job, device, rates, placement=placement, recompute=recompute, tokens=max(asked, 1))
                 yield _Candidate(placement, recompute, asked, plan, asked_tokens=True)
                 continue
-            # a base that is streamed from disk is read once a pass, so there the whole step in one pass is worth having
+            # a base that is streamed from disk is read once a pass, so there the whole step in one micro-batch is worth
+            # having
             read_again = placement == "streamed" and job.base_bytes > PLENTY * device.ram_available_bytes
-            cap = whole if read_again else min(MAX_TOKENS_PER_PASS, whole)
+            cap = whole if read_again else min(MAX_TOKENS_PER_MICRO_BATCH, whole)
             for tokens in _sizes(longest, max(longest, cap)):
                 plan = count(job, device, rates, placement=placement, recompute=recompute, tokens=tokens)
                 yield _Candidate(placement, recompute, tokens, plan)
 
 
 def _sizes(longest: int, largest: int) -> Iterator[int]:
-    """Sizes of a pass to try: the largest, then 7/8 of the one before, down to the longest example alone."""
+    """Sizes of a micro-batch to try: the largest, then 7/8 of the one before, down to the longest example alone."""
     size = largest
     while size > longest:
         yield size
@@ -170,17 +173,17 @@ def _told(chosen: _Candidate, found: list[_Candidate], job: Job, *, tight: bool 
     reasons = {
         "placement": _why_placement(chosen, job),
         "recompute": _why_recompute(chosen, found, job),
-        "max_tokens_per_pass": _why_tokens(chosen, found, job),
+        "max_tokens_per_micro_batch": _why_tokens(chosen, found, job),
     }
     warnings = []
-    longest, asked = job.rows.longest, job.recipe.train.max_tokens_per_pass
+    longest, asked = job.rows.longest, job.recipe.train.max_tokens_per_micro_batch
     if plan.short_bytes:
         host = sum(line.bytes for line in plan.host_lines)
         what = "RAM" if plan.host_lines and host > plan.host_available_bytes else "memory"
         warnings.append(
             f"{plan.short_bytes / GB:.1f} GB short of {what}: about {plan.needed_bytes / GB:.1f} GB needed, "
-            f"{plan.available_bytes / GB:.1f} GB free, with {plan.tokens_in_pass} tokens in a pass (the longest "
-            f"example has {longest})."
+            f"{plan.available_bytes / GB:.1f} GB free, with {plan.tokens_in_micro_batch} tokens in a micro-batch (the "
+            f"longest example has {longest})."
         )
     elif tight:
         warnings.append(
@@ -188,7 +191,7 @@ def _told(chosen: _Candidate, found: list[_Candidate], job: Job, *, tight: bool 
             f"{plan.available_bytes / GB:.2f} GB free. The run steps down if memory runs out."
         )
     if isinstance(asked, int) and asked < longest:
-        warnings.append(f"the longest example has {longest} tokens, more than train.max_tokens_per_pass {asked}")
+        warnings.append(f"the longest example has {longest} tokens, more than train.max_tokens_per_micro_batch {asked}")
     return replace(plan, reasons=reasons, warnings=tuple(warnings))
 
 
@@ -217,7 +220,7 @@ def _why_recompute(chosen: _Candidate, found: list[_Candidate], job: Job) -> str
     least = min((c.plan.needed_bytes for c in same), default=0)
     if least > (1 - MARGIN) * chosen.plan.available_bytes:
         return f"without it even the longest example takes {least / GB:.1f} GB"
-    return "larger passes that recompute are faster here than small ones that do not"
+    return "larger micro-batches that recompute are faster here than small ones that do not"
 
 
 def _why_tokens(chosen: _Candidate, found: list[_Candidate], job: Job) -> str:
@@ -226,12 +229,12 @@ def _why_tokens(chosen: _Candidate, found: list[_Candidate], job: Job) -> str:
     if chosen.plan.short_bytes and chosen.tokens <= job.rows.longest:
         return "the longest example alone, as not even that fits"
     if chosen.tokens >= job.step_tokens:
-        return "a whole step fits in one pass"
+        return "a whole step fits in one micro-batch"
     larger = [
         c
         for c in found
         if c.tokens > chosen.tokens and (c.placement, c.recompute) == (chosen.placement, chosen.recompute)
     ]
-    if chosen.tokens >= MAX_TOKENS_PER_PASS or any(_room(c.plan) <= 1 - MARGIN for c in larger):
-        return "larger passes run no faster"
+    if chosen.tokens >= MAX_TOKENS_PER_MICRO_BATCH or any(_room(c.plan) <= 1 - MARGIN for c in larger):
+        return "larger micro-batches run no faster"
     return f"as many as fit in {1 - MARGIN:.0%} of the free memory"

@@ -14,7 +14,7 @@ from halfbyte.plan import choose
 from halfbyte.plan.held import OPTIMIZER_BYTES
 from halfbyte.plan.job import Job
 from halfbyte.plan.lines import Line, Recompute
-from halfbyte.plan.peak import largest_pass
+from halfbyte.plan.peak import largest_micro_batch
 from halfbyte.plan.timing import Rates, assumed
 from halfbyte.system.device import Device
 
@@ -42,7 +42,7 @@ class Way:
 def compare(
     job: Job, device: Device, rates: Rates | None = None, *, tokens: int | None = None, recompute: Recompute = "none"
 ) -> tuple[Way, ...]:
-    """The three ways, with the same pass of `tokens` (the longest row if not said) and the same recomputation."""
+    """The three ways, with micro-batches of `tokens` (the longest row if not said) and the same recomputation."""
     rates = rates or assumed(device, job.dtype)
     tokens = tokens or job.rows.longest
     recipe = job.recipe
@@ -61,12 +61,12 @@ def _full(job: Job, device: Device, rates: Rates, tokens: int, recompute: Recomp
     where = "private" if device.kind == "cpu" else "device"
     plan = choose.count(job, device, rates, placement="resident", recompute=recompute, tokens=tokens)
     count, c = job.parameters, job.itemsize
-    pass_tokens = largest_pass(job, tokens).tokens
+    micro_batch_tokens = largest_micro_batch(job, tokens).tokens
     state = OPTIMIZER_BYTES.get(str(job.recipe.train.optim), 8)
     read = {(s.layer, s.shape[-1 if not s.transposed else 0]) for s in job.specs if s.role == "linear"}
     # under full recomputation only one layer's at a time
     share = 1 if recompute != "full" else 1 / max(1, job.facts.layers)
-    inputs = round(share * pass_tokens * c * sum(width for _, width in read))
+    inputs = round(share * micro_batch_tokens * c * sum(width for _, width in read))
     kept = tuple(
         line for line in plan.lines if line.name not in ("adapters", "adapters' copies", "gradients", "optimiser")
     )

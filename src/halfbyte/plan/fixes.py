@@ -48,9 +48,9 @@ def _changes(job: Job, device: Device) -> Iterator[tuple[str, str, Job]]:
     if train.gradient_checkpointing is False:
         again = base(update={"train": train.model_copy(update={"gradient_checkpointing": True})})
         yield "recompute activations", "train.gradient_checkpointing=true", _with(job, recipe=again)
-    if isinstance(train.max_tokens_per_pass, int) and train.max_tokens_per_pass > job.rows.longest:
-        smaller = base(update={"train": train.model_copy(update={"max_tokens_per_pass": "auto"})})
-        yield "smaller passes", "train.max_tokens_per_pass=auto", _with(job, recipe=smaller)
+    if isinstance(train.max_tokens_per_micro_batch, int) and train.max_tokens_per_micro_batch > job.rows.longest:
+        smaller = base(update={"train": train.model_copy(update={"max_tokens_per_micro_batch": "auto"})})
+        yield "smaller micro-batches", "train.max_tokens_per_micro_batch=auto", _with(job, recipe=smaller)
     asked = quant.placement
     if device.kind == "cpu" and asked not in ("auto", "streamed"):
         streamed = base(update={"quant": quant.model_copy(update={"placement": "streamed"})})

@@ -1,4 +1,4 @@
-"""What lies in memory whatever a pass does: libraries, rows, the base, the adapters and what trains them; and on disk.
+"""What is in memory whatever a micro-batch does: libraries, rows, base, adapters, what trains them; and on disk.
 
 Source: QLoRA, arXiv:2305.14314 (4 bits and two levels of scales; `shapes.nf4_bytes`, equal to bitsandbytes' own bytes);
 AdamW keeps two fp32 numbers a parameter, its 8-bit form two bytes (arXiv:2110.02861). The process's own bytes are
@@ -19,8 +19,9 @@ LIBRARIES_PRIVATE_BYTES = 470_000_000
 LIBRARIES_FILE_BYTES = 235_000_000
 CUDA_CONTEXT_BYTES = 600_000_000  # driver context and cuBLAS workspace; a round figure, not measured here
 HOST_OF_CARD_BYTES = 2_500_000_000  # a CUDA build's libraries and pinned buffers in RAM; a round figure, not measured
-# What the first passes leave in the process beside tensors: compiled kernels, buffers of threads, the Trainer's own.
-FIRST_PASS_BYTES = 50_000_000
+# What the first micro-batches leave in the process beside tensors: compiled kernels, buffers of threads, the Trainer's
+# own.
+FIRST_MICRO_BATCH_BYTES = 50_000_000
 TOKENIZER_BYTES_PER_ENTRY = 200
 ROW_BYTES = 60  # its length, labels, place in the order; its tokens lie in a file that is mapped
 TOUCHED_BYTES_PER_TOKEN = 65536  # the kernel maps sixteen pages around each one that is touched
@@ -47,7 +48,12 @@ def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
     return (
         Line("libraries", LIBRARIES_PRIVATE_BYTES, "torch, transformers, peft, numba and their state", source),
         Line("libraries, mapped", LIBRARIES_FILE_BYTES, "their code", source, "file"),
-        Line("first pass", FIRST_PASS_BYTES, "kernels, threads' buffers and the Trainer, from then on", source),
+        Line(
+            "first micro-batch",
+            FIRST_MICRO_BATCH_BYTES,
+            "kernels, threads' buffers and the Trainer, from then on",
+            source,
+        ),
         Line("data", held, words),
     )
 
@@ -104,19 +110,20 @@ def training_lines(job: Job, where: Where, recompute: Recompute) -> tuple[Line, 
         Line(
             "adapters", 4 * count, f"{count} trained parameters in fp32", "LoRA, arXiv:2106.09685: r (in + out)", where
         ),
-        Line("adapters' copies", copies, f"in {job.dtype} while a pass lasts", "layers/lora_linear.py", where),
+        Line("adapters' copies", copies, f"in {job.dtype} while a micro-batch lasts", "layers/lora_linear.py", where),
         Line("optimiser", state * count, f"{optimizer}: {state} bytes a parameter", "AdamW: two numbers", where),
     )
 
 
-def gradients_line(job: Job, where: Where, *, passes: int, pass_bytes: int) -> Line:
-    """Gradients at a step's peak. With several passes all of them are there when the last one is at its peak; with one
-    they come as its activations go, so a layer's are there, or all of them when `pass_bytes` are gone."""
+def gradients_line(job: Job, where: Where, *, micro_batches: int, micro_batch_bytes: int) -> Line:
+    """Gradients at a step's peak. With several micro-batches all of them are there when the last one is at its peak;
+    with one they come as its activations go, so a layer's are there, or all of them when `micro_batch_bytes` are
+    gone."""
     whole = 4 * job.trainable
-    if passes > 1:
-        return Line("gradients", whole, f"fp32, over {passes} passes", "", where)
-    held = max(whole // max(1, job.facts.layers), whole - pass_bytes)
-    return Line("gradients", held, f"fp32, {whole / 1e6:.1f} MB at the end of the only pass", "", where)
+    if micro_batches > 1:
+        return Line("gradients", whole, f"fp32, over {micro_batches} micro-batches", "", where)
+    held = max(whole // max(1, job.facts.layers), whole - micro_batch_bytes)
+    return Line("gradients", held, f"fp32, {whole / 1e6:.1f} MB at the end of the only micro-batch", "", where)
 
 
 def loading_bytes(job: Job, placement: Placement, lines: tuple[Line, ...]) -> int:

@@ -87,7 +87,7 @@ class Job:
     Args:
         mappable: the base can lie in a mapped file as it is computed with (a store, or a checkpoint in that dtype).
         kernels: the engine's kernels run here; else torch's own operations.
-        packed: examples share a pass; False where that is not proven for the model.
+        packed: examples share a micro-batch; False where that is not proven for the model.
         beside_bytes: of the tokenizer and what else a store copies; None where they are not at hand.
     """
 

@@ -7,8 +7,8 @@ norm its input and one fp32 a row; a gated MLP gate and up; attention rotated q,
 kernel runs (another architecture, a card) keeps what its own code keeps.
 Cost: none; no torch.
 
-Letters: T tokens of a pass, L of an example, D hidden, A = heads x head size, KV the same of keys, I the MLP's width,
-R rank, c bytes of the compute dtype, H heads.
+Letters: T tokens of a micro-batch, L of an example, D hidden, A = heads x head size, KV the same of keys, I the MLP's
+width, R rank, c bytes of the compute dtype, H heads.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def _mlp_moment(kind: Mlp, inner: float, *, adapted: bool, dropout: bool, again:
 
 
 def pairs_of(layer: Layer, lengths: Sequence[int]) -> float:
-    """How many pairs of tokens attention keeps scores for, in a pass of examples of these lengths."""
+    """How many pairs of tokens attention keeps scores for, in a micro-batch of examples of these lengths."""
     if layer.pairs == "flash":
         return 0.0
     if layer.pairs in PADDED:

@@ -63,17 +63,17 @@ class Plan:
 
     `lines` add up to the peak of a training step, where it computes: in RAM, or on one card (the fullest). `host_lines`
     are RAM beside the cards. `loading`, `evaluating` and `generating` are peaks of their own, in the same place.
-    `reasons` has one for each choice, under its name. `tokens_in_pass` is what the activations were counted for:
-    `max_tokens_per_pass`, or less when a whole step is shorter, or more when one example is longer. `busy_file_bytes`
-    are the pages of a mapped base that must be there at once: a few layers, and the head. `building` is RAM while the
-    store of the base is built, once, before its first run.
+    `reasons` has one for each choice, under its name. `tokens_in_micro_batch` is what the activations were counted for:
+    `max_tokens_per_micro_batch`, or less when a whole step is shorter, or more when one example is longer.
+    `busy_file_bytes` are the pages of a mapped base that must be there at once: a few layers, and the head. `building`
+    is RAM while the store of the base is built, once, before its first run.
     """
 
     compute_dtype: str
     placement: Placement
     recompute: Recompute
-    max_tokens_per_pass: int
-    tokens_in_pass: int
+    max_tokens_per_micro_batch: int
+    tokens_in_micro_batch: int
     lines: tuple[Line, ...]
     host_lines: tuple[Line, ...]
     disk: tuple[Line, ...]

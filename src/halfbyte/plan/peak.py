@@ -5,7 +5,7 @@ FlashAttention-2, arXiv:2307.08691, for the attention's workspace. `SLACK` is wh
 is in use, measured by `benchmarks/plan_accuracy.py`.
 Cost: none; no torch.
 
-Letters: T tokens of a pass, K of them labelled, V vocabulary, D hidden, c bytes of the compute dtype.
+Letters: T tokens of a micro-batch, K of them labelled, V vocabulary, D hidden, c bytes of the compute dtype.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ CARD_SLACK = 0.05  # PyTorch's caching allocator rounds and splits; a round figu
 
 
 @dataclass(frozen=True)
-class Pass:
-    """The largest pass of a plan: its examples, its labelled tokens."""
+class MicroBatch:
+    """The largest micro-batch of a plan: its examples, its labelled tokens."""
 
     lengths: tuple[int, ...]
     labelled: int
@@ -42,8 +42,8 @@ class Pass:
         return sum(self.lengths)
 
 
-def largest_pass(job: Job, tokens: int) -> Pass:
-    """The worst pass of at most `tokens`: the longest rows together, as many as one step has."""
+def largest_micro_batch(job: Job, tokens: int) -> MicroBatch:
+    """The worst micro-batch of at most `tokens`: the longest rows together, as many as one step has."""
     rows = job.rows.descending
     most = job.rows_per_step if job.packed else 1
     taken: list[int] = []
@@ -60,11 +60,11 @@ def largest_pass(job: Job, tokens: int) -> Pass:
             taken.append(int(rows[at]))
             left, at = left - taken[-1], at + 1
     total = sum(taken)
-    return Pass(tuple(taken) or (1,), round(total * job.rows.labelled_share))
+    return MicroBatch(tuple(taken) or (1,), round(total * job.rows.labelled_share))
 
 
-def step_lines(job: Job, largest: Pass, recompute: Recompute, where: Where, cards: int = 1) -> tuple[Line, ...]:
-    """Lines of the peak of one pass: at the end of the forward, in the loss, or in the last layer's backward.
+def step_lines(job: Job, largest: MicroBatch, recompute: Recompute, where: Where, cards: int = 1) -> tuple[Line, ...]:
+    """Lines of the peak of one micro-batch: at the end of the forward, in the loss, or in the last layer's backward.
 
     Args:
         cards: layers are split over so many; each holds its share of what is kept.
@@ -106,7 +106,7 @@ def step_lines(job: Job, largest: Pass, recompute: Recompute, where: Where, card
     )
 
 
-def scores_bytes(job: Job, largest: Pass) -> float:
+def scores_bytes(job: Job, largest: MicroBatch) -> float:
     """Attention's scores that exist at once in backward where no kernel makes them in cache: S and dP in fp32, and both
     in the compute dtype if that is another."""
     if not job.kernels or job.layer.pairs != "flash" or job.dtype == "bf16":
@@ -127,8 +127,8 @@ def logits_bytes(job: Job, labelled: int) -> int:
     return rows * job.facts.vocab * (job.itemsize if job.kernels else job.itemsize + 8)
 
 
-def evaluating_bytes(job: Job, largest: Pass) -> int:
-    """The peak of an evaluation's pass above what is held: no tensor is kept for backward."""
+def evaluating_bytes(job: Job, largest: MicroBatch) -> int:
+    """The peak of an evaluation's micro-batch above what is held: no tensor is kept for backward."""
     c, tokens = job.itemsize, largest.tokens
     pairs = pairs_of(job.layer, largest.lengths)
     inside = tokens * job.layer.mlp + job.layer.pair * pairs

@@ -19,9 +19,9 @@ from halfbyte.system.device import Device
 
 SPREAD = 0.25  # of a time from measured rates; shared machines and turbo clocks move that much
 SPREAD_ASSUMED = 0.6
-# What a layer of a pass takes besides arithmetic: some hundred calls from Python, forward and backward.
+# What a layer of a micro-batch takes besides arithmetic: some hundred calls from Python, forward and backward.
 LAYER_OVERHEAD_S = 0.005
-# A pass of so many tokens multiplies at half the rate of a large one.
+# A micro-batch of so many tokens multiplies at half the rate of a large one.
 HALF_RATE_TOKENS = 48
 # Bytes moved for each byte that a layer keeps, forward and backward, by all that is no matrix product.
 TRAFFIC = 10.0
@@ -73,12 +73,12 @@ def step_time(
     """Seconds of a mean step.
 
     Args:
-        tokens: of a pass. cached_bytes: of a mapped base that stay in memory; the rest is read twice a pass.
+        tokens: of a micro-batch. cached_bytes: of a mapped base that stay in memory; the rest is read twice a pass.
     """
     rows = job.rows
     step_tokens = rows.mean * job.rows_per_step
     at_once = max(1.0, tokens / max(1.0, rows.mean)) if job.packed else 1.0
-    passes = max(1, math.ceil(job.rows_per_step / max(1.0, math.floor(at_once))))
+    micro_batches = max(1, math.ceil(job.rows_per_step / max(1.0, math.floor(at_once))))
     again = {"none": 2.0, "selective": 2.0, "full": 3.0}[recompute]
     products = 2 * again * job.linear_numel + 6 * job.lora_parameters
     head = 4 * job.facts.vocab * job.facts.hidden * rows.labelled_share
@@ -87,8 +87,8 @@ def step_time(
     quantised = job.recipe.quant.type != "none"
     # scores that are made in memory (ALiBi, softcap, dropout) go through it as what is kept does
     moved = TRAFFIC * (job.layer.kept + job.layer.pair * rows.mean_of_a_token) * job.facts.layers
-    pass_tokens = step_tokens / passes
-    full_rate = pass_tokens / (pass_tokens + HALF_RATE_TOKENS)
+    micro_batch_tokens = step_tokens / micro_batches
+    full_rate = micro_batch_tokens / (micro_batch_tokens + HALF_RATE_TOKENS)
     facts = job.facts
     scores = rows.mean_of_a_token * facts.heads if facts.attention_dropout else 0.0
     masks = facts.layers * (scores + (2 * facts.hidden if facts.residual_dropout else 0))
@@ -97,11 +97,11 @@ def step_time(
         "matrix products": step_tokens * (products + head) / rates.matmul_flops / full_rate,
         "attention": step_tokens * attention / rates.attention_flops,
         "elementwise": step_tokens * moved * TRAFFIC_AGAIN[recompute] / rates.memory_bytes,
-        "dequantising": passes * again * job.linear_numel / rates.dequant_elements if quantised else 0.0,
-        "overhead": passes * LAYER_OVERHEAD_S * job.facts.layers,
+        "dequantising": micro_batches * again * job.linear_numel / rates.dequant_elements if quantised else 0.0,
+        "overhead": micro_batches * LAYER_OVERHEAD_S * job.facts.layers,
     }
     compute = sum(parts.values())
-    read = 2 * passes * max(0.0, job.base_bytes - cached_bytes) / rates.disk_bytes
+    read = 2 * micro_batches * max(0.0, job.base_bytes - cached_bytes) / rates.disk_bytes
     if placement == "streamed":
         parts["waiting for disk"] = max(0.0, read - compute)  # read while the layer before computes
     elif placement == "mapped":

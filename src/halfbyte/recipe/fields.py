@@ -64,8 +64,8 @@ LORA_REFUSED = {
     "eva_config": "EVA needs passes over the data before training, which is not built",
     "corda_config": "CorDA changes the base's weights, which lie in 4 bits and stay as they are",
     "lora_ga_config": "LoRA-GA needs gradients of the full-precision weights",
-    "velora_config": "it compresses saved activations; halfbyte plans memory by passes and recomputation",
-    "alora_invocation_tokens": "activated LoRA needs its own masks in packed passes, which is not built",
+    "velora_config": "it compresses saved activations; halfbyte plans memory by micro-batches and recomputation",
+    "alora_invocation_tokens": "activated LoRA needs its own masks in packed micro-batches, which is not built",
     "use_qalora": "QA-LoRA is for GPTQ bases",
     "qalora_group_size": "QA-LoRA is for GPTQ bases",
     "monteclora_config": "its extra loss term is not part of the step's loss here",
@@ -93,8 +93,8 @@ INIT_NAMES = ("gaussian", "orthogonal")
 
 TRAIN_FIELDS = _table(
     F("per_device_train_batch_size", "examples that count as one batch", 4, "with accumulation, 8 to 64 a step"),
-    F("gradient_accumulation_steps", "batches in one optimiser step; how a step is split into passes is planned", 4),
-    F("per_device_eval_batch_size", "at most so many held-out examples in one pass", 8),
+    F("gradient_accumulation_steps", "batches in one optimiser step; micro-batches are planned from both", 4),
+    F("per_device_eval_batch_size", "at most so many held-out examples in one micro-batch", 8),
     F("num_train_epochs", "passes over the rows; may be a fraction", 3.0, "1 to 5"),
     F("max_steps", "optimiser steps; above 0 it overrides num_train_epochs", -1),
     F("learning_rate", "the highest learning rate", 2e-4, "1e-4 to 1e-3"),
@@ -130,7 +130,7 @@ TRAIN_FIELDS = _table(
       "auto", "auto"),
     F("loraplus_lr_ratio", "LoRA+: learning rate of B over that of A", None, "16, with a lower rate", ours=True),
     F("save_minutes", "minutes between checkpoints, beside save_steps; null for none", 15.0, ours=True),
-    F("max_tokens_per_pass", "tokens in one forward pass: auto (what fits), or a number", "auto", "auto", ours=True),
+    F("max_tokens_per_micro_batch", "tokens of a micro-batch: auto (what fits) or a number", "auto", "auto", ours=True),
 )  # fmt: skip
 
 _NO_SHARDING = "sharding over processes is not built; one process uses every card it sees"
@@ -156,9 +156,9 @@ TRAIN_REFUSED = {
     "use_liger_kernel": "it replaces upstream classes and needs a card; logits are made for labelled tokens only here",
     "liger_kernel_config": "see use_liger_kernel",
     "use_cache": "training needs no key/value cache; generation always uses it",
-    "neftune_noise_alpha": "its noise is scaled by the length of a row, and a pass here holds several rows",
+    "neftune_noise_alpha": "its noise is scaled by the length of a row, and a micro-batch here holds several rows",
     "torch_empty_cache_steps": "memory is planned instead",
-    "auto_find_batch_size": "passes are planned to fit; the batch is never changed behind your back",
+    "auto_find_batch_size": "micro-batches are planned to fit; the batch is never changed behind your back",
     "logging_strategy": _OUR_LOG,
     "log_on_each_node": _OUR_LOG,
     "logging_nan_inf_filter": "a loss that is not finite ends the run and names its rows",
@@ -202,7 +202,7 @@ TRAIN_REFUSED = {
     "dataloader_in_order": _OUR_LOADER,
     "remove_unused_columns": "columns are named in data.fields; others are not read",
     "label_names": "labels follow from data.mask",
-    "train_sampling_strategy": "the order is a seeded permutation of each epoch; passes need no padding to group by",
+    "train_sampling_strategy": "the order is a seeded permutation of each epoch; there is no padding to group by",
     "length_column_name": "lengths are those of the tokenised rows",
     "ddp_find_unused_parameters": _NO_SHARDING,
     "ddp_bucket_cap_mb": _NO_SHARDING,
@@ -308,7 +308,7 @@ ELSEWHERE = {
 }
 # And what needs no name here.
 NOT_NEEDED = {
-    "group_by_length": "passes have no padding",
+    "group_by_length": "micro-batches have no padding",
     "overwrite_output_dir": "a run folder is never overwritten; give another output",
 }
 

@@ -290,7 +290,9 @@ class Train(Section):
     gradient_checkpointing: Annotated[bool | str, BeforeValidator(_recompute)] = _train("gradient_checkpointing")
     loraplus_lr_ratio: Annotated[Float, Field(gt=0)] | None = _train("loraplus_lr_ratio")
     save_minutes: Annotated[Float, Field(gt=0)] | None = _train("save_minutes")
-    max_tokens_per_pass: Annotated[int | str, BeforeValidator(_auto_or_count)] = _train("max_tokens_per_pass")
+    max_tokens_per_micro_batch: Annotated[int | str, BeforeValidator(_auto_or_count)] = _train(
+        "max_tokens_per_micro_batch"
+    )
 
 
 class Recipe(Section):

@@ -1,7 +1,7 @@
 """What this machine is: instruction set, cores, memory (and the control group's limit on it), disk, cards.
 
-Why: every choice made before a model is loaded (compute dtype, pass size, what fits) depends on it, and asking torch
-costs seconds. A container's limit is what ends a run, not the machine's memory, so both are read.
+Why: every choice made before a model is loaded (compute dtype, micro-batch size, what fits) depends on it, and asking
+torch costs seconds. A container's limit is what ends a run, not the machine's memory, so both are read.
 Source: Linux `proc(5)`, cgroup v1 `memory.txt` and v2 `cgroup-v2.rst`; `nvidia-smi --help-query-gpu`.
 Cost: a few small files; one `nvidia-smi` call where it is installed. Elsewhere than Linux the instruction set is not
 read (psutil gives the memory), so a CPU there computes in fp32 unless the recipe says otherwise.

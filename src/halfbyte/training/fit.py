@@ -20,7 +20,7 @@ from halfbyte.plan.lines import Recompute
 from halfbyte.runs.report import Compared
 from halfbyte.system import usage
 from halfbyte.system.device import Device
-from halfbyte.training import micro_batches
+from halfbyte.training.pace import Pace, recompute_as
 from halfbyte.training.prepare import Prepared
 from halfbyte.training.schedule import count_steps
 
@@ -99,7 +99,7 @@ def place(model: Any, plan: memory.Plan, *, asked: bool) -> tuple[stream.Placed,
 
 def make_pace(
     prepared: Prepared, plan: memory.Plan, job: memory.Job, machine: Device, model: Any, tell: Callable[[str], None]
-) -> micro_batches.Pace:
+) -> Pace:
     """The split of the run's steps, and the way down from it."""
     asked = choose.policies(job)[0]
     later = [p for p in choose.SUPPORTED_POLICIES if choose.POLICIES.index(p) > choose.POLICIES.index(plan.recompute)]
@@ -107,17 +107,17 @@ def make_pace(
     cards = len(machine.cards) if plan.placement == "split" else 1
 
     def need(tokens: int, recompute: Recompute) -> int:
-        lines = step.step_lines(job, step.largest_pass(job, tokens), recompute, where, cards)
+        lines = step.step_lines(job, step.largest_micro_batch(job, tokens), recompute, where, cards)
         return sum(line.bytes for line in lines)
 
-    return micro_batches.Pace(
+    return Pace(
         lengths=prepared.train.lengths,
-        tokens=plan.max_tokens_per_pass,
-        examples_per_pass=None if job.packed else 1,
+        tokens=plan.max_tokens_per_micro_batch,
+        examples_per_micro_batch=None if job.packed else 1,
         recompute=plan.recompute,
         policies=(plan.recompute, *later) if asked else (plan.recompute,),
         need=need,
-        apply=lambda recompute: micro_batches.recompute_as(model, recompute),
+        apply=lambda recompute: recompute_as(model, recompute),
         tell=tell,
         ram_bytes=machine.ram_bytes,
         on_card=machine.kind == "cuda",
@@ -135,7 +135,7 @@ def compared(
     """
     planned_held = sum(plan.line(name) for name in ("libraries", "data", "adapters"))
     passing = (
-        "first pass", "adapters' copies", "optimiser", "gradients", "activations", "backward of a layer",
+        "first micro-batch", "adapters' copies", "optimiser", "gradients", "activations", "backward of a layer",
         "dequantised weight", "logits",
     )  # fmt: skip
     found = [Compared("base", plan.line("base") or opened.expected_bytes, opened.resident_bytes)]
@@ -145,9 +145,9 @@ def compared(
     else:
         resident = plan.line("base") if plan.placement == "resident" else 0
         found += [
-            Compared("before a pass, private", planned_held + resident, held.private),
+            Compared("before a micro-batch, private", planned_held + resident, held.private),
             Compared(
-                "the longest pass",
+                "the longest micro-batch",
                 sum(plan.line(n) for n in (*passing, "allocator")),
                 max(0, peak.private - held.private),
             ),

@@ -1,4 +1,4 @@
-"""`halfbyte data check`: what would be trained on, seen before anything is: gates, lengths, passes, rows as tokens.
+"""`halfbyte data check`: what would be trained on, seen before anything is: gates, lengths, rows as tokens.
 
 Why: a mask that is wrong, or an end token that is never learned, shows at a glance, and never in a loss.
 Cost: tokenising, and the shapes of the model; no weight is read.
@@ -69,7 +69,7 @@ class Checked:
     prepared: Prepared
     plan: memory.Plan
     steps: int
-    passes: int
+    micro_batches: int
     tokens: int
     histogram: tuple[Bin, ...]
     shown: tuple[Shown, ...]
@@ -88,9 +88,9 @@ class Checked:
             "run": {
                 "steps": self.steps,
                 "rows_per_step": rows_per_step(recipe),
-                "passes_per_step": self.passes / max(1, self.steps),
-                "rows_per_pass": min(rows, rows_per_step(recipe)) * self.steps / max(1, self.passes),
-                "max_tokens_per_pass": self.plan.max_tokens_per_pass,
+                "micro_batches_per_step": self.micro_batches / max(1, self.steps),
+                "rows_per_micro_batch": min(rows, rows_per_step(recipe)) * self.steps / max(1, self.micro_batches),
+                "max_tokens_per_micro_batch": self.plan.max_tokens_per_micro_batch,
                 "tokens": self.tokens,
                 "seconds": self.plan.time.run_s,
                 "seconds_from": self.plan.time.source,
@@ -116,23 +116,25 @@ def check(loaded: Loaded, *, row: int | None = None) -> Checked:
         raise DataError(f"there is no row {row}: {rows:,} rows are trained on.", fix=f"--row 1 to --row {rows}")
     model = meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
     _, plan = fit.plan_of(prepared, machine, lora.choose_targets(model, prepared.recipe.lora)[0], model)
-    planned = plan_steps(prepared, max_tokens_per_pass=plan.max_tokens_per_pass, examples_per_pass=None)
+    planned = plan_steps(
+        prepared, max_tokens_per_micro_batch=plan.max_tokens_per_micro_batch, examples_per_micro_batch=None
+    )
     numbers = [row - 1] if row is not None else range(min(SHOWN_ROWS, rows))
     return Checked(
         prepared,
         plan,
         count_steps(prepared),
-        count_passes(planned),
+        count_micro_batches(planned),
         planned.tokens,
         histogram(prepared.train.lengths),
         tuple(shown(prepared.train.examples[n], n + 1, prepared.tokenizer) for n in numbers),
     )
 
 
-def count_passes(steps: pack.Steps) -> int:
-    """Passes of all steps; of more than `COUNTED_STEPS`, as many a step as the first ones have."""
+def count_micro_batches(steps: pack.Steps) -> int:
+    """Micro-batches of all steps; of more than `COUNTED_STEPS`, as many a step as the first ones have."""
     counted = steps[:COUNTED_STEPS]
-    return round(sum(len(step.passes) for step in counted) * len(steps) / max(1, len(counted)))
+    return round(sum(len(step.micro_batches) for step in counted) * len(steps) / max(1, len(counted)))
 
 
 def histogram(lengths: pack.Sizes) -> tuple[Bin, ...]:

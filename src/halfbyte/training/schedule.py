@@ -28,8 +28,10 @@ def count_steps(prepared: Prepared) -> int:
     )
 
 
-def plan_steps(prepared: Prepared, *, max_tokens_per_pass: int, examples_per_pass: int | None) -> pack.Steps:
-    """Every optimiser step of the run: which rows, in which order, in which passes."""
+def plan_steps(
+    prepared: Prepared, *, max_tokens_per_micro_batch: int, examples_per_micro_batch: int | None
+) -> pack.Steps:
+    """Every optimiser step of the run: which rows, in which order, in which micro-batches."""
     train = prepared.recipe.train
     return pack.plan_steps(
         prepared.train.lengths,
@@ -38,8 +40,8 @@ def plan_steps(prepared: Prepared, *, max_tokens_per_pass: int, examples_per_pas
         epochs=train.num_train_epochs,
         max_steps=train.max_steps,
         seed=train.seed if train.data_seed is None else train.data_seed,
-        max_tokens_per_pass=max_tokens_per_pass,
-        examples_per_pass=examples_per_pass,
+        max_tokens_per_micro_batch=max_tokens_per_micro_batch,
+        examples_per_micro_batch=examples_per_micro_batch,
     )
 
 

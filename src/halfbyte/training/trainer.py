@@ -1,10 +1,10 @@
 """The only door to transformers.Trainer: one item of the dataset is one whole optimiser step.
 
-Why: the rows that batch x accumulation take together are split into padding-free passes as memory allows. The
-Trainer sees batch 1 and accumulation 1; `training_step` loops over the passes, sums the loss over labelled tokens and
-divides it once. So any split gives the same optimisation, and the position in the data is the step's index.
+Why: the rows that batch x accumulation take together are split into padding-free micro-batches as memory allows. The
+Trainer sees batch 1 and accumulation 1; `training_step` loops over the micro-batches, sums the loss over labelled
+tokens and divides it once. So any split gives the same optimisation, and the position in the data is the step's index.
 Source: `transformers/trainer.py` (`training_step`, `evaluate`, `create_optimizer`: documented overrides).
-Cost: logits are made for labelled tokens only (`logits_to_keep`), one pass at a time.
+Cost: logits are made for labelled tokens only (`logits_to_keep`), one micro-batch at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from halfbyte.adapters.lora import loraplus_optimizer, without_gradient
 from halfbyte.errors import RecipeError, TrainError, first_line
 from halfbyte.layers import loss
-from halfbyte.training.micro_batches import Pace, is_out_of_memory
+from halfbyte.training.pace import Pace, is_out_of_memory
 
 if TYPE_CHECKING:
     from halfbyte.recipe.schema import Train
@@ -36,7 +36,8 @@ NOT_FOR_TRAINER = frozenset(
     {
         "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "num_train_epochs",
         "max_steps", "fp16", "bf16", "gradient_checkpointing", "save_strategy", "save_steps", "save_total_limit",
-        "save_minutes", "load_best_model_at_end", "metric_for_best_model", "loraplus_lr_ratio", "max_tokens_per_pass",
+        "save_minutes", "load_best_model_at_end", "metric_for_best_model", "loraplus_lr_ratio",
+        "max_tokens_per_micro_batch",
         "data_seed", "eval_strategy", "eval_steps",
     }
 )  # fmt: skip
@@ -55,7 +56,7 @@ class StepRecord:
     grad_norm: float
     tokens: int
     labelled_tokens: int
-    passes: int
+    micro_batches: int
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def training_arguments(
     )
 
 
-def rehearse(train: Train, *, total_steps: int) -> None:
+def check_arguments(train: Train, *, total_steps: int) -> None:
     """Make the optimiser and the schedule of the recipe on one number, before anything is loaded or written.
 
     Raises:
@@ -126,12 +127,12 @@ def rehearse(train: Train, *, total_steps: int) -> None:
 
 
 class StepTrainer(Trainer):
-    """A Trainer whose dataset yields `{"step": Step, "passes": [batch, ...]}`, each a whole optimiser step.
+    """A Trainer whose dataset yields `{"step": Step, "micro_batches": [batch, ...]}`, each a whole optimiser step.
 
     Args:
-        eval_batches: packed passes of held-out rows, as `data.collate` makes them.
+        eval_batches: packed micro-batches of held-out rows, as `data.collate` makes them.
         loraplus_lr_ratio: learning rate of B over that of A (LoRA+, arXiv:2402.12354); None for one rate.
-        pace: splits steps anew when memory runs short; None for passes as they were planned.
+        pace: splits steps anew when memory runs short; None for micro-batches as they were planned.
     """
 
     optimizer: Any
@@ -173,7 +174,7 @@ class StepTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward over every pass of one step.
+        """Forward and backward over every micro-batch of one step.
 
         Returns:
             The step's loss: the sum over its labelled tokens, divided once by their number. Scalar.
@@ -184,15 +185,15 @@ class StepTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        step, passes = inputs["step"], inputs["passes"]
+        step, micro_batches = inputs["step"], inputs["micro_batches"]
         total = torch.zeros((), device=self.args.device)
         pace = self.pace
-        waiting, done = list(step.passes) if pace is None else pace.split(step.passes), 0
+        waiting, done = list(step.micro_batches) if pace is None else pace.split(step.micro_batches), 0
         while waiting:
             held = None if pace is None else pace.hold(model)
             try:
                 with contextlib.nullcontext() if len(waiting) == 1 else self.accelerator.no_sync(model):
-                    part = self._run_pass(model, passes.of(waiting[0]), step.labelled_tokens)
+                    part = self._run_micro_batch(model, micro_batches.of(waiting[0]), step.labelled_tokens)
             except (RuntimeError, MemoryError) as error:
                 if pace is None or not is_out_of_memory(error):
                     raise
@@ -219,9 +220,9 @@ class StepTrainer(Trainer):
         self._record(step, value, done)
         return total
 
-    def _run_pass(self, model: Any, batch: Mapping[str, Any], labelled_tokens: int) -> torch.Tensor:
-        """Forward and backward of one pass; its share of the step's loss."""
-        summed = loss.pass_loss(model, batch, label_smoothing=self.args.label_smoothing_factor)
+    def _run_micro_batch(self, model: Any, batch: Mapping[str, Any], labelled_tokens: int) -> torch.Tensor:
+        """Forward and backward of one micro-batch; its share of the step's loss."""
+        summed = loss.micro_batch_loss(model, batch, label_smoothing=self.args.label_smoothing_factor)
         part = summed / labelled_tokens
         self.accelerator.backward(part)
         return part.detach()
@@ -229,7 +230,7 @@ class StepTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss per labelled token over the held-out passes, without touching the random state or the weights."""
+        """Mean loss per labelled token over the held-out rows, without touching the random state or the weights."""
         batches = self.eval_batches if eval_dataset is None else eval_dataset
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in loss.mean_loss(self.model, batches).items()}
         self._ended = time.perf_counter()
@@ -241,7 +242,7 @@ class StepTrainer(Trainer):
         """4 FLOP a base parameter and token: forward and the gradient of the input; a frozen weight needs no third."""
         return 4.0 * self.model.get_nb_trainable_parameters()[1] * inputs["step"].tokens
 
-    def _record(self, step: Any, value: float, passes: int) -> None:
+    def _record(self, step: Any, value: float, micro_batches: int) -> None:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
         scaler = getattr(self.accelerator, "scaler", None)
@@ -253,7 +254,7 @@ class StepTrainer(Trainer):
             grad_norm=norm / float(scaler.get_scale()) if scaler is not None else norm,
             tokens=step.tokens,
             labelled_tokens=step.labelled_tokens,
-            passes=passes,
+            micro_batches=micro_batches,
             seconds=now - self._ended,
         )
         self._ended = now

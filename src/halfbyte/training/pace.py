@@ -1,11 +1,12 @@
-"""How a step is split into passes now, and the way down when memory runs short: recompute more, then smaller passes.
+"""How a step is split into micro-batches, and what changes when memory runs short: recompute more, then split smaller.
 
 Why: a run that dies after an hour of training is the pain that people name first. What a step learns does not depend on
 how it is split (the loss is a sum over labelled tokens, divided once), so a run can step down in the middle of a step.
-What: before the first step the longest pass and one evaluation batch run once. Between passes what is free is compared
-with a margin; where it is short, memory that was freed is given back, and if the next pass still does not fit, the run
-steps down. A pass whose allocation fails (cards raise an error; Linux mostly kills) is undone and done again smaller.
-Cost: a look at /proc between passes, 0.2 ms; where failures are caught, a copy of the gradients.
+What: before the first step the longest micro-batch and one evaluation batch run once. Between micro-batches what is
+free is compared with a margin; where it is short, memory that was freed is given back, and if the next micro-batch
+still does not fit, the run steps down. A micro-batch whose allocation fails (cards raise an error; Linux mostly kills)
+is undone and done again smaller.
+Cost: a look at /proc between micro-batches, 0.2 ms; where failures are caught, a copy of the gradients.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from halfbyte.system import usage
 from halfbyte.system.device import ram_available
 
 Rows = tuple[int, ...]
-MARGIN_SHARE = 0.03  # of the machine's memory (or the group's limit) that stays free between passes
+MARGIN_SHARE = 0.03  # of the machine's memory (or the group's limit) that stays free between micro-batches
 MARGIN_BYTES = 64_000_000
 
 
@@ -41,8 +42,9 @@ class Pace:
     """The split of a run's steps. Changes only downwards, and says so.
 
     Args:
-        lengths: tokens of each row. tokens: of a pass. longest: of the longest row, below which no pass goes.
-        need: bytes that a pass of so many tokens takes above what is held, under a policy.
+        lengths: tokens of each row. tokens: of a micro-batch. longest: of the longest row, below which no micro-batch
+        goes.
+        need: bytes that a micro-batch of so many tokens takes above what is held, under a policy.
         policies: recomputation in the order in which more is done again.
         apply: makes the model recompute as a policy says.
         on_card: memory is a card's, whose allocations fail with an error; else RAM, which is looked at.
@@ -50,7 +52,7 @@ class Pace:
 
     lengths: pack.Sizes
     tokens: int
-    examples_per_pass: int | None
+    examples_per_micro_batch: int | None
     recompute: Recompute
     policies: tuple[Recompute, ...]
     need: Callable[[int, Recompute], int]
@@ -69,15 +71,15 @@ class Pace:
     def margin(self) -> int:
         return max(MARGIN_BYTES, round(MARGIN_SHARE * self.ram_bytes))
 
-    def split(self, passes: Sequence[Rows]) -> list[Rows]:
-        """A step's passes as they were planned, or arranged anew since the budget was lowered."""
-        if all(sum(self.lengths[r] for r in rows) <= self.tokens or len(rows) == 1 for rows in passes):
-            return list(passes)
-        rows = [r for part in passes for r in part]
-        return list(pack.arrange(rows, self.lengths, self.tokens, self.examples_per_pass))
+    def split(self, micro_batches: Sequence[Rows]) -> list[Rows]:
+        """A step's micro-batches as they were planned, or arranged anew since the budget was lowered."""
+        if all(sum(self.lengths[r] for r in rows) <= self.tokens or len(rows) == 1 for rows in micro_batches):
+            return list(micro_batches)
+        rows = [r for part in micro_batches for r in part]
+        return list(pack.arrange(rows, self.lengths, self.tokens, self.examples_per_micro_batch))
 
     def between(self, waiting: Sequence[Rows]) -> list[Rows]:
-        """The passes that are still to come, after a look at what is free."""
+        """The micro-batches that are still to come, after a look at what is free."""
         if self.on_card or free_bytes() >= self.margin:
             return list(waiting)
         usage.trim()
@@ -85,7 +87,7 @@ class Pace:
         if free >= self.need(self._largest(waiting), self.recompute):
             return list(waiting)
         needed = self.need(self._largest(waiting), self.recompute)
-        reason = f"{(free + self.margin) / GB:.2f} GB are free, the next pass needs {needed / GB:.2f}"
+        reason = f"{(free + self.margin) / GB:.2f} GB are free, the next micro-batch needs {needed / GB:.2f}"
         moved = False
         while free < self.need(min(self.tokens, self._largest(waiting)), self.recompute) and self.down(reason):
             moved = True
@@ -103,7 +105,7 @@ class Pace:
             said = f"recomputation {before} -> {self.recompute}"
         elif self.tokens > self.longest:
             before_tokens, self.tokens = self.tokens, max(self.longest, self.tokens // 2)
-            said = f"passes of {before_tokens} -> {self.tokens} tokens"
+            said = f"micro-batches of {before_tokens} -> {self.tokens} tokens"
         else:
             return False
         self.downs.append(f"{said}: {reason}")
@@ -111,7 +113,7 @@ class Pace:
         return True
 
     def hold(self, model: Any) -> list[Any] | None:
-        """The gradients before a pass, to undo a failed one with; None where failures do not come as errors."""
+        """The gradients before a micro-batch, to undo a failed one with; None where failures do not come as errors."""
         if not self.on_card:
             return None
         return [None if p.grad is None else p.grad.clone() for p in model.parameters() if p.requires_grad]
@@ -130,13 +132,13 @@ class Pace:
             torch.cuda.empty_cache()
         if not self.down(f"an allocation failed: {first_line(error, 120)}"):
             raise TrainError(
-                f"memory: a pass of {self._largest(waiting)} tokens does not fit, and there is no smaller way.",
+                f"memory: a micro-batch of {self._largest(waiting)} tokens does not fit, and there is no smaller way.",
                 fix="lower data.max_length or lora.r; halfbyte plan RECIPE lists what fits",
             ) from error
         return self.split(waiting)
 
-    def _largest(self, passes: Sequence[Rows]) -> int:
-        return max((int(sum(self.lengths[r] for r in rows)) for rows in passes), default=0)
+    def _largest(self, micro_batches: Sequence[Rows]) -> int:
+        return max((int(sum(self.lengths[r] for r in rows)) for rows in micro_batches), default=0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -146,18 +148,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """What the longest pass took above what was held before it, and what was held."""
+    """What the longest micro-batch took above what was held before it, and what was held."""
 
     tokens: int
     held: usage.Usage
-    pass_bytes: int
+    micro_batch_bytes: int
     seconds: float
 
 
 def rehearse(
     model: Any, pace: Pace, longest: Rows, batch: Callable[[Rows], Any], evaluation: Sequence[Any] = ()
 ) -> Rehearsed:
-    """Run the longest pass forward and backward, and one batch of an evaluation, before anything is learned.
+    """Run the longest micro-batch forward and backward, and one batch of an evaluation, before anything is learned.
 
     Gradients and the random state are as before. Steps down until it fits.
 
@@ -178,7 +180,7 @@ def rehearse(
         try:
             with torch.random.fork_rng(devices=devices), usage.Peak() as peak:
                 model.train()
-                loss.pass_loss(model, batch(rows)).backward()
+                loss.micro_batch_loss(model, batch(rows)).backward()
                 _forget(model)
                 if len(evaluation):
                     loss.mean_loss(model, [evaluation[0]])

@@ -12,48 +12,49 @@ import torch
 from halfbyte import finetune
 from halfbyte.errors import TrainError
 from halfbyte.layers import loss
-from halfbyte.training import fit, micro_batches
+from halfbyte.training import fit
 from halfbyte.training.callback import Silent
+from halfbyte.training.pace import Pace, Rows, rehearse
 from tests import tiny_run
 from tests.layers.test_fuse import adapted, batch
 
 LENGTHS = (30, 20, 10)
 
 
-def pace(said: list[str], applied: list[str], *, policies: Any = ("none", "full")) -> micro_batches.Pace:
-    return micro_batches.Pace(
-        lengths=LENGTHS, tokens=60, examples_per_pass=None, recompute="none", policies=policies,
+def pace(said: list[str], applied: list[str], *, policies: Any = ("none", "full")) -> Pace:
+    return Pace(
+        lengths=LENGTHS, tokens=60, examples_per_micro_batch=None, recompute="none", policies=policies,
         need=lambda tokens, recompute: 0, apply=applied.append, tell=said.append, ram_bytes=10**10,
     )  # fmt: skip
 
 
-def test_it_runs_the_longest_pass_and_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs_the_longest_micro_batch_and_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ran = adapted("llama").eval(), list[bool]()
-    real = loss.pass_loss
+    real = loss.micro_batch_loss
 
     def seen(model: Any, *args: Any, **kwargs: Any) -> Any:
         ran.append(model.training)
         return real(model, *args, **kwargs)
 
-    monkeypatch.setattr(loss, "pass_loss", seen)
+    monkeypatch.setattr(loss, "micro_batch_loss", seen)
     state, weights = torch.random.get_rng_state(), {n: p.detach().clone() for n, p in model.named_parameters()}
-    asked: list[micro_batches.Rows] = []
+    asked: list[Rows] = []
 
-    def made(rows: micro_batches.Rows) -> Any:
+    def made(rows: Rows) -> Any:
         asked.append(rows)
         return batch()
 
-    found = micro_batches.rehearse(model, pace([], []), (0, 1), made, [batch()])
+    found = rehearse(model, pace([], []), (0, 1), made, [batch()])
     assert asked == [(0, 1)] and found.tokens == 50
-    assert ran == [True, False], "a pass of training, a batch of an evaluation"
-    assert found.held.private > 0 and found.pass_bytes >= 0 and found.seconds > 0
+    assert ran == [True, False], "a micro-batch of training, a batch of an evaluation"
+    assert found.held.private > 0 and found.micro_batch_bytes >= 0 and found.seconds > 0
     assert torch.equal(torch.random.get_rng_state(), state) and not model.training
     for name, parameter in model.named_parameters():
         assert parameter.grad is None and torch.equal(parameter, weights[name])
 
 
 def failing(times: int) -> Callable[..., Any]:
-    real = loss.pass_loss
+    real = loss.micro_batch_loss
 
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal times
@@ -68,14 +69,14 @@ def failing(times: int) -> Callable[..., Any]:
 def test_it_steps_down_until_it_fits_and_tells_where_nothing_does(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     applied: list[str] = []
-    monkeypatch.setattr(loss, "pass_loss", failing(2))
+    monkeypatch.setattr(loss, "micro_batch_loss", failing(2))
     way = pace(said, applied)
-    found = micro_batches.rehearse(adapted("llama"), way, (0, 1, 2), lambda rows: batch())
+    found = rehearse(adapted("llama"), way, (0, 1, 2), lambda rows: batch())
     assert applied == ["full"] and way.tokens == 30 and found.tokens == 30
     assert "none -> full" in said[0] and "60 -> 30 tokens" in said[1]
-    monkeypatch.setattr(loss, "pass_loss", failing(99))
+    monkeypatch.setattr(loss, "micro_batch_loss", failing(99))
     with pytest.raises(TrainError, match="there is no smaller way"):
-        micro_batches.rehearse(adapted("llama"), pace([], [], policies=("none",)), (0, 1, 2), lambda rows: batch())
+        rehearse(adapted("llama"), pace([], [], policies=("none",)), (0, 1, 2), lambda rows: batch())
 
 
 @pytest.mark.parametrize(("share", "rehearsed"), [(0.0, True), (1.0, False)])
@@ -91,6 +92,6 @@ def test_a_run_is_rehearsed_unless_its_plan_is_a_small_part_of_free_memory(
     monkeypatch.setattr(fit, "UNREHEARSED", share)
     outcome = finetune.train(tiny_run.recipe(tmp_path, train__max_steps=1), listener=Notes())
     (said,) = (note for note in notes if note.startswith("rehearsed"))
-    assert ("the longest pass" in said) == rehearsed and ("nothing" in said) != rehearsed
+    assert ("the longest micro-batch" in said) == rehearsed and ("nothing" in said) != rehearsed
     lines = {found["name"]: found for found in outcome.report["lines"]}
-    assert lines["before a pass, private"]["measured"] > 0, "compared either way"
+    assert lines["before a micro-batch, private"]["measured"] > 0, "compared either way"

@@ -1,0 +1,34 @@
+"""Names of the values that pass between rooms, for annotations alone; nothing here runs.
+
+mypy reads torch and transformers as Any here, so these names are for readers first. Import them under TYPE_CHECKING.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    Model: TypeAlias = PreTrainedModel
+    """A causal LM of transformers, or PEFT's model around one."""
+    Config: TypeAlias = PreTrainedConfig
+    Tokenizer: TypeAlias = PreTrainedTokenizerBase
+
+Document: TypeAlias = dict[str, Any]
+"""A JSON object, as it is read or printed."""
+
+
+class Batch(TypedDict, total=False):
+    """One micro-batch, its examples laid end to end: T tokens, n texts, K labelled tokens (`data.collate`)."""
+
+    input_ids: Tensor  # (1, T)
+    position_ids: Tensor  # (1, T), from 0 in each text
+    labels: Tensor  # (1, T), not shifted
+    cu_seq_lens_q: Tensor  # (n + 1,) int32: where each text begins, and T
+    cu_seq_lens_k: Tensor
+    max_length_q: int  # tokens of the longest text
+    max_length_k: int
+    keep: Tensor  # (K,) positions whose next token is labelled
+    targets: Tensor  # (K,) the labels
