@@ -31,7 +31,7 @@ from halfbyte.training.callback import Listener, RunCallback, Silent, StopReques
 from halfbyte.training.pace import Pace, Rows, recompute_as, rehearse
 from halfbyte.training.prepare import Prepared, data_note, data_report, prepare
 from halfbyte.training.prepare import notices as data_notices
-from halfbyte.training.schedule import best, cadence, count_steps, eval_every, plan_steps, rows_per_step
+from halfbyte.training.schedule import best, cadence, count_steps, eval_every, plan_steps
 from halfbyte.training.trainer import StepTrainer, check_arguments, training_arguments
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def resolve(loaded: Loaded) -> Resolution:
     trainable = targets.lora_parameter_count(model, modules, recipe.lora.r, recipe.lora.rank_pattern)
     lines = [
         f"model     {found.id}{revision}",
-        f"data      {data_note(prepared)}; {count_steps(prepared)} steps of {rows_per_step(recipe)} rows",
+        f"data      {data_note(prepared)}; {count_steps(prepared)} steps of {recipe.train.rows_per_step} rows",
         *(f"data      {finding.line}" for finding in prepared.findings),
         f"adapters  on {len(modules)} modules, {trainable:,} parameters train",
         *plan.text_lines(),
@@ -243,7 +243,9 @@ class _Story:
         callback = RunCallback(
             run=run,
             listener=self.tell,
-            cadence=cadence(recipe, len(steps), math.ceil(len(self.prepared.train.examples) / rows_per_step(recipe))),
+            cadence=cadence(
+                recipe, len(steps), math.ceil(len(self.prepared.train.examples) / recipe.train.rows_per_step)
+            ),
             write_adapter=self.write_adapter,
             stop=self.stop,
             best=best(recipe, run) if held_out is not None else None,

@@ -26,7 +26,7 @@ def planned(value: Planned) -> None:
     shape, plan, recipe = value.shape, value.plan, value.recipe
     show.text(f"{shape.name}: {shape.parameters / 1e9:.2f} B parameters, {shape.facts.layers} layers ({shape.origin})")
     show.text(f"machine   {machine(value.device)}, computing in {plan.compute_dtype}")
-    rows = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps
+    rows = recipe.train.rows_per_step
     percent = 100 * plan.trainable / max(1, plan.parameters)
     show.text(
         f"training  {plan.trainable:,} parameters ({percent:.2f}%), r {recipe.lora.r}, {rows} rows a step, "

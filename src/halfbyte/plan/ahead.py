@@ -198,7 +198,7 @@ def _steps(recipe: Recipe, rows: memory.Rows) -> int:
     train = recipe.train
     return count_steps(
         len(rows.lengths),
-        rows_per_step=train.per_device_train_batch_size * train.gradient_accumulation_steps,
+        rows_per_step=train.rows_per_step,
         epochs=train.num_train_epochs,
         max_steps=train.max_steps,
     )

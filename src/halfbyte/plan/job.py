@@ -137,8 +137,7 @@ class Job:
 
     @property
     def rows_per_step(self) -> int:
-        train = self.recipe.train
-        return train.per_device_train_batch_size * train.gradient_accumulation_steps
+        return self.recipe.train.rows_per_step
 
     @cached_property
     def parameters(self) -> int:

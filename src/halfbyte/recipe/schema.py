@@ -294,6 +294,11 @@ class Train(Section):
         "max_tokens_per_micro_batch"
     )
 
+    @property
+    def rows_per_step(self) -> int:
+        """Examples that one optimiser step takes, however they are split into micro-batches."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
 
 class Recipe(Section):
     """Everything a run depends on."""

@@ -21,7 +21,7 @@ from halfbyte.recipe.schema import Loaded
 from halfbyte.system import device
 from halfbyte.training import fit, prepare
 from halfbyte.training.prepare import Prepared
-from halfbyte.training.schedule import count_steps, plan_steps, rows_per_step
+from halfbyte.training.schedule import count_steps, plan_steps
 
 if TYPE_CHECKING:
     from halfbyte.data.encoding.examples import Example
@@ -87,9 +87,9 @@ class Checked:
             "refused": self.refused,
             "run": {
                 "steps": self.steps,
-                "rows_per_step": rows_per_step(recipe),
+                "rows_per_step": recipe.train.rows_per_step,
                 "micro_batches_per_step": self.micro_batches / max(1, self.steps),
-                "rows_per_micro_batch": min(rows, rows_per_step(recipe)) * self.steps / max(1, self.micro_batches),
+                "rows_per_micro_batch": min(rows, recipe.train.rows_per_step) * self.steps / max(1, self.micro_batches),
                 "max_tokens_per_micro_batch": self.plan.max_tokens_per_micro_batch,
                 "tokens": self.tokens,
                 "seconds": self.plan.time.run_s,

@@ -14,15 +14,11 @@ from halfbyte.training.callback import Best, Cadence
 from halfbyte.training.prepare import Prepared
 
 
-def rows_per_step(recipe: Recipe) -> int:
-    return recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps
-
-
 def count_steps(prepared: Prepared) -> int:
     train = prepared.recipe.train
     return pack.count_steps(
         len(prepared.train.examples),
-        rows_per_step=rows_per_step(prepared.recipe),
+        rows_per_step=prepared.recipe.train.rows_per_step,
         epochs=train.num_train_epochs,
         max_steps=train.max_steps,
     )
@@ -36,7 +32,7 @@ def plan_steps(
     return pack.plan_steps(
         prepared.train.lengths,
         prepared.train.labelled,
-        rows_per_step=rows_per_step(prepared.recipe),
+        rows_per_step=prepared.recipe.train.rows_per_step,
         epochs=train.num_train_epochs,
         max_steps=train.max_steps,
         seed=train.seed if train.data_seed is None else train.data_seed,
@@ -56,13 +52,13 @@ def cadence(recipe: Recipe, total_steps: int, steps_per_epoch: int) -> Cadence:
 def eval_every(recipe: Recipe, train_rows: int) -> int:
     """Steps between evaluations; 0 for none. The Trainer sees one epoch of all steps, so epochs become steps here."""
     train = recipe.train
-    steps_per_epoch = math.ceil(train_rows / rows_per_step(recipe))
+    steps_per_epoch = math.ceil(train_rows / train.rows_per_step)
     if train.eval_strategy == "no":
         return 0
     if train.eval_strategy == "epoch" or (train.eval_strategy == "auto" and train.eval_steps is None):
         return steps_per_epoch
     total = pack.count_steps(
-        train_rows, rows_per_step=rows_per_step(recipe), epochs=train.num_train_epochs, max_steps=train.max_steps
+        train_rows, rows_per_step=train.rows_per_step, epochs=train.num_train_epochs, max_steps=train.max_steps
     )
     return _count(train.eval_steps or train.logging_steps, total)
 
