@@ -158,8 +158,8 @@ def run_halfbyte(case: Case) -> None:
     rounds = Rounds(case)
 
     class Turns(Silent):
-        def note(self, text: str) -> None:
-            print(text, flush=True)
+        def note(self, label: str, text: str) -> None:
+            print(f"{label:<10}{text}", flush=True)
 
         def begin(self, total_steps: int, done_steps: int, log_every: int) -> None:
             rounds.ready(anonymous_bytes=status("RssAnon"))

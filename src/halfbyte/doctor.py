@@ -99,7 +99,7 @@ def _with_model(found: Diagnosis, recipe: Recipe, tell: Callable[[str], None]) -
         found.device,
         trust_remote_code=recipe.trust_remote_code,
         with_tokenizer=False,
-        tell=store.Tell(note=tell),
+        tell=store.Tell(note=lambda _, text: tell(text)),
     )
     held = f"{opened.resident_bytes:,} bytes, {opened.expected_bytes:,} by its list of tensors"
     checks = [Check("resident as the policy says", opened.resident_bytes == opened.expected_bytes, held)]

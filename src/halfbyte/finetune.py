@@ -40,14 +40,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Resolution:
-    """What `train --dry-run` shows: each value with its origin, then what follows from the values."""
+    """What `train --dry-run` shows: each value with its origin, then what follows from the values.
+
+    Args:
+        notes: labels and texts. warnings: of the recipe; the plan has its own.
+    """
 
     rows: list[tuple[str, Any, Origin]]
-    lines: list[str]
+    notes: tuple[tuple[str, str], ...]
+    plan: memory.Plan
+    warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         values = {field: {"value": value, "from": o.kind, "why": o.why} for field, value, o in self.rows}
-        return {"values": values, "notes": self.lines}
+        notes = [{"label": label, "text": text} for label, text in self.notes]
+        return {"values": values, "notes": notes, "plan": self.plan.to_json(), "warnings": self.warnings}
 
 
 @dataclass(frozen=True)
@@ -95,14 +102,13 @@ def resolve(loaded: Loaded) -> Resolution:
             resolved.append((field, value, origin))
     revision = f" at {found.revision}" if found.revision else ""
     trainable = targets.lora_parameter_count(model, modules, recipe.lora.r, recipe.lora.rank_pattern)
-    lines = [
-        f"model     {found.id}{revision}",
-        f"data      {data_note(prepared)}; {count_steps(prepared)} steps of {recipe.train.rows_per_step} rows",
-        *(f"data      {finding.line}" for finding in prepared.findings),
-        f"adapters  on {len(modules)} modules, {trainable:,} parameters train",
-        *plan.text_lines(),
-    ]
-    return Resolution(resolved, [*lines, *(f"warning: {w}" for w in loaded.warnings)])
+    notes = (
+        ("model", f"{found.id}{revision}"),
+        ("data", f"{data_note(prepared)}; {count_steps(prepared)} steps of {recipe.train.rows_per_step} rows"),
+        *(("data", finding.line) for finding in prepared.findings),
+        ("adapters", f"on {len(modules)} modules, {trainable:,} parameters train"),
+    )
+    return Resolution(resolved, notes, plan, loaded.warnings)
 
 
 def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = None) -> Outcome:
@@ -119,20 +125,20 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     else:
         RunFolder.check_free(out)
     settings = threads.settle(machine.cores)
-    tell.note(f"process   {settings.line}")
+    tell.note("process", settings.line)
     prepared = prepare(recipe)
     recipe = prepared.recipe
     check_arguments(recipe.train, total_steps=count_steps(prepared))
     notices = [*data_notices(prepared), *(str(f) for f in prepared.findings if f.level != "ok")]
-    tell.note(f"data      {data_note(prepared)}")
+    tell.note("data", data_note(prepared))
     for finding in prepared.findings:
-        tell.note(f"data      {finding.line}")
+        tell.note("data", finding.line)
     meta = meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
     chosen, _ = lora.choose_targets(meta, recipe.lora)
-    job, plan = fit.plan_of(prepared, machine, chosen, meta, say=lambda text: tell.note(f"machine   {text}"))
+    job, plan = fit.plan_of(prepared, machine, chosen, meta, say=lambda text: tell.note("machine", text))
     for name, why in plan.reasons.items():
-        tell.note(f"plan      {name} {getattr(plan, name)}: {why}")
-    tell.note(f"plan      peak memory about {plan.peak_bytes / 1e9:.2f} GB of {plan.available_bytes / 1e9:.1f} GB free")
+        tell.note("plan", f"{name} {getattr(plan, name)}: {why}")
+    tell.note("plan", f"peak memory about {plan.peak_bytes / 1e9:.2f} GB of {plan.available_bytes / 1e9:.1f} GB free")
     notices += plan.warnings
     opened = load.open_base(
         prepared.checkpoint,
@@ -141,20 +147,21 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
         trust_remote_code=recipe.trust_remote_code,
         device_map="auto" if plan.placement == "split" else {"": 0},
         with_tokenizer=False,
-        tell=store.Tell(progress=tell.building, note=lambda text: tell.note(f"base      {text}")),
+        tell=store.Tell(progress=tell.building, note=tell.note),
     )
     load.check_vocabulary(prepared.checkpoint, prepared.tokenizer, opened.model)
     tell.note(
-        f"base      {prepared.checkpoint.id}: {recipe.quant.type}, {opened.resident_bytes / 1e9:.3f} GB resident "
-        f"({opened.expected_bytes / 1e9:.3f} planned), computing in {opened.compute_dtype} ({opened.dtype_reason})"
+        "base",
+        f"{prepared.checkpoint.id}: {recipe.quant.type}, {opened.resident_bytes / 1e9:.3f} GB resident "
+        f"({opened.expected_bytes / 1e9:.3f} planned), computing in {opened.compute_dtype} ({opened.dtype_reason})",
     )
-    tell.note(f"base      {opened.origin}")
+    tell.note("base", opened.origin)
     placed, elsewhere = fit.place(opened.model, plan, asked=recipe.quant.placement != "auto")
     notices += [f"placement: {elsewhere}"] if elsewhere else []
-    tell.note(f"placement {placed} ({elsewhere or plan.reasons['placement']})")
+    tell.note("placement", f"{placed} ({elsewhere or plan.reasons['placement']})")
     chosen, _ = lora.choose_targets(opened.model, recipe.lora)
     model = lora.add(opened.model, recipe.lora, chosen, seed=recipe.train.seed)
-    tell.note(f"adapters  {lora.summary(model)} ({chosen.reason})")
+    tell.note("adapters", f"{lora.summary(model)} ({chosen.reason})")
     with stream.shallow(model):
         proof = packing.prove(model)
         fused = prove_fused(model, packed=proof.ok)
@@ -169,24 +176,26 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
             fix="data.packing: rows",
         )
     notices += [] if proof.ok else [f"packing: {proof.reason}"]
-    tell.note(f"packing   {proof.mode}: {proof.reason}")
+    tell.note("packing", f"{proof.mode}: {proof.reason}")
     notices += [] if fused.ok else [f"engine: {fused.reason}"]
-    tell.note(f"engine    {engine}")
+    tell.note("engine", engine)
     for notice in notices:
-        tell.note(f"note      {notice}")
+        tell.note("note", notice)
     recompute_as(model, plan.recompute)
-    pace = fit.make_pace(prepared, plan, replace(job, packed=proof.ok), machine, model, tell.note)
+    split_job = replace(job, packed=proof.ok)
+    pace = fit.make_pace(prepared, plan, split_job, machine, model, lambda text: tell.note("memory", text))
     micro_batches = MicroBatches.of(prepared, pace)
     rehearsed = None
     if plan.needed_bytes <= fit.UNREHEARSED * plan.available_bytes:
-        tell.note(f"rehearsed nothing: {plan.needed_bytes / 1e9:.2f} GB are planned, a small part of what is free")
+        tell.note("rehearsed", f"nothing: {plan.needed_bytes / 1e9:.2f} GB are planned, a small part of what is free")
     else:
         rehearsed = rehearse(
             model, pace, micro_batches.steps.longest_micro_batch(), micro_batches.batch, micro_batches.held_out
         )
         tell.note(
-            f"rehearsed {rehearsed.tokens} tokens, the longest micro-batch, in {rehearsed.seconds:.1f} s: "
-            f"{rehearsed.micro_batch_bytes / 1e9:.2f} GB above {rehearsed.held.private / 1e9:.2f} GB held"
+            "rehearsed",
+            f"{rehearsed.tokens} tokens, the longest micro-batch, in {rehearsed.seconds:.1f} s: "
+            f"{rehearsed.micro_batch_bytes / 1e9:.2f} GB above {rehearsed.held.private / 1e9:.2f} GB held",
         )
     held = rehearsed.held if rehearsed else usage.now()
     folder = RunFolder.reopen(out) if resume else RunFolder.create(out, to_yaml(loaded.recipe))
@@ -283,7 +292,7 @@ class _Story:
         chosen = callback.best if recipe.train.load_best_model_at_end else None
         if chosen is not None and chosen.step is not None:
             lora.put_weights(self.model, chosen.folder)
-            self.tell.note(f"adapter   the best of {len(callback.evals)} evaluations, from step {chosen.step}")
+            self.tell.note("adapter", f"the best of {len(callback.evals)} evaluations, from step {chosen.step}")
         found = self.prepared.checkpoint
         dtype = load.DTYPES[recipe.lora.save_dtype]
         lora.save(

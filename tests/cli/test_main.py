@@ -172,7 +172,8 @@ def test_a_dry_run_as_json_has_an_origin_for_every_leaf(here: Path, halfbyte: Cl
     assert values["lora.target_modules"]["value"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
     assert values["lora.target_modules"]["why"] == "the attention projections of llama"
     assert set(values) == {field for field, _ in leaves(load_recipe(Path("recipe.yaml")).recipe)}
-    assert any(note.startswith("peak  ") for note in shown["notes"])
+    assert {"label": "adapters", "text": "on 8 modules, 7,168 parameters train"} in shown["notes"]
+    assert shown["plan"]["peak_bytes"] > 0
 
 
 def test_init_writes_a_recipe_that_loads(halfbyte: Cli) -> None:

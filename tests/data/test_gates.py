@@ -178,17 +178,17 @@ def test_vocabulary(tokenizer: Any, make_data: Any) -> None:
 
 def test_a_run_tells_and_reports_them(tmp_path: Path) -> None:
     loaded = tiny_run.recipe(tmp_path)
-    lines: list[str] = []
+    lines: list[tuple[str, str]] = []
 
     class Ears(finetune.Silent):
-        def note(self, text: str) -> None:
-            lines.append(text)
+        def note(self, label: str, text: str) -> None:
+            lines.append((label, text))
 
     rows = [json.dumps({"prompt": f"red {n % 15}", "completion": "blue"}) for n in range(16)]
     (tmp_path / "train.jsonl").write_text("\n".join(rows), "utf-8")
     report = finetune.train(loaded, listener=Ears()).report
     text = "1 row is an earlier one again (train.jsonl:16); take them out, unless they are meant to count twice"
-    assert f"data      warning  duplicates     {text}" in lines
+    assert ("data", f"warning  duplicates     {text}") in lines
     assert [g["gate"] for g in report["data"]["gates"]] == list(gates.GATES)
     assert report["data"]["train"]["rows"] == report["data"]["train"]["used"] == 16
     assert text in report["notices"]

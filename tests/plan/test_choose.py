@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from halfbyte import plan as memory
+from halfbyte.cli import show, show_plan
 from halfbyte.models.architectures import tensors_of
 from halfbyte.models.references import REFERENCES
 from halfbyte.models.tensors import facts_of
@@ -279,7 +280,9 @@ def test_three_ways_side_by_side() -> None:
 
 def test_the_plan_prints_and_is_json() -> None:
     plan = made(cpu(0.35))
-    text = "\n".join(plan.text_lines())
+    with show.out.capture() as captured:
+        show_plan.summary(plan)
+    text = captured.get()
     for word in ("base", "adapters", "activations", "peak", "max_tokens_per_micro_batch", "warning: "):
         assert word in text
     document = json.loads(json.dumps(plan.to_json()))

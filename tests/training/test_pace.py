@@ -83,15 +83,15 @@ def test_it_steps_down_until_it_fits_and_tells_where_nothing_does(monkeypatch: p
 def test_a_run_is_rehearsed_unless_its_plan_is_a_small_part_of_free_memory(
     share: float, rehearsed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notes: list[str] = []
+    notes: list[tuple[str, str]] = []
 
     class Notes(Silent):
-        def note(self, text: str) -> None:
-            notes.append(text)
+        def note(self, label: str, text: str) -> None:
+            notes.append((label, text))
 
     monkeypatch.setattr(fit, "UNREHEARSED", share)
     outcome = finetune.train(tiny_run.recipe(tmp_path, train__max_steps=1), listener=Notes())
-    (said,) = (note for note in notes if note.startswith("rehearsed"))
+    (said,) = (text for label, text in notes if label == "rehearsed")
     assert ("the longest micro-batch" in said) == rehearsed and ("nothing" in said) != rehearsed
     lines = {found["name"]: found for found in outcome.report["lines"]}
     assert lines["before a micro-batch, private"]["measured"] > 0, "compared either way"

@@ -60,7 +60,7 @@ def quantize(recipe: Recipe, *, out: Path | None = None, tell: store.Tell | None
     specs = tuple(tensors.read_checkpoint(found.path)) if not found.pickle else ()
     wanted = load.want(found, config, recipe.quant, device.detect(), specs)
     telling = replace(tell or store.Tell(), built=lambda: built.append(True))
-    telling.say(_preflight(wanted, specs))
+    telling.say(_preflight(wanted, specs), label="planned")
     try:
         if hasattr(config, "auto_map"):
             raise store.CannotHold("it brings Python code of its own")
@@ -76,8 +76,8 @@ def quantize(recipe: Recipe, *, out: Path | None = None, tell: store.Tell | None
 def _preflight(wanted: store.Wanted, specs: tuple[tensors.TensorSpec, ...]) -> str:
     """What building takes, before it begins."""
     if not specs:
-        return "planned   unknown: pickled weights have no header to read"
+        return "unknown: pickled weights have no header to read"
     beside = beside_bytes(wanted.checkpoint.path)
     plan = Building(specs, wanted.quant, wanted.dtype.itemsize, wanted.config.get_text_config().vocab_size, beside)
     ram = sum(line.bytes for line in plan.lines(wanted.cores))
-    return f"planned   {ram / 1e9:.2f} GB of RAM while it is built, {plan.disk_bytes / 1e9:.3f} GB on disk"
+    return f"{ram / 1e9:.2f} GB of RAM while it is built, {plan.disk_bytes / 1e9:.3f} GB on disk"

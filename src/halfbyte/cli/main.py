@@ -62,7 +62,7 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune: a recipe in, a working adapter out."""
-    from halfbyte.cli import show
+    from halfbyte.cli import show, show_plan
     from halfbyte.recipe.file import to_yaml
 
     overrides = [*set_, *([f"output={output}"] if output is not None else [])]
@@ -72,7 +72,7 @@ def train(
         from halfbyte import finetune
 
         resolution = finetune.resolve(loaded)
-        show.document(resolution.to_json()) if json_ else show.resolution(resolution)
+        show.document(resolution.to_json()) if json_ else show_plan.resolution(resolution)
         return
     for warning in loaded.warnings:
         show.warning(warning)

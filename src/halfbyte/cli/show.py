@@ -6,7 +6,6 @@ Cost: rich is imported when something is drawn.
 from __future__ import annotations
 
 import json
-import re
 import sys
 import textwrap
 import time
@@ -20,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from halfbyte.cli import show_store
+from halfbyte.cli.show_store import LABEL_WIDTH
 
 if TYPE_CHECKING:
     from halfbyte.base import store
@@ -48,17 +48,21 @@ def text(value: str) -> None:
     out.print(escape(value))
 
 
-def labelled(value: str) -> None:
-    """Lines of a label and what it says; on a terminal a long one goes on under its beginning, cut between words."""
-    for line in value.splitlines():
-        parts = [line]
-        if out.is_terminal:
-            label = re.match(r".*?\S {2,}(?=\S)", line)
-            indent = " " * (label.end() if label is not None and label.end() <= out.width // 2 else 2)
-            parts = textwrap.wrap(
-                line, out.width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-            )
-        text("\n".join(parts))
+def labelled(label: str, value: str, *, width: int = LABEL_WIDTH) -> None:
+    """A label and what it says; on a terminal a long line is cut between words and goes on under its beginning."""
+    indent = width if width <= out.width // 2 else 2
+    first, *rest = value.splitlines() or [""]
+    for line in (f"{label:<{width}}{first}", *rest):
+        wrapped(line, indent=indent)
+
+
+def wrapped(line: str, *, indent: int = 2) -> None:
+    """A line; on a terminal a long one is cut between words."""
+    if not out.is_terminal:
+        text(line)
+        return
+    under = " " * indent
+    text(textwrap.fill(line, out.width, subsequent_indent=under, break_long_words=False, break_on_hyphens=False))
 
 
 def warning(value: str) -> None:
@@ -83,38 +87,23 @@ def ask() -> str:
     return out.input("[bold cyan]you>[/bold cyan] ").strip()
 
 
-def resolution(value: Any) -> None:
-    """Every resolved value with where it came from and why, then what follows from them."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("field", no_wrap=True)
-    for column in ("value", "from", "why"):
-        table.add_column(column, overflow="fold")
-    for field, shown, origin in value.rows:
-        style = {"default": "dim", "auto": "cyan"}.get(origin.kind, "")
-        table.add_row(field, escape(_short(shown)), origin.kind, escape(origin.why), style=style)
-    out.print(table)
-    for line in value.lines:
-        labelled(line)
-
-
-def _short(value: Any) -> str:
-    shown = value if isinstance(value, str) else json.dumps(value, default=str)
-    return shown if len(shown) <= 100 else shown[:97] + "..."
-
-
 class PlainListener:
     """One line for each thing that happens; steps at the logging cadence, or ten in a run when quiet."""
 
     def __init__(self, *, quiet: bool) -> None:
         self.quiet, self.total, self.every, self.started, self.first = quiet, 0, 1, 0.0, 0
-        self.build: show_store.PlainBuild | show_store.LiveBuild = show_store.PlainBuild(self.note)
+        self.build: show_store.PlainBuild | show_store.LiveBuild = show_store.PlainBuild(self.build_line)
 
     def building(self, progress: Progress) -> None:
         self.build(progress)
 
-    def note(self, text: str) -> None:
+    def build_line(self, line: str) -> None:
         if not self.quiet:
-            labelled(text)
+            wrapped(line)
+
+    def note(self, label: str, text: str) -> None:
+        if not self.quiet:
+            labelled(label, text)
 
     def begin(self, total_steps: int, done_steps: int, log_every: int) -> None:
         self.total, self.first, self.started = total_steps, done_steps, time.monotonic()
@@ -207,11 +196,14 @@ def waiting(what: str, *, silent: bool) -> Iterator[store.Tell]:
     def say(text: str) -> None:
         err.print(escape(text))
 
+    def note(label: str, text: str) -> None:
+        say(text)
+
     if silent or not err.is_terminal:
-        yield store.Tell() if silent else store.Tell(progress=show_store.PlainBuild(say), note=say)
+        yield store.Tell() if silent else store.Tell(progress=show_store.PlainBuild(say), note=note)
         return
     with err.status(what) as status:
-        yield store.Tell(progress=lambda p: status.update(f"{what}: {show_store.line(p)}"), note=say)
+        yield store.Tell(progress=lambda p: status.update(f"{what}: {show_store.line(p)}"), note=note)
 
 
 @contextmanager
@@ -229,7 +221,7 @@ def report(outcome: Any) -> None:
     row = outcome.report
     loss = row["loss"]
     out.print()
-    labelled(
+    wrapped(
         f"{row['steps']} steps, {row['tokens']:,} tokens in {duration(row['train_seconds'])} "
         f"({row['tokens_per_second']:.0f} tokens/s)   loss {loss['first']:.4f} -> {loss['last']:.4f}"
         + (f"   eval loss {row['eval_loss']:.4f}" if row["eval_loss"] is not None else "")

@@ -23,10 +23,10 @@ def checked(value: Checked) -> None:
     from halfbyte.training import prepare
 
     prepared = value.prepared
-    show.labelled(f"model     {prepared.checkpoint.id}")
-    show.labelled(f"data      {prepare.data_note(prepared)}")
+    show.labelled("model", prepared.checkpoint.id)
+    show.labelled("data", prepare.data_note(prepared))
     for notice in prepare.notices(prepared):
-        show.labelled(f"note      {notice}")
+        show.labelled("note", notice)
     show.text("")
     for finding in prepared.findings:
         line = Text(finding.line)
@@ -54,12 +54,13 @@ def run(value: Checked) -> None:
     about = value.to_json()["run"]
     time = value.plan.time
     show.labelled(
-        f"run       {value.steps:,} steps of {about['rows_per_step']} rows, {value.tokens:,} tokens; "
+        "run",
+        f"{value.steps:,} steps of {about['rows_per_step']} rows, {value.tokens:,} tokens; "
         f"{about['micro_batches_per_step']:.1f} micro-batches a step, {about['rows_per_micro_batch']:.1f} rows in each "
-        f"(at most {about['max_tokens_per_micro_batch']:,} tokens)"
+        f"(at most {about['max_tokens_per_micro_batch']:,} tokens)",
     )
     measured = "" if time.measured else f" ({time.source})"
-    show.labelled(f"time      about {show.duration(time.run_s)}{measured}")
+    show.labelled("time", f"about {show.duration(time.run_s)}{measured}")
 
 
 def example(row: Shown) -> None:

@@ -14,22 +14,25 @@ if TYPE_CHECKING:
 
 def diagnosis(value: Diagnosis) -> None:
     machine, rates = value.device, value.rates
-    show.labelled(f"processor {machine.cpu or 'unknown'}, {machine.cores} cores: {' '.join(machine.isa) or 'no flags'}")
-    show.labelled(f"memory    {show.gb(machine.ram_available_bytes)} free of {show.gb(machine.ram_bytes)}")
-    for card in machine.cards:
-        show.labelled(f"card      {card.name}, {show.gb(card.free_bytes)} free of {show.gb(card.total_bytes)}")
-    show.labelled(f"cache     {value.cache}, {show.gb(value.cache_free_bytes)} free")
-    show.labelled(f"computes  in {value.dtype} ({value.dtype_reason})")
     show.labelled(
-        f"rates     {rates.matmul_flops / 1e9:,.0f} GFLOP/s in matrix products, {rates.attention_flops / 1e9:,.0f} in "
-        f"attention, {rates.dequant_elements / 1e9:.1f} G weights/s dequantised, memory "
-        f"{rates.memory_bytes / 1e9:.1f} GB/s, disk {rates.disk_bytes / 1e9:.2f} GB/s ({rates.source})"
+        "processor", f"{machine.cpu or 'unknown'}, {machine.cores} cores: {' '.join(machine.isa) or 'no flags'}"
     )
-    show.labelled(f"versions  {', '.join(f'{name} {version}' for name, version in value.versions.items())}")
+    show.labelled("memory", f"{show.gb(machine.ram_available_bytes)} free of {show.gb(machine.ram_bytes)}")
+    for card in machine.cards:
+        show.labelled("card", f"{card.name}, {show.gb(card.free_bytes)} free of {show.gb(card.total_bytes)}")
+    show.labelled("cache", f"{value.cache}, {show.gb(value.cache_free_bytes)} free")
+    show.labelled("computes", f"in {value.dtype} ({value.dtype_reason})")
+    show.labelled(
+        "rates",
+        f"{rates.matmul_flops / 1e9:,.0f} GFLOP/s in matrix products, {rates.attention_flops / 1e9:,.0f} in "
+        f"attention, {rates.dequant_elements / 1e9:.1f} G weights/s dequantised, memory "
+        f"{rates.memory_bytes / 1e9:.1f} GB/s, disk {rates.disk_bytes / 1e9:.2f} GB/s ({rates.source})",
+    )
+    show.labelled("versions", f"{', '.join(f'{name} {version}' for name, version in value.versions.items())}")
     if value.model is None:
         return
     show.text("")
-    show.labelled(f"model     {value.model}, {value.layers} layers at their true width")
+    show.labelled("model", f"{value.model}, {value.layers} layers at their true width")
     for check in value.checks:
         line = Text("ok      " if check.ok else "FAILED  ", "green" if check.ok else "bold red")
         show.out.print(line.append(f"{check.claim}: {check.seen}", "default"))

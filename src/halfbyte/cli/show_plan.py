@@ -5,7 +5,8 @@ Cost: rich is imported when something is drawn. Only `main.py` imports it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -13,6 +14,7 @@ from rich.table import Table
 from halfbyte.cli import show
 
 if TYPE_CHECKING:
+    from halfbyte.finetune import Resolution
     from halfbyte.plan import Line, Plan
     from halfbyte.plan.ahead import Planned
     from halfbyte.plan.compare import Way
@@ -25,12 +27,13 @@ STYLES = {"private": "cyan", "device": "cyan", "file": "blue", "disk": "dim"}
 def planned(value: Planned) -> None:
     shape, plan, recipe = value.shape, value.plan, value.recipe
     show.text(f"{shape.name}: {shape.parameters / 1e9:.2f} B parameters, {shape.facts.layers} layers ({shape.origin})")
-    show.text(f"machine   {machine(value.device)}, computing in {plan.compute_dtype}")
+    show.labelled("machine", f"{machine(value.device)}, computing in {plan.compute_dtype}")
     rows = recipe.train.rows_per_step
     percent = 100 * plan.trainable / max(1, plan.parameters)
-    show.text(
-        f"training  {plan.trainable:,} parameters ({percent:.2f}%), r {recipe.lora.r}, {rows} rows a step, "
-        f"quant.type {recipe.quant.type}"
+    show.labelled(
+        "training",
+        f"{plan.trainable:,} parameters ({percent:.2f}%), r {recipe.lora.r}, {rows} rows a step, "
+        f"quant.type {recipe.quant.type}",
     )
     for note in value.notes:
         show.text(f"          {note}")
@@ -41,16 +44,49 @@ def planned(value: Planned) -> None:
         show.out.print(table("beside it, in RAM", plan.host_lines, plan.host_available_bytes))
     also = [("loading", plan.loading_bytes), ("an evaluation", plan.evaluating_bytes)]
     also += [("generating 1,024 tokens", plan.generating_bytes), ("building the base's store", plan.building_bytes)]
-    show.labelled("also      " + ", ".join(f"{name} {show.gb(size)}" for name, size in also if size))
-    show.labelled("disk      " + ", ".join(f"{line.name} {show.gb(line.bytes)} ({line.how})" for line in plan.disk))
-    show.labelled("time      " + times(plan))
+    show.labelled("also", ", ".join(f"{name} {show.gb(size)}" for name, size in also if size))
+    show.labelled("disk", ", ".join(f"{line.name} {show.gb(line.bytes)} ({line.how})" for line in plan.disk))
+    show.labelled("time", times(plan))
     show.text("")
     for name, why in plan.reasons.items():
-        show.labelled(f"{name:<20} {getattr(plan, name)}: {why}")
+        show.labelled(name, f"{getattr(plan, name)}: {why}", width=21)
     verdict(plan)
     if value.ways:
         show.text("")
         show.out.print(ways(value.ways))
+
+
+def resolution(value: Resolution) -> None:
+    """Every resolved value with where it came from and why, then what follows from them."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("field", no_wrap=True)
+    for column in ("value", "from", "why"):
+        table.add_column(column, overflow="fold")
+    for field, shown, origin in value.rows:
+        style = {"default": "dim", "auto": "cyan"}.get(origin.kind, "")
+        table.add_row(field, escape(_short(shown)), origin.kind, escape(origin.why), style=style)
+    show.out.print(table)
+    for label, said in value.notes:
+        show.labelled(label, said)
+    summary(value.plan)
+    for said in value.warnings:
+        show.wrapped(f"warning: {said}")
+
+
+def _short(value: Any) -> str:
+    shown = value if isinstance(value, str) else json.dumps(value, default=str)
+    return shown if len(shown) <= 100 else shown[:97] + "..."
+
+
+def summary(plan: Plan) -> None:
+    """A plan in a few lines: name, GB, how it was counted; then the choices and the warnings."""
+    for line in plan.lines:
+        show.labelled(line.name, f"{line.bytes / 1e9:8.3f} GB  {line.how}", width=23)
+    show.labelled("peak", f"{plan.peak_bytes / 1e9:8.3f} GB  of {plan.available_bytes / 1e9:.1f} GB free", width=23)
+    for name, why in plan.reasons.items():
+        show.wrapped(f"{name} {getattr(plan, name)}: {why}")
+    for warning in plan.warnings:
+        show.wrapped(f"warning: {warning}")
 
 
 def verdict(plan: Plan) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from halfbyte.base.store.build import Progress
     from halfbyte.base.store.shelf import Shelved
 
+LABEL_WIDTH = 10
 # Plain lines of a build come at most this often.
 LINE_SECONDS = 5.0
 
@@ -93,9 +94,12 @@ def building(console: Console, *, silent: bool) -> Iterator[store.Tell]:
     def say(text: str) -> None:
         console.print(escape(text))
 
+    def note(label: str, text: str) -> None:
+        say(f"{label:<{LABEL_WIDTH}}{text}")
+
     bar = LiveBuild(console) if console.is_terminal else PlainBuild(say)
     try:
-        yield store.Tell(progress=bar, note=say)
+        yield store.Tell(progress=bar, note=note)
     finally:
         bar.end()
 

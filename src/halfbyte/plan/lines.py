@@ -131,13 +131,6 @@ class Plan:
     def line(self, name: str) -> int:
         return sum(line.bytes for line in self.lines if line.name == name)
 
-    def text_lines(self) -> list[str]:
-        """The plan as printable lines: name, GB, how it was counted; then the choices and the warnings."""
-        rows = [f"{line.name:<22} {line.bytes / GB:8.3f} GB  {line.how}" for line in self.lines]
-        rows.append(f"{'peak':<22} {self.peak_bytes / GB:8.3f} GB  of {self.available_bytes / GB:.1f} GB free")
-        rows += [f"{name} {getattr(self, name)}: {why}" for name, why in self.reasons.items()]
-        return [*rows, *(f"warning: {text}" for text in self.warnings)]
-
     def to_json(self) -> dict[str, Any]:
         derived = {
             name: getattr(self, name)

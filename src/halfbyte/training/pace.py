@@ -93,7 +93,7 @@ class Pace:
             moved = True
         if not moved and not self._tight:
             self._tight = True
-            self.tell(f"memory    {reason}; there is no smaller way to run this step")
+            self.tell(f"{reason}; there is no smaller way to run this step")
         return self.split(waiting)
 
     def down(self, reason: str) -> bool:
@@ -109,7 +109,7 @@ class Pace:
         else:
             return False
         self.downs.append(f"{said}: {reason}")
-        self.tell(f"memory    stepping down, {said} ({reason}); what is learned stays the same")
+        self.tell(f"stepping down, {said} ({reason}); what is learned stays the same")
         return True
 
     def hold(self, model: Any) -> list[Any] | None:

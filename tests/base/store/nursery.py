@@ -51,7 +51,7 @@ def report(folder: Path, cache: Path, name: str, events: Any, go: Any) -> None:
             events.put((name, "building"))
             assert go.wait(60)
 
-    tell = store.Tell(progress, lambda text: events.put((name, text)), lambda: events.put((name, "built")))
+    tell = store.Tell(progress, lambda _, text: events.put((name, text)), lambda: events.put((name, "built")))
     events.put((name, str(store.ensure(wanted(folder), tell=tell))))
 
 

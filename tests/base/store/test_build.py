@@ -255,7 +255,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypa
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "file" / "cache"))
     notes: list[str] = []
-    made = opened(model(tmp_path / "m"), compute_dtype="bf16", tell=store.Tell(note=notes.append))
+    made = opened(model(tmp_path / "m"), compute_dtype="bf16", tell=store.Tell(note=lambda _, text: notes.append(text)))
     assert "cannot be written" in made.origin and notes[0].startswith(
         "no store, the base is quantised while it is loaded"
     )
@@ -336,7 +336,7 @@ def test_a_damaged_store_is_built_again_and_it_is_said(tmp_path: Path, cache: Pa
     folder = store.ensure(request)
     before = content(folder)
     os.truncate(folder / "model-layer-0001.safetensors", 5000)
-    assert store.ensure(request, tell=store.Tell(note=notes.append)) == folder
+    assert store.ensure(request, tell=store.Tell(note=lambda _, text: notes.append(text))) == folder
     assert "a damaged store is built again" in notes[0] and "model-layer-0001.safetensors has 5,000 bytes" in notes[0]
     assert content(folder) == before and left_over(cache) == [folder.name]
 

@@ -112,15 +112,15 @@ def run(folder: Path, special: tuple[str, ...], *, tied: bool, **values: Any) ->
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_run_trains_its_rows_and_opens_with_plain_peft(tied: bool, tmp_path: Path) -> None:
     loaded = run(tmp_path, PLAIN, tied=tied, data__mask="assistant")
-    lines: list[str] = []
+    lines: list[tuple[str, str]] = []
 
     class Ears(finetune.Silent):
-        def note(self, text: str) -> None:
-            lines.append(text)
+        def note(self, label: str, text: str) -> None:
+            lines.append((label, text))
 
     report = finetune.train(loaded, listener=Ears()).report
     notice = finetune.prepare(loaded.recipe).chatml.notice  # type: ignore[union-attr]
-    assert f"note      {notice}" in lines and notice in report["notices"]
+    assert ("note", notice) in lines and notice in report["notices"]
     adapter = Path(loaded.recipe.output) / "adapter"
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["trainable_token_indices"] == ([SIZE, SIZE + 1] if tied else [SIZE])

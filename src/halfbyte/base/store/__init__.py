@@ -50,16 +50,16 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Tell:
-    """Whom to tell what: `progress` about ten times a second while building, `note` now and then, in words, and `built`
-    once if this call has built the store."""
+    """Whom to tell what: `progress` about ten times a second while building, `note` (a label, a text) now and then, and
+    `built` once if this call has built the store."""
 
     progress: Callable[[Progress], None] | None = None
-    note: Callable[[str], None] | None = None
+    note: Callable[[str, str], None] | None = None
     built: Callable[[], None] | None = None
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, label: str = "base") -> None:
         if self.note is not None:
-            self.note(text)
+            self.note(label, text)
 
 
 def ensure(wanted: Wanted, *, out: Path | None = None, tell: Tell | None = None) -> Path:
