@@ -28,6 +28,7 @@ from halfbyte.adapters import lora as adapters
 from halfbyte.adapters import targets
 from halfbyte.base import load, stream
 from halfbyte.layers import fuse, loss, packing
+from halfbyte.models import structure
 from halfbyte.models.sources import Checkpoint
 from halfbyte.recipe.schema import Lora, Quant
 from halfbyte.system import device, usage
@@ -97,7 +98,7 @@ def train_larger(folder: Path, tokens: int, layers: int | None) -> dict[str, Any
         open_s = time.perf_counter() - began
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
         say(f"opened in {open_s:.1f} s; {placed}")
-        with stream.shallow(model):  # as a training does
+        with structure.shallow(model):  # as a training does
             loss.head_of(model)
         value, seconds = step(model, optimizer, tokens)
         trained = [p for p in model.parameters() if p.requires_grad]

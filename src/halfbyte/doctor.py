@@ -20,7 +20,7 @@ from halfbyte.base import load, store, stream
 from halfbyte.errors import BaseModelError
 from halfbyte.layers import packing
 from halfbyte.layers.fused_proof import prove_fused, sample_gradients
-from halfbyte.models import sources
+from halfbyte.models import sources, structure
 from halfbyte.models.sources.checkpoint import cache_dir
 from halfbyte.plan import calibrate
 from halfbyte.recipe.schema import Recipe
@@ -105,7 +105,7 @@ def _with_model(found: Diagnosis, recipe: Recipe, tell: Callable[[str], None]) -
     checks = [Check("resident as the policy says", opened.resident_bytes == opened.expected_bytes, held)]
     chosen, _ = lora.choose_targets(opened.model, recipe.lora)
     model = lora.add(opened.model, recipe.lora, chosen, seed=recipe.train.seed)
-    with stream.shallow(model) as layers:
+    with structure.shallow(model) as layers:
         tell(f"proving on {layers} layers")
         packed = packing.prove(model)
         checks.append(Check("packed examples do not see each other", packed.ok, packed.reason))

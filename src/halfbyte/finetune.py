@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte import plan as memory
 from halfbyte.adapters import lora, targets
-from halfbyte.base import load, store, stream
+from halfbyte.base import load, store
 from halfbyte.data import collate, pack
 from halfbyte.errors import DataError
 from halfbyte.layers import fuse, loss, packing
 from halfbyte.layers.fused_proof import prove_fused
+from halfbyte.models import structure
 from halfbyte.models.structure import meta_model
 from halfbyte.recipe.file import to_yaml
 from halfbyte.recipe.schema import Loaded, Origin, rows
@@ -162,7 +163,7 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     chosen, _ = lora.choose_targets(opened.model, recipe.lora)
     model = lora.add(opened.model, recipe.lora, chosen, seed=recipe.train.seed)
     tell.note("adapters", f"{lora.summary(model)} ({chosen.reason})")
-    with stream.shallow(model):
+    with structure.shallow(model):
         proof = packing.prove(model)
         fused = prove_fused(model, packed=proof.ok)
         loss.head_of(model)

@@ -10,8 +10,9 @@ import torch
 from peft import LoraConfig
 
 from halfbyte.adapters.dropin import get_peft_model, prepare_model_for_kbit_training
-from halfbyte.base import heap, stream
+from halfbyte.base import heap
 from halfbyte.layers import loss, packing
+from halfbyte.models import structure
 from halfbyte.system import usage
 from halfbyte.training.pace import recompute_as
 from tests import tiny
@@ -108,7 +109,7 @@ def test_gradients_are_the_same_bits_where_every_look_gives_back(name: str, monk
     monkeypatch.setattr(heap.Holes, "look", every := Every())
     recompute_as(model, "full")
     trimmed = gradients(model)
-    layers = len(stream.decoder_layers(model))
+    layers = len(structure.decoder_layers(model))
     assert every.looks == 2 * layers  # forward and backward
     assert plain.keys() == trimmed.keys() and all(torch.equal(plain[n], trimmed[n]) for n in plain)
     recompute_as(model, "none")
@@ -129,7 +130,7 @@ class Every:
 def test_it_is_installed_once_and_by_our_import_line_too() -> None:
     model = tiny.model("llama")
     prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
-    layer = stream.decoder_layers(model)[0]
+    layer = structure.decoder_layers(model)[0]
     hooks = len(layer._forward_hooks)
     assert hooks == 1
     heap.install(model)

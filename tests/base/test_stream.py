@@ -18,6 +18,7 @@ from halfbyte.base import load, stream
 from halfbyte.errors import BaseModelError
 from halfbyte.inference import load as opened_run
 from halfbyte.layers import fuse, loss, packing
+from halfbyte.models import structure
 from halfbyte.models.sources import Checkpoint
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import device, pages
@@ -81,7 +82,9 @@ class Poison:
     def __init__(self, model: Any) -> None:
         maps = pages.FileMaps.read()
         self.tensors = [
-            [t for t in stream._tensors(layer) if stream._is_mapped(t, maps)] for layer in stream.decoder_layers(model)
+            [t for t in stream._tensors(layer) if stream._is_mapped(t, maps)]
+            for layer in structure.decoder_layers(model)
+            for layer in structure.decoder_layers(model)
         ]
         assert all(self.tensors)
         self.copies = [[t.clone() for t in group] for group in self.tensors]
@@ -189,7 +192,7 @@ def test_evaluation_and_generation_are_the_same_and_leave_the_gradients_alone(fo
 def _watch(model: Any, look: Callable[[], None]) -> Iterator[None]:
     """Call `look` before every module inside a layer, forward, and before every parameter's gradient."""
     handles = []
-    for layer in stream.decoder_layers(model):
+    for layer in structure.decoder_layers(model):
         handles += [m.register_forward_pre_hook(lambda *_: look()) for m in layer.modules() if m is not layer]
         handles += [p.register_hook(lambda _: look()) for p in layer.parameters() if p.requires_grad]
     yield
@@ -207,7 +210,7 @@ def test_at_most_two_layers_are_in_memory_at_any_time(wide: Path, fused: bool, r
     maps = pages.FileMaps.read()
     layers = [
         pages.whole_pages(stream._areas(t for t in stream._tensors(layer) if stream._is_mapped(t, maps)))
-        for layer in stream.decoder_layers(model)
+        for layer in structure.decoder_layers(model)
     ]
     sizes = [sum(span.bytes for span in spans) for spans in layers]
     seen: list[int] = []
@@ -301,21 +304,21 @@ def test_removed_means_no_hooks(llama: Path) -> None:
     placed.remove()
     placed.remove()
     assert placed.placement == "mapped"
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in stream.decoder_layers(model))
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in structure.decoder_layers(model))
 
 
 def test_a_shallow_model_is_that_of_its_first_layers_and_whole_again_afterwards(folder: Path) -> None:
     model = adapted(folder, fused=True)
-    layers = stream.decoder_layers(model)
+    layers = structure.decoder_layers(model)
     ids = tiny.batch((9,), VOCAB)["input_ids"]
     whole = model.eval()(input_ids=ids, use_cache=False).logits
     seen: list[int] = []
     hooks = [layer.register_forward_hook(lambda *_, n=n: seen.append(n)) for n, layer in enumerate(layers)]
-    with stream.shallow(model) as count:
-        assert count == 2 and stream.decoder_layers(model) == layers[:2]
+    with structure.shallow(model) as count:
+        assert count == 2 and structure.decoder_layers(model) == layers[:2]
         short = model(input_ids=ids, use_cache=False).logits
     assert seen == [0, 1]
-    assert stream.decoder_layers(model) == layers
+    assert structure.decoder_layers(model) == layers
     assert not torch.equal(short, whole)
     assert torch.equal(model(input_ids=ids, use_cache=False).logits, whole)
     assert [hook.remove() for hook in hooks]
@@ -323,15 +326,15 @@ def test_a_shallow_model_is_that_of_its_first_layers_and_whole_again_afterwards(
 
 def test_a_shallow_model_reaches_down_to_a_layer_that_trains_and_to_every_kind(llama: Path, tmp_path: Path) -> None:
     model = adapted(llama, fused=True, target_modules=["q_proj"], layers_to_transform=[2])
-    with stream.shallow(model) as count:
+    with structure.shallow(model) as count:
         assert count == 3
     kinds = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
     mixed = mapped.open_model(mapped.save(tmp_path, "gemma3", changes={"layer_types": kinds}))
-    with stream.shallow(mixed) as count:
+    with structure.shallow(mixed) as count:
         assert count == 4
-    with pytest.raises(RuntimeError), stream.shallow(model):
+    with pytest.raises(RuntimeError), structure.shallow(model):
         raise RuntimeError
-    assert len(stream.decoder_layers(model)) == mapped.LAYERS
+    assert len(structure.decoder_layers(model)) == mapped.LAYERS
 
 
 def test_proofs_of_a_streamed_run_read_two_layers_and_the_engine_is_on_all(

@@ -11,7 +11,8 @@ from peft import LoraConfig
 
 import halfbyte
 from halfbyte.adapters import targets
-from halfbyte.layers import packing, unpad
+from halfbyte.layers import unpad
+from halfbyte.models import structure
 from tests import tiny
 
 LENGTHS = (9, 4, 1, 12)
@@ -82,7 +83,7 @@ def test_logits_have_their_places(name: str) -> None:
 def spy(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of ids that reach the body."""
     seen: list[tuple[int, ...]] = []
-    embed = packing.causal_lm(model).get_input_embeddings()
+    embed = structure.causal_lm(model).get_input_embeddings()
     embed.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
     return seen
 

@@ -17,7 +17,7 @@ from halfbyte.adapters import targets
 from halfbyte.base import load
 from halfbyte.layers import fuse, packing
 from halfbyte.layers.fused_proof import prove_fused
-from halfbyte.models import sources
+from halfbyte.models import sources, structure
 from halfbyte.models.lora_sites import Site, sites
 from halfbyte.models.tensors import Facts, facts_of, read_checkpoint, read_config
 from halfbyte.plan.layer import FAMILIES, PADDED, Layer, family_of, layer_of, pairs_of
@@ -92,7 +92,7 @@ def kept_bytes(folder: Path, asked: str, dropout: float, *, cheap: bool = False)
     positions = torch.cat([torch.arange(n) for n in LENGTHS])
     batch = {"input_ids": torch.randint(0, 256, (1, TOKENS)), "position_ids": positions[None], "cu_seq_lens_q": starts}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        packing.body(packing.causal_lm(model))(**packing.forward_inputs(model, batch))
+        structure.body(structure.causal_lm(model))(**packing.forward_inputs(model, batch))
     specs = read_checkpoint(folder)
     total = sum(t.untyped_storage().nbytes() for t in kept.values())
     return total, sites(specs, lora), facts_of(read_config(folder), specs)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from halfbyte.base import stream
+from halfbyte.models import structure
 from halfbyte.system import pages
 from tests import mapped, tiny
 
@@ -21,7 +22,7 @@ def test_layers_are_called_as_modules_once_a_forward_and_in_order(name: str) -> 
     model = tiny.model(name).train()
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    layers = stream.decoder_layers(model)
+    layers = structure.decoder_layers(model)
     assert len(layers) == tiny.LAYERS
     seen: list[int] = []
     for number, layer in enumerate(layers):
@@ -60,7 +61,7 @@ def test_a_hook_on_the_output_fires_when_it_is_added_to_in_place() -> None:
 def test_the_loader_maps_a_prequantised_checkpoint_without_a_copy(tmp_path: Path, name: str) -> None:
     model = mapped.open_model(mapped.save(tmp_path, name))
     maps = pages.FileMaps.read()
-    for layer in stream.decoder_layers(model):
+    for layer in structure.decoder_layers(model):
         tensors = [p for p in stream._tensors(layer) if p.numel() > 64]
         copied = [tuple(t.shape) for t in tensors if not stream._is_mapped(t, maps)]
         assert tensors and not copied

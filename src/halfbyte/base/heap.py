@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 from halfbyte.base import stream
 from halfbyte.errors import BaseModelError
-from halfbyte.layers import packing
+from halfbyte.models import structure
 from halfbyte.system import usage
 
 # Holes that are let be: giving back costs time, and taking it again a page at a time costs more.
@@ -53,11 +53,11 @@ class Holes:
 
 def install(model: Any) -> None:
     """Look after each decoder layer of a model (PEFT around it or not) from now on; nothing where that is of no use."""
-    lm = packing.causal_lm(model)
+    lm = structure.causal_lm(model)
     if lm in _INSTALLED or lm.device.type != "cpu" or usage.heap_in_use() is None:
         return
     try:
-        layers = stream.decoder_layers(lm)
+        layers = structure.decoder_layers(lm)
     except BaseModelError:  # no list of layers
         return
     holes = Holes()
@@ -65,7 +65,7 @@ def install(model: Any) -> None:
 
 
 def remove(model: Any) -> None:
-    for handle in _INSTALLED.pop(packing.causal_lm(model), ()):
+    for handle in _INSTALLED.pop(structure.causal_lm(model), ()):
         handle.remove()
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import BaseModelError
-from halfbyte.layers import packing
+from halfbyte.models import structure
 from halfbyte.quant import bnb
 from halfbyte.system import pages
 
@@ -166,7 +165,7 @@ def place(model: Any, placement: Placement, *, mover: Mover | None = None) -> Pl
             "not be let go.",
             fix="--set quant.placement=mapped leaves the paging to the system",
         )
-    layers = decoder_layers(model)
+    layers = structure.decoder_layers(model)
     if mover is None:
         mover = PageMover(*_groups(model, layers, maps))
     return Placed("streamed", total, mapped, len(layers), Stream(layers, mover))
@@ -255,60 +254,10 @@ class After:
         self.backward()
 
 
-@contextmanager
-def shallow(model: Any) -> Iterator[int]:
-    """The model with its first layers only: two, or as many as hold one of each kind and something that trains.
-
-    For proofs at start: a forward through all of a base costs a second, and where it comes from disk reads all of it.
-    What a proof puts on modules or takes off reaches these layers alone. Whole again afterwards. Yields how many layers
-    there are, 0 for a model without a list of layers, which stays whole.
-    """
-    if not _layer_lists(model):
-        yield 0
-        return
-    holder, name = _layer_list(model)
-    whole: Any = getattr(holder, name)
-    kinds = getattr(packing.causal_lm(model).config.get_text_config(), "layer_types", None) or [""] * len(whole)
-    enough = max(kinds.index(kind) for kind in set(kinds)) + 1
-    trained = [i for i, layer in enumerate(whole) if any(p.requires_grad for p in layer.parameters())]
-    count = min(len(whole), max(2, enough, *[i + 1 for i in trained[:1]]))
-    setattr(holder, name, nn.ModuleList(list(whole)[:count]))
-    try:
-        yield count
-    finally:
-        setattr(holder, name, whole)
-
-
-def decoder_layers(model: Any) -> list[nn.Module]:
-    """The repeated layers of a model, in the order in which they run: the list of modules with the most parameters."""
-    holder, name = _layer_list(model)
-    return list(getattr(holder, name))
-
-
-def _layer_lists(model: Any) -> list[tuple[nn.Module, str]]:
-    return [
-        (module, name)
-        for module in model.modules()
-        for name, child in module.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) > 0
-    ]
-
-
-def _layer_list(model: Any) -> tuple[nn.Module, str]:
-    """(module, attribute) of the list of decoder layers."""
-    lists = _layer_lists(model)
-    if not lists:
-        raise BaseModelError(
-            f"{type(model).__name__} has no list of layers, so it cannot be streamed.",
-            fix="--set quant.placement=mapped leaves the paging to the system",
-        )
-    return max(lists, key=lambda found: sum(p.numel() for p in getattr(*found).parameters()))
-
-
 def is_mapped(model: Any, maps: pages.FileMaps | None = None) -> bool:
     """Whether most of the layers' weights lie in a file: of the 4-bit ones where there are some, else of all."""
     maps = maps or pages.FileMaps.read()
-    modules = [m for layer in decoder_layers(model) for m in layer.modules()]
+    modules = [m for layer in structure.decoder_layers(model) for m in layer.modules()]
     packed = [m.weight.data for m in modules if bnb.is_4bit(m)]
     weights = packed or [p.data for m in modules for p in m.parameters(recurse=False)]
     return 2 * _bytes(t for t in weights if _is_mapped(t, maps)) > _bytes(weights)

@@ -20,7 +20,7 @@ from halfbyte.errors import DataError
 from halfbyte.inference import evaluate as scoring
 from halfbyte.inference.generate import Sampling
 from halfbyte.layers import packing
-from halfbyte.models import sources
+from halfbyte.models import sources, structure
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs.folder import RunFolder
@@ -66,7 +66,7 @@ def open_run(path: Path, tell: store.Tell | None = None) -> Opened:
     own = lora.biases(opened.model) if recipe.lora.bias != "none" else []
     model = lora.load(opened.model, run.adapter)
     model.eval()
-    with stream.shallow(model):
+    with structure.shallow(model):
         packing.prove(model)  # leaves the model set up for what it has proven
     return Opened(path, recipe, found, model, tokenizer, own)
 

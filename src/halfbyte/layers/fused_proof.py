@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import first_line
-from halfbyte.layers import fuse, loss, packing
+from halfbyte.layers import fuse, loss
+from halfbyte.models import structure
 
 _LENGTHS = (9, 5)
 # ||fused - own|| / ||own|| over all adapters' gradients together. Measured: fp32 2e-6; bf16 0.01 to 0.09, which is the
@@ -75,7 +76,7 @@ def sample_gradients(model: Any, *, packed: bool) -> dict[str, Tensor]:
 
 
 def _compute_dtype(model: Any) -> torch.dtype:
-    dtype: torch.dtype = packing.causal_lm(model).dtype
+    dtype: torch.dtype = structure.causal_lm(model).dtype
     return dtype
 
 
@@ -116,7 +117,7 @@ def _gradients(model: Any, batch: dict[str, Any], *, fused: bool = True) -> dict
 
 def _batch(model: Any, *, packed: bool) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    vocabulary = packing.causal_lm(model).config.get_text_config().vocab_size
+    vocabulary = structure.causal_lm(model).config.get_text_config().vocab_size
     lengths = torch.tensor(_LENGTHS if packed else _LENGTHS[:1])
     total = int(lengths.sum())
     ids = torch.randint(vocabulary, (total,), generator=generator)

@@ -23,6 +23,7 @@ import torch
 
 from halfbyte.layers import packing
 from halfbyte.layers.kernels.cpu import available
+from halfbyte.models import structure
 
 # Logits at once: large enough for the matmul's full rate, small enough for the third-level cache.
 CHUNK_BYTES = 32_000_000
@@ -53,7 +54,7 @@ def micro_batch_loss(
     head = head_of(model) if fused else None
     if head is not None:
         with torch.autocast(device.type, enabled=False):
-            hidden = packing.body(packing.causal_lm(model))(**inputs)[0]  # (1, T, D)
+            hidden = structure.body(structure.causal_lm(model))(**inputs)[0]  # (1, T, D)
         labelled: torch.Tensor = _Rows.apply(hidden[0], keep.to(hidden.device))
         return head_loss(labelled, targets, head, smoothing=label_smoothing)
     if accepts(model, "logits_to_keep"):
@@ -83,9 +84,9 @@ def head_of(model: Any) -> Head | None:
     """
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         return None
-    lm = packing.causal_lm(model)
+    lm = structure.causal_lm(model)
     linear = lm.get_output_embeddings()
-    if type(linear) is not torch.nn.Linear or linear.weight.requires_grad or packing.body(lm) is lm:
+    if type(linear) is not torch.nn.Linear or linear.weight.requires_grad or structure.body(lm) is lm:
         return None
     if linear.bias is not None and linear.bias.requires_grad:
         return None
@@ -120,7 +121,7 @@ def _computes_logits(lm: Any, head: Head) -> bool:
     try:
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
             options = {"use_cache": False} if accepts(lm, "use_cache") else {}
-            hidden = packing.body(lm)(input_ids=ids, **options)[0]
+            hidden = structure.body(lm)(input_ids=ids, **options)[0]
             wanted = lm(input_ids=ids, **options).logits.float()
             got = _logits(hidden[0], head).float()[None]
     except Exception:  # of the model's own code; the repair: its own forward makes the logits

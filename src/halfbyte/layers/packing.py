@@ -25,6 +25,7 @@ from torch import Tensor
 from halfbyte.errors import BaseModelError
 from halfbyte.layers import padded_rows
 from halfbyte.layers.packed_attention import NAME, no_mask, register
+from halfbyte.models import structure
 
 Layout = Literal["cu_seq_lens", "rows", "single"]
 
@@ -48,28 +49,15 @@ class Proof:
     layout: Layout = "single"
 
 
-def causal_lm(model: Any) -> Any:
-    """The transformers model inside DDP and PEFT wrappers."""
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        model = model.module
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def body(lm: Any) -> Any:
-    """What the head stands on: takes input_ids and a mask, gives hidden states. `lm` itself where there is none."""
-    decoder = lm.get_decoder()
-    return lm.base_model if decoder is lm else decoder
-
-
 def layouts(model: Any) -> tuple[Layout, ...]:
     """The packed layouts that this model could take, best first. Nothing is proven yet."""
-    lm = causal_lm(model)
+    lm = structure.causal_lm(model)
     found: list[Layout] = []
     # ALiBi counts positions from the mask, not from position_ids: in a long pack its bf16 biases would lose precision.
     restarts = "position_ids" in inspect.signature(lm.forward).parameters and not getattr(lm.config, "alibi", False)
     if restarts and lm._supports_flash_attn and lm._can_set_attn_implementation():
         found.append("cu_seq_lens")
-    if body(lm) is not lm:
+    if structure.body(lm) is not lm:
         found.append("rows")
     return tuple(found)
 
@@ -79,11 +67,11 @@ def install(model: Any, layout: Layout | None = None) -> Layout:
 
     Only public seams of the instance are used: `set_attn_implementation`, and torch's forward hooks on the body.
     """
-    lm = causal_lm(model)
+    lm = structure.causal_lm(model)
     chosen: Layout = next(iter(layouts(lm)), "single") if layout is None else layout
-    hooks = padded_rows.attached(body(lm))
+    hooks = padded_rows.attached(structure.body(lm))
     if chosen == "rows" and hooks is None:
-        padded_rows.Rows(body(lm))
+        padded_rows.Rows(structure.body(lm))
     elif chosen != "rows" and hooks is not None:
         hooks.remove()
     if chosen == "cu_seq_lens":
@@ -96,8 +84,8 @@ def install(model: Any, layout: Layout | None = None) -> Layout:
 
 def installed(model: Any) -> Layout:
     """Which layout this model is set up for, read from the model itself."""
-    lm = causal_lm(model)
-    if padded_rows.attached(body(lm)) is not None:
+    lm = structure.causal_lm(model)
+    if padded_rows.attached(structure.body(lm)) is not None:
         return "rows"
     return "cu_seq_lens" if lm.config._attn_implementation == NAME else "single"
 
@@ -114,7 +102,7 @@ def forward_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
         the CPU). Logits and labels stay (1, T) in every layout. A micro-batch of one example gets plain input, right
         for every model.
     """
-    lm = causal_lm(model)
+    lm = structure.causal_lm(model)
     device = lm.device
     inputs: dict[str, Any] = {
         name: batch[name].to(device) for name in ("input_ids", "labels") if batch.get(name) is not None
@@ -184,7 +172,7 @@ def prove(model: Any) -> Proof:
     Three random examples packed must give the logits that each gives alone on the stock path, and changing one must
     leave the others as they were. The model's modes and the global random state are as before afterwards.
     """
-    lm = causal_lm(model)
+    lm = structure.causal_lm(model)
     install(lm, "single")
     stock: str = lm.config._attn_implementation
     tried: list[str] = []

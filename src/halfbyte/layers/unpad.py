@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.layers import loss, packing
+from halfbyte.models import structure
 
 _PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "use_cache", "return_dict", "position_ids"})
 # Whether a causal LM takes packed examples, once it has been seen.
@@ -30,7 +31,7 @@ _PROVEN: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 def packs(model: Any) -> bool:
     """Whether this model is proven to take examples end to end by their lengths. Proven at the first call."""
-    lm = packing.causal_lm(model)
+    lm = structure.causal_lm(model)
     if lm not in _PROVEN:
         packed = packing.installed(lm) == "cu_seq_lens"
         _PROVEN[lm] = packed or ("cu_seq_lens" in packing.layouts(lm) and packing.prove(lm).layout == "cu_seq_lens")
@@ -120,8 +121,8 @@ def attached(body: torch.nn.Module) -> Unpad | None:
 
 def attach(model: Any) -> bool:
     """Put the hooks on the body of a model that takes packed examples. Returns whether they are there."""
-    lm = packing.causal_lm(model)
-    body = packing.body(lm)
+    lm = structure.causal_lm(model)
+    body = structure.body(lm)
     if body is lm or not packs(lm):
         return False
     if attached(body) is None:

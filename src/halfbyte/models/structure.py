@@ -5,13 +5,20 @@ Cost: walks over modules; `meta_model` allocates no weight. torch and transforme
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from halfbyte.errors import SourceError
+from halfbyte.errors import BaseModelError, SourceError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from halfbyte.types import Config, Model
 
 
-def meta_model(config: Any, *, trust_remote_code: bool = False) -> Any:
+def meta_model(config: Config | str | Path, *, trust_remote_code: bool = False) -> Model:
     """The model of a checkpoint folder, or of a transformers config, on the meta device: shapes without weights."""
     import torch
     from huggingface_hub.errors import StrictDataclassError
@@ -32,3 +39,80 @@ def meta_model(config: Any, *, trust_remote_code: bool = False) -> Any:
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
         kind = getattr(config, "model_type", type(config).__name__)
         raise SourceError(f"{where or kind}: transformers cannot build this model: {error}") from error
+
+
+def causal_lm(model: Model) -> Model:
+    """The transformers model inside DDP and PEFT wrappers."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def body(lm: Model) -> Model:
+    """What the head stands on: takes input_ids and a mask, gives hidden states. `lm` itself where there is none."""
+    decoder = lm.get_decoder()
+    return lm.base_model if decoder is lm else decoder
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a model, in the order in which they run: the list of modules with the most parameters."""
+    holder, name = layer_list(model)
+    return list(getattr(holder, name))
+
+
+def layer_list(model: nn.Module) -> tuple[nn.Module, str]:
+    """(module, attribute) of the list of decoder layers."""
+    lists = _layer_lists(model)
+    if not lists:
+        raise BaseModelError(
+            f"{type(model).__name__} has no list of layers, so it cannot be streamed.",
+            fix="--set quant.placement=mapped leaves the paging to the system",
+        )
+    return max(lists, key=lambda pair: sum(p.numel() for p in getattr(*pair).parameters()))
+
+
+def _layer_lists(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    from torch import nn
+
+    return [
+        (module, name)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) > 0
+    ]
+
+
+@contextmanager
+def shallow(model: Model) -> Iterator[int]:
+    """The model with its first layers only: two, or as many as hold one of each kind and something that trains.
+
+    For proofs at start: a forward through all of a base costs a second, and where it comes from disk reads all of it.
+    What a proof puts on modules or takes off reaches these layers alone. Whole again afterwards. Yields how many layers
+    there are, 0 for a model without a list of layers, which stays whole.
+    """
+    from torch import nn
+
+    if not _layer_lists(model):
+        yield 0
+        return
+    holder, name = layer_list(model)
+    whole = list(getattr(holder, name))
+    kinds = getattr(causal_lm(model).config.get_text_config(), "layer_types", None) or [""] * len(whole)
+    enough = max(kinds.index(kind) for kind in set(kinds)) + 1
+    trained = [i for i, layer in enumerate(whole) if any(p.requires_grad for p in layer.parameters())]
+    count = min(len(whole), max(2, enough, *[i + 1 for i in trained[:1]]))
+    with replaced(holder, name, nn.ModuleList(whole[:count])):
+        yield count
+
+
+@contextmanager
+def replaced(holder: nn.Module, name: str, child: nn.Module) -> Iterator[None]:
+    """Another module in the place of `holder.name`, which is back afterwards."""
+    own = getattr(holder, name)
+    setattr(holder, name, child)
+    try:
+        yield
+    finally:
+        setattr(holder, name, own)

@@ -22,7 +22,8 @@ import torch
 from halfbyte.base import heap
 from halfbyte.data import pack
 from halfbyte.errors import TrainError, first_line
-from halfbyte.layers import fuse, loss, packing
+from halfbyte.layers import fuse, loss
+from halfbyte.models import structure
 from halfbyte.plan.lines import GB, Recompute
 from halfbyte.system import usage
 from halfbyte.system.device import ram_available
@@ -201,7 +202,7 @@ def _forget(model: Any) -> None:
 
 def recompute_as(model: Any, policy: Recompute) -> None:
     """Make a model (PEFT around it or not) do again in backward what the policy says; may be called at any time."""
-    lm = packing.causal_lm(model)
+    lm = structure.causal_lm(model)
     fuse.recompute_cheap(lm, on=policy == "selective")
     if policy != "full":
         if lm.is_activation_checkpointing:
