@@ -21,11 +21,11 @@ from halfbyte.errors import BaseModelError
 from halfbyte.layers import packing
 from halfbyte.layers.fused_proof import prove_fused, sample_gradients
 from halfbyte.models import sources, structure
-from halfbyte.models.sources.checkpoint import cache_dir
 from halfbyte.plan import calibrate
 from halfbyte.recipe.schema import Recipe
-from halfbyte.runs.folder import versions
 from halfbyte.system import device, threads
+from halfbyte.system.files import cache_dir, free_bytes
+from halfbyte.system.versions import versions
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,7 @@ def examine(recipe: Recipe | None = None, *, tell: Callable[[str], None] = lambd
     threads.settle(machine.cores)
     tell("measuring this machine")
     rates = calibrate.ensure(machine, dtype, anew=True)
-    found = Diagnosis(
-        machine, dtype, why, rates, cache_dir(), machine.disk_free_bytes(cache_dir()), versions()
-    )  # fmt: skip
+    found = Diagnosis(machine, dtype, why, rates, cache_dir(), free_bytes(cache_dir()), versions())
     return found if recipe is None else _with_model(found, recipe, tell)
 
 

@@ -24,8 +24,9 @@ from halfbyte.recipe.file import to_yaml
 from halfbyte.recipe.schema import Loaded, Origin, rows
 from halfbyte.runs import checkpoint
 from halfbyte.runs import report as reporting
-from halfbyte.runs.folder import RunFolder, versions
+from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device, threads, usage
+from halfbyte.system.versions import versions
 from halfbyte.training import callback as callbacks
 from halfbyte.training import fit
 from halfbyte.training.callback import Listener, RunCallback, Silent, StopRequest, stop_on_signals

@@ -16,6 +16,7 @@ import torch
 
 from halfbyte.runs import checkpoint
 from halfbyte.errors import RunError, TrainError
+from halfbyte.system import files
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, betas=(0.8, 0.9), weight_decay=0.1),
@@ -127,7 +128,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_no_rest(tmp_path: Path, mon
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_fsync", full)
+    monkeypatch.setattr(files, "sync", full)
     with pytest.raises(TrainError, match="step-000020 could not be written: No space left on device"):
         save(tmp_path, 20, optimizer, scheduler)
     assert sorted(p.name for p in tmp_path.iterdir()) == [good.name]

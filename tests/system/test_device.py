@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.errors import RecipeError
-from halfbyte.system import device
+from halfbyte.system import device, files
 from halfbyte.system.device import Card, Device, compute_dtype, detect, parse_cards
 
 GIB = 2**30
@@ -200,7 +200,7 @@ def test_this_machine_and_its_json(tmp_path: Path) -> None:
     found = detect()
     assert found.cores >= 1
     assert 0 < found.ram_available_bytes <= found.ram_bytes
-    assert found.disk_free_bytes(tmp_path / "not" / "there") > 0
+    assert files.free_bytes(tmp_path / "not" / "there") > 0
     shown = cuda((8, 6)).to_json()
     assert shown["cards"][0]["capability"] == [8, 6]
     assert shown["isa"] == ["avx512_bf16"]

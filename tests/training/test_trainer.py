@@ -29,7 +29,7 @@ from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import Loaded
 from halfbyte.runs import checkpoint
 from halfbyte.runs.folder import RunFolder
-from halfbyte.system import device
+from halfbyte.system import device, files
 from halfbyte.training.callback import Best, Silent
 from tests import tiny, tiny_run
 
@@ -423,7 +423,7 @@ def test_the_best_adapter_is_kept(tmp_path: Path) -> None:
 
 
 def test_the_best_adapter_is_found_again_after_a_kill_between_two_renames(tmp_path: Path) -> None:
-    aside = lora.set_aside(tmp_path / "best")
+    aside = files.aside(tmp_path / "best")
     aside.mkdir()
     (aside / "best.json").write_text(json.dumps({"metric": "eval_loss", "value": 0.5, "step": 3}))
     best = Best("eval_loss", tmp_path / "best")

@@ -10,9 +10,7 @@ Cost: rank x (in + out) parameters a layer, fp32 while training.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 
 from halfbyte.adapters.dropin import PeftModel, freeze, get_peft_model
 from halfbyte.adapters.targets import Targets, matched, resolve_targets
-from halfbyte.errors import AdapterError, TrainError, first_line
+from halfbyte.errors import AdapterError, first_line
+from halfbyte.runs import checkpoint
 
 if TYPE_CHECKING:
     from halfbyte.recipe.schema import Lora
@@ -200,50 +199,11 @@ def save(
         dtype: of the saved tensors; training masters are fp32.
         tokenizer: written beside it, where it is not the base's own any more.
     """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with checkpoint.whole_or_absent(f"the adapter {folder}", folder) as temporary:
         write_files(adapted, temporary, base_id=base_id, revision=revision, dtype=dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        replace_folder(temporary, folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise TrainError(
-            f"the adapter could not be written to {folder}: {getattr(error, 'strerror', None) or error}.",
-            fix="free some disk space; checkpoints already written are whole, `halfbyte train --resume` continues",
-        ) from error
     return folder
-
-
-def replace_folder(new: Path, old: Path) -> None:
-    """Put a finished folder in the place of an older one.
-
-    The files are synced first. An interruption puts the older one back; a process killed between the two renames
-    leaves it under the name that `set_aside` gives.
-    """
-    for path in (*new.iterdir(), new):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    aside = set_aside(old)
-    if old.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(old, aside)
-    try:
-        os.replace(new, old)
-    except BaseException:
-        if aside.exists():
-            os.replace(aside, old)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def set_aside(folder: Path) -> Path:
-    """Where the older folder lies for the moment in which a new one takes its place."""
-    return folder.with_name(f".{folder.name}.old")
 
 
 def write_files(adapted: Any, folder: Path, *, base_id: str, revision: str | None, dtype: torch.dtype | None) -> None:

@@ -337,7 +337,7 @@ def check(
 def version() -> None:
     """The versions of halfbyte and of what it stands on."""
     from halfbyte.cli import show
-    from halfbyte.runs.folder import versions
+    from halfbyte.system.versions import versions
 
     show.text("\n".join(f"{name} {value}" for name, value in versions().items()))
 

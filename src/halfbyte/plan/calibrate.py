@@ -15,14 +15,15 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from halfbyte.models.sources.checkpoint import cache_dir
 from halfbyte.plan.timing import Rates
+from halfbyte.system import files
 from halfbyte.system.device import Device
+from halfbyte.system.files import cache_dir
 from halfbyte.system.threads import asked_threads
+from halfbyte.system.versions import version
 
 SECONDS_EACH = 0.4
 FILE_BYTES = 256_000_000
@@ -43,9 +44,7 @@ def path_of(device: Device, dtype: str) -> Path:
     """The file that holds the rates of this processor with so many threads."""
     import hashlib
 
-    what = (
-        f"{FORMAT} {device.cpu} {' '.join(device.isa)} {threads(device)} {dtype} {_version('torch')} {_cards(device)}"
-    )
+    what = f"{FORMAT} {device.cpu} {' '.join(device.isa)} {threads(device)} {dtype} {version('torch')} {_cards(device)}"
     return cache_dir() / "calibration" / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
 
 
@@ -63,14 +62,9 @@ def ensure(device: Device, dtype: str, *, say: Callable[[str], None] = lambda te
     say("calibrating this machine once (a few seconds)")
     rates = measure(device, dtype)
     path = path_of(device, dtype)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs the same seconds again
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(rates.to_json()), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError:  # a cache that cannot be written costs the same seconds again, and nothing else
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        files.write(path, files.as_json(rates.to_json()))
     return rates
 
 
@@ -171,13 +165,6 @@ def _disk() -> float:
         return 500e6  # a disk that cannot be written to is not measured: a slow one is assumed
     finally:
         path.unlink(missing_ok=True)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def _cards(device: Device) -> str:

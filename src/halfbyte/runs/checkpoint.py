@@ -9,9 +9,7 @@ Cost: one write of the adapter and of its optimiser state (8 bytes a trained par
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import random
 import re
 import shutil
@@ -26,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from halfbyte.errors import RunError, TrainError
+from halfbyte.system import files
 
 NESTED = "/"  # between a state's name and a name inside it
 FORMAT_VERSION = 1
@@ -56,11 +55,7 @@ def save(
     final = folder / f"step-{step:06d}"
     if is_whole(final):
         return final
-    temporary = folder / f".step-{step:06d}.{os.getpid()}"
-    with whole_or_absent(f"checkpoint {final}", temporary):
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+    with whole_or_absent(f"checkpoint {final}", final) as temporary:
         write_adapter(temporary)
         write_trainer_state(temporary / "trainer_state.json")
         tensors, rest = _flatten(optimizer.state_dict())
@@ -68,28 +63,23 @@ def save(
         state = {"optimizer": rest, "scheduler": _plain(scheduler.state_dict()), "python_random": random.getstate()}
         (temporary / OPTIMIZER_JSON).write_text(json.dumps(state))
         save_file(_rng_state(), temporary / RNG_TENSORS)
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
-        manifest = {"format": FORMAT_VERSION, "step": step, "files": files}
+        listed = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in sorted(temporary.iterdir())}
+        manifest = {"format": FORMAT_VERSION, "step": step, "files": listed}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in temporary.iterdir():
-            _fsync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        _fsync(folder)
     return final
 
 
 @contextmanager
-def whole_or_absent(what: str, temporary: Path) -> Iterator[None]:
-    """A write that the disk refuses ends in one error, and what was written so far is removed.
+def whole_or_absent(what: str, folder: Path) -> Iterator[Path]:
+    """`files.new_folder`, of which a disk that refuses makes one error.
 
     Raises:
         TrainError: with the reason of the system.
     """
     try:
-        yield
+        with files.new_folder(folder) as temporary:
+            yield temporary
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise TrainError(
             f"{what} could not be written: {getattr(error, 'strerror', None) or error}.",
             fix="free some disk space, then continue from the newest whole checkpoint with `halfbyte train --resume`",
@@ -101,7 +91,7 @@ def is_whole(path: Path, *, hashes: bool = False) -> bool:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         return manifest["format"] == FORMAT_VERSION and all(
-            (path / name).stat().st_size == entry["bytes"] and (not hashes or _sha256(path / name) == entry["sha256"])
+            (path / name).stat().st_size == entry["bytes"] and (not hashes or files.sha256(path / name) == entry["sha256"])
             for name, entry in manifest["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError):
@@ -243,19 +233,6 @@ def _plain(value: Any) -> Any:
 
 def _has_json(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, list, tuple, dict, torch.Tensor))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _alive(pid: str) -> bool:

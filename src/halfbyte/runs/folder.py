@@ -10,26 +10,18 @@ Cost: one small write a step.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import math
 import os
-import platform
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import RunError, TrainError
+from halfbyte.system import files
 
-LIBRARIES = (
-    "halfbyte", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers",
-    "huggingface_hub", "numpy",
-)  # fmt: skip
 ANOTHER = "give another output: (--output)"
 _STEP = re.compile(r"step-(\d+)$")
 
@@ -90,19 +82,20 @@ class RunFolder:
             RunError: something is there already, or the place cannot be written.
         """
         cls.check_free(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = files.beside(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "checkpoints").mkdir(parents=True)
-            _write_synced(temporary / "recipe.yaml", recipe_yaml.encode())
-            os.rename(temporary, path)
+            files.write(temporary / "recipe.yaml", recipe_yaml.encode())
+            os.rename(temporary, path)  # refuses where another run has appeared
+            files.sync(path.parent)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if path.exists():  # another process was faster
                 raise _exists(path) from error
-            if error.errno in _FULL:
-                raise RunError(_full_text(path, len(recipe_yaml)), fix=f"free some space, or {ANOTHER}") from error
+            if files.is_full(error):
+                raise RunError(files.no_space(path, len(recipe_yaml)), fix=f"free some space, or {ANOTHER}") from error
             raise RunError(f"the run folder {path} cannot be made: {error.strerror}.", fix=ANOTHER) from error
         run = cls(path)
         with run.lock():
@@ -166,30 +159,26 @@ class RunFolder:
         Raises:
             RunError: another process holds it; names its id.
         """
-        if sys.platform == "win32":
+        if not files.CAN_LOCK:
             raise RunError("a run cannot be locked on Windows yet.", fix="run halfbyte under WSL")
-        import fcntl
-
         with (self.path / "lock").open("a+") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+            if not files.lock(stream, wait=False):
                 stream.seek(0)
                 holder = stream.read().strip() or "unknown"
                 raise RunError(
                     f"the run {self.path} is being written by process {holder}.",
                     fix=f"wait for it, stop it, or {ANOTHER}",
-                ) from error
+                )
             stream.truncate(0)
             stream.write(str(os.getpid()))
             stream.flush()
             yield
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
-        write_json_atomic(self.plan, plan)
+        self._write(self.plan, files.as_json(plan))
 
     def write_report(self, report: Mapping[str, Any]) -> None:
-        write_json_atomic(self.report, report)
+        self._write(self.report, files.as_json(report))
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one row. A torn line that a crash left at the end is cut away first.
@@ -197,7 +186,7 @@ class RunFolder:
         Raises:
             TrainError: no space left.
         """
-        line = (json.dumps(finite(row)) + "\n").encode()
+        line = (json.dumps(files.finite(row)) + "\n").encode()
         with _space_for(self.metrics, len(line)):
             if not _ends_whole(self.metrics):
                 self._rewrite_metrics(self.read_metrics())
@@ -240,51 +229,12 @@ class RunFolder:
             self._rewrite_metrics(kept)
 
     def _rewrite_metrics(self, rows: list[dict[str, Any]]) -> None:
-        write_atomic(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        self._write(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
-
-def write_json_atomic(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all; numbers that JSON has no name for (NaN, infinity) become null."""
-    write_atomic(path, (json.dumps(finite(value), indent=2) + "\n").encode())
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file in one step: written beside it, synced, renamed.
-
-    Raises:
-        TrainError: no space left; says how much is needed. The old file is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with _space_for(path, len(data)):
-        try:
-            _write_synced(temporary, data)
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-def finite(value: Any) -> Any:
-    """A copy in which every NaN and infinity is None, tuples are lists and paths are text."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def versions() -> dict[str, str]:
-    """Version of Python and of each library that a result depends on, as installed; nothing is imported."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+    @staticmethod
+    def _write(path: Path, content: bytes) -> None:
+        with _space_for(path, len(content)):
+            files.write(path, content)
 
 
 @contextlib.contextmanager
@@ -292,15 +242,9 @@ def _space_for(path: Path, size: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if not files.is_full(error):
             raise
-        raise TrainError(_full_text(path, size), fix="free some space, then `halfbyte train ... --resume`") from error
-
-
-def _full_text(path: Path, size: int) -> str:
-    folder = next((p for p in path.parents if p.exists()), Path("."))
-    free = shutil.disk_usage(folder).free
-    return f"no space left: writing {path} needs {size} bytes, and {folder} has {free} bytes free."
+        raise TrainError(files.no_space(path, size), fix="free some space, then `halfbyte train ... --resume`") from error
 
 
 def _exists(path: Path) -> RunError:
@@ -308,13 +252,6 @@ def _exists(path: Path) -> RunError:
         f"the run folder {path} exists already, and a run is never overwritten.",
         fix=f"continue it with --resume, or {ANOTHER}",
     )
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _ends_whole(path: Path) -> bool:

@@ -70,7 +70,7 @@ class Report:
     notices: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for `run.write_json_atomic`."""
+        """Plain values for `RunFolder.write_report`."""
         lines = [{**asdict(line), "error": line.error} for line in self.lines]
         return {**asdict(self), "errors": dict(self.errors), "lines": lines, "notices": list(self.notices)}
 

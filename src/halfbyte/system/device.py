@@ -13,7 +13,6 @@ import importlib.util
 import os
 import platform
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -59,12 +58,6 @@ class Device:
     ram_available_bytes: int
     cards: tuple[Card, ...] = ()
     cpu: str = ""
-
-    def disk_free_bytes(self, path: Path) -> int:
-        """Free bytes for this user on the file system of `path`, or of its nearest parent that exists."""
-        while not path.exists() and path != path.parent:
-            path = path.parent
-        return shutil.disk_usage(path).free
 
     def to_json(self) -> dict[str, Any]:
         """The machine for `report.json`; tuples become lists."""

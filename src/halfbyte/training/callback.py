@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import TrainerCallback
 
-from halfbyte.adapters.lora import replace_folder, set_aside
 from halfbyte.runs import checkpoint
+from halfbyte.system import files
 
 if TYPE_CHECKING:
     from halfbyte.base.store.build import Progress
@@ -107,8 +107,8 @@ class Best:
 
     def restore(self) -> None:
         """Find the best of an earlier process again."""
-        if not self.folder.exists() and set_aside(self.folder).exists():
-            os.replace(set_aside(self.folder), self.folder)
+        if not self.folder.exists() and files.aside(self.folder).exists():
+            os.replace(files.aside(self.folder), self.folder)
         path = self.folder / "best.json"
         if path.is_file():
             row = json.loads(path.read_text())
@@ -180,13 +180,11 @@ class RunCallback(TrainerCallback):
         best = self.best
         if best is not None and best.metric in row and best.better(row[best.metric]):
             best.value, best.step = row[best.metric], state.global_step
-            temporary = best.folder.with_name(f".best.{os.getpid()}")
-            with checkpoint.whole_or_absent(f"the best adapter {best.folder}", temporary):
+            with checkpoint.whole_or_absent(f"the best adapter {best.folder}", best.folder) as temporary:
                 self.write_adapter(temporary)
                 (temporary / "best.json").write_text(
                     json.dumps({"metric": best.metric, "value": best.value, "step": best.step})
                 )
-                replace_folder(temporary, best.folder)
             row = {**row, "best": True}
         self.listener.evaluated(row)
 

@@ -22,6 +22,7 @@ from halfbyte.base.store import build, manifest, shelf
 from halfbyte.errors import HalfbyteError, StoreError
 from halfbyte.plan import building
 from halfbyte.quant import nf4_cpu
+from halfbyte.system import files
 from tests import tiny
 from tests.base.store.helpers import differing, opened, wanted
 
@@ -225,7 +226,7 @@ def test_a_disk_that_fills_up_is_one_error_and_a_continuation(
         elif when == "journal":
             stop_after(2, patch, full)
         elif when == "manifest":
-            patch.setattr(manifest, "write_durably", fail)
+            patch.setattr(files, "write", fail)
         else:
             replace = os.replace
             patch.setattr(os, "replace", lambda a, b: fail() if str(a).endswith(shelf.PARTIAL) else replace(a, b))

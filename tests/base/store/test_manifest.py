@@ -97,22 +97,6 @@ def test_a_field_of_a_later_halfbyte_is_not_passed_over(tmp_path: Path) -> None:
         manifest.read(tmp_path / "s")
 
 
-def test_a_small_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "x.json"
-    manifest.write_durably(path, b"before")
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fail)
-        with pytest.raises(OSError, match="No space"):
-            manifest.write_durably(path, b"after, and longer")
-    assert path.read_bytes() == b"before"
-    manifest.write_durably(path, b"after")
-    assert path.read_bytes() == b"after"
-
-
 def test_a_tree_of_hashes_does_not_depend_on_their_order() -> None:
     parts = [("a", "1"), ("b", "2"), ("c", "3")]
     assert manifest.tree_hash(parts) == manifest.tree_hash(parts[::-1])

@@ -11,6 +11,7 @@ import pytest
 
 from halfbyte.data.encoding import file_digests
 from halfbyte.errors import DataError
+from halfbyte.system import files
 
 
 @pytest.fixture
@@ -27,8 +28,8 @@ def once(path: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether its digest is known without reading it."""
     with monkeypatch.context() as patch:
         read: list[Path] = []
-        real = file_digests._hash
-        patch.setattr(file_digests, "_hash", lambda p: (read.append(p), real(p))[1])
+        real = files.sha256
+        patch.setattr(files, "sha256", lambda p: (read.append(p), real(p))[1])
         assert file_digests.digest(path) == hashlib.sha256(path.read_bytes()).hexdigest()
         return not read
 

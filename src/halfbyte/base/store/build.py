@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from halfbyte.models.sources.checkpoint import Checkpoint, beside_bytes, beside_
 from halfbyte.plan import building
 from halfbyte.quant import bnb as codec
 from halfbyte.quant import linear_subclasses, nf4_cpu
+from halfbyte.system import files
 
 JOURNAL = "journal.jsonl"
 INDEX = "model.safetensors.index.json"
@@ -84,13 +84,12 @@ def build(request: Request, source: Source, target: Path, tell: Callable[[Progre
         started = time.monotonic()
         _write_files(request, source, journal, tell)
         _finish(request, source, journal, time.monotonic() - started)
-        os.replace(partial, target)
-        manifest.sync_folder(target.parent)
+        files.put(partial, target)
     except OSError as error:
         where = error.filename or partial
         raise shelf.NotWritable(
             f"the store of {request.checkpoint.id} cannot be written: {where}: {error.strerror or error}. "
-            f"{_free_bytes(partial) / 1e9:.2f} GB are free there.",
+            f"{files.free_bytes(partial) / 1e9:.2f} GB are free there.",
             fix=_MORE_ROOM,
         ) from error
 
@@ -152,7 +151,7 @@ def _preflight(request: Request, partial: Path, journal: _Journal) -> None:
     )
     beside = beside_bytes(request.checkpoint.path)
     need += beside + SPARE_BYTES
-    if (free := _free_bytes(partial)) < need:
+    if (free := files.free_bytes(partial)) < need:
         raise shelf.NotWritable(
             f"no space left for the 4-bit store of {request.checkpoint.id}: it needs {need / 1e9:.2f} GB in "
             f"{partial.parent}, and {free / 1e9:.2f} GB are free",
@@ -293,10 +292,10 @@ def _finish(request: Request, source: Source, journal: _Journal, seconds: float)
     folder, found = journal.folder, request.checkpoint
     entries = dict(journal.files)
     for path in beside_weights(found.path):
-        manifest.write_durably(folder / path.name, path.read_bytes())
+        files.write(folder / path.name, path.read_bytes())
         entries[path.name] = manifest.entry_of(folder / path.name)
     for name, content in (("config.json", _config(request)), (INDEX, _index(request, entries))):
-        manifest.write_durably(folder / name, json.dumps(content, indent=2).encode() + b"\n")
+        files.write(folder / name, json.dumps(content, indent=2).encode() + b"\n")
         entries[name] = manifest.entry_of(folder / name)
     journal.path.unlink()
     manifest.write(
@@ -333,9 +332,3 @@ def _index(request: Request, entries: dict[str, manifest.Entry]) -> dict[str, An
     weight_map = {s.name: plan.name for plan in request.layout.files for p in plan.pieces for s in slots(p, quant)}
     total = sum(entries[plan.name].nbytes for plan in request.layout.files)
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
-
-
-def _free_bytes(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import StoreError
+from halfbyte.system import files
 
 MANIFEST = "halfbyte-store.json"
 # Raised when what a store holds changes, so that older ones are neither found nor opened.
 FORMAT_VERSION = 1
-_HASH_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -54,30 +54,7 @@ class Manifest:
 
 def write(folder: Path, manifest: Manifest) -> None:
     """Put the manifest in its place, whole or not at all, and durably."""
-    write_durably(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode() + b"\n")
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a small file so that after a power cut it is there whole, or as it was before."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names in `folder` durable, where the system can open a folder."""
-    try:
-        fd = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    files.write(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode() + b"\n")
 
 
 def read(folder: Path) -> Manifest:
@@ -120,13 +97,8 @@ def problems(folder: Path, manifest: Manifest, *, full: bool = False) -> list[st
 
 def entry_of(path: Path) -> Entry:
     """Size and hashes of a file as it lies on the disk."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_BYTES):
-            digest.update(chunk)
-        nbytes = file.tell()
-    whole = digest.hexdigest()
-    return Entry(path.name, nbytes, whole, header_hash(path) or whole)
+    whole = files.sha256(path)
+    return Entry(path.name, path.stat().st_size, whole, header_hash(path) or whole)
 
 
 def header_hash(path: Path) -> str | None:

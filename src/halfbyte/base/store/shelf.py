@@ -19,13 +19,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from halfbyte.base.store import manifest
 from halfbyte.errors import StoreError
 from halfbyte.models import tensors
-from halfbyte.models.sources.checkpoint import Checkpoint, cache_dir
+from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.folder import PICKLE, PICKLE_INDEX, indexed_shards
+from halfbyte.system import files
+from halfbyte.system.files import cache_dir
 
 if TYPE_CHECKING:
     from halfbyte.recipe.schema import Quant
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 PARTIAL, BROKEN, LOCKS, USED = ".partial", ".broken", ".locks", "last-used"
 _KEY = re.compile(r"[\w.-]+-[0-9a-f]{16}")
 # Shared locks of the stores that this process has opened.
-_in_use: dict[str, Any] = {}
+_in_use: dict[str, IO[str]] = {}
 
 
 @atexit.register
@@ -106,12 +108,11 @@ def identity(checkpoint: Checkpoint) -> dict[str, Any]:
     config = hashlib.sha256((checkpoint.path / "config.json").read_bytes()).hexdigest()
     if checkpoint.kind == "hub":
         return {"hub": f"{checkpoint.id}@{checkpoint.revision}", "pickle": checkpoint.pickle, "config": config}
-    files = []
+    parts = []
     for file in source_files(checkpoint):
-        found = file.stat()
-        header = manifest.header_hash(file)
-        files.append([str(file.absolute()), found.st_size, found.st_mtime_ns, header])
-    return {"files": files, "config": config}
+        stat = file.stat()
+        parts.append([str(file.absolute()), stat.st_size, stat.st_mtime_ns, manifest.header_hash(file)])
+    return {"files": parts, "config": config}
 
 
 def source_files(checkpoint: Checkpoint) -> list[Path]:
@@ -128,7 +129,7 @@ def hold(key: str) -> None:
     if key in _in_use:
         return
     file = _lock_file(key, "use")
-    if file is not None and _lock(file, exclusive=False, wait=True):
+    if file is not None and _lock(file, shared=True, wait=True):
         _in_use[key] = file
 
 
@@ -153,10 +154,10 @@ def building(key: str, on_wait: Callable[[], None] | None = None, *, where: Path
             fix="name a folder that you can write: export HALFBYTE_CACHE=/path/with/space, or --out DIR",
         )
     with file:
-        if not _lock(file, exclusive=True, wait=False):
+        if not _lock(file):
             if on_wait is not None:
                 on_wait()
-            _lock(file, exclusive=True, wait=True)
+            _lock(file, wait=True)
         yield
 
 
@@ -203,7 +204,7 @@ def remove(entry: Shelved) -> bool:
     """Delete one folder of the shelf unless a process builds or uses it. Returns whether it is gone."""
     locks = [_lock_file(entry.key, kind) for kind in ("build", "use")]
     try:
-        if not all(file is not None and _lock(file, exclusive=True, wait=False) for file in locks):
+        if not all(file is not None and _lock(file) for file in locks):
             return False
         aside = entry.path
         if BROKEN not in entry.path.name:  # out of sight at once: a half deleted store is never found
@@ -250,14 +251,14 @@ def _busy(key: str) -> bool:
             continue
         try:
             with path.open("a") as file:
-                if not _lock(file, exclusive=True, wait=False):
+                if not _lock(file):
                     return True
         except OSError:
             continue
     return False
 
 
-def _lock_file(key: str, kind: str, where: Path | None = None) -> Any | None:
+def _lock_file(key: str, kind: str, where: Path | None = None) -> IO[str] | None:
     """An open lock file, or None where none can be made."""
     path = folder() / LOCKS / f"{key}.{kind}" if where is None else where.with_name(f".{where.name}.{kind}")
     try:
@@ -267,16 +268,9 @@ def _lock_file(key: str, kind: str, where: Path | None = None) -> Any | None:
         return None
 
 
-def _lock(file: Any, *, exclusive: bool, wait: bool) -> bool:
+def _lock(file: IO[str], *, shared: bool = False, wait: bool = False) -> bool:
     """Lock an open file until it is closed. Without POSIX locks (Windows) every lock is had at once."""
     try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
+        return not files.CAN_LOCK or files.lock(file, shared=shared, wait=wait)
     except OSError as error:
         raise StoreError(f"{file.name} cannot be locked: {error.strerror or error}.") from error
-    return True

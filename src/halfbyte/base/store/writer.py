@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from halfbyte.base.store import manifest
+from halfbyte.system import files
 
 PAGE = 4096
 # Digits that an offset may take in the header.
@@ -85,12 +86,10 @@ class Writer:
             raise ValueError(f"the header of {self.path.name} takes {len(header)} bytes, and {room} were kept free")
         _write(self.fd, room.to_bytes(8, "little") + header.ljust(room), 0)
         os.ftruncate(self.fd, self.data_start + at)
-        os.fsync(self.fd)
         os.close(self.fd)
         self.fd = -1
         entry = manifest.entry_of(self.partial)
-        os.replace(self.partial, self.path)
-        manifest.sync_folder(self.path.parent)
+        files.put(self.partial, self.path)
         return manifest.Entry(self.path.name, entry.nbytes, entry.sha256, _header_hash(self.path))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

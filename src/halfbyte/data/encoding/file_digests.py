@@ -10,7 +10,6 @@ Cost: SHA-256, about 1 GB/s, once; then a `stat`.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import time
@@ -18,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import DataError
-from halfbyte.models.sources.checkpoint import cache_dir
+from halfbyte.system import files
+from halfbyte.system.files import cache_dir
 
 LARGE_BYTES = 64_000_000  # smaller files are hashed in no time
 SETTLED_S = 2.0
@@ -34,23 +34,18 @@ def digest(path: Path) -> str:
     try:
         before = path.stat()
         if before.st_size < LARGE_BYTES:
-            return _hash(path)
+            return files.sha256(path)
         name, stamp = str(path.resolve()), _stamp(before)
         known = _known()
         if known.get(name, {}).get("stamp") == stamp:
             return str(known[name]["digest"])
-        found = _hash(path)
+        found = files.sha256(path)
         settled = time.time() - max(before.st_mtime, before.st_ctime) >= SETTLED_S
         if settled and _stamp(path.stat()) == stamp:
             _note(name, {"stamp": stamp, "digest": found})
         return found
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _stamp(stat: os.stat_result) -> list[int]:
@@ -75,9 +70,6 @@ def _known() -> dict[str, Any]:
 def _note(name: str, value: dict[str, Any]) -> None:
     """Keep a hash, the latest last. A disk that cannot be written keeps nothing."""
     known = {k: v for k, v in _known().items() if k != name} | {name: value}
-    text = json.dumps(dict(list(known.items())[-MOST_FILES:]))
-    partial = _notes().with_suffix(f".{os.getpid()}.partial")
     with contextlib.suppress(OSError):
         _notes().parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(_notes())
+        files.write(_notes(), files.as_json(dict(list(known.items())[-MOST_FILES:])))

