@@ -16,6 +16,7 @@ from halfbyte.errors import BaseModelError
 from halfbyte.models import tensors as shapes
 from halfbyte.models.sources import Checkpoint
 from halfbyte.quant import bnb as codec
+from halfbyte.quant.dequantise import dequantised
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import device
 from tests import tiny
@@ -60,7 +61,7 @@ def test_the_quantised_model_is_near_the_plain_one(name: str, tmp_path: Path) ->
     base = opened(tmp_path, compute_dtype="fp32")
     plain = tiny.model(name)
     for path, layer in codec.linears_4bit(base.model):
-        weight = codec.dequantised(layer)
+        weight = dequantised(layer)
         target = plain.get_submodule(path)
         conv = isinstance(target, transformers.pytorch_utils.Conv1D)
         original = target.weight.data.T if conv else target.weight.data

@@ -23,6 +23,7 @@ from halfbyte.layers import attention, norm_gate
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.layers.lora_linear import REMADE, Remade, frozen_linear, lora_linear
 from halfbyte.quant import bnb
+from halfbyte.quant.dequantise import has_broken_blocks
 
 _cached: Any = cache  # mypy takes a class as a key for unhashable
 
@@ -223,8 +224,12 @@ def _is_linear(layer: Any) -> bool:
 
 
 def _computes(layer: Any, x: Tensor) -> bool:
-    """Whether `layer` multiplies in x's own dtype, so that no cast is left out; single tokens stay upstream."""
-    if not isinstance(x, Tensor) or (not torch.is_grad_enabled() and x.numel() < 8 * x.shape[-1]):
+    """Whether `layer` multiplies in x's own dtype, so that no cast is left out. Single tokens stay upstream, where
+    upstream dequantises rightly."""
+    if not isinstance(x, Tensor):
+        return False
+    few = not torch.is_grad_enabled() and x.numel() < 8 * x.shape[-1]
+    if few and not (bnb.is_4bit(layer) and has_broken_blocks(layer.weight.quant_state)):
         return False
     if bnb.is_4bit(layer):
         return layer.compute_dtype in (None, x.dtype) and layer.weight.quant_state.dtype == x.dtype

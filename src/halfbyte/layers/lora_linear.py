@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.quant import bnb
+from halfbyte.quant.dequantise import dequantised
 
 # Where kernels are at hand the mask is a hash of (seed, position); elsewhere it is drawn once and kept, a byte
 # a number.
@@ -65,7 +66,7 @@ def frozen_weight(layer: Any, dtype: torch.dtype) -> Tensor:
     To be used at once: a dequantised one lies in memory that the next call overwrites.
     """
     if bnb.is_4bit(layer):
-        weight = bnb.dequantised(layer, reuse=True)
+        weight = dequantised(layer, reuse=True)
         return weight if weight.dtype == dtype else weight.to(dtype)
     weight = layer.weight
     return weight if weight.dtype == dtype else weight.to(dtype)

@@ -119,9 +119,10 @@ def _memory(torch: Any, where: str, kind: Any) -> float:
 
 def _dequantise(torch: Any, where: str, kind: Any) -> float:
     from halfbyte.quant import bnb
+    from halfbyte.quant.dequantise import dequantised
 
     layer = bnb.quantised_linear(torch.ones(2048, 2048, dtype=kind), where)
-    return 2048 * 2048 / _usual(lambda: bnb.dequantised(layer, reuse=True), where)
+    return 2048 * 2048 / _usual(lambda: dequantised(layer, reuse=True), where)
 
 
 def _attention(torch: Any, where: str, kind: Any) -> float:

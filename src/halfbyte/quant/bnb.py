@@ -9,8 +9,6 @@ Cost: none at run time; a base is quantised by bitsandbytes itself while transfo
 
 from __future__ import annotations
 
-import ctypes
-import threading
 from collections.abc import Iterable
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any, Literal
@@ -301,60 +299,3 @@ def planned_bytes(model: torch.nn.Module, quant: Quant) -> int:
 def is_4bit(module: Any) -> bool:
     """Whether a module is a `bitsandbytes.nn.Linear4bit` whose weight is quantised."""
     return getattr(getattr(module, "weight", None), "quant_state", None) is not None
-
-
-def dequantised(module: Any, *, reuse: bool = False) -> torch.Tensor:
-    """The 16-bit weight that a 4-bit layer computes with, (out, in), in its quant state's dtype.
-
-    Args:
-        reuse: put it into memory that this thread keeps for it, which the next call with `reuse` overwrites. The C
-            library gives a block of this size back to the system each time, and to be given fresh pages costs seven
-            times what the arithmetic does (8192 x 28672: 0.135 s against 0.020 s).
-    """
-    import bitsandbytes.functional as bnb_f
-
-    packed, state = module.weight.data, module.weight.quant_state
-    into = _native_dequantiser(packed, state) if reuse else None
-    if into is None:
-        return bnb_f.dequantize_4bit(packed, state)
-    absmax = state.absmax
-    if state.nested:
-        absmax = bnb_f.dequantize_blockwise(absmax, state.state2).add_(state.offset).float()
-    out = _scratch(state.shape.numel(), state.dtype).view(state.shape)
-    rows, columns = state.shape
-    sizes = (ctypes.c_longlong(n) for n in (state.blocksize, rows, columns))
-    into(bnb_f.get_ptr(packed), bnb_f.get_ptr(absmax), bnb_f.get_ptr(out), *sizes)
-    return out
-
-
-_NATIVE = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
-_kept = threading.local()
-
-
-def _scratch(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """`count` elements of this thread's own memory, as large as the largest that was asked for."""
-    import torch
-
-    size = count * dtype.itemsize
-    kept = getattr(_kept, "bytes", None)
-    if kept is None or kept.numel() < size:
-        _kept.bytes = None  # before the larger one is made, not after
-        _kept.bytes = kept = torch.empty(size, dtype=torch.uint8)
-    return kept[:size].view(dtype)
-
-
-def _native_dequantiser(packed: torch.Tensor, state: Any) -> Any | None:
-    """bitsandbytes' own C function behind `dequantize_4bit` on a CPU, where it serves this weight; else None.
-
-    The conditions are those of its caller (`bitsandbytes/backends/cpu/ops.py`).
-    """
-    import torch
-    from bitsandbytes.cextension import lib
-
-    plain = packed.device.type == "cpu" and packed.dtype == torch.uint8 and packed.is_contiguous()
-    if not plain or len(state.shape) != 2 or state.shape[1] % 2 or state.blocksize >= 2048:
-        return None
-    if (not state.nested and state.absmax.dtype != torch.float32) or str(state.dtype) not in _NATIVE:
-        return None
-    found = getattr(lib, f"cdequantize_blockwise_cpu_{state.quant_type}_{_NATIVE[str(state.dtype)]}", None)
-    return found if hasattr(found, "argtypes") else None  # for what it lacks, `lib` gives a function that raises

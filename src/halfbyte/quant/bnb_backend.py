@@ -1,19 +1,24 @@
-"""The CPU quantiser offered to every script on the machine, through bitsandbytes' own entry point for backends.
+"""The CPU quantiser, and dequantising that is right for every width, offered to every script on the machine through
+bitsandbytes' own entry point for backends.
 
 Why: `import bitsandbytes` calls each entry point of the group `bitsandbytes.backends`, and an exception there would
 break that import everywhere; so nothing here may raise, and numba is imported when a weight is first quantised.
-What: a kernel for `bitsandbytes::quantize_4bit` on the CPU. Whatever it does not take (other types, NaN, a numba that
-does not work) goes to the kernel that was there before. HALFBYTE_BNB_KERNEL=0 leaves bitsandbytes as it is.
-Source: `bitsandbytes/__init__.py`, `_import_backends`; `torch.library.get_kernel` for the kernel before.
-Cost: at import a lookup; at use see quantise.py.
+What: kernels for `bitsandbytes::quantize_4bit` and `bitsandbytes::dequantize_4bit` on the CPU. The second takes only
+widths that hold no whole number of blocks, which bitsandbytes' own gets wrong (`dequantise.py`). What they do not take
+(other types, NaN, a numba that does not work) goes to the kernels that were there before. HALFBYTE_BNB_KERNEL=0 leaves
+bitsandbytes as it is.
+Source: `bitsandbytes/__init__.py`, `_import_backends`; `torch.library`: `Library.impl` with `allow_override`, and
+`get_kernel` for the kernel before.
+Cost: at import a lookup; at use see nf4_cpu.py and dequantise.py.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
-OP = "quantize_4bit"
+QUANTISE, DEQUANTISE = "quantize_4bit", "dequantize_4bit"
 # What must live as long as the process: torch drops a registration with its Library.
 _held: dict[str, Any] = {}
 
@@ -25,17 +30,18 @@ def register() -> None:
             return
         import torch
 
-        _held["before"] = torch.library.get_kernel(f"bitsandbytes::{OP}", "CPU")
-        library = torch.library.Library("bitsandbytes", "IMPL")
-        # Refused by torch where bitsandbytes has a kernel for this already: theirs then stays.
-        library.impl(OP, _quantise, "CPU", with_keyset=True)
-        _held["library"] = library
+        _held["library"] = library = torch.library.Library("bitsandbytes", "IMPL")
+        for op, kernel, override in ((DEQUANTISE, _dequantise, True), (QUANTISE, _quantise, False)):
+            _held[op] = torch.library.get_kernel(f"bitsandbytes::{op}", "CPU")
+            with warnings.catch_warnings():  # torch warns of a kernel that is overridden, which is meant
+                warnings.simplefilter("ignore", UserWarning)
+                library.impl(op, kernel, "CPU", with_keyset=True, allow_override=override)
     except Exception:
         _held["failed"] = True
 
 
 def active() -> bool:
-    """Whether the kernel is registered and has not failed."""
+    """Whether the kernels are registered and have not failed."""
     return "library" in _held and "failed" not in _held
 
 
@@ -48,8 +54,21 @@ def _quantise(keys: Any, values: Any, block_size: int, quant_type: str, storage:
                 return made
         except Exception:  # of any kind: a script that quantised before must quantise now, more slowly
             _held["failed"] = True
-    before: tuple[Any, Any] = _held["before"].call_boxed(keys, values, block_size, quant_type, storage)
+    before: tuple[Any, Any] = _held[QUANTISE].call_boxed(keys, values, block_size, quant_type, storage)
     return before
+
+
+def _dequantise(keys: Any, packed: Any, absmax: Any, block_size: int, quant_type: str, shape: Any, dtype: Any) -> Any:
+    """The weight, in `shape` and `dtype`."""
+    if not shape[-1] % block_size or quant_type not in ("nf4", "fp4"):
+        return _held[DEQUANTISE].call_boxed(keys, packed, absmax, block_size, quant_type, shape, dtype)
+    import torch
+
+    from halfbyte.quant import dequantise
+
+    out = torch.empty(shape, dtype=dtype)
+    dequantise.write(packed, absmax.float(), out.view(-1), block_size, quant_type)
+    return out
 
 
 def _with_numba(values: Any, block_size: int, quant_type: str, storage: Any) -> tuple[Any, Any] | None:
