@@ -17,7 +17,7 @@ import torch
 import transformers
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, POSITIONS = 64, 128, 2, 4, 2, 256
-SLIDING_WINDOW = 4  # gemma3: shorter than the test sequences, so that a sliding layer really slides
+SLIDING_WINDOW = 4  # gemma3, mistral: shorter than the test sequences, so that a sliding layer really slides
 _STD = 0.2
 
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -80,6 +80,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    "mistral": ("MistralConfig", {**_LLAMA_LIKE, "sliding_window": SLIDING_WINDOW}),
     "phi3": ("Phi3Config", {**_LLAMA_LIKE, "original_max_position_embeddings": POSITIONS}),
 }
 ARCHITECTURES: tuple[str, ...] = tuple(_CONFIGS)
@@ -119,10 +120,15 @@ def save(folder: Path, name: str, dtype: torch.dtype = torch.float32, *, seed: i
 
 def batch(lengths: Sequence[int], vocab_size: int) -> dict[str, Any]:
     """A micro-batch of random examples, every token but the last of each labelled."""
-    total = sum(lengths)
-    ids = torch.randint(3, vocab_size, (total,), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(3, vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(2))
+    return batch_of(ids.split(list(lengths)))
+
+
+def batch_of(rows: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """A micro-batch of these examples, every token but the last of each labelled."""
+    ids, lengths = torch.cat(list(rows)), [len(row) for row in rows]
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    keep = torch.tensor([i for i in range(total - 1) if i + 1 not in starts.tolist()])
+    keep = torch.tensor([i for i in range(len(ids) - 1) if i + 1 not in starts.tolist()])
     return {
         "input_ids": ids[None],
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],

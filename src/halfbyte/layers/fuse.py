@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.layers import attention, norm_gate
+from halfbyte.layers import attention, norm_gate, sight
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.layers.lora_linear import REMADE, Remade, frozen_linear, lora_linear
 from halfbyte.quant import bnb
@@ -298,8 +298,8 @@ def _pack_lengths(module: Any, x: Tensor, position_embeddings: Any, kwargs: dict
     if not torch.is_grad_enabled() or (module.training and module.attention_dropout):
         return None
     lengths: tuple[int, ...] = tuple(cu.diff().tolist())
-    window = getattr(module, "sliding_window", None)
-    if window is not None and max(lengths) > window:
+    seen = sight.of(module)
+    if seen is None or not seen.is_causal(max(lengths)):
         return None
     if getattr(module, "attn_logit_softcapping", None) is not None or module.head_dim % 2:
         return None

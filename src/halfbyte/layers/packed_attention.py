@@ -15,6 +15,7 @@ Letters: N examples, H query heads, K key/value heads, T tokens in the pack, L t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers.masking_utils import sdpa_mask
 
 from halfbyte.errors import BaseModelError
 from halfbyte.layers import attention as block_attention
+from halfbyte.layers import sight
 from halfbyte.layers.kernels.cpu import whole_attention
 
 NAME = "halfbyte_packed"
@@ -42,7 +44,16 @@ def register() -> None:
     Both registries are needed: without the mask function transformers drops a 2-D padding mask silently.
     """
     AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+def _mask(*, q_length: int, mask_function: Callable[..., Tensor], device: torch.device, **rest: Any) -> Tensor | None:
+    """Stock SDPA's mask; while `sight.look` asks what layers see, what it takes in the place of one."""
+    marked = sight.mark(mask_function, q_length, device, plain=not rest.get("use_vmap"))
+    if marked is not None:
+        return marked
+    made: Tensor | None = sdpa_mask(q_length=q_length, mask_function=mask_function, device=device, **rest)
+    return made
 
 
 def no_mask(device: torch.device | str) -> Tensor:
@@ -83,6 +94,9 @@ def attention(
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
     if cu_seq_lens_q is not None:
         lengths = _check_packed(query, key, causal, cu_seq_lens_q, cu_seq_lens_k, rest)
+        seen = sight.of(module)
+        if seen is not None and not seen.is_window(sliding_window):
+            raise PackingError(f"{type(module).__name__} asks for sliding_window={sliding_window}; by its mask: {seen}")
         return _packed(query, key, value, lengths, causal, sliding_window, scaling, dropout, softcap, s_aux), None
     if attention_mask is not None and attention_mask.numel() == 0:
         raise PackingError(f"{type(module).__name__} was handed packed examples without their lengths (cu_seq_lens_q)")

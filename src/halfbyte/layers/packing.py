@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import BaseModelError
-from halfbyte.layers import padded_rows
+from halfbyte.layers import padded_rows, sight
 from halfbyte.layers.packed_attention import NAME, no_mask, register
 from halfbyte.models import structure
 
@@ -31,6 +31,7 @@ Layout = Literal["cu_seq_lens", "rows", "single"]
 
 # oneDNN divides some odd numbers of rows badly: 511 or 505 of them took a fifth longer than 512 (docs/log.md).
 ROWS, ALIGNED_FROM = 16, 384
+_LOOK_TOKENS = 8192  # how far is looked where the longest text is not known
 _LENGTHS = (5, 1, 9)  # uneven, with the shortest possible example inside
 # Packed and alone multiply matrices of different shapes, so sums round in another order, once or twice a layer. The
 # figure is the largest ||difference|| / ||logits|| of a token, in units of the dtype's epsilon. Measured on a 30-layer
@@ -114,7 +115,7 @@ def forward_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
         return inputs  # in a training forward even one example brings its lengths: the fused attention asks for them
     layout = installed(lm)
     if layout == "cu_seq_lens":
-        inputs |= packed_inputs(batch, device)
+        inputs |= packed_inputs(structure.body(lm), batch)
     elif layout == "rows":
         inputs["attention_mask"] = padded_rows.example_numbers(starts.diff()).to(device)
     else:
@@ -154,23 +155,30 @@ def aligned(batch: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def packed_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def packed_inputs(body: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     """What tells a forward in the `cu_seq_lens` layout where its examples begin.
+
+    Before a forward with texts longer than any earlier one, what its layers see of such texts is looked up.
 
     The lengths stay on the CPU: the attention of each layer reads them in Python, and must not wait for a card each
     time.
     """
     starts = batch["cu_seq_lens_q"].cpu()
     longest = int(starts.diff().max())
+    sight.look(body, longest)
+    device = body.device
     lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
     return {"position_ids": batch["position_ids"].to(device), "attention_mask": no_mask(device), **lengths}
 
 
-def prove(model: Any) -> Proof:
+def prove(model: Any, longest: int | None = None) -> Proof:
     """Find the first layout in which examples are really apart, and leave the model set up for it.
 
     Three random examples packed must give the logits that each gives alone on the stock path, and changing one must
     leave the others as they were. The model's modes and the global random state are as before afterwards.
+
+    Args:
+        longest: tokens of the longest text that will come, where it is known: what layers see is looked up to there.
     """
     lm = structure.causal_lm(model)
     install(lm, "single")
@@ -182,6 +190,8 @@ def prove(model: Any) -> Proof:
         for layout in layouts(lm):
             try:
                 install(lm, layout)
+                if layout == "cu_seq_lens":
+                    sight.look(structure.body(lm), longest or min(_positions(lm), _LOOK_TOKENS))
                 problem, difference = _compare(lm, examples, alone)
             except Exception as error:  # of the model's own code; the repair: the next layout, at last single
                 problem, difference = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", float("inf")
@@ -231,6 +241,10 @@ def _logits(lm: Any, examples: Sequence[Tensor]) -> Tensor:
 def _random_examples(lm: Any) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)  # its own: the run's random numbers stay what they would have been
     return [torch.randint(_vocabulary(lm), (n,), generator=generator).to(lm.device) for n in _LENGTHS]
+
+
+def _positions(lm: Any) -> int:
+    return int(getattr(lm.config.get_text_config(), "max_position_embeddings", 0) or _LOOK_TOKENS)
 
 
 def _vocabulary(lm: Any) -> int:

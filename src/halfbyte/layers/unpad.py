@@ -94,7 +94,7 @@ class Unpad:
             return None
         tokens = real_tokens(lengths.to(x.device), width)
         self._shape, self._tokens = (rows, width), tokens
-        inputs = packing.packed_inputs(pack(lengths.to(x.device), width), x.device)
+        inputs = packing.packed_inputs(body, pack(lengths.to(x.device), width))
         return (), {**inputs, name: x.flatten(0, 1)[tokens][None], "use_cache": False}
 
     def _after(self, body: torch.nn.Module, args: Any, output: Any) -> Any:

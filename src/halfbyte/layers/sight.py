@@ -1,0 +1,171 @@
+"""What each layer sees of a text, read off the masks that transformers itself builds for it.
+
+Why: an architecture keeps its window or chunk where it likes: in the config alone (Mistral), in the attention module,
+in a list of layer types. A kernel that looks in the wrong place attends to everything, under a healthy loss curve.
+What: the model's body runs once on a row of the length in question, with a stand-in for each decoder layer that notes
+which mask it is handed. Our mask function (registered in `packed_attention.py`) gives `Sight`, a description, in place
+of the (L, L) mask. A layer whose mask is of no known kind is `unknown`: it is neither fused nor packed.
+Source: `transformers/masking_utils.py`; bodies build their masks before their first layer.
+Cost: an embedding of L tokens and some 20 rows of the mask; no layer runs. Repeated only for a longer text.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.models import structure
+
+_SAMPLED_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What one layer sees of a text of up to `tokens` tokens."""
+
+    tokens: int
+    causal: int  # up to this length a token sees everything before it; 0: the mask is of no known kind
+    slides: bool = False  # beyond it, a token sees the last `causal` tokens, itself included
+
+    def is_causal(self, length: int) -> bool:
+        """Whether a text of this length is attended to without window or chunk."""
+        return length <= self.causal
+
+    def is_window(self, window: int | None) -> bool:
+        """Whether `window` (None: none) is what this layer sees of every text of up to `tokens` tokens."""
+        if self.causal == self.tokens:
+            return window is None or window >= self.tokens
+        return self.slides and window == self.causal
+
+    def __str__(self) -> str:
+        if not self.causal:
+            return "a mask of no known kind"
+        shape = "a causal mask" if self.causal == self.tokens else f"a window of {self.causal} tokens"
+        known = self.slides or self.causal == self.tokens
+        return (
+            shape if known else f"a causal mask for texts of up to {self.causal} tokens, and then one of no known kind"
+        )
+
+
+_SIGHTS: WeakKeyDictionary[nn.Module, Sight] = WeakKeyDictionary()
+# During `look`: the stand-ins for masks, and what each stands for.
+_MARKS: ContextVar[list[tuple[Tensor, Sight]] | None] = ContextVar("marks", default=None)
+
+
+def of(module: nn.Module) -> Sight | None:
+    """What this part of a decoder layer sees, if `look` has been there."""
+    return _SIGHTS.get(module)
+
+
+def mark(mask_function: Callable[..., Tensor], length: int, device: Any, *, plain: bool) -> Tensor | None:
+    """During `look`, the stand-in for the mask that `mask_function` describes; None at any other time.
+
+    Args:
+        plain: the function is computed on tensors of indices (`use_vmap` is False).
+    """
+    marks = _MARKS.get()
+    if marks is None:
+        return None
+    made = torch.empty((1, 1, 0, 0), device=device)
+    marks.append((made, _described(mask_function, length, device) if plain else Sight(length, 0)))
+    return made
+
+
+def _described(mask_function: Callable[..., Tensor], length: int, device: Any) -> Sight:
+    at = torch.arange(length, device=device)
+    zero = at[:1].view(1, 1, 1, 1)
+
+    def sees(rows: Tensor, keys: Tensor) -> Tensor:
+        seen = mask_function(zero, zero, rows.view(1, 1, -1, 1), keys.view(1, 1, 1, -1))
+        return seen.expand(1, 1, len(rows), len(keys))[0, 0]  # (rows, keys) bool
+
+    hidden = (~sees(at, at[:1])[:, 0]).nonzero()  # from which row on the first token is not seen
+    causal = int(hidden[0]) if len(hidden) else length
+    spread = torch.linspace(0, length - 1, _SAMPLED_ROWS, device=device).long()
+    around = torch.tensor([causal - 1, causal, causal + 1], device=device).clamp(0, length - 1)
+    rows = torch.cat([spread, around]).unique()
+    seen, back = sees(rows, at), rows[:, None] - at
+    if torch.equal(seen, (back >= 0) & (back < causal)):
+        return Sight(length, causal, slides=causal < length)
+    early = rows < causal
+    return Sight(length, causal if torch.equal(seen[early], back[early] >= 0) else 0)
+
+
+def look(body: nn.Module, length: int) -> None:
+    """Find out what each decoder layer of a body sees of texts of up to `length` tokens, where that is not known yet.
+
+    The model must be set to the attention of `packed_attention.py`. Nothing about it is changed afterwards.
+    """
+    holder, name = structure.layer_list(body)
+    layers = list(getattr(holder, name))
+    if all(layer in _SIGHTS and _SIGHTS[layer].tokens >= length for layer in layers):
+        return
+    notes: dict[int, Tensor | None] = {}
+    marks: list[tuple[Tensor, Sight]] = []
+    stands = [_StandIn(layer, number, len(layers), notes) for number, layer in enumerate(layers)]
+    inputs: dict[str, Any] = {"input_ids": torch.ones((1, length), dtype=torch.int64, device=body.device)}
+    if "use_cache" in inspect.signature(body.forward).parameters:
+        inputs["use_cache"] = False
+    token = _MARKS.set(marks)
+    try:
+        with structure.replaced(holder, name, nn.ModuleList(stands)), torch.no_grad(), _as_it_was(body):
+            body(**inputs)
+    except Exception:  # the last stand-in stops the forward; any other error leaves layers unknown
+        pass
+    finally:
+        _MARKS.reset(token)
+    for number, layer in enumerate(layers):
+        handed = notes.get(number)
+        seen = next((sight for made, sight in marks if made is handed), Sight(length, 0))
+        for module in layer.modules():
+            _SIGHTS[module] = seen
+
+
+class _Seen(Exception):
+    """Every layer has been handed its mask."""
+
+
+class _StandIn(nn.Module):
+    """In the place of a decoder layer: notes its mask and passes hidden states on. Other attributes are the layer's."""
+
+    def __init__(self, layer: nn.Module, number: int, count: int, notes: dict[int, Tensor | None]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.number, self.count, self.notes = number, count, notes
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        marks = _MARKS.get() or []
+        given = [x for x in (*args, *kwargs.values()) if any(x is made for made, _ in marks)]
+        self.notes[self.number] = given[0] if len(given) == 1 else None
+        if len(self.notes) == self.count:
+            raise _Seen
+        return args[0] if args else kwargs["hidden_states"]
+
+
+@contextmanager
+def _as_it_was(body: nn.Module) -> Iterator[None]:
+    """Random numbers that a dropout on embeddings draws, and what rotary embeddings of some kinds keep of a long text,
+    are as before afterwards."""
+    kept = [(m, dict(vars(m)), dict(m._buffers)) for m in body.children() if next(m.parameters(), None) is None]
+    device: torch.device = body.device
+    try:
+        with torch.random.fork_rng(devices=[device.index] if device.type == "cuda" else []):
+            yield
+    finally:
+        for module, own, buffers in kept:
+            vars(module).update(own)
+            module._buffers.update(buffers)
