@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from halfbyte.system import pages
+from halfbyte.system import pages, usage
 
 
 @dataclass
 class Memory:
     """The largest resident set while it was watched, split at that moment, and the largest of each part."""
 
-    peak: pages.Resident = field(default_factory=lambda: pages.Resident(0, 0))
+    peak: usage.Usage = field(default_factory=lambda: usage.Usage(0, 0))
     anonymous: int = 0
     file: int = 0
     high_water: int = 0
@@ -34,7 +34,7 @@ class Memory:
         return {
             "peak_gb": max(self.peak.total, self.high_water) / 1e9,
             "sampled_gb": self.peak.total / 1e9,
-            "at_peak_private_gb": self.peak.anonymous / 1e9,
+            "at_peak_private_gb": self.peak.private / 1e9,
             "at_peak_file_gb": self.peak.file / 1e9,
             "largest_private_gb": self.anonymous / 1e9,
             "largest_file_gb": self.file / 1e9,
@@ -49,9 +49,9 @@ def watched(every_s: float = 0.02) -> Iterator[Memory]:
 
     def sample() -> None:
         while not done.is_set():
-            now = pages.resident()
+            now = usage.now()
             seen.peak = max(seen.peak, now, key=lambda r: r.total)
-            seen.anonymous, seen.file = max(seen.anonymous, now.anonymous), max(seen.file, now.file)
+            seen.anonymous, seen.file = max(seen.anonymous, now.private), max(seen.file, now.file)
             done.wait(every_s)
 
     thread = threading.Thread(target=sample, daemon=True)

@@ -23,6 +23,7 @@ from halfbyte.models.sources import Checkpoint
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import device, pages
 from tests import mapped, tiny, tiny_run
+from tests.present import present_bytes
 
 pytestmark = pytest.mark.skipif(not pages.supported(), reason="needs Linux and /proc/self/pagemap")
 VOCAB = 256
@@ -217,7 +218,7 @@ def test_at_most_two_layers_are_in_memory_at_any_time(wide: Path, fused: bool, r
 
     def peak() -> int:
         seen.clear()
-        watch = _watch(model, lambda: seen.append(sum(pages.present_bytes(spans) for spans in layers)))
+        watch = _watch(model, lambda: seen.append(sum(present_bytes(spans) for spans in layers)))
         next(watch)
         gradients(model, (9, 5), fused=fused)
         loss.mean_loss(model, [tiny.batch((9, 5), VOCAB)])

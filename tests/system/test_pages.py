@@ -12,6 +12,7 @@ import pytest
 
 from halfbyte.system import pages
 from halfbyte.system.pages import PAGE, FileMaps, Span
+from tests.present import present_bytes
 
 pytestmark = pytest.mark.skipif(not pages.supported(), reason="needs Linux and /proc/self/pagemap")
 PAGES = 64
@@ -52,13 +53,13 @@ def test_neighbouring_maps_of_a_file_count_as_one() -> None:
 def test_what_is_let_go_is_gone_and_comes_back_the_same(mapped: Any) -> None:
     array, span, content = mapped
     assert int(array.sum()) == int(content.sum())
-    assert pages.present_bytes([span]) == span.bytes
+    assert present_bytes([span]) == span.bytes
     assert pages.let_go(span) == span.bytes
-    assert pages.present_bytes([span]) == 0
+    assert present_bytes([span]) == 0
     assert np.array_equal(array, content)
     pages.let_go(span)
     pages.bring(span)  # into the page cache, not into this process
-    assert pages.present_bytes([span]) == 0
+    assert present_bytes([span]) == 0
 
 
 def test_a_page_that_was_written_to_is_kept(mapped: Any) -> None:
@@ -93,19 +94,13 @@ def test_whole_pages_lie_inside_and_join_over_small_gaps() -> None:
     assert pages.whole_pages([(0, 4 * PAGE), (PAGE, PAGE)]) == (Span(0, 4 * PAGE),)
 
 
-def test_the_resident_set_is_that_of_the_kernel() -> None:
-    with open("/proc/self/status", encoding="utf-8") as file:
-        total = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmRSS"))
-    assert abs(pages.resident().total - total) < 20e6
-
-
 def test_a_fork_looks_at_its_own_pages(mapped: Any) -> None:
     array, span, _ = mapped
     array.sum()
     assert pages.let_go(span)
     child = os.fork()
     if child == 0:
-        touched = int(array[: 2 * PAGE].sum() > 0) and pages.present_bytes([Span(span.start, span.start + 2 * PAGE)])
+        touched = int(array[: 2 * PAGE].sum() > 0) and present_bytes([Span(span.start, span.start + 2 * PAGE)])
         os._exit(0 if touched == 2 * PAGE else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert pages.present_bytes([span]) == 0
+    assert present_bytes([span]) == 0

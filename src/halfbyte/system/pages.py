@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import re
 import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -120,31 +119,6 @@ def clean(span: Span) -> Iterator[Span]:
     edges = np.flatnonzero(np.diff(np.concatenate(([True], private, [True])).astype(np.int8)))
     for first, last in edges.reshape(-1, 2):
         yield Span(span.start + int(first) * PAGE, span.start + int(last) * PAGE)
-
-
-def present_bytes(spans: Iterable[Span]) -> int:
-    """How much of `spans` is in this process now (the resident set of these addresses)."""
-    return sum(int(((_entries(span) & _PRESENT) != 0).sum()) * PAGE for span in spans)
-
-
-class Resident(NamedTuple):
-    """The resident set of this process in bytes: private memory, and pages of files (`proc(5)`, RssAnon, RssFile)."""
-
-    anonymous: int
-    file: int
-
-    @property
-    def total(self) -> int:
-        return self.anonymous + self.file
-
-
-def resident() -> Resident:
-    with open("/proc/self/status", encoding="utf-8") as file:
-        fields = dict(re.findall(r"^(Rss\w+):\s*(\d+) kB$", file.read(), re.MULTILINE))
-    return Resident(
-        anonymous=int(fields["RssAnon"]) * 1024,
-        file=(int(fields["RssFile"]) + int(fields["RssShmem"])) * 1024,
-    )
 
 
 def _private(span: Span) -> Any:
