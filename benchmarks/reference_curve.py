@@ -49,11 +49,12 @@ def plain(data: Path, steps: int, *, prepare: bool = False) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
-    from halfbyte import finetune
     from halfbyte.recipe.file import recipe_from
+    from halfbyte.training.prepare import prepare
+    from halfbyte.training.schedule import plan_steps
 
-    prepared = finetune.prepare(recipe_from("smollm2-135m", str(data), overrides(data, steps)).recipe)
-    planned = finetune.plan_steps(prepared, max_tokens_per_micro_batch=10**9, examples_per_micro_batch=1)
+    prepared = prepare(recipe_from("smollm2-135m", str(data), overrides(data, steps)).recipe)
+    planned = plan_steps(prepared, max_tokens_per_micro_batch=10**9, examples_per_micro_batch=1)
     order = [row for step in planned for (row,) in step.micro_batches]
     items = [
         {"input_ids": list(prepared.train.examples[r].input_ids), "labels": list(prepared.train.examples[r].labels)}

@@ -153,7 +153,7 @@ def say(facts: dict[str, Any]) -> None:
 def run_halfbyte(case: Case) -> None:
     from halfbyte import finetune
     from halfbyte.recipe.file import recipe_from
-    from halfbyte.training.callback import Silent
+    from halfbyte.training.events import Silent
 
     rounds = Rounds(case)
 
@@ -173,11 +173,12 @@ def run_halfbyte(case: Case) -> None:
 
 def items(case: Case, *, by_length: bool) -> tuple[Path, list[dict[str, list[int]]]]:
     """The checkpoint's folder, and halfbyte's rows in halfbyte's order; a step's rows grouped by length if asked."""
-    from halfbyte import finetune
     from halfbyte.recipe.file import recipe_from
+    from halfbyte.training.prepare import prepare
+    from halfbyte.training.schedule import plan_steps
 
-    prepared = finetune.prepare(recipe_from(case.model, case.data, case.overrides("unused")).recipe)
-    planned = finetune.plan_steps(prepared, max_tokens_per_micro_batch=10**9, examples_per_micro_batch=1)
+    prepared = prepare(recipe_from(case.model, case.data, case.overrides("unused")).recipe)
+    planned = plan_steps(prepared, max_tokens_per_micro_batch=10**9, examples_per_micro_batch=1)
     rows: list[dict[str, list[int]]] = []
     for step in planned:
         found = [prepared.train.examples[r] for (r,) in step.micro_batches]

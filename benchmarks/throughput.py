@@ -99,11 +99,11 @@ print(2 * m * k * n / best)
 
 def flop_per_token(case: Case) -> tuple[float, dict[str, float]]:
     """The floor of one token, and what it was counted from."""
-    from halfbyte import finetune
     from halfbyte.models import tensors
     from halfbyte.recipe.file import recipe_from
+    from halfbyte.training.prepare import prepare
 
-    prepared = finetune.prepare(recipe_from(case.model, case.data, case.overrides("unused")).recipe)
+    prepared = prepare(recipe_from(case.model, case.data, case.overrides("unused")).recipe)
     specs = tensors.read_checkpoint(prepared.checkpoint.path)
     # a pre-quantised checkpoint holds two weights a byte
     linear = sum(s.numel * (2 if s.dtype == "U8" else 1) for s in specs if s.role in ("linear", "expert"))
@@ -114,11 +114,11 @@ def flop_per_token(case: Case) -> tuple[float, dict[str, float]]:
 
 def shapes_in_use(case: Case) -> list[tuple[int, int, int]]:
     """(rows, in, out) of the products of a micro-batch: each linear shape of the model once, largest first."""
-    from halfbyte import finetune
     from halfbyte.models.structure import meta_model
     from halfbyte.recipe.file import recipe_from
+    from halfbyte.training.prepare import prepare
 
-    prepared = finetune.prepare(recipe_from(case.model, case.data, case.overrides("unused")).recipe)
+    prepared = prepare(recipe_from(case.model, case.data, case.overrides("unused")).recipe)
     step = sum(prepared.train.lengths) * case.batch * case.accumulation // len(prepared.train.lengths)
     modules = meta_model(prepared.config).modules()
     found = {tuple(m.weight.shape) for m in modules if type(m).__name__ == "Linear" and m.weight.dim() == 2}

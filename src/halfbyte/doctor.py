@@ -10,22 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from halfbyte import plan
-from halfbyte.adapters import lora
+from halfbyte.adapters.assembly import assembled
 from halfbyte.base import load, store, stream
 from halfbyte.errors import BaseModelError
-from halfbyte.layers import packing
-from halfbyte.layers.fused_proof import prove_fused, sample_gradients
+from halfbyte.layers.fused_proof import sample_gradients
 from halfbyte.models import sources, structure
 from halfbyte.plan import calibrate
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device, threads
 from halfbyte.system.files import cache_dir, free_bytes
 from halfbyte.system.versions import versions
+
+if TYPE_CHECKING:
+    from halfbyte.types import Document, Model
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Diagnosis:
     def ok(self) -> bool:
         return all(check.ok for check in self.checks)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Document:
         return {
             "machine": self.device.to_json(),
             "compute_dtype": self.dtype,
@@ -84,37 +86,37 @@ def examine(recipe: Recipe | None = None, *, tell: Callable[[str], None] = lambd
     threads.settle(machine.cores)
     tell("measuring this machine")
     rates = calibrate.ensure(machine, dtype, anew=True)
-    found = Diagnosis(machine, dtype, why, rates, cache_dir(), free_bytes(cache_dir()), versions())
-    return found if recipe is None else _with_model(found, recipe, tell)
+    seen = Diagnosis(machine, dtype, why, rates, cache_dir(), free_bytes(cache_dir()), versions())
+    return seen if recipe is None else _with_model(seen, recipe, tell)
 
 
-def _with_model(found: Diagnosis, recipe: Recipe, tell: Callable[[str], None]) -> Diagnosis:
+def _with_model(seen: Diagnosis, recipe: Recipe, tell: Callable[[str], None]) -> Diagnosis:
     checkpoint = sources.find_model(recipe)
     tell(f"opening {checkpoint.id}")
-    opened = load.open_base(
+    base = load.open_base(
         checkpoint,
         recipe.quant,
-        found.device,
+        seen.device,
         trust_remote_code=recipe.trust_remote_code,
         with_tokenizer=False,
         tell=store.Tell(note=lambda _, text: tell(text)),
     )
-    held = f"{opened.resident_bytes:,} bytes, {opened.expected_bytes:,} by its list of tensors"
-    checks = [Check("resident as the policy says", opened.resident_bytes == opened.expected_bytes, held)]
-    chosen, _ = lora.choose_targets(opened.model, recipe.lora)
-    model = lora.add(opened.model, recipe.lora, chosen, seed=recipe.train.seed)
-    with structure.shallow(model) as layers:
-        tell(f"proving on {layers} layers")
-        packed = packing.prove(model)
-        checks.append(Check("packed examples do not see each other", packed.ok, packed.reason))
-        fused = prove_fused(model, packed=packed.ok)
-        checks.append(Check("the engine learns what PEFT's own forward learns, also after an evaluation", fused.ok,
-                            fused.reason))  # fmt: skip
-        checks.append(_wherever(model, packed=packed.ok))
-    return replace(found, model=checkpoint.id, layers=layers, checks=tuple(checks))
+    held = f"{base.resident_bytes:,} bytes, {base.expected_bytes:,} by its list of tensors"
+    tell("proving on its first layers")
+    made = assembled(base, recipe)
+    with structure.shallow(made.model):
+        wherever = _wherever(made.model, packed=made.packed.ok)
+    learns = "the engine learns what PEFT's own forward learns, also after an evaluation"
+    checks = (
+        Check("resident as the policy says", base.resident_bytes == base.expected_bytes, held),
+        Check("packed examples do not see each other", made.packed.ok, made.packed.reason),
+        Check(learns, made.fused.ok, made.fused.reason),
+        wherever,
+    )
+    return replace(seen, model=checkpoint.id, layers=made.layers, checks=checks)
 
 
-def _wherever(model: Any, *, packed: bool) -> Check:
+def _wherever(model: Model, *, packed: bool) -> Check:
     """The same gradients to the bit from a base that is mapped, streamed, and in private memory."""
     claim = "the same gradients wherever the base lies"
     if not stream.is_mapped(model):

@@ -1,62 +1,43 @@
-"""The whole story on one page: recipe -> source -> data -> plan -> base -> adapters -> proof -> train -> report.
+"""The whole story on one page: recipe -> rows -> plan -> base -> adapters -> proofs -> train -> report.
 
-Only this room (and `cli.py`) tells the other rooms about each other. Each function below is a chapter.
+Only this file (and `doctor.py` and the command line) tells the rooms about each other.
 """
 
 from __future__ import annotations
 
-import math
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from halfbyte import plan as memory
-from halfbyte.adapters import lora, targets
-from halfbyte.base import load, store
+from halfbyte.adapters import lora
+from halfbyte.adapters.assembly import Assembled, assembled
+from halfbyte.base import load, store, stream
 from halfbyte.data import collate, pack
 from halfbyte.errors import DataError
-from halfbyte.layers import fuse, loss, packing
-from halfbyte.layers.fused_proof import prove_fused
-from halfbyte.models import structure
-from halfbyte.models.structure import meta_model
 from halfbyte.recipe.file import to_yaml
-from halfbyte.recipe.schema import Loaded, Origin, rows
 from halfbyte.runs import checkpoint
 from halfbyte.runs import report as reporting
+from halfbyte.runs.best import Best
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device, threads, usage
 from halfbyte.system.versions import versions
-from halfbyte.training import callback as callbacks
 from halfbyte.training import fit
-from halfbyte.training.callback import Listener, RunCallback, Silent, StopRequest, stop_on_signals
-from halfbyte.training.pace import Pace, Rows, recompute_as, rehearse
-from halfbyte.training.prepare import Prepared, data_note, data_report, prepare
+from halfbyte.training.assembly import PlannedRun, planned
+from halfbyte.training.callback import RunCallback
+from halfbyte.training.events import Listener, Silent
+from halfbyte.training.pace import Pace, recompute_as, rehearse
+from halfbyte.training.prepare import data_report
 from halfbyte.training.prepare import notices as data_notices
-from halfbyte.training.schedule import best, cadence, count_steps, eval_every, plan_steps
-from halfbyte.training.trainer import StepTrainer, check_arguments, training_arguments
+from halfbyte.training.schedule import cadence, eval_every, micro_batches
+from halfbyte.training.signals import StopRequest, stop_on_signals
+from halfbyte.training.trainer import StepTrainer, training_arguments
 
 if TYPE_CHECKING:
-    from halfbyte.data.encoding.examples import Examples
-
-
-@dataclass(frozen=True)
-class Resolution:
-    """What `train --dry-run` shows: each value with its origin, then what follows from the values.
-
-    Args:
-        notes: labels and texts. warnings: of the recipe; the plan has its own.
-    """
-
-    rows: list[tuple[str, Any, Origin]]
-    notes: tuple[tuple[str, str], ...]
-    plan: memory.Plan
-    warnings: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        values = {field: {"value": value, "from": o.kind, "why": o.why} for field, value, o in self.rows}
-        notes = [{"label": label, "text": text} for label, text in self.notes]
-        return {"values": values, "notes": notes, "plan": self.plan.to_json(), "warnings": self.warnings}
+    from halfbyte.recipe.schema import Loaded, Recipe
+    from halfbyte.types import Document, Model
 
 
 @dataclass(frozen=True)
@@ -64,7 +45,7 @@ class Outcome:
     """How a run ended. `stopped_by` is the number of the signal that ended it early, with a checkpoint written."""
 
     run: Path
-    report: dict[str, Any]
+    report: Document
     step: int
     stopped_by: int | None = None
 
@@ -73,44 +54,18 @@ class Outcome:
         return signal.Signals(self.stopped_by).name if self.stopped_by is not None else ""
 
 
-def resolve(loaded: Loaded) -> Resolution:
-    """Resolve every `auto` without loading a weight; the data is read, since the plan follows from its lengths."""
-    recipe, machine = loaded.recipe, device.detect()
-    prepared = prepare(recipe)
-    recipe = prepared.recipe
-    check_arguments(recipe.train, total_steps=count_steps(prepared))
-    found = prepared.checkpoint
-    model = meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
-    chosen, modules = lora.choose_targets(model, recipe.lora)
-    _, plan = fit.plan_of(prepared, machine, chosen, model)
-    auto: dict[str, tuple[Any, str]] = {
-        "quant.compute_dtype": device.compute_dtype(machine, recipe.quant.compute_dtype),
-        "lora.target_modules": (chosen.names, chosen.reason),
-        "train.gradient_checkpointing": (plan.gradient_checkpointing, plan.reasons["recompute"]),
-        "quant.placement": (plan.placement, plan.reasons["placement"]),
-        "train.max_tokens_per_micro_batch": (
-            plan.max_tokens_per_micro_batch,
-            plan.reasons["max_tokens_per_micro_batch"],
-        ),
-    }
-    if prepared.chatml is not None:
-        auto["lora.trainable_token_indices"] = (recipe.lora.trainable_token_indices, prepared.chatml.notice)
-    resolved = []
-    for field, value, origin in rows(loaded):
-        if field in auto and auto[field][0] != value:
-            shown, why = auto[field]
-            resolved.append((field, shown, Origin("auto", why.removeprefix("auto: "))))
-        else:
-            resolved.append((field, value, origin))
-    revision = f" at {found.revision}" if found.revision else ""
-    trainable = targets.lora_parameter_count(model, modules, recipe.lora.r, recipe.lora.rank_pattern)
-    notes = (
-        ("model", f"{found.id}{revision}"),
-        ("data", f"{data_note(prepared)}; {count_steps(prepared)} steps of {recipe.train.rows_per_step} rows"),
-        *(("data", finding.line) for finding in prepared.findings),
-        ("adapters", f"on {len(modules)} modules, {trainable:,} parameters train"),
-    )
-    return Resolution(resolved, notes, plan, loaded.warnings)
+@dataclass(frozen=True)
+class Ready:
+    """Everything that the steps of a run need, known to be good. `held`: memory before the first step."""
+
+    job: PlannedRun
+    base: Assembled
+    pace: Pace
+    steps: pack.Steps
+    held_out: collate.Batches
+    held: usage.Usage
+    settings: threads.Settings
+    notices: Sequence[str]
 
 
 def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = None) -> Outcome:
@@ -119,250 +74,184 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     Raises:
         HalfbyteError: a mistake in the recipe, the data or the model, before the run folder exists; TrainError after.
     """
-    tell = listener or Silent()
-    recipe, out = loaded.recipe, Path(loaded.recipe.output)
-    machine = device.detect()
+    tell, out, machine = listener or Silent(), Path(loaded.recipe.output), device.detect()
     if resume:
         checkpoint.newest(RunFolder.open(out, need_adapter=False).checkpoints)
     else:
         RunFolder.check_free(out)
+    ready = make_ready(loaded.recipe, machine, tell)
+    folder = RunFolder.reopen(out) if resume else RunFolder.create(out, to_yaml(loaded.recipe))
+    with folder as run, stop_on_signals() as stop, usage.Peak() as peak:
+        try:
+            callback = run_steps(ready, run, stop, tell, resume=resume)
+            step = callback.trainer.state.global_step
+            if stop.signal is not None and step < len(ready.steps):
+                return Outcome(run.path, {}, step, stop.signal)
+            return Outcome(run.path, finish(ready, run, callback, peak), len(ready.steps))
+        finally:
+            if ready.base.placed is not None:
+                ready.base.placed.remove()
+
+
+def make_ready(recipe: Recipe, machine: device.Device, tell: Listener) -> Ready:
+    """Rows, plan, base, adapters and micro-batches; the longest micro-batch is tried where the plan is near the limit.
+
+    Raises:
+        HalfbyteError: a mistake in the recipe, the data or the model.
+    """
     settings = threads.settle(machine.cores)
     tell.note("process", settings.line)
-    prepared = prepare(recipe)
-    recipe = prepared.recipe
-    check_arguments(recipe.train, total_steps=count_steps(prepared))
-    notices = [*data_notices(prepared), *(str(f) for f in prepared.findings if f.level != "ok")]
-    tell.note("data", data_note(prepared))
-    for finding in prepared.findings:
-        tell.note("data", finding.line)
-    meta = meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
-    chosen, _ = lora.choose_targets(meta, recipe.lora)
-    job, plan = fit.plan_of(prepared, machine, chosen, meta, say=lambda text: tell.note("machine", text))
+    job = planned(recipe, machine, tell)
+    prepared, plan = job.prepared, job.plan
     for name, why in plan.reasons.items():
         tell.note("plan", f"{name} {getattr(plan, name)}: {why}")
     tell.note("plan", f"peak memory about {plan.peak_bytes / 1e9:.2f} GB of {plan.available_bytes / 1e9:.1f} GB free")
-    notices += plan.warnings
-    opened = load.open_base(
+    notices = [*data_notices(prepared), *(str(f) for f in prepared.findings if f.level != "ok"), *plan.warnings]
+    base = _assembled(job, tell, notices)
+    for notice in notices:
+        tell.note("note", notice)
+    recompute_as(base.model, plan.recompute)
+    figures = replace(job.figures, packed=base.packed.ok)
+    pace = fit.make_pace(prepared, plan, figures, machine, base.model, lambda text: tell.note("memory", text))
+    steps, held_out = micro_batches(prepared, pace.tokens, pace.examples_per_micro_batch)
+    if plan.needed_bytes <= fit.UNREHEARSED * plan.available_bytes:
+        tell.note("rehearsed", f"nothing: {plan.needed_bytes / 1e9:.2f} GB are planned, a small part of what is free")
+        held = usage.now()
+    else:
+        batch = collate.Batches(prepared.train.examples, ()).of
+        tried = rehearse(base.model, pace, steps.longest_micro_batch(), batch, held_out)
+        tell.note(
+            "rehearsed",
+            f"{tried.tokens} tokens, the longest micro-batch, in {tried.seconds:.1f} s: "
+            f"{tried.micro_batch_bytes / 1e9:.2f} GB above {tried.held.private / 1e9:.2f} GB held",
+        )
+        held = tried.held
+    return Ready(job, base, pace, steps, held_out, held, settings, notices)
+
+
+def _assembled(job: PlannedRun, tell: Listener, notices: list[str]) -> Assembled:
+    """The base where the plan wants it, with fresh adapters and proofs. What falls back is added to `notices`."""
+    prepared, recipe, plan = job.prepared, job.prepared.recipe, job.plan
+    base = load.open_base(
         prepared.checkpoint,
         recipe.quant,
-        machine,
+        job.machine,
         trust_remote_code=recipe.trust_remote_code,
         device_map="auto" if plan.placement == "split" else {"": 0},
         with_tokenizer=False,
         tell=store.Tell(progress=tell.building, note=tell.note),
     )
-    load.check_vocabulary(prepared.checkpoint, prepared.tokenizer, opened.model)
+    load.check_vocabulary(prepared.checkpoint, prepared.tokenizer, base.model)
     tell.note(
         "base",
-        f"{prepared.checkpoint.id}: {recipe.quant.type}, {opened.resident_bytes / 1e9:.3f} GB resident "
-        f"({opened.expected_bytes / 1e9:.3f} planned), computing in {opened.compute_dtype} ({opened.dtype_reason})",
+        f"{prepared.checkpoint.id}: {recipe.quant.type}, {base.resident_bytes / 1e9:.3f} GB resident "
+        f"({base.expected_bytes / 1e9:.3f} planned), computing in {base.compute_dtype} ({base.dtype_reason})",
     )
-    tell.note("base", opened.origin)
-    placed, elsewhere = fit.place(opened.model, plan, asked=recipe.quant.placement != "auto")
-    notices += [f"placement: {elsewhere}"] if elsewhere else []
-    tell.note("placement", f"{placed} ({elsewhere or plan.reasons['placement']})")
-    chosen, _ = lora.choose_targets(opened.model, recipe.lora)
-    model = lora.add(opened.model, recipe.lora, chosen, seed=recipe.train.seed)
-    tell.note("adapters", f"{lora.summary(model)} ({chosen.reason})")
-    with structure.shallow(model):
-        proof = packing.prove(model)
-        fused = prove_fused(model, packed=proof.ok)
-        loss.head_of(model)
-    # on the layers that the proofs have not seen too
-    engine = f"{fuse.install(model)}; {fused.reason}" if fused.ok else fused.reason
-    if not fused.ok:
-        fuse.remove(model)
-    if not proof.ok and recipe.data.packing == "stream":
+    tell.note("base", base.origin)
+
+    def place(model: Model) -> stream.Placed:
+        placed, elsewhere = fit.place(model, plan, asked=recipe.quant.placement != "auto")
+        notices.extend([f"placement: {elsewhere}"] if elsewhere else [])
+        tell.note("placement", f"{placed} ({elsewhere or plan.reasons['placement']})")
+        return placed
+
+    made = assembled(base, recipe, place=place, note=tell.note)
+    if not made.packed.ok and recipe.data.packing == "stream":
         raise DataError(
-            f"data.packing stream lays several texts end to end, and here that is not safe: {proof.reason}",
+            f"data.packing stream lays several texts end to end, and here that is not safe: {made.packed.reason}",
             fix="data.packing: rows",
         )
-    notices += [] if proof.ok else [f"packing: {proof.reason}"]
-    tell.note("packing", f"{proof.mode}: {proof.reason}")
-    notices += [] if fused.ok else [f"engine: {fused.reason}"]
-    tell.note("engine", engine)
-    for notice in notices:
-        tell.note("note", notice)
-    recompute_as(model, plan.recompute)
-    split_job = replace(job, packed=proof.ok)
-    pace = fit.make_pace(prepared, plan, split_job, machine, model, lambda text: tell.note("memory", text))
-    micro_batches = MicroBatches.of(prepared, pace)
-    rehearsed = None
-    if plan.needed_bytes <= fit.UNREHEARSED * plan.available_bytes:
-        tell.note("rehearsed", f"nothing: {plan.needed_bytes / 1e9:.2f} GB are planned, a small part of what is free")
-    else:
-        rehearsed = rehearse(
-            model, pace, micro_batches.steps.longest_micro_batch(), micro_batches.batch, micro_batches.held_out
-        )
-        tell.note(
-            "rehearsed",
-            f"{rehearsed.tokens} tokens, the longest micro-batch, in {rehearsed.seconds:.1f} s: "
-            f"{rehearsed.micro_batch_bytes / 1e9:.2f} GB above {rehearsed.held.private / 1e9:.2f} GB held",
-        )
-    held = rehearsed.held if rehearsed else usage.now()
-    folder = RunFolder.reopen(out) if resume else RunFolder.create(out, to_yaml(loaded.recipe))
-    with folder as run, stop_on_signals() as stop, usage.Peak() as peak:
-        story = _Story(
-            run,
-            prepared,
-            opened,
+    tell.note("packing", f"{made.packed.mode}: {made.packed.reason}")
+    tell.note("engine", made.engine)
+    notices += [] if made.packed.ok else [f"packing: {made.packed.reason}"]
+    notices += [] if made.fused.ok else [f"engine: {made.fused.reason}"]
+    return made
+
+
+def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener, *, resume: bool) -> RunCallback:
+    """Every step, from the first or from the newest checkpoint, until the last or until a signal."""
+    prepared, steps = ready.job.prepared, ready.steps
+    recipe, model, base = prepared.recipe, ready.base.model, ready.base.base
+    run.write_plan({**ready.job.plan.to_json(), "steps": len(steps), "tokens": steps.tokens})
+    point = checkpoint.newest(run.checkpoints) if resume else None
+    if point is not None:
+        run.truncate_metrics(checkpoint.step_of(point))
+    trainer = StepTrainer(
+        model,
+        training_arguments(
+            recipe.train,
+            folder=run.path,
+            total_steps=len(steps),
+            fp16=base.compute_dtype == "fp16",
+            use_cpu=base.device.type == "cpu",
+            eval_steps=eval_every(prepared),
+        ),
+        train_dataset=collate.StepDataset(prepared.train.examples, steps),
+        eval_batches=ready.held_out,
+        loraplus_lr_ratio=recipe.train.loraplus_lr_ratio,
+        pace=ready.pace,
+    )
+    callback = RunCallback(
+        trainer=trainer,
+        run=run,
+        listener=tell,
+        cadence=cadence(prepared),
+        # at full precision, so that a resumed run continues from the same numbers
+        write_adapter=partial(
+            lora.write_files,
             model,
-            plan,
-            pace,
-            micro_batches,
-            held,
-            peak,
-            machine,
-            settings,
-            tell,
-            stop,
-            tuple(notices),
-        )
-        try:
-            return story.tell_it(resume=resume)
-        finally:
-            placed.remove()
+            base_id=prepared.checkpoint.id,
+            revision=prepared.checkpoint.revision,
+            dtype=None,
+        ),
+        stop=stop,
+        best=Best.of(recipe, run) if prepared.evaluation is not None else None,
+        resume=point,
+    )
+    trainer.add_callback(callback)
+    try:
+        trainer.train(resume_from_checkpoint=str(point) if point is not None else None)
+    finally:
+        tell.end()
+    return callback
 
 
-@dataclass
-class _Story:
-    """The training itself, once everything it needs is known to be good."""
-
-    run: RunFolder
-    prepared: Prepared
-    opened: load.Base
-    model: Any
-    plan: memory.Plan
-    pace: Pace
-    micro_batches: MicroBatches
-    held: usage.Usage  # before the first step
-    peak: usage.Peak
-    machine: device.Device
-    settings: threads.Settings
-    tell: Listener
-    stop: StopRequest
-    notices: tuple[str, ...]
-
-    def tell_it(self, *, resume: bool) -> Outcome:
-        recipe, run = self.prepared.recipe, self.run
-        steps, held_out = self.micro_batches.steps, self.prepared.evaluation
-        planned = {**self.plan.to_json(), "steps": len(steps), "tokens": steps.tokens}
-        run.write_plan(planned)
-        point = checkpoint.newest(run.checkpoints) if resume else None
-        if point is not None:
-            run.truncate_metrics(checkpoint.step_of(point))
-        callback = RunCallback(
-            run=run,
-            listener=self.tell,
-            cadence=cadence(
-                recipe, len(steps), math.ceil(len(self.prepared.train.examples) / recipe.train.rows_per_step)
-            ),
-            write_adapter=self.write_adapter,
-            stop=self.stop,
-            best=best(recipe, run) if held_out is not None else None,
-            resume=point,
-        )
-        trainer = StepTrainer(
-            self.model,
-            training_arguments(
-                recipe.train,
-                folder=run.path,
-                total_steps=len(steps),
-                fp16=self.opened.compute_dtype == "fp16",
-                use_cpu=self.opened.device.type == "cpu",
-                eval_steps=eval_every(recipe, len(self.prepared.train.examples)) if held_out is not None else 0,
-            ),
-            train_dataset=collate.StepDataset(self.prepared.train.examples, steps),
-            eval_batches=self.micro_batches.held_out,
-            loraplus_lr_ratio=recipe.train.loraplus_lr_ratio,
-            callbacks=[callback],
-            pace=self.pace,
-        )
-        trainer.where_rows = lambda step: _rows_note(self.prepared.train.examples, step)
-        callback.trainer = trainer
-        try:
-            trainer.train(resume_from_checkpoint=str(point) if point is not None else None)
-        finally:
-            self.tell.end()
-        if self.stop.signal is not None and trainer.state.global_step < len(steps):
-            return Outcome(run.path, {}, trainer.state.global_step, self.stop.signal)
-        return self.finish(callback, steps)
-
-    def finish(self, callback: RunCallback, steps: pack.Steps) -> Outcome:
-        """Save the adapter (the best one where evaluations chose it) and the report."""
-        recipe, run = self.prepared.recipe, self.run
-        chosen = callback.best if recipe.train.load_best_model_at_end else None
-        if chosen is not None and chosen.step is not None:
-            lora.put_weights(self.model, chosen.folder)
-            self.tell.note("adapter", f"the best of {len(callback.evals)} evaluations, from step {chosen.step}")
-        found = self.prepared.checkpoint
-        dtype = load.DTYPES[recipe.lora.save_dtype]
-        lora.save(
-            self.model,
-            run.adapter,
-            base_id=found.id,
-            revision=found.revision,
-            dtype=dtype,
-            tokenizer=self.prepared.tokenizer if self.prepared.chatml is not None else None,
-        )
-        used = callbacks.process_memory()
-        on_card, timed = bool(self.machine.cards), self.plan.time.measured
-        peak = usage.Usage(self.peak.private, self.peak.file)
-        rows = run.read_metrics()
-        step_s = reporting.usual_seconds(rows)
-        report = reporting.build(
-            rows,
-            planned=reporting.Figures(
-                tokens=steps.tokens,
-                steps=len(steps),
-                train_seconds=self.plan.time.run_s if timed else None,
-                peak_rss_bytes=None if on_card else self.plan.peak_bytes,
-                peak_device_bytes=self.plan.peak_bytes if on_card else None,
-            ),
-            lines=fit.compared(self.plan, self.opened, self.held, peak, run.path, step_s if timed else None),
-            peak_rss_bytes=used["peak_rss_bytes"],
-            peak_device_bytes=used.get("peak_device_bytes"),
-            versions=versions(),
-            machine={**self.machine.to_json(), "process": self.settings.to_json()},
-            data=data_report(self.prepared),
-            notices=(*self.notices, *(f"memory: {down}" for down in self.pace.downs)),
-            adapter_step=None if chosen is None else chosen.step,
-        ).to_json()
-        run.write_report(report)
-        return Outcome(run.path, report, len(steps))
-
-    def write_adapter(self, folder: Path) -> None:
-        """PEFT's two files at full precision, so that a resumed run continues from the same numbers."""
-        found = self.prepared.checkpoint
-        lora.write_files(self.model, folder, base_id=found.id, revision=found.revision, dtype=None)
-
-
-@dataclass(frozen=True)
-class MicroBatches:
-    """Every step's micro-batches and the evaluation's, as the pace splits them at the start."""
-
-    steps: pack.Steps
-    examples: Examples
-    held_out: Any
-
-    @classmethod
-    def of(cls, prepared: Prepared, pace: Pace) -> MicroBatches:
-        steps = plan_steps(
-            prepared, max_tokens_per_micro_batch=pace.tokens, examples_per_micro_batch=pace.examples_per_micro_batch
-        )
-        held_out: Any = ()
-        if prepared.evaluation is not None:
-            per_micro_batch = pace.examples_per_micro_batch or prepared.recipe.train.per_device_eval_batch_size
-            lengths = prepared.evaluation.lengths
-            held_out = collate.Batches(
-                prepared.evaluation.examples, pack.eval_micro_batches(lengths, pace.tokens, per_micro_batch)
-            )
-        return cls(steps, prepared.train.examples, held_out)
-
-    def batch(self, rows: Rows) -> Any:
-        return collate.collate([self.examples[r] for r in rows])
-
-
-def _rows_note(examples: Examples, step: pack.Step) -> str:
-    where = [examples.where(row) for rows in step.micro_batches for row in rows]
-    return f" (rows {', '.join(where[:4])}{' ...' if len(where) > 4 else ''})"
+def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak) -> Document:
+    """Save the adapter (the best one where evaluations chose it) and the report; returns the report."""
+    prepared, plan, machine, model = ready.job.prepared, ready.job.plan, ready.job.machine, ready.base.model
+    recipe = prepared.recipe
+    chosen = callback.best if recipe.train.load_best_model_at_end else None
+    if chosen is not None and chosen.step is not None:
+        lora.put_weights(model, chosen.folder)
+        callback.listener.note("adapter", f"the best of {len(callback.evals)} evaluations, from step {chosen.step}")
+    lora.save(
+        model,
+        run.adapter,
+        base_id=prepared.checkpoint.id,
+        revision=prepared.checkpoint.revision,
+        dtype=load.DTYPES[recipe.lora.save_dtype],
+        tokenizer=prepared.tokenizer if prepared.chatml is not None else None,
+    )
+    used, rows = usage.process_memory(), run.read_metrics()
+    on_card, timed = bool(machine.cards), plan.time.measured
+    seen, step_s = usage.Usage(peak.private, peak.file), reporting.usual_seconds(rows)
+    report = reporting.build(
+        rows,
+        planned=reporting.Figures(
+            tokens=ready.steps.tokens,
+            steps=len(ready.steps),
+            train_seconds=plan.time.run_s if timed else None,
+            peak_rss_bytes=None if on_card else plan.peak_bytes,
+            peak_device_bytes=plan.peak_bytes if on_card else None,
+        ),
+        lines=fit.compared(plan, ready.base.base, ready.held, seen, run.path, step_s if timed else None),
+        peak_rss_bytes=used["peak_rss_bytes"],
+        peak_device_bytes=used.get("peak_device_bytes"),
+        versions=versions(),
+        machine={**machine.to_json(), "process": ready.settings.to_json()},
+        data=data_report(prepared),
+        notices=(*ready.notices, *(f"memory: {down}" for down in ready.pace.downs)),
+        adapter_step=None if chosen is None else chosen.step,
+    ).to_json()
+    run.write_report(report)
+    return report

@@ -14,6 +14,7 @@ from halfbyte.data.encoding.encoder import Encoded, encode
 from halfbyte.data.gates import Finding
 from halfbyte.data.reading.formats import Message, Row
 from halfbyte.errors import DataError
+from halfbyte.training.events import Silent
 from tests import tiny_run
 
 Pair = tuple[str, str]
@@ -180,7 +181,7 @@ def test_a_run_tells_and_reports_them(tmp_path: Path) -> None:
     loaded = tiny_run.recipe(tmp_path)
     lines: list[tuple[str, str]] = []
 
-    class Ears(finetune.Silent):
+    class Ears(Silent):
         def note(self, label: str, text: str) -> None:
             lines.append((label, text))
 

@@ -13,7 +13,7 @@ from halfbyte import finetune
 from halfbyte.errors import TrainError
 from halfbyte.layers import loss
 from halfbyte.training import fit
-from halfbyte.training.callback import Silent
+from halfbyte.training.events import Silent
 from halfbyte.training.pace import Pace, Rows, rehearse
 from tests import tiny_run
 from tests.layers.test_fuse import adapted, batch

@@ -29,8 +29,9 @@ from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import Loaded
 from halfbyte.runs import checkpoint
 from halfbyte.runs.folder import RunFolder
-from halfbyte.system import device, files
-from halfbyte.training.callback import Best, Silent
+from halfbyte.system import device
+from halfbyte.training.events import Silent
+from halfbyte.training.prepare import prepare
 from tests import tiny, tiny_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -63,7 +64,7 @@ def reference(loaded: Loaded) -> list[float]:
     """
     recipe = loaded.recipe
     train, dtype = recipe.train, DTYPES[recipe.quant.compute_dtype]
-    prepared = finetune.prepare(recipe)
+    prepared = prepare(recipe)
     quantised = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -203,7 +204,7 @@ def test_eval_loss_is_the_plain_mean_over_labelled_tokens(tmp_path: Path) -> Non
     )
     model.train()  # no dropout; in eval mode a stock layer rounds its scales to bf16 on a CPU with AVX512-BF16
     total, labelled = 0.0, 0
-    for row in finetune.prepare(recipe).train.examples:
+    for row in prepare(recipe).train.examples:
         count = sum(label != -100 for label in row.labels)
         with torch.no_grad():
             found = model(input_ids=torch.tensor([row.input_ids]), labels=torch.tensor([row.labels])).loss
@@ -263,7 +264,7 @@ def test_gradients_are_the_same_bits_after_an_evaluation(name: str, again: bool,
     """In 4 bits and bf16, where a stock layer loses its gradients on a CPU with AVX512-BF16."""
     tiny_run.checkpoint(tmp_path / "model", name, torch.bfloat16)
     loaded = tiny_run.recipe(tmp_path, quant__compute_dtype="bf16", lora__lora_dropout=0.1)
-    prepared = finetune.prepare(loaded.recipe)
+    prepared = prepare(loaded.recipe)
     opened = load.open_base(prepared.checkpoint, loaded.recipe.quant, device.detect())
     targets, _ = lora.choose_targets(opened.model, loaded.recipe.lora)
     model = lora.add(opened.model, loaded.recipe.lora, targets, seed=0)
@@ -422,17 +423,6 @@ def test_the_best_adapter_is_kept(tmp_path: Path) -> None:
     assert score.loss == pytest.approx(found[step], rel=1e-5)
 
 
-def test_the_best_adapter_is_found_again_after_a_kill_between_two_renames(tmp_path: Path) -> None:
-    aside = files.aside(tmp_path / "best")
-    aside.mkdir()
-    (aside / "best.json").write_text(json.dumps({"metric": "eval_loss", "value": 0.5, "step": 3}))
-    best = Best("eval_loss", tmp_path / "best")
-    best.restore()
-    assert (best.value, best.step) == (0.5, 3)
-    assert (tmp_path / "best" / "best.json").is_file() and not aside.exists()
-    assert best.better(0.4) and not best.better(0.6)
-
-
 # --- what stops a run --------------------------------------------------------------------------------------------
 
 
@@ -502,7 +492,7 @@ def test_the_report_has_the_fields_of_the_design(tmp_path: Path) -> None:
         "tokens", "train_seconds", "tokens_per_second", "steps", "loss", "eval_loss", "peak_rss_bytes",
         "peak_device_bytes", "planned", "measured", "errors", "lines", "versions", "machine", "data", "notices",
     }  # fmt: skip
-    examples = finetune.prepare(loaded.recipe).train.examples
+    examples = prepare(loaded.recipe).train.examples
     assert report["data"]["train"]["tokens"] == report["tokens"]
     assert [gate["gate"] for gate in report["data"]["gates"]] == list(gates.GATES)
     assert report["tokens"] == sum(len(e.input_ids) for e in examples)  # 4 steps of 4 rows: each of 16 rows once

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
@@ -30,10 +30,13 @@ from halfbyte.runs import checkpoint
 
 if TYPE_CHECKING:
     from halfbyte.recipe.schema import Lora
+    from halfbyte.types import Model
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 # Names under `lora:` that are not fields of peft.LoraConfig.
 OWN_FIELDS = frozenset({"save_dtype"})
+# Parameters, each with a copy of what it was.
+Saved: TypeAlias = list[tuple[torch.nn.Parameter, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -288,13 +291,13 @@ def load(model: Any, folder: Path, *, trainable: bool = False) -> Any:
     return adapted
 
 
-def biases(model: Any) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+def biases(model: Model) -> Saved:
     """The base's own biases and copies of them, to be taken before an adapter that has trained them is put on."""
     return [(p, p.detach().clone()) for name, p in model.named_parameters() if "bias" in name]
 
 
 @contextmanager
-def base_alone(adapted: Any, own: Sequence[tuple[torch.nn.Parameter, torch.Tensor]]) -> Iterator[None]:
+def base_alone(adapted: Model, own: Saved) -> Iterator[None]:
     """The base without its adapter. PEFT's `disable_adapter` leaves trained biases (`bias: all`) in place."""
     with adapted.disable_adapter():
         trained = [(parameter, parameter.detach().clone()) for parameter, _ in own]
@@ -306,7 +309,7 @@ def base_alone(adapted: Any, own: Sequence[tuple[torch.nn.Parameter, torch.Tenso
 
 
 @torch.no_grad()
-def _put(values: Sequence[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+def _put(values: Saved) -> None:
     for parameter, value in values:
         parameter.copy_(value)
 

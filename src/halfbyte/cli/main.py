@@ -69,9 +69,9 @@ def train(
     loaded = _load(recipe, data, overrides, resume=resume)
     if dry_run:
         _tame_libraries()
-        from halfbyte import finetune
+        from halfbyte.training import preview
 
-        resolution = finetune.resolve(loaded)
+        resolution = preview.resolve(loaded)
         show.document(resolution.to_json()) if json_ else show_plan.resolution(resolution)
         return
     for warning in loaded.warnings:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from halfbyte.base import store
     from halfbyte.base.store.build import Progress
     from halfbyte.inference.evaluate import Score
-    from halfbyte.training.callback import Listener
+    from halfbyte.training.events import Listener
 
 # a pipe has no width: tables then take what they need
 _WIDTH = None if sys.stdout.isatty() else 160
@@ -176,7 +176,7 @@ class LiveListener(PlainListener):
 def progress(*, quiet: bool, silent: bool) -> Iterator[Listener]:
     """The listener that fits: silent with --json, a live bar on a terminal, plain lines otherwise."""
     if silent:
-        from halfbyte.training.callback import Silent
+        from halfbyte.training.events import Silent
 
         yield Silent()
         return

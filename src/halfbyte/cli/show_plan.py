@@ -14,11 +14,11 @@ from rich.table import Table
 from halfbyte.cli import show
 
 if TYPE_CHECKING:
-    from halfbyte.finetune import Resolution
     from halfbyte.plan import Line, Plan
     from halfbyte.plan.ahead import Planned
     from halfbyte.plan.compare import Way
     from halfbyte.system.device import Device
+    from halfbyte.training.preview import Resolution
 
 BAR = 30
 STYLES = {"private": "cyan", "device": "cyan", "file": "blue", "disk": "dim"}

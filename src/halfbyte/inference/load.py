@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from halfbyte import plan
 from halfbyte.adapters import lora
+from halfbyte.adapters.assembly import assembled
 from halfbyte.base import load, store, stream
 from halfbyte.data import blocks, collate, pack
 from halfbyte.data.encoding import chat_template, encode
@@ -20,23 +21,25 @@ from halfbyte.errors import DataError
 from halfbyte.inference import evaluate as scoring
 from halfbyte.inference.generate import Sampling
 from halfbyte.layers import packing
-from halfbyte.models import sources, structure
+from halfbyte.models import sources
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device, threads
 
+if TYPE_CHECKING:
+    from halfbyte.types import Model, Tokenizer
 
-@dataclass
+
+@dataclass(frozen=True)
 class Opened:
     """A trained adapter on its base, ready to answer."""
 
     run: Path
     recipe: Recipe
-    checkpoint: sources.Checkpoint
-    model: Any
-    tokenizer: Any
-    own_biases: list[Any]
+    model: Model
+    tokenizer: Tokenizer
+    own_biases: lora.Saved
 
     def adapted(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -52,23 +55,20 @@ def open_run(path: Path, tell: store.Tell | None = None) -> Opened:
     run = RunFolder.open(path)
     # where the run was trained an integration was installed that need not be here
     recipe = load_recipe(run.recipe, ["train.report_to=none"]).recipe
-    found = sources.find_model(recipe)
-    machine = device.detect()
+    checkpoint, machine = sources.find_model(recipe), device.detect()
     threads.settle(machine.cores)
-    opened = load.open_base(found, recipe.quant, machine, trust_remote_code=recipe.trust_remote_code, tell=tell)
-    placement, _ = stream.choose(recipe.quant.placement, opened.model, machine.ram_available_bytes)
-    stream.place(opened.model, placement)
-    tokenizer = opened.tokenizer
+    base = load.open_base(checkpoint, recipe.quant, machine, trust_remote_code=recipe.trust_remote_code, tell=tell)
+    tokenizer = base.tokenizer
     if (run.adapter / "tokenizer_config.json").is_file():  # ChatML, with tokens that the base's own does not have
-        tokenizer = load.open_tokenizer(replace(found, path=run.adapter), opened.model)
+        tokenizer = load.open_tokenizer(replace(checkpoint, path=run.adapter), base.model)
     elif recipe.data.chat_template is not None:
         tokenizer.chat_template = chat_template.chat_template(tokenizer, recipe.data)
-    own = lora.biases(opened.model) if recipe.lora.bias != "none" else []
-    model = lora.load(opened.model, run.adapter)
-    model.eval()
-    with structure.shallow(model):
-        packing.prove(model)  # leaves the model set up for what it has proven
-    return Opened(path, recipe, found, model, tokenizer, own)
+
+    def place(model: Model) -> stream.Placed:
+        return stream.place(model, stream.choose(recipe.quant.placement, model, machine.ram_available_bytes)[0])
+
+    made = assembled(base, recipe, adapter=run.adapter, place=place)
+    return Opened(path, recipe, made.model, tokenizer, made.own_biases)
 
 
 def evaluate(

@@ -44,6 +44,22 @@ def now(pid: int | str = "self") -> Usage:
         return Usage(int(psutil.Process(os.getpid() if pid == "self" else int(pid)).memory_info().rss), 0)
 
 
+def process_memory() -> dict[str, int]:
+    """Resident bytes of this process now and at their peak, and the peak on the cards where there are any."""
+    import resource
+
+    import torch
+
+    scale = 1 if sys.platform == "darwin" else 1024
+    used = {
+        "rss_bytes": now().total,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale,
+    }
+    if torch.cuda.is_available():
+        used["peak_device_bytes"] = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return used
+
+
 @cache
 def _c_library(name: str) -> Any:
     """A function of the C library that Linux has loaded; None where it has none of that name."""

@@ -1,4 +1,4 @@
-"""`halfbyte data check`: what would be trained on, seen before anything is: gates, lengths, rows as tokens.
+"""What a run would do, seen before anything is trained: `train --dry-run` and `halfbyte data check`.
 
 Why: a mask that is wrong, or an end token that is never learned, shows at a glance, and never in a loss.
 Cost: tokenising, and the shapes of the model; no weight is read.
@@ -8,29 +8,85 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from halfbyte import plan as memory
-from halfbyte.adapters import lora
+from halfbyte.adapters import targets
 from halfbyte.data import pack
 from halfbyte.errors import DataError
-from halfbyte.models.structure import meta_model
-from halfbyte.recipe.schema import Loaded
+from halfbyte.recipe.schema import Loaded, Origin, rows
 from halfbyte.system import device
-from halfbyte.training import fit, prepare
-from halfbyte.training.prepare import Prepared
-from halfbyte.training.schedule import count_steps, plan_steps
+from halfbyte.training import prepare
+from halfbyte.training.assembly import PlannedRun, planned, with_plan
+from halfbyte.training.schedule import plan_steps
 
 if TYPE_CHECKING:
     from halfbyte.data.encoding.examples import Example
+    from halfbyte.plan import Plan
+    from halfbyte.training.prepare import Prepared
+    from halfbyte.types import Document, Tokenizer
 
 SHOWN_ROWS = 2
 BINS = 10
 COUNTED_STEPS = 20_000
 # Edges of the histogram are multiples of it.
 BIN_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What `train --dry-run` shows: each value with its origin, then what follows from the values.
+
+    Args:
+        notes: labels and texts. warnings: of the recipe; the plan has its own.
+    """
+
+    rows: list[tuple[str, object, Origin]]
+    notes: tuple[tuple[str, str], ...]
+    plan: Plan
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> Document:
+        values = {field: {"value": value, "from": o.kind, "why": o.why} for field, value, o in self.rows}
+        notes = [{"label": label, "text": text} for label, text in self.notes]
+        return {"values": values, "notes": notes, "plan": self.plan.to_json(), "warnings": self.warnings}
+
+
+def resolve(loaded: Loaded) -> Resolution:
+    """Resolve every `auto` without loading a weight; the data is read, since the plan follows from its lengths."""
+    job = planned(loaded.recipe, device.detect())
+    auto, resolved = chosen_values(job), []
+    for field, value, origin in rows(loaded):
+        shown, why = auto.get(field, (value, ""))
+        resolved.append((field, shown, origin if shown == value else Origin("auto", why.removeprefix("auto: "))))
+    prepared, lora, source = job.prepared, job.prepared.recipe.lora, job.prepared.checkpoint
+    trainable = targets.lora_parameter_count(job.meta, job.modules, lora.r, lora.rank_pattern)
+    notes = (
+        ("model", f"{source.id}{f' at {source.revision}' if source.revision else ''}"),
+        ("data", f"{prepare.data_note(prepared)}; {job.steps} steps of {prepared.recipe.train.rows_per_step} rows"),
+        *(("data", finding.line) for finding in prepared.findings),
+        ("adapters", f"on {len(job.modules)} modules, {trainable:,} parameters train"),
+    )
+    return Resolution(resolved, notes, job.plan, loaded.warnings)
+
+
+def chosen_values(job: PlannedRun) -> dict[str, tuple[object, str]]:
+    """The value of each field that may be `auto`, and why it is this one."""
+    plan, recipe = job.plan, job.prepared.recipe
+    values: dict[str, tuple[object, str]] = {
+        "quant.compute_dtype": device.compute_dtype(job.machine, recipe.quant.compute_dtype),
+        "lora.target_modules": (job.targets.names, job.targets.reason),
+        "train.gradient_checkpointing": (plan.gradient_checkpointing, plan.reasons["recompute"]),
+        "quant.placement": (plan.placement, plan.reasons["placement"]),
+        "train.max_tokens_per_micro_batch": (
+            plan.max_tokens_per_micro_batch,
+            plan.reasons["max_tokens_per_micro_batch"],
+        ),
+    }
+    if job.prepared.chatml is not None:
+        values["lora.trainable_token_indices"] = (recipe.lora.trainable_token_indices, job.prepared.chatml.notice)
+    return values
 
 
 @dataclass(frozen=True)
@@ -67,7 +123,7 @@ class Checked:
     """What `data check` shows."""
 
     prepared: Prepared
-    plan: memory.Plan
+    plan: Plan
     steps: int
     micro_batches: int
     tokens: int
@@ -78,7 +134,7 @@ class Checked:
     def refused(self) -> bool:
         return any(finding.level == "refused" for finding in self.prepared.findings)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Document:
         recipe, rows = self.prepared.recipe, len(self.prepared.train.examples)
         return {
             "model": self.prepared.checkpoint.id,
@@ -95,8 +151,8 @@ class Checked:
                 "seconds": self.plan.time.run_s,
                 "seconds_from": self.plan.time.source,
             },
-            "histogram": [asdict(found) for found in self.histogram],
-            "rows": [asdict(found) for found in self.shown],
+            "histogram": [asdict(part) for part in self.histogram],
+            "rows": [asdict(row) for row in self.shown],
         }
 
 
@@ -109,23 +165,22 @@ def check(loaded: Loaded, *, row: int | None = None) -> Checked:
     Raises:
         HalfbyteError: no model, rows that cannot be used, no such row. What the gates refuse is among the findings.
     """
-    recipe, machine = loaded.recipe, device.detect()
-    prepared = prepare.look(recipe)
-    rows = len(prepared.train.examples)
-    if row is not None and not 1 <= row <= rows:
-        raise DataError(f"there is no row {row}: {rows:,} rows are trained on.", fix=f"--row 1 to --row {rows}")
-    model = meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
-    _, plan = fit.plan_of(prepared, machine, lora.choose_targets(model, prepared.recipe.lora)[0], model)
-    planned = plan_steps(
+    machine = device.detect()
+    prepared = prepare.look(loaded.recipe)
+    count = len(prepared.train.examples)
+    if row is not None and not 1 <= row <= count:
+        raise DataError(f"there is no row {row}: {count:,} rows are trained on.", fix=f"--row 1 to --row {count}")
+    plan = with_plan(prepared, machine).plan
+    steps = plan_steps(
         prepared, max_tokens_per_micro_batch=plan.max_tokens_per_micro_batch, examples_per_micro_batch=None
     )
-    numbers = [row - 1] if row is not None else range(min(SHOWN_ROWS, rows))
+    numbers = [row - 1] if row is not None else range(min(SHOWN_ROWS, count))
     return Checked(
         prepared,
         plan,
-        count_steps(prepared),
-        count_micro_batches(planned),
-        planned.tokens,
+        len(steps),
+        count_micro_batches(steps),
+        steps.tokens,
         histogram(prepared.train.lengths),
         tuple(shown(prepared.train.examples[n], n + 1, prepared.tokenizer) for n in numbers),
     )
@@ -146,7 +201,7 @@ def histogram(lengths: pack.Sizes) -> tuple[Bin, ...]:
     return tuple(Bin(first + i * width, first + (i + 1) * width - 1, int(n)) for i, n in enumerate(counts))
 
 
-def shown(example: Example, row: int, tokenizer: Any) -> Shown:
+def shown(example: Example, row: int, tokenizer: Tokenizer) -> Shown:
     """A row as text, cut where a label or a special token begins or ends."""
     special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids)
     marked = [(i, label >= 0, i in special) for i, label in zip(example.input_ids, example.labels, strict=True)]
@@ -158,6 +213,6 @@ def shown(example: Example, row: int, tokenizer: Any) -> Shown:
     return Shown(row, example.where, len(example.input_ids), labelled, tuple(pieces))
 
 
-def _text(tokenizer: Any, ids: list[int]) -> str:
+def _text(tokenizer: Tokenizer, ids: list[int]) -> str:
     text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text

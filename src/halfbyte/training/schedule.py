@@ -1,4 +1,4 @@
-"""The steps of a run, counted and arranged: how many, which rows, when to save and to evaluate.
+"""The steps of a run, counted and arranged: how many, which rows, when to save and when to evaluate.
 
 Cost: none; a step is made when it is asked for.
 """
@@ -6,19 +6,20 @@ Cost: none; a step is made when it is asked for.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from halfbyte.data import pack
-from halfbyte.recipe.schema import Recipe
-from halfbyte.runs.folder import RunFolder
-from halfbyte.training.callback import Best, Cadence
-from halfbyte.training.prepare import Prepared
+from halfbyte.data import collate, pack
+
+if TYPE_CHECKING:
+    from halfbyte.training.prepare import Prepared
 
 
 def count_steps(prepared: Prepared) -> int:
     train = prepared.recipe.train
     return pack.count_steps(
         len(prepared.train.examples),
-        rows_per_step=prepared.recipe.train.rows_per_step,
+        rows_per_step=train.rows_per_step,
         epochs=train.num_train_epochs,
         max_steps=train.max_steps,
     )
@@ -32,7 +33,7 @@ def plan_steps(
     return pack.plan_steps(
         prepared.train.lengths,
         prepared.train.labelled,
-        rows_per_step=prepared.recipe.train.rows_per_step,
+        rows_per_step=train.rows_per_step,
         epochs=train.num_train_epochs,
         max_steps=train.max_steps,
         seed=train.seed if train.data_seed is None else train.data_seed,
@@ -41,38 +42,60 @@ def plan_steps(
     )
 
 
-def cadence(recipe: Recipe, total_steps: int, steps_per_epoch: int) -> Cadence:
-    train = recipe.train
-    steps = {"no": 0, "epoch": steps_per_epoch}.get(train.save_strategy, _count(train.save_steps, total_steps))
+def micro_batches(prepared: Prepared, tokens: int, examples: int | None) -> tuple[pack.Steps, collate.Batches]:
+    """Every step, and the held-out rows (perhaps none), in micro-batches of at most `tokens` tokens.
+
+    Args:
+        examples: at most so many in a micro-batch; None for no limit, and `per_device_eval_batch_size` of those held
+            out.
+    """
+    steps = plan_steps(prepared, max_tokens_per_micro_batch=tokens, examples_per_micro_batch=examples)
+    if prepared.evaluation is None:
+        return steps, collate.Batches((), ())
+    lengths, most = prepared.evaluation.lengths, examples or prepared.recipe.train.per_device_eval_batch_size
+    return steps, collate.Batches(prepared.evaluation.examples, pack.eval_micro_batches(lengths, tokens, most))
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """When to save. `steps` 0: not by steps; `minutes` None: not by time; `keep` None: all of them."""
+
+    steps: int
+    minutes: float | None
+    keep: int | None
+    at_end: bool = True
+
+    def is_due(self, step: int, seconds: float) -> bool:
+        """Whether to save after a step, `seconds` after the last time."""
+        by_steps = self.steps > 0 and step % self.steps == 0
+        return by_steps or (self.minutes is not None and seconds >= 60 * self.minutes)
+
+
+def cadence(prepared: Prepared) -> Cadence:
+    train = prepared.recipe.train
+    by_strategy = {"no": 0, "epoch": _steps_per_epoch(prepared), "steps": _count(train.save_steps, prepared)}
     return Cadence(
-        steps=steps, minutes=train.save_minutes, keep=train.save_total_limit, at_end=train.save_strategy != "no"
+        steps=by_strategy[train.save_strategy],
+        minutes=train.save_minutes,
+        keep=train.save_total_limit,
+        at_end=train.save_strategy != "no",
     )
 
 
-def eval_every(recipe: Recipe, train_rows: int) -> int:
+def eval_every(prepared: Prepared) -> int:
     """Steps between evaluations; 0 for none. The Trainer sees one epoch of all steps, so epochs become steps here."""
-    train = recipe.train
-    steps_per_epoch = math.ceil(train_rows / train.rows_per_step)
-    if train.eval_strategy == "no":
+    train = prepared.recipe.train
+    if prepared.evaluation is None or train.eval_strategy == "no":
         return 0
     if train.eval_strategy == "epoch" or (train.eval_strategy == "auto" and train.eval_steps is None):
-        return steps_per_epoch
-    total = pack.count_steps(
-        train_rows, rows_per_step=train.rows_per_step, epochs=train.num_train_epochs, max_steps=train.max_steps
-    )
-    return _count(train.eval_steps or train.logging_steps, total)
+        return _steps_per_epoch(prepared)
+    return _count(train.eval_steps or train.logging_steps, prepared)
 
 
-def best(recipe: Recipe, run: RunFolder) -> Best:
-    name = recipe.train.metric_for_best_model or "loss"
-    found = Best(
-        metric=name if name.startswith("eval_") else f"eval_{name}",
-        folder=run.checkpoints / "best",
-    )
-    found.restore()
-    return found
+def _steps_per_epoch(prepared: Prepared) -> int:
+    return math.ceil(len(prepared.train.examples) / prepared.recipe.train.rows_per_step)
 
 
-def _count(value: float, total: int) -> int:
+def _count(value: float, prepared: Prepared) -> int:
     """Steps from a number, or from a share of all steps below 1, as the Trainer reads `save_steps` and `eval_steps`."""
-    return max(1, math.ceil(value * total)) if value < 1 else int(value)
+    return max(1, math.ceil(value * count_steps(prepared))) if value < 1 else int(value)

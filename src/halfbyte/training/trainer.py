@@ -12,13 +12,12 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -28,7 +27,12 @@ from halfbyte.layers import loss
 from halfbyte.training.pace import Pace, is_out_of_memory
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from transformers import TrainerControl
+
+    from halfbyte.data import collate, pack
     from halfbyte.recipe.schema import Train
+    from halfbyte.types import Batch, Document, Model
 
 # Names under `train:` that are not fields of transformers.TrainingArguments, or that never reach the Trainer:
 # batch and accumulation are inside the item, the dtype is the base's, checkpoints and the best adapter are ours.
@@ -59,13 +63,13 @@ class StepRecord:
     micro_batches: int
     seconds: float
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Document:
         return {**asdict(self), "tokens_per_second": self.tokens / self.seconds if self.seconds > 0 else 0.0}
 
 
 def training_arguments(
     train: Train, *, folder: Path, total_steps: int, fp16: bool, use_cpu: bool, eval_steps: int
-) -> Any:
+) -> TrainingArguments:
     """The recipe's `train:` as TrainingArguments for a run of `total_steps` items.
 
     Args:
@@ -135,45 +139,41 @@ class StepTrainer(Trainer):
         pace: splits steps anew when memory runs short; None for micro-batches as they were planned.
     """
 
-    optimizer: Any
-    control: Any
+    optimizer: Optimizer
+    control: TrainerControl
 
     def __init__(
         self,
-        model: Any,
-        args: Any,
+        model: Model,
+        args: TrainingArguments,
         *,
-        train_dataset: Dataset[dict[str, Any]],
-        eval_batches: Sequence[Mapping[str, Any]] = (),
+        train_dataset: collate.StepDataset,
+        eval_batches: collate.Batches,
         loraplus_lr_ratio: float | None = None,
-        callbacks: Sequence[Any] = (),
         pace: Pace | None = None,
     ) -> None:
         self.eval_batches = eval_batches
         self.pace = pace
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.last: StepRecord | None = None
-        self.where_rows: Callable[[Any], str] = lambda step: ""
-        super().__init__(
-            model=model, args=args, train_dataset=train_dataset, eval_dataset=[], callbacks=list(callbacks)
-        )
+        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=[])
         self.loss_is_scaled_for_ga = True
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self._ended = time.perf_counter()
 
-    def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
+    def get_train_dataloader(self) -> DataLoader[Document]:
         """Items in their order, one at a time: the order was drawn when the steps were planned."""
         return DataLoader(self.train_dataset, batch_size=1, shuffle=False, collate_fn=_only)
 
-    def create_optimizer(self, model: Any = None) -> Any:
+    def create_optimizer(self, model: Model | None = None) -> Optimizer:
         if self.loraplus_lr_ratio is None or self.optimizer is not None:
             return super().create_optimizer(model)
         cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         self.optimizer = loraplus_optimizer(self.model, cls, self.loraplus_lr_ratio, self.args.weight_decay, kwargs)
         return self.optimizer
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(self, model: Model, inputs: Document, num_items_in_batch: object = None) -> torch.Tensor:
         """Forward and backward over every micro-batch of one step.
 
         Returns:
@@ -206,7 +206,7 @@ class StepTrainer(Trainer):
         value = float(total)
         if not math.isfinite(value):
             raise TrainError(
-                f"the loss is {value} at step {self.state.global_step + 1}{self.where_rows(step)}.",
+                f"the loss is {value} at step {self.state.global_step + 1} (rows {self._where(step)}).",
                 fix="lower train.learning_rate, set train.max_grad_norm, or look at those rows"
                 if self.state.global_step
                 else "nothing has been trained yet: look at the base's weights and at those rows",
@@ -220,7 +220,7 @@ class StepTrainer(Trainer):
         self._record(step, value, done)
         return total
 
-    def _run_micro_batch(self, model: Any, batch: Mapping[str, Any], labelled_tokens: int) -> torch.Tensor:
+    def _run_micro_batch(self, model: Model, batch: Batch, labelled_tokens: int) -> torch.Tensor:
         """Forward and backward of one micro-batch; its share of the step's loss."""
         summed = loss.micro_batch_loss(model, batch, label_smoothing=self.args.label_smoothing_factor)
         part = summed / labelled_tokens
@@ -228,21 +228,25 @@ class StepTrainer(Trainer):
         return part.detach()
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+        self, eval_dataset: object = None, ignore_keys: object = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Mean loss per labelled token over the held-out rows, without touching the random state or the weights."""
-        batches = self.eval_batches if eval_dataset is None else eval_dataset
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in loss.mean_loss(self.model, batches).items()}
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in loss.mean_loss(self.model, self.eval_batches).items()}
         self._ended = time.perf_counter()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+    def floating_point_ops(self, inputs: Document) -> float:
         """4 FLOP a base parameter and token: forward and the gradient of the input; a frozen weight needs no third."""
         return 4.0 * self.model.get_nb_trainable_parameters()[1] * inputs["step"].tokens
 
-    def _record(self, step: Any, value: float, micro_batches: int) -> None:
+    def _where(self, step: pack.Step) -> str:
+        """The files and lines of a step's first rows."""
+        where = [self.train_dataset.examples.where(row) for rows in step.micro_batches for row in rows]
+        return f"{', '.join(where[:4])}{' ...' if len(where) > 4 else ''}"
+
+    def _record(self, step: pack.Step, value: float, micro_batches: int) -> None:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
         scaler = getattr(self.accelerator, "scaler", None)
@@ -260,6 +264,6 @@ class StepTrainer(Trainer):
         self._ended = now
 
 
-def _only(items: list[dict[str, Any]]) -> dict[str, Any]:
+def _only(items: list[Document]) -> Document:
     (item,) = items
     return item

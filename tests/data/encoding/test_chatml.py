@@ -18,6 +18,8 @@ from halfbyte.inference import load
 from halfbyte.inference.generate import chat_ids, end_of_turn_id
 from halfbyte.recipe.schema import Loaded
 from halfbyte.training import preview
+from halfbyte.training.events import Silent
+from halfbyte.training.prepare import prepare
 from tests import tiny, tiny_run
 
 PLAIN = ("<pad>", "<s>", "</s>")
@@ -114,12 +116,12 @@ def test_a_run_trains_its_rows_and_opens_with_plain_peft(tied: bool, tmp_path: P
     loaded = run(tmp_path, PLAIN, tied=tied, data__mask="assistant")
     lines: list[tuple[str, str]] = []
 
-    class Ears(finetune.Silent):
+    class Ears(Silent):
         def note(self, label: str, text: str) -> None:
             lines.append((label, text))
 
     report = finetune.train(loaded, listener=Ears()).report
-    notice = finetune.prepare(loaded.recipe).chatml.notice  # type: ignore[union-attr]
+    notice = prepare(loaded.recipe).chatml.notice  # type: ignore[union-attr]
     assert ("note", notice) in lines and notice in report["notices"]
     adapter = Path(loaded.recipe.output) / "adapter"
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -151,7 +153,7 @@ def test_a_run_trains_its_rows_and_opens_with_plain_peft(tied: bool, tmp_path: P
 
 def test_the_plan_counts_the_rows_and_the_dry_run_shows_them(tmp_path: Path) -> None:
     loaded = run(tmp_path, PLAIN, tied=True)
-    shown = {field: (value, origin.why) for field, value, origin in finetune.resolve(loaded).rows}
+    shown = {field: (value, origin.why) for field, value, origin in preview.resolve(loaded).rows}
     value, why = shown["lora.trainable_token_indices"]
     assert value == (SIZE, SIZE + 1) and why.startswith("ChatML, the model has no chat template")
     without = run(tmp_path, PLAIN, tied=True, data__chat_template=tiny_run.CHATML)
@@ -164,7 +166,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
     whole = run(tmp_path, PLAIN, tied=True, **values)
     finetune.train(whole)
 
-    class Cut(finetune.Silent):
+    class Cut(Silent):
         def step(self, row: dict[str, Any]) -> None:
             if row["step"] == 3:
                 raise RuntimeError("power cut")

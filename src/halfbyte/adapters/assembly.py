@@ -1,0 +1,83 @@
+"""A base in its place with adapters on it, and what was proven on it: where a run, an evaluation and `doctor` begin.
+
+Why: whoever uses a model begins here, so no one can forget a proof.
+Cost: a second or two of proofs, on the first layers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from halfbyte.adapters import lora
+from halfbyte.base import load, stream
+from halfbyte.layers import fuse, loss, packing
+from halfbyte.layers.fused_proof import FusedProof, prove_fused
+from halfbyte.models import structure
+
+if TYPE_CHECKING:
+    from halfbyte.recipe.schema import Recipe
+    from halfbyte.types import Model
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A base with its adapters.
+
+    Args:
+        placed: None if the base stays where it was opened.
+        packed: how examples that are laid end to end are kept apart.
+        fused: whether the adapters run our fused layers, or PEFT's own forward. engine: the same in words.
+        layers: how many layers the proofs ran through; 0 for all of a model without a list of layers.
+        own_biases: the base's own, where a loaded adapter has replaced them.
+    """
+
+    base: load.Base
+    model: Model
+    placed: stream.Placed | None
+    packed: packing.Proof
+    fused: FusedProof
+    engine: str
+    layers: int
+    own_biases: lora.Saved
+
+
+def assembled(
+    base: load.Base,
+    recipe: Recipe,
+    *,
+    adapter: Path | None = None,
+    place: Callable[[Model], stream.Placed] | None = None,
+    note: Callable[[str, str], None] = lambda label, text: None,
+) -> Assembled:
+    """Place an open base, put adapters on it, and prove on its first layers what is used from then on.
+
+    Args:
+        adapter: a folder with a trained one, to be used and not trained; None puts on fresh ones as the recipe says.
+        place: puts the base where it shall be; None leaves it where it was opened.
+
+    Raises:
+        AdapterError: the targets match nothing, or the adapter is of another base.
+        BaseModelError: the base cannot be placed as asked.
+    """
+    placed = place(base.model) if place is not None else None
+    own_biases: lora.Saved = []
+    if adapter is None:
+        targets, _ = lora.choose_targets(base.model, recipe.lora)
+        model = lora.add(base.model, recipe.lora, targets, seed=recipe.train.seed)
+        note("adapters", f"{lora.summary(model)} ({targets.reason})")
+    else:
+        own_biases = lora.biases(base.model) if recipe.lora.bias != "none" else []
+        model = lora.load(base.model, adapter).eval()
+    with structure.shallow(model) as layers:
+        packed = packing.prove(model)
+        fused = prove_fused(model, packed=packed.ok)
+        loss.head_of(model)  # seen here, on few layers
+    engine = fused.reason
+    if fused.ok:
+        engine = f"{fuse.install(model)}; {fused.reason}"  # on the layers that the proofs have not seen too
+    else:
+        fuse.remove(model)
+    return Assembled(base, model, placed, packed, fused, engine, layers, own_biases)
