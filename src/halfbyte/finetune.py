@@ -105,7 +105,7 @@ def make_ready(recipe: Recipe, machine: device.Device, tell: Listener) -> Ready:
     prepared, plan = job.prepared, job.plan
     for name, why in plan.reasons.items():
         tell.note("plan", f"{name} {getattr(plan, name)}: {why}")
-    tell.note("plan", f"peak memory about {plan.peak_bytes / 1e9:.2f} GB of {plan.available_bytes / 1e9:.1f} GB free")
+    tell.note("plan", f"peak memory about {plan.needed_bytes / 1e9:.2f} GB of {plan.available_bytes / 1e9:.1f} GB free")
     notices = [*data_notices(prepared), *(str(f) for f in prepared.findings if f.level != "ok"), *plan.warnings]
     base = _assembled(job, tell, notices)
     for notice in notices:

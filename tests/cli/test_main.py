@@ -155,7 +155,7 @@ def test_a_dry_run_tells_every_value_and_trains_nothing(here: Path, halfbyte: Cl
         r"model     .*/model",
         r"data      16 rows, .*; 4 steps of 4 rows",
         r"adapters  on 8 modules, 7,168 parameters train",
-        r"peak +\d+\.\d{3} GB  of \d+\.\d GB free",
+        r"needed +\d+\.\d{3} GB  of \d+\.\d GB free",
     ):
         assert re.search(f"^{line}$", ended.out, re.MULTILINE), (line, ended.out)
     assert sorted(here.rglob("*")) == before

@@ -115,3 +115,18 @@ print("\\n@", code, "torch" in sys.modules, used.ru_utime + used.ru_stime)
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
     _, ended, torch, seconds = said.splitlines()[-1].split()
     assert (ended, torch) == ("0", "False") and float(seconds) < 1.0
+
+
+def test_what_is_printed_for_a_base_larger_than_memory_adds_up(halfbyte: Cli) -> None:
+    """The lines that must be in memory add up to `needed`, which is the number of the last line."""
+    asked = ("llama-2-70b", "--device", "cpu:24.69GB", "--length", "512")
+    found = plan(halfbyte, *asked)["plan"]
+    said = halfbyte("plan", *asked).out
+    table, after = said.split("\nneeded ")
+    rows = [line.split(" GB ")[0].split() for line in table.split("at its peak")[1].splitlines() if " GB " in line]
+    needed = float(after.split()[0])
+    assert sum(float(row[-1]) for row in rows) == pytest.approx(needed, abs=0.005 * len(rows) + 0.005)
+    assert found["placement"] == "streamed" and found["read_bytes"] > 2 * (36e9 - 24.69e9)
+    assert needed == pytest.approx(found["needed_bytes"] / 1e9, abs=0.006) and needed < 24.69
+    assert f"it fits: {needed:.2f} GB of 24.69 GB free are needed, {needed / 24.69:.0%}" in said
+    assert "read from disk" in after and "reading the base takes" in after

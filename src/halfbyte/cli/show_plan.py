@@ -39,7 +39,7 @@ def planned(value: Planned) -> None:
         show.text(f"          {note}")
     show.text("")
     place = "a training step at its peak, on a card" if plan.host_lines else "a training step at its peak"
-    show.out.print(table(place, plan.lines, plan.available_bytes))
+    show.out.print(table(place, plan.lines, plan.available_bytes, plan))
     if plan.host_lines:
         show.out.print(table("beside it, in RAM", plan.host_lines, plan.host_available_bytes))
     also = [("loading", plan.loading_bytes), ("an evaluation", plan.evaluating_bytes)]
@@ -82,7 +82,8 @@ def summary(plan: Plan) -> None:
     """A plan in a few lines: name, GB, how it was counted; then the choices and the warnings."""
     for line in plan.lines:
         show.labelled(line.name, f"{line.bytes / 1e9:8.3f} GB  {line.how}", width=23)
-    show.labelled("peak", f"{plan.peak_bytes / 1e9:8.3f} GB  of {plan.available_bytes / 1e9:.1f} GB free", width=23)
+    show.labelled("peak", f"{plan.peak_bytes / 1e9:8.3f} GB  with pages of files", width=23)
+    show.labelled("needed", f"{plan.needed_bytes / 1e9:8.3f} GB  of {plan.available_bytes / 1e9:.1f} GB free", width=23)
     for name, why in plan.reasons.items():
         show.wrapped(f"{name} {getattr(plan, name)}: {why}")
     for warning in plan.warnings:
@@ -99,31 +100,41 @@ def verdict(plan: Plan) -> None:
         )
     if not plan.warnings:
         share = plan.needed_bytes / max(1, plan.available_bytes)
-        show.out.print(f"[green]it fits[/green]: {share:.0%} of the free memory")
+        needed = f"{show.gb(plan.needed_bytes)} of {show.gb(plan.available_bytes)} free are needed"
+        when = " (most of all while loading or in an evaluation)" if plan.needed_bytes > plan.step_needed_bytes else ""
+        show.out.print(f"[green]it fits[/green]: {needed}, {share:.0%}{when}")
 
 
-def table(title: str, lines: tuple[Line, ...], available: int) -> Table:
-    """A line with its bar each, and the total against what is free."""
-    total = sum(line.bytes for line in lines)
-    whole = max(total, available, 1)
+def table(title: str, lines: tuple[Line, ...], available: int, plan: Plan | None = None) -> Table:
+    """What must be in memory, with a bar for each line, against what is free; then pages of files, which may go.
+
+    Args:
+        plan: says how much of the base's pages must be in memory at once, and what is read from disk.
+    """
+    busy_bytes, read_bytes = (plan.busy_file_bytes, plan.read_bytes) if plan else (0, 0)
+    needed = sum(line.bytes for line in lines if line.where != "file") + busy_bytes
+    whole = max(needed, available, 1)
     made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=False)
     made.add_column("name", no_wrap=True)
     made.add_column("GB", justify="right", no_wrap=True)
     made.add_column("bar", no_wrap=True)
     made.add_column("how", overflow="fold", style="dim")
     for line in lines:
-        where = " [file]" if line.where == "file" else ""
-        made.add_row(
-            line.name, show.gb(line.bytes), bar(line.bytes, whole, STYLES[line.where]), escape(line.how + where)
-        )
-    over = total > available
-    made.add_row(
-        "total",
-        show.gb(total),
-        bar(total, whole, "red" if over else "green"),
-        f"of {show.gb(available)} free",
-        style="bold",
-    )
+        if line.where != "file":
+            made.add_row(line.name, show.gb(line.bytes), bar(line.bytes, whole, STYLES[line.where]), escape(line.how))
+    if busy_bytes:
+        made.add_row("base in use", show.gb(busy_bytes), bar(busy_bytes, whole, "blue"), "pages of the layers at work")
+    style = "red" if needed > available else "green"
+    made.add_row("needed", show.gb(needed), bar(needed, whole, style), f"of {show.gb(available)} free", style="bold")
+    for line in lines:
+        rest = line.bytes - (busy_bytes if line.name == "base" else 0)
+        if line.where == "file" and rest > 0:
+            name = "base, the rest" if line.name == "base" else line.name
+            made.add_row(
+                name, show.gb(rest), bar(rest, whole, STYLES["file"]), escape(f"{line.how}; stays while there is room")
+            )
+    if read_bytes:
+        made.add_row("read from disk", show.gb(read_bytes), "", "of the base in a step, as it does not stay in memory")
     return made
 
 
@@ -139,7 +150,16 @@ def times(plan: Plan) -> str:
     time = plan.time
     step = f"{seconds(time.step_low_s)} to {seconds(time.step_high_s)} a step"
     run = f", {time.steps:,} steps {seconds(time.step_low_s * time.steps)} to {seconds(time.step_high_s * time.steps)}"
-    return f"{step}{run if time.steps > 1 else ''} ({time.source})"
+    return f"{step}{run if time.steps > 1 else ''} ({time.source}){reading(plan)}"
+
+
+def reading(plan: Plan) -> str:
+    """How long a step reads the base from disk, where it does not stay in memory."""
+    if not plan.read_bytes:
+        return ""
+    waits = plan.time.parts.get("waiting for disk", 0.0)
+    meanwhile = "while it computes" if not waits else f"and it waits {seconds(waits)}"
+    return f"; reading the base takes {seconds(plan.time.reading_s)} of it, {meanwhile}"
 
 
 def seconds(value: float) -> str:

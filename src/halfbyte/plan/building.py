@@ -10,6 +10,7 @@ Cost: one walk over the tensors; no torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from halfbyte.models.tensors import DTYPE_BITS, TensorSpec
@@ -56,8 +57,8 @@ class Building:
 
     def lines(self, cores: int) -> tuple[Line, ...]:
         """RAM while it is built on `cores` cores."""
-        threads = min(cores + EXTRA_THREADS, len(self._files()))
-        buffers = sum(sorted((self._held(spec) for spec in self.specs), reverse=True)[:threads])
+        threads = min(cores + EXTRA_THREADS, len(self._files))
+        buffers = sum(self._largest_first[:threads])
         words = f"{threads} threads, {CHUNK_ELEMENTS / 1e6:.1f} M numbers at once"
         return (
             Line("libraries", LIBRARIES_PRIVATE_BYTES, "torch, transformers, bitsandbytes, numba", "measured"),
@@ -65,11 +66,11 @@ class Building:
             Line("chunks", buffers, words, "store/build.py"),
         )
 
-    @property
+    @cached_property
     def disk_bytes(self) -> int:
         """Bytes of the store's folder: tensors, headers, index, manifest, and what is copied beside them."""
         total = 0
-        for specs in self._files().values():
+        for specs in self._files.values():
             names = [name for spec in specs for name in self._names(spec)]
             total += sum(codec.encoded_bytes(spec, self.quant, self.itemsize) for spec in specs)
             total += _STATE_BYTES * sum(self._is_4bit(spec) for spec in specs)
@@ -80,19 +81,19 @@ class Building:
         beside = self.beside_bytes
         return total + (BESIDE_BYTES_PER_ENTRY * self.vocab if beside is None else beside)
 
+    @cached_property
+    def _largest_first(self) -> list[int]:
+        """What a thread holds of each tensor at most, in bytes."""
+        return sorted((self._held(spec) for spec in self.specs), reverse=True)
+
+    @cached_property
     def _files(self) -> dict[str, list[TensorSpec]]:
         """A file for each layer, one for each large tensor around them, one for the small rest."""
-        found: dict[str, list[TensorSpec]] = {}
+        files: dict[str, list[TensorSpec]] = {}
         for spec in self.specs:
-            name = (
-                f"layer {spec.layer}"
-                if spec.layer is not None
-                else spec.name
-                if spec.nbytes >= OWN_FILE_BYTES
-                else "rest"
-            )
-            found.setdefault(name, []).append(spec)
-        return found
+            alone = spec.name if spec.nbytes >= OWN_FILE_BYTES else "rest"
+            files.setdefault(alone if spec.layer is None else f"layer {spec.layer}", []).append(spec)
+        return files
 
     def _names(self, spec: TensorSpec) -> list[str]:
         """The tensors that one becomes in its file."""

@@ -8,14 +8,13 @@ Cost: a few milliseconds; no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
-from halfbyte.plan import held as state
-from halfbyte.plan import peak
+from halfbyte.plan import held, peak
 from halfbyte.plan.job import Job
 from halfbyte.plan.lines import GB, Line, Placement, Plan, Recompute, Where
-from halfbyte.plan.timing import Rates, assumed, step_time
+from halfbyte.plan.timing import Rates, assumed, mean_micro_batches, step_time
 from halfbyte.system.device import Device
 
 MARGIN = 0.15  # of free memory that a plan leaves: its own error, and what the system needs meanwhile
@@ -24,34 +23,25 @@ PLENTY = 0.5  # of free memory: a plan that takes no more need not save any
 CACHE_SHARE = 0.9  # of what is left, that the system keeps of a mapped file
 MAX_TOKENS_PER_MICRO_BATCH = 4096  # larger micro-batches no longer run faster, they only take memory
 GENERATED_TOKENS = 1024
+# From the least to the most that is done again. `selective` keeps outputs of matrix products, and no more.
 POLICIES: tuple[Recompute, ...] = ("none", "selective", "full")
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    placement: Placement
-    recompute: Recompute
-    tokens: int
-    plan: Plan
-    asked_tokens: bool = False
 
 
 def make(job: Job, device: Device, rates: Rates | None = None) -> Plan:
     """Plan one training. The recipe's own values win; what they make impossible is a warning with what is missing."""
-    rates = rates or assumed(device, job.dtype)
-    found = list(_candidates(job, device, rates))
-    fitting = [c for c in found if c.plan.short_bytes == 0 and _room(c.plan) <= 1 - MARGIN]
+    plans = list(_candidates(job, device, rates or assumed(device, job.dtype)))
+    fitting = [p for p in plans if p.short_bytes == 0 and _share_needed(p) <= 1 - MARGIN]
     if fitting:
-        fastest = min(c.plan.time.step_s for c in fitting)
-        level = [c for c in fitting if c.plan.time.step_s <= SAME_TIME * fastest]
-        roomy = [c for c in level if _room(c.plan) <= PLENTY]
+        fastest = min(p.time.step_s for p in fitting)
+        level = [p for p in fitting if p.time.step_s <= SAME_TIME * fastest]
+        roomy = [p for p in level if _share_needed(p) <= PLENTY]
         if roomy:
-            return _told(min(roomy, key=lambda c: c.plan.time.step_s), found, job)
-        return _told(min(level, key=lambda c: c.plan.private_bytes), found, job)
-    tight = [c for c in found if c.plan.short_bytes == 0]
+            return _told(min(roomy, key=lambda p: p.time.step_s), plans, job)
+        return _told(min(level, key=lambda p: p.private_bytes), plans, job)
+    tight = [p for p in plans if p.short_bytes == 0]
     if tight:
-        return _told(min(tight, key=lambda c: (_room(c.plan), c.plan.time.step_s)), found, job, tight=True)
-    return _told(min(found, key=lambda c: (c.plan.needed_bytes, c.plan.time.step_s)), found, job)
+        return _told(min(tight, key=lambda p: (_share_needed(p), p.time.step_s)), plans, job, tight=True)
+    return _told(min(plans, key=lambda p: (p.needed_bytes, p.time.step_s)), plans, job)
 
 
 def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recompute: Recompute, tokens: int) -> Plan:
@@ -59,52 +49,56 @@ def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recom
     on_cpu = device.kind == "cpu"
     where: Where = "private" if on_cpu else "device"
     cards = max(1, len(device.cards)) if placement == "split" else 1
+    available = device.ram_available_bytes if on_cpu else min((card.free_bytes for card in device.cards), default=0)
     largest = peak.largest_micro_batch(job, tokens)
-    process = state.process_lines(device, job)
-    held = (
-        *state.base_lines(job, placement, cards, where),
-        *_share(state.training_lines(job, where, recompute), cards),
-    )
-    fixed: tuple[Line, ...] = (*process, *held)
+    process = held.process_lines(device, job)
+    around: tuple[Line, ...] = process
     host: tuple[Line, ...] = ()
     if not on_cpu:
-        context = Line("CUDA context", state.CUDA_CONTEXT_BYTES, "a round figure for each card", "", "device")
-        fixed, host = (context, *held), process
+        context = Line("CUDA context", held.CUDA_CONTEXT_BYTES, "a round figure for each card", "", "device")
+        around, host = (context,), process
+    trained = _share(held.training_lines(job, where, recompute), cards)
     during = peak.step_lines(job, largest, recompute, where, cards)
     micro_batches = -(-job.step_tokens // max(1, largest.tokens))
-    gradients = state.gradients_line(
+    gradients = held.gradients_line(
         job, where, micro_batches=micro_batches, micro_batch_bytes=sum(line.bytes for line in during)
     )
-    lines = (*fixed, *_share((gradients,), cards), *during)
+    during = (*_share((gradients,), cards), *during)
+    room = _room_for_pages((*around, *trained, *during), available)
+    fixed = (*around, *held.base_lines(job, placement, cards, where, room), *trained)
     fixed_bytes = sum(line.bytes for line in fixed)
-    available = device.ram_available_bytes if on_cpu else min((card.free_bytes for card in device.cards), default=0)
-    private = sum(line.bytes for line in lines if line.where != "file")
-    libraries = sum(line.bytes for line in lines if line.where == "file" and line.name != "base")
-    cached = CACHE_SHARE * (available - private) - libraries
+    in_files = placement in ("mapped", "streamed")
+    read = 2 * mean_micro_batches(job, tokens) * max(0, job.base_bytes - int(room)) if in_files else 0
     return Plan(
         compute_dtype=job.dtype,
         placement=placement,
         recompute=recompute,
         max_tokens_per_micro_batch=tokens,
         tokens_in_micro_batch=largest.tokens,
-        lines=tuple(line for line in lines if line.bytes),
+        lines=tuple(line for line in (*fixed, *during) if line.bytes),
         host_lines=host,
-        disk=state.disk_lines(job, store=job.mappable),
-        loading_bytes=state.loading_bytes(job, placement, fixed) // cards,
+        disk=held.disk_lines(job, store=job.mappable),
+        loading_bytes=held.loading_bytes(job, placement, fixed) // cards,
         evaluating_bytes=fixed_bytes + peak.evaluating_bytes(job, largest) if len(job.rows.evaluated) else 0,
         generating_bytes=fixed_bytes + peak.generating_bytes(job, GENERATED_TOKENS),
         available_bytes=available,
         host_available_bytes=device.ram_available_bytes,
         trainable=job.trainable,
         parameters=job.parameters,
-        time=step_time(
-            job, rates, tokens=tokens, recompute=recompute, placement=placement, cached_bytes=max(0.0, cached)
-        ),
+        time=step_time(job, rates, tokens=tokens, recompute=recompute, placement=placement, read_bytes=read),
         reasons={},
         warnings=(),
-        busy_file_bytes=state.busy_file_bytes(job) if placement in ("mapped", "streamed") else 0,
+        busy_file_bytes=held.busy_file_bytes(job) if in_files else 0,
+        read_bytes=read,
         building=job.building.lines(device.cores) if job.mappable and job.recipe.quant.type != "none" else (),
     )
+
+
+def _room_for_pages(lines: Iterable[Line], available: int) -> float:
+    """Bytes of a mapped file that stay in memory beside `lines`."""
+    private = sum(line.bytes for line in lines if line.where != "file")
+    libraries = sum(line.bytes for line in lines if line.where == "file")
+    return max(0.0, CACHE_SHARE * (available - private) - libraries)
 
 
 def placements(job: Job, device: Device) -> tuple[tuple[Placement, ...], bool]:
@@ -125,29 +119,24 @@ def policies(job: Job) -> tuple[tuple[Recompute, ...], bool]:
         return ("none",), True
     if asked in POLICIES:
         return (asked,), True
-    return SUPPORTED_POLICIES, False
+    return POLICIES, False
 
 
-# What the engine can do; `selective` keeps the outputs of matrix products and makes what is cheap again.
-SUPPORTED_POLICIES: tuple[Recompute, ...] = POLICIES
-
-
-def _candidates(job: Job, device: Device, rates: Rates) -> Iterator[_Candidate]:
+def _candidates(job: Job, device: Device, rates: Rates) -> Iterator[Plan]:
     asked = job.recipe.train.max_tokens_per_micro_batch
     longest, whole = job.rows.longest, job.step_tokens
-    for placement in placements(job, device)[0]:
+    open_placements, placement_asked = placements(job, device)
+    for placement in open_placements:
+        # a base that is read from disk is read for every micro-batch, so a whole step in one is worth having
+        read_again = placement == "streamed" and job.base_bytes > PLENTY * device.ram_available_bytes
+        cap = max(longest, whole if read_again else min(MAX_TOKENS_PER_MICRO_BATCH, whole))
+        sizes = (max(asked, 1),) if isinstance(asked, int) else tuple(_sizes(longest, cap))
         for recompute in policies(job)[0]:
-            if isinstance(asked, int):
-                plan = count(job, device, rates, placement=placement, recompute=recompute, tokens=max(asked, 1))
-                yield _Candidate(placement, recompute, asked, plan, asked_tokens=True)
-                continue
-            # a base that is streamed from disk is read once a pass, so there the whole step in one micro-batch is worth
-            # having
-            read_again = placement == "streamed" and job.base_bytes > PLENTY * device.ram_available_bytes
-            cap = whole if read_again else min(MAX_TOKENS_PER_MICRO_BATCH, whole)
-            for tokens in _sizes(longest, max(longest, cap)):
+            for tokens in sizes:
                 plan = count(job, device, rates, placement=placement, recompute=recompute, tokens=tokens)
-                yield _Candidate(placement, recompute, tokens, plan)
+                # the kernel's paging does not know which layer is next; streaming does
+                if placement_asked or placement != "mapped" or not plan.read_bytes:
+                    yield plan
 
 
 def _sizes(longest: int, largest: int) -> Iterator[int]:
@@ -163,17 +152,16 @@ def _share(lines: tuple[Line, ...], cards: int) -> tuple[Line, ...]:
     return lines if cards == 1 else tuple(replace(line, bytes=-(-line.bytes // cards)) for line in lines)
 
 
-def _room(plan: Plan) -> float:
+def _share_needed(plan: Plan) -> float:
     """The share of what is free that a plan cannot give back."""
     return plan.needed_bytes / max(1, plan.available_bytes)
 
 
-def _told(chosen: _Candidate, found: list[_Candidate], job: Job, *, tight: bool = False) -> Plan:
-    plan = chosen.plan
+def _told(plan: Plan, plans: list[Plan], job: Job, *, tight: bool = False) -> Plan:
     reasons = {
-        "placement": _why_placement(chosen, job),
-        "recompute": _why_recompute(chosen, found, job),
-        "max_tokens_per_micro_batch": _why_tokens(chosen, found, job),
+        "placement": _why_placement(plan, job),
+        "recompute": _why_recompute(plan, plans, job),
+        "max_tokens_per_micro_batch": _why_tokens(plan, plans, job),
     }
     warnings = []
     longest, asked = job.rows.longest, job.recipe.train.max_tokens_per_micro_batch
@@ -195,46 +183,42 @@ def _told(chosen: _Candidate, found: list[_Candidate], job: Job, *, tight: bool 
     return replace(plan, reasons=reasons, warnings=tuple(warnings))
 
 
-def _why_placement(chosen: _Candidate, job: Job) -> str:
-    plan = chosen.plan
+def _why_placement(plan: Plan, job: Job) -> str:
     if job.recipe.quant.placement != "auto":
         return "as the recipe says"
-    if chosen.placement == "split":
+    if plan.placement == "split":
         return "the base and its activations do not fit on one card"
-    if chosen.placement == "streamed":
+    if plan.placement == "streamed":
         return (
             f"the base of {job.base_bytes / GB:.1f} GB does not stay in {plan.available_bytes / GB:.1f} GB beside the "
-            "rest; layers come and go"
+            "rest, so its layers are read from disk as they are needed"
         )
-    if chosen.placement == "mapped":
+    if plan.placement == "mapped":
         return "it fits, and pages of its file need no copy"
-    return "it fits" if not plan.short_bytes else "it cannot lie elsewhere here"
+    return "it fits" if not plan.short_bytes else "the only placement that this machine supports"
 
 
-def _why_recompute(chosen: _Candidate, found: list[_Candidate], job: Job) -> str:
+def _why_recompute(plan: Plan, plans: list[Plan], job: Job) -> str:
     if policies(job)[1]:
         return "as the recipe says"
-    if chosen.recompute == "none":
-        return "activations fit" if not chosen.plan.short_bytes else "the least that is short"
-    same = [c for c in found if c.recompute == "none" and c.placement == chosen.placement]
-    least = min((c.plan.needed_bytes for c in same), default=0)
-    if least > (1 - MARGIN) * chosen.plan.available_bytes:
+    if plan.recompute == "none":
+        return "activations fit" if not plan.short_bytes else "nothing fits; this misses by the least"
+    least = min((p.needed_bytes for p in plans if (p.placement, p.recompute) == (plan.placement, "none")), default=0)
+    if least > (1 - MARGIN) * plan.available_bytes:
         return f"without it even the longest example takes {least / GB:.1f} GB"
     return "larger micro-batches that recompute are faster here than small ones that do not"
 
 
-def _why_tokens(chosen: _Candidate, found: list[_Candidate], job: Job) -> str:
-    if chosen.asked_tokens:
+def _why_tokens(plan: Plan, plans: list[Plan], job: Job) -> str:
+    tokens = plan.max_tokens_per_micro_batch
+    if isinstance(job.recipe.train.max_tokens_per_micro_batch, int):
         return "as the recipe says"
-    if chosen.plan.short_bytes and chosen.tokens <= job.rows.longest:
-        return "the longest example alone, as not even that fits"
-    if chosen.tokens >= job.step_tokens:
+    if plan.short_bytes and tokens <= job.rows.longest:
+        return "the longest example alone, and not even that fits"
+    if tokens >= job.step_tokens:
         return "a whole step fits in one micro-batch"
-    larger = [
-        c
-        for c in found
-        if c.tokens > chosen.tokens and (c.placement, c.recompute) == (chosen.placement, chosen.recompute)
-    ]
-    if chosen.tokens >= MAX_TOKENS_PER_MICRO_BATCH or any(_room(c.plan) <= 1 - MARGIN for c in larger):
+    same = [p for p in plans if (p.placement, p.recompute) == (plan.placement, plan.recompute)]
+    larger = [p for p in same if p.max_tokens_per_micro_batch > tokens]
+    if tokens >= MAX_TOKENS_PER_MICRO_BATCH or any(_share_needed(p) <= 1 - MARGIN for p in larger):
         return "larger micro-batches run no faster"
     return f"as many as fit in {1 - MARGIN:.0%} of the free memory"

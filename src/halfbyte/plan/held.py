@@ -58,8 +58,12 @@ def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
     )
 
 
-def base_lines(job: Job, placement: Placement, cards: int, where: Where) -> tuple[Line, ...]:
-    """The frozen base, where it computes."""
+def base_lines(job: Job, placement: Placement, cards: int, where: Where, room_bytes: float) -> tuple[Line, ...]:
+    """The frozen base, where it computes.
+
+    Args:
+        room_bytes: for pages of a mapped base; what does not stay is read from disk again.
+    """
     quant = job.recipe.quant
     kind = f"{len(job.specs)} tensors, {job.parameters / 1e6:.1f} M weights, quant.type {quant.type}"
     source = "shapes.nf4_bytes; QLoRA, arXiv:2305.14314" if quant.type != "none" else "itemsize x weights"
@@ -77,8 +81,10 @@ def base_lines(job: Job, placement: Placement, cards: int, where: Where) -> tupl
         share = -(-(job.base_bytes - job.outer_bytes) // cards) + job.outer_bytes
         return (Line("base", share, f"a card's share of {cards}: {kind}", source, where),)
     if placement == "mapped":
-        held = job.base_bytes - job.outer_bytes + _touched_outer(job)
-        return (Line("base", held, f"mapped: {kind}", source, "file"),)
+        whole = job.base_bytes - job.outer_bytes + _touched_outer(job)
+        held = min(whole, max(busy_file_bytes(job), int(room_bytes)))
+        part = "" if held == whole else f"{held / whole:.0%} of "
+        return (Line("base", held, f"mapped: {part}{kind}", source, "file"),)
     return (Line("base", job.base_bytes, kind, source, where),)
 
 

@@ -182,7 +182,7 @@ class Job:
         linears = (s for s in self.specs if codec.encoding(s, self.recipe.quant) == "4bit")
         return max((s.numel // (s.shape[0] if s.role == "expert" else 1) for s in linears), default=0)
 
-    @property
+    @cached_property
     def building(self) -> Building:
         """The store of its base."""
         return Building(self.specs, self.recipe.quant, self.itemsize, self.facts.vocab, self.beside_bytes)

@@ -31,7 +31,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of a step and of the run, each as a range; `source` says what they rest on."""
+    """Seconds of a step and of the run, each as a range; `source` says what they rest on.
+
+    `reading_s` of a step are spent reading the base from disk; of a streamed base while it computes.
+    """
 
     step_low_s: float
     step_s: float
@@ -40,6 +43,7 @@ class Time:
     source: str
     measured: bool = False
     parts: dict[str, float] = field(default_factory=dict)
+    reading_s: float = 0.0
 
     @property
     def run_s(self) -> float:
@@ -65,8 +69,9 @@ class Plan:
     are RAM beside the cards. `loading`, `evaluating` and `generating` are peaks of their own, in the same place.
     `reasons` has one for each choice, under its name. `tokens_in_micro_batch` is what the activations were counted for:
     `max_tokens_per_micro_batch`, or less when a whole step is shorter, or more when one example is longer.
-    `busy_file_bytes` are the pages of a mapped base that must be there at once: a few layers, and the head. `building`
-    is RAM while the store of the base is built, once, before its first run.
+    `busy_file_bytes` are the pages of a mapped or streamed base that must be there at once: a few layers, and the head;
+    other pages of files stay while there is room. `read_bytes` of the base are read from disk in a step, because they
+    did not stay. `building` is RAM while the store of the base is built, once, before its first run.
     """
 
     compute_dtype: str
@@ -88,6 +93,7 @@ class Plan:
     reasons: dict[str, str]
     warnings: tuple[str, ...]
     busy_file_bytes: int = 0
+    read_bytes: int = 0
     building: tuple[Line, ...] = ()
     fixes: tuple[Fix, ...] = ()
 
@@ -124,8 +130,13 @@ class Plan:
         return max(0, self.needed_bytes - self.available_bytes, host - self.host_available_bytes)
 
     @property
+    def step_needed_bytes(self) -> int:
+        """What a step must have in memory: all but the pages that the kernel may drop and read again."""
+        return self.private_bytes + self.busy_file_bytes
+
+    @property
     def needed_bytes(self) -> int:
-        """The peak without pages that the kernel may drop: libraries' code, and a mapped base but for a few layers."""
+        """What must be in memory at the worst time: in a step, while loading, or in an evaluation."""
         return max(self.peak_bytes - self.file_bytes, self.private_bytes) + self.busy_file_bytes
 
     def line(self, name: str) -> int:
@@ -139,6 +150,7 @@ class Plan:
                 "step_bytes",
                 "private_bytes",
                 "file_bytes",
+                "needed_bytes",
                 "short_bytes",
                 "building_bytes",
                 "gradient_checkpointing",

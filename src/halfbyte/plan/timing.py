@@ -68,17 +68,16 @@ def step_time(
     tokens: int,
     recompute: Recompute,
     placement: Placement,
-    cached_bytes: float,
+    read_bytes: float,
 ) -> Time:
     """Seconds of a mean step.
 
     Args:
-        tokens: of a micro-batch. cached_bytes: of a mapped base that stay in memory; the rest is read twice a pass.
+        tokens: of a micro-batch. read_bytes: of the base, read from disk in a step.
     """
     rows = job.rows
     step_tokens = rows.mean * job.rows_per_step
-    at_once = max(1.0, tokens / max(1.0, rows.mean)) if job.packed else 1.0
-    micro_batches = max(1, math.ceil(job.rows_per_step / max(1.0, math.floor(at_once))))
+    micro_batches = mean_micro_batches(job, tokens)
     again = {"none": 2.0, "selective": 2.0, "full": 3.0}[recompute]
     products = 2 * again * job.linear_numel + 6 * job.lora_parameters
     head = 4 * job.facts.vocab * job.facts.hidden * rows.labelled_share
@@ -101,11 +100,19 @@ def step_time(
         "overhead": micro_batches * LAYER_OVERHEAD_S * job.facts.layers,
     }
     compute = sum(parts.values())
-    read = 2 * micro_batches * max(0.0, job.base_bytes - cached_bytes) / rates.disk_bytes
+    reading = read_bytes / rates.disk_bytes
     if placement == "streamed":
-        parts["waiting for disk"] = max(0.0, read - compute)  # read while the layer before computes
+        parts["waiting for disk"] = max(0.0, reading - compute)  # read while the layer before computes
     elif placement == "mapped":
-        parts["waiting for disk"] = read
+        parts["waiting for disk"] = reading
     total = sum(parts.values())
     spread = SPREAD if rates.measured else SPREAD_ASSUMED
-    return Time(total * (1 - spread), total, total * (1 + spread), job.steps, rates.source, rates.measured, parts)
+    return Time(
+        total * (1 - spread), total, total * (1 + spread), job.steps, rates.source, rates.measured, parts, reading
+    )
+
+
+def mean_micro_batches(job: Job, tokens: int) -> int:
+    """How many micro-batches of at most `tokens` a mean step has."""
+    at_once = math.floor(tokens / max(1.0, job.rows.mean)) if job.packed else 1
+    return math.ceil(job.rows_per_step / max(1, at_once))

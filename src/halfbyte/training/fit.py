@@ -102,7 +102,7 @@ def make_pace(
 ) -> Pace:
     """The split of the run's steps, and the way down from it."""
     asked = choose.policies(job)[0]
-    later = [p for p in choose.SUPPORTED_POLICIES if choose.POLICIES.index(p) > choose.POLICIES.index(plan.recompute)]
+    later = choose.POLICIES[choose.POLICIES.index(plan.recompute) + 1 :]
     where: Any = "device" if machine.kind == "cuda" else "private"
     cards = len(machine.cards) if plan.placement == "split" else 1
 
@@ -138,7 +138,7 @@ def compared(
         "first micro-batch", "adapters' copies", "optimiser", "gradients", "activations", "backward of a layer",
         "dequantised weight", "logits",
     )  # fmt: skip
-    found = [Compared("base", plan.line("base") or opened.expected_bytes, opened.resident_bytes)]
+    found = [Compared("base", opened.expected_bytes, opened.resident_bytes)]
     if plan.host_lines:
         host = sum(line.bytes for line in plan.host_lines)
         found.append(Compared("host memory", host, peak.private))
