@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from halfbyte.runs import checkpoint
 from halfbyte.errors import RunError, TrainError
+from halfbyte.runs import checkpoint
 from halfbyte.system import files
 
 OPTIMIZERS = {

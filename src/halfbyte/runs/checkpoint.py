@@ -91,7 +91,8 @@ def is_whole(path: Path, *, hashes: bool = False) -> bool:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         return manifest["format"] == FORMAT_VERSION and all(
-            (path / name).stat().st_size == entry["bytes"] and (not hashes or files.sha256(path / name) == entry["sha256"])
+            (path / name).stat().st_size == entry["bytes"]
+            and (not hashes or files.sha256(path / name) == entry["sha256"])
             for name, entry in manifest["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError):

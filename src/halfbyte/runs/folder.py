@@ -244,7 +244,9 @@ def _space_for(path: Path, size: int) -> Iterator[None]:
     except OSError as error:
         if not files.is_full(error):
             raise
-        raise TrainError(files.no_space(path, size), fix="free some space, then `halfbyte train ... --resume`") from error
+        raise TrainError(
+            files.no_space(path, size), fix="free some space, then `halfbyte train ... --resume`"
+        ) from error
 
 
 def _exists(path: Path) -> RunError:
