@@ -39,7 +39,7 @@ def test_the_machine_alone(halfbyte: Cli) -> None:
 def test_every_claim_is_proven_on_a_model(halfbyte: Cli) -> None:
     ended = halfbyte("doctor", "model", "--set", "quant.compute_dtype=fp32")
     assert ended.code == 0, ended.out
-    assert ended.out.count("\nok      ") == 4
+    assert ended.out.count("\nok      ") == 5
     assert "mapped, streamed and resident are equal to the bit" in ended.out
     found = json.loads(halfbyte("doctor", "model", "--set", "quant.compute_dtype=fp32", "--json").out)
     assert found["ok"] and found["layers"] == 2 and len(found["checks"]) == 4

@@ -109,6 +109,7 @@ def _with_model(seen: Diagnosis, recipe: Recipe, tell: Callable[[str], None]) ->
     learns = "the engine learns what PEFT's own forward learns, also after an evaluation"
     checks = (
         Check("resident as the policy says", base.resident_bytes == base.expected_bytes, held),
+        Check("weights are dequantised as their format defines", made.dequantised.ok, made.dequantised.reason),
         Check("packed examples do not see each other", made.packed.ok, made.packed.reason),
         Check(learns, made.fused.ok, made.fused.reason),
         wherever,

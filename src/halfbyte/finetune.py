@@ -163,6 +163,7 @@ def _assembled(job: PlannedRun, tell: Listener, notices: list[str]) -> Assembled
         )
     tell.note("packing", f"{made.packed.mode}: {made.packed.reason}")
     tell.note("engine", made.engine)
+    notices += [] if made.dequantised.ok else [f"base: {made.dequantised.reason}"]
     notices += [] if made.packed.ok else [f"packing: {made.packed.reason}"]
     notices += [] if made.fused.ok else [f"engine: {made.fused.reason}"]
     return made

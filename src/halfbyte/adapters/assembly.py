@@ -16,6 +16,7 @@ from halfbyte.base import load, stream
 from halfbyte.layers import fuse, loss, packing
 from halfbyte.layers.fused_proof import FusedProof, prove_fused
 from halfbyte.models import structure
+from halfbyte.quant.proof import DequantProof, prove_dequantised
 
 if TYPE_CHECKING:
     from halfbyte.recipe.schema import Recipe
@@ -28,6 +29,7 @@ class Assembled:
 
     Args:
         placed: None if the base stays where it was opened.
+        dequantised: whether the fast way from codes to weights is right here, or the slow one is used.
         packed: how examples that are laid end to end are kept apart.
         fused: whether the adapters run our fused layers, or PEFT's own forward. engine: the same in words.
         layers: how many layers the proofs ran through; 0 for all of a model without a list of layers.
@@ -37,6 +39,7 @@ class Assembled:
     base: load.Base
     model: Model
     placed: stream.Placed | None
+    dequantised: DequantProof
     packed: packing.Proof
     fused: FusedProof
     engine: str
@@ -71,6 +74,7 @@ def assembled(
     else:
         own_biases = lora.biases(base.model) if recipe.lora.bias != "none" else []
         model = lora.load(base.model, adapter).eval()
+    dequantised = prove_dequantised(model)
     with structure.shallow(model) as layers:
         packed = packing.prove(model)
         fused = prove_fused(model, packed=packed.ok)
@@ -80,4 +84,4 @@ def assembled(
         engine = f"{fuse.install(model)}; {fused.reason}"  # on the layers that the proofs have not seen too
     else:
         fuse.remove(model)
-    return Assembled(base, model, placed, packed, fused, engine, layers, own_biases)
+    return Assembled(base, model, placed, dequantised, packed, fused, engine, layers, own_biases)

@@ -23,7 +23,7 @@ from halfbyte.layers import attention, norm_gate, sight
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.layers.lora_linear import REMADE, Remade, frozen_linear, lora_linear
 from halfbyte.quant import bnb
-from halfbyte.quant.dequantise import has_broken_blocks
+from halfbyte.quant.dequantise import upstream_is_wrong
 
 _cached: Any = cache  # mypy takes a class as a key for unhashable
 
@@ -229,7 +229,7 @@ def _computes(layer: Any, x: Tensor) -> bool:
     if not isinstance(x, Tensor):
         return False
     few = not torch.is_grad_enabled() and x.numel() < 8 * x.shape[-1]
-    if few and not (bnb.is_4bit(layer) and has_broken_blocks(layer.weight.quant_state)):
+    if few and not (bnb.is_4bit(layer) and upstream_is_wrong(layer.weight.quant_state)):
         return False
     if bnb.is_4bit(layer):
         return layer.compute_dtype in (None, x.dtype) and layer.weight.quant_state.dtype == x.dtype

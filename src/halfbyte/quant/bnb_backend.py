@@ -60,11 +60,12 @@ def _quantise(keys: Any, values: Any, block_size: int, quant_type: str, storage:
 
 def _dequantise(keys: Any, packed: Any, absmax: Any, block_size: int, quant_type: str, shape: Any, dtype: Any) -> Any:
     """The weight, in `shape` and `dtype`."""
-    if not shape[-1] % block_size or quant_type not in ("nf4", "fp4"):
+    from halfbyte.quant import dequantise
+
+    whole = not shape[-1] % block_size and not dequantise.is_distrusted(quant_type, dtype)
+    if whole or quant_type not in ("nf4", "fp4"):
         return _held[DEQUANTISE].call_boxed(keys, packed, absmax, block_size, quant_type, shape, dtype)
     import torch
-
-    from halfbyte.quant import dequantise
 
     out = torch.empty(shape, dtype=dtype)
     dequantise.write(packed, absmax.float(), out.view(-1), block_size, quant_type)

@@ -25,6 +25,8 @@ _NATIVE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _NATIVE_BELOW = 2048
 # Codes that go through the table at a time: a multiple of every block size; bounds its temporaries to 50 MB.
 _TABLE_ELEMENTS = 1 << 22
+# (format, dtype) of functions that `proof.py` has seen to be wrong on this machine.
+_distrusted: set[tuple[str, torch.dtype]] = set()
 _kept = threading.local()
 
 
@@ -38,19 +40,32 @@ def dequantised(module: nn.Module, *, reuse: bool = False) -> Tensor:
     """
     weight: Any = module.weight
     packed, state = weight.data, weight.quant_state
-    if packed.device.type != "cpu":
+    if packed.device.type != "cpu" and not is_distrusted(state.quant_type, state.dtype):
         import bitsandbytes.functional as bnb_f
 
         return bnb_f.dequantize_4bit(packed, state)
     count = state.shape.numel()
-    out = _scratch(count, state.dtype) if reuse else torch.empty(count, dtype=state.dtype)
+    on_cpu = packed.device.type == "cpu"
+    out = (
+        _scratch(count, state.dtype) if reuse and on_cpu
+        else torch.empty(count, dtype=state.dtype, device=packed.device)
+    )  # fmt: skip
     write(packed, block_scales(state), out, state.blocksize, state.quant_type)
     return out.view(state.shape)
 
 
-def has_broken_blocks(state: Any) -> bool:
-    """Whether blocks run across the ends of rows: what bitsandbytes dequantises wrongly on some CPUs."""
-    return bool(state.shape[-1] % state.blocksize)
+def upstream_is_wrong(state: Any) -> bool:
+    """Whether bitsandbytes' own dequantising is not to be used: blocks cross the ends of rows, or a proof failed."""
+    return bool(state.shape[-1] % state.blocksize) or is_distrusted(state.quant_type, state.dtype)
+
+
+def distrust(state: Any) -> None:
+    """From now on, dequantise what is held like this through the table of codes."""
+    _distrusted.add((state.quant_type, state.dtype))
+
+
+def is_distrusted(kind: str, dtype: torch.dtype) -> bool:
+    return (kind, dtype) in _distrusted
 
 
 def block_scales(state: Any) -> Tensor:
@@ -64,7 +79,7 @@ def block_scales(state: Any) -> Tensor:
 
 
 def write(packed: Tensor, scales: Tensor, out: Tensor, block_size: int, kind: str) -> None:
-    """Dequantise into `out`, on the CPU.
+    """Dequantise into `out`.
 
     Args:
         packed: two codes a byte, the earlier in its upper half; any shape and storage dtype.
@@ -73,9 +88,9 @@ def write(packed: Tensor, scales: Tensor, out: Tensor, block_size: int, kind: st
         kind: nf4 or fp4.
     """
     codes = packed.contiguous().view(-1).view(torch.uint8)
-    native = _native(kind, out.dtype) if block_size < _NATIVE_BELOW else None
+    native = _native(kind, out.dtype) if block_size < _NATIVE_BELOW and out.device.type == "cpu" else None
     done = 0
-    if native is not None:
+    if native is not None and not is_distrusted(kind, out.dtype):
         blocks = out.numel() // block_size
         sizes = (ctypes.c_longlong(n) for n in (block_size, blocks, block_size))  # (blocks, block): whole rows
         native(*(ctypes.c_void_p(t.data_ptr()) for t in (codes, scales.contiguous(), out)), *sizes)
@@ -89,7 +104,8 @@ def write_by_table(codes: Tensor, scales: Tensor, out: Tensor, block_size: int, 
     """`write` in plain torch: the value of each code times the scale of its block."""
     n = out.numel()
     codes = codes[: -(-n // 2)]
-    values = torch.from_numpy(nf4_cpu.code(kind))[torch.stack([codes >> 4, codes & 15], 1).view(-1)[:n].int()]
+    table = torch.from_numpy(nf4_cpu.code(kind)).to(out.device)
+    values = table[torch.stack([codes >> 4, codes & 15], 1).view(-1)[:n].int()]
     out.copy_(values * scales[: -(-n // block_size)].repeat_interleave(block_size)[:n])
 
 
