@@ -42,7 +42,7 @@ def test_every_claim_is_proven_on_a_model(halfbyte: Cli) -> None:
     assert ended.out.count("\nok      ") == 5
     assert "mapped, streamed and resident are equal to the bit" in ended.out
     found = json.loads(halfbyte("doctor", "model", "--set", "quant.compute_dtype=fp32", "--json").out)
-    assert found["ok"] and found["layers"] == 2 and len(found["checks"]) == 4
+    assert found["ok"] and found["layers"] == 2 and len(found["checks"]) == 5
     assert found["rates"]["matmul_flops"] == 380e9
 
 
