@@ -58,11 +58,11 @@ def open_plain(folder: Path) -> Any:
 
 def open_halfbyte(folder: Path) -> Any:
     from halfbyte.base import load
-    from halfbyte.models import sources
+    from halfbyte.models.sources.lookup import resolve
     from halfbyte.recipe.schema import Quant
     from halfbyte.system import device
 
-    return load.open_base(sources.resolve(str(folder)), Quant(compute_dtype="bf16"), device.detect()).model
+    return load.open_base(resolve(str(folder)), Quant(compute_dtype="bf16"), device.detect()).model
 
 
 def open_standard(folder: Path) -> Any:

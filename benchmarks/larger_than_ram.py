@@ -29,7 +29,7 @@ from halfbyte.adapters import targets
 from halfbyte.base import load, stream
 from halfbyte.layers import fuse, loss, packing
 from halfbyte.models import structure
-from halfbyte.models.sources import Checkpoint
+from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.recipe.schema import Lora, Quant
 from halfbyte.system import device, usage
 

@@ -36,7 +36,7 @@ if __package__ in (None, ""):
 
 import psutil
 
-from halfbyte.models import sources
+from halfbyte.models.sources.lookup import find_model, resolve
 from halfbyte.recipe.file import recipe_from
 from halfbyte.system import device
 from halfbyte.training import prepare
@@ -86,7 +86,7 @@ def halfbyte_side(model: str, rows: Path) -> dict[str, Any]:
     from halfbyte.training import fit, schedule
 
     recipe, machine = recipe_from(model, str(rows)).recipe, device.detect()
-    found = sources.find_model(recipe)
+    found = find_model(recipe)
     load.open_tokenizer(found, trust_remote_code=False)
     meta_model(load.read_config(found.path, trust_remote_code=False), trust_remote_code=False)  # imports all
     baseline, began = pss_bytes(psutil.Process()), time.perf_counter()
@@ -195,7 +195,7 @@ def main() -> None:
         )
         print(json.dumps(one))
         return
-    model = str(sources.resolve(given.model).path)
+    model = str(resolve(given.model).path)
     folder = given.folder or Path(tempfile.mkdtemp(prefix="rows"))
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from halfbyte.base import load
-from halfbyte.models.sources import Checkpoint
+from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import device
 from tests import tiny

@@ -16,10 +16,12 @@ import torch
 
 from halfbyte import plan
 from halfbyte.adapters.assembly import assembled
-from halfbyte.base import load, store, stream
+from halfbyte.base import load, stream
+from halfbyte.base.store import supply
 from halfbyte.errors import BaseModelError
 from halfbyte.layers.fused_proof import sample_gradients
-from halfbyte.models import sources, structure
+from halfbyte.models import structure
+from halfbyte.models.sources.lookup import find_model
 from halfbyte.plan import calibrate
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device, threads
@@ -91,7 +93,7 @@ def examine(recipe: Recipe | None = None, *, tell: Callable[[str], None] = lambd
 
 
 def _with_model(seen: Diagnosis, recipe: Recipe, tell: Callable[[str], None]) -> Diagnosis:
-    checkpoint = sources.find_model(recipe)
+    checkpoint = find_model(recipe)
     tell(f"opening {checkpoint.id}")
     base = load.open_base(
         checkpoint,
@@ -99,7 +101,7 @@ def _with_model(seen: Diagnosis, recipe: Recipe, tell: Callable[[str], None]) ->
         seen.device,
         trust_remote_code=recipe.trust_remote_code,
         with_tokenizer=False,
-        tell=store.Tell(note=lambda _, text: tell(text)),
+        tell=supply.Tell(note=lambda _, text: tell(text)),
     )
     held = f"{base.resident_bytes:,} bytes, {base.expected_bytes:,} by its list of tensors"
     tell("proving on its first layers")

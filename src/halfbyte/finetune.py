@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from halfbyte.adapters import lora
 from halfbyte.adapters.assembly import Assembled, assembled
-from halfbyte.base import load, store, stream
+from halfbyte.base import load, stream
+from halfbyte.base.store import supply
 from halfbyte.data import collate, pack
 from halfbyte.errors import DataError
 from halfbyte.recipe.file import to_yaml
@@ -139,7 +140,7 @@ def _assembled(job: PlannedRun, tell: Listener, notices: list[str]) -> Assembled
         trust_remote_code=recipe.trust_remote_code,
         device_map="auto" if plan.placement == "split" else {"": 0},
         with_tokenizer=False,
-        tell=store.Tell(progress=tell.building, note=tell.note),
+        tell=supply.Tell(progress=tell.building, note=tell.note),
     )
     load.check_vocabulary(prepared.checkpoint, prepared.tokenizer, base.model)
     tell.note(

@@ -24,7 +24,7 @@ from halfbyte.base.load import open_base
 from halfbyte.errors import AdapterError, TrainError
 from halfbyte.inference import load as opened_run
 from halfbyte.layers import fuse
-from halfbyte.models.sources import Checkpoint
+from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.structure import meta_model
 from halfbyte.recipe.schema import Lora, Quant
 from halfbyte.runs.folder import RunFolder

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from halfbyte.base.load import Base, open_base
 from halfbyte.errors import BaseModelError
 from halfbyte.models import tensors as shapes
-from halfbyte.models.sources import Checkpoint
+from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.quant import bnb as codec
 from halfbyte.quant.dequantise import dequantised
 from halfbyte.recipe.schema import Quant

@@ -19,7 +19,7 @@ from halfbyte.errors import BaseModelError
 from halfbyte.inference import load as opened_run
 from halfbyte.layers import fuse, loss, packing
 from halfbyte.models import structure
-from halfbyte.models.sources import Checkpoint
+from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import device, pages
 from tests import mapped, tiny, tiny_run

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte.base import load, store
-from halfbyte.models import sources
+from halfbyte.base import load
+from halfbyte.base.store import supply
 from halfbyte.models.sources.checkpoint import beside_weights
+from halfbyte.models.sources.lookup import resolve
 from halfbyte.models.tensors import TensorSpec, facts_of, read_checkpoint, read_config
 from halfbyte.plan.building import CHUNK_ELEMENTS, Building
 from halfbyte.recipe.schema import Quant
@@ -46,11 +47,11 @@ def planned(folder: Path, quant: Quant, itemsize: int = 2) -> Building:
     "quant", [{}, {"double_quant": False}, {"type": "fp4"}], ids=["nf4", "one level of scales", "fp4"]
 )
 def test_bytes_on_disk_within_one_percent(name: str, quant: dict[str, Any], tmp_path: Path) -> None:
-    found = sources.resolve(str(checkpoint(tmp_path / "m", name)))
+    found = resolve(str(checkpoint(tmp_path / "m", name)))
     settings = Quant(compute_dtype="bf16", **quant)
     specs = tuple(read_checkpoint(found.path))
     wanted = load.want(found, load.read_config(found.path), settings, machine.detect(), specs)
-    folder = store.ensure(wanted, out=tmp_path / "store")
+    folder = supply.ensure(wanted, out=tmp_path / "store")
     seen = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     assert planned(found.path, settings).disk_bytes == pytest.approx(seen, rel=0.01)
 

@@ -17,8 +17,9 @@ from halfbyte.adapters import targets
 from halfbyte.base import load
 from halfbyte.layers import fuse, packing
 from halfbyte.layers.fused_proof import prove_fused
-from halfbyte.models import sources, structure
+from halfbyte.models import structure
 from halfbyte.models.lora_sites import Site, sites
+from halfbyte.models.sources.lookup import resolve
 from halfbyte.models.tensors import Facts, facts_of, read_checkpoint, read_config
 from halfbyte.plan.layer import FAMILIES, PADDED, Layer, family_of, layer_of, pairs_of
 from halfbyte.recipe.schema import Lora, Quant
@@ -72,9 +73,7 @@ def build(name: str, layers: int, folder: Path, changed: dict[str, Any] | None =
 
 def kept_bytes(folder: Path, asked: str, dropout: float, *, cheap: bool = False) -> tuple[int, tuple[Site, ...], Facts]:
     """Bytes that backward keeps in a micro-batch through the body, without the model's own weights."""
-    opened = load.open_base(
-        sources.resolve(str(folder)), Quant(compute_dtype="bf16"), machine.detect(), with_tokenizer=False
-    )
+    opened = load.open_base(resolve(str(folder)), Quant(compute_dtype="bf16"), machine.detect(), with_tokenizer=False)
     lora = Lora(r=RANK, lora_dropout=dropout, target_modules=asked)
     model = adapters.add(opened.model, lora, targets.resolve_targets(opened.model, asked), seed=0)
     prove_fused(model, packed=packing.prove(model).ok)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from halfbyte.errors import BaseModelError
-from halfbyte.models import sources
+from halfbyte.models.sources.lookup import resolve
 from halfbyte.quant import bnb as codec
 from halfbyte.quant import bnb_backend, nf4_cpu
 from halfbyte.recipe.schema import Quant
@@ -142,7 +142,7 @@ def same_tensors(values: torch.Tensor, double: bool, kind: str) -> None:
 @pytest.mark.parametrize("double", [True, False])
 def test_a_real_model_s_matrices_are_those_of_bitsandbytes(double: bool, kind: str) -> None:
     seen = 0
-    for file in sources.resolve("smollm2-135m").path.glob("*.safetensors"):
+    for file in resolve("smollm2-135m").path.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  it is no mapping
                 if name.endswith("proj.weight"):

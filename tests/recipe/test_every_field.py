@@ -23,10 +23,9 @@ from halfbyte import finetune
 from halfbyte.cli import show
 from halfbyte.errors import HalfbyteError
 from halfbyte.inference import load as opened_run
-from halfbyte.models import sources
+from halfbyte.models.sources import lookup
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import SECTIONS, Recipe, leaves
-from halfbyte.training import prepare
 from tests import tiny_run
 
 Change = dict[str, Any]
@@ -589,7 +588,7 @@ def test_a_run_opens_where_the_integration_it_reported_to_is_not_installed(
 
 def test_a_revision_is_part_of_what_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(prepare.sources, "resolve", lambda model, **_: asked.append(model))
+    monkeypatch.setattr(lookup, "resolve", lambda model, **_: asked.append(model))
     recipe = Recipe.model_validate({"model": "org/name", "revision": "v1", "data": {"train": "t"}})
-    sources.find_model(recipe)
+    lookup.find_model(recipe)
     assert asked == ["org/name@v1"]

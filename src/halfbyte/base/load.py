@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from halfbyte.base import residency, store
-from halfbyte.base.store import first_pages
+from halfbyte.base import residency
+from halfbyte.base.store import first_pages, shelf, supply
 from halfbyte.base.store.shelf import source_files
 from halfbyte.errors import BaseModelError, first_line
-from halfbyte.models import sources, tensors
+from halfbyte.models import tensors
+from halfbyte.models.sources.checkpoint import Checkpoint
+from halfbyte.models.sources.lookup import resolve
 from halfbyte.quant import bnb as codec
 from halfbyte.quant import linear_subclasses
 from halfbyte.system import device as machine
@@ -41,7 +43,7 @@ class Base:
 
     model: Any
     tokenizer: Any
-    checkpoint: sources.Checkpoint
+    checkpoint: Checkpoint
     specs: tuple[tensors.TensorSpec, ...]
     compute_dtype: str
     dtype_reason: str
@@ -56,7 +58,7 @@ class Base:
 
 
 def open_base(
-    checkpoint: sources.Checkpoint,
+    checkpoint: Checkpoint,
     quant: Quant,
     device: machine.Device,
     *,
@@ -64,7 +66,7 @@ def open_base(
     device_map: Any = "auto",
     with_tokenizer: bool = True,
     use_store: bool = True,
-    tell: store.Tell | None = None,
+    tell: supply.Tell | None = None,
 ) -> Base:
     """Open a checkpoint under the policy of `quant`: its store, memory-mapped, which is built first if there is none.
 
@@ -156,12 +158,12 @@ def opening_config(folder: Path | None, config: Any) -> Any | None:
 
 
 def want(
-    checkpoint: sources.Checkpoint,
+    checkpoint: Checkpoint,
     config: Any,
     quant: Quant,
     device: machine.Device,
     specs: tuple[tensors.TensorSpec, ...],
-) -> store.Wanted:
+) -> supply.Wanted:
     """The store that `open_base` opens for these settings; what cannot be held as asked is told before it is built."""
     dtype = DTYPES[machine.compute_dtype(device, quant.compute_dtype)[0]]
     heads = residency.head_names(config) if quant.skip_modules or quant.fp32_modules else ()
@@ -173,31 +175,31 @@ def want(
         residency.named_fp32(model, quant.fp32_modules)
         residency.check_resident(model, quant, codec.planned_bytes(model, quant), expected, checkpoint.id)
 
-    return store.Wanted(checkpoint, config, quant, dtype, heads, cores=device.cores, check=check)
+    return supply.Wanted(checkpoint, config, quant, dtype, heads, cores=device.cores, check=check)
 
 
-def ensure_store(wanted: store.Wanted, *, out: Path | None = None, tell: store.Tell | None = None) -> Path:
-    """`store.ensure`, with the words of this room for a pickle that is refused."""
+def ensure_store(wanted: supply.Wanted, *, out: Path | None = None, tell: supply.Tell | None = None) -> Path:
+    """`supply.ensure`, with the words of this room for a pickle that is refused."""
     try:
-        return store.ensure(wanted, out=out, tell=tell)
+        return supply.ensure(wanted, out=out, tell=tell)
     except UnpicklingError as error:
         raise _unsafe_pickle(wanted.checkpoint, error) from error
 
 
 def stored_base(
-    wanted: store.Wanted, device: machine.Device, tell: store.Tell | None = None
+    wanted: supply.Wanted, device: machine.Device, tell: supply.Tell | None = None
 ) -> tuple[Path | None, str]:
     """The folder of the store, found or built; or None, and why the base is quantised while it is loaded instead.
 
     Raises:
         StoreError: no store can be written, and the 16-bit weights do not fit in memory either.
     """
-    tell = tell or store.Tell()
+    tell = tell or supply.Tell()
     try:
         return ensure_store(wanted, tell=tell), ""
-    except store.CannotHold as reason:
+    except shelf.CannotHold as reason:
         why = str(reason)
-    except store.NotWritable as error:
+    except shelf.NotWritable as error:
         nbytes = sum(file.stat().st_size for file in source_files(wanted.checkpoint))
         if nbytes * LOADING_SHARE > device.ram_available_bytes:
             raise
@@ -234,7 +236,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
-def open_tokenizer(checkpoint: sources.Checkpoint, model: Any | None = None, *, trust_remote_code: bool = False) -> Any:
+def open_tokenizer(checkpoint: Checkpoint, model: Any | None = None, *, trust_remote_code: bool = False) -> Any:
     """The checkpoint's tokenizer.
 
     Raises:
@@ -256,7 +258,7 @@ def open_tokenizer(checkpoint: sources.Checkpoint, model: Any | None = None, *, 
     return tokenizer
 
 
-def check_vocabulary(checkpoint: sources.Checkpoint, tokenizer: Any, model: Any) -> None:
+def check_vocabulary(checkpoint: Checkpoint, tokenizer: Any, model: Any) -> None:
     """Refuse a tokenizer that knows more tokens than the embedding has rows (BaseModelError)."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -282,7 +284,7 @@ def _check_prequantised(quantised: Any, folder: Path) -> None:
         )
 
 
-def _unsafe_pickle(checkpoint: sources.Checkpoint, error: UnpicklingError) -> BaseModelError:
+def _unsafe_pickle(checkpoint: Checkpoint, error: UnpicklingError) -> BaseModelError:
     return BaseModelError(
         f"{checkpoint.id}: its pickled weights hold more than tensors, so they were not read: {_blocked(error)}.",
         fix="use a copy of the model with safetensors",
@@ -330,7 +332,7 @@ def load_base(
         }
     device = machine.detect()
     base = open_base(
-        sources.resolve(f"{model_id}@{revision}" if revision else model_id, allow_pickle=allow_pickle),
+        resolve(f"{model_id}@{revision}" if revision else model_id, allow_pickle=allow_pickle),
         Quant(**values),
         device,
         trust_remote_code=trust_remote_code,

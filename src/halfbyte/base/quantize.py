@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from halfbyte.base import load, store
-from halfbyte.base.store import manifest
+from halfbyte.base import load
+from halfbyte.base.store import manifest, shelf, supply
 from halfbyte.errors import BaseModelError, StoreError
-from halfbyte.models import sources, tensors
+from halfbyte.models import tensors
 from halfbyte.models.sources.checkpoint import beside_bytes
+from halfbyte.models.sources.lookup import find_model
 from halfbyte.plan.building import Building
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device
@@ -41,7 +42,7 @@ class Built:
         }
 
 
-def quantize(recipe: Recipe, *, out: Path | None = None, tell: store.Tell | None = None) -> Built:
+def quantize(recipe: Recipe, *, out: Path | None = None, tell: supply.Tell | None = None) -> Built:
     """Build the store that a run of `recipe` opens, or find it.
 
     Raises:
@@ -51,7 +52,7 @@ def quantize(recipe: Recipe, *, out: Path | None = None, tell: store.Tell | None
     if recipe.quant.type == "none":
         raise BaseModelError("quant.type none keeps the base in 16 bits, as it is; there is nothing to quantise.")
     started, built = time.monotonic(), []
-    found = sources.find_model(recipe)
+    found = find_model(recipe)
     config = load.read_config(found.path, trust_remote_code=recipe.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise BaseModelError(
@@ -59,13 +60,13 @@ def quantize(recipe: Recipe, *, out: Path | None = None, tell: store.Tell | None
         )
     specs = tuple(tensors.read_checkpoint(found.path)) if not found.pickle else ()
     wanted = load.want(found, config, recipe.quant, device.detect(), specs)
-    telling = replace(tell or store.Tell(), built=lambda: built.append(True))
+    telling = replace(tell or supply.Tell(), built=lambda: built.append(True))
     telling.say(_preflight(wanted, specs), label="planned")
     try:
         if hasattr(config, "auto_map"):
-            raise store.CannotHold("it brings Python code of its own")
+            raise shelf.CannotHold("it brings Python code of its own")
         path = load.ensure_store(wanted, out=out, tell=telling)
-    except store.CannotHold as reason:
+    except shelf.CannotHold as reason:
         raise StoreError(
             f"{found.id} cannot be held in a store: {reason}.",
             fix="nothing is needed: train, eval and chat quantise it each time they load it",
@@ -73,7 +74,7 @@ def quantize(recipe: Recipe, *, out: Path | None = None, tell: store.Tell | None
     return Built(path, manifest.read(path), bool(built), time.monotonic() - started)
 
 
-def _preflight(wanted: store.Wanted, specs: tuple[tensors.TensorSpec, ...]) -> str:
+def _preflight(wanted: supply.Wanted, specs: tuple[tensors.TensorSpec, ...]) -> str:
     """What building takes, before it begins."""
     if not specs:
         return "unknown: pickled weights have no header to read"

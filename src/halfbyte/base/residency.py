@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from halfbyte.errors import BaseModelError
-from halfbyte.models import sources
+from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.quant import bnb as codec
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def check_skipped(model: Any, quant: Quant) -> None:
         )
 
 
-def check_complete(model: Any, info: dict[str, Any], checkpoint: sources.Checkpoint) -> None:
+def check_complete(model: Any, info: dict[str, Any], checkpoint: Checkpoint) -> None:
     missing = sorted(info.get("missing_keys", ()))
     mismatched = sorted(
         f"{name} is {tuple(found)}, not {tuple(needed)}" for name, found, needed in info.get("mismatched_keys", ())

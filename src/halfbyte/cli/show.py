@@ -22,7 +22,7 @@ from halfbyte.cli import show_store
 from halfbyte.cli.show_store import LABEL_WIDTH
 
 if TYPE_CHECKING:
-    from halfbyte.base import store
+    from halfbyte.base.store import supply
     from halfbyte.base.store.build import Progress
     from halfbyte.inference.evaluate import Score
     from halfbyte.training.events import Listener
@@ -189,9 +189,9 @@ def progress(*, quiet: bool, silent: bool) -> Iterator[Listener]:
 
 
 @contextmanager
-def waiting(what: str, *, silent: bool) -> Iterator[store.Tell]:
+def waiting(what: str, *, silent: bool) -> Iterator[supply.Tell]:
     """While something is opened: yields whom to tell how the building of a store goes."""
-    from halfbyte.base import store
+    from halfbyte.base.store import supply
 
     def say(text: str) -> None:
         err.print(escape(text))
@@ -200,10 +200,10 @@ def waiting(what: str, *, silent: bool) -> Iterator[store.Tell]:
         say(text)
 
     if silent or not err.is_terminal:
-        yield store.Tell() if silent else store.Tell(progress=show_store.PlainBuild(say), note=note)
+        yield supply.Tell() if silent else supply.Tell(progress=show_store.PlainBuild(say), note=note)
         return
     with err.status(what) as status:
-        yield store.Tell(progress=lambda p: status.update(f"{what}: {show_store.line(p)}"), note=note)
+        yield supply.Tell(progress=lambda p: status.update(f"{what}: {show_store.line(p)}"), note=note)
 
 
 @contextmanager

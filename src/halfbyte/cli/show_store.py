@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from halfbyte.base import store
+    from halfbyte.base.store import supply
     from halfbyte.base.store.build import Progress
     from halfbyte.base.store.shelf import Shelved
 
@@ -83,12 +83,12 @@ class LiveBuild:
 
 
 @contextmanager
-def building(console: Console, *, silent: bool) -> Iterator[store.Tell]:
+def building(console: Console, *, silent: bool) -> Iterator[supply.Tell]:
     """Whom to tell how a build goes: a bar on a terminal, lines elsewhere."""
-    from halfbyte.base import store
+    from halfbyte.base.store import supply
 
     if silent:
-        yield store.Tell()
+        yield supply.Tell()
         return
 
     def say(text: str) -> None:
@@ -99,7 +99,7 @@ def building(console: Console, *, silent: bool) -> Iterator[store.Tell]:
 
     bar = LiveBuild(console) if console.is_terminal else PlainBuild(say)
     try:
-        yield store.Tell(progress=bar, note=note)
+        yield supply.Tell(progress=bar, note=note)
     finally:
         bar.end()
 

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING
 from halfbyte import plan
 from halfbyte.adapters import lora
 from halfbyte.adapters.assembly import assembled
-from halfbyte.base import load, store, stream
+from halfbyte.base import load, stream
+from halfbyte.base.store import supply
 from halfbyte.data import blocks, collate, pack
 from halfbyte.data.encoding import chat_template, encode
 from halfbyte.errors import DataError
 from halfbyte.inference import evaluate as scoring
 from halfbyte.inference.generate import Sampling
 from halfbyte.layers import packing
-from halfbyte.models import sources
+from halfbyte.models.sources.lookup import find_model
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs.folder import RunFolder
@@ -50,12 +51,12 @@ class Opened:
             yield
 
 
-def open_run(path: Path, tell: store.Tell | None = None) -> Opened:
+def open_run(path: Path, tell: supply.Tell | None = None) -> Opened:
     """The adapter of a finished run on its base, whose store is built if it is not there any more."""
     run = RunFolder.open(path)
     # where the run was trained an integration was installed that need not be here
     recipe = load_recipe(run.recipe, ["train.report_to=none"]).recipe
-    checkpoint, machine = sources.find_model(recipe), device.detect()
+    checkpoint, machine = find_model(recipe), device.detect()
     threads.settle(machine.cores)
     base = load.open_base(checkpoint, recipe.quant, machine, trust_remote_code=recipe.trust_remote_code, tell=tell)
     tokenizer = base.tokenizer

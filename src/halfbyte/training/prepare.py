@@ -13,7 +13,8 @@ from halfbyte.base import load
 from halfbyte.data import blocks, gates
 from halfbyte.data.encoding import chatml, encode
 from halfbyte.data.encoding.encoder import Encoded
-from halfbyte.models import sources
+from halfbyte.models.sources.checkpoint import Checkpoint
+from halfbyte.models.sources.lookup import find_model
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device
 
@@ -23,7 +24,7 @@ class Prepared:
     """What is known before a weight is loaded: the source, the tokenizer, every row as tokens, what the gates say."""
 
     recipe: Recipe
-    checkpoint: sources.Checkpoint
+    checkpoint: Checkpoint
     config: Any
     tokenizer: Any
     train: Encoded
@@ -46,7 +47,7 @@ def prepare(recipe: Recipe) -> Prepared:
 
 def look(recipe: Recipe) -> Prepared:
     """As `prepare`, and what the gates refuse is only among the findings."""
-    found = sources.find_model(recipe)
+    found = find_model(recipe)
     config = load.read_config(found.path, trust_remote_code=recipe.trust_remote_code)
     tokenizer = load.open_tokenizer(found, trust_remote_code=recipe.trust_remote_code)
     data, cores = recipe.data, device.cores()

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from halfbyte.base import load, store
+from halfbyte.base import load
 from halfbyte.base.load import Base, open_base
-from halfbyte.models.sources import Checkpoint
+from halfbyte.base.store import supply
+from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import device
 
@@ -18,13 +19,13 @@ def checkpoint(folder: Path, **values: Any) -> Checkpoint:
     return Checkpoint(**{"path": folder, "id": "org/name", "revision": None, "kind": "folder", **values})
 
 
-def opened(folder: Path, *, use_store: bool = True, tell: store.Tell | None = None, **quant: Any) -> Base:
+def opened(folder: Path, *, use_store: bool = True, tell: supply.Tell | None = None, **quant: Any) -> Base:
     found = checkpoint(folder, pickle=(folder / "pytorch_model.bin").is_file())
     machine = device.detect()
     return open_base(found, Quant(**quant), machine, with_tokenizer=False, use_store=use_store, tell=tell)
 
 
-def wanted(folder: Path, **quant: Any) -> store.Wanted:
+def wanted(folder: Path, **quant: Any) -> supply.Wanted:
     """The store that belongs to a folder and settings."""
     from halfbyte.models import tensors
 

@@ -16,7 +16,7 @@ from typing import Any
 import bitsandbytes.functional  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-from halfbyte.base import store
+from halfbyte.base.store import supply
 from halfbyte.quant import nf4_cpu
 from tests.base.store.helpers import opened, wanted
 
@@ -33,7 +33,7 @@ def context() -> ForkServerContext:
 def build(folder: Path, cache: Path) -> None:
     """`halfbyte quantize`, without its command line."""
     os.environ["HALFBYTE_CACHE"] = str(cache)
-    store.ensure(wanted(folder))
+    supply.ensure(wanted(folder))
 
 
 def open_first(folder: Path, cache: Path) -> None:
@@ -51,8 +51,8 @@ def report(folder: Path, cache: Path, name: str, events: Any, go: Any) -> None:
             events.put((name, "building"))
             assert go.wait(60)
 
-    tell = store.Tell(progress, lambda _, text: events.put((name, text)), lambda: events.put((name, "built")))
-    events.put((name, str(store.ensure(wanted(folder), tell=tell))))
+    tell = supply.Tell(progress, lambda _, text: events.put((name, text)), lambda: events.put((name, "built")))
+    events.put((name, str(supply.ensure(wanted(folder), tell=tell))))
 
 
 def running(target: Any, *args: Any) -> ForkServerProcess:

@@ -17,8 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from halfbyte.base import store
-from halfbyte.base.store import build, manifest, shelf
+from halfbyte.base.store import build, manifest, shelf, supply
 from halfbyte.errors import HalfbyteError, StoreError
 from halfbyte.plan import building
 from halfbyte.quant import nf4_cpu
@@ -61,13 +60,13 @@ def stop_after(count: int, monkeypatch: pytest.MonkeyPatch, error: BaseException
 
 
 def test_the_bytes_do_not_depend_on_threads_chunks_or_shards(tmp_path: Path, cache: Path, monkeypatch: Any) -> None:
-    first = store.ensure(wanted(model(tmp_path / "m")), out=tmp_path / "a")
+    first = supply.ensure(wanted(model(tmp_path / "m")), out=tmp_path / "a")
     monkeypatch.setattr(building, "CHUNK_ELEMENTS", 4096)
     monkeypatch.setattr(building, "EXTRA_THREADS", 4)
     tiny.model("llama", dtype=torch.bfloat16, changes={"num_hidden_layers": LAYERS}).save_pretrained(tmp_path / "one")
-    second = store.ensure(wanted(tmp_path / "one"), out=tmp_path / "b")
+    second = supply.ensure(wanted(tmp_path / "one"), out=tmp_path / "b")
     assert content(first) == content(second)
-    assert store.verify(first).content_sha256 == store.verify(second).content_sha256
+    assert supply.verify(first).content_sha256 == supply.verify(second).content_sha256
 
 
 def test_an_interrupted_build_goes_on(tmp_path: Path, cache: Path) -> None:
@@ -75,18 +74,18 @@ def test_an_interrupted_build_goes_on(tmp_path: Path, cache: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         stop_after(3, patch, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            store.ensure(request)
+            supply.ensure(request)
     (partial,) = (cache / "bases").glob("*.partial")
     assert not (partial / manifest.MANIFEST).exists() and not list(partial.glob("*.tmp"))
     kept = {p.name: p.stat().st_ino for p in partial.glob("*.safetensors")}
     journal = (partial / build.JOURNAL).read_text()
     finished = [name for name in kept if f'"{name}"' in journal]
     assert len(finished) == 3
-    folder = store.ensure(request, tell=store.Tell(progress=told.append))
+    folder = supply.ensure(request, tell=supply.Tell(progress=told.append))
     assert {name: (folder / name).stat().st_ino for name in finished} == {name: kept[name] for name in finished}
     assert left_over(cache) == [folder.name]
     assert told[-1].done_bytes == told[-1].total_bytes and told[-1].bytes_per_second > 0
-    assert content(folder) == content(store.ensure(request, out=tmp_path / "anew"))
+    assert content(folder) == content(supply.ensure(request, out=tmp_path / "anew"))
     stored, loaded = (opened(tmp_path / "m", use_store=use, compute_dtype="bf16") for use in (True, False))
     assert stored.origin == f"store {folder}" and differing(stored.model, loaded.model) == []
 
@@ -97,7 +96,7 @@ def test_what_an_interrupted_build_left_is_not_believed(damage: str, tmp_path: P
     with pytest.MonkeyPatch.context() as patch:
         stop_after(3, patch, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            store.ensure(request)
+            supply.ensure(request)
     (partial,) = (cache / "bases").glob("*.partial")
     first = next(
         p for p in sorted(partial.glob("*.safetensors")) if f'"{p.name}"' in (partial / build.JOURNAL).read_text()
@@ -118,12 +117,12 @@ def test_what_an_interrupted_build_left_is_not_believed(damage: str, tmp_path: P
     else:
         text = (partial / build.JOURNAL).read_text()
         (partial / build.JOURNAL).write_text(text.replace(request_key(request), "another-key"))
-    folder = store.ensure(request)
-    store.verify(folder)
-    assert content(folder) == content(store.ensure(request, out=tmp_path / "anew"))
+    folder = supply.ensure(request)
+    supply.verify(folder)
+    assert content(folder) == content(supply.ensure(request, out=tmp_path / "anew"))
 
 
-def request_key(request: store.Wanted) -> str:
+def request_key(request: supply.Wanted) -> str:
     return shelf.key_of(request.checkpoint, request.quant, request.dtype_name)
 
 
@@ -163,12 +162,12 @@ def test_ctrl_c_ends_the_threads_and_keeps_what_is_done(tmp_path: Path, cache: P
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(nf4_cpu, "quantise", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                store.ensure(request)
+                supply.ensure(request)
     finally:
         signal.signal(signal.SIGINT, before)
     assert threads_left() == []
     assert [name for name in left_over(cache) if not name.endswith(".partial")] == []
-    store.verify(store.ensure(request))
+    supply.verify(supply.ensure(request))
 
 
 def test_ctrl_c_while_a_thread_starts_waits_for_that_thread_too(
@@ -197,10 +196,10 @@ def test_ctrl_c_while_a_thread_starts_waits_for_that_thread_too(
         patch.setattr(nf4_cpu, "quantise", slow)
         patch.setattr(threading.Thread, "start", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            store.ensure(request)
+            supply.ensure(request)
     assert inside == []
     assert threads_left() == []
-    store.verify(store.ensure(request))
+    supply.verify(supply.ensure(request))
 
 
 @pytest.mark.parametrize("when", ["weights", "journal", "manifest", "rename"])
@@ -232,9 +231,9 @@ def test_a_disk_that_fills_up_is_one_error_and_a_continuation(
             patch.setattr(os, "replace", lambda a, b: fail() if str(a).endswith(shelf.PARTIAL) else replace(a, b))
         said = "(?s)cannot be written: .*No space left on device.*GB are free there.*fix: free some space"
         with pytest.raises(StoreError, match=said):
-            store.ensure(request)
+            supply.ensure(request)
     assert [name for name in left_over(cache) if not name.endswith(".partial")] == []
-    assert content(store.ensure(request)) == content(store.ensure(request, out=tmp_path / "anew"))
+    assert content(supply.ensure(request)) == content(supply.ensure(request, out=tmp_path / "anew"))
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_read(
@@ -245,10 +244,10 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_read(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     monkeypatch.setattr(nf4_cpu, "quantise", None)  # not called
     with pytest.raises(StoreError, match=r"no space left for the 4-bit store of org/name: it needs .* GB in .*bases"):
-        store.ensure(request)
+        supply.ensure(request)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
     with pytest.raises(TypeError):  # there is room: the work begins
-        store.ensure(request)
+        supply.ensure(request)
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,17 +255,19 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypa
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "file" / "cache"))
     notes: list[str] = []
-    made = opened(model(tmp_path / "m"), compute_dtype="bf16", tell=store.Tell(note=lambda _, text: notes.append(text)))
+    made = opened(
+        model(tmp_path / "m"), compute_dtype="bf16", tell=supply.Tell(note=lambda _, text: notes.append(text))
+    )
     assert "cannot be written" in made.origin and notes[0].startswith(
         "no store, the base is quantised while it is loaded"
     )
     with pytest.raises(StoreError, match=r"(?s)no store can be built in .*cannot be written.*fix: name a folder"):
-        store.ensure(wanted(tmp_path / "m"))
-    assert store.verify(store.ensure(wanted(tmp_path / "m"), out=tmp_path / "out")).parameters > 0
+        supply.ensure(wanted(tmp_path / "m"))
+    assert supply.verify(supply.ensure(wanted(tmp_path / "m"), out=tmp_path / "out")).parameters > 0
 
 
 def test_a_store_in_a_cache_that_can_only_be_read_opens(tmp_path: Path, cache: Path) -> None:
-    folder = store.ensure(wanted(model(tmp_path / "m")))
+    folder = supply.ensure(wanted(model(tmp_path / "m")))
     shelf._in_use.clear()
     shutil.rmtree(cache / "bases" / shelf.LOCKS)
     (cache / "bases" / shelf.LOCKS).write_text("no lock can be had")
@@ -328,16 +329,16 @@ def test_a_source_that_changes_while_it_is_read_makes_no_store(
     with pytest.raises(
         StoreError, match="was changed while it was read" if how == "longer" else "cut short|was changed"
     ):
-        store.ensure(store.Wanted(**{**vars(request), "cores": 1}))
+        supply.ensure(supply.Wanted(**{**vars(request), "cores": 1}))
     assert [name for name in left_over(cache) if not name.endswith(".partial")] == []
 
 
 def test_a_damaged_store_is_built_again_and_it_is_said(tmp_path: Path, cache: Path) -> None:
     request, notes = wanted(model(tmp_path / "m")), []
-    folder = store.ensure(request)
+    folder = supply.ensure(request)
     before = content(folder)
     os.truncate(folder / "model-layer-0001.safetensors", 5000)
-    assert store.ensure(request, tell=store.Tell(note=lambda _, text: notes.append(text))) == folder
+    assert supply.ensure(request, tell=supply.Tell(note=lambda _, text: notes.append(text))) == folder
     assert "a damaged store is built again" in notes[0] and "model-layer-0001.safetensors has 5,000 bytes" in notes[0]
     assert content(folder) == before and left_over(cache) == [folder.name]
 
@@ -347,21 +348,21 @@ def test_a_folder_of_the_user_s_is_never_replaced(tmp_path: Path, cache: Path) -
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(StoreError, match="is not a store"):
-        store.ensure(request, out=tmp_path / "mine")
-    out = store.ensure(request, out=tmp_path / "out")
-    assert store.ensure(request, out=tmp_path / "out") == out
+        supply.ensure(request, out=tmp_path / "mine")
+    out = supply.ensure(request, out=tmp_path / "out")
+    assert supply.ensure(request, out=tmp_path / "out") == out
     with pytest.raises(StoreError, match="exists and is the store of org/name with other contents or settings"):
-        store.ensure(wanted(tmp_path / "m", type="fp4"), out=out)
+        supply.ensure(wanted(tmp_path / "m", type="fp4"), out=out)
     os.truncate(out / "model-layer-0001.safetensors", 5000)
     with pytest.raises(StoreError, match="is not what was built"):
-        store.ensure(request, out=out)
+        supply.ensure(request, out=out)
     assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
 
 
 def test_opening_finds_the_store_that_quantize_made_without_building(
     tmp_path: Path, cache: Path, monkeypatch: Any
 ) -> None:
-    folder = store.ensure(wanted(model(tmp_path / "m")))
+    folder = supply.ensure(wanted(model(tmp_path / "m")))
     monkeypatch.setattr(build, "build", None)
     assert opened(tmp_path / "m", compute_dtype="bf16").origin == f"store {folder}"
     with pytest.raises(TypeError):

@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte.base import store
-from halfbyte.base.store import manifest, shelf
+from halfbyte.base.store import manifest, shelf, supply
 from tests import tiny
 from tests.base.store import nursery
 from tests.base.store.helpers import checkpoint, differing, opened, wanted
@@ -83,7 +82,7 @@ def test_killed_at_any_moment_there_is_a_whole_store_or_none(
     seed = int(os.environ.get("HALFBYTE_TEST_SEED", time.time_ns() % 10**6))
     print(f"seed {seed}; HALFBYTE_TEST_SEED repeats its moments")
     draw, bases = random.Random(seed), cache / "bases"
-    reference = store.ensure(wanted(model), out=tmp_path / "reference")
+    reference = supply.ensure(wanted(model), out=tmp_path / "reference")
     expected = manifest.read(reference)
     loaded = opened(model, use_store=False, compute_dtype="bf16").model
     whole_bytes = sum(file.stat().st_size for file in reference.iterdir())
@@ -99,7 +98,7 @@ def test_killed_at_any_moment_there_is_a_whole_store_or_none(
         left[state(bases) if killed else "over before"] += 1
         for folder in bases.iterdir() if bases.is_dir() else ():
             if folder.name != shelf.LOCKS and not folder.name.endswith(shelf.PARTIAL):
-                assert store.verify(folder).files == expected.files
+                assert supply.verify(folder).files == expected.files
         # else the next one finds what this one left
         if work is nursery.open_first or state(bases) == "whole" or draw.random() < 0.3:
             found = opened(model, compute_dtype="bf16")
@@ -110,7 +109,7 @@ def test_killed_at_any_moment_there_is_a_whole_store_or_none(
     print(f"left after {KILLS} kills: {dict(left)}")
     assert end(nursery.running(work, model, cache)) == 0
     (whole,) = (p for p in bases.iterdir() if p.name != shelf.LOCKS)
-    assert store.verify(whole).files == expected.files
+    assert supply.verify(whole).files == expected.files
     inside = left["part"] + left["begun"]
     assert inside >= (KILLS * 3 // 4 if work is nursery.build else KILLS // 4), "kills that fell into a build"
 
@@ -131,7 +130,7 @@ def test_of_two_processes_one_builds_and_the_other_waits(model: Path, cache: Pat
     assert end(first) == end(second) == 0
     folder = str(cache / "bases" / shelf.key_of(checkpoint(model), wanted(model).quant, "bfloat16"))
     assert sorted(said) == sorted([("first", "built"), ("first", folder), ("second", folder)])
-    store.verify(Path(folder))
+    supply.verify(Path(folder))
 
 
 def test_who_waits_goes_on_where_the_builder_was_killed(model: Path, cache: Path) -> None:
@@ -145,4 +144,4 @@ def test_who_waits_goes_on_where_the_builder_was_killed(model: Path, cache: Path
     first.kill()
     assert events.get(timeout=SECONDS) == ("second", "built")
     assert end(second) == 0
-    store.verify(Path(events.get(timeout=SECONDS)[1]))
+    supply.verify(Path(events.get(timeout=SECONDS)[1]))

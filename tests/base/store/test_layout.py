@@ -12,8 +12,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from halfbyte.base import store
-from halfbyte.base.store import shelf
+from halfbyte.base.store import shelf, supply
 from halfbyte.errors import BaseModelError
 from halfbyte.models import tensors as shapes
 from halfbyte.quant import bnb as codec
@@ -118,7 +117,7 @@ def test_shards_and_pickles(tmp_path: Path) -> None:
         assert differing(first.model, other.model) == []
     # one content, wherever it lies; the two of the pickle hold the head once more or not
     keys = [b.origin.removeprefix("store ") for b in (first, opened(tmp_path / "sharded", compute_dtype="bf16"))]
-    hashes = {store.verify(Path(key)).content_sha256 for key in keys}
+    hashes = {supply.verify(Path(key)).content_sha256 for key in keys}
     assert len(set(keys)) == 2 and len(hashes) == 1
 
 
@@ -132,7 +131,7 @@ def test_a_pickle_that_could_run_code_is_not_read(tmp_path: Path) -> None:
 
 def test_one_layer_a_file_on_pages_of_its_own(tmp_path: Path) -> None:
     tiny.model("llama", changes={"num_hidden_layers": 3}, vocab_size=4096 * 4).save_pretrained(tmp_path)
-    folder = store.ensure(wanted(tmp_path, compute_dtype="fp32"))
+    folder = supply.ensure(wanted(tmp_path, compute_dtype="fp32"))
     files = {path.name for path in folder.glob("*.safetensors")}
     layers = {f"model-layer-{i:04d}.safetensors" for i in range(3)}
     large = {"model-model-embed_tokens-weight.safetensors", "model-lm_head-weight.safetensors"}
@@ -172,7 +171,7 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path: Path) -> None:
 
     tiny_run.checkpoint(tmp_path)
     (tmp_path / "optimizer.bin").write_bytes(b"x" * 100)
-    folder = store.ensure(wanted(tmp_path))
+    folder = supply.ensure(wanted(tmp_path))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert tokenizer("red cup")["input_ids"] == tiny_run.tokenizer()("red cup")["input_ids"]
     assert tokenizer.chat_template == tiny_run.CHATML

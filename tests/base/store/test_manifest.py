@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from halfbyte.base import store
-from halfbyte.base.store import manifest
+from halfbyte.base.store import manifest, supply
 from halfbyte.errors import StoreError
 from tests.base.store.helpers import flip
 
@@ -34,7 +33,7 @@ def made(folder: Path) -> manifest.Manifest:
 
 def test_it_comes_back_as_it_was_written(tmp_path: Path) -> None:
     built = made(tmp_path / "s")
-    assert manifest.read(tmp_path / "s") == built == store.verify(tmp_path / "s")
+    assert manifest.read(tmp_path / "s") == built == supply.verify(tmp_path / "s")
     assert built.nbytes == sum(f.stat().st_size for f in (tmp_path / "s").iterdir() if f.name != manifest.MANIFEST)
     assert not list((tmp_path / "s").glob("*.tmp"))
 
@@ -58,7 +57,7 @@ def test_what_differs_is_named(damage: Damage, cheaply: bool, said: str, tmp_pat
     assert len(quick) == int(cheaply) and len(full) == 1
     assert all(problem.startswith(said) for problem in (*quick, *full))
     with pytest.raises(StoreError, match="is not what was built"):
-        store.verify(folder)
+        supply.verify(folder)
 
 
 def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
@@ -68,7 +67,7 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(
         StoreError, match=r"(?s)a\.safetensors is missing.*b\.safetensors is missing.*fix: build it again"
     ):
-        store.verify(tmp_path / "s")
+        supply.verify(tmp_path / "s")
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from halfbyte.base import store
-from halfbyte.base.store import manifest, shelf
+from halfbyte.base.store import manifest, shelf, supply
 from halfbyte.errors import StoreError
 from halfbyte.recipe.schema import Quant
 from tests import tiny
@@ -106,11 +105,11 @@ def test_a_name_that_no_file_can_have_becomes_one(folder: Path) -> None:
 
 
 def test_the_list_tells_states_sizes_and_last_use(folder: Path) -> None:
-    whole = store.ensure(wanted(folder))
-    old = store.ensure(wanted(folder, type="fp4"))
+    whole = supply.ensure(wanted(folder))
+    old = supply.ensure(wanted(folder, type="fp4"))
     values = json.loads((old / manifest.MANIFEST).read_text())
     (old / manifest.MANIFEST).write_text(json.dumps({**values, "format": 0}))
-    broken = store.ensure(wanted(folder, double_quant=False))
+    broken = supply.ensure(wanted(folder, double_quant=False))
     (broken / "model-rest.safetensors").unlink()
     building = whole.with_name(key(folder, "float32") + shelf.PARTIAL)
     building.mkdir()
@@ -129,15 +128,15 @@ def test_the_list_tells_states_sizes_and_last_use(folder: Path) -> None:
 
 
 def test_opening_is_a_use(folder: Path) -> None:
-    found = store.ensure(wanted(folder))
+    found = supply.ensure(wanted(folder))
     os.utime(found / shelf.USED, (1, 1))
-    store.ensure(wanted(folder))
+    supply.ensure(wanted(folder))
     assert time.time() - (found / shelf.USED).stat().st_mtime < 100
 
 
 def test_gc_takes_what_is_of_no_use_and_with_an_age_what_is_not_used(folder: Path) -> None:
-    whole = store.ensure(wanted(folder))
-    broken = store.ensure(wanted(folder, double_quant=False))
+    whole = supply.ensure(wanted(folder))
+    broken = supply.ensure(wanted(folder, double_quant=False))
     (broken / "config.json").unlink()
     (whole.parent / (whole.name + shelf.PARTIAL)).mkdir()
     forget()
@@ -152,7 +151,7 @@ def test_gc_takes_what_is_of_no_use_and_with_an_age_what_is_not_used(folder: Pat
 
 
 def test_gc_leaves_what_a_process_uses_or_builds(folder: Path) -> None:
-    store.ensure(wanted(folder))
+    supply.ensure(wanted(folder))
     (entry,) = shelf.listing()
     assert entry.in_use and shelf.collectable(everything=True) == [] and not shelf.remove(entry)
     forget()
@@ -164,7 +163,7 @@ def test_gc_leaves_what_a_process_uses_or_builds(folder: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_removed_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store.ensure(wanted(folder))
+    supply.ensure(wanted(folder))
     forget()
     (entry,) = shelf.listing()
 

@@ -18,7 +18,7 @@ from tests.hub_server import HubServer, commit_of
 ASK = """
 import json, sys
 from halfbyte.errors import SourceError
-from halfbyte.models.sources import resolve
+from halfbyte.models.sources.lookup import resolve
 try:
     found = resolve(sys.argv[1], allow_pickle=sys.argv[2] == "True")
     answer = {"path": str(found.path), "id": found.id, "revision": found.revision, "kind": found.kind,

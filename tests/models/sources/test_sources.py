@@ -25,9 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from halfbyte.errors import SourceError
-from halfbyte.models.sources import gguf_convert, gguf_file, hub, packaged, resolve
+from halfbyte.models.sources import gguf_convert, gguf_file, hub, packaged
 from halfbyte.models.sources.checkpoint import need_space
 from halfbyte.models.sources.gguf_header import read_header
+from halfbyte.models.sources.lookup import resolve
 from halfbyte.system.files import cache_dir
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -1,0 +1,115 @@
+"""Looking a model up: hub id, folder, GGUF file or packaged name -> one local checkpoint.
+
+Why: the rooms after this one open a folder of safetensors, and never ask where it came from.
+Cost: importing this loads neither torch nor transformers; a GGUF is converted by a child process, once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from halfbyte.errors import SourceError
+from halfbyte.models.sources import gguf_file, hub, packaged
+from halfbyte.models.sources.checkpoint import Checkpoint
+from halfbyte.models.sources.folder import check_folder
+
+if TYPE_CHECKING:
+    from halfbyte.recipe.schema import Recipe
+
+ALLOWED = "allowed: org/name[@revision] of the hub, a local folder, a .gguf file, or a packaged name ({names})"
+# A file that someone might give for the folder it lies in.
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".json")
+
+
+def packaged_names() -> list[str]:
+    """The models that can be had without a hub."""
+    return sorted(packaged.PACKAGED)
+
+
+def find_model(recipe: Recipe) -> Checkpoint:
+    """The checkpoint that a recipe names. Raises SourceError as `resolve`."""
+    name = f"{recipe.model}@{recipe.revision}" if recipe.revision else recipe.model
+    return resolve(name, allow_pickle=recipe.allow_pickle)
+
+
+def resolve(model: str, *, allow_pickle: bool = False) -> Checkpoint:
+    """Find, fetch or convert `model`, check it, and say where it lies.
+
+    A packaged name wins over a folder of the same name (write ./name for the folder), and a path that exists wins
+    over a hub id.
+
+    Args:
+        model: `org/name[@revision]`, a folder, a `.gguf` file, or a packaged name.
+        allow_pickle: accept `.bin` weights where there are no safetensors.
+
+    Raises:
+        SourceError: with what is wrong, what is allowed, and the next step.
+    """
+    model = model.strip()
+    if model in packaged.PACKAGED:
+        return Checkpoint(path=packaged.checkpoint_of(model), id=model, revision=None, kind="packaged")
+    if not model:
+        raise SourceError(f"the model is empty; {_allowed()}")
+    path = Path(model).expanduser()
+    try:
+        if path.is_dir():
+            pickled = check_folder(path, allow_pickle=allow_pickle)
+            return Checkpoint(
+                path=path.absolute(), id=str(path.absolute()), revision=None, kind="folder", pickle=pickled
+            )
+        if path.is_file():
+            return _file(path)
+    except PermissionError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
+    if _looks_like_path(model) or hub.HUB_ID.fullmatch(model) is None:
+        raise _unknown(model)
+    try:
+        return hub.fetch(model, allow_pickle=allow_pickle)
+    except SourceError as error:
+        # `models/tiny` is a hub id by its form; a folder that is nearly called so is the likelier meaning.
+        if near := _near_paths(model):
+            raise SourceError(
+                f"{error.message}\n  There is no local {model} either; near it: {', '.join(near)}", fix=error.fix
+            ) from error
+        raise
+
+
+def _file(path: Path) -> Checkpoint:
+    if path.suffix in WEIGHT_FILES:
+        raise SourceError(f"{path} is one file of a checkpoint", fix=f"give its folder as the model: {path.parent}")
+    if path.suffix != ".gguf":
+        raise SourceError(f"{path} is a file that is not a .gguf; {_allowed()}")
+    converted = gguf_file.checkpoint_of(path)
+    return Checkpoint(path=converted, id=str(path.absolute()), revision=None, kind="gguf")
+
+
+def _looks_like_path(model: str) -> bool:
+    return model.startswith((".", "/", "~")) or model.endswith((".gguf", "/", *WEIGHT_FILES)) or "\\" in model
+
+
+def _unknown(model: str) -> SourceError:
+    for web in ("https://huggingface.co/", "http://huggingface.co/", "hf.co/", "huggingface.co/"):
+        if model.startswith(web):
+            name = "/".join(model.removeprefix(web).split("/")[:2])
+            return SourceError(f"{model} is a web page", fix=f"give the hub id: {name}")
+    near = difflib.get_close_matches(model.lower(), packaged_names(), n=2, cutoff=0.5) + _near_paths(model)
+    what = f"there is no {model}" if _looks_like_path(model) else f"unknown model {model!r}"
+    hint = f"did you mean {' or '.join(near)}?" if near else None
+    return SourceError(f"{what}; {_allowed()}", fix=hint)
+
+
+def _near_paths(model: str) -> list[str]:
+    """Names beside the one that was meant, so that a typo is seen."""
+    path = Path(model).expanduser()
+    try:
+        names = [entry.name for entry in os.scandir(path.parent) if entry.is_dir() or entry.name.endswith(".gguf")]
+    except OSError:
+        return []
+    return [str(path.parent / name) for name in difflib.get_close_matches(path.name, names, n=3)]
+
+
+def _allowed() -> str:
+    return ALLOWED.format(names=", ".join(packaged_names()))
