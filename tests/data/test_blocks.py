@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from halfbyte.data.blocks import Blocks, stream
 from halfbyte.data.collate import collate
-from halfbyte.data.encoding.encoder import encode
 from halfbyte.data.encoding.examples import IGNORED, Examples, Tokens, batch
 from halfbyte.data.reading.formats import Row
 from halfbyte.errors import DataError
+from tests.data.in_memory import encode
 
 
 def texts(lengths: list[int]) -> Examples:

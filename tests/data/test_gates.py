@@ -10,12 +10,13 @@ import pytest
 
 from halfbyte import finetune
 from halfbyte.data import gates
-from halfbyte.data.encoding.encoder import Encoded, encode
+from halfbyte.data.encoding.encoder import Encoded
 from halfbyte.data.gates import Finding
 from halfbyte.data.reading.formats import Message, Row
 from halfbyte.errors import DataError
 from halfbyte.training.events import Silent
 from tests import tiny_run
+from tests.data.in_memory import encode
 
 Pair = tuple[str, str]
 GOOD: list[Pair] = [("Hello there", "I am fine."), ("and you", "Thank you very much")]
@@ -87,7 +88,7 @@ def test_no_end_is_learnt(tokenizer: Any, make_data: Any) -> None:
     with pytest.raises(DataError) as error:
         gates.refuse(tuple(found.values()))
     assert str(error.value) == (
-        "the data is refused: end token: among the labels of no row, so the model would not learn to stop.\n"
+        "the data is refused: end token: no row has one among its labels, so the model would not learn to stop.\n"
         "  fix: a larger data.max_length, or data.overlong: skip"
     )
 
@@ -130,7 +131,7 @@ def test_empty_answers(tokenizer: Any, make_data: Any) -> None:
     found = judge(tokenizer, make_data(), [*GOOD, ("a", "<|im_end|>")])["empty answers"]
     assert (found.level, str(found)) == (
         "warning",
-        "of 1 row no label is a word (t.jsonl:3); the model would learn to say nothing",
+        "1 row has no labelled word, only special tokens (t.jsonl:3); the model would learn to say nothing",
     )
 
 
@@ -169,7 +170,7 @@ def test_vocabulary(tokenizer: Any, make_data: Any) -> None:
     size, end = len(tokenizer), tokenizer.convert_tokens_to_ids("<|im_end|>")
     found = judge(tokenizer, make_data(), GOOD, rows=size - 1)["vocabulary"]
     head = f"the tokenizer knows {size} tokens, the embedding has"
-    assert (found.level, str(found)) == ("warning", f"{head} {size - 1} rows; no row uses one that is beyond")
+    assert (found.level, str(found)) == ("warning", f"{head} {size - 1} rows; no row uses a token beyond them")
     found = judge(tokenizer, make_data(), GOOD, rows=end)["vocabulary"]
     assert (found.level, str(found)) == (
         "refused",
@@ -199,6 +200,6 @@ def test_a_run_is_refused(tmp_path: Path) -> None:
     loaded = tiny_run.recipe(tmp_path, data__max_length=12, data__overlong="truncate")
     rows = [json.dumps({"prompt": "r", "completion": f"blue {n} " * 9}) for n in range(4)]
     (tmp_path / "train.jsonl").write_text("\n".join(rows), "utf-8")
-    with pytest.raises(DataError, match="the data is refused: end token: among the labels of no row"):
+    with pytest.raises(DataError, match="the data is refused: end token: no row has one among its labels"):
         finetune.train(loaded)
     assert not Path(loaded.recipe.output).exists()

@@ -395,7 +395,7 @@ SETS: list[tuple[str, str]] = [
     ("train.learnin_rate=1", "--set train.learnin_rate is not a field; did you mean train.learning_rate?"),
     ("lora.r", "--set lora.r: must be FIELD=VALUE, such as lora.r=32"),
     ("=3", "--set =3: must be FIELD=VALUE, such as lora.r=32"),
-    ("model.x=3", "--set model.x=3: model.x lies inside a value that is not a section"),
+    ("model.x=3", "--set model.x=3: model.x is inside a value that is not a section"),
     ("output=", "--set output must be text, got null"),
     ("nonsense=1", "--set nonsense is not a field; a recipe has model, revision, quant, lora, data, train, output, allow_pickle, trust_remote_code"),
     ("train.optim=[", "--set train.optim must be one of adamw_torch, adamw_torch_fused, adafactor, sgd, adagrad, rmsprop, adamw_bnb_8bit, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit, lion_32bit, lion_8bit, paged_lion_32bit, paged_lion_8bit, ademamix, ademamix_8bit, rmsprop_bnb, rmsprop_bnb_8bit, rmsprop_bnb_32bit, got '['"),

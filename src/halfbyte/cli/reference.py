@@ -39,8 +39,8 @@ The names under `lora:` are those of `peft.LoraConfig`. A value outside the reco
 ## Target modules by architecture
 
 `auto` takes the projections of every attention (or token mixing) block; `all-linear` every linear layer except the head
-and routers of experts. A list names endings of module names, a string is a regular expression over whole names. What
-matched is printed at the start of a run; an entry that matches nothing is an error with near names.
+and the routers of experts. A list names endings of module names, a string is a regular expression over whole names.
+A run prints what matched; an entry that matches nothing is an error that names similar modules.
 
 {targets_table_markdown()}
 
@@ -62,7 +62,7 @@ def recipe_page() -> str:
         f"""{NOTE}
 # The recipe
 
-`halfbyte init` writes a commented one; `halfbyte train RECIPE --dry-run` shows every value and where it came from.
+`halfbyte init` writes a commented recipe; `halfbyte train RECIPE --dry-run` shows every value and where it came from.
 `--set a.b=c` wins over the recipe, the recipe over the defaults. Paths are relative to where halfbyte is run.
 An unknown key is an error that names the nearest valid one.
 

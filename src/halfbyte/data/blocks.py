@@ -1,27 +1,29 @@
 """Plain texts end to end, cut into blocks of one length: `data.packing: stream`.
 
-Why: texts of very different lengths fill micro-batches evenly, none is too long, and nothing is left out or trained
-twice.
-What: texts follow each other in the order of their files, each with its end token (and its first one, where the
-tokenizer has one); the last block is as long as what is left. Attention does not cross from one text into the next, as
-everywhere: a block knows where its texts begin. The first token of a piece has no label, since nothing precedes it.
-A block is what a row is elsewhere: batch x accumulation count blocks.
-Cost: nothing is copied until a block is asked for, and then its tokens.
+Why: texts of very different lengths fill micro-batches evenly, no text is too long, and each token is trained once.
+What: texts follow each other in the order of their files, each with its end token (and the tokenizer's first token, if
+it has one); the last block holds what is left. Attention does not cross from one text into the next: a block knows
+where its texts begin. The first token of each piece has no label, since nothing precedes it. Blocks count as rows:
+batch x accumulation is a number of blocks.
+Cost: tokens are copied when their block is asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from halfbyte.data.encoding.encoder import Encoded
 from halfbyte.data.encoding.examples import IGNORED, Example, Examples
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 
 def stream(texts: Encoded, block_tokens: int) -> Encoded:
-    """The same tokens in blocks; what was seen of the texts stays."""
+    """The same tokens in blocks; the tally of the texts stays."""
     return Encoded(Blocks(texts.examples, block_tokens), texts.tally, texts=len(texts.examples))
 
 
@@ -52,16 +54,16 @@ class Blocks(Examples):
             labels += [IGNORED, *piece[1:]]
         return Example(tuple(ids), tuple(labels), self.where(index), (), "", tuple(starts))
 
-    def lengths(self) -> np.ndarray[Any, Any]:
-        found = np.full(len(self), self._size, np.int64)
-        found[-1] = int(self._starts[-1]) - (len(self) - 1) * self._size
-        return found
+    def lengths(self) -> NDArray[np.int64]:
+        lengths = np.full(len(self), self._size, np.int64)
+        lengths[-1] = int(self._starts[-1]) - (len(self) - 1) * self._size
+        return lengths
 
-    def labelled(self) -> np.ndarray[Any, Any]:
+    def labelled(self) -> NDArray[np.int64]:
         edges = np.minimum(np.arange(len(self) + 1) * self._size, self._starts[-1])
         first = np.searchsorted(self._starts, edges[:-1], side="right") - 1
         last = np.searchsorted(self._starts, edges[1:], side="left")
-        pieces: np.ndarray[Any, Any] = last - first
+        pieces: NDArray[np.int64] = last - first
         return self.lengths() - pieces
 
     def where(self, index: int) -> str:

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, chain
-from typing import Any
+from typing import TypedDict, overload
 
 import torch
 from torch.utils.data import Dataset
 
 from halfbyte.data.encoding.examples import IGNORED, Example
-from halfbyte.data.pack import Step
+from halfbyte.data.pack import MicroBatch, Step
+from halfbyte.types import Batch
 
 
-def collate(examples: Sequence[Example]) -> dict[str, Any]:
+def collate(examples: Sequence[Example]) -> Batch:
     """One batch of T tokens from n texts (a block of several counts as so many), K of the tokens predicted.
 
     Returns:
@@ -52,8 +53,15 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
     }
 
 
-class StepDataset(Dataset[dict[str, Any]]):
-    """Item i is optimiser step i: `{"step": Step, "micro_batches": batches, each made when it is asked for}`."""
+class StepItem(TypedDict):
+    """One optimiser step and its micro-batches, each made when it is asked for."""
+
+    step: Step
+    micro_batches: Batches
+
+
+class StepDataset(Dataset[StepItem]):
+    """Item i is optimiser step i."""
 
     def __init__(self, examples: Sequence[Example], steps: Sequence[Step]) -> None:
         self.examples = examples
@@ -62,26 +70,30 @@ class StepDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> StepItem:
         step = self.steps[index]
         return {"step": step, "micro_batches": Batches(self.examples, step.micro_batches)}
 
 
-class Batches(Sequence[dict[str, Any]]):
-    """Item i is the batch of micro-batch i, of an evaluation as `pack.eval_micro_batches` planned it or of a step."""
+class Batches(Sequence[Batch]):
+    """Item i is the batch of micro-batch i, of a step or of an evaluation (`pack.eval_micro_batches`)."""
 
-    def __init__(self, examples: Sequence[Example], micro_batches: Sequence[tuple[int, ...]]) -> None:
+    def __init__(self, examples: Sequence[Example], micro_batches: Sequence[MicroBatch]) -> None:
         self.examples = examples
         self.micro_batches = micro_batches
 
     def __len__(self) -> int:
         return len(self.micro_batches)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Batches: ...
+    def __getitem__(self, index: int | slice) -> Batch | Batches:
         if isinstance(index, slice):
             return Batches(self.examples, self.micro_batches[index])
         return self.of(self.micro_batches[index])
 
-    def of(self, rows: Sequence[int]) -> dict[str, Any]:
+    def of(self, rows: Sequence[int]) -> Batch:
         """The batch of other rows of the same examples: a step may be split anew while it runs."""
         return collate([self.examples[r] for r in rows])

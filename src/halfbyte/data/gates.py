@@ -1,8 +1,8 @@
-"""The gates: what is looked at before a run, so that it learns what was meant. Each says what it found.
+"""The gates: checks of the data before a run, so that it learns what was meant. Each says what it found.
 
 Why: half of all failed fine-tunes are data: no labels, no end token learned, one row a hundred times, held-out rows
-among the trained ones, tokens that the model has never seen. None of this raises an error by itself.
-Source: counts that `tally` took while the rows were tokenised.
+among the trained ones, tokens that the model has never seen. None of these raises an error by itself.
+Source: the counts of `tally`, taken while the rows were tokenised.
 Cost: a sort of one number a row; under a second for two million rows.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
     from halfbyte.recipe.data import Data
+    from halfbyte.types import Document, Tokenizer
 
 Level = Literal["ok", "warning", "refused"]
 LEAST_LABELLED_SHARE = 0.01
@@ -47,23 +48,23 @@ class Finding:
     def __str__(self) -> str:
         return f"{self.found}; {self.fix}" if self.fix else self.found
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Document:
         return asdict(self)
 
 
 def check(
     train: Encoded,
     held_out: Encoded | None,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     data: Data,
     *,
     embedding_rows: int,
     trained: frozenset[int] = frozenset(),
 ) -> tuple[Finding, ...]:
-    """What every gate says, in the order of `GATES`.
+    """The findings of all gates, in the order of `GATES`.
 
     Args:
-        embedding_rows: tokens that the model has a row for.
+        embedding_rows: how many tokens have a row in the model's embedding.
         trained: tokens whose rows are trained, so that the model may meet them for the first time.
     """
     return (
@@ -81,7 +82,7 @@ def check(
 def refuse(findings: Sequence[Finding]) -> None:
     """
     Raises:
-        DataError: with all that was refused.
+        DataError: names everything that was refused.
     """
     refused = [f for f in findings if f.level == "refused"]
     if refused:
@@ -103,7 +104,9 @@ def _ends(train: Encoded) -> Finding:
         return Finding("end token", "ok", f"among the labels of {_each(rows)}")
     fix = "a larger data.max_length, or data.overlong: skip"
     if without.count == rows:
-        return Finding("end token", "refused", "among the labels of no row, so the model would not learn to stop", fix)
+        return Finding(
+            "end token", "refused", "no row has one among its labels, so the model would not learn to stop", fix
+        )
     found = f"missing in the labels of {without.count:,} of {rows:,} rows ({without.first()})"
     return Finding("end token", "warning", found, fix)
 
@@ -139,7 +142,8 @@ def _empty(train: Encoded) -> Finding:
     empty = train.tally.empty
     if not empty:
         return Finding("empty answers", "ok", "none")
-    found = f"of {empty.count:,} {'row' if empty.count == 1 else 'rows'} no label is a word ({empty.first()})"
+    have = "row has" if empty.count == 1 else "rows have"
+    found = f"{empty.count:,} {have} no labelled word, only special tokens ({empty.first()})"
     return Finding("empty answers", "warning", found, "the model would learn to say nothing")
 
 
@@ -155,7 +159,7 @@ def _overlap(train: Encoded, held_out: Encoded | None) -> Finding:
     return Finding("overlap", "warning", found, "the eval loss will look better than it is")
 
 
-def _unseen(train: Encoded, tokenizer: Any, trained: frozenset[int]) -> Finding:
+def _unseen(train: Encoded, tokenizer: Tokenizer, trained: frozenset[int]) -> Finding:
     used = train.tally.used
     names = {i: t.content for i, t in tokenizer.added_tokens_decoder.items()}
     strange = Counter(
@@ -176,7 +180,7 @@ def _unseen(train: Encoded, tokenizer: Any, trained: frozenset[int]) -> Finding:
     return Finding("unseen tokens", "warning", found, fix)
 
 
-def _vocabulary(train: Encoded, held_out: Encoded | None, tokenizer: Any, rows: int) -> Finding:
+def _vocabulary(train: Encoded, held_out: Encoded | None, tokenizer: Tokenizer, rows: int) -> Finding:
     size = len(tokenizer)
     if size <= rows:
         return Finding("vocabulary", "ok", f"{size:,} tokens, the embedding has {rows:,} rows")
@@ -184,7 +188,7 @@ def _vocabulary(train: Encoded, held_out: Encoded | None, tokenizer: Any, rows: 
     used = train.tally.used | (held_out.tally.used if held_out is not None else Counter())
     beyond = sorted(i for i in used if i >= rows)
     if not beyond:
-        return Finding("vocabulary", "warning", f"{found}; no row uses one that is beyond")
+        return Finding("vocabulary", "warning", f"{found}; no row uses a token beyond them")
     shown = some([f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in beyond[:3]], len(beyond))
     return Finding(
         "vocabulary",

@@ -3,8 +3,7 @@
 Why: the item of the data set is one whole step, so the budget of a micro-batch may change, and a run may resume at any
 step, without changing what a step learns from. Rows are grouped as transformers.Trainer groups them (the last step of
 an epoch may be short); first-fit decreasing then puts them into micro-batches (at most 11/9 of the fewest possible,
-plus
-one: Johnson 1973).
+plus one: Johnson 1973).
 Cost: a step is made when it is asked for, a few microseconds a row; an epoch's order a second for two million rows,
 made when its first step is. No torch.
 """
@@ -16,26 +15,31 @@ import random
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import TYPE_CHECKING, TypeAlias, overload
 
 import numpy as np
 
-MicroBatches = tuple[tuple[int, ...], ...]
-Sizes = Sequence[int] | np.ndarray[Any, Any]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-# Rows of an evaluation are packed window by window: first-fit looks at every open micro-batch, which is quadratic.
+MicroBatch = tuple[int, ...]
+"""Numbers of the rows that share a forward pass."""
+MicroBatches = tuple[MicroBatch, ...]
+Sizes: TypeAlias = "Sequence[int] | NDArray[np.int64]"
+"""Tokens of each row."""
+
+# Rows of an evaluation are packed in windows: first-fit looks at every open micro-batch, which is quadratic.
 EVAL_WINDOW_ROWS = 512
-# Steps that are looked at to find the longest micro-batch of a run; of more, so many that have the most tokens.
+# At most so many steps, those with the most tokens, are searched for the longest micro-batch of a run.
 LOOKED_AT_STEPS = 4096
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step: every row of it, and how they share forward passes."""
+    """One optimiser step: its rows, and how they share forward passes."""
 
     index: int
     micro_batches: MicroBatches
-    """Row numbers of each micro-batch."""
     labelled_tokens: int
     tokens: int
 
@@ -108,13 +112,13 @@ class Steps(Sequence[Step]):
 
     @property
     def tokens(self) -> int:
-        """Of all steps together."""
+        """Tokens of all steps together."""
         epochs, steps = divmod(self.total, self.per_epoch)
         lengths = np.asarray(self.lengths)
         whole = epochs * int(lengths.sum())
         return whole + int(lengths[self._order(epochs)[: steps * self.rows_per_step]].sum()) if steps else whole
 
-    def longest_micro_batch(self) -> tuple[int, ...]:
+    def longest_micro_batch(self) -> MicroBatch:
         """The rows of the micro-batch with the most tokens, of the first epoch's steps with the most tokens."""
         looked_at: Sequence[int] = range(min(self.total, self.per_epoch))
         if len(looked_at) > LOOKED_AT_STEPS:
@@ -127,9 +131,9 @@ class Steps(Sequence[Step]):
         micro_batches = (rows for i in looked_at for rows in self[i].micro_batches)
         return max(micro_batches, key=lambda rows: int(np.asarray(self.lengths)[list(rows)].sum()))
 
-    def _order(self, epoch: int) -> np.ndarray[Any, Any]:
-        """The rows of one epoch in their order: (rows,) uint32; the last one is kept."""
-        kept: dict[int, np.ndarray[Any, Any]] = vars(self)["_orders"]
+    def _order(self, epoch: int) -> NDArray[np.uint32]:
+        """The rows of one epoch in their order: (rows,) uint32; the last epoch asked for is kept."""
+        kept: dict[int, NDArray[np.uint32]] = vars(self)["_orders"]
         if epoch not in kept:
             order = array("I", range(len(self.lengths)))
             random.Random(f"{self.seed}/{epoch}").shuffle(order)
@@ -167,9 +171,9 @@ def count_steps(rows: int, *, rows_per_step: int, epochs: float, max_steps: int)
     return max_steps if max_steps > 0 else math.ceil(epochs * math.ceil(rows / rows_per_step))
 
 
-def eval_micro_batches(lengths: Sizes, budget: int, examples_per_micro_batch: int | None) -> list[tuple[int, ...]]:
+def eval_micro_batches(lengths: Sizes, budget: int, examples_per_micro_batch: int | None) -> list[MicroBatch]:
     """All rows once, in micro-batches of at most `budget` tokens and `examples_per_micro_batch` rows."""
-    micro_batches: list[tuple[int, ...]] = []
+    micro_batches: list[MicroBatch] = []
     for start in range(0, len(lengths), EVAL_WINDOW_ROWS):
         window = range(start, min(start + EVAL_WINDOW_ROWS, len(lengths)))
         micro_batches.extend(arrange(window, lengths, budget, examples_per_micro_batch))

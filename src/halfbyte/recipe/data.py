@@ -5,28 +5,33 @@ Cost: no torch; pydantic.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal, TypeGuard
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
-def number(value: Any) -> Any:
+def number(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("must be a number")
     return value
 
 
-def names_of_rows(value: Any) -> Any:
+def is_list_of_names(value: object) -> TypeGuard[Sequence[str]]:
+    return isinstance(value, (tuple, list)) and bool(value) and all(isinstance(v, str) and v for v in value)
+
+
+def names_of_rows(value: object) -> object:
     """Names of files, globs or hub datasets."""
     if isinstance(value, str) and value:
         return value
-    if isinstance(value, (tuple, list)) and value and all(isinstance(v, str) and v for v in value):
+    if is_list_of_names(value):
         return tuple(value)
     raise ValueError("must be the name of a file, a glob, a hub: dataset, or a list of them")
 
 
 Int = Annotated[int, BeforeValidator(number)]
-Rows = Annotated[str | tuple[str, ...], BeforeValidator(names_of_rows)]
+RowNames = Annotated[str | tuple[str, ...], BeforeValidator(names_of_rows)]
 
 
 class Section(BaseModel):
@@ -57,10 +62,10 @@ class Fields(Section):
 class Data(Section):
     """What is trained on."""
 
-    train: Rows = Field(
+    train: RowNames = Field(
         description="the rows to train on: JSONL, JSON, CSV or Parquet; a glob, a list, or hub:org/name?split=train"
     )
-    eval: Rows | None = Field(None, description="held-out rows, for evaluation")
+    eval: RowNames | None = Field(None, description="held-out rows, for evaluation")
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
         "auto", description="how a row is read; auto tells it from the columns and says why"
     )

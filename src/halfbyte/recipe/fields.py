@@ -1,7 +1,7 @@
 """The named tables: which fields of LoraConfig and TrainingArguments a recipe takes, and why each other is refused.
 
-Why: a flag that is accepted and never read is the worst kind of bug, and a flag that is silently dropped the second
-worst. A test compares these tables with the installed peft and transformers, both ways; `docs/` is generated from them.
+Why: a flag that is accepted and never read is the worst kind of bug; one that is silently dropped is the second worst.
+A test compares these tables with the installed peft and transformers, both ways; `docs/` is generated from them.
 Source: `peft/tuners/lora/config.py`, `transformers/training_args.py`.
 Cost: none; nothing heavy is imported.
 """
@@ -62,7 +62,7 @@ LORA_REFUSED = {
     "megatron_core": "Megatron layers are not loaded here",
     "loftq_config": "LoftQ needs the base in full precision to start from",
     "eva_config": "EVA needs passes over the data before training, which is not built",
-    "corda_config": "CorDA changes the base's weights, which lie in 4 bits and stay as they are",
+    "corda_config": "CorDA changes the base's weights, which are frozen in 4 bits",
     "lora_ga_config": "LoRA-GA needs gradients of the full-precision weights",
     "velora_config": "it compresses saved activations; halfbyte plans memory by micro-batches and recomputation",
     "alora_invocation_tokens": "activated LoRA needs its own masks in packed micro-batches, which is not built",
@@ -74,11 +74,11 @@ LORA_REFUSED = {
     "target_parameters": "adapters on bare parameters do not work on 4-bit weights",
     "use_bdlora": "block-diagonal LoRA is for sharded serving",
     "arrow_config": "Arrow routes among several trained adapters; a run trains one",
-    "kasa_config": "KaSA changes the base's weights, which lie in 4 bits and stay as they are",
+    "kasa_config": "KaSA changes the base's weights, which are frozen in 4 bits",
     "ensure_weight_tying": "a tied embedding and head are frozen here, or trained through modules_to_save",
 }
 
-# Values of init_lora_weights that PEFT knows and a frozen base cannot follow.
+# Values of init_lora_weights that PEFT knows and that a frozen base rules out.
 _CHANGES_BASE = "it starts from a decomposition of the base's weights and changes them; the frozen base stays as it is"
 INIT_REFUSED = {
     "pissa": _CHANGES_BASE,
@@ -94,7 +94,7 @@ INIT_NAMES = ("gaussian", "orthogonal")
 TRAIN_FIELDS = _table(
     F("per_device_train_batch_size", "examples that count as one batch", 4, "with accumulation, 8 to 64 a step"),
     F("gradient_accumulation_steps", "batches in one optimiser step; micro-batches are planned from both", 4),
-    F("per_device_eval_batch_size", "at most so many held-out examples in one micro-batch", 8),
+    F("per_device_eval_batch_size", "the most held-out examples in one micro-batch", 8),
     F("num_train_epochs", "passes over the rows; may be a fraction", 3.0, "1 to 5"),
     F("max_steps", "optimiser steps; above 0 it overrides num_train_epochs", -1),
     F("learning_rate", "the highest learning rate", 2e-4, "1e-4 to 1e-3"),
@@ -109,8 +109,8 @@ TRAIN_FIELDS = _table(
     F("optim", "adamw_torch, adamw_torch_fused, adafactor, sgd, adagrad, rmsprop", "adamw_torch", "adamw_torch"),
     F("optim_args", "arguments of sgd, adagrad or rmsprop, as name=value,name=value", None),
     F("label_smoothing_factor", "label smoothing of the training loss", 0.0, "0"),
-    F("seed", "of the adapters' start, the order of rows (unless data_seed) and dropout", 42),
-    F("data_seed", "of the order of rows", None),
+    F("seed", "seed of the adapters' start, of dropout, and of the order of rows (unless data_seed is given)", 42),
+    F("data_seed", "seed of the order of rows", None),
     F("logging_steps", "steps between printed lines and reports; metrics.jsonl always has every step", 1),
     F("logging_first_step", "report the first step to report_to too, whatever logging_steps", False),
     F("report_to", "none, or installed integrations of transformers, such as [tensorboard]", "none"),
@@ -122,10 +122,10 @@ TRAIN_FIELDS = _table(
     F("save_steps", "steps between checkpoints; below 1 a share of all steps", 100),
     F("save_total_limit", "how many checkpoints are kept; null for all", 2),
     F("load_best_model_at_end", "with evaluations: the adapter is that of the best one, not of the last step", True),
-    F("metric_for_best_model", "what the best evaluation has least of: loss or perplexity", "loss"),
+    F("metric_for_best_model", "the best evaluation is the one with the lowest: loss or perplexity", "loss"),
     F("greater_is_better", "only false, as loss and perplexity are better when smaller", None),
     F("bf16", "compute in bf16: feeds quant.compute_dtype, never autocast", None),
-    F("fp16", "compute in fp16 with loss scaling on a card; on a CPU what it multiplies instead", None),
+    F("fp16", "compute in fp16 with loss scaling on a card; a CPU computes in bf16 or fp32 instead", None),
     F("gradient_checkpointing", "recompute activations: auto (as memory asks), true, false, selective (what is cheap)",
       "auto", "auto"),
     F("loraplus_lr_ratio", "LoRA+: learning rate of B over that of A", None, "16, with a lower rate", ours=True),
@@ -191,7 +191,7 @@ TRAIN_REFUSED = {
     "restore_callback_states_from_checkpoint": _OUR_CHECKPOINTS,
     "full_determinism": "the order of rows and the seeds are always fixed; on a CPU two runs give the same bytes",
     "use_cpu": "hide the cards with CUDA_VISIBLE_DEVICES=",
-    "accelerator_config": "batch and accumulation lie inside one item of the data set",
+    "accelerator_config": "batch and accumulation are inside one item of the data set",
     "parallelism_config": _NO_SHARDING,
     "dataloader_drop_last": "every row is trained on; the last step of an epoch may be short",
     "dataloader_num_workers": _OUR_LOADER,
@@ -251,7 +251,7 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
         "num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles",
     ),
 }  # fmt: skip
-# Those that cannot do without: one of these names must be given.
+# Schedules that need an argument: one of these names must be given.
 SCHEDULES_NEED = {
     "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
     "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
@@ -262,7 +262,7 @@ SCHEDULES_REFUSED = {
     "greedy": "it follows the loss, and a schedule here is fixed before the first step",
 }
 
-# Integrations of transformers -> the modules of which one must be installed.
+# Integrations of transformers -> modules; one of them must be installed.
 INTEGRATIONS: dict[str, tuple[str, ...]] = {
     "azure_ml": ("azureml",),
     "clearml": ("clearml",),
@@ -293,7 +293,7 @@ ELSEWHERE = {
     "optimizer": "train.optim",
     "warmup_ratio": "train.warmup_steps, where a number below 1 is a share of all steps",
     "evaluation_strategy": "train.eval_strategy",
-    "logging_dir": "output, where metrics.jsonl lies",
+    "logging_dir": "output, where metrics.jsonl is",
     "max_seq_length": "data.max_length",
     "dataset": "data.train",
     "dataset_text_field": "data.fields",
@@ -306,7 +306,7 @@ ELSEWHERE = {
     "bnb_4bit_compute_dtype": "quant.compute_dtype",
     "bnb_4bit_use_double_quant": "quant.double_quant",
 }
-# And what needs no name here.
+# Names of other tools that have no counterpart here, and why.
 NOT_NEEDED = {
     "group_by_length": "micro-batches have no padding",
     "overwrite_output_dir": "a run folder is never overwritten; give another output",
@@ -330,7 +330,7 @@ def markdown_refused(table: dict[str, str]) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as YAML would write it, in one line."""
+    """A value as YAML writes it, in one line."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -11,15 +11,18 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import yaml
 from pydantic import ValidationError
 
 from halfbyte.errors import RecipeError
 from halfbyte.recipe.fields import LORA_FIELDS, TRAIN_FIELDS, FieldInfo, shown
-from halfbyte.recipe.messages import field_of, first_of_each, sentences, unusual
+from halfbyte.recipe.messages import Problem, field_of, first_of_each, sentences, unusual
 from halfbyte.recipe.schema import SECTIONS, Loaded, Origin, Recipe, leaves
+
+if TYPE_CHECKING:
+    from halfbyte.types import Document
 
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 _INIT_SHOWN = {
@@ -67,7 +70,7 @@ def recipe_from(model: str, data: str, overrides: Sequence[str] = ()) -> Loaded:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The recipe as YAML, every value written out but what is null by default; loading it gives an equal recipe."""
+    """The recipe as YAML, with every value that is not null by default; loading it gives an equal recipe."""
     values = recipe.model_dump(mode="json")
     for section, model in SECTIONS.items():
         inner = values
@@ -102,23 +105,18 @@ def init_template(model: str, data: str) -> str:
 
 
 def _lines(table: Mapping[str, FieldInfo], names: Sequence[str]) -> list[str]:
-    found = []
+    lines = []
     for field in (table[name] for name in names):
         usual = f"; usual: {field.recommended}" if field.recommended else ""
         mark = "# " if field.default is None else ""
         value = "[lm_head]" if field.default is None else shown(field.default)
-        found.append(f"  {mark}{field.name}: {value}    # {field.what}{usual}")
-    return found
+        lines.append(f"  {mark}{field.name}: {value}    # {field.what}{usual}")
+    return lines
 
 
 def _described(section: str, skip: Sequence[str] = ()) -> list[str]:
-    fields = SECTIONS[section].model_fields
-    found = []
-    for name, field in fields.items():
-        if name not in skip:
-            value = "[]" if field.default == () else shown(field.default)
-            found.append(f"  {name}: {value}    # {field.description}")
-    return found
+    fields = ((name, field) for name, field in SECTIONS[section].model_fields.items() if name not in skip)
+    return [f"  {name}: {shown(field.default)}    # {field.description}" for name, field in fields]
 
 
 def _scalar(value: str) -> str:
@@ -132,7 +130,7 @@ def _siblings(path: Path) -> list[Path]:
         return []
 
 
-def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[str, int]]:
+def _parse(text: str, name: str) -> tuple[Document, dict[str, int]]:
     """YAML text to nested dicts and the line of each dotted key."""
     problems: list[str] = []
     lines: dict[str, int] = {}
@@ -181,7 +179,7 @@ def _walk(
             _walk(value, f"{dotted}.", lines, problems, (*outer, node))
 
 
-def _build(values: dict[str, Any], lines: dict[str, int], overrides: Sequence[str], path: Path | None) -> Loaded:
+def _build(values: Document, lines: dict[str, int], overrides: Sequence[str], path: Path | None) -> Loaded:
     problems: list[str] = []
     given = {dotted: Origin("recipe", f"line {lines[dotted]}" if dotted in lines else "") for dotted in _dotted(values)}
     merged = _copy(values)
@@ -193,8 +191,8 @@ def _build(values: dict[str, Any], lines: dict[str, int], overrides: Sequence[st
     if _split_revision(merged):
         given["revision"] = given["model"]
     _fill_sections(merged)
-    recipe, found = _validate(merged)
-    problems += [text for item in found for text in sentences(item, lines, given)]
+    recipe, mistakes = _validate(merged)
+    problems += [text for item in mistakes for text in sentences(item, lines, given)]
     if problems or recipe is None:
         raise RecipeError(list(dict.fromkeys(problems)), where=where, fix=_fix(problems))
     origins = {field: given.get(field, Origin("default", "")) for field, _ in leaves(recipe)}
@@ -202,7 +200,7 @@ def _build(values: dict[str, Any], lines: dict[str, int], overrides: Sequence[st
     return Loaded(recipe, origins, unusual(recipe), path)
 
 
-def _set(values: dict[str, Any], override: str, problems: list[str]) -> list[str]:
+def _set(values: Document, override: str, problems: list[str]) -> list[str]:
     """Put one `a.b=c` into the values; a section's mapping is merged. Returns the dotted fields that it set."""
     dotted, equals, text = override.partition("=")
     dotted = dotted.strip()
@@ -213,19 +211,19 @@ def _set(values: dict[str, Any], override: str, problems: list[str]) -> list[str
     if not equals or not dotted:
         problems.append(f"--set {override}: must be FIELD=VALUE, such as lora.r=32")
         return []
-    found = []
+    put: list[str] = []
     for name, inner in _spread(dotted, value):
         if _is_text(name) and value is not None and not isinstance(inner, (str, dict, list)):
             inner = text.strip()  # a name such as 2024 is not meant as a number
         if not _put(values, name.split("."), inner):
-            problems.append(f"--set {override}: {name} lies inside a value that is not a section")
+            problems.append(f"--set {override}: {name} is inside a value that is not a section")
             continue
-        found += [name, *(f"{name}.{key}" for key in _dotted(inner))]
-        found += [".".join(name.split(".")[:depth]) for depth in range(1, name.count(".") + 1)]
-    return [name for name in found if name not in SECTIONS]
+        put += [name, *(f"{name}.{key}" for key in _dotted(inner))]
+        put += [".".join(name.split(".")[:depth]) for depth in range(1, name.count(".") + 1)]
+    return [name for name in put if name not in SECTIONS]
 
 
-def _spread(dotted: str, value: Any) -> list[tuple[str, Any]]:
+def _spread(dotted: str, value: object) -> list[tuple[str, object]]:
     if dotted in SECTIONS and isinstance(value, dict):
         return [pair for key, inner in value.items() for pair in _spread(f"{dotted}.{key}", inner)]
     return [(dotted, value)]
@@ -237,7 +235,7 @@ def _is_text(dotted: str) -> bool:
     return field is not None and (dotted in ("data.train", "data.eval") or field.annotation in (str, str | None))
 
 
-def _fill_sections(values: dict[str, Any]) -> None:
+def _fill_sections(values: Document) -> None:
     """A section whose every line is commented out is an empty one, not null."""
     for section in SECTIONS:
         outer, _, name = section.rpartition(".")
@@ -246,15 +244,15 @@ def _fill_sections(values: dict[str, Any]) -> None:
             inside[name] = {}
 
 
-def _validate(values: dict[str, Any]) -> tuple[Recipe | None, list[Any]]:
-    """The recipe, or every problem: of single fields, and then of the others together as if those were defaults."""
+def _validate(values: Document) -> tuple[Recipe | None, list[Problem]]:
+    """The recipe, or every problem: of single fields, then of the other fields together, with the bad ones left out."""
     try:
         return Recipe.model_validate(values), []
     except ValidationError as error:
-        found = first_of_each(error.errors(include_url=False))
-    bad = {field_of([str(part) for part in item["loc"]]) for item in found if item["loc"]}
+        mistakes = first_of_each(error.errors(include_url=False))
+    bad = {field_of([str(part) for part in item["loc"]]) for item in mistakes if item["loc"]}
     if not bad:
-        return None, found
+        return None, mistakes
     rest = _copy(values)
     for dotted in bad:
         _remove(rest, dotted.split("."))
@@ -266,15 +264,15 @@ def _validate(values: dict[str, Any]) -> tuple[Recipe | None, list[Any]]:
         together = [item for item in error.errors(include_url=False) if item["type"] == "together"]
         for item in together:
             kept = [(fields, text) for fields, text in item["ctx"]["problems"] if not bad & _with_sections(fields)]
-            found.append({**item, "ctx": {"problems": kept}})
-    return None, found
+            mistakes.append({**item, "ctx": {"problems": kept}})
+    return None, mistakes
 
 
 def _with_sections(fields: Sequence[str]) -> set[str]:
     return {*fields, *(name.rpartition(".")[0] for name in fields)}
 
 
-def _remove(values: dict[str, Any], keys: list[str]) -> None:
+def _remove(values: Document, keys: list[str]) -> None:
     for key in keys[:-1]:
         inner = values.get(key)
         if not isinstance(inner, dict):
@@ -299,7 +297,7 @@ def _feed_dtype(recipe: Recipe, origins: dict[str, Origin]) -> tuple[Recipe, dic
     return recipe.model_copy(update={"quant": quant}), origins
 
 
-def _split_revision(values: dict[str, Any]) -> bool:
+def _split_revision(values: Document) -> bool:
     """`org/name@revision` -> model and revision. Not for a path that exists. Returns whether it was split."""
     model = values.get("model")
     if not isinstance(model, str) or "@" not in model or values.get("revision") is not None or _exists(model):
@@ -314,21 +312,18 @@ def _exists(model: str) -> bool:
     return os.path.exists(os.path.expanduser(model))  # False, not an error, for a name that no path can have
 
 
-def _dotted(values: Any, prefix: str = "") -> list[str]:
+def _dotted(values: object, prefix: str = "") -> list[str]:
     if not isinstance(values, Mapping):
         return []
-    found = []
-    for key, value in values.items():
-        found.append(f"{prefix}{key}")
-        found += _dotted(value, f"{prefix}{key}.")
-    return found
+    return [name for key, inner in values.items() for name in (f"{prefix}{key}", *_dotted(inner, f"{prefix}{key}."))]
 
 
-def _copy(values: Any) -> Any:
-    return {k: _copy(v) for k, v in values.items()} if isinstance(values, dict) else values
+def _copy(values: Document) -> Document:
+    """Nested mappings, each a copy of its own also where YAML aliases share one."""
+    return {key: _copy(inner) if isinstance(inner, dict) else inner for key, inner in values.items()}
 
 
-def _put(values: dict[str, Any], keys: list[str], value: Any) -> bool:
+def _put(values: Document, keys: list[str], value: object) -> bool:
     for key in keys[:-1]:
         inner = values.setdefault(key, {})
         if not isinstance(inner, dict):

@@ -2,25 +2,26 @@
 
 Why: pydantic says "Input should be greater than or equal to 1" of a place in its own tree of unions; a person wants the
 line, the field, what was found and what is allowed.
-
 Cost: none; nothing heavy is imported.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 from pydantic import BaseModel
 
 from halfbyte.recipe.fields import ELSEWHERE, LORA_REFUSED, NOT_NEEDED, TRAIN_FIELDS, TRAIN_REFUSED, shown
 from halfbyte.recipe.schema import SECTIONS, Origin, Recipe
 
+Problem: TypeAlias = Mapping[str, Any]
+"""One error as pydantic lists it: type, loc, msg, input, ctx."""
 _REFUSED = {"lora": LORA_REFUSED, "train": TRAIN_REFUSED}
 
 
-def first_of_each(items: list[Any]) -> list[Any]:
+def first_of_each(items: Sequence[Problem]) -> list[Problem]:
     """One problem a field: a union of types reports the same value once for each of them."""
     seen: set[tuple[str, str]] = set()
     kept = []
@@ -32,25 +33,25 @@ def first_of_each(items: list[Any]) -> list[Any]:
     return kept
 
 
-def sentences(item: Any, lines: Mapping[str, int], given: Mapping[str, Origin]) -> list[str]:
+def sentences(item: Problem, lines: Mapping[str, int], given: Mapping[str, Origin]) -> list[str]:
     """Pydantic's problem in our words; contradictions are several."""
     if item["type"] != "together":
         return [_message(item, lines, given)]
-    found = []
+    said = []
     for fields, text in item["ctx"]["problems"]:
         line = next((lines[name] for name in fields if name in lines), None)
-        found.append(text if line is None else f"line {line}: {text}")
-    return found
+        said.append(text if line is None else f"line {line}: {text}")
+    return said
 
 
-def _message(item: Any, lines: Mapping[str, int], given: Mapping[str, Origin]) -> str:
+def _message(item: Problem, lines: Mapping[str, int], given: Mapping[str, Origin]) -> str:
     """One problem: line, field, what was found, what is allowed."""
     location = [str(part) for part in item["loc"]]
     dotted = field_of(location)
     line = lines.get(dotted)
     lead = f"line {line}: " if line is not None else "--set " if _was_set(dotted, given) else ""
-    kind, found, context = item["type"], item.get("input"), item.get("ctx", {})
-    got = f", got {_show(found)}"
+    kind, context = item["type"], item.get("ctx", {})
+    got = f", got {_show(item.get('input'))}"
     if kind == "extra_forbidden":
         return lead + _unknown(location)
     if kind == "missing":
@@ -123,7 +124,7 @@ def _description(dotted: str) -> str:
     return str(section.model_fields[name].description)
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     text = repr(value) if isinstance(value, str) else shown(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

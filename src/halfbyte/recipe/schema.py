@@ -1,7 +1,7 @@
 """The recipe: frozen, validated, under the ecosystem's own names; and where each of its values came from.
 
-Why: a typo in a field's name must be an error with the nearest valid name, never a default in silence; and every
-problem is reported at once, since each costs its user a round.
+Why: a typo in a field's name must be an error that names the nearest valid field, never a silent default. All problems
+are reported at once.
 Source: names under `lora:` are those of peft.LoraConfig, under `train:` those of transformers.TrainingArguments.
 Cost: no torch; pydantic and YAML.
 """
@@ -11,14 +11,16 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from halfbyte.recipe.data import Data, Fields, Int, Section, number
+from halfbyte.recipe.data import Data, Fields, Int, Section, is_list_of_names, number
 from halfbyte.recipe.fields import (
     INIT_NAMES,
     INIT_REFUSED,
@@ -29,9 +31,13 @@ from halfbyte.recipe.fields import (
     SCHEDULES_NEED,
     SCHEDULES_REFUSED,
     TRAIN_FIELDS,
+    FieldInfo,
 )
 
+Contradiction = tuple[tuple[str, ...], str]
+"""Fields whose values exclude each other, and what is wrong in one sentence."""
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+METRICS = ("loss", "eval_loss", "perplexity", "eval_perplexity")
 _DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
 
 
@@ -42,24 +48,22 @@ class Origin(NamedTuple):
     why: str
 
 
-def _names(value: Any) -> Any:
+def _names(value: object) -> object:
     """A list of names, as a tuple."""
-    if value is None or isinstance(value, (tuple, list)):
-        if value is not None and not (value and all(isinstance(v, str) and v for v in value)):
-            raise ValueError("must be a list of names")
-        return tuple(value) if value is not None else None
+    if value is None or is_list_of_names(value):
+        return value if value is None else tuple(value)
     raise ValueError("must be a list of names, such as [q_proj, v_proj]")
 
 
-def _names_or_text(value: Any) -> Any:
+def _names_or_text(value: object) -> object:
     if isinstance(value, str) and value.strip():
         return value
-    if isinstance(value, (tuple, list)) and value and all(isinstance(v, str) and v for v in value):
+    if is_list_of_names(value):
         return tuple(value)
     raise ValueError("must be a name, a regular expression or a list of names, such as [q_proj, v_proj]")
 
 
-def _modules(value: Any) -> Any:
+def _modules(value: object) -> object:
     """Names of modules, or a regular expression over full names."""
     value = _names_or_text(value)
     if isinstance(value, str):
@@ -72,12 +76,12 @@ def _modules(value: Any) -> Any:
     return value
 
 
-def _off_is_no(value: Any) -> Any:
+def _off_is_no(value: object) -> object:
     """YAML 1.1 reads a bare `no` as false."""
     return "no" if value is False else value
 
 
-def _init(value: Any) -> Any:
+def _init(value: object) -> object:
     if isinstance(value, str):
         reason = next((why for name, why in INIT_REFUSED.items() if value.lower().startswith(name)), None)
         if reason is not None:
@@ -87,33 +91,26 @@ def _init(value: Any) -> Any:
     return value
 
 
-def _optimizer(value: Any) -> Any:
-    return _one_of(value, OPTIMIZERS)
+def _one_of(allowed: Collection[str], refused: Mapping[str, str] = MappingProxyType({})) -> BeforeValidator:
+    """One of a few words; a word that is refused says why."""
+
+    def check(value: object) -> object:
+        if isinstance(value, str) and value in refused:
+            raise ValueError(f"cannot be {value!r}: {refused[value]}")
+        if not isinstance(value, str) or value not in allowed:
+            raise ValueError(f"must be one of {', '.join(allowed)}")
+        return value
+
+    return BeforeValidator(check)
 
 
-def _schedule(value: Any) -> Any:
-    if isinstance(value, str) and value in SCHEDULES_REFUSED:
-        raise ValueError(f"cannot be {value!r}: {SCHEDULES_REFUSED[value]}")
-    return _one_of(value, SCHEDULES)
-
-
-def _metric(value: Any) -> Any:
-    return _one_of(value, ("loss", "eval_loss", "perplexity", "eval_perplexity"))
-
-
-def _one_of(value: Any, allowed: Iterable[str]) -> Any:
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"must be one of {', '.join(allowed)}")
-    return value
-
-
-def _smaller_is_better(value: Any) -> Any:
+def _smaller_is_better(value: object) -> object:
     if value is not None and value is not False:
         raise ValueError("must be false: loss and perplexity are better when smaller")
     return value
 
 
-def _integrations(value: Any) -> Any:
+def _integrations(value: object) -> object:
     """`none`, `all`, or names of integrations whose library is here."""
     if value is None or value in ("none", "all", [], ["none"], (), ("none",)):
         return value if value == "all" else "none"
@@ -128,7 +125,7 @@ def _integrations(value: Any) -> Any:
     return tuple(names)
 
 
-def _settings(value: Any) -> Any:
+def _settings(value: object) -> object:
     """Named numbers and words. YAML 1.1 reads 1e-5, without a point, as text."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError("must be a mapping of names to values, such as {num_cycles: 2}")
@@ -142,7 +139,7 @@ def _read_number(text: str) -> float | str:
         return text
 
 
-def _optimizer_settings(value: Any) -> Any:
+def _optimizer_settings(value: object) -> object:
     if not isinstance(value, str) or not re.fullmatch(r"\s*\w+\s*=[^,=]+(,\s*\w+\s*=[^,=]+)*", value):
         raise ValueError("must be name=value,name=value")
     return value
@@ -163,13 +160,13 @@ def _by_epochs_or_count(value: int) -> int:
     return value
 
 
-def _auto_or_count(value: Any) -> Any:
+def _auto_or_count(value: object) -> object:
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
     raise ValueError("must be auto, or a whole number >= 1")
 
 
-def _recompute(value: Any) -> Any:
+def _recompute(value: object) -> object:
     if value in ("auto", "selective") or isinstance(value, bool):
         return value
     raise ValueError("must be auto, true, false or selective")
@@ -184,18 +181,16 @@ Names = Annotated[tuple[str, ...] | None, BeforeValidator(_names)]
 NamesOrText = Annotated[str | tuple[str, ...], BeforeValidator(_names_or_text)]
 
 
-def _lora(name: str, **limits: Any) -> Any:
-    field = LORA_FIELDS[name]
-    return Field(default=field.default, description=field.what, **limits)
+def _field(table: Mapping[str, FieldInfo], name: str, **limits: Any) -> Any:
+    """A field whose default and description are written in `fields`."""
+    return Field(default=table[name].default, description=table[name].what, **limits)
 
 
-def _train(name: str, **limits: Any) -> Any:
-    field = TRAIN_FIELDS[name]
-    return Field(default=field.default, description=field.what, **limits)
+_lora, _train = partial(_field, LORA_FIELDS), partial(_field, TRAIN_FIELDS)
 
 
 class Quant(Section):
-    """How the frozen base lies in memory."""
+    """How the frozen base is kept."""
 
     type: Literal["nf4", "fp4", "none"] = Field("nf4", description="code of the frozen weights; none keeps 16 bits")
     double_quant: Bool = Field(True, description="quantise the scales too: 4.127 instead of 4.5 bits a weight")
@@ -205,7 +200,7 @@ class Quant(Section):
     block_size: Literal[64] = Field(64, description="weights that share a scale; transformers loads blocks of 64")
     placement: Literal["auto", "resident", "mapped", "streamed"] = Field(
         "auto",
-        description="where the base lies: in memory, in its file as the system pages it, or there and read by layers",
+        description="where the frozen base is kept: in RAM, memory-mapped, or streamed layer by layer",
     )
     skip_modules: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
         (), description="modules that are not quantised, by name"
@@ -216,7 +211,7 @@ class Quant(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _empty_lists(cls, value: Any) -> Any:
+    def _empty_lists(cls, value: object) -> object:
         if not isinstance(value, Mapping):
             return value
         lists = ("skip_modules", "fp32_modules")
@@ -257,7 +252,7 @@ class Train(Section):
     num_train_epochs: Float = _train("num_train_epochs", gt=0)
     max_steps: Annotated[Int, AfterValidator(_by_epochs_or_count)] = _train("max_steps", ge=-1)
     learning_rate: Float = _train("learning_rate", gt=0)
-    lr_scheduler_type: Annotated[str, BeforeValidator(_schedule)] = _train("lr_scheduler_type")
+    lr_scheduler_type: Annotated[str, _one_of(SCHEDULES, SCHEDULES_REFUSED)] = _train("lr_scheduler_type")
     lr_scheduler_kwargs: Annotated[dict[str, Any], BeforeValidator(_settings)] | None = _train("lr_scheduler_kwargs")
     warmup_steps: Steps = _train("warmup_steps", ge=0)
     weight_decay: Float = _train("weight_decay", ge=0)
@@ -265,7 +260,7 @@ class Train(Section):
     adam_beta1: Float = _train("adam_beta1", ge=0, lt=1)
     adam_beta2: Float = _train("adam_beta2", ge=0, lt=1)
     adam_epsilon: Float = _train("adam_epsilon", gt=0)
-    optim: Annotated[str, BeforeValidator(_optimizer)] = _train("optim")
+    optim: Annotated[str, _one_of(OPTIMIZERS)] = _train("optim")
     optim_args: Annotated[str, BeforeValidator(_optimizer_settings)] | None = _train("optim_args")
     label_smoothing_factor: Float = _train("label_smoothing_factor", ge=0, lt=1)
     seed: Seed = _train("seed")
@@ -283,7 +278,7 @@ class Train(Section):
     save_steps: Steps = _train("save_steps", gt=0)
     save_total_limit: Annotated[Int, Field(ge=1)] | None = _train("save_total_limit")
     load_best_model_at_end: Bool = _train("load_best_model_at_end")
-    metric_for_best_model: Annotated[str, BeforeValidator(_metric)] = _train("metric_for_best_model")
+    metric_for_best_model: Annotated[str, _one_of(METRICS)] = _train("metric_for_best_model")
     greater_is_better: Annotated[bool | None, BeforeValidator(_smaller_is_better)] = _train("greater_is_better")
     bf16: Bool | None = _train("bf16")
     fp16: Bool | None = _train("fp16")
@@ -305,7 +300,7 @@ class Recipe(Section):
 
     model: str = Field(min_length=1, description="hub id[@revision], local folder, .gguf file, or a packaged name")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id; the same as model: id@revision")
-    quant: Quant = Field(default_factory=Quant, description="how the frozen base lies in memory")
+    quant: Quant = Field(default_factory=Quant, description="how the frozen base is kept")
     lora: Lora = Field(default_factory=Lora, description="the adapters, as peft.LoraConfig names them")
     data: Data = Field(description="what is trained on")
     train: Train = Field(default_factory=Train, description="the training, as transformers.TrainingArguments names it")
@@ -315,14 +310,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _together(self) -> Recipe:
-        found = list(contradictions(self))
-        if found:
-            raise PydanticCustomError("together", "values that exclude each other", {"problems": found})
+        problems = list(contradictions(self))
+        if problems:
+            raise PydanticCustomError("together", "values that exclude each other", {"problems": problems})
         return self
 
 
-def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Values that are each allowed, but not together: the fields, and what is wrong in one sentence."""
+def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
+    """Values that are each allowed, but not together."""
     yield from _in_source(recipe)
     yield from _in_lora(recipe)
     yield from _in_evaluation(recipe)
@@ -348,7 +343,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("train.optim", "train.optim_args"), f"train.optim_args: {train.optim} takes {allowed}, got {unknown[0]}"
 
 
-def _in_source(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+def _in_source(recipe: Recipe) -> Iterator[Contradiction]:
     if recipe.revision is not None:
         if os.path.exists(os.path.expanduser(recipe.model)):
             yield ("model", "revision"), f"revision is for hub ids, and model {recipe.model} is a path that exists"
@@ -356,7 +351,7 @@ def _in_source(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             yield ("model", "revision"), f"model {recipe.model} and revision {recipe.revision}: give the revision once"
 
 
-def _in_lora(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+def _in_lora(recipe: Recipe) -> Iterator[Contradiction]:
     lora = recipe.lora
     if lora.init_lora_weights == "orthogonal":
         odd = [r for r in (lora.r, *lora.rank_pattern.values()) if r % 2]
@@ -380,7 +375,7 @@ def _in_lora(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("lora.layers_to_transform", "lora.target_modules"), said
 
 
-def _in_data(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+def _in_data(recipe: Recipe) -> Iterator[Contradiction]:
     data = recipe.data
     if data.packing != "stream":
         return
@@ -395,7 +390,7 @@ def _in_data(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("data.packing", "data.overlong"), said
 
 
-def _in_evaluation(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+def _in_evaluation(recipe: Recipe) -> Iterator[Contradiction]:
     train, strategy = recipe.train, recipe.train.eval_strategy
     if recipe.data.eval is None:
         asking = {"eval_strategy": strategy in ("steps", "epoch"), "eval_on_start": train.eval_on_start}
@@ -422,18 +417,18 @@ SECTIONS: dict[str, type[Section]] = {
 }  # fmt: skip
 
 
-def rows(loaded: Loaded) -> list[tuple[str, Any, Origin]]:
+def rows(loaded: Loaded) -> list[tuple[str, object, Origin]]:
     """Every leaf as (dotted field, value, origin), in the recipe's order."""
     return [(field, value, loaded.origins[field]) for field, value in leaves(loaded.recipe)]
 
 
-def leaves(section: BaseModel, prefix: str = "") -> list[tuple[str, Any]]:
+def leaves(section: BaseModel, prefix: str = "") -> list[tuple[str, object]]:
     """Every leaf value with its dotted path; a mapping such as rank_pattern is one leaf."""
-    found: list[tuple[str, Any]] = []
+    pairs: list[tuple[str, object]] = []
     for name in type(section).model_fields:
         value = getattr(section, name)
         if isinstance(value, BaseModel):
-            found += leaves(value, f"{prefix}{name}.")
+            pairs += leaves(value, f"{prefix}{name}.")
         else:
-            found.append((prefix + name, value))
-    return found
+            pairs.append((prefix + name, value))
+    return pairs

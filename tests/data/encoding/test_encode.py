@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from halfbyte.data.encoding import encode, token_cache, workers
-from halfbyte.data.reading import read
+from halfbyte.data.reading import files, read
 from halfbyte.errors import DataError
 
 ROWS = [{"prompt": f"what is {n}", "completion": f"a number, {n % 90} " * (1 + n % 7)} for n in range(300)]
@@ -139,7 +139,7 @@ def test_large_rows_come_in_small_chunks(tmp_path: Path, make_data: Any, monkeyp
     monkeypatch.setattr(read, "CHUNK_BYTES", 1000)
     row = json.dumps({"prompt": "a", "completion": "b" * 400})
     for name, text in (("a.jsonl", [row] * 7), ("a.json", [f"[{', '.join([row] * 7)}]"])):
-        reader = read.Reader(read.find(write(tmp_path / name, text)), make_data())
+        reader = read.Reader(files.find(write(tmp_path / name, text)), make_data())
         assert [len(chunk.records) for chunk in reader.chunks()] == [3, 3, 1]
 
 

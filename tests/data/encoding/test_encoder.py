@@ -10,10 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from halfbyte.data.encoding.encoder import Encoded, encode
+from halfbyte.data.encoding.encoder import Encoded
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.data.reading.formats import Message, Row
 from halfbyte.errors import DataError
+from tests.data.in_memory import encode
 
 TALK = (
     ("user", "Hello there"),
@@ -371,11 +372,6 @@ def test_no_way_to_stop(make_byte_level: Any, make_data: Any, templates: Any) ->
     with pytest.raises(DataError, match="nothing would teach this model to stop"):
         encode([chat(*TALK)], make_byte_level(templates.alpaca, eos=None), make_data())
     encode([chat(*TALK)], make_byte_level(templates.chatml, eos=None), make_data())
-
-
-def test_no_rows(make_byte_level: Any, make_data: Any) -> None:
-    with pytest.raises(DataError, match="no rows"):
-        encode([], make_byte_level(), make_data())
 
 
 def test_a_message_that_the_template_leaves_out_is_noticed(

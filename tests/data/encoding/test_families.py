@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from halfbyte.data.encoding.encoder import encode
 from halfbyte.data.encoding.examples import IGNORED
 from halfbyte.data.reading.formats import Message, Row
 from tests.data.encoding.families import FAMILIES, Family, reference
+from tests.data.in_memory import encode
 
 MASKS = ("completion", "assistant", "all")
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"a": "integer"}}}]

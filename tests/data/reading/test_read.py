@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from halfbyte.data.reading.formats import Message, detect_format
-from halfbyte.data.reading.read import read_rows
 from halfbyte.errors import DataError
+from tests.data.in_memory import read_rows
 
 GOOD = '{"prompt": "a", "completion": "b"}'
 

@@ -14,8 +14,9 @@ import pytest
 
 from halfbyte.data.reading import files, records
 from halfbyte.data.reading.problems import BadRow
-from halfbyte.data.reading.read import Reader, read_rows
+from halfbyte.data.reading.read import Reader
 from halfbyte.errors import DataError
+from tests.data.in_memory import read_rows
 
 PAIRS = [{"prompt": f'q{i}\n"é, {i}', "completion": f"a{i}"} for i in range(5)]
 LINES = "".join(json.dumps(p) + "\n" for p in PAIRS)
@@ -39,7 +40,8 @@ def csv_text(rows: list[dict[str, str]], mark: str = ",") -> str:
 
 def seen(path: Path) -> list[tuple[int, Any]]:
     (source,) = files.find(path)
-    return [(n, str(r) if isinstance(r, BadRow) else r) for n, r in records.read(source)]
+    parsed = [(number, records.parsed(raw)) for number, raw in records.unparsed(source)]
+    return [(number, str(record) if isinstance(record, BadRow) else record) for number, record in parsed]
 
 
 KINDS: dict[str, str | bytes] = {

@@ -1,15 +1,16 @@
-"""Which chat template a run uses: the recipe's or the tokenizer's own; and which tokens no text has trained."""
+"""Which chat template a run uses, the recipe's or the tokenizer's own; and which tokens no text has trained."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
     from halfbyte.recipe.data import Data
+    from halfbyte.types import Tokenizer
 
 CHATML = "chatml"  # in the recipe: ChatML as `chatml.py` makes it
 _RESERVED = re.compile(r"<?\W*(reserved|unused|extra_id|dummy|placeholder)\w*\W*\d+\W*>?", re.IGNORECASE)
@@ -20,10 +21,10 @@ def is_reserved(token: str) -> bool:
     return _RESERVED.fullmatch(token) is not None
 
 
-def chat_template(tokenizer: Any, data: Data) -> str | None:
+def chat_template(tokenizer: Tokenizer, data: Data) -> str | None:
     """The chat template as Jinja text: the recipe's (text, or a file of it), else the tokenizer's own, else None."""
     asked = data.chat_template
-    if asked is None or asked == CHATML:  # which is the tokenizer's own by now
+    if asked is None or asked == CHATML:  # by now ChatML is the tokenizer's own template
         if not tokenizer.chat_template:
             return None
         try:

@@ -1,15 +1,15 @@
-"""ChatML for a base model that has no chat template and is given conversations; and which rows train for it.
+"""ChatML for a base model without a chat template that is given conversations; and which embedding rows train for it.
 
 Why: a base model has never seen the marks of a conversation. A new mark needs a row of the embedding, and a base that
-is mapped or quantised is never resized or copied. So marks take rows that are there, and those rows alone are trained
-(PEFT's `trainable_token_indices`); where none is to spare, no row is needed.
+is mapped or quantised is never resized or copied. So marks use rows that exist, and only those rows train (PEFT's
+`trainable_token_indices`); if no row is free, the marks do without one.
 What, in this order:
-- the tokenizer knows both tokens: they are taken as they are;
+- the tokenizer knows both tokens: they are used as they are;
 - the embedding has rows behind the tokenizer's last token (it is often padded), or the vocabulary has tokens that the
-  model's makers reserved: `<|im_start|>` takes one of them, and `<|im_end|>` another where the head is the embedding
-  (tied). Where the head is a matrix of its own, its row for a new token would stay as it is, and the model could not
-  learn to write it: there a turn ends with the tokenizer's own end token;
-- else `<|im_start|>` is plain text, of tokens that the model knows, and a turn ends with the own end token.
+  model's makers reserved: `<|im_start|>` takes one of them, and `<|im_end|>` another if the head is the embedding
+  (tied). If the head is a matrix of its own, its row for a new token would stay untrained, and the model could not
+  learn to write it: then a turn ends with the tokenizer's own end token;
+- else `<|im_start|>` is plain text, of tokens that the model knows, and a turn ends with the tokenizer's end token.
 Source: OpenAI's ChatML.
 Cost: the first records of each source are read once more.
 """
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from halfbyte.data.encoding.chat_template import CHATML, is_reserved
 from halfbyte.data.reading import files
@@ -27,6 +27,7 @@ from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
     from halfbyte.recipe.data import Data
+    from halfbyte.types import Tokenizer
 
 START, END = "<|im_start|>", "<|im_end|>"
 _TURNS = (
@@ -45,7 +46,7 @@ class Settled:
     notice: str
 
 
-def is_needed(names: str | Sequence[str], tokenizer: Any, data: Data) -> bool:
+def is_needed(names: str | Sequence[str], tokenizer: Tokenizer, data: Data) -> bool:
     """Whether the recipe asks for ChatML, or conversations meet a tokenizer without a template.
 
     Raises:
@@ -57,15 +58,15 @@ def is_needed(names: str | Sequence[str], tokenizer: Any, data: Data) -> bool:
     return any(chunk is not None and chunk.format in ("messages", "sharegpt", "alpaca") for chunk in first)
 
 
-def settle(tokenizer: Any, data: Data, *, embedding_rows: int, tied: bool) -> Settled:
+def settle(tokenizer: Tokenizer, data: Data, *, embedding_rows: int, tied: bool) -> Settled:
     """Give the tokenizer ChatML: its template, and new tokens where there are rows for them.
 
     Args:
         tokenizer: is changed.
-        embedding_rows: tokens that the base has a row for. tied: its head is the embedding.
+        embedding_rows: how many tokens have a row in the base's embedding. tied: the head is the embedding.
 
     Raises:
-        DataError: the tokenizer has no end token, and none can be new.
+        DataError: the tokenizer has no end token, and no row is free for a new one.
     """
     why = "as data.chat_template says" if data.chat_template == CHATML else "the model has no chat template"
     known = tokenizer.get_vocab()
@@ -82,7 +83,7 @@ def settle(tokenizer: Any, data: Data, *, embedding_rows: int, tied: bool) -> Se
 
 
 def _marks(
-    tokenizer: Any, known: dict[str, int], embedding_rows: int, tied: bool
+    tokenizer: Tokenizer, known: dict[str, int], embedding_rows: int, tied: bool
 ) -> tuple[str, str, str, tuple[str, ...]]:
     """The two marks, how they came about, and which of them are new."""
     own_end = tokenizer.eos_token

@@ -1,8 +1,8 @@
-"""From names of files to rows as tokens: kept ones, or read, rendered and tokenised now; many rows on every core.
+"""From names of files to rows as tokens: from the cache, or read, rendered and tokenised now, many rows on every core.
 
-What: chunks of records are encoded one after another and written to the cache as they come, so what is in memory does
-not grow with the rows. Up to `ALONE_CHUNKS` chunks are encoded in this process; more, by helpers on every core.
-Cost: see `template`; divided by the cores where rows are many.
+What: chunks of records are encoded one after another and written to the cache as they come, so memory does not grow
+with the rows. Up to `ALONE_CHUNKS` chunks are encoded in this process; more, by helper processes on every core.
+Cost: see `encoder`; divided by the cores where rows are many.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import contextlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from halfbyte.data.encoding import encoder as template
 from halfbyte.data.encoding import token_cache, workers
 from halfbyte.data.encoding.encoder import Encoded, Encoder, Part
 from halfbyte.data.encoding.examples import Examples
@@ -23,39 +22,50 @@ from halfbyte.data.reading.read import Chunk, Reader
 from halfbyte.errors import HalfbyteError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from halfbyte.recipe.data import Data
+    from halfbyte.types import Tokenizer
 
-ALONE_CHUNKS = 32  # thirty thousand rows, ten seconds: about what starting helpers gains and costs
+    Names = Path | str | Sequence[str]
+    Keep = Callable[[pa.RecordBatch], None]
+    OnlyRead = Callable[[], bool]
+
+ALONE_CHUNKS = 32  # thirty thousand rows, ten seconds: where starting helpers begins to pay
 
 
-def encode(names: Path | str | Sequence[str], tokenizer: Any, data: Data, *, cores: int = 1) -> Encoded:
+def encode(names: Names, tokenizer: Tokenizer, data: Data, *, cores: int = 1) -> Encoded:
     """Rows as tokens. The same ones, in the same order, whatever `cores` is.
 
     Raises:
         DataError: names that stand for nothing; all rows that cannot be read; else all that cannot be encoded.
     """
     name = token_cache.key(names, tokenizer, data)
-    kept = token_cache.load(name) if name else None
-    if kept is not None:
-        return kept
+    cached = token_cache.load(name) if name else None
+    if cached is not None:
+        return cached
     try:
         with token_cache.Writer(name) as writer:
             tally = _run(names, tokenizer, data, cores, writer.add)
             return writer.finish(tally)
-    except OSError:  # nothing can be kept: once more, in memory
-        batches: list[Any] = []
+    except OSError:  # the cache cannot be written: once more, in memory
+        batches: list[pa.RecordBatch] = []
         tally = _run(names, tokenizer, data, cores, batches.append)
         return Encoded(Examples(batches), tally)
 
 
 def _run(
-    names: Path | str | Sequence[str], tokenizer: Any, data: Data, cores: int, keep: Callable[[Any], None]
+    names: Path | str | Sequence[str],
+    tokenizer: Tokenizer,
+    data: Data,
+    cores: int,
+    keep: Callable[[pa.RecordBatch], None],
 ) -> Tally:
     reader, encoder, tally = Reader(files.find(names), data), Encoder(tokenizer, data), Tally()
     error: HalfbyteError | None = None
 
     def only_read() -> bool:
-        """Whether nothing will come of it: then the rest is read to name all that is wrong, and not encoded."""
+        """Whether an error is certain: then the rest is read, to name all that is wrong, and not encoded."""
         return error is not None or bool(reader.problems)
 
     with contextlib.closing(_parts(reader.chunks(), encoder, tokenizer, data, cores, only_read)) as parts:
@@ -68,12 +78,17 @@ def _run(
     reader.check()
     if error is not None:
         raise error
-    template.check(tally, data)
+    tally.check(data)
     return tally
 
 
 def _parts(
-    chunks: Iterator[Chunk], encoder: Encoder, tokenizer: Any, data: Data, cores: int, only_read: Callable[[], bool]
+    chunks: Iterator[Chunk],
+    encoder: Encoder,
+    tokenizer: Tokenizer,
+    data: Data,
+    cores: int,
+    only_read: Callable[[], bool],
 ) -> Generator[Part]:
     first = list(islice(chunks, ALONE_CHUNKS + 1)) if cores > 1 else []
     if len(first) <= ALONE_CHUNKS:

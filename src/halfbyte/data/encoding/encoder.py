@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,18 +24,23 @@ from halfbyte.data.encoding.render import Refused, Rendered, Renderer, common_le
 from halfbyte.data.encoding.tally import Tally
 from halfbyte.data.reading.formats import Row
 from halfbyte.data.reading.problems import Problems
-from halfbyte.data.reading.read import CHUNK_ROWS, Chunk, understand
+from halfbyte.data.reading.read import Chunk, understand
 from halfbyte.errors import DataError, HalfbyteError
 
 if TYPE_CHECKING:
-    from halfbyte.recipe.data import Data
+    import pyarrow as pa
+    from numpy.typing import NDArray
 
-_CUT_PROBES = (("\n", "a b"), (":", " a"), ("]", "7"))  # cut or whole, the same tokens: it marks no start
+    from halfbyte.recipe.data import Data
+    from halfbyte.types import Tokenizer
+
+# If these give the same tokens cut and whole, the tokenizer marks no start of text, and texts may be cut.
+_CUT_PROBES = (("\n", "a b"), (":", " a"), ("]", "7"))
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What an encoded file holds; tokens count no padding, there is none."""
+    """Sizes of the encoded rows. There is no padding to count."""
 
     rows: int
     tokens: int
@@ -51,20 +56,20 @@ class Stats:
 
 @dataclass(frozen=True)
 class Encoded:
-    """All rows of a recipe's `data.train` or `data.eval` as tokens, and what was seen of them."""
+    """All rows of a recipe's `data.train` or `data.eval` as tokens, and what was counted meanwhile."""
 
     examples: Examples
     tally: Tally
     texts: int | None = None
-    """Of how many texts the rows are blocks; None where each row is its own."""
+    """How many texts the blocks hold, with `data.packing: stream`; else None."""
 
     @cached_property
-    def lengths(self) -> np.ndarray[Any, Any]:
+    def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row: (rows,) int64."""
         return self.examples.lengths()
 
     @cached_property
-    def labelled(self) -> np.ndarray[Any, Any]:
+    def labelled(self) -> NDArray[np.int64]:
         """Labelled tokens of each row: (rows,) int64."""
         return self.examples.labelled()
 
@@ -81,66 +86,24 @@ class Encoded:
         )
 
 
-def encode(rows: Sequence[Row], tokenizer: Any, data: Data) -> Encoded:
-    """Rows to examples, in memory.
-
-    Raises:
-        DataError: rows that the template refuses, that have no labelled token, or that are over `data.max_length` when
-            `data.overlong` is error (the first 20 are named); no chat template for messages; no row left.
-    """
-    if not rows:
-        raise DataError("there are no rows to encode.")
-    encoder, tally, batches = Encoder(tokenizer, data), Tally(), []
-    for at in range(0, len(rows), CHUNK_ROWS):
-        made, seen = encoder.encode(rows[at : at + CHUNK_ROWS])
-        batches.append(made)
-        tally.merge(seen)
-    check(tally, data)
-    return Encoded(Examples(batches), tally)
-
-
-def check(tally: Tally, data: Data) -> None:
-    """
-    Raises:
-        DataError: rows that cannot be encoded, or that are too long; or none is left.
-    """
-    limit = data.max_length
-    if tally.refused:
-        raise DataError(tally.refused.listing(f"{tally.refused.count:,} of {tally.seen:,} rows cannot be encoded"))
-    if tally.long:
-        raise DataError(
-            tally.long.listing(
-                f"{tally.long.count:,} of {tally.seen:,} rows are longer than data.max_length {limit:,}; "
-                f"the longest has {tally.longest:,} tokens"
-            ),
-            fix=f"data.max_length: {tally.longest}, or data.overlong: truncate (cut the end off) or skip",
-        )
-    if not tally.kept:
-        raise DataError(
-            f"no row is left: all {tally.seen:,} have more than data.max_length {limit:,} tokens, "
-            f"{'and are skipped' if data.overlong == 'skip' else 'and no label among the first'}.",
-            fix=f"data.max_length: {tally.longest}",
-        )
-
-
 @dataclass
 class Part:
     """A chunk of records as tokens."""
 
-    batch: Any = None
+    batch: pa.RecordBatch | None = None
     """A record batch of `examples.SCHEMA`; None where nothing was encoded."""
     tally: Tally = field(default_factory=Tally)
     used: int = 0
     problems: Problems = field(default_factory=Problems)
     """`used + problems.count` is the number of its records."""
     error: HalfbyteError | None = None
-    """What no row of it could be encoded for."""
+    """Why none of its rows could be encoded."""
 
 
 class Encoder:
-    """Rows to tokens, chunk by chunk. What it makes of a chunk does not depend on the chunks before."""
+    """Rows to tokens, chunk by chunk. The tokens of a chunk do not depend on the chunks before."""
 
-    def __init__(self, tokenizer: Any, data: Data) -> None:
+    def __init__(self, tokenizer: Tokenizer, data: Data) -> None:
         self._data = data
         self._renderer, self._lexer = Renderer(tokenizer, data), _Lexer(tokenizer)
         self._tally = Tally()
@@ -149,18 +112,18 @@ class Encoder:
         self._special = frozenset(added | set(tokenizer.all_special_ids))
 
     def part(self, chunk: Chunk, *, only_read: bool = False) -> Part:
-        """What a chunk holds, as tokens; with `only_read` only how many of its records can be used."""
-        found = understand(chunk, self._data)
-        made = Part(used=len(found.rows), problems=found.problems)
+        """The tokens of a chunk; with `only_read` only how many of its records can be used."""
+        understood = understand(chunk, self._data)
+        made = Part(used=len(understood.rows), problems=understood.problems)
         if not only_read:
             try:
-                made.batch, made.tally = self.encode(found.rows)
+                made.batch, made.tally = self.encode(understood.rows)
             except HalfbyteError as error:
                 made.error = error
         return made
 
-    def encode(self, rows: Sequence[Row]) -> tuple[Any, Tally]:
-        """A record batch of the rows that are trained on, as `data.overlong` leaves them, and what was seen.
+    def encode(self, rows: Sequence[Row]) -> tuple[pa.RecordBatch, Tally]:
+        """A record batch of the rows that are trained on, cut as `data.overlong` says, and the counts.
 
         Raises:
             DataError: not one row of this kind can be encoded.
@@ -187,13 +150,13 @@ class Encoder:
         return kept
 
     def _fit(self, row: Tokens) -> Tokens | None:
-        """Apply `data.overlong`."""
+        """The row as `data.overlong` leaves it; None if it is left out."""
         tally, length, limit = self._tally, len(row.ids), self._data.max_length
         if not row.labelled:
             what = f"not one token is labelled (data.mask {self._data.mask}), so there is nothing to learn from it"
             tally.refused.add(f"{row.where}: {what}")
             return None
-        if length <= limit or self._data.packing == "stream":  # there a long text goes on in the next block
+        if length <= limit or self._data.packing == "stream":  # a long text goes on in the next block
             return row
         tally.longest = max(tally.longest, length)
         cut = row.cut(limit)
@@ -212,7 +175,7 @@ class Encoder:
 class _Lexer:
     """Text and spans to tokens and labels."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._eos = tokenizer.eos_token_id
         self._cuts = all(a + b == whole for a, b, whole in (self._ids([a, b, a + b]) for a, b in _CUT_PROBES))
@@ -233,7 +196,7 @@ class _Lexer:
             yield self._row(r, list(islice(ids, len(group))))
 
     def _texts(self, r: Rendered) -> list[str]:
-        """What to tokenise for a row: its pieces, or it and its beginnings; then its prompt, if not among them."""
+        """What to tokenise for a row: its pieces, or the row and its beginnings; then the prompt, if not among them."""
         edges = _edges(r)
         if not self._cuts:
             return [r.text, *(r.text[:edge] for edge in edges), r.prompt]
@@ -279,7 +242,7 @@ class _Lexer:
 
 
 def _edges(r: Rendered) -> list[int]:
-    """Where the text may not be tokenised across: the edges of the labelled spans, and the end of the prompt."""
+    """No token may cross these: the edges of the labelled spans, and the end of the prompt."""
     edges = {edge for span in r.spans for edge in span}
     if r.text.startswith(r.prompt):
         edges.add(len(r.prompt))

@@ -1,7 +1,7 @@
 """Rows as tokens, in Arrow: ids, which of them are labelled, and what generation starts from.
 
-Why: a row of Python integers takes 24 bytes a token and more; here it takes four, and they may lie in a file that is
-mapped into memory. So two million rows cost no more than their pages that are looked at.
+Why: a row of Python integers takes 24 bytes a token and more; here it takes four, and they may be in a file that is
+mapped into memory. Two million rows then cost only the pages that are read.
 Source: Arrow's columnar format; record batches of at most `read.CHUNK_ROWS` rows.
 Cost: 4 bytes a token on disk or in memory; about 30 microseconds to make one `Example`.
 """
@@ -13,10 +13,13 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import pyarrow as pa
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike, NDArray
 
 IGNORED = -100
 
@@ -40,14 +43,14 @@ class Example:
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
-    """As long as `input_ids` and not shifted; -100 where nothing is learnt, and always at the first token."""
+    """As long as `input_ids` and not shifted; -100 where no loss is taken, and always at the first token."""
     where: str
     prompt_ids: tuple[int, ...]
     """What generation starts from to answer this row."""
     completion: str
     """The reference answer: the last assistant text."""
     starts: tuple[int, ...] = (0,)
-    """Where a text begins: attention does not cross it. More than one only in a block of several texts."""
+    """Where each text begins; attention does not cross it. Only a block of several texts has more than one."""
 
     @property
     def pieces(self) -> list[int]:
@@ -63,7 +66,7 @@ class Tokens:
     spans: list[tuple[int, int]]
     where: str
     prompt: list[int] | int
-    """Its ids, or how many of the row's own they are."""
+    """Its ids; or a number, if it is so many of the row's own first ids."""
     completion: str
 
     @property
@@ -71,7 +74,7 @@ class Tokens:
         return sum(b - a for a, b in self.spans)
 
     def cut(self, limit: int) -> Tokens:
-        """Its first `limit` tokens. What generation starts from stays whole."""
+        """Its first `limit` tokens. The prompt for generation stays whole."""
         prompt = self.ids[: self.prompt] if isinstance(self.prompt, int) and self.prompt > limit else self.prompt
         spans = [(a, min(b, limit)) for a, b in self.spans if a < limit]
         return Tokens(self.ids[:limit], spans, self.where, prompt, self.completion)
@@ -79,14 +82,12 @@ class Tokens:
 
 def batch(rows: Sequence[Tokens]) -> pa.RecordBatch:
     """Rows as one record batch of `SCHEMA`."""
-    ids = _lists([r.ids for r in rows], pa.large_list(pa.uint32()), np.int64)
-    spans = _lists([[x for span in r.spans for x in span] for r in rows], pa.list_(pa.uint32()), np.int32)
     own = [[] if isinstance(r.prompt, int) else r.prompt for r in rows]
     columns = [
-        ids,
-        spans,
+        _lists([r.ids for r in rows], "ids"),
+        _lists([[edge for span in r.spans for edge in span] for r in rows], "spans"),
         pa.array([r.labelled for r in rows], pa.uint32()),
-        _lists(own, pa.list_(pa.uint32()), np.int32),
+        _lists(own, "prompt"),
         pa.array([r.prompt if isinstance(r.prompt, int) else -1 for r in rows], pa.int32()),
         pa.array([r.completion for r in rows], pa.large_string()),
         pa.array([r.where for r in rows], pa.large_string()),
@@ -95,13 +96,15 @@ def batch(rows: Sequence[Tokens]) -> pa.RecordBatch:
     return pa.record_batch(columns, schema=SCHEMA)
 
 
-def _lists(values: Sequence[Sequence[int]], kind: Any, offset: Any) -> Any:
-    flat = array("I")
+def _lists(values: Sequence[Sequence[int]], name: str) -> pa.Array:
+    """A list column of `SCHEMA`, made from one flat buffer."""
+    kind, flat = SCHEMA.field(name).type, array("I")
     for value in values:
         flat.extend(value)
-    ends = np.cumsum([0, *map(len, values)], dtype=offset)
-    made = pa.LargeListArray if offset is np.int64 else pa.ListArray
-    return made.from_arrays(pa.array(ends), pa.array(np.frombuffer(flat, dtype=np.uint32)), type=kind)
+    large = pa.types.is_large_list(kind)
+    ends = pa.array(np.cumsum([0, *map(len, values)], dtype=np.int64 if large else np.int32))
+    made = pa.LargeListArray if large else pa.ListArray
+    return made.from_arrays(ends, pa.array(np.frombuffer(flat, dtype=np.uint32)), type=kind)
 
 
 def _digest(ids: Sequence[int]) -> int:
@@ -115,7 +118,7 @@ class Examples(Sequence[Example]):
         batches: the rows as record batches of `SCHEMA`.
     """
 
-    def __init__(self, batches: Iterable[Any]) -> None:
+    def __init__(self, batches: Iterable[pa.RecordBatch]) -> None:
         self.batches = [b for b in batches if b.num_rows]
         self._ends = np.cumsum([b.num_rows for b in self.batches], dtype=np.int64)
 
@@ -138,23 +141,24 @@ class Examples(Sequence[Example]):
             for row in range(held.num_rows):
                 yield _example(held, row)
 
-    def lengths(self) -> np.ndarray[Any, Any]:
+    def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row: (rows,) int64."""
-        return self._column("ids", lambda column: np.diff(_numbers(column, np.int64, 1)))
+        ends = [_numbers(b.column("ids"), np.int64, 1) for b in self.batches]
+        return np.concatenate([np.zeros(0, np.int64), *map(np.diff, ends)])
 
-    def labelled(self) -> np.ndarray[Any, Any]:
+    def labelled(self) -> NDArray[np.int64]:
         """Labelled tokens of each row: (rows,) int64."""
-        return self._column("labelled", lambda column: _numbers(column, np.uint32))
+        return self._column("labelled", np.uint32).astype(np.int64)
 
-    def digests(self) -> np.ndarray[Any, Any]:
+    def digests(self) -> NDArray[np.uint64]:
         """A 64-bit hash of each row's tokens: (rows,) uint64."""
-        return self._column("digest", lambda column: _numbers(column, np.uint64), np.uint64)
+        return self._column("digest", np.uint64)
 
-    def ids(self, index: int) -> np.ndarray[Any, Any]:
-        """The tokens of a row, where they lie: (length,) uint32."""
+    def ids(self, index: int) -> NDArray[np.uint32]:
+        """The tokens of a row, without a copy: (length,) uint32."""
         held, row = self._place(index)
-        found: np.ndarray[Any, Any] = held.column("ids")[row].values.to_numpy()
-        return found
+        ids: NDArray[np.uint32] = held.column("ids")[row].values.to_numpy()
+        return ids
 
     def where(self, index: int) -> str:
         """The name of a row, without making the whole of it."""
@@ -162,29 +166,28 @@ class Examples(Sequence[Example]):
         return str(held.column("where")[row].as_py())
 
     def _made(self, index: int) -> Example:
-        """The row of a number that is there."""
+        """The row of an index in range."""
         return _example(*self._place(index))
 
-    def _place(self, index: int) -> tuple[Any, int]:
+    def _place(self, index: int) -> tuple[pa.RecordBatch, int]:
         """The batch that holds a row, and its number there."""
         number = int(np.searchsorted(self._ends, index, side="right"))
         held = self.batches[number]
         return held, index - int(self._ends[number]) + held.num_rows
 
-    def _column(self, name: str, of: Any, dtype: Any = np.int64) -> np.ndarray[Any, Any]:
-        parts = [of(b.column(name)).astype(dtype) for b in self.batches]
-        return np.concatenate(parts) if parts else np.zeros(0, dtype)
+    def _column(self, name: str, dtype: DTypeLike) -> NDArray[Any]:
+        return np.concatenate([np.zeros(0, dtype), *(_numbers(b.column(name), dtype) for b in self.batches)])
 
 
-def _numbers(column: Any, dtype: Any, more: int = 0) -> np.ndarray[Any, Any]:
-    """A column's numbers, or a list column's offsets (one `more` than rows), where they lie.
+def _numbers(column: pa.Array, dtype: DTypeLike, more: int = 0) -> NDArray[Any]:
+    """A column's numbers, or a list column's offsets (one `more` than rows), without a copy.
 
     Arrow's own `to_numpy` would import pandas first, a quarter of a second.
     """
     return np.frombuffer(column.buffers()[1], dtype)[column.offset : column.offset + len(column) + more]
 
 
-def _example(held: Any, row: int) -> Example:
+def _example(held: pa.RecordBatch, row: int) -> Example:
     ids = _values(held, "ids", row)
     spans = _values(held, "spans", row)
     labels = [IGNORED] * len(ids)
@@ -196,6 +199,6 @@ def _example(held: Any, row: int) -> Example:
     return Example(tuple(ids), tuple(labels), where, tuple(prompt), completion)
 
 
-def _values(held: Any, name: str, row: int) -> list[int]:
-    found: list[int] = held.column(name)[row].values.to_numpy().tolist()
-    return found
+def _values(held: pa.RecordBatch, name: str, row: int) -> list[int]:
+    values: list[int] = held.column(name)[row].values.to_numpy().tolist()
+    return values

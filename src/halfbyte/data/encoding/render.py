@@ -18,7 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
@@ -28,9 +28,10 @@ from halfbyte.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from halfbyte.recipe.data import Data
+    from halfbyte.types import Document, Tokenizer
 
-_TAIL_CHARS = 8  # so much of a prompt's end is looked for, where the template rewrites what came before
-_PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text has, and that no template strips
+_TAIL_CHARS = 8  # characters of a prompt's end that are searched for, where the template rewrites what came before
+_PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text holds and no template strips
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Rendered:
 
 
 class Refused(Exception):
-    """Why one row cannot be rendered; collected by the caller."""
+    """Why one row cannot be rendered. The caller collects them."""
 
 
 class Renderer:
@@ -61,16 +62,16 @@ class Renderer:
         DataError: a chat template in the recipe that cannot be read.
     """
 
-    def __init__(self, tokenizer: Any, data: Data) -> None:
+    def __init__(self, tokenizer: Tokenizer, data: Data) -> None:
         self._tokenizer = tokenizer
         self._mask = data.mask
         self._template = chat_template(tokenizer, data)
         self.counts: Counter[str] = Counter()
-        """What the user should know of the rows rendered so far, and of how many it holds."""
-        self._tools: tuple[Any, ...] | None = None
+        """Notices for the user, and the number of rows that each is about."""
+        self._tools: tuple[Document, ...] | None = None
         added = {t.content: t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()}
         special = {c for c, t in added.items() if t.special} | set(tokenizer.all_special_tokens)
-        # A token that takes in the white space on its right takes it into its span.
+        # A token that swallows the white space on its right has it in its span.
         self._endings = _any_of({c: c in added and added[c].rstrip for c in special})
         self._added = _any_of({c: added[c].rstrip for c in added})
         self._special = _any_of(dict.fromkeys(special, False))
@@ -130,7 +131,7 @@ class Renderer:
         return Rendered(where, text, tuple(spans), prompt, messages[last].content, ends=not ending)
 
     def _earlier(self, text: str, messages: tuple[Message, ...], i: int, *, ends: bool) -> tuple[int, int]:
-        """The span of a turn that others follow. `ends`: a token ends the last turn, so one ends this turn too."""
+        """The span of a turn before the last one. `ends`: a token ends the last turn, so one ends this turn too."""
         start, stop, _ = self._turn(text, messages, i)
         if "tool_calls" in messages[i].more:
             stop = self._after_calls(text, messages, i, stop)
@@ -142,7 +143,7 @@ class Renderer:
         return start, stop
 
     def _after_calls(self, text: str, messages: tuple[Message, ...], i: int, stop: int) -> int:
-        """Where a turn's own text ends, of which `stop` is the end of the last argument of its last tool call."""
+        """Where a turn's own text ends, given `stop`, the end of the last argument of its last tool call."""
         alone, other = self._apply(messages[: i + 1]), self._apply((*messages[:i], _other(messages[i])[0]))
         tail = alone[len(alone) - common_length(alone[::-1], other[::-1]) :]  # brackets, marks, the end of the turn
         for ending in self._endings.finditer(tail):
@@ -151,7 +152,7 @@ class Renderer:
         return stop
 
     def _turn(self, text: str, messages: tuple[Message, ...], i: int) -> tuple[int, int, str]:
-        """Of turn i: where what the model must write opens, where its text closes, and the prompt before it."""
+        """Of turn i: where the model's own text opens, where it closes, and the prompt before it."""
         message = messages[i]
         prompt = self._apply(messages[:i], prompt=True) + self._lead if i else ""
         follows = bool(i) and text.startswith(prompt)
@@ -178,8 +179,8 @@ class Renderer:
             return opens, stop, text[:opens]
         if self._header and i == len(messages) - 1:
             self.counts["the generation prompt is not how the chat template begins the row"] += 1
-        # Where there is none, the prompt's end still tells where the model's own begins, white space or the mark of a
-        # call: of all places before the text, there where the prompt's end agrees longest with what stands before it.
+        # Without a header, the prompt's end still tells where the model's own text begins (white space, or the mark of
+        # a call): at the place whose text before it agrees longest with the prompt's end.
         places = {*range(len(text[:start].rstrip()), start + 1), *self._places(text, prompt[-_TAIL_CHARS:], start)}
         agree = {o: common_length(prompt[::-1], text[:o][::-1]) for o in sorted(places)}
         opens = max(agree, key=lambda o: agree[o])
@@ -193,7 +194,7 @@ class Renderer:
             at = text.rfind(tail, 0, at + len(tail) - 1)
 
     def _after_header(self, text: str, start: int) -> int | None:
-        """Behind the last generation prompt that ends at or before `start`, if only this turn lies between."""
+        """Behind the last generation prompt that ends at or before `start`, unless another turn ends in between."""
         if not self._header:
             return None
         at = text.rfind(self._header, 0, start)
@@ -227,10 +228,10 @@ class Renderer:
         return text
 
     def _generation_prompt(self) -> str:
-        """What stands between a user's words and an assistant's; empty if that is nothing, or only white space.
+        """The text between a user's words and an assistant's; empty if that is nothing, or only white space.
 
-        It is what `add_generation_prompt` adds. Some templates need none; some know none, and write a header all the
-        same: then it is put behind each prompt (`_lead`).
+        It is what `add_generation_prompt` adds. Some templates need none. Some ignore that flag and yet write a header:
+        then the header is put behind each prompt (`_lead`).
         """
         asked, said = Message("user", "a"), Message("assistant", chr(_PRIVATE_USE[0]))
         try:
@@ -249,15 +250,15 @@ class Renderer:
     def _end_marks(self) -> set[str]:
         """The tokens that end an assistant's turn: the last one, and one that others follow."""
         asked, said = Message("user", "a"), Message("assistant", chr(_PRIVATE_USE[0]))
-        found: set[str] = set()
+        ends: set[str] = set()
         for talk in ((asked, said), (asked, said, asked, said)):
             try:
                 text = self._apply(talk)
             except Refused:
                 continue
             ending = self._endings.search(text, max(0, text.find(said.content)))
-            found |= {ending.group().rstrip()} if ending else set()
-        return found
+            ends |= {ending.group().rstrip()} if ending else set()
+        return ends
 
     def _count_special(self, texts: Iterable[str]) -> None:
         if any(self._special.search(t) for t in texts):

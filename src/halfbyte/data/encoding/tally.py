@@ -1,7 +1,7 @@
-"""What was seen while rows became tokens: rows kept, cut and left out, each token's count, what the labels lack.
+"""Counts taken while rows become tokens: rows kept, cut and left out, each token, what the labels lack.
 
-Why: the gates judge all rows, and looking at two million of them twice would take minutes. It is kept with the tokens.
-Cost: under a microsecond a token; nothing is kept but counts and the first 20 of each kind.
+Why: the gates judge all rows, and a second look at two million of them would take minutes. Stored with the tokens.
+Cost: under a microsecond a token; only counts and the first 20 names of each kind are kept.
 """
 
 from __future__ import annotations
@@ -10,12 +10,17 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from halfbyte.data.encoding.examples import Tokens
 from halfbyte.data.reading.problems import Problems
+from halfbyte.errors import DataError
+
+if TYPE_CHECKING:
+    from halfbyte.recipe.data import Data
+    from halfbyte.types import Document
 
 
 @dataclass
@@ -23,7 +28,7 @@ class Tally:
     """Counts of rows and tokens. Kept rows: those that are trained on."""
 
     seen: int = 0
-    """Rows that there were to encode."""
+    """Rows that were to be encoded."""
     kept: int = 0
     truncated: int = 0
     longest: int = 0
@@ -34,7 +39,7 @@ class Tally:
     endless: Problems = field(default_factory=Problems)
     """Kept rows without an end token among their labels."""
     empty: Problems = field(default_factory=Problems)
-    """Kept rows of whose labels none is a word."""
+    """Kept rows whose labels are all special tokens: an empty answer."""
     notices: Counter[str] = field(default_factory=Counter)
     used: Counter[int] = field(default_factory=Counter)
     """Token id -> how often the kept rows hold it."""
@@ -53,8 +58,8 @@ class Tally:
             if all(token in special for a, b in row.spans for token in row.ids[a:b]):
                 self.empty.add(row.where)
         counts = np.bincount(np.fromiter(chain.from_iterable(r.ids for r in rows), np.int64))
-        found = np.flatnonzero(counts)
-        self.used.update(dict(zip(found.tolist(), counts[found].tolist(), strict=True)))
+        ids = np.flatnonzero(counts)
+        self.used.update(dict(zip(ids.tolist(), counts[ids].tolist(), strict=True)))
 
     def merge(self, later: Tally) -> None:
         """Take in what was seen of the rows after these."""
@@ -66,16 +71,39 @@ class Tally:
         self.notices.update(later.notices)
         self.used.update(later.used)
 
+    def check(self, data: Data) -> None:
+        """
+        Raises:
+            DataError: rows that cannot be encoded, or that are too long; or no row is left.
+        """
+        limit = data.max_length
+        if self.refused:
+            raise DataError(self.refused.listing(f"{self.refused.count:,} of {self.seen:,} rows cannot be encoded"))
+        if self.long:
+            raise DataError(
+                self.long.listing(
+                    f"{self.long.count:,} of {self.seen:,} rows are longer than data.max_length {limit:,}; "
+                    f"the longest has {self.longest:,} tokens"
+                ),
+                fix=f"data.max_length: {self.longest}, or data.overlong: truncate (cut the end off) or skip",
+            )
+        if not self.kept:
+            raise DataError(
+                f"no row is left: all {self.seen:,} have more than data.max_length {limit:,} tokens, "
+                f"{'and are skipped' if data.overlong == 'skip' else 'and no label among the first'}.",
+                fix=f"data.max_length: {self.longest}",
+            )
+
     def messages(self) -> list[str]:
         """What the user should know of the rows, each with its count."""
         return [f"{n:,} {'row' if n == 1 else 'rows'}: {what}" for what, n in self.notices.items() if n]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Document:
         """All of it; `from_json` makes the same tally of it."""
         return {k: v.to_json() if isinstance(v, Problems) else v for k, v in vars(self).items()}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Tally:
+    def from_json(cls, values: Document) -> Tally:
         made = cls()
         for name, value in values.items():
             default = getattr(made, name)

@@ -1,6 +1,6 @@
-"""What a recipe names as rows: files, globs, several of them, hub datasets; found, and told apart by their endings.
+"""Find the rows that a recipe names: files, globs, lists of them, hub datasets. The ending tells the kind of a file.
 
-Why: one name may stand for many files, and a name that stands for none must say what there is instead.
+Why: one name may stand for many files, and where it stands for none the error must say what is there instead.
 Source: `glob` of the standard library, sorted; a hub dataset is `hub:org/name?split=train&name=...&revision=...`, the
 arguments of `datasets.load_dataset`.
 Cost: a look into the folders; no file is read here.
@@ -27,8 +27,8 @@ ENDINGS: dict[str, Kind] = {
 
 
 @dataclass(frozen=True)
-class Source:
-    """One file of rows, or one hub dataset. `label` is what its rows are called after: the file's name."""
+class RowSource:
+    """One file of rows, or one hub dataset. Its rows are named after `label`, the file's name."""
 
     kind: Kind
     path: Path
@@ -46,26 +46,26 @@ class Source:
         return 0 if self.kind == "hub" else self.path.stat().st_size
 
 
-def find(names: str | Path | Sequence[str]) -> list[Source]:
+def find(names: str | Path | Sequence[str]) -> list[RowSource]:
     """Every source that the names stand for, globs in sorted order, each file once.
 
     Raises:
         DataError: a name that stands for nothing, a folder, or a hub dataset that is not named as it must be.
     """
-    found: dict[tuple[str, str], Source] = {}
+    found: dict[tuple[str, str], RowSource] = {}
     for name in [str(names)] if isinstance(names, str | Path) else names:
         for source in _hub(name) if name.startswith(HUB) else _files(name):
             found.setdefault((str(source.path), str(source.hub)), source)
     return list(found.values())
 
 
-def same(a: Sequence[Source], b: Sequence[Source]) -> list[str]:
+def same(a: Sequence[RowSource], b: Sequence[RowSource]) -> list[str]:
     """Labels of the sources that two lists share."""
     ours = {(s.path.absolute() if s.kind != "hub" else s.path, s.hub) for s in a}
     return [s.label for s in b if (s.path.absolute() if s.kind != "hub" else s.path, s.hub) in ours]
 
 
-def _files(name: str) -> list[Source]:
+def _files(name: str) -> list[RowSource]:
     path = Path(name).expanduser()
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if _kind(p)[2] and _kind(p)[0] != "json")
@@ -88,13 +88,13 @@ def _files(name: str) -> list[Source]:
     )
 
 
-def _source(path: Path, name: str) -> Source:
+def _source(path: Path, name: str) -> RowSource:
     kind, gz, _ = _kind(path)
     if kind == "parquet" and gz:
         raise DataError(
             f"{name}: a Parquet file is compressed inside, and is not read from a .gz.", fix=f"gunzip {name}"
         )
-    return Source(kind, path, path.name, gz)
+    return RowSource(kind, path, path.name, gz)
 
 
 def _kind(path: Path) -> tuple[Kind, bool, bool]:
@@ -111,7 +111,7 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
-def _hub(name: str) -> list[Source]:
+def _hub(name: str) -> list[RowSource]:
     path, _, query = name.removeprefix(HUB).partition("?")
     arguments = dict(parse_qsl(query, keep_blank_values=True))
     strange = sorted(set(arguments) - set(HUB_ARGUMENTS))
@@ -121,4 +121,5 @@ def _hub(name: str) -> list[Source]:
         raise DataError(f"{name}: {what}; allowed after the ?: {', '.join(HUB_ARGUMENTS)}.", fix=f"as in {example}")
     if "split" not in arguments:
         raise DataError(f"{name}: which split?", fix=f"as in {example}")
-    return [Source("hub", Path(path), f"{path}/{arguments['split']}", hub=(("path", path), *sorted(arguments.items())))]
+    label, hub = f"{path}/{arguments['split']}", (("path", path), *sorted(arguments.items()))
+    return [RowSource("hub", Path(path), label, hub=hub)]

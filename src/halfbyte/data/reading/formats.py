@@ -1,7 +1,7 @@
-"""From a record to a row: five shapes of record that the field writes, told from its columns or from the recipe.
+"""From a record to a row: five common formats, named by the recipe or told from the columns.
 
 Why: the same conversation is written as `messages`, as ShareGPT's `conversations`, as Alpaca's three columns, or as a
-prompt and its completion. All become messages here, or one text; what does not fit is named with its field.
+prompt and its completion. All become messages here, or one text; a field that does not fit is named.
 Source: OpenAI's chat fine-tuning files (messages, tools, weight), ShareGPT (from, value), Stanford Alpaca (instruction,
 input, output), TRL's prompt and completion. `reasoning_content` and `thinking` are what Qwen3's and gpt-oss's chat
 templates call an assistant's thoughts; a message may use either name for any model.
@@ -39,9 +39,9 @@ class Message:
     role: str
     content: str
     train: bool = True
-    """False on an assistant message: it is context, and never among the labels."""
+    """False on an assistant message: it is context and gets no labels."""
     more: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
-    """What else the chat template is given of it: tool_calls, tool_call_id, name, reasoning_content, thinking."""
+    """What else the chat template gets: tool_calls, tool_call_id, name, reasoning_content, thinking."""
 
     def to_template(self) -> dict[str, Any]:
         return {"role": self.role, "content": self.content, **self.more}
@@ -60,10 +60,10 @@ class Row:
     tools: tuple[Any, ...] | None = None
 
 
-Parser = Callable[[str, Mapping[str, Any]], Row]
+Parser = Callable[[str, Mapping[str, object]], Row]
 
 
-def detect_format(record: Mapping[str, Any], data: Data, where: str = "the first row") -> tuple[Format, str]:
+def detect_format(record: Mapping[str, object], data: Data, where: str = "the first row") -> tuple[Format, str]:
     """The format of a file and why, told from the recipe or else from the columns of one row.
 
     Raises:
@@ -73,13 +73,12 @@ def detect_format(record: Mapping[str, Any], data: Data, where: str = "the first
         return data.format, "data.format in the recipe"
     f = data.fields
     if f.messages in record:
-        first = next(iter(record[f.messages]), None) if isinstance(record[f.messages], list) else None
-        if isinstance(first, dict) and "from" in first and "role" not in first:
+        keys_of_first = _keys_of_first(record[f.messages])
+        if "from" in keys_of_first and "role" not in keys_of_first:
             return "sharegpt", f"auto: {where} has the key {f.messages!r}, whose messages have the key 'from'"
         return "messages", f"auto: {where} has the key {f.messages!r}"
     if f.conversations in record:
-        first = next(iter(record[f.conversations]), None) if isinstance(record[f.conversations], list) else None
-        if isinstance(first, dict) and "role" in first:
+        if "role" in _keys_of_first(record[f.conversations]):
             return "messages", f"auto: {where} has the key {f.conversations!r}, whose messages have the key 'role'"
         return "sharegpt", f"auto: {where} has the key {f.conversations!r}"
     if f.prompt in record and f.completion in record:
@@ -95,28 +94,31 @@ def detect_format(record: Mapping[str, Any], data: Data, where: str = "the first
     )
 
 
-def parser(found: Format, data: Data, record: Collection[str]) -> Parser:
+def _keys_of_first(messages: object) -> Collection[str]:
+    first = messages[0] if isinstance(messages, list) and messages else None
+    return first.keys() if isinstance(first, dict) else ()
+
+
+def parser(shape: Format, data: Data, record: Collection[str]) -> Parser:
     """What turns a record of this format into a row, or raises `BadRow`.
 
     Args:
-        record: the first one, or its keys; they tell under which of the two names its conversation lies.
+        record: the first one, or its keys; they tell which of the two columns holds the conversation.
     """
     f = data.fields
-    column = f.messages
-    if found == "sharegpt" or (found == "messages" and f.messages not in record):
-        column = f.conversations if f.conversations in record else f.messages
-        if found == "sharegpt" and f.messages not in record:
-            column = f.conversations
-    if found in ("messages", "sharegpt"):
-        shares = found == "sharegpt"
+    if shape in ("messages", "sharegpt"):
+        shares = shape == "sharegpt"
+        column, other = (f.conversations, f.messages) if shares else (f.messages, f.conversations)
+        if column not in record and other in record:
+            column = other
         role = f.role or ("from" if shares else "role")
         content = f.content or ("value" if shares else "content")
         return lambda where, r: _conversation(where, r, f, column, role, content, shares=shares)
-    return {"alpaca": _alpaca, "prompt_completion": _pair, "text": _text}[found](f)
+    return {"alpaca": _alpaca, "prompt_completion": _pair, "text": _text}[shape](f)
 
 
 def _conversation(
-    where: str, record: Mapping[str, Any], f: Fields, column: str, role: str, content: str, *, shares: bool
+    where: str, record: Mapping[str, object], f: Fields, column: str, role: str, content: str, *, shares: bool
 ) -> Row:
     value = value_of(record, column, column)
     if not isinstance(value, list):
@@ -239,7 +241,7 @@ def _train(item: dict[str, Any], field: str, role: str) -> bool:
     return train
 
 
-def _tools(record: Mapping[str, Any], f: Fields) -> tuple[Any, ...] | None:
+def _tools(record: Mapping[str, object], f: Fields) -> tuple[Any, ...] | None:
     value = record.get(f.tools)
     if value is None or value in ("", []):
         return None
@@ -249,7 +251,7 @@ def _tools(record: Mapping[str, Any], f: Fields) -> tuple[Any, ...] | None:
     return tuple(value) or None
 
 
-def _with_system(record: Mapping[str, Any], f: Fields, messages: list[Message]) -> list[Message]:
+def _with_system(record: Mapping[str, object], f: Fields, messages: list[Message]) -> list[Message]:
     """The messages, behind the text of the system column where a row has one."""
     text = record.get(f.system)
     if text is None or text == "":
@@ -261,7 +263,7 @@ def _with_system(record: Mapping[str, Any], f: Fields, messages: list[Message]) 
 
 
 def _alpaca(f: Fields) -> Parser:
-    def parse(where: str, record: Mapping[str, Any]) -> Row:
+    def parse(where: str, record: Mapping[str, object]) -> Row:
         asked = text_of(value_of(record, f.instruction, f.instruction), f.instruction)
         given = record.get(f.input)
         given = "" if given is None else text_of(given, f.input, empty=True)
@@ -273,7 +275,7 @@ def _alpaca(f: Fields) -> Parser:
 
 
 def _pair(f: Fields) -> Parser:
-    def parse(where: str, record: Mapping[str, Any]) -> Row:
+    def parse(where: str, record: Mapping[str, object]) -> Row:
         prompt = text_of(value_of(record, f.prompt, f.prompt), f.prompt)
         completion = text_of(value_of(record, f.completion, f.completion), f.completion)
         if record.get(f.system):

@@ -1,6 +1,6 @@
-"""What is wrong with rows, in words: one bad row, and a list of which the first are shown and the rest counted.
+"""What is wrong with rows, in words: one bad row, or a list that shows the first ones and counts the rest.
 
-Why: a row that cannot be used must be named with its file, line and field, and a million of them must not be a million
+Why: a row that cannot be used is named with its file, line and field, but a million of them must not print a million
 lines. So a collector keeps the first 20 and counts all.
 Cost: nothing heavy is imported.
 """
@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from halfbyte.types import Document
 
 SHOWN_PROBLEMS = 20
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
@@ -32,15 +35,15 @@ class Problems:
             self.shown.append(text)
 
     def merge(self, later: Problems) -> None:
-        """Take in what was found after this."""
+        """Append the problems of later rows."""
         self.shown += later.shown[: SHOWN_PROBLEMS - len(self.shown)]
         self.count += later.count
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Document:
         return {"count": self.count, "shown": self.shown}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Problems:
+    def from_json(cls, value: Document) -> Problems:
         made = cls()
         made.count, made.shown = value["count"], list(value["shown"])
         return made
@@ -72,7 +75,7 @@ def listing(head: str, problems: Sequence[str], count: int | None = None) -> str
     return f"{head}\n{shown}" + (f"\n  ... and {rest:,} more" if rest > 0 else "")
 
 
-def value_of(record: Mapping[str, Any], key: str, field: str) -> Any:
+def value_of(record: Mapping[str, object], key: str, field: str) -> object:
     if key not in record:
         raise BadRow(f"{field}: missing; the row has {keys(record)}{near(key, record)}")
     return record[key]
@@ -101,7 +104,7 @@ def kind(value: object) -> str:
     return f"{type(value).__name__} {shorten(str(value))}"
 
 
-def keys(record: Mapping[str, Any]) -> str:
+def keys(record: Mapping[str, object]) -> str:
     if not record:
         return "no keys"
     shown = ", ".join(repr(shorten(str(k), 40)) for k in list(record)[:8])

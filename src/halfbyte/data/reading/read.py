@@ -1,8 +1,8 @@
-"""Rows, one after another, out of everything that a recipe names; and every row that cannot be used, named.
+"""Every row of what a recipe names, one after another, and every row that cannot be used, by its name.
 
-Why: nothing is dropped here. Rows that were read are the rows that are used and the rows that are reported, and a bad
-one does not hide the others: all are collected before an error is raised.
-What: records come in chunks, of which each can be understood without the others, by another process too.
+Why: no row is dropped in silence, and a bad row does not hide the next one: all are collected before one error
+is raised.
+What: records come in chunks. A chunk can be understood without the others, also by another process.
 Source: `files` finds, `records` reads, `formats` understands.
 Cost: one pass; one chunk in memory at a time.
 """
@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from halfbyte.data.reading import records
-from halfbyte.data.reading.files import Source, find
+from halfbyte.data.reading.files import RowSource
 from halfbyte.data.reading.formats import Format, Row, detect_format, parser
 from halfbyte.data.reading.problems import BadRow, Problems
 from halfbyte.errors import DataError
@@ -31,12 +30,12 @@ CHUNK_BYTES = 4_000_000  # large rows come in smaller chunks
 class Chunk:
     """Neighbouring records of one source, not yet understood."""
 
-    source: Source
+    source: RowSource
     records: list[tuple[int, records.Unparsed]]
     format: Format | None
-    """None as long as no record was good, so that the format is not known."""
+    """None before the source's first good record, which tells the format."""
     keys: tuple[str, ...] = ()
-    """Of the source's first good record."""
+    """The keys of the source's first good record."""
 
 
 @dataclass
@@ -48,7 +47,7 @@ class Understood:
 
 
 class Reader:
-    """The good rows of all sources, or chunks of records; what was seen is in its attributes afterwards.
+    """The good rows of all sources, or chunks of records; the counts are in its attributes afterwards.
 
     Attributes:
         rows: records seen, good and bad.
@@ -57,7 +56,7 @@ class Reader:
         formats: of each source: the format, and why it was taken for that.
     """
 
-    def __init__(self, sources: Sequence[Source], data: Data) -> None:
+    def __init__(self, sources: Sequence[RowSource], data: Data) -> None:
         self.sources = list(sources)
         self._data = data
         self.rows = self.used = 0
@@ -66,12 +65,12 @@ class Reader:
 
     def __iter__(self) -> Iterator[Row]:
         for chunk in self.chunks():
-            found = understand(chunk, self._data)
-            self.saw(len(found.rows), found.problems)
-            yield from found.rows
+            understood = understand(chunk, self._data)
+            self.saw(len(understood.rows), understood.problems)
+            yield from understood.rows
 
     def chunks(self) -> Iterator[Chunk]:
-        """Records in chunks. Whoever understands one says with `saw` what was in it.
+        """Records in chunks. The caller understands each one and reports with `saw` what was in it.
 
         Raises:
             DataError: a source without rows, that cannot be read, or whose format cannot be told.
@@ -98,10 +97,12 @@ class Reader:
         if self.problems:
             raise DataError(self.problems.listing(f"{self.problems.count:,} of {self.rows:,} rows cannot be used"))
 
-    def _known(self, source: Source, group: list[tuple[int, records.Unparsed]]) -> Any:
+    def _known(
+        self, source: RowSource, group: list[tuple[int, records.Unparsed]]
+    ) -> tuple[Format, tuple[str, ...]] | None:
         """The format and the keys of the first good record, if there is one."""
-        for number, found in group:
-            record = records.parsed(found)
+        for number, raw in group:
+            record = records.parsed(raw)
             if not isinstance(record, BadRow):
                 self.formats[source.label] = detect_format(record, self._data, full_name(source, number))
                 return self.formats[source.label][0], tuple(record)
@@ -109,45 +110,30 @@ class Reader:
 
 
 def understand(chunk: Chunk, data: Data) -> Understood:
-    """The rows of a chunk, and what is wrong with those that cannot be used."""
-    made = Understood()
+    """The rows of a chunk, and what is wrong with the records that are none."""
+    understood = Understood()
     parse = parser(chunk.format, data, chunk.keys) if chunk.format is not None else None
-    for number, found in chunk.records:
-        record = records.parsed(found)
+    for number, raw in chunk.records:
+        record = records.parsed(raw)
         try:
             if isinstance(record, BadRow):
                 raise record
             if parse is None:
                 raise ValueError("a good record tells the format")
-            made.rows.append(parse(chunk.source.where(number), record))
+            understood.rows.append(parse(chunk.source.where(number), record))
         except BadRow as bad:
-            made.problems.add(f"{full_name(chunk.source, number)}: {bad}")
-    return made
+            understood.problems.add(f"{full_name(chunk.source, number)}: {bad}")
+    return understood
 
 
-def full_name(source: Source, number: int) -> str:
+def full_name(source: RowSource, number: int) -> str:
     return f"{source.path.parent / source.where(number)}"
 
 
-def read_rows(names: Path | str | Sequence[str], data: Data) -> list[Row]:
-    """Every row of what `data.train` or `data.eval` names, in memory.
-
-    Columns that the format does not name are free to be there.
-
-    Raises:
-        DataError: no such file, a folder, no rows, a format that cannot be told, or bad rows: all of them, the first
-            20 in full.
-    """
-    reader = Reader(find(names), data)
-    rows = list(reader)
-    reader.check()
-    return rows
-
-
-def _groups(found: Iterable[tuple[int, records.Unparsed]]) -> Iterator[list[tuple[int, records.Unparsed]]]:
+def _groups(numbered: Iterable[tuple[int, records.Unparsed]]) -> Iterator[list[tuple[int, records.Unparsed]]]:
     group: list[tuple[int, records.Unparsed]] = []
     nbytes = 0
-    for item in found:
+    for item in numbered:
         group.append(item)
         nbytes += _nbytes(item[1])
         if len(group) == CHUNK_ROWS or nbytes >= CHUNK_BYTES:

@@ -1,7 +1,7 @@
 """Records out of files: JSON lines, one JSON list, CSV, Parquet, each also in pieces larger than memory.
 
-Why: a row that is silently dropped or half read is the quietest way to a bad adapter. So every record that a file holds
-comes out as a mapping or as what is wrong with it, with its line or number; nothing is skipped but blank lines.
+Why: a row that is silently dropped or half read is the quietest way to a bad adapter. So every record of a file comes
+out as a mapping, or as what is wrong with it, with its line or number; only blank lines are skipped.
 Source: RFC 8259 (JSON), RFC 4180 (CSV), pyarrow for Parquet, `datasets` for the hub. UTF-8, with or without a mark.
 Cost: one pass; one record, or one batch of Parquet rows, in memory. JSON lines: about 150 MB a second.
 """
@@ -15,13 +15,17 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING
 
-from halfbyte.data.reading.files import Source
+from halfbyte.data.reading.files import RowSource
 from halfbyte.data.reading.problems import BadRow, kind, shorten
 from halfbyte.errors import DataError, first_line
+from halfbyte.types import Document
 
-Record = dict[str, Any] | BadRow
+if TYPE_CHECKING:
+    import pyarrow
+
+Record = Document | BadRow
 Unparsed = Record | bytes  # bytes: one JSON object of a file of JSON lines
 Numbered = Iterator[tuple[int, Record]]
 NumberedUnparsed = Iterator[tuple[int, Unparsed]]
@@ -34,13 +38,7 @@ _ONE_A_LINE = 'write one JSON object a line: {"prompt": "...", "completion": "..
 csv.field_size_limit(MAX_ROW_BYTES)
 
 
-def read(source: Source) -> Numbered:
-    """(number, record or what is wrong with it) of every record; as `unparsed`, parsed."""
-    for number, found in unparsed(source):
-        yield number, parsed(found)
-
-
-def unparsed(source: Source) -> NumberedUnparsed:
+def unparsed(source: RowSource) -> NumberedUnparsed:
     """(number, record or what is wrong with it) of every record; numbers are lines for JSON lines and CSV.
 
     JSON lines come as bytes, so that another process may parse them.
@@ -48,7 +46,7 @@ def unparsed(source: Source) -> NumberedUnparsed:
     Raises:
         DataError: no such file, no permission, UTF-16, or a file that is not what its ending says.
     """
-    readers: dict[str, Callable[[Source], NumberedUnparsed]] = {
+    readers: dict[str, Callable[[RowSource], NumberedUnparsed]] = {
         "jsonl": _json_lines, "json": _json, "csv": _csv, "parquet": _parquet, "hub": _hub,
     }  # fmt: skip
     try:
@@ -61,25 +59,25 @@ def unparsed(source: Source) -> NumberedUnparsed:
         raise DataError(f"{source.path} cannot be read: {error.strerror or error}.") from None
 
 
-def parsed(found: Unparsed) -> Record:
+def parsed(raw: Unparsed) -> Record:
     """A record, or what is wrong with it."""
-    if not isinstance(found, bytes):
-        return found
+    if not isinstance(raw, bytes):
+        return raw
     try:
-        return parse(found)
+        return parse(raw)
     except BadRow as bad:
         return bad
 
 
-def no_rows(source: Source) -> DataError:
+def no_rows(source: RowSource) -> DataError:
     return DataError(f"{source.path} has no rows.", fix=_ONE_A_LINE)
 
 
-def _open(source: Source) -> IO[bytes]:
+def _open(source: RowSource) -> IO[bytes]:
     return gzip.open(source.path, "rb") if source.gz else source.path.open("rb")  # type: ignore[return-value]
 
 
-def _check_start(start: bytes, source: Source) -> bytes:
+def _check_start(start: bytes, source: RowSource) -> bytes:
     """The first bytes without a byte order mark."""
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         fix = f"iconv -f UTF-16 -t UTF-8 {source.path}"
@@ -91,7 +89,7 @@ def _check_start(start: bytes, source: Source) -> bytes:
     return start.removeprefix(b"\xef\xbb\xbf")
 
 
-def parse(raw: bytes) -> dict[str, Any]:
+def parse(raw: bytes) -> Document:
     """One JSON object.
 
     Raises:
@@ -118,7 +116,7 @@ def _said(error: json.JSONDecodeError) -> str:
     return f"{error.msg} at character {error.colno}"
 
 
-def _lines(source: Source) -> Iterator[tuple[int, bytes | BadRow]]:
+def _lines(source: RowSource) -> Iterator[tuple[int, bytes | BadRow]]:
     """(line number from 1, its bytes without the ending) of every line that is not blank."""
     number = 0
     with _open(source) as file:
@@ -139,7 +137,7 @@ def _lines(source: Source) -> Iterator[tuple[int, bytes | BadRow]]:
             yield number + 1, BadRow(f"the file is damaged or cut short here: {first_line(error)}")
 
 
-def _json_lines(source: Source) -> NumberedUnparsed:
+def _json_lines(source: RowSource) -> NumberedUnparsed:
     for number, raw in _lines(source):
         if isinstance(raw, BadRow):
             yield number, raw
@@ -161,7 +159,7 @@ def _spans_lines(raw: bytes) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
-def _json(source: Source) -> NumberedUnparsed:
+def _json(source: RowSource) -> NumberedUnparsed:
     """One list of objects; or one object that holds such a list; or JSON lines under another name."""
     with _open(source) as file:
         try:
@@ -176,7 +174,7 @@ def _json(source: Source) -> NumberedUnparsed:
     yield from whole or _json_lines(source)
 
 
-def _wrapped(source: Source, first: bytes) -> list[tuple[int, Record]]:
+def _wrapped(source: RowSource, first: bytes) -> list[tuple[int, Record]]:
     """The rows of a file that is one JSON object: of the one list of objects in it, or itself; none for JSON lines."""
     try:
         alone = isinstance(json.loads(first), dict)
@@ -196,7 +194,7 @@ def _wrapped(source: Source, first: bytes) -> list[tuple[int, Record]]:
     return [(1, record)] if is_row else list(enumerate(lists[0], start=1))
 
 
-def _json_list(source: Source) -> Numbered:
+def _json_list(source: RowSource) -> Numbered:
     """The items of one JSON list, read piece by piece."""
     decoder = json.JSONDecoder()
     with _open(source) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", errors="strict", newline="") as file:
@@ -243,8 +241,8 @@ def _json_list(source: Source) -> Numbered:
                 at += 1
                 closed = follows == "]"
                 if not closed and follows != ",":
-                    found = repr(follows) if follows else "the end of the file"
-                    yield number + 1, BadRow(f"a comma or ] is needed, got {found}; the rest cannot be read")
+                    got = repr(follows) if follows else "the end of the file"
+                    yield number + 1, BadRow(f"a comma or ] is needed, got {got}; the rest cannot be read")
                     return
             at += number == 0
             if rest := next_char():
@@ -257,7 +255,7 @@ def _json_list(source: Source) -> Numbered:
             yield number + 1, BadRow(f"the file is damaged or cut short here: {first_line(error)}")
 
 
-def _csv(source: Source) -> Numbered:
+def _csv(source: RowSource) -> Numbered:
     with _open(source) as raw:
         # undecodable bytes come out as lone surrogates, and are found field by field
         file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -303,7 +301,7 @@ def _csv_record(header: list[str], row: list[str]) -> Record:
     return dict(zip(header, row, strict=True))
 
 
-def _parquet(source: Source) -> Numbered:
+def _parquet(source: RowSource) -> Numbered:
     import pyarrow
     import pyarrow.parquet
 
@@ -321,7 +319,7 @@ def _parquet(source: Source) -> Numbered:
         raise DataError(f"{source.path} is not Parquet that can be read: {first_line(error)}.") from None
 
 
-def _rows_of(batch: Any) -> Iterator[Record]:
+def _rows_of(batch: pyarrow.RecordBatch) -> Iterator[Record]:
     try:
         yield from batch.to_pylist()
     except (UnicodeDecodeError, ValueError):
@@ -332,16 +330,16 @@ def _rows_of(batch: Any) -> Iterator[Record]:
                 yield BadRow(f"not UTF-8 text: {first_line(error)}")
 
 
-def _hub(source: Source) -> Numbered:
+def _hub(source: RowSource) -> Numbered:
     from datasets import load_dataset
 
     arguments = dict(source.hub)
     try:
-        found = load_dataset(**arguments)
+        dataset = load_dataset(**arguments)
     except Exception as error:  # of any kind: the hub's, a loader's, pyarrow's
         raise DataError(
             f"the dataset {arguments['path']} could not be loaded: {first_line(error)}",
             fix="check its name, split and revision on the hub; HF_HUB_OFFLINE=1 reads only what is cached",
         ) from error
-    for number, record in enumerate(found, start=1):
+    for number, record in enumerate(dataset, start=1):
         yield number, dict(record)

@@ -1,0 +1,42 @@
+"""Messages as a user reads them: what, where, and the fix on a line of its own."""
+
+from __future__ import annotations
+
+import pytest
+
+from halfbyte import errors
+from halfbyte.errors import HalfbyteError, RecipeError, TrainError, first_line
+
+
+def test_a_fix_has_a_line_of_its_own() -> None:
+    assert str(HalfbyteError("this is wrong.")) == "this is wrong."
+    error = HalfbyteError("this is wrong.", fix="do that")
+    assert str(error) == "this is wrong.\n  fix: do that"
+    assert (error.message, error.fix) == ("this is wrong.", "do that")
+
+
+@pytest.mark.parametrize(
+    ("problems", "where", "text"),
+    [
+        ("r must be >= 1", None, "r must be >= 1"),
+        (["r must be >= 1"], "a.yaml", "a.yaml: r must be >= 1"),
+        (["one", "two"], "a.yaml", "a.yaml: 2 problems\n  - one\n  - two"),
+        (["one", "two"], None, "2 problems\n  - one\n  - two"),
+    ],
+)
+def test_a_recipe_lists_all_its_problems(problems: str | list[str], where: str | None, text: str) -> None:
+    error = RecipeError(problems, where=where, fix="halfbyte init")
+    assert str(error) == f"{text}\n  fix: halfbyte init"
+    assert error.problems == ([problems] if isinstance(problems, str) else problems)
+
+
+def test_a_mistake_leaves_with_2_and_a_failed_run_with_1() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, HalfbyteError)]
+    assert {kind.__name__: kind.exit_code for kind in kinds if kind.exit_code != 2} == {"TrainError": 1}
+    assert TrainError in kinds and len(kinds) == 9
+
+
+def test_the_first_line_of_a_library() -> None:
+    assert first_line(ValueError("\n  one\ntwo")) == "one"
+    assert first_line(ValueError("x" * 500), 10) == "x" * 10
+    assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
