@@ -153,11 +153,11 @@ def say(facts: dict[str, Any]) -> None:
 def run_halfbyte(case: Case) -> None:
     from halfbyte import finetune
     from halfbyte.recipe.file import recipe_from
-    from halfbyte.training.events import Silent
+    from halfbyte.training.events import Listener
 
     rounds = Rounds(case)
 
-    class Turns(Silent):
+    class Turns(Listener):
         def note(self, label: str, text: str) -> None:
             print(f"{label:<10}{text}", flush=True)
 

@@ -28,7 +28,7 @@ from halfbyte.system.versions import versions
 from halfbyte.training import fit
 from halfbyte.training.assembly import PlannedRun, planned
 from halfbyte.training.callback import RunCallback
-from halfbyte.training.events import Listener, Silent
+from halfbyte.training.events import Listener
 from halfbyte.training.pace import Pace, recompute_as, rehearse
 from halfbyte.training.prepare import data_report
 from halfbyte.training.prepare import notices as data_notices
@@ -75,7 +75,7 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     Raises:
         HalfbyteError: a mistake in the recipe, the data or the model, before the run folder exists; TrainError after.
     """
-    tell, out, machine = listener or Silent(), Path(loaded.recipe.output), device.detect()
+    tell, out, machine = listener or Listener(), Path(loaded.recipe.output), device.detect()
     if resume:
         checkpoint.newest(RunFolder.open(out, need_adapter=False).checkpoints)
     else:

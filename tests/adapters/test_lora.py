@@ -294,15 +294,13 @@ def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_full_disk_is_an_error_that_leaves_the_old_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import safetensors.torch
-
     model = small()
     adapters.save(model, tmp_path / "adapter", base_id="org/old", revision=None)
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(adapters, "save_file", full)
     with pytest.raises(TrainError, match=r"could not be written.*No space left on device"):
         adapters.save(model, tmp_path / "adapter", base_id="org/new", revision=None)
     assert adapters.read_config(tmp_path / "adapter")["base_model_name_or_path"] == "org/old"

@@ -19,10 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from halfbyte.adapters.targets import Targets, auto_targets, lora_parameter_count, matched, resolve_targets
+from halfbyte.adapters.targets import Targets, auto_targets, matched, resolve_targets
 from halfbyte.cli.reference import WELL_KNOWN, targets_table_markdown
 from halfbyte.errors import AdapterError, SourceError
 from halfbyte.models.structure import meta_model
+from tests.lora_count import lora_parameter_count
 
 # Types whose default configuration does not build, or has none of the layers that its real checkpoints have.
 _INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 1024}

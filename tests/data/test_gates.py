@@ -14,7 +14,7 @@ from halfbyte.data.encoding.encoder import Encoded
 from halfbyte.data.gates import Finding
 from halfbyte.data.reading.formats import Message, Row
 from halfbyte.errors import DataError
-from halfbyte.training.events import Silent
+from halfbyte.training.events import Listener
 from tests import tiny_run
 from tests.data.in_memory import encode
 
@@ -182,7 +182,7 @@ def test_a_run_tells_and_reports_them(tmp_path: Path) -> None:
     loaded = tiny_run.recipe(tmp_path)
     lines: list[tuple[str, str]] = []
 
-    class Ears(Silent):
+    class Ears(Listener):
         def note(self, label: str, text: str) -> None:
             lines.append((label, text))
 

@@ -14,6 +14,7 @@ from halfbyte.models.lora_sites import sites, trainable
 from halfbyte.models.structure import meta_model
 from halfbyte.recipe.schema import Lora
 from tests import tiny
+from tests.lora_count import lora_parameter_count
 
 
 def both(name: str, **lora: Any) -> tuple[set[str], int, set[str], int]:
@@ -27,7 +28,7 @@ def both(name: str, **lora: Any) -> tuple[set[str], int, set[str], int]:
     real = targets.matched(
         model, chosen, exclude=asked.exclude_modules or (), layers_to_transform=asked.layers_to_transform
     )
-    count = targets.lora_parameter_count(model, real, 8, asked.rank_pattern)
+    count = lora_parameter_count(model, real, 8, asked.rank_pattern)
     return {site.name for site in found}, sum(s.parameters for s in found), set(real), count
 
 

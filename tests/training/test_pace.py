@@ -13,7 +13,7 @@ from halfbyte import finetune
 from halfbyte.errors import TrainError
 from halfbyte.layers import loss
 from halfbyte.training import fit
-from halfbyte.training.events import Silent
+from halfbyte.training.events import Listener
 from halfbyte.training.pace import Pace, Rows, rehearse
 from tests import tiny_run
 from tests.layers.test_fuse import adapted, batch
@@ -85,7 +85,7 @@ def test_a_run_is_rehearsed_unless_its_plan_is_a_small_part_of_free_memory(
 ) -> None:
     notes: list[tuple[str, str]] = []
 
-    class Notes(Silent):
+    class Notes(Listener):
         def note(self, label: str, text: str) -> None:
             notes.append((label, text))
 

@@ -30,7 +30,7 @@ from halfbyte.recipe.schema import Loaded
 from halfbyte.runs import checkpoint
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device
-from halfbyte.training.events import Silent
+from halfbyte.training.events import Listener
 from halfbyte.training.prepare import prepare
 from tests import tiny, tiny_run
 
@@ -325,7 +325,7 @@ def test_a_run_with_evaluations_ends_in_the_same_bytes(name: str, tmp_path: Path
 # --- interrupted and resumed -------------------------------------------------------------------------------------
 
 
-class Interrupt(Silent):
+class Interrupt(Listener):
     """Does something when a step is told of."""
 
     def __init__(self, at: int, how: str) -> None:

@@ -1,8 +1,7 @@
-"""The only door to peft: put adapters on a base, count them, save them, load them again on their base.
+"""Put adapters on a base, save them, load them again on their base. With `layers`, the only door to peft.
 
-PEFT makes the adapters and writes the files; ours are the choice of targets, the summary, the checks, the dtype of what
-is saved, and a model class whose forward is not under autocast (a Trainer's `bf16=True` would cast every layer's input
-on a CPU, and LoRA with it).
+PEFT makes the adapters and writes the files; ours are the choice of targets, the checks, and the dtype of what is
+saved.
 Source: LoRA, arXiv:2106.09685; `peft/tuners/lora/model.py`.
 Cost: rank x (in + out) parameters a layer, fp32 while training.
 """
@@ -15,45 +14,31 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from halfbyte.adapters.dropin import PeftModel, freeze, get_peft_model
 from halfbyte.adapters.targets import Targets, matched, resolve_targets
 from halfbyte.errors import AdapterError, first_line
+from halfbyte.models.names import leaf_of
 from halfbyte.runs import checkpoint
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from halfbyte.recipe.schema import Lora
-    from halfbyte.types import Model
+    from halfbyte.types import Document, Model, Tokenizer
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 # Names under `lora:` that are not fields of peft.LoraConfig.
 OWN_FIELDS = frozenset({"save_dtype"})
 # Parameters, each with a copy of what it was.
 Saved: TypeAlias = list[tuple[torch.nn.Parameter, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What LoRA was put on: leaf names with counts, and how much trains."""
-
-    modules: tuple[tuple[str, int], ...]
-    trainable: int
-    total: int
-
-    @property
-    def percent(self) -> float:
-        return 100 * self.trainable / self.total
-
-    def __str__(self) -> str:
-        names = ", ".join(f"{name} x{count}" for name, count in self.modules)
-        return f"{names}; {self.trainable:,} of {self.total:,} parameters train ({self.percent:.2f}%)"
 
 
 def lora_config(lora: Lora, targets: Targets) -> LoraConfig:
@@ -63,7 +48,7 @@ def lora_config(lora: Lora, targets: Targets) -> LoraConfig:
     return LoraConfig(**values, target_modules=targets.for_peft)
 
 
-def add(model: Any, lora: Lora, targets: Targets, *, seed: int) -> Any:
+def add(model: Model, lora: Lora, targets: Targets, *, seed: int) -> Model:
     """Put fresh adapters on a base.
 
     Args:
@@ -81,16 +66,16 @@ def add(model: Any, lora: Lora, targets: Targets, *, seed: int) -> Any:
         raise AdapterError(
             f"lora: {first_line(error)}", fix="halfbyte train RECIPE --dry-run shows each value"
         ) from error
-    check_modules_to_save(adapted, lora.modules_to_save)
+    check_modules_to_save(adapted, lora.modules_to_save or ())
     return adapted
 
 
-def check_modules_to_save(adapted: Any, asked: Any) -> None:
+def check_modules_to_save(adapted: Model, asked: Sequence[str]) -> None:
     """PEFT skips a `modules_to_save` name that matches nothing; here that is an error with the names there are."""
     from peft.utils import ModulesToSaveWrapper
 
-    found = {name.rsplit(".", 1)[-1] for name, m in adapted.named_modules() if isinstance(m, ModulesToSaveWrapper)}
-    missing = sorted(set(asked or ()) - found)
+    wrapped = {leaf_of(name) for name, m in adapted.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    missing = sorted(set(asked) - wrapped)
     if missing:
         # of a layer with an adapter the parts are PEFT's own: `base_layer`, `lora_A.default`, ...
         names = (name for name, p in adapted.get_base_model().named_parameters() if not p.requires_grad)
@@ -101,7 +86,7 @@ def check_modules_to_save(adapted: Any, asked: Any) -> None:
         )
 
 
-def choose_targets(model: Any, lora: Lora) -> tuple[Targets, list[str]]:
+def choose_targets(model: Model, lora: Lora) -> tuple[Targets, list[str]]:
     """The target names, and the full names of the modules that they hit under the recipe's limits."""
     chosen = resolve_targets(model, lora.target_modules)
     modules = matched(
@@ -116,7 +101,7 @@ def choose_targets(model: Any, lora: Lora) -> tuple[Targets, list[str]]:
     return chosen, modules
 
 
-def check_names(model: Any, lora: Lora, modules: Sequence[str]) -> None:
+def check_names(model: Model, lora: Lora, modules: Sequence[str]) -> None:
     """Names and numbers under `lora:` that hit nothing; PEFT only warns of some, says nothing of others.
 
     Args:
@@ -147,32 +132,31 @@ def check_names(model: Any, lora: Lora, modules: Sequence[str]) -> None:
         if not any(f".{layer}." in name for name in names):
             problems.append(f"lora.layers_to_transform: the model has no layer {layer}")
     rows = model.get_input_embeddings().weight.shape[0]
-    unknown = [token for token in lora.trainable_token_indices or () if token >= rows]
     problems += [
-        f"lora.trainable_token_indices: {token} is beyond the {rows} rows of the embedding" for token in unknown
+        f"lora.trainable_token_indices: {token} is beyond the {rows} rows of the embedding"
+        for token in lora.trainable_token_indices or ()
+        if token >= rows
     ]
-    if lora.bias != "none" and not any(_has_bias(model, modules, everywhere=lora.bias == "all")):
+    biased = {name.removesuffix(".bias") for name, _ in model.named_parameters() if name.endswith(".bias")}
+    if lora.bias != "none" and not (biased if lora.bias == "all" else biased & set(modules)):
         problems.append(f"lora.bias {lora.bias}: there is no bias to train")
     if problems:
         raise AdapterError("; ".join(problems) + ".", fix="correct them, or leave them out")
 
 
-def _has_bias(model: Any, modules: Sequence[str], *, everywhere: bool) -> Iterator[bool]:
-    if everywhere:
-        yield from (name.endswith(".bias") for name, _ in model.named_parameters())
-    else:
-        yield from (getattr(model.get_submodule(name), "bias", None) is not None for name in modules)
-
-
-def summary(adapted: Any) -> Summary:
+def summary(adapted: Model) -> str:
+    """What LoRA was put on, by the last part of the names, and how much trains."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    names = Counter(n.rsplit(".", 1)[-1] for n, m in adapted.named_modules() if isinstance(m, BaseTunerLayer))
+    counts = Counter(leaf_of(name) for name, m in adapted.named_modules() if isinstance(m, BaseTunerLayer))
+    names = ", ".join(f"{name} x{count}" for name, count in sorted(counts.items()))
     trainable, total = adapted.get_nb_trainable_parameters()
-    return Summary(tuple(sorted(names.items())), trainable, total)
+    return f"{names}; {trainable:,} of {total:,} parameters train ({trainable / total:.2%})"
 
 
-def loraplus_optimizer(adapted: Any, cls: Any, ratio: float, weight_decay: float, kwargs: dict[str, Any]) -> Any:
+def loraplus_optimizer(
+    adapted: Model, cls: type[Optimizer], ratio: float, weight_decay: float, kwargs: Document
+) -> Optimizer:
     """An optimiser whose learning rate for B is `ratio` times that for A (LoRA+, arXiv:2402.12354)."""
     from peft.optimizers import create_loraplus_optimizer
 
@@ -181,19 +165,19 @@ def loraplus_optimizer(adapted: Any, cls: Any, ratio: float, weight_decay: float
     )
 
 
-def without_gradient(adapted: Any) -> list[str]:
+def without_gradient(adapted: Model) -> list[str]:
     """Trainable parameters that have no gradient after a backward: each is a silent failure."""
     return [n for n, p in adapted.named_parameters() if p.requires_grad and p.grad is None]
 
 
 def save(
-    adapted: Any,
+    adapted: Model,
     folder: Path,
     *,
     base_id: str,
     revision: str | None,
     dtype: torch.dtype = torch.float32,
-    tokenizer: Any | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Path:
     """Write `folder` in PEFT's format, whole or not at all; an older one there is replaced.
 
@@ -209,7 +193,7 @@ def save(
     return folder
 
 
-def write_files(adapted: Any, folder: Path, *, base_id: str, revision: str | None, dtype: torch.dtype | None) -> None:
+def write_files(adapted: Model, folder: Path, *, base_id: str, revision: str | None, dtype: torch.dtype | None) -> None:
     """Write PEFT's two adapter files (`adapter_model.safetensors`, `adapter_config.json`) into `folder`.
 
     Args:
@@ -219,11 +203,9 @@ def write_files(adapted: Any, folder: Path, *, base_id: str, revision: str | Non
     config.base_model_name_or_path = base_id
     config.revision = revision
     saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    state = {k: v.detach().to("cpu", dtype or v.dtype) for k, v in saved.items()}
-    from safetensors.torch import save_file
-
+    state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in saved.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in state.items()}, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
+    save_file(state, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
     inference = config.inference_mode
     config.inference_mode = True
     try:
@@ -232,7 +214,7 @@ def write_files(adapted: Any, folder: Path, *, base_id: str, revision: str | Non
         config.inference_mode = inference
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> Document:
     """`adapter_config.json` of an adapter folder.
 
     Raises:
@@ -252,13 +234,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def load(model: Any, folder: Path, *, trainable: bool = False) -> Any:
-    """Put a saved adapter on its base.
+def load(model: Model, folder: Path, *, trainable: bool = False) -> Model:
+    """Put a saved adapter on its base; unless it shall be `trainable`, nothing trains.
 
     Raises:
         AdapterError: it does not fit: names tensors whose shape differs or that the base has no place for.
     """
-    config = read_config(folder)
+    other_base = f"it was trained on {read_config(folder).get('base_model_name_or_path')!r}; open it on that model"
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -273,14 +255,14 @@ def load(model: Any, folder: Path, *, trainable: bool = False) -> Any:
         shown = next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
         raise AdapterError(
             f"the adapter in {folder} does not fit this base: {shown[:300]}",
-            fix=f"it was trained on {config.get('base_model_name_or_path')!r}; open it on that model",
+            fix=other_base,
         ) from error
     strange = _without_place(adapted, folder)
     if strange:
         raise AdapterError(
             f"the adapter in {folder} has {len(strange)} tensors that this base has no place for: "
             f"{', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''}.",
-            fix=f"it was trained on {config.get('base_model_name_or_path')!r}; open it on that model",
+            fix=other_base,
         )
     lost = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
     if lost:
@@ -288,6 +270,8 @@ def load(model: Any, folder: Path, *, trainable: bool = False) -> Any:
             f"the adapter in {folder} lacks weights that its config promises: {lost[0][:300]}",
             fix="the file is damaged or of another version; save it again",
         )
+    if not trainable:
+        freeze(adapted)  # PEFT leaves the biases that an adapter has trained as trainable
     return adapted
 
 
@@ -314,7 +298,7 @@ def _put(values: Saved) -> None:
         parameter.copy_(value)
 
 
-def _without_place(adapted: Any, folder: Path) -> list[str]:
+def _without_place(adapted: Model, folder: Path) -> list[str]:
     """Saved tensors that PEFT has read and dropped: a deeper model's, most often."""
     known = {*get_peft_model_state_dict(adapted, save_embedding_layers=False)}
     known |= {name for name, _ in adapted.named_parameters()}  # whole embeddings, which PEFT may save unasked
@@ -322,9 +306,6 @@ def _without_place(adapted: Any, folder: Path) -> list[str]:
         return sorted(set(file.keys()) - known)
 
 
-def put_weights(adapted: Any, folder: Path) -> None:
+def put_weights(adapted: Model, folder: Path) -> None:
     """Set the adapter's weights to those saved in `folder`."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
     set_peft_model_state_dict(adapted, load_file(folder / ADAPTER_FILES[0]))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -150,26 +150,6 @@ def matched(
     return names
 
 
-def lora_parameter_count(
-    model: nn.Module,
-    modules: Iterable[str],
-    r: int,
-    rank_pattern: Mapping[str, int] | None = None,
-    *,
-    use_dora: bool = False,
-) -> int:
-    """Trainable numbers that LoRA adds to `modules` (from `matched`): r x (in + out) each, and out more for DoRA."""
-    from peft.utils.other import get_pattern_key
-
-    patterns = dict(rank_pattern or {})
-    total = 0
-    for name in modules:
-        inputs, outputs = _in_out(model.get_submodule(name))
-        rank = patterns.get(get_pattern_key(patterns.keys(), name), r)
-        total += rank * (inputs + outputs) + (outputs if use_dora else 0)
-    return total
-
-
 # --- what a module is ---------------------------------------------------------------------------------------------
 
 
@@ -226,15 +206,6 @@ def _cannot_carry(model: nn.Module, name: str) -> str | None:
     if _is_matmul(module) and _raw_in_state_space(model, name):
         return f"{leaf!r} of a state-space block is read as a raw weight by its kernel, which would ignore an adapter"
     return None
-
-
-def _in_out(module: Any) -> tuple[int, int]:
-    if hasattr(module, "in_features"):
-        return int(module.in_features), int(module.out_features)
-    if hasattr(module, "num_embeddings"):
-        return int(module.num_embeddings), int(module.embedding_dim)
-    inputs, outputs = module.weight.shape  # Conv1D keeps (in, out)
-    return int(inputs), int(outputs)
 
 
 # --- names --------------------------------------------------------------------------------------------------------

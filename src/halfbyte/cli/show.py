@@ -20,12 +20,12 @@ from rich.table import Table
 
 from halfbyte.cli import show_store
 from halfbyte.cli.show_store import LABEL_WIDTH
+from halfbyte.training.events import Listener
 
 if TYPE_CHECKING:
     from halfbyte.base.store import supply
     from halfbyte.base.store.build import Progress
     from halfbyte.inference.evaluate import Score
-    from halfbyte.training.events import Listener
 
 # a pipe has no width: tables then take what they need
 _WIDTH = None if sys.stdout.isatty() else 160
@@ -87,7 +87,7 @@ def ask() -> str:
     return out.input("[bold cyan]you>[/bold cyan] ").strip()
 
 
-class PlainListener:
+class PlainListener(Listener):
     """One line for each thing that happens; steps at the logging cadence, or ten in a run when quiet."""
 
     def __init__(self, *, quiet: bool) -> None:
@@ -176,9 +176,7 @@ class LiveListener(PlainListener):
 def progress(*, quiet: bool, silent: bool) -> Iterator[Listener]:
     """The listener that fits: silent with --json, a live bar on a terminal, plain lines otherwise."""
     if silent:
-        from halfbyte.training.events import Silent
-
-        yield Silent()
+        yield Listener()
         return
     listener = LiveListener() if out.is_terminal and not quiet else PlainListener(quiet=quiet)
     try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from halfbyte.adapters import lora
 from halfbyte.models.structure import meta_model
 from halfbyte.training import fit
-from halfbyte.training.events import Listener, Silent
+from halfbyte.training.events import Listener
 from halfbyte.training.prepare import Prepared, data_note, prepare
 from halfbyte.training.schedule import count_steps
 from halfbyte.training.trainer import check_arguments
@@ -52,7 +52,7 @@ def planned(recipe: Recipe, machine: Device, listener: Listener | None = None) -
     """
     prepared = prepare(recipe)
     check_arguments(prepared.recipe.train, total_steps=count_steps(prepared))
-    tell = listener or Silent()
+    tell = listener or Listener()
     tell.note("data", data_note(prepared))
     for finding in prepared.findings:
         tell.note("data", finding.line)

@@ -1,29 +1,17 @@
-"""What a run says while it works, and to whom."""
+"""What a run says while it works."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from halfbyte.base.store.build import Progress
     from halfbyte.types import Document
 
 
-class Listener(Protocol):
-    """Who is told what a run does. The command line prints it; a script may collect it."""
-
-    def note(self, label: str, text: str) -> None: ...
-    def building(self, progress: Progress) -> None: ...
-    def begin(self, total_steps: int, done_steps: int, log_every: int) -> None: ...
-    def step(self, row: Document) -> None: ...
-    def evaluated(self, row: Document) -> None: ...
-    def saved(self, path: Path, reason: str) -> None: ...
-    def end(self) -> None: ...
-
-
-class Silent:
-    """A listener that ignores everything."""
+class Listener:
+    """Who is told what a run does; this one ignores everything. The command line prints, a script may collect."""
 
     def note(self, label: str, text: str) -> None: ...
     def building(self, progress: Progress) -> None: ...

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from halfbyte.adapters import targets
 from halfbyte.data import pack
 from halfbyte.errors import DataError
 from halfbyte.recipe.schema import Loaded, Origin, rows
@@ -60,13 +59,12 @@ def resolve(loaded: Loaded) -> Resolution:
     for field, value, origin in rows(loaded):
         shown, why = auto.get(field, (value, ""))
         resolved.append((field, shown, origin if shown == value else Origin("auto", why.removeprefix("auto: "))))
-    prepared, lora, source = job.prepared, job.prepared.recipe.lora, job.prepared.checkpoint
-    trainable = targets.lora_parameter_count(job.meta, job.modules, lora.r, lora.rank_pattern)
+    prepared, source = job.prepared, job.prepared.checkpoint
     notes = (
         ("model", f"{source.id}{f' at {source.revision}' if source.revision else ''}"),
         ("data", f"{prepare.data_note(prepared)}; {job.steps} steps of {prepared.recipe.train.rows_per_step} rows"),
         *(("data", finding.line) for finding in prepared.findings),
-        ("adapters", f"on {len(job.modules)} modules, {trainable:,} parameters train"),
+        ("adapters", f"on {len(job.modules)} modules, {job.figures.trainable:,} parameters train"),
     )
     return Resolution(resolved, notes, job.plan, loaded.warnings)
 

@@ -18,7 +18,7 @@ from halfbyte.inference import load
 from halfbyte.inference.generate import chat_ids, end_of_turn_id
 from halfbyte.recipe.schema import Loaded
 from halfbyte.training import preview
-from halfbyte.training.events import Silent
+from halfbyte.training.events import Listener
 from halfbyte.training.prepare import prepare
 from tests import tiny, tiny_run
 
@@ -116,7 +116,7 @@ def test_a_run_trains_its_rows_and_opens_with_plain_peft(tied: bool, tmp_path: P
     loaded = run(tmp_path, PLAIN, tied=tied, data__mask="assistant")
     lines: list[tuple[str, str]] = []
 
-    class Ears(Silent):
+    class Ears(Listener):
         def note(self, label: str, text: str) -> None:
             lines.append((label, text))
 
@@ -166,7 +166,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
     whole = run(tmp_path, PLAIN, tied=True, **values)
     finetune.train(whole)
 
-    class Cut(Silent):
+    class Cut(Listener):
         def step(self, row: dict[str, Any]) -> None:
             if row["step"] == 3:
                 raise RuntimeError("power cut")

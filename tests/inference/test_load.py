@@ -1,0 +1,79 @@
+"""A finished run opened again: its scores are those of plain transformers and PEFT, with the adapter and without."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from halfbyte import finetune
+from halfbyte.errors import DataError, RunError
+from halfbyte.inference.load import Opened, evaluate, open_run
+from halfbyte.training.prepare import prepare
+from tests import tiny_run
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run over gpt2 in fp32 that has trained the base's biases too; it holds no rows out."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny_run.checkpoint(folder / "model", "gpt2")
+    tiny_run.rows(folder / "eval.jsonl", 6, seed=5)
+    finetune.train(tiny_run.recipe(folder, quant__type="none", lora__bias="all"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened(world: Path) -> Opened:
+    return open_run(world / "run")
+
+
+def losses(model: Any, world: Path, count: int) -> float:
+    """Mean loss of a labelled token over the first rows, one row at a time, by transformers' own loss."""
+    recipe = tiny_run.recipe(world, quant__type="none", data__train=world / "eval.jsonl").recipe
+    total, labelled = 0.0, 0
+    for row in prepare(recipe).train.examples[:count]:
+        ids, labels = torch.tensor([row.input_ids]), torch.tensor([row.labels])
+        n = int((labels[:, 1:] != -100).sum())
+        with torch.no_grad():
+            total += float(model(input_ids=ids, labels=labels).loss) * n
+        labelled += n
+    return total / labelled
+
+
+@pytest.mark.parametrize("limit", [6, 2])
+def test_its_scores_are_those_of_plain_peft(limit: int, world: Path, opened: Opened) -> None:
+    scores = evaluate(opened, data=world / "eval.jsonl", limit=limit, with_base=True, max_new_tokens=2)
+    assert list(scores) == ["base", "adapter"]
+    base = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32).eval()
+    # fp32: the same sums in another order
+    assert scores["base"].loss == pytest.approx(losses(base, world, limit), rel=1e-5)
+    adapted = PeftModel.from_pretrained(base, str(world / "run" / "adapter")).eval()
+    assert scores["adapter"].loss == pytest.approx(losses(adapted, world, limit), rel=1e-5)
+    assert abs(scores["base"].loss - scores["adapter"].loss) > 0.01, "the adapter has learned something"
+    for score in scores.values():
+        assert score.rows == limit == len(score.samples) and score.perplexity == pytest.approx(math.exp(score.loss))
+
+
+def test_progress_counts_the_rows_of_each_model(world: Path, opened: Opened) -> None:
+    seen: list[tuple[int, int]] = []
+    evaluate(
+        opened, data=world / "eval.jsonl", with_base=True, max_new_tokens=1,
+        progress=lambda done, of: seen.append((done, of)),
+    )  # fmt: skip
+    assert seen == [(6, 6), (6, 6)]
+
+
+def test_a_run_without_held_out_rows_names_the_way_out(world: Path, opened: Opened) -> None:
+    with pytest.raises(DataError, match=r"no held-out rows.*\n  fix: halfbyte eval .*run --data ROWS.jsonl"):
+        evaluate(opened)
+
+
+def test_a_run_without_an_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError):
+        open_run(tmp_path)

@@ -1,0 +1,74 @@
+"""The best adapter of a run: kept whole, found again by the next process, also after a kill between two renames."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from halfbyte.errors import TrainError
+from halfbyte.recipe.schema import Recipe
+from halfbyte.runs.best import Best
+from halfbyte.runs.folder import RunFolder
+
+
+def recipe(metric: str | None = None) -> Recipe:
+    train = {} if metric is None else {"metric_for_best_model": metric}
+    return Recipe.model_validate({"model": "m", "data": {"train": "t"}, "train": train})
+
+
+def writes(text: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "weights").write_text(text)
+
+    return write
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    run = RunFolder(tmp_path)
+    run.checkpoints.mkdir()
+    return run
+
+
+def test_the_next_process_goes_on_from_it(run: RunFolder) -> None:
+    best = Best.of(recipe(), run)
+    assert (best.metric, best.value, best.step) == ("eval_loss", None, None) and best.is_better(1e9)
+    best.keep(0.5, 3, writes("first"))
+    best.keep(0.25, 7, writes("second"))
+    again = Best.of(recipe(), run)
+    assert again == best and (again.value, again.step) == (0.25, 7)
+    assert (again.folder / "weights").read_text() == "second"
+    assert again.is_better(0.2) and not again.is_better(0.25) and not again.is_better(float("nan"))
+    assert [p.name for p in run.checkpoints.iterdir()] == ["best"]
+
+
+def test_of_another_metric_it_starts_anew(run: RunFolder) -> None:
+    Best.of(recipe(), run).keep(0.5, 3, writes("x"))
+    other = Best.of(recipe("perplexity"), run)
+    assert (other.metric, other.value, other.step) == ("eval_perplexity", None, None)
+
+
+def test_it_is_found_again_after_a_kill_between_two_renames(run: RunFolder) -> None:
+    older = run.checkpoints / ".best.old"
+    older.mkdir()
+    (older / "best.json").write_text(json.dumps({"metric": "eval_loss", "value": 0.5, "step": 3}))
+    best = Best.of(recipe(), run)
+    assert (best.value, best.step) == (0.5, 3)
+    assert (best.folder / "best.json").is_file() and not older.exists()
+
+
+def test_a_disk_that_refuses_leaves_the_one_before(run: RunFolder) -> None:
+    best = Best.of(recipe(), run)
+    best.keep(0.5, 3, writes("first"))
+
+    def refuses(folder: Path) -> None:
+        (folder / "weights").write_text("half of it")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(TrainError, match=r"best adapter .* could not be written: No space left on device"):
+        best.keep(0.25, 7, refuses)
+    assert (best.value, best.step) == (0.5, 3) and Best.of(recipe(), run) == best
+    assert (best.folder / "weights").read_text() == "first"

@@ -1,0 +1,81 @@
+"""A run as it is known before a weight is loaded: the same for a run, its dry run and `data check`; told in order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from halfbyte import finetune
+from halfbyte.errors import AdapterError, RecipeError
+from halfbyte.system import device
+from halfbyte.training import assembly, preview
+from halfbyte.training.assembly import planned, with_plan
+from halfbyte.training.events import Listener
+from halfbyte.training.prepare import look
+from tests import tiny_run
+
+
+class Notes(Listener):
+    def __init__(self) -> None:
+        self.notes: list[tuple[str, str]] = []
+
+    def note(self, label: str, text: str) -> None:
+        self.notes.append((label, text))
+
+
+def test_it_knows_rows_targets_steps_and_plan_and_loads_no_weight(tmp_path: Path) -> None:
+    recipe = tiny_run.recipe(tmp_path, train__max_steps=None, train__num_train_epochs=3).recipe
+    job = planned(recipe, device.detect())
+    assert job.steps == 12 and len(job.prepared.train.examples) == 16
+    assert all(p.device.type == "meta" for p in job.meta.parameters())
+    assert len(job.modules) == len(job.targets.names) * job.meta.config.num_hidden_layers
+    assert job.figures.steps == 12 and job.plan.trainable == job.figures.trainable
+    assert job.plan.to_json() == with_plan(look(recipe), job.machine).plan.to_json()
+
+
+def test_every_caller_says_the_same(tmp_path: Path) -> None:
+    """A run's notes and its plan.json, its dry run, and `data check`."""
+    loaded = tiny_run.recipe(tmp_path, train__max_steps=None, train__num_train_epochs=2)
+    heard, dry, seen = Notes(), preview.resolve(loaded), preview.check(loaded)
+    outcome = finetune.train(loaded, listener=heard)
+    said = [text for label, text in heard.notes if label == "data"]
+    assert said[1:] == [text for label, text in dry.notes if label == "data"][1:]
+    assert [f.line for f in seen.prepared.findings] == said[1:]
+    assert seen.steps == outcome.step == outcome.report["planned"]["steps"] == 8
+    assert dry.plan.trainable == seen.plan.trainable
+    (adapters,) = (text for label, text in heard.notes if label == "adapters")
+    assert f"{dry.plan.trainable:,} of " in adapters
+    assert f"{dry.plan.trainable:,} parameters train" in dict(dry.notes)["adapters"]
+
+
+def test_what_the_trainer_cannot_do_is_refused_before_the_rows_are_told(tmp_path: Path) -> None:
+    heard = Notes()
+    recipe = tiny_run.recipe(tmp_path, train__max_steps=1_000_001).recipe
+    with pytest.raises(RecipeError, match=r"1,000,001 steps are more than"):
+        planned(recipe, device.detect(), heard)
+    assert heard.notes == []
+
+
+def test_targets_that_match_nothing_are_refused_after_the_rows_are_told(tmp_path: Path) -> None:
+    heard = Notes()
+    recipe = tiny_run.recipe(tmp_path, lora__exclude_modules=["nowhere"]).recipe
+    with pytest.raises(AdapterError, match="nowhere"):
+        planned(recipe, device.detect(), heard)
+    assert {label for label, _ in heard.notes} == {"data"}
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_the_machine_is_calibrated_only_for_a_run(
+    listens: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    plan_of = assembly.fit.plan_of
+
+    def spied(prepared: object, machine: object, targets: object, meta: object, say: object = None) -> object:
+        asked.append(say is not None)
+        return plan_of(prepared, machine, targets, meta)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(assembly.fit, "plan_of", spied)
+    planned(tiny_run.recipe(tmp_path).recipe, device.detect(), Notes() if listens else None)
+    assert asked == [listens]
