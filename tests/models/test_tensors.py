@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from halfbyte.errors import SourceError
-from halfbyte.models.tensors import Facts, facts_of, nf4_bytes, read_checkpoint, read_config, read_header, spec_of
+from halfbyte.models.tensors import Facts, facts_of, read_checkpoint, read_config, read_header, spec_of
 
 
 def folder(root: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any] | None = None) -> Path:
@@ -236,22 +236,6 @@ def test_facts_under_every_config_spelling(tmp_path: Path) -> None:
     folder(tmp_path, {**tensors, "lm_head.weight": torch.zeros(32, 8)}, config)
     read = facts_of(read_config(tmp_path), read_checkpoint(tmp_path))
     assert read == Facts("llama", 8, 32, 5, 32, experts=4, experts_per_token=2, tied_head=False)
-
-
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize(
-    ("numel", "block_size"), [(64, 64), (64 * 256 * 3, 64), (64 * 256 + 1, 64), (4097, 128), (12345, 64)]
-)
-def test_4bit_bytes_are_those_of_bitsandbytes(numel: int, block_size: int, double_quant: bool) -> None:
-    from bitsandbytes import functional
-
-    packed, state = functional.quantize_4bit(
-        torch.randn(numel), blocksize=block_size, quant_type="nf4", compress_statistics=double_quant
-    )
-    held = [packed, state.absmax, state.code]
-    if double_quant:
-        held += [state.state2.absmax, state.state2.code, state.offset]
-    assert nf4_bytes(numel, block_size, double_quant) == sum(t.numel() * t.element_size() for t in held)
 
 
 @pytest.mark.parametrize(("kind", "keys"), [("gpt_neox", 16), ("opt", 16), ("llama", 4)])

@@ -16,7 +16,7 @@ from halfbyte.models.tensors import facts_of
 from halfbyte.plan import MARGIN, Job, Plan, Rows, choose
 from halfbyte.plan.compare import compare
 from halfbyte.plan.timing import Rates, assumed, step_time
-from halfbyte.quant.bnb import encoded_bytes
+from halfbyte.quant.policy import encoded_bytes
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system.device import Card, Device
 

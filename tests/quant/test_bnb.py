@@ -12,7 +12,9 @@ from bitsandbytes.nn import modules as bnb_modules
 
 from halfbyte.models.tensors import TensorSpec
 from halfbyte.quant import bnb as codec
+from halfbyte.quant import policy
 from halfbyte.quant.dequantise import dequantised
+from halfbyte.quant.linear_subclasses import quantise_plain_linears
 from halfbyte.recipe.schema import Quant
 from tests import tiny
 
@@ -49,31 +51,31 @@ def spec(name: str, role: Any, shape: tuple[int, ...] = (128, 64)) -> TensorSpec
     ],
 )
 def test_patterns_match_whole_dotted_parts(name: str, pattern: str, wanted: bool) -> None:
-    assert codec.matches(name, (pattern,)) is wanted
+    assert policy.matches(name, (pattern,)) is wanted
 
 
 def test_the_policy() -> None:
     matrix, head = spec("a.q_proj.weight", "linear"), spec("lm_head.weight", "head")
     for role, kind in {
-        "linear": "4bit",
-        "expert": "4bit",
+        "linear": "quantised",
+        "expert": "quantised",
         "embedding": "compute",
         "head": "compute",
         "norm": "compute",
     }.items():
-        assert codec.encoding(spec("x.weight", role), Quant()) == kind
-    assert codec.encoding(matrix, Quant(type="none")) == "compute"
-    assert codec.encoding(matrix, Quant(skip_modules=("q_proj",))) == "compute"
-    assert codec.encoding(matrix, Quant(skip_modules=("q_proj",), fp32_modules=("q_proj",))) == "fp32"
-    assert codec.encoded_bytes(head, Quant(), 2) == 128 * 64 * 2
-    assert codec.encoded_bytes(head, Quant(fp32_modules=("lm_head",)), 2) == 128 * 64 * 4
+        assert policy.encoding(spec("x.weight", role), Quant()) == kind
+    assert policy.encoding(matrix, Quant(type="none")) == "compute"
+    assert policy.encoding(matrix, Quant(skip_modules=("q_proj",))) == "compute"
+    assert policy.encoding(matrix, Quant(skip_modules=("q_proj",), fp32_modules=("q_proj",))) == "fp32"
+    assert policy.encoded_bytes(head, Quant(), 2) == 128 * 64 * 2
+    assert policy.encoded_bytes(head, Quant(fp32_modules=("lm_head",)), 2) == 128 * 64 * 4
 
 
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("features", [64, 100, 1024])
 def test_bytes_of_a_4bit_matrix_are_those_of_bitsandbytes(double: bool, features: int) -> None:
     made = layer(torch.bfloat16, torch.bfloat16, double=double, features=features)
-    expected = codec.encoded_bytes(spec("a.weight", "linear", (128, features)), Quant(double_quant=double), 2)
+    expected = policy.encoded_bytes(spec("a.weight", "linear", (128, features)), Quant(double_quant=double), 2)
     assert codec.resident_bytes(made) == expected
 
 
@@ -140,10 +142,10 @@ def test_plain_subclasses_of_linear_are_quantised_too(kind: str, tmp_path: Path)
     with torch.no_grad():
         before = model(input_ids=ids).logits
     quant = Quant(type=kind, skip_modules=("dense_4h_to_h",))
-    names = codec.quantise_plain_linears(model, quant, torch.bfloat16)
+    names = quantise_plain_linears(model, quant, torch.bfloat16)
     assert len(names) == 3 * tiny.LAYERS and not any("dense_4h_to_h" in n for n in names)
     codec.make_safe(model)
     with torch.no_grad():
         after = model(input_ids=ids).logits
     assert 0 < (after - before).norm() / before.norm() < 0.6
-    assert codec.quantise_plain_linears(model, Quant(type="none"), torch.bfloat16) == []
+    assert quantise_plain_linears(model, Quant(type="none"), torch.bfloat16) == []

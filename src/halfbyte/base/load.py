@@ -24,7 +24,7 @@ from halfbyte.models import tensors
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import resolve
 from halfbyte.quant import bnb as codec
-from halfbyte.quant import linear_subclasses
+from halfbyte.quant import formats, linear_subclasses, policy
 from halfbyte.system import device as machine
 
 if TYPE_CHECKING:
@@ -89,13 +89,13 @@ def open_base(
     if quantised is not None:
         _check_prequantised(quantised, folder)
     origin = str(folder)
-    if use_store and quantised is None and quant.type != "none" and not hasattr(config, "auto_map"):
+    if use_store and quantised is None and quant.quantises and not hasattr(config, "auto_map"):
         wanted = want(checkpoint, config, quant, device, specs)
         stored, why = stored_base(wanted, device, tell)
         folder, origin = (stored, f"store {stored}") if stored is not None else (folder, f"{folder}: {why}")
     from_store = folder != checkpoint.path
     own = opening_config(folder if from_store else None, config)
-    bits = None if quantised is not None or from_store else codec.bnb_config(quant, dtype, heads)
+    bits = None if quantised is not None or from_store else formats.of(quant).load_config(quant, dtype, heads)
     from transformers import AutoModelForCausalLM
 
     if bits is None:
@@ -125,14 +125,14 @@ def open_base(
         codec.forget_deserialising(model)
         linear_subclasses.settle(model)
     elif quantised is None:
-        codec.quantise_plain_linears(model, quant, dtype)
+        linear_subclasses.quantise_plain_linears(model, quant, dtype)
     codec.make_safe(model)
     codec.set_compute_dtype(model, dtype)
     residency.keep_fp32(model, quant.fp32_modules, dtype)
     model.name_or_path = checkpoint.id
     model.config.name_or_path = checkpoint.id
     held = codec.resident_bytes(model)
-    expected = sum(codec.encoded_bytes(s, quant, dtype.itemsize) for s in specs)
+    expected = sum(policy.encoded_bytes(s, quant, dtype.itemsize) for s in specs)
     if quantised is None:
         residency.check_resident(model, quant, held, expected, checkpoint.id)
     return Base(
@@ -167,7 +167,7 @@ def want(
     """The store that `open_base` opens for these settings; what cannot be held as asked is told before it is built."""
     dtype = DTYPES[machine.compute_dtype(device, quant.compute_dtype)[0]]
     heads = residency.head_names(config) if quant.skip_modules or quant.fp32_modules else ()
-    expected = sum(codec.encoded_bytes(s, quant, dtype.itemsize) for s in specs)
+    expected = sum(policy.encoded_bytes(s, quant, dtype.itemsize) for s in specs)
 
     def check(model: Any, info: dict[str, Any]) -> None:
         residency.check_complete(model, info, checkpoint)

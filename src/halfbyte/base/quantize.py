@@ -49,7 +49,7 @@ def quantize(recipe: Recipe, *, out: Path | None = None, tell: supply.Tell | Non
         StoreError: it cannot be built: with the reason, and what helps.
         BaseModelError: nothing is to be quantised, or the model is quantised already.
     """
-    if recipe.quant.type == "none":
+    if not recipe.quant.quantises:
         raise BaseModelError("quant.type none keeps the base in 16 bits, as it is; there is nothing to quantise.")
     started, built = time.monotonic(), []
     found = find_model(recipe)

@@ -14,6 +14,7 @@ import torch
 from halfbyte.errors import BaseModelError
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.quant import bnb as codec
+from halfbyte.quant.policy import matches
 
 if TYPE_CHECKING:
     from halfbyte.recipe.schema import Quant
@@ -28,7 +29,7 @@ def check_resident(model: Any, quant: Quant, resident: int, expected: int, name:
     Raises:
         BaseModelError: matrices that the policy holds in 4 bits stayed in 16 (fused experts), naming the largest.
     """
-    if quant.type == "none":
+    if not quant.quantises:
         return
     stayed = big_unquantised(model, quant)
     stayed_bytes = sum(p.numel() * p.element_size() for _, p in stayed)
@@ -70,7 +71,7 @@ def big_unquantised(model: Any, quant: Quant) -> list[tuple[str, Any]]:
         and p.is_floating_point()
         and id(p) not in exempt
         and p.numel() * 1000 > total
-        and not codec.matches(name, (*quant.skip_modules, *quant.fp32_modules))
+        and not matches(name, (*quant.skip_modules, *quant.fp32_modules))
         and not _is_default_skip(name, model)
     ]
 
@@ -93,7 +94,7 @@ def named_fp32(model: Any, patterns: tuple[str, ...]) -> list[tuple[str, Any]]:
     chosen = [
         (name, module)
         for name, module in model.named_modules()
-        if codec.matches(name, patterns) and next(module.parameters(recurse=False), None) is not None
+        if matches(name, patterns) and next(module.parameters(recurse=False), None) is not None
     ]
     if not chosen:
         raise BaseModelError(
@@ -128,12 +129,12 @@ def head_names(config: Any) -> tuple[str, ...]:
 def _is_default_skip(name: str, model: Any) -> bool:
     skipped = getattr(getattr(model, "hf_quantizer", None), "modules_to_not_convert", None) or ()
     keep = getattr(model, "_keep_in_fp32_modules", None) or ()
-    return codec.matches(name, [*skipped, *keep])
+    return matches(name, [*skipped, *keep])
 
 
 def check_skipped(model: Any, quant: Quant) -> None:
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
-    missing = [pattern for pattern in quant.skip_modules if not any(codec.matches(name, (pattern,)) for name in names)]
+    missing = [pattern for pattern in quant.skip_modules if not any(matches(name, (pattern,)) for name in names)]
     if missing:
         raise BaseModelError(
             f"quant.skip_modules {missing} name no module of {type(model).__name__}.",

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from halfbyte.errors import BaseModelError
 from halfbyte.models import structure
-from halfbyte.quant import bnb
+from halfbyte.quant import formats
 from halfbyte.system import pages
 
 Placement = Literal["resident", "mapped", "streamed"]
@@ -258,7 +258,7 @@ def is_mapped(model: Any, maps: pages.FileMaps | None = None) -> bool:
     """Whether most of the layers' weights lie in a file: of the 4-bit ones where there are some, else of all."""
     maps = maps or pages.FileMaps.read()
     modules = [m for layer in structure.decoder_layers(model) for m in layer.modules()]
-    packed = [m.weight.data for m in modules if bnb.is_4bit(m)]
+    packed = [m.weight.data for m in modules if formats.is_quantised(m)]
     weights = packed or [p.data for m in modules for p in m.parameters(recurse=False)]
     return 2 * _bytes(t for t in weights if _is_mapped(t, maps)) > _bytes(weights)
 

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from halfbyte.layers import attention, norm_gate, sight
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.layers.lora_linear import REMADE, Remade, frozen_linear, lora_linear
-from halfbyte.quant import bnb
-from halfbyte.quant.dequantise import upstream_is_wrong
+from halfbyte.quant import formats
 
 _cached: Any = cache  # mypy takes a class as a key for unhashable
 
@@ -145,7 +144,7 @@ def install(model: nn.Module) -> Fused:
                 unfused.update([reason] if reason else [])
                 counts["LoRA linears"] += not reason
                 _become(module, _LoraLinear)
-        elif bnb.is_4bit(module):
+        elif formats.is_quantised(module):
             if id(module) not in inside:
                 counts["frozen linears"] += 1
                 _become(module, _FrozenLinear)
@@ -220,7 +219,7 @@ def _subclass(mixin: Any, cls: Any) -> Any:
 
 
 def _is_linear(layer: Any) -> bool:
-    return bnb.is_4bit(layer) or (type(layer) is nn.Linear and not layer.weight.requires_grad)
+    return formats.is_quantised(layer) or (type(layer) is nn.Linear and not layer.weight.requires_grad)
 
 
 def _computes(layer: Any, x: Tensor) -> bool:
@@ -229,11 +228,10 @@ def _computes(layer: Any, x: Tensor) -> bool:
     if not isinstance(x, Tensor):
         return False
     few = not torch.is_grad_enabled() and x.numel() < 8 * x.shape[-1]
-    if few and not (bnb.is_4bit(layer) and upstream_is_wrong(layer.weight.quant_state)):
+    held = formats.of_module(layer)
+    if few and held.upstream_is_right(layer):
         return False
-    if bnb.is_4bit(layer):
-        return layer.compute_dtype in (None, x.dtype) and layer.weight.quant_state.dtype == x.dtype
-    return bool(layer.weight.dtype == x.dtype)
+    return held.multiplies_in(layer, x.dtype)
 
 
 def _epsilon(norm: Any) -> float:

@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from halfbyte.layers.kernels.cpu import available
-from halfbyte.quant import bnb
-from halfbyte.quant.dequantise import dequantised
+from halfbyte.quant import formats
 
 # Where kernels are at hand the mask is a hash of (seed, position); elsewhere it is drawn once and kept, a byte
 # a number.
@@ -63,12 +62,9 @@ class Remade:
 def frozen_weight(layer: Any, dtype: torch.dtype) -> Tensor:
     """The (O, D) matrix that `layer` multiplies with, in `dtype`: dequantised, or the weight itself.
 
-    To be used at once: a dequantised one lies in memory that the next call overwrites.
+    To be used at once: a dequantised one is in memory that the next call overwrites.
     """
-    if bnb.is_4bit(layer):
-        weight = dequantised(layer, reuse=True)
-        return weight if weight.dtype == dtype else weight.to(dtype)
-    weight = layer.weight
+    weight = formats.of_module(layer).weight(layer)
     return weight if weight.dtype == dtype else weight.to(dtype)
 
 

@@ -44,10 +44,6 @@ _PASSED_OVER = re.compile(
 _OWN_DROPOUT = {"gpt2": {"attention_dropout": 0.1, "resid_pdrop": 0.1}, "opt": {"resid_pdrop": 0.1}}
 _CONV1D_TYPES = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
 
-# Double quantisation of bitsandbytes: one fp32 scale for 256 8-bit scales; code tables of 16 and 256 fp32 values.
-NESTED_BLOCK = 256
-CODE_BYTES, NESTED_CODE_BYTES, OFFSET_BYTES = 16 * 4, 256 * 4, 4
-
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -95,19 +91,6 @@ class Facts:
     positions: int = 0
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
-
-
-def nf4_bytes(numel: int, block_size: int, double_quant: bool) -> int:
-    """Bytes of one tensor in 4 bits, as bitsandbytes holds it (NF4 and FP4 alike).
-
-    Packed codes, two a byte, and one scale a block: fp32; or, with double quantisation, 8 bits, with one fp32 scale
-    for 256 of them, their mean, and a table of 256 values. Each tensor has its own table of 16 values.
-    """
-    blocks = -(-numel // block_size)
-    packed = -(-numel // 2)
-    if not double_quant:
-        return packed + 4 * blocks + CODE_BYTES
-    return packed + blocks + 4 * -(-blocks // NESTED_BLOCK) + OFFSET_BYTES + NESTED_CODE_BYTES + CODE_BYTES
 
 
 def read_checkpoint(folder: Path) -> list[TensorSpec]:

@@ -16,12 +16,9 @@ from halfbyte.plan.timing import Rates
 from halfbyte.system.device import Device
 
 __all__ = [
-    "FAMILIES", "GB", "ITEMSIZE", "MARGIN", "MAX_TOKENS_PER_MICRO_BATCH", "QUANTISED_IS_MAPPED", "Fix", "Job", "Line",
+    "FAMILIES", "GB", "ITEMSIZE", "MARGIN", "MAX_TOKENS_PER_MICRO_BATCH", "Fix", "Job", "Line",
     "Plan", "Rates", "Rows", "Time", "count", "make",
 ]  # fmt: skip
-
-# A base that is quantised here lies in its store as it is computed with.
-QUANTISED_IS_MAPPED = True
 
 
 def make(job: Job, device: Device, rates: Rates | None = None) -> Plan:

@@ -76,7 +76,7 @@ def plan_model(
     rows, notes = _rows(recipe, shape, length, given=loaded.path is not None)
     steps = _steps(recipe, rows)
     on_cpu = machine.kind == "cpu"
-    mappable = None if recipe.quant.type == "none" else on_cpu and memory.QUANTISED_IS_MAPPED
+    mappable = on_cpu if recipe.quant.quantises else None
     beside = beside_bytes(shape.path) if _is_folder(shape.path) else None
     job = memory.Job.of(
         recipe, shape.specs, shape.facts, rows, machine, mappable=mappable, steps=steps, beside_bytes=beside

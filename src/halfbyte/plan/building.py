@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from halfbyte.models.tensors import DTYPE_BITS, TensorSpec
 from halfbyte.plan.lines import Line
-from halfbyte.quant import bnb as codec
+from halfbyte.quant import formats, policy
+from halfbyte.quant.number_format import Part
 
 if TYPE_CHECKING:
     from halfbyte.recipe.schema import Quant
@@ -31,10 +32,6 @@ LIBRARIES_FILE_BYTES = 235_000_000
 BESIDE_BYTES_PER_ENTRY = 60
 OWN_FILE_BYTES = 1 << 20  # a tensor around the layers gets a file of its own from here on
 PAGE_BYTES = 4096  # the data of a file begins on one
-# Names of tensors beside packed codes: scales, code tables, and the quantiser's state as JSON.
-_DOUBLE = (".absmax", ".nested_absmax", ".nested_quant_map", ".quant_map", ".quant_state.bitsandbytes__nf4")
-_SINGLE = (".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4")
-_STATE_BYTES = 190
 _ENTRY_BYTES = 90  # of a header: dtype, shape, two offsets
 _INDEX_BYTES = 42  # of the index: the name of the file, quotes, spaces
 _FILE_BYTES = 260  # of the manifest: name, size, two hashes
@@ -71,9 +68,10 @@ class Building:
         """Bytes of the store's folder: tensors, headers, index, manifest, and what is copied beside them."""
         total = 0
         for specs in self._files.values():
-            names = [name for spec in specs for name in self._names(spec)]
-            total += sum(codec.encoded_bytes(spec, self.quant, self.itemsize) for spec in specs)
-            total += _STATE_BYTES * sum(self._is_4bit(spec) for spec in specs)
+            parts = [(spec.name, part) for spec in specs for part in self._parts(spec)]
+            names = [name + part.suffix for name, part in parts]
+            total += sum(policy.encoded_bytes(spec, self.quant, self.itemsize) for spec in specs)
+            total += sum(part.likely_bytes for _, part in parts)
             header = sum(len(name) + _ENTRY_BYTES for name in names)
             total += (
                 -(-header // PAGE_BYTES) * PAGE_BYTES + sum(len(name) + _INDEX_BYTES for name in names) + _FILE_BYTES
@@ -95,21 +93,21 @@ class Building:
             files.setdefault(alone if spec.layer is None else f"layer {spec.layer}", []).append(spec)
         return files
 
-    def _names(self, spec: TensorSpec) -> list[str]:
+    def _parts(self, spec: TensorSpec) -> tuple[Part, ...]:
         """The tensors that one becomes in its file."""
-        if not self._is_4bit(spec):
-            return [spec.name]
-        return [spec.name, *(spec.name + part for part in (_DOUBLE if self.quant.double_quant else _SINGLE))]
+        if not self._is_quantised(spec):
+            return (Part("", spec.dtype, spec.shape, spec.nbytes),)
+        return formats.of(self.quant).parts(spec.numel, self.quant)
 
-    def _is_4bit(self, spec: TensorSpec) -> bool:
-        return codec.encoding(spec, self.quant) == "4bit"
+    def _is_quantised(self, spec: TensorSpec) -> bool:
+        return policy.encoding(spec, self.quant) == "quantised"
 
     def _held(self, spec: TensorSpec) -> int:
         """Bytes that a thread holds at most while it works on one tensor."""
         at_once = spec.numel if spec.transposed else min(spec.numel, CHUNK_ELEMENTS)
         read = at_once * DTYPE_BITS[spec.dtype] // 8
         cast = 0 if DTYPE_BITS[spec.dtype] == 8 * self.itemsize else at_once * self.itemsize
-        if not self._is_4bit(spec):
+        if not self._is_quantised(spec):
             return read + cast
         turned = at_once * self.itemsize if spec.transposed else 0
         scales = 4 * spec.numel // self.quant.block_size

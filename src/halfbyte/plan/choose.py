@@ -90,7 +90,7 @@ def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recom
         warnings=(),
         busy_file_bytes=held.busy_file_bytes(job) if in_files else 0,
         read_bytes=read,
-        building=job.building.lines(device.cores) if job.mappable and job.recipe.quant.type != "none" else (),
+        building=job.building.lines(device.cores) if job.mappable and job.recipe.quant.quantises else (),
     )
 
 

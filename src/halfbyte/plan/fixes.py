@@ -42,7 +42,7 @@ def _changes(job: Job, device: Device) -> Iterator[tuple[str, str, Job]]:
     recipe = job.recipe
     quant, lora, train = recipe.quant, recipe.lora, recipe.train
     base = recipe.model_copy
-    if quant.type == "none":
+    if not quant.quantises:
         packed = base(update={"quant": quant.model_copy(update={"type": "nf4"})})
         yield "4 bits a weight", "quant.type=nf4", _with(job, recipe=packed, mappable=device.kind == "cpu")
     if train.gradient_checkpointing is False:

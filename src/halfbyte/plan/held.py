@@ -1,6 +1,6 @@
 """What is in memory whatever a micro-batch does: libraries, rows, base, adapters, what trains them; and on disk.
 
-Source: QLoRA, arXiv:2305.14314 (4 bits and two levels of scales; `shapes.nf4_bytes`, equal to bitsandbytes' own bytes);
+Source: QLoRA, arXiv:2305.14314 (4 bits and two levels of scales; `quant.four_bit.nf4_bytes`, bitsandbytes' own bytes);
 AdamW keeps two fp32 numbers a parameter, its 8-bit form two bytes (arXiv:2110.02861). The process's own bytes are
 measured: `LIBRARIES_*` is what remains of a tiny training (torch CPU build, transformers, peft, bitsandbytes, numba),
 `docs/log.md` has the figures.
@@ -13,6 +13,7 @@ import numpy as np
 
 from halfbyte.plan.job import Job
 from halfbyte.plan.lines import Line, Placement, Recompute, Where
+from halfbyte.quant import formats
 from halfbyte.system.device import Device
 
 LIBRARIES_PRIVATE_BYTES = 470_000_000
@@ -66,7 +67,7 @@ def base_lines(job: Job, placement: Placement, cards: int, where: Where, room_by
     """
     quant = job.recipe.quant
     kind = f"{len(job.specs)} tensors, {job.parameters / 1e6:.1f} M weights, quant.type {quant.type}"
-    source = "shapes.nf4_bytes; QLoRA, arXiv:2305.14314" if quant.type != "none" else "itemsize x weights"
+    source = formats.of(quant).source
     if placement == "streamed":
         return (
             Line(
@@ -158,7 +159,7 @@ def disk_lines(job: Job, *, store: bool) -> tuple[Line, ...]:
             "disk",
         ),
     ]
-    if store and job.recipe.quant.type != "none":
+    if store and job.recipe.quant.quantises:
         found.insert(
             0, Line("base store", job.building.disk_bytes, f"quantised once: {job.recipe.quant.type}", "", "disk")
         )

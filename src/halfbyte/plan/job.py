@@ -17,7 +17,7 @@ from halfbyte.models.tensors import Facts, TensorSpec
 from halfbyte.plan.building import Building
 from halfbyte.plan.layer import Layer, layer_of
 from halfbyte.plan.lines import ITEMSIZE
-from halfbyte.quant import bnb as codec
+from halfbyte.quant import policy
 from halfbyte.system.device import Device, compute_dtype
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Job:
         on_cpu = device.kind == "cpu"
         if mappable is None:
             mappable = (
-                on_cpu and recipe.quant.type == "none" and all(ITEMSIZE[dtype] == s.nbytes / s.numel for s in specs)
+                on_cpu and not recipe.quant.quantises and all(ITEMSIZE[dtype] == s.nbytes / s.numel for s in specs)
             )
         return cls(
             recipe=recipe, specs=tuple(specs), facts=facts, sites=found, rows=rows, dtype=dtype,
@@ -159,7 +159,7 @@ class Job:
 
     @cached_property
     def base_bytes(self) -> int:
-        return sum(codec.encoded_bytes(s, self.recipe.quant, self.itemsize) for s in self.specs)
+        return sum(policy.encoded_bytes(s, self.recipe.quant, self.itemsize) for s in self.specs)
 
     @cached_property
     def layer_bytes(self) -> int:
@@ -167,19 +167,19 @@ class Job:
         sizes: dict[int, int] = {}
         for s in self.specs:
             if s.layer is not None:
-                sizes[s.layer] = sizes.get(s.layer, 0) + codec.encoded_bytes(s, self.recipe.quant, self.itemsize)
+                sizes[s.layer] = sizes.get(s.layer, 0) + policy.encoded_bytes(s, self.recipe.quant, self.itemsize)
         return max(sizes.values(), default=0)
 
     @cached_property
     def outer_bytes(self) -> int:
         """Bytes of the base around its layers: embeddings, head, last norm."""
         outer = (s for s in self.specs if s.layer is None)
-        return sum(codec.encoded_bytes(s, self.recipe.quant, self.itemsize) for s in outer)
+        return sum(policy.encoded_bytes(s, self.recipe.quant, self.itemsize) for s in outer)
 
     @cached_property
     def largest_linear(self) -> int:
         """Numbers in the largest matrix that is dequantised to be multiplied with."""
-        linears = (s for s in self.specs if codec.encoding(s, self.recipe.quant) == "4bit")
+        linears = (s for s in self.specs if policy.encoding(s, self.recipe.quant) == "quantised")
         return max((s.numel // (s.shape[0] if s.role == "expert" else 1) for s in linears), default=0)
 
     @cached_property

@@ -83,7 +83,7 @@ def step_time(
     head = 4 * job.facts.vocab * job.facts.hidden * rows.labelled_share
     width = job.facts.heads * job.facts.head_size or job.facts.hidden
     attention = (14 + 4 * (recompute == "full")) / 2 * rows.mean_of_a_token * width * job.facts.layers
-    quantised = job.recipe.quant.type != "none"
+    quantised = job.recipe.quant.quantises
     # scores that are made in memory (ALiBi, softcap, dropout) go through it as what is kept does
     moved = TRAFFIC * (job.layer.kept + job.layer.pair * rows.mean_of_a_token) * job.facts.layers
     micro_batch_tokens = step_tokens / micro_batches

@@ -11,14 +11,19 @@ Cost: none.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.quant import bnb as codec
+from halfbyte.quant.policy import matches
 
 if TYPE_CHECKING:
+    import torch
+
     from halfbyte.recipe.schema import Quant
 
+# Subclasses of nn.Linear in transformers whose forward is the plain product, and which its loader leaves in 16 bits.
+PLAIN_LINEARS = frozenset(("FalconLinear",))
 METHOD = "halfbyte_4bit"
 # The key in a store's `quantization_config`: patterns of modules that stay as they are.
 MARK = "halfbyte_plain_linears_but"
@@ -59,6 +64,75 @@ def settle(model: Any) -> None:
         model.quantization_method = model.config.quantization_config.quant_method
 
 
+def plain_linears(model: Any, exempt: Iterable[str]) -> list[tuple[str, Any]]:
+    """(name, module) of what transformers passes over: it puts `nn.Linear` itself into 4 bits, not Falcon's own
+    subclass of it, whose forward is the same product. Modules named by `exempt` and the output head are not meant.
+    """
+    from torch import nn
+
+    patterns = tuple(exempt)
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if type(module).__name__ in PLAIN_LINEARS
+        and isinstance(module, nn.Linear)
+        and module is not model.get_output_embeddings()
+        and not matches(name, patterns)
+    ]
+
+
+def replace_plain_linears(model: Any, settings: Any, exempt: Iterable[str], *, pre_quantised: bool) -> None:
+    """On an empty model, as transformers' `replace_with_bnb_linear` does it for `nn.Linear`; `settings` is a
+    `BitsAndBytesConfig`. A checkpoint's packed weights are bytes: pre-quantised layers wait for those."""
+    for name, module in plain_linears(model, exempt):
+        made = _empty_linear4bit(
+            module,
+            settings.bnb_4bit_compute_dtype,
+            double_quant=settings.bnb_4bit_use_double_quant,
+            kind=settings.bnb_4bit_quant_type,
+        )
+        if pre_quantised:
+            made.weight.data = made.weight.data.to(settings.bnb_4bit_quant_storage)
+        made.source_cls = type(module)
+        made.requires_grad_(False)
+        model.set_submodule(name, made)
+
+
+def quantise_plain_linears(model: Any, quant: Quant, dtype: torch.dtype) -> list[str]:
+    """Put plain linears of a loaded model into 4 bits, one at a time, on this instance. Returns the names."""
+    found = plain_linears(model, (*quant.skip_modules, *quant.fp32_modules)) if quant.quantises else []
+    if not found:
+        return []
+    import bitsandbytes as bnb
+    from torch import nn
+
+    for name, module in found:
+        made = _empty_linear4bit(module, dtype, double_quant=quant.double_quant, kind=quant.type)
+        values = made.weight.__dict__  # block size, type and module, as Linear4bit chose them
+        made.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, **values).to(module.weight.device)
+        if module.bias is not None:
+            made.bias = nn.Parameter(module.bias.data, requires_grad=False)
+        made.train(module.training)
+        model.set_submodule(name, made)
+    return [name for name, _ in found]
+
+
+def _empty_linear4bit(module: Any, dtype: torch.dtype, *, double_quant: bool, kind: str) -> Any:
+    """A `Linear4bit` on the meta device with the sizes of a linear layer."""
+    import bitsandbytes as bnb
+    import torch
+
+    with torch.device("meta"):
+        return bnb.nn.Linear4bit(
+            module.in_features,
+            module.out_features,
+            module.bias is not None,
+            dtype,
+            compress_statistics=double_quant,
+            quant_type=kind,
+        )
+
+
 @cache
 def _register() -> tuple[Any, Any]:
     from transformers import BitsAndBytesConfig
@@ -85,7 +159,7 @@ def _register() -> tuple[Any, Any]:
         def _process_model_before_weight_loading(self, model: Any, device_map: Any, **kwargs: Any) -> None:
             super()._process_model_before_weight_loading(model, device_map, **kwargs)
             settings = self.quantization_config
-            codec.replace_plain_linears(model, settings, settings.exempt, pre_quantised=self.pre_quantized)
+            replace_plain_linears(model, settings, settings.exempt, pre_quantised=self.pre_quantized)
 
     register_quantization_config(METHOD)(PlainLinearsConfig)
     register_quantizer(METHOD)(PlainLinearsQuantizer)

@@ -209,6 +209,11 @@ class Quant(Section):
         (), description="modules that are kept in fp32, by name"
     )
 
+    @property
+    def quantises(self) -> bool:
+        """Whether the base is held in fewer bits than 16."""
+        return self.type != "none"
+
     @model_validator(mode="before")
     @classmethod
     def _empty_lists(cls, value: object) -> object:
@@ -355,7 +360,7 @@ def _in_lora(recipe: Recipe) -> Iterator[Contradiction]:
     lora = recipe.lora
     if lora.init_lora_weights == "orthogonal":
         odd = [r for r in (lora.r, *lora.rank_pattern.values()) if r % 2]
-        if recipe.quant.type != "none":
+        if recipe.quant.quantises:
             said = "lora.init_lora_weights orthogonal needs quant.type none: PEFT makes it in the dtype of the base"
             yield ("lora.init_lora_weights", "quant.type"), said
         elif odd:

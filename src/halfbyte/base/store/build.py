@@ -23,14 +23,13 @@ import numpy as np
 import torch
 
 from halfbyte.base.store import manifest, shelf
-from halfbyte.base.store.layout import STATE, FilePlan, Layout, Piece, slots
+from halfbyte.base.store.layout import FilePlan, Layout, Piece, slots
 from halfbyte.base.store.reading import Source, torch_dtypes
 from halfbyte.base.store.writer import Writer
 from halfbyte.errors import HalfbyteError, StoreError
 from halfbyte.models.sources.checkpoint import Checkpoint, beside_bytes, beside_weights
 from halfbyte.plan import building
-from halfbyte.quant import bnb as codec
-from halfbyte.quant import linear_subclasses, nf4_cpu
+from halfbyte.quant import formats, linear_subclasses
 from halfbyte.system import files
 
 JOURNAL = "journal.jsonl"
@@ -267,24 +266,18 @@ class _FileBuild:
 
     def _quantise(self, piece: Piece, out: Writer, digest: Any) -> dict[str, bytes]:
         quant, name = self.layout.quant, piece.name
-        blocks = -(-piece.numel // quant.block_size)
         shape = piece.source.shape[::-1] if piece.transposed else piece.source.shape
-        absmax = torch.empty(blocks, dtype=torch.float32)
+        encoder = formats.of(quant).encoder(quant, shape, piece.dtype, name)
         for first, values in self._chunks(piece, digest):
             if piece.transposed:
                 values = values.view(piece.source.shape).T.contiguous().view(-1)
-            scales = absmax[first // quant.block_size : -(-(first + len(values)) // quant.block_size)]
-            array = (values.view(torch.uint16) if piece.dtype == torch.bfloat16 else values).numpy()
-            packed, _, bad = nf4_cpu.quantise(array, quant.type, quant.block_size, absmax=scales.numpy())
-            if bad >= 0:
-                raise codec.not_finite(values[bad : bad + quant.block_size], first + bad, shape, name)
-            out.put(name, packed, first // 2)
-        parts = codec.scales_of(absmax, shape, piece.dtype, quant)
-        state = STATE.format(type=quant.type)
+            out.put(name, encoder.codes(first, values), encoder.code_bytes(first))
+        late = {slot.name for slot in slots(piece, quant) if slot.nbytes is None}
+        parts = {name + suffix: value.contiguous().view(torch.uint8) for suffix, value in encoder.parts().items()}
         for part, value in parts.items():
-            if part != state:
-                out.put(f"{name}.{part}", value.contiguous().view(torch.uint8).numpy())
-        return {f"{name}.{state}": parts[state].numpy().tobytes()}
+            if part not in late:
+                out.put(part, value.numpy())
+        return {part: parts[part].numpy().tobytes() for part in late}
 
 
 def _finish(request: Request, source: Source, journal: _Journal, seconds: float) -> None:
@@ -319,8 +312,8 @@ def _config(request: Request) -> dict[str, Any]:
     values: dict[str, Any] = json.loads((request.checkpoint.path / "config.json").read_text(encoding="utf-8"))
     values.pop("torch_dtype", None)
     values["dtype"] = str(layout.dtype).removeprefix("torch.")
-    four_bit: Any = codec.bnb_config(layout.quant, layout.dtype, layout.head_names)
-    settings = four_bit.to_dict()
+    opening = formats.of(layout.quant).load_config(layout.quant, layout.dtype, layout.head_names)
+    settings = opening.to_dict() if opening is not None else {}
     if layout.has_plain_linears:
         settings = linear_subclasses.mark(settings, layout.quant)
     values["quantization_config"] = settings

@@ -19,17 +19,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from halfbyte.base.store.reading import SourceTensor, torch_dtypes
 from halfbyte.base.store.shelf import CannotHold
 from halfbyte.base.store.writer import Slot
-from halfbyte.models import tensors as shapes
+from halfbyte.models.tensors import spec_of
 from halfbyte.plan.building import OWN_FILE_BYTES
-from halfbyte.quant import bnb as codec
-from halfbyte.quant import linear_subclasses
+from halfbyte.quant import formats, linear_subclasses
 
 if TYPE_CHECKING:
     import torch
 
     from halfbyte.recipe.schema import Quant
-
-STATE = "quant_state.bitsandbytes__{type}"
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Piece:
 
     name: str
     source: SourceTensor
-    encoding: Literal["4bit", "copy"]
+    encoding: Literal["quantised", "copy"]
     dtype: torch.dtype
     transposed: bool = False
 
@@ -66,7 +63,7 @@ class Layout:
     dtype: torch.dtype
     head_names: tuple[str, ...] = ()
     has_plain_linears: bool = False
-    """Whether it opens with `plain_linears.opening_config` only."""
+    """Whether it opens with `linear_subclasses.opening_config` only."""
 
     @property
     def source_bytes(self) -> int:
@@ -92,7 +89,7 @@ def lay_out(
         tensors: what the source holds.
         config: the model's config, as transformers reads it.
         dtype: the compute dtype. transformers casts to it before it quantises, so it is part of a store's identity.
-        head_names: as for `quant.bnb_config`.
+        head_names: as for `NumberFormat.load_config`.
         check: is shown the empty model and what transformers would say of the load (`missing_keys`,
             `mismatched_keys`), and raises what is wrong.
 
@@ -106,16 +103,16 @@ def lay_out(
     for name, target, converted in loader.targets(tensors):
         if target not in loader.state:
             continue  # a buffer or a tower that this class does not read
-        source, in_4bit = tensors[name], loader.is_4bit(target)
-        if converted and in_4bit:
+        source, quantised = tensors[name], loader.is_quantised(target)
+        if converted and quantised:
             raise CannotHold(f"transformers merges or splits {name} while it loads")
-        wanted = loader.dtype_of(target, quantised=in_4bit)
-        transposed = in_4bit and loader.transposed(target)
-        if in_4bit and source.dtype not in ("F64", "F32", "F16", "BF16"):
+        wanted = loader.dtype_of(target, quantised=quantised)
+        transposed = quantised and loader.transposed(target)
+        if quantised and source.dtype not in ("F64", "F32", "F16", "BF16"):
             raise CannotHold(f"{name} is {source.dtype}, which is not quantised to 4 bits")
-        if in_4bit and tuple(source.shape) != loader.shape_of(target):
+        if quantised and tuple(source.shape) != loader.shape_of(target):
             wrong.append((name, source.shape, loader.shape_of(target)))
-        pieces.append((Piece(name, source, "4bit" if in_4bit else "copy", wanted, transposed), target))
+        pieces.append((Piece(name, source, "quantised" if quantised else "copy", wanted, transposed), target))
     if check is not None:
         missing = loader.missing({target for _, target in pieces})
         check(loader.model, {"missing_keys": missing, "mismatched_keys": wrong})
@@ -130,17 +127,8 @@ def slots(piece: Piece, quant: Quant) -> list[Slot]:
     if piece.encoding == "copy":
         kind = next(k for k, v in torch_dtypes().items() if v == piece.dtype)
         return [Slot(name, kind, shape, n * piece.dtype.itemsize)]
-    blocks = -(-n // quant.block_size)
-    found = [Slot(name, "U8", (-(-n // 2), 1), -(-n // 2))]
-    if quant.double_quant:
-        nested = -(-blocks // shapes.NESTED_BLOCK)
-        found += [Slot(f"{name}.absmax", "U8", (blocks,), blocks)]
-        found += [Slot(f"{name}.nested_absmax", "F32", (nested,), 4 * nested)]
-        found += [Slot(f"{name}.nested_quant_map", "F32", (256,), shapes.NESTED_CODE_BYTES)]
-    else:
-        found += [Slot(f"{name}.absmax", "F32", (blocks,), 4 * blocks)]
-    found += [Slot(f"{name}.quant_map", "F32", (16,), shapes.CODE_BYTES)]
-    return [*found, Slot(f"{name}.{STATE.format(type=quant.type)}", "U8", (0,), None)]
+    parts = formats.of(quant).parts(n, quant)
+    return [Slot(name + part.suffix, part.dtype, part.shape, part.nbytes) for part in parts]
 
 
 class _Loader:
@@ -159,8 +147,8 @@ class _Loader:
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
         self.original = dict(self.model.named_modules())
-        bnb = codec.bnb_config(quant, dtype, heads)
-        self.has_plain = bool(codec.plain_linears(self.model, (*quant.skip_modules, *quant.fp32_modules)))
+        bnb = formats.of(quant).load_config(quant, dtype, heads)
+        self.has_plain = bool(linear_subclasses.plain_linears(self.model, (*quant.skip_modules, *quant.fp32_modules)))
         if self.has_plain:
             self.quantiser = linear_subclasses.quantiser(bnb, quant, pre_quantised=pre_quantised)
         else:
@@ -202,7 +190,7 @@ class _Loader:
             and not any(pattern.search(name) for pattern in ignored)
         ]
 
-    def is_4bit(self, target: str) -> bool:
+    def is_quantised(self, target: str) -> bool:
         return bool(self.quantiser.param_needs_quantization(self.model, target))
 
     def transposed(self, target: str) -> bool:
@@ -261,7 +249,7 @@ def _files(pieces: list[Piece], config: Any) -> tuple[FilePlan, ...]:
     groups: dict[str, list[Piece]] = {}
     values = {"model_type": config.model_type}
     for piece in pieces:
-        layer = shapes.spec_of(piece.name, piece.source.shape, "BF16", values).layer
+        layer = spec_of(piece.name, piece.source.shape, "BF16", values).layer
         if layer is not None:
             name = f"model-layer-{layer:04d}.safetensors"
         elif piece.source.nbytes >= OWN_FILE_BYTES:

@@ -1,0 +1,101 @@
+"""What a number format of frozen weights has to say: its bytes, its tensors on disk, its layer and how that is read.
+
+Why: planning, storing, loading and computing ask the same object, so that a new format is a new file and a line in
+`formats.py`, and no new `if`.
+What: `NumberFormat` itself is the format `none`: weights in 16 bits, in plain layers.
+Cost: none; no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+    from transformers import BitsAndBytesConfig
+
+    from halfbyte.recipe.schema import Quant
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor that a quantised matrix becomes on disk, named by the matrix and `suffix`; dtypes as in safetensors.
+    `nbytes` is None where it is known only when the matrix is encoded; `likely_bytes` is then what to plan with."""
+
+    suffix: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int | None
+    likely_bytes: int = 0
+
+
+class Encoder(Protocol):
+    """One matrix on its way into a format, in chunks that begin on a block."""
+
+    def codes(self, first: int, values: torch.Tensor, pool: Executor | None = None) -> np.ndarray:
+        """The bytes of the codes of `values`, the elements from `first` on.
+
+        Raises:
+            BaseModelError: NaN or Inf among the values: they would turn a whole block into nonsense.
+        """
+
+    def code_bytes(self, first: int) -> int:
+        """Where the codes of element `first` begin."""
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """What is stored beside the codes, by suffix, once all are made."""
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """A format by its name in a recipe. `source` is where its bytes come from, as a plan says it."""
+
+    name: str
+    source: str = "itemsize x weights"
+
+    def nbytes(self, numel: int, quant: Quant) -> int:
+        """Bytes of one quantised matrix in memory."""
+        raise NotImplementedError(self.name)
+
+    def parts(self, numel: int, quant: Quant) -> tuple[Part, ...]:
+        """The tensors of one quantised matrix on disk."""
+        raise NotImplementedError(self.name)
+
+    def encoder(self, quant: Quant, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Encoder:
+        """For a matrix whose weights are later dequantised to `dtype`; `name` is what an error calls it."""
+        raise NotImplementedError(self.name)
+
+    def load_config(
+        self, quant: Quant, compute_dtype: torch.dtype, head_names: Iterable[str] = ()
+    ) -> BitsAndBytesConfig | None:
+        """What `from_pretrained` needs to quantise while it loads; None if nothing is quantised.
+
+        Args:
+            head_names: modules that transformers would skip by default (the output head); naming any module of one's
+                own replaces that default (`transformers/quantizers/base.py`, `get_modules_to_not_convert`), so both
+                are given.
+        """
+        return None
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether a layer's weight is there, in this format."""
+        return False
+
+    def weight(self, module: nn.Module) -> torch.Tensor:
+        """The (out, in) matrix that a layer multiplies with. To be used at once: a dequantised one is in memory that
+        the next call overwrites."""
+        weight: torch.Tensor = module.weight
+        return weight
+
+    def multiplies_in(self, module: nn.Module, dtype: torch.dtype) -> bool:
+        """Whether a layer multiplies in `dtype` in its own forward, so that no cast is left out."""
+        return bool(module.weight.dtype == dtype)
+
+    def upstream_is_right(self, module: nn.Module) -> bool:
+        """Whether a layer's own forward computes with the right weights on this machine."""
+        return True

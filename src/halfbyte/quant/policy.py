@@ -1,0 +1,43 @@
+"""Which tensor of a checkpoint is held how, and the bytes that it takes. Every room asks here, none decides on its own.
+
+Cost: one look at a name; no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+from halfbyte.quant import formats
+
+if TYPE_CHECKING:
+    from halfbyte.models.tensors import TensorSpec
+    from halfbyte.recipe.schema import Quant
+
+Encoding = Literal["quantised", "compute", "fp32"]
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a dotted tensor or module name holds one of `patterns` as a run of whole dotted parts.
+
+    `mlp.down_proj` matches `model.layers.0.mlp.down_proj.weight`; `down` does not.
+    """
+    dotted = f".{name}."
+    return any(f".{pattern.strip('.')}." in dotted for pattern in patterns)
+
+
+def encoding(spec: TensorSpec, quant: Quant) -> Encoding:
+    """How one tensor is held: in the recipe's number format, in the compute dtype, or in fp32."""
+    if matches(spec.name, quant.fp32_modules):
+        return "fp32"
+    if not quant.quantises or matches(spec.name, quant.skip_modules):
+        return "compute"
+    return "quantised" if spec.role in ("linear", "expert") else "compute"
+
+
+def encoded_bytes(spec: TensorSpec, quant: Quant, compute_itemsize: int) -> int:
+    """Resident bytes of one tensor under the policy; `compute_itemsize` is 2 for bf16/fp16 and 4 for fp32."""
+    held = encoding(spec, quant)
+    if held == "quantised":
+        return formats.of(quant).nbytes(spec.numel, quant)
+    return spec.numel * (4 if held == "fp32" else compute_itemsize)
