@@ -100,7 +100,7 @@ def test_the_losses_do_not_depend_on_the_plan(
         looks += 1
         return 0 if way.short_from is not None and looks >= way.short_from else 10**12
 
-    monkeypatch.setattr(pace, "free_bytes", free)
+    monkeypatch.setattr(pace, "ram_available", free)
     got = losses(root, way.fields, way.name)
     assert got == pytest.approx(wanted, rel=1e-4)
     assert wanted[-1] < 0.9 * wanted[0], "the recipe learns, so that a lost gradient would show"

@@ -15,12 +15,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from halfbyte.errors import AdapterError
 from halfbyte.models.names import ALL_LINEAR, AUTO, endings_of, is_aside, is_mixer_projection, leaf_of, split_at_layer
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from torch import nn
 
 # Read as raw weights by the fused kernels (`outproj_weight=self.out_proj.weight`), so an adapter there would be ignored
@@ -51,8 +52,8 @@ def auto_targets(model: nn.Module) -> Targets:
     architecture = _architecture(model)
     if chosen:
         kinds = {False: "the attention projections", True: f"{_STATE_SPACE_INPUT} of the state-space blocks"}
-        found = sorted({_in_state_space(model, name) for name in chosen})
-        reason = f"auto: {' and '.join(kinds[kind] for kind in found)} of {architecture}"
+        used = sorted({_in_state_space(model, name) for name in chosen})
+        reason = f"auto: {' and '.join(kinds[kind] for kind in used)} of {architecture}"
     else:
         chosen = {name for name in usable if split_at_layer(name)[1]}
         reason = f"auto: {architecture} has no linear projections in its attention; those of its layers instead"
@@ -123,14 +124,10 @@ def matched(
     config = _peft_config(
         model,
         targets,
-        exclude_modules=exclude if isinstance(exclude, str) else list(exclude) or None,
-        layers_to_transform=list(layers_to_transform)
-        if isinstance(layers_to_transform, Sequence)
-        else layers_to_transform,
-        layers_pattern=list(layers_pattern)
-        if layers_pattern and not isinstance(layers_pattern, str)
-        else layers_pattern,
-        modules_to_save=list(modules_to_save) or None,
+        exclude_modules=_listed(exclude) or None,
+        layers_to_transform=_listed(layers_to_transform),
+        layers_pattern=_listed(layers_pattern),
+        modules_to_save=_listed(modules_to_save) or None,
     )
     names = [name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)]
     if not names:
@@ -148,6 +145,11 @@ def matched(
             "lora.target_modules: " + "; ".join(unique), fix="lora.target_modules: auto, or leave them out"
         )
     return names
+
+
+def _listed(value: object) -> object:
+    """PEFT takes lists, a recipe holds tuples."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 # --- what a module is ---------------------------------------------------------------------------------------------
@@ -245,7 +247,7 @@ def _regex(chosen: set[str]) -> str:
     return "|".join([*parts, *sorted(whole)])
 
 
-def _peft_config(model: nn.Module, targets: Targets, **limits: Any) -> Any:
+def _peft_config(model: nn.Module, targets: Targets, **limits: object) -> LoraConfig:
     """The LoraConfig as PEFT will see it, after its renames for fused experts."""
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers

@@ -6,15 +6,16 @@ Cost: one forward over the rows, and one generation each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from halfbyte.inference.generate import Sampling, generate
 from halfbyte.layers.loss import mean_loss
 
 if TYPE_CHECKING:
     from halfbyte.data.encoding.examples import Example
+    from halfbyte.types import Batch, Document, Model, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,15 @@ class Score:
     def exact_match(self) -> float:
         return self.exact / self.rows if self.rows else 0.0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Document:
         return {**asdict(self), "exact_match": self.exact_match}
 
 
 def score(
-    model: Any,
-    tokenizer: Any,
+    model: Model,
+    tokenizer: Tokenizer,
     examples: Sequence[Example],
-    batches: Sequence[Mapping[str, Any]],
+    batches: Sequence[Batch],
     *,
     sampling: Sampling,
     batch_size: int = 16,

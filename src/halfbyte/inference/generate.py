@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import TextStreamer
+
+if TYPE_CHECKING:
+    from halfbyte.types import Document, Model, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Sampling:
 
 
 class _Stream(TextStreamer):
-    def __init__(self, tokenizer: Any, emit: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Tokenizer, emit: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.emit = emit
 
@@ -33,7 +36,7 @@ class _Stream(TextStreamer):
         self.emit(text)
 
 
-def chat_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+def chat_ids(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
     """Token ids of a conversation up to where the assistant speaks; the plain text where there is no chat template."""
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
@@ -41,7 +44,7 @@ def chat_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
     return list(tokenizer("".join(m["content"] for m in messages))["input_ids"])
 
 
-def stop_ids(model: Any, tokenizer: Any) -> list[int]:
+def stop_ids(model: Model, tokenizer: Tokenizer) -> list[int]:
     """Tokens that end an answer: the model's own, the tokenizer's, and the end of turn in its template."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id}
@@ -50,7 +53,7 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     return sorted(i for i in ids if i is not None)
 
 
-def end_of_turn_id(tokenizer: Any) -> int | None:
+def end_of_turn_id(tokenizer: Tokenizer) -> int | None:
     """The special token that the chat template puts after an assistant's words, or None."""
     probe = "halfbyte"
     messages = [{"role": "user", "content": probe}, {"role": "assistant", "content": probe}]
@@ -63,8 +66,8 @@ def end_of_turn_id(tokenizer: Any) -> int | None:
 
 
 def generate(
-    model: Any,
-    tokenizer: Any,
+    model: Model,
+    tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
@@ -79,7 +82,7 @@ def generate(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(list(prompt), device=device)
         mask[row, width - len(prompt) :] = 1
-    chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    chosen: Document = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if sampling.temperature > 0:
         chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         if sampling.seed is not None:

@@ -2,19 +2,20 @@
 
 Why: a run that dies after an hour of training is the pain that people name first. What a step learns does not depend on
 how it is split (the loss is a sum over labelled tokens, divided once), so a run can step down in the middle of a step.
-What: before the first step the longest micro-batch and one evaluation batch run once. Between micro-batches what is
-free is compared with a margin; where it is short, memory that was freed is given back, and if the next micro-batch
-still does not fit, the run steps down. A micro-batch whose allocation fails (cards raise an error; Linux mostly kills)
-is undone and done again smaller.
+What: before the first step the longest micro-batch and one evaluation batch run once. Between micro-batches free memory
+is compared with a margin. Below it, memory that was freed is given back to the system; if the next micro-batch still
+does not fit, the run steps down. If an allocation fails (cards raise an error; Linux mostly kills), the micro-batch is
+undone and run again, smaller.
 Cost: a look at /proc between micro-batches, 0.2 ms; where failures are caught, a copy of the gradients.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,14 +29,14 @@ from halfbyte.plan.lines import GB, Recompute
 from halfbyte.system import usage
 from halfbyte.system.device import ram_available
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from halfbyte.types import Batch, Model
+
 Rows = tuple[int, ...]
 MARGIN_SHARE = 0.03  # of the machine's memory (or the group's limit) that stays free between micro-batches
 MARGIN_BYTES = 64_000_000
-
-
-def free_bytes() -> int:
-    """What this process could still take, as the kernel and the control group see it."""
-    return ram_available()
 
 
 @dataclass
@@ -43,12 +44,11 @@ class Pace:
     """The split of a run's steps. Changes only downwards, and says so.
 
     Args:
-        lengths: tokens of each row. tokens: of a micro-batch. longest: of the longest row, below which no micro-batch
-        goes.
-        need: bytes that a micro-batch of so many tokens takes above what is held, under a policy.
-        policies: recomputation in the order in which more is done again.
+        lengths: tokens of each row. tokens: the most in a micro-batch; never below the longest row.
+        need: bytes that a micro-batch of so many tokens adds to what is held, under a policy of recomputation.
+        policies: from the one that recomputes least to the one that recomputes most.
         apply: makes the model recompute as a policy says.
-        on_card: memory is a card's, whose allocations fail with an error; else RAM, which is looked at.
+        on_card: on a card an allocation that fails is an error; RAM is looked at before it runs out.
     """
 
     lengths: pack.Sizes
@@ -81,10 +81,10 @@ class Pace:
 
     def between(self, waiting: Sequence[Rows]) -> list[Rows]:
         """The micro-batches that are still to come, after a look at what is free."""
-        if self.on_card or free_bytes() >= self.margin:
+        if self.on_card or ram_available() >= self.margin:
             return list(waiting)
         usage.trim()
-        free = free_bytes() - self.margin
+        free = ram_available() - self.margin
         if free >= self.need(self._largest(waiting), self.recompute):
             return list(waiting)
         needed = self.need(self._largest(waiting), self.recompute)
@@ -113,13 +113,15 @@ class Pace:
         self.tell(f"stepping down, {said} ({reason}); what is learned stays the same")
         return True
 
-    def hold(self, model: Any) -> list[Any] | None:
+    def hold(self, model: Model) -> list[Tensor | None] | None:
         """The gradients before a micro-batch, to undo a failed one with; None where failures do not come as errors."""
         if not self.on_card:
             return None
         return [None if p.grad is None else p.grad.clone() for p in model.parameters() if p.requires_grad]
 
-    def failed(self, error: BaseException, model: Any, held: list[Any] | None, waiting: Sequence[Rows]) -> list[Rows]:
+    def failed(
+        self, error: BaseException, model: Model, held: list[Tensor | None] | None, waiting: Sequence[Rows]
+    ) -> list[Rows]:
         """After an allocation failed in the first of `waiting`: gradients as before it, one step down, all again.
 
         Raises:
@@ -158,7 +160,7 @@ class Rehearsed:
 
 
 def rehearse(
-    model: Any, pace: Pace, longest: Rows, batch: Callable[[Rows], Any], evaluation: Sequence[Any] = ()
+    model: Model, pace: Pace, longest: Rows, batch: Callable[[Rows], Batch], evaluation: Sequence[Batch] = ()
 ) -> Rehearsed:
     """Run the longest micro-batch forward and backward, and one batch of an evaluation, before anything is learned.
 
@@ -167,7 +169,6 @@ def rehearse(
     Raises:
         TrainError: not even the smallest way fits.
     """
-    import time
 
     def size(rows: Rows) -> int:
         return int(sum(pace.lengths[r] for r in rows))
@@ -191,16 +192,15 @@ def rehearse(
             _forget(model)
             if not is_out_of_memory(error):
                 raise
-            kept: list[Any] = [None for p in model.parameters() if p.requires_grad]
-            pace.failed(error, model, kept, [rows])
+            pace.failed(error, model, [None for p in model.parameters() if p.requires_grad], [rows])
 
 
-def _forget(model: Any) -> None:
+def _forget(model: Model) -> None:
     for parameter in model.parameters():
         parameter.grad = None
 
 
-def recompute_as(model: Any, policy: Recompute) -> None:
+def recompute_as(model: Model, policy: Recompute) -> None:
     """Make a model (PEFT around it or not) do again in backward what the policy says; may be called at any time."""
     lm = structure.causal_lm(model)
     fuse.recompute_cheap(lm, on=policy == "selective")

@@ -7,7 +7,7 @@ Cost: tokenising, about 3,000 rows of 200 tokens a second a core; once, then the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from halfbyte.base import load
 from halfbyte.data import blocks, gates
@@ -18,6 +18,9 @@ from halfbyte.models.sources.lookup import find_model
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device
 
+if TYPE_CHECKING:
+    from halfbyte.types import Config, Document, Tokenizer
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -25,8 +28,8 @@ class Prepared:
 
     recipe: Recipe
     checkpoint: Checkpoint
-    config: Any
-    tokenizer: Any
+    config: Config
+    tokenizer: Tokenizer
     train: Encoded
     evaluation: Encoded | None
     findings: tuple[gates.Finding, ...]
@@ -47,9 +50,9 @@ def prepare(recipe: Recipe) -> Prepared:
 
 def look(recipe: Recipe) -> Prepared:
     """As `prepare`, and what the gates refuse is only among the findings."""
-    found = find_model(recipe)
-    config = load.read_config(found.path, trust_remote_code=recipe.trust_remote_code)
-    tokenizer = load.open_tokenizer(found, trust_remote_code=recipe.trust_remote_code)
+    checkpoint = find_model(recipe)
+    config = load.read_config(checkpoint.path, trust_remote_code=recipe.trust_remote_code)
+    tokenizer = load.open_tokenizer(checkpoint, trust_remote_code=recipe.trust_remote_code)
     data, cores = recipe.data, device.cores()
     text = config.get_text_config()
     settled = None
@@ -65,7 +68,7 @@ def look(recipe: Recipe) -> Prepared:
     if data.packing == "stream":
         train = blocks.stream(train, data.max_length)
         evaluation = blocks.stream(evaluation, data.max_length) if evaluation is not None else None
-    return Prepared(recipe, found, config, tokenizer, train, evaluation, findings, settled)
+    return Prepared(recipe, checkpoint, config, tokenizer, train, evaluation, findings, settled)
 
 
 def with_trained(recipe: Recipe, tokens: tuple[int, ...]) -> Recipe:
@@ -87,10 +90,10 @@ def data_note(prepared: Prepared) -> str:
     return note + (f"; {prepared.evaluation.stats.rows:,} rows held out" if prepared.evaluation else "")
 
 
-def data_report(prepared: Prepared) -> dict[str, Any]:
+def data_report(prepared: Prepared) -> Document:
     """The rows and what the gates found, as `report.json` has them."""
 
-    def counts(encoded: Encoded) -> dict[str, Any]:
+    def counts(encoded: Encoded) -> Document:
         stats, tally = encoded.stats, encoded.tally
         return {
             "rows": tally.seen, "used": tally.kept, "skipped": tally.skipped.count, "truncated": tally.truncated,
