@@ -23,7 +23,7 @@ from tests import tiny
 
 CHOICES = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False), ("none", True)]
 # Matrices of a layer that are held in 4 bits; gpt2, bloom, gpt_neox, falcon, mpt and phi3 fuse q, k and v.
-MATRICES = {"llama": 7, "qwen3": 7, "gemma3": 7, "opt": 6}
+MATRICES = {"llama": 7, "qwen3": 7, "gemma3": 7, "mistral": 7, "opt": 6}
 
 
 def opened(folder: Path, *, isa: tuple[str, ...] | None = None, **quant: Any) -> Base:
