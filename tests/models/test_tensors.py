@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from halfbyte.errors import SourceError
-from halfbyte.models.tensors import Facts, facts_of, read_checkpoint, read_config, read_header, spec_of
+from halfbyte.models.sources.safetensors import read_header
+from halfbyte.models.tensors import Facts, facts_of, read_checkpoint, read_config, spec_of
 
 
 def folder(root: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any] | None = None) -> Path:
@@ -144,7 +145,7 @@ def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"lacks 1 of the 2 files in its index: model-2\.safetensors"):
         read_checkpoint(tmp_path)
     index.write_text("[1, 2]")
-    with pytest.raises(SourceError, match=r"index\.json is not an index"):
+    with pytest.raises(SourceError, match=r"index\.json has no weight_map"):
         read_checkpoint(tmp_path)
 
 
@@ -154,15 +155,15 @@ GOOD = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\x01\x02", "is cut short: 2 bytes, and the header's length alone takes 8"),
-        (b"", "is cut short: 0 bytes"),
-        ((500).to_bytes(8, "little") + b"{}", "is cut short: its header has 500 bytes, the file 10"),
+        (b"\x01\x02", "is not a safetensors file (2 bytes)"),
+        (b"", "is not a safetensors file (0 bytes)"),
+        ((500).to_bytes(8, "little") + b"{}", "is cut short inside its header: 10 bytes of at least 508"),
         (b"PK\x03\x04 a zip file, as torch.save writes", "is not a safetensors file"),
-        ((5).to_bytes(8, "little") + b"{oops", "has a header that is not a safetensors header"),
-        ((7).to_bytes(8, "little") + b"[1,2,3]", "has a header that is not a safetensors header"),
+        ((5).to_bytes(8, "little") + b"{oops", "is not a safetensors file: its header cannot be read"),
+        ((7).to_bytes(8, "little") + b"[1,2,3]", "is not a safetensors file: its header cannot be read"),
         (
             header({"a": {"shape": [1], "data_offsets": [0, 4]}}, 4),
-            "has a header that is not a safetensors header: 'dtype'",
+            "is not a safetensors file: its header cannot be read: 'dtype'",
         ),
         (header({"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, 4), "a has the unknown dtype 'F99'"),
         (header({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, 4), "a has the shape [-1]"),
@@ -170,7 +171,8 @@ GOOD = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
             header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, 4),
             "a has 4 bytes, which do not hold F32 [2]",
         ),
-        (header(GOOD, 23), "is cut short: its tensors end at byte"),
+        (header(GOOD, 23), "is cut short: "),
+        (header(GOOD, 25), "has 1 bytes more than its header says"),
     ],
 )
 def test_damaged_files_are_named_with_what_is_wrong(tmp_path: Path, content: bytes, message: str) -> None:

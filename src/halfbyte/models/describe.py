@@ -19,14 +19,13 @@ from halfbyte.errors import SourceError
 from halfbyte.models import tensors
 from halfbyte.models.architectures import FAMILIES, tensors_of
 from halfbyte.models.references import REFERENCES
-from halfbyte.models.sources import gguf_header, hub
+from halfbyte.models.sources import gguf_header, hub, safetensors
 from halfbyte.models.tensors import Facts, TensorSpec
 
 # Packaged models under the name of the reference that has their shape.
 ALIASES = {"gemma3-270m": "gemma-3-270m"}
 # The first request for a file: the header of a shard with a few hundred tensors fits.
 FIRST_BYTES = 64 * 1024
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # `general.architecture` of a GGUF -> model_type of transformers, where the two differ.
 _GGUF_TYPES = {"gptneox": "gpt_neox", "gemma3": "gemma3_text", "phi2": "phi"}
 # config.json's name -> the GGUF's, below its architecture.
@@ -95,12 +94,12 @@ def of_folder(folder: Path, name: str | None = None) -> Shape:
             name, config, tensors_of(config), "config.json (weights are quantised already)", config_bytes, folder
         )
     try:
-        files = tensors.weight_files(folder)
+        files = safetensors.weight_files(folder)
     except SourceError:
         if config.get("model_type") not in FAMILIES:
             raise
         return _of(name, config, tensors_of(config), "config.json alone", config_bytes, folder)
-    headers = [tensors.read_header(file) for file in files]
+    headers = [safetensors.read_header(file) for file in files]
     read = config_bytes + sum(_header_bytes(file) for file in files)
     origin = f"headers of {len(files)} file{'s' * (len(files) > 1)}"
     return _of(name, config, tensors.specs_of(headers, config), origin, read, folder)
@@ -165,12 +164,12 @@ def _of_hub(repo: str, revision: str | None) -> Shape:
     folder = config_path.parent
     commit = folder.name
     name = repo if revision is None else f"{repo}@{revision}"
-    if (folder / SINGLE).is_file():
+    if (folder / safetensors.SINGLE).is_file():
         return of_folder(folder, name)
-    index = hub.small_file(repo, INDEX, commit)
-    files = [SINGLE]
+    index = hub.small_file(repo, safetensors.INDEX, commit)
+    files = [safetensors.SINGLE]
     if index is not None:
-        files = hub.indexed_files(index)
+        files = safetensors.indexed_files(index)
     if index is not None and all((folder / file).is_file() for file in files):
         return of_folder(folder, name)
     config = tensors.read_config(folder)
@@ -181,10 +180,10 @@ def _of_hub(repo: str, revision: str | None) -> Shape:
         if remote is None:
             return _without_headers(name, config, read)
         start = remote.read(0, FIRST_BYTES)
-        length = tensors.header_length(start[:8], remote.size, f"{repo}/{file}")
+        length = safetensors.header_length(start[:8], remote.size, f"{repo}/{file}")
         if 8 + length > len(start):
             start += remote.read(len(start), 8 + length)
-        headers.append(tensors.parse_header(start[8 : 8 + length], remote.size, f"{repo}/{file}"))
+        headers.append(safetensors.parse_header(start[8 : 8 + length], remote.size, f"{repo}/{file}"))
         read += remote.read_bytes
     if config.get("quantization_config") is not None:
         return _of(name, config, tensors_of(config), "config.json (weights are quantised already)", read)

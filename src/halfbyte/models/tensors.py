@@ -17,18 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from halfbyte.errors import SourceError
+from halfbyte.models.sources.safetensors import DTYPE_BITS, read_header, weight_files
 
 Role = Literal["linear", "embedding", "head", "norm", "bias", "expert", "router", "other"]
-
-DTYPE_BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-    **dict.fromkeys(("F4",), 4),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-}
-_HEADER_LIMIT_BYTES = 100_000_000  # the format's own limit
 
 # The last dotted part before `.weight` decides; these are the names met in transformers' causal-LM checkpoints.
 _EMBEDDINGS = re.compile(r"embed(ding)?s?$|^embed_(tokens|in|positions)$|^w[tp]e$|^shared$")
@@ -135,80 +126,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return value
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, as its index lists them or as they lie there."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise SourceError(f"{index} is not an index of safetensors files: {error!r}.") from error
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise SourceError(
-                f"{folder} lacks {len(missing)} of the {len(names)} files in its index: {', '.join(missing[:5])}.",
-                fix="download the model again; what is there already is kept",
-            )
-        return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    if files:
-        return files
-    pickles = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
-    if pickles:
-        raise SourceError(
-            f"{folder} has only pickled weights ({', '.join(pickles[:3])}), which can run code when they are opened.",
-            fix="use a revision with .safetensors files, or set allow_pickle: true if you trust the source",
-        )
-    raise SourceError(f"{folder} has no .safetensors file.", fix="name the folder that holds the weights")
-
-
-def read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Name -> {dtype, shape, data_offsets} of one safetensors file, checked against the file's size.
-
-    Raises:
-        SourceError: the file is cut short, or its header is not a safetensors header.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = header_length(stream.read(8), size, str(file))
-        return parse_header(stream.read(length), size, str(file))
-
-
-def header_length(start: bytes, size: int, name: str) -> int:
-    """Bytes of the JSON header of a safetensors file of `size` bytes, from its first eight."""
-    if len(start) < 8:
-        raise SourceError(
-            f"{name} is cut short: {size} bytes, and the header's length alone takes 8.", fix="download it again"
-        )
-    length = int.from_bytes(start[:8], "little")
-    if length > _HEADER_LIMIT_BYTES:
-        raise SourceError(f"{name} is not a safetensors file: it says that its header has {length} bytes.")
-    if length > size - 8:
-        raise SourceError(
-            f"{name} is cut short: its header has {length} bytes, the file {size}.", fix="download it again"
-        )
-    return length
-
-
-def parse_header(raw: bytes, size: int, name: str) -> dict[str, dict[str, Any]]:
-    """The entries of a header in the order of their data; `name` and `size` are those of its file."""
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        for key, entry in header.items():
-            _check_entry(key, entry)
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise SourceError(f"{name} has a header that is not a safetensors header: {error}.") from error
-    end = 8 + len(raw) + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if end > size:
-        raise SourceError(
-            f"{name} is cut short: its tensors end at byte {end}, the file at {size}.", fix="download it again"
-        )
-    return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]))
-
-
 def spec_of(name: str, shape: tuple[int, ...], dtype: str, config: Mapping[str, Any]) -> TensorSpec:
     """What one tensor is, from its name, its shape and the config."""
     layer = _LAYER.search(name)
@@ -289,16 +206,6 @@ def _role(name: str, shape: tuple[int, ...], config: Mapping[str, Any], *, in_la
     if _EMBEDDINGS.search(module) is not None or (not in_layer and shape[0] == _first(config, "vocab_size")):
         return "embedding"
     return "linear"
-
-
-def _check_entry(name: str, entry: Any) -> None:
-    shape, dtype, (begin, end) = entry["shape"], entry["dtype"], entry["data_offsets"]
-    if dtype not in DTYPE_BITS:
-        raise ValueError(f"{name} has the unknown dtype {dtype!r}")
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
-        raise ValueError(f"{name} has the shape {shape!r} and the offsets {begin!r}, {end!r}")
-    if end - begin != (math.prod(shape) * DTYPE_BITS[dtype] + 7) // 8:
-        raise ValueError(f"{name} has {end - begin} bytes, which do not hold {dtype} {shape}")
 
 
 def _experts(config: Mapping[str, Any]) -> int:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from halfbyte.models.tensors import DTYPE_BITS, TensorSpec
+from halfbyte.models.sources.safetensors import DTYPE_BITS
+from halfbyte.models.tensors import TensorSpec
 from halfbyte.plan.lines import Line
 from halfbyte.quant import formats, policy
 from halfbyte.quant.number_format import Part

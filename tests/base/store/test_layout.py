@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from halfbyte.base.store import shelf, supply
 from halfbyte.errors import BaseModelError
 from halfbyte.models import tensors as shapes
+from halfbyte.models.sources.safetensors import read_header
 from halfbyte.quant import bnb as codec
 from tests import tiny
 from tests.base.store.helpers import checkpoint, differing, logits, opened, wanted
@@ -137,7 +138,7 @@ def test_one_layer_a_file_on_pages_of_its_own(tmp_path: Path) -> None:
     large = {"model-model-embed_tokens-weight.safetensors", "model-lm_head-weight.safetensors"}
     assert files == layers | large | {"model-rest.safetensors"}
     for name in files:
-        header = shapes.read_header(folder / name)
+        header = read_header(folder / name)
         with (folder / name).open("rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
         assert start % 4096 == 0

@@ -28,12 +28,12 @@ from halfbyte.base.store.reading import Source, torch_dtypes
 from halfbyte.base.store.writer import Writer
 from halfbyte.errors import HalfbyteError, StoreError
 from halfbyte.models.sources.checkpoint import Checkpoint, beside_bytes, beside_weights
+from halfbyte.models.sources.safetensors import INDEX
 from halfbyte.plan import building
 from halfbyte.quant import formats, linear_subclasses
 from halfbyte.system import files
 
 JOURNAL = "journal.jsonl"
-INDEX = "model.safetensors.index.json"
 POLL_SECONDS = 0.1
 SPARE_BYTES = 1 << 20
 _MORE_ROOM = (

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from halfbyte.models import tensors
+from halfbyte.models.sources import safetensors
 
 # Reads in flight; they wait for the disk, not for a core.
 THREADS = 16
@@ -41,8 +41,8 @@ def _read_file(path: Path) -> int:
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         size = os.fstat(fd).st_size
-        length = tensors.header_length(os.pread(fd, 8, 0), size, str(path))
-        header = tensors.parse_header(os.pread(fd, length, 8), size, str(path))
+        length = safetensors.header_length(os.pread(fd, 8, 0), size, str(path))
+        header = safetensors.parse_header(os.pread(fd, length, 8), size, str(path))
         wanted = pages(header, 8 + length)
         for page in wanted:
             os.pread(fd, mmap.PAGESIZE, page * mmap.PAGESIZE)

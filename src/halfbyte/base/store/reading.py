@@ -15,7 +15,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 from halfbyte.errors import StoreError, first_line
-from halfbyte.models import tensors
+from halfbyte.models.sources import safetensors
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Source:
 
     def _index(self) -> None:
         for file in self.files:
-            header = tensors.read_header(file)
+            header = safetensors.read_header(file)
             with file.open("rb") as stream:
                 data = 8 + int.from_bytes(stream.read(8), "little")
             for name, entry in header.items():

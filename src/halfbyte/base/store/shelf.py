@@ -23,9 +23,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 from halfbyte.base.store import manifest
 from halfbyte.errors import StoreError
-from halfbyte.models import tensors
 from halfbyte.models.sources.checkpoint import Checkpoint
-from halfbyte.models.sources.folder import PICKLE, PICKLE_INDEX, indexed_shards
+from halfbyte.models.sources.folder import PICKLE, PICKLE_INDEX
+from halfbyte.models.sources.safetensors import indexed_files, weight_files
 from halfbyte.system import files
 from halfbyte.system.files import cache_dir
 
@@ -118,10 +118,10 @@ def identity(checkpoint: Checkpoint) -> dict[str, Any]:
 def source_files(checkpoint: Checkpoint) -> list[Path]:
     """The files that hold the source's weights."""
     if not checkpoint.pickle:
-        return tensors.weight_files(checkpoint.path)
+        return weight_files(checkpoint.path)
     if (checkpoint.path / PICKLE).is_file():
         return [checkpoint.path / PICKLE]
-    return [checkpoint.path / shard for shard in indexed_shards(checkpoint.path / PICKLE_INDEX)[0]]
+    return [checkpoint.path / shard for shard in indexed_files(checkpoint.path / PICKLE_INDEX)]
 
 
 def hold(key: str) -> None:

@@ -12,13 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import SourceError
+from halfbyte.models.sources.safetensors import INDEX, SINGLE, indexed_files, read_header
 
-SAFETENSORS = "model.safetensors"
-SAFETENSORS_INDEX = "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
-# The format's own limit on its JSON header.
-MAX_HEADER_BYTES = 100_000_000
 
 
 def check_folder(folder: Path, *, allow_pickle: bool, label: str | None = None) -> bool:
@@ -42,11 +39,10 @@ def check_folder(folder: Path, *, allow_pickle: bool, label: str | None = None) 
 
     problems = [problem for problem in [_config_problem(folder / "config.json")] if problem]
     pickled = False
-    if SAFETENSORS in files:
-        problems += _safetensors_problems(folder, [SAFETENSORS])
-    elif SAFETENSORS_INDEX in files:
-        shards, bad = indexed_shards(folder / SAFETENSORS_INDEX)
-        problems += bad + _safetensors_problems(folder, shards)
+    if SINGLE in files:
+        problems += _problems(folder, SINGLE)
+    elif INDEX in files:
+        problems += _problems(folder, INDEX)
     elif PICKLE in files or PICKLE_INDEX in files:
         if not allow_pickle:
             raise SourceError(
@@ -55,12 +51,11 @@ def check_folder(folder: Path, *, allow_pickle: bool, label: str | None = None) 
                 fix="use a revision or a copy with safetensors, or, if you trust it, set allow_pickle: true",
             )
         pickled = True
-        problems += _pickle_problems(folder, files)
+        problems += _problems(folder, PICKLE if PICKLE in files else PICKLE_INDEX)
     else:
         seen = sorted(f for f in files if f.endswith((".safetensors", ".gguf", ".bin", ".pt", ".pth", ".h5")))
         problems.append(
-            f"no weights: expected {SAFETENSORS} or {SAFETENSORS_INDEX}"
-            + (f", found {', '.join(seen[:5])}" if seen else "")
+            f"no weights: expected {SINGLE} or {INDEX}" + (f", found {', '.join(seen[:5])}" if seen else "")
         )
     if problems:
         raise SourceError(
@@ -70,65 +65,29 @@ def check_folder(folder: Path, *, allow_pickle: bool, label: str | None = None) 
     return pickled
 
 
-def indexed_shards(index: Path) -> tuple[list[str], list[str]]:
-    """The shard files that an index names, and what is wrong with the index."""
-    content, problem = _read_json(index)
-    if problem:
-        return [], [problem]
-    weight_map = content.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        return [], [f"{index.name} has no weight_map"]
-    shards = sorted({str(shard) for shard in weight_map.values()})
-    # A shard is a file beside its index: a path could point anywhere on this disk.
-    outside = [shard for shard in shards if Path(shard).name != shard]
-    return [s for s in shards if s not in outside], [f"{index.name} names a path, not a file: {s}" for s in outside]
-
-
-def safetensors_problem(path: Path) -> str | None:
-    """What is wrong with one safetensors file, from its header and its size alone."""
+def _problems(folder: Path, weights: str) -> list[str]:
+    """What is wrong with the weights: one file, or an index and all files that it names."""
     try:
-        size_bytes = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or not 2 <= length <= MAX_HEADER_BYTES:
-                return f"{path.name} is not a safetensors file ({size_bytes:,} bytes)"
-            header_bytes = file.read(length)
+        names = indexed_files(folder / weights) if weights.endswith(".json") else [weights]
+    except SourceError as error:
+        return [error.message.rstrip(".")]
+    return [problem for name in names if (problem := _problem(folder / name))]
+
+
+def _problem(file: Path) -> str | None:
+    """What is wrong with one file, from its header and its size alone."""
+    try:
+        if file.suffix == ".safetensors":
+            read_header(file, file.name)
+        elif file.stat().st_size == 0:
+            return f"{file.name} is empty"
     except FileNotFoundError:
-        return f"{path.name} is missing"
+        return f"{file.name} is missing"
     except OSError as error:
-        return f"{path.name} cannot be read: {error.strerror or error}"
-    if len(header_bytes) < length:
-        return f"{path.name} is cut short inside its header: {size_bytes:,} bytes of at least {8 + length:,}"
-    try:
-        header = json.loads(header_bytes)
-        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-        data_bytes = int(max(ends, default=0))
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        return f"{path.name} is not a safetensors file: its header cannot be read"
-    expected_bytes = 8 + length + data_bytes
-    if size_bytes < expected_bytes:
-        return f"{path.name} is cut short: {size_bytes:,} bytes of {expected_bytes:,}"
-    if size_bytes > expected_bytes:
-        return f"{path.name} has {size_bytes - expected_bytes:,} bytes more than its header says"
+        return f"{file.name} cannot be read: {error.strerror or error}"
+    except SourceError as error:
+        return error.message.rstrip(".")
     return None
-
-
-def _safetensors_problems(folder: Path, shards: list[str]) -> list[str]:
-    return [problem for shard in shards if (problem := safetensors_problem(folder / shard))]
-
-
-def _pickle_problems(folder: Path, files: set[str]) -> list[str]:
-    bad: list[str] = []
-    shards = [PICKLE]
-    if PICKLE not in files:
-        shards, bad = indexed_shards(folder / PICKLE_INDEX)
-    for shard in shards:
-        if not (folder / shard).is_file():
-            bad.append(f"{shard} is missing")
-        elif (folder / shard).stat().st_size == 0:
-            bad.append(f"{shard} is empty")
-    return bad
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], str | None]:
@@ -173,5 +132,5 @@ def _no_config(folder: Path, files: set[str], name: str) -> SourceError:
     found = ", ".join(sorted(files)[:5]) or "nothing"
     return SourceError(
         f"{name} is not a checkpoint: it has no config.json (found {found})",
-        fix=f"give a folder with config.json and {SAFETENSORS} (or {SAFETENSORS_INDEX} and its shards)",
+        fix=f"give a folder with config.json and {SINGLE} (or {INDEX} and its shards)",
     )

@@ -8,7 +8,6 @@ Cost: two requests to find the commit and its files; a whole snapshot that is ca
 from __future__ import annotations
 
 import errno
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,9 @@ from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.folder import (
     PICKLE,
     PICKLE_INDEX,
-    SAFETENSORS,
-    SAFETENSORS_INDEX,
     check_folder,
-    indexed_shards,
 )
+from halfbyte.models.sources.safetensors import INDEX, SINGLE, indexed_files
 
 HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^@\s]+))?")
 # Everything a model needs but its weights. Code is fetched because it is small; running it is another question.
@@ -42,7 +39,7 @@ DESCRIPTION = [
     "*.py",
 ]
 # Not `*.safetensors`: some repositories hold the same weights a second time under another name.
-WEIGHTS = [SAFETENSORS, SAFETENSORS_INDEX, "model-*.safetensors"]
+WEIGHTS = [SINGLE, INDEX, "model-*.safetensors"]
 PICKLED_WEIGHTS = [PICKLE, PICKLE_INDEX, "pytorch_model-*.bin"]
 # fnmatch's star crosses folders; what lies in one (onnx/, original/) is never read.
 SUBFOLDERS = ["*/*"]
@@ -61,11 +58,10 @@ def fetch(model: str, *, allow_pickle: bool) -> Checkpoint:
     folder = _download(repo, revision, DESCRIPTION + WEIGHTS)
     # The snapshot folder is named by its commit; what follows must come from the same one.
     commit = folder.name
-    if (folder / SAFETENSORS_INDEX).is_file() and not (folder / SAFETENSORS).is_file():
-        shards, _ = indexed_shards(folder / SAFETENSORS_INDEX)
-        if lacking := [shard for shard in shards if not (folder / shard).is_file()]:
+    if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
+        if lacking := [shard for shard in indexed_files(folder / INDEX) if not (folder / shard).is_file()]:
             _download(repo, commit, lacking)
-    elif not (folder / SAFETENSORS).is_file():
+    elif not (folder / SINGLE).is_file():
         _other_weights(repo, commit, allow_pickle=allow_pickle)
     pickled = check_folder(folder, allow_pickle=allow_pickle, label=model)
     return Checkpoint(path=folder, id=repo, revision=commit, kind="hub", pickle=pickled)
@@ -120,14 +116,6 @@ def small_file(repo: str, file: str, revision: str | None) -> Path | None:
         return None
     except Exception as error:  # of any kind, as in `_download`
         explain(error, repo, revision or "main")
-
-
-def indexed_files(index: Path) -> list[str]:
-    """The files that an index of safetensors names."""
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise SourceError(f"{index} is not an index of safetensors files: {error!r}.") from error
 
 
 # After a connection that ended without an answer, or a server that is busy: three seconds in all.
