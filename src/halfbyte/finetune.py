@@ -151,7 +151,7 @@ def _assembled(job: PlannedRun, tell: Listener, notices: list[str]) -> Assembled
     tell.note("base", base.origin)
 
     def place(model: Model) -> stream.Placed:
-        placed, elsewhere = fit.place(model, plan, asked=recipe.quant.placement != "auto")
+        placed, elsewhere = stream.place_as_planned(model, plan.placement, asked=recipe.quant.placement != "auto")
         notices.extend([f"placement: {elsewhere}"] if elsewhere else [])
         tell.note("placement", f"{placed} ({elsewhere or plan.reasons['placement']})")
         return placed

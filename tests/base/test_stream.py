@@ -280,15 +280,18 @@ def test_a_base_that_was_quantised_while_loading_cannot_be_on_disk(tmp_path: Pat
     assert embedding.data_ptr() == before
 
 
-def test_auto_maps_what_fits_in_half_of_free_memory(llama: Path, tmp_path: Path) -> None:
+def test_a_base_that_no_file_holds_stays_resident_unless_the_recipe_asks_otherwise(llama: Path) -> None:
     model = mapped.open_model(llama)
-    size = stream._bytes(stream._tensors(model))
-    assert stream.choose("auto", model, 2 * size)[0] == "mapped"
-    placement, why = stream.choose("auto", model, 2 * size - 2)
-    assert placement == "streamed" and "more than 50%" in why
-    assert stream.choose("mapped", model, size) == ("mapped", "as the recipe says")
+    placed, why = stream.place_as_planned(model, "streamed", asked=False)
+    assert (placed.placement, why) == ("streamed", "")
+    placed.remove()
     stream.place(model, "resident")
-    assert stream.choose("auto", model, size)[0] == "resident"
+    for wanted in ("mapped", "streamed"):
+        placed, why = stream.place_as_planned(model, wanted, asked=False)
+        assert placed.placement == "resident" and why.startswith(f"planned {wanted}, but its weights are not on disk")
+        with pytest.raises(BaseModelError, match="private memory"):
+            stream.place_as_planned(model, wanted, asked=True)
+    assert stream.place_as_planned(model, "resident", asked=False)[1] == ""
 
 
 def test_without_pagemap_streaming_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,10 @@ from halfbyte.models import structure
 from halfbyte.quant import formats
 from halfbyte.system import pages
 
+if TYPE_CHECKING:
+    from halfbyte.types import Model
+
 Placement = Literal["resident", "mapped", "streamed"]
-# Share of free memory that a mapped base may take by choice; beyond it the system would page what the next layer needs.
-MAPPED_SHARE = 0.5
 # How many layers are read ahead: one is read while one computes, and the disk never waits for the second.
 AHEAD = 2
 
@@ -116,17 +117,23 @@ class Placed:
             self.stream, self.placement, self.layers = None, "mapped", 0
 
 
-def choose(asked: Placement | Literal["auto"], model: Any, free_bytes: int) -> tuple[Placement, str]:
-    """The placement of an open base, and why. A base that was quantised while loading can only be resident."""
-    if asked != "auto":
-        return asked, "as the recipe says"
-    if not is_mapped(model):
-        return "resident", "auto: it does not lie in a file as it is computed with"
-    size = _bytes(_tensors(model))
-    share = f"{size / 1e9:.2f} GB, {free_bytes / 1e9:.1f} GB free"
-    if size <= MAPPED_SHARE * free_bytes:
-        return "mapped", f"auto: {share}"
-    return "streamed", f"auto: {share}, more than {MAPPED_SHARE:.0%} of it"
+def place_as_planned(model: Model, placement: str, *, asked: bool) -> tuple[Placed, str]:
+    """Put the base where a plan says.
+
+    Args:
+        placement: of the plan; `split` is over cards, where loading put it already.
+        asked: the recipe asks for it: then what is not possible is an error.
+
+    Returns:
+        Where the base is, and why if that is not the plan's placement.
+    """
+    if placement == "split":
+        return place(model, "resident"), ""
+    wanted: Placement = "streamed" if placement == "streamed" else "mapped" if placement == "mapped" else "resident"
+    if wanted != "resident" and not asked and not is_mapped(model):
+        why = f"planned {wanted}, but its weights are not on disk in the form they are computed in"
+        return place(model, "resident"), why
+    return place(model, wanted), ""
 
 
 def place(model: Any, placement: Placement, *, mover: Mover | None = None) -> Placed:

@@ -56,7 +56,7 @@ def score(
     batches: Sequence[Batch],
     *,
     sampling: Sampling,
-    batch_size: int = 16,
+    batch_size: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Score:
     """Evaluate on `examples` (for generation) and their packed `batches` (for the loss).

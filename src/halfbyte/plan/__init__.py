@@ -8,7 +8,8 @@ Cost: a few milliseconds; no torch.
 from __future__ import annotations
 
 from halfbyte.plan import choose, fixes
-from halfbyte.plan.choose import MARGIN, MAX_TOKENS_PER_MICRO_BATCH, count
+from halfbyte.plan.choose import GENERATED_TOKENS, MARGIN, MAX_TOKENS_PER_MICRO_BATCH, count
+from halfbyte.plan.inference import InferencePlan, Trained, plan_inference
 from halfbyte.plan.job import Job, Rows
 from halfbyte.plan.layer import FAMILIES
 from halfbyte.plan.lines import GB, ITEMSIZE, Fix, Line, Plan, Time
@@ -16,8 +17,8 @@ from halfbyte.plan.timing import Rates
 from halfbyte.system.device import Device
 
 __all__ = [
-    "FAMILIES", "GB", "ITEMSIZE", "MARGIN", "MAX_TOKENS_PER_MICRO_BATCH", "Fix", "Job", "Line",
-    "Plan", "Rates", "Rows", "Time", "count", "make",
+    "FAMILIES", "GB", "GENERATED_TOKENS", "ITEMSIZE", "MARGIN", "MAX_TOKENS_PER_MICRO_BATCH", "Fix", "InferencePlan",
+    "Job", "Line", "Plan", "Rates", "Rows", "Time", "Trained", "count", "make", "plan_inference",
 ]  # fmt: skip
 
 

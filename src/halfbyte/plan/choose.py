@@ -46,17 +46,10 @@ def make(job: Job, device: Device, rates: Rates | None = None) -> Plan:
 
 def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recompute: Recompute, tokens: int) -> Plan:
     """The plan of given choices: its lines, peaks, disk and time. `reasons` are empty."""
-    on_cpu = device.kind == "cpu"
-    where: Where = "private" if on_cpu else "device"
+    where, available = computes_in(device), available_bytes(device)
     cards = max(1, len(device.cards)) if placement == "split" else 1
-    available = device.ram_available_bytes if on_cpu else min((card.free_bytes for card in device.cards), default=0)
     largest = peak.largest_micro_batch(job, tokens)
-    process = held.process_lines(device, job)
-    around: tuple[Line, ...] = process
-    host: tuple[Line, ...] = ()
-    if not on_cpu:
-        context = Line("CUDA context", held.CUDA_CONTEXT_BYTES, "a round figure for each card", "", "device")
-        around, host = (context,), process
+    around, host = process_lines(job, device)
     trained = _share(held.training_lines(job, where, recompute), cards)
     during = peak.step_lines(job, largest, recompute, where, cards)
     micro_batches = -(-job.step_tokens // max(1, largest.tokens))
@@ -64,7 +57,7 @@ def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recom
         job, where, micro_batches=micro_batches, micro_batch_bytes=sum(line.bytes for line in during)
     )
     during = (*_share((gradients,), cards), *during)
-    room = _room_for_pages((*around, *trained, *during), available)
+    room = room_for_pages((*around, *trained, *during), available)
     fixed = (*around, *held.base_lines(job, placement, cards, where, room), *trained)
     fixed_bytes = sum(line.bytes for line in fixed)
     in_files = placement in ("mapped", "streamed")
@@ -79,7 +72,7 @@ def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recom
         host_lines=host,
         disk=held.disk_lines(job, store=job.mappable),
         loading_bytes=held.loading_bytes(job, placement, fixed) // cards,
-        evaluating_bytes=fixed_bytes + peak.evaluating_bytes(job, largest) if len(job.rows.evaluated) else 0,
+        evaluating_bytes=fixed_bytes + peak.evaluating_bytes(job, tokens) if len(job.rows.evaluated) else 0,
         generating_bytes=fixed_bytes + peak.generating_bytes(job, GENERATED_TOKENS),
         available_bytes=available,
         host_available_bytes=device.ram_available_bytes,
@@ -94,7 +87,26 @@ def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recom
     )
 
 
-def _room_for_pages(lines: Iterable[Line], available: int) -> float:
+def available_bytes(device: Device) -> int:
+    """What is free where the model computes: in RAM, or on the fullest card."""
+    if device.kind == "cpu":
+        return device.ram_available_bytes
+    return min((card.free_bytes for card in device.cards), default=0)
+
+
+def computes_in(device: Device) -> Where:
+    return "private" if device.kind == "cpu" else "device"
+
+
+def process_lines(job: Job, device: Device) -> tuple[tuple[Line, ...], tuple[Line, ...]]:
+    """The process's own lines, where the model computes, and in RAM beside a card."""
+    process = held.process_lines(device, job)
+    if device.kind == "cpu":
+        return process, ()
+    return (Line("CUDA context", held.CUDA_CONTEXT_BYTES, "a round figure for each card", "", "device"),), process
+
+
+def room_for_pages(lines: Iterable[Line], available: int) -> float:
     """Bytes of a mapped file that stay in memory beside `lines`."""
     private = sum(line.bytes for line in lines if line.where != "file")
     libraries = sum(line.bytes for line in lines if line.where == "file")
@@ -130,16 +142,16 @@ def _candidates(job: Job, device: Device, rates: Rates) -> Iterator[Plan]:
         # a base that is read from disk is read for every micro-batch, so a whole step in one is worth having
         read_again = placement == "streamed" and job.base_bytes > PLENTY * device.ram_available_bytes
         cap = max(longest, whole if read_again else min(MAX_TOKENS_PER_MICRO_BATCH, whole))
-        sizes = (max(asked, 1),) if isinstance(asked, int) else tuple(_sizes(longest, cap))
+        budgets = (max(asked, 1),) if isinstance(asked, int) else tuple(sizes(longest, cap))
         for recompute in policies(job)[0]:
-            for tokens in sizes:
+            for tokens in budgets:
                 plan = count(job, device, rates, placement=placement, recompute=recompute, tokens=tokens)
                 # the kernel's paging does not know which layer is next; streaming does
                 if placement_asked or placement != "mapped" or not plan.read_bytes:
                     yield plan
 
 
-def _sizes(longest: int, largest: int) -> Iterator[int]:
+def sizes(longest: int, largest: int) -> Iterator[int]:
     """Sizes of a micro-batch to try: the largest, then 7/8 of the one before, down to the longest example alone."""
     size = largest
     while size > longest:
@@ -159,7 +171,7 @@ def _share_needed(plan: Plan) -> float:
 
 def _told(plan: Plan, plans: list[Plan], job: Job, *, tight: bool = False) -> Plan:
     reasons = {
-        "placement": _why_placement(plan, job),
+        "placement": why_placement(plan.placement, job, plan.available_bytes, short=bool(plan.short_bytes)),
         "recompute": _why_recompute(plan, plans, job),
         "max_tokens_per_micro_batch": _why_tokens(plan, plans, job),
     }
@@ -183,19 +195,19 @@ def _told(plan: Plan, plans: list[Plan], job: Job, *, tight: bool = False) -> Pl
     return replace(plan, reasons=reasons, warnings=tuple(warnings))
 
 
-def _why_placement(plan: Plan, job: Job) -> str:
+def why_placement(placement: Placement, job: Job, available: int, *, short: bool = False) -> str:
     if job.recipe.quant.placement != "auto":
         return "as the recipe says"
-    if plan.placement == "split":
+    if placement == "split":
         return "the base and its activations do not fit on one card"
-    if plan.placement == "streamed":
+    if placement == "streamed":
         return (
-            f"the base of {job.base_bytes / GB:.1f} GB does not stay in {plan.available_bytes / GB:.1f} GB beside the "
-            "rest, so its layers are read from disk as they are needed"
+            f"the base of {job.base_bytes / GB:.1f} GB does not stay in {available / GB:.1f} GB beside the rest, so "
+            "its layers are read from disk as they are needed"
         )
-    if plan.placement == "mapped":
+    if placement == "mapped":
         return "it fits, and pages of its file need no copy"
-    return "it fits" if not plan.short_bytes else "the only placement that this machine supports"
+    return "the only placement that this machine supports" if short else "it fits"
 
 
 def _why_recompute(plan: Plan, plans: list[Plan], job: Job) -> str:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
 
+from halfbyte.models import tensors
 from halfbyte.models.lora_sites import Site, sites, trainable
+from halfbyte.models.sources.checkpoint import Checkpoint, beside_bytes
 from halfbyte.models.tensors import Facts, TensorSpec
 from halfbyte.plan.building import Building
 from halfbyte.plan.layer import Layer, layer_of
@@ -22,6 +24,7 @@ from halfbyte.system.device import Device, compute_dtype
 
 if TYPE_CHECKING:
     from halfbyte.recipe.schema import Recipe
+    from halfbyte.types import Model
 
 # Without rows at hand: a common shape of instruction data, told as an assumption.
 ASSUMED_ROWS = 1000
@@ -80,6 +83,14 @@ class Rows:
         return replace(self, lengths=lengths, labelled=labelled, evaluated=evaluated)
 
 
+class More(TypedDict, total=False):
+    """What a caller may know beside checkpoint and rows; as the fields of `Job`."""
+
+    targets: Sequence[str] | str | None
+    packed: bool
+    steps: int
+
+
 @dataclass(frozen=True)
 class Job:
     """One training to be planned.
@@ -130,6 +141,22 @@ class Job:
             mappable=mappable and on_cpu, kernels=on_cpu and dtype in ("bf16", "fp32"), packed=packed, steps=steps,
             beside_bytes=beside_bytes,
         )  # fmt: skip
+
+    @classmethod
+    def of_checkpoint(
+        cls, recipe: Recipe, checkpoint: Checkpoint, model: Model, rows: Rows, device: Device, **more: Unpack[More]
+    ) -> Job:
+        """From the headers of a checkpoint; from `model` where it has none (pickled weights, or quantised ones)."""
+        config = tensors.read_config(checkpoint.path)
+        if checkpoint.pickle or config.get("quantization_config") is not None:
+            specs = [tensors.spec_of(name, tuple(p.shape), "BF16", config) for name, p in model.named_parameters()]
+        else:
+            specs = tensors.read_checkpoint(checkpoint.path)
+        facts = tensors.facts_of(config, specs)
+        # a base that is quantised here is on disk, in its store, in the form that it is computed in
+        mappable = recipe.quant.quantises or None
+        beside = beside_bytes(checkpoint.path)
+        return cls.of(recipe, specs, facts, rows, device, mappable=mappable, beside_bytes=beside, **more)
 
     @property
     def itemsize(self) -> int:

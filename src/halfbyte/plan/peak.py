@@ -14,6 +14,8 @@ from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
+
 from halfbyte.plan.job import Job
 from halfbyte.plan.layer import PADDED, pairs_of
 from halfbyte.plan.lines import Line, Recompute, Where
@@ -127,8 +129,20 @@ def logits_bytes(job: Job, labelled: int) -> int:
     return rows * job.facts.vocab * (job.itemsize if job.kernels else job.itemsize + 8)
 
 
-def evaluating_bytes(job: Job, largest: MicroBatch) -> int:
+def evaluation_micro_batch(job: Job, tokens: int) -> MicroBatch:
+    """The worst micro-batch of at most `tokens` of the held-out rows."""
+    most = job.recipe.train.per_device_eval_batch_size if job.packed else 1
+    taken: list[int] = []
+    for length in np.sort(job.rows.evaluated)[::-1].tolist():
+        if len(taken) == most or (taken and sum(taken) + length > tokens):
+            break
+        taken.append(length)
+    return MicroBatch(tuple(taken) or (1,), round(sum(taken) * job.rows.labelled_share))
+
+
+def evaluating_bytes(job: Job, most_tokens: int) -> int:
     """The peak of an evaluation's micro-batch above what is held: no tensor is kept for backward."""
+    largest = evaluation_micro_batch(job, most_tokens)
     c, tokens = job.itemsize, largest.tokens
     pairs = pairs_of(job.layer, largest.lengths)
     inside = tokens * job.layer.mlp + job.layer.pair * pairs

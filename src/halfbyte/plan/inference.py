@@ -1,0 +1,138 @@
+"""The plan of a finished run's use: where its base is kept, and how much an evaluation or a generation takes at once.
+
+Why: what fitted while training must fit afterwards. So the choices are those of `choose.py`, on the same lines of
+memory, without gradients and optimiser; and an evaluation's micro-batch is never larger than the training's was.
+Cost: a few milliseconds; no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from halfbyte.plan import choose, held, peak
+from halfbyte.plan.job import Job
+from halfbyte.plan.lines import Line, Placement
+from halfbyte.system.device import Device
+
+MAX_SEQUENCES = 16  # more at once generate no faster, they only take memory
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run's own plan chose, and what it needed of the memory that was free then."""
+
+    placement: str
+    max_tokens_per_micro_batch: int
+    needed_bytes: int
+    available_bytes: int
+
+    @classmethod
+    def of(cls, plan: Mapping[str, object]) -> Trained | None:
+        """From `plan.json`; None where it is from another version."""
+        sizes = [plan.get(name) for name in ("max_tokens_per_micro_batch", "needed_bytes", "available_bytes")]
+        if not all(isinstance(size, int) for size in sizes):
+            return None
+        return cls(str(plan.get("placement")), *(size for size in sizes if isinstance(size, int)))
+
+
+@dataclass(frozen=True)
+class InferencePlan:
+    """Placement of the base, tokens of an evaluation's micro-batch, and how many sequences are generated together.
+
+    `lines` are held all the time; `evaluating_bytes` and `generating_bytes` must be in memory at the peak of each,
+    pages that the kernel may drop not counted.
+    """
+
+    placement: Placement
+    reason: str
+    max_tokens_per_micro_batch: int
+    sequences: int
+    lines: tuple[Line, ...]
+    evaluating_bytes: int
+    generating_bytes: int
+    available_bytes: int
+
+    @property
+    def needed_bytes(self) -> int:
+        return max(self.evaluating_bytes, self.generating_bytes)
+
+
+def plan_inference(
+    job: Job,
+    device: Device,
+    trained: Trained | None = None,
+    *,
+    placement: Placement | None = None,
+    generated_tokens: int = choose.GENERATED_TOKENS,
+) -> InferencePlan:
+    """Choose for the rows of `job`: the first placement whose base stays in memory, with micro-batches as in training.
+
+    Args:
+        trained: the run's own plan; None for micro-batches as large as is useful.
+        placement: where the base is already; None to choose.
+        generated_tokens: of a sequence: its prompt and what is written.
+    """
+    plans = [
+        _with_base(job, device, trained, where, generated_tokens)
+        for where in ((placement,) if placement else _open_placements(job, device, trained))
+    ]
+    stays = [plan for plan in plans if _stays(plan, job)]
+    fitting = [plan for plan in stays or plans[-1:] if plan.needed_bytes <= plan.available_bytes]
+    return (fitting or plans[-1:])[0]
+
+
+def _open_placements(job: Job, device: Device, trained: Trained | None) -> tuple[Placement, ...]:
+    """Placements to try, the fastest first; `streamed` alone where training streamed with as much memory as now."""
+    placements, asked = choose.placements(job, device)
+    if asked or trained is None or trained.placement != "streamed" or "streamed" not in placements:
+        return placements
+    return ("streamed",) if choose.available_bytes(device) <= trained.available_bytes else placements
+
+
+def _with_base(job: Job, device: Device, trained: Trained | None, placement: Placement, tokens: int) -> InferencePlan:
+    available, longest = choose.available_bytes(device), job.rows.longest
+    budget, cap = round((1 - choose.MARGIN) * available), choose.MAX_TOKENS_PER_MICRO_BATCH
+    if trained is not None:
+        cap = trained.max_tokens_per_micro_batch
+        if trained.needed_bytes <= available:  # training, too, went without the margin
+            budget = max(budget, trained.needed_bytes)
+    lines, busy_bytes = _held_lines(job, device, placement)
+    must = sum(line.bytes for line in lines if line.where != "file") + busy_bytes
+    sizes = [(n, must + peak.evaluating_bytes(job, n)) for n in choose.sizes(longest, max(longest, cap))]
+    counts = [(n, must + peak.generating_bytes(job, tokens, n)) for n in _halves(MAX_SEQUENCES)]
+    micro_batch, evaluating = _largest(sizes, budget)
+    sequences, generating = _largest(counts, budget)
+    why = choose.why_placement(placement, job, available)
+    return InferencePlan(placement, why, micro_batch, sequences, lines, evaluating, generating, available)
+
+
+def _held_lines(job: Job, device: Device, placement: Placement) -> tuple[tuple[Line, ...], int]:
+    """What is in memory whatever is done, where it computes; and the pages of the base that must be."""
+    where = choose.computes_in(device)
+    cards = max(1, len(device.cards)) if placement == "split" else 1
+    around, _ = choose.process_lines(job, device)
+    adapters = [line for line in held.training_lines(job, where, "none") if line.name.startswith("adapters")]
+    room = choose.room_for_pages((*around, *adapters), choose.available_bytes(device))
+    in_files = placement in ("mapped", "streamed")
+    base = held.base_lines(job, placement, cards, where, room)
+    return (*around, *base, *adapters), held.busy_file_bytes(job) if in_files else 0
+
+
+def _largest(sizes: Sequence[tuple[int, int]], budget: int) -> tuple[int, int]:
+    """The first (size, bytes) within a budget; the last, which is the smallest, if none is."""
+    return next((size for size in sizes if size[1] <= budget), sizes[-1])
+
+
+def _halves(size: int) -> Iterator[int]:
+    while size:
+        yield size
+        size //= 2
+
+
+def _stays(plan: InferencePlan, job: Job) -> bool:
+    """Whether all of a mapped base stays in memory at the peak; another placement does not need it."""
+    if plan.placement != "mapped" or job.recipe.quant.placement == "mapped":
+        return True
+    dropped = job.base_bytes - held.busy_file_bytes(job)
+    return plan.needed_bytes + dropped <= choose.CACHE_SHARE * plan.available_bytes
