@@ -121,7 +121,7 @@ def planned(row: Row) -> Planned:
     from halfbyte import plan
     from halfbyte.models import describe
     from halfbyte.plan.ahead import parse_device
-    from halfbyte.plan.compare import compare
+    from halfbyte.plan.alternatives import compare
     from halfbyte.recipe.schema import Recipe
 
     recipe = Recipe.model_validate({

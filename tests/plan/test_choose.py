@@ -14,7 +14,7 @@ from halfbyte.models.architectures import tensors_of
 from halfbyte.models.references import REFERENCES
 from halfbyte.models.tensors import facts_of
 from halfbyte.plan import MARGIN, Job, Plan, Rows, choose
-from halfbyte.plan.compare import compare
+from halfbyte.plan.alternatives import compare
 from halfbyte.plan.timing import Rates, assumed, step_time
 from halfbyte.quant.policy import encoded_bytes
 from halfbyte.recipe.schema import Recipe

@@ -16,7 +16,7 @@ from halfbyte.cli import show
 if TYPE_CHECKING:
     from halfbyte.plan import Line, Plan
     from halfbyte.plan.ahead import Planned
-    from halfbyte.plan.compare import Way
+    from halfbyte.plan.alternatives import Way
     from halfbyte.system.device import Device
     from halfbyte.training.preview import Resolution
 

@@ -7,7 +7,7 @@ Cost: a few milliseconds; no torch.
 
 from __future__ import annotations
 
-from halfbyte.plan import choose, fixes
+from halfbyte.plan import alternatives, choose
 from halfbyte.plan.choose import GENERATED_TOKENS, MARGIN, MAX_TOKENS_PER_MICRO_BATCH, count
 from halfbyte.plan.inference import InferencePlan, Trained, plan_inference
 from halfbyte.plan.job import Job, Rows
@@ -31,4 +31,4 @@ def make(job: Job, device: Device, rates: Rates | None = None) -> Plan:
     from dataclasses import replace
 
     plan = choose.make(job, device, rates)
-    return replace(plan, fixes=fixes.nearest(job, device, plan, rates))
+    return replace(plan, fixes=alternatives.nearest(job, device, plan, rates))

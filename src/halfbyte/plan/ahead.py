@@ -18,7 +18,7 @@ from halfbyte.errors import RecipeError
 from halfbyte.models import describe
 from halfbyte.models.sources.checkpoint import beside_bytes
 from halfbyte.plan import calibrate
-from halfbyte.plan.compare import Way, compare
+from halfbyte.plan.alternatives import Way, compare
 from halfbyte.recipe.schema import Loaded, Recipe
 from halfbyte.system.device import Card, Device, detect
 
