@@ -36,6 +36,8 @@ if __package__ in (None, ""):
 
 import psutil
 
+from halfbyte.base.config import open_config
+from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.models.sources.lookup import find_model, resolve
 from halfbyte.recipe.file import recipe_from
 from halfbyte.system import device
@@ -81,14 +83,13 @@ def pss_bytes(process: psutil.Process) -> int:
 def halfbyte_side(model: str, rows: Path) -> dict[str, Any]:
     """One start, in this process."""
     from halfbyte.adapters import lora
-    from halfbyte.base import load
     from halfbyte.models.structure import meta_model
     from halfbyte.training import fit, schedule
 
     recipe, machine = recipe_from(model, str(rows)).recipe, device.detect()
     found = find_model(recipe)
-    load.open_tokenizer(found, trust_remote_code=False)
-    meta_model(load.read_config(found.path, trust_remote_code=False), trust_remote_code=False)  # imports all
+    open_tokenizer(found, trust_remote_code=False)
+    meta_model(open_config(found.path, trust_remote_code=False), trust_remote_code=False)  # imports all
     baseline, began = pss_bytes(psutil.Process()), time.perf_counter()
     prepared = prepare.prepare(recipe)
     encoded = time.perf_counter()

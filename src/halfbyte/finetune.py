@@ -16,6 +16,7 @@ from halfbyte.adapters import lora
 from halfbyte.adapters.assembly import Assembled, assembled
 from halfbyte.base import load, stream
 from halfbyte.base.store import supply
+from halfbyte.base.tokenizer import check_vocabulary
 from halfbyte.data import collate, pack
 from halfbyte.errors import DataError
 from halfbyte.recipe.file import to_yaml
@@ -142,7 +143,7 @@ def _assembled(job: PlannedRun, tell: Listener, notices: list[str]) -> Assembled
         with_tokenizer=False,
         tell=supply.Tell(progress=tell.building, note=tell.note),
     )
-    load.check_vocabulary(prepared.checkpoint, prepared.tokenizer, base.model)
+    check_vocabulary(prepared.checkpoint, prepared.tokenizer, base.model)
     tell.note(
         "base",
         f"{prepared.checkpoint.id}: {recipe.quant.type}, {base.resident_bytes / 1e9:.3f} GB resident "

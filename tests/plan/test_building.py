@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from halfbyte.base import load
+from halfbyte.base.config import open_config
 from halfbyte.base.store import supply
 from halfbyte.models.sources.checkpoint import beside_weights
 from halfbyte.models.sources.lookup import resolve
@@ -50,7 +51,7 @@ def test_bytes_on_disk_within_one_percent(name: str, quant: dict[str, Any], tmp_
     found = resolve(str(checkpoint(tmp_path / "m", name)))
     settings = Quant(compute_dtype="bf16", **quant)
     specs = tuple(read_checkpoint(found.path))
-    wanted = load.want(found, load.read_config(found.path), settings, machine.detect(), specs)
+    wanted = load.want(found, open_config(found.path), settings, machine.detect(), specs)
     folder = supply.ensure(wanted, out=tmp_path / "store")
     seen = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     assert planned(found.path, settings).disk_bytes == pytest.approx(seen, rel=0.01)

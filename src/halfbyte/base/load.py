@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from halfbyte.base import residency
+from halfbyte.base.config import is_quantised_already, open_config
 from halfbyte.base.store import first_pages, shelf, supply
 from halfbyte.base.store.shelf import source_files
+from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.errors import BaseModelError, first_line
 from halfbyte.models import tensors
 from halfbyte.models.sources.checkpoint import Checkpoint
@@ -29,10 +31,9 @@ from halfbyte.system import device as machine
 
 if TYPE_CHECKING:
     from halfbyte.recipe.schema import Quant
+    from halfbyte.types import Config, Document, Model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# File names, without their ending, that any of transformers' tokenizers is read from.
-TOKENIZER_STEMS = frozenset({"tokenizer", "vocab", "spiece", "sentencepiece", "tekken"})
 # Quantising at load holds the source's pages and the result: measured 18.3 GB for 13.5 (docs/log.md).
 LOADING_SHARE = 1.4
 
@@ -41,7 +42,7 @@ LOADING_SHARE = 1.4
 class Base:
     """An open base. `expected_bytes` is what the TensorSpecs say under the policy, `resident_bytes` what is there."""
 
-    model: Any
+    model: Model
     tokenizer: Any
     checkpoint: Checkpoint
     specs: tuple[tensors.TensorSpec, ...]
@@ -79,61 +80,21 @@ def open_base(
         BaseModelError: the checkpoint asks for code of its own, lacks weights, is quantised in another way, or stays
             larger in memory than the policy says.
     """
-    folder = checkpoint.path
-    config = read_config(folder, trust_remote_code=trust_remote_code)
+    config = open_config(checkpoint.path, trust_remote_code=trust_remote_code)
     dtype_name, reason = machine.compute_dtype(device, quant.compute_dtype)
-    dtype = DTYPES[dtype_name]
-    specs = tuple(tensors.read_checkpoint(folder)) if not checkpoint.pickle else ()
-    heads = residency.head_names(config) if quant.skip_modules or quant.fp32_modules else ()
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:
-        _check_prequantised(quantised, folder)
-    origin = str(folder)
-    if use_store and quantised is None and quant.quantises and not hasattr(config, "auto_map"):
-        wanted = want(checkpoint, config, quant, device, specs)
-        stored, why = stored_base(wanted, device, tell)
+    specs = tuple(tensors.read_checkpoint(checkpoint.path)) if not checkpoint.pickle else ()
+    quantised = is_quantised_already(config, checkpoint.path)
+    folder, origin = checkpoint.path, str(checkpoint.path)
+    if use_store and quant.quantises and not quantised and not hasattr(config, "auto_map"):
+        stored, why = stored_base(want(checkpoint, config, quant, device, specs), device, tell)
         folder, origin = (stored, f"store {stored}") if stored is not None else (folder, f"{folder}: {why}")
-    from_store = folder != checkpoint.path
-    own = opening_config(folder if from_store else None, config)
-    bits = None if quantised is not None or from_store else formats.of(quant).load_config(quant, dtype, heads)
-    from transformers import AutoModelForCausalLM
-
-    if bits is None:
-        first_pages.read(folder)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                **({} if bits is None else {"quantization_config": bits}),
-                **({} if own is None else {"config": own}),
-                device_map=device_map if device.kind == "cuda" else {"": "cpu"},
-                trust_remote_code=trust_remote_code,
-                use_safetensors=from_store or not checkpoint.pickle,
-                weights_only=True,
-                ignore_mismatched_sizes=True,  # they are named in resident.check_complete
-                output_loading_info=True,
-            )
-    except UnpicklingError as error:
-        raise _unsafe_pickle(checkpoint, error) from error
-    except (ValueError, RuntimeError, OSError, KeyError, EOFError) as error:
-        raise BaseModelError(f"{checkpoint.id} could not be opened from {folder}: {first_line(error)}") from error
-    residency.check_complete(model, info, checkpoint)
-    residency.check_skipped(model, quant)
-    if bits is None:
-        codec.forget_deserialising(model)
-        linear_subclasses.settle(model)
-    elif quantised is None:
-        linear_subclasses.quantise_plain_linears(model, quant, dtype)
-    codec.make_safe(model)
-    codec.set_compute_dtype(model, dtype)
-    residency.keep_fp32(model, quant.fp32_modules, dtype)
-    model.name_or_path = checkpoint.id
-    model.config.name_or_path = checkpoint.id
+    opening = _Opening(checkpoint, folder, config, quant, DTYPES[dtype_name], quantised)
+    model = opening.model(
+        device_map=device_map if device.kind == "cuda" else {"": "cpu"}, trust_remote_code=trust_remote_code
+    )
     held = codec.resident_bytes(model)
-    expected = sum(policy.encoded_bytes(s, quant, dtype.itemsize) for s in specs)
-    if quantised is None:
+    expected = sum(policy.encoded_bytes(s, quant, opening.dtype.itemsize) for s in specs)
+    if not quantised:
         residency.check_resident(model, quant, held, expected, checkpoint.id)
     return Base(
         model=model,
@@ -148,10 +109,76 @@ def open_base(
     )
 
 
-def opening_config(folder: Path | None, config: Any) -> Any | None:
+@dataclass(frozen=True)
+class _Opening:
+    """One call of `from_pretrained` and what makes its model safe. `folder` is the store's, or the checkpoint's own;
+    `quantised`: the checkpoint itself holds codes."""
+
+    checkpoint: Checkpoint
+    folder: Path
+    config: Config
+    quant: Quant
+    dtype: torch.dtype
+    quantised: bool
+
+    def model(self, **how: object) -> Model:
+        """The model, whole and safe to train. `how` is handed on to `from_pretrained`."""
+        from_store = self.folder != self.checkpoint.path
+        own = opening_config(self.folder if from_store else None, self.config)
+        bits = None if self.quantised or from_store else self._load_config()
+        if bits is None:
+            first_pages.read(self.folder)
+        how |= {} if bits is None else {"quantization_config": bits}
+        how |= {} if own is None else {"config": own}
+        model = self._from_pretrained(use_safetensors=from_store or not self.checkpoint.pickle, **how)
+        if bits is None:
+            codec.forget_deserialising(model)
+            linear_subclasses.settle(model)
+        else:
+            linear_subclasses.quantise_plain_linears(model, self.quant, self.dtype)
+        codec.make_safe(model)
+        codec.set_compute_dtype(model, self.dtype)
+        residency.keep_fp32(model, self.quant.fp32_modules, self.dtype)
+        model.name_or_path = model.config.name_or_path = self.checkpoint.id
+        return model
+
+    def _load_config(self) -> object:
+        return formats.of(self.quant).load_config(self.quant, self.dtype, heads_to_skip(self.config, self.quant))
+
+    def _from_pretrained(self, **how: object) -> Model:
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model, info = AutoModelForCausalLM.from_pretrained(
+                    self.folder,
+                    dtype=self.dtype,
+                    weights_only=True,
+                    ignore_mismatched_sizes=True,  # they are named in residency.check_complete
+                    output_loading_info=True,
+                    **how,
+                )
+        except UnpicklingError as error:
+            raise _unsafe_pickle(self.checkpoint, error) from error
+        except (ValueError, RuntimeError, OSError, KeyError, EOFError) as error:
+            raise BaseModelError(
+                f"{self.checkpoint.id} could not be opened from {self.folder}: {first_line(error)}"
+            ) from error
+        residency.check_complete(model, info, self.checkpoint)
+        residency.check_skipped(model, self.quant)
+        return model
+
+
+def heads_to_skip(config: Config, quant: Quant) -> tuple[str, ...]:
+    """The output head's names, where the recipe names modules of its own to be left unquantised."""
+    return residency.head_names(config) if quant.skip_modules or quant.fp32_modules else ()
+
+
+def opening_config(folder: Path | None, config: Config) -> Config | None:
     """The config that a pre-quantised folder must be opened with, where it is not its own."""
     if folder is not None:
-        config = read_config(folder)
+        config = open_config(folder)
     if not linear_subclasses.is_marked(getattr(config, "quantization_config", None)):
         return None
     return linear_subclasses.opening_config(config)
@@ -159,17 +186,17 @@ def opening_config(folder: Path | None, config: Any) -> Any | None:
 
 def want(
     checkpoint: Checkpoint,
-    config: Any,
+    config: Config,
     quant: Quant,
     device: machine.Device,
     specs: tuple[tensors.TensorSpec, ...],
 ) -> supply.Wanted:
     """The store that `open_base` opens for these settings; what cannot be held as asked is told before it is built."""
     dtype = DTYPES[machine.compute_dtype(device, quant.compute_dtype)[0]]
-    heads = residency.head_names(config) if quant.skip_modules or quant.fp32_modules else ()
+    heads = heads_to_skip(config, quant)
     expected = sum(policy.encoded_bytes(s, quant, dtype.itemsize) for s in specs)
 
-    def check(model: Any, info: dict[str, Any]) -> None:
+    def check(model: Model, info: Document) -> None:
         residency.check_complete(model, info, checkpoint)
         residency.check_skipped(model, quant)
         residency.named_fp32(model, quant.fp32_modules)
@@ -206,82 +233,6 @@ def stored_base(
         why = error.message
     tell.say(f"no store, the base is quantised while it is loaded: {why}")
     return None, why
-
-
-def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's config as transformers reads it.
-
-    Raises:
-        BaseModelError: the architecture is unknown, is not a causal LM, or comes as code that is not trusted.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of any kind: a config class checks its values in its own way
-        if "trust_remote_code" in str(error):
-            raise BaseModelError(
-                f"{folder} brings Python code of its own (`auto_map` in config.json), which is not run unasked.",
-                fix="read that code; if you trust it, set `trust_remote_code: true` in the recipe",
-            ) from error
-        raise BaseModelError(
-            f"{folder / 'config.json'} is not a config that transformers knows: {first_line(error)}"
-        ) from error
-    own_code = trust_remote_code and hasattr(config, "auto_map")
-    if type(config) not in AutoModelForCausalLM._model_mapping and not own_code:
-        raise BaseModelError(
-            f"{folder}: model type {config.model_type!r} is not a causal language model.",
-            fix="choose a model with a causal-LM head, such as a Llama, Qwen, Gemma, Mistral, GPT-2 or BLOOM",
-        )
-    return config
-
-
-def open_tokenizer(checkpoint: Checkpoint, model: Any | None = None, *, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's tokenizer.
-
-    Raises:
-        BaseModelError: none is there, or it knows more tokens than the embedding has rows.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of any kind: the files are read by many classes, some of them in Rust
-        there = any(f.stem in TOKENIZER_STEMS for f in checkpoint.path.iterdir())
-        why = first_line(error) if there else "it has no tokenizer.json"
-        raise BaseModelError(
-            f"no tokenizer could be read from {checkpoint.path}: {why}",
-            fix="put the model's tokenizer.json and tokenizer_config.json beside its config.json",
-        ) from error
-    if model is not None:
-        check_vocabulary(checkpoint, tokenizer, model)
-    return tokenizer
-
-
-def check_vocabulary(checkpoint: Checkpoint, tokenizer: Any, model: Any) -> None:
-    """Refuse a tokenizer that knows more tokens than the embedding has rows (BaseModelError)."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise BaseModelError(
-            f"{checkpoint.id}: the tokenizer knows {len(tokenizer)} tokens, the embedding has {rows} rows.",
-            fix="use the tokenizer that belongs to this checkpoint",
-        )
-
-
-def _check_prequantised(quantised: Any, folder: Path) -> None:
-    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-    if str(getattr(method, "value", method)) != "bitsandbytes":
-        raise BaseModelError(
-            f"{folder} is already quantised with {getattr(method, 'value', method)!r}; LoRA here is trained on a base "
-            "that bitsandbytes holds.",
-            fix="use the unquantised checkpoint of the same model",
-        )
-    four = quantised.get("load_in_4bit") if isinstance(quantised, dict) else quantised.load_in_4bit
-    if not four:
-        raise BaseModelError(
-            f"{folder} is already quantised to 8 bits; the base is held in 4 bits or in 16.",
-            fix="use the unquantised checkpoint of the same model",
-        )
 
 
 def _unsafe_pickle(checkpoint: Checkpoint, error: UnpicklingError) -> BaseModelError:

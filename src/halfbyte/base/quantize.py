@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.base import load
+from halfbyte.base.config import open_config
 from halfbyte.base.store import manifest, shelf, supply
 from halfbyte.errors import BaseModelError, StoreError
 from halfbyte.models import tensors
@@ -53,7 +54,7 @@ def quantize(recipe: Recipe, *, out: Path | None = None, tell: supply.Tell | Non
         raise BaseModelError("quant.type none keeps the base in 16 bits, as it is; there is nothing to quantise.")
     started, built = time.monotonic(), []
     found = find_model(recipe)
-    config = load.read_config(found.path, trust_remote_code=recipe.trust_remote_code)
+    config = open_config(found.path, trust_remote_code=recipe.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise BaseModelError(
             f"{found.id} is quantised already.", fix="use it as the model of a recipe; it opens as it is"

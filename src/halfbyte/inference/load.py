@@ -16,6 +16,7 @@ from halfbyte.adapters import lora
 from halfbyte.adapters.assembly import assembled
 from halfbyte.base import load, stream
 from halfbyte.base.store import supply
+from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.data import blocks, collate, pack
 from halfbyte.data.encoding import chat_template, encode
 from halfbyte.data.encoding.examples import IGNORED
@@ -68,7 +69,7 @@ def open_run(path: Path, tell: supply.Tell | None = None) -> Opened:
     base = load.open_base(checkpoint, recipe.quant, machine, trust_remote_code=recipe.trust_remote_code, tell=tell)
     tokenizer = base.tokenizer
     if (run.adapter / "tokenizer_config.json").is_file():  # ChatML, with tokens that the base's own does not have
-        tokenizer = load.open_tokenizer(replace(checkpoint, path=run.adapter), base.model)
+        tokenizer = open_tokenizer(replace(checkpoint, path=run.adapter), base.model)
     elif recipe.data.chat_template is not None:
         tokenizer.chat_template = chat_template.chat_template(tokenizer, recipe.data)
 

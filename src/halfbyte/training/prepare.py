@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from halfbyte.base import load
+from halfbyte.base.config import open_config
+from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.data import blocks, gates
 from halfbyte.data.encoding import chatml, encode
 from halfbyte.data.encoding.encoder import Encoded
@@ -51,8 +52,8 @@ def prepare(recipe: Recipe) -> Prepared:
 def look(recipe: Recipe) -> Prepared:
     """As `prepare`, and what the gates refuse is only among the findings."""
     checkpoint = find_model(recipe)
-    config = load.read_config(checkpoint.path, trust_remote_code=recipe.trust_remote_code)
-    tokenizer = load.open_tokenizer(checkpoint, trust_remote_code=recipe.trust_remote_code)
+    config = open_config(checkpoint.path, trust_remote_code=recipe.trust_remote_code)
+    tokenizer = open_tokenizer(checkpoint, trust_remote_code=recipe.trust_remote_code)
     data, cores = recipe.data, device.cores()
     text = config.get_text_config()
     settled = None

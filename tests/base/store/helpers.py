@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from halfbyte.base import load
+from halfbyte.base.config import open_config
 from halfbyte.base.load import Base, open_base
 from halfbyte.base.store import supply
 from halfbyte.models.sources.checkpoint import Checkpoint
@@ -29,7 +30,7 @@ def wanted(folder: Path, **quant: Any) -> supply.Wanted:
     """The store that belongs to a folder and settings."""
     from halfbyte.models import tensors
 
-    config = load.read_config(folder)
+    config = open_config(folder)
     specs = tuple(tensors.read_checkpoint(folder))
     return load.want(checkpoint(folder), config, Quant(**{"compute_dtype": "bf16", **quant}), device.detect(), specs)
 

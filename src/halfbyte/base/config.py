@@ -1,0 +1,66 @@
+"""A checkpoint's config.json as transformers reads it, refused with a fix where no causal LM can be opened from it.
+
+Cost: importing transformers; a small file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from halfbyte.errors import BaseModelError, first_line
+
+if TYPE_CHECKING:
+    from halfbyte.types import Config
+
+
+def open_config(folder: Path, *, trust_remote_code: bool = False) -> Config:
+    """The checkpoint's config as transformers reads it.
+
+    Raises:
+        BaseModelError: the architecture is unknown, is not a causal LM, or comes as code that is not trusted.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of any kind: a config class checks its values in its own way
+        if "trust_remote_code" in str(error):
+            raise BaseModelError(
+                f"{folder} brings Python code of its own (`auto_map` in config.json), which is not run unasked.",
+                fix="read that code; if you trust it, set `trust_remote_code: true` in the recipe",
+            ) from error
+        raise BaseModelError(
+            f"{folder / 'config.json'} is not a config that transformers knows: {first_line(error)}"
+        ) from error
+    own_code = trust_remote_code and hasattr(config, "auto_map")
+    if type(config) not in AutoModelForCausalLM._model_mapping and not own_code:
+        raise BaseModelError(
+            f"{folder}: model type {config.model_type!r} is not a causal language model.",
+            fix="choose a model with a causal-LM head, such as a Llama, Qwen, Gemma, Mistral, GPT-2 or BLOOM",
+        )
+    return config
+
+
+def is_quantised_already(config: Config, folder: Path) -> bool:
+    """Whether the checkpoint was quantised before it came here.
+
+    Raises:
+        BaseModelError: in a way that no base can be held in.
+    """
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is None:
+        return False
+    values = quantised if isinstance(quantised, dict) else quantised.to_dict()
+    method = str(getattr(values.get("quant_method"), "value", values.get("quant_method")))
+    if method != "bitsandbytes":
+        raise BaseModelError(
+            f"{folder} is already quantised with {method!r}; LoRA here is trained on a base that bitsandbytes holds.",
+            fix="use the unquantised checkpoint of the same model",
+        )
+    if not values.get("load_in_4bit", values.get("_load_in_4bit")):
+        raise BaseModelError(
+            f"{folder} is already quantised to 8 bits; the base is held in 4 bits or in 16.",
+            fix="use the unquantised checkpoint of the same model",
+        )
+    return True

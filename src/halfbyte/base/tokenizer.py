@@ -1,0 +1,49 @@
+"""A checkpoint's tokenizer, refused with a fix where none can be read or it belongs to another model.
+
+Cost: importing transformers; up to a second for a large vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from halfbyte.errors import BaseModelError, first_line
+
+if TYPE_CHECKING:
+    from halfbyte.models.sources.checkpoint import Checkpoint
+    from halfbyte.types import Model, Tokenizer
+
+# File names, without their ending, that any of transformers' tokenizers is read from.
+TOKENIZER_STEMS = frozenset({"tokenizer", "vocab", "spiece", "sentencepiece", "tekken"})
+
+
+def open_tokenizer(checkpoint: Checkpoint, model: Model | None = None, *, trust_remote_code: bool = False) -> Tokenizer:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        BaseModelError: none is there, or it knows more tokens than the embedding has rows.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of any kind: the files are read by many classes, some of them in Rust
+        there = any(f.stem in TOKENIZER_STEMS for f in checkpoint.path.iterdir())
+        why = first_line(error) if there else "it has no tokenizer.json"
+        raise BaseModelError(
+            f"no tokenizer could be read from {checkpoint.path}: {why}",
+            fix="put the model's tokenizer.json and tokenizer_config.json beside its config.json",
+        ) from error
+    if model is not None:
+        check_vocabulary(checkpoint, tokenizer, model)
+    return tokenizer
+
+
+def check_vocabulary(checkpoint: Checkpoint, tokenizer: Tokenizer, model: Model) -> None:
+    """Refuse a tokenizer that knows more tokens than the embedding has rows (BaseModelError)."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise BaseModelError(
+            f"{checkpoint.id}: the tokenizer knows {len(tokenizer)} tokens, the embedding has {rows} rows.",
+            fix="use the tokenizer that belongs to this checkpoint",
+        )
