@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+import halfbyte
 from halfbyte.adapters import dropin
-from tests import tiny
+from halfbyte.layers import fuse, lora_linear
+from tests import plain_peft, tiny
 
 SCRIPT = """
 import torch
@@ -140,3 +142,67 @@ def test_recomputation_is_prepared_where_memory_asks_for_it(
     asked = prepare_model_for_kbit_training(tiny.model("llama"), use_gradient_checkpointing=not expected)
     assert asked.is_gradient_checkpointing is not expected
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def adapted_by_name(model: Any = None) -> Any:
+    return plain_peft.adapt(model or tiny.model("mistral"), "all-linear", halfbyte.get_peft_model)
+
+
+def batch_of_a_script() -> dict[str, Any]:
+    ids = torch.stack(plain_peft.texts((20, 20), 256))
+    return {"input_ids": ids, "labels": ids}
+
+
+def test_fused_layers_that_are_wrong_are_taken_off_aloud_and_pefts_own_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = lora_linear.LoraLinear.forward
+    plain = plain_peft.adapt(tiny.model("mistral"), "all-linear")
+    plain(**batch_of_a_script()).loss.backward()
+    wanted = plain_peft.gradients(plain)
+
+    def twice_the_scale(ctx: Any, x: Any, a: Any, b: Any, bias: Any, layer: Any, scale: float, *rest: Any) -> Any:
+        return real(ctx, x, a, b, bias, layer, 2 * scale, *rest)
+
+    monkeypatch.setattr(lora_linear.LoraLinear, "forward", twice_the_scale)
+    model = adapted_by_name()
+    with pytest.warns(UserWarning, match="fused layers are not used on this model.*gradients differ"):
+        model(**batch_of_a_script()).loss.backward()
+    assert plain_peft.apart(plain_peft.gradients(model), wanted) < 1e-5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**batch_of_a_script()).loss.backward()  # said once
+    assert plain_peft.apart(plain_peft.gradients(model), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_proof_at_the_first_training_forward_leaves_no_trace(checkpointing: bool) -> None:
+    model = adapted_by_name()
+    model.base_model.model.model.layers[0].mlp.eval()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        model.enable_input_require_grads()
+    trained = next(p for n, p in model.named_parameters() if "lora_B" in n)
+    trained.grad = torch.ones_like(trained)  # of a batch before
+    modes, state = [m.training for m in model.modules()], torch.random.get_rng_state()
+    weights = {n: (p.data_ptr(), p.detach().clone()) for n, p in model.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(**batch_of_a_script())
+    assert model in dropin._PROVEN
+    assert any(isinstance(m, fuse._Fast) for m in model.modules())
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [n for n, p in model.named_parameters() if p.grad is not None] == [
+        n for n, p in model.named_parameters() if p is trained
+    ]
+    assert torch.equal(trained.grad, torch.ones_like(trained))
+    for name, parameter in model.named_parameters():
+        assert weights[name][0] == parameter.data_ptr() and torch.equal(weights[name][1], parameter)
+
+
+def test_an_evaluation_proves_nothing() -> None:
+    model = adapted_by_name().eval()
+    model(**batch_of_a_script())
+    model.train()
+    with torch.no_grad():
+        model(**batch_of_a_script())
+    assert model not in dropin._PROVEN

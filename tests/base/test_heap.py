@@ -11,7 +11,7 @@ from peft import LoraConfig
 
 from halfbyte.adapters.dropin import get_peft_model, prepare_model_for_kbit_training
 from halfbyte.base import heap
-from halfbyte.layers import loss, packing
+from halfbyte.layers import loss, packing_proof
 from halfbyte.models import structure
 from halfbyte.system import usage
 from halfbyte.training.pace import recompute_as
@@ -25,7 +25,7 @@ def adapted(name: str) -> Any:
     torch.manual_seed(1)
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     model = get_peft_model(tiny.model(name), lora)
-    packing.prove(model)
+    packing_proof.prove(model)
     return model.train()
 
 

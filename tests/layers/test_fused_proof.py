@@ -9,7 +9,7 @@ import torch
 
 from halfbyte.layers import fuse, norm_gate, packing
 from halfbyte.layers.fused_proof import prove_fused
-from tests.layers.test_fuse import adapted
+from tests.layers.test_fuse import adapted, fused
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "bloom"])
@@ -20,7 +20,7 @@ def test_right_layers_stay_on_and_nothing_else_changes(name: str, dtype: torch.d
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     state = torch.random.get_rng_state()
     proof = prove_fused(model, packed=packing.installed(model) != "single")
-    assert proof.ok and fuse.installed(model)
+    assert proof.ok and fused(model)
     assert "gradients as PEFT's" in proof.reason
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not any(m.training for m in model.modules())
@@ -73,7 +73,7 @@ def test_wrong_layers_are_taken_off_and_it_is_said(break_it: Any, word: str, mon
     proof = prove_fused(model, packed=True)
     assert not proof.ok
     assert word in proof.reason and "PEFT's own forward" in proof.reason
-    assert not fuse.installed(model)
+    assert not fused(model)
     assert all(p.grad is None for p in model.parameters())
 
 

@@ -15,7 +15,7 @@ import torch
 from halfbyte.adapters import lora as adapters
 from halfbyte.adapters import targets
 from halfbyte.base import load
-from halfbyte.layers import fuse, packing
+from halfbyte.layers import fuse, packing, packing_proof
 from halfbyte.layers.fused_proof import prove_fused
 from halfbyte.models import structure
 from halfbyte.models.lora_sites import Site, sites
@@ -76,7 +76,7 @@ def kept_bytes(folder: Path, asked: str, dropout: float, *, cheap: bool = False)
     opened = load.open_base(resolve(str(folder)), Quant(compute_dtype="bf16"), machine.detect(), with_tokenizer=False)
     lora = Lora(r=RANK, lora_dropout=dropout, target_modules=asked)
     model = adapters.add(opened.model, lora, targets.resolve_targets(opened.model, asked), seed=0)
-    prove_fused(model, packed=packing.prove(model).ok)
+    prove_fused(model, packed=packing_proof.prove(model).ok)
     fuse.recompute_cheap(model, on=cheap)
     model.train()
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from halfbyte.adapters import lora
 from halfbyte.base import load, stream
-from halfbyte.layers import fuse, loss, packing
+from halfbyte.layers import fuse, loss, packing_proof
 from halfbyte.layers.fused_proof import FusedProof, prove_fused
 from halfbyte.models import structure
 from halfbyte.quant.proof import DequantProof, prove_dequantised
@@ -40,7 +40,7 @@ class Assembled:
     model: Model
     placed: stream.Placed | None
     dequantised: DequantProof
-    packed: packing.Proof
+    packed: packing_proof.Proof
     fused: FusedProof
     engine: str
     layers: int
@@ -76,8 +76,8 @@ def assembled(
         model = lora.load(base.model, adapter).eval()
     dequantised = prove_dequantised(model)
     with structure.shallow(model) as layers:
-        packed = packing.prove(model)
-        fused = prove_fused(model, packed=packed.ok)
+        packed = packing_proof.prove(model, recipe.data.max_length)
+        fused = prove_fused(model, packed=packed.ok, longest=recipe.data.max_length)
         loss.head_of(model)  # seen here, on few layers
     engine = fused.reason
     if fused.ok:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from peft import PeftModel as _PeftModel
@@ -20,6 +21,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from halfbyte.base import heap
 from halfbyte.layers import fuse, unpad
+from halfbyte.layers.fused_proof import prove_fused
+from halfbyte.models import structure
 from halfbyte.quant import bnb as codec
 
 # The batch that a script of unknown batch size is prepared for: 4 examples of 1024 tokens, the largest micro-batch of a
@@ -30,17 +33,35 @@ COMFORT = 0.5  # share of free memory that activations may take before they are 
 
 class Adapted(PeftModelForCausalLM):
     """A PeftModelForCausalLM that computes in the base's own dtype, whatever autocast its caller has entered, and
-    that runs the padded batches of a training script without their padding (`layers/unpad.py`).
+    that runs the padded batches of a training script without their padding (`layers/unpad.py`). The first training
+    forward proves the fused layers on a few layers of the model; if they are wrong there, PEFT's own run instead.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(self.device.type, enabled=False):
             if self.training and torch.is_grad_enabled():
+                _prove_once(self)
                 unpad.attach(self)
                 loss = None if args else unpad.training_loss(self, kwargs)
                 if loss is not None:
                     return CausalLMOutputWithPast(loss=loss)
             return super().forward(*args, **kwargs)
+
+
+_PROVEN: WeakSet[Adapted] = WeakSet()
+
+
+def _prove_once(model: Adapted) -> None:
+    """Compare the fused layers with PEFT's own, at the first training forward; take them off if they are wrong."""
+    if model in _PROVEN:
+        return
+    _PROVEN.add(model)
+    packed = unpad.packs(model)
+    with structure.shallow(model):
+        proof = prove_fused(model, packed=packed)
+    if not proof.ok:
+        fuse.remove(model)
+        warnings.warn(f"halfbyte's fused layers are not used on this model. {proof.reason}", stacklevel=3)
 
 
 def freeze(model: Any) -> None:

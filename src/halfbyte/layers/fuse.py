@@ -11,7 +11,7 @@ Source: PEFT's own way of adding to a module (`peft/tuners/lora/`); torch docume
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -185,10 +185,6 @@ def _cheap(module: Any, y: Tensor, make: Callable[[], Tensor]) -> Tensor:
     return y
 
 
-def installed(model: nn.Module) -> bool:
-    return any(isinstance(m, _Fast) for m in model.modules())
-
-
 def unfused_reason(layer: Any) -> str:
     """Why this LoRA layer must run PEFT's own forward now; empty if it need not."""
     if layer.disable_adapters:
@@ -302,7 +298,3 @@ def _pack_lengths(module: Any, x: Tensor, position_embeddings: Any, kwargs: dict
     if getattr(module, "attn_logit_softcapping", None) is not None or module.head_dim % 2:
         return None
     return lengths
-
-
-def fused_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    yield from ((name, m) for name, m in model.named_modules() if isinstance(m, _Fast))

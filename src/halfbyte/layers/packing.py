@@ -1,22 +1,19 @@
-"""How each architecture takes examples laid end to end, and the proof that it keeps them apart.
+"""How each architecture takes examples laid end to end.
 
-What: three layouts, tried in this order; the first that is proven on the user's own model is used.
+What: three layouts, tried in this order; the first that is proven on the user's own model is used (`packing_proof.py`).
     cu_seq_lens   our attention runs per example. Needs transformers' attention interface and the promise
                   (`_supports_flash_attn`) that lengths and `sliding_window` say all that a mask would.
-    rows          the body runs on padded rows (`rows.py`): ALiBi, attention of a class's own, recurrent layers, chunks.
+    rows          the body runs on padded rows (`padded_rows.py`): ALiBi, an attention outside the interface, recurrent
+                  layers, chunks.
     single        nothing proven: one example a micro-batch, plain input.
 Tried and dropped: transformers' own block mask where positions restart. It is dense over the whole pack, T^2 a head; by
 it Falcon ran at a third of the plain stack's speed (docs/log.md).
-Why a proof: a model that lets examples see each other trains without any error, on something else.
-Cost of the proof: seven forward passes of at most 15 tokens, at start.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -31,23 +28,6 @@ Layout = Literal["cu_seq_lens", "rows", "single"]
 
 # oneDNN divides some odd numbers of rows badly: 511 or 505 of them took a fifth longer than 512 (docs/log.md).
 ROWS, ALIGNED_FROM = 16, 384
-_LOOK_TOKENS = 8192  # how far is looked where the longest text is not known
-_LENGTHS = (5, 1, 9)  # uneven, with the shortest possible example inside
-# Packed and alone multiply matrices of different shapes, so sums round in another order, once or twice a layer. The
-# figure is the largest ||difference|| / ||logits|| of a token, in units of the dtype's epsilon. Measured on a 30-layer
-# model and a CPU: 10 in fp32, 0.3 in fp16, 0 in bf16; where examples saw each other, logits differed by 40 to 100%.
-_TOLERANCE_EPS = {torch.bfloat16: 6.0, torch.float16: 30.0, torch.float32: 1000.0, torch.float64: 1000.0}
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What `prove` found. `reason` says in words what was tried; `max_rel_diff` belongs to the layout in use."""
-
-    ok: bool
-    mode: Literal["packed", "single"]
-    reason: str
-    max_rel_diff: float
-    layout: Layout = "single"
 
 
 def layouts(model: Any) -> tuple[Layout, ...]:
@@ -121,7 +101,7 @@ def forward_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     else:
         raise BaseModelError(
             f"{type(lm).__name__} is not set up for {len(starts) - 1} examples in one micro-batch",
-            fix="halfbyte.layers.packing.prove(model) first; if it says single, one example a micro-batch",
+            fix="halfbyte.layers.packing_proof.prove(model) first; if it says single, one example a micro-batch",
         )
     return inputs
 
@@ -169,96 +149,3 @@ def packed_inputs(body: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     device = body.device
     lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
     return {"position_ids": batch["position_ids"].to(device), "attention_mask": no_mask(device), **lengths}
-
-
-def prove(model: Any, longest: int | None = None) -> Proof:
-    """Find the first layout in which examples are really apart, and leave the model set up for it.
-
-    Three random examples packed must give the logits that each gives alone on the stock path, and changing one must
-    leave the others as they were. The model's modes and the global random state are as before afterwards.
-
-    Args:
-        longest: tokens of the longest text that will come, where it is known: what layers see is looked up to there.
-    """
-    lm = structure.causal_lm(model)
-    install(lm, "single")
-    stock: str = lm.config._attn_implementation
-    tried: list[str] = []
-    with _evaluating(lm), torch.no_grad():
-        examples = _random_examples(lm)
-        alone = [_logits(lm, [ids]) for ids in examples]
-        for layout in layouts(lm):
-            try:
-                install(lm, layout)
-                if layout == "cu_seq_lens":
-                    sight.look(structure.body(lm), longest or min(_positions(lm), _LOOK_TOKENS))
-                problem, difference = _compare(lm, examples, alone)
-            except Exception as error:  # of the model's own code; the repair: the next layout, at last single
-                problem, difference = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", float("inf")
-            if problem is None:
-                note = f"; before: {'; '.join(tried)}" if tried else ""
-                return Proof(True, "packed", f"{layout}: packed = alone{note}", difference, layout)
-            tried.append(f"{layout}: {problem}")
-            install(lm, "single")
-            if lm.config._attn_implementation != stock:
-                lm.set_attn_implementation(stock)
-    return Proof(False, "single", "; ".join(tried) or "this model has no way to take packed examples", float("inf"))
-
-
-def _compare(lm: Any, examples: Sequence[Tensor], alone: Sequence[Tensor]) -> tuple[str | None, float]:
-    """(what is wrong or None, the largest relative difference)."""
-    tolerance = _TOLERANCE_EPS.get(lm.dtype, 6.0) * torch.finfo(lm.dtype).eps
-    packed = _logits(lm, examples).split(_LENGTHS)
-    worst = max(_difference(p, a) for p, a in zip(packed, alone, strict=True))
-    if not worst <= tolerance:
-        return f"logits differ by {worst:.1e} from each example alone (allowed {tolerance:.1e})", worst
-    for changed, ids in enumerate(examples):
-        others = [e if i != changed else (ids + 1) % _vocabulary(lm) for i, e in enumerate(examples)]
-        for i, (before, after) in enumerate(zip(packed, _logits(lm, others).split(_LENGTHS), strict=True)):
-            moved = _difference(after, before)
-            if i != changed and not moved <= tolerance:
-                return f"changing example {changed} moves example {i} by {moved:.1e} (allowed {tolerance:.1e})", moved
-    return None, worst
-
-
-def _difference(got: Tensor, wanted: Tensor) -> float:
-    """The largest ||got - wanted|| / ||wanted|| of a token; NaN if there is one."""
-    return float(((got - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(1e-30)).max())
-
-
-def _logits(lm: Any, examples: Sequence[Tensor]) -> Tensor:
-    """(T, V) in fp32: one packed forward, through `forward_inputs` as in training."""
-    lengths = torch.tensor([len(e) for e in examples])
-    batch = {
-        "input_ids": torch.cat(list(examples))[None],
-        "position_ids": torch.cat([torch.arange(len(e)) for e in examples])[None],
-        "cu_seq_lens_q": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int(),
-    }
-    logits: Tensor = lm(**forward_inputs(lm, batch)).logits[0].float()
-    return logits
-
-
-def _random_examples(lm: Any) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)  # its own: the run's random numbers stay what they would have been
-    return [torch.randint(_vocabulary(lm), (n,), generator=generator).to(lm.device) for n in _LENGTHS]
-
-
-def _positions(lm: Any) -> int:
-    return int(getattr(lm.config.get_text_config(), "max_position_embeddings", 0) or _LOOK_TOKENS)
-
-
-def _vocabulary(lm: Any) -> int:
-    size: int = lm.config.get_text_config().vocab_size
-    return size
-
-
-@contextmanager
-def _evaluating(lm: Any) -> Iterator[None]:
-    """Eval mode inside, every module's own mode restored after."""
-    training = [module for module in lm.modules() if module.training]
-    lm.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

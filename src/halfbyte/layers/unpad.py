@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from halfbyte.layers import loss, packing
+from halfbyte.layers import loss, packing, packing_proof
 from halfbyte.models import structure
 
 _PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "use_cache", "return_dict", "position_ids"})
@@ -34,7 +34,9 @@ def packs(model: Any) -> bool:
     lm = structure.causal_lm(model)
     if lm not in _PROVEN:
         packed = packing.installed(lm) == "cu_seq_lens"
-        _PROVEN[lm] = packed or ("cu_seq_lens" in packing.layouts(lm) and packing.prove(lm).layout == "cu_seq_lens")
+        _PROVEN[lm] = packed or (
+            "cu_seq_lens" in packing.layouts(lm) and packing_proof.prove(lm).layout == "cu_seq_lens"
+        )
     return _PROVEN[lm]
 
 

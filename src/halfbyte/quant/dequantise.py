@@ -118,6 +118,11 @@ def _native(kind: str, dtype: torch.dtype) -> Callable[..., object] | None:
     return function if hasattr(function, "argtypes") else None  # for what it lacks, `lib` gives a function that raises
 
 
+def forget() -> None:
+    """Give back the memory that this thread keeps; the next call takes as much as it needs."""
+    _kept.bytes = None
+
+
 def _scratch(count: int, dtype: torch.dtype) -> Tensor:
     """`count` elements of this thread's own memory, as large as the largest that was asked for."""
     size = count * dtype.itemsize
