@@ -17,7 +17,7 @@ import torch
 import transformers
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, POSITIONS = 64, 128, 2, 4, 2, 256
-SLIDING_WINDOW = 4  # gemma3, mistral: shorter than the test sequences, so that a sliding layer really slides
+SLIDING_WINDOW = 4  # gemma3: shorter than the test sequences, so that a sliding layer really slides
 _STD = 0.2
 
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -80,7 +80,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
-    "mistral": ("MistralConfig", {**_LLAMA_LIKE, "sliding_window": SLIDING_WINDOW}),
+    "mistral": ("MistralConfig", {**_LLAMA_LIKE, "sliding_window": None}),
     "phi3": ("Phi3Config", {**_LLAMA_LIKE, "original_max_position_embeddings": POSITIONS}),
 }
 ARCHITECTURES: tuple[str, ...] = tuple(_CONFIGS)

@@ -144,8 +144,12 @@ def test_recomputation_is_prepared_where_memory_asks_for_it(
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def adapted_by_name(model: Any = None) -> Any:
-    return plain_peft.adapt(model or tiny.model("mistral"), "all-linear", halfbyte.get_peft_model)
+def windowed() -> Any:
+    return tiny.model("mistral", changes={"sliding_window": 8})
+
+
+def adapted_by_name() -> Any:
+    return plain_peft.adapt(windowed(), "all-linear", halfbyte.get_peft_model)
 
 
 def batch_of_a_script() -> dict[str, Any]:
@@ -155,7 +159,7 @@ def batch_of_a_script() -> dict[str, Any]:
 
 def test_fused_layers_that_are_wrong_are_taken_off_aloud_and_pefts_own_train(monkeypatch: pytest.MonkeyPatch) -> None:
     real = lora_linear.LoraLinear.forward
-    plain = plain_peft.adapt(tiny.model("mistral"), "all-linear")
+    plain = plain_peft.adapt(windowed(), "all-linear")
     plain(**batch_of_a_script()).loss.backward()
     wanted = plain_peft.gradients(plain)
 

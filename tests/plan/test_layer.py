@@ -31,7 +31,7 @@ TOKENS = sum(LENGTHS)
 RANK = 8
 MORE = {
     "gemma": "GemmaConfig", "gemma2": "Gemma2Config", "granite": "GraniteConfig", "smollm3": "SmolLM3Config",
-    "mistral": "MistralConfig", "qwen2": "Qwen2Config",
+    "qwen2": "Qwen2Config",
 }  # fmt: skip
 
 

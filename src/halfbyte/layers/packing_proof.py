@@ -24,7 +24,7 @@ from halfbyte.layers import sight
 from halfbyte.layers.packed_attention import NAME
 from halfbyte.layers.packing import Layout, forward_inputs, install, layouts
 from halfbyte.models import structure
-from halfbyte.quant import bnb, dequantise
+from halfbyte.quant import bnb, dequantise, formats
 
 if TYPE_CHECKING:
     from halfbyte.types import Batch, Model
@@ -175,7 +175,7 @@ def long_row(lm: Model, longest: int | None) -> tuple[int, str]:
         return 0, ""
     tokens = min(most, max(windows) + PAST_WINDOW)
     modules = [m for layer in layers for m in layer.modules()]
-    weights = sum(p.numel() * (1 + bnb.is_4bit(m)) for m in modules for p in m.parameters(recurse=False))
+    weights = sum(p.numel() * (1 + formats.is_quantised(m)) for m in modules for p in m.parameters(recurse=False))
     if tokens * weights <= LONG_ROW_PRODUCTS:
         return tokens, ""
     return 0, f" (rows longer than the window of {max(windows)} were not tried: too slow; it is read off the mask)"
@@ -209,7 +209,9 @@ def few_tokens(model: Model, *, exact: bool) -> Iterator[None]:
     embeddings, count = lm.get_input_embeddings(), tokens_of(lm)
     padding = getattr(embeddings, "padding_idx", None)
     saved = [(t, t.data) for t in (*_vocabulary(lm), *(t for t, _ in _widened(model)))]
-    dtypes = [(m, m.compute_dtype, m.weight.quant_state.dtype) for _, m in bnb.linears_4bit(model) if bnb.is_4bit(m)]
+    dtypes = [
+        (m, m.compute_dtype, m.weight.quant_state.dtype) for _, m in bnb.linears_4bit(model) if formats.is_quantised(m)
+    ]
     try:
         for rows in _vocabulary(lm):
             rows.data = rows.data[:count]
