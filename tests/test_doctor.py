@@ -29,7 +29,7 @@ def halfbyte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 def test_the_machine_alone(halfbyte: Cli) -> None:
     ended = halfbyte("doctor")
-    assert (ended.code, ended.err) == (0, "measuring this machine\n")
+    assert (ended.code, ended.err) == (0, "calibrating this machine (a few seconds)\n")
     for word in ("processor", "memory", "cache", "computes", "380 GFLOP/s in matrix products", "versions  python"):
         assert word in ended.out
     assert "model" not in ended.out

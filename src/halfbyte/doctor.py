@@ -86,8 +86,7 @@ def examine(recipe: Recipe | None = None, *, tell: Callable[[str], None] = lambd
     asked = recipe.quant.compute_dtype if recipe is not None else "auto"
     dtype, why = device.compute_dtype(machine, asked)
     threads.settle(machine.cores)
-    tell("measuring this machine")
-    rates = calibrate.ensure(machine, dtype, anew=True)
+    rates = calibrate.ensure(machine, dtype, say=tell, anew=True)
     seen = Diagnosis(machine, dtype, why, rates, cache_dir(), free_bytes(cache_dir()), versions())
     return seen if recipe is None else _with_model(seen, recipe, tell)
 

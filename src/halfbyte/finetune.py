@@ -238,6 +238,7 @@ def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak
     used, rows = usage.process_memory(), run.read_metrics()
     on_card, timed = bool(machine.cards), plan.time.measured
     seen, step_s = usage.Usage(peak.private, peak.file), reporting.usual_seconds(rows)
+    fit.correct_rates(plan, machine, step_s)
     report = reporting.build(
         rows,
         planned=reporting.Figures(

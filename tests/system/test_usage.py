@@ -67,3 +67,22 @@ def test_what_the_c_library_keeps_is_given_back() -> None:
     libc.free(last)
     assert full - kept < 0.2 * SIZE
     assert kept - given > 0.8 * SIZE
+
+
+def test_waiting_for_a_core_is_read_from_every_thread(tmp_path: Path) -> None:
+    for thread, text in (("1", "3000000000 1000000000 17"), ("2", "1000000000 3000000000 4")):
+        (tmp_path / "task" / thread).mkdir(parents=True)
+        (tmp_path / "task" / thread / "schedstat").write_text(text + "\n")
+    seen = usage.scheduled(tmp_path)
+    assert seen == usage.Scheduled(4.0, 4.0) and seen.waited_share == 0.5
+    assert seen.since(usage.Scheduled(3.0, 4.0)) == usage.Scheduled(1.0, 0.0)
+    (tmp_path / "task" / "2" / "schedstat").write_text("")
+    assert usage.scheduled(tmp_path) is None
+    assert usage.scheduled(tmp_path / "none") is None
+
+
+def test_pressure_is_the_share_of_the_last_ten_seconds(tmp_path: Path) -> None:
+    path = tmp_path / "cpu"
+    assert usage.pressure(path) is None
+    path.write_text("some avg10=51.95 avg60=22.43 avg300=16.20 total=136747798\nfull avg10=0.00 avg60=0.00 total=0\n")
+    assert usage.pressure(path) == pytest.approx(0.5195)

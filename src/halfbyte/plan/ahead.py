@@ -20,6 +20,7 @@ from halfbyte.models.sources.checkpoint import beside_bytes
 from halfbyte.plan import calibrate
 from halfbyte.plan.alternatives import Way, compare
 from halfbyte.recipe.schema import Loaded, Recipe
+from halfbyte.system import usage
 from halfbyte.system.device import Card, Device, detect
 
 if TYPE_CHECKING:
@@ -92,6 +93,9 @@ def plan_model(
         notes.append(
             f"{shape.facts.model_type} is not among the measured architectures; counted as a stock gated decoder"
         )
+    pressure = usage.pressure() if device is None else None
+    if pressure is not None and pressure > calibrate.BUSY_PRESSURE:
+        notes.append(f"the machine is busy: some process waited for a core {pressure:.0%} of the last ten seconds")
     if device is not None:
         notes.append("a machine that is not here: all of its memory is taken to be free")
     return Planned(shape, recipe, machine, made, tuple(notes), ways)

@@ -1,8 +1,10 @@
 """What this machine does in a second: matrix products, attention, passes over memory, dequantising, reading a file.
 
 Why: time follows from these five figures, and they differ tenfold between machines that look alike.
-What: measured once, by `halfbyte doctor` or before the first training, and kept in halfbyte's cache under the
-processor, the number of threads and torch's version; without them a plan says "time assumed".
+What: the best of several short tries, by `halfbyte doctor` or before the first training that takes minutes, kept in
+halfbyte's cache under the processor, the number of threads and torch's version. What is measured beside other load is
+used once and not kept, and finished runs correct what is kept. Without them a plan says "time assumed".
+Source: Linux `proc(5)` (`schedstat`: how long our threads waited for a core) and `/proc/pressure/cpu`.
 Cost: about three seconds once; reading the cache imports no torch.
 """
 
@@ -14,21 +16,30 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from halfbyte.plan.lines import Time
 from halfbyte.plan.timing import Rates
-from halfbyte.system import files
+from halfbyte.system import files, usage
 from halfbyte.system.device import Device
 from halfbyte.system.files import cache_dir
 from halfbyte.system.threads import asked_threads
 from halfbyte.system.versions import version
 
+if TYPE_CHECKING:
+    import torch
+
 SECONDS_EACH = 0.4
 FILE_BYTES = 256_000_000
 MEMORY_BYTES = 128_000_000  # more than any cache holds
-FORMAT = 2
+FORMAT = 3
+LEAST_TRIES = 5
+# Above these the machine was not ours alone. Threads of an idle machine wait for 1 to 2% of their time.
+BUSY_SHARE, BUSY_PRESSURE, BUSY_SPREAD = 0.08, 0.25, 1.5
+CORRECTED_AT_MOST = 2.0  # by one run, before the square root: a run is one model and one kind of rows
+CORRECTION_LIMIT = 4.0
 
 
 def cached(device: Device, dtype: str) -> Rates | None:
@@ -55,93 +66,163 @@ def threads(device: Device) -> int:
 
 
 def ensure(device: Device, dtype: str, *, say: Callable[[str], None] = lambda text: None, anew: bool = False) -> Rates:
-    """The cached rates, or new ones (always with `anew`), kept if the cache can be written."""
-    found = None if anew else cached(device, dtype)
-    if found is not None:
-        return found
-    say("calibrating this machine once (a few seconds)")
+    """The kept rates, or new ones (always with `anew`), kept unless the machine was busy."""
+    kept = None if anew else cached(device, dtype)
+    if kept is not None:
+        return kept
+    say("calibrating this machine (a few seconds)")
     rates = measure(device, dtype)
+    if rates.busy:
+        say(f"the machine is busy ({rates.busy}), so times are a guess; this calibration is not kept")
+    else:
+        _keep(device, dtype, rates)
+    return rates
+
+
+def correct(device: Device, dtype: str, time_planned: Time, step_s: float, waited_share: float | None) -> Rates | None:
+    """Correct the kept rates by a finished run: half of the way from planned to measured seconds a step.
+
+    Args:
+        time_planned: of the run's plan. step_s: of a usual step. waited_share: of the time that the run's threads
+            wanted a core, the share in which they waited for one; None if it is not known.
+
+    Returns:
+        The new rates; None where the run tells nothing: another load beside it, a plan from other rates, or a base that
+        is read from disk.
+    """
+    kept = cached(device, dtype)
+    if kept is None or kept.source != time_planned.source or time_planned.reading_s or not step_s > 0:
+        return None
+    if waited_share is None or waited_share > BUSY_SHARE or not time_planned.step_s > 0:
+        return None
+    ratio = min(max(step_s / time_planned.step_s, 1 / CORRECTED_AT_MOST), CORRECTED_AT_MOST)
+    correction = min(max(kept.correction * ratio**0.5, 1 / CORRECTION_LIMIT), CORRECTION_LIMIT)
+    source = f"{kept.source.partition('; corrected')[0]}; corrected {_today()} by finished runs: times {correction:.2f}"
+    rates = replace(kept, correction=correction, source=source)
+    _keep(device, dtype, rates)
+    return rates
+
+
+def _keep(device: Device, dtype: str, rates: Rates) -> None:
     path = path_of(device, dtype)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs the same seconds again
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write(path, files.as_json(rates.to_json()))
-    return rates
 
 
 def measure(device: Device, dtype: str) -> Rates:
-    """Measure, on torch's own threads: the median of some tries each."""
+    """Measure, on torch's own threads: the best of some tries each."""
     import torch
 
     where = "cuda" if device.kind == "cuda" else "cpu"
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    started = time.strftime("%Y-%m-%d")
+    before, tries = usage.scheduled(), Tries(where)
     with torch.no_grad():
-        return Rates(
-            matmul_flops=_matmul(torch, where, kind),
-            memory_bytes=_memory(torch, where, kind),
-            dequant_elements=_dequantise(torch, where, kind),
-            attention_flops=_attention(torch, where, kind),
+        rates = Rates(
+            matmul_flops=_matmul(tries, kind),
+            memory_bytes=_memory(tries, kind),
+            dequant_elements=_dequantise(tries, kind),
+            attention_flops=_attention(tries, kind),
             disk_bytes=_disk(),
-            source=f"calibrated {started}: {threads(device)} threads, {dtype}",
+            source=f"calibrated {_today()}: {threads(device)} threads, {dtype}",
         )
+    after = usage.scheduled()
+    waited = after.since(before).waited_share if before is not None and after is not None else None
+    busy = load_seen(waited, tries.spread, usage.pressure() if waited is None else None)
+    return replace(rates, busy=busy, source=f"{rates.source}, beside other load" if busy else rates.source)
 
 
-def _usual(call: Callable[[], Any], where: str) -> float:
-    """Seconds of the median call: a training runs at what lasts, not at the best moment of a clock that moves."""
-    import torch
+def load_seen(waited_share: float | None, spread: float, pressure: float | None = None) -> str:
+    """What shows that others used the cores while this machine was measured; empty where nothing does.
 
-    def once() -> float:
+    Args:
+        waited_share: of our threads' time. spread: the median try over the best. pressure: of the whole machine, for
+            where our own waiting is not known.
+    """
+    if waited_share is not None and waited_share > BUSY_SHARE:
+        return f"its threads waited for a core {waited_share:.0%} of the time"
+    if waited_share is None and pressure is not None and pressure > BUSY_PRESSURE:
+        return f"some process waited for a core {pressure:.0%} of the time"
+    if spread > BUSY_SPREAD:
+        return f"the usual try took {spread:.1f} times as long as the best"
+    return ""
+
+
+class Tries:
+    """Runs something for a moment, several times; `spread` is the largest median over best of all that was run."""
+
+    def __init__(self, where: str) -> None:
+        self.where, self.spread = where, 1.0
+
+    def best(self, call: Callable[[], object]) -> float:
+        """Seconds of the fastest call: what slows another one down is not this machine."""
+        self._once(call)
+        taken, ends = [self._once(call)], time.perf_counter() + SECONDS_EACH
+        while len(taken) < LEAST_TRIES or time.perf_counter() < ends:
+            taken.append(self._once(call))
+        self.spread = max(self.spread, statistics.median(taken) / min(taken))
+        return min(taken)
+
+    def _once(self, call: Callable[[], object]) -> float:
         began = time.perf_counter()
         call()
-        if where == "cuda":
+        if self.where == "cuda":
+            import torch
+
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    once()
-    taken, ends = [once()], time.perf_counter() + SECONDS_EACH
-    while time.perf_counter() < ends:
-        taken.append(once())
-    return statistics.median(taken)
+
+def _today() -> str:
+    return time.strftime("%Y-%m-%d")
 
 
-def _matmul(torch: Any, where: str, kind: Any) -> float:
+def _matmul(tries: Tries, kind: torch.dtype) -> float:
+    import torch
+
+    where = tries.where
     size = 2048 if where == "cpu" else 8192
     a, b = torch.ones(size, size, dtype=kind, device=where), torch.ones(size, size, dtype=kind, device=where)
     out = torch.empty_like(a)
-    return 2 * size**3 / _usual(lambda: torch.mm(a, b, out=out), where)
+    return 2 * size**3 / tries.best(lambda: torch.mm(a, b, out=out))
 
 
-def _memory(torch: Any, where: str, kind: Any) -> float:
+def _memory(tries: Tries, kind: torch.dtype) -> float:
+    import torch
+
+    where = tries.where
     a = torch.ones(MEMORY_BYTES // torch.empty(0, dtype=kind).element_size(), dtype=kind, device=where)
     out = torch.empty_like(a)
-    return 3 * a.numel() * a.element_size() / _usual(lambda: torch.add(a, a, out=out), where)
+    return 3 * a.numel() * a.element_size() / tries.best(lambda: torch.add(a, a, out=out))
 
 
-def _dequantise(torch: Any, where: str, kind: Any) -> float:
+def _dequantise(tries: Tries, kind: torch.dtype) -> float:
+    import torch
+
     from halfbyte.quant import bnb
     from halfbyte.quant.dequantise import dequantised
 
-    layer = bnb.quantised_linear(torch.ones(2048, 2048, dtype=kind), where)
-    return 2048 * 2048 / _usual(lambda: dequantised(layer, reuse=True), where)
+    layer = bnb.quantised_linear(torch.ones(2048, 2048, dtype=kind), tries.where)
+    return 2048 * 2048 / tries.best(lambda: dequantised(layer, reuse=True))
 
 
-def _attention(torch: Any, where: str, kind: Any) -> float:
+def _attention(tries: Tries, kind: torch.dtype) -> float:
     """Forward and backward of 8 heads of 64 over 4 examples of 256 tokens, by the engine's own function."""
+    import torch
+
     from halfbyte.layers import attention
 
     lengths, heads, d = (256,) * 4, 8, 64
     total = sum(lengths)
     flop = 14 * sum(n * n for n in lengths) * heads * d / 2
     with torch.enable_grad():
-        q, k, v = (torch.randn(total, heads, d, device=where).to(kind).requires_grad_() for _ in range(3))
+        q, k, v = (torch.randn(total, heads, d, device=tries.where).to(kind).requires_grad_() for _ in range(3))
         scale = d**-0.5
         if attention.takes(q, k, v):
-            return flop / _usual(
-                lambda: attention.attention(q, k, v, lengths, scale, None, None).sum().backward(), where
-            )
+            return flop / tries.best(lambda: attention.attention(q, k, v, lengths, scale, None, None).sum().backward())
         shaped = [x.detach().view(4, 256, heads, d).transpose(1, 2).requires_grad_() for x in (q, k, v)]
         attend = torch.nn.functional.scaled_dot_product_attention
-        return flop / _usual(lambda: attend(*shaped, is_causal=True).sum().backward(), where)
+        return flop / tries.best(lambda: attend(*shaped, is_causal=True).sum().backward())
 
 
 def _disk() -> float:

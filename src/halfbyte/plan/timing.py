@@ -43,6 +43,10 @@ class Rates:
     disk_bytes: float
     source: str
     measured: bool = True
+    busy: str = ""
+    """What ran beside the measurement; such rates are not kept."""
+    correction: float = 1.0
+    """Seconds that finished runs took, over the planned ones."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -99,6 +103,7 @@ def step_time(
         "dequantising": micro_batches * again * job.linear_numel / rates.dequant_elements if quantised else 0.0,
         "overhead": micro_batches * LAYER_OVERHEAD_S * job.facts.layers,
     }
+    parts = {name: seconds * rates.correction for name, seconds in parts.items()}
     compute = sum(parts.values())
     reading = read_bytes / rates.disk_bytes
     if placement == "streamed":

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 import threading
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -93,6 +95,41 @@ def heap_in_use() -> int | None:
     count.restype = _MallInfo2
     found = count()
     return int(found.uordblks + found.hblkhd)
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """Seconds that threads of a process ran on a core, and waited for one while others had it."""
+
+    run_s: float
+    waited_s: float
+
+    @property
+    def waited_share(self) -> float:
+        return self.waited_s / max(1e-9, self.run_s + self.waited_s)
+
+    def since(self, before: Scheduled) -> Scheduled:
+        return Scheduled(self.run_s - before.run_s, self.waited_s - before.waited_s)
+
+
+def scheduled(root: Path = Path("/proc/self")) -> Scheduled | None:
+    """Of this process's threads as they are now, since each began (`/proc/self/task/*/schedstat`, in ns); None where
+    the kernel does not tell. Tells load beside this process, whatever others there are in the machine."""
+    try:
+        texts = [path.read_text(encoding="ascii") for path in (root / "task").glob("*/schedstat")]
+        rows = [[int(part) for part in text.split()] for text in texts]
+        return Scheduled(sum(row[0] for row in rows) / 1e9, sum(row[1] for row in rows) / 1e9) if rows else None
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def pressure(path: Path = Path("/proc/pressure/cpu")) -> float | None:
+    """The share of the last ten seconds in which some task in the machine waited for a core; None if it is not told."""
+    try:
+        found = re.search(r"^some avg10=([\d.]+)", path.read_text(encoding="ascii"))
+        return float(found[1]) / 100 if found else None
+    except OSError:
+        return None
 
 
 class Peak:

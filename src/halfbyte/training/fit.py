@@ -64,6 +64,13 @@ def rates_for(job: Job, machine: Device, say: Callable[[str], None] | None = Non
     return calibrate.ensure(machine, job.dtype, say=say)
 
 
+def correct_rates(plan: Plan, machine: Device, step_s: float | None) -> None:
+    """Let a finished run correct this machine's rates, where nothing else ran beside it."""
+    ran = usage.scheduled()
+    if step_s is not None:
+        calibrate.correct(machine, plan.compute_dtype, plan.time, step_s, ran.waited_share if ran else None)
+
+
 def make_pace(
     prepared: Prepared, plan: Plan, job: Job, machine: Device, model: Model, tell: Callable[[str], None]
 ) -> Pace:
