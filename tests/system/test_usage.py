@@ -86,3 +86,15 @@ def test_pressure_is_the_share_of_the_last_ten_seconds(tmp_path: Path) -> None:
     assert usage.pressure(path) is None
     path.write_text("some avg10=51.95 avg60=22.43 avg300=16.20 total=136747798\nfull avg10=0.00 avg60=0.00 total=0\n")
     assert usage.pressure(path) == pytest.approx(0.5195)
+
+
+def test_what_a_process_holds_now_and_held_at_its_peak() -> None:
+    before = usage.process_memory()
+    held = new_pages()
+    during = usage.process_memory()
+    held.close()
+    after = usage.process_memory()
+    assert during["rss_bytes"] - before["rss_bytes"] == pytest.approx(SIZE, rel=0.1)
+    assert during["rss_bytes"] - after["rss_bytes"] == pytest.approx(SIZE, rel=0.1)
+    # the kernel counts the two figures apart, each to some pages
+    assert after["peak_rss_bytes"] >= during["peak_rss_bytes"] >= 0.98 * during["rss_bytes"]
