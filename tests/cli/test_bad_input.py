@@ -300,7 +300,7 @@ CASES = [
     Case(
         "a model without data",
         "train model",
-        "error: model is neither a recipe (.yaml) nor given with data.\n"
+        "error: model is not a recipe (.yaml), and no data is given to train a model on.\n"
         "  fix: halfbyte train model DATA.jsonl, or write a recipe with `halfbyte init`",
     ),
     Case(
@@ -558,7 +558,7 @@ CASES = [
         "resuming nothing",
         "train nowhere --resume",
         "error: nowhere is not a run folder: it has no recipe.yaml.\n"
-        "  fix: halfbyte train RUN --resume, RUN as train made it",
+        "  fix: halfbyte train RUN --resume, with the folder that train made",
     ),
     Case(
         "resuming with a change",

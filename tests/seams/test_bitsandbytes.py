@@ -125,7 +125,7 @@ def test_the_command_line_loads_no_compiler() -> None:
     """bitsandbytes wraps functions in torch.compile as it is imported; `TORCHDYNAMO_DISABLE` keeps inductor away."""
     loads = "from halfbyte import finetune; print('torch._inductor.compile_fx' in sys.modules)"
     env = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
-    for before, seen in (("", "True"), ("from halfbyte.cli import main as cli; cli._tame_libraries();", "False")):
+    for before, seen in (("", "True"), ("from halfbyte.system import libraries; libraries.quiet();", "False")):
         done = subprocess.run(
             [sys.executable, "-c", f"import sys; {before} {loads}"], capture_output=True, text=True, env=env
         )

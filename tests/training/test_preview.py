@@ -52,7 +52,8 @@ def test_rows_alone_need_a_model_and_a_row_can_be_chosen(halfbyte: Cli) -> None:
     without = halfbyte("data", "check", "train.jsonl")
     assert without.code == 2
     assert without.err == (
-        "error: rows alone say nothing about tokens.\n  fix: halfbyte data check train.jsonl --model MODEL\n"
+        "error: train.jsonl alone cannot be tokenised: no model is named.\n"
+        "  fix: halfbyte data check train.jsonl --model MODEL\n"
     )
     ended = halfbyte("data", "check", "train.jsonl", "--model", "model", "--row", "16")
     assert ended.code == 0 and "row 16 (train.jsonl:16)" in ended.out and "row 1 (" not in ended.out

@@ -9,14 +9,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from halfbyte.cli.store import stores
 
 if TYPE_CHECKING:
-    from halfbyte.recipe.schema import Loaded
+    from halfbyte.inference.load import Opened
 
 app = typer.Typer(
     name="halfbyte",
@@ -63,12 +63,20 @@ def train(
 ) -> None:
     """Fine-tune: a recipe in, a working adapter out."""
     from halfbyte.cli import show, show_plan
+    from halfbyte.errors import RecipeError
+    from halfbyte.recipe import command
     from halfbyte.recipe.file import to_yaml
+    from halfbyte.system import libraries
 
     overrides = [*set_, *([f"output={output}"] if output is not None else [])]
-    loaded = _load(recipe, data, overrides, resume=resume)
+    if resume and (overrides or data is not None):
+        raise RecipeError(
+            "--resume continues a run with its own recipe; --set, --output and DATA cannot be given with it.",
+            fix=f"halfbyte train {recipe} --resume",
+        )
+    loaded = command.to_resume(recipe) if resume else command.to_train(recipe, data, overrides)
     if dry_run:
-        _tame_libraries()
+        libraries.quiet()
         from halfbyte.training import preview
 
         resolution = preview.resolve(loaded)
@@ -79,7 +87,7 @@ def train(
     if loaded.path is None and not (json_ or quiet):
         show.text("No recipe given; this one is used:\n\n" + to_yaml(loaded.recipe))
     with show.progress(quiet=quiet, silent=json_) as listener:
-        _tame_libraries()
+        libraries.quiet()
         from halfbyte import finetune
 
         outcome = finetune.train(loaded, resume=resume, listener=listener)
@@ -113,9 +121,10 @@ def plan(
     """What a training takes (memory, disk, time) and how it fits, before anything is downloaded or loaded."""
     from halfbyte.cli import show, show_plan
     from halfbyte.plan import ahead
+    from halfbyte.recipe.command import recipe_or_model
 
-    found = ahead.plan_model(_recipe_or_model(target, set_), device=device, length=length, side_by_side=compare)
-    show.document(found.to_json()) if json_ else show_plan.planned(found)
+    planned = ahead.plan_model(recipe_or_model(target, set_), device=device, length=length, side_by_side=compare)
+    show.document(planned.to_json()) if json_ else show_plan.planned(planned)
 
 
 @app.command()
@@ -128,14 +137,16 @@ def doctor(
 ) -> None:
     """What this machine is and does; with a model, proofs on a few of its layers. Exit code 1 if one fails."""
     from halfbyte.cli import show, show_doctor
+    from halfbyte.recipe.command import recipe_or_model
+    from halfbyte.system import libraries
 
-    recipe = _recipe_or_model(model, set_).recipe if model else None
-    _tame_libraries()
+    recipe = recipe_or_model(model, set_).recipe if model else None
+    libraries.quiet()
     from halfbyte import doctor
 
-    found = doctor.examine(recipe, tell=(lambda text: None) if json_ else show.aside)
-    show.document(found.to_json()) if json_ else show_doctor.diagnosis(found)
-    if not found.ok:
+    diagnosis = doctor.examine(recipe, tell=(lambda text: None) if json_ else show.aside)
+    show.document(diagnosis.to_json()) if json_ else show_doctor.diagnosis(diagnosis)
+    if not diagnosis.ok:
         raise typer.Exit(1)
 
 
@@ -147,17 +158,9 @@ def init(
 ) -> None:
     """Write a commented recipe to start from."""
     from halfbyte.cli import show
-    from halfbyte.errors import RecipeError
-    from halfbyte.recipe.file import init_template
+    from halfbyte.recipe.command import write_template
 
-    if path.exists():
-        raise RecipeError(f"{path} exists and is not overwritten.", fix="name another file: halfbyte init NAME.yaml")
-    try:
-        path.write_text(init_template(model, data))
-    except OSError as error:
-        if path.is_file():
-            path.unlink()  # the beginning of a recipe, on a full disk
-        raise RecipeError(f"{path} cannot be written: {error.strerror}.") from error
+    write_template(path, model, data)
     show.text(f"wrote {path}\n  next: halfbyte train {path} --dry-run")
 
 
@@ -172,24 +175,14 @@ def generate(
     json_: Json = False,
 ) -> None:
     """Answer prompts with the adapter on its base, or with the base alone."""
-    from halfbyte.cli import show
+    from halfbyte.cli import conversation, show
 
-    with show.waiting("opening base and adapter", silent=json_) as tell:
-        _tame_libraries()
-        from halfbyte.inference import load as opening
-        from halfbyte.inference.generate import Sampling, chat_ids
-        from halfbyte.inference.generate import generate as write
+    opened = _open(run, silent=json_)
+    from halfbyte.inference.generate import Sampling
 
-        opened = opening.open_run(run, tell)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    answers = []
-    for text in prompt:
-        ids = chat_ids(opened.tokenizer, [{"role": "user", "content": text}])
-        with opened.base_only() if base else opened.adapted():
-            emit = None if json_ else show.stream
-            answers.append(write(opened.model, opened.tokenizer, [ids], sampling, emit=emit)[0])
-        if not json_:
-            show.text("")
+    talks = [[{"role": "user", "content": text}] for text in prompt]
+    answers = [conversation.answer(opened, talk, sampling, base=base, silent=json_) for talk in talks]
     if json_:
         rows = [{"prompt": p, "output": a} for p, a in zip(prompt, answers, strict=True)]
         show.document({"run": str(run), "with_adapter": not base, "answers": rows})
@@ -203,52 +196,12 @@ def chat(
     temperature: Temperature = 0.0,
 ) -> None:
     """Talk to the adapter. /base asks the base alone the same, /reset forgets, /quit leaves."""
-    from halfbyte.cli import show
+    from halfbyte.cli.conversation import Chat
 
-    with show.waiting("opening base and adapter", silent=False) as tell:
-        _tame_libraries()
-        from halfbyte.inference import load as opening
-        from halfbyte.inference.generate import Sampling, chat_ids
-        from halfbyte.inference.generate import generate as write
+    opened = _open(run, silent=False)
+    from halfbyte.inference.generate import Sampling
 
-        opened = opening.open_run(run, tell)
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
-    first = [{"role": "system", "content": system}] if system else []
-    history = list(first)
-    show.text("/base  the same of the base alone    /reset  forget    /quit  leave")
-
-    def answer(messages: list[dict[str, str]]) -> str:
-        text = write(opened.model, opened.tokenizer, [chat_ids(opened.tokenizer, messages)], sampling, emit=show.stream)
-        show.text("")
-        return text[0]
-
-    while True:
-        try:
-            line = show.ask()
-        except (EOFError, KeyboardInterrupt):
-            show.text("")
-            return
-        if line in ("/quit", "/exit"):
-            return
-        if line == "/reset":
-            history = list(first)
-        elif line == "/base":
-            asked = [i for i, m in enumerate(history) if m["role"] == "user"]
-            if not asked:
-                show.text("say something first")
-                continue
-            with opened.base_only():
-                answer(history[: asked[-1] + 1])
-        elif line.startswith("/"):
-            show.text(f"no such command {line}; there are /base, /reset, /quit")
-        elif line:
-            history.append({"role": "user", "content": line})
-            try:
-                with opened.adapted():
-                    history.append({"role": "assistant", "content": answer(history)})
-            except KeyboardInterrupt:
-                history.pop()
-                show.text("\n(stopped)")
+    Chat(opened, Sampling(max_new_tokens=max_new_tokens, temperature=temperature), system).run()
 
 
 @app.command(name="eval")
@@ -264,13 +217,11 @@ def evaluate(
     """Completion loss, perplexity and exact match on held-out rows; with --base beside the base alone."""
     from halfbyte.cli import show
 
-    with show.waiting("opening base and adapter", silent=json_) as tell:
-        _tame_libraries()
-        from halfbyte.inference import load as opening
+    opened = _open(run, silent=json_)
+    from halfbyte.inference import load
 
-        opened = opening.open_run(run, tell)
     with show.counting("rows", silent=json_) as progress:
-        scores = opening.evaluate(
+        scores = load.evaluate(
             opened, data=data, limit=limit, with_base=base, max_new_tokens=max_new_tokens, progress=progress
         )
     if json_:
@@ -293,13 +244,15 @@ def quantize(
 ) -> None:
     """Quantise a base once, in bounded memory; train, eval and chat then open it at once."""
     from halfbyte.cli import show, show_store
+    from halfbyte.recipe.command import recipe_or_model
+    from halfbyte.system import libraries
 
-    recipe = _recipe_or_model(model, set_).recipe
+    recipe = recipe_or_model(model, set_).recipe
     with show_store.building(show.err, silent=json_ or quiet) as tell:
-        _tame_libraries()
-        from halfbyte.base.quantize import quantize as build
+        libraries.quiet()
+        from halfbyte.base import quantize as quantizing
 
-        built = build(recipe, out=out, tell=tell)
+        built = quantizing.quantize(recipe, out=out, tell=tell)
     show.document(built.to_json()) if json_ else show.text(show_store.built(built))
 
 
@@ -315,21 +268,16 @@ def check(
 ) -> None:
     """What would be trained on: gates, lengths, steps, rows with their labels. Exit code 2 if it would be refused."""
     from halfbyte.cli import show, show_data
-    from halfbyte.errors import RecipeError
-    from halfbyte.recipe.file import load_recipe, recipe_from
+    from halfbyte.recipe.command import recipe_or_rows
+    from halfbyte.system import libraries
 
-    if _is_recipe(target):
-        loaded = load_recipe(Path(target), [*set_, *([f"model={model}"] if model else [])])
-    elif model is None:
-        raise RecipeError("rows alone say nothing about tokens.", fix=f"halfbyte data check {target} --model MODEL")
-    else:
-        loaded = recipe_from(model, target, set_)
-    _tame_libraries()
+    loaded = recipe_or_rows(target, model, set_)
+    libraries.quiet()
     from halfbyte.training import preview
 
-    found = preview.check(loaded, row=row)
-    show.document(found.to_json()) if json_ else show_data.checked(found)
-    if found.refused:
+    checked = preview.check(loaded, row=row)
+    show.document(checked.to_json()) if json_ else show_data.checked(checked)
+    if checked.refused:
         raise typer.Exit(2)
 
 
@@ -342,70 +290,19 @@ def version() -> None:
     show.text("\n".join(f"{name} {value}" for name, value in versions().items()))
 
 
-def _recipe_or_model(target: str, overrides: list[str]) -> Loaded:
-    """A recipe file, or the default recipe for a model; its rows have no name, for commands that need not read any."""
-    from halfbyte.recipe.file import load_recipe, recipe_from
+def _open(run: Path, *, silent: bool) -> Opened:
+    """A finished run: its adapter on its base."""
+    from halfbyte.cli import show
+    from halfbyte.system import libraries
 
-    return load_recipe(Path(target), overrides) if _is_recipe(target) else recipe_from(target, "-", overrides)
+    with show.waiting("opening base and adapter", silent=silent) as tell:
+        libraries.quiet()
+        from halfbyte.inference import load
 
-
-def _is_recipe(target: str) -> bool:
-    return Path(target).suffix in (".yaml", ".yml")
-
-
-def _load(recipe: str, data: str | None, overrides: list[str], *, resume: bool) -> Loaded:
-    from halfbyte.errors import RecipeError
-    from halfbyte.recipe.file import load_recipe, recipe_from
-
-    path = Path(recipe)
-    if resume:
-        if overrides or data is not None:
-            raise RecipeError(
-                "--resume continues a run with its own recipe; --set, --output and DATA cannot be given with it.",
-                fix=f"halfbyte train {recipe} --resume",
-            )
-        if path.is_file():
-            path = Path(load_recipe(path).recipe.output)
-        if not (path / "recipe.yaml").is_file():
-            raise RecipeError(
-                f"{path} is not a run folder: it has no recipe.yaml.",
-                fix="halfbyte train RUN --resume, RUN as train made it",
-            )
-        loaded = load_recipe(path / "recipe.yaml")
-        # the folder may have been moved or copied since its recipe was written
-        return loaded._replace(recipe=loaded.recipe.model_copy(update={"output": str(path)}))
-    if data is not None:
-        if _is_recipe(recipe):
-            raise RecipeError(f"{recipe} is a recipe and names its own data; {data} is one argument too many.")
-        return recipe_from(recipe, data, overrides)
-    if path.is_dir() and (path / "recipe.yaml").is_file():
-        raise RecipeError(f"{path} is a run folder.", fix=f"halfbyte train {path} --resume")
-    if not _is_recipe(recipe) and not path.is_file():
-        raise RecipeError(
-            f"{recipe} is neither a recipe (.yaml) nor given with data.",
-            fix=f"halfbyte train {recipe} DATA.jsonl, or write a recipe with `halfbyte init`",
-        )
-    return load_recipe(path, overrides)
+        return load.open_run(run, tell)
 
 
-def _tame_libraries() -> None:
-    """No progress bars and no advice of libraries between our own lines; warnings meant for users come from us."""
-    import logging
-    import warnings
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # bitsandbytes wraps its fallback functions in torch.compile; off, they run as written and no compiler is imported
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def _guard(call: Callable[[], Any]) -> int:
+def _guard(call: Callable[[], object]) -> int:
     """Run the app; a HalfbyteError, or what the system refuses, is one message on stderr and an exit code."""
     from halfbyte.errors import HalfbyteError
 

@@ -1,0 +1,95 @@
+"""From the words of a command to a recipe: a recipe file, a model, a model with rows, or the folder of a run.
+
+Why: `halfbyte train`, `plan`, `doctor`, `quantize` and `data check` take each of these in one place of the line; what
+cannot be meant is an error that shows the command to type instead.
+Cost: as `file`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from halfbyte.errors import RecipeError
+from halfbyte.recipe.file import init_template, load_recipe, recipe_from
+from halfbyte.recipe.schema import Loaded
+
+
+def recipe_or_model(target: str, overrides: Sequence[str]) -> Loaded:
+    """A recipe file, or the default recipe of a model, for commands that read no rows."""
+    return load_recipe(Path(target), overrides) if is_recipe(target) else recipe_from(target, "-", overrides)
+
+
+def recipe_or_rows(target: str, model: str | None, overrides: Sequence[str]) -> Loaded:
+    """A recipe file, in which `model` stands for another one; or a file of rows, for `model`.
+
+    Raises:
+        RecipeError: rows without a model; what the recipe holds.
+    """
+    if is_recipe(target):
+        return load_recipe(Path(target), [*overrides, *([f"model={model}"] if model else [])])
+    if model is None:
+        raise RecipeError(
+            f"{target} alone cannot be tokenised: no model is named.", fix=f"halfbyte data check {target} --model MODEL"
+        )
+    return recipe_from(model, target, overrides)
+
+
+def to_train(target: str, data: str | None, overrides: Sequence[str]) -> Loaded:
+    """A recipe file; or the default recipe of a model, with a file of rows.
+
+    Raises:
+        RecipeError: a run folder, a recipe with rows beside it, a model without rows; what the recipe holds.
+    """
+    path = Path(target)
+    if data is not None:
+        if is_recipe(target):
+            raise RecipeError(f"{target} is a recipe and names its own data; {data} is one argument too many.")
+        return recipe_from(target, data, overrides)
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        raise RecipeError(f"{path} is a run folder.", fix=f"halfbyte train {path} --resume")
+    if not is_recipe(target) and not path.is_file():
+        raise RecipeError(
+            f"{target} is not a recipe (.yaml), and no data is given to train a model on.",
+            fix=f"halfbyte train {target} DATA.jsonl, or write a recipe with `halfbyte init`",
+        )
+    return load_recipe(path, overrides)
+
+
+def to_resume(target: str) -> Loaded:
+    """The recipe of a run folder, or of the run that a recipe file names.
+
+    Raises:
+        RecipeError: there is no such run.
+    """
+    path = Path(target)
+    if path.is_file():
+        path = Path(load_recipe(path).recipe.output)
+    if not (path / "recipe.yaml").is_file():
+        raise RecipeError(
+            f"{path} is not a run folder: it has no recipe.yaml.",
+            fix="halfbyte train RUN --resume, with the folder that train made",
+        )
+    loaded = load_recipe(path / "recipe.yaml")
+    # the folder may have been moved or copied since its recipe was written
+    return loaded._replace(recipe=loaded.recipe.model_copy(update={"output": str(path)}))
+
+
+def write_template(path: Path, model: str, data: str) -> None:
+    """Write the commented recipe of `halfbyte init`.
+
+    Raises:
+        RecipeError: the file exists, or cannot be written.
+    """
+    if path.exists():
+        raise RecipeError(f"{path} exists and is not overwritten.", fix="name another file: halfbyte init NAME.yaml")
+    try:
+        path.write_text(init_template(model, data))
+    except OSError as error:
+        if path.is_file():
+            path.unlink()  # the beginning of a recipe, on a full disk
+        raise RecipeError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def is_recipe(target: str) -> bool:
+    return Path(target).suffix in (".yaml", ".yml")
