@@ -14,7 +14,7 @@ from halfbyte.errors import TrainError
 from halfbyte.layers import loss
 from halfbyte.training import fit
 from halfbyte.training.events import Listener
-from halfbyte.training.pace import Pace, Rows, rehearse
+from halfbyte.training.pace import Pace, rehearse
 from tests import tiny_run
 from tests.layers.test_fuse import adapted, batch
 
@@ -38,9 +38,9 @@ def test_it_runs_the_longest_micro_batch_and_leaves_everything_as_it_was(monkeyp
 
     monkeypatch.setattr(loss, "micro_batch_loss", seen)
     state, weights = torch.random.get_rng_state(), {n: p.detach().clone() for n, p in model.named_parameters()}
-    asked: list[Rows] = []
+    asked: list[tuple[int, ...]] = []
 
-    def made(rows: Rows) -> Any:
+    def made(rows: tuple[int, ...]) -> Any:
         asked.append(rows)
         return batch()
 

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     from halfbyte.types import Batch, Model
 
-Rows = tuple[int, ...]
 MARGIN_SHARE = 0.03  # of the machine's memory (or the group's limit) that stays free between micro-batches
 MARGIN_BYTES = 64_000_000
 
@@ -72,14 +71,14 @@ class Pace:
     def margin(self) -> int:
         return max(MARGIN_BYTES, round(MARGIN_SHARE * self.ram_bytes))
 
-    def split(self, micro_batches: Sequence[Rows]) -> list[Rows]:
+    def split(self, micro_batches: Sequence[pack.MicroBatch]) -> list[pack.MicroBatch]:
         """A step's micro-batches as they were planned, or arranged anew since the budget was lowered."""
         if all(sum(self.lengths[r] for r in rows) <= self.tokens or len(rows) == 1 for rows in micro_batches):
             return list(micro_batches)
         rows = [r for part in micro_batches for r in part]
         return list(pack.arrange(rows, self.lengths, self.tokens, self.examples_per_micro_batch))
 
-    def between(self, waiting: Sequence[Rows]) -> list[Rows]:
+    def between(self, waiting: Sequence[pack.MicroBatch]) -> list[pack.MicroBatch]:
         """The micro-batches that are still to come, after a look at what is free."""
         if self.on_card or ram_available() >= self.margin:
             return list(waiting)
@@ -120,8 +119,8 @@ class Pace:
         return [None if p.grad is None else p.grad.clone() for p in model.parameters() if p.requires_grad]
 
     def failed(
-        self, error: BaseException, model: Model, held: list[Tensor | None] | None, waiting: Sequence[Rows]
-    ) -> list[Rows]:
+        self, error: BaseException, model: Model, held: list[Tensor | None] | None, waiting: Sequence[pack.MicroBatch]
+    ) -> list[pack.MicroBatch]:
         """After an allocation failed in the first of `waiting`: gradients as before it, one step down, all again.
 
         Raises:
@@ -140,7 +139,7 @@ class Pace:
             ) from error
         return self.split(waiting)
 
-    def _largest(self, micro_batches: Sequence[Rows]) -> int:
+    def _largest(self, micro_batches: Sequence[pack.MicroBatch]) -> int:
         return max((int(sum(self.lengths[r] for r in rows)) for rows in micro_batches), default=0)
 
 
@@ -160,7 +159,11 @@ class Rehearsed:
 
 
 def rehearse(
-    model: Model, pace: Pace, longest: Rows, batch: Callable[[Rows], Batch], evaluation: Sequence[Batch] = ()
+    model: Model,
+    pace: Pace,
+    longest: pack.MicroBatch,
+    batch: Callable[[pack.MicroBatch], Batch],
+    evaluation: Sequence[Batch] = (),
 ) -> Rehearsed:
     """Run the longest micro-batch forward and backward, and one batch of an evaluation, before anything is learned.
 
@@ -170,7 +173,7 @@ def rehearse(
         TrainError: not even the smallest way fits.
     """
 
-    def size(rows: Rows) -> int:
+    def size(rows: pack.MicroBatch) -> int:
         return int(sum(pace.lengths[r] for r in rows))
 
     training = model.training
