@@ -5,6 +5,7 @@ mypy reads torch and transformers as Any here, so these names are for readers fi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 Document: TypeAlias = dict[str, Any]
 """A JSON object, as it is read or printed."""
+ConfigFile: TypeAlias = Mapping[str, Any]
+"""The object in a config.json, as it is read and not changed."""
 
 
 class Batch(TypedDict, total=False):

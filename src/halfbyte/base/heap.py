@@ -14,13 +14,16 @@ Cost: a read of /proc/self/statm a layer, and a few milliseconds each time that 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from halfbyte.base import stream
 from halfbyte.errors import BaseModelError
 from halfbyte.models import structure
 from halfbyte.system import usage
+
+if TYPE_CHECKING:
+    from halfbyte.types import Model
 
 # Holes that are let be: giving back costs time, and taking it again a page at a time costs more.
 BUDGET_BYTES, BUDGET_SHARE = 96_000_000, 0.1  # at least, and of what is private
@@ -31,7 +34,7 @@ GROWTH = 1.5  # of the budget where it is passed within one layer: then it is th
 class Holes:
     """Looks at the heap, and gives its holes back when they are more than the budget."""
 
-    least: int = 0  # private bytes that are not the heap's, nor holes that could be given back
+    least: int = 0  # private bytes that are neither the heap's in use nor holes to give back
     seen: int = 0  # private bytes after the last time
     factor: float = 1.0
     just: bool = False  # whether the last look gave holes back
@@ -51,7 +54,7 @@ class Holes:
         self.least = self.seen - in_use
 
 
-def install(model: Any) -> None:
+def install(model: Model) -> None:
     """Look after each decoder layer of a model (PEFT around it or not) from now on; nothing where that is of no use."""
     lm = structure.causal_lm(model)
     if lm in _INSTALLED or lm.device.type != "cpu" or usage.heap_in_use() is None:
@@ -64,7 +67,7 @@ def install(model: Any) -> None:
     _INSTALLED[lm] = [layer.register_forward_hook(stream.After(holes.look, holes.look)) for layer in layers]
 
 
-def remove(model: Any) -> None:
+def remove(model: Model) -> None:
     for handle in _INSTALLED.pop(structure.causal_lm(model), ()):
         handle.remove()
 

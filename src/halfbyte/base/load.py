@@ -2,7 +2,7 @@
 
 Why: transformers leaves what it cannot quantise (fused expert tensors, unknown module types) in 16 bits without a word,
 fills missing weights with random numbers under a warning, and loads a Linear4bit that an eval forward breaks
-(`quant.py`).
+(`quant/bnb.py`).
 Cost: transformers quantises while loading; the check is one walk over the parameters.
 """
 
@@ -64,7 +64,7 @@ def open_base(
     device: machine.Device,
     *,
     trust_remote_code: bool = False,
-    device_map: Any = "auto",
+    device_map: str | Document = "auto",
     with_tokenizer: bool = True,
     use_store: bool = True,
     tell: supply.Tell | None = None,
@@ -253,7 +253,7 @@ def load_base(
     *,
     load_in_4bit: bool = True,
     quantization_config: Any = None,
-    device_map: Any = "auto",
+    device_map: str | Document = "auto",
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -272,7 +272,7 @@ def load_base(
     """
     from halfbyte.recipe.schema import Quant
 
-    values: dict[str, Any] = {"type": "nf4" if load_in_4bit else "none", "compute_dtype": dtype}
+    values: Document = {"type": "nf4" if load_in_4bit else "none", "compute_dtype": dtype}
     if quantization_config is not None:
         names = {value: key for key, value in DTYPES.items()}
         values = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from halfbyte.base import load
 from halfbyte.base.config import open_config
@@ -21,6 +21,9 @@ from halfbyte.plan.building import Building
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device
 
+if TYPE_CHECKING:
+    from halfbyte.types import Document
+
 
 @dataclass(frozen=True)
 class Built:
@@ -31,7 +34,7 @@ class Built:
     built: bool
     seconds: float
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Document:
         found = asdict(self.manifest)
         del found["files"]
         return {

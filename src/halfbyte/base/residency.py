@@ -7,9 +7,10 @@ Cost: a walk over the parameters.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from halfbyte.errors import BaseModelError
 from halfbyte.models.sources.checkpoint import Checkpoint
@@ -18,12 +19,14 @@ from halfbyte.quant.policy import matches
 
 if TYPE_CHECKING:
     from halfbyte.recipe.schema import Quant
+    from halfbyte.types import Config, Document, Model
+
 
 # Resident bytes may exceed what the specs say by this share before it is an error: scales of odd sizes, padding.
 RESIDENT_TOLERANCE = 0.02
 
 
-def check_resident(model: Any, quant: Quant, resident: int, expected: int, name: str) -> None:
+def check_resident(model: Model, quant: Quant, resident: int, expected: int, name: str) -> None:
     """Compare what is in memory with what the policy says.
 
     Raises:
@@ -53,12 +56,12 @@ def check_resident(model: Any, quant: Quant, resident: int, expected: int, name:
         )
 
 
-def big_unquantised(model: Any, quant: Quant) -> list[tuple[str, Any]]:
+def big_unquantised(model: Model, quant: Quant) -> list[tuple[str, nn.Parameter]]:
     """Weight matrices that are neither 4-bit, nor an embedding or head, nor exempted by the recipe.
 
     Small ones (routers, convolutions: under 1/1000 of the model's parameters each) are not meant.
     """
-    exempt = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    exempt = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     exempt |= {id(m.weight) for _, m in codec.linears_4bit(model) if m.weight.is_meta}  # still to be filled
     head = model.get_output_embeddings()
     if head is not None and getattr(head, "weight", None) is not None:
@@ -76,7 +79,7 @@ def big_unquantised(model: Any, quant: Quant) -> list[tuple[str, Any]]:
     ]
 
 
-def keep_fp32(model: Any, patterns: tuple[str, ...], compute_dtype: torch.dtype) -> list[str]:
+def keep_fp32(model: Model, patterns: tuple[str, ...], compute_dtype: torch.dtype) -> list[str]:
     """Hold the named modules in fp32 and convert at their border, so that the residual stream keeps its dtype."""
     chosen = named_fp32(model, patterns)
     for _, module in chosen:
@@ -87,7 +90,7 @@ def keep_fp32(model: Any, patterns: tuple[str, ...], compute_dtype: torch.dtype)
     return [name for name, _ in chosen]
 
 
-def named_fp32(model: Any, patterns: tuple[str, ...]) -> list[tuple[str, Any]]:
+def named_fp32(model: Model, patterns: tuple[str, ...]) -> list[tuple[str, nn.Module]]:
     """The modules with parameters of their own that the recipe wants in fp32."""
     if not patterns:
         return []
@@ -104,7 +107,7 @@ def named_fp32(model: Any, patterns: tuple[str, ...]) -> list[tuple[str, Any]]:
     return chosen
 
 
-def _to_fp32(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _to_fp32(module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
     return tuple(a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
 
 
@@ -114,11 +117,11 @@ class _Back:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
-    def __call__(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[object, ...], output: object) -> object:
         return output.to(self.dtype) if isinstance(output, torch.Tensor) and output.is_floating_point() else output
 
 
-def head_names(config: Any) -> tuple[str, ...]:
+def head_names(config: Config) -> tuple[str, ...]:
     from transformers.quantizers.base import get_keys_to_not_convert
 
     from halfbyte.models.structure import meta_model
@@ -126,13 +129,13 @@ def head_names(config: Any) -> tuple[str, ...]:
     return tuple(get_keys_to_not_convert(meta_model(config)))
 
 
-def _is_default_skip(name: str, model: Any) -> bool:
+def _is_default_skip(name: str, model: Model) -> bool:
     skipped = getattr(getattr(model, "hf_quantizer", None), "modules_to_not_convert", None) or ()
     keep = getattr(model, "_keep_in_fp32_modules", None) or ()
     return matches(name, [*skipped, *keep])
 
 
-def check_skipped(model: Any, quant: Quant) -> None:
+def check_skipped(model: Model, quant: Quant) -> None:
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     missing = [pattern for pattern in quant.skip_modules if not any(matches(name, (pattern,)) for name in names)]
     if missing:
@@ -142,7 +145,7 @@ def check_skipped(model: Any, quant: Quant) -> None:
         )
 
 
-def check_complete(model: Any, info: dict[str, Any], checkpoint: Checkpoint) -> None:
+def check_complete(model: Model, info: Document, checkpoint: Checkpoint) -> None:
     missing = sorted(info.get("missing_keys", ()))
     mismatched = sorted(
         f"{name} is {tuple(found)}, not {tuple(needed)}" for name, found, needed in info.get("mismatched_keys", ())

@@ -1,4 +1,4 @@
-"""Where a base lies while it works: in private memory, mapped, or streamed through memory layer by layer.
+"""Where a base is kept while it works: in private memory, mapped, or streamed through memory layer by layer.
 
 Why: frozen weights on disk need not live in RAM; a base larger than memory trains if its layers come and go around the
 computation. The order is known: up through the layers, down again in backward, so the next one is read while this one
@@ -136,7 +136,7 @@ def place_as_planned(model: Model, placement: str, *, asked: bool) -> tuple[Plac
     return place(model, wanted), ""
 
 
-def place(model: Any, placement: Placement, *, mover: Mover | None = None) -> Placed:
+def place(model: Model, placement: Placement, *, mover: Mover | None = None) -> Placed:
     """Put a base where it is wanted, before or after its adapters. Adapters and whatever trains stay in memory.
 
     Args:
@@ -261,7 +261,7 @@ class After:
         self.backward()
 
 
-def is_mapped(model: Any, maps: pages.FileMaps | None = None) -> bool:
+def is_mapped(model: Model, maps: pages.FileMaps | None = None) -> bool:
     """Whether most of the layers' weights lie in a file: of the 4-bit ones where there are some, else of all."""
     maps = maps or pages.FileMaps.read()
     modules = [m for layer in structure.decoder_layers(model) for m in layer.modules()]
@@ -270,7 +270,9 @@ def is_mapped(model: Any, maps: pages.FileMaps | None = None) -> bool:
     return 2 * _bytes(t for t in weights if _is_mapped(t, maps)) > _bytes(weights)
 
 
-def _groups(model: Any, layers: list[nn.Module], maps: pages.FileMaps) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+def _groups(
+    model: Model, layers: list[nn.Module], maps: pages.FileMaps
+) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
     """Mapped tensors of each layer and of the rest; and the same without an embedding that is not the head too."""
     groups = [[t for t in _tensors(layer) if _is_mapped(t, maps)] for layer in layers]
     inside = {t.data_ptr() for group in groups for t in group}

@@ -11,17 +11,20 @@ Letters: V vocabulary, D hidden, I the MLP's width, H query heads, K key heads, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from halfbyte.errors import SourceError
 from halfbyte.models.tensors import Facts, TensorSpec, facts_of, spec_of
+
+if TYPE_CHECKING:
+    from halfbyte.types import ConfigFile
 
 Named = Iterator[tuple[str, tuple[int, ...]]]
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
-def tensors_of(config: Mapping[str, Any]) -> list[TensorSpec]:
+def tensors_of(config: ConfigFile) -> list[TensorSpec]:
     """The tensors of a model as its checkpoint would list them; a tied head once, as the embedding.
 
     Raises:
@@ -46,7 +49,7 @@ def tensors_of(config: Mapping[str, Any]) -> list[TensorSpec]:
     return [spec_of(name, shape, dtype, config) for name, shape in FAMILIES[kind](config, sizes)]
 
 
-def _llama(config: Mapping[str, Any], f: Facts) -> Named:
+def _llama(config: ConfigFile, f: Facts) -> Named:
     """Llama and what is built like it: projections and a gated MLP, RMS norms, perhaps biases and norms of q and k."""
     kind = f.model_type
     qkv_bias = bool(config.get("attention_bias", kind == "qwen2"))
@@ -73,7 +76,7 @@ def _llama(config: Mapping[str, Any], f: Facts) -> Named:
     yield from _head(config, f, "lm_head", tied=kind.startswith("gemma"))
 
 
-def _phi3(config: Mapping[str, Any], f: Facts) -> Named:
+def _phi3(config: ConfigFile, f: Facts) -> Named:
     yield "model.embed_tokens.weight", (f.vocab, f.hidden)
     for n in range(f.layers):
         layer = f"model.layers.{n}"
@@ -88,7 +91,7 @@ def _phi3(config: Mapping[str, Any], f: Facts) -> Named:
     yield from _head(config, f, "lm_head")
 
 
-def _phi(config: Mapping[str, Any], f: Facts) -> Named:
+def _phi(config: ConfigFile, f: Facts) -> Named:
     yield "model.embed_tokens.weight", (f.vocab, f.hidden)
     for n in range(f.layers):
         layer = f"model.layers.{n}"
@@ -102,7 +105,7 @@ def _phi(config: Mapping[str, Any], f: Facts) -> Named:
     yield from _linear("lm_head", f.vocab, f.hidden, bias=True)
 
 
-def _gpt2(config: Mapping[str, Any], f: Facts) -> Named:
+def _gpt2(config: ConfigFile, f: Facts) -> Named:
     yield "transformer.wte.weight", (f.vocab, f.hidden)
     yield "transformer.wpe.weight", (f.positions, f.hidden)
     for n in range(f.layers):
@@ -117,7 +120,7 @@ def _gpt2(config: Mapping[str, Any], f: Facts) -> Named:
     yield from _head(config, f, "lm_head", tied=True)
 
 
-def _gptj(config: Mapping[str, Any], f: Facts) -> Named:
+def _gptj(config: ConfigFile, f: Facts) -> Named:
     yield "transformer.wte.weight", (f.vocab, f.hidden)
     for n in range(f.layers):
         layer = f"transformer.h.{n}"
@@ -129,7 +132,7 @@ def _gptj(config: Mapping[str, Any], f: Facts) -> Named:
     yield from _linear("lm_head", f.vocab, f.hidden, bias=True)
 
 
-def _gpt_neox(config: Mapping[str, Any], f: Facts) -> Named:
+def _gpt_neox(config: ConfigFile, f: Facts) -> Named:
     bias = bool(config.get("attention_bias", True))
     yield "gpt_neox.embed_in.weight", (f.vocab, f.hidden)
     for n in range(f.layers):
@@ -144,7 +147,7 @@ def _gpt_neox(config: Mapping[str, Any], f: Facts) -> Named:
     yield from _head(config, f, "embed_out")
 
 
-def _bloom(config: Mapping[str, Any], f: Facts) -> Named:
+def _bloom(config: ConfigFile, f: Facts) -> Named:
     yield "transformer.word_embeddings.weight", (f.vocab, f.hidden)
     yield from _norm("transformer.word_embeddings_layernorm", f.hidden)
     for n in range(f.layers):
@@ -159,7 +162,7 @@ def _bloom(config: Mapping[str, Any], f: Facts) -> Named:
     yield from _head(config, f, "lm_head", tied=True)
 
 
-def _falcon(config: Mapping[str, Any], f: Facts) -> Named:
+def _falcon(config: ConfigFile, f: Facts) -> Named:
     bias = bool(config.get("bias", False))
     new = bool(config.get("new_decoder_architecture", False))
     parallel = bool(config.get("parallel_attn", True))
@@ -180,7 +183,7 @@ def _falcon(config: Mapping[str, Any], f: Facts) -> Named:
     yield from _head(config, f, "lm_head", tied=True)
 
 
-def _mpt(config: Mapping[str, Any], f: Facts) -> Named:
+def _mpt(config: ConfigFile, f: Facts) -> Named:
     yield "transformer.wte.weight", (f.vocab, f.hidden)
     for n in range(f.layers):
         layer = f"transformer.blocks.{n}"
@@ -194,7 +197,7 @@ def _mpt(config: Mapping[str, Any], f: Facts) -> Named:
     yield from _head(config, f, "lm_head", tied=True)
 
 
-def _opt(config: Mapping[str, Any], f: Facts) -> Named:
+def _opt(config: ConfigFile, f: Facts) -> Named:
     top = "model.decoder"
     narrow = int(config.get("word_embed_proj_dim") or f.hidden)
     before = bool(config.get("do_layer_norm_before", True))
@@ -233,13 +236,13 @@ def _norm(name: str, width: int) -> Named:
     yield f"{name}.bias", (width,)
 
 
-def _head(config: Mapping[str, Any], f: Facts, name: str, *, tied: bool = False, width: int = 0) -> Named:
+def _head(config: ConfigFile, f: Facts, name: str, *, tied: bool = False, width: int = 0) -> Named:
     """The output head where it has a weight of its own; `tied` is what the architecture does unless its config says."""
     if not config.get("tie_word_embeddings", tied):
         yield f"{name}.weight", (f.vocab, width or f.hidden)
 
 
-FAMILIES: dict[str, Callable[[Mapping[str, Any], Facts], Named]] = {
+FAMILIES: dict[str, Callable[[ConfigFile, Facts], Named]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "granite", "smollm3"), _llama),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), _llama),
     "phi3": _phi3, "phi": _phi, "gpt2": _gpt2, "gptj": _gptj, "gpt_neox": _gpt_neox, "bloom": _bloom, "falcon": _falcon,

@@ -10,10 +10,9 @@ Cost: a few small files or requests; no torch.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from halfbyte.errors import SourceError
 from halfbyte.models import tensors
@@ -21,6 +20,9 @@ from halfbyte.models.architectures import FAMILIES, tensors_of
 from halfbyte.models.references import REFERENCES
 from halfbyte.models.sources import gguf_header, hub, safetensors
 from halfbyte.models.tensors import Facts, TensorSpec
+
+if TYPE_CHECKING:
+    from halfbyte.types import ConfigFile, Document
 
 # Packaged models under the name of the reference that has their shape.
 ALIASES = {"gemma3-270m": "gemma-3-270m"}
@@ -41,7 +43,7 @@ class Shape:
     """A model without its weights. `origin` says where the list of tensors is from, `read_bytes` what that took."""
 
     name: str
-    config: Mapping[str, Any]
+    config: ConfigFile
     specs: tuple[TensorSpec, ...]
     facts: Facts
     origin: str
@@ -112,7 +114,7 @@ def _header_bytes(file: Path) -> int:
 
 def _of(
     name: str,
-    config: Mapping[str, Any],
+    config: ConfigFile,
     specs: list[TensorSpec],
     origin: str,
     read_bytes: int = 0,
@@ -133,7 +135,7 @@ def _of_gguf(path: Path) -> Shape:
     header = gguf_header.read_header(path)
     kind = header.architecture
     values = {key: header.metadata.get(f"{kind}.{field}") for key, field in _GGUF_FIELDS.items()}
-    config: dict[str, Any] = {key: value for key, value in values.items() if isinstance(value, int)}
+    config: Document = {key: value for key, value in values.items() if isinstance(value, int)}
     shapes_by_name = {tensor.name: tensor.shape for tensor in header.tensors}
     embedding = shapes_by_name.get("token_embd.weight")
     if embedding is not None:
@@ -191,7 +193,7 @@ def _of_hub(repo: str, revision: str | None) -> Shape:
     return _of(name, config, tensors.specs_of(headers, config), origin, read)
 
 
-def _without_headers(name: str, config: Mapping[str, Any], read: int) -> Shape:
+def _without_headers(name: str, config: ConfigFile, read: int) -> Shape:
     if config.get("model_type") not in FAMILIES:
         raise SourceError(
             f"{name} has no safetensors, and the tensors of a {config.get('model_type')!r} are not known from its "

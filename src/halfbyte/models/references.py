@@ -8,12 +8,15 @@ Cost: one table; no torch.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from halfbyte.types import Document
 
 
 def _llama(
     hidden: int, inner: int, layers: int, heads: int, keys: int, vocab: int, *, kind: str = "llama", **more: Any
-) -> dict[str, Any]:
+) -> Document:
     return {
         "model_type": kind, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": keys, "vocab_size": vocab,
@@ -21,40 +24,38 @@ def _llama(
     }  # fmt: skip
 
 
-def _qwen2(hidden: int, inner: int, layers: int, heads: int, keys: int, vocab: int, **more: Any) -> dict[str, Any]:
+def _qwen2(hidden: int, inner: int, layers: int, heads: int, keys: int, vocab: int, **more: Any) -> Document:
     return _llama(hidden, inner, layers, heads, keys, vocab, kind="qwen2", positions=32768, **more)
 
 
-def _qwen3(hidden: int, inner: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+def _qwen3(hidden: int, inner: int, layers: int, heads: int, **more: Any) -> Document:
     return _llama(hidden, inner, layers, heads, 8, 151936, kind="qwen3", head_dim=128, positions=40960, **more)
 
 
-def _gemma(
-    kind: str, hidden: int, inner: int, layers: int, heads: int, keys: int, vocab: int, head: int
-) -> dict[str, Any]:
+def _gemma(kind: str, hidden: int, inner: int, layers: int, heads: int, keys: int, vocab: int, head: int) -> Document:
     return _llama(hidden, inner, layers, heads, keys, vocab, kind=kind, head_dim=head, positions=8192, tied=True)
 
 
-def _phi3(hidden: int, inner: int, layers: int, heads: int, keys: int, vocab: int, **more: Any) -> dict[str, Any]:
+def _phi3(hidden: int, inner: int, layers: int, heads: int, keys: int, vocab: int, **more: Any) -> Document:
     return _llama(hidden, inner, layers, heads, keys, vocab, kind="phi3", **more)
 
 
-def _phi(hidden: int, layers: int) -> dict[str, Any]:
+def _phi(hidden: int, layers: int) -> Document:
     return _llama(hidden, 4 * hidden, layers, 32, 32, 51200, kind="phi", positions=2048)
 
 
-def _gpt2(hidden: int, layers: int, heads: int) -> dict[str, Any]:
+def _gpt2(hidden: int, layers: int, heads: int) -> Document:
     return {
         "model_type": "gpt2", "n_embd": hidden, "n_layer": layers, "n_head": heads, "n_positions": 1024,
         "vocab_size": 50257, "dtype": "float32",
     }  # fmt: skip
 
 
-def _bloom(hidden: int, layers: int, heads: int) -> dict[str, Any]:
+def _bloom(hidden: int, layers: int, heads: int) -> Document:
     return {"model_type": "bloom", "hidden_size": hidden, "n_layer": layers, "n_head": heads, "vocab_size": 250880}
 
 
-def _neox(hidden: int, inner: int, layers: int, heads: int, vocab: int) -> dict[str, Any]:
+def _neox(hidden: int, inner: int, layers: int, heads: int, vocab: int) -> Document:
     return {
         "model_type": "gpt_neox", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
         "num_attention_heads": heads, "vocab_size": vocab, "max_position_embeddings": 2048,
@@ -62,7 +63,7 @@ def _neox(hidden: int, inner: int, layers: int, heads: int, vocab: int) -> dict[
     }  # fmt: skip
 
 
-def _opt(hidden: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+def _opt(hidden: int, layers: int, heads: int, **more: Any) -> Document:
     return {
         "model_type": "opt", "hidden_size": hidden, "ffn_dim": 4 * hidden, "num_hidden_layers": layers,
         "num_attention_heads": heads, "vocab_size": 50272, "max_position_embeddings": 2048,
@@ -70,14 +71,14 @@ def _opt(hidden: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _mpt(hidden: int, layers: int, heads: int, positions: int) -> dict[str, Any]:
+def _mpt(hidden: int, layers: int, heads: int, positions: int) -> Document:
     return {
         "model_type": "mpt", "d_model": hidden, "n_layers": layers, "n_heads": heads, "vocab_size": 50432,
         "max_seq_len": positions,
     }  # fmt: skip
 
 
-REFERENCES: dict[str, dict[str, Any]] = {
+REFERENCES: dict[str, Document] = {
     "llama-2-7b": _llama(4096, 11008, 32, 32, 32, 32000),
     "llama-2-13b": _llama(5120, 13824, 40, 40, 40, 32000),
     "llama-2-70b": _llama(8192, 28672, 80, 64, 8, 32000),

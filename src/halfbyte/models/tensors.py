@@ -14,10 +14,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from halfbyte.errors import SourceError
 from halfbyte.models.sources.safetensors import DTYPE_BITS, read_header, weight_files
+
+if TYPE_CHECKING:
+    from halfbyte.types import ConfigFile, Document
 
 Role = Literal["linear", "embedding", "head", "norm", "bias", "expert", "router", "other"]
 
@@ -96,7 +99,7 @@ def read_checkpoint(folder: Path) -> list[TensorSpec]:
     return specs_of((read_header(file) for file in weight_files(folder)), config)
 
 
-def specs_of(headers: Iterable[Mapping[str, Mapping[str, Any]]], config: Mapping[str, Any]) -> list[TensorSpec]:
+def specs_of(headers: Iterable[Mapping[str, ConfigFile]], config: ConfigFile) -> list[TensorSpec]:
     """The tensors of all files of one checkpoint; a tied head once, buffers that loading passes over left out."""
     specs = [
         spec_of(name, tuple(entry["shape"]), entry["dtype"], config)
@@ -109,7 +112,7 @@ def specs_of(headers: Iterable[Mapping[str, Mapping[str, Any]]], config: Mapping
     return specs
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> Document:
     """`config.json` of a model folder."""
     path = folder / "config.json"
     if not path.is_file():
@@ -126,7 +129,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return value
 
 
-def spec_of(name: str, shape: tuple[int, ...], dtype: str, config: Mapping[str, Any]) -> TensorSpec:
+def spec_of(name: str, shape: tuple[int, ...], dtype: str, config: ConfigFile) -> TensorSpec:
     """What one tensor is, from its name, its shape and the config."""
     layer = _LAYER.search(name)
     role = _role(name, shape, config, in_layer=layer is not None)
@@ -134,7 +137,7 @@ def spec_of(name: str, shape: tuple[int, ...], dtype: str, config: Mapping[str, 
     return TensorSpec(name, shape, dtype, role, int(layer[1]) if layer else None, transposed)
 
 
-def facts_of(config: Mapping[str, Any], specs: Iterable[TensorSpec]) -> Facts:
+def facts_of(config: ConfigFile, specs: Iterable[TensorSpec]) -> Facts:
     """Sizes from the config; what it does not say is read from the tensors."""
     specs = list(specs)
     kind = str(config.get("model_type", ""))
@@ -160,7 +163,7 @@ def facts_of(config: Mapping[str, Any], specs: Iterable[TensorSpec]) -> Facts:
     )
 
 
-def _dropout(config: Mapping[str, Any], kind: str, *names: str) -> float:
+def _dropout(config: ConfigFile, kind: str, *names: str) -> float:
     """The first of these that is there; what transformers' config class has where the file says nothing."""
     inner = _get(config, "attn_config")  # MPT's
     for source in (config, inner if isinstance(inner, Mapping) else {}):
@@ -175,7 +178,7 @@ def _dropout(config: Mapping[str, Any], kind: str, *names: str) -> float:
 _EVERY_HEAD_ITS_KEYS = frozenset({"gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "codegen"})
 
 
-def _key_heads(config: Mapping[str, Any], kind: str, heads: int) -> int:
+def _key_heads(config: ConfigFile, kind: str, heads: int) -> int:
     """Falcon says how its keys are shared in three ways; everyone else by a number, or not at all."""
     if kind in _EVERY_HEAD_ITS_KEYS:
         return heads
@@ -184,7 +187,7 @@ def _key_heads(config: Mapping[str, Any], kind: str, heads: int) -> int:
     return _first(config, "num_key_value_heads", "num_kv_heads") or heads
 
 
-def _role(name: str, shape: tuple[int, ...], config: Mapping[str, Any], *, in_layer: bool) -> Role:
+def _role(name: str, shape: tuple[int, ...], config: ConfigFile, *, in_layer: bool) -> Role:
     parts = name.split(".")
     tail = parts[-1]
     named = tail in ("weight", "bias")
@@ -208,11 +211,11 @@ def _role(name: str, shape: tuple[int, ...], config: Mapping[str, Any], *, in_la
     return "linear"
 
 
-def _experts(config: Mapping[str, Any]) -> int:
+def _experts(config: ConfigFile) -> int:
     return _first(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
-def _first(config: Mapping[str, Any], *names: str) -> int:
+def _first(config: ConfigFile, *names: str) -> int:
     """The first of these config values that is a positive number; 0 if none is."""
     for name in names:
         value = _get(config, name)
@@ -221,7 +224,7 @@ def _first(config: Mapping[str, Any], *names: str) -> int:
     return 0
 
 
-def _get(config: Mapping[str, Any], name: str) -> Any:
+def _get(config: ConfigFile, name: str) -> Any:
     """A config value; models with several towers keep the language model's under `text_config`."""
     inner = config.get("text_config")
     value = config.get(name)

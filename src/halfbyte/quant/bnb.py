@@ -15,18 +15,20 @@ from halfbyte.quant import formats
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from halfbyte.recipe.schema import Quant
+    from halfbyte.types import Model
 
 
-def linears_4bit(model: torch.nn.Module) -> list[tuple[str, Any]]:
+def linears_4bit(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every `bitsandbytes.nn.Linear4bit` of a model, with its name."""
     import bitsandbytes as bnb
 
     return [(name, module) for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
 
 
-def make_safe(model: torch.nn.Module) -> int:
+def make_safe(model: nn.Module) -> int:
     """Keep an eval forward from repacking 4-bit weights in place. Returns how many layers were made safe.
 
     A weight that an earlier eval forward has already repacked is unpacked again by reading the layer's state dict once
@@ -40,7 +42,7 @@ def make_safe(model: torch.nn.Module) -> int:
     return len(layers)
 
 
-def forget_deserialising(model: Any) -> None:
+def forget_deserialising(model: Model) -> None:
     """Let a model that was opened pre-quantised be saved again.
 
     transformers keeps the conversions of a load and reverts them in `save_pretrained`, but cannot revert this one
@@ -55,7 +57,7 @@ def forget_deserialising(model: Any) -> None:
         ]
 
 
-def set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> list[str]:
+def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> list[str]:
     """Make every 4-bit layer multiply in `dtype`, forward and backward. Returns the names whose dtype changed.
 
     The backward dequantises to `quant_state.dtype` and the forward to the input's dtype (`MatMul4Bit` in
@@ -73,12 +75,12 @@ def set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> list[str]:
     return changed
 
 
-def resident_bytes(model: torch.nn.Module) -> int:
+def resident_bytes(model: nn.Module) -> int:
     """Bytes of every parameter (each storage once) with the scales and code tables of 4-bit weights; no buffers."""
     seen: set[int] = set()
     total = 0
 
-    def add(tensor: Any) -> None:
+    def add(tensor: torch.Tensor | None) -> None:
         nonlocal total
         if tensor is not None and tensor.device.type != "meta" and tensor.data_ptr() not in seen:
             seen.add(tensor.data_ptr())
@@ -104,7 +106,7 @@ def quantised_linear(weight: torch.Tensor, device: str = "cpu") -> Any:
     return made
 
 
-def planned_bytes(model: torch.nn.Module, quant: Quant) -> int:
+def planned_bytes(model: nn.Module, quant: Quant) -> int:
     """`resident_bytes` of an empty model on the meta device whose 4-bit layers are there but hold nothing yet."""
     in_4bit = {id(module.weight) for _, module in linears_4bit(model)}
     return sum(

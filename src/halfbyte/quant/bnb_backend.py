@@ -16,7 +16,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
 
 QUANTISE, DEQUANTISE = "quantize_4bit", "dequantize_4bit"
 # What must live as long as the process: torch drops a registration with its Library.
@@ -45,7 +48,7 @@ def active() -> bool:
     return "library" in _held and "failed" not in _held
 
 
-def _quantise(keys: Any, values: Any, block_size: int, quant_type: str, storage: Any) -> tuple[Any, Any]:
+def _quantise(keys: object, values: Tensor, block_size: int, quant_type: str, storage: dtype) -> tuple[Tensor, Tensor]:
     """(packed (n / 2, 1) in the dtype `storage`, absmax (blocks,) fp32), as bitsandbytes gives them."""
     if "failed" not in _held:
         try:
@@ -54,25 +57,28 @@ def _quantise(keys: Any, values: Any, block_size: int, quant_type: str, storage:
                 return made
         except Exception:  # of any kind: a script that quantised before must quantise now, more slowly
             _held["failed"] = True
-    before: tuple[Any, Any] = _held[QUANTISE].call_boxed(keys, values, block_size, quant_type, storage)
+    before: tuple[Tensor, Tensor] = _held[QUANTISE].call_boxed(keys, values, block_size, quant_type, storage)
     return before
 
 
-def _dequantise(keys: Any, packed: Any, absmax: Any, block_size: int, quant_type: str, shape: Any, dtype: Any) -> Any:
-    """The weight, in `shape` and `dtype`."""
+def _dequantise(
+    keys: object, packed: Tensor, absmax: Tensor, block_size: int, quant_type: str, shape: list[int], kind: dtype
+) -> Tensor:
+    """The weight, in `shape` and the dtype `kind`."""
     from halfbyte.quant import dequantise
 
-    whole = not shape[-1] % block_size and not dequantise.is_distrusted(quant_type, dtype)
+    whole = not shape[-1] % block_size and not dequantise.is_distrusted(quant_type, kind)
     if whole or quant_type not in ("nf4", "fp4"):
-        return _held[DEQUANTISE].call_boxed(keys, packed, absmax, block_size, quant_type, shape, dtype)
+        before: Tensor = _held[DEQUANTISE].call_boxed(keys, packed, absmax, block_size, quant_type, shape, kind)
+        return before
     import torch
 
-    out = torch.empty(shape, dtype=dtype)
+    out = torch.empty(shape, dtype=kind)
     dequantise.write(packed, absmax.float(), out.view(-1), block_size, quant_type)
     return out
 
 
-def _with_numba(values: Any, block_size: int, quant_type: str, storage: Any) -> tuple[Any, Any] | None:
+def _with_numba(values: Tensor, block_size: int, quant_type: str, storage: dtype) -> tuple[Tensor, Tensor] | None:
     """None where the values are not ours to quantise."""
     import torch
 

@@ -19,8 +19,13 @@ from halfbyte.quant.policy import matches
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+    from transformers import BitsAndBytesConfig
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
     from halfbyte.recipe.schema import Quant
+    from halfbyte.types import Config, Document, Model
+
 
 # Subclasses of nn.Linear in transformers whose forward is the plain product, and which its loader leaves in 16 bits.
 PLAIN_LINEARS = frozenset(("FalconLinear",))
@@ -29,17 +34,17 @@ METHOD = "halfbyte_4bit"
 MARK = "halfbyte_plain_linears_but"
 
 
-def is_marked(quantised: Any) -> bool:
+def is_marked(quantised: object) -> bool:
     """Whether a config's `quantization_config` is of a store that only opens with `opening_config`."""
     return isinstance(quantised, dict) and MARK in quantised
 
 
-def mark(values: dict[str, Any], quant: Quant) -> dict[str, Any]:
+def mark(values: Document, quant: Quant) -> Document:
     """A bitsandbytes config as a dictionary, marked."""
     return {**values, MARK: sorted({*quant.skip_modules, *quant.fp32_modules})}
 
 
-def opening_config(config: Any) -> Any:
+def opening_config(config: Config) -> Config:
     """A copy of a model's config that sends `from_pretrained` to our quantiser."""
     _register()
     found = copy.deepcopy(config)
@@ -49,14 +54,14 @@ def opening_config(config: Any) -> Any:
     return found
 
 
-def quantiser(bnb: Any, quant: Quant, *, pre_quantised: bool) -> Any:
+def quantiser(bnb: BitsAndBytesConfig, quant: Quant, *, pre_quantised: bool) -> Bnb4BitHfQuantizer:
     """The quantiser itself, for what a load would do: see `store/layout.py`."""
     config_class, quantiser_class = _register()
     values = {"exempt": [*quant.skip_modules, *quant.fp32_modules], "bitsandbytes": bnb.to_dict()}
     return quantiser_class(config_class.from_dict(values), pre_quantized=pre_quantised)
 
 
-def settle(model: Any) -> None:
+def settle(model: Model) -> None:
     """After opening: the model says that it is bitsandbytes', which it is, so that PEFT and saving know it."""
     found: Any = getattr(model.config, "quantization_config", None)
     if getattr(found, "quant_method", None) == METHOD:
@@ -64,7 +69,7 @@ def settle(model: Any) -> None:
         model.quantization_method = model.config.quantization_config.quant_method
 
 
-def plain_linears(model: Any, exempt: Iterable[str]) -> list[tuple[str, Any]]:
+def plain_linears(model: Model, exempt: Iterable[str]) -> list[tuple[str, nn.Module]]:
     """(name, module) of what transformers passes over: it puts `nn.Linear` itself into 4 bits, not Falcon's own
     subclass of it, whose forward is the same product. Modules named by `exempt` and the output head are not meant.
     """
@@ -81,9 +86,11 @@ def plain_linears(model: Any, exempt: Iterable[str]) -> list[tuple[str, Any]]:
     ]
 
 
-def replace_plain_linears(model: Any, settings: Any, exempt: Iterable[str], *, pre_quantised: bool) -> None:
-    """On an empty model, as transformers' `replace_with_bnb_linear` does it for `nn.Linear`; `settings` is a
-    `BitsAndBytesConfig`. A checkpoint's packed weights are bytes: pre-quantised layers wait for those."""
+def replace_plain_linears(
+    model: Model, settings: BitsAndBytesConfig, exempt: Iterable[str], *, pre_quantised: bool
+) -> None:
+    """On an empty model, as transformers' `replace_with_bnb_linear` does it for `nn.Linear`. A checkpoint's packed
+    weights are bytes: pre-quantised layers wait for those."""
     for name, module in plain_linears(model, exempt):
         made = _empty_linear4bit(
             module,
@@ -98,7 +105,7 @@ def replace_plain_linears(model: Any, settings: Any, exempt: Iterable[str], *, p
         model.set_submodule(name, made)
 
 
-def quantise_plain_linears(model: Any, quant: Quant, dtype: torch.dtype) -> list[str]:
+def quantise_plain_linears(model: Model, quant: Quant, dtype: torch.dtype) -> list[str]:
     """Put plain linears of a loaded model into 4 bits, one at a time, on this instance. Returns the names."""
     found = plain_linears(model, (*quant.skip_modules, *quant.fp32_modules)) if quant.quantises else []
     if not found:
@@ -117,7 +124,7 @@ def quantise_plain_linears(model: Any, quant: Quant, dtype: torch.dtype) -> list
     return [name for name, _ in found]
 
 
-def _empty_linear4bit(module: Any, dtype: torch.dtype, *, double_quant: bool, kind: str) -> Any:
+def _empty_linear4bit(module: nn.Module, dtype: torch.dtype, *, double_quant: bool, kind: str) -> nn.Module:
     """A `Linear4bit` on the meta device with the sizes of a linear layer."""
     import bitsandbytes as bnb
     import torch
@@ -134,7 +141,7 @@ def _empty_linear4bit(module: Any, dtype: torch.dtype, *, double_quant: bool, ki
 
 
 @cache
-def _register() -> tuple[Any, Any]:
+def _register() -> tuple[type[BitsAndBytesConfig], type[Bnb4BitHfQuantizer]]:
     from transformers import BitsAndBytesConfig
     from transformers.quantizers import register_quantization_config, register_quantizer
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -143,20 +150,20 @@ def _register() -> tuple[Any, Any]:
         """A bitsandbytes config, and the patterns of modules that stay as they are."""
 
         @classmethod
-        def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        def from_dict(cls, config_dict: Document, return_unused_kwargs: bool = False, **kwargs: object) -> object:
             inner = {k: v for k, v in config_dict["bitsandbytes"].items() if k != "quant_method"}
             made = super().from_dict(inner)
             made.quant_method, made.exempt = METHOD, tuple(config_dict["exempt"])
             return (made, kwargs) if return_unused_kwargs else made
 
-        def plain(self) -> Any:
+        def plain(self) -> BitsAndBytesConfig:
             inner = {k: v for k, v in self.to_dict().items() if k not in ("quant_method", "exempt")}
             return BitsAndBytesConfig.from_dict(inner)
 
     class PlainLinearsQuantizer(Bnb4BitHfQuantizer):
         """bitsandbytes' quantiser, which prepares plain subclasses of nn.Linear too."""
 
-        def _process_model_before_weight_loading(self, model: Any, device_map: Any, **kwargs: Any) -> None:
+        def _process_model_before_weight_loading(self, model: Model, device_map: object, **kwargs: object) -> None:
             super()._process_model_before_weight_loading(model, device_map, **kwargs)
             settings = self.quantization_config
             replace_plain_linears(model, settings, settings.exempt, pre_quantised=self.pre_quantized)

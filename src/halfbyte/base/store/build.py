@@ -13,11 +13,11 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from halfbyte.models.sources.safetensors import INDEX
 from halfbyte.plan import building
 from halfbyte.quant import formats, linear_subclasses
 from halfbyte.system import files
+
+if TYPE_CHECKING:
+    from halfbyte.types import Document
 
 JOURNAL = "journal.jsonl"
 POLL_SECONDS = 0.1
@@ -64,7 +67,7 @@ class Request:
     checkpoint: Checkpoint
     layout: Layout
     key: str
-    settings: dict[str, Any]
+    settings: Document
     cores: int
 
 
@@ -112,7 +115,7 @@ class _Journal:
             if path.name not in self.files and path != self.path:
                 path.unlink()
 
-    def _lines(self) -> list[dict[str, Any]]:
+    def _lines(self) -> list[Document]:
         found = []
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
         for line in text.splitlines():
@@ -243,7 +246,7 @@ class _FileBuild:
             entry = out.finish(late)
         self.journal.add(entry, hashes)
 
-    def _chunks(self, piece: Piece, digest: Any) -> Any:
+    def _chunks(self, piece: Piece, digest: hashlib._Hash) -> Iterator[tuple[int, torch.Tensor]]:
         """(first element, values in the wanted dtype) in pieces of the tensor; a transposed one comes at once."""
         kind = torch_dtypes()[piece.source.dtype]
         at_once = piece.numel if piece.transposed else building.CHUNK_ELEMENTS
@@ -256,15 +259,15 @@ class _FileBuild:
                 self.buffer = np.empty(nbytes, np.uint8)
             raw = self.buffer[:nbytes]
             self.source.read(piece.source, first * kind.itemsize, raw.data)
-            digest.update(raw)
+            digest.update(raw.data)
             yield first, torch.from_numpy(raw).view(kind).to(piece.dtype)
             self.count.add(nbytes)
 
-    def _copy(self, piece: Piece, out: Writer, digest: Any) -> None:
+    def _copy(self, piece: Piece, out: Writer, digest: hashlib._Hash) -> None:
         for first, values in self._chunks(piece, digest):
             out.put(piece.name, values.view(torch.uint8).numpy(), first * piece.dtype.itemsize)
 
-    def _quantise(self, piece: Piece, out: Writer, digest: Any) -> dict[str, bytes]:
+    def _quantise(self, piece: Piece, out: Writer, digest: hashlib._Hash) -> dict[str, bytes]:
         quant, name = self.layout.quant, piece.name
         shape = piece.source.shape[::-1] if piece.transposed else piece.source.shape
         encoder = formats.of(quant).encoder(quant, shape, piece.dtype, name)
@@ -306,10 +309,10 @@ def _finish(request: Request, source: Source, journal: _Journal, seconds: float)
     )
 
 
-def _config(request: Request) -> dict[str, Any]:
+def _config(request: Request) -> Document:
     """The source's config.json with what makes it a pre-quantised bitsandbytes checkpoint."""
     layout = request.layout
-    values: dict[str, Any] = json.loads((request.checkpoint.path / "config.json").read_text(encoding="utf-8"))
+    values: Document = json.loads((request.checkpoint.path / "config.json").read_text(encoding="utf-8"))
     values.pop("torch_dtype", None)
     values["dtype"] = str(layout.dtype).removeprefix("torch.")
     opening = formats.of(layout.quant).load_config(layout.quant, layout.dtype, layout.head_names)
@@ -320,7 +323,7 @@ def _config(request: Request) -> dict[str, Any]:
     return values
 
 
-def _index(request: Request, entries: dict[str, manifest.Entry]) -> dict[str, Any]:
+def _index(request: Request, entries: dict[str, manifest.Entry]) -> Document:
     quant = request.layout.quant
     weight_map = {s.name: plan.name for plan in request.layout.files for p in plan.pieces for s in slots(p, quant)}
     total = sum(entries[plan.name].nbytes for plan in request.layout.files)

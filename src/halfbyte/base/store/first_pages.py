@@ -14,9 +14,12 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from halfbyte.models.sources import safetensors
+
+if TYPE_CHECKING:
+    from halfbyte.types import ConfigFile
 
 # Reads in flight; they wait for the disk, not for a core.
 THREADS = 16
@@ -51,7 +54,7 @@ def _read_file(path: Path) -> int:
         os.close(fd)
 
 
-def pages(header: Mapping[str, Mapping[str, Any]], data_start: int) -> list[int]:
+def pages(header: Mapping[str, ConfigFile], data_start: int) -> list[int]:
     """The numbers of the file's pages that hold a tensor's first byte, and the last one of a tensor below a page."""
     found = set()
     for entry in header.values():

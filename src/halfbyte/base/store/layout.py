@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from halfbyte.base.store.reading import SourceTensor, torch_dtypes
 from halfbyte.base.store.shelf import CannotHold
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from halfbyte.recipe.schema import Quant
+    from halfbyte.types import Config, Document, Model
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,12 @@ class Layout:
 
 def lay_out(
     tensors: dict[str, SourceTensor],
-    config: Any,
+    config: Config,
     quant: Quant,
     dtype: torch.dtype,
     head_names: Iterable[str] = (),
     *,
-    check: Callable[[Any, dict[str, Any]], None] | None = None,
+    check: Callable[[Model, Document], None] | None = None,
 ) -> Layout:
     """Decide everything about a store.
 
@@ -135,7 +136,7 @@ class _Loader:
     """transformers' own view of a load: the empty model, prepared by its quantiser, and how tensors are renamed."""
 
     def __init__(
-        self, config: Any, quant: Quant, dtype: torch.dtype, heads: tuple[str, ...], *, pre_quantised: bool
+        self, config: Config, quant: Quant, dtype: torch.dtype, heads: tuple[str, ...], *, pre_quantised: bool
     ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
@@ -245,7 +246,7 @@ def _renamed(piece: Piece, name: str) -> Piece:
     return Piece(name, piece.source, piece.encoding, piece.dtype, piece.transposed)
 
 
-def _files(pieces: list[Piece], config: Any) -> tuple[FilePlan, ...]:
+def _files(pieces: list[Piece], config: Config) -> tuple[FilePlan, ...]:
     groups: dict[str, list[Piece]] = {}
     values = {"model_type": config.model_type}
     for piece in pieces:

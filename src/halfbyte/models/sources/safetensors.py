@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import SourceError
+from halfbyte.types import Document
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPE_BITS = {
@@ -26,7 +27,7 @@ DTYPE_BITS = {
 AGAIN = "download it again"
 _HEADER_LIMIT_BYTES = 100_000_000  # the format's own limit
 
-Header = dict[str, dict[str, Any]]
+Header = dict[str, Document]
 """Name -> {dtype, shape, data_offsets}, in the order of the data."""
 
 
