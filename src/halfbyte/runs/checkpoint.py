@@ -16,15 +16,20 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from halfbyte.errors import RunError, TrainError
 from halfbyte.system import files
+
+if TYPE_CHECKING:
+    from halfbyte.types import Document
 
 NESTED = "/"  # between a state's name and a name inside it
 FORMAT_VERSION = 1
@@ -39,8 +44,8 @@ def save(
     *,
     write_adapter: Callable[[Path], None],
     write_trainer_state: Callable[[Path], None],
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
 ) -> Path:
     """Write `folder/step-NNNNNN` whole or not at all.
 
@@ -101,23 +106,22 @@ def is_whole(path: Path, *, hashes: bool = False) -> bool:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
-    found = [p for p in folder.glob("step-*") if _NAME.search(p.name) and is_whole(p)]
-    return sorted(found, key=step_of)
+    return sorted((p for p in folder.glob("step-*") if _NAME.search(p.name) and is_whole(p)), key=step_of)
 
 
 def newest(folder: Path) -> Path:
     """The newest checkpoint whose every hash is right.
 
     Raises:
-        RunError: there is none; says what was found.
+        RunError: there is none, or only damaged ones.
     """
     for path in reversed(checkpoints(folder)):
         if is_whole(path, hashes=True):
             return path
     damaged = sorted(p.name for p in folder.glob("step-*"))
-    found = f"found only damaged ones: {', '.join(damaged)}" if damaged else "it has none"
+    there = f"found only damaged ones: {', '.join(damaged)}" if damaged else "it has none"
     raise RunError(
-        f"no whole checkpoint to resume from in {folder}; {found}.",
+        f"no whole checkpoint to resume from in {folder}; {there}.",
         fix="start again with another `output:` (`--set output=runs/NAME`)",
     )
 
@@ -140,7 +144,7 @@ def prune(folder: Path, keep: int | None) -> list[Path]:
     return gone
 
 
-def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+def load_optimizer(path: Path, optimizer: Optimizer, scheduler: LRScheduler) -> None:
     """Put the optimiser's and the schedule's state back.
 
     Raises:
@@ -185,10 +189,10 @@ def _rng_state() -> dict[str, torch.Tensor]:
     return state
 
 
-def _flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _flatten(state: Document) -> tuple[dict[str, torch.Tensor], Document]:
     """An optimiser's state dict as (tensors by `index.name`, JSON). Scalars of the state stay in the JSON."""
     tensors: dict[str, torch.Tensor] = {}
-    scalars: dict[str, dict[str, Any]] = {}
+    scalars: dict[str, Document] = {}
     for index, values in state["state"].items():
         for name, value in values.items():
             if isinstance(value, torch.Tensor):
@@ -206,8 +210,8 @@ def _flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, 
     return tensors, {"scalars": scalars, "param_groups": _plain(state["param_groups"])}
 
 
-def _unflatten(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {}
+def _unflatten(tensors: dict[str, torch.Tensor], rest: Document) -> Document:
+    state: dict[int, Document] = {}
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = tensor
@@ -221,7 +225,7 @@ def _unflatten(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[s
     return {"state": state, "param_groups": groups}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """JSON-ready copy; a 0-d tensor becomes a number, an object without a JSON form is left out of its dict."""
     if isinstance(value, torch.Tensor):
         return value.item() if value.numel() == 1 else value.tolist()
@@ -232,7 +236,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _has_json(value: Any) -> bool:
+def _has_json(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, list, tuple, dict, torch.Tensor))
 
 

@@ -17,10 +17,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from halfbyte.errors import RunError, TrainError
 from halfbyte.system import files
+
+if TYPE_CHECKING:
+    from halfbyte.types import Document
 
 ANOTHER = "give another output: (--output)"
 _STEP = re.compile(r"step-(\d+)$")
@@ -174,13 +177,13 @@ class RunFolder:
             stream.flush()
             yield
 
-    def write_plan(self, plan: Mapping[str, Any]) -> None:
+    def write_plan(self, plan: Mapping[str, object]) -> None:
         self._write(self.plan, files.as_json(plan))
 
-    def write_report(self, report: Mapping[str, Any]) -> None:
+    def write_report(self, report: Mapping[str, object]) -> None:
         self._write(self.report, files.as_json(report))
 
-    def append_metrics(self, row: Mapping[str, Any]) -> None:
+    def append_metrics(self, row: Mapping[str, object]) -> None:
         """Add one row. A torn line that a crash left at the end is cut away first.
 
         Raises:
@@ -196,7 +199,7 @@ class RunFolder:
             finally:
                 os.close(descriptor)
 
-    def read_metrics(self) -> list[dict[str, Any]]:
+    def read_metrics(self) -> list[Document]:
         """Every whole row, in order; a torn last line is passed over.
 
         Raises:
@@ -205,7 +208,7 @@ class RunFolder:
         if not self.metrics.is_file():
             return []
         lines = self.metrics.read_bytes().split(b"\n")
-        rows: list[dict[str, Any]] = []
+        rows: list[Document] = []
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -228,7 +231,7 @@ class RunFolder:
         if len(kept) != len(rows) or not _ends_whole(self.metrics):
             self._rewrite_metrics(kept)
 
-    def _rewrite_metrics(self, rows: list[dict[str, Any]]) -> None:
+    def _rewrite_metrics(self, rows: list[Document]) -> None:
         self._write(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     @staticmethod

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from halfbyte.errors import RunError
+
+if TYPE_CHECKING:
+    from halfbyte.types import Document
 
 
 @dataclass(frozen=True)
@@ -65,27 +68,27 @@ class Report:
     errors: Mapping[str, float]
     lines: tuple[Compared, ...]
     versions: Mapping[str, str]
-    machine: Mapping[str, Any]
-    data: Mapping[str, Any]
+    machine: Mapping[str, object]
+    data: Mapping[str, object]
     notices: tuple[str, ...] = field(default=())
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Document:
         """Plain values for `RunFolder.write_report`."""
         lines = [{**asdict(line), "error": line.error} for line in self.lines]
         return {**asdict(self), "errors": dict(self.errors), "lines": lines, "notices": list(self.notices)}
 
 
 def build(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Document],
     *,
     planned: Figures,
     peak_rss_bytes: int,
     peak_device_bytes: int | None,
     versions: Mapping[str, str],
-    machine: Mapping[str, Any],
+    machine: Mapping[str, object],
     notices: Iterable[str] = (),
     lines: Iterable[Compared] = (),
-    data: Mapping[str, Any] | None = None,
+    data: Mapping[str, object] | None = None,
     adapter_step: int | None = None,
 ) -> Report:
     """The report of a run from its metrics.
@@ -137,7 +140,7 @@ def errors(planned: Figures, measured: Figures) -> dict[str, float]:
     return {name: (a - b) / b for name, (a, b) in pairs.items() if a is not None and b}
 
 
-def usual_seconds(rows: Sequence[Mapping[str, Any]]) -> float | None:
+def usual_seconds(rows: Sequence[Document]) -> float | None:
     """The median step's seconds, without the first one, which compiles and touches everything."""
     seconds = sorted([float(row["seconds"]) for row in rows if "loss" in row][1:])
     return seconds[len(seconds) // 2] if seconds else None

@@ -18,7 +18,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 try:
     import fcntl
@@ -49,12 +49,12 @@ def write(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def as_json(value: Mapping[str, Any]) -> bytes:
+def as_json(value: Mapping[str, object]) -> bytes:
     """A JSON object on several lines; numbers that JSON has no name for (NaN, infinity) become null."""
     return (json.dumps(finite(value), indent=2) + "\n").encode()
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> object:
     """A copy in which every NaN and infinity is None, tuples are lists and paths are text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -122,7 +122,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def lock(file: IO[Any], *, shared: bool = False, wait: bool = True) -> bool:
+def lock(file: IO[str], *, shared: bool = False, wait: bool = True) -> bool:
     """Lock an open file until it is closed; False if another process holds it and `wait` is False.
 
     A child that inherits the descriptor keeps the lock, also when this process is killed. Only where `CAN_LOCK`.

@@ -22,11 +22,11 @@ def named(names: list[str]) -> list[shelf.Shelved]:
         return [entry for entry in shelf.listing() if _is_in_place(entry)]
     chosen: dict[Path, shelf.Shelved] = {}
     for name in names:
-        found = [entry for entry in shelf.find(name) if _is_in_place(entry)]
-        if not found:
+        meant = [entry for entry in shelf.find(name) if _is_in_place(entry)]
+        if not meant:
             there = ", ".join(entry.key for entry in shelf.listing() if _is_in_place(entry)) or "none"
             raise StoreError(f"no store is called {name}; there are: {there}.", fix="halfbyte store list")
-        chosen |= {entry.path: entry for entry in found}
+        chosen |= {entry.path: entry for entry in meant}
     return list(chosen.values())
 
 
@@ -41,15 +41,15 @@ def verify(names: list[str], progress: Callable[[int, int], None] | None = None)
     keys = [name for name in names if Path(name) not in folders]
     entries = named(keys) if keys or not names else []
     todo = [(str(folder), folder) for folder in folders] + [(entry.key, entry.path) for entry in entries]
-    found: dict[str, list[str]] = {}
+    differing: dict[str, list[str]] = {}
     for i, (name, folder) in enumerate(todo):
         if progress is not None:
             progress(i, len(todo))
         try:
-            found[name] = manifest.problems(folder, manifest.read(folder), full=True)
+            differing[name] = manifest.problems(folder, manifest.read(folder), full=True)
         except StoreError as error:
-            found[name] = [error.message]
-    return found
+            differing[name] = [error.message]
+    return differing
 
 
 def collect(

@@ -13,10 +13,13 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from halfbyte.errors import StoreError
 from halfbyte.system import files
+
+if TYPE_CHECKING:
+    from halfbyte.types import Document
 
 MANIFEST = "halfbyte-store.json"
 # Raised when what a store holds changes, so that older ones are neither found nor opened.
@@ -38,9 +41,9 @@ class Manifest:
     """`source` says id, kind, revision and folder; `content_sha256` is over every tensor that was read, by name."""
 
     key: str
-    source: dict[str, Any]
+    source: Document
     content_sha256: str
-    quant: dict[str, Any]
+    quant: Document
     parameters: int
     seconds: float
     created: str
@@ -91,8 +94,8 @@ def problems(folder: Path, manifest: Manifest, *, full: bool = False) -> list[st
     """
     check = _full_problem if full else _cheap_problem
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        found = pool.map(lambda entry: check(folder / entry.name, entry), manifest.files)
-        return [problem for problem in found if problem]
+        every = pool.map(lambda entry: check(folder / entry.name, entry), manifest.files)
+        return [problem for problem in every if problem]
 
 
 def entry_of(path: Path) -> Entry:

@@ -12,10 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING
 
 from halfbyte.errors import StoreError, first_line
 from halfbyte.models.sources import safetensors
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class Source:
                 data = 8 + int.from_bytes(stream.read(8), "little")
             for name, entry in header.items():
                 begin, end = entry["data_offsets"]
-                found = SourceTensor(name, entry["dtype"], tuple(entry["shape"]), end - begin, file, data + begin)
-                self.tensors[name] = found
+                shape = tuple(entry["shape"])
+                self.tensors[name] = SourceTensor(name, entry["dtype"], shape, end - begin, file, data + begin)
 
     def __enter__(self) -> Source:
         for file in self.files:
@@ -59,7 +62,7 @@ class Source:
             _advise(self._fds[file], 0, 0, "SEQUENTIAL")
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
@@ -91,7 +94,7 @@ class PickledSource(Source):
         import torch
 
         names = {dtype: name for name, dtype in torch_dtypes().items()}
-        self._values: dict[str, Any] = {}
+        self._values: dict[str, torch.Tensor] = {}
         for file in self.files:
             try:
                 content = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
@@ -114,7 +117,7 @@ class PickledSource(Source):
         into[:] = memoryview(part.view(torch.uint8).numpy())
 
 
-def torch_dtypes() -> dict[str, Any]:
+def torch_dtypes() -> dict[str, torch.dtype]:
     """safetensors' names of the dtypes that a checkpoint may hold, and torch's."""
     import torch
 
@@ -141,8 +144,8 @@ def _is_zip(file: Path) -> bool:
 
 
 def _stamp(file: Path) -> tuple[int, int, int]:
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 def _advise(fd: int, start: int, count: int, what: str) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from halfbyte.base.store import manifest
 from halfbyte.errors import StoreError
@@ -31,6 +31,7 @@ from halfbyte.system.files import cache_dir
 
 if TYPE_CHECKING:
     from halfbyte.recipe.schema import Quant
+    from halfbyte.types import Document
 
 PARTIAL, BROKEN, LOCKS, USED = ".partial", ".broken", ".locks", "last-used"
 _KEY = re.compile(r"[\w.-]+-[0-9a-f]{16}")
@@ -64,8 +65,8 @@ class Shelved:
     manifest: manifest.Manifest | None
     in_use: bool
 
-    def to_json(self) -> dict[str, Any]:
-        found = self.manifest
+    def to_json(self) -> Document:
+        made = self.manifest
         return {
             "key": self.key,
             "path": str(self.path),
@@ -73,9 +74,9 @@ class Shelved:
             "bytes": self.nbytes,
             "last_used": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.last_used)),
             "in_use": self.in_use,
-            "source": found.source if found else None,
-            "quant": found.quant if found else None,
-            "content_sha256": found.content_sha256 if found else None,
+            "source": made.source if made else None,
+            "quant": made.quant if made else None,
+            "content_sha256": made.content_sha256 if made else None,
         }
 
 
@@ -83,7 +84,7 @@ def folder() -> Path:
     return cache_dir() / "bases"
 
 
-def settings(quant: Quant, dtype: str) -> dict[str, Any]:
+def settings(quant: Quant, dtype: str) -> Document:
     """What decides the bytes of a store besides its source. Weights are cast to the compute dtype, then quantised."""
     return {
         "type": quant.type,
@@ -103,7 +104,7 @@ def key_of(checkpoint: Checkpoint, quant: Quant, dtype: str) -> str:
     return f"{stem}-{quant.type}-{digest}"
 
 
-def identity(checkpoint: Checkpoint) -> dict[str, Any]:
+def identity(checkpoint: Checkpoint) -> Document:
     """What a source is, without reading its weights: a hub revision, or path, size, time and header of each file."""
     config = hashlib.sha256((checkpoint.path / "config.json").read_bytes()).hexdigest()
     if checkpoint.kind == "hub":
@@ -163,17 +164,24 @@ def building(key: str, on_wait: Callable[[], None] | None = None, *, where: Path
 
 def set_aside(path: Path) -> None:
     """Take a damaged store out of the way. Who has it mapped keeps its pages; `gc` removes what is left."""
-    aside = path.with_name(f"{path.name}{BROKEN}-{os.getpid()}-{time.time_ns()}")
-    os.replace(path, aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(_hidden(path), ignore_errors=True)
+
+
+def _hidden(path: Path) -> Path:
+    """A folder under a name by which no store is found, so that a half deleted one is never opened."""
+    if BROKEN in path.name:
+        return path
+    hidden = path.with_name(f"{path.name}{BROKEN}-{os.getpid()}-{time.time_ns()}")
+    os.replace(path, hidden)
+    return hidden
 
 
 def listing() -> list[Shelved]:
     """Everything on the shelf, the last used first."""
     if not folder().is_dir():
         return []
-    found = [_shelved(path) for path in folder().iterdir() if path.is_dir() and path.name != LOCKS]
-    return sorted(found, key=lambda entry: -entry.last_used)
+    entries = [_shelved(path) for path in folder().iterdir() if path.is_dir() and path.name != LOCKS]
+    return sorted(entries, key=lambda entry: -entry.last_used)
 
 
 def find(name: str) -> list[Shelved]:
@@ -206,11 +214,7 @@ def remove(entry: Shelved) -> bool:
     try:
         if not all(file is not None and _lock(file) for file in locks):
             return False
-        aside = entry.path
-        if BROKEN not in entry.path.name:  # out of sight at once: a half deleted store is never found
-            aside = entry.path.with_name(f"{entry.path.name}{BROKEN}-{os.getpid()}-{time.time_ns()}")
-            os.replace(entry.path, aside)
-        shutil.rmtree(aside)
+        shutil.rmtree(_hidden(entry.path))
     except OSError as error:
         raise StoreError(f"{entry.path} cannot be removed: {error.strerror or error}.") from error
     finally:
@@ -223,13 +227,13 @@ def remove(entry: Shelved) -> bool:
 def _shelved(path: Path) -> Shelved:
     key = _KEY.match(path.name)
     name = key[0] if key is not None else path.name
-    found, state = None, "whole"
+    made, state = None, "whole"
     if path.name != name:
         state = "building" if path.name == name + PARTIAL else "broken"
     else:
         try:
-            found = manifest.read(path)
-            state = "broken" if manifest.problems(path, found) else "whole"
+            made = manifest.read(path)
+            state = "broken" if manifest.problems(path, made) else "whole"
         except StoreError as error:
             state = "old format" if "of format" in error.message else "broken"
     nbytes, touched = 0, 0.0
@@ -240,7 +244,7 @@ def _shelved(path: Path) -> Shelved:
             except OSError:
                 continue
             nbytes, touched = nbytes + stat.st_size, max(touched, stat.st_mtime)
-    return Shelved(name, path, state, nbytes, touched, found, _busy(name))
+    return Shelved(name, path, state, nbytes, touched, made, _busy(name))
 
 
 def _busy(key: str) -> bool:

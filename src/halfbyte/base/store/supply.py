@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from halfbyte.base.store import manifest, shelf
 from halfbyte.errors import StoreError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from halfbyte.base.store.build import Progress
     from halfbyte.recipe.schema import Quant
+    from halfbyte.types import Config, Document, Model
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,12 @@ class Wanted:
     """A base in 4 bits: its source, config (as transformers reads it), policy and compute dtype."""
 
     checkpoint: Checkpoint
-    config: Any
+    config: Config
     quant: Quant
     dtype: torch.dtype
     head_names: tuple[str, ...] = ()
     cores: int = 1
-    check: Callable[[Any, dict[str, Any]], None] | None = None
+    check: Callable[[Model, Document], None] | None = None
     """As for `layout.lay_out`: called before anything is built."""
 
     @property
@@ -96,13 +97,13 @@ def verify(folder: Path, *, full: bool = True) -> manifest.Manifest:
     Raises:
         StoreError: it is none, of another format, or differs; names every file that does.
     """
-    found = manifest.read(folder)
-    if wrong := manifest.problems(folder, found, full=full):
+    built = manifest.read(folder)
+    if wrong := manifest.problems(folder, built, full=full):
         raise StoreError(
             f"{folder} is not what was built:\n" + "\n".join(f"  - {problem}" for problem in wrong),
             fix="build it again: remove the folder, then halfbyte quantize MODEL",
         )
-    return found
+    return built
 
 
 def _whole(target: Path, key: str) -> Path | None:
@@ -110,14 +111,14 @@ def _whole(target: Path, key: str) -> Path | None:
     if not target.exists():
         return None
     try:
-        found = verify(target, full=False)
+        there = verify(target, full=False)
     except StoreError:
         if target.parent == shelf.folder():
             return None
         raise
-    if found.key != key:
+    if there.key != key:
         raise StoreError(
-            f"{target} exists and is the store of {found.source.get('id')} with other contents or settings.",
+            f"{target} exists and is the store of {there.source.get('id')} with other contents or settings.",
             fix="name another folder, or remove this one",
         )
     shelf.touch(target)

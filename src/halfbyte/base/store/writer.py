@@ -15,10 +15,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from halfbyte.base.store import manifest
 from halfbyte.system import files
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from halfbyte.types import Document
 
 PAGE = 4096
 # Digits that an offset may take in the header.
@@ -64,7 +69,7 @@ class Writer:
         self.fd = os.open(self.partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
         return self
 
-    def put(self, name: str, data: Any, offset: int = 0) -> None:
+    def put(self, name: str, data: Buffer, offset: int = 0) -> None:
         """Write bytes of a tensor, `offset` bytes after its beginning."""
         _write(self.fd, data, self.data_start + self.starts[name] + offset)
 
@@ -88,9 +93,8 @@ class Writer:
         os.ftruncate(self.fd, self.data_start + at)
         os.close(self.fd)
         self.fd = -1
-        entry = manifest.entry_of(self.partial)
         files.put(self.partial, self.path)
-        return manifest.Entry(self.path.name, entry.nbytes, entry.sha256, _header_hash(self.path))
+        return manifest.entry_of(self.path)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.fd >= 0:
@@ -99,15 +103,8 @@ class Writer:
             self.partial.unlink(missing_ok=True)
 
 
-def _header_hash(path: Path) -> str:
-    found = manifest.header_hash(path)
-    if found is None:
-        raise ValueError(f"{path.name} is not named as a safetensors file")
-    return found
-
-
 def _header(placed: Iterable[tuple[Slot, int, int]]) -> bytes:
-    values: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    values: Document = {"__metadata__": {"format": "pt"}}
     for slot, start, end in placed:
         values[slot.name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [start, end]}
     return json.dumps(values, separators=(",", ":")).encode()
@@ -118,7 +115,7 @@ def _alignment(nbytes: int) -> int:
     return min(PAGE, nbytes & -nbytes) if nbytes else PAGE
 
 
-def _write(fd: int, data: Any, offset: int) -> None:
+def _write(fd: int, data: Buffer, offset: int) -> None:
     """Write all of it: the system may take less at a time."""
     view = memoryview(data).cast("B")
     while len(view):

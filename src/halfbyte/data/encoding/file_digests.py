@@ -14,11 +14,14 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from halfbyte.errors import DataError
 from halfbyte.system import files
 from halfbyte.system.files import cache_dir
+
+if TYPE_CHECKING:
+    from halfbyte.types import Document
 
 LARGE_BYTES = 64_000_000  # smaller files are hashed in no time
 SETTLED_S = 2.0
@@ -39,11 +42,11 @@ def digest(path: Path) -> str:
         known = _known()
         if known.get(name, {}).get("stamp") == stamp:
             return str(known[name]["digest"])
-        found = files.sha256(path)
+        fresh = files.sha256(path)
         settled = time.time() - max(before.st_mtime, before.st_ctime) >= SETTLED_S
         if settled and _stamp(path.stat()) == stamp:
-            _note(name, {"stamp": stamp, "digest": found})
-        return found
+            _note(name, {"stamp": stamp, "digest": fresh})
+        return fresh
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
 
@@ -56,7 +59,7 @@ def _notes() -> Path:
     return cache_dir() / "tokens" / "digests.json"
 
 
-def _known() -> dict[str, Any]:
+def _known() -> Document:
     try:
         known = json.loads(_notes().read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -67,7 +70,7 @@ def _known() -> dict[str, Any]:
     return known if whole else {}
 
 
-def _note(name: str, value: dict[str, Any]) -> None:
+def _note(name: str, value: Document) -> None:
     """Keep a hash, the latest last. A disk that cannot be written keeps nothing."""
     known = {k: v for k, v in _known().items() if k != name} | {name: value}
     with contextlib.suppress(OSError):

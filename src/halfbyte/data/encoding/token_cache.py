@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -32,6 +32,7 @@ from halfbyte.system.versions import version
 
 if TYPE_CHECKING:
     from halfbyte.recipe.data import Data
+    from halfbyte.types import Tokenizer
 
 # Counts up when rendering, tokenising or the file's layout changes.
 FORMAT = 3
@@ -45,15 +46,15 @@ def folder() -> Path:
     return cache_dir() / "tokens"
 
 
-def key(names: Path | str | Sequence[str], tokenizer: Any, data: Data) -> str | None:
+def key(names: Path | str | Sequence[str], tokenizer: Tokenizer, data: Data) -> str | None:
     """The name under which these rows are kept; None for what is not kept: hub datasets, tokenizers that are code.
 
     Raises:
         DataError: names that no file has.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    found = files.find(names)
-    if backend is None or any(source.kind == "hub" for source in found):
+    sources = files.find(names)
+    if backend is None or any(source.kind == "hub" for source in sources):
         return None
     asked = data.chat_template if data.chat_template != CHATML else None
     template = Path(asked) if asked and "{" not in asked else None
@@ -61,7 +62,7 @@ def key(names: Path | str | Sequence[str], tokenizer: Any, data: Data) -> str | 
         values = {
             "format": FORMAT,
             "versions": [version(name) for name in ("halfbyte", "transformers", "tokenizers", "jinja2")],
-            "files": [[str(source.path), source.label, file_digests.digest(source.path)] for source in found],
+            "files": [[str(source.path), source.label, file_digests.digest(source.path)] for source in sources],
             "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
             "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
             "template": tokenizer.chat_template,
@@ -75,11 +76,11 @@ def key(names: Path | str | Sequence[str], tokenizer: Any, data: Data) -> str | 
 def load(name: str) -> Encoded | None:
     """What was kept under `name`, mapped; None if nothing whole is there."""
     path = folder() / f"{name}.arrow"
-    found = _map(path)
-    if found is not None:
+    kept = _map(path)
+    if kept is not None:
         with contextlib.suppress(OSError):
             path.touch()  # when it was last of use
-    return found
+    return kept
 
 
 def _map(path: Path) -> Encoded | None:
@@ -103,10 +104,10 @@ class Writer:
     def __init__(self, name: str | None) -> None:
         self._name = name
         self._rows = 0
-        self._batches: list[Any] = []  # as long as they are few
+        self._batches: list[pa.RecordBatch] = []  # as long as they are few
         self._partial = folder() / f"{name or 'unnamed'}.{os.getpid()}.partial"
-        self._sink: Any = None
-        self._writer: Any = None
+        self._sink: pa.OSFile | None = None
+        self._writer: pa.RecordBatchFileWriter | None = None
 
     def __enter__(self) -> Writer:
         return self
@@ -119,7 +120,7 @@ class Writer:
         with contextlib.suppress(OSError):
             self._partial.unlink(missing_ok=True)
 
-    def add(self, batch: Any) -> None:
+    def add(self, batch: pa.RecordBatch) -> None:
         """
         Raises:
             OSError: the disk is full, or cannot be written.
@@ -143,7 +144,7 @@ class Writer:
         Raises:
             OSError: the disk is full, or cannot be written.
         """
-        if self._writer is None:
+        if self._writer is None or self._sink is None:
             return Encoded(Examples(self._batches), tally)
         nothing = SCHEMA.empty_table().to_batches() or [pa.record_batch([[]] * len(SCHEMA), schema=SCHEMA)]
         self._writer.write_batch(nothing[0], custom_metadata={_TALLY: json.dumps(tally.to_json()).encode()})

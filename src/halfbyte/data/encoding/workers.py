@@ -20,13 +20,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from halfbyte.data.encoding.encoder import Encoder, Part
 from halfbyte.data.reading.read import Chunk
 
 if TYPE_CHECKING:
     from halfbyte.recipe.data import Data
+    from halfbyte.types import Tokenizer
 
 MOST = 8  # helpers: more would wait for the one process that reads and writes
 AHEAD = 3  # chunks under way for each helper
@@ -40,7 +41,7 @@ class Helpers:
         encoder: of this process, for the chunks of a helper that ended early.
     """
 
-    def __init__(self, count: int, tokenizer: Any, data: Data, encoder: Encoder) -> None:
+    def __init__(self, count: int, tokenizer: Tokenizer, data: Data, encoder: Encoder) -> None:
         self._encoder, self._alone = encoder, threading.Lock()
         self._idle: queue.SimpleQueue[subprocess.Popen[bytes] | None] = queue.SimpleQueue()
         self._all: list[subprocess.Popen[bytes]] = []

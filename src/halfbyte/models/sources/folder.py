@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from halfbyte.errors import SourceError
 from halfbyte.models.sources.safetensors import INDEX, SINGLE, indexed_files, read_header
+
+if TYPE_CHECKING:
+    from halfbyte.types import Document
 
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
@@ -90,7 +93,7 @@ def _problem(file: Path) -> str | None:
     return None
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], str | None]:
+def _read_json(path: Path) -> tuple[Document, str | None]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

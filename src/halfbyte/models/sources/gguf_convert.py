@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from halfbyte.models.sources.gguf_header import GgufHeader, read_header
+
+if TYPE_CHECKING:
+    from halfbyte.types import Config, Model, Tokenizer
 
 # The vocabularies whose text is cut at every single digit before GPT-2's own pattern.
 # transformers falls back to GPT-2's pattern alone, which cuts "a  1" differently from what the model was trained on.
@@ -76,7 +79,7 @@ def _refuse_lost_rope(header: GgufHeader) -> None:
         )
 
 
-def _check_nothing_dropped(header: GgufHeader, model: Any) -> None:
+def _check_nothing_dropped(header: GgufHeader, model: Model) -> None:
     """The loader skips tensors that it has no name for, silently; count them."""
     in_model = sum(parameter.numel() for parameter in model.parameters())
     # A head that repeats a tied embedding may be stored as well.
@@ -88,7 +91,7 @@ def _check_nothing_dropped(header: GgufHeader, model: Any) -> None:
         )
 
 
-def _tokenizer(folder: str, name: str, header: GgufHeader, config: Any) -> Any:
+def _tokenizer(folder: str, name: str, header: GgufHeader, config: Config) -> Tokenizer:
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
@@ -103,7 +106,7 @@ def _tokenizer(folder: str, name: str, header: GgufHeader, config: Any) -> Any:
     return tokenizer
 
 
-def _check_tokenizer(target: Path, tokenizer: Any, header: GgufHeader) -> None:
+def _check_tokenizer(target: Path, tokenizer: Tokenizer, header: GgufHeader) -> None:
     """What was written must read back as what the file says."""
     from transformers import AutoTokenizer
 

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from halfbyte.errors import SourceError
-from halfbyte.models.sources.checkpoint import locked, make_folder, need_space
+from halfbyte.models.sources.checkpoint import locked, need_space
 from halfbyte.models.sources.folder import check_folder
 from halfbyte.models.sources.gguf_header import GgufHeader, read_header
 from halfbyte.system import files
@@ -37,10 +37,10 @@ def checkpoint_of(file: Path) -> Path:
     """The converted checkpoint of a GGUF file; converted now if it is not in the cache yet."""
     file = file.absolute()
     try:
-        found = file.stat()
+        stat = file.stat()
     except OSError as error:
         raise SourceError(f"{file} cannot be read: {error.strerror or error}") from error
-    identity = f"{file}\0{found.st_size}\0{found.st_mtime_ns}\0{FORMAT_VERSION}"
+    identity = f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\0{FORMAT_VERSION}"
     stem = re.sub(r"[^\w.-]+", "_", file.stem)[:60]
     target = converted_path(f"{stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}")
     if not target.is_dir():
@@ -56,7 +56,6 @@ def converted_path(key: str) -> Path:
 def convert_into(target: Path, file: Path) -> None:
     """Convert `file` and rename the finished folder to `target`, so that a half conversion is never seen."""
     header = read_header(file)
-    make_folder(target.parent)
     with locked(target.with_name(target.name + ".lock")) as lock:
         # Another process may have finished while this one waited.
         if target.is_dir():

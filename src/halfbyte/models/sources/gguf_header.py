@@ -12,9 +12,12 @@ import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import SourceError
+
+if TYPE_CHECKING:
+    from halfbyte.types import Document
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -39,7 +42,7 @@ class GgufTensor:
 @dataclass(frozen=True)
 class GgufHeader:
     architecture: str
-    metadata: dict[str, Any]
+    metadata: Document
     """Scalars and strings. An array is kept as its length only."""
     tensors: tuple[GgufTensor, ...]
     data_start: int = 0
@@ -89,7 +92,7 @@ class _Parser:
             endian = " (a big-endian file)" if version.to_bytes(4, "little").startswith(b"\0\0\0") else ""
             raise SourceError(f"{self.path} is GGUF version {version}{endian}; allowed: little-endian 2 or 3")
         tensor_count, pair_count = self._unpack("QQ")
-        metadata: dict[str, Any] = {}
+        metadata: Document = {}
         for _ in range(pair_count):
             key = self._string()
             (kind,) = self._unpack("I")
@@ -99,7 +102,7 @@ class _Parser:
         tensors = tuple(GgufTensor(name, shape, nbytes) for name, shape, nbytes, _ in entries)
         return GgufHeader(metadata["general.architecture"], metadata, tensors, self.position)
 
-    def _check(self, metadata: dict[str, Any], entries: list[tuple[str, tuple[int, ...], int, int]]) -> None:
+    def _check(self, metadata: Document, entries: list[tuple[str, tuple[int, ...], int, int]]) -> None:
         path = self.path
         if not isinstance(metadata.get("general.architecture"), str):
             raise SourceError(f"{path} does not say its general.architecture, so it is not a model")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from halfbyte.errors import SourceError
+from halfbyte.errors import SourceError, first_line
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.folder import (
     PICKLE,
@@ -139,12 +139,12 @@ class Remote:
 
         url = hf_hub_url(repo, file, revision=revision)
         try:
-            found = get_hf_file_metadata(url, retry_on_errors=True)
+            metadata = get_hf_file_metadata(url, retry_on_errors=True)
         except EntryNotFoundError:
             return None
         except Exception as error:  # of any kind, as in `_download`
             explain(error, repo, revision)
-        return cls(url, f"{repo}/{file}", found.size or 0)
+        return cls(url, f"{repo}/{file}", metadata.size or 0)
 
     def read(self, start: int, end: int) -> bytes:
         """Bytes `start` to `end` of the file, or to its end.
@@ -232,8 +232,7 @@ def explain(error: Exception, repo: str, revision: str) -> NoReturn:
     # The HTTP client's own errors (httpx, httpx2), a file of the wrong length, and Xet's: a broken transfer.
     transport = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2")
     if transport or isinstance(error, (OSError, errors.XetDownloadError)):
-        first_line = str(error).partition("\n")[0] or type(error).__name__
-        raise SourceError(f"the download of {repo} was cut: {first_line}", fix=rerun) from error
+        raise SourceError(f"the download of {repo} was cut: {first_line(error)}", fix=rerun) from error
     raise error
 
 

