@@ -274,7 +274,7 @@ class _FileBuild:
         for first, values in self._chunks(piece, digest):
             if piece.transposed:
                 values = values.view(piece.source.shape).T.contiguous().view(-1)
-            out.put(name, encoder.codes(first, values), encoder.code_bytes(first))
+            out.put(name, encoder.codes(first, values).data, encoder.code_bytes(first))
         late = {slot.name for slot in slots(piece, quant) if slot.nbytes is None}
         parts = {name + suffix: value.contiguous().view(torch.uint8) for suffix, value in encoder.parts().items()}
         for part, value in parts.items():
