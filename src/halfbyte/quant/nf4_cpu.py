@@ -96,16 +96,13 @@ def threads(count: int) -> Iterator[Executor | None]:
 
 
 @cache
-def _kernel(kind: str) -> Callable[..., int]:
-    """The compiled loop for one floating type; importing numba and compiling happen here."""
+def _level() -> Callable[..., Any]:
+    """The compiled search for a number's code, inlined into the loop."""
     from numba import njit
 
-    from halfbyte.quant import nf4_cpu_scalar as scalar
+    from halfbyte.quant.nf4_cpu_scalar import step
 
-    load: Any = scalar.LOAD[kind]
-    larger, step, join = scalar.larger, scalar.step, scalar.join
-    limit = scalar.FINITE_BELOW[kind]
-    i32, f32 = np.int32, np.float32
+    i32 = np.int32
 
     @njit(inline="always")
     def level(v, bounds, deltas):  # type: ignore[no-untyped-def]
@@ -125,6 +122,22 @@ def _kernel(kind: str) -> Callable[..., int]:
         c = step(c, v, bounds[12], deltas[13])
         c = step(c, v, bounds[13], deltas[14])
         return step(c, v, bounds[14], deltas[15])
+
+    return level
+
+
+@cache
+def _kernel(kind: str) -> Callable[..., int]:
+    """The compiled loop for one floating type; importing numba and compiling happen here."""
+    from numba import njit
+
+    from halfbyte.quant import nf4_cpu_scalar as scalar
+
+    load: Any = scalar.LOAD[kind]
+    larger, join = scalar.larger, scalar.join
+    limit = scalar.FINITE_BELOW[kind]
+    f32 = np.float32
+    level = _level()
 
     # No fastmath: each operation rounds as bitsandbytes' does. Values beyond 1 by rounding are beyond the last bound
     # anyway, so its clamp changes nothing.
