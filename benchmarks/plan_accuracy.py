@@ -69,6 +69,7 @@ class Case:
     evaluated: bool = False
     steps: int = 2
     rows: int = ROWS
+    cold: bool = False  # the first run on a machine: it builds the store and compiles the kernels
 
     @property
     def name(self) -> str:
@@ -76,7 +77,7 @@ class Case:
             f"{self.targets} r{self.rank}", {False: "keep", True: "full"}.get(self.recompute, str(self.recompute)),
             self.placement, self.quant, *([self.dtype] if self.dtype != "auto" else []),
             *([f"micro-batches of {self.tokens}"] if self.tokens else []), *(["8-bit"] if "8bit" in self.optim else []),
-            *(["eval"] if self.evaluated else []), *([f"{self.steps} steps"] if self.steps != 2 else []),
+            *(["eval"] if self.evaluated else []), *(["cold"] if self.cold else []), *([f"{self.steps} steps"] if self.steps != 2 else []),
         ]  # fmt: skip
         return f"{self.model} {self.batch} x {self.length} {' '.join(more)}"
 
@@ -92,6 +93,7 @@ CASES = (
     Case("smollm2-135m", 256, 16, EVERY, dtype="fp32", dropout=0.0),
     Case("smollm2-135m", 256, 16, EVERY, quant="fp4", tokens=512),
     Case("smollm2-135m", 300, 16, evaluated=True),
+    Case("smollm2-135m", 128, 16, EVERY, batch=8, evaluated=True, rows=96, steps=12, cold=True),
     Case("llama", 512, 16),
     Case("llama", 512, 64, EVERY),
     Case("llama", 512, 64, EVERY, "selective"),
@@ -270,8 +272,8 @@ class Bench:
         self.builds: dict[tuple[str, str, str], Result] = {}
         self.empty = self.run("empty", Path())[0].private
 
-    def run(self, kind: str, recipe: Path) -> tuple[Seen, dict[str, Any]]:
-        seen = watch([__file__, "--child", kind, str(recipe)], self.env)
+    def run(self, kind: str, recipe: Path, **env: str) -> tuple[Seen, dict[str, Any]]:
+        seen = watch([__file__, "--child", kind, str(recipe)], {**self.env, **env})
         if seen.rc != 0:
             raise Failed(f"{kind} {recipe}: exit code {seen.rc}\n{seen.output[-3000:]}")
         said = json.loads(seen.output.splitlines()[-1])
@@ -305,8 +307,9 @@ class Bench:
         values = recipe_of(case, self.model(case.model), folder)
         path = folder / "recipe.yaml"
         path.write_text(yaml.safe_dump(values), encoding="utf-8")
-        built = self.build(case, path)
-        seen, said = self.run("train", path)
+        built = None if case.cold else self.build(case, path)
+        fresh = {"NUMBA_CACHE_DIR": str(folder / "numba"), "HALFBYTE_CACHE": str(folder / "cache")}
+        seen, said = self.run("train", path, **(fresh if case.cold else {}))
         plan = said["plan"]
         if built is not None:
             built.planned = {"building": plan["building_bytes"]}

@@ -253,6 +253,16 @@ def test_disk_is_the_store_and_what_the_run_keeps() -> None:
     assert sizes["adapter"] == 4 * one.trainable
 
 
+def test_the_first_run_on_a_machine_compiles_and_the_best_adapter_is_a_line_of_its_own() -> None:
+    device = cpu(64)
+    one = job(device, rows=Rows((200,) * 64, evaluated=(200,) * 8))
+    warm, cold = (memory.make(replace(one, cold=state), device) for state in (False, True))
+    assert (warm.line("compiler"), cold.line("compiler")) == (0, cold.private_bytes - warm.private_bytes)
+    assert 0.12e9 < cold.line("compiler") < 0.13e9
+    sizes = {line.name: line.bytes for line in warm.disk}
+    assert sizes["adapter"] == sizes["best adapter"] == 4 * one.trainable
+
+
 def test_building_the_store_is_planned_where_one_is_built() -> None:
     device = cpu(64)
     plan = memory.make(job(device), device)

@@ -204,3 +204,11 @@ def test_this_machine_and_its_json(tmp_path: Path) -> None:
     shown = cuda((8, 6)).to_json()
     assert shown["cards"][0]["capability"] == [8, 6]
     assert shown["isa"] == ["avx512_bf16"]
+
+
+def test_compiled_kernels_are_found_where_numba_keeps_them(tmp_path: Path) -> None:
+    env = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    assert not device.kernels_are_compiled(env)
+    (tmp_path / "cache" / "cpu_0123").mkdir(parents=True)
+    (tmp_path / "cache" / "cpu_0123" / "flash._forward-134.py311.nbi").touch()
+    assert device.kernels_are_compiled(env)

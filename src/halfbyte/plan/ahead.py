@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -21,7 +21,7 @@ from halfbyte.plan import calibrate
 from halfbyte.plan.alternatives import Way, compare
 from halfbyte.recipe.schema import Loaded, Recipe
 from halfbyte.system import usage
-from halfbyte.system.device import Card, Device, detect
+from halfbyte.system.device import Card, Device, detect, kernels_are_compiled
 
 if TYPE_CHECKING:
     from halfbyte.data.reading.formats import Row
@@ -82,6 +82,9 @@ def plan_model(
     job = memory.Job.of(
         recipe, shape.specs, shape.facts, rows, machine, mappable=mappable, steps=steps, beside_bytes=beside
     )
+    if device is None and job.kernels and not kernels_are_compiled():
+        job = replace(job, cold=True)
+        notes.append("the first run on this machine: it compiles kernels once, and the compiler takes memory too")
     rates = calibrate.cached(machine, job.dtype) if device is None else None
     made = memory.make(job, machine, rates)
     ways = compare(job, machine, rates) if side_by_side else ()

@@ -20,7 +20,7 @@ from halfbyte.plan.building import Building
 from halfbyte.plan.layer import Layer, layer_of
 from halfbyte.plan.lines import ITEMSIZE
 from halfbyte.quant import policy
-from halfbyte.system.device import Device, compute_dtype
+from halfbyte.system.device import Device, compute_dtype, kernels_are_compiled
 
 if TYPE_CHECKING:
     from halfbyte.recipe.schema import Recipe
@@ -99,6 +99,7 @@ class Job:
         mappable: the base can lie in a mapped file as it is computed with (a store, or a checkpoint in that dtype).
         kernels: the engine's kernels run here; else torch's own operations.
         packed: examples share a micro-batch; False where that is not proven for the model.
+        cold: kernels are not compiled yet on this machine.
         beside_bytes: of the tokenizer and what else a store copies; None where they are not at hand.
     """
 
@@ -113,6 +114,7 @@ class Job:
     packed: bool = True
     steps: int = 1
     beside_bytes: int | None = None
+    cold: bool = False
 
     @classmethod
     def of(
@@ -156,7 +158,8 @@ class Job:
         # a base that is quantised here is on disk, in its store, in the form that it is computed in
         mappable = recipe.quant.quantises or None
         beside = beside_bytes(checkpoint.path)
-        return cls.of(recipe, specs, facts, rows, device, mappable=mappable, beside_bytes=beside, **more)
+        job = cls.of(recipe, specs, facts, rows, device, mappable=mappable, beside_bytes=beside, **more)
+        return replace(job, cold=job.kernels and not kernels_are_compiled())
 
     @property
     def itemsize(self) -> int:

@@ -243,3 +243,12 @@ def _read(path: Path) -> str:
         return path.read_text()
     except (OSError, UnicodeDecodeError):
         return ""
+
+
+def kernels_are_compiled(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether numba's cache has kernels of this package: in the folder that is set, beside them, or the user's."""
+    here = Path(__file__).parents[1] / "layers" / "kernels" / "cpu"
+    named = env.get("NUMBA_CACHE_DIR")
+    user = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numba"
+    places = (Path(named),) if named else (here / "__pycache__", user)
+    return any(next(place.rglob("flash.*.nbi"), None) is not None for place in places)

@@ -107,7 +107,7 @@ def compared(
         held: before the first step. seen: the highest private and file bytes seen while training. step_s: of a usual
             step.
     """
-    planned_held = sum(plan.line(name) for name in ("libraries", "data", "adapters"))
+    planned_held = sum(plan.line(name) for name in ("libraries", "compiler", "data", "adapters"))
     passing = (
         "first micro-batch", "adapters' copies", "optimiser", "gradients", "activations", "backward of a layer",
         "dequantised weight", "logits",
