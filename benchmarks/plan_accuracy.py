@@ -77,7 +77,8 @@ class Case:
             f"{self.targets} r{self.rank}", {False: "keep", True: "full"}.get(self.recompute, str(self.recompute)),
             self.placement, self.quant, *([self.dtype] if self.dtype != "auto" else []),
             *([f"micro-batches of {self.tokens}"] if self.tokens else []), *(["8-bit"] if "8bit" in self.optim else []),
-            *(["eval"] if self.evaluated else []), *(["cold"] if self.cold else []), *([f"{self.steps} steps"] if self.steps != 2 else []),
+            *(["eval"] if self.evaluated else []), *(["cold"] if self.cold else []),
+            *([f"{self.steps} steps"] if self.steps != 2 else []),
         ]  # fmt: skip
         return f"{self.model} {self.batch} x {self.length} {' '.join(more)}"
 

@@ -121,53 +121,27 @@ def layer_of(
         dropout: LoRA's, whose mask is made again by a kernel and kept (a byte a number) without one.
         fused: LoRA linears are the engine's; else PEFT's own, whose inputs are kept in fp32, twice with dropout.
     """
-    family, c, layers = family_of(facts), itemsize, max(1, facts.layers)
+    family, c = family_of(facts), itemsize
     attention: Attention = family.attention
     if attention == "flash" and facts.attention_dropout and kernels:
         attention = "dropped"
     hidden, inner = facts.hidden, facts.intermediate * max(1, facts.experts_per_token)
     wide = facts.heads * facts.head_size or hidden
     narrow = facts.key_heads * facts.head_size or hidden
-
     norm = 4 + (c if kernels else 4) * hidden if family.rms else c * hidden + 2 * c
-    before: float = max(1, family.norms // 2) * norm  # attention, and the rest of them before or after the MLP
-    if family.qk_norms:
-        before += (c if kernels else 4) * (wide + narrow) + 4 * (facts.heads + facts.key_heads)
-    before += {
-        "flash": c * (2 * wide + 2 * narrow) + 4 * facts.heads,
-        "eager": c * 3 * wide,  # keys and values under each query head
-        "alibi": c * 3 * wide,
-        "padded": 4 * 3 * wide,  # torch's own formula works in fp32, with keys and values under each query head
-        "dropped": 4 * 3 * wide,  # so does this one
-    }[attention]
+    before = _attention_kept(family, attention, facts, c, norm=norm, kernels=kernels)
     mlp: float = max(0, family.norms - max(1, family.norms // 2)) * norm
     mlp += _mlp(family.mlp, inner, c, kernels=kernels)
     if facts.residual_dropout:  # torch's dropout for CPUs keeps its mask as numbers
         before += (c if kernels else 1) * hidden
         mlp += (c if kernels else 1) * hidden
 
-    # what adapters read is kept once, whoever reads it; the share of layers that have one
-    gated = family.mlp == "gated"
-    read = {(site.layer, _same(site.reads, parallel=family.parallel)): site.inputs for site in sites}
-    again = 0.0
-    for (_, what), width in read.items():
-        is_there = (what == "attended" and attention == "flash" and kernels) or (
-            what == "inner" and family.mlp == "relu"
-        )
-        size = 0.0 if is_there else c * width / layers
-        again += size if kernels and what in _REMADE and (family.rms if what != "inner" else gated) else 0
-        if what in ("mlp", "inner"):
-            mlp += size
-        else:
-            before += size
-    for site in sites:
-        size = c * site.rank / layers
-        size += site.inputs / layers if dropout and not kernels and fused else 0
-        size += site.inputs * (8 if dropout else 4) / layers if not fused else 0
-        if site.reads in ("mlp", "inner"):
-            mlp += size
-        else:
-            before += size
+    adapters = _adapters_kept(
+        sites, family, attention, c, layers=max(1, facts.layers), kernels=kernels, dropout=dropout, fused=fused
+    )
+    before += adapters.attention
+    mlp += adapters.mlp
+    again, adapted, gated = adapters.again, adapters.reads, family.mlp == "gated"
 
     heads = facts.heads
     pair, pair_moment = {
@@ -175,7 +149,6 @@ def layer_of(
         "alibi": (heads * (4.0 + c), heads * (4.0 + c)), "padded": (heads * 4.0, heads * 4.0),
         "dropped": (heads * 12.0, heads * 4.0),  # scores, their mask and both together; the gradient of one
     }[attention]  # fmt: skip
-    adapted = {what for _, what in read}
     idle = norm if family.norms else 0.0
     if family.norms == 1 and not adapted & {"mlp", "inner"}:  # both branches read the embedding
         idle += _mlp(family.mlp, inner, c, kernels=kernels)
@@ -198,6 +171,66 @@ def layer_of(
         pair_again=heads * c if attention == "alibi" else 0.0,
         pairs=attention,
     )
+
+
+def _attention_kept(family: Family, attention: Attention, facts: Facts, c: int, *, norm: float, kernels: bool) -> float:
+    """Bytes a token that norms and attention keep; norms after the MLP not counted."""
+    wide = facts.heads * facts.head_size or facts.hidden
+    narrow = facts.key_heads * facts.head_size or facts.hidden
+    kept = max(1, family.norms // 2) * norm  # attention, and the rest of them before or after the MLP
+    if family.qk_norms:
+        kept += (c if kernels else 4) * (wide + narrow) + 4 * (facts.heads + facts.key_heads)
+    return (
+        kept
+        + {
+            "flash": c * (2 * wide + 2 * narrow) + 4 * facts.heads,
+            "eager": c * 3 * wide,  # keys and values under each query head
+            "alibi": c * 3 * wide,
+            "padded": 4 * 3 * wide,  # torch's own formula works in fp32, with keys and values under each query head
+            "dropped": 4 * 3 * wide,  # so does this one
+        }[attention]
+    )
+
+
+@dataclass(frozen=True)
+class _Adapters:
+    """Bytes a token and layer that adapters keep, in attention and in the MLP; `again` of both are made again under
+    selective recomputation. `reads`: what linear layers with an adapter read."""
+
+    attention: float
+    mlp: float
+    again: float
+    reads: frozenset[str]
+
+
+def _adapters_kept(
+    sites: Sequence[Site],
+    family: Family,
+    attention: Attention,
+    c: int,
+    *,
+    layers: int,
+    kernels: bool,
+    dropout: bool,
+    fused: bool,
+) -> _Adapters:
+    """What adapters read is kept once, whoever reads it; the share of layers that have one. And (N, R) of each."""
+    read = {(site.layer, _same(site.reads, parallel=family.parallel)): site.inputs for site in sites}
+    kept, again = {False: 0.0, True: 0.0}, 0.0  # by: in the MLP
+    for (_, what), width in read.items():
+        is_there = (what == "attended" and attention == "flash" and kernels) or (
+            what == "inner" and family.mlp == "relu"
+        )
+        size = 0.0 if is_there else c * width / layers
+        remade = family.rms if what != "inner" else family.mlp == "gated"
+        again += size if kernels and what in _REMADE and remade else 0
+        kept[what in ("mlp", "inner")] += size
+    for site in sites:
+        size = c * site.rank / layers
+        size += site.inputs / layers if dropout and not kernels and fused else 0
+        size += site.inputs * (8 if dropout else 4) / layers if not fused else 0
+        kept[site.reads in ("mlp", "inner")] += size
+    return _Adapters(kept[False], kept[True], again, frozenset(what for _, what in read))
 
 
 def _mlp_moment(kind: Mlp, inner: float, *, adapted: bool, dropout: bool, again: bool) -> float:

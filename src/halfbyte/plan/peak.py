@@ -1,6 +1,6 @@
 """What a training step adds at its peak: activations, what a layer's backward needs for a moment, logits, slack.
 
-Source: `decoder.py` for what is kept; `layers/loss.py` for the chunked head (Liger-Kernel, arXiv:2410.10989, 3.2);
+Source: `layer.py` for what is kept; `layers/loss.py` for the chunked head (Liger-Kernel, arXiv:2410.10989, 3.2);
 FlashAttention-2, arXiv:2307.08691, for the attention's workspace. `SLACK` is what glibc's allocator holds beside what
 is in use, measured by `benchmarks/plan_accuracy.py`.
 Cost: none; no torch.
@@ -21,7 +21,7 @@ from halfbyte.plan.layer import PADDED, pairs_of
 from halfbyte.plan.lines import Line, Recompute, Where
 
 LOGITS_CHUNK_BYTES, LOGITS_ROWS = 32_000_000, 16  # layers/loss.py: at once at most, in multiples of so many rows
-SCORES_BYTES, SCORES_ROWS = 24_000_000, 512  # layers/block_attention.py: scores in fp32 at once, rows of a long example
+SCORES_BYTES, SCORES_ROWS = 24_000_000, 512  # layers/attention.py: scores in fp32 at once, rows of a long example
 TOKENS_STEP = 64
 SLACK = 0.08  # of what is kept until backward
 # More of that under full recomputation: each layer's input stays amid what was freed around it, and leaves a hole. Seen
@@ -95,13 +95,13 @@ def step_lines(job: Job, largest: MicroBatch, recompute: Recompute, where: Where
     slack = of_kept * kept + MOMENT_SLACK * moment + hole if where == "private" else CARD_SLACK * (kept + moment)
     if backward >= loss:
         again = ", its forward done again" if recompute == "full" else ""
-        at_once = Line("backward of a layer", round(backward), f"{tokens} tokens{again}", "memory/decoder.py", where)
+        at_once = Line("backward of a layer", round(backward), f"{tokens} tokens{again}", "plan/layer.py", where)
     else:
         share = f"{largest.labelled} labelled tokens, vocabulary {job.facts.vocab}"
         at_once = Line("logits", round(loss), share, "layers/loss.py", where)
     biggest = f"{job.largest_linear / 1e6:.1f} M numbers"
     return (
-        Line("activations", round(kept), words, f"memory/decoder.py, recomputation {recompute}", where),
+        Line("activations", round(kept), words, f"plan/layer.py, recomputation {recompute}", where),
         at_once,
         Line("dequantised weight", tile, biggest, "layers/lora_linear.py", where),
         Line("allocator", round(slack), f"{slack / max(1, kept + moment):.0%} of these", "measured", where),
