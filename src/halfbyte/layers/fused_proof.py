@@ -1,9 +1,10 @@
 """The proof at start that the fused layers learn what PEFT's own forward learns, on the user's own model.
 
 What: the gradients of every adapter on a few short examples (and a long row, see `packing_proof.py`), three times: by
-PEFT's and transformers' own code, fused, and fused again after an evaluation. In fp32 the first two must agree to
-1e-3 and the last two to the bit, and no adapter may be without a gradient. The kernels of a 16-bit dtype are others,
-so there the fused gradients must come as near to the truth, the fp32 gradients, as PEFT's own do.
+PEFT's and transformers' own code on each example alone, fused and packed, and so again after an evaluation. In fp32
+the first two must agree to 1e-3 and the last two to the bit, and no adapter may be without a gradient. The kernels of
+a 16-bit dtype are others, so there the fused gradients must come as near to the truth, the fp32 gradients, as PEFT's
+own do.
 Where that fails the fused layers are taken off again, and it is said.
 Why: a wrong gradient under a healthy loss curve is the worst bug of this trade; this is the cheapest place to see it.
 Cost: five micro-batches of 15 tokens forward and backward, or of a long row.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import first_line
-from halfbyte.layers import fuse, loss, packing_proof
+from halfbyte.layers import fuse, loss, packing, packing_proof
 from halfbyte.models import structure
 
 if TYPE_CHECKING:
@@ -74,26 +75,31 @@ def sample_gradients(model: Model, *, packed: bool) -> Gradients:
     For comparing two ways to run one model, to the bit.
     """
     with packing_proof.as_given(model), _trained_apart(model):
-        return _gradients(model, _batch(model, packing_proof.SHORT if packed else packing_proof.SHORT[-1:]))
+        lengths = packing_proof.SHORT if packed else packing_proof.SHORT[-1:]
+        return _gradients(model, [packing_proof.random_examples(structure.causal_lm(model), lengths)])
 
 
 def _compare(model: Model, *, packed: bool, longest: int | None) -> tuple[str, float]:
     """(what is wrong or nothing, the relative difference of the gradients)."""
     lm = structure.causal_lm(model)
     long, _ = packing_proof.long_row(lm, longest) if packed else (0, "")
+    layout = packing.installed(lm)
     lengths = packing_proof.SHORT if packed else packing_proof.SHORT[-1:]
-    batch = _batch(model, (*lengths, long) if long else lengths)
+    # with a long row among them, examples take another way through attention
+    packs = [packing_proof.random_examples(lm, each) for each in (lengths, (*lengths, long))[: 2 if long else 1]]
     truth: Gradients | None = None
     difference = 0.0
     for exact in packing_proof.precisions(model):
         with packing_proof.few_tokens(model, exact=exact):
             fuse.install(model)
-            got = _gradients(model, batch)
+            got = _gradients(model, packs)
             with torch.no_grad():
-                loss.micro_batch_loss(model, batch)
-            again = _gradients(model, batch)
+                loss.micro_batch_loss(model, _batch(packs[0]))
+            again = _gradients(model, packs)
             fuse.remove(model)
-            own = _gradients(model, batch, fused=False)
+            packing.install(lm, "single")
+            own = _gradients(model, [[ids] for pack in packs for ids in pack], fused=False)
+            packing.install(lm, layout)
         dead = sorted(set(own) - set(got)) + sorted(set(own) - set(again))
         if dead:
             return f"{len(dead)} adapters got no gradient, {dead[0]} for one", float("inf")
@@ -114,24 +120,23 @@ def _apart(got: Gradients, wanted: Gradients) -> float:
     return float(off / max(sum(float(g.double().square().sum()) for g in wanted.values()) ** 0.5, 1e-30))
 
 
-def _gradients(model: Model, batch: Batch, *, fused: bool = True) -> Gradients:
-    """The gradient of every trained tensor, with dropout off.
+def _gradients(model: Model, packs: list[list[Tensor]], *, fused: bool = True) -> Gradients:
+    """The gradient of every trained tensor on some packs of examples, with dropout off.
 
     By `autograd.grad`, which leaves `.grad` alone and calls no hook that waits for it (of DDP, for one).
     """
     model.eval()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    made = loss.micro_batch_loss(model, batch, fused=fused)
-    grads = torch.autograd.grad(made, list(trained.values()), allow_unused=True)
+    batches = [_batch(pack) for pack in packs]
+    summed = sum(loss.micro_batch_loss(model, batch, fused=fused) for batch in batches if len(batch["keep"]))
+    grads = torch.autograd.grad(summed, list(trained.values()), allow_unused=True)
     return {n: g for n, g in zip(trained, grads, strict=True) if g is not None}
 
 
-def _batch(model: Model, lengths: tuple[int, ...]) -> Batch:
-    """A micro-batch of random examples; the first token of each and its next are not labelled."""
-    lm = structure.causal_lm(model)
-    batch = packing_proof.pack(packing_proof.random_examples(lm, lengths))
-    positions = batch["position_ids"][0]
-    batch["keep"] = (positions[1:] > 1).nonzero().squeeze(1)
+def _batch(examples: list[Tensor]) -> Batch:
+    """A micro-batch of these examples; the first two tokens of each are not labelled."""
+    batch = packing_proof.pack(examples)
+    batch["keep"] = (batch["position_ids"][0, 1:] > 1).nonzero().squeeze(1)
     batch["targets"] = batch["input_ids"][0][batch["keep"] + 1]
     return batch
 

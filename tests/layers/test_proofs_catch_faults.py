@@ -1,0 +1,149 @@
+"""Each fault that an engine can have is put into ours, and the proof at start must see it: that is what it is for.
+
+Faults are put in where the work is done (attention, LoRA's product); nothing here looks into the proofs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte.layers import attention, fuse, lora_linear, packed_attention, packing, packing_proof, sight
+from halfbyte.layers.fused_proof import prove_fused
+from tests import plain_peft, small_models, tiny
+
+WINDOW = 20  # longer than the proof's short rows, so that only its long row can show a window
+LONGEST = 40
+DTYPES = [torch.float32, torch.bfloat16]
+Patch = pytest.MonkeyPatch
+
+
+def windowed(dtype: torch.dtype) -> Any:
+    return tiny.model("mistral", dtype=dtype, changes={"sliding_window": WINDOW})
+
+
+def around_attention(patch: Patch, change: Callable[..., dict[str, Any]]) -> None:
+    """The fused attention, with some of its arguments changed."""
+    real = attention.attention
+
+    def faulty(q: Any, k: Any, v: Any, lengths: Any, scale: Any, cos: Any, sin: Any) -> Any:
+        given = {"q": q, "k": k, "v": v, "lengths": lengths, "scale": scale, "cos": cos, "sin": sin}
+        return real(**given | change(given))
+
+    patch.setattr(attention, "attention", faulty)
+
+
+def window_ignored(patch: Patch) -> None:
+    patch.setattr(sight.Sight, "is_causal", lambda *_: True)
+
+
+def wrong_scale(patch: Patch) -> None:
+    around_attention(patch, lambda given: {"scale": given["scale"] * 1.05})
+
+
+def wrong_scale_in_16_bits(patch: Patch) -> None:
+    around_attention(patch, lambda x: {"scale": x["scale"] * (1.5 if x["q"].dtype == torch.bfloat16 else 1.0)})
+
+
+def wrong_rotary(patch: Patch) -> None:
+    around_attention(patch, lambda given: {} if given["sin"] is None else {"sin": -given["sin"]})
+
+
+def mask_of_another_example(patch: Patch) -> None:
+    around_attention(patch, lambda given: {"lengths": (sum(given["lengths"]),)})
+
+
+def lost_bias(patch: Patch) -> None:
+    real = lora_linear.LoraLinear.forward
+    patch.setattr(lora_linear.LoraLinear, "forward", lambda ctx, x, a, b, bias, *rest: real(ctx, x, a, b, None, *rest))
+
+
+def wrong_lora_scale(patch: Patch) -> None:
+    real = fuse.lora_linear
+    patch.setattr(fuse, "lora_linear", lambda x, layer, a, b, scale, p: real(x, layer, a, b, scale * 1.05, p))
+
+
+FUSED = {
+    "window ignored": (windowed, window_ignored),
+    "wrong scale": (windowed, wrong_scale),
+    "wrong rotary": (windowed, wrong_rotary),
+    "mask of another example": (windowed, mask_of_another_example),
+    "wrong scale of LoRA": (windowed, wrong_lora_scale),
+    "lost bias": (lambda dtype: tiny.model("opt", dtype=dtype), lost_bias),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fault", FUSED)
+def test_a_fault_of_the_fused_layers_is_seen(fault: str, dtype: torch.dtype, monkeypatch: Patch) -> None:
+    build, put_in = FUSED[fault]
+    right, model = (plain_peft.adapt(build(dtype), "all-linear") for _ in range(2))
+    assert packing_proof.prove(right, LONGEST).layout == packing_proof.prove(model, LONGEST).layout == "cu_seq_lens"
+    proof = prove_fused(right, packed=True, longest=LONGEST)
+    assert proof.ok and proof.difference < 1e-4, proof
+    put_in(monkeypatch)
+    proof = prove_fused(model, packed=True, longest=LONGEST)
+    assert not proof.ok and "gradients differ" in proof.reason
+    assert not any(isinstance(module, fuse._Fast) for module in model.modules())
+
+
+def test_a_fault_of_a_16_bit_kernel_alone_is_seen(monkeypatch: Patch) -> None:
+    model = plain_peft.adapt(windowed(torch.bfloat16), "all-linear")
+    packing_proof.prove(model, LONGEST)
+    wrong_scale_in_16_bits(monkeypatch)
+    proof = prove_fused(model, packed=True, longest=LONGEST)
+    assert not proof.ok and "gradients differ" in proof.reason
+
+
+def around_packed(patch: Patch, **changes: Any) -> None:
+    """The packed attention, with some of its arguments changed."""
+    real = packed_attention._packed
+
+    def faulty(query: Any, key: Any, value: Any, pack: Any, *rest: Any) -> Any:
+        given = dict(zip(NAMES, rest, strict=True)) | changes
+        return real(query, key, value, pack if "lengths" not in changes else [sum(pack)], *(given[n] for n in NAMES))
+
+    patch.setattr(packed_attention, "_packed", faulty)
+
+
+NAMES = ("causal", "sliding_window", "scaling", "dropout", "softcap", "s_aux")
+PACKED: dict[str, tuple[Callable[[torch.dtype], Any], dict[str, Any]]] = {
+    "window ignored": (windowed, {"sliding_window": None}),
+    "wrong scale": (windowed, {"scaling": 0.3}),
+    "mask of another example": (windowed, {"lengths": None}),
+    "softcap dropped": (lambda dtype: small_models.build("gemma2", attn_logit_softcapping=2.0).to(dtype),
+                        {"softcap": None}),
+    "sinks dropped": (lambda dtype: small_models.build("gpt_oss").to(dtype), {"s_aux": None}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fault", PACKED)
+def test_a_fault_of_packed_attention_is_seen(fault: str, dtype: torch.dtype, monkeypatch: Patch) -> None:
+    build, changes = PACKED[fault]
+    model = build(dtype)
+    assert packing_proof.prove(model, LONGEST).layout == "cu_seq_lens"
+    around_packed(monkeypatch, **changes)
+    proof = packing_proof.prove(model, LONGEST)
+    assert proof.layout == "rows" and "cu_seq_lens: logits differ" in proof.reason
+    assert packing.installed(model) == "rows"
+
+
+def test_what_costs_too_much_is_not_tried_and_it_is_said(monkeypatch: Patch) -> None:
+    assert "not tried" not in packing_proof.prove(windowed(torch.float32), LONGEST).reason
+    assert "not tried" not in packing_proof.prove(windowed(torch.float32), WINDOW).reason
+    monkeypatch.setattr(packing_proof, "LONG_ROW_PRODUCTS", 1)
+    proof = packing_proof.prove(windowed(torch.float32), LONGEST)
+    assert proof.ok and f"rows longer than the window of {WINDOW} were not tried" in proof.reason
+
+
+def test_a_proof_in_16_bits_leaves_weights_and_dtypes_as_they_were() -> None:
+    model = plain_peft.adapt(windowed(torch.bfloat16), "all-linear")
+    before = {n: (p.data_ptr(), p.dtype, p.shape) for n, p in (*model.named_parameters(), *model.named_buffers())}
+    packing_proof.prove(model, LONGEST)
+    prove_fused(model, packed=True, longest=LONGEST)
+    after = {n: (p.data_ptr(), p.dtype, p.shape) for n, p in (*model.named_parameters(), *model.named_buffers())}
+    assert after == before
