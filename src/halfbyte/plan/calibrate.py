@@ -60,7 +60,7 @@ def path_of(device: Device, dtype: str) -> Path:
 
 
 def threads(device: Device) -> int:
-    """Threads that torch will use, once `process.settle` has been called."""
+    """Threads that torch will use, once `threads.settle` has been called."""
     asked = asked_threads()
     return asked[0] if asked else device.cores
 

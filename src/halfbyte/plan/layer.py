@@ -139,8 +139,7 @@ def layer_of(
     adapters = _adapters_kept(
         sites, family, attention, c, layers=max(1, facts.layers), kernels=kernels, dropout=dropout, fused=fused
     )
-    before += adapters.attention
-    mlp += adapters.mlp
+    before, mlp = before + adapters.attention, mlp + adapters.mlp
     again, adapted, gated = adapters.again, adapters.reads, family.mlp == "gated"
 
     heads = facts.heads

@@ -25,7 +25,7 @@ SCORES_BYTES, SCORES_ROWS = 24_000_000, 512  # layers/attention.py: scores in fp
 TOKENS_STEP = 64
 SLACK = 0.08  # of what is kept until backward
 # More of that under full recomputation: each layer's input stays amid what was freed around it, and leaves a hole. Seen
-# of 30 small layers, and hardly of 6; `holes.py` sees to it that there are not more.
+# of 30 small layers, and hardly of 6; `base/heap.py` keeps it from growing.
 ENTRY_SLACK, ENTRY_LAYERS = 0.3, 30
 MOMENT_SLACK = 0.25  # of what comes and goes in between, and leaves holes
 HEAP_BYTES = 32 << 20  # glibc's largest moving threshold: a larger block has pages of its own, a smaller one a hole
