@@ -49,7 +49,7 @@ def planned(value: Planned) -> None:
     show.labelled("time", times(plan))
     show.text("")
     for name, why in plan.reasons.items():
-        show.labelled(name, f"{getattr(plan, name)}: {why}", width=21)
+        show.labelled(name, f"{getattr(plan, name)}: {why}", width=len("max_tokens_per_micro_batch") + 1)
     verdict(plan)
     if value.ways:
         show.text("")
