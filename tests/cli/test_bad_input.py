@@ -22,7 +22,6 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 import transformers
 import yaml
@@ -30,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from halfbyte import finetune
+from halfbyte.adapters import lora
 from halfbyte.errors import HalfbyteError
 from halfbyte.recipe.file import load_recipe
 from halfbyte.runs import checkpoint
@@ -762,7 +762,7 @@ def test_no_space_for_the_second_checkpoint(here: Path, halfbyte: Cli, monkeypat
 
 def test_no_space_for_the_adapter(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     # the adapter is written into each of the two checkpoints first
-    monkeypatch.setattr(safetensors.torch, "save_file", at_call(3, safetensors.torch.save_file, FULL))
+    monkeypatch.setattr(lora, "save_file", at_call(3, save_file, FULL))
     ended = halfbyte(*train())
     assert ended.code == 1
     assert ended.err == f"error: the adapter run/adapter could not be written: {FULL}.\n{FREE}"
@@ -771,7 +771,7 @@ def test_no_space_for_the_adapter(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch
 
 
 def test_no_space_for_the_best_adapter(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safetensors.torch, "save_file", at_call(1, safetensors.torch.save_file, FULL))
+    monkeypatch.setattr(lora, "save_file", at_call(1, save_file, FULL))
     ended = halfbyte(*train("data.eval=train.jsonl", "train.eval_strategy=steps", "train.eval_steps=1"))
     assert ended.code == 1
     assert ended.err == f"error: the best adapter run/checkpoints/best could not be written: {FULL}.\n{FREE}"
