@@ -139,13 +139,11 @@ def counted(data: bytes, ending: str) -> int | None:
     return None
 
 
-def read(path: Path, draw: random.Random) -> Reader:
-    """Read one file as a recipe might ask for it; a `Reader` that has seen all, or halfbyte's own error."""
+def read(path: Path, draw: random.Random) -> tuple[Reader, int]:
+    """Read one file as a recipe might ask for it; a `Reader` at its end and its rows, or halfbyte's own error."""
     asked = draw.choice(("auto", "auto", "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"))
     reader = Reader(files.find(str(path)), Data(train=str(path), format=asked))
-    for _ in reader:
-        pass
-    return reader
+    return reader, sum(1 for _ in reader)
 
 
 def one(number: int, good: list[tuple[bytes, str]], folder: Path) -> str:
@@ -159,15 +157,15 @@ def one(number: int, good: list[tuple[bytes, str]], folder: Path) -> str:
     path = folder / f"rows{ending}"
     path.write_bytes(data)
     try:
-        reader = read(path, draw)
+        reader, used = read(path, draw)
     except DataError as error:
         if "Traceback" in str(error) or not str(error).strip():
             raise AssertionError(f"an error that says nothing: {error}") from error
         return "refused"
     finally:
         path.unlink()
-    if reader.rows != reader.used + reader.problems.count:
-        raise AssertionError(f"{reader.rows} rows, {reader.used} used, {reader.problems.count} reported")
+    if reader.rows != used + reader.problems.count:
+        raise AssertionError(f"{reader.rows} rows, {used} used, {reader.problems.count} reported")
     expected = counted(data, ending)
     if expected is not None and expected != reader.rows:
         raise AssertionError(f"{expected} rows in the file, {reader.rows} seen")

@@ -21,7 +21,7 @@ def texts(lengths: list[int]) -> Examples:
     """Texts of these lengths, no token twice, in two batches."""
     made, at = [], 0
     for n, length in enumerate(lengths, start=1):
-        made.append(Tokens(list(range(at, at + length)), [(1, length)] if length > 1 else [], f"t:{n}", 0, ""))
+        made.append(Tokens(list(range(at, at + length)), [(1, length)] if length > 1 else [], f"t:{n}", [], ""))
         at += length
     half = len(made) // 2
     return Examples([batch(made[:half]), batch(made[half:])])

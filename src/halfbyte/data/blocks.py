@@ -10,7 +10,6 @@ Cost: tokens are copied when their block is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,9 +36,6 @@ class Blocks(Examples):
 
     def __len__(self) -> int:
         return -(-int(self._starts[-1]) // self._size)
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self[i] for i in range(len(self)))
 
     def _made(self, index: int) -> Example:
         first, stop = self._bounds(index)

@@ -173,7 +173,7 @@ def _unseen(train: Encoded, tokenizer: Tokenizer, trained: frozenset[int]) -> Fi
     shown = [
         f"{tokenizer.convert_ids_to_tokens(i)} {strange[i]:,} times" for i in sorted(new, key=lambda i: -strange[i])
     ]
-    found = f"{total:,} tokens that the model has never seen ({some(shown)})"
+    found = f"{total:,} tokens that the model has never seen ({some(shown, len(shown))})"
     ids = ", ".join(map(str, sorted(new)[:8]))
     unknown = tokenizer.unk_token_id in new
     fix = "the tokenizer cannot write that text" if unknown else f"lora.trainable_token_indices: [{ids}] trains them"

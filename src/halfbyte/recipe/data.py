@@ -67,7 +67,7 @@ class Data(Section):
     )
     eval: RowNames | None = Field(None, description="held-out rows, for evaluation")
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
-        "auto", description="how a row is read; auto tells it from the columns and says why"
+        "auto", description="how a row is read; auto tells it from the columns"
     )
     fields: Fields = Field(default_factory=Fields, description="which columns hold what")
     max_length: Int = Field(1024, ge=2, description="tokens of the longest row")

@@ -14,7 +14,7 @@ ROWS = [([1, 7, 7, 2], [(1, 4)]), ([1, 7, 8], [(1, 3)]), ([1, 9, 2], [(2, 3)])]
 
 
 def tokens(*numbers: int) -> list[Tokens]:
-    return [Tokens(*ROWS[n], f"t.jsonl:{n + 1}", 1, "") for n in numbers]
+    return [Tokens(*ROWS[n], f"t.jsonl:{n + 1}", [1], "") for n in numbers]
 
 
 def tally(*numbers: int) -> Tally:

@@ -15,7 +15,7 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 
 def row(record: dict[str, Any], data: Any) -> Row:
-    return parser(detect_format(record, data)[0], data, record)("x:1", record)
+    return parser(detect_format(record, data), data, record)("x:1", record)
 
 
 def said(record: dict[str, Any], data: Any) -> str:
@@ -49,18 +49,21 @@ def test_the_same_talk_in_every_format(make_data: Any, record: dict[str, Any], a
 
 
 @pytest.mark.parametrize(
-    ("record", "found", "why"),
+    ("record", "expected"),
     [
-        ({"conversations": SHARED}, "sharegpt", "auto: here has the key 'conversations'"),
-        ({"messages": SHARED}, "sharegpt", "auto: here has the key 'messages', whose messages have the key 'from'"),
-        ({"conversations": MESSAGES}, "messages",
-         "auto: here has the key 'conversations', whose messages have the key 'role'"),
-        ({"instruction": 1, "output": 1, "text": 1}, "alpaca", "auto: here has the keys 'instruction' and 'output'"),
-        ({"text": "a", "id": 1}, "text", "auto: here has the key 'text'"),
+        ({"conversations": SHARED}, "sharegpt"),
+        ({"conversations": []}, "sharegpt"),
+        ({"messages": SHARED}, "sharegpt"),
+        ({"messages": [{"role": "user", "from": "a"}]}, "messages"),
+        ({"messages": "no list"}, "messages"),
+        ({"conversations": MESSAGES}, "messages"),
+        ({"messages": MESSAGES, "conversations": SHARED}, "messages"),
+        ({"instruction": 1, "output": 1, "text": 1}, "alpaca"),
+        ({"text": "a", "id": 1}, "text"),
     ],
-)  # fmt: skip
-def test_formats_and_reasons(make_data: Any, record: dict[str, Any], found: str, why: str) -> None:
-    assert detect_format(record, make_data(), "here") == (found, why)
+)
+def test_formats(make_data: Any, record: dict[str, Any], expected: str) -> None:
+    assert detect_format(record, make_data()) == expected
 
 
 def test_alpaca_with_an_input_and_a_system_column(make_data: Any) -> None:

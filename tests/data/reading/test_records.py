@@ -40,8 +40,13 @@ def csv_text(rows: list[dict[str, str]], mark: str = ",") -> str:
 
 def seen(path: Path) -> list[tuple[int, Any]]:
     (source,) = files.find(path)
-    parsed = [(number, records.parsed(raw)) for number, raw in records.unparsed(source)]
-    return [(number, str(record) if isinstance(record, BadRow) else record) for number, record in parsed]
+    made: list[tuple[int, Any]] = []
+    for number, record in records.records(source):
+        try:
+            made.append((number, records.parse(record)))
+        except BadRow as bad:
+            made.append((number, str(bad)))
+    return made
 
 
 KINDS: dict[str, str | bytes] = {
@@ -103,11 +108,12 @@ def test_each_source_has_a_format_of_its_own(tmp_path: Path, make_data: Any) -> 
     a = make(tmp_path, "a.jsonl", LINES)
     b = make(tmp_path, "b.json", json.dumps([{"instruction": "do", "output": "done"}]))
     reader = Reader(files.find((str(a), str(b))), make_data())
-    assert len(list(reader)) == reader.used == reader.rows == 6
-    assert reader.formats == {
-        "a.jsonl": ("prompt_completion", f"auto: {a}:1 has the keys 'prompt' and 'completion'"),
-        "b.json": ("alpaca", f"auto: {b} row 1 has the keys 'instruction' and 'output'"),
-    }
+    assert [chunk.known for chunk in reader.chunks()] == [
+        ("prompt_completion", ("prompt", "completion")),
+        ("alpaca", ("instruction", "output")),
+    ]
+    reader = Reader(files.find((str(a), str(b))), make_data())
+    assert [row.messages is None for row in reader] == [True] * 5 + [False] and reader.rows == 6
 
 
 NO_NAME = "Expecting property name enclosed in double quotes"

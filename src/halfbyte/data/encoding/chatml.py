@@ -55,7 +55,7 @@ def is_needed(names: str | Sequence[str], tokenizer: Tokenizer, data: Data) -> b
     if data.chat_template is not None or tokenizer.chat_template:
         return data.chat_template == CHATML
     first = (next(Reader([source], data).chunks(), None) for source in files.find(names))
-    return any(chunk is not None and chunk.format in ("messages", "sharegpt", "alpaca") for chunk in first)
+    return any(c is not None and c.known and c.known[0] in ("messages", "sharegpt", "alpaca") for c in first)
 
 
 def settle(tokenizer: Tokenizer, data: Data, *, embedding_rows: int, tied: bool) -> Settled:

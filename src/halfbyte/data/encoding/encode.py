@@ -8,7 +8,7 @@ Cost: see `encoder`; divided by the cores where rows are many.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from halfbyte.data.encoding.encoder import Encoded, Encoder, Part
 from halfbyte.data.encoding.examples import Examples
 from halfbyte.data.encoding.tally import Tally
 from halfbyte.data.reading import files
-from halfbyte.data.reading.read import Chunk, Reader
+from halfbyte.data.reading.read import Reader
 from halfbyte.errors import HalfbyteError
 
 if TYPE_CHECKING:
@@ -27,14 +27,10 @@ if TYPE_CHECKING:
     from halfbyte.recipe.data import Data
     from halfbyte.types import Tokenizer
 
-    Names = Path | str | Sequence[str]
-    Keep = Callable[[pa.RecordBatch], None]
-    OnlyRead = Callable[[], bool]
-
 ALONE_CHUNKS = 32  # thirty thousand rows, ten seconds: where starting helpers begins to pay
 
 
-def encode(names: Names, tokenizer: Tokenizer, data: Data, *, cores: int = 1) -> Encoded:
+def encode(names: Path | str | Sequence[str], tokenizer: Tokenizer, data: Data, *, cores: int = 1) -> Encoded:
     """Rows as tokens. The same ones, in the same order, whatever `cores` is.
 
     Raises:
@@ -46,8 +42,7 @@ def encode(names: Names, tokenizer: Tokenizer, data: Data, *, cores: int = 1) ->
         return cached
     try:
         with token_cache.Writer(name) as writer:
-            tally = _run(names, tokenizer, data, cores, writer.add)
-            return writer.finish(tally)
+            return writer.finish(_run(names, tokenizer, data, cores, writer.add))
     except OSError:  # the cache cannot be written: once more, in memory
         batches: list[pa.RecordBatch] = []
         tally = _run(names, tokenizer, data, cores, batches.append)
@@ -68,9 +63,16 @@ def _run(
         """Whether an error is certain: then the rest is read, to name all that is wrong, and not encoded."""
         return error is not None or bool(reader.problems)
 
-    with contextlib.closing(_parts(reader.chunks(), encoder, tokenizer, data, cores, only_read)) as parts:
+    chunks = reader.chunks()
+    first = list(islice(chunks, ALONE_CHUNKS + 1)) if cores > 1 else []
+    chunks = chain(first, chunks)
+    with contextlib.ExitStack() as stack:
+        parts: Generator[Part] = (encoder.part(chunk, only_read=only_read()) for chunk in chunks)
+        if len(first) > ALONE_CHUNKS:
+            several = stack.enter_context(workers.Helpers(min(cores, workers.MOST), tokenizer, data, encoder))
+            parts = stack.enter_context(contextlib.closing(several.parts(chunks, only_read)))
         for part in parts:
-            reader.saw(part.used, part.problems)
+            reader.problems.update(part.problems)
             error = error or part.error
             if part.batch is not None and not only_read():
                 tally.merge(part.tally)
@@ -80,20 +82,3 @@ def _run(
         raise error
     tally.check(data)
     return tally
-
-
-def _parts(
-    chunks: Iterator[Chunk],
-    encoder: Encoder,
-    tokenizer: Tokenizer,
-    data: Data,
-    cores: int,
-    only_read: Callable[[], bool],
-) -> Generator[Part]:
-    first = list(islice(chunks, ALONE_CHUNKS + 1)) if cores > 1 else []
-    if len(first) <= ALONE_CHUNKS:
-        for chunk in chain(first, chunks):
-            yield encoder.part(chunk, only_read=only_read())
-        return
-    with workers.Helpers(min(cores, workers.MOST), tokenizer, data, encoder) as several:
-        yield from several.parts(chain(first, chunks), only_read)

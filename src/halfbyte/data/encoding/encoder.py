@@ -90,12 +90,10 @@ class Encoded:
 class Part:
     """A chunk of records as tokens."""
 
+    problems: Problems
     batch: pa.RecordBatch | None = None
     """A record batch of `examples.SCHEMA`; None where nothing was encoded."""
     tally: Tally = field(default_factory=Tally)
-    used: int = 0
-    problems: Problems = field(default_factory=Problems)
-    """`used + problems.count` is the number of its records."""
     error: HalfbyteError | None = None
     """Why none of its rows could be encoded."""
 
@@ -112,12 +110,12 @@ class Encoder:
         self._special = frozenset(added | set(tokenizer.all_special_ids))
 
     def part(self, chunk: Chunk, *, only_read: bool = False) -> Part:
-        """The tokens of a chunk; with `only_read` only how many of its records can be used."""
-        understood = understand(chunk, self._data)
-        made = Part(used=len(understood.rows), problems=understood.problems)
+        """The tokens of a chunk; with `only_read` only what is wrong with its records."""
+        rows, problems = understand(chunk, self._data)
+        made = Part(problems)
         if not only_read:
             try:
-                made.batch, made.tally = self.encode(understood.rows)
+                made.batch, made.tally = self.encode(rows)
             except HalfbyteError as error:
                 made.error = error
         return made
@@ -216,7 +214,7 @@ class _Lexer:
             at |= {edge: common_length(ids, part) for edge, part in zip(edges, parts[1:], strict=False)}
             at[len(r.text)] = len(ids)
         own = self._cuts and r.text.startswith(r.prompt)
-        prompt: list[int] | int = at[len(r.prompt)] if own else parts[-1]
+        prompt = ids[: at[len(r.prompt)]] if own else parts[-1]
         trained = [(at[a], at[b]) for a, b in r.spans]
         if r.ends:
             if r.spans and r.spans[-1][1] == len(r.text):
@@ -224,11 +222,8 @@ class _Lexer:
             ids.append(self._eos)
         if r.opens:
             opening = len(self._opening)
-            ids = self._opening + ids
-            prompt = prompt + opening if isinstance(prompt, int) else self._opening + prompt
+            ids, prompt = self._opening + ids, self._opening + prompt
             trained = [(a and a + opening, b + opening) for a, b in trained]
-        if not isinstance(prompt, int) and ids[: len(prompt)] == prompt:
-            prompt = len(prompt)
         # nothing predicts the first token
         return Tokens(ids, [(max(a, 1), b) for a, b in trained if b > max(a, 1)], r.where, prompt, r.completion)
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, overload
 
@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 if TYPE_CHECKING:
-    from numpy.typing import DTypeLike, NDArray
+    from numpy.typing import NDArray
 
 IGNORED = -100
 
@@ -65,8 +65,8 @@ class Tokens:
     ids: list[int]
     spans: list[tuple[int, int]]
     where: str
-    prompt: list[int] | int
-    """Its ids; or a number, if it is so many of the row's own first ids."""
+    prompt: list[int]
+    """What generation starts from; nearly always the row's own first ids."""
     completion: str
 
     @property
@@ -75,40 +75,27 @@ class Tokens:
 
     def cut(self, limit: int) -> Tokens:
         """Its first `limit` tokens. The prompt for generation stays whole."""
-        prompt = self.ids[: self.prompt] if isinstance(self.prompt, int) and self.prompt > limit else self.prompt
-        spans = [(a, min(b, limit)) for a, b in self.spans if a < limit]
-        return Tokens(self.ids[:limit], spans, self.where, prompt, self.completion)
+        return replace(self, ids=self.ids[:limit], spans=[(a, min(b, limit)) for a, b in self.spans if a < limit])
 
 
 def batch(rows: Sequence[Tokens]) -> pa.RecordBatch:
     """Rows as one record batch of `SCHEMA`."""
-    own = [[] if isinstance(r.prompt, int) else r.prompt for r in rows]
-    columns = [
-        _lists([r.ids for r in rows], "ids"),
-        _lists([[edge for span in r.spans for edge in span] for r in rows], "spans"),
-        pa.array([r.labelled for r in rows], pa.uint32()),
-        _lists(own, "prompt"),
-        pa.array([r.prompt if isinstance(r.prompt, int) else -1 for r in rows], pa.int32()),
-        pa.array([r.completion for r in rows], pa.large_string()),
-        pa.array([r.where for r in rows], pa.large_string()),
-        pa.array([_digest(r.ids) for r in rows], pa.uint64()),
-    ]
-    return pa.record_batch(columns, schema=SCHEMA)
+    return pa.RecordBatch.from_pylist([_values(row) for row in rows], schema=SCHEMA)
 
 
-def _lists(values: Sequence[Sequence[int]], name: str) -> pa.Array:
-    """A list column of `SCHEMA`, made from one flat buffer."""
-    kind, flat = SCHEMA.field(name).type, array("I")
-    for value in values:
-        flat.extend(value)
-    large = pa.types.is_large_list(kind)
-    ends = pa.array(np.cumsum([0, *map(len, values)], dtype=np.int64 if large else np.int32))
-    made = pa.LargeListArray if large else pa.ListArray
-    return made.from_arrays(ends, pa.array(np.frombuffer(flat, dtype=np.uint32)), type=kind)
-
-
-def _digest(ids: Sequence[int]) -> int:
-    return int.from_bytes(hashlib.blake2b(array("I", ids).tobytes(), digest_size=8).digest(), "little")
+def _values(row: Tokens) -> dict[str, object]:
+    own = row.ids[: len(row.prompt)] == row.prompt
+    digest = hashlib.blake2b(array("I", row.ids).tobytes(), digest_size=8).digest()
+    return {
+        "ids": row.ids,
+        "spans": [edge for span in row.spans for edge in span],
+        "labelled": row.labelled,
+        "prompt": [] if own else row.prompt,
+        "prompt_length": len(row.prompt) if own else -1,
+        "completion": row.completion,
+        "where": row.where,
+        "digest": int.from_bytes(digest, "little"),
+    }
 
 
 class Examples(Sequence[Example]):
@@ -120,10 +107,10 @@ class Examples(Sequence[Example]):
 
     def __init__(self, batches: Iterable[pa.RecordBatch]) -> None:
         self.batches = [b for b in batches if b.num_rows]
-        self._ends = np.cumsum([b.num_rows for b in self.batches], dtype=np.int64)
+        self._starts = np.cumsum([0, *(b.num_rows for b in self.batches)])  # of each batch, and the number of all rows
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._starts[-1])
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -136,69 +123,38 @@ class Examples(Sequence[Example]):
             raise IndexError(f"row {index} of {len(self)}")
         return self._made(index % len(self))
 
-    def __iter__(self) -> Iterator[Example]:
-        for held in self.batches:
-            for row in range(held.num_rows):
-                yield _example(held, row)
-
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row: (rows,) int64."""
-        ends = [_numbers(b.column("ids"), np.int64, 1) for b in self.batches]
-        return np.concatenate([np.zeros(0, np.int64), *map(np.diff, ends)])
+        return np.concatenate([np.diff(np.from_dlpack(b.column("ids").offsets)) for b in self.batches])
 
     def labelled(self) -> NDArray[np.int64]:
         """Labelled tokens of each row: (rows,) int64."""
-        return self._column("labelled", np.uint32).astype(np.int64)
+        return self._column("labelled").astype(np.int64)
 
     def digests(self) -> NDArray[np.uint64]:
         """A 64-bit hash of each row's tokens: (rows,) uint64."""
-        return self._column("digest", np.uint64)
+        return self._column("digest")
 
     def ids(self, index: int) -> NDArray[np.uint32]:
         """The tokens of a row, without a copy: (length,) uint32."""
-        held, row = self._place(index)
-        ids: NDArray[np.uint32] = held.column("ids")[row].values.to_numpy()
-        return ids
+        return np.asarray(np.from_dlpack(self._value("ids", index).values), np.uint32)
 
     def where(self, index: int) -> str:
         """The name of a row, without making the whole of it."""
-        held, row = self._place(index)
-        return str(held.column("where")[row].as_py())
+        return str(self._value("where", index))
 
     def _made(self, index: int) -> Example:
         """The row of an index in range."""
-        return _example(*self._place(index))
+        names = ("ids", "spans", "prompt", "prompt_length", "completion", "where")
+        ids, spans, prompt, own, completion, where = (self._value(name, index).as_py() for name in names)
+        labels = [IGNORED] * len(ids)
+        for a, b in zip(spans[::2], spans[1::2], strict=True):
+            labels[a:b] = ids[a:b]
+        return Example(tuple(ids), tuple(labels), where, tuple(ids[:own] if own >= 0 else prompt), completion)
 
-    def _place(self, index: int) -> tuple[pa.RecordBatch, int]:
-        """The batch that holds a row, and its number there."""
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        held = self.batches[number]
-        return held, index - int(self._ends[number]) + held.num_rows
+    def _value(self, name: str, index: int) -> pa.Scalar:
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.batches[number].column(name)[index - int(self._starts[number])]
 
-    def _column(self, name: str, dtype: DTypeLike) -> NDArray[Any]:
-        return np.concatenate([np.zeros(0, dtype), *(_numbers(b.column(name), dtype) for b in self.batches)])
-
-
-def _numbers(column: pa.Array, dtype: DTypeLike, more: int = 0) -> NDArray[Any]:
-    """A column's numbers, or a list column's offsets (one `more` than rows), without a copy.
-
-    Arrow's own `to_numpy` would import pandas first, a quarter of a second.
-    """
-    return np.frombuffer(column.buffers()[1], dtype)[column.offset : column.offset + len(column) + more]
-
-
-def _example(held: pa.RecordBatch, row: int) -> Example:
-    ids = _values(held, "ids", row)
-    spans = _values(held, "spans", row)
-    labels = [IGNORED] * len(ids)
-    for a, b in zip(spans[::2], spans[1::2], strict=True):
-        labels[a:b] = ids[a:b]
-    length = held.column("prompt_length")[row].as_py()
-    prompt = ids[:length] if length >= 0 else _values(held, "prompt", row)
-    where, completion = held.column("where")[row].as_py(), held.column("completion")[row].as_py()
-    return Example(tuple(ids), tuple(labels), where, tuple(prompt), completion)
-
-
-def _values(held: pa.RecordBatch, name: str, row: int) -> list[int]:
-    values: list[int] = held.column(name)[row].values.to_numpy().tolist()
-    return values
+    def _column(self, name: str) -> NDArray[Any]:
+        return np.concatenate([np.from_dlpack(b.column(name)) for b in self.batches])  # `to_numpy` would import pandas

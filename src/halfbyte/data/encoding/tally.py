@@ -63,33 +63,29 @@ class Tally:
 
     def merge(self, later: Tally) -> None:
         """Take in what was seen of the rows after these."""
-        self.longest = max(self.longest, later.longest)
-        for name in ("seen", "kept", "truncated"):
-            setattr(self, name, getattr(self, name) + getattr(later, name))
-        for name in ("refused", "long", "skipped", "endless", "empty"):
-            getattr(self, name).merge(getattr(later, name))
-        self.notices.update(later.notices)
-        self.used.update(later.used)
+        for name, value in vars(later).items():
+            own = getattr(self, name)
+            if not isinstance(own, int):
+                own.update(value)
+            else:
+                setattr(self, name, max(own, value) if name == "longest" else own + value)
 
     def check(self, data: Data) -> None:
         """
         Raises:
             DataError: rows that cannot be encoded, or that are too long; or no row is left.
         """
-        limit = data.max_length
         if self.refused:
             raise DataError(self.refused.listing(f"{self.refused.count:,} of {self.seen:,} rows cannot be encoded"))
         if self.long:
+            head = f"{self.long.count:,} of {self.seen:,} rows are longer than data.max_length {data.max_length:,}"
             raise DataError(
-                self.long.listing(
-                    f"{self.long.count:,} of {self.seen:,} rows are longer than data.max_length {limit:,}; "
-                    f"the longest has {self.longest:,} tokens"
-                ),
+                self.long.listing(f"{head}; the longest has {self.longest:,} tokens"),
                 fix=f"data.max_length: {self.longest}, or data.overlong: truncate (cut the end off) or skip",
             )
         if not self.kept:
             raise DataError(
-                f"no row is left: all {self.seen:,} have more than data.max_length {limit:,} tokens, "
+                f"no row is left: all {self.seen:,} have more than data.max_length {data.max_length:,} tokens, "
                 f"{'and are skipped' if data.overlong == 'skip' else 'and no label among the first'}.",
                 fix=f"data.max_length: {self.longest}",
             )
@@ -100,16 +96,12 @@ class Tally:
 
     def to_json(self) -> Document:
         """All of it; `from_json` makes the same tally of it."""
-        return {k: v.to_json() if isinstance(v, Problems) else v for k, v in vars(self).items()}
+        return {k: vars(v) if isinstance(v, Problems) else v for k, v in vars(self).items()}
 
     @classmethod
     def from_json(cls, values: Document) -> Tally:
-        made = cls()
-        for name, value in values.items():
-            default = getattr(made, name)
-            if isinstance(default, Problems):
-                value = Problems.from_json(value)
-            elif isinstance(default, Counter):
-                value = Counter({int(k) if name == "used" else k: n for k, n in value.items()})
-            setattr(made, name, value)
+        used = {int(token): n for token, n in values["used"].items()}
+        made = cls(**{**values, "notices": Counter(values["notices"]), "used": Counter(used)})
+        for name in ("refused", "long", "skipped", "endless", "empty"):
+            setattr(made, name, Problems(**values[name]))
         return made

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, TYPE_CHECKING
 
@@ -82,7 +82,7 @@ class Helpers:
             helper.wait()
             _pipe(helper.stdout).close()
 
-    def parts(self, chunks: Iterable[Chunk], only_read: Callable[[], bool]) -> Iterator[Part]:
+    def parts(self, chunks: Iterable[Chunk], only_read: Callable[[], bool]) -> Generator[Part]:
         """What `Encoder.part` makes of each chunk, in their order. `only_read` is asked as each is handed out."""
         waiting: deque[Future[Part]] = deque()
         with ThreadPoolExecutor(self._count) as threads:

@@ -41,10 +41,6 @@ class RowSource:
         """The name of a row: `train.jsonl:12` is a line; `rows.parquet row 12` counts rows."""
         return f"{self.label}:{number}" if self.kind in ("jsonl", "csv") else f"{self.label} row {number}"
 
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.kind == "hub" else self.path.stat().st_size
-
 
 def find(names: str | Path | Sequence[str]) -> list[RowSource]:
     """Every source that the names stand for, globs in sorted order, each file once.
@@ -52,63 +48,47 @@ def find(names: str | Path | Sequence[str]) -> list[RowSource]:
     Raises:
         DataError: a name that stands for nothing, a folder, or a hub dataset that is not named as it must be.
     """
-    found: dict[tuple[str, str], RowSource] = {}
+    sources: dict[tuple[str, str], RowSource] = {}
     for name in [str(names)] if isinstance(names, str | Path) else names:
         for source in _hub(name) if name.startswith(HUB) else _files(name):
-            found.setdefault((str(source.path), str(source.hub)), source)
-    return list(found.values())
-
-
-def same(a: Sequence[RowSource], b: Sequence[RowSource]) -> list[str]:
-    """Labels of the sources that two lists share."""
-    ours = {(s.path.absolute() if s.kind != "hub" else s.path, s.hub) for s in a}
-    return [s.label for s in b if (s.path.absolute() if s.kind != "hub" else s.path, s.hub) in ours]
+            sources.setdefault((str(source.path), str(source.hub)), source)
+    return list(sources.values())
 
 
 def _files(name: str) -> list[RowSource]:
     path = Path(name).expanduser()
+    matched = [path]
     if path.is_dir():
-        inside = sorted(p.name for p in path.iterdir() if _kind(p)[2] and _kind(p)[0] != "json")
-        raise DataError(
-            f"{name} is a folder; a .jsonl file is needed.",
-            fix=f"data.train: {path / (inside[0] if len(inside) == 1 else '*' + Path(inside[0]).suffix)}"
-            if inside
-            else None,
-        )
-    if path.exists():
-        return [_source(path, name)]
-    if glob.has_magic(name):
+        inside = sorted(p.name for p in path.iterdir() if _kind(p)[0] not in (None, "json"))
+        shown = path / (inside[0] if len(inside) == 1 else f"*{Path(inside[0]).suffix}") if inside else None
+        fix = f"data.train: {shown}" if shown else None
+        raise DataError(f"{name} is a folder; a .jsonl file is needed.", fix=fix)
+    if not path.exists() and glob.has_magic(name):
         matched = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
-        if matched:
-            return [_source(p, str(p)) for p in matched]
-        raise DataError(f"{name} matches no file.", fix="check the pattern; it is read relative to where halfbyte runs")
-    match = difflib.get_close_matches(path.name, _names(path.parent), n=1)
-    raise DataError(
-        f"{name}: no such file.", fix=f"did you mean {path.parent / match[0]}?" if match else "check the path"
-    )
+        if not matched:
+            fix = "check the pattern; it is read relative to where halfbyte runs"
+            raise DataError(f"{name} matches no file.", fix=fix)
+    elif not path.exists():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
+        raise DataError(
+            f"{name}: no such file.", fix=f"did you mean {path.parent / near[0]}?" if near else "check the path"
+        )
+    return [_source(p) for p in matched]
 
 
-def _source(path: Path, name: str) -> RowSource:
-    kind, gz, _ = _kind(path)
+def _source(path: Path) -> RowSource:
+    kind, gz = _kind(path)
     if kind == "parquet" and gz:
         raise DataError(
-            f"{name}: a Parquet file is compressed inside, and is not read from a .gz.", fix=f"gunzip {name}"
+            f"{path}: a Parquet file is compressed inside, and is not read from a .gz.", fix=f"gunzip {path}"
         )
-    return RowSource(kind, path, path.name, gz)
+    return RowSource(kind or "jsonl", path, path.name, gz)
 
 
-def _kind(path: Path) -> tuple[Kind, bool, bool]:
-    """(kind, gzipped, known): a file of unknown ending is read as JSON lines."""
+def _kind(path: Path) -> tuple[Kind | None, bool]:
+    """What a file's ending says, None for one that is not known; and whether it is gzipped."""
     gz = path.suffix.lower() == ".gz"
-    ending = (path.with_suffix("") if gz else path).suffix.lower()
-    return ENDINGS.get(ending, "jsonl"), gz, ending in ENDINGS
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return [p.name for p in folder.iterdir()]
-    except OSError:
-        return []
+    return ENDINGS.get((path.with_suffix("") if gz else path).suffix.lower()), gz
 
 
 def _hub(name: str) -> list[RowSource]:

@@ -1,84 +1,66 @@
 """What is wrong with rows, in words: one bad row, or a list that shows the first ones and counts the rest.
 
 Why: a row that cannot be used is named with its file, line and field, but a million of them must not print a million
-lines. So a collector keeps the first 20 and counts all.
-Cost: nothing heavy is imported.
+lines.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from halfbyte.types import Document
+from dataclasses import dataclass, field
 
 SHOWN_PROBLEMS = 20
-_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+_KINDS = {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
 
 
 class BadRow(Exception):
     """What is wrong with one row: field, what was needed, what was found. Collected, never shown alone."""
 
 
+@dataclass
 class Problems:
     """The first `SHOWN_PROBLEMS` texts, and how many there were."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.shown: list[str] = []
+    count: int = 0
+    shown: list[str] = field(default_factory=list)
 
     def add(self, text: str) -> None:
-        self.count += 1
-        if len(self.shown) < SHOWN_PROBLEMS:
-            self.shown.append(text)
+        self.update(Problems(1, [text]))
 
-    def merge(self, later: Problems) -> None:
+    def update(self, later: Problems) -> None:
         """Append the problems of later rows."""
         self.shown += later.shown[: SHOWN_PROBLEMS - len(self.shown)]
         self.count += later.count
 
-    def to_json(self) -> Document:
-        return {"count": self.count, "shown": self.shown}
-
-    @classmethod
-    def from_json(cls, value: Document) -> Problems:
-        made = cls()
-        made.count, made.shown = value["count"], list(value["shown"])
-        return made
-
     def __bool__(self) -> bool:
         return self.count > 0
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Problems) and (self.count, self.shown) == (other.count, other.shown)
-
     def listing(self, head: str) -> str:
-        return listing(head, self.shown, self.count)
+        """A heading, and the problems under it: the first 20 in full, the rest counted."""
+        rest = self.count - len(self.shown)
+        return "\n  - ".join([head, *self.shown]) + (f"\n  ... and {rest:,} more" if rest else "")
 
-    def first(self, most: int = 3) -> str:
+    def first(self) -> str:
         """The first few in one line: `a, b, c and 9 more`."""
-        return some(self.shown, self.count, most)
+        return some(self.shown, self.count)
 
 
-def some(names: Sequence[str], count: int | None = None, most: int = 3) -> str:
-    """The first few of several names in one line, the rest counted."""
-    rest = (len(names) if count is None else count) - min(len(names), most)
-    return ", ".join(names[:most]) + (f" and {rest:,} more" if rest else "")
+def some(names: Sequence[str], count: int) -> str:
+    """The first three of `count` names in one line, the rest counted."""
+    return ", ".join(names[:3]) + (f" and {count - 3:,} more" if count > 3 else "")
 
 
-def listing(head: str, problems: Sequence[str], count: int | None = None) -> str:
-    """A heading, and the problems under it: the first 20 in full, the rest counted."""
-    shown = "\n".join(f"  - {p}" for p in problems[:SHOWN_PROBLEMS])
-    rest = (len(problems) if count is None else count) - min(len(problems), SHOWN_PROBLEMS)
-    return f"{head}\n{shown}" + (f"\n  ... and {rest:,} more" if rest > 0 else "")
-
-
-def value_of(record: Mapping[str, object], key: str, field: str) -> object:
+def value_of(record: Mapping[str, object], key: str, inside: str = "") -> object:
+    """What a record has under a key. `inside`: the field that holds the record."""
     if key not in record:
-        raise BadRow(f"{field}: missing; the row has {keys(record)}{near(key, record)}")
+        raise BadRow(f"{inside}{key}: missing; the row has {keys(record)}{near(key, record)}")
     return record[key]
+
+
+def text_in(record: Mapping[str, object], key: str, inside: str = "") -> str:
+    """The text that a record has under a key."""
+    return text_of(value_of(record, key, inside), f"{inside}{key}")
 
 
 def text_of(value: object, field: str, *, empty: bool = False) -> str:

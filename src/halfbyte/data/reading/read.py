@@ -9,8 +9,9 @@ Cost: one pass; one chunk in memory at a time.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from halfbyte.data.reading import records
@@ -25,25 +26,18 @@ if TYPE_CHECKING:
 CHUNK_ROWS = 1024  # enough for a tokenizer to be fast, few enough to stay small
 CHUNK_BYTES = 4_000_000  # large rows come in smaller chunks
 
+Group = list[tuple[int, records.Record]]
+Known = tuple[Format, tuple[str, ...]]
+
 
 @dataclass(frozen=True)
 class Chunk:
     """Neighbouring records of one source, not yet understood."""
 
     source: RowSource
-    records: list[tuple[int, records.Unparsed]]
-    format: Format | None
-    """None before the source's first good record, which tells the format."""
-    keys: tuple[str, ...] = ()
-    """The keys of the source's first good record."""
-
-
-@dataclass
-class Understood:
-    """What a chunk holds: `len(rows) + problems.count` is the number of its records."""
-
-    rows: list[Row] = field(default_factory=list)
-    problems: Problems = field(default_factory=Problems)
+    records: Group
+    known: Known | None
+    """The format and the keys of the source's first good record; None before it."""
 
 
 class Reader:
@@ -51,43 +45,36 @@ class Reader:
 
     Attributes:
         rows: records seen, good and bad.
-        used: good ones.
-        problems: the bad ones; `rows == used + problems.count`.
-        formats: of each source: the format, and why it was taken for that.
+        problems: the bad ones.
     """
 
     def __init__(self, sources: Sequence[RowSource], data: Data) -> None:
-        self.sources = list(sources)
-        self._data = data
-        self.rows = self.used = 0
+        self._sources, self._data = sources, data
+        self.rows = 0
         self.problems = Problems()
-        self.formats: dict[str, tuple[Format, str]] = {}
 
     def __iter__(self) -> Iterator[Row]:
         for chunk in self.chunks():
-            understood = understand(chunk, self._data)
-            self.saw(len(understood.rows), understood.problems)
-            yield from understood.rows
+            rows, problems = understand(chunk, self._data)
+            self.problems.update(problems)
+            yield from rows
 
     def chunks(self) -> Iterator[Chunk]:
-        """Records in chunks. The caller understands each one and reports with `saw` what was in it.
+        """Records in chunks. The caller understands each one, and adds what is wrong with it to `problems`.
 
         Raises:
             DataError: a source without rows, that cannot be read, or whose format cannot be told.
         """
-        for source in self.sources:
+        for source in self._sources:
             before = self.rows
-            known: tuple[Format, tuple[str, ...]] | None = None
-            for group in _groups(records.unparsed(source)):
+            known: Known | None = None
+            for group in _groups(records.records(source)):
                 self.rows += len(group)
                 known = known or self._known(source, group)
-                yield Chunk(source, group, *(known or (None,)))
+                yield Chunk(source, group, known)
             if self.rows == before:
-                raise records.no_rows(source)
-
-    def saw(self, used: int, problems: Problems) -> None:
-        self.used += used
-        self.problems.merge(problems)
+                fix = 'write one JSON object a line: {"prompt": "...", "completion": "..."}'
+                raise DataError(f"{source.path} has no rows.", fix=fix)
 
     def check(self) -> None:
         """
@@ -97,41 +84,34 @@ class Reader:
         if self.problems:
             raise DataError(self.problems.listing(f"{self.problems.count:,} of {self.rows:,} rows cannot be used"))
 
-    def _known(
-        self, source: RowSource, group: list[tuple[int, records.Unparsed]]
-    ) -> tuple[Format, tuple[str, ...]] | None:
-        """The format and the keys of the first good record, if there is one."""
+    def _known(self, source: RowSource, group: Group) -> Known | None:
         for number, raw in group:
-            record = records.parsed(raw)
-            if not isinstance(record, BadRow):
-                self.formats[source.label] = detect_format(record, self._data, full_name(source, number))
-                return self.formats[source.label][0], tuple(record)
+            with contextlib.suppress(BadRow):
+                record = records.parse(raw)
+                return detect_format(record, self._data, _full_name(source, number)), tuple(record)
         return None
 
 
-def understand(chunk: Chunk, data: Data) -> Understood:
+def understand(chunk: Chunk, data: Data) -> tuple[list[Row], Problems]:
     """The rows of a chunk, and what is wrong with the records that are none."""
-    understood = Understood()
-    parse = parser(chunk.format, data, chunk.keys) if chunk.format is not None else None
+    rows, problems = list[Row](), Problems()
+    parse = parser(chunk.known[0], data, chunk.known[1]) if chunk.known else None
     for number, raw in chunk.records:
-        record = records.parsed(raw)
         try:
-            if isinstance(record, BadRow):
-                raise record
-            if parse is None:
-                raise ValueError("a good record tells the format")
-            understood.rows.append(parse(chunk.source.where(number), record))
+            record = records.parse(raw)
+            if parse is not None:  # a good record tells the format
+                rows.append(parse(chunk.source.where(number), record))
         except BadRow as bad:
-            understood.problems.add(f"{full_name(chunk.source, number)}: {bad}")
-    return understood
+            problems.add(f"{_full_name(chunk.source, number)}: {bad}")
+    return rows, problems
 
 
-def full_name(source: RowSource, number: int) -> str:
+def _full_name(source: RowSource, number: int) -> str:
     return f"{source.path.parent / source.where(number)}"
 
 
-def _groups(numbered: Iterable[tuple[int, records.Unparsed]]) -> Iterator[list[tuple[int, records.Unparsed]]]:
-    group: list[tuple[int, records.Unparsed]] = []
+def _groups(numbered: Iterable[tuple[int, records.Record]]) -> Iterator[Group]:
+    group: Group = []
     nbytes = 0
     for item in numbered:
         group.append(item)

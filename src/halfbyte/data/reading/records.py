@@ -8,12 +8,13 @@ Cost: one pass; one record, or one batch of Parquet rows, in memory. JSON lines:
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain, islice
 from typing import IO, TYPE_CHECKING
 
@@ -25,20 +26,18 @@ from halfbyte.types import Document
 if TYPE_CHECKING:
     import pyarrow
 
-Record = Document | BadRow
-Unparsed = Record | bytes  # bytes: one JSON object of a file of JSON lines
+Record = Document | BadRow | bytes
+"""Bytes: one JSON object of a file of JSON lines, to be parsed."""
 Numbered = Iterator[tuple[int, Record]]
-NumberedUnparsed = Iterator[tuple[int, Unparsed]]
 
 MAX_ROW_BYTES = 256_000_000  # a longer line is no row, and would fill the memory
 _CHUNK_CHARS = 1 << 20
 _BATCH_ROWS = 1024
 _CUT = (EOFError, zlib.error, gzip.BadGzipFile)
-_ONE_A_LINE = 'write one JSON object a line: {"prompt": "...", "completion": "..."}'
 csv.field_size_limit(MAX_ROW_BYTES)
 
 
-def unparsed(source: RowSource) -> NumberedUnparsed:
+def records(source: RowSource) -> Numbered:
     """(number, record or what is wrong with it) of every record; numbers are lines for JSON lines and CSV.
 
     JSON lines come as bytes, so that another process may parse them.
@@ -46,31 +45,15 @@ def unparsed(source: RowSource) -> NumberedUnparsed:
     Raises:
         DataError: no such file, no permission, UTF-16, or a file that is not what its ending says.
     """
-    readers: dict[str, Callable[[RowSource], NumberedUnparsed]] = {
-        "jsonl": _json_lines, "json": _json, "csv": _csv, "parquet": _parquet, "hub": _hub,
-    }  # fmt: skip
+    readers = {"jsonl": _json_lines, "json": _json, "csv": _csv, "parquet": _parquet, "hub": _hub}
     try:
         yield from readers[source.kind](source)
     except FileNotFoundError:
         raise DataError(f"{source.path}: no such file.", fix="check the path") from None
+    except gzip.BadGzipFile:
+        raise DataError(f"{source.path} is not gzip, as its ending says.", fix="take .gz off its name") from None
     except OSError as error:
-        if isinstance(error, gzip.BadGzipFile):
-            raise DataError(f"{source.path} is not gzip, as its ending says.", fix="take .gz off its name") from None
         raise DataError(f"{source.path} cannot be read: {error.strerror or error}.") from None
-
-
-def parsed(raw: Unparsed) -> Record:
-    """A record, or what is wrong with it."""
-    if not isinstance(raw, bytes):
-        return raw
-    try:
-        return parse(raw)
-    except BadRow as bad:
-        return bad
-
-
-def no_rows(source: RowSource) -> DataError:
-    return DataError(f"{source.path} has no rows.", fix=_ONE_A_LINE)
 
 
 def _open(source: RowSource) -> IO[bytes]:
@@ -89,18 +72,24 @@ def _check_start(start: bytes, source: RowSource) -> bytes:
     return start.removeprefix(b"\xef\xbb\xbf")
 
 
-def parse(raw: bytes) -> Document:
-    """One JSON object.
-
-    Raises:
-        BadRow: it is not UTF-8, not JSON, or not an object.
+def parse(raw: Record) -> Document:
     """
+    Raises:
+        BadRow: what is wrong with the record: it is not UTF-8, not JSON, not an object ...
+    """
+    if isinstance(raw, BadRow):
+        raise raw
+    if isinstance(raw, dict):
+        return raw
     try:
         record = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRow(f"not UTF-8 (byte {raw[error.start]:#04x} at {error.start + 1})") from None
     except json.JSONDecodeError as error:
-        raise BadRow(f"not JSON ({_said(error)}): {shorten(raw.decode('utf-8'))}") from None
+        said = f"{error.msg} at character {error.colno}"
+        if error.msg == "Extra data" and "\r" in error.doc:
+            said = "a carriage return alone ends no line; tr '\\r' '\\n' < FILE"
+        raise BadRow(f"not JSON ({said}): {shorten(error.doc)}") from None
     except RecursionError:
         raise BadRow("not JSON that can be read: it is nested too deeply") from None
     except ValueError as error:  # a whole number of thousands of digits
@@ -108,12 +97,6 @@ def parse(raw: bytes) -> Document:
     if not isinstance(record, dict):
         raise BadRow(f"an object is needed, got {kind(record)}")
     return record
-
-
-def _said(error: json.JSONDecodeError) -> str:
-    if error.msg == "Extra data" and "\r" in error.doc:
-        return "a carriage return alone ends no line; tr '\\r' '\\n' < FILE"
-    return f"{error.msg} at character {error.colno}"
 
 
 def _lines(source: RowSource) -> Iterator[tuple[int, bytes | BadRow]]:
@@ -137,12 +120,9 @@ def _lines(source: RowSource) -> Iterator[tuple[int, bytes | BadRow]]:
             yield number + 1, BadRow(f"the file is damaged or cut short here: {first_line(error)}")
 
 
-def _json_lines(source: RowSource) -> NumberedUnparsed:
+def _json_lines(source: RowSource) -> Numbered:
     for number, raw in _lines(source):
-        if isinstance(raw, BadRow):
-            yield number, raw
-            continue
-        if raw.startswith(b"[") and source.kind == "jsonl" and number == 1 and _spans_lines(raw):
+        if number == 1 and source.kind == "jsonl" and isinstance(raw, bytes) and _opens_list(raw):
             raise DataError(
                 f"{source.path}:{number} opens a JSON list; one JSON object a line is needed.",
                 fix=f"name it .json, or: jq -c '.[]' {source.path} > {source.path.with_suffix('.jsonl').name}",
@@ -150,16 +130,16 @@ def _json_lines(source: RowSource) -> NumberedUnparsed:
         yield number, raw
 
 
-def _spans_lines(raw: bytes) -> bool:
-    """Whether a line that begins with a bracket is the beginning, or all, of a list of rows."""
+def _opens_list(raw: bytes) -> bool:
+    """Whether a line is the beginning, or all, of a list of rows."""
     try:
-        value = json.loads(raw)
+        value = json.loads(raw) if raw.startswith(b"[") else None
     except (ValueError, RecursionError):
         return True
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
-def _json(source: RowSource) -> NumberedUnparsed:
+def _json(source: RowSource) -> Numbered:
     """One list of objects; or one object that holds such a list; or JSON lines under another name."""
     with _open(source) as file:
         try:
@@ -168,26 +148,23 @@ def _json(source: RowSource) -> NumberedUnparsed:
             start = b"?"  # the line reader says what is wrong
     if start.startswith(b"["):
         yield from _json_list(source)
-        return
-    first = next(_lines(source), (0, b""))[1]
-    whole = not isinstance(first, BadRow) and _wrapped(source, first)
-    yield from whole or _json_lines(source)
+    else:
+        yield from _wrapped(source) or _json_lines(source)
 
 
-def _wrapped(source: RowSource, first: bytes) -> list[tuple[int, Record]]:
+def _wrapped(source: RowSource) -> list[tuple[int, Record]]:
     """The rows of a file that is one JSON object: of the one list of objects in it, or itself; none for JSON lines."""
-    try:
-        alone = isinstance(json.loads(first), dict)
-    except (ValueError, RecursionError):
-        alone = False
-    if (alone and sum(1 for _ in islice(_lines(source), 2)) > 1) or source.nbytes > MAX_ROW_BYTES:
+    (_, first), *more = [*islice(_lines(source), 2)] or [(0, b"")]
+    with contextlib.suppress(BadRow):
+        parse(first)
+        if more:
+            return []
+    if isinstance(first, BadRow) or source.path.stat().st_size > MAX_ROW_BYTES:
         return []
     try:
         with _open(source) as file:
-            record = json.loads(file.read().removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
-    except (ValueError, RecursionError, *_CUT):
-        return []
-    if not isinstance(record, dict):
+            record = parse(file.read().removeprefix(b"\xef\xbb\xbf"))
+    except (BadRow, *_CUT):
         return []
     lists = [v for v in record.values() if isinstance(v, list) and v and all(isinstance(item, dict) for item in v)]
     is_row = len(lists) != 1 or {"role", "from", "type"} & set(lists[0][0])  # messages, or tools
