@@ -31,6 +31,10 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("sliding_window", "attention_chunk_size", "window_size", "attention_window_size"), WINDOW),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 16),
     **dict.fromkeys(("n_group", "topk_group", "n_groups"), 1),
+    **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size", "mamba_d_head", "mamba_head_dim"), 16),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "chunk_size", "mamba_chunk_size"), 8),
+    **dict.fromkeys(("mamba_n_groups", "mamba_ngroups"), 1),
+    "mamba_d_ssm": 128,
     "max_window_layers": 1,
     "use_sliding_window": True,
     "initializer_range": 0.1,
@@ -44,16 +48,19 @@ NEEDS: dict[str, dict[str, Any]] = {
     **{kind: {"head_dim": 16} for kind in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dbrx": {"attn_config": {"rope_theta": 1e4}},
+    **{kind: {"layer_types": ["conv", "full_attention"] * 16} for kind in ("lfm2", "lfm2_moe")},
+    "reformer": {"is_decoder": True},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "nemotron": {"num_key_value_heads": 2},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
+    "recurrent_gemma": {"num_hidden_layers": 3},  # recurrent, recurrent, attention
 }
 
 
 def config(kind: str, **changes: Any) -> Any:
     """The config of a type, small."""
     cls, needs = CONFIG_MAPPING[kind], NEEDS.get(kind, {})
-    return cls(**_shrunk(cls(**needs)) | needs | changes)
+    return cls(**needs | _shrunk(cls(**needs)) | changes)
 
 
 def _shrunk(full: Any) -> dict[str, Any]:
@@ -64,7 +71,7 @@ def _shrunk(full: Any) -> dict[str, Any]:
             small[name] = _shrunk(getattr(full, name))
         elif name in _SIZES and (value is not None or name in ("sliding_window", "attention_chunk_size")):
             small[name] = _SIZES[name]
-        elif "drop" in name and isinstance(value, float):
+        elif ("drop" in name or "jitter" in name) and isinstance(value, float):
             small[name] = 0.0
         elif name.endswith("token_id") and isinstance(value, int):
             small[name] = min(value, 2)

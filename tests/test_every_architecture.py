@@ -57,7 +57,7 @@ def padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def learn_padded(model: Any, given: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
     """As a script does it: a padded batch, the sum over labelled tokens."""
-    logits = model(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).logits
+    logits = model(input_ids=given["input_ids"], attention_mask=given["attention_mask"], use_cache=False).logits
     wanted = given["labels"][:, 1:].flatten()
     summed = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted, reduction="sum")
     summed.backward()

@@ -13,7 +13,7 @@ from halfbyte.data.collate import collate
 from halfbyte.data.encoding.examples import Example
 from halfbyte.layers import loss, packing, packing_proof
 from halfbyte.layers.loss import Head, head_loss, head_of
-from tests import tiny
+from tests import small_models, tiny
 
 
 def whole(hidden: torch.Tensor, targets: torch.Tensor, head: Head, smoothing: float) -> torch.Tensor:
@@ -185,3 +185,12 @@ def test_a_head_that_is_not_plain_is_left_to_the_model() -> None:
 def _doubled(output: Any) -> Any:
     output.logits = output.logits * 2
     return output
+
+
+@pytest.mark.parametrize("kind", ["recurrent_gemma", "xlstm", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cap_of_the_logits_is_seen_whatever_its_name(kind: str, dtype: torch.dtype, monkeypatch: Any) -> None:
+    """Small logits under a cap of 30 look like logits without one: half a percent, less than bf16 can say."""
+    assert loss.head_of(small_models.build(kind).to(dtype).requires_grad_(False)).softcap == 30.0
+    monkeypatch.setattr(loss, "_CAPS", ())
+    assert loss.head_of(small_models.build(kind).to(dtype).requires_grad_(False)) is None

@@ -102,6 +102,11 @@ def head_of(model: Any) -> Head | None:
 _SEEN: WeakKeyDictionary[Any, tuple[Any, bool]] = WeakKeyDictionary()
 
 
+# What configs call the cap of the logits: gemma, recurrent_gemma, xlstm. What is called otherwise fails the check.
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+LARGE_LOGITS = 100.0  # larger than any cap in use
+
+
 def _scaling(config: Any) -> tuple[float, float | None]:
     """What stands between head and logits, by the config: granite divides, cohere multiplies, gemma caps."""
     scale = 1.0
@@ -109,27 +114,53 @@ def _scaling(config: Any) -> tuple[float, float | None]:
         scale = 1.0 / float(config.logits_scaling)
     elif getattr(config, "logit_scale", None) and isinstance(config.logit_scale, (int, float)):
         scale = float(config.logit_scale)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    caps = (getattr(config, name, None) for name in _CAPS)
+    softcap = next((cap for cap in caps if cap is not None), None)
     return scale, None if softcap is None else float(softcap)
 
 
 def _computes_logits(lm: Any, head: Head) -> bool:
-    """Whether `head` on the body's output gives the logits of the model's own forward."""
+    """Whether `head` on the body's output gives the logits of the model's own forward, also where they are large.
+
+    A cap that the config does not name as ours does is lost in the rounding of the small logits of a small model.
+    """
     ids = torch.arange(1, 4, device=lm.device)[None] % lm.config.get_text_config().vocab_size
+    options = {"use_cache": False} if packing.takes_use_cache(lm) else {}
     training = [m for m in lm.modules() if m.training]
     lm.eval()
+    scaled = _Scaled()
+    handle = structure.body(lm).register_forward_hook(scaled)
     try:
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
-            options = {"use_cache": False} if accepts(lm, "use_cache") else {}
-            hidden = structure.body(lm)(input_ids=ids, **options)[0]
-            wanted = lm(input_ids=ids, **options).logits.float()
-            got = _logits(hidden[0], head).float()[None]
+            for size in (None, LARGE_LOGITS):
+                wanted = lm(input_ids=ids, **options).logits[0].float()
+                if size is not None:
+                    scaled.factor = size / float(wanted.square().mean().sqrt().clamp_min(1e-6))
+                    wanted = lm(input_ids=ids, **options).logits[0].float()
+                got = _logits(structure.body(lm)(input_ids=ids, **options)[0][0], head).float()
+                if got.shape != wanted.shape or not bool((got - wanted).norm() <= 1e-2 * wanted.norm()):
+                    return False
     except Exception:  # of the model's own code; the repair: its own forward makes the logits
         return False
     finally:
+        handle.remove()
         for module in training:
             module.training = True
-    return got.shape == wanted.shape and bool(((got - wanted).norm() <= 1e-2 * wanted.norm()).item())
+    return True
+
+
+class _Scaled:
+    """A hook after the body: hidden states times a factor."""
+
+    factor = 1.0
+
+    def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
+        if self.factor == 1.0:
+            return None
+        if isinstance(output, tuple):
+            return (output[0] * self.factor, *output[1:])
+        output.last_hidden_state = output.last_hidden_state * self.factor
+        return output
 
 
 def _logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:

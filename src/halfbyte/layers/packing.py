@@ -71,6 +71,13 @@ def installed(model: Any) -> Layout:
     return "cu_seq_lens" if lm.config._attn_implementation == NAME else "single"
 
 
+def takes_use_cache(lm: Any) -> bool:
+    """Whether a model can be told to keep no cache: by its own argument, or by one that it hands to its body."""
+    own = inspect.signature(lm.forward).parameters
+    handed_on = any(p.kind == p.VAR_KEYWORD for p in own.values())
+    return "use_cache" in own or (handed_on and "use_cache" in inspect.signature(structure.body(lm).forward).parameters)
+
+
 def forward_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments of this model's forward for one collated micro-batch.
 
@@ -88,7 +95,7 @@ def forward_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     inputs: dict[str, Any] = {
         name: batch[name].to(device) for name in ("input_ids", "labels") if batch.get(name) is not None
     }
-    if "use_cache" in inspect.signature(lm.forward).parameters:
+    if takes_use_cache(lm):
         inputs["use_cache"] = False
     starts: Tensor = batch["cu_seq_lens_q"]
     if len(starts) <= 2 and not (installed(lm) == "cu_seq_lens" and torch.is_grad_enabled()):
