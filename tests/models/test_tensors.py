@@ -245,3 +245,35 @@ def test_shared_keys_count_only_where_the_attention_knows_them(kind: str, keys: 
     """A config may carry fields that its model does not read."""
     config = {"model_type": kind, "hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4}
     assert facts_of({**config, "num_hidden_layers": 2, "vocab_size": 256}, []).key_heads == keys
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model_type": "mistral"},
+        {"model_type": "mistral", "sliding_window": None},
+        {"model_type": "mistral", "sliding_window": 7},
+        {"model_type": "gemma3_text"},
+        {"model_type": "gemma3_text", "sliding_window": 512, "sliding_window_pattern": 3},
+        {"model_type": "gemma2", "sliding_window": 9},
+        {"model_type": "qwen2", "sliding_window": 9},
+        {"model_type": "qwen2", "sliding_window": 9, "use_sliding_window": True, "max_window_layers": 2},
+        {"model_type": "qwen3", "sliding_window": 9, "use_sliding_window": True, "max_window_layers": 3},
+        {"model_type": "qwen3", "layer_types": ["sliding_attention", "full_attention"] * 3, "use_sliding_window": True,
+         "sliding_window": 9},
+        {"model_type": "phi3"},
+        {"model_type": "phi3", "sliding_window": 2047},
+        {"model_type": "smollm3", "sliding_window": 9},
+        {"model_type": "llama"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_windows_are_those_of_the_real_config(values: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+
+    real = AutoConfig.for_model(**values, num_hidden_layers=6)
+    kinds = getattr(real, "layer_types", None) or ["sliding_attention"] * 6
+    window = getattr(real, "sliding_window", None) or 0
+    wanted = [window if kind == "sliding_attention" else 0 for kind in kinds]
+    found = facts_of({**values, "num_hidden_layers": 6}, ()).windows
+    assert list(found) == wanted or (found == () and not any(wanted))

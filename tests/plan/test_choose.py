@@ -244,6 +244,21 @@ def test_scores_that_go_through_memory_take_time() -> None:
     assert seconds[0] < seconds[1]
 
 
+def test_rows_longer_than_a_window_take_more_in_the_layers_that_have_one() -> None:
+    """15 of Gemma 3 270M's 18 layers see 512 tokens; there each longer example has a mask of 2 bytes a pair."""
+    device = cpu(64)
+    short, long = (job(device, "gemma-3-270m", Rows((n,) * 16)) for n in (512, 513))
+    assert (short.layer.pairs, short.layer.pair) == ("flash", 0.0)
+    assert long.layer.pair == pytest.approx(2 * 15 / 18)
+    copies = 2 * 4 * 256 * 15 / 18  # of what attention returns, for the adapters that read it
+    assert long.layer.kept - short.layer.kept == pytest.approx(copies)
+    choice: Any = {"placement": "mapped", "recompute": "none", "tokens": 16 * 513}
+    activations = [
+        choose.count(one, device, assumed(device, "bf16"), **choice).line("activations") for one in (short, long)
+    ]
+    assert activations[1] - activations[0] > 16 * 512 * 18 * copies
+
+
 def test_disk_is_the_store_and_what_the_run_keeps() -> None:
     device = cpu(64)
     one = job(device, train__save_total_limit=2)

@@ -1,4 +1,4 @@
-"""memory/decoder.py against the engine: what autograd keeps for one layer of every family, byte for byte."""
+"""plan/layer.py against the engine: what autograd keeps for one layer of every family, byte for byte."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from halfbyte.models import structure
 from halfbyte.models.lora_sites import Site, sites
 from halfbyte.models.sources.lookup import resolve
 from halfbyte.models.tensors import Facts, facts_of, read_checkpoint, read_config
-from halfbyte.plan.layer import FAMILIES, PADDED, Layer, family_of, layer_of, pairs_of
+from halfbyte.plan.layer import FAMILIES, PADDED, Layer, layer_of, pairs_of
 from halfbyte.recipe.schema import Lora, Quant
 from halfbyte.system import device as machine
 from tests import tiny
@@ -104,7 +104,7 @@ def measured_and_planned(
     """Bytes of one layer: the difference between three layers and two, and the formula's."""
     two, _, _ = kept_bytes(build(name, 2, root / "2", changed), asked, dropout, cheap=cheap)
     three, found, facts = kept_bytes(build(name, 3, root / "3", changed), asked, dropout, cheap=cheap)
-    layer = layer_of(facts, found, 2, kernels=kernels, dropout=dropout > 0)
+    layer = layer_of(facts, found, 2, kernels=kernels, dropout=dropout > 0, longest=max(LENGTHS))
     # rows are padded to the longest example
     rows = len(LENGTHS) * max(LENGTHS) if layer.pairs in PADDED else TOKENS
     copies = 2 * sum(site.parameters for site in found) / facts.layers  # LoRA's weights in bf16
@@ -131,6 +131,25 @@ def test_a_layer_keeps_what_the_formula_says(name: str, asked: str, dropout: flo
     measured, planned = measured_and_planned(name, tmp_path, asked, dropout, kernels=True)
     # GPT-J keeps its rotary tables once a layer, as wide as a setting of its own says
     agree(name, planned, measured, 0.03 if name == "gptj" else 0.01)
+
+
+# Of examples of 40 and 56 tokens both, one or none is longer than the window. gemma3: every layer has it.
+WINDOWS = {
+    "mistral": {},
+    "phi3": {},
+    "qwen3": {"use_sliding_window": True, "max_window_layers": 0},
+    "gemma3": {"layer_types": None},
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize(("window", "asked"), [(8, "auto"), (48, "auto"), (48, "all-linear"), (56, "auto")])
+def test_a_window_shorter_than_an_example_keeps_a_mask_and_a_copy(
+    name: str, window: int, asked: str, tmp_path: Path
+) -> None:
+    changed = {**WINDOWS[name], "sliding_window": window}
+    measured, planned = measured_and_planned(name, tmp_path, asked, 0.0, kernels=True, changed=changed)
+    agree(name, planned, measured, 0.01)
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -165,7 +184,7 @@ def test_every_family_is_measured() -> None:
 
 def test_an_unknown_architecture_is_counted_as_the_stock_gated_kind() -> None:
     facts = Facts("novel", 64, 128, 2, 100, heads=4, key_heads=2, head_size=16)
-    assert family_of(facts).mlp == "gated_stock"
+    assert facts.model_type not in FAMILIES
     known = layer_of(
         Facts("llama", 64, 128, 2, 100, heads=4, key_heads=2, head_size=16), (), 2, kernels=True, dropout=False
     )

@@ -32,8 +32,12 @@ def _qwen3(hidden: int, inner: int, layers: int, heads: int, **more: Any) -> Doc
     return _llama(hidden, inner, layers, heads, 8, 151936, kind="qwen3", head_dim=128, positions=40960, **more)
 
 
-def _gemma(kind: str, hidden: int, inner: int, layers: int, heads: int, keys: int, vocab: int, head: int) -> Document:
-    return _llama(hidden, inner, layers, heads, keys, vocab, kind=kind, head_dim=head, positions=8192, tied=True)
+def _gemma(
+    kind: str, hidden: int, inner: int, layers: int, heads: int, keys: int, vocab: int, head: int, **more: Any
+) -> Document:
+    return _llama(
+        hidden, inner, layers, heads, keys, vocab, kind=kind, head_dim=head, positions=8192, tied=True, **more
+    )
 
 
 def _phi3(hidden: int, inner: int, layers: int, heads: int, keys: int, vocab: int, **more: Any) -> Document:
@@ -119,8 +123,8 @@ REFERENCES: dict[str, Document] = {
     "gemma-2-2b": _gemma("gemma2", 2304, 9216, 26, 8, 4, 256000, 256),
     "gemma-2-9b": _gemma("gemma2", 3584, 14336, 42, 16, 8, 256000, 256),
     "gemma-2-27b": _gemma("gemma2", 4608, 36864, 46, 32, 16, 256000, 128),
-    "gemma-3-270m": _gemma("gemma3_text", 640, 2048, 18, 4, 1, 262144, 256),
-    "gemma-3-1b": _gemma("gemma3_text", 1152, 6912, 26, 4, 1, 262144, 256),
+    "gemma-3-270m": _gemma("gemma3_text", 640, 2048, 18, 4, 1, 262144, 256, sliding_window=512),
+    "gemma-3-1b": _gemma("gemma3_text", 1152, 6912, 26, 4, 1, 262144, 256, sliding_window=512),
     "phi-1.5": _phi(2048, 24),
     "phi-2": _phi(2560, 32),
     "phi-3-mini": _phi3(3072, 8192, 32, 32, 32, 32064),

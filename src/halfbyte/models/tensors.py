@@ -36,6 +36,8 @@ _PASSED_OVER = re.compile(
 )
 # Dropout by default, in transformers' config classes; everyone else's is 0.
 _OWN_DROPOUT = {"gpt2": {"attention_dropout": 0.1, "resid_pdrop": 0.1}, "opt": {"resid_pdrop": 0.1}}
+_OWN_WINDOW = dict.fromkeys(("mistral", "gemma2", "gemma3_text"), 4096)  # by default, as above
+_PERIOD = {"gemma2": 2, "gemma3_text": 6}  # of so many layers the last one sees everything
 _CONV1D_TYPES = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
 
 
@@ -68,7 +70,8 @@ class Facts:
     """Sizes of a decoder, under one name whatever its `config.json` calls them; 0 for what it does not say.
 
     `heads` of queries share `key_heads` of keys and values, each `head_size` wide; `positions` is the longest text.
-    `attention_dropout` and `residual_dropout` are the model's own, which act in training beside LoRA's.
+    `attention_dropout` and `residual_dropout` are the model's own, which act in training beside LoRA's. `windows`: how
+    many tokens each layer sees, 0 for all of them; empty where no layer has a window.
     """
 
     model_type: str
@@ -85,6 +88,7 @@ class Facts:
     positions: int = 0
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
+    windows: tuple[int, ...] = ()
 
 
 def read_checkpoint(folder: Path) -> list[TensorSpec]:
@@ -145,11 +149,12 @@ def facts_of(config: ConfigFile, specs: Iterable[TensorSpec]) -> Facts:
     embedding = max((s.shape for s in specs if s.role == "embedding"), default=(0, 0))
     hidden = _first(config, "hidden_size", "n_embd", "d_model", "model_dim", "dim") or embedding[-1]
     deepest = max((s.layer for s in specs if s.layer is not None), default=-1) + 1
+    layers = _first(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or deepest
     return Facts(
         model_type=kind,
         hidden=hidden,
         intermediate=_first(config, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * hidden,
-        layers=_first(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or deepest,
+        layers=layers,
         vocab=_first(config, "vocab_size") or embedding[0],
         experts=_experts(config),
         experts_per_token=_first(config, "num_experts_per_tok", "moe_topk", "top_k"),
@@ -160,7 +165,24 @@ def facts_of(config: ConfigFile, specs: Iterable[TensorSpec]) -> Facts:
         positions=_first(config, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx"),
         attention_dropout=_dropout(config, kind, "attention_dropout", "attn_pdrop"),
         residual_dropout=_dropout(config, kind, "resid_pdrop", "hidden_dropout", "dropout"),
+        windows=_windows(config, kind, layers),
     )
+
+
+def _windows(config: ConfigFile, kind: str, layers: int) -> tuple[int, ...]:
+    """The window of each layer. What the file does not say is as transformers' config class has it."""
+    has_one = kind in _OWN_WINDOW and "sliding_window" not in config
+    window = _OWN_WINDOW[kind] if has_one else _first(config, "sliding_window")
+    optional = kind.startswith(("qwen", "smollm"))  # off unless the file turns it on
+    if not window or not config.get("use_sliding_window", not optional):
+        return ()
+    period = _first(config, "sliding_window_pattern", "_sliding_window_pattern") or _PERIOD.get(kind, 0)
+    first = _first(config, "max_window_layers") if optional else 0
+    kinds = _get(config, "layer_types") or [
+        "sliding_attention" if n >= first and (not period or (n + 1) % period) else "full_attention"
+        for n in range(layers)
+    ]
+    return tuple(window if each == "sliding_attention" else 0 for each in kinds)
 
 
 def _dropout(config: ConfigFile, kind: str, *names: str) -> float:

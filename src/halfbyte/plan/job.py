@@ -222,8 +222,9 @@ class Job:
         lora = self.recipe.lora
         fused = not (lora.use_dora or lora.lora_bias)
         return layer_of(
-            self.facts, self.sites, self.itemsize, kernels=self.kernels, dropout=lora.lora_dropout > 0, fused=fused
-        )
+            self.facts, self.sites, self.itemsize, kernels=self.kernels, dropout=lora.lora_dropout > 0, fused=fused,
+            longest=self.rows.longest,
+        )  # fmt: skip
 
     @cached_property
     def lora_parameters(self) -> int:

@@ -7,8 +7,7 @@ norm its input and one fp32 a row; a gated MLP gate and up; attention rotated q,
 kernel runs (another architecture, a card) keeps what its own code keeps.
 Cost: none; no torch.
 
-Letters: T tokens of a micro-batch, L of an example, D hidden, A = heads x head size, KV the same of keys, I the MLP's
-width, R rank, c bytes of the compute dtype, H heads.
+Letters: N tokens, R rank, c bytes of the compute dtype.
 """
 
 from __future__ import annotations
@@ -22,8 +21,9 @@ from halfbyte.models.tensors import Facts
 from halfbyte.plan.lines import Recompute
 
 Mlp = Literal["gated", "gated_stock", "formula", "one", "relu"]
-Attention = Literal["flash", "eager", "alibi", "padded", "dropped"]
+Attention = Literal["flash", "window", "eager", "alibi", "padded", "dropped"]
 PADDED = ("alibi", "padded")  # the body runs on rows padded to the longest example
+NO_SCORES = ("flash", "window")  # a kernel makes them in cache
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,10 @@ class Family:
     written as a formula (keeps four tensors); `one`: keeps its input; `relu`: keeps its output, which the
     next linear reads.
     `attention`: `flash` keeps no scores; `eager` (softcap) keeps them for each pair of tokens of an example, `alibi`
-    and `padded` for each pair of a row; `dropped` is what `flash` becomes where the model drops some of its scores
-    in training (GPT-2), which torch's flash kernel cannot. `parallel`: attention and MLP read one normed input.
+    and `padded` for each pair of a row. `flash` becomes `dropped` where the model drops some of its scores in training
+    (GPT-2), which torch's flash kernel cannot, and `window` where a layer's window is shorter than a row: that layer
+    takes each example by torch's kernel, with a mask, and of a `fused_qkv` projection keeps all for its values.
+    `parallel`: attention and MLP read one normed input.
     """
 
     norms: int = 2
@@ -43,19 +45,19 @@ class Family:
     qk_norms: bool = False
     mlp: Mlp = "gated"
     attention: Attention = "flash"
+    fused_qkv: bool = False
     parallel: bool = False
-    fused_attention: bool = True
-    window: bool = False
 
 
 # An architecture that is not here is counted as the stock gated kind: an estimate, and the plan says so.
-UNKNOWN = Family(mlp="gated_stock", fused_attention=False)
+UNKNOWN = Family(mlp="gated_stock")
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "gemma"), Family()),
     "qwen3": Family(qk_norms=True),
-    "gemma3_text": Family(norms=4, qk_norms=True, window=True),
-    "gemma2": Family(norms=4, attention="eager", fused_attention=False),
-    **dict.fromkeys(("granite", "smollm3", "phi3"), Family(mlp="gated_stock")),
+    "gemma3_text": Family(norms=4, qk_norms=True),
+    "gemma2": Family(norms=4, attention="eager"),
+    **dict.fromkeys(("granite", "smollm3"), Family(mlp="gated_stock")),
+    "phi3": Family(mlp="gated_stock", fused_qkv=True),
     "gpt2": Family(rms=False, mlp="formula"),
     **dict.fromkeys(("phi", "gptj"), Family(norms=1, rms=False, mlp="formula", parallel=True)),
     "gpt_neox": Family(norms=1, rms=False, mlp="one"),
@@ -64,6 +66,7 @@ FAMILIES: dict[str, Family] = {
     "mpt": Family(rms=False, mlp="one", attention="alibi"),
     "falcon": Family(norms=1, rms=False, mlp="one", attention="padded", parallel=True),
 }
+_TENSORS = {"gated": 3, "gated_stock": 3, "formula": 4, "one": 1, "relu": 1}  # as wide as the MLP, that it keeps
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,9 @@ class Layer:
     again. entry: its input, which full recomputation keeps. idle: what the first layer does not keep, as nothing before
     it trains. mlp, mlp_again: for a moment above what is kept, in the MLP's backward, without and with selective
     recomputation. attention: the same in attention's backward, when the MLP's part is free again. pair, pair_moment:
-    of each pair of tokens that attention keeps a score for, and for a moment; pair_again: what is more of them while a
-    forward is done again (seen: one tensor in the compute dtype, where scores are made by the model's own code).
+    of each pair of tokens that attention keeps a score or a mask for, and for a moment; pair_again: extra bytes of each
+    pair while a forward is done again (seen: one tensor in the compute dtype, where the model's own code makes scores).
+    pairs: the kind of attention, which says what pairs there are; examples longer than `window` have a mask.
     """
 
     kept: float
@@ -89,6 +93,7 @@ class Layer:
     pair_moment: float = 0.0
     pair_again: float = 0.0
     pairs: Attention = "flash"
+    window: int = 0
 
     def of(self, recompute: Recompute) -> float:
         """Bytes a token and layer that stay until backward."""
@@ -106,12 +111,15 @@ class Layer:
         return again + max(mlp * rows, attention)
 
 
-def family_of(facts: Facts) -> Family:
-    return FAMILIES.get(facts.model_type, UNKNOWN)
-
-
 def layer_of(
-    facts: Facts, sites: Sequence[Site], itemsize: int, *, kernels: bool, dropout: bool, fused: bool = True
+    facts: Facts,
+    sites: Sequence[Site],
+    itemsize: int,
+    *,
+    kernels: bool,
+    dropout: bool,
+    fused: bool = True,
+    longest: int = 0,
 ) -> Layer:
     """The mean layer of a decoder.
 
@@ -120,116 +128,112 @@ def layer_of(
         kernels: the engine's kernels run (a CPU, bf16 or fp32); else torch's own operations, as on a card.
         dropout: LoRA's, whose mask is made again by a kernel and kept (a byte a number) without one.
         fused: LoRA linears are the engine's; else PEFT's own, whose inputs are kept in fp32, twice with dropout.
+        longest: tokens of the longest row; a layer whose window is shorter keeps more.
     """
-    family, c = family_of(facts), itemsize
-    attention: Attention = family.attention
-    if attention == "flash" and facts.attention_dropout and kernels:
-        attention = "dropped"
-    hidden, inner = facts.hidden, facts.intermediate * max(1, facts.experts_per_token)
-    wide = facts.heads * facts.head_size or hidden
-    narrow = facts.key_heads * facts.head_size or hidden
-    norm = 4 + (c if kernels else 4) * hidden if family.rms else c * hidden + 2 * c
-    before = _attention_kept(family, attention, facts, c, norm=norm, kernels=kernels)
-    mlp: float = max(0, family.norms - max(1, family.norms // 2)) * norm
-    mlp += _mlp(family.mlp, inner, c, kernels=kernels)
-    if facts.residual_dropout:  # torch's dropout for CPUs keeps its mask as numbers
-        before += (c if kernels else 1) * hidden
-        mlp += (c if kernels else 1) * hidden
-
-    adapters = _adapters_kept(
-        sites, family, attention, c, layers=max(1, facts.layers), kernels=kernels, dropout=dropout, fused=fused
+    family, c, layers, heads = FAMILIES.get(facts.model_type, UNKNOWN), itemsize, max(1, facts.layers), facts.heads
+    attention = family.attention
+    sliding = {n: window for n, window in enumerate(facts.windows) if 0 < window < longest}
+    if attention == "flash":
+        attention = "dropped" if facts.attention_dropout and kernels else "window" if sliding else "flash"
+    hidden, inner = facts.hidden, c * facts.intermediate * max(1, facts.experts_per_token)
+    wide, narrow = heads * facts.head_size or hidden, facts.key_heads * facts.head_size or hidden
+    share = len(sliding) / layers
+    kept, mlp, norm, of_mlp = _frozen_kept(family, attention, facts, c, share, kernels=kernels)
+    there = set(range(layers)) - set(sliding) if kernels and attention in NO_SCORES else set[int]()
+    (more, more_mlp, remade), adapted = _adapters_kept(
+        sites, family, c, layers, there, kernels=kernels, dropout=dropout, fused=fused
     )
-    before, mlp = before + adapters.attention, mlp + adapters.mlp
-    again, adapted, gated = adapters.again, adapters.reads, family.mlp == "gated"
+    kept, mlp = kept + more, mlp + more_mlp
 
-    heads = facts.heads
     pair, pair_moment = {
-        "flash": (0.0, 0.0), "eager": (heads * (4 + 2 * c) + 1.0, heads * (4 + 2 * c) + 1.0),
+        "flash": (0.0, 0.0), "window": (c * share, 0.0),
+        "eager": (heads * (4 + 2 * c) + 1.0, heads * (4 + 2 * c) + 1.0),
         "alibi": (heads * (4.0 + c), heads * (4.0 + c)), "padded": (heads * 4.0, heads * 4.0),
         "dropped": (heads * 12.0, heads * 4.0),  # scores, their mask and both together; the gradient of one
     }[attention]  # fmt: skip
-    idle = norm if family.norms else 0.0
-    if family.norms == 1 and not adapted & {"mlp", "inner"}:  # both branches read the embedding
-        idle += _mlp(family.mlp, inner, c, kernels=kernels)
-    kept = before + mlp
-
-    def moment(*, again: bool) -> float:
-        last = _mlp_moment(family.mlp, c * inner, adapted="inner" in adapted, dropout=dropout, again=again)
-        return c * hidden + last
-
+    both = family.norms == 1 and not adapted & {"mlp", "inner"}  # branches read the embedding
+    moments = [
+        c * hidden + _mlp_moment(family.mlp, inner, adapted="inner" in adapted, dropout=dropout, again=again)
+        for again in (False, kernels and family.mlp == "gated" and "inner" in adapted)
+    ]
     return Layer(
-        kept=kept,
-        selective=kept - again,
+        kept=kept + mlp,
+        selective=kept + mlp - remade,
         entry=c * hidden,
-        idle=idle,
-        mlp=moment(again=False),
-        mlp_again=moment(again=kernels and gated and "inner" in adapted),
+        idle=norm + (of_mlp if both else 0),
+        mlp=moments[0],
+        mlp_again=moments[1],
         attention=c * (3 * wide + 4 * narrow + hidden) - mlp,
         pair=pair,
         pair_moment=pair_moment,
         pair_again=heads * c if attention == "alibi" else 0.0,
         pairs=attention,
+        window=max(sliding.values(), default=0),
     )
 
 
-def _attention_kept(family: Family, attention: Attention, facts: Facts, c: int, *, norm: float, kernels: bool) -> float:
-    """Bytes a token that norms and attention keep; norms after the MLP not counted."""
-    wide = facts.heads * facts.head_size or facts.hidden
-    narrow = facts.key_heads * facts.head_size or facts.hidden
-    kept = max(1, family.norms // 2) * norm  # attention, and the rest of them before or after the MLP
+def _frozen_kept(
+    family: Family, attention: Attention, facts: Facts, c: int, share: float, *, kernels: bool
+) -> tuple[float, float, float, float]:
+    """Bytes a token without adapters: around attention, in the MLP; and of these one norm's, the MLP's without norms.
+
+    Args:
+        share: of the layers, that have a window shorter than a row.
+    """
+    hidden, inner = facts.hidden, c * facts.intermediate * max(1, facts.experts_per_token)
+    wide, narrow = facts.heads * facts.head_size or hidden, facts.key_heads * facts.head_size or hidden
+    number = c if kernels else 4  # bytes of a number that a norm keeps
+
+    norm = 4 + number * hidden if family.rms else c * hidden + 2 * c
+    around_attention = max(1, family.norms // 2)
+    of_mlp = inner * (2 if family.mlp == "gated" and kernels else _TENSORS[family.mlp])
+    mlp: float = (family.norms - around_attention) * norm + of_mlp
+    kept: float = around_attention * norm
+    if attention in NO_SCORES:
+        kept += c * (2 * wide + 2 * narrow) + 4 * facts.heads
+        kept += c * (wide + narrow) * share if family.fused_qkv else 0
+    else:  # keys and values under each query head; torch's own formula works in fp32
+        kept += (4 if attention in ("padded", "dropped") else c) * 3 * wide
     if family.qk_norms:
-        kept += (c if kernels else 4) * (wide + narrow) + 4 * (facts.heads + facts.key_heads)
-    return (
-        kept
-        + {
-            "flash": c * (2 * wide + 2 * narrow) + 4 * facts.heads,
-            "eager": c * 3 * wide,  # keys and values under each query head
-            "alibi": c * 3 * wide,
-            "padded": 4 * 3 * wide,  # torch's own formula works in fp32, with keys and values under each query head
-            "dropped": 4 * 3 * wide,  # so does this one
-        }[attention]
-    )
-
-
-@dataclass(frozen=True)
-class _Adapters:
-    """Bytes a token and layer that adapters keep, in attention and in the MLP; `again` of both are made again under
-    selective recomputation. `reads`: what linear layers with an adapter read."""
-
-    attention: float
-    mlp: float
-    again: float
-    reads: frozenset[str]
+        kept += number * (wide + narrow) + 4 * (facts.heads + facts.key_heads)
+    if facts.residual_dropout:  # torch's dropout for CPUs keeps its mask as numbers
+        kept, mlp = (part + (c if kernels else 1) * hidden for part in (kept, mlp))
+    return kept, mlp, norm, of_mlp
 
 
 def _adapters_kept(
     sites: Sequence[Site],
     family: Family,
-    attention: Attention,
     c: int,
-    *,
     layers: int,
+    there: set[int],
+    *,
     kernels: bool,
     dropout: bool,
     fused: bool,
-) -> _Adapters:
-    """What adapters read is kept once, whoever reads it; the share of layers that have one. And (N, R) of each."""
-    read = {(site.layer, _same(site.reads, parallel=family.parallel)): site.inputs for site in sites}
+) -> tuple[tuple[float, float, float], set[str]]:
+    """Bytes a token and layer that adapters keep: around attention, in the MLP, and of both what selective
+    recomputation makes again; and what linear layers with an adapter read.
+
+    Args:
+        there: layers in which attention keeps what it returns. Elsewhere an adapter reads a copy.
+    """
+    # what adapters read is kept once, whoever reads it
+    read = {(s.layer, "attention" if family.parallel and s.reads == "mlp" else s.reads): s.inputs for s in sites}
     kept, again = {False: 0.0, True: 0.0}, 0.0  # by: in the MLP
-    for (_, what), width in read.items():
-        is_there = (what == "attended" and attention == "flash" and kernels) or (
-            what == "inner" and family.mlp == "relu"
-        )
-        size = 0.0 if is_there else c * width / layers
-        remade = family.rms if what != "inner" else family.mlp == "gated"
-        again += size if kernels and what in _REMADE and remade else 0
+    for (layer, what), width in read.items():
+        if (what == "attended" and layer in there) or (what == "inner" and family.mlp == "relu"):
+            continue
+        size = c * width / layers
+        # `fuse.recompute_cheap` makes outputs of norms and the MLP's inner product again
+        if kernels and what != "attended" and (family.mlp == "gated" if what == "inner" else family.rms):
+            again += size
         kept[what in ("mlp", "inner")] += size
     for site in sites:
-        size = c * site.rank / layers
-        size += site.inputs / layers if dropout and not kernels and fused else 0
-        size += site.inputs * (8 if dropout else 4) / layers if not fused else 0
-        kept[site.reads in ("mlp", "inner")] += size
-    return _Adapters(kept[False], kept[True], again, frozenset(what for _, what in read))
+        size = c * site.rank + (site.inputs if dropout and not kernels and fused else 0)
+        size += 0 if fused else site.inputs * (8 if dropout else 4)
+        kept[site.reads in ("mlp", "inner")] += size / layers
+    return (kept[False], kept[True], again), {what for _, what in read}
 
 
 def _mlp_moment(kind: Mlp, inner: float, *, adapted: bool, dropout: bool, again: bool) -> float:
@@ -247,21 +251,13 @@ def _mlp_moment(kind: Mlp, inner: float, *, adapted: bool, dropout: bool, again:
 
 
 def pairs_of(layer: Layer, lengths: Sequence[int]) -> float:
-    """How many pairs of tokens attention keeps scores for, in a micro-batch of examples of these lengths."""
+    """How many pairs of tokens attention keeps a score or a mask for, in a micro-batch of examples of these lengths."""
     if layer.pairs == "flash":
         return 0.0
     if layer.pairs in PADDED:
         return float(len(lengths) * max(lengths, default=0) ** 2)
+    if layer.pairs == "window":
+        lengths = [length for length in lengths if length > layer.window]
+        if len(set(lengths)) == 1:  # neighbours of one length share a mask; among rows of many lengths they are few
+            lengths = lengths[:1]
     return float(sum(length * length for length in lengths))
-
-
-def _mlp(kind: Mlp, inner: int, c: int, *, kernels: bool) -> float:
-    tensors = {"gated": 2 if kernels else 3, "gated_stock": 3, "formula": 4, "one": 1, "relu": 1}[kind]
-    return tensors * c * inner
-
-
-_REMADE = ("attention", "mlp", "inner")  # what `fuse.recompute_cheap` makes again: norms' outputs, the inner product
-
-
-def _same(what: str, *, parallel: bool) -> str:
-    return "attention" if parallel and what == "mlp" else what

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from halfbyte.plan.job import Job
-from halfbyte.plan.layer import PADDED, pairs_of
+from halfbyte.plan.layer import NO_SCORES, PADDED, pairs_of
 from halfbyte.plan.lines import Line, Recompute, Where
 
 LOGITS_CHUNK_BYTES, LOGITS_ROWS = 32_000_000, 16  # layers/loss.py: at once at most, in multiples of so many rows
@@ -88,7 +88,7 @@ def step_lines(job: Job, largest: MicroBatch, recompute: Recompute, where: Where
     loss = logits_bytes(job, largest.labelled) + 2 * c * hidden * (tokens + largest.labelled)
     # the loss is over before the last layer's backward begins, so the larger of both counts
     moment = max(backward, loss)
-    scores = 4 * job.facts.heads * pairs  # of one layer, in fp32
+    scores = 0 if layer.pairs in NO_SCORES else 4 * job.facts.heads * pairs  # of one layer, in fp32
     # once more where a forward is done again: there are those of the first, freed, and those of the second
     hole = scores * (2 if recompute == "full" else 1) if scores < HEAP_BYTES else 0.0
     of_kept = SLACK + (ENTRY_SLACK * min(1.0, here / ENTRY_LAYERS) if recompute == "full" else 0.0)
@@ -111,7 +111,7 @@ def step_lines(job: Job, largest: MicroBatch, recompute: Recompute, where: Where
 def scores_bytes(job: Job, largest: MicroBatch) -> float:
     """Attention's scores that exist at once in backward where no kernel makes them in cache: S and dP in fp32, and both
     in the compute dtype if that is another."""
-    if not job.kernels or job.layer.pairs != "flash" or job.dtype == "bf16":
+    if not job.kernels or job.layer.pairs not in NO_SCORES or job.dtype == "bf16":
         return 0.0
     heads, most = max(1, job.facts.heads), 0.0
     for length, count in Counter(largest.lengths).items():
