@@ -87,6 +87,31 @@ def _up(n, step):  # type: ignore[no-untyped-def]
     return (n + step - 1) // step * step
 
 
+@njit(forceinline=True, error_model="numpy")
+def _words(at, count):  # type: ignore[no-untyped-def]
+    """An array of `count` 32-bit words at an address, and the address behind it. So `_halves` and `_floats`."""
+    return carray(pointer(at), (count,), np.uint32), at + 4 * count
+
+
+@njit(forceinline=True, error_model="numpy")
+def _halves(at, count):  # type: ignore[no-untyped-def]
+    return carray(pointer(at), (count,), np.uint16), at + 2 * count
+
+
+@njit(forceinline=True, error_model="numpy")
+def _floats(at, count):  # type: ignore[no-untyped-def]
+    return carray(pointer(at), (count,), np.float32), at + 4 * count
+
+
+@_jit
+def _store_rows(x, wide, rows, d, out):  # type: ignore[no-untyped-def]
+    """x (rows, wide) in fp32 -> out (rows, d) in 16 bits."""
+    for r in range(rows):
+        a, to = x[r * wide : r * wide + d], out[r * d : (r + 1) * d]
+        for c in range(d):
+            to[c] = store(a[c], to)
+
+
 @_jit
 def _softmax_rows(s, p, o_sums, first, length, padded, until, scale, lse):  # type: ignore[no-untyped-def]
     """Rows of scores s (ROWS, padded) -> p in bf16, unnormalised; zeros where a row does not see, up to `until`."""
@@ -109,8 +134,11 @@ def _softmax_rows(s, p, o_sums, first, length, padded, until, scale, lse):  # ty
 
 
 @_jit
-def _forward_head(q, length, d, scale, kt, vp, s, p, o, qp, sums, padded, wide, out, row, lse):  # type: ignore[no-untyped-def]
+def _forward_head(head, keys, work, length, row, scale):  # type: ignore[no-untyped-def]
     """One query head of one example: q (L, D / 2) of 32 bits -> out (L, D) of 16 bits, `row` apart, and lse (L)."""
+    q, out, lse = head
+    kt, vp, padded, d, wide = keys
+    s, p, o, qp, sums = work
     pairs = d // 2
     s_at, p_at, o_at = s.ctypes.data, p.ctypes.data, o.ctypes.data
     kt_at, vp_at, qp_at = kt.ctypes.data, vp.ctypes.data, qp.ctypes.data
@@ -145,21 +173,14 @@ def _forward(address):  # type: ignore[no-untyped-def]
     starts = carray(pointer(slot[6]), (examples + 1,), np.int64)
     wide = _up(d, COLUMNS)
     most = _up(longest, _PAD)
-    thread = take(counter[1:])
-    base = slot[7] + thread * scratch_bytes
-    at = base
-    kt_all = carray(pointer(at), (d // 2 * most,), np.uint32)
-    at += 2 * d * most
-    vp_all = carray(pointer(at), (most // 2 * wide,), np.uint32)
-    at += 2 * wide * most
-    s_all = carray(pointer(at), (ROWS * most,), np.float32)
-    at += 4 * ROWS * most
-    p_all = carray(pointer(at), (ROWS * most,), np.uint16)
-    at += 2 * ROWS * most
-    o = carray(pointer(at), (ROWS * wide,), np.float32)
-    at += 4 * ROWS * wide
-    qp = carray(pointer(at), (ROWS * d // 2,), np.uint32)
-    sums = np.empty(ROWS, np.float32)
+    at = slot[7] + take(counter[1:]) * scratch_bytes
+    kt, at = _words(at, d // 2 * most)
+    vp, at = _words(at, most // 2 * wide)
+    s, at = _floats(at, ROWS * most)
+    p, at = _halves(at, ROWS * most)
+    o, at = _floats(at, ROWS * wide)
+    qp, at = _words(at, ROWS * d // 2)
+    work = (s, p, o, qp, np.empty(ROWS, np.float32))
     groups = heads // key_heads
     each = groups // parts
     while True:
@@ -171,15 +192,13 @@ def _forward(address):  # type: ignore[no-untyped-def]
         start, length = starts[example], starts[example + 1] - starts[example]
         padded = _up(length, _PAD)
         block = (start * key_heads + key_head * length) * d
-        _columns_in_pairs(k32[block // 2 :], d // 2, length, d // 2, kt_all, padded)
-        _rows_in_pairs(v16[block:], d, length, d, vp_all, wide, padded)
+        _columns_in_pairs(k32[block // 2 :], d // 2, length, d // 2, kt, padded)
+        _rows_in_pairs(v16[block:], d, length, d, vp, wide, padded)
         for g in range(part * each, (part + 1) * each):
             head = key_head * groups + g
             block = start * heads + head * length
-            _forward_head(
-                q32[block * d // 2 :], length, d, scale, kt_all, vp_all, s_all, p_all, o, qp, sums, padded, wide,
-                out[(start * heads + head) * d :], heads * d, lse[block:],
-            )  # fmt: skip
+            own = (q32[block * d // 2 :], out[(start * heads + head) * d :], lse[block:])
+            _forward_head(own, (kt, vp, padded, d, wide), work, length, heads * d, scale)
 
 
 @_jit
@@ -217,21 +236,16 @@ def _probabilities(s, dp, i0, j0, rows, width, until, scale, lse, delta, ds, dsp
 
 
 @_jit
-def _backward_head(  # type: ignore[no-untyped-def]
-    q, do, o, row, length, d, scale, lse, kt, kp, vt, work, padded, wide, dq, dk, dv
-):
+def _backward_head(head, keys, work, length, row, scale):  # type: ignore[no-untyped-def]
     """One query head of one example: fills dq (L, D) of 16 bits, adds to dk and dv (padded, wide) in fp32."""
+    q, do, o, lse, dq = head
+    kt, kp, vt, dk, dv, padded, d, wide = keys
     s, dp, ds, dsp, pp, qn, qp, don, dop, dqa, delta, sums = work
     pairs = d // 2
     s_at, dp_at, ds_at, dsp_at, pp_at = s.ctypes.data, dp.ctypes.data, ds.ctypes.data, dsp.ctypes.data, pp.ctypes.data
-    qn_at, qp_at, don_at, dop_at, dqa_at = (
-        qn.ctypes.data,
-        qp.ctypes.data,
-        don.ctypes.data,
-        dop.ctypes.data,
-        dqa.ctypes.data,
-    )
+    qn_at, qp_at, don_at, dop_at = qn.ctypes.data, qp.ctypes.data, don.ctypes.data, dop.ctypes.data
     kt_at, kp_at, vt_at, dk_at, dv_at = kt.ctypes.data, kp.ctypes.data, vt.ctypes.data, dk.ctypes.data, dv.ctypes.data
+    dqa_at = dqa.ctypes.data
     q32, do32 = q.view(np.uint32), do.view(np.uint32)
     for i0 in range(0, length, _TALL):
         rows = min(_TALL, length - i0)
@@ -272,10 +286,7 @@ def _backward_head(  # type: ignore[no-untyped-def]
                     a, b = 4 * (skip * _WIDE + j), 4 * (skip * wide + c)
                     tile(dv_at + to, wide, pp_at + a, 1, _WIDE, dop_at + b, wide, _TALL // 2 - skip, 1)
                     tile(dk_at + to, wide, dsp_at + a, 1, _WIDE, qp_at + b, wide, _TALL // 2 - skip, 1)
-        for r in range(rows):
-            a, to = dqa[r * wide : r * wide + d], dq[(i0 + r) * d : (i0 + r + 1) * d]
-            for c in range(d):
-                to[c] = store(a[c], to)
+        _store_rows(dqa, wide, rows, d, dq[i0 * d :])
 
 
 @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
@@ -296,37 +307,22 @@ def _backward(address):  # type: ignore[no-untyped-def]
     starts = carray(pointer(slot[10]), (examples + 1,), np.int64)
     wide = _up(d, COLUMNS)
     most = _up(longest, _PAD)
-    thread = take(counter[1:])
-    at = slot[11] + thread * scratch_bytes
-    kt = carray(pointer(at), (d // 2 * most,), np.uint32)
-    at += 2 * d * most
-    vt = carray(pointer(at), (d // 2 * most,), np.uint32)
-    at += 2 * d * most
-    kp = carray(pointer(at), (most // 2 * wide,), np.uint32)
-    at += 2 * wide * most
-    dka = carray(pointer(at), (most * wide,), np.float32)
-    at += 4 * wide * most
-    dva = carray(pointer(at), (most * wide,), np.float32)
-    at += 4 * wide * most
-    s = carray(pointer(at), (_TALL * _WIDE,), np.float32)
-    at += 4 * _TALL * _WIDE
-    dp = carray(pointer(at), (_TALL * _WIDE,), np.float32)
-    at += 4 * _TALL * _WIDE
-    ds = carray(pointer(at), (_TALL * _WIDE,), np.uint16)
-    at += 2 * _TALL * _WIDE
-    dsp = carray(pointer(at), (_TALL // 2 * _WIDE,), np.uint32)
-    at += 2 * _TALL * _WIDE
-    pp = carray(pointer(at), (_TALL // 2 * _WIDE,), np.uint32)
-    at += 2 * _TALL * _WIDE
-    qn = carray(pointer(at), (_TALL * d // 2,), np.uint32)
-    at += 2 * _TALL * d
-    don = carray(pointer(at), (_TALL * d // 2,), np.uint32)
-    at += 2 * _TALL * d
-    qp = carray(pointer(at), (_TALL // 2 * wide,), np.uint32)
-    at += 2 * _TALL * wide
-    dop = carray(pointer(at), (_TALL // 2 * wide,), np.uint32)
-    at += 2 * _TALL * wide
-    dqa = carray(pointer(at), (_TALL * wide,), np.float32)
+    at = slot[11] + take(counter[1:]) * scratch_bytes
+    kt, at = _words(at, d // 2 * most)
+    vt, at = _words(at, d // 2 * most)
+    kp, at = _words(at, most // 2 * wide)
+    dka, at = _floats(at, most * wide)
+    dva, at = _floats(at, most * wide)
+    s, at = _floats(at, _TALL * _WIDE)
+    dp, at = _floats(at, _TALL * _WIDE)
+    ds, at = _halves(at, _TALL * _WIDE)
+    dsp, at = _words(at, _TALL // 2 * _WIDE)
+    pp, at = _words(at, _TALL // 2 * _WIDE)
+    qn, at = _words(at, _TALL * d // 2)
+    don, at = _words(at, _TALL * d // 2)
+    qp, at = _words(at, _TALL // 2 * wide)
+    dop, at = _words(at, _TALL // 2 * wide)
+    dqa, at = _floats(at, _TALL * wide)
     delta, sums = np.empty(_TALL, np.float32), np.empty(_TALL, np.float32)
     work = (s, dp, ds, dsp, pp, qn, qp, don, dop, dqa, delta, sums)
     groups = heads // key_heads
@@ -349,17 +345,11 @@ def _backward(address):  # type: ignore[no-untyped-def]
         for g in range(part * each, (part + 1) * each):
             head = key_head * groups + g
             own, rows = start * heads + head * length, (start * heads + head) * d
-            _backward_head(
-                q[own * d :], do[rows:], o[rows:], heads * d, length, d, scale, lse[own:], kt, kp, vt, work, padded,
-                wide, dq[own * d :], dka, dva,
-            )  # fmt: skip
+            mine = (q[own * d :], do[rows:], o[rows:], lse[own:], dq[own * d :])
+            _backward_head(mine, (kt, kp, vt, dka, dva, padded, d, wide), work, length, heads * d, scale)
         block += part * tokens * key_heads * d
-        for i in range(length):
-            a, b = dka[i * wide : i * wide + d], dva[i * wide : i * wide + d]
-            to_k, to_v = dk[block + i * d : block + (i + 1) * d], dv[block + i * d : block + (i + 1) * d]
-            for c in range(d):
-                to_k[c] = store(a[c], to_k)
-                to_v[c] = store(b[c], to_v)
+        _store_rows(dka, wide, length, d, dk[block:])
+        _store_rows(dva, wide, length, d, dv[block:])
 
 
 def _scratch(d: int, longest: int, *, backward: bool) -> int:
