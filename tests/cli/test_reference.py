@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from halfbyte.cli import reference
+from halfbyte.recipe import fields
+from halfbyte.recipe.schema import SECTIONS
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,3 +30,18 @@ def test_check_says_what_is_stale(
     assert reference.main([]) == 0
     assert (tmp_path / "docs" / "a.md").read_text() == "new"
     assert reference.main(["--check"]) == 0
+
+
+@pytest.mark.parametrize(("section", "refused"), [("lora", fields.LORA_REFUSED), ("train", fields.TRAIN_REFUSED)])
+def test_the_tables_have_every_field(section: str, refused: dict[str, str]) -> None:
+    names = SECTIONS[section].model_fields
+    lines = reference.fields_table(section).splitlines()
+    assert [line.split("`")[1] for line in lines[2:]] == list(names)
+    assert all(line.count(" | ") == 3 for line in lines)
+    told = {name: why for cell, why in reference.refused(refused) for name in cell.strip("`").split("`, `")}
+    assert told == refused
+
+
+def test_a_field_of_our_own_is_marked() -> None:
+    assert "`save_minutes` (halfbyte's own)" in reference.fields_table("train")
+    assert "`r` |" in reference.fields_table("lora")

@@ -1,4 +1,4 @@
-"""The tables of `fields.py` against the installed peft and transformers: exactly, both ways; each value arrives."""
+"""A recipe's fields and tables against the installed peft and transformers, both ways; each value arrives."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from tests import tiny
 from tests.recipe.test_schema import OTHER
 
 TABLES = {
-    "LoraConfig": (peft.LoraConfig, fields.LORA_FIELDS, fields.LORA_REFUSED),
-    "TrainingArguments": (TrainingArguments, fields.TRAIN_FIELDS, fields.TRAIN_REFUSED),
+    "LoraConfig": (peft.LoraConfig, set(Lora.model_fields), fields.LORA_REFUSED),
+    "TrainingArguments": (TrainingArguments, set(Train.model_fields), fields.TRAIN_REFUSED),
 }
 NEEDS_MORE = {
     "cosine_with_min_lr": {"min_lr_rate": 0.1},
@@ -42,9 +42,9 @@ NEEDS_MORE = {
 def test_every_field_is_taken_or_refused_and_no_other(name: str) -> None:
     upstream, taken, refused = TABLES[name]
     theirs = {field.name for field in dataclasses.fields(upstream)}
-    ours = {field for field, info in taken.items() if info.ours}
-    assert theirs - set(taken) - set(refused) == set(), "new fields of the installed version: take or refuse them"
-    assert (set(taken) - ours | set(refused)) - theirs == set(), "fields that the installed version no longer has"
+    ours = fields.OURS & taken
+    assert theirs - taken - set(refused) == set(), "new fields of the installed version: take or refuse them"
+    assert (taken - ours | set(refused)) - theirs == set(), "fields that the installed version no longer has"
     assert ours & theirs == set(), "fields marked as ours that upstream has too"
 
 
@@ -142,7 +142,7 @@ def test_an_optimiser_reads_its_arguments(name: str) -> None:
 # --- each field reaches the class that it is named after ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name, info in fields.LORA_FIELDS.items() if not info.ours])
+@pytest.mark.parametrize("name", sorted(set(Lora.model_fields) - fields.OURS))
 def test_a_lora_field_reaches_the_config(name: str) -> None:
     if name == "task_type":
         assert lora.lora_config(Lora(), Targets(("q_proj",), "")).task_type == "CAUSAL_LM"
@@ -158,7 +158,7 @@ def test_a_lora_field_reaches_the_config(name: str) -> None:
     assert differing == {name}
 
 
-@pytest.mark.parametrize("name", sorted(set(fields.TRAIN_FIELDS) - NOT_FOR_TRAINER))
+@pytest.mark.parametrize("name", sorted(set(Train.model_fields) - NOT_FOR_TRAINER))
 def test_a_train_field_reaches_the_arguments(name: str, tmp_path: Path) -> None:
     value, needs = OTHER[f"train.{name}"]
     needed = {dotted.removeprefix("train."): inner for dotted, inner in needs.items() if dotted.startswith("train.")}
@@ -181,9 +181,8 @@ def test_a_train_field_reaches_the_arguments(name: str, tmp_path: Path) -> None:
 
 
 def test_the_names_that_never_reach_the_trainer_are_fields() -> None:
-    assert set(fields.TRAIN_FIELDS) >= NOT_FOR_TRAINER
-    assert {name for name, info in fields.TRAIN_FIELDS.items() if info.ours} <= NOT_FOR_TRAINER
-    assert {name for name, info in fields.LORA_FIELDS.items() if info.ours} == lora.OWN_FIELDS
+    assert set(Train.model_fields) >= NOT_FOR_TRAINER >= fields.OURS - lora.OWN_FIELDS
+    assert set(Lora.model_fields) & fields.OURS == lora.OWN_FIELDS
 
 
 # --- what is refused, and why ---------------------------------------------------------------------------------------

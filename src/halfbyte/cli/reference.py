@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from halfbyte.adapters.targets import Targets, all_linear, auto_targets
@@ -26,7 +27,7 @@ def lora_page() -> str:
 
 The names under `lora:` are those of `peft.LoraConfig`. A value outside the recommended range is used, with a warning.
 
-{fields.markdown(fields.LORA_FIELDS)}
+{fields_table("lora")}
 
 ## Where to start
 
@@ -48,7 +49,7 @@ Other types are derived from the model's own modules in the same way.
 
 ## Not supported
 
-{fields.markdown_refused(fields.LORA_REFUSED)}
+{table(("field", "why not"), refused(fields.LORA_REFUSED))}
 
 Initialisations that change the base cannot be used on 4-bit weights:
 
@@ -74,23 +75,34 @@ An unknown key is an error that names the nearest valid one.
 """
     ]
     for name, section in SECTIONS.items():
-        if name in ("lora", "train"):
-            continue
-        parts.append(
-            f"### {f'`{name}:`' if name else 'top level'}\n\n| field | what it is | default |\n| --- | --- | --- |"
-        )
-        for field, info in section.model_fields.items():
-            if f"{name}.{field}".lstrip(".") in SECTIONS:
-                continue
-            default = "required" if info.is_required() else f"`{fields.shown(info.default)}`"
-            parts.append(f"| `{field}` | {info.description} | {default} |")
-        parts.append("")
-    parts.append(
-        f"### `train:`\n\nThe names of `transformers.TrainingArguments`.\n\n{fields.markdown(fields.TRAIN_FIELDS)}\n"
-    )
-    parts.append("### `lora:`\n\nThe names of `peft.LoraConfig`: see [lora.md](lora.md).\n")
-    parts.append(f"## TrainingArguments that are not taken\n\n{fields.markdown_refused(fields.TRAIN_REFUSED)}\n")
+        body = "See [lora.md](lora.md)." if name == "lora" else fields_table(name)
+        parts.append(f"### {f'`{name}:`' if name else 'top level'}\n\n{section.__doc__}\n\n{body}\n")
+    unused = table(("field", "why not"), refused(fields.TRAIN_REFUSED))
+    parts.append(f"## TrainingArguments that are not taken\n\n{unused}\n")
     return "\n".join(parts)
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
+
+
+def fields_table(section: str) -> str:
+    """The fields of a section, but for the sections in it: what each does, its default, values that usually serve."""
+    rows = []
+    for name, info in SECTIONS[section].model_fields.items():
+        if f"{section}.{name}".lstrip(".") not in SECTIONS:
+            label = f"`{name}`" + (" (halfbyte's own)" if name in fields.OURS else "")
+            default = "required" if info.is_required() else f"`{fields.shown(info.default)}`"
+            rows.append((label, str(info.description).replace("|", "\\|"), default, ", ".join(info.examples or [])))
+    columns = 4 if any(row[3] for row in rows) else 3
+    return table(("field", "what it does", "default", "recommended")[:columns], [row[:columns] for row in rows])
+
+
+def refused(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Refused fields by their reasons."""
+    names = {reason: [name for name, why in reasons.items() if why == reason] for reason in reasons.values()}
+    return [(", ".join(f"`{name}`" for name in group), reason) for reason, group in names.items()]
 
 
 PAGES = {"lora.md": lora_page, "recipe.md": recipe_page}
@@ -100,14 +112,14 @@ def targets_table_markdown() -> str:
     """The table of docs/lora.md: what `auto` and `all-linear` choose in each architecture's default configuration."""
     from transformers import AutoConfig
 
-    rows = ["| architecture | `auto` | `all-linear` |", "| --- | --- | --- |"]
+    rows = []
     for model_type in WELL_KNOWN:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = meta_model(AutoConfig.for_model(model_type))
         auto, every = _cell(auto_targets(model)), _cell(all_linear(model))
-        rows.append(f"| {model_type} | {auto} | {'the same' if every == auto else every} |")
-    return "\n".join(rows) + "\n"
+        rows.append((model_type, auto, "the same" if every == auto else every))
+    return table(("architecture", "`auto`", "`all-linear`"), rows) + "\n"
 
 
 # fmt: off

@@ -7,9 +7,8 @@ Cost: one parse of a small file.
 from __future__ import annotations
 
 import difflib
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,22 +16,26 @@ import yaml
 from pydantic import ValidationError
 
 from halfbyte.errors import RecipeError
-from halfbyte.recipe.fields import LORA_FIELDS, TRAIN_FIELDS, FieldInfo, shown
-from halfbyte.recipe.messages import Problem, field_of, first_of_each, sentences, unusual
-from halfbyte.recipe.schema import SECTIONS, Loaded, Origin, Recipe, leaves
+from halfbyte.recipe.fields import shown
+from halfbyte.recipe.messages import Problem, field_of, fields_in, first_of_each, sentences, unusual
+from halfbyte.recipe.schema import SECTIONS, Loaded, Origin, Recipe, is_path, leaves
 
 if TYPE_CHECKING:
     from halfbyte.types import Document
 
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+# What `halfbyte init` writes of each section, and the values of what it comments out.
 _INIT_SHOWN = {
+    "quant": (*SECTIONS["quant"].model_fields,),
     "lora": ("r", "lora_alpha", "target_modules", "lora_dropout", "bias", "use_rslora", "use_dora", "modules_to_save"),
+    "data": ("train", "eval", "fields", "format", "max_length", "mask", "overlong", "packing"),
     "train": (
         "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate",
         "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "eval_strategy", "save_steps",
         "report_to",
     ),
 }  # fmt: skip
+_EXAMPLES = {"modules_to_save": "[lm_head]", "eval": "test.jsonl", "fields": "{prompt: question, completion: answer}"}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Loaded:
@@ -44,7 +47,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
-        near = difflib.get_close_matches(path.name, [p.name for p in _siblings(path)], 1)
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
         hint = f"; did you mean {path.with_name(near[0])}?" if near else "."
         raise RecipeError(f"there is no recipe {path}{hint}", fix=f"halfbyte init {path} writes one") from error
     except UnicodeDecodeError as error:
@@ -84,99 +87,66 @@ def to_yaml(recipe: Recipe) -> str:
 
 def init_template(model: str, data: str) -> str:
     """The commented recipe that `halfbyte init` writes. It loads as it is."""
-    parts = [
+    about = {name: field.description for name, field in Recipe.model_fields.items()}
+    lines = [
         "# A halfbyte recipe. Every field, with what it does: docs/recipe.md and docs/lora.md",
         "# Check it before training:  halfbyte train THIS_FILE --dry-run",
-        f"model: {_scalar(model)}    # {Recipe.model_fields['model'].description}",
-        "quant:",
-        *_described("quant"),
-        "lora:    # the names are those of peft.LoraConfig",
-        *_lines(LORA_FIELDS, _INIT_SHOWN["lora"]),
-        "data:",
-        f"  train: {_scalar(data)}    # {SECTIONS['data'].model_fields['train'].description}",
-        f"  # eval: test.jsonl    # {SECTIONS['data'].model_fields['eval'].description}",
-        "  # fields: {prompt: question, completion: answer}    # the names of your columns",
-        *_described("data", skip=("train", "eval", "fields", "chat_template")),
-        "train:    # the names are those of transformers.TrainingArguments",
-        *_lines(TRAIN_FIELDS, _INIT_SHOWN["train"]),
-        f"output: runs/{Path(data).stem}    # {Recipe.model_fields['output'].description}",
+        f"model: {_scalar(model)}    # {about['model']}",
     ]
-    return "\n".join(parts) + "\n"
-
-
-def _lines(table: Mapping[str, FieldInfo], names: Sequence[str]) -> list[str]:
-    lines = []
-    for field in (table[name] for name in names):
-        usual = f"; usual: {field.recommended}" if field.recommended else ""
-        mark = "# " if field.default is None else ""
-        value = "[lm_head]" if field.default is None else shown(field.default)
-        lines.append(f"  {mark}{field.name}: {value}    # {field.what}{usual}")
-    return lines
-
-
-def _described(section: str, skip: Sequence[str] = ()) -> list[str]:
-    fields = ((name, field) for name, field in SECTIONS[section].model_fields.items() if name not in skip)
-    return [f"  {name}: {shown(field.default)}    # {field.description}" for name, field in fields]
+    for section, names in _INIT_SHOWN.items():
+        lines.append(f"{section}:    # {about[section]}")
+        for name in names:
+            field = SECTIONS[section].model_fields[name]
+            value = _scalar(data) if name == "train" else _EXAMPLES.get(name) or shown(field.default)
+            usual = f"; usual: {', '.join(field.examples)}" if field.examples else ""
+            lines.append(f"  {'# ' * (name in _EXAMPLES)}{name}: {value}    # {field.description}{usual}")
+    lines.append(f"output: runs/{Path(data).stem}    # {about['output']}")
+    return "\n".join(lines) + "\n"
 
 
 def _scalar(value: str) -> str:
     return yaml.safe_dump(value, width=1000).splitlines()[0].strip()
 
 
-def _siblings(path: Path) -> list[Path]:
-    try:
-        return [p for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml")]
-    except OSError:
-        return []
-
-
 def _parse(text: str, name: str) -> tuple[Document, dict[str, int]]:
     """YAML text to nested dicts and the line of each dotted key."""
-    problems: list[str] = []
+    init = "halfbyte init NAME.yaml writes a recipe to start from"
     lines: dict[str, int] = {}
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            raise RecipeError(f"{name} is empty.", fix=init)
+        if not isinstance(node, yaml.MappingNode):
+            kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
+            keys = ", ".join(Recipe.model_fields)
+            raise RecipeError(f"{name} holds {kind}; a recipe is a mapping with the keys {keys}.", fix=init)
+        if problems := [*_walk(node, "", lines, ())]:
+            raise RecipeError(problems, where=name)
+        return loader.construct_document(node), lines
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}, column {mark.column + 1}:" if mark is not None else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise RecipeError(f"{name}:{where} not YAML: {problem}.") from error
-    if node is None:
-        raise RecipeError(f"{name} is empty.", fix="halfbyte init NAME.yaml writes a recipe to start from")
-    if not isinstance(node, yaml.MappingNode):
-        kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
-        raise RecipeError(
-            f"{name} holds {kind}; a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}.",
-            fix="halfbyte init NAME.yaml writes a recipe to start from",
-        )
-    _walk(node, "", lines, problems, ())
-    if problems:
-        raise RecipeError(problems, where=name)
-    try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(f"{name}: not YAML: {problem}.") from error
-    return values, lines
 
 
-def _walk(
-    node: yaml.MappingNode, prefix: str, lines: dict[str, int], problems: list[str], outer: tuple[yaml.Node, ...]
-) -> None:
+def _walk(node: yaml.MappingNode, prefix: str, lines: dict[str, int], outer: tuple[yaml.Node, ...]) -> Iterator[str]:
+    """Fills in the line of each dotted key; yields what YAML takes and a recipe does not."""
     for key, value in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode) or key.tag not in _KEY_TAGS:
             shown_key = key.value if isinstance(key, yaml.ScalarNode) else "a list or mapping"
-            problems.append(f"line {line}: a key must be text, got {shown_key}")
+            yield f"line {line}: a key must be text, got {shown_key}"
             continue
         dotted = f"{prefix}{key.value}"
         if dotted in lines:
-            problems.append(f"line {line}: {dotted} is given twice, first in line {lines[dotted]}")
+            yield f"line {line}: {dotted} is given twice, first in line {lines[dotted]}"
         lines[dotted] = line
         if value in (*outer, node):
-            problems.append(f"line {line}: {dotted} holds itself")
+            yield f"line {line}: {dotted} holds itself"
         elif isinstance(value, yaml.MappingNode):
-            _walk(value, f"{dotted}.", lines, problems, (*outer, node))
+            yield from _walk(value, f"{dotted}.", lines, (*outer, node))
 
 
 def _build(values: Document, lines: dict[str, int], overrides: Sequence[str], path: Path | None) -> Loaded:
@@ -187,14 +157,17 @@ def _build(values: Document, lines: dict[str, int], overrides: Sequence[str], pa
         for dotted in _set(merged, override, problems):
             given[dotted] = Origin("set", "")
             lines = {k: v for k, v in lines.items() if k != dotted}
-    where = str(path) if path is not None else None
     if _split_revision(merged):
         given["revision"] = given["model"]
-    _fill_sections(merged)
     recipe, mistakes = _validate(merged)
     problems += [text for item in mistakes for text in sentences(item, lines, given)]
     if problems or recipe is None:
-        raise RecipeError(list(dict.fromkeys(problems)), where=where, fix=_fix(problems))
+        required = any("is required" in problem for problem in problems)
+        raise RecipeError(
+            list(dict.fromkeys(problems)),
+            where=str(path) if path is not None else None,
+            fix="halfbyte init NAME.yaml writes a recipe with every required field" if required else None,
+        )
     origins = {field: given.get(field, Origin("default", "")) for field, _ in leaves(recipe)}
     recipe, origins = _feed_dtype(recipe, origins)
     return Loaded(recipe, origins, unusual(recipe), path)
@@ -215,12 +188,24 @@ def _set(values: Document, override: str, problems: list[str]) -> list[str]:
     for name, inner in _spread(dotted, value):
         if _is_text(name) and value is not None and not isinstance(inner, (str, dict, list)):
             inner = text.strip()  # a name such as 2024 is not meant as a number
-        if not _put(values, name.split("."), inner):
+        *outer, last = name.split(".")
+        if (holder := _inside(values, outer)) is None:
             problems.append(f"--set {override}: {name} is inside a value that is not a section")
             continue
+        holder[last] = inner
         put += [name, *(f"{name}.{key}" for key in _dotted(inner))]
-        put += [".".join(name.split(".")[:depth]) for depth in range(1, name.count(".") + 1)]
+        put += [".".join(outer[:depth]) for depth in range(1, len(outer) + 1)]
     return [name for name in put if name not in SECTIONS]
+
+
+def _inside(values: Document, keys: Sequence[str]) -> Document | None:
+    """The mapping at the end of these keys, made where there is none or null; None if another value is in the way."""
+    for key in keys:
+        inner = values[key] = {} if values.get(key) is None else values[key]
+        if not isinstance(inner, dict):
+            return None
+        values = inner
+    return values
 
 
 def _spread(dotted: str, value: object) -> list[tuple[str, object]]:
@@ -235,56 +220,34 @@ def _is_text(dotted: str) -> bool:
     return field is not None and (dotted in ("data.train", "data.eval") or field.annotation in (str, str | None))
 
 
-def _fill_sections(values: Document) -> None:
-    """A section whose every line is commented out is an empty one, not null."""
-    for section in SECTIONS:
-        outer, _, name = section.rpartition(".")
-        inside = values.get(outer) if outer else values
-        if name and isinstance(inside, dict) and name in inside and inside[name] is None:
-            inside[name] = {}
-
-
 def _validate(values: Document) -> tuple[Recipe | None, list[Problem]]:
     """The recipe, or every problem: of single fields, then of the other fields together, with the bad ones left out."""
     try:
         return Recipe.model_validate(values), []
     except ValidationError as error:
         mistakes = first_of_each(error.errors(include_url=False))
-    bad = {field_of([str(part) for part in item["loc"]]) for item in mistakes if item["loc"]}
+    bad = {field_of(item) for item in mistakes if item["loc"]}
     if not bad:
         return None, mistakes
     rest = _copy(values)
     for dotted in bad:
-        _remove(rest, dotted.split("."))
+        *outer, name = dotted.split(".")
+        if (holder := _inside(rest, outer)) is not None:
+            holder.pop(name, None)
     rest.setdefault("model", "unknown")
-    rest.setdefault("data", {}).setdefault("train", "unknown")
+    rest["data"] = {"train": "unknown", **(rest.get("data") or {})}
     try:
         Recipe.model_validate(rest)
     except ValidationError as error:
-        together = [item for item in error.errors(include_url=False) if item["type"] == "together"]
-        for item in together:
-            kept = [(fields, text) for fields, text in item["ctx"]["problems"] if not bad & _with_sections(fields)]
-            mistakes.append({**item, "ctx": {"problems": kept}})
+        for item in error.errors(include_url=False):
+            if item["type"] == "together":
+                kept = [text for text in item["ctx"]["problems"] if not bad & _with_sections(fields_in(text))]
+                mistakes.append({**item, "ctx": {"problems": kept}})
     return None, mistakes
 
 
-def _with_sections(fields: Sequence[str]) -> set[str]:
-    return {*fields, *(name.rpartition(".")[0] for name in fields)}
-
-
-def _remove(values: Document, keys: list[str]) -> None:
-    for key in keys[:-1]:
-        inner = values.get(key)
-        if not isinstance(inner, dict):
-            return
-        values = inner
-    values.pop(keys[-1], None)
-
-
-def _fix(problems: list[str]) -> str | None:
-    if any("is required" in p for p in problems):
-        return "halfbyte init NAME.yaml writes a recipe with every required field"
-    return None
+def _with_sections(names: Sequence[str]) -> set[str]:
+    return {*names, *(name.rpartition(".")[0] for name in names)}
 
 
 def _feed_dtype(recipe: Recipe, origins: dict[str, Origin]) -> tuple[Recipe, dict[str, Origin]]:
@@ -300,16 +263,12 @@ def _feed_dtype(recipe: Recipe, origins: dict[str, Origin]) -> tuple[Recipe, dic
 def _split_revision(values: Document) -> bool:
     """`org/name@revision` -> model and revision. Not for a path that exists. Returns whether it was split."""
     model = values.get("model")
-    if not isinstance(model, str) or "@" not in model or values.get("revision") is not None or _exists(model):
+    if not isinstance(model, str) or values.get("revision") is not None or is_path(model):
         return False
     name, _, revision = model.rpartition("@")
     if name and revision:
         values["model"], values["revision"] = name, revision
     return bool(name and revision)
-
-
-def _exists(model: str) -> bool:
-    return os.path.exists(os.path.expanduser(model))  # False, not an error, for a name that no path can have
 
 
 def _dotted(values: object, prefix: str = "") -> list[str]:
@@ -321,13 +280,3 @@ def _dotted(values: object, prefix: str = "") -> list[str]:
 def _copy(values: Document) -> Document:
     """Nested mappings, each a copy of its own also where YAML aliases share one."""
     return {key: _copy(inner) if isinstance(inner, dict) else inner for key, inner in values.items()}
-
-
-def _put(values: Document, keys: list[str], value: object) -> bool:
-    for key in keys[:-1]:
-        inner = values.setdefault(key, {})
-        if not isinstance(inner, dict):
-            return False
-        values = inner
-    values[keys[-1]] = value
-    return True

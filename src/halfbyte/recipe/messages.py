@@ -8,81 +8,84 @@ Cost: none; nothing heavy is imported.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from pydantic import BaseModel
-
-from halfbyte.recipe.fields import ELSEWHERE, LORA_REFUSED, NOT_NEEDED, TRAIN_FIELDS, TRAIN_REFUSED, shown
-from halfbyte.recipe.schema import SECTIONS, Origin, Recipe
+from halfbyte.recipe.fields import ELSEWHERE, LORA_REFUSED, NOT_NEEDED, TRAIN_REFUSED, shown
+from halfbyte.recipe.schema import SECTIONS, Origin, Recipe, Train
 
 Problem: TypeAlias = Mapping[str, Any]
 """One error as pydantic lists it: type, loc, msg, input, ctx."""
 _REFUSED = {"lora": LORA_REFUSED, "train": TRAIN_REFUSED}
+# Beginning of pydantic's type -> what the value must be; the first that matches counts.
+_MUST_BE = {
+    "greater_than_equal": ">= {ge:.12g}",
+    "greater_than": "> {gt:.12g}",
+    "less_than": "< {lt:.12g}",
+    "literal_error": "{expected}",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "dict": "a mapping",
+    "model": "a section with fields of its own",
+    "tuple": "a list",
+    "finite": "a finite number",
+}
 
 
 def first_of_each(items: Sequence[Problem]) -> list[Problem]:
     """One problem a field: a union of types reports the same value once for each of them."""
-    seen: set[tuple[str, str]] = set()
-    kept = []
+    kept: dict[tuple[str, str], Problem] = {}
     for item in items:
-        key = (field_of([str(part) for part in item["loc"]]), "" if item["loc"] else str(item.get("ctx")))
-        if key not in seen:
-            kept.append(item)
-            seen.add(key)
-    return kept
+        kept.setdefault((field_of(item), "" if item["loc"] else str(item.get("ctx"))), item)
+    return [*kept.values()]
+
+
+def fields_in(sentence: str) -> list[str]:
+    """The fields that a sentence about values that exclude each other names."""
+    return re.findall(r"\b(?:model|revision|(?:quant|lora|data|train)\.\w+)\b", sentence)
 
 
 def sentences(item: Problem, lines: Mapping[str, int], given: Mapping[str, Origin]) -> list[str]:
-    """Pydantic's problem in our words; contradictions are several."""
-    if item["type"] != "together":
-        return [_message(item, lines, given)]
-    said = []
-    for fields, text in item["ctx"]["problems"]:
-        line = next((lines[name] for name in fields if name in lines), None)
-        said.append(text if line is None else f"line {line}: {text}")
-    return said
+    """Pydantic's problem in our words, with line and field; contradictions are several."""
+    if item["type"] == "together":
+        said = []
+        for text in item["ctx"]["problems"]:
+            line = next((f"line {lines[name]}: " for name in fields_in(text) if name in lines), "")
+            said.append(line + text)
+        return said
+    dotted = field_of(item)
+    if item["type"] == "missing":
+        outer, _, name = dotted.rpartition(".")
+        return [f"{dotted} is required: {SECTIONS[outer].model_fields[name].description}"]
+    was_set = any(o.kind == "set" and f"{name}.".startswith(f"{dotted}.") for name, o in given.items())
+    lead = f"line {lines[dotted]}: " if dotted in lines else "--set " if was_set else ""
+    return [f"{lead}{dotted}{_wrong(item)}"]
 
 
-def _message(item: Problem, lines: Mapping[str, int], given: Mapping[str, Origin]) -> str:
-    """One problem: line, field, what was found, what is allowed."""
-    location = [str(part) for part in item["loc"]]
-    dotted = field_of(location)
-    line = lines.get(dotted)
-    lead = f"line {line}: " if line is not None else "--set " if _was_set(dotted, given) else ""
+def _wrong(item: Problem) -> str:
+    """What is wrong with the value of a field, and what is allowed."""
     kind, context = item["type"], item.get("ctx", {})
-    got = f", got {_show(item.get('input'))}"
+    value = item.get("input")
+    text = repr(value) if isinstance(value, str) else shown(value)
+    got = f", got {text if len(text) <= 60 else text[:57] + '...'}"
     if kind == "extra_forbidden":
-        return lead + _unknown(location)
-    if kind == "missing":
-        return f"{dotted} is required: {_description(dotted)}"
+        return _unknown([str(part) for part in item["loc"]])
     if kind == "value_error":
-        text = str(context["error"])
-        return f"{lead}{dotted} {text}{got if text.startswith('must') else ''}"
-    limits = {"greater_than_equal": ("ge", ">="), "greater_than": ("gt", ">"), "less_than": ("lt", "<")}
-    if kind in limits:
-        key, sign = limits[kind]
-        return f"{lead}{dotted} must be {sign} {_plain(context[key])}{got}"
-    if kind == "literal_error":
-        return f"{lead}{dotted} must be {str(context['expected']).replace(chr(39), '')}{got}"
-    wanted = {
-        "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "dict": "a mapping",
-        "model": "a section with fields of its own", "tuple": "a list", "finite": "a finite number",
-    }  # fmt: skip
+        return f" {context['error']}{got if str(context['error']).startswith('must') else ''}"
     if kind == "string_too_short":
-        return f"{lead}{dotted} must not be empty"
-    for start, words in wanted.items():
-        if kind.startswith(start):
-            return f"{lead}{dotted} must be {words}{got}"
-    return f"{lead}{dotted}: {item['msg']}{got}"
+        return " must not be empty"
+    words = next((words for start, words in _MUST_BE.items() if kind.startswith(start)), None)
+    if words is None:
+        return f": {item['msg']}{got}"
+    return f" must be {words.format_map(context).replace(chr(39), '')}{got}"
 
 
-def _plain(limit: float) -> str:
-    return str(int(limit)) if limit == int(limit) else str(limit)
-
-
-def field_of(location: list[str]) -> str:
-    """The dotted field of a pydantic location, without the names of union members and list positions behind it."""
+def field_of(item: Problem) -> str:
+    """The dotted field of a problem, without the names of union members and list positions behind it."""
+    location = [str(part) for part in item["loc"]]
     for end in range(len(location), 0, -1):
         *outer, name = location[:end]
         section = SECTIONS.get(".".join(outer))
@@ -91,42 +94,25 @@ def field_of(location: list[str]) -> str:
     return ".".join(location)
 
 
-def _was_set(dotted: str, given: Mapping[str, Origin]) -> bool:
-    return any(o.kind == "set" and f"{name}.".startswith(f"{dotted}.") for name, o in given.items())
-
-
 def _unknown(location: list[str]) -> str:
     """An unknown key: refused for a reason, or a typo with the nearest name."""
     *outer, name = location
     section = ".".join(outer)
-    dotted = ".".join(location)
-    fields = [*SECTIONS[section].model_fields] if section in SECTIONS else []
+    known = [*SECTIONS[section].model_fields] if section in SECTIONS else []
     own = _REFUSED.get(section, {})
     elsewhere = [f"{other}.{name}".lstrip(".") for other, model in SECTIONS.items() if name in model.model_fields]
     if elsewhere and name not in own:
-        return f"{dotted} is not a field; did you mean {elsewhere[0]}?"
+        return f" is not a field; did you mean {elsewhere[0]}?"
     for refused in (own, *_REFUSED.values()):
         if name in refused:
-            return f"{dotted} is not supported: {refused[name]}"
+            return f" is not supported: {refused[name]}"
     if name in ELSEWHERE:
-        return f"{dotted} is not a field; write {ELSEWHERE[name]}"
+        return f" is not a field; write {ELSEWHERE[name]}"
     if name in NOT_NEEDED:
-        return f"{dotted} is not needed: {NOT_NEEDED[name]}"
-    near = difflib.get_close_matches(name, fields, 1, 0.6)
-    if near:
-        return f"{dotted} is not a field; did you mean {'.'.join([*outer, near[0]])}?"
-    return f"{dotted} is not a field; {section or 'a recipe'} has {', '.join(fields)}"
-
-
-def _description(dotted: str) -> str:
-    *outer, name = dotted.split(".")
-    section: type[BaseModel] = SECTIONS[".".join(outer)]
-    return str(section.model_fields[name].description)
-
-
-def _show(value: object) -> str:
-    text = repr(value) if isinstance(value, str) else shown(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        return f" is not needed: {NOT_NEEDED[name]}"
+    if near := difflib.get_close_matches(name, known, 1):
+        return f" is not a field; did you mean {'.'.join([*outer, near[0]])}?"
+    return f" is not a field; {section or 'a recipe'} has {', '.join(known)}"
 
 
 def unusual(recipe: Recipe) -> tuple[str, ...]:
@@ -149,7 +135,5 @@ def unusual(recipe: Recipe) -> tuple[str, ...]:
             ("adam_beta1", "adam_beta2", "adam_epsilon"), "adamw" not in train.optim and f"optim {train.optim}"
         ),
     }
-    for name, beside in unread.items():
-        if beside and getattr(train, name) != TRAIN_FIELDS[name].default:
-            said.append(f"train.{name} is not read with {beside}")
-    return tuple(said)
+    changed = [name for name in unread if getattr(train, name) != Train.model_fields[name].default]
+    return (*said, *(f"train.{name} is not read with {unread[name]}" for name in changed if unread[name]))

@@ -12,7 +12,6 @@ import importlib.util
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
@@ -20,24 +19,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from halfbyte.recipe.data import Data, Fields, Int, Section, is_list_of_names, number
-from halfbyte.recipe.fields import (
-    INIT_NAMES,
-    INIT_REFUSED,
-    INTEGRATIONS,
-    LORA_FIELDS,
-    OPTIMIZERS,
-    SCHEDULES,
-    SCHEDULES_NEED,
-    SCHEDULES_REFUSED,
-    TRAIN_FIELDS,
-    FieldInfo,
-)
+from halfbyte.recipe import fields
+from halfbyte.recipe.data import Data, Fields, Int, Section, field, is_list_of_names, is_name_or_list, must
 
-Contradiction = tuple[tuple[str, ...], str]
-"""Fields whose values exclude each other, and what is wrong in one sentence."""
-Dtype = Literal["auto", "bf16", "fp16", "fp32"]
-METRICS = ("loss", "eval_loss", "perplexity", "eval_perplexity")
 _DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
 
 
@@ -48,24 +32,8 @@ class Origin(NamedTuple):
     why: str
 
 
-def _names(value: object) -> object:
-    """A list of names, as a tuple."""
-    if value is None or is_list_of_names(value):
-        return value if value is None else tuple(value)
-    raise ValueError("must be a list of names, such as [q_proj, v_proj]")
-
-
-def _names_or_text(value: object) -> object:
-    if isinstance(value, str) and value.strip():
-        return value
-    if is_list_of_names(value):
-        return tuple(value)
-    raise ValueError("must be a name, a regular expression or a list of names, such as [q_proj, v_proj]")
-
-
-def _modules(value: object) -> object:
-    """Names of modules, or a regular expression over full names."""
-    value = _names_or_text(value)
+def _regex(value: object) -> object:
+    """A text among names of modules is a regular expression over full names."""
     if isinstance(value, str):
         if re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value):
             raise ValueError(f"must be a list: write [{value}]")
@@ -76,18 +44,13 @@ def _modules(value: object) -> object:
     return value
 
 
-def _off_is_no(value: object) -> object:
-    """YAML 1.1 reads a bare `no` as false."""
-    return "no" if value is False else value
-
-
 def _init(value: object) -> object:
     if isinstance(value, str):
-        reason = next((why for name, why in INIT_REFUSED.items() if value.lower().startswith(name)), None)
+        reason = next((why for name, why in fields.INIT_REFUSED.items() if value.lower().startswith(name)), None)
         if reason is not None:
             raise ValueError(f"cannot be {value!r}: {reason}")
-    if not isinstance(value, bool) and value not in INIT_NAMES:
-        raise ValueError(f"must be true, false, {' or '.join(INIT_NAMES)}")
+    if not isinstance(value, bool) and value not in fields.INIT_NAMES:
+        raise ValueError(f"must be true, false, {' or '.join(fields.INIT_NAMES)}")
     return value
 
 
@@ -104,24 +67,16 @@ def _one_of(allowed: Collection[str], refused: Mapping[str, str] = MappingProxyT
     return BeforeValidator(check)
 
 
-def _smaller_is_better(value: object) -> object:
-    if value is not None and value is not False:
-        raise ValueError("must be false: loss and perplexity are better when smaller")
-    return value
-
-
 def _integrations(value: object) -> object:
     """`none`, `all`, or names of integrations whose library is here."""
     if value is None or value in ("none", "all", [], ["none"], (), ("none",)):
         return value if value == "all" else "none"
     names = (value,) if isinstance(value, str) else value
-    if not isinstance(names, (list, tuple)) or not all(
-        isinstance(name, str) and name in INTEGRATIONS for name in names
-    ):
-        raise ValueError(f"must be none, all, or a list of {', '.join(INTEGRATIONS)}")
+    if not is_list_of_names(names) or not set(names) <= set(fields.INTEGRATIONS):
+        raise ValueError(f"must be none, all, or a list of {', '.join(sorted(fields.INTEGRATIONS))}")
     for name in names:
-        if not any(importlib.util.find_spec(module) for module in INTEGRATIONS[name]):
-            raise ValueError(f"names {name}, which is not installed: pip install {INTEGRATIONS[name][0]}")
+        if not any(importlib.util.find_spec(module) for module in fields.INTEGRATIONS[name]):
+            raise ValueError(f"names {name}, which is not installed: pip install {fields.INTEGRATIONS[name][0]}")
     return tuple(names)
 
 
@@ -139,10 +94,8 @@ def _read_number(text: str) -> float | str:
         return text
 
 
-def _optimizer_settings(value: object) -> object:
-    if not isinstance(value, str) or not re.fullmatch(r"\s*\w+\s*=[^,=]+(,\s*\w+\s*=[^,=]+)*", value):
-        raise ValueError("must be name=value,name=value")
-    return value
+def _assigns(value: object) -> object:
+    return isinstance(value, str) and re.fullmatch(r"\s*\w+\s*=[^,=]+(,\s*\w+\s*=[^,=]+)*", value)
 
 
 def _whole_or_share(value: float) -> float:
@@ -154,145 +107,165 @@ def _whole_or_share(value: float) -> float:
     return int(value)
 
 
-def _by_epochs_or_count(value: int) -> int:
-    if value == 0:
-        raise ValueError("must be -1 (by epochs) or >= 1")
-    return value
-
-
-def _auto_or_count(value: object) -> object:
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-        return value
-    raise ValueError("must be auto, or a whole number >= 1")
-
-
-def _recompute(value: object) -> object:
-    if value in ("auto", "selective") or isinstance(value, bool):
-        return value
-    raise ValueError("must be auto, true, false or selective")
-
-
-Float = Annotated[float, BeforeValidator(number)]
+Float = Annotated[float, must("a number", lambda v: not isinstance(v, bool))]
 Bool = Annotated[bool, Field(strict=True)]
+Count = Annotated[Int, Field(ge=1)]
+Index = Annotated[Int, Field(ge=0)]
 Seed = Annotated[Int, Field(ge=0, lt=2**32)]
 Steps = Annotated[Float, AfterValidator(_whole_or_share)]
-Modules = Annotated[str | tuple[str, ...], BeforeValidator(_modules)]
-Names = Annotated[tuple[str, ...] | None, BeforeValidator(_names)]
-NamesOrText = Annotated[str | tuple[str, ...], BeforeValidator(_names_or_text)]
-
-
-def _field(table: Mapping[str, FieldInfo], name: str, **limits: Any) -> Any:
-    """A field whose default and description are written in `fields`."""
-    return Field(default=table[name].default, description=table[name].what, **limits)
-
-
-_lora, _train = partial(_field, LORA_FIELDS), partial(_field, TRAIN_FIELDS)
+# YAML 1.1 reads a bare `no` as false
+OffIsNo = BeforeValidator(lambda v: "no" if v is False else v)
+_LIKE = "list of names, such as [q_proj, v_proj]"
+Names = Annotated[tuple[str, ...], must(f"a {_LIKE}", lambda v: v == () or is_list_of_names(v))]
+NamesOrNone = Annotated[Names, BeforeValidator(lambda v: () if v in (None, []) else v)]
+NamesOrText = Annotated[str | tuple[str, ...], must(f"a name, a regular expression or a {_LIKE}", is_name_or_list)]
+Modules = Annotated[NamesOrText, AfterValidator(_regex)]
 
 
 class Quant(Section):
     """How the frozen base is kept."""
 
-    type: Literal["nf4", "fp4", "none"] = Field("nf4", description="code of the frozen weights; none keeps 16 bits")
-    double_quant: Bool = Field(True, description="quantise the scales too: 4.127 instead of 4.5 bits a weight")
-    compute_dtype: Annotated[Dtype, BeforeValidator(lambda v: _DTYPE_NAMES.get(v, v) if isinstance(v, str) else v)] = (
-        Field("auto", description="dtype of the matrix products: auto, bf16, fp16 (cards only) or fp32")
+    type: Literal["nf4", "fp4", "none"] = field("nf4", "code of the frozen weights; none keeps 16 bits")
+    double_quant: Bool = field(True, "quantise the scales too: 4.127 instead of 4.5 bits a weight")
+    compute_dtype: Annotated[
+        Literal["auto", "bf16", "fp16", "fp32"],
+        BeforeValidator(lambda v: _DTYPE_NAMES.get(v, v) if isinstance(v, str) else v),
+    ] = field("auto", "dtype of the matrix products: auto, bf16, fp16 (cards only) or fp32")
+    block_size: Literal[64] = field(64, "weights that share a scale; transformers loads blocks of 64")
+    placement: Literal["auto", "resident", "mapped", "streamed"] = field(
+        "auto", "where the frozen base is kept: in RAM, memory-mapped, or streamed layer by layer"
     )
-    block_size: Literal[64] = Field(64, description="weights that share a scale; transformers loads blocks of 64")
-    placement: Literal["auto", "resident", "mapped", "streamed"] = Field(
-        "auto",
-        description="where the frozen base is kept: in RAM, memory-mapped, or streamed layer by layer",
-    )
-    skip_modules: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
-        (), description="modules that are not quantised, by name"
-    )
-    fp32_modules: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
-        (), description="modules that are kept in fp32, by name"
-    )
+    skip_modules: NamesOrNone = field((), "modules that are not quantised, by name")
+    fp32_modules: NamesOrNone = field((), "modules that are kept in fp32, by name")
 
     @property
     def quantises(self) -> bool:
         """Whether the base is held in fewer bits than 16."""
         return self.type != "none"
 
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_lists(cls, value: object) -> object:
-        if not isinstance(value, Mapping):
-            return value
-        lists = ("skip_modules", "fp32_modules")
-        return {k: v for k, v in value.items() if not (k in lists and (v is None or v == [] or v == ()))}
-
 
 class Lora(Section):
     """The adapters, under the names of peft.LoraConfig."""
 
-    r: Int = _lora("r", ge=1)
-    lora_alpha: Int = _lora("lora_alpha", ge=1)
-    target_modules: Modules = _lora("target_modules")
-    lora_dropout: Float = _lora("lora_dropout", ge=0, lt=1)
-    bias: Literal["none", "all", "lora_only"] = _lora("bias")
-    task_type: Literal["CAUSAL_LM"] = _lora("task_type")
-    use_rslora: Bool = _lora("use_rslora")
-    use_dora: Bool = _lora("use_dora")
-    lora_bias: Bool = _lora("lora_bias")
-    init_lora_weights: Annotated[bool | str, BeforeValidator(_init)] = _lora("init_lora_weights")
-    rank_pattern: dict[str, Annotated[Int, Field(ge=1)]] = _lora("rank_pattern")
-    alpha_pattern: dict[str, Annotated[Int, Field(ge=1)]] = _lora("alpha_pattern")
-    layers_to_transform: tuple[Annotated[Int, Field(ge=0)], ...] | Annotated[Int, Field(ge=0)] | None = _lora(
-        "layers_to_transform"
+    r: Count = field(16, "rank: the adapter's width, r x (in + out) parameters a layer", "8 to 64")
+    lora_alpha: Count = field(32, "scale: the adapter's output is multiplied by lora_alpha / r", "2 x r")
+    target_modules: Modules = field(
+        "auto", "which layers: auto, all-linear, a list of name endings, or a regex", "auto"
     )
-    layers_pattern: NamesOrText | None = _lora("layers_pattern")
-    exclude_modules: Modules | None = _lora("exclude_modules")
-    modules_to_save: Names = _lora("modules_to_save")
-    trainable_token_indices: tuple[Annotated[Int, Field(ge=0)], ...] | None = _lora("trainable_token_indices")
-    save_dtype: Literal["fp32", "bf16"] = _lora("save_dtype")
+    lora_dropout: Float = field(
+        0.05, "share of the adapter's input set to zero while training", "0.05 to 0.1", ge=0, lt=1
+    )
+    bias: Literal["none", "all", "lora_only"] = field(
+        "none", "which biases of the base train: none, all, or lora_only (those of the target layers)", "none"
+    )
+    task_type: Literal["CAUSAL_LM"] = field(
+        "CAUSAL_LM", "the kind of model; halfbyte trains causal language models", "CAUSAL_LM"
+    )
+    use_rslora: Bool = field(False, "rank-stabilised LoRA: scale by lora_alpha / sqrt(r)", "true above r 64")
+    use_dora: Bool = field(
+        False, "DoRA: train magnitude and direction apart; slower, often better at a low rank", "false"
+    )
+    lora_bias: Bool = field(False, "a trained bias in LoRA's B; can be merged only into layers with a bias", "false")
+    init_lora_weights: Annotated[bool | str, BeforeValidator(_init)] = field(
+        True, "start of A: true (Kaiming), gaussian, orthogonal (16-bit base); false: A, B random"
+    )
+    rank_pattern: dict[str, Count] = field({}, "another rank for some layers: {name ending or regex: r}")
+    alpha_pattern: dict[str, Count] = field({}, "another lora_alpha for some layers: {name ending or regex: alpha}")
+    layers_to_transform: tuple[Index, ...] | Index | None = field(None, "only these decoder layers, by index")
+    layers_pattern: NamesOrText | None = field(
+        None, "the name of the list of layers, if layers_to_transform cannot find it"
+    )
+    exclude_modules: Modules | None = field(
+        None, "layers that stay without an adapter: a list of name endings, or a regex"
+    )
+    modules_to_save: Names | None = field(
+        None, "modules that train whole and are saved with the adapter, such as lm_head"
+    )
+    trainable_token_indices: tuple[Index, ...] | None = field(None, "token ids whose embedding rows train")
+    save_dtype: Literal["fp32", "bf16"] = field(
+        "fp32", "dtype of the saved adapter: fp32 or bf16 (half the file)", "fp32"
+    )
 
 
 class Train(Section):
     """The training, under the names of transformers.TrainingArguments."""
 
-    per_device_train_batch_size: Int = _train("per_device_train_batch_size", ge=1)
-    gradient_accumulation_steps: Int = _train("gradient_accumulation_steps", ge=1)
-    per_device_eval_batch_size: Int = _train("per_device_eval_batch_size", ge=1)
-    num_train_epochs: Float = _train("num_train_epochs", gt=0)
-    max_steps: Annotated[Int, AfterValidator(_by_epochs_or_count)] = _train("max_steps", ge=-1)
-    learning_rate: Float = _train("learning_rate", gt=0)
-    lr_scheduler_type: Annotated[str, _one_of(SCHEDULES, SCHEDULES_REFUSED)] = _train("lr_scheduler_type")
-    lr_scheduler_kwargs: Annotated[dict[str, Any], BeforeValidator(_settings)] | None = _train("lr_scheduler_kwargs")
-    warmup_steps: Steps = _train("warmup_steps", ge=0)
-    weight_decay: Float = _train("weight_decay", ge=0)
-    max_grad_norm: Float = _train("max_grad_norm", ge=0)
-    adam_beta1: Float = _train("adam_beta1", ge=0, lt=1)
-    adam_beta2: Float = _train("adam_beta2", ge=0, lt=1)
-    adam_epsilon: Float = _train("adam_epsilon", gt=0)
-    optim: Annotated[str, _one_of(OPTIMIZERS)] = _train("optim")
-    optim_args: Annotated[str, BeforeValidator(_optimizer_settings)] | None = _train("optim_args")
-    label_smoothing_factor: Float = _train("label_smoothing_factor", ge=0, lt=1)
-    seed: Seed = _train("seed")
-    data_seed: Seed | None = _train("data_seed")
-    logging_steps: Int = _train("logging_steps", ge=1)
-    logging_first_step: Bool = _train("logging_first_step")
-    report_to: Annotated[str | tuple[str, ...], BeforeValidator(_integrations)] = _train("report_to")
-    run_name: str | None = _train("run_name")
-    eval_strategy: Annotated[Literal["auto", "no", "steps", "epoch"], BeforeValidator(_off_is_no)] = _train(
-        "eval_strategy"
+    per_device_train_batch_size: Count = field(
+        4, "examples that count as one batch", "with accumulation, 8 to 64 a step"
     )
-    eval_steps: Annotated[Steps, Field(gt=0)] | None = _train("eval_steps")
-    eval_on_start: Bool = _train("eval_on_start")
-    save_strategy: Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_off_is_no)] = _train("save_strategy")
-    save_steps: Steps = _train("save_steps", gt=0)
-    save_total_limit: Annotated[Int, Field(ge=1)] | None = _train("save_total_limit")
-    load_best_model_at_end: Bool = _train("load_best_model_at_end")
-    metric_for_best_model: Annotated[str, _one_of(METRICS)] = _train("metric_for_best_model")
-    greater_is_better: Annotated[bool | None, BeforeValidator(_smaller_is_better)] = _train("greater_is_better")
-    bf16: Bool | None = _train("bf16")
-    fp16: Bool | None = _train("fp16")
-    gradient_checkpointing: Annotated[bool | str, BeforeValidator(_recompute)] = _train("gradient_checkpointing")
-    loraplus_lr_ratio: Annotated[Float, Field(gt=0)] | None = _train("loraplus_lr_ratio")
-    save_minutes: Annotated[Float, Field(gt=0)] | None = _train("save_minutes")
-    max_tokens_per_micro_batch: Annotated[int | str, BeforeValidator(_auto_or_count)] = _train(
-        "max_tokens_per_micro_batch"
+    gradient_accumulation_steps: Count = field(4, "batches in one optimiser step; micro-batches are planned from both")
+    per_device_eval_batch_size: Count = field(8, "the most held-out examples in one micro-batch")
+    num_train_epochs: Float = field(3.0, "passes over the rows; may be a fraction", "1 to 5", gt=0)
+    max_steps: Annotated[Int, must("-1 (by epochs) or >= 1", lambda v: v != 0, AfterValidator)] = field(
+        -1, "optimiser steps; above 0 it overrides num_train_epochs", ge=-1
     )
+    learning_rate: Float = field(2e-4, "the highest learning rate", "1e-4 to 1e-3", gt=0)
+    lr_scheduler_type: Annotated[str, _one_of(fields.SCHEDULES, fields.SCHEDULES_REFUSED)] = field(
+        "linear", "how the rate falls: linear, cosine, constant, ...", "linear or cosine"
+    )
+    lr_scheduler_kwargs: Annotated[dict[str, Any], BeforeValidator(_settings)] | None = field(
+        None, "arguments of the schedule, such as {num_cycles: 2} for cosine_with_restarts"
+    )
+    warmup_steps: Steps = field(0, "steps over which the rate rises; below 1 a share of all steps", "0.03", ge=0)
+    weight_decay: Float = field(0.0, "decay of the adapter's weights (AdamW)", "0 to 0.1", ge=0)
+    max_grad_norm: Float = field(1.0, "gradients are clipped to this norm; 0 for no clipping", "0.3 to 1", ge=0)
+    adam_beta1: Float = field(0.9, "Adam's first moment", ge=0, lt=1)
+    adam_beta2: Float = field(0.999, "Adam's second moment", ge=0, lt=1)
+    adam_epsilon: Float = field(1e-8, "Adam's epsilon", gt=0)
+    optim: Annotated[str, _one_of(fields.OPTIMIZERS)] = field(
+        "adamw_torch", "adamw_torch, adamw_torch_fused, adafactor, sgd, adagrad, rmsprop", "adamw_torch"
+    )
+    optim_args: Annotated[str, must("name=value,name=value", _assigns)] | None = field(
+        None, "arguments of sgd, adagrad or rmsprop, as name=value,name=value"
+    )
+    label_smoothing_factor: Float = field(0.0, "label smoothing of the training loss", "0", ge=0, lt=1)
+    seed: Seed = field(
+        42, "seed of the adapters' start, of dropout, and of the order of rows (unless data_seed is given)"
+    )
+    data_seed: Seed | None = field(None, "seed of the order of rows")
+    logging_steps: Count = field(1, "steps between printed lines and reports; metrics.jsonl always has every step")
+    logging_first_step: Bool = field(False, "report the first step to report_to too, whatever logging_steps")
+    report_to: Annotated[str | tuple[str, ...], BeforeValidator(_integrations)] = field(
+        "none", "none, or installed integrations of transformers, such as [tensorboard]"
+    )
+    run_name: str | None = field(None, "the run's name for report_to")
+    eval_strategy: Annotated[Literal["auto", "no", "steps", "epoch"], OffIsNo] = field(
+        "auto", "auto (with data.eval: by eval_steps, or each epoch), no, steps, epoch"
+    )
+    eval_steps: Annotated[Steps, Field(gt=0)] | None = field(
+        None, "steps between evaluations; below 1 a share of all; none given: logging_steps"
+    )
+    eval_on_start: Bool = field(False, "evaluate before the first step too")
+    save_strategy: Annotated[Literal["no", "steps", "epoch"], OffIsNo] = field(
+        "steps", "checkpoints by steps, epoch, or no (then by save_minutes and on a signal)"
+    )
+    save_steps: Steps = field(100, "steps between checkpoints; below 1 a share of all steps", gt=0)
+    save_total_limit: Count | None = field(2, "how many checkpoints are kept; null for all")
+    load_best_model_at_end: Bool = field(
+        True, "with evaluations: the adapter is that of the best one, not of the last step"
+    )
+    metric_for_best_model: Annotated[str, _one_of(("loss", "eval_loss", "perplexity", "eval_perplexity"))] = field(
+        "loss", "the best evaluation is the one with the lowest: loss or perplexity"
+    )
+    greater_is_better: Annotated[
+        bool | None, must("false: loss and perplexity are better when smaller", lambda v: v is None or v is False)
+    ] = field(None, "only false, as loss and perplexity are better when smaller")
+    bf16: Bool | None = field(None, "compute in bf16: feeds quant.compute_dtype, never autocast")
+    fp16: Bool | None = field(
+        None, "compute in fp16 with loss scaling on a card; a CPU computes in bf16 or fp32 instead"
+    )
+    gradient_checkpointing: Annotated[
+        bool | str, must("auto, true, false or selective", lambda v: v in ("auto", "selective") or isinstance(v, bool))
+    ] = field("auto", "recompute activations: auto (as memory asks), true, false, selective (what is cheap)", "auto")
+    loraplus_lr_ratio: Annotated[Float, Field(gt=0)] | None = field(
+        None, "LoRA+: learning rate of B over that of A", "16, with a lower rate"
+    )
+    save_minutes: Annotated[Float, Field(gt=0)] | None = field(
+        15.0, "minutes between checkpoints, beside save_steps; null for none"
+    )
+    max_tokens_per_micro_batch: Annotated[
+        int | str, must("auto, or a whole number >= 1", lambda v: v == "auto" or (type(v) is int and v >= 1))
+    ] = field("auto", "tokens of a micro-batch: auto (what fits) or a number", "auto")
 
     @property
     def rows_per_step(self) -> int:
@@ -303,109 +276,97 @@ class Train(Section):
 class Recipe(Section):
     """Everything a run depends on."""
 
-    model: str = Field(min_length=1, description="hub id[@revision], local folder, .gguf file, or a packaged name")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub id; the same as model: id@revision")
-    quant: Quant = Field(default_factory=Quant, description="how the frozen base is kept")
-    lora: Lora = Field(default_factory=Lora, description="the adapters, as peft.LoraConfig names them")
-    data: Data = Field(description="what is trained on")
-    train: Train = Field(default_factory=Train, description="the training, as transformers.TrainingArguments names it")
-    output: str = Field("runs/run", min_length=1, description="the run folder; never overwritten")
-    allow_pickle: Bool = Field(False, description="read a .bin checkpoint (with weights_only)")
-    trust_remote_code: Bool = Field(False, description="run Python code that the checkpoint brings")
+    model: str = field(..., "hub id[@revision], local folder, .gguf file, or a packaged name", min_length=1)
+    revision: str | None = field(None, "branch, tag or commit of a hub id; the same as model: id@revision")
+    quant: Quant = field(Quant(), "how the frozen base is kept")
+    lora: Lora = field(Lora(), "the adapters, as peft.LoraConfig names them")
+    data: Data = field(..., "what is trained on")
+    train: Train = field(Train(), "the training, as transformers.TrainingArguments names it")
+    output: str = field("runs/run", "the run folder; never overwritten", min_length=1)
+    allow_pickle: Bool = field(False, "read a .bin checkpoint (with weights_only)")
+    trust_remote_code: Bool = field(False, "run Python code that the checkpoint brings")
 
     @model_validator(mode="after")
     def _together(self) -> Recipe:
-        problems = list(contradictions(self))
+        problems = [*_in_source(self), *_in_lora(self), *_in_train(self), *_in_data(self)]
         if problems:
             raise PydanticCustomError("together", "values that exclude each other", {"problems": problems})
         return self
 
 
-def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
-    """Values that are each allowed, but not together."""
-    yield from _in_source(recipe)
-    yield from _in_lora(recipe)
-    yield from _in_evaluation(recipe)
-    yield from _in_data(recipe)
-    train = recipe.train
-    if train.bf16 and train.fp16:
-        yield ("train.bf16", "train.fp16"), "train.bf16 and train.fp16 cannot both be true; better give neither"
-    for name in ("bf16", "fp16"):
-        if getattr(train, name) and recipe.quant.compute_dtype not in ("auto", name):
-            said = f"train.{name} is true, but quant.compute_dtype is {recipe.quant.compute_dtype}; give one of them"
-            yield (f"train.{name}", "quant.compute_dtype"), said
-    schedule, given = train.lr_scheduler_type, train.lr_scheduler_kwargs or {}
-    involved = ("train.lr_scheduler_type", "train.lr_scheduler_kwargs")
-    if unknown := sorted(set(given) - set(SCHEDULES[schedule])):
-        allowed = ", ".join(SCHEDULES[schedule]) or "nothing"
-        yield involved, f"train.lr_scheduler_kwargs: {schedule} takes {allowed}, got {', '.join(unknown)}"
-    needed = SCHEDULES_NEED.get(schedule, ())
-    if needed and not set(needed) & set(given):
-        yield involved, f"train.lr_scheduler_type {schedule} needs {' or '.join(needed)} in train.lr_scheduler_kwargs"
-    names = re.findall(r"(\w+)\s*=", train.optim_args or "")
-    if unknown := sorted(set(names) - set(OPTIMIZERS[train.optim])):
-        allowed = ", ".join(OPTIMIZERS[train.optim]) or "nothing"
-        yield ("train.optim", "train.optim_args"), f"train.optim_args: {train.optim} takes {allowed}, got {unknown[0]}"
+# Values that are each allowed, but not together: sentences, and each names the fields by their dotted names.
 
 
-def _in_source(recipe: Recipe) -> Iterator[Contradiction]:
+def _in_source(recipe: Recipe) -> Iterator[str]:
     if recipe.revision is not None:
-        if os.path.exists(os.path.expanduser(recipe.model)):
-            yield ("model", "revision"), f"revision is for hub ids, and model {recipe.model} is a path that exists"
+        if is_path(recipe.model):
+            yield f"revision is for hub ids, and model {recipe.model} is a path that exists"
         elif "@" in recipe.model:
-            yield ("model", "revision"), f"model {recipe.model} and revision {recipe.revision}: give the revision once"
+            yield f"model {recipe.model} and revision {recipe.revision}: give the revision once"
 
 
-def _in_lora(recipe: Recipe) -> Iterator[Contradiction]:
-    lora = recipe.lora
+def _in_lora(recipe: Recipe) -> Iterator[str]:
+    lora, target = recipe.lora, recipe.lora.target_modules
     if lora.init_lora_weights == "orthogonal":
         odd = [r for r in (lora.r, *lora.rank_pattern.values()) if r % 2]
         if recipe.quant.quantises:
-            said = "lora.init_lora_weights orthogonal needs quant.type none: PEFT makes it in the dtype of the base"
-            yield ("lora.init_lora_weights", "quant.type"), said
+            yield "lora.init_lora_weights orthogonal needs quant.type none: PEFT makes it in the dtype of the base"
         elif odd:
-            said = f"lora.init_lora_weights orthogonal needs even ranks, got {odd[0]}"
-            yield ("lora.init_lora_weights", "lora.r", "lora.rank_pattern"), said
+            yield f"lora.init_lora_weights orthogonal needs even ranks, got {odd[0]}"
     if lora.lora_bias and lora.use_dora:
-        yield ("lora.lora_bias", "lora.use_dora"), "lora.lora_bias and lora.use_dora cannot both be true"
+        yield "lora.lora_bias and lora.use_dora cannot both be true"
     if lora.lora_bias and isinstance(lora.init_lora_weights, str):
-        said = f"lora.lora_bias needs lora.init_lora_weights true or false, got {lora.init_lora_weights}"
-        yield ("lora.lora_bias", "lora.init_lora_weights"), said
+        yield f"lora.lora_bias needs lora.init_lora_weights true or false, got {lora.init_lora_weights}"
     if lora.layers_pattern is not None and lora.layers_to_transform is None:
-        said = "lora.layers_pattern says where lora.layers_to_transform counts; give both or neither"
-        yield ("lora.layers_pattern", "lora.layers_to_transform"), said
-    target = lora.target_modules
+        yield "lora.layers_pattern says where lora.layers_to_transform counts; give both or neither"
     if lora.layers_to_transform is not None and isinstance(target, str) and target not in ("auto", "all-linear"):
-        said = "lora.layers_to_transform is not read with a regular expression in lora.target_modules; give a list"
-        yield ("lora.layers_to_transform", "lora.target_modules"), said
+        yield "lora.layers_to_transform is not read with a regular expression in lora.target_modules; give a list"
 
 
-def _in_data(recipe: Recipe) -> Iterator[Contradiction]:
+def _in_train(recipe: Recipe) -> Iterator[str]:
+    train, dtype, strategy = recipe.train, recipe.quant.compute_dtype, recipe.train.eval_strategy
+    if recipe.data.eval is None:
+        asking = {
+            f"eval_strategy {strategy}": strategy in ("steps", "epoch"),
+            "eval_on_start true": train.eval_on_start,
+        }
+        for name in (name for name, asks in asking.items() if asks):
+            yield f"train.{name} asks for evaluations, but data.eval names no held-out rows"
+    if strategy in ("no", "epoch") and train.eval_steps is not None:
+        yield f"train.eval_steps is not read with train.eval_strategy {strategy}; say steps"
+    if train.bf16 and train.fp16:
+        yield "train.bf16 and train.fp16 cannot both be true; better give neither"
+    for name in ("bf16", "fp16"):
+        if getattr(train, name) and dtype not in ("auto", name):
+            yield f"train.{name} is true, but quant.compute_dtype is {dtype}; give one of them"
+    schedule, given = train.lr_scheduler_type, set(train.lr_scheduler_kwargs or {})
+    yield from _unread("lr_scheduler_kwargs", f"lr_scheduler_type {schedule}", fields.SCHEDULES[schedule], given)
+    needed = fields.SCHEDULES_NEED.get(schedule, ())
+    if needed and not given & set(needed):
+        yield f"train.lr_scheduler_type {schedule} needs {' or '.join(needed)} in train.lr_scheduler_kwargs"
+    given = set(re.findall(r"(\w+)\s*=", train.optim_args or ""))
+    yield from _unread("optim_args", f"optim {train.optim}", fields.OPTIMIZERS[train.optim], given)
+
+
+def _unread(name: str, owner: str, takes: tuple[str, ...], given: set[str]) -> Iterator[str]:
+    if unknown := ", ".join(sorted(given - set(takes))):
+        yield f"train.{name}: train.{owner} takes {', '.join(takes) or 'nothing'}, got {unknown}"
+
+
+def _in_data(recipe: Recipe) -> Iterator[str]:
     data = recipe.data
     if data.packing != "stream":
         return
     if data.format not in ("auto", "text"):
-        said = f"data.packing stream is for plain text, and data.format is {data.format}; say rows, or format: text"
-        yield ("data.packing", "data.format"), said
+        yield f"data.packing stream is for plain text, and data.format is {data.format}; say rows, or format: text"
     if data.mask == "assistant":
-        said = "data.packing stream is for plain text, in which no assistant speaks; data.mask: all"
-        yield ("data.packing", "data.mask"), said
+        yield "data.packing stream is for plain text, in which no assistant speaks; data.mask: all"
     if data.overlong != "error":
-        said = f"data.overlong {data.overlong} is not read with data.packing stream: long texts are cut into blocks"
-        yield ("data.packing", "data.overlong"), said
+        yield f"data.overlong {data.overlong} is not read with data.packing stream: long texts are cut into blocks"
 
 
-def _in_evaluation(recipe: Recipe) -> Iterator[Contradiction]:
-    train, strategy = recipe.train, recipe.train.eval_strategy
-    if recipe.data.eval is None:
-        asking = {"eval_strategy": strategy in ("steps", "epoch"), "eval_on_start": train.eval_on_start}
-        for name in (name for name, asks in asking.items() if asks):
-            value = strategy if name == "eval_strategy" else "true"
-            said = f"train.{name} {value} asks for evaluations, but data.eval names no held-out rows"
-            yield (f"train.{name}", "data.eval"), said
-    if strategy in ("no", "epoch") and train.eval_steps is not None:
-        said = f"train.eval_steps is not read with train.eval_strategy {strategy}; say steps"
-        yield ("train.eval_steps", "train.eval_strategy"), said
+def is_path(model: str) -> bool:
+    return os.path.exists(os.path.expanduser(model))  # False, not an error, for a name that no path can have
 
 
 class Loaded(NamedTuple):
@@ -424,16 +385,13 @@ SECTIONS: dict[str, type[Section]] = {
 
 def rows(loaded: Loaded) -> list[tuple[str, object, Origin]]:
     """Every leaf as (dotted field, value, origin), in the recipe's order."""
-    return [(field, value, loaded.origins[field]) for field, value in leaves(loaded.recipe)]
+    return [(name, value, loaded.origins[name]) for name, value in leaves(loaded.recipe)]
 
 
 def leaves(section: BaseModel, prefix: str = "") -> list[tuple[str, object]]:
     """Every leaf value with its dotted path; a mapping such as rank_pattern is one leaf."""
     pairs: list[tuple[str, object]] = []
-    for name in type(section).model_fields:
-        value = getattr(section, name)
-        if isinstance(value, BaseModel):
-            pairs += leaves(value, f"{prefix}{name}.")
-        else:
-            pairs.append((prefix + name, value))
+    for name, value in section:
+        inner = isinstance(value, BaseModel)
+        pairs += leaves(value, f"{prefix}{name}.") if inner else [(prefix + name, value)]
     return pairs
