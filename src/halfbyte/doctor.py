@@ -43,7 +43,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `doctor` found. `model` is its id; `checks` are empty without one."""
+    """What `doctor` saw. `model` is its id; `checks` are empty without one."""
 
     device: device.Device
     dtype: str

@@ -5,11 +5,11 @@ Only this file (and `doctor.py` and the command line) tells the rooms about each
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from signal import Signals
 from typing import TYPE_CHECKING
 
 from halfbyte.adapters import lora
@@ -22,19 +22,15 @@ from halfbyte.errors import DataError
 from halfbyte.recipe.file import to_yaml
 from halfbyte.runs import checkpoint
 from halfbyte.runs import report as reporting
-from halfbyte.runs.best import Best
-from halfbyte.runs.folder import RunFolder
+from halfbyte.runs.folder import RunFolder, write_json
 from halfbyte.system import device, threads, usage
 from halfbyte.system.versions import versions
-from halfbyte.training import fit
+from halfbyte.training import fit, prepare
 from halfbyte.training.assembly import PlannedRun, planned
 from halfbyte.training.callback import RunCallback
-from halfbyte.training.events import Listener
+from halfbyte.training.events import Listener, StopRequest, stop_on_signals
 from halfbyte.training.pace import Pace, recompute_as, rehearse
-from halfbyte.training.prepare import data_report
-from halfbyte.training.prepare import notices as data_notices
 from halfbyte.training.schedule import cadence, eval_every, micro_batches
-from halfbyte.training.signals import StopRequest, stop_on_signals
 from halfbyte.training.trainer import StepTrainer, training_arguments
 
 if TYPE_CHECKING:
@@ -44,16 +40,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `stopped_by` is the number of the signal that ended it early, with a checkpoint written."""
+    """How a run ended. `stopped_by` is the signal that ended it early, with a checkpoint written."""
 
     run: Path
     report: Document
     step: int
-    stopped_by: int | None = None
-
-    @property
-    def signal_name(self) -> str:
-        return signal.Signals(self.stopped_by).name if self.stopped_by is not None else ""
+    stopped_by: Signals | None = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +74,8 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     else:
         RunFolder.check_free(out)
     ready = make_ready(loaded.recipe, machine, tell)
-    folder = RunFolder.reopen(out) if resume else RunFolder.create(out, to_yaml(loaded.recipe))
-    with folder as run, stop_on_signals() as stop, usage.Peak() as peak:
+    folder = RunFolder.open(out, need_adapter=False) if resume else RunFolder.create(out, to_yaml(loaded.recipe))
+    with folder.lock() as run, stop_on_signals() as stop, usage.Peak() as peak:
         try:
             callback = run_steps(ready, run, stop, tell, resume=resume)
             step = callback.trainer.state.global_step
@@ -108,7 +100,7 @@ def make_ready(recipe: Recipe, machine: device.Device, tell: Listener) -> Ready:
     for name, why in plan.reasons.items():
         tell.note("plan", f"{name} {getattr(plan, name)}: {why}")
     tell.note("plan", f"peak memory about {plan.needed_bytes / 1e9:.2f} GB of {plan.available_bytes / 1e9:.1f} GB free")
-    notices = [*data_notices(prepared), *(str(f) for f in prepared.findings if f.level != "ok"), *plan.warnings]
+    notices = [*prepare.notices(prepared), *(str(f) for f in prepared.findings if f.level != "ok"), *plan.warnings]
     base = _assembled(job, tell, notices)
     for notice in notices:
         tell.note("note", notice)
@@ -174,8 +166,8 @@ def _assembled(job: PlannedRun, tell: Listener, notices: list[str]) -> Assembled
 def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener, *, resume: bool) -> RunCallback:
     """Every step, from the first or from the newest checkpoint, until the last or until a signal."""
     prepared, steps = ready.job.prepared, ready.steps
-    recipe, model, base = prepared.recipe, ready.base.model, ready.base.base
-    run.write_plan({**ready.job.plan.to_json(), "steps": len(steps), "tokens": steps.tokens})
+    source, recipe, model, base = prepared.checkpoint, prepared.recipe, ready.base.model, ready.base.base
+    write_json(run.plan, {**ready.job.plan.to_json(), "steps": len(steps), "tokens": steps.tokens})
     point = checkpoint.newest(run.checkpoints) if resume else None
     if point is not None:
         run.truncate_metrics(checkpoint.step_of(point))
@@ -200,20 +192,14 @@ def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener, *
         listener=tell,
         cadence=cadence(prepared),
         # at full precision, so that a resumed run continues from the same numbers
-        write_adapter=partial(
-            lora.write_files,
-            model,
-            base_id=prepared.checkpoint.id,
-            revision=prepared.checkpoint.revision,
-            dtype=None,
-        ),
+        write_adapter=partial(lora.write_files, model, base_id=source.id, revision=source.revision, dtype=None),
         stop=stop,
-        best=Best.of(recipe, run) if prepared.evaluation is not None else None,
+        best=checkpoint.Best.of(recipe, run) if prepared.evaluation is not None else None,
         resume=point,
     )
     trainer.add_callback(callback)
     try:
-        trainer.train(resume_from_checkpoint=str(point) if point is not None else None)
+        trainer.train(resume_from_checkpoint=None if point is None else str(point))
     finally:
         tell.end()
     return callback
@@ -251,11 +237,13 @@ def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak
         lines=fit.compared(plan, ready.base.base, ready.held, seen, run.path, step_s if timed else None),
         peak_rss_bytes=used["peak_rss_bytes"],
         peak_device_bytes=used.get("peak_device_bytes"),
-        versions=versions(),
-        machine={**machine.to_json(), "process": ready.settings.to_json()},
-        data=data_report(prepared),
-        notices=(*ready.notices, *(f"memory: {down}" for down in ready.pace.downs)),
         adapter_step=None if chosen is None else chosen.step,
-    ).to_json()
-    run.write_report(report)
+    )
+    report |= {
+        "versions": versions(),
+        "machine": {**machine.to_json(), "process": ready.settings.to_json()},
+        "data": prepare.data_report(prepared),
+        "notices": [*ready.notices, *(f"memory: {down}" for down in ready.pace.downs)],
+    }
+    write_json(run.report, report)
     return report

@@ -780,7 +780,13 @@ def test_no_space_for_the_best_adapter(halfbyte: Cli, monkeypatch: pytest.Monkey
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full, a device without space")
 def test_no_space_for_the_metrics(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RunFolder, "metrics", property(lambda self: Path("/dev/full")))
+    paths = RunFolder.__post_init__
+
+    def full(self: RunFolder) -> None:
+        paths(self)
+        self.metrics = Path("/dev/full")
+
+    monkeypatch.setattr(RunFolder, "__post_init__", full)
     ended = halfbyte(*train())
     assert ended.code == 1
     assert re.fullmatch(

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from halfbyte import finetune
 from halfbyte.errors import DataError, RunError
-from halfbyte.inference.load import Opened, evaluate, open_run
+from halfbyte.inference.evaluate import evaluate
+from halfbyte.inference.load import Opened, open_run
 from halfbyte.training.prepare import prepare
 from tests import tiny_run
 

@@ -23,6 +23,7 @@ from halfbyte import finetune
 from halfbyte.cli import show
 from halfbyte.errors import HalfbyteError
 from halfbyte.inference import load as opened_run
+from halfbyte.inference.evaluate import evaluate
 from halfbyte.models.sources import lookup
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import SECTIONS, Recipe, leaves
@@ -562,7 +563,7 @@ def test_what_was_trained_comes_back(kind: str, lab: Lab) -> None:
     ran = lab.ran({**EVAL, "train__eval_on_start": True, "train__load_best_model_at_end": False, **changes}, model)
     untrained, trained = (row["eval_loss"] for row in ran.metrics if "eval_loss" in row)
     opened = opened_run.open_run(ran.folder)
-    scores = opened_run.evaluate(opened, with_base=True, max_new_tokens=1)
+    scores = evaluate(opened, with_base=True, max_new_tokens=1)
     assert untrained != pytest.approx(trained, rel=1e-3)
     assert scores["adapter"].loss == pytest.approx(trained, rel=1e-6)
     assert scores["base"].loss == pytest.approx(untrained, rel=1e-6)

@@ -10,7 +10,7 @@ import pytest
 
 from halfbyte.errors import TrainError
 from halfbyte.recipe.schema import Recipe
-from halfbyte.runs.best import Best
+from halfbyte.runs.checkpoint import Best
 from halfbyte.runs.folder import RunFolder
 
 

@@ -1,4 +1,4 @@
-"""run.py: a run folder is made whole, locked, never overwritten, and readable after a crash at any moment."""
+"""A run folder is made whole, locked, never overwritten, and readable after a crash at any moment."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from halfbyte.errors import RunError, TrainError
-from halfbyte.runs.folder import RunFolder
+from halfbyte.runs.folder import RunFolder, write_json
 
 RECIPE = "model: smollm2-135m\n"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    with RunFolder.create(tmp_path / "runs" / "a", RECIPE) as run:
+    with RunFolder.create(tmp_path / "runs" / "a", RECIPE).lock() as run:
         pass
     return run
 
@@ -34,7 +34,7 @@ def test_create_makes_the_folder_whole_with_its_recipe(folder: RunFolder) -> Non
 def test_nothing_that_exists_is_overwritten(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a"
     if kind == "run":
-        with RunFolder.create(path, RECIPE):
+        with RunFolder.create(path, RECIPE).lock():
             pass
     elif kind == "empty":
         path.mkdir()
@@ -44,7 +44,7 @@ def test_nothing_that_exists_is_overwritten(tmp_path: Path, kind: str) -> None:
         path.symlink_to(tmp_path / "nowhere")
     with (
         pytest.raises(RunError, match=r"exists already.*\n.*--resume, or give another output:"),
-        RunFolder.create(path, "x"),
+        RunFolder.create(path, "x").lock(),
     ):
         pass
     with pytest.raises(RunError, match="exists already"):
@@ -55,9 +55,9 @@ def test_nothing_that_exists_is_overwritten(tmp_path: Path, kind: str) -> None:
 
 def test_of_two_that_create_at_once_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a"
-    with RunFolder.create(path, RECIPE):
+    with RunFolder.create(path, RECIPE).lock():
         monkeypatch.setattr(RunFolder, "check_free", lambda path: None)  # looked before the other one renamed
-        with pytest.raises(RunError, match="exists already"), RunFolder.create(path, "other"):
+        with pytest.raises(RunError, match="exists already"), RunFolder.create(path, "other").lock():
             pass
     assert (path / "recipe.yaml").read_text() == RECIPE
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
@@ -67,7 +67,7 @@ def test_a_place_that_cannot_be_written_is_an_error_without_leftovers(tmp_path: 
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(RunError, match=r"cannot be made: .*/file is a file\."),
-        RunFolder.create(tmp_path / "file" / "run", "x"),
+        RunFolder.create(tmp_path / "file" / "run", "x").lock(),
     ):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
@@ -98,7 +98,7 @@ def test_open_without_an_adapter_says_how_far_it_got(folder: RunFolder) -> None:
     expected = "no adapter yet: it got to step 42, with a checkpoint at step 40.\n  fix: halfbyte train "
     with pytest.raises(RunError, match=re.escape(f"{expected}{folder.path} --resume")):
         RunFolder.open(folder.path)
-    with RunFolder.reopen(folder.path) as again:
+    with RunFolder.open(folder.path, need_adapter=False).lock() as again:
         assert again == folder
 
 
@@ -106,7 +106,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from halfbyte.runs.folder import RunFolder
-with RunFolder.reopen(Path(sys.argv[1])):
+with RunFolder.open(Path(sys.argv[1]), need_adapter=False).lock():
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -117,18 +117,21 @@ def test_a_run_is_written_by_one_process_and_a_killed_one_leaves_no_lock(folder:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(RunError, match=f"is being written by process {other.pid}"), RunFolder.reopen(folder.path):
+        with (
+            pytest.raises(RunError, match=f"is being written by process {other.pid}"),
+            RunFolder.open(folder.path, need_adapter=False).lock(),
+        ):
             pass
         other.kill()
-    with RunFolder.reopen(folder.path):
+    with RunFolder.open(folder.path, need_adapter=False).lock():
         assert (folder.path / "lock").read_text() == str(os.getpid())
 
 
 def test_create_holds_the_lock(tmp_path: Path) -> None:
     with (
-        RunFolder.create(tmp_path / "a", RECIPE) as run,
+        RunFolder.create(tmp_path / "a", RECIPE).lock() as run,
         pytest.raises(RunError, match="is being written"),
-        RunFolder.reopen(run.path),
+        RunFolder.open(run.path, need_adapter=False).lock(),
     ):
         pass
 
@@ -182,7 +185,7 @@ def test_rows_after_the_checkpoint_are_cut_off(folder: RunFolder) -> None:
 
 
 def test_json_is_replaced_whole(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder.write_plan({"peak": 1})
+    write_json(folder.plan, {"peak": 1})
     assert json.loads(folder.plan.read_text()) == {"peak": 1}
 
     def fail(source: Path, target: Path) -> None:
@@ -190,7 +193,7 @@ def test_json_is_replaced_whole(folder: RunFolder, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(PermissionError):
-        folder.write_plan({"peak": 2})
+        write_json(folder.plan, {"peak": 2})
     assert json.loads(folder.plan.read_text()) == {"peak": 1}
     assert not list(folder.path.glob(".plan*"))
 
@@ -202,7 +205,7 @@ def test_a_full_disk_is_said_with_the_size_needed(folder: RunFolder) -> None:
     with pytest.raises(
         TrainError, match=r"no space left: writing .*report\.json needs 13 bytes, and .* bytes free\.\n.*--resume"
     ):
-        folder.write_report({"a": 1})
+        write_json(folder.report, {"a": 1})
     assert folder.report.read_text() == "old"
     folder.metrics.symlink_to("/dev/full")
     with pytest.raises(TrainError, match=r"no space left: writing .*metrics\.jsonl needs 12 bytes"):

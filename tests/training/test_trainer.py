@@ -23,6 +23,7 @@ from halfbyte.data import collate, gates, pack
 from halfbyte.data.encoding.examples import Example
 from halfbyte.errors import DataError, RunError, TrainError
 from halfbyte.inference import load as opened_run
+from halfbyte.inference.evaluate import evaluate
 from halfbyte.inference.generate import Sampling, generate
 from halfbyte.layers import loss, packing, packing_proof
 from halfbyte.recipe.file import load_recipe
@@ -419,7 +420,7 @@ def test_the_best_adapter_is_kept(tmp_path: Path) -> None:
     finetune.train(last)
     assert adapter_bytes(last) != adapter_bytes(loaded)
     opened = opened_run.open_run(Path(loaded.recipe.output))
-    score = opened_run.evaluate(opened, max_new_tokens=1)["adapter"]
+    score = evaluate(opened, max_new_tokens=1)["adapter"]
     assert score.loss == pytest.approx(found[step], rel=1e-5)
 
 

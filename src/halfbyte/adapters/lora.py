@@ -1,7 +1,6 @@
 """Put adapters on a base, save them, load them again on their base. With `layers`, the only door to peft.
 
-PEFT makes the adapters and writes the files; ours are the choice of targets, the checks, and the dtype of what is
-saved.
+PEFT makes the adapters and writes the files; ours are the choice of targets, the checks, and the dtype that is saved.
 Source: LoRA, arXiv:2106.09685; `peft/tuners/lora/model.py`.
 Cost: rank x (in + out) parameters a layer, fp32 while training.
 """
@@ -14,18 +13,23 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from halfbyte.adapters.dropin import PeftModel, freeze, get_peft_model
 from halfbyte.adapters.targets import Targets, matched, resolve_targets
 from halfbyte.errors import AdapterError, first_line
-from halfbyte.models.names import leaf_of
+from halfbyte.models.names import endings_of, leaf_of
 from halfbyte.runs import checkpoint
 
 if TYPE_CHECKING:
@@ -52,7 +56,6 @@ def add(model: Model, lora: Lora, targets: Targets, *, seed: int) -> Model:
     """Put fresh adapters on a base.
 
     Args:
-        targets: as `targets.resolve_targets` chose them for this model.
         seed: of LoRA A's random start; the global random state is left as `torch.manual_seed(seed)` makes it.
 
     Raises:
@@ -66,17 +69,8 @@ def add(model: Model, lora: Lora, targets: Targets, *, seed: int) -> Model:
         raise AdapterError(
             f"lora: {first_line(error)}", fix="halfbyte train RECIPE --dry-run shows each value"
         ) from error
-    check_modules_to_save(adapted, lora.modules_to_save or ())
-    return adapted
-
-
-def check_modules_to_save(adapted: Model, asked: Sequence[str]) -> None:
-    """PEFT skips a `modules_to_save` name that matches nothing; here that is an error with the names there are."""
-    from peft.utils import ModulesToSaveWrapper
-
     wrapped = {leaf_of(name) for name, m in adapted.named_modules() if isinstance(m, ModulesToSaveWrapper)}
-    missing = sorted(set(asked) - wrapped)
-    if missing:
+    if missing := sorted({*(lora.modules_to_save or ())} - wrapped):  # PEFT skips them without a word
         # of a layer with an adapter the parts are PEFT's own: `base_layer`, `lora_A.default`, ...
         names = (name for name, p in adapted.get_base_model().named_parameters() if not p.requires_grad)
         leaves = sorted({name.replace(".base_layer", "").rsplit(".", 2)[-2] for name in names})
@@ -84,6 +78,7 @@ def check_modules_to_save(adapted: Model, asked: Sequence[str]) -> None:
             f"lora.modules_to_save names {', '.join(missing)}, which the model does not have.",
             fix=f"choose among {', '.join(leaves[:20])}",
         )
+    return adapted
 
 
 def choose_targets(model: Model, lora: Lora) -> tuple[Targets, list[str]]:
@@ -110,33 +105,25 @@ def check_names(model: Model, lora: Lora, modules: Sequence[str]) -> None:
     Raises:
         AdapterError: with all of them.
     """
-    from peft.utils.other import get_pattern_key
-
     names = [name for name, _ in model.named_modules() if name]
     problems = []
     for field, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         used = {get_pattern_key(pattern, name) for name in modules}
-        problems += [
-            f"lora.{field}: {key!r} is the key of no layer with an adapter" for key in pattern if key not in used
-        ]
-    excluded = lora.exclude_modules or ()
+        unused = [key for key in pattern if key not in used]
+        problems += [f"lora.{field}: {key!r} is the key of no layer with an adapter" for key in unused]
+    excluded, endings = lora.exclude_modules or (), {ending for name in names for ending in endings_of(name)}
     if isinstance(excluded, str):
-        if not any(re.fullmatch(excluded, name) for name in names):
-            problems.append(f"lora.exclude_modules: {excluded!r} matches no module")
+        unmatched = [] if any(re.fullmatch(excluded, name) for name in names) else [excluded]
     else:
-        dotted = [f".{name}" for name in names]
-        unmatched = [name for name in excluded if not any(other.endswith(f".{name}") for other in dotted)]
-        problems += [f"lora.exclude_modules: {name!r} matches no module" for name in unmatched]
+        unmatched = [name for name in excluded if name not in endings]
+    problems += [f"lora.exclude_modules: {name!r} matches no module" for name in unmatched]
     layers = lora.layers_to_transform
-    for layer in (layers,) if isinstance(layers, int) else layers or ():
-        if not any(f".{layer}." in name for name in names):
-            problems.append(f"lora.layers_to_transform: the model has no layer {layer}")
+    asked = (layers,) if isinstance(layers, int) else layers or ()
+    absent = [layer for layer in asked if not any(f".{layer}." in name for name in names)]
+    problems += [f"lora.layers_to_transform: the model has no layer {layer}" for layer in absent]
     rows = model.get_input_embeddings().weight.shape[0]
-    problems += [
-        f"lora.trainable_token_indices: {token} is beyond the {rows} rows of the embedding"
-        for token in lora.trainable_token_indices or ()
-        if token >= rows
-    ]
+    beyond = [token for token in lora.trainable_token_indices or () if token >= rows]
+    problems += [f"lora.trainable_token_indices: {t} is beyond the {rows} rows of the embedding" for t in beyond]
     biased = {name.removesuffix(".bias") for name, _ in model.named_parameters() if name.endswith(".bias")}
     if lora.bias != "none" and not (biased if lora.bias == "all" else biased & set(modules)):
         problems.append(f"lora.bias {lora.bias}: there is no bias to train")
@@ -146,8 +133,6 @@ def check_names(model: Model, lora: Lora, modules: Sequence[str]) -> None:
 
 def summary(adapted: Model) -> str:
     """What LoRA was put on, by the last part of the names, and how much trains."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     counts = Counter(leaf_of(name) for name, m in adapted.named_modules() if isinstance(m, BaseTunerLayer))
     names = ", ".join(f"{name} x{count}" for name, count in sorted(counts.items()))
     trainable, total = adapted.get_nb_trainable_parameters()
@@ -158,8 +143,6 @@ def loraplus_optimizer(
     adapted: Model, cls: type[Optimizer], ratio: float, weight_decay: float, kwargs: Document
 ) -> Optimizer:
     """An optimiser whose learning rate for B is `ratio` times that for A (LoRA+, arXiv:2402.12354)."""
-    from peft.optimizers import create_loraplus_optimizer
-
     return create_loraplus_optimizer(
         adapted, cls, loraplus_lr_ratio=ratio, loraplus_weight_decay=weight_decay, **kwargs
     )
@@ -178,40 +161,28 @@ def save(
     revision: str | None,
     dtype: torch.dtype = torch.float32,
     tokenizer: Tokenizer | None = None,
-) -> Path:
-    """Write `folder` in PEFT's format, whole or not at all; an older one there is replaced.
-
-    Args:
-        base_id: hub id, folder or packaged name that the base came from; never a path inside a cache.
-        dtype: of the saved tensors; training masters are fp32.
-        tokenizer: written beside it, where it is not the base's own any more.
-    """
+) -> None:
+    """Write `folder` in PEFT's format, whole or not at all; an older one there is replaced. A `tokenizer` that is
+    not the base's own is written beside it."""
     with checkpoint.whole_or_absent(f"the adapter {folder}", folder) as temporary:
         write_files(adapted, temporary, base_id=base_id, revision=revision, dtype=dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-    return folder
 
 
 def write_files(adapted: Model, folder: Path, *, base_id: str, revision: str | None, dtype: torch.dtype | None) -> None:
     """Write PEFT's two adapter files (`adapter_model.safetensors`, `adapter_config.json`) into `folder`.
 
     Args:
-        dtype: of the saved tensors; None keeps each in its own.
+        base_id: hub id, folder or packaged name that the base came from; never a path inside a cache.
+        dtype: of the saved tensors; None keeps each in its own (training masters are fp32).
     """
-    config = adapted.peft_config[adapted.active_adapter]
-    config.base_model_name_or_path = base_id
-    config.revision = revision
+    config = copy(adapted.peft_config[adapted.active_adapter])
+    config.base_model_name_or_path, config.revision, config.inference_mode = base_id, revision, True
+    config.save_pretrained(str(folder))
     saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in saved.items()}
-    folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
-    inference = config.inference_mode
-    config.inference_mode = True
-    try:
-        config.save_pretrained(str(folder))
-    finally:
-        config.inference_mode = inference
 
 
 def read_config(folder: Path) -> Document:
@@ -253,12 +224,8 @@ def load(model: Model, folder: Path, *, trainable: bool = False) -> Model:
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         shown = next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
-        raise AdapterError(
-            f"the adapter in {folder} does not fit this base: {shown[:300]}",
-            fix=other_base,
-        ) from error
-    strange = _without_place(adapted, folder)
-    if strange:
+        raise AdapterError(f"the adapter in {folder} does not fit this base: {shown[:300]}", fix=other_base) from error
+    if strange := _without_place(adapted, folder):
         raise AdapterError(
             f"the adapter in {folder} has {len(strange)} tensors that this base has no place for: "
             f"{', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''}.",
@@ -283,25 +250,21 @@ def biases(model: Model) -> Saved:
 @contextmanager
 def base_alone(adapted: Model, own: Saved) -> Iterator[None]:
     """The base without its adapter. PEFT's `disable_adapter` leaves trained biases (`bias: all`) in place."""
+    trained = [(parameter, parameter.detach().clone()) for parameter, _ in own]
     with adapted.disable_adapter():
-        trained = [(parameter, parameter.detach().clone()) for parameter, _ in own]
         try:
-            _put(own)
+            for parameter, value in own:
+                parameter.data.copy_(value)
             yield
         finally:
-            _put(trained)
-
-
-@torch.no_grad()
-def _put(values: Saved) -> None:
-    for parameter, value in values:
-        parameter.copy_(value)
+            for parameter, value in trained:
+                parameter.data.copy_(value)
 
 
 def _without_place(adapted: Model, folder: Path) -> list[str]:
     """Saved tensors that PEFT has read and dropped: a deeper model's, most often."""
     known = {*get_peft_model_state_dict(adapted, save_embedding_layers=False)}
-    known |= {name for name, _ in adapted.named_parameters()}  # whole embeddings, which PEFT may save unasked
+    known.update(name for name, _ in adapted.named_parameters())  # whole embeddings, which PEFT may save unasked
     with safe_open(folder / ADAPTER_FILES[0], "pt") as file:
         return sorted(set(file.keys()) - known)
 

@@ -45,11 +45,10 @@ class Targets:
 
 def auto_targets(model: nn.Module) -> Targets:
     """The projections of every layer's token mixer; of every linear layer where the mixer has none (XLNet)."""
-    usable = _usable(model)
+    architecture, usable = _architecture(model), _usable(model)
     chosen = {name for name in usable if is_mixer_projection(name)}
     if any(leaf_of(name) == _GPT2_INPUT for name in chosen):
         chosen |= {name for name in usable if leaf_of(name) == _GPT2_OUTPUT}
-    architecture = _architecture(model)
     if chosen:
         kinds = {False: "the attention projections", True: f"{_STATE_SPACE_INPUT} of the state-space blocks"}
         used = sorted({_in_state_space(model, name) for name in chosen})
@@ -71,13 +70,9 @@ def all_linear(model: nn.Module) -> Targets:
     In some MoE architectures PEFT rewrites names such as `gate_proj` into the fused 3-D expert parameters. Those names
     are left out too (shared experts with them): such experts are not adapted here.
     """
-    architecture = _architecture(model)
-    usable = _usable(model)
-    by_leaf: dict[str, set[str]] = {}
-    for name in usable:
-        by_leaf.setdefault(leaf_of(name), set()).add(name)
-    rewritten = sorted(leaf for leaf in by_leaf if _becomes_expert_parameter(model, leaf))
-    chosen = usable - {name for leaf in rewritten for name in by_leaf[leaf]}
+    architecture, usable = _architecture(model), _usable(model)
+    rewritten = sorted(leaf for leaf in {leaf_of(name) for name in usable} if _becomes_expert_parameter(model, leaf))
+    chosen = {name for name in usable if leaf_of(name) not in rewritten}
     reason = f"all-linear: every linear layer of {architecture} but head and routers"
     if rewritten:
         reason += f"; without {', '.join(rewritten)}, which PEFT would turn into the fused experts"
@@ -121,35 +116,23 @@ def matched(
     from peft.tuners.tuners_utils import check_target_module_exists
 
     _refuse_unmatched(model, targets)
-    config = _peft_config(
-        model,
-        targets,
-        exclude_modules=_listed(exclude) or None,
-        layers_to_transform=_listed(layers_to_transform),
-        layers_pattern=_listed(layers_pattern),
-        modules_to_save=_listed(modules_to_save) or None,
-    )
+    limits = {
+        "exclude_modules": exclude or None,
+        "layers_to_transform": layers_to_transform,
+        "layers_pattern": layers_pattern,
+        "modules_to_save": modules_to_save or None,
+    }
+    # PEFT takes lists, a recipe holds tuples
+    limits = {key: list(value) if isinstance(value, tuple) else value for key, value in limits.items()}
+    config = _peft_config(model, targets, **limits)
     names = [name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)]
     if not names:
-        limits = {
-            "exclude_modules": exclude,
-            "layers_to_transform": layers_to_transform,
-            "modules_to_save": modules_to_save,
-        }
-        asked = ", ".join(f"{key} {value!r}" for key, value in limits.items() if value not in (None, (), [], ""))
+        asked = ", ".join(f"{key} {value!r}" for key, value in limits.items() if value is not None)
         raise AdapterError(f"lora.target_modules: {_show(targets)} match, but nothing is left after {asked}")
-    problems = [problem for name in names if (problem := _cannot_carry(model, name))]
-    if problems:
-        unique = list(dict.fromkeys(problems))
-        raise AdapterError(
-            "lora.target_modules: " + "; ".join(unique), fix="lora.target_modules: auto, or leave them out"
-        )
+    if problems := dict.fromkeys(problem for name in names if (problem := _cannot_carry(model, name))):
+        fix = "lora.target_modules: auto, or leave them out"
+        raise AdapterError(f"lora.target_modules: {'; '.join(problems)}", fix=fix)
     return names
-
-
-def _listed(value: object) -> object:
-    """PEFT takes lists, a recipe holds tuples."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 # --- what a module is ---------------------------------------------------------------------------------------------
@@ -177,16 +160,17 @@ def _usable(model: nn.Module) -> set[str]:
     base = getattr(model, "base_model", model)
     prefix = next((name for name, module in model.named_modules() if module is base), "")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    names = set()
-    for name, module in model.named_modules():
-        if not _is_matmul(module) or module is head or (prefix and not name.startswith(f"{prefix}.")):
-            continue
-        if is_aside(name):
-            continue
-        if leaf_of(name) in {"lm_head", "score", "embed_out", "classifier"} or _raw_in_state_space(model, name):
-            continue
-        names.add(name)
-    return names
+    inside = f"{prefix}." if prefix else ""
+    return {
+        name
+        for name, module in model.named_modules()
+        if name.startswith(inside)
+        and _is_matmul(module)
+        and module is not head
+        and not is_aside(name)
+        and leaf_of(name) not in {"lm_head", "score", "embed_out", "classifier"}
+        and not _raw_in_state_space(model, name)
+    }
 
 
 def _in_state_space(model: nn.Module, name: str) -> bool:
@@ -201,11 +185,11 @@ def _raw_in_state_space(model: nn.Module, name: str) -> bool:
 def _cannot_carry(model: nn.Module, name: str) -> str | None:
     from torch import nn
 
-    module = model.get_submodule(name)
-    leaf, kind = leaf_of(name), type(module).__name__
-    if not _is_matmul(module) and not isinstance(module, nn.Embedding):
-        return f"{leaf!r} is a {kind}, which cannot carry an adapter"
-    if _is_matmul(module) and _raw_in_state_space(model, name):
+    module, leaf = model.get_submodule(name), leaf_of(name)
+    if not _is_matmul(module):
+        kind = type(module).__name__
+        return None if isinstance(module, nn.Embedding) else f"{leaf!r} is a {kind}, which cannot carry an adapter"
+    if _raw_in_state_space(model, name):
         return f"{leaf!r} of a state-space block is read as a raw weight by its kernel, which would ignore an adapter"
     return None
 
@@ -287,10 +271,8 @@ def _becomes_expert_parameter(model: nn.Module, leaf: str) -> bool:
 
 
 def _refuse_unmatched(model: nn.Module, targets: Targets) -> None:
-    modules = [name for name, _ in model.named_modules() if name]
+    modules, fix = [name for name, _ in model.named_modules() if name], "lora.target_modules: auto"
     leaves = sorted({leaf_of(name) for name in modules if _is_matmul(model.get_submodule(name))})
-    architecture = _architecture(model)
-    fix = "lora.target_modules: auto"
     if not targets.names:
         raise AdapterError(f"lora.target_modules is empty.{_what_exists(model)}", fix=fix)
     if isinstance(targets.names, str):
@@ -310,7 +292,9 @@ def _refuse_unmatched(model: nn.Module, targets: Targets) -> None:
     lines = []
     for name in missing:
         near = [leaf for leaf in difflib.get_close_matches(leaf_of(name), leaves, n=3, cutoff=0.6) if leaf != name]
-        lines.append(f"no module of {architecture} matches {name!r}" + (f" (near: {', '.join(near)})" if near else ""))
+        lines.append(
+            f"no module of {_architecture(model)} matches {name!r}" + (f" (near: {', '.join(near)})" if near else "")
+        )
     raise AdapterError("lora.target_modules: " + "; ".join(lines) + f".{_what_exists(model)}", fix=fix)
 
 

@@ -21,7 +21,7 @@ def answer(opened: Opened, messages: Messages, sampling: Sampling, *, base: bool
     from halfbyte.inference import generate
 
     ids = generate.chat_ids(opened.tokenizer, messages)
-    with opened.base_only() if base else opened.adapted():
+    with opened.using(base=base):
         emit = None if silent else show.stream
         (text,) = generate.generate(opened.model, opened.tokenizer, [ids], sampling, emit=emit)
     if not silent:

@@ -93,7 +93,7 @@ def train(
         outcome = finetune.train(loaded, resume=resume, listener=listener)
     if outcome.stopped_by is not None:
         show.warning(
-            f"stopped by {outcome.signal_name} after step {outcome.step}; nothing is lost.\n"
+            f"stopped by {outcome.stopped_by.name} after step {outcome.step}; nothing is lost.\n"
             f"  continue: halfbyte train {outcome.run} --resume"
         )
         raise typer.Exit(128 + outcome.stopped_by)
@@ -218,10 +218,10 @@ def evaluate(
     from halfbyte.cli import show
 
     opened = _open(run, silent=json_)
-    from halfbyte.inference import load
+    from halfbyte.inference import evaluate as scoring
 
     with show.counting("rows", silent=json_) as progress:
-        scores = load.evaluate(
+        scores = scoring.evaluate(
             opened, data=data, limit=limit, with_base=base, max_new_tokens=max_new_tokens, progress=progress
         )
     if json_:

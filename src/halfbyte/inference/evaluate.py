@@ -7,15 +7,23 @@ Cost: one forward over the rows, and one generation each.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from halfbyte.data import blocks, collate, pack
+from halfbyte.data.encoding import encode
+from halfbyte.data.encoding.examples import IGNORED
+from halfbyte.errors import DataError
 from halfbyte.inference.generate import Sampling, generate
 from halfbyte.layers.loss import mean_loss
+from halfbyte.plan import InferencePlan, Rows, plan_inference
+from halfbyte.system import device
 
 if TYPE_CHECKING:
     from halfbyte.data.encoding.examples import Example
-    from halfbyte.types import Batch, Document, Model, Tokenizer
+    from halfbyte.inference.load import Opened
+    from halfbyte.types import Document
 
 
 @dataclass(frozen=True)
@@ -49,43 +57,65 @@ class Score:
         return {**asdict(self), "exact_match": self.exact_match}
 
 
-def score(
-    model: Model,
-    tokenizer: Tokenizer,
-    examples: Sequence[Example],
-    batches: Sequence[Batch],
+def evaluate(
+    opened: Opened,
     *,
-    sampling: Sampling,
-    batch_size: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> Score:
-    """Evaluate on `examples` (for generation) and their packed `batches` (for the loss).
+    data: Path | None = None,
+    limit: int | None = None,
+    with_base: bool = False,
+    max_new_tokens: int = 256,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[str, Score]:
+    """Score the adapter, and with `with_base` the base alone, on the same rows. Keys: `base`, `adapter`."""
+    recipe, path = opened.recipe, data or opened.recipe.data.eval
+    if path is None:
+        fix = f"halfbyte eval {opened.run} --data ROWS.jsonl"
+        raise DataError("the run has no held-out rows (data.eval).", fix=fix)
+    encoded = encode.encode(path, opened.tokenizer, recipe.data, cores=device.cores())
+    if recipe.data.packing == "stream":
+        encoded = blocks.stream(encoded, recipe.data.max_length)
+    examples = encoded.examples[:limit]
+    lengths = [len(e.input_ids) for e in examples]
+    plan = _planned(opened, examples, lengths, max_new_tokens)
+    most = recipe.train.per_device_eval_batch_size if opened.job.packed else 1
+    batches = collate.Batches(examples, pack.eval_micro_batches(lengths, plan.max_tokens_per_micro_batch, most))
+    scores = {}
+    for name in ("base", "adapter") if with_base else ("adapter",):
+        with opened.using(base=name == "base"):
+            loss = mean_loss(opened.model, batches)
+            outputs = _written(opened, examples, max_new_tokens, plan.sequences, progress)
+        samples = tuple(
+            Sample(e.where, opened.tokenizer.decode(e.prompt_ids, skip_special_tokens=True), e.completion, output)
+            for e, output in zip(examples, outputs, strict=True)
+        )
+        exact, labelled = sum(s.exact for s in samples), int(loss["labelled_tokens"])
+        scores[name] = Score(loss["loss"], loss["perplexity"], labelled, len(samples), exact, samples)
+    return scores
 
-    Rows are generated from short to long, so that a batch pads little; samples come back in the rows' order.
-    """
-    loss = mean_loss(model, batches)
+
+def _written(
+    opened: Opened, examples: Sequence[Example], max_new_tokens: int, at_once: int, progress: Callable[[int, int], None]
+) -> list[str]:
+    """What the model writes for each row; generated from short to long, so that a batch pads little."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
     outputs: dict[int, str] = {}
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
-        texts = generate(model, tokenizer, [examples[i].prompt_ids for i in chunk], sampling)
+    for start in range(0, len(order), at_once):
+        chunk = order[start : start + at_once]
+        prompts = [examples[i].prompt_ids for i in chunk]
+        texts = generate(opened.model, opened.tokenizer, prompts, Sampling(max_new_tokens))
         outputs.update(zip(chunk, texts, strict=True))
-        if progress is not None:
-            progress(len(outputs), len(order))
-    samples = tuple(
-        Sample(
-            where=example.where,
-            prompt=tokenizer.decode(example.prompt_ids, skip_special_tokens=True),
-            reference=example.completion,
-            output=outputs[i],
-        )
-        for i, example in enumerate(examples)
-    )
-    return Score(
-        loss=loss["loss"],
-        perplexity=loss["perplexity"],
-        labelled_tokens=int(loss["labelled_tokens"]),
-        rows=len(samples),
-        exact=sum(s.exact for s in samples),
-        samples=samples,
+        progress(len(outputs), len(order))
+    return [outputs[i] for i in range(len(examples))]
+
+
+def _planned(opened: Opened, examples: Sequence[Example], lengths: Sequence[int], max_new_tokens: int) -> InferencePlan:
+    """The plan of an evaluation of these rows; the base stays where it is."""
+    labelled = [sum(label != IGNORED for label in e.labels) for e in examples]
+    longest_prompt = max((len(e.prompt_ids) for e in examples), default=0)
+    return plan_inference(
+        replace(opened.job, rows=Rows(lengths, labelled, lengths)),
+        opened.machine,
+        opened.trained,
+        placement=opened.plan.placement,
+        generated_tokens=longest_prompt + max_new_tokens,
     )

@@ -6,8 +6,7 @@ Cost: loading the base once; the base alone is the same model with its adapter s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +16,7 @@ from halfbyte.adapters.assembly import assembled
 from halfbyte.base import load, stream
 from halfbyte.base.store import supply
 from halfbyte.base.tokenizer import open_tokenizer
-from halfbyte.data import blocks, collate, pack
-from halfbyte.data.encoding import chat_template, encode
-from halfbyte.data.encoding.examples import IGNORED
-from halfbyte.errors import DataError
-from halfbyte.inference import evaluate as scoring
-from halfbyte.inference.generate import Sampling
+from halfbyte.data.encoding import chat_template
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.plan import GENERATED_TOKENS, InferencePlan, Job, Rows, Trained, plan_inference
 from halfbyte.recipe.file import load_recipe
@@ -31,7 +25,6 @@ from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device, threads
 
 if TYPE_CHECKING:
-    from halfbyte.data.encoding.examples import Example
     from halfbyte.types import Model, Tokenizer
 
 
@@ -50,13 +43,9 @@ class Opened:
     trained: Trained | None
     plan: InferencePlan
 
-    def adapted(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    @contextmanager
-    def base_only(self) -> Iterator[None]:
-        with lora.base_alone(self.model, self.own_biases):
-            yield
+    def using(self, *, base: bool) -> AbstractContextManager[None]:
+        """The base alone, or with its adapter."""
+        return lora.base_alone(self.model, self.own_biases) if base else nullcontext()
 
 
 def open_run(path: Path, tell: supply.Tell | None = None) -> Opened:
@@ -85,57 +74,3 @@ def open_run(path: Path, tell: supply.Tell | None = None) -> Opened:
     made = assembled(base, recipe, adapter=run.adapter, place=place)
     job = replace(job, packed=made.packed.ok)
     return Opened(path, recipe, made.model, tokenizer, made.own_biases, machine, job, trained, chosen)
-
-
-def evaluate(
-    opened: Opened,
-    *,
-    data: Path | None = None,
-    limit: int | None = None,
-    with_base: bool = False,
-    max_new_tokens: int = 256,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, scoring.Score]:
-    """Score the adapter, and with `with_base` the base alone, on the same rows. Keys: `base`, `adapter`."""
-    path = data or opened.recipe.data.eval
-    if path is None:
-        raise DataError(
-            "the run has no held-out rows (data.eval).", fix=f"halfbyte eval {opened.run} --data ROWS.jsonl"
-        )
-    encoded = encode.encode(path, opened.tokenizer, opened.recipe.data, cores=device.cores())
-    if opened.recipe.data.packing == "stream":
-        encoded = blocks.stream(encoded, opened.recipe.data.max_length)
-    examples = encoded.examples[:limit]
-    chosen = planned_for(opened, examples, max_new_tokens)
-    most = opened.recipe.train.per_device_eval_batch_size if opened.job.packed else 1
-    lengths = [len(e.input_ids) for e in examples]
-    batches = collate.Batches(examples, pack.eval_micro_batches(lengths, chosen.max_tokens_per_micro_batch, most))
-    sampling = Sampling(max_new_tokens=max_new_tokens)
-    scores: dict[str, scoring.Score] = {}
-    for name, mode in [*([("base", opened.base_only)] if with_base else []), ("adapter", opened.adapted)]:
-        with mode():
-            scores[name] = scoring.score(
-                opened.model,
-                opened.tokenizer,
-                examples,
-                batches,
-                sampling=sampling,
-                batch_size=chosen.sequences,
-                progress=progress,
-            )
-    return scores
-
-
-def planned_for(opened: Opened, examples: Sequence[Example], max_new_tokens: int) -> InferencePlan:
-    """The plan of an evaluation of these rows; the base stays where it is."""
-    lengths = [len(e.input_ids) for e in examples]
-    labelled = [sum(label != IGNORED for label in e.labels) for e in examples]
-    longest_prompt = max((len(e.prompt_ids) for e in examples), default=0)
-    job = replace(opened.job, rows=Rows(lengths, labelled, lengths))
-    return plan_inference(
-        job,
-        opened.machine,
-        opened.trained,
-        placement=opened.plan.placement,
-        generated_tokens=longest_prompt + max_new_tokens,
-    )

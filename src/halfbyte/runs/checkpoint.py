@@ -1,4 +1,5 @@
-"""Checkpoints that are whole or absent: adapter, optimiser, schedule, random state and position, nothing pickled.
+"""Checkpoints that are whole or absent: adapter, optimiser, schedule, random state and position, nothing pickled; and
+the best adapter so far.
 
 Why: upstream writes files one by one into the final folder, as pickles, and resumes with a *fresh* optimiser, silently,
 when `optimizer.pt` is missing (`transformers/trainer.py`, `_load_optimizer_and_scheduler`).
@@ -11,31 +12,34 @@ from __future__ import annotations
 
 import json
 import random
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from halfbyte.errors import RunError, TrainError
 from halfbyte.system import files
 
 if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from halfbyte.recipe.schema import Recipe
+    from halfbyte.runs.folder import RunFolder
     from halfbyte.types import Document
 
 NESTED = "/"  # between a state's name and a name inside it
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+MANIFEST, BEST_JSON = "manifest.json", "best.json"
 OPTIMIZER_TENSORS, OPTIMIZER_JSON, RNG_TENSORS = "optimizer.safetensors", "optimizer.json", "rng.safetensors"
-_NAME = re.compile(r"step-(\d{6,})$")
+HAS_JSON = (type(None), bool, int, float, str, list, tuple, dict, torch.Tensor)
 
 
 def save(
@@ -44,7 +48,7 @@ def save(
     *,
     write_adapter: Callable[[Path], None],
     write_trainer_state: Callable[[Path], None],
-    optimizer: Optimizer,
+    optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler,
 ) -> Path:
     """Write `folder/step-NNNNNN` whole or not at all.
@@ -76,11 +80,7 @@ def save(
 
 @contextmanager
 def whole_or_absent(what: str, folder: Path) -> Iterator[Path]:
-    """`files.new_folder`, of which a disk that refuses makes one error.
-
-    Raises:
-        TrainError: with the reason of the system.
-    """
+    """`files.new_folder`; if the disk refuses, a TrainError with the system's reason."""
     try:
         with files.new_folder(folder) as temporary:
             yield temporary
@@ -106,7 +106,8 @@ def is_whole(path: Path, *, hashes: bool = False) -> bool:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
-    return sorted((p for p in folder.glob("step-*") if _NAME.search(p.name) and is_whole(p)), key=step_of)
+    named = (p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit())
+    return sorted(filter(is_whole, named), key=step_of)
 
 
 def newest(folder: Path) -> Path:
@@ -118,45 +119,39 @@ def newest(folder: Path) -> Path:
     for path in reversed(checkpoints(folder)):
         if is_whole(path, hashes=True):
             return path
-    damaged = sorted(p.name for p in folder.glob("step-*"))
-    there = f"found only damaged ones: {', '.join(damaged)}" if damaged else "it has none"
+    damaged = ", ".join(sorted(p.name for p in folder.glob("step-*")))
     raise RunError(
-        f"no whole checkpoint to resume from in {folder}; {there}.",
+        f"no whole checkpoint to resume from in {folder}; "
+        + (f"found only damaged ones: {damaged}." if damaged else "it has none."),
         fix="start again with another `output:` (`--set output=runs/NAME`)",
     )
 
 
 def step_of(path: Path) -> int:
-    match = _NAME.search(path.name)
-    if match is None:
-        raise RunError(f"{path} is not a checkpoint folder; its name must be step-NNNNNN.")
-    return int(match[1])
+    return int(path.name.removeprefix("step-"))
 
 
-def prune(folder: Path, keep: int | None) -> list[Path]:
-    """Remove the oldest whole checkpoints so that `keep` stay, and temporaries of dead writers. Returns what went."""
-    gone = [p for p in folder.glob(".step-*") if not _alive(p.suffix.lstrip("."))]
-    whole = checkpoints(folder)
-    if keep is not None and len(whole) > keep:
-        gone += whole[: len(whole) - keep]
+def prune(folder: Path, keep: int | None) -> None:
+    """Remove the oldest whole checkpoints so that `keep` stay, and temporaries of dead writers."""
+    gone = [p for p in folder.glob(".step-*") if not (p.suffix[1:].isdigit() and psutil.pid_exists(int(p.suffix[1:])))]
+    if keep is not None:
+        gone += checkpoints(folder)[:-keep]
     for path in gone:
         shutil.rmtree(path, ignore_errors=True)
-    return gone
 
 
-def load_optimizer(path: Path, optimizer: Optimizer, scheduler: LRScheduler) -> None:
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> None:
     """Put the optimiser's and the schedule's state back.
 
     Raises:
         RunError: the state is of other parameters than these (another recipe).
     """
     state = json.loads((path / OPTIMIZER_JSON).read_text())
-    saved = state["optimizer"]["param_groups"]
-    own = optimizer.state_dict()["param_groups"]
-    if [len(g["params"]) for g in saved] != [len(g["params"]) for g in own]:
+    saved = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
+    own = [len(group["params"]) for group in optimizer.param_groups]
+    if saved != own:
         raise RunError(
-            f"checkpoint {path} holds the optimiser state of {sum(len(g['params']) for g in saved)} tensors, this "
-            f"recipe trains {sum(len(g['params']) for g in own)}.",
+            f"checkpoint {path} holds the optimiser state of {sum(saved)} tensors, this recipe trains {sum(own)}.",
             fix="resume with the recipe in the run folder, unchanged",
         )
     optimizer.load_state_dict(_unflatten(load_file(path / OPTIMIZER_TENSORS), state["optimizer"]))
@@ -195,32 +190,28 @@ def _flatten(state: Document) -> tuple[dict[str, torch.Tensor], Document]:
     scalars: dict[str, Document] = {}
     for index, values in state["state"].items():
         for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                # clone: safetensors refuses tensors that share storage
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous().clone()
-            elif isinstance(value, dict) and any(isinstance(inner, torch.Tensor) for inner in value.values()):
-                # bitsandbytes keeps the 8-bit state and its scales in a dict of their own
-                for inner_name, inner in value.items():
-                    if isinstance(inner, torch.Tensor):
-                        tensors[f"{index}.{name}{NESTED}{inner_name}"] = inner.detach().cpu().contiguous().clone()
-                    else:
-                        scalars.setdefault(str(index), {})[f"{name}{NESTED}{inner_name}"] = _plain(inner)
-            else:
-                scalars.setdefault(str(index), {})[name] = _plain(value)
+            # bitsandbytes keeps the 8-bit state and its scales in a dict of their own
+            inside = {f"{name}{NESTED}{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+            for key, part in inside.items():
+                if isinstance(part, torch.Tensor):
+                    # clone: safetensors refuses tensors that share storage
+                    tensors[f"{index}.{key}"] = part.detach().cpu().contiguous().clone()
+                else:
+                    scalars.setdefault(str(index), {})[key] = _plain(part)
     return tensors, {"scalars": scalars, "param_groups": _plain(state["param_groups"])}
 
 
 def _unflatten(tensors: dict[str, torch.Tensor], rest: Document) -> Document:
+    flat = [(*key.split(".", 1), tensor) for key, tensor in tensors.items()]
+    flat += [(index, name, value) for index, values in rest["scalars"].items() for name, value in values.items()]
     state: dict[int, Document] = {}
-    for key, tensor in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
-    for index, values in rest["scalars"].items():
-        state.setdefault(int(index), {}).update(values)
-    for values in state.values():
-        for key in [key for key in values if NESTED in key]:
-            name, _, inner_name = key.partition(NESTED)
-            values.setdefault(name, {})[inner_name] = values.pop(key)
+    for index, key, value in flat:
+        values = state.setdefault(int(index), {})
+        name, nested, inner = key.partition(NESTED)
+        if nested:
+            values.setdefault(name, {})[inner] = value
+        else:
+            values[name] = value
     groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in rest["param_groups"]]
     return {"state": state, "param_groups": groups}
 
@@ -230,15 +221,44 @@ def _plain(value: object) -> object:
     if isinstance(value, torch.Tensor):
         return value.item() if value.numel() == 1 else value.tolist()
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items() if _has_json(v)}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value
+        return {str(k): _plain(v) for k, v in value.items() if isinstance(v, HAS_JSON)}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _has_json(value: object) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str, list, tuple, dict, torch.Tensor))
+@dataclass
+class Best:
+    """The adapter of the evaluation with the lowest metric so far, in `folder`, with its `value` of `metric` and its
+    `step`; both are None before the first evaluation."""
 
+    metric: str
+    folder: Path
+    value: float | None = None
+    step: int | None = None
 
-def _alive(pid: str) -> bool:
-    return pid.isdigit() and Path(f"/proc/{pid}").exists()
+    @classmethod
+    def of(cls, recipe: Recipe, run: RunFolder) -> Best:
+        """The best of a run so far, also of an earlier process, which may have been killed between two renames."""
+        name = recipe.train.metric_for_best_model or "loss"
+        best = cls(name if name.startswith("eval_") else f"eval_{name}", run.checkpoints / "best")
+        older = files.aside(best.folder)
+        if not best.folder.exists() and older.exists():
+            older.rename(best.folder)
+        path = best.folder / BEST_JSON
+        row = json.loads(path.read_text()) if path.is_file() else {}
+        if row.get("metric") == best.metric:
+            best.value, best.step = row["value"], row["step"]
+        return best
+
+    def is_better(self, value: float) -> bool:
+        return self.value is None or value < self.value
+
+    def keep(self, value: float, step: int, write_adapter: Callable[[Path], None]) -> None:
+        """Put the adapter of this step in the place of the one before, whole or not at all.
+
+        Raises:
+            TrainError: the disk refuses; the one before is still there.
+        """
+        with whole_or_absent(f"the best adapter {self.folder}", self.folder) as temporary:
+            write_adapter(temporary)
+            (temporary / BEST_JSON).write_text(json.dumps({"metric": self.metric, "value": value, "step": step}))
+        self.value, self.step = value, step

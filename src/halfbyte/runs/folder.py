@@ -12,9 +12,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,41 +25,21 @@ if TYPE_CHECKING:
     from halfbyte.types import Document
 
 ANOTHER = "give another output: (--output)"
-_STEP = re.compile(r"step-(\d+)$")
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunFolder:
-    """A run on disk; the properties are its files, whether they are there yet or not.
-
-    `with RunFolder.create(...)` and `with RunFolder.reopen(...)` hold its lock, for writing; `open` is for reading.
-    """
+    """A run on disk, with the paths of its files, whether they are there yet or not. Who writes holds its `lock`."""
 
     path: Path
 
-    @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def plan(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.json"
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+    def __post_init__(self) -> None:
+        self.recipe = self.path / "recipe.yaml"
+        self.plan = self.path / "plan.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.report = self.path / "report.json"
+        self.adapter = self.path / "adapter"
+        self.checkpoints = self.path / "checkpoints"
 
     @staticmethod
     def check_free(path: Path) -> None:
@@ -77,9 +56,8 @@ class RunFolder:
             raise RunError(f"the run folder {path} cannot be made: {why}.", fix=ANOTHER)
 
     @classmethod
-    @contextlib.contextmanager
-    def create(cls, path: Path, recipe_yaml: str) -> Iterator[RunFolder]:
-        """Make a new run folder with its resolved recipe, whole or not at all, and hold its lock.
+    def create(cls, path: Path, recipe_yaml: str) -> RunFolder:
+        """Make a new run folder with its resolved recipe, whole or not at all.
 
         Raises:
             RunError: something is there already, or the place cannot be written.
@@ -100,63 +78,41 @@ class RunFolder:
             if files.is_full(error):
                 raise RunError(files.no_space(path, len(recipe_yaml)), fix=f"free some space, or {ANOTHER}") from error
             raise RunError(f"the run folder {path} cannot be made: {error.strerror}.", fix=ANOTHER) from error
-        run = cls(path)
-        with run.lock():
-            yield run
-
-    @classmethod
-    @contextlib.contextmanager
-    def reopen(cls, path: Path) -> Iterator[RunFolder]:
-        """Find an unfinished run again and hold its lock.
-
-        Raises:
-            RunError: as `open`, or another process writes it.
-        """
-        run = cls.open(path, need_adapter=False)
-        with run.lock():
-            yield run
+        return cls(path)
 
     @classmethod
     def open(cls, path: Path, *, need_adapter: bool = True) -> RunFolder:
-        """Find a run again.
-
-        Args:
-            need_adapter: False for a run that may be unfinished.
+        """Find a run again; without `need_adapter` it may be unfinished.
 
         Raises:
             RunError: no such folder, not a run folder, or no adapter in it yet.
         """
         if not path.exists():
-            raise RunError(
-                f"there is no run folder {path}.", fix="give the `output:` of a run, such as runs/quickstart"
-            )
+            raise RunError(f"there is no run folder {path}.", fix="give the `output:` of a run, as runs/quickstart")
         if not path.is_dir():
             raise RunError(f"{path} is a file, not a run folder.")
         run = cls(path)
-        missing = [
-            item.name + "/" * (item == run.checkpoints) for item in (run.recipe, run.checkpoints) if not item.exists()
-        ]
+        missing = [name for name in ("recipe.yaml", "checkpoints/") if not (path / name).exists()]
         if missing:
-            hint = ""
-            if (path / "adapter_config.json").is_file():
-                hint = " It is an adapter: give the run folder that it lies in."
+            is_adapter = (path / "adapter_config.json").is_file()
+            hint = " It is an adapter: give the run folder that it lies in." if is_adapter else ""
             raise RunError(f"{path} is not a run folder: it has no {' and no '.join(missing)}.{hint}")
         if need_adapter and not (run.adapter / "adapter_config.json").is_file():
             raise RunError(
-                f"the run {path} has no adapter yet: {run.progress()}.",
-                fix=f"halfbyte train {path} --resume",
+                f"the run {path} has no adapter yet: {run.progress()}.", fix=f"halfbyte train {path} --resume"
             )
         return run
 
     def progress(self) -> str:
         """How far the run got, in words: the last step in the metrics and the newest checkpoint."""
         steps = [row["step"] for row in self.read_metrics() if isinstance(row.get("step"), int)]
-        saved = [int(m[1]) for p in self.checkpoints.glob("step-*") if (m := _STEP.search(p.name))]
+        names = (p.name.removeprefix("step-") for p in self.checkpoints.glob("step-*"))
+        saved = [int(name) for name in names if name.isdigit()]
         done = f"it got to step {max(steps)}" if steps else "it ended before its first step"
         return f"{done}, " + (f"with a checkpoint at step {max(saved)}" if saved else "without a checkpoint")
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> Iterator[RunFolder]:
         """Hold the run for writing. The lock ends with its process, so one that crashed leaves none behind.
 
         Raises:
@@ -175,29 +131,21 @@ class RunFolder:
             stream.truncate(0)
             stream.write(str(os.getpid()))
             stream.flush()
-            yield
+            yield self
 
-    def write_plan(self, plan: Mapping[str, object]) -> None:
-        self._write(self.plan, files.as_json(plan))
-
-    def write_report(self, report: Mapping[str, object]) -> None:
-        self._write(self.report, files.as_json(report))
-
-    def append_metrics(self, row: Mapping[str, object]) -> None:
+    def append_metrics(self, row: Document) -> None:
         """Add one row. A torn line that a crash left at the end is cut away first.
 
         Raises:
             TrainError: no space left.
         """
         line = (json.dumps(files.finite(row)) + "\n").encode()
-        with _space_for(self.metrics, len(line)):
-            if not _ends_whole(self.metrics):
-                self._rewrite_metrics(self.read_metrics())
-            descriptor = os.open(self.metrics, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                os.write(descriptor, line)
-            finally:
-                os.close(descriptor)
+        with _space_for(self.metrics, len(line)), self.metrics.open("a+b", buffering=0) as stream:
+            if stream.tell():
+                stream.seek(-1, os.SEEK_END)
+                if stream.read(1) != b"\n":
+                    stream.truncate(self.metrics.read_bytes().rfind(b"\n") + 1)
+            stream.write(line)
 
     def read_metrics(self) -> list[Document]:
         """Every whole row, in order; a torn last line is passed over.
@@ -207,7 +155,9 @@ class RunFolder:
         """
         if not self.metrics.is_file():
             return []
-        lines = self.metrics.read_bytes().split(b"\n")
+        *lines, _ = self.metrics.read_bytes().split(
+            b"\n"
+        )  # after the last newline: nothing, or a write that was cut off
         rows: list[Document] = []
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -217,27 +167,30 @@ class RunFolder:
                 if not isinstance(row, dict):
                     raise ValueError("not a JSON object")
             except ValueError as error:
-                if number == len(lines):  # no newline after it: the write was cut off
-                    break
                 raise RunError(f"{self.metrics}:{number}: {error}.", fix="remove that line") from error
-            if number < len(lines):
-                rows.append(row)
+            rows.append(row)
         return rows
 
     def truncate_metrics(self, step: int) -> None:
         """Drop the rows after `step`: the resumed run writes them again."""
         rows = self.read_metrics()
         kept = [row for row in rows if row.get("step", 0) <= step]
-        if len(kept) != len(rows) or not _ends_whole(self.metrics):
-            self._rewrite_metrics(kept)
+        if len(kept) != len(rows):
+            _write(self.metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
-    def _rewrite_metrics(self, rows: list[Document]) -> None:
-        self._write(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
-    @staticmethod
-    def _write(path: Path, content: bytes) -> None:
-        with _space_for(path, len(content)):
-            files.write(path, content)
+def write_json(path: Path, value: Document) -> None:
+    """Write or replace a JSON file of a run in one step.
+
+    Raises:
+        TrainError: no space left.
+    """
+    _write(path, files.as_json(value))
+
+
+def _write(path: Path, content: bytes) -> None:
+    with _space_for(path, len(content)):
+        files.write(path, content)
 
 
 @contextlib.contextmanager
@@ -247,9 +200,8 @@ def _space_for(path: Path, size: int) -> Iterator[None]:
     except OSError as error:
         if not files.is_full(error):
             raise
-        raise TrainError(
-            files.no_space(path, size), fix="free some space, then `halfbyte train ... --resume`"
-        ) from error
+        fix = "free some space, then `halfbyte train ... --resume`"
+        raise TrainError(files.no_space(path, size), fix=fix) from error
 
 
 def _exists(path: Path) -> RunError:
@@ -257,12 +209,3 @@ def _exists(path: Path) -> RunError:
         f"the run folder {path} exists already, and a run is never overwritten.",
         fix=f"continue it with --resume, or {ANOTHER}",
     )
-
-
-def _ends_whole(path: Path) -> bool:
-    """Whether a file is absent, empty or ends with a newline."""
-    if not path.is_file() or path.stat().st_size == 0:
-        return True
-    with path.open("rb") as stream:
-        stream.seek(-1, os.SEEK_END)
-        return stream.read(1) == b"\n"

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """Rows and plan of a run. `meta` is the model without weights, `modules` the full names of the layers that get an
-    adapter; the plan follows from `figures`."""
+    """`meta` is the model without weights, `modules` the full names of the layers that get an adapter; the plan follows
+    from `figures`."""
 
     prepared: Prepared
     machine: Device

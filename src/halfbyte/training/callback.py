@@ -19,26 +19,19 @@ from halfbyte.runs import checkpoint
 from halfbyte.system import usage
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerControl, TrainerState
 
-    from halfbyte.runs.best import Best
     from halfbyte.runs.folder import RunFolder
-    from halfbyte.training.events import Listener
+    from halfbyte.training.events import Listener, StopRequest
     from halfbyte.training.schedule import Cadence
-    from halfbyte.training.signals import StopRequest
     from halfbyte.training.trainer import StepTrainer
     from halfbyte.types import Document
 
 
 @dataclass
 class RunCallback(TrainerCallback):
-    """Writes the run folder while the Trainer trains.
-
-    Args:
-        write_adapter: writes PEFT's two files into a folder.
-        resume: checkpoint whose optimiser, schedule and random state are put back before the first step.
-    """
+    """Writes the run folder while the Trainer trains. `write_adapter` writes PEFT's two files into a folder; `resume`
+    is the checkpoint whose optimiser, schedule and random state are put back before the first step."""
 
     trainer: StepTrainer
     run: RunFolder
@@ -46,45 +39,36 @@ class RunCallback(TrainerCallback):
     cadence: Cadence
     write_adapter: Callable[[Path], None]
     stop: StopRequest
-    best: Best | None = None
+    best: checkpoint.Best | None = None
     resume: Path | None = None
     evals: list[Document] = field(default_factory=list)
     _saved_at: float = 0.0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         if self.resume is not None:
             # the Trainer has put the adapter and the position back; it would start with a fresh optimiser
-            checkpoint.load_optimizer(self.resume, self._optimizer, self.trainer.lr_scheduler)
+            checkpoint.load_optimizer(self.resume, self.trainer.optimizer, self.trainer.lr_scheduler)
         self._saved_at = time.monotonic()
         self.listener.begin(state.max_steps, state.global_step, int(state.logging_steps) or 1)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+    def on_step_begin(self, *_: object, **__: object) -> None:
         if self.resume is not None:
             checkpoint.load_rng(self.resume)
             self.resume = None
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        if self.trainer.last is not None:
-            row = {**self.trainer.last.to_json(), **usage.process_memory()}
-            self.run.append_metrics(row)
-            self.listener.step(row)
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        row = {**self.trainer.last, **usage.process_memory()}
+        self.run.append_metrics(row)
+        self.listener.step(row)
+        seconds = time.monotonic() - self._saved_at
         if self.stop.signal is not None:
-            self.save(f"{self.stop.name} received")
+            self.save(f"{self.stop.signal.name} received")
             control.should_training_stop = True
-        elif state.global_step < state.max_steps and self.cadence.is_due(
-            state.global_step, time.monotonic() - self._saved_at
-        ):
+        elif state.global_step < state.max_steps and self.cadence.is_due(state.global_step, seconds):
             self.save("")
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float],
-        **_: object,
+        self, args: object, state: TrainerState, control: object, metrics: dict[str, float], **_: object
     ) -> None:
         row: Document = {"step": state.global_step, **metrics}
         self.evals.append(row)
@@ -95,7 +79,7 @@ class RunCallback(TrainerCallback):
             row = {**row, "best": True}
         self.listener.evaluated(row)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+    def on_train_end(self, *_: object, **__: object) -> None:
         if self.cadence.at_end and self.stop.signal is None:
             self.save("end of training")
         self.listener.end()
@@ -107,14 +91,9 @@ class RunCallback(TrainerCallback):
             trainer.state.global_step,
             write_adapter=self.write_adapter,
             write_trainer_state=lambda p: trainer.state.save_to_json(str(p)),
-            optimizer=self._optimizer,
+            optimizer=trainer.optimizer,
             scheduler=trainer.lr_scheduler,
         )
         checkpoint.prune(self.run.checkpoints, self.cadence.keep)
         self._saved_at = time.monotonic()
         self.listener.saved(path, reason)
-
-    @property
-    def _optimizer(self) -> Optimizer:
-        """The optimiser inside accelerate's wrapper."""
-        return getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)

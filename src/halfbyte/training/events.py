@@ -1,8 +1,15 @@
-"""What a run says while it works."""
+"""What a run says while it works, and the signals that it hears: the first SIGINT or SIGTERM ends it after the step
+under way, with a checkpoint; a second SIGINT ends it at once."""
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGINT, SIGTERM, Signals
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,3 +27,31 @@ class Listener:
     def evaluated(self, row: Document) -> None: ...
     def saved(self, path: Path, reason: str) -> None: ...
     def end(self) -> None: ...
+
+
+@dataclass
+class StopRequest:
+    """The signal that came, None if none did."""
+
+    signal: Signals | None = None
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Turn the first SIGINT or SIGTERM into a request; earlier handlers are put back. Only in the main thread."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def handle(number: int, frame: object) -> None:
+        if request.signal is not None and number == SIGINT:
+            raise KeyboardInterrupt
+        request.signal = Signals(number)
+
+    before = {number: signal.signal(number, handle) for number in (SIGINT, SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

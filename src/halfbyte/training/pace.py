@@ -3,9 +3,8 @@
 Why: a run that dies after an hour of training is the pain that people name first. What a step learns does not depend on
 how it is split (the loss is a sum over labelled tokens, divided once), so a run can step down in the middle of a step.
 What: before the first step the longest micro-batch and one evaluation batch run once. Between micro-batches free memory
-is compared with a margin. Below it, memory that was freed is given back to the system; if the next micro-batch still
-does not fit, the run steps down. If an allocation fails (cards raise an error; Linux mostly kills), the micro-batch is
-undone and run again, smaller.
+is compared with a margin; below it, freed memory goes back to the system, and if that is not enough, the run steps
+down. If an allocation fails (cards raise an error; Linux mostly kills), the micro-batch runs again, smaller.
 Cost: a look at /proc between micro-batches, 0.2 ms; where failures are caught, a copy of the gradients.
 """
 
@@ -83,15 +82,15 @@ class Pace:
         if self.on_card or ram_available() >= self.margin:
             return list(waiting)
         usage.trim()
-        free = ram_available() - self.margin
-        if free >= self.need(self._largest(waiting), self.recompute):
+        free, largest = ram_available() - self.margin, self.largest(waiting)
+        needed = self.need(largest, self.recompute)
+        if free >= needed:
             return list(waiting)
-        needed = self.need(self._largest(waiting), self.recompute)
         reason = f"{(free + self.margin) / GB:.2f} GB are free, the next micro-batch needs {needed / GB:.2f}"
-        moved = False
-        while free < self.need(min(self.tokens, self._largest(waiting)), self.recompute) and self.down(reason):
-            moved = True
-        if not moved and not self._tight:
+        before = len(self.downs)
+        while free < self.need(min(self.tokens, largest), self.recompute) and self.down(reason):
+            pass
+        if len(self.downs) == before and not self._tight:
             self._tight = True
             self.tell(f"{reason}; there is no smaller way to run this step")
         return self.split(waiting)
@@ -124,28 +123,25 @@ class Pace:
         """After an allocation failed in the first of `waiting`: gradients as before it, one step down, all again.
 
         Raises:
-            TrainError: there is no step down left.
+            TrainError: there is no step down left. `error` itself if it is another one, or nothing was held.
         """
-        if held is None:
+        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(
+            error
+        )
+        if held is None or not out_of_memory:
             raise error
         for parameter, before in zip((p for p in model.parameters() if p.requires_grad), held, strict=True):
             parameter.grad = before
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         if not self.down(f"an allocation failed: {first_line(error, 120)}"):
             raise TrainError(
-                f"memory: a micro-batch of {self._largest(waiting)} tokens does not fit, and there is no smaller way.",
+                f"memory: a micro-batch of {self.largest(waiting)} tokens does not fit, and there is no smaller way.",
                 fix="lower data.max_length or lora.r; halfbyte plan RECIPE lists what fits",
             ) from error
         return self.split(waiting)
 
-    def _largest(self, micro_batches: Sequence[pack.MicroBatch]) -> int:
+    def largest(self, micro_batches: Sequence[pack.MicroBatch]) -> int:
         return max((int(sum(self.lengths[r] for r in rows)) for rows in micro_batches), default=0)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a card or in RAM."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 @dataclass(frozen=True)
@@ -172,35 +168,24 @@ def rehearse(
     Raises:
         TrainError: not even the smallest way fits.
     """
-
-    def size(rows: pack.MicroBatch) -> int:
-        return int(sum(pace.lengths[r] for r in rows))
-
     training = model.training
     devices = [torch.cuda.current_device()] if pace.on_card else []
     while True:
-        (rows, *_) = sorted(pace.split([longest]), key=size, reverse=True)
-        held = usage.now()
-        began = time.perf_counter()
+        rows = max(pace.split([longest]), key=lambda rows: pace.largest([rows]))
+        held, began = usage.now(), time.perf_counter()
         try:
             with torch.random.fork_rng(devices=devices), usage.Peak() as peak:
                 model.train()
                 loss.micro_batch_loss(model, batch(rows)).backward()
-                _forget(model)
+                model.zero_grad()
                 if len(evaluation):
                     loss.mean_loss(model, [evaluation[0]])
             model.train(training)
-            return Rehearsed(size(rows), held, max(0, peak.private - held.private), time.perf_counter() - began)
+            took = max(0, peak.private - held.private)
+            return Rehearsed(pace.largest([rows]), held, took, time.perf_counter() - began)
         except (RuntimeError, MemoryError) as error:
-            _forget(model)
-            if not is_out_of_memory(error):
-                raise
+            model.zero_grad()
             pace.failed(error, model, [None for p in model.parameters() if p.requires_grad], [rows])
-
-
-def _forget(model: Model) -> None:
-    for parameter in model.parameters():
-        parameter.grad = None
 
 
 def recompute_as(model: Model, policy: Recompute) -> None:

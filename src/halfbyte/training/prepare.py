@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known before a weight is loaded: the source, the tokenizer, every row as tokens, what the gates say."""
-
     recipe: Recipe
     checkpoint: Checkpoint
     config: Config
@@ -55,15 +53,14 @@ def look(recipe: Recipe) -> Prepared:
     config = open_config(checkpoint.path, trust_remote_code=recipe.trust_remote_code)
     tokenizer = open_tokenizer(checkpoint, trust_remote_code=recipe.trust_remote_code)
     data, cores = recipe.data, device.cores()
-    text = config.get_text_config()
-    settled = None
+    text, settled = config.get_text_config(), None
+    rows = text.vocab_size
     if chatml.is_needed(data.train, tokenizer, data):
         tied = bool(getattr(text, "tie_word_embeddings", False))
-        settled = chatml.settle(tokenizer, data, embedding_rows=text.vocab_size, tied=tied)
+        settled = chatml.settle(tokenizer, data, embedding_rows=rows, tied=tied)
         recipe = with_trained(recipe, settled.new_tokens)
     train = encode.encode(data.train, tokenizer, data, cores=cores)
     evaluation = encode.encode(data.eval, tokenizer, data, cores=cores) if data.eval else None
-    rows = text.vocab_size
     trained = frozenset(recipe.lora.trainable_token_indices or ())
     findings = gates.check(train, evaluation, tokenizer, recipe.data, embedding_rows=rows, trained=trained)
     if data.packing == "stream":
@@ -81,14 +78,13 @@ def with_trained(recipe: Recipe, tokens: tuple[int, ...]) -> Recipe:
 
 
 def data_note(prepared: Prepared) -> str:
-    stats = prepared.train.stats
-    texts = prepared.train.texts
+    stats, texts = prepared.train.stats, prepared.train.texts
     rows = f"{stats.rows:,} rows" if texts is None else f"{texts:,} texts in {stats.rows:,} blocks"
-    note = (
+    held_out = f"; {prepared.evaluation.stats.rows:,} rows held out" if prepared.evaluation else ""
+    return (
         f"{rows}, {stats.tokens:,} tokens ({stats.min_length} to {stats.max_length} a row), "
-        f"{stats.labelled_share:.0%} of them trained"
+        f"{stats.labelled_share:.0%} of them trained{held_out}"
     )
-    return note + (f"; {prepared.evaluation.stats.rows:,} rows held out" if prepared.evaluation else "")
 
 
 def data_report(prepared: Prepared) -> Document:
@@ -103,16 +99,14 @@ def data_report(prepared: Prepared) -> Document:
             **({} if encoded.texts is None else {"blocks": stats.rows}),
         }  # fmt: skip
 
-    held_out = prepared.evaluation
     return {
         "train": counts(prepared.train),
-        "eval": counts(held_out) if held_out is not None else None,
+        "eval": None if prepared.evaluation is None else counts(prepared.evaluation),
         "gates": [finding.to_json() for finding in prepared.findings],
     }
 
 
 def notices(prepared: Prepared) -> list[str]:
     """What the user should know of the rows, beside the gates."""
-    held_out = prepared.evaluation
-    first = [prepared.chatml.notice] if prepared.chatml is not None else []
-    return [*first, *prepared.train.tally.messages(), *(held_out.tally.messages() if held_out is not None else ())]
+    first = [prepared.chatml.notice] if prepared.chatml else []
+    return first + [m for rows in (prepared.train, prepared.evaluation) if rows for m in rows.tally.messages()]

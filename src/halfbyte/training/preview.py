@@ -35,11 +35,8 @@ BIN_TOKENS = 16
 
 @dataclass(frozen=True)
 class Resolution:
-    """What `train --dry-run` shows: each value with its origin, then what follows from the values.
-
-    Args:
-        notes: labels and texts. warnings: of the recipe; the plan has its own.
-    """
+    """What `train --dry-run` shows: each value with its origin, then what follows from the values: `notes` are labels
+    and texts, `warnings` those of the recipe; the plan has its own."""
 
     rows: list[tuple[str, object, Origin]]
     notes: tuple[tuple[str, str], ...]
@@ -71,16 +68,13 @@ def resolve(loaded: Loaded) -> Resolution:
 
 def chosen_values(job: PlannedRun) -> dict[str, tuple[object, str]]:
     """The value of each field that may be `auto`, and why it is this one."""
-    plan, recipe = job.plan, job.prepared.recipe
+    plan, recipe, tokens = job.plan, job.prepared.recipe, "max_tokens_per_micro_batch"
     values: dict[str, tuple[object, str]] = {
         "quant.compute_dtype": device.compute_dtype(job.machine, recipe.quant.compute_dtype),
         "lora.target_modules": (job.targets.names, job.targets.reason),
         "train.gradient_checkpointing": (plan.gradient_checkpointing, plan.reasons["recompute"]),
         "quant.placement": (plan.placement, plan.reasons["placement"]),
-        "train.max_tokens_per_micro_batch": (
-            plan.max_tokens_per_micro_batch,
-            plan.reasons["max_tokens_per_micro_batch"],
-        ),
+        f"train.{tokens}": (plan.max_tokens_per_micro_batch, plan.reasons[tokens]),
     }
     if job.prepared.chatml is not None:
         values["lora.trainable_token_indices"] = (recipe.lora.trainable_token_indices, job.prepared.chatml.notice)
@@ -172,29 +166,24 @@ def check(loaded: Loaded, *, row: int | None = None) -> Checked:
     steps = plan_steps(
         prepared, max_tokens_per_micro_batch=plan.max_tokens_per_micro_batch, examples_per_micro_batch=None
     )
+    counted = steps[:COUNTED_STEPS]
     numbers = [row - 1] if row is not None else range(min(SHOWN_ROWS, count))
     return Checked(
         prepared,
         plan,
         len(steps),
-        count_micro_batches(steps),
+        # of more than `COUNTED_STEPS`, as many a step as the first ones have
+        round(sum(len(step.micro_batches) for step in counted) * len(steps) / max(1, len(counted))),
         steps.tokens,
         histogram(prepared.train.lengths),
         tuple(shown(prepared.train.examples[n], n + 1, prepared.tokenizer) for n in numbers),
     )
 
 
-def count_micro_batches(steps: pack.Steps) -> int:
-    """Micro-batches of all steps; of more than `COUNTED_STEPS`, as many a step as the first ones have."""
-    counted = steps[:COUNTED_STEPS]
-    return round(sum(len(step.micro_batches) for step in counted) * len(steps) / max(1, len(counted)))
-
-
 def histogram(lengths: pack.Sizes) -> tuple[Bin, ...]:
     """At most `BINS` bins of one width, from the shortest row to the longest."""
     first = int(np.min(lengths)) // BIN_TOKENS * BIN_TOKENS
-    width = -(-(int(np.max(lengths)) + 1 - first) // BINS)
-    width = -(-width // BIN_TOKENS) * BIN_TOKENS
+    width = -(-(int(np.max(lengths)) + 1 - first) // (BINS * BIN_TOKENS)) * BIN_TOKENS
     counts = np.bincount((np.asarray(lengths) - first) // width)
     return tuple(Bin(first + i * width, first + (i + 1) * width - 1, int(n)) for i, n in enumerate(counts))
 
@@ -203,14 +192,9 @@ def shown(example: Example, row: int, tokenizer: Tokenizer) -> Shown:
     """A row as text, cut where a label or a special token begins or ends."""
     special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids)
     marked = [(i, label >= 0, i in special) for i, label in zip(example.input_ids, example.labels, strict=True)]
+    as_it_is = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     pieces = [
-        Piece(_text(tokenizer, [i for i, _, _ in group]), labelled, is_special)
+        Piece(str(tokenizer.decode([i for i, _, _ in group], **as_it_is)), labelled, is_special)
         for (labelled, is_special), group in groupby(marked, key=lambda token: token[1:])
     ]
-    labelled = sum(label >= 0 for label in example.labels)
-    return Shown(row, example.where, len(example.input_ids), labelled, tuple(pieces))
-
-
-def _text(tokenizer: Tokenizer, ids: list[int]) -> str:
-    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return text
+    return Shown(row, example.where, len(marked), sum(labelled for _, labelled, _ in marked), tuple(pieces))

@@ -43,11 +43,9 @@ def plan_steps(
 
 
 def micro_batches(prepared: Prepared, tokens: int, examples: int | None) -> tuple[pack.Steps, collate.Batches]:
-    """Every step, and the held-out rows (perhaps none), in micro-batches of at most `tokens` tokens.
+    """Every step, and the held-out rows (perhaps none), in micro-batches of at most `tokens` and `examples`.
 
-    Args:
-        examples: at most so many in a micro-batch; None for no limit, and `per_device_eval_batch_size` of those held
-            out.
+    `examples` None: no limit, and `per_device_eval_batch_size` of those held out.
     """
     steps = plan_steps(prepared, max_tokens_per_micro_batch=tokens, examples_per_micro_batch=examples)
     if prepared.evaluation is None:
@@ -67,19 +65,16 @@ class Cadence:
 
     def is_due(self, step: int, seconds: float) -> bool:
         """Whether to save after a step, `seconds` after the last time."""
-        by_steps = self.steps > 0 and step % self.steps == 0
-        return by_steps or (self.minutes is not None and seconds >= 60 * self.minutes)
+        return (self.steps > 0 and step % self.steps == 0) or (
+            self.minutes is not None and seconds >= 60 * self.minutes
+        )
 
 
 def cadence(prepared: Prepared) -> Cadence:
     train = prepared.recipe.train
     by_strategy = {"no": 0, "epoch": _steps_per_epoch(prepared), "steps": _count(train.save_steps, prepared)}
-    return Cadence(
-        steps=by_strategy[train.save_strategy],
-        minutes=train.save_minutes,
-        keep=train.save_total_limit,
-        at_end=train.save_strategy != "no",
-    )
+    steps, at_end = by_strategy[train.save_strategy], train.save_strategy != "no"
+    return Cadence(steps, train.save_minutes, train.save_total_limit, at_end)
 
 
 def eval_every(prepared: Prepared) -> int:

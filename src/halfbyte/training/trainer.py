@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from halfbyte.adapters.lora import loraplus_optimizer, without_gradient
 from halfbyte.errors import RecipeError, TrainError, first_line
 from halfbyte.layers import loss
-from halfbyte.training.pace import Pace, is_out_of_memory
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -32,7 +31,8 @@ if TYPE_CHECKING:
 
     from halfbyte.data import collate, pack
     from halfbyte.recipe.schema import Train
-    from halfbyte.types import Batch, Document, Model
+    from halfbyte.training.pace import Pace
+    from halfbyte.types import Document, Model
 
 # Names under `train:` that are not fields of transformers.TrainingArguments, or that never reach the Trainer:
 # batch and accumulation are inside the item, the dtype is the base's, checkpoints and the best adapter are ours.
@@ -48,23 +48,6 @@ NOT_FOR_TRAINER = frozenset(
 
 # Each has a row in metrics.jsonl, and the report reads all of them.
 MAX_STEPS = 1_000_000
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one optimiser step did; one row of `metrics.jsonl`."""
-
-    step: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    tokens: int
-    labelled_tokens: int
-    micro_batches: int
-    seconds: float
-
-    def to_json(self) -> Document:
-        return {**asdict(self), "tokens_per_second": self.tokens / self.seconds if self.seconds > 0 else 0.0}
 
 
 def training_arguments(
@@ -136,7 +119,9 @@ class StepTrainer(Trainer):
     Args:
         eval_batches: packed micro-batches of held-out rows, as `data.collate` makes them.
         loraplus_lr_ratio: learning rate of B over that of A (LoRA+, arXiv:2402.12354); None for one rate.
-        pace: splits steps anew when memory runs short; None for micro-batches as they were planned.
+        pace: splits steps anew when memory runs short.
+
+    `last` is what the last step did: its row in `metrics.jsonl`.
     """
 
     optimizer: Optimizer
@@ -149,13 +134,13 @@ class StepTrainer(Trainer):
         *,
         train_dataset: collate.StepDataset,
         eval_batches: collate.Batches,
-        loraplus_lr_ratio: float | None = None,
-        pace: Pace | None = None,
+        loraplus_lr_ratio: float | None,
+        pace: Pace,
     ) -> None:
         self.eval_batches = eval_batches
         self.pace = pace
         self.loraplus_lr_ratio = loraplus_lr_ratio
-        self.last: StepRecord | None = None
+        self.last: Document = {}
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=[])
         self.loss_is_scaled_for_ga = True
         for callback in (PrinterCallback, ProgressCallback):
@@ -164,7 +149,7 @@ class StepTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Document]:
         """Items in their order, one at a time: the order was drawn when the steps were planned."""
-        return DataLoader(self.train_dataset, batch_size=1, shuffle=False, collate_fn=_only)
+        return DataLoader(self.train_dataset, batch_size=1, shuffle=False, collate_fn=itemgetter(0))
 
     def create_optimizer(self, model: Model | None = None) -> Optimizer:
         if self.loraplus_lr_ratio is None or self.optimizer is not None:
@@ -187,26 +172,28 @@ class StepTrainer(Trainer):
             self.optimizer.train()
         step, micro_batches = inputs["step"], inputs["micro_batches"]
         total = torch.zeros((), device=self.args.device)
-        pace = self.pace
-        waiting, done = list(step.micro_batches) if pace is None else pace.split(step.micro_batches), 0
+        waiting, done = self.pace.split(step.micro_batches), 0
         while waiting:
-            held = None if pace is None else pace.hold(model)
+            held = self.pace.hold(model)
             try:
                 with contextlib.nullcontext() if len(waiting) == 1 else self.accelerator.no_sync(model):
-                    part = self._run_micro_batch(model, micro_batches.of(waiting[0]), step.labelled_tokens)
+                    batch = micro_batches.of(waiting[0])
+                    summed = loss.micro_batch_loss(model, batch, label_smoothing=self.args.label_smoothing_factor)
+                    part = summed / step.labelled_tokens
+                    self.accelerator.backward(part)
             except (RuntimeError, MemoryError) as error:
-                if pace is None or not is_out_of_memory(error):
-                    raise
-                waiting = pace.failed(error, model, held, waiting)
+                waiting = self.pace.failed(error, model, held, waiting)
                 continue
-            total += part.to(total.device)
+            total += part.detach().to(total.device)
             done, waiting = done + 1, waiting[1:]
-            if pace is not None and waiting:
-                waiting = pace.between(waiting)
+            if waiting:
+                waiting = self.pace.between(waiting)
         value = float(total)
         if not math.isfinite(value):
+            where = [self.train_dataset.examples.where(row) for rows in step.micro_batches for row in rows]
+            rows = f"{', '.join(where[:4])}{' ...' if len(where) > 4 else ''}"
             raise TrainError(
-                f"the loss is {value} at step {self.state.global_step + 1} (rows {self._where(step)}).",
+                f"the loss is {value} at step {self.state.global_step + 1} (rows {rows}).",
                 fix="lower train.learning_rate, set train.max_grad_norm, or look at those rows"
                 if self.state.global_step
                 else "nothing has been trained yet: look at the base's weights and at those rows",
@@ -219,13 +206,6 @@ class StepTrainer(Trainer):
             )
         self._record(step, value, done)
         return total
-
-    def _run_micro_batch(self, model: Model, batch: Batch, labelled_tokens: int) -> torch.Tensor:
-        """Forward and backward of one micro-batch; its share of the step's loss."""
-        summed = loss.micro_batch_loss(model, batch, label_smoothing=self.args.label_smoothing_factor)
-        part = summed / labelled_tokens
-        self.accelerator.backward(part)
-        return part.detach()
 
     def evaluate(
         self, eval_dataset: object = None, ignore_keys: object = None, metric_key_prefix: str = "eval"
@@ -241,29 +221,19 @@ class StepTrainer(Trainer):
         """4 FLOP a base parameter and token: forward and the gradient of the input; a frozen weight needs no third."""
         return 4.0 * self.model.get_nb_trainable_parameters()[1] * inputs["step"].tokens
 
-    def _where(self, step: pack.Step) -> str:
-        """The files and lines of a step's first rows."""
-        where = [self.train_dataset.examples.where(row) for rows in step.micro_batches for row in rows]
-        return f"{', '.join(where[:4])}{' ...' if len(where) > 4 else ''}"
-
     def _record(self, step: pack.Step, value: float, micro_batches: int) -> None:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
         scaler = getattr(self.accelerator, "scaler", None)
-        now = time.perf_counter()
-        self.last = StepRecord(
-            step=self.state.global_step + 1,
-            loss=value,
-            learning_rate=float(self.optimizer.param_groups[0]["lr"]),
-            grad_norm=norm / float(scaler.get_scale()) if scaler is not None else norm,
-            tokens=step.tokens,
-            labelled_tokens=step.labelled_tokens,
-            micro_batches=micro_batches,
-            seconds=now - self._ended,
-        )
-        self._ended = now
-
-
-def _only(items: list[Document]) -> Document:
-    (item,) = items
-    return item
+        began, self._ended = self._ended, time.perf_counter()
+        self.last = {
+            "step": self.state.global_step + 1,
+            "loss": value,
+            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
+            "grad_norm": norm / float(scaler.get_scale()) if scaler is not None else norm,
+            "tokens": step.tokens,
+            "labelled_tokens": step.labelled_tokens,
+            "micro_batches": micro_batches,
+            "seconds": self._ended - began,
+            "tokens_per_second": step.tokens / max(self._ended - began, 1e-9),
+        }
