@@ -1,7 +1,6 @@
 """`halfbyte doctor`: what this machine is and does in a second; with a model, whether what halfbyte claims holds here.
 
-What: a few layers of the model at their true width, with adapters: packed against each example alone, fused against
-PEFT's gradients, gradients after an evaluation, and the same gradients wherever the base lies.
+What: a few layers of the model at their true width, with adapters; each `Check` names its claim.
 Cost: a few seconds; building the base's store first, if there is none.
 """
 

@@ -109,17 +109,17 @@ def make_ready(recipe: Recipe, machine: device.Device, tell: Listener) -> Ready:
     pace = fit.make_pace(prepared, plan, figures, machine, base.model, lambda text: tell.note("memory", text))
     steps, held_out = micro_batches(prepared, pace.tokens, pace.examples_per_micro_batch)
     if plan.needed_bytes <= fit.UNREHEARSED * plan.available_bytes:
-        tell.note("rehearsed", f"nothing: {plan.needed_bytes / 1e9:.2f} GB are planned, a small part of what is free")
         held = usage.now()
+        said = f"nothing: {plan.needed_bytes / 1e9:.2f} GB are planned, a small part of what is free"
     else:
         batch = collate.Batches(prepared.train.examples, ()).of
         tried = rehearse(base.model, pace, steps.longest_micro_batch(), batch, held_out)
-        tell.note(
-            "rehearsed",
-            f"{tried.tokens} tokens, the longest micro-batch, in {tried.seconds:.1f} s: "
-            f"{tried.micro_batch_bytes / 1e9:.2f} GB above {tried.held.private / 1e9:.2f} GB held",
-        )
         held = tried.held
+        said = (
+            f"{tried.tokens} tokens, the longest micro-batch, in {tried.seconds:.1f} s: "
+            f"{tried.micro_batch_bytes / 1e9:.2f} GB above {held.private / 1e9:.2f} GB held"
+        )
+    tell.note("rehearsed", said)
     return Ready(job, base, pace, steps, held_out, held, settings, notices)
 
 
@@ -171,16 +171,17 @@ def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener, *
     point = checkpoint.newest(run.checkpoints) if resume else None
     if point is not None:
         run.truncate_metrics(checkpoint.step_of(point))
+    arguments = training_arguments(
+        recipe.train,
+        folder=run.path,
+        total_steps=len(steps),
+        fp16=base.compute_dtype == "fp16",
+        use_cpu=base.device.type == "cpu",
+        eval_steps=eval_every(prepared),
+    )
     trainer = StepTrainer(
         model,
-        training_arguments(
-            recipe.train,
-            folder=run.path,
-            total_steps=len(steps),
-            fp16=base.compute_dtype == "fp16",
-            use_cpu=base.device.type == "cpu",
-            eval_steps=eval_every(prepared),
-        ),
+        arguments,
         train_dataset=collate.StepDataset(prepared.train.examples, steps),
         eval_batches=ready.held_out,
         loraplus_lr_ratio=recipe.train.loraplus_lr_ratio,
@@ -208,7 +209,7 @@ def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener, *
 def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak) -> Document:
     """Save the adapter (the best one where evaluations chose it) and the report; returns the report."""
     prepared, plan, machine, model = ready.job.prepared, ready.job.plan, ready.job.machine, ready.base.model
-    recipe = prepared.recipe
+    source, recipe = prepared.checkpoint, prepared.recipe
     chosen = callback.best if recipe.train.load_best_model_at_end else None
     if chosen is not None and chosen.step is not None:
         lora.put_weights(model, chosen.folder)
@@ -216,8 +217,8 @@ def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak
     lora.save(
         model,
         run.adapter,
-        base_id=prepared.checkpoint.id,
-        revision=prepared.checkpoint.revision,
+        base_id=source.id,
+        revision=source.revision,
         dtype=load.DTYPES[recipe.lora.save_dtype],
         tokenizer=prepared.tokenizer if prepared.chatml is not None else None,
     )

@@ -23,6 +23,7 @@ from halfbyte.adapters.targets import Targets, auto_targets, matched, resolve_ta
 from halfbyte.cli.reference import WELL_KNOWN, targets_table_markdown
 from halfbyte.errors import AdapterError, SourceError
 from halfbyte.models.structure import meta_model
+from halfbyte.recipe.schema import Lora
 from tests.lora_count import lora_parameter_count
 
 # Types whose default configuration does not build, or has none of the layers that its real checkpoints have.
@@ -258,17 +259,17 @@ def test_dora_count_is_pefts() -> None:
 def test_limits(llama: Any) -> None:
     targets = resolve_targets(llama, ["q_proj", "lm_head"])
     assert len(matched(llama, targets)) == 5
-    assert matched(llama, targets, layers_to_transform=(1,), exclude=["lm_head"]) == ["model.layers.1.self_attn.q_proj"]
-    assert len(matched(llama, targets, exclude=r".*layers\.[01]\..*")) == 3
-    assert matched(llama, targets, modules_to_save=["lm_head"], layers_to_transform=3, layers_pattern="layers") == [
-        "model.layers.3.self_attn.q_proj"
-    ]
+    second = Lora(layers_to_transform=(1,), exclude_modules=("lm_head",))
+    assert matched(llama, targets, second) == ["model.layers.1.self_attn.q_proj"]
+    assert len(matched(llama, targets, Lora(exclude_modules=r".*layers\.[01]\..*"))) == 3
+    fourth = Lora(modules_to_save=("lm_head",), layers_to_transform=3, layers_pattern="layers")
+    assert matched(llama, targets, fourth) == ["model.layers.3.self_attn.q_proj"]
     with pytest.raises(AdapterError, match="nothing is left after layers_to_transform"):
-        matched(llama, Targets(("q_proj",), ""), layers_to_transform=[77])
+        matched(llama, Targets(("q_proj",), ""), Lora(layers_to_transform=(77,)))
     with pytest.raises(AdapterError, match="needs target_modules as a list"):
-        matched(llama, Targets(r".*q_proj", ""), layers_to_transform=[1])
+        matched(llama, Targets(r".*q_proj", ""), Lora(layers_to_transform=(1,)))
     with pytest.raises(AdapterError, match="PEFT refuses these settings"):
-        matched(llama, targets, layers_pattern="layers")
+        matched(llama, targets, Lora(layers_pattern="layers"))
 
 
 def test_regex(llama: Any) -> None:

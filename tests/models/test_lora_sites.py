@@ -25,9 +25,7 @@ def both(name: str, **lora: Any) -> tuple[set[str], int, set[str], int]:
     found = sites(specs, asked)
     model = meta_model(config)
     chosen = targets.resolve_targets(model, asked.target_modules)
-    real = targets.matched(
-        model, chosen, exclude=asked.exclude_modules or (), layers_to_transform=asked.layers_to_transform
-    )
+    real = targets.matched(model, chosen, asked)
     count = lora_parameter_count(model, real, 8, asked.rank_pattern)
     return {site.name for site in found}, sum(s.parameters for s in found), set(real), count
 

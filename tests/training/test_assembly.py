@@ -27,7 +27,7 @@ class Notes(Listener):
 def test_it_knows_rows_targets_steps_and_plan_and_loads_no_weight(tmp_path: Path) -> None:
     recipe = tiny_run.recipe(tmp_path, train__max_steps=None, train__num_train_epochs=3).recipe
     job = planned(recipe, device.detect())
-    assert job.steps == 12 and len(job.prepared.train.examples) == 16
+    assert len(job.prepared.train.examples) == 16
     assert all(p.device.type == "meta" for p in job.meta.parameters())
     assert len(job.modules) == len(job.targets.names) * job.meta.config.num_hidden_layers
     assert job.figures.steps == 12 and job.plan.trainable == job.figures.trainable

@@ -29,9 +29,7 @@ class Assembled:
 
     Args:
         placed: None if the base stays where it was opened.
-        dequantised: whether the fast way from codes to weights is right here, or the slow one is used.
-        packed: how examples that are laid end to end are kept apart.
-        fused: whether the adapters run our fused layers, or PEFT's own forward. engine: the same in words.
+        engine: whether the adapters run our fused layers, or PEFT's own forward.
         layers: how many layers the proofs ran through; 0 for all of a model without a list of layers.
         own_biases: the base's own, where a loaded adapter has replaced them.
     """

@@ -1,6 +1,5 @@
 """Put adapters on a base, save them, load them again on their base. With `layers`, the only door to peft.
 
-PEFT makes the adapters and writes the files; ours are the choice of targets, the checks, and the dtype that is saved.
 Source: LoRA, arXiv:2106.09685; `peft/tuners/lora/model.py`.
 Cost: rank x (in + out) parameters a layer, fp32 while training.
 """
@@ -47,7 +46,7 @@ Saved: TypeAlias = list[tuple[torch.nn.Parameter, torch.Tensor]]
 
 def lora_config(lora: Lora, targets: Targets) -> LoraConfig:
     """The recipe's `lora:` as PEFT's own config. The two share their names, so every set value is passed on."""
-    values = {k: v for k, v in lora.model_dump(exclude={"target_modules", *OWN_FIELDS}).items() if v is not None}
+    values = lora.model_dump(exclude={"target_modules", *OWN_FIELDS}, exclude_none=True)
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
     return LoraConfig(**values, target_modules=targets.for_peft)
 
@@ -84,27 +83,13 @@ def add(model: Model, lora: Lora, targets: Targets, *, seed: int) -> Model:
 def choose_targets(model: Model, lora: Lora) -> tuple[Targets, list[str]]:
     """The target names, and the full names of the modules that they hit under the recipe's limits."""
     chosen = resolve_targets(model, lora.target_modules)
-    modules = matched(
-        model,
-        chosen,
-        exclude=lora.exclude_modules or (),
-        layers_to_transform=lora.layers_to_transform,
-        layers_pattern=lora.layers_pattern,
-        modules_to_save=lora.modules_to_save or (),
-    )
+    modules = matched(model, chosen, lora)
     check_names(model, lora, modules)
     return chosen, modules
 
 
 def check_names(model: Model, lora: Lora, modules: Sequence[str]) -> None:
-    """Names and numbers under `lora:` that hit nothing; PEFT only warns of some, says nothing of others.
-
-    Args:
-        modules: full names of the layers that get an adapter, as `targets.matched` gives them.
-
-    Raises:
-        AdapterError: with all of them.
-    """
+    """Refuse names and numbers under `lora:` that hit nothing; PEFT only warns of some, says nothing of others."""
     names = [name for name, _ in model.named_modules() if name]
     problems = []
     for field, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
@@ -186,11 +171,7 @@ def write_files(adapted: Model, folder: Path, *, base_id: str, revision: str | N
 
 
 def read_config(folder: Path) -> Document:
-    """`adapter_config.json` of an adapter folder.
-
-    Raises:
-        AdapterError: the folder is none, or its config is not that of a LoRA adapter.
-    """
+    """`adapter_config.json` of an adapter folder; an AdapterError if it is none of LoRA."""
     missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
     if missing:
         raise AdapterError(f"{folder} is not an adapter: it has no {' and no '.join(missing)}.")
@@ -231,8 +212,7 @@ def load(model: Model, folder: Path, *, trainable: bool = False) -> Model:
             f"{', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''}.",
             fix=other_base,
         )
-    lost = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
-    if lost:
+    if lost := [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]:
         raise AdapterError(
             f"the adapter in {folder} lacks weights that its config promises: {lost[0][:300]}",
             fix="the file is damaged or of another version; save it again",

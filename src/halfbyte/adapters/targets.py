@@ -1,11 +1,10 @@
 """Which modules of a model get a LoRA adapter: `auto`, `all-linear`, a list of name endings or a regex.
 
-Why: PEFT's own table knows 35 architectures, mostly without o_proj, and a table goes stale with every release. Here
-the choice is read from the model itself: the projections of each layer's token mixer (attention, linear attention, the
-input of a state-space block), in the shortest names that hit nothing else. Heads, routers, gates and the vision or
-audio towers of a multi-modal model are never chosen.
+Why: PEFT's own table knows 35 architectures, mostly without o_proj, and goes stale with every release. Here the choice
+is read from the model: the projections of each layer's token mixer (attention, linear attention, the input of a
+state-space block), in the shortest names that hit nothing else; never heads, routers, gates and other senses' towers.
 Source: matching is PEFT's own (`peft.tuners.tuners_utils.check_target_module_exists`): what is listed is adapted.
-Cost: a walk over module names; `meta_model` allocates no weight. torch and peft are imported inside functions.
+Cost: a walk over module names. torch and peft are imported inside functions.
 """
 
 from __future__ import annotations
@@ -24,9 +23,12 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
 
+    from halfbyte.recipe.schema import Lora
+
 # Read as raw weights by the fused kernels (`outproj_weight=self.out_proj.weight`), so an adapter there would be ignored
 # without a word. Only the input of a state-space block is always called as a module.
 _STATE_SPACE_INPUT = "in_proj"
+_LIMITS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 # GPT-2's convention: both blocks of a layer write to the residual stream through a `c_proj`, and both are meant.
 _GPT2_OUTPUT, _GPT2_INPUT = "c_proj", "c_attn"
 
@@ -102,13 +104,9 @@ def resolve_targets(model: nn.Module, asked: str | Sequence[str]) -> Targets:
 def matched(
     model: nn.Module,
     targets: Targets,
-    *,
-    exclude: Sequence[str] | str = (),
-    layers_to_transform: Sequence[int] | int | None = None,
-    layers_pattern: Sequence[str] | str | None = None,
-    modules_to_save: Sequence[str] = (),
+    lora: Lora | None = None,
 ) -> list[str]:
-    """Full names of the modules that PEFT will adapt, in the model's order.
+    """Full names of the modules that PEFT will adapt under the limits of `lora`, in the model's order.
 
     Raises:
         AdapterError: an entry matches nothing, or something that cannot carry an adapter.
@@ -116,26 +114,18 @@ def matched(
     from peft.tuners.tuners_utils import check_target_module_exists
 
     _refuse_unmatched(model, targets)
-    limits = {
-        "exclude_modules": exclude or None,
-        "layers_to_transform": layers_to_transform,
-        "layers_pattern": layers_pattern,
-        "modules_to_save": modules_to_save or None,
-    }
+    asked = {key: getattr(lora, key, None) for key in _LIMITS}
     # PEFT takes lists, a recipe holds tuples
-    limits = {key: list(value) if isinstance(value, tuple) else value for key, value in limits.items()}
+    limits = {k: list(v) if isinstance(v, tuple) else v for k, v in asked.items() if v not in (None, ())}
     config = _peft_config(model, targets, **limits)
     names = [name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)]
     if not names:
-        asked = ", ".join(f"{key} {value!r}" for key, value in limits.items() if value is not None)
-        raise AdapterError(f"lora.target_modules: {_show(targets)} match, but nothing is left after {asked}")
+        after = ", ".join(f"{key} {value!r}" for key, value in limits.items())
+        raise AdapterError(f"lora.target_modules: {_show(targets)} match, but nothing is left after {after}")
     if problems := dict.fromkeys(problem for name in names if (problem := _cannot_carry(model, name))):
         fix = "lora.target_modules: auto, or leave them out"
         raise AdapterError(f"lora.target_modules: {'; '.join(problems)}", fix=fix)
     return names
-
-
-# --- what a module is ---------------------------------------------------------------------------------------------
 
 
 def _is_matmul(module: nn.Module) -> bool:
@@ -192,9 +182,6 @@ def _cannot_carry(model: nn.Module, name: str) -> str | None:
     if _raw_in_state_space(model, name):
         return f"{leaf!r} of a state-space block is read as a raw weight by its kernel, which would ignore an adapter"
     return None
-
-
-# --- names --------------------------------------------------------------------------------------------------------
 
 
 def _shortest_names(model: nn.Module, chosen: set[str]) -> tuple[str, ...] | str:
@@ -265,9 +252,6 @@ def _becomes_expert_parameter(model: nn.Module, leaf: str) -> bool:
     except AdapterError:
         return True
     return False
-
-
-# --- messages -----------------------------------------------------------------------------------------------------
 
 
 def _refuse_unmatched(model: nn.Module, targets: Targets) -> None:

@@ -1,6 +1,6 @@
 """Score a model on held-out rows: loss and perplexity of the labelled tokens, and exact match of what it writes.
 
-Why: a loss curve alone does not say whether the adapter does the task; base and adapter are scored by one function.
+Why: a loss curve alone does not say whether the adapter does the task.
 Cost: one forward over the rows, and one generation each.
 """
 
@@ -17,7 +17,7 @@ from halfbyte.data.encoding.examples import IGNORED
 from halfbyte.errors import DataError
 from halfbyte.inference.generate import Sampling, generate
 from halfbyte.layers.loss import mean_loss
-from halfbyte.plan import InferencePlan, Rows, plan_inference
+from halfbyte.plan import Rows, plan_inference
 from halfbyte.system import device
 
 if TYPE_CHECKING:
@@ -76,7 +76,14 @@ def evaluate(
         encoded = blocks.stream(encoded, recipe.data.max_length)
     examples = encoded.examples[:limit]
     lengths = [len(e.input_ids) for e in examples]
-    plan = _planned(opened, examples, lengths, max_new_tokens)
+    labelled = [sum(label != IGNORED for label in e.labels) for e in examples]
+    plan = plan_inference(  # the base stays where it is
+        replace(opened.job, rows=Rows(lengths, labelled, lengths)),
+        opened.machine,
+        opened.trained,
+        placement=opened.plan.placement,
+        generated_tokens=max((len(e.prompt_ids) for e in examples), default=0) + max_new_tokens,
+    )
     most = recipe.train.per_device_eval_batch_size if opened.job.packed else 1
     batches = collate.Batches(examples, pack.eval_micro_batches(lengths, plan.max_tokens_per_micro_batch, most))
     scores = {}
@@ -88,8 +95,8 @@ def evaluate(
             Sample(e.where, opened.tokenizer.decode(e.prompt_ids, skip_special_tokens=True), e.completion, output)
             for e, output in zip(examples, outputs, strict=True)
         )
-        exact, labelled = sum(s.exact for s in samples), int(loss["labelled_tokens"])
-        scores[name] = Score(loss["loss"], loss["perplexity"], labelled, len(samples), exact, samples)
+        exact, tokens = sum(s.exact for s in samples), int(loss["labelled_tokens"])
+        scores[name] = Score(loss["loss"], loss["perplexity"], tokens, len(samples), exact, samples)
     return scores
 
 
@@ -106,16 +113,3 @@ def _written(
         outputs.update(zip(chunk, texts, strict=True))
         progress(len(outputs), len(order))
     return [outputs[i] for i in range(len(examples))]
-
-
-def _planned(opened: Opened, examples: Sequence[Example], lengths: Sequence[int], max_new_tokens: int) -> InferencePlan:
-    """The plan of an evaluation of these rows; the base stays where it is."""
-    labelled = [sum(label != IGNORED for label in e.labels) for e in examples]
-    longest_prompt = max((len(e.prompt_ids) for e in examples), default=0)
-    return plan_inference(
-        replace(opened.job, rows=Rows(lengths, labelled, lengths)),
-        opened.machine,
-        opened.trained,
-        placement=opened.plan.placement,
-        generated_tokens=longest_prompt + max_new_tokens,
-    )

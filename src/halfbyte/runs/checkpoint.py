@@ -1,8 +1,7 @@
-"""Checkpoints that are whole or absent: adapter, optimiser, schedule, random state and position, nothing pickled; and
-the best adapter so far.
+"""Checkpoints that are whole or absent, nothing pickled; and the best adapter so far.
 
-Why: upstream writes files one by one into the final folder, as pickles, and resumes with a *fresh* optimiser, silently,
-when `optimizer.pt` is missing (`transformers/trainer.py`, `_load_optimizer_and_scheduler`).
+Why: upstream writes pickles one by one into the final folder, and resumes with a *fresh* optimiser, silently, when
+`optimizer.pt` is missing (`transformers/trainer.py`, `_load_optimizer_and_scheduler`).
 Here everything is written under a temporary name, synced, listed in `manifest.json` with sizes and sha256, and renamed.
 Format: safetensors for tensors, JSON for the rest; `adapter_*` files are PEFT's, `trainer_state.json` is transformers'.
 Cost: one write of the adapter and of its optimiser state (8 bytes a trained parameter for AdamW).
@@ -54,7 +53,6 @@ def save(
     """Write `folder/step-NNNNNN` whole or not at all.
 
     Args:
-        folder: the run's `checkpoints/`.
         write_adapter: writes PEFT's two adapter files into the folder it is given.
         write_trainer_state: writes `trainer_state.json` to the path it is given.
 
@@ -141,11 +139,7 @@ def prune(folder: Path, keep: int | None) -> None:
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> None:
-    """Put the optimiser's and the schedule's state back.
-
-    Raises:
-        RunError: the state is of other parameters than these (another recipe).
-    """
+    """Put the optimiser's and the schedule's state back; a RunError if it is of other parameters (another recipe)."""
     state = json.loads((path / OPTIMIZER_JSON).read_text())
     saved = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
     own = [len(group["params"]) for group in optimizer.param_groups]

@@ -1,8 +1,7 @@
 """The run folder: create it, lock it, append metrics, find it again.
 
-Why: a run must never overwrite another, two processes must never write one, and a crash at any moment must leave files
-that can be read. So the folder appears whole under its name, JSON is replaced in one step, and metrics are appended a
-whole line at a time, with a torn last line cut away.
+Why: a run never overwrites another, two processes never write one, and a crash at any moment leaves files that can be
+read: the folder appears whole, JSON is replaced in one step, metrics grow by whole lines, a torn last one is cut away.
 Source: `rename(2)` (atomic within a file system), `flock(2)` (released by the kernel when its process ends).
 Cost: one small write a step.
 """
@@ -43,11 +42,7 @@ class RunFolder:
 
     @staticmethod
     def check_free(path: Path) -> None:
-        """Refuse a path that exists, or that no folder can be made at, before anything is loaded.
-
-        Raises:
-            RunError: something is there already, or a file is in the way, or the place cannot be written.
-        """
+        """Raise a RunError if something is at `path` already, or no folder can be made there."""
         if path.exists() or path.is_symlink():
             raise _exists(path)
         above = next((p for p in path.absolute().parents if p.exists()), Path("/"))
@@ -82,11 +77,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, *, need_adapter: bool = True) -> RunFolder:
-        """Find a run again; without `need_adapter` it may be unfinished.
-
-        Raises:
-            RunError: no such folder, not a run folder, or no adapter in it yet.
-        """
+        """Find a run again; without `need_adapter` it may be unfinished. A RunError says what is wrong."""
         if not path.exists():
             raise RunError(f"there is no run folder {path}.", fix="give the `output:` of a run, as runs/quickstart")
         if not path.is_dir():

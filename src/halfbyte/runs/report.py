@@ -1,9 +1,7 @@
 """`report.json`: what a run did, measured, beside what its plan had said.
 
-Why: a plan that is never compared with a measurement is a guess; and figures without versions and machine cannot be
-compared with any others.
+Why: a plan that is never compared with a measurement is a guess.
 Source: the rows of `metrics.jsonl`, so a resumed run counts the steps of all its processes.
-Cost: one read of the metrics.
 """
 
 from __future__ import annotations

@@ -39,10 +39,6 @@ class PlannedRun:
     figures: Job
     plan: Plan
 
-    @property
-    def steps(self) -> int:
-        return count_steps(self.prepared)
-
 
 def planned(recipe: Recipe, machine: Device, listener: Listener | None = None) -> PlannedRun:
     """Prepare a run and plan it. Only with a `listener` may the machine be calibrated first.

@@ -1,7 +1,7 @@
 """How a step is split into micro-batches, and what changes when memory runs short: recompute more, then split smaller.
 
-Why: a run that dies after an hour of training is the pain that people name first. What a step learns does not depend on
-how it is split (the loss is a sum over labelled tokens, divided once), so a run can step down in the middle of a step.
+Why: a run that dies after an hour is the pain that people name first. What a step learns does not depend on its split
+(the loss is a sum over labelled tokens, divided once), so a run can step down in the middle of a step.
 What: before the first step the longest micro-batch and one evaluation batch run once. Between micro-batches free memory
 is compared with a margin; below it, freed memory goes back to the system, and if that is not enough, the run steps
 down. If an allocation fails (cards raise an error; Linux mostly kills), the micro-batch runs again, smaller.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,10 +61,6 @@ class Pace:
     downs: list[str] = field(default_factory=list)
     _tight: bool = False
 
-    @cached_property
-    def longest(self) -> int:
-        return int(np.max(self.lengths, initial=1))
-
     @property
     def margin(self) -> int:
         return max(MARGIN_BYTES, round(MARGIN_SHARE * self.ram_bytes))
@@ -97,13 +92,13 @@ class Pace:
 
     def down(self, reason: str) -> bool:
         """One step down; False where there is none."""
-        place = self.policies.index(self.recompute)
+        place, longest = self.policies.index(self.recompute), int(np.max(self.lengths, initial=1))
         if place + 1 < len(self.policies):
             before, self.recompute = self.recompute, self.policies[place + 1]
             self.apply(self.recompute)
             said = f"recomputation {before} -> {self.recompute}"
-        elif self.tokens > self.longest:
-            before_tokens, self.tokens = self.tokens, max(self.longest, self.tokens // 2)
+        elif self.tokens > longest:
+            before_tokens, self.tokens = self.tokens, max(longest, self.tokens // 2)
             said = f"micro-batches of {before_tokens} -> {self.tokens} tokens"
         else:
             return False
@@ -125,10 +120,8 @@ class Pace:
         Raises:
             TrainError: there is no step down left. `error` itself if it is another one, or nothing was held.
         """
-        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(
-            error
-        )
-        if held is None or not out_of_memory:
+        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))  # of a card, of Python
+        if held is None or not (out_of_memory or "can't allocate memory" in str(error)):
             raise error
         for parameter, before in zip((p for p in model.parameters() if p.requires_grad), held, strict=True):
             parameter.grad = before

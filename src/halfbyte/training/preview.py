@@ -26,11 +26,8 @@ if TYPE_CHECKING:
     from halfbyte.training.prepare import Prepared
     from halfbyte.types import Document, Tokenizer
 
-SHOWN_ROWS = 2
-BINS = 10
-COUNTED_STEPS = 20_000
-# Edges of the histogram are multiples of it.
-BIN_TOKENS = 16
+SHOWN_ROWS, COUNTED_STEPS = 2, 20_000
+BINS, BIN_TOKENS = 10, 16  # edges of the histogram are multiples of the tokens
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,10 @@ def resolve(loaded: Loaded) -> Resolution:
     prepared, source = job.prepared, job.prepared.checkpoint
     notes = (
         ("model", f"{source.id}{f' at {source.revision}' if source.revision else ''}"),
-        ("data", f"{prepare.data_note(prepared)}; {job.steps} steps of {prepared.recipe.train.rows_per_step} rows"),
+        (
+            "data",
+            f"{prepare.data_note(prepared)}; {job.figures.steps} steps of {prepared.recipe.train.rows_per_step} rows",
+        ),
         *(("data", finding.line) for finding in prepared.findings),
         ("adapters", f"on {len(job.modules)} modules, {job.figures.trainable:,} parameters train"),
     )
@@ -149,20 +149,16 @@ class Checked:
 
 
 def check(loaded: Loaded, *, row: int | None = None) -> Checked:
-    """Everything that a run would know of its rows before its first step.
-
-    Args:
-        row: the one to show, from 1; None for the first `SHOWN_ROWS`.
+    """Everything that a run would know of its rows before its first step; shows `row` (from 1), or the first few.
 
     Raises:
         HalfbyteError: no model, rows that cannot be used, no such row. What the gates refuse is among the findings.
     """
-    machine = device.detect()
     prepared = prepare.look(loaded.recipe)
     count = len(prepared.train.examples)
     if row is not None and not 1 <= row <= count:
         raise DataError(f"there is no row {row}: {count:,} rows are trained on.", fix=f"--row 1 to --row {count}")
-    plan = with_plan(prepared, machine).plan
+    plan = with_plan(prepared, device.detect()).plan
     steps = plan_steps(
         prepared, max_tokens_per_micro_batch=plan.max_tokens_per_micro_batch, examples_per_micro_batch=None
     )

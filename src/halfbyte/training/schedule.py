@@ -1,7 +1,4 @@
-"""The steps of a run, counted and arranged: how many, which rows, when to save and when to evaluate.
-
-Cost: none; a step is made when it is asked for.
-"""
+"""The steps of a run, counted and arranged: how many, which rows, when to save and when to evaluate."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The only door to transformers.Trainer: one item of the dataset is one whole optimiser step.
 
-Why: the rows that batch x accumulation take together are split into padding-free micro-batches as memory allows. The
-Trainer sees batch 1 and accumulation 1; `training_step` loops over the micro-batches, sums the loss over labelled
-tokens and divides it once. So any split gives the same optimisation, and the position in the data is the step's index.
+Why: the rows of batch x accumulation are split into padding-free micro-batches as memory allows; `training_step` sums
+their loss over labelled tokens and divides it once. So any split gives the same optimisation, and the position in the
+data is the step's index.
 Source: `transformers/trainer.py` (`training_step`, `evaluate`, `create_optimizer`: documented overrides).
 Cost: logits are made for labelled tokens only (`logits_to_keep`), one micro-batch at a time.
 """
@@ -32,17 +32,16 @@ if TYPE_CHECKING:
     from halfbyte.data import collate, pack
     from halfbyte.recipe.schema import Train
     from halfbyte.training.pace import Pace
-    from halfbyte.types import Document, Model
+    from halfbyte.types import Batch, Document, Model
 
-# Names under `train:` that are not fields of transformers.TrainingArguments, or that never reach the Trainer:
-# batch and accumulation are inside the item, the dtype is the base's, checkpoints and the best adapter are ours.
+# Names under `train:` that never reach the Trainer, or are not its own: batch and accumulation are inside the item, the
+# dtype is the base's, checkpoints and the best adapter are ours.
 NOT_FOR_TRAINER = frozenset(
     {
         "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "num_train_epochs",
         "max_steps", "fp16", "bf16", "gradient_checkpointing", "save_strategy", "save_steps", "save_total_limit",
         "save_minutes", "load_best_model_at_end", "metric_for_best_model", "loraplus_lr_ratio",
-        "max_tokens_per_micro_batch",
-        "data_seed", "eval_strategy", "eval_steps",
+        "max_tokens_per_micro_batch", "data_seed", "eval_strategy", "eval_steps",
     }
 )  # fmt: skip
 
@@ -59,7 +58,7 @@ def training_arguments(
         fp16: loss scaling, for a card without bf16; autocast itself is switched off in `adapters.Adapted`.
         eval_steps: 0 for none; epochs are turned into steps by the caller, as the Trainer sees one epoch of all steps.
     """
-    values = {k: v for k, v in train.model_dump(exclude=set(NOT_FOR_TRAINER)).items() if v is not None}
+    values = train.model_dump(exclude=set(NOT_FOR_TRAINER), exclude_none=True)
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
     return TrainingArguments(
         **values,
@@ -93,9 +92,8 @@ def check_arguments(train: Train, *, total_steps: int) -> None:
             fix="lower train.max_steps or train.num_train_epochs",
         )
     try:
-        args = training_arguments(
-            train, folder=Path("unused"), total_steps=total_steps, fp16=False, use_cpu=True, eval_steps=0
-        )
+        folder = Path("unused")
+        args = training_arguments(train, folder=folder, total_steps=total_steps, fp16=False, use_cpu=True, eval_steps=0)
         cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer = cls([torch.nn.Parameter(torch.zeros(1))], **kwargs)
         get_scheduler(
@@ -116,12 +114,7 @@ def check_arguments(train: Train, *, total_steps: int) -> None:
 class StepTrainer(Trainer):
     """A Trainer whose dataset yields `{"step": Step, "micro_batches": [batch, ...]}`, each a whole optimiser step.
 
-    Args:
-        eval_batches: packed micro-batches of held-out rows, as `data.collate` makes them.
-        loraplus_lr_ratio: learning rate of B over that of A (LoRA+, arXiv:2402.12354); None for one rate.
-        pace: splits steps anew when memory runs short.
-
-    `last` is what the last step did: its row in `metrics.jsonl`.
+    `pace` splits steps anew when memory runs short; `last` is the row in `metrics.jsonl` of the last step.
     """
 
     optimizer: Optimizer
@@ -137,9 +130,7 @@ class StepTrainer(Trainer):
         loraplus_lr_ratio: float | None,
         pace: Pace,
     ) -> None:
-        self.eval_batches = eval_batches
-        self.pace = pace
-        self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.eval_batches, self.pace, self.loraplus_lr_ratio = eval_batches, pace, loraplus_lr_ratio
         self.last: Document = {}
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=[])
         self.loss_is_scaled_for_ga = True
@@ -159,10 +150,7 @@ class StepTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model: Model, inputs: Document, num_items_in_batch: object = None) -> torch.Tensor:
-        """Forward and backward over every micro-batch of one step.
-
-        Returns:
-            The step's loss: the sum over its labelled tokens, divided once by their number. Scalar.
+        """Forward and backward over every micro-batch of one step. Returns its loss for a labelled token, a scalar.
 
         Raises:
             TrainError: the loss is not finite (names the rows), or an adapter got no gradient.
@@ -177,14 +165,11 @@ class StepTrainer(Trainer):
             held = self.pace.hold(model)
             try:
                 with contextlib.nullcontext() if len(waiting) == 1 else self.accelerator.no_sync(model):
-                    batch = micro_batches.of(waiting[0])
-                    summed = loss.micro_batch_loss(model, batch, label_smoothing=self.args.label_smoothing_factor)
-                    part = summed / step.labelled_tokens
-                    self.accelerator.backward(part)
+                    part = self._run_micro_batch(model, micro_batches.of(waiting[0]), step.labelled_tokens)
             except (RuntimeError, MemoryError) as error:
                 waiting = self.pace.failed(error, model, held, waiting)
                 continue
-            total += part.detach().to(total.device)
+            total += part.to(total.device)
             done, waiting = done + 1, waiting[1:]
             if waiting:
                 waiting = self.pace.between(waiting)
@@ -206,6 +191,13 @@ class StepTrainer(Trainer):
             )
         self._record(step, value, done)
         return total
+
+    def _run_micro_batch(self, model: Model, batch: Batch, labelled_tokens: int) -> torch.Tensor:
+        """Forward and backward of one micro-batch; its share of the step's loss."""
+        summed = loss.micro_batch_loss(model, batch, label_smoothing=self.args.label_smoothing_factor)
+        part = summed / labelled_tokens
+        self.accelerator.backward(part)
+        return part.detach()
 
     def evaluate(
         self, eval_dataset: object = None, ignore_keys: object = None, metric_key_prefix: str = "eval"
