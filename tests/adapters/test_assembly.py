@@ -14,14 +14,14 @@ from halfbyte.adapters.assembly import assembled
 from halfbyte.base import load, stream
 from halfbyte.layers import fuse, packing
 from halfbyte.layers.fused_proof import FusedProof
-from halfbyte.models import sources
+from halfbyte.models.sources.lookup import find_model
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device
 from tests import tiny_run
 
 
 def opened(recipe: Recipe) -> load.Base:
-    return load.open_base(sources.find_model(recipe), recipe.quant, device.detect(), with_tokenizer=False)
+    return load.open_base(find_model(recipe), recipe.quant, device.detect(), with_tokenizer=False)
 
 
 def lora_layers(model: Any) -> int:
