@@ -93,7 +93,7 @@ def test_make_safe_unpacks_what_an_eval_forward_packed(double: bool) -> None:
     with torch.no_grad():
         made.eval()(x)
     assert made.weight.quant_state.packing_format_for_cpu
-    assert codec.make_safe(torch.nn.Sequential(made)) == 1
+    codec.make_safe(torch.nn.Sequential(made))
     assert not getattr(made.weight.quant_state, "packing_format_for_cpu", False)
     assert torch.equal(made.weight.data.flatten(), before.flatten())
     assert (dequantised(made) - weight).norm() / weight.norm() < 5e-3  # scales came back from bf16
@@ -128,11 +128,9 @@ def test_forward_and_backward_use_one_weight() -> None:
     forward, backward = both(stock)
     assert stock.weight.quant_state.dtype == torch.float16
     assert not torch.equal(forward, backward)
-    changed = codec.set_compute_dtype(torch.nn.Sequential(ours), torch.float32)
-    assert changed == ["0"]
+    codec.set_compute_dtype(torch.nn.Sequential(ours), torch.float32)
     forward, backward = both(ours)
     assert torch.equal(forward, backward)
-    assert codec.set_compute_dtype(torch.nn.Sequential(ours), torch.float32) == []
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

@@ -11,7 +11,6 @@ from torch import nn
 
 from halfbyte.layers.lora_linear import frozen_linear
 from halfbyte.quant import formats, policy
-from halfbyte.quant.four_bit import nf4_bytes
 from halfbyte.quant.number_format import NumberFormat
 from halfbyte.recipe.schema import Quant
 from tests.quant.test_dequantise import layer
@@ -30,7 +29,8 @@ def test_4bit_bytes_are_those_of_bitsandbytes(numel: int, block_size: int, doubl
     held = [packed, state.absmax, state.code]
     if double_quant:
         held += [state.state2.absmax, state.state2.code, state.offset]
-    assert nf4_bytes(numel, block_size, double_quant) == sum(t.numel() * t.element_size() for t in held)
+    quant = Quant(double_quant=double_quant).model_copy(update={"block_size": block_size})
+    assert formats.of(quant).nbytes(numel, quant) == sum(t.numel() * t.element_size() for t in held)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import bitsandbytes.functional as bnb_f
 import numpy as np
@@ -22,11 +26,10 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SIZES = [1, 2, 63, 64, 65, 127, 128, 4095, 4096, 4097, 64 * 300 + 1]
 
 
-def ours(values: torch.Tensor, kind: str, block: int, threads: int = 1) -> tuple[np.ndarray, np.ndarray, int]:
+def ours(values: torch.Tensor, kind: str, block: int) -> tuple[np.ndarray, np.ndarray, int]:
     flat = values.reshape(-1)
     array = (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy()
-    with nf4_cpu.threads(threads) as pool:
-        return nf4_cpu.quantise(array, kind, block, pool=pool)
+    return nf4_cpu.quantise(array, kind, block)
 
 
 def check(values: torch.Tensor, kind: str, block: int = 64) -> None:
@@ -98,10 +101,10 @@ def test_parts_and_threads_change_nothing() -> None:
     alone = ours(values, "nf4", 64)
     with ThreadPoolExecutor(3) as pool:
         array = values.view(torch.uint16).numpy()
-        packed, absmax = np.empty_like(alone[0]), np.empty_like(alone[1])
-        together = nf4_cpu.quantise(array, "nf4", 64, packed=packed, absmax=absmax, pool=pool)
-    assert together[0] is packed and together[1] is absmax
-    np.testing.assert_array_equal(alone[0], packed)
+        absmax = np.empty_like(alone[1])
+        together = nf4_cpu.quantise(array, "nf4", 64, absmax=absmax, pool=pool)
+    assert together[1] is absmax
+    np.testing.assert_array_equal(alone[0], together[0])
     np.testing.assert_array_equal(alone[1], absmax)
     check(values, "nf4")
 
@@ -174,3 +177,22 @@ def test_a_weight_that_is_not_finite_is_refused_by_name_and_place() -> None:
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_the_code_is_bitsandbytes_s(kind: str) -> None:
     assert torch.equal(torch.from_numpy(nf4_cpu.code(kind)), bnb_f.get_4bit_type(kind, device="cpu"))
+
+
+def test_the_loop_is_compiled_once_a_machine(tmp_path: Path) -> None:
+    """A second process finds it in numba's cache, for each of the three dtypes."""
+    code = """
+import numpy as np
+from halfbyte.quant import nf4_cpu, nf4_cpu_kernel
+for dtype in ("uint16", "float16", "float32"):
+    nf4_cpu.quantise(np.zeros(64, dtype), "nf4", 64)
+print(sum(nf4_cpu_kernel.run.stats.cache_hits.values()))
+"""
+    hits = [
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for _ in range(2)
+    ]  # fmt: skip
+    assert hits == ["0\n", "3\n"]

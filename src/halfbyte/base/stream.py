@@ -17,7 +17,7 @@ Cost: memory of one layer, and of the head while it works; a base larger than RA
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from halfbyte.errors import BaseModelError
 from halfbyte.models import structure
-from halfbyte.quant import formats
+from halfbyte.quant import bnb, formats
 from halfbyte.system import pages
 
 if TYPE_CHECKING:
@@ -284,28 +284,9 @@ def _groups(
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    """Parameters, buffers, and the scales and codes of 4-bit weights; each storage once.
-
-    Those that train are not left out: before an adapter is put on, everything says that it does. What is written to is
-    private memory from then on, and stays.
-    """
-    found: dict[int, Tensor] = {}
-    for parameter in module.parameters():
-        for tensor in (parameter.data, *(getattr(state, name) for state, name in _scales(parameter))):
-            found.setdefault(tensor.data_ptr(), tensor)
-    for buffer in module.buffers():
-        found.setdefault(buffer.data_ptr(), buffer)
-    return [t for t in found.values() if t.device.type != "meta" and t.numel()]
-
-
-def _scales(parameter: Any) -> Iterator[tuple[Any, str]]:
-    """(quant state, attribute) of each tensor that a 4-bit parameter needs beside its packed weight."""
-    state = getattr(parameter, "quant_state", None)
-    while state is not None:
-        for name in ("absmax", "code", "offset"):
-            if isinstance(getattr(state, name, None), Tensor):
-                yield state, name
-        state = state.state2 if getattr(state, "nested", False) else None
+    """What a module holds. Tensors that train are not left out: before an adapter is put on, everything says that it
+    does. What is written to is private memory from then on, and stays."""
+    return bnb.held_tensors((*module.parameters(), *module.buffers()))
 
 
 def _into_memory(model: nn.Module, maps: pages.FileMaps) -> None:
@@ -325,19 +306,19 @@ def _into_memory(model: nn.Module, maps: pages.FileMaps) -> None:
 
     for parameter in model.parameters():
         parameter.data = copied(parameter.data)
-        for state, name in _scales(parameter):
+        for state, name in bnb.state_tensors(parameter):
             setattr(state, name, copied(getattr(state, name)))
     for buffer in model.buffers():
         buffer.data = copied(buffer.data)
 
 
 def _is_mapped(tensor: Tensor, maps: pages.FileMaps) -> bool:
-    return tensor.device.type == "cpu" and maps.holds(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+    return tensor.device.type == "cpu" and maps.holds(tensor.data_ptr(), tensor.nbytes)
 
 
 def _areas(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    return [(t.data_ptr(), t.numel() * t.element_size()) for t in tensors]
+    return [(t.data_ptr(), t.nbytes) for t in tensors]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(t.nbytes for t in tensors)

@@ -1,6 +1,6 @@
 """What is in memory whatever a micro-batch does: libraries, rows, base, adapters, what trains them; and on disk.
 
-Source: QLoRA, arXiv:2305.14314 (4 bits and two levels of scales; `quant.four_bit.nf4_bytes`, bitsandbytes' own bytes);
+Source: QLoRA, arXiv:2305.14314 (4 bits and two levels of scales; `quant.four_bit`, bitsandbytes' own bytes);
 AdamW keeps two fp32 numbers a parameter, its 8-bit form two bytes (arXiv:2110.02861). The process's own bytes are
 measured: `LIBRARIES_*` is what remains of a tiny training (torch CPU build, transformers, peft, bitsandbytes, numba),
 `docs/log.md` has the figures.

@@ -9,6 +9,7 @@ Cost: none at run time; a base is quantised by bitsandbytes itself while transfo
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.quant import formats
@@ -28,18 +29,16 @@ def linears_4bit(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
 
 
-def make_safe(model: nn.Module) -> int:
-    """Keep an eval forward from repacking 4-bit weights in place. Returns how many layers were made safe.
+def make_safe(model: nn.Module) -> None:
+    """Keep an eval forward from repacking 4-bit weights in place.
 
     A weight that an earlier eval forward has already repacked is unpacked again by reading the layer's state dict once
     (bitsandbytes' own inverse, `Linear4bit._save_to_state_dict`).
     """
-    layers = linears_4bit(model)
-    for _, module in layers:
+    for _, module in linears_4bit(model):
         module.support_avx512bf16_for_cpu = False
         if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
             module.state_dict()
-    return len(layers)
 
 
 def forget_deserialising(model: Model) -> None:
@@ -57,43 +56,35 @@ def forget_deserialising(model: Model) -> None:
         ]
 
 
-def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> list[str]:
-    """Make every 4-bit layer multiply in `dtype`, forward and backward. Returns the names whose dtype changed.
+def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make every 4-bit layer multiply in `dtype`, forward and backward.
 
     The backward dequantises to `quant_state.dtype` and the forward to the input's dtype (`MatMul4Bit` in
     `bitsandbytes/autograd/_functions.py`): unless the two are one dtype, forward and backward use different weights.
     """
-    changed = []
-    for name, module in linears_4bit(model):
-        state = module.weight.quant_state
-        if module.compute_dtype != dtype or (state is not None and state.dtype != dtype):
-            changed.append(name)
-        module.compute_dtype = dtype
-        module.compute_type_is_set = True
-        if state is not None:
-            state.dtype = dtype
-    return changed
+    for _, module in linears_4bit(model):
+        module.compute_dtype, module.compute_type_is_set = dtype, True
+        if module.weight.quant_state is not None:
+            module.weight.quant_state.dtype = dtype
+
+
+def state_tensors(parameter: torch.Tensor) -> Iterator[tuple[Any, str]]:
+    """(quant state, attribute) of each tensor that a 4-bit parameter needs beside its packed weight."""
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        yield from ((state, n) for n in ("absmax", "code", "offset") if getattr(state, n, None) is not None)
+        state = state.state2 if getattr(state, "nested", False) else None
+
+
+def held_tensors(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Parameters or buffers, with the scales and codes of 4-bit weights; each storage once, without empty ones."""
+    parts = (t for p in tensors for t in (p.data, *(getattr(*each) for each in state_tensors(p))))
+    return list({t.data_ptr(): t for t in parts if t.device.type != "meta" and t.numel()}.values())
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes of every parameter (each storage once) with the scales and code tables of 4-bit weights; no buffers."""
-    seen: set[int] = set()
-    total = 0
-
-    def add(tensor: torch.Tensor | None) -> None:
-        nonlocal total
-        if tensor is not None and tensor.device.type != "meta" and tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            total += tensor.numel() * tensor.element_size()
-
-    for parameter in model.parameters():
-        add(parameter)
-        state = getattr(parameter, "quant_state", None)
-        while state is not None:
-            for tensor in (state.absmax, state.code, getattr(state, "offset", None)):
-                add(tensor)
-            state = state.state2 if getattr(state, "nested", False) else None
-    return total
+    """Bytes of every parameter with the scales and code tables of 4-bit weights; no buffers."""
+    return sum(t.nbytes for t in held_tensors(model.parameters()))
 
 
 def quantised_linear(weight: torch.Tensor, device: str = "cpu") -> Any:
@@ -109,7 +100,4 @@ def quantised_linear(weight: torch.Tensor, device: str = "cpu") -> Any:
 def planned_bytes(model: nn.Module, quant: Quant) -> int:
     """`resident_bytes` of an empty model on the meta device whose 4-bit layers are there but hold nothing yet."""
     in_4bit = {id(module.weight) for _, module in linears_4bit(model)}
-    return sum(
-        formats.of(quant).nbytes(p.numel(), quant) if id(p) in in_4bit else p.numel() * p.element_size()
-        for p in model.parameters()
-    )
+    return sum(formats.of(quant).nbytes(p.numel(), quant) if id(p) in in_4bit else p.nbytes for p in model.parameters())

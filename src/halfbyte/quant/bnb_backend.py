@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _with_numba(values: Tensor, block_size: int, quant_type: str, storage: dtype
         return None
     flat = values.detach().reshape(-1)
     array = (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy()
-    with nf4_cpu.threads(torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="quantise") as pool:
         packed, absmax, bad = nf4_cpu.quantise(array, quant_type, block_size, pool=pool)
     if bad >= 0:
         return None

@@ -7,9 +7,8 @@ Cost: 4.127 bits a weight with double quantisation, 4.5 without; encoding see `n
 from __future__ import annotations
 
 from collections.abc import Iterable
-from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,39 +23,20 @@ if TYPE_CHECKING:
 
     from halfbyte.recipe.schema import Quant
 
-# Double quantisation: one fp32 scale for 256 8-bit scales; code tables of 16 and 256 fp32 values.
+# Double quantisation: one fp32 scale for 256 8-bit scales.
 NESTED_BLOCK = 256
-CODE_BYTES, NESTED_CODE_BYTES, OFFSET_BYTES = 16 * 4, 256 * 4, 4
-# The JSON of the quantiser's state.
-_STATE_BYTES = 190
-
-
-def nf4_bytes(numel: int, block_size: int, double_quant: bool) -> int:
-    """Bytes of one matrix in 4 bits, as bitsandbytes holds it (NF4 and FP4 alike).
-
-    Packed codes, two a byte, and one scale a block: fp32; or, with double quantisation, 8 bits, with one fp32 scale
-    for 256 of them, their mean, and a table of 256 values. Each matrix has its own table of 16 values.
-    """
-    blocks = -(-numel // block_size)
-    packed = -(-numel // 2)
-    if not double_quant:
-        return packed + 4 * blocks + CODE_BYTES
-    return packed + blocks + 4 * -(-blocks // NESTED_BLOCK) + OFFSET_BYTES + NESTED_CODE_BYTES + CODE_BYTES
+# In the quantiser's state: the mean of the scales, in memory a tensor; and all of it, as JSON.
+_OFFSET_BYTES, _STATE_BYTES = 4, 190
 
 
 @dataclass(frozen=True)
 class FourBit(NumberFormat):
     """`nf4` or `fp4`: they differ in the values of their 16 codes alone."""
 
-    source: str = "quant.four_bit.nf4_bytes; QLoRA, arXiv:2305.14314"
-
-    @property
-    def state(self) -> str:
-        """The suffix of the quantiser's state, whose length is known at the end only."""
-        return f".quant_state.bitsandbytes__{self.name}"
+    source: str = "quant.four_bit; QLoRA, arXiv:2305.14314"
 
     def nbytes(self, numel: int, quant: Quant) -> int:
-        return nf4_bytes(numel, quant.block_size, quant.double_quant)
+        return sum(part.nbytes or 0 for part in self.parts(numel, quant)) + _OFFSET_BYTES * quant.double_quant
 
     def parts(self, numel: int, quant: Quant) -> tuple[Part, ...]:
         blocks, packed = -(-numel // quant.block_size), -(-numel // 2)
@@ -66,13 +46,13 @@ class FourBit(NumberFormat):
             scales = (
                 Part(".absmax", "U8", (blocks,), blocks),
                 Part(".nested_absmax", "F32", (nested,), 4 * nested),
-                Part(".nested_quant_map", "F32", (256,), NESTED_CODE_BYTES),
+                Part(".nested_quant_map", "F32", (256,), 256 * 4),
             )
         return (
             Part("", "U8", (packed, 1), packed),
             *scales,
-            Part(".quant_map", "F32", (16,), CODE_BYTES),
-            Part(self.state, "U8", (0,), None, _STATE_BYTES),
+            Part(".quant_map", "F32", (16,), 16 * 4),
+            Part(f".quant_state.bitsandbytes__{self.name}", "U8", (0,), None, _STATE_BYTES),
         )
 
     def encoder(self, quant: Quant, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> FourBitEncoder:
@@ -83,13 +63,12 @@ class FourBit(NumberFormat):
     ) -> BitsAndBytesConfig:
         from transformers import BitsAndBytesConfig
 
-        skip = [*quant.skip_modules, *quant.fp32_modules]
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=self.name,
             bnb_4bit_use_double_quant=quant.double_quant,
             bnb_4bit_compute_dtype=compute_dtype,
-            llm_int8_skip_modules=[*head_names, *skip] if skip else None,
+            llm_int8_skip_modules=[*head_names, *quant.exempt] if quant.exempt else None,
         )
 
     def holds(self, module: nn.Module) -> bool:
@@ -102,7 +81,7 @@ class FourBit(NumberFormat):
         return dequantised(module, reuse=True)
 
     def multiplies_in(self, module: nn.Module, dtype: torch.dtype) -> bool:
-        return module.compute_dtype in (None, dtype) and bool(module.weight.quant_state.dtype == dtype)
+        return module.compute_dtype in (None, dtype) and module.weight.quant_state.dtype == dtype
 
     def upstream_is_right(self, module: nn.Module) -> bool:
         from halfbyte.quant.dequantise import upstream_is_wrong
@@ -121,16 +100,21 @@ class FourBitEncoder:
         self.quant, self.shape, self.dtype, self.name = quant, tuple(shape), dtype, name
         self.absmax = np.empty(-(-int(np.prod(shape)) // quant.block_size), np.float32)
 
-    def codes(self, first: int, values: torch.Tensor, pool: Executor | None = None) -> np.ndarray:
+    def codes(self, first: int, values: torch.Tensor) -> np.ndarray:
         import torch
 
         block = self.quant.block_size
         flat = values.detach().reshape(-1)
         array = (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy()
         scales = self.absmax[first // block : -(-(first + len(array)) // block)]
-        packed, _, bad = nf4_cpu.quantise(array, self.quant.type, block, absmax=scales, pool=pool)
+        packed, _, bad = nf4_cpu.quantise(array, self.quant.type, block, absmax=scales)
         if bad >= 0:
-            raise self._not_finite(flat[bad : bad + block], first + bad)
+            value, where = next((v.item(), bad + i) for i, v in enumerate(flat[bad:]) if not v.isfinite())
+            at = tuple(int(i) for i in np.unravel_index(first + where, self.shape))
+            raise BaseModelError(
+                f"{self.name} holds {value} at {at}; a weight that is not finite cannot be quantised.",
+                fix="download the checkpoint again, or use another revision: this one is broken",
+            )
         return packed
 
     def code_bytes(self, first: int) -> int:
@@ -142,25 +126,18 @@ class FourBitEncoder:
         import torch
 
         absmax = torch.from_numpy(self.absmax)
-        kept: dict[str, Any] = {
-            "shape": torch.Size(self.shape),
-            "dtype": self.dtype,
-            "blocksize": self.quant.block_size,
-            "code": bnb_f.get_4bit_type(self.quant.type, device="cpu"),
-            "quant_type": self.quant.type,
-        }
+        offset = nested = None
         if self.quant.double_quant:  # as `bitsandbytes.functional.quantize_4bit` does it
             offset = absmax.mean()
             absmax, nested = bnb_f.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
-            kept |= {"offset": offset, "state2": nested}
-        held = bnb_f.QuantState(absmax=absmax, **kept).as_dict(packed=True)
-        return {f".{name}": value for name, value in held.items()}
-
-    def _not_finite(self, block: torch.Tensor, start: int) -> BaseModelError:
-        """The error that names the first NaN or Inf of a block, which begins at element `start` of the matrix."""
-        where = int((~block.isfinite()).nonzero()[0])
-        at = tuple(int(i) for i in np.unravel_index(start + where, self.shape))
-        return BaseModelError(
-            f"{self.name} holds {block[where].item()} at {at}; a weight that is not finite cannot be quantised.",
-            fix="download the checkpoint again, or use another revision: this one is broken",
+        state = bnb_f.QuantState(
+            absmax=absmax,
+            shape=torch.Size(self.shape),
+            dtype=self.dtype,
+            blocksize=self.quant.block_size,
+            code=bnb_f.get_4bit_type(self.quant.type, device="cpu"),
+            quant_type=self.quant.type,
+            offset=offset,
+            state2=nested,
         )
+        return {f".{name}": value for name, value in state.as_dict(packed=True).items()}

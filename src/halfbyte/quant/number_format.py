@@ -9,7 +9,6 @@ Cost: none; no torch.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -37,7 +36,7 @@ class Part:
 class Encoder(Protocol):
     """One matrix on its way into a format, in chunks that begin on a block."""
 
-    def codes(self, first: int, values: torch.Tensor, pool: Executor | None = None) -> np.ndarray:
+    def codes(self, first: int, values: torch.Tensor) -> np.ndarray:
         """The bytes of the codes of `values`, the elements from `first` on.
 
         Raises:

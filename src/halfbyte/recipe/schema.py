@@ -143,6 +143,11 @@ class Quant(Section):
         """Whether the base is held in fewer bits than 16."""
         return self.type != "none"
 
+    @property
+    def exempt(self) -> tuple[str, ...]:
+        """Modules that are not quantised."""
+        return (*self.skip_modules, *self.fp32_modules)
+
 
 class Lora(Section):
     """The adapters, under the names of peft.LoraConfig."""

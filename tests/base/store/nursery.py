@@ -17,11 +17,8 @@ import bitsandbytes.functional  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 from halfbyte.base.store import supply
-from halfbyte.quant import nf4_cpu
+from halfbyte.quant import nf4_cpu_kernel  # noqa: F401
 from tests.base.store.helpers import opened, wanted
-
-for _kind in ("bf16", "fp32"):
-    nf4_cpu._kernel(_kind)
 
 
 def context() -> ForkServerContext:
