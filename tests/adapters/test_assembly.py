@@ -42,7 +42,7 @@ def test_fresh_adapters_train_and_everything_is_proven(tmp_path: Path) -> None:
     layers = made.model.config.num_hidden_layers
     assert made.layers == min(2, layers) and lora_layers(made.model) == 2 * layers
     assert made.packed.ok and packing.installed(made.model) == made.packed.layout
-    assert made.fused.ok and fuse.installed(made.model) and made.fused.reason in made.engine
+    assert made.fused.ok and made.fused.reason in made.engine and fuse.remove(made.model)
     ((label, text),) = notes
     assert label == "adapters" and f"q_proj x{layers}, v_proj x{layers}; " in text
     trained = {name for name, p in made.model.named_parameters() if p.requires_grad}
@@ -60,10 +60,10 @@ def test_the_seed_of_the_recipe_draws_the_adapters(tmp_path: Path) -> None:
 
 def test_layers_that_are_not_proven_are_fused_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = FusedProof(False, "PEFT's own forward: gradients differ by 1.0e+00 (allowed 1e-03)", 1.0)
-    monkeypatch.setattr(assembly, "prove_fused", lambda model, packed: wrong)
+    monkeypatch.setattr(assembly, "prove_fused", lambda model, **_: wrong)
     recipe = tiny_run.recipe(tmp_path).recipe
     made = assembled(opened(recipe), recipe)
-    assert not fuse.installed(made.model) and made.engine == wrong.reason and made.fused is wrong
+    assert not fuse.remove(made.model) and made.engine == wrong.reason and made.fused is wrong
 
 
 def test_a_saved_adapter_is_used_and_not_trained(tmp_path: Path) -> None:
