@@ -19,6 +19,7 @@ from tests import tiny_run
 from tests.data.in_memory import encode
 
 Pair = tuple[str, str]
+GATES = ["labels", "end token", "length", "duplicates", "empty answers", "overlap", "unseen tokens", "vocabulary"]
 GOOD: list[Pair] = [("Hello there", "I am fine."), ("and you", "Thank you very much")]
 
 
@@ -33,7 +34,7 @@ def judge(
     train = pairs(tokenizer, data, talk)
     evaluation = None if held_out is None else pairs(tokenizer, data, held_out, "e.jsonl")
     found = gates.check(train, evaluation, tokenizer, data, embedding_rows=rows, **more)
-    assert [f.gate for f in found] == list(gates.GATES)
+    assert [f.gate for f in found] == GATES
     return {f.gate: f for f in found}
 
 
@@ -191,7 +192,7 @@ def test_a_run_tells_and_reports_them(tmp_path: Path) -> None:
     report = finetune.train(loaded, listener=Ears()).report
     text = "1 row is an earlier one again (train.jsonl:16); take them out, unless they are meant to count twice"
     assert ("data", f"warning  duplicates     {text}") in lines
-    assert [g["gate"] for g in report["data"]["gates"]] == list(gates.GATES)
+    assert [g["gate"] for g in report["data"]["gates"]] == GATES
     assert report["data"]["train"]["rows"] == report["data"]["train"]["used"] == 16
     assert text in report["notices"]
 

@@ -9,15 +9,16 @@ Cost: a few copies of T integers a micro-batch; made when asked for, nothing kep
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import TypedDict, overload
+from typing import TypedDict
 
 import torch
 from torch.utils.data import Dataset
 
 from halfbyte.data.encoding.examples import IGNORED, Example
-from halfbyte.data.pack import MicroBatch, Step
+from halfbyte.data.pack import MicroBatch, Step, Steps
 from halfbyte.types import Batch
 
 
@@ -31,8 +32,6 @@ def collate(examples: Sequence[Example]) -> Batch:
         keep: (K,) int64, the positions p whose next token is labelled.
         targets: (K,) int64, `labels[0, keep + 1]`.
     """
-    if not examples:
-        raise ValueError("a micro-batch needs at least one example")
     lengths = [n for e in examples for n in e.pieces]
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)  # (n + 1,)
     input_ids = torch.tensor(list(chain.from_iterable(e.input_ids for e in examples)))  # (T,)
@@ -63,7 +62,7 @@ class StepItem(TypedDict):
 class StepDataset(Dataset[StepItem]):
     """Item i is optimiser step i."""
 
-    def __init__(self, examples: Sequence[Example], steps: Sequence[Step]) -> None:
+    def __init__(self, examples: Sequence[Example], steps: Steps) -> None:
         self.examples = examples
         self.steps = steps
 
@@ -75,24 +74,18 @@ class StepDataset(Dataset[StepItem]):
         return {"step": step, "micro_batches": Batches(self.examples, step.micro_batches)}
 
 
-class Batches(Sequence[Batch]):
-    """Item i is the batch of micro-batch i, of a step or of an evaluation (`pack.eval_micro_batches`)."""
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a step's micro-batches, or of an evaluation's (`pack.eval_micro_batches`), one after another."""
 
-    def __init__(self, examples: Sequence[Example], micro_batches: Sequence[MicroBatch]) -> None:
-        self.examples = examples
-        self.micro_batches = micro_batches
+    examples: Sequence[Example]
+    micro_batches: Sequence[MicroBatch]
 
     def __len__(self) -> int:
         return len(self.micro_batches)
 
-    @overload
-    def __getitem__(self, index: int) -> Batch: ...
-    @overload
-    def __getitem__(self, index: slice) -> Batches: ...
-    def __getitem__(self, index: int | slice) -> Batch | Batches:
-        if isinstance(index, slice):
-            return Batches(self.examples, self.micro_batches[index])
-        return self.of(self.micro_batches[index])
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.of, self.micro_batches)
 
     def of(self, rows: Sequence[int]) -> Batch:
         """The batch of other rows of the same examples: a step may be split anew while it runs."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -21,14 +21,14 @@ from halfbyte.data.reading.problems import some
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from halfbyte.recipe.data import Data
-    from halfbyte.types import Document, Tokenizer
+    from halfbyte.types import Tokenizer
 
 Level = Literal["ok", "warning", "refused"]
+Said = tuple[Level, str, str | None]  # level, what was found, fix
 LEAST_LABELLED_SHARE = 0.01
-GATES = (
-    "labels", "end token", "length", "duplicates", "empty answers", "overlap", "unseen tokens", "vocabulary",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Finding:
     gate: str
     level: Level
     found: str
-    fix: str | None = None
+    fix: str | None
 
     @property
     def line(self) -> str:
@@ -47,9 +47,6 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.found}; {self.fix}" if self.fix else self.found
-
-    def to_json(self) -> Document:
-        return asdict(self)
 
 
 def check(
@@ -61,22 +58,23 @@ def check(
     embedding_rows: int,
     trained: frozenset[int] = frozenset(),
 ) -> tuple[Finding, ...]:
-    """The findings of all gates, in the order of `GATES`.
+    """The findings of all gates.
 
     Args:
         embedding_rows: how many tokens have a row in the model's embedding.
         trained: tokens whose rows are trained, so that the model may meet them for the first time.
     """
-    return (
-        _labels(train),
-        _ends(train),
-        _length(train, data),
-        _duplicates(train),
-        _empty(train),
-        _overlap(train, held_out),
-        _unseen(train, tokenizer, trained),
-        _vocabulary(train, held_out, tokenizer, embedding_rows),
-    )
+    said = {
+        "labels": _labels(train),
+        "end token": _ends(train),
+        "length": _length(train, data),
+        "duplicates": _duplicates(train),
+        "empty answers": _empty(train),
+        "overlap": _overlap(train, held_out),
+        "unseen tokens": _unseen(train, tokenizer, trained),
+        "vocabulary": _vocabulary(train, held_out, tokenizer, embedding_rows),
+    }
+    return tuple(Finding(gate, *what) for gate, what in said.items())
 
 
 def refuse(findings: Sequence[Finding]) -> None:
@@ -90,117 +88,96 @@ def refuse(findings: Sequence[Finding]) -> None:
         raise DataError(f"the data is refused: {text}.", fix="; ".join(f.fix for f in refused if f.fix) or None)
 
 
-def _labels(train: Encoded) -> Finding:
-    stats = train.stats
-    found = f"{stats.labelled_tokens:,} of {stats.tokens:,} tokens are labelled ({_percent(stats.labelled_share)})"
-    if stats.labelled_share < LEAST_LABELLED_SHARE:
-        return Finding("labels", "warning", found, "data.mask: assistant or all, if more was meant")
-    return Finding("labels", "ok", found)
+def _labels(train: Encoded) -> Said:
+    stats, share = train.stats, train.stats.labelled_share
+    percent = f"{share:.1%}" if share >= LEAST_LABELLED_SHARE else f"{share:.2%}"
+    text = f"{stats.labelled_tokens:,} of {stats.tokens:,} tokens are labelled ({percent})"
+    if share < LEAST_LABELLED_SHARE:
+        return "warning", text, "data.mask: assistant or all, if more was meant"
+    return "ok", text, None
 
 
-def _ends(train: Encoded) -> Finding:
+def _ends(train: Encoded) -> Said:
     without, rows = train.tally.endless, train.tally.kept
-    if not without:
-        return Finding("end token", "ok", f"among the labels of {_each(rows)}")
     fix = "a larger data.max_length, or data.overlong: skip"
+    if not without:
+        return "ok", f"among the labels of {'the one row' if rows == 1 else f'each of {rows:,} rows'}", None
     if without.count == rows:
-        return Finding(
-            "end token", "refused", "no row has one among its labels, so the model would not learn to stop", fix
-        )
-    found = f"missing in the labels of {without.count:,} of {rows:,} rows ({without.first()})"
-    return Finding("end token", "warning", found, fix)
+        return "refused", "no row has one among its labels, so the model would not learn to stop", fix
+    return "warning", f"missing in the labels of {without.count:,} of {rows:,} rows ({without.first()})", fix
 
 
-def _length(train: Encoded, data: Data) -> Finding:
-    tally, limit = train.tally, data.max_length
+def _length(train: Encoded, data: Data) -> Said:
+    tally, stats, limit = train.tally, train.stats, data.max_length
     if data.packing == "stream":
-        found = f"texts of {train.stats.min_length:,} to {train.stats.max_length:,} tokens in blocks of {limit:,}"
-        return Finding("length", "ok", found)
+        return "ok", f"texts of {stats.min_length:,} to {stats.max_length:,} tokens in blocks of {limit:,}", None
     if not tally.longest:
-        return Finding("length", "ok", f"the longest row has {train.stats.max_length:,} tokens of {limit:,}")
+        return "ok", f"the longest row has {stats.max_length:,} tokens of {limit:,}", None
     over = tally.truncated + tally.skipped.count
-    found = (
+    text = (
         f"{over:,} of {tally.seen:,} rows are over {limit:,} tokens, the longest has {tally.longest:,}: "
         f"{tally.truncated:,} truncated, {tally.skipped.count:,} skipped"
     )
-    return Finding("length", "warning", found, f"data.max_length: {tally.longest} takes them whole")
+    return "warning", text, f"data.max_length: {tally.longest} takes them whole"
 
 
-def _duplicates(train: Encoded) -> Finding:
+def _duplicates(train: Encoded) -> Said:
     digests = train.examples.digests()
-    _, first = np.unique(digests, return_index=True)
-    count = len(digests) - len(first)
-    if not count:
-        return Finding("duplicates", "ok", "none")
-    again = np.setdiff1d(np.arange(len(digests)), first)
-    names = [train.examples.where(int(i)) for i in again[:3]]
-    found = f"{count:,} {'row is' if count == 1 else 'rows are'} an earlier one again ({some(names, count)})"
-    return Finding("duplicates", "warning", found, "take them out, unless they are meant to count twice")
+    again = np.setdiff1d(np.arange(len(digests)), np.unique(digests, return_index=True)[1])
+    if not len(again):
+        return "ok", "none", None
+    are = "row is" if len(again) == 1 else "rows are"
+    text = f"{len(again):,} {are} an earlier one again ({_named(train, again)})"
+    return "warning", text, "take them out, unless they are meant to count twice"
 
 
-def _empty(train: Encoded) -> Finding:
+def _empty(train: Encoded) -> Said:
     empty = train.tally.empty
     if not empty:
-        return Finding("empty answers", "ok", "none")
+        return "ok", "none", None
     have = "row has" if empty.count == 1 else "rows have"
-    found = f"{empty.count:,} {have} no labelled word, only special tokens ({empty.first()})"
-    return Finding("empty answers", "warning", found, "the model would learn to say nothing")
+    text = f"{empty.count:,} {have} no labelled word, only special tokens ({empty.first()})"
+    return "warning", text, "the model would learn to say nothing"
 
 
-def _overlap(train: Encoded, held_out: Encoded | None) -> Finding:
+def _overlap(train: Encoded, held_out: Encoded | None) -> Said:
     if held_out is None:
-        return Finding("overlap", "ok", "no rows are held out (data.eval)")
-    ours, theirs = train.examples.digests(), held_out.examples.digests()
-    both = np.flatnonzero(np.isin(theirs, ours))
+        return "ok", "no rows are held out (data.eval)", None
+    theirs = held_out.examples.digests()
+    both = np.flatnonzero(np.isin(theirs, train.examples.digests()))
     if not len(both):
-        return Finding("overlap", "ok", f"none of {len(theirs):,} held-out rows is trained on")
-    names = [held_out.examples.where(int(i)) for i in both[:3]]
-    found = f"{len(both):,} of {len(theirs):,} held-out rows are trained on ({some(names, len(both))})"
-    return Finding("overlap", "warning", found, "the eval loss will look better than it is")
+        return "ok", f"none of {len(theirs):,} held-out rows is trained on", None
+    text = f"{len(both):,} of {len(theirs):,} held-out rows are trained on ({_named(held_out, both)})"
+    return "warning", text, "the eval loss will look better than it is"
 
 
-def _unseen(train: Encoded, tokenizer: Tokenizer, trained: frozenset[int]) -> Finding:
-    used = train.tally.used
-    names = {i: t.content for i, t in tokenizer.added_tokens_decoder.items()}
-    strange = Counter(
-        {i: n for i, n in used.items() if i == tokenizer.unk_token_id or (i in names and is_reserved(names[i]))}
-    )
-    new = [i for i in strange if i not in trained]
+def _unseen(train: Encoded, tokenizer: Tokenizer, trained: frozenset[int]) -> Said:
+    unknown, used = tokenizer.unk_token_id, train.tally.used
+    reserved = {i for i, t in tokenizer.added_tokens_decoder.items() if is_reserved(t.content)}
+    strange = (reserved | {unknown}) - trained
+    new = Counter({i: n for i, n in used.items() if i in strange})
     if not new:
         what = f", {len(trained)} of them trained as new" if trained else ""
-        return Finding("unseen tokens", "ok", f"none among the {len(used):,} different tokens{what}")
-    total = sum(strange[i] for i in new)
-    shown = [
-        f"{tokenizer.convert_ids_to_tokens(i)} {strange[i]:,} times" for i in sorted(new, key=lambda i: -strange[i])
-    ]
-    found = f"{total:,} tokens that the model has never seen ({some(shown, len(shown))})"
-    ids = ", ".join(map(str, sorted(new)[:8]))
-    unknown = tokenizer.unk_token_id in new
-    fix = "the tokenizer cannot write that text" if unknown else f"lora.trainable_token_indices: [{ids}] trains them"
-    return Finding("unseen tokens", "warning", found, fix)
+        return "ok", f"none among the {len(used):,} different tokens{what}", None
+    shown = [f"{tokenizer.convert_ids_to_tokens(i)} {n:,} times" for i, n in new.most_common()]
+    fix = f"lora.trainable_token_indices: [{', '.join(map(str, sorted(new)[:8]))}] trains them"
+    text = f"{new.total():,} tokens that the model has never seen ({some(shown, len(shown))})"
+    return "warning", text, "the tokenizer cannot write that text" if unknown in new else fix
 
 
-def _vocabulary(train: Encoded, held_out: Encoded | None, tokenizer: Tokenizer, rows: int) -> Finding:
+def _vocabulary(train: Encoded, held_out: Encoded | None, tokenizer: Tokenizer, rows: int) -> Said:
     size = len(tokenizer)
     if size <= rows:
-        return Finding("vocabulary", "ok", f"{size:,} tokens, the embedding has {rows:,} rows")
-    found = f"the tokenizer knows {size:,} tokens, the embedding has {rows:,} rows"
+        return "ok", f"{size:,} tokens, the embedding has {rows:,} rows", None
+    text = f"the tokenizer knows {size:,} tokens, the embedding has {rows:,} rows"
     used = train.tally.used | (held_out.tally.used if held_out is not None else Counter())
     beyond = sorted(i for i in used if i >= rows)
     if not beyond:
-        return Finding("vocabulary", "warning", f"{found}; no row uses a token beyond them")
+        return "warning", f"{text}; no row uses a token beyond them", None
     shown = some([f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in beyond[:3]], len(beyond))
-    return Finding(
-        "vocabulary",
-        "refused",
-        f"{found}, and the rows use {shown}",
-        "use the tokenizer that belongs to this checkpoint",
-    )
+    return "refused", f"{text}, and the rows use {shown}", "use the tokenizer that belongs to this checkpoint"
 
 
-def _each(rows: int) -> str:
-    return "the one row" if rows == 1 else f"each of {rows:,} rows"
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}" if share >= LEAST_LABELLED_SHARE else f"{share:.2%}"
+def _named(encoded: Encoded, rows: NDArray[np.int64]) -> str:
+    """The names of the first few of these rows."""
+    return some([encoded.examples.where(int(row)) for row in rows[:3]], len(rows))

@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 import random
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, overload
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -44,9 +44,9 @@ class Step:
     tokens: int
 
 
-@dataclass(frozen=True, eq=False)
-class Steps(Sequence[Step]):
-    """Every step of a run, each made when it is asked for; a slice is a list.
+@dataclass(eq=False)
+class Steps:
+    """Every step of a run, each made when it is asked for.
 
     Epoch e takes the rows in the order of `random.Random(f"{seed}/{e}").shuffle`, which does not depend on the machine,
     on torch or on earlier epochs. The same arguments give the same steps anywhere.
@@ -61,28 +61,14 @@ class Steps(Sequence[Step]):
         proven.
     """
 
-    lengths: Sizes
-    labelled: Sizes
+    lengths: NDArray[np.int64]
+    labelled: NDArray[np.int64]
     rows_per_step: int
     total: int
     seed: int
     max_tokens_per_micro_batch: int
     examples_per_micro_batch: int | None
-
-    def __post_init__(self) -> None:
-        lengths, labelled = np.asarray(self.lengths), np.asarray(self.labelled)
-        if not len(lengths) or len(lengths) != len(labelled):
-            raise ValueError(
-                f"lengths and labelled must be of one size, at least 1, got {len(lengths)} and {len(labelled)}"
-            )
-        if self.rows_per_step < 1 or self.max_tokens_per_micro_batch < 1 or self.examples_per_micro_batch == 0:
-            raise ValueError(
-                f"a step and a micro-batch must hold a row, got {self.rows_per_step}, "
-                f"{self.max_tokens_per_micro_batch} tokens and {self.examples_per_micro_batch}"
-            )
-        object.__setattr__(self, "lengths", lengths)
-        object.__setattr__(self, "labelled", labelled)
-        object.__setattr__(self, "_orders", {})
+    _orders: dict[int, NDArray[np.uint32]] = field(default_factory=dict, init=False)
 
     @property
     def per_epoch(self) -> int:
@@ -91,79 +77,48 @@ class Steps(Sequence[Step]):
     def __len__(self) -> int:
         return self.total
 
-    @overload
-    def __getitem__(self, index: int) -> Step: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Step]: ...
-    def __getitem__(self, index: int | slice) -> Step | list[Step]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self.total))]
-        if not -self.total <= index < self.total:
+    def __iter__(self) -> Iterator[Step]:
+        return map(self.__getitem__, range(self.total))
+
+    def __getitem__(self, index: int) -> Step:
+        if not 0 <= index < self.total:
             raise IndexError(f"step {index} of {self.total}")
-        index %= self.total
         epoch, place = divmod(index, self.per_epoch)
         rows = self._order(epoch)[place * self.rows_per_step : (place + 1) * self.rows_per_step].tolist()
         return Step(
             index=index,
             micro_batches=arrange(rows, self.lengths, self.max_tokens_per_micro_batch, self.examples_per_micro_batch),
-            labelled_tokens=int(np.asarray(self.labelled)[rows].sum()),
-            tokens=int(np.asarray(self.lengths)[rows].sum()),
+            labelled_tokens=int(self.labelled[rows].sum()),
+            tokens=int(self.lengths[rows].sum()),
         )
 
     @property
     def tokens(self) -> int:
         """Tokens of all steps together."""
         epochs, steps = divmod(self.total, self.per_epoch)
-        lengths = np.asarray(self.lengths)
-        whole = epochs * int(lengths.sum())
-        return whole + int(lengths[self._order(epochs)[: steps * self.rows_per_step]].sum()) if steps else whole
+        whole = epochs * int(self.lengths.sum())
+        return whole + int(self.lengths[self._order(epochs)[: steps * self.rows_per_step]].sum()) if steps else whole
 
     def longest_micro_batch(self) -> MicroBatch:
         """The rows of the micro-batch with the most tokens, of the first epoch's steps with the most tokens."""
         looked_at: Sequence[int] = range(min(self.total, self.per_epoch))
         if len(looked_at) > LOOKED_AT_STEPS:
-            lengths = np.asarray(self.lengths)[self._order(0)]
+            lengths = self.lengths[self._order(0)]
             starts = np.arange(0, len(lengths), self.rows_per_step)[: len(looked_at)]
             sums = np.add.reduceat(lengths, starts)
             fullest = np.argpartition(sums, -LOOKED_AT_STEPS)[-LOOKED_AT_STEPS:]
             with_longest = int(np.argmax(lengths[: self.total * self.rows_per_step])) // self.rows_per_step
             looked_at = [*fullest.tolist(), with_longest]
         micro_batches = (rows for i in looked_at for rows in self[i].micro_batches)
-        return max(micro_batches, key=lambda rows: int(np.asarray(self.lengths)[list(rows)].sum()))
+        return max(micro_batches, key=lambda rows: int(self.lengths[list(rows)].sum()))
 
     def _order(self, epoch: int) -> NDArray[np.uint32]:
         """The rows of one epoch in their order: (rows,) uint32; the last epoch asked for is kept."""
-        kept: dict[int, NDArray[np.uint32]] = vars(self)["_orders"]
-        if epoch not in kept:
+        if epoch not in self._orders:
             order = array("I", range(len(self.lengths)))
             random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            kept.clear()
-            kept[epoch] = np.frombuffer(order, dtype=np.uint32)
-        return kept[epoch]
-
-
-def plan_steps(
-    lengths: Sizes,
-    labelled: Sizes,
-    *,
-    rows_per_step: int,
-    epochs: float,
-    max_steps: int,
-    seed: int,
-    max_tokens_per_micro_batch: int,
-    examples_per_micro_batch: int | None,
-) -> Steps:
-    """Every step of the run, each at the position of its index.
-
-    Args:
-        epochs: may be a fraction; the number of steps is rounded up, as the Trainer does.
-        max_steps: above 0 it decides the number of steps, over as many epochs as they take.
-        others: as `Steps` has them.
-    """
-    if rows_per_step < 1:
-        raise ValueError(f"rows_per_step must be >= 1, got {rows_per_step}")
-    total = count_steps(len(lengths), rows_per_step=rows_per_step, epochs=epochs, max_steps=max_steps)
-    return Steps(lengths, labelled, rows_per_step, total, seed, max_tokens_per_micro_batch, examples_per_micro_batch)
+            self._orders = {epoch: np.frombuffer(order, dtype=np.uint32)}
+        return self._orders[epoch]
 
 
 def count_steps(rows: int, *, rows_per_step: int, epochs: float, max_steps: int) -> int:

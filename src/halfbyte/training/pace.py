@@ -11,8 +11,9 @@ Cost: a look at /proc between micro-batches, 0.2 ms; where failures are caught, 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -152,7 +153,7 @@ def rehearse(
     pace: Pace,
     longest: pack.MicroBatch,
     batch: Callable[[pack.MicroBatch], Batch],
-    evaluation: Sequence[Batch] = (),
+    evaluation: Iterable[Batch] = (),
 ) -> Rehearsed:
     """Run the longest micro-batch forward and backward, and one batch of an evaluation, before anything is learned.
 
@@ -171,8 +172,8 @@ def rehearse(
                 model.train()
                 loss.micro_batch_loss(model, batch(rows)).backward()
                 model.zero_grad()
-                if len(evaluation):
-                    loss.mean_loss(model, [evaluation[0]])
+                for first in islice(evaluation, 1):
+                    loss.mean_loss(model, [first])
             model.train(training)
             took = max(0, peak.private - held.private)
             return Rehearsed(pace.largest([rows]), held, took, time.perf_counter() - began)

@@ -6,7 +6,7 @@ Cost: tokenising, about 3,000 rows of 200 tokens a second a core; once, then the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from halfbyte.base.config import open_config
@@ -102,7 +102,7 @@ def data_report(prepared: Prepared) -> Document:
     return {
         "train": counts(prepared.train),
         "eval": None if prepared.evaluation is None else counts(prepared.evaluation),
-        "gates": [finding.to_json() for finding in prepared.findings],
+        "gates": [asdict(finding) for finding in prepared.findings],
     }
 
 

@@ -7,7 +7,7 @@ Cost: tokenising, and the shapes of the model; no weight is read.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -162,14 +162,14 @@ def check(loaded: Loaded, *, row: int | None = None) -> Checked:
     steps = plan_steps(
         prepared, max_tokens_per_micro_batch=plan.max_tokens_per_micro_batch, examples_per_micro_batch=None
     )
-    counted = steps[:COUNTED_STEPS]
+    counted = [len(step.micro_batches) for step in islice(steps, COUNTED_STEPS)]
     numbers = [row - 1] if row is not None else range(min(SHOWN_ROWS, count))
     return Checked(
         prepared,
         plan,
         len(steps),
         # of more than `COUNTED_STEPS`, as many a step as the first ones have
-        round(sum(len(step.micro_batches) for step in counted) * len(steps) / max(1, len(counted))),
+        round(sum(counted) * len(steps) / max(1, len(counted))),
         steps.tokens,
         histogram(prepared.train.lengths),
         tuple(shown(prepared.train.examples[n], n + 1, prepared.tokenizer) for n in numbers),

@@ -27,12 +27,11 @@ def plan_steps(
 ) -> pack.Steps:
     """Every optimiser step of the run: which rows, in which order, in which micro-batches."""
     train = prepared.recipe.train
-    return pack.plan_steps(
+    return pack.Steps(
         prepared.train.lengths,
         prepared.train.labelled,
         rows_per_step=train.rows_per_step,
-        epochs=train.num_train_epochs,
-        max_steps=train.max_steps,
+        total=count_steps(prepared),
         seed=train.seed if train.data_seed is None else train.data_seed,
         max_tokens_per_micro_batch=max_tokens_per_micro_batch,
         examples_per_micro_batch=examples_per_micro_batch,
