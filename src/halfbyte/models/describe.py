@@ -10,6 +10,8 @@ Cost: a few small files or requests; no torch.
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 # Packaged models under the name of the reference that has their shape.
 ALIASES = {"gemma3-270m": "gemma-3-270m"}
+_QUANTISED = "config.json (weights are quantised already)"  # packed codes; the architecture says what they stand for
 # The first request for a file: the header of a shard with a few hundred tensors fits.
 FIRST_BYTES = 64 * 1024
 # `general.architecture` of a GGUF -> model_type of transformers, where the two differ.
@@ -65,7 +68,7 @@ def describe(model: str, revision: str | None = None) -> Shape:
     model = model.strip()
     name = ALIASES.get(model.lower(), model.lower())
     if name in REFERENCES:
-        return _of(model, REFERENCES[name], tensors_of(REFERENCES[name]), "bundled shape")
+        return _of(model, REFERENCES[name], "bundled shape")
     path = Path(model).expanduser()
     if path.is_dir():
         return of_folder(path)
@@ -88,38 +91,37 @@ def describe(model: str, revision: str | None = None) -> Shape:
 def of_folder(folder: Path, name: str | None = None) -> Shape:
     """From a folder's headers; from its config alone where it has no safetensors, or holds a quantised base."""
     config = tensors.read_config(folder)
-    config_bytes = (folder / "config.json").stat().st_size
+    read = (folder / "config.json").stat().st_size
     name = name or str(folder)
     if config.get("quantization_config") is not None:
-        # its tensors are packed codes; what they stand for follows from the architecture
-        return _of(
-            name, config, tensors_of(config), "config.json (weights are quantised already)", config_bytes, folder
-        )
+        return _of(name, config, _QUANTISED, read_bytes=read, path=folder)
     try:
         files = safetensors.weight_files(folder)
     except SourceError:
         if config.get("model_type") not in FAMILIES:
             raise
-        return _of(name, config, tensors_of(config), "config.json alone", config_bytes, folder)
-    headers = [safetensors.read_header(file) for file in files]
-    read = config_bytes + sum(_header_bytes(file) for file in files)
-    origin = f"headers of {len(files)} file{'s' * (len(files) > 1)}"
-    return _of(name, config, tensors.specs_of(headers, config), origin, read, folder)
+        return _of(name, config, "config.json alone", read_bytes=read, path=folder)
+    for file in files:
+        with file.open("rb") as stream:
+            read += 8 + int.from_bytes(stream.read(8), "little")
+    specs = tensors.specs_of((safetensors.read_header(file) for file in files), config)
+    return _of(name, config, _headers(files), specs, read, folder)
 
 
-def _header_bytes(file: Path) -> int:
-    with file.open("rb") as stream:
-        return 8 + int.from_bytes(stream.read(8), "little")
+def _headers(files: Sequence[object]) -> str:
+    return f"headers of {len(files)} file{'s' * (len(files) > 1)}"
 
 
 def _of(
     name: str,
     config: ConfigFile,
-    specs: list[TensorSpec],
     origin: str,
+    specs: list[TensorSpec] | None = None,
     read_bytes: int = 0,
     path: Path | None = None,
 ) -> Shape:
+    """The shape; its tensors by the architecture where they are not given."""
+    specs = tensors_of(config) if specs is None else specs
     facts = tensors.facts_of(config, specs)
     lacking = [what for what in ("hidden", "layers", "vocab") if not getattr(facts, what)]
     if lacking:
@@ -143,19 +145,12 @@ def _of_gguf(path: Path) -> Shape:
     config["model_type"] = _GGUF_TYPES.get(kind, kind)
     config["tie_word_embeddings"] = "output.weight" not in shapes_by_name
     config["attention_bias"] = "blk.0.attn_q.bias" in shapes_by_name
-    if config["model_type"] in FAMILIES:
-        specs = tensors_of(config)
-    else:
-        specs = [tensors.spec_of(_torch_name(t.name), t.shape, "BF16", config) for t in header.tensors]
-    return _of(str(path), config, specs, "GGUF header", header.data_start, path)
-
-
-def _torch_name(name: str) -> str:
-    return (
-        "lm_head.weight"
-        if name == "output.weight"
-        else name.replace("blk.", "layers.").replace("token_embd", "embed_tokens")
-    )
+    specs = None
+    if config["model_type"] not in FAMILIES:
+        names = [re.sub(r"^output\.weight$", "lm_head.weight", t.name) for t in header.tensors]
+        names = [name.replace("blk.", "layers.").replace("token_embd", "embed_tokens") for name in names]
+        specs = [tensors.spec_of(name, t.shape, "BF16", config) for name, t in zip(names, header.tensors, strict=True)]
+    return _of(str(path), config, "GGUF header", specs, header.data_start, path)
 
 
 def _of_hub(repo: str, revision: str | None) -> Shape:
@@ -180,7 +175,13 @@ def _of_hub(repo: str, revision: str | None) -> Shape:
     for file in files:
         remote = hub.Remote.open(repo, file, commit)
         if remote is None:
-            return _without_headers(name, config, read)
+            if config.get("model_type") not in FAMILIES:
+                raise SourceError(
+                    f"{name} has no safetensors, and the tensors of a {config.get('model_type')!r} are not known from "
+                    "its config.",
+                    fix=f"download it, and give its folder: hf download {repo}",
+                )
+            return _of(name, config, "config.json alone", read_bytes=read)
         start = remote.read(0, FIRST_BYTES)
         length = safetensors.header_length(start[:8], remote.size, f"{repo}/{file}")
         if 8 + length > len(start):
@@ -188,16 +189,5 @@ def _of_hub(repo: str, revision: str | None) -> Shape:
         headers.append(safetensors.parse_header(start[8 : 8 + length], remote.size, f"{repo}/{file}"))
         read += remote.read_bytes
     if config.get("quantization_config") is not None:
-        return _of(name, config, tensors_of(config), "config.json (weights are quantised already)", read)
-    origin = f"headers of {len(files)} file{'s' * (len(files) > 1)} on the hub"
-    return _of(name, config, tensors.specs_of(headers, config), origin, read)
-
-
-def _without_headers(name: str, config: ConfigFile, read: int) -> Shape:
-    if config.get("model_type") not in FAMILIES:
-        raise SourceError(
-            f"{name} has no safetensors, and the tensors of a {config.get('model_type')!r} are not known from its "
-            "config.",
-            fix=f"download it, and give its folder: hf download {name.partition('@')[0]}",
-        )
-    return _of(name, config, tensors_of(config), "config.json alone", read)
+        return _of(name, config, _QUANTISED, read_bytes=read)
+    return _of(name, config, f"{_headers(files)} on the hub", tensors.specs_of(headers, config), read)

@@ -8,79 +8,39 @@ Cost: one table; no torch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from halfbyte.types import Document
 
-
-def _llama(
-    hidden: int, inner: int, layers: int, heads: int, keys: int, vocab: int, *, kind: str = "llama", **more: Any
-) -> Document:
-    return {
-        "model_type": kind, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": keys, "vocab_size": vocab,
-        "max_position_embeddings": more.pop("positions", 4096), "tie_word_embeddings": more.pop("tied", False), **more,
-    }  # fmt: skip
+_KEYS = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size"
+_OLD: Document = {"positions": 2048, "dtype": "float16"}
+_WRITTEN = {"positions": "max_position_embeddings", "tied": "tie_word_embeddings"}
 
 
-def _qwen2(hidden: int, inner: int, layers: int, heads: int, keys: int, vocab: int, **more: Any) -> Document:
-    return _llama(hidden, inner, layers, heads, keys, vocab, kind="qwen2", positions=32768, **more)
+def _config(keys: str, *sizes: int, kind: str, **more: object) -> Document:
+    """A `config.json` with these sizes under these keys, and more values."""
+    named = {_WRITTEN.get(key, key): value for key, value in more.items()}
+    return {"model_type": kind, **dict(zip(keys.split(), sizes, strict=True)), **named}
 
 
-def _qwen3(hidden: int, inner: int, layers: int, heads: int, **more: Any) -> Document:
-    return _llama(hidden, inner, layers, heads, 8, 151936, kind="qwen3", head_dim=128, positions=40960, **more)
-
-
-def _gemma(
-    kind: str, hidden: int, inner: int, layers: int, heads: int, keys: int, vocab: int, head: int, **more: Any
-) -> Document:
-    return _llama(
-        hidden, inner, layers, heads, keys, vocab, kind=kind, head_dim=head, positions=8192, tied=True, **more
-    )
-
-
-def _phi3(hidden: int, inner: int, layers: int, heads: int, keys: int, vocab: int, **more: Any) -> Document:
-    return _llama(hidden, inner, layers, heads, keys, vocab, kind="phi3", **more)
-
-
-def _phi(hidden: int, layers: int) -> Document:
-    return _llama(hidden, 4 * hidden, layers, 32, 32, 51200, kind="phi", positions=2048)
-
-
-def _gpt2(hidden: int, layers: int, heads: int) -> Document:
-    return {
-        "model_type": "gpt2", "n_embd": hidden, "n_layer": layers, "n_head": heads, "n_positions": 1024,
-        "vocab_size": 50257, "dtype": "float32",
-    }  # fmt: skip
-
-
-def _bloom(hidden: int, layers: int, heads: int) -> Document:
-    return {"model_type": "bloom", "hidden_size": hidden, "n_layer": layers, "n_head": heads, "vocab_size": 250880}
-
-
-def _neox(hidden: int, inner: int, layers: int, heads: int, vocab: int) -> Document:
-    return {
-        "model_type": "gpt_neox", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "vocab_size": vocab, "max_position_embeddings": 2048,
-        "tie_word_embeddings": False, "dtype": "float16",
-    }  # fmt: skip
-
-
-def _opt(hidden: int, layers: int, heads: int, **more: Any) -> Document:
-    return {
-        "model_type": "opt", "hidden_size": hidden, "ffn_dim": 4 * hidden, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "vocab_size": 50272, "max_position_embeddings": 2048,
-        "word_embed_proj_dim": hidden, "dtype": "float16", **more,
-    }  # fmt: skip
-
-
-def _mpt(hidden: int, layers: int, heads: int, positions: int) -> Document:
-    return {
-        "model_type": "mpt", "d_model": hidden, "n_layers": layers, "n_heads": heads, "vocab_size": 50432,
-        "max_seq_len": positions,
-    }  # fmt: skip
-
+_llama = partial(_config, _KEYS, kind="llama", positions=4096, tied=False)
+_qwen2 = partial(_llama, kind="qwen2", positions=32768)
+_qwen3 = partial(_llama, kind="qwen3", positions=40960, head_dim=128)
+_gemma = partial(_llama, positions=8192, tied=True, head_dim=256)
+_phi3 = partial(_llama, kind="phi3")
+_phi = partial(_llama, kind="phi", positions=2048)
+_gpt2 = partial(_config, "n_embd n_layer n_head", kind="gpt2", n_positions=1024, vocab_size=50257, dtype="float32")
+_bloom = partial(_config, "hidden_size n_layer n_head", kind="bloom", vocab_size=250880)
+_neox = partial(_config, _KEYS.replace("num_key_value_heads ", ""), kind="gpt_neox", tied=False, **_OLD)
+_opt = partial(
+    _config, "hidden_size ffn_dim num_hidden_layers num_attention_heads", kind="opt", vocab_size=50272, **_OLD
+)
+_falcon = partial(
+    _config, "hidden_size num_hidden_layers num_attention_heads", kind="falcon", vocab_size=65024, positions=2048
+)
+_mpt = partial(_config, "d_model n_layers n_heads max_seq_len", kind="mpt", vocab_size=50432)
 
 REFERENCES: dict[str, Document] = {
     "llama-2-7b": _llama(4096, 11008, 32, 32, 32, 32000),
@@ -112,21 +72,21 @@ REFERENCES: dict[str, Document] = {
     "qwen2.5-14b": _qwen2(5120, 13824, 48, 40, 8, 152064),
     "qwen2.5-32b": _qwen2(5120, 27648, 64, 40, 8, 152064),
     "qwen2.5-72b": _qwen2(8192, 29568, 80, 64, 8, 152064),
-    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, tied=True),
-    "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, tied=True),
-    "qwen3-4b": _qwen3(2560, 9728, 36, 32, tied=True),
-    "qwen3-8b": _qwen3(4096, 12288, 36, 32),
-    "qwen3-14b": _qwen3(5120, 17408, 40, 40),
-    "qwen3-32b": _qwen3(5120, 25600, 64, 64),
-    "gemma-2b": _gemma("gemma", 2048, 16384, 18, 8, 1, 256000, 256),
-    "gemma-7b": _gemma("gemma", 3072, 24576, 28, 16, 16, 256000, 256),
-    "gemma-2-2b": _gemma("gemma2", 2304, 9216, 26, 8, 4, 256000, 256),
-    "gemma-2-9b": _gemma("gemma2", 3584, 14336, 42, 16, 8, 256000, 256),
-    "gemma-2-27b": _gemma("gemma2", 4608, 36864, 46, 32, 16, 256000, 128),
-    "gemma-3-270m": _gemma("gemma3_text", 640, 2048, 18, 4, 1, 262144, 256, sliding_window=512),
-    "gemma-3-1b": _gemma("gemma3_text", 1152, 6912, 26, 4, 1, 262144, 256, sliding_window=512),
-    "phi-1.5": _phi(2048, 24),
-    "phi-2": _phi(2560, 32),
+    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, 8, 151936, tied=True),
+    "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, 8, 151936, tied=True),
+    "qwen3-4b": _qwen3(2560, 9728, 36, 32, 8, 151936, tied=True),
+    "qwen3-8b": _qwen3(4096, 12288, 36, 32, 8, 151936),
+    "qwen3-14b": _qwen3(5120, 17408, 40, 40, 8, 151936),
+    "qwen3-32b": _qwen3(5120, 25600, 64, 64, 8, 151936),
+    "gemma-2b": _gemma(2048, 16384, 18, 8, 1, 256000, kind="gemma"),
+    "gemma-7b": _gemma(3072, 24576, 28, 16, 16, 256000, kind="gemma"),
+    "gemma-2-2b": _gemma(2304, 9216, 26, 8, 4, 256000, kind="gemma2"),
+    "gemma-2-9b": _gemma(3584, 14336, 42, 16, 8, 256000, kind="gemma2"),
+    "gemma-2-27b": _gemma(4608, 36864, 46, 32, 16, 256000, kind="gemma2", head_dim=128),
+    "gemma-3-270m": _gemma(640, 2048, 18, 4, 1, 262144, kind="gemma3_text", sliding_window=512),
+    "gemma-3-1b": _gemma(1152, 6912, 26, 4, 1, 262144, kind="gemma3_text", sliding_window=512),
+    "phi-1.5": _phi(2048, 8192, 24, 32, 32, 51200),
+    "phi-2": _phi(2560, 10240, 32, 32, 32, 51200),
     "phi-3-mini": _phi3(3072, 8192, 32, 32, 32, 32064),
     "phi-3-medium": _phi3(5120, 17920, 40, 40, 10, 32064),
     "phi-3.5-mini": _phi3(3072, 8192, 32, 32, 32, 32064, positions=131072),
@@ -137,10 +97,7 @@ REFERENCES: dict[str, Document] = {
     "gpt2-large": _gpt2(1280, 36, 20),
     "gpt2-xl": _gpt2(1600, 48, 25),
     "distilgpt2": _gpt2(768, 6, 12),
-    "gpt-j-6b": {
-        "model_type": "gptj", "n_embd": 4096, "n_layer": 28, "n_head": 16, "n_positions": 2048, "vocab_size": 50400,
-        "dtype": "float16",
-    },
+    "gpt-j-6b": _gpt2(4096, 28, 16, kind="gptj", n_positions=2048, vocab_size=50400, dtype="float16"),
     "gpt-neox-20b": _neox(6144, 24576, 44, 64, 50432),
     "pythia-70m": _neox(512, 2048, 6, 8, 50304),
     "pythia-160m": _neox(768, 3072, 12, 12, 50304),
@@ -156,22 +113,16 @@ REFERENCES: dict[str, Document] = {
     "bloom-3b": _bloom(2560, 30, 32),
     "bloom-7b1": _bloom(4096, 30, 32),
     "bloom-176b": _bloom(14336, 70, 112),
-    "falcon-7b": {
-        "model_type": "falcon", "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71,
-        "vocab_size": 65024, "multi_query": True, "parallel_attn": True, "max_position_embeddings": 2048,
-    },
-    "falcon-40b": {
-        "model_type": "falcon", "hidden_size": 8192, "num_hidden_layers": 60, "num_attention_heads": 128,
-        "num_kv_heads": 8, "vocab_size": 65024, "new_decoder_architecture": True, "max_position_embeddings": 2048,
-    },
-    "opt-125m": _opt(768, 12, 12),
-    "opt-350m": _opt(1024, 24, 16, word_embed_proj_dim=512, do_layer_norm_before=False),
-    "opt-1.3b": _opt(2048, 24, 32),
-    "opt-2.7b": _opt(2560, 32, 32),
-    "opt-6.7b": _opt(4096, 32, 32),
-    "opt-13b": _opt(5120, 40, 40),
-    "opt-30b": _opt(7168, 48, 56),
-    "opt-66b": _opt(9216, 64, 72),
+    "falcon-7b": _falcon(4544, 32, 71, multi_query=True, parallel_attn=True),
+    "falcon-40b": _falcon(8192, 60, 128, num_kv_heads=8, new_decoder_architecture=True),
+    "opt-125m": _opt(768, 3072, 12, 12),
+    "opt-350m": _opt(1024, 4096, 24, 16, word_embed_proj_dim=512, do_layer_norm_before=False),
+    "opt-1.3b": _opt(2048, 8192, 24, 32),
+    "opt-2.7b": _opt(2560, 10240, 32, 32),
+    "opt-6.7b": _opt(4096, 16384, 32, 32),
+    "opt-13b": _opt(5120, 20480, 40, 40),
+    "opt-30b": _opt(7168, 28672, 48, 56),
+    "opt-66b": _opt(9216, 36864, 64, 72),
     "mpt-7b": _mpt(4096, 32, 32, 2048),
     "mpt-30b": _mpt(7168, 48, 64, 8192),
 }  # fmt: skip

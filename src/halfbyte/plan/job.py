@@ -220,11 +220,9 @@ class Job:
     @cached_property
     def layer(self) -> Layer:
         lora = self.recipe.lora
-        fused = not (lora.use_dora or lora.lora_bias)
-        return layer_of(
-            self.facts, self.sites, self.itemsize, kernels=self.kernels, dropout=lora.lora_dropout > 0, fused=fused,
-            longest=self.rows.longest,
-        )  # fmt: skip
+        fused, dropout = not (lora.use_dora or lora.lora_bias), lora.lora_dropout > 0
+        how = {"kernels": self.kernels, "dropout": dropout, "fused": fused}
+        return layer_of(self.facts, self.sites, self.itemsize, longest=self.rows.longest, **how)
 
     @cached_property
     def lora_parameters(self) -> int:
