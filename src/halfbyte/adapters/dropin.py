@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import torch
@@ -25,6 +25,12 @@ from halfbyte.layers.fused_proof import prove_fused
 from halfbyte.models import structure
 from halfbyte.quant import bnb as codec
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers.utils import ModelOutput
+
+    from halfbyte.types import Model
+
 # The batch that a script of unknown batch size is prepared for: 4 examples of 1024 tokens, the largest micro-batch of a
 # plan.
 PREPARED_TOKENS = 4096
@@ -37,7 +43,7 @@ class Adapted(PeftModelForCausalLM):
     forward proves the fused layers on a few layers of the model; if they are wrong there, PEFT's own run instead.
     """
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> ModelOutput:
         with torch.autocast(self.device.type, enabled=False):
             if self.training and torch.is_grad_enabled():
                 _prove_once(self)
@@ -64,12 +70,12 @@ def _prove_once(model: Adapted) -> None:
         warnings.warn(f"halfbyte's fused layers are not used on this model. {proof.reason}", stacklevel=3)
 
 
-def freeze(model: Any) -> None:
+def freeze(model: Model) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
 
 
-def get_peft_model(model: Any, peft_config: Any, adapter_name: str = "default", **kwargs: Any) -> Any:
+def get_peft_model(model: Model, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: object) -> Model:
     """PEFT's `get_peft_model` on a base that is safe to evaluate in between, computing without autocast.
 
     Same arguments and result type (a subclass of `PeftModelForCausalLM`) as PEFT's own.
@@ -79,7 +85,7 @@ def get_peft_model(model: Any, peft_config: Any, adapter_name: str = "default", 
     return own_class(adapted)
 
 
-def own_class(adapted: Any) -> Any:
+def own_class(adapted: Model) -> Model:
     """Give a plain PeftModelForCausalLM instance our class, and its modules their fused forwards.
 
     Other task types stay as they are. No state is added.
@@ -94,17 +100,17 @@ class PeftModel(_PeftModel):
     """PEFT's PeftModel with the same `from_pretrained`, on a base that is safe to evaluate while training."""
 
     @classmethod
-    def from_pretrained(cls, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, model: Model, model_id: str, *args: object, **kwargs: object) -> Model:
         make_ready(model)
         return own_class(_PeftModel.from_pretrained(model, model_id, *args, **kwargs))
 
 
 def prepare_model_for_kbit_training(
-    model: Any,
+    model: Model,
     use_gradient_checkpointing: bool | None = None,
-    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    gradient_checkpointing_kwargs: dict[str, object] | None = None,
     auto_clear_cache: bool = True,
-) -> Any:
+) -> Model:
     """Make a loaded base ready for LoRA: frozen, safe, in a dtype that this machine multiplies.
 
     Unlike PEFT's, nothing is upcast to fp32 except what would otherwise compute in fp16 on a CPU, whose fp16 backward
@@ -129,7 +135,7 @@ def prepare_model_for_kbit_training(
     return model
 
 
-def _needs_recompute(model: Any) -> bool:
+def _needs_recompute(model: Model) -> bool:
     from halfbyte.models import tensors
     from halfbyte.plan import layer as decoder
     from halfbyte.system import device
@@ -141,7 +147,7 @@ def _needs_recompute(model: Any) -> bool:
     return kept > COMFORT * device.detect().ram_available_bytes
 
 
-def make_ready(model: Any) -> bool:
+def make_ready(model: Model) -> bool:
     """Safe to evaluate, and on a CPU in a dtype that it multiplies. Returns whether the model is on a CPU."""
     codec.make_safe(model)
     if next(model.parameters()).device.type != "cpu":

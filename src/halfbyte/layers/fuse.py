@@ -62,7 +62,7 @@ class _FrozenLinear(_Fast):
 class _LoraLinear(_Fast):
     """PEFT's LoRA layer over a frozen linear layer, when one plain adapter is active."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         base = self.base_layer
         if args or kwargs or unfused_reason(self) or not _computes(base, x):
             return super().forward(x, *args, **kwargs)
@@ -107,10 +107,10 @@ class _Attention(_Fast):
         self,
         hidden_states: Tensor,
         position_embeddings: Any = None,
-        attention_mask: Any = None,
-        *args: Any,
+        attention_mask: Tensor | None = None,
+        *args: object,
         **kwargs: Any,
-    ) -> Any:
+    ) -> tuple[Tensor, Tensor | None]:
         lengths = None if args else _pack_lengths(self, hidden_states, position_embeddings, kwargs)
         if lengths is None:
             return super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)
@@ -179,13 +179,13 @@ def recompute_cheap(model: nn.Module, *, on: bool) -> None:
             module.__dict__["_halfbyte_cheap"] = on
 
 
-def _cheap(module: Any, y: Tensor, make: Callable[[], Tensor]) -> Tensor:
+def _cheap(module: nn.Module, y: Tensor, make: Callable[[], Tensor]) -> Tensor:
     if module.__dict__.get("_halfbyte_cheap") and torch.is_grad_enabled():
         setattr(y, REMADE, Remade(make))
     return y
 
 
-def unfused_reason(layer: Any) -> str:
+def unfused_reason(layer: nn.Module) -> str:
     """Why this LoRA layer must run PEFT's own forward now; empty if it need not."""
     if layer.disable_adapters:
         return "adapters disabled"
@@ -209,16 +209,16 @@ def _become(module: nn.Module, mixin: type) -> None:
 
 
 @_cached
-def _subclass(mixin: Any, cls: Any) -> Any:
+def _subclass(mixin: type, cls: type) -> type:
     """`cls` with the mixin's forward. Named alike, since PEFT and transformers look for words in class names."""
     return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
-def _is_linear(layer: Any) -> bool:
+def _is_linear(layer: nn.Module) -> bool:
     return formats.is_quantised(layer) or (type(layer) is nn.Linear and not layer.weight.requires_grad)
 
 
-def _computes(layer: Any, x: Tensor) -> bool:
+def _computes(layer: nn.Module, x: Tensor) -> bool:
     """Whether `layer` multiplies in x's own dtype, so that no cast is left out. Single tokens stay upstream, where
     upstream dequantises rightly."""
     if not isinstance(x, Tensor):
@@ -230,12 +230,11 @@ def _computes(layer: Any, x: Tensor) -> bool:
     return held.multiplies_in(layer, x.dtype)
 
 
-def _epsilon(norm: Any) -> float:
-    found: Any = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", 0.0)
-    return float(found)
+def _epsilon(norm: nn.Module) -> float:
+    return float(getattr(norm, "variance_epsilon", 0.0) or getattr(norm, "eps", 0.0))
 
 
-def _is_rms_norm(module: Any) -> bool:
+def _is_rms_norm(module: nn.Module) -> bool:
     if isinstance(module, _RmsNorm):
         return True
     if not type(module).__name__.endswith("RMSNorm") or getattr(module, "weight", None) is None:
@@ -244,7 +243,7 @@ def _is_rms_norm(module: Any) -> bool:
 
 
 @_cached
-def _is_one_plus(cls: Any) -> bool | None:
+def _is_one_plus(cls: type[nn.Module]) -> bool | None:
     """Which formula a norm class computes, seen on random numbers: (1 + w), w, or neither (None)."""
     if issubclass(cls, _Fast):
         return _is_one_plus(cls.__bases__[1])
@@ -262,12 +261,12 @@ def _is_one_plus(cls: Any) -> bool | None:
     return None
 
 
-def _activation(mlp: Any) -> int:
+def _activation(mlp: nn.Module) -> int:
     name: Any = getattr(mlp.config, "hidden_act", None) or getattr(mlp.config, "hidden_activation", None)
     return norm_gate.ACTIVATIONS[name]
 
 
-def _is_gated_mlp(module: Any) -> bool:
+def _is_gated_mlp(module: nn.Module) -> bool:
     """An MLP of three linears whose forward is down(act(gate(x)) * up(x)), by its class's name and its parts."""
     if isinstance(module, _GatedMlp):
         return True
@@ -282,7 +281,9 @@ def _is_gated_mlp(module: Any) -> bool:
 GATED_MLPS = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP"})
 
 
-def _pack_lengths(module: Any, x: Tensor, position_embeddings: Any, kwargs: dict[str, Any]) -> tuple[int, ...] | None:
+def _pack_lengths(
+    module: nn.Module, x: Tensor, position_embeddings: Any, kwargs: dict[str, Any]
+) -> tuple[int, ...] | None:
     """The lengths of the examples in x (1, T, D) if the fused attention may take them; None if not."""
     cu = kwargs.get("cu_seq_lens_q")
     if x.dim() != 3 or x.shape[0] != 1 or position_embeddings is None or not available(x):

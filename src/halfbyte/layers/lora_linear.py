@@ -16,7 +16,7 @@ Letters: N tokens, D in, O out, R rank.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ from torch.nn import functional as F
 
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.quant import formats
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.autograd.function import FunctionCtx
 
 # Where kernels are at hand the mask is a hash of (seed, position); elsewhere it is drawn once and kept, a byte
 # a number.
@@ -59,7 +63,7 @@ class Remade:
         return value
 
 
-def frozen_weight(layer: Any, dtype: torch.dtype) -> Tensor:
+def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     """The (O, D) matrix that `layer` multiplies with, in `dtype`: dequantised, or the weight itself.
 
     To be used at once: a dequantised one is in memory that the next call overwrites.
@@ -76,14 +80,14 @@ class FrozenLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Any) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, bias: Tensor | None, layer: nn.Module) -> Tensor:
         ctx.layer = layer
         ctx.dtype = x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return F.linear(x, frozen_weight(layer, x.dtype), None if bias is None else bias.to(x.dtype))  # (N, O)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         dx = dy @ frozen_weight(ctx.layer, ctx.dtype) if ctx.needs_input_grad[0] else None  # (N, D)
         db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
@@ -101,8 +105,8 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, layer: Any, scale: float, p: float, seed: int,
-        remade: Remade | None = None,
+        ctx: FunctionCtx, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, layer: nn.Module,
+        scale: float, p: float, seed: int, remade: Remade | None = None,
     ) -> Tensor:  # fmt: skip
         scale = scale / (1 - p) if p else scale
         a16, b16 = a.to(x.dtype), b.to(x.dtype)
@@ -124,7 +128,7 @@ class LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         x, h, a16, b16, mask = ctx.saved_tensors
         if ctx.remade is not None:
@@ -181,13 +185,13 @@ def draw_seed() -> int:
     return int(torch.randint(_SEEDS, ()))
 
 
-def frozen_linear(x: Tensor, layer: Any) -> Tensor:
+def frozen_linear(x: Tensor, layer: nn.Module) -> Tensor:
     """(..., D) -> (..., O) through a frozen layer."""
     y = FrozenLinear.apply(x.reshape(-1, x.shape[-1]), layer.bias, layer)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def lora_linear(x: Tensor, layer: Any, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
+def lora_linear(x: Tensor, layer: nn.Module, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
     """(..., D) -> (..., O) through a frozen layer and its LoRA; p is 0 outside training."""
     flat = x.reshape(-1, x.shape[-1])
     remade = getattr(x, REMADE, None) if torch.is_grad_enabled() else None

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,19 +25,24 @@ from halfbyte.layers import packing
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.models import structure
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.autograd.function import FunctionCtx
+    from transformers.utils import ModelOutput
+
+    from halfbyte.types import Batch, Config, Model
+
 # Logits at once: large enough for the matmul's full rate, small enough for the third-level cache.
 CHUNK_BYTES = 32_000_000
 
 
-def accepts(model: Any, name: str) -> bool:
+def accepts(model: Model, name: str) -> bool:
     """Whether the base model's forward takes the keyword `name`."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return name in inspect.signature(type(inner).forward).parameters
 
 
-def micro_batch_loss(
-    model: Any, batch: Mapping[str, Any], *, label_smoothing: float = 0.0, fused: bool = True
-) -> torch.Tensor:
+def micro_batch_loss(model: Model, batch: Batch, *, label_smoothing: float = 0.0, fused: bool = True) -> torch.Tensor:
     """Summed cross-entropy over the labelled tokens of one packed micro-batch, fp32. Scalar.
 
     Args:
@@ -49,8 +54,9 @@ def micro_batch_loss(
     keep, targets = batch["keep"].to(device), batch["targets"].to(device)  # (K,), (K,)
     if torch.is_grad_enabled() and packing.installed(model) == "cu_seq_lens":
         batch = packing.aligned(batch)
-    inputs = packing.forward_inputs(model, {k: v for k, v in batch.items() if k != "labels"})
-    inputs = {k: v.to(device) if k == "input_ids" else v for k, v in inputs.items()}
+    inputs = packing.forward_inputs(model, batch)
+    inputs.pop("labels", None)
+    inputs["input_ids"] = inputs["input_ids"].to(device)
     head = head_of(model) if fused else None
     if head is not None:
         with torch.autocast(device.type, enabled=False):
@@ -76,7 +82,7 @@ class Head:
     softcap: float | None = None
 
 
-def head_of(model: Any) -> Head | None:
+def head_of(model: Model) -> Head | None:
     """The head of a model whose logits are seen to be this head's; None where they must come from its own forward.
 
     None: the head carries an adapter or trains, is not a plain linear layer, or the model (DDP, a prompt, a projection
@@ -99,7 +105,7 @@ def head_of(model: Any) -> Head | None:
     return head if seen[1] else None
 
 
-_SEEN: WeakKeyDictionary[Any, tuple[Any, bool]] = WeakKeyDictionary()
+_SEEN: WeakKeyDictionary[torch.nn.Module, tuple[torch.Tensor, bool]] = WeakKeyDictionary()
 
 
 # What configs call the cap of the logits: gemma, recurrent_gemma, xlstm. What is called otherwise fails the check.
@@ -107,7 +113,7 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 LARGE_LOGITS = 100.0  # larger than any cap in use
 
 
-def _scaling(config: Any) -> tuple[float, float | None]:
+def _scaling(config: Config) -> tuple[float, float | None]:
     """What stands between head and logits, by the config: granite divides, cohere multiplies, gemma caps."""
     scale = 1.0
     if getattr(config, "logits_scaling", None):
@@ -119,7 +125,7 @@ def _scaling(config: Any) -> tuple[float, float | None]:
     return scale, None if softcap is None else float(softcap)
 
 
-def _computes_logits(lm: Any, head: Head) -> bool:
+def _computes_logits(lm: Model, head: Head) -> bool:
     """Whether `head` on the body's output gives the logits of the model's own forward, also where they are large.
 
     A cap that the config does not name as ours does is lost in the rounding of the small logits of a small model.
@@ -154,7 +160,7 @@ class _Scaled:
 
     factor = 1.0
 
-    def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
+    def __call__(self, module: torch.nn.Module, args: object, output: ModelOutput) -> object:
         if self.factor == 1.0:
             return None
         if isinstance(output, tuple):
@@ -183,13 +189,13 @@ class _Rows(torch.autograd.Function):
     """`index_select(0, rows)` of rows that are named once each: backward copies, where torch adds one after another."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(rows)
         ctx.count = x.shape[0]
         return x.index_select(0, rows)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (rows,) = ctx.saved_tensors
         (grad,) = grads
         return grad.new_zeros(ctx.count, *grad.shape[1:]).index_copy_(0, rows, grad), None
@@ -199,7 +205,9 @@ class _HeadLoss(torch.autograd.Function):
     """Logits live a chunk at a time; their gradient takes their place, and only (K, D) is kept for backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Head, smoothing: float) -> torch.Tensor:
+    def forward(
+        ctx: FunctionCtx, hidden: torch.Tensor, targets: torch.Tensor, head: Head, smoothing: float
+    ) -> torch.Tensor:
         wanted = ctx.needs_input_grad[0]
         rows, width = hidden.shape[0], head.weight.shape[0]
         losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
@@ -231,7 +239,7 @@ class _HeadLoss(torch.autograd.Function):
         return losses.sum()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return grad * grads[0].to(grad.dtype), None, None, None
 
@@ -257,7 +265,7 @@ def _chunk_loss(
     return losses, p.to(logits.dtype)
 
 
-def mean_loss(model: Any, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+def mean_loss(model: Model, batches: Iterable[Batch]) -> dict[str, float]:
     """Mean loss per labelled token over micro-batches, in eval mode, without gradients; the mode is put back.
 
     Returns:

@@ -6,13 +6,16 @@ Letters: N rows, D width, I the MLP's inner width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from halfbyte.layers.kernels.cpu import available
+
+if TYPE_CHECKING:
+    from torch.autograd.function import FunctionCtx
 
 SILU, GELU_TANH = 0, 1
 ACTIVATIONS = {"silu": SILU, "swish": SILU, "gelu_pytorch_tanh": GELU_TANH, "gelu_new": GELU_TANH}
@@ -22,7 +25,7 @@ class RmsNorm(torch.autograd.Function):
     """x / rms(x) * w, or * (1 + w) for gemma's. The weight is frozen. x: (N, D) contiguous, in w's dtype."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, eps: float, one_plus: bool) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, w: Tensor, eps: float, one_plus: bool) -> Tensor:
         from halfbyte.layers.kernels.cpu import norm
 
         y, rstd = torch.empty_like(x), torch.empty(x.shape[0], dtype=torch.float32)
@@ -32,7 +35,7 @@ class RmsNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from halfbyte.layers.kernels.cpu import norm
 
         x, w, rstd = ctx.saved_tensors
@@ -45,7 +48,7 @@ class Gated(torch.autograd.Function):
     """act(g) * u. g, u: (N, I) contiguous."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, u: Tensor, kind: int) -> Tensor:
+    def forward(ctx: FunctionCtx, g: Tensor, u: Tensor, kind: int) -> Tensor:
         from halfbyte.layers.kernels.cpu import gate
 
         h = torch.empty_like(g)
@@ -55,7 +58,7 @@ class Gated(torch.autograd.Function):
         return h
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from halfbyte.layers.kernels.cpu import gate
 
         g, u = ctx.saved_tensors

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +46,9 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, _mask)
 
 
-def _mask(*, q_length: int, mask_function: Callable[..., Tensor], device: torch.device, **rest: Any) -> Tensor | None:
+def _mask(
+    *, q_length: int, mask_function: Callable[..., Tensor], device: torch.device, **rest: object
+) -> Tensor | None:
     """Stock SDPA's mask; while `sight.look` asks what layers see, what it takes in the place of one."""
     marked = sight.mark(mask_function, q_length, device, plain=not rest.get("use_vmap"))
     if marked is not None:
@@ -79,7 +80,7 @@ def attention(
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
-    **rest: Any,
+    **rest: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface (its signature; `rest` holds what only some models pass).
 
@@ -115,7 +116,7 @@ def attention(
 
 
 def _check_packed(
-    query: Tensor, key: Tensor, causal: bool, cu_q: Tensor, cu_k: Tensor | None, rest: dict[str, Any]
+    query: Tensor, key: Tensor, causal: bool, cu_q: Tensor, cu_k: Tensor | None, rest: dict[str, object]
 ) -> list[int]:
     """The lengths of the examples, after everything that would be silently wrong has been refused."""
     lengths: list[int] = cu_q.diff().tolist()

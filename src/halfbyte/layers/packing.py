@@ -13,8 +13,7 @@ it Falcon ran at a third of the plain stack's speed (docs/log.md).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -24,13 +23,18 @@ from halfbyte.layers import padded_rows, sight
 from halfbyte.layers.packed_attention import NAME, no_mask, register
 from halfbyte.models import structure
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from halfbyte.types import Batch, Model
+
 Layout = Literal["cu_seq_lens", "rows", "single"]
 
 # oneDNN divides some odd numbers of rows badly: 511 or 505 of them took a fifth longer than 512 (docs/log.md).
 ROWS, ALIGNED_FROM = 16, 384
 
 
-def layouts(model: Any) -> tuple[Layout, ...]:
+def layouts(model: Model) -> tuple[Layout, ...]:
     """The packed layouts that this model could take, best first. Nothing is proven yet."""
     lm = structure.causal_lm(model)
     found: list[Layout] = []
@@ -43,7 +47,7 @@ def layouts(model: Any) -> tuple[Layout, ...]:
     return tuple(found)
 
 
-def install(model: Any, layout: Layout | None = None) -> Layout:
+def install(model: Model, layout: Layout | None = None) -> Layout:
     """Set the model up for one layout (the best candidate if not said) and return it. Idempotent; switches layouts.
 
     Only public seams of the instance are used: `set_attn_implementation`, and torch's forward hooks on the body.
@@ -63,7 +67,7 @@ def install(model: Any, layout: Layout | None = None) -> Layout:
     return chosen
 
 
-def installed(model: Any) -> Layout:
+def installed(model: Model) -> Layout:
     """Which layout this model is set up for, read from the model itself."""
     lm = structure.causal_lm(model)
     if padded_rows.attached(structure.body(lm)) is not None:
@@ -71,14 +75,14 @@ def installed(model: Any) -> Layout:
     return "cu_seq_lens" if lm.config._attn_implementation == NAME else "single"
 
 
-def takes_use_cache(lm: Any) -> bool:
+def takes_use_cache(lm: Model) -> bool:
     """Whether a model can be told to keep no cache: by its own argument, or by one that it hands to its body."""
     own = inspect.signature(lm.forward).parameters
     handed_on = any(p.kind == p.VAR_KEYWORD for p in own.values())
     return "use_cache" in own or (handed_on and "use_cache" in inspect.signature(structure.body(lm).forward).parameters)
 
 
-def forward_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+def forward_inputs(model: Model, batch: Batch) -> dict[str, Tensor]:
     """The keyword arguments of this model's forward for one collated micro-batch.
 
     Args:
@@ -92,7 +96,7 @@ def forward_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     """
     lm = structure.causal_lm(model)
     device = lm.device
-    inputs: dict[str, Any] = {
+    inputs: dict[str, Tensor] = {
         name: batch[name].to(device) for name in ("input_ids", "labels") if batch.get(name) is not None
     }
     if takes_use_cache(lm):
@@ -118,7 +122,7 @@ def up_to(count: int) -> int:
     return -(-count // ROWS) * ROWS
 
 
-def aligned(batch: Mapping[str, Any]) -> dict[str, Any]:
+def aligned(batch: Batch) -> Batch:
     """The batch with tokens of no example behind the others, until its rows are a multiple that products are fast at.
 
     They are an example of their own without a label, so no other token sees them and no gradient comes from them.
@@ -127,12 +131,11 @@ def aligned(batch: Mapping[str, Any]) -> dict[str, Any]:
     tokens = batch["input_ids"].shape[1]
     more = up_to(tokens) - tokens
     if not more or tokens < ALIGNED_FROM:
-        return dict(batch)
+        return batch
     ids, positions, starts = batch["input_ids"], batch["position_ids"], batch["cu_seq_lens_q"]
     ends = torch.cat([starts, starts.new_tensor([tokens + more])])
     longest = int(ends.diff().max())
-    return {
-        **{name: value for name, value in batch.items() if name != "labels"},
+    made: Batch = {
         "input_ids": torch.cat([ids, ids[:, :1].expand(1, more)], 1),
         "position_ids": torch.cat([positions, torch.arange(more, device=positions.device)[None]], 1),
         "cu_seq_lens_q": ends,
@@ -140,9 +143,10 @@ def aligned(batch: Mapping[str, Any]) -> dict[str, Any]:
         "max_length_q": longest,
         "max_length_k": longest,
     }
+    return {**batch, **made}
 
 
-def packed_inputs(body: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+def packed_inputs(body: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """What tells a forward in the `cu_seq_lens` layout where its examples begin.
 
     Before a forward with texts longer than any earlier one, what its layers see of such texts is looked up.

@@ -14,10 +14,13 @@ The lengths arrive in `attention_mask` as example numbers, counted from 1: [[1, 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
 
 
 def example_numbers(lengths: Tensor) -> Tensor:
@@ -39,9 +42,9 @@ class Rows:
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, body: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before(self, body: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, Tensor]) -> object:
         self._real = None
-        given = dict(zip(inspect.signature(body.forward).parameters, args, strict=False)) | kwargs
+        given: dict[str, Tensor] = dict(zip(inspect.signature(body.forward).parameters, args, strict=False)) | kwargs
         numbers = given.get("attention_mask")
         if numbers is None or numbers.dim() != 2 or numbers.shape[0] != 1 or int(numbers.max()) < 2:
             return None
@@ -54,7 +57,7 @@ class Rows:
         self._real = real
         return (), given
 
-    def _after(self, body: torch.nn.Module, args: Any, output: Any) -> Any:
+    def _after(self, body: torch.nn.Module, args: object, output: ModelOutput) -> object:
         real, self._real = self._real, None
         if real is None:
             return None
@@ -65,7 +68,7 @@ class Rows:
         return output
 
 
-def _as_rows(x: Any, tokens: int, token: Tensor) -> Any:
+def _as_rows(x: Tensor, tokens: int, token: Tensor) -> Tensor:
     """(1, T, ...) -> (N, L, ...); anything of another shape stays. Padding repeats the first token, masked."""
     is_packed = isinstance(x, Tensor) and x.dim() >= 2 and x.shape[:2] == (1, tokens)
     return x[0][token.to(x.device)] if is_packed else x

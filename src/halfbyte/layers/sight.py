@@ -65,7 +65,7 @@ def of(module: nn.Module) -> Sight | None:
     return _SIGHTS.get(module)
 
 
-def mark(mask_function: Callable[..., Tensor], length: int, device: Any, *, plain: bool) -> Tensor | None:
+def mark(mask_function: Callable[..., Tensor], length: int, device: torch.device, *, plain: bool) -> Tensor | None:
     """During `look`, the stand-in for the mask that `mask_function` describes; None at any other time.
 
     Args:
@@ -79,7 +79,7 @@ def mark(mask_function: Callable[..., Tensor], length: int, device: Any, *, plai
     return made
 
 
-def _described(mask_function: Callable[..., Tensor], length: int, device: Any) -> Sight:
+def _described(mask_function: Callable[..., Tensor], length: int, device: torch.device) -> Sight:
     at = torch.arange(length, device=device)
     zero = at[:1].view(1, 1, 1, 1)
 
@@ -111,7 +111,7 @@ def look(body: nn.Module, length: int) -> None:
     notes: dict[int, Tensor | None] = {}
     marks: list[tuple[Tensor, Sight]] = []
     stands = [_StandIn(layer, number, len(layers), notes) for number, layer in enumerate(layers)]
-    inputs: dict[str, Any] = {"input_ids": torch.ones((1, length), dtype=torch.int64, device=body.device)}
+    inputs: dict[str, object] = {"input_ids": torch.ones((1, length), dtype=torch.int64, device=body.device)}
     if "use_cache" in inspect.signature(body.forward).parameters:
         inputs["use_cache"] = False
     token = _MARKS.set(marks)
@@ -147,7 +147,7 @@ class _StandIn(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("layer"), name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         marks = _MARKS.get() or []
         given = [x for x in (*args, *kwargs.values()) if any(x is made for made, _ in marks)]
         self.notes[self.number] = given[0] if len(given) == 1 else None

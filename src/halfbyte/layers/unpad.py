@@ -15,7 +15,7 @@ Cost: one gather of the ids, one scatter of (T, D).
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,12 +24,17 @@ from torch import Tensor
 from halfbyte.layers import loss, packing, packing_proof
 from halfbyte.models import structure
 
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
+
+    from halfbyte.types import Batch, Model
+
 _PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "use_cache", "return_dict", "position_ids"})
 # Whether a causal LM takes packed examples, once it has been seen.
-_PROVEN: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+_PROVEN: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
 
-def packs(model: Any) -> bool:
+def packs(model: Model) -> bool:
     """Whether this model is proven to take examples end to end by their lengths. Proven at the first call."""
     lm = structure.causal_lm(model)
     if lm not in _PROVEN:
@@ -57,7 +62,7 @@ def real_tokens(lengths: Tensor, width: int) -> Tensor:
     return real.flatten().nonzero().squeeze(1)
 
 
-def pack(lengths: Tensor, width: int) -> dict[str, Any]:
+def pack(lengths: Tensor, width: int) -> Batch:
     """`position_ids` and the lengths of a pack, as `packing.forward_inputs` reads them."""
     starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
     return {"position_ids": (real_tokens(lengths, width) % width)[None], "cu_seq_lens_q": starts}
@@ -78,11 +83,11 @@ class Unpad:
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, body: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before(self, body: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, Tensor]) -> object:
         self._tokens = None
         if not (body.training and torch.is_grad_enabled()):
             return None
-        given = dict(zip(inspect.signature(body.forward).parameters, args, strict=False)) | kwargs
+        given: dict[str, Tensor] = dict(zip(inspect.signature(body.forward).parameters, args, strict=False)) | kwargs
         given = {k: v for k, v in given.items() if v is not None and v is not False}
         if given.get("use_cache") or not set(given) <= _PLAIN or "position_ids" in given:
             return None
@@ -99,7 +104,7 @@ class Unpad:
         inputs = packing.packed_inputs(body, pack(lengths.to(x.device), width))
         return (), {**inputs, name: x.flatten(0, 1)[tokens][None], "use_cache": False}
 
-    def _after(self, body: torch.nn.Module, args: Any, output: Any) -> Any:
+    def _after(self, body: torch.nn.Module, args: object, output: ModelOutput) -> object:
         tokens, self._tokens = self._tokens, None
         if tokens is None or self._shape is None:
             return None
@@ -121,7 +126,7 @@ def attached(body: torch.nn.Module) -> Unpad | None:
     return None
 
 
-def attach(model: Any) -> bool:
+def attach(model: Model) -> bool:
     """Put the hooks on the body of a model that takes packed examples. Returns whether they are there."""
     lm = structure.causal_lm(model)
     body = structure.body(lm)
@@ -132,7 +137,7 @@ def attach(model: Any) -> bool:
     return True
 
 
-def training_loss(model: Any, inputs: dict[str, Any]) -> Tensor | None:
+def training_loss(model: Model, inputs: dict[str, Tensor]) -> Tensor | None:
     """The mean loss of a Trainer's batch: the sum over labelled tokens divided by its `num_items_in_batch`.
 
     Args:
@@ -161,5 +166,5 @@ def training_loss(model: Any, inputs: dict[str, Any]) -> Tensor | None:
     wanted = flat[tokens].clone()  # (T,)
     wanted[packed["cu_seq_lens_q"][:-1].long()] = -100  # the first token of an example is nobody's next token
     keep = (wanted[1:] != -100).nonzero().squeeze(1)
-    batch = {**packed, "input_ids": ids.flatten()[tokens][None], "keep": keep, "targets": wanted[keep + 1]}
-    return loss.micro_batch_loss(model, batch) / items
+    own: Batch = {"input_ids": ids.flatten()[tokens][None], "keep": keep, "targets": wanted[keep + 1]}
+    return loss.micro_batch_loss(model, {**packed, **own}) / items

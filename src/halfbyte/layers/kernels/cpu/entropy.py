@@ -5,13 +5,16 @@ Letters: K labelled tokens, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numba import carray, cfunc, njit, types
 
 from halfbyte.layers.kernels.cpu.parallel import block_rows, per_dtype, run
 from halfbyte.layers.kernels.cpu.scalar import FASTMATH, exp_f32, load, pointer, store, take
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
@@ -45,7 +48,7 @@ def _gradient(a, lse, low):  # type: ignore[no-untyped-def]
         a[j] = store(exp_f32(load(a[j]) - lse) - low, a)
 
 
-def _make(element: Any) -> Any:
+def _make(element: object) -> object:
     @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
@@ -78,7 +81,7 @@ def _make(element: Any) -> Any:
 _kernel = per_dtype(_make)
 
 
-def cross_entropy_(logits: Any, targets: Any, loss: Any, *, smoothing: float, gradient: bool) -> None:
+def cross_entropy_(logits: Tensor, targets: Tensor, loss: Tensor, *, smoothing: float, gradient: bool) -> None:
     """loss[i] = -log softmax(logits[i])[targets[i]] (label-smoothed); with `gradient`, logits become its gradient.
 
     logits: (K, V) contiguous, targets: (K,) int64, loss: (K,) fp32. A row that is not finite gives a loss that is not.

@@ -370,7 +370,9 @@ def _parts(groups: int, examples: int, key_heads: int, threads: int) -> int:
     return groups
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], starts: Tensor, scale: float) -> Any:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], starts: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """Causal attention of each example.
 
     Args:

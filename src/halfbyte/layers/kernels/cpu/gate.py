@@ -5,7 +5,7 @@ Letters: N elements in all.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numba import carray, cfunc, njit, types
@@ -24,6 +24,9 @@ from halfbyte.layers.kernels.cpu.scalar import (
     store,
     take,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SILU = 0  # else gelu by tanh
 _K, _C = np.float32(0.7978845608028654), np.float32(0.044715)  # sqrt(2/pi)
@@ -67,7 +70,7 @@ def _backward_part(dh, g, u, dg, du, kind):  # type: ignore[no-untyped-def]
             dg[j] = store(d * w * s * (one + v * (one - s) * slope), dg)
 
 
-def _forward(element: Any) -> Any:
+def _forward(element: type) -> object:
     size = np.dtype(element).itemsize
 
     @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
@@ -87,7 +90,7 @@ def _forward(element: Any) -> Any:
     return kernel
 
 
-def _backward(element: Any) -> Any:
+def _backward(element: type) -> object:
     size = np.dtype(element).itemsize
 
     @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
@@ -129,7 +132,7 @@ def _of_words(x, out, low, seed, start):  # type: ignore[no-untyped-def]
     return pairs if x.dtype == types.uint32 else floats
 
 
-def _masking(element: Any) -> Any:
+def _masking(element: type) -> object:
     words, word = (1, np.uint32) if element is np.uint16 else (2, np.float32)
 
     @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
@@ -151,12 +154,12 @@ def _masking(element: Any) -> Any:
 _forward_kernel, _backward_kernel, _mask_kernel = per_dtype(_forward), per_dtype(_backward), per_dtype(_masking)
 
 
-def gated(g: Any, u: Any, h: Any, kind: int) -> None:
+def gated(g: Tensor, u: Tensor, h: Tensor, kind: int) -> None:
     """h = act(g) * u, all of one shape and contiguous."""
     run(_forward_kernel(g.dtype), [g, u, h, g.numel(), kind, BLOCK_ELEMENTS])
 
 
-def gated_backward(dh: Any, g: Any, u: Any, dg: Any, du: Any, kind: int) -> None:
+def gated_backward(dh: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, kind: int) -> None:
     run(_backward_kernel(g.dtype), [dh, g, u, dg, du, g.numel(), kind, BLOCK_ELEMENTS])
 
 
@@ -165,6 +168,6 @@ def threshold(p: float) -> int:
     return round(p * 65536)
 
 
-def dropped(x: Any, out: Any, p: float, seed: int) -> None:
+def dropped(x: Tensor, out: Tensor, p: float, seed: int) -> None:
     """out = x where the mask of `seed` keeps it, else 0; not scaled by 1 / (1 - p). x is of even size; may be out."""
     run(_mask_kernel(x.dtype), [x, out, x.numel() // 2, threshold(p), seed & 0xFFFFFFFF, BLOCK_ELEMENTS // 2])

@@ -7,13 +7,16 @@ Letters: N rows, D width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numba import carray, cfunc, njit, types
 
 from halfbyte.layers.kernels.cpu.parallel import block_rows, per_dtype, run
 from halfbyte.layers.kernels.cpu.scalar import FASTMATH, load, pointer, store, take
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
@@ -51,7 +54,7 @@ def _backward_rows(dy, x, w, rstd, dx, one_plus, first, last):  # type: ignore[n
             out[j] = store(r * (load(g[j]) * (plus + load(w[j])) - load(a[j]) * c), out)
 
 
-def _forward(element: Any) -> Any:
+def _forward(element: object) -> object:
     @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
@@ -68,7 +71,7 @@ def _forward(element: Any) -> Any:
     return kernel
 
 
-def _backward(element: Any) -> Any:
+def _backward(element: object) -> object:
     @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
@@ -89,13 +92,13 @@ def _backward(element: Any) -> Any:
 _forward_kernel, _backward_kernel = per_dtype(_forward), per_dtype(_backward)
 
 
-def rms_norm(x: Any, w: Any, y: Any, rstd: Any, eps: float, *, one_plus: bool) -> None:
+def rms_norm(x: Tensor, w: Tensor, y: Tensor, rstd: Tensor, eps: float, *, one_plus: bool) -> None:
     """y = w * x / rms(x), or (1 + w) * x / rms(x). x, y: (N, D), w: (D,), rstd: (N,) fp32, all contiguous."""
     n, d = x.shape
     run(_forward_kernel(x.dtype), [x, w, y, rstd, n, d, float(eps), int(one_plus), block_rows(d)])
 
 
-def rms_norm_backward(dy: Any, x: Any, w: Any, rstd: Any, dx: Any, *, one_plus: bool) -> None:
+def rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor, dx: Tensor, *, one_plus: bool) -> None:
     """The gradient of x, (N, D), from that of y; the weight is frozen."""
     n, d = x.shape
     run(_backward_kernel(x.dtype), [dy, x, w, rstd, dx, n, d, int(one_plus), block_rows(d)])

@@ -73,7 +73,7 @@ def block_rows(width: int) -> int:
     return max(1, BLOCK_ELEMENTS // max(1, width))
 
 
-def per_dtype(make: Callable[[Any], Any]) -> Callable[[torch.dtype], Any]:
+def per_dtype(make: Callable[[type], object]) -> Callable[[torch.dtype], object]:
     """A kernel for bf16 and fp32 from one source, `make(element type)`, compiled when first used.
 
     What `make` closes over must be the element type alone: numba looks its cache up by the values of a closure, and a
@@ -81,7 +81,7 @@ def per_dtype(make: Callable[[Any], Any]) -> Callable[[torch.dtype], Any]:
     """
 
     @cache
-    def get(dtype: torch.dtype) -> Any:
+    def get(dtype: torch.dtype) -> object:
         return make(np.uint16 if dtype == torch.bfloat16 else np.float32)
 
     return get

@@ -8,13 +8,16 @@ key head.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numba import carray, cfunc, njit, types
 
 from halfbyte.layers.kernels.cpu.parallel import block_rows, per_dtype, run
 from halfbyte.layers.kernels.cpu.scalar import FASTMATH, exp_f32, load, pointer, store, take
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
@@ -81,7 +84,7 @@ def _dot_rows(a, b, start, length, out, heads, d, first, last):  # type: ignore[
             out[start[t] * heads + h * length[t] + t - start[t]] = total
 
 
-def _to_blocks(element: Any) -> Any:
+def _to_blocks(element: object) -> object:
     @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
@@ -100,7 +103,7 @@ def _to_blocks(element: Any) -> Any:
     return kernel
 
 
-def _from_blocks(element: Any) -> Any:
+def _from_blocks(element: object) -> object:
     @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
@@ -119,7 +122,7 @@ def _from_blocks(element: Any) -> Any:
     return kernel
 
 
-def _softmax_backward(element: Any) -> Any:
+def _softmax_backward(element: object) -> object:
     @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
@@ -138,7 +141,7 @@ def _softmax_backward(element: Any) -> Any:
     return kernel
 
 
-def _row_dots(element: Any) -> Any:
+def _row_dots(element: object) -> object:
     @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
     def kernel(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
@@ -160,7 +163,7 @@ _to_kernel, _from_kernel = per_dtype(_to_blocks), per_dtype(_from_blocks)
 _softmax_kernel, _dots_kernel = per_dtype(_softmax_backward), per_dtype(_row_dots)
 
 
-def to_blocks(x: Any, cos: Any, sin: Any, start: Any, length: Any, out: Any) -> None:
+def to_blocks(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, length: Tensor, out: Tensor) -> None:
     """Rows of tokens to blocks of heads, rotated on the way.
 
     Args:
@@ -175,7 +178,7 @@ def to_blocks(x: Any, cos: Any, sin: Any, start: Any, length: Any, out: Any) -> 
     run(_to_kernel(x.dtype), values)
 
 
-def from_blocks(x: Any, cos: Any, sin: Any, start: Any, length: Any, out: Any) -> None:
+def from_blocks(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, length: Tensor, out: Tensor) -> None:
     """The gradient of `to_blocks`: blocks (H, L, D) to rows (T, H, D), rotated back."""
     tokens, heads, d = out.shape
     run(
@@ -185,7 +188,16 @@ def from_blocks(x: Any, cos: Any, sin: Any, start: Any, length: Any, out: Any) -
 
 
 def softmax_backward(
-    scores: Any, dp: Any, p: Any, ds: Any, lse: Any, delta: Any, *, scale: float, offset: int, tall: int
+    scores: Tensor,
+    dp: Tensor,
+    p: Tensor,
+    ds: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    *,
+    scale: float,
+    offset: int,
+    tall: int,
 ) -> None:
     """p = exp(scale * scores - lse) and ds = p * (dp - delta) * scale, 0 where a row does not see a column.
 
@@ -200,7 +212,7 @@ def softmax_backward(
     )
 
 
-def row_dots(a: Any, b: Any, start: Any, length: Any, out: Any) -> None:
+def row_dots(a: Tensor, b: Tensor, start: Tensor, length: Tensor, out: Tensor) -> None:
     """sum over D of a * b for each token and head: (T, H, D) twice -> blocks of (H, L) in fp32."""
     tokens, heads, d = a.shape
     run(_dots_kernel(a.dtype), [a, b, start, length, out, tokens, heads, d, block_rows(heads * d)])

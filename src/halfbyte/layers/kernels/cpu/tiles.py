@@ -11,12 +11,15 @@ multiplication" (ACM TOMS 2008): 24 of 32 registers accumulate, 2 hold B, A is b
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROWS, COLUMNS = 12, 32
 _LANES = 16
@@ -66,7 +69,7 @@ def tile(typing_context, c, c_row, a, a_row, a_step, b, b_step, steps, add):  # 
         )
         half = range(COLUMNS // _LANES)
 
-        def times(x: Any, y: Any) -> Any:
+        def times(x: Tensor, y: Tensor) -> Any:
             return builder.mul(x, y)
 
         def c_at(row: int, column: int) -> Any:
