@@ -14,9 +14,9 @@ from halfbyte.models.tensors import TensorSpec
 from halfbyte.quant import bnb as codec
 from halfbyte.quant import policy
 from halfbyte.quant.dequantise import dequantised
-from halfbyte.quant.linear_subclasses import quantise_plain_linears
 from halfbyte.recipe.schema import Quant
 from tests import tiny
+from tests.base.store.helpers import opened
 
 needs_avx512_bf16 = pytest.mark.skipif(
     not bnb_modules.has_avx512bf16(), reason="only CPUs with AVX512-BF16 repack 4-bit weights"
@@ -136,14 +136,16 @@ def test_forward_and_backward_use_one_weight() -> None:
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_plain_subclasses_of_linear_are_quantised_too(kind: str, tmp_path: Path) -> None:
     model = tiny.model("falcon", changes={"bias": True}, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
     ids = torch.arange(3, 11)[None]
-    with torch.no_grad():
-        before = model(input_ids=ids).logits
-    quant = Quant(type=kind, skip_modules=("dense_4h_to_h",))
-    names = quantise_plain_linears(model, quant, torch.bfloat16)
+    quant = {"skip_modules": ("dense_4h_to_h",), "compute_dtype": "bf16"}
+    made = opened(tmp_path, use_store=False, type=kind, **quant).model
+    names = [name for name, _ in codec.linears_4bit(made)]
     assert len(names) == 3 * tiny.LAYERS and not any("dense_4h_to_h" in n for n in names)
-    codec.make_safe(model)
+    assert all(module.bias is not None for _, module in codec.linears_4bit(made))
     with torch.no_grad():
-        after = model(input_ids=ids).logits
+        before, after = (m(input_ids=ids).logits for m in (model, made))
     assert 0 < (after - before).norm() / before.norm() < 0.6
-    assert quantise_plain_linears(model, Quant(type="none"), torch.bfloat16) == []
+    assert made.quantization_method == made.config.quantization_config.quant_method == "bitsandbytes"
+    plain = opened(tmp_path, use_store=False, type="none", **quant).model
+    assert codec.linears_4bit(plain) == []

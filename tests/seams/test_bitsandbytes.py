@@ -93,15 +93,6 @@ def test_the_backward_dequantises_to_the_dtype_of_the_state() -> None:
     assert bnb.functional.dequantize_4bit(made.weight.data, made.weight.quant_state).dtype == torch.float32
 
 
-def test_a_fresh_layer_says_how_its_weight_is_to_be_quantised() -> None:
-    """`quantise_plain_linears` hands these on to Params4bit, as transformers' loader does."""
-    made = bnb.nn.Linear4bit(64, 64, False, torch.bfloat16, compress_statistics=False, quant_type="fp4", device="meta")
-    values = made.weight.__dict__
-    assert values["quant_type"] == "fp4" and values["compress_statistics"] is False and values["blocksize"] == 64
-    weight = bnb.nn.Params4bit(torch.randn(64, 64), requires_grad=False, **values).to("cpu")
-    assert weight.quant_state.quant_type == "fp4" and weight.dtype == torch.uint8
-
-
 def test_the_kernel_before_ours_can_be_fetched_and_called() -> None:
     """`bnb_backend` hands on what it does not take; and bitsandbytes still calls what its entry point group names."""
     before = torch.library.get_kernel("bitsandbytes::quantize_4bit", "CPU")

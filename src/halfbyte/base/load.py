@@ -124,7 +124,7 @@ class _Opening:
     def model(self, **how: object) -> Model:
         """The model, whole and safe to train. `how` is handed on to `from_pretrained`."""
         from_store = self.folder != self.checkpoint.path
-        own = opening_config(self.folder if from_store else None, self.config)
+        own = linear_subclasses.opening_config(open_config(self.folder) if from_store else self.config)
         bits = None if self.quantised or from_store else self._load_config()
         if bits is None:
             first_pages.read(self.folder)
@@ -133,9 +133,7 @@ class _Opening:
         model = self._from_pretrained(use_safetensors=from_store or not self.checkpoint.pickle, **how)
         if bits is None:
             codec.forget_deserialising(model)
-            linear_subclasses.settle(model)
-        else:
-            linear_subclasses.quantise_plain_linears(model, self.quant, self.dtype)
+        linear_subclasses.settle(model)
         codec.make_safe(model)
         codec.set_compute_dtype(model, self.dtype)
         residency.keep_fp32(model, self.quant.fp32_modules, self.dtype)
@@ -143,7 +141,9 @@ class _Opening:
         return model
 
     def _load_config(self) -> object:
-        return formats.of(self.quant).load_config(self.quant, self.dtype, heads_to_skip(self.config, self.quant))
+        bits = formats.of(self.quant).load_config(self.quant, self.dtype, heads_to_skip(self.config, self.quant))
+        ours = bits is not None and self.config.model_type in linear_subclasses.PLAIN_LINEARS
+        return linear_subclasses.load_config(bits, self.quant) if ours else bits
 
     def _from_pretrained(self, **how: object) -> Model:
         from transformers import AutoModelForCausalLM
@@ -173,15 +173,6 @@ class _Opening:
 def heads_to_skip(config: Config, quant: Quant) -> tuple[str, ...]:
     """The output head's names, where the recipe names modules of its own to be left unquantised."""
     return residency.head_names(config) if quant.skip_modules or quant.fp32_modules else ()
-
-
-def opening_config(folder: Path | None, config: Config) -> Config | None:
-    """The config that a pre-quantised folder must be opened with, where it is not its own."""
-    if folder is not None:
-        config = open_config(folder)
-    if not linear_subclasses.is_marked(getattr(config, "quantization_config", None)):
-        return None
-    return linear_subclasses.opening_config(config)
 
 
 def want(

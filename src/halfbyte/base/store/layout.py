@@ -148,12 +148,11 @@ class _Loader:
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
         self.original = dict(self.model.named_modules())
-        bnb = formats.of(quant).load_config(quant, dtype, heads)
-        self.has_plain = bool(linear_subclasses.plain_linears(self.model, (*quant.skip_modules, *quant.fp32_modules)))
+        bits = formats.of(quant).load_config(quant, dtype, heads)
+        self.has_plain = bool(linear_subclasses.plain_linears(self.model, quant.exempt))
         if self.has_plain:
-            self.quantiser = linear_subclasses.quantiser(bnb, quant, pre_quantised=pre_quantised)
-        else:
-            self.quantiser = AutoHfQuantizer.from_config(bnb, pre_quantized=pre_quantised)
+            bits = linear_subclasses.load_config(bits, quant)
+        self.quantiser = AutoHfQuantizer.from_config(bits, pre_quantized=pre_quantised)
         self.quantiser.preprocess_model(
             model=self.model, dtype=dtype, device_map={"": "cpu"}, checkpoint_files=[], use_kernels=False
         )
