@@ -5,8 +5,8 @@ between runs.
 What: one Arrow file for each content of the rows' files, tokenizer, template and settings; any of them changed is
 another file. Written beside its place, batch by batch as rows are encoded, and moved there whole; the last batch has
 no rows, and carries what was seen of them. Rows that have no name are written as well, and go with the process.
-Cost: a hash of the files (about 1 GB/s; of large ones only once), 4 bytes a token on disk. The oldest files go when all
-take more than `MOST_BYTES`.
+Cost: a hash of the files (about 1 GB/s; of large ones only once, then a `stat`), 4 bytes a token on disk. The oldest
+files go when all take more than `MOST_BYTES`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from halfbyte.data.encoding import file_digests
 from halfbyte.data.encoding.chat_template import CHATML
 from halfbyte.data.encoding.encoder import Encoded
-from halfbyte.data.encoding.examples import SCHEMA, Examples
+from halfbyte.data.encoding.examples import SCHEMA, Examples, batch
 from halfbyte.data.encoding.tally import Tally
-from halfbyte.data.reading import files
-from halfbyte.system.files import cache_dir, put
+from halfbyte.data.reading.files import find
+from halfbyte.errors import DataError
+from halfbyte.system import files
 from halfbyte.system.versions import version
 
 if TYPE_CHECKING:
@@ -38,12 +39,15 @@ if TYPE_CHECKING:
 FORMAT = 3
 LEAST_ROWS = 1000  # fewer are tokenised in no time
 MOST_BYTES = 5_000_000_000
+LARGE_BYTES = 64_000_000  # smaller files are hashed in no time
+SETTLED_S = 2.0
+MOST_FILES = 1000
 _TALLY = b"halfbyte.tally"
 _ELSEWHERE = {"train", "eval"}  # fields of `data:` that name the rows
 
 
 def folder() -> Path:
-    return cache_dir() / "tokens"
+    return files.cache_dir() / "tokens"
 
 
 def key(names: Path | str | Sequence[str], tokenizer: Tokenizer, data: Data) -> str | None:
@@ -53,7 +57,7 @@ def key(names: Path | str | Sequence[str], tokenizer: Tokenizer, data: Data) -> 
         DataError: names that no file has.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    sources = files.find(names)
+    sources = find(names)
     if backend is None or any(source.kind == "hub" for source in sources):
         return None
     asked = data.chat_template if data.chat_template != CHATML else None
@@ -62,7 +66,7 @@ def key(names: Path | str | Sequence[str], tokenizer: Tokenizer, data: Data) -> 
         values = {
             "format": FORMAT,
             "versions": [version(name) for name in ("halfbyte", "transformers", "tokenizers", "jinja2")],
-            "files": [[str(source.path), source.label, file_digests.digest(source.path)] for source in sources],
+            "files": [[str(source.path), source.label, digest(source.path)] for source in sources],
             "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
             "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
             "template": tokenizer.chat_template,
@@ -73,14 +77,56 @@ def key(names: Path | str | Sequence[str], tokenizer: Tokenizer, data: Data) -> 
     return None
 
 
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, looked up where a large file has not changed since it was hashed.
+
+    Known by its name, size, inode and times of modification and of change, to the nanosecond. The hash of a file that
+    changed in the last seconds is not kept: it could change once more within the same tick of the clock.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        stat = path.stat()
+        if stat.st_size < LARGE_BYTES:
+            return files.sha256(path)
+        stamp = _stamp(path)
+        if stamp in (known := _known()):
+            return known[stamp]
+        fresh = files.sha256(path)
+        if time.time() - max(stat.st_mtime, stat.st_ctime) >= SETTLED_S and _stamp(path) == stamp:
+            known = {**_known(), stamp: fresh}
+            with contextlib.suppress(OSError):  # a disk that cannot be written keeps nothing
+                folder().mkdir(parents=True, exist_ok=True)
+                files.write(_digests(), files.as_json(dict(list(known.items())[-MOST_FILES:])))
+        return fresh
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _stamp(path: Path) -> str:
+    stat = path.stat()
+    return f"{path.resolve()} {stat.st_size} {stat.st_ino} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+
+
+def _digests() -> Path:
+    return folder() / "digests.json"
+
+
+def _known() -> dict[str, str]:
+    try:
+        known = json.loads(_digests().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
 def load(name: str) -> Encoded | None:
     """What was kept under `name`, mapped; None if nothing whole is there."""
     path = folder() / f"{name}.arrow"
-    kept = _map(path)
-    if kept is not None:
-        with contextlib.suppress(OSError):
-            path.touch()  # when it was last of use
-    return kept
+    with contextlib.suppress(OSError):
+        os.utime(path)  # when it was last of use
+    return _map(path)
 
 
 def _map(path: Path) -> Encoded | None:
@@ -106,33 +152,31 @@ class Writer:
         self._rows = 0
         self._batches: list[pa.RecordBatch] = []  # as long as they are few
         self._partial = folder() / f"{name or 'unnamed'}.{os.getpid()}.partial"
-        self._sink: pa.OSFile | None = None
         self._writer: pa.RecordBatchFileWriter | None = None
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        for opened in (self._writer, self._sink):
-            with contextlib.suppress(OSError, pa.ArrowException):
-                if opened is not None:
-                    opened.close()
+        with contextlib.suppress(OSError, pa.ArrowException):
+            self._open.close()
         with contextlib.suppress(OSError):
             self._partial.unlink(missing_ok=True)
 
-    def add(self, batch: pa.RecordBatch) -> None:
+    def add(self, encoded: pa.RecordBatch) -> None:
         """
         Raises:
             OSError: the disk is full, or cannot be written.
         """
-        self._rows += batch.num_rows
-        self._batches.append(batch)
+        self._rows += encoded.num_rows
+        self._batches.append(encoded)
         if self._rows < LEAST_ROWS:
             return
         if self._writer is None:
             folder().mkdir(parents=True, exist_ok=True)
-            self._sink = pa.OSFile(str(self._partial), "wb")
-            self._writer = pa.ipc.new_file(self._sink, SCHEMA)
+            sink = self._open.enter_context(pa.OSFile(str(self._partial), "wb"))
+            self._writer = self._open.enter_context(pa.ipc.new_file(sink, SCHEMA))
         for held in self._batches:
             if held.num_rows:
                 self._writer.write_batch(held)
@@ -144,21 +188,18 @@ class Writer:
         Raises:
             OSError: the disk is full, or cannot be written.
         """
-        if self._writer is None or self._sink is None:
+        if self._writer is None:
             return Encoded(Examples(self._batches), tally)
-        nothing = SCHEMA.empty_table().to_batches() or [pa.record_batch([[]] * len(SCHEMA), schema=SCHEMA)]
-        self._writer.write_batch(nothing[0], custom_metadata={_TALLY: json.dumps(tally.to_json()).encode()})
-        self._writer.close()
-        self._sink.close()
-        if self._name is None:
-            made = _map(self._partial)
-        else:
+        self._writer.write_batch(batch([]), custom_metadata={_TALLY: json.dumps(tally.to_json()).encode()})
+        self._open.close()
+        path = self._partial
+        if self._name is not None:
             path = folder() / f"{self._name}.arrow"
-            put(self._partial, path)
-            made = _map(path)
-            _tidy()
+            files.put(self._partial, path)
+        made = _map(path)
         if made is None:
             raise OSError("what was written cannot be read back")
+        _tidy()
         return made
 
 
