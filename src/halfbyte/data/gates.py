@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from halfbyte.data.encoding.chat_template import is_reserved
+from halfbyte.data.encoding.chatml import is_reserved
 from halfbyte.data.encoding.encoder import Encoded
 from halfbyte.data.reading.problems import some
 from halfbyte.errors import DataError

@@ -16,7 +16,7 @@ from halfbyte.adapters.assembly import assembled
 from halfbyte.base import load, stream
 from halfbyte.base.store import supply
 from halfbyte.base.tokenizer import open_tokenizer
-from halfbyte.data.encoding import chat_template
+from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.plan import GENERATED_TOKENS, InferencePlan, Job, Rows, Trained, plan_inference
 from halfbyte.recipe.file import load_recipe
@@ -60,7 +60,7 @@ def open_run(path: Path, tell: supply.Tell | None = None) -> Opened:
     if (run.adapter / "tokenizer_config.json").is_file():  # ChatML, with tokens that the base's own does not have
         tokenizer = open_tokenizer(replace(checkpoint, path=run.adapter), base.model)
     elif recipe.data.chat_template is not None:
-        tokenizer.chat_template = chat_template.chat_template(tokenizer, recipe.data)
+        tokenizer.chat_template = chat_template(tokenizer, recipe.data)
 
     trained = Trained.of(json.loads(run.plan.read_text())) if run.plan.is_file() else None
     longest = (trained.max_tokens_per_micro_batch if trained else GENERATED_TOKENS,)

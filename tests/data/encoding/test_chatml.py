@@ -67,11 +67,11 @@ def test_marks_take_rows_that_are_there(case: str, make_data: Any) -> None:
     special, behind, tied, start, end, new, told = CASES[case]
     tokenizer = fresh(special)
     rows = len(tokenizer) + behind
-    found = chatml.settle(tokenizer, make_data(), embedding_rows=rows, tied=tied)
+    settled = chatml.settle(tokenizer, make_data(), embedding_rows=rows, tied=tied)
     ids = tuple(tokenizer.convert_tokens_to_ids(list(new)))
     trained = f"; rows {', '.join(map(str, ids))} of the embedding are trained" if ids else ""
     notice = f"ChatML, the model has no chat template: {told}{trained}"
-    assert (found.start, found.end, found.new_tokens, found.notice) == (start, end, ids, notice)
+    assert (settled.new_tokens, settled.notice) == (ids, notice)
     assert len(tokenizer) <= rows
     text = tokenizer.apply_chat_template(TALK[:1], tokenize=False, add_generation_prompt=True)
     assert text == f"{start}user\nred cup{end}\n{start}assistant\n"

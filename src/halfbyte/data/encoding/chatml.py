@@ -1,9 +1,9 @@
-"""ChatML for a base model without a chat template that is given conversations; and which embedding rows train for it.
+"""Which chat template a run uses: the recipe's, the tokenizer's own, or ChatML; and which embedding rows train for it.
 
 Why: a base model has never seen the marks of a conversation. A new mark needs a row of the embedding, and a base that
 is mapped or quantised is never resized or copied. So marks use rows that exist, and only those rows train (PEFT's
 `trainable_token_indices`); if no row is free, the marks do without one.
-What, in this order:
+What ChatML takes, in this order:
 - the tokenizer knows both tokens: they are used as they are;
 - the embedding has rows behind the tokenizer's last token (it is often padded), or the vocabulary has tokens that the
   model's makers reserved: `<|im_start|>` takes one of them, and `<|im_end|>` another if the head is the embedding
@@ -16,11 +16,12 @@ Cost: the first records of each source are read once more.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from halfbyte.data.encoding.chat_template import CHATML, is_reserved
 from halfbyte.data.reading import files
 from halfbyte.data.reading.read import Reader
 from halfbyte.errors import DataError
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from halfbyte.recipe.data import Data
     from halfbyte.types import Tokenizer
 
+CHATML = "chatml"  # in the recipe
+_RESERVED = re.compile(r"<?\W*(reserved|unused|extra_id|dummy|placeholder)\w*\W*\d+\W*>?", re.IGNORECASE)
 START, END = "<|im_start|>", "<|im_end|>"
 _TURNS = (
     "{%- for m in messages %}{{ START + m['role'] + '\\n' + m['content'] + END + '\\n' }}{% endfor %}"
@@ -36,12 +39,40 @@ _TURNS = (
 )
 
 
+def is_reserved(token: str) -> bool:
+    """Whether a token's name says that the model's makers have kept it for later: no text has trained it."""
+    return _RESERVED.fullmatch(token) is not None
+
+
+def chat_template(tokenizer: Tokenizer, data: Data) -> str | None:
+    """The chat template as Jinja text: the recipe's (text, or a file of it), else the tokenizer's own, else None."""
+    asked = data.chat_template
+    if asked is None or asked == CHATML:  # by now ChatML is the tokenizer's own template
+        if not tokenizer.chat_template:
+            return None
+        try:
+            own: str = tokenizer.get_chat_template()
+        except ValueError as error:
+            raise DataError(
+                f"the tokenizer has several chat templates and no default one: {error}",
+                fix="data.chat_template: a file with the one to use",
+            ) from None
+        return own
+    if "{" in asked:
+        return asked
+    try:
+        return Path(asked).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"data.chat_template {asked!r} is neither Jinja text nor a file that can be read ({error}).",
+            fix="data.chat_template: chat.jinja, or chatml",
+        ) from None
+
+
 @dataclass(frozen=True)
 class Settled:
-    """What was chosen: the marks, the tokens whose rows must train, and what to tell the user."""
+    """The tokens whose rows must train, and what to tell the user."""
 
-    start: str
-    end: str
     new_tokens: tuple[int, ...]
     notice: str
 
@@ -69,24 +100,18 @@ def settle(tokenizer: Tokenizer, data: Data, *, embedding_rows: int, tied: bool)
         DataError: the tokenizer has no end token, and no row is free for a new one.
     """
     why = "as data.chat_template says" if data.chat_template == CHATML else "the model has no chat template"
-    known = tokenizer.get_vocab()
     opens = tokenizer.bos_token is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    start, end, how, new = _marks(tokenizer, known, embedding_rows, tied)
-    quoted = {"START": repr(start), "END": repr(end)}
-    template = _TURNS
-    for name, text in quoted.items():
-        template = template.replace(name, text)
+    start, end, how, new = _marks(tokenizer, embedding_rows, tied)
+    template = _TURNS.replace("START", repr(start)).replace("END", repr(end))
     tokenizer.chat_template = ("{{ bos_token }}" if opens else "") + template
     ids = tuple(sorted(int(tokenizer.convert_tokens_to_ids(token)) for token in new))
     trained = f"; rows {', '.join(map(str, ids))} of the embedding are trained" if ids else ""
-    return Settled(start, end, ids, f"ChatML, {why}: {how}{trained}")
+    return Settled(ids, f"ChatML, {why}: {how}{trained}")
 
 
-def _marks(
-    tokenizer: Tokenizer, known: dict[str, int], embedding_rows: int, tied: bool
-) -> tuple[str, str, str, tuple[str, ...]]:
+def _marks(tokenizer: Tokenizer, embedding_rows: int, tied: bool) -> tuple[str, str, str, tuple[str, ...]]:
     """The two marks, how they came about, and which of them are new."""
-    own_end = tokenizer.eos_token
+    known, own_end = tokenizer.get_vocab(), tokenizer.eos_token
     if START in known and END in known:
         return START, END, "its tokenizer knows both tokens", ()
     wanted = (START, END) if tied or own_end is None else (START,)

@@ -66,11 +66,10 @@ def _run(
     chunks = reader.chunks()
     first = list(islice(chunks, ALONE_CHUNKS + 1)) if cores > 1 else []
     chunks = chain(first, chunks)
-    with contextlib.ExitStack() as stack:
-        parts: Generator[Part] = (encoder.part(chunk, only_read=only_read()) for chunk in chunks)
-        if len(first) > ALONE_CHUNKS:
-            several = stack.enter_context(workers.Helpers(min(cores, workers.MOST), tokenizer, data, encoder))
-            parts = stack.enter_context(contextlib.closing(several.parts(chunks, only_read)))
+    parts: Generator[Part] = (encoder.part(chunk, only_read=only_read()) for chunk in chunks)
+    if len(first) > ALONE_CHUNKS:
+        parts = workers.Helpers(min(cores, workers.MOST), tokenizer, data, encoder).parts(chunks, only_read)
+    with contextlib.closing(parts):
         for part in parts:
             reader.problems.update(part.problems)
             error = error or part.error

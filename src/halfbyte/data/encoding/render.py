@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from halfbyte.data.encoding.chat_template import chat_template
+from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.data.reading.formats import Message, Row
 from halfbyte.errors import DataError, first_line
 

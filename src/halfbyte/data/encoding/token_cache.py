@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from halfbyte.data.encoding.chat_template import CHATML
+from halfbyte.data.encoding.chatml import CHATML
 from halfbyte.data.encoding.encoder import Encoded
 from halfbyte.data.encoding.examples import SCHEMA, Examples, batch
 from halfbyte.data.encoding.tally import Tally

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import queue
 import signal
 import subprocess
 import sys
@@ -35,90 +34,63 @@ _ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP
 
 
 class Helpers:
-    """So many helpers, as a context.
+    """So many helpers, each started and asked by a thread of its own.
 
     Args:
         encoder: of this process, for the chunks of a helper that ended early.
     """
 
     def __init__(self, count: int, tokenizer: Tokenizer, data: Data, encoder: Encoder) -> None:
+        self._count, self._setting = count, (tokenizer, data)
         self._encoder, self._alone = encoder, threading.Lock()
-        self._idle: queue.SimpleQueue[subprocess.Popen[bytes] | None] = queue.SimpleQueue()
+        self._mine = threading.local()
         self._all: list[subprocess.Popen[bytes]] = []
-        self._new: set[subprocess.Popen[bytes]] = set()
-        self._count = count
-        self._setting = b""
-        # a tokenizer that is code of its own may not be handed to another process; then this one does all
-        with contextlib.suppress(pickle.PicklingError, AttributeError, TypeError):
-            self._setting = pickle.dumps((tokenizer, data))
-
-    def __enter__(self) -> Helpers:
-        path = os.pathsep.join(p for p in sys.path if p)
-        for _ in range(self._count):
-            if not self._setting:
-                self._idle.put(None)
-                continue
-            try:
-                helper = subprocess.Popen(
-                    [sys.executable, "-m", "halfbyte.data.encoding.workers"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    env={**os.environ, **_ONE_THREAD, "PYTHONPATH": path},
-                )
-            except OSError:  # no memory, or no more processes: this one does its share
-                self._idle.put(None)
-                continue
-            self._all.append(helper)
-            self._new.add(helper)
-            self._idle.put(helper)
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        for helper in self._all:
-            with contextlib.suppress(OSError):
-                _pipe(helper.stdin).close()
-        for helper in self._all:
-            helper.kill()
-            helper.wait()
-            _pipe(helper.stdout).close()
 
     def parts(self, chunks: Iterable[Chunk], only_read: Callable[[], bool]) -> Generator[Part]:
         """What `Encoder.part` makes of each chunk, in their order. `only_read` is asked as each is handed out."""
         waiting: deque[Future[Part]] = deque()
-        with ThreadPoolExecutor(self._count) as threads:
-            try:
-                for chunk in chunks:
-                    waiting.append(threads.submit(self._ask, chunk, only_read()))
-                    if len(waiting) == AHEAD * self._count:
-                        yield waiting.popleft().result()
-                while waiting:
+        threads = ThreadPoolExecutor(self._count, initializer=self._start)
+        try:
+            for chunk in chunks:
+                waiting.append(threads.submit(self._ask, chunk, only_read()))
+                if len(waiting) == AHEAD * self._count:
                     yield waiting.popleft().result()
-            finally:
-                threads.shutdown(cancel_futures=True)
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            threads.shutdown(cancel_futures=True)
+            for helper in self._all:
+                with contextlib.suppress(OSError), helper:  # closes its pipes, and waits for it
+                    helper.kill()
+
+    def _start(self) -> None:
+        """A helper for this thread; none where memory is short or a tokenizer is code that cannot be handed over."""
+        self._mine.pipes = None
+        with contextlib.suppress(OSError, pickle.PicklingError, AttributeError, TypeError):
+            setting = pickle.dumps(self._setting)
+            helper = subprocess.Popen(
+                [sys.executable, "-m", "halfbyte.data.encoding.workers"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            )
+            self._all.append(helper)
+            if helper.stdin and helper.stdout:
+                helper.stdin.write(setting)
+                self._mine.pipes = helper.stdin, helper.stdout
 
     def _ask(self, chunk: Chunk, only_read: bool) -> Part:
-        helper = self._idle.get()
-        try:
-            if helper is not None:
-                if helper in self._new:
-                    self._new.remove(helper)
-                    _pipe(helper.stdin).write(self._setting)
-                pickle.dump((chunk, only_read), _pipe(helper.stdin), pickle.HIGHEST_PROTOCOL)
-                _pipe(helper.stdin).flush()
-                part: Part = pickle.load(_pipe(helper.stdout))
+        if self._mine.pipes:
+            chunks, parts = self._mine.pipes
+            try:
+                pickle.dump((chunk, only_read), chunks, pickle.HIGHEST_PROTOCOL)
+                chunks.flush()
+                part: Part = pickle.load(parts)
                 return part
-        except (OSError, EOFError, pickle.UnpicklingError):
-            helper = None
-        finally:
-            self._idle.put(helper)
+            except (OSError, EOFError, pickle.UnpicklingError):
+                self._mine.pipes = None
         with self._alone:
             return self._encoder.part(chunk, only_read=only_read)
-
-
-def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
-    if pipe is None:
-        raise ValueError("a helper is started with pipes")
-    return pipe
 
 
 def help_out(chunks: IO[bytes], parts: IO[bytes]) -> None:
