@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halfbyte.cli.store import stores
+from halfbyte.cli import conversation, show, show_data, show_doctor, show_plan
+from halfbyte.cli.store import Json, stores
+from halfbyte.errors import HalfbyteError, RecipeError
+from halfbyte.system import libraries
 
 if TYPE_CHECKING:
     from halfbyte.inference.load import Opened
@@ -31,7 +34,6 @@ rows = typer.Typer(help="The rows that a model would be trained on.", no_args_is
 app.add_typer(rows, name="data")
 
 Set = Annotated[list[str], typer.Option("--set", metavar="a.b=c", help="Change one value of the recipe; repeatable.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines only, and few of them.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `halfbyte train` made it.")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
@@ -62,11 +64,8 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune: a recipe in, a working adapter out."""
-    from halfbyte.cli import show, show_plan
-    from halfbyte.errors import RecipeError
     from halfbyte.recipe import command
     from halfbyte.recipe.file import to_yaml
-    from halfbyte.system import libraries
 
     overrides = [*set_, *([f"output={output}"] if output is not None else [])]
     if resume and (overrides or data is not None):
@@ -92,10 +91,8 @@ def train(
 
         outcome = finetune.train(loaded, resume=resume, listener=listener)
     if outcome.stopped_by is not None:
-        show.warning(
-            f"stopped by {outcome.stopped_by.name} after step {outcome.step}; nothing is lost.\n"
-            f"  continue: halfbyte train {outcome.run} --resume"
-        )
+        said = f"stopped by {outcome.stopped_by.name} after step {outcome.step}; nothing is lost.\n"
+        show.warning(f"{said}  continue: halfbyte train {outcome.run} --resume")
         raise typer.Exit(128 + outcome.stopped_by)
     show.document(outcome.report) if json_ else show.report(outcome)
 
@@ -119,7 +116,6 @@ def plan(
     json_: Json = False,
 ) -> None:
     """What a training takes (memory, disk, time) and how it fits, before anything is downloaded or loaded."""
-    from halfbyte.cli import show, show_plan
     from halfbyte.plan import ahead
     from halfbyte.recipe.command import recipe_or_model
 
@@ -136,9 +132,7 @@ def doctor(
     json_: Json = False,
 ) -> None:
     """What this machine is and does; with a model, proofs on a few of its layers. Exit code 1 if one fails."""
-    from halfbyte.cli import show, show_doctor
     from halfbyte.recipe.command import recipe_or_model
-    from halfbyte.system import libraries
 
     recipe = recipe_or_model(model, set_).recipe if model else None
     libraries.quiet()
@@ -157,7 +151,6 @@ def init(
     data: Annotated[str, typer.Option(help="The training rows.")] = "train.jsonl",
 ) -> None:
     """Write a commented recipe to start from."""
-    from halfbyte.cli import show
     from halfbyte.recipe.command import write_template
 
     write_template(path, model, data)
@@ -175,8 +168,6 @@ def generate(
     json_: Json = False,
 ) -> None:
     """Answer prompts with the adapter on its base, or with the base alone."""
-    from halfbyte.cli import conversation, show
-
     opened = _open(run, silent=json_)
     from halfbyte.inference.generate import Sampling
 
@@ -196,12 +187,10 @@ def chat(
     temperature: Temperature = 0.0,
 ) -> None:
     """Talk to the adapter. /base asks the base alone the same, /reset forgets, /quit leaves."""
-    from halfbyte.cli.conversation import Chat
-
     opened = _open(run, silent=False)
     from halfbyte.inference.generate import Sampling
 
-    Chat(opened, Sampling(max_new_tokens=max_new_tokens, temperature=temperature), system).run()
+    conversation.Chat(opened, Sampling(max_new_tokens=max_new_tokens, temperature=temperature), system).run()
 
 
 @app.command(name="eval")
@@ -215,8 +204,6 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Completion loss, perplexity and exact match on held-out rows; with --base beside the base alone."""
-    from halfbyte.cli import show
-
     opened = _open(run, silent=json_)
     from halfbyte.inference import evaluate as scoring
 
@@ -243,17 +230,15 @@ def quantize(
     quiet: Quiet = False,
 ) -> None:
     """Quantise a base once, in bounded memory; train, eval and chat then open it at once."""
-    from halfbyte.cli import show, show_store
     from halfbyte.recipe.command import recipe_or_model
-    from halfbyte.system import libraries
 
     recipe = recipe_or_model(model, set_).recipe
-    with show_store.building(show.err, silent=json_ or quiet) as tell:
+    with show.quantizing(silent=json_ or quiet) as tell:
         libraries.quiet()
-        from halfbyte.base import quantize as quantizing
+        from halfbyte.base.quantize import quantize as build
 
-        built = quantizing.quantize(recipe, out=out, tell=tell)
-    show.document(built.to_json()) if json_ else show.text(show_store.built(built))
+        built = build(recipe, out=out, tell=tell)
+    show.document(built.to_json()) if json_ else show.built(built)
 
 
 @rows.command()
@@ -267,9 +252,7 @@ def check(
     json_: Json = False,
 ) -> None:
     """What would be trained on: gates, lengths, steps, rows with their labels. Exit code 2 if it would be refused."""
-    from halfbyte.cli import show, show_data
     from halfbyte.recipe.command import recipe_or_rows
-    from halfbyte.system import libraries
 
     loaded = recipe_or_rows(target, model, set_)
     libraries.quiet()
@@ -284,7 +267,6 @@ def check(
 @app.command()
 def version() -> None:
     """The versions of halfbyte and of what it stands on."""
-    from halfbyte.cli import show
     from halfbyte.system.versions import versions
 
     show.text("\n".join(f"{name} {value}" for name, value in versions().items()))
@@ -292,9 +274,6 @@ def version() -> None:
 
 def _open(run: Path, *, silent: bool) -> Opened:
     """A finished run: its adapter on its base."""
-    from halfbyte.cli import show
-    from halfbyte.system import libraries
-
     with show.waiting("opening base and adapter", silent=silent) as tell:
         libraries.quiet()
         from halfbyte.inference import load
@@ -304,8 +283,6 @@ def _open(run: Path, *, silent: bool) -> Opened:
 
 def _guard(call: Callable[[], object]) -> int:
     """Run the app; a HalfbyteError, or what the system refuses, is one message on stderr and an exit code."""
-    from halfbyte.errors import HalfbyteError
-
     try:
         call()
     except HalfbyteError as error:

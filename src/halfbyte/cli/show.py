@@ -1,7 +1,4 @@
-"""How the command line looks: tables, live progress on a terminal, plain lines elsewhere. Only `main.py` imports it.
-
-Cost: rich is imported when something is drawn.
-"""
+"""How the command line looks: tables, live progress on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,25 +9,30 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from halfbyte.cli import show_store
-from halfbyte.cli.show_store import LABEL_WIDTH
 from halfbyte.training.events import Listener
 
 if TYPE_CHECKING:
+    from halfbyte.base.quantize import Built
     from halfbyte.base.store import supply
     from halfbyte.base.store.build import Progress
+    from halfbyte.base.store.shelf import Shelved
+    from halfbyte.finetune import Outcome
     from halfbyte.inference.evaluate import Score
+    from halfbyte.types import Document
 
+LABEL_WIDTH = 10
+# Plain lines of a build come at most this often.
+LINE_SECONDS = 5.0
 # a pipe has no width: tables then take what they need
-_WIDTH = None if sys.stdout.isatty() else 160
-out = Console(highlight=False, soft_wrap=True, width=_WIDTH)
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+_nowhere = Console(quiet=True, force_terminal=False)
 
 
 def gb(count: float) -> str:
@@ -49,20 +51,18 @@ def text(value: str) -> None:
 
 
 def labelled(label: str, value: str, *, width: int = LABEL_WIDTH) -> None:
-    """A label and what it says; on a terminal a long line is cut between words and goes on under its beginning."""
-    indent = width if width <= out.width // 2 else 2
+    """A label and its text; on a terminal a long line is wrapped and goes on under its beginning."""
     first, *rest = value.splitlines() or [""]
     for line in (f"{label:<{width}}{first}", *rest):
-        wrapped(line, indent=indent)
+        wrapped(line, indent=width if width <= out.width // 2 else 2)
 
 
 def wrapped(line: str, *, indent: int = 2) -> None:
-    """A line; on a terminal a long one is cut between words."""
-    if not out.is_terminal:
-        text(line)
-        return
-    under = " " * indent
-    text(textwrap.fill(line, out.width, subsequent_indent=under, break_long_words=False, break_on_hyphens=False))
+    """A line; on a terminal a long one is wrapped between words."""
+    if out.is_terminal:
+        under = " " * indent
+        line = textwrap.fill(line, out.width, subsequent_indent=under, break_long_words=False, break_on_hyphens=False)
+    text(line)
 
 
 def warning(value: str) -> None:
@@ -70,11 +70,11 @@ def warning(value: str) -> None:
 
 
 def aside(value: str) -> None:
-    """What goes on now, beside the output."""
+    """What is being done now; not part of the output."""
     err.print(f"[dim]{escape(value)}[/dim]")
 
 
-def document(value: Any) -> None:
+def document(value: object) -> None:
     sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
 
 
@@ -88,18 +88,15 @@ def ask() -> str:
 
 
 class PlainListener(Listener):
-    """One line for each thing that happens; steps at the logging cadence, or ten in a run when quiet."""
+    """One line for each thing that happens; steps every `log_every`, or ten in a run when quiet."""
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(self, *, quiet: bool, build: Callable[[Progress], None] | None = None) -> None:
         self.quiet, self.total, self.every, self.started, self.first = quiet, 0, 1, 0.0, 0
-        self.build: show_store.PlainBuild | show_store.LiveBuild = show_store.PlainBuild(self.build_line)
+        self.build = build
 
     def building(self, progress: Progress) -> None:
-        self.build(progress)
-
-    def build_line(self, line: str) -> None:
-        if not self.quiet:
-            wrapped(line)
+        if self.build is not None:
+            self.build(progress)
 
     def note(self, label: str, text: str) -> None:
         if not self.quiet:
@@ -109,18 +106,19 @@ class PlainListener(Listener):
         self.total, self.first, self.started = total_steps, done_steps, time.monotonic()
         self.every = max(1, total_steps // 10) if self.quiet else log_every
 
-    def eta(self, step: int) -> float:
-        done = step - self.first
-        return (time.monotonic() - self.started) / done * (self.total - step) if done > 0 else 0.0
+    def reached(self, row: Document) -> str:
+        done = row["step"] - self.first
+        left = (time.monotonic() - self.started) / done * (self.total - row["step"]) if done > 0 else 0.0
+        return (
+            f"loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s  "
+            f"memory {gb(row.get('rss_bytes', 0))}  ETA {duration(left)}"
+        )
 
-    def step(self, row: dict[str, Any]) -> None:
+    def step(self, row: Document) -> None:
         if row["step"] % self.every == 0 or row["step"] == self.total:
-            out.print(
-                f"step {row['step']}/{self.total}  loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s  "
-                f"memory {gb(row.get('rss_bytes', 0))}  ETA {duration(self.eta(row['step']))}"
-            )
+            out.print(f"step {row['step']}/{self.total}  {self.reached(row)}")
 
-    def evaluated(self, row: dict[str, Any]) -> None:
+    def evaluated(self, row: Document) -> None:
         best = "  (best so far)" if row.get("best") else ""
         out.print(
             f"eval at step {row['step']}: loss {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:.3f}{best}"
@@ -136,37 +134,21 @@ class PlainListener(Listener):
 class LiveListener(PlainListener):
     """A bar with step, loss, tokens/s, memory and ETA; notes and evaluations scroll above it."""
 
-    def __init__(self) -> None:
-        super().__init__(quiet=False)
-        self.build = show_store.LiveBuild(out)
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    def __init__(self, *, quiet: bool, build: Callable[[Progress], None] | None = None) -> None:
+        super().__init__(quiet=quiet, build=build)
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as Bar
 
-        self.bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn(
-                "loss {task.fields[loss]}  {task.fields[rate]} tokens/s  {task.fields[memory]}  ETA {task.fields[eta]}"
-            ),
-            console=out,
-        )
-        self.task: Any = None
+        title, reached = TextColumn("[bold]training"), TextColumn("{task.description}")
+        self.bar = Bar(title, BarColumn(bar_width=None), MofNCompleteColumn(), reached, console=out)
 
     def begin(self, total_steps: int, done_steps: int, log_every: int) -> None:
         super().begin(total_steps, done_steps, log_every)
-        empty: dict[str, Any] = {"loss": "-", "rate": "-", "memory": "-", "eta": "-"}
-        self.task = self.bar.add_task("training", total=total_steps, completed=done_steps, **empty)
+        self.bar.add_task("", total=total_steps, completed=done_steps)
         self.bar.start()
 
-    def step(self, row: dict[str, Any]) -> None:
-        self.bar.update(
-            self.task,
-            completed=row["step"],
-            loss=f"{row['loss']:.4f}",
-            rate=f"{row['tokens_per_second']:.0f}",
-            memory=gb(row.get("rss_bytes", 0)),
-            eta=duration(self.eta(row["step"])),
-        )
+    def step(self, row: Document) -> None:
+        self.bar.update(self.bar.task_ids[0], completed=row["step"], description=self.reached(row))
 
     def end(self) -> None:
         self.bar.stop()
@@ -178,12 +160,64 @@ def progress(*, quiet: bool, silent: bool) -> Iterator[Listener]:
     if silent:
         yield Listener()
         return
-    listener = LiveListener() if out.is_terminal and not quiet else PlainListener(quiet=quiet)
+    with _building(out) as build:
+        kind = LiveListener if out.is_terminal and not quiet else PlainListener
+        listener = kind(quiet=quiet, build=None if quiet else build)
+        try:
+            yield listener
+        finally:
+            listener.end()
+
+
+@contextmanager
+def _building(console: Console) -> Iterator[Callable[[Progress], None]]:
+    """Whom to tell how a store's build goes. On a terminal a bar that goes away at the end; elsewhere a line every few
+    seconds, none for a short build."""
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    eta, due = TimeRemainingColumn(compact=True), LINE_SECONDS
+    columns = (BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn(), TextColumn("ETA"), eta)
+    bar = Bar(TextColumn("[bold]quantising"), *columns, console=console, transient=True)
+
+    def tell(now: Progress) -> None:
+        nonlocal due
+        if console.is_terminal:
+            if not bar.tasks:
+                bar.add_task("", total=now.total_bytes)
+                bar.start()
+            bar.update(bar.task_ids[0], completed=now.done_bytes)
+            if now.done_bytes >= now.total_bytes:
+                bar.stop()
+        elif now.seconds >= due:
+            due = now.seconds // LINE_SECONDS * LINE_SECONDS + LINE_SECONDS
+            console.print(escape(line(now)))
+
     try:
-        yield listener
+        yield tell
     finally:
-        listener.build.end()
-        listener.end()
+        bar.stop()
+
+
+def line(now: Progress) -> str:
+    """`quantising  45%  6.10 of 13.50 GB  1.21 GB/s  ETA 0:06`"""
+    done, total, left = now.done_bytes, now.total_bytes, now.eta_seconds
+    return (
+        f"quantising {100 * done // total if total else 100:3d}%  {done / 1e9:.2f} of {gb(total)}  "
+        f"{gb(now.bytes_per_second)}/s  ETA {'-' if left is None else duration(left)}"
+    )
+
+
+@contextmanager
+def quantizing(*, silent: bool) -> Iterator[supply.Tell]:
+    """While a store is built: yields whom to tell how it goes."""
+    from halfbyte.base.store import supply
+
+    console = _nowhere if silent else err
+    with _building(console) as tell:
+        yield supply.Tell(
+            progress=tell, note=lambda label, said: console.print(escape(f"{label:<{LABEL_WIDTH}}{said}"))
+        )
 
 
 @contextmanager
@@ -191,30 +225,22 @@ def waiting(what: str, *, silent: bool) -> Iterator[supply.Tell]:
     """While something is opened: yields whom to tell how the building of a store goes."""
     from halfbyte.base.store import supply
 
-    def say(text: str) -> None:
-        err.print(escape(text))
-
-    def note(label: str, text: str) -> None:
-        say(text)
-
-    if silent or not err.is_terminal:
-        yield supply.Tell() if silent else supply.Tell(progress=show_store.PlainBuild(say), note=note)
-        return
-    with err.status(what) as status:
-        yield supply.Tell(progress=lambda p: status.update(f"{what}: {show_store.line(p)}"), note=note)
+    console = _nowhere if silent else err
+    with console.status(what) as status, _building(console) as tell:
+        yield supply.Tell(
+            progress=(lambda now: status.update(f"{what}: {line(now)}")) if console.is_terminal else tell,
+            note=lambda label, said: console.print(escape(said)),
+        )
 
 
 @contextmanager
 def counting(what: str, *, silent: bool) -> Iterator[Callable[[int, int], None]]:
     """A counter `(done, total)`; drawn on a terminal only."""
-    if silent or not err.is_terminal:
-        yield lambda done, total: None
-        return
-    with err.status(what) as status:
+    with (_nowhere if silent else err).status(what) as status:
         yield lambda done, total: status.update(f"{done} of {total} {what}")
 
 
-def report(outcome: Any) -> None:
+def report(outcome: Outcome) -> None:
     """The end of a run: what it reached, planned beside measured, and what to do next."""
     row = outcome.report
     loss = row["loss"]
@@ -249,3 +275,31 @@ def scores(values: dict[str, Score], samples: int) -> None:
         for name, s in values.items():
             mark = "[green]exact[/green]" if s.samples[i].exact else "[red]differs[/red]"
             out.print(f"{name:>9}: {escape(s.samples[i].output.strip())}  {mark}")
+
+
+def built(store: Built) -> None:
+    """What `halfbyte quantize` has built, or what was there already."""
+    made, what = store.manifest, f"built in {store.seconds:.1f} s" if store.built else "was there already"
+    text(f"store    {store.path}")
+    text(
+        f"         {made.source['id']} in {made.quant['type']}: {made.nbytes / 1e9:.3f} GB for "
+        f"{made.parameters:,} parameters; {what}"
+    )
+
+
+def stores(folder: Path, entries: list[Shelved]) -> None:
+    """The stores in the cache: key, source, bytes, state and last use."""
+    if not entries:
+        out.print(f"no stores in {folder}")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("store", "source", "GB", "state", "last used"):
+        table.add_column(column, justify="right" if column == "GB" else "left", overflow="fold")
+    for entry in entries:
+        source = entry.manifest.source if entry.manifest else {}
+        revision = f"@{source['revision'][:8]}" if source.get("revision") else ""
+        state = f"{entry.state}, in use" if entry.in_use else entry.state
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
+        table.add_row(entry.key, escape(f"{source.get('id', '-')}{revision}"), f"{entry.nbytes / 1e9:.2f}", state, used)
+    out.print(table)
+    out.print(f"{len(entries)} in {folder}, {gb(sum(entry.nbytes for entry in entries))}")

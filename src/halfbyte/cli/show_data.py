@@ -1,7 +1,4 @@
-"""How `halfbyte data check` looks: the gates, a bar for each length, and rows with their labelled tokens in colour.
-
-Only `main.py` imports it.
-"""
+"""How `halfbyte data check` looks: the gates, a bar for each length, and rows with their labelled tokens in colour."""
 
 from __future__ import annotations
 
@@ -16,10 +13,10 @@ if TYPE_CHECKING:
 
 BAR = 40
 STYLES = {"ok": "green", "warning": "yellow", "refused": "bold red"}
-LABELLED, SPECIAL, OTHER = "bold green", "reverse", "dim"
 
 
 def checked(value: Checked) -> None:
+    """Model, rows, gates, lengths, the run over these rows, and a few rows."""
     from halfbyte.training import prepare
 
     prepared = value.prepared
@@ -33,38 +30,26 @@ def checked(value: Checked) -> None:
         line.stylize(STYLES[finding.level], 0, len(finding.level))
         show.out.print(line)
     show.text("")
-    lengths(value)
-    run(value)
-    for row in value.shown:
-        show.text("")
-        example(row)
-
-
-def lengths(value: Checked) -> None:
-    """Rows by their tokens."""
-    most = max(found.rows for found in value.histogram)
-    for found in value.histogram:
-        bar = "█" * round(BAR * found.rows / most) or ("▏" if found.rows else "")
-        show.out.print(Text(f"{found.least:>7,} to {found.most:>6,} tokens  {found.rows:>9,}  ").append(bar, "cyan"))
+    most = max(part.rows for part in value.histogram)
+    for part in value.histogram:
+        bar = "█" * round(BAR * part.rows / most) or ("▏" if part.rows else "")
+        show.out.print(Text(f"{part.least:>7,} to {part.most:>6,} tokens  {part.rows:>9,}  ").append(bar, "cyan"))
     show.text("")
-
-
-def run(value: Checked) -> None:
-    """What a run over these rows is."""
-    about = value.to_json()["run"]
-    time = value.plan.time
+    about, time = value.to_json()["run"], value.plan.time
     show.labelled(
         "run",
         f"{value.steps:,} steps of {about['rows_per_step']} rows, {value.tokens:,} tokens; "
         f"{about['micro_batches_per_step']:.1f} micro-batches a step, {about['rows_per_micro_batch']:.1f} rows in each "
         f"(at most {about['max_tokens_per_micro_batch']:,} tokens)",
     )
-    measured = "" if time.measured else f" ({time.source})"
-    show.labelled("time", f"about {show.duration(time.run_s)}{measured}")
+    show.labelled("time", f"about {show.duration(time.run_s)}{'' if time.measured else f' ({time.source})'}")
+    for row in value.shown:
+        show.text("")
+        example(row)
 
 
 def example(row: Shown) -> None:
-    """One row: labelled tokens stand out, special tokens too; without colours, labels stand between ⟦ and ⟧."""
+    """One row: labelled and special tokens stand out; without colours, labels are put between ⟦ and ⟧."""
     colours = show.out.is_terminal and not show.out.no_color
     show.text(f"row {row.row} ({row.where}): {row.tokens:,} tokens, {row.labelled:,} labelled")
     text, inside = Text(), False
@@ -72,7 +57,7 @@ def example(row: Shown) -> None:
         if piece.labelled != inside and not colours:
             text.append("⟦" if piece.labelled else "⟧")
         inside = piece.labelled
-        style = LABELLED if piece.labelled else OTHER
-        text.append(piece.text, f"{style} {SPECIAL}" if piece.special else style)
+        style = "bold green" if piece.labelled else "dim"
+        text.append(piece.text, f"{style} reverse" if piece.special else style)
     text.append("⟧" if inside and not colours else "")
     show.out.print(text)

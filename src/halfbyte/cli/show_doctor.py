@@ -1,4 +1,4 @@
-"""How `halfbyte doctor` looks. Only `main.py` imports it."""
+"""How `halfbyte doctor` looks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ if TYPE_CHECKING:
 
 def diagnosis(value: Diagnosis) -> None:
     machine, rates = value.device, value.rates
-    show.labelled(
-        "processor", f"{machine.cpu or 'unknown'}, {machine.cores} cores: {' '.join(machine.isa) or 'no flags'}"
-    )
+    flags = " ".join(machine.isa) or "no flags"
+    show.labelled("processor", f"{machine.cpu or 'unknown'}, {machine.cores} cores: {flags}")
     show.labelled("memory", f"{show.gb(machine.ram_available_bytes)} free of {show.gb(machine.ram_bytes)}")
     for card in machine.cards:
         show.labelled("card", f"{card.name}, {show.gb(card.free_bytes)} free of {show.gb(card.total_bytes)}")
@@ -28,7 +27,7 @@ def diagnosis(value: Diagnosis) -> None:
         f"attention, {rates.dequant_elements / 1e9:.1f} G weights/s dequantised, memory "
         f"{rates.memory_bytes / 1e9:.1f} GB/s, disk {rates.disk_bytes / 1e9:.2f} GB/s ({rates.source})",
     )
-    show.labelled("versions", f"{', '.join(f'{name} {version}' for name, version in value.versions.items())}")
+    show.labelled("versions", ", ".join(f"{name} {version}" for name, version in value.versions.items()))
     if value.model is None:
         return
     show.text("")

@@ -1,12 +1,9 @@
-"""How `halfbyte plan` looks: a bar for each line, the total against the machine, the choices and what would fit.
-
-Cost: rich is imported when something is drawn. Only `main.py` imports it.
-"""
+"""How `halfbyte plan` looks: a bar for each line, the total against the machine, the choices and what would fit."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
@@ -25,6 +22,7 @@ STYLES = {"private": "cyan", "device": "cyan", "file": "blue", "disk": "dim"}
 
 
 def planned(value: Planned) -> None:
+    """Model, machine, memory line by line, disk, time, the choices, and whether it fits."""
     shape, plan, recipe = value.shape, value.plan, value.recipe
     show.text(f"{shape.name}: {shape.parameters / 1e9:.2f} B parameters, {shape.facts.layers} layers ({shape.origin})")
     show.labelled("machine", f"{machine(value.device)}, computing in {plan.compute_dtype}")
@@ -62,20 +60,17 @@ def resolution(value: Resolution) -> None:
     table.add_column("field", no_wrap=True)
     for column in ("value", "from", "why"):
         table.add_column(column, overflow="fold")
-    for field, shown, origin in value.rows:
+    for field, given, origin in value.rows:
+        shown = given if isinstance(given, str) else json.dumps(given, default=str)
+        shown = shown if len(shown) <= 100 else shown[:97] + "..."
         style = {"default": "dim", "auto": "cyan"}.get(origin.kind, "")
-        table.add_row(field, escape(_short(shown)), origin.kind, escape(origin.why), style=style)
+        table.add_row(field, escape(shown), origin.kind, escape(origin.why), style=style)
     show.out.print(table)
     for label, said in value.notes:
         show.labelled(label, said)
     summary(value.plan)
     for said in value.warnings:
         show.wrapped(f"warning: {said}")
-
-
-def _short(value: Any) -> str:
-    shown = value if isinstance(value, str) else json.dumps(value, default=str)
-    return shown if len(shown) <= 100 else shown[:97] + "..."
 
 
 def summary(plan: Plan) -> None:
@@ -166,29 +161,21 @@ def seconds(value: float) -> str:
     return f"{value:.2g} s" if value < 10 else f"{value:.0f} s" if value < 120 else show.duration(value)
 
 
-def ways(found: tuple[Way, ...]) -> Table:
+def ways(compared: tuple[Way, ...]) -> Table:
     made = Table(header_style="bold", title="side by side, the same rows, no recomputation", title_justify="left")
-    for name, justify in (
-        ("", "left"),
-        ("memory", "right"),
-        ("trainable", "right"),
-        ("%", "right"),
-        ("time a step", "right"),
-    ):
-        made.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for way in found:
-        made.add_row(
-            way.name, show.gb(way.bytes), f"{way.trainable:,}", f"{way.percent:.2f}", f"x{way.relative_time:.2f}"
-        )
+    made.add_column("")
+    for name in ("memory", "trainable", "%", "time a step"):
+        made.add_column(name, justify="right")
+    for way in compared:
+        percent, time = f"{way.percent:.2f}", f"x{way.relative_time:.2f}"
+        made.add_row(way.name, show.gb(way.bytes), f"{way.trainable:,}", percent, time)
     return made
 
 
 def machine(device: Device) -> str:
     if device.cards:
-        first = device.cards[0]
-        many = f"{len(device.cards)} x " if len(device.cards) > 1 else ""
-        return (
-            f"{many}{first.name}, {show.gb(first.free_bytes)} free each; {show.gb(device.ram_available_bytes)} RAM free"
-        )
+        first, many = device.cards[0], f"{len(device.cards)} x " if len(device.cards) > 1 else ""
+        free = f"{show.gb(device.ram_available_bytes)} RAM free"
+        return f"{many}{first.name}, {show.gb(first.free_bytes)} free each; {free}"
     ram = f"{show.gb(device.ram_available_bytes)} of {show.gb(device.ram_bytes)} RAM free"
     return f"{device.cores} cores ({device.cpu or 'CPU'}), {ram}"

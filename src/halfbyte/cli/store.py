@@ -1,7 +1,4 @@
-"""`halfbyte store`: what lies in the cache, whether it is whole, and what may go. Heavy imports are inside commands.
-
-Only `main.py` imports it.
-"""
+"""`halfbyte store`: what is in the cache, whether it is whole, and what may go. Heavy imports are inside commands."""
 
 from __future__ import annotations
 
@@ -9,21 +6,22 @@ from typing import Annotated
 
 import typer
 
+from halfbyte.cli import show
+
 stores = typer.Typer(help="The quantised bases in halfbyte's cache.", no_args_is_help=True)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 
 @stores.command(name="list")
 def list_stores(json_: Json = False) -> None:
-    """What lies in the cache: source, size, state and last use of every store."""
+    """What is in the cache: source, size, state and last use of every store."""
     from halfbyte.base.store import shelf
-    from halfbyte.cli import show, show_store
 
     entries = shelf.listing()
     if json_:
         show.document([entry.to_json() for entry in entries])
     else:
-        show_store.shelf(show.out, shelf.folder(), entries)
+        show.stores(shelf.folder(), entries)
 
 
 @stores.command()
@@ -35,15 +33,14 @@ def verify(
 ) -> None:
     """Hash every byte of stores and compare with what was built. Exit code 1 if anything differs."""
     from halfbyte.base.store import maintenance
-    from halfbyte.cli import show
 
     with show.counting("stores", silent=json_) as progress:
-        found = maintenance.verify(names or [], progress)
+        wrong = maintenance.verify(names or [], progress)
     if json_:
-        show.document({name: {"whole": not problems, "problems": problems} for name, problems in found.items()})
+        show.document({name: {"whole": not problems, "problems": problems} for name, problems in wrong.items()})
     else:
-        show.text("\n".join(f"{name}: {'; '.join(p) or 'whole'}" for name, p in found.items()) or "there are no stores")
-    if any(found.values()):
+        show.text("\n".join(f"{name}: {'; '.join(p) or 'whole'}" for name, p in wrong.items()) or "there are no stores")
+    if any(wrong.values()):
         raise typer.Exit(1)
 
 
@@ -58,7 +55,6 @@ def gc(
 ) -> None:
     """Remove interrupted builds, damaged stores and old formats."""
     from halfbyte.base.store import maintenance
-    from halfbyte.cli import show
 
     removed, kept = maintenance.collect(unused_days=unused_days, everything=everything, dry_run=dry_run)
     if json_:
