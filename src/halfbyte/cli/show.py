@@ -226,7 +226,7 @@ def waiting(what: str, *, silent: bool) -> Iterator[supply.Tell]:
     from halfbyte.base.store import supply
 
     console = _nowhere if silent else err
-    with console.status(what) as status, _building(console) as tell:
+    with (console if console.is_terminal else _nowhere).status(what) as status, _building(console) as tell:
         yield supply.Tell(
             progress=(lambda now: status.update(f"{what}: {line(now)}")) if console.is_terminal else tell,
             note=lambda label, said: console.print(escape(said)),
@@ -236,7 +236,7 @@ def waiting(what: str, *, silent: bool) -> Iterator[supply.Tell]:
 @contextmanager
 def counting(what: str, *, silent: bool) -> Iterator[Callable[[int, int], None]]:
     """A counter `(done, total)`; drawn on a terminal only."""
-    with (_nowhere if silent else err).status(what) as status:
+    with (err if err.is_terminal and not silent else _nowhere).status(what) as status:
         yield lambda done, total: status.update(f"{done} of {total} {what}")
 
 
