@@ -24,6 +24,7 @@ from halfbyte.layers import fuse, unpad
 from halfbyte.layers.fused_proof import prove_fused
 from halfbyte.models import structure
 from halfbyte.quant import bnb as codec
+from halfbyte.system import threads
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -1,11 +1,13 @@
-"""Holes in the C library's heap, given back to the system while layers are recomputed.
+"""Holes in the C library's heap, given back to the system between micro-batches, or layers where these are recomputed.
 
 Why: who recomputes every layer is short of memory, and a third of what such a run holds can be holes. PyTorch asks
 glibc for aligned memory, and `memalign` cannot put a tensor where one of the same size was, since it asks for more than
 that. So each layer's temporaries split larger holes or go on top of the heap: SmolLM2, 4 x 512 tokens, held 0.91 GB
 where 0.75 to 0.79 do (`docs/log.md`, "Holes under full recomputation").
-What: after each decoder layer, forward and backward, a look at what is resident. Where it grew by more than a budget,
-and the heap's own count says that it is holes, `malloc_trim` gives them back.
+Micro-batches of ever new lengths leave holes in the same way: SmolLM2, 800 tokens a step, grew from 1.0 to 1.5 GB in
+14 steps. What: after each micro-batch, or each decoder layer (forward and backward) under full recomputation, a look at
+what is resident. Where it grew by more than a budget, and the heap's own count says that it is holes, `malloc_trim`
+gives them back.
 Source: malloc_trim(3), mallinfo(3), glibc `malloc/malloc.c` (`_int_memalign`); torch's documented forward and tensor
 hooks. Nothing is done on a card, or where the C library has no `mallinfo2` (glibc before 2.33, others).
 Cost: a read of /proc/self/statm a layer, and a few milliseconds each time that the budget is passed.
@@ -27,13 +29,16 @@ if TYPE_CHECKING:
 
 # Holes that are let be: giving back costs time, and taking it again a page at a time costs more.
 BUDGET_BYTES, BUDGET_SHARE = 96_000_000, 0.1  # at least, and of what is private
-GROWTH = 1.5  # of the budget where it is passed within one layer: then it is the layer's own way that goes and comes
+# Where the budget is passed again at the next look, it is the layer's or micro-batch's own need that comes and goes:
+# from then on the budget is this need and a tenth.
+OVER_NEED = 1.1
 
 
 @dataclass
 class Holes:
     """Looks at the heap, and gives its holes back when they are more than the budget."""
 
+    room: int = 0  # bytes that may come and go between two looks without being holes
     least: int = 0  # private bytes that are neither the heap's in use nor holes to give back
     seen: int = 0  # private bytes after the last time
     factor: float = 1.0
@@ -41,7 +46,8 @@ class Holes:
 
     def look(self) -> None:
         private = usage.now().private
-        budget = self.factor * max(BUDGET_BYTES, BUDGET_SHARE * private)
+        least = max(BUDGET_BYTES, BUDGET_SHARE * private, self.room)
+        budget = self.factor * least
         before, self.just = self.just, False
         if private < self.seen + budget:
             return
@@ -49,7 +55,9 @@ class Holes:
         if in_use is None or (self.seen and private - in_use < self.least + budget):
             return
         usage.trim()
-        self.factor, self.just = self.factor * (GROWTH if before else 1.0), True
+        if before:
+            self.factor = max(self.factor, OVER_NEED * (private - self.seen) / least)
+        self.just = True
         self.seen = usage.now().private
         self.least = self.seen - in_use
 

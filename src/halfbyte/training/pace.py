@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 MARGIN_SHARE = 0.03  # of the machine's memory (or the group's limit) that stays free between micro-batches
 MARGIN_BYTES = 64_000_000
+HOLES_SHARE = 0.8  # of what a micro-batch is planned to take; what is held above that is holes, given back before the next
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Pace:
     ram_bytes: int
     on_card: bool = False
     downs: list[str] = field(default_factory=list)
+    holes: heap.Holes = field(default_factory=heap.Holes)
     _tight: bool = False
 
     @property
@@ -74,8 +76,11 @@ class Pace:
         return list(pack.arrange(rows, self.lengths, self.tokens, self.examples_per_micro_batch))
 
     def between(self, waiting: Sequence[pack.MicroBatch]) -> list[pack.MicroBatch]:
-        """The micro-batches that are still to come, after a look at what is free."""
-        if self.on_card or ram_available() >= self.margin:
+        """The micro-batches that are still to come, after a look at the heap and at what is free."""
+        if not self.on_card and self.recompute != "full":  # there it is looked at after each layer
+            self.holes.room = round(HOLES_SHARE * self.need(self.tokens, self.recompute))
+            self.holes.look()
+        if not waiting or self.on_card or ram_available() >= self.margin:
             return list(waiting)
         usage.trim()
         free, largest = ram_available() - self.margin, self.largest(waiting)

@@ -171,8 +171,7 @@ class StepTrainer(Trainer):
                 continue
             total += part.to(total.device)
             done, waiting = done + 1, waiting[1:]
-            if waiting:
-                waiting = self.pace.between(waiting)
+            waiting = self.pace.between(waiting)
         value = float(total)
         if not math.isfinite(value):
             where = [self.train_dataset.examples.where(row) for rows in step.micro_batches for row in rows]
