@@ -104,6 +104,7 @@ def make_ready(recipe: Recipe, machine: device.Device, tell: Listener) -> Ready:
     base = _assembled(job, tell, notices)
     for notice in notices:
         tell.note("note", notice)
+    usage.trim()  # what the proofs and the opening of the base left
     recompute_as(base.model, plan.recompute)
     figures = replace(job.figures, packed=base.packed.ok)
     pace = fit.make_pace(prepared, plan, figures, machine, base.model, lambda text: tell.note("memory", text))

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from halfbyte.types import Model
 
+threads.keep_few_products()
+
 # The batch that a script of unknown batch size is prepared for: 4 examples of 1024 tokens, the largest micro-batch of a
 # plan.
 PREPARED_TOKENS = 4096

@@ -15,6 +15,7 @@ from halfbyte.plan.job import Job
 from halfbyte.plan.lines import Line, Placement, Recompute, Where
 from halfbyte.quant import formats
 from halfbyte.system.device import Device
+from halfbyte.system.threads import PRODUCTS_KEPT
 
 LIBRARIES_PRIVATE_BYTES = 470_000_000
 LIBRARIES_FILE_BYTES = 235_000_000
@@ -26,6 +27,9 @@ FIRST_MICRO_BATCH_BYTES = 50_000_000
 # Of the compiler (numba, LLVM), where kernels are not in its cache yet; the process keeps them to its end. Measured: a
 # cold run beside a warm one of the same recipe, 126 and 127 MB private, 7 MB of code.
 COMPILER_PRIVATE_BYTES = 126_000_000
+# oneDNN's code of a matrix product of one shape; `system/threads.py` bounds how many are kept. The first micro-batch's
+# are in its own line.
+PRODUCT_BYTES, PRODUCTS_OF_A_SIZE = 500_000, 50
 COMPILER_FILE_BYTES = 7_000_000
 TOKENIZER_BYTES_PER_ENTRY = 200
 ROW_BYTES = 60  # its length, labels, place in the order; its tokens lie in a file that is mapped
@@ -51,6 +55,7 @@ def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
         return (Line("libraries", HOST_OF_CARD_BYTES, "a CUDA build; a round figure"), Line("data", held, words))
     source = "measured on a tiny run"
     compiler, code = (COMPILER_PRIVATE_BYTES, COMPILER_FILE_BYTES) if job.cold else (0, 0)
+    products = min(PRODUCTS_KEPT, PRODUCTS_OF_A_SIZE * job.sizes) - PRODUCTS_OF_A_SIZE
     return (
         Line("libraries", LIBRARIES_PRIVATE_BYTES, "torch, transformers, peft, numba and their state", source),
         Line("libraries, mapped", LIBRARIES_FILE_BYTES + code, "their code", source, "file"),
@@ -61,6 +66,7 @@ def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
             "kernels, threads' buffers and the Trainer, from then on",
             source,
         ),
+        Line("compiled products", PRODUCT_BYTES * products, "oneDNN's, of micro-batches of other sizes", source),
         Line("data", held, words),
     )
 

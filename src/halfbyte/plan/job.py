@@ -116,6 +116,11 @@ class Job:
     beside_bytes: int | None = None
     cold: bool = False
 
+    @cached_property
+    def sizes(self) -> int:
+        """How many sizes of micro-batches a run meets, at most: oneDNN compiles for each, and each leaves holes."""
+        return max(1, min(self.steps, len(np.unique(self.rows.lengths))))
+
     @classmethod
     def of(
         cls,

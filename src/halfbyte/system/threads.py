@@ -49,8 +49,8 @@ def keep_few_products(env: MutableMapping[str, str] = os.environ) -> None:
     """Let oneDNN keep the code of at most `PRODUCTS_KEPT` matrix products, where the environment does not say a number.
 
     It compiles each shape of a product (2 ms) and keeps the last 1,024, half a megabyte each, in the heap, where they
-    also hold the blocks around them apart: a run whose micro-batches have ever new lengths grew by 0.5 GB. Read by oneDNN
-    at the first product of the process, so call it before. Source: oneDNN's "Primitive Cache".
+    also hold the blocks around them apart: a run whose micro-batches have ever new lengths grew by 0.5 GB. oneDNN reads
+    it at the first product of the process, so call it before. Source: oneDNN's "Primitive Cache".
     """
     env.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRODUCTS_KEPT))
 
