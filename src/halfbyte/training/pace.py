@@ -35,9 +35,8 @@ if TYPE_CHECKING:
 
 MARGIN_SHARE = 0.03  # of the machine's memory (or the group's limit) that stays free between micro-batches
 MARGIN_BYTES = 64_000_000
-HOLES_SHARE = (
-    0.7  # of what a micro-batch is planned to take; what is held above that is holes, given back before the next
-)
+# Of what a micro-batch is planned to take; holes above that are given back before the next one.
+HOLES_SHARE = 0.7
 
 
 @dataclass
