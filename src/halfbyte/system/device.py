@@ -10,6 +10,7 @@ read (psutil gives the memory), so a CPU there computes in fp32 unless the recip
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -17,20 +18,20 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from halfbyte.errors import RecipeError
+
+if TYPE_CHECKING:
+    from halfbyte.types import Document
 
 # Flags that change a decision or explain a speed: x86 as /proc/cpuinfo spells them, then ARM ("bf16" is BFMMLA).
 ISA_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "i8mm", "bf16", "sve")
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 BF16_CAPABILITY = (8, 0)
 DTYPES = ("auto", "bf16", "fp16", "fp32")
-_NVIDIA_SMI = (
-    "nvidia-smi",
-    "--query-gpu=index,uuid,name,memory.total,memory.free,compute_cap",
-    "--format=csv,noheader,nounits",
-)
+_QUERY = "--query-gpu=index,uuid,name,memory.total,memory.free,compute_cap"
+_NVIDIA_SMI = ("nvidia-smi", _QUERY, "--format=csv,noheader,nounits")
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,9 @@ class Device:
     cards: tuple[Card, ...] = ()
     cpu: str = ""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Document:
         """The machine for `report.json`; tuples become lists."""
-        values = asdict(self)
-        values["isa"] = list(self.isa)
-        values["cards"] = [{**asdict(card), "capability": list(card.capability)} for card in self.cards]
+        values: Document = json.loads(json.dumps(asdict(self)))
         return values
 
 
@@ -74,16 +73,14 @@ def detect(root: Path = Path("/"), env: Mapping[str, str] = os.environ) -> Devic
         root: where `proc` and `sys` are; tests give a folder of their own.
         env: CUDA_VISIBLE_DEVICES is read from it.
     """
-    total, available = _memory(root)
-    limits = list(_cgroup_memory(root))
     cards = _cards(env) if torch_has_cuda() else ()
     cpu, isa = _cpu(root)
     return Device(
         kind="cuda" if cards else "cpu",
         isa=isa,
         cores=cores(root),
-        ram_bytes=min([total, *(limit for limit, _ in limits)]),
-        ram_available_bytes=max(0, min([available, *(limit - used for limit, used in limits)])),
+        ram_bytes=min([_memory(root)[0], *(limit for limit, _ in _cgroup_memory(root))]),
+        ram_available_bytes=ram_available(root),
         cards=cards,
         cpu=cpu,
     )
@@ -136,12 +133,11 @@ def _best_on_card(cards: tuple[Card, ...]) -> tuple[str, str]:
 
 def _cpu(root: Path) -> tuple[str, tuple[str, ...]]:
     text = _read(root / "proc/cpuinfo")
-    flags: set[str] = set()
-    for line in re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE):
-        flags.update(line.split())
-        break  # all cores of one machine report the same; big.LITTLE kernels list the common set
+    # all cores of one machine report the same; big.LITTLE kernels list the common set
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    have = flags[1].split() if flags else ()
     name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return (name[1].strip() if name else platform.processor()), tuple(f for f in ISA_FLAGS if f in flags)
+    return (name[1].strip() if name else platform.processor()), tuple(f for f in ISA_FLAGS if f in have)
 
 
 def cores(root: Path = Path("/")) -> int:
@@ -149,10 +145,8 @@ def cores(root: Path = Path("/")) -> int:
     affinity = getattr(os, "sched_getaffinity", None)
     count: float = len(affinity(0)) if affinity else os.cpu_count() or 1
     for folder in _cgroup_folders(root, "cpu"):
-        quota = _read(folder / "cpu.max").split() or [
-            _read(folder / "cpu.cfs_quota_us").strip(),
-            _read(folder / "cpu.cfs_period_us").strip(),
-        ]
+        old = _read(folder / "cpu.cfs_quota_us") + _read(folder / "cpu.cfs_period_us")
+        quota = (_read(folder / "cpu.max") or old).split()
         if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit() and int(quota[1]) > 0:
             count = min(count, int(quota[0]) / int(quota[1]))
     return max(1, int(count))
@@ -218,22 +212,19 @@ def parse_cards(csv: str, visible: str | None) -> tuple[Card, ...]:
 
     As CUDA does, the list ends at the first entry that names no card. Rows with unknown values ("[N/A]") are left out.
     """
-    rows: list[tuple[str, str, Card]] = []
-    for line in csv.splitlines():
-        cells = [cell.strip() for cell in line.split(",")]
-        if len(cells) != 6 or not re.fullmatch(r"\d+;\d+;\d+\.\d+", ";".join(cells[3:])):
-            continue
-        index, uuid, name, total, free, capability = cells
-        major, minor = capability.split(".")
-        rows.append((index, uuid, Card(name, int(total) * 2**20, int(free) * 2**20, (int(major), int(minor)))))
+    line = r"^([^,]+), *([^,]+), *([^,]+), *(\d+), *(\d+), *(\d+)\.(\d+)\s*$"
+    rows = [
+        (index.strip(), uuid, Card(name, int(total) * 2**20, int(free) * 2**20, (int(major), int(minor))))
+        for index, uuid, name, total, free, major, minor in re.findall(line, csv, re.MULTILINE)
+    ]
     if visible is None:
         return tuple(card for _, _, card in rows)
     chosen: list[Card] = []
     for want in (part.strip() for part in visible.split(",")):
-        found = [card for index, uuid, card in rows if want and (index == want or uuid.startswith(want))]
-        if len(found) != 1:
+        same = [card for index, uuid, card in rows if want and (index == want or uuid.startswith(want))]
+        if len(same) != 1:
             break
-        chosen.append(found[0])
+        chosen += same
     return tuple(chosen)
 
 

@@ -63,8 +63,7 @@ def settle(cores: int, env: Mapping[str, str] = os.environ) -> Settings:
         env: variables that OpenMP and glibc read.
     """
     keep_few_products()
-    threads, why = _threads(cores, env)
-    return Settings(threads, why, _allocator(env), _huge_pages())
+    return Settings(*_threads(cores, env), _allocator(env), _huge_pages())
 
 
 def asked_threads(env: Mapping[str, str] = os.environ) -> tuple[int, str] | None:
@@ -79,21 +78,17 @@ def asked_threads(env: Mapping[str, str] = os.environ) -> tuple[int, str] | None
 def _threads(cores: int, env: Mapping[str, str]) -> tuple[int, str]:
     import torch
 
-    found = torch.get_num_threads()
-    if asked := asked_threads(env):
-        return found, asked[1]
-    if found <= cores:
-        return found, "torch's own choice"
+    own, asked = torch.get_num_threads(), asked_threads(env)
+    if asked is not None or own <= cores:
+        return own, asked[1] if asked else "torch's own choice"
     torch.set_num_threads(cores)
-    return cores, f"{cores} of {found}: more are not allowed to run at once"
+    return cores, f"{cores} of {own}: more are not allowed to run at once"
 
 
 def _allocator(env: Mapping[str, str]) -> str:
     """The C library's, with the variables that change it."""
-    asked = [name for name in MALLOC_VARIABLES if env.get(name)]
-    return " ".join([part for part in platform.libc_ver() if part] or ["the system's"]) + "".join(
-        f", {name}" for name in asked
-    )
+    library = " ".join(part for part in platform.libc_ver() if part) or "the system's"
+    return ", ".join([library, *(name for name in MALLOC_VARIABLES if env.get(name))])
 
 
 def _huge_pages() -> str:

@@ -16,7 +16,6 @@ import threading
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 PERIOD_S = 0.02
@@ -52,11 +51,8 @@ def process_memory() -> dict[str, int]:
 
     import torch
 
-    scale = 1 if sys.platform == "darwin" else 1024
-    used = {
-        "rss_bytes": now().total,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale,
-    }
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    used = {"rss_bytes": now().total, "peak_rss_bytes": peak}
     if torch.cuda.is_available():
         used["peak_device_bytes"] = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     return used
@@ -76,12 +72,8 @@ def trim() -> None:
 
 
 class _MallInfo2(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
-        )
-    ]  # fmt: skip
+    _NAMES = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _NAMES.split()]
 
 
 def heap_in_use() -> int | None:
@@ -93,8 +85,8 @@ def heap_in_use() -> int | None:
     if count is None:
         return None
     count.restype = _MallInfo2
-    found = count()
-    return int(found.uordblks + found.hblkhd)
+    info = count()
+    return int(info.uordblks + info.hblkhd)
 
 
 @dataclass(frozen=True)
@@ -126,8 +118,8 @@ def scheduled(root: Path = Path("/proc/self")) -> Scheduled | None:
 def pressure(path: Path = Path("/proc/pressure/cpu")) -> float | None:
     """The share of the last ten seconds in which some task in the machine waited for a core; None if it is not told."""
     try:
-        found = re.search(r"^some avg10=([\d.]+)", path.read_text(encoding="ascii"))
-        return float(found[1]) / 100 if found else None
+        match = re.search(r"^some avg10=([\d.]+)", path.read_text(encoding="ascii"))
+        return float(match[1]) / 100 if match else None
     except OSError:
         return None
 
@@ -152,9 +144,7 @@ class Peak:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._end.set()
         self._thread.join()
         self.look()
