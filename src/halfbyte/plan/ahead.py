@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING
 
 from halfbyte import plan as memory
 from halfbyte.errors import RecipeError
@@ -26,6 +26,7 @@ from halfbyte.system.device import Card, Device, detect, kernels_are_compiled
 if TYPE_CHECKING:
     from halfbyte.data.reading.formats import Row
     from halfbyte.recipe.data import Data
+    from halfbyte.types import Document
 
 DEFAULT_LENGTH = 512
 CHARACTERS_PER_TOKEN = 3.6  # English text under vocabularies of 32,000 to 150,000; other scripts have fewer
@@ -46,19 +47,15 @@ class Planned:
     notes: tuple[str, ...]
     ways: tuple[Way, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        shape = {"name": self.shape.name, "origin": self.shape.origin, "parameters": self.shape.parameters}
+    def to_json(self) -> Document:
+        shape = {name: getattr(self.shape, name) for name in ("name", "origin", "parameters", "read_bytes")}
+        shown = ("name", "bytes", "trainable", "percent", "relative_time")
         ways = [
-            {
-                "name": way.name, "bytes": way.bytes, "trainable": way.trainable, "percent": way.percent,
-                "relative_time": way.relative_time, "lines": [line.__dict__ for line in way.lines],
-            }
+            {**{name: getattr(way, name) for name in shown}, "lines": [asdict(line) for line in way.lines]}
             for way in self.ways
-        ]  # fmt: skip
-        return {
-            "model": {**shape, "read_bytes": self.shape.read_bytes}, "machine": self.device.to_json(),
-            "plan": self.plan.to_json(), "notes": list(self.notes), **({"compare": ways} if ways else {}),
-        }  # fmt: skip
+        ]
+        made: Document = {"model": shape, "machine": self.device.to_json(), "plan": self.plan.to_json()}
+        return {**made, "notes": list(self.notes), **({"compare": ways} if ways else {})}
 
 
 def plan_model(
@@ -75,27 +72,21 @@ def plan_model(
     machine = detect() if device is None else parse_device(device)
     shape = describe.describe(recipe.model, recipe.revision)
     rows, notes = _rows(recipe, shape, length, given=loaded.path is not None)
-    steps = _steps(recipe, rows)
-    on_cpu = machine.kind == "cpu"
-    mappable = on_cpu if recipe.quant.quantises else None
-    beside = beside_bytes(shape.path) if _is_folder(shape.path) else None
-    job = memory.Job.of(
-        recipe, shape.specs, shape.facts, rows, machine, mappable=mappable, steps=steps, beside_bytes=beside
-    )
-    if device is None and job.kernels and not kernels_are_compiled():
-        job = replace(job, cold=True)
+    mappable = machine.kind == "cpu" if recipe.quant.quantises else None
+    job = memory.Job.of(recipe, shape.specs, shape.facts, rows, machine, mappable=mappable)
+    cold = device is None and job.kernels and not kernels_are_compiled()
+    beside = beside_bytes(shape.path) if shape.path is not None and shape.path.is_dir() else None
+    job = replace(job, steps=_steps(recipe, rows), beside_bytes=beside, cold=cold)
+    if cold:
         notes.append("the first run on this machine: it compiles kernels once, and the compiler takes memory too")
     rates = calibrate.cached(machine, job.dtype) if device is None else None
     made = memory.make(job, machine, rates)
     ways = compare(job, machine, rates) if side_by_side else ()
-    if shape.facts.positions and rows.longest > shape.facts.positions:
-        notes.append(
-            f"rows of {rows.longest} tokens are longer than the {shape.facts.positions} that the model was made for"
-        )
-    if shape.facts.model_type not in memory.FAMILIES:
-        notes.append(
-            f"{shape.facts.model_type} is not among the measured architectures; counted as a stock gated decoder"
-        )
+    longest, kind = shape.facts.positions, shape.facts.model_type
+    if longest and rows.longest > longest:
+        notes.append(f"rows of {rows.longest} tokens are longer than the {longest} that the model was made for")
+    if kind not in memory.FAMILIES:
+        notes.append(f"{kind} is not among the measured architectures; counted as a stock gated decoder")
     pressure = usage.pressure() if device is None else None
     if pressure is not None and pressure > calibrate.BUSY_PRESSURE:
         notes.append(f"the machine is busy: some process waited for a core {pressure:.0%} of the last ten seconds")
@@ -117,11 +108,8 @@ def parse_device(text: str) -> Device:
     count = int(match["count"] or 1)
     size = int(float(match["size"]) * _UNITS[match["unit"].upper().removesuffix("B")])
     if size < 10**8 or not 1 <= count <= 1024:
-        raise RecipeError(
-            f"--device {text!r} has {'no' if size == 0 or count == 0 else 'an unlikely amount of'} memory; allowed: "
-            f"{DEVICE_HELP}.",
-            fix="--device 24GB",
-        )
+        much = "no" if size == 0 or count == 0 else "an unlikely amount of"
+        raise RecipeError(f"--device {text!r} has {much} memory; allowed: {DEVICE_HELP}.", fix="--device 24GB")
     if kind == "cpu":
         if count > 1:
             raise RecipeError(
@@ -132,10 +120,6 @@ def parse_device(text: str) -> Device:
     card = Card(f"card of {match['size']} {match['unit']}", size, size, (8, 0))
     # the host of cards is not planned for from afar: as much RAM as the cards have
     return Device("cuda", (), 16, max(64 * 10**9, count * size), max(64 * 10**9, count * size), (card,) * count)
-
-
-def _is_folder(path: Path | None) -> TypeGuard[Path]:
-    return path is not None and path.is_dir()
 
 
 def _rows(recipe: Recipe, shape: describe.Shape, length: int | None, *, given: bool) -> tuple[memory.Rows, list[str]]:
@@ -186,15 +170,14 @@ def _size(row: Row, data: Data, count: Callable[[str], int]) -> tuple[int, int]:
 
 def _counter(shape: describe.Shape) -> tuple[Callable[[str], int], str]:
     """A function from text to a number of tokens, and what it rests on."""
-    file = shape.path / "tokenizer.json" if _is_folder(shape.path) else None
+    file = shape.path / "tokenizer.json" if shape.path is not None else None
     if file is not None and file.is_file():
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(file))
         return (lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)), "counted, but for the template"
-    return (
-        lambda text: round(len(text) / CHARACTERS_PER_TOKEN)
-    ), f"estimated at {CHARACTERS_PER_TOKEN} characters a token"
+    how = f"estimated at {CHARACTERS_PER_TOKEN} characters a token"
+    return (lambda text: round(len(text) / CHARACTERS_PER_TOKEN)), how
 
 
 def _steps(recipe: Recipe, rows: memory.Rows) -> int:
@@ -202,10 +185,7 @@ def _steps(recipe: Recipe, rows: memory.Rows) -> int:
         return 1
     from halfbyte.data.pack import count_steps
 
-    train = recipe.train
+    train, count = recipe.train, len(rows.lengths)
     return count_steps(
-        len(rows.lengths),
-        rows_per_step=train.rows_per_step,
-        epochs=train.num_train_epochs,
-        max_steps=train.max_steps,
+        count, rows_per_step=train.rows_per_step, epochs=train.num_train_epochs, max_steps=train.max_steps
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.models.lora_sites import sites
 from halfbyte.plan import choose, held
@@ -19,6 +20,9 @@ from halfbyte.plan.peak import largest_micro_batch
 from halfbyte.plan.timing import Rates, assumed
 from halfbyte.system.device import Device
 
+if TYPE_CHECKING:
+    from halfbyte.recipe.schema import Recipe
+
 NEAREST = 3
 SMALL_OPTIMIZER = "adamw_bnb_8bit"
 
@@ -27,63 +31,57 @@ def nearest(job: Job, device: Device, plan: Plan, rates: Rates | None = None) ->
     """Up to three changes: those that fit, the least slower first; else those that come nearest."""
     if not plan.short_bytes:
         return ()
-    found = []
+    # of one kind the mildest that fits, else the one that comes nearest; `_changes` goes from mild to strong
+    kinds: dict[str, Fix] = {}
     for change, setting, changed in _changes(job, device):
         made = choose.make(changed, device, rates)
         slower = made.time.step_s / max(1e-9, plan.time.step_s)
-        found.append(Fix(change, setting, made.needed_bytes, made.short_bytes, slower))
-    # of one kind the mildest that fits, else the one that comes nearest; `_changes` goes from mild to strong
-    kinds: dict[str, Fix] = {}
-    for fix in found:
-        kind = fix.setting.partition("=")[0]
-        if kind not in kinds or (kinds[kind].short_bytes and fix.short_bytes < kinds[kind].short_bytes):
-            kinds[kind] = fix
+        fix, before = (
+            Fix(change, setting, made.needed_bytes, made.short_bytes, slower),
+            kinds.get(setting.split("=")[0]),
+        )
+        if before is None or (before.short_bytes and fix.short_bytes < before.short_bytes):
+            kinds[setting.split("=")[0]] = fix
     near = [fix for fix in kinds.values() if fix.short_bytes < plan.short_bytes]
     return tuple(sorted(near, key=lambda fix: (fix.short_bytes, fix.slower))[:NEAREST])
 
 
 def _changes(job: Job, device: Device) -> Iterator[tuple[str, str, Job]]:
-    recipe = job.recipe
-    quant, lora, train = recipe.quant, recipe.lora, recipe.train
-    base = recipe.model_copy
+    """What could be changed (in words, and as a setting), and the job with that change."""
+    quant, lora, train = job.recipe.quant, job.recipe.lora, job.recipe.train
+
+    def change(words: str, setting: str, value: object, **more: Any) -> tuple[str, str, Job]:
+        shown = str(value).lower() if isinstance(value, bool) else value
+        return words, f"{setting}={shown}", replace(job, recipe=_with(job.recipe, setting, value), **more)
+
     if not quant.quantises:
-        packed = base(update={"quant": quant.model_copy(update={"type": "nf4"})})
-        yield "4 bits a weight", "quant.type=nf4", _with(job, recipe=packed, mappable=device.kind == "cpu")
+        yield change("4 bits a weight", "quant.type", "nf4", mappable=device.kind == "cpu")
     if train.gradient_checkpointing is False:
-        again = base(update={"train": train.model_copy(update={"gradient_checkpointing": True})})
-        yield "recompute activations", "train.gradient_checkpointing=true", _with(job, recipe=again)
+        yield change("recompute activations", "train.gradient_checkpointing", True)
     if isinstance(train.max_tokens_per_micro_batch, int) and train.max_tokens_per_micro_batch > job.rows.longest:
-        smaller = base(update={"train": train.model_copy(update={"max_tokens_per_micro_batch": "auto"})})
-        yield "smaller micro-batches", "train.max_tokens_per_micro_batch=auto", _with(job, recipe=smaller)
-    asked = quant.placement
-    if device.kind == "cpu" and asked not in ("auto", "streamed"):
-        streamed = base(update={"quant": quant.model_copy(update={"placement": "streamed"})})
-        yield "stream the base", "quant.placement=streamed", _with(job, recipe=streamed, mappable=True)
+        yield change("smaller micro-batches", "train.max_tokens_per_micro_batch", "auto")
+    if device.kind == "cpu" and quant.placement not in ("auto", "streamed"):
+        yield change("stream the base", "quant.placement", "streamed", mappable=True)
     length = job.rows.longest
     while length > 128:
         length //= 2
-        yield f"rows of at most {length} tokens", f"data.max_length={length}", _with(job, rows=job.rows.cut(length))
+        rows = job.rows.cut(length)
+        yield f"rows of at most {length} tokens", f"data.max_length={length}", replace(job, rows=rows)
     if held.OPTIMIZER_BYTES.get(str(train.optim), 8) > 2:
-        small = base(update={"train": train.model_copy(update={"optim": SMALL_OPTIMIZER})})
-        yield "8-bit optimiser states", f"train.optim={SMALL_OPTIMIZER}", _with(job, recipe=small)
+        yield change("8-bit optimiser states", "train.optim", SMALL_OPTIMIZER)
     rank = lora.r
     while rank > 4:
         rank //= 2
-        fewer = base(update={"lora": lora.model_copy(update={"r": rank})})
-        changed = _with(
-            job, recipe=fewer, sites=tuple(replace(s, rank=max(1, s.rank * rank // lora.r)) for s in job.sites)
-        )
-        yield f"rank {rank}", f"lora.r={rank}", changed
-    attention = lora.model_copy(update={"target_modules": "auto"})
-    fewer_sites = sites(job.specs, attention)
-    if len(fewer_sites) < len(job.sites):
-        recipe_of = base(update={"lora": attention})
-        yield "adapters on attention only", "lora.target_modules=auto", _with(job, recipe=recipe_of, sites=fewer_sites)
+        fewer = tuple(replace(site, rank=max(1, site.rank * rank // lora.r)) for site in job.sites)
+        yield change(f"rank {rank}", "lora.r", rank, sites=fewer)
+    on_attention = sites(job.specs, lora.model_copy(update={"target_modules": "auto"}))
+    if len(on_attention) < len(job.sites):
+        yield change("adapters on attention only", "lora.target_modules", "auto", sites=on_attention)
 
 
-def _with(job: Job, **changes: object) -> Job:
-    """A job with other values; `replace` makes a new object, whose cached sums are counted again."""
-    return replace(job, **changes)  # type: ignore[arg-type]
+def _with(recipe: Recipe, setting: str, value: object) -> Recipe:
+    section, _, field = setting.partition(".")
+    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update={field: value})})
 
 
 @dataclass(frozen=True)
@@ -112,12 +110,9 @@ def compare(
     """The three ways, with micro-batches of `tokens` (the longest row if not said) and the same recomputation."""
     rates = rates or assumed(device, job.dtype)
     tokens = tokens or job.rows.longest
-    recipe = job.recipe
-    plain = recipe.model_copy(update={"quant": recipe.quant.model_copy(update={"type": "none"})})
-    packed = recipe.model_copy(update={"quant": recipe.quant.model_copy(update={"type": "nf4"})})
-    ways = [_full(replace(job, recipe=plain, mappable=False), device, rates, tokens, recompute)]
-    for name, changed in (("LoRA, 16-bit base", plain), ("QLoRA, 4-bit base", packed)):
-        one = replace(job, recipe=changed, mappable=False)
+    plain, packed = (replace(job, recipe=_with(job.recipe, "quant.type", t), mappable=False) for t in ("none", "nf4"))
+    ways = [_full(plain, device, rates, tokens, recompute)]
+    for name, one in (("LoRA, 16-bit base", plain), ("QLoRA, 4-bit base", packed)):
         plan = choose.count(one, device, rates, placement="resident", recompute=recompute, tokens=tokens)
         ways.append(Way(name, plan.lines, job.trainable, job.parameters, plan.time.step_s))
     first = ways[0].step_s
@@ -134,19 +129,14 @@ def _full(job: Job, device: Device, rates: Rates, tokens: int, recompute: Recomp
     # under full recomputation only one layer's at a time
     share = 1 if recompute != "full" else 1 / max(1, job.facts.layers)
     inputs = round(share * micro_batch_tokens * c * sum(width for _, width in read))
-    kept = tuple(
-        line for line in plan.lines if line.name not in ("adapters", "adapters' copies", "gradients", "optimiser")
-    )
+    trained = ("adapters", "adapters' copies", "gradients", "optimiser")
     lines = (
-        *kept,
+        *(line for line in plan.lines if line.name not in trained),
         Line("inputs of linears", inputs, "each linear layer keeps what it read", "", where),
         Line("gradients", c * count, "of every weight, in the compute dtype", "", where),
         Line("optimiser", state * count, f"{state} bytes a parameter", "", where),
     )
-    return Way("full fine-tuning", lines, count, count, plan.time.step_s + _weight_gradients(job, rates))
-
-
-def _weight_gradients(job: Job, rates: Rates) -> float:
-    """The third matrix product, and reading and writing every optimiser state once."""
-    tokens = job.rows.mean * job.rows_per_step
-    return tokens * 2 * job.linear_numel / rates.matmul_flops + 24 * job.parameters / rates.memory_bytes
+    # the third matrix product, and reading and writing every optimiser state once
+    products = job.rows.mean * job.rows_per_step * 2 * job.linear_numel / rates.matmul_flops
+    seconds = plan.time.step_s + products + 24 * count / rates.memory_bytes
+    return Way("full fine-tuning", lines, count, count, seconds)

@@ -55,7 +55,8 @@ def path_of(device: Device, dtype: str) -> Path:
     """The file that holds the rates of this processor with so many threads."""
     import hashlib
 
-    what = f"{FORMAT} {device.cpu} {' '.join(device.isa)} {threads(device)} {dtype} {version('torch')} {_cards(device)}"
+    cards = ", ".join(card.name for card in device.cards)
+    what = f"{FORMAT} {device.cpu} {' '.join(device.isa)} {threads(device)} {dtype} {version('torch')} {cards}"
     return cache_dir() / "calibration" / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
 
 
@@ -91,9 +92,9 @@ def correct(device: Device, dtype: str, time_planned: Time, step_s: float, waite
         is read from disk.
     """
     kept = cached(device, dtype)
-    if kept is None or kept.source != time_planned.source or time_planned.reading_s or not step_s > 0:
+    if kept is None or kept.source != time_planned.source or time_planned.reading_s:
         return None
-    if waited_share is None or waited_share > BUSY_SHARE or not time_planned.step_s > 0:
+    if waited_share is None or waited_share > BUSY_SHARE or not min(step_s, time_planned.step_s) > 0:
         return None
     ratio = min(max(step_s / time_planned.step_s, 1 / CORRECTED_AT_MOST), CORRECTED_AT_MOST)
     correction = min(max(kept.correction * ratio**0.5, 1 / CORRECTION_LIMIT), CORRECTION_LIMIT)
@@ -114,9 +115,8 @@ def measure(device: Device, dtype: str) -> Rates:
     """Measure, on torch's own threads: the best of some tries each."""
     import torch
 
-    where = "cuda" if device.kind == "cuda" else "cpu"
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    before, tries = usage.scheduled(), Tries(where)
+    before, tries = usage.scheduled(), Tries(device.kind)
     with torch.no_grad():
         rates = Rates(
             matmul_flops=_matmul(tries, kind),
@@ -180,9 +180,8 @@ def _today() -> str:
 def _matmul(tries: Tries, kind: torch.dtype) -> float:
     import torch
 
-    where = tries.where
-    size = 2048 if where == "cpu" else 8192
-    a, b = torch.ones(size, size, dtype=kind, device=where), torch.ones(size, size, dtype=kind, device=where)
+    size = 2048 if tries.where == "cpu" else 8192
+    a, b = (torch.ones(size, size, dtype=kind, device=tries.where) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * size**3 / tries.best(lambda: torch.mm(a, b, out=out))
 
@@ -190,10 +189,9 @@ def _matmul(tries: Tries, kind: torch.dtype) -> float:
 def _memory(tries: Tries, kind: torch.dtype) -> float:
     import torch
 
-    where = tries.where
-    a = torch.ones(MEMORY_BYTES // torch.empty(0, dtype=kind).element_size(), dtype=kind, device=where)
+    a = torch.ones(MEMORY_BYTES // kind.itemsize, dtype=kind, device=tries.where)
     out = torch.empty_like(a)
-    return 3 * a.numel() * a.element_size() / tries.best(lambda: torch.add(a, a, out=out))
+    return 3 * a.nbytes / tries.best(lambda: torch.add(a, a, out=out))
 
 
 def _dequantise(tries: Tries, kind: torch.dtype) -> float:
@@ -232,8 +230,7 @@ def _disk() -> float:
     block = os.urandom(1 << 20) * 16
     try:
         with path.open("wb") as file:
-            for _ in range(FILE_BYTES // len(block)):
-                file.write(block)
+            file.writelines([block] * (FILE_BYTES // len(block)))
             file.flush()
             os.fsync(file.fileno())
         with path.open("rb", buffering=0) as file:
@@ -247,7 +244,3 @@ def _disk() -> float:
         return 500e6  # a disk that cannot be written to is not measured: a slow one is assumed
     finally:
         path.unlink(missing_ok=True)
-
-
-def _cards(device: Device) -> str:
-    return ", ".join(card.name for card in device.cards)

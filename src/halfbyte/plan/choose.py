@@ -35,13 +35,11 @@ def make(job: Job, device: Device, rates: Rates | None = None) -> Plan:
         fastest = min(p.time.step_s for p in fitting)
         level = [p for p in fitting if p.time.step_s <= SAME_TIME * fastest]
         roomy = [p for p in level if _share_needed(p) <= PLENTY]
-        if roomy:
-            return _told(min(roomy, key=lambda p: p.time.step_s), plans, job)
-        return _told(min(level, key=lambda p: p.private_bytes), plans, job)
+        chosen = min(roomy, key=lambda p: p.time.step_s) if roomy else min(level, key=lambda p: p.private_bytes)
+        return _told(chosen, plans, job)
+    # without the margin; else what misses by the least
     tight = [p for p in plans if p.short_bytes == 0]
-    if tight:
-        return _told(min(tight, key=lambda p: (_share_needed(p), p.time.step_s)), plans, job, tight=True)
-    return _told(min(plans, key=lambda p: (p.needed_bytes, p.time.step_s)), plans, job)
+    return _told(min(tight or plans, key=lambda p: (p.needed_bytes, p.time.step_s)), plans, job)
 
 
 def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recompute: Recompute, tokens: int) -> Plan:
@@ -125,13 +123,9 @@ def placements(job: Job, device: Device) -> tuple[tuple[Placement, ...], bool]:
 
 def policies(job: Job) -> tuple[tuple[Recompute, ...], bool]:
     asked = job.recipe.train.gradient_checkpointing
-    if asked is True:
-        return ("full",), True
-    if asked is False:
-        return ("none",), True
-    if asked in POLICIES:
-        return (asked,), True
-    return POLICIES, False
+    if asked == "auto":
+        return POLICIES, False
+    return ("selective" if asked == "selective" else "full" if asked else "none",), True
 
 
 def _candidates(job: Job, device: Device, rates: Rates) -> Iterator[Plan]:
@@ -169,7 +163,7 @@ def _share_needed(plan: Plan) -> float:
     return plan.needed_bytes / max(1, plan.available_bytes)
 
 
-def _told(plan: Plan, plans: list[Plan], job: Job, *, tight: bool = False) -> Plan:
+def _told(plan: Plan, plans: list[Plan], job: Job) -> Plan:
     reasons = {
         "placement": why_placement(plan.placement, job, plan.available_bytes, short=bool(plan.short_bytes)),
         "recompute": _why_recompute(plan, plans, job),
@@ -185,7 +179,7 @@ def _told(plan: Plan, plans: list[Plan], job: Job, *, tight: bool = False) -> Pl
             f"{plan.available_bytes / GB:.1f} GB free, with {plan.tokens_in_micro_batch} tokens in a micro-batch (the "
             f"longest example has {longest})."
         )
-    elif tight:
+    elif _share_needed(plan) > 1 - MARGIN:
         warnings.append(
             f"it fits without the margin of {MARGIN:.0%}: {plan.needed_bytes / GB:.2f} GB of "
             f"{plan.available_bytes / GB:.2f} GB free. The run steps down if memory runs out."

@@ -5,10 +5,11 @@ Cost: one walk over the tensors; no torch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,19 +24,22 @@ from halfbyte.quant import policy
 from halfbyte.system.device import Device, compute_dtype, kernels_are_compiled
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from halfbyte.recipe.schema import Recipe
     from halfbyte.types import Model
 
+    Sizes = Sequence[int] | NDArray[np.int64]
+
 # Without rows at hand: a common shape of instruction data, told as an assumption.
 ASSUMED_ROWS = 1000
-Sizes = Sequence[int] | np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
     """The data as the plan sees it: tokens of each row, how many carry a label, and the held-out rows' tokens.
 
-    All are (rows,) int64, of whatever they are made.
+    All become (rows,) int64.
     """
 
     lengths: Sizes
@@ -53,7 +57,7 @@ class Rows:
         return cls((length,) * ASSUMED_ROWS, assumed=True)
 
     @cached_property
-    def descending(self) -> np.ndarray[Any, Any]:
+    def descending(self) -> NDArray[np.int64]:
         return np.sort(self.lengths)[::-1]
 
     @property
@@ -81,14 +85,6 @@ class Rows:
         """The same rows, none longer than `length`."""
         lengths, labelled, evaluated = (np.minimum(n, length) for n in (self.lengths, self.labelled, self.evaluated))
         return replace(self, lengths=lengths, labelled=labelled, evaluated=evaluated)
-
-
-class More(TypedDict, total=False):
-    """What a caller may know beside checkpoint and rows; as the fields of `Job`."""
-
-    targets: Sequence[str] | str | None
-    packed: bool
-    steps: int
 
 
 @dataclass(frozen=True)
@@ -132,26 +128,25 @@ class Job:
         *,
         targets: Sequence[str] | str | None = None,
         mappable: bool | None = None,
-        packed: bool = True,
-        steps: int = 1,
-        beside_bytes: int | None = None,
     ) -> Job:
+        """`targets`: modules that were chosen already. `mappable`: what is known of the base. None: found out here."""
         dtype, _ = compute_dtype(device, recipe.quant.compute_dtype)
-        found = tuple(sites(specs, recipe.lora, targets)) if specs else ()
         on_cpu = device.kind == "cpu"
         if mappable is None:
-            mappable = (
-                on_cpu and not recipe.quant.quantises and all(ITEMSIZE[dtype] == s.nbytes / s.numel for s in specs)
-            )
-        return cls(
-            recipe=recipe, specs=tuple(specs), facts=facts, sites=found, rows=rows, dtype=dtype,
-            mappable=mappable and on_cpu, kernels=on_cpu and dtype in ("bf16", "fp32"), packed=packed, steps=steps,
-            beside_bytes=beside_bytes,
-        )  # fmt: skip
+            mappable = not recipe.quant.quantises and all(ITEMSIZE[dtype] == s.nbytes / s.numel for s in specs)
+        adapted = sites(specs, recipe.lora, targets) if specs else ()
+        kernels = on_cpu and dtype in ("bf16", "fp32")
+        return cls(recipe, tuple(specs), facts, adapted, rows, dtype, mappable=mappable and on_cpu, kernels=kernels)
 
     @classmethod
     def of_checkpoint(
-        cls, recipe: Recipe, checkpoint: Checkpoint, model: Model, rows: Rows, device: Device, **more: Unpack[More]
+        cls,
+        recipe: Recipe,
+        checkpoint: Checkpoint,
+        model: Model,
+        rows: Rows,
+        device: Device,
+        targets: Sequence[str] | str | None = None,
     ) -> Job:
         """From the headers of a checkpoint; from `model` where it has none (pickled weights, or quantised ones)."""
         config = tensors.read_config(checkpoint.path)
@@ -161,10 +156,9 @@ class Job:
             specs = tensors.read_checkpoint(checkpoint.path)
         facts = tensors.facts_of(config, specs)
         # a base that is quantised here is on disk, in its store, in the form that it is computed in
-        mappable = recipe.quant.quantises or None
-        beside = beside_bytes(checkpoint.path)
-        job = cls.of(recipe, specs, facts, rows, device, mappable=mappable, beside_bytes=beside, **more)
-        return replace(job, cold=job.kernels and not kernels_are_compiled())
+        job = cls.of(recipe, specs, facts, rows, device, targets=targets, mappable=recipe.quant.quantises or None)
+        cold = job.kernels and not kernels_are_compiled()
+        return replace(job, beside_bytes=beside_bytes(checkpoint.path), cold=cold)
 
     @property
     def itemsize(self) -> int:
@@ -185,31 +179,32 @@ class Job:
     @cached_property
     def linear_numel(self) -> int:
         """Weights that every token is multiplied with, without the head; of experts those that a token meets."""
-        dense = sum(s.numel for s in self.specs if s.role == "linear" and ".experts." not in s.name)
-        experts = sum(
-            s.numel for s in self.specs if s.role == "expert" or (s.role == "linear" and ".experts." in s.name)
-        )
         share = self.facts.experts_per_token / self.facts.experts if self.facts.experts else 1.0
-        return dense + round(experts * share)
+        linears = [s for s in self.specs if s.role in ("linear", "expert")]
+        experts = sum(s.numel for s in linears if s.role == "expert" or ".experts." in s.name)
+        return sum(s.numel for s in linears) - experts + round(experts * share)
 
     @cached_property
+    def _bytes_by_layer(self) -> Counter[int | None]:
+        """Bytes of each decoder layer of the base, and of what is around them (None)."""
+        sizes = Counter[int | None]()
+        for s in self.specs:
+            sizes[s.layer] += policy.encoded_bytes(s, self.recipe.quant, self.itemsize)
+        return sizes
+
+    @property
     def base_bytes(self) -> int:
-        return sum(policy.encoded_bytes(s, self.recipe.quant, self.itemsize) for s in self.specs)
+        return self._bytes_by_layer.total()
 
-    @cached_property
+    @property
     def layer_bytes(self) -> int:
         """Bytes of the largest decoder layer of the base."""
-        sizes: dict[int, int] = {}
-        for s in self.specs:
-            if s.layer is not None:
-                sizes[s.layer] = sizes.get(s.layer, 0) + policy.encoded_bytes(s, self.recipe.quant, self.itemsize)
-        return max(sizes.values(), default=0)
+        return max((size for layer, size in self._bytes_by_layer.items() if layer is not None), default=0)
 
-    @cached_property
+    @property
     def outer_bytes(self) -> int:
         """Bytes of the base around its layers: embeddings, head, last norm."""
-        outer = (s for s in self.specs if s.layer is None)
-        return sum(policy.encoded_bytes(s, self.recipe.quant, self.itemsize) for s in outer)
+        return self._bytes_by_layer[None]
 
     @cached_property
     def largest_linear(self) -> int:

@@ -6,7 +6,10 @@ Cost: none; no torch.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from halfbyte.types import Document
 
 GB = 1e9
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -142,18 +145,7 @@ class Plan:
     def line(self, name: str) -> int:
         return sum(line.bytes for line in self.lines if line.name == name)
 
-    def to_json(self) -> dict[str, Any]:
-        derived = {
-            name: getattr(self, name)
-            for name in (
-                "peak_bytes",
-                "step_bytes",
-                "private_bytes",
-                "file_bytes",
-                "needed_bytes",
-                "short_bytes",
-                "building_bytes",
-                "gradient_checkpointing",
-            )
-        }
-        return {**derived, **asdict(self)}
+    def to_json(self) -> Document:
+        """Its fields, and the sums that follow from them."""
+        sums = (name for name, value in vars(Plan).items() if isinstance(value, property))
+        return {**{name: getattr(self, name) for name in sums}, **asdict(self)}

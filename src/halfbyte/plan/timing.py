@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from halfbyte.plan.job import Job
 from halfbyte.plan.lines import Placement, Recompute, Time
 from halfbyte.system.device import Device
+
+if TYPE_CHECKING:
+    from halfbyte.types import Document
 
 SPREAD = 0.25  # of a time from measured rates; shared machines and turbo clocks move that much
 SPREAD_ASSUMED = 0.6
@@ -48,7 +51,7 @@ class Rates:
     correction: float = 1.0
     """Seconds that finished runs took, over the planned ones."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Document:
         return asdict(self)
 
 
@@ -66,33 +69,26 @@ def assumed(device: Device, dtype: str) -> Rates:
 
 
 def step_time(
-    job: Job,
-    rates: Rates,
-    *,
-    tokens: int,
-    recompute: Recompute,
-    placement: Placement,
-    read_bytes: float,
+    job: Job, rates: Rates, *, tokens: int, recompute: Recompute, placement: Placement, read_bytes: float
 ) -> Time:
     """Seconds of a mean step.
 
     Args:
         tokens: of a micro-batch. read_bytes: of the base, read from disk in a step.
     """
-    rows = job.rows
+    rows, facts = job.rows, job.facts
     step_tokens = rows.mean * job.rows_per_step
     micro_batches = mean_micro_batches(job, tokens)
     again = {"none": 2.0, "selective": 2.0, "full": 3.0}[recompute]
     products = 2 * again * job.linear_numel + 6 * job.lora_parameters
-    head = 4 * job.facts.vocab * job.facts.hidden * rows.labelled_share
-    width = job.facts.heads * job.facts.head_size or job.facts.hidden
-    attention = (14 + 4 * (recompute == "full")) / 2 * rows.mean_of_a_token * width * job.facts.layers
+    head = 4 * facts.vocab * facts.hidden * rows.labelled_share
+    width = facts.heads * facts.head_size or facts.hidden
+    attention = (14 + 4 * (recompute == "full")) / 2 * rows.mean_of_a_token * width * facts.layers
     quantised = job.recipe.quant.quantises
     # scores that are made in memory (ALiBi, softcap, dropout) go through it as what is kept does
-    moved = TRAFFIC * (job.layer.kept + job.layer.pair * rows.mean_of_a_token) * job.facts.layers
+    moved = TRAFFIC * (job.layer.kept + job.layer.pair * rows.mean_of_a_token) * facts.layers
     micro_batch_tokens = step_tokens / micro_batches
     full_rate = micro_batch_tokens / (micro_batch_tokens + HALF_RATE_TOKENS)
-    facts = job.facts
     scores = rows.mean_of_a_token * facts.heads if facts.attention_dropout else 0.0
     masks = facts.layers * (scores + (2 * facts.hidden if facts.residual_dropout else 0))
     parts = {
@@ -101,13 +97,12 @@ def step_time(
         "attention": step_tokens * attention / rates.attention_flops,
         "elementwise": step_tokens * moved * TRAFFIC_AGAIN[recompute] / rates.memory_bytes,
         "dequantising": micro_batches * again * job.linear_numel / rates.dequant_elements if quantised else 0.0,
-        "overhead": micro_batches * LAYER_OVERHEAD_S * job.facts.layers,
+        "overhead": micro_batches * LAYER_OVERHEAD_S * facts.layers,
     }
     parts = {name: seconds * rates.correction for name, seconds in parts.items()}
-    compute = sum(parts.values())
     reading = read_bytes / rates.disk_bytes
-    if placement == "streamed":
-        parts["waiting for disk"] = max(0.0, reading - compute)  # read while the layer before computes
+    if placement == "streamed":  # read while the layer before computes
+        parts["waiting for disk"] = max(0.0, reading - sum(parts.values()))
     elif placement == "mapped":
         parts["waiting for disk"] = reading
     total = sum(parts.values())

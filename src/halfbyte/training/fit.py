@@ -6,6 +6,7 @@ Cost: a few milliseconds; a calibration of this machine (seconds, once) before a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,34 +32,27 @@ CALIBRATE_FROM_S = 60.0
 UNREHEARSED = 0.2
 
 
-def job_of(prepared: Prepared, machine: Device, chosen: Targets, model: Model, *, packed: bool = True) -> Job:
-    """What the plan follows from. `model` gives the shapes where the checkpoint has no headers (pickled weights)."""
-    held_out = prepared.evaluation.lengths if prepared.evaluation is not None else ()
-    return Job.of_checkpoint(
-        prepared.recipe,
-        prepared.checkpoint,
-        model,
-        Rows(prepared.train.lengths, prepared.train.labelled, held_out),
-        machine,
-        targets=chosen.names,
-        packed=packed,
-        steps=count_steps(prepared),
-    )
-
-
 def plan_of(
     prepared: Prepared, machine: Device, chosen: Targets, model: Model, say: Callable[[str], None] | None = None
 ) -> tuple[Job, Plan]:
-    """The plan of a run with these targets, and what it follows from. `say`: the machine may be calibrated first."""
-    job = job_of(prepared, machine, chosen, model)
+    """The plan of a run with these targets, and what it follows from.
+
+    Args:
+        model: gives the shapes where the checkpoint has no headers (pickled weights).
+        say: the machine may be calibrated first.
+    """
+    held_out = prepared.evaluation.lengths if prepared.evaluation is not None else ()
+    rows = Rows(prepared.train.lengths, prepared.train.labelled, held_out)
+    job = Job.of_checkpoint(prepared.recipe, prepared.checkpoint, model, rows, machine, targets=chosen.names)
+    job = replace(job, steps=count_steps(prepared))
     return job, make(job, machine, rates_for(job, machine, say))
 
 
 def rates_for(job: Job, machine: Device, say: Callable[[str], None] | None = None) -> Rates | None:
     """This machine's rates: the cached ones, or measured now if the run is long enough and `say` is given."""
-    found = calibrate.cached(machine, job.dtype)
-    if found is not None or say is None:
-        return found
+    rates = calibrate.cached(machine, job.dtype)
+    if rates is not None or say is None:
+        return rates
     if choose.make(job, machine).time.run_s < CALIBRATE_FROM_S:
         return None
     return calibrate.ensure(machine, job.dtype, say=say)
@@ -107,32 +101,23 @@ def compared(
         held: before the first step. seen: the highest private and file bytes seen while training. step_s: of a usual
             step.
     """
-    planned_held = sum(plan.line(name) for name in ("libraries", "compiler", "data", "adapters"))
-    passing = (
-        "first micro-batch", "adapters' copies", "optimiser", "gradients", "activations", "backward of a layer",
-        "dequantised weight", "logits",
-    )  # fmt: skip
-    found = [Compared("base", opened.expected_bytes, opened.resident_bytes)]
+    lines = [Compared("base", opened.expected_bytes, opened.resident_bytes)]
     if plan.host_lines:
-        host = sum(line.bytes for line in plan.host_lines)
-        found.append(Compared("host memory", host, seen.private))
+        lines.append(Compared("host memory", sum(line.bytes for line in plan.host_lines), seen.private))
     else:
-        resident = plan.line("base") if plan.placement == "resident" else 0
-        found += [
-            Compared("before a micro-batch, private", planned_held + resident, held.private),
-            Compared(
-                "the longest micro-batch",
-                sum(plan.line(n) for n in (*passing, "allocator")),
-                max(0, seen.private - held.private),
-            ),
+        before = ["libraries", "compiler", "data", "adapters"] + ["base"] * (plan.placement == "resident")
+        passing = (line.bytes for line in plan.lines if line.where != "file" and line.name not in (*before, "base"))
+        lines += [
+            Compared("before a micro-batch, private", sum(map(plan.line, before)), held.private),
+            Compared("the longest micro-batch", sum(passing), max(0, seen.private - held.private)),
             Compared("private memory", plan.private_bytes, seen.private),
             Compared("pages of files", plan.file_bytes, seen.file),
         ]
-    disk = {line.name: line.bytes for line in plan.disk}
-    found.append(Compared("adapter on disk", disk.get("adapter", 0), _bytes_below(run / "adapter")))
+    adapter = sum(line.bytes for line in plan.disk if line.name == "adapter")
+    lines.append(Compared("adapter on disk", adapter, _bytes_below(run / "adapter")))
     if step_s is not None:
-        found.append(Compared("seconds a step", plan.time.step_s, step_s))
-    return found
+        lines.append(Compared("seconds a step", plan.time.step_s, step_s))
+    return lines
 
 
 def _bytes_below(folder: Path) -> int:
