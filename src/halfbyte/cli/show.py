@@ -196,7 +196,8 @@ def _building(console: Console) -> Iterator[Callable[[Progress], None]]:
     try:
         yield tell
     finally:
-        bar.stop()
+        if bar.tasks:  # a bar that was never drawn prints an empty line when it is stopped
+            bar.stop()
 
 
 def line(now: Progress) -> str:
