@@ -8,12 +8,12 @@ Cost: a few regular expressions a tensor; no torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from halfbyte.errors import AdapterError
-from halfbyte.models.names import ALL_LINEAR, AUTO, is_aside, is_mixer_projection
+from halfbyte.models.names import ALL_LINEAR, AUTO, is_aside, is_mixer_projection, leaf_of
 from halfbyte.models.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -52,17 +52,14 @@ def sites(specs: Sequence[TensorSpec], lora: Lora, names: Sequence[str] | str | 
     """
     linears = {s.name.removesuffix(".weight"): s for s in specs if s.role == "linear" and s.layer is not None}
     targets = lora.target_modules if names is None else names
-    wanted_names = _wanted(targets, linears)
-    chosen = [name for name in linears if name in wanted_names]
-    excluded = lora.exclude_modules
-    if excluded:
-        chosen = [name for name in chosen if not _matches(name, excluded)]
+    wanted = _wanted(targets, linears)
+    chosen = [name for name in linears if name in wanted and not _matches(name, lora.exclude_modules or ())]
     layers = lora.layers_to_transform
     if layers is not None:
-        wanted = (layers,) if isinstance(layers, int) else layers
-        chosen = [name for name in chosen if linears[name].layer in wanted]
+        layers = (layers,) if isinstance(layers, int) else layers
+        chosen = [name for name in chosen if linears[name].layer in layers]
     if not chosen:
-        leaves = sorted({name.rpartition(".")[2] for name in linears})
+        leaves = sorted({leaf_of(name) for name in linears})
         raise AdapterError(
             f"lora.target_modules {targets!r} match no linear layer. There are: {', '.join(leaves) or 'none'}.",
             fix="lora.target_modules: auto",
@@ -70,30 +67,17 @@ def sites(specs: Sequence[TensorSpec], lora: Lora, names: Sequence[str] | str | 
     return tuple(_site(name, linears[name], lora.r, lora.rank_pattern) for name in chosen)
 
 
-def trainable(found: Iterable[Site], specs: Sequence[TensorSpec], lora: Lora) -> int:
+def trainable(placed: Sequence[Site], specs: Sequence[TensorSpec], lora: Lora) -> int:
     """How many numbers train: LoRA, and what the recipe trains beside it (whole modules, biases, token rows)."""
-    found = list(found)
-    total = sum(site.parameters for site in found)
-    if lora.use_dora or lora.lora_bias:
-        total += sum(site.outputs for site in found)
-    saved = lora.modules_to_save or ()
-    total += sum(s.numel for s in specs if any(part in saved for part in s.name.split(".")))
-    adapted = {site.name for site in found}
+    total = sum(site.parameters + (site.outputs if lora.use_dora or lora.lora_bias else 0) for site in placed)
+    saved = set(lora.modules_to_save or ())
+    total += sum(s.numel for s in specs if saved & set(s.name.split(".")))
     if lora.bias != "none":
-        biases = [s for s in specs if s.name.endswith(".bias")]
-        total += sum(s.numel for s in biases if lora.bias == "all" or s.name.removesuffix(".bias") in adapted)
-    if lora.trainable_token_indices:
-        total += len(lora.trainable_token_indices) * max(
-            (s.shape[-1] for s in specs if s.role == "embedding"), default=0
-        )
-    return total
-
-
-def reads(name: str) -> Reads:
-    leaf = name.rpartition(".")[2]
-    if is_mixer_projection(name):
-        return "attended" if _ATTENDED.fullmatch(leaf) else "attention"
-    return "inner" if _INNER.fullmatch(leaf) else "mlp"
+        biases = {s.name.removesuffix(".bias"): s.numel for s in specs if s.name.endswith(".bias")}
+        adapted = {site.name for site in placed}
+        total += sum(size for name, size in biases.items() if lora.bias == "all" or name in adapted)
+    width = max((s.shape[-1] for s in specs if s.role == "embedding"), default=0)
+    return total + len(lora.trainable_token_indices or ()) * width
 
 
 def _wanted(targets: Sequence[str] | str, linears: Mapping[str, TensorSpec]) -> set[str]:
@@ -119,5 +103,8 @@ def _matches(name: str, targets: Sequence[str] | str) -> bool:
 
 def _site(name: str, spec: TensorSpec, rank: int, patterns: Mapping[str, int]) -> Site:
     outputs, inputs = reversed(spec.shape) if spec.transposed else spec.shape
-    found: Iterator[int] = (r for key, r in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
-    return Site(name, spec.layer, inputs, outputs, next(found, rank), reads(name))
+    rank = next((r for key, r in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), rank)
+    reads: Reads = "inner" if _INNER.fullmatch(leaf_of(name)) else "mlp"
+    if is_mixer_projection(name):
+        reads = "attended" if _ATTENDED.fullmatch(leaf_of(name)) else "attention"
+    return Site(name, spec.layer, inputs, outputs, rank, reads)

@@ -7,6 +7,8 @@ Cost: a few milliseconds; no torch.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from halfbyte.plan import alternatives, choose
 from halfbyte.plan.choose import GENERATED_TOKENS, MARGIN, MAX_TOKENS_PER_MICRO_BATCH, count
 from halfbyte.plan.inference import InferencePlan, Trained, plan_inference
@@ -28,7 +30,5 @@ def make(job: Job, device: Device, rates: Rates | None = None) -> Plan:
     Args:
         rates: what the machine does in a second, as `calibrate` measured it; None: assumed, and said so.
     """
-    from dataclasses import replace
-
     plan = choose.make(job, device, rates)
     return replace(plan, fixes=alternatives.nearest(job, device, plan, rates))

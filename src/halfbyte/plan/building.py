@@ -1,8 +1,7 @@
 """What building the store of a base takes, before it begins: RAM at its peak, and bytes on disk.
 
-What: a few threads each read a tensor in chunks into a buffer that is used again, cast and quantise a chunk, and write
-it; so the peak does not grow with the model, but for tensors that a checkpoint holds transposed, which come whole. On
-disk lie the tensors, a header a file, an index, and what a checkpoint has beside its weights.
+What: a few threads each read a tensor in chunks into one buffer, cast and quantise a chunk, and write it; so the peak
+does not grow with the model, but for tensors that a checkpoint holds transposed, which come whole.
 Source: `store/build.py` (buffers), `store/writer.py` and `store/layout.py` (files); the process itself is measured.
 Cost: one walk over the tensors; no torch.
 """
@@ -11,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import nlargest
 from typing import TYPE_CHECKING
 
 from halfbyte.models.sources.safetensors import DTYPE_BITS
@@ -56,7 +56,7 @@ class Building:
     def lines(self, cores: int) -> tuple[Line, ...]:
         """RAM while it is built on `cores` cores."""
         threads = min(cores + EXTRA_THREADS, len(self._files))
-        buffers = sum(self._largest_first[:threads])
+        buffers = sum(nlargest(threads, map(self._held, self.specs)))
         words = f"{threads} threads, {CHUNK_ELEMENTS / 1e6:.1f} M numbers at once"
         return (
             Line("libraries", LIBRARIES_PRIVATE_BYTES, "torch, transformers, bitsandbytes, numba", "measured"),
@@ -67,23 +67,14 @@ class Building:
     @cached_property
     def disk_bytes(self) -> int:
         """Bytes of the store's folder: tensors, headers, index, manifest, and what is copied beside them."""
-        total = 0
+        total = BESIDE_BYTES_PER_ENTRY * self.vocab if self.beside_bytes is None else self.beside_bytes
         for specs in self._files.values():
-            parts = [(spec.name, part) for spec in specs for part in self._parts(spec)]
-            names = [name + part.suffix for name, part in parts]
+            parts = [(len(spec.name + part.suffix), part.likely_bytes) for spec in specs for part in self._parts(spec)]
+            names, header = sum(name for name, _ in parts), sum(name + _ENTRY_BYTES for name, _ in parts)
             total += sum(policy.encoded_bytes(spec, self.quant, self.itemsize) for spec in specs)
-            total += sum(part.likely_bytes for _, part in parts)
-            header = sum(len(name) + _ENTRY_BYTES for name in names)
-            total += (
-                -(-header // PAGE_BYTES) * PAGE_BYTES + sum(len(name) + _INDEX_BYTES for name in names) + _FILE_BYTES
-            )
-        beside = self.beside_bytes
-        return total + (BESIDE_BYTES_PER_ENTRY * self.vocab if beside is None else beside)
-
-    @cached_property
-    def _largest_first(self) -> list[int]:
-        """What a thread holds of each tensor at most, in bytes."""
-        return sorted((self._held(spec) for spec in self.specs), reverse=True)
+            total += sum(size for _, size in parts) + -(-header // PAGE_BYTES) * PAGE_BYTES
+            total += names + _INDEX_BYTES * len(parts) + _FILE_BYTES
+        return total
 
     @cached_property
     def _files(self) -> dict[str, list[TensorSpec]]:

@@ -2,8 +2,7 @@
 
 Why: time follows from these five figures, and they differ tenfold between machines that look alike.
 What: the best of several short tries, by `halfbyte doctor` or before the first training that takes minutes, kept in
-halfbyte's cache under the processor, the number of threads and torch's version. What is measured beside other load is
-used once and not kept, and finished runs correct what is kept. Without them a plan says "time assumed".
+halfbyte's cache. What is measured beside other load is used once and not kept; finished runs correct what is kept.
 Source: Linux `proc(5)` (`schedstat`: how long our threads waited for a core) and `/proc/pressure/cpu`.
 Cost: about three seconds once; reading the cache imports no torch.
 """
@@ -127,7 +126,7 @@ def measure(device: Device, dtype: str) -> Rates:
             source=f"calibrated {_today()}: {threads(device)} threads, {dtype}",
         )
     after = usage.scheduled()
-    waited = after.since(before).waited_share if before is not None and after is not None else None
+    waited = after.since(before).waited_share if before and after else None
     busy = load_seen(waited, tries.spread, usage.pressure() if waited is None else None)
     return replace(rates, busy=busy, source=f"{rates.source}, beside other load" if busy else rates.source)
 
@@ -139,9 +138,9 @@ def load_seen(waited_share: float | None, spread: float, pressure: float | None 
         waited_share: of our threads' time. spread: the median try over the best. pressure: of the whole machine, for
             where our own waiting is not known.
     """
-    if waited_share is not None and waited_share > BUSY_SHARE:
+    if (waited_share or 0.0) > BUSY_SHARE:
         return f"its threads waited for a core {waited_share:.0%} of the time"
-    if waited_share is None and pressure is not None and pressure > BUSY_PRESSURE:
+    if waited_share is None and (pressure or 0.0) > BUSY_PRESSURE:
         return f"some process waited for a core {pressure:.0%} of the time"
     if spread > BUSY_SPREAD:
         return f"the usual try took {spread:.1f} times as long as the best"
@@ -225,8 +224,7 @@ def _attention(tries: Tries, kind: torch.dtype) -> float:
 
 def _disk() -> float:
     """Bytes a second of reading a new file, past the page cache where the system lets go of it."""
-    folder = cache_dir() if os.access(cache_dir(), os.W_OK) else Path("/tmp")
-    path = folder / f".calibration.{os.getpid()}"
+    path = (cache_dir() if os.access(cache_dir(), os.W_OK) else Path("/tmp")) / f".calibration.{os.getpid()}"
     block = os.urandom(1 << 20) * 16
     try:
         with path.open("wb") as file:

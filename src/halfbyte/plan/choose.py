@@ -50,10 +50,8 @@ def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recom
     around, host = process_lines(job, device)
     trained = _share(held.training_lines(job, where, recompute), cards)
     during = peak.step_lines(job, largest, recompute, where, cards)
-    micro_batches = -(-job.step_tokens // max(1, largest.tokens))
-    gradients = held.gradients_line(
-        job, where, micro_batches=micro_batches, micro_batch_bytes=sum(line.bytes for line in during)
-    )
+    micro_batches, at_once = -(-job.step_tokens // max(1, largest.tokens)), sum(line.bytes for line in during)
+    gradients = held.gradients_line(job, where, micro_batches=micro_batches, micro_batch_bytes=at_once)
     during = (*_share((gradients,), cards), *during)
     room = room_for_pages((*around, *trained, *during), available)
     fixed = (*around, *held.base_lines(job, placement, cards, where, room), *trained)
@@ -111,37 +109,34 @@ def room_for_pages(lines: Iterable[Line], available: int) -> float:
     return max(0.0, CACHE_SHARE * (available - private) - libraries)
 
 
-def placements(job: Job, device: Device) -> tuple[tuple[Placement, ...], bool]:
-    """The placements that are open, and whether the recipe chose."""
+def placements(job: Job, device: Device) -> tuple[Placement, ...]:
+    """The placements that are open: the recipe's, or those that this machine has, the fastest first."""
     asked = job.recipe.quant.placement
     if asked != "auto":
-        return (asked,), True
+        return (asked,)
     if device.kind == "cuda":
-        return (("resident", "split") if len(device.cards) > 1 else ("resident",)), False
-    return (("mapped", "streamed") if job.mappable else ("resident",)), False
+        return ("resident", "split") if len(device.cards) > 1 else ("resident",)
+    return ("mapped", "streamed") if job.mappable else ("resident",)
 
 
-def policies(job: Job) -> tuple[tuple[Recompute, ...], bool]:
+def policies(job: Job) -> tuple[Recompute, ...]:
     asked = job.recipe.train.gradient_checkpointing
-    if asked == "auto":
-        return POLICIES, False
-    return ("selective" if asked == "selective" else "full" if asked else "none",), True
+    return POLICIES if asked == "auto" else ("selective" if asked == "selective" else "full" if asked else "none",)
 
 
 def _candidates(job: Job, device: Device, rates: Rates) -> Iterator[Plan]:
     asked = job.recipe.train.max_tokens_per_micro_batch
     longest, whole = job.rows.longest, job.step_tokens
-    open_placements, placement_asked = placements(job, device)
-    for placement in open_placements:
+    for placement in placements(job, device):
         # a base that is read from disk is read for every micro-batch, so a whole step in one is worth having
         read_again = placement == "streamed" and job.base_bytes > PLENTY * device.ram_available_bytes
         cap = max(longest, whole if read_again else min(MAX_TOKENS_PER_MICRO_BATCH, whole))
         budgets = (max(asked, 1),) if isinstance(asked, int) else tuple(sizes(longest, cap))
-        for recompute in policies(job)[0]:
+        for recompute in policies(job):
             for tokens in budgets:
                 plan = count(job, device, rates, placement=placement, recompute=recompute, tokens=tokens)
                 # the kernel's paging does not know which layer is next; streaming does
-                if placement_asked or placement != "mapped" or not plan.read_bytes:
+                if job.recipe.quant.placement != "auto" or placement != "mapped" or not plan.read_bytes:
                     yield plan
 
 
@@ -192,20 +187,17 @@ def _told(plan: Plan, plans: list[Plan], job: Job) -> Plan:
 def why_placement(placement: Placement, job: Job, available: int, *, short: bool = False) -> str:
     if job.recipe.quant.placement != "auto":
         return "as the recipe says"
-    if placement == "split":
-        return "the base and its activations do not fit on one card"
-    if placement == "streamed":
-        return (
-            f"the base of {job.base_bytes / GB:.1f} GB does not stay in {available / GB:.1f} GB beside the rest, so "
-            "its layers are read from disk as they are needed"
-        )
-    if placement == "mapped":
-        return "it fits, and pages of its file need no copy"
-    return "the only placement that this machine supports" if short else "it fits"
+    sizes = f"the base of {job.base_bytes / GB:.1f} GB does not stay in {available / GB:.1f} GB beside the rest"
+    return {
+        "split": "the base and its activations do not fit on one card",
+        "streamed": f"{sizes}, so its layers are read from disk as they are needed",
+        "mapped": "it fits, and pages of its file need no copy",
+        "resident": "the only placement that this machine supports" if short else "it fits",
+    }[placement]
 
 
 def _why_recompute(plan: Plan, plans: list[Plan], job: Job) -> str:
-    if policies(job)[1]:
+    if policies(job) != POLICIES:
         return "as the recipe says"
     if plan.recompute == "none":
         return "activations fit" if not plan.short_bytes else "nothing fits; this misses by the least"
@@ -223,8 +215,8 @@ def _why_tokens(plan: Plan, plans: list[Plan], job: Job) -> str:
         return "the longest example alone, and not even that fits"
     if tokens >= job.step_tokens:
         return "a whole step fits in one micro-batch"
-    same = [p for p in plans if (p.placement, p.recompute) == (plan.placement, plan.recompute)]
-    larger = [p for p in same if p.max_tokens_per_micro_batch > tokens]
+    same = (p for p in plans if (p.placement, p.recompute) == (plan.placement, plan.recompute))
+    larger = (p for p in same if p.max_tokens_per_micro_batch > tokens)
     if tokens >= MAX_TOKENS_PER_MICRO_BATCH or any(_share_needed(p) <= 1 - MARGIN for p in larger):
         return "larger micro-batches run no faster"
     return f"as many as fit in {1 - MARGIN:.0%} of the free memory"

@@ -53,19 +53,14 @@ def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
     words = "tokenizer" if job.rows.assumed else f"tokenizer of {job.facts.vocab} entries, {tokens} tokens as rows"
     if device.kind == "cuda":
         return (Line("libraries", HOST_OF_CARD_BYTES, "a CUDA build; a round figure"), Line("data", held, words))
-    source = "measured on a tiny run"
+    source, first = "measured on a tiny run", "kernels, threads' buffers and the Trainer, from then on"
     compiler, code = (COMPILER_PRIVATE_BYTES, COMPILER_FILE_BYTES) if job.cold else (0, 0)
     products = min(PRODUCTS_KEPT, PRODUCTS_OF_A_SIZE * job.sizes) - PRODUCTS_OF_A_SIZE
     return (
         Line("libraries", LIBRARIES_PRIVATE_BYTES, "torch, transformers, peft, numba and their state", source),
         Line("libraries, mapped", LIBRARIES_FILE_BYTES + code, "their code", source, "file"),
         Line("compiler", compiler, "kernels are compiled in the first run on a machine", source),
-        Line(
-            "first micro-batch",
-            FIRST_MICRO_BATCH_BYTES,
-            "kernels, threads' buffers and the Trainer, from then on",
-            source,
-        ),
+        Line("first micro-batch", FIRST_MICRO_BATCH_BYTES, first, source),
         Line("compiled products", PRODUCT_BYTES * products, "oneDNN's, of micro-batches of other sizes", source),
         Line("data", held, words),
     )
@@ -81,15 +76,8 @@ def base_lines(job: Job, placement: Placement, cards: int, where: Where, room_by
     kind = f"{len(job.specs)} tensors, {job.parameters / 1e6:.1f} M weights, quant.type {quant.type}"
     source = formats.of(quant).source
     if placement == "streamed":
-        return (
-            Line(
-                "base",
-                busy_file_bytes(job),
-                f"streamed: {1 + AHEAD} layers of {job.facts.layers}, or one and the head",
-                source,
-                "file",
-            ),
-        )
+        how = f"streamed: {1 + AHEAD} layers of {job.facts.layers}, or one and the head"
+        return (Line("base", busy_file_bytes(job), how, source, "file"),)
     if placement == "split":
         share = -(-(job.base_bytes - job.outer_bytes) // cards) + job.outer_bytes
         return (Line("base", share, f"a card's share of {cards}: {kind}", source, where),)
@@ -125,10 +113,9 @@ def training_lines(job: Job, where: Where, recompute: Recompute) -> tuple[Line, 
     copies = job.lora_parameters * (job.itemsize if job.dtype != "fp32" else 0)
     if recompute == "full":  # they are made again with each layer
         copies //= max(1, job.facts.layers)
+    source = "LoRA, arXiv:2106.09685: r (in + out)"
     return (
-        Line(
-            "adapters", 4 * count, f"{count} trained parameters in fp32", "LoRA, arXiv:2106.09685: r (in + out)", where
-        ),
+        Line("adapters", 4 * count, f"{count} trained parameters in fp32", source, where),
         Line("adapters' copies", copies, f"in {job.dtype} while a micro-batch lasts", "layers/lora_linear.py", where),
         Line("optimiser", state * count, f"{optimizer}: {state} bytes a parameter", "AdamW: two numbers", where),
     )
@@ -161,14 +148,12 @@ def disk_lines(job: Job, *, store: bool) -> tuple[Line, ...]:
     one = (4 + state) * job.trainable
     keep = 0 if train.save_strategy == "no" and train.save_minutes is None else (train.save_total_limit or 1) + 1
     final = (4 if lora.save_dtype == "fp32" else 2) * job.trainable
-    found = [
+    best = 4 * job.trainable if len(job.rows.evaluated) else 0
+    base = job.building.disk_bytes if store and job.recipe.quant.quantises else 0
+    lines = (
+        Line("base store", base, f"quantised once: {job.recipe.quant.type}", "", "disk"),
         Line("checkpoints", keep * one, f"{keep} of {one / 1e6:.1f} MB, one of them being written", "", "disk"),
         Line("adapter", final, "the last, or the best where evaluations choose", "", "disk"),
-    ]
-    if len(job.rows.evaluated):
-        found.append(Line("best adapter", 4 * job.trainable, "so far, in fp32", "", "disk"))
-    if store and job.recipe.quant.quantises:
-        found.insert(
-            0, Line("base store", job.building.disk_bytes, f"quantised once: {job.recipe.quant.type}", "", "disk")
-        )
-    return tuple(found)
+        Line("best adapter", best, "so far, in fp32", "", "disk"),
+    )
+    return tuple(line for line in lines if line.bytes or line.name in ("checkpoints", "adapter"))

@@ -7,15 +7,19 @@ Cost: a few milliseconds; no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from halfbyte.plan import choose, held, peak
 from halfbyte.plan.job import Job
 from halfbyte.plan.lines import Line, Placement
 from halfbyte.system.device import Device
 
-MAX_SEQUENCES = 16  # more at once generate no faster, they only take memory
+if TYPE_CHECKING:
+    from halfbyte.types import Document
+
+SEQUENCES = (16, 8, 4, 2, 1)  # to try at once; more generate no faster, they only take memory
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,10 @@ class Trained:
     available_bytes: int
 
     @classmethod
-    def of(cls, plan: Mapping[str, object]) -> Trained | None:
+    def of(cls, plan: Document) -> Trained | None:
         """From `plan.json`; None where it is from another version."""
-        sizes = [plan.get(name) for name in ("max_tokens_per_micro_batch", "needed_bytes", "available_bytes")]
-        if not all(isinstance(size, int) for size in sizes):
-            return None
-        return cls(str(plan.get("placement")), *(size for size in sizes if isinstance(size, int)))
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: plan[name] for name in names}) if set(names) <= set(plan) else None
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,8 @@ def plan_inference(
         placement: where the base is already; None to choose.
         generated_tokens: of a sequence: its prompt and what is written.
     """
-    plans = [
-        _with_base(job, device, trained, where, generated_tokens)
-        for where in ((placement,) if placement else _open_placements(job, device, trained))
-    ]
+    places = (placement,) if placement else _open_placements(job, device, trained)
+    plans = [_with_base(job, device, trained, where, generated_tokens) for where in places]
     stays = [plan for plan in plans if _stays(plan, job)]
     fitting = [plan for plan in stays or plans[-1:] if plan.needed_bytes <= plan.available_bytes]
     return (fitting or plans[-1:])[0]
@@ -84,10 +84,10 @@ def plan_inference(
 
 def _open_placements(job: Job, device: Device, trained: Trained | None) -> tuple[Placement, ...]:
     """Placements to try, the fastest first; `streamed` alone where training streamed with as much memory as now."""
-    placements, asked = choose.placements(job, device)
-    if asked or trained is None or trained.placement != "streamed" or "streamed" not in placements:
-        return placements
-    return ("streamed",) if choose.available_bytes(device) <= trained.available_bytes else placements
+    places = choose.placements(job, device)
+    if trained is None or trained.placement not in places or trained.placement != "streamed":
+        return places
+    return ("streamed",) if choose.available_bytes(device) <= trained.available_bytes else places
 
 
 def _with_base(job: Job, device: Device, trained: Trained | None, placement: Placement, tokens: int) -> InferencePlan:
@@ -100,7 +100,7 @@ def _with_base(job: Job, device: Device, trained: Trained | None, placement: Pla
     lines, busy_bytes = _held_lines(job, device, placement)
     must = sum(line.bytes for line in lines if line.where != "file") + busy_bytes
     sizes = [(n, must + peak.evaluating_bytes(job, n)) for n in choose.sizes(longest, max(longest, cap))]
-    counts = [(n, must + peak.generating_bytes(job, tokens, n)) for n in _halves(MAX_SEQUENCES)]
+    counts = [(n, must + peak.generating_bytes(job, tokens, n)) for n in SEQUENCES]
     micro_batch, evaluating = _largest(sizes, budget)
     sequences, generating = _largest(counts, budget)
     why = choose.why_placement(placement, job, available)
@@ -122,12 +122,6 @@ def _held_lines(job: Job, device: Device, placement: Placement) -> tuple[tuple[L
 def _largest(sizes: Sequence[tuple[int, int]], budget: int) -> tuple[int, int]:
     """The first (size, bytes) within a budget; the last, which is the smallest, if none is."""
     return next((size for size in sizes if size[1] <= budget), sizes[-1])
-
-
-def _halves(size: int) -> Iterator[int]:
-    while size:
-        yield size
-        size //= 2
 
 
 def _stays(plan: InferencePlan, job: Job) -> bool:

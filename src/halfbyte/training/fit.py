@@ -69,8 +69,6 @@ def make_pace(
     prepared: Prepared, plan: Plan, job: Job, machine: Device, model: Model, tell: Callable[[str], None]
 ) -> Pace:
     """The split of the run's steps, and the way down from it."""
-    asked = choose.policies(job)[0]
-    later = choose.POLICIES[choose.POLICIES.index(plan.recompute) + 1 :]
     where = choose.computes_in(machine)
     cards = len(machine.cards) if plan.placement == "split" else 1
 
@@ -83,7 +81,7 @@ def make_pace(
         tokens=plan.max_tokens_per_micro_batch,
         examples_per_micro_batch=None if job.packed else 1,
         recompute=plan.recompute,
-        policies=(plan.recompute, *later) if asked else (plan.recompute,),
+        policies=choose.POLICIES[choose.POLICIES.index(plan.recompute) :],
         need=need,
         apply=lambda recompute: recompute_as(model, recompute),
         tell=tell,
