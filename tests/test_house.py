@@ -22,6 +22,8 @@ SOURCE = ROOT / "src" / "halfbyte"
 MAX_LINES = 450
 MAX_FILES_AT_ROOT = 6
 MAX_FILES_IN_A_FOLDER = 12
+MAX_LINES_OF_A_FUNCTION = 60
+MAX_ANY = 150  # occurrences of `Any` in the package; name the type instead (halfbyte.types)
 HELP_CPU_SECONDS = 0.5
 
 HEAVY = frozenset({"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "numba", "gguf", "trl"})
@@ -346,6 +348,23 @@ def test_the_check_for_assignments_sees_them(code: str, found: int) -> None:
 def test_no_room_is_too_long() -> None:
     lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in everywhere()}
     assert not {name: n for name, n in lengths.items() if n > MAX_LINES}
+
+
+def test_no_function_is_too_long() -> None:
+    """Counted from `def` to its last line."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    lengths = {
+        f"{name_of(path)}.{node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for path in everywhere()
+        for node in ast.walk(tree(path))
+        if isinstance(node, kinds)
+    }
+    assert not {name: n for name, n in lengths.items() if n > MAX_LINES_OF_A_FUNCTION}
+
+
+def test_any_is_rare() -> None:
+    words = [re.findall(r"\bAny\b", path.read_text(encoding="utf-8")) for path in everywhere()]
+    assert sum(map(len, words)) <= MAX_ANY
 
 
 def test_every_room_says_what_it_is() -> None:
