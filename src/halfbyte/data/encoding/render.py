@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _TAIL_CHARS = 8  # characters of a prompt's end that are searched for, where the template rewrites what came before
 _PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text holds and no template strips
+_ASKED, _SAID = Message("user", "a"), Message("assistant", chr(_PRIVATE_USE[0]))
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Renderer:
             text = text[:stop]
         spans: list[tuple[int, int]] = []
         if self._mask == "assistant":
-            trained = [i for i in range(last) if _is_trained(messages[i])]
+            trained = [i for i, m in enumerate(messages[:last]) if m.role == "assistant" and m.train]
             spans = [self._earlier(text, messages, i, ends=bool(ending)) for i in trained]
         if self._mask == "all":
             spans = [(0, len(text))]
@@ -170,12 +172,10 @@ class Renderer:
         # Between prompt and text: white space, or an empty block of thoughts. The model writes that too.
         if follows and len(prompt) <= start:
             return len(prompt), stop, prompt
-        if not i:
-            opens = self._after_header(text, start)
-            return (start, stop, text[:start]) if opens is None else (opens, stop, text[:opens])
         # What came before is rewritten, or the prompt says more. The last header before the text is this turn's.
         opens = self._after_header(text, start)
-        if opens is not None:
+        if opens is not None or not i:
+            opens = start if opens is None else opens
             return opens, stop, text[:opens]
         if self._header and i == len(messages) - 1:
             self.counts["the generation prompt is not how the chat template begins the row"] += 1
@@ -233,30 +233,28 @@ class Renderer:
         It is what `add_generation_prompt` adds. Some templates need none. Some ignore that flag and yet write a header:
         then the header is put behind each prompt (`_lead`).
         """
-        asked, said = Message("user", "a"), Message("assistant", chr(_PRIVATE_USE[0]))
         try:
-            without, with_it = self._apply((asked,)), self._apply((asked,), prompt=True)
+            without, with_it = self._apply((_ASKED,)), self._apply((_ASKED,), prompt=True)
             if with_it != without:
                 same = common_length(without, with_it)
                 cut = [m.start() for m in self._added.finditer(with_it) if m.start() <= same]  # not inside a token
                 return with_it[same:] if with_it.startswith(without) else with_it[max(cut, default=same) :]
-            whole = self._apply((asked, said))
+            whole = self._apply((_ASKED, _SAID))
         except Refused:
             return ""
-        lead = whole[len(without) : whole.find(said.content)] if whole.startswith(without) else ""
+        lead = whole[len(without) : whole.find(_SAID.content)] if whole.startswith(without) else ""
         self._lead = lead if lead.strip() else ""
         return self._lead
 
     def _end_marks(self) -> set[str]:
         """The tokens that end an assistant's turn: the last one, and one that others follow."""
-        asked, said = Message("user", "a"), Message("assistant", chr(_PRIVATE_USE[0]))
         ends: set[str] = set()
-        for talk in ((asked, said), (asked, said, asked, said)):
+        for talk in ((_ASKED, _SAID), (_ASKED, _SAID, _ASKED, _SAID)):
             try:
                 text = self._apply(talk)
             except Refused:
                 continue
-            ending = self._endings.search(text, max(0, text.find(said.content)))
+            ending = self._endings.search(text, max(0, text.find(_SAID.content)))
             ends |= {ending.group().rstrip()} if ending else set()
         return ends
 
@@ -267,14 +265,7 @@ class Renderer:
 
 def common_length(a: Sequence[object], b: Sequence[object]) -> int:
     """How many items two sequences have in common at their start."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return bisect_left(range(1, min(len(a), len(b)) + 1), True, key=lambda n: a[:n] != b[:n])
 
 
 def _other(message: Message) -> tuple[Message, str]:
@@ -286,10 +277,6 @@ def _other(message: Message) -> tuple[Message, str]:
         return Message("assistant", mark), mark
     changed = [{**c, "function": {"name": c["function"]["name"], "arguments": {mark: mark}}} for c in calls]
     return replace(message, more={**message.more, "tool_calls": changed}), mark
-
-
-def _is_trained(message: Message) -> bool:
-    return message.role == "assistant" and message.train
 
 
 def _any_of(words: dict[str, bool]) -> re.Pattern[str]:
