@@ -79,7 +79,9 @@ class RunFolder:
     def open(cls, path: Path, *, need_adapter: bool = True) -> RunFolder:
         """Find a run again; without `need_adapter` it may be unfinished. A RunError says what is wrong."""
         if not path.exists():
-            raise RunError(f"there is no run folder {path}.", fix="give the `output:` of a run, such as runs/quickstart")
+            raise RunError(
+                f"there is no run folder {path}.", fix="give the `output:` of a run, such as runs/quickstart"
+            )
         if not path.is_dir():
             raise RunError(f"{path} is a file, not a run folder.")
         run = cls(path)
