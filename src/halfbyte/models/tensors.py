@@ -1,8 +1,7 @@
 """A model as a list of TensorSpecs, read from the headers of its checkpoint: no weight is touched.
 
 Why: planning, storing, loading and checking must agree on what each tensor is; this list is the one place that says it.
-Source: the safetensors format (8 bytes of header length, a JSON header, then data); names and shapes of the checkpoint
-itself, which transformers may rename or merge while it loads.
+Source: safetensors headers; names and shapes are the checkpoint's, which transformers may rename or merge at loading.
 Cost: a few hundred kB read per file.
 """
 
@@ -100,7 +99,7 @@ def read_checkpoint(folder: Path) -> list[TensorSpec]:
         SourceError: no config, no safetensors, a shard missing, or a file that is cut short or not what it says.
     """
     config = read_config(folder)
-    return specs_of((read_header(file) for file in weight_files(folder)), config)
+    return specs_of(map(read_header, weight_files(folder)), config)
 
 
 def specs_of(headers: Iterable[Mapping[str, ConfigFile]], config: ConfigFile) -> list[TensorSpec]:
@@ -188,12 +187,9 @@ def _windows(config: ConfigFile, kind: str, layers: int) -> tuple[int, ...]:
 def _dropout(config: ConfigFile, kind: str, *names: str) -> float:
     """The first of these that is there; what transformers' config class has where the file says nothing."""
     inner = _get(config, "attn_config")  # MPT's
-    for source in (config, inner if isinstance(inner, Mapping) else {}):
-        for name in names:
-            value = _get(source, name)
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                return float(value)
-    return _OWN_DROPOUT.get(kind, {}).get(names[0], 0.0)
+    values = [_get(source, name) for source in (config, inner) if isinstance(source, Mapping) for name in names]
+    numbers = (float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool))
+    return next(numbers, _OWN_DROPOUT.get(kind, {}).get(names[0], 0.0))
 
 
 # Their attention knows no shared keys, whatever number a config carries.
@@ -239,11 +235,8 @@ def _experts(config: ConfigFile) -> int:
 
 def _first(config: ConfigFile, *names: str) -> int:
     """The first of these config values that is a positive number; 0 if none is."""
-    for name in names:
-        value = _get(config, name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return 0
+    values = (_get(config, name) for name in names)
+    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), 0)
 
 
 def _get(config: ConfigFile, name: str) -> Any:

@@ -1,7 +1,7 @@
 """`halfbyte plan`: from a model's name or a recipe to a plan, before anything is downloaded, loaded or tokenised.
 
 What: shapes from headers, LoRA's places from names, row lengths from the recipe's file: counted with `tokenizer.json`
-where it is at hand, else estimated from characters, and said so. A run plans again from its real tokens.
+where it is at hand, else estimated from characters. A run plans again from its real tokens.
 Cost: under a second; no torch.
 """
 
@@ -110,16 +110,14 @@ def parse_device(text: str) -> Device:
     if size < 10**8 or not 1 <= count <= 1024:
         much = "no" if size == 0 or count == 0 else "an unlikely amount of"
         raise RecipeError(f"--device {text!r} has {much} memory; allowed: {DEVICE_HELP}.", fix="--device 24GB")
+    if kind == "cpu" and count > 1:
+        raise RecipeError(f"--device {text!r}: a machine has one RAM; allowed: {DEVICE_HELP}.", fix="--device cpu:64GB")
     if kind == "cpu":
-        if count > 1:
-            raise RecipeError(
-                f"--device {text!r}: a machine has one RAM; allowed: {DEVICE_HELP}.", fix="--device cpu:64GB"
-            )
         here = detect()
         return Device("cpu", here.isa, here.cores, size, size, cpu=here.cpu)
     card = Card(f"card of {match['size']} {match['unit']}", size, size, (8, 0))
-    # the host of cards is not planned for from afar: as much RAM as the cards have
-    return Device("cuda", (), 16, max(64 * 10**9, count * size), max(64 * 10**9, count * size), (card,) * count)
+    ram = max(64 * 10**9, count * size)  # the host of cards is not planned for from afar
+    return Device("cuda", (), 16, ram, ram, (card,) * count)
 
 
 def _rows(recipe: Recipe, shape: describe.Shape, length: int | None, *, given: bool) -> tuple[memory.Rows, list[str]]:
@@ -185,7 +183,5 @@ def _steps(recipe: Recipe, rows: memory.Rows) -> int:
         return 1
     from halfbyte.data.pack import count_steps
 
-    train, count = recipe.train, len(rows.lengths)
-    return count_steps(
-        count, rows_per_step=train.rows_per_step, epochs=train.num_train_epochs, max_steps=train.max_steps
-    )
+    train, epochs = recipe.train, recipe.train.num_train_epochs
+    return count_steps(len(rows.lengths), rows_per_step=train.rows_per_step, epochs=epochs, max_steps=train.max_steps)

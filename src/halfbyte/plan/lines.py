@@ -70,11 +70,10 @@ class Plan:
 
     `lines` add up to the peak of a training step, where it computes: in RAM, or on one card (the fullest). `host_lines`
     are RAM beside the cards. `loading`, `evaluating` and `generating` are peaks of their own, in the same place.
-    `reasons` has one for each choice, under its name. `tokens_in_micro_batch` is what the activations were counted for:
+    `reasons` has one for each choice, under its name. `tokens_in_micro_batch`: what activations were counted for. It is
     `max_tokens_per_micro_batch`, or less when a whole step is shorter, or more when one example is longer.
-    `busy_file_bytes` are the pages of a mapped or streamed base that must be there at once: a few layers, and the head;
-    other pages of files stay while there is room. `read_bytes` of the base are read from disk in a step, because they
-    did not stay. `building` is RAM while the store of the base is built, once, before its first run.
+    `busy_file_bytes`: pages of a mapped or streamed base that must be there at once; others stay while there is room.
+    `read_bytes`: of the base, read again in a step. `building`: RAM while the base's store is built, once.
     """
 
     compute_dtype: str

@@ -1,7 +1,7 @@
 """What this machine is: instruction set, cores, memory (and the control group's limit on it), disk, cards.
 
-Why: every choice made before a model is loaded (compute dtype, micro-batch size, what fits) depends on it, and asking
-torch costs seconds. A container's limit is what ends a run, not the machine's memory, so both are read.
+Why: every choice made before a model is loaded depends on it, and asking torch costs seconds. A container's limit is
+what ends a run, not the machine's memory, so both are read.
 Source: Linux `proc(5)`, cgroup v1 `memory.txt` and v2 `cgroup-v2.rst`; `nvidia-smi --help-query-gpu`.
 Cost: a few small files; one `nvidia-smi` call where it is installed. Elsewhere than Linux the instruction set is not
 read (psutil gives the memory), so a CPU there computes in fp32 unless the recipe says otherwise.
@@ -112,10 +112,8 @@ def compute_dtype(device: Device, asked: str = "auto") -> tuple[str, str]:
 def torch_has_cuda() -> bool:
     """Whether the installed torch is a CUDA build, read from its version file without importing it."""
     spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return False
-    version = Path(spec.origin).with_name("version.py")
-    return version.is_file() and re.search(r"^cuda\b[^=\n]*= *['\"]", version.read_text(), re.MULTILINE) is not None
+    text = _read(Path(spec.origin).with_name("version.py")) if spec is not None and spec.origin else ""
+    return re.search(r"^cuda\b[^=\n]*= *['\"]", text, re.MULTILINE) is not None
 
 
 def _best_on_cpu(isa: tuple[str, ...]) -> tuple[str, str]:
@@ -125,10 +123,10 @@ def _best_on_cpu(isa: tuple[str, ...]) -> tuple[str, str]:
 
 def _best_on_card(cards: tuple[Card, ...]) -> tuple[str, str]:
     card = min(cards, key=lambda c: c.capability)  # one dtype for all: the oldest card decides
-    major, minor = card.capability
+    why = f"{card.name} has compute capability {card.capability[0]}.{card.capability[1]}"
     if card.capability >= BF16_CAPABILITY:
-        return "bf16", f"{card.name} has compute capability {major}.{minor}"
-    return "fp16", f"{card.name} has compute capability {major}.{minor}, below 8.0: no bf16 multiply; with loss scaling"
+        return "bf16", why
+    return "fp16", f"{why}, below 8.0: no bf16 multiply; with loss scaling"
 
 
 def _cpu(root: Path) -> tuple[str, tuple[str, ...]]:
@@ -153,6 +151,7 @@ def cores(root: Path = Path("/")) -> int:
 
 
 def _memory(root: Path) -> tuple[int, int]:
+    """Of the machine: total, and available."""
     fields = dict(re.findall(r"^(\w+):\s*(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE))
     if "MemTotal" in fields and "MemAvailable" in fields:
         return int(fields["MemTotal"]) * 1024, int(fields["MemAvailable"]) * 1024
@@ -164,16 +163,14 @@ def _memory(root: Path) -> tuple[int, int]:
 
 def _cgroup_memory(root: Path) -> Iterator[tuple[int, int]]:
     """(limit, used) for each control group above this process that has a limit; file pages it can drop do not count."""
-    names = (  # limit, usage, the reclaimable parts in memory.stat: v2, then v1
-        ("memory.max", "memory.current", "(?:in)?active_file"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_(?:in)?active_file"),
-    )
     for folder in _cgroup_folders(root, "memory"):
-        for limit_name, used_name, reclaimable in names:
-            limit, used = _read(folder / limit_name).strip(), _read(folder / used_name).strip()
+        # v2, then v1: limit, usage, prefix of the reclaimable parts
+        for names in (("max", "current", ""), ("limit_in_bytes", "usage_in_bytes", "total_")):
+            limit, used = (_read(folder / f"memory.{name}").strip() for name in names[:2])
             if limit.isdigit() and used.isdigit():
-                parts = re.findall(rf"^{reclaimable} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
-                yield int(limit), max(0, int(used) - sum(int(part) for part in parts))
+                droppable = rf"^{names[2]}(?:in)?active_file (\d+)$"
+                parts = re.findall(droppable, _read(folder / "memory.stat"), re.MULTILINE)
+                yield int(limit), max(0, int(used) - sum(map(int, parts)))
 
 
 def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
@@ -185,13 +182,8 @@ def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
     mount = root / "sys/fs/cgroup"
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if controllers == "":
-            tops = [mount, mount / "unified"]
-        elif controller in controllers.split(","):
-            tops = [mount / controllers, mount / controller]
-        else:
-            continue
-        for top in dict.fromkeys(tops):
+        tops = [mount / controllers, mount / controller] if controller in controllers.split(",") else []
+        for top in dict.fromkeys(tops if controllers else [mount, mount / "unified"]):
             folder = top / path.strip("/")
             while top in (folder, *folder.parents):
                 if folder.is_dir():

@@ -66,8 +66,7 @@ def _c_library(name: str) -> Any:
 
 def trim() -> None:
     """Give what the C library keeps of freed memory back to the system, where it can (glibc)."""
-    release = _c_library("malloc_trim")
-    if release is not None:
+    if (release := _c_library("malloc_trim")) is not None:
         release(0)
 
 
