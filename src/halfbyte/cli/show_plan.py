@@ -28,11 +28,8 @@ def planned(value: Planned) -> None:
     show.labelled("machine", f"{machine(value.device)}, computing in {plan.compute_dtype}")
     rows = recipe.train.rows_per_step
     percent = 100 * plan.trainable / max(1, plan.parameters)
-    show.labelled(
-        "training",
-        f"{plan.trainable:,} parameters ({percent:.2f}%), r {recipe.lora.r}, {rows} rows a step, "
-        f"quant.type {recipe.quant.type}",
-    )
+    how = f"r {recipe.lora.r}, {rows} rows a step, quant.type {recipe.quant.type}"
+    show.labelled("training", f"{plan.trainable:,} parameters ({percent:.2f}%), {how}")
     for note in value.notes:
         show.text(f"          {note}")
     show.text("")
@@ -90,9 +87,8 @@ def verdict(plan: Plan) -> None:
         show.out.print(f"[yellow]{escape(warning)}[/yellow]")
     for fix in plan.fixes:
         state = "fits" if not fix.short_bytes else f"still {show.gb(fix.short_bytes)} short"
-        show.text(
-            f"  --set {fix.setting:<34} {fix.change}: {show.gb(fix.peak_bytes)}, {state}; a step x{fix.slower:.2f}"
-        )
+        what = f"{fix.change}: {show.gb(fix.peak_bytes)}, {state}"
+        show.text(f"  --set {fix.setting:<34} {what}; a step x{fix.slower:.2f}")
     if not plan.warnings:
         share = plan.needed_bytes / max(1, plan.available_bytes)
         needed = f"{show.gb(plan.needed_bytes)} of {show.gb(plan.available_bytes)} free are needed"

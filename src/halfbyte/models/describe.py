@@ -1,8 +1,8 @@
 """What a model is, without its weights: its config and the list of its tensors, from headers alone.
 
 Why: a plan is asked for before anything is downloaded, and must not wait for a library that can load models.
-What: a bundled name needs nothing; a folder gives config.json and safetensors headers (or the config alone, where the
-architecture is known); a GGUF its own header; a hub id the same through HTTP range requests: kilobytes, not the model.
+What: a bundled name needs nothing; a folder gives config.json and headers (or the config alone, where the architecture
+is known); a GGUF its own header; a hub id the same through HTTP range requests: kilobytes, not the model.
 Source: the safetensors format; RFC 9110, section 14 (range requests); the hub's `resolve` addresses.
 Cost: a few small files or requests; no torch.
 """
@@ -139,9 +139,8 @@ def _of_gguf(path: Path) -> Shape:
     values = {key: header.metadata.get(f"{kind}.{field}") for key, field in _GGUF_FIELDS.items()}
     config: Document = {key: value for key, value in values.items() if isinstance(value, int)}
     shapes_by_name = {tensor.name: tensor.shape for tensor in header.tensors}
-    embedding = shapes_by_name.get("token_embd.weight")
-    if embedding is not None:
-        config["vocab_size"] = embedding[0]
+    if "token_embd.weight" in shapes_by_name:
+        config["vocab_size"] = shapes_by_name["token_embd.weight"][0]
     config["model_type"] = _GGUF_TYPES.get(kind, kind)
     config["tie_word_embeddings"] = "output.weight" not in shapes_by_name
     config["attention_bias"] = "blk.0.attn_q.bias" in shapes_by_name
@@ -164,9 +163,7 @@ def _of_hub(repo: str, revision: str | None) -> Shape:
     if (folder / safetensors.SINGLE).is_file():
         return of_folder(folder, name)
     index = hub.small_file(repo, safetensors.INDEX, commit)
-    files = [safetensors.SINGLE]
-    if index is not None:
-        files = safetensors.indexed_files(index)
+    files = [safetensors.SINGLE] if index is None else safetensors.indexed_files(index)
     if index is not None and all((folder / file).is_file() for file in files):
         return of_folder(folder, name)
     config = tensors.read_config(folder)

@@ -117,18 +117,12 @@ def measure(device: Device, dtype: str) -> Rates:
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     before, tries = usage.scheduled(), Tries(device.kind)
     with torch.no_grad():
-        rates = Rates(
-            matmul_flops=_matmul(tries, kind),
-            memory_bytes=_memory(tries, kind),
-            dequant_elements=_dequantise(tries, kind),
-            attention_flops=_attention(tries, kind),
-            disk_bytes=_disk(),
-            source=f"calibrated {_today()}: {threads(device)} threads, {dtype}",
-        )
+        seen = _seen(tries, kind)
     after = usage.scheduled()
     waited = after.since(before).waited_share if before and after else None
     busy = load_seen(waited, tries.spread, usage.pressure() if waited is None else None)
-    return replace(rates, busy=busy, source=f"{rates.source}, beside other load" if busy else rates.source)
+    source = f"calibrated {_today()}: {threads(device)} threads, {dtype}{', beside other load' if busy else ''}"
+    return Rates(*seen, source=source, busy=busy)
 
 
 def load_seen(waited_share: float | None, spread: float, pressure: float | None = None) -> str:
@@ -176,31 +170,24 @@ def _today() -> str:
     return time.strftime("%Y-%m-%d")
 
 
-def _matmul(tries: Tries, kind: torch.dtype) -> float:
-    import torch
-
-    size = 2048 if tries.where == "cpu" else 8192
-    a, b = (torch.ones(size, size, dtype=kind, device=tries.where) for _ in range(2))
-    out = torch.empty_like(a)
-    return 2 * size**3 / tries.best(lambda: torch.mm(a, b, out=out))
-
-
-def _memory(tries: Tries, kind: torch.dtype) -> float:
-    import torch
-
-    a = torch.ones(MEMORY_BYTES // kind.itemsize, dtype=kind, device=tries.where)
-    out = torch.empty_like(a)
-    return 3 * a.nbytes / tries.best(lambda: torch.add(a, a, out=out))
-
-
-def _dequantise(tries: Tries, kind: torch.dtype) -> float:
+def _seen(tries: Tries, kind: torch.dtype) -> tuple[float, float, float, float, float]:
+    """What is done in a second, in the order of `Rates`."""
     import torch
 
     from halfbyte.quant import bnb
     from halfbyte.quant.dequantise import dequantised
 
+    size = 2048 if tries.where == "cpu" else 8192
+    a, b, out = (torch.ones(size, size, dtype=kind, device=tries.where) for _ in range(3))
+    long, sums = (torch.ones(MEMORY_BYTES // kind.itemsize, dtype=kind, device=tries.where) for _ in range(2))
     layer = bnb.quantised_linear(torch.ones(2048, 2048, dtype=kind), tries.where)
-    return 2048 * 2048 / tries.best(lambda: dequantised(layer, reuse=True))
+    return (
+        2 * size**3 / tries.best(lambda: torch.mm(a, b, out=out)),
+        3 * long.nbytes / tries.best(lambda: torch.add(long, long, out=sums)),
+        2048 * 2048 / tries.best(lambda: dequantised(layer, reuse=True)),
+        _attention(tries, kind),
+        _disk(),
+    )
 
 
 def _attention(tries: Tries, kind: torch.dtype) -> float:

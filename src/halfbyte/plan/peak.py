@@ -13,12 +13,16 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from halfbyte.plan.job import Job
 from halfbyte.plan.layer import NO_SCORES, PADDED, pairs_of
 from halfbyte.plan.lines import Line, Recompute, Where
+
+if TYPE_CHECKING:
+    from halfbyte.plan.job import Sizes
 
 LOGITS_CHUNK_BYTES, LOGITS_ROWS = 32_000_000, 16  # layers/loss.py: at once at most, in multiples of so many rows
 SCORES_BYTES, SCORES_ROWS = 24_000_000, 512  # layers/attention.py: scores in fp32 at once, rows of a long example
@@ -51,11 +55,7 @@ def largest_micro_batch(job: Job, tokens: int) -> MicroBatch:
     """The worst micro-batch of at most `tokens`: the longest rows together, as many as one step has."""
     rows = job.rows.descending
     most = job.rows_per_step if job.packed else 1
-    taken: list[int] = []
-    for length in rows[: max(most, 1)].tolist():
-        if taken and sum(taken) + length > tokens:
-            break
-        taken.append(length)
+    taken = _first(rows, most, tokens)
     if taken and job.packed and sum(taken) < tokens:  # shorter rows fill what is left of it
         left, at = tokens - sum(taken), len(taken)
         while len(taken) < most:
@@ -64,8 +64,13 @@ def largest_micro_batch(job: Job, tokens: int) -> MicroBatch:
                 break
             taken.append(int(rows[at]))
             left, at = left - taken[-1], at + 1
-    total = sum(taken)
-    return MicroBatch(tuple(taken) or (1,), round(total * job.rows.labelled_share))
+    return MicroBatch(tuple(taken) or (1,), round(sum(taken) * job.rows.labelled_share))
+
+
+def _first(rows: Sizes, most: int, tokens: int) -> list[int]:
+    """The first rows that have at most `tokens` together, but one at least and no more than `most`."""
+    fit = int(np.searchsorted(np.cumsum(rows[:most]), tokens, side="right"))
+    return [int(length) for length in rows[: max(1, fit)]]
 
 
 def step_lines(job: Job, largest: MicroBatch, recompute: Recompute, where: Where, cards: int = 1) -> tuple[Line, ...]:
@@ -137,11 +142,7 @@ def logits_bytes(job: Job, labelled: int) -> int:
 def evaluation_micro_batch(job: Job, tokens: int) -> MicroBatch:
     """The worst micro-batch of at most `tokens` of the held-out rows."""
     most = job.recipe.train.per_device_eval_batch_size if job.packed else 1
-    taken: list[int] = []
-    for length in np.sort(job.rows.evaluated)[::-1].tolist():
-        if len(taken) == most or (taken and sum(taken) + length > tokens):
-            break
-        taken.append(length)
+    taken = _first(np.sort(job.rows.evaluated)[::-1], most, tokens)
     return MicroBatch(tuple(taken) or (1,), round(sum(taken) * job.rows.labelled_share))
 
 

@@ -87,8 +87,7 @@ def step_time(
     quantised = job.recipe.quant.quantises
     # scores that are made in memory (ALiBi, softcap, dropout) go through it as what is kept does
     moved = TRAFFIC * (job.layer.kept + job.layer.pair * rows.mean_of_a_token) * facts.layers
-    micro_batch_tokens = step_tokens / micro_batches
-    full_rate = micro_batch_tokens / (micro_batch_tokens + HALF_RATE_TOKENS)
+    full_rate = 1 / (1 + HALF_RATE_TOKENS * micro_batches / step_tokens)
     scores = rows.mean_of_a_token * facts.heads if facts.attention_dropout else 0.0
     masks = facts.layers * (scores + (2 * facts.hidden if facts.residual_dropout else 0))
     parts = {
@@ -106,10 +105,8 @@ def step_time(
     elif placement == "mapped":
         parts["waiting for disk"] = reading
     total = sum(parts.values())
-    spread = SPREAD if rates.measured else SPREAD_ASSUMED
-    return Time(
-        total * (1 - spread), total, total * (1 + spread), job.steps, rates.source, rates.measured, parts, reading
-    )
+    spread = total * (SPREAD if rates.measured else SPREAD_ASSUMED)
+    return Time(total - spread, total, total + spread, job.steps, rates.source, rates.measured, parts, reading)
 
 
 def mean_micro_batches(job: Job, tokens: int) -> int:

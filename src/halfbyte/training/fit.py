@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.adapters.targets import Targets
-from halfbyte.plan import Job, Plan, Rates, Rows, calibrate, choose, make, peak
+from halfbyte.plan import Job, Plan, Rows, calibrate, choose, make, peak
 from halfbyte.plan.lines import Recompute
 from halfbyte.runs.report import Compared
 from halfbyte.system import usage
@@ -39,23 +39,16 @@ def plan_of(
 
     Args:
         model: gives the shapes where the checkpoint has no headers (pickled weights).
-        say: the machine may be calibrated first.
+        say: the machine may be calibrated first, if it was not yet and the run is long enough.
     """
     held_out = prepared.evaluation.lengths if prepared.evaluation is not None else ()
     rows = Rows(prepared.train.lengths, prepared.train.labelled, held_out)
     job = Job.of_checkpoint(prepared.recipe, prepared.checkpoint, model, rows, machine, targets=chosen.names)
     job = replace(job, steps=count_steps(prepared))
-    return job, make(job, machine, rates_for(job, machine, say))
-
-
-def rates_for(job: Job, machine: Device, say: Callable[[str], None] | None = None) -> Rates | None:
-    """This machine's rates: the cached ones, or measured now if the run is long enough and `say` is given."""
     rates = calibrate.cached(machine, job.dtype)
-    if rates is not None or say is None:
-        return rates
-    if choose.make(job, machine).time.run_s < CALIBRATE_FROM_S:
-        return None
-    return calibrate.ensure(machine, job.dtype, say=say)
+    if rates is None and say is not None and choose.make(job, machine).time.run_s >= CALIBRATE_FROM_S:
+        rates = calibrate.ensure(machine, job.dtype, say=say)
+    return job, make(job, machine, rates)
 
 
 def correct_rates(plan: Plan, machine: Device, step_s: float | None) -> None:
@@ -112,11 +105,8 @@ def compared(
             Compared("pages of files", plan.file_bytes, seen.file),
         ]
     adapter = sum(line.bytes for line in plan.disk if line.name == "adapter")
-    lines.append(Compared("adapter on disk", adapter, _bytes_below(run / "adapter")))
+    written = sum(file.stat().st_size for file in (run / "adapter").rglob("*") if file.is_file())
+    lines.append(Compared("adapter on disk", adapter, written))
     if step_s is not None:
         lines.append(Compared("seconds a step", plan.time.step_s, step_s))
     return lines
-
-
-def _bytes_below(folder: Path) -> int:
-    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0
