@@ -177,7 +177,7 @@ def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener, *
         folder=run.path,
         total_steps=len(steps),
         fp16=base.compute_dtype == "fp16",
-        use_cpu=base.device.type == "cpu",
+        use_cpu=base.model.device.type == "cpu",
         eval_steps=eval_every(prepared),
     )
     trainer = StepTrainer(

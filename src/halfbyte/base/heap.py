@@ -1,13 +1,11 @@
 """Holes in the C library's heap, given back to the system between micro-batches, or layers where these are recomputed.
 
-Why: who recomputes every layer is short of memory, and a third of what such a run holds can be holes. PyTorch asks
-glibc for aligned memory, and `memalign` cannot put a tensor where one of the same size was, since it asks for more than
-that. So each layer's temporaries split larger holes or go on top of the heap: SmolLM2, 4 x 512 tokens, held 0.91 GB
-where 0.75 to 0.79 do (`docs/log.md`, "Holes under full recomputation").
-Micro-batches of ever new lengths leave holes in the same way: SmolLM2, 800 tokens a step, grew from 1.0 to 1.5 GB in
-14 steps. What: after each micro-batch, or each decoder layer (forward and backward) under full recomputation, a look at
-what is resident. Where it grew by more than a budget, and the heap's own count says that it is holes, `malloc_trim`
-gives them back.
+Why: PyTorch asks glibc for aligned memory, and `memalign` cannot put a tensor where one of the same size was. So the
+temporaries of each layer, and micro-batches of ever new lengths, split larger holes or go on top of the heap: SmolLM2,
+800 tokens a step, grew from 1.0 to 1.5 GB in 14 steps (`docs/log.md`, "Holes under full recomputation").
+What: after each micro-batch, or each decoder layer (forward and backward) under full recomputation, a look at what is
+resident. Where it grew by more than a budget, and the heap's own count says that it is holes, `malloc_trim` gives them
+back.
 Source: malloc_trim(3), mallinfo(3), glibc `malloc/malloc.c` (`_int_memalign`); torch's documented forward and tensor
 hooks. Nothing is done on a card, or where the C library has no `mallinfo2` (glibc before 2.33, others).
 Cost: a read of /proc/self/statm a layer, and a few milliseconds each time that the budget is passed.
@@ -72,7 +70,8 @@ def install(model: Model) -> None:
     except BaseModelError:  # no list of layers
         return
     holes = Holes()
-    _INSTALLED[lm] = [layer.register_forward_hook(stream.After(holes.look, holes.look)) for layer in layers]
+    hooks = (lambda *_: holes.look(), stream.after(holes.look))
+    _INSTALLED[lm] = [layer.register_forward_hook(hook) for layer in layers for hook in hooks]
 
 
 def remove(model: Model) -> None:

@@ -1,8 +1,7 @@
 """Open a base: the frozen model in 4 bits, its tokenizer, and the proof that it is resident as the policy says.
 
-Why: transformers leaves what it cannot quantise (fused expert tensors, unknown module types) in 16 bits without a word,
-fills missing weights with random numbers under a warning, and loads a Linear4bit that an eval forward breaks
-(`quant/bnb.py`).
+Why: transformers leaves what it cannot quantise in 16 bits without a word, fills missing weights with random numbers
+under a warning, and loads a Linear4bit that an eval forward breaks (`residency.py`, `quant/bnb.py`).
 Cost: transformers quantises while loading; the check is one walk over the parameters.
 """
 
@@ -19,7 +18,7 @@ import torch
 from halfbyte.base import residency
 from halfbyte.base.config import is_quantised_already, open_config
 from halfbyte.base.store import first_pages, shelf, supply
-from halfbyte.base.store.shelf import source_files
+from halfbyte.base.store.reading import unsafe_pickle
 from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.errors import BaseModelError, first_line
 from halfbyte.models import tensors
@@ -52,10 +51,6 @@ class Base:
     expected_bytes: int
     origin: str = ""
     """Where the weights came from: the store's folder, or why they were quantised while loading."""
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
 
 def open_base(
@@ -141,7 +136,9 @@ class _Opening:
         return model
 
     def _load_config(self) -> object:
-        bits = formats.of(self.quant).load_config(self.quant, self.dtype, heads_to_skip(self.config, self.quant))
+        bits = formats.of(self.quant).load_config(
+            self.quant, self.dtype, residency.heads_to_skip(self.config, self.quant)
+        )
         ours = bits is not None and self.config.model_type in linear_subclasses.PLAIN_LINEARS
         return linear_subclasses.load_config(bits, self.quant) if ours else bits
 
@@ -160,7 +157,7 @@ class _Opening:
                     **how,
                 )
         except UnpicklingError as error:
-            raise _unsafe_pickle(self.checkpoint, error) from error
+            raise unsafe_pickle(self.checkpoint, error) from error
         except (ValueError, RuntimeError, OSError, KeyError, EOFError) as error:
             raise BaseModelError(
                 f"{self.checkpoint.id} could not be opened from {self.folder}: {first_line(error)}"
@@ -170,21 +167,16 @@ class _Opening:
         return model
 
 
-def heads_to_skip(config: Config, quant: Quant) -> tuple[str, ...]:
-    """The output head's names, where the recipe names modules of its own to be left unquantised."""
-    return residency.head_names(config) if quant.skip_modules or quant.fp32_modules else ()
-
-
 def want(
     checkpoint: Checkpoint,
     config: Config,
     quant: Quant,
     device: machine.Device,
     specs: tuple[tensors.TensorSpec, ...],
-) -> supply.Wanted:
+) -> shelf.Wanted:
     """The store that `open_base` opens for these settings; what cannot be held as asked is told before it is built."""
     dtype = DTYPES[machine.compute_dtype(device, quant.compute_dtype)[0]]
-    heads = heads_to_skip(config, quant)
+    heads = residency.heads_to_skip(config, quant)
     expected = sum(policy.encoded_bytes(s, quant, dtype.itemsize) for s in specs)
 
     def check(model: Model, info: Document) -> None:
@@ -193,19 +185,11 @@ def want(
         residency.named_fp32(model, quant.fp32_modules)
         residency.check_resident(model, quant, codec.planned_bytes(model, quant), expected, checkpoint.id)
 
-    return supply.Wanted(checkpoint, config, quant, dtype, heads, cores=device.cores, check=check)
-
-
-def ensure_store(wanted: supply.Wanted, *, out: Path | None = None, tell: supply.Tell | None = None) -> Path:
-    """`supply.ensure`, with the words of this room for a pickle that is refused."""
-    try:
-        return supply.ensure(wanted, out=out, tell=tell)
-    except UnpicklingError as error:
-        raise _unsafe_pickle(wanted.checkpoint, error) from error
+    return shelf.Wanted(checkpoint, config, quant, dtype, heads, cores=device.cores, check=check)
 
 
 def stored_base(
-    wanted: supply.Wanted, device: machine.Device, tell: supply.Tell | None = None
+    wanted: shelf.Wanted, device: machine.Device, tell: supply.Tell | None = None
 ) -> tuple[Path | None, str]:
     """The folder of the store, found or built; or None, and why the base is quantised while it is loaded instead.
 
@@ -214,29 +198,16 @@ def stored_base(
     """
     tell = tell or supply.Tell()
     try:
-        return ensure_store(wanted, tell=tell), ""
+        return supply.ensure(wanted, tell=tell), ""
     except shelf.CannotHold as reason:
         why = str(reason)
     except shelf.NotWritable as error:
-        nbytes = sum(file.stat().st_size for file in source_files(wanted.checkpoint))
+        nbytes = sum(file.stat().st_size for file in shelf.source_files(wanted.checkpoint))
         if nbytes * LOADING_SHARE > device.ram_available_bytes:
             raise
         why = error.message
     tell.say(f"no store, the base is quantised while it is loaded: {why}")
     return None, why
-
-
-def _unsafe_pickle(checkpoint: Checkpoint, error: UnpicklingError) -> BaseModelError:
-    return BaseModelError(
-        f"{checkpoint.id}: its pickled weights hold more than tensors, so they were not read: {_blocked(error)}.",
-        fix="use a copy of the model with safetensors",
-    )
-
-
-def _blocked(error: BaseException) -> str:
-    """What `torch.load` refused, out of the page that it says about it."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), first_line(error)).rstrip(".")
 
 
 def load_base(

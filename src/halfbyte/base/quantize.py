@@ -35,14 +35,12 @@ class Built:
     seconds: float
 
     def to_json(self) -> Document:
-        found = asdict(self.manifest)
-        del found["files"]
         return {
             "path": str(self.path),
             "built": self.built,
             "seconds": round(self.seconds, 3),
             "bytes": self.manifest.nbytes,
-            "manifest": found,
+            "manifest": {k: v for k, v in asdict(self.manifest).items() if k != "files"},
         }
 
 
@@ -56,29 +54,29 @@ def quantize(recipe: Recipe, *, out: Path | None = None, tell: supply.Tell | Non
     if not recipe.quant.quantises:
         raise BaseModelError("quant.type none keeps the base in 16 bits, as it is; there is nothing to quantise.")
     started, built = time.monotonic(), []
-    found = find_model(recipe)
-    config = open_config(found.path, trust_remote_code=recipe.trust_remote_code)
+    checkpoint = find_model(recipe)
+    config = open_config(checkpoint.path, trust_remote_code=recipe.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise BaseModelError(
-            f"{found.id} is quantised already.", fix="use it as the model of a recipe; it opens as it is"
+            f"{checkpoint.id} is quantised already.", fix="use it as the model of a recipe; it opens as it is"
         )
-    specs = tuple(tensors.read_checkpoint(found.path)) if not found.pickle else ()
-    wanted = load.want(found, config, recipe.quant, device.detect(), specs)
+    specs = tuple(tensors.read_checkpoint(checkpoint.path)) if not checkpoint.pickle else ()
+    wanted = load.want(checkpoint, config, recipe.quant, device.detect(), specs)
     telling = replace(tell or supply.Tell(), built=lambda: built.append(True))
     telling.say(_preflight(wanted, specs), label="planned")
     try:
         if hasattr(config, "auto_map"):
             raise shelf.CannotHold("it brings Python code of its own")
-        path = load.ensure_store(wanted, out=out, tell=telling)
+        path = supply.ensure(wanted, out=out, tell=telling)
     except shelf.CannotHold as reason:
         raise StoreError(
-            f"{found.id} cannot be held in a store: {reason}.",
+            f"{checkpoint.id} cannot be held in a store: {reason}.",
             fix="nothing is needed: train, eval and chat quantise it each time they load it",
         ) from reason
     return Built(path, manifest.read(path), bool(built), time.monotonic() - started)
 
 
-def _preflight(wanted: supply.Wanted, specs: tuple[tensors.TensorSpec, ...]) -> str:
+def _preflight(wanted: shelf.Wanted, specs: tuple[tensors.TensorSpec, ...]) -> str:
     """What building takes, before it begins."""
     if not specs:
         return "unknown: pickled weights have no header to read"

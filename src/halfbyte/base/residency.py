@@ -35,7 +35,7 @@ def check_resident(model: Model, quant: Quant, resident: int, expected: int, nam
     if not quant.quantises:
         return
     stayed = big_unquantised(model, quant)
-    stayed_bytes = sum(p.numel() * p.element_size() for _, p in stayed)
+    stayed_bytes = sum(p.nbytes for _, p in stayed)
     too_large = expected > 0 and resident > expected * (1 + RESIDENT_TOLERANCE) + 1e6
     if stayed_bytes > resident * RESIDENT_TOLERANCE or (too_large and stayed):
         names = sorted(stayed, key=lambda item: -item[1].numel())[:3]
@@ -63,9 +63,9 @@ def big_unquantised(model: Model, quant: Quant) -> list[tuple[str, nn.Parameter]
     """
     exempt = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     exempt |= {id(m.weight) for _, m in codec.linears_4bit(model) if m.weight.is_meta}  # still to be filled
-    head = model.get_output_embeddings()
-    if head is not None and getattr(head, "weight", None) is not None:
-        exempt.add(id(head.weight))
+    exempt.add(id(getattr(model.get_output_embeddings(), "weight", None)))
+    skipped = getattr(getattr(model, "hf_quantizer", None), "modules_to_not_convert", None) or ()
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
     total = sum(p.numel() for p in model.parameters())
     return [
         (name, p)
@@ -74,28 +74,29 @@ def big_unquantised(model: Model, quant: Quant) -> list[tuple[str, nn.Parameter]
         and p.is_floating_point()
         and id(p) not in exempt
         and p.numel() * 1000 > total
-        and not matches(name, (*quant.skip_modules, *quant.fp32_modules))
-        and not _is_default_skip(name, model)
+        and not matches(name, (*quant.exempt, *skipped, *kept))
     ]
 
 
-def keep_fp32(model: Model, patterns: tuple[str, ...], compute_dtype: torch.dtype) -> list[str]:
+def keep_fp32(model: Model, patterns: tuple[str, ...], compute_dtype: torch.dtype) -> None:
     """Hold the named modules in fp32 and convert at their border, so that the residual stream keeps its dtype."""
-    chosen = named_fp32(model, patterns)
-    for _, module in chosen:
+    for module in named_fp32(model, patterns):
         module.float()
-        module.register_forward_pre_hook(_to_fp32)
+        module.register_forward_pre_hook(lambda _, args: tuple(_cast(each, torch.float32) for each in args))
         if compute_dtype != torch.float32 and module is not model.get_output_embeddings():
-            module.register_forward_hook(_Back(compute_dtype))
-    return [name for name, _ in chosen]
+            module.register_forward_hook(lambda _module, _args, output: _cast(output, compute_dtype))
 
 
-def named_fp32(model: Model, patterns: tuple[str, ...]) -> list[tuple[str, nn.Module]]:
+def _cast(value: object, dtype: torch.dtype) -> object:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def named_fp32(model: Model, patterns: tuple[str, ...]) -> list[nn.Module]:
     """The modules with parameters of their own that the recipe wants in fp32."""
     if not patterns:
         return []
     chosen = [
-        (name, module)
+        module
         for name, module in model.named_modules()
         if matches(name, patterns) and next(module.parameters(recurse=False), None) is not None
     ]
@@ -107,32 +108,15 @@ def named_fp32(model: Model, patterns: tuple[str, ...]) -> list[tuple[str, nn.Mo
     return chosen
 
 
-def _to_fp32(module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
-    return tuple(a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
-
-
-class _Back:
-    """Forward hook: the module's floating output in the compute dtype again."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def __call__(self, module: nn.Module, args: tuple[object, ...], output: object) -> object:
-        return output.to(self.dtype) if isinstance(output, torch.Tensor) and output.is_floating_point() else output
-
-
-def head_names(config: Config) -> tuple[str, ...]:
+def heads_to_skip(config: Config, quant: Quant) -> tuple[str, ...]:
+    """The output head's names, where the recipe names modules of its own to be left unquantised."""
+    if not quant.exempt:
+        return ()
     from transformers.quantizers.base import get_keys_to_not_convert
 
     from halfbyte.models.structure import meta_model
 
     return tuple(get_keys_to_not_convert(meta_model(config)))
-
-
-def _is_default_skip(name: str, model: Model) -> bool:
-    skipped = getattr(getattr(model, "hf_quantizer", None), "modules_to_not_convert", None) or ()
-    keep = getattr(model, "_keep_in_fp32_modules", None) or ()
-    return matches(name, [*skipped, *keep])
 
 
 def check_skipped(model: Model, quant: Quant) -> None:
@@ -148,7 +132,7 @@ def check_skipped(model: Model, quant: Quant) -> None:
 def check_complete(model: Model, info: Document, checkpoint: Checkpoint) -> None:
     missing = sorted(info.get("missing_keys", ()))
     mismatched = sorted(
-        f"{name} is {tuple(found)}, not {tuple(needed)}" for name, found, needed in info.get("mismatched_keys", ())
+        f"{name} is {tuple(there)}, not {tuple(needed)}" for name, there, needed in info.get("mismatched_keys", ())
     )
     if missing or mismatched:
         problem = "has not the shape of" if mismatched else "lacks"

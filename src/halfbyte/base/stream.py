@@ -1,16 +1,12 @@
 """Where a base is kept while it works: in private memory, mapped, or streamed through memory layer by layer.
 
-Why: frozen weights on disk need not live in RAM; a base larger than memory trains if its layers come and go around the
-computation. The order is known: up through the layers, down again in backward, so the next one is read while this one
-computes.
-What: `place` puts torch's forward hooks on the decoder layers. Before a layer runs, it is the current one: the next are
-fetched, all others are dropped. In a forward with gradients the layer's output gets a hook, which fires in backward
-just before the layer's own backward (and its recomputation, where there is one), and the same happens downwards. So
-training with and without recomputation, evaluation and generation go through one seam, for every architecture.
-How layers come and go is a `Mover`: here pages of mapped files; a card's copies would be another. Correctness never
-rests on a mover that only moves pages: what was dropped is read again when it is touched. One that copies must know
-that bitsandbytes' own forward keeps the packed weight for backward outside `save_for_backward`
-(`bitsandbytes/autograd/_functions.py`); the fused layers keep the layer alone and ask it again.
+Why: a base larger than memory trains if its layers come and go around the computation. The order is known: up through
+the layers, down again in backward, so the next one is read while this one computes.
+What: forward hooks on the decoder layers. Before a layer runs, the next are fetched, all others are dropped. Its output
+gets a hook that fires just before its own backward (and recomputation), and the same happens downwards. So training,
+evaluation and generation go through one seam, for every architecture.
+Trap: a `Mover` that copies, where this one moves pages that come by themselves, must know that bitsandbytes' own
+forward keeps the packed weight for backward outside `save_for_backward` (`bitsandbytes/autograd/_functions.py`).
 Source: torch's documented `register_forward_pre_hook`, `register_forward_hook`, `Tensor.register_hook`.
 Cost: memory of one layer, and of the head while it works; a base larger than RAM is read from disk up to twice a pass.
 """
@@ -21,7 +17,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -34,29 +30,15 @@ from halfbyte.system import pages
 if TYPE_CHECKING:
     from halfbyte.types import Model
 
-Placement = Literal["resident", "mapped", "streamed"]
 # How many layers are read ahead: one is read while one computes, and the disk never waits for the second.
 AHEAD = 2
 
 
-class Mover(Protocol):
-    """Brings the weights of a group (a decoder layer, or the last group: what is around the layers) and drops them."""
+class Mover:
+    """Brings the weights of a group (a decoder layer, or the last group: what is around the layers) and drops them.
 
-    def fetch(self, group: int) -> None:
-        """Begin to bring a group; returns before it is there. Again for one that is there: nothing."""
-
-    def need(self, group: int) -> None:
-        """Return when the group can be computed with."""
-
-    def drop(self, group: int) -> None:
-        """Let a group go. For one that is not there: nothing."""
-
-    def close(self) -> None:
-        """End what runs in the background. Weights can be computed with afterwards."""
-
-
-class PageMover:
-    """Groups of tensors in mapped files: read ahead on a thread, let go page by page; what is touched comes by itself.
+    Here the groups are tensors in mapped files: read ahead on a thread, let go page by page; what is touched comes by
+    itself.
 
     Args:
         groups: tensors of each group, all mapped. They are kept alive, so that no address is ever someone else's.
@@ -71,13 +53,15 @@ class PageMover:
         self._coming: dict[int, Future[None]] = {}
 
     def fetch(self, group: int) -> None:
+        """Begin to bring a group; returns before it is there. Again for one that is there: nothing."""
         if group not in self._coming:
             self._coming[group] = self._reader.submit(self._bring, group)
 
     def need(self, group: int) -> None:
-        """A page that is not there yet is waited for when it is touched."""
+        """Return when the group can be computed with: a page is waited for when it is touched."""
 
     def drop(self, group: int) -> None:
+        """Let a group go. For one that is not there: nothing."""
         coming = self._coming.pop(group, None)
         if coming is not None:
             coming.cancel()
@@ -85,6 +69,7 @@ class PageMover:
             pages.let_go(span)
 
     def close(self) -> None:
+        """End what runs in the background. Weights can be computed with afterwards."""
         self._reader.shutdown(wait=True, cancel_futures=True)
 
     def _bring(self, group: int) -> None:
@@ -96,7 +81,7 @@ class PageMover:
 class Placed:
     """A base in its place. `mapped_bytes` of `total_bytes` lie in files; `layers` come and go if it is streamed."""
 
-    placement: Placement
+    placement: str
     total_bytes: int
     mapped_bytes: int
     layers: int = 0
@@ -129,14 +114,13 @@ def place_as_planned(model: Model, placement: str, *, asked: bool) -> tuple[Plac
     """
     if placement == "split":
         return place(model, "resident"), ""
-    wanted: Placement = "streamed" if placement == "streamed" else "mapped" if placement == "mapped" else "resident"
-    if wanted != "resident" and not asked and not is_mapped(model):
-        why = f"planned {wanted}, but its weights are not on disk in the form they are computed in"
+    if placement != "resident" and not asked and not is_mapped(model):
+        why = f"planned {placement}, but its weights are not on disk in the form they are computed in"
         return place(model, "resident"), why
-    return place(model, wanted), ""
+    return place(model, placement), ""
 
 
-def place(model: Model, placement: Placement, *, mover: Mover | None = None) -> Placed:
+def place(model: Model, placement: str, *, mover: Mover | None = None) -> Placed:
     """Put a base where it is wanted, before or after its adapters. Adapters and whatever trains stay in memory.
 
     Args:
@@ -144,7 +128,7 @@ def place(model: Model, placement: Placement, *, mover: Mover | None = None) -> 
             placement of the same model must have been removed.
         placement: `resident` copies a mapped base into private memory, tensor by tensor (one whose layers are there
             already stays as it is); `mapped` leaves it to the kernel; `streamed` bounds it to a layer or two at a time.
-        mover: for `streamed`, how layers come and go; default: `PageMover` over the mapped files.
+        mover: for `streamed`, how layers come and go; default: over the mapped files.
 
     Raises:
         BaseModelError: `mapped` or `streamed` is asked of a base that lies in private memory, or of a system that
@@ -174,7 +158,7 @@ def place(model: Model, placement: Placement, *, mover: Mover | None = None) -> 
         )
     layers = structure.decoder_layers(model)
     if mover is None:
-        mover = PageMover(*_groups(model, layers, maps))
+        mover = Mover(*_groups(model, layers, maps))
     return Placed("streamed", total, mapped, len(layers), Stream(layers, mover))
 
 
@@ -184,28 +168,23 @@ class Stream:
     The group after the last layer is what is around them: embedding, last norm, head.
     """
 
-    def __init__(self, layers: list[nn.Module], mover: Mover, *, ahead: int = AHEAD) -> None:
+    def __init__(self, layers: list[nn.Module], mover: Mover) -> None:
         self.mover = mover
         self.count = len(layers)
-        self.ahead = ahead
         self.held: set[int] = set(range(self.count + 1))
         self.visits = 0
-        self._handles = []
+        self._handles = [x.register_forward_hook(after(partial(self.downwards, n))) for n, x in enumerate(layers)]
         for number, layer in enumerate(layers):
-            self._handles += [
-                layer.register_forward_pre_hook(_Before(self, number)),
-                layer.register_forward_hook(After(partial(self.downwards, number))),
-            ]
+            self._handles.append(layer.register_forward_pre_hook(lambda *_, number=number: self.upwards(number)))
         self._drop_all_but(set())
 
     def upwards(self, layer: int) -> None:
         """`layer` is about to run forward."""
-        following = range(layer + 1, min(layer + 1 + self.ahead, self.count + 1))
-        self._move(layer, list(following))
+        self._move(layer, range(layer + 1, min(layer + 1 + AHEAD, self.count + 1)))
 
     def downwards(self, layer: int) -> None:
         """`layer` is about to run backward; below the first one the next forward begins, with the first one."""
-        self._move(layer, list(range(layer - 1, max(-1, layer - 1 - self.ahead), -1)))
+        self._move(layer, range(layer - 1, max(-1, layer - 1 - AHEAD), -1))
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -213,7 +192,7 @@ class Stream:
         self._handles = []
         self.mover.close()
 
-    def _move(self, layer: int, following: list[int]) -> None:
+    def _move(self, layer: int, following: range) -> None:
         self.visits += 1
         self._drop_all_but({layer, *following})
         for group in (layer, *following):
@@ -227,38 +206,17 @@ class Stream:
         self.held &= wanted
 
 
-class _Before:
-    """Forward pre-hook of one layer."""
+def after(backward: Callable[[], None]) -> Callable[..., None]:
+    """A forward hook of one layer, by whose output `backward` is called just before the layer's own backward."""
 
-    def __init__(self, stream: Stream, number: int) -> None:
-        self.stream, self.number = stream, number
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        self.stream.upwards(self.number)
-
-
-class After:
-    """Forward hook of one layer: its output will say when backward comes to it.
-
-    Args:
-        backward: called just before the layer's own backward, when the layer above is done.
-        forward: called after the layer's forward.
-    """
-
-    def __init__(self, backward: Callable[[], None], forward: Callable[[], None] | None = None) -> None:
-        self.backward, self.forward = backward, forward
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.forward is not None:
-            self.forward()
+    def hook(module: nn.Module, args: object, output: Tensor | Iterable[object]) -> None:
         if torch.is_grad_enabled():
             tensors = (output,) if isinstance(output, Tensor) else output
             hidden = next((t for t in tensors if isinstance(t, Tensor) and t.requires_grad), None)
             if hidden is not None:
-                hidden.register_hook(self._arrived)
+                hidden.register_hook(lambda gradient: backward())
 
-    def _arrived(self, gradient: Tensor) -> None:
-        self.backward()
+    return hook
 
 
 def is_mapped(model: Model, maps: pages.FileMaps | None = None) -> bool:

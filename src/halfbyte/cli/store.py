@@ -32,10 +32,10 @@ def verify(
     json_: Json = False,
 ) -> None:
     """Hash every byte of stores and compare with what was built. Exit code 1 if anything differs."""
-    from halfbyte.base.store import maintenance
+    from halfbyte.base.store import shelf
 
     with show.counting("stores", silent=json_) as progress:
-        wrong = maintenance.verify(names or [], progress)
+        wrong = shelf.verify(names or [], progress)
     if json_:
         show.document({name: {"whole": not problems, "problems": problems} for name, problems in wrong.items()})
     else:
@@ -54,9 +54,9 @@ def gc(
     json_: Json = False,
 ) -> None:
     """Remove interrupted builds, damaged stores and old formats."""
-    from halfbyte.base.store import maintenance
+    from halfbyte.base.store import shelf
 
-    removed, kept = maintenance.collect(unused_days=unused_days, everything=everything, dry_run=dry_run)
+    removed, kept = shelf.collect(unused_days=unused_days, everything=everything, dry_run=dry_run)
     if json_:
         names = {"removed": removed, "kept": kept}
         show.document({"dry_run": dry_run, **{k: [entry.to_json() for entry in v] for k, v in names.items()}})

@@ -1,12 +1,11 @@
 """The CPU quantiser, and dequantising that is right for every width, offered to every script on the machine through
 bitsandbytes' own entry point for backends.
 
-Why: `import bitsandbytes` calls each entry point of the group `bitsandbytes.backends`, and an exception there would
-break that import everywhere; so nothing here may raise, and numba is imported when a weight is first quantised.
-What: kernels for `bitsandbytes::quantize_4bit` and `bitsandbytes::dequantize_4bit` on the CPU. The second takes only
-widths that hold no whole number of blocks, which bitsandbytes' own gets wrong (`dequantise.py`). What they do not take
+What: kernels for `bitsandbytes::quantize_4bit` and `bitsandbytes::dequantize_4bit` on the CPU. What they do not take
 (other types, NaN, a numba that does not work) goes to the kernels that were there before. HALFBYTE_BNB_KERNEL=0 leaves
 bitsandbytes as it is.
+Trap: `import bitsandbytes` calls this, and an exception would break that import everywhere; so nothing here may raise,
+and numba is imported when a weight is first quantised.
 Source: `bitsandbytes/__init__.py`, `_import_backends`; `torch.library`: `Library.impl` with `allow_override`, and
 `get_kernel` for the kernel before.
 Cost: at import a lookup; at use see nf4_cpu.py and dequantise.py.
@@ -65,7 +64,7 @@ def _quantise(keys: object, values: Tensor, block_size: int, quant_type: str, st
 def _dequantise(
     keys: object, packed: Tensor, absmax: Tensor, block_size: int, quant_type: str, shape: list[int], kind: dtype
 ) -> Tensor:
-    """The weight, in `shape` and the dtype `kind`."""
+    """The weight, in `shape` and the dtype `kind`; the kernel before is right where rows hold whole blocks."""
     from halfbyte.quant import dequantise
 
     whole = not shape[-1] % block_size and not dequantise.is_distrusted(quant_type, kind)

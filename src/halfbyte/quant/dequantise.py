@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -45,11 +45,8 @@ def dequantised(module: nn.Module, *, reuse: bool = False) -> Tensor:
 
         return bnb_f.dequantize_4bit(packed, state)
     count = state.shape.numel()
-    on_cpu = packed.device.type == "cpu"
-    out = (
-        _scratch(count, state.dtype) if reuse and on_cpu
-        else torch.empty(count, dtype=state.dtype, device=packed.device)
-    )  # fmt: skip
+    make = _scratch if reuse and packed.device.type == "cpu" else partial(torch.empty, device=packed.device)
+    out = make(count, dtype=state.dtype)
     write(packed, block_scales(state), out, state.blocksize, state.quant_type)
     return out.view(state.shape)
 

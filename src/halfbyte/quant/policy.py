@@ -1,7 +1,4 @@
-"""Which tensor of a checkpoint is held how, and the bytes that it takes. Every room asks here, none decides on its own.
-
-Cost: one look at a name; no torch.
-"""
+"""Which tensor of a checkpoint is held how, and the bytes that it takes: every room asks here, none decides itself."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 from halfbyte.base import load
 from halfbyte.base.config import open_config
 from halfbyte.base.load import Base, open_base
-from halfbyte.base.store import supply
+from halfbyte.base.store import shelf, supply
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import device
@@ -26,7 +26,7 @@ def opened(folder: Path, *, use_store: bool = True, tell: supply.Tell | None = N
     return open_base(found, Quant(**quant), machine, with_tokenizer=False, use_store=use_store, tell=tell)
 
 
-def wanted(folder: Path, **quant: Any) -> supply.Wanted:
+def wanted(folder: Path, **quant: Any) -> shelf.Wanted:
     """The store that belongs to a folder and settings."""
     from halfbyte.models import tensors
 

@@ -39,6 +39,10 @@ def forget() -> None:
     shelf._in_use.clear()
 
 
+def collectable(**values: Any) -> list[shelf.Shelved]:
+    return shelf.collect(dry_run=True, **values)[0]
+
+
 @pytest.mark.parametrize(
     "quant",
     [{"type": "fp4"}, {"double_quant": False},  {"skip_modules": ("o_proj",)}, {"fp32_modules": ("norm",)}],
@@ -123,8 +127,11 @@ def test_the_list_tells_states_sizes_and_last_use(folder: Path) -> None:
     assert found[0].nbytes == sum(f.stat().st_size for f in whole.iterdir())
     assert next(entry for entry in found if entry.path == building).nbytes == 5
     assert found[0].to_json()["source"]["id"] == "org/name"
-    assert {entry.path for entry in shelf.find("org/name")} == {whole, broken}
-    assert [entry.path for entry in shelf.find(whole.name)] == [whole] and shelf.find("nothing") == []
+    assert {entry.path for entry in shelf.named(["org/name"])} == {whole, broken}
+    assert [entry.path for entry in shelf.named([whole.name])] == [whole]
+    assert {entry.path for entry in shelf.named([])} == {whole, old, broken}
+    with pytest.raises(StoreError, match="no store is called nothing; there are: "):
+        shelf.named(["nothing"])
 
 
 def test_opening_is_a_use(folder: Path) -> None:
@@ -140,25 +147,25 @@ def test_gc_takes_what_is_of_no_use_and_with_an_age_what_is_not_used(folder: Pat
     (broken / "config.json").unlink()
     (whole.parent / (whole.name + shelf.PARTIAL)).mkdir()
     forget()
-    assert {entry.state for entry in shelf.collectable()} == {"broken", "building"}
-    assert all(shelf.remove(entry) for entry in shelf.collectable())
+    assert {entry.state for entry in collectable()} == {"broken", "building"}
+    assert all(shelf.remove(entry) for entry in collectable())
     assert [entry.path for entry in shelf.listing()] == [whole]
-    assert shelf.collectable(unused_days=1) == []
+    assert collectable(unused_days=1) == []
     for file in whole.iterdir():
         os.utime(file, (time.time() - 2 * 86400,) * 2)
-    assert [entry.path for entry in shelf.collectable(unused_days=1)] == [whole]
-    assert [entry.path for entry in shelf.collectable(everything=True)] == [whole]
+    assert [entry.path for entry in collectable(unused_days=1)] == [whole]
+    assert [entry.path for entry in collectable(everything=True)] == [whole]
 
 
 def test_gc_leaves_what_a_process_uses_or_builds(folder: Path) -> None:
     supply.ensure(wanted(folder))
     (entry,) = shelf.listing()
-    assert entry.in_use and shelf.collectable(everything=True) == [] and not shelf.remove(entry)
+    assert entry.in_use and collectable(everything=True) == [] and not shelf.remove(entry)
     forget()
     (free,) = shelf.listing()
     assert not free.in_use
     with shelf.building(entry.key):
-        assert shelf.collectable(everything=True) == [] and not shelf.remove(free)
+        assert collectable(everything=True) == [] and not shelf.remove(free)
     assert shelf.remove(free) and shelf.listing() == []
 
 

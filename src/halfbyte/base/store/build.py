@@ -27,13 +27,14 @@ from halfbyte.base.store.layout import FilePlan, Layout, Piece, slots
 from halfbyte.base.store.reading import Source, torch_dtypes
 from halfbyte.base.store.writer import Writer
 from halfbyte.errors import HalfbyteError, StoreError
-from halfbyte.models.sources.checkpoint import Checkpoint, beside_bytes, beside_weights
+from halfbyte.models.sources.checkpoint import beside_bytes, beside_weights
 from halfbyte.models.sources.safetensors import INDEX
 from halfbyte.plan import building
 from halfbyte.quant import formats, linear_subclasses
 from halfbyte.system import files
 
 if TYPE_CHECKING:
+    from halfbyte.recipe.schema import Quant
     from halfbyte.types import Document
 
 JOURNAL = "journal.jsonl"
@@ -62,13 +63,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Request:
-    """What to build, from what, under which key; `cores` is how many threads may compute at once."""
+    """What to build, its files, and under which key."""
 
-    checkpoint: Checkpoint
+    wanted: shelf.Wanted
     layout: Layout
     key: str
-    settings: Document
-    cores: int
 
 
 def build(request: Request, source: Source, target: Path, tell: Callable[[Progress], None] | None = None) -> None:
@@ -85,12 +84,12 @@ def build(request: Request, source: Source, target: Path, tell: Callable[[Progre
         _preflight(request, partial, journal)
         started = time.monotonic()
         _write_files(request, source, journal, tell)
-        _finish(request, source, journal, time.monotonic() - started)
+        _finish(request, journal, time.monotonic() - started)
         files.put(partial, target)
     except OSError as error:
         where = error.filename or partial
         raise shelf.NotWritable(
-            f"the store of {request.checkpoint.id} cannot be written: {where}: {error.strerror or error}. "
+            f"the store of {request.wanted.checkpoint.id} cannot be written: {where}: {error.strerror or error}. "
             f"{files.free_bytes(partial) / 1e9:.2f} GB are free there.",
             fix=_MORE_ROOM,
         ) from error
@@ -106,26 +105,19 @@ class _Journal:
         self.hashes: dict[str, dict[str, str]] = {}
         self.key = request.key
         known = {plan.name for plan in request.layout.files}
-        for line in self._lines():
-            entry = manifest.Entry(**line["entry"])
-            # Hashed again: what an interrupted process left behind is not believed.
-            if entry.name in known and line["key"] == self.key and _is_whole(folder / entry.name, entry):
-                self.files[entry.name], self.hashes[entry.name] = entry, line["tensors"]
-        for path in folder.iterdir():
-            if path.name not in self.files and path != self.path:
-                path.unlink()
-
-    def _lines(self) -> list[Document]:
-        found = []
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
         for line in text.splitlines():
             try:
                 value = json.loads(line)
-                manifest.Entry(**value["entry"])
-                found.append({"key": value["key"], "entry": value["entry"], "tensors": dict(value["tensors"])})
+                key, entry, tensors = value["key"], manifest.Entry(**value["entry"]), dict(value["tensors"])
             except (ValueError, TypeError, KeyError):
                 continue  # cut while it was written: that file is built again
-        return found
+            # Hashed again: what an interrupted process left behind is not believed.
+            if entry.name in known and key == self.key and not manifest.problem(folder / entry.name, entry, full=True):
+                self.files[entry.name], self.hashes[entry.name] = entry, tensors
+        for path in folder.iterdir():
+            if path.name not in self.files and path != self.path:
+                path.unlink()
 
     def add(self, entry: manifest.Entry, tensors: dict[str, str]) -> None:
         line = json.dumps({"key": self.key, "entry": asdict(entry), "tensors": tensors})
@@ -137,25 +129,14 @@ class _Journal:
             self.files[entry.name], self.hashes[entry.name] = entry, tensors
 
 
-def _is_whole(path: Path, entry: manifest.Entry) -> bool:
-    try:
-        return path.stat().st_size == entry.nbytes and manifest.entry_of(path) == entry
-    except OSError:
-        return False
-
-
 def _preflight(request: Request, partial: Path, journal: _Journal) -> None:
-    layout = request.layout
-    todo = [plan for plan in layout.files if plan.name not in journal.files]
-    need = sum(
-        Writer(partial / plan.name, [s for piece in plan.pieces for s in slots(piece, layout.quant)]).most_bytes
-        for plan in todo
-    )
-    beside = beside_bytes(request.checkpoint.path)
-    need += beside + SPARE_BYTES
+    need = beside_bytes(request.wanted.checkpoint.path) + SPARE_BYTES
+    for plan in request.layout.files:
+        if plan.name not in journal.files:
+            need += Writer(partial / plan.name, slots(plan.pieces, request.wanted.quant)).most_bytes
     if (free := files.free_bytes(partial)) < need:
         raise shelf.NotWritable(
-            f"no space left for the 4-bit store of {request.checkpoint.id}: it needs {need / 1e9:.2f} GB in "
+            f"no space left for the 4-bit store of {request.wanted.checkpoint.id}: it needs {need / 1e9:.2f} GB in "
             f"{partial.parent}, and {free / 1e9:.2f} GB are free",
             fix=_MORE_ROOM,
         )
@@ -171,9 +152,9 @@ def _write_files(request: Request, source: Source, journal: _Journal, tell: Call
     def one(plan: FilePlan) -> None:
         threads.add(threading.current_thread())
         if not stop.is_set():
-            _FileBuild(plan, layout, source, journal, stop, count).run()
+            _FileBuild(plan, request.wanted.quant, source, journal, stop, count).run()
 
-    pool = ThreadPoolExecutor(request.cores + building.EXTRA_THREADS, thread_name_prefix="store")
+    pool = ThreadPoolExecutor(request.wanted.cores + building.EXTRA_THREADS, thread_name_prefix="store")
     pending: set[Future[None]] = set()
     try:
         with source:
@@ -191,7 +172,7 @@ def _write_files(request: Request, source: Source, journal: _Journal, tell: Call
                 for thread in tuple(threads):  # one that Ctrl-C kept the pool from noting as its own
                     thread.join()
     except MemoryError as error:
-        raise StoreError(f"there is not enough memory to build the store of {request.checkpoint.id}.") from error
+        raise StoreError(f"there is not enough memory to build the store of {request.wanted.checkpoint.id}.") from error
     if changed := source.changed():
         for plan in todo:
             (journal.folder / plan.name).unlink(missing_ok=True)
@@ -224,22 +205,21 @@ class _FileBuild:
     """One file from its tensors, on one thread, with buffers that are used again."""
 
     def __init__(
-        self, plan: FilePlan, layout: Layout, source: Source, journal: _Journal, stop: threading.Event, count: _Counter
+        self, plan: FilePlan, quant: Quant, source: Source, journal: _Journal, stop: threading.Event, count: _Counter
     ) -> None:
-        self.plan, self.layout, self.source, self.journal = plan, layout, source, journal
+        self.plan, self.quant, self.source, self.journal = plan, quant, source, journal
         self.stop, self.count = stop, count
         self.buffer = np.empty(0, np.uint8)
 
     def run(self) -> None:
-        quant = self.layout.quant
-        every = [slot for piece in self.plan.pieces for slot in slots(piece, quant)]
         late: dict[str, bytes] = {}
         hashes: dict[str, str] = {}
-        with Writer(self.journal.folder / self.plan.name, every) as out:
+        with Writer(self.journal.folder / self.plan.name, slots(self.plan.pieces, self.quant)) as out:
             for piece in self.plan.pieces:
                 digest = hashlib.sha256(f"{piece.source.dtype}{list(piece.source.shape)}".encode())
                 if piece.encoding == "copy":
-                    self._copy(piece, out, digest)
+                    for first, values in self._chunks(piece, digest):
+                        out.put(piece.name, values.view(torch.uint8).numpy(), first * piece.dtype.itemsize)
                 else:
                     late |= self._quantise(piece, out, digest)
                 hashes[piece.source.name] = digest.hexdigest()
@@ -263,19 +243,14 @@ class _FileBuild:
             yield first, torch.from_numpy(raw).view(kind).to(piece.dtype)
             self.count.add(nbytes)
 
-    def _copy(self, piece: Piece, out: Writer, digest: hashlib._Hash) -> None:
-        for first, values in self._chunks(piece, digest):
-            out.put(piece.name, values.view(torch.uint8).numpy(), first * piece.dtype.itemsize)
-
     def _quantise(self, piece: Piece, out: Writer, digest: hashlib._Hash) -> dict[str, bytes]:
-        quant, name = self.layout.quant, piece.name
-        shape = piece.source.shape[::-1] if piece.transposed else piece.source.shape
-        encoder = formats.of(quant).encoder(quant, shape, piece.dtype, name)
+        name, shape = piece.name, piece.source.shape[::-1] if piece.transposed else piece.source.shape
+        encoder = formats.of(self.quant).encoder(self.quant, shape, piece.dtype, name)
         for first, values in self._chunks(piece, digest):
             if piece.transposed:
                 values = values.view(piece.source.shape).T.contiguous().view(-1)
             out.put(name, encoder.codes(first, values).data, encoder.code_bytes(first))
-        late = {slot.name for slot in slots(piece, quant) if slot.nbytes is None}
+        late = {slot.name for slot in slots([piece], self.quant) if slot.nbytes is None}
         parts = {name + suffix: value.contiguous().view(torch.uint8) for suffix, value in encoder.parts().items()}
         for part, value in parts.items():
             if part not in late:
@@ -283,11 +258,11 @@ class _FileBuild:
         return {part: parts[part].numpy().tobytes() for part in late}
 
 
-def _finish(request: Request, source: Source, journal: _Journal, seconds: float) -> None:
+def _finish(request: Request, journal: _Journal, seconds: float) -> None:
     """Everything but the weights, and the manifest last."""
-    folder, found = journal.folder, request.checkpoint
+    folder, origin = journal.folder, request.wanted.checkpoint
     entries = dict(journal.files)
-    for path in beside_weights(found.path):
+    for path in beside_weights(origin.path):
         files.write(folder / path.name, path.read_bytes())
         entries[path.name] = manifest.entry_of(folder / path.name)
     for name, content in (("config.json", _config(request)), (INDEX, _index(request, entries))):
@@ -298,9 +273,9 @@ def _finish(request: Request, source: Source, journal: _Journal, seconds: float)
         folder,
         manifest.Manifest(
             key=request.key,
-            source={"id": found.id, "kind": found.kind, "revision": found.revision, "path": str(found.path)},
+            source={"id": origin.id, "kind": origin.kind, "revision": origin.revision, "path": str(origin.path)},
             content_sha256=manifest.tree_hash((t, h) for f in journal.hashes.values() for t, h in f.items()),
-            quant=request.settings,
+            quant=shelf.settings(request.wanted.quant, request.wanted.dtype_name),
             parameters=request.layout.parameters,
             seconds=round(seconds, 3),
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -311,20 +286,19 @@ def _finish(request: Request, source: Source, journal: _Journal, seconds: float)
 
 def _config(request: Request) -> Document:
     """The source's config.json with what makes it a pre-quantised bitsandbytes checkpoint."""
-    layout = request.layout
-    values: Document = json.loads((request.checkpoint.path / "config.json").read_text(encoding="utf-8"))
+    wanted = request.wanted
+    values: Document = json.loads((wanted.checkpoint.path / "config.json").read_text(encoding="utf-8"))
     values.pop("torch_dtype", None)
-    values["dtype"] = str(layout.dtype).removeprefix("torch.")
-    opening = formats.of(layout.quant).load_config(layout.quant, layout.dtype, layout.head_names)
+    values["dtype"] = wanted.dtype_name
+    opening = formats.of(wanted.quant).load_config(wanted.quant, wanted.dtype, wanted.head_names)
     settings = opening.to_dict() if opening is not None else {}
-    if layout.has_plain_linears:
-        settings = linear_subclasses.mark(settings, layout.quant)
-    values["quantization_config"] = settings
-    return values
+    if request.layout.has_plain_linears:
+        settings = linear_subclasses.mark(settings, wanted.quant)
+    return {**values, "quantization_config": settings}
 
 
 def _index(request: Request, entries: dict[str, manifest.Entry]) -> Document:
-    quant = request.layout.quant
-    weight_map = {s.name: plan.name for plan in request.layout.files for p in plan.pieces for s in slots(p, quant)}
+    quant = request.wanted.quant
+    weight_map = {slot.name: plan.name for plan in request.layout.files for slot in slots(plan.pieces, quant)}
     total = sum(entries[plan.name].nbytes for plan in request.layout.files)
     return {"metadata": {"total_size": total}, "weight_map": weight_map}

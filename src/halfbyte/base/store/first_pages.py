@@ -56,11 +56,11 @@ def _read_file(path: Path) -> int:
 
 def pages(header: Mapping[str, ConfigFile], data_start: int) -> list[int]:
     """The numbers of the file's pages that hold a tensor's first byte, and the last one of a tensor below a page."""
-    found = set()
+    touched = set()
     for entry in header.values():
         begin, end = (data_start + at for at in entry["data_offsets"])
         if end > begin:
-            found.add(begin // mmap.PAGESIZE)
+            touched.add(begin // mmap.PAGESIZE)
             if end - begin <= mmap.PAGESIZE:
-                found.add((end - 1) // mmap.PAGESIZE)
-    return sorted(found)
+                touched.add((end - 1) // mmap.PAGESIZE)
+    return sorted(touched)

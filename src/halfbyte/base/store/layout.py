@@ -12,12 +12,12 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from halfbyte.base.store.reading import SourceTensor, torch_dtypes
-from halfbyte.base.store.shelf import CannotHold
+from halfbyte.base.store.shelf import CannotHold, Wanted
 from halfbyte.base.store.writer import Slot
 from halfbyte.models.tensors import spec_of
 from halfbyte.plan.building import OWN_FILE_BYTES
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import torch
 
     from halfbyte.recipe.schema import Quant
-    from halfbyte.types import Config, Document, Model
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,7 @@ class FilePlan:
 @dataclass(frozen=True)
 class Layout:
     files: tuple[FilePlan, ...]
-    quant: Quant
-    dtype: torch.dtype
-    head_names: tuple[str, ...] = ()
-    has_plain_linears: bool = False
+    has_plain_linears: bool
     """Whether it opens with `linear_subclasses.opening_config` only."""
 
     @property
@@ -75,80 +71,66 @@ class Layout:
         return sum(piece.numel for plan in self.files for piece in plan.pieces)
 
 
-def lay_out(
-    tensors: dict[str, SourceTensor],
-    config: Config,
-    quant: Quant,
-    dtype: torch.dtype,
-    head_names: Iterable[str] = (),
-    *,
-    check: Callable[[Model, Document], None] | None = None,
-) -> Layout:
-    """Decide everything about a store.
-
-    Args:
-        tensors: what the source holds.
-        config: the model's config, as transformers reads it.
-        dtype: the compute dtype. transformers casts to it before it quantises, so it is part of a store's identity.
-        head_names: as for `NumberFormat.load_config`.
-        check: is shown the empty model and what transformers would say of the load (`missing_keys`,
-            `mismatched_keys`), and raises what is wrong.
+def lay_out(tensors: dict[str, SourceTensor], wanted: Wanted) -> Layout:
+    """Decide everything about a store of these tensors.
 
     Raises:
         CannotHold: transformers merges or splits matrices that are to be in 4 bits, or would not find them again.
     """
-    heads = tuple(head_names)
-    loader = _Loader(config, quant, dtype, heads, pre_quantised=False)
+    loader = _Loader(wanted, pre_quantised=False)
     pieces: list[tuple[Piece, str]] = []
     wrong: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
     for name, target, converted in loader.targets(tensors):
         if target not in loader.state:
             continue  # a buffer or a tower that this class does not read
-        source, quantised = tensors[name], loader.is_quantised(target)
+        source, quantised = tensors[name], loader.quantiser.param_needs_quantization(loader.model, target)
         if converted and quantised:
             raise CannotHold(f"transformers merges or splits {name} while it loads")
-        wanted = loader.dtype_of(target, quantised=quantised)
-        transposed = quantised and loader.transposed(target)
+        dtype = loader.dtype_of(target, quantised=quantised)
+        module = loader.original[target.rpartition(".")[0]]
+        transposed = quantised and type(module).__name__ == "Conv1D"  # GPT-2's holds (in, out)
         if quantised and source.dtype not in ("F64", "F32", "F16", "BF16"):
             raise CannotHold(f"{name} is {source.dtype}, which is not quantised to 4 bits")
-        if quantised and tuple(source.shape) != loader.shape_of(target):
-            wrong.append((name, source.shape, loader.shape_of(target)))
-        pieces.append((Piece(name, source, "quantised" if quantised else "copy", wanted, transposed), target))
-    if check is not None:
+        if quantised and source.shape != tuple(module.weight.shape):
+            wrong.append((name, source.shape, tuple(module.weight.shape)))
+        pieces.append((Piece(name, source, "quantised" if quantised else "copy", dtype, transposed), target))
+    if wanted.check is not None:
         missing = loader.missing({target for _, target in pieces})
-        check(loader.model, {"missing_keys": missing, "mismatched_keys": wrong})
-    kept = _once(pieces, loader.tied)
-    named = _names(kept, _Loader(config, quant, dtype, heads, pre_quantised=True), quant)
-    return Layout(_files(named, config), quant, dtype, heads, loader.has_plain)
+        wanted.check(loader.model, {"missing_keys": missing, "mismatched_keys": wrong})
+    named = _names(_once(pieces, loader.tied), _Loader(wanted, pre_quantised=True), wanted.quant)
+    return Layout(_files(named, wanted.config.model_type), loader.has_plain)
 
 
-def slots(piece: Piece, quant: Quant) -> list[Slot]:
-    """The tensors that a piece becomes in its file."""
-    name, shape, n = piece.name, piece.source.shape, piece.numel
-    if piece.encoding == "copy":
-        kind = next(k for k, v in torch_dtypes().items() if v == piece.dtype)
-        return [Slot(name, kind, shape, n * piece.dtype.itemsize)]
-    parts = formats.of(quant).parts(n, quant)
-    return [Slot(name + part.suffix, part.dtype, part.shape, part.nbytes) for part in parts]
+def slots(pieces: Iterable[Piece], quant: Quant) -> list[Slot]:
+    """The tensors that pieces become in their file."""
+    names = {dtype: name for name, dtype in torch_dtypes().items()}
+    every: list[Slot] = []
+    for piece in pieces:
+        if piece.encoding == "copy":
+            nbytes = piece.numel * piece.dtype.itemsize
+            every.append(Slot(piece.name, names[piece.dtype], piece.source.shape, nbytes))
+        else:
+            parts = formats.of(quant).parts(piece.numel, quant)
+            every += (Slot(piece.name + part.suffix, part.dtype, part.shape, part.nbytes) for part in parts)
+    return every
 
 
 class _Loader:
     """transformers' own view of a load: the empty model, prepared by its quantiser, and how tensors are renamed."""
 
-    def __init__(
-        self, config: Config, quant: Quant, dtype: torch.dtype, heads: tuple[str, ...], *, pre_quantised: bool
-    ) -> None:
+    def __init__(self, wanted: Wanted, *, pre_quantised: bool) -> None:
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
         from transformers.quantizers import AutoHfQuantizer
 
+        quant, dtype = wanted.quant, wanted.dtype
         self.compute_dtype = dtype
         with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+            self.model = AutoModelForCausalLM.from_config(copy.deepcopy(wanted.config), dtype=dtype)
         self.original = dict(self.model.named_modules())
-        bits = formats.of(quant).load_config(quant, dtype, heads)
+        bits = formats.of(quant).load_config(quant, dtype, wanted.head_names)
         self.has_plain = bool(linear_subclasses.plain_linears(self.model, quant.exempt))
         if self.has_plain:
             bits = linear_subclasses.load_config(bits, quant)
@@ -167,13 +149,13 @@ class _Loader:
         """(name, what the model calls it, whether an operation changes it on the way), in the loader's own order."""
         from transformers.core_model_loading import dot_natural_key, rename_source_key
 
-        prefix, found = self.model.base_model_prefix, []
+        prefix, targets = self.model.base_model_prefix, []
         for name in sorted(names, key=dot_natural_key):
             target, pattern = rename_source_key(name, self.renamings, self.converters, prefix, self.state)
             if target not in self.state and name in self.state:
                 target, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=self.state)
-            found.append((name, target, pattern is not None))
-        return found
+            targets.append((name, target, pattern is not None))
+        return targets
 
     def missing(self, covered: set[str]) -> list[str]:
         """Parameters that no tensor of the checkpoint reaches, neither by name nor through a tie."""
@@ -190,30 +172,12 @@ class _Loader:
             and not any(pattern.search(name) for pattern in ignored)
         ]
 
-    def is_quantised(self, target: str) -> bool:
-        return bool(self.quantiser.param_needs_quantization(self.model, target))
-
-    def transposed(self, target: str) -> bool:
-        """Whether the checkpoint holds (in, out), as GPT-2's Conv1D does."""
-        return type(self.original[target.rpartition(".")[0]]).__name__ == "Conv1D"
-
-    def shape_of(self, target: str) -> tuple[int, ...]:
-        """The shape in the checkpoint."""
-        return tuple(self.original[target.rpartition(".")[0]].weight.shape)
-
     def dtype_of(self, target: str, *, quantised: bool) -> torch.dtype:
         """What the loader casts a tensor to."""
-        for pattern, dtype in self.plan.items():
-            if self._plan_hits(pattern, target):
-                found: torch.dtype = dtype
-                return found
-        return self.compute_dtype if quantised else self.state[target].dtype
-
-    @staticmethod
-    def _plan_hits(pattern: str, target: str) -> bool:
         from transformers.core_model_loading import build_glob_alternation
 
-        return build_glob_alternation([pattern])[0].search(target) is not None
+        own = self.compute_dtype if quantised else self.state[target].dtype
+        return next((t for p, t in self.plan.items() if build_glob_alternation([p])[0].search(target)), own)
 
 
 def _once(pieces: list[tuple[Piece, str]], tied: dict[str, str]) -> list[tuple[Piece, str]]:
@@ -221,35 +185,26 @@ def _once(pieces: list[tuple[Piece, str]], tied: dict[str, str]) -> list[tuple[P
     by_target = {target: piece for piece, target in pieces}
 
     def repeated(piece: Piece, target: str) -> bool:
-        first = by_target.get(tied.get(target, ""))
-        return first is not None and first is not piece and _same_place(first.source, piece.source)
+        first = by_target.get(tied.get(target, ""), piece)
+        return first is not piece and replace(first.source, name=piece.source.name) == piece.source
 
     return [(piece, target) for piece, target in pieces if not repeated(piece, target)]
-
-
-def _same_place(a: SourceTensor, b: SourceTensor) -> bool:
-    return (a.file, a.start, a.nbytes, a.shape) == (b.file, b.start, b.nbytes, b.shape)
 
 
 def _names(pieces: list[tuple[Piece, str]], loader: _Loader, quant: Quant) -> list[Piece]:
     """The pieces under names by which transformers will find them in the store: the source's, or else the model's."""
     for use_target in (False, True):
-        named = [(_renamed(piece, target) if use_target else piece, target) for piece, target in pieces]
-        wanted = {slot.name: target for piece, target in named for slot in slots(piece, quant)}
+        named = [(replace(piece, name=target) if use_target else piece, target) for piece, target in pieces]
+        wanted = {slot.name: target for piece, target in named for slot in slots([piece], quant)}
         if {name: target for name, target, _ in loader.targets(wanted)} == wanted:
             return [piece for piece, _ in named]
     raise CannotHold("transformers would not find its tensors again by their names")
 
 
-def _renamed(piece: Piece, name: str) -> Piece:
-    return Piece(name, piece.source, piece.encoding, piece.dtype, piece.transposed)
-
-
-def _files(pieces: list[Piece], config: Config) -> tuple[FilePlan, ...]:
+def _files(pieces: list[Piece], model_type: str) -> tuple[FilePlan, ...]:
     groups: dict[str, list[Piece]] = {}
-    values = {"model_type": config.model_type}
     for piece in pieces:
-        layer = spec_of(piece.name, piece.source.shape, "BF16", values).layer
+        layer = spec_of(piece.name, piece.source.shape, "BF16", {"model_type": model_type}).layer
         if layer is not None:
             name = f"model-layer-{layer:04d}.safetensors"
         elif piece.source.nbytes >= OWN_FILE_BYTES:

@@ -14,11 +14,13 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
-from halfbyte.errors import StoreError, first_line
+from halfbyte.errors import BaseModelError, StoreError, first_line
 from halfbyte.models.sources import safetensors
 
 if TYPE_CHECKING:
     import torch
+
+    from halfbyte.models.sources.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,6 @@ class PickledSource(Source):
         for file in self.files:
             try:
                 content = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
-            except UnpicklingError:
-                raise  # said in full where the recipe's permission is known
             except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
                 raise StoreError(f"{file} cannot be read: {first_line(error)}.") from error
             for name, value in content.items():
@@ -115,6 +115,16 @@ class PickledSource(Source):
         size = flat.element_size()
         part = flat[offset // size : (offset + len(into)) // size].contiguous()
         into[:] = memoryview(part.view(torch.uint8).numpy())
+
+
+def unsafe_pickle(checkpoint: Checkpoint, error: UnpicklingError) -> BaseModelError:
+    """The error that says what `torch.load` refused, out of the page that it says about it."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    blocked = next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), first_line(error))
+    return BaseModelError(
+        f"{checkpoint.id}: its pickled weights hold more than tensors, so they were not read: {blocked.rstrip('.')}.",
+        fix="use a copy of the model with safetensors",
+    )
 
 
 def torch_dtypes() -> dict[str, torch.dtype]:

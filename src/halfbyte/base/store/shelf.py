@@ -1,9 +1,10 @@
-"""Where stores lie and how they are found: by source, quantiser settings and format version; list, last use, gc.
+"""Where stores are kept and how they are found: by source, quantiser settings and format version; list, verify, gc.
 
 Why: a base is quantised once for a machine, whichever command asks first, and two processes may ask at once.
 What: `bases/KEY/` under the cache folder is a store, `KEY.partial/` one that is being built. Locks are files of their
 own that are never removed, so that nobody waits on a file that somebody else has replaced.
-Cost: the headers of the source's files are read to look it up; a hub model is known by its revision.
+Cost: the headers of the source's files are read to look it up; a hub model is known by its revision. Verifying hashes
+every byte.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from halfbyte.system import files
 from halfbyte.system.files import cache_dir
 
 if TYPE_CHECKING:
+    import torch
+
     from halfbyte.recipe.schema import Quant
-    from halfbyte.types import Document
+    from halfbyte.types import Config, Document, Model
 
 PARTIAL, BROKEN, LOCKS, USED = ".partial", ".broken", ".locks", "last-used"
 _KEY = re.compile(r"[\w.-]+-[0-9a-f]{16}")
@@ -51,6 +54,32 @@ class CannotHold(Exception):
 
 class NotWritable(StoreError):
     """No store can be written: no space, or no permission. The source can still be quantised while it is loaded."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A base in 4 bits.
+
+    Args:
+        config: of the model, as transformers reads it.
+        dtype: the compute dtype. transformers casts to it before it quantises, so it is part of a store's identity.
+        head_names: as for `NumberFormat.load_config`.
+        cores: how many threads may compute at once.
+        check: is shown the empty model and what transformers would say of the load (`missing_keys`,
+            `mismatched_keys`) before anything is built, and raises what is wrong.
+    """
+
+    checkpoint: Checkpoint
+    config: Config
+    quant: Quant
+    dtype: torch.dtype
+    head_names: tuple[str, ...] = ()
+    cores: int = 1
+    check: Callable[[Model, Document], None] | None = None
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -184,28 +213,51 @@ def listing() -> list[Shelved]:
     return sorted(entries, key=lambda entry: -entry.last_used)
 
 
-def find(name: str) -> list[Shelved]:
-    """The stores whose key begins with `name`, or whose source is called so."""
-    return [
-        entry
-        for entry in listing()
-        if entry.key.startswith(name) or (entry.manifest is not None and entry.manifest.source.get("id") == name)
-    ]
+def named(names: list[str]) -> list[Shelved]:
+    """The stores that are meant: by the beginning of their key, or by their source; all for none.
+
+    Raises:
+        StoreError: a name that means none, with those that are there.
+    """
+    # whole or not, but neither an unfinished build nor what was set aside
+    there = [entry for entry in listing() if entry.path.name == entry.key]
+    chosen: dict[Path, Shelved] = {}
+    for name in names:
+        meant = {
+            e.path: e for e in there if e.key.startswith(name) or (e.manifest and e.manifest.source.get("id") == name)
+        }
+        if not meant:
+            keys = ", ".join(entry.key for entry in there) or "none"
+            raise StoreError(f"no store is called {name}; there are: {keys}.", fix="halfbyte store list")
+        chosen |= meant
+    return list(chosen.values()) if names else there
 
 
-def collectable(*, unused_days: float | None = None, everything: bool = False) -> list[Shelved]:
-    """What `gc` would remove: interrupted builds, damaged stores and old formats; with an age, whole stores too."""
-    now = time.time()
-    return [
-        entry
-        for entry in listing()
-        if not entry.in_use
-        and (
-            everything
-            or entry.state != "whole"
-            or (unused_days is not None and now - entry.last_used > unused_days * 86400)
-        )
-    ]
+def verify(names: list[str], progress: Callable[[int, int], None] | None = None) -> dict[str, list[str]]:
+    """Hash every byte of stores, on the shelf or by their folder. Key or folder -> what differs, empty if nothing."""
+    todo = {name: Path(name) for name in names if (Path(name) / manifest.MANIFEST).is_file()}
+    keys = [name for name in names if name not in todo]
+    todo |= {entry.key: entry.path for entry in (named(keys) if keys or not names else [])}
+    differing: dict[str, list[str]] = {}
+    for i, (name, path) in enumerate(todo.items()):
+        if progress is not None:
+            progress(i, len(todo))
+        try:
+            differing[name] = manifest.problems(path, manifest.read(path), full=True)
+        except StoreError as error:
+            differing[name] = [error.message]
+    return differing
+
+
+def collect(
+    *, unused_days: float | None = None, everything: bool = False, dry_run: bool = False
+) -> tuple[list[Shelved], list[Shelved]]:
+    """Remove interrupted builds, damaged stores and old formats, and stores unused for so long. Returns (removed, kept
+    because a process uses them)."""
+    oldest = 0.0 if unused_days is None else time.time() - unused_days * 86400
+    chosen = [e for e in listing() if not e.in_use and (everything or e.state != "whole" or e.last_used < oldest)]
+    kept = [] if dry_run else [entry for entry in chosen if not remove(entry)]
+    return [entry for entry in chosen if entry not in kept], kept
 
 
 def remove(entry: Shelved) -> bool:
@@ -227,10 +279,8 @@ def remove(entry: Shelved) -> bool:
 def _shelved(path: Path) -> Shelved:
     key = _KEY.match(path.name)
     name = key[0] if key is not None else path.name
-    made, state = None, "whole"
-    if path.name != name:
-        state = "building" if path.name == name + PARTIAL else "broken"
-    else:
+    made, state = None, "building" if path.name == name + PARTIAL else "broken"
+    if path.name == name:
         try:
             made = manifest.read(path)
             state = "broken" if manifest.problems(path, made) else "whole"
@@ -239,26 +289,18 @@ def _shelved(path: Path) -> Shelved:
     nbytes, touched = 0, 0.0
     for root, _, names in os.walk(path):
         for file in names:
-            try:
+            with suppress(OSError):
                 stat = os.stat(os.path.join(root, file))
-            except OSError:
-                continue
-            nbytes, touched = nbytes + stat.st_size, max(touched, stat.st_mtime)
+                nbytes, touched = nbytes + stat.st_size, max(touched, stat.st_mtime)
     return Shelved(name, path, state, nbytes, touched, made, _busy(name))
 
 
 def _busy(key: str) -> bool:
     """Whether a process builds or uses a store."""
     for kind in ("build", "use"):
-        path = folder() / LOCKS / f"{key}.{kind}"
-        if not path.is_file():
-            continue
-        try:
-            with path.open("a") as file:
-                if not _lock(file):
-                    return True
-        except OSError:
-            continue
+        with suppress(OSError), (folder() / LOCKS / f"{key}.{kind}").open("r+") as file:
+            if not _lock(file):
+                return True
     return False
 
 

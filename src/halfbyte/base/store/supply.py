@@ -1,9 +1,7 @@
 """The store of a base, found or built: `ensure`. And whether a store is whole: `verify`.
 
 Why: the plain stack quantises at every load, with the 16-bit weights in memory; a store opens in the time of reading
-headers, and its pages belong to the file, not to the process.
-What: `ensure` finds the store of a source and settings, or builds it; the folder it returns opens with plain
-`AutoModelForCausalLM.from_pretrained`.
+headers, with plain `from_pretrained`, and its pages belong to the file, not to the process.
 Cost: see build.py. torch is imported when something is built.
 """
 
@@ -12,36 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 from halfbyte.base.store import manifest, shelf
 from halfbyte.errors import StoreError
-from halfbyte.models.sources.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    import torch
-
     from halfbyte.base.store.build import Progress
-    from halfbyte.recipe.schema import Quant
-    from halfbyte.types import Config, Document, Model
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A base in 4 bits: its source, config (as transformers reads it), policy and compute dtype."""
-
-    checkpoint: Checkpoint
-    config: Config
-    quant: Quant
-    dtype: torch.dtype
-    head_names: tuple[str, ...] = ()
-    cores: int = 1
-    check: Callable[[Model, Document], None] | None = None
-    """As for `layout.lay_out`: called before anything is built."""
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -58,7 +34,7 @@ class Tell:
             self.note(label, text)
 
 
-def ensure(wanted: Wanted, *, out: Path | None = None, tell: Tell | None = None) -> Path:
+def ensure(wanted: shelf.Wanted, *, out: Path | None = None, tell: Tell | None = None) -> Path:
     """The folder of the store: found and checked cheaply, or built now.
 
     Args:
@@ -79,10 +55,9 @@ def ensure(wanted: Wanted, *, out: Path | None = None, tell: Tell | None = None)
     waiting = f"another process builds the store of {wanted.checkpoint.id}; waiting for it"
     with shelf.building(key, lambda: tell.say(waiting), where=out and target):
         # It may have been built while this process waited.
-        if (whole := _whole(target, key)) is not None:
+        if (whole := _whole(target, key, tell)) is not None:
             return whole
         if target.exists():
-            tell.say(f"a damaged store is built again: {_damage(target)}")
             shelf.set_aside(target)
         _build(wanted, key, target, tell)
         if tell.built is not None:
@@ -106,16 +81,18 @@ def verify(folder: Path, *, full: bool = True) -> manifest.Manifest:
     return built
 
 
-def _whole(target: Path, key: str) -> Path | None:
-    """`target` if it is the store called `key`; None if it is not there, or damaged on the shelf."""
+def _whole(target: Path, key: str, tell: Tell | None = None) -> Path | None:
+    """`target` if it is the store called `key`; None if it is not there, or damaged on the shelf, which is told."""
     if not target.exists():
         return None
     try:
         there = verify(target, full=False)
-    except StoreError:
-        if target.parent == shelf.folder():
-            return None
-        raise
+    except StoreError as error:
+        if target.parent != shelf.folder():
+            raise
+        if tell is not None:
+            tell.say(f"a damaged store is built again: {error.message}")
+        return None
     if there.key != key:
         raise StoreError(
             f"{target} exists and is the store of {there.source.get('id')} with other contents or settings.",
@@ -125,27 +102,12 @@ def _whole(target: Path, key: str) -> Path | None:
     return target
 
 
-def _damage(target: Path) -> str:
-    try:
-        verify(target, full=False)
-    except StoreError as error:
-        return error.message
-    return "it is whole now"
-
-
-def _build(wanted: Wanted, key: str, target: Path, tell: Tell) -> None:
+def _build(wanted: shelf.Wanted, key: str, target: Path, tell: Tell) -> None:
     from halfbyte.base.store import build, layout, reading
 
     files = shelf.source_files(wanted.checkpoint)
-    source = (reading.PickledSource if wanted.checkpoint.pickle else reading.Source)(files)
-    plan = layout.lay_out(
-        source.tensors, wanted.config, wanted.quant, wanted.dtype, wanted.head_names, check=wanted.check
-    )
-    request = build.Request(
-        checkpoint=wanted.checkpoint,
-        layout=plan,
-        key=key,
-        settings=shelf.settings(wanted.quant, wanted.dtype_name),
-        cores=wanted.cores,
-    )
-    build.build(request, source, target, tell.progress)
+    try:
+        source = (reading.PickledSource if wanted.checkpoint.pickle else reading.Source)(files)
+    except UnpicklingError as error:
+        raise reading.unsafe_pickle(wanted.checkpoint, error) from error
+    build.build(build.Request(wanted, layout.lay_out(source.tensors, wanted), key), source, target, tell.progress)

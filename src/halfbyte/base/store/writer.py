@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -56,13 +57,11 @@ class Writer:
         bound = _header([(s, _LARGEST, _LARGEST) for s in [*self.known, *self.late]])
         room = len(bound) + 32 * len(self.late)  # their shapes come late too
         self.data_start = -(-(8 + room) // PAGE) * PAGE
-        self.starts: dict[str, int] = {}
-        at = 0
-        for slot in self.known:
-            self.starts[slot.name] = at
-            at += slot.nbytes or 0
-        self.known_bytes = at
-        self.most_bytes = self.data_start + at + spare_bytes * len(self.late)
+        ends = [0, *accumulate(slot.nbytes or 0 for slot in self.known)]
+        self.placed = list(zip(self.known, ends, ends[1:], strict=False))
+        self.starts = {slot.name: start for slot, start, _ in self.placed}
+        self.known_bytes = ends[-1]
+        self.most_bytes = self.data_start + self.known_bytes + spare_bytes * len(self.late)
         self.fd = -1
 
     def __enter__(self) -> Writer:
@@ -75,11 +74,7 @@ class Writer:
 
     def finish(self, late: Mapping[str, bytes]) -> manifest.Entry:
         """Write what was not known before, then the header; the file is durable and in its place afterwards."""
-        placed: list[tuple[Slot, int, int]] = []
-        for slot in self.known:
-            start = self.starts[slot.name]
-            placed.append((slot, start, start + (slot.nbytes or 0)))
-        at = self.known_bytes
+        placed, at = list(self.placed), self.known_bytes
         for slot in self.late:
             content = late[slot.name]
             _write(self.fd, content, self.data_start + at)
