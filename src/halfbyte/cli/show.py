@@ -106,17 +106,17 @@ class PlainListener(Listener):
         self.total, self.first, self.started = total_steps, done_steps, time.monotonic()
         self.every = max(1, total_steps // 10) if self.quiet else log_every
 
-    def reached(self, row: Document) -> str:
+    def reached(self, row: Document, memory: str = "") -> str:
         done = row["step"] - self.first
         left = (time.monotonic() - self.started) / done * (self.total - row["step"]) if done > 0 else 0.0
         return (
             f"loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s  "
-            f"memory {gb(row.get('rss_bytes', 0))}  ETA {duration(left)}"
+            f"{memory}{gb(row.get('rss_bytes', 0))}  ETA {duration(left)}"
         )
 
     def step(self, row: Document) -> None:
         if row["step"] % self.every == 0 or row["step"] == self.total:
-            out.print(f"step {row['step']}/{self.total}  {self.reached(row)}")
+            out.print(f"step {row['step']}/{self.total}  {self.reached(row, 'memory ')}")
 
     def evaluated(self, row: Document) -> None:
         best = "  (best so far)" if row.get("best") else ""
