@@ -296,7 +296,7 @@ def test_a_base_that_no_file_holds_stays_resident_unless_the_recipe_asks_otherwi
 
 def test_without_pagemap_streaming_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = mapped.open_model(llama)
-    monkeypatch.setattr(pages, "_opened_pagemap", lambda process: None)
+    monkeypatch.setattr(pages, "_PAGEMAP", "/nowhere/pagemap")
     with pytest.raises(BaseModelError, match="pagemap"):
         stream.place(model, "streamed")
 
