@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
 MARGIN_SHARE = 0.03  # of the machine's memory (or the group's limit) that stays free between micro-batches
 MARGIN_BYTES = 64_000_000
-# Of what a micro-batch is planned to take; holes above that are given back before the next one.
-HOLES_SHARE = 0.7
+# Holes are given back between micro-batches where no more is free than so many times what one takes: it costs 8% of the
+# time, as the next one takes its pages anew.
+SHORT_OF = 2.0
 
 
 @dataclass
@@ -79,8 +80,9 @@ class Pace:
     def between(self, waiting: Sequence[pack.MicroBatch]) -> list[pack.MicroBatch]:
         """The micro-batches that are still to come, after a look at the heap and at what is free."""
         if not self.on_card and self.recompute != "full":  # there it is looked at after each layer
-            self.holes.room = round(HOLES_SHARE * self.need(self.tokens, self.recompute))
-            self.holes.look()
+            self.holes.room = self.need(self.tokens, self.recompute)
+            if ram_available() < self.margin + SHORT_OF * self.holes.room:
+                self.holes.look()
         if not waiting or self.on_card or ram_available() >= self.margin:
             return list(waiting)
         usage.trim()
