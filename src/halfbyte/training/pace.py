@@ -66,6 +66,9 @@ class Pace:
     holes: heap.Holes = field(default_factory=heap.Holes)
     _tight: bool = False
 
+    def __post_init__(self) -> None:
+        self.holes.room = self.need(self.tokens, self.recompute)
+
     @property
     def margin(self) -> int:
         return max(MARGIN_BYTES, round(MARGIN_SHARE * self.ram_bytes))
@@ -78,12 +81,13 @@ class Pace:
         return list(pack.arrange(rows, self.lengths, self.tokens, self.examples_per_micro_batch))
 
     def between(self, waiting: Sequence[pack.MicroBatch]) -> list[pack.MicroBatch]:
-        """The micro-batches that are still to come, after a look at the heap and at what is free."""
-        if not self.on_card and self.recompute != "full":  # there it is looked at after each layer
-            self.holes.room = self.need(self.tokens, self.recompute)
-            if ram_available() < self.margin + SHORT_OF * self.holes.room:
-                self.holes.look()
-        if not waiting or self.on_card or ram_available() >= self.margin:
+        """The micro-batches that are still to come, after a look at what is free; at the heap where that is little."""
+        if self.on_card:
+            return list(waiting)
+        free = ram_available() - self.margin
+        if self.recompute != "full" and free < SHORT_OF * self.holes.room:  # under full, each layer looks
+            self.holes.look()
+        if not waiting or free >= 0:
             return list(waiting)
         usage.trim()
         free, largest = ram_available() - self.margin, self.largest(waiting)
@@ -111,6 +115,7 @@ class Pace:
             said = f"micro-batches of {before_tokens} -> {self.tokens} tokens"
         else:
             return False
+        self.holes.room = self.need(self.tokens, self.recompute)
         self.downs.append(f"{said}: {reason}")
         self.tell(f"stepping down, {said} ({reason}); what is learned stays the same")
         return True
