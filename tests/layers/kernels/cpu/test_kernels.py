@@ -188,15 +188,18 @@ def test_a_kernel_from_the_cache_gives_the_bits_of_one_compiled_now(tmp_path: Pa
     """A run and its resumption must end in the same bytes, whichever of them came first on this machine."""
     code = """
 import hashlib, torch
-from halfbyte.layers import norm_gate as elementwise
+from halfbyte.layers import attention, norm_gate
 torch.set_num_threads(1)
 for dtype in (torch.float32, torch.bfloat16):
     draw = torch.Generator().manual_seed(0)
     g, u, dh, w = (torch.randn(37, 96, generator=draw).to(dtype).requires_grad_() for _ in range(4))
-    elementwise.gated(g, u, 1).backward(dh.detach())
-    elementwise.rms_norm(u, w[0].detach(), 1e-5, one_plus=False).backward(dh.detach())
-    for x in (g.grad, u.grad):
-        print(hashlib.sha256(x.float().numpy().tobytes()).hexdigest())
+    norm_gate.gated(g, u, 1).backward(dh.detach())
+    norm_gate.rms_norm(u, w[0].detach(), 1e-5, one_plus=False).backward(dh.detach())
+    q, k, v = (torch.randn(1300, n, 64, generator=draw).to(dtype).requires_grad_() for n in (9, 3, 3))
+    attended = attention.attention(q, k, v, (600, 400, 300), 0.125, None, None)
+    attended.backward(torch.randn(attended.shape, generator=draw).to(dtype))
+    for x in (g.grad, u.grad, attended, q.grad, k.grad, v.grad):
+        print(hashlib.sha256(x.detach().float().numpy().tobytes()).hexdigest())
 """
     said = [
         subprocess.run(
@@ -206,4 +209,4 @@ for dtype in (torch.float32, torch.bfloat16):
         for _ in range(2)
     ]  # fmt: skip
     assert list(tmp_path.rglob("*.nbc")), "the first has filled the cache"
-    assert said[0] == said[1] and said[0].count("\n") == 4
+    assert said[0] == said[1] and said[0].count("\n") == 12

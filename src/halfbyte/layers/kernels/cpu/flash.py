@@ -28,7 +28,9 @@ _WIDE = 192  # columns in a block of it: a multiple of ROWS and of COLUMNS
 _PAD = 96  # of an example's length: the least common multiple of ROWS and COLUMNS
 _HIGH = np.uint32(16)
 
-_jit: Any = njit(fastmath=FASTMATH, cache=True, error_model="numpy")
+# Inlined by force, as in the other kernels: a part that is compiled on its own as well is there twice, and a process
+# that compiles uses another copy, with other last bits, than one that takes the kernel from the cache.
+_jit: Any = njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
 
 
 @njit(forceinline=True, fastmath={*FASTMATH, "nnan"}, error_model="numpy")
