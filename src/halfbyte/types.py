@@ -1,6 +1,6 @@
 """Names of the values that pass between rooms, for annotations alone; nothing here runs.
 
-mypy reads torch and transformers as Any here, so these names are for readers first. Import them under TYPE_CHECKING.
+mypy reads torch and transformers as Any here, so these names are for readers first. Importing them loads neither.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    Model: TypeAlias = PreTrainedModel
-    """A causal LM of transformers, or PEFT's model around one."""
-    Config: TypeAlias = PreTrainedConfig
-    Tokenizer: TypeAlias = PreTrainedTokenizerBase
+Model: TypeAlias = "PreTrainedModel"
+"""A causal LM of transformers, or PEFT's model around one."""
+Config: TypeAlias = "PreTrainedConfig"
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 
 Document: TypeAlias = dict[str, Any]
 """A JSON object, as it is read or printed."""

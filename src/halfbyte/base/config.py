@@ -3,15 +3,10 @@
 Cost: importing transformers; a small file.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from halfbyte.errors import BaseModelError, first_line
-
-if TYPE_CHECKING:
-    from halfbyte.types import Config
+from halfbyte.types import Config
 
 
 def open_config(folder: Path, *, trust_remote_code: bool = False) -> Config:

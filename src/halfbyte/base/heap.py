@@ -11,19 +11,15 @@ hooks. Nothing is done on a card, or where the C library has no `mallinfo2` (gli
 Cost: a read of /proc/self/statm a layer, and a few milliseconds each time that the budget is passed.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from halfbyte.base import stream
 from halfbyte.errors import BaseModelError
 from halfbyte.models import structure
 from halfbyte.system import usage
-
-if TYPE_CHECKING:
-    from halfbyte.types import Model
+from halfbyte.types import Model
 
 # Holes that are let be: giving back costs time, and taking it again a page at a time costs more.
 BUDGET_BYTES, BUDGET_SHARE = 96_000_000, 0.1  # at least, and of what is private

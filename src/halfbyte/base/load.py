@@ -5,13 +5,11 @@ under a warning, and loads a Linear4bit that an eval forward breaks (`residency.
 Cost: transformers quantises while loading; the check is one walk over the parameters.
 """
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -26,11 +24,9 @@ from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import resolve
 from halfbyte.quant import bnb as codec
 from halfbyte.quant import formats, linear_subclasses, policy
+from halfbyte.recipe.schema import Quant
 from halfbyte.system import device as machine
-
-if TYPE_CHECKING:
-    from halfbyte.recipe.schema import Quant
-    from halfbyte.types import Config, Document, Model
+from halfbyte.types import Config, Document, Model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Quantising at load holds the source's pages and the result: measured 18.3 GB for 13.5 (docs/log.md).

@@ -3,12 +3,9 @@
 Cost: as the rooms in store/; verifying hashes every byte.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from halfbyte.base import load
 from halfbyte.base.config import open_config
@@ -20,9 +17,7 @@ from halfbyte.models.sources.lookup import find_model
 from halfbyte.plan.building import Building
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device
-
-if TYPE_CHECKING:
-    from halfbyte.types import Document
+from halfbyte.types import Document
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,6 @@ random numbers under a warning. The same questions are asked of the empty model,
 Cost: a walk over the parameters.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
@@ -16,11 +12,8 @@ from halfbyte.errors import BaseModelError
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.quant import bnb as codec
 from halfbyte.quant.policy import matches
-
-if TYPE_CHECKING:
-    from halfbyte.recipe.schema import Quant
-    from halfbyte.types import Config, Document, Model
-
+from halfbyte.recipe.schema import Quant
+from halfbyte.types import Config, Document, Model
 
 # Resident bytes may exceed what the specs say by this share before it is an error: scales of odd sizes, padding.
 RESIDENT_TOLERANCE = 0.02

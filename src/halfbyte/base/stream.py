@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +25,7 @@ from halfbyte.errors import BaseModelError
 from halfbyte.models import structure
 from halfbyte.quant import bnb, formats
 from halfbyte.system import pages
-
-if TYPE_CHECKING:
-    from halfbyte.types import Model
+from halfbyte.types import Model
 
 # How many layers are read ahead: one is read while one computes, and the disk never waits for the second.
 AHEAD = 2

@@ -5,13 +5,9 @@ Cost: importing transformers; up to a second for a large vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from halfbyte.errors import BaseModelError, first_line
-
-if TYPE_CHECKING:
-    from halfbyte.models.sources.checkpoint import Checkpoint
-    from halfbyte.types import Model, Tokenizer
+from halfbyte.models.sources.checkpoint import Checkpoint
+from halfbyte.types import Model, Tokenizer
 
 # File names, without their ending, that any of transformers' tokenizers is read from.
 TOKENIZER_STEMS = frozenset({"tokenizer", "vocab", "spiece", "sentencepiece", "tekken"})

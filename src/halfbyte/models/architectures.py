@@ -7,18 +7,13 @@ Source: `transformers/models/*/modeling_*.py`; a test builds each family there o
 Cost: a list of a few hundred entries; no torch.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from halfbyte.errors import SourceError
 from halfbyte.models.tensors import Facts, TensorSpec, facts_of, spec_of
-
-if TYPE_CHECKING:
-    from halfbyte.types import ConfigFile
+from halfbyte.types import ConfigFile
 
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 

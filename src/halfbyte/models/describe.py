@@ -7,14 +7,11 @@ Source: the safetensors format; RFC 9110, section 14 (range requests); the hub's
 Cost: a few small files or requests; no torch.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from halfbyte.errors import SourceError
 from halfbyte.models import tensors
@@ -22,9 +19,7 @@ from halfbyte.models.architectures import FAMILIES, tensors_of
 from halfbyte.models.references import REFERENCES
 from halfbyte.models.sources import gguf_header, hub, safetensors
 from halfbyte.models.tensors import Facts, TensorSpec
-
-if TYPE_CHECKING:
-    from halfbyte.types import ConfigFile, Document
+from halfbyte.types import ConfigFile, Document
 
 # Packaged models under the name of the reference that has their shape.
 ALIASES = {"gemma3-270m": "gemma-3-270m"}

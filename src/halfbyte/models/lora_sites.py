@@ -5,19 +5,15 @@ What: the same choice by the same names, on the list of tensors. A run still ask
 Cost: a few regular expressions a tensor; no torch.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from halfbyte.errors import AdapterError
 from halfbyte.models.names import ALL_LINEAR, AUTO, is_aside, is_mixer_projection, leaf_of
 from halfbyte.models.tensors import TensorSpec
-
-if TYPE_CHECKING:
-    from halfbyte.recipe.schema import Lora
+from halfbyte.recipe.schema import Lora
 
 # What a linear layer reads: the normed input of attention or MLP, the attention's output, the MLP's inner activation.
 Reads = Literal["attention", "attended", "mlp", "inner"]

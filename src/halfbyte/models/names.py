@@ -4,8 +4,6 @@ Why: the plan chooses LoRA's targets before a model is built; a run chooses them
 Cost: a few regular expressions a name; no torch.
 """
 
-from __future__ import annotations
-
 import re
 
 AUTO = "auto"

@@ -6,13 +6,9 @@ in a test. Only what shapes follow from is kept.
 Cost: one table; no torch.
 """
 
-from __future__ import annotations
-
 from functools import partial
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from halfbyte.types import Document
+from halfbyte.types import Document
 
 _KEYS = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size"
 _OLD: Document = {"positions": 2048, "dtype": "float16"}

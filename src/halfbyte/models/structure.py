@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.errors import BaseModelError, SourceError
+from halfbyte.types import Config, Model
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from halfbyte.types import Config, Model
 
 
 def meta_model(config: Config | str | Path, *, trust_remote_code: bool = False) -> Model:

@@ -5,21 +5,17 @@ Source: safetensors headers; names and shapes are the checkpoint's, which transf
 Cost: a few hundred kB read per file.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from halfbyte.errors import SourceError
 from halfbyte.models.sources.safetensors import DTYPE_BITS, read_header, weight_files
-
-if TYPE_CHECKING:
-    from halfbyte.types import ConfigFile, Document
+from halfbyte.types import ConfigFile, Document
 
 Role = Literal["linear", "embedding", "head", "norm", "bias", "expert", "router", "other"]
 

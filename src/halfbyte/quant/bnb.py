@@ -13,13 +13,12 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.quant import formats
+from halfbyte.recipe.schema import Quant
+from halfbyte.types import Model
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-    from halfbyte.recipe.schema import Quant
-    from halfbyte.types import Model
 
 
 def linears_4bit(model: nn.Module) -> list[tuple[str, nn.Module]]:

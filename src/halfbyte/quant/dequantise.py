@@ -7,8 +7,6 @@ Source: bitsandbytes, `csrc/cpu_ops.cpp`, `dequantizeBlockwise4bitCpu`; its call
 Cost: that of the C function, in memory that a thread keeps. Through the table alone about 50 times as much.
 """
 
-from __future__ import annotations
-
 import ctypes
 import threading
 from collections.abc import Callable

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING
 
 from halfbyte.quant.four_bit import FourBit
 from halfbyte.quant.number_format import NumberFormat
+from halfbyte.recipe.schema import Quant
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from halfbyte.recipe.schema import Quant
 
 NONE = NumberFormat("none")
 QUANTISING: tuple[NumberFormat, ...] = (FourBit("nf4"), FourBit("fp4"))

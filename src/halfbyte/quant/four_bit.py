@@ -15,13 +15,12 @@ import numpy as np
 from halfbyte.errors import BaseModelError
 from halfbyte.quant import nf4_cpu
 from halfbyte.quant.number_format import NumberFormat, Part
+from halfbyte.recipe.schema import Quant
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import BitsAndBytesConfig
-
-    from halfbyte.recipe.schema import Quant
 
 # Double quantisation: one fp32 scale for 256 8-bit scales.
 NESTED_BLOCK = 256

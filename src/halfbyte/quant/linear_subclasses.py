@@ -16,14 +16,12 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from halfbyte.quant.policy import matches
+from halfbyte.recipe.schema import Quant
+from halfbyte.types import Config, Document, Model
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import BitsAndBytesConfig
-
-    from halfbyte.recipe.schema import Quant
-    from halfbyte.types import Config, Document, Model
-
 
 # By model type: subclasses of nn.Linear whose forward is the plain product, and which the loader leaves in 16 bits.
 PLAIN_LINEARS = {"falcon": "FalconLinear"}

@@ -6,8 +6,6 @@ step by step (fp32 midpoints, a product with 1 / max(absmax, 1e-38) in whole blo
 Cost: one read of the weight, half a byte and a scale written; see docs/log.md. numba is imported when first used.
 """
 
-from __future__ import annotations
-
 from concurrent.futures import Executor
 from functools import cache
 

@@ -5,8 +5,6 @@ the bits says which is meant: uint16 is bf16, int16 is fp16, uint32 is fp32.
 Cost: compiled once a machine. Nothing here is a closure: numba never finds one over intrinsics in its cache again.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from llvmlite import ir
 from numba import njit, types

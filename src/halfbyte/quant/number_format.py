@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from halfbyte.recipe.schema import Quant
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import nn
     from transformers import BitsAndBytesConfig
-
-    from halfbyte.recipe.schema import Quant
 
 
 @dataclass(frozen=True)

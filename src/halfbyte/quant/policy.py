@@ -1,15 +1,11 @@
 """Which tensor of a checkpoint is held how, and the bytes that it takes: every room asks here, none decides itself."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from halfbyte.models.tensors import TensorSpec
 from halfbyte.quant import formats
-
-if TYPE_CHECKING:
-    from halfbyte.models.tensors import TensorSpec
-    from halfbyte.recipe.schema import Quant
+from halfbyte.recipe.schema import Quant
 
 Encoding = Literal["quantised", "compute", "fp32"]
 

@@ -7,20 +7,16 @@ Why: with wrong scales a base still loads and trains, as another model (`dequant
 Cost: dequantising each shape once; at most 262,144 numbers of each in numpy.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from halfbyte.errors import BaseModelError
 from halfbyte.quant import dequantise, nf4_cpu
 from halfbyte.quant.bnb import linears_4bit
-
-if TYPE_CHECKING:
-    from torch import nn
 
 _SAMPLED_BLOCKS = 4096
 # Relative: half a unit in the last place, and a few roundings in fp32 (scale, code, product).

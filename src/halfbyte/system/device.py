@@ -7,8 +7,6 @@ Cost: a few small files; one `nvidia-smi` call where it is installed. Elsewhere 
 read (psutil gives the memory), so a CPU there computes in fp32 unless the recipe says otherwise.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
@@ -18,12 +16,10 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from halfbyte.errors import RecipeError
-
-if TYPE_CHECKING:
-    from halfbyte.types import Document
+from halfbyte.types import Document
 
 # Flags that change a decision or explain a speed: x86 as /proc/cpuinfo spells them, then ARM ("bf16" is BFMMLA).
 ISA_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "i8mm", "bf16", "sve")

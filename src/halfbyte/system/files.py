@@ -7,8 +7,6 @@ by the kernel when the process ends).
 Cost: two syncs for each file or folder, some milliseconds on a disk.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

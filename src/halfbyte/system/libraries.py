@@ -1,7 +1,5 @@
 """Keep the libraries below quiet: no progress bars, warnings or advice between the lines of the command line."""
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings

@@ -8,8 +8,6 @@ the system and the user have them; the report says how that is.
 Cost: none.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 from collections.abc import Mapping, MutableMapping

@@ -6,8 +6,6 @@ Cost: a read of one line; `Peak` reads it fifty times a second on a thread of it
 private and file pages are not told apart.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re
@@ -16,7 +14,7 @@ import threading
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 PERIOD_S = 0.02
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
@@ -99,7 +97,7 @@ class Scheduled:
     def waited_share(self) -> float:
         return self.waited_s / max(1e-9, self.run_s + self.waited_s)
 
-    def since(self, before: Scheduled) -> Scheduled:
+    def since(self, before: "Scheduled") -> "Scheduled":
         return Scheduled(self.run_s - before.run_s, self.waited_s - before.waited_s)
 
 
@@ -138,7 +136,7 @@ class Peak:
         self.total = max(self.total, used.total)
         return used
 
-    def __enter__(self) -> Peak:
+    def __enter__(self) -> Self:
         self.look()
         self._thread.start()
         return self

@@ -4,8 +4,6 @@ Why: a result, a cache and a calibration hold only for the libraries that made t
 Cost: a few file reads.
 """
 
-from __future__ import annotations
-
 import platform
 from importlib import metadata
 

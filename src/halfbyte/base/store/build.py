@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,11 +30,9 @@ from halfbyte.models.sources.checkpoint import beside_bytes, beside_weights
 from halfbyte.models.sources.safetensors import INDEX
 from halfbyte.plan import building
 from halfbyte.quant import formats, linear_subclasses
+from halfbyte.recipe.schema import Quant
 from halfbyte.system import files
-
-if TYPE_CHECKING:
-    from halfbyte.recipe.schema import Quant
-    from halfbyte.types import Document
+from halfbyte.types import Document
 
 JOURNAL = "journal.jsonl"
 POLL_SECONDS = 0.1

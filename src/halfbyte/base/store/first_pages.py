@@ -7,19 +7,14 @@ Source: `posix_fadvise(2)`, POSIX_FADV_RANDOM: what is read through this descrip
 Cost: a small read a tensor, in parallel; see docs/log.md.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from halfbyte.models.sources import safetensors
-
-if TYPE_CHECKING:
-    from halfbyte.types import ConfigFile
+from halfbyte.types import ConfigFile
 
 # Reads in flight; they wait for the disk, not for a core.
 THREADS = 16

@@ -22,11 +22,10 @@ from halfbyte.base.store.writer import Slot
 from halfbyte.models.tensors import spec_of
 from halfbyte.plan.building import OWN_FILE_BYTES
 from halfbyte.quant import formats, linear_subclasses
+from halfbyte.recipe.schema import Quant
 
 if TYPE_CHECKING:
     import torch
-
-    from halfbyte.recipe.schema import Quant
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,6 @@ Why: a folder without a manifest is no store, so a half store can never look who
 Cost: checking sizes and headers of a 7B store takes milliseconds; hashing it whole, seconds.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -13,13 +11,10 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from halfbyte.errors import StoreError
 from halfbyte.system import files
-
-if TYPE_CHECKING:
-    from halfbyte.types import Document
+from halfbyte.types import Document
 
 MANIFEST = "halfbyte-store.json"
 # Raised when what a store holds changes, so that older ones are neither found nor opened.

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING
 
 from halfbyte.errors import BaseModelError, StoreError, first_line
 from halfbyte.models.sources import safetensors
+from halfbyte.models.sources.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch
-
-    from halfbyte.models.sources.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

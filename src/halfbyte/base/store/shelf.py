@@ -27,14 +27,13 @@ from halfbyte.errors import StoreError
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.folder import PICKLE, PICKLE_INDEX
 from halfbyte.models.sources.safetensors import indexed_files, weight_files
+from halfbyte.recipe.schema import Quant
 from halfbyte.system import files
 from halfbyte.system.files import cache_dir
+from halfbyte.types import Config, Document, Model
 
 if TYPE_CHECKING:
     import torch
-
-    from halfbyte.recipe.schema import Quant
-    from halfbyte.types import Config, Document, Model
 
 PARTIAL, BROKEN, LOCKS, USED = ".partial", ".broken", ".locks", "last-used"
 _KEY = re.compile(r"[\w.-]+-[0-9a-f]{16}")

@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING
 
 from halfbyte.base.store import manifest
 from halfbyte.system import files
+from halfbyte.types import Document
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-    from halfbyte.types import Document
 
 PAGE = 4096
 # Digits that an offset may take in the header.

@@ -4,8 +4,6 @@ Why: hub, folder, GGUF and packaged models all end as one small value, and two p
 Cost: standard library only.
 """
 
-from __future__ import annotations
-
 import fnmatch
 from collections.abc import Iterator
 from contextlib import contextmanager

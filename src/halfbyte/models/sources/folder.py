@@ -4,18 +4,13 @@ Why: a missing or cut shard otherwise shows minutes later, as a traceback from d
 Source: the safetensors format (8 bytes of header length, JSON header, data). Cost: headers only, never the weights.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from halfbyte.errors import SourceError
 from halfbyte.models.sources.safetensors import INDEX, SINGLE, indexed_files, read_header
-
-if TYPE_CHECKING:
-    from halfbyte.types import Document
+from halfbyte.types import Document
 
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"

@@ -6,16 +6,11 @@ Source: transformers' GGUF loader; the digit split of llama.cpp's `smollm` famil
 Cost: see docs/log.md; about 4 bytes per parameter at the peak, over what torch and transformers take.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from halfbyte.models.sources.gguf_header import GgufHeader, read_header
-
-if TYPE_CHECKING:
-    from halfbyte.types import Config, Model, Tokenizer
+from halfbyte.types import Config, Model, Tokenizer
 
 # The vocabularies whose text is cut at every single digit before GPT-2's own pattern.
 # transformers falls back to GPT-2's pattern alone, which cuts "a  1" differently from what the model was trained on.

@@ -4,8 +4,6 @@ Why: everything after this room reads safetensors by name, shape and mapping; GG
 Cost: 2 bytes of disk per parameter; the conversion itself runs in a child process (convert.py).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

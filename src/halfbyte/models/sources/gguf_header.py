@@ -5,19 +5,15 @@ Source: the GGUF specification, versions 2 and 3 (github.com/ggml-org/ggml/blob/
 Cost: one walk over the metadata through a memory map, about 0.1 s for a vocabulary of 49,152.
 """
 
-from __future__ import annotations
-
 import mmap
 import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from halfbyte.errors import SourceError
-
-if TYPE_CHECKING:
-    from halfbyte.types import Document
+from halfbyte.types import Document
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

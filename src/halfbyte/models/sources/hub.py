@@ -5,13 +5,11 @@ only chooses the files and turns each of its failures into one message with the 
 Cost: two requests to find the commit and its files; a whole snapshot that is cached needs no download.
 """
 
-from __future__ import annotations
-
 import errno
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Self
 
 from halfbyte.errors import SourceError, first_line
 from halfbyte.models.sources.checkpoint import Checkpoint
@@ -132,7 +130,7 @@ class Remote:
     read_bytes: int = 0
 
     @classmethod
-    def open(cls, repo: str, file: str, revision: str) -> Remote | None:
+    def open(cls, repo: str, file: str, revision: str) -> Self | None:
         """Ask for the size; None where the model has no such file."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.errors import EntryNotFoundError

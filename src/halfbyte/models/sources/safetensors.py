@@ -5,8 +5,6 @@ Source: the safetensors format: 8 bytes with the header's length, a JSON header,
 Cost: a few hundred kB read per file.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
