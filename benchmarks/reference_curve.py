@@ -54,7 +54,7 @@ def plain(data: Path, steps: int, *, prepare: bool = False) -> dict[str, Any]:
     from halfbyte.training.schedule import plan_steps
 
     prepared = prepare(recipe_from("smollm2-135m", str(data), overrides(data, steps)).recipe)
-    planned = plan_steps(prepared, max_tokens_per_micro_batch=10**9, examples_per_micro_batch=1)
+    planned = plan_steps(prepared, 10**9, 1)
     order = [row for step in planned for (row,) in step.micro_batches]
     items = [
         {"input_ids": list(prepared.train.examples[r].input_ids), "labels": list(prepared.train.examples[r].labels)}

@@ -82,7 +82,6 @@ def pss_bytes(process: psutil.Process) -> int:
 
 def halfbyte_side(model: str, rows: Path) -> dict[str, Any]:
     """One start, in this process."""
-    from halfbyte.adapters import lora
     from halfbyte.models.structure import meta_model
     from halfbyte.training import fit, schedule
 
@@ -93,11 +92,8 @@ def halfbyte_side(model: str, rows: Path) -> dict[str, Any]:
     baseline, began = pss_bytes(psutil.Process()), time.perf_counter()
     prepared = prepare.prepare(recipe)
     encoded = time.perf_counter()
-    meta = meta_model(prepared.config, trust_remote_code=False)
-    _, plan = fit.plan_of(prepared, machine, lora.choose_targets(meta, recipe.lora)[0], meta)
-    planned = schedule.plan_steps(
-        prepared, max_tokens_per_micro_batch=plan.max_tokens_per_micro_batch, examples_per_micro_batch=None
-    )
+    plan = fit.with_plan(prepared, machine).plan
+    planned = schedule.plan_steps(prepared, plan.max_tokens_per_micro_batch, None)
     first = planned[0]
     ended = time.perf_counter()
     return {

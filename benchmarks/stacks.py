@@ -178,7 +178,7 @@ def items(case: Case, *, by_length: bool) -> tuple[Path, list[dict[str, list[int
     from halfbyte.training.schedule import plan_steps
 
     prepared = prepare(recipe_from(case.model, case.data, case.overrides("unused")).recipe)
-    planned = plan_steps(prepared, max_tokens_per_micro_batch=10**9, examples_per_micro_batch=1)
+    planned = plan_steps(prepared, 10**9, 1)
     rows: list[dict[str, list[int]]] = []
     for step in planned:
         found = [prepared.train.examples[r] for (r,) in step.micro_batches]

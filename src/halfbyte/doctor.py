@@ -4,12 +4,9 @@ What: a few layers of the model at their true width, with adapters; each `Check`
 Cost: a few seconds; building the base's store first, if there is none.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,9 +23,7 @@ from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device, threads
 from halfbyte.system.files import cache_dir, free_bytes
 from halfbyte.system.versions import versions
-
-if TYPE_CHECKING:
-    from halfbyte.types import Document, Model
+from halfbyte.types import Document, Model
 
 
 @dataclass(frozen=True)
@@ -44,9 +39,9 @@ class Check:
 class Diagnosis:
     """What `doctor` saw. `model` is its id; `checks` are empty without one."""
 
-    device: device.Device
-    dtype: str
-    dtype_reason: str
+    machine: device.Device
+    compute_dtype: str
+    compute_dtype_reason: str
     rates: plan.Rates
     cache: Path
     cache_free_bytes: int
@@ -60,26 +55,13 @@ class Diagnosis:
         return all(check.ok for check in self.checks)
 
     def to_json(self) -> Document:
-        return {
-            "machine": self.device.to_json(),
-            "compute_dtype": self.dtype,
-            "compute_dtype_reason": self.dtype_reason,
-            "rates": self.rates.to_json(),
-            "cache": str(self.cache),
-            "cache_free_bytes": self.cache_free_bytes,
-            "versions": self.versions,
-            "model": self.model,
-            "layers": self.layers,
-            "checks": [asdict(check) for check in self.checks],
-            "ok": self.ok,
-        }
+        return {**asdict(self), "machine": self.machine.to_json(), "cache": str(self.cache), "ok": self.ok}
 
 
 def examine(recipe: Recipe | None = None, *, tell: Callable[[str], None] = lambda text: None) -> Diagnosis:
     """Look at the machine, measured anew and kept for later plans; and at a model, if a recipe names one.
 
-    Raises:
-        HalfbyteError: no such model, or one that cannot be opened.
+    A HalfbyteError tells of a model that is not there or cannot be opened.
     """
     machine = device.detect()
     asked = recipe.quant.compute_dtype if recipe is not None else "auto"
@@ -96,7 +78,7 @@ def _with_model(seen: Diagnosis, recipe: Recipe, tell: Callable[[str], None]) ->
     base = load.open_base(
         checkpoint,
         recipe.quant,
-        seen.device,
+        seen.machine,
         trust_remote_code=recipe.trust_remote_code,
         with_tokenizer=False,
         tell=supply.Tell(note=lambda _, text: tell(text)),

@@ -6,11 +6,10 @@ Only this file (and `doctor.py` and the command line) tells the rooms about each
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from signal import Signals
-from typing import TYPE_CHECKING
 
 from halfbyte.adapters import lora
 from halfbyte.adapters.assembly import Assembled, assembled
@@ -19,23 +18,21 @@ from halfbyte.base.store import supply
 from halfbyte.base.tokenizer import check_vocabulary
 from halfbyte.data import collate, pack
 from halfbyte.errors import DataError
+from halfbyte.plan import calibrate
 from halfbyte.recipe.file import to_yaml
+from halfbyte.recipe.schema import Loaded, Recipe
 from halfbyte.runs import checkpoint
 from halfbyte.runs import report as reporting
 from halfbyte.runs.folder import RunFolder, write_json
 from halfbyte.system import device, threads, usage
 from halfbyte.system.versions import versions
 from halfbyte.training import fit, prepare
-from halfbyte.training.assembly import PlannedRun, planned
 from halfbyte.training.callback import RunCallback
 from halfbyte.training.events import Listener, StopRequest, stop_on_signals
 from halfbyte.training.pace import Pace, recompute_as, rehearse
 from halfbyte.training.schedule import cadence, eval_every, micro_batches
 from halfbyte.training.trainer import StepTrainer, training_arguments
-
-if TYPE_CHECKING:
-    from halfbyte.recipe.schema import Loaded, Recipe
-    from halfbyte.types import Document, Model
+from halfbyte.types import Document
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,9 @@ class Outcome:
 class Ready:
     """Everything that the steps of a run need, known to be good. `held`: memory before the first step."""
 
-    job: PlannedRun
+    job: fit.PlannedRun
     base: Assembled
+    placed: stream.Placed
     pace: Pace
     steps: pack.Steps
     held_out: collate.Batches
@@ -83,31 +81,25 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
                 return Outcome(run.path, {}, step, stop.signal)
             return Outcome(run.path, finish(ready, run, callback, peak), len(ready.steps))
         finally:
-            if ready.base.placed is not None:
-                ready.base.placed.remove()
+            ready.placed.remove()
 
 
 def make_ready(recipe: Recipe, machine: device.Device, tell: Listener) -> Ready:
-    """Rows, plan, base, adapters and micro-batches; the longest micro-batch is tried where the plan is near the limit.
-
-    Raises:
-        HalfbyteError: a mistake in the recipe, the data or the model.
-    """
+    """Rows, plan, base, adapters and micro-batches; the longest of these runs once unless the plan leaves much free."""
     settings = threads.settle(machine.cores)
     tell.note("process", settings.line)
-    job = planned(recipe, machine, tell)
+    job = fit.planned(recipe, machine, tell)
     prepared, plan = job.prepared, job.plan
     for name, why in plan.reasons.items():
         tell.note("plan", f"{name} {getattr(plan, name)}: {why}")
     tell.note("plan", f"peak memory about {plan.needed_bytes / 1e9:.2f} GB of {plan.available_bytes / 1e9:.1f} GB free")
     notices = [*prepare.notices(prepared), *(str(f) for f in prepared.findings if f.level != "ok"), *plan.warnings]
-    base = _assembled(job, tell, notices)
+    placed, base = _assembled(job, tell, notices)
     for notice in notices:
         tell.note("note", notice)
     usage.trim()  # what the proofs and the opening of the base left
     recompute_as(base.model, plan.recompute)
-    figures = replace(job.figures, packed=base.packed.ok)
-    pace = fit.make_pace(prepared, plan, figures, machine, base.model, lambda text: tell.note("memory", text))
+    pace = fit.make_pace(job, base.model, lambda text: tell.note("memory", text), packed=base.packed.ok)
     steps, held_out = micro_batches(prepared, pace.tokens, pace.examples_per_micro_batch)
     if plan.needed_bytes <= fit.UNREHEARSED * plan.available_bytes:
         held = usage.now()
@@ -121,10 +113,10 @@ def make_ready(recipe: Recipe, machine: device.Device, tell: Listener) -> Ready:
             f"{tried.micro_batch_bytes / 1e9:.2f} GB above {held.private / 1e9:.2f} GB held"
         )
     tell.note("rehearsed", said)
-    return Ready(job, base, pace, steps, held_out, held, settings, notices)
+    return Ready(job, base, placed, pace, steps, held_out, held, settings, notices)
 
 
-def _assembled(job: PlannedRun, tell: Listener, notices: list[str]) -> Assembled:
+def _assembled(job: fit.PlannedRun, tell: Listener, notices: list[str]) -> tuple[stream.Placed, Assembled]:
     """The base where the plan wants it, with fresh adapters and proofs. What falls back is added to `notices`."""
     prepared, recipe, plan = job.prepared, job.prepared.recipe, job.plan
     base = load.open_base(
@@ -143,14 +135,10 @@ def _assembled(job: PlannedRun, tell: Listener, notices: list[str]) -> Assembled
         f"({base.expected_bytes / 1e9:.3f} planned), computing in {base.compute_dtype} ({base.dtype_reason})",
     )
     tell.note("base", base.origin)
-
-    def place(model: Model) -> stream.Placed:
-        placed, elsewhere = stream.place_as_planned(model, plan.placement, asked=recipe.quant.placement != "auto")
-        notices.extend([f"placement: {elsewhere}"] if elsewhere else [])
-        tell.note("placement", f"{placed} ({elsewhere or plan.reasons['placement']})")
-        return placed
-
-    made = assembled(base, recipe, place=place, note=tell.note)
+    placed, elsewhere = stream.place_as_planned(base.model, plan.placement, asked=recipe.quant.placement != "auto")
+    notices += [f"placement: {elsewhere}"] if elsewhere else []
+    tell.note("placement", f"{placed} ({elsewhere or plan.reasons['placement']})")
+    made = assembled(base, recipe, note=tell.note)
     if not made.packed.ok and recipe.data.packing == "stream":
         raise DataError(
             f"data.packing stream lays several texts end to end, and here that is not safe: {made.packed.reason}",
@@ -161,7 +149,7 @@ def _assembled(job: PlannedRun, tell: Listener, notices: list[str]) -> Assembled
     notices += [] if made.dequantised.ok else [f"base: {made.dequantised.reason}"]
     notices += [] if made.packed.ok else [f"packing: {made.packed.reason}"]
     notices += [] if made.fused.ok else [f"engine: {made.fused.reason}"]
-    return made
+    return placed, made
 
 
 def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener, *, resume: bool) -> RunCallback:
@@ -226,16 +214,18 @@ def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak
     used, rows = usage.process_memory(), run.read_metrics()
     on_card, timed = bool(machine.cards), plan.time.measured
     seen, step_s = usage.Usage(peak.private, peak.file), reporting.usual_seconds(rows)
-    fit.correct_rates(plan, machine, step_s)
+    if step_s is not None:
+        ran = usage.scheduled()
+        calibrate.correct(machine, plan.compute_dtype, plan.time, step_s, ran.waited_share if ran else None)
     report = reporting.build(
         rows,
-        planned=reporting.Figures(
-            tokens=ready.steps.tokens,
-            steps=len(ready.steps),
-            train_seconds=plan.time.run_s if timed else None,
-            peak_rss_bytes=None if on_card else plan.peak_bytes,
-            peak_device_bytes=plan.peak_bytes if on_card else None,
-        ),
+        planned={
+            "tokens": ready.steps.tokens,
+            "steps": len(ready.steps),
+            "train_seconds": plan.time.run_s if timed else None,
+            "peak_rss_bytes": None if on_card else plan.peak_bytes,
+            "peak_device_bytes": plan.peak_bytes if on_card else None,
+        },
         lines=fit.compared(plan, ready.base.base, ready.held, seen, run.path, step_s if timed else None),
         peak_rss_bytes=used["peak_rss_bytes"],
         peak_device_bytes=used.get("peak_device_bytes"),

@@ -1,4 +1,4 @@
-"""A base with adapters, assembled: placed first, proven last, and what is not proven is off on every layer."""
+"""A base with adapters, assembled: proven last, and what is not proven is off on every layer."""
 
 from __future__ import annotations
 
@@ -30,15 +30,9 @@ def lora_layers(model: Any) -> int:
 
 def test_fresh_adapters_train_and_everything_is_proven(tmp_path: Path) -> None:
     recipe = tiny_run.recipe(tmp_path, lora__target_modules=["q_proj", "v_proj"]).recipe
-    notes, placed = [], []
-
-    def place(model: Any) -> stream.Placed:
-        placed.append(lora_layers(model))
-        return stream.place(model, "resident")
-
-    made = assembled(opened(recipe), recipe, place=place, note=lambda label, text: notes.append((label, text)))
-    assert placed == [0], "before the adapters, once"
-    assert made.placed is not None and made.placed.placement == "resident"
+    notes, base = [], opened(recipe)
+    assert stream.place(base.model, "resident").placement == "resident" and lora_layers(base.model) == 0
+    made = assembled(base, recipe, note=lambda label, text: notes.append((label, text)))
     layers = made.model.config.num_hidden_layers
     assert made.layers == min(2, layers) and lora_layers(made.model) == 2 * layers
     assert made.packed.ok and packing.installed(made.model) == made.packed.layout
@@ -79,7 +73,7 @@ def test_a_saved_adapter_is_used_and_not_trained(tmp_path: Path) -> None:
     lora.save(trained, tmp_path / "adapter", base_id="m", revision=None)
     made = assembled(opened(recipe), recipe, adapter=tmp_path / "adapter")
     assert not made.model.training and not any(p.requires_grad for p in made.model.parameters())
-    assert made.fused.reason == "nothing trains" and made.placed is None
+    assert made.fused.reason == "nothing trains"
     now = {name: p for name, p in made.model.named_parameters() if name.endswith("bias")}
     assert all(torch.equal(now[name], base[name] + 1) for name in base) and base
     own = {id(p): value for p, value in made.own_biases}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from halfbyte.errors import RunError
-from halfbyte.runs.report import Compared, Figures, build, usual_seconds
+from halfbyte.runs.report import Compared, build, usual_seconds
 
 ROWS: list[dict[str, Any]] = [
     {"step": 1, "loss": 4.0, "tokens": 100, "seconds": 1.0, "rss_bytes": 700},
@@ -20,7 +20,7 @@ ROWS: list[dict[str, Any]] = [
 
 
 def report(rows: list[dict[str, Any]], peak_rss_bytes: int = 800) -> dict[str, Any]:
-    planned = Figures(tokens=650, steps=3, peak_rss_bytes=1000)
+    planned = {"tokens": 650, "steps": 3, "train_seconds": None, "peak_rss_bytes": 1000, "peak_device_bytes": None}
     built = build(
         rows,
         planned=planned,

@@ -1,4 +1,4 @@
-"""A base in its place with adapters on it, and what was proven on it: where a run, an evaluation and `doctor` begin.
+"""Adapters on an open base, and what was proven of both: where a run, an evaluation and `doctor` begin.
 
 Why: whoever uses a model begins here, so no one can forget a proof.
 Cost: a second or two of proofs, on the first layers alone.
@@ -9,18 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from halfbyte.adapters import lora
-from halfbyte.base import load, stream
+from halfbyte.base import load
 from halfbyte.layers import fuse, loss, packing_proof
 from halfbyte.layers.fused_proof import FusedProof, prove_fused
 from halfbyte.models import structure
 from halfbyte.quant.proof import DequantProof, prove_dequantised
-
-if TYPE_CHECKING:
-    from halfbyte.recipe.schema import Recipe
-    from halfbyte.types import Model
+from halfbyte.recipe.schema import Recipe
+from halfbyte.types import Model
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,6 @@ class Assembled:
     """A base with its adapters.
 
     Args:
-        placed: None if the base stays where it was opened.
         engine: whether the adapters run our fused layers, or PEFT's own forward.
         layers: how many layers the proofs ran through; 0 for all of a model without a list of layers.
         own_biases: the base's own, where a loaded adapter has replaced them.
@@ -36,7 +32,6 @@ class Assembled:
 
     base: load.Base
     model: Model
-    placed: stream.Placed | None
     dequantised: DequantProof
     packed: packing_proof.Proof
     fused: FusedProof
@@ -50,20 +45,16 @@ def assembled(
     recipe: Recipe,
     *,
     adapter: Path | None = None,
-    place: Callable[[Model], stream.Placed] | None = None,
     note: Callable[[str, str], None] = lambda label, text: None,
 ) -> Assembled:
-    """Place an open base, put adapters on it, and prove on its first layers what is used from then on.
+    """Put adapters on an open base, and prove on its first layers what is used from then on.
 
     Args:
         adapter: a folder with a trained one, to be used and not trained; None puts on fresh ones as the recipe says.
-        place: puts the base where it shall be; None leaves it where it was opened.
 
     Raises:
         AdapterError: the targets match nothing, or the adapter is of another base.
-        BaseModelError: the base cannot be placed as asked.
     """
-    placed = place(base.model) if place is not None else None
     own_biases: lora.Saved = []
     if adapter is None:
         targets, _ = lora.choose_targets(base.model, recipe.lora)
@@ -82,4 +73,4 @@ def assembled(
         engine = f"{fuse.install(model)}; {fused.reason}"  # on the layers that the proofs have not seen too
     else:
         fuse.remove(model)
-    return Assembled(base, model, placed, dequantised, packed, fused, engine, layers, own_biases)
+    return Assembled(base, model, dequantised, packed, fused, engine, layers, own_biases)

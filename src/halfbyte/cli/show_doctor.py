@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def diagnosis(value: Diagnosis) -> None:
-    machine, rates = value.device, value.rates
+    machine, rates = value.machine, value.rates
     flags = " ".join(machine.isa) or "no flags"
     show.labelled("processor", f"{machine.cpu or 'unknown'}, {machine.cores} cores: {flags}")
     show.labelled("memory", f"{show.gb(machine.ram_available_bytes)} free of {show.gb(machine.ram_bytes)}")
     for card in machine.cards:
         show.labelled("card", f"{card.name}, {show.gb(card.free_bytes)} free of {show.gb(card.total_bytes)}")
     show.labelled("cache", f"{value.cache}, {show.gb(value.cache_free_bytes)} free")
-    show.labelled("computes", f"in {value.dtype} ({value.dtype_reason})")
+    show.labelled("computes", f"in {value.compute_dtype} ({value.compute_dtype_reason})")
     show.labelled(
         "rates",
         f"{rates.matmul_flops / 1e9:,.0f} GFLOP/s in matrix products, {rates.attention_flops / 1e9:,.0f} in "

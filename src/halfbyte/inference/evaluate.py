@@ -4,26 +4,20 @@ Why: a loss curve alone does not say whether the adapter does the task.
 Cost: one forward over the rows, and one generation each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from halfbyte.data import blocks, collate, pack
 from halfbyte.data.encoding import encode
-from halfbyte.data.encoding.examples import IGNORED
+from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import DataError
 from halfbyte.inference.generate import Sampling, generate
+from halfbyte.inference.load import Opened
 from halfbyte.layers.loss import mean_loss
 from halfbyte.plan import Rows, plan_inference
 from halfbyte.system import device
-
-if TYPE_CHECKING:
-    from halfbyte.data.encoding.examples import Example
-    from halfbyte.inference.load import Opened
-    from halfbyte.types import Document
+from halfbyte.types import Document
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,13 @@ Source: transformers' `generate`; left padding with an attention mask, greedy un
 Cost: each new token dequantises the base once, whatever the batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import TextStreamer
 
-if TYPE_CHECKING:
-    from halfbyte.types import Document, Model, Tokenizer
+from halfbyte.types import Document, Model, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -23,7 +19,6 @@ class Sampling:
 
     max_new_tokens: int = 256
     temperature: float = 0.0
-    top_p: float = 1.0
     seed: int | None = None
 
 
@@ -84,7 +79,7 @@ def generate(
         mask[row, width - len(prompt) :] = 1
     chosen: Document = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if sampling.temperature > 0:
-        chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0}
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
     was_training = model.training

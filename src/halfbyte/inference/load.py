@@ -9,7 +9,6 @@ import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from halfbyte.adapters import lora
 from halfbyte.adapters.assembly import assembled
@@ -23,9 +22,7 @@ from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device, threads
-
-if TYPE_CHECKING:
-    from halfbyte.types import Model, Tokenizer
+from halfbyte.types import Model, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -61,16 +58,12 @@ def open_run(path: Path, tell: supply.Tell | None = None) -> Opened:
         tokenizer = open_tokenizer(replace(checkpoint, path=run.adapter), base.model)
     elif recipe.data.chat_template is not None:
         tokenizer.chat_template = chat_template(tokenizer, recipe.data)
-
     trained = Trained.of(json.loads(run.plan.read_text())) if run.plan.is_file() else None
     longest = (trained.max_tokens_per_micro_batch if trained else GENERATED_TOKENS,)
     rows = Rows(longest, evaluated=longest)
     job = Job.of_checkpoint(recipe, checkpoint, base.model, rows, machine)
     chosen = plan_inference(job, machine, trained)
-
-    def place(model: Model) -> stream.Placed:
-        return stream.place_as_planned(model, chosen.placement, asked=recipe.quant.placement != "auto")[0]
-
-    made = assembled(base, recipe, adapter=run.adapter, place=place)
+    stream.place_as_planned(base.model, chosen.placement, asked=recipe.quant.placement != "auto")
+    made = assembled(base, recipe, adapter=run.adapter)
     job = replace(job, packed=made.packed.ok)
     return Opened(path, recipe, made.model, tokenizer, made.own_biases, machine, job, trained, chosen)

@@ -16,23 +16,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LRScheduler
 
 from halfbyte.errors import RunError, TrainError
+from halfbyte.recipe.schema import Recipe
+from halfbyte.runs.folder import RunFolder
 from halfbyte.system import files
-
-if TYPE_CHECKING:
-    from torch.optim.lr_scheduler import LRScheduler
-
-    from halfbyte.recipe.schema import Recipe
-    from halfbyte.runs.folder import RunFolder
-    from halfbyte.types import Document
+from halfbyte.types import Document
 
 NESTED = "/"  # between a state's name and a name inside it
 FORMAT_VERSION = 1
@@ -109,11 +105,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> Path:
-    """The newest checkpoint whose every hash is right.
-
-    Raises:
-        RunError: there is none, or only damaged ones.
-    """
+    """The newest checkpoint whose every hash is right; a RunError if there is none, or only damaged ones."""
     for path in reversed(checkpoints(folder)):
         if is_whole(path, hashes=True):
             return path
@@ -247,11 +239,7 @@ class Best:
         return self.value is None or value < self.value
 
     def keep(self, value: float, step: int, write_adapter: Callable[[Path], None]) -> None:
-        """Put the adapter of this step in the place of the one before, whole or not at all.
-
-        Raises:
-            TrainError: the disk refuses; the one before is still there.
-        """
+        """Put the adapter of this step in the place of the one before, which stays there after a TrainError."""
         with whole_or_absent(f"the best adapter {self.folder}", self.folder) as temporary:
             write_adapter(temporary)
             (temporary / BEST_JSON).write_text(json.dumps({"metric": self.metric, "value": value, "step": step}))

@@ -15,13 +15,10 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from halfbyte.errors import RunError, TrainError
 from halfbyte.system import files
-
-if TYPE_CHECKING:
-    from halfbyte.types import Document
+from halfbyte.types import Document
 
 ANOTHER = "give another output: (--output)"
 
@@ -52,11 +49,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, recipe_yaml: str) -> RunFolder:
-        """Make a new run folder with its resolved recipe, whole or not at all.
-
-        Raises:
-            RunError: something is there already, or the place cannot be written.
-        """
+        """Make a new run folder with its resolved recipe, whole or not at all; a RunError says why it cannot be."""
         cls.check_free(path)
         temporary = files.beside(path)
         try:
@@ -79,9 +72,8 @@ class RunFolder:
     def open(cls, path: Path, *, need_adapter: bool = True) -> RunFolder:
         """Find a run again; without `need_adapter` it may be unfinished. A RunError says what is wrong."""
         if not path.exists():
-            raise RunError(
-                f"there is no run folder {path}.", fix="give the `output:` of a run, such as runs/quickstart"
-            )
+            fix = "give the `output:` of a run, such as runs/quickstart"
+            raise RunError(f"there is no run folder {path}.", fix=fix)
         if not path.is_dir():
             raise RunError(f"{path} is a file, not a run folder.")
         run = cls(path)
@@ -91,9 +83,8 @@ class RunFolder:
             hint = " It is an adapter: give the run folder that it lies in." if is_adapter else ""
             raise RunError(f"{path} is not a run folder: it has no {' and no '.join(missing)}.{hint}")
         if need_adapter and not (run.adapter / "adapter_config.json").is_file():
-            raise RunError(
-                f"the run {path} has no adapter yet: {run.progress()}.", fix=f"halfbyte train {path} --resume"
-            )
+            fix = f"halfbyte train {path} --resume"
+            raise RunError(f"the run {path} has no adapter yet: {run.progress()}.", fix=fix)
         return run
 
     def progress(self) -> str:
@@ -106,10 +97,9 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[RunFolder]:
-        """Hold the run for writing. The lock ends with its process, so one that crashed leaves none behind.
+        """Hold the run for writing; a RunError names the process that holds it already.
 
-        Raises:
-            RunError: another process holds it; names its id.
+        The lock ends with its process, so one that crashed leaves none behind.
         """
         if not files.CAN_LOCK:
             raise RunError("a run cannot be locked on Windows yet.", fix="run halfbyte under WSL")
@@ -117,21 +107,15 @@ class RunFolder:
             if not files.lock(stream, wait=False):
                 stream.seek(0)
                 holder = stream.read().strip() or "unknown"
-                raise RunError(
-                    f"the run {self.path} is being written by process {holder}.",
-                    fix=f"wait for it, stop it, or {ANOTHER}",
-                )
+                fix = f"wait for it, stop it, or {ANOTHER}"
+                raise RunError(f"the run {self.path} is being written by process {holder}.", fix=fix)
             stream.truncate(0)
             stream.write(str(os.getpid()))
             stream.flush()
             yield self
 
     def append_metrics(self, row: Document) -> None:
-        """Add one row. A torn line that a crash left at the end is cut away first.
-
-        Raises:
-            TrainError: no space left.
-        """
+        """Add one row (a TrainError: no space left). A torn line that a crash left at the end is cut away first."""
         line = (json.dumps(files.finite(row)) + "\n").encode()
         with _space_for(self.metrics, len(line)), self.metrics.open("a+b", buffering=0) as stream:
             if stream.tell():
@@ -141,17 +125,11 @@ class RunFolder:
             stream.write(line)
 
     def read_metrics(self) -> list[Document]:
-        """Every whole row, in order; a torn last line is passed over.
-
-        Raises:
-            RunError: a line before the last is not a JSON object.
-        """
+        """Every whole row, in order; a RunError names a line that is not a JSON object."""
         if not self.metrics.is_file():
             return []
-        *lines, _ = self.metrics.read_bytes().split(
-            b"\n"
-        )  # after the last newline: nothing, or a write that was cut off
         rows: list[Document] = []
+        *lines, _ = self.metrics.read_bytes().split(b"\n")  # `_`: nothing, or a write that was cut off
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -173,11 +151,7 @@ class RunFolder:
 
 
 def write_json(path: Path, value: Document) -> None:
-    """Write or replace a JSON file of a run in one step.
-
-    Raises:
-        TrainError: no space left.
-    """
+    """Write or replace a JSON file of a run in one step; a TrainError where no space is left."""
     _write(path, files.as_json(value))
 
 

@@ -4,27 +4,11 @@ Why: a plan that is never compared with a measurement is a guess.
 Source: the rows of `metrics.jsonl`, so a resumed run counts the steps of all its processes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 from halfbyte.errors import RunError
-
-if TYPE_CHECKING:
-    from halfbyte.types import Document
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What can be both planned and measured. None: not planned, or nothing to measure (no card)."""
-
-    tokens: int | None = None
-    steps: int | None = None
-    train_seconds: float | None = None
-    peak_rss_bytes: int | None = None
-    peak_device_bytes: int | None = None
+from halfbyte.types import Document
 
 
 @dataclass(frozen=True)
@@ -44,7 +28,7 @@ class Compared:
 def build(
     rows: Sequence[Document],
     *,
-    planned: Figures,
+    planned: Document,
     peak_rss_bytes: int,
     peak_device_bytes: int | None,
     lines: Iterable[Compared] = (),
@@ -55,6 +39,7 @@ def build(
     Args:
         rows: of `metrics.jsonl`. A step's row has `loss`, `tokens` and `seconds`, and may have `rss_bytes`; an
             evaluation's row has `eval_loss`.
+        planned: each figure under `measured` as the plan had it; None where it had none.
         peak_rss_bytes: of this process; a resumed run's earlier ones are seen through their rows.
         peak_device_bytes: None without a card.
         adapter_step: of the evaluation whose adapter was kept, and whose loss is reported; None for the last one.
@@ -70,15 +55,22 @@ def build(
     evals = {row["step"]: row["eval_loss"] for row in rows if row.get("eval_loss") is not None}
     kept = adapter_step if adapter_step in evals else max(evals, default=None)
     peak = max([peak_rss_bytes, *(int(row["rss_bytes"]) for row in rows if row.get("rss_bytes"))])
-    plan, measured = asdict(planned), asdict(Figures(tokens, len(steps), seconds, peak, peak_device_bytes))
+    measured = {
+        "tokens": tokens,
+        "steps": len(steps),
+        "train_seconds": seconds,
+        "peak_rss_bytes": peak,
+        "peak_device_bytes": peak_device_bytes,
+    }
+    known = [name for name, real in measured.items() if planned[name] is not None and real]
     return {
         **measured,
         "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
         "loss": {"first": steps[0]["loss"], "last": steps[-1]["loss"]},
         "eval_loss": evals.get(kept),
-        "planned": plan,
+        "planned": planned,
         "measured": measured,
-        "errors": {n: Compared(n, plan[n], real).error for n, real in measured.items() if plan[n] is not None and real},
+        "errors": {name: Compared(name, planned[name], measured[name] or 0).error for name in known},
         "lines": [{**asdict(line), "error": line.error} for line in lines],
     }
 

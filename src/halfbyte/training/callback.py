@@ -5,27 +5,20 @@ Source: `transformers/trainer_callback.py` (events and their order in `trainer.p
 Cost: one JSON line a step; a checkpoint costs its files.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from halfbyte.runs import checkpoint
+from halfbyte.runs.folder import RunFolder
 from halfbyte.system import usage
-
-if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainerState
-
-    from halfbyte.runs.folder import RunFolder
-    from halfbyte.training.events import Listener, StopRequest
-    from halfbyte.training.schedule import Cadence
-    from halfbyte.training.trainer import StepTrainer
-    from halfbyte.types import Document
+from halfbyte.training.events import Listener, StopRequest
+from halfbyte.training.schedule import Cadence
+from halfbyte.training.trainer import StepTrainer
+from halfbyte.types import Document
 
 
 @dataclass

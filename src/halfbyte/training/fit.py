@@ -1,30 +1,32 @@
-"""The plan of a run from its real rows, and how the run obeys it: placement, recomputation, pace, and the comparison.
+"""A run as far as it is known before a weight is loaded: its rows, the layers that get an adapter, and its plan; how it
+obeys that plan, and what was measured beside it.
 
-Cost: a few milliseconds; a calibration of this machine (seconds, once) before a run that takes minutes.
+Why: a run, its dry run and `data check` must say the same.
+Cost: tokenising, and the shapes of the model; a calibration of this machine (seconds, once) before a run of minutes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from halfbyte.adapters import lora
 from halfbyte.adapters.targets import Targets
+from halfbyte.base.load import Base
+from halfbyte.models.structure import meta_model
 from halfbyte.plan import Job, Plan, Rows, calibrate, choose, make, peak
 from halfbyte.plan.lines import Recompute
+from halfbyte.recipe.schema import Recipe
 from halfbyte.runs.report import Compared
-from halfbyte.system import usage
 from halfbyte.system.device import Device
+from halfbyte.system.usage import Usage
+from halfbyte.training.events import Listener
 from halfbyte.training.pace import Pace, recompute_as
-from halfbyte.training.prepare import Prepared
+from halfbyte.training.prepare import Prepared, data_note, prepare
 from halfbyte.training.schedule import count_steps
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from halfbyte.base.load import Base
-    from halfbyte.types import Model
+from halfbyte.training.trainer import check_arguments
+from halfbyte.types import Model
 
 # A run that is thought to be shorter is not worth the seconds of a calibration.
 CALIBRATE_FROM_S = 60.0
@@ -32,36 +34,51 @@ CALIBRATE_FROM_S = 60.0
 UNREHEARSED = 0.2
 
 
-def plan_of(
-    prepared: Prepared, machine: Device, chosen: Targets, model: Model, say: Callable[[str], None] | None = None
-) -> tuple[Job, Plan]:
-    """The plan of a run with these targets, and what it follows from.
+@dataclass(frozen=True)
+class PlannedRun:
+    """`modules` are the full names of the layers that get an adapter; the plan follows from `figures`."""
 
-    Args:
-        model: gives the shapes where the checkpoint has no headers (pickled weights).
-        say: the machine may be calibrated first, if it was not yet and the run is long enough.
+    prepared: Prepared
+    machine: Device
+    targets: Targets
+    modules: list[str]
+    figures: Job
+    plan: Plan
+
+
+def planned(recipe: Recipe, machine: Device, listener: Listener | None = None) -> PlannedRun:
+    """Prepare a run and plan it. Only with a `listener` may the machine be calibrated first.
+
+    Raises:
+        HalfbyteError: a mistake in the recipe, the data or the model.
     """
+    prepared = prepare(recipe)
+    check_arguments(prepared.recipe.train, total_steps=count_steps(prepared))
+    tell = listener or Listener()
+    tell.note("data", data_note(prepared))
+    for finding in prepared.findings:
+        tell.note("data", finding.line)
+    return with_plan(prepared, machine, (lambda text: tell.note("machine", text)) if listener else None)
+
+
+def with_plan(prepared: Prepared, machine: Device, say: Callable[[str], None] | None = None) -> PlannedRun:
+    """The plan of rows that are prepared already. With `say` the machine may be calibrated first, for a long run."""
+    recipe = prepared.recipe
+    meta = meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
+    targets, modules = lora.choose_targets(meta, recipe.lora)
     held_out = prepared.evaluation.lengths if prepared.evaluation is not None else ()
     rows = Rows(prepared.train.lengths, prepared.train.labelled, held_out)
-    job = Job.of_checkpoint(prepared.recipe, prepared.checkpoint, model, rows, machine, targets=chosen.names)
+    job = Job.of_checkpoint(recipe, prepared.checkpoint, meta, rows, machine, targets=targets.names)
     job = replace(job, steps=count_steps(prepared))
     rates = calibrate.cached(machine, job.dtype)
     if rates is None and say is not None and choose.make(job, machine).time.run_s >= CALIBRATE_FROM_S:
         rates = calibrate.ensure(machine, job.dtype, say=say)
-    return job, make(job, machine, rates)
+    return PlannedRun(prepared, machine, targets, modules, job, make(job, machine, rates))
 
 
-def correct_rates(plan: Plan, machine: Device, step_s: float | None) -> None:
-    """Let a finished run correct this machine's rates, where nothing else ran beside it."""
-    ran = usage.scheduled()
-    if step_s is not None:
-        calibrate.correct(machine, plan.compute_dtype, plan.time, step_s, ran.waited_share if ran else None)
-
-
-def make_pace(
-    prepared: Prepared, plan: Plan, job: Job, machine: Device, model: Model, tell: Callable[[str], None]
-) -> Pace:
-    """The split of the run's steps, and the way down from it."""
+def make_pace(run: PlannedRun, model: Model, tell: Callable[[str], None], *, packed: bool) -> Pace:
+    """The split of the run's steps, and the way down from it. `packed`: examples may share a micro-batch."""
+    job, plan, machine = replace(run.figures, packed=packed), run.plan, run.machine
     where = choose.computes_in(machine)
     cards = len(machine.cards) if plan.placement == "split" else 1
 
@@ -70,9 +87,9 @@ def make_pace(
         return sum(line.bytes for line in lines)
 
     return Pace(
-        lengths=prepared.train.lengths,
+        lengths=run.prepared.train.lengths,
         tokens=plan.max_tokens_per_micro_batch,
-        examples_per_micro_batch=None if job.packed else 1,
+        examples_per_micro_batch=None if packed else 1,
         recompute=plan.recompute,
         policies=choose.POLICIES[choose.POLICIES.index(plan.recompute) :],
         need=need,
@@ -83,9 +100,7 @@ def make_pace(
     )
 
 
-def compared(
-    plan: Plan, opened: Base, held: usage.Usage, seen: usage.Usage, run: Path, step_s: float | None
-) -> Sequence[Compared]:
+def compared(plan: Plan, opened: Base, held: Usage, seen: Usage, run: Path, step_s: float | None) -> Sequence[Compared]:
     """Planned beside measured, line by line where a line can be measured alone.
 
     Args:

@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from halfbyte.base import heap
 from halfbyte.data import pack
@@ -27,11 +27,7 @@ from halfbyte.models import structure
 from halfbyte.plan.lines import GB, Recompute
 from halfbyte.system import usage
 from halfbyte.system.device import ram_available
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from halfbyte.types import Batch, Model
+from halfbyte.types import Batch, Model
 
 MARGIN_SHARE = 0.03  # of the machine's memory (or the group's limit) that stays free between micro-batches
 MARGIN_BYTES = 64_000_000
@@ -170,10 +166,7 @@ def rehearse(
 ) -> Rehearsed:
     """Run the longest micro-batch forward and backward, and one batch of an evaluation, before anything is learned.
 
-    Gradients and the random state are as before. Steps down until it fits.
-
-    Raises:
-        TrainError: not even the smallest way fits.
+    Gradients and the random state are as before. Steps down until it fits; a TrainError if there is no smaller way.
     """
     training = model.training
     devices = [torch.cuda.current_device()] if pace.on_card else []
@@ -199,10 +192,10 @@ def recompute_as(model: Model, policy: Recompute) -> None:
     """Make a model (PEFT around it or not) do again in backward what the policy says; may be called at any time."""
     lm = structure.causal_lm(model)
     fuse.recompute_cheap(lm, on=policy == "selective")
-    if policy != "full":
-        if lm.is_activation_checkpointing:
-            lm.activation_checkpointing_disable()
-        heap.remove(lm)
-    else:
+    if policy == "full":
         heap.install(lm)
         lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        return
+    if lm.is_activation_checkpointing:
+        lm.activation_checkpointing_disable()
+    heap.remove(lm)

@@ -7,7 +7,6 @@ Cost: tokenising, about 3,000 rows of 200 tokens a second a core; once, then the
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 from halfbyte.base.config import open_config
 from halfbyte.base.tokenizer import open_tokenizer
@@ -18,9 +17,7 @@ from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device
-
-if TYPE_CHECKING:
-    from halfbyte.types import Config, Document, Tokenizer
+from halfbyte.types import Config, Document, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -39,8 +36,7 @@ class Prepared:
 def prepare(recipe: Recipe) -> Prepared:
     """Find the model, read its tokenizer, turn every row into tokens and labels, and let the gates judge them.
 
-    Raises:
-        HalfbyteError: no model, no rows, bad rows; DataError with all that the gates refuse.
+    A HalfbyteError tells of no model, no rows or bad rows, a DataError of all that the gates refuse.
     """
     prepared = look(recipe)
     gates.refuse(prepared.findings)

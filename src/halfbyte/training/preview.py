@@ -8,23 +8,19 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from itertools import groupby, islice
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from halfbyte.data import pack
+from halfbyte.data.encoding.examples import Example
 from halfbyte.errors import DataError
+from halfbyte.plan import Plan
 from halfbyte.recipe.schema import Loaded, Origin, rows
 from halfbyte.system import device
 from halfbyte.training import prepare
-from halfbyte.training.assembly import PlannedRun, planned, with_plan
+from halfbyte.training.fit import PlannedRun, planned, with_plan
 from halfbyte.training.schedule import plan_steps
-
-if TYPE_CHECKING:
-    from halfbyte.data.encoding.examples import Example
-    from halfbyte.plan import Plan
-    from halfbyte.training.prepare import Prepared
-    from halfbyte.types import Document, Tokenizer
+from halfbyte.types import Document, Tokenizer
 
 SHOWN_ROWS, COUNTED_STEPS = 2, 20_000
 BINS, BIN_TOKENS = 10, 16  # edges of the histogram are multiples of the tokens
@@ -32,7 +28,7 @@ BINS, BIN_TOKENS = 10, 16  # edges of the histogram are multiples of the tokens
 
 @dataclass(frozen=True)
 class Resolution:
-    """What `train --dry-run` shows: each value with its origin, then what follows from the values: `notes` are labels
+    """What `train --dry-run` shows: each value with its origin, then what follows from the values. `notes` are labels
     and texts, `warnings` those of the recipe; the plan has its own."""
 
     rows: list[tuple[str, object, Origin]]
@@ -54,12 +50,10 @@ def resolve(loaded: Loaded) -> Resolution:
         shown, why = auto.get(field, (value, ""))
         resolved.append((field, shown, origin if shown == value else Origin("auto", why.removeprefix("auto: "))))
     prepared, source = job.prepared, job.prepared.checkpoint
+    steps = f"{job.figures.steps} steps of {prepared.recipe.train.rows_per_step} rows"
     notes = (
         ("model", f"{source.id}{f' at {source.revision}' if source.revision else ''}"),
-        (
-            "data",
-            f"{prepare.data_note(prepared)}; {job.figures.steps} steps of {prepared.recipe.train.rows_per_step} rows",
-        ),
+        ("data", f"{prepare.data_note(prepared)}; {steps}"),
         *(("data", finding.line) for finding in prepared.findings),
         ("adapters", f"on {len(job.modules)} modules, {job.figures.trainable:,} parameters train"),
     )
@@ -114,7 +108,7 @@ class Bin:
 class Checked:
     """What `data check` shows."""
 
-    prepared: Prepared
+    prepared: prepare.Prepared
     plan: Plan
     steps: int
     micro_batches: int
@@ -151,17 +145,14 @@ class Checked:
 def check(loaded: Loaded, *, row: int | None = None) -> Checked:
     """Everything that a run would know of its rows before its first step; shows `row` (from 1), or the first few.
 
-    Raises:
-        HalfbyteError: no model, rows that cannot be used, no such row. What the gates refuse is among the findings.
+    A HalfbyteError tells of no model, bad rows, no such row. What the gates refuse is among the findings.
     """
     prepared = prepare.look(loaded.recipe)
     count = len(prepared.train.examples)
     if row is not None and not 1 <= row <= count:
         raise DataError(f"there is no row {row}: {count:,} rows are trained on.", fix=f"--row 1 to --row {count}")
     plan = with_plan(prepared, device.detect()).plan
-    steps = plan_steps(
-        prepared, max_tokens_per_micro_batch=plan.max_tokens_per_micro_batch, examples_per_micro_batch=None
-    )
+    steps = plan_steps(prepared, plan.max_tokens_per_micro_batch, None)
     counted = [len(step.micro_batches) for step in islice(steps, COUNTED_STEPS)]
     numbers = [row - 1] if row is not None else range(min(SHOWN_ROWS, count))
     return Checked(

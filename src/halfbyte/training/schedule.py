@@ -1,15 +1,10 @@
 """The steps of a run, counted and arranged: how many, which rows, when to save and when to evaluate."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from halfbyte.data import collate, pack
-
-if TYPE_CHECKING:
-    from halfbyte.training.prepare import Prepared
+from halfbyte.training.prepare import Prepared
 
 
 def count_steps(prepared: Prepared) -> int:
@@ -22,10 +17,8 @@ def count_steps(prepared: Prepared) -> int:
     )
 
 
-def plan_steps(
-    prepared: Prepared, *, max_tokens_per_micro_batch: int, examples_per_micro_batch: int | None
-) -> pack.Steps:
-    """Every optimiser step of the run: which rows, in which order, in which micro-batches."""
+def plan_steps(prepared: Prepared, tokens: int, examples: int | None) -> pack.Steps:
+    """Every optimiser step of the run, in micro-batches of at most `tokens` and `examples` (None: no limit)."""
     train = prepared.recipe.train
     return pack.Steps(
         prepared.train.lengths,
@@ -33,17 +26,15 @@ def plan_steps(
         rows_per_step=train.rows_per_step,
         total=count_steps(prepared),
         seed=train.seed if train.data_seed is None else train.data_seed,
-        max_tokens_per_micro_batch=max_tokens_per_micro_batch,
-        examples_per_micro_batch=examples_per_micro_batch,
+        max_tokens_per_micro_batch=tokens,
+        examples_per_micro_batch=examples,
     )
 
 
 def micro_batches(prepared: Prepared, tokens: int, examples: int | None) -> tuple[pack.Steps, collate.Batches]:
-    """Every step, and the held-out rows (perhaps none), in micro-batches of at most `tokens` and `examples`.
-
-    `examples` None: no limit, and `per_device_eval_batch_size` of those held out.
-    """
-    steps = plan_steps(prepared, max_tokens_per_micro_batch=tokens, examples_per_micro_batch=examples)
+    """As `plan_steps`, and the held-out rows (perhaps none) likewise; without a limit, `per_device_eval_batch_size` of
+    them share a micro-batch."""
+    steps = plan_steps(prepared, tokens, examples)
     if prepared.evaluation is None:
         return steps, collate.Batches((), ())
     lengths, most = prepared.evaluation.lengths, examples or prepared.recipe.train.per_device_eval_batch_size
@@ -61,9 +52,8 @@ class Cadence:
 
     def is_due(self, step: int, seconds: float) -> bool:
         """Whether to save after a step, `seconds` after the last time."""
-        return (self.steps > 0 and step % self.steps == 0) or (
-            self.minutes is not None and seconds >= 60 * self.minutes
-        )
+        by_time = self.minutes is not None and seconds >= 60 * self.minutes
+        return by_time or (self.steps > 0 and step % self.steps == 0)
 
 
 def cadence(prepared: Prepared) -> Cadence:

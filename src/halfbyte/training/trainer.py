@@ -7,32 +7,25 @@ Source: `transformers/trainer.py` (`training_step`, `evaluate`, `create_optimize
 Cost: logits are made for labelled tokens only (`logits_to_keep`), one micro-batch at a time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import Trainer, TrainerControl, TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from halfbyte.adapters.lora import loraplus_optimizer, without_gradient
+from halfbyte.data import collate, pack
 from halfbyte.errors import RecipeError, TrainError, first_line
 from halfbyte.layers import loss
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-    from transformers import TrainerControl
-
-    from halfbyte.data import collate, pack
-    from halfbyte.recipe.schema import Train
-    from halfbyte.training.pace import Pace
-    from halfbyte.types import Batch, Document, Model
+from halfbyte.recipe.schema import Train
+from halfbyte.training.pace import Pace
+from halfbyte.types import Batch, Document, Model
 
 # Names under `train:` that never reach the Trainer, or are not its own: batch and accumulation are inside the item, the
 # dtype is the base's, checkpoints and the best adapter are ours.
@@ -92,8 +85,8 @@ def check_arguments(train: Train, *, total_steps: int) -> None:
             fix="lower train.max_steps or train.num_train_epochs",
         )
     try:
-        folder = Path("unused")
-        args = training_arguments(train, folder=folder, total_steps=total_steps, fp16=False, use_cpu=True, eval_steps=0)
+        where = Path("unused")
+        args = training_arguments(train, folder=where, total_steps=total_steps, fp16=False, use_cpu=True, eval_steps=0)
         cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer = cls([torch.nn.Parameter(torch.zeros(1))], **kwargs)
         get_scheduler(
@@ -142,7 +135,7 @@ class StepTrainer(Trainer):
         """Items in their order, one at a time: the order was drawn when the steps were planned."""
         return DataLoader(self.train_dataset, batch_size=1, shuffle=False, collate_fn=itemgetter(0))
 
-    def create_optimizer(self, model: Model | None = None) -> Optimizer:
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
         if self.loraplus_lr_ratio is None or self.optimizer is not None:
             return super().create_optimizer(model)
         cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)

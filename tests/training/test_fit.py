@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from halfbyte import finetune
 from halfbyte.errors import AdapterError, RecipeError
+from halfbyte.plan import calibrate
 from halfbyte.system import device
-from halfbyte.training import assembly, preview
-from halfbyte.training.assembly import planned, with_plan
+from halfbyte.training import fit, preview
 from halfbyte.training.events import Listener
+from halfbyte.training.fit import planned, with_plan
 from halfbyte.training.prepare import look
 from tests import tiny_run
 
@@ -24,12 +26,22 @@ class Notes(Listener):
         self.notes.append((label, text))
 
 
-def test_it_knows_rows_targets_steps_and_plan_and_loads_no_weight(tmp_path: Path) -> None:
+def test_it_knows_rows_targets_steps_and_plan_and_loads_no_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, real = [], fit.meta_model
+
+    def spied(*args: Any, **kwargs: Any) -> Any:
+        made.append(real(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(fit, "meta_model", spied)
     recipe = tiny_run.recipe(tmp_path, train__max_steps=None, train__num_train_epochs=3).recipe
     job = planned(recipe, device.detect())
     assert len(job.prepared.train.examples) == 16
-    assert all(p.device.type == "meta" for p in job.meta.parameters())
-    assert len(job.modules) == len(job.targets.names) * job.meta.config.num_hidden_layers
+    (meta,) = made
+    assert all(p.device.type == "meta" for p in meta.parameters())
+    assert len(job.modules) == len(job.targets.names) * meta.config.num_hidden_layers
     assert job.figures.steps == 12 and job.plan.trainable == job.figures.trainable
     assert job.plan.to_json() == with_plan(look(recipe), job.machine).plan.to_json()
 
@@ -70,12 +82,12 @@ def test_the_machine_is_calibrated_only_for_a_run(
     listens: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    plan_of = assembly.fit.plan_of
 
-    def spied(prepared: object, machine: object, targets: object, meta: object, say: object = None) -> object:
+    def measured(machine: object, dtype: str, say: object) -> None:
         asked.append(say is not None)
-        return plan_of(prepared, machine, targets, meta)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(assembly.fit, "plan_of", spied)
+    monkeypatch.setattr(fit, "CALIBRATE_FROM_S", 0.0)
+    monkeypatch.setattr(calibrate, "cached", lambda *_: None)
+    monkeypatch.setattr(calibrate, "ensure", measured)
     planned(tiny_run.recipe(tmp_path).recipe, device.detect(), Notes() if listens else None)
-    assert asked == [listens]
+    assert asked == [True] * listens
