@@ -10,15 +10,11 @@ Cost: tokens are copied when their block is asked for.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+from numpy.typing import NDArray
 
 from halfbyte.data.encoding.encoder import Encoded
 from halfbyte.data.encoding.examples import IGNORED, Example, Examples
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 def stream(texts: Encoded, block_tokens: int) -> Encoded:

@@ -11,20 +11,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from halfbyte.data.encoding.chatml import is_reserved
 from halfbyte.data.encoding.encoder import Encoded
 from halfbyte.data.reading.problems import some
 from halfbyte.errors import DataError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from halfbyte.recipe.data import Data
-    from halfbyte.types import Tokenizer
+from halfbyte.recipe.data import Data
+from halfbyte.types import Tokenizer
 
 Level = Literal["ok", "warning", "refused"]
 Said = tuple[Level, str, str | None]  # level, what was found, fix

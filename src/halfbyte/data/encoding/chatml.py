@@ -20,15 +20,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from halfbyte.data.reading import files
 from halfbyte.data.reading.read import Reader
 from halfbyte.errors import DataError
-
-if TYPE_CHECKING:
-    from halfbyte.recipe.data import Data
-    from halfbyte.types import Tokenizer
+from halfbyte.recipe.data import Data
+from halfbyte.types import Tokenizer
 
 CHATML = "chatml"  # in the recipe
 _RESERVED = re.compile(r"<?\W*(reserved|unused|extra_id|dummy|placeholder)\w*\W*\d+\W*>?", re.IGNORECASE)

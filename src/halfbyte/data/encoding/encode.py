@@ -11,7 +11,8 @@ import contextlib
 from collections.abc import Callable, Generator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pyarrow as pa
 
 from halfbyte.data.encoding import token_cache, workers
 from halfbyte.data.encoding.encoder import Encoded, Encoder, Part
@@ -20,12 +21,8 @@ from halfbyte.data.encoding.tally import Tally
 from halfbyte.data.reading import files
 from halfbyte.data.reading.read import Reader
 from halfbyte.errors import HalfbyteError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from halfbyte.recipe.data import Data
-    from halfbyte.types import Tokenizer
+from halfbyte.recipe.data import Data
+from halfbyte.types import Tokenizer
 
 ALONE_CHUNKS = 32  # thirty thousand rows, ten seconds: where starting helpers begins to pay
 

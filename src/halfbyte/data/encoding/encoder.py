@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from halfbyte.data.encoding.examples import Examples, Tokens, batch
 from halfbyte.data.encoding.render import Refused, Rendered, Renderer, common_length
@@ -26,13 +27,8 @@ from halfbyte.data.reading.formats import Row
 from halfbyte.data.reading.problems import Problems
 from halfbyte.data.reading.read import Chunk, understand
 from halfbyte.errors import DataError, HalfbyteError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    from numpy.typing import NDArray
-
-    from halfbyte.recipe.data import Data
-    from halfbyte.types import Tokenizer
+from halfbyte.recipe.data import Data
+from halfbyte.types import Tokenizer
 
 # If these give the same tokens cut and whole, the tokenizer marks no start of text, and texts may be cut.
 _CUT_PROBES = (("\n", "a b"), (":", " a"), ("]", "7"))

@@ -19,17 +19,14 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.data.reading.formats import Message, Row
 from halfbyte.errors import DataError, first_line
-
-if TYPE_CHECKING:
-    from halfbyte.recipe.data import Data
-    from halfbyte.types import Document, Tokenizer
+from halfbyte.recipe.data import Data
+from halfbyte.types import Document, Tokenizer
 
 _TAIL_CHARS = 8  # characters of a prompt's end that are searched for, where the template rewrites what came before
 _PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text holds and no template strips

@@ -10,17 +10,14 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from halfbyte.data.encoding.examples import Tokens
 from halfbyte.data.reading.problems import Problems
 from halfbyte.errors import DataError
-
-if TYPE_CHECKING:
-    from halfbyte.recipe.data import Data
-    from halfbyte.types import Document
+from halfbyte.recipe.data import Data
+from halfbyte.types import Document
 
 
 @dataclass

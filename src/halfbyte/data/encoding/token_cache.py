@@ -18,7 +18,6 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -28,12 +27,10 @@ from halfbyte.data.encoding.examples import SCHEMA, Examples, batch
 from halfbyte.data.encoding.tally import Tally
 from halfbyte.data.reading.files import find
 from halfbyte.errors import DataError
+from halfbyte.recipe.data import Data
 from halfbyte.system import files
 from halfbyte.system.versions import version
-
-if TYPE_CHECKING:
-    from halfbyte.recipe.data import Data
-    from halfbyte.types import Tokenizer
+from halfbyte.types import Tokenizer
 
 # Counts up when rendering, tokenising or the file's layout changes.
 FORMAT = 3

@@ -19,14 +19,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from halfbyte.data.encoding.encoder import Encoder, Part
 from halfbyte.data.reading.read import Chunk
-
-if TYPE_CHECKING:
-    from halfbyte.recipe.data import Data
-    from halfbyte.types import Tokenizer
+from halfbyte.recipe.data import Data
+from halfbyte.types import Tokenizer
 
 MOST = 8  # helpers: more would wait for the one process that reads and writes
 AHEAD = 3  # chunks under way for each helper

@@ -14,13 +14,11 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from halfbyte.data.reading.problems import BadRow, keys, kind, near, shorten, text_in, text_of, value_of
 from halfbyte.errors import DataError
-
-if TYPE_CHECKING:
-    from halfbyte.recipe.data import Data, Fields
+from halfbyte.recipe.data import Data, Fields
 
 Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 

@@ -12,16 +12,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from halfbyte.data.reading import records
 from halfbyte.data.reading.files import RowSource
 from halfbyte.data.reading.formats import Format, Row, detect_format, parser
 from halfbyte.data.reading.problems import BadRow, Problems
 from halfbyte.errors import DataError
-
-if TYPE_CHECKING:
-    from halfbyte.recipe.data import Data
+from halfbyte.recipe.data import Data
 
 CHUNK_ROWS = 1024  # enough for a tokenizer to be fast, few enough to stay small
 CHUNK_BYTES = 4_000_000  # large rows come in smaller chunks
