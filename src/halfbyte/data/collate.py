@@ -4,7 +4,6 @@ Why: no padding is computed. `cu_seq_lens` and the restarting positions keep att
 first label of each example is -100, so that no prediction crosses from one into the next.
 Source: the keys of transformers' `DataCollatorWithFlattening(return_flash_attn_kwargs=True)`, and two more for a loss
 that makes logits only where there is a label.
-Cost: a few copies of T integers a micro-batch; made when asked for, nothing kept.
 """
 
 from __future__ import annotations
@@ -52,28 +51,6 @@ def collate(examples: Sequence[Example]) -> Batch:
     }
 
 
-class StepItem(TypedDict):
-    """One optimiser step and its micro-batches, each made when it is asked for."""
-
-    step: Step
-    micro_batches: Batches
-
-
-class StepDataset(Dataset[StepItem]):
-    """Item i is optimiser step i."""
-
-    def __init__(self, examples: Sequence[Example], steps: Steps) -> None:
-        self.examples = examples
-        self.steps = steps
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __getitem__(self, index: int) -> StepItem:
-        step = self.steps[index]
-        return {"step": step, "micro_batches": Batches(self.examples, step.micro_batches)}
-
-
 @dataclass(frozen=True)
 class Batches:
     """The batches of a step's micro-batches, or of an evaluation's (`pack.eval_micro_batches`), one after another."""
@@ -90,3 +67,23 @@ class Batches:
     def of(self, rows: Sequence[int]) -> Batch:
         """The batch of other rows of the same examples: a step may be split anew while it runs."""
         return collate([self.examples[r] for r in rows])
+
+
+class StepItem(TypedDict):
+    step: Step
+    micro_batches: Batches
+
+
+@dataclass(eq=False)
+class StepDataset(Dataset[StepItem]):
+    """Item i is optimiser step i and its micro-batches, each made when it is asked for."""
+
+    examples: Sequence[Example]
+    steps: Steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: int) -> StepItem:
+        step = self.steps[index]
+        return {"step": step, "micro_batches": Batches(self.examples, step.micro_batches)}

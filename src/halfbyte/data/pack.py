@@ -4,8 +4,7 @@ Why: the item of the data set is one whole step, so the budget of a micro-batch 
 step, without changing what a step learns from. Rows are grouped as transformers.Trainer groups them (the last step of
 an epoch may be short); first-fit decreasing then puts them into micro-batches (at most 11/9 of the fewest possible,
 plus one: Johnson 1973).
-Cost: a step is made when it is asked for, a few microseconds a row; an epoch's order a second for two million rows,
-made when its first step is. No torch.
+Cost: a few microseconds a row; an epoch's order, made with its first step, a second for two million rows. No torch.
 """
 
 from __future__ import annotations
@@ -15,15 +14,13 @@ import random
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 MicroBatch = tuple[int, ...]
 """Numbers of the rows that share a forward pass."""
-MicroBatches = tuple[MicroBatch, ...]
-Sizes: TypeAlias = "Sequence[int] | NDArray[np.int64]"
+Sizes = Sequence[int] | NDArray[np.int64]
 """Tokens of each row."""
 
 # Rows of an evaluation are packed in windows: first-fit looks at every open micro-batch, which is quadratic.
@@ -34,10 +31,10 @@ LOOKED_AT_STEPS = 4096
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step: its rows, and how they share forward passes."""
+    """One optimiser step: how its rows share forward passes."""
 
     index: int
-    micro_batches: MicroBatches
+    micro_batches: tuple[MicroBatch, ...]
     labelled_tokens: int
     tokens: int
 
@@ -49,23 +46,20 @@ class Steps:
     Epoch e takes the rows in the order of `random.Random(f"{seed}/{e}").shuffle`, which does not depend on the machine,
     on torch or on earlier epochs. The same arguments give the same steps anywhere.
 
-    Args:
-        lengths: tokens of each row.
-        labelled: labelled tokens of each row.
-        rows_per_step: batch size x accumulation (x processes).
-        total: how many steps there are, as `count_steps` counts them.
-        max_tokens_per_micro_batch: a row longer than this is a micro-batch of its own.
-        examples_per_micro_batch: at most so many rows a micro-batch; None for as many as fit, 1 where packing is not
-        proven.
     """
 
     lengths: NDArray[np.int64]
+    """Tokens of each row."""
     labelled: NDArray[np.int64]
+    """Labelled tokens of each row."""
     rows_per_step: int
     total: int
+    """How many steps there are, as `count_steps` counts them."""
     seed: int
     max_tokens_per_micro_batch: int
+    """A row longer than this is a micro-batch of its own."""
     examples_per_micro_batch: int | None
+    """None for as many as fit, 1 where packing is not proven."""
     _orders: dict[int, NDArray[np.uint32]] = field(default_factory=dict, init=False)
 
     @property
@@ -126,16 +120,14 @@ def count_steps(rows: int, *, rows_per_step: int, epochs: float, max_steps: int)
 
 def eval_micro_batches(lengths: Sizes, budget: int, examples_per_micro_batch: int | None) -> list[MicroBatch]:
     """All rows once, in micro-batches of at most `budget` tokens and `examples_per_micro_batch` rows."""
-    micro_batches: list[MicroBatch] = []
-    for start in range(0, len(lengths), EVAL_WINDOW_ROWS):
-        window = range(start, min(start + EVAL_WINDOW_ROWS, len(lengths)))
-        micro_batches.extend(arrange(window, lengths, budget, examples_per_micro_batch))
-    return micro_batches
+    rows = range(len(lengths))
+    windows = (rows[start : start + EVAL_WINDOW_ROWS] for start in rows[::EVAL_WINDOW_ROWS])
+    return [made for window in windows for made in arrange(window, lengths, budget, examples_per_micro_batch)]
 
 
 def arrange(
     rows: Sequence[int], lengths: Sizes, max_tokens_per_micro_batch: int, examples_per_micro_batch: int | None
-) -> MicroBatches:
+) -> tuple[MicroBatch, ...]:
     """Rows into few micro-batches, first-fit decreasing; within one, and among equals, in the order of `rows`."""
     most = len(rows) if examples_per_micro_batch is None else examples_per_micro_batch
     if max_tokens_per_micro_batch < 1 or most < 1:

@@ -37,8 +37,6 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Example:
-    """One row as tokens."""
-
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     """As long as `input_ids` and not shifted; -100 where no loss is taken, and always at the first token."""
@@ -77,7 +75,6 @@ class Tokens:
 
 
 def batch(rows: Sequence[Tokens]) -> pa.RecordBatch:
-    """Rows as one record batch of `SCHEMA`."""
     return pa.RecordBatch.from_pylist([_values(row) for row in rows], schema=SCHEMA)
 
 
@@ -97,11 +94,7 @@ def _values(row: Tokens) -> dict[str, object]:
 
 
 class Examples(Sequence[Example]):
-    """All rows, each made into an `Example` when it is asked for. A slice is a list.
-
-    Attributes:
-        batches: the rows as record batches of `SCHEMA`.
-    """
+    """All rows, as record batches of `SCHEMA`; each is made into an `Example` when it is asked for."""
 
     def __init__(self, batches: Iterable[pa.RecordBatch]) -> None:
         self.batches = [b for b in batches if b.num_rows]
@@ -138,11 +131,10 @@ class Examples(Sequence[Example]):
         return np.asarray(np.from_dlpack(self._value("ids", index).values), np.uint32)
 
     def where(self, index: int) -> str:
-        """The name of a row, without making the whole of it."""
+        """The name of a row."""
         return str(self._value("where", index))
 
     def _made(self, index: int) -> Example:
-        """The row of an index in range."""
         names = ("ids", "spans", "prompt", "prompt_length", "completion", "where")
         ids, spans, prompt, own, completion, where = (self._value(name, index).as_py() for name in names)
         labels = [IGNORED] * len(ids)
