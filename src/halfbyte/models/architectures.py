@@ -4,7 +4,6 @@ Why: `halfbyte plan llama-2-70b` must answer without the model and without a net
 every architecture, costs seconds to import.
 What: a `Layout` for each family names its tensors as transformers does, with a letter for each size.
 Source: `transformers/models/*/modeling_*.py`; a test builds each family there on the meta device and compares.
-Cost: a list of a few hundred entries; no torch.
 """
 
 import re

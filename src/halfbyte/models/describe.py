@@ -1,10 +1,8 @@
 """What a model is, without its weights: its config and the list of its tensors, from headers alone.
 
-Why: a plan is asked for before anything is downloaded, and must not wait for a library that can load models.
-What: a bundled name needs nothing; a folder gives config.json and headers (or the config alone, where the architecture
-is known); a GGUF its own header; a hub id the same through HTTP range requests: kilobytes, not the model.
-Source: the safetensors format; RFC 9110, section 14 (range requests); the hub's `resolve` addresses.
-Cost: a few small files or requests; no torch.
+A plan is asked for before anything is downloaded, and must not wait for a library that can load models. A bundled name
+needs nothing; a folder gives config.json and headers (or the config alone, where the architecture is known); a GGUF its
+own header; a hub id the same through HTTP range requests (RFC 9110, section 14): kilobytes, not the model.
 """
 
 import difflib
@@ -89,13 +87,13 @@ def of_folder(folder: Path, name: str | None = None) -> Shape:
     read = (folder / "config.json").stat().st_size
     name = name or str(folder)
     if config.get("quantization_config") is not None:
-        return _of(name, config, _QUANTISED, read_bytes=read, path=folder)
+        return _of(name, config, _QUANTISED, read=read, path=folder)
     try:
         files = safetensors.weight_files(folder)
     except SourceError:
         if config.get("model_type") not in FAMILIES:
             raise
-        return _of(name, config, "config.json alone", read_bytes=read, path=folder)
+        return _of(name, config, "config.json alone", read=read, path=folder)
     for file in files:
         with file.open("rb") as stream:
             read += 8 + int.from_bytes(stream.read(8), "little")
@@ -112,7 +110,7 @@ def _of(
     config: ConfigFile,
     origin: str,
     specs: list[TensorSpec] | None = None,
-    read_bytes: int = 0,
+    read: int = 0,
     path: Path | None = None,
 ) -> Shape:
     """The shape; its tensors by the architecture where they are not given."""
@@ -125,7 +123,7 @@ def _of(
             "be planned for.",
             fix="give the folder of a causal language model (config with hidden_size, num_hidden_layers, vocab_size)",
         )
-    return Shape(name, config, tuple(specs), facts, origin, read_bytes, path)
+    return Shape(name, config, tuple(specs), facts, origin, read, path)
 
 
 def _of_gguf(path: Path) -> Shape:
@@ -144,7 +142,7 @@ def _of_gguf(path: Path) -> Shape:
         names = [re.sub(r"^output\.weight$", "lm_head.weight", t.name) for t in header.tensors]
         names = [name.replace("blk.", "layers.").replace("token_embd", "embed_tokens") for name in names]
         specs = [tensors.spec_of(name, t.shape, "BF16", config) for name, t in zip(names, header.tensors, strict=True)]
-    return _of(str(path), config, "GGUF header", specs, header.data_start, path)
+    return _of(str(path), config, "GGUF header", specs, header.header_bytes, path)
 
 
 def _of_hub(repo: str, revision: str | None) -> Shape:
@@ -173,7 +171,7 @@ def _of_hub(repo: str, revision: str | None) -> Shape:
                     "its config.",
                     fix=f"download it, and give its folder: hf download {repo}",
                 )
-            return _of(name, config, "config.json alone", read_bytes=read)
+            return _of(name, config, "config.json alone", read=read)
         start = remote.read(0, FIRST_BYTES)
         length = safetensors.header_length(start[:8], remote.size, f"{repo}/{file}")
         if 8 + length > len(start):
@@ -181,5 +179,5 @@ def _of_hub(repo: str, revision: str | None) -> Shape:
         headers.append(safetensors.parse_header(start[8 : 8 + length], remote.size, f"{repo}/{file}"))
         read += remote.read_bytes
     if config.get("quantization_config") is not None:
-        return _of(name, config, _QUANTISED, read_bytes=read)
+        return _of(name, config, _QUANTISED, read=read)
     return _of(name, config, f"{_headers(files)} on the hub", tensors.specs_of(headers, config), read)

@@ -1,8 +1,7 @@
 """Where LoRA sits, from tensor names and shapes alone: what a plan needs to know of adapters before a model is built.
 
-Why: `targets.py` reads the modules of a built model, which takes torch; a plan is asked for before that.
-What: the same choice by the same names, on the list of tensors. A run still asks the modules; a test compares both.
-Cost: a few regular expressions a tensor; no torch.
+`targets.py` reads the modules of a built model, which takes torch; this is the same choice by the same names, on the
+list of tensors. A run still asks the modules; a test compares both.
 """
 
 import re
@@ -50,8 +49,7 @@ def sites(specs: Sequence[TensorSpec], lora: Lora, names: Sequence[str] | str | 
     targets = lora.target_modules if names is None else names
     wanted = _wanted(targets, linears)
     chosen = [name for name in linears if name in wanted and not _matches(name, lora.exclude_modules or ())]
-    layers = lora.layers_to_transform
-    if layers is not None:
+    if (layers := lora.layers_to_transform) is not None:
         layers = (layers,) if isinstance(layers, int) else layers
         chosen = [name for name in chosen if linears[name].layer in layers]
     if not chosen:

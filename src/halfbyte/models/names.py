@@ -1,7 +1,6 @@
 """What a module's full name says of it: rules on names alone, for a built model and for a list of tensors alike.
 
-Why: the plan chooses LoRA's targets before a model is built; a run chooses them from its modules. Both ask here.
-Cost: a few regular expressions a name; no torch.
+The plan chooses LoRA's targets before a model is built; a run chooses them from its modules. Both ask here.
 """
 
 import re

@@ -1,9 +1,7 @@
 """Shapes of well-known models, by name: `halfbyte plan llama-2-70b` needs no file and no network.
 
-Why: the first question is asked before anything is downloaded.
 Source: the models' published `config.json`; the numbers of parameters that follow are compared with the published ones
 in a test. Only what shapes follow from is kept.
-Cost: one table; no torch.
 """
 
 from functools import partial

@@ -56,13 +56,12 @@ def body(lm: Model) -> Model:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers of a model, in the order in which they run: the list of modules with the most parameters."""
-    holder, name = layer_list(model)
-    return list(getattr(holder, name))
+    """The repeated layers of a model, in the order in which they run."""
+    return list(getattr(*layer_list(model)))
 
 
 def layer_list(model: nn.Module) -> tuple[nn.Module, str]:
-    """(module, attribute) of the list of decoder layers."""
+    """(module, attribute) of the list of decoder layers: the list of modules with the most parameters."""
     lists = _layer_lists(model)
     if not lists:
         raise BaseModelError(

@@ -1,8 +1,7 @@
 """A model as a list of TensorSpecs, read from the headers of its checkpoint: no weight is touched.
 
-Why: planning, storing, loading and checking must agree on what each tensor is; this list is the one place that says it.
-Source: safetensors headers; names and shapes are the checkpoint's, which transformers may rename or merge at loading.
-Cost: a few hundred kB read per file.
+Planning, storing, loading and checking must agree on what each tensor is; this list is the one place that says it.
+Names and shapes are the checkpoint's, which transformers may rename or merge at loading.
 """
 
 import json

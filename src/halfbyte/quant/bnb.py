@@ -3,8 +3,6 @@
 Why: on CPUs with AVX512-BF16 an eval forward of `bitsandbytes.nn.Linear4bit` repacks its weight in place; every later
 training step then runs a kernel without autograd, and all LoRA gradients silently become None
 (`bitsandbytes/nn/modules.py`, `Linear4bit.forward`). `make_safe` turns that repacking off on each instance, always.
-Source: QLoRA, arXiv:2305.14314; NF4 in its appendix E.
-Cost: none at run time; a base is quantised by bitsandbytes itself while transformers loads it.
 """
 
 from __future__ import annotations
@@ -46,13 +44,12 @@ def forget_deserialising(model: Model) -> None:
     transformers keeps the conversions of a load and reverts them in `save_pretrained`, but cannot revert this one
     (`core_model_loading.py`, `ConversionOps.reverse_op`); without it the tensors are written as they are held.
     """
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions:
-        model._weight_conversions = [
-            entry
-            for entry in conversions
-            if not any(type(op).__name__ == "Bnb4bitDeserialize" for op in getattr(entry, "operations", ()))
-        ]
+
+    def is_lasting(conversion: object) -> bool:
+        return all(type(op).__name__ != "Bnb4bitDeserialize" for op in getattr(conversion, "operations", ()))
+
+    if conversions := getattr(model, "_weight_conversions", None):
+        model._weight_conversions = list(filter(is_lasting, conversions))
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:

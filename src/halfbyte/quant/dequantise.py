@@ -55,7 +55,7 @@ def upstream_is_wrong(state: Any) -> bool:
 
 
 def distrust(state: Any) -> None:
-    """From now on, dequantise what is held like this through the table of codes."""
+    """From now on, what is held like this goes through the table of codes."""
     _distrusted.add((state.quant_type, state.dtype))
 
 

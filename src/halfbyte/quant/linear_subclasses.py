@@ -5,7 +5,6 @@ product.
 What: a quantiser and its config under a name of their own, in transformers' registry for custom quantisers. A store
 that needs it says so in its config.json; plain transformers refuses to open it, as its shapes are not Falcon's.
 Source: `transformers/quantizers/auto.py`, `register_quantizer`, `register_quantization_config`.
-Cost: none.
 """
 
 from __future__ import annotations

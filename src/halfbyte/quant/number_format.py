@@ -1,9 +1,7 @@
 """What a number format of frozen weights has to say: its bytes, its tensors on disk, its layer and how that is read.
 
-Why: planning, storing, loading and computing ask the same object, so that a new format is a new file and a line in
-`formats.py`, and no new `if`.
-What: `NumberFormat` itself is the format `none`: weights in 16 bits, in plain layers.
-Cost: none; no torch.
+Planning, storing, loading and computing ask the same object, so that a new format is a new file and a line in
+`formats.py`, and no new `if`. `NumberFormat` itself is the format `none`: weights in 16 bits, in plain layers.
 """
 
 from __future__ import annotations

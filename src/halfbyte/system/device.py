@@ -2,9 +2,8 @@
 
 Why: every choice made before a model is loaded depends on it, and asking torch costs seconds. A container's limit is
 what ends a run, not the machine's memory, so both are read.
-Source: Linux `proc(5)`, cgroup v1 `memory.txt` and v2 `cgroup-v2.rst`; `nvidia-smi --help-query-gpu`.
-Cost: a few small files; one `nvidia-smi` call where it is installed. Elsewhere than Linux the instruction set is not
-read (psutil gives the memory), so a CPU there computes in fp32 unless the recipe says otherwise.
+Source: Linux `proc(5)`, cgroup v1 `memory.txt` and v2 `cgroup-v2.rst`; `nvidia-smi --help-query-gpu`. Elsewhere than on
+Linux the instruction set is not read, so a CPU there computes in fp32 unless the recipe says otherwise.
 """
 
 import importlib.util
@@ -58,17 +57,11 @@ class Device:
 
     def to_json(self) -> Document:
         """The machine for `report.json`; tuples become lists."""
-        values: Document = json.loads(json.dumps(asdict(self)))
-        return values
+        return json.loads(json.dumps(asdict(self)))
 
 
 def detect(root: Path = Path("/"), env: Mapping[str, str] = os.environ) -> Device:
-    """Look at the machine.
-
-    Args:
-        root: where `proc` and `sys` are; tests give a folder of their own.
-        env: CUDA_VISIBLE_DEVICES is read from it.
-    """
+    """Look at the machine; `root` holds `proc` and `sys`, and CUDA_VISIBLE_DEVICES is read from `env`."""
     cards = _cards(env) if torch_has_cuda() else ()
     cpu, isa = _cpu(root)
     return Device(
@@ -88,11 +81,7 @@ def ram_available(root: Path = Path("/")) -> int:
 
 
 def compute_dtype(device: Device, asked: str = "auto") -> tuple[str, str]:
-    """The dtype that matrix products run in, and why. fp16 on a card means loss scaling; on a CPU it is never chosen.
-
-    Returns:
-        ("bf16" | "fp16" | "fp32", reason), such as ("bf16", "auto: CPU has avx512_bf16").
-    """
+    """The dtype that matrix products run in, and why: ("bf16", "auto: CPU has avx512_bf16"). Never fp16 on a CPU."""
     if asked not in DTYPES:
         raise RecipeError(f"quant.compute_dtype must be one of {', '.join(DTYPES)}, got {asked!r}")
     best, why = _best_on_card(device.cards) if device.kind == "cuda" else _best_on_cpu(device.isa)

@@ -1,10 +1,7 @@
 """Files and folders that are whole or absent, also after a crash or a power cut; locks, hashes, the cache folder.
 
-Why: a process can be killed between any two steps, and a name can reach the disk before the bytes that it names. So
-what is new is written beside its place, synced, renamed, and then its folder is synced too.
-Source: `rename(2)` (atomic within a file system), `fsync(2)` (a file's bytes, a folder's names), `flock(2)` (released
-by the kernel when the process ends).
-Cost: two syncs for each file or folder, some milliseconds on a disk.
+A process can be killed between any two steps, and a name can reach the disk before the bytes that it names. So what is
+new is written beside its place, synced, renamed, and then its folder is synced too: some milliseconds on a disk.
 """
 
 import contextlib

@@ -1,11 +1,9 @@
 """Settings of halfbyte's own process: how many threads, and what of the allocator and of huge pages is left alone.
 
-Why: under a CPU quota (a container) torch starts a thread for every processor of the host, and they take turns on the
-few that are allowed.
-Source: `torch.set_num_threads`. Fixed thresholds of glibc's allocator, small or large, and huge pages (torch's
-`THP_MEM_ALLOC_ENABLE`, glibc's `glibc.malloc.hugetlb`) were measured and gained nothing (docs/log.md), so they stay as
-the system and the user have them; the report says how that is.
-Cost: none.
+Under a CPU quota (a container) torch starts a thread for every processor of the host, and they take turns on the few
+that are allowed. Fixed thresholds of glibc's allocator, small or large, and huge pages (torch's `THP_MEM_ALLOC_ENABLE`,
+glibc's `glibc.malloc.hugetlb`) were measured and gained nothing (docs/log.md), so they stay as the system and the user
+have them; the report says how that is.
 """
 
 import os
@@ -16,12 +14,8 @@ from pathlib import Path
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 MALLOC_VARIABLES = (
-    "GLIBC_TUNABLES",
-    "MALLOC_MMAP_THRESHOLD_",
-    "MALLOC_TRIM_THRESHOLD_",
-    "MALLOC_TOP_PAD_",
-    "LD_PRELOAD",
-)
+    "GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "LD_PRELOAD",
+)  # fmt: skip
 PRODUCTS_KEPT = 256  # a micro-batch of a Llama under all-linear has about fifty
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -54,12 +48,7 @@ def keep_few_products(env: MutableMapping[str, str] = os.environ) -> None:
 
 
 def settle(cores: int, env: Mapping[str, str] = os.environ) -> Settings:
-    """Set the threads of this process, where the user's environment does not say otherwise, and look at the rest.
-
-    Args:
-        cores: that this process may use, affinity and CPU quota counted (`device.Device.cores`).
-        env: variables that OpenMP and glibc read.
-    """
+    """Set the threads of this process to at most `cores`, where the environment does not say otherwise."""
     keep_few_products()
     return Settings(*_threads(cores, env), _allocator(env), _huge_pages())
 

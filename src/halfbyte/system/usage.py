@@ -1,9 +1,8 @@
 """What this process holds in memory now and at its peak, private pages and pages of files apart.
 
 Why: a plan is compared with what was measured, and the kernel keeps a peak only of both together (VmHWM).
-Source: Linux `proc(5)`, `/proc/self/statm` (resident and shared pages) and `/proc/self/status`.
-Cost: a read of one line; `Peak` reads it fifty times a second on a thread of its own. Elsewhere psutil's figures, where
-private and file pages are not told apart.
+Source: Linux `proc(5)`, `/proc/self/statm` (resident and shared pages), which `Peak` reads fifty times a second on a
+thread of its own. Elsewhere psutil's figures, where private and file pages are not told apart.
 """
 
 import ctypes

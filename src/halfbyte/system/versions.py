@@ -1,8 +1,4 @@
-"""Which versions of the libraries are installed. Nothing is imported to find out.
-
-Why: a result, a cache and a calibration hold only for the libraries that made them.
-Cost: a few file reads.
-"""
+"""Which versions of the libraries are installed, without importing them: what they made holds only for them."""
 
 import platform
 from importlib import metadata
@@ -23,5 +19,4 @@ def version(library: str) -> str:
 
 def versions() -> dict[str, str]:
     """The version of Python and of each installed library that a result depends on."""
-    installed = {name: version(name) for name in LIBRARIES}
-    return {"python": platform.python_version(), **{name: number for name, number in installed.items() if number}}
+    return {"python": platform.python_version(), **{name: number for name in LIBRARIES if (number := version(name))}}

@@ -1,8 +1,4 @@
-"""What a source becomes: a local checkpoint; and halfbyte's own cache folder, with its lock.
-
-Why: hub, folder, GGUF and packaged models all end as one small value, and two processes may ask for the same one.
-Cost: standard library only.
-"""
+"""What a source becomes, a local checkpoint; and halfbyte's own cache folder, with its lock."""
 
 import fnmatch
 from collections.abc import Iterator
@@ -14,27 +10,28 @@ from typing import Literal
 from halfbyte.errors import SourceError
 from halfbyte.system import files
 
-Kind = Literal["hub", "folder", "gguf", "packaged"]
-# What lies beside the weights and makes the folder a model of its own: descriptions, tokenizer, template.
-BESIDE = (
+# Tokenizer, chat template and settings of generation.
+DESCRIPTIONS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
-    "*.model", "*.tiktoken", "chat_template*", "preprocessor_config.json", "processor_config.json", "LICENSE*",
+    "*.model", "*.tiktoken", "chat_template*",
 )  # fmt: skip
+# What lies beside the weights and makes the folder a model of its own.
+BESIDE = (*DESCRIPTIONS, "preprocessor_config.json", "processor_config.json", "LICENSE*")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on this disk that `from_pretrained(path)` can open."""
+    """A model on this disk that `from_pretrained(path)` can open.
+
+    `id` names it elsewhere: hub id, absolute path of folder or .gguf, packaged name. `revision` is the commit of a hub
+    model. `pickle`: the weights are `.bin` files, which are read with `weights_only=True`.
+    """
 
     path: Path
-    """Local folder with config.json, the weights and (if the source had one) the tokenizer."""
     id: str
-    """What names the model elsewhere: hub id, absolute path of folder or .gguf, packaged name; no cache path."""
     revision: str | None
-    """The commit of a hub model; None for the rest."""
-    kind: Kind
+    kind: Literal["hub", "folder", "gguf", "packaged"]
     pickle: bool = False
-    """True when the weights are `.bin` files: they are read with `weights_only=True`."""
 
 
 def beside_weights(folder: Path) -> list[Path]:
@@ -52,10 +49,14 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SourceError(
-            f"the cache folder {folder} cannot be made: {error.strerror or error}",
-            fix="name a folder that you can write: export HALFBYTE_CACHE=/path/with/space",
-        ) from error
+        raise _unusable(folder, "made", error) from error
+
+
+def _unusable(folder: Path, what: str, error: OSError) -> SourceError:
+    return SourceError(
+        f"the cache folder {folder} cannot be {what}: {error.strerror or error}",
+        fix="name a folder that you can write: export HALFBYTE_CACHE=/path/with/space",
+    )
 
 
 def need_space(folder: Path, need_bytes: int, what: str) -> None:
@@ -80,10 +81,7 @@ def locked(path: Path) -> Iterator[int]:
     try:
         file = path.open("a")
     except OSError as error:
-        raise SourceError(
-            f"the cache folder {path.parent} cannot be written: {error.strerror or error}",
-            fix="name a folder that you can write: export HALFBYTE_CACHE=/path/with/space",
-        ) from error
+        raise _unusable(path.parent, "written", error) from error
     # Closing releases the lock, unless a child still holds the same open file.
     with file:
         files.lock(file)

@@ -20,7 +20,6 @@ def check_folder(folder: Path, *, allow_pickle: bool, label: str | None = None) 
     """Check that `folder` holds a whole checkpoint; True when its weights are pickled `.bin` files.
 
     Args:
-        folder: an existing folder.
         allow_pickle: accept `.bin` weights when there is no safetensors file.
         label: what the user calls it, when that is not the folder (a hub id).
 
@@ -35,19 +34,17 @@ def check_folder(folder: Path, *, allow_pickle: bool, label: str | None = None) 
     if "config.json" not in files:
         raise _no_config(folder, files, name)
 
-    problems = [problem for problem in [_config_problem(folder / "config.json")] if problem]
-    pickled = False
+    content, problem = _read_json(folder / "config.json")
+    if problem is None and not isinstance(content.get("model_type"), str):
+        problem = "config.json has no model_type"
+    problems, pickled = [problem] if problem else [], False
     if SINGLE in files:
         problems += _problems(folder, SINGLE)
     elif INDEX in files:
         problems += _problems(folder, INDEX)
     elif PICKLE in files or PICKLE_INDEX in files:
         if not allow_pickle:
-            raise SourceError(
-                f"{name} has only pickled weights ({PICKLE}), and a pickle can run code when it is read; "
-                "allowed: safetensors",
-                fix="use a revision or a copy with safetensors, or, if you trust it, set allow_pickle: true",
-            )
+            raise only_pickled(name)
         pickled = True
         problems += _problems(folder, PICKLE if PICKLE in files else PICKLE_INDEX)
     else:
@@ -61,6 +58,13 @@ def check_folder(folder: Path, *, allow_pickle: bool, label: str | None = None) 
             fix="copy or download the files again",
         )
     return pickled
+
+
+def only_pickled(name: str) -> SourceError:
+    return SourceError(
+        f"{name} has only pickled weights ({PICKLE}), and a pickle can run code when it is read; allowed: safetensors",
+        fix="use a revision or a copy with safetensors, or, if you trust it, set allow_pickle: true",
+    )
 
 
 def _problems(folder: Path, weights: str) -> list[str]:
@@ -98,13 +102,6 @@ def _read_json(path: Path) -> tuple[Document, str | None]:
     if not isinstance(content, dict):
         return {}, f"{path.name} is not a JSON object"
     return content, None
-
-
-def _config_problem(path: Path) -> str | None:
-    content, problem = _read_json(path)
-    if problem is None and not isinstance(content.get("model_type"), str):
-        return "config.json has no model_type"
-    return problem
 
 
 def _no_config(folder: Path, files: set[str], name: str) -> SourceError:

@@ -1,7 +1,7 @@
 """A `.gguf` file -> a safetensors checkpoint in halfbyte's cache, made once.
 
-Why: everything after this room reads safetensors by name, shape and mapping; GGUF blocks are another quantiser's.
-Cost: 2 bytes of disk per parameter; the conversion itself runs in a child process (convert.py).
+Everything after this room reads safetensors by name, shape and mapping; GGUF blocks are another quantiser's.
+Cost: 2 bytes of disk per parameter; the conversion itself runs in a child process (gguf_convert.py).
 """
 
 import hashlib
@@ -47,7 +47,6 @@ def checkpoint_of(file: Path) -> Path:
 
 
 def converted_path(key: str) -> Path:
-    """Where the conversion called `key` lies, once it is whole."""
     return cache_dir() / "gguf" / key
 
 
@@ -75,7 +74,7 @@ def convert_into(target: Path, file: Path) -> None:
 
 
 def _run_child(file: Path, partial: Path, header: GgufHeader, lock: int) -> None:
-    """Run convert.py on `file`, and turn what it says into one error."""
+    """Run gguf_convert.py on `file`, and turn what it says into one error."""
     with tempfile.TemporaryDirectory(prefix="halfbyte-gguf-") as alone:
         # Under a link of its own nothing else lies beside the file.
         link = Path(alone, "model.gguf")
@@ -85,13 +84,7 @@ def _run_child(file: Path, partial: Path, header: GgufHeader, lock: int) -> None
         quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         # The child holds the lock too: if this process is killed, the next one waits for it.
         done = subprocess.run(
-            command,
-            env={**os.environ, **quiet},
-            capture_output=True,
-            text=True,
-            errors="replace",
-            pass_fds=(lock,),
-            check=False,
+            command, env={**os.environ, **quiet}, capture_output=True, text=True, errors="replace", pass_fds=(lock,)
         )
     if done.returncode == 0:
         return

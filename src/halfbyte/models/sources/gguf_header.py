@@ -25,10 +25,11 @@ STRING, ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class GgufTensor:
+    """`shape` has the outermost dimension first, as torch has it; `end` counts from where the data begins."""
+
     name: str
     shape: tuple[int, ...]
-    """Outermost dimension first, as torch has it."""
-    nbytes: int
+    end: int
 
     @property
     def numel(self) -> int:
@@ -37,20 +38,16 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
+    """`metadata` holds scalars and strings, of an array its length only; the header ends at `header_bytes`."""
+
     architecture: str
     metadata: Document
-    """Scalars and strings. An array is kept as its length only."""
-    tensors: tuple[GgufTensor, ...]
-    data_start: int = 0
-    """Where the header ends."""
+    tensors: list[GgufTensor]
+    header_bytes: int
 
     @property
     def numel(self) -> int:
         return sum(tensor.numel for tensor in self.tensors)
-
-
-class _Cut(Exception):
-    """The file ends before its header does."""
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -69,7 +66,7 @@ def read_header(path: Path) -> GgufHeader:
                 return _Parser(path, blob, size_bytes).header()
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (struct.error, _Cut, UnicodeDecodeError) as error:
+    except (struct.error, UnicodeDecodeError) as error:
         raise SourceError(
             f"{path} is cut short or damaged: its {size_bytes:,} bytes end inside its own header",
             fix="download or copy the file again",
@@ -93,12 +90,11 @@ class _Parser:
             key = self._string()
             (kind,) = self._unpack("I")
             metadata[key] = self._value(kind)
-        entries = [self._tensor_entry() for _ in range(tensor_count)]
+        entries = [self._tensor() for _ in range(tensor_count)]
         self._check(metadata, entries)
-        tensors = tuple(GgufTensor(name, shape, nbytes) for name, shape, nbytes, _ in entries)
-        return GgufHeader(metadata["general.architecture"], metadata, tensors, self.position)
+        return GgufHeader(metadata["general.architecture"], metadata, entries, self.position)
 
-    def _check(self, metadata: Document, entries: list[tuple[str, tuple[int, ...], int, int]]) -> None:
+    def _check(self, metadata: Document, tensors: list[GgufTensor]) -> None:
         path = self.path
         if not isinstance(metadata.get("general.architecture"), str):
             raise SourceError(f"{path} does not say its general.architecture, so it is not a model")
@@ -107,14 +103,14 @@ class _Parser:
                 f"{path} is one part of {metadata['split.count']}",
                 fix="join the parts first: llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf",
             )
-        if not entries:
+        if not tensors:
             raise SourceError(f"{path} holds no tensors: it is a vocabulary, not a model")
         if "tokenizer.ggml.tokens" not in metadata:
             raise SourceError(f"{path} holds no tokenizer (tokenizer.ggml.tokens), so no text can be read for it")
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         start = -(-self.position // alignment) * alignment
         # Offsets count from the start of the data, so the furthest end is the least size of a whole file.
-        needed_bytes = start + max(offset + nbytes for _, _, nbytes, offset in entries)
+        needed_bytes = start + max(tensor.end for tensor in tensors)
         if self.size_bytes < needed_bytes:
             raise SourceError(
                 f"{path} is cut short: {self.size_bytes:,} bytes of {needed_bytes:,}",
@@ -129,7 +125,7 @@ class _Parser:
     def _skip(self, nbytes: int) -> None:
         self.position += nbytes
         if self.position > self.size_bytes:
-            raise _Cut
+            raise struct.error("the file ends before its header does")
 
     def _string(self) -> str:
         (length,) = self._unpack("Q")
@@ -155,7 +151,7 @@ class _Parser:
                     self._value(element)
         return count
 
-    def _tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
+    def _tensor(self) -> GgufTensor:
         from gguf.constants import GGML_QUANT_SIZES
 
         name = self._string()
@@ -169,4 +165,4 @@ class _Parser:
                 fix="pip install -U gguf, or use a file in a common type such as Q4_K_M, Q8_0 or F16",
             )
         block_elements, block_bytes = GGML_QUANT_SIZES[kind]
-        return name, shape, prod(shape) // block_elements * block_bytes, offset
+        return GgufTensor(name, shape, offset + prod(shape) // block_elements * block_bytes)

