@@ -1,7 +1,4 @@
-"""A checkpoint's config.json as transformers reads it, refused with a fix where no causal LM can be opened from it.
-
-Cost: importing transformers; a small file.
-"""
+"""A checkpoint's config.json as transformers reads it, refused with a fix where no causal LM can be opened from it."""
 
 from pathlib import Path
 

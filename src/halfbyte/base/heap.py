@@ -3,12 +3,10 @@
 Why: PyTorch asks glibc for aligned memory, and `memalign` cannot put a tensor where one of the same size was. So the
 temporaries of each layer, and micro-batches of ever new lengths, split larger holes or go on top of the heap: SmolLM2,
 800 tokens a step, grew from 1.0 to 1.5 GB in 14 steps (`docs/log.md`, "Holes under full recomputation").
-What: after each micro-batch, or each decoder layer (forward and backward) under full recomputation, a look at what is
-resident. Where it grew by more than a budget, and the heap's own count says that it is holes, `malloc_trim` gives them
-back.
-Source: malloc_trim(3), mallinfo(3), glibc `malloc/malloc.c` (`_int_memalign`); torch's documented forward and tensor
-hooks. Nothing is done on a card, or where the C library has no `mallinfo2` (glibc before 2.33, others).
-Cost: a read of /proc/self/statm a layer, and a few milliseconds each time that the budget is passed.
+What: a look at what is resident (/proc/self/statm). Where it grew by more than a budget, and the heap's own count says
+that it is holes, `malloc_trim` gives them back, in a few milliseconds.
+Source: malloc_trim(3), mallinfo(3), glibc `malloc/malloc.c` (`_int_memalign`). Nothing is done on a card, or where the
+C library has no `mallinfo2` (glibc before 2.33, others).
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,7 @@
 """Open a base: the frozen model in 4 bits, its tokenizer, and the proof that it is resident as the policy says.
 
-Why: transformers leaves what it cannot quantise in 16 bits without a word, fills missing weights with random numbers
-under a warning, and loads a Linear4bit that an eval forward breaks (`residency.py`, `quant/bnb.py`).
-Cost: transformers quantises while loading; the check is one walk over the parameters.
+transformers leaves what it cannot quantise in 16 bits without a word, fills missing weights with random numbers under a
+warning, and loads a Linear4bit that an eval forward breaks (`residency.py`, `quant/bnb.py`).
 """
 
 import warnings
@@ -35,7 +34,8 @@ LOADING_SHARE = 1.4
 
 @dataclass(frozen=True)
 class Base:
-    """An open base. `expected_bytes` is what the TensorSpecs say under the policy, `resident_bytes` what is there."""
+    """An open base. `expected_bytes` is what the TensorSpecs say under the policy, `resident_bytes` what is there;
+    `origin` is the store's folder, or why the weights were quantised while loading."""
 
     model: Model
     tokenizer: Any
@@ -46,7 +46,6 @@ class Base:
     resident_bytes: int
     expected_bytes: int
     origin: str = ""
-    """Where the weights came from: the store's folder, or why they were quantised while loading."""
 
 
 def open_base(
@@ -80,24 +79,14 @@ def open_base(
         stored, why = stored_base(want(checkpoint, config, quant, device, specs), device, tell)
         folder, origin = (stored, f"store {stored}") if stored is not None else (folder, f"{folder}: {why}")
     opening = _Opening(checkpoint, folder, config, quant, DTYPES[dtype_name], quantised)
-    model = opening.model(
-        device_map=device_map if device.kind == "cuda" else {"": "cpu"}, trust_remote_code=trust_remote_code
-    )
+    where = device_map if device.kind == "cuda" else {"": "cpu"}
+    model = opening.model(device_map=where, trust_remote_code=trust_remote_code)
     held = codec.resident_bytes(model)
     expected = sum(policy.encoded_bytes(s, quant, opening.dtype.itemsize) for s in specs)
     if not quantised:
         residency.check_resident(model, quant, held, expected, checkpoint.id)
-    return Base(
-        model=model,
-        tokenizer=open_tokenizer(checkpoint, model, trust_remote_code=trust_remote_code) if with_tokenizer else None,
-        checkpoint=checkpoint,
-        specs=specs,
-        compute_dtype=dtype_name,
-        dtype_reason=reason,
-        resident_bytes=held,
-        expected_bytes=expected,
-        origin=origin,
-    )
+    tokenizer = open_tokenizer(checkpoint, model, trust_remote_code=trust_remote_code) if with_tokenizer else None
+    return Base(model, tokenizer, checkpoint, specs, dtype_name, reason, held, expected, origin)
 
 
 @dataclass(frozen=True)
@@ -116,7 +105,12 @@ class _Opening:
         """The model, whole and safe to train. `how` is handed on to `from_pretrained`."""
         from_store = self.folder != self.checkpoint.path
         own = linear_subclasses.opening_config(open_config(self.folder) if from_store else self.config)
-        bits = None if self.quantised or from_store else self._load_config()
+        bits = None
+        if not self.quantised and not from_store:
+            heads = residency.heads_to_skip(self.config, self.quant)
+            bits = formats.of(self.quant).load_config(self.quant, self.dtype, heads)
+            if bits is not None and self.config.model_type in linear_subclasses.PLAIN_LINEARS:
+                bits = linear_subclasses.load_config(bits, self.quant)
         if bits is None:
             first_pages.read(self.folder)
         how |= {} if bits is None else {"quantization_config": bits}
@@ -130,13 +124,6 @@ class _Opening:
         residency.keep_fp32(model, self.quant.fp32_modules, self.dtype)
         model.name_or_path = model.config.name_or_path = self.checkpoint.id
         return model
-
-    def _load_config(self) -> object:
-        bits = formats.of(self.quant).load_config(
-            self.quant, self.dtype, residency.heads_to_skip(self.config, self.quant)
-        )
-        ours = bits is not None and self.config.model_type in linear_subclasses.PLAIN_LINEARS
-        return linear_subclasses.load_config(bits, self.quant) if ours else bits
 
     def _from_pretrained(self, **how: object) -> Model:
         from transformers import AutoModelForCausalLM
@@ -158,17 +145,12 @@ class _Opening:
             raise BaseModelError(
                 f"{self.checkpoint.id} could not be opened from {self.folder}: {first_line(error)}"
             ) from error
-        residency.check_complete(model, info, self.checkpoint)
-        residency.check_skipped(model, self.quant)
+        residency.check_complete(model, info, self.checkpoint, self.quant)
         return model
 
 
 def want(
-    checkpoint: Checkpoint,
-    config: Config,
-    quant: Quant,
-    device: machine.Device,
-    specs: tuple[tensors.TensorSpec, ...],
+    checkpoint: Checkpoint, config: Config, quant: Quant, device: machine.Device, specs: tuple[tensors.TensorSpec, ...]
 ) -> shelf.Wanted:
     """The store that `open_base` opens for these settings; what cannot be held as asked is told before it is built."""
     dtype = DTYPES[machine.compute_dtype(device, quant.compute_dtype)[0]]
@@ -176,8 +158,7 @@ def want(
     expected = sum(policy.encoded_bytes(s, quant, dtype.itemsize) for s in specs)
 
     def check(model: Model, info: Document) -> None:
-        residency.check_complete(model, info, checkpoint)
-        residency.check_skipped(model, quant)
+        residency.check_complete(model, info, checkpoint, quant)
         residency.named_fp32(model, quant.fp32_modules)
         residency.check_resident(model, quant, codec.planned_bytes(model, quant), expected, checkpoint.id)
 

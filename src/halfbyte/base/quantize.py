@@ -1,7 +1,4 @@
-"""`halfbyte quantize` and `halfbyte store`: build the store of a base ahead of its first use, and look over the shelf.
-
-Cost: as the rooms in store/; verifying hashes every byte.
-"""
+"""`halfbyte quantize` and `halfbyte store`: build the store of a base ahead of its first use; look over the shelf."""
 
 import time
 from dataclasses import asdict, dataclass, replace

@@ -1,8 +1,6 @@
 """What an open model holds, compared with what the policy and the checkpoint say; and modules that stay in fp32.
 
-Why: transformers leaves what it cannot quantise in 16 bits without a word, and fills what a checkpoint lacks with
-random numbers under a warning. The same questions are asked of the empty model, before anything is built for it.
-Cost: a walk over the parameters.
+The same questions are asked of the empty model, before anything is built for it.
 """
 
 import torch
@@ -10,6 +8,7 @@ from torch import nn
 
 from halfbyte.errors import BaseModelError
 from halfbyte.models.sources.checkpoint import Checkpoint
+from halfbyte.models.structure import meta_model
 from halfbyte.quant import bnb as codec
 from halfbyte.quant.policy import matches
 from halfbyte.recipe.schema import Quant
@@ -107,31 +106,31 @@ def heads_to_skip(config: Config, quant: Quant) -> tuple[str, ...]:
         return ()
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    from halfbyte.models.structure import meta_model
-
     return tuple(get_keys_to_not_convert(meta_model(config)))
 
 
-def check_skipped(model: Model, quant: Quant) -> None:
-    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
-    missing = [pattern for pattern in quant.skip_modules if not any(matches(name, (pattern,)) for name in names)]
-    if missing:
-        raise BaseModelError(
-            f"quant.skip_modules {missing} name no module of {type(model).__name__}.",
-            fix="use module names as in `model.named_modules()`, such as `lm_head` or `mlp.down_proj`",
-        )
+def check_complete(model: Model, info: Document, checkpoint: Checkpoint, quant: Quant) -> None:
+    """Refuse a model that would have random weights, or lacks a module that the recipe skips (BaseModelError).
 
-
-def check_complete(model: Model, info: Document, checkpoint: Checkpoint) -> None:
+    Args:
+        info: what transformers says of the load.
+    """
     missing = sorted(info.get("missing_keys", ()))
     mismatched = sorted(
         f"{name} is {tuple(there)}, not {tuple(needed)}" for name, there, needed in info.get("mismatched_keys", ())
     )
     if missing or mismatched:
         problem = "has not the shape of" if mismatched else "lacks"
-        names = mismatched or missing
+        wrong = mismatched or missing
         raise BaseModelError(
-            f"{checkpoint.id} {problem} {len(names)} of the weights that {type(model).__name__} needs: "
-            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. They would be random numbers.",
+            f"{checkpoint.id} {problem} {len(wrong)} of the weights that {type(model).__name__} needs: "
+            f"{', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}. They would be random numbers.",
             fix="download the checkpoint again, or check that config.json belongs to it",
+        )
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    absent = [pattern for pattern in quant.skip_modules if not any(matches(name, (pattern,)) for name in names)]
+    if absent:
+        raise BaseModelError(
+            f"quant.skip_modules {absent} name no module of {type(model).__name__}.",
+            fix="use module names as in `model.named_modules()`, such as `lm_head` or `mlp.down_proj`",
         )

@@ -1,13 +1,11 @@
 """Where a base is kept while it works: in private memory, mapped, or streamed through memory layer by layer.
 
-Why: a base larger than memory trains if its layers come and go around the computation. The order is known: up through
-the layers, down again in backward, so the next one is read while this one computes.
-What: forward hooks on the decoder layers. Before a layer runs, the next are fetched, all others are dropped. Its output
-gets a hook that fires just before its own backward (and recomputation), and the same happens downwards. So training,
-evaluation and generation go through one seam, for every architecture.
+A base larger than memory trains if its layers come and go around the computation. The order is known: up through the
+layers, down again in backward. So before a layer runs, hooks fetch the next ones and drop all others; its output gets a
+hook that fires just before its own backward (and recomputation), and the same happens downwards. Training, evaluation
+and generation go through this one seam, for every architecture.
 Trap: a `Mover` that copies, where this one moves pages that come by themselves, must know that bitsandbytes' own
 forward keeps the packed weight for backward outside `save_for_backward` (`bitsandbytes/autograd/_functions.py`).
-Source: torch's documented `register_forward_pre_hook`, `register_forward_hook`, `Tensor.register_hook`.
 Cost: memory of one layer, and of the head while it works; a base larger than RAM is read from disk up to twice a pass.
 """
 
@@ -33,9 +31,7 @@ AHEAD = 2
 
 class Mover:
     """Brings the weights of a group (a decoder layer, or the last group: what is around the layers) and drops them.
-
-    Here the groups are tensors in mapped files: read ahead on a thread, let go page by page; what is touched comes by
-    itself.
+    They lie in mapped files: read ahead on a thread, let go page by page; what is touched comes by itself.
 
     Args:
         groups: tensors of each group, all mapped. They are kept alive, so that no address is ever someone else's.

@@ -1,7 +1,4 @@
-"""A checkpoint's tokenizer, refused with a fix where none can be read or it belongs to another model.
-
-Cost: importing transformers; up to a second for a large vocabulary.
-"""
+"""A checkpoint's tokenizer, refused with a fix where none can be read or it belongs to another model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The parts of a causal LM that others ask for, found in any architecture.
-
-Cost: walks over modules; `meta_model` allocates no weight. torch and transformers are imported inside functions.
-"""
+"""The parts of a causal LM that others ask for, found in any architecture; torch is imported inside functions."""
 
 from __future__ import annotations
 

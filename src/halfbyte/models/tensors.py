@@ -32,6 +32,8 @@ _PASSED_OVER = re.compile(
 _OWN_DROPOUT = {"gpt2": {"attention_dropout": 0.1, "resid_pdrop": 0.1}, "opt": {"resid_pdrop": 0.1}}
 _OWN_WINDOW = dict.fromkeys(("mistral", "gemma2", "gemma3_text"), 4096)  # by default, as above
 _PERIOD = {"gemma2": 2, "gemma3_text": 6}  # of so many layers the last one sees everything
+# Their attention knows no shared keys, whatever number a config carries.
+_EVERY_HEAD_ITS_KEYS = frozenset(("gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "codegen"))
 _CONV1D_TYPES = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
 
 
@@ -185,10 +187,6 @@ def _dropout(config: ConfigFile, kind: str, *names: str) -> float:
     values = [_get(source, name) for source in (config, inner) if isinstance(source, Mapping) for name in names]
     numbers = (float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool))
     return next(numbers, _OWN_DROPOUT.get(kind, {}).get(names[0], 0.0))
-
-
-# Their attention knows no shared keys, whatever number a config carries.
-_EVERY_HEAD_ITS_KEYS = frozenset({"gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "codegen"})
 
 
 def _key_heads(config: ConfigFile, kind: str, heads: int) -> int:

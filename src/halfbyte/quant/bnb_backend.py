@@ -8,7 +8,6 @@ Trap: `import bitsandbytes` calls this, and an exception would break that import
 and numba is imported when a weight is first quantised.
 Source: `bitsandbytes/__init__.py`, `_import_backends`; `torch.library`: `Library.impl` with `allow_override`, and
 `get_kernel` for the kernel before.
-Cost: at import a lookup; at use see nf4_cpu.py and dequantise.py.
 """
 
 from __future__ import annotations

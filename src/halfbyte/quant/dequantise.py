@@ -119,7 +119,7 @@ def forget() -> None:
 
 
 def _scratch(count: int, dtype: torch.dtype) -> Tensor:
-    """`count` elements of this thread's own memory, as large as the largest that was asked for."""
+    """Memory that this thread keeps, as large as the largest that was asked for."""
     size = count * dtype.itemsize
     kept: Tensor | None = getattr(_kept, "bytes", None)
     if kept is None or kept.numel() < size:

@@ -1,9 +1,8 @@
 """The 4-bit quantiser for CPUs: NF4 and FP4, byte for byte as bitsandbytes makes them.
 
-Why: bitsandbytes has no CPU kernel for it; its fallback in plain torch makes half a dozen passes over fp32 copies.
+bitsandbytes has no CPU kernel for it; its fallback in plain torch makes half a dozen passes over fp32 copies.
 Source: QLoRA, arXiv:2305.14314, appendix E; `bitsandbytes/backends/default/ops.py`, whose arithmetic is repeated here
 step by step (fp32 midpoints, a product with 1 / max(absmax, 1e-38) in whole blocks, a quotient in the ragged last one).
-Cost: one read of the weight, half a byte and a scale written; see docs/log.md. numba is imported when first used.
 """
 
 from concurrent.futures import Executor

@@ -7,8 +7,6 @@ from halfbyte.models.tensors import TensorSpec
 from halfbyte.quant import formats
 from halfbyte.recipe.schema import Quant
 
-Encoding = Literal["quantised", "compute", "fp32"]
-
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a dotted tensor or module name holds one of `patterns` as a run of whole dotted parts.
@@ -19,7 +17,7 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(f".{pattern.strip('.')}." in dotted for pattern in patterns)
 
 
-def encoding(spec: TensorSpec, quant: Quant) -> Encoding:
+def encoding(spec: TensorSpec, quant: Quant) -> Literal["quantised", "compute", "fp32"]:
     """How one tensor is held: in the recipe's number format, in the compute dtype, or in fp32."""
     if matches(spec.name, quant.fp32_modules):
         return "fp32"

@@ -4,7 +4,6 @@ What: blocks spread over the matrix, its first and last among them, computed aga
 a number is further away than rounding explains, the C function is not used again in this process; the table of codes,
 which is slower, takes its place, and it is said.
 Why: with wrong scales a base still loads and trains, as another model (`dequantise.py` names a case).
-Cost: dequantising each shape once; at most 262,144 numbers of each in numpy.
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,7 @@ import warnings
 
 
 def quiet() -> None:
-    """Call it before they are imported. Warnings that are meant for users come from halfbyte itself."""
+    """Call it before they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # bitsandbytes wraps its fallback functions in torch.compile; off, they run as written and no compiler is imported
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

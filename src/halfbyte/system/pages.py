@@ -1,6 +1,6 @@
 """Memory pages of this process that are files: which tensors lie in one, bring pages in ahead, let them go behind.
 
-Why: frozen weights that were opened memory-mapped need not live in RAM. A page of a file that nobody has written to can
+Frozen weights that were opened memory-mapped need not live in RAM. A page of a file that nobody has written to can
 be let go at any moment and is read again when it is next touched. A page that was written to (a trained bias, a merged
 weight) is private memory: letting it go would silently bring the file's old bytes back. So each is looked up first.
 Source: Linux `proc(5)` (`/proc/self/maps`, `smaps`, `pagemap`), `madvise(2)`: MADV_WILLNEED reads ahead into the page

@@ -1,9 +1,8 @@
 """Build a store: read, cast, quantise and write in parallel, in bounded memory, going on where an earlier try ended.
 
-What: one thread a file, several files at once; a tensor goes through in chunks, so that memory does not grow with the
-model, not even with its embedding. Reading, hashing, quantising and writing all run without Python's lock.
+One thread a file, several files at once; a tensor goes through in chunks, so that memory does not grow with the model,
+not even with its embedding. Reading, hashing, quantising and writing all run without Python's lock.
 A finished file is durable and noted in a journal before it counts; the folder gets its manifest last, then its name.
-Cost: one read of the source and one write of the result; see docs/log.md.
 """
 
 from __future__ import annotations
@@ -60,8 +59,6 @@ class Progress:
 
 @dataclass(frozen=True)
 class Request:
-    """What to build, its files, and under which key."""
-
     wanted: shelf.Wanted
     layout: Layout
     key: str

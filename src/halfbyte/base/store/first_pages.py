@@ -3,8 +3,7 @@
 Why: a mapped checkpoint is opened by touching each tensor's first bytes. For a page that is not in its cache the kernel
 reads all that lies around it, as far as the disk's read-ahead goes (`read_ahead_kb`, 8 MB on some disks): three
 quarters of a 7B store. A page that is there already is taken alone.
-Source: `posix_fadvise(2)`, POSIX_FADV_RANDOM: what is read through this descriptor is not read ahead of.
-Cost: a small read a tensor, in parallel; see docs/log.md.
+What is read through a descriptor with POSIX_FADV_RANDOM (`posix_fadvise(2)`) is not read ahead of.
 """
 
 import mmap

@@ -4,7 +4,6 @@ Why: opening the store must give, bit for bit, what transformers gives when it q
 decided here that it decides itself: its own quantiser prepares the (empty) model, its own rules rename the tensors, and
 what a store's tensors would be called when it is opened is tried out before anything is written.
 Source: transformers, `convert_and_load_state_dict_in_model` in core_model_loading.py; quantizers/quantizer_bnb_4bit.py.
-Cost: the model on the meta device; no weight is touched.
 """
 
 from __future__ import annotations
@@ -57,9 +56,10 @@ class FilePlan:
 
 @dataclass(frozen=True)
 class Layout:
+    """`has_plain_linears`: it opens with `linear_subclasses.opening_config` only."""
+
     files: tuple[FilePlan, ...]
     has_plain_linears: bool
-    """Whether it opens with `linear_subclasses.opening_config` only."""
 
     @property
     def source_bytes(self) -> int:

@@ -1,6 +1,6 @@
 """The manifest of a store: what it was made from, how, and each file's size and hash. It is written last.
 
-Why: a folder without a manifest is no store, so a half store can never look whole.
+A folder without a manifest is no store, so a half store can never look whole.
 Cost: checking sizes and headers of a 7B store takes milliseconds; hashing it whole, seconds.
 """
 

@@ -1,8 +1,7 @@
 """The tensors of a source, read in pieces past the page cache: safetensors by position, pickles through a mapping.
 
-Why: a source is read once, front to back; kept in the page cache it would push out what the machine needs.
-Cost: one copy from the kernel into a buffer that is used again. Safetensors bytes are never mapped, so they count in no
-process's resident memory.
+A source is read once, front to back; kept in the page cache it would push out what the machine needs. Safetensors bytes
+are never mapped, so they count in no process's resident memory.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """One tensor of a source, under the source's name and safetensors' name of its dtype."""
+    """One tensor of a source, under the source's name and safetensors' name of its dtype. `start` is its first byte in
+    the file; for a pickle the address of its storage, which tells shared tensors."""
 
     name: str
     dtype: str
@@ -32,7 +32,6 @@ class SourceTensor:
     nbytes: int
     file: Path
     start: int
-    """Its first byte in the file; for a pickle the address of its storage, which tells shared tensors."""
 
 
 class Source:
@@ -131,19 +130,11 @@ def torch_dtypes() -> dict[str, torch.dtype]:
     import torch
 
     return {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
+        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+        "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
         "BOOL": torch.bool,
-    }
+    }  # fmt: skip
 
 
 def _is_zip(file: Path) -> bool:

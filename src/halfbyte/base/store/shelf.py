@@ -1,10 +1,9 @@
 """Where stores are kept and how they are found: by source, quantiser settings and format version; list, verify, gc.
 
-Why: a base is quantised once for a machine, whichever command asks first, and two processes may ask at once.
-What: `bases/KEY/` under the cache folder is a store, `KEY.partial/` one that is being built. Locks are files of their
-own that are never removed, so that nobody waits on a file that somebody else has replaced.
-Cost: the headers of the source's files are read to look it up; a hub model is known by its revision. Verifying hashes
-every byte.
+A base is quantised once for a machine, whichever command asks first, and two processes may ask at once. `bases/KEY/`
+under the cache folder is a store, `KEY.partial/` one that is being built. Locks are files of their own that are never
+removed, so that nobody waits on a file that somebody else has replaced.
+Cost: the headers of the source's files are read to look it up; a hub model is known by its revision.
 """
 
 from __future__ import annotations

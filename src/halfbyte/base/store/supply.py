@@ -1,8 +1,7 @@
 """The store of a base, found or built: `ensure`. And whether a store is whole: `verify`.
 
-Why: the plain stack quantises at every load, with the 16-bit weights in memory; a store opens in the time of reading
+The plain stack quantises at every load, with the 16-bit weights in memory; a store opens in the time of reading
 headers, with plain `from_pretrained`, and its pages belong to the file, not to the process.
-Cost: see build.py. torch is imported when something is built.
 """
 
 from __future__ import annotations

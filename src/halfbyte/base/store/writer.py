@@ -1,10 +1,9 @@
 """One safetensors file, written piece by piece in any order, its header last.
 
-Why: a layer is quantised in chunks, so that neither its source nor its result is ever whole in memory; and the length
-of one small tensor (the quantiser's state, as JSON) is known only at the end.
-What: room for the header is kept free and the data begins on a page of its own, so that a file is one clean mapping.
-Tensors are ordered by the alignment that their length keeps: packed weights come first and lie on multiples of 64.
-Source: the safetensors format: 8 bytes of header length, a JSON header that spaces may fill up, data without holes.
+A layer is quantised in chunks, so that neither its source nor its result is ever whole in memory; and the length of one
+small tensor (the quantiser's state, as JSON) is known only at the end. So room is kept free for the header, which
+spaces may fill up. The data begins on a page of its own, so that a file is one clean mapping. Tensors are ordered by
+the alignment that their length keeps: packed weights come first and lie on multiples of 64.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from halfbyte.base.store import manifest
@@ -90,7 +88,7 @@ class Writer:
         files.put(self.partial, self.path)
         return manifest.entry_of(self.path)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.fd >= 0:
             os.close(self.fd)
         if kind is not None:

@@ -1,7 +1,6 @@
 """A local checkpoint folder, checked before anything is loaded.
 
-Why: a missing or cut shard otherwise shows minutes later, as a traceback from deep inside a loader.
-Source: the safetensors format (8 bytes of header length, JSON header, data). Cost: headers only, never the weights.
+A missing or cut shard otherwise shows minutes later, as a traceback from deep inside a loader. Only headers are read.
 """
 
 import json

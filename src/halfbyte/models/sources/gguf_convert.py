@@ -2,8 +2,7 @@
 
 Why a process of its own: its memory is given back when it ends and is not counted in a run's measured peak, the
 caller never imports torch, and a kill for lack of memory becomes an error message instead of a lost session.
-Source: transformers' GGUF loader; the digit split of llama.cpp's `smollm` family (src/llama-vocab.cpp).
-Cost: see docs/log.md; about 4 bytes per parameter at the peak, over what torch and transformers take.
+Cost: about 4 bytes per parameter at the peak, over what torch and transformers take (docs/log.md).
 """
 
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 from halfbyte.models.sources.gguf_header import GgufHeader, read_header
 from halfbyte.types import Config, Model, Tokenizer
 
-# The vocabularies whose text is cut at every single digit before GPT-2's own pattern.
+# The vocabularies whose text is cut at every single digit before GPT-2's own pattern (llama.cpp's llama-vocab.cpp).
 # transformers falls back to GPT-2's pattern alone, which cuts "a  1" differently from what the model was trained on.
 DIGIT_SPLIT = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"})
 # Tensors that hold a table the config could describe; they are no weights, and the loader drops them.

@@ -35,7 +35,6 @@ def resolve(model: str, *, allow_pickle: bool = False) -> Checkpoint:
     over a hub id.
 
     Args:
-        model: `org/name[@revision]`, a folder, a `.gguf` file, or a packaged name.
         allow_pickle: accept `.bin` weights where there are no safetensors.
 
     Raises:
@@ -87,8 +86,7 @@ def _unknown(model: str) -> SourceError:
             return SourceError(f"{model} is a web page", fix=f"give the hub id: {name}")
     near = difflib.get_close_matches(model.lower(), sorted(packaged.PACKAGED), n=2, cutoff=0.5) + _near_paths(model)
     what = f"there is no {model}" if _looks_like_path(model) else f"unknown model {model!r}"
-    hint = f"did you mean {' or '.join(near)}?" if near else None
-    return SourceError(f"{what}; {_allowed()}", fix=hint)
+    return SourceError(f"{what}; {_allowed()}", fix=f"did you mean {' or '.join(near)}?" if near else None)
 
 
 def _near_paths(model: str) -> list[str]:

