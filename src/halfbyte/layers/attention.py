@@ -2,11 +2,11 @@
 
 Why: torch's flash attention for CPUs runs its backward at a tenth of the matmul's rate (SmolLM2 on GSM8K: a fifth of a
 step), and rotary in plain torch makes some twenty passes over q and k.
-What: q and k are rotated while they are copied into blocks of heads (`kernels/scores.py`). On a processor with
-AVX512-BF16 all else is one kernel (`kernels/flash.py`). Elsewhere forward is torch's flash kernel, whose log-sum-exp is
-kept; backward computes scores and dP in fp32 by batched matmul, turns both into P and dS in one pass, and gets dq, dk,
-dv from three more matmuls in the compute dtype. Query heads of one key head are rows of one matrix, so nothing is
-repeated. Long examples go in blocks of rows that see only the columns before them.
+What: q and k are rotated while they are copied into blocks of heads (`kernels/cpu/scores.py`). On a processor with
+AVX512-BF16 all else is one kernel (`kernels/cpu/flash.py`). Elsewhere forward is torch's flash kernel, whose
+log-sum-exp is kept; backward computes scores and dP in fp32 by batched matmul, turns both into P and dS in one pass,
+and gets dq, dk, dv from three more matmuls in the compute dtype. Query heads of one key head are rows of one matrix, so
+nothing is repeated. Long examples go in blocks of rows that see only the columns before them.
 Source: FlashAttention-2, arXiv:2307.08691, section 3.1 (the backward's formulas).
 Cost: q, k, v, the output and one fp32 a head and token are kept; 5 matmuls of L x L x D in backward.
 
@@ -14,20 +14,15 @@ Letters: T tokens, H query heads, K key heads, G = H / K, D head size, R rotated
 examples of one length.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from halfbyte.layers.kernels.cpu import available, whole_attention
-
-if TYPE_CHECKING:
-    from torch.autograd.function import FunctionCtx
 
 ROWS = 512  # rows of queries whose scores are computed at once in the backward of a long example
 SCORES_BYTES = 24_000_000  # fp32 scores at once; as many again for dP
@@ -79,9 +74,8 @@ def attention(
     """
     if cos is None or sin is None:
         cos = sin = q.new_empty((q.shape[0], 0))
-    out: Tensor = BlockAttention.apply(
-        q, k, v, cos.to(q.dtype).contiguous(), sin.to(q.dtype).contiguous(), lengths, scale
-    )
+    rotary = cos.to(q.dtype).contiguous(), sin.to(q.dtype).contiguous()
+    out: Tensor = BlockAttention.apply(q, k, v, *rotary, blocks_of(lengths), scale)
     return out
 
 
@@ -90,38 +84,18 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        lengths: tuple[int, ...],
-        scale: float,
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, blocks: Blocks, scale: float
     ) -> Tensor:
-        blocks = blocks_of(lengths)
         none = cos[:, :0]
         qb, kb = _to_blocks(q, cos, sin, blocks), _to_blocks(k, cos, sin, blocks)
         vb = _to_blocks(v, none, none, blocks)
-        ctx.blocks, ctx.scale, ctx.lengths = blocks, scale, lengths
         if whole_attention(q):
             from halfbyte.layers.kernels.cpu import flash
 
-            out, lse = flash.forward(qb, kb, vb, lengths, blocks.starts, scale)
-            ctx.save_for_backward(qb, kb, vb, out, lse, cos, sin)
-            return out
-        tokens, heads, d = q.shape
-        groups = heads // k.shape[1]
-        out = q.new_empty((tokens, heads, d))
-        lse = torch.empty(tokens * heads, dtype=torch.float32)
-        for first, n, length in blocks.runs:
-            q1, k1, v1 = (_run(x, first, n, length) for x in (qb, kb, vb))  # (n, heads, L, D)
-            if groups > 1:
-                k1, v1 = k1.repeat_interleave(groups, 1), v1.repeat_interleave(groups, 1)
-            o, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q1, k1, v1, 0.0, True, scale=scale)
-            last = first + n * length
-            out[first:last].view(n, length, heads, d).copy_(o.transpose(1, 2))
-            lse[first * heads : last * heads].view(n, heads, length).copy_(sums)
+            out, lse = flash.forward(qb, kb, vb, blocks.starts, scale)
+        else:
+            out, lse = _forward_by_torch(qb, kb, vb, blocks, scale)
+        ctx.blocks, ctx.scale = blocks, scale
         ctx.save_for_backward(qb, kb, vb, out, lse, cos, sin)
         return out
 
@@ -130,45 +104,47 @@ class BlockAttention(torch.autograd.Function):
         from halfbyte.layers.kernels.cpu import scores as kernels
 
         qb, kb, vb, out, lse, cos, sin = ctx.saved_tensors
-        blocks = ctx.blocks
-        tokens, heads, d = out.shape
+        blocks, none = ctx.blocks, cos[:, :0]
+        dout = grads[0].contiguous()
         if whole_attention(out):
             from halfbyte.layers.kernels.cpu import flash
 
-            dout = grads[0].contiguous()
-            dqb, dkb, dvb = flash.backward(qb, kb, vb, out, dout, lse, ctx.lengths, blocks.starts, ctx.scale)
+            dqb, dkb, dvb = flash.backward(qb, kb, vb, out, dout, lse, blocks.starts, ctx.scale)
         else:
-            dqb, dkb, dvb = _backward_by_matmul(qb, kb, vb, out, grads[0], lse, cos, blocks, ctx.scale)
-        dq, dk, dv = out.new_empty((tokens, heads, d)), *(out.new_empty(kb.shape) for _ in range(2))
-        kernels.from_blocks(dqb, cos, sin, blocks.start, blocks.length, dq)
-        kernels.from_blocks(dkb, cos, sin, blocks.start, blocks.length, dk)
-        kernels.from_blocks(dvb, cos[:, :0], cos[:, :0], blocks.start, blocks.length, dv)
+            dob = _to_blocks(dout, none, none, blocks)
+            delta = kernels.row_dots(dout, out, blocks.start, blocks.length)
+            dqb, dkb, dvb = _backward_by_matmul(qb, kb, vb, dob, lse, delta, blocks, ctx.scale)
+        dq = kernels.from_blocks(dqb, cos, sin, blocks.start, blocks.length)
+        dk = kernels.from_blocks(dkb, cos, sin, blocks.start, blocks.length)
+        dv = kernels.from_blocks(dvb, none, none, blocks.start, blocks.length)
         return dq, dk, dv, None, None, None, None
 
 
+def _forward_by_torch(qb: Tensor, kb: Tensor, vb: Tensor, blocks: Blocks, scale: float) -> tuple[Tensor, Tensor]:
+    """The output (T, H, D) by tokens, and the log-sum-exp in blocks of (H, L), fp32."""
+    tokens, heads, d = qb.shape
+    groups = heads // kb.shape[1]
+    out = torch.empty_like(qb)
+    lse = torch.empty(tokens * heads, dtype=torch.float32)
+    for first, n, length in blocks.runs:
+        q, k, v = (_run(x, first, n, length) for x in (qb, kb, vb))  # (n, heads, L, D)
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        o, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+        last = first + n * length
+        out[first:last].view(n, length, heads, d).copy_(o.transpose(1, 2))
+        lse[first * heads : last * heads].view(n, heads, length).copy_(sums)
+    return out, lse
+
+
 def _backward_by_matmul(
-    qb: Tensor,
-    kb: Tensor,
-    vb: Tensor,
-    out: Tensor,
-    dout: Tensor,
-    lse: Tensor,
-    cos: Tensor,
-    blocks: Blocks,
-    scale: float,
+    qb: Tensor, kb: Tensor, vb: Tensor, dob: Tensor, lse: Tensor, delta: Tensor, blocks: Blocks, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the blocks by batched products, scores in memory."""
-    from halfbyte.layers.kernels.cpu import scores as kernels
-
-    heads = out.shape[1]
-    dout = _rows(dout)
-    dob = _to_blocks(dout, cos[:, :0], cos[:, :0], blocks)
-    delta = torch.empty_like(lse)
-    kernels.row_dots(dout.contiguous(), out, blocks.start, blocks.length, delta)
+    heads = qb.shape[1]
     dqb, dkb, dvb = torch.empty_like(qb), torch.empty_like(kb), torch.empty_like(vb)
     for first, n, length in blocks.runs:
-        whole = heads * length * length * 4
-        step = max(1, SCORES_BYTES // whole)  # examples at once
+        step = max(1, SCORES_BYTES // (heads * length * length * 4))  # examples at once
         for a in range(0, n, step):
             at, count = first + a * length, min(step, n - a)
             parts = [_run(x, at, count, length) for x in (qb, kb, vb, dob, dqb, dkb, dvb)]
@@ -201,10 +177,9 @@ def _example_backward(parts: list[Tensor], sums: tuple[Tensor, Tensor], scale: f
         rows = (x.view(m, groups, length)[:, :, r0:r1].reshape(-1) for x in sums)
         s = torch.bmm(q1.float(), k32[:, :r1].transpose(1, 2))  # (m, G rows, r1) fp32
         dp = torch.bmm(do1.float(), v32[:, :r1].transpose(1, 2))
-        in_place = q.dtype == torch.float32
-        p, ds = (s, dp) if in_place else (torch.empty_like(s, dtype=q.dtype), torch.empty_like(s, dtype=q.dtype))
-        flat = (x.view(-1, r1) for x in (s, dp, p, ds))
-        kernels.softmax_backward(*flat, *rows, scale=scale, offset=r0, tall=tall)
+        flat = (x.view(-1, r1) for x in (s, dp))
+        p, ds = kernels.softmax_backward(*flat, *rows, q.dtype, scale=scale, offset=r0, tall=tall)
+        p, ds = p.view(s.shape), ds.view(s.shape)
         dq1 = torch.bmm(ds, k[:, :r1])  # (m, G rows, D)
         dq.view(m, groups, length, d)[:, :, r0:r1] = dq1.view(m, groups, tall, d)
         if r0 == 0 and r1 == length:
@@ -218,19 +193,12 @@ def _example_backward(parts: list[Tensor], sums: tuple[Tensor, Tensor], scale: f
             dk[:, :r1].baddbmm_(ds.transpose(1, 2), q1)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(T, heads, D) with each token's heads and D contiguous."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
-
-
 def _to_blocks(x: Tensor, cos: Tensor, sin: Tensor, blocks: Blocks) -> Tensor:
     """(T, heads, D) -> the same number of elements in blocks, seen as (T, heads, D)."""
     from halfbyte.layers.kernels.cpu import scores as kernels
 
-    x = _rows(x)
-    out = x.new_empty(x.shape)
-    kernels.to_blocks(x, cos, sin, blocks.start, blocks.length, out)
-    return out
+    whole = x.stride(2) == 1 and x.stride(1) == x.shape[2]  # each token's heads and D
+    return kernels.to_blocks(x if whole else x.contiguous(), cos, sin, blocks.start, blocks.length)
 
 
 def _run(x: Tensor, first: int, n: int, length: int) -> Tensor:

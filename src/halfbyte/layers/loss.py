@@ -251,9 +251,7 @@ def _chunk_loss(
     if available(logits):
         from halfbyte.layers.kernels.cpu import entropy
 
-        losses = torch.empty(len(targets), dtype=torch.float32)
-        entropy.cross_entropy_(logits, targets, losses, smoothing=smoothing, gradient=gradient)
-        return losses, logits
+        return entropy.cross_entropy_(logits, targets, smoothing=smoothing, gradient=gradient), logits
     log_p = torch.log_softmax(logits, -1, dtype=torch.float32)
     losses = torch.nn.functional.nll_loss(log_p, targets, reduction="none")
     if smoothing:

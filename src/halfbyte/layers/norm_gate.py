@@ -28,8 +28,7 @@ class RmsNorm(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, w: Tensor, eps: float, one_plus: bool) -> Tensor:
         from halfbyte.layers.kernels.cpu import norm
 
-        y, rstd = torch.empty_like(x), torch.empty(x.shape[0], dtype=torch.float32)
-        norm.rms_norm(x, w, y, rstd, eps, one_plus=one_plus)
+        y, rstd = norm.rms_norm(x, w, eps, one_plus=one_plus)
         ctx.save_for_backward(x, w, rstd)
         ctx.one_plus = one_plus
         return y
@@ -39,9 +38,7 @@ class RmsNorm(torch.autograd.Function):
         from halfbyte.layers.kernels.cpu import norm
 
         x, w, rstd = ctx.saved_tensors
-        dx = torch.empty_like(x)
-        norm.rms_norm_backward(grads[0].contiguous(), x, w, rstd, dx, one_plus=ctx.one_plus)
-        return dx, None, None, None
+        return norm.rms_norm_backward(grads[0].contiguous(), x, w, rstd, one_plus=ctx.one_plus), None, None, None
 
 
 class Gated(torch.autograd.Function):
@@ -51,20 +48,15 @@ class Gated(torch.autograd.Function):
     def forward(ctx: FunctionCtx, g: Tensor, u: Tensor, kind: int) -> Tensor:
         from halfbyte.layers.kernels.cpu import gate
 
-        h = torch.empty_like(g)
-        gate.gated(g, u, h, kind)
         ctx.save_for_backward(g, u)
         ctx.kind = kind
-        return h
+        return gate.gated(g, u, kind)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from halfbyte.layers.kernels.cpu import gate
 
-        g, u = ctx.saved_tensors
-        dg, du = torch.empty_like(g), torch.empty_like(u)
-        gate.gated_backward(grads[0].contiguous(), g, u, dg, du, ctx.kind)
-        return dg, du, None
+        return *gate.gated_backward(grads[0].contiguous(), *ctx.saved_tensors, ctx.kind), None
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float, *, one_plus: bool) -> Tensor:

@@ -4,8 +4,6 @@
 is the reference in the tests. numba compiles a kernel when it is first used and keeps it in its cache.
 """
 
-from __future__ import annotations
-
 import os
 from functools import cache
 

@@ -1,32 +1,12 @@
-"""The gated activation of an MLP, act(gate) * up, forward and backward, and the elementwise half of LoRA's dropout.
-
-Letters: N elements in all.
-"""
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+"""The gated activation of an MLP, act(gate) * up, forward and backward, and the elementwise half of LoRA's dropout."""
 
 import numpy as np
-from numba import carray, cfunc, njit, types
-from numba.extending import overload
+import torch
+from numba import carray, njit
+from torch import Tensor
 
-from halfbyte.layers.kernels.cpu.parallel import BLOCK_ELEMENTS, per_dtype, run
-from halfbyte.layers.kernels.cpu.scalar import (
-    FASTMATH,
-    below,
-    counter_bits,
-    drop_pair,
-    exp_f32,
-    hash_u32,
-    load,
-    pointer,
-    store,
-    take,
-)
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from halfbyte.layers.kernels.cpu.parallel import BLOCK_ELEMENTS, array, each_block, kernel, per_dtype, run
+from halfbyte.layers.kernels.cpu.scalar import counter_bits, drop_pair, exp_f32, hash_u32, inlined, load, store
 
 SILU = 0  # else gelu by tanh
 _K, _C = np.float32(0.7978845608028654), np.float32(0.044715)  # sqrt(2/pi)
@@ -37,8 +17,9 @@ def _sigmoid(v):  # type: ignore[no-untyped-def]
     return np.float32(1.0) / (np.float32(1.0) + exp_f32(-v))
 
 
-@njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
-def _forward_part(g, u, h, kind):  # type: ignore[no-untyped-def]
+@inlined
+def _forward_part(g, u, h, kind, first, last):  # type: ignore[no-untyped-def]
+    g, u, h = g[first:last], u[first:last], h[first:last]
     if kind == SILU:
         for j in range(g.shape[0]):
             v = load(g[j])
@@ -50,9 +31,10 @@ def _forward_part(g, u, h, kind):  # type: ignore[no-untyped-def]
             h[j] = store(v * s * load(u[j]), h)
 
 
-@njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
-def _backward_part(dh, g, u, dg, du, kind):  # type: ignore[no-untyped-def]
+@inlined
+def _backward_part(dh, g, u, dg, du, kind, first, last):  # type: ignore[no-untyped-def]
     one = np.float32(1.0)
+    dh, g, u, dg, du = dh[first:last], g[first:last], u[first:last], dg[first:last], du[first:last]
     if kind == SILU:
         for j in range(g.shape[0]):
             v, d = load(g[j]), load(dh[j])
@@ -70,104 +52,66 @@ def _backward_part(dh, g, u, dg, du, kind):  # type: ignore[no-untyped-def]
             dg[j] = store(d * w * s * (one + v * (one - s) * slope), dg)
 
 
+@inlined
+def _masked_part(x, out, low, seed, first, last):  # type: ignore[no-untyped-def]
+    x, out = x[first:last], out[first:last]
+    for j in range(x.shape[0]):
+        out[j] = drop_pair(x[j], hash_u32(counter_bits(np.uint32(first), j, seed)), low)
+
+
 def _forward(element: type) -> object:
-    size = np.dtype(element).itemsize
-
-    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
-    def kernel(p):  # type: ignore[no-untyped-def]
+    @kernel
+    def gated(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
-        n, block = s[4], s[6]
-        counter = carray(pointer(s[0]), (1,), np.int64)
-        while True:
-            a = take(counter) * block
-            if a >= n:
-                break
-            b = min(n, a + block)
-            here, skip = (b - a,), a * size
-            g, u = carray(pointer(s[1] + skip), here, element), carray(pointer(s[2] + skip), here, element)
-            _forward_part(g, u, carray(pointer(s[3] + skip), here, element), s[5])
+        n = (s[1],)
+        g, u, h = array(s[3], n, element), array(s[4], n, element), array(s[5], n, element)
+        each_block(s, _forward_part, (g, u, h, s[6]))
 
-    return kernel
+    return gated
 
 
 def _backward(element: type) -> object:
-    size = np.dtype(element).itemsize
-
-    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
-    def kernel(p):  # type: ignore[no-untyped-def]
+    @kernel
+    def gated_backward(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
-        n, block = s[6], s[8]
-        counter = carray(pointer(s[0]), (1,), np.int64)
-        while True:
-            a = take(counter) * block
-            if a >= n:
-                break
-            b = min(n, a + block)
-            here, skip = (b - a,), a * size
-            dh, g = carray(pointer(s[1] + skip), here, element), carray(pointer(s[2] + skip), here, element)
-            u, dg = carray(pointer(s[3] + skip), here, element), carray(pointer(s[4] + skip), here, element)
-            _backward_part(dh, g, u, dg, carray(pointer(s[5] + skip), here, element), s[7])
+        n = (s[1],)
+        dh, g, u = array(s[3], n, element), array(s[4], n, element), array(s[5], n, element)
+        each_block(s, _backward_part, (dh, g, u, array(s[6], n, element), array(s[7], n, element), s[8]))
 
-    return kernel
-
-
-def _masked_part(x, out, low, seed, start):  # type: ignore[no-untyped-def]
-    """out = x where the mask keeps it. A pair of elements has 2 x 16 random bits from one hash of its number."""
-    raise NotImplementedError("compiled only")
-
-
-@overload(_masked_part, jit_options={"forceinline": True, "error_model": "numpy"})
-def _of_words(x, out, low, seed, start):  # type: ignore[no-untyped-def]
-    def pairs(x, out, low, seed, start):  # type: ignore[no-untyped-def]
-        """bf16: a pair is one word of 32 bits."""
-        for j in range(x.shape[0]):
-            out[j] = drop_pair(x[j], hash_u32(counter_bits(start, j, seed)), low)
-
-    def floats(x, out, low, seed, start):  # type: ignore[no-untyped-def]
-        """fp32: a pair is two words."""
-        for j in range(x.shape[0]):
-            bits = hash_u32(counter_bits(start, j >> 1, seed))
-            out[j] = np.float32(0.0) if below(bits, low, j & 1 == 1) else x[j]
-
-    return pairs if x.dtype == types.uint32 else floats
+    return gated_backward
 
 
 def _masking(element: type) -> object:
-    words, word = (1, np.uint32) if element is np.uint16 else (2, np.float32)
+    """A pair of elements, which is one word, has 2 x 16 random bits from one hash of its number."""
+    word = np.uint32 if element is np.uint16 else np.uint64
 
-    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
-    def kernel(p):  # type: ignore[no-untyped-def]
+    @kernel
+    def dropped(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
-        n, block = s[3], s[6]  # pairs
-        counter = carray(pointer(s[0]), (1,), np.int64)
-        while True:
-            a = take(counter) * block
-            if a >= n:
-                break
-            here, skip = (words * (min(n, a + block) - a),), a * 4 * words
-            x, out = carray(pointer(s[1] + skip), here, word), carray(pointer(s[2] + skip), here, word)
-            _masked_part(x, out, np.uint32(s[4]), np.uint32(s[5]), np.uint32(a))  # type: ignore[no-untyped-call]
+        x, out = array(s[3], (s[1],), word), array(s[4], (s[1],), word)
+        each_block(s, _masked_part, (x, out, np.uint32(s[5]), np.uint32(s[6])))
 
-    return kernel
+    return dropped
 
 
 _forward_kernel, _backward_kernel, _mask_kernel = per_dtype(_forward), per_dtype(_backward), per_dtype(_masking)
 
 
-def gated(g: Tensor, u: Tensor, h: Tensor, kind: int) -> None:
-    """h = act(g) * u, all of one shape and contiguous."""
-    run(_forward_kernel(g.dtype), [g, u, h, g.numel(), kind, BLOCK_ELEMENTS])
+def gated(g: Tensor, u: Tensor, kind: int) -> Tensor:
+    """act(g) * u for two tensors of one shape, contiguous."""
+    h = torch.empty_like(g)
+    run(_forward_kernel(g.dtype), g.numel(), BLOCK_ELEMENTS, g, u, h, kind)
+    return h
 
 
-def gated_backward(dh: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, kind: int) -> None:
-    run(_backward_kernel(g.dtype), [dh, g, u, dg, du, g.numel(), kind, BLOCK_ELEMENTS])
-
-
-def threshold(p: float) -> int:
-    """Dropout's probability in 1/65536: an element whose 16 random bits are below it becomes 0."""
-    return round(p * 65536)
+def gated_backward(dh: Tensor, g: Tensor, u: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+    """The gradients of g and u."""
+    dg, du = torch.empty_like(g), torch.empty_like(u)
+    run(_backward_kernel(g.dtype), g.numel(), BLOCK_ELEMENTS, dh, g, u, dg, du, kind)
+    return dg, du
 
 
 def dropped(x: Tensor, out: Tensor, p: float, seed: int) -> None:
     """out = x where the mask of `seed` keeps it, else 0; not scaled by 1 / (1 - p). x is of even size; may be out."""
-    run(_mask_kernel(x.dtype), [x, out, x.numel() // 2, threshold(p), seed & 0xFFFFFFFF, BLOCK_ELEMENTS // 2])
+    low = round(p * 65536)  # an element whose 16 random bits are below it becomes 0
+    run(_mask_kernel(x.dtype), x.numel() // 2, BLOCK_ELEMENTS // 2, x, out, low, seed & 0xFFFFFFFF)

@@ -5,21 +5,16 @@ backward; 4000 x 576 in bf16 on two cores: 7.8 ms by torch, 0.33 ms here.
 Letters: N rows, D width.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import numpy as np
-from numba import carray, cfunc, njit, types
+import torch
+from numba import carray
+from torch import Tensor
 
-from halfbyte.layers.kernels.cpu.parallel import block_rows, per_dtype, run
-from halfbyte.layers.kernels.cpu.scalar import FASTMATH, load, pointer, store, take
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, per_dtype, run
+from halfbyte.layers.kernels.cpu.scalar import inlined, load, store
 
 
-@njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
+@inlined
 def _forward_rows(x, w, y, rstd, eps, one_plus, first, last):  # type: ignore[no-untyped-def]
     width = x.shape[1]
     inverse = np.float32(1.0) / np.float32(width)
@@ -39,7 +34,7 @@ def _forward_rows(x, w, y, rstd, eps, one_plus, first, last):  # type: ignore[no
                 b[j] = store(load(w[j]) * load(store(load(a[j]) * r, b)), b)
 
 
-@njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
+@inlined
 def _backward_rows(dy, x, w, rstd, dx, one_plus, first, last):  # type: ignore[no-untyped-def]
     width = x.shape[1]
     inverse = np.float32(1.0) / np.float32(width)
@@ -54,51 +49,44 @@ def _backward_rows(dy, x, w, rstd, dx, one_plus, first, last):  # type: ignore[n
             out[j] = store(r * (load(g[j]) * (plus + load(w[j])) - load(a[j]) * c), out)
 
 
-def _forward(element: object) -> object:
-    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
-    def kernel(p):  # type: ignore[no-untyped-def]
+def _forward(element: type) -> object:
+    @kernel
+    def rms_norm(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
-        n, d, block = s[5], s[6], s[9]
-        counter = carray(pointer(s[0]), (1,), np.int64)
-        x, w = carray(pointer(s[1]), (n, d), element), carray(pointer(s[2]), (d,), element)
-        y, rstd = carray(pointer(s[3]), (n, d), element), carray(pointer(s[4]), (n,), np.float32)
-        while True:
-            first = take(counter) * block
-            if first >= n:
-                break
-            _forward_rows(x, w, y, rstd, np.float32(f[7]), s[8], first, min(n, first + block))
+        n, d = s[1], s[7]
+        x, w = array(s[3], (n, d), element), array(s[4], (d,), element)
+        y, rstd = array(s[5], (n, d), element), array(s[6], (n,), np.float32)
+        each_block(s, _forward_rows, (x, w, y, rstd, np.float32(f[8]), s[9]))
 
-    return kernel
+    return rms_norm
 
 
-def _backward(element: object) -> object:
-    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
-    def kernel(p):  # type: ignore[no-untyped-def]
+def _backward(element: type) -> object:
+    @kernel
+    def rms_norm_backward(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
-        n, d, block = s[6], s[7], s[9]
-        counter = carray(pointer(s[0]), (1,), np.int64)
-        dy, x = carray(pointer(s[1]), (n, d), element), carray(pointer(s[2]), (n, d), element)
-        w, rstd = carray(pointer(s[3]), (d,), element), carray(pointer(s[4]), (n,), np.float32)
-        dx = carray(pointer(s[5]), (n, d), element)
-        while True:
-            first = take(counter) * block
-            if first >= n:
-                break
-            _backward_rows(dy, x, w, rstd, dx, s[8], first, min(n, first + block))
+        n, d = s[1], s[8]
+        dy, x, dx = array(s[3], (n, d), element), array(s[4], (n, d), element), array(s[7], (n, d), element)
+        w, rstd = array(s[5], (d,), element), array(s[6], (n,), np.float32)
+        each_block(s, _backward_rows, (dy, x, w, rstd, dx, s[9]))
 
-    return kernel
+    return rms_norm_backward
 
 
 _forward_kernel, _backward_kernel = per_dtype(_forward), per_dtype(_backward)
 
 
-def rms_norm(x: Tensor, w: Tensor, y: Tensor, rstd: Tensor, eps: float, *, one_plus: bool) -> None:
-    """y = w * x / rms(x), or (1 + w) * x / rms(x). x, y: (N, D), w: (D,), rstd: (N,) fp32, all contiguous."""
+def rms_norm(x: Tensor, w: Tensor, eps: float, *, one_plus: bool) -> tuple[Tensor, Tensor]:
+    """w * x / rms(x), or (1 + w) * x / rms(x), and 1 / rms(x) as (N,) fp32. x: (N, D), w: (D,), both contiguous."""
     n, d = x.shape
-    run(_forward_kernel(x.dtype), [x, w, y, rstd, n, d, float(eps), int(one_plus), block_rows(d)])
+    y, rstd = torch.empty_like(x), torch.empty(n, dtype=torch.float32)
+    run(_forward_kernel(x.dtype), n, block_rows(d), x, w, y, rstd, d, float(eps), int(one_plus))
+    return y, rstd
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor, dx: Tensor, *, one_plus: bool) -> None:
+def rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor, *, one_plus: bool) -> Tensor:
     """The gradient of x, (N, D), from that of y; the weight is frozen."""
     n, d = x.shape
-    run(_backward_kernel(x.dtype), [dy, x, w, rstd, dx, n, d, int(one_plus), block_rows(d)])
+    dx = torch.empty_like(x)
+    run(_backward_kernel(x.dtype), n, block_rows(d), dy, x, w, rstd, dx, d, int(one_plus))
+    return dx

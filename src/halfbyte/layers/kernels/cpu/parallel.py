@@ -2,13 +2,12 @@
 
 Why: a second pool of threads (numba's) fights with torch's for the cores, since OpenMP's threads spin for a while after
 each region. `GOMP_parallel` of the libgomp that torch has loaded runs a function on the pool that its matmuls use.
-What: a kernel is a numba `cfunc` of one pointer to 32 int64 slots: a counter's address, then addresses, sizes, and
-floats (as float64 bits). Each thread takes blocks of rows from the counter until none is left.
+What: a kernel is a numba `cfunc` of one pointer to 32 int64 slots: a counter's address, how many rows there are and how
+many a thread takes at once; then addresses, sizes, and floats (as float64 bits). Each thread takes blocks of rows from
+the counter until none is left.
 Source: GOMP_parallel is libgomp's stable entry point (libgomp.map, GOMP_4.0); LLVM's libomp exports it too.
 Cost: 5 microseconds a call. Without an OpenMP library in the process the kernel runs on the calling thread alone.
 """
-
-from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
@@ -17,11 +16,32 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import carray, cfunc, types
 from torch import Tensor
 
+from halfbyte.layers.kernels.cpu.scalar import inlined, pointer, take
+
 SLOTS = 32
-# Rows that a thread takes at once: a few hundred kB of activations, so that both threads end together.
+# Elements that a thread takes at once: a few hundred kB of activations, so that both threads end together.
 BLOCK_ELEMENTS = 64 * 1024
+
+kernel: Any = cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
+
+
+@inlined
+def array(address, shape, element):  # type: ignore[no-untyped-def]
+    return carray(pointer(address), shape, element)
+
+
+@inlined
+def each_block(slots, part, args):  # type: ignore[no-untyped-def]
+    """part(*args, first, last) for every block of rows that this thread gets."""
+    counter, rows, block = array(slots[0], (1,), np.int64), slots[1], slots[2]
+    while True:
+        first = take(counter) * block
+        if first >= rows:
+            break
+        part(*(args + (first, min(rows, first + block))))  # noqa: RUF005, numba takes one tuple
 
 
 @cache
@@ -44,28 +64,28 @@ def _openmp() -> Any | None:
     return None
 
 
-def run(kernel: Any, values: list[Tensor | int | float | None]) -> None:
-    """Call `kernel` (a compiled cfunc) with `values` in slots 1, 2, ...; returns when every block is done.
+def run(compiled: Any, rows: int, block: int, *values: Tensor | int | float) -> None:
+    """Call a kernel with `values` in slots 3, 4, ...; returns when every block is done.
 
-    Tensors must be contiguous on the CPU and stay alive until then, which this frame sees to. None is address 0.
+    Tensors must be contiguous on the CPU and stay alive until then, which this frame sees to.
     """
     counter = np.zeros(8, dtype=np.int64)  # a cache line of its own
     slots = np.zeros(SLOTS, dtype=np.int64)
     floats = slots.view(np.float64)
-    slots[0] = counter.ctypes.data
-    for i, value in enumerate(values, 1):
+    slots[:3] = counter.ctypes.data, rows, block
+    for i, value in enumerate(values, 3):
         if isinstance(value, Tensor):
             slots[i] = value.data_ptr()
         elif isinstance(value, float):
             floats[i] = value
         else:
-            slots[i] = 0 if value is None else value
+            slots[i] = value
     threads = torch.get_num_threads()
     parallel = _openmp() if threads > 1 else None
     if parallel is None:
-        kernel.ctypes(slots.ctypes.data)
+        compiled.ctypes(slots.ctypes.data)
     else:
-        parallel(kernel.address, slots.ctypes.data, threads, 0)
+        parallel(compiled.address, slots.ctypes.data, threads, 0)
 
 
 def block_rows(width: int) -> int:

@@ -6,8 +6,6 @@ Source: rounding to nearest even as in `c10/util/BFloat16.h`; exp after Cephes (
 Cost: none of their own; each is inlined.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,9 @@ from numba.extending import intrinsic
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 # No `nnan`/`ninf`: a loss that is not finite must stay visible.
 FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
+# By force: a part that is compiled on its own as well is there twice, and a process that compiles uses another copy,
+# with other last bits, than one that takes the kernel from the cache.
+inlined: Any = njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
 
 
 def _i32(value: int) -> Any:
@@ -135,34 +136,20 @@ def hash_u32(typing_context, x):  # type: ignore[no-untyped-def]
     return types.uint32(types.uint32), build
 
 
-def _keep(builder: Any, bits: Any, low: Any) -> Any:
-    """All ones in each half of 32 bits whose random half is at least `low`."""
-    first = builder.icmp_unsigned(">=", builder.and_(bits, _i32(0xFFFF)), low)
-    second = builder.icmp_unsigned(">=", builder.lshr(bits, _i32(16)), low)
-    return builder.or_(
-        builder.select(first, _i32(0x0000FFFF), _i32(0)), builder.select(second, _i32(0xFFFF0000), _i32(0))
-    )
-
-
 @intrinsic
 def drop_pair(typing_context, pair, bits, low):  # type: ignore[no-untyped-def]
-    """Two bf16 in 32 bits, each 0 where its 16 random bits are below `low`."""
+    """Two numbers in a word of 32 (bf16) or 64 (fp32) bits, each 0 where its half of the random bits is below `low`."""
 
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.and_(args[0], _keep(builder, args[1], args[2]))
+        word = ir.IntType(pair.bitwidth)
+        lower = 2 ** (pair.bitwidth // 2) - 1
+        first = builder.icmp_unsigned(">=", builder.and_(args[1], _i32(0xFFFF)), args[2])
+        second = builder.icmp_unsigned(">=", builder.lshr(args[1], _i32(16)), args[2])
+        kept_first = builder.select(first, word(lower), word(0))
+        kept_second = builder.select(second, word(lower << pair.bitwidth // 2), word(0))
+        return builder.and_(args[0], builder.or_(kept_first, kept_second))
 
-    return types.uint32(types.uint32, types.uint32, types.uint32), build
-
-
-@intrinsic
-def below(typing_context, bits, low, high_half):  # type: ignore[no-untyped-def]
-    """Whether one half of 32 random bits (the upper one if `high_half`) is below `low`."""
-
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        half = builder.select(args[2], builder.lshr(args[0], _i32(16)), builder.and_(args[0], _i32(0xFFFF)))
-        return builder.icmp_unsigned("<", half, args[1])
-
-    return types.boolean(types.uint32, types.uint32, types.boolean), build
+    return pair(pair, types.uint32, types.uint32), build
 
 
 @intrinsic

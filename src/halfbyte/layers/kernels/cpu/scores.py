@@ -6,57 +6,39 @@ Letters: T tokens in the pack, H heads, D head size, R rotated part of it, L tok
 key head.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import numpy as np
-from numba import carray, cfunc, njit, types
+import torch
+from numba import carray
+from torch import Tensor
 
-from halfbyte.layers.kernels.cpu.parallel import block_rows, per_dtype, run
-from halfbyte.layers.kernels.cpu.scalar import FASTMATH, exp_f32, load, pointer, store, take
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, per_dtype, run
+from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, load, store
 
 
-@njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
-def _to_rows(x, stride, cos, sin, start, length, out, heads, d, r, first, last):  # type: ignore[no-untyped-def]
+@inlined
+def _move(x, stride, cos, sin, start, length, out, heads, d, back, first, last):  # type: ignore[no-untyped-def]
+    r = cos.shape[1]
     half = r // 2
     for t in range(first, last):
         c, s = cos[t], sin[t]
         for h in range(heads):
-            at = t * stride + h * d
-            a = x[at : at + d]
-            to = (start[t] * heads + h * length[t] + t - start[t]) * d
-            b = out[to : to + d]
+            row = t * stride + h * d
+            block = (start[t] * heads + h * length[t] + t - start[t]) * d
+            at, to = (block, row) if back else (row, block)
+            a, b = x[at : at + d], out[to : to + d]
             for j in range(half):
                 v, w = load(a[j]), load(a[j + half])
-                b[j] = store(v * load(c[j]) - w * load(s[j]), b)
-                b[j + half] = store(w * load(c[j + half]) + v * load(s[j + half]), b)
+                if back:
+                    b[j] = store(v * load(c[j]) + w * load(s[j + half]), b)
+                    b[j + half] = store(w * load(c[j + half]) - v * load(s[j]), b)
+                else:
+                    b[j] = store(v * load(c[j]) - w * load(s[j]), b)
+                    b[j + half] = store(w * load(c[j + half]) + v * load(s[j + half]), b)
             for j in range(r, d):
                 b[j] = a[j]
 
 
-@njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
-def _from_rows(x, cos, sin, start, length, out, heads, d, r, first, last):  # type: ignore[no-untyped-def]
-    half = r // 2
-    for t in range(first, last):
-        c, s = cos[t], sin[t]
-        for h in range(heads):
-            at = (start[t] * heads + h * length[t] + t - start[t]) * d
-            a = x[at : at + d]
-            to = (t * heads + h) * d
-            b = out[to : to + d]
-            for j in range(half):
-                v, w = load(a[j]), load(a[j + half])
-                b[j] = store(v * load(c[j]) + w * load(s[j + half]), b)
-                b[j + half] = store(w * load(c[j + half]) - v * load(s[j]), b)
-            for j in range(r, d):
-                b[j] = a[j]
-
-
-@njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
+@inlined
 def _softmax_rows(scores, dp, p, ds, lse, delta, scale, offset, tall, first, last):  # type: ignore[no-untyped-def]
     width = scores.shape[1]
     for i in range(first, last):
@@ -72,7 +54,7 @@ def _softmax_rows(scores, dp, p, ds, lse, delta, scale, offset, tall, first, las
             d[j] = store(np.float32(0.0), d)
 
 
-@njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
+@inlined
 def _dot_rows(a, b, start, length, out, heads, d, first, last):  # type: ignore[no-untyped-def]
     for t in range(first, last):
         for h in range(heads):
@@ -84,86 +66,49 @@ def _dot_rows(a, b, start, length, out, heads, d, first, last):  # type: ignore[
             out[start[t] * heads + h * length[t] + t - start[t]] = total
 
 
-def _to_blocks(element: object) -> object:
-    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
-    def kernel(p):  # type: ignore[no-untyped-def]
+def _moving(element: type) -> object:
+    @kernel
+    def move(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
-        n, heads, d, r, stride, block = s[7], s[8], s[9], s[10], s[11], s[12]
-        counter = carray(pointer(s[0]), (1,), np.int64)
-        x = carray(pointer(s[1]), (n * stride,), element)
-        cos, sin = carray(pointer(s[2]), (n, r), element), carray(pointer(s[3]), (n, r), element)
-        start, length = carray(pointer(s[4]), (n,), np.int64), carray(pointer(s[5]), (n,), np.int64)
-        out = carray(pointer(s[6]), (n * heads * d,), element)
-        while True:
-            first = take(counter) * block
-            if first >= n:
-                break
-            _to_rows(x, stride, cos, sin, start, length, out, heads, d, r, first, min(n, first + block))
+        n, heads, d, r, stride = s[1], s[9], s[10], s[11], s[12]
+        x, out = array(s[3], (n * stride,), element), array(s[8], (n * heads * d,), element)
+        cos, sin = array(s[4], (n, r), element), array(s[5], (n, r), element)
+        start, length = array(s[6], (n,), np.int64), array(s[7], (n,), np.int64)
+        each_block(s, _move, (x, stride, cos, sin, start, length, out, heads, d, s[13]))
 
-    return kernel
+    return move
 
 
-def _from_blocks(element: object) -> object:
-    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
-    def kernel(p):  # type: ignore[no-untyped-def]
-        s = carray(p, (32,), np.int64)
-        n, heads, d, r, block = s[7], s[8], s[9], s[10], s[11]
-        counter = carray(pointer(s[0]), (1,), np.int64)
-        x = carray(pointer(s[1]), (n * heads * d,), element)
-        cos, sin = carray(pointer(s[2]), (n, r), element), carray(pointer(s[3]), (n, r), element)
-        start, length = carray(pointer(s[4]), (n,), np.int64), carray(pointer(s[5]), (n,), np.int64)
-        out = carray(pointer(s[6]), (n * heads * d,), element)
-        while True:
-            first = take(counter) * block
-            if first >= n:
-                break
-            _from_rows(x, cos, sin, start, length, out, heads, d, r, first, min(n, first + block))
-
-    return kernel
-
-
-def _softmax_backward(element: object) -> object:
-    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
-    def kernel(p):  # type: ignore[no-untyped-def]
+def _softmax_backward(element: type) -> object:
+    @kernel
+    def softmax_backward(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
-        n, width, block = s[7], s[8], s[12]
-        counter = carray(pointer(s[0]), (1,), np.int64)
-        scores, dp = carray(pointer(s[1]), (n, width), np.float32), carray(pointer(s[2]), (n, width), np.float32)
-        out, ds = carray(pointer(s[3]), (n, width), element), carray(pointer(s[4]), (n, width), element)
-        lse, delta = carray(pointer(s[5]), (n,), np.float32), carray(pointer(s[6]), (n,), np.float32)
-        while True:
-            first = take(counter) * block
-            if first >= n:
-                break
-            last = min(n, first + block)
-            _softmax_rows(scores, dp, out, ds, lse, delta, np.float32(f[9]), s[10], s[11], first, last)
+        n, width = s[1], s[9]
+        scores, dp = array(s[3], (n, width), np.float32), array(s[4], (n, width), np.float32)
+        out, ds = array(s[5], (n, width), element), array(s[6], (n, width), element)
+        lse, delta = array(s[7], (n,), np.float32), array(s[8], (n,), np.float32)
+        each_block(s, _softmax_rows, (scores, dp, out, ds, lse, delta, np.float32(f[10]), s[11], s[12]))
 
-    return kernel
+    return softmax_backward
 
 
-def _row_dots(element: object) -> object:
-    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
-    def kernel(p):  # type: ignore[no-untyped-def]
+def _row_dots(element: type) -> object:
+    @kernel
+    def row_dots(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
-        n, heads, d, block = s[6], s[7], s[8], s[9]
-        counter = carray(pointer(s[0]), (1,), np.int64)
-        a, b = carray(pointer(s[1]), (n * heads * d,), element), carray(pointer(s[2]), (n * heads * d,), element)
-        start, length = carray(pointer(s[3]), (n,), np.int64), carray(pointer(s[4]), (n,), np.int64)
-        out = carray(pointer(s[5]), (n * heads,), np.float32)
-        while True:
-            first = take(counter) * block
-            if first >= n:
-                break
-            _dot_rows(a, b, start, length, out, heads, d, first, min(n, first + block))
+        n, heads, d = s[1], s[8], s[9]
+        a, b = array(s[3], (n * heads * d,), element), array(s[4], (n * heads * d,), element)
+        start, length = array(s[5], (n,), np.int64), array(s[6], (n,), np.int64)
+        each_block(s, _dot_rows, (a, b, start, length, array(s[7], (n * heads,), np.float32), heads, d))
 
-    return kernel
+    return row_dots
 
 
-_to_kernel, _from_kernel = per_dtype(_to_blocks), per_dtype(_from_blocks)
+_move_kernel = per_dtype(_moving)
 _softmax_kernel, _dots_kernel = per_dtype(_softmax_backward), per_dtype(_row_dots)
 
 
-def to_blocks(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, length: Tensor, out: Tensor) -> None:
+def to_blocks(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, length: Tensor) -> Tensor:
     """Rows of tokens to blocks of heads, rotated on the way.
 
     Args:
@@ -171,48 +116,45 @@ def to_blocks(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, length: Tensor
         cos, sin: (T, R) of x's dtype, R even and at most D; R = 0 copies.
         start: (T,) int64: the pack's tokens before the example of token t. Its blocks begin at row H * start.
         length: (T,) int64: tokens of its example.
-        out: H * T * D elements: block after block, each (H, L, D).
+
+    Returns:
+        H * T * D elements, seen as (T, H, D): block after block, each (H, L, D).
     """
-    tokens, heads, d = x.shape
-    values = [x, cos, sin, start, length, out, tokens, heads, d, cos.shape[1], x.stride(0), block_rows(heads * d)]
-    run(_to_kernel(x.dtype), values)
+    return _moved(x, cos, sin, start, length, x.stride(0), back=False)
 
 
-def from_blocks(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, length: Tensor, out: Tensor) -> None:
+def from_blocks(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, length: Tensor) -> Tensor:
     """The gradient of `to_blocks`: blocks (H, L, D) to rows (T, H, D), rotated back."""
-    tokens, heads, d = out.shape
-    run(
-        _from_kernel(x.dtype),
-        [x, cos, sin, start, length, out, tokens, heads, d, cos.shape[1], block_rows(heads * d)],
-    )
+    return _moved(x, cos, sin, start, length, x[0].numel(), back=True)
+
+
+def _moved(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, length: Tensor, stride: int, *, back: bool) -> Tensor:
+    tokens, heads, d = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype)
+    values = (x, cos, sin, start, length, out, heads, d, cos.shape[1], stride, int(back))
+    run(_move_kernel(x.dtype), tokens, block_rows(heads * d), *values)
+    return out
 
 
 def softmax_backward(
-    scores: Tensor,
-    dp: Tensor,
-    p: Tensor,
-    ds: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    *,
-    scale: float,
-    offset: int,
-    tall: int,
-) -> None:
+    scores: Tensor, dp: Tensor, lse: Tensor, delta: Tensor, dtype: torch.dtype, *, scale: float, offset: int, tall: int
+) -> tuple[Tensor, Tensor]:
     """p = exp(scale * scores - lse) and ds = p * (dp - delta) * scale, 0 where a row does not see a column.
 
     Args:
-        scores, dp: (N, W) fp32. p, ds: (N, W) of the compute dtype. lse, delta: (N,) fp32.
+        scores, dp: (N, W) fp32; in fp32 they become p and ds. lse, delta: (N,) fp32. dtype: of p and ds.
         offset, tall: row i stands at position offset + i % tall and sees the columns up to its own.
     """
+    p, ds = (x if x.dtype == dtype else torch.empty_like(x, dtype=dtype) for x in (scores, dp))
     n, width = scores.shape
-    run(
-        _softmax_kernel(p.dtype),
-        [scores, dp, p, ds, lse, delta, n, width, float(scale), offset, tall, block_rows(4 * width)],
-    )
+    values = (scores, dp, p, ds, lse, delta, width, float(scale), offset, tall)
+    run(_softmax_kernel(dtype), n, block_rows(4 * width), *values)
+    return p, ds
 
 
-def row_dots(a: Tensor, b: Tensor, start: Tensor, length: Tensor, out: Tensor) -> None:
+def row_dots(a: Tensor, b: Tensor, start: Tensor, length: Tensor) -> Tensor:
     """sum over D of a * b for each token and head: (T, H, D) twice -> blocks of (H, L) in fp32."""
     tokens, heads, d = a.shape
-    run(_dots_kernel(a.dtype), [a, b, start, length, out, tokens, heads, d, block_rows(heads * d)])
+    out = torch.empty(tokens * heads, dtype=torch.float32)
+    run(_dots_kernel(a.dtype), tokens, block_rows(heads * d), a, b, start, length, out, heads, d)
+    return out

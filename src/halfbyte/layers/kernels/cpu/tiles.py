@@ -8,18 +8,13 @@ Source: VDPBF16PS, Intel SDM volume 2; blocking after Goto and van de Geijn, "An
 multiplication" (ACM TOMS 2008): 24 of 32 registers accumulate, 2 hold B, A is broadcast from memory.
 """
 
-from __future__ import annotations
-
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 ROWS, COLUMNS = 12, 32
 _LANES = 16
@@ -57,19 +52,21 @@ def available() -> bool:
 def tile(typing_context, c, c_row, a, a_row, a_step, b, b_step, steps, add):  # type: ignore[no-untyped-def]
     """C = A B, or C += A B where `add` is not 0, for one tile.
 
-    Args (all int64): c, a, b: addresses. c_row: floats from a row of C to the next. a_row, a_step: pairs from a row of
-        A to the next and from a pair of a row to its next. b_step: pairs from a row of pairs of B to the next. steps:
-        pairs.
+    Args: c, a, b: arrays that begin with the tile. c_row: floats from a row of C to the next. a_row, a_step: pairs from
+        a row of A to the next and from a pair of a row to its next. b_step: pairs from a row of pairs of B to the next.
+        steps: pairs.
     """
 
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        c, c_row, a, a_row, a_step, b, b_step, steps, add = args
+        _, c_row, _, a_row, a_step, _, b_step, steps, add = args
+        arrays = (context.make_array(signature.args[i])(context, builder, args[i]) for i in (0, 2, 5))
+        c, a, b = (builder.ptrtoint(array.data, _I64) for array in arrays)
         multiply = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(_FLOATS, [_FLOATS, _PAIRS, _PAIRS]), "llvm.x86.avx512bf16.dpbf16ps.512"
         )
         half = range(COLUMNS // _LANES)
 
-        def times(x: Tensor, y: Tensor) -> Any:
+        def times(x: Any, y: Any) -> Any:
             return builder.mul(x, y)
 
         def c_at(row: int, column: int) -> Any:
@@ -112,4 +109,5 @@ def tile(typing_context, c, c_row, a, a_row, a_step, b, b_step, steps, add):  # 
                 builder.store(builder.load(sums[row][column]), c_at(row, column), align=4)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 9), build
+    n = types.int64
+    return types.void(c, n, a, n, n, b, n, n, n), build
