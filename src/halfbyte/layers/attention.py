@@ -174,11 +174,11 @@ def _example_backward(parts: list[Tensor], sums: tuple[Tensor, Tensor], scale: f
         tall = r1 - r0
         # query heads of one key head are rows of one matrix: (m, G * rows, D)
         q1, do1 = (x.view(m, groups, length, d)[:, :, r0:r1].reshape(m, groups * tall, d) for x in (q, do))
-        rows = (x.view(m, groups, length)[:, :, r0:r1].reshape(-1) for x in sums)
+        lse, delta = (x.view(m, groups, length)[:, :, r0:r1].reshape(-1) for x in sums)
         s = torch.bmm(q1.float(), k32[:, :r1].transpose(1, 2))  # (m, G rows, r1) fp32
         dp = torch.bmm(do1.float(), v32[:, :r1].transpose(1, 2))
-        flat = (x.view(-1, r1) for x in (s, dp))
-        p, ds = kernels.softmax_backward(*flat, *rows, q.dtype, scale=scale, offset=r0, tall=tall)
+        wide = s.view(-1, r1), dp.view(-1, r1)
+        p, ds = kernels.softmax_backward(*wide, lse, delta, q.dtype, scale=scale, offset=r0, tall=tall)
         p, ds = p.view(s.shape), ds.view(s.shape)
         dq1 = torch.bmm(ds, k[:, :r1])  # (m, G rows, D)
         dq.view(m, groups, length, d)[:, :, r0:r1] = dq1.view(m, groups, tall, d)

@@ -56,7 +56,8 @@ class Gated(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from halfbyte.layers.kernels.cpu import gate
 
-        return *gate.gated_backward(grads[0].contiguous(), *ctx.saved_tensors, ctx.kind), None
+        g, u = ctx.saved_tensors
+        return *gate.gated_backward(grads[0].contiguous(), g, u, ctx.kind), None
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float, *, one_plus: bool) -> Tensor:
