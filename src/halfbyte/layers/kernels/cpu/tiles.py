@@ -69,6 +69,9 @@ def tile(typing_context, c, c_row, a, a_row, a_step, b, b_step, steps, add):  # 
         def times(x: Any, y: Any) -> Any:
             return builder.mul(x, y)
 
+        def read(at: Any, kind: Any) -> Any:
+            return builder.load(builder.inttoptr(at, kind.as_pointer()), align=4)
+
         def c_at(row: int, column: int) -> Any:
             offset = builder.add(times(c_row, _I64(row)), _I64(column * _LANES))
             return builder.inttoptr(builder.add(c, times(offset, _I64(4))), _FLOATS.as_pointer())
@@ -86,18 +89,12 @@ def tile(typing_context, c, c_row, a, a_row, a_step, b, b_step, steps, add):  # 
         with cgutils.for_range(builder, steps, intp=_I64) as loop:
             b_now = builder.add(b, times(times(loop.index, b_step), _I64(4)))
             found = [
-                builder.bitcast(
-                    builder.load(
-                        builder.inttoptr(builder.add(b_now, _I64(column * _LANES * 4)), _WORDS.as_pointer()), align=4
-                    ),
-                    _PAIRS,
-                )
-                for column in half
+                builder.bitcast(read(builder.add(b_now, _I64(column * _LANES * 4)), _WORDS), _PAIRS) for column in half
             ]
             a_now = builder.add(a, times(times(loop.index, a_step), _I64(4)))
             for row in range(ROWS):
                 at = builder.add(a_now, times(times(a_row, _I64(row)), _I64(4)))
-                pair = builder.load(builder.inttoptr(at, _I32.as_pointer()), align=4)
+                pair = read(at, _I32)
                 one = builder.insert_element(ir.Constant(_WORDS, ir.Undefined), pair, _I32(0))
                 every = builder.shuffle_vector(one, ir.Constant(_WORDS, ir.Undefined), ir.Constant(_WORDS, None))
                 spread = builder.bitcast(every, _PAIRS)
