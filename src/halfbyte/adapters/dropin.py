@@ -10,32 +10,27 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import torch
+from peft import PeftConfig, PeftModelForCausalLM
 from peft import PeftModel as _PeftModel
-from peft import PeftModelForCausalLM
 from peft import get_peft_model as _get_peft_model
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from halfbyte.base import heap
 from halfbyte.layers import fuse, unpad
 from halfbyte.layers.fused_proof import prove_fused
-from halfbyte.models import structure
+from halfbyte.models import structure, tensors
+from halfbyte.plan import layer as decoder
 from halfbyte.quant import bnb as codec
-from halfbyte.system import threads
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-    from transformers.utils import ModelOutput
-
-    from halfbyte.types import Model
+from halfbyte.system import device, threads
+from halfbyte.types import Model
 
 threads.keep_few_products()
 
-# The batch that a script of unknown batch size is prepared for: 4 examples of 1024 tokens, the largest micro-batch of a
-# plan.
+# What a script of unknown batch size is prepared for: 4 examples of 1024 tokens, a plan's largest micro-batch.
 PREPARED_TOKENS = 4096
 COMFORT = 0.5  # share of free memory that activations may take before they are made again
 
@@ -73,26 +68,17 @@ def _prove_once(model: Adapted) -> None:
         warnings.warn(f"halfbyte's fused layers are not used on this model. {proof.reason}", stacklevel=3)
 
 
-def freeze(model: Model) -> None:
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-
-
 def get_peft_model(model: Model, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: object) -> Model:
     """PEFT's `get_peft_model` on a base that is safe to evaluate in between, computing without autocast.
 
     Same arguments and result type (a subclass of `PeftModelForCausalLM`) as PEFT's own.
     """
     codec.make_safe(model)
-    adapted = _get_peft_model(model, peft_config, adapter_name, **kwargs)
-    return own_class(adapted)
+    return own_class(_get_peft_model(model, peft_config, adapter_name, **kwargs))
 
 
 def own_class(adapted: Model) -> Model:
-    """Give a plain PeftModelForCausalLM instance our class, and its modules their fused forwards.
-
-    Other task types stay as they are. No state is added.
-    """
+    """Give a plain PeftModelForCausalLM our class, which adds no state, and fused forwards; other task types stay."""
     if type(adapted) is PeftModelForCausalLM:
         adapted.__class__ = Adapted
         fuse.install(adapted)
@@ -125,7 +111,7 @@ def prepare_model_for_kbit_training(
             and on a CPU where the activations of `PREPARED_TOKENS` tokens would take more than half of free memory.
         gradient_checkpointing_kwargs, auto_clear_cache: as PEFT's (`peft/utils/other.py`).
     """
-    freeze(model)
+    model.requires_grad_(False)
     on_cpu = make_ready(model)
     if use_gradient_checkpointing is None:
         use_gradient_checkpointing = gradient_checkpointing_kwargs is not None or not on_cpu or _needs_recompute(model)
@@ -139,10 +125,6 @@ def prepare_model_for_kbit_training(
 
 
 def _needs_recompute(model: Model) -> bool:
-    from halfbyte.models import tensors
-    from halfbyte.plan import layer as decoder
-    from halfbyte.system import device
-
     facts = tensors.facts_of(model.config.to_dict(), ())
     itemsize = torch.finfo(model.dtype).bits // 8
     layer = decoder.layer_of(facts, (), itemsize, kernels=True, dropout=False)
@@ -155,16 +137,12 @@ def make_ready(model: Model) -> bool:
     codec.make_safe(model)
     if next(model.parameters()).device.type != "cpu":
         return False
-    layers = codec.linears_4bit(model)
-    half = [p for p in model.parameters() if p.dtype == torch.float16]
-    asked_fp16 = bool(half) or any(layer.compute_dtype == torch.float16 for _, layer in layers)
-    if not asked_fp16:
+    dtypes = [layer.compute_dtype for _, layer in codec.linears_4bit(model)] + [p.dtype for p in model.parameters()]
+    if torch.float16 not in dtypes:
         # forward and backward dequantise to one dtype, the one that the residual stream has
         codec.set_compute_dtype(model, model.dtype if model.dtype in (torch.bfloat16, torch.float32) else torch.float32)
         return True
-    from halfbyte.system import device as machine
-
-    name, reason = machine.compute_dtype(machine.detect(), "auto")
+    name, reason = device.compute_dtype(device.detect(), "auto")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
     for parameter in model.parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):

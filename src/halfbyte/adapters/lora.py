@@ -7,14 +7,13 @@ Cost: rank x (in + out) parameters a layer, fp32 while training.
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -24,18 +23,15 @@ from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
 
-from halfbyte.adapters.dropin import PeftModel, freeze, get_peft_model
-from halfbyte.adapters.targets import Targets, matched, resolve_targets
+from halfbyte.adapters.dropin import PeftModel, get_peft_model
+from halfbyte.adapters.targets import Targets, matched, resolve_targets, without_match
 from halfbyte.errors import AdapterError, first_line
-from halfbyte.models.names import endings_of, leaf_of
+from halfbyte.models.names import leaf_of
+from halfbyte.recipe.schema import Lora
 from halfbyte.runs import checkpoint
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
-    from halfbyte.recipe.schema import Lora
-    from halfbyte.types import Document, Model, Tokenizer
+from halfbyte.types import Document, Model, Tokenizer
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 # Names under `lora:` that are not fields of peft.LoraConfig.
@@ -60,14 +56,13 @@ def add(model: Model, lora: Lora, targets: Targets, *, seed: int) -> Model:
     Raises:
         AdapterError: nothing matches (with near names), or PEFT refuses the settings.
     """
-    freeze(model)
+    model.requires_grad_(False)
     torch.manual_seed(seed)
     try:
         adapted = get_peft_model(model, lora_config(lora, targets))
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise AdapterError(
-            f"lora: {first_line(error)}", fix="halfbyte train RECIPE --dry-run shows each value"
-        ) from error
+        fix = "halfbyte train RECIPE --dry-run shows each value"
+        raise AdapterError(f"lora: {first_line(error)}", fix=fix) from error
     wrapped = {leaf_of(name) for name, m in adapted.named_modules() if isinstance(m, ModulesToSaveWrapper)}
     if missing := sorted({*(lora.modules_to_save or ())} - wrapped):  # PEFT skips them without a word
         # of a layer with an adapter the parts are PEFT's own: `base_layer`, `lora_A.default`, ...
@@ -96,11 +91,7 @@ def check_names(model: Model, lora: Lora, modules: Sequence[str]) -> None:
         used = {get_pattern_key(pattern, name) for name in modules}
         unused = [key for key in pattern if key not in used]
         problems += [f"lora.{field}: {key!r} is the key of no layer with an adapter" for key in unused]
-    excluded, endings = lora.exclude_modules or (), {ending for name in names for ending in endings_of(name)}
-    if isinstance(excluded, str):
-        unmatched = [] if any(re.fullmatch(excluded, name) for name in names) else [excluded]
-    else:
-        unmatched = [name for name in excluded if name not in endings]
+    unmatched = without_match(names, lora.exclude_modules or ())
     problems += [f"lora.exclude_modules: {name!r} matches no module" for name in unmatched]
     layers = lora.layers_to_transform
     asked = (layers,) if isinstance(layers, int) else layers or ()
@@ -128,9 +119,8 @@ def loraplus_optimizer(
     adapted: Model, cls: type[Optimizer], ratio: float, weight_decay: float, kwargs: Document
 ) -> Optimizer:
     """An optimiser whose learning rate for B is `ratio` times that for A (LoRA+, arXiv:2402.12354)."""
-    return create_loraplus_optimizer(
-        adapted, cls, loraplus_lr_ratio=ratio, loraplus_weight_decay=weight_decay, **kwargs
-    )
+    kwargs = {**kwargs, "loraplus_lr_ratio": ratio, "loraplus_weight_decay": weight_decay}
+    return create_loraplus_optimizer(adapted, cls, **kwargs)
 
 
 def without_gradient(adapted: Model) -> list[str]:
@@ -183,7 +173,7 @@ def read_config(folder: Path) -> Document:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise AdapterError(f"{path} is not the config of a LoRA adapter: its peft_type is {kind!r}.")
-    return dict(config)
+    return config
 
 
 def load(model: Model, folder: Path, *, trainable: bool = False) -> Model:
@@ -218,12 +208,12 @@ def load(model: Model, folder: Path, *, trainable: bool = False) -> Model:
             fix="the file is damaged or of another version; save it again",
         )
     if not trainable:
-        freeze(adapted)  # PEFT leaves the biases that an adapter has trained as trainable
+        adapted.requires_grad_(False)  # PEFT leaves the biases that an adapter has trained as trainable
     return adapted
 
 
 def biases(model: Model) -> Saved:
-    """The base's own biases and copies of them, to be taken before an adapter that has trained them is put on."""
+    """The base's own biases, copied: to be taken before an adapter that has trained them is put on."""
     return [(p, p.detach().clone()) for name, p in model.named_parameters() if "bias" in name]
 
 

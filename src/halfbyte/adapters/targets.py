@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING
 
 from halfbyte.errors import AdapterError
 from halfbyte.models.names import ALL_LINEAR, AUTO, endings_of, is_aside, is_mixer_projection, leaf_of, split_at_layer
+from halfbyte.recipe.schema import Lora
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
-
-    from halfbyte.recipe.schema import Lora
 
 # Read as raw weights by the fused kernels (`outproj_weight=self.out_proj.weight`), so an adapter there would be ignored
 # without a word. Only the input of a state-space block is always called as a module.
@@ -101,11 +100,7 @@ def resolve_targets(model: nn.Module, asked: str | Sequence[str]) -> Targets:
     return targets
 
 
-def matched(
-    model: nn.Module,
-    targets: Targets,
-    lora: Lora | None = None,
-) -> list[str]:
+def matched(model: nn.Module, targets: Targets, lora: Lora | None = None) -> list[str]:
     """Full names of the modules that PEFT will adapt under the limits of `lora`, in the model's order.
 
     Raises:
@@ -186,12 +181,11 @@ def _cannot_carry(model: nn.Module, name: str) -> str | None:
 
 def _shortest_names(model: nn.Module, chosen: set[str]) -> tuple[str, ...] | str:
     """The shortest endings that hit `chosen` and nothing else; a regex where there are none."""
-    taken: set[str] = set()  # every ending of every other module: PEFT matches by ending, whatever the module's type
-    for name, _ in model.named_modules():
-        if name not in chosen:
-            taken.update(endings_of(name))
+    modules = [name for name, _ in model.named_modules()]
+    # every ending of every other module: PEFT matches by ending, whatever the module's type
+    taken = {ending for name in modules if name not in chosen for ending in endings_of(name)}
     endings: dict[str, None] = {}
-    for name in (name for name, _ in model.named_modules() if name in chosen):
+    for name in (name for name in modules if name in chosen):
         # Without the layer's own number, and never beginning with another.
         short = endings_of(".".join(split_at_layer(name)[1]) or name)
         ending = next((end for end in short if end not in taken and not end[0].isdigit()), None)
@@ -202,6 +196,7 @@ def _shortest_names(model: nn.Module, chosen: set[str]) -> tuple[str, ...] | str
 
 
 def _regex(chosen: set[str]) -> str:
+    """One regex over full names: of each stack of layers its modules at any depth, and the modules beside them."""
     stacks: dict[str, set[str]] = {}
     whole = set()
     for name in chosen:
@@ -259,27 +254,30 @@ def _refuse_unmatched(model: nn.Module, targets: Targets) -> None:
     leaves = sorted({leaf_of(name) for name in modules if _is_matmul(model.get_submodule(name))})
     if not targets.names:
         raise AdapterError(f"lora.target_modules is empty.{_what_exists(model)}", fix=fix)
+    try:
+        missing = without_match(modules, targets.names)
+    except re.error as error:
+        raise AdapterError(f"lora.target_modules: {targets.names!r} is no regular expression: {error}") from error
+    if not missing:
+        return
     if isinstance(targets.names, str):
-        try:
-            pattern = re.compile(targets.names)
-        except re.error as error:
-            raise AdapterError(f"lora.target_modules: {targets.names!r} is no regular expression: {error}") from error
-        missing = [] if any(pattern.fullmatch(name) for name in modules) else [targets.names]
         listed = [part.strip() for part in targets.names.split(",")]
         if all(part in leaves for part in listed):
             fix = f"a string is a regular expression over full names; for endings write a list: [{', '.join(listed)}]"
-    else:
-        endings = {ending for name in modules for ending in endings_of(name)}
-        missing = [name for name in targets.names if name not in endings]
-    if not missing:
-        return
     lines = []
     for name in missing:
         near = [leaf for leaf in difflib.get_close_matches(leaf_of(name), leaves, n=3, cutoff=0.6) if leaf != name]
-        lines.append(
-            f"no module of {_architecture(model)} matches {name!r}" + (f" (near: {', '.join(near)})" if near else "")
-        )
-    raise AdapterError("lora.target_modules: " + "; ".join(lines) + f".{_what_exists(model)}", fix=fix)
+        hint = f" (near: {', '.join(near)})" if near else ""
+        lines.append(f"no module of {_architecture(model)} matches {name!r}{hint}")
+    raise AdapterError(f"lora.target_modules: {'; '.join(lines)}.{_what_exists(model)}", fix=fix)
+
+
+def without_match(modules: Sequence[str], asked: str | Sequence[str]) -> list[str]:
+    """Which of the name endings, or the one regex over full names, hit no module."""
+    if isinstance(asked, str):
+        return [] if any(re.fullmatch(asked, name) for name in modules) else [asked]
+    endings = {ending for name in modules for ending in endings_of(name)}
+    return [name for name in asked if name not in endings]
 
 
 def _what_exists(model: nn.Module) -> str:
