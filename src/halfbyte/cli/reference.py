@@ -3,8 +3,6 @@
 Why: a table of parameters that is written by hand is wrong a release later.
 """
 
-from __future__ import annotations
-
 import sys
 import warnings
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """`halfbyte store`: what is in the cache, whether it is whole, and what may go. Heavy imports are inside commands."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -6,8 +6,6 @@ it has one); the last block holds what is left. Attention does not cross from on
 token of each piece has no label. Blocks count as rows: batch x accumulation is a number of blocks.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

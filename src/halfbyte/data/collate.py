@@ -6,8 +6,6 @@ Source: the keys of transformers' `DataCollatorWithFlattening(return_flash_attn_
 that makes logits only where there is a label.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain

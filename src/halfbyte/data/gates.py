@@ -5,8 +5,6 @@ among the trained ones, tokens that the model has never seen. None of these rais
 Cost: the counts were taken with the tokens (`tally`); a sort of one number a row, under a second for two million rows.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

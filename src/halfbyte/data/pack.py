@@ -7,8 +7,6 @@ plus one: Johnson 1973).
 Cost: a few microseconds a row; an epoch's order, made with its first step, a second for two million rows. No torch.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from array import array

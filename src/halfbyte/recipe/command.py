@@ -2,10 +2,7 @@
 
 Why: `halfbyte train`, `plan`, `doctor`, `quantize` and `data check` take each of these in one place of the line; what
 cannot be meant is an error that shows the command to type instead.
-Cost: as `file`.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The `data:` section of a recipe: which rows, how they are read, and what of them is trained. No torch; pydantic."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, TypeGuard
 

@@ -5,8 +5,6 @@ A test compares tables and `schema` with the installed peft and transformers, bo
 Source: `peft/tuners/lora/config.py`, `transformers/training_args.py`.
 """
 
-from __future__ import annotations
-
 import json
 
 # Fields that PEFT and transformers do not have.

@@ -1,7 +1,6 @@
 """A recipe as text: read it with `--set` on top, report every problem with its line, write it, write a commented one.
 
 Source: YAML 1.1 through PyYAML's safe loader; precedence is `--set` > recipe > default.
-Cost: one parse of a small file.
 """
 
 from __future__ import annotations

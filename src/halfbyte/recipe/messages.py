@@ -2,10 +2,7 @@
 
 Why: pydantic says "Input should be greater than or equal to 1" of a place in its own tree of unions; a person wants the
 line, the field, what was found and what is allowed.
-Cost: none; nothing heavy is imported.
 """
-
-from __future__ import annotations
 
 import difflib
 import re

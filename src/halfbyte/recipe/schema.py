@@ -3,7 +3,6 @@
 Why: a typo in a field's name must be an error that names the nearest valid field, never a silent default. All problems
 are reported at once.
 Source: names under `lora:` are those of peft.LoraConfig, under `train:` those of transformers.TrainingArguments.
-Cost: no torch; pydantic and YAML.
 """
 
 from __future__ import annotations

@@ -14,8 +14,6 @@ Source: OpenAI's ChatML.
 Cost: the first records of each source are read once more.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ with the rows. Up to `ALONE_CHUNKS` chunks are encoded in this process; more, by
 Cost: see `encoder`; divided by the cores where rows are many.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Generator, Sequence
 from itertools import chain, islice

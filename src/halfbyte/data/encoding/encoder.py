@@ -8,8 +8,6 @@ label are tokenised with what surrounds them, as generation sees them.
 Cost: one tokenisation a row (three where the tokenizer cannot be cut), about 0.4 ms for 200 tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property

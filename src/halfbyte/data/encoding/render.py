@@ -11,8 +11,6 @@ Cost: two renderings a row; one more for a turn that the template does not copy 
 turn under mask assistant, two more for one that calls tools.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from bisect import bisect_left

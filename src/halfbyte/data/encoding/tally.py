@@ -42,11 +42,7 @@ class Tally:
     """Token id -> how often the kept rows hold it."""
 
     def keep(self, rows: Iterable[Tokens], ends: frozenset[int], special: frozenset[int]) -> None:
-        """Count rows that are trained on.
-
-        Args:
-            ends: tokens that end a turn or a text. special: tokens that are no words.
-        """
+        """Count rows that are trained on. `ends` end a turn or a text; tokens that are `special` are no words."""
         rows = list(rows)
         self.kept += len(rows)
         for row in rows:
@@ -68,10 +64,7 @@ class Tally:
                 setattr(self, name, max(own, value) if name == "longest" else own + value)
 
     def check(self, data: Data) -> None:
-        """
-        Raises:
-            DataError: rows that cannot be encoded, or that are too long; or no row is left.
-        """
+        """Raise a DataError if rows cannot be encoded or are too long, or if no row is left."""
         if self.refused:
             raise DataError(self.refused.listing(f"{self.refused.count:,} of {self.seen:,} rows cannot be encoded"))
         if self.long:

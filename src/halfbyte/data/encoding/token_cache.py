@@ -162,10 +162,7 @@ class Writer:
             self._partial.unlink(missing_ok=True)
 
     def add(self, encoded: pa.RecordBatch) -> None:
-        """
-        Raises:
-            OSError: the disk is full, or cannot be written.
-        """
+        """Raise an OSError if the disk is full, or cannot be written."""
         self._rows += encoded.num_rows
         self._batches.append(encoded)
         if self._rows < LEAST_ROWS:

@@ -7,8 +7,6 @@ Cost: two to three seconds to start, so small data never starts them; about 150 
 A helper that ends early (killed for lack of memory) is done without: its chunk is encoded here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pickle

@@ -6,8 +6,6 @@ arguments of `datasets.load_dataset`.
 Cost: a look into the folders; no file is read here.
 """
 
-from __future__ import annotations
-
 import difflib
 import glob
 from collections.abc import Sequence

@@ -8,8 +8,6 @@ templates call an assistant's thoughts; a message may use either name for any mo
 Cost: a few microseconds a row.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field

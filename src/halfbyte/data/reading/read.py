@@ -7,8 +7,6 @@ Source: `files` finds, `records` reads, `formats` understands.
 Cost: one pass; one chunk in memory at a time.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,12 +36,7 @@ class Chunk:
 
 
 class Reader:
-    """The good rows of all sources, or chunks of records; the counts are in its attributes afterwards.
-
-    Attributes:
-        rows: records seen, good and bad.
-        problems: the bad ones.
-    """
+    """The good rows of all sources, or chunks of records. Counts `rows` seen, good and bad; the bad are `problems`."""
 
     def __init__(self, sources: Sequence[RowSource], data: Data) -> None:
         self._sources, self._data = sources, data
@@ -74,10 +67,7 @@ class Reader:
                 raise DataError(f"{source.path} has no rows.", fix=fix)
 
     def check(self) -> None:
-        """
-        Raises:
-            DataError: rows that cannot be used: all of them, the first 20 in full.
-        """
+        """Raise a DataError that names the rows that cannot be used, the first 20 in full."""
         if self.problems:
             raise DataError(self.problems.listing(f"{self.problems.count:,} of {self.rows:,} rows cannot be used"))
 

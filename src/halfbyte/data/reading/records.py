@@ -45,7 +45,7 @@ def records(source: RowSource) -> Numbered:
     Raises:
         DataError: no such file, no permission, UTF-16, or a file that is not what its ending says.
     """
-    readers = {"jsonl": _json_lines, "json": _json, "csv": _csv, "parquet": _parquet, "hub": _hub}
+    readers = {"jsonl": _lines, "json": _json, "csv": _csv, "parquet": _parquet, "hub": _hub}
     try:
         yield from readers[source.kind](source)
     except FileNotFoundError:
@@ -113,21 +113,17 @@ def _lines(source: RowSource) -> Iterator[tuple[int, bytes | BadRow]]:
                         pass
                     yield number, BadRow(f"longer than {MAX_ROW_BYTES:,} bytes")
                 elif raw := raw.strip(b" \t\r\n"):
+                    if number == 1 and source.kind == "jsonl" and _opens_list(raw):
+                        name = source.path.with_suffix(".jsonl").name
+                        raise DataError(
+                            f"{source.path}:1 opens a JSON list; one JSON object a line is needed.",
+                            fix=f"name it .json, or: jq -c '.[]' {source.path} > {name}",
+                        )
                     yield number, raw
         except _CUT as error:
             if isinstance(error, gzip.BadGzipFile) and not number:
                 raise
             yield number + 1, BadRow(f"the file is damaged or cut short here: {first_line(error)}")
-
-
-def _json_lines(source: RowSource) -> Numbered:
-    for number, raw in _lines(source):
-        if number == 1 and source.kind == "jsonl" and isinstance(raw, bytes) and _opens_list(raw):
-            raise DataError(
-                f"{source.path}:{number} opens a JSON list; one JSON object a line is needed.",
-                fix=f"name it .json, or: jq -c '.[]' {source.path} > {source.path.with_suffix('.jsonl').name}",
-            )
-        yield number, raw
 
 
 def _opens_list(raw: bytes) -> bool:
@@ -149,7 +145,7 @@ def _json(source: RowSource) -> Numbered:
     if start.startswith(b"["):
         yield from _json_list(source)
     else:
-        yield from _wrapped(source) or _json_lines(source)
+        yield from _wrapped(source) or _lines(source)
 
 
 def _wrapped(source: RowSource) -> list[tuple[int, Record]]:
