@@ -297,7 +297,7 @@ class TestProof:
         proof = packing_proof.prove(model)
         assert proof.mode == "single" and "ValueError: no packs here" in proof.reason
         assert model.config._attn_implementation == "eager"  # as the user had it
-        assert padded_rows.attached(model.model) is None
+        assert padded_rows.Rows.attached(model.model) is None
 
     def test_bitsandbytes_inside_peft(self, tmp_path: Any) -> None:
         quant = transformers.BitsAndBytesConfig(

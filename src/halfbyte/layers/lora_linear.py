@@ -13,21 +13,16 @@ Cost: 4 N D O FLOP a step and layer, 1 / (2 N) of that for dequantising, R / D f
 Letters: N tokens, D in, O out, R rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.quant import formats
-
-if TYPE_CHECKING:
-    from torch import nn
-    from torch.autograd.function import FunctionCtx
 
 # Where kernels are at hand the mask is a hash of (seed, position); elsewhere it is drawn once and kept, a byte
 # a number.
@@ -46,7 +41,7 @@ class Remade:
         self._value: Tensor | None = None
         self._promised = 0
 
-    def promise(self) -> Remade:
+    def promise(self) -> Self:
         self._promised += 1
         return self
 

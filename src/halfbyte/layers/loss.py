@@ -23,6 +23,7 @@ import torch
 
 from halfbyte.layers import packing
 from halfbyte.layers.kernels.cpu import available
+from halfbyte.layers.padded_rows import with_hidden
 from halfbyte.models import structure
 
 if TYPE_CHECKING:
@@ -163,10 +164,7 @@ class _Scaled:
     def __call__(self, module: torch.nn.Module, args: object, output: ModelOutput) -> object:
         if self.factor == 1.0:
             return None
-        if isinstance(output, tuple):
-            return (output[0] * self.factor, *output[1:])
-        output.last_hidden_state = output.last_hidden_state * self.factor
-        return output
+        return with_hidden(output, output[0] * self.factor)
 
 
 def _logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:

@@ -4,18 +4,12 @@ Cost: RMS norm keeps its input and one fp32 a row; the gate keeps its two inputs
 Letters: N rows, D width, I the MLP's inner width.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from halfbyte.layers.kernels.cpu import available
-
-if TYPE_CHECKING:
-    from torch.autograd.function import FunctionCtx
 
 SILU, GELU_TANH = 0, 1
 ACTIVATIONS = {"silu": SILU, "swish": SILU, "gelu_pytorch_tanh": GELU_TANH, "gelu_new": GELU_TANH}

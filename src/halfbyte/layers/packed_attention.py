@@ -13,8 +13,6 @@ Cost: one split of q, k, v and one concatenation of the outputs; both are copies
 Letters: N examples, H query heads, K key/value heads, T tokens in the pack, L tokens in one example, D head size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import groupby
 

@@ -54,7 +54,7 @@ def install(model: Model, layout: Layout | None = None) -> Layout:
     """
     lm = structure.causal_lm(model)
     chosen: Layout = next(iter(layouts(lm)), "single") if layout is None else layout
-    hooks = padded_rows.attached(structure.body(lm))
+    hooks = padded_rows.Rows.attached(structure.body(lm))
     if chosen == "rows" and hooks is None:
         padded_rows.Rows(structure.body(lm))
     elif chosen != "rows" and hooks is not None:
@@ -70,7 +70,7 @@ def install(model: Model, layout: Layout | None = None) -> Layout:
 def installed(model: Model) -> Layout:
     """Which layout this model is set up for, read from the model itself."""
     lm = structure.causal_lm(model)
-    if padded_rows.attached(structure.body(lm)) is not None:
+    if padded_rows.Rows.attached(structure.body(lm)) is not None:
         return "rows"
     return "cu_seq_lens" if lm.config._attn_implementation == NAME else "single"
 

@@ -9,8 +9,6 @@ Source: `transformers/masking_utils.py`; bodies build their masks before their f
 Cost: an embedding of L tokens and some 20 rows of the mask; no layer runs. Repeated only for a longer text.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

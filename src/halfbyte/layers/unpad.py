@@ -1,12 +1,10 @@
 """Padded batches at the door: a script that brings (B, L) rows with a mask has them run end to end, without padding.
 
-Why: a Trainer with dynamic padding, or TRL, spends a third of its step on padding and on dense masks. What a script
-sees
-does not change: hidden states and logits have their (B, L) shape, with zeros where the padding was.
-What: two torch hooks on the model's body, the mirror of `rows.py`: before it, real tokens are laid end to end with
+Why: a Trainer with dynamic padding, or TRL, spends a third of its step on padding and on dense masks. What a
+script sees does not change: hidden states and logits have their (B, L) shape, with zeros where the padding was.
+What: two torch hooks on the model's body, the mirror of `padded_rows.py`: before it, real tokens are laid end to end with
 their lengths; after it, hidden states go back to their places. `training_loss` is the shorter way for a Trainer, which
-asks for
-the loss alone: logits are then made where there is a label, and never whole.
+asks for the loss alone: logits are then made where there is a label, and never whole.
 Only what is surely the same is touched: a training forward with gradients, rows that are padded on the right, positions
 as the model counts them itself, no cache, no hidden states of every layer asked for.
 Cost: one gather of the ids, one scatter of (T, D).
@@ -14,19 +12,18 @@ Cost: one gather of the ids, one scatter of (T, D).
 
 from __future__ import annotations
 
-import inspect
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from halfbyte.layers import loss, packing, packing_proof
+from halfbyte.layers.padded_rows import Hooks
 from halfbyte.models import structure
 
 if TYPE_CHECKING:
-    from transformers.utils import ModelOutput
-
     from halfbyte.types import Batch, Model
 
 _PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "use_cache", "return_dict", "position_ids"})
@@ -68,26 +65,14 @@ def pack(lengths: Tensor, width: int) -> Batch:
     return {"position_ids": (real_tokens(lengths, width) % width)[None], "cu_seq_lens_q": starts}
 
 
-class Unpad:
-    """The pair of hooks on one body, and where the tokens of the forward under way belong."""
+class Unpad(Hooks):
+    """Padded rows of a training forward become a pack."""
 
-    def __init__(self, body: torch.nn.Module) -> None:
-        self._shape: tuple[int, int] | None = None
-        self._tokens: Tensor | None = None
-        self._handles = [
-            body.register_forward_pre_hook(self._before, with_kwargs=True),
-            body.register_forward_hook(self._after),
-        ]
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _before(self, body: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, Tensor]) -> object:
-        self._tokens = None
+    def change(
+        self, body: torch.nn.Module, given: dict[str, Any]
+    ) -> tuple[dict[str, Any], Callable[[Tensor], Tensor]] | None:
         if not (body.training and torch.is_grad_enabled()):
             return None
-        given: dict[str, Tensor] = dict(zip(inspect.signature(body.forward).parameters, args, strict=False)) | kwargs
         given = {k: v for k, v in given.items() if v is not None and v is not False}
         if given.get("use_cache") or not set(given) <= _PLAIN or "position_ids" in given:
             return None
@@ -100,30 +85,14 @@ class Unpad:
         if lengths is None:
             return None
         tokens = real_tokens(lengths.to(x.device), width)
-        self._shape, self._tokens = (rows, width), tokens
         inputs = packing.packed_inputs(body, pack(lengths.to(x.device), width))
-        return (), {**inputs, name: x.flatten(0, 1)[tokens][None], "use_cache": False}
 
-    def _after(self, body: torch.nn.Module, args: object, output: ModelOutput) -> object:
-        tokens, self._tokens = self._tokens, None
-        if tokens is None or self._shape is None:
-            return None
-        packed = output[0][0]  # (T, D)
-        rows, width = self._shape
-        hidden = packed.new_zeros((rows * width, packed.shape[-1])).index_copy(0, tokens, packed)
-        hidden = hidden.view(rows, width, -1)
-        if isinstance(output, tuple):
-            return (hidden, *output[1:])
-        output.last_hidden_state = hidden
-        return output
+        def back(hidden: Tensor) -> Tensor:
+            packed = hidden[0]  # (T, D)
+            whole = packed.new_zeros((rows * width, packed.shape[-1])).index_copy(0, tokens, packed)
+            return whole.view(rows, width, -1)
 
-
-def attached(body: torch.nn.Module) -> Unpad | None:
-    for hook in body._forward_pre_hooks.values():
-        owner = getattr(hook, "__self__", None)
-        if isinstance(owner, Unpad):
-            return owner
-    return None
+        return {**inputs, name: x.flatten(0, 1)[tokens][None], "use_cache": False}, back
 
 
 def attach(model: Model) -> bool:
@@ -132,7 +101,7 @@ def attach(model: Model) -> bool:
     body = structure.body(lm)
     if body is lm or not packs(lm):
         return False
-    if attached(body) is None:
+    if Unpad.attached(body) is None:
         Unpad(body)
     return True
 
