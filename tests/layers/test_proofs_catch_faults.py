@@ -6,6 +6,7 @@ Faults are put in where the work is done (attention, LoRA's product); nothing he
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -102,14 +103,14 @@ def around_packed(patch: Patch, **changes: Any) -> None:
     """The packed attention, with some of its arguments changed."""
     real = packed_attention._packed
 
-    def faulty(query: Any, key: Any, value: Any, pack: Any, *rest: Any) -> Any:
-        given = dict(zip(NAMES, rest, strict=True)) | changes
-        return real(query, key, value, pack if "lengths" not in changes else [sum(pack)], *(given[n] for n in NAMES))
+    def faulty(query: Any, key: Any, value: Any, pack: Any, asked: Any) -> Any:
+        if "lengths" in changes:
+            return real(query, key, value, [sum(pack)], asked)
+        return real(query, key, value, pack, replace(asked, **changes))
 
     patch.setattr(packed_attention, "_packed", faulty)
 
 
-NAMES = ("causal", "sliding_window", "scaling", "dropout", "softcap", "s_aux")
 PACKED: dict[str, tuple[Callable[[torch.dtype], Any], dict[str, Any]]] = {
     "window ignored": (windowed, {"sliding_window": None}),
     "wrong scale": (windowed, {"scaling": 0.3}),

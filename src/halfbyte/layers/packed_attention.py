@@ -14,6 +14,7 @@ Letters: N examples, H query heads, K key/value heads, T tokens in the pack, L t
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -33,6 +34,22 @@ NAME = "halfbyte_packed"
 
 class PackingError(BaseModelError):
     """A model asks of packed attention what it cannot do. Such a model runs one example a micro-batch."""
+
+
+@dataclass(frozen=True)
+class Formula:
+    """What a model asks of attention, by transformers' names."""
+
+    scaling: float | None  # None: D ** -0.5
+    dropout: float
+    softcap: float | None
+    s_aux: Tensor | None  # (H,): sinks, a learned score per head for looking at nothing
+    sliding_window: int | None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether softmax(q k^T scale) v says it all, as the fused kernels have it."""
+        return self.softcap is None and self.s_aux is None
 
 
 def register() -> None:
@@ -91,15 +108,16 @@ def attention(
         The output (N, T, H, D), and None for the attention weights.
     """
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+    asked = Formula(scaling, dropout, softcap, s_aux, sliding_window)
     if cu_seq_lens_q is not None:
         lengths = _check_packed(query, key, causal, cu_seq_lens_q, cu_seq_lens_k, rest)
         seen = sight.of(module)
         if seen is not None and not seen.is_window(sliding_window):
             raise PackingError(f"{type(module).__name__} asks for sliding_window={sliding_window}; by its mask: {seen}")
-        return _packed(query, key, value, lengths, causal, sliding_window, scaling, dropout, softcap, s_aux), None
+        return _packed(query, key, value, lengths, asked), None
     if attention_mask is not None and attention_mask.numel() == 0:
         raise PackingError(f"{type(module).__name__} was handed packed examples without their lengths (cu_seq_lens_q)")
-    if softcap is None and s_aux is None:
+    if asked.is_plain:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **rest
         )
@@ -108,9 +126,7 @@ def attention(
     if attention_mask is None and causal and query.shape[2] > 1:  # transformers left the mask to `is_causal`
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         attention_mask = _visible(query.shape[2], None, query.device)
-    return _eager(query, key, value, attention_mask, scaling, dropout, softcap, s_aux).transpose(
-        1, 2
-    ).contiguous(), None
+    return _eager(query, key, value, attention_mask, asked).transpose(1, 2).contiguous(), None
 
 
 def _check_packed(
@@ -138,25 +154,14 @@ def _check_packed(
     return lengths
 
 
-def _packed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: list[int],
-    causal: bool,
-    sliding_window: int | None,
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None,
-    s_aux: Tensor | None,
-) -> Tensor:
-    """Each run of neighbours of equal length L as one batch. Returns (1, T, H, D)."""
-    slides = sliding_window is not None and max(lengths) > sliding_window
+def _packed(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], asked: Formula) -> Tensor:
+    """Causal attention; each run of neighbours of equal length L as one batch. Returns (1, T, H, D)."""
+    slides = asked.sliding_window is not None and max(lengths) > asked.sliding_window
     wanted = query.requires_grad or whole_attention(query)  # without gradients torch's own kernel is as good as blocks
-    if wanted and not dropout and softcap is None and s_aux is None and causal and not slides:
+    if wanted and not asked.dropout and asked.is_plain and not slides:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
         if block_attention.takes(q, k, v):
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            scale = query.shape[-1] ** -0.5 if asked.scaling is None else asked.scaling
             return block_attention.attention(q, k, v, tuple(lengths), scale, None, None)[None]
     runs = [(length, sum(1 for _ in same)) for length, same in groupby(lengths)]  # (L, how many)
     # split, not slices: its backward is one concatenation, where each slice would add a zero-filled (T, D) tensor
@@ -165,64 +170,45 @@ def _packed(
     outputs = []
     for (length, count), q, k, v in zip(runs, *pieces, strict=True):
         q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))  # (n, heads, L, D)
-        out = _one_length(q, k, v, sliding_window, scaling, dropout, softcap, s_aux)  # (n, H, L, D)
+        out = _one_length(q, k, v, asked)  # (n, H, L, D)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (n L, H, D)
     return torch.cat(outputs)[None]
 
 
-def _one_length(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sliding_window: int | None,
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None,
-    s_aux: Tensor | None,
-) -> Tensor:
+def _one_length(query: Tensor, key: Tensor, value: Tensor, asked: Formula) -> Tensor:
     """Causal attention of n examples of one length: (n, H, L, D), (n, K, L, D) -> (n, H, L, D)."""
-    length = query.shape[2]
-    slides = sliding_window is not None and length > sliding_window
-    if softcap is not None or s_aux is not None:
-        mask = _visible(length, sliding_window if slides else None, query.device)
-        return _eager(query, key, value, mask, scaling, dropout, softcap, s_aux)
-    mask = _visible(length, sliding_window, query.device) if slides else None
+    length, window = query.shape[2], asked.sliding_window
+    slides = window is not None and length > window
+    if not asked.is_plain:
+        return _eager(query, key, value, _visible(length, window if slides else None, query.device), asked)
+    mask = _visible(length, window, query.device) if slides else None
     grouped = query.shape[1] != key.shape[1]
     # enable_gqa saves 10% on a CPU; on a card with a mask, or with large heads, it would select the slow kernel.
     if grouped and query.device.type != "cpu" and (mask is not None or not key.shape[-1] == value.shape[-1] <= 256):
         key, value = _repeat(key, query), _repeat(value, query)
         grouped = False
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None, enable_gqa=grouped
+        query, key, value, mask, asked.dropout, is_causal=mask is None, scale=asked.scaling, enable_gqa=grouped
     )
 
 
-def _eager(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None,
-    s_aux: Tensor | None,
-) -> Tensor:
+def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, asked: Formula) -> Tensor:
     """The formula itself, scores in memory: softmax(softcap(q k^T scale) | sink) v, as gemma2 and gpt_oss have it."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = query.shape[-1] ** -0.5 if asked.scaling is None else asked.scaling
     scores = query @ _repeat(key, query).transpose(2, 3) * scale  # (n, H, Lq, Lk)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    if asked.softcap is not None:
+        scores = torch.tanh(scores / asked.softcap) * asked.softcap
     if mask is not None:
         hidden = torch.finfo(scores.dtype).min
         scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask
-    if s_aux is not None:  # a learned score per head for looking at nothing
-        sink = s_aux.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    if asked.s_aux is not None:
+        sink = asked.s_aux.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sink], dim=-1)
     softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
     weights = F.softmax(scores, dim=-1, dtype=softmax_dtype).to(query.dtype)
-    if s_aux is not None:
+    if asked.s_aux is not None:
         weights = weights[..., :-1]
-    return F.dropout(weights, dropout) @ _repeat(value, query)
+    return F.dropout(weights, asked.dropout) @ _repeat(value, query)
 
 
 def _visible(length: int, sliding_window: int | None, device: torch.device) -> Tensor:

@@ -2,9 +2,9 @@
 
 Why: a Trainer with dynamic padding, or TRL, spends a third of its step on padding and on dense masks. What a
 script sees does not change: hidden states and logits have their (B, L) shape, with zeros where the padding was.
-What: two torch hooks on the model's body, the mirror of `padded_rows.py`: before it, real tokens are laid end to end with
-their lengths; after it, hidden states go back to their places. `training_loss` is the shorter way for a Trainer, which
-asks for the loss alone: logits are then made where there is a label, and never whole.
+What: two torch hooks on the model's body, the mirror of `padded_rows.py`: before it, real tokens are laid end to end
+with their lengths; after it, hidden states go back to their places. `training_loss` is the shorter way for a Trainer,
+which asks for the loss alone: logits are then made where there is a label, and never whole.
 Only what is surely the same is touched: a training forward with gradients, rows that are padded on the right, positions
 as the model counts them itself, no cache, no hidden states of every layer asked for.
 Cost: one gather of the ids, one scatter of (T, D).
