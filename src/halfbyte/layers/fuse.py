@@ -8,8 +8,6 @@ is not touched. A norm or an MLP is taken only after it was seen to compute what
 Source: PEFT's own way of adding to a module (`peft/tuners/lora/`); torch documents `__class__` for parametrizations.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,7 +80,8 @@ class _RmsNorm(_Fast):
         weight: Tensor = self.weight
         if weight.requires_grad or x.dtype != weight.dtype or not available(x):
             return super().forward(x)
-        eps, one_plus = _epsilon(self), bool(_is_one_plus(type(self)))
+        eps = float(getattr(self, "variance_epsilon", 0.0) or getattr(self, "eps", 0.0))
+        one_plus = bool(_is_one_plus(type(self)))
         y = norm_gate.rms_norm(x, weight, eps, one_plus=one_plus)
         kept = x.detach()
         return _cheap(self, y, lambda: norm_gate.rms_norm(kept, weight, eps, one_plus=one_plus))
@@ -95,7 +94,7 @@ class _GatedMlp(_Fast):
         if not available(x):
             return super().forward(x)
         g, u = self.gate_proj(x), self.up_proj(x)
-        kind, kept = _activation(self), (g.detach(), u.detach())
+        kind, kept = norm_gate.ACTIVATIONS[_activation(self)], (g.detach(), u.detach())
         h = norm_gate.gated(g, u, kind)
         return self.down_proj(_cheap(self, h, lambda: norm_gate.gated(*kept, kind)))
 
@@ -144,10 +143,9 @@ def install(model: nn.Module) -> Fused:
                 unfused.update([reason] if reason else [])
                 counts["LoRA linears"] += not reason
                 _become(module, _LoraLinear)
-        elif formats.is_quantised(module):
-            if id(module) not in inside:
-                counts["frozen linears"] += 1
-                _become(module, _FrozenLinear)
+        elif formats.is_quantised(module) and id(module) not in inside:
+            counts["frozen linears"] += 1
+            _become(module, _FrozenLinear)
         elif _is_rms_norm(module):
             counts["norms"] += 1
             _become(module, _RmsNorm)
@@ -230,10 +228,6 @@ def _computes(layer: nn.Module, x: Tensor) -> bool:
     return held.multiplies_in(layer, x.dtype)
 
 
-def _epsilon(norm: nn.Module) -> float:
-    return float(getattr(norm, "variance_epsilon", 0.0) or getattr(norm, "eps", 0.0))
-
-
 def _is_rms_norm(module: nn.Module) -> bool:
     if isinstance(module, _RmsNorm):
         return True
@@ -261,9 +255,9 @@ def _is_one_plus(cls: type[nn.Module]) -> bool | None:
     return None
 
 
-def _activation(mlp: nn.Module) -> int:
-    name: Any = getattr(mlp.config, "hidden_act", None) or getattr(mlp.config, "hidden_activation", None)
-    return norm_gate.ACTIVATIONS[name]
+def _activation(mlp: nn.Module) -> str:
+    config = getattr(mlp, "config", None)
+    return str(getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None))
 
 
 def _is_gated_mlp(module: nn.Module) -> bool:
@@ -271,11 +265,8 @@ def _is_gated_mlp(module: nn.Module) -> bool:
     if isinstance(module, _GatedMlp):
         return True
     kind, parts = type(module).__name__, dict(module.named_children())
-    if kind not in GATED_MLPS or set(parts) != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
-        return False
-    config = getattr(module, "config", None)
-    name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
-    return name in norm_gate.ACTIVATIONS
+    of_three = kind in GATED_MLPS and set(parts) == {"gate_proj", "up_proj", "down_proj", "act_fn"}
+    return of_three and _activation(module) in norm_gate.ACTIVATIONS
 
 
 GATED_MLPS = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP"})
