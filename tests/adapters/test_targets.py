@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -296,21 +294,6 @@ def test_messages(llama: Any) -> None:
     mamba = _meta("mamba")
     with pytest.raises(AdapterError, match="would ignore an adapter"):
         resolve_targets(mamba, ["in_proj", "out_proj"])
-
-
-def test_meta_model_of_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"no config\.json"):
-        meta_model(tmp_path)
-    AutoConfig.for_model("llama", num_hidden_layers=2).save_pretrained(tmp_path)
-    model = meta_model(tmp_path)
-    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert len(matched(model, auto_targets(model))) == 8
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-thing"}))
-    with pytest.raises(SourceError, match="cannot be used"):
-        meta_model(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_attention_heads": "many"}))
-    with pytest.raises(SourceError):
-        meta_model(tmp_path)
 
 
 def test_table() -> None:

@@ -57,6 +57,14 @@ def test_number_of_steps_is_the_trainers(n: int, batch: int, accumulation: int, 
     )
 
 
+@pytest.mark.parametrize(("rows_per_step", "epochs"), [(1, 1.0), (4, 1.0), (4, 2.6), (7, 0.4), (64, 1.0)])
+def test_the_largest_step_is_that_of_the_steps_themselves(rows_per_step: int, epochs: float) -> None:
+    lengths = [int(n) for n in np.random.default_rng(3).integers(1, 90, 50)]
+    total = count_steps(len(lengths), rows_per_step=rows_per_step, epochs=epochs, max_steps=-1)
+    steps = Steps(np.array(lengths), np.array(lengths), rows_per_step, total, 5, 100, None)
+    assert steps.most_tokens() == max(sum(lengths[r] for r in step) for step in rows(list(steps)))
+
+
 def test_order_is_pinned_and_follows_the_seed() -> None:
     assert rows(plan([10] * 6, rows_per_step=6))[0] == [0, 5, 1, 4, 3, 2]
     assert rows(plan([10] * 6, rows_per_step=6, seed=1)) != rows(plan([10] * 6, rows_per_step=6))

@@ -6,14 +6,16 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from halfbyte import plan as memory
 from halfbyte.cli import show, show_plan
+from halfbyte.data import pack
 from halfbyte.models.architectures import tensors_of
 from halfbyte.models.references import REFERENCES
 from halfbyte.models.tensors import facts_of
-from halfbyte.plan import MARGIN, Job, Plan, Rows, choose
+from halfbyte.plan import MARGIN, Job, Plan, Rows, choose, lines
 from halfbyte.plan.alternatives import compare
 from halfbyte.plan.timing import Rates, assumed, step_time
 from halfbyte.quant.policy import encoded_bytes
@@ -276,6 +278,32 @@ def test_the_first_run_on_a_machine_compiles_and_the_best_adapter_is_a_line_of_i
     assert 0.12e9 < cold.line("compiler") < 0.13e9
     sizes = {line.name: line.bytes for line in warm.disk}
     assert sizes["adapter"] == sizes["best adapter"] == 4 * one.trainable
+
+
+def test_a_build_of_torch_for_cards_holds_more_though_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured with the example's run: 144 MB private and 489 of files."""
+    seen = []
+    for has_cards in (False, True):
+        monkeypatch.setattr(lines, "torch_has_cards", lambda has_cards=has_cards: has_cards)
+        plan = made(cpu(64))
+        seen.append((plan.line("libraries"), plan.line("libraries, mapped"), plan.building_bytes))
+    assert tuple(b - a for a, b in zip(*seen, strict=True)) == (144_000_000, 489_000_000, 633_000_000)
+
+
+def test_activations_are_counted_for_the_largest_step_that_the_run_will_take() -> None:
+    """The four longest rows have 1,600 tokens; in the run's order no four that meet have as many."""
+    lengths = [400] * 4 + [100] * 60
+    fields: dict[str, Any] = {
+        "train__per_device_train_batch_size": 4,
+        "train__gradient_accumulation_steps": 1,
+        "train__num_train_epochs": 1,
+    }
+    counted = job(cpu(64), rows=Rows(lengths), **fields)
+    steps = pack.Steps(np.array(lengths), np.array(lengths), 4, 16, counted.recipe.train.seed, 4096, None)
+    largest = max(step.tokens for step in steps)
+    assert counted.steps == 16 and largest < 1600
+    assert memory.make(counted, cpu(64)).tokens_in_micro_batch == largest
+    assert made(cpu(64), rows=Rows.assume(400), **fields).tokens_in_micro_batch == 1600
 
 
 def test_building_the_store_is_planned_where_one_is_built() -> None:

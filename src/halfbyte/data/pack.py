@@ -25,6 +25,7 @@ Sizes = Sequence[int] | NDArray[np.int64]
 EVAL_WINDOW_ROWS = 512
 # At most so many steps, those with the most tokens, are searched for the longest micro-batch of a run.
 LOOKED_AT_STEPS = 4096
+LOOKED_AT_ROWS = 200_000  # a tenth of a second
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,23 @@ class Steps:
         """The rows of the micro-batch with the most tokens, of the first epoch's steps with the most tokens."""
         looked_at: Sequence[int] = range(min(self.total, self.per_epoch))
         if len(looked_at) > LOOKED_AT_STEPS:
-            lengths = self.lengths[self._order(0)]
-            starts = np.arange(0, len(lengths), self.rows_per_step)[: len(looked_at)]
-            sums = np.add.reduceat(lengths, starts)
+            lengths, sums = self.lengths[self._order(0)], self._sums(0)
             fullest = np.argpartition(sums, -LOOKED_AT_STEPS)[-LOOKED_AT_STEPS:]
             with_longest = int(np.argmax(lengths[: self.total * self.rows_per_step])) // self.rows_per_step
             looked_at = [*fullest.tolist(), with_longest]
         micro_batches = (rows for i in looked_at for rows in self[i].micro_batches)
         return max(micro_batches, key=lambda rows: int(self.lengths[list(rows)].sum()))
+
+    def most_tokens(self) -> int:
+        """Tokens of the largest step of the first epochs: as many as have `LOOKED_AT_ROWS` rows together, or one."""
+        epochs = min(-(-self.total // self.per_epoch), max(1, LOOKED_AT_ROWS // len(self.lengths)))
+        return int(max(self._sums(epoch).max() for epoch in range(epochs)))
+
+    def _sums(self, epoch: int) -> NDArray[np.int64]:
+        """Tokens of each step of an epoch, as far as the run goes: (steps,) int64."""
+        steps = min(self.per_epoch, self.total - epoch * self.per_epoch)
+        lengths = self.lengths[self._order(epoch)[: steps * self.rows_per_step]]
+        return np.add.reduceat(lengths, np.arange(0, len(lengths), self.rows_per_step))
 
     def _order(self, epoch: int) -> NDArray[np.uint32]:
         """The rows of one epoch in their order: (rows,) uint32; the last epoch asked for is kept."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.errors import BaseModelError, SourceError
@@ -14,27 +13,17 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def meta_model(config: Config | str | Path, *, trust_remote_code: bool = False) -> Model:
-    """The model of a checkpoint folder, or of a transformers config, on the meta device: shapes without weights."""
+def meta_model(config: Config, *, trust_remote_code: bool = False) -> Model:
+    """The model of a transformers config on the meta device: shapes without weights."""
     import torch
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    where = ""
-    if isinstance(config, (str, Path)):
-        where = str(config)
-        if not (Path(config) / "config.json").is_file():
-            raise SourceError(f"{where}: no config.json there", fix="give a checkpoint folder")
-        try:
-            config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, local_files_only=True)
-        except (ValueError, OSError, KeyError, StrictDataclassError) as error:
-            raise SourceError(f"{where}/config.json cannot be used: {error}") from error
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
         kind = getattr(config, "model_type", type(config).__name__)
-        raise SourceError(f"{where or kind}: transformers cannot build this model: {error}") from error
+        raise SourceError(f"{kind}: transformers cannot build this model: {error}") from error
 
 
 def causal_lm(model: Model) -> Model:

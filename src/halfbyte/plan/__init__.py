@@ -5,8 +5,6 @@ and later compared with what was measured.
 Cost: a few milliseconds; no torch.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from halfbyte.plan import alternatives, choose

@@ -5,28 +5,23 @@ where it is at hand, else estimated from characters. A run plans again from its 
 Cost: under a second; no torch.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from halfbyte import plan as memory
+from halfbyte.data.reading.formats import Row
 from halfbyte.errors import RecipeError
 from halfbyte.models import describe
 from halfbyte.models.sources.checkpoint import beside_bytes
 from halfbyte.plan import calibrate
 from halfbyte.plan.alternatives import Way, compare
+from halfbyte.recipe.data import Data
 from halfbyte.recipe.schema import Loaded, Recipe
 from halfbyte.system import usage
 from halfbyte.system.device import Card, Device, detect, kernels_are_compiled
-
-if TYPE_CHECKING:
-    from halfbyte.data.reading.formats import Row
-    from halfbyte.recipe.data import Data
-    from halfbyte.types import Document
+from halfbyte.types import Document
 
 DEFAULT_LENGTH = 512
 CHARACTERS_PER_TOKEN = 3.6  # English text under vocabularies of 32,000 to 150,000; other scripts have fewer
@@ -76,7 +71,7 @@ def plan_model(
     job = memory.Job.of(recipe, shape.specs, shape.facts, rows, machine, mappable=mappable)
     cold = device is None and job.kernels and not kernels_are_compiled()
     beside = beside_bytes(shape.path) if shape.path is not None and shape.path.is_dir() else None
-    job = replace(job, steps=_steps(recipe, rows), beside_bytes=beside, cold=cold)
+    job = replace(job, beside_bytes=beside, cold=cold)
     if cold:
         notes.append("the first run on this machine: it compiles kernels once, and the compiler takes memory too")
     rates = calibrate.cached(machine, job.dtype) if device is None else None
@@ -176,12 +171,3 @@ def _counter(shape: describe.Shape) -> tuple[Callable[[str], int], str]:
         return (lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)), "counted, but for the template"
     how = f"estimated at {CHARACTERS_PER_TOKEN} characters a token"
     return (lambda text: round(len(text) / CHARACTERS_PER_TOKEN)), how
-
-
-def _steps(recipe: Recipe, rows: memory.Rows) -> int:
-    if rows.assumed:
-        return 1
-    from halfbyte.data.pack import count_steps
-
-    train, epochs = recipe.train, recipe.train.num_train_epochs
-    return count_steps(len(rows.lengths), rows_per_step=train.rows_per_step, epochs=epochs, max_steps=train.max_steps)

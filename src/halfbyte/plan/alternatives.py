@@ -6,11 +6,9 @@ Full fine-tuning is counted as mixed precision has it: weights and gradients in 
 Cost: a plan for each change or way; no torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from halfbyte.models.lora_sites import sites
 from halfbyte.plan import choose, held
@@ -18,10 +16,8 @@ from halfbyte.plan.job import Job
 from halfbyte.plan.lines import Fix, Line, Plan, Recompute
 from halfbyte.plan.peak import largest_micro_batch
 from halfbyte.plan.timing import Rates, assumed
+from halfbyte.recipe.schema import Recipe
 from halfbyte.system.device import Device
-
-if TYPE_CHECKING:
-    from halfbyte.recipe.schema import Recipe
 
 NEAREST = 3
 SMALL_OPTIMIZER = "adamw_bnb_8bit"
@@ -36,12 +32,10 @@ def nearest(job: Job, device: Device, plan: Plan, rates: Rates | None = None) ->
     for change, setting, changed in _changes(job, device):
         made = choose.make(changed, device, rates)
         slower = made.time.step_s / max(1e-9, plan.time.step_s)
-        fix, before = (
-            Fix(change, setting, made.needed_bytes, made.short_bytes, slower),
-            kinds.get(setting.split("=")[0]),
-        )
+        kind, fix = setting.split("=")[0], Fix(change, setting, made.needed_bytes, made.short_bytes, slower)
+        before = kinds.get(kind)
         if before is None or (before.short_bytes and fix.short_bytes < before.short_bytes):
-            kinds[setting.split("=")[0]] = fix
+            kinds[kind] = fix
     near = [fix for fix in kinds.values() if fix.short_bytes < plan.short_bytes]
     return tuple(sorted(near, key=lambda fix: (fix.short_bytes, fix.slower))[:NEAREST])
 

@@ -6,21 +6,16 @@ Source: `store/build.py` (buffers), `store/writer.py` and `store/layout.py` (fil
 Cost: one walk over the tensors; no torch.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from heapq import nlargest
-from typing import TYPE_CHECKING
 
 from halfbyte.models.sources.safetensors import DTYPE_BITS
 from halfbyte.models.tensors import TensorSpec
-from halfbyte.plan.lines import Line
+from halfbyte.plan.lines import Line, library_lines
 from halfbyte.quant import formats, policy
 from halfbyte.quant.number_format import Part
-
-if TYPE_CHECKING:
-    from halfbyte.recipe.schema import Quant
+from halfbyte.recipe.schema import Quant
 
 # A multiple of every block size; with casting to another dtype a thread holds about four times this in bytes.
 CHUNK_ELEMENTS = 1 << 22
@@ -28,7 +23,6 @@ CHUNK_ELEMENTS = 1 << 22
 EXTRA_THREADS = 1
 # Of a process that will train; `halfbyte quantize` alone imports less (0.60 GB at its peak where 0.67 are planned).
 LIBRARIES_PRIVATE_BYTES = 420_000_000
-LIBRARIES_FILE_BYTES = 235_000_000
 # Of a tokenizer's files for each entry of the vocabulary, where they are not at hand to be looked at.
 BESIDE_BYTES_PER_ENTRY = 60
 OWN_FILE_BYTES = 1 << 20  # a tensor around the layers gets a file of its own from here on
@@ -59,8 +53,7 @@ class Building:
         buffers = sum(nlargest(threads, map(self._held, self.specs)))
         words = f"{threads} threads, {CHUNK_ELEMENTS / 1e6:.1f} M numbers at once"
         return (
-            Line("libraries", LIBRARIES_PRIVATE_BYTES, "torch, transformers, bitsandbytes, numba", "measured"),
-            Line("libraries, mapped", LIBRARIES_FILE_BYTES, "their code", "measured", "file"),
+            *library_lines(LIBRARIES_PRIVATE_BYTES, "torch, transformers, bitsandbytes, numba"),
             Line("chunks", buffers, words, "store/build.py"),
         )
 

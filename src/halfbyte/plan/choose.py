@@ -6,8 +6,6 @@ time alone; else the one that takes least. Where none fits, `alternatives.py` sa
 Cost: a few milliseconds; no torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 

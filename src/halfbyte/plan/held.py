@@ -7,18 +7,15 @@ measured: `LIBRARIES_*` is what remains of a tiny training (torch CPU build, tra
 Cost: none; no torch.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from halfbyte.plan.job import Job
-from halfbyte.plan.lines import Line, Placement, Recompute, Where
+from halfbyte.plan.lines import Line, Placement, Recompute, Where, library_lines
 from halfbyte.quant import formats
 from halfbyte.system.device import Device
 from halfbyte.system.threads import PRODUCTS_KEPT
 
 LIBRARIES_PRIVATE_BYTES = 470_000_000
-LIBRARIES_FILE_BYTES = 235_000_000
 CUDA_CONTEXT_BYTES = 600_000_000  # driver context and cuBLAS workspace; a round figure, not measured here
 HOST_OF_CARD_BYTES = 2_500_000_000  # a CUDA build's libraries and pinned buffers in RAM; a round figure, not measured
 # What the first micro-batches leave in the process beside tensors: compiled kernels, buffers of threads, the Trainer's
@@ -57,8 +54,8 @@ def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
     compiler, code = (COMPILER_PRIVATE_BYTES, COMPILER_FILE_BYTES) if job.cold else (0, 0)
     products = min(PRODUCTS_KEPT, PRODUCTS_OF_A_SIZE * job.sizes) - PRODUCTS_OF_A_SIZE
     return (
-        Line("libraries", LIBRARIES_PRIVATE_BYTES, "torch, transformers, peft, numba and their state", source),
-        Line("libraries, mapped", LIBRARIES_FILE_BYTES + code, "their code", source, "file"),
+        *library_lines(LIBRARIES_PRIVATE_BYTES, "torch, transformers, peft, numba and their state"),
+        Line("compiler's code", code, "kernels are compiled in the first run on a machine", source, "file"),
         Line("compiler", compiler, "kernels are compiled in the first run on a machine", source),
         Line("first micro-batch", FIRST_MICRO_BATCH_BYTES, first, source),
         Line("compiled products", PRODUCT_BYTES * products, "oneDNN's, of micro-batches of other sizes", source),

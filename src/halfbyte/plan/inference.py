@@ -5,19 +5,15 @@ memory, without gradients and optimiser; and an evaluation's micro-batch is neve
 Cost: a few milliseconds; no torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import Self
 
 from halfbyte.plan import choose, held, peak
 from halfbyte.plan.job import Job
 from halfbyte.plan.lines import Line, Placement
 from halfbyte.system.device import Device
-
-if TYPE_CHECKING:
-    from halfbyte.types import Document
+from halfbyte.types import Document
 
 SEQUENCES = (16, 8, 4, 2, 1)  # to try at once; more generate no faster, they only take memory
 
@@ -32,7 +28,7 @@ class Trained:
     available_bytes: int
 
     @classmethod
-    def of(cls, plan: Document) -> Trained | None:
+    def of(cls, plan: Document) -> Self | None:
         """From `plan.json`; None where it is from another version."""
         names = [field.name for field in fields(cls)]
         return cls(**{name: plan[name] for name in names}) if set(names) <= set(plan) else None

@@ -3,16 +3,16 @@
 Cost: one walk over the tensors; no torch.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
+from halfbyte.data import pack
 from halfbyte.models import tensors
 from halfbyte.models.lora_sites import Site, sites, trainable
 from halfbyte.models.sources.checkpoint import Checkpoint, beside_bytes
@@ -21,15 +21,11 @@ from halfbyte.plan.building import Building
 from halfbyte.plan.layer import Layer, layer_of
 from halfbyte.plan.lines import ITEMSIZE
 from halfbyte.quant import policy
+from halfbyte.recipe.schema import Recipe
 from halfbyte.system.device import Device, compute_dtype, kernels_are_compiled
+from halfbyte.types import Model
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from halfbyte.recipe.schema import Recipe
-    from halfbyte.types import Model
-
-    Sizes = Sequence[int] | NDArray[np.int64]
+Sizes = Sequence[int] | NDArray[np.int64]
 
 # Without rows at hand: a common shape of instruction data, told as an assumption.
 ASSUMED_ROWS = 1000
@@ -52,7 +48,7 @@ class Rows:
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.int64))
 
     @classmethod
-    def assume(cls, length: int) -> Rows:
+    def assume(cls, length: int) -> Self:
         """Rows that all have `length` tokens, all of them labelled."""
         return cls((length,) * ASSUMED_ROWS, assumed=True)
 
@@ -81,7 +77,7 @@ class Rows:
     def labelled_share(self) -> float:
         return int(np.sum(self.labelled)) / max(1, self.tokens) if len(self.labelled) else 1.0
 
-    def cut(self, length: int) -> Rows:
+    def cut(self, length: int) -> Self:
         """The same rows, none longer than `length`."""
         lengths, labelled, evaluated = (np.minimum(n, length) for n in (self.lengths, self.labelled, self.evaluated))
         return replace(self, lengths=lengths, labelled=labelled, evaluated=evaluated)
@@ -108,7 +104,6 @@ class Job:
     mappable: bool = False
     kernels: bool = True
     packed: bool = True
-    steps: int = 1
     beside_bytes: int | None = None
     cold: bool = False
 
@@ -128,7 +123,7 @@ class Job:
         *,
         targets: Sequence[str] | str | None = None,
         mappable: bool | None = None,
-    ) -> Job:
+    ) -> Self:
         """`targets`: modules that were chosen already. `mappable`: what is known of the base. None: found out here."""
         dtype, _ = compute_dtype(device, recipe.quant.compute_dtype)
         on_cpu = device.kind == "cpu"
@@ -147,7 +142,7 @@ class Job:
         rows: Rows,
         device: Device,
         targets: Sequence[str] | str | None = None,
-    ) -> Job:
+    ) -> Self:
         """From the headers of a checkpoint; from `model` where it has none (pickled weights, or quantised ones)."""
         config = tensors.read_config(checkpoint.path)
         if checkpoint.pickle or config.get("quantization_config") is not None:
@@ -237,6 +232,17 @@ class Job:
         return max((s.numel for s in self.specs if s.role == "embedding"), default=0)
 
     @cached_property
+    def steps(self) -> int:
+        """Of the whole run; 1 where rows are assumed."""
+        train, epochs = self.recipe.train, self.recipe.train.num_train_epochs
+        count, most = len(self.rows.lengths), 1 if self.rows.assumed else train.max_steps
+        return pack.count_steps(count, rows_per_step=self.rows_per_step, epochs=epochs, max_steps=most)
+
+    @cached_property
     def step_tokens(self) -> int:
-        """Tokens of the largest step there can be: its rows are drawn at random, so the longest may come together."""
-        return max(1, int(self.rows.descending[: self.rows_per_step].sum()))
+        """Tokens of the largest step, by the order that the run will take its rows in."""
+        rows, train = np.asarray(self.rows.lengths), self.recipe.train
+        if not self.steps or not len(rows):
+            return 1
+        seed = train.seed if train.data_seed is None else train.data_seed
+        return max(1, pack.Steps(rows, rows, self.rows_per_step, self.steps, seed, 1, 1).most_tokens())

