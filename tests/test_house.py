@@ -37,6 +37,7 @@ LIGHT_FILES = (
     "quant.bnb_backend",
     "runs.folder",
     "runs.report",
+    "training.early",
 )
 # Library -> the rooms that may import it.
 DOORS = {"bitsandbytes": {"quant"}, "peft": {"adapters", "layers"}}

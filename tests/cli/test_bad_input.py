@@ -650,6 +650,35 @@ def test_a_mistake_is_one_message(case: Case, here: Path, halfbyte: Cli) -> None
     assert tree(here) == before
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("train recipe.yaml --set data.train=nope.jsonl", "nope.jsonl: no such file"),
+        ("train recipe.yaml --set data.eval=nope.jsonl", "nope.jsonl: no such file"),
+        ("train recipe.yaml --set output=done", "the run folder done exists already"),
+        ("train recipe.yaml --set data.fields.prompt=question", "question"),
+        ("train recipe.yaml --dry-run --set data.train=nope.jsonl", "nope.jsonl: no such file"),
+        ("train nope --resume", "nope is not a run folder"),
+        ("data check nope.jsonl --model model", "nope.jsonl: no such file"),
+        ("eval nope", "there is no run folder nope"),
+        ("eval done --data nope.jsonl", "nope.jsonl: no such file"),
+        ("generate nope --prompt x", "there is no run folder nope"),
+        ("chat nope", "there is no run folder nope"),
+    ],
+)
+def test_told_before_a_library_is_loaded_or_a_model_looked_for(command: str, said: str, here: Path) -> None:
+    """The model is gone too, and what would be found first if anything slow came first is that it is not there."""
+    shutil.rmtree("model")
+    code = (
+        "import sys\nfrom halfbyte.cli import main\n"
+        "code = main._guard(lambda: main.app(sys.argv[1:], standalone_mode=False))\n"
+        "print(code, sorted({'torch', 'transformers', 'peft', 'datasets', 'numba'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True)
+    assert done.stderr.startswith("error: ") and said in done.stderr, done.stderr
+    assert done.stdout == "2 []\n"
+
+
 def test_enough_cases() -> None:
     assert len(CASES) >= 36 and len({case.name for case in CASES}) == len(CASES)
 

@@ -66,6 +66,7 @@ def train(
     """Fine-tune: a recipe in, a working adapter out."""
     from halfbyte.recipe import command
     from halfbyte.recipe.file import to_yaml
+    from halfbyte.training import early
 
     overrides = [*set_, *([f"output={output}"] if output is not None else [])]
     if resume and (overrides or data is not None):
@@ -74,6 +75,7 @@ def train(
             fix=f"halfbyte train {recipe} --resume",
         )
     loaded = command.to_resume(recipe) if resume else command.to_train(recipe, data, overrides)
+    early.check(loaded.recipe, resume=resume, writes=not dry_run)
     if dry_run:
         libraries.quiet()
         from halfbyte.training import preview
@@ -204,6 +206,11 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Completion loss, perplexity and exact match on held-out rows; with --base beside the base alone."""
+    from halfbyte.recipe.command import to_use
+    from halfbyte.runs.folder import RunFolder
+    from halfbyte.training import early
+
+    early.held_out(to_use(RunFolder.open(run).recipe), run, data)
     opened = _open(run, silent=json_)
     from halfbyte.inference import evaluate as scoring
 
@@ -255,6 +262,9 @@ def check(
     from halfbyte.recipe.command import recipe_or_rows
 
     loaded = recipe_or_rows(target, model, set_)
+    from halfbyte.training import early
+
+    early.check(loaded.recipe, writes=False)
     libraries.quiet()
     from halfbyte.training import preview
 
@@ -273,7 +283,10 @@ def version() -> None:
 
 
 def _open(run: Path, *, silent: bool) -> Opened:
-    """A finished run: its adapter on its base."""
+    """A finished run: its adapter on its base. That there is none is told before a library is loaded."""
+    from halfbyte.runs.folder import RunFolder
+
+    RunFolder.open(run)
     with show.waiting("opening base and adapter", silent=silent) as tell:
         libraries.quiet()
         from halfbyte.inference import load

@@ -11,12 +11,12 @@ from pathlib import Path
 from halfbyte.data import blocks, collate, pack
 from halfbyte.data.encoding import encode
 from halfbyte.data.encoding.examples import IGNORED, Example
-from halfbyte.errors import DataError
 from halfbyte.inference.generate import Sampling, generate
 from halfbyte.inference.load import Opened
 from halfbyte.layers.loss import mean_loss
 from halfbyte.plan import Rows, plan_inference
 from halfbyte.system import device
+from halfbyte.training import early
 from halfbyte.types import Document
 
 
@@ -61,11 +61,10 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Score]:
     """Score the adapter, and with `with_base` the base alone, on the same rows. Keys: `base`, `adapter`."""
-    recipe, path = opened.recipe, data or opened.recipe.data.eval
-    if path is None:
-        fix = f"halfbyte eval {opened.run} --data ROWS.jsonl"
-        raise DataError("the run has no held-out rows (data.eval).", fix=fix)
-    encoded = encode.encode(path, opened.tokenizer, recipe.data, cores=device.cores())
+    recipe = opened.recipe
+    encoded = encode.encode(
+        early.held_out(recipe, opened.run, data), opened.tokenizer, recipe.data, cores=device.cores()
+    )
     if recipe.data.packing == "stream":
         encoded = blocks.stream(encoded, recipe.data.max_length)
     examples = encoded.examples[:limit]

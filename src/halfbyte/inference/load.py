@@ -18,7 +18,7 @@ from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.plan import GENERATED_TOKENS, InferencePlan, Job, Rows, Trained, plan_inference
-from halfbyte.recipe.file import load_recipe
+from halfbyte.recipe.command import to_use
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device, threads
@@ -48,8 +48,7 @@ class Opened:
 def open_run(path: Path, tell: supply.Tell | None = None) -> Opened:
     """The adapter of a finished run on its base, whose store is built if it is not there any more."""
     run = RunFolder.open(path)
-    # where the run was trained an integration was installed that need not be here
-    recipe = load_recipe(run.recipe, ["train.report_to=none"]).recipe
+    recipe = to_use(run.recipe)
     checkpoint, machine = find_model(recipe), device.detect()
     threads.settle(machine.cores)
     base = load.open_base(checkpoint, recipe.quant, machine, trust_remote_code=recipe.trust_remote_code, tell=tell)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from halfbyte.errors import RecipeError
 from halfbyte.recipe.file import init_template, load_recipe, recipe_from
-from halfbyte.recipe.schema import Loaded
+from halfbyte.recipe.schema import Loaded, Recipe
 
 
 def recipe_or_model(target: str, overrides: Sequence[str]) -> Loaded:
@@ -70,6 +70,11 @@ def to_resume(target: str) -> Loaded:
     loaded = load_recipe(path / "recipe.yaml")
     # the folder may have been moved or copied since its recipe was written
     return loaded._replace(recipe=loaded.recipe.model_copy(update={"output": str(path)}))
+
+
+def to_use(file: Path) -> Recipe:
+    """The recipe of a finished run. Where it was trained an integration was installed that need not be here."""
+    return load_recipe(file, ["train.report_to=none"]).recipe
 
 
 def write_template(path: Path, model: str, data: str) -> None:

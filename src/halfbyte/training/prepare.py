@@ -17,6 +17,7 @@ from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device
+from halfbyte.training import early
 from halfbyte.types import Config, Document, Tokenizer
 
 
@@ -45,6 +46,7 @@ def prepare(recipe: Recipe) -> Prepared:
 
 def look(recipe: Recipe) -> Prepared:
     """As `prepare`, and what the gates refuse is only among the findings."""
+    early.rows(recipe)
     checkpoint = find_model(recipe)
     config = open_config(checkpoint.path, trust_remote_code=recipe.trust_remote_code)
     tokenizer = open_tokenizer(checkpoint, trust_remote_code=recipe.trust_remote_code)

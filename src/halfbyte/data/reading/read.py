@@ -10,9 +10,10 @@ Cost: one pass; one chunk in memory at a time.
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from halfbyte.data.reading import records
-from halfbyte.data.reading.files import RowSource
+from halfbyte.data.reading.files import RowSource, find
 from halfbyte.data.reading.formats import Format, Row, detect_format, parser
 from halfbyte.data.reading.problems import BadRow, Problems
 from halfbyte.errors import DataError
@@ -33,6 +34,22 @@ class Chunk:
     records: Group
     known: Known | None
     """The format and the keys of the source's first good record; None before it."""
+
+
+def look(names: str | Path | Sequence[str], data: Data) -> None:
+    """Look at the first rows of each file, before anything slower is begun; a hub dataset and a pipe are left alone.
+
+    Raises:
+        DataError: names that stand for nothing, a file without rows; if one of the first rows is bad, all that are.
+    """
+    sources = [source for source in find(names) if source.kind != "hub" and source.path.is_file()]
+    for source in sources:
+        reader = Reader([source], data)
+        if understand(next(reader.chunks()), data)[1]:
+            everything = Reader(sources, data)
+            for _ in everything:
+                pass
+            everything.check()
 
 
 class Reader:

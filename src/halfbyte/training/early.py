@@ -1,0 +1,45 @@
+"""What can be told of a run before a library is loaded, a model looked for or a base opened.
+
+Why: a missing file or a folder that is taken must not cost the half minute in which a model is converted.
+Cost: the first rows of each file, milliseconds; no torch.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from halfbyte.data.reading import read
+from halfbyte.errors import DataError
+from halfbyte.recipe.schema import Recipe
+from halfbyte.runs.folder import RunFolder
+
+
+def check(recipe: Recipe, *, resume: bool = False, writes: bool = True) -> None:
+    """Refuse a run whose folder is taken (or, to resume, is none), or whose rows are missing or have other fields.
+
+    Args:
+        writes: False where nothing is trained, so that the folder does not matter.
+
+    Raises:
+        RunError, DataError: as the run itself would say it.
+    """
+    if resume:
+        RunFolder.open(Path(recipe.output), need_adapter=False)
+    elif writes:
+        RunFolder.check_free(Path(recipe.output))
+    rows(recipe)
+
+
+def rows(recipe: Recipe) -> None:
+    """A DataError where the recipe's rows are missing or have other fields than it says."""
+    for names in (recipe.data.train, recipe.data.eval):
+        if names:
+            read.look(names, recipe.data)
+
+
+def held_out(recipe: Recipe, run: Path, data: Path | None) -> str | Path | Sequence[str]:
+    """The rows that `halfbyte eval` scores: `data`, else the recipe's own; a DataError where there are none."""
+    names = data or recipe.data.eval
+    if not names:
+        raise DataError("the run has no held-out rows (data.eval).", fix=f"halfbyte eval {run} --data ROWS.jsonl")
+    read.look(names, recipe.data)
+    return names
