@@ -199,6 +199,29 @@ def test_a_model_that_is_not_there_and_a_hub_that_is_not_there(tmp_path: Path) -
     assert "cannot be reached" in ask(None, tmp_path, NAME)
 
 
+@pytest.mark.parametrize("env", [{}, {"HF_HUB_OFFLINE": "1"}])
+def test_a_hub_out_of_reach_leaves_the_bundled_shape(tmp_path: Path, env: dict[str, str]) -> None:
+    parameters, origin, *_ = json.loads(ask(None, tmp_path, "meta-llama/Meta-Llama-3-8B-Instruct", **env))
+    assert parameters == 8_030_261_248
+    assert origin.startswith("bundled shape of llama-3-8b: ")
+    assert ("HF_HUB_OFFLINE is set" if env else "http://127.0.0.1:9 cannot be reached") in origin
+
+
+@pytest.mark.parametrize(
+    ("repo", "bundled"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", "qwen2.5-7b"),
+        ("meta-llama/Llama-2-7b-chat-hf", "llama-2-7b"),
+        ("mistralai/Mistral-7B-Instruct-v0.1", "mistral-7b"),
+        ("microsoft/Phi-4-mini-instruct", "phi-4-mini"),
+        ("microsoft/Phi-4-multimodal-instruct", None),
+        ("someone/llama-2-7b-with-more-layers", None),
+    ],
+)
+def test_the_bundled_shape_of_a_hub_id(repo: str, bundled: str | None) -> None:
+    assert describe.reference_of(repo) == bundled
+
+
 def test_a_config_alone_on_the_hub(tmp_path: Path) -> None:
     with HubServer() as hub:
         hub.add(NAME, {"config.json": json.dumps(REFERENCES["opt-125m"]).encode(), "pytorch_model.bin": b"x"})

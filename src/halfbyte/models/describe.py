@@ -21,6 +21,8 @@ from halfbyte.types import ConfigFile, Document
 
 # Packaged models under the name of the reference that has their shape.
 ALIASES = {"gemma3-270m": "gemma-3-270m"}
+# What is added to a model's name on the hub without changing a tensor's shape: how it was tuned, its version, its context.
+_SAME_SHAPE = re.compile(r"(-(hf|instruct|it|pt|chat|base|thinking|v\d+(\.\d+)?|\d+k|\d{4}))+$")
 _QUANTISED = "config.json (weights are quantised already)"  # packed codes; the architecture says what they stand for
 # The first request for a file: the header of a shard with a few hundred tensors fits.
 FIRST_BYTES = 64 * 1024
@@ -78,7 +80,19 @@ def describe(model: str, revision: str | None = None) -> Shape:
             f"there is no {model}: not a folder, not a .gguf file, and not a bundled shape.",
             fix=f"did you mean {' or '.join(near)}?" if near else f"bundled are {', '.join(sorted(REFERENCES))}",
         )
-    return _of_hub(match["id"], revision or match["revision"])
+    try:
+        return _of_hub(match["id"], revision or match["revision"])
+    except hub.NotAtHand as error:
+        bundled = reference_of(match["id"])
+        if bundled is None:
+            raise
+        return _of(model, REFERENCES[bundled], f"bundled shape of {bundled}: {error.message}")
+
+
+def reference_of(repo: str) -> str | None:
+    """The bundled shape of a hub id: `Qwen/Qwen3-8B` or `meta-llama/Meta-Llama-3-8B-Instruct`."""
+    name = _SAME_SHAPE.sub("", repo.rpartition("/")[2].lower().removeprefix("meta-"))
+    return name if name in REFERENCES else None
 
 
 def of_folder(folder: Path, name: str | None = None) -> Shape:

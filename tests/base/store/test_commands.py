@@ -52,8 +52,10 @@ def test_quiet_leaves_out_how_the_build_goes(halfbyte: Cli) -> None:
 
 
 def test_quantize_into_a_folder_that_is_a_model(halfbyte: Cli, tmp_path: Path) -> None:
+    before = set(os.listdir())
     ended = halfbyte("quantize", "model", "--out", "four", "--set", "quant.type=fp4")
     assert ended.code == 0 and "built in" in ended.out
+    assert set(os.listdir()) - before == {"four"}  # no lock lies beside it
     assert manifest.read(tmp_path / "four").quant["type"] == "fp4" and shelf.listing() == []
     again = halfbyte("quantize", "four")
     assert again.code == 2 and "four is quantised already" in again.err and "it opens as it is" in again.err

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -191,3 +192,26 @@ def test_locks_of_two_builders(cache: Path) -> None:
         assert waited == []  # another store
     with shelf.building("one-nf4-0123456789abcdef", lambda: waited.append(1)):
         assert waited == []  # nobody holds it any more
+
+
+def test_who_waited_for_a_folder_outside_holds_it_alone(tmp_path: Path) -> None:
+    """The first holder removes its lock's file; who waited must not hold a lock that the next one does not see."""
+    where, inside, most, lock = tmp_path / "four", 0, 0, threading.Lock()
+
+    def build() -> None:
+        nonlocal inside, most
+        for _ in range(20):
+            with shelf.building("key", where=where):
+                with lock:
+                    inside += 1
+                    most = max(most, inside)
+                time.sleep(0.001)
+                with lock:
+                    inside -= 1
+
+    threads = [threading.Thread(target=build) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1 and not list(tmp_path.iterdir())

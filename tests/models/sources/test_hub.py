@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -53,9 +54,17 @@ def hub() -> Iterator[HubServer]:
 
 
 def ask(hub: HubServer | str, home: Path, model: str, *, allow_pickle: bool = False, **env: str) -> dict[str, object]:
+    done = process(hub, home, model, allow_pickle=allow_pickle, **env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def process(
+    hub: HubServer | str, home: Path, model: str, *, allow_pickle: bool = False, **env: str
+) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
     url = hub if isinstance(hub, str) else hub.url
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", ASK, model, str(allow_pickle)],
         env={**clean, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", **env},
         capture_output=True,
@@ -63,8 +72,6 @@ def ask(hub: HubServer | str, home: Path, model: str, *, allow_pickle: bool = Fa
         cwd=home,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_a_model_comes_with_its_commit_and_only_the_files_it_needs_then_works_offline(
@@ -131,6 +138,32 @@ def test_offline_and_not_cached_and_no_network(hub: HubServer, tmp_path: Path) -
     assert not hub.seen
     error = str(ask("http://127.0.0.1:9", tmp_path, NAME)["error"])
     assert error.startswith("http://127.0.0.1:9 cannot be reached") and "smollm2-135m" in error
+
+
+def test_a_hub_out_of_reach_is_one_line_and_what_is_cached_is_used(hub: HubServer, tmp_path: Path) -> None:
+    hub.add(NAME, FILES)
+    cached = ask(hub, tmp_path, NAME)
+    done = process("http://127.0.0.1:9", tmp_path, NAME)
+    assert json.loads(done.stdout)["path"] == cached["path"]
+    assert done.stderr == "http://127.0.0.1:9 cannot be reached; only what is cached is used\n"
+
+
+def test_a_hub_that_never_answers_is_not_waited_for(tmp_path: Path) -> None:
+    """It takes connections, and says nothing: then the one request is the only one."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        done = process(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path, NAME)
+        silent.settimeout(0)
+        connections = list(accepted(silent))
+    assert "cannot be reached, and" in json.loads(done.stdout)["error"]
+    assert len(connections) == 1 and len(done.stderr.splitlines()) == 1
+
+
+def accepted(server: socket.socket) -> Iterator[socket.socket]:
+    while True:
+        try:
+            yield server.accept()[0]
+        except BlockingIOError:
+            return
 
 
 def test_a_cut_in_the_middle_is_resumed_from_where_it_was(hub: HubServer, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 A base is quantised once for a machine, whichever command asks first, and two processes may ask at once. `bases/KEY/`
 under the cache folder is a store, `KEY.partial/` one that is being built. Locks are files of their own that are never
-removed, so that nobody waits on a file that somebody else has replaced.
+removed, so that nobody waits on a file that somebody else has replaced; but for the one beside a folder outside, which
+its holder removes, and who has waited for it looks again.
 Cost: the headers of the source's files are read to look it up; a hub model is known by its revision.
 """
 
@@ -186,7 +187,23 @@ def building(key: str, on_wait: Callable[[], None] | None = None, *, where: Path
             if on_wait is not None:
                 on_wait()
             _lock(file, wait=True)
-        yield
+        if where is not None and not _is_named(file):  # its holder has finished and removed it
+            with building(key, on_wait, where=where):
+                yield
+            return
+        try:
+            yield
+        finally:
+            if where is not None:
+                Path(file.name).unlink(missing_ok=True)
+
+
+def _is_named(file: IO[str]) -> bool:
+    """Whether an open file is still the one that its name stands for."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except FileNotFoundError:
+        return False
 
 
 def set_aside(path: Path) -> None:

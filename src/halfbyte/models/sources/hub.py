@@ -6,8 +6,11 @@ Cost: two requests to find the commit and its files; a whole snapshot that is ca
 """
 
 import errno
+import logging
 import re
+import threading
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NoReturn, Self
 
@@ -16,6 +19,7 @@ from halfbyte.models.sources.checkpoint import DESCRIPTIONS, Checkpoint
 from halfbyte.models.sources.folder import PICKLE, PICKLE_INDEX, check_folder, only_pickled
 from halfbyte.models.sources.safetensors import INDEX, SINGLE, indexed_files
 
+log = logging.getLogger("halfbyte")
 HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^@\s]+))?")
 # Everything a model needs but its weights. Code is fetched because it is small; running it is another question.
 NO_WEIGHTS = ["config.json", "adapter_config.json", "*.py", *DESCRIPTIONS]
@@ -24,6 +28,42 @@ WEIGHTS = [SINGLE, INDEX, "model-*.safetensors"]
 PICKLED_WEIGHTS = [PICKLE, PICKLE_INDEX, "pytorch_model-*.bin"]
 # fnmatch's star crosses folders; what lies in one (onnx/, original/) is never read.
 SUBFOLDERS = ["*/*"]
+# How long the hub may take to answer at all: name service, proxy, connection and the first line.
+ANSWERS_S = 4.0
+_BROKEN = frozenset({"RemoteProtocolError", "ReadError", "WriteError", "CloseError"})
+
+
+class NotAtHand(SourceError):
+    """A model of the hub that is not cached, while the hub cannot be reached."""
+
+
+@cache
+def _is_out_of_reach() -> bool:
+    """Whether the hub gives no answer of any kind, asked once in a process; told in one line.
+
+    huggingface_hub tries six times over 24 seconds, and logs each. The thread bounds what a client's timeouts do not:
+    the name service, and several addresses one after another.
+    """
+    from huggingface_hub import constants, get_session
+
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=ANSWERS_S)
+        except Exception as error:  # httpx's under one of two names; a connection that breaks is worth another try
+            if type(error).__name__ not in _BROKEN:
+                return
+        answered.set()
+
+    if constants.HF_HUB_OFFLINE:
+        return True
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(ANSWERS_S)
+    if not answered.is_set():
+        log.warning("%s cannot be reached; only what is cached is used", constants.ENDPOINT)
+    return not answered.is_set()
 
 
 def fetch(model: str, *, allow_pickle: bool) -> Checkpoint:
@@ -73,7 +113,13 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        path = snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=SUBFOLDERS)
+        path = snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=SUBFOLDERS,
+            local_files_only=_is_out_of_reach(),
+        )
     # Every failure of a download ends as one of ours; what is not recognised is raised again as it is.
     except Exception as error:
         explain(error, repo, revision or "main")
@@ -86,7 +132,7 @@ def small_file(repo: str, file: str, revision: str | None) -> Path | None:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repo, file, revision=revision))
+        return Path(hf_hub_download(repo, file, revision=revision, local_files_only=_is_out_of_reach()))
     except LocalEntryNotFoundError as error:
         explain(error, repo, revision or "main")
     except EntryNotFoundError:
@@ -211,11 +257,11 @@ def _explain_not_cached(error: Exception, repo: str, revision: str, hub: str) ->
     state = "only partly" if isinstance(error, errors.IncompleteSnapshotError) else "not"
     where = f"{repo} (revision {revision}) is {state} in the cache {constants.HF_HUB_CACHE}"
     if constants.HF_HUB_OFFLINE:
-        raise SourceError(
+        raise NotAtHand(
             f"{where}, and HF_HUB_OFFLINE is set",
             fix="run once with a network and HF_HUB_OFFLINE=0, or give a local folder as the model",
         ) from error
-    raise SourceError(
+    raise NotAtHand(
         f"{hub} cannot be reached, and {where}",
         fix="check the network (HF_ENDPOINT, proxy), or give a local folder, a .gguf file or smollm2-135m as the model",
     ) from error
