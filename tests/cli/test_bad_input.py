@@ -658,6 +658,8 @@ def test_a_mistake_is_one_message(case: Case, here: Path, halfbyte: Cli) -> None
         ("train recipe.yaml --set output=done", "the run folder done exists already"),
         ("train recipe.yaml --set data.fields.prompt=question", "question"),
         ("train recipe.yaml --dry-run --set data.train=nope.jsonl", "nope.jsonl: no such file"),
+        ("train recipe.yaml", "unknown model 'model'"),
+        ("train recipe.yaml --set model=org/nope", "org/nope (revision main) is not in the cache"),
         ("train nope --resume", "nope is not a run folder"),
         ("data check nope.jsonl --model model", "nope.jsonl: no such file"),
         ("eval nope", "there is no run folder nope"),
@@ -674,7 +676,8 @@ def test_told_before_a_library_is_loaded_or_a_model_looked_for(command: str, sai
         "code = main._guard(lambda: main.app(sys.argv[1:], standalone_mode=False))\n"
         "print(code, sorted({'torch', 'transformers', 'peft', 'datasets', 'numba'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True)
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True, env=env)
     assert done.stderr.startswith("error: ") and said in done.stderr, done.stderr
     assert done.stdout == "2 []\n"
 

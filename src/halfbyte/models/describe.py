@@ -21,7 +21,7 @@ from halfbyte.types import ConfigFile, Document
 
 # Packaged models under the name of the reference that has their shape.
 ALIASES = {"gemma3-270m": "gemma-3-270m"}
-# What is added to a model's name on the hub without changing a tensor's shape: how it was tuned, its version, its context.
+# What is added to a model's name on the hub and changes no tensor's shape: how it was tuned, its version, its context.
 _SAME_SHAPE = re.compile(r"(-(hf|instruct|it|pt|chat|base|thinking|v\d+(\.\d+)?|\d+k|\d{4}))+$")
 _QUANTISED = "config.json (weights are quantised already)"  # packed codes; the architecture says what they stand for
 # The first request for a file: the header of a shard with a few hundred tensors fits.

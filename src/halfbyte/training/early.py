@@ -9,24 +9,27 @@ from pathlib import Path
 
 from halfbyte.data.reading import read
 from halfbyte.errors import DataError
+from halfbyte.models.sources import lookup
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs.folder import RunFolder
 
 
 def check(recipe: Recipe, *, resume: bool = False, writes: bool = True) -> None:
-    """Refuse a run whose folder is taken (or, to resume, is none), or whose rows are missing or have other fields.
+    """Refuse a run whose folder is taken (or, to resume, is none), whose rows are missing or have other fields, or
+    whose model is not there.
 
     Args:
         writes: False where nothing is trained, so that the folder does not matter.
 
     Raises:
-        RunError, DataError: as the run itself would say it.
+        RunError, DataError, SourceError: as the run itself would say it.
     """
     if resume:
         RunFolder.open(Path(recipe.output), need_adapter=False)
     elif writes:
         RunFolder.check_free(Path(recipe.output))
     rows(recipe)
+    lookup.look(recipe)
 
 
 def rows(recipe: Recipe) -> None:

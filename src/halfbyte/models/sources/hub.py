@@ -38,7 +38,7 @@ class NotAtHand(SourceError):
 
 
 @cache
-def _is_out_of_reach() -> bool:
+def is_out_of_reach() -> bool:
     """Whether the hub gives no answer of any kind, asked once in a process; told in one line.
 
     huggingface_hub tries six times over 24 seconds, and logs each. The thread bounds what a client's timeouts do not:
@@ -118,7 +118,7 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
             revision=revision,
             allow_patterns=patterns,
             ignore_patterns=SUBFOLDERS,
-            local_files_only=_is_out_of_reach(),
+            local_files_only=is_out_of_reach(),
         )
     # Every failure of a download ends as one of ours; what is not recognised is raised again as it is.
     except Exception as error:
@@ -132,7 +132,7 @@ def small_file(repo: str, file: str, revision: str | None) -> Path | None:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repo, file, revision=revision, local_files_only=_is_out_of_reach()))
+        return Path(hf_hub_download(repo, file, revision=revision, local_files_only=is_out_of_reach()))
     except LocalEntryNotFoundError as error:
         explain(error, repo, revision or "main")
     except EntryNotFoundError:

@@ -28,6 +28,21 @@ def find_model(recipe: Recipe) -> Checkpoint:
     return resolve(name, allow_pickle=recipe.allow_pickle)
 
 
+def look(recipe: Recipe) -> None:
+    """Find a recipe's model as far as that takes no time: nothing is converted or downloaded.
+
+    Raises:
+        SourceError: as `resolve`; it is not there.
+    """
+    name = recipe.model.strip()
+    path = Path(name).expanduser()
+    if name in packaged.PACKAGED or (path.suffix == ".gguf" and path.is_file()):
+        return
+    on_hub = hub.HUB_ID.fullmatch(name) is not None and not _looks_like_path(name) and not path.exists()
+    if not on_hub or hub.is_out_of_reach():
+        find_model(recipe)
+
+
 def resolve(model: str, *, allow_pickle: bool = False) -> Checkpoint:
     """Find, fetch or convert `model`, check it, and say where it lies.
 
