@@ -124,8 +124,19 @@ def test_duplicates(tokenizer: Any, make_data: Any) -> None:
         "warning",
         "1 row is an earlier one again (t.jsonl:3); take them out, unless they are meant to count twice",
     )
-    found = judge(tokenizer, make_data(), [GOOD[0]] * 6)["duplicates"]
+    found = judge(tokenizer, make_data(), [*[GOOD[0]] * 6, GOOD[1]])["duplicates"]
     assert found.found == "5 rows are an earlier one again (t.jsonl:2, t.jsonl:3, t.jsonl:4 and 2 more)"
+
+
+def test_rows_that_all_became_the_same_tokens(tokenizer: Any, make_data: Any) -> None:
+    found = judge(tokenizer, make_data(), [GOOD[0]] * 6)["duplicates"]
+    length = pairs(tokenizer, make_data(), GOOD[:1]).stats.max_length
+    assert (found.level, str(found)) == (
+        "refused",
+        f"all 6 rows are the same {length} tokens; check the rows and the model's tokenizer; one row once is enough "
+        "(num_train_epochs)",
+    )
+    assert judge(tokenizer, make_data(), GOOD[:1])["duplicates"].level == "ok"
 
 
 def test_empty_answers(tokenizer: Any, make_data: Any) -> None:

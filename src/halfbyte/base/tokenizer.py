@@ -8,13 +8,14 @@ from halfbyte.types import Model, Tokenizer
 
 # File names, without their ending, that any of transformers' tokenizers is read from.
 TOKENIZER_STEMS = frozenset({"tokenizer", "vocab", "spiece", "sentencepiece", "tekken"})
+BESIDE = "put the model's tokenizer.json and tokenizer_config.json beside its config.json"
 
 
 def open_tokenizer(checkpoint: Checkpoint, model: Model | None = None, *, trust_remote_code: bool = False) -> Tokenizer:
     """The checkpoint's tokenizer.
 
     Raises:
-        BaseModelError: none is there, or it knows more tokens than the embedding has rows.
+        BaseModelError: none is there, it knows no text, or it knows more tokens than the embedding has rows.
     """
     from transformers import AutoTokenizer
 
@@ -25,8 +26,15 @@ def open_tokenizer(checkpoint: Checkpoint, model: Model | None = None, *, trust_
         why = first_line(error) if there else "it has no tokenizer.json"
         raise BaseModelError(
             f"no tokenizer could be read from {checkpoint.path}: {why}",
-            fix="put the model's tokenizer.json and tokenizer_config.json beside its config.json",
+            fix=BESIDE,
         ) from error
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():  # made by transformers out of no file
+        looked_for = {"tokenizer.json", *type(tokenizer).vocab_files_names.values()}
+        raise BaseModelError(
+            f"{checkpoint.path} has no tokenizer: what is there knows not one word; looked for "
+            f"{', '.join(sorted(looked_for))}.",
+            fix=BESIDE,
+        )
     if model is not None:
         check_vocabulary(checkpoint, tokenizer, model)
     return tokenizer
