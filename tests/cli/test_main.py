@@ -423,9 +423,11 @@ def test_chat_begins_with_the_system_message(halfbyte: Cli, monkeypatch: pytest.
         heard.append([dict(m) for m in messages])
         return own(tokenizer, messages)
 
-    typed = iter(["w1", "/reset", "w2", "/quit"])
+    typed = iter(["red " * 400, "w1", "/reset", "w2", "/quit"])
     monkeypatch.setattr(show, "ask", lambda: next(typed))
     monkeypatch.setattr(generate, "chat_ids", listen)
-    assert halfbyte("chat", "done", "--system", "be brief", "--max-new-tokens", "2").code == 0
+    ended = halfbyte("chat", "done", "--system", "be brief", "--max-new-tokens", "2")
+    assert ended.code == 0 and "the model reads 256" in ended.err and "or /reset" in ended.err
+    assert heard.pop(0)[1]["content"] == "red " * 400, "what it cannot read is told, and forgotten"
     system = {"role": "system", "content": "be brief"}
     assert heard == [[system, {"role": "user", "content": "w1"}], [system, {"role": "user", "content": "w2"}]]

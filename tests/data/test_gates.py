@@ -14,12 +14,23 @@ from halfbyte.data.encoding.encoder import Encoded
 from halfbyte.data.gates import Finding
 from halfbyte.data.reading.formats import Message, Row
 from halfbyte.errors import DataError
+from halfbyte.models.context import Context
 from halfbyte.training.events import Listener
 from tests import tiny_run
 from tests.data.in_memory import encode
 
 Pair = tuple[str, str]
-GATES = ["labels", "end token", "length", "duplicates", "empty answers", "overlap", "unseen tokens", "vocabulary"]
+GATES = [
+    "labels",
+    "end token",
+    "length",
+    "context",
+    "duplicates",
+    "empty answers",
+    "overlap",
+    "unseen tokens",
+    "vocabulary",
+]
 GOOD: list[Pair] = [("Hello there", "I am fine."), ("and you", "Thank you very much")]
 
 
@@ -52,6 +63,7 @@ def test_all_is_well(tokenizer: Any, make_data: Any) -> None:
         f"{stats.labelled_tokens} of {stats.tokens} tokens are labelled ({share})",
         "among the labels of each of 2 rows",
         f"the longest row has {stats.max_length} tokens of 1,024",
+        "nothing in its config limits what the model reads at once",
         "none",
         "none",
         "none of 1 held-out rows is trained on",
@@ -118,6 +130,28 @@ def test_texts_in_blocks_have_no_length(make_byte_level: Any, make_data: Any) ->
     assert [str(f) for f in found if f.level != "ok"] == []
 
 
+def test_rows_longer_than_the_model_reads(tokenizer: Any, make_data: Any) -> None:
+    context, talk = Context(30, "max_position_embeddings 30"), [*GOOD, ("a", "word " * 50)]
+    longest = pairs(tokenizer, make_data(), talk).stats.max_length
+    found = judge(tokenizer, make_data(), talk, [("b", "word " * 40)], context=context)["context"]
+    fix = "data.max_length: 30 with data.overlong: truncate or skip"
+    fix += "; or rope scaling in config.json, where it was made for that"
+    said = "2 of 4 rows are over the 30 that the model reads (max_position_embeddings 30)"
+    assert (found.level, str(found)) == (
+        "refused",
+        f"{said}, the longest has {longest} tokens; {fix}",
+    )
+    assert judge(tokenizer, make_data(), talk, context=Context(longest, ""))["context"].level == "ok"
+
+
+@pytest.mark.parametrize(("block", "level"), [(8, "ok"), (30, "ok"), (31, "refused")])
+def test_blocks_longer_than_the_model_reads(make_byte_level: Any, make_data: Any, block: int, level: str) -> None:
+    tokenizer, data = make_byte_level(), make_data(max_length=block, packing="stream")
+    texts = encode([Row(f"t:{n}", text="word " * 50) for n in range(2)], tokenizer, data)
+    found = gates.check(texts, None, tokenizer, data, embedding_rows=10_000, context=Context(30, "why"))
+    assert next(f for f in found if f.gate == "context").level == level
+
+
 def test_duplicates(tokenizer: Any, make_data: Any) -> None:
     found = judge(tokenizer, make_data(), [*GOOD, GOOD[0]])["duplicates"]
     assert (found.level, str(found)) == (
@@ -131,11 +165,8 @@ def test_duplicates(tokenizer: Any, make_data: Any) -> None:
 def test_rows_that_all_became_the_same_tokens(tokenizer: Any, make_data: Any) -> None:
     found = judge(tokenizer, make_data(), [GOOD[0]] * 6)["duplicates"]
     length = pairs(tokenizer, make_data(), GOOD[:1]).stats.max_length
-    assert (found.level, str(found)) == (
-        "refused",
-        f"all 6 rows are the same {length} tokens; check the rows and the model's tokenizer; one row once is enough "
-        "(num_train_epochs)",
-    )
+    text = f"all 6 rows are the same {length} tokens; check the rows and the model's tokenizer"
+    assert (found.level, str(found)) == ("refused", f"{text}; one row once is enough (num_train_epochs)")
     assert judge(tokenizer, make_data(), GOOD[:1])["duplicates"].level == "ok"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from halfbyte.errors import DataError
 from halfbyte.inference.evaluate import Sample, Score
 from halfbyte.inference.generate import Sampling, chat_ids, end_of_turn_id, generate, stop_ids
 from tests import tiny, tiny_run
@@ -41,6 +42,13 @@ def test_a_stream_gives_the_same_text_in_pieces_and_leaves_the_mode_alone() -> N
     assert model.training
 
 
+def test_what_the_model_cannot_read_is_refused_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny.model("llama", vocab_size=tiny_run.VOCAB), tiny_run.tokenizer()
+    monkeypatch.setattr(model, "generate", lambda **_: pytest.fail("the model ran"))
+    with pytest.raises(DataError, match="--max-new-tokens 56"):
+        generate(model, tokenizer, [[5], [5] * 200], Sampling(max_new_tokens=57))
+
+
 def test_a_seed_repeats_what_sampling_chooses() -> None:
     model, tokenizer = tiny.model("llama", vocab_size=tiny_run.VOCAB), tiny_run.tokenizer()
     prompt = chat_ids(tokenizer, [{"role": "user", "content": "red"}])
@@ -64,5 +72,6 @@ def test_an_answer_ends_at_the_end_of_turn_and_at_the_models_own_end() -> None:
 def test_an_exact_match_looks_past_white_space_around_only() -> None:
     assert Sample("a:1", "p", "yes \n", " yes").exact
     assert not Sample("a:1", "p", "yes", "Yes").exact
-    assert Score(1.0, 2.7, 3, 0, 0, ()).exact_match == 0.0
-    assert Score(1.0, 2.7, 3, 4, 1, ()).to_json()["exact_match"] == 0.25
+    assert Score(1.0, 2.7, 3, 4, 0, ()).exact_match is None, "plain text"
+    samples = tuple(Sample(f"a:{n}", "p", "yes", "no") for n in range(4))
+    assert Score(1.0, 2.7, 3, 9, 1, samples).to_json()["exact_match"] == 0.25

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,25 @@ def test_its_scores_are_those_of_plain_peft(limit: int, world: Path, opened: Ope
     assert abs(scores["base"].loss - scores["adapter"].loss) > 0.01, "the adapter has learned something"
     for score in scores.values():
         assert score.rows == limit == len(score.samples) and score.perplexity == pytest.approx(math.exp(score.loss))
+
+
+@pytest.mark.parametrize("packing", ["rows", "stream"])
+def test_plain_text_has_a_loss_and_no_exact_match(world: Path, opened: Opened, packing: str) -> None:
+    lines = [json.dumps({"text": f"red cup {n} round box"}) for n in range(5)]
+    (world / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    data = opened.recipe.data.model_copy(update={"packing": packing})
+    texts = replace(opened, recipe=opened.recipe.model_copy(update={"data": data}))
+    score = evaluate(texts, data=world / "texts.jsonl", max_new_tokens=2)["adapter"]
+    assert score.loss > 0 and score.labelled_tokens > 5 and score.samples == () and score.exact_match is None
+
+
+def test_an_answer_goes_as_far_as_the_model_reads_and_no_row_further(world: Path, opened: Opened) -> None:
+    assert evaluate(opened, data=world / "eval.jsonl", limit=1, max_new_tokens=10_000)["adapter"].rows == 1
+    data = opened.recipe.data.model_copy(update={"max_length": 1000})
+    longer = replace(opened, recipe=opened.recipe.model_copy(update={"data": data}))
+    (world / "long.jsonl").write_text(json.dumps({"prompt": "red " * 300, "completion": "cup"}))
+    with pytest.raises(DataError, match=r"long.jsonl:1 has \d+ tokens; the model reads 256"):
+        evaluate(longer, data=world / "long.jsonl")
 
 
 def test_progress_counts_the_rows_of_each_model(world: Path, opened: Opened) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from halfbyte.cli import show
+from halfbyte.errors import HalfbyteError
 
 if TYPE_CHECKING:
     from halfbyte.inference.generate import Sampling
@@ -57,17 +59,30 @@ class Chat:
         elif line == "/base":
             asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
             if asked:
-                answer(self._opened, self.messages[: asked[-1] + 1], self._sampling, base=True)
+                with _told():
+                    answer(self._opened, self.messages[: asked[-1] + 1], self._sampling, base=True)
             else:
                 show.text("say something first")
         elif line.startswith("/"):
             show.text(f"no such command {line}; there are /base, /reset, /quit")
         elif line:
             self.messages.append({"role": "user", "content": line})
+            text: str | None = None
             try:
-                text = answer(self._opened, self.messages, self._sampling)
+                with _told():
+                    text = answer(self._opened, self.messages, self._sampling)
             except KeyboardInterrupt:
-                self.messages.pop()
                 show.text("\n(stopped)")
+            if text is None:
+                self.messages.pop()
             else:
                 self.messages.append({"role": "assistant", "content": text})
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """A conversation that has grown too long is told, and the chat goes on."""
+    try:
+        yield
+    except HalfbyteError as error:
+        show.warning(f"{error}\n  or /reset")

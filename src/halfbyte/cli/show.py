@@ -263,11 +263,17 @@ def scores(values: dict[str, Score], samples: int) -> None:
     table.add_column("")
     for name in values:
         table.add_column(name, justify="right")
-    table.add_row("completion loss", *(f"{s.loss:.4f}" for s in values.values()))
-    table.add_row("perplexity", *(f"{s.perplexity:.3f}" for s in values.values()))
-    table.add_row("exact match", *(f"{s.exact} of {s.rows} ({100 * s.exact_match:.1f}%)" for s in values.values()))
-    out.print(table)
     first = next(iter(values.values()))
+    table.add_row("completion loss" if first.samples else "loss", *(f"{s.loss:.4f}" for s in values.values()))
+    table.add_row("perplexity", *(f"{s.perplexity:.3f}" for s in values.values()))
+    matched = [
+        f"{s.exact} of {len(s.samples)} ({100 * s.exact_match:.1f}%)"
+        for s in values.values()
+        if s.exact_match is not None
+    ]
+    if matched:
+        table.add_row("exact match", *matched)
+    out.print(table)
     for i in range(min(samples, len(first.samples))):
         sample = first.samples[i]
         out.print(f"\n[bold]{escape(sample.where)}[/bold]")

@@ -17,6 +17,7 @@ from halfbyte.data.encoding.chatml import is_reserved
 from halfbyte.data.encoding.encoder import Encoded
 from halfbyte.data.reading.problems import some
 from halfbyte.errors import DataError
+from halfbyte.models.context import Context
 from halfbyte.recipe.data import Data
 from halfbyte.types import Tokenizer
 
@@ -49,12 +50,15 @@ def check(
     *,
     embedding_rows: int,
     trained: frozenset[int] = frozenset(),
+    context: Context | None = None,
 ) -> tuple[Finding, ...]:
-    """The findings of all gates. `trained`: tokens whose rows train, so that the model may meet them as new."""
+    """The findings of all gates. `trained`: tokens whose rows train, so that the model may meet them as new; `context`:
+    what it reads at once, None without a limit."""
     said = {
         "labels": _labels(train),
         "end token": _ends(train),
         "length": _length(train, data),
+        "context": _context([train, *([held_out] if held_out else [])], data, context),
         "duplicates": _duplicates(train),
         "empty answers": _empty(train),
         "overlap": _overlap(train, held_out),
@@ -103,6 +107,24 @@ def _length(train: Encoded, data: Data) -> Said:
         f"{tally.truncated:,} truncated, {tally.skipped.count:,} skipped"
     )
     return "warning", text, f"data.max_length: {tally.longest} takes them whole"
+
+
+def _context(encoded: Sequence[Encoded], data: Data, context: Context | None) -> Said:
+    lengths = np.concatenate([rows.lengths for rows in encoded])
+    if data.packing == "stream":  # blocks of that many
+        lengths = np.array([min(data.max_length, max(int(rows.lengths.sum()) for rows in encoded))])
+    if context is None:
+        return "ok", "nothing in its config limits what the model reads at once", None
+    over, longest = int((lengths > context.tokens).sum()), int(lengths.max())
+    if not over:
+        return "ok", f"the model reads {context.tokens:,} tokens at once ({context.why})", None
+    what = f"blocks of {longest:,} tokens are" if data.packing == "stream" else f"{over:,} of {len(lengths):,} rows are"
+    text = (
+        f"{what} over the {context.tokens:,} that the model reads ({context.why}), the longest has {longest:,} tokens"
+    )
+    cut = "" if data.packing == "stream" else " with data.overlong: truncate or skip"
+    fix = f"data.max_length: {context.tokens}{cut}; or rope scaling in config.json, where it was made for that"
+    return "refused", text, fix
 
 
 def _duplicates(train: Encoded) -> Said:

@@ -11,9 +11,11 @@ from pathlib import Path
 from halfbyte.data import blocks, collate, pack
 from halfbyte.data.encoding import encode
 from halfbyte.data.encoding.examples import IGNORED, Example
+from halfbyte.errors import DataError
 from halfbyte.inference.generate import Sampling, generate
 from halfbyte.inference.load import Opened
 from halfbyte.layers.loss import mean_loss
+from halfbyte.models.context import Context, context_of
 from halfbyte.plan import Rows, plan_inference
 from halfbyte.system import device
 from halfbyte.training import early
@@ -34,7 +36,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Score:
-    """`exact_match` is the share of generated rows equal to their reference up to surrounding white space."""
+    """`exact_match` is the share of `samples`, the rows that ask for an answer, equal to their reference up to
+    surrounding white space; None where no row asks, as in plain text."""
 
     loss: float
     perplexity: float
@@ -44,8 +47,8 @@ class Score:
     samples: tuple[Sample, ...]
 
     @property
-    def exact_match(self) -> float:
-        return self.exact / self.rows if self.rows else 0.0
+    def exact_match(self) -> float | None:
+        return self.exact / len(self.samples) if self.samples else None
 
     def to_json(self) -> Document:
         return {**asdict(self), "exact_match": self.exact_match}
@@ -70,12 +73,20 @@ def evaluate(
     examples = encoded.examples[:limit]
     lengths = [len(e.input_ids) for e in examples]
     labelled = [sum(label != IGNORED for label in e.labels) for e in examples]
+    asking = [e for e in examples if e.completion]  # a plain text asks nothing
+    context = context_of(opened.model.config)
+    if context is not None and max(lengths) > context.tokens:
+        longest = max(examples, key=lambda e: len(e.input_ids))
+        raise DataError(
+            f"{longest.where} has {len(longest.input_ids):,} tokens; the model reads {context.tokens:,} ({context.why}).",
+            fix="shorter rows",
+        )
     plan = plan_inference(  # the base stays where it is
         replace(opened.job, rows=Rows(lengths, labelled, lengths)),
         opened.machine,
         opened.trained,
         placement=opened.plan.placement,
-        generated_tokens=max((len(e.prompt_ids) for e in examples), default=0) + max_new_tokens,
+        generated_tokens=max((len(e.prompt_ids) for e in asking), default=0) + max_new_tokens,
     )
     most = recipe.train.per_device_eval_batch_size if opened.job.packed else 1
     batches = collate.Batches(examples, pack.eval_micro_batches(lengths, plan.max_tokens_per_micro_batch, most))
@@ -83,26 +94,32 @@ def evaluate(
     for name in ("base", "adapter") if with_base else ("adapter",):
         with opened.using(base=name == "base"):
             loss = mean_loss(opened.model, batches)
-            outputs = _written(opened, examples, max_new_tokens, plan.sequences, progress)
+            outputs = _written(opened, asking, context, max_new_tokens, plan.sequences, progress)
         samples = tuple(
             Sample(e.where, opened.tokenizer.decode(e.prompt_ids, skip_special_tokens=True), e.completion, output)
-            for e, output in zip(examples, outputs, strict=True)
+            for e, output in zip(asking, outputs, strict=True)
         )
         exact, tokens = sum(s.exact for s in samples), int(loss["labelled_tokens"])
-        scores[name] = Score(loss["loss"], loss["perplexity"], tokens, len(samples), exact, samples)
+        scores[name] = Score(loss["loss"], loss["perplexity"], tokens, len(examples), exact, samples)
     return scores
 
 
 def _written(
-    opened: Opened, examples: Sequence[Example], max_new_tokens: int, at_once: int, progress: Callable[[int, int], None]
+    opened: Opened,
+    examples: Sequence[Example],
+    context: Context | None,
+    max_new_tokens: int,
+    at_once: int,
+    progress: Callable[[int, int], None],
 ) -> list[str]:
-    """What the model writes for each row; generated from short to long, so that a batch pads little."""
+    """What the model writes for each row, as far as it reads; from short to long, so that a batch pads little."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
     outputs: dict[int, str] = {}
     for start in range(0, len(order), at_once):
         chunk = order[start : start + at_once]
         prompts = [examples[i].prompt_ids for i in chunk]
-        texts = generate(opened.model, opened.tokenizer, prompts, Sampling(max_new_tokens))
+        room = max_new_tokens if context is None else max(1, context.tokens - max(map(len, prompts)))
+        texts = generate(opened.model, opened.tokenizer, prompts, Sampling(min(max_new_tokens, room)))
         outputs.update(zip(chunk, texts, strict=True))
         progress(len(outputs), len(order))
     return [outputs[i] for i in range(len(examples))]

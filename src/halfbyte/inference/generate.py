@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import TextStreamer
 
+from halfbyte.models.context import context_of
 from halfbyte.types import Document, Model, Tokenizer
 
 
@@ -68,10 +69,16 @@ def generate(
     *,
     emit: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """Continue each prompt (token ids). With `emit`, one prompt only: new text is passed on as it comes."""
+    """Continue each prompt (token ids). With `emit`, one prompt only: new text is passed on as it comes.
+
+    Raises:
+        DataError: prompt and answer are longer than what the model reads at once.
+    """
+    width = max(len(p) for p in prompts)
+    if (context := context_of(model.config)) is not None:
+        context.check(width, sampling.max_new_tokens)
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    width = max(len(p) for p in prompts)
     ids = torch.full((len(prompts), width), pad, device=device)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):

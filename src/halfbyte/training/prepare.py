@@ -13,6 +13,7 @@ from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.data import blocks, gates
 from halfbyte.data.encoding import chatml, encode
 from halfbyte.data.encoding.encoder import Encoded
+from halfbyte.models.context import context_of
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.recipe.schema import Recipe
@@ -60,7 +61,9 @@ def look(recipe: Recipe) -> Prepared:
     train = encode.encode(data.train, tokenizer, data, cores=cores)
     evaluation = encode.encode(data.eval, tokenizer, data, cores=cores) if data.eval else None
     trained = frozenset(recipe.lora.trainable_token_indices or ())
-    findings = gates.check(train, evaluation, tokenizer, recipe.data, embedding_rows=rows, trained=trained)
+    findings = gates.check(
+        train, evaluation, tokenizer, recipe.data, embedding_rows=rows, trained=trained, context=context_of(config)
+    )
     if data.packing == "stream":
         train = blocks.stream(train, data.max_length)
         evaluation = blocks.stream(evaluation, data.max_length) if evaluation is not None else None

@@ -363,6 +363,25 @@ def test_a_template_that_leaves_the_assistant_out(make_byte_level: Any, make_dat
         encode([chat(*TALK)], make_byte_level(template), make_data())
 
 
+@pytest.mark.parametrize("mask", ["completion", "assistant", "all"])
+@pytest.mark.parametrize("train", [True, False])
+def test_a_template_that_leaves_tool_calls_out(
+    make_byte_level: Any, make_data: Any, templates: Any, mask: str, train: bool
+) -> None:
+    """An empty turn would stand where the model called a tool."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    talk = (
+        Message("user", "1 + 2?"), Message("assistant", "", train, {"tool_calls": [call]}), Message("tool", "3"),
+        Message("assistant", "It is 3."),
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"messages\[1\]: the chat template does not write the tool calls"):
+        encode([Row("t.jsonl:1", talk)], make_byte_level(templates.chatml), make_data(mask=mask))
+    writes = templates.chatml.replace(
+        "+ m['content'] +", "+ m['content'] + m['tool_calls'] | default('', true) | string +"
+    )
+    assert len(encode([Row("t.jsonl:1", talk)], make_byte_level(writes), make_data(mask=mask)).examples) == 1
+
+
 def test_messages_without_a_template(make_byte_level: Any, make_data: Any) -> None:
     with pytest.raises(DataError, match="the rows are messages, and this tokenizer has no chat template"):
         encode([chat(*TALK)], make_byte_level(), make_data())

@@ -44,7 +44,7 @@ class Example:
     prompt_ids: tuple[int, ...]
     """What generation starts from to answer this row."""
     completion: str
-    """The reference answer: the last assistant text."""
+    """The reference answer: the last assistant text; empty for plain text."""
     starts: tuple[int, ...] = (0,)
     """Where each text begins; attention does not cross it. Only a block of several texts has more than one."""
 

@@ -28,6 +28,7 @@ from halfbyte.types import Document, Tokenizer
 
 _TAIL_CHARS = 8  # characters of a prompt's end that are searched for, where the template rewrites what came before
 _PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text holds and no template strips
+_UNWRITTEN = "messages[{i}]: the chat template does not write the {what} of this assistant message"
 _ASKED, _SAID = Message("user", "a"), Message("assistant", chr(_PRIVATE_USE[0]))
 
 
@@ -42,6 +43,7 @@ class Rendered:
     prompt: str
     """What generation starts from; nearly always `text` up to the last assistant turn."""
     completion: str
+    """The reference answer; empty for plain text, which asks nothing."""
     ends: bool
     """Whether an end of text must be appended: the text has no end-of-turn token of its own."""
     opens: bool = False
@@ -85,7 +87,7 @@ class Renderer:
         self._tools = row.tools
         if row.text is not None:
             self._count_special((row.text,))
-            return Rendered(row.where, row.text, ((0, len(row.text)),), "", row.text, ends=True, opens=True)
+            return Rendered(row.where, row.text, ((0, len(row.text)),), "", "", ends=True, opens=True)
         if row.messages is not None:
             if self._template is None:
                 raise DataError(
@@ -124,8 +126,17 @@ class Renderer:
             spans.append((start, end))
         if any(a[1] > b[0] for a, b in itertools.pairwise(spans)):
             raise Refused("the chat template does not write the messages in their order")
+        for i in set(range(last)) - {i for i, m in enumerate(messages) if self._mask == "assistant" and m.train}:
+            self._check_calls(messages, i)
         self._notice(text, messages, spans)
         return Rendered(where, text, tuple(spans), prompt, messages[last].content, ends=not ending)
+
+    def _check_calls(self, messages: tuple[Message, ...], i: int) -> None:
+        """Refuse a turn whose tool calls the template leaves out: an empty turn would stand in their place."""
+        if "tool_calls" in messages[i].more:
+            changed, mark = _other(messages[i])
+            if mark not in self._apply((*messages[:i], changed, *messages[i + 1 :])):
+                raise Refused(_UNWRITTEN.format(i=i, what="tool calls"))
 
     def _earlier(self, text: str, messages: tuple[Message, ...], i: int, *, ends: bool) -> tuple[int, int]:
         """The span of a turn before the last one. `ends`: a token ends the last turn, so one ends this turn too."""
@@ -162,7 +173,7 @@ class Renderer:
         stop = len(text) - common_length(text[start:][::-1], changed[start:][::-1])
         if mark not in changed:
             what = "tool calls" if "tool_calls" in message.more else "text"
-            raise Refused(f"messages[{i}]: the chat template does not write the {what} of this assistant message")
+            raise Refused(_UNWRITTEN.format(i=i, what=what))
 
         # Between prompt and text: white space, or an empty block of thoughts. The model writes that too.
         if follows and len(prompt) <= start:

@@ -1,0 +1,58 @@
+"""What a model reads at once: positions of the config, rope scaling, and no limit where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from halfbyte.errors import DataError
+from halfbyte.models.context import context_of
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "tokens", "said"),
+    [
+        ("llama", {}, 256, "max_position_embeddings 256, no rope scaling"),
+        ("gpt2", {}, 256, "max_position_embeddings 256"),
+        ("gemma3", {}, 256, "max_position_embeddings 256, no rope scaling"),
+        ("bloom", {}, None, ""),
+        ("falcon", {"alibi": True}, None, ""),
+        ("llama", {"rope_type": "linear", "factor": 4.0}, 1024, "rope scaling linear: 256 x 4"),
+        ("llama", {"rope_type": "dynamic", "factor": 2.0}, 512, "rope scaling dynamic: 256 x 2"),
+        (
+            "llama",
+            {"rope_type": "yarn", "factor": 2.5, "original_max_position_embeddings": 256},
+            640,
+            "rope scaling yarn: 256 x 2.5",
+        ),
+        (
+            "llama",
+            {
+                "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
+            256,
+            "max_position_embeddings 256, with rope scaling llama3",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_config_says(name: str, changes: dict[str, Any], tokens: int | None, said: str) -> None:
+    found = context_of(tiny.config(name, changes={"rope_scaling": changes} if "rope_type" in changes else changes))
+    if tokens is None:
+        assert found is None
+    else:
+        assert found is not None and (found.tokens, found.why) == (tokens, said)
+
+
+def test_a_prompt_and_its_answer_must_fit() -> None:
+    context = context_of(tiny.config("llama"))
+    assert context is not None
+    context.check(200, 56)
+    with pytest.raises(
+        DataError, match=r"(?s)200 tokens and the answer up to 57; the model reads 256 .*max-new-tokens 56"
+    ):
+        context.check(200, 57)
+    with pytest.raises(DataError, match="a prompt of fewer than 256 tokens"):
+        context.check(256, 1)
