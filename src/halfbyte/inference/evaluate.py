@@ -77,8 +77,9 @@ def evaluate(
     context = context_of(opened.model.config)
     if context is not None and max(lengths) > context.tokens:
         longest = max(examples, key=lambda e: len(e.input_ids))
+        reads = f"the model reads {context.tokens:,} ({context.why})"
         raise DataError(
-            f"{longest.where} has {len(longest.input_ids):,} tokens; the model reads {context.tokens:,} ({context.why}).",
+            f"{longest.where} has {len(longest.input_ids):,} tokens; {reads}.",
             fix="shorter rows",
         )
     plan = plan_inference(  # the base stays where it is

@@ -377,7 +377,7 @@ def test_a_template_that_leaves_tool_calls_out(
     with pytest.raises(DataError, match=r"messages\[1\]: the chat template does not write the tool calls"):
         encode([Row("t.jsonl:1", talk)], make_byte_level(templates.chatml), make_data(mask=mask))
     writes = templates.chatml.replace(
-        "+ m['content'] +", "+ m['content'] + m['tool_calls'] | default('', true) | string +"
+        "+ m['content'] +", "+ m['content'] + m['tool_calls'] | default('', true) | tojson +"
     )
     assert len(encode([Row("t.jsonl:1", talk)], make_byte_level(writes), make_data(mask=mask)).examples) == 1
 

@@ -111,6 +111,8 @@ class Renderer:
     def _chat(self, where: str, messages: tuple[Message, ...]) -> Rendered:
         last = len(messages) - 1
         text = self._apply(messages)
+        for i in range(last):
+            self._check_calls(text, messages, i)
         start, stop, prompt = self._turn(text, messages, last)
         ending = self._endings.search(text, stop) or self._added.search(text, stop)
         end = ending.end() if ending else stop
@@ -126,16 +128,14 @@ class Renderer:
             spans.append((start, end))
         if any(a[1] > b[0] for a, b in itertools.pairwise(spans)):
             raise Refused("the chat template does not write the messages in their order")
-        for i in set(range(last)) - {i for i, m in enumerate(messages) if self._mask == "assistant" and m.train}:
-            self._check_calls(messages, i)
         self._notice(text, messages, spans)
         return Rendered(where, text, tuple(spans), prompt, messages[last].content, ends=not ending)
 
-    def _check_calls(self, messages: tuple[Message, ...], i: int) -> None:
+    def _check_calls(self, text: str, messages: tuple[Message, ...], i: int) -> None:
         """Refuse a turn whose tool calls the template leaves out: an empty turn would stand in their place."""
         if "tool_calls" in messages[i].more:
-            changed, mark = _other(messages[i])
-            if mark not in self._apply((*messages[:i], changed, *messages[i + 1 :])):
+            changed, _ = _other(messages[i])
+            if self._apply((*messages[:i], changed, *messages[i + 1 :])) == text:
                 raise Refused(_UNWRITTEN.format(i=i, what="tool calls"))
 
     def _earlier(self, text: str, messages: tuple[Message, ...], i: int, *, ends: bool) -> tuple[int, int]:
