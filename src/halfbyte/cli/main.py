@@ -77,8 +77,8 @@ def train(
     loaded = command.to_resume(recipe) if resume else command.to_train(recipe, data, overrides)
     early.check(loaded.recipe, resume=resume, writes=not dry_run)
     if dry_run:
-        libraries.quiet()
-        from halfbyte.training import preview
+        with libraries.loading():
+            from halfbyte.training import preview
 
         resolution = preview.resolve(loaded)
         show.document(resolution.to_json()) if json_ else show_plan.resolution(resolution)
@@ -88,8 +88,8 @@ def train(
     if loaded.path is None and not (json_ or quiet):
         show.text("No recipe given; this one is used:\n\n" + to_yaml(loaded.recipe))
     with show.progress(quiet=quiet, silent=json_) as listener:
-        libraries.quiet()
-        from halfbyte import finetune
+        with libraries.loading():
+            from halfbyte import finetune
 
         outcome = finetune.train(loaded, resume=resume, listener=listener)
     if outcome.stopped_by is not None:
@@ -137,8 +137,8 @@ def doctor(
     from halfbyte.recipe.command import recipe_or_model
 
     recipe = recipe_or_model(model, set_).recipe if model else None
-    libraries.quiet()
-    from halfbyte import doctor
+    with libraries.loading():
+        from halfbyte import doctor
 
     diagnosis = doctor.examine(recipe, tell=(lambda text: None) if json_ else show.aside)
     show.document(diagnosis.to_json()) if json_ else show_doctor.diagnosis(diagnosis)
@@ -241,8 +241,8 @@ def quantize(
 
     recipe = recipe_or_model(model, set_).recipe
     with show.quantizing(silent=json_ or quiet) as tell:
-        libraries.quiet()
-        from halfbyte.base.quantize import quantize as build
+        with libraries.loading():
+            from halfbyte.base.quantize import quantize as build
 
         built = build(recipe, out=out, tell=tell)
     show.document(built.to_json()) if json_ else show.built(built)
@@ -265,8 +265,8 @@ def check(
     from halfbyte.training import early
 
     early.check(loaded.recipe, writes=False)
-    libraries.quiet()
-    from halfbyte.training import preview
+    with libraries.loading():
+        from halfbyte.training import preview
 
     checked = preview.check(loaded, row=row)
     show.document(checked.to_json()) if json_ else show_data.checked(checked)
@@ -288,8 +288,8 @@ def _open(run: Path, *, silent: bool) -> Opened:
 
     RunFolder.open(run)
     with show.waiting("opening base and adapter", silent=silent) as tell:
-        libraries.quiet()
-        from halfbyte.inference import load
+        with libraries.loading():
+            from halfbyte.inference import load
 
         return load.open_run(run, tell)
 
