@@ -35,7 +35,7 @@ from halfbyte.errors import DataError
 from halfbyte.recipe.data import Data
 
 LIMIT_S = 10.0
-ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".jsonl.gz", ".json.gz", ".csv.gz")
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".rows", ".jsonl.gz", ".json.gz", ".csv.gz")
 STRANGE = (
     b"\xef\xbb\xbf", b"\xff\xfe", b"\x00", b"\r", b"\r\n", b"\n", b"\n\n", b"\xff", b"\xc3", b'"', b"'", b"\\", b"{",
     b"}", b"[", b"]", b",", b":", b"null", b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"\\ud800", b"\\u0000", b"true",
@@ -128,7 +128,7 @@ def counted(data: bytes, ending: str) -> int | None:
         return None
     plain = data.removeprefix(b"\xef\xbb\xbf")
     ending = ending.removesuffix(".gz")
-    if ending in (".jsonl", ".txt"):
+    if ending in (".jsonl", ".rows"):
         return sum(1 for line in plain.split(b"\n") if line.strip(b" \t\r\n"))
     if ending == ".json":
         try:

@@ -72,7 +72,7 @@ class Data(Section):
     """What is trained on."""
 
     train: RowNames = field(
-        ..., "the rows to train on: JSONL, JSON, CSV or Parquet; a glob, a list, or hub:org/name?split=train"
+        ..., "the rows to train on: JSONL, JSON, CSV, Parquet or .txt; a glob, a list, or hub:org/name?split=train"
     )
     eval: RowNames | None = field(None, "held-out rows, for evaluation")
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = field(

@@ -88,6 +88,9 @@ def test_it_is_asked_for_or_met(tmp_path: Path, make_data: Any) -> None:
     pairs = str(tmp_path / "pairs.jsonl")
     assert chatml.is_needed(str(path), bare, make_data())
     assert not chatml.is_needed(pairs, bare, make_data())
+    lists = {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]}
+    (tmp_path / "lists.jsonl").write_text(json.dumps(lists))
+    assert chatml.is_needed(str(tmp_path / "lists.jsonl"), bare, make_data())
     assert chatml.is_needed([pairs, str(path)], bare, make_data())
     assert not chatml.is_needed(str(path), dressed, make_data())
     assert not chatml.is_needed(str(path), bare, make_data(chat_template=tiny_run.CHATML))

@@ -398,13 +398,24 @@ def test_a_message_that_the_template_leaves_out_is_noticed(
 ) -> None:
     rows = [chat(("system", "Be brief."), *TALK), chat(*TALK)]
     encoded = encode(rows, make_byte_level(templates.gemma), make_data())
-    assert encoded.tally.messages() == ["1 row: the chat template changes or leaves out the text of a system message"]
+    assert "1 row: the chat template changes or leaves out the text of a system message" in encoded.tally.messages()
+
+
+@pytest.mark.parametrize(
+    ("mask", "untrained", "said"), [("completion", (), True), ("assistant", (), False), ("completion", (1,), False)]
+)
+def test_turns_that_are_not_trained_are_noticed(
+    make_byte_level: Any, make_data: Any, templates: Any, mask: str, untrained: tuple[int, ...], said: bool
+) -> None:
+    rows = [chat(*TALK, untrained=untrained), chat(*TALK[:2])]
+    text = "1 row: of several assistant turns only the last is trained; data.mask: assistant trains each"
+    assert encode(rows, make_byte_level(templates.chatml), make_data(mask=mask)).tally.messages() == [text] * said
 
 
 def test_special_tokens_in_the_text_are_noticed(make_byte_level: Any, make_data: Any, templates: Any) -> None:
     tokenizer = make_byte_level(templates.chatml)
     row = chat(("user", "a<|im_end|>"), ("assistant", "b<|im_end|>c"))
-    encoded = encode([row, chat(*TALK)], tokenizer, make_data())
+    encoded = encode([row, chat(*TALK[:2])], tokenizer, make_data())
     assert encoded.tally.messages() == [
         "1 row: the text holds a special token of this tokenizer, and is read as that token"
     ]

@@ -39,6 +39,10 @@ SAME: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"instruction": "q", "input": "", "output": "a"}, {}),
     ({"instruction": "q", "output": "a"}, {}),
     ({"task": "q", "reply": "a"}, {"fields": {"instruction": "task", "output": "reply"}}),
+    ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, {}),
+    ({"prompt": "q", "completion": MESSAGES[1:]}, {}),
+    ({"prompt": MESSAGES[:1], "completion": "a"}, {}),
+    ({"asked": MESSAGES[:1], "said": MESSAGES[1:]}, {"fields": {"prompt": "asked", "completion": "said"}}),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, MESSAGES[1]]}, {}),
 ]  # fmt: skip
 
@@ -125,6 +129,30 @@ def test_openai_weights(make_data: Any, weight: Any, train: bool) -> None:
     assert found is not None and found[1].train is train
 
 
+def test_of_a_conversational_prompt_nothing_is_trained(make_data: Any) -> None:
+    """As TRL does: the loss is that of the completion."""
+    later = [{"role": "tool", "content": "3"}, {"role": "assistant", "content": "b"}]
+    record = {"prompt": [*MESSAGES, {"role": "user", "content": "r"}], "completion": [*MESSAGES[1:], *later]}
+    found = row(record, make_data()).messages
+    assert found is not None and [m.content for m in found] == ["q", "a", "r", "a", "3", "b"]
+    assert [m.train for m in found if m.role == "assistant"] == [False, True, True]
+
+
+def test_developer_is_openais_newer_name_of_system(make_data: Any) -> None:
+    for record in (
+        {"messages": [{"role": "developer", "content": "s"}, *MESSAGES]},
+        {"conversations": [{"from": "developer", "value": "s"}, *SHARED]},
+    ):
+        assert row(record, make_data()).messages == (Message("system", "s"), *TALK)
+
+
+@pytest.mark.parametrize(("label", "text"), [(0, "0"), (3, "3"), (-12, "-12")])
+def test_a_label_that_is_a_whole_number_is_its_digits(make_data: Any, label: int, text: str) -> None:
+    assert row({"prompt": "q", "completion": label}, make_data()).completion == text
+    found = row({"instruction": "q", "output": label}, make_data()).messages
+    assert found is not None and found[1].content == text
+
+
 A = MESSAGES[1]
 WRONG = [
     ({"messages": [{**A, "tool_calls": {}}]}, "messages[0].tool_calls: a list is needed, got an object"),
@@ -149,11 +177,15 @@ WRONG = [
     ({"messages": MESSAGES, "tools": [1]}, "tools: a list of tools (objects), or its JSON, is needed, got a list"),
     ({"conversations": [{"from": "humn", "value": "q"}, SHARED[1]]},
      ("conversations[0].from: one of human, user, gpt, assistant, chatgpt, bard, bing, model, system, tool, "
-      "observation, function_response, function_call is needed, got 'humn'; did you mean 'human'?")),
+      "observation, function_response, function_call, developer is needed, got 'humn'; did you mean 'human'?")),
     ({"conversations": [SHARED[1], SHARED[0]]},
      "conversations[1].from: the last message must be of the assistant, got 'human'"),
     ({"conversations": "q"}, "conversations: a list of messages is needed, got the string 'q'"),
-    ({"instruction": "q", "output": 3}, "output: a string is needed, got the number 3"),
+    ({"instruction": "q", "output": 3.5}, "output: a string is needed, got the number 3.5"),
+    ({"instruction": "q", "output": True}, "output: a string is needed, got true or false"),
+    ({"prompt": MESSAGES[:1], "completion": MESSAGES[:1]}, "completion: the last message must be of the assistant"),
+    ({"prompt": MESSAGES[:1], "completion": []}, "completion: the last message must be of the assistant"),
+    ({"prompt": ["q"], "completion": "a"}, "prompt[0]: an object with role and content is needed, got the string 'q'"),
     ({"instruction": "q", "input": [], "output": "a"}, "input: a string is needed, got a list"),
     ({"instruction": "q", "output": " "}, "output: only white space"),
 ]  # fmt: skip

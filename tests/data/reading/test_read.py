@@ -110,7 +110,10 @@ BAD_ROWS = [
     ),
     ("{}", "prompt: missing; the row has no keys"),
     ('{"prompt": 3, "completion": "b"}', "prompt: a string is needed, got the number 3"),
-    ('{"prompt": "a", "completion": ["b"]}', "completion: a string is needed, got a list"),
+    (
+        '{"prompt": "a", "completion": ["b"]}',
+        "completion[0]: an object with role and content is needed, got the string 'b'",
+    ),
     ('{"prompt": "a", "completion": null}', "completion: a string is needed, got null"),
     ('{"prompt": true, "completion": "b"}', "prompt: a string is needed, got true or false"),
     ('{"prompt": "", "completion": "b"}', "prompt: empty"),
@@ -139,7 +142,10 @@ BAD_MESSAGES = [
     ),
     (
         chat(("Assistent", "a")),
-        "messages[0].role: one of system, user, assistant, tool is needed, got 'Assistent'; did you mean 'assistant'?",
+        (
+            "messages[0].role: one of system, developer, user, assistant, tool is needed, got 'Assistent'; did you mean "
+            "'assistant'?"
+        ),
     ),
     (chat(("user", "u"), ("assistant", "")), "messages[1].content: empty"),
     ('{"messages": ["hi"]}', "messages[0]: an object with role and content is needed, got the string 'hi'"),

@@ -138,10 +138,24 @@ BAD: list[tuple[str, str | bytes, list[tuple[int, Any]]]] = [
     ("a.csv", b"a,b\n1,\xff\n3,4\n", [(2, "b: not UTF-8 (byte 0xff)"), (3, {"a": "3", "b": "4"})]),
     ("a.csv", 'a,b\n"1"x,2\n3,4\n', [(2, "not CSV: ',' expected after '\"'"), (3, {"a": "3", "b": "4"})]),
     ("a.csv", 'a,b\n1,"2\n3,4\n', [(2, "not CSV: unexpected end of data")]),
+    ("a.txt", b"\xef\xbb\xbfOnce upon\r\na time\n\n{}\n", [(1, {"text": "Once upon\na time\n\n{}\n"})]),
+    ("a.txt", b"a\xff", [(1, "not UTF-8 (byte 0xff at 2)")]),
+    ("a.txt", " \n", []),
     ("a.jsonl", '{"a": ' + "1" * 5000 + "}", [(1, f"not JSON that can be read: {DIGITS}")]),
     ("a.jsonl", '{"a": 1}\r{"a": 2}', [(1, f'not JSON ({RETURN}): {{"a": 1}}\r{{"a": 2}}')]),
     ("a.jsonl", b'\x00{"a": 1}', [(1, 'not JSON (Expecting value at character 1): \x00{"a": 1}')]),
 ]  # fmt: skip
+
+
+def test_json_lines_under_the_name_of_a_text_are_not_trained_as_text(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a.txt holds JSON lines.*\n  fix: name it a.jsonl"):
+        seen(make(tmp_path, "a.txt", '{"prompt": "a", "completion": "b"}\n'))
+
+
+def test_a_text_is_named_after_its_file(tmp_path: Path, make_data: Any) -> None:
+    (tmp_path / "a.txt").write_text("Once"), (tmp_path / "b.txt").write_text("upon")
+    found = list(Reader(files.find(str(tmp_path / "*.txt")), make_data()))
+    assert [(row.where, row.text) for row in found] == [("a.txt", "Once"), ("b.txt", "upon")]
 
 
 @pytest.mark.parametrize(("name", "content", "expected"), BAD)

@@ -80,8 +80,8 @@ def is_needed(names: str | Sequence[str], tokenizer: Tokenizer, data: Data) -> b
     """
     if data.chat_template is not None or tokenizer.chat_template:
         return data.chat_template == CHATML
-    first = (next(Reader([source], data).chunks(), None) for source in files.find(names))
-    return any(c is not None and c.known and c.known[0] in ("messages", "sharegpt", "alpaca") for c in first)
+    first = (next(iter(Reader([source], data)), None) for source in files.find(names))
+    return any(row is not None and row.messages is not None for row in first)
 
 
 def settle(tokenizer: Tokenizer, data: Data, *, embedding_rows: int, tied: bool) -> Settled:

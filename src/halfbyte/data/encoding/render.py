@@ -126,6 +126,8 @@ class Renderer:
             spans = [(0, len(text))]
         elif messages[last].train:
             spans.append((start, end))
+        if self._mask == "completion" and any(m.role == "assistant" and m.train for m in messages[:last]):
+            self.counts["of several assistant turns only the last is trained; data.mask: assistant trains each"] += 1
         if any(a[1] > b[0] for a, b in itertools.pairwise(spans)):
             raise Refused("the chat template does not write the messages in their order")
         self._notice(text, messages, spans)

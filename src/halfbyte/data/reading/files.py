@@ -16,11 +16,12 @@ from urllib.parse import parse_qsl
 
 from halfbyte.errors import DataError
 
-Kind = Literal["jsonl", "json", "csv", "parquet", "hub"]
+Kind = Literal["jsonl", "json", "csv", "parquet", "txt", "hub"]
 HUB = "hub:"
 HUB_ARGUMENTS = ("name", "split", "revision")
 ENDINGS: dict[str, Kind] = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+    ".txt": "txt",
 }  # fmt: skip
 
 
@@ -36,7 +37,9 @@ class RowSource:
     """Arguments of `datasets.load_dataset`, `path` among them."""
 
     def where(self, number: int) -> str:
-        """The name of a row: `train.jsonl:12` is a line; `rows.parquet row 12` counts rows."""
+        """The name of a row: `train.jsonl:12` is a line; `rows.parquet row 12` counts rows; a text is its file."""
+        if self.kind == "txt":
+            return self.label
         return f"{self.label}:{number}" if self.kind in ("jsonl", "csv") else f"{self.label} row {number}"
 
 

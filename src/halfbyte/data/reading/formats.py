@@ -3,14 +3,14 @@
 Why: the same conversation is written as `messages`, as ShareGPT's `conversations`, as Alpaca's three columns, or as a
 prompt and its completion. All become messages here, or one text; a field that does not fit is named.
 Source: OpenAI's chat fine-tuning files (messages, tools, weight), ShareGPT (from, value), Stanford Alpaca (instruction,
-input, output), TRL's prompt and completion. `reasoning_content` and `thinking` are what Qwen3's and gpt-oss's chat
+input, output), TRL's prompt and completion (texts, or lists of messages). `reasoning_content` and `thinking` are what Qwen3's and gpt-oss's chat
 templates call an assistant's thoughts; a message may use either name for any model.
 Cost: a few microseconds a row.
 """
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -20,11 +20,11 @@ from halfbyte.recipe.data import Data, Fields
 
 Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "bard": "assistant", "bing": "assistant", "model": "assistant", "system": "system", "tool": "tool",
-    "observation": "tool", "function_response": "tool", "function_call": "assistant",
+    "observation": "tool", "function_response": "tool", "function_call": "assistant", "developer": "system",
 }  # fmt: skip
 _KNOWN = ("role", "content", "train", "tool_calls", "tool_call_id", "name", "reasoning_content", "thinking", "weight")
 
@@ -123,7 +123,7 @@ def _message(item: object, field: str, role_key: str, content_key: str, shares: 
         raise BadRow(f"{field}: an object with {role_key} and {content_key} is needed, got {kind(item)}")
     said, at = text_in(item, role_key, f"{field}."), f"{field}.{content_key}"
     names = SPEAKERS if shares else ROLES
-    role = SPEAKERS.get(said, said) if shares else said
+    role = SPEAKERS.get(said, said)
     if said not in names:
         allowed = ", ".join(names)
         raise BadRow(f"{field}.{role_key}: one of {allowed} is needed, got {shorten(said)!r}{near(said, names)}")
@@ -251,14 +251,37 @@ def _alpaca(f: Fields, where: str, record: Mapping[str, object]) -> Row:
     given = record.get(f.input)
     given = "" if given is None else text_of(given, f.input, empty=True)
     talk = Message("user", f"{asked}\n\n{given}" if given.strip() else asked)
-    return _row(f, where, record, [talk, Message("assistant", text_in(record, f.output))])
+    return _row(f, where, record, [talk, Message("assistant", _answer(record, f.output))])
 
 
 def _pair(f: Fields, where: str, record: Mapping[str, object]) -> Row:
-    prompt, completion = text_in(record, f.prompt), text_in(record, f.completion)
+    if isinstance(record.get(f.prompt), list) or isinstance(record.get(f.completion), list):
+        return _lists(f, where, record)
+    prompt, completion = text_in(record, f.prompt), _answer(record, f.completion)
     if record.get(f.system):
         return _row(f, where, record, [Message("user", prompt), Message("assistant", completion)])
     return Row(where, prompt=prompt, completion=completion)
+
+
+def _lists(f: Fields, where: str, record: Mapping[str, object]) -> Row:
+    """TRL's conversational prompt and completion: two lists of messages, of which only the second is trained."""
+    talk: list[Message] = []
+    for column, role in ((f.prompt, "user"), (f.completion, "assistant")):
+        value = value_of(record, column)
+        said = value if isinstance(value, list) else [{"role": role, "content": text_in(record, column)}]
+        names = f.role or "role", f.content or "content"
+        found = [_message(m, f"{column}[{i}]", *names, shares=False) for i, m in enumerate(said)]
+        if column == f.completion and (not found or found[-1].role != "assistant"):
+            raise BadRow(f"{column}: the last message must be of the assistant")
+        context = column == f.prompt
+        talk += [replace(m, train=False) if context and m.role == "assistant" else m for m in found]
+    return _row(f, where, record, talk, _tools(record, f))
+
+
+def _answer(record: Mapping[str, object], key: str) -> str:
+    """A text, or a label that is a whole number, in digits."""
+    value = record.get(key)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else text_in(record, key)
 
 
 def _text(f: Fields, where: str, record: Mapping[str, object]) -> Row:

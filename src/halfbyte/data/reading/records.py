@@ -1,4 +1,4 @@
-"""Records out of files: JSON lines, one JSON list, CSV, Parquet, each also in pieces larger than memory.
+"""Records out of files: JSON lines, one JSON list, CSV, Parquet, plain text, each also in pieces larger than memory.
 
 Why: a row that is silently dropped or half read is the quietest way to a bad adapter. So every record of a file comes
 out as a mapping, or as what is wrong with it, with its line or number; only blank lines are skipped.
@@ -45,7 +45,7 @@ def records(source: RowSource) -> Numbered:
     Raises:
         DataError: no such file, no permission, UTF-16, or a file that is not what its ending says.
     """
-    readers = {"jsonl": _lines, "json": _json, "csv": _csv, "parquet": _parquet, "hub": _hub}
+    readers = {"jsonl": _lines, "json": _json, "csv": _csv, "parquet": _parquet, "txt": _txt, "hub": _hub}
     try:
         yield from readers[source.kind](source)
     except FileNotFoundError:
@@ -124,6 +124,13 @@ def _lines(source: RowSource) -> Iterator[tuple[int, bytes | BadRow]]:
             if isinstance(error, gzip.BadGzipFile) and not number:
                 raise
             yield number + 1, BadRow(f"the file is damaged or cut short here: {first_line(error)}")
+
+
+def _value(raw: bytes) -> object:
+    """The JSON in these bytes, None where they hold none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(raw)
+    return None
 
 
 def _opens_list(raw: bytes) -> bool:
@@ -272,6 +279,29 @@ def _csv_record(header: list[str], row: list[str]) -> Record:
         if escaped is not None:
             return BadRow(f"{name}: not UTF-8 (byte {ord(escaped) - 0xDC00:#04x})")
     return dict(zip(header, row, strict=True))
+
+
+def _txt(source: RowSource) -> Numbered:
+    """A file is one text, its line ends as in Unix."""
+    with _open(source) as file:
+        try:
+            raw = file.read(MAX_ROW_BYTES)
+        except _CUT as error:
+            yield 1, BadRow(f"the file is damaged or cut short: {first_line(error)}")
+            return
+    raw = _check_start(raw, source)
+    if len(raw) == MAX_ROW_BYTES:
+        yield 1, BadRow(f"longer than {MAX_ROW_BYTES:,} bytes; split it into several files")
+    elif raw.strip():
+        if isinstance(_value(raw.split(b"\n", 1)[0]), dict):
+            raise DataError(
+                f"{source.path} holds JSON lines, and its ending says plain text.",
+                fix=f"name it {source.path.with_suffix('.jsonl').name}",
+            )
+        try:
+            yield 1, {"text": raw.decode("utf-8").replace("\r\n", "\n")}
+        except UnicodeDecodeError as error:
+            yield 1, BadRow(f"not UTF-8 (byte {raw[error.start]:#04x} at {error.start + 1})")
 
 
 def _parquet(source: RowSource) -> Numbered:
