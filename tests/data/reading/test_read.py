@@ -143,8 +143,8 @@ BAD_MESSAGES = [
     (
         chat(("Assistent", "a")),
         (
-            "messages[0].role: one of system, developer, user, assistant, tool is needed, got 'Assistent'; did you mean "
-            "'assistant'?"
+            "messages[0].role: one of system, developer, user, assistant, tool is needed, got 'Assistent'; "
+            "did you mean 'assistant'?"
         ),
     ),
     (chat(("user", "u"), ("assistant", "")), "messages[1].content: empty"),

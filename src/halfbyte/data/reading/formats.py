@@ -3,7 +3,8 @@
 Why: the same conversation is written as `messages`, as ShareGPT's `conversations`, as Alpaca's three columns, or as a
 prompt and its completion. All become messages here, or one text; a field that does not fit is named.
 Source: OpenAI's chat fine-tuning files (messages, tools, weight), ShareGPT (from, value), Stanford Alpaca (instruction,
-input, output), TRL's prompt and completion (texts, or lists of messages). `reasoning_content` and `thinking` are what Qwen3's and gpt-oss's chat
+input, output), TRL's prompt and completion (texts, or lists of messages).
+`reasoning_content` and `thinking` are what Qwen3's and gpt-oss's chat
 templates call an assistant's thoughts; a message may use either name for any model.
 Cost: a few microseconds a row.
 """
