@@ -31,4 +31,5 @@ def encode(rows: Sequence[Row], tokenizer: Any, data: Data) -> Encoded:
         batches.append(made)
         tally.merge(seen)
     tally.check(data)
+    tally.check_length(data)
     return Encoded(Examples(batches), tally)

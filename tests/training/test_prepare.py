@@ -37,7 +37,9 @@ def test_every_row_is_there_with_its_tokens_and_its_figures(tmp_path: Path) -> N
 
 
 def test_texts_are_blocks_and_nothing_is_held_out(tmp_path: Path) -> None:
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": "red cup " * 9}) + "\n" for _ in range(8)))
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": f"{n} red cup" + " red cup" * 8}) + "\n" for n in range(8))
+    )
     values: dict[str, Any] = {
         "data__packing": "stream",
         "data__max_length": 24,

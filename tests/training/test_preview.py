@@ -81,6 +81,21 @@ def test_what_would_be_refused_is_shown_and_the_exit_code_is_2(halfbyte: Cli) ->
     assert ended.code == 2 and "refused  vocabulary" in ended.out and "row 1 (" in ended.out
 
 
+def test_rows_that_are_too_long_hide_nothing(halfbyte: Cli) -> None:
+    """The whole table, the histogram with the long rows in it, and rows to look at, beside what is refused."""
+    Path("train.jsonl").open("a").write(json.dumps({"prompt": "red " * 100, "completion": "cup"}) + "\n")
+    ended = halfbyte("data", "check", "recipe.yaml", "--row", "17")
+    assert ended.code == 2 and ended.err == ""
+    assert "refused  length         1 of 17 rows are over 128 tokens (train.jsonl:17: " in ended.out
+    for gate in ("labels", "end token", "context", "duplicates", "empty answers", "overlap", "unseen", "vocabulary"):
+        assert f"ok       {gate}" in ended.out or f"warning  {gate}" in ended.out
+    found = json.loads(halfbyte("data", "check", "recipe.yaml", "--json").out)
+    assert sum(part["rows"] for part in found["histogram"]) == 17 and found["histogram"][-1]["most"] > 128
+    assert "row 17 (train.jsonl:17)" in ended.out and "steps of 4 rows" in ended.out
+    refused = halfbyte("train", "recipe.yaml")
+    assert refused.code == 2 and "error: 1 of 17 rows are longer than data.max_length 128" in refused.err
+
+
 def test_the_histogram_holds_every_row_once() -> None:
     for lengths in ([5], [1, 2, 3], [97, 570, 96, 333], list(range(1, 5000, 7))):
         bins = preview.histogram(lengths)

@@ -57,7 +57,7 @@ def check(
     said = {
         "labels": _labels(train),
         "end token": _ends(train),
-        "length": _length(train, data),
+        "length": _length(train, held_out, data),
         "context": _context([train, *([held_out] if held_out else [])], data, context),
         "duplicates": _duplicates(train),
         "empty answers": _empty(train),
@@ -95,10 +95,15 @@ def _ends(train: Encoded) -> Said:
     return "warning", f"missing in the labels of {without.count:,} of {rows:,} rows ({without.first()})", fix
 
 
-def _length(train: Encoded, data: Data) -> Said:
-    tally, stats, limit = train.tally, train.stats, data.max_length
+def _length(train: Encoded, held_out: Encoded | None, data: Data) -> Said:
+    stats, limit = train.stats, data.max_length
     if data.packing == "stream":
         return "ok", f"texts of {stats.min_length:,} to {stats.max_length:,} tokens in blocks of {limit:,}", None
+    for tally in [train.tally, *([held_out.tally] if held_out else [])]:
+        if tally.long:
+            text = f"{tally.long.count:,} of {tally.seen:,} rows are over {limit:,} tokens ({tally.long.first()})"
+            return "refused", text, tally.length_fix()
+    tally = train.tally
     if not tally.longest:
         return "ok", f"the longest row has {stats.max_length:,} tokens of {limit:,}", None
     over = tally.truncated + tally.skipped.count

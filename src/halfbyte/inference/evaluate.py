@@ -68,6 +68,7 @@ def evaluate(
     encoded = encode.encode(
         early.held_out(recipe, opened.run, data), opened.tokenizer, recipe.data, cores=device.cores()
     )
+    encoded.tally.check_length(recipe.data)
     if recipe.data.packing == "stream":
         encoded = blocks.stream(encoded, recipe.data.max_length)
     examples = encoded.examples[:limit]

@@ -41,6 +41,9 @@ def prepare(recipe: Recipe) -> Prepared:
     A HalfbyteError tells of no model, no rows or bad rows, a DataError of all that the gates refuse.
     """
     prepared = look(recipe)
+    for rows in (prepared.train, prepared.evaluation):
+        if rows is not None:
+            rows.tally.check_length(recipe.data)
     gates.refuse(prepared.findings)
     return prepared
 

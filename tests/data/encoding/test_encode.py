@@ -85,7 +85,7 @@ def test_the_same_errors(
     tokenizer, errors = make_byte_level(templates.chatml), list[str]()
     for cores in (1, 2):
         with pytest.raises(DataError, match=said) as error:
-            encode.encode(name, tokenizer, make_data(), cores=cores)
+            encode.encode(name, tokenizer, make_data(), cores=cores).tally.check_length(make_data())
         errors.append(str(error.value))
     assert errors[0] == errors[1]
     assert not list(token_cache.folder().glob("*")), "nothing is left of what was refused"

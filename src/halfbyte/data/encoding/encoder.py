@@ -144,8 +144,9 @@ class Encoder:
         tally.longest = max(tally.longest, length)
         cut = row.cut(limit)
         if self._data.overlong == "error":
-            tally.long.add(f"{row.where}: {length:,} tokens")
-        elif self._data.overlong == "skip":
+            tally.long.add(f"{row.where}: {length:,} tokens")  # kept, so that it can be looked at
+            return row
+        if self._data.overlong == "skip":
             tally.skipped.add(f"{row.where}: {length:,} tokens, over {limit:,}")
         elif not cut.labelled:
             tally.skipped.add(f"{row.where}: {length:,} tokens, and none of the first {limit:,} is labelled")

@@ -64,21 +64,26 @@ class Tally:
                 setattr(self, name, max(own, value) if name == "longest" else own + value)
 
     def check(self, data: Data) -> None:
-        """Raise a DataError if rows cannot be encoded or are too long, or if no row is left."""
+        """Raise a DataError if rows cannot be encoded, or if no row is left."""
         if self.refused:
             raise DataError(self.refused.listing(f"{self.refused.count:,} of {self.seen:,} rows cannot be encoded"))
-        if self.long:
-            head = f"{self.long.count:,} of {self.seen:,} rows are longer than data.max_length {data.max_length:,}"
-            raise DataError(
-                self.long.listing(f"{head}; the longest has {self.longest:,} tokens"),
-                fix=f"data.max_length: {self.longest}, or data.overlong: truncate (cut the end off) or skip",
-            )
         if not self.kept:
             raise DataError(
                 f"no row is left: all {self.seen:,} have more than data.max_length {data.max_length:,} tokens, "
                 f"{'and are skipped' if data.overlong == 'skip' else 'and no label among the first'}.",
                 fix=f"data.max_length: {self.longest}",
             )
+
+    def check_length(self, data: Data) -> None:
+        """Raise a DataError if rows are too long, and `data.overlong` is error."""
+        if self.long:
+            head = f"{self.long.count:,} of {self.seen:,} rows are longer than data.max_length {data.max_length:,}"
+            raise DataError(
+                self.long.listing(f"{head}; the longest has {self.longest:,} tokens"), fix=self.length_fix()
+            )
+
+    def length_fix(self) -> str:
+        return f"data.max_length: {self.longest}, or data.overlong: truncate (cut the end off) or skip"
 
     def messages(self) -> list[str]:
         """What the user should know of the rows, each with its count."""
