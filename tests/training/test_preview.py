@@ -83,7 +83,8 @@ def test_what_would_be_refused_is_shown_and_the_exit_code_is_2(halfbyte: Cli) ->
 
 def test_rows_that_are_too_long_hide_nothing(halfbyte: Cli) -> None:
     """The whole table, the histogram with the long rows in it, and rows to look at, beside what is refused."""
-    Path("train.jsonl").open("a").write(json.dumps({"prompt": "red " * 100, "completion": "cup"}) + "\n")
+    long = json.dumps({"prompt": "red " * 100, "completion": "cup"})
+    Path("train.jsonl").write_text(f"{Path('train.jsonl').read_text()}{long}\n")
     ended = halfbyte("data", "check", "recipe.yaml", "--row", "17")
     assert ended.code == 2 and ended.err == ""
     assert "refused  length         1 of 17 rows are over 128 tokens (train.jsonl:17: " in ended.out
