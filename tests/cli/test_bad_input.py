@@ -357,8 +357,8 @@ CASES = [
     Case(
         "unknown role",
         train(DATA),
-        "error: 1 of 2 rows cannot be used\n  - bad.jsonl:2: messages[1].role: one of system, developer, user, assistant, "
-        "tool is needed, got 'asistant'; did you mean 'assistant'?",
+        "error: 1 of 2 rows cannot be used\n  - bad.jsonl:2: messages[1].role: one of system, developer, user, "
+        "assistant, tool is needed, got 'asistant'; did you mean 'assistant'?",
         write("bad.jsonl", chat(("user", "a"), ("assistant", "b")) + chat(("user", "a"), ("asistant", "b"))),
     ),
     Case(
