@@ -75,3 +75,12 @@ def test_it_measures_anew_and_keeps_what_it_found_for_plans(halfbyte: Cli) -> No
 def test_a_model_that_is_not_there_is_one_message(halfbyte: Cli) -> None:
     ended = halfbyte("doctor", "no/such/folder")
     assert ended.code == 2 and "error: " in ended.err and "Traceback" not in ended.err
+
+
+def test_a_cache_that_cannot_be_written_is_seen(halfbyte: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file where a folder is needed stops a superuser too."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "file" / "cache"))
+    ended = halfbyte("doctor")
+    assert ended.code == 1 and "the cache cannot be written (TMP/file: Not a directory)" in " ".join(ended.err.split())
+    assert "export HALFBYTE_CACHE" in ended.err

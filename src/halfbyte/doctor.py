@@ -21,7 +21,7 @@ from halfbyte.models.sources.lookup import find_model
 from halfbyte.plan import calibrate
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device, threads
-from halfbyte.system.files import cache_dir, free_bytes
+from halfbyte.system.files import cache_dir, free_bytes, why_unwritable
 from halfbyte.system.versions import versions
 from halfbyte.types import Document, Model
 
@@ -37,7 +37,8 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `doctor` saw. `model` is its id; `checks` are empty without one."""
+    """What `doctor` saw. `cache_problem` says why the cache cannot be written, if so; `model` is its id; `checks` are
+    empty without one."""
 
     machine: device.Device
     compute_dtype: str
@@ -46,13 +47,14 @@ class Diagnosis:
     cache: Path
     cache_free_bytes: int
     versions: dict[str, str]
+    cache_problem: str = ""
     model: str | None = None
     layers: int = 0
     checks: tuple[Check, ...] = ()
 
     @property
     def ok(self) -> bool:
-        return all(check.ok for check in self.checks)
+        return not self.cache_problem and all(check.ok for check in self.checks)
 
     def to_json(self) -> Document:
         return {**asdict(self), "machine": self.machine.to_json(), "cache": str(self.cache), "ok": self.ok}
@@ -68,7 +70,8 @@ def examine(recipe: Recipe | None = None, *, tell: Callable[[str], None] = lambd
     dtype, why = device.compute_dtype(machine, asked)
     threads.settle(machine.cores)
     rates = calibrate.ensure(machine, dtype, say=tell, anew=True)
-    seen = Diagnosis(machine, dtype, why, rates, cache_dir(), free_bytes(cache_dir()), versions())
+    cache, free = cache_dir(), free_bytes(cache_dir())
+    seen = Diagnosis(machine, dtype, why, rates, cache, free, versions(), why_unwritable(cache))
     return seen if recipe is None else _with_model(seen, recipe, tell)
 
 

@@ -128,11 +128,12 @@ def small(**lora: Any) -> Any:
 def test_the_config_says_what_was_asked_for(base_id: str, revision: str | None, tmp_path: Path) -> None:
     model = small()
     model.get_base_model().name_or_path = "/root/.cache/huggingface/hub/models--org--name/snapshots/0123"
+    model.peft_config["default"].target_modules = set("hgfedcba")
     adapters.save(model, tmp_path / "adapter", base_id=base_id, revision=revision)
     text = (tmp_path / "adapter" / "adapter_config.json").read_text()
     config = json.loads(text)
     assert (config["base_model_name_or_path"], config["revision"]) == (base_id, revision)
-    assert config["inference_mode"] is True
+    assert config["inference_mode"] is True and config["target_modules"] == [*"abcdefgh"]
     assert model.peft_config["default"].inference_mode is False
     assert ".cache" not in text
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import pty
 import re
@@ -21,6 +23,7 @@ import yaml
 
 from halfbyte import finetune
 from halfbyte.cli import show
+from halfbyte.errors import HalfbyteError
 from halfbyte.inference import generate
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import leaves
@@ -203,7 +206,10 @@ def test_generate_and_its_base(halfbyte: Cli) -> None:
         answers[name] = [a["output"] for a in shown["answers"]]
         plain = halfbyte(*asked)
         assert (plain.code, plain.err) == (0, "")
-        assert plain.out == "".join(f"{text}\n" for text in answers[name])  # streamed, and the same text
+        first, second = map(show.visible, answers[name])  # streamed, and the same text, each under its prompt
+        assert plain.out == f"prompt 1: red cup\n{first}\n\nprompt 2: old box\n{second}\n"
+        alone = halfbyte("generate", "done", "-p", "red cup", "--max-new-tokens", "6", *flags)
+        assert alone.out == f"{first}\n"
     assert answers["adapter"] != answers["base"]
 
 
@@ -409,10 +415,68 @@ def test_a_run_that_was_moved_resumes_where_it_lies(here: Path, halfbyte: Cli) -
     assert adapter.read_bytes() == wanted and not Path("run").exists()
 
 
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("command", ["", "train", "store", "store gc", "data check"])
+def test_help_has_a_short_form(halfbyte: Cli, command: str, flag: str) -> None:
+    ended = halfbyte(*command.split(), flag)
+    assert ended.code == 0 and "Usage" in ended.out
+
+
+def test_an_error_is_json_too_where_json_was_asked_for(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = halfbyte("eval", "nope", "--json")
+    assert json.loads(ended.out)["error"] == {
+        "message": "there is no run folder nope.",
+        "fix": "give the `output:` of a run, such as runs/quickstart",
+        "kind": "RunError",
+        "exit_code": 2,
+    }
+    assert ended.err.startswith("error: there is no run folder nope.") and ended.code == 2
+    assert halfbyte("chat", "nope").out == halfbyte("eval", "nope").out == ""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", "/somewhere")
+
+    monkeypatch.setattr(finetune, "train", refuse)
+    error = json.loads(halfbyte("train", "recipe.yaml", "--json", "--set", "output=new").out)["error"]
+    assert (error["message"], error["exit_code"]) == ("/somewhere: Input/output error", 1)
+
+
+def test_control_characters_of_rows_do_not_reach_the_terminal(halfbyte: Cli) -> None:
+    """An ESC would be obeyed: it can clear the screen, or rename the window."""
+    nasty = "red \x1b]0;owned\x07cup\x9b2J\x7f"
+    Path("test.jsonl").write_text(json.dumps({"prompt": nasty, "completion": nasty}) + "\n")
+    Path("bad.jsonl").write_text(json.dumps({"prompt": nasty, "completion": 5, nasty: 1}) + "\n")
+    ended = [
+        halfbyte("data", "check", "test.jsonl", "--model", "model"),
+        halfbyte("eval", "done", "--max-new-tokens", "2"),
+        halfbyte("data", "check", "bad.jsonl", "--model", "model"),
+        halfbyte("train", "recipe.yaml", "--set", f"data.train={nasty}"),
+    ]
+    for each in ended:
+        assert not set(each.out + each.err) & {chr(c) for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
+    assert "␛]0;owned␇" in ended[0].out and "␛]0;owned␇" in ended[1].out
+
+
+def test_how_a_model_is_made_ready_is_told(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the rooms log is shown, as it comes, beside the output."""
+
+    def told(*args: object, **kwargs: object) -> None:
+        logging.getLogger("halfbyte").info("converting model.gguf: dequantising")
+        logging.getLogger("halfbyte").warning("only what is cached is used")
+        raise HalfbyteError("enough")
+
+    monkeypatch.setattr(finetune, "train", told)
+    ended = halfbyte("train", "recipe.yaml", "--json", "--set", "output=new")
+    said = "converting model.gguf: dequantising\nwarning: only what is cached is used\nerror: enough\n"
+    assert ended.err == said and "converting" not in ended.out
+
+
 def test_version_names_the_libraries(halfbyte: Cli) -> None:
     ended = halfbyte("version")
     assert ended.code == 0
     assert [line.split()[0] for line in ended.out.splitlines()][:3] == ["python", "halfbyte", "torch"]
+    short = halfbyte("--version")
+    assert (short.code, short.out) == (0, ended.out.splitlines()[1] + "\n")
 
 
 def test_chat_begins_with_the_system_message(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,6 +154,8 @@ def write_files(adapted: Model, folder: Path, *, base_id: str, revision: str | N
     """
     config = copy(adapted.peft_config[adapted.active_adapter])
     config.base_model_name_or_path, config.revision, config.inference_mode = base_id, revision, True
+    if isinstance(config.target_modules, set):  # its order changes from process to process
+        config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(folder))
     saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in saved.items()}

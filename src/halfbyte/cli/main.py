@@ -27,6 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 
 app.add_typer(stores, name="store")
@@ -39,6 +40,24 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `half
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
 BaseOnly = Annotated[bool, typer.Option("--base", help="The base alone, without the adapter.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from halfbyte.system.versions import version
+
+        show.text(f"halfbyte {version('halfbyte')}")
+        raise typer.Exit
+
+
+@app.callback()
+def begin(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="The version of halfbyte, and leave.")
+    ] = False,
+) -> None:
+    show.hear()
+    show.as_json(False)
 
 
 @app.command()
@@ -175,7 +194,11 @@ def generate(
 
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     talks = [[{"role": "user", "content": text}] for text in prompt]
-    answers = [conversation.answer(opened, talk, sampling, base=base, silent=json_) for talk in talks]
+    answers = []
+    for number, talk in enumerate(talks, 1):
+        if len(talks) > 1 and not json_:
+            show.text(f"{'' if number == 1 else chr(10)}prompt {number}: {prompt[number - 1]}")
+        answers.append(conversation.answer(opened, talk, sampling, base=base, silent=json_))
     if json_:
         rows = [{"prompt": p, "output": a} for p, a in zip(prompt, answers, strict=True)]
         show.document({"run": str(run), "with_adapter": not base, "answers": rows})
@@ -299,7 +322,7 @@ def _guard(call: Callable[[], object]) -> int:
     try:
         call()
     except HalfbyteError as error:
-        sys.stderr.write(f"error: {error}\n")
+        show.failed(str(error), error.exit_code, message=error.message, fix=error.fix, kind=type(error).__name__)
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -309,7 +332,7 @@ def _guard(call: Callable[[], object]) -> int:
         return 141
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        sys.stderr.write(f"error: {where}{error.strerror or error}\n")
+        show.failed(f"{where}{error.strerror or error}", 1)
         return 1
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import textwrap
 import time
@@ -32,6 +33,7 @@ LINE_SECONDS = 5.0
 # a pipe has no width: tables then take what they need
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+_as_json = False
 _nowhere = Console(quiet=True, force_terminal=False)
 
 
@@ -47,7 +49,7 @@ def duration(seconds: float) -> str:
 
 
 def text(value: str) -> None:
-    out.print(escape(value))
+    out.print(escape(visible(value)))
 
 
 def labelled(label: str, value: str, *, width: int = LABEL_WIDTH) -> None:
@@ -66,20 +68,58 @@ def wrapped(line: str, *, indent: int = 2) -> None:
 
 
 def warning(value: str) -> None:
-    err.print(f"[yellow]warning:[/yellow] {escape(value)}")
+    err.print(f"[yellow]warning:[/yellow] {escape(visible(value))}")
 
 
 def aside(value: str) -> None:
     """What is being done now; not part of the output."""
-    err.print(f"[dim]{escape(value)}[/dim]")
+    err.print(f"[dim]{escape(visible(value))}[/dim]")
+
+
+class _Heard(logging.Handler):
+    """What halfbyte's rooms log: how a model is fetched or converted, and what is used in place of something else."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        (warning if record.levelno >= logging.WARNING else aside)(record.getMessage())
+
+
+def hear() -> None:
+    """Show from now on what halfbyte's rooms log."""
+    log = logging.getLogger("halfbyte")
+    log.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Heard) for handler in log.handlers):
+        log.addHandler(_Heard())
 
 
 def document(value: object) -> None:
     sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
 
 
+def as_json(asked: bool) -> bool:
+    """Remember whether this command answers with one JSON document, for `failed`."""
+    global _as_json
+    _as_json = asked
+    return asked
+
+
+def failed(said: str, code: int, **more: str | None) -> None:
+    """One message on stderr; where JSON was asked for, a document on stdout too."""
+    sys.stderr.write(f"error: {visible(said)}\n")
+    if _as_json:
+        document({"error": {"message": said, "fix": None, "kind": "system", **more, "exit_code": code}})
+
+
+_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+_CONTROLS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+def visible(value: str) -> str:
+    """Text of rows and models for a terminal, which would obey its control characters: `ESC` as one sign."""
+    return value.translate(_CONTROLS)
+
+
 def stream(piece: str) -> None:
-    sys.stdout.write(piece)
+    sys.stdout.write(visible(piece))
     sys.stdout.flush()
 
 
@@ -276,12 +316,12 @@ def scores(values: dict[str, Score], samples: int) -> None:
     out.print(table)
     for i in range(min(samples, len(first.samples))):
         sample = first.samples[i]
-        out.print(f"\n[bold]{escape(sample.where)}[/bold]")
-        out.print(escape(sample.prompt.strip()), style="dim")
-        out.print(f"{'expected':>9}: {escape(sample.reference)}")
+        out.print(f"\n[bold]{escape(visible(sample.where))}[/bold]")
+        out.print(escape(visible(sample.prompt.strip())), style="dim")
+        out.print(f"{'expected':>9}: {escape(visible(sample.reference))}")
         for name, s in values.items():
             mark = "[green]exact[/green]" if s.samples[i].exact else "[red]differs[/red]"
-            out.print(f"{name:>9}: {escape(s.samples[i].output.strip())}  {mark}")
+            out.print(f"{name:>9}: {escape(visible(s.samples[i].output.strip()))}  {mark}")
 
 
 def built(store: Built) -> None:
@@ -295,9 +335,9 @@ def built(store: Built) -> None:
 
 
 def stores(folder: Path, entries: list[Shelved]) -> None:
-    """The stores in the cache: key, source, bytes, state and last use."""
+    """What is in the cache: key, source, bytes, state and last use."""
     if not entries:
-        out.print(f"no stores in {folder}")
+        out.print(f"nothing in {folder}")
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("store", "source", "GB", "state", "last used"):

@@ -26,7 +26,7 @@ def checked(value: Checked) -> None:
         show.labelled("note", notice)
     show.text("")
     for finding in prepared.findings:
-        line = Text(finding.line)
+        line = Text(show.visible(finding.line))
         line.stylize(STYLES[finding.level], 0, len(finding.level))
         show.out.print(line)
     show.text("")
@@ -58,6 +58,6 @@ def example(row: Shown) -> None:
             text.append("⟦" if piece.labelled else "⟧")
         inside = piece.labelled
         style = "bold green" if piece.labelled else "dim"
-        text.append(piece.text, f"{style} reverse" if piece.special else style)
+        text.append(show.visible(piece.text), f"{style} reverse" if piece.special else style)
     text.append("⟧" if inside and not colours else "")
     show.out.print(text)

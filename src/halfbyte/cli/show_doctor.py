@@ -20,6 +20,11 @@ def diagnosis(value: Diagnosis) -> None:
     for card in machine.cards:
         show.labelled("card", f"{card.name}, {show.gb(card.free_bytes)} free of {show.gb(card.total_bytes)}")
     show.labelled("cache", f"{value.cache}, {show.gb(value.cache_free_bytes)} free")
+    if value.cache_problem:
+        show.warning(
+            f"the cache cannot be written ({value.cache_problem}): nothing is converted, and bases are quantised anew "
+            "for each command\n  fix: export HALFBYTE_CACHE=/path/with/space"
+        )
     show.labelled("computes", f"in {value.compute_dtype} ({value.compute_dtype_reason})")
     show.labelled(
         "rates",

@@ -6,20 +6,20 @@ import typer
 
 from halfbyte.cli import show
 
-stores = typer.Typer(help="The quantised bases in halfbyte's cache.", no_args_is_help=True)
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+stores = typer.Typer(help="The quantised bases in halfbyte's cache, and what else lies there.", no_args_is_help=True)
+Json = Annotated[bool, typer.Option("--json", callback=show.as_json, help="Print one JSON document instead of text.")]
 
 
 @stores.command(name="list")
 def list_stores(json_: Json = False) -> None:
-    """What is in the cache: source, size, state and last use of every store."""
-    from halfbyte.base.store import shelf
+    """What is in the cache: source, size, state and last use of every store; conversions, packaged models, tokens."""
+    from halfbyte.base.store import beside, shelf
 
-    entries = shelf.listing()
+    entries = [*shelf.listing(), *beside.listing()]
     if json_:
         show.document([entry.to_json() for entry in entries])
     else:
-        show.stores(shelf.folder(), entries)
+        show.stores(shelf.folder().parent, entries)
 
 
 @stores.command()
@@ -45,16 +45,17 @@ def verify(
 @stores.command()
 def gc(
     unused_days: Annotated[
-        float | None, typer.Option(min=0, help="Also whole stores that nobody has opened for so many days.")
+        float | None, typer.Option(min=0, help="Also whole stores and tokens that nobody has opened for so many days.")
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Every store that no process uses.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="All of the cache that no process uses.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     json_: Json = False,
 ) -> None:
-    """Remove interrupted builds, damaged stores and old formats."""
-    from halfbyte.base.store import shelf
+    """Remove interrupted builds, conversions and downloads, damaged stores and old formats."""
+    from halfbyte.base.store import beside, shelf
 
     removed, kept = shelf.collect(unused_days=unused_days, everything=everything, dry_run=dry_run)
+    removed += beside.collect(unused_days=unused_days, everything=everything, dry_run=dry_run)
     if json_:
         names = {"removed": removed, "kept": kept}
         show.document({"dry_run": dry_run, **{k: [entry.to_json() for entry in v] for k, v in names.items()}})
@@ -62,6 +63,6 @@ def gc(
     verb = "would be removed" if dry_run else "removed"
     show.text(f"{verb}: {len(removed)}, {show.gb(sum(entry.nbytes for entry in removed))}")
     for entry in removed:
-        show.text(f"  {entry.path.name} ({entry.state})")
+        show.text(f"  {entry.key if '/' in entry.key else entry.path.name} ({entry.state})")
     for entry in kept:
         show.text(f"  kept, in use: {entry.path.name}")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from halfbyte.base.store import manifest, shelf
+from halfbyte.system import files
 from tests import tiny, tiny_run
 from tests.base.store.helpers import flip, opened
 from tests.in_process import Cli, runner
@@ -98,7 +99,7 @@ def test_a_checkpoint_that_is_not_whole_is_named(damage: str, said: str, halfbyt
 
 
 def test_the_shelf_is_empty_at_first(halfbyte: Cli) -> None:
-    assert halfbyte("store", "list").out == f"no stores in {shelf.folder()}\n"
+    assert halfbyte("store", "list").out == f"nothing in {shelf.folder().parent}\n"
     assert json.loads(halfbyte("store", "list", "--json").out) == []
     assert halfbyte("store", "verify").out == "there are no stores\n"
     assert halfbyte("store", "gc").out == "removed: 0, 0.00 GB\n"
@@ -143,3 +144,27 @@ def test_list_verify_and_gc(halfbyte: Cli, tmp_path: Path) -> None:
     assert "removed: 0" in halfbyte("store", "gc", "--unused-days", "30").out
     assert "removed: 1" in halfbyte("store", "gc", "--all").out
     assert shelf.listing() == []
+
+
+def test_what_lies_beside_the_stores_is_listed_and_goes(halfbyte: Cli, cache: Path, tmp_path: Path) -> None:
+    for name in ("gguf/m-1/model.safetensors", "gguf/half.partial/config.json", "packaged/p.gguf", "tokens/t.arrow"):
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache / name).write_bytes(b"x" * 10)
+    (cache / "gguf/half.lock").touch()
+    elsewhere = tmp_path / "elsewhere"
+    entries = {entry["key"]: entry for entry in json.loads(halfbyte("store", "list", "--json").out)}
+    assert {key: (entry["state"], entry["bytes"]) for key, entry in entries.items()} == {
+        "gguf/m-1": ("whole", 10), "gguf/half.partial": ("interrupted", 10),
+        "packaged/p.gguf": ("whole", 10), "tokens/t.arrow": ("whole", 10),
+    }  # fmt: skip
+    assert "packaged/p.gguf" in halfbyte("store", "list").out
+    with (cache / "gguf/half.lock").open("a") as file:
+        assert files.lock(file, wait=False)
+        assert halfbyte("store", "gc").out.startswith("removed: 0"), "a conversion is under way"
+    assert halfbyte("store", "gc").out == "removed: 1, 0.00 GB\n  gguf/half.partial (interrupted)\n"
+    os.utime(cache / "tokens/t.arrow", (0, 0))
+    assert "tokens/t.arrow" in halfbyte("store", "gc", "--unused-days", "30").out
+    (cache / "packaged").rename(elsewhere)
+    (cache / "packaged").symlink_to(elsewhere)
+    assert halfbyte("store", "gc", "--all").out == "removed: 1, 0.00 GB\n  gguf/m-1 (whole)\n"
+    assert (elsewhere / "p.gguf").is_file(), "a link leads to what is somebody else's"

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -331,10 +332,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny model.gguf", tiny_llama(tied=False))
 
 
-def test_a_gguf_becomes_the_same_model_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gguf_becomes_the_same_model_once(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     # A file beside the GGUF is not part of it.
     (tiny.parent / "tokenizer_config.json").write_text('{"eos_token": "wrong"}')
-    found = resolve(str(tiny))
+    with caplog.at_level(logging.INFO, logger="halfbyte"):
+        found = resolve(str(tiny))
+    begun, *stages = caplog.messages  # told while the child works
+    assert begun.startswith("converting tiny model.gguf to safetensors, once")
+    assert [stage.removeprefix("converting tiny model.gguf: ").split()[0] for stage in stages] == [
+        "reading", "making", "dequantising", "writing", "checking"
+    ]  # fmt: skip
     assert (found.id, found.revision, found.kind, found.pickle) == (str(tiny), None, "gguf", False)
     assert found.path.parent == cache_dir() / "gguf" and found.path.name.startswith("tiny_model-")
 
@@ -382,13 +391,13 @@ def test_two_at_once_convert_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_conversion_that_is_killed_leaves_nothing_and_is_done_again(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = subprocess.run
+    real = subprocess.Popen
 
     def killed(command: list[str], **options: Any) -> Any:
         Path(command[-1], "model.safetensors").write_bytes(b"half")
         return real([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"], **options)
 
-    monkeypatch.setattr(subprocess, "run", killed)
+    monkeypatch.setattr(subprocess, "Popen", killed)
     assert "was ended by signal 9; it needs about 0.5 GB of memory" in error_of(tiny)
     assert [p.suffix for p in (cache_dir() / "gguf").iterdir()] == [".lock"]
 
@@ -478,7 +487,7 @@ def wheels(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
             wheel.writestr(f"{package}-1.0.dist-info/RECORD", "")
         parts.append(packaged.Part(f"halfbyte-test-part{number}", "1.0", f"{package}/m.gguf"))
     sha256 = hashlib.sha256(content).hexdigest()
-    monkeypatch.setitem(packaged.PACKAGED, "test", packaged.Packaged(tuple(parts), sha256, len(content), "a test"))
+    monkeypatch.setitem(packaged.PACKAGED, "test", packaged.Packaged(tuple(parts), sha256, len(content)))
     monkeypatch.setattr(packaged, "convert_into", lambda target, file: (target.mkdir(parents=True), made.append(file)))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))

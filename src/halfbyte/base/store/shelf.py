@@ -301,13 +301,19 @@ def _shelved(path: Path) -> Shelved:
             state = "broken" if manifest.problems(path, made) else "whole"
         except StoreError as error:
             state = "old format" if "of format" in error.message else "broken"
-    nbytes, touched = 0, 0.0
-    for root, _, names in os.walk(path):
-        for file in names:
-            with suppress(OSError):
-                stat = os.stat(os.path.join(root, file))
-                nbytes, touched = nbytes + stat.st_size, max(touched, stat.st_mtime)
+    nbytes, touched = size_and_age(path)
     return Shelved(name, path, state, nbytes, touched, made, _busy(name))
+
+
+def size_and_age(path: Path) -> tuple[int, float]:
+    """Bytes of a file or of all files in a folder, and when the last of them was written."""
+    nbytes, touched = 0, 0.0
+    for file in path.rglob("*") if path.is_dir() else (path,):
+        with suppress(OSError):
+            stat = file.stat()
+            if not file.is_dir():
+                nbytes, touched = nbytes + stat.st_size, max(touched, stat.st_mtime)
+    return nbytes, touched
 
 
 def _busy(key: str) -> bool:

@@ -5,6 +5,8 @@ caller never imports torch, and a kill for lack of memory becomes an error messa
 Cost: about 4 bytes per parameter at the peak, over what torch and transformers take (docs/log.md).
 """
 
+import gc
+import os
 import sys
 from pathlib import Path
 
@@ -23,6 +25,11 @@ class Refused(Exception):
     """The file is whole, but it cannot be turned into a faithful checkpoint."""
 
 
+def say(stage: str) -> None:
+    """One line for the process that waits."""
+    os.write(1, f"{stage}\n".encode())
+
+
 def convert(source: Path, target: Path) -> None:
     """Write the model in bf16, its config, tokenizer and chat template into the empty folder `target`.
 
@@ -32,6 +39,7 @@ def convert(source: Path, target: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    say("reading its header")
     header = read_header(source)
     _refuse_lost_rope(header)
     folder, name = str(source.parent), source.name
@@ -42,8 +50,10 @@ def convert(source: Path, target: Path) -> None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise Refused(f"its architecture {header.architecture!r} is not a causal language model")
 
+    say("making its tokenizer")
     # The config is handed on: whoever lacks it parses the whole header once more.
     tokenizer = _tokenizer(folder, name, header, config)
+    say(f"dequantising {header.numel / 1e6:,.0f} M weights")
     model, loading = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -56,8 +66,10 @@ def convert(source: Path, target: Path) -> None:
     if missing := sorted(loading["missing_keys"]):
         raise Refused(f"{len(missing)} weights of the model are not in the file, such as {', '.join(missing[:3])}")
     _check_nothing_dropped(header, model)
+    say("writing it")
     model.save_pretrained(target, max_shard_size="5GB")
     tokenizer.save_pretrained(target)
+    say("checking its tokenizer")
     _check_tokenizer(target, tokenizer, header)
 
 
@@ -117,6 +129,7 @@ def _check_tokenizer(target: Path, tokenizer: Tokenizer, header: GgufHeader) -> 
 
 
 if __name__ == "__main__":
+    gc.disable()  # a third of the time goes into it, over a vocabulary's million small arrays, and it frees nothing
     try:
         convert(Path(sys.argv[1]), Path(sys.argv[2]))
     except Refused as refusal:

@@ -6,6 +6,7 @@ Cost: 2 bytes of disk per parameter; the conversion itself runs in a child proce
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from halfbyte.models.sources.gguf_header import GgufHeader, read_header
 from halfbyte.system import files
 from halfbyte.system.files import cache_dir
 
+log = logging.getLogger("halfbyte")
 # Raised when what is written changes, so that older conversions are not found again.
 FORMAT_VERSION = 1
 BF16_BYTES = 2
@@ -82,21 +84,32 @@ def _run_child(file: Path, partial: Path, header: GgufHeader, lock: int) -> None
         # -P: a module in the user's folder must not stand in for one of ours.
         command = [sys.executable, "-P", "-m", "halfbyte.models.sources.gguf_convert", str(link), str(partial)]
         quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        log.info("converting %s to safetensors, once: half a minute, and more for a larger model", file.name)
         # The child holds the lock too: if this process is killed, the next one waits for it.
-        done = subprocess.run(
-            command, env={**os.environ, **quiet}, capture_output=True, text=True, errors="replace", pass_fds=(lock,)
-        )
-    if done.returncode == 0:
+        with (
+            tempfile.TemporaryFile("w+", errors="replace") as said,
+            subprocess.Popen(
+                command, env={**os.environ, **quiet}, stdout=subprocess.PIPE, stderr=said, text=True, pass_fds=(lock,)
+            ) as child,
+        ):
+            try:
+                for stage in child.stdout or ():
+                    log.info("converting %s: %s", file.name, stage.rstrip())
+                code = child.wait()
+            except BaseException:
+                child.kill()
+                raise
+            said.seek(0)
+            lines = [line.strip() for line in said if line.strip()]
+    if code == 0:
         return
-    if done.returncode < 0:
+    if code < 0:
         need_bytes = header.numel * CONVERSION_BYTES_PER_PARAMETER + 500_000_000
         raise SourceError(
-            f"the conversion of {file} was ended by signal {-done.returncode}; "
-            f"it needs about {need_bytes / 1e9:.1f} GB of memory",
+            f"the conversion of {file} was ended by signal {-code}; it needs about {need_bytes / 1e9:.1f} GB of memory",
             fix="free memory, or use a safetensors checkpoint of the model, which needs no conversion",
         )
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    last = lines[-1] if lines else f"exit code {done.returncode}"
+    last = lines[-1] if lines else f"exit code {code}"
     if last.startswith("REFUSED "):
         raise SourceError(f"{file} cannot be used: {last.removeprefix('REFUSED ')}")
     raise SourceError(

