@@ -212,7 +212,9 @@ def recipe_of(case: Case, model: str, folder: Path) -> dict[str, Any]:
 
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "train.jsonl", case.rows, case.length, 0)
-    data: dict[str, Any] = {"train": str(folder / "train.jsonl"), "max_length": case.length, "overlong": "truncate"}
+    data: dict[str, Any] = {
+        "train": str(folder / "train.jsonl"), "eval": "none", "max_length": case.length, "overlong": "truncate",
+    }  # fmt: skip
     if case.evaluated:
         write_rows(folder / "eval.jsonl", 8, case.length, 1)
         data["eval"] = str(folder / "eval.jsonl")

@@ -32,6 +32,7 @@ def overrides(data: Path, steps: int) -> list[str]:
         columns = json.loads(file.readline())
     return [
         *(["data.fields={prompt: question, completion: answer}"] if "question" in columns else []),
+        "data.eval=none",
         "lora.target_modules=[q_proj, v_proj]",
         "lora.r=16",
         "lora.lora_alpha=32",

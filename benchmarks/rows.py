@@ -85,7 +85,7 @@ def halfbyte_side(model: str, rows: Path) -> dict[str, Any]:
     from halfbyte.models.structure import meta_model
     from halfbyte.training import fit, schedule
 
-    recipe, machine = recipe_from(model, str(rows)).recipe, device.detect()
+    recipe, machine = recipe_from(model, str(rows), ["data.eval=none"]).recipe, device.detect()
     found = find_model(recipe)
     open_tokenizer(found, trust_remote_code=False)
     meta_model(open_config(found.path, trust_remote_code=False), trust_remote_code=False)  # imports all

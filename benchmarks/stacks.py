@@ -62,6 +62,7 @@ class Case:
             *(["data.fields={prompt: question, completion: answer}"] if "question" in first else []),
             f"data.max_length={self.max_length}",
             f"data.mask={self.mask}",
+            "data.eval=none",
             f"lora.target_modules={targets}",
             f"lora.r={self.r}",
             f"lora.lora_alpha={2 * self.r}",

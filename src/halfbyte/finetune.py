@@ -16,7 +16,7 @@ from halfbyte.adapters.assembly import Assembled, assembled
 from halfbyte.base import load, stream
 from halfbyte.base.store import supply
 from halfbyte.base.tokenizer import check_vocabulary
-from halfbyte.data import collate, pack
+from halfbyte.data import collate, pack, split
 from halfbyte.errors import DataError
 from halfbyte.plan import calibrate
 from halfbyte.recipe.file import to_yaml
@@ -75,6 +75,7 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     folder = RunFolder.open(out, need_adapter=False) if resume else RunFolder.create(out, to_yaml(loaded.recipe))
     with folder.lock() as run, stop_on_signals() as stop, usage.Peak() as peak:
         try:
+            split.keep(ready.job.prepared.held_out, run.held_out)
             callback = run_steps(ready, run, stop, tell, resume=resume)
             step = callback.trainer.state.global_step
             if stop.signal is not None and step < len(ready.steps):

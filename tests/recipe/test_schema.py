@@ -336,8 +336,6 @@ MISTAKES: list[tuple[str, str]] = [
     ("lora: {rank_pattern: [2024-01-01]}", "line 3: lora.rank_pattern must be a mapping, got [\"2024-01-01\"]"),
     ("train: {bf16: true, fp16: true}", "line 3: train.bf16 and train.fp16 cannot both be true; better give neither"),
     ("train: {bf16: true}\nquant: {compute_dtype: fp32}", "line 3: train.bf16 is true, but quant.compute_dtype is fp32; give one of them"),
-    ("train: {eval_strategy: epoch}", "line 3: train.eval_strategy epoch asks for evaluations, but data.eval names no held-out rows"),
-    ("train: {eval_on_start: true}", "line 3: train.eval_on_start true asks for evaluations, but data.eval names no held-out rows"),
     ("train: {eval_strategy: no, eval_steps: 5}", "line 3: train.eval_steps is not read with train.eval_strategy no; say steps"),
     ("train: {output_dir: x}", "line 3: train.output_dir is not supported: the run folder is the recipe's own `output:` (or --output)"),
     ("train: {fsdp: full_shard}", "line 3: train.fsdp is not supported: sharding over processes is not built; one process uses every card it sees"),
@@ -379,7 +377,7 @@ WHOLE_FILES: list[tuple[str | bytes, str]] = [
     (b"model: \x00", "r.yaml: not YAML: unacceptable character #x0000: special characters are not allowed."),
     ("data: {train: t}\n", "r.yaml: model is required: hub id[@revision], local folder, .gguf file, or a packaged name"),
     ("model: m\n", "r.yaml: data is required: what is trained on"),
-    ("model: m\ndata: {}\n", "r.yaml: data.train is required: the rows to train on: JSONL, JSON, CSV or Parquet; a glob, a list, or hub:org/name?split=train"),
+    ("model: m\ndata: {}\n", "r.yaml: data.train is required: the rows to train on: JSONL, JSON, CSV, Parquet or .txt; a glob, a list, or hub:org/name?split=train"),
     ("model: o/n@a\nrevision: b\ndata: {train: t}\n", "r.yaml: line 1: model o/n@a and revision b: give the revision once"),
     ("model: .\nrevision: b\ndata: {train: t}\n", "r.yaml: line 2: revision is for hub ids, and model . is a path that exists"),
 ]  # fmt: skip
@@ -413,17 +411,30 @@ def test_a_mistake_in_a_set(load: Load, override: str, message: str) -> None:
     assert told(error) == [message]
 
 
+@pytest.mark.parametrize(
+    ("text", "name"), [("eval_strategy: epoch", "eval_strategy epoch"), ("eval_on_start: true", "eval_on_start true")]
+)
+def test_evaluations_need_rows_that_are_held_out(load: Load, text: str, name: str) -> None:
+    load(LEAST + f"train: {{{text}}}\n")
+    with pytest.raises(RecipeError) as error:
+        load(LEAST + f"train: {{{text}}}\n", "data.eval=none")
+    assert told(error) == [f"line 3: train.{name} asks for evaluations, but data.eval is none"]
+    assert list(load(LEAST + "train: {eval_steps: 3}\n", "data.eval=null").warnings) == [
+        "train.eval_steps is not read with data.eval none"
+    ]
+
+
 def test_every_problem_is_told_at_once(load: Load) -> None:
     text = LEAST + "lora: {r: 0, rank: 8}\ntrain: {learning_rate: 0, bf16: true, fp16: true, eval_strategy: steps}\n"
     with pytest.raises(RecipeError) as error:
-        load(text, "lora.bias=x", "quant")
+        load(text, "lora.bias=x", "data.eval=none", "quant")
     assert sorted(told(error)) == sorted(
         [
             "line 3: lora.r must be >= 1, got 0",
             "line 3: lora.rank is not a field; write lora.r",
             "line 4: train.learning_rate must be > 0, got 0",
             "line 4: train.bf16 and train.fp16 cannot both be true; better give neither",
-            "line 4: train.eval_strategy steps asks for evaluations, but data.eval names no held-out rows",
+            "line 4: train.eval_strategy steps asks for evaluations, but data.eval is none",
             "--set lora.bias must be none, all or lora_only, got 'x'",
             "--set quant: must be FIELD=VALUE, such as lora.r=32",
         ]
@@ -495,7 +506,7 @@ def test_contradictions_hold_without_a_file_too() -> None:
             ["train.warmup_steps is not read with lr_scheduler_type constant"],
         ),
         ("train: {save_strategy: epoch, save_steps: 3}", ["train.save_steps is not read with save_strategy epoch"]),
-        ("train: {eval_steps: 3}", ["train.eval_steps is not read with no data.eval"]),
+        ("train: {eval_steps: 3}", []),
         ("train: {run_name: a}", ["train.run_name is not read with report_to none"]),
         ("train: {optim: sgd, adam_beta1: 0.5}", ["train.adam_beta1 is not read with optim sgd"]),
     ],

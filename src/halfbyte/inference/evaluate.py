@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from halfbyte.data import blocks, collate, pack
+from halfbyte.data import blocks, collate, pack, split
 from halfbyte.data.encoding import encode
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import DataError
@@ -17,6 +17,7 @@ from halfbyte.inference.load import Opened
 from halfbyte.layers.loss import mean_loss
 from halfbyte.models.context import Context, context_of
 from halfbyte.plan import Rows, plan_inference
+from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device
 from halfbyte.training import early
 from halfbyte.types import Document
@@ -65,9 +66,11 @@ def evaluate(
 ) -> dict[str, Score]:
     """Score the adapter, and with `with_base` the base alone, on the same rows. Keys: `base`, `adapter`."""
     recipe = opened.recipe
-    encoded = encode.encode(
-        early.held_out(recipe, opened.run, data), opened.tokenizer, recipe.data, cores=device.cores()
-    )
+    names = early.held_out(recipe, opened.run, data)
+    if names is None:
+        encoded = split.load(RunFolder(opened.run).held_out)
+    else:
+        encoded = encode.encode(names, opened.tokenizer, recipe.data, cores=device.cores())
     encoded.tally.check_length(recipe.data)
     if recipe.data.packing == "stream":
         encoded = blocks.stream(encoded, recipe.data.max_length)

@@ -124,7 +124,13 @@ def _rows(recipe: Recipe, shape: describe.Shape, length: int | None, *, given: b
         return memory.Rows.assume(assumed), [f"rows of {assumed} tokens each are assumed, all labelled: --length N"]
     count, how = _counter(shape)
     lengths, labelled = _sizes(recipe.data.train, recipe.data, count)
-    held_out, _ = _sizes(recipe.data.eval, recipe.data, count) if recipe.data.eval else ([], [])
+    held_out, own = list[int](), recipe.data.held_out_of(len(lengths))
+    if (names := recipe.data.eval_names) is not None:
+        held_out, _ = _sizes(names, recipe.data, count)
+    elif own and own < len(lengths) and recipe.train.eval_strategy != "no":
+        out = {i * len(lengths) // own for i in range(own)}
+        held_out = [lengths[i] for i in sorted(out)]
+        lengths, labelled = ([n for i, n in enumerate(sizes) if i not in out] for sizes in (lengths, labelled))
     rows = "blocks" if recipe.data.packing == "stream" else "rows"
     mean = sum(lengths) / len(lengths)
     note = f"{len(lengths):,} {rows} of about {mean:.0f} tokens, the longest {max(lengths)}: {how}"

@@ -68,8 +68,10 @@ def to_resume(target: str) -> Loaded:
             fix="halfbyte train RUN --resume, with the folder that train made",
         )
     loaded = load_recipe(path / "recipe.yaml")
-    # the folder may have been moved or copied since its recipe was written
-    return loaded._replace(recipe=loaded.recipe.model_copy(update={"output": str(path)}))
+    update: dict[str, object] = {"output": str(path)}  # it may have been moved or copied since its recipe was written
+    if loaded.origins["data.eval"].kind == "default":  # written before rows were held out by themselves
+        update["data"] = loaded.recipe.data.model_copy(update={"eval": "none"})
+    return loaded._replace(recipe=loaded.recipe.model_copy(update=update))
 
 
 def to_use(file: Path) -> Recipe:

@@ -1,5 +1,6 @@
 """The `data:` section of a recipe: which rows, how they are read, and what of them is trained. No torch; pydantic."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, TypeGuard
 
@@ -51,6 +52,28 @@ RowNames = Annotated[
 ]
 
 
+_LIKE = "rows: files, a glob, a hub: dataset, or a list of them; 5% or a number of the training rows; none; or auto"
+_SPLIT = re.compile(r"(?P<count>[1-9]\d*)|(?P<percent>\d+(\.\d+)?)\s*%|(?P<share>0?\.\d+)")
+AUTO_PERCENT, AUTO_LEAST, AUTO_MOST = 5, 200, 200  # of the rows; of how many at least; how many at most
+
+
+def _held_out(value: object) -> object:
+    """`none`, `auto`, a count such as 64, a share such as 5%, each as text; or names of rows, as they are."""
+    text = "none" if value is None else str(value).strip()
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+        return value
+    found = _SPLIT.fullmatch(text)
+    if found is None:
+        return text if isinstance(value, str | None) else value
+    percent = float(found["percent"] or 100 * float(found["share"] or 0))
+    if found["count"] is None and not 0 < percent < 100:
+        raise ValueError(f"must be {_LIKE}")
+    return found["count"] or f"{percent:g}%"
+
+
+HeldOut = Annotated[str | tuple[str, ...], must(_LIKE, is_name_or_list), BeforeValidator(_held_out)]
+
+
 class Fields(Section):
     """Which columns of a row hold what."""
 
@@ -74,7 +97,9 @@ class Data(Section):
     train: RowNames = field(
         ..., "the rows to train on: JSONL, JSON, CSV, Parquet or .txt; a glob, a list, or hub:org/name?split=train"
     )
-    eval: RowNames | None = field(None, "held-out rows, for evaluation")
+    eval: HeldOut = field(
+        "auto", "held-out rows: files; 5% or a number of the training rows; none; auto (5% of 200 rows and more)"
+    )
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = field(
         "auto", "how a row is read; auto tells it from the columns"
     )
@@ -88,3 +113,19 @@ class Data(Section):
         "rows", "rows as they are; or stream: plain texts end to end, in blocks of max_length tokens"
     )
     chat_template: str | None = field(None, "a Jinja template, or its file, or chatml, instead of the model's own")
+
+    @property
+    def eval_names(self) -> str | tuple[str, ...] | None:
+        """The rows that `eval` names; None where they are taken out of the training rows, or there are none."""
+        splits = isinstance(self.eval, str) and (self.eval in ("auto", "none") or _SPLIT.fullmatch(self.eval))
+        return None if splits else self.eval
+
+    def held_out_of(self, rows: int) -> int:
+        """How many of so many training rows `eval` holds out; it may ask for more than there are."""
+        asked = self.eval
+        if self.eval_names is not None or asked == "none":
+            return 0
+        if asked == "auto":
+            return min(round(rows * AUTO_PERCENT / 100), AUTO_MOST) if rows >= AUTO_LEAST else 0
+        assert isinstance(asked, str)
+        return max(1, round(rows * float(asked[:-1]) / 100)) if asked.endswith("%") else int(asked)

@@ -192,6 +192,8 @@ ELSEWHERE = {
     "dataset_text_field": "data.fields",
     "train_file": "data.train",
     "validation_file": "data.eval",
+    "val_set_size": "data.eval, such as 5% of the training rows",
+    "validation_split_percentage": "data.eval, such as 5% of the training rows",
     "model_name_or_path": "model",
     "base_model": "model",
     "load_in_4bit": "quant.type: nf4",

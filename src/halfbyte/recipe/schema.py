@@ -329,13 +329,13 @@ def _in_lora(recipe: Recipe) -> Iterator[str]:
 
 def _in_train(recipe: Recipe) -> Iterator[str]:
     train, dtype, strategy = recipe.train, recipe.quant.compute_dtype, recipe.train.eval_strategy
-    if recipe.data.eval is None:
+    if recipe.data.eval == "none":
         asking = {
             f"eval_strategy {strategy}": strategy in ("steps", "epoch"),
             "eval_on_start true": train.eval_on_start,
         }
         for name in (name for name, asks in asking.items() if asks):
-            yield f"train.{name} asks for evaluations, but data.eval names no held-out rows"
+            yield f"train.{name} asks for evaluations, but data.eval is none"
     if strategy in ("no", "epoch") and train.eval_steps is not None:
         yield f"train.eval_steps is not read with train.eval_strategy {strategy}; say steps"
     if train.bf16 and train.fp16:

@@ -35,6 +35,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.report = self.path / "report.json"
         self.adapter = self.path / "adapter"
+        self.held_out = self.path / "held_out.arrow"
         self.checkpoints = self.path / "checkpoints"
 
     @staticmethod

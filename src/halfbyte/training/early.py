@@ -34,14 +34,20 @@ def check(recipe: Recipe, *, resume: bool = False, writes: bool = True) -> None:
 
 def rows(recipe: Recipe) -> None:
     """A DataError where the recipe's rows are missing or have other fields than it says."""
-    for names in (recipe.data.train, recipe.data.eval):
+    for names in (recipe.data.train, recipe.data.eval_names):
         if names:
             read.look(names, recipe.data)
 
 
-def held_out(recipe: Recipe, run: Path, data: Path | None) -> str | Path | Sequence[str]:
-    """The rows that `halfbyte eval` scores: `data`, else the recipe's own; a DataError where there are none."""
-    names = data or recipe.data.eval
+def held_out(recipe: Recipe, run: Path, data: Path | None) -> str | Path | Sequence[str] | None:
+    """The rows that `halfbyte eval` scores: `data`, else the recipe's own; None for those that the run has kept.
+
+    Raises:
+        DataError: there are none.
+    """
+    names = data or recipe.data.eval_names
+    if not names and RunFolder(run).held_out.is_file():
+        return None
     if not names:
         raise DataError("the run has no held-out rows (data.eval).", fix=f"halfbyte eval {run} --data ROWS.jsonl")
     read.look(names, recipe.data)

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 
 from halfbyte.base.config import open_config
 from halfbyte.base.tokenizer import open_tokenizer
-from halfbyte.data import blocks, gates
+from halfbyte.data import blocks, gates, split
 from halfbyte.data.encoding import chatml, encode
 from halfbyte.data.encoding.encoder import Encoded
+from halfbyte.data.encoding.examples import Examples
 from halfbyte.models.context import context_of
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import find_model
@@ -33,6 +34,8 @@ class Prepared:
     findings: tuple[gates.Finding, ...]
     chatml: chatml.Settled | None = None
     """Where the model has no chat template of its own; then `recipe` trains the rows of its new tokens."""
+    held_out: Examples | None = None
+    """The rows (texts, not blocks of them) that were taken out of the training rows."""
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -62,7 +65,7 @@ def look(recipe: Recipe) -> Prepared:
         settled = chatml.settle(tokenizer, data, embedding_rows=rows, tied=tied)
         recipe = with_trained(recipe, settled.new_tokens)
     train = encode.encode(data.train, tokenizer, data, cores=cores)
-    evaluation = encode.encode(data.eval, tokenizer, data, cores=cores) if data.eval else None
+    train, evaluation, kept = _held_out(recipe, train, tokenizer)
     trained = frozenset(recipe.lora.trainable_token_indices or ())
     findings = gates.check(
         train, evaluation, tokenizer, recipe.data, embedding_rows=rows, trained=trained, context=context_of(config)
@@ -70,7 +73,19 @@ def look(recipe: Recipe) -> Prepared:
     if data.packing == "stream":
         train = blocks.stream(train, data.max_length)
         evaluation = blocks.stream(evaluation, data.max_length) if evaluation is not None else None
-    return Prepared(recipe, checkpoint, config, tokenizer, train, evaluation, findings, settled)
+    return Prepared(recipe, checkpoint, config, tokenizer, train, evaluation, findings, settled, kept)
+
+
+def _held_out(recipe: Recipe, train: Encoded, tokenizer: Tokenizer) -> tuple[Encoded, Encoded | None, Examples | None]:
+    """The rows that train, those that are held out, and these again where they were taken out of the training rows."""
+    data, asks = recipe.data, recipe.train
+    if data.eval_names is not None:
+        return train, encode.encode(data.eval_names, tokenizer, data, cores=device.cores()), None
+    wanted = True if asks.eval_on_start or asks.eval_strategy in ("steps", "epoch") else None
+    wanted = False if asks.eval_strategy == "no" else wanted
+    seed = asks.seed if asks.data_seed is None else asks.data_seed
+    train, evaluation = split.split(train, data, seed, wanted=wanted)
+    return train, evaluation, evaluation.examples if evaluation is not None else None
 
 
 def with_trained(recipe: Recipe, tokens: tuple[int, ...]) -> Recipe:
@@ -96,8 +111,9 @@ def data_report(prepared: Prepared) -> Document:
 
     def counts(encoded: Encoded) -> Document:
         stats, tally = encoded.stats, encoded.tally
+        used = stats.rows if encoded.texts is None else encoded.texts
         return {
-            "rows": tally.seen, "used": tally.kept, "skipped": tally.skipped.count, "truncated": tally.truncated,
+            "rows": tally.seen, "used": used, "skipped": tally.skipped.count, "truncated": tally.truncated,
             "tokens": stats.tokens, "labelled_tokens": stats.labelled_tokens, "labelled_share": stats.labelled_share,
             "longest": stats.max_length, "mean_length": stats.mean_length,
             **({} if encoded.texts is None else {"blocks": stats.rows}),
@@ -113,4 +129,8 @@ def data_report(prepared: Prepared) -> Document:
 def notices(prepared: Prepared) -> list[str]:
     """What the user should know of the rows, beside the gates."""
     first = [prepared.chatml.notice] if prepared.chatml else []
+    if prepared.held_out is not None:
+        held, asked = len(prepared.held_out), prepared.recipe.data.eval
+        off = "; data.eval: none trains on them too" if asked == "auto" else ""
+        first.append(f"{held:,} of {prepared.train.tally.kept:,} rows are held out (data.eval: {asked}){off}")
     return first + [m for rows in (prepared.train, prepared.evaluation) if rows for m in rows.tally.messages()]

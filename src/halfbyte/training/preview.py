@@ -70,6 +70,9 @@ def chosen_values(job: PlannedRun) -> dict[str, tuple[object, str]]:
         "quant.placement": (plan.placement, plan.reasons["placement"]),
         f"train.{tokens}": (plan.max_tokens_per_micro_batch, plan.reasons[tokens]),
     }
+    if recipe.data.eval == "auto":
+        held, of = job.prepared.held_out, job.prepared.train.tally.kept
+        values["data.eval"] = (f"{len(held)} rows" if held is not None else "none", f"of {of:,} training rows")
     if job.prepared.chatml is not None:
         values["lora.trainable_token_indices"] = (recipe.lora.trainable_token_indices, job.prepared.chatml.notice)
     return values

@@ -106,6 +106,7 @@ class Encoder:
         if not only_read:
             try:
                 made.batch, made.tally = self.encode(rows)
+                made.tally.sources[str((chunk.source.path, chunk.source.hub))] = made.tally.kept
             except HalfbyteError as error:
                 made.error = error
         return made

@@ -134,6 +134,10 @@ class Examples(Sequence[Example]):
         """The name of a row."""
         return str(self._value("where", index))
 
+    def parts(self) -> list[pa.RecordBatch]:
+        """The rows as record batches of `SCHEMA`."""
+        return self.batches
+
     def _made(self, index: int) -> Example:
         names = ("ids", "spans", "prompt", "prompt_length", "completion", "where")
         ids, spans, prompt, own, completion, where = (self._value(name, index).as_py() for name in names)
@@ -148,3 +152,28 @@ class Examples(Sequence[Example]):
 
     def _column(self, name: str) -> NDArray[Any]:
         return np.concatenate([np.from_dlpack(b.column(name)) for b in self.batches])  # `to_numpy` would import pandas
+
+
+class Subset(Examples):
+    """Some rows of others, by their numbers: (n,) int64, ascending. Nothing is copied."""
+
+    def __init__(self, rows: Examples, numbers: NDArray[np.int64]) -> None:
+        super().__init__(rows.batches)
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def lengths(self) -> NDArray[np.int64]:
+        return super().lengths()[self._numbers]
+
+    def parts(self) -> list[pa.RecordBatch]:
+        edges = np.searchsorted(self._numbers, self._starts)
+        own = [self._numbers[a:b] - start for a, b, start in zip(edges, edges[1:], self._starts, strict=False)]
+        return [b.take(pa.array(rows)) for b, rows in zip(self.batches, own, strict=True) if len(rows)]
+
+    def _value(self, name: str, index: int) -> pa.Scalar:
+        return super()._value(name, int(self._numbers[index]))
+
+    def _column(self, name: str) -> NDArray[Any]:
+        return super()._column(name)[self._numbers]

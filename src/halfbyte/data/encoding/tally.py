@@ -38,6 +38,8 @@ class Tally:
     empty: Problems = field(default_factory=Problems)
     """Kept rows whose labels are all special tokens: an empty answer."""
     notices: Counter[str] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
+    """Kept rows of each file, in the order of the rows."""
     used: Counter[int] = field(default_factory=Counter)
     """Token id -> how often the kept rows hold it."""
 
@@ -96,7 +98,14 @@ class Tally:
     @classmethod
     def from_json(cls, values: Document) -> Tally:
         used = {int(token): n for token, n in values["used"].items()}
-        made = cls(**{**values, "notices": Counter(values["notices"]), "used": Counter(used)})
+        made = cls(
+            **{
+                **values,
+                "notices": Counter(values["notices"]),
+                "sources": Counter(values["sources"]),
+                "used": Counter(used),
+            }
+        )
         for name in ("refused", "long", "skipped", "endless", "empty"):
             setattr(made, name, Problems(**values[name]))
         return made

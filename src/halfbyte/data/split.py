@@ -1,0 +1,103 @@
+"""Hold rows out of those that train: `data.eval: 5%`, a count, or auto.
+
+Why: without rows that were never trained on, nothing says whether the adapter has learned or only remembers.
+What: a seed draws the rows, from each file its share (systematic sampling over the files' shuffled rows); rows with the
+same tokens are on one side together. The run keeps them, as tokens, so that `eval` scores the very same ones and
+`--resume` notices other data.
+Cost: a sort of one number a row; a copy of the tokens that are held out.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from halfbyte.data.encoding.encoder import Encoded
+from halfbyte.data.encoding.examples import SCHEMA, Examples, Subset
+from halfbyte.data.encoding.tally import Tally
+from halfbyte.errors import DataError, RunError
+from halfbyte.recipe.data import Data
+from halfbyte.system import files
+
+
+def split(rows: Encoded, data: Data, seed: int, *, wanted: bool | None = None) -> tuple[Encoded, Encoded | None]:
+    """The rows that train and those that `data.eval` holds out of them, None for none.
+
+    Args:
+        wanted: whether the run asks for evaluations; False: auto holds nothing out. None: it does not say.
+
+    Raises:
+        DataError: more rows are to be held out than there are, or auto finds too few where evaluations are asked for.
+    """
+    total = len(rows.examples)
+    count = 0 if data.eval == "auto" and wanted is False else data.held_out_of(total)
+    if count >= total:
+        raise DataError(
+            f"data.eval {data.eval}: {count:,} rows cannot be held out of {total:,}, and none left to train on.",
+            fix="data.eval: 10%, or a file of other rows",
+        )
+    if not count and wanted and data.eval == "auto":
+        raise DataError(
+            f"evaluations are asked for, and {total:,} rows are too few to hold some of them out unasked.",
+            fix="data.eval: 10%, or a file of other rows",
+        )
+    held = choose(rows.examples.digests(), list(rows.tally.sources.values()), count, seed)
+    if not len(held):
+        return rows, None
+    left = np.setdiff1d(np.arange(total), held)
+    tally = Tally(seen=len(held), kept=len(held))
+    return replace(rows, examples=Subset(rows.examples, left)), Encoded(Subset(rows.examples, held), tally)
+
+
+def choose(digests: NDArray[np.uint64], of_files: Sequence[int], count: int, seed: int) -> NDArray[np.int64]:
+    """About `count` row numbers, ascending; exactly so many where no two rows are the same.
+
+    Args:
+        digests: (rows,) equal for rows with the same tokens. of_files: the rows of each file, in the order of the rows.
+    """
+    _, first, which = np.unique(digests, return_index=True, return_inverse=True)
+    many = min(max(1, round(count * len(first) / len(digests))), len(first) - 1) if count else 0
+    if many < 1:
+        return np.empty(0, np.int64)
+    draw, order = random.Random(f"{seed}/held out"), list[int]()
+    file_of = np.searchsorted(np.cumsum(of_files), first, side="right")
+    for file in np.unique(file_of):
+        own = np.flatnonzero(file_of == file).tolist()
+        draw.shuffle(own)
+        order += own
+    start = draw.random()
+    chosen = [order[int((i + start) * len(order) / many)] for i in range(many)]
+    return np.flatnonzero(np.isin(which, chosen))
+
+
+def keep(held: Examples | None, path: Path) -> None:
+    """Write the rows that a run holds out, once; a RunError where it has held out others, as its data has changed."""
+    if path.is_file():
+        before = load(path).examples.digests()
+        now = held.digests() if held is not None else before[:0]
+        if not np.array_equal(before, now):
+            raise RunError(
+                f"{path.parent} holds {len(before):,} rows out, and data.train has changed since: of the {len(now):,} "
+                f"that it would hold out now, {int(np.isin(now, before).sum()):,} are the same.",
+                fix="put data.train and its settings back as they were, or start a new run",
+            )
+    elif held is not None:
+        partial = path.with_suffix(".partial")
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            for part in held.parts():
+                writer.write_batch(part)
+        files.put(partial, path)
+
+
+def load(path: Path) -> Encoded:
+    """The rows that a run holds out; a RunError where the file cannot be read."""
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        rows = Examples([reader.get_batch(i) for i in range(reader.num_record_batches)])
+    except (OSError, pa.ArrowException) as error:
+        raise RunError(f"{path} cannot be read: {error}") from None
+    return Encoded(rows, Tally(seen=len(rows), kept=len(rows)))
