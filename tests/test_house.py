@@ -36,6 +36,7 @@ LIGHT_FILES = (
     "quant.nf4_cpu",
     "quant.bnb_backend",
     "runs.folder",
+    "runs.points",
     "runs.report",
     "training.early",
 )

@@ -21,12 +21,12 @@ from halfbyte.errors import DataError
 from halfbyte.plan import calibrate
 from halfbyte.recipe.file import to_yaml
 from halfbyte.recipe.schema import Loaded, Recipe
-from halfbyte.runs import checkpoint
+from halfbyte.runs import checkpoint, points
 from halfbyte.runs import report as reporting
 from halfbyte.runs.folder import RunFolder, write_json
-from halfbyte.system import device, threads, usage
+from halfbyte.system import device, files, threads, usage
 from halfbyte.system.versions import versions
-from halfbyte.training import fit, prepare
+from halfbyte.training import fit, prepare, resuming
 from halfbyte.training.callback import RunCallback
 from halfbyte.training.events import Listener, StopRequest, stop_on_signals
 from halfbyte.training.pace import Pace, recompute_as, rehearse
@@ -47,7 +47,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Ready:
-    """Everything that the steps of a run need, known to be good. `held`: memory before the first step."""
+    """Everything that the steps of a run need, known to be good. `held`: memory before the first step. `point`: where
+    a resumed run goes on; `trained`: what its checkpoints keep beside their files."""
 
     job: fit.PlannedRun
     base: Assembled
@@ -58,25 +59,38 @@ class Ready:
     held: usage.Usage
     settings: threads.Settings
     notices: Sequence[str]
+    point: points.Point | None
+    trained: Document
 
 
 def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = None) -> Outcome:
     """Fine-tune. Nothing is written before the model, the data and the adapters are known to be good.
 
+    Args:
+        resume: go on from the run's newest checkpoint; a finished run of which no more is asked stays as it is.
+
     Raises:
         HalfbyteError: a mistake in the recipe, the data or the model, before the run folder exists; TrainError after.
     """
     tell, out, machine = listener or Listener(), Path(loaded.recipe.output), device.detect()
+    point = None
     if resume:
-        checkpoint.newest(RunFolder.open(out, need_adapter=False).checkpoints)
+        folder = RunFolder.open(out, need_adapter=False)
+        if (report := points.complete(loaded.recipe)) is not None:
+            return Outcome(out, report, report["steps"])
+        point = points.newest(folder.checkpoints)
+        points.check_recipe(point, loaded.recipe)
     else:
         RunFolder.check_free(out)
-    ready = make_ready(loaded.recipe, machine, tell)
-    folder = RunFolder.open(out, need_adapter=False) if resume else RunFolder.create(out, to_yaml(loaded.recipe))
+    ready = make_ready(loaded.recipe, machine, tell, point)
+    if point is None:
+        folder = RunFolder.create(out, to_yaml(loaded.recipe))
+    elif point.changes(loaded.recipe):
+        files.write(folder.recipe, to_yaml(loaded.recipe).encode())
     with folder.lock() as run, stop_on_signals() as stop, usage.Peak() as peak:
         try:
             split.keep(ready.job.prepared.held_out, run.held_out)
-            callback = run_steps(ready, run, stop, tell, resume=resume)
+            callback = run_steps(ready, run, stop, tell)
             step = callback.trainer.state.global_step
             if stop.signal is not None and step < len(ready.steps):
                 return Outcome(run.path, {}, step, stop.signal)
@@ -85,16 +99,18 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
             ready.placed.remove()
 
 
-def make_ready(recipe: Recipe, machine: device.Device, tell: Listener) -> Ready:
+def make_ready(recipe: Recipe, machine: device.Device, tell: Listener, point: points.Point | None = None) -> Ready:
     """Rows, plan, base, adapters and micro-batches; the longest of these runs once unless the plan leaves much free."""
     settings = threads.settle(machine.cores)
     tell.note("process", settings.line)
     job = fit.planned(recipe, machine, tell)
     prepared, plan = job.prepared, job.plan
+    fingerprints = prepare.fingerprints(prepared)
+    notices = [] if point is None else resuming.check(point, recipe, fingerprints, job.figures.steps, tell)
     for name, why in plan.reasons.items():
         tell.note("plan", f"{name} {getattr(plan, name)}: {why}")
     tell.note("plan", f"peak memory about {plan.needed_bytes / 1e9:.2f} GB of {plan.available_bytes / 1e9:.1f} GB free")
-    notices = [*prepare.notices(prepared), *(str(f) for f in prepared.findings if f.level != "ok"), *plan.warnings]
+    notices += [*prepare.notices(prepared), *(str(f) for f in prepared.findings if f.level != "ok"), *plan.warnings]
     placed, base = _assembled(job, tell, notices)
     for notice in notices:
         tell.note("note", notice)
@@ -114,7 +130,8 @@ def make_ready(recipe: Recipe, machine: device.Device, tell: Listener) -> Ready:
             f"{tried.micro_batch_bytes / 1e9:.2f} GB above {held.private / 1e9:.2f} GB held"
         )
     tell.note("rehearsed", said)
-    return Ready(job, base, placed, pace, steps, held_out, held, settings, notices)
+    trained = points.trained_with(recipe, fingerprints)
+    return Ready(job, base, placed, pace, steps, held_out, held, settings, notices, point, trained)
 
 
 def _assembled(job: fit.PlannedRun, tell: Listener, notices: list[str]) -> tuple[stream.Placed, Assembled]:
@@ -153,14 +170,14 @@ def _assembled(job: fit.PlannedRun, tell: Listener, notices: list[str]) -> tuple
     return placed, made
 
 
-def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener, *, resume: bool) -> RunCallback:
-    """Every step, from the first or from the newest checkpoint, until the last or until a signal."""
-    prepared, steps = ready.job.prepared, ready.steps
+def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener) -> RunCallback:
+    """Every step, from the first or from a checkpoint, until the last or until a signal."""
+    prepared, steps, point = ready.job.prepared, ready.steps, ready.point
     source, recipe, model, base = prepared.checkpoint, prepared.recipe, ready.base.model, ready.base.base
     write_json(run.plan, {**ready.job.plan.to_json(), "steps": len(steps), "tokens": steps.tokens})
-    point = checkpoint.newest(run.checkpoints) if resume else None
     if point is not None:
-        run.truncate_metrics(checkpoint.step_of(point))
+        run.truncate_metrics(point.step)
+        run.report.unlink(missing_ok=True)  # of the shorter run that goes on
     arguments = training_arguments(
         recipe.train,
         folder=run.path,
@@ -186,11 +203,12 @@ def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener, *
         write_adapter=partial(lora.write_files, model, base_id=source.id, revision=source.revision, dtype=None),
         stop=stop,
         best=checkpoint.Best.of(recipe, run) if prepared.evaluation is not None else None,
-        resume=point,
+        trained=ready.trained,
+        resume=None if point is None else point.path,
     )
     trainer.add_callback(callback)
     try:
-        trainer.train(resume_from_checkpoint=None if point is None else str(point))
+        trainer.train(resume_from_checkpoint=str(point.path) if point is not None else None)
     finally:
         tell.end()
     return callback
@@ -203,7 +221,8 @@ def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak
     chosen = callback.best if recipe.train.load_best_model_at_end else None
     if chosen is not None and chosen.step is not None:
         lora.put_weights(model, chosen.folder)
-        callback.listener.note("adapter", f"the best of {len(callback.evals)} evaluations, from step {chosen.step}")
+        count = sum("eval_loss" in row for row in run.read_metrics())
+        callback.listener.note("adapter", f"the best of {count} evaluations, from step {chosen.step}")
     lora.save(
         model,
         run.adapter,

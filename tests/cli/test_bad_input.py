@@ -32,7 +32,7 @@ from halfbyte import finetune
 from halfbyte.adapters import lora
 from halfbyte.errors import HalfbyteError
 from halfbyte.recipe.file import load_recipe
-from halfbyte.runs import checkpoint
+from halfbyte.runs import checkpoint, points
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import files
 from tests import tiny, tiny_run
@@ -189,6 +189,12 @@ def other_base() -> None:
     tiny_run.checkpoint(Path("gpt2"), "gpt2")
     recipe = Path("done/recipe.yaml")
     recipe.write_text(recipe.read_text().replace("model: model", "model: gpt2"))
+
+
+def edited(name: str, old: str, new: str) -> None:
+    text = Path(name).read_text()
+    assert old in text
+    Path(name).write_text(text.replace(old, new))
 
 
 def damaged_checkpoints() -> None:
@@ -561,17 +567,53 @@ CASES = [
         "  fix: halfbyte train RUN --resume, with the folder that train made",
     ),
     Case(
-        "resuming with a change",
-        "train done --resume --set lora.r=4",
-        "error: --resume continues a run with its own recipe; --set, --output and DATA cannot be given with it.\n"
+        "resuming elsewhere",
+        "train done --resume --output other",
+        "error: --resume continues a run in its own folder on its own rows; --output and DATA cannot be "
+        "given with it.\n"
         "  fix: halfbyte train done --resume",
+    ),
+    Case(
+        "resuming with a change",
+        "train done --resume --set lora.r=16 --set train.seed=7",
+        "error: the run done was trained until step 4 with other values:\n"
+        "  - lora.r: 8 in the run, 16 asked\n  - train.seed: 42 in the run, 7 asked\n"
+        "  What may change: <...>quant.placement<...>save_total_limit<...>\n"
+        "  fix: put back what the run had; or start a new run: halfbyte train done/recipe.yaml --output runs/NAME",
+    ),
+    Case(
+        "resuming with a recipe that was edited",
+        "train done --resume",
+        "error: the run done was trained until step 4 with other values:\n"
+        "  - train.learning_rate: 0.01 in the run, 0.02 asked\n<...>\n<...>",
+        lambda: edited("done/recipe.yaml", "learning_rate: 0.01", "learning_rate: 0.02"),
+    ),
+    Case(
+        "resuming on fewer rows",
+        "train done --resume --set train.max_steps=6",
+        "error: data.train (train.jsonl) has changed since step 4 of the run done: it was 16 rows, now 12 rows.\n"
+        "  fix: put back what the run had; or start a new run: halfbyte train done/recipe.yaml --output runs/NAME",
+        lambda: tiny_run.rows(Path("train.jsonl"), 12),
+    ),
+    Case(
+        "resuming on other rows",
+        "train done --resume --set train.max_steps=6",
+        "error: data.train (train.jsonl) has changed since step 4 of the run done: it was 16 other rows.\n<...>",
+        lambda: tiny_run.rows(Path("train.jsonl"), 16, seed=3),
+    ),
+    Case(
+        "resuming for fewer steps",
+        "train done --resume --set train.max_steps=3",
+        "error: the run done is at step 4, and the recipe asks for 3.\n"
+        "  fix: more: halfbyte train done --resume --set train.max_steps=8",
     ),
     Case(
         "resuming from damage",
         "train done --resume",
-        "error: no whole checkpoint to resume from in done/checkpoints; found only damaged ones: step-000002, "
-        "step-000004.\n  fix: start again with another `output:` (`--set output=runs/NAME`)",
-        damaged_checkpoints,
+        "error: no whole checkpoint to resume from in done/checkpoints; found only damaged ones: step-000002 "
+        "(optimizer.safetensors has another size), step-000004 (optimizer.safetensors has another size).\n"
+        "  fix: start again with another `output:` (`--set output=runs/NAME`)",
+        all_of(damaged_checkpoints, remove("done/report.json")),
     ),
     Case(
         "no adapter yet",
@@ -752,10 +794,10 @@ def whole(run: RunFolder) -> list[int]:
     """The steps of a run's checkpoints; nothing half-written may lie beside them."""
     left = [str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.name.startswith(".")]
     assert not left, left
-    saved = checkpoint.checkpoints(run.checkpoints)
-    assert all(checkpoint.is_whole(path, hashes=True) for path in saved)
+    saved = points.checkpoints(run.checkpoints)
+    assert all(points.is_whole(path, hashes=True) for path in saved)
     assert len(list(run.checkpoints.iterdir())) == len(saved)
-    return [checkpoint.step_of(path) for path in saved]
+    return [points.step_of(path) for path in saved]
 
 
 FREE = "  fix: free some disk space, then continue from the newest whole checkpoint with `halfbyte train --resume`\n"

@@ -27,7 +27,7 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.inference import generate
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import leaves
-from halfbyte.runs import checkpoint
+from halfbyte.runs import points
 from halfbyte.runs.folder import RunFolder
 from tests import tiny_run
 from tests.in_process import Cli, runner
@@ -368,7 +368,7 @@ def test_a_signal_saves_and_resume_ends_in_the_same_bytes(
     assert 30 <= step < STEPS
     assert f"checkpoint run/checkpoints/step-{step:06d} ({number.name} received)\n" in out
     run = RunFolder(Path("run"))
-    assert checkpoint.step_of(checkpoint.newest(run.checkpoints)) == step
+    assert points.newest(run.checkpoints).step == step
     assert not run.adapter.exists()
     early = halfbyte("generate", "run", "-p", "x")
     assert early.code == 2
@@ -390,7 +390,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(here: Path, halfbyte: Cli, uni
     returned, _, err = stopped(signal.SIGKILL, after=60)
     assert returned == -signal.SIGKILL and err == ""
     run = RunFolder(Path("run"))
-    assert checkpoint.step_of(checkpoint.newest(run.checkpoints)) >= 50
+    assert points.newest(run.checkpoints).step >= 50
     ended = halfbyte("train", "run", "--resume", "--quiet")
     assert (ended.code, ended.err) == (0, "")
     check_whole(run, uninterrupted)
@@ -469,6 +469,31 @@ def test_how_a_model_is_made_ready_is_told(halfbyte: Cli, monkeypatch: pytest.Mo
     ended = halfbyte("train", "recipe.yaml", "--json", "--set", "output=new")
     said = "converting model.gguf: dequantising\nwarning: only what is cached is used\nerror: enough\n"
     assert ended.err == said and "converting" not in ended.out
+
+
+def test_a_finished_run_is_told_at_once_and_goes_on_when_asked(here: Path, halfbyte: Cli) -> None:
+    changes = [part for value in ("train.save_strategy=steps", "output=run") for part in ("--set", value)]
+    assert halfbyte("train", "recipe.yaml", "-q", *changes).code == 0
+    shutil.rmtree("model")  # nothing is loaded
+    ended = halfbyte("train", "run", "--resume")
+    report = json.loads(Path("run/report.json").read_text())
+    loss = report["loss"]
+    said = f"run is already complete: 4 steps, loss {loss['first']:.4f} -> {loss['last']:.4f}\n  to go on: halfbyte "
+    command = "train run --resume --set train.max_steps=8"
+    assert (ended.code, ended.out, ended.err) == (0, f"{said}{command}\n", "")
+    assert json.loads(halfbyte("train", "run", "--resume", "--json").out) == report
+    tiny_run.checkpoint(Path("model"))
+    ended = halfbyte(*command.split(), "-q")
+    assert (ended.code, ended.err) == (0, "") and ended.out.startswith("going on from step 4/8\n")
+    assert [row["step"] for row in RunFolder(Path("run")).read_metrics() if "loss" in row] == [*range(1, 9)]
+
+
+def test_the_best_is_counted_over_all_processes(here: Path, halfbyte: Cli) -> None:
+    changes = ("train.save_strategy=steps", "train.save_steps=2", "train.eval_strategy=steps", "train.eval_steps=1")
+    assert halfbyte("train", "recipe.yaml", "-q", *(part for value in changes for part in ("--set", value))).code == 0
+    shutil.rmtree("run/adapter")
+    ended = halfbyte("train", "run", "--resume")
+    assert "adapter   the best of 4 evaluations, from step " in ended.out
 
 
 def test_version_names_the_libraries(halfbyte: Cli) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from halfbyte.errors import RunError, TrainError
-from halfbyte.runs import checkpoint
+from halfbyte.runs import checkpoint, points
 from halfbyte.system import files
 
 OPTIMIZERS = {
@@ -51,6 +51,7 @@ def save(folder: Path, step: int, optimizer: Any, scheduler: Any, adapter: bytes
         write_trainer_state=lambda p: p.write_text("{}"),  # type: ignore[arg-type,return-value]
         optimizer=optimizer,
         scheduler=scheduler,
+        trained={},
     )
 
 
@@ -109,16 +110,16 @@ def test_a_damaged_checkpoint_is_passed_over(damage: str, tmp_path: Path) -> Non
         content[-1] ^= 1
         file.write_bytes(content)
     else:
-        (bad / checkpoint.MANIFEST).unlink()
-    assert checkpoint.newest(tmp_path) == good
+        (bad / points.MANIFEST).unlink()
+    assert points.newest(tmp_path).path == good
 
 
 def test_no_whole_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no whole checkpoint to resume from .* it has none"):
-        checkpoint.newest(tmp_path)
+        points.newest(tmp_path)
     (tmp_path / "step-000010").mkdir()
     with pytest.raises(RunError, match="found only damaged ones: step-000010"):
-        checkpoint.newest(tmp_path)
+        points.newest(tmp_path)
 
 
 def test_a_full_disk_leaves_the_older_checkpoint_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +133,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_no_rest(tmp_path: Path, mon
     with pytest.raises(TrainError, match="step-000020 could not be written: No space left on device"):
         save(tmp_path, 20, optimizer, scheduler)
     assert sorted(p.name for p in tmp_path.iterdir()) == [good.name]
-    assert checkpoint.newest(tmp_path) == good
+    assert points.newest(tmp_path).path == good
 
 
 def test_pruning_keeps_the_newest_and_clears_dead_writers(tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def test_an_optimiser_trains_and_comes_back_from_a_checkpoint(name: str, tmp_pat
         write_trainer_state=lambda path: path.write_text("{}") and None,
         optimizer=optimizer,
         scheduler=scheduler,
+        trained={},
     )
     other, optimizer2, scheduler2 = optimizer_of(name)
     other.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})

@@ -28,7 +28,7 @@ from halfbyte.inference.generate import Sampling, generate
 from halfbyte.layers import loss, packing, packing_proof
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import Loaded
-from halfbyte.runs import checkpoint
+from halfbyte.runs import points
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device
 from halfbyte.training.events import Listener
@@ -370,12 +370,12 @@ def test_an_interrupted_run_ends_in_the_same_bytes(kind: str, how: str, tmp_path
     if how == "crash":
         with pytest.raises(RuntimeError, match="power cut"):
             finetune.train(cut, listener=Interrupt(5, how))
-        assert checkpoint.step_of(checkpoint.newest(run.checkpoints)) == 4
+        assert points.newest(run.checkpoints).step == 4
         assert [row["step"] for row in metrics(cut) if "loss" in row] == [1, 2, 3, 4, 5]  # one more than was saved
     else:
         outcome = finetune.train(cut, listener=Interrupt(3, how))
         assert (outcome.stopped_by, outcome.step) == (signal.SIGTERM, 3)
-        assert checkpoint.step_of(checkpoint.newest(run.checkpoints)) == 3
+        assert points.newest(run.checkpoints).step == 3
     assert not run.adapter.exists() and not run.report.exists()
     outcome = finetune.train(cut, resume=True)
     assert outcome.stopped_by is None and outcome.step == 7

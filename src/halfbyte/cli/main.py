@@ -88,12 +88,16 @@ def train(
     from halfbyte.training import early
 
     overrides = [*set_, *([f"output={output}"] if output is not None else [])]
-    if resume and (overrides or data is not None):
+    if resume and (data is not None or any(value.startswith("output=") for value in overrides)):
         raise RecipeError(
-            "--resume continues a run with its own recipe; --set, --output and DATA cannot be given with it.",
+            "--resume continues a run in its own folder on its own rows; --output and DATA cannot be given with it.",
             fix=f"halfbyte train {recipe} --resume",
         )
-    loaded = command.to_resume(recipe) if resume else command.to_train(recipe, data, overrides)
+    loaded = command.to_resume(recipe, overrides) if resume else command.to_train(recipe, data, overrides)
+    if resume and not dry_run and (report := early.complete(loaded.recipe)) is not None:
+        run = Path(loaded.recipe.output)
+        show.document(report) if json_ else show.complete(run, report, early.more(loaded.recipe))
+        return
     early.check(loaded.recipe, resume=resume, writes=not dry_run)
     if dry_run:
         with libraries.loading():

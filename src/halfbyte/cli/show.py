@@ -142,7 +142,12 @@ class PlainListener(Listener):
         if not self.quiet:
             labelled(label, text)
 
+    def warn(self, text: str) -> None:
+        warning(text)
+
     def begin(self, total_steps: int, done_steps: int, log_every: int) -> None:
+        if done_steps:
+            out.print(f"going on from step {done_steps}/{total_steps}")
         self.total, self.first, self.started = total_steps, done_steps, time.monotonic()
         self.every = max(1, total_steps // 10) if self.quiet else log_every
 
@@ -294,6 +299,15 @@ def report(outcome: Outcome) -> None:
     out.print(f"peak memory {gb(row['measured']['peak_rss_bytes'])} (planned {gb(row['planned']['peak_rss_bytes'])})")
     text(
         f"adapter  {outcome.run}/adapter\n  next: halfbyte eval {outcome.run} --base   or   halfbyte chat {outcome.run}"
+    )
+
+
+def complete(run: Path, report: Document, more: str) -> None:
+    """A run of which no more is asked; `more` is the command that goes on."""
+    loss = report["loss"]
+    text(
+        f"{run} is already complete: {report['steps']} steps, loss {loss['first']:.4f} -> {loss['last']:.4f}\n"
+        f"  to go on: {more}"
     )
 
 

@@ -53,23 +53,24 @@ def to_train(target: str, data: str | None, overrides: Sequence[str]) -> Loaded:
     return load_recipe(path, overrides)
 
 
-def to_resume(target: str) -> Loaded:
-    """The recipe of a run folder, or of the run that a recipe file names.
+def to_resume(target: str, overrides: Sequence[str] = ()) -> Loaded:
+    """The recipe of a run folder; or a recipe file, that of the run which it names.
 
     Raises:
         RecipeError: there is no such run.
     """
-    path = Path(target)
+    path, given = Path(target), None
     if path.is_file():
-        path = Path(load_recipe(path).recipe.output)
+        given = load_recipe(path, overrides)
+        path = Path(given.recipe.output)
     if not (path / "recipe.yaml").is_file():
         raise RecipeError(
             f"{path} is not a run folder: it has no recipe.yaml.",
             fix="halfbyte train RUN --resume, with the folder that train made",
         )
-    loaded = load_recipe(path / "recipe.yaml")
+    loaded = given or load_recipe(path / "recipe.yaml", overrides)
     update: dict[str, object] = {"output": str(path)}  # it may have been moved or copied since its recipe was written
-    if loaded.origins["data.eval"].kind == "default":  # written before rows were held out by themselves
+    if given is None and loaded.origins["data.eval"].kind == "default":  # from before rows were held out by themselves
         update["data"] = loaded.recipe.data.model_copy(update={"eval": "none"})
     return loaded._replace(recipe=loaded.recipe.model_copy(update=update))
 

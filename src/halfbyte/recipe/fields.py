@@ -10,6 +10,21 @@ import json
 # Fields that PEFT and transformers do not have.
 OURS = frozenset({"save_dtype", "loraplus_lr_ratio", "save_minutes", "max_tokens_per_micro_batch"})
 
+# What may change when a run is resumed, as nothing that it learns depends on it. Rows are compared by their tokens.
+MAY_CHANGE = frozenset(
+    {"output", "allow_pickle", "trust_remote_code", "quant.placement", "lora.save_dtype", "data.train", "data.eval"}
+) | {
+    f"train.{name}"
+    for name in (
+        "logging_steps", "logging_first_step", "report_to", "run_name", "eval_strategy", "eval_steps", "eval_on_start",
+        "per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit", "save_minutes",
+        "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "gradient_checkpointing",
+        "max_tokens_per_micro_batch",
+    )
+}  # fmt: skip
+# With one of these a finished run goes on.
+GOES_ON = frozenset({"train.max_steps", "train.num_train_epochs"})
+
 LORA_REFUSED = {
     "peft_type": "it is always LORA",
     "auto_mapping": "PEFT fills it in itself",

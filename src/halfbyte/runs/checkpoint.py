@@ -22,17 +22,17 @@ import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from halfbyte.errors import RunError, TrainError
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs.folder import RunFolder
+from halfbyte.runs.points import FORMAT_VERSION, MANIFEST, checkpoints, is_whole
 from halfbyte.system import files
 from halfbyte.types import Document
 
 NESTED = "/"  # between a state's name and a name inside it
-FORMAT_VERSION = 1
-MANIFEST, BEST_JSON = "manifest.json", "best.json"
+BEST_JSON = "best.json"
 OPTIMIZER_TENSORS, OPTIMIZER_JSON, RNG_TENSORS = "optimizer.safetensors", "optimizer.json", "rng.safetensors"
 HAS_JSON = (type(None), bool, int, float, str, list, tuple, dict, torch.Tensor)
 
@@ -45,10 +45,12 @@ def save(
     write_trainer_state: Callable[[Path], None],
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler,
+    trained: Document,
 ) -> Path:
     """Write `folder/step-NNNNNN` whole or not at all.
 
     Args:
+        trained: what the run is trained with, as `points.trained_with` makes it.
         write_adapter: writes PEFT's two adapter files into the folder it is given.
         write_trainer_state: writes `trainer_state.json` to the path it is given.
 
@@ -56,7 +58,7 @@ def save(
         TrainError: the disk is full or refuses; the temporary folder is removed and earlier checkpoints are untouched.
     """
     final = folder / f"step-{step:06d}"
-    if is_whole(final):
+    if final.exists() and is_whole(final, hashes=True):
         return final
     with whole_or_absent(f"checkpoint {final}", final) as temporary:
         write_adapter(temporary)
@@ -67,7 +69,7 @@ def save(
         (temporary / OPTIMIZER_JSON).write_text(json.dumps(state))
         save_file(_rng_state(), temporary / RNG_TENSORS)
         listed = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in sorted(temporary.iterdir())}
-        manifest = {"format": FORMAT_VERSION, "step": step, "files": listed}
+        manifest = {"format": FORMAT_VERSION, "step": step, "trained": trained, "files": listed}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
     return final
 
@@ -83,42 +85,6 @@ def whole_or_absent(what: str, folder: Path) -> Iterator[Path]:
             f"{what} could not be written: {getattr(error, 'strerror', None) or error}.",
             fix="free some disk space, then continue from the newest whole checkpoint with `halfbyte train --resume`",
         ) from error
-
-
-def is_whole(path: Path, *, hashes: bool = False) -> bool:
-    """Whether a checkpoint has every file of its manifest at its full size (and, if asked, with its sha256)."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        return manifest["format"] == FORMAT_VERSION and all(
-            (path / name).stat().st_size == entry["bytes"]
-            and (not hashes or files.sha256(path / name) == entry["sha256"])
-            for name, entry in manifest["files"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
-    named = (p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit())
-    return sorted(filter(is_whole, named), key=step_of)
-
-
-def newest(folder: Path) -> Path:
-    """The newest checkpoint whose every hash is right; a RunError if there is none, or only damaged ones."""
-    for path in reversed(checkpoints(folder)):
-        if is_whole(path, hashes=True):
-            return path
-    damaged = ", ".join(sorted(p.name for p in folder.glob("step-*")))
-    raise RunError(
-        f"no whole checkpoint to resume from in {folder}; "
-        + (f"found only damaged ones: {damaged}." if damaged else "it has none."),
-        fix="start again with another `output:` (`--set output=runs/NAME`)",
-    )
-
-
-def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
 
 
 def prune(folder: Path, keep: int | None) -> None:
@@ -142,6 +108,9 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scheduler: LRSc
         )
     optimizer.load_state_dict(_unflatten(load_file(path / OPTIMIZER_TENSORS), state["optimizer"]))
     scheduler.load_state_dict(state["scheduler"])
+    if isinstance(scheduler, LambdaLR):  # over another number of steps the rate of the next one is another
+        for group, rate, share in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = rate * share(scheduler.last_epoch)
 
 
 def load_rng(path: Path) -> None:

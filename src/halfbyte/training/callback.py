@@ -23,8 +23,9 @@ from halfbyte.types import Document
 
 @dataclass
 class RunCallback(TrainerCallback):
-    """Writes the run folder while the Trainer trains. `write_adapter` writes PEFT's two files into a folder; `resume`
-    is the checkpoint whose optimiser, schedule and random state are put back before the first step."""
+    """Writes the run folder while the Trainer trains. `write_adapter` writes PEFT's two files into a folder; `trained`
+    is kept with each checkpoint. `resume` is the checkpoint whose optimiser, schedule and random state are put back
+    before the first step."""
 
     trainer: StepTrainer
     run: RunFolder
@@ -32,6 +33,7 @@ class RunCallback(TrainerCallback):
     cadence: Cadence
     write_adapter: Callable[[Path], None]
     stop: StopRequest
+    trained: Document
     best: checkpoint.Best | None = None
     resume: Path | None = None
     evals: list[Document] = field(default_factory=list)
@@ -86,6 +88,7 @@ class RunCallback(TrainerCallback):
             write_trainer_state=lambda p: trainer.state.save_to_json(str(p)),
             optimizer=trainer.optimizer,
             scheduler=trainer.lr_scheduler,
+            trained=self.trained,
         )
         checkpoint.prune(self.run.checkpoints, self.cadence.keep)
         self._saved_at = time.monotonic()

@@ -11,7 +11,9 @@ from halfbyte.data.reading import read
 from halfbyte.errors import DataError
 from halfbyte.models.sources import lookup
 from halfbyte.recipe.schema import Recipe
+from halfbyte.runs import points
 from halfbyte.runs.folder import RunFolder
+from halfbyte.types import Document
 
 
 def check(recipe: Recipe, *, resume: bool = False, writes: bool = True) -> None:
@@ -25,11 +27,25 @@ def check(recipe: Recipe, *, resume: bool = False, writes: bool = True) -> None:
         RunError, DataError, SourceError: as the run itself would say it.
     """
     if resume:
-        RunFolder.open(Path(recipe.output), need_adapter=False)
+        points.check_recipe(points.newest(RunFolder.open(Path(recipe.output), need_adapter=False).checkpoints), recipe)
     elif writes:
         RunFolder.check_free(Path(recipe.output))
     rows(recipe)
     lookup.look(recipe)
+
+
+def complete(recipe: Recipe) -> Document | None:
+    """The report of a finished run of which no more is asked; a RunError where other values are asked for."""
+    return points.complete(recipe)
+
+
+def more(recipe: Recipe) -> str:
+    """The command with which a finished run goes on, for twice its length; without a checkpoint, a new run."""
+    run, train = recipe.output, recipe.train
+    if not points.checkpoints(RunFolder(Path(run)).checkpoints):
+        return f"halfbyte train {run}/recipe.yaml --output {run}-2 --set lora.adapter={run}/adapter"
+    name, now = ("max_steps", train.max_steps) if train.max_steps > 0 else ("num_train_epochs", train.num_train_epochs)
+    return f"halfbyte train {run} --resume --set train.{name}={2 * now:g}"
 
 
 def rows(recipe: Recipe) -> None:

@@ -6,6 +6,7 @@ Cost: tokenising, about 3,000 rows of 200 tokens a second a core; once, then the
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
 
 from halfbyte.base.config import open_config
@@ -124,6 +125,20 @@ def data_report(prepared: Prepared) -> Document:
         "eval": None if prepared.evaluation is None else counts(prepared.evaluation),
         "gates": [asdict(finding) for finding in prepared.findings],
     }
+
+
+def fingerprints(prepared: Prepared) -> Document:
+    """How many rows there are, and a hash of their tokens in their order, for each of `train` and `eval`."""
+
+    def of(encoded: Encoded | None) -> Document | None:
+        if encoded is None:
+            return None
+        digest = hashlib.sha256()
+        for column in (encoded.examples.digests(), encoded.lengths, encoded.labelled):
+            digest.update(column.tobytes())
+        return {"rows": len(encoded.examples), "digest": digest.hexdigest()}
+
+    return {"train": of(prepared.train), "eval": of(prepared.evaluation)}
 
 
 def notices(prepared: Prepared) -> list[str]:

@@ -1,0 +1,164 @@
+"""Where a run goes on: its newest whole checkpoint, and whether recipe and rows are those that it was trained with.
+
+Why: a resumed run ends as it would have ended, or says why it cannot. What it was trained with is kept in each
+checkpoint's manifest, since recipe and files can be edited between two processes.
+Cost: the hashes of one checkpoint's files (1 GB/s); no torch.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from halfbyte.errors import RunError
+from halfbyte.recipe.fields import GOES_ON, MAY_CHANGE, shown
+from halfbyte.recipe.schema import Recipe, leaves
+from halfbyte.runs.folder import RunFolder
+from halfbyte.system import files
+from halfbyte.types import Document
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+BACK = "put back what the run had; or start a new run: halfbyte train"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A checkpoint to go on from. `trained` is what the run was trained with, as `trained_with` makes it; empty where
+    it was not kept. `passed_over` says of each newer checkpoint what is damaged."""
+
+    path: Path
+    step: int
+    trained: Document
+    passed_over: tuple[str, ...]
+
+    def changes(self, recipe: Recipe) -> dict[str, tuple[object, object]]:
+        """Fields with another value than the run was trained with: (the run's, the recipe's)."""
+        was, now = self.trained.get("recipe", {}), _values(recipe)
+        return {name: (was[name], now[name]) for name in now if name in was and was[name] != now[name]}
+
+
+def trained_with(recipe: Recipe, rows: Document) -> Document:
+    """What a checkpoint keeps beside its files.
+
+    Args:
+        rows: of `train` and `eval`, each with `rows` and `digest`, or null.
+    """
+    return {"recipe": _values(recipe), "rows": rows}
+
+
+def _values(recipe: Recipe) -> Document:
+    """Every field by its dotted name, as JSON gives it back."""
+    values: Document = json.loads(json.dumps(dict(leaves(recipe)), default=str))
+    return values
+
+
+def damage(path: Path, *, hashes: bool = False) -> str | None:
+    """What is wrong with a checkpoint's files, by their sizes and, if asked, their sha256; None if nothing is."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["format"] != FORMAT_VERSION:
+            return f"{MANIFEST} is of another version"
+        for name, entry in manifest["files"].items():
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if (path / name).stat().st_size != entry["bytes"]:
+                return f"{name} has another size"
+            if hashes and files.sha256(path / name) != entry["sha256"]:
+                return f"{name} has another sha256"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} cannot be read"
+    return None
+
+
+def is_whole(path: Path, *, hashes: bool = False) -> bool:
+    """Whether a checkpoint has every file of its manifest at its full size (and, if asked, with its sha256)."""
+    return damage(path, hashes=hashes) is None
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _named(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()), key=step_of)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    return [path for path in _named(folder) if is_whole(path)]
+
+
+def newest(folder: Path) -> Point:
+    """The newest checkpoint whose every hash is right; a RunError if there is none, or only damaged ones."""
+    damaged: list[str] = []
+    for path in reversed(_named(folder)):
+        wrong = damage(path, hashes=True)
+        if wrong is None:
+            manifest = json.loads((path / MANIFEST).read_text())
+            return Point(path, step_of(path), manifest.get("trained") or {}, tuple(damaged))
+        damaged.append(f"{path.name} ({wrong})")
+    raise RunError(
+        f"no whole checkpoint to resume from in {folder}; "
+        + (f"found only damaged ones: {', '.join(sorted(damaged))}." if damaged else "it has none."),
+        fix="start again with another `output:` (`--set output=runs/NAME`)",
+    )
+
+
+def check_recipe(point: Point, recipe: Recipe) -> None:
+    """Refuse a recipe that would train otherwise than the run was trained until now.
+
+    Raises:
+        RunError: names each such field with both values, and what may change.
+    """
+    strange = {
+        name: values
+        for name, values in point.changes(recipe).items()
+        if name not in MAY_CHANGE | GOES_ON and not _is_moved(name, *values)
+    }
+    if strange:
+        listed = "\n".join(f"  - {name}: {shown(a)} in the run, {shown(b)} asked" for name, (a, b) in strange.items())
+        free = sorted(name.removeprefix("train.") for name in MAY_CHANGE | GOES_ON if name.startswith("train."))
+        raise RunError(
+            f"the run {recipe.output} was trained until step {point.step} with other values:\n{listed}\n"
+            f"  What may change: data.train and data.eval (the same rows elsewhere), quant.placement, lora.save_dtype; "
+            f"under train: {', '.join(free)}",
+            fix=f"{BACK} {recipe.output}/recipe.yaml --output runs/NAME",
+        )
+
+
+def _is_moved(name: str, was: object, now: object) -> bool:
+    """Whether this is the same model in another place."""
+    return name == "model" and Path(str(was)).name == Path(str(now)).name
+
+
+def check_rows(point: Point, recipe: Recipe, rows: Document) -> None:
+    """Refuse other rows than the run was trained on; held-out rows may be added or left out.
+
+    Raises:
+        RunError: names the files, and how many rows there were and are.
+    """
+    was = point.trained.get("rows", {})
+    for name in ("train", "eval"):
+        a, b = was.get(name), rows[name]
+        if a is None or b is None or a == b:
+            continue
+        what = f"{a['rows']:,} rows, now {b['rows']:,} rows" if a["rows"] != b["rows"] else f"{a['rows']:,} other rows"
+        raise RunError(
+            f"data.{name} ({shown(getattr(recipe.data, name))}) has changed since step {point.step} of the run "
+            f"{recipe.output}: it was {what}.",
+            fix=f"{BACK} {recipe.output}/recipe.yaml --output runs/NAME",
+        )
+
+
+def complete(recipe: Recipe) -> Document | None:
+    """The report of a run that is finished, where nothing asks for more; None where there is something to do."""
+    run = RunFolder(Path(recipe.output))
+    if not run.report.is_file() or not (run.adapter / "adapter_config.json").is_file():
+        return None
+    report: Document = json.loads(run.report.read_text())
+    try:
+        point = newest(run.checkpoints)
+    except RunError:
+        return report
+    check_recipe(point, recipe)
+    return None if GOES_ON & set(point.changes(recipe)) else report

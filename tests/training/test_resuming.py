@@ -1,0 +1,114 @@
+"""A run that goes on says from where, notices what has changed, and may be given more steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halfbyte import finetune
+from halfbyte.recipe import fields
+from halfbyte.recipe.file import load_recipe
+from halfbyte.recipe.schema import Loaded, leaves
+from halfbyte.runs import points
+from halfbyte.runs.folder import RunFolder
+from halfbyte.training.events import Listener
+from tests import tiny_run
+
+SAVED = {"train__save_strategy": "steps", "train__save_steps": 2}
+
+
+class Heard(Listener):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+
+    def note(self, label: str, text: str) -> None:
+        if label == "resume":
+            self.notes.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def rates(run: RunFolder) -> list[float]:
+    return [row["learning_rate"] for row in run.read_metrics() if "loss" in row]
+
+
+def again(loaded: Loaded, *changes: str) -> tuple[finetune.Outcome, Heard]:
+    heard, run = Heard(), RunFolder(Path(loaded.recipe.output))
+    return finetune.train(load_recipe(run.recipe, changes), resume=True, listener=heard), heard
+
+
+def test_the_tables_name_fields() -> None:
+    known = {name for name, _ in leaves(load_recipe_of_defaults())}
+    assert known > fields.MAY_CHANGE | fields.GOES_ON
+
+
+def load_recipe_of_defaults() -> Any:
+    from halfbyte.recipe.file import recipe_from
+
+    return recipe_from("m", "rows.jsonl").recipe
+
+
+def test_more_steps_go_on_with_a_schedule_over_all_of_them(tmp_path: Path) -> None:
+    loaded = tiny_run.recipe(tmp_path, **SAVED)
+    finetune.train(loaded)
+    run = RunFolder(Path(loaded.recipe.output))
+    assert rates(run) == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
+    outcome, heard = again(loaded, "train.max_steps=8")
+    assert heard.notes == [
+        f"from step 4 of 8, {run.checkpoints}/step-000004",
+        "train.max_steps 4 -> 8",
+        "the linear learning rate is computed anew over 8 steps, from step 5 on",
+    ]
+    assert rates(run)[4:] == pytest.approx([5e-3, 3.75e-3, 2.5e-3, 1.25e-3])
+    assert (outcome.step, outcome.report["steps"], load_recipe(run.recipe).recipe.train.max_steps) == (8, 8, 8)
+
+
+def test_more_epochs_take_the_rows_that_a_longer_run_takes(tmp_path: Path) -> None:
+    """Under a constant rate a run of one epoch and one more ends in the bytes of a run of two."""
+    common = {**SAVED, "train__max_steps": None, "train__lr_scheduler_type": "constant", "lora__lora_dropout": 0.1}
+    two = tiny_run.recipe(tmp_path, **common, train__num_train_epochs=2, output=tmp_path / "two")
+    finetune.train(two)
+    one = tiny_run.recipe(tmp_path, **common, train__num_train_epochs=1)
+    finetune.train(one)
+    outcome, _ = again(one, "train.num_train_epochs=2")
+    assert outcome.step == 8
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_what_changes_no_step_may_change_and_is_used(tmp_path: Path) -> None:
+    loaded = tiny_run.recipe(tmp_path, **SAVED)
+    finetune.train(loaded)
+    run = RunFolder(Path(loaded.recipe.output))
+    wanted = (run.adapter / "adapter_model.safetensors").read_bytes()
+    rows = Path(loaded.recipe.data.train).rename(tmp_path / "elsewhere.jsonl")  # type: ignore[arg-type]
+    run.report.unlink()
+    for file in (run.checkpoints / "step-000004").iterdir():
+        file.unlink()
+    _, heard = again(loaded, f"data.train={rows}", "train.save_total_limit=1", "quant.placement=mapped")
+    assert heard.notes[0].startswith("from step 2 of 4, ")
+    assert heard.warnings == [
+        "checkpoint step-000004 (manifest.json cannot be read) is damaged and passed over; going on from step 2"
+    ]
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == wanted
+    assert [path.name for path in points.checkpoints(run.checkpoints)] == ["step-000004"]
+    assert json.loads(run.report.read_text())["notices"][0].startswith("checkpoint step-000004 (")
+    now = load_recipe(run.recipe).recipe
+    assert (now.train.save_total_limit, now.quant.placement, now.data.train) == (1, "mapped", str(rows))
+
+
+def test_a_checkpoint_with_changed_bytes_is_written_again(tmp_path: Path) -> None:
+    loaded = tiny_run.recipe(tmp_path, **SAVED)
+    finetune.train(loaded)
+    run = RunFolder(Path(loaded.recipe.output))
+    run.report.unlink()
+    file = run.checkpoints / "step-000004" / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    _, heard = again(loaded)
+    assert "optimizer.safetensors has another sha256" in heard.warnings[0]
+    assert points.damage(run.checkpoints / "step-000004", hashes=True) is None
