@@ -237,19 +237,19 @@ CASES = [
     Case(
         "no recipe",
         "train nope.yml",
-        "error: there is no recipe nope.yml.\n  fix: halfbyte init nope.yml writes one",
+        "error: there is no recipe nope.yml.\n  fix: `halfbyte init nope.yml` writes one",
         lambda: Path("recipe.yaml").rename("recipe.txt"),
     ),
     Case(
         "near recipe",
         "train recip.yaml",
-        "error: there is no recipe recip.yaml; did you mean recipe.yaml?\n  fix: halfbyte init recip.yaml writes one",
+        "error: there is no recipe recip.yaml; did you mean recipe.yaml?\n  fix: `halfbyte init recip.yaml` writes one",
     ),
     Case(
         "recipe is a list",
         "train bad.yaml",
         "error: bad.yaml holds a list; a recipe is a mapping with the keys model, revision, quant, lora, data, train, "
-        "output, allow_pickle, trust_remote_code.\n  fix: halfbyte init NAME.yaml writes a recipe to start from",
+        "output, allow_pickle, trust_remote_code.\n  fix: `halfbyte init NAME.yaml` writes a recipe to start from",
         write("bad.yaml", "- model: model\n"),
     ),
     Case(
@@ -537,9 +537,18 @@ CASES = [
     Case(
         "nothing to save",
         train("lora.modules_to_save=[lm_haed]"),
-        "error: lora.modules_to_save names lm_haed, which the model does not have.\n"
-        "  fix: choose among down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, "
-        "post_attention_layernorm, q_proj, up_proj, v_proj",
+        "error: lora.modules_to_save names lm_haed, which the model does not have.\n  fix: did you mean lm_head?",
+    ),
+    Case(
+        "nothing to save, in the dry run",
+        [*train("lora.modules_to_save=[lm_haed]"), "--dry-run"],
+        "error: lora.modules_to_save names lm_haed, which the model does not have.\n  fix: did you mean lm_head?",
+    ),
+    Case(
+        "another rank for a trained adapter",
+        "eval done --data train.jsonl --set lora.r=4",
+        "error: --set lora.r=4: an adapter is used with the values that it was trained with; allowed here: "
+        "quant.placement, data.*, train.per_device_eval_batch_size.",
     ),
     Case(
         "nothing to skip",
@@ -800,7 +809,7 @@ def whole(run: RunFolder) -> list[int]:
     return [points.step_of(path) for path in saved]
 
 
-FREE = "  fix: free some disk space, then continue from the newest whole checkpoint with `halfbyte train --resume`\n"
+FREE = "  fix: free some disk space, then go on from the newest whole checkpoint: halfbyte train RUN --resume\n"
 FULL = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
@@ -865,7 +874,7 @@ def test_no_space_for_the_metrics(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch
     assert ended.code == 1
     assert re.fullmatch(
         r"error: no space left: writing /dev/full needs \d+ bytes, and /dev has \d+ bytes free\.\n"
-        r"  fix: free some space, then `halfbyte train \.\.\. --resume`\n",
+        r"  fix: free some space, then `halfbyte train /dev --resume`\n",
         ended.err,
     )
     assert whole(RunFolder(Path("run"))) == []

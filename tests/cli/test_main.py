@@ -415,6 +415,24 @@ def test_a_run_that_was_moved_resumes_where_it_lies(here: Path, halfbyte: Cli) -
     assert adapter.read_bytes() == wanted and not Path("run").exists()
 
 
+def test_what_comes_next_can_be_done(halfbyte: Cli) -> None:
+    """An evaluation needs rows that were held out."""
+    with_rows = halfbyte("train", "recipe.yaml", "--output", "new", "-q").out
+    assert "next: halfbyte eval new --base   or   halfbyte chat new" in with_rows
+    without = halfbyte("train", "recipe.yaml", "--output", "blind", "-q", "--set", "data.eval=null").out
+    assert 'next: halfbyte generate blind --prompt "..."   or   halfbyte chat blind' in without
+    assert halfbyte("eval", "blind", "--base").code == 2
+
+
+def test_an_adapter_is_used_with_other_rows_and_elsewhere(halfbyte: Cli) -> None:
+    Path("other.jsonl").write_text('{"question": "red cup", "completion": "w1"}\n')
+    asked = ("eval", "done", "--data", "other.jsonl", "--json", "--max-new-tokens", "2")
+    told = halfbyte(*asked)
+    assert told.code == 2 and "--set data.fields.prompt=question" in told.err
+    ended = halfbyte(*asked, "--set", "data.fields.prompt=question", "--set", "quant.placement=resident")
+    assert json.loads(ended.out)["adapter"]["rows"] == 1
+
+
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 @pytest.mark.parametrize("command", ["", "train", "store", "store gc", "data check"])
 def test_help_has_a_short_form(halfbyte: Cli, command: str, flag: str) -> None:

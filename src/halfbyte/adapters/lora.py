@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeAlias
 
@@ -19,7 +20,6 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -61,17 +61,8 @@ def add(model: Model, lora: Lora, targets: Targets, *, seed: int) -> Model:
     try:
         adapted = get_peft_model(model, lora_config(lora, targets))
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        fix = "halfbyte train RECIPE --dry-run shows each value"
+        fix = "`halfbyte train RECIPE.yaml --dry-run` shows each value"
         raise AdapterError(f"lora: {first_line(error)}", fix=fix) from error
-    wrapped = {leaf_of(name) for name, m in adapted.named_modules() if isinstance(m, ModulesToSaveWrapper)}
-    if missing := sorted({*(lora.modules_to_save or ())} - wrapped):  # PEFT skips them without a word
-        # of a layer with an adapter the parts are PEFT's own: `base_layer`, `lora_A.default`, ...
-        names = (name for name, p in adapted.get_base_model().named_parameters() if not p.requires_grad)
-        leaves = sorted({name.replace(".base_layer", "").rsplit(".", 2)[-2] for name in names})
-        raise AdapterError(
-            f"lora.modules_to_save names {', '.join(missing)}, which the model does not have.",
-            fix=f"choose among {', '.join(leaves[:20])}",
-        )
     return adapted
 
 
@@ -86,6 +77,14 @@ def choose_targets(model: Model, lora: Lora) -> tuple[Targets, list[str]]:
 def check_names(model: Model, lora: Lora, modules: Sequence[str]) -> None:
     """Refuse names and numbers under `lora:` that hit nothing; PEFT only warns of some, says nothing of others."""
     names = [name for name, _ in model.named_modules() if name]
+    if missing := without_match(names, lora.modules_to_save or ()):  # PEFT skips them without a word
+        # a tied head's weight is the embedding's, and is a module of its own all the same
+        leaves = sorted({leaf_of(n.rpartition(".")[0]) for n, _ in model.named_parameters(remove_duplicate=False)})
+        near = [leaf for name in missing for leaf in get_close_matches(leaf_of(name), leaves)]
+        raise AdapterError(
+            f"lora.modules_to_save names {', '.join(missing)}, which the model does not have.",
+            fix=f"did you mean {' or '.join(near)}?" if near else f"choose among {', '.join(leaves)}",
+        )
     problems = []
     for field, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         used = {get_pattern_key(pattern, name) for name in modules}

@@ -138,7 +138,7 @@ def place(model: Model, placement: str, *, mover: Mover | None = None) -> Placed
         raise BaseModelError(
             f"quant.placement {placement} needs a base whose weights are opened from a file as they are; these were "
             "quantised or converted while loading and lie in private memory.",
-            fix="halfbyte quantize MODEL writes a 4-bit base to disk, or use --set quant.placement=resident",
+            fix="`halfbyte quantize MODEL` writes a 4-bit base to disk, or --set quant.placement=resident",
         )
     mapped = _bytes(t for t in tensors if _is_mapped(t, maps))
     if placement == "mapped":

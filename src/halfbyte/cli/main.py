@@ -36,7 +36,7 @@ app.add_typer(rows, name="data")
 
 Set = Annotated[list[str], typer.Option("--set", metavar="a.b=c", help="Change one value of the recipe; repeatable.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines only, and few of them.")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `halfbyte train` made it.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `train` made it.")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
 BaseOnly = Annotated[bool, typer.Option("--base", help="The base alone, without the adapter.")]
@@ -190,10 +190,11 @@ def generate(
     max_new_tokens: Tokens = 256,
     temperature: Temperature = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    set_: Set = [],  # noqa: B006
     json_: Json = False,
 ) -> None:
     """Answer prompts with the adapter on its base, or with the base alone."""
-    opened = _open(run, silent=json_)
+    opened = _open(run, set_, silent=json_)
     from halfbyte.inference.generate import Sampling
 
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
@@ -214,9 +215,10 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
     max_new_tokens: Tokens = 512,
     temperature: Temperature = 0.0,
+    set_: Set = [],  # noqa: B006
 ) -> None:
     """Talk to the adapter. /base asks the base alone the same, /reset forgets, /quit leaves."""
-    opened = _open(run, silent=False)
+    opened = _open(run, set_, silent=False)
     from halfbyte.inference.generate import Sampling
 
     conversation.Chat(opened, Sampling(max_new_tokens=max_new_tokens, temperature=temperature), system).run()
@@ -230,6 +232,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
     samples: Annotated[int, typer.Option(min=0, help="How many outputs to show.")] = 3,
     max_new_tokens: Tokens = 256,
+    set_: Set = [],  # noqa: B006
     json_: Json = False,
 ) -> None:
     """Completion loss, perplexity and exact match on held-out rows; with --base beside the base alone."""
@@ -237,8 +240,8 @@ def evaluate(
     from halfbyte.runs.folder import RunFolder
     from halfbyte.training import early
 
-    early.held_out(to_use(RunFolder.open(run).recipe), run, data)
-    opened = _open(run, silent=json_)
+    early.held_out(to_use(RunFolder.open(run).recipe, set_), run, data)
+    opened = _open(run, set_, silent=json_)
     from halfbyte.inference import evaluate as scoring
 
     with show.counting("rows", silent=json_) as progress:
@@ -309,16 +312,17 @@ def version() -> None:
     show.text("\n".join(f"{name} {value}" for name, value in versions().items()))
 
 
-def _open(run: Path, *, silent: bool) -> Opened:
+def _open(run: Path, overrides: list[str], *, silent: bool) -> Opened:
     """A finished run: its adapter on its base. That there is none is told before a library is loaded."""
+    from halfbyte.recipe.command import to_use
     from halfbyte.runs.folder import RunFolder
 
-    RunFolder.open(run)
+    to_use(RunFolder.open(run).recipe, overrides)
     with show.waiting("opening base and adapter", silent=silent) as tell:
         with libraries.loading():
             from halfbyte.inference import load
 
-        return load.open_run(run, tell)
+        return load.open_run(run, tell, overrides)
 
 
 def _guard(call: Callable[[], object]) -> int:

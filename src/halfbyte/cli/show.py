@@ -297,9 +297,9 @@ def report(outcome: Outcome) -> None:
         + (f"   eval loss {row['eval_loss']:.4f}" if row["eval_loss"] is not None else "")
     )
     out.print(f"peak memory {gb(row['measured']['peak_rss_bytes'])} (planned {gb(row['planned']['peak_rss_bytes'])})")
-    text(
-        f"adapter  {outcome.run}/adapter\n  next: halfbyte eval {outcome.run} --base   or   halfbyte chat {outcome.run}"
-    )
+    held_out = row["data"]["eval"] is not None
+    first = f"halfbyte eval {outcome.run} --base" if held_out else f'halfbyte generate {outcome.run} --prompt "..."'
+    text(f"adapter  {outcome.run}/adapter\n  next: {first}   or   halfbyte chat {outcome.run}")
 
 
 def complete(run: Path, report: Document, more: str) -> None:

@@ -6,6 +6,7 @@ Cost: loading the base once; the base alone is the same model with its adapter s
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,10 +46,11 @@ class Opened:
         return lora.base_alone(self.model, self.own_biases) if base else nullcontext()
 
 
-def open_run(path: Path, tell: supply.Tell | None = None) -> Opened:
-    """The adapter of a finished run on its base, whose store is built if it is not there any more."""
+def open_run(path: Path, tell: supply.Tell | None = None, overrides: Sequence[str] = ()) -> Opened:
+    """The adapter of a finished run on its base, whose store is built if it is not there any more. `overrides` as in
+    `to_use`."""
     run = RunFolder.open(path)
-    recipe = to_use(run.recipe)
+    recipe = to_use(run.recipe, overrides)
     checkpoint, machine = find_model(recipe), device.detect()
     threads.settle(machine.cores)
     base = load.open_base(checkpoint, recipe.quant, machine, trust_remote_code=recipe.trust_remote_code, tell=tell)

@@ -75,9 +75,22 @@ def to_resume(target: str, overrides: Sequence[str] = ()) -> Loaded:
     return loaded._replace(recipe=loaded.recipe.model_copy(update=update))
 
 
-def to_use(file: Path) -> Recipe:
-    """The recipe of a finished run. Where it was trained an integration was installed that need not be here."""
-    return load_recipe(file, ["train.report_to=none"]).recipe
+# What may be another than in training where an adapter is used: where the base lies, and what rows are read, and how.
+USABLE = ("quant.placement", "data.", "train.per_device_eval_batch_size")
+
+
+def to_use(file: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a finished run. Where it was trained an integration was installed that need not be here.
+
+    Raises:
+        RecipeError: a value is set that an adapter has been trained with.
+    """
+    if strange := [text for text in overrides if not text.startswith(USABLE)]:
+        raise RecipeError(
+            f"--set {strange[0]}: an adapter is used with the values that it was trained with; allowed here: "
+            f"{', '.join(name + '*' * name.endswith('.') for name in USABLE)}."
+        )
+    return load_recipe(file, ["train.report_to=none", *overrides]).recipe
 
 
 def write_template(path: Path, model: str, data: str) -> None:

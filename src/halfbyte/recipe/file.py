@@ -48,7 +48,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     except FileNotFoundError as error:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
         hint = f"; did you mean {path.with_name(near[0])}?" if near else "."
-        raise RecipeError(f"there is no recipe {path}{hint}", fix=f"halfbyte init {path} writes one") from error
+        raise RecipeError(f"there is no recipe {path}{hint}", fix=f"`halfbyte init {path}` writes one") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}).") from error
     except (OSError, ValueError) as error:
@@ -109,7 +109,7 @@ def _scalar(value: str) -> str:
 
 def _parse(text: str, name: str) -> tuple[Document, dict[str, int]]:
     """YAML text to nested dicts and the line of each dotted key."""
-    init = "halfbyte init NAME.yaml writes a recipe to start from"
+    init = "`halfbyte init NAME.yaml` writes a recipe to start from"
     lines: dict[str, int] = {}
     try:
         loader = yaml.SafeLoader(text)
@@ -165,7 +165,7 @@ def _build(values: Document, lines: dict[str, int], overrides: Sequence[str], pa
         raise RecipeError(
             list(dict.fromkeys(problems)),
             where=str(path) if path is not None else None,
-            fix="halfbyte init NAME.yaml writes a recipe with every required field" if required else None,
+            fix="`halfbyte init NAME.yaml` writes a recipe with every required field" if required else None,
         )
     origins = {field: given.get(field, Origin("default", "")) for field, _ in leaves(recipe)}
     recipe, origins = _feed_dtype(recipe, origins)

@@ -83,7 +83,7 @@ def whole_or_absent(what: str, folder: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise TrainError(
             f"{what} could not be written: {getattr(error, 'strerror', None) or error}.",
-            fix="free some disk space, then continue from the newest whole checkpoint with `halfbyte train --resume`",
+            fix="free some disk space, then go on from the newest whole checkpoint: halfbyte train RUN --resume",
         ) from error
 
 

@@ -168,7 +168,7 @@ def _space_for(path: Path, size: int) -> Iterator[None]:
     except OSError as error:
         if not files.is_full(error):
             raise
-        fix = "free some space, then `halfbyte train ... --resume`"
+        fix = f"free some space, then `halfbyte train {path.parent} --resume`"
         raise TrainError(files.no_space(path, size), fix=fix) from error
 
 

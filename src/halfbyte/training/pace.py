@@ -139,7 +139,7 @@ class Pace:
         if not self.down(f"an allocation failed: {first_line(error, 120)}"):
             raise TrainError(
                 f"memory: a micro-batch of {self.largest(waiting)} tokens does not fit, and there is no smaller way.",
-                fix="lower data.max_length or lora.r; halfbyte plan RECIPE lists what fits",
+                fix="lower data.max_length or lora.r; `halfbyte plan RECIPE.yaml` lists what fits",
             ) from error
         return self.split(waiting)
 

@@ -37,8 +37,8 @@ JOURNAL = "journal.jsonl"
 POLL_SECONDS = 0.1
 SPARE_BYTES = 1 << 20
 _MORE_ROOM = (
-    "free some space, or name another folder (HALFBYTE_CACHE, or --out DIR); what is built already is kept and used "
-    "again, and `halfbyte store gc` removes it"
+    "free some space, or name another folder (export HALFBYTE_CACHE=DIR, or `halfbyte quantize MODEL --out DIR`); what "
+    "is built already is kept and used again, and `halfbyte store gc` removes it"
 )
 
 

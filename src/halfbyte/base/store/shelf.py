@@ -180,7 +180,8 @@ def building(key: str, on_wait: Callable[[], None] | None = None, *, where: Path
         target = where.parent if where is not None else folder()
         raise NotWritable(
             f"no store can be built in {target}: it cannot be written.",
-            fix="name a folder that you can write: export HALFBYTE_CACHE=/path/with/space, or --out DIR",
+            fix="name a folder that you can write: "
+            "export HALFBYTE_CACHE=/path/with/space, or `halfbyte quantize MODEL --out DIR`",
         )
     with file:
         if not _lock(file):

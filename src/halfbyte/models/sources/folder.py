@@ -121,7 +121,8 @@ def _no_config(folder: Path, files: set[str], name: str) -> SourceError:
     # A run's own folder keeps its adapter one level down.
     if "recipe.yaml" in files and "adapter" in files:
         return SourceError(
-            f"{name} is a run folder, not a model", fix=f"to use what it trained: halfbyte generate {name}"
+            f"{name} is a run folder, not a model",
+            fix=f'to use what it trained: halfbyte generate {name} --prompt "..."',
         )
     found = ", ".join(sorted(files)[:5]) or "nothing"
     return SourceError(
