@@ -269,6 +269,18 @@ def test_modules_to_save_that_name_nothing_are_an_error() -> None:
             adapters.choose_targets(model, Lora(modules_to_save=("xyz",)))
 
 
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        ({"modules_to_save": ("lm_head",), "trainable_token_indices": (3,)}, r"lm_head whole, .* that it is tied to"),
+        ({"modules_to_save": ("wte",), "trainable_token_indices": (3,)}, "wte whole, .* rows of it: one of both"),
+    ],
+)
+def test_modules_to_save_that_cannot_train_so_are_an_error(lora: dict[str, Any], words: str) -> None:
+    with pytest.raises(AdapterError, match=words):
+        adapters.choose_targets(meta_model(tiny.config("gpt2")), Lora(**lora))
+
+
 def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A crash at any of its moments leaves the old adapter or the new one, whole."""
     model = small()

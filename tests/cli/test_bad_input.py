@@ -551,6 +551,12 @@ CASES = [
         "quant.placement, data.*, train.per_device_eval_batch_size.",
     ),
     Case(
+        "saved whole, but in 4 bits",
+        train("lora.modules_to_save=[down_proj]"),
+        "error: lora.modules_to_save takes in down_proj, held in nf4: numbers of so few bits cannot train.\n"
+        "  fix: keep them in 16 bits: --set 'quant.skip_modules=[down_proj]'",
+    ),
+    Case(
         "nothing to skip",
         train("quant.skip_modules=[foo]"),
         "error: quant.skip_modules ['foo'] name no module of LlamaForCausalLM.\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -23,6 +24,7 @@ def whole(hidden: torch.Tensor, targets: torch.Tensor, head: Head, smoothing: fl
     return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
 
 
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trains"])
 @pytest.mark.parametrize("chunk", [1, 10**9], ids=["chunks", "whole"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize(("scale", "softcap", "bias"), [(1.0, None, False), (0.25, None, True), (3.0, 5.0, True)])
@@ -30,19 +32,30 @@ def whole(hidden: torch.Tensor, targets: torch.Tensor, head: Head, smoothing: fl
 @pytest.mark.parametrize(("k", "d", "v"), [(123, 16, 77), (1, 5, 320)])
 def test_head_loss(
     k: int, d: int, v: int, dtype: torch.dtype, tolerance: float, scale: float, softcap: float | None, bias: bool,
-    smoothing: float, chunk: int, monkeypatch: pytest.MonkeyPatch,
+    smoothing: float, chunk: int, trains: bool, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(loss, "CHUNK_BYTES", chunk)
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(k, d, generator=draw).to(dtype).requires_grad_()
-    weight = (torch.randn(v, d, generator=draw) * 0.7).to(dtype)
-    head = Head(weight, torch.randn(v, generator=draw).to(dtype) if bias else None, scale, softcap)
+    # what trains is an fp32 master, whose numbers are in the dtype of the hidden states while they are computed with
+    masters = torch.promote_types(dtype, torch.float32) if trains else dtype
+    weight = (torch.randn(v, d, generator=draw) * 0.7).to(dtype).to(masters).requires_grad_(trains)
+    added = torch.randn(v, generator=draw).to(dtype).to(masters).requires_grad_(trains) if bias else None
+    head = Head(weight, added, scale, softcap, dtype)
     targets = torch.randint(v, (k,), generator=draw)
     got = head_loss(hidden, targets, head, smoothing=smoothing)
     (got * 0.5).backward()
     wide = hidden.detach().double().requires_grad_()
+    gradients = [t.grad.clone() if trains and t is not None else None for t in (weight, added)]
+    weight.grad = None
+    if added is not None:
+        added.grad = None
     wanted = whole(wide, targets, head, smoothing)
     (wanted * 0.5).backward()
+    for made, tensor in zip(gradients, (weight, added), strict=True):
+        if made is not None:
+            assert made.dtype == masters
+            assert float((made.double() - tensor.grad.double()).norm()) <= tolerance * float(tensor.grad.norm())
     assert got.dtype == torch.float32
     assert float((got.double() - wanted).abs()) <= tolerance * float(wanted.abs())
     assert hidden.grad is not None and wide.grad is not None
@@ -174,8 +187,8 @@ def test_a_head_that_is_not_plain_is_left_to_the_model() -> None:
     model = tiny.model("llama")
     model.lm_head.weight.requires_grad_(False)
     assert head_of(model) is not None
-    model.lm_head.weight.requires_grad_(True)
-    assert head_of(model) is None
+    with_lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    assert head_of(with_lora) is None
     other = tiny.model("llama").requires_grad_(False)
     own = other.forward
     other.forward = lambda *args, **kwargs: _doubled(own(*args, **kwargs))

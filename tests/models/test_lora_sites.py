@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from halfbyte.adapters import lora as adapters
 from halfbyte.adapters import targets
 from halfbyte.errors import AdapterError
 from halfbyte.models.architectures import tensors_of
@@ -53,6 +54,27 @@ def test_lists_expressions_and_limits(lora: dict[str, Any]) -> None:
     names, parameters, real, count = both("llama", **lora)
     assert names == real
     assert parameters == count
+
+
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [
+        ("llama", {"modules_to_save": ("lm_head", "norm")}),  # every norm's name ends so
+        ("llama", {"modules_to_save": ("embed_tokens", "down_proj"), "target_modules": "all-linear"}),
+        ("gpt2", {"modules_to_save": ("lm_head",)}),  # tied: a head of its own from then on
+        ("gpt2", {"modules_to_save": ("ln_f",), "bias": "all"}),
+        ("gpt2", {"bias": "lora_only", "use_dora": True}),
+        ("falcon", {"bias": "all"}),
+        ("bloom", {"trainable_token_indices": (3, 4), "bias": "all"}),
+    ],
+)
+def test_what_trains_by_names_alone_is_what_trains(name: str, lora: dict[str, Any]) -> None:
+    specs = tensors_of(json.loads(tiny.config(name).to_json_string(use_diff=False)))
+    asked, model = Lora(r=8, **lora), tiny.model(name)
+    targets_, _ = adapters.choose_targets(model, asked)
+    made = adapters.add(model, asked, targets_, seed=0)
+    real = sum(p.numel() for p in made.parameters() if p.requires_grad)
+    assert trainable(sites(specs, asked), specs, asked) == real
 
 
 def test_what_trains_beside_lora() -> None:

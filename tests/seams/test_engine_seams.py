@@ -14,6 +14,27 @@ from halfbyte.layers.kernels import cpu
 from halfbyte.layers.kernels.cpu import parallel
 
 
+def test_a_hook_lends_a_parameter_another_dtype_and_takes_it_back_after_an_error() -> None:
+    """`adapters/masters.py`: the master gets the gradient, in its own dtype."""
+    layer = nn.Linear(3, 2, bias=False)
+    master = layer.weight
+
+    def before(module: nn.Module, args: object) -> None:
+        module._parameters["weight"] = master.to(torch.bfloat16)
+
+    def after(module: nn.Module, args: object, output: object) -> None:
+        module._parameters["weight"] = master
+
+    layer.register_forward_pre_hook(before)
+    layer.register_forward_hook(after, always_call=True)
+    y = layer(torch.ones(1, 3, dtype=torch.bfloat16))
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16 and master.grad is not None and master.grad.dtype == torch.float32
+    with pytest.raises(RuntimeError):
+        layer(torch.ones(1, 4, dtype=torch.bfloat16))
+    assert layer.weight is master
+
+
 def test_an_instance_takes_a_subclass_and_gives_it_back() -> None:
     layer = nn.Linear(3, 2)
     own = type(layer)

@@ -114,6 +114,27 @@ def test_adapters_of_a_16_bit_base_are_fp32() -> None:
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
+def test_a_module_to_save_is_a_copy_behind_the_bases_own() -> None:
+    """`adapters/masters.py`: the copy is in the base's dtype, and the base's own is first among the parameters."""
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], trainable_token_indices=None)
+    model = get_peft_model(tiny.model("llama", dtype=torch.bfloat16), config)
+    assert model.get_base_model().dtype == torch.bfloat16
+    wrapper = model.get_base_model().get_input_embeddings()
+    copy = wrapper.modules_to_save["default"].weight
+    assert next(wrapper.parameters()) is wrapper.original_module.weight is not copy
+    assert copy.dtype == torch.bfloat16 and copy.requires_grad and not wrapper.original_module.weight.requires_grad
+
+
+def test_trained_rows_are_cast_to_the_embedding_by_peft() -> None:
+    model = get_peft_model(
+        tiny.model("llama", dtype=torch.bfloat16),
+        LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 4]),
+    )
+    rows = [p for n, p in model.named_parameters() if "trainable_tokens_delta" in n]
+    assert [p.dtype for p in rows] == [torch.float32]
+    assert model.get_base_model().get_input_embeddings()(torch.tensor([3, 9])).dtype == torch.bfloat16
+
+
 def test_loraplus_makes_groups_of_two_rates() -> None:
     optimizer = create_loraplus_optimizer(
         adapted(), torch.optim.AdamW, loraplus_lr_ratio=4, loraplus_weight_decay=0.0, lr=0.1

@@ -61,6 +61,13 @@ def test_every_caller_says_the_same(tmp_path: Path) -> None:
     assert f"{dry.plan.trainable:,} parameters train" in dict(dry.notes)["adapters"]
 
 
+def test_a_tokenizer_that_is_written_beside_the_adapter_is_planned(tmp_path: Path) -> None:
+    outcome = finetune.train(tiny_run.recipe(tmp_path, data__chat_template="chatml"))
+    line = next(line for line in outcome.report["lines"] if line["name"] == "adapter on disk")
+    assert (outcome.run / "adapter" / "tokenizer.json").is_file()
+    assert line["planned"] == pytest.approx(line["measured"], rel=0.2)  # a header, two configs, a template
+
+
 def test_what_the_trainer_cannot_do_is_refused_before_the_rows_are_told(tmp_path: Path) -> None:
     heard = Notes()
     recipe = tiny_run.recipe(tmp_path, train__max_steps=1_000_001).recipe

@@ -75,3 +75,5 @@ def test_tokens_that_train_join_those_of_the_recipe(tmp_path: Path) -> None:
     assert with_trained(recipe, ()) is recipe
     assert with_trained(recipe, (5, 3)).lora.trainable_token_indices == (3, 5, 7)
     assert recipe.lora.trainable_token_indices == (7, 3)
+    whole = tiny_run.recipe(tmp_path, lora__modules_to_save=["embed_tokens", "lm_head"]).recipe
+    assert with_trained(whole, (5, 3)) is whole  # PEFT trains an embedding, or rows of it

@@ -19,6 +19,7 @@ from peft import get_peft_model as _get_peft_model
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
+from halfbyte.adapters import masters
 from halfbyte.base import heap
 from halfbyte.layers import fuse, unpad
 from halfbyte.layers.fused_proof import prove_fused
@@ -71,10 +72,14 @@ def _prove_once(model: Adapted) -> None:
 def get_peft_model(model: Model, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: object) -> Model:
     """PEFT's `get_peft_model` on a base that is safe to evaluate in between, computing without autocast.
 
-    Same arguments and result type (a subclass of `PeftModelForCausalLM`) as PEFT's own.
+    Same arguments and result type (a subclass of `PeftModelForCausalLM`) as PEFT's own. What trains is fp32, beside
+    LoRA too, unless `autocast_adapter_dtype` is False.
     """
     codec.make_safe(model)
-    return own_class(_get_peft_model(model, peft_config, adapter_name, **kwargs))
+    adapted = _get_peft_model(model, peft_config, adapter_name, **kwargs)
+    if kwargs.get("autocast_adapter_dtype", True):
+        masters.hold(adapted)
+    return own_class(adapted)
 
 
 def own_class(adapted: Model) -> Model:
@@ -89,9 +94,15 @@ class PeftModel(_PeftModel):
     """PEFT's PeftModel with the same `from_pretrained`, on a base that is safe to evaluate while training."""
 
     @classmethod
-    def from_pretrained(cls, model: Model, model_id: str, *args: object, **kwargs: object) -> Model:
+    def from_pretrained(
+        cls, model: Model, model_id: str, adapter_name: str = "default", is_trainable: bool = False, **kwargs: object
+    ) -> Model:
         make_ready(model)
-        return own_class(_PeftModel.from_pretrained(model, model_id, *args, **kwargs))
+        adapted = _PeftModel.from_pretrained(model, model_id, adapter_name, is_trainable, **kwargs)
+        if is_trainable and kwargs.get("autocast_adapter_dtype", True) and masters.hold(adapted):
+            kwargs.pop("config", None)
+            adapted.load_adapter(model_id, adapter_name, is_trainable=True, **kwargs)  # anew: they were rounded
+        return own_class(adapted)
 
 
 def prepare_model_for_kbit_training(

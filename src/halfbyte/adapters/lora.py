@@ -102,8 +102,25 @@ def check_names(model: Model, lora: Lora, modules: Sequence[str]) -> None:
     biased = {name.removesuffix(".bias") for name, _ in model.named_parameters() if name.endswith(".bias")}
     if lora.bias != "none" and not (biased if lora.bias == "all" else biased & set(modules)):
         problems.append(f"lora.bias {lora.bias}: there is no bias to train")
+    problems += _trained_twice(model, lora)
     if problems:
         raise AdapterError("; ".join(problems) + ".", fix="correct them, or leave them out")
+
+
+def _trained_twice(model: Model, lora: Lora) -> list[str]:
+    """`modules_to_save` and `trainable_token_indices` that train the same numbers; PEFT passes over the former."""
+    if not lora.trainable_token_indices:
+        return []
+    kinds = {"": model.get_input_embeddings()}
+    if getattr(model.config, "tie_word_embeddings", False):
+        kinds["the embedding that it is tied to"] = model.get_output_embeddings()
+    named = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
+    return [
+        f"lora.modules_to_save trains {asked} whole, lora.trainable_token_indices rows of {what or 'it'}: one of both"
+        for asked in lora.modules_to_save or ()
+        for what, module in kinds.items()
+        if any(module is found for name, found in named if name.endswith(asked))
+    ]
 
 
 def summary(adapted: Model) -> str:
@@ -157,6 +174,9 @@ def write_files(adapted: Model, folder: Path, *, base_id: str, revision: str | N
         config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(folder))
     saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    # under `bias: all` PEFT adds what is in its own wrappers under their names too
+    inner = (".original_module.", ".modules_to_save.")
+    saved = {name: value for name, value in saved.items() if not any(part in name for part in inner)}
     state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in saved.items()}
     save_file(state, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
 

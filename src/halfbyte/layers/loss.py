@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -75,35 +75,49 @@ def micro_batch_loss(model: Model, batch: Batch, *, label_smoothing: float = 0.0
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """A frozen output head: logits = cap(scale * (h W^T + b)), with cap(z) = softcap * tanh(z / softcap) if any."""
+    """An output head: logits = cap(scale * (h W^T + b)), with cap(z) = softcap * tanh(z / softcap) if any.
+
+    W and b may train, as fp32 masters: it computes in `dtype`, of the weight where that is None.
+    """
 
     weight: torch.Tensor  # (V, D)
     bias: torch.Tensor | None  # (V,)
     scale: float = 1.0
     softcap: float | None = None
+    dtype: torch.dtype | None = None
 
 
 def head_of(model: Model) -> Head | None:
     """The head of a model whose logits are seen to be this head's; None where they must come from its own forward.
 
-    None: the head carries an adapter or trains, is not a plain linear layer, or the model (DDP, a prompt, a projection
-    after the body) does more between body and logits than `Head` can say. Seen once per model, on three tokens.
+    None: the head carries an adapter, is not a plain linear layer, or the model (DDP, a prompt, a projection after the
+    body) does more between body and logits than `Head` can say. Seen once per model, on three tokens.
     """
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         return None
     lm = structure.causal_lm(model)
-    linear = lm.get_output_embeddings()
-    if type(linear) is not torch.nn.Linear or linear.weight.requires_grad or structure.body(lm) is lm:
-        return None
-    if linear.bias is not None and linear.bias.requires_grad:
+    linear, dtype = _linear_head(lm)
+    if type(linear) is not torch.nn.Linear or structure.body(lm) is lm:
         return None
     scale, softcap = _scaling(lm.config.get_text_config())
-    head = Head(linear.weight, linear.bias, scale, softcap)
+    head = Head(linear.weight, linear.bias, scale, softcap, dtype)
     seen = _SEEN.get(lm)
     if seen is None or seen[0] is not linear.weight:
         seen = (linear.weight, _computes_logits(lm, head))
         _SEEN[lm] = seen
     return head if seen[1] else None
+
+
+def _linear_head(lm: Model) -> tuple[Model, torch.dtype | None]:
+    """The module that makes the logits, and the dtype that it does so in where that is not its weight's."""
+    from peft.utils import ModulesToSaveWrapper
+
+    head = lm.get_output_embeddings()
+    if not isinstance(head, ModulesToSaveWrapper):
+        return head, None
+    own, active = head.original_module, [name for name in head.active_adapters if name in head.modules_to_save]
+    used = head.modules_to_save[active[0]] if active and not head.disable_adapters else own
+    return used, getattr(getattr(own, "weight", None), "dtype", None)
 
 
 _SEEN: WeakKeyDictionary[torch.nn.Module, tuple[torch.Tensor, bool]] = WeakKeyDictionary()
@@ -169,7 +183,8 @@ class _Scaled:
 
 def _logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     """(K, D) -> (K, V), in hidden's dtype, as the models' own forward makes them."""
-    logits = torch.nn.functional.linear(hidden, head.weight, head.bias)
+    weight, bias = head.weight.to(hidden.dtype), None if head.bias is None else head.bias.to(hidden.dtype)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
     if head.scale != 1.0:
         logits = logits * head.scale
     return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
@@ -177,9 +192,8 @@ def _logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
 
 def head_loss(hidden: torch.Tensor, targets: torch.Tensor, head: Head, *, smoothing: float = 0.0) -> torch.Tensor:
     """Summed cross-entropy of `targets` (K,) under the head's logits of `hidden` (K, D), in chunks. Scalar, fp32."""
-    if hidden.dtype != head.weight.dtype:
-        hidden = hidden.to(head.weight.dtype)
-    loss: torch.Tensor = _HeadLoss.apply(hidden, targets.to(hidden.device), head, smoothing)
+    hidden, targets = hidden.to(head.dtype or head.weight.dtype), targets.to(hidden.device)
+    loss: torch.Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, targets, head, smoothing)
     return loss
 
 
@@ -200,46 +214,74 @@ class _Rows(torch.autograd.Function):
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Logits live a chunk at a time; their gradient takes their place, and only (K, D) is kept for backward."""
+    """Logits live a chunk at a time; their gradient takes their place, and only (K, D) is kept for backward, with the
+    gradients of a head that trains, summed in fp32."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: torch.Tensor, targets: torch.Tensor, head: Head, smoothing: float
+        ctx: FunctionCtx,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        head: Head,
+        smoothing: float,
     ) -> torch.Tensor:
-        wanted = ctx.needs_input_grad[0]
-        rows, width = hidden.shape[0], head.weight.shape[0]
+        made = [
+            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if x is not None and needed else None
+            for x, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
+        ]
+        grad = torch.empty_like(hidden) if any(ctx.needs_input_grad) else None
+        rows, width = hidden.shape[0], weight.shape[0]
         losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
-        grad = torch.empty_like(hidden) if wanted else None
         most = max(16, CHUNK_BYTES // (width * hidden.element_size()))
         # even ones, as a short last one costs the head's bytes again
         chunk = min(most, packing.up_to(-(-rows // -(-rows // most)))) if rows else 1
         with torch.no_grad():
+            # a master's copy in the dtype that is computed in; a frozen one is in it
+            own = replace(head, weight=weight.to(hidden.dtype), bias=None if bias is None else bias.to(hidden.dtype))
             for first in range(0, rows, chunk):
                 part = slice(first, min(rows, first + chunk))
-                logits = torch.nn.functional.linear(hidden[part], head.weight, head.bias)  # (C, V)
-                if head.scale != 1.0:
-                    logits.mul_(head.scale)
-                slope = None
-                if head.softcap is not None:
-                    bent = torch.tanh_(logits.div_(head.softcap))
-                    slope = 1 - bent * bent if wanted else None
-                    logits = bent.mul_(head.softcap)
-                losses[part], gradient = _chunk_loss(logits, targets[part], smoothing, gradient=wanted)
+                losses[part], gradient = _part(hidden[part], targets[part], own, smoothing, gradient=grad is not None)
                 if grad is not None:
-                    if slope is not None:
-                        gradient.mul_(slope)
-                    if head.scale != 1.0:
-                        gradient.mul_(head.scale)
-                    torch.mm(gradient, head.weight, out=grad[part])  # (C, V) @ (V, D)
-                del logits, gradient
-        if grad is not None:
-            ctx.save_for_backward(grad)
+                    torch.mm(gradient, own.weight, out=grad[part])  # (C, V) @ (V, D)
+                    if made[0] is not None:
+                        made[0] += gradient.T @ hidden[part]  # (V, C) @ (C, D)
+                    if made[1] is not None:
+                        made[1] += gradient.sum(0, dtype=torch.float32)
+                del gradient
+        ctx.gradients = (grad, *made)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         return losses.sum()
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return grad * grads[0].to(grad.dtype), None, None, None
+        if ctx.gradients is None:
+            raise RuntimeError("backward a second time through a graph whose buffers are freed")
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = (None if g is None else g.mul_(grads[0].to(g.dtype)) for g in gradients)
+        cast = (None if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True))
+        return *cast, None, None, None
+
+
+def _part(
+    hidden: torch.Tensor, targets: torch.Tensor, head: Head, smoothing: float, *, gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses (C,) of some rows (C, D), and the gradient (C, V) of what head and hidden multiply to."""
+    logits = torch.nn.functional.linear(hidden, head.weight, head.bias)  # (C, V)
+    if head.scale != 1.0:
+        logits.mul_(head.scale)
+    slope = None
+    if head.softcap is not None:
+        bent = torch.tanh_(logits.div_(head.softcap))
+        slope = 1 - bent * bent if gradient else None
+        logits = bent.mul_(head.softcap)
+    losses, made = _chunk_loss(logits, targets, smoothing, gradient=gradient)
+    if slope is not None:
+        made.mul_(slope)
+    if gradient and head.scale != 1.0:
+        made.mul_(head.scale)
+    return losses, made
 
 
 def _chunk_loss(

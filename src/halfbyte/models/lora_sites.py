@@ -7,11 +7,12 @@ list of tensors. A run still asks the modules; a test compares both.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from halfbyte.errors import AdapterError
 from halfbyte.models.names import ALL_LINEAR, AUTO, is_aside, is_mixer_projection, leaf_of
-from halfbyte.models.tensors import TensorSpec
+from halfbyte.models.tensors import HEADS, TensorSpec
 from halfbyte.recipe.schema import Lora
 
 # What a linear layer reads: the normed input of attention or MLP, the attention's output, the MLP's inner activation.
@@ -47,7 +48,8 @@ def sites(specs: Sequence[TensorSpec], lora: Lora, names: Sequence[str] | str | 
     """
     linears = {s.name.removesuffix(".weight"): s for s in specs if s.role == "linear" and s.layer is not None}
     targets = lora.target_modules if names is None else names
-    wanted = _wanted(targets, linears)
+    whole = "|".join(lora.modules_to_save or ())  # what trains whole gets no adapter
+    wanted = {name for name in _wanted(targets, linears) if not whole or not re.search(rf"(^|\.)({whole})($|\.)", name)}
     chosen = [name for name in linears if name in wanted and not _matches(name, lora.exclude_modules or ())]
     if (layers := lora.layers_to_transform) is not None:
         layers = (layers,) if isinstance(layers, int) else layers
@@ -64,14 +66,28 @@ def sites(specs: Sequence[TensorSpec], lora: Lora, names: Sequence[str] | str | 
 def trainable(placed: Sequence[Site], specs: Sequence[TensorSpec], lora: Lora) -> int:
     """How many numbers train: LoRA, and what the recipe trains beside it (whole modules, biases, token rows)."""
     total = sum(site.parameters + (site.outputs if lora.use_dora or lora.lora_bias else 0) for site in placed)
-    saved = set(lora.modules_to_save or ())
-    total += sum(s.numel for s in specs if saved & set(s.name.split(".")))
+    saved = trained_whole(specs, lora)
+    total += sum(s.numel for s in saved)
     if lora.bias != "none":
-        biases = {s.name.removesuffix(".bias"): s.numel for s in specs if s.name.endswith(".bias")}
-        adapted = {site.name for site in placed}
-        total += sum(size for name, size in biases.items() if lora.bias == "all" or name in adapted)
+        kept, adapted = {s.name for s in saved}, {site.name for site in placed}
+        biases = (s for s in specs if "bias" in leaf_of(s.name) and s.name not in kept)
+        total += sum(s.numel for s in biases if lora.bias == "all" or s.name.removesuffix(".bias") in adapted)
     width = max((s.shape[-1] for s in specs if s.role == "embedding"), default=0)
     return total + len(lora.trainable_token_indices or ()) * width
+
+
+def trained_whole(specs: Sequence[TensorSpec], lora: Lora) -> list[TensorSpec]:
+    """The tensors of `modules_to_save`: PEFT copies every module whose full name ends in one of these names.
+
+    A head that is tied to the embedding is copied too, and is no longer tied.
+    """
+    ends = tuple(lora.modules_to_save or ())
+    if not ends:
+        return []
+    found = [s for s in specs if any(m.endswith(ends) for m in accumulate(s.name.split(".")[:-1], "{}.{}".format))]
+    if not any(s.role == "head" for s in specs) and any(head.endswith(ends) for head in HEADS):
+        found += [s for s in specs if s.role == "embedding"][:1]
+    return found
 
 
 def _wanted(targets: Sequence[str] | str, linears: Mapping[str, TensorSpec]) -> set[str]:

@@ -20,7 +20,7 @@ Role = Literal["linear", "embedding", "head", "norm", "bias", "expert", "router"
 
 # The last dotted part before `.weight` decides; these are the names met in transformers' causal-LM checkpoints.
 _EMBEDDINGS = re.compile(r"embed(ding)?s?$|^embed_(tokens|in|positions)$|^w[tp]e$|^shared$")
-_HEADS = frozenset(("lm_head", "embed_out", "output_projection"))
+HEADS = frozenset(("lm_head", "embed_out", "output_projection"))
 _ROUTERS = frozenset(("gate", "router"))
 _NORM = re.compile(r"norm|^ln(_|$)|(^|_)ln$|layernorm", re.IGNORECASE)
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
@@ -215,11 +215,16 @@ def _role(name: str, shape: tuple[int, ...], config: ConfigFile, *, in_layer: bo
         return "expert" if "expert" in name else "other"
     if module in _ROUTERS and _experts(config):
         return "router"
-    if module in _HEADS or (name in ("output.weight", "model.output.weight") and not in_layer):
+    if module in HEADS or (name in ("output.weight", "model.output.weight") and not in_layer):
         return "head"
-    if _EMBEDDINGS.search(module) is not None or (not in_layer and shape[0] == _first(config, "vocab_size")):
+    if is_embedding(module) or (not in_layer and shape[0] == _first(config, "vocab_size")):
         return "embedding"
     return "linear"
+
+
+def is_embedding(module: str) -> bool:
+    """Whether a dotted module name is that of an embedding."""
+    return _EMBEDDINGS.search(module.rpartition(".")[2]) is not None
 
 
 def _experts(config: ConfigFile) -> int:

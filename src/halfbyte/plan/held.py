@@ -104,12 +104,15 @@ def _touched_outer(job: Job) -> int:
 
 
 def training_lines(job: Job, where: Where, recompute: Recompute) -> tuple[Line, ...]:
-    """What trains: LoRA's masters, their copies in the compute dtype, and the optimiser's state."""
+    """What trains: fp32 masters, their copies in the compute dtype, and the optimiser's state. The base has its own
+    copy of a module that trains whole."""
     count, optimizer = job.trainable, str(job.recipe.train.optim)
     state = OPTIMIZER_BYTES.get(optimizer, 8)
-    copies = job.lora_parameters * (job.itemsize if job.dtype != "fp32" else 0)
+    copies = job.lora_parameters
     if recompute == "full":  # they are made again with each layer
         copies //= max(1, job.facts.layers)
+    # of what trains whole its gradient too, before it is widened
+    copies = (copies + 2 * job.trained_whole) * (job.itemsize if job.dtype != "fp32" else 0)
     source = "LoRA, arXiv:2106.09685: r (in + out)"
     return (
         Line("adapters", 4 * count, f"{count} trained parameters in fp32", source, where),
@@ -121,11 +124,11 @@ def training_lines(job: Job, where: Where, recompute: Recompute) -> tuple[Line, 
 def gradients_line(job: Job, where: Where, *, micro_batches: int, micro_batch_bytes: int) -> Line:
     """Gradients at a step's peak. With several micro-batches all of them are there when the last one is at its peak;
     with one they come as its activations go, so a layer's are there, or all of them when `micro_batch_bytes` are
-    gone."""
-    whole = 4 * job.trainable
+    gone. Those of modules that train whole are made at once, and then added."""
+    whole, made = 4 * job.trainable, 4 * job.trained_whole
     if micro_batches > 1:
-        return Line("gradients", whole, f"fp32, over {micro_batches} micro-batches", "", where)
-    held = max(whole // max(1, job.facts.layers), whole - micro_batch_bytes)
+        return Line("gradients", whole + made, f"fp32, over {micro_batches} micro-batches", "", where)
+    held = max(whole // max(1, job.facts.layers), whole - micro_batch_bytes, made)
     return Line("gradients", held, f"fp32, {whole / 1e6:.1f} MB at the end of the only micro-batch", "", where)
 
 
@@ -144,7 +147,7 @@ def disk_lines(job: Job, *, store: bool) -> tuple[Line, ...]:
     state = OPTIMIZER_BYTES.get(str(train.optim), 8)
     one = (4 + state) * job.trainable
     keep = 0 if train.save_strategy == "no" and train.save_minutes is None else (train.save_total_limit or 1) + 1
-    final = (4 if lora.save_dtype == "fp32" else 2) * job.trainable
+    final = (4 if lora.save_dtype == "fp32" else 2) * job.trainable + job.tokenizer_bytes
     best = 4 * job.trainable if len(job.rows.evaluated) else 0
     base = job.building.disk_bytes if store and job.recipe.quant.quantises else 0
     lines = (

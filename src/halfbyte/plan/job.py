@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.data import pack
+from halfbyte.errors import AdapterError
 from halfbyte.models import tensors
-from halfbyte.models.lora_sites import Site, sites, trainable
+from halfbyte.models.lora_sites import Site, sites, trainable, trained_whole
+from halfbyte.models.names import leaf_of
 from halfbyte.models.sources.checkpoint import Checkpoint, beside_bytes
 from halfbyte.models.tensors import Facts, TensorSpec
 from halfbyte.plan.building import Building
@@ -92,6 +94,7 @@ class Job:
         kernels: the engine's kernels run here; else torch's own operations.
         packed: examples share a micro-batch; False where that is not proven for the model.
         cold: kernels are not compiled yet on this machine.
+        tokenizer_bytes: of a tokenizer that is written beside the adapter, as it is not the base's own.
         beside_bytes: of the tokenizer and what else a store copies; None where they are not at hand.
     """
 
@@ -106,6 +109,7 @@ class Job:
     packed: bool = True
     beside_bytes: int | None = None
     cold: bool = False
+    tokenizer_bytes: int = 0
 
     @cached_property
     def sizes(self) -> int:
@@ -130,6 +134,14 @@ class Job:
         if mappable is None:
             mappable = not recipe.quant.quantises and all(ITEMSIZE[dtype] == s.nbytes / s.numel for s in specs)
         adapted = sites(specs, recipe.lora, targets) if specs else ()
+        whole = [s for s in trained_whole(specs, recipe.lora) if policy.encoding(s, recipe.quant) == "quantised"]
+        if whole:
+            leaves = ", ".join(sorted({leaf_of(s.name.removesuffix(".weight")) for s in whole}))
+            raise AdapterError(
+                f"lora.modules_to_save takes in {leaves}, held in {recipe.quant.type}: numbers of so few bits cannot "
+                "train.",
+                fix=f"keep them in 16 bits: --set 'quant.skip_modules=[{leaves}]'",
+            )
         kernels = on_cpu and dtype in ("bf16", "fp32")
         return cls(recipe, tuple(specs), facts, adapted, rows, dtype, mappable=mappable and on_cpu, kernels=kernels)
 
@@ -170,6 +182,11 @@ class Job:
     @cached_property
     def trainable(self) -> int:
         return trainable(self.sites, self.specs, self.recipe.lora)
+
+    @cached_property
+    def trained_whole(self) -> int:
+        """Of those, how many are in modules of `modules_to_save`."""
+        return sum(s.numel for s in trained_whole(self.specs, self.recipe.lora))
 
     @cached_property
     def linear_numel(self) -> int:

@@ -18,6 +18,7 @@ from halfbyte.data.encoding.examples import Examples
 from halfbyte.models.context import context_of
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import find_model
+from halfbyte.models.tensors import is_embedding
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device
 from halfbyte.training import early
@@ -67,7 +68,7 @@ def look(recipe: Recipe) -> Prepared:
         recipe = with_trained(recipe, settled.new_tokens)
     train = encode.encode(data.train, tokenizer, data, cores=cores)
     train, evaluation, kept = _held_out(recipe, train, tokenizer)
-    trained = frozenset(recipe.lora.trainable_token_indices or ())
+    trained = frozenset(recipe.lora.trainable_token_indices or (settled.new_tokens if settled else ()))
     findings = gates.check(
         train, evaluation, tokenizer, recipe.data, embedding_rows=rows, trained=trained, context=context_of(config)
     )
@@ -90,8 +91,8 @@ def _held_out(recipe: Recipe, train: Encoded, tokenizer: Tokenizer) -> tuple[Enc
 
 
 def with_trained(recipe: Recipe, tokens: tuple[int, ...]) -> Recipe:
-    """A recipe that also trains the embedding's rows of these tokens."""
-    if not tokens:
+    """A recipe that also trains the embedding's rows of these tokens, where it does not train all of it."""
+    if not tokens or any(is_embedding(name) for name in recipe.lora.modules_to_save or ()):
         return recipe
     every = tuple(sorted({*(recipe.lora.trainable_token_indices or ()), *tokens}))
     return recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"trainable_token_indices": every})})
