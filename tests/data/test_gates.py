@@ -152,6 +152,11 @@ def test_blocks_longer_than_the_model_reads(make_byte_level: Any, make_data: Any
     assert next(f for f in found if f.gate == "context").level == level
 
 
+def test_a_text_that_is_too_long_can_go_on_in_the_next_block(make_byte_level: Any, make_data: Any) -> None:
+    with pytest.raises(DataError, match=r"fix: data.max_length: \d+, or .* skip, or data.packing: stream"):
+        encode([Row("book.txt", text="word " * 50)], make_byte_level(), make_data(max_length=8))
+
+
 def test_duplicates(tokenizer: Any, make_data: Any) -> None:
     found = judge(tokenizer, make_data(), [*GOOD, GOOD[0]])["duplicates"]
     assert (found.level, str(found)) == (

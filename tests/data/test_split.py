@@ -116,7 +116,7 @@ def test_nothing_is_held_out_where_nothing_is_evaluated(tmp_path: Path) -> None:
 def test_a_dry_run_says_what_auto_is(tmp_path: Path) -> None:
     loaded = tiny_run.recipe(tmp_path, data__train=write(tmp_path / "rows.jsonl", 240))
     found = preview.resolve(loaded).to_json()["values"]["data.eval"]
-    assert found == {"value": "12 rows", "from": "auto", "why": "of 240 training rows"}
+    assert found == {"value": "12 rows", "from": "auto", "why": "of 240 training rows; none trains on all"}
 
 
 def test_the_run_keeps_them_scores_them_and_resumes_with_them(tmp_path: Path) -> None:

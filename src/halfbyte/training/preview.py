@@ -72,7 +72,10 @@ def chosen_values(job: PlannedRun) -> dict[str, tuple[object, str]]:
     }
     if recipe.data.eval == "auto":
         held, of = job.prepared.held_out, job.prepared.train.tally.kept
-        values["data.eval"] = (f"{len(held)} rows" if held is not None else "none", f"of {of:,} training rows")
+        values["data.eval"] = (
+            f"{len(held)} rows" if held is not None else "none",
+            f"of {of:,} training rows; none trains on all",
+        )
     if job.prepared.chatml is not None:
         values["lora.trainable_token_indices"] = (recipe.lora.trainable_token_indices, job.prepared.chatml.notice)
     return values

@@ -122,7 +122,7 @@ class Encoder:
                 "data.packing stream is for plain text, and the rows are conversations or prompts.",
                 fix="data.packing: rows, or data.format: text",
             )
-        tally, rendered = Tally(seen=len(rows)), list[Rendered]()
+        tally, rendered = Tally(seen=len(rows), texts=sum(row.text is not None for row in rows)), list[Rendered]()
         self._renderer.counts = tally.notices
         for row in rows:
             try:

@@ -138,7 +138,7 @@ class Renderer:
         if "tool_calls" in messages[i].more:
             changed, _ = _other(messages[i])
             if self._apply((*messages[:i], changed, *messages[i + 1 :])) == text:
-                raise Refused(_UNWRITTEN.format(i=i, what="tool calls"))
+                raise Refused(f"{_UNWRITTEN.format(i=i, what='tool calls')}; data.chat_template: one that does")
 
     def _earlier(self, text: str, messages: tuple[Message, ...], i: int, *, ends: bool) -> tuple[int, int]:
         """The span of a turn before the last one. `ends`: a token ends the last turn, so one ends this turn too."""

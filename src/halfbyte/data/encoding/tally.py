@@ -27,6 +27,8 @@ class Tally:
     seen: int = 0
     """Rows that were to be encoded."""
     kept: int = 0
+    texts: int = 0
+    """Rows that are plain text."""
     truncated: int = 0
     longest: int = 0
     """Tokens of the longest row that is over `data.max_length`; 0 if there is none."""
@@ -85,7 +87,8 @@ class Tally:
             )
 
     def length_fix(self) -> str:
-        return f"data.max_length: {self.longest}, or data.overlong: truncate (cut the end off) or skip"
+        blocks = ", or data.packing: stream (in blocks)" if self.texts else ""
+        return f"data.max_length: {self.longest}, or data.overlong: truncate (cut the end off) or skip{blocks}"
 
     def messages(self) -> list[str]:
         """What the user should know of the rows, each with its count."""
