@@ -31,6 +31,7 @@ from halfbyte.training.callback import RunCallback
 from halfbyte.training.events import Listener, StopRequest, stop_on_signals
 from halfbyte.training.pace import Pace, recompute_as, rehearse
 from halfbyte.training.schedule import cadence, eval_every, micro_batches
+from halfbyte.training.stopping import EarlyStopping
 from halfbyte.training.trainer import StepTrainer, training_arguments
 from halfbyte.types import Document
 
@@ -94,7 +95,7 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
             step = callback.trainer.state.global_step
             if stop.signal is not None and step < len(ready.steps):
                 return Outcome(run.path, {}, step, stop.signal)
-            return Outcome(run.path, finish(ready, run, callback, peak), len(ready.steps))
+            return Outcome(run.path, finish(ready, run, callback, peak), step)
         finally:
             ready.placed.remove()
 
@@ -207,10 +208,19 @@ def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener) -
         resume=None if point is None else point.path,
     )
     trainer.add_callback(callback)
+    early = None
+    if recipe.train.early_stopping_patience is not None:
+        early = EarlyStopping(recipe.train, run.read_metrics())
+        trainer.add_callback(early)
     try:
         trainer.train(resume_from_checkpoint=str(point.path) if point is not None else None)
     finally:
         tell.end()
+    at = trainer.state.global_step
+    if early is not None and early.stops and at < len(steps):
+        patience = recipe.train.early_stopping_patience
+        callback.notices.append(f"stopped early at step {at} of {len(steps)}: no better evaluation in {patience}")
+        tell.note("stopped", callback.notices[-1])
     return callback
 
 
@@ -255,7 +265,7 @@ def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak
         "versions": versions(),
         "machine": {**machine.to_json(), "process": ready.settings.to_json()},
         "data": prepare.data_report(prepared),
-        "notices": [*ready.notices, *(f"memory: {down}" for down in ready.pace.downs)],
+        "notices": [*ready.notices, *callback.notices, *(f"memory: {down}" for down in ready.pace.downs)],
     }
     write_json(run.report, report)
     return report

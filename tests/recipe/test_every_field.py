@@ -159,6 +159,8 @@ class Case:
 EVAL: Change = {"data__eval": "EVAL"}
 SGD: Change = {"train__optim": "sgd"}
 SAVE: Change = {"train__save_strategy": "steps", "train__save_steps": 1, "train__save_total_limit": 9}
+EACH: Change = {**EVAL, "train__eval_strategy": "steps", "train__eval_steps": 1}
+WORSE: Change = {**EACH, "train__early_stopping_threshold": 9}
 BOARD: Change = {"train__report_to": ["tensorboard"], "train__logging_steps": 3}
 PAIRS: Change = {"data__train": "BOTH", "data__format": "prompt_completion"}
 SHARED: Change = {"data__train": "BOTH", "data__format": "sharegpt"}
@@ -312,6 +314,15 @@ CASES: dict[str, tuple[Case, ...]] = {
              want="eval_perplexity"),
     ),
     "train.greater_is_better": (Case({"train__greater_is_better": True}, refused="train.greater_is_better"),),
+    "train.early_stopping_patience": (
+        Case({"train__early_stopping_patience": 1}, evals, WORSE, want=[1, 2]),
+        Case({"train__early_stopping_patience": 2}, evals, WORSE, want=[1, 2, 3]),
+        Case({"train__early_stopping_patience": 1, "data__eval": "none"}, refused="data.eval is none"),
+        Case({"train__early_stopping_patience": 1, "train__eval_strategy": "no"}, refused="train.eval_strategy is no"),
+    ),
+    "train.early_stopping_threshold": (
+        Case({"train__early_stopping_threshold": 9}, evals, {**EACH, "train__early_stopping_patience": 1}, want=[1, 2]),
+    ),
     "train.bf16": (Case({"train__bf16": True}, computing, AUTO),),
     "train.fp16": (Case({"train__fp16": True}, computing, AUTO),),
     "train.gradient_checkpointing": (Case({"train__gradient_checkpointing": True}, forwards("LlamaAttention")),),

@@ -110,6 +110,8 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.load_best_model_at_end": (False, {}),
     "train.metric_for_best_model": ("perplexity", {}),
     "train.greater_is_better": (False, {}),
+    "train.early_stopping_patience": (3, {"data.eval": "e.jsonl"}),
+    "train.early_stopping_threshold": (0.1, {}),
     "train.bf16": (True, {}),
     "train.fp16": (True, {}),
     "train.gradient_checkpointing": (True, {}),
@@ -412,7 +414,12 @@ def test_a_mistake_in_a_set(load: Load, override: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "name"), [("eval_strategy: epoch", "eval_strategy epoch"), ("eval_on_start: true", "eval_on_start true")]
+    ("text", "name"),
+    [
+        ("eval_strategy: epoch", "eval_strategy epoch"),
+        ("eval_on_start: true", "eval_on_start true"),
+        ("early_stopping_patience: 2", "early_stopping_patience 2"),
+    ],
 )
 def test_evaluations_need_rows_that_are_held_out(load: Load, text: str, name: str) -> None:
     load(LEAST + f"train: {{{text}}}\n")

@@ -8,7 +8,12 @@ Source: `peft/tuners/lora/config.py`, `transformers/training_args.py`.
 import json
 
 # Fields that PEFT and transformers do not have.
-OURS = frozenset({"save_dtype", "loraplus_lr_ratio", "save_minutes", "max_tokens_per_micro_batch"})
+OURS = frozenset(
+    {
+        "save_dtype", "loraplus_lr_ratio", "save_minutes", "max_tokens_per_micro_batch",
+        "early_stopping_patience", "early_stopping_threshold",  # arguments of transformers' EarlyStoppingCallback
+    }
+)  # fmt: skip
 
 # What may change when a run is resumed, as nothing that it learns depends on it. Rows are compared by their tokens.
 MAY_CHANGE = frozenset(
@@ -23,7 +28,9 @@ MAY_CHANGE = frozenset(
     )
 }  # fmt: skip
 # With one of these a finished run goes on.
-GOES_ON = frozenset({"train.max_steps", "train.num_train_epochs"})
+GOES_ON = frozenset(
+    {"train.max_steps", "train.num_train_epochs", "train.early_stopping_patience", "train.early_stopping_threshold"}
+)
 
 LORA_REFUSED = {
     "peft_type": "it is always LORA",

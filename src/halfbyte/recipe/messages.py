@@ -127,6 +127,7 @@ def unusual(recipe: Recipe) -> tuple[str, ...]:
         "warmup_steps": train.lr_scheduler_type == "constant" and "lr_scheduler_type constant",
         "save_steps": train.save_strategy != "steps" and f"save_strategy {train.save_strategy}",
         "run_name": train.report_to == "none" and "report_to none",
+        "early_stopping_threshold": train.early_stopping_patience is None and "no early_stopping_patience",
         "eval_steps": recipe.data.eval == "none" and "data.eval none",
         **dict.fromkeys(
             ("adam_beta1", "adam_beta2", "adam_epsilon"), "adamw" not in train.optim and f"optim {train.optim}"

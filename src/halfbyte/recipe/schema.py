@@ -254,6 +254,10 @@ class Train(Section):
     greater_is_better: Annotated[
         bool | None, must("false: loss and perplexity are better when smaller", lambda v: v is None or v is False)
     ] = field(None, "only false, as loss and perplexity are better when smaller")
+    early_stopping_patience: Count | None = field(
+        None, "stop after so many evaluations in a row without a better metric_for_best_model", "2 to 5"
+    )
+    early_stopping_threshold: Float = field(0.0, "a metric is better by more than this", ge=0)
     bf16: Bool | None = field(None, "compute in bf16: feeds quant.compute_dtype, never autocast")
     fp16: Bool | None = field(
         None, "compute in fp16 with loss scaling on a card; a CPU computes in bf16 or fp32 instead"
@@ -333,11 +337,14 @@ def _in_train(recipe: Recipe) -> Iterator[str]:
         asking = {
             f"eval_strategy {strategy}": strategy in ("steps", "epoch"),
             "eval_on_start true": train.eval_on_start,
+            f"early_stopping_patience {train.early_stopping_patience}": train.early_stopping_patience is not None,
         }
         for name in (name for name, asks in asking.items() if asks):
             yield f"train.{name} asks for evaluations, but data.eval is none"
     if strategy in ("no", "epoch") and train.eval_steps is not None:
         yield f"train.eval_steps is not read with train.eval_strategy {strategy}; say steps"
+    if strategy == "no" and train.early_stopping_patience is not None:
+        yield "train.early_stopping_patience counts evaluations, and train.eval_strategy is no"
     if train.bf16 and train.fp16:
         yield "train.bf16 and train.fp16 cannot both be true; better give neither"
     for name in ("bf16", "fp16"):

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from halfbyte.errors import RunError, TrainError
-from halfbyte.recipe.schema import Recipe
+from halfbyte.recipe.schema import Recipe, Train
 from halfbyte.runs.folder import RunFolder
 from halfbyte.runs.points import FORMAT_VERSION, MANIFEST, checkpoints, is_whole
 from halfbyte.system import files
@@ -180,6 +180,11 @@ def _plain(value: object) -> object:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
+def metric_name(train: Train) -> str:
+    """The name, in a row of an evaluation, of the metric that says which is the best."""
+    return f"eval_{train.metric_for_best_model.removeprefix('eval_')}"
+
+
 @dataclass
 class Best:
     """The adapter of the evaluation with the lowest metric so far, in `folder`, with its `value` of `metric` and its
@@ -193,8 +198,7 @@ class Best:
     @classmethod
     def of(cls, recipe: Recipe, run: RunFolder) -> Best:
         """The best of a run so far, also of an earlier process, which may have been killed between two renames."""
-        name = recipe.train.metric_for_best_model or "loss"
-        best = cls(name if name.startswith("eval_") else f"eval_{name}", run.checkpoints / "best")
+        best = cls(metric_name(recipe.train), run.checkpoints / "best")
         older = files.aside(best.folder)
         if not best.folder.exists() and older.exists():
             older.rename(best.folder)

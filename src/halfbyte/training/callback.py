@@ -36,7 +36,7 @@ class RunCallback(TrainerCallback):
     trained: Document
     best: checkpoint.Best | None = None
     resume: Path | None = None
-    evals: list[Document] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
     _saved_at: float = 0.0
 
     def on_train_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
@@ -66,7 +66,6 @@ class RunCallback(TrainerCallback):
         self, args: object, state: TrainerState, control: object, metrics: dict[str, float], **_: object
     ) -> None:
         row: Document = {"step": state.global_step, **metrics}
-        self.evals.append(row)
         self.run.append_metrics(row)
         best = self.best
         if best is not None and best.metric in row and best.is_better(row[best.metric]):

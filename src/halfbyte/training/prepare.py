@@ -83,7 +83,8 @@ def _held_out(recipe: Recipe, train: Encoded, tokenizer: Tokenizer) -> tuple[Enc
     data, asks = recipe.data, recipe.train
     if data.eval_names is not None:
         return train, encode.encode(data.eval_names, tokenizer, data, cores=device.cores()), None
-    wanted = True if asks.eval_on_start or asks.eval_strategy in ("steps", "epoch") else None
+    stops = asks.early_stopping_patience is not None
+    wanted = True if stops or asks.eval_on_start or asks.eval_strategy in ("steps", "epoch") else None
     wanted = False if asks.eval_strategy == "no" else wanted
     seed = asks.seed if asks.data_seed is None else asks.data_seed
     train, evaluation = split.split(train, data, seed, wanted=wanted)

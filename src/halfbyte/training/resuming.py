@@ -1,7 +1,7 @@
 """What is said and refused when a run goes on: the step, damaged checkpoints, other rows, another length."""
 
 from halfbyte.errors import RunError
-from halfbyte.recipe.fields import GOES_ON, shown
+from halfbyte.recipe.fields import shown
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs import points
 from halfbyte.training.events import Listener
@@ -28,7 +28,7 @@ def check(point: points.Point, recipe: Recipe, rows: Document, total: int, tell:
     changes = point.changes(recipe)
     for name, (was, now) in changes.items():
         tell.note("resume", f"{name} {shown(was)} -> {shown(now)}")
-    if GOES_ON & set(changes):
+    if {"train.max_steps", "train.num_train_epochs"} & set(changes):
         schedule = f"{recipe.train.lr_scheduler_type} learning rate"
         tell.note("resume", f"the {schedule} is computed anew over {total} steps, from step {point.step + 1} on")
     notices = [f"checkpoint {damaged} is damaged and passed over" for damaged in point.passed_over]

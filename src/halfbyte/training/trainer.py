@@ -35,6 +35,7 @@ NOT_FOR_TRAINER = frozenset(
         "max_steps", "fp16", "bf16", "gradient_checkpointing", "save_strategy", "save_steps", "save_total_limit",
         "save_minutes", "load_best_model_at_end", "metric_for_best_model", "loraplus_lr_ratio",
         "max_tokens_per_micro_batch", "data_seed", "eval_strategy", "eval_steps",
+        "early_stopping_patience", "early_stopping_threshold", "greater_is_better",
     }
 )  # fmt: skip
 
@@ -55,6 +56,8 @@ def training_arguments(
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
     return TrainingArguments(
         **values,
+        metric_for_best_model=train.metric_for_best_model,
+        greater_is_better=False,
         output_dir=str(folder),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
