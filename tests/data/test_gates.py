@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from halfbyte import finetune
 from halfbyte.data import gates
@@ -167,12 +169,18 @@ def test_duplicates(tokenizer: Any, make_data: Any) -> None:
     assert found.found == "5 rows are an earlier one again (t.jsonl:2, t.jsonl:3, t.jsonl:4 and 2 more)"
 
 
-def test_rows_that_all_became_the_same_tokens(tokenizer: Any, make_data: Any) -> None:
-    found = judge(tokenizer, make_data(), [GOOD[0]] * 6)["duplicates"]
-    length = pairs(tokenizer, make_data(), GOOD[:1]).stats.max_length
-    text = f"all 6 rows are the same {length} tokens; check the rows and the model's tokenizer"
-    assert (found.level, str(found)) == ("refused", f"{text}; one row once is enough (num_train_epochs)")
-    assert judge(tokenizer, make_data(), GOOD[:1])["duplicates"].level == "ok"
+def test_rows_that_all_became_the_same_tokens(make_data: Any) -> None:
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    blind = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
+    became = "have all become the same 4 tokens"
+    found = judge(blind, make_data(), [("red cup ", "box"), ("old tree ", "road"), ("red cup ", "box")])["duplicates"]
+    assert (found.level, str(found)) == (
+        "refused",
+        f"3 rows of different text {became}; check the model's tokenizer: it does not know this text",
+    )
+    assert judge(blind, make_data(), [("red cup ", "box")] * 3)["duplicates"].level == "warning", "as the file has them"
+    assert judge(blind, make_data(), [("red cup ", "box")])["duplicates"].level == "ok"
 
 
 def test_empty_answers(tokenizer: Any, make_data: Any) -> None:

@@ -140,9 +140,23 @@ def test_the_run_keeps_them_scores_them_and_resumes_with_them(tmp_path: Path) ->
     assert again["eval_loss"] == report["eval_loss"] and again["loss"] == report["loss"]
 
     shutil.rmtree(run.checkpoints / "step-000004")
+    shutil.rmtree(run.adapter)
     tiny_run.rows(tmp_path / "train.jsonl", 16, seed=9)
-    with pytest.raises(RunError, match=r"holds 4 rows out, and data.train has changed since.*\n  fix: put data.train"):
+    with pytest.raises(RunError, match="has changed since"):
         finetune.train(command.to_resume(str(run.path)), resume=True)
+
+
+def test_a_run_never_holds_other_rows_out_than_at_first(tmp_path: Path) -> None:
+    held = [look(tiny_run.recipe(tmp_path, data__eval=4, train__seed=seed).recipe).held_out for seed in (1, 2)]
+    file = tmp_path / "held_out.arrow"
+    split.keep(held[0], file)
+    split.keep(held[0], file)
+    for other in (held[1], None):
+        with pytest.raises(RunError, match=r"holds 4 rows out, and data.train has changed since.*\n  fix: put data"):
+            split.keep(other, file)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(RunError, match="cannot be read"):
+        split.load(file)
 
 
 def test_a_run_of_before_is_resumed_on_all_its_rows(tmp_path: Path) -> None:

@@ -137,9 +137,9 @@ def _duplicates(train: Encoded) -> Said:
     again = np.setdiff1d(np.arange(len(digests)), np.unique(digests, return_index=True)[1])
     if not len(again):
         return "ok", "none", None
-    if len(again) == len(digests) - 1:
-        text = f"all {len(digests):,} rows are the same {train.stats.max_length:,} tokens"
-        return "refused", text, "check the rows and the model's tokenizer; one row once is enough (num_train_epochs)"
+    if len(again) == len(digests) - 1 and len(train.tally.different) > 1:
+        text = f"{len(digests):,} rows of different text have all become the same {train.stats.max_length:,} tokens"
+        return "refused", text, "check the model's tokenizer: it does not know this text"
     are = "row is" if len(again) == 1 else "rows are"
     text = f"{len(again):,} {are} an earlier one again ({_named(train, again)})"
     return "warning", text, "take them out, unless they are meant to count twice"

@@ -29,6 +29,8 @@ class Tally:
     kept: int = 0
     texts: int = 0
     """Rows that are plain text."""
+    different: Counter[str] = field(default_factory=Counter)
+    """Hashes of the first two different rows of each chunk, as text: more than one where not all rows are the same."""
     truncated: int = 0
     longest: int = 0
     """Tokens of the longest row that is over `data.max_length`; 0 if there is none."""
@@ -106,6 +108,7 @@ class Tally:
                 **values,
                 "notices": Counter(values["notices"]),
                 "sources": Counter(values["sources"]),
+                "different": Counter(values["different"]),
                 "used": Counter(used),
             }
         )

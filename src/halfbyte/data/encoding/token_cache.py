@@ -33,7 +33,7 @@ from halfbyte.system.versions import version
 from halfbyte.types import Tokenizer
 
 # Counts up when rendering, tokenising or the file's layout changes.
-FORMAT = 6
+FORMAT = 7
 LEAST_ROWS = 1000  # fewer are tokenised in no time
 MOST_BYTES = 5_000_000_000
 LARGE_BYTES = 64_000_000  # smaller files are hashed in no time
