@@ -105,6 +105,7 @@ def make_ready(recipe: Recipe, machine: device.Device, tell: Listener, point: po
     settings = threads.settle(machine.cores)
     tell.note("process", settings.line)
     job = fit.planned(recipe, machine, tell)
+    fit.check_disk(job.plan, Path(recipe.output))
     prepared, plan = job.prepared, job.plan
     fingerprints = prepare.fingerprints(prepared)
     notices = [] if point is None else resuming.check(point, recipe, fingerprints, job.figures.steps, tell)

@@ -22,6 +22,7 @@ import torch
 import yaml
 
 from halfbyte import finetune
+from halfbyte.base import load
 from halfbyte.cli import show
 from halfbyte.errors import HalfbyteError
 from halfbyte.inference import generate
@@ -29,6 +30,7 @@ from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import leaves
 from halfbyte.runs import points
 from halfbyte.runs.folder import RunFolder
+from halfbyte.system import files
 from tests import tiny_run
 from tests.in_process import Cli, runner
 
@@ -413,6 +415,25 @@ def test_a_run_that_was_moved_resumes_where_it_lies(here: Path, halfbyte: Cli) -
     ended = halfbyte("train", "elsewhere/moved", "--resume", "-q")
     assert (ended.code, ended.err) == (0, "")
     assert adapter.read_bytes() == wanted and not Path("run").exists()
+
+
+def test_a_plan_that_does_not_fit_ends_with_3(halfbyte: Cli) -> None:
+    ended = halfbyte("plan", "llama-2-70b", "--device", "4GB")
+    assert ended.code == 3
+    (least,) = re.findall(r"the least that would hold it as it is: ([\d.]+) GB, and [\d.]+ GB of RAM", ended.out)
+    asked = halfbyte("plan", "llama-2-70b", "--device", "4GB", "--json")
+    assert asked.code == 3 and json.loads(asked.out)["plan"]["short_bytes"] > 0
+    # and it would: a card of that size holds it
+    assert halfbyte("plan", "llama-2-70b", "--device", f"{float(least) + 0.01:.2f}GB").code == 0
+    assert halfbyte("plan", "llama-2-70b", "--device", f"{float(least) - 0.1:.2f}GB").code == 3
+
+
+def test_a_full_disk_is_told_before_a_run_starts(here: Path, halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "free_bytes", lambda path: 1000 if "cache" not in str(path) else 10**12)
+    monkeypatch.setattr(load, "open_base", lambda *args, **kwargs: pytest.fail("the base is opened"))
+    ended = halfbyte("train", "recipe.yaml", "--output", "new", "-q")
+    assert ended.code == 2 and "no space left for the run new: its checkpoints and adapter take 0.0" in ended.err
+    assert not Path("new").exists()
 
 
 def test_what_comes_next_can_be_done(halfbyte: Cli) -> None:

@@ -12,7 +12,8 @@ import torch
 
 from halfbyte.errors import SourceError
 from halfbyte.models.architectures import FAMILIES, tensors_of
-from halfbyte.models.references import REFERENCES
+from halfbyte.models.describe import describe
+from halfbyte.models.references import REFERENCES, mixtures, tensors_of_mixture
 from tests import tiny
 
 # As their authors publish them (a tied head counted once).
@@ -48,6 +49,14 @@ def test_a_reference_has_the_tensors_of_the_real_architecture(name: str) -> None
     assert {s.name: s.shape for s in tensors_of({**values, **layers})} == real(config)
 
 
+@pytest.mark.parametrize("name", mixtures())
+def test_a_bundled_mixture_has_the_tensors_of_the_real_architecture(name: str) -> None:
+    """At its true width, with all of its layers, on no storage."""
+    from transformers import AutoConfig
+
+    assert dict(tensors_of_mixture(name)) == real(AutoConfig.for_model(**mixtures()[name]["config"]))
+
+
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_a_saved_config_gives_the_tensors_of_its_checkpoint(tmp_path: Path, name: str) -> None:
     from halfbyte.models.tensors import read_checkpoint, read_config
@@ -59,6 +68,21 @@ def test_a_saved_config_gives_the_tensors_of_its_checkpoint(tmp_path: Path, name
 @pytest.mark.parametrize(("name", "published"), PUBLISHED.items())
 def test_parameters_are_as_many_as_published(name: str, published: int) -> None:
     assert sum(s.numel for s in tensors_of(REFERENCES[name])) == published
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("mixtral-8x7b", 46_702_792_704),
+        ("qwen3-30b-a3b", 30_532_122_624),
+        ("gpt-oss-20b", 20_914_757_184),
+        ("deepseek-v3", 671_026_419_200 - 58 * 256),  # without what balances its experts, which is no parameter
+    ],
+)
+def test_a_mixture_has_as_many_parameters_as_published(name: str, published: int) -> None:
+    shape = describe(name)
+    assert shape.parameters == published and shape.facts.experts_per_token > 1
+    assert shape.facts.intermediate == mixtures()[name]["config"].get("moe_intermediate_size", shape.facts.intermediate)
 
 
 def test_every_family_has_a_reference_or_a_tiny_model() -> None:

@@ -140,12 +140,15 @@ def plan(
     ] = False,
     json_: Json = False,
 ) -> None:
-    """What a training takes (memory, disk, time) and how it fits, before anything is downloaded or loaded."""
+    """What a training takes (memory, disk, time) and how it fits, before anything is downloaded or loaded. Exit code 3
+    if it does not fit."""
     from halfbyte.plan import ahead
     from halfbyte.recipe.command import recipe_or_model
 
     planned = ahead.plan_model(recipe_or_model(target, set_), device=device, length=length, side_by_side=compare)
     show.document(planned.to_json()) if json_ else show_plan.planned(planned)
+    if planned.plan.short_bytes:
+        raise typer.Exit(3)
 
 
 @app.command()

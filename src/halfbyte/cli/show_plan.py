@@ -85,6 +85,10 @@ def summary(plan: Plan) -> None:
 def verdict(plan: Plan) -> None:
     for warning in plan.warnings:
         show.out.print(f"[yellow]{escape(warning)}[/yellow]")
+    if plan.short_bytes:
+        beside = sum(line.bytes for line in plan.host_lines)
+        least = show.gb(plan.needed_bytes) + (f", and {show.gb(beside)} of RAM beside it" if beside else "")
+        show.text(f"  the least that would hold it as it is: {least} free")
     for fix in plan.fixes:
         state = "fits" if not fix.short_bytes else f"still {show.gb(fix.short_bytes)} short"
         what = f"{fix.change}: {show.gb(fix.peak_bytes)}, {state}"

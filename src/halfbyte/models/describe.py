@@ -14,7 +14,7 @@ from pathlib import Path
 from halfbyte.errors import SourceError
 from halfbyte.models import tensors
 from halfbyte.models.architectures import FAMILIES, tensors_of
-from halfbyte.models.references import REFERENCES
+from halfbyte.models.references import REFERENCES, bundled, mixtures, tensors_of_mixture
 from halfbyte.models.sources import gguf_header, hub, safetensors
 from halfbyte.models.tensors import Facts, TensorSpec
 from halfbyte.types import ConfigFile, Document
@@ -22,7 +22,7 @@ from halfbyte.types import ConfigFile, Document
 # Packaged models under the name of the reference that has their shape.
 ALIASES = {"gemma3-270m": "gemma-3-270m"}
 # What is added to a model's name on the hub and changes no tensor's shape: how it was tuned, its version, its context.
-_SAME_SHAPE = re.compile(r"(-(hf|instruct|it|pt|chat|base|thinking|v\d+(\.\d+)?|\d+k|\d{4}))+$")
+_SAME_SHAPE = re.compile(r"(-(hf|instruct|it|pt|chat|base|thinking|v\d+(\.\d+)?|\d+k|\d{4}))$")
 _QUANTISED = "config.json (weights are quantised already)"  # packed codes; the architecture says what they stand for
 # The first request for a file: the header of a shard with a few hundred tensors fits.
 FIRST_BYTES = 64 * 1024
@@ -62,8 +62,8 @@ def describe(model: str, revision: str | None = None) -> Shape:
     """
     model = model.strip()
     name = ALIASES.get(model.lower(), model.lower())
-    if name in REFERENCES:
-        return _of(model, REFERENCES[name], "bundled shape")
+    if name in bundled():
+        return _of_reference(model, name, "bundled shape")
     path = Path(model).expanduser()
     if path.is_dir():
         return of_folder(path)
@@ -75,24 +75,37 @@ def describe(model: str, revision: str | None = None) -> Shape:
         )
     match = hub.HUB_ID.fullmatch(model)
     if match is None or model.startswith((".", "/", "~")):
-        near = difflib.get_close_matches(name, [*REFERENCES, *ALIASES], n=3, cutoff=0.5)
+        near = difflib.get_close_matches(name, [*bundled(), *ALIASES], n=3, cutoff=0.5)
         raise SourceError(
             f"there is no {model}: not a folder, not a .gguf file, and not a bundled shape.",
-            fix=f"did you mean {' or '.join(near)}?" if near else f"bundled are {', '.join(sorted(REFERENCES))}",
+            fix=f"did you mean {' or '.join(near)}?" if near else f"bundled are {', '.join(bundled())}",
         )
     try:
         return _of_hub(match["id"], revision or match["revision"])
     except hub.NotAtHand as error:
-        bundled = reference_of(match["id"])
-        if bundled is None:
+        reference = reference_of(match["id"])
+        if reference is None:
             raise
-        return _of(model, REFERENCES[bundled], f"bundled shape of {bundled}: {error.message}")
+        return _of_reference(model, reference, f"bundled shape of {reference}: {error.message}")
 
 
 def reference_of(repo: str) -> str | None:
     """The bundled shape of a hub id: `Qwen/Qwen3-8B` or `meta-llama/Meta-Llama-3-8B-Instruct`."""
-    name = _SAME_SHAPE.sub("", repo.rpartition("/")[2].lower().removeprefix("meta-"))
-    return name if name in REFERENCES else None
+    name, known = repo.rpartition("/")[2].lower().removeprefix("meta-"), bundled()
+    while name not in known:
+        if name == (shorter := _SAME_SHAPE.sub("", name)):
+            return None
+        name = shorter
+    return name
+
+
+def _of_reference(model: str, name: str, origin: str) -> Shape:
+    if name in REFERENCES:
+        return _of(model, REFERENCES[name], origin)
+    config = mixtures()[name]["config"]
+    return _of(
+        model, config, origin, [tensors.spec_of(n, shape, "BF16", config) for n, shape in tensors_of_mixture(name)]
+    )
 
 
 def of_folder(folder: Path, name: str | None = None) -> Shape:

@@ -1,10 +1,16 @@
 """Shapes of well-known models, by name: `halfbyte plan llama-2-70b` needs no file and no network.
 
+Mixtures of experts stand in `mixtures.json`, each with its tensors, `0-31` for the number of a layer.
+
 Source: the models' published `config.json`; the numbers of parameters that follow are compared with the published ones
 in a test. Only what shapes follow from is kept.
 """
 
-from functools import partial
+import json
+import re
+from collections.abc import Iterator
+from functools import cache, partial
+from importlib import resources
 
 from halfbyte.types import Document
 
@@ -78,6 +84,11 @@ REFERENCES: dict[str, Document] = {
     "gemma-2-9b": _gemma(3584, 14336, 42, 16, 8, 256000, kind="gemma2"),
     "gemma-2-27b": _gemma(4608, 36864, 46, 32, 16, 256000, kind="gemma2", head_dim=128),
     "gemma-3-270m": _gemma(640, 2048, 18, 4, 1, 262144, kind="gemma3_text", sliding_window=512),
+    "gemma-3-4b": _gemma(2560, 10240, 34, 8, 4, 262208, kind="gemma3_text", sliding_window=1024, positions=131072),
+    "gemma-3-12b": _gemma(3840, 15360, 48, 16, 8, 262208, kind="gemma3_text", sliding_window=1024, positions=131072),
+    "gemma-3-27b": _gemma(
+        5376, 21504, 62, 32, 16, 262208, kind="gemma3_text", sliding_window=1024, positions=131072, head_dim=128
+    ),
     "gemma-3-1b": _gemma(1152, 6912, 26, 4, 1, 262144, kind="gemma3_text", sliding_window=512),
     "phi-1.5": _phi(2048, 8192, 24, 32, 32, 51200),
     "phi-2": _phi(2560, 10240, 32, 32, 32, 51200),
@@ -120,3 +131,23 @@ REFERENCES: dict[str, Document] = {
     "mpt-7b": _mpt(4096, 32, 32, 2048),
     "mpt-30b": _mpt(7168, 48, 64, 8192),
 }  # fmt: skip
+
+
+@cache
+def mixtures() -> dict[str, Document]:
+    """Bundled mixtures of experts: name -> `config` and `tensors` (a name with the numbers of its layers -> shape)."""
+    found: dict[str, Document] = json.loads(resources.files(__package__).joinpath("mixtures.json").read_text("utf-8"))
+    return found
+
+
+def tensors_of_mixture(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor of a bundled mixture, with its shape."""
+    for pattern, shape in mixtures()[name]["tensors"].items():
+        span = re.search(r"\.(\d+)-(\d+)\.", pattern)
+        for n in range(int(span[1]), int(span[2]) + 1) if span else (None,):
+            yield pattern if span is None else pattern.replace(span[0], f".{n}."), tuple(shape)
+
+
+def bundled() -> list[str]:
+    """The names of all bundled shapes."""
+    return sorted([*REFERENCES, *mixtures()])

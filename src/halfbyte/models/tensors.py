@@ -146,10 +146,11 @@ def facts_of(config: ConfigFile, specs: Iterable[TensorSpec]) -> Facts:
     hidden = _first(config, "hidden_size", "n_embd", "d_model", "model_dim", "dim") or embedding[-1]
     deepest = max((s.layer for s in specs if s.layer is not None), default=-1) + 1
     layers = _first(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or deepest
+    own = ["moe_intermediate_size"] if _experts(config) else []  # of one expert, where others are wider
     return Facts(
         model_type=kind,
         hidden=hidden,
-        intermediate=_first(config, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * hidden,
+        intermediate=_first(config, *own, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * hidden,
         layers=layers,
         vocab=_first(config, "vocab_size") or embedding[0],
         experts=_experts(config),

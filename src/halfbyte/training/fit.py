@@ -14,11 +14,14 @@ from pathlib import Path
 from halfbyte.adapters import lora
 from halfbyte.adapters.targets import Targets
 from halfbyte.base.load import Base
+from halfbyte.errors import RunError
 from halfbyte.models.structure import meta_model
 from halfbyte.plan import Job, Plan, Rows, calibrate, choose, make, peak
 from halfbyte.plan.lines import Recompute
 from halfbyte.recipe.schema import Recipe
+from halfbyte.runs.folder import ANOTHER
 from halfbyte.runs.report import Compared
+from halfbyte.system import files
 from halfbyte.system.device import Device
 from halfbyte.system.usage import Usage
 from halfbyte.training.events import Listener
@@ -76,6 +79,20 @@ def with_plan(prepared: Prepared, machine: Device, say: Callable[[str], None] | 
     if rates is None and say is not None and choose.make(job, machine).time.run_s >= CALIBRATE_FROM_S:
         rates = calibrate.ensure(machine, job.dtype, say=say)
     return PlannedRun(prepared, machine, targets, modules, job, make(job, machine, rates))
+
+
+def check_disk(plan: Plan, output: Path) -> None:
+    """Refuse a run whose checkpoints and adapters do not fit on its disk (RunError). What a run that is resumed has
+    written counts as room; the base's store is checked where it is built."""
+    need = sum(line.bytes for line in plan.disk if line.name != "base store")
+    written = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    free = files.free_bytes(output)
+    if need > free + written:
+        raise RunError(
+            f"no space left for the run {output}: its checkpoints and adapter take {need / 1e9:.3f} GB, and "
+            f"{free / 1e9:.3f} GB are free.",
+            fix=f"free some space, {ANOTHER}, or keep fewer checkpoints (train.save_total_limit)",
+        )
 
 
 def make_pace(run: PlannedRun, model: Model, tell: Callable[[str], None], *, packed: bool) -> Pace:
