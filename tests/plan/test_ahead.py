@@ -56,6 +56,14 @@ def test_length_device_set_and_compare_change_the_plan(halfbyte: Cli) -> None:
     assert "QLoRA, 4-bit base" in halfbyte("plan", "llama-2-7b", "--device", "80GB", "--compare").out
 
 
+def test_rows_that_are_held_out_are_not_planned_as_trained(halfbyte: Cli) -> None:
+    tiny_run.rows(Path("rows.jsonl"), 240)
+    tiny_run.recipe(Path("."), data__train="rows.jsonl", train__max_steps=None, train__num_train_epochs=1)
+    asked = {"auto": 57, "none": 60, "50%": 30, "40": 50}
+    for value, steps in asked.items():
+        assert plan(halfbyte, "recipe.yaml", "--set", f"data.eval={value}")["plan"]["time"]["steps"] == steps
+
+
 def test_a_recipe_is_planned_from_its_rows_and_a_folder_from_its_headers(halfbyte: Cli) -> None:
     tiny_run.recipe(Path("."))
     found = plan(halfbyte, "recipe.yaml")
