@@ -19,6 +19,7 @@ from halfbyte.base.tokenizer import check_vocabulary
 from halfbyte.data import collate, pack, split
 from halfbyte.errors import DataError
 from halfbyte.plan import calibrate
+from halfbyte.recipe.adapter import folder_of
 from halfbyte.recipe.file import to_yaml
 from halfbyte.recipe.schema import Loaded, Recipe
 from halfbyte.runs import checkpoint, points
@@ -113,7 +114,8 @@ def make_ready(recipe: Recipe, machine: device.Device, tell: Listener, point: po
         tell.note("plan", f"{name} {getattr(plan, name)}: {why}")
     tell.note("plan", f"peak memory about {plan.needed_bytes / 1e9:.2f} GB of {plan.available_bytes / 1e9:.1f} GB free")
     notices += [*prepare.notices(prepared), *(str(f) for f in prepared.findings if f.level != "ok"), *plan.warnings]
-    placed, base = _assembled(job, tell, notices)
+    start = folder_of(recipe.lora.adapter) if recipe.lora.adapter is not None and point is None else None
+    placed, base = _assembled(job, tell, notices, start)
     for notice in notices:
         tell.note("note", notice)
     usage.trim()  # what the proofs and the opening of the base left
@@ -136,8 +138,11 @@ def make_ready(recipe: Recipe, machine: device.Device, tell: Listener, point: po
     return Ready(job, base, placed, pace, steps, held_out, held, settings, notices, point, trained)
 
 
-def _assembled(job: fit.PlannedRun, tell: Listener, notices: list[str]) -> tuple[stream.Placed, Assembled]:
-    """The base where the plan wants it, with fresh adapters and proofs. What falls back is added to `notices`."""
+def _assembled(
+    job: fit.PlannedRun, tell: Listener, notices: list[str], start: Path | None
+) -> tuple[stream.Placed, Assembled]:
+    """The base where the plan wants it, with fresh adapters (or those of `start`) and proofs. What falls back is added
+    to `notices`."""
     prepared, recipe, plan = job.prepared, job.prepared.recipe, job.plan
     base = load.open_base(
         prepared.checkpoint,
@@ -158,7 +163,7 @@ def _assembled(job: fit.PlannedRun, tell: Listener, notices: list[str]) -> tuple
     placed, elsewhere = stream.place_as_planned(base.model, plan.placement, asked=recipe.quant.placement != "auto")
     notices += [f"placement: {elsewhere}"] if elsewhere else []
     tell.note("placement", f"{placed} ({elsewhere or plan.reasons['placement']})")
-    made = assembled(base, recipe, note=tell.note)
+    made = assembled(base, recipe, start=start, note=tell.note)
     if not made.packed.ok and recipe.data.packing == "stream":
         raise DataError(
             f"data.packing stream lays several texts end to end, and here that is not safe: {made.packed.reason}",

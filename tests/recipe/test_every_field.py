@@ -231,6 +231,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case({"lora__trainable_token_indices": [3, 4]}, names_with("token_adapter.trainable_tokens_delta"), want=1),
         Case({"lora__trainable_token_indices": [3, 320]}, refused="320 is beyond the 320 rows of the embedding"),
     ),
+    "lora.adapter": (Case({"lora__adapter": "nowhere"}, refused="nowhere is not an adapter"),),  # and test_adapter.py
     "lora.save_dtype": (Case({"lora__save_dtype": "bf16"}, dtypes, want={"torch.bfloat16"}),),
     "train.per_device_train_batch_size": (Case({"train__per_device_train_batch_size": 1}, column("tokens")),),
     "train.gradient_accumulation_steps": (Case({"train__gradient_accumulation_steps": 1}, column("tokens")),),

@@ -52,6 +52,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "lora.exclude_modules": (["v_proj"], {}),
     "lora.modules_to_save": (["lm_head"], {}),
     "lora.trainable_token_indices": ([5, 6], {}),
+    "lora.adapter": ("runs/a", {}),
     "lora.save_dtype": ("bf16", {}),
     "data.train": ("other.jsonl", {}),
     "data.eval": ("e.jsonl", {}),

@@ -45,12 +45,14 @@ def assembled(
     recipe: Recipe,
     *,
     adapter: Path | None = None,
+    start: Path | None = None,
     note: Callable[[str, str], None] = lambda label, text: None,
 ) -> Assembled:
     """Put adapters on an open base, and prove on its first layers what is used from then on.
 
     Args:
         adapter: a folder with a trained one, to be used and not trained; None puts on fresh ones as the recipe says.
+        start: a folder with a trained one, whose weights the fresh ones begin with.
 
     Raises:
         AdapterError: the targets match nothing, or the adapter is of another base.
@@ -59,6 +61,9 @@ def assembled(
     if adapter is None:
         targets, _ = lora.choose_targets(base.model, recipe.lora)
         model = lora.add(base.model, recipe.lora, targets, seed=recipe.train.seed)
+        if start is not None:
+            lora.start_from(model, start)
+            note("adapters", f"begin with the weights of {start}")
         note("adapters", f"{lora.summary(model)} ({targets.reason})")
     else:
         own_biases = lora.biases(base.model) if recipe.lora.bias != "none" else []

@@ -6,7 +6,6 @@ Cost: rank x (in + out) parameters a layer, fp32 while training.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,13 +28,13 @@ from halfbyte.adapters.dropin import PeftModel, get_peft_model
 from halfbyte.adapters.targets import Targets, matched, resolve_targets, without_match
 from halfbyte.errors import AdapterError, first_line
 from halfbyte.models.names import leaf_of
+from halfbyte.recipe.adapter import ADAPTER_FILES, read_config
 from halfbyte.recipe.schema import Lora
 from halfbyte.runs import checkpoint
 from halfbyte.types import Document, Model, Tokenizer
 
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 # Names under `lora:` that are not fields of peft.LoraConfig.
-OWN_FIELDS = frozenset({"save_dtype"})
+OWN_FIELDS = frozenset({"adapter", "save_dtype"})
 # Parameters, each with a copy of what it was.
 Saved: TypeAlias = list[tuple[torch.nn.Parameter, torch.Tensor]]
 
@@ -181,22 +180,6 @@ def write_files(adapted: Model, folder: Path, *, base_id: str, revision: str | N
     save_file(state, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
 
 
-def read_config(folder: Path) -> Document:
-    """`adapter_config.json` of an adapter folder; an AdapterError if it is none of LoRA."""
-    missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
-    if missing:
-        raise AdapterError(f"{folder} is not an adapter: it has no {' and no '.join(missing)}.")
-    path = folder / ADAPTER_FILES[1]
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} cannot be read as JSON: {error}.") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "LORA":
-        raise AdapterError(f"{path} is not the config of a LoRA adapter: its peft_type is {kind!r}.")
-    return config
-
-
 def load(model: Model, folder: Path, *, trainable: bool = False) -> Model:
     """Put a saved adapter on its base; unless it shall be `trainable`, nothing trains.
 
@@ -209,10 +192,7 @@ def load(model: Model, folder: Path, *, trainable: bool = False) -> Model:
             warnings.simplefilter("always")
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except SafetensorError as error:
-        raise AdapterError(
-            f"{folder / ADAPTER_FILES[0]} is cut short or damaged: {first_line(error)}.",
-            fix="copy it again; a run's checkpoints/ hold earlier states of its adapter",
-        ) from error
+        raise _damaged(folder, error) from error
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         shown = next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
@@ -263,3 +243,32 @@ def _without_place(adapted: Model, folder: Path) -> list[str]:
 def put_weights(adapted: Model, folder: Path) -> None:
     """Set the adapter's weights to those saved in `folder`."""
     set_peft_model_state_dict(adapted, load_file(folder / ADAPTER_FILES[0]))
+
+
+def start_from(adapted: Model, folder: Path) -> None:
+    """Give fresh adapters the weights of a trained one, of which they have the settings.
+
+    Raises:
+        AdapterError: it is of another model: names tensors that are missing, too many, or of another shape.
+    """
+    other_base = f"it was trained on {read_config(folder).get('base_model_name_or_path')!r}; name that as the model"
+    own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    try:
+        with safe_open(folder / ADAPTER_FILES[0], "pt") as file:
+            saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise _damaged(folder, error) from error
+    shapes = {name: tuple(value.shape) for name, value in own.items()}
+    if strange := sorted(name for name in {*saved, *shapes} if saved.get(name) != shapes.get(name)):
+        of = ", ".join(f"{name} ({saved.get(name)} there, {shapes.get(name)} here)" for name in strange[:3])
+        raise AdapterError(
+            f"the adapter in {folder} does not fit this base: {len(strange)} tensors differ: {of}.", fix=other_base
+        )
+    put_weights(adapted, folder)
+
+
+def _damaged(folder: Path, error: SafetensorError) -> AdapterError:
+    return AdapterError(
+        f"{folder / ADAPTER_FILES[0]} is cut short or damaged: {first_line(error)}.",
+        fix="copy it again; a run's checkpoints/ hold earlier states of its adapter",
+    )

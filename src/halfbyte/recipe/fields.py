@@ -10,7 +10,7 @@ import json
 # Fields that PEFT and transformers do not have.
 OURS = frozenset(
     {
-        "save_dtype", "loraplus_lr_ratio", "save_minutes", "max_tokens_per_micro_batch",
+        "adapter", "save_dtype", "loraplus_lr_ratio", "save_minutes", "max_tokens_per_micro_batch",
         "early_stopping_patience", "early_stopping_threshold",  # arguments of transformers' EarlyStoppingCallback
     }
 )  # fmt: skip

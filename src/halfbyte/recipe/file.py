@@ -15,6 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from halfbyte.errors import RecipeError
+from halfbyte.recipe import adapter
 from halfbyte.recipe.fields import shown
 from halfbyte.recipe.messages import Problem, field_of, fields_in, first_of_each, sentences, unusual
 from halfbyte.recipe.schema import SECTIONS, Loaded, Origin, Recipe, is_path, leaves
@@ -168,8 +169,8 @@ def _build(values: Document, lines: dict[str, int], overrides: Sequence[str], pa
             fix="`halfbyte init NAME.yaml` writes a recipe with every required field" if required else None,
         )
     origins = {field: given.get(field, Origin("default", "")) for field, _ in leaves(recipe)}
-    recipe, origins = _feed_dtype(recipe, origins)
-    return Loaded(recipe, origins, unusual(recipe), path)
+    recipe, origins = adapter.take(*_feed_dtype(recipe, origins))
+    return Loaded(recipe, origins, (*unusual(recipe), *adapter.other_base(recipe)), path)
 
 
 def _set(values: Document, override: str, problems: list[str]) -> list[str]:

@@ -186,6 +186,9 @@ class Lora(Section):
         None, "modules that train whole and are saved with the adapter, such as lm_head"
     )
     trainable_token_indices: tuple[Index, ...] | None = field(None, "token ids whose embedding rows train")
+    adapter: str | None = field(
+        None, "start from a trained adapter (a run or a PEFT folder), which decides rank, targets and the like"
+    )
     save_dtype: Literal["fp32", "bf16"] = field(
         "fp32", "dtype of the saved adapter: fp32 or bf16 (half the file)", "fp32"
     )

@@ -18,7 +18,7 @@ from halfbyte.types import Document
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-BACK = "put back what the run had; or start a new run: halfbyte train"
+BACK = "put back what the run had; or start a new run: "
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def check_recipe(point: Point, recipe: Recipe) -> None:
             f"the run {recipe.output} was trained until step {point.step} with other values:\n{listed}\n"
             f"  What may change: data.train and data.eval (the same rows elsewhere), quant.placement, lora.save_dtype; "
             f"under train: {', '.join(free)}",
-            fix=f"{BACK} {recipe.output}/recipe.yaml --output runs/NAME",
+            fix=f"{BACK}halfbyte train {recipe.output}/recipe.yaml --output runs/NAME",
         )
 
 
@@ -146,7 +146,7 @@ def check_rows(point: Point, recipe: Recipe, rows: Document) -> None:
         raise RunError(
             f"data.{name} ({shown(getattr(recipe.data, name))}) has changed since step {point.step} of the run "
             f"{recipe.output}: it was {what}.",
-            fix=f"{BACK} {recipe.output}/recipe.yaml --output runs/NAME",
+            fix=f"{BACK}halfbyte train {recipe.output}/recipe.yaml --output runs/NAME",
         )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from halfbyte.data.reading import read
 from halfbyte.errors import DataError
 from halfbyte.models.sources import lookup
+from halfbyte.recipe import adapter
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs import points
 from halfbyte.runs.folder import RunFolder
@@ -30,6 +31,8 @@ def check(recipe: Recipe, *, resume: bool = False, writes: bool = True) -> None:
         points.check_recipe(points.newest(RunFolder.open(Path(recipe.output), need_adapter=False).checkpoints), recipe)
     elif writes:
         RunFolder.check_free(Path(recipe.output))
+    if recipe.lora.adapter is not None and not resume:
+        adapter.read_config(adapter.folder_of(recipe.lora.adapter))
     rows(recipe)
     lookup.look(recipe)
 

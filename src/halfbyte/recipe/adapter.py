@@ -1,0 +1,115 @@
+"""A trained adapter as the start of a new run (`lora.adapter`): rank, targets and the like are read from it.
+
+Source: `adapter_config.json`, as PEFT writes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from halfbyte.errors import AdapterError, RecipeError
+from halfbyte.recipe.fields import INIT_REFUSED, LORA_REFUSED, shown
+from halfbyte.recipe.schema import Lora, Origin, Recipe
+
+if TYPE_CHECKING:
+    from halfbyte.types import Document
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+# Fields that a new run chooses for itself.
+CHOSEN = frozenset({"adapter", "lora_dropout", "init_lora_weights", "task_type", "save_dtype"})
+# Refused fields of LoraConfig that say nothing of what the weights mean.
+HARMLESS = frozenset(
+    {
+        "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+        "fan_in_fan_out", "megatron_core", "qalora_group_size", "ensure_weight_tying", "runtime_config",
+    }
+)  # fmt: skip
+
+
+def folder_of(name: str | Path) -> Path:
+    """The folder of an adapter: a PEFT folder itself, or the one in a run folder."""
+    path = Path(name).expanduser()
+    return path / "adapter" if (path / "adapter" / ADAPTER_FILES[1]).is_file() else path
+
+
+def is_adapter(name: str | Path) -> bool:
+    return (folder_of(name) / ADAPTER_FILES[1]).is_file()
+
+
+def read_config(folder: Path) -> Document:
+    """`adapter_config.json` of an adapter folder; an AdapterError if it is none of LoRA."""
+    missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
+    if missing:
+        raise AdapterError(f"{folder} is not an adapter: it has no {' and no '.join(missing)}.")
+    path = folder / ADAPTER_FILES[1]
+    try:
+        config: Document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} cannot be read as JSON: {error}.") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise AdapterError(f"{path} is not the config of a LoRA adapter: its peft_type is {kind!r}.")
+    return config
+
+
+def settings(folder: Path) -> Lora:
+    """What an adapter is, as a recipe has it; an AdapterError where it is more than a recipe can have."""
+    config = read_config(folder)
+    strange = [f"{name} ({why})" for name, why in LORA_REFUSED.items() if config.get(name) and name not in HARMLESS]
+    start = str(config.get("init_lora_weights")).lower()
+    strange += [f"init_lora_weights {name} ({why})" for name, why in INIT_REFUSED.items() if start.startswith(name)]
+    if strange:
+        raise AdapterError(f"the adapter {folder} cannot be trained here: it uses {'; '.join(strange)}.")
+    values = {name: config[name] for name in Lora.model_fields if config.get(name) is not None and name not in CHOSEN}
+    try:
+        return Lora.model_validate(values)
+    except ValidationError as error:
+        name = ".".join(map(str, error.errors()[0]["loc"]))
+        raise AdapterError(
+            f"{folder / ADAPTER_FILES[1]}: {name} {shown(config.get(name.partition('.')[0]))} is nothing that a "
+            "recipe can have."
+        ) from error
+
+
+def take(recipe: Recipe, origins: dict[str, Origin]) -> tuple[Recipe, dict[str, Origin]]:
+    """The recipe with what its `lora.adapter` decides. One that is not there (any more) is left to who needs it.
+
+    Raises:
+        RecipeError: names each field that contradicts the adapter.
+    """
+    name = recipe.lora.adapter
+    if name is None or not is_adapter(name):
+        return recipe, origins
+    own = settings(folder_of(name))
+    taken = {field: value for field, value in own if field not in CHOSEN}
+    if problems := [*_contradictions(recipe.lora, taken, origins)]:
+        raise RecipeError(problems, fix="leave these fields out: lora.adapter decides them")
+    why = Origin("auto", f"of the adapter {name}")
+    changed = {f"lora.{field}" for field, value in taken.items() if getattr(recipe.lora, field) != value}
+    recipe = recipe.model_copy(update={"lora": recipe.lora.model_copy(update=taken)})
+    return recipe, {field: why if field in changed else origin for field, origin in origins.items()}
+
+
+def _contradictions(lora: Lora, taken: Document, origins: dict[str, Origin]) -> Iterator[str]:
+    for field, value in taken.items():
+        given = getattr(lora, field)
+        if origins[f"lora.{field}"].kind in ("default", "auto") or given in (value, "auto"):
+            continue
+        if isinstance(given, tuple) and isinstance(value, tuple) and set(given) == set(value):
+            continue
+        yield f"lora.{field} is {shown(given)}, and the adapter {lora.adapter} has {shown(value)}"
+
+
+def other_base(recipe: Recipe) -> tuple[str, ...]:
+    """A warning where the adapter was trained on a base of another name."""
+    name = recipe.lora.adapter
+    if name is None or not is_adapter(name):
+        return ()
+    base = str(read_config(folder_of(name)).get("base_model_name_or_path"))
+    same = Path(base).name == Path(recipe.model).name
+    return () if same else (f"lora.adapter {name} was trained on {base}, and model is {recipe.model}",)
