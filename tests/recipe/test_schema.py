@@ -567,3 +567,22 @@ def test_importing_the_recipe_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_rows_that_lie_beside_the_recipe_are_found_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there from here comes first; a `--set` is always meant from here."""
+    (tmp_path / "there").mkdir()
+    for name in ("train.jsonl", "test.jsonl", "both.jsonl"):
+        (tmp_path / "there" / name).touch()
+    (tmp_path / "both.jsonl").touch()
+    recipe = tmp_path / "there" / "r.yaml"
+    recipe.write_text("model: m\ndata: {train: [tr*.jsonl, both.jsonl], eval: test.jsonl}\noutput: run\n")
+    monkeypatch.chdir(tmp_path)
+    data = load_recipe(Path("there/r.yaml")).recipe.data
+    assert [str(name) for name in data.train] == ["there/tr*.jsonl", "both.jsonl"]
+    assert str(data.eval) == "there/test.jsonl"
+    assert str(load_recipe(Path("there/r.yaml"), ["data.eval=test.jsonl"]).recipe.data.eval) == "test.jsonl"
+    monkeypatch.chdir(tmp_path / "there")
+    assert str(load_recipe(Path("r.yaml")).recipe.data.eval) == "test.jsonl"

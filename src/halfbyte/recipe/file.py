@@ -6,6 +6,7 @@ Source: YAML 1.1 through PyYAML's safe loader; precedence is `--set` > recipe > 
 from __future__ import annotations
 
 import difflib
+import glob
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -170,6 +171,8 @@ def _build(values: Document, lines: dict[str, int], overrides: Sequence[str], pa
         )
     origins = {field: given.get(field, Origin("default", "")) for field, _ in leaves(recipe)}
     recipe, origins = adapter.take(*_feed_dtype(recipe, origins))
+    if path is not None:
+        recipe = _rows_beside(recipe, origins, path.parent)
     return Loaded(recipe, origins, (*unusual(recipe), *adapter.other_base(recipe)), path)
 
 
@@ -248,6 +251,22 @@ def _validate(values: Document) -> tuple[Recipe | None, list[Problem]]:
 
 def _with_sections(names: Sequence[str]) -> set[str]:
     return {*names, *(name.rpartition(".")[0] for name in names)}
+
+
+def _rows_beside(recipe: Recipe, origins: Mapping[str, Origin], folder: Path) -> Recipe:
+    """A relative name of rows in a recipe that means nothing from here is meant from the recipe's own folder."""
+
+    def found(name: object) -> object:
+        if isinstance(name, list | tuple):
+            return type(name)(found(one) for one in name)
+        if not isinstance(name, str | Path) or Path(name).exists() or glob.glob(str(name)):
+            return name
+        there = folder / name
+        return type(name)(str(there)) if there.exists() or glob.glob(str(there)) else name
+
+    names = ("train", "eval")
+    moved = {n: found(getattr(recipe.data, n)) for n in names if origins[f"data.{n}"].kind == "recipe"}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=moved)})
 
 
 def _feed_dtype(recipe: Recipe, origins: dict[str, Origin]) -> tuple[Recipe, dict[str, Origin]]:
