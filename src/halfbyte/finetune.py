@@ -267,11 +267,20 @@ def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak
         peak_device_bytes=used.get("peak_device_bytes"),
         adapter_step=None if chosen is None else chosen.step,
     )
+    worse, diverged = reporting.got_worse(rows)
+    if worse:
+        callback.listener.warn(worse)
     report |= {
         "versions": versions(),
         "machine": {**machine.to_json(), "process": ready.settings.to_json()},
         "data": prepare.data_report(prepared),
-        "notices": [*ready.notices, *callback.notices, *(f"memory: {down}" for down in ready.pace.downs)],
+        "diverged": diverged,
+        "notices": [
+            *([worse] if worse else []),
+            *ready.notices,
+            *callback.notices,
+            *(f"memory: {down}" for down in ready.pace.downs),
+        ],
     }
     write_json(run.report, report)
     return report

@@ -65,7 +65,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.chdir(folder)
     try:
         tiny_run.checkpoint(folder / "model")
-        tiny_run.recipe(Path("."), lora__r=8, lora__lora_alpha=16, lora__lora_dropout=0.05, train__max_steps=4)
+        tiny_run.recipe(
+            Path("."),
+            lora__r=8,
+            lora__lora_alpha=16,
+            lora__lora_dropout=0.05,
+            train__max_steps=4,
+            train__learning_rate=1e-3,
+        )
         values = yaml.safe_load(Path("recipe.yaml").read_text())
         values["train"] |= {"save_strategy": "steps", "save_steps": 2}
         Path("recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
@@ -600,8 +607,8 @@ CASES = [
         "resuming with a recipe that was edited",
         "train done --resume",
         "error: the run done was trained until step 4 with other values:\n"
-        "  - train.learning_rate: 0.01 in the run, 0.02 asked\n<...>\n<...>",
-        lambda: edited("done/recipe.yaml", "learning_rate: 0.01", "learning_rate: 0.02"),
+        "  - train.learning_rate: 0.001 in the run, 0.002 asked\n<...>\n<...>",
+        lambda: edited("done/recipe.yaml", "learning_rate: 0.001", "learning_rate: 0.002"),
     ),
     Case(
         "resuming on fewer rows",

@@ -48,7 +48,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     try:
         tiny_run.checkpoint(folder / "model")
         tiny_run.rows(folder / "test.jsonl", n=5, seed=1)
-        tiny_run.recipe(Path("."), lora__r=8, lora__lora_alpha=16, lora__lora_dropout=0.05, data__eval="test.jsonl")
+        tiny_run.recipe(
+            Path("."),
+            lora__r=8,
+            lora__lora_alpha=64,
+            lora__use_rslora=True,
+            lora__lora_dropout=0.05,
+            data__eval="test.jsonl",
+            train__learning_rate=1e-3,
+        )
         finetune.train(load_recipe(Path("recipe.yaml"), ["output=done"]))
         yield folder
     finally:
@@ -123,7 +131,7 @@ def test_long_lines_go_on_under_their_beginning(here: Path, capsys: pytest.Captu
 def test_the_reported_evaluation_is_that_of_the_kept_adapter(halfbyte: Cli) -> None:
     changes = ("train.max_steps=40", "train.learning_rate=0.05", "train.eval_strategy=steps", "train.eval_steps=5")
     ended = halfbyte("train", "recipe.yaml", "--json", *(part for value in changes for part in ("--set", value)))
-    assert (ended.code, ended.err) == (0, "")
+    assert ended.code == 0
     losses = [row["eval_loss"] for row in RunFolder(Path("run")).read_metrics() if "eval_loss" in row]
     assert json.loads(ended.out)["eval_loss"] == min(losses) < losses[-1]
     kept = json.loads(halfbyte("eval", "run", "--json", "--max-new-tokens", "1").out)["adapter"]["loss"]
@@ -146,6 +154,23 @@ def test_an_unusual_value_is_a_warning(halfbyte: Cli) -> None:
     ended = halfbyte("train", "recipe.yaml", "-q", "--set", "lora.lora_dropout=0.5", "--set", "train.max_steps=1")
     assert ended.code == 0
     assert ended.err == "warning: lora.lora_dropout 0.5 is outside the usual 0.05 to 0.1\n"
+
+
+def test_a_run_that_diverges_is_no_success(halfbyte: Cli) -> None:
+    changes = ("train.learning_rate=5", "train.max_steps=6", "train.eval_steps=3", "lora.modules_to_save=[lm_head]")
+    wild = [part for value in (*changes, "train.lr_scheduler_type=constant") for part in ("--set", value)]
+    warned = "warning: train.learning_rate 5 is outside the usual 1e-05 to 0.001\n"
+    dry = halfbyte("train", "recipe.yaml", "--dry-run", *wild)
+    assert dry.code == 0 and warned.removeprefix("warning: ").strip() in dry.out + dry.err
+    ended = halfbyte("train", "recipe.yaml", *wild)
+    assert ended.code == 1
+    assert re.search(
+        f"^{warned}warning: the loss rose from .*: this run diverged; lower train.learning_rate$", ended.err, re.M
+    )
+    assert "best so far" not in ended.out and "(the lowest so far, but above the" in ended.out
+    assert "next: halfbyte" not in ended.out and "worse than the base" in ended.out
+    report = json.loads(Path("run", "report.json").read_text())
+    assert report["diverged"] and "diverged" in report["notices"][0]
 
 
 def test_a_dry_run_tells_every_value_and_trains_nothing(here: Path, halfbyte: Cli) -> None:

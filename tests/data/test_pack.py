@@ -38,6 +38,11 @@ def test_the_last_step_of_an_epoch_keeps_the_remainder() -> None:
     assert rows(steps)[:3] != rows(steps)[3:]
 
 
+def test_passes_over_the_data() -> None:
+    steps = Steps(np.full(10, 10), np.full(10, 9), 4, 7, 0, 100, None)  # 4, 4 and 2 rows an epoch
+    assert [steps.passes(n) for n in (0, 1, 2, 3, 4, 6)] == [0.0, 0.4, 0.8, 1.0, 1.4, 2.0]
+
+
 @pytest.mark.parametrize(
     ("epochs", "max_steps", "count"),
     [(1.0, -1, 3), (0.5, -1, 2), (1.5, -1, 5), (2.0, 0, 6), (1.0, 7, 7), (100.0, 2, 2)],

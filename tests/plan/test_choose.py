@@ -365,3 +365,10 @@ def test_the_plan_prints_and_is_json() -> None:
     assert document["step_bytes"] == sum(item["bytes"] for item in document["lines"]) == plan.step_bytes
     assert document["private_bytes"] + document["file_bytes"] == document["step_bytes"]
     assert document["short_bytes"] == plan.short_bytes > 0
+
+
+def test_a_step_has_no_more_rows_than_there_are() -> None:
+    few, many = (made(cpu(64), rows=Rows((200,) * n), train__max_steps=4).time.parts for n in (4, 64))
+    assert many["matrix products"] > 2 * few["matrix products"]
+    assert job(cpu(64), rows=Rows((200,) * 20), train__per_device_train_batch_size=16).mean_rows_per_step == 20
+    assert job(cpu(64), rows=Rows((200,) * 65)).mean_rows_per_step == 13  # the last of five steps has one

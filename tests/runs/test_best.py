@@ -72,3 +72,9 @@ def test_a_disk_that_refuses_leaves_the_one_before(run: RunFolder) -> None:
         best.keep(0.25, 7, refuses)
     assert (best.value, best.step) == (0.5, 3) and Best.of(recipe(), run) == best
     assert (best.folder / "weights").read_text() == "first"
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(run: RunFolder) -> None:
+    best = Best("eval_loss", run.checkpoints / "best")
+    assert not best.is_better(float("nan")) and not best.is_better(float("inf"))
+    assert best.is_better(25.3)

@@ -479,6 +479,21 @@ def test_when_checkpoints_are_written(values: dict[str, Any], wanted: list[int],
     assert saved(loaded) == [f"step-{step:06d}" for step in wanted]
 
 
+def test_epochs_in_the_metrics_are_passes_over_the_data(tmp_path: Path) -> None:
+    tiny_run.rows(tmp_path / "eval.jsonl", 6, seed=5)
+    loaded = tiny_run.recipe(
+        tmp_path,
+        data__eval=tmp_path / "eval.jsonl",
+        train__eval_steps=3,
+        train__eval_strategy="steps",
+        train__max_steps=6,
+    )  # 4 steps of 4 of the 16 rows are one pass
+    finetune.train(loaded)
+    rows = metrics(loaded)
+    assert [row["epoch"] for row in rows if "loss" in row] == [0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
+    assert [row["epoch"] for row in rows if "eval_loss" in row] == [0.75, 1.5]
+
+
 # --- the report --------------------------------------------------------------------------------------------------
 
 
@@ -491,6 +506,7 @@ def test_the_report_has_the_fields_of_the_design(tmp_path: Path) -> None:
     assert set(report) == {
         "tokens", "train_seconds", "tokens_per_second", "steps", "loss", "eval_loss", "peak_rss_bytes",
         "peak_device_bytes", "planned", "measured", "errors", "lines", "versions", "machine", "data", "notices",
+        "diverged",
     }  # fmt: skip
     examples = prepare(loaded.recipe).train.examples
     assert report["data"]["train"]["tokens"] == report["tokens"]

@@ -15,7 +15,7 @@ import typer
 
 from halfbyte.cli import conversation, show, show_data, show_doctor, show_plan
 from halfbyte.cli.store import Json, stores
-from halfbyte.errors import HalfbyteError, RecipeError
+from halfbyte.errors import HalfbyteError, RecipeError, TrainError
 from halfbyte.system import libraries
 
 if TYPE_CHECKING:
@@ -120,6 +120,8 @@ def train(
         show.warning(f"{said}  continue: halfbyte train {outcome.run} --resume")
         raise typer.Exit(128 + outcome.stopped_by)
     show.document(outcome.report) if json_ else show.report(outcome)
+    if outcome.report["diverged"]:
+        raise typer.Exit(TrainError.exit_code)
 
 
 @app.command()

@@ -165,6 +165,8 @@ class PlainListener(Listener):
 
     def evaluated(self, row: Document) -> None:
         best = "  (best so far)" if row.get("best") else ""
+        if row.get("above"):
+            best = f"  (the lowest so far, but above the {row['above']:.4f} before training)"
         out.print(
             f"eval at step {row['step']}: loss {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:.3f}{best}"
         )
@@ -297,6 +299,9 @@ def report(outcome: Outcome) -> None:
         + (f"   eval loss {row['eval_loss']:.4f}" if row["eval_loss"] is not None else "")
     )
     out.print(f"peak memory {gb(row['measured']['peak_rss_bytes'])} (planned {gb(row['planned']['peak_rss_bytes'])})")
+    if row["diverged"]:
+        text(f"adapter  {outcome.run}/adapter (worse than the base)\n  next: a lower train.learning_rate, in a new run")
+        return
     held_out = row["data"]["eval"] is not None
     first = f"halfbyte eval {outcome.run} --base" if held_out else f'halfbyte generate {outcome.run} --prompt "..."'
     text(f"adapter  {outcome.run}/adapter\n  next: {first}   or   halfbyte chat {outcome.run}")

@@ -83,6 +83,11 @@ class Steps:
             tokens=int(self.lengths[rows].sum()),
         )
 
+    def passes(self, step: int) -> float:
+        """How often the data has been passed over after so many steps: 1.5 is all rows once, and half of them again."""
+        whole, steps = divmod(step, self.per_epoch)
+        return whole + steps * self.rows_per_step / len(self.lengths)
+
     @property
     def tokens(self) -> int:
         """Tokens of all steps together."""

@@ -131,6 +131,6 @@ def _full(job: Job, device: Device, rates: Rates, tokens: int, recompute: Recomp
         Line("optimiser", state * count, f"{state} bytes a parameter", "", where),
     )
     # the third matrix product, and reading and writing every optimiser state once
-    products = job.rows.mean * job.rows_per_step * 2 * job.linear_numel / rates.matmul_flops
+    products = job.rows.mean * job.mean_rows_per_step * 2 * job.linear_numel / rates.matmul_flops
     seconds = plan.time.step_s + products + 24 * count / rates.memory_bytes
     return Way("full fine-tuning", lines, count, count, seconds)

@@ -3,6 +3,7 @@
 Cost: one walk over the tensors; no torch.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -174,6 +175,12 @@ class Job:
     @property
     def rows_per_step(self) -> int:
         return self.recipe.train.rows_per_step
+
+    @cached_property
+    def mean_rows_per_step(self) -> float:
+        """Fewer than are asked for where there are fewer, and at the end of an epoch."""
+        count = len(self.rows.lengths)
+        return self.rows_per_step if self.rows.assumed else count / max(1, math.ceil(count / self.rows_per_step))
 
     @cached_property
     def parameters(self) -> int:

@@ -72,7 +72,7 @@ def step_time(
         tokens: of a micro-batch. read_bytes: of the base, read from disk in a step.
     """
     rows, facts = job.rows, job.facts
-    step_tokens = rows.mean * job.rows_per_step
+    step_tokens = max(1.0, rows.mean * job.mean_rows_per_step)
     micro_batches = mean_micro_batches(job, tokens)
     again = {"none": 2.0, "selective": 2.0, "full": 3.0}[recompute]
     products = 2 * again * job.linear_numel + 6 * job.lora_parameters
@@ -107,4 +107,4 @@ def step_time(
 def mean_micro_batches(job: Job, tokens: int) -> int:
     """How many micro-batches of at most `tokens` a mean step has."""
     at_once = math.floor(tokens / max(1.0, job.rows.mean)) if job.packed else 1
-    return math.ceil(job.rows_per_step / max(1, at_once))
+    return math.ceil(job.mean_rows_per_step / max(1, at_once))

@@ -122,6 +122,8 @@ def unusual(recipe: Recipe) -> tuple[str, ...]:
     if not 0.05 <= lora.lora_dropout <= 0.1:
         said.append(f"lora.lora_dropout {lora.lora_dropout:g} is outside the usual 0.05 to 0.1")
     train = recipe.train
+    if "adam" in train.optim and not 1e-5 <= train.learning_rate <= 1e-3:
+        said.append(f"train.learning_rate {train.learning_rate:g} is outside the usual 1e-05 to 0.001")
     unread = {
         "num_train_epochs": train.max_steps > 0 and f"max_steps {train.max_steps}",
         "warmup_steps": train.lr_scheduler_type == "constant" and "lr_scheduler_type constant",

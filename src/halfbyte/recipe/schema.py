@@ -206,7 +206,7 @@ class Train(Section):
     max_steps: Annotated[Int, must("-1 (by epochs) or >= 1", lambda v: v != 0, AfterValidator)] = field(
         -1, "optimiser steps; above 0 it overrides num_train_epochs", ge=-1
     )
-    learning_rate: Float = field(2e-4, "the highest learning rate", "1e-4 to 1e-3", gt=0)
+    learning_rate: Float = field(2e-4, "the highest learning rate", "1e-4 to 1e-3, of large models 1e-5", gt=0)
     lr_scheduler_type: Annotated[str, _one_of(fields.SCHEDULES, fields.SCHEDULES_REFUSED)] = field(
         "linear", "how the rate falls: linear, cosine, constant, ...", "linear or cosine"
     )

@@ -10,6 +10,7 @@ Cost: one write of the adapter and of its optimiser state (8 bytes a trained par
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -209,7 +210,7 @@ class Best:
         return best
 
     def is_better(self, value: float) -> bool:
-        return self.value is None or value < self.value
+        return math.isfinite(value) and (self.value is None or value < self.value)
 
     def keep(self, value: float, step: int, write_adapter: Callable[[Path], None]) -> None:
         """Put the adapter of this step in the place of the one before, which stays there after a TrainError."""

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from halfbyte.errors import RunError
 from halfbyte.types import Document
 
+WORSE = 1.2
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -73,6 +75,30 @@ def build(
         "errors": {name: Compared(name, planned[name], measured[name] or 0).error for name in known},
         "lines": [{**asdict(line), "error": line.error} for line in lines],
     }
+
+
+def before_training(rows: Sequence[Document]) -> float | None:
+    """The loss that a run began with: of an evaluation before the first step, else the first step's own."""
+    known = [row["eval_loss"] for row in rows if row["step"] == 0 and "eval_loss" in row]
+    return next(iter([*known, *(row["loss"] for row in rows if "loss" in row)]), None)
+
+
+def got_worse(rows: Sequence[Document]) -> tuple[str, bool]:
+    """What to say of a run that ended above where it began, and whether it diverged; ("", False) of any other.
+
+    The end is the last tenth of the steps. A run has diverged if all of them are a fifth above the first, or its last
+    evaluation is: single steps differ by what rows they have.
+    """
+    losses = [row["loss"] for row in rows if "loss" in row]
+    evals = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None and row["step"] > 0]
+    first, end = losses[0], losses[-max(1, len(losses) // 10) :]
+    before = before_training(rows) or first
+    far = min(end) > WORSE * first or bool(evals and not evals[-1] <= WORSE * before)
+    if sum(end) / len(end) > first or far:
+        held_out = f", {evals[-1]:.4f} on the held-out rows" if evals else ""
+        ending = f"the loss rose from {first:.4f} to {losses[-1]:.4f}{held_out}"
+        return f"{ending}: {'this run diverged' if far else 'nothing was gained'}; lower train.learning_rate", far
+    return "", False
 
 
 def usual_seconds(rows: Sequence[Document]) -> float | None:

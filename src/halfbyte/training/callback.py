@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from halfbyte.runs import checkpoint
+from halfbyte.runs import report as reporting
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import usage
 from halfbyte.training.events import Listener, StopRequest
@@ -70,7 +71,9 @@ class RunCallback(TrainerCallback):
         best = self.best
         if best is not None and best.metric in row and best.is_better(row[best.metric]):
             best.keep(row[best.metric], state.global_step, self.write_adapter)
-            row = {**row, "best": True}
+            before = reporting.before_training(self.run.read_metrics())
+            above = before is not None and row["eval_loss"] > before and state.global_step > 0
+            row = {**row, "best": True, **({"above": before} if above else {})}
         self.listener.evaluated(row)
 
     def on_train_end(self, *_: object, **__: object) -> None:

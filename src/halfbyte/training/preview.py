@@ -50,7 +50,9 @@ def resolve(loaded: Loaded) -> Resolution:
         shown, why = auto.get(field, (value, ""))
         resolved.append((field, shown, origin if shown == value else Origin("auto", why.removeprefix("auto: "))))
     prepared, source = job.prepared, job.prepared.checkpoint
-    steps = f"{job.figures.steps} steps of {prepared.recipe.train.rows_per_step} rows"
+    steps = (
+        f"{job.figures.steps} steps of {min(prepared.recipe.train.rows_per_step, len(prepared.train.examples))} rows"
+    )
     notes = (
         ("model", f"{source.id}{f' at {source.revision}' if source.revision else ''}"),
         ("data", f"{prepare.data_note(prepared)}; {steps}"),
@@ -135,7 +137,7 @@ class Checked:
             "refused": self.refused,
             "run": {
                 "steps": self.steps,
-                "rows_per_step": recipe.train.rows_per_step,
+                "rows_per_step": min(rows, recipe.train.rows_per_step),
                 "micro_batches_per_step": self.micro_batches / max(1, self.steps),
                 "rows_per_micro_batch": min(rows, recipe.train.rows_per_step) * self.steps / max(1, self.micro_batches),
                 "max_tokens_per_micro_batch": self.plan.max_tokens_per_micro_batch,

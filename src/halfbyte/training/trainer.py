@@ -204,6 +204,11 @@ class StepTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's, whose one epoch is the whole run: here `epoch` counts passes over the data."""
+        self.state.epoch = self.train_dataset.steps.passes(self.state.global_step)
+        super().log(logs, start_time)
+
     def floating_point_ops(self, inputs: Document) -> float:
         """4 FLOP a base parameter and token: forward and the gradient of the input; a frozen weight needs no third."""
         return 4.0 * self.model.get_nb_trainable_parameters()[1] * inputs["step"].tokens
@@ -215,6 +220,7 @@ class StepTrainer(Trainer):
         began, self._ended = self._ended, time.perf_counter()
         self.last = {
             "step": self.state.global_step + 1,
+            "epoch": self.train_dataset.steps.passes(self.state.global_step + 1),
             "loss": value,
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
             "grad_norm": norm / float(scaler.get_scale()) if scaler is not None else norm,
