@@ -120,8 +120,7 @@ def train(
         show.warning(f"{said}  continue: halfbyte train {outcome.run} --resume")
         raise typer.Exit(128 + outcome.stopped_by)
     show.document(outcome.report) if json_ else show.report(outcome)
-    if outcome.report["diverged"]:
-        raise typer.Exit(TrainError.exit_code)
+    raise typer.Exit(TrainError.exit_code if outcome.report["diverged"] else 0)
 
 
 @app.command()
