@@ -651,14 +651,18 @@ CASES = [
     ),
     Case(
         "a folder that is no run",
-        "generate model --prompt x",
-        "error: model is not a run folder: it has no recipe.yaml and no checkpoints/.",
+        "generate done/checkpoints --prompt x",
+        "error: done/checkpoints is not a run folder: it has no recipe.yaml and no checkpoints/.",
     ),
     Case(
-        "an adapter is no run",
-        "generate done/adapter --prompt x",
-        "error: done/adapter is not a run folder: it has no recipe.yaml and no checkpoints/. "
-        "It is an adapter: give the run folder that it lies in.",
+        "a base has no rows of its own",
+        "eval model",
+        "error: the run has no held-out rows (data.eval).\n  fix: halfbyte eval model --data ROWS.jsonl",
+    ),
+    Case(
+        "another rank for an adapter",
+        "generate done/adapter --prompt x --set lora.r=3",
+        "error: --set lora.r=3: an adapter is used with the values that it was trained with; allowed here: model<...>",
     ),
     Case("a file is no run", "chat recipe.yaml", "error: recipe.yaml is a file, not a run folder."),
     Case(

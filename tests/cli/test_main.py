@@ -240,6 +240,15 @@ def test_generate_and_its_base(halfbyte: Cli) -> None:
     assert answers["adapter"] != answers["base"]
 
 
+@pytest.mark.parametrize(("what", "flags"), [("done/adapter", []), ("model", ["--base"])])
+def test_an_adapter_or_a_base_alone_answers_as_in_its_run(halfbyte: Cli, what: str, flags: list[str]) -> None:
+    asked = ("-p", "red cup", "--max-new-tokens", "4", "--json")
+    alone = halfbyte("generate", what, *asked, "--set", "quant.compute_dtype=fp32")
+    wanted = json.loads(halfbyte("generate", "done", *asked, *flags).out)
+    assert (alone.code, alone.err) == (0, "")
+    assert json.loads(alone.out) == {**wanted, "run": what}
+
+
 def test_generate_streams(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces: list[str] = []
     monkeypatch.setattr(show, "stream", pieces.append)

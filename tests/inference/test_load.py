@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from halfbyte import finetune
-from halfbyte.errors import DataError, RunError
+from halfbyte.errors import AdapterError, DataError, RunError
+from halfbyte.inference import target
 from halfbyte.inference.evaluate import evaluate
 from halfbyte.inference.load import Opened, open_run
 from halfbyte.training.prepare import prepare
@@ -47,6 +49,26 @@ def losses(model: Any, world: Path, count: int) -> float:
             total += float(model(input_ids=ids, labels=labels).loss) * n
         labelled += n
     return total / labelled
+
+
+def test_an_adapter_or_a_base_alone_scores_as_in_its_run(world: Path, opened: Opened) -> None:
+    plain, rows = ["quant.type=none", "quant.compute_dtype=fp32"], world / "eval.jsonl"
+    wanted = evaluate(opened, data=rows, max_new_tokens=2, with_base=True)
+    adapter = evaluate(open_run(world / "run/adapter", None, plain), data=rows, max_new_tokens=2, with_base=True)
+    assert {name: score.loss for name, score in adapter.items()} == {name: s.loss for name, s in wanted.items()}
+    base = evaluate(open_run(world / "model", None, plain), data=rows, max_new_tokens=2, with_base=True)
+    assert {name: score.loss for name, score in base.items()} == {"base": wanted["base"].loss}
+    assert [s.output for s in base["base"].samples] == [s.output for s in wanted["base"].samples]
+
+
+def test_an_adapter_that_names_no_base_is_told_how_to_say_it(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "run/adapter", tmp_path / "lost")
+    file = tmp_path / "lost/adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": None}))
+    with pytest.raises(AdapterError, match=r"names no base\.\n  fix: say which it is: --set model=MODEL"):
+        target.find(tmp_path / "lost")
+    found = target.find(tmp_path / "lost", [f"model={world / 'model'}"])
+    assert (found.recipe.model, found.recipe.lora.bias, found.run) == (str(world / "model"), "all", None)
 
 
 @pytest.mark.parametrize("limit", [6, 2])

@@ -36,7 +36,7 @@ app.add_typer(rows, name="data")
 
 Set = Annotated[list[str], typer.Option("--set", metavar="a.b=c", help="Change one value of the recipe; repeatable.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines only, and few of them.")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `train` made it.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, an adapter's folder, or a model.")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
 BaseOnly = Annotated[bool, typer.Option("--base", help="The base alone, without the adapter.")]
@@ -210,7 +210,7 @@ def generate(
         answers.append(conversation.answer(opened, talk, sampling, base=base, silent=json_))
     if json_:
         rows = [{"prompt": p, "output": a} for p, a in zip(prompt, answers, strict=True)]
-        show.document({"run": str(run), "with_adapter": not base, "answers": rows})
+        show.document({"run": str(run), "with_adapter": not (base or opened.alone), "answers": rows})
 
 
 @app.command()
@@ -240,11 +240,10 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Completion loss, perplexity and exact match on held-out rows; with --base beside the base alone."""
-    from halfbyte.recipe.command import to_use
-    from halfbyte.runs.folder import RunFolder
+    from halfbyte.inference import target
     from halfbyte.training import early
 
-    early.held_out(to_use(RunFolder.open(run).recipe, set_), run, data)
+    early.held_out(target.find(run, set_).recipe, run, data)
     opened = _open(run, set_, silent=json_)
     from halfbyte.inference import evaluate as scoring
 
@@ -317,11 +316,10 @@ def version() -> None:
 
 
 def _open(run: Path, overrides: list[str], *, silent: bool) -> Opened:
-    """A finished run: its adapter on its base. That there is none is told before a library is loaded."""
-    from halfbyte.recipe.command import to_use
-    from halfbyte.runs.folder import RunFolder
+    """A run, an adapter or a base, ready to answer. That there is none is told before a library is loaded."""
+    from halfbyte.inference import target
 
-    to_use(RunFolder.open(run).recipe, overrides)
+    target.find(run, overrides)
     with show.waiting("opening base and adapter", silent=silent) as tell:
         with libraries.loading():
             from halfbyte.inference import load

@@ -96,7 +96,7 @@ def evaluate(
     most = recipe.train.per_device_eval_batch_size if opened.job.packed else 1
     batches = collate.Batches(examples, pack.eval_micro_batches(lengths, plan.max_tokens_per_micro_batch, most))
     scores = {}
-    for name in ("base", "adapter") if with_base else ("adapter",):
+    for name in ("base",) if opened.alone else ("base", "adapter") if with_base else ("adapter",):
         with opened.using(base=name == "base"):
             loss = mean_loss(opened.model, batches)
             outputs = _written(opened, asking, context, max_new_tokens, plan.sequences, progress)

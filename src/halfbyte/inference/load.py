@@ -17,11 +17,10 @@ from halfbyte.base import load, stream
 from halfbyte.base.store import supply
 from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.data.encoding.chatml import chat_template
+from halfbyte.inference import target
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.plan import GENERATED_TOKENS, InferencePlan, Job, Rows, Trained, plan_inference
-from halfbyte.recipe.command import to_use
 from halfbyte.recipe.schema import Recipe
-from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device, threads
 from halfbyte.types import Model, Tokenizer
 
@@ -31,6 +30,7 @@ class Opened:
     """A trained adapter on its base, ready to answer."""
 
     run: Path
+    """The folder, or the name of a base."""
     recipe: Recipe
     model: Model
     tokenizer: Tokenizer
@@ -40,31 +40,39 @@ class Opened:
     job: Job
     trained: Trained | None
     plan: InferencePlan
+    alone: bool = False
+    """There is no adapter but the base alone."""
 
     def using(self, *, base: bool) -> AbstractContextManager[None]:
         """The base alone, or with its adapter."""
-        return lora.base_alone(self.model, self.own_biases) if base else nullcontext()
+        return lora.base_alone(self.model, self.own_biases) if base or self.alone else nullcontext()
 
 
 def open_run(path: Path, tell: supply.Tell | None = None, overrides: Sequence[str] = ()) -> Opened:
-    """The adapter of a finished run on its base, whose store is built if it is not there any more. `overrides` as in
-    `to_use`."""
-    run = RunFolder.open(path)
-    recipe = to_use(run.recipe, overrides)
+    """A finished run, an adapter or a base, as `target.find` tells them; a store that is not there any more is built.
+
+    A base alone gets fresh adapters, which are switched off: it then gives the same numbers as beside an adapter.
+    """
+    found = target.find(path, overrides)
+    recipe, run = found.recipe, found.run
     checkpoint, machine = find_model(recipe), device.detect()
     threads.settle(machine.cores)
     base = load.open_base(checkpoint, recipe.quant, machine, trust_remote_code=recipe.trust_remote_code, tell=tell)
     tokenizer = base.tokenizer
-    if (run.adapter / "tokenizer_config.json").is_file():  # ChatML, with tokens that the base's own does not have
-        tokenizer = open_tokenizer(replace(checkpoint, path=run.adapter), base.model)
+    if found.adapter is not None and (found.adapter / "tokenizer_config.json").is_file():
+        # ChatML, with tokens that the base's own does not have
+        tokenizer = open_tokenizer(replace(checkpoint, path=found.adapter), base.model)
     elif recipe.data.chat_template is not None:
         tokenizer.chat_template = chat_template(tokenizer, recipe.data)
-    trained = Trained.of(json.loads(run.plan.read_text())) if run.plan.is_file() else None
+    trained = Trained.of(json.loads(run.plan.read_text())) if run is not None and run.plan.is_file() else None
     longest = (trained.max_tokens_per_micro_batch if trained else GENERATED_TOKENS,)
     rows = Rows(longest, evaluated=longest)
     job = Job.of_checkpoint(recipe, checkpoint, base.model, rows, machine)
     chosen = plan_inference(job, machine, trained)
     stream.place_as_planned(base.model, chosen.placement, asked=recipe.quant.placement != "auto")
-    made = assembled(base, recipe, adapter=run.adapter)
+    made = assembled(base, recipe, adapter=found.adapter)
+    made.model.eval().requires_grad_(False)
     job = replace(job, packed=made.packed.ok)
-    return Opened(path, recipe, made.model, tokenizer, made.own_biases, machine, job, trained, chosen)
+    return Opened(
+        path, recipe, made.model, tokenizer, made.own_biases, machine, job, trained, chosen, found.adapter is None
+    )

@@ -77,6 +77,7 @@ def to_resume(target: str, overrides: Sequence[str] = ()) -> Loaded:
 
 # What may be another than in training where an adapter is used: where the base lies, and what rows are read, and how.
 USABLE = ("quant.placement", "data.", "train.per_device_eval_batch_size")
+USABLE_ALONE = ("model", "revision", "quant.", "trust_remote_code", "allow_pickle", *USABLE[1:])  # no run says them
 
 
 def to_use(file: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -85,12 +86,23 @@ def to_use(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: a value is set that an adapter has been trained with.
     """
-    if strange := [text for text in overrides if not text.startswith(USABLE)]:
+    _check_usable(overrides, USABLE)
+    return load_recipe(file, ["train.report_to=none", *overrides]).recipe
+
+
+def to_use_alone(model: str, overrides: Sequence[str] = (), own: Sequence[str] = ()) -> Recipe:
+    """The recipe of a model that is used without a run: of a base alone, or of the base of an adapter. `own` are
+    overrides that need not be among those that a user may give."""
+    _check_usable(overrides, USABLE_ALONE)
+    return recipe_from(model, "-", ["data.eval=none", *own, *overrides]).recipe
+
+
+def _check_usable(overrides: Sequence[str], names: tuple[str, ...]) -> None:
+    if strange := [text for text in overrides if not text.startswith(names)]:
         raise RecipeError(
             f"--set {strange[0]}: an adapter is used with the values that it was trained with; allowed here: "
-            f"{', '.join(name + '*' * name.endswith('.') for name in USABLE)}."
+            f"{', '.join(name + '*' * name.endswith('.') for name in names)}."
         )
-    return load_recipe(file, ["train.report_to=none", *overrides]).recipe
 
 
 def write_template(path: Path, model: str, data: str) -> None:

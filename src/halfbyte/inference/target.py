@@ -1,0 +1,66 @@
+"""What `eval`, `generate` and `chat` are given: a run, an adapter alone, or a base alone. No torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from halfbyte.errors import AdapterError, SourceError
+from halfbyte.models.sources import hub, packaged
+from halfbyte.recipe.adapter import ADAPTER_FILES, read_config
+from halfbyte.recipe.command import to_use, to_use_alone
+from halfbyte.recipe.schema import Lora, Recipe
+from halfbyte.runs.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Target:
+    """`adapter` is None for a base alone; `run` is None where there is no run folder."""
+
+    path: Path
+    recipe: Recipe
+    adapter: Path | None = None
+    run: RunFolder | None = None
+
+
+def find(path: Path, overrides: Sequence[str] = ()) -> Target:
+    """What a name stands for: a run folder, a PEFT folder, or a model that is on this machine.
+
+    Raises:
+        RunError: it is none of them. RecipeError: a value is set that must stay. AdapterError: it names no base.
+    """
+    if not (path / "recipe.yaml").is_file():
+        if (path / ADAPTER_FILES[1]).is_file():
+            return _adapter(path, overrides)
+        if _is_base(path):
+            return Target(path, to_use_alone(str(path), overrides))
+    run = RunFolder.open(path)
+    return Target(path, to_use(run.recipe, overrides), run.adapter, run)
+
+
+def _adapter(path: Path, overrides: Sequence[str]) -> Target:
+    config = read_config(path)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not base and not any(text.startswith("model=") for text in overrides):
+        raise AdapterError(f"{path / ADAPTER_FILES[1]} names no base.", fix="say which it is: --set model=MODEL")
+    named = [f"revision={revision}"] if revision and hub.HUB_ID.fullmatch(str(base)) else []
+    recipe = to_use_alone(str(base), overrides, named)
+    lora = Lora.model_validate({name: config[name] for name in ("r", "bias", "use_dora") if name in config})
+    return Target(path, recipe.model_copy(update={"lora": lora}), path)
+
+
+def _is_base(path: Path) -> bool:
+    """Whether it is a model that needs no download: a folder, a GGUF file, a packaged name, a cached hub id."""
+    name = str(path)
+    if path.exists():
+        return (path / "config.json").is_file() or (path.suffix == ".gguf" and path.is_file())
+    return name in packaged.PACKAGED or (hub.HUB_ID.fullmatch(name) is not None and _is_cached(name))
+
+
+def _is_cached(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    repo, _, revision = name.partition("@")
+    try:
+        return isinstance(try_to_load_from_cache(repo, "config.json", revision=revision or None), str)
+    except (ValueError, SourceError):
+        return False
