@@ -39,12 +39,14 @@ from halfbyte.types import Document
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `stopped_by` is the signal that ended it early, with a checkpoint written."""
+    """How a run ended. `stopped_by` is the signal that ended it early, with a checkpoint of `step` written. `at_once`:
+    in the middle of a step; then `step` is that of the last checkpoint, 0 for none."""
 
     run: Path
     report: Document
     step: int
     stopped_by: Signals | None = None
+    at_once: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
         folder = RunFolder.create(out, to_yaml(loaded.recipe))
     elif point.changes(loaded.recipe):
         files.write(folder.recipe, to_yaml(loaded.recipe).encode())
-    with folder.lock() as run, stop_on_signals() as stop, usage.Peak() as peak:
+    with folder.lock() as run, stop_on_signals(tell.stopping) as stop, usage.Peak() as peak:
         try:
             split.keep(ready.job.prepared.held_out, run.held_out)
             callback = run_steps(ready, run, stop, tell)
@@ -97,6 +99,9 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
             if stop.signal is not None and step < len(ready.steps):
                 return Outcome(run.path, {}, step, stop.signal)
             return Outcome(run.path, finish(ready, run, callback, peak), step)
+        except KeyboardInterrupt:
+            saved = [points.step_of(path) for path in points.checkpoints(run.checkpoints)]
+            return Outcome(run.path, {}, max(saved, default=0), Signals.SIGINT, at_once=True)
         finally:
             ready.placed.remove()
 

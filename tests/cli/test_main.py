@@ -301,22 +301,26 @@ class Terminal:
     def __init__(self, *args: str, columns: int = 100) -> None:
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:
-            env = {**ENV, "COLUMNS": str(columns), "TERM": "xterm"}
+            env = {**ENV, "COLUMNS": str(columns), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
             os.execvpe(sys.executable, [sys.executable, "-m", "halfbyte", *args], env)
 
-    def read(self, until: str, seconds: float = 120) -> str:
-        """What appears until `until` does, without colours and with plain line ends."""
-        raw, end = b"", time.monotonic() + seconds
-        while until not in plain(raw):
+        self.raw, self.seen = b"", 0
+
+    def read(self, until: str, seconds: float = 60) -> str:
+        """What appears next, up to the end of `until`, without colours and with plain line ends."""
+        end = time.monotonic() + seconds
+        while until not in plain(self.raw)[self.seen :]:
             left = end - time.monotonic()
-            assert left > 0 and select.select([self.descriptor], [], [], left)[0], plain(raw)
+            assert left > 0 and select.select([self.descriptor], [], [], left)[0], plain(self.raw)
             try:
                 chunk = os.read(self.descriptor, 65536)
             except OSError:  # the other end is closed
                 chunk = b""
-            assert chunk, plain(raw)
-            raw += chunk
-        return plain(raw)
+            assert chunk, plain(self.raw)
+            self.raw += chunk
+        text = plain(self.raw)
+        start, self.seen = self.seen, text.index(until, self.seen) + len(until)
+        return text[start : self.seen]
 
     def say(self, line: str) -> None:
         os.write(self.descriptor, line.encode() + b"\n")
@@ -332,27 +336,35 @@ def plain(raw: bytes) -> str:
 
 
 def test_chat_on_a_terminal(here: Path, halfbyte: Cli) -> None:
-    def alone(*flags: str) -> str:
-        return halfbyte("generate", "done", "-p", "red cup", "--max-new-tokens", "8", *flags).out
+    def alone(prompt: str, *flags: str) -> str:
+        return halfbyte("generate", "done", "-p", prompt, "--max-new-tokens", "8", *flags).out
 
     terminal = Terminal("chat", "done", "--max-new-tokens", "8")
-    opening = terminal.read("you> ")
-    assert "/base  the same of the base alone    /reset  forget    /quit  leave" in opening
-    terminal.say("/base")
-    assert "say something first\n" in terminal.read("you> ")
+    assert "/base  the same of the base alone    /reset  forget    /quit  leave" in terminal.read("you>")
+
+    def says(line: str, answer: str) -> None:
+        terminal.say(line)
+        terminal.read(f"\n{answer}")
+        terminal.read("you>")
+
+    says("/base", "say something first\n")
+    says("/nonsense", "no such command /nonsense; there are /base, /reset, /quit\n")
+    says("red cup", alone("red cup"))
+    says("/base", alone("red cup", "--base"))
+    terminal.say("red cup")
     terminal.say("/nonsense")
-    assert "no such command /nonsense; there are /base, /reset, /quit\n" in terminal.read("you> ")
-    terminal.say("red cup")
-    first = terminal.read("you> ")
-    assert first == f"red cup\n{alone()}you> "
-    terminal.say("/base")
-    assert terminal.read("you> ") == f"/base\n{alone('--base')}you> "
-    terminal.say("red cup")
-    assert terminal.read("you> ") != first, "the second answer does not depend on the first"
-    terminal.say("/reset")
-    terminal.read("you> ")
-    terminal.say("red cup")
-    assert terminal.read("you> ") == first
+    assert f"\n{alone('red cup')}" not in terminal.read("no such command"), "it depends on what was said before"
+    says("/reset", "")
+    says("red cup", alone("red cup"))
+    says("/reset", "")
+    says("\x1b[A\x1b[A", alone("red cup"))  # two lines up
+    says("/reset", "")
+    says("\x1b[200~red\ncup\x1b[201~", alone("red\ncup"))  # pasted lines stay together
+    says("/reset", "")
+    long = "red cup " * 700  # more than the 4,096 bytes of a line that a terminal edits
+    terminal.say(long)
+    terminal.read("the model reads 256")
+    terminal.read("you>")
     terminal.say("/quit")
     assert terminal.wait() == 0
 
@@ -394,7 +406,9 @@ def test_a_signal_saves_and_resume_ends_in_the_same_bytes(
 ) -> None:
     returned, out, err = stopped(number, after=30)
     assert returned == code, err
+    again = "again " if number == signal.SIGINT else ""
     said = re.fullmatch(
+        rf"{number.name}: finishing this step, about \d+ s; Ctrl-C {again}to stop now\n"
         rf"warning: stopped by {number.name} after step (\d+); nothing is lost\.\n"
         r"  continue: halfbyte train run --resume\n",
         err,
@@ -420,6 +434,44 @@ def test_a_signal_saves_and_resume_ends_in_the_same_bytes(
         resumed_here = halfbyte("train", "run", "--resume", "--quiet")
         assert (resumed_here.code, resumed_here.err) == (0, "")
     check_whole(run, uninterrupted)
+
+
+AGAIN = "halfbyte train run/recipe.yaml --output run-2\n"
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (25, "stopped at once; the last checkpoint is that of step 25.\n  continue: halfbyte train run --resume\n"),
+        (0, "stopped at once, before the first checkpoint.\n  start again: " + AGAIN),
+    ],
+)
+def test_a_second_interrupt_tells_how_to_go_on(
+    halfbyte: Cli, monkeypatch: pytest.MonkeyPatch, step: int, said: str
+) -> None:
+    ended = finetune.Outcome(Path("run"), {}, step, signal.SIGINT, at_once=True)
+    monkeypatch.setattr(finetune, "train", lambda *args, **kwargs: ended)
+    got = halfbyte("train", "recipe.yaml")
+    assert (got.code, got.err) == (130, f"warning: {said}")
+
+
+def test_an_interrupt_stops_an_answer_and_not_the_chat(
+    halfbyte: Cli, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = iter(["red cup", "/base", "red cup", "/base", "/quit"])
+    answers: Iterator[str | BaseException] = iter(["one", KeyboardInterrupt(), KeyboardInterrupt(), "two"])
+
+    def say(*args: object, **kwargs: object) -> list[str]:
+        said = next(answers)
+        if isinstance(said, BaseException):
+            raise said
+        return [said]
+
+    monkeypatch.setattr(show, "asker", lambda: lambda: next(typed))
+    monkeypatch.setattr(generate, "generate", say)
+    ended = halfbyte("chat", "done")
+    assert (ended.code, ended.err, ended.out.count("(stopped)")) == (0, "", 2)
+    assert [*typed, *answers] == []
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(here: Path, halfbyte: Cli, uninterrupted: bytes) -> None:
@@ -586,7 +638,7 @@ def test_chat_begins_with_the_system_message(halfbyte: Cli, monkeypatch: pytest.
         return own(tokenizer, messages)
 
     typed = iter(["red " * 400, "w1", "/reset", "w2", "/quit"])
-    monkeypatch.setattr(show, "ask", lambda: next(typed))
+    monkeypatch.setattr(show, "asker", lambda: lambda: next(typed))
     monkeypatch.setattr(generate, "chat_ids", listen)
     ended = halfbyte("chat", "done", "--system", "be brief", "--max-new-tokens", "2")
     assert ended.code == 0 and "the model reads 256" in ended.err and "or /reset" in ended.err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 from rich.console import Console
 
@@ -42,3 +44,21 @@ def test_a_terminal_wraps_between_words(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00")])
 def test_durations(seconds: float, text: str) -> None:
     assert show.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "seconds", "said"),
+    [
+        (signal.SIGINT, 40.2, "SIGINT: finishing this step, about 40 s; Ctrl-C again to stop now\n"),
+        (signal.SIGTERM, None, "SIGTERM: finishing this step; Ctrl-C to stop now\n"),
+    ],
+)
+def test_a_signal_is_acknowledged(
+    number: signal.Signals, seconds: float | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for silent, quiet in ((True, True), (False, True), (False, False)):
+        with show.progress(quiet=quiet, silent=silent) as listener:
+            if seconds is not None:
+                listener.step({"step": 1, "seconds": seconds, "loss": 1.0, "tokens_per_second": 9.0})
+            listener.stopping(number)
+        assert capsys.readouterr().err == said

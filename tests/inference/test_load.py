@@ -55,9 +55,12 @@ def test_an_adapter_or_a_base_alone_scores_as_in_its_run(world: Path, opened: Op
     plain, rows = ["quant.type=none", "quant.compute_dtype=fp32"], world / "eval.jsonl"
     wanted = evaluate(opened, data=rows, max_new_tokens=2, with_base=True)
     adapter = evaluate(open_run(world / "run/adapter", None, plain), data=rows, max_new_tokens=2, with_base=True)
-    assert {name: score.loss for name, score in adapter.items()} == {name: s.loss for name, s in wanted.items()}
+    # the run's micro-batches are planned as in its training: the same sums in another order
+    assert {name: score.loss for name, score in adapter.items()} == pytest.approx(
+        {name: s.loss for name, s in wanted.items()}, rel=1e-6
+    )
     base = evaluate(open_run(world / "model", None, plain), data=rows, max_new_tokens=2, with_base=True)
-    assert {name: score.loss for name, score in base.items()} == {"base": wanted["base"].loss}
+    assert {name: score.loss for name, score in base.items()} == {"base": pytest.approx(wanted["base"].loss, rel=1e-6)}
     assert [s.output for s in base["base"].samples] == [s.output for s in wanted["base"].samples]
 
 

@@ -27,6 +27,17 @@ def test_the_first_one_is_a_request(number: signal.Signals) -> None:
     assert handlers() == before
 
 
+def test_a_signal_is_told_at_once_and_once() -> None:
+    before, told = handlers(), list[signal.Signals]()
+    with stop_on_signals(told.append):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert told == [signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert told == [signal.SIGTERM]
+    assert handlers() == before
+
+
 def test_a_second_interrupt_ends_at_once_and_a_second_termination_does_not() -> None:
     before = handlers()
     with stop_on_signals() as stop:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,37 @@ def test_what_changes_no_step_may_change_and_is_used(tmp_path: Path) -> None:
     assert json.loads(run.report.read_text())["notices"][0].startswith("checkpoint step-000004 (")
     now = load_recipe(run.recipe).recipe
     assert (now.train.save_total_limit, now.quant.placement, now.data.train) == (1, "mapped", str(rows))
+
+
+class Twice(Listener):
+    """Interrupts twice in a step."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.heard = at, list[signal.Signals]()
+
+    def step(self, row: dict[str, Any]) -> None:
+        if row["step"] == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert self.heard == [signal.SIGINT]
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def stopping(self, signal: signal.Signals) -> None:
+        self.heard.append(signal)
+
+
+@pytest.mark.parametrize(("at", "saved"), [(3, 2), (1, 0)])
+def test_a_second_interrupt_stops_at_once_and_leaves_the_last_checkpoint(at: int, saved: int, tmp_path: Path) -> None:
+    whole = tiny_run.recipe(tmp_path, **SAVED, output=tmp_path / "whole")
+    finetune.train(whole)
+    loaded = tiny_run.recipe(tmp_path, **SAVED)
+    outcome = finetune.train(loaded, listener=Twice(at))
+    assert (outcome.stopped_by, outcome.at_once, outcome.step) == (signal.SIGINT, True, saved)
+    run = RunFolder(tmp_path / "run")
+    assert [path.name for path in run.checkpoints.iterdir()] == [f"step-{saved:06d}"] * bool(saved)
+    if saved:
+        finetune.train(loaded, resume=True)
+        name = "adapter/adapter_model.safetensors"
+        assert (run.path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_checkpoint_with_changed_bytes_is_written_again(tmp_path: Path) -> None:

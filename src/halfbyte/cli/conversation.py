@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from halfbyte.cli import show
@@ -42,9 +41,10 @@ class Chat:
     def run(self) -> None:
         """Until the user leaves: /quit, Ctrl-D, or Ctrl-C at the prompt."""
         show.text(HELP)
+        ask = show.asker()
         while True:
             try:
-                line = show.ask()
+                line = ask()
             except (EOFError, KeyboardInterrupt):
                 show.text("")
                 return
@@ -59,30 +59,25 @@ class Chat:
         elif line == "/base":
             asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
             if asked:
-                with _told():
-                    answer(self._opened, self.messages[: asked[-1] + 1], self._sampling, base=True)
+                self._answered(self.messages[: asked[-1] + 1], base=True)
             else:
                 show.text("say something first")
         elif line.startswith("/"):
             show.text(f"no such command {line}; there are /base, /reset, /quit")
         elif line:
             self.messages.append({"role": "user", "content": line})
-            text: str | None = None
-            try:
-                with _told():
-                    text = answer(self._opened, self.messages, self._sampling)
-            except KeyboardInterrupt:
-                show.text("\n(stopped)")
+            text = self._answered(self.messages)
             if text is None:
                 self.messages.pop()
             else:
                 self.messages.append({"role": "assistant", "content": text})
 
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """A conversation that has grown too long is told, and the chat goes on."""
-    try:
-        yield
-    except HalfbyteError as error:
-        show.warning(f"{error}\n  or /reset")
+    def _answered(self, messages: Messages, *, base: bool = False) -> str | None:
+        """An answer; None where Ctrl-C stops it, or where the conversation has grown too long. The chat goes on."""
+        try:
+            return answer(self._opened, messages, self._sampling, base=base)
+        except KeyboardInterrupt:
+            show.text("\n(stopped)")
+        except HalfbyteError as error:
+            show.warning(f"{error}\n  or /reset")
+        return None

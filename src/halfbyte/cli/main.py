@@ -116,8 +116,7 @@ def train(
 
         outcome = finetune.train(loaded, resume=resume, listener=listener)
     if outcome.stopped_by is not None:
-        said = f"stopped by {outcome.stopped_by.name} after step {outcome.step}; nothing is lost.\n"
-        show.warning(f"{said}  continue: halfbyte train {outcome.run} --resume")
+        show.stopped(outcome)
         raise typer.Exit(128 + outcome.stopped_by)
     show.document(outcome.report) if json_ else show.report(outcome)
     raise typer.Exit(TrainError.exit_code if outcome.report["diverged"] else 0)

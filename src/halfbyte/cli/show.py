@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from signal import SIGINT, Signals
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -123,11 +124,32 @@ def stream(piece: str) -> None:
     sys.stdout.flush()
 
 
-def ask() -> str:
-    return out.input("[bold cyan]you>[/bold cyan] ").strip()
+def asker() -> Callable[[], str]:
+    """Who asks for a line; on a terminal with arrow keys and history, and pasted lines stay together."""
+    if not (sys.stdin.isatty() and out.is_terminal):
+        return lambda: out.input("you> ").strip()
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.formatted_text import FormattedText
+
+    session: PromptSession[str] = PromptSession(FormattedText([("bold ansicyan", "you>"), ("", " ")]))
+    return lambda: session.prompt().strip()
 
 
-class PlainListener(Listener):
+class SilentListener(Listener):
+    """Says nothing but that a signal was heard."""
+
+    step_s: float | None = None
+    stepped = 0.0
+
+    def step(self, row: Document) -> None:
+        self.step_s, self.stepped = row["seconds"], time.monotonic()
+
+    def stopping(self, signal: Signals) -> None:
+        left = "" if self.step_s is None else f", about {max(1.0, self.step_s + self.stepped - time.monotonic()):.0f} s"
+        err.print(f"{signal.name}: finishing this step{left}; Ctrl-C {'again ' * (signal == SIGINT)}to stop now")
+
+
+class PlainListener(SilentListener):
     """One line for each thing that happens; steps every `log_every`, or ten in a run when quiet."""
 
     def __init__(self, *, quiet: bool, build: Callable[[Progress], None] | None = None) -> None:
@@ -160,6 +182,7 @@ class PlainListener(Listener):
         )
 
     def step(self, row: Document) -> None:
+        super().step(row)
         if row["step"] % self.every == 0 or row["step"] == self.total:
             out.print(f"step {row['step']}/{self.total}  {self.reached(row, 'memory ')}")
 
@@ -195,6 +218,7 @@ class LiveListener(PlainListener):
         self.bar.start()
 
     def step(self, row: Document) -> None:
+        SilentListener.step(self, row)
         self.bar.update(self.bar.task_ids[0], completed=row["step"], description=self.reached(row))
 
     def end(self) -> None:
@@ -205,7 +229,7 @@ class LiveListener(PlainListener):
 def progress(*, quiet: bool, silent: bool) -> Iterator[Listener]:
     """The listener that fits: silent with --json, a live bar on a terminal, plain lines otherwise."""
     if silent:
-        yield Listener()
+        yield SilentListener()
         return
     with _building(out) as build:
         kind = LiveListener if out.is_terminal and not quiet else PlainListener
@@ -305,6 +329,19 @@ def report(outcome: Outcome) -> None:
     held_out = row["data"]["eval"] is not None
     first = f"halfbyte eval {outcome.run} --base" if held_out else f'halfbyte generate {outcome.run} --prompt "..."'
     text(f"adapter  {outcome.run}/adapter\n  next: {first}   or   halfbyte chat {outcome.run}")
+
+
+def stopped(outcome: Outcome) -> None:
+    """A run that a signal has ended, and how it goes on."""
+    name = outcome.stopped_by.name if outcome.stopped_by is not None else ""
+    if outcome.at_once and not outcome.step:
+        again = f"halfbyte train {outcome.run}/recipe.yaml --output {outcome.run}-2"
+        warning(f"stopped at once, before the first checkpoint.\n  start again: {again}")
+        return
+    said = f"stopped by {name} after step {outcome.step}; nothing is lost."
+    if outcome.at_once:
+        said = f"stopped at once; the last checkpoint is that of step {outcome.step}."
+    warning(f"{said}\n  continue: halfbyte train {outcome.run} --resume")
 
 
 def complete(run: Path, report: Document, more: str) -> None:

@@ -3,9 +3,10 @@ under way, with a checkpoint; a second SIGINT ends it at once."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ class Listener:
     def step(self, row: Document) -> None: ...
     def evaluated(self, row: Document) -> None: ...
     def saved(self, path: Path, reason: str) -> None: ...
+    def stopping(self, signal: Signals) -> None: ...
     def end(self) -> None: ...
 
 
@@ -38,8 +40,9 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; earlier handlers are put back. Only in the main thread."""
+def stop_on_signals(tell: Callable[[Signals], None] = lambda signal: None) -> Iterator[StopRequest]:
+    """Turn the first SIGINT or SIGTERM into a request, which is told at once; earlier handlers are put back. Only in
+    the main thread."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -48,7 +51,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
     def handle(number: int, frame: object) -> None:
         if request.signal is not None and number == SIGINT:
             raise KeyboardInterrupt
-        request.signal = Signals(number)
+        first, request.signal = request.signal is None, Signals(number)
+        if first:
+            with contextlib.suppress(RuntimeError):  # the signal came in the middle of a print
+                tell(request.signal)
 
     before = {number: signal.signal(number, handle) for number in (SIGINT, SIGTERM)}
     try:
