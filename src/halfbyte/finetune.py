@@ -231,7 +231,7 @@ def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener) -
     if early is not None and early.stops and at < len(steps):
         patience = recipe.train.early_stopping_patience
         callback.notices.append(f"stopped early at step {at} of {len(steps)}: no better evaluation in {patience}")
-        tell.note("stopped", callback.notices[-1])
+        tell.note("note", callback.notices[-1])
     return callback
 
 

@@ -27,7 +27,8 @@ def check(point: points.Point, recipe: Recipe, rows: Document, total: int, tell:
     tell.note("resume", f"from step {point.step} of {total}, {point.path}")
     changes = point.changes(recipe)
     for name, (was, now) in changes.items():
-        tell.note("resume", f"{name} {shown(was)} -> {shown(now)}")
+        if name != "output":  # the folder was moved
+            tell.note("resume", f"{name} {shown(was)} -> {shown(now)}")
     if {"train.max_steps", "train.num_train_epochs"} & set(changes):
         schedule = f"{recipe.train.lr_scheduler_type} learning rate"
         tell.note("resume", f"the {schedule} is computed anew over {total} steps, from step {point.step + 1} on")
