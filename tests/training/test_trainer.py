@@ -511,7 +511,8 @@ def test_the_report_has_the_fields_of_the_design(tmp_path: Path) -> None:
     examples = prepare(loaded.recipe).train.examples
     assert report["data"]["train"]["tokens"] == report["tokens"]
     assert [gate["gate"] for gate in report["data"]["gates"]] == [
-        "labels", "end token", "length", "duplicates", "empty answers", "overlap", "unseen tokens", "vocabulary",
+        "labels", "end token", "length", "context", "duplicates", "empty answers", "overlap", "unseen tokens",
+        "vocabulary",
     ]  # fmt: skip
     assert report["tokens"] == sum(len(e.input_ids) for e in examples)  # 4 steps of 4 rows: each of 16 rows once
     rows = [row for row in metrics(loaded) if "loss" in row]
