@@ -24,8 +24,8 @@ FIRST_MICRO_BATCH_BYTES = 50_000_000
 # Of the compiler (numba, LLVM), where kernels are not in its cache yet; the process keeps them to its end. Measured: a
 # cold run beside a warm one of the same recipe, 126 and 127 MB private, 7 MB of code.
 COMPILER_PRIVATE_BYTES = 126_000_000
-# oneDNN's code of a matrix product of one shape, and what it keeps beside it (205 MB in use for 256 of them); `system/threads.py` bounds how many are kept. The first micro-batch's
-# are in its own line.
+# oneDNN's code of a matrix product of one shape and what it keeps beside it: 205 MB in use for 256 (docs/log.md);
+# `system/threads.py` bounds how many are kept. The first micro-batch's are in its own line.
 PRODUCT_BYTES, PRODUCTS_OF_A_SIZE = 800_000, 50
 COMPILER_FILE_BYTES = 7_000_000
 TOKENIZER_BYTES_PER_ENTRY = 200
