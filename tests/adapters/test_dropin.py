@@ -42,14 +42,17 @@ generated = loaded.generate(input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=
 TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"], "bloom": ["query_key_value"]}
 
 
-def run_script(model_id: Path, targets: list[str]) -> tuple[dict[str, Any], list[str]]:
+IN_4_BITS = 'load_in_4bit=True, bnb_4bit_compute_dtype=torch.float16, bnb_4bit_quant_type="nf4"'
+
+
+def run_script(model_id: Path, targets: list[str], bits: str = IN_4_BITS) -> tuple[dict[str, Any], list[str]]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 256, (32, 24), generator=generator)
     rows = [{"input_ids": row, "labels": row} for row in ids]
     names: dict[str, Any] = {"model_id": str(model_id), "target_modules": targets, "rows": rows}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        exec(SCRIPT.format(module="halfbyte"), names)
+        exec(SCRIPT.format(module="halfbyte").replace(IN_4_BITS, bits), names)
     return names, [str(w.message) for w in caught]
 
 
@@ -75,10 +78,11 @@ def test_the_classic_script(name: str, dtype: torch.dtype, tmp_path: Path, monke
         assert (tmp_path / "lora_adapters" / path).is_file()
 
 
-def test_the_reloaded_adapter_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bits", [IN_4_BITS, "load_in_8bit=True", "load_in_8bit=True, llm_int8_threshold=0.0"])
+def test_the_reloaded_adapter_says_the_same(bits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tiny.save(tmp_path / "model", "llama", dtype=torch.bfloat16)
-    names, _ = run_script(tmp_path / "model", TARGETS["llama"])
+    names, _ = run_script(tmp_path / "model", TARGETS["llama"], bits)
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         trained = names["model"].eval()(input_ids=ids).logits.float()

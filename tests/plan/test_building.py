@@ -45,7 +45,9 @@ def planned(folder: Path, quant: Quant, itemsize: int = 2) -> Building:
 
 @pytest.mark.parametrize("name", WIDE)
 @pytest.mark.parametrize(
-    "quant", [{}, {"double_quant": False}, {"type": "fp4"}], ids=["nf4", "one level of scales", "fp4"]
+    "quant",
+    [{}, {"double_quant": False}, {"type": "fp4"}, {"type": "int8"}],
+    ids=["nf4", "one level of scales", "fp4", "int8"],
 )
 def test_bytes_on_disk_within_one_percent(name: str, quant: dict[str, Any], tmp_path: Path) -> None:
     found = resolve(str(checkpoint(tmp_path / "m", name)))
@@ -65,6 +67,8 @@ def test_ram_does_not_grow_with_the_model_but_with_what_comes_whole() -> None:
         lines = Building(specs, Quant(), itemsize, 100, 0).lines(cores)
         return sum(line.bytes for line in lines if line.name == "chunks")
 
+    eight = Building((small,), Quant(type="int8"), 2, 100, 0).lines(1)
+    assert eight[-1].bytes == (2 + 2 + 4 + 1) * CHUNK_ELEMENTS + 4 * 2048, "read, fp16, fp32, codes; scales"
     scales = 2 * 4 * (large.numel - small.numel) // 64
     assert chunks(large) - chunks(small) == scales
     assert chunks(small, itemsize=4) - chunks(small) == 4 * CHUNK_ELEMENTS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import get_args
 
@@ -30,7 +31,7 @@ def test_4bit_bytes_are_those_of_bitsandbytes(numel: int, block_size: int, doubl
     if double_quant:
         held += [state.state2.absmax, state.state2.code, state.offset]
     quant = Quant(double_quant=double_quant).model_copy(update={"block_size": block_size})
-    assert formats.of(quant).nbytes(numel, quant) == sum(t.numel() * t.element_size() for t in held)
+    assert formats.of(quant).nbytes((numel,), quant) == sum(t.numel() * t.element_size() for t in held)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -38,9 +39,9 @@ def test_4bit_bytes_are_those_of_bitsandbytes(numel: int, block_size: int, doubl
 @pytest.mark.parametrize("numel", [64 * 256, 12345, 7])
 def test_on_disk_a_matrix_is_what_it_is_in_memory_and_its_state(numel: int, double: bool, kind: str) -> None:
     quant = Quant(type=kind, double_quant=double)
-    parts = formats.of(quant).parts(numel, quant)
+    parts = formats.of(quant).parts((numel,), quant)
     offset = 4 if double else 0  # in memory a tensor; on disk a number of the state
-    assert sum(part.nbytes or 0 for part in parts) == formats.of(quant).nbytes(numel, quant) - offset
+    assert sum(part.nbytes or 0 for part in parts) == formats.of(quant).nbytes((numel,), quant) - offset
     assert [part.suffix for part in parts if part.nbytes is None] == [f".quant_state.bitsandbytes__{kind}"]
     values = torch.randn(numel)
     encoder = formats.of(quant).encoder(quant, (numel,), values.dtype, "x")
@@ -61,20 +62,20 @@ def test_the_format_of_a_layer_is_read_off_it() -> None:
         assert formats.of_module(layer((64, 64), kind, True)).name == kind
     plain = nn.Linear(4, 4)
     assert not formats.is_quantised(plain) and not formats.is_quantised(nn.Identity())
-    assert formats.of_module(plain).weight(plain) is plain.weight
+    assert formats.of_module(plain).weight(plain, torch.float32) is plain.weight
 
 
 @dataclass(frozen=True)
 class Halved(NumberFormat):
     """A format of this test: a layer that holds half of its weights."""
 
-    def nbytes(self, numel: int, quant: Quant) -> int:
-        return 3 * numel
+    def nbytes(self, shape: tuple[int, ...], quant: Quant) -> int:
+        return 3 * math.prod(shape)
 
     def holds(self, module: nn.Module) -> bool:
         return getattr(module, "halved", False)
 
-    def weight(self, module: nn.Module) -> torch.Tensor:
+    def weight(self, module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
         return 2 * module.weight
 
 

@@ -332,7 +332,15 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case({"train__save_minutes": 1e-9}, checkpoints, {"train__save_total_limit": 9}, want=[1, 2, 3]),
     ),
     "train.max_tokens_per_micro_batch": (Case({"train__max_tokens_per_micro_batch": 50}, column("micro_batches")),),
-    "quant.type": (Case({"quant__type": "fp4"}, first_loss), Case({"quant__type": "none"}, first_loss)),
+    "quant.type": (
+        Case({"quant__type": "fp4"}, first_loss),
+        Case({"quant__type": "int8"}, first_loss),
+        Case({"quant__type": "none"}, first_loss),
+    ),
+    "quant.llm_int8_threshold": (
+        Case({"quant__llm_int8_threshold": 1.0}, first_loss, {"quant__type": "int8"}),
+        Case({"quant__llm_int8_threshold": 6.0}, refused="quant.llm_int8_threshold is not read with quant.type nf4"),
+    ),
     "quant.double_quant": (Case({"quant__double_quant": False}, first_loss),),
     "quant.compute_dtype": (
         Case({"quant__compute_dtype": "bf16"}, first_loss),

@@ -32,6 +32,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "trust_remote_code": (True, {}),
     "quant.type": ("fp4", {}),
     "quant.double_quant": (False, {}),
+    "quant.llm_int8_threshold": (6.0, {"quant.type": "int8"}),
     "quant.compute_dtype": ("fp32", {}),
     "quant.placement": ("resident", {}),
     "quant.skip_modules": (["lm_head"], {}),
@@ -314,7 +315,27 @@ MISTAKES: list[tuple[str, str]] = [
     ("lora: {rank: 8}", "line 3: lora.rank is not a field; write lora.r"),
     ("lora: {lora_dropuot: 0.1}", "line 3: lora.lora_dropuot is not a field; did you mean lora.lora_dropout?"),
     ("lora: 5", "line 3: lora must be a section with fields of its own, got 5"),
-    ("quant: {type: int8}", "line 3: quant.type must be nf4, fp4 or none, got 'int8'"),
+    ("quant: {type: int4}", "line 3: quant.type must be nf4, fp4, int8 or none, got 'int4'"),
+    (
+        "quant: {type: int8, double_quant: true}",
+        (
+            "line 3: quant.double_quant cannot be set with quant.type int8, which has one scale for each row of a matrix; "
+            "leave out what is for nf4 and fp4"
+        ),
+    ),
+    (
+        "quant:\n  type: int8\n  block_size: 64\n  double_quant: true",
+        (
+            "line 5: quant.block_size and quant.double_quant cannot be set with quant.type int8, which has one scale for "
+            "each row of a matrix; leave out what is for nf4 and fp4"
+        ),
+    ),
+    (
+        "quant: {llm_int8_threshold: 6.0}",
+        "line 3: quant.llm_int8_threshold is not read with quant.type nf4; it is for int8",
+    ),
+    ("quant: {type: int8, llm_int8_threshold: -1}", "line 3: quant.llm_int8_threshold must be >= 0, got -1"),
+    ("quant: {load_in_8bit: true}", "line 3: quant.load_in_8bit is not a field; write quant.type: int8"),
     ("quant: {block_size: 128}", "line 3: quant.block_size must be 64, got 128"),
     ("quant: {load_in_4bit: true}", "line 3: quant.load_in_4bit is not a field; write quant.type: nf4"),
     ("train: {learning_rate: -1}", "line 3: train.learning_rate must be > 0, got -1"),

@@ -122,3 +122,18 @@ def test_the_command_line_loads_no_compiler() -> None:
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
         assert done.stdout.split()[-1] == seen, done.stderr
+
+
+def test_where_an_8_bit_layer_of_transformers_holds_what(tmp_path: Path) -> None:
+    """`quant/int8.py` reads codes, scales and the threshold here, and gives the instance a class of its own."""
+    tiny.save(tmp_path, "llama", torch.bfloat16)
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=3.0)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=config)
+    made: Any = model.model.layers[0].mlp.up_proj
+    assert type(made) is bnb.nn.Linear8bitLt and type(made.weight) is bnb.nn.Int8Params
+    assert made.weight.dtype == torch.int8 and made.weight.SCB.shape == (made.out_features,)
+    assert made.state.threshold == 3.0 and not made.state.has_fp16_weights and made.state.SCB is None
+    assert set(made.state_dict()) == {"weight", "SCB", "weight_format"}
+    assert model.is_loaded_in_8bit  # by this PEFT chooses its layer
+    made.eval()(torch.randn(2, made.in_features, dtype=torch.bfloat16))
+    assert made.weight.SCB is None and made.state.SCB is not None  # the first forward moves them

@@ -45,12 +45,9 @@ def is_quantised_already(config: Config, folder: Path) -> bool:
         return False
     values = quantised if isinstance(quantised, dict) else quantised.to_dict()
     method = str(getattr(values.get("quant_method"), "value", values.get("quant_method")))
-    in_4bit = values.get("load_in_4bit", values.get("_load_in_4bit"))
-    if method == "bitsandbytes" and in_4bit:
+    if method == "bitsandbytes":
         return True
-    how = "to 8 bits; the base is held in 4 bits or in 16"
-    if method != "bitsandbytes":
-        how = f"with {method!r}; LoRA here is trained on a base that bitsandbytes holds"
     raise BaseModelError(
-        f"{folder} is already quantised {how}.", fix="use the unquantised checkpoint of the same model"
+        f"{folder} is already quantised with {method!r}; LoRA here is trained on a base that bitsandbytes holds.",
+        fix="use the unquantised checkpoint of the same model",
     )

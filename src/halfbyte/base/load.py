@@ -1,4 +1,4 @@
-"""Open a base: the frozen model in 4 bits, its tokenizer, and the proof that it is resident as the policy says.
+"""Open a base: the frozen model in few bits, its tokenizer, and the proof that it is resident as the policy says.
 
 transformers leaves what it cannot quantise in 16 bits without a word, fills missing weights with random numbers under a
 warning, and loads a Linear4bit that an eval forward breaks (`residency.py`, `quant/bnb.py`).
@@ -22,7 +22,7 @@ from halfbyte.models import tensors
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import resolve
 from halfbyte.quant import bnb as codec
-from halfbyte.quant import formats, linear_subclasses, policy
+from halfbyte.quant import formats, int8, linear_subclasses, policy
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import device as machine
 from halfbyte.types import Config, Document, Model
@@ -187,10 +187,26 @@ def stored_base(
     return None, why
 
 
+def _settings_of(config: Any, dtype: str) -> Document:
+    """What a `BitsAndBytesConfig` asks for, as fields of `Quant`."""
+    skipped = {"skip_modules": tuple(config.llm_int8_skip_modules or ())}
+    if config.load_in_8bit:
+        threshold = None if config.llm_int8_threshold == int8.EVERY_COLUMN else config.llm_int8_threshold
+        return {"type": "int8", "compute_dtype": dtype, "llm_int8_threshold": threshold, **skipped}
+    names = {value: key for key, value in DTYPES.items()}
+    return {
+        "type": config.bnb_4bit_quant_type if config.load_in_4bit else "none",
+        "double_quant": config.bnb_4bit_use_double_quant,
+        "compute_dtype": names.get(config.bnb_4bit_compute_dtype, "auto"),
+        **skipped,
+    }
+
+
 def load_base(
     model_id: str,
     *,
     load_in_4bit: bool = True,
+    load_in_8bit: bool = False,
     quantization_config: Any = None,
     device_map: str | Document = "auto",
     dtype: str = "auto",
@@ -203,7 +219,9 @@ def load_base(
     Args:
         model_id: hub id (with `@revision` or `revision`), folder, `.gguf` file or packaged name.
         load_in_4bit: NF4 with double quantisation; False keeps 16 bits.
-        quantization_config: a `BitsAndBytesConfig` whose 4-bit type, double quantisation and compute dtype are taken.
+        load_in_8bit: LLM.int8's weights instead.
+        quantization_config: a `BitsAndBytesConfig` whose bits, 4-bit type, double quantisation, compute dtype and
+            8-bit threshold are taken.
         dtype: compute dtype `auto`, `bf16`, `fp16` or `fp32`, unless `quantization_config` names one.
 
     Returns:
@@ -211,15 +229,9 @@ def load_base(
     """
     from halfbyte.recipe.schema import Quant
 
-    values: Document = {"type": "nf4" if load_in_4bit else "none", "compute_dtype": dtype}
+    values: Document = {"type": "int8" if load_in_8bit else "nf4" if load_in_4bit else "none", "compute_dtype": dtype}
     if quantization_config is not None:
-        names = {value: key for key, value in DTYPES.items()}
-        values = {
-            "type": quantization_config.bnb_4bit_quant_type if quantization_config.load_in_4bit else "none",
-            "double_quant": quantization_config.bnb_4bit_use_double_quant,
-            "compute_dtype": names.get(quantization_config.bnb_4bit_compute_dtype, "auto"),
-            "skip_modules": tuple(quantization_config.llm_int8_skip_modules or ()),
-        }
+        values = _settings_of(quantization_config, dtype)
     device = machine.detect()
     base = open_base(
         resolve(f"{model_id}@{revision}" if revision else model_id, allow_pickle=allow_pickle),

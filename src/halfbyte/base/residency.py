@@ -22,7 +22,7 @@ def check_resident(model: Model, quant: Quant, resident: int, expected: int, nam
     """Compare what is in memory with what the policy says.
 
     Raises:
-        BaseModelError: matrices that the policy holds in 4 bits stayed in 16 (fused experts), naming the largest.
+        BaseModelError: matrices that the policy quantises stayed in 16 bits (fused experts), naming the largest.
     """
     if not quant.quantises:
         return
@@ -38,7 +38,7 @@ def check_resident(model: Model, quant: Quant, resident: int, expected: int, nam
             f"{name}: {len(stayed)} {kind} stayed in {8 * stayed[0][1].element_size()} bits, "
             f"{stayed_bytes / 1e9:.3f} of {resident / 1e9:.3f} GB resident where quant.type {quant.type} gives "
             f"{expected / 1e9:.3f} GB. The largest: {listed}.",
-            fix=f"this build cannot hold them in 4 bits; to accept 16 bits: --set 'quant.skip_modules=[{leaf}]'",
+            fix=f"this build cannot quantise them; to accept 16 bits: --set 'quant.skip_modules=[{leaf}]'",
         )
     if too_large:
         raise BaseModelError(
@@ -49,12 +49,12 @@ def check_resident(model: Model, quant: Quant, resident: int, expected: int, nam
 
 
 def big_unquantised(model: Model, quant: Quant) -> list[tuple[str, nn.Parameter]]:
-    """Weight matrices that are neither 4-bit, nor an embedding or head, nor exempted by the recipe.
+    """Weight matrices that are neither quantised, nor an embedding or head, nor exempted by the recipe.
 
     Small ones (routers, convolutions: under 1/1000 of the model's parameters each) are not meant.
     """
     exempt = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    exempt |= {id(m.weight) for _, m in codec.linears_4bit(model) if m.weight.is_meta}  # still to be filled
+    exempt |= {id(m.weight) for _, m in codec.quantised_linears(model) if m.weight.is_meta}  # still to be filled
     exempt.add(id(getattr(model.get_output_embeddings(), "weight", None)))
     skipped = getattr(getattr(model, "hf_quantizer", None), "modules_to_not_convert", None) or ()
     kept = getattr(model, "_keep_in_fp32_modules", None) or ()

@@ -213,7 +213,7 @@ def after(backward: Callable[[], None]) -> Callable[..., None]:
 
 
 def is_mapped(model: Model, maps: pages.FileMaps | None = None) -> bool:
-    """Whether most of the layers' weights lie in a file: of the 4-bit ones where there are some, else of all."""
+    """Whether most of the layers' weights lie in a file: of the quantised ones where there are some, else of all."""
     maps = maps or pages.FileMaps.read()
     modules = [m for layer in structure.decoder_layers(model) for m in layer.modules()]
     packed = [m.weight.data for m in modules if formats.is_quantised(m)]
@@ -237,7 +237,7 @@ def _groups(
 def _tensors(module: nn.Module) -> list[Tensor]:
     """What a module holds. Tensors that train are not left out: before an adapter is put on, everything says that it
     does. What is written to is private memory from then on, and stays."""
-    return bnb.held_tensors((*module.parameters(), *module.buffers()))
+    return bnb.held_tensors(module)
 
 
 def _into_memory(model: nn.Module, maps: pages.FileMaps) -> None:
@@ -257,8 +257,8 @@ def _into_memory(model: nn.Module, maps: pages.FileMaps) -> None:
 
     for parameter in model.parameters():
         parameter.data = copied(parameter.data)
-        for state, name in bnb.state_tensors(parameter):
-            setattr(state, name, copied(getattr(state, name)))
+    for owner, name in bnb.state_tensors(model):
+        setattr(owner, name, copied(getattr(owner, name)))
     for buffer in model.buffers():
         buffer.data = copied(buffer.data)
 

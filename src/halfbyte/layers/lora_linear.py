@@ -63,8 +63,13 @@ def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 
     To be used at once: a dequantised one is in memory that the next call overwrites.
     """
-    weight = formats.of_module(layer).weight(layer)
+    weight = formats.of_module(layer).weight(layer, dtype)
     return weight if weight.dtype == dtype else weight.to(dtype)
+
+
+def frozen_input(layer: nn.Module, x: Tensor) -> Tensor:
+    """What the frozen weight is multiplied with: x, or x rounded as the layer's format says. Its gradient is x's."""
+    return formats.of_module(layer).inputs(layer, x)
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -79,7 +84,8 @@ class FrozenLinear(torch.autograd.Function):
         ctx.layer = layer
         ctx.dtype = x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return F.linear(x, frozen_weight(layer, x.dtype), None if bias is None else bias.to(x.dtype))  # (N, O)
+        bias = None if bias is None else bias.to(x.dtype)
+        return F.linear(frozen_input(layer, x), frozen_weight(layer, x.dtype), bias)  # (N, O)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -113,7 +119,7 @@ class LoraLinear(torch.autograd.Function):
         del dropped
         y = torch.empty(x.shape[0], b16.shape[0], dtype=x.dtype, device=x.device)
         y.addmm_(h, b16.T, beta=0, alpha=scale)  # (N, R) @ (R, O) -> (N, O)
-        y.addmm_(x, frozen_weight(layer, x.dtype).T)  # (N, D) @ (D, O)
+        y.addmm_(frozen_input(layer, x), frozen_weight(layer, x.dtype).T)  # (N, D) @ (D, O)
         if bias is not None:
             y.add_(bias)
         ctx.save_for_backward(None if remade else x, h, a16, b16, mask)

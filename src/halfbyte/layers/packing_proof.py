@@ -24,7 +24,7 @@ from halfbyte.layers import sight
 from halfbyte.layers.packed_attention import NAME
 from halfbyte.layers.packing import Layout, forward_inputs, install, layouts
 from halfbyte.models import structure
-from halfbyte.quant import bnb, dequantise, formats
+from halfbyte.quant import bnb, dequantise, formats, int8
 
 if TYPE_CHECKING:
     from halfbyte.types import Batch, Model
@@ -222,7 +222,8 @@ def few_tokens(model: Model, *, exact: bool) -> Iterator[None]:
             for tensor, _ in _widened(model):
                 tensor.data = tensor.data.float()
             bnb.set_compute_dtype(model, torch.float32)
-        yield
+        with int8.without_rounding(model):
+            yield
     finally:
         for tensor, data in reversed(saved):
             tensor.data = data

@@ -57,6 +57,11 @@ class TensorSpec:
         return math.prod(self.shape)
 
     @property
+    def out_in(self) -> tuple[int, ...]:
+        """The shape of the matrix that is multiplied with: (out, in), or (experts, out, in)."""
+        return self.shape[::-1] if self.transposed and len(self.shape) == 2 else self.shape
+
+    @property
     def nbytes(self) -> int:
         return (self.numel * DTYPE_BITS[self.dtype] + 7) // 8
 

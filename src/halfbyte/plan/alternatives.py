@@ -48,8 +48,9 @@ def _changes(job: Job, device: Device) -> Iterator[tuple[str, str, Job]]:
         shown = str(value).lower() if isinstance(value, bool) else value
         return words, f"{setting}={shown}", replace(job, recipe=_with(job.recipe, setting, value), **more)
 
-    if not quant.quantises:
-        yield change("4 bits a weight", "quant.type", "nf4", mappable=device.kind == "cpu")
+    for words, kind in (("8 bits a weight", "int8"), ("4 bits a weight", "nf4")):
+        if quant.type == "none" or (quant.type, kind) == ("int8", "nf4"):
+            yield change(words, "quant.type", kind, mappable=device.kind == "cpu")
     if train.gradient_checkpointing is False:
         yield change("recompute activations", "train.gradient_checkpointing", True)
     if isinstance(train.max_tokens_per_micro_batch, int) and train.max_tokens_per_micro_batch > job.rows.longest:
@@ -75,6 +76,8 @@ def _changes(job: Job, device: Device) -> Iterator[tuple[str, str, Job]]:
 
 def _with(recipe: Recipe, setting: str, value: object) -> Recipe:
     section, _, field = setting.partition(".")
+    if setting == "quant.type":
+        return recipe.model_copy(update={"quant": recipe.quant.in_type(str(value))})
     return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update={field: value})})
 
 

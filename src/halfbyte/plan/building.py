@@ -62,7 +62,7 @@ class Building:
         """Bytes of the store's folder: tensors, headers, index, manifest, and what is copied beside them."""
         total = BESIDE_BYTES_PER_ENTRY * self.vocab if self.beside_bytes is None else self.beside_bytes
         for specs in self._files.values():
-            parts = [(len(spec.name + part.suffix), part.likely_bytes) for spec in specs for part in self._parts(spec)]
+            parts = [(len(p.name(spec.name)), p.likely_bytes) for spec in specs for p in self._parts(spec)]
             names, header = sum(name for name, _ in parts), sum(name + _ENTRY_BYTES for name, _ in parts)
             total += sum(policy.encoded_bytes(spec, self.quant, self.itemsize) for spec in specs)
             total += sum(size for _, size in parts) + -(-header // PAGE_BYTES) * PAGE_BYTES
@@ -82,7 +82,7 @@ class Building:
         """The tensors that one becomes in its file."""
         if not self._is_quantised(spec):
             return (Part("", spec.dtype, spec.shape, spec.nbytes),)
-        return formats.of(self.quant).parts(spec.numel, self.quant)
+        return formats.of(self.quant).parts(spec.out_in, self.quant)
 
     def _is_quantised(self, spec: TensorSpec) -> bool:
         return policy.encoding(spec, self.quant) == "quantised"
@@ -95,6 +95,4 @@ class Building:
         if not self._is_quantised(spec):
             return read + cast
         turned = at_once * self.itemsize if spec.transposed else 0
-        scales = 4 * spec.numel // self.quant.block_size
-        # codes of the chunk; scales, and while they are quantised themselves, once more as differences from their mean
-        return read + cast + turned + at_once // 2 + 2 * scales
+        return read + cast + turned + formats.of(self.quant).encoding_bytes(at_once, spec.out_in, self.quant)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 from halfbyte.plan.job import Job
 from halfbyte.plan.lines import Placement, Recompute, Time
+from halfbyte.quant import formats
 from halfbyte.system.device import Device
 from halfbyte.types import Document
 
@@ -79,7 +80,7 @@ def step_time(
     head = 4 * facts.vocab * facts.hidden * rows.labelled_share
     width = facts.heads * facts.head_size or facts.hidden
     attention = (14 + 4 * (recompute == "full")) / 2 * rows.mean_of_a_token * width * facts.layers
-    quantised = job.recipe.quant.quantises
+    dequantised = rates.dequant_elements * formats.of(job.recipe.quant).speed
     # scores that are made in memory (ALiBi, softcap, dropout) go through it as what is kept does
     moved = TRAFFIC * (job.layer.kept + job.layer.pair * rows.mean_of_a_token) * facts.layers
     full_rate = 1 / (1 + HALF_RATE_TOKENS * micro_batches / step_tokens)
@@ -90,7 +91,7 @@ def step_time(
         "matrix products": step_tokens * (products + head) / rates.matmul_flops / full_rate,
         "attention": step_tokens * attention / rates.attention_flops,
         "elementwise": step_tokens * moved * TRAFFIC_AGAIN[recompute] / rates.memory_bytes,
-        "dequantising": micro_batches * again * job.linear_numel / rates.dequant_elements if quantised else 0.0,
+        "dequantising": micro_batches * again * job.linear_numel / dequantised if job.recipe.quant.quantises else 0.0,
         "overhead": micro_batches * LAYER_OVERHEAD_S * facts.layers,
     }
     parts = {name: seconds * rates.correction for name, seconds in parts.items()}

@@ -1,16 +1,17 @@
-"""bitsandbytes' 4-bit layer, made safe to train.
+"""bitsandbytes' layers, made safe to train.
 
 Why: on CPUs with AVX512-BF16 an eval forward of `bitsandbytes.nn.Linear4bit` repacks its weight in place; every later
 training step then runs a kernel without autograd, and all LoRA gradients silently become None
 (`bitsandbytes/nn/modules.py`, `Linear4bit.forward`). `make_safe` turns that repacking off on each instance, always.
+What an 8-bit layer needs is told in `int8.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.quant import formats
+from halfbyte.quant import formats, int8
 from halfbyte.recipe.schema import Quant
 from halfbyte.types import Model
 
@@ -26,8 +27,16 @@ def linears_4bit(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
 
 
+def quantised_linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every quantised linear layer of bitsandbytes in a model, with its name; also where it holds nothing yet."""
+    import bitsandbytes as bnb
+
+    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
 def make_safe(model: nn.Module) -> None:
-    """Keep an eval forward from repacking 4-bit weights in place.
+    """Keep an eval forward from repacking 4-bit weights in place, and from computing another function in 8 bits.
 
     A weight that an earlier eval forward has already repacked is unpacked again by reading the layer's state dict once
     (bitsandbytes' own inverse, `Linear4bit._save_to_state_dict`).
@@ -36,6 +45,7 @@ def make_safe(model: nn.Module) -> None:
         module.support_avx512bf16_for_cpu = False
         if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
             module.state_dict()
+    int8.settle(model)
 
 
 def forget_deserialising(model: Model) -> None:
@@ -46,7 +56,8 @@ def forget_deserialising(model: Model) -> None:
     """
 
     def is_lasting(conversion: object) -> bool:
-        return all(type(op).__name__ != "Bnb4bitDeserialize" for op in getattr(conversion, "operations", ()))
+        ops = {type(op).__name__ for op in getattr(conversion, "operations", ())}
+        return not ops & {"Bnb4bitDeserialize", "Bnb8bitDeserialize"}
 
     if conversions := getattr(model, "_weight_conversions", None):
         model._weight_conversions = list(filter(is_lasting, conversions))
@@ -64,23 +75,22 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
             module.weight.quant_state.dtype = dtype
 
 
-def state_tensors(parameter: torch.Tensor) -> Iterator[tuple[Any, str]]:
-    """(quant state, attribute) of each tensor that a 4-bit parameter needs beside its packed weight."""
-    state = getattr(parameter, "quant_state", None)
-    while state is not None:
-        yield from ((state, n) for n in ("absmax", "code", "offset") if getattr(state, n, None) is not None)
-        state = state.state2 if getattr(state, "nested", False) else None
+def state_tensors(model: nn.Module) -> Iterator[tuple[Any, str]]:
+    """(owner, attribute) of each tensor that quantised weights need beside their codes."""
+    for module in model.modules():
+        yield from formats.of_module(module).beside(module)
 
 
-def held_tensors(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Parameters or buffers, with the scales and codes of 4-bit weights; each storage once, without empty ones."""
-    parts = (t for p in tensors for t in (p.data, *(getattr(*each) for each in state_tensors(p))))
+def held_tensors(model: nn.Module, *, buffers: bool = True) -> list[torch.Tensor]:
+    """Parameters, buffers, and the scales and tables of quantised weights; each storage once, without empty ones."""
+    beside = (getattr(*each) for each in state_tensors(model))
+    parts = (*(p.data for p in model.parameters()), *beside, *(model.buffers() if buffers else ()))
     return list({t.data_ptr(): t for t in parts if t.device.type != "meta" and t.numel()}.values())
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes of every parameter with the scales and code tables of 4-bit weights; no buffers."""
-    return sum(t.nbytes for t in held_tensors(model.parameters()))
+    """Bytes of every parameter with the scales and tables of quantised weights; no buffers."""
+    return sum(t.nbytes for t in held_tensors(model, buffers=False))
 
 
 def quantised_linear(weight: torch.Tensor, device: str = "cpu") -> Any:
@@ -94,6 +104,8 @@ def quantised_linear(weight: torch.Tensor, device: str = "cpu") -> Any:
 
 
 def planned_bytes(model: nn.Module, quant: Quant) -> int:
-    """`resident_bytes` of an empty model on the meta device whose 4-bit layers are there but hold nothing yet."""
-    in_4bit = {id(module.weight) for _, module in linears_4bit(model)}
-    return sum(formats.of(quant).nbytes(p.numel(), quant) if id(p) in in_4bit else p.nbytes for p in model.parameters())
+    """`resident_bytes` of an empty model on the meta device whose quantised layers are there but hold nothing yet."""
+    linears = [module for _, module in quantised_linears(model)]
+    within = {id(module.weight) for module in linears}
+    codes = sum(formats.of(quant).nbytes((m.out_features, m.in_features), quant) for m in linears)
+    return codes + sum(p.nbytes for p in model.parameters() if id(p) not in within)

@@ -10,7 +10,7 @@ Cost: that of the C function, in memory that a thread keeps. Through the table a
 import ctypes
 import threading
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,8 +43,8 @@ def dequantised(module: nn.Module, *, reuse: bool = False) -> Tensor:
 
         return bnb_f.dequantize_4bit(packed, state)
     count = state.shape.numel()
-    make = _scratch if reuse and packed.device.type == "cpu" else partial(torch.empty, device=packed.device)
-    out = make(count, dtype=state.dtype)
+    make = scratch if reuse else torch.empty
+    out = make(torch.Size((count,)), dtype=state.dtype, device=packed.device)
     write(packed, block_scales(state), out, state.blocksize, state.quant_type)
     return out.view(state.shape)
 
@@ -118,11 +118,13 @@ def forget() -> None:
     _kept.bytes = None
 
 
-def _scratch(count: int, dtype: torch.dtype) -> Tensor:
-    """Memory that this thread keeps, as large as the largest that was asked for."""
-    size = count * dtype.itemsize
+def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor in memory that this thread keeps, as large as the largest that was asked for; on a card, a new one."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    size = shape.numel() * dtype.itemsize
     kept: Tensor | None = getattr(_kept, "bytes", None)
     if kept is None or kept.numel() < size:
         _kept.bytes = None  # before the larger one is made, not after
         _kept.bytes = kept = torch.empty(size, dtype=torch.uint8)
-    return kept[:size].view(dtype)
+    return kept[:size].view(dtype).view(shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from halfbyte.quant.four_bit import FourBit
+from halfbyte.quant.int8 import RowWise8
 from halfbyte.quant.number_format import NumberFormat
 from halfbyte.recipe.schema import Quant
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 NONE = NumberFormat("none")
-QUANTISING: tuple[NumberFormat, ...] = (FourBit("nf4"), FourBit("fp4"))
+QUANTISING: tuple[NumberFormat, ...] = (FourBit("nf4"), FourBit("fp4"), RowWise8("int8"))
 FORMATS = {each.name: each for each in (*QUANTISING, NONE)}
 
 

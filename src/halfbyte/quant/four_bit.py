@@ -6,7 +6,8 @@ Cost: 4.127 bits a weight with double quantisation, 4.5 without; encoding see `n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import BitsAndBytesConfig
 
+BLOCK = 64  # where a recipe says none
 # Double quantisation: one fp32 scale for 256 8-bit scales.
 NESTED_BLOCK = 256
 # In the quantiser's state: the mean of the scales, in memory a tensor; and all of it, as JSON.
@@ -34,11 +36,12 @@ class FourBit(NumberFormat):
 
     source: str = "quant.four_bit; QLoRA, arXiv:2305.14314"
 
-    def nbytes(self, numel: int, quant: Quant) -> int:
-        return sum(part.nbytes or 0 for part in self.parts(numel, quant)) + _OFFSET_BYTES * quant.double_quant
+    def nbytes(self, shape: tuple[int, ...], quant: Quant) -> int:
+        return sum(part.nbytes or 0 for part in self.parts(shape, quant)) + _OFFSET_BYTES * quant.double_quant
 
-    def parts(self, numel: int, quant: Quant) -> tuple[Part, ...]:
-        blocks, packed = -(-numel // quant.block_size), -(-numel // 2)
+    def parts(self, shape: tuple[int, ...], quant: Quant) -> tuple[Part, ...]:
+        numel = math.prod(shape)
+        blocks, packed = -(-numel // self.unit(shape, quant)), -(-numel // 2)
         scales: tuple[Part, ...] = (Part(".absmax", "F32", (blocks,), 4 * blocks),)
         if quant.double_quant:
             nested = -(-blocks // NESTED_BLOCK)
@@ -53,6 +56,14 @@ class FourBit(NumberFormat):
             Part(".quant_map", "F32", (16,), 16 * 4),
             Part(f".quant_state.bitsandbytes__{self.name}", "U8", (0,), None, _STATE_BYTES),
         )
+
+    def unit(self, shape: tuple[int, ...], quant: Quant) -> int:
+        return quant.block_size or BLOCK
+
+    def encoding_bytes(self, count: int, shape: tuple[int, ...], quant: Quant) -> int:
+        scales = 4 * math.prod(shape) // self.unit(shape, quant)
+        # codes; scales, and while they are quantised themselves, once more as differences from their mean
+        return count // 2 + 2 * scales
 
     def encoder(self, quant: Quant, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> FourBitEncoder:
         return FourBitEncoder(quant, shape, dtype, name)
@@ -74,7 +85,7 @@ class FourBit(NumberFormat):
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         return state is not None and state.quant_type == self.name
 
-    def weight(self, module: nn.Module) -> torch.Tensor:
+    def weight(self, module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
         from halfbyte.quant.dequantise import dequantised
 
         return dequantised(module, reuse=True)
@@ -87,6 +98,36 @@ class FourBit(NumberFormat):
 
         return not upstream_is_wrong(module.weight.quant_state)
 
+    def beside(self, module: nn.Module) -> Iterator[tuple[object, str]]:
+        state = module.weight.quant_state
+        while state is not None:
+            yield from ((state, n) for n in ("absmax", "code", "offset") if getattr(state, n, None) is not None)
+            state = state.state2 if state.nested else None
+
+    def definition(self, module: nn.Module, at: np.ndarray) -> np.ndarray:
+        import torch
+
+        packed, state = module.weight.data, module.weight.quant_state
+        codes = packed.reshape(-1).view(torch.uint8)[torch.from_numpy(at // 2).to(packed.device)].cpu().numpy()
+        codes = np.where(at % 2 == 0, codes >> 4, codes & 15)
+        block = at // state.blocksize
+        scales = state.absmax.cpu().numpy()[block].astype(np.float64)
+        if state.nested:
+            outer = state.state2
+            table = outer.code.cpu().numpy().astype(np.float64)
+            scales = table[scales.astype(np.int64)] * outer.absmax.cpu().numpy()[block // outer.blocksize]
+            scales = scales + float(state.offset)
+        return nf4_cpu.code(state.quant_type).astype(np.float64)[codes] * scales
+
+    def kind_of(self, module: nn.Module) -> tuple[object, ...]:
+        state = module.weight.quant_state
+        return (tuple(state.shape), state.quant_type, state.blocksize, state.nested, state.dtype)
+
+    def distrust(self, module: nn.Module) -> None:
+        from halfbyte.quant import dequantise
+
+        dequantise.distrust(module.weight.quant_state)
+
 
 class FourBitEncoder:
     """One matrix on its way into 4 bits, byte for byte as bitsandbytes makes it.
@@ -97,12 +138,13 @@ class FourBitEncoder:
 
     def __init__(self, quant: Quant, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> None:
         self.quant, self.shape, self.dtype, self.name = quant, tuple(shape), dtype, name
-        self.absmax = np.empty(-(-int(np.prod(shape)) // quant.block_size), np.float32)
+        self.block = quant.block_size or BLOCK
+        self.absmax = np.empty(-(-int(np.prod(shape)) // self.block), np.float32)
 
     def codes(self, first: int, values: torch.Tensor) -> np.ndarray:
         import torch
 
-        block = self.quant.block_size
+        block = self.block
         flat = values.detach().reshape(-1)
         array = (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy()
         scales = self.absmax[first // block : -(-(first + len(array)) // block)]
@@ -133,7 +175,7 @@ class FourBitEncoder:
             absmax=absmax,
             shape=torch.Size(self.shape),
             dtype=self.dtype,
-            blocksize=self.quant.block_size,
+            blocksize=self.block,
             code=bnb_f.get_4bit_type(self.quant.type, device="cpu"),
             quant_type=self.quant.type,
             offset=offset,

@@ -1,8 +1,8 @@
-"""4 bits for models whose linears are a subclass of nn.Linear: transformers' quantiser, taught them.
+"""Few bits for models whose linears are a subclass of nn.Linear: transformers' quantisers, taught them.
 
-Why: transformers puts `nn.Linear` itself into 4 bits and passes over Falcon's own subclass, whose forward is the same
+Why: transformers quantises `nn.Linear` itself and passes over Falcon's own subclass, whose forward is the same
 product.
-What: a quantiser and its config under a name of their own, in transformers' registry for custom quantisers. A store
+What: quantisers and their configs under names of their own, in transformers' registry for custom quantisers. A store
 that needs it says so in its config.json; plain transformers refuses to open it, as its shapes are not Falcon's.
 Source: `transformers/quantizers/auto.py`, `register_quantizer`, `register_quantization_config`.
 """
@@ -10,7 +10,7 @@ Source: `transformers/quantizers/auto.py`, `register_quantizer`, `register_quant
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # By model type: subclasses of nn.Linear whose forward is the plain product, and which the loader leaves in 16 bits.
 PLAIN_LINEARS = {"falcon": "FalconLinear"}
-METHOD = "halfbyte_4bit"
+METHODS = {"4 bits": "halfbyte_4bit", "8 bits": "halfbyte_8bit"}
 # The key in a store's `quantization_config`: patterns of modules that stay as they are.
 MARK = "halfbyte_plain_linears_but"
 
@@ -45,14 +45,15 @@ def opening_config(config: Config) -> Config | None:
 
 
 def load_config(bits: BitsAndBytesConfig, quant: Quant) -> BitsAndBytesConfig:
-    """A bitsandbytes config with which `from_pretrained` puts plain linears into 4 bits too."""
-    return _config_class().from_dict(_ours(bits.to_dict(), quant.exempt))
+    """A bitsandbytes config with which `from_pretrained` quantises plain linears too."""
+    values = _ours(bits.to_dict(), quant.exempt)
+    return _registered()[values["quant_method"]].from_dict(values)
 
 
 def settle(model: Model) -> None:
     """After opening: the model says that it is bitsandbytes', which it is, so that PEFT and saving know it."""
     held = getattr(model.config, "quantization_config", None)
-    if held is not None and getattr(held, "quant_method", None) == METHOD:
+    if held is not None and getattr(held, "quant_method", None) in METHODS.values():
         model.config.quantization_config = held.plain()
         model.quantization_method = model.config.quantization_config.quant_method
 
@@ -70,54 +71,89 @@ def plain_linears(model: Model, exempt: Iterable[str]) -> list[tuple[str, nn.Mod
 
 
 def _ours(bitsandbytes: Document, exempt: Iterable[str]) -> Document:
-    _config_class()
+    _registered()
     inner = {name: value for name, value in bitsandbytes.items() if name != "quant_method"}
-    return {"quant_method": METHOD, "exempt": exempt, "bitsandbytes": inner}
+    in_8bit = bool(inner.get("load_in_8bit", inner.get("_load_in_8bit")))
+    return {"quant_method": METHODS["8 bits" if in_8bit else "4 bits"], "exempt": exempt, "bitsandbytes": inner}
 
 
 @cache
-def _config_class() -> type[BitsAndBytesConfig]:
-    """The class of our config, which is registered with its quantiser when it is first needed."""
+def _registered() -> dict[str, type[BitsAndBytesConfig]]:
+    """The config class of each method, which is registered with its quantiser when it is first needed."""
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+    from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+
+    quantisers = {"4 bits": (Bnb4BitHfQuantizer, _linear_4bit), "8 bits": (Bnb8BitHfQuantizer, _linear_8bit)}
+    return {METHODS[bits]: _register(METHODS[bits], *ours) for bits, ours in quantisers.items()}
+
+
+def _linear_4bit(module: nn.Module, settings: BitsAndBytesConfig, *, packed: bool) -> nn.Module:
+    """The empty layer that takes a linear's place, as transformers' `replace_with_bnb_linear` makes it.
+
+    Args:
+        packed: the checkpoint holds codes.
+    """
     import bitsandbytes as bnb
+
+    made = bnb.nn.Linear4bit(
+        module.in_features,
+        module.out_features,
+        module.bias is not None,
+        settings.bnb_4bit_compute_dtype,
+        compress_statistics=settings.bnb_4bit_use_double_quant,
+        quant_type=settings.bnb_4bit_quant_type,
+    )
+    if packed:
+        made.weight.data = made.weight.data.to(settings.bnb_4bit_quant_storage)
+    return made
+
+
+def _linear_8bit(module: nn.Module, settings: BitsAndBytesConfig, *, packed: bool) -> nn.Module:
+    """The same in 8 bits."""
+    import bitsandbytes as bnb
+    import torch
+
+    made = bnb.nn.Linear8bitLt(
+        module.in_features,
+        module.out_features,
+        module.bias is not None,
+        has_fp16_weights=False,
+        threshold=settings.llm_int8_threshold,
+    )
+    if packed:
+        made.weight.data = made.weight.data.to(torch.int8)
+    return made
+
+
+def _register(method: str, quantiser: type, make: Callable[..., nn.Module]) -> type[BitsAndBytesConfig]:
     import torch
     from transformers import BitsAndBytesConfig
     from transformers.quantizers import register_quantization_config, register_quantizer
-    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-    @register_quantization_config(METHOD)
+    @register_quantization_config(method)
     class PlainLinearsConfig(BitsAndBytesConfig):
         """A bitsandbytes config, and the patterns of modules that stay as they are."""
 
         @classmethod
         def from_dict(cls, config_dict: Document, return_unused_kwargs: bool = False, **kwargs: object) -> object:
             made = super().from_dict(config_dict["bitsandbytes"])
-            made.quant_method, made.exempt = METHOD, tuple(config_dict["exempt"])
+            made.quant_method, made.exempt = method, tuple(config_dict["exempt"])
             return (made, kwargs) if return_unused_kwargs else made
 
         def plain(self) -> BitsAndBytesConfig:
             inner = {k: v for k, v in self.to_dict().items() if k not in ("quant_method", "exempt")}
             return BitsAndBytesConfig.from_dict(inner)
 
-    @register_quantizer(METHOD)
-    class PlainLinearsQuantizer(Bnb4BitHfQuantizer):
+    @register_quantizer(method)
+    class PlainLinearsQuantizer(quantiser):
         """bitsandbytes' quantiser, which prepares plain subclasses of nn.Linear too, as transformers'
         `replace_with_bnb_linear` does it for nn.Linear itself."""
 
         def _process_model_before_weight_loading(self, model: Model, device_map: object, **kwargs: object) -> None:
             super()._process_model_before_weight_loading(model, device_map, **kwargs)
-            settings = self.quantization_config
-            for name, module in plain_linears(model, settings.exempt):
+            for name, module in plain_linears(model, self.quantization_config.exempt):
                 with torch.device("meta"):
-                    made = bnb.nn.Linear4bit(
-                        module.in_features,
-                        module.out_features,
-                        module.bias is not None,
-                        settings.bnb_4bit_compute_dtype,
-                        compress_statistics=settings.bnb_4bit_use_double_quant,
-                        quant_type=settings.bnb_4bit_quant_type,
-                    )
-                if self.pre_quantized:  # the checkpoint's packed weights are bytes
-                    made.weight.data = made.weight.data.to(settings.bnb_4bit_quant_storage)
+                    made = make(module, self.quantization_config, packed=self.pre_quantized)
                 made.source_cls = type(module)
                 made.requires_grad_(False)
                 model.set_submodule(name, made)

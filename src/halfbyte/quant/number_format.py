@@ -6,7 +6,7 @@ Planning, storing, loading and computing ask the same object, so that a new form
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,18 +21,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor that a quantised matrix becomes on disk, named by the matrix and `suffix`; dtypes as in safetensors.
-    `nbytes` is None where it is known only when the matrix is encoded; `likely_bytes` is then what to plan with."""
+    """One tensor that a quantised matrix becomes on disk; dtypes as in safetensors.
+
+    Args:
+        suffix: what its name adds to the matrix's name: `.absmax`; with `beside_weight` it replaces `weight`: `SCB`.
+        nbytes: None where it is known only when the matrix is encoded; `likely_bytes` is then what to plan with.
+    """
 
     suffix: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int | None
     likely_bytes: int = 0
+    beside_weight: bool = False
+
+    def name(self, matrix: str) -> str:
+        """The tensor's name, for a matrix's."""
+        return (matrix.removesuffix("weight") if self.beside_weight else matrix) + self.suffix
 
 
 class Encoder(Protocol):
-    """One matrix on its way into a format, in chunks that begin on a block."""
+    """One matrix on its way into a format, in chunks of whole `NumberFormat.unit`s."""
 
     def codes(self, first: int, values: torch.Tensor) -> np.ndarray:
         """The bytes of the codes of `values`, the elements from `first` on.
@@ -50,17 +59,31 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """A format by its name in a recipe. `source` is where its bytes come from, as a plan says it."""
+    """A format by its name in a recipe. A matrix's `shape` is (out, in), or (experts, out, in).
+
+    Args:
+        source: where its bytes come from, as a plan says it.
+        speed: of dequantising, in weights a second, beside that of NF4, which a machine is measured with.
+    """
 
     name: str
     source: str = "itemsize x weights"
+    speed: float = 1.0
 
-    def nbytes(self, numel: int, quant: Quant) -> int:
+    def nbytes(self, shape: tuple[int, ...], quant: Quant) -> int:
         """Bytes of one quantised matrix in memory."""
         raise NotImplementedError(self.name)
 
-    def parts(self, numel: int, quant: Quant) -> tuple[Part, ...]:
-        """The tensors of one quantised matrix on disk."""
+    def parts(self, shape: tuple[int, ...], quant: Quant) -> tuple[Part, ...]:
+        """The tensors of one quantised matrix on disk, the codes first."""
+        raise NotImplementedError(self.name)
+
+    def unit(self, shape: tuple[int, ...], quant: Quant) -> int:
+        """How many weights are encoded together: those that share a scale."""
+        raise NotImplementedError(self.name)
+
+    def encoding_bytes(self, count: int, shape: tuple[int, ...], quant: Quant) -> int:
+        """Bytes that encoding holds beside `count` weights of a matrix, while they are encoded at once."""
         raise NotImplementedError(self.name)
 
     def encoder(self, quant: Quant, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Encoder:
@@ -83,11 +106,19 @@ class NumberFormat:
         """Whether a layer's weight is there, in this format."""
         return False
 
-    def weight(self, module: nn.Module) -> torch.Tensor:
+    def weight(self, module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
         """The (out, in) matrix that a layer multiplies with. To be used at once: a dequantised one is in memory that
-        the next call overwrites."""
+        the next call overwrites.
+
+        Args:
+            dtype: what it will be multiplied in. A format whose layers have a dtype of their own returns that.
+        """
         weight: torch.Tensor = module.weight
         return weight
+
+    def inputs(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """What a layer's weight is multiplied with for an input x (..., in); x itself unless it is rounded."""
+        return x
 
     def multiplies_in(self, module: nn.Module, dtype: torch.dtype) -> bool:
         """Whether a layer multiplies in `dtype` in its own forward, so that no cast is left out."""
@@ -96,3 +127,18 @@ class NumberFormat:
     def upstream_is_right(self, module: nn.Module) -> bool:
         """Whether a layer's own forward computes with the right weights on this machine."""
         return True
+
+    def beside(self, module: nn.Module) -> Iterator[tuple[object, str]]:
+        """(owner, attribute) of each tensor that a layer's weight needs and that is no parameter."""
+        return iter(())
+
+    def definition(self, module: nn.Module, at: np.ndarray) -> np.ndarray:
+        """The numbers at these positions of a layer's flat weight, as the format defines them: (n,) fp64."""
+        raise NotImplementedError(self.name)
+
+    def kind_of(self, module: nn.Module) -> tuple[object, ...]:
+        """What a proof must see one of: layers that are dequantised in the same way. Begins with the shape."""
+        raise NotImplementedError(self.name)
+
+    def distrust(self, module: nn.Module) -> None:
+        """Dequantise what is held as this layer in a slower way from now on, where there is one."""

@@ -30,5 +30,5 @@ def encoded_bytes(spec: TensorSpec, quant: Quant, compute_itemsize: int) -> int:
     """Resident bytes of one tensor under the policy; `compute_itemsize` is 2 for bf16/fp16 and 4 for fp32."""
     held = encoding(spec, quant)
     if held == "quantised":
-        return formats.of(quant).nbytes(spec.numel, quant)
+        return formats.of(quant).nbytes(spec.out_in, quant)
     return spec.numel * (4 if held == "fp32" else compute_itemsize)

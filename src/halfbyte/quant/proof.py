@@ -1,23 +1,21 @@
 """The proof at start that this machine dequantises as the format is defined: one matrix of each shape, against numpy.
 
 What: blocks spread over the matrix, its first and last among them, computed again from codes and scales in fp64. Where
-a number is further away than rounding explains, the C function is not used again in this process; the table of codes,
-which is slower, takes its place, and it is said.
+a number is further away than rounding explains, the fast function is not used again in this process; a slower one takes
+its place where there is one (`dequantise.py`), and it is said.
 Why: with wrong scales a base still loads and trains, as another model (`dequantise.py` names a case).
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from halfbyte.errors import BaseModelError
-from halfbyte.quant import dequantise, nf4_cpu
-from halfbyte.quant.bnb import linears_4bit
+from halfbyte.quant import formats
 
-_SAMPLED_BLOCKS = 4096
+_SAMPLED_BLOCKS, _BLOCK = 4096, 64
 # Relative: half a unit in the last place, and a few roundings in fp32 (scale, code, product).
 _ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}
 _FP32_ROUNDINGS = 4 * 2.0**-24
@@ -37,21 +35,20 @@ def prove_dequantised(model: nn.Module) -> DequantProof:
     Raises:
         BaseModelError: the slow path is wrong too, so the weights cannot be read at all.
     """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     one_of_each: dict[tuple[object, ...], nn.Module] = {}
-    for _, module in linears_4bit(model):
-        state = module.weight.quant_state
-        if state is not None and module.weight.device.type != "meta":
-            one_of_each.setdefault((*state.shape, state.quant_type, state.blocksize, state.nested, state.dtype), module)
-    wrong = [module for module in one_of_each.values() if not _is_right(module)]
+    for module in model.modules():
+        if formats.is_quantised(module) and module.weight.device.type != "meta":
+            one_of_each.setdefault(formats.of_module(module).kind_of(module), module)
+    wrong = {kind: module for kind, module in one_of_each.items() if not _is_right(module, dtype)}
     if not wrong:
         return DequantProof(True, f"{len(one_of_each)} shapes of matrices as the format defines them")
-    shapes = ", ".join(str(tuple(module.weight.quant_state.shape)) for module in wrong[:3])
-    for module in wrong:
-        dequantise.distrust(module.weight.quant_state)
-    if not all(_is_right(module) for module in wrong):
+    shapes = ", ".join(str(kind[0]) for kind in list(wrong)[:3])
+    for module in wrong.values():
+        formats.of_module(module).distrust(module)
+    if not all(_is_right(module, dtype) for module in wrong.values()):
         raise BaseModelError(
-            f"the weights of shape {shapes} cannot be dequantised: neither bitsandbytes nor its table of codes gives "
-            "what the format defines.",
+            f"the weights of shape {shapes} cannot be dequantised: no function here gives what the format defines.",
             fix="build the base anew (halfbyte quantize MODEL), and check the versions with halfbyte doctor",
         )
     return DequantProof(
@@ -59,29 +56,15 @@ def prove_dequantised(model: nn.Module) -> DequantProof:
     )
 
 
-def _is_right(module: nn.Module) -> bool:
-    weight: Any = module.weight
-    state = weight.quant_state
-    total = -(-state.shape.numel() // state.blocksize)
+def _is_right(module: nn.Module, dtype: torch.dtype) -> bool:
+    held = formats.of_module(module)
+    got = held.weight(module, dtype).view(-1)
+    total = -(-got.numel() // _BLOCK)
     blocks = np.unique(np.linspace(0, total - 1, min(total, _SAMPLED_BLOCKS)).astype(np.int64))
-    at = (blocks[:, None] * state.blocksize + np.arange(state.blocksize)).reshape(-1)
-    at = at[at < state.shape.numel()]
-    got = dequantise.dequantised(module, reuse=True).view(-1)[torch.from_numpy(at).to(weight.device)]
-    wanted = _by_definition(weight.data, state, at)
+    at = (blocks[:, None] * _BLOCK + np.arange(_BLOCK)).reshape(-1)
+    at = at[at < got.numel()]
+    got = got[torch.from_numpy(at).to(got.device)]
+    wanted = held.definition(module, at)
     smallest = float(torch.finfo(got.dtype).smallest_normal)
     allowed = np.abs(wanted) * (_ROUNDING[got.dtype] + _FP32_ROUNDINGS) + smallest
     return bool((np.abs(got.cpu().double().numpy() - wanted) <= allowed).all())  # NaN is not
-
-
-def _by_definition(packed: torch.Tensor, state: Any, at: np.ndarray) -> np.ndarray:
-    """The numbers at these positions of the flat weight, in fp64."""
-    codes = packed.reshape(-1).view(torch.uint8)[torch.from_numpy(at // 2).to(packed.device)].cpu().numpy()
-    codes = np.where(at % 2 == 0, codes >> 4, codes & 15)
-    block = at // state.blocksize
-    scales = state.absmax.cpu().numpy()[block].astype(np.float64)
-    if state.nested:
-        outer = state.state2
-        table = outer.code.cpu().numpy().astype(np.float64)
-        scales = table[scales.astype(np.int64)] * outer.absmax.cpu().numpy()[block // outer.blocksize]
-        scales = scales + float(state.offset)
-    return nf4_cpu.code(state.quant_type).astype(np.float64)[codes] * scales

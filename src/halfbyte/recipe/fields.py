@@ -219,6 +219,7 @@ ELSEWHERE = {
     "model_name_or_path": "model",
     "base_model": "model",
     "load_in_4bit": "quant.type: nf4",
+    "load_in_8bit": "quant.type: int8",
     "bnb_4bit_quant_type": "quant.type",
     "bnb_4bit_compute_dtype": "quant.compute_dtype",
     "bnb_4bit_use_double_quant": "quant.double_quant",

@@ -124,18 +124,41 @@ Modules = Annotated[NamesOrText, AfterValidator(_regex)]
 class Quant(Section):
     """How the frozen base is kept."""
 
-    type: Literal["nf4", "fp4", "none"] = field("nf4", "code of the frozen weights; none keeps 16 bits")
-    double_quant: Bool = field(True, "quantise the scales too: 4.127 instead of 4.5 bits a weight")
+    type: Literal["nf4", "fp4", "int8", "none"] = field(
+        "nf4", "code of the frozen weights: nf4, fp4, int8 or none (16 bits)"
+    )
+    double_quant: Bool = field(
+        True, "quantise the scales too: 4.127 instead of 4.5 bits a weight; int8 has no such thing: false"
+    )
     compute_dtype: Annotated[
         Literal["auto", "bf16", "fp16", "fp32"],
         BeforeValidator(lambda v: _DTYPE_NAMES.get(v, v) if isinstance(v, str) else v),
     ] = field("auto", "dtype of the matrix products: auto, bf16, fp16 (cards only) or fp32")
-    block_size: Literal[64] = field(64, "weights that share a scale; transformers loads blocks of 64")
+    block_size: Literal[64] | None = field(
+        64, "weights that share a scale; transformers loads blocks of 64; int8 has a scale for each row: null"
+    )
+    llm_int8_threshold: Annotated[Float, Field(ge=0)] | None = field(
+        None,
+        "int8: activations below this size are rounded to 8 bits, token by token (LLM.int8 has 6.0); null: none are",
+    )
     placement: Literal["auto", "resident", "mapped", "streamed"] = field(
         "auto", "where the frozen base is kept: in RAM, memory-mapped, or streamed layer by layer"
     )
     skip_modules: NamesOrNone = field((), "modules that are not quantised, by name")
     fp32_modules: NamesOrNone = field((), "modules that are kept in fp32, by name")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_blocks(cls, value: object) -> object:
+        """The defaults of int8, which are not those of 4 bits."""
+        if isinstance(value, Mapping) and value.get("type") == "int8":
+            return {"double_quant": False, "block_size": None, **value}
+        return value
+
+    def in_type(self, name: str) -> Quant:
+        """The same in another number format, with that format's own defaults."""
+        kept = {k: v for k, v in self if k not in ("type", "double_quant", "block_size", "llm_int8_threshold")}
+        return self if name == self.type else Quant(**kept, type=name)
 
     @property
     def quantises(self) -> bool:
@@ -299,7 +322,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _together(self) -> Recipe:
-        problems = [*_in_source(self), *_in_lora(self), *_in_train(self), *_in_data(self)]
+        problems = [*_in_source(self), *_in_quant(self), *_in_lora(self), *_in_train(self), *_in_data(self)]
         if problems:
             raise PydanticCustomError("together", "values that exclude each other", {"problems": problems})
         return self
@@ -314,6 +337,18 @@ def _in_source(recipe: Recipe) -> Iterator[str]:
             yield f"revision is for hub ids, and model {recipe.model} is a path that exists"
         elif "@" in recipe.model:
             yield f"model {recipe.model} and revision {recipe.revision}: give the revision once"
+
+
+def _in_quant(recipe: Recipe) -> Iterator[str]:
+    quant = recipe.quant
+    if quant.type == "int8" and (quant.block_size is not None or quant.double_quant):
+        names = ("quant.block_size",) * (quant.block_size is not None) + ("quant.double_quant",) * quant.double_quant
+        yield (
+            f"{' and '.join(names)} cannot be set with quant.type int8, which has one scale for each row of a matrix; "
+            "leave out what is for nf4 and fp4"
+        )
+    if quant.type != "int8" and quant.llm_int8_threshold is not None:
+        yield f"quant.llm_int8_threshold is not read with quant.type {quant.type}; it is for int8"
 
 
 def _in_lora(recipe: Recipe) -> Iterator[str]:

@@ -130,7 +130,7 @@ def _preflight(request: Request, partial: Path, journal: _Journal) -> None:
             need += Writer(partial / plan.name, slots(plan.pieces, request.wanted.quant)).most_bytes
     if (free := files.free_bytes(partial)) < need:
         raise shelf.NotWritable(
-            f"no space left for the 4-bit store of {request.wanted.checkpoint.id}: it needs {need / 1e9:.2f} GB in "
+            f"no space left for the store of {request.wanted.checkpoint.id}: it needs {need / 1e9:.2f} GB in "
             f"{partial.parent}, and {free / 1e9:.2f} GB are free",
             fix=_MORE_ROOM,
         )
@@ -223,7 +223,8 @@ class _FileBuild:
     def _chunks(self, piece: Piece, digest: hashlib._Hash) -> Iterator[tuple[int, torch.Tensor]]:
         """(first element, values in the wanted dtype) in pieces of the tensor; a transposed one comes at once."""
         kind = torch_dtypes()[piece.source.dtype]
-        at_once = piece.numel if piece.transposed else building.CHUNK_ELEMENTS
+        unit = 1 if piece.encoding == "copy" else formats.of(self.quant).unit(piece.out_in, self.quant)
+        at_once = piece.numel if piece.transposed else max(1, building.CHUNK_ELEMENTS // unit) * unit
         for first in range(0, piece.numel, max(1, at_once)):
             if self.stop.is_set():
                 raise _Stopped("the build was stopped")
@@ -238,18 +239,20 @@ class _FileBuild:
             self.count.add(nbytes)
 
     def _quantise(self, piece: Piece, out: Writer, digest: hashlib._Hash) -> dict[str, bytes]:
-        name, shape = piece.name, piece.source.shape[::-1] if piece.transposed else piece.source.shape
-        encoder = formats.of(self.quant).encoder(self.quant, shape, piece.dtype, name)
+        name, held = piece.name, formats.of(self.quant)
+        encoder = held.encoder(self.quant, piece.out_in, piece.dtype, name)
         for first, values in self._chunks(piece, digest):
             if piece.transposed:
                 values = values.view(piece.source.shape).T.contiguous().view(-1)
             out.put(name, encoder.codes(first, values).data, encoder.code_bytes(first))
-        late = {slot.name for slot in slots([piece], self.quant) if slot.nbytes is None}
-        parts = {name + suffix: value.contiguous().view(torch.uint8) for suffix, value in encoder.parts().items()}
-        for part, value in parts.items():
-            if part not in late:
-                out.put(part, value.numpy())
-        return {part: parts[part].numpy().tobytes() for part in late}
+        made, late = encoder.parts(), {}
+        for part in held.parts(piece.out_in, self.quant)[1:]:
+            data = made[part.suffix].contiguous().view(-1).view(torch.uint8).numpy()
+            if part.nbytes is None:
+                late[part.name(name)] = data.tobytes()
+            else:
+                out.put(part.name(name), data)
+        return late
 
 
 def _finish(request: Request, journal: _Journal, seconds: float) -> None:

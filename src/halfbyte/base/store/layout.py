@@ -41,6 +41,11 @@ class Piece:
     def numel(self) -> int:
         return math.prod(self.source.shape)
 
+    @property
+    def out_in(self) -> tuple[int, ...]:
+        """The shape of the matrix that is multiplied with."""
+        return self.source.shape[::-1] if self.transposed else self.source.shape
+
 
 @dataclass(frozen=True)
 class FilePlan:
@@ -74,7 +79,7 @@ def lay_out(tensors: dict[str, SourceTensor], wanted: Wanted) -> Layout:
     """Decide everything about a store of these tensors.
 
     Raises:
-        CannotHold: transformers merges or splits matrices that are to be in 4 bits, or would not find them again.
+        CannotHold: transformers merges or splits matrices that are to be quantised, or would not find them again.
     """
     loader = _Loader(wanted, pre_quantised=False)
     pieces: list[tuple[Piece, str]] = []
@@ -89,7 +94,7 @@ def lay_out(tensors: dict[str, SourceTensor], wanted: Wanted) -> Layout:
         module = loader.original[target.rpartition(".")[0]]
         transposed = quantised and type(module).__name__ == "Conv1D"  # GPT-2's holds (in, out)
         if quantised and source.dtype not in ("F64", "F32", "F16", "BF16"):
-            raise CannotHold(f"{name} is {source.dtype}, which is not quantised to 4 bits")
+            raise CannotHold(f"{name} is {source.dtype}, which is not quantised")
         if quantised and source.shape != tuple(module.weight.shape):
             wrong.append((name, source.shape, tuple(module.weight.shape)))
         pieces.append((Piece(name, source, "quantised" if quantised else "copy", dtype, transposed), target))
@@ -109,8 +114,8 @@ def slots(pieces: Iterable[Piece], quant: Quant) -> list[Slot]:
             nbytes = piece.numel * piece.dtype.itemsize
             every.append(Slot(piece.name, names[piece.dtype], piece.source.shape, nbytes))
         else:
-            parts = formats.of(quant).parts(piece.numel, quant)
-            every += (Slot(piece.name + part.suffix, part.dtype, part.shape, part.nbytes) for part in parts)
+            parts = formats.of(quant).parts(piece.out_in, quant)
+            every += (Slot(part.name(piece.name), part.dtype, part.shape, part.nbytes) for part in parts)
     return every
 
 

@@ -57,7 +57,7 @@ class NotWritable(StoreError):
 
 @dataclass(frozen=True)
 class Wanted:
-    """A base in 4 bits.
+    """A base that is to be quantised.
 
     Args:
         config: of the model, as transformers reads it.
@@ -121,6 +121,7 @@ def settings(quant: Quant, dtype: str) -> Document:
         "compute_dtype": dtype,
         "skip_modules": sorted(quant.skip_modules),
         "fp32_modules": sorted(quant.fp32_modules),
+        **({"llm_int8_threshold": quant.llm_int8_threshold} if quant.type == "int8" else {}),
     }
 
 
