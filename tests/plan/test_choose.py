@@ -354,6 +354,37 @@ def test_three_ways_side_by_side() -> None:
     assert qlora.relative_time > lora.relative_time
 
 
+@pytest.mark.parametrize(
+    ("kind", "memory_gb", "wanted"), [("none", 12, "int8"), ("none", 8, "nf4"), ("int8", 8, "nf4"), ("nf4", 4, "")]
+)
+def test_the_most_bits_that_fit_are_offered(
+    kind: str, memory_gb: int, wanted: str
+) -> None:
+    fields: dict[str, Any] = {"quant__type": kind, "lora__target_modules": ["q_proj"]}
+    plan = made(cards(memory_gb), "llama-2-7b", Rows((128,) * 16), mappable=False, **fields)
+    assert plan.short_bytes
+    offered = [fix for fix in plan.fixes if fix.setting.startswith("quant.type")]
+    assert [fix.setting for fix in offered] == ([f"quant.type={wanted}"] if wanted else [])
+    assert not any(fix.short_bytes for fix in offered)
+
+
+def test_8_bits_lie_between_4_and_16_in_bytes_and_take_longest_to_dequantise() -> None:
+    device = cards(80)
+    jobs = {kind: job(device, "llama-2-7b", quant__type=kind) for kind in ("nf4", "int8", "none")}
+    assert jobs["nf4"].base_bytes < jobs["int8"].base_bytes < jobs["none"].base_bytes
+    numbers, rows = jobs["int8"].linear_numel, 32 * (4 * 4096 + 2 * 11008 + 4096)
+    assert jobs["int8"].base_bytes == numbers + 4 * rows + jobs["int8"].outer_bytes + 2 * 64 * 4096  # and norms
+    rates = assumed(device, "bf16")
+    seconds = {
+        kind: step_time(one, rates, tokens=3200, recompute="none", placement="resident", read_bytes=0).parts
+        for kind, one in jobs.items()
+    }
+    spent = {kind: parts["dequantising"] for kind, parts in seconds.items()}
+    assert spent["int8"] > spent["nf4"] > spent["none"] == 0
+    ways = [way.bytes for way in compare(jobs["int8"], device)]
+    assert ways == [way.bytes for way in compare(jobs["nf4"], device)]
+
+
 def test_the_plan_prints_and_is_json() -> None:
     plan = made(cpu(0.35))
     with show.out.capture() as captured:
