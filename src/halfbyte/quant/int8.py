@@ -161,28 +161,41 @@ def write(codes: Tensor, scales: Tensor, out: Tensor) -> Tensor:
     import torch
 
     factors = scales.mul(1.0 / LARGEST)[:, None]  # as upstream has it, so that its training gives the same bits
-    rows, width = codes.shape
-    pieces = torch.get_num_threads() if codes.device.type == "cpu" else 256
-    at_once = max(1, _PIECE * pieces // max(1, width))
-    held = torch.empty(min(rows, at_once), width, dtype=torch.float32, device=codes.device)
-    for first in range(0, rows, at_once):
-        wide = held[: min(at_once, rows - first)]
-        part = slice(first, first + len(wide))
-        out[part].copy_(wide.copy_(codes[part]).mul_(factors[part]))
+    held: Tensor | None = None
+    for part in _pieces(codes, _PIECE):
+        wide = codes[part]
+        held = torch.empty(wide.shape, dtype=torch.float32, device=codes.device) if held is None else held
+        out[part].copy_(held[: len(wide)].copy_(wide).mul_(factors[part]))
     return out
 
 
 def rounded(x: Tensor, threshold: float) -> Tensor:
     """Each row of x (..., D) as LLM.int8 multiplies with it: numbers of at least `threshold` as they are, the others
     rounded to whole multiples of a 127th of the largest of them. With a threshold of 0 all are rounded."""
-    wide = x.float()
-    sizes = wide.abs()
-    if threshold > 0:
-        outliers = sizes >= threshold
-        sizes.masked_fill_(outliers, 0.0)
-    step = sizes.amax(-1, keepdim=True).div_(LARGEST).clamp_min_(_SMALLEST_STEP)
-    made = wide.div(step).round_().mul_(step)
-    return (wide.where(outliers, made) if threshold > 0 else made).to(x.dtype)
+    import torch
+    from torch.nn.functional import hardshrink
+
+    below = float(np.nextafter(np.float32(threshold), np.float32(0)))  # what is larger is an outlier
+    flat = x.detach().reshape(-1, x.shape[-1])
+    out = torch.empty_like(flat)
+    for part in _pieces(flat, _PIECE // 2):
+        small = flat[part].to(torch.float32, copy=True)
+        outliers = hardshrink(small, below) if threshold > 0 else None
+        if outliers is not None:
+            small -= outliers
+        step = small.abs().amax(-1, keepdim=True).div_(LARGEST).clamp_min_(_SMALLEST_STEP)
+        small.div_(step).round_().mul_(step)
+        out[part] = small if outliers is None else small.add_(outliers)
+    return out.view(x.shape)
+
+
+def _pieces(matrix: Tensor, numbers: int) -> Iterator[slice]:
+    """Rows of a matrix in pieces of about so many numbers for each thread; on a card in large ones."""
+    import torch
+
+    workers = torch.get_num_threads() if matrix.device.type == "cpu" else 256
+    at_once = max(1, numbers * workers // max(1, matrix.shape[-1]))
+    yield from (slice(first, first + at_once) for first in range(0, len(matrix), at_once))
 
 
 @contextmanager
