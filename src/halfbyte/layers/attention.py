@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from halfbyte.layers.kernels.cpu import available, whole_attention
+from halfbyte.system import pool
 
 ROWS = 512  # rows of queries whose scores are computed at once in the backward of a long example
 SCORES_BYTES = 24_000_000  # fp32 scores at once; as many again for dP
@@ -124,7 +125,7 @@ def _forward_by_torch(qb: Tensor, kb: Tensor, vb: Tensor, blocks: Blocks, scale:
     """The output (T, H, D) by tokens, and the log-sum-exp in blocks of (H, L), fp32."""
     tokens, heads, d = qb.shape
     groups = heads // kb.shape[1]
-    out = torch.empty_like(qb)
+    out = pool.empty_like(qb)
     lse = torch.empty(tokens * heads, dtype=torch.float32)
     for first, n, length in blocks.runs:
         q, k, v = (_run(x, first, n, length) for x in (qb, kb, vb))  # (n, heads, L, D)
@@ -142,7 +143,7 @@ def _backward_by_matmul(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the blocks by batched products, scores in memory."""
     heads = qb.shape[1]
-    dqb, dkb, dvb = torch.empty_like(qb), torch.empty_like(kb), torch.empty_like(vb)
+    dqb, dkb, dvb = pool.empty_like(qb), pool.empty_like(kb), pool.empty_like(vb)
     for first, n, length in blocks.runs:
         step = max(1, SCORES_BYTES // (heads * length * length * 4))  # examples at once
         for a in range(0, n, step):

@@ -19,10 +19,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
-from torch.nn import functional as F
 
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.quant import formats
+from halfbyte.system import pool
 
 # Where kernels are at hand the mask is a hash of (seed, position); elsewhere it is drawn once and kept, a byte
 # a number.
@@ -72,6 +72,12 @@ def frozen_input(layer: nn.Module, x: Tensor) -> Tensor:
     return formats.of_module(layer).inputs(layer, x)
 
 
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a b + bias, without a graph, in memory of the pool: (N, D), (D, O), (O,) -> (N, O)."""
+    out = pool.empty((a.shape[0], b.shape[1]), a)
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+
+
 class FrozenLinear(torch.autograd.Function):
     """x W^T + b for a frozen W. Keeps nothing but the layer; b may train.
 
@@ -85,12 +91,12 @@ class FrozenLinear(torch.autograd.Function):
         ctx.dtype = x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         bias = None if bias is None else bias.to(x.dtype)
-        return F.linear(frozen_input(layer, x), frozen_weight(layer, x.dtype), bias)  # (N, O)
+        return product(frozen_input(layer, x), frozen_weight(layer, x.dtype).T, bias)  # (N, O)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
-        dx = dy @ frozen_weight(ctx.layer, ctx.dtype) if ctx.needs_input_grad[0] else None  # (N, D)
+        dx = product(dy, frozen_weight(ctx.layer, ctx.dtype)) if ctx.needs_input_grad[0] else None  # (N, D)
         db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
         return dx, db, None
 
@@ -117,7 +123,7 @@ class LoraLinear(torch.autograd.Function):
             dropped, mask = drop(x, p, seed)
         h = dropped @ a16.T  # (N, D) @ (D, R) -> (N, R)
         del dropped
-        y = torch.empty(x.shape[0], b16.shape[0], dtype=x.dtype, device=x.device)
+        y = pool.empty((x.shape[0], b16.shape[0]), x)
         y.addmm_(h, b16.T, beta=0, alpha=scale)  # (N, R) @ (R, O) -> (N, O)
         y.addmm_(frozen_input(layer, x), frozen_weight(layer, x.dtype).T)  # (N, D) @ (D, O)
         if bias is not None:
@@ -144,7 +150,7 @@ class LoraLinear(torch.autograd.Function):
             da = (dh.T @ dropped).to(ctx.dtypes[0])  # (R, N) @ (N, D) -> (R, D)
             del dropped
         if ctx.needs_input_grad[0]:
-            dx = dh @ a16  # (N, R) @ (R, D) -> (N, D)
+            dx = product(dh, a16)  # (N, R) @ (R, D) -> (N, D)
             if ctx.p:
                 drop_(dx, ctx.p, ctx.seed, mask)
             dx.addmm_(dy, frozen_weight(ctx.layer, x.dtype))  # (N, O) @ (O, D)
@@ -158,7 +164,7 @@ def drop(x: Tensor, p: float, seed: int, mask: Tensor | None = None) -> tuple[Te
     if _by_hash(x):
         from halfbyte.layers.kernels.cpu import gate
 
-        out = torch.empty_like(x)
+        out = pool.empty_like(x)
         gate.dropped(x, out, p, seed)
         return out, None
     if mask is None:

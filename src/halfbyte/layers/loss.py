@@ -23,8 +23,10 @@ import torch
 
 from halfbyte.layers import packing
 from halfbyte.layers.kernels.cpu import available
+from halfbyte.layers.lora_linear import product
 from halfbyte.layers.padded_rows import with_hidden
 from halfbyte.models import structure
+from halfbyte.system import pool
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -231,7 +233,7 @@ class _HeadLoss(torch.autograd.Function):
             torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if x is not None and needed else None
             for x, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
         ]
-        grad = torch.empty_like(hidden) if any(ctx.needs_input_grad) else None
+        grad = pool.empty_like(hidden) if any(ctx.needs_input_grad) else None
         rows, width = hidden.shape[0], weight.shape[0]
         losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
         most = max(16, CHUNK_BYTES // (width * hidden.element_size()))
@@ -268,7 +270,7 @@ def _part(
     hidden: torch.Tensor, targets: torch.Tensor, head: Head, smoothing: float, *, gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses (C,) of some rows (C, D), and the gradient (C, V) of what head and hidden multiply to."""
-    logits = torch.nn.functional.linear(hidden, head.weight, head.bias)  # (C, V)
+    logits = product(hidden, head.weight.T, head.bias)  # (C, V)
     if head.scale != 1.0:
         logits.mul_(head.scale)
     slope = None

@@ -19,6 +19,7 @@ from torch import Tensor
 from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, run
 from halfbyte.layers.kernels.cpu.scalar import FASTMATH, exp_f32, inlined, load, store, take
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS, ROWS, tile
+from halfbyte.system import pool
 
 _TALL = 48  # rows of queries in a block of the backward pass: a multiple of ROWS and of 2
 _WIDE = 192  # columns in a block of it: a multiple of ROWS and of COLUMNS
@@ -340,7 +341,7 @@ def _run(compiled: object, q: Tensor, k: Tensor, starts: Tensor, scale: float, *
     else:
         scratch = most * (2 * d + 2 * wide + 6 * ROWS) + ROWS * (4 * wide + 2 * d)
     each = -(-scratch // 4096) * 4096 + 4096  # bytes a thread
-    memory = torch.empty(each * torch.get_num_threads(), dtype=torch.uint8)
+    memory = pool.empty((each * torch.get_num_threads(),), q, torch.uint8)
     sizes = (tokens, heads, key_heads, d, parts, examples, longest, memory, each, float(scale))
     run(compiled, examples * key_heads * parts, 1, *sizes, q, k, *others)
 
@@ -355,7 +356,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> tu
     Returns:
         The output (T, H, D) by tokens, and the log-sum-exp in blocks of (H, L), fp32.
     """
-    out, lse = torch.empty_like(q), torch.empty(q.shape[0] * q.shape[1], dtype=torch.float32)
+    out, lse = pool.empty_like(q), torch.empty(q.shape[0] * q.shape[1], dtype=torch.float32)
     _run(_forward, q, k, starts, scale, v, out, lse, starts)
     return out, lse
 
@@ -364,8 +365,8 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, starts: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, in blocks as they are, from `dout` (T, H, D) by tokens and what `forward` gave."""
-    parts, dq = _parts(q, k, starts), torch.empty_like(q)
-    dk, dv = (torch.empty((parts, *x.shape), dtype=x.dtype) for x in (k, v))
+    parts, dq = _parts(q, k, starts), pool.empty_like(q)
+    dk, dv = (pool.empty((parts, *x.shape), x) for x in (k, v))
     _run(_backward, q, k, starts, scale, v, out, dout, lse, starts, dq, dk, dv)
     if parts == 1:
         return dq, dk[0], dv[0]

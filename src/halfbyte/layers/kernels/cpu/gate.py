@@ -1,12 +1,12 @@
 """The gated activation of an MLP, act(gate) * up, forward and backward, and the elementwise half of LoRA's dropout."""
 
 import numpy as np
-import torch
 from numba import carray, njit
 from torch import Tensor
 
 from halfbyte.layers.kernels.cpu.parallel import BLOCK_ELEMENTS, array, each_block, kernel, per_dtype, run
 from halfbyte.layers.kernels.cpu.scalar import counter_bits, drop_pair, exp_f32, hash_u32, inlined, load, store
+from halfbyte.system import pool
 
 SILU = 0  # else gelu by tanh
 _K, _C = np.float32(0.7978845608028654), np.float32(0.044715)  # sqrt(2/pi)
@@ -99,14 +99,14 @@ _forward_kernel, _backward_kernel, _mask_kernel = per_dtype(_forward), per_dtype
 
 def gated(g: Tensor, u: Tensor, kind: int) -> Tensor:
     """act(g) * u for two tensors of one shape, contiguous."""
-    h = torch.empty_like(g)
+    h = pool.empty_like(g)
     run(_forward_kernel(g.dtype), g.numel(), BLOCK_ELEMENTS, g, u, h, kind)
     return h
 
 
 def gated_backward(dh: Tensor, g: Tensor, u: Tensor, kind: int) -> tuple[Tensor, Tensor]:
     """The gradients of g and u."""
-    dg, du = torch.empty_like(g), torch.empty_like(u)
+    dg, du = pool.empty_like(g), pool.empty_like(u)
     run(_backward_kernel(g.dtype), g.numel(), BLOCK_ELEMENTS, dh, g, u, dg, du, kind)
     return dg, du
 

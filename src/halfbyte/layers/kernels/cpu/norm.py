@@ -12,6 +12,7 @@ from torch import Tensor
 
 from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, per_dtype, run
 from halfbyte.layers.kernels.cpu.scalar import inlined, load, store
+from halfbyte.system import pool
 
 
 @inlined
@@ -79,7 +80,7 @@ _forward_kernel, _backward_kernel = per_dtype(_forward), per_dtype(_backward)
 def rms_norm(x: Tensor, w: Tensor, eps: float, *, one_plus: bool) -> tuple[Tensor, Tensor]:
     """w * x / rms(x), or (1 + w) * x / rms(x), and 1 / rms(x) as (N,) fp32. x: (N, D), w: (D,), both contiguous."""
     n, d = x.shape
-    y, rstd = torch.empty_like(x), torch.empty(n, dtype=torch.float32)
+    y, rstd = pool.empty_like(x), torch.empty(n, dtype=torch.float32)
     run(_forward_kernel(x.dtype), n, block_rows(d), x, w, y, rstd, d, float(eps), int(one_plus))
     return y, rstd
 
@@ -87,6 +88,6 @@ def rms_norm(x: Tensor, w: Tensor, eps: float, *, one_plus: bool) -> tuple[Tenso
 def rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor, *, one_plus: bool) -> Tensor:
     """The gradient of x, (N, D), from that of y; the weight is frozen."""
     n, d = x.shape
-    dx = torch.empty_like(x)
+    dx = pool.empty_like(x)
     run(_backward_kernel(x.dtype), n, block_rows(d), dy, x, w, rstd, dx, d, int(one_plus))
     return dx

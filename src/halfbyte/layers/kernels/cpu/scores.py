@@ -13,6 +13,7 @@ from torch import Tensor
 
 from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, per_dtype, run
 from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, load, store
+from halfbyte.system import pool
 
 
 @inlined
@@ -130,7 +131,7 @@ def from_blocks(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, length: Tens
 
 def _moved(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, length: Tensor, stride: int, *, back: bool) -> Tensor:
     tokens, heads, d = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = pool.empty_like(x)
     values = (x, cos, sin, start, length, out, heads, d, cos.shape[1], stride, int(back))
     run(_move_kernel(x.dtype), tokens, block_rows(heads * d), *values)
     return out
@@ -145,7 +146,7 @@ def softmax_backward(
         scores, dp: (N, W) fp32; in fp32 they become p and ds. lse, delta: (N,) fp32. dtype: of p and ds.
         offset, tall: row i stands at position offset + i % tall and sees the columns up to its own.
     """
-    p, ds = (x if x.dtype == dtype else torch.empty_like(x, dtype=dtype) for x in (scores, dp))
+    p, ds = (x if x.dtype == dtype else pool.empty(x.shape, x, dtype) for x in (scores, dp))
     n, width = scores.shape
     values = (scores, dp, p, ds, lse, delta, width, float(scale), offset, tall)
     run(_softmax_kernel(dtype), n, block_rows(4 * width), *values)

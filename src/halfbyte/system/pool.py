@@ -1,0 +1,128 @@
+"""Memory of a micro-batch's tensors, used again by the next ones: blocks of pages of our own, lent to torch.
+
+Why: PyTorch asks glibc for aligned memory, and `memalign` cannot put a tensor where one of the same size was. So the
+tensors of each layer split larger holes, and a run's heap grew for a hundred steps: SmolLM2, 800 tokens a step, from
+1.3 to 2.4 GB (docs/log.md, "Blocks of our own").
+What: a block is lent for as long as a tensor on it lives, and then goes to the next tensor that it holds. A smaller
+tensor takes a larger block, so the longest micro-batch, which runs first, leaves blocks for all. What is free beyond a
+share of the most that was lent at once goes back to the system.
+Source: `torch.frombuffer`, which keeps the buffer's exporter alive, and no more, until the storage is freed.
+Cost: about five microseconds a tensor, so small ones stay torch's own.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import sys
+import weakref
+from bisect import bisect_left, insort_left
+from collections import deque
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+LEAST_BYTES = 65_536  # a smaller tensor is torch's own
+LARGER = 2.0  # a block may be so many times as large as its tensor
+# Free blocks that are kept: with them no more is held than so many times the most that was lent at once.
+KEPT_SHARE = 1.1
+LINE_BYTES = 64
+_FLAGS = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+
+
+class Block(mmap.mmap):
+    """Pages of our own, and where in the first one a tensor begins: if all began with a page, those that a kernel
+    passes over at once would compete for the same lines of the cache."""
+
+    begin: int
+
+
+class _Loan(weakref.ref[memoryview]):
+    """A view that a tensor holds; called back when it lets go."""
+
+    __slots__ = ("block",)
+    block: Block
+
+
+class Pool:
+    """Blocks of memory, each lent to one tensor at a time. For use from any thread that holds the GIL."""
+
+    def __init__(self) -> None:
+        self.held = self.lent = self.most = 0  # bytes: of all blocks, of those that are lent, of the most of these
+        self._made_count = 0
+        self._free: list[Block] = []  # by size; of one size the last one returned is first, as it may be in the cache
+        self._returned: deque[Block] = deque()
+        self._loans: dict[int, _Loan] = {}  # by id, as a reference hashes what it refers to
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor on the CPU, contiguous, its numbers not set."""
+        count = math.prod(shape)
+        size = count * dtype.itemsize
+        if size < LEAST_BYTES:
+            return torch.empty(shape, dtype=dtype)
+        block = self._take(size)
+        view = memoryview(block)
+        loan = _Loan(view, self._back)
+        loan.block = block
+        self._loans[id(loan)] = loan
+        return torch.frombuffer(view, dtype=dtype, count=count, offset=block.begin).view(shape)
+
+    def give_back(self) -> None:
+        """Let go of every block that is free."""
+        self._collect()
+        self.held -= sum(map(len, self._free))
+        self._free.clear()
+        self.most = self.lent
+
+    def _take(self, size: int) -> Block:
+        self._collect()
+        size += mmap.PAGESIZE
+        place = bisect_left(self._free, size, key=len)
+        if place < len(self._free) and len(self._free[place]) <= LARGER * size:
+            block = self._free.pop(place)
+        else:
+            block = self._made(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+        self.lent += len(block)
+        self.most = max(self.most, self.lent)
+        return block
+
+    def _made(self, size: int) -> Block:
+        """A new block; where that is more than is kept, free ones go, the smallest first."""
+        while self._free and self.held + size > KEPT_SHARE * max(self.most, self.lent + size):
+            self.held -= len(self._free.pop(0))
+        block = Block(-1, size, **_FLAGS)
+        self._made_count += 1
+        block.begin = LINE_BYTES * (self._made_count * 17 % (mmap.PAGESIZE // LINE_BYTES))
+        self.held += size
+        return block
+
+    def _back(self, loan: _Loan) -> None:
+        del self._loans[id(loan)]
+        self._returned.append(loan.block)
+
+    def _collect(self) -> None:
+        while self._returned:
+            block = self._returned.popleft()
+            self.lent -= len(block)
+            insort_left(self._free, block, key=len)
+
+
+POOL = Pool()
+
+
+def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor on the device of `like`, and of its dtype where none is said; its numbers are not set."""
+    dtype = dtype or like.dtype
+    if like.device.type == "cpu":
+        return POOL.empty(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """As `torch.empty_like` of a contiguous tensor."""
+    return empty(x.shape, x)
