@@ -25,7 +25,7 @@ from halfbyte.recipe.schema import Loaded, Recipe
 from halfbyte.runs import checkpoint, points
 from halfbyte.runs import report as reporting
 from halfbyte.runs.folder import RunFolder, write_json
-from halfbyte.system import device, files, threads, usage
+from halfbyte.system import device, files, pool, threads, usage
 from halfbyte.system.versions import versions
 from halfbyte.training import fit, prepare, resuming
 from halfbyte.training.callback import RunCallback
@@ -123,7 +123,8 @@ def make_ready(recipe: Recipe, machine: device.Device, tell: Listener, point: po
     placed, base = _assembled(job, tell, notices, start)
     for notice in notices:
         tell.note("note", notice)
-    usage.trim()  # what the proofs and the opening of the base left
+    usage.trim()  # what the proofs and the opening of the base left, in the heap and in blocks of our own
+    pool.POOL.give_back()
     recompute_as(base.model, plan.recompute)
     pace = fit.make_pace(job, base.model, lambda text: tell.note("memory", text), packed=base.packed.ok)
     steps, held_out = micro_batches(prepared, pace.tokens, pace.examples_per_micro_batch)

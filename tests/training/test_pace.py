@@ -13,7 +13,6 @@ from halfbyte import finetune
 from halfbyte.errors import TrainError
 from halfbyte.layers import loss
 from halfbyte.training import fit
-from halfbyte.training import pace as pace_room
 from halfbyte.training.events import Listener
 from halfbyte.training.pace import Pace, rehearse
 from tests import tiny_run
@@ -96,22 +95,3 @@ def test_a_run_is_rehearsed_unless_its_plan_is_a_small_part_of_free_memory(
     assert ("the longest micro-batch" in said) == rehearsed and ("nothing" in said) != rehearsed
     lines = {found["name"]: found for found in outcome.report["lines"]}
     assert lines["before a micro-batch, private"]["measured"] > 0, "compared either way"
-
-
-@pytest.mark.parametrize(
-    ("free", "recompute", "looked"),
-    [(2.5, "none", 0), (1.5, "none", 1), (1.5, "full", 0)],
-)
-def test_the_heap_is_looked_at_between_micro_batches_where_less_is_free_than_two_take(
-    free: float, recompute: Any, looked: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Giving holes back costs time, so not where memory is plenty; under full recomputation each layer looks."""
-    taken, looks = 10**9, list[int]()
-    way = Pace(
-        lengths=LENGTHS, tokens=60, examples_per_micro_batch=None, recompute=recompute, policies=("none", "full"),
-        need=lambda tokens, policy: taken, apply=lambda policy: None, tell=lambda text: None, ram_bytes=10**10,
-    )  # fmt: skip
-    monkeypatch.setattr(pace_room, "ram_available", lambda: round(free * taken) + way.margin)
-    monkeypatch.setattr(way.holes, "look", lambda: looks.append(way.holes.room))
-    assert way.between([(0,), (1,)]) == [(0,), (1,)]
-    assert looks == [taken] * looked

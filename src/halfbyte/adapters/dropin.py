@@ -20,7 +20,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from halfbyte.adapters import masters
-from halfbyte.base import heap
 from halfbyte.layers import fuse, unpad
 from halfbyte.layers.fused_proof import prove_fused
 from halfbyte.models import structure, tensors
@@ -127,7 +126,6 @@ def prepare_model_for_kbit_training(
     if use_gradient_checkpointing is None:
         use_gradient_checkpointing = gradient_checkpointing_kwargs is not None or not on_cpu or _needs_recompute(model)
     if use_gradient_checkpointing:
-        heap.install(model)
         model.enable_input_require_grads()
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=gradient_checkpointing_kwargs or {})
     if auto_clear_cache and torch.cuda.is_available():

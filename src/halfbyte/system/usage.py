@@ -67,24 +67,6 @@ def trim() -> None:
         release(0)
 
 
-class _MallInfo2(ctypes.Structure):
-    _NAMES = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-    _fields_ = [(name, ctypes.c_size_t) for name in _NAMES.split()]
-
-
-def heap_in_use() -> int | None:
-    """Bytes that the C library's heap has given out (`mallinfo2`); None where it does not tell (glibc since 2.33 does).
-
-    A walk over its free blocks: about a millisecond.
-    """
-    count = _c_library("mallinfo2")
-    if count is None:
-        return None
-    count.restype = _MallInfo2
-    info = count()
-    return int(info.uordblks + info.hblkhd)
-
-
 @dataclass(frozen=True)
 class Scheduled:
     """Seconds that threads of a process ran on a core, and waited for one while others had it."""

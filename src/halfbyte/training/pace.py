@@ -19,21 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfbyte.base import heap
 from halfbyte.data import pack
 from halfbyte.errors import TrainError, first_line
 from halfbyte.layers import fuse, loss
 from halfbyte.models import structure
 from halfbyte.plan.lines import GB, Recompute
-from halfbyte.system import usage
+from halfbyte.system import pool, usage
 from halfbyte.system.device import ram_available
 from halfbyte.types import Batch, Model
 
 MARGIN_SHARE = 0.03  # of the machine's memory (or the group's limit) that stays free between micro-batches
 MARGIN_BYTES = 64_000_000
-# Holes are given back between micro-batches where no more is free than so many times what one takes: it costs 8% of the
-# time, as the next one takes its pages anew.
-SHORT_OF = 2.0
 
 
 @dataclass
@@ -59,11 +55,7 @@ class Pace:
     ram_bytes: int
     on_card: bool = False
     downs: list[str] = field(default_factory=list)
-    holes: heap.Holes = field(default_factory=heap.Holes)
     _tight: bool = False
-
-    def __post_init__(self) -> None:
-        self.holes.room = self.need(self.tokens, self.recompute)
 
     @property
     def margin(self) -> int:
@@ -77,14 +69,13 @@ class Pace:
         return list(pack.arrange(rows, self.lengths, self.tokens, self.examples_per_micro_batch))
 
     def between(self, waiting: Sequence[pack.MicroBatch]) -> list[pack.MicroBatch]:
-        """The micro-batches that are still to come, after a look at what is free; at the heap where that is little."""
+        """The micro-batches that are still to come, after a look at what is free."""
         if self.on_card:
             return list(waiting)
         free = ram_available() - self.margin
-        if self.recompute != "full" and free < SHORT_OF * self.holes.room:  # under full, each layer looks
-            self.holes.look()
         if not waiting or free >= 0:
             return list(waiting)
+        pool.POOL.give_back()
         usage.trim()
         free, largest = ram_available() - self.margin, self.largest(waiting)
         needed = self.need(largest, self.recompute)
@@ -111,7 +102,6 @@ class Pace:
             said = f"micro-batches of {before_tokens} -> {self.tokens} tokens"
         else:
             return False
-        self.holes.room = self.need(self.tokens, self.recompute)
         self.downs.append(f"{said}: {reason}")
         self.tell(f"stepping down, {said} ({reason}); what is learned stays the same")
         return True
@@ -193,9 +183,7 @@ def recompute_as(model: Model, policy: Recompute) -> None:
     lm = structure.causal_lm(model)
     fuse.recompute_cheap(lm, on=policy == "selective")
     if policy == "full":
-        heap.install(lm)
         lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         return
     if lm.is_activation_checkpointing:
         lm.activation_checkpointing_disable()
-    heap.remove(lm)
