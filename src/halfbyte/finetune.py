@@ -18,6 +18,7 @@ from halfbyte.base.store import supply
 from halfbyte.base.tokenizer import check_vocabulary
 from halfbyte.data import collate, pack, split
 from halfbyte.errors import DataError
+from halfbyte.layers.kernels import pool
 from halfbyte.plan import calibrate
 from halfbyte.recipe.adapter import folder_of
 from halfbyte.recipe.file import to_yaml
@@ -25,7 +26,7 @@ from halfbyte.recipe.schema import Loaded, Recipe
 from halfbyte.runs import checkpoint, points
 from halfbyte.runs import report as reporting
 from halfbyte.runs.folder import RunFolder, write_json
-from halfbyte.system import device, files, pool, threads, usage
+from halfbyte.system import device, files, threads, usage
 from halfbyte.system.versions import versions
 from halfbyte.training import fit, prepare, resuming
 from halfbyte.training.callback import RunCallback

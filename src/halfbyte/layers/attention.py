@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu import available, whole_attention
-from halfbyte.system import pool
 
 ROWS = 512  # rows of queries whose scores are computed at once in the backward of a long example
 SCORES_BYTES = 24_000_000  # fp32 scores at once; as many again for dP

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.quant import formats
-from halfbyte.system import pool
 
 # Where kernels are at hand the mask is a hash of (seed, position); elsewhere it is drawn once and kept, a byte
 # a number.

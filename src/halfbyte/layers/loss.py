@@ -22,11 +22,11 @@ from weakref import WeakKeyDictionary
 import torch
 
 from halfbyte.layers import packing
+from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.layers.lora_linear import product
 from halfbyte.layers.padded_rows import with_hidden
 from halfbyte.models import structure
-from halfbyte.system import pool
 
 if TYPE_CHECKING:
     from torch import Tensor

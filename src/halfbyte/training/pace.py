@@ -22,9 +22,10 @@ from torch import Tensor
 from halfbyte.data import pack
 from halfbyte.errors import TrainError, first_line
 from halfbyte.layers import fuse, loss
+from halfbyte.layers.kernels import pool
 from halfbyte.models import structure
 from halfbyte.plan.lines import GB, Recompute
-from halfbyte.system import pool, usage
+from halfbyte.system import usage
 from halfbyte.system.device import ram_available
 from halfbyte.types import Batch, Model
 

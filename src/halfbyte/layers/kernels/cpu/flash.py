@@ -16,10 +16,10 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
+from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, run
 from halfbyte.layers.kernels.cpu.scalar import FASTMATH, exp_f32, inlined, load, store, take
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS, ROWS, tile
-from halfbyte.system import pool
 
 _TALL = 48  # rows of queries in a block of the backward pass: a multiple of ROWS and of 2
 _WIDE = 192  # columns in a block of it: a multiple of ROWS and of COLUMNS

@@ -4,9 +4,9 @@ import numpy as np
 from numba import carray, njit
 from torch import Tensor
 
+from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.parallel import BLOCK_ELEMENTS, array, each_block, kernel, per_dtype, run
 from halfbyte.layers.kernels.cpu.scalar import counter_bits, drop_pair, exp_f32, hash_u32, inlined, load, store
-from halfbyte.system import pool
 
 SILU = 0  # else gelu by tanh
 _K, _C = np.float32(0.7978845608028654), np.float32(0.044715)  # sqrt(2/pi)

@@ -10,9 +10,9 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, per_dtype, run
 from halfbyte.layers.kernels.cpu.scalar import inlined, load, store
-from halfbyte.system import pool
 
 
 @inlined

@@ -11,9 +11,9 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, per_dtype, run
 from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, load, store
-from halfbyte.system import pool
 
 
 @inlined

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import mmap
 import sys
+import threading
 import weakref
 from bisect import bisect_left, insort_left
 from collections import deque
@@ -50,12 +51,13 @@ class _Loan(weakref.ref[memoryview]):
 
 
 class Pool:
-    """Blocks of memory, each lent to one tensor at a time. For use from any thread that holds the GIL."""
+    """Blocks of memory, each lent to one tensor at a time. For use from any thread."""
 
     def __init__(self) -> None:
         self.held = self.lent = self.most = 0  # bytes: of all blocks, of those that are lent, of the most of these
         self._made_count = 0
         self._free: list[Block] = []  # by size; of one size the last one returned is first, as it may be in the cache
+        self._lock = threading.Lock()
         self._returned: deque[Block] = deque()
         self._loans: dict[int, _Loan] = {}  # by id, as a reference hashes what it refers to
 
@@ -65,7 +67,8 @@ class Pool:
         size = count * dtype.itemsize
         if size < LEAST_BYTES:
             return torch.empty(shape, dtype=dtype)
-        block = self._take(size)
+        with self._lock:
+            block = self._take(size)
         view = memoryview(block)
         loan = _Loan(view, self._back)
         loan.block = block
@@ -74,10 +77,11 @@ class Pool:
 
     def give_back(self) -> None:
         """Let go of every block that is free."""
-        self._collect()
-        self.held -= sum(map(len, self._free))
-        self._free.clear()
-        self.most = self.lent
+        with self._lock:
+            self._collect()
+            self.held -= sum(map(len, self._free))
+            self._free.clear()
+            self.most = self.lent
 
     def _take(self, size: int) -> Block:
         self._collect()
@@ -102,6 +106,7 @@ class Pool:
         return block
 
     def _back(self, loan: _Loan) -> None:
+        """May be called in the middle of anything, so it takes no lock."""
         del self._loans[id(loan)]
         self._returned.append(loan.block)
 
