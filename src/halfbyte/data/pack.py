@@ -99,7 +99,7 @@ class Steps:
         """The rows of the micro-batch with the most tokens, of the first epoch's steps with the most tokens."""
         looked_at: Sequence[int] = range(min(self.total, self.per_epoch))
         if len(looked_at) > LOOKED_AT_STEPS:
-            lengths, sums = self.lengths[self._order(0)], self._sums(0)
+            lengths, sums = self.lengths[self._order(0)], self.sums(0)
             fullest = np.argpartition(sums, -LOOKED_AT_STEPS)[-LOOKED_AT_STEPS:]
             with_longest = int(np.argmax(lengths[: self.total * self.rows_per_step])) // self.rows_per_step
             looked_at = [*fullest.tolist(), with_longest]
@@ -109,9 +109,9 @@ class Steps:
     def most_tokens(self) -> int:
         """Tokens of the largest step of the first epochs: as many as have `LOOKED_AT_ROWS` rows together, or one."""
         epochs = min(-(-self.total // self.per_epoch), max(1, LOOKED_AT_ROWS // len(self.lengths)))
-        return int(max(self._sums(epoch).max() for epoch in range(epochs)))
+        return int(max(self.sums(epoch).max() for epoch in range(epochs)))
 
-    def _sums(self, epoch: int) -> NDArray[np.int64]:
+    def sums(self, epoch: int) -> NDArray[np.int64]:
         """Tokens of each step of an epoch, as far as the run goes: (steps,) int64."""
         steps = min(self.per_epoch, self.total - epoch * self.per_epoch)
         lengths = self.lengths[self._order(epoch)[: steps * self.rows_per_step]]

@@ -233,10 +233,13 @@ class _HeadLoss(torch.autograd.Function):
             torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if x is not None and needed else None
             for x, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
         ]
+        labelled, width = hidden.shape[0], weight.shape[0]
+        rows = packing.up_to(labelled)  # filled up with zeros, so that products have few shapes
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, rows - labelled))
+        targets = torch.nn.functional.pad(targets, (0, rows - labelled))
         grad = pool.empty_like(hidden) if any(ctx.needs_input_grad) else None
-        rows, width = hidden.shape[0], weight.shape[0]
         losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
-        most = max(16, CHUNK_BYTES // (width * hidden.element_size()))
+        most = max(1, CHUNK_BYTES // (width * hidden.element_size()) // packing.ROWS) * packing.ROWS
         # even ones, as a short last one costs the head's bytes again
         chunk = min(most, packing.up_to(-(-rows // -(-rows // most)))) if rows else 1
         with torch.no_grad():
@@ -246,15 +249,16 @@ class _HeadLoss(torch.autograd.Function):
                 part = slice(first, min(rows, first + chunk))
                 losses[part], gradient = _part(hidden[part], targets[part], own, smoothing, gradient=grad is not None)
                 if grad is not None:
+                    gradient[max(0, labelled - first) :] = 0
                     torch.mm(gradient, own.weight, out=grad[part])  # (C, V) @ (V, D)
                     if made[0] is not None:
                         made[0] += gradient.T @ hidden[part]  # (V, C) @ (C, D)
                     if made[1] is not None:
                         made[1] += gradient.sum(0, dtype=torch.float32)
                 del gradient
-        ctx.gradients = (grad, *made)
+        ctx.gradients = (None if grad is None else grad[:labelled], *made)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        return losses.sum()
+        return losses[:labelled].sum()
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 Layout = Literal["cu_seq_lens", "rows", "single"]
 
-# oneDNN divides some odd numbers of rows badly: 511 or 505 of them took a fifth longer than 512 (docs/log.md).
-ROWS, ALIGNED_FROM = 16, 384
+# oneDNN divides some odd numbers of rows badly: 511 or 505 of them took a fifth longer than 512. And it compiles each
+# shape of a product, in 2 to 4 ms, and keeps the code: with multiples of a number there are few shapes (docs/log.md).
+ROWS, ALIGNED_FROM = 16, 32
 
 
 def layouts(model: Model) -> tuple[Layout, ...]:

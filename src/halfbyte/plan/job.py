@@ -32,6 +32,7 @@ Sizes = Sequence[int] | NDArray[np.int64]
 
 # Without rows at hand: a common shape of instruction data, told as an assumption.
 ASSUMED_ROWS = 1000
+FILLED_TO = 16  # layers/packing.py: a micro-batch has a multiple of so many tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +115,11 @@ class Job:
 
     @cached_property
     def sizes(self) -> int:
-        """How many sizes of micro-batches a run meets, at most: oneDNN compiles for each, and each leaves holes."""
-        return max(1, min(self.steps, len(np.unique(self.rows.lengths))))
+        """How many sizes of micro-batches a run meets: oneDNN compiles for each. Counted by the steps of an epoch, as
+        the parts of a split step are no more diverse; each is filled up to a multiple of `FILLED_TO` tokens."""
+        if self._order is None:
+            return 1
+        return max(1, len(np.unique(-(-self._order.sums(0) // FILLED_TO))))
 
     @classmethod
     def of(
@@ -265,8 +269,13 @@ class Job:
     @cached_property
     def step_tokens(self) -> int:
         """Tokens of the largest step, by the order that the run will take its rows in."""
+        return 1 if self._order is None else max(1, self._order.most_tokens())
+
+    @cached_property
+    def _order(self) -> pack.Steps | None:
+        """The run's steps; None where there are none."""
         rows, train = np.asarray(self.rows.lengths), self.recipe.train
         if not self.steps or not len(rows):
-            return 1
+            return None
         seed = train.seed if train.data_seed is None else train.data_seed
-        return max(1, pack.Steps(rows, rows, self.rows_per_step, self.steps, seed, 1, 1).most_tokens())
+        return pack.Steps(rows, rows, self.rows_per_step, self.steps, seed, 1, 1)

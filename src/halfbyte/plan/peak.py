@@ -1,8 +1,8 @@
 """What a training step adds at its peak: activations, what a layer's backward needs for a moment, logits, slack.
 
 Source: `layer.py` for what is kept; `layers/loss.py` for the chunked head (Liger-Kernel, arXiv:2410.10989, 3.2);
-FlashAttention-2, arXiv:2307.08691, for the attention's workspace. `SLACK` is what glibc's allocator holds beside what
-is in use, measured by `benchmarks/plan_accuracy.py`.
+FlashAttention-2, arXiv:2307.08691, for the attention's workspace. `SLACK` is what the pool (`layers/kernels/pool.py`)
+and glibc's allocator hold beside what is in use, measured by `benchmarks/plan_accuracy.py`.
 Cost: none; no torch.
 
 Letters: T tokens of a micro-batch, K of them labelled, V vocabulary, D hidden, c bytes of the compute dtype.
@@ -21,14 +21,12 @@ from halfbyte.plan.lines import Line, Recompute, Where
 LOGITS_CHUNK_BYTES, LOGITS_ROWS = 32_000_000, 16  # layers/loss.py: at once at most, in multiples of so many rows
 SCORES_BYTES, SCORES_ROWS = 24_000_000, 512  # layers/attention.py: scores in fp32 at once, rows of a long example
 TOKENS_STEP = 64
-SLACK = 0.08  # of what is kept until backward
-# More of that under full recomputation: each layer's input stays amid what was freed around it, and leaves a hole. Seen
-# of 30 small layers, and hardly of 6; `base/heap.py` keeps it from growing.
-ENTRY_SLACK, ENTRY_LAYERS = 0.3, 30
-# Of what a step takes, where sizes of micro-batches differ: holes that are let be (`training/pace.py`) in long runs.
-# Measured: SmolLM2, micro-batches of 740 to 890 tokens, 24 steps.
-HOLES, HOLES_SIZES = 0.15, 10
-MOMENT_SLACK = 0.25  # of what comes and goes in between, and leaves holes
+# Of what is kept until backward: where it lies in the pool, and where torch's attention makes most of it.
+SLACK, HEAP_SLACK = 0.02, 0.08
+# More of it where sizes of micro-batches differ: free blocks, and holes between what is not the pool's. Measured:
+# SmolLM2, micro-batches of 740 to 890 tokens, 40 steps.
+MIXED, MIXED_SIZES = 0.25, 10
+MOMENT_SLACK = 0.15  # of what comes and goes in between
 HEAP_BYTES = 32 << 20  # glibc's largest moving threshold: a larger block has pages of its own, a smaller one a hole
 CARD_SLACK = 0.05  # PyTorch's caching allocator rounds and splits; a round figure, not measured here
 
@@ -93,9 +91,9 @@ def step_lines(job: Job, largest: MicroBatch, recompute: Recompute, where: Where
     scores = 0 if layer.pairs in NO_SCORES else 4 * job.facts.heads * pairs  # of one layer, in fp32
     # once more where a forward is done again: there are those of the first, freed, and those of the second
     hole = scores * (2 if recompute == "full" else 1) if scores < HEAP_BYTES else 0.0
-    of_kept = SLACK + (ENTRY_SLACK * min(1.0, here / ENTRY_LAYERS) if recompute == "full" else 0.0)
+    of_kept = SLACK if job.kernels and layer.pairs in NO_SCORES else HEAP_SLACK
     if recompute != "full":
-        of_kept += HOLES * min(1.0, (job.sizes - 1) / HOLES_SIZES)
+        of_kept += MIXED * min(1.0, (job.sizes - 1) / MIXED_SIZES)
     slack = of_kept * kept + MOMENT_SLACK * moment + hole if where == "private" else CARD_SLACK * (kept + moment)
     if backward >= loss:
         again = ", its forward done again" if recompute == "full" else ""
@@ -127,9 +125,9 @@ def scores_bytes(job: Job, largest: MicroBatch) -> float:
 
 def logits_bytes(job: Job, labelled: int) -> int:
     """Logits that exist at once: a chunk; without kernels also their fp32 log-probabilities."""
-    most = max(LOGITS_ROWS, LOGITS_CHUNK_BYTES // max(1, job.facts.vocab * job.itemsize))
+    most = max(1, LOGITS_CHUNK_BYTES // max(1, job.facts.vocab * job.itemsize) // LOGITS_ROWS) * LOGITS_ROWS
     even = -(-labelled // max(1, -(-labelled // most)))
-    rows = min(most, -(-even // LOGITS_ROWS) * LOGITS_ROWS, max(1, labelled))
+    rows = min(most, -(-even // LOGITS_ROWS) * LOGITS_ROWS)
     return rows * job.facts.vocab * (job.itemsize if job.kernels else job.itemsize + 8)
 
 
