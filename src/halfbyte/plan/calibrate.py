@@ -1,6 +1,6 @@
 """What this machine does in a second: matrix products, attention, passes over memory, dequantising, reading a file.
 
-Why: time follows from these five figures, and they differ tenfold between machines that look alike.
+Why: time follows from these figures, and they differ tenfold between machines that look alike.
 What: the best of several short tries, by `halfbyte doctor` or before the first training that takes minutes, kept in
 halfbyte's cache. What is measured beside other load is used once and not kept; finished runs correct what is kept.
 Source: Linux `proc(5)` (`schedstat`: how long our threads waited for a core) and `/proc/pressure/cpu`.
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.plan.lines import Time
-from halfbyte.plan.timing import Rates
+from halfbyte.plan.timing import HALF_RATE_TOKENS, Rates
 from halfbyte.system import files, usage
 from halfbyte.system.device import Device
 from halfbyte.system.files import cache_dir
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 SECONDS_EACH = 0.4
 FILE_BYTES = 256_000_000
 MEMORY_BYTES = 128_000_000  # more than any cache holds
-FORMAT = 3
+FORMAT = 4
+SMALL_TOKENS, SMALL_WIDTH = 512, 1024  # of a product as a layer of a small model has it
 LEAST_TRIES = 5
 # Above these the machine was not ours alone. Threads of an idle machine wait for 1 to 2% of their time.
 BUSY_SHARE, BUSY_PRESSURE, BUSY_SPREAD = 0.08, 0.25, 1.5
@@ -118,11 +119,12 @@ def measure(device: Device, dtype: str) -> Rates:
     before, tries = usage.scheduled(), Tries(device.kind)
     with torch.no_grad():
         seen = _seen(tries, kind)
+        operands = _operands(tries, kind, seen[0]) if device.kind == "cpu" else 0.0
     after = usage.scheduled()
     waited = after.since(before).waited_share if before and after else None
     busy = load_seen(waited, tries.spread, usage.pressure() if waited is None else None)
     source = f"calibrated {_today()}: {threads(device)} threads, {dtype}{', beside other load' if busy else ''}"
-    return Rates(*seen, source=source, busy=busy)
+    return Rates(*seen, source=source, busy=busy, product_bytes=operands)
 
 
 def load_seen(waited_share: float | None, spread: float, pressure: float | None = None) -> str:
@@ -188,6 +190,17 @@ def _seen(tries: Tries, kind: torch.dtype) -> tuple[float, float, float, float, 
         _attention(tries, kind),
         _disk(),
     )
+
+
+def _operands(tries: Tries, kind: torch.dtype, flops: float) -> float:
+    """Bytes a second at which operands of products come and go, from what a small one takes beside its arithmetic."""
+    import torch
+
+    n, d = SMALL_TOKENS, SMALL_WIDTH
+    x, w, out = (torch.ones(*shape, dtype=kind) for shape in ((n, d), (d, d), (n, d)))
+    took = tries.best(lambda: out.addmm_(x, w))
+    arithmetic = 2 * n * d * d / flops * (1 + HALF_RATE_TOKENS / n)
+    return kind.itemsize * (3 * n * d + d * d) / max(took - arithmetic, 0.01 * took)
 
 
 def _attention(tries: Tries, kind: torch.dtype) -> float:

@@ -24,9 +24,10 @@ FIRST_MICRO_BATCH_BYTES = 50_000_000
 # Of the compiler (numba, LLVM), where kernels are not in its cache yet; the process keeps them to its end. Measured: a
 # cold run beside a warm one of the same recipe, 126 and 127 MB private, 7 MB of code.
 COMPILER_PRIVATE_BYTES = 126_000_000
-# oneDNN's code of a matrix product of one shape and what it keeps beside it: 205 MB in use for 256 (docs/log.md);
-# `system/threads.py` bounds how many are kept. The first micro-batch's are in its own line.
-PRODUCT_BYTES, PRODUCTS_OF_A_SIZE = 800_000, 50
+# oneDNN's code of a matrix product of one shape and what it keeps beside it, and how many a size of micro-batches has:
+# 54 MB in use more for 6 sizes, 90 for 10 (docs/log.md); `system/threads.py` bounds how many are kept. The first
+# micro-batch's are in its own line.
+PRODUCT_BYTES, PRODUCTS_OF_A_SIZE = 500_000, 25
 COMPILER_FILE_BYTES = 7_000_000
 TOKENIZER_BYTES_PER_ENTRY = 200
 ROW_BYTES = 60  # its length, labels, place in the order; its tokens lie in a file that is mapped

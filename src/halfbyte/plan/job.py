@@ -208,6 +208,11 @@ class Job:
         return sum(s.numel for s in linears) - experts + round(experts * share)
 
     @cached_property
+    def linear_widths(self) -> int:
+        """Numbers that a token brings into all linear layers and takes out of them; without experts."""
+        return sum(sum(s.shape) for s in self.specs if s.role == "linear" and ".experts." not in s.name)
+
+    @cached_property
     def _bytes_by_layer(self) -> Counter[int | None]:
         """Bytes of each decoder layer of the base, and of what is around them (None)."""
         sizes = Counter[int | None]()

@@ -25,7 +25,7 @@ TOKENS_STEP = 64
 SLACK, HEAP_SLACK = 0.02, 0.08
 # More of it where sizes of micro-batches differ: free blocks, and holes between what is not the pool's. Measured:
 # SmolLM2, micro-batches of 740 to 890 tokens, 40 steps.
-MIXED, MIXED_SIZES = 0.25, 10
+MIXED, MIXED_SIZES = 0.15, 10
 MOMENT_SLACK = 0.15  # of what comes and goes in between
 HEAP_BYTES = 32 << 20  # glibc's largest moving threshold: a larger block has pages of its own, a smaller one a hole
 CARD_SLACK = 0.05  # PyTorch's caching allocator rounds and splits; a round figure, not measured here

@@ -2,8 +2,9 @@
 
 Source: 2 FLOP a weight and token forward, 2 for the gradient of the input (a frozen weight needs no third), 2 more
 where the forward is done again; attention 4 L A forward and 10 L A backward a token and layer (FlashAttention-2,
-arXiv:2307.08691), half of it under a causal mask. Rates come from `calibrate.py`; without them from a table of round
-figures by instruction set, and the plan says "time assumed".
+arXiv:2307.08691), half of it under a causal mask. A product y += x W^T also reads x, W
+and y, and writes y. Rates come from `calibrate.py`; without them from a table of round figures by instruction set, and
+the plan says "time assumed".
 Cost: none; no torch.
 """
 
@@ -46,6 +47,8 @@ class Rates:
     """What ran beside the measurement; such rates are not kept."""
     correction: float = 1.0
     """Seconds that finished runs took, over the planned ones."""
+    product_bytes: float = 0.0
+    """Bytes of operands of matrix products; 0 where that is not known."""
 
     def to_json(self) -> Document:
         return asdict(self)
@@ -80,6 +83,9 @@ def step_time(
     head = 4 * facts.vocab * facts.hidden * rows.labelled_share
     width = facts.heads * facts.head_size or facts.hidden
     attention = (14 + 4 * (recompute == "full")) / 2 * rows.mean_of_a_token * width * facts.layers
+    operands = again * (1.5 * step_tokens * job.linear_widths + micro_batches * job.linear_numel)
+    # an adapter's six thin products pass once over the input, the output or a gradient of them
+    operands = job.itemsize * (operands + 3 * step_tokens * sum(site.inputs + site.outputs for site in job.sites))
     dequantised = rates.dequant_elements * formats.of(job.recipe.quant).speed
     # scores that are made in memory (ALiBi, softcap, dropout) go through it as what is kept does
     moved = TRAFFIC * (job.layer.kept + job.layer.pair * rows.mean_of_a_token) * facts.layers
@@ -89,6 +95,7 @@ def step_time(
     parts = {
         "own dropout": step_tokens * masks * (again - 1) / MASK_NUMBERS if job.kernels else 0.0,
         "matrix products": step_tokens * (products + head) / rates.matmul_flops / full_rate,
+        "operands": operands / rates.product_bytes if rates.product_bytes else 0.0,
         "attention": step_tokens * attention / rates.attention_flops,
         "elementwise": step_tokens * moved * TRAFFIC_AGAIN[recompute] / rates.memory_bytes,
         "dequantising": micro_batches * again * job.linear_numel / dequantised if job.recipe.quant.quantises else 0.0,
