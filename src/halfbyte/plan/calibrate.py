@@ -1,4 +1,4 @@
-"""What this machine does in a second: matrix products, attention, passes over memory, dequantising, reading a file.
+"""What this machine does in a second: products, attention, passes over memory, dequantising, LoRA's dropout, a disk.
 
 Why: time follows from these figures, and they differ tenfold between machines that look alike.
 What: the best of several short tries, by `halfbyte doctor` or before the first training that takes minutes, kept in
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.plan.lines import Time
-from halfbyte.plan.timing import HALF_RATE_TOKENS, Rates
+from halfbyte.plan.timing import Rates
 from halfbyte.system import files, usage
 from halfbyte.system.device import Device
 from halfbyte.system.files import cache_dir
@@ -34,7 +34,7 @@ SECONDS_EACH = 0.4
 FILE_BYTES = 256_000_000
 MEMORY_BYTES = 128_000_000  # more than any cache holds
 FORMAT = 4
-SMALL_TOKENS, SMALL_WIDTH = 512, 1024  # of a product as a layer of a small model has it
+DROPPED = 1 << 20  # numbers of a layer's input
 LEAST_TRIES = 5
 # Above these the machine was not ours alone. Threads of an idle machine wait for 1 to 2% of their time.
 BUSY_SHARE, BUSY_PRESSURE, BUSY_SPREAD = 0.08, 0.25, 1.5
@@ -119,12 +119,12 @@ def measure(device: Device, dtype: str) -> Rates:
     before, tries = usage.scheduled(), Tries(device.kind)
     with torch.no_grad():
         seen = _seen(tries, kind)
-        operands = _operands(tries, kind, seen[0]) if device.kind == "cpu" else 0.0
+        dropped = _dropping(tries, kind) if device.kind == "cpu" else 0.0
     after = usage.scheduled()
     waited = after.since(before).waited_share if before and after else None
     busy = load_seen(waited, tries.spread, usage.pressure() if waited is None else None)
     source = f"calibrated {_today()}: {threads(device)} threads, {dtype}{', beside other load' if busy else ''}"
-    return Rates(*seen, source=source, busy=busy, product_bytes=operands)
+    return Rates(*seen, source=source, busy=busy, dropped=dropped)
 
 
 def load_seen(waited_share: float | None, spread: float, pressure: float | None = None) -> str:
@@ -192,15 +192,15 @@ def _seen(tries: Tries, kind: torch.dtype) -> tuple[float, float, float, float, 
     )
 
 
-def _operands(tries: Tries, kind: torch.dtype, flops: float) -> float:
-    """Bytes a second at which operands of products come and go, from what a small one takes beside its arithmetic."""
+def _dropping(tries: Tries, kind: torch.dtype) -> float:
+    """Numbers a second that LoRA's dropout passes over, by the engine's own function; 0 where it is another one's."""
     import torch
 
-    n, d = SMALL_TOKENS, SMALL_WIDTH
-    x, w, out = (torch.ones(*shape, dtype=kind) for shape in ((n, d), (d, d), (n, d)))
-    took = tries.best(lambda: out.addmm_(x, w))
-    arithmetic = 2 * n * d * d / flops * (1 + HALF_RATE_TOKENS / n)
-    return kind.itemsize * (3 * n * d + d * d) / max(took - arithmetic, 0.01 * took)
+    from halfbyte.layers.kernels.cpu import available
+    from halfbyte.layers.lora_linear import drop
+
+    x = torch.ones(DROPPED, dtype=kind)
+    return DROPPED / tries.best(lambda: drop(x, 0.05, 1)) if available(x) else 0.0
 
 
 def _attention(tries: Tries, kind: torch.dtype) -> float:

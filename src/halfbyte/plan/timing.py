@@ -23,6 +23,7 @@ SPREAD_ASSUMED = 0.6
 LAYER_OVERHEAD_S = 0.005
 # A micro-batch of so many tokens multiplies at half the rate of a large one.
 HALF_RATE_TOKENS = 48
+TILE = 64  # attention's scores are made in tiles of so many rows and columns
 # Bytes moved for each byte that a layer keeps, forward and backward, by all that is no matrix product.
 TRAFFIC = 10.0
 # Of that, what is done again under a policy.
@@ -47,8 +48,8 @@ class Rates:
     """What ran beside the measurement; such rates are not kept."""
     correction: float = 1.0
     """Seconds that finished runs took, over the planned ones."""
-    product_bytes: float = 0.0
-    """Bytes of operands of matrix products; 0 where that is not known."""
+    dropped: float = 0.0
+    """Numbers that LoRA's dropout passes over; 0 where that is not known."""
 
     def to_json(self) -> Document:
         return asdict(self)
@@ -82,10 +83,13 @@ def step_time(
     products = 2 * again * job.linear_numel + 6 * job.lora_parameters
     head = 4 * facts.vocab * facts.hidden * rows.labelled_share
     width = facts.heads * facts.head_size or facts.hidden
-    attention = (14 + 4 * (recompute == "full")) / 2 * rows.mean_of_a_token * width * facts.layers
+    seen = rows.mean_of_a_token + TILE / 2
+    attention = (14 + 4 * (recompute == "full")) / 2 * seen * width * facts.layers
     operands = again * (1.5 * step_tokens * job.linear_widths + micro_batches * job.linear_numel)
     # an adapter's six thin products pass once over the input, the output or a gradient of them
     operands = job.itemsize * (operands + 3 * step_tokens * sum(site.inputs + site.outputs for site in job.sites))
+    # in the forward, and in backward for what was dropped and for its gradient
+    dropped = (again + 1) * step_tokens * sum(s.inputs for s in job.sites) if job.recipe.lora.lora_dropout else 0.0
     dequantised = rates.dequant_elements * formats.of(job.recipe.quant).speed
     # scores that are made in memory (ALiBi, softcap, dropout) go through it as what is kept does
     moved = TRAFFIC * (job.layer.kept + job.layer.pair * rows.mean_of_a_token) * facts.layers
@@ -95,7 +99,8 @@ def step_time(
     parts = {
         "own dropout": step_tokens * masks * (again - 1) / MASK_NUMBERS if job.kernels else 0.0,
         "matrix products": step_tokens * (products + head) / rates.matmul_flops / full_rate,
-        "operands": operands / rates.product_bytes if rates.product_bytes else 0.0,
+        "operands": operands / rates.memory_bytes,
+        "LoRA's dropout": dropped / rates.dropped if rates.dropped else 0.0,
         "attention": step_tokens * attention / rates.attention_flops,
         "elementwise": step_tokens * moved * TRAFFIC_AGAIN[recompute] / rates.memory_bytes,
         "dequantising": micro_batches * again * job.linear_numel / dequantised if job.recipe.quant.quantises else 0.0,
