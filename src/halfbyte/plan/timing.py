@@ -19,8 +19,9 @@ from halfbyte.types import Document
 
 SPREAD = 0.25  # of a time from measured rates; shared machines and turbo clocks move that much
 SPREAD_ASSUMED = 0.6
-# What a layer of a micro-batch takes besides arithmetic: some hundred calls from Python, forward and backward.
-LAYER_OVERHEAD_S = 0.005
+# What a layer of a micro-batch takes besides arithmetic: some hundred calls from Python, forward and backward; and more
+# for each linear layer with an adapter: its eight products and what is around them.
+LAYER_OVERHEAD_S, SITE_OVERHEAD_S = 0.004, 0.001
 # A micro-batch of so many tokens multiplies at half the rate of a large one.
 HALF_RATE_TOKENS = 48
 TILE = 64  # attention's scores are made in tiles of so many rows and columns
@@ -103,8 +104,8 @@ def step_time(
         "LoRA's dropout": dropped / rates.dropped if rates.dropped else 0.0,
         "attention": step_tokens * attention / rates.attention_flops,
         "elementwise": step_tokens * moved * TRAFFIC_AGAIN[recompute] / rates.memory_bytes,
-        "dequantising": micro_batches * again * job.linear_numel / dequantised if job.recipe.quant.quantises else 0.0,
-        "overhead": micro_batches * LAYER_OVERHEAD_S * facts.layers,
+        "dequantising": micro_batches * again * job.linear_numel / rates.dequant_elements if quantised else 0.0,
+        "overhead": micro_batches * (LAYER_OVERHEAD_S * facts.layers + SITE_OVERHEAD_S * len(job.sites)),
     }
     parts = {name: seconds * rates.correction for name, seconds in parts.items()}
     reading = read_bytes / rates.disk_bytes
