@@ -104,7 +104,7 @@ def step_time(
         "LoRA's dropout": dropped / rates.dropped if rates.dropped else 0.0,
         "attention": step_tokens * attention / rates.attention_flops,
         "elementwise": step_tokens * moved * TRAFFIC_AGAIN[recompute] / rates.memory_bytes,
-        "dequantising": micro_batches * again * job.linear_numel / rates.dequant_elements if quantised else 0.0,
+        "dequantising": micro_batches * again * job.linear_numel / dequantised if job.recipe.quant.quantises else 0.0,
         "overhead": micro_batches * (LAYER_OVERHEAD_S * facts.layers + SITE_OVERHEAD_S * len(job.sites)),
     }
     parts = {name: seconds * rates.correction for name, seconds in parts.items()}
