@@ -499,10 +499,11 @@ CASES = [
         config(quantization_config={"quant_method": "gptq", "bits": 4}),
     ),
     Case(
-        "an 8-bit checkpoint",
+        "an 8-bit checkpoint without scales",
         train(),
-        "error: TMP/model is already quantised to 8 bits; the base is held in 4 bits or in 16.\n"
-        "  fix: use the unquantised checkpoint of the same model",
+        "error: TMP/model: config.json says that the weights are quantised, but 14 matrices have no scales: "
+        "model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k_proj, model.layers.0.self_attn.v_proj, ....\n"
+        "  fix: remove `quantization_config` from config.json if the weights are in 16 bits, or download them again",
         config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
     ),
     Case(
@@ -518,7 +519,7 @@ CASES = [
         "error: TMP/moe: 6 fused expert tensors stayed in 32 bits, 0.000 of 0.001 GB resident where quant.type nf4 "
         "gives 0.000 GB. The largest: model.layers.0.mlp.experts.gate_up_proj (4, 128, 64), "
         "model.layers.1.mlp.experts.gate_up_proj (4, 128, 64), model.layers.0.mlp.experts.down_proj (4, 64, 64).\n"
-        "  fix: this build cannot hold them in 4 bits; to accept 16 bits: --set 'quant.skip_modules=[experts]'",
+        "  fix: this build cannot quantise them; to accept 16 bits: --set 'quant.skip_modules=[experts]'",
         mixture,
     ),
     Case(

@@ -67,8 +67,8 @@ def open_base(
 
     Raises:
         StoreError: the store can neither be built nor done without.
-        BaseModelError: the checkpoint asks for code of its own, lacks weights, is quantised in another way, or stays
-            larger in memory than the policy says.
+        BaseModelError: the checkpoint asks for code of its own, lacks weights or their scales, is quantised in another
+            way, or stays larger in memory than the policy says.
     """
     config = open_config(checkpoint.path, trust_remote_code=trust_remote_code)
     dtype_name, reason = machine.compute_dtype(device, quant.compute_dtype)
@@ -120,6 +120,7 @@ class _Opening:
             codec.forget_deserialising(model)
         linear_subclasses.settle(model)
         codec.make_safe(model)
+        residency.check_scales(model, self.checkpoint.id)
         codec.set_compute_dtype(model, self.dtype)
         residency.keep_fp32(model, self.quant.fp32_modules, self.dtype)
         model.name_or_path = model.config.name_or_path = self.checkpoint.id

@@ -10,6 +10,7 @@ from halfbyte.errors import BaseModelError
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.structure import meta_model
 from halfbyte.quant import bnb as codec
+from halfbyte.quant import formats
 from halfbyte.quant.policy import matches
 from halfbyte.recipe.schema import Quant
 from halfbyte.types import Config, Document, Model
@@ -45,6 +46,19 @@ def check_resident(model: Model, quant: Quant, resident: int, expected: int, nam
             f"{name}: {resident / 1e9:.3f} GB are resident, the checkpoint's tensors under quant.type {quant.type} "
             f"give {expected / 1e9:.3f} GB.",
             fix="name the modules you want unquantised in `quant.skip_modules`, so that the plan counts them",
+        )
+
+
+def check_scales(model: Model, name: str) -> None:
+    """Refuse a checkpoint whose config says that it is quantised, where weights came without scales (BaseModelError):
+    floats would have been cut to whole numbers without a word."""
+    without = [path for path, module in codec.quantised_linears(model) if not formats.is_quantised(module)]
+    if without:
+        listed = f"{', '.join(without[:3])}{', ...' if len(without) > 3 else ''}"
+        raise BaseModelError(
+            f"{name}: config.json says that the weights are quantised, but {len(without)} matrices have no scales: "
+            f"{listed}.",
+            fix="remove `quantization_config` from config.json if the weights are in 16 bits, or download them again",
         )
 
 

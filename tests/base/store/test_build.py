@@ -243,7 +243,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_read(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     monkeypatch.setattr(nf4_cpu, "quantise", None)  # not called
-    with pytest.raises(StoreError, match=r"no space left for the 4-bit store of org/name: it needs .* GB in .*bases"):
+    with pytest.raises(StoreError, match=r"no space left for the store of org/name: it needs .* GB in .*bases"):
         supply.ensure(request)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
     with pytest.raises(TypeError):  # there is room: the work begins
