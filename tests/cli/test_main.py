@@ -129,7 +129,7 @@ def test_long_lines_go_on_under_their_beginning(here: Path, capsys: pytest.Captu
 
 
 def test_the_reported_evaluation_is_that_of_the_kept_adapter(halfbyte: Cli) -> None:
-    changes = ("train.max_steps=40", "train.learning_rate=0.05", "train.eval_strategy=steps", "train.eval_steps=5")
+    changes = ("train.max_steps=40", "train.learning_rate=0.1", "train.eval_strategy=steps", "train.eval_steps=5")
     ended = halfbyte("train", "recipe.yaml", "--json", *(part for value in changes for part in ("--set", value)))
     assert ended.code == 0
     losses = [row["eval_loss"] for row in RunFolder(Path("run")).read_metrics() if "eval_loss" in row]

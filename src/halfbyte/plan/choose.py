@@ -30,8 +30,9 @@ def make(job: Job, device: Device, rates: Rates | None = None) -> Plan:
     plans = list(_candidates(job, device, rates or assumed(device, job.dtype)))
     fitting = [p for p in plans if p.short_bytes == 0 and _share_needed(p) <= 1 - MARGIN]
     if fitting:
-        fastest = min(p.time.step_s for p in fitting)
-        level = [p for p in fitting if p.time.step_s <= SAME_TIME * fastest]
+        fastest = min(fitting, key=lambda p: p.time.step_s)
+        again = POLICIES[: POLICIES.index(fastest.recompute) + 1]  # no more than the fastest does again
+        level = [p for p in fitting if p.time.step_s <= SAME_TIME * fastest.time.step_s and p.recompute in again]
         roomy = [p for p in level if _share_needed(p) <= PLENTY]
         chosen = min(roomy, key=lambda p: p.time.step_s) if roomy else min(level, key=lambda p: p.private_bytes)
         return _told(chosen, plans, job)
