@@ -7,15 +7,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: help quickstart test test-slow lint fmt bench docs
+.PHONY: help quickstart test test-slow test-versions $(NEWEST) lint fmt bench docs
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   install, fine-tune SmolLM2-135M on a small data set, compare base and adapter"
 	@echo "make test         the tests, without the slow ones"
 	@echo "make test-slow    the slow tests: minutes, gigabytes"
+	@echo "make test-versions  the seam tests on the oldest and newest versions that pyproject.toml allows: gigabytes"
 	@echo "make lint, fmt    check, or rewrite, style and types"
 	@echo "make bench        side by side with the plain Hugging Face stack"
 	@echo "make docs         regenerate the tables in docs/"
@@ -28,6 +31,23 @@ test: $(INSTALLED_DEV)
 
 test-slow: $(INSTALLED_DEV)
 	$(PYTEST) -m slow
+
+# Both are tested, even if the first fails.
+test-versions: $(OLDEST)/.installed $(NEWEST)
+	@status=0; for venv in $(OLDEST) $(NEWEST); do \
+		echo "$$venv:" $$($$venv/bin/python -m halfbyte version); \
+		$(subst $(VENV)/,$$venv/,$(PYTEST)) tests/seams || status=1; done; exit $$status
+
+$(OLDEST)/.installed: pyproject.toml tests/oldest.py | $(BIN)/python
+	$(BIN)/python -m venv --clear $(OLDEST)
+	$(BIN)/python tests/oldest.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt -e '.[dev]'
+	@touch $@
+
+# Brought up to date each time.
+$(NEWEST): | $(BIN)/python
+	@test -x $(NEWEST)/bin/python || $(BIN)/python -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]'
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .

@@ -84,3 +84,10 @@ def test_a_cache_that_cannot_be_written_is_seen(halfbyte: Cli, tmp_path: Path, m
     ended = halfbyte("doctor")
     assert ended.code == 1 and "the cache cannot be written (TMP/file: Not a directory)" in " ".join(ended.err.split())
     assert "export HALFBYTE_CACHE" in ended.err
+
+
+def test_a_version_that_the_tests_do_not_cover_is_told(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "outside_ranges", lambda: {"peft<0.22,>=0.21": "0.20.0"})
+    ended = halfbyte("doctor")
+    assert ended.code == 1 and "0.20.0 is installed, and the tests cover peft<0.22,>=0.21" in ended.err
+    assert "fix: pip install 'peft<0.22,>=0.21'" in ended.err

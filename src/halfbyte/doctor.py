@@ -5,7 +5,7 @@ Cost: a few seconds; building the base's store first, if there is none.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from halfbyte.plan import calibrate
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device, threads
 from halfbyte.system.files import cache_dir, free_bytes, why_unwritable
-from halfbyte.system.versions import versions
+from halfbyte.system.versions import outside_ranges, versions
 from halfbyte.types import Document, Model
 
 
@@ -37,8 +37,8 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `doctor` saw. `cache_problem` says why the cache cannot be written, if so; `model` is its id; `checks` are
-    empty without one."""
+    """What `doctor` saw. `cache_problem` says why the cache cannot be written, if so; `outside_ranges` names
+    installed versions that halfbyte does not allow; `model` is its id; `checks` are empty without one."""
 
     machine: device.Device
     compute_dtype: str
@@ -48,13 +48,14 @@ class Diagnosis:
     cache_free_bytes: int
     versions: dict[str, str]
     cache_problem: str = ""
+    outside_ranges: dict[str, str] = field(default_factory=dict)
     model: str | None = None
     layers: int = 0
     checks: tuple[Check, ...] = ()
 
     @property
     def ok(self) -> bool:
-        return not self.cache_problem and all(check.ok for check in self.checks)
+        return not self.cache_problem and not self.outside_ranges and all(check.ok for check in self.checks)
 
     def to_json(self) -> Document:
         return {**asdict(self), "machine": self.machine.to_json(), "cache": str(self.cache), "ok": self.ok}
@@ -71,7 +72,7 @@ def examine(recipe: Recipe | None = None, *, tell: Callable[[str], None] = lambd
     threads.settle(machine.cores)
     rates = calibrate.ensure(machine, dtype, say=tell, anew=True)
     cache, free = cache_dir(), free_bytes(cache_dir())
-    seen = Diagnosis(machine, dtype, why, rates, cache, free, versions(), why_unwritable(cache))
+    seen = Diagnosis(machine, dtype, why, rates, cache, free, versions(), why_unwritable(cache), outside_ranges())
     return seen if recipe is None else _with_model(seen, recipe, tell)
 
 

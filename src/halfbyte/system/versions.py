@@ -5,6 +5,8 @@ from functools import cache
 from importlib import metadata, util
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 LIBRARIES = (
     "halfbyte", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers",
     "huggingface_hub", "numpy",
@@ -22,6 +24,21 @@ def version(library: str) -> str:
 def versions() -> dict[str, str]:
     """The version of Python and of each installed library that a result depends on."""
     return {"python": platform.python_version(), **{name: number for name in LIBRARIES if (number := version(name))}}
+
+
+def outside_ranges() -> dict[str, str]:
+    """Requirement of halfbyte -> the installed version, where that is one it does not allow (pip only warns then), as
+    `{"peft<0.22,>=0.21": "0.20.0"}`. Empty where halfbyte is not installed but found on the path."""
+    try:
+        wanted = [Requirement(text) for text in metadata.requires("halfbyte") or ()]
+    except metadata.PackageNotFoundError:
+        return {}
+    needed = [each for each in wanted if each.marker is None]  # a marker names an extra
+    return {
+        str(each): number
+        for each in needed
+        if (number := version(each.name)) and not each.specifier.contains(number, prereleases=True)
+    }
 
 
 @cache
