@@ -36,10 +36,11 @@ The names under `lora:` are those of `peft.LoraConfig`. A value outside the reco
 - LoRA+ (`train.loraplus_lr_ratio`) lets B learn faster than A; lower `train.learning_rate` with it.
 
 ## A young adapter in plain PEFT
-Plain PEFT adds the adapter's part to an output that is rounded to bf16 already, so most of what an adapter of few steps
-says is lost. SmolLM2 at a learning rate of 2e-4 shows there 49% of its gain in held-out loss after 4 steps, 97%
-after 10 and 99.8% after 25; in fp32, and in halfbyte, all of it (docs/log.md, "A young adapter in plain PEFT"). Merging
-into bf16 weights rounds too: 44%, 87% and 99.6%. So judge a young adapter in halfbyte or in fp32, or train on.
+Plain PEFT adds the adapter's part to an output that is rounded to bf16 already, so what a small adapter says is partly
+lost. SmolLM2 at a learning rate of 2e-4 shows there 49% of its gain in held-out loss after 4 steps, 97% after 10 and
+99.8% after 25; at 1e-3 98.5% after 4. In fp32, and in halfbyte, all of it is there (docs/log.md, "A young adapter in
+plain PEFT"). Merging into bf16 weights rounds too: 44%, 86.5% and 99.6% at 2e-4. So judge a young adapter in halfbyte
+or in fp32, or train on.
 
 ## Target modules by architecture
 
