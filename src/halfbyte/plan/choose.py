@@ -1,8 +1,8 @@
 """The choices: placement of the base, recomputation, size of a micro-batch; fitting with a margin, fastest first.
 
 What: every combination that the recipe leaves open is counted and timed; of those that fit within `MARGIN` the fastest
-is taken. Among those that are as fast within `SAME_TIME`, memory decides: where one leaves half of the machine free,
-time alone; else the one that takes least. Where none fits, `alternatives.py` says what would.
+is taken. Among those that are as fast within `SAME_TIME` and do no more again, memory decides: where one leaves half of
+the machine free, time alone; else the one that takes least. Where none fits, `alternatives.py` says what would.
 Cost: a few milliseconds; no torch.
 """
 

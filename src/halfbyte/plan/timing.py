@@ -2,9 +2,9 @@
 
 Source: 2 FLOP a weight and token forward, 2 for the gradient of the input (a frozen weight needs no third), 2 more
 where the forward is done again; attention 4 L A forward and 10 L A backward a token and layer (FlashAttention-2,
-arXiv:2307.08691), half of it under a causal mask. A product y += x W^T also reads x, W
-and y, and writes y. Rates come from `calibrate.py`; without them from a table of round figures by instruction set, and
-the plan says "time assumed".
+arXiv:2307.08691), half of it under a causal mask, whose edge runs through whole blocks of rows. A product y += x W^T
+also reads x, W and y, and writes y. Rates come from `calibrate.py`; without them from a table of round figures by
+instruction set, and the plan says "time assumed".
 Cost: none; no torch.
 """
 
@@ -24,7 +24,7 @@ SPREAD_ASSUMED = 0.6
 LAYER_OVERHEAD_S, SITE_OVERHEAD_S = 0.004, 0.001
 # A micro-batch of so many tokens multiplies at half the rate of a large one.
 HALF_RATE_TOKENS = 48
-TILE = 64  # attention's scores are made in tiles of so many rows and columns
+BLOCK_ROWS = 48  # layers/kernels/cpu/flash.py: rows of queries whose scores are made at once, up to the last one's own
 # Bytes moved for each byte that a layer keeps, forward and backward, by all that is no matrix product.
 TRAFFIC = 10.0
 # Of that, what is done again under a policy.
@@ -84,8 +84,7 @@ def step_time(
     products = 2 * again * job.linear_numel + 6 * job.lora_parameters
     head = 4 * facts.vocab * facts.hidden * rows.labelled_share
     width = facts.heads * facts.head_size or facts.hidden
-    seen = rows.mean_of_a_token + TILE / 2
-    attention = (14 + 4 * (recompute == "full")) / 2 * seen * width * facts.layers
+    attention = (14 + 4 * (recompute == "full")) * pairs_of_a_token(rows.mean_of_a_token) * width * facts.layers
     operands = again * (1.5 * step_tokens * job.linear_widths + micro_batches * job.linear_numel)
     # an adapter's six thin products pass once over the input, the output or a gradient of them
     operands = job.itemsize * (operands + 3 * step_tokens * sum(site.inputs + site.outputs for site in job.sites))
@@ -116,6 +115,11 @@ def step_time(
     total = sum(parts.values())
     spread = total * (SPREAD if rates.measured else SPREAD_ASSUMED)
     return Time(total - spread, total, total + spread, job.steps, rates.source, rates.measured, parts, reading)
+
+
+def pairs_of_a_token(length: float) -> float:
+    """Scores that a query of an example of this length computes on average."""
+    return (length + BLOCK_ROWS) / 2
 
 
 def mean_micro_batches(job: Job, tokens: int) -> int:

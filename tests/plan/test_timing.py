@@ -1,0 +1,73 @@
+"""What a step's seconds are made of, counted again one matrix, one query and one pass at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from halfbyte.plan.job import Job, Rows
+from halfbyte.plan.timing import SITE_OVERHEAD_S, Rates, pairs_of_a_token, step_time
+from tests.plan.test_choose import cpu, job
+
+LENGTH, ROWS, LAYERS = 200, 16, 30
+TOKENS = LENGTH * ROWS  # of a step, in one micro-batch
+# (out, in) of SmolLM2-135M's layer
+MATRICES = {
+    "q_proj": (576, 576), "k_proj": (192, 576), "v_proj": (192, 576), "o_proj": (576, 576),
+    "gate_proj": (1536, 576), "up_proj": (1536, 576), "down_proj": (576, 1536),
+}  # fmt: skip
+# One byte and one number a second: the seconds are the bytes and the numbers.
+ONE_A_SECOND = Rates(1e30, 1.0, 1e30, 1e30, 1e30, "counted", dropped=1.0)
+
+
+def of(targets: Any, **fields: Any) -> Job:
+    given = {"train__per_device_train_batch_size": ROWS, "lora__target_modules": targets, **fields}
+    return job(cpu(64), rows=Rows((LENGTH,) * ROWS), **given)
+
+
+def parts(one: Job, rates: Rates = ONE_A_SECOND, recompute: Any = "none", tokens: int = TOKENS) -> dict[str, float]:
+    return step_time(one, rates, tokens=tokens, recompute=recompute, placement="mapped", read_bytes=0).parts
+
+
+@pytest.mark.parametrize(("recompute", "forwards"), [("none", 1), ("full", 2)])
+def test_products_read_and_write_their_operands(recompute: str, forwards: int) -> None:
+    numbers = 0
+    for out, wide in MATRICES.values():
+        forward = TOKENS * wide + out * wide + 2 * TOKENS * out  # x, W, y read and written
+        backward = TOKENS * out + out * wide + 2 * TOKENS * wide  # dy, W, dx read and written
+        numbers += LAYERS * (forwards * forward + backward)
+    # of x, y and their gradients each thin product of an adapter passes over one
+    numbers += LAYERS * sum(3 * TOKENS * (MATRICES[name][0] + MATRICES[name][1]) for name in ("q_proj", "v_proj"))
+    # a forward that is done again: in and out count alike on average, exactly so where all matrices are square
+    assert parts(of(["q_proj", "v_proj"]), recompute=recompute)["operands"] == pytest.approx(
+        2 * numbers, rel=1e-12 if forwards == 1 else 0.05
+    )
+
+
+@pytest.mark.parametrize(("recompute", "passes"), [("none", 3), ("selective", 3), ("full", 4)])
+def test_dropout_passes_over_the_inputs_of_adapters(recompute: str, passes: int) -> None:
+    """In each forward; in backward over what is dropped again, and over its gradient."""
+    targets = ["q_proj", "down_proj"]
+    wanted = passes * TOKENS * LAYERS * (576 + 1536)
+    assert parts(of(targets), recompute=recompute)["LoRA's dropout"] == wanted
+    assert parts(of(targets, lora__lora_dropout=0.0), recompute=recompute)["LoRA's dropout"] == 0
+
+
+def test_a_rate_of_dropout_that_is_not_known_counts_nothing() -> None:
+    assert parts(of(["q_proj"]), Rates(1e30, 1.0, 1e30, 1e30, 1e30, "counted"))["LoRA's dropout"] == 0
+
+
+def test_each_adapted_layer_has_its_own_overhead_in_each_micro_batch() -> None:
+    few, many = of(["q_proj"]), of("all-linear")
+    for tokens, micro_batches in ((TOKENS, 1), (TOKENS // 4, 4)):
+        more = parts(many, tokens=tokens)["overhead"] - parts(few, tokens=tokens)["overhead"]
+        assert more == pytest.approx(micro_batches * SITE_OVERHEAD_S * LAYERS * 6)
+
+
+@pytest.mark.parametrize("length", [48, 96, 110, 200, 1024])
+def test_scores_are_counted_in_blocks_of_rows(length: int) -> None:
+    """The kernel makes the scores of 48 rows up to the last one's own column. The formula has a whole last block: one
+    that is cut in half has a quarter of a block's area less, less than a part in 2 length / 48 of all."""
+    pairs = sum(min(48, length - first) * min(length, first + 48) for first in range(0, length, 48))
+    assert pairs_of_a_token(length) * length == pytest.approx(pairs, rel=24 / length)
