@@ -275,19 +275,19 @@ def test_the_first_run_on_a_machine_compiles_and_the_best_adapter_is_a_line_of_i
     one = job(device, rows=Rows((200,) * 64, evaluated=(200,) * 8))
     warm, cold = (memory.make(replace(one, cold=state), device) for state in (False, True))
     assert (warm.line("compiler"), cold.line("compiler")) == (0, cold.private_bytes - warm.private_bytes)
-    assert 0.12e9 < cold.line("compiler") < 0.13e9
+    assert 0.176e9 < cold.line("compiler") < 0.186e9
     sizes = {line.name: line.bytes for line in warm.disk}
     assert sizes["adapter"] == sizes["best adapter"] == 4 * one.trainable
 
 
 def test_a_build_of_torch_for_cards_holds_more_though_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measured with the example's run: 144 MB private and 489 of files."""
+    """Measured with all libraries imported: 165 MB private and 517 of files."""
     seen = []
     for has_cards in (False, True):
         monkeypatch.setattr(lines, "torch_has_cards", lambda has_cards=has_cards: has_cards)
         plan = made(cpu(64))
         seen.append((plan.line("libraries"), plan.line("libraries, mapped"), plan.building_bytes))
-    assert tuple(b - a for a, b in zip(*seen, strict=True)) == (144_000_000, 489_000_000, 633_000_000)
+    assert tuple(b - a for a, b in zip(*seen, strict=True)) == (165_000_000, 517_000_000, 682_000_000)
 
 
 def test_activations_are_counted_for_the_largest_step_that_the_run_will_take() -> None:
