@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from halfbyte.plan.job import Job, Rows
-from halfbyte.plan.timing import SITE_OVERHEAD_S, Rates, pairs_of_a_token, step_time
+from halfbyte.plan.timing import SITE_OVERHEAD_S, TENSOR_OVERHEAD_S, UPDATE_BYTES, Rates, pairs_of_a_token, step_time
 from tests.plan.test_choose import cpu, job
 
 LENGTH, ROWS, LAYERS = 200, 16, 30
@@ -63,6 +63,13 @@ def test_each_adapted_layer_has_its_own_overhead_in_each_micro_batch() -> None:
     for tokens, micro_batches in ((TOKENS, 1), (TOKENS // 4, 4)):
         more = parts(many, tokens=tokens)["overhead"] - parts(few, tokens=tokens)["overhead"]
         assert more == pytest.approx(micro_batches * SITE_OVERHEAD_S * LAYERS * 6)
+
+
+def test_the_optimiser_runs_once_a_step_over_what_trains() -> None:
+    numbers = LAYERS * 16 * sum(out + wide for out, wide in MATRICES.values())
+    for tokens in (TOKENS, TOKENS // 4):
+        seconds = parts(of("all-linear", lora__r=16), tokens=tokens)["optimiser"]
+        assert seconds == pytest.approx(UPDATE_BYTES * numbers + TENSOR_OVERHEAD_S * 2 * 7 * LAYERS)
 
 
 @pytest.mark.parametrize("length", [48, 96, 110, 200, 1024])
