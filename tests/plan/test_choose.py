@@ -70,8 +70,9 @@ def test_among_plans_as_fast_as_each_other_the_smallest_is_taken_unless_memory_i
     assert plan.time.step_s <= choose.SAME_TIME * large.time.step_s
 
 
-def test_less_room_means_the_next_measure_and_none_before_it_is_needed() -> None:
+def test_less_room_means_the_next_measure_and_none_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """On ever smaller machines: smaller micro-batches, recomputation, then a warning; until then within the margin."""
+    monkeypatch.setattr(lines, "torch_has_cards", lambda: False)  # which torch is installed here must not matter
     taken = []
     for free in (16, 3, 2, 1.6, 1.3, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35):
         plan = made(cpu(free), rows=Rows((700,) * 64))
@@ -84,6 +85,30 @@ def test_less_room_means_the_next_measure_and_none_before_it_is_needed() -> None
     order = ["plain", "recompute", "short"]
     assert taken == sorted(taken, key=order.index)
     assert set(taken) == set(order)
+
+
+@pytest.mark.parametrize("has_cards", [False, True], ids=["torch for CPUs", "torch for cards"])
+def test_nothing_is_done_again_where_a_plan_without_it_fits_and_is_as_fast(
+    has_cards: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On machines of any size: every other choice that fits was counted too, and none of those that do less again is as
+    fast. A larger micro-batch with cheap recomputation may be faster than a small one without."""
+    monkeypatch.setattr(lines, "torch_has_cards", lambda: has_cards)
+    rows, did_again = Rows((700,) * 64), 0
+    for tenths in range(7, 31):
+        device = cpu(tenths / 10)
+        one, plan = job(device, rows=rows), made(device, rows=rows)
+        if plan.short_bytes or plan.warnings or plan.recompute == "none":
+            continue
+        did_again += 1
+        for recompute in choose.POLICIES[: choose.POLICIES.index(plan.recompute)]:
+            for tokens in choose.sizes(700, 64 * 700):
+                other = choose.count(
+                    one, device, assumed(device, "bf16"), placement="mapped", recompute=recompute, tokens=tokens
+                )
+                if other.short_bytes == 0 and other.needed_bytes <= (1 - MARGIN) * tenths / 10 * GB:
+                    assert other.time.step_s > plan.time.step_s, (tenths, recompute, tokens)
+    assert did_again >= 3
 
 
 def test_a_base_that_memory_cannot_keep_is_streamed_and_a_smaller_one_is_not() -> None:
