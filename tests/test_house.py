@@ -33,7 +33,7 @@ LIGHT_FILES = (
     "__main__",
     "errors",
     "adapters.targets",
-    "quant.nf4_cpu",
+    "quant.kernels.nf4_cpu",
     "quant.bnb_backend",
     "runs.folder",
     "runs.points",

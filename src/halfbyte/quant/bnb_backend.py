@@ -81,7 +81,7 @@ def _with_numba(values: Tensor, block_size: int, quant_type: str, storage: dtype
     """None where the values are not ours to quantise."""
     import torch
 
-    from halfbyte.quant import nf4_cpu
+    from halfbyte.quant.kernels import nf4_cpu
 
     if values.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not values.numel():
         return None

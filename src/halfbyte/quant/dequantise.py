@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.quant import nf4_cpu
+from halfbyte.quant.kernels import nf4_cpu
 
 _NATIVE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # From this block size on, the C function is inaccurate on AVX-512 (`bitsandbytes/backends/cpu/ops.py`).

@@ -1,7 +1,7 @@
 """NF4 and FP4, as bitsandbytes holds them: two codes a byte, and a scale for each block of 64.
 
 Source: QLoRA, arXiv:2305.14314, NF4 in its appendix E; `bitsandbytes/functional.py`, `QuantState`.
-Cost: 4.127 bits a weight with double quantisation, 4.5 without; encoding see `nf4_cpu.py`, decoding `dequantise.py`.
+Cost: 4.127 bits with double quantisation, 4.5 without; encoding `kernels/nf4_cpu.py`, decoding `dequantise.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from halfbyte.errors import BaseModelError
-from halfbyte.quant import nf4_cpu
+from halfbyte.quant.kernels import nf4_cpu
 from halfbyte.quant.number_format import NumberFormat, Part
 from halfbyte.recipe.schema import Quant
 

@@ -17,7 +17,7 @@ import bitsandbytes.functional  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 from halfbyte.base.store import supply
-from halfbyte.quant import nf4_cpu_kernel  # noqa: F401
+from halfbyte.quant.kernels import nf4_cpu_kernel  # noqa: F401
 from tests.base.store.helpers import opened, wanted
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from halfbyte.base.store import build, manifest, shelf, supply
 from halfbyte.errors import HalfbyteError, StoreError
 from halfbyte.plan import building
-from halfbyte.quant import nf4_cpu
+from halfbyte.quant.kernels import nf4_cpu
 from halfbyte.system import files
 from tests import tiny
 from tests.base.store.helpers import differing, opened, wanted

@@ -61,7 +61,7 @@ def quantise(
         absmax: (ceil(n / block_size),) float32.
         first_bad: position of a block that holds NaN or Inf (its codes mean nothing), or -1.
     """
-    from halfbyte.quant.nf4_cpu_kernel import run
+    from halfbyte.quant.kernels.nf4_cpu_kernel import run
 
     bits = values.view(_BITS[values.dtype.name])
     bounds, deltas = tables(quant_type)

@@ -19,7 +19,8 @@ from safetensors import safe_open
 
 from halfbyte.errors import BaseModelError
 from halfbyte.models.sources.lookup import resolve
-from halfbyte.quant import bnb_backend, formats, nf4_cpu
+from halfbyte.quant import bnb_backend, formats
+from halfbyte.quant.kernels import nf4_cpu
 from halfbyte.recipe.schema import Quant
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -183,7 +184,7 @@ def test_the_loop_is_compiled_once_a_machine(tmp_path: Path) -> None:
     """A second process finds it in numba's cache, for each of the three dtypes."""
     code = """
 import numpy as np
-from halfbyte.quant import nf4_cpu, nf4_cpu_kernel
+from halfbyte.quant.kernels import nf4_cpu, nf4_cpu_kernel
 for dtype in ("uint16", "float16", "float32"):
     nf4_cpu.quantise(np.zeros(64, dtype), "nf4", 64)
 print(sum(nf4_cpu_kernel.run.stats.cache_hits.values()))
