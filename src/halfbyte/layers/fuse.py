@@ -17,10 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from halfbyte.errors import AdapterError
 from halfbyte.layers import attention, norm_gate, sight
+from halfbyte.layers.experts import interface
+from halfbyte.layers.experts.layout import is_quantised
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.layers.lora_linear import REMADE, Remade, frozen_linear, lora_linear
 from halfbyte.quant import formats
+
+ADAPTERS_DISABLED, NO_ADAPTER = "adapters disabled", "no active adapter"
 
 _cached: Any = cache  # mypy takes a class as a key for unhashable
 
@@ -47,6 +52,8 @@ class _Fast:
 
         def forward(self, *args: Any, **kwargs: Any) -> Any: ...
 
+        def merge(self, *args: object, **kwargs: object) -> None: ...
+
 
 class _FrozenLinear(_Fast):
     """A quantised linear layer without LoRA."""
@@ -71,6 +78,29 @@ class _LoraLinear(_Fast):
         dropout = self.lora_dropout[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         return lora_linear(x, base, a, b, self.scaling[name], p)
+
+
+class _LoraExperts(_Fast):
+    """PEFT's LoRA on a stack of experts; several of them are nested, and the outer one gives all to our function."""
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        base, wrappers = self.get_base_layer(), interface.wrappers_of(self)
+        reasons = {unfused_reason(wrapper) for wrapper in wrappers} - {""}
+        if interface.takes_lora(base) and not reasons:
+            kwargs["loras"] = dict(filter(None, map(interface.lora_of, wrappers)))
+        elif not is_quantised(base):  # a quantised stack is none that PEFT's own forward could add to
+            return super().forward(x, *args, **kwargs)
+        elif reasons - {ADAPTERS_DISABLED, NO_ADAPTER}:
+            raise AdapterError(f"LoRA on quantised experts: {', '.join(sorted(reasons))}: this cannot be computed.")
+        return base(x, *args, **kwargs)
+
+    def merge(self, *args: object, **kwargs: object) -> None:
+        if is_quantised(self.get_base_layer()):
+            raise AdapterError(
+                "adapters cannot be merged into quantised experts.",
+                fix="load the adapter on the 16-bit base, and merge",
+            )
+        super().merge(*args, **kwargs)
 
 
 class _RmsNorm(_Fast):
@@ -137,8 +167,11 @@ def install(model: nn.Module) -> Fused:
     inside = {id(m.base_layer) for m in model.modules() if isinstance(m, LoraLayer)}
     for module in list(model.modules()):
         kind = type(module) if not isinstance(module, _Fast) else type(module).__bases__[1]
-        if isinstance(module, LoraLayer):
-            if _is_linear(module.base_layer):
+        if isinstance(module, LoraLayer) and interface.is_lora_of_experts(module):
+            counts["LoRA experts"] += 1
+            _become(module, _LoraExperts)
+        elif isinstance(module, LoraLayer):
+            if not hasattr(module, "parameter_name") and _is_linear(module.base_layer):
                 reason = unfused_reason(module)
                 unfused.update([reason] if reason else [])
                 counts["LoRA linears"] += not reason
@@ -155,16 +188,25 @@ def install(model: nn.Module) -> Fused:
         elif kind.__name__ in ATTENTIONS:
             counts["attentions"] += 1
             _become(module, _Attention)
+    if experts := interface.install(model):
+        counts["experts"] = experts
     return Fused(dict(counts), dict(unfused))
 
 
 def remove(model: nn.Module) -> int:
-    """Give every module its own class back. Returns how many had another."""
-    fast = [m for m in model.modules() if isinstance(m, _Fast)]
+    """Give every module its own class back, and experts their own code. Returns how many had another.
+
+    LoRA on quantised experts keeps ours, as PEFT's has nothing to add to; it is computed by definition then.
+    """
+    fast = [m for m in model.modules() if isinstance(m, _Fast) and not _only_ours(m)]
     for module in fast:
         module.__class__ = type(module).__bases__[1]
         module.__dict__.pop("_halfbyte_cheap", None)
-    return len(fast)
+    return len(fast) + interface.remove(model)
+
+
+def _only_ours(module: nn.Module) -> bool:
+    return isinstance(module, _LoraExperts) and is_quantised(module.get_base_layer())
 
 
 def recompute_cheap(model: nn.Module, *, on: bool) -> None:
@@ -186,12 +228,12 @@ def _cheap(module: nn.Module, y: Tensor, make: Callable[[], Tensor]) -> Tensor:
 def unfused_reason(layer: nn.Module) -> str:
     """Why this LoRA layer must run PEFT's own forward now; empty if it need not."""
     if layer.disable_adapters:
-        return "adapters disabled"
+        return ADAPTERS_DISABLED
     if layer.merged:
         return "merged"
     names = [n for n in layer.active_adapters if n in layer.lora_A]
     if len(layer.active_adapters) != 1:
-        return "several adapters" if layer.active_adapters else "no active adapter"
+        return "several adapters" if layer.active_adapters else NO_ADAPTER
     if any(n in getattr(layer, "lora_variant", {}) for n in names):
         return "DoRA or another variant"
     if any(getattr(layer, "lora_bias", {}).get(n) for n in names):

@@ -1,0 +1,1 @@
+"""Mixture of experts: which modules hold experts, their fast forward, and the same by definition."""
