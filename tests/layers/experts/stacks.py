@@ -12,15 +12,13 @@ class OneAtATime:
     """Stands for a quantised stack: it cannot be indexed, only asked for an expert."""
 
     def __init__(self, weight: Tensor) -> None:
-        self.weight, self.shape = weight.detach().clone(), weight.shape
-        self.scratch = torch.empty(0)
+        self.weight, self.shape, self.device = weight.detach().clone(), weight.shape, weight.device
         self.asked: list[int] = []
 
-    def expert(self, number: int, dtype: torch.dtype) -> Tensor:
+    def expert(self, number: int, dtype: torch.dtype, *, out: Tensor) -> Tensor:
+        """Into `out`, as `quant.stack.ExpertStack`."""
         self.asked.append(number)
-        self.scratch.fill_(float("nan"))  # whoever still reads the one before sees it
-        self.scratch = self.weight[number].to(dtype, copy=True)
-        return self.scratch
+        return out.copy_(self.weight[number])
 
 
 def hide_stacks(module: nn.Module, names: tuple[str, ...]) -> list[OneAtATime]:

@@ -20,6 +20,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from halfbyte.quant import dequantise
+
 # The flags that `use_experts_implementation` sets on each instance.
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel", "down_proj")
 
@@ -79,8 +81,12 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def matrix(module: nn.Module, stack: Any, expert: int, dtype: torch.dtype) -> Tensor:
-    """(in, out) of one expert: a view, or dequantised into memory that the next call may overwrite."""
-    weight: Tensor = stack.expert(expert, dtype) if hasattr(stack, "expert") else stack[expert]
+    """(in, out) of one expert: a view, or dequantised into memory that the next call overwrites."""
+    if hasattr(stack, "expert"):
+        out = dequantise.scratch(torch.Size(stack.shape[1:]), dtype, stack.device)
+        weight: Tensor = stack.expert(expert, dtype, out=out)
+    else:
+        weight = stack[expert]
     weight = weight if weight.dtype == dtype else weight.to(dtype)
     return weight if module.is_transposed else weight.T
 
