@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import halfbyte
 from halfbyte.adapters import targets
@@ -21,8 +22,10 @@ from tests import tiny
 LENGTHS = (5, 40, 40, 1, 23)
 
 
-def adapted(name: str, dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
-    model = tiny.model(name, dtype=dtype)
+def adapted(
+    name: str, dtype: torch.dtype = torch.float32, *, changes: Any = None, vocab_size: int = 256, **lora: Any
+) -> Any:
+    model = tiny.model(name, dtype=dtype, changes=changes, vocab_size=vocab_size)
     names = list(targets.auto_targets(model).names)
     config = LoraConfig(**{"r": 4, "target_modules": names, "task_type": "CAUSAL_LM", **lora})
     model = peft.get_peft_model(model, config)
@@ -102,6 +105,62 @@ def test_what_peft_can_do_and_is_not_fused_goes_pefts_way_and_is_said(lora: dict
     said = fuse.install(model)
     assert said.unfused == {why: 8} and why in str(said)
     assert apart(gradients(model), own) < 1e-5
+
+
+ROWS = [200, 0, 31]  # not in their order; 0 is the padding
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers of any tensor that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func._schema.is_mutable and "view" not in str(func):
+            shared = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+            if out.untyped_storage().data_ptr() not in shared:
+                self.numbers = max(self.numbers, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt"])
+def test_trained_rows_learn_what_pefts_do_and_no_matrix_is_made_anew(name: str, tied: bool) -> None:
+    changes = {"tie_word_embeddings": tied}
+    model = adapted(name, changes=changes, vocab_size=2000, trainable_token_indices=ROWS)
+    model.zero_grad()
+    embedding = model.get_input_embeddings()
+    seen = torch.tensor([[200, 5, 0, 31, 200, 31, 7, 9]])
+    many = batch()
+    many["input_ids"][0, : seen.numel()] = seen[0]
+    many["targets"][:3] = torch.tensor([200, 31, 0])
+
+    def learned(fused: bool) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        loss.micro_batch_loss(model, many, fused=fused).backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    own = learned(False)
+    with torch.no_grad():
+        wanted = model(seen).logits, embedding(seen)
+    counts = fuse.install(model).counts
+    assert counts["trained rows"] == 1 + tied
+    with Largest() as largest:
+        assert apart(learned(True), own) < 1e-5
+        with torch.no_grad():
+            got = model(seen).logits, embedding(seen)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    assert largest.numbers < embedding.token_adapter.base_layer.weight.numel()
+    assert loss.head_of(model) is not None
+    with torch.no_grad(), model.disable_adapter():
+        alone = loss.micro_batch_loss(model, many)
+        assert loss.head_of(model) is not None
+        torch.testing.assert_close(alone, loss.micro_batch_loss(model, many, fused=False), rtol=1e-5, atol=1e-5)
+    fuse.remove(model)
+    with Largest() as largest:
+        learned(False)
+    assert largest.numbers >= embedding.token_adapter.base_layer.weight.numel(), "PEFT's own does make it anew"
 
 
 def test_merged_disabled_and_several_adapters_go_pefts_way() -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte.layers import fuse, norm_gate, packing
+from halfbyte.layers import fuse, norm_gate, packing, packing_proof
 from halfbyte.layers.fused_proof import prove_fused
+from halfbyte.models import structure
 from tests.layers.test_fuse import adapted, fused
 
 
@@ -26,6 +27,23 @@ def test_right_layers_stay_on_and_nothing_else_changes(name: str, dtype: torch.d
     assert not any(m.training for m in model.modules())
     for n, p in model.named_parameters():
         assert torch.equal(p, before[n]) and p.grad is None
+
+
+def test_trained_rows_are_proven_on_a_few_rows_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows at the end of it too; embedding and head are not widened whole, and a wrong one is seen."""
+    model = adapted("gemma3", torch.bfloat16, vocab_size=2000, trainable_token_indices=[1999, 1500])
+    layer = model.get_input_embeddings().token_adapter
+    with packing_proof.few_tokens(model, exact=True):
+        assert len(layer.base_layer.weight) == packing_proof.tokens_of(structure.causal_lm(model)) == 258
+        assert max(layer.token_indices["default"]) < 258
+        assert layer.base_layer.weight.dtype == torch.float32
+    assert layer.token_indices["default"] == [1999, 1500] and len(layer.base_layer.weight) == 2000
+    proof = prove_fused(model, packed=True)
+    assert proof.ok and proof.difference < 1e-5, proof.reason
+    real = fuse.trained_rows
+    for wrong in (lambda rows, values: (rows.flip(0), values), lambda rows, values: (rows, values * 1.1)):
+        monkeypatch.setattr(fuse, "trained_rows", lambda layer, w=wrong: w(*real(layer)))
+        assert "gradients differ" in prove_fused(model, packed=True).reason
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -62,6 +62,34 @@ def test_head_loss(
     assert float((hidden.grad.double() - wide.grad).norm()) <= tolerance * float(wide.grad.norm())
 
 
+@pytest.mark.parametrize("chunk", [1, 10**9], ids=["chunks", "whole"])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (3.0, 5.0)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_a_head_of_which_some_rows_train(
+    dtype: torch.dtype, tolerance: float, scale: float, softcap: float | None, chunk: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(loss, "CHUNK_BYTES", chunk)
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(37, 16, generator=draw).to(dtype).requires_grad_()
+    weight = (torch.randn(77, 16, generator=draw) * 0.7).to(dtype)
+    rows = torch.tensor([70, 3, 12])
+    values = (torch.randn(3, 16, generator=draw) * 0.7).to(dtype)
+    values = values.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    targets = torch.randint(77, (37,), generator=draw)
+    targets[:3] = rows
+    got = head_loss(hidden, targets, Head(weight, None, scale, softcap, dtype, rows, values))
+    (got * 0.5).backward()
+    wide, own = hidden.detach().double().requires_grad_(), values.detach().double().requires_grad_()
+    used = weight.double().clone()
+    used[rows] = own
+    wanted = whole(wide, targets, Head(used, None, scale, softcap), 0.0)
+    (wanted * 0.5).backward()
+    assert float((got.double() - wanted).abs()) <= tolerance * float(wanted.abs())
+    for made, true in ((hidden.grad, wide.grad), (values.grad, own.grad)):
+        assert made is not None and true is not None
+        assert float((made.double() - true).norm()) <= tolerance * float(true.norm())
+
+
 def test_no_gradient_is_made_where_none_is_wanted() -> None:
     hidden = torch.randn(4, 8)
     head = Head(torch.randn(9, 8), None)

@@ -12,8 +12,9 @@ import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model, get_peft_model_state_dict
 from peft import set_peft_model_state_dict as set_state
 from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import AutoModelForCausalLM, MixtralConfig
@@ -157,3 +158,20 @@ def test_a_missing_weight_is_a_warning(tmp_path: Path) -> None:
 def test_signatures() -> None:
     assert "is_trainable" in inspect.signature(PeftModel.from_pretrained).parameters
     assert "save_embedding_layers" in inspect.signature(get_peft_model_state_dict).parameters
+
+
+def test_pefts_layer_of_trained_rows_has_the_fields_that_the_fused_one_reads() -> None:
+    """`layers/fuse.py`, and `layers/packing_proof.py`, which moves the indices for the moment of a proof."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[9, 4], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny.model("gemma3"), config)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for wrapper in (embedding, head):
+        assert isinstance(wrapper, TrainableTokensWrapper) and isinstance(wrapper.token_adapter, TrainableTokensLayer)
+    layer, tied = embedding.token_adapter, head.token_adapter
+    assert layer.base_layer.weight is tied.base_layer.weight
+    assert tied.tied_adapter is layer and layer.tied_adapter is None
+    assert tied.token_indices is layer.token_indices and layer.token_indices == {"default": [9, 4]}
+    assert tied.trainable_tokens_delta is layer.trainable_tokens_delta
+    assert layer.active_adapters == ["default"] and not layer.disable_adapters and not layer.merged
+    assert float(layer._get_embed_scale()) == tiny.HIDDEN**0.5
+    assert layer.trainable_tokens_delta["default"].shape == (2, tiny.HIDDEN)

@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from halfbyte.layers import packing
+from halfbyte.layers import fuse, packing
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.layers.lora_linear import product
@@ -79,7 +79,8 @@ def micro_batch_loss(model: Model, batch: Batch, *, label_smoothing: float = 0.0
 class Head:
     """An output head: logits = cap(scale * (h W^T + b)), with cap(z) = softcap * tanh(z / softcap) if any.
 
-    W and b may train, as fp32 masters: it computes in `dtype`, of the weight where that is None.
+    W and b may train, as fp32 masters: it computes in `dtype`, of the weight where that is None. Or only `rows` of W
+    train: `values` stand in their place.
     """
 
     weight: torch.Tensor  # (V, D)
@@ -87,6 +88,8 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     dtype: torch.dtype | None = None
+    rows: torch.Tensor | None = None  # (R,)
+    values: torch.Tensor | None = None  # (R, D)
 
 
 def head_of(model: Model) -> Head | None:
@@ -98,11 +101,11 @@ def head_of(model: Model) -> Head | None:
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         return None
     lm = structure.causal_lm(model)
-    linear, dtype = _linear_head(lm)
+    linear, dtype, rows = _linear_head(lm)
     if type(linear) is not torch.nn.Linear or structure.body(lm) is lm:
         return None
     scale, softcap = _scaling(lm.config.get_text_config())
-    head = Head(linear.weight, linear.bias, scale, softcap, dtype)
+    head = Head(linear.weight, linear.bias, scale, softcap, dtype, *rows)
     seen = _SEEN.get(lm)
     if seen is None or seen[0] is not linear.weight:
         seen = (linear.weight, _computes_logits(lm, head))
@@ -110,16 +113,22 @@ def head_of(model: Model) -> Head | None:
     return head if seen[1] else None
 
 
-def _linear_head(lm: Model) -> tuple[Model, torch.dtype | None]:
-    """The module that makes the logits, and the dtype that it does so in where that is not its weight's."""
-    from peft.utils import ModulesToSaveWrapper
+def _linear_head(lm: Model) -> tuple[Model, torch.dtype | None, tuple[torch.Tensor, ...]]:
+    """The module that makes the logits, the dtype that it does so in where that is not its weight's, and the rows of
+    it that train with their values, where not all do."""
+    from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
     head = lm.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper) and isinstance(head.token_adapter, fuse._TokenRows):
+        layer = head.token_adapter
+        rows = fuse.trained_rows(layer)
+        alone = layer.disable_adapters and not layer.merged
+        return (head if rows is None and not alone else layer.base_layer), None, rows or ()
     if not isinstance(head, ModulesToSaveWrapper):
-        return head, None
+        return head, None, ()
     own, active = head.original_module, [name for name in head.active_adapters if name in head.modules_to_save]
     used = head.modules_to_save[active[0]] if active and not head.disable_adapters else own
-    return used, getattr(getattr(own, "weight", None), "dtype", None)
+    return used, getattr(getattr(own, "weight", None), "dtype", None), ()
 
 
 _SEEN: WeakKeyDictionary[torch.nn.Module, tuple[torch.Tensor, bool]] = WeakKeyDictionary()
@@ -187,6 +196,8 @@ def _logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     """(K, D) -> (K, V), in hidden's dtype, as the models' own forward makes them."""
     weight, bias = head.weight.to(hidden.dtype), None if head.bias is None else head.bias.to(hidden.dtype)
     logits = torch.nn.functional.linear(hidden, weight, bias)
+    if head.rows is not None and head.values is not None:
+        logits = logits.index_copy(-1, head.rows, hidden @ head.values.to(hidden.dtype).T)
     if head.scale != 1.0:
         logits = logits * head.scale
     return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
@@ -195,7 +206,7 @@ def _logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
 def head_loss(hidden: torch.Tensor, targets: torch.Tensor, head: Head, *, smoothing: float = 0.0) -> torch.Tensor:
     """Summed cross-entropy of `targets` (K,) under the head's logits of `hidden` (K, D), in chunks. Scalar, fp32."""
     hidden, targets = hidden.to(head.dtype or head.weight.dtype), targets.to(hidden.device)
-    loss: torch.Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, targets, head, smoothing)
+    loss: torch.Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, head.values, targets, head, smoothing)
     return loss
 
 
@@ -225,13 +236,14 @@ class _HeadLoss(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        values: torch.Tensor | None,
         targets: torch.Tensor,
         head: Head,
         smoothing: float,
     ) -> torch.Tensor:
         made = [
             torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if x is not None and needed else None
-            for x, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
+            for x, needed in zip((weight, bias, values), ctx.needs_input_grad[1:4], strict=True)
         ]
         labelled, width = hidden.shape[0], weight.shape[0]
         rows = packing.up_to(labelled)  # filled up with zeros, so that products have few shapes
@@ -244,20 +256,28 @@ class _HeadLoss(torch.autograd.Function):
         chunk = min(most, packing.up_to(-(-rows // -(-rows // most)))) if rows else 1
         with torch.no_grad():
             # a master's copy in the dtype that is computed in; a frozen one is in it
-            own = replace(head, weight=weight.to(hidden.dtype), bias=None if bias is None else bias.to(hidden.dtype))
+            added, lent = (None if x is None else x.to(hidden.dtype) for x in (bias, values))
+            own = replace(head, weight=weight.to(hidden.dtype), bias=added, values=lent)
             for first in range(0, rows, chunk):
                 part = slice(first, min(rows, first + chunk))
                 losses[part], gradient = _part(hidden[part], targets[part], own, smoothing, gradient=grad is not None)
                 if grad is not None:
                     gradient[max(0, labelled - first) :] = 0
+                    if own.rows is not None and own.values is not None:
+                        columns = gradient[:, own.rows]  # (C, R)
+                        gradient[:, own.rows] = 0
                     torch.mm(gradient, own.weight, out=grad[part])  # (C, V) @ (V, D)
+                    if own.rows is not None and own.values is not None:
+                        grad[part] += columns @ own.values  # (C, R) @ (R, D)
+                        if made[2] is not None:
+                            made[2] += columns.T @ hidden[part]
                     if made[0] is not None:
                         made[0] += gradient.T @ hidden[part]  # (V, C) @ (C, D)
                     if made[1] is not None:
                         made[1] += gradient.sum(0, dtype=torch.float32)
                 del gradient
         ctx.gradients = (None if grad is None else grad[:labelled], *made)
-        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.dtypes = hidden.dtype, weight.dtype, *(None if x is None else x.dtype for x in (bias, values))
         return losses[:labelled].sum()
 
     @staticmethod
@@ -275,6 +295,8 @@ def _part(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses (C,) of some rows (C, D), and the gradient (C, V) of what head and hidden multiply to."""
     logits = product(hidden, head.weight.T, head.bias)  # (C, V)
+    if head.rows is not None and head.values is not None:
+        logits.index_copy_(1, head.rows, hidden @ head.values.T)  # (C, D) @ (D, R)
     if head.scale != 1.0:
         logits.mul_(head.scale)
     slope = None

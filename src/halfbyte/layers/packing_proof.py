@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +155,15 @@ def random_examples(lm: Model, lengths: Sequence[int], seed: int = 0) -> list[Te
 
 
 def tokens_of(lm: Model) -> int:
-    return min(TOKENS, int(lm.config.get_text_config().vocab_size))
+    trained = max((len(rows) for m in _of_rows(lm) for rows in m.token_indices.values()), default=0)
+    return min(TOKENS + trained, int(lm.config.get_text_config().vocab_size))
+
+
+def _of_rows(lm: Model) -> list[Any]:
+    """PEFT's layers that train rows of an embedding or head; those that are tied share theirs."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    return [m for m in lm.modules() if isinstance(m, TrainableTokensLayer)]
 
 
 def long_row(lm: Model, longest: int | None) -> tuple[int, str]:
@@ -207,15 +215,20 @@ def precisions(model: Model) -> tuple[bool, ...]:
 def few_tokens(model: Model, *, exact: bool) -> Iterator[None]:
     """The model with the first rows of its vocabulary, computing in fp32 if `exact`. As before afterwards."""
     lm = structure.causal_lm(model)
-    embeddings, count = lm.get_input_embeddings(), tokens_of(lm)
+    (embeddings, _), count = structure.around(lm), tokens_of(lm)
     padding = getattr(embeddings, "padding_idx", None)
     saved = [(t, t.data) for t in (*_vocabulary(lm), *(t for t, _ in _widened(model)))]
     dtypes = [
         (m, m.compute_dtype, m.weight.quant_state.dtype) for _, m in bnb.linears_4bit(model) if formats.is_quantised(m)
     ]
+    trained = [(m, dict(m.token_indices)) for m in _of_rows(lm) if m.tied_adapter is None]
+    # rows that train are, for the moment, among these, and met by the examples
+    first = dict.fromkeys([*torch.cat(random_examples(lm, SHORT)).tolist(), *range(count)])
     try:
         for rows in _vocabulary(lm):
             rows.data = rows.data[:count]
+        for module, indices in trained:
+            module.token_indices.update({name: [*first][: len(own)] for name, own in indices.items()})
         if padding is not None and padding >= count:
             embeddings.padding_idx = None
         if exact:
@@ -227,6 +240,8 @@ def few_tokens(model: Model, *, exact: bool) -> Iterator[None]:
     finally:
         for tensor, data in reversed(saved):
             tensor.data = data
+        for module, indices in trained:
+            module.token_indices.update(indices)
         for module, compute, stored in dtypes:
             module.compute_dtype, module.weight.quant_state.dtype = compute, stored
         if padding is not None:
@@ -245,6 +260,5 @@ def _widened(model: Model) -> list[tuple[Tensor, Tensor]]:
 
 def _vocabulary(lm: Model) -> list[nn.Parameter]:
     """The frozen parameters of embedding and head, which have a row for each token; a tied one once."""
-    plain = [m for m in (lm.get_input_embeddings(), lm.get_output_embeddings())
-             if isinstance(m, nn.Embedding) or type(m) is nn.Linear]  # fmt: skip
+    plain = [m for m in structure.around(lm) if isinstance(m, nn.Embedding) or type(m) is nn.Linear]
     return list({id(p): p for m in plain for p in m.parameters(recurse=False) if not p.requires_grad}.values())

@@ -41,6 +41,13 @@ def body(lm: Model) -> Model:
     return lm.base_model if decoder is lm else decoder
 
 
+def around(lm: Model) -> tuple[nn.Module, nn.Module]:
+    """Embedding and output head as the model has them, inside what PEFT puts around one of which some rows train."""
+    ends = (lm.get_input_embeddings(), lm.get_output_embeddings())
+    embedding, head = (getattr(getattr(x, "token_adapter", None), "base_layer", x) for x in ends)
+    return embedding, head
+
+
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The repeated layers of a model, in the order in which they run."""
     return list(getattr(*layer_list(model)))
