@@ -14,8 +14,9 @@ from pathlib import Path
 from halfbyte.errors import SourceError
 from halfbyte.models import tensors
 from halfbyte.models.architectures import FAMILIES, tensors_of
+from halfbyte.models.gguf import header as gguf_header
 from halfbyte.models.references import REFERENCES, bundled, mixtures, tensors_of_mixture
-from halfbyte.models.sources import gguf_header, hub, safetensors
+from halfbyte.models.sources import hub, safetensors
 from halfbyte.models.tensors import Facts, TensorSpec
 from halfbyte.types import ConfigFile, Document
 

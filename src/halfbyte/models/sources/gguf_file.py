@@ -1,7 +1,7 @@
 """A `.gguf` file -> a safetensors checkpoint in halfbyte's cache, made once.
 
 Everything after this room reads safetensors by name, shape and mapping; GGUF blocks are another quantiser's.
-Cost: 2 bytes of disk per parameter; the conversion itself runs in a child process (gguf_convert.py).
+Cost: 2 bytes of disk per parameter; the conversion itself runs in a child process (models/gguf/convert.py).
 """
 
 import hashlib
@@ -16,20 +16,20 @@ import tempfile
 from pathlib import Path
 
 from halfbyte.errors import SourceError
+from halfbyte.models.gguf.header import GgufHeader, parts_of, read_header
 from halfbyte.models.sources.checkpoint import locked, need_space
 from halfbyte.models.sources.folder import check_folder
-from halfbyte.models.sources.gguf_header import GgufHeader, read_header
 from halfbyte.system import files
 from halfbyte.system.files import cache_dir
 
 log = logging.getLogger("halfbyte")
 # Raised when what is written changes, so that older conversions are not found again.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BF16_BYTES = 2
 # Tokenizer, config and chat template beside the weights; 262,144 tokens take 33 MB.
 TOKENIZER_BYTES = 100_000_000
-# Measured on a 135M model: 3.6 bytes per parameter over what the imports take.
-CONVERSION_BYTES_PER_PARAMETER = 4
+# What torch, transformers and a tokenizer's vocabulary take, and the pieces in hand, whatever the model's size.
+CONVERSION_BYTES = 800_000_000
 NOTE = "halfbyte.json"
 
 
@@ -37,10 +37,11 @@ def checkpoint_of(file: Path) -> Path:
     """The converted checkpoint of a GGUF file; converted now if it is not in the cache yet."""
     file = file.absolute()
     try:
-        stat = file.stat()
+        stats = [(part, part.stat()) for part in parts_of(file)]
     except OSError as error:
         raise SourceError(f"{file} cannot be read: {error.strerror or error}") from error
-    identity = f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\0{FORMAT_VERSION}"
+    parts = [f"{part}\0{stat.st_size}\0{stat.st_mtime_ns}" for part, stat in stats]
+    identity = "\0".join([*parts, str(FORMAT_VERSION)])
     stem = re.sub(r"[^\w.-]+", "_", file.stem)[:60]
     target = converted_path(f"{stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}")
     if not target.is_dir():
@@ -66,7 +67,11 @@ def convert_into(target: Path, file: Path) -> None:
             partial.mkdir()
             _run_child(file, partial, header, lock)
             check_folder(partial, allow_pickle=False, label=str(file))
-            note = {"source": str(file), "source_bytes": file.stat().st_size, "format": FORMAT_VERSION}
+            note = {
+                "source": str(file),
+                "source_bytes": sum(part.stat().st_size for part in header.files),
+                "format": FORMAT_VERSION,
+            }
             (partial / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
             files.put(partial, target)
         except OSError as error:
@@ -76,13 +81,14 @@ def convert_into(target: Path, file: Path) -> None:
 
 
 def _run_child(file: Path, partial: Path, header: GgufHeader, lock: int) -> None:
-    """Run gguf_convert.py on `file`, and turn what it says into one error."""
+    """Run models/gguf/convert.py on `file`, and turn what it says into one error."""
     with tempfile.TemporaryDirectory(prefix="halfbyte-gguf-") as alone:
-        # Under a link of its own nothing else lies beside the file.
-        link = Path(alone, "model.gguf")
-        link.symlink_to(file)
+        # Under links of their own nothing else lies beside the files.
+        links = [Path(alone, part.name if len(header.files) > 1 else "model.gguf") for part in header.files]
+        for link, part in zip(links, header.files, strict=True):
+            link.symlink_to(part)
         # -P: a module in the user's folder must not stand in for one of ours.
-        command = [sys.executable, "-P", "-m", "halfbyte.models.sources.gguf_convert", str(link), str(partial)]
+        command = [sys.executable, "-P", "-m", "halfbyte.models.gguf.convert", str(links[0]), str(partial)]
         quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         log.info("converting %s to safetensors, once: half a minute, and more for a larger model", file.name)
         # The child holds the lock too: if this process is killed, the next one waits for it.
@@ -104,9 +110,9 @@ def _run_child(file: Path, partial: Path, header: GgufHeader, lock: int) -> None
     if code == 0:
         return
     if code < 0:
-        need_bytes = header.numel * CONVERSION_BYTES_PER_PARAMETER + 500_000_000
         raise SourceError(
-            f"the conversion of {file} was ended by signal {-code}; it needs about {need_bytes / 1e9:.1f} GB of memory",
+            f"the conversion of {file} was ended by signal {-code}; "
+            f"it needs about {CONVERSION_BYTES / 1e9:.1f} GB of memory",
             fix="free memory, or use a safetensors checkpoint of the model, which needs no conversion",
         )
     last = lines[-1] if lines else f"exit code {code}"

@@ -1,0 +1,84 @@
+"""The tokenizer of a GGUF file, written and read back as the file says it.
+
+transformers builds it from the file's vocabulary, but cuts text by GPT-2's rule wherever it does not know the file's
+(`tokenizer.ggml.pre`): other tokens than the model was trained on, and no word about it. The rules that are known here
+are llama.cpp's (src/llama-vocab.cpp); a file with another one is refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from halfbyte.models.gguf.header import GgufHeader
+from halfbyte.models.gguf.layouts import Refused
+from halfbyte.types import Config, Tokenizer
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_DIGIT, _THREE = r"\p{N}", r"\p{N}{1,3}"
+_CJK = r"[一-龥぀-ゟ゠-ヿ]+"
+_DEEPSEEK = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Rule -> the cuts, one after the other, of what the one before has left whole.
+SPLITS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "exaone4", "trillion", "granite-docling"), (_GPT2,)),
+    **dict.fromkeys(
+        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), (_DIGIT, _GPT2)
+    ),
+    **dict.fromkeys(("stablelm2", "hunyuan", "solar-open"), ("|".join((_CONTRACTIONS, _WORDS, _DIGIT, _REST)),)),
+    **dict.fromkeys(("chatglm-bpe", "glm4", "glm5"), ("|".join((_CONTRACTIONS, _WORDS, _THREE, _REST)),)),
+    **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm"), (_THREE, _CJK, _DEEPSEEK)),
+    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"),
+    **dict.fromkeys(("bloom", "poro-chat", "gpt3-finnish"), (r" ?[^(\s|.,!?…。，、।۔،)]+",)),
+}
+PROBE = "Hello  world, it's 12345 + 6.  7\n\n\tdef f(x):\n    return x  # é 日本\n"
+
+
+def tokenizer_of(folder: str, name: str, header: GgufHeader, config: Config) -> Tokenizer:
+    """The tokenizer of the file `name`, alone in `folder`: transformers prefers a tokenizer.json that lies beside it.
+
+    Raises:
+        Refused: it is of a kind, or cuts text by a rule, that is not known.
+    """
+    from tokenizers import Regex, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    kind, rule = header.metadata.get("tokenizer.ggml.model"), header.metadata.get("tokenizer.ggml.pre", "default")
+    if kind == "gpt2" and rule not in {*SPLITS, *GGUF_PRE_TOKENIZER_SPLITS, "default"}:
+        raise Refused(f"its tokenizer cuts text by the rule {rule!r} (tokenizer.ggml.pre), which is not known")
+    try:
+        # AutoTokenizer asks transformers' own table of architectures first.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=name)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise Refused(f"its tokenizer (tokenizer.ggml.model = {kind!r}) cannot be read: {error}") from error
+    if kind == "gpt2" and rule in SPLITS:
+        cuts = [pre_tokenizers.Split(Regex(cut), behavior="isolated") for cut in SPLITS[rule]]
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, bytes_])
+    context = header.metadata.get(f"{header.architecture}.context_length")
+    if isinstance(context, int) and context > 0:
+        tokenizer.model_max_length = context
+    if len(tokenizer) > config.vocab_size:
+        raise Refused(f"its tokenizer has {len(tokenizer)} tokens, and its model knows {config.vocab_size}")
+    return tokenizer
+
+
+def check_tokenizer(target: Path, tokenizer: Tokenizer, header: GgufHeader) -> None:
+    """What was written must read back as what the file says."""
+    from transformers import AutoTokenizer
+
+    again = AutoTokenizer.from_pretrained(str(target))
+    for token, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        said = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        found = getattr(again, f"{token}_token_id")
+        if said is not None and found != said:
+            raise Refused(f"its {token} token is {said}, and the tokenizer read from it has {found}")
+    if again.chat_template != header.metadata.get("tokenizer.chat_template"):
+        raise Refused("its chat template was changed by the conversion")
+    if again(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
+        raise Refused("its tokenizer reads back differently from how it was written")
