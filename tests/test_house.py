@@ -28,7 +28,17 @@ HELP_CPU_SECONDS = 0.5
 
 HEAVY = frozenset({"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "numba", "gguf", "trl"})
 # Folders that `halfbyte --help`, `halfbyte plan` and the reading of data go through.
-LIGHT_FOLDERS = ("system", "recipe", "models", "models.sources", "data.reading", "data.encoding", "plan", "cli")
+LIGHT_FOLDERS = (
+    "system",
+    "recipe",
+    "models",
+    "models.gguf",
+    "models.sources",
+    "data.reading",
+    "data.encoding",
+    "plan",
+    "cli",
+)
 LIGHT_FILES = (
     "__main__",
     "errors",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 
-import pytest
-
 
 def test_the_hub_has_the_names_that_its_failures_are_told_apart_by() -> None:
     from huggingface_hub import errors, get_cached_repo_tree, snapshot_download
@@ -18,20 +16,41 @@ def test_the_hub_has_the_names_that_its_failures_are_told_apart_by() -> None:
         assert issubclass(getattr(errors, name), Exception)
 
 
-def test_the_loader_takes_a_config_with_a_gguf_and_reports_what_was_missing() -> None:
-    from transformers import GgufConfig, PreTrainedModel
+def test_the_fast_tokenizer_is_made_of_a_gguf_whatever_its_architecture() -> None:
+    from transformers import PreTrainedTokenizerFast
 
-    assert GgufConfig(dequantize=True).dequantize
-    source = inspect.getsource(PreTrainedModel.from_pretrained)
-    assert "gguf_file" in source and "output_loading_info" in source
+    source = inspect.getsource(PreTrainedTokenizerFast.__init__)
+    assert "gguf_file" in source and "get_gguf_tokenizer" in source and "ARCHS" not in source
 
 
-def test_transformers_still_needs_our_digit_split() -> None:
-    """When this fails, upstream splits digits itself, and the table in convert.py can go."""
-    mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
-    from halfbyte.models.sources.gguf_convert import DIGIT_SPLIT
+def test_transformers_still_lacks_the_rules_that_are_listed_here() -> None:
+    """When this fails, upstream cuts by them itself, and they can go from the table."""
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    assert not DIGIT_SPLIT & mapping.GGUF_PRE_TOKENIZER_SPLITS.keys()
+    from halfbyte.models.gguf.tokenizer import SPLITS
+
+    assert not SPLITS.keys() & GGUF_PRE_TOKENIZER_SPLITS.keys()
+
+
+def test_an_empty_model_tells_the_names_and_shapes_of_a_checkpoint() -> None:
+    """`revert_weight_conversion`, which save_pretrained uses, on the meta device: a stack becomes its experts."""
+    import torch
+    from transformers import AutoModelForCausalLM, MixtralConfig
+    from transformers.core_model_loading import revert_weight_conversion
+
+    small = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "vocab_size": 16}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(MixtralConfig(**small, num_attention_heads=2, num_key_value_heads=2))
+    shapes = {name: value.shape for name, value in revert_weight_conversion(model, model.state_dict()).items()}
+    assert shapes["model.layers.0.block_sparse_moe.experts.7.w1.weight"] == (12, 8)
+
+
+def test_the_gguf_package_maps_names_with_stacked_experts() -> None:
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, 1)
+    found = names.get_name("model.layers.0.block_sparse_moe.experts.w1.weight", try_suffixes=(".weight", ".bias"))
+    assert found == "blk.0.ffn_gate_exps.weight"
 
 
 def test_gguf_sizes_are_found_by_plain_numbers() -> None:

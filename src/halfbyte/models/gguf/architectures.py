@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from halfbyte.errors import first_line
 from halfbyte.models.gguf.header import GgufHeader
 from halfbyte.models.gguf.layouts import Refused
 from halfbyte.models.gguf.said import Said, rope, scaling
@@ -71,6 +72,7 @@ def config_of(header: GgufHeader) -> Config:
     Raises:
         Refused: the architecture is not known here, or the file says something that the config has no place for.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -93,8 +95,8 @@ def config_of(header: GgufHeader) -> Config:
     _check_all_used(said, kind)
     try:
         return AutoConfig.for_model(kind, **values)
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
-        raise Refused(f"what it says of itself is no {kind} of transformers: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        raise Refused(f"what it says of itself is no {kind} of transformers: {first_line(error)}") from error
 
 
 def _common(said: Said, names: set[str]) -> Document:
@@ -240,7 +242,9 @@ def _gemma4(said: Said) -> Document:
         said.get(same)
     if said.get("expert_count", 0):
         raise Refused("its feed-forward layers are mixtures of experts, which are not supported in this architecture")
-    share = 1.0 if table is None else float((table == 1).sum()) / table.size
+    if table is None:
+        raise Refused("it has no rope_freqs.weight, which tells how much of a head turns")
+    share = float((table == 1).sum()) / table.size
     base, local_base = said.get("rope.freq_base", 1000000.0), said.get("rope.freq_base_swa", 10000.0)
     embedded = said.tensors.get("per_layer_token_embd.weight")
     return {

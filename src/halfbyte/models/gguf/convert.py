@@ -77,13 +77,14 @@ def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
 def _write(path: Path, header: GgufHeader, shapes: dict[str, tuple[int, ...]], found: dict[str, Place]) -> None:
     """One safetensors file, its tensors one after the other and each in pieces.
 
-    What a file keeps in float32 beside its blocks (norms, routers, state space) is kept so; the rest becomes bf16.
+    What a file has in float32 stays so where bf16 would change a value; the rest becomes bf16.
     """
     import torch
 
+    torch.set_num_threads(1)  # pieces are small: threads would wait for each other, long on a busy machine
     entries: Document = {"__metadata__": {"format": "pt"}}
     weights, end = Weights(header), 0
-    kinds = {name: "F32" if weights.by_name[found[name].name].type == "F32" else "BF16" for name in shapes}
+    kinds = {name: "BF16" if _fits_bf16(found[name], weights) else "F32" for name in shapes}
     dtypes = {"F32": torch.float32, "BF16": torch.bfloat16}
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * dtypes[kinds[name]].itemsize
@@ -102,6 +103,16 @@ def _write(path: Path, header: GgufHeader, shapes: dict[str, tuple[int, ...]], f
                 file.write(values.to(dtypes[kinds[name]]).view(torch.uint8).numpy().data)
             if written != math.prod(shape):
                 raise Refused(f"its {found[name].name} gives {written:,} values, and {name} has {math.prod(shape):,}")
+
+
+def _fits_bf16(place: Place, weights: Weights) -> bool:
+    """Whether a parameter is written in bf16: it was rounded further already, or nothing of it is lost."""
+    import torch
+
+    if weights.by_name[place.name].type != "F32":
+        return True
+    pieces = map(torch.from_numpy, place.pieces(weights))
+    return all(torch.equal(piece, piece.bfloat16().float()) for piece in pieces)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def scaling(said: Said, default: ConfigFile, dims: int, theta: float) -> Documen
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor} if factor != 1 else {}
     if kind == "yarn":
-        own = default if default.get("rope_type") == "yarn" else {}
+        own = {k: v for k, v in default.items() if k != "rope_theta"} if default.get("rope_type") == "yarn" else {}
         named = {
             "beta_fast": "yarn_beta_fast",
             "beta_slow": "yarn_beta_slow",

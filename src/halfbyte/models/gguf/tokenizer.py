@@ -32,7 +32,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("stablelm2", "hunyuan", "solar-open"), ("|".join((_CONTRACTIONS, _WORDS, _DIGIT, _REST)),)),
     **dict.fromkeys(("chatglm-bpe", "glm4", "glm5"), ("|".join((_CONTRACTIONS, _WORDS, _THREE, _REST)),)),
     **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm"), (_THREE, _CJK, _DEEPSEEK)),
-    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"),
+    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", "[0-9][0-9][0-9]", _GPT2),
     **dict.fromkeys(("bloom", "poro-chat", "gpt3-finnish"), (r" ?[^(\s|.,!?…。，、।۔،)]+",)),
 }
 PROBE = "Hello  world, it's 12345 + 6.  7\n\n\tdef f(x):\n    return x  # é 日本\n"
@@ -57,8 +57,15 @@ def tokenizer_of(folder: str, name: str, header: GgufHeader, config: Config) -> 
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise Refused(f"its tokenizer (tokenizer.ggml.model = {kind!r}) cannot be read: {error}") from error
     if kind == "gpt2" and rule in SPLITS:
-        cuts = [pre_tokenizers.Split(Regex(cut), behavior="isolated") for cut in SPLITS[rule]]
-        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        cuts = [
+            pre_tokenizers.Split(Regex(cut), behavior="isolated")
+            if cut != _DIGIT
+            else pre_tokenizers.Digits(individual_digits=True)
+            for cut in SPLITS[rule]
+            if cut != _GPT2
+        ]
+        # GPT-2's own cuts are built into the class, and come last wherever they come.
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=_GPT2 in SPLITS[rule])
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, bytes_])
     context = header.metadata.get(f"{header.architecture}.context_length")
     if isinstance(context, int) and context > 0:

@@ -72,7 +72,7 @@ class Weights:
         step = len(raw) if how.transposed else max(1, PIECE_ELEMENTS // columns_of_a_row)
         for first in range(0, len(raw), step):
             part = raw[first : first + step] if order is None else raw[order[first : first + step]]
-            values = _dequantised(np.ascontiguousarray(part), tensor.type)
+            values = _dequantised(np.array(part), tensor.type)
             if how.value is not None:
                 values = how.value(values)
             if columns is not None:

@@ -42,7 +42,7 @@ def checkpoint_of(file: Path) -> Path:
         raise SourceError(f"{file} cannot be read: {error.strerror or error}") from error
     parts = [f"{part}\0{stat.st_size}\0{stat.st_mtime_ns}" for part, stat in stats]
     identity = "\0".join([*parts, str(FORMAT_VERSION)])
-    stem = re.sub(r"[^\w.-]+", "_", file.stem)[:60]
+    stem = re.sub(r"[^\w.-]+", "_", stats[0][0].stem if stats else file.stem)[:60]
     target = converted_path(f"{stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}")
     if not target.is_dir():
         convert_into(target, file)
