@@ -29,7 +29,7 @@ def runner(here: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
     def run(*args: str) -> Ended:
         capsys.readouterr()
         try:
-            code = main._guard(lambda: main.app(list(args)))
+            code = main._guard(lambda: main.app(list(args)), args)
         except SystemExit as left:
             code = int(left.code or 0)
         said = capsys.readouterr()

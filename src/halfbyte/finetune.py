@@ -21,7 +21,7 @@ from halfbyte.errors import DataError
 from halfbyte.layers.kernels import pool
 from halfbyte.plan import calibrate
 from halfbyte.recipe.adapter import folder_of
-from halfbyte.recipe.file import to_yaml
+from halfbyte.recipe.file import seen_from, to_yaml
 from halfbyte.recipe.schema import Loaded, Recipe
 from halfbyte.runs import checkpoint, points
 from halfbyte.runs import report as reporting
@@ -88,10 +88,12 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
     else:
         RunFolder.check_free(out)
     ready = make_ready(loaded.recipe, machine, tell, point)
+    local = ready.job.prepared.checkpoint.kind in ("folder", "gguf")
+    kept = to_yaml(seen_from(loaded.recipe, out, model=local))
     if point is None:
-        folder = RunFolder.create(out, to_yaml(loaded.recipe))
+        folder = RunFolder.create(out, kept)
     elif point.changes(loaded.recipe):
-        files.write(folder.recipe, to_yaml(loaded.recipe).encode())
+        files.write(folder.recipe, kept.encode())
     with folder.lock() as run, stop_on_signals(tell.stopping) as stop, usage.Peak() as peak:
         try:
             split.keep(ready.job.prepared.held_out, run.held_out)
@@ -225,6 +227,8 @@ def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener) -
     if recipe.train.early_stopping_patience is not None:
         early = EarlyStopping(recipe.train, run.read_metrics())
         trainer.add_callback(early)
+    # early stopping decides on the evaluation itself, so that one is always finished
+    trainer.evaluating, trainer.stops = tell.evaluating, lambda: stop.signal is not None and early is None
     try:
         trainer.train(resume_from_checkpoint=str(point.path) if point is not None else None)
     finally:

@@ -151,6 +151,22 @@ def test_a_script_of_the_drop_in_moves_them(lora: dict[str, Any], tmp_path: Path
         torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits, rtol=0, atol=0)
 
 
+def test_a_second_adapter_has_masters_too() -> None:
+    """Both ways: it trains when it is made active; with no masters asked for, there are none."""
+    for cast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"], task_type="CAUSAL_LM")
+        model = halfbyte.get_peft_model(base(), config, autocast_adapter_dtype=cast).train()
+        model.add_adapter("second", config, autocast_adapter_dtype=cast)
+        model.set_adapter("second")
+        assert {p.dtype for p in trained(model).values()} == {dtype}
+        assert all(".second" in name for name in trained(model))
+        ids = torch.stack(plain_peft.texts((20, 20), 256))
+        if cast:
+            shares = moved(model, lambda m=model, x=ids: m(input_ids=x, labels=x).loss.backward())
+            assert min(shares.values()) >= 0.99
+        assert model(input_ids=ids).logits.dtype == torch.bfloat16
+
+
 def test_a_script_that_wants_no_masters_gets_none() -> None:
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"], task_type="CAUSAL_LM")
     model = halfbyte.get_peft_model(base(), config, autocast_adapter_dtype=False)

@@ -566,6 +566,47 @@ def test_an_error_is_json_too_where_json_was_asked_for(halfbyte: Cli, monkeypatc
     assert (error["message"], error["exit_code"]) == ("/somewhere: Input/output error", 1)
 
 
+@pytest.mark.parametrize("words", [["--json", "--bogus"], ["--json", "--max-new-tokens", "0"], ["--bogus", "--json"]])
+def test_what_the_parser_refuses_is_json_too(halfbyte: Cli, words: list[str]) -> None:
+    said = halfbyte("eval", "done", *words)
+    error = json.loads(said.out)["error"]
+    assert (said.code, error["exit_code"], error["kind"]) == (2, 2, "UsageError")
+    assert next(word for word in words if word not in ("--json", "0")) in error["message"] and said.err
+    assert halfbyte("eval", "done", "--bogus").out == ""
+
+
+def test_a_run_is_used_from_any_folder(here: Path, halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its relative paths go from its own folder; files of the same names elsewhere are none of its own."""
+    assert halfbyte("train", "recipe.yaml", "--set", "data.eval=test.jsonl", "--output", "runs/one").code == 0
+    wanted = halfbyte("eval", "runs/one", "--json").out
+    elsewhere = here / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "test.jsonl").write_text('{"prompt": "other", "completion": "rows"}\n')
+    monkeypatch.chdir(elsewhere)
+    assert halfbyte("eval", "../runs/one", "--json").out == wanted
+    again = halfbyte("train", "../runs/one", "--resume", "--set", "train.max_steps=5")
+    assert again.code == 0, again.err
+    kept = yaml.safe_load((here / "runs/one/recipe.yaml").read_text())
+    assert (kept["data"]["eval"], kept["data"]["train"]) == ("../../test.jsonl", "../../train.jsonl")
+    moved = here / "moved"
+    moved.mkdir()
+    for name in ("runs", "model", "train.jsonl", "test.jsonl"):
+        (here / name).rename(moved / name)
+    try:
+        assert halfbyte("eval", str(moved / "runs/one"), "--limit", "1").code == 0
+    finally:
+        for name in ("runs", "model", "train.jsonl", "test.jsonl"):
+            (moved / name).rename(here / name)
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_the_base_is_opened(
+    halfbyte: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "open_base", lambda *args, **kwargs: pytest.fail("the base was opened"))
+    refused = halfbyte("generate", "done", "--prompt", "hi", "--prompt", "red " * 300)
+    assert refused.code == 2 and "the model reads 256" in refused.err
+
+
 def test_control_characters_of_rows_do_not_reach_the_terminal(halfbyte: Cli) -> None:
     """An ESC would be obeyed: it can clear the screen, or rename the window."""
     nasty = "red \x1b]0;owned\x07cup\x9b2J\x7f"

@@ -7,7 +7,7 @@ import signal
 import pytest
 from rich.console import Console
 
-from halfbyte.cli import show
+from halfbyte.cli import progress, show
 
 
 def printed(patch: pytest.MonkeyPatch, label: str, value: str, *, columns: int | None = None, width: int = 10) -> str:
@@ -57,7 +57,7 @@ def test_a_signal_is_acknowledged(
     number: signal.Signals, seconds: float | None, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for silent, quiet in ((True, True), (False, True), (False, False)):
-        with show.progress(quiet=quiet, silent=silent) as listener:
+        with progress.training(quiet=quiet, silent=silent) as listener:
             if seconds is not None:
                 listener.step({"step": 1, "seconds": seconds, "loss": 1.0, "tokens_per_second": 9.0})
             listener.stopping(number)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from halfbyte.errors import DataError
-from halfbyte.models.context import context_of
+from halfbyte.models.context import context_in, context_of
 from tests import tiny
 
 
@@ -39,11 +39,21 @@ from tests import tiny
     ],
 )  # fmt: skip
 def test_what_a_config_says(name: str, changes: dict[str, Any], tokens: int | None, said: str) -> None:
-    found = context_of(tiny.config(name, changes={"rope_scaling": changes} if "rope_type" in changes else changes))
+    config = tiny.config(name, changes={"rope_scaling": changes} if "rope_type" in changes else changes)
+    found = context_of(config)
+    assert context_in(config.to_dict()) == found, "a config.json says the same without transformers"
     if tokens is None:
         assert found is None
     else:
         assert found is not None and (found.tokens, found.why) == (tokens, said)
+
+
+def test_what_an_older_config_json_says() -> None:
+    scaled = {"max_position_embeddings": 256, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    found = context_in({"text_config": {"model_type": "llama", **scaled}})
+    assert found is not None and (found.tokens, found.why) == (1024, "rope scaling linear: 256 x 4")
+    within = context_in({"model_type": "gemma3_text", **scaled})
+    assert within is not None and within.tokens == 256, "of its full-attention layers alone"
 
 
 def test_a_prompt_and_its_answer_must_fit() -> None:

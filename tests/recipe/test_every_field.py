@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_hook
 
 from halfbyte import finetune
-from halfbyte.cli import show
+from halfbyte.cli import progress, show
 from halfbyte.errors import HalfbyteError
 from halfbyte.inference import load as opened_run
 from halfbyte.inference.evaluate import evaluate
@@ -510,7 +510,7 @@ class Lab:
         try:
             with pytest.MonkeyPatch.context() as patch, show.out.capture() as captured:
                 patch.setattr(finetune, "training_arguments", spied)
-                finetune.train(loaded, listener=show.PlainListener(quiet=False))
+                finetune.train(loaded, listener=progress.PlainListener(quiet=False))
         finally:
             hook.remove()
         ran.lines = captured.get().splitlines()

@@ -135,6 +135,41 @@ def test_a_second_interrupt_stops_at_once_and_leaves_the_last_checkpoint(at: int
         assert (run.path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+class Leaves(Listener):
+    """Interrupts in an evaluation."""
+
+    def __init__(self) -> None:
+        self.evaluations, self.rows = 0, list[dict[str, Any]]()
+
+    def evaluating(self) -> None:
+        self.evaluations += 1
+        if self.evaluations == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def evaluated(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+
+def test_an_interrupt_leaves_an_evaluation_and_resume_makes_it(tmp_path: Path) -> None:
+    asked = {"data__eval": str(tiny_run.rows(tmp_path / "held.jsonl", n=6, seed=5)), "train__eval_strategy": "steps"}
+    asked |= {"train__eval_steps": 2, "train__save_strategy": "no", "train__save_minutes": 60.0}
+    whole = tiny_run.recipe(tmp_path, **asked, output=tmp_path / "whole")
+    finetune.train(whole)
+    loaded, left = tiny_run.recipe(tmp_path, **asked), Leaves()
+    outcome = finetune.train(loaded, listener=left)
+    assert (outcome.stopped_by, outcome.at_once, outcome.step, left.rows) == (signal.SIGINT, False, 2, [])
+    run = RunFolder(tmp_path / "run")
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-000002"]
+    finetune.train(loaded, resume=True)
+
+    def evaluations(folder: Path) -> list[tuple[int, float]]:
+        return [(row["step"], row["eval_loss"]) for row in RunFolder(folder).read_metrics() if "eval_loss" in row]
+
+    assert evaluations(run.path) == evaluations(tmp_path / "whole") and len(evaluations(run.path)) == 2
+    name = "adapter/adapter_model.safetensors"
+    assert (run.path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_a_checkpoint_with_changed_bytes_is_written_again(tmp_path: Path) -> None:
     loaded = tiny_run.recipe(tmp_path, **SAVED)
     finetune.train(loaded)

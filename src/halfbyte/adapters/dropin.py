@@ -51,6 +51,31 @@ class Adapted(PeftModelForCausalLM):
                     return CausalLMOutputWithPast(loss=loss)
             return super().forward(*args, **kwargs)
 
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            _ROUNDED.add(self)
+        _hold(self)
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode)
+        _hold(self)  # what trains beside LoRA in another adapter trains from now on
+
+
+# Of which a script has asked for no fp32 masters.
+_ROUNDED: WeakSet[Adapted] = WeakSet()
+
+
+def _hold(model: Model) -> None:
+    if model not in _ROUNDED:
+        masters.hold(model)
+
 
 _PROVEN: WeakSet[Adapted] = WeakSet()
 
@@ -78,6 +103,8 @@ def get_peft_model(model: Model, peft_config: PeftConfig, adapter_name: str = "d
     adapted = _get_peft_model(model, peft_config, adapter_name, **kwargs)
     if kwargs.get("autocast_adapter_dtype", True):
         masters.hold(adapted)
+    else:
+        _ROUNDED.add(adapted)
     return own_class(adapted)
 
 

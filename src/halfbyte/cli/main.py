@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halfbyte.cli import conversation, show, show_data, show_doctor, show_plan
+from halfbyte.cli import conversation, progress, show, show_data, show_doctor, show_plan
 from halfbyte.cli.store import Json, stores
 from halfbyte.errors import HalfbyteError, RecipeError, TrainError
 from halfbyte.system import libraries
@@ -110,7 +111,7 @@ def train(
         show.warning(warning)
     if loaded.path is None and not (json_ or quiet):
         show.text("No recipe given; this one is used:\n\n" + to_yaml(loaded.recipe))
-    with show.progress(quiet=quiet, silent=json_) as listener:
+    with progress.training(quiet=quiet, silent=json_) as listener:
         with libraries.loading():
             from halfbyte import finetune
 
@@ -197,11 +198,11 @@ def generate(
     json_: Json = False,
 ) -> None:
     """Answer prompts with the adapter on its base, or with the base alone."""
-    opened = _open(run, set_, silent=json_)
+    talks = [[{"role": "user", "content": text}] for text in prompt]
+    opened = _open(run, set_, silent=json_, asks=(talks, max_new_tokens))
     from halfbyte.inference.generate import Sampling
 
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    talks = [[{"role": "user", "content": text}] for text in prompt]
     answers = []
     for number, talk in enumerate(talks, 1):
         if len(talks) > 1 and not json_:
@@ -240,15 +241,14 @@ def evaluate(
 ) -> None:
     """Completion loss, perplexity and exact match on held-out rows; with --base beside the base alone."""
     from halfbyte.inference import target
-    from halfbyte.training import early
 
-    early.held_out(target.find(run, set_).recipe, run, data)
+    target.held_out(target.find(run, set_).recipe, run, data)
     opened = _open(run, set_, silent=json_)
     from halfbyte.inference import evaluate as scoring
 
-    with show.counting("rows", silent=json_) as progress:
+    with progress.counting("rows", silent=json_) as count:
         scores = scoring.evaluate(
-            opened, data=data, limit=limit, with_base=base, max_new_tokens=max_new_tokens, progress=progress
+            opened, data=data, limit=limit, with_base=base, max_new_tokens=max_new_tokens, progress=count
         )
     if json_:
         show.document({name: s.to_json() for name, s in scores.items()})
@@ -272,7 +272,7 @@ def quantize(
     from halfbyte.recipe.command import recipe_or_model
 
     recipe = recipe_or_model(model, set_).recipe
-    with show.quantizing(silent=json_ or quiet) as tell:
+    with progress.quantizing(silent=json_ or quiet) as tell:
         with libraries.loading():
             from halfbyte.base.quantize import quantize as build
 
@@ -314,22 +314,34 @@ def version() -> None:
     show.text("\n".join(f"{name} {value}" for name, value in versions().items()))
 
 
-def _open(run: Path, overrides: list[str], *, silent: bool) -> Opened:
-    """A run, an adapter or a base, ready to answer. That there is none is told before a library is loaded."""
+def _open(
+    run: Path, overrides: list[str], *, silent: bool, asks: tuple[list[list[dict[str, str]]], int] = ([], 0)
+) -> Opened:
+    """A run, an adapter or a base, ready to answer. That there is none is told before a library is loaded.
+
+    Args:
+        asks: conversations, and the tokens of an answer; what is too long is refused before the base is opened.
+    """
     from halfbyte.inference import target
 
     target.find(run, overrides)
-    with show.waiting("opening base and adapter", silent=silent) as tell:
+    with progress.waiting("opening base and adapter", silent=silent) as tell:
         with libraries.loading():
-            from halfbyte.inference import load
+            from halfbyte.inference import generate, load
 
-        return load.open_run(run, tell, overrides)
+        return load.open_run(run, tell, overrides, partial(generate.check, asks))
 
 
-def _guard(call: Callable[[], object]) -> int:
-    """Run the app; a HalfbyteError, or what the system refuses, is one message on stderr and an exit code."""
+def _guard(call: Callable[[], object], words: Sequence[str] = ()) -> int:
+    """Run the app; a HalfbyteError, or what the system refuses, is one message on stderr and an exit code. What the
+    parser refuses of `words` it has said itself, but for JSON."""
     try:
         call()
+    except SystemExit as left:
+        usage = getattr(left.__context__, "format_message", None)
+        if usage is not None and "--json" in words:
+            show.error(usage(), int(left.code or 0), kind="UsageError")
+        raise
     except HalfbyteError as error:
         show.failed(str(error), error.exit_code, message=error.message, fix=error.fix, kind=type(error).__name__)
         return error.exit_code
@@ -347,4 +359,4 @@ def _guard(call: Callable[[], object]) -> int:
 
 
 def main() -> None:
-    sys.exit(_guard(app))
+    sys.exit(_guard(app, sys.argv[1:]))

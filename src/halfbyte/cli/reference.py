@@ -69,7 +69,8 @@ def recipe_page() -> str:
 # The recipe
 
 `halfbyte init` writes a commented recipe; `halfbyte train RECIPE --dry-run` shows every value and where it came from.
-`--set a.b=c` wins over the recipe, the recipe over the defaults. Paths are relative to where halfbyte is run.
+`--set a.b=c` wins over the recipe, the recipe over the defaults. Paths are relative to where halfbyte is run;
+a run keeps its own relative to its folder.
 An unknown key is an error that names the nearest valid one.
 
 ```yaml

@@ -1,4 +1,4 @@
-"""How the command line looks: tables, live progress on a terminal, plain lines elsewhere."""
+"""How the command line looks: text, tables, warnings and errors; what goes on meanwhile is in `progress.py`."""
 
 from __future__ import annotations
 
@@ -7,35 +7,26 @@ import logging
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from signal import SIGINT, Signals
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from halfbyte.training.events import Listener
-
 if TYPE_CHECKING:
     from halfbyte.base.quantize import Built
-    from halfbyte.base.store import supply
-    from halfbyte.base.store.build import Progress
     from halfbyte.base.store.shelf import Shelved
     from halfbyte.finetune import Outcome
     from halfbyte.inference.evaluate import Score
     from halfbyte.types import Document
 
 LABEL_WIDTH = 10
-# Plain lines of a build come at most this often.
-LINE_SECONDS = 5.0
 # a pipe has no width: tables then take what they need
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 _as_json = False
-_nowhere = Console(quiet=True, force_terminal=False)
 
 
 def gb(count: float) -> str:
@@ -107,7 +98,12 @@ def failed(said: str, code: int, **more: str | None) -> None:
     """One message on stderr; where JSON was asked for, a document on stdout too."""
     sys.stderr.write(f"error: {visible(said)}\n")
     if _as_json:
-        document({"error": {"message": said, "fix": None, "kind": "system", **more, "exit_code": code}})
+        error(said, code, **more)
+
+
+def error(said: str, code: int, **more: str | None) -> None:
+    """An error as the JSON document of a command that was asked for one."""
+    document({"error": {"message": said, "fix": None, "kind": "system", **more, "exit_code": code}})
 
 
 _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
@@ -133,183 +129,6 @@ def asker() -> Callable[[], str]:
 
     session: PromptSession[str] = PromptSession(FormattedText([("bold ansicyan", "you>"), ("", " ")]))
     return lambda: session.prompt().strip()
-
-
-class SilentListener(Listener):
-    """Says nothing but that a signal was heard."""
-
-    step_s: float | None = None
-    stepped = 0.0
-
-    def step(self, row: Document) -> None:
-        self.step_s, self.stepped = row["seconds"], time.monotonic()
-
-    def stopping(self, signal: Signals) -> None:
-        left = "" if self.step_s is None else f", about {max(1.0, self.step_s + self.stepped - time.monotonic()):.0f} s"
-        err.print(f"{signal.name}: finishing this step{left}; Ctrl-C {'again ' * (signal == SIGINT)}to stop now")
-
-
-class PlainListener(SilentListener):
-    """One line for each thing that happens; steps every `log_every`, or ten in a run when quiet."""
-
-    def __init__(self, *, quiet: bool, build: Callable[[Progress], None] | None = None) -> None:
-        self.quiet, self.total, self.every, self.started, self.first = quiet, 0, 1, 0.0, 0
-        self.build = build
-
-    def building(self, progress: Progress) -> None:
-        if self.build is not None:
-            self.build(progress)
-
-    def note(self, label: str, text: str) -> None:
-        if not self.quiet:
-            labelled(label, text)
-
-    def warn(self, text: str) -> None:
-        warning(text)
-
-    def begin(self, total_steps: int, done_steps: int, log_every: int) -> None:
-        if done_steps:
-            out.print(f"going on from step {done_steps}/{total_steps}")
-        self.total, self.first, self.started = total_steps, done_steps, time.monotonic()
-        self.every = max(1, total_steps // 10) if self.quiet else log_every
-
-    def reached(self, row: Document, memory: str = "") -> str:
-        done = row["step"] - self.first
-        left = (time.monotonic() - self.started) / done * (self.total - row["step"]) if done > 0 else 0.0
-        return (
-            f"loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s  "
-            f"{memory}{gb(row.get('rss_bytes', 0))}  ETA {duration(left)}"
-        )
-
-    def step(self, row: Document) -> None:
-        super().step(row)
-        if row["step"] % self.every == 0 or row["step"] == self.total:
-            out.print(f"step {row['step']}/{self.total}  {self.reached(row, 'memory ')}")
-
-    def evaluated(self, row: Document) -> None:
-        best = "  (best so far)" if row.get("best") else ""
-        if row.get("above"):
-            best = f"  (the lowest so far, but above the {row['above']:.4f} before training)"
-        out.print(
-            f"eval at step {row['step']}: loss {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:.3f}{best}"
-        )
-
-    def saved(self, path: Path, reason: str) -> None:
-        if not self.quiet:
-            out.print(f"checkpoint {path}{f' ({reason})' if reason else ''}")
-
-    def end(self) -> None: ...
-
-
-class LiveListener(PlainListener):
-    """A bar with step, loss, tokens/s, memory and ETA; notes and evaluations scroll above it."""
-
-    def __init__(self, *, quiet: bool, build: Callable[[Progress], None] | None = None) -> None:
-        super().__init__(quiet=quiet, build=build)
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-        from rich.progress import Progress as Bar
-
-        title, reached = TextColumn("[bold]training"), TextColumn("{task.description}")
-        self.bar = Bar(title, BarColumn(bar_width=None), MofNCompleteColumn(), reached, console=out)
-
-    def begin(self, total_steps: int, done_steps: int, log_every: int) -> None:
-        super().begin(total_steps, done_steps, log_every)
-        self.bar.add_task("", total=total_steps, completed=done_steps)
-        self.bar.start()
-
-    def step(self, row: Document) -> None:
-        SilentListener.step(self, row)
-        self.bar.update(self.bar.task_ids[0], completed=row["step"], description=self.reached(row))
-
-    def end(self) -> None:
-        self.bar.stop()
-
-
-@contextmanager
-def progress(*, quiet: bool, silent: bool) -> Iterator[Listener]:
-    """The listener that fits: silent with --json, a live bar on a terminal, plain lines otherwise."""
-    if silent:
-        yield SilentListener()
-        return
-    with _building(out) as build:
-        kind = LiveListener if out.is_terminal and not quiet else PlainListener
-        listener = kind(quiet=quiet, build=None if quiet else build)
-        try:
-            yield listener
-        finally:
-            listener.end()
-
-
-@contextmanager
-def _building(console: Console) -> Iterator[Callable[[Progress], None]]:
-    """Whom to tell how a store's build goes. On a terminal a bar that goes away at the end; elsewhere a line every few
-    seconds, none for a short build."""
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
-
-    eta, due = TimeRemainingColumn(compact=True), LINE_SECONDS
-    columns = (BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn(), TextColumn("ETA"), eta)
-    bar = Bar(TextColumn("[bold]quantising"), *columns, console=console, transient=True)
-
-    def tell(now: Progress) -> None:
-        nonlocal due
-        if console.is_terminal:
-            if not bar.tasks:
-                bar.add_task("", total=now.total_bytes)
-                bar.start()
-            bar.update(bar.task_ids[0], completed=now.done_bytes)
-            if now.done_bytes >= now.total_bytes:
-                bar.stop()
-        elif now.seconds >= due:
-            due = now.seconds // LINE_SECONDS * LINE_SECONDS + LINE_SECONDS
-            console.print(escape(line(now)))
-
-    try:
-        yield tell
-    finally:
-        if bar.tasks:  # a bar that was never drawn prints an empty line when it is stopped
-            bar.stop()
-
-
-def line(now: Progress) -> str:
-    """`quantising  45%  6.10 of 13.50 GB  1.21 GB/s  ETA 0:06`"""
-    done, total, left = now.done_bytes, now.total_bytes, now.eta_seconds
-    return (
-        f"quantising {100 * done // total if total else 100:3d}%  {done / 1e9:.2f} of {gb(total)}  "
-        f"{gb(now.bytes_per_second)}/s  ETA {'-' if left is None else duration(left)}"
-    )
-
-
-@contextmanager
-def quantizing(*, silent: bool) -> Iterator[supply.Tell]:
-    """While a store is built: yields whom to tell how it goes."""
-    from halfbyte.base.store import supply
-
-    console = _nowhere if silent else err
-    with _building(console) as tell:
-        yield supply.Tell(
-            progress=tell, note=lambda label, said: console.print(escape(f"{label:<{LABEL_WIDTH}}{said}"))
-        )
-
-
-@contextmanager
-def waiting(what: str, *, silent: bool) -> Iterator[supply.Tell]:
-    """While something is opened: yields whom to tell how the building of a store goes."""
-    from halfbyte.base.store import supply
-
-    console = _nowhere if silent else err
-    with (console if console.is_terminal else _nowhere).status(what) as status, _building(console) as tell:
-        yield supply.Tell(
-            progress=(lambda now: status.update(f"{what}: {line(now)}")) if console.is_terminal else tell,
-            note=lambda label, said: console.print(escape(said)),
-        )
-
-
-@contextmanager
-def counting(what: str, *, silent: bool) -> Iterator[Callable[[int, int], None]]:
-    """A counter `(done, total)`; drawn on a terminal only."""
-    with (err if err.is_terminal and not silent else _nowhere).status(what) as status:
-        yield lambda done, total: status.update(f"{done} of {total} {what}")
 
 
 def report(outcome: Outcome) -> None:

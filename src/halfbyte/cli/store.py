@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli import show
+from halfbyte.cli import progress, show
 
 stores = typer.Typer(help="The quantised bases in halfbyte's cache, and what else lies there.", no_args_is_help=True)
 Json = Annotated[bool, typer.Option("--json", callback=show.as_json, help="Print one JSON document instead of text.")]
@@ -32,8 +32,8 @@ def verify(
     """Hash every byte of stores and compare with what was built. Exit code 1 if anything differs."""
     from halfbyte.base.store import shelf
 
-    with show.counting("stores", silent=json_) as progress:
-        wrong = shelf.verify(names or [], progress)
+    with progress.counting("stores", silent=json_) as count:
+        wrong = shelf.verify(names or [], count)
     if json_:
         show.document({name: {"whole": not problems, "problems": problems} for name, problems in wrong.items()})
     else:
@@ -47,7 +47,14 @@ def gc(
     unused_days: Annotated[
         float | None, typer.Option(min=0, help="Also whole stores and tokens that nobody has opened for so many days.")
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="All of the cache that no process uses.")] = False,
+    everything: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="Everything that no process uses: stores, conversions, packaged models, tokens. All of it can be made "
+            "or fetched again, a packaged model by pip.",
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     json_: Json = False,
 ) -> None:

@@ -12,6 +12,7 @@ from halfbyte.data import blocks, collate, pack, split
 from halfbyte.data.encoding import encode
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import DataError
+from halfbyte.inference import target
 from halfbyte.inference.generate import Sampling, generate
 from halfbyte.inference.load import Opened
 from halfbyte.layers.loss import mean_loss
@@ -19,7 +20,6 @@ from halfbyte.models.context import Context, context_of
 from halfbyte.plan import Rows, plan_inference
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device
-from halfbyte.training import early
 from halfbyte.types import Document
 
 
@@ -66,7 +66,7 @@ def evaluate(
 ) -> dict[str, Score]:
     """Score the adapter, and with `with_base` the base alone, on the same rows. Keys: `base`, `adapter`."""
     recipe = opened.recipe
-    names = early.held_out(recipe, opened.run, data)
+    names = target.held_out(recipe, opened.run, data)
     if names is None:
         encoded = split.load(RunFolder(opened.run).held_out)
     else:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import TextStreamer
 
-from halfbyte.models.context import context_of
+from halfbyte.models.context import Context, context_of
 from halfbyte.types import Document, Model, Tokenizer
 
 
@@ -38,6 +38,14 @@ def chat_ids(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> list[i
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return list(tokenizer("".join(m["content"] for m in messages))["input_ids"])
+
+
+def check(asks: tuple[Sequence[Sequence[dict[str, str]]], int], tokenizer: Tokenizer, context: Context | None) -> None:
+    """Refuse conversations that are too long with the tokens of an answer (DataError)."""
+    talks, new_tokens = asks
+    if context is not None:
+        for talk in talks:
+            context.check(len(chat_ids(tokenizer, talk)), new_tokens)
 
 
 def stop_ids(model: Model, tokenizer: Tokenizer) -> list[int]:

@@ -6,7 +6,7 @@ Cost: loading the base once; the base alone is the same model with its adapter s
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +14,13 @@ from pathlib import Path
 from halfbyte.adapters import lora
 from halfbyte.adapters.assembly import assembled
 from halfbyte.base import load, stream
+from halfbyte.base.config import open_config
 from halfbyte.base.store import supply
-from halfbyte.base.tokenizer import open_tokenizer
+from halfbyte.base.tokenizer import check_vocabulary, open_tokenizer
 from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.inference import target
+from halfbyte.models.context import Context, context_of
+from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.plan import GENERATED_TOKENS, InferencePlan, Job, Rows, Trained, plan_inference
 from halfbyte.recipe.schema import Recipe
@@ -48,22 +51,28 @@ class Opened:
         return lora.base_alone(self.model, self.own_biases) if base or self.alone else nullcontext()
 
 
-def open_run(path: Path, tell: supply.Tell | None = None, overrides: Sequence[str] = ()) -> Opened:
+def open_run(
+    path: Path,
+    tell: supply.Tell | None = None,
+    overrides: Sequence[str] = (),
+    check: Callable[[Tokenizer, Context | None], None] = lambda tokenizer, context: None,
+) -> Opened:
     """A finished run, an adapter or a base, as `target.find` tells them; a store that is not there any more is built.
 
     A base alone gets fresh adapters, which are switched off: it then gives the same numbers as beside an adapter.
+
+    Args:
+        check: may refuse what will be asked, before the base is opened.
     """
     found = target.find(path, overrides)
     recipe, run = found.recipe, found.run
     checkpoint, machine = find_model(recipe), device.detect()
     threads.settle(machine.cores)
-    base = load.open_base(checkpoint, recipe.quant, machine, trust_remote_code=recipe.trust_remote_code, tell=tell)
-    tokenizer = base.tokenizer
-    if found.adapter is not None and (found.adapter / "tokenizer_config.json").is_file():
-        # ChatML, with tokens that the base's own does not have
-        tokenizer = open_tokenizer(replace(checkpoint, path=found.adapter), base.model)
-    elif recipe.data.chat_template is not None:
-        tokenizer.chat_template = chat_template(tokenizer, recipe.data)
+    tokenizer = _tokenizer(found, checkpoint)
+    foreign = recipe.trust_remote_code
+    check(tokenizer, context_of(open_config(checkpoint.path, trust_remote_code=foreign)))
+    base = load.open_base(checkpoint, recipe.quant, machine, trust_remote_code=foreign, with_tokenizer=False, tell=tell)
+    check_vocabulary(checkpoint, tokenizer, base.model)
     trained = Trained.of(json.loads(run.plan.read_text())) if run is not None and run.plan.is_file() else None
     longest = (trained.max_tokens_per_micro_batch if trained else GENERATED_TOKENS,)
     rows = Rows(longest, evaluated=longest)
@@ -76,3 +85,14 @@ def open_run(path: Path, tell: supply.Tell | None = None, overrides: Sequence[st
     return Opened(
         path, recipe, made.model, tokenizer, made.own_biases, machine, job, trained, chosen, found.adapter is None
     )
+
+
+def _tokenizer(found: target.Target, checkpoint: Checkpoint) -> Tokenizer:
+    recipe = found.recipe
+    if found.adapter is not None and (found.adapter / "tokenizer_config.json").is_file():
+        # ChatML, with tokens that the base's own does not have
+        return open_tokenizer(replace(checkpoint, path=found.adapter), trust_remote_code=recipe.trust_remote_code)
+    tokenizer = open_tokenizer(checkpoint, trust_remote_code=recipe.trust_remote_code)
+    if recipe.data.chat_template is not None:
+        tokenizer.chat_template = chat_template(tokenizer, recipe.data)
+    return tokenizer

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from halfbyte.errors import AdapterError, SourceError
+from halfbyte.data.reading import read
+from halfbyte.errors import AdapterError, DataError, SourceError
 from halfbyte.models.sources import hub, packaged
 from halfbyte.recipe.adapter import ADAPTER_FILES, read_config
 from halfbyte.recipe.command import to_use, to_use_alone
@@ -35,6 +36,21 @@ def find(path: Path, overrides: Sequence[str] = ()) -> Target:
             return Target(path, to_use_alone(str(path), overrides))
     run = RunFolder.open(path)
     return Target(path, to_use(run.recipe, overrides), run.adapter, run)
+
+
+def held_out(recipe: Recipe, run: Path, data: Path | None) -> str | Path | Sequence[str] | None:
+    """The rows that `halfbyte eval` scores: `data`, else the recipe's own; None for those that the run has kept.
+
+    Raises:
+        DataError: there are none.
+    """
+    names = data or recipe.data.eval_names
+    if not names and RunFolder(run).held_out.is_file():
+        return None
+    if not names:
+        raise DataError("the run has no held-out rows (data.eval).", fix=f"halfbyte eval {run} --data ROWS.jsonl")
+    read.look(names, recipe.data)
+    return names
 
 
 def _adapter(path: Path, overrides: Sequence[str]) -> Target:

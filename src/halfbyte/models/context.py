@@ -2,13 +2,14 @@
 
 Why: beyond them rotary positions give garbage without an error, and learned positions have no row.
 Source: transformers' `max_position_embeddings`, and `rope_parameters` (`rope_scaling` in older configs): yarn, longrope
-and llama3 stretch `original_max_position_embeddings` by `factor`, linear and dynamic what the config has.
+and llama3 stretch `original_max_position_embeddings` by `factor`, linear and dynamic what the config has. Gemma 3's
+scaling is of its full-attention layers alone, and its positions count it already.
 """
 
 from dataclasses import dataclass
 
 from halfbyte.errors import DataError
-from halfbyte.types import Config
+from halfbyte.types import Config, ConfigFile, Document
 
 _STRETCHED = ("linear", "dynamic")
 
@@ -34,11 +35,31 @@ class Context:
 def context_of(config: Config) -> Context | None:
     """None where nothing limits it: no positions (state spaces), or ALiBi."""
     text = config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 1 or getattr(text, "alibi", False):
+    if getattr(text, "alibi", False):
+        return None
+    return _context(getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None) or {})
+
+
+def context_in(config: ConfigFile) -> Context | None:
+    """The same of a `config.json` as it is read, without transformers."""
+    text = config.get("text_config") or config
+    if text.get("alibi") or text.get("model_type") in ("bloom", "mpt"):
+        return None
+    rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    if str(text.get("model_type", "")).startswith("gemma3"):
+        rope = {"rope_type": "default"} if rope else {}
+    if "type" in rope:
+        rope.setdefault("rope_type", rope["type"])
+    original = text.get("original_max_position_embeddings")
+    if original and rope:
+        rope.setdefault("original_max_position_embeddings", original)
+    return _context(text.get("max_position_embeddings") or text.get("n_positions"), rope)
+
+
+def _context(positions: object, rope: Document) -> Context | None:
+    if not isinstance(positions, int) or positions < 1:
         return None
     why = f"max_position_embeddings {positions:,}"
-    rope = getattr(text, "rope_parameters", None) or {}
     kind, factor = rope.get("rope_type", "default"), rope.get("factor")
     if kind == "default":
         return Context(positions, f"{why}, no rope scaling" if rope else why)

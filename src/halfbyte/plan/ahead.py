@@ -14,7 +14,8 @@ from halfbyte import plan as memory
 from halfbyte.data.reading.formats import Row
 from halfbyte.errors import RecipeError
 from halfbyte.models import describe
-from halfbyte.models.sources.checkpoint import beside_bytes
+from halfbyte.models.context import context_in
+from halfbyte.models.sources.checkpoint import beside_bytes, tokenizer_bytes
 from halfbyte.plan import calibrate
 from halfbyte.plan.alternatives import Way, compare
 from halfbyte.recipe.data import Data
@@ -71,15 +72,16 @@ def plan_model(
     job = memory.Job.of(recipe, shape.specs, shape.facts, rows, machine, mappable=mappable)
     cold = device is None and job.kernels and not kernels_are_compiled()
     beside = beside_bytes(shape.path) if shape.path is not None and shape.path.is_dir() else None
-    job = replace(job, beside_bytes=beside, cold=cold)
+    read = tokenizer_bytes(shape.path) if shape.path is not None else None
+    job = replace(job, beside_bytes=beside, cold=cold, tokenizer_json_bytes=read)
     if cold:
         notes.append("the first run on this machine: it compiles kernels once, and the compiler takes memory too")
     rates = calibrate.cached(machine, job.dtype) if device is None else None
     made = memory.make(job, machine, rates)
     ways = compare(job, machine, rates) if side_by_side else ()
-    longest, kind = shape.facts.positions, shape.facts.model_type
-    if longest and rows.longest > longest:
-        notes.append(f"rows of {rows.longest} tokens are longer than the {longest} that the model was made for")
+    context, kind = context_in(shape.config), shape.facts.model_type
+    if context is not None and rows.longest > context.tokens:
+        notes.append(f"rows of {rows.longest:,} tokens: the model reads {context.tokens:,} at once ({context.why})")
     if kind not in memory.FAMILIES:
         notes.append(f"{kind} is not among the measured architectures; counted as a stock gated decoder")
     pressure = usage.pressure() if device is None else None
@@ -120,7 +122,8 @@ def _rows(recipe: Recipe, shape: describe.Shape, length: int | None, *, given: b
     if length is not None:
         return memory.Rows.assume(length), [f"rows of {length} tokens each, all labelled, as --length says"]
     if not given:
-        assumed = min(DEFAULT_LENGTH, shape.facts.positions or DEFAULT_LENGTH)
+        context = context_in(shape.config)
+        assumed = min(DEFAULT_LENGTH, context.tokens) if context is not None else DEFAULT_LENGTH
         return memory.Rows.assume(assumed), [f"rows of {assumed} tokens each are assumed, all labelled: --length N"]
     count, how = _counter(shape)
     lengths, labelled = _sizes(recipe.data.train, recipe.data, count)

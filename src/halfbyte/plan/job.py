@@ -18,7 +18,7 @@ from halfbyte.errors import AdapterError
 from halfbyte.models import tensors
 from halfbyte.models.lora_sites import Site, sites, trainable, trained_whole
 from halfbyte.models.names import leaf_of
-from halfbyte.models.sources.checkpoint import Checkpoint, beside_bytes
+from halfbyte.models.sources.checkpoint import Checkpoint, beside_bytes, tokenizer_bytes
 from halfbyte.models.tensors import Facts, TensorSpec
 from halfbyte.plan.building import Building
 from halfbyte.plan.layer import Layer, layer_of
@@ -97,6 +97,7 @@ class Job:
         packed: examples share a micro-batch; False where that is not proven for the model.
         cold: kernels are not compiled yet on this machine.
         tokenizer_bytes: of a tokenizer that is written beside the adapter, as it is not the base's own.
+        tokenizer_json_bytes: of the tokenizer's file; None where it is not at hand.
         beside_bytes: of the tokenizer and what else a store copies; None where they are not at hand.
     """
 
@@ -112,6 +113,7 @@ class Job:
     beside_bytes: int | None = None
     cold: bool = False
     tokenizer_bytes: int = 0
+    tokenizer_json_bytes: int | None = None
 
     @cached_property
     def sizes(self) -> int:
@@ -170,7 +172,8 @@ class Job:
         # a base that is quantised here is on disk, in its store, in the form that it is computed in
         job = cls.of(recipe, specs, facts, rows, device, targets=targets, mappable=recipe.quant.quantises or None)
         cold = job.kernels and not kernels_are_compiled()
-        return replace(job, beside_bytes=beside_bytes(checkpoint.path), cold=cold)
+        read = tokenizer_bytes(checkpoint.path)
+        return replace(job, beside_bytes=beside_bytes(checkpoint.path), cold=cold, tokenizer_json_bytes=read)
 
     @property
     def itemsize(self) -> int:

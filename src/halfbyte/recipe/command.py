@@ -68,7 +68,7 @@ def to_resume(target: str, overrides: Sequence[str] = ()) -> Loaded:
             f"{path} is not a run folder: it has no recipe.yaml.",
             fix="halfbyte train RUN --resume, with the folder that train made",
         )
-    loaded = given or load_recipe(path / "recipe.yaml", overrides)
+    loaded = given or load_recipe(path / "recipe.yaml", overrides, of_run=True)
     update: dict[str, object] = {"output": str(path)}  # it may have been moved or copied since its recipe was written
     if given is None and loaded.origins["data.eval"].kind == "default":  # from before rows were held out by themselves
         update["data"] = loaded.recipe.data.model_copy(update={"eval": "none"})
@@ -87,7 +87,7 @@ def to_use(file: Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: a value is set that an adapter has been trained with.
     """
     _check_usable(overrides, USABLE)
-    return load_recipe(file, ["train.report_to=none", *overrides]).recipe
+    return load_recipe(file, ["train.report_to=none", *overrides], of_run=True).recipe
 
 
 def to_use_alone(model: str, overrides: Sequence[str] = (), own: Sequence[str] = ()) -> Recipe:

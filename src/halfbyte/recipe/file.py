@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,8 +40,11 @@ _INIT_SHOWN = {
 _EXAMPLES = {"modules_to_save": "[lm_head]", "eval": "test.jsonl", "fields": "{prompt: question, completion: answer}"}
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Loaded:
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, of_run: bool = False) -> Loaded:
     """Read a recipe file; `overrides` are `a.b=c` and win over it.
+
+    Args:
+        of_run: it is a run's own, whose relative paths are meant from its folder (`seen_from`).
 
     Raises:
         RecipeError: every problem at once, with its line in the file.
@@ -56,7 +60,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read: {getattr(error, 'strerror', error)}.") from error
     values, lines = _parse(text, str(path))
-    return _build(values, lines, overrides, path)
+    return _build(values, lines, overrides, path, of_run=of_run)
 
 
 def recipe_from(model: str, data: str, overrides: Sequence[str] = ()) -> Loaded:
@@ -71,6 +75,29 @@ def recipe_from(model: str, data: str, overrides: Sequence[str] = ()) -> Loaded:
         for field, origin in loaded.origins.items()
     }
     return loaded._replace(origins=origins)
+
+
+def seen_from(recipe: Recipe, folder: Path, *, model: bool) -> Recipe:
+    """The recipe as it is kept in a run's folder: relative paths that are there go from that folder, so that they are
+    found whatever the working directory is, and when all of it is moved.
+
+    Args:
+        model: its name is a path.
+    """
+
+    def seen(name: object) -> object:
+        if isinstance(name, list | tuple):
+            return type(name)(seen(one) for one in name)
+        if not isinstance(name, str | Path) or Path(name).is_absolute() or not _is_there(name):
+            return name
+        return type(name)(os.path.relpath(name, folder))
+
+    data = recipe.data.model_copy(update={name: seen(getattr(recipe.data, name)) for name in ("train", "eval")})
+    return recipe.model_copy(update={"data": data, "model": seen(recipe.model) if model else recipe.model})
+
+
+def _is_there(name: str | Path) -> bool:
+    return Path(name).exists() or bool(glob.glob(str(name)))
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -150,7 +177,9 @@ def _walk(node: yaml.MappingNode, prefix: str, lines: dict[str, int], outer: tup
             yield from _walk(value, f"{dotted}.", lines, (*outer, node))
 
 
-def _build(values: Document, lines: dict[str, int], overrides: Sequence[str], path: Path | None) -> Loaded:
+def _build(
+    values: Document, lines: dict[str, int], overrides: Sequence[str], path: Path | None, *, of_run: bool = False
+) -> Loaded:
     problems: list[str] = []
     given = {dotted: Origin("recipe", f"line {lines[dotted]}" if dotted in lines else "") for dotted in _dotted(values)}
     merged = _copy(values)
@@ -172,7 +201,7 @@ def _build(values: Document, lines: dict[str, int], overrides: Sequence[str], pa
     origins = {field: given.get(field, Origin("default", "")) for field, _ in leaves(recipe)}
     recipe, origins = adapter.take(*_feed_dtype(recipe, origins))
     if path is not None:
-        recipe = _rows_beside(recipe, origins, path.parent)
+        recipe = _beside(recipe, origins, path.parent, first=of_run)
     return Loaded(recipe, origins, (*unusual(recipe), *adapter.other_base(recipe)), path)
 
 
@@ -253,20 +282,25 @@ def _with_sections(names: Sequence[str]) -> set[str]:
     return {*names, *(name.rpartition(".")[0] for name in names)}
 
 
-def _rows_beside(recipe: Recipe, origins: Mapping[str, Origin], folder: Path) -> Recipe:
-    """A relative name of rows in a recipe that means nothing from here is meant from the recipe's own folder."""
+def _beside(recipe: Recipe, origins: Mapping[str, Origin], folder: Path, *, first: bool) -> Recipe:
+    """A relative name of rows in a recipe that means nothing from here is meant from the recipe's own folder; so is
+    every path of a run's recipe that is there, `first`."""
 
     def found(name: object) -> object:
         if isinstance(name, list | tuple):
             return type(name)(found(one) for one in name)
-        if not isinstance(name, str | Path) or Path(name).exists() or glob.glob(str(name)):
+        if not isinstance(name, str | Path) or Path(name).is_absolute() or (_is_there(name) and not first):
             return name
         there = folder / name
-        return type(name)(str(there)) if there.exists() or glob.glob(str(there)) else name
+        return type(name)(os.path.normpath(there)) if _is_there(there) else name
 
     names = ("train", "eval")
     moved = {n: found(getattr(recipe.data, n)) for n in names if origins[f"data.{n}"].kind == "recipe"}
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=moved)})
+    model = found(recipe.model) if first and origins["model"].kind == "recipe" else recipe.model
+    if model != recipe.model:
+        model = os.path.join(os.curdir, str(model))  # a path, and no hub id or packaged name
+    data = recipe.data.model_copy(update=moved)
+    return recipe.model_copy(update={"data": data, "model": model})
 
 
 def _feed_dtype(recipe: Recipe, origins: dict[str, Origin]) -> tuple[Recipe, dict[str, Origin]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from halfbyte.runs import checkpoint
 from halfbyte.runs import report as reporting
@@ -39,6 +39,7 @@ class RunCallback(TrainerCallback):
     resume: Path | None = None
     notices: list[str] = field(default_factory=list)
     _saved_at: float = 0.0
+    _saved_step: int = -1
 
     def on_train_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         if self.resume is not None:
@@ -47,10 +48,15 @@ class RunCallback(TrainerCallback):
         self._saved_at = time.monotonic()
         self.listener.begin(state.max_steps, state.global_step, int(state.logging_steps) or 1)
 
-    def on_step_begin(self, *_: object, **__: object) -> None:
-        if self.resume is not None:
-            checkpoint.load_rng(self.resume)
-            self.resume = None
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: object, **_: object) -> None:
+        if self.resume is None:
+            return
+        checkpoint.load_rng(self.resume)
+        self.resume = None
+        rows, every = self.run.read_metrics(), args.eval_steps if args.eval_strategy == "steps" else None
+        seen = any(row["step"] == state.global_step and "eval_loss" in row for row in rows)
+        if every and state.global_step % int(every) == 0 and not seen:
+            self.trainer.evaluate()  # which the run was stopped in, after its checkpoint
 
     def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         row = {**self.trainer.last, **usage.process_memory()}
@@ -79,6 +85,8 @@ class RunCallback(TrainerCallback):
     def on_train_end(self, *_: object, **__: object) -> None:
         if self.cadence.at_end and self.stop.signal is None:
             self.save("end of training")
+        elif self.stop.signal is not None and self._saved_step != self.trainer.state.global_step:
+            self.save(f"{self.stop.signal.name} received")
         self.listener.end()
 
     def save(self, reason: str) -> None:
@@ -93,5 +101,5 @@ class RunCallback(TrainerCallback):
             trained=self.trained,
         )
         checkpoint.prune(self.run.checkpoints, self.cadence.keep)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), trainer.state.global_step
         self.listener.saved(path, reason)

@@ -4,11 +4,9 @@ Why: a missing file or a folder that is taken must not cost the half minute in w
 Cost: the first rows of each file, milliseconds; no torch.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from halfbyte.data.reading import read
-from halfbyte.errors import DataError
 from halfbyte.models.sources import lookup
 from halfbyte.recipe import adapter
 from halfbyte.recipe.schema import Recipe
@@ -56,18 +54,3 @@ def rows(recipe: Recipe) -> None:
     for names in (recipe.data.train, recipe.data.eval_names):
         if names:
             read.look(names, recipe.data)
-
-
-def held_out(recipe: Recipe, run: Path, data: Path | None) -> str | Path | Sequence[str] | None:
-    """The rows that `halfbyte eval` scores: `data`, else the recipe's own; None for those that the run has kept.
-
-    Raises:
-        DataError: there are none.
-    """
-    names = data or recipe.data.eval_names
-    if not names and RunFolder(run).held_out.is_file():
-        return None
-    if not names:
-        raise DataError("the run has no held-out rows (data.eval).", fix=f"halfbyte eval {run} --data ROWS.jsonl")
-    read.look(names, recipe.data)
-    return names

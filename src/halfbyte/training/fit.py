@@ -72,9 +72,8 @@ def with_plan(prepared: Prepared, machine: Device, say: Callable[[str], None] | 
     held_out = prepared.evaluation.lengths if prepared.evaluation is not None else ()
     rows = Rows(prepared.train.lengths, prepared.train.labelled, held_out)
     job = Job.of_checkpoint(recipe, prepared.checkpoint, meta, rows, machine, targets=targets.names)
-    tokenizer = prepared.checkpoint.path / "tokenizer.json"
-    beside = tokenizer.stat().st_size if prepared.chatml is not None and tokenizer.is_file() else 0
-    job = replace(job, tokenizer_bytes=beside)
+    written = job.tokenizer_json_bytes if prepared.chatml is not None else None
+    job = replace(job, tokenizer_bytes=written or 0)
     rates = calibrate.cached(machine, job.dtype)
     if rates is None and say is not None and choose.make(job, machine).time.run_s >= CALIBRATE_FROM_S:
         rates = calibrate.ensure(machine, job.dtype, say=say)

@@ -10,11 +10,14 @@ Cost: logits are made for labelled tokens only (`logits_to_keep`), one micro-bat
 import contextlib
 import math
 import time
+from collections.abc import Callable
+from itertools import takewhile
 from operator import itemgetter
 from pathlib import Path
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -128,6 +131,8 @@ class StepTrainer(Trainer):
     ) -> None:
         self.eval_batches, self.pace, self.loraplus_lr_ratio = eval_batches, pace, loraplus_lr_ratio
         self.last: Document = {}
+        self.evaluating: Callable[[], None] = lambda: None
+        self.stops: Callable[[], bool] = lambda: False  # an evaluation ends with its micro-batch, and training
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=[])
         self.loss_is_scaled_for_ga = True
         for callback in (PrinterCallback, ProgressCallback):
@@ -197,9 +202,17 @@ class StepTrainer(Trainer):
     def evaluate(
         self, eval_dataset: object = None, ignore_keys: object = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss per labelled token over the held-out rows, without touching the random state or the weights."""
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in loss.mean_loss(self.model, self.eval_batches).items()}
+        """Mean loss per labelled token over the held-out rows, without touching the random state or the weights. One
+        that is left early is told to nobody."""
+        self.evaluating()
+        last = self.state.global_step >= self.state.max_steps or isinstance(self.lr_scheduler, ReduceLROnPlateau)
+        batches = self.eval_batches if last else takewhile(lambda _: not self.stops(), self.eval_batches)
+        found = loss.mean_loss(self.model, batches)
         self._ended = time.perf_counter()
+        if not last and self.stops():
+            self.control.should_training_stop, self.control.should_evaluate = True, False
+            return {f"{metric_key_prefix}_loss": math.inf}  # the Trainer looks for it; nobody is told
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

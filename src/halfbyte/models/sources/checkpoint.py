@@ -44,6 +44,12 @@ def beside_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in beside_weights(folder))
 
 
+def tokenizer_bytes(folder: Path) -> int | None:
+    """Bytes of its tokenizer.json; None where it has none."""
+    file = folder / "tokenizer.json"
+    return file.stat().st_size if file.is_file() else None
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder of the cache, or say why that is not possible."""
     try:

@@ -1,0 +1,212 @@
+"""What a command shows while it works: a run's steps, a build, a wait, a count. On a terminal a bar or a line that
+changes, elsewhere plain lines; nothing where JSON is asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from signal import SIGINT, Signals
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+
+from halfbyte.cli import show
+from halfbyte.training.events import Listener
+
+if TYPE_CHECKING:
+    from halfbyte.base.store import supply
+    from halfbyte.base.store.build import Progress
+    from halfbyte.types import Document
+
+# Plain lines of a build come at most this often.
+LINE_SECONDS = 5.0
+_nowhere = Console(quiet=True, force_terminal=False)
+
+
+class SilentListener(Listener):
+    """Says nothing but that a signal was heard."""
+
+    step_s: float | None = None
+    stepped = 0.0
+    evaluates = False
+
+    def step(self, row: Document) -> None:
+        self.step_s, self.stepped, self.evaluates = row["seconds"], time.monotonic(), False
+
+    def evaluating(self) -> None:
+        self.evaluates = True
+
+    def evaluated(self, row: Document) -> None:
+        self.evaluates = False
+
+    def stopping(self, signal: Signals) -> None:
+        left = "" if self.step_s is None else f", about {max(1.0, self.step_s + self.stepped - time.monotonic()):.0f} s"
+        doing = "leaving this evaluation" if self.evaluates else f"finishing this step{left}"
+        show.err.print(f"{signal.name}: {doing}; Ctrl-C {'again ' * (signal == SIGINT)}to stop now")
+
+
+class PlainListener(SilentListener):
+    """One line for each thing that happens; steps every `log_every`, or ten in a run when quiet."""
+
+    def __init__(self, *, quiet: bool, build: Callable[[Progress], None] | None = None) -> None:
+        self.quiet, self.total, self.every, self.started, self.first = quiet, 0, 1, 0.0, 0
+        self.build = build
+
+    def building(self, progress: Progress) -> None:
+        if self.build is not None:
+            self.build(progress)
+
+    def note(self, label: str, text: str) -> None:
+        if not self.quiet:
+            show.labelled(label, text)
+
+    def warn(self, text: str) -> None:
+        show.warning(text)
+
+    def begin(self, total_steps: int, done_steps: int, log_every: int) -> None:
+        if done_steps:
+            show.out.print(f"going on from step {done_steps}/{total_steps}")
+        self.total, self.first, self.started = total_steps, done_steps, time.monotonic()
+        self.every = max(1, total_steps // 10) if self.quiet else log_every
+
+    def reached(self, row: Document, memory: str = "") -> str:
+        done = row["step"] - self.first
+        left = (time.monotonic() - self.started) / done * (self.total - row["step"]) if done > 0 else 0.0
+        return (
+            f"loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s  "
+            f"{memory}{show.gb(row.get('rss_bytes', 0))}  ETA {show.duration(left)}"
+        )
+
+    def step(self, row: Document) -> None:
+        super().step(row)
+        if row["step"] % self.every == 0 or row["step"] == self.total:
+            show.out.print(f"step {row['step']}/{self.total}  {self.reached(row, 'memory ')}")
+
+    def evaluated(self, row: Document) -> None:
+        super().evaluated(row)
+        best = "  (best so far)" if row.get("best") else ""
+        if row.get("above"):
+            best = f"  (the lowest so far, but above the {row['above']:.4f} before training)"
+        show.out.print(
+            f"eval at step {row['step']}: loss {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:.3f}{best}"
+        )
+
+    def saved(self, path: Path, reason: str) -> None:
+        if not self.quiet:
+            show.out.print(f"checkpoint {path}{f' ({reason})' if reason else ''}")
+
+    def end(self) -> None: ...
+
+
+class LiveListener(PlainListener):
+    """A bar with step, loss, tokens/s, memory and ETA; notes and evaluations scroll above it."""
+
+    def __init__(self, *, quiet: bool, build: Callable[[Progress], None] | None = None) -> None:
+        super().__init__(quiet=quiet, build=build)
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        title, reached = TextColumn("[bold]training"), TextColumn("{task.description}")
+        self.bar = Bar(title, BarColumn(bar_width=None), MofNCompleteColumn(), reached, console=show.out)
+
+    def begin(self, total_steps: int, done_steps: int, log_every: int) -> None:
+        super().begin(total_steps, done_steps, log_every)
+        self.bar.add_task("", total=total_steps, completed=done_steps)
+        self.bar.start()
+
+    def step(self, row: Document) -> None:
+        SilentListener.step(self, row)
+        self.bar.update(self.bar.task_ids[0], completed=row["step"], description=self.reached(row))
+
+    def end(self) -> None:
+        self.bar.stop()
+
+
+@contextmanager
+def training(*, quiet: bool, silent: bool) -> Iterator[Listener]:
+    """The listener that fits: silent with --json, a live bar on a terminal, plain lines otherwise."""
+    if silent:
+        yield SilentListener()
+        return
+    with _building(show.out) as build:
+        kind = LiveListener if show.out.is_terminal and not quiet else PlainListener
+        listener = kind(quiet=quiet, build=None if quiet else build)
+        try:
+            yield listener
+        finally:
+            listener.end()
+
+
+@contextmanager
+def _building(console: Console) -> Iterator[Callable[[Progress], None]]:
+    """Whom to tell how a store's build goes. On a terminal a bar that goes away at the end; elsewhere a line every few
+    seconds, none for a short build."""
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    eta, due = TimeRemainingColumn(compact=True), LINE_SECONDS
+    columns = (BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn(), TextColumn("ETA"), eta)
+    bar = Bar(TextColumn("[bold]quantising"), *columns, console=console, transient=True)
+
+    def tell(now: Progress) -> None:
+        nonlocal due
+        if console.is_terminal:
+            if not bar.tasks:
+                bar.add_task("", total=now.total_bytes)
+                bar.start()
+            bar.update(bar.task_ids[0], completed=now.done_bytes)
+            if now.done_bytes >= now.total_bytes:
+                bar.stop()
+        elif now.seconds >= due:
+            due = now.seconds // LINE_SECONDS * LINE_SECONDS + LINE_SECONDS
+            console.print(escape(line(now)))
+
+    try:
+        yield tell
+    finally:
+        if bar.tasks:  # a bar that was never drawn prints an empty line when it is stopped
+            bar.stop()
+
+
+def line(now: Progress) -> str:
+    """`quantising  45%  6.10 of 13.50 GB  1.21 GB/s  ETA 0:06`"""
+    done, total, left = now.done_bytes, now.total_bytes, now.eta_seconds
+    return (
+        f"quantising {100 * done // total if total else 100:3d}%  {done / 1e9:.2f} of {show.gb(total)}  "
+        f"{show.gb(now.bytes_per_second)}/s  ETA {'-' if left is None else show.duration(left)}"
+    )
+
+
+@contextmanager
+def quantizing(*, silent: bool) -> Iterator[supply.Tell]:
+    """While a store is built: yields whom to tell how it goes."""
+    from halfbyte.base.store import supply
+
+    console = _nowhere if silent else show.err
+    with _building(console) as tell:
+        yield supply.Tell(
+            progress=tell, note=lambda label, said: console.print(escape(f"{label:<{show.LABEL_WIDTH}}{said}"))
+        )
+
+
+@contextmanager
+def waiting(what: str, *, silent: bool) -> Iterator[supply.Tell]:
+    """While something is opened: yields whom to tell how the building of a store goes."""
+    from halfbyte.base.store import supply
+
+    console = _nowhere if silent else show.err
+    with (console if console.is_terminal else _nowhere).status(what) as status, _building(console) as tell:
+        yield supply.Tell(
+            progress=(lambda now: status.update(f"{what}: {line(now)}")) if console.is_terminal else tell,
+            note=lambda label, said: console.print(escape(said)),
+        )
+
+
+@contextmanager
+def counting(what: str, *, silent: bool) -> Iterator[Callable[[int, int], None]]:
+    """A counter `(done, total)`; drawn on a terminal only."""
+    with (show.err if show.err.is_terminal and not silent else _nowhere).status(what) as status:
+        yield lambda done, total: status.update(f"{done} of {total} {what}")
