@@ -10,29 +10,37 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from accelerate.utils import BnbQuantizationConfig
     from peft import LoraConfig
 
     from halfbyte.adapters.dropin import PeftModel, get_peft_model, prepare_model_for_kbit_training
     from halfbyte.base.load import load_base
+    from halfbyte.base.modules.any_module import load_and_quantize_model, quantize_model
     from halfbyte.errors import HalfbyteError
 
 __version__ = "0.1.0"
 __all__ = [
+    "BnbQuantizationConfig",
     "HalfbyteError",
     "LoraConfig",
     "PeftModel",
     "__version__",
     "get_peft_model",
+    "load_and_quantize_model",
     "load_base",
     "prepare_model_for_kbit_training",
+    "quantize_model",
 ]
 
 _HOMES = {
+    "BnbQuantizationConfig": "accelerate.utils",
     "LoraConfig": "peft",
     "PeftModel": "halfbyte.adapters.dropin",
     "get_peft_model": "halfbyte.adapters.dropin",
     "prepare_model_for_kbit_training": "halfbyte.adapters.dropin",
     "load_base": "halfbyte.base.load",
+    "load_and_quantize_model": "halfbyte.base.modules.any_module",
+    "quantize_model": "halfbyte.base.modules.any_module",
     "HalfbyteError": "halfbyte.errors",
 }
 

@@ -88,13 +88,24 @@ def keep_fp32(model: Model, patterns: tuple[str, ...], compute_dtype: torch.dtyp
     """Hold the named modules in fp32 and convert at their border, so that the residual stream keeps its dtype."""
     for module in named_fp32(model, patterns):
         module.float()
-        module.register_forward_pre_hook(lambda _, args: tuple(_cast(each, torch.float32) for each in args))
-        if compute_dtype != torch.float32 and module is not model.get_output_embeddings():
-            module.register_forward_hook(lambda _module, _args, output: _cast(output, compute_dtype))
+        computes_in_fp32(module, None if module is model.get_output_embeddings() else compute_dtype)
 
 
-def _cast(value: object, dtype: torch.dtype) -> object:
-    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+def computes_in_fp32(module: nn.Module, back_to: torch.dtype | None) -> None:
+    """Cast what goes into a module to fp32, and what comes out to `back_to`."""
+    module.register_forward_pre_hook(
+        lambda _, args, kwargs: (_cast(args, torch.float32), _cast(kwargs, torch.float32)), with_kwargs=True
+    )
+    if back_to not in (None, torch.float32):
+        module.register_forward_hook(lambda _module, _args, output: _cast(output, back_to))
+
+
+def _cast(value: object, dtype: torch.dtype | None) -> object:
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        return type(value)(_cast(each, dtype) for each in value)
+    return {k: _cast(each, dtype) for k, each in value.items()} if type(value) is dict else value
 
 
 def named_fp32(model: Model, patterns: tuple[str, ...]) -> list[nn.Module]:

@@ -7,15 +7,16 @@ Cost: 4.127 bits with double quantisation, 4.5 without; encoding `kernels/nf4_cp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from halfbyte.errors import BaseModelError
 from halfbyte.quant.kernels import nf4_cpu
-from halfbyte.quant.number_format import NumberFormat, Part
+from halfbyte.quant.number_format import NumberFormat, Part, frozen_product
 from halfbyte.recipe.schema import Quant
 
 if TYPE_CHECKING:
@@ -67,6 +68,18 @@ class FourBit(NumberFormat):
 
     def encoder(self, quant: Quant, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> FourBitEncoder:
         return FourBitEncoder(quant, shape, dtype, name)
+
+    def layer(
+        self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int], quant: Quant, dtype: torch.dtype
+    ) -> nn.Module:
+        import bitsandbytes as bnb
+
+        made = _layer_class()(shape[1], shape[0], False, dtype, quant.double_quant, self.name, device="meta")
+        made.support_avx512bf16_for_cpu, made.compute_type_is_set = False, True  # see `bnb.make_safe`
+        stats = {suffix.removeprefix("."): part for suffix, part in parts.items() if suffix}
+        codes = parts[""]
+        made.weight = bnb.nn.Params4bit.from_prequantized(codes, stats, device=codes.device, module=made)
+        return made
 
     def load_config(
         self, quant: Quant, compute_dtype: torch.dtype, head_names: Iterable[str] = ()
@@ -182,3 +195,21 @@ class FourBitEncoder:
             state2=nested,
         )
         return {f".{name}": value for name, value in state.as_dict(packed=True).items()}
+
+
+@cache
+def _layer_class() -> type[nn.Module]:
+    import bitsandbytes as bnb
+
+    class Linear4bit(bnb.nn.Linear4bit):
+        """bitsandbytes' 4-bit layer, named alike since PEFT looks for the name; right for every width, and it keeps no
+        weight alive for backward (`bitsandbytes/autograd/_functions.py` holds on to it outside `save_for_backward`)."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            state = self.weight.quant_state
+            if state is None:  # not quantised yet
+                return super().forward(x)
+            dtype = self.compute_dtype or x.dtype
+            return frozen_product(x.to(dtype), self, FourBit(state.quant_type)).to(x.dtype)
+
+    return Linear4bit

@@ -14,7 +14,7 @@ Cost: 8.0 bits a weight and 32 a row; dequantising takes about 1.5 times as long
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from halfbyte.errors import BaseModelError
-from halfbyte.quant.number_format import NumberFormat, Part
+from halfbyte.quant.number_format import NumberFormat, Part, frozen_product
 from halfbyte.recipe.schema import Quant
 
 if TYPE_CHECKING:
@@ -70,6 +70,15 @@ class RowWise8(NumberFormat):
     def encoder(self, quant: Quant, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> RowEncoder:
         return RowEncoder(shape, name)
 
+    def layer(self, parts: Mapping[str, Tensor], shape: tuple[int, int], quant: Quant, dtype: torch.dtype) -> nn.Module:
+        import bitsandbytes as bnb
+
+        made = _layer_class()(
+            shape[1], shape[0], False, has_fp16_weights=False, threshold=activation_threshold(quant), device="meta"
+        )
+        made.weight = bnb.nn.Int8Params(parts[""], requires_grad=False, SCB=parts["SCB"])
+        return made
+
     def load_config(
         self, quant: Quant, compute_dtype: torch.dtype, head_names: Iterable[str] = ()
     ) -> BitsAndBytesConfig:
@@ -77,7 +86,7 @@ class RowWise8(NumberFormat):
 
         return BitsAndBytesConfig(
             load_in_8bit=True,
-            llm_int8_threshold=EVERY_COLUMN if quant.llm_int8_threshold is None else quant.llm_int8_threshold,
+            llm_int8_threshold=activation_threshold(quant),
             llm_int8_skip_modules=[*head_names, *quant.exempt] if quant.exempt else None,
         )
 
@@ -150,6 +159,11 @@ class RowEncoder:
         import torch
 
         return {"SCB": torch.from_numpy(self.scales), "weight_format": torch.tensor(0, dtype=torch.uint8)}
+
+
+def activation_threshold(quant: Quant) -> float:
+    """What a layer of bitsandbytes is told as its threshold."""
+    return EVERY_COLUMN if quant.llm_int8_threshold is None else quant.llm_int8_threshold
 
 
 def write(codes: Tensor, scales: Tensor, out: Tensor) -> Tensor:
@@ -228,28 +242,8 @@ def settle(model: nn.Module) -> None:
 @cache
 def _layer_class() -> type[nn.Module]:
     import bitsandbytes as bnb
-    import torch
-    from torch.nn import functional as F
 
     held = RowWise8("int8")
-
-    class Product(torch.autograd.Function):
-        """x W^T + b for a frozen W, which is dequantised again in backward; keeps nothing but the layer."""
-
-        @staticmethod
-        def forward(
-            ctx: torch.autograd.function.FunctionCtx, x: Tensor, bias: Tensor | None, layer: nn.Module
-        ) -> Tensor:
-            ctx.layer, ctx.bias_dtype = layer, None if bias is None else bias.dtype
-            bias = None if bias is None else bias.to(x.dtype)
-            return F.linear(held.inputs(layer, x), held.weight(layer, x.dtype), bias)
-
-        @staticmethod
-        def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            (dy,) = grads
-            dx = dy @ held.weight(ctx.layer, dy.dtype) if ctx.needs_input_grad[0] else None
-            db = dy.flatten(0, -2).sum(0, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-            return dx, None if db is None else db.to(ctx.bias_dtype), None
 
     class Linear8bitLt(bnb.nn.Linear8bitLt):
         """bitsandbytes' 8-bit layer, named alike since PEFT looks for the name; dequantises in training and out."""
@@ -257,6 +251,6 @@ def _layer_class() -> type[nn.Module]:
         def forward(self, x: Tensor) -> Tensor:
             if not held.holds(self):  # not quantised yet, or whole again
                 return super().forward(x)
-            return Product.apply(x, self.bias, self)
+            return frozen_product(x, self, held)
 
     return Linear8bitLt

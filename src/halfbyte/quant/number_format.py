@@ -6,8 +6,9 @@ Planning, storing, loading and computing ask the same object, so that a new form
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 from halfbyte.recipe.schema import Quant
@@ -90,6 +91,17 @@ class NumberFormat:
         """For a matrix whose weights are later dequantised to `dtype`; `name` is what an error calls it."""
         raise NotImplementedError(self.name)
 
+    def layer(
+        self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int], quant: Quant, dtype: torch.dtype
+    ) -> nn.Module:
+        """A layer without a bias that holds one quantised matrix, right in training and evaluation.
+
+        Args:
+            parts: the tensors of `parts`, by suffix, where they are to stay: nothing is copied.
+            shape: (out, in). dtype: what it multiplies in.
+        """
+        raise NotImplementedError(self.name)
+
     def load_config(
         self, quant: Quant, compute_dtype: torch.dtype, head_names: Iterable[str] = ()
     ) -> BitsAndBytesConfig | None:
@@ -142,3 +154,38 @@ class NumberFormat:
 
     def distrust(self, module: nn.Module) -> None:
         """Dequantise what is held as this layer in a slower way from now on, where there is one."""
+
+
+def frozen_product(x: torch.Tensor, layer: nn.Module, held: NumberFormat) -> torch.Tensor:
+    """x W^T + b (..., out) in x's dtype for a layer whose frozen W is held in a format; W is dequantised again in
+    backward, and nothing but the layer is kept for it."""
+    product: torch.Tensor = _product().apply(x, layer.bias, layer, held)
+    return product
+
+
+@cache
+def _product() -> type[torch.autograd.Function]:
+    import torch
+    from torch.nn import functional as F
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: torch.autograd.function.FunctionCtx,
+            x: torch.Tensor,
+            bias: torch.Tensor | None,
+            layer: nn.Module,
+            held: NumberFormat,
+        ) -> torch.Tensor:
+            ctx.layer, ctx.held, ctx.bias_dtype = layer, held, None if bias is None else bias.dtype
+            bias = None if bias is None else bias.to(x.dtype)
+            return F.linear(held.inputs(layer, x), held.weight(layer, x.dtype).to(x.dtype), bias)
+
+        @staticmethod
+        def backward(ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor) -> tuple[object, ...]:
+            (dy,) = grads
+            dx = dy @ ctx.held.weight(ctx.layer, dy.dtype).to(dy.dtype) if ctx.needs_input_grad[0] else None
+            db = dy.flatten(0, -2).sum(0, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+            return dx, None if db is None else db.to(ctx.bias_dtype), None, None
+
+    return Product

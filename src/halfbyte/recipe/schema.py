@@ -322,7 +322,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _together(self) -> Recipe:
-        problems = [*_in_source(self), *_in_quant(self), *_in_lora(self), *_in_train(self), *_in_data(self)]
+        problems = [*_in_source(self), *in_quant(self.quant), *_in_lora(self), *_in_train(self), *_in_data(self)]
         if problems:
             raise PydanticCustomError("together", "values that exclude each other", {"problems": problems})
         return self
@@ -339,8 +339,8 @@ def _in_source(recipe: Recipe) -> Iterator[str]:
             yield f"model {recipe.model} and revision {recipe.revision}: give the revision once"
 
 
-def _in_quant(recipe: Recipe) -> Iterator[str]:
-    quant = recipe.quant
+def in_quant(quant: Quant) -> Iterator[str]:
+    """What excludes each other in `quant:`, in sentences."""
     if quant.type == "int8" and (quant.block_size is not None or quant.double_quant):
         names = ("quant.block_size",) * (quant.block_size is not None) + ("quant.double_quant",) * quant.double_quant
         yield (

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from halfbyte.base.store.reading import SourceTensor, torch_dtypes
+from halfbyte.base.store.renaming import renamed
 from halfbyte.base.store.shelf import CannotHold, Wanted
 from halfbyte.base.store.writer import Slot
 from halfbyte.models.tensors import spec_of
@@ -125,8 +126,6 @@ class _Loader:
     def __init__(self, wanted: Wanted, *, pre_quantised: bool) -> None:
         import torch
         from transformers import AutoModelForCausalLM
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
         from transformers.quantizers import AutoHfQuantizer
 
         quant, dtype = wanted.quant, wanted.dtype
@@ -142,24 +141,14 @@ class _Loader:
         self.quantiser.preprocess_model(
             model=self.model, dtype=dtype, device_map={"": "cpu"}, checkpoint_files=[], use_kernels=False
         )
-        mapping = get_model_conversion_mapping(self.model, None, self.quantiser)
-        self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self.state = self.model.state_dict()
         self.plan = self.model._get_dtype_plan(dtype)
         self.tied = dict(self.model.all_tied_weights_keys)
 
     def targets(self, names: Iterable[str]) -> list[tuple[str, str, bool]]:
         """(name, what the model calls it, whether an operation changes it on the way), in the loader's own order."""
-        from transformers.core_model_loading import dot_natural_key, rename_source_key
-
-        prefix, targets = self.model.base_model_prefix, []
-        for name in sorted(names, key=dot_natural_key):
-            target, pattern = rename_source_key(name, self.renamings, self.converters, prefix, self.state)
-            if target not in self.state and name in self.state:
-                target, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=self.state)
-            targets.append((name, target, pattern is not None))
-        return targets
+        targets = renamed(self.model, names, self.state, self.quantiser)
+        return [(name, target, converted) for name, (target, converted) in targets.items()]
 
     def missing(self, covered: set[str]) -> list[str]:
         """Parameters that no tensor of the checkpoint reaches, neither by name nor through a tie."""

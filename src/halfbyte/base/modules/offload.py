@@ -1,0 +1,174 @@
+"""Parts of a module that are elsewhere than where they compute: fetched when they are used, dropped when others are.
+
+The order of use is not known, so the last one is remembered: when a part begins, forward or backward, all others are
+dropped, and the one that followed it the last time is fetched ahead.
+On a CPU what is on disk lies in mapped files (`base/stream.py`): it can be read at any time; what is dropped is pages.
+For a card, tensors in memory or in files are copied there and put back. Hooks are on the parts, not on the layers
+inside: adapters and fused layers read a layer's weight without calling it.
+Trap: a layer of bitsandbytes itself keeps its weight on the card for backward; ours do not (`quant/number_format.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.base.modules.places import CPU, DISK, Places
+from halfbyte.base.modules.sites import Survey, tensors_of
+from halfbyte.base.stream import Mover, after
+from halfbyte.quant import bnb
+from halfbyte.system import pages
+
+
+class Moves(Protocol):
+    """What `base.stream.Mover` offers: see there."""
+
+    def fetch(self, group: int) -> None: ...
+    def need(self, group: int) -> None: ...
+    def drop(self, group: int) -> None: ...
+
+
+class Copies:
+    """Copies the tensors of parts to a device when they are needed; their own stay where they are.
+
+    Args:
+        parts: modules; adapters that are put on later are moved to the device for good.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module], device: torch.device) -> None:
+        self._parts, self._device = parts, device
+        self._own = [[(o, a, getattr(o, a)) for o, a in _held(part)] for part in parts]
+        self._there: set[int] = set()
+
+    def fetch(self, group: int) -> None:
+        if group not in self._there:
+            for owner, attribute, tensor in self._own[group]:
+                setattr(owner, attribute, tensor.to(self._device, non_blocking=True, copy=True))
+            self._there.add(group)
+
+    def need(self, group: int) -> None:
+        for parameter in self._parts[group].parameters():
+            if parameter.device != self._device:
+                parameter.data = parameter.data.to(self._device)
+
+    def drop(self, group: int) -> None:
+        if group in self._there:
+            for owner, attribute, tensor in self._own[group]:
+                setattr(owner, attribute, tensor)
+            self._there.discard(group)
+
+
+def _held(part: nn.Module) -> Iterable[tuple[object, str]]:
+    """(owner, attribute) of every tensor that a part computes with."""
+    yield from ((tensor, "data") for tensor in (*part.parameters(), *part.buffers()))
+    yield from bnb.state_tensors(part)
+
+
+class Recent:
+    """Which part computes now, and so which are there."""
+
+    def __init__(self, parts: Sequence[nn.Module], moves: Moves) -> None:
+        self.moves, self.uses = moves, 0
+        self.there: set[int] = set(range(len(parts)))
+        self._last = (-1, -1)
+        self._followed: dict[tuple[int, int], int] = {}
+        for number, part in enumerate(parts):
+            part.register_forward_pre_hook(lambda *_, number=number: self.use(number))
+            part.register_forward_hook(after(partial(self.use, number)))
+        self._keep(set())
+
+    def use(self, part: int) -> None:
+        """`part` is about to run, forward or backward."""
+        last = self._last[1]
+        if part != last:
+            self.uses += 1
+            self._followed[self._last] = part
+            self._last = (last, part)
+            wanted = {part, self._followed.get(self._last, part)}
+            self._keep(wanted)
+            for number in (part, *(wanted - {part})):
+                self.moves.fetch(number)
+            self.there |= wanted
+        self.moves.need(part)
+
+    def _keep(self, wanted: set[int]) -> None:
+        for number in self.there - wanted:
+            self.moves.drop(number)
+        self.there &= wanted
+
+
+def attach(root: nn.Module, survey: Survey, places: Places) -> Recent | None:
+    """Let what is not where it computes come and go; and send each part's inputs to its card.
+
+    Returns:
+        None where everything stays.
+    """
+    where: dict[str, set[str]] = {}
+    for site in survey.sites:
+        for name in site.names[:1]:
+            part = _part(name, places.parts)
+            if part is not None:
+                where.setdefault(part, set()).add(places.of[site.name])
+    away = [name for name, on in where.items() if on & ({DISK, CPU} if places.on_card else {DISK})]
+    parts = [root.get_submodule(name) for name in away]
+    recent = None
+    if parts and places.on_card:
+        recent = Recent(parts, Copies(parts, torch.device(places.main)))
+    elif parts and pages.supported():
+        groups = _mapped(parts)
+        recent = Recent(parts, Mover(groups, groups))
+    if places.on_card:
+        _move_loose(root, places)
+        _send_inputs(root, places)
+    return recent
+
+
+def _part(name: str, parts: Iterable[str]) -> str | None:
+    known, path = set(parts), name.rpartition(".")[0]
+    while path and path not in known:
+        path = path.rpartition(".")[0]
+    return path if path in known else None
+
+
+def _mapped(parts: Sequence[nn.Module]) -> list[list[Tensor]]:
+    maps = pages.FileMaps.read()
+    held = ([getattr(o, a) for o, a in _held(part)] for part in parts)
+    return [[t for t in tensors if t.nbytes and maps.holds(t.data_ptr(), t.nbytes)] for tensors in held]
+
+
+def _move_loose(root: nn.Module, places: Places) -> None:
+    """Buffers that no checkpoint holds go where their module computes."""
+    for name, buffer in tensors_of(root, persistent=False).items():
+        part = _part(name, places.parts)
+        on = next((p for n, p in places.of.items() if part is not None and _part(n, places.parts) == part), places.main)
+        buffer.data = buffer.data.to(places.main if on in (CPU, DISK) else on)
+
+
+def _send_inputs(root: nn.Module, places: Places) -> None:
+    """Inputs of each part go to where its weights are at that moment; results come back to where the inputs were."""
+    from accelerate.utils import send_to_device
+
+    def before(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        tensor = next((t for t in (*module.parameters(), *module.buffers())), None)
+        where = torch.device(places.main) if tensor is None else tensor.device
+        return send_to_device(args, where), send_to_device(kwargs, where)
+
+    asked: list[torch.device] = []
+
+    def begin(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
+        asked[:] = [] if given is None else [given.device]
+        return send_to_device(args, places.main), send_to_device(kwargs, places.main)
+
+    def end(module: nn.Module, args: object, output: object) -> object:
+        return send_to_device(output, asked[0]) if asked else output
+
+    for name in places.parts:
+        if name:
+            root.get_submodule(name).register_forward_pre_hook(before, with_kwargs=True)
+    root.register_forward_pre_hook(begin, with_kwargs=True)
+    root.register_forward_hook(end)

@@ -1,0 +1,206 @@
+"""Where each part of a module goes: a card, memory, or disk; from a device map or from the room that there is.
+
+Parts are the largest modules that are called as one: the elements of lists of layers, and what lies beside them. Their
+tensors come and go together. Source of the maps' meaning: accelerate, `infer_auto_device_map`, `dispatch_model`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from halfbyte.base.modules.settings import Settings
+from halfbyte.base.modules.sites import Site, Survey, nearest, tensors_of
+from halfbyte.errors import BaseModelError
+from halfbyte.system import device as machine
+from halfbyte.system import files
+
+AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
+DISK, CPU = "disk", "cpu"
+# Of free memory; the rest is for activations.
+_SHARE = 0.85
+_HEADER_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Places:
+    """`of`: site -> device or disk. `parts`: the modules whose tensors come and go together. `main`: where what is in
+    memory or on disk is computed."""
+
+    of: dict[str, str]
+    parts: tuple[str, ...]
+    main: str
+
+    @property
+    def on_card(self) -> bool:
+        return self.main != CPU
+
+
+def parts_of(root: nn.Module, whole: Iterable[str] = ()) -> Iterator[str]:
+    """Names of the largest modules that are called as one.
+
+    Args:
+        whole: names of classes that are not taken apart.
+    """
+
+    def walk(name: str, module: nn.Module) -> Iterator[str]:
+        lists = any(isinstance(m, (nn.ModuleList, nn.ModuleDict)) for m in module.modules())
+        if type(module).__name__ in whole or not (lists or isinstance(module, nn.Sequential)):
+            yield name
+            return
+        for child, below in module.named_children():
+            yield from walk(f"{name}.{child}" if name else child, below)
+
+    yield from walk("", root)
+
+
+def uses_card(device_map: str | Mapping[str, object] | None, device: machine.Device) -> bool:
+    if isinstance(device_map, Mapping):
+        return any(_device(value) not in (CPU, DISK) for value in device_map.values())
+    return device.kind == "cuda"
+
+
+def resolve(
+    root: nn.Module,
+    survey: Survey,
+    settings: Settings,
+    device_map: str | Mapping[str, object] | None,
+    *,
+    max_memory: Mapping[object, object] | None = None,
+    whole: Iterable[str] = (),
+) -> Places:
+    """Decide for every site.
+
+    Raises:
+        BaseModelError: a map with unknown names, tensors that it does not cover, or a device that is not here.
+    """
+    parts = tuple(parts_of(root, whole))
+    owner = _part_of(parts)
+    device = machine.detect()
+    if isinstance(device_map, Mapping):
+        _check_map(root, device_map)
+        of = {site.name: _looked_up(site.name, device_map) for site in survey.sites}
+        if uncovered := [name for name, place in of.items() if not place]:
+            raise BaseModelError(
+                f"device_map says nothing about {len(uncovered)} tensors: {', '.join(uncovered[:5])}.",
+                fix='add their modules, or "" for everything that is not named',
+            )
+    elif device_map is None:
+        of = dict.fromkeys((site.name for site in survey.sites), "cuda:0" if device.kind == "cuda" else CPU)
+    elif device_map in AUTOMATIC:
+        room = _room(device, max_memory)
+        of = _filled(survey.sites, owner, room, settings, even=device_map.startswith("balanced"))
+    else:
+        raise BaseModelError(f"device_map must be a mapping or one of {', '.join(AUTOMATIC)}, got {device_map!r}.")
+    cards = [place for place in of.values() if place not in (CPU, DISK)]
+    main = cards[0] if cards else CPU
+    # What belongs to no part is needed throughout a forward.
+    of = {name: main if place == DISK and owner(name) is None else place for name, place in of.items()}
+    return Places(of, parts, main)
+
+
+def _part_of(parts: Sequence[str]) -> Callable[[str], str | None]:
+    known = set(parts)
+
+    def owner(name: str) -> str | None:
+        path = name
+        while path:
+            path = path.rpartition(".")[0]
+            if path in known:
+                return path
+        return None
+
+    return owner
+
+
+def _looked_up(name: str, device_map: Mapping[str, object]) -> str:
+    path = name
+    while path and path not in device_map:
+        path = path.rpartition(".")[0]
+    return _device(device_map[path]) if path in device_map else ""
+
+
+def _check_map(root: nn.Module, device_map: Mapping[str, object]) -> None:
+    modules = dict(root.named_modules(remove_duplicate=False))
+    known = {*modules, *tensors_of(root), *tensors_of(root, persistent=False)}
+    if unknown := [name for name in device_map if name not in known]:
+        near = nearest(unknown[0], known)
+        raise BaseModelError(
+            f"device_map names {', '.join(map(repr, unknown[:5]))}, which {type(root).__name__} does not have.",
+            fix=f"did you mean {near!r}?" if near else "use whole names as in `module.named_modules()`",
+        )
+    count = torch.cuda.device_count()
+    for name, value in device_map.items():
+        place = _device(value)
+        kind, _, index = place.partition(":")
+        if kind not in (CPU, DISK, "cuda", "xpu", "mps", "npu", "hpu"):
+            raise BaseModelError(f"device_map sends {name!r} to {value!r}; allowed are a card, cpu and disk.")
+        if kind == "cuda" and int(index or 0) >= count:
+            raise BaseModelError(f"device_map sends {name!r} to {place}, and this machine has {count} cards.")
+
+
+def _device(value: object) -> str:
+    """A device as torch writes it; `disk` as it is."""
+    if isinstance(value, int):
+        return f"cuda:{value}"
+    text = str(value)
+    return "cuda:0" if text == "cuda" else text.removesuffix(":0") if text.startswith(CPU) else text
+
+
+def _room(device: machine.Device, max_memory: Mapping[object, object] | None) -> dict[str, int]:
+    """Bytes for each device, cards first; disk takes the rest."""
+    if max_memory is None:
+        room = {f"cuda:{n}": int(card.free_bytes * _SHARE) for n, card in enumerate(device.cards)}
+        return {**room, CPU: int(device.ram_available_bytes * _SHARE)}
+    from accelerate.utils.modeling import convert_file_size_to_int
+
+    given = {_device(key): int(convert_file_size_to_int(size)) for key, size in max_memory.items()}
+    return dict(sorted(given.items(), key=lambda item: (item[0] == CPU, item[0])))
+
+
+def _filled(
+    sites: Sequence[Site], owner: Callable[[str], str | None], room: dict[str, int], settings: Settings, *, even: bool
+) -> dict[str, str]:
+    """Parts in their order, each on the first device that still has room for it; `even` fills cards alike."""
+    sizes: dict[str, int] = {}
+    for site in sites:
+        key = owner(site.name) or site.name
+        sizes[key] = sizes.get(key, 0) + site.nbytes(settings)
+    cards = [name for name in room if name != CPU]
+    left, total = dict(room), sum(sizes.values())
+    if even and len(cards) > 1:
+        share = total // len(cards) + max(sizes.values())
+        left |= {name: min(left[name], share) for name in cards}
+    order, at, placed = [*left, DISK], 0, {}
+    for key, size in sizes.items():
+        while order[at] != DISK and left[order[at]] < size:
+            at += 1
+        placed[key] = order[at]
+        left[order[at]] = left.get(order[at], 0) - size
+    return {site.name: placed[owner(site.name) or site.name] for site in sites}
+
+
+def check_folder(places: Places, survey: Survey, settings: Settings, folder: Path | None) -> None:
+    """Refuse an offload folder that cannot take what is to go there.
+
+    Raises:
+        BaseModelError: none named, not writable, or without room.
+    """
+    disk = [site for site in survey.sites if places.of[site.name] == DISK]
+    if not disk:
+        return
+    need = sum(site.nbytes(settings) + _HEADER_BYTES // 64 for site in disk) + _HEADER_BYTES
+    if folder is None:
+        raise BaseModelError(f"{len(disk)} tensors go to disk, and no folder is named.", fix="offload_folder='offload'")
+    if why := files.why_unwritable(folder):
+        raise BaseModelError(f"offload_folder {folder} cannot be written: {why}.", fix="name another offload_folder")
+    free = files.free_bytes(folder)
+    if free < need:
+        raise BaseModelError(
+            f"offload_folder {folder} has {free / 1e9:.3f} GB free, and {need / 1e9:.3f} GB go to disk.",
+            fix="free some space, name another offload_folder, or send less to disk in device_map",
+        )

@@ -1,0 +1,140 @@
+"""What a call asks for, in one form: ours, transformers' `BitsAndBytesConfig` or accelerate's `BnbQuantizationConfig`.
+
+A caller's configuration is read and never written to: accelerate puts names of its own into the lists of the object
+that it is given (`accelerate/utils/bnb.py`), so that a second call with it does something else.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from pydantic import ValidationError
+
+from halfbyte.errors import RecipeError
+from halfbyte.quant import int8
+from halfbyte.recipe.messages import sentences
+from halfbyte.recipe.schema import Quant, in_quant
+from halfbyte.system import device as machine
+from halfbyte.types import Document
+
+if TYPE_CHECKING:
+    from accelerate.utils import BnbQuantizationConfig
+    from transformers import BitsAndBytesConfig
+
+Asked: TypeAlias = "str | Quant | Mapping[str, object] | BitsAndBytesConfig | BnbQuantizationConfig"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a module is held.
+
+    Args:
+        compute: what quantised layers multiply in. rest: dtype of what is not quantised.
+        skip: names that stay in `rest`, beside output layers; None for those alone; empty: not even those.
+        fp32: names that stay in fp32.
+        storage: dtype that packed 4-bit codes are seen as.
+    """
+
+    quant: Quant
+    compute: torch.dtype
+    rest: torch.dtype
+    skip: tuple[str, ...] | None = None
+    fp32: tuple[str, ...] = ()
+    storage: torch.dtype = torch.uint8
+
+
+def read(
+    asked: Asked,
+    dtype: str | torch.dtype = "auto",
+    skip: Iterable[str] | None = None,
+    fp32: Iterable[str] | None = None,
+    *,
+    on_card: bool = False,
+) -> Settings:
+    """The settings of a call.
+
+    Args:
+        dtype: auto, bf16, fp16, fp32 or a torch.dtype; anything but auto goes before what `asked` says.
+
+    Raises:
+        RecipeError: values that are unknown or exclude each other; all of them at once.
+    """
+    values, own_rest, storage = _values(asked)
+    wanted = _NAMES.get(dtype, str(dtype)) if isinstance(dtype, torch.dtype) else dtype
+    if wanted != "auto":
+        values, own_rest = {**values, "compute_dtype": wanted}, None
+    quant = validated(values)
+    rest = quant.compute_dtype if own_rest is None else own_rest
+    device = machine.detect()
+    device = device if on_card else replace(device, kind="cpu")
+    compute = machine.compute_dtype(device, quant.compute_dtype)
+    other = machine.compute_dtype(device, rest)
+    for name, (got, reason) in ((quant.compute_dtype, compute), (rest, other)):
+        if name == "fp16" and got != "fp16":
+            warnings.warn(f"float16 was asked for; computing in {got} ({reason}).", stacklevel=3)
+            break
+    every = [tuple(_names(s, "skip_modules")) for s in (skip, quant.skip_modules or None) if s is not None]
+    return Settings(
+        quant,
+        DTYPES[compute[0]],
+        DTYPES[other[0]],
+        skip=tuple(name for names in every for name in names) if every else None,
+        fp32=(*_names(fp32 or (), "keep_in_fp32_modules"), *quant.fp32_modules),
+        storage=storage,
+    )
+
+
+def validated(values: Mapping[str, object]) -> Quant:
+    """A `Quant` of these fields, or RecipeError with every problem in a sentence."""
+    try:
+        quant = Quant(**values)
+        problems = list(in_quant(quant))
+    except ValidationError as error:
+        items = [{**item, "loc": ("quant", *item["loc"])} for item in error.errors()]
+        problems = [text for item in items for text in sentences(item, {}, {})]
+    if problems:
+        raise RecipeError(problems)
+    return quant
+
+
+def _names(names: Iterable[str], argument: str) -> Iterable[str]:
+    if isinstance(names, str):
+        raise RecipeError(f"{argument} must be a list of module names, got {names!r}", fix=f"{argument}=[{names!r}]")
+    return names
+
+
+def _values(asked: Asked) -> tuple[Document, str | None, torch.dtype]:
+    """(fields of `Quant`, dtype of the rest where the configuration has one of its own, storage dtype)."""
+    if isinstance(asked, str):
+        return {"type": asked}, None, torch.uint8
+    if isinstance(asked, Quant):
+        return asked.model_dump(), None, torch.uint8
+    if isinstance(asked, Mapping):
+        return dict(asked), None, torch.uint8
+    if not hasattr(asked, "bnb_4bit_quant_type"):
+        raise RecipeError(
+            f"quant must be a type (nf4, fp4, int8), fields of `quant:`, a BitsAndBytesConfig or a "
+            f"BnbQuantizationConfig, got {type(asked).__name__}"
+        )
+    rest = getattr(asked, "torch_dtype", None)  # accelerate's alone
+    skipped = asked.skip_modules if hasattr(asked, "skip_modules") else asked.llm_int8_skip_modules
+    values: Document = {
+        "skip_modules": tuple(skipped or ()),
+        "fp32_modules": tuple(getattr(asked, "keep_in_fp32_modules", None) or ()),
+        "compute_dtype": _NAMES.get(asked.bnb_4bit_compute_dtype, "auto"),
+    }
+    if asked.load_in_8bit:
+        threshold = None if asked.llm_int8_threshold == int8.EVERY_COLUMN else float(asked.llm_int8_threshold)
+        values |= {"type": "int8", "llm_int8_threshold": threshold}
+        values["compute_dtype"] = "auto" if rest is None else _NAMES.get(rest, "auto")
+    else:
+        values |= {"type": asked.bnb_4bit_quant_type if asked.load_in_4bit else "none"}
+        values["double_quant"] = bool(asked.bnb_4bit_use_double_quant)
+    storage = getattr(asked, "bnb_4bit_quant_storage", None) or torch.uint8
+    return values, None if rest is None else _NAMES.get(rest, "auto"), storage
