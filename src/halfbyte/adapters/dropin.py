@@ -161,6 +161,8 @@ def prepare_model_for_kbit_training(
 
 
 def _needs_recompute(model: Model) -> bool:
+    if not hasattr(model, "activation_checkpointing_enable"):  # a module that is not transformers'
+        return False
     facts = tensors.facts_of(model.config.to_dict(), ())
     itemsize = torch.finfo(model.dtype).bits // 8
     layer = decoder.layer_of(facts, (), itemsize, kernels=True, dropout=False)
@@ -176,7 +178,8 @@ def make_ready(model: Model) -> bool:
     dtypes = [layer.compute_dtype for _, layer in codec.linears_4bit(model)] + [p.dtype for p in model.parameters()]
     if torch.float16 not in dtypes:
         # forward and backward dequantise to one dtype, the one that the residual stream has
-        codec.set_compute_dtype(model, model.dtype if model.dtype in (torch.bfloat16, torch.float32) else torch.float32)
+        own = getattr(model, "dtype", None) or next(d for d in dtypes if d is not None and d.is_floating_point)
+        codec.set_compute_dtype(model, own if own in (torch.bfloat16, torch.float32) else torch.float32)
         return True
     name, reason = device.compute_dtype(device.detect(), "auto")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
