@@ -14,6 +14,7 @@ from transformers import ViTForImageClassification
 
 import halfbyte
 from halfbyte.base.modules import weights
+from tests.base.modules import helpers
 from tests.base.modules.helpers import empty, llama_config, made, output, quantised, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*stay as they are, being no plain linear layers")
@@ -129,3 +130,20 @@ def test_vit_is_what_transformers_loads(tmp_path: Path) -> None:
     theirs = ViTForImageClassification.from_pretrained(tmp_path)
     held = halfbyte.quantize_model(empty("vit"), tmp_path, quant="none", dtype="fp32")
     assert same(held, theirs)
+
+
+@pytest.mark.parametrize("name", ["llama", "whisper", "vit"])
+def test_a_transformers_model_under_accelerates_empty_weights(name: str, tmp_path: Path) -> None:
+    """Its context makes new parameters at each assignment, so that ties are undone; buffers stay in memory."""
+    from accelerate import init_empty_weights
+
+    original: Any = made(name)
+    with init_empty_weights():
+        module: Any = helpers.MAKE[name]().eval()
+    if name == "whisper":
+        assert module.proj_out.weight is not module.model.decoder.embed_tokens.weight
+    held = halfbyte.quantize_model(module, save(original, tmp_path), dtype="fp32")
+    assert same(held, halfbyte.quantize_model(original, dtype="fp32"))
+    if name == "whisper":
+        assert held.proj_out.weight is held.model.decoder.embed_tokens.weight
+    assert torch.equal(output(held, name), output(original, name))

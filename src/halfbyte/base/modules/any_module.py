@@ -65,6 +65,8 @@ def quantize_model(
         BaseModelError: names that are not there, weights that do not fit, a folder that cannot take them: told before
             anything is changed. A weight that is not finite, or a disk that fills up: the module is not whole then.
     """
+    if hasattr(module, "tie_weights") and any(p.is_meta for p in module.parameters()):
+        module.tie_weights()  # accelerate's init_empty_weights undoes ties
     on_card = places.uses_card(device_map, machine.detect())
     asked = settings.read(quant, dtype, skip_modules, keep_in_fp32_modules, on_card=on_card)
     survey = sites.survey(module, asked)

@@ -169,7 +169,8 @@ def _refuse(
     raise BaseModelError(
         f"the weights in {origin} do not fit {type(root).__name__}: they {said}.",
         fix="check that they belong to this module and its sizes"
-        + (f"; nearest to {wanted!r} is {near!r}" if near else ""),
+        + (f"; nearest to {wanted!r} is {near!r}" if near else "")
+        + ("; accelerate's init_empty_weights() undoes ties of parameters: tie them again after it" if missing else ""),
     )
 
 
