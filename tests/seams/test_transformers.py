@@ -102,3 +102,32 @@ def test_recomputation_is_asked_for_by_name() -> None:
     model = tiny.model("llama")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert model.is_gradient_checkpointing
+
+
+def test_generate_calls_a_loop_of_ones_own() -> None:
+    """`inference/decode.py`: what `custom_generate` is called with; a streamer is not handed on, its prompt is put."""
+    model = tiny.model("llama")
+    put: list[list[int]] = []
+    seen: dict[str, object] = {}
+
+    class Streamer:
+        def put(self, value: torch.Tensor) -> None:
+            put.append(value.flatten().tolist())
+
+        def end(self) -> None: ...
+
+    def loop(lm: object, input_ids: torch.Tensor, **given: object) -> torch.Tensor:
+        seen.update(given, lm=lm)
+        return input_ids
+
+    ids = torch.tensor([[5, 6]])
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, custom_generate=loop, streamer=Streamer()
+    )
+    assert out.tolist() == [[5, 6]] and put == [[5, 6]]
+    assert seen["lm"] is model and "streamer" not in seen
+    assert seen["attention_mask"] is None  # of all ones
+    assert seen["stopping_criteria"].max_length == 5  # type: ignore[attr-defined]
+    config = seen["generation_config"]
+    assert config.num_beams == 1 and not config.do_sample and not config.return_dict_in_generate  # type: ignore[attr-defined]
+    assert hasattr(config, "_pad_token_tensor") and callable(seen["logits_processor"])

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -155,6 +156,15 @@ def place(model: Model, placement: str, *, mover: Mover | None = None) -> Placed
     return Placed("streamed", total, mapped, len(layers), Stream(layers, mover))
 
 
+_STREAMS: WeakKeyDictionary[nn.Module, Stream] = WeakKeyDictionary()
+
+
+def of(layer: nn.Module) -> Callable[[int], None] | None:
+    """What is to be called before layer 0, 1, ... runs by other means than its forward; None if it is not streamed."""
+    stream = _STREAMS.get(layer)
+    return None if stream is None else stream.upwards
+
+
 class Stream:
     """The cursor over the layers: which one computes now, and so which is fetched and which is dropped.
 
@@ -169,6 +179,7 @@ class Stream:
         self._handles = [x.register_forward_hook(after(partial(self.downwards, n))) for n, x in enumerate(layers)]
         for number, layer in enumerate(layers):
             self._handles.append(layer.register_forward_pre_hook(lambda *_, number=number: self.upwards(number)))
+            _STREAMS[layer] = self
         self._drop_all_but(set())
 
     def upwards(self, layer: int) -> None:
@@ -183,6 +194,8 @@ class Stream:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        for layer in [x for x, stream in _STREAMS.items() if stream is self]:
+            del _STREAMS[layer]
         self.mover.close()
 
     def _move(self, layer: int, following: range) -> None:

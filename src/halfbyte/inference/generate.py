@@ -1,17 +1,24 @@
 """Text from a base or from base and adapter: batches, streams, and the tokens that end a turn.
 
-Source: transformers' `generate`; left padding with an attention mask, greedy unless a temperature is given.
-Cost: each new token dequantises the base once, whatever the batch.
+Source: transformers' `generate`; left padding with an attention mask, greedy unless a temperature is given. Its loop is
+ours (`decode.py`) where that is proven on the prompts; else the model's own, and the log says so.
+Cost: each new token reads the base once for up to 16 texts; by the model's own loop it dequantises the base once.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import TextStreamer
 
+from halfbyte.inference import decode
+from halfbyte.layers.decoding.tape import MOST_VECTORS
 from halfbyte.models.context import Context, context_of
 from halfbyte.types import Document, Model, Tokenizer
+
+_log = logging.getLogger(__name__)
+_said: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -82,24 +89,56 @@ def generate(
     Raises:
         DataError: prompt and answer are longer than what the model reads at once.
     """
-    width = max(len(p) for p in prompts)
     if (context := context_of(model.config)) is not None:
-        context.check(width, sampling.max_new_tokens)
-    device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    ids = torch.full((len(prompts), width), pad, device=device)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(list(prompt), device=device)
-        mask[row, width - len(prompt) :] = 1
-    chosen: Document = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if sampling.temperature > 0:
-        chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0}
-        if sampling.seed is not None:
-            torch.manual_seed(sampling.seed)
-    was_training = model.training
+        context.check(max(map(len, prompts)), sampling.max_new_tokens)
+    if sampling.temperature > 0 and sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
+    writer = _Writer(model, tokenizer, sampling, emit)
+    was_training, texts = model.training, []
     model.eval()
     try:
+        for start in range(0, len(prompts), MOST_VECTORS):
+            state = torch.get_rng_state()
+            try:
+                texts += writer.write(prompts[start : start + MOST_VECTORS], fast=True)
+            except decode.Slower as why:
+                _say(f"tokens come from the model's own forward, which is slower: {why}")
+                torch.set_rng_state(state)
+                texts += writer.write(prompts[start:], fast=False)
+                break
+    finally:
+        model.train(was_training)
+    return texts
+
+
+def _say(text: str) -> None:
+    """To the log, once: a conversation would repeat it with each answer."""
+    if text not in _said:
+        _said.add(text)
+        _log.info(text)
+
+
+@dataclass(frozen=True)
+class _Writer:
+    model: Model
+    tokenizer: Tokenizer
+    sampling: Sampling
+    emit: Callable[[str], None] | None
+
+    def write(self, prompts: Sequence[Sequence[int]], *, fast: bool) -> list[str]:
+        """Texts of these prompts as one batch, by our loop or by the model's own."""
+        model, tokenizer, sampling = self.model, self.tokenizer, self.sampling
+        width, device = max(map(len, prompts)), next(model.parameters()).device
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        ids = torch.full((len(prompts), width), pad, device=device)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(list(prompt), device=device)
+            mask[row, width - len(prompt) :] = 1
+        chosen: Document = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if sampling.temperature > 0:
+            chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0}
+        streamer = _Stream(tokenizer, self.emit) if self.emit is not None else None
         with torch.no_grad():
             out = model.generate(
                 input_ids=ids,
@@ -108,9 +147,8 @@ def generate(
                 eos_token_id=stop_ids(model, tokenizer),
                 pad_token_id=pad,
                 use_cache=True,
-                streamer=_Stream(tokenizer, emit) if emit is not None else None,
+                streamer=streamer,
+                custom_generate=decode.Loop(streamer) if fast else None,
                 **chosen,
             )
-    finally:
-        model.train(was_training)
-    return [str(text) for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
+        return [str(text) for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]

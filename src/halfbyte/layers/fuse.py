@@ -148,7 +148,7 @@ class _RmsNorm(_Fast):
         if weight.requires_grad or x.dtype != weight.dtype or not available(x):
             return super().forward(x)
         eps = float(getattr(self, "variance_epsilon", 0.0) or getattr(self, "eps", 0.0))
-        one_plus = bool(_is_one_plus(type(self)))
+        one_plus = bool(is_one_plus(type(self)))
         y = norm_gate.rms_norm(x, weight, eps, one_plus=one_plus)
         kept = x.detach()
         return _cheap(self, y, lambda: norm_gate.rms_norm(kept, weight, eps, one_plus=one_plus))
@@ -161,7 +161,7 @@ class _GatedMlp(_Fast):
         if not available(x):
             return super().forward(x)
         g, u = self.gate_proj(x), self.up_proj(x)
-        kind, kept = norm_gate.ACTIVATIONS[_activation(self)], (g.detach(), u.detach())
+        kind, kept = norm_gate.ACTIVATIONS[activation_of(self)], (g.detach(), u.detach())
         h = norm_gate.gated(g, u, kind)
         return self.down_proj(_cheap(self, h, lambda: norm_gate.gated(*kept, kind)))
 
@@ -266,6 +266,12 @@ def _cheap(module: nn.Module, y: Tensor, make: Callable[[], Tensor]) -> Tensor:
     return y
 
 
+def is_lora(module: nn.Module) -> bool:
+    from peft.tuners.lora import LoraLayer
+
+    return isinstance(module, LoraLayer)
+
+
 def unfused_reason(layer: nn.Module) -> str:
     """Why this LoRA layer must run PEFT's own forward now; empty if it need not."""
     if layer.disable_adapters:
@@ -316,14 +322,14 @@ def _is_rms_norm(module: nn.Module) -> bool:
         return True
     if not type(module).__name__.endswith("RMSNorm") or getattr(module, "weight", None) is None:
         return False
-    return module.weight.dim() == 1 and not module.weight.requires_grad and _is_one_plus(type(module)) is not None
+    return module.weight.dim() == 1 and not module.weight.requires_grad and is_one_plus(type(module)) is not None
 
 
 @_cached
-def _is_one_plus(cls: type[nn.Module]) -> bool | None:
+def is_one_plus(cls: type[nn.Module]) -> bool | None:
     """Which formula a norm class computes, seen on random numbers: (1 + w), w, or neither (None)."""
     if issubclass(cls, _Fast):
-        return _is_one_plus(cls.__bases__[1])
+        return is_one_plus(cls.__bases__[1])
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 64, generator=generator)
     try:
@@ -338,7 +344,7 @@ def _is_one_plus(cls: type[nn.Module]) -> bool | None:
     return None
 
 
-def _activation(mlp: nn.Module) -> str:
+def activation_of(mlp: nn.Module) -> str:
     config = getattr(mlp, "config", None)
     return str(getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None))
 
@@ -349,7 +355,7 @@ def _is_gated_mlp(module: nn.Module) -> bool:
         return True
     kind, parts = type(module).__name__, dict(module.named_children())
     of_three = kind in GATED_MLPS and set(parts) == {"gate_proj", "up_proj", "down_proj", "act_fn"}
-    return of_three and _activation(module) in norm_gate.ACTIVATIONS
+    return of_three and activation_of(module) in norm_gate.ACTIVATIONS
 
 
 GATED_MLPS = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP"})

@@ -13,7 +13,7 @@ _K, _C = np.float32(0.7978845608028654), np.float32(0.044715)  # sqrt(2/pi)
 
 
 @njit(inline="always", error_model="numpy")
-def _sigmoid(v):  # type: ignore[no-untyped-def]
+def sigmoid(v):  # type: ignore[no-untyped-def]
     return np.float32(1.0) / (np.float32(1.0) + exp_f32(-v))
 
 
@@ -23,11 +23,11 @@ def _forward_part(g, u, h, kind, first, last):  # type: ignore[no-untyped-def]
     if kind == SILU:
         for j in range(g.shape[0]):
             v = load(g[j])
-            h[j] = store(v * _sigmoid(v) * load(u[j]), h)
+            h[j] = store(v * sigmoid(v) * load(u[j]), h)
     else:
         for j in range(g.shape[0]):
             v = load(g[j])
-            s = _sigmoid(np.float32(2.0) * _K * (v + _C * v * v * v))  # (1 + tanh(z)) / 2 = sigmoid(2 z)
+            s = sigmoid(np.float32(2.0) * _K * (v + _C * v * v * v))  # (1 + tanh(z)) / 2 = sigmoid(2 z)
             h[j] = store(v * s * load(u[j]), h)
 
 
@@ -38,14 +38,14 @@ def _backward_part(dh, g, u, dg, du, kind, first, last):  # type: ignore[no-unty
     if kind == SILU:
         for j in range(g.shape[0]):
             v, d = load(g[j]), load(dh[j])
-            s = _sigmoid(v)
+            s = sigmoid(v)
             w = load(u[j])
             du[j] = store(d * v * s, du)
             dg[j] = store(d * w * s * (one + v * (one - s)), dg)
     else:
         for j in range(g.shape[0]):
             v, d = load(g[j]), load(dh[j])
-            s = _sigmoid(np.float32(2.0) * _K * (v + _C * v * v * v))
+            s = sigmoid(np.float32(2.0) * _K * (v + _C * v * v * v))
             slope = np.float32(2.0) * _K * (one + np.float32(3.0) * _C * v * v)
             w = load(u[j])
             du[j] = store(d * v * s, du)

@@ -80,6 +80,11 @@ def run(compiled: Any, rows: int, block: int, *values: Tensor | int | float) -> 
             floats[i] = value
         else:
             slots[i] = value
+    start(compiled, slots)
+
+
+def start(compiled: Any, slots: np.ndarray) -> None:
+    """Call a kernel on every thread with these slots; returns when all are back."""
     threads = torch.get_num_threads()
     parallel = _openmp() if threads > 1 else None
     if parallel is None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -103,9 +104,35 @@ def take(typing_context, counter):  # type: ignore[no-untyped-def]
 
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
         array = context.make_array(signature.args[0])(context, builder, args[0])
-        return builder.atomic_rmw("add", array.data, ir.Constant(_I64, 1), "monotonic")
+        return builder.atomic_rmw("add", array.data, ir.Constant(_I64, 1), "acq_rel")
 
     return types.int64(counter), build
+
+
+@intrinsic
+def read(typing_context, counter):  # type: ignore[no-untyped-def]
+    """counter[0] as other threads have left it; what they wrote before is there too."""
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        return builder.load_atomic(array.data, "acquire", 8)
+
+    return types.int64(counter), build
+
+
+@intrinsic
+def pause(typing_context, function):  # type: ignore[no-untyped-def]
+    """Wait a moment while looking at a counter; give the core to others by `int function()` if that is not 0."""
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        with builder.if_then(builder.icmp_signed("!=", args[0], ir.Constant(_I64, 0))):
+            yielding = ir.FunctionType(_I32, []).as_pointer()
+            builder.call(builder.inttoptr(args[0], yielding), [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), build
 
 
 @intrinsic

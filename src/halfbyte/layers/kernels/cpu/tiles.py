@@ -21,31 +21,36 @@ _LANES = 16
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
 
-class _BFloat(ir.Type):
+class BFloat(ir.Type):
     """LLVM's bfloat, which llvmlite has no name for."""
 
     def _to_string(self) -> str:
         return "bfloat"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
+        return isinstance(other, BFloat)
 
     def __hash__(self) -> int:
-        return hash(_BFloat)
+        return hash(BFloat)
 
 
 _FLOATS = ir.VectorType(ir.FloatType(), _LANES)
-_PAIRS = ir.VectorType(_BFloat(), 2 * _LANES)
+_PAIRS = ir.VectorType(BFloat(), 2 * _LANES)
 _WORDS = ir.VectorType(_I32, _LANES)
 
 
-@cache
 def available() -> bool:
     """Whether the processor that numba compiles for multiplies pairs of bf16."""
+    return has("avx512bf16")
+
+
+@cache
+def has(feature: str) -> bool:
+    """Whether the processor that numba compiles for has instructions of this name of LLVM's."""
     asked = config.CPU_FEATURES
     if asked is not None:
-        return "+avx512bf16" in asked.split(",")
-    return bool(binding.get_host_cpu_features().get("avx512bf16", False))
+        return f"+{feature}" in asked.split(",")
+    return bool(binding.get_host_cpu_features().get(feature, False))
 
 
 @intrinsic

@@ -1,0 +1,161 @@
+"""The decoding loop: prompts through the model's own forward, then token after token through a tape.
+
+Why: by the model's own forward a token moves ten times the bytes of a 4-bit base, and takes Python's time a tensor.
+What: `Loop` is what transformers' `generate` calls in place of its own loop (`custom_generate`), so sampling,
+penalties, stops and streams are its own. Its first token comes from the model's own forward. Before the second, the
+tape computes the prompts' last tokens again, and its logits are compared with the model's: where they part by more
+than rounding explains, or the model is not built like Llama, `Slower` says why, and the model's own loop is used.
+Source: `GenerationMixin._sample`; the tolerance is derived at `tolerance`.
+Cost: once a call, the tape (tens of ms) and one token for the proof.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.base import stream
+from halfbyte.errors import BaseModelError
+from halfbyte.layers.decoding import llama
+from halfbyte.layers.decoding.linears import Unsupported
+from halfbyte.layers.decoding.tape import MOST_VECTORS
+from halfbyte.models import structure
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, TextStreamer
+
+    from halfbyte.types import Model
+
+# Root mean square of what rounding to bf16 changes, relative to the number: 2^-8 / sqrt(3) at the lower end of a
+# binade, half of it at the upper end; over numbers spread evenly by their logarithm 0.0016.
+_ROUNDING = 0.0016
+# Roundings that a layer's sum goes through in the model's own forward: both sums (2); the norm, twice, q, k, v, rotary,
+# probabilities, their product, o (8); the norm, twice, gate, up, activation, product, down (7); the seven weights.
+_ROUNDINGS_OF_A_LAYER = 24
+_SIGMAS = 4.0
+
+
+class Slower(Exception):
+    """Why these texts are left to the model's own loop."""
+
+
+def tolerance(layers: int) -> float:
+    """How far logits of the two paths may be apart: the norm of their difference over that of the logits about their
+    mean.
+
+    Both round in other places. Independent errors add by their squares; 4 standard deviations, since the errors of one
+    token are not independent of each other.
+    """
+    return _SIGMAS * _ROUNDING * math.sqrt(_ROUNDINGS_OF_A_LAYER * layers)
+
+
+def apart(fast: Tensor, own: Tensor) -> float:
+    """The largest over texts of what `tolerance` bounds; fast, own: (M, V)."""
+    fast, own = fast.double(), own.double()
+    spread = (own - own.mean(-1, keepdim=True)).norm(dim=-1)
+    return float(((fast - own).norm(dim=-1) / spread.clamp_min(1e-30)).max())
+
+
+class Loop:
+    """For `generate(custom_generate=)`: greedy or sampled continuations of up to 16 texts, padded on the left."""
+
+    def __init__(self, streamer: TextStreamer | None = None) -> None:
+        self.streamer = streamer  # `generate` passes its own on to its own loops only
+        self.apart = 0.0
+        self.layers: list[nn.Module] = []
+
+    def __call__(
+        self,
+        lm: Model,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **others: Tensor | None,
+    ) -> Tensor:
+        if generation_config.num_beams != 1 or generation_config.return_dict_in_generate:
+            raise Slower("beams or a dictionary were asked for")
+        self._check(lm, len(input_ids))
+        mask = others.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        made = self._decoder(lm, len(input_ids), int(stopping_criteria.max_length))
+        logits, embed = self._prefilled(made, lm, input_ids, mask)
+        before, ids = mask.sum(1).tolist(), input_ids
+        pad, unfinished = generation_config._pad_token_tensor, torch.ones(len(ids), dtype=torch.int64)
+        while True:
+            scores = logits_processor(ids, logits.float().clone())
+            if generation_config.do_sample:
+                chosen = torch.multinomial(torch.softmax(scores, -1), 1).squeeze(1)
+            else:
+                chosen = scores.argmax(-1)
+            if pad is not None:
+                chosen = chosen * unfinished + pad * (1 - unfinished)
+            ids = torch.cat([ids, chosen[:, None]], -1)
+            if self.streamer is not None:
+                self.streamer.put(chosen)
+            unfinished = unfinished & ~stopping_criteria(ids, None)
+            if not unfinished.any():
+                break
+            logits = self._step(made, embed(chosen), before)
+            before = [n + 1 for n in before]
+        if self.streamer is not None:
+            self.streamer.end()
+        return ids
+
+    def _check(self, lm: Model, texts: int) -> None:
+        if texts > MOST_VECTORS:
+            raise Slower(f"more than {MOST_VECTORS} texts at once")
+        try:
+            self.layers = structure.decoder_layers(lm)
+        except BaseModelError as why:
+            raise Slower(str(why)) from why
+
+    def _decoder(self, lm: Model, texts: int, room: int) -> llama.Decoder:
+        try:
+            return llama.decoder(lm, texts, room)
+        except Unsupported as why:
+            raise Slower(str(why)) from why
+
+    def _step(self, made: llama.Decoder, embedded: Tensor, before: list[int]) -> Tensor:
+        return made.step(embedded, before, stream.of(self.layers[0]))
+
+    def _prefilled(
+        self, made: llama.Decoder, lm: Model, ids: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The model's own logits after the prompts, and how to embed; the caches are filled and the proof is done."""
+        from transformers import DynamicCache
+
+        cache, entered = DynamicCache(), []
+        name = "cache" if "cache" in inspect.signature(lm.forward).parameters else "past_key_values"
+        hook = self.layers[0].register_forward_pre_hook(
+            lambda module, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        try:
+            own = lm(
+                ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1, **{name: cache}
+            )
+        finally:
+            hook.remove()
+        logits, table, last = own.logits[:, -1], lm.get_input_embeddings(), ids[:, -1]
+        plain, wanted = table(last).float(), entered[0][:, -1].float()
+        factor = float((plain * wanted).sum() / plain.square().sum().clamp_min(1e-30))
+
+        def embed(tokens: Tensor) -> Tensor:
+            return table(tokens).float() * factor if factor != 1.0 else table(tokens)
+
+        lengths = mask.sum(1).tolist()
+        for number, layer in enumerate(cache.layers):
+            made.fill(number, layer.keys, layer.values, lengths)
+        fast = self._step(made, embed(last), [n - 1 for n in lengths])
+        # Of texts that are not padded: with a mask the model's own attention rounds more (docs/log.md).
+        whole = mask.all(1)
+        self.apart, allowed = apart(fast[whole], logits[whole]), tolerance(len(self.layers))
+        if not self.apart <= allowed:  # NaN too
+            raise Slower(f"its logits are {self.apart:.3g} apart from the model's own, where {allowed:.3g} are allowed")
+        return logits, embed

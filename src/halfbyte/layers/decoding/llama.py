@@ -1,0 +1,263 @@
+"""A Llama-like model as a tape: embedding aside, a token's whole way from hidden state to logits.
+
+What is recognised is structure, not names of classes: norms, attention projections (one or three), output projection,
+a gated MLP (its two inner projections in one or apart), and where the norms stand. What a model does beside that is not
+looked for: `inference/decode.py` compares logits with the model's own before a token is used.
+Source: transformers' modeling files of Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3, Phi-3.
+Cost: tens of milliseconds to write; LoRA is copied in the compute dtype.
+
+Letters: M texts, H query heads, K key heads, T room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.layers import fuse, norm_gate, sight
+from halfbyte.layers.decoding import linears
+from halfbyte.layers.decoding.linears import Unsupported
+from halfbyte.layers.decoding.tape import Attention, Tape, Vectors
+from halfbyte.models import structure
+
+if TYPE_CHECKING:
+    from halfbyte.types import Config, Model
+
+_NORMS = {"input_layernorm", "post_attention_layernorm"}
+_SANDWICH = _NORMS | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
+# Rotary embeddings that are another function of the position when a text is longer.
+_CHANGING_ROPES = {"dynamic", "longrope"}
+
+
+@dataclass
+class Decoder:
+    """A model's tape with its buffers.
+
+    Args:
+        hidden: (M, D) fp32, the embedding of the tokens. logits: (M, V) fp32. positions: (M,) of the tokens.
+        keys: of each layer (M, K, d, T), values: (M, K, T, d). ends: the number of operations after each layer.
+        ropes: cos and sin (T, R) with the buffers (M, R) that a token's row goes to.
+    """
+
+    tape: Tape
+    hidden: Tensor
+    logits: Tensor
+    positions: Tensor
+    final_cap: float
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    ropes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def fill(self, layer: int, keys: Tensor, values: Tensor, lengths: list[int]) -> None:
+        """Take over a layer's cache of the prompts: (M, K, L, d), padded on the left."""
+        for m, length in enumerate(lengths):
+            n = min(length, keys.shape[2])
+            self.keys[layer][m, :, :, length - n : length] = keys[m, :, keys.shape[2] - n :].transpose(1, 2)
+            self.values[layer][m, :, length - n : length] = values[m, :, values.shape[2] - n :]
+
+    def step(self, embedded: Tensor, before: list[int], enter: Callable[[int], None] | None = None) -> Tensor:
+        """Logits (M, V) after one more token of each text.
+
+        Args:
+            embedded: (M, D). before: tokens of each text before this one. enter: called before each layer, where a base
+                is streamed.
+        """
+        self.hidden.copy_(embedded)
+        self.positions.copy_(torch.tensor(before))
+        for table, row in self.ropes:
+            torch.index_select(table, 0, self.positions, out=row)
+        if enter is None:
+            self.tape.run()
+        else:
+            for layer, (first, last) in enumerate(zip([0, *self.ends[:-1]], self.ends, strict=True)):
+                enter(layer)
+                self.tape.run(first, last)
+            self.tape.run(self.ends[-1])
+        if self.final_cap:
+            return self.final_cap * torch.tanh(self.logits / self.final_cap)
+        return self.logits
+
+
+def decoder(model: Model, texts: int, room: int) -> Decoder:
+    """Write the tape of a model for so many texts of up to `room` tokens. Raises Unsupported, saying why."""
+    lm = structure.causal_lm(model)
+    body, config = structure.body(lm), lm.config.get_text_config()
+    head, norm = lm.get_output_embeddings(), getattr(body, "norm", None)
+    dtype = next(lm.get_input_embeddings().parameters()).dtype
+    if (
+        not isinstance(getattr(head, "weight", None), Tensor)
+        or norm is None
+        or not isinstance(getattr(body, "rotary_emb", None), nn.Module)
+    ):
+        raise Unsupported(f"{type(lm).__name__} is not built like Llama")
+    room = -(-room // 64) * 64
+    try:
+        tape = Tape(dtype, texts, room)
+    except ValueError as error:
+        raise Unsupported(str(error)) from error
+    layers = structure.decoder_layers(body)
+    sight.look(body, room)
+    d = layers[0].input_layernorm.weight.shape[0] if hasattr(layers[0], "input_layernorm") else 0
+    made = Decoder(
+        tape,
+        hidden=tape.buffer(texts, d),
+        logits=tape.buffer(texts, head.weight.shape[0]),
+        positions=tape.buffer(texts, dtype=torch.int64),
+        final_cap=float(getattr(config, "final_logit_softcapping", 0) or 0),
+    )
+    ropes: dict[str | None, tuple[Tensor, Tensor]] = {}
+    for number, layer in enumerate(layers):
+        kind = _rope_kind(config, number)
+        if kind not in ropes:
+            ropes[kind] = _ropes(made, body.rotary_emb, config, kind, room)
+        _Layer(made, layer, config, ropes[kind]).write()
+        made.ends.append(len(tape))
+    x = tape.vectors(d)
+    _norm(tape, norm, made.hidden, x)
+    linears.add(tape, x, [(head, made.logits, False)])
+    return made
+
+
+def _rope_kind(config: Config, number: int) -> str | None:
+    """The layer type whose rotary embedding layer `number` uses, where a model has several."""
+    types = getattr(config, "layer_types", None)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return types[number] if types and types[number] in parameters else None
+
+
+def _ropes(made: Decoder, rotary: nn.Module, config: Config, kind: str | None, room: int) -> tuple[Tensor, Tensor]:
+    """Buffers (M, R) of cos and sin, with their tables (T, R) noted."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    parameters = parameters[kind] if kind is not None else parameters
+    if parameters.get("rope_type") in _CHANGING_ROPES:
+        raise Unsupported(f"rotary embedding of type {parameters['rope_type']}")
+    at, like = torch.arange(room)[None], torch.zeros(1, dtype=torch.float32)
+    tables = rotary(like, at) if kind is None else rotary(like, at, kind)
+    rows = []
+    for table in tables:
+        rows.append(made.tape.buffer(made.tape.m, table.shape[-1]))
+        made.ropes.append((table[0].float().contiguous(), rows[-1]))
+    return rows[0], rows[1]
+
+
+def _norm_facts(module: nn.Module, d: int) -> tuple[Tensor, float, bool]:
+    one_plus = fuse.is_one_plus(type(module))
+    if one_plus is None or module.weight.shape != (d,):
+        raise Unsupported(f"{type(module).__name__} is no RMS norm")
+    eps = float(getattr(module, "variance_epsilon", 0.0) or getattr(module, "eps", 0.0))
+    return module.weight.data, eps, one_plus
+
+
+def _norm(tape: Tape, module: nn.Module, x: Tensor, to: Vectors) -> None:
+    weight, eps, one_plus = _norm_facts(module, x.shape[1])
+    tape.norm(x, to, weight.to(tape.dtype), eps, one_plus)
+    tape.then()
+
+
+class _Layer:
+    """One decoder layer on its way into a tape."""
+
+    def __init__(self, made: Decoder, layer: nn.Module, config: Config, rope: tuple[Tensor, Tensor]) -> None:
+        self.made, self.tape, self.layer, self.config, self.rope = made, made.tape, layer, config, rope
+        parts = {name for name, child in layer.named_children() if any(True for _ in child.parameters())}
+        self.is_sandwich = parts == _SANDWICH | {"self_attn", "mlp"}
+        if not self.is_sandwich and parts != _NORMS | {"self_attn", "mlp"}:
+            raise Unsupported(f"{type(layer).__name__} has {', '.join(sorted(parts))}")
+
+    def write(self) -> None:
+        layer, tape, hidden = self.layer, self.tape, self.made.hidden
+        d = hidden.shape[1]
+        x = tape.vectors(d)
+        _norm(tape, layer.input_layernorm, hidden, x)
+        self._attention(x)
+        _norm(tape, layer.pre_feedforward_layernorm if self.is_sandwich else layer.post_attention_layernorm, hidden, x)
+        self._mlp(x)
+
+    def _onto(self, module: nn.Module, x: Vectors, norm: nn.Module) -> None:
+        """hidden += module(x), normalised in a sandwich."""
+        hidden = self.made.hidden
+        if not self.is_sandwich:
+            linears.add(self.tape, x, [(module, hidden, True)])
+            return
+        out = self.tape.buffer(*hidden.shape)
+        linears.add(self.tape, x, [(module, out, False)])
+        weight, eps, one_plus = _norm_facts(norm, hidden.shape[1])
+        self.tape.norm_onto(out, hidden, weight.to(self.tape.dtype), eps, one_plus)
+        self.tape.then()
+
+    def _attention(self, x: Vectors) -> None:
+        tape, module, config = self.tape, self.layer.self_attn, self.config
+        d = int(module.head_dim)
+        heads, key_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
+        qkv = tape.buffer(tape.m, (heads + 2 * key_heads) * d)
+        if hasattr(module, "qkv_proj"):
+            linears.add(tape, x, [(module.qkv_proj, qkv, False)])
+        else:
+            ends = (0, heads * d, (heads + key_heads) * d, qkv.shape[1])
+            outs = [qkv[:, a:b] for a, b in pairwise(ends)]
+            each = zip((module.q_proj, module.k_proj, module.v_proj), outs, strict=True)
+            linears.add(tape, x, [(linear, out, False) for linear, out in each])
+        room = tape.room
+        keys = torch.zeros((tape.m, key_heads, d, room), dtype=tape.dtype)
+        values = torch.zeros((tape.m, key_heads, room, d), dtype=tape.dtype)
+        self.made.keys.append(keys)
+        self.made.values.append(values)
+        norms: list[Tensor | None] = []
+        eps, one_plus = 0.0, False
+        for name in ("q_norm", "k_norm"):
+            norm = getattr(module, name, None)
+            if norm is None:
+                norms.append(None)
+                continue
+            weight, eps, one_plus = _norm_facts(norm, d)
+            norms.append(weight.to(tape.dtype).contiguous())
+        attention = Attention(
+            qkv, keys, values, self.made.positions, heads, key_heads, d, float(module.scaling),
+            float(getattr(module, "attn_logit_softcapping", None) or 0.0), self._window(module), norms[0], norms[1],
+            eps, one_plus,
+        )  # fmt: skip
+        tape.rotate(attention, *self.rope)
+        tape.then()
+        out, to = tape.buffer(tape.m, heads * d), tape.vectors(heads * d)
+        tape.attend(attention, out)
+        tape.then()
+        tape.norm(out, to, None)
+        tape.then()
+        self._onto(module.o_proj, to, self.layer.post_attention_layernorm)
+
+    def _window(self, module: nn.Module) -> int:
+        seen = sight.of(module)
+        if seen is None or not seen.causal:  # not our attention: only where there is nothing to be known
+            kinds = set(getattr(self.config, "layer_types", None) or ["full_attention"])
+            if getattr(self.config, "sliding_window", None) or kinds != {"full_attention"}:
+                raise Unsupported("windows that were not looked at")
+            return 0
+        if seen.causal < seen.tokens and not seen.slides:
+            raise Unsupported("a mask of no known kind")
+        return seen.causal if seen.slides else 0
+
+    def _mlp(self, x: Vectors) -> None:
+        tape, mlp = self.tape, self.layer.mlp
+        kind = norm_gate.ACTIVATIONS.get(fuse.activation_of(mlp))
+        if kind is None:
+            raise Unsupported(f"activation {fuse.activation_of(mlp)}")
+        if hasattr(mlp, "gate_up_proj"):
+            inner = linears.Linear(tape, mlp.gate_up_proj).shape[0] // 2
+            both = tape.buffer(tape.m, 2 * inner)
+            linears.add(tape, x, [(mlp.gate_up_proj, both, False)])
+        elif hasattr(mlp, "gate_proj") and hasattr(mlp, "up_proj"):
+            inner = linears.Linear(tape, mlp.gate_proj).shape[0]
+            both = tape.buffer(tape.m, 2 * inner)
+            linears.add(tape, x, [(mlp.gate_proj, both[:, :inner], False), (mlp.up_proj, both[:, inner:], False)])
+        else:
+            raise Unsupported(f"{type(mlp).__name__} is no gated MLP")
+        to = tape.vectors(inner)
+        tape.gate(both[:, :inner], both[:, inner:], inner, kind, to)
+        tape.then()
+        self._onto(mlp.down_proj, to, self.layer.post_feedforward_layernorm if self.is_sandwich else self.layer)

@@ -1,0 +1,261 @@
+"""Write the operations of a token for `kernels.cpu.tape`, and run them.
+
+What: operations are added in groups; a group begins when the one before is done. Buffers and tensors that operations
+point to are kept alive here. Run again, the same operations read what their buffers hold now.
+Cost: a microsecond an operation to write; a run is one call on torch's threads.
+
+Letters: M vectors (texts at once), D in, O out, R rank.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from halfbyte.layers.kernels import cpu
+
+MOST_VECTORS = 16  # beyond, a matrix product on dequantised weights is faster
+_ITEM_BYTES = 16 * 1024  # of a matrix that a thread takes at once
+
+
+@cache
+def isa(dtype: torch.dtype) -> str | None:
+    """Which instructions the kernels use for activations of this dtype; None: none here."""
+    if not cpu.enabled() or dtype not in (torch.bfloat16, torch.float32):
+        return None
+    from halfbyte.layers.kernels.cpu import tiles
+
+    if dtype == torch.bfloat16:
+        return "avx512" if tiles.available() else None
+    return "avx2" if tiles.has("avx2") and tiles.has("fma") else None
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """What products read: M vectors, once in fp32 and once in the kernels' order and type; zeros up to `wide`."""
+
+    plain: Tensor
+    ordered: Tensor
+    wide: int
+
+
+class Tape:
+    """The operations of a token.
+
+    Args:
+        dtype: bf16 or fp32, of activations, caches and unquantised weights. vectors: M. room: most tokens of a text.
+    """
+
+    def __init__(self, dtype: torch.dtype, vectors: int, room: int = 1) -> None:
+        from halfbyte.layers.kernels.cpu import nibbles, tape
+
+        name = isa(dtype)
+        if name is None:
+            raise ValueError(f"no kernels for {dtype} here")
+        self.dtype, self.m, self.room, self.kinds = dtype, vectors, room, tape
+        self._rows: list[np.ndarray] = []
+        self._kept: list[object] = []
+        self._before, self._group = (0, 0), 0
+        self._order = nibbles.order(name)
+        self._isa, self._longest = name, 0
+        self._levels: dict[str, Tensor] = {}
+        self._slots: np.ndarray | None = None
+
+    # ------------------------------------------------------------------ memory
+    def kept(self, tensor: Tensor) -> int:
+        """The address of a contiguous tensor, which lives as long as the tape."""
+        if not tensor.is_contiguous():
+            raise ValueError("not contiguous")
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def buffer(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        made = torch.zeros(shape, dtype=dtype)
+        self._kept.append(made)
+        return made
+
+    def vectors(self, width: int) -> Vectors:
+        from halfbyte.layers.kernels.cpu import nibbles
+
+        wide = -(-width // nibbles.CHUNK) * nibbles.CHUNK
+        return Vectors(self.buffer(self.m, wide), self.buffer(self.m, wide, dtype=self.dtype), wide)
+
+    # -------------------------------------------------------------- operations
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def then(self) -> None:
+        """What is added from now on begins when all before is done."""
+        if len(self._rows) > self._group:
+            self._before, self._group = (self._group, len(self._rows)), len(self._rows)
+
+    def _add(self, kind: int, items: int, slots: dict[int, int | float]) -> None:
+        row = np.zeros(self.kinds.WIDTH, np.int64)
+        row[:4] = kind, items, *self._before
+        for at, value in slots.items():
+            if isinstance(value, float):
+                row.view(np.float64)[at] = value
+            else:
+                row[at] = value
+        self._rows.append(row)
+
+    def norm(self, x: Tensor, to: Vectors, weight: Tensor | None, eps: float = 0.0, one_plus: bool = False) -> None:
+        """x (M, D..) -> to, normalised where there is a weight (D,)."""
+        d = len(weight) if weight is not None else min(x.shape[1], to.wide)
+        address = self.kept(weight) if weight is not None else 0
+        self._add(
+            self.kinds.NORM, self.m,
+            {4: self.kept(x), 5: x.shape[1], 6: address, 7: d, 8: eps, 9: int(one_plus), 10: to.plain.data_ptr(),
+             11: to.ordered.data_ptr(), 12: to.wide},
+        )  # fmt: skip
+
+    def norm_onto(self, x: Tensor, onto: Tensor, weight: Tensor, eps: float, one_plus: bool) -> None:
+        """onto += norm(x), both (M, D)."""
+        self._add(
+            self.kinds.NORM, self.m,
+            {4: self.kept(x), 5: x.shape[1], 6: self.kept(weight), 7: len(weight), 8: eps, 9: int(one_plus),
+             13: self.kept(onto)},
+        )  # fmt: skip
+
+    def dense(
+        self, w: Tensor, x: Tensor, out: Tensor, *, onto: bool = False, bias: Tensor | None = None, scale: float = 0.0
+    ) -> None:
+        """x (M, D.. fp32) times w (O, D) -> out (M, O..), a view into a buffer; with a scale, times it, in `dtype`."""
+        o, d = w.shape
+        rows = self._item_rows(o, d * w.itemsize)
+        self._add(
+            self.kinds.DENSE, -(-o // rows),
+            {4: self.kept(w), 9: d, 10: o, 11: x.data_ptr(), 12: x.stride(0) * 4, 13: out.data_ptr(), 14: out.stride(0),
+             15: int(onto), 16: 0 if bias is None else self.kept(bias.float()), 17: int(scale != 0.0), 18: scale,
+             23: rows, 24: self.m},
+        )  # fmt: skip
+
+    def codes(
+        self, codes: Tensor, scales: Scales, kind: str, shape: tuple[int, int], x: Vectors, out: Tensor, *,
+        onto: bool = False, bias: Tensor | None = None, up: Tensor | None = None, h: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """x (M, D) times 4-bit rows (O, D), plus h (M, R) times up (O, R), both of whole pieces of 32 bytes."""
+        o, d = shape
+        rows = self._item_rows(o, d // 2)
+        self._longest = max(self._longest, d // 64)
+        nested = scales.nested is not None
+        slots: dict[int, int | float] = {
+            4: self.kept(codes), 5: self.kept(scales.absmax), 6: self.kept(scales.table) if nested else 0,
+            7: self.kept(scales.nested) if nested else 0, 8: scales.offset, 9: d, 10: o, 11: x.ordered.data_ptr(),
+            12: x.wide * self.dtype.itemsize, 13: out.data_ptr(), 14: out.stride(0), 15: int(onto),
+            16: 0 if bias is None else self.kept(bias.float()), 22: self._table(kind), 23: rows, 24: self.m,
+        }  # fmt: skip
+        if up is not None and h is not None:
+            row_bytes = up.shape[1] * up.itemsize
+            slots |= {17: self.kept(up), 18: row_bytes, 19: self.kept(h), 20: row_bytes, 21: row_bytes // 32}
+        self._add(self.kinds.CODES, -(-o // rows), slots)
+
+    def gate(self, g: Tensor, u: Tensor, inner: int, kind: int, to: Vectors) -> None:
+        """act(g) * u, both (M, I) views with one stride -> to."""
+        parts = -(-to.wide // self.kinds.GATE_ELEMENTS)
+        self._add(
+            self.kinds.GATE, self.m * parts,
+            {4: g.data_ptr(), 5: u.data_ptr(), 6: g.stride(0), 7: inner, 8: kind, 22: to.plain.data_ptr(),
+             23: to.ordered.data_ptr(), 24: to.wide},
+        )  # fmt: skip
+
+    def rotate(self, attention: Attention, cos: Tensor, sin: Tensor) -> None:
+        a = attention
+        slots = a.slots() | {9: self.kept(cos), 10: self.kept(sin), 8: cos.shape[1], 13: a.eps, 14: int(a.one_plus)}
+        for at, weight in ((11, a.q_norm), (12, a.k_norm)):
+            slots[at] = 0 if weight is None else self.kept(weight)
+        self._add(self.kinds.ROTATE, self.m * (a.heads + a.key_heads), slots)
+
+    def attend(self, attention: Attention, out: Tensor) -> None:
+        """out: (M, H d)."""
+        a = attention
+        slots = a.slots() | {19: a.scale, 20: a.cap, 21: a.window, 22: out.data_ptr(), 24: out.shape[1]}
+        self._add(self.kinds.ATTEND, self.m * a.heads, slots)
+
+    def _item_rows(self, rows: int, row_bytes: int) -> int:
+        return max(1, min(_ITEM_BYTES // max(1, row_bytes), math.ceil(rows / 8)))
+
+    def _table(self, kind: str) -> int:
+        from halfbyte.layers.kernels.cpu import nibbles
+        from halfbyte.quant import nf4_cpu
+
+        if kind not in self._levels:
+            self._levels[kind] = torch.from_numpy(nibbles.table(nf4_cpu.code(kind), self._isa))
+        return self.kept(self._levels[kind])
+
+    # --------------------------------------------------------------------- run
+    def run(self, first: int = 0, last: int | None = None) -> None:
+        """Run operations first .. last; a token begins with the first one."""
+        from halfbyte.layers.kernels.cpu import parallel
+
+        if self._slots is None or self._slots[1] != len(self._rows):
+            self._finish()
+        assert self._slots is not None
+        if first == 0:
+            self._counters.fill(0)
+        self._slots[2:4] = first, len(self._rows) if last is None else last
+        parallel.start(self.kinds.compiled(self.dtype), self._slots)
+
+    def _finish(self) -> None:
+        self._ops = np.concatenate(self._rows)
+        self._counters = np.zeros(2 * len(self._rows) * self.kinds.LINE, np.int64)
+        self._slots = np.zeros(32, np.int64)
+        self._slots[:2] = self._ops.ctypes.data, len(self._rows)
+        self._slots[4:8] = self._counters.ctypes.data, self._longest, self.room, self._order.ctypes.data
+        self._slots[8] = _yield_address()
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Of each block, in fp32; or 8-bit codes in `absmax`, with the table and the outer scales they stand for."""
+
+    absmax: Tensor
+    nested: Tensor | None = None
+    table: Tensor | None = None
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention: where its queries, keys and values are, and what it does with them.
+
+    Args:
+        qkv: (M, (H + 2 K) d) fp32. keys: (M, K, d, T), values: (M, K, T, d). positions: (M,) int64, of this token.
+        cap: of scores, by tanh; 0: none. window: tokens seen, itself included; 0: all.
+    """
+
+    qkv: Tensor
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    heads: int
+    key_heads: int
+    d: int
+    scale: float
+    cap: float = 0.0
+    window: int = 0
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    eps: float = 0.0
+    one_plus: bool = False
+
+    def slots(self) -> dict[int, int | float]:
+        return {
+            4: self.qkv.data_ptr(), 5: self.heads, 6: self.key_heads, 7: self.d, 15: self.keys.data_ptr(),
+            16: self.values.data_ptr(), 17: self.values.shape[2], 18: self.positions.data_ptr(),
+        }  # fmt: skip
+
+
+@cache
+def _yield_address() -> int:
+    """Of `sched_yield`, which lets other threads have the core; 0 where there is none."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError, TypeError):
+        return 0

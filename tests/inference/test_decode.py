@@ -1,0 +1,131 @@
+"""The decoding loop against the model's own, and its proof against faults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte.inference import decode
+from halfbyte.inference.generate import Sampling, chat_ids, generate
+from halfbyte.layers import packing
+from halfbyte.layers.decoding import llama
+from halfbyte.layers.decoding.tape import isa
+from tests import tiny, tiny_run
+
+pytestmark = pytest.mark.skipif(isa(torch.float32) is None, reason="no kernels for this processor")
+
+
+def prompts() -> list[list[int]]:
+    tokenizer = tiny_run.tokenizer()
+    return [chat_ids(tokenizer, [{"role": "user", "content": text}]) for text in ("red", "a large round box", "new")]
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Why the model's own loop was used."""
+    said: list[str] = []
+    monkeypatch.setattr("halfbyte.inference.generate._say", said.append)
+    return said
+
+
+def both(
+    model: Any, asked: list[list[int]], sampling: Sampling, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> list[list[str]]:
+    """Texts by the tape, which must have been taken, and by the model's own loop."""
+    tokenizer = tiny_run.tokenizer()
+    fast = generate(model, tokenizer, asked, sampling)
+    assert told == []
+
+    def refuse(*args: object) -> None:
+        raise decode.Slower("asked")
+
+    monkeypatch.setattr(decode.Loop, "_check", refuse)
+    own = generate(model, tokenizer, asked, sampling)
+    assert len(told) == 1
+    return [fast, own]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_greedy_texts_are_those_of_the_models_own_loop(
+    name: str, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, own = both(tiny.model(name, vocab_size=tiny_run.VOCAB), prompts(), Sampling(20), told, monkeypatch)
+    assert fast == own
+
+
+def test_sampled_texts_are_too(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama", vocab_size=tiny_run.VOCAB)
+    fast, own = both(model, prompts()[:2], Sampling(12, temperature=0.5, seed=3), told, monkeypatch)
+    assert fast == own
+
+
+def test_more_texts_than_a_tape_takes(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama", vocab_size=tiny_run.VOCAB)
+    fast, own = both(model, prompts() * 6, Sampling(4), told, monkeypatch)
+    assert fast == own
+
+
+FAULTS = {
+    "position": lambda made, embedded, before: (embedded, [n + 1 for n in before]),
+    "embedding": lambda made, embedded, before: (embedded.flip(-1), before),
+    "rope": lambda made, embedded, before: (made.ropes[0][0].neg_(), (embedded, before))[1],
+    "keys": lambda made, embedded, before: (made.keys[1].mul_(0.5), (embedded, before))[1],
+    "values": lambda made, embedded, before: (made.values[0].roll(1, 2), made.values[0].neg_(), (embedded, before))[2],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_seen_before_its_first_token_and_the_models_own_loop_answers(
+    fault: str, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny.model("llama", vocab_size=tiny_run.VOCAB), tiny_run.tokenizer()
+    wanted = generate(model, tokenizer, prompts(), Sampling(6))
+    own = llama.Decoder.step
+
+    def faulty(made: llama.Decoder, embedded: Any, before: list[int], enter: Any = None) -> Any:
+        return own(made, *FAULTS[fault](made, embedded, before), enter)
+
+    monkeypatch.setattr(llama.Decoder, "step", faulty)
+    assert generate(model, tokenizer, prompts(), Sampling(6)) == wanted
+    assert len(told) == 1 and "apart from the model's own" in told[0]
+
+
+def test_another_architecture_is_left_to_its_own_forward(told: list[str]) -> None:
+    generate(tiny.model("gpt2", vocab_size=tiny_run.VOCAB), tiny_run.tokenizer(), prompts()[:1], Sampling(2))
+    assert len(told) == 1 and "not built like Llama" in told[0]
+
+
+VARIANTS = {
+    "llama": {},
+    "llama-biases": {"attention_bias": True},
+    "llama-scaled": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    "mistral": {},
+    "mistral-windows": {"sliding_window": 5},
+    "qwen3": {},
+    "gemma3": {},
+    "phi3": {},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_of_each_architecture_are_its_own(name: str) -> None:
+    """In fp32, where only the order of sums differs; 23 tokens, more than a window; a token after the prompts too."""
+    changes = VARIANTS[name]
+    model = tiny.model(name.partition("-")[0], changes=changes).eval()
+    packing.install(model, "cu_seq_lens")
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 256, (2, 24), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0  # the second begins later
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1]
+        loop = decode.Loop()
+        loop._check(model, 2)
+        made = llama.decoder(model, 2, 30)
+        _, embed = loop._prefilled(made, model, ids[:, :-1], mask[:, :-1])
+        got = loop._step(made, embed(ids[:, -1]), mask[:, :-1].sum(1).tolist())
+    assert loop.apart < 2e-5
+    assert decode.apart(got, wanted) < 2e-5
