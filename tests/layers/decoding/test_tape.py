@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from halfbyte.layers.decoding import linears
 from halfbyte.layers.decoding.tape import Tape, isa
-from halfbyte.quant import nf4_cpu
+from halfbyte.quant.kernels import nf4_cpu
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 # Sums of up to 1,536 products in fp32, in another order: 2^-24 times the root of their number, with room.

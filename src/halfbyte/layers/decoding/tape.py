@@ -183,7 +183,7 @@ class Tape:
 
     def _table(self, kind: str) -> int:
         from halfbyte.layers.kernels.cpu import nibbles
-        from halfbyte.quant import nf4_cpu
+        from halfbyte.quant.kernels import nf4_cpu
 
         if kind not in self._levels:
             self._levels[kind] = torch.from_numpy(nibbles.table(nf4_cpu.code(kind), self._isa))
