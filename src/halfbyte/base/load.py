@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.base import residency
+from halfbyte.base import requantised, residency
 from halfbyte.base.config import is_quantised_already, open_config
 from halfbyte.base.store import first_pages, shelf, supply
 from halfbyte.base.store.reading import unsafe_pickle
@@ -176,7 +176,7 @@ def stored_base(
     """
     tell = tell or supply.Tell()
     try:
-        return supply.ensure(wanted, tell=tell), ""
+        return supply.ensure(wanted, tell=requantised.telling(wanted, tell)), ""
     except shelf.CannotHold as reason:
         why = str(reason)
     except shelf.NotWritable as error:

@@ -4,7 +4,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from halfbyte.base import load
+from halfbyte.base import load, requantised
 from halfbyte.base.config import open_config
 from halfbyte.base.store import manifest, shelf, supply
 from halfbyte.errors import BaseModelError, StoreError
@@ -59,7 +59,7 @@ def quantize(recipe: Recipe, *, out: Path | None = None, tell: supply.Tell | Non
     try:
         if hasattr(config, "auto_map"):
             raise shelf.CannotHold("it brings Python code of its own")
-        path = supply.ensure(wanted, out=out, tell=telling)
+        path = supply.ensure(wanted, out=out, tell=requantised.telling(wanted, telling))
     except shelf.CannotHold as reason:
         raise StoreError(
             f"{checkpoint.id} cannot be held in a store: {reason}.",

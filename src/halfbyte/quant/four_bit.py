@@ -171,6 +171,15 @@ class FourBitEncoder:
             )
         return packed
 
+    def decoded(self, codes: np.ndarray, first: int, out: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        from halfbyte.quant import dequantise
+
+        scales = torch.from_numpy(self.absmax[first // self.block :])
+        dequantise.write(torch.from_numpy(codes), scales, out.view(-1), self.block, self.quant.type)
+        return out
+
     def code_bytes(self, first: int) -> int:
         return first // 2
 

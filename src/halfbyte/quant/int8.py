@@ -138,6 +138,13 @@ class RowEncoder:
         made: np.ndarray = halves.float().mul_(factors[:, None]).round_().to(torch.int8).numpy()
         return made
 
+    def decoded(self, codes: np.ndarray, first: int, out: Tensor) -> Tensor:
+        import torch
+
+        made, start = torch.from_numpy(codes), first // self.shape[-1]
+        write(made, torch.from_numpy(self.scales[start : start + len(made)]), out.view(made.shape))
+        return out
+
     def _refuse(self, first: int, flat: Tensor) -> None:
         wrong = int((~flat.to(dtype=flat.dtype).half().isfinite()).nonzero()[0])
         value, at = flat[wrong].item(), tuple(int(i) for i in np.unravel_index(first + wrong, self.shape))

@@ -51,6 +51,10 @@ class Encoder(Protocol):
             BaseModelError: NaN or Inf among the values: they would turn a whole block into nonsense.
         """
 
+    def decoded(self, codes: np.ndarray, first: int, out: torch.Tensor) -> torch.Tensor:
+        """Fill `out` with what the codes just made of the elements from `first` on stand for, in scales of full
+        precision."""
+
     def code_bytes(self, first: int) -> int:
         """Where the codes of element `first` begin."""
 

@@ -69,6 +69,7 @@ def convert_into(target: Path, file: Path) -> None:
             check_folder(partial, allow_pickle=False, label=str(file))
             note = {
                 "source": str(file),
+                "type": header.quantised_as,
                 "source_bytes": sum(part.stat().st_size for part in header.files),
                 "format": FORMAT_VERSION,
             }
