@@ -44,7 +44,7 @@ def write_random(file: Path, layers: int) -> None:
     }.items():  # fmt: skip
         writer.add_uint32(f"llama.{key}", value)
     writer.add_layer_norm_rms_eps(1e-5)
-    tokens = [*map(chr, range(33, 127)), *(f"t{n}" for n in range(VOCAB - 94))]
+    tokens = [*map(chr, range(33, 127)), "!!", *(f"t{n}" for n in range(VOCAB - 95))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)

@@ -24,8 +24,14 @@ There = Callable[[Array, Any], Array]
 """(a parameter, the config) -> the tensor of the file."""
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, rule: str = "smollm", size: int = len(TOKENS)) -> None:
-    tokens = TOKENS + [f"[PAD{n}]" for n in range(len(TOKENS), size)]
+def add_tokenizer(
+    writer: gguf.GGUFWriter,
+    rule: str = "smollm",
+    size: int = len(TOKENS),
+    pad: str = TOKENS[0],
+    add_bos: bool | None = False,
+) -> None:
+    tokens = [pad, *TOKENS[1:]] + [f"[PAD{n}]" for n in range(len(TOKENS), size)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(rule)
     writer.add_token_list(tokens)
@@ -34,7 +40,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, rule: str = "smollm", size: int = len
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
-    writer.add_add_bos_token(False)
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
     writer.add_chat_template(TEMPLATE)
 
 

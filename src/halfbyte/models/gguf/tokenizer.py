@@ -7,6 +7,7 @@ are llama.cpp's (src/llama-vocab.cpp); a file with another one is refused.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from halfbyte.models.gguf.header import GgufHeader
@@ -35,6 +36,12 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", "[0-9][0-9][0-9]", _GPT2),
     **dict.fromkeys(("bloom", "poro-chat", "gpt3-finnish"), (r" ?[^(\s|.,!?…。，、।۔،)]+",)),
 }
+# llama.cpp puts the first token before a text for these, unless the file says otherwise.
+WITH_BOS = frozenset(
+    ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
+)
+# A word that is a token as a whole is not put together from merges (`ignore_merges` of a tokenizer.json).
+WHOLE_WORDS = WITH_BOS | {"glm4", "glm5"}
 PROBE = "Hello  world, it's 12345 + 6.  7\n\n\tdef f(x):\n    return x  # é 日本\n"
 
 
@@ -67,12 +74,31 @@ def tokenizer_of(folder: str, name: str, header: GgufHeader, config: Config) -> 
         # GPT-2's own cuts are built into the class, and come last wherever they come.
         bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=_GPT2 in SPLITS[rule])
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, bytes_])
+    tokenizer = _mended(tokenizer, header, rule if kind == "gpt2" else "")
     context = header.metadata.get(f"{header.architecture}.context_length")
     if isinstance(context, int) and context > 0:
         tokenizer.model_max_length = context
     if len(tokenizer) > config.vocab_size:
         raise Refused(f"its tokenizer has {len(tokenizer)} tokens, and its model knows {config.vocab_size}")
     return tokenizer
+
+
+def _mended(tokenizer: Tokenizer, header: GgufHeader, rule: str) -> Tokenizer:
+    """Without the tokens that transformers' class adds to the file's: no row of the embedding is theirs."""
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+    count = header.metadata["tokenizer.ggml.tokens"]
+    if len(tokenizer) <= count and rule not in WHOLE_WORDS:
+        return tokenizer
+    values = json.loads(tokenizer.backend_tokenizer.to_str())
+    values["added_tokens"] = [token for token in values["added_tokens"] if token["id"] < count]
+    if rule in WHOLE_WORDS:
+        values["model"]["ignore_merges"] = True
+    kept = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template", "add_eos_token")
+    settings = {name: tokenizer.init_kwargs[name] for name in kept if tokenizer.init_kwargs.get(name) is not None}
+    settings["add_bos_token"] = header.metadata.get("tokenizer.ggml.add_bos_token", rule in WITH_BOS)
+    return PreTrainedTokenizerFast(tokenizer_object=Backend.from_str(json.dumps(values)), **settings)
 
 
 def check_tokenizer(target: Path, tokenizer: Tokenizer, header: GgufHeader) -> None:
