@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 
 from halfbyte.errors import SourceError
-from halfbyte.models.sources.safetensors import read_header
 from halfbyte.models.tensors import Facts, facts_of, read_checkpoint, read_config, spec_of
 
 
@@ -147,44 +145,6 @@ def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
     index.write_text("[1, 2]")
     with pytest.raises(SourceError, match=r"index\.json has no weight_map"):
         read_checkpoint(tmp_path)
-
-
-GOOD = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"\x01\x02", "is not a safetensors file (2 bytes)"),
-        (b"", "is not a safetensors file (0 bytes)"),
-        ((500).to_bytes(8, "little") + b"{}", "is cut short inside its header: 10 bytes of at least 508"),
-        (b"PK\x03\x04 a zip file, as torch.save writes", "is not a safetensors file"),
-        ((5).to_bytes(8, "little") + b"{oops", "is not a safetensors file: its header cannot be read"),
-        ((7).to_bytes(8, "little") + b"[1,2,3]", "is not a safetensors file: its header cannot be read"),
-        (
-            header({"a": {"shape": [1], "data_offsets": [0, 4]}}, 4),
-            "is not a safetensors file: its header cannot be read: 'dtype'",
-        ),
-        (header({"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, 4), "a has the unknown dtype 'F99'"),
-        (header({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, 4), "a has the shape [-1]"),
-        (
-            header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, 4),
-            "a has 4 bytes, which do not hold F32 [2]",
-        ),
-        (header(GOOD, 23), "is cut short: "),
-        (header(GOOD, 25), "has 1 bytes more than its header says"),
-    ],
-)
-def test_damaged_files_are_named_with_what_is_wrong(tmp_path: Path, content: bytes, message: str) -> None:
-    with pytest.raises(SourceError, match=re.escape(message)) as caught:
-        read_checkpoint(raw(tmp_path, content))
-    assert str(tmp_path / "model.safetensors") in str(caught.value)
-
-
-def test_a_whole_file_passes(tmp_path: Path) -> None:
-    assert (
-        read_header(raw(tmp_path, header({"__metadata__": {"format": "pt"}, **GOOD}, 24)) / "model.safetensors") == GOOD
-    )
 
 
 def test_pickles_missing_weights_and_missing_config_have_their_own_message(tmp_path: Path) -> None:

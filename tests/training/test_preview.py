@@ -48,6 +48,13 @@ def test_its_figures_are_those_of_the_run(halfbyte: Cli) -> None:
     assert [row["row"] for row in found["rows"]] == [1, 2]
 
 
+def test_steps_have_no_more_rows_than_there_are(halfbyte: Cli) -> None:
+    asked = ["--set", "train.per_device_train_batch_size=64"]
+    found = json.loads(halfbyte("data", "check", "recipe.yaml", "--json", *asked).out)["run"]
+    assert (found["steps"], found["rows_per_step"], found["micro_batches_per_step"]) == (2, 16, 1.0)
+    assert "2 steps of 16 rows" in halfbyte("train", "recipe.yaml", "--dry-run", *asked).out
+
+
 def test_rows_alone_need_a_model_and_a_row_can_be_chosen(halfbyte: Cli) -> None:
     without = halfbyte("data", "check", "train.jsonl")
     assert without.code == 2
