@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,18 @@ def test_a_gguf_by_its_header(tmp_path: Path, name: str) -> None:
     assert found.parameters == sum(s.numel for s in wanted)
     assert (found.facts.layers, found.facts.hidden, found.facts.vocab) == (2, 64, 96)
     assert found.read_bytes < file.stat().st_size
+
+
+def test_a_mixture_in_a_gguf_is_no_dense_model(tmp_path: Path) -> None:
+    """A Mixtral's file has the architecture llama; transformers makes a dense Llama of it."""
+    from tests.models.gguf import test_architectures as gguf_files
+
+    file, model = gguf_files.written(tmp_path, "mixtral")
+    found = describe.describe(str(file))
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    roles = Counter(spec.role for spec in found.specs)
+    assert (roles["expert"], roles["router"], roles["linear"]) == (2 * 3, 2, 2 * 4)
+    assert (found.facts.experts, found.facts.experts_per_token) == (4, 2)
 
 
 # --- the hub --------------------------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ _GGUF_TYPES = {"gptneox": "gpt_neox", "gemma3": "gemma3_text", "phi2": "phi"}
 _GGUF_FIELDS = {
     "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
     "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length", "max_position_embeddings": "context_length",
+    "head_dim": "attention.key_length", "max_position_embeddings": "context_length", "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count", "moe_intermediate_size": "expert_feed_forward_length",
 }  # fmt: skip
 
 
@@ -166,9 +167,11 @@ def _of_gguf(path: Path) -> Shape:
     config["tie_word_embeddings"] = "output.weight" not in shapes_by_name
     config["attention_bias"] = "blk.0.attn_q.bias" in shapes_by_name
     specs = None
-    if config["model_type"] not in FAMILIES:
+    # A Mixtral's file calls itself a llama.
+    if config["model_type"] not in FAMILIES or config.get("num_experts"):
         names = [re.sub(r"^output\.weight$", "lm_head.weight", t.name) for t in header.tensors]
         names = [name.replace("blk.", "layers.").replace("token_embd", "embed_tokens") for name in names]
+        names = [name.replace("ffn_gate_inp.", "gate.") for name in names]
         specs = [tensors.spec_of(name, t.shape, "BF16", config) for name, t in zip(names, header.tensors, strict=True)]
     return _of(str(path), config, "GGUF header", specs, header.header_bytes, path)
 
