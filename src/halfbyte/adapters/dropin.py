@@ -109,10 +109,13 @@ def get_peft_model(model: Model, peft_config: PeftConfig, adapter_name: str = "d
 
 
 def own_class(adapted: Model) -> Model:
-    """Give a plain PeftModelForCausalLM our class, which adds no state, and fused forwards; other task types stay."""
+    """Give a plain PeftModelForCausalLM our class, which adds no state, and fused forwards; other task types stay, but
+    for LoRA on quantised experts, which only our function computes."""
     if type(adapted) is PeftModelForCausalLM:
         adapted.__class__ = Adapted
         fuse.install(adapted)
+    else:
+        fuse.install_quantised_experts(adapted)
     return adapted
 
 

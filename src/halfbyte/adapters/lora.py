@@ -6,11 +6,13 @@ Cost: rank x (in + out) parameters a layer, fp32 while training.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeAlias
@@ -24,10 +26,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
+from halfbyte.adapters import expert_targets
 from halfbyte.adapters.dropin import PeftModel, get_peft_model
 from halfbyte.adapters.targets import Targets, matched, resolve_targets, without_match
 from halfbyte.errors import AdapterError, first_line
 from halfbyte.models.names import leaf_of
+from halfbyte.quant.stack import ExpertStack
 from halfbyte.recipe.adapter import ADAPTER_FILES, read_config
 from halfbyte.recipe.schema import Lora
 from halfbyte.runs import checkpoint
@@ -58,7 +62,11 @@ def add(model: Model, lora: Lora, targets: Targets, *, seed: int) -> Model:
     model.requires_grad_(False)
     torch.manual_seed(seed)
     try:
-        adapted = get_peft_model(model, lora_config(lora, targets))
+        with warnings.catch_warnings():  # PEFT looks for parameters in patterns, and not when it warns
+            warnings.filterwarnings(
+                "ignore", "The following (rank|alpha)_pattern keys did not match any targeted module"
+            )
+            adapted = get_peft_model(model, lora_config(lora, targets))
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         fix = "`halfbyte train RECIPE.yaml --dry-run` shows each value"
         raise AdapterError(f"lora: {first_line(error)}", fix=fix) from error
@@ -66,11 +74,16 @@ def add(model: Model, lora: Lora, targets: Targets, *, seed: int) -> Model:
 
 
 def choose_targets(model: Model, lora: Lora) -> tuple[Targets, list[str]]:
-    """The target names, and the full names of the modules that they hit under the recipe's limits."""
-    chosen = resolve_targets(model, lora.target_modules)
-    modules = matched(model, chosen, lora)
-    check_names(model, lora, modules)
-    return chosen, modules
+    """The target names, and the full names of modules and parameters that they hit under the recipe's limits."""
+    parameters = expert_targets.matched(model, lora.target_parameters or ())
+    if parameters and not lora.target_modules:
+        chosen, modules = Targets((), "no module"), []
+    else:
+        chosen = resolve_targets(model, lora.target_modules)
+        modules = matched(model, chosen, lora)
+    check_names(model, lora, [*modules, *parameters])
+    chosen = replace(chosen, reason=chosen.reason + expert_targets.remark(model, parameters))
+    return chosen, [*modules, *parameters]
 
 
 def check_names(model: Model, lora: Lora, modules: Sequence[str]) -> None:
@@ -124,9 +137,14 @@ def _trained_twice(model: Model, lora: Lora) -> list[str]:
 
 def summary(adapted: Model) -> str:
     """What LoRA was put on, by the last part of the names, and how much trains."""
-    counts = Counter(leaf_of(name) for name, m in adapted.named_modules() if isinstance(m, BaseTunerLayer))
+    counts = Counter(
+        getattr(m, "parameter_name", leaf_of(name))
+        for name, m in adapted.named_modules()
+        if isinstance(m, BaseTunerLayer)
+    )
     names = ", ".join(f"{name} x{count}" for name, count in sorted(counts.items()))
     trainable, total = adapted.get_nb_trainable_parameters()
+    total += sum(math.prod(p.shape) - p.numel() for p in adapted.parameters() if isinstance(p, ExpertStack))
     return f"{names}; {trainable:,} of {total:,} parameters train ({trainable / total:.2%})"
 
 

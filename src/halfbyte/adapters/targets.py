@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from halfbyte.adapters import expert_targets
 from halfbyte.errors import AdapterError
 from halfbyte.models.names import ALL_LINEAR, AUTO, endings_of, is_aside, is_mixer_projection, leaf_of, split_at_layer
 from halfbyte.recipe.schema import Lora
@@ -235,8 +236,9 @@ def _peft_config(model: nn.Module, targets: Targets, **limits: object) -> LoraCo
     if experts:
         raise AdapterError(
             f"lora.target_modules: {_show(targets)} name fused experts of {_architecture(model)} "
-            f"({', '.join(experts)}), which are not adapted here.",
-            fix="lora.target_modules: auto, or all-linear (both leave them out)",
+            f"({', '.join(experts)}), which are parameters.",
+            fix="lora.target_parameters adapts them: [gate_up_proj, down_proj]; or lora.target_modules: auto, or "
+            "all-linear (both leave them out)",
         )
     return config
 
@@ -264,6 +266,8 @@ def _refuse_unmatched(model: nn.Module, targets: Targets) -> None:
         listed = [part.strip() for part in targets.names.split(",")]
         if all(part in leaves for part in listed):
             fix = f"a string is a regular expression over full names; for endings write a list: [{', '.join(listed)}]"
+    if stacks := expert_targets.names_of(expert_targets.stacks_of(model)):
+        fix += f"; its experts are for lora.target_parameters: [{', '.join(stacks)}]"
     lines = []
     for name in missing:
         near = [leaf for leaf in difflib.get_close_matches(leaf_of(name), leaves, n=3, cutoff=0.6) if leaf != name]

@@ -234,6 +234,15 @@ def install(model: nn.Module) -> Fused:
     return Fused(dict(counts), dict(unfused))
 
 
+def install_quantised_experts(model: nn.Module) -> None:
+    """What cannot be left as it is: PEFT's own forward has nothing to add to where experts are quantised."""
+    found = [m for m in model.modules() if interface.is_lora_of_experts(m) and is_quantised(m.get_base_layer())]
+    for module in found:
+        _become(module, _LoraExperts)
+    if found:
+        interface.install(model)
+
+
 def remove(model: nn.Module) -> int:
     """Give every module its own class back, and experts their own code. Returns how many had another.
 

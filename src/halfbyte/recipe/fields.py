@@ -53,7 +53,6 @@ LORA_REFUSED = {
     "monteclora_config": "its extra loss term is not part of the step's loss here",
     "layer_replication": "copied layers would share 4-bit weights that the memory plan counts once",
     "runtime_config": "it is for ephemeral GPU offload; placement is halfbyte's to plan",
-    "target_parameters": "adapters on bare parameters do not work on 4-bit weights",
     "use_bdlora": "block-diagonal LoRA is for sharded serving",
     "arrow_config": "Arrow routes among several trained adapters; a run trains one",
     "kasa_config": "KaSA changes the base's weights, which are frozen in 4 bits",

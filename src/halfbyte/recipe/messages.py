@@ -119,7 +119,7 @@ def unusual(recipe: Recipe) -> tuple[str, ...]:
         said.append(f"lora.r {lora.r} is outside the usual 8 to 64")
     if lora.lora_alpha != 2 * lora.r and not lora.use_rslora:
         said.append(f"lora.lora_alpha {lora.lora_alpha:g} is not the usual 2 x r = {2 * lora.r}")
-    if not 0.05 <= lora.lora_dropout <= 0.1:
+    if not 0.05 <= lora.lora_dropout <= 0.1 and not lora.target_parameters:  # which take none
         said.append(f"lora.lora_dropout {lora.lora_dropout:g} is outside the usual 0.05 to 0.1")
     train = recipe.train
     if "adam" in train.optim and not 1e-5 <= train.learning_rate <= 1e-3:

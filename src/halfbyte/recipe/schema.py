@@ -119,6 +119,11 @@ Names = Annotated[tuple[str, ...], must(f"a {_LIKE}", lambda v: v == () or is_li
 NamesOrNone = Annotated[Names, BeforeValidator(lambda v: () if v in (None, []) else v)]
 NamesOrText = Annotated[str | tuple[str, ...], must(f"a name, a regular expression or a {_LIKE}", is_name_or_list)]
 Modules = Annotated[NamesOrText, AfterValidator(_regex)]
+ModulesOrNone = Annotated[
+    str | tuple[str, ...],
+    must(f"a name, a regular expression or a {_LIKE}", lambda v: v in ((), []) or is_name_or_list(v)),
+    AfterValidator(_regex),
+]
 
 
 class Quant(Section):
@@ -176,8 +181,11 @@ class Lora(Section):
 
     r: Count = field(16, "rank: the adapter's width, r x (in + out) parameters a layer", "8 to 64")
     lora_alpha: Count = field(32, "scale: the adapter's output is multiplied by lora_alpha / r", "2 x r")
-    target_modules: Modules = field(
+    target_modules: ModulesOrNone = field(
         "auto", "which layers: auto, all-linear, a list of name endings, or a regex", "auto"
+    )
+    target_parameters: Names | None = field(
+        None, "stacks of a mixture's experts, which get an adapter too, such as [gate_up_proj, down_proj]"
     )
     lora_dropout: Float = field(
         0.05, "share of the adapter's input set to zero while training", "0.05 to 0.1", ge=0, lt=1
@@ -363,6 +371,23 @@ def _in_lora(recipe: Recipe) -> Iterator[str]:
         yield "lora.lora_bias and lora.use_dora cannot both be true"
     if lora.lora_bias and isinstance(lora.init_lora_weights, str):
         yield f"lora.lora_bias needs lora.init_lora_weights true or false, got {lora.init_lora_weights}"
+    if not target and not lora.target_parameters:
+        yield "lora.target_modules is empty, and so is lora.target_parameters: nothing would train; auto"
+    if lora.target_parameters:
+        if lora.lora_dropout:
+            yield (
+                f"lora.lora_dropout {lora.lora_dropout:g} cannot be had with lora.target_parameters: PEFT adds such an "
+                "adapter to the weight, where no input is left to drop; set lora.lora_dropout: 0"
+            )
+        for name in (name for name in ("use_dora", "lora_bias") if getattr(lora, name)):
+            yield f"lora.{name} is not for lora.target_parameters: PEFT's adapter of a parameter knows none"
+        if lora.init_lora_weights == "orthogonal":
+            yield "lora.init_lora_weights orthogonal is not for lora.target_parameters; true or gaussian"
+        if lora.layers_to_transform is not None:
+            yield (
+                "lora.layers_to_transform is not read for lora.target_parameters (PEFT adapts every layer's experts); "
+                "name layers in lora.target_parameters, such as layers.0.mlp.experts.down_proj"
+            )
     if lora.layers_pattern is not None and lora.layers_to_transform is None:
         yield "lora.layers_pattern says where lora.layers_to_transform counts; give both or neither"
     if lora.layers_to_transform is not None and isinstance(target, str) and target not in ("auto", "all-linear"):

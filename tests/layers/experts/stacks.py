@@ -1,4 +1,4 @@
-"""A stack of experts that gives one matrix at a time, in memory that the next overwrites, and says which were asked."""
+"""Stacks of experts for tests: one that says which experts were asked for, and quantised ones in a whole model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from halfbyte.layers.experts.layout import experts_of, stacks_of
+from halfbyte.quant.stack import ExpertStack
+from halfbyte.recipe.schema import Quant
+from tests.quant.test_stack import stack_of
 
 
 class OneAtATime:
@@ -29,3 +34,22 @@ def hide_stacks(module: nn.Module, names: tuple[str, ...]) -> list[OneAtATime]:
         setattr(module, name, stack)
         made.append(stack)
     return made
+
+
+def quantised(model: Any, quant: Quant) -> Any:
+    """All experts of a model in few bits, in place."""
+    for _, module in experts_of(model):
+        for name in stacks_of(module):
+            weight = getattr(module, name)
+            setattr(module, name, stack_of(weight.detach(), quant, weight.dtype))
+    return model
+
+
+def dequantised(model: Any) -> Any:
+    """The experts of a model that was `quantised` as plain parameters again, in place: what they then are."""
+    for _, module in experts_of(model):
+        for name in stacks_of(module):
+            stack: ExpertStack = getattr(module, name)
+            dense = torch.stack([stack.expert(e, stack.compute_dtype) for e in range(len(stack))])
+            module.register_parameter(name, nn.Parameter(dense, requires_grad=False))
+    return model
