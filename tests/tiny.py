@@ -84,11 +84,15 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", {**_LLAMA_LIKE, "original_max_position_embeddings": POSITIONS}),
 }
 ARCHITECTURES: tuple[str, ...] = tuple(_CONFIGS)
+# Built by name, and not among those that every test of an architecture runs through.
+_MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralConfig", {**_LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2}),
+}
 
 
 def config(name: str, *, vocab_size: int = 256, changes: Mapping[str, Any] | None = None) -> Any:
     """The real transformers config class of `name` at tiny sizes. `changes` overrides single config fields."""
-    cls, sizes = _CONFIGS[name]
+    cls, sizes = (_CONFIGS | _MIXTURES)[name]
     return getattr(transformers, cls)(**{**sizes, **_TOKENS, "vocab_size": vocab_size, **(changes or {})})
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 
 from halfbyte.layers import attention, loss, packing
-from halfbyte.plan import job, peak, timing
+from halfbyte.layers.experts import grouped
+from halfbyte.plan import job, layer, peak, timing
 
 
 def test_the_plan_counts_the_chunks_that_the_engine_makes() -> None:
     assert (peak.LOGITS_CHUNK_BYTES, peak.LOGITS_ROWS) == (loss.CHUNK_BYTES, packing.ROWS)
     assert (peak.SCORES_BYTES, peak.SCORES_ROWS) == (attention.SCORES_BYTES, attention.ROWS)
     assert job.FILLED_TO == packing.ROWS
+    assert (layer.BUSIEST, layer.LEAST_AT_ONCE) == (grouped.BUSIEST, grouped.LEAST_AT_ONCE)
 
 
 def test_the_plan_counts_the_blocks_of_rows_of_the_attention_kernel() -> None:

@@ -20,11 +20,11 @@ from halfbyte.layers.fused_proof import prove_fused
 from halfbyte.models import structure
 from halfbyte.models.lora_sites import Site, sites
 from halfbyte.models.sources.lookup import resolve
-from halfbyte.models.tensors import Facts, facts_of, read_checkpoint, read_config
+from halfbyte.models.tensors import Facts, facts_of, read_checkpoint, read_config, spec_of
 from halfbyte.plan.layer import FAMILIES, PADDED, Layer, layer_of, pairs_of
 from halfbyte.recipe.schema import Lora, Quant
 from halfbyte.system import device as machine
-from tests import tiny
+from tests import small_models, tiny
 
 LENGTHS = (40, 56)
 TOKENS = sum(LENGTHS)
@@ -71,10 +71,16 @@ def build(name: str, layers: int, folder: Path, changed: dict[str, Any] | None =
     return folder
 
 
-def kept_bytes(folder: Path, asked: str, dropout: float, *, cheap: bool = False) -> tuple[int, tuple[Site, ...], Facts]:
+def kept_bytes(
+    folder: Path, asked: str, dropout: float, *, cheap: bool = False, quant: str = "nf4", parameters: Any = None
+) -> tuple[int, tuple[Site, ...], Facts]:
     """Bytes that backward keeps in a micro-batch through the body, without the model's own weights."""
-    opened = load.open_base(resolve(str(folder)), Quant(compute_dtype="bf16"), machine.detect(), with_tokenizer=False)
-    lora = Lora(r=RANK, lora_dropout=dropout, target_modules=asked)
+    how = Quant(compute_dtype="bf16", type=quant)
+    opened = load.open_base(resolve(str(folder)), how, machine.detect(), with_tokenizer=False)
+    lora = Lora(r=RANK, lora_dropout=dropout, target_modules=asked, target_parameters=parameters)
+    config, specs = read_config(folder), read_checkpoint(folder)
+    if parameters:
+        specs = [spec_of(name, tuple(p.shape), "BF16", config) for name, p in opened.model.named_parameters()]
     model = adapters.add(opened.model, lora, targets.resolve_targets(opened.model, asked), seed=0)
     prove_fused(model, packed=packing_proof.prove(model).ok)
     fuse.recompute_cheap(model, on=cheap)
@@ -92,9 +98,8 @@ def kept_bytes(folder: Path, asked: str, dropout: float, *, cheap: bool = False)
     batch = {"input_ids": torch.randint(0, 256, (1, TOKENS)), "position_ids": positions[None], "cu_seq_lens_q": starts}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         structure.body(structure.causal_lm(model))(**packing.forward_inputs(model, batch))
-    specs = read_checkpoint(folder)
     total = sum(t.untyped_storage().nbytes() for t in kept.values())
-    return total, sites(specs, lora), facts_of(read_config(folder), specs)
+    return total, sites(specs, lora), facts_of(config, specs)
 
 
 def measured_and_planned(
@@ -111,6 +116,32 @@ def measured_and_planned(
     return three - two, rows * (layer.selective if cheap else layer.kept) + layer.pair * pairs_of(
         layer, LENGTHS
     ) + copies
+
+
+# One of each way that mixtures differ: norms of q and k, a shared expert, biases and sinks.
+MIXTURES = {
+    "mixtral": {"sliding_window": None},
+    "qwen2_moe": {"use_sliding_window": False, "layer_types": ["full_attention"] * 3},
+    "qwen3_moe": {"use_sliding_window": False},
+    "olmoe": {},
+    "gpt_oss": {"layer_types": ["full_attention"] * 3},
+}
+
+
+@pytest.mark.parametrize("parameters", [None, ("gate_up_proj", "down_proj")])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_keeps_what_the_formula_says(name: str, parameters: Any, tmp_path: Path) -> None:
+    kept, found, facts = [], (), None
+    for layers in (2, 3):
+        changed = {key: value[:layers] if isinstance(value, list) else value for key, value in MIXTURES[name].items()}
+        model = small_models.build(name, num_hidden_layers=layers, vocab_size=256, **changed).bfloat16()
+        model.save_pretrained(tmp_path / str(layers))
+        nbytes, found, facts = kept_bytes(tmp_path / str(layers), "auto", 0.0, quant="none", parameters=parameters)
+        kept.append(nbytes)
+    layer = layer_of(facts, found, 2, kernels=True, dropout=False, longest=max(LENGTHS))
+    # LoRA's weights in bf16; of experts they are made once more, in another order
+    copies = 2 * sum(site.parameters for site in found) / facts.layers
+    assert kept[1] - kept[0] == pytest.approx(TOKENS * layer.kept + copies, rel=0.03)
 
 
 def agree(name: str, planned: float, measured: float, rel: float) -> None:
@@ -179,7 +210,7 @@ def test_without_kernels_as_on_a_card(tmp_path: Path) -> None:
 
 def test_every_family_is_measured() -> None:
     types = {"gemma3": "gemma3_text"}
-    assert {types.get(n, n) for n in (*tiny.ARCHITECTURES, *MORE, "phi", "gptj")} == set(FAMILIES)
+    assert {types.get(n, n) for n in (*tiny.ARCHITECTURES, *MORE, "phi", "gptj", *MIXTURES)} == set(FAMILIES)
 
 
 def test_an_unknown_architecture_is_counted_as_the_stock_gated_kind() -> None:

@@ -179,6 +179,11 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case({"lora__target_modules": r".*\.1\.mlp\.up_proj"}, names_with("layers.1.mlp.up_proj"), want=2),
         Case({"lora__target_modules": "all-linear"}, names_with("lora_A"), want=14),
     ),
+    "lora.target_parameters": (
+        Case({"lora__target_parameters": ["down_proj"]}, names_with("experts.lora_A"), {"quant__type": "none"},
+             model="mixtral", want=2),
+        Case({"lora__target_parameters": ["down_proj"]}, refused="no parameter of llama ends in 'down_proj'"),
+    ),
     "lora.lora_dropout": (
         Case({"lora__lora_dropout": 0.5}),
         Case({"lora__lora_dropout": 0.5}, config("lora_dropout"), want=0.5),

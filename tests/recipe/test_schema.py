@@ -40,6 +40,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "lora.r": (8, {}),
     "lora.lora_alpha": (16, {}),
     "lora.target_modules": (["q_proj"], {}),
+    "lora.target_parameters": (["down_proj"], {"lora.lora_dropout": 0.0}),
     "lora.lora_dropout": (0.1, {}),
     "lora.bias": ("lora_only", {}),
     "lora.use_rslora": (True, {}),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from halfbyte.errors import first_line
 from halfbyte.layers import sight
+from halfbyte.layers.experts.layout import is_routed
 from halfbyte.layers.packed_attention import NAME
 from halfbyte.layers.packing import Layout, forward_inputs, install, layouts
 from halfbyte.models import structure
@@ -40,6 +41,10 @@ EXACT_BYTES = 1e9  # that fp32 copies of what is not quantised may take in a pro
 # matrices of different shapes, so sums round in another order, once or twice a layer. Measured on a 30-layer model and
 # a CPU: 10 in fp32, 0.3 in fp16, 0 in bf16; where examples saw each other, logits differed by 40 to 100%.
 _TOLERANCE_EPS = {torch.bfloat16: 6.0, torch.float16: 30.0, torch.float32: 1000.0, torch.float64: 1000.0}
+
+# The same for a mixture in 16 bits: where two experts are as good for a token, rounding chooses between them. Seen on
+# tiny ones: 6% of all gradients.
+ROUTED = 0.3
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ def _compare(lm: Model, layout: Layout, stock: str, long: int) -> tuple[str | No
     for exact in precisions(lm):
         with few_tokens(lm, exact=exact):
             allowed = _TOLERANCE_EPS.get(lm.dtype, 6.0) * torch.finfo(lm.dtype).eps
+            allowed = max(allowed, ROUTED) if is_routed(lm) and not exact else allowed
             examples = random_examples(lm, SHORT)
             rows = [*examples, *random_examples(lm, (long,) if long and worst == 0.0 else (), seed=1)]
             _stock(lm, stock)

@@ -16,14 +16,16 @@ from halfbyte.models.tensors import HEADS, TensorSpec
 from halfbyte.recipe.schema import Lora
 
 # What a linear layer reads: the normed input of attention or MLP, the attention's output, the MLP's inner activation.
-Reads = Literal["attention", "attended", "mlp", "inner"]
+# "experts": a stack of them, which keeps no input of its own.
+Reads = Literal["attention", "attended", "mlp", "inner", "experts"]
 _ATTENDED = re.compile(r"o_proj|out_proj|dense|c_proj|wo")
 _INNER = re.compile(r"down_proj|fc2|c_proj|dense_4h_to_h|fc_out|w2")
 
 
 @dataclass(frozen=True)
 class Site:
-    """One linear layer with an adapter of rank `rank`."""
+    """One linear layer with an adapter of rank `rank`; or a stack of experts, each with one. A stack's `inputs` and
+    `outputs` are in the order in which it is stored."""
 
     name: str
     layer: int | None
@@ -31,10 +33,11 @@ class Site:
     outputs: int
     rank: int
     reads: Reads
+    experts: int = 1
 
     @property
     def parameters(self) -> int:
-        return self.rank * (self.inputs + self.outputs)
+        return self.rank * (self.inputs + self.outputs) * self.experts
 
 
 def sites(specs: Sequence[TensorSpec], lora: Lora, names: Sequence[str] | str | None = None) -> tuple[Site, ...]:
@@ -54,13 +57,37 @@ def sites(specs: Sequence[TensorSpec], lora: Lora, names: Sequence[str] | str | 
     if (layers := lora.layers_to_transform) is not None:
         layers = (layers,) if isinstance(layers, int) else layers
         chosen = [name for name in chosen if linears[name].layer in layers]
-    if not chosen:
+    stacks = _stacks(specs, lora)
+    if not chosen and not stacks:
         leaves = sorted({leaf_of(name) for name in linears})
         raise AdapterError(
             f"lora.target_modules {targets!r} match no linear layer. There are: {', '.join(leaves) or 'none'}.",
             fix="lora.target_modules: auto",
         )
-    return tuple(_site(name, linears[name], lora.r, lora.rank_pattern) for name in chosen)
+    return (*(_site(name, linears[name], lora.r, lora.rank_pattern) for name in chosen), *stacks)
+
+
+def _stacks(specs: Sequence[TensorSpec], lora: Lora) -> list[Site]:
+    """The stacks of experts that `lora.target_parameters` reaches: by the last part of a name and the layer's number,
+    as checkpoints have names of their own for what is between."""
+    found: dict[str, Site] = {}
+    stacks = [s for s in specs if s.role == "expert" and len(s.shape) == 3 and s.layer is not None]
+    for asked in lora.target_parameters or ():
+        layer = re.search(r"\.(\d+)\.", asked)
+        hit = [s for s in stacks if leaf_of(s.name) == leaf_of(asked) and (not layer or int(layer[1]) == s.layer)]
+        if not hit:
+            leaves = sorted({leaf_of(s.name) for s in stacks})
+            raise AdapterError(
+                f"lora.target_parameters: no stack of experts ends in {asked!r}. There are: "
+                f"{', '.join(leaves) or 'none'}.",
+                fix="leave lora.target_parameters out, or name what there is",
+            )
+        for s in hit:
+            name = f"model.layers.{s.layer}.mlp.experts.{leaf_of(s.name)}"  # as transformers calls most of them
+            rank = next((r for key, r in lora.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name)), lora.r)
+            count, inputs, outputs = s.shape
+            found[s.name] = Site(s.name, s.layer, inputs, outputs, rank, "experts", count)
+    return list(found.values())
 
 
 def trainable(placed: Sequence[Site], specs: Sequence[TensorSpec], lora: Lora) -> int:

@@ -71,6 +71,7 @@ class Facts:
     """Sizes of a decoder, under one name whatever its `config.json` calls them; 0 for what it does not say.
 
     `heads` of queries share `key_heads` of keys and values, each `head_size` wide; `positions` is the longest text.
+    `shared_intermediate`: the width of what every token goes through beside a mixture's experts.
     `attention_dropout` and `residual_dropout` are the model's own, which act in training beside LoRA's. `windows`: how
     many tokens each layer sees, 0 for all of them; empty where no layer has a window.
     """
@@ -82,6 +83,7 @@ class Facts:
     vocab: int
     experts: int = 0
     experts_per_token: int = 0
+    shared_intermediate: int = 0
     tied_head: bool = False
     heads: int = 0
     key_heads: int = 0
@@ -152,6 +154,7 @@ def facts_of(config: ConfigFile, specs: Iterable[TensorSpec]) -> Facts:
     deepest = max((s.layer for s in specs if s.layer is not None), default=-1) + 1
     layers = _first(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or deepest
     own = ["moe_intermediate_size"] if _experts(config) else []  # of one expert, where others are wider
+    shared = _first(config, "n_shared_experts") * _first(config, "moe_intermediate_size")
     return Facts(
         model_type=kind,
         hidden=hidden,
@@ -160,6 +163,7 @@ def facts_of(config: ConfigFile, specs: Iterable[TensorSpec]) -> Facts:
         vocab=_first(config, "vocab_size") or embedding[0],
         experts=_experts(config),
         experts_per_token=_first(config, "num_experts_per_tok", "moe_topk", "top_k"),
+        shared_intermediate=_first(config, "shared_expert_intermediate_size") or shared,
         tied_head=not any(s.role == "head" for s in specs),
         heads=heads,
         key_heads=_key_heads(config, kind, heads),

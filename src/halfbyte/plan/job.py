@@ -260,6 +260,26 @@ class Job:
         return sum(site.parameters for site in self.sites)
 
     @cached_property
+    def lora_met(self) -> int:
+        """Of these, how many a token is multiplied with: of experts those of its own."""
+        share = self.facts.experts_per_token / max(1, self.facts.experts)
+        return round(sum(s.parameters * (share if s.reads == "experts" else 1.0) for s in self.sites))
+
+    @cached_property
+    def lora_widths(self) -> int:
+        """Numbers that a token brings into all adapters and takes out of them."""
+        times = self.facts.experts_per_token
+        return sum((s.inputs + s.outputs) * (times if s.reads == "experts" else 1) for s in self.sites)
+
+    def dequantised(self, tokens: float) -> float:
+        """Weights of all linear layers that a micro-batch of `tokens` multiplies with, whoever of them. Of experts
+        those that any token chose, if each is as likely."""
+        linears = [s for s in self.specs if s.role in ("linear", "expert")]
+        experts = sum(s.numel for s in linears if s.role == "expert" or ".experts." in s.name)
+        share = self.facts.experts_per_token / self.facts.experts if self.facts.experts else 1.0
+        return sum(s.numel for s in linears) - experts * (1.0 - min(1.0, share)) ** tokens
+
+    @cached_property
     def biggest_numel(self) -> int:
         return max((s.numel for s in self.specs), default=0)
 

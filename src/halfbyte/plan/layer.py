@@ -18,7 +18,7 @@ from halfbyte.models.lora_sites import Site
 from halfbyte.models.tensors import Facts
 from halfbyte.plan.lines import Recompute
 
-Mlp = Literal["gated", "gated_stock", "formula", "one", "relu"]
+Mlp = Literal["gated", "gated_stock", "formula", "one", "relu", "experts"]
 Attention = Literal["flash", "window", "eager", "alibi", "padded", "dropped"]
 PADDED = ("alibi", "padded")  # the body runs on rows padded to the longest example
 NO_SCORES = ("flash", "window")  # a kernel makes them in cache
@@ -30,12 +30,14 @@ class Family:
 
     `norms` that keep an input of their own. `mlp`: gated by the engine's kernel or by stock code; `formula`: GELU
     written as a formula (keeps four tensors); `one`: keeps its input; `relu`: keeps its output, which the
-    next linear reads.
+    next linear reads; `experts`: those of a mixture by `layers/experts` (its input and the inner product of each of a
+    token's experts), beside them what is shared by stock code.
     `attention`: `flash` keeps no scores; `eager` (softcap) keeps them for each pair of tokens of an example, `alibi`
     and `padded` for each pair of a row. `flash` becomes `dropped` where the model drops some of its scores in training
     (GPT-2), which torch's flash kernel cannot, and `window` where a layer's window is shorter than a row: that layer
     takes each example by torch's kernel, with a mask, and of a `fused_qkv` projection keeps all for its values.
-    `parallel`: attention and MLP read one normed input.
+    `parallel`: attention and MLP read one normed input. `shared_gate`: what shared experts give is multiplied by a
+    gate of its own, which keeps it.
     """
 
     norms: int = 2
@@ -45,16 +47,20 @@ class Family:
     attention: Attention = "flash"
     fused_qkv: bool = False
     parallel: bool = False
+    shared_gate: bool = False
 
 
 # An architecture that is not here is counted as the stock gated kind: an estimate, and the plan says so.
-UNKNOWN = Family(mlp="gated_stock")
+UNKNOWN, UNKNOWN_MIXTURE = Family(mlp="gated_stock"), Family(mlp="experts")
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "gemma"), Family()),
     "qwen3": Family(qk_norms=True),
     "gemma3_text": Family(norms=4, qk_norms=True),
     "gemma2": Family(norms=4, attention="eager"),
     **dict.fromkeys(("granite", "smollm3"), Family(mlp="gated_stock")),
+    **dict.fromkeys(("mixtral", "gpt_oss"), UNKNOWN_MIXTURE),
+    "qwen2_moe": Family(mlp="experts", shared_gate=True),
+    **dict.fromkeys(("qwen3_moe", "olmoe"), Family(mlp="experts", qk_norms=True)),
     "phi3": Family(mlp="gated_stock", fused_qkv=True),
     "gpt2": Family(rms=False, mlp="formula"),
     **dict.fromkeys(("phi", "gptj"), Family(norms=1, rms=False, mlp="formula", parallel=True)),
@@ -64,6 +70,10 @@ FAMILIES: dict[str, Family] = {
     "mpt": Family(rms=False, mlp="one", attention="alibi"),
     "falcon": Family(norms=1, rms=False, mlp="one", attention="padded", parallel=True),
 }
+# layers/experts/grouped.py: how many tokens of an expert are taken at once.
+BUSIEST, LEAST_AT_ONCE = 2, 256
+# Of a token: its place in the order for each of its experts (three 64-bit numbers), and scores in fp32 for all experts.
+ROUTED_BYTES, SCORED_BYTES = 24, 4
 _TENSORS = {"gated": 3, "gated_stock": 3, "formula": 4, "one": 1, "relu": 1}  # as wide as the MLP, that it keeps
 
 
@@ -77,7 +87,8 @@ class Layer:
     recomputation. attention: the same in attention's backward, when the MLP's part is free again. pair, pair_moment:
     of each pair of tokens that attention keeps a score or a mask for, and for a moment; pair_again: extra bytes of each
     pair while a forward is done again (seen: one tensor in the compute dtype, where the model's own code makes scores).
-    pairs: the kind of attention, which says what pairs there are; examples longer than `window` have a mask.
+    pairs: the kind of attention, which says what pairs there are; examples longer than `window` have a mask. least: of
+    a moment of experts, which take some tokens at once however few there are.
     """
 
     kept: float
@@ -92,6 +103,7 @@ class Layer:
     pair_again: float = 0.0
     pairs: Attention = "flash"
     window: int = 0
+    least: float = 0.0
 
     def of(self, recompute: Recompute) -> float:
         """Bytes a token and layer that stay until backward."""
@@ -106,7 +118,7 @@ class Layer:
         mlp = self.mlp_again if recompute == "selective" else self.mlp
         attention = self.attention * rows + self.pair_moment * pairs + scores
         again = (self.kept - self.entry) * rows + (self.pair + self.pair_again) * pairs if recompute == "full" else 0.0
-        return again + max(mlp * rows, attention)
+        return again + max(mlp * rows + self.least, attention)
 
 
 def layer_of(
@@ -128,7 +140,8 @@ def layer_of(
         fused: LoRA linears are the engine's; else PEFT's own, whose inputs are kept in fp32, twice with dropout.
         longest: tokens of the longest row; a layer whose window is shorter keeps more.
     """
-    family, c, layers, heads = FAMILIES.get(facts.model_type, UNKNOWN), itemsize, max(1, facts.layers), facts.heads
+    c, layers, heads = itemsize, max(1, facts.layers), facts.heads
+    family = FAMILIES.get(facts.model_type, UNKNOWN_MIXTURE if facts.experts else UNKNOWN)
     attention = family.attention
     sliding = {n: window for n, window in enumerate(facts.windows) if 0 < window < longest}
     if attention == "flash":
@@ -154,6 +167,11 @@ def layer_of(
         c * hidden + _mlp_moment(family.mlp, inner, adapted="inner" in adapted, dropout=dropout, again=again)
         for again in (False, kernels and family.mlp == "gated" and "inner" in adapted)
     ]
+    least = 0.0
+    if family.mlp == "experts":
+        (moment, least), hs = _experts_moment(facts, c), [s for s in sites if s.reads == "experts"]
+        moments = [c * hidden + moment] * 2
+        mlp += sum(c * s.rank for s in hs) / layers * facts.experts_per_token
     return Layer(
         kept=kept + mlp,
         selective=kept + mlp - remade,
@@ -167,6 +185,7 @@ def layer_of(
         pair_again=heads * c if attention == "alibi" else 0.0,
         pairs=attention,
         window=max(sliding.values(), default=0),
+        least=least,
     )
 
 
@@ -184,7 +203,10 @@ def _frozen_kept(
 
     norm = 4 + number * hidden if family.rms else c * hidden + 2 * c
     around_attention = max(1, family.norms // 2)
-    of_mlp = inner * (2 if family.mlp == "gated" and kernels else _TENSORS[family.mlp])
+    if family.mlp == "experts":
+        of_mlp = _experts_kept(facts, c) + c * hidden * family.shared_gate
+    else:
+        of_mlp = inner * (2 if family.mlp == "gated" and kernels else _TENSORS[family.mlp])
     mlp: float = (family.norms - around_attention) * norm + of_mlp
     kept: float = around_attention * norm
     if attention in NO_SCORES:
@@ -217,7 +239,11 @@ def _adapters_kept(
         there: layers in which attention keeps what it returns. Elsewhere an adapter reads a copy.
     """
     # what adapters read is kept once, whoever reads it
-    read = {(s.layer, "attention" if family.parallel and s.reads == "mlp" else s.reads): s.inputs for s in sites}
+    read = {
+        (s.layer, "attention" if family.parallel and s.reads == "mlp" else s.reads): s.inputs
+        for s in sites
+        if s.reads != "experts"
+    }
     kept, again = {False: 0.0, True: 0.0}, 0.0  # by: in the MLP
     for (layer, what), width in read.items():
         if (what == "attended" and layer in there) or (what == "inner" and family.mlp == "relu"):
@@ -227,11 +253,27 @@ def _adapters_kept(
         if kernels and what != "attended" and (family.mlp == "gated" if what == "inner" else family.rms):
             again += size
         kept[what in ("mlp", "inner")] += size
-    for site in sites:
+    for site in (site for site in sites if site.reads != "experts"):
         size = c * site.rank + (site.inputs if dropout and not kernels and fused else 0)
         size += 0 if fused else site.inputs * (8 if dropout else 4)
         kept[site.reads in ("mlp", "inner")] += size / layers
     return (kept[False], kept[True], again), {what for _, what in read}
+
+
+def _experts_kept(facts: Facts, c: int) -> float:
+    """Bytes a token that a mixture keeps: its input, what the first stack makes for each of the token's experts, who
+    goes where, the router's scores, and what shared experts keep in stock code."""
+    pairs = facts.experts_per_token * (2 * c * facts.intermediate + ROUTED_BYTES)
+    return c * facts.hidden + pairs + SCORED_BYTES * facts.experts + 3 * c * facts.shared_intermediate
+
+
+def _experts_moment(facts: Facts, c: int) -> tuple[float, float]:
+    """(bytes a token, bytes in any case) for a moment in the backward of experts: the fp32 sum of the gradient, and for
+    the tokens of one expert that are taken at once, rows as wide as the hidden state and as its inner product."""
+    hidden, inner = facts.hidden, facts.intermediate
+    a_row = c * (3 * hidden + 4 * inner) + 4 * max(2 * inner, hidden)
+    share = min(1.0, BUSIEST * facts.experts_per_token / max(1, facts.experts))
+    return 4 * hidden + share * a_row, LEAST_AT_ONCE * a_row
 
 
 def _mlp_moment(kind: Mlp, inner: float, *, adapted: bool, dropout: bool, again: bool) -> float:

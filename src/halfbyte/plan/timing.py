@@ -84,13 +84,14 @@ def step_time(
     step_tokens = max(1.0, rows.mean * job.mean_rows_per_step)
     micro_batches = mean_micro_batches(job, tokens)
     again = {"none": 2.0, "selective": 2.0, "full": 3.0}[recompute]
-    products = 2 * again * job.linear_numel + 6 * job.lora_parameters
+    products = 2 * again * job.linear_numel + 6 * job.lora_met
     head = 4 * facts.vocab * facts.hidden * rows.labelled_share
     width = facts.heads * facts.head_size or facts.hidden
     attention = (14 + 4 * (recompute == "full")) * pairs_of_a_token(rows.mean_of_a_token) * width * facts.layers
-    operands = again * (1.5 * step_tokens * job.linear_widths + micro_batches * job.linear_numel)
+    weights = job.dequantised(step_tokens / micro_batches)
+    operands = again * (1.5 * step_tokens * job.linear_widths + micro_batches * weights)
     # an adapter's six thin products pass once over the input, the output or a gradient of them
-    operands = job.itemsize * (operands + 3 * step_tokens * sum(site.inputs + site.outputs for site in job.sites))
+    operands = job.itemsize * (operands + 3 * step_tokens * job.lora_widths)
     # in the forward, and in backward for what was dropped and for its gradient
     dropped = (again + 1) * step_tokens * sum(s.inputs for s in job.sites) if job.recipe.lora.lora_dropout else 0.0
     dequantised = rates.dequant_elements * formats.of(job.recipe.quant).speed
@@ -106,7 +107,7 @@ def step_time(
         "LoRA's dropout": dropped / rates.dropped if rates.dropped else 0.0,
         "attention": step_tokens * attention / rates.attention_flops,
         "elementwise": step_tokens * moved * TRAFFIC_AGAIN[recompute] / rates.memory_bytes,
-        "dequantising": micro_batches * again * job.linear_numel / dequantised if job.recipe.quant.quantises else 0.0,
+        "dequantising": micro_batches * again * weights / dequantised if job.recipe.quant.quantises else 0.0,
         "overhead": micro_batches * (LAYER_OVERHEAD_S * facts.layers + SITE_OVERHEAD_S * len(job.sites)),
         "optimiser": UPDATE_BYTES * job.trainable / rates.memory_bytes + TENSOR_OVERHEAD_S * 2 * len(job.sites),
     }

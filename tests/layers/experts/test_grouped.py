@@ -176,6 +176,20 @@ def test_in_bf16_it_is_as_near_to_the_truth_as_transformers() -> None:
     assert all(a < 1.2 * b for a, b in zip(ours, own, strict=True)), (ours, own)
 
 
+@pytest.mark.parametrize("kind", ["gate and up", "transposed, interleaved, biased, clamped", "a norm after"])
+def test_an_expert_with_many_tokens_is_taken_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "LEAST_AT_ONCE", 2)
+    monkeypatch.setattr(grouped, "BUSIEST", 1)
+    module = experts_of(kind)
+    index = ROUTES["one expert has all"]()
+    groups = grouped.Groups.of(index, E)
+    assert groups.most == 3 and [span for span in groups.spans if span[0] == 3][-1][2] == 14
+    loras = lora(module, stacks_of(module))
+    trained = [part for one in loras.values() for part in (one.a, one.b) if part is not None]
+    wanted = results(with_delta(module, loras), index, *trained)
+    same(results(lambda *args: grouped.experts(module, *args, loras=loras), index, *trained), wanted)
+
+
 def test_no_token_at_all() -> None:
     module = experts_of("gate and up")
     x, weights = torch.zeros(0, D, requires_grad=True), torch.zeros(0, K, requires_grad=True)

@@ -37,6 +37,10 @@ from halfbyte.layers.experts.layout import (
 )
 from halfbyte.layers.kernels import pool
 
+# Tokens of one expert that are taken at once: at most so many times the mean of all experts, or so many. It bounds what
+# is in memory for a moment, however a router chooses; an expert with more is dequantised once more for each part.
+BUSIEST, LEAST_AT_ONCE = 2, 256
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -44,7 +48,7 @@ class Groups:
 
     Args:
         tokens: (S,) the token of each pair. order: (S,) the pair's place in the flat (T, k).
-        spans: (expert, first, last) of each expert that has any.
+        spans: (expert, first, last) of each that has any; several of one with more tokens than are taken at once.
     """
 
     tokens: Tensor
@@ -56,16 +60,16 @@ class Groups:
         """Of the experts (T, k) that the router chose. Numbers past the last expert are another process's."""
         flat, order = index.reshape(-1).sort(stable=True)
         counts = torch.bincount(flat, minlength=experts)[:experts].tolist()
-        spans, last = [], 0
+        at_once = max(LEAST_AT_ONCE, BUSIEST * -(-index.numel() // experts))
+        spans, end = [], 0
         for expert, count in enumerate(counts):
-            first, last = last, last + count
-            if count:
-                spans.append((expert, first, last))
+            begin, end = end, end + count
+            spans += [(expert, first, min(first + at_once, end)) for first in range(begin, end, at_once)]
         return cls(order // index.shape[1], order, tuple(spans))
 
     @property
     def most(self) -> int:
-        """Tokens of the expert with the most."""
+        """Tokens of the longest span."""
         return max((last - first for _, first, last in self.spans), default=0)
 
 
@@ -136,11 +140,11 @@ class _Grads:
 
     def add(self, expert: int, product: _Product, x: Tensor, dy: Tensor, h: Tensor | None, dh: Tensor | None) -> None:
         if self.a is not None and dh is not None:
-            self.a[expert] = dh.T @ x  # (R, n) @ (n, in)
+            self.a[expert] += dh.T @ x  # (R, n) @ (n, in)
         if self.b is not None and h is not None:
-            self.b[expert] = (h.T @ dy).mul_(product.scale)  # (R, n) @ (n, out)
+            self.b[expert] += (h.T @ dy).mul_(product.scale)  # (R, n) @ (n, out)
         if self.bias is not None:
-            self.bias[expert] = dy.sum(0, dtype=torch.float32)
+            self.bias[expert] += dy.sum(0, dtype=torch.float32)
 
     def like(self, a: Tensor | None, b: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, ...]:
         """In the shapes and dtypes of the parameters."""

@@ -64,6 +64,11 @@ def outside_interface(model: nn.Module) -> dict[str, str]:
     }
 
 
+def is_routed(model: nn.Module) -> bool:
+    """Whether tokens choose among experts, of whatever layout: a choice that any rounding can turn."""
+    return next(experts_of(model), None) is not None or bool(outside_interface(model))
+
+
 def stacks_of(module: nn.Module) -> tuple[str, str]:
     """Names of the two stacks of an experts module, in the order in which they are multiplied with."""
     return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
