@@ -13,6 +13,7 @@ from halfbyte.errors import AdapterError
 from halfbyte.models.architectures import tensors_of
 from halfbyte.models.lora_sites import sites, trainable
 from halfbyte.models.structure import meta_model
+from halfbyte.models.tensors import spec_of
 from halfbyte.recipe.schema import Lora
 from tests import tiny
 from tests.lora_count import lora_parameter_count
@@ -97,3 +98,23 @@ def test_nothing_that_matches_is_an_error_with_what_there_is() -> None:
         sites(specs, Lora(target_modules=("wq",)))
     with pytest.raises(AdapterError, match="is no regular expression"):
         sites(specs, Lora().model_copy(update={"target_modules": "("}))
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_parameters": ("gate_up_proj", "down_proj"), "rank_pattern": {"down_proj": 2}},
+        {"target_parameters": ("layers.1.mlp.experts.down_proj",), "target_modules": ()},
+    ],
+)
+def test_stacks_of_experts_by_names_alone(lora: dict[str, Any]) -> None:
+    model, asked = tiny.model("mixtral"), Lora(r=8, lora_dropout=0, **lora)
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    specs = [spec_of(name, tuple(p.shape), "BF16", config) for name, p in model.named_parameters()]
+    placed = sites(specs, asked)
+    targets_, hit = adapters.choose_targets(model, asked)
+    assert {site.name for site in placed} == set(hit)
+    made = adapters.add(model, asked, targets_, seed=0)
+    assert trainable(placed, specs, asked) == sum(p.numel() for p in made.parameters() if p.requires_grad)
+    with pytest.raises(AdapterError, match=r"ends in 'w1'\. There are: down_proj, gate_up_proj"):
+        sites(specs, asked.model_copy(update={"target_parameters": ("w1",)}))

@@ -139,9 +139,9 @@ def test_a_mixture_keeps_what_the_formula_says(name: str, parameters: Any, tmp_p
         nbytes, found, facts = kept_bytes(tmp_path / str(layers), "auto", 0.0, quant="none", parameters=parameters)
         kept.append(nbytes)
     layer = layer_of(facts, found, 2, kernels=True, dropout=False, longest=max(LENGTHS))
-    # LoRA's weights in bf16; of experts they are made once more, in another order
-    copies = 2 * sum(site.parameters for site in found) / facts.layers
-    assert kept[1] - kept[0] == pytest.approx(TOKENS * layer.kept + copies, rel=0.03)
+    planned = TOKENS * layer.kept + layer.pair * pairs_of(layer, LENGTHS)
+    planned += 2 * sum(site.parameters for site in found) / facts.layers  # LoRA's weights in bf16
+    assert kept[1] - kept[0] == pytest.approx(planned, rel=0.15 if name == "gpt_oss" else 0.03)
 
 
 def agree(name: str, planned: float, measured: float, rel: float) -> None:

@@ -180,8 +180,6 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case({"lora__target_modules": "all-linear"}, names_with("lora_A"), want=14),
     ),
     "lora.target_parameters": (
-        Case({"lora__target_parameters": ["down_proj"]}, names_with("experts.lora_A"), {"quant__type": "none"},
-             model="mixtral", want=2),
         Case({"lora__target_parameters": ["down_proj"]}, refused="no parameter of llama ends in 'down_proj'"),
     ),
     "lora.lora_dropout": (
