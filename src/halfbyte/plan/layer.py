@@ -147,13 +147,13 @@ def layer_of(
     sliding = {n: window for n, window in enumerate(facts.windows) if 0 < window < longest}
     if attention == "flash":
         attention = "dropped" if facts.attention_dropout and kernels else "window" if sliding else "flash"
-    hidden, inner = facts.hidden, c * facts.intermediate * max(1, facts.experts_per_token)
+    hidden = facts.hidden
     wide, narrow = heads * facts.head_size or hidden, facts.key_heads * facts.head_size or hidden
     share = len(sliding) / layers
     kept, mlp, norm, of_mlp = _frozen_kept(family, attention, facts, c, share, kernels=kernels)
     there = set(range(layers)) - set(sliding) if kernels and attention in NO_SCORES else set[int]()
     (more, more_mlp, remade), adapted = _adapters_kept(
-        sites, family, c, layers, there, kernels=kernels, dropout=dropout, fused=fused
+        sites, family, c, layers, there, facts.experts_per_token, kernels=kernels, dropout=dropout, fused=fused
     )
     kept, mlp = kept + more, mlp + more_mlp
 
@@ -164,15 +164,7 @@ def layer_of(
         "dropped": (heads * 12.0, heads * 4.0),  # scores, their mask and both together; the gradient of one
     }[attention]  # fmt: skip
     both = family.norms == 1 and not adapted & {"mlp", "inner"}  # branches read the embedding
-    moments = [
-        c * hidden + _mlp_moment(family.mlp, inner, adapted="inner" in adapted, dropout=dropout, again=again)
-        for again in (False, kernels and family.mlp == "gated" and "inner" in adapted)
-    ]
-    least = 0.0
-    if family.mlp == "experts":
-        (moment, least), hs = _experts_moment(facts, c), [s for s in sites if s.reads == "experts"]
-        moments = [c * hidden + moment] * 2
-        mlp += sum(c * s.rank for s in hs) / layers * facts.experts_per_token
+    moments, least = _moments(family, facts, c, adapted, kernels=kernels, dropout=dropout)
     return Layer(
         kept=kept + mlp,
         selective=kept + mlp - remade,
@@ -228,6 +220,7 @@ def _adapters_kept(
     c: int,
     layers: int,
     there: set[int],
+    per_token: int,
     *,
     kernels: bool,
     dropout: bool,
@@ -237,7 +230,7 @@ def _adapters_kept(
     recomputation makes again; and what linear layers with an adapter read.
 
     Args:
-        there: layers in which attention keeps what it returns. Elsewhere an adapter reads a copy.
+        there: layers in which attention keeps what it returns. Elsewhere an adapter reads a copy. per_token: experts.
     """
     # what adapters read is kept once, whoever reads it
     read = {
@@ -254,11 +247,27 @@ def _adapters_kept(
         if kernels and what != "attended" and (family.mlp == "gated" if what == "inner" else family.rms):
             again += size
         kept[what in ("mlp", "inner")] += size
+    kept[True] += sum(c * s.rank * per_token for s in sites if s.reads == "experts") / layers
     for site in (site for site in sites if site.reads != "experts"):
         size = c * site.rank + (site.inputs if dropout and not kernels and fused else 0)
         size += 0 if fused else site.inputs * (8 if dropout else 4)
         kept[site.reads in ("mlp", "inner")] += size / layers
     return (kept[False], kept[True], again), {what for _, what in read}
+
+
+def _moments(
+    family: Family, facts: Facts, c: int, adapted: set[str], *, kernels: bool, dropout: bool
+) -> tuple[list[float], float]:
+    """Bytes a token at the worst moment of an MLP's backward, without and with selective recomputation; and bytes that
+    it takes however few tokens there are."""
+    if family.mlp == "experts":
+        moment, least = _experts_moment(facts, c)
+        return [c * facts.hidden + moment] * 2, least
+    inner = c * facts.intermediate * max(1, facts.experts_per_token)
+    return [
+        c * facts.hidden + _mlp_moment(family.mlp, inner, adapted="inner" in adapted, dropout=dropout, again=again)
+        for again in (False, kernels and family.mlp == "gated" and "inner" in adapted)
+    ], 0.0
 
 
 def _experts_kept(facts: Facts, c: int) -> float:

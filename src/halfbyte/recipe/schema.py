@@ -7,19 +7,36 @@ Source: names under `lora:` are those of peft.LoraConfig, under `train:` those o
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from halfbyte.recipe import fields
-from halfbyte.recipe.data import Data, Fields, Int, Section, field, is_list_of_names, is_name_or_list, must
+from halfbyte.recipe.data import Data, Fields, Int, Section, field, must
+from halfbyte.recipe.values import (
+    Bool,
+    Count,
+    Float,
+    Index,
+    Modules,
+    ModulesOrNone,
+    Names,
+    NamesOrNone,
+    NamesOrText,
+    OffIsNo,
+    Seed,
+    Steps,
+    assigns,
+    init,
+    integrations,
+    one_of,
+    settings,
+)  # fmt: skip
 
 _DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
 
@@ -29,101 +46,6 @@ class Origin(NamedTuple):
 
     kind: Literal["set", "recipe", "default", "auto", "command"]
     why: str
-
-
-def _regex(value: object) -> object:
-    """A text among names of modules is a regular expression over full names."""
-    if isinstance(value, str):
-        if re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value):
-            raise ValueError(f"must be a list: write [{value}]")
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"must be a list of names or a regular expression ({error})") from None
-    return value
-
-
-def _init(value: object) -> object:
-    if isinstance(value, str):
-        reason = next((why for name, why in fields.INIT_REFUSED.items() if value.lower().startswith(name)), None)
-        if reason is not None:
-            raise ValueError(f"cannot be {value!r}: {reason}")
-    if not isinstance(value, bool) and value not in fields.INIT_NAMES:
-        raise ValueError(f"must be true, false, {' or '.join(fields.INIT_NAMES)}")
-    return value
-
-
-def _one_of(allowed: Collection[str], refused: Mapping[str, str] = MappingProxyType({})) -> BeforeValidator:
-    """One of a few words; a word that is refused says why."""
-
-    def check(value: object) -> object:
-        if isinstance(value, str) and value in refused:
-            raise ValueError(f"cannot be {value!r}: {refused[value]}")
-        if not isinstance(value, str) or value not in allowed:
-            raise ValueError(f"must be one of {', '.join(allowed)}")
-        return value
-
-    return BeforeValidator(check)
-
-
-def _integrations(value: object) -> object:
-    """`none`, `all`, or names of integrations whose library is here."""
-    if value is None or value in ("none", "all", [], ["none"], (), ("none",)):
-        return value if value == "all" else "none"
-    names = (value,) if isinstance(value, str) else value
-    if not is_list_of_names(names) or not set(names) <= set(fields.INTEGRATIONS):
-        raise ValueError(f"must be none, all, or a list of {', '.join(sorted(fields.INTEGRATIONS))}")
-    for name in names:
-        if not any(importlib.util.find_spec(module) for module in fields.INTEGRATIONS[name]):
-            raise ValueError(f"names {name}, which is not installed: pip install {fields.INTEGRATIONS[name][0]}")
-    return tuple(names)
-
-
-def _settings(value: object) -> object:
-    """Named numbers and words. YAML 1.1 reads 1e-5, without a point, as text."""
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ValueError("must be a mapping of names to values, such as {num_cycles: 2}")
-    return {key: _read_number(inner) if isinstance(inner, str) else inner for key, inner in value.items()}
-
-
-def _read_number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _assigns(value: object) -> object:
-    return isinstance(value, str) and re.fullmatch(r"\s*\w+\s*=[^,=]+(,\s*\w+\s*=[^,=]+)*", value)
-
-
-def _whole_or_share(value: float) -> float:
-    """Steps, or below 1 a share of all steps, as TrainingArguments reads them."""
-    if value < 1:
-        return value
-    if value != int(value):
-        raise ValueError("must be a whole number of steps, or a share of all steps below 1")
-    return int(value)
-
-
-Float = Annotated[float, must("a number", lambda v: not isinstance(v, bool))]
-Bool = Annotated[bool, Field(strict=True)]
-Count = Annotated[Int, Field(ge=1)]
-Index = Annotated[Int, Field(ge=0)]
-Seed = Annotated[Int, Field(ge=0, lt=2**32)]
-Steps = Annotated[Float, AfterValidator(_whole_or_share)]
-# YAML 1.1 reads a bare `no` as false
-OffIsNo = BeforeValidator(lambda v: "no" if v is False else v)
-_LIKE = "list of names, such as [q_proj, v_proj]"
-Names = Annotated[tuple[str, ...], must(f"a {_LIKE}", lambda v: v == () or is_list_of_names(v))]
-NamesOrNone = Annotated[Names, BeforeValidator(lambda v: () if v in (None, []) else v)]
-NamesOrText = Annotated[str | tuple[str, ...], must(f"a name, a regular expression or a {_LIKE}", is_name_or_list)]
-Modules = Annotated[NamesOrText, AfterValidator(_regex)]
-ModulesOrNone = Annotated[
-    str | tuple[str, ...],
-    must(f"a name, a regular expression or a {_LIKE}", lambda v: v in ((), []) or is_name_or_list(v)),
-    AfterValidator(_regex),
-]
 
 
 class Quant(Section):
@@ -201,7 +123,7 @@ class Lora(Section):
         False, "DoRA: train magnitude and direction apart; slower, often better at a low rank", "false"
     )
     lora_bias: Bool = field(False, "a trained bias in LoRA's B; can be merged only into layers with a bias", "false")
-    init_lora_weights: Annotated[bool | str, BeforeValidator(_init)] = field(
+    init_lora_weights: Annotated[bool | str, BeforeValidator(init)] = field(
         True, "start of A: true (Kaiming), gaussian, orthogonal (16-bit base); false: A, B random"
     )
     rank_pattern: dict[str, Count] = field({}, "another rank for some layers: {name ending or regex: r}")
@@ -238,10 +160,10 @@ class Train(Section):
         -1, "optimiser steps; above 0 it overrides num_train_epochs", ge=-1
     )
     learning_rate: Float = field(2e-4, "the highest learning rate", "1e-4 to 1e-3, of large models 1e-5", gt=0)
-    lr_scheduler_type: Annotated[str, _one_of(fields.SCHEDULES, fields.SCHEDULES_REFUSED)] = field(
+    lr_scheduler_type: Annotated[str, one_of(fields.SCHEDULES, fields.SCHEDULES_REFUSED)] = field(
         "linear", "how the rate falls: linear, cosine, constant, ...", "linear or cosine"
     )
-    lr_scheduler_kwargs: Annotated[dict[str, Any], BeforeValidator(_settings)] | None = field(
+    lr_scheduler_kwargs: Annotated[dict[str, Any], BeforeValidator(settings)] | None = field(
         None, "arguments of the schedule, such as {num_cycles: 2} for cosine_with_restarts"
     )
     warmup_steps: Steps = field(0, "steps over which the rate rises; below 1 a share of all steps", "0.03", ge=0)
@@ -250,10 +172,10 @@ class Train(Section):
     adam_beta1: Float = field(0.9, "Adam's first moment", ge=0, lt=1)
     adam_beta2: Float = field(0.999, "Adam's second moment", ge=0, lt=1)
     adam_epsilon: Float = field(1e-8, "Adam's epsilon", gt=0)
-    optim: Annotated[str, _one_of(fields.OPTIMIZERS)] = field(
+    optim: Annotated[str, one_of(fields.OPTIMIZERS)] = field(
         "adamw_torch", "adamw_torch, adamw_torch_fused, adafactor, sgd, adagrad, rmsprop", "adamw_torch"
     )
-    optim_args: Annotated[str, must("name=value,name=value", _assigns)] | None = field(
+    optim_args: Annotated[str, must("name=value,name=value", assigns)] | None = field(
         None, "arguments of sgd, adagrad or rmsprop, as name=value,name=value"
     )
     label_smoothing_factor: Float = field(0.0, "label smoothing of the training loss", "0", ge=0, lt=1)
@@ -263,7 +185,7 @@ class Train(Section):
     data_seed: Seed | None = field(None, "seed of the order of rows")
     logging_steps: Count = field(1, "steps between printed lines and reports; metrics.jsonl always has every step")
     logging_first_step: Bool = field(False, "report the first step to report_to too, whatever logging_steps")
-    report_to: Annotated[str | tuple[str, ...], BeforeValidator(_integrations)] = field(
+    report_to: Annotated[str | tuple[str, ...], BeforeValidator(integrations)] = field(
         "none", "none, or installed integrations of transformers, such as [tensorboard]"
     )
     run_name: str | None = field(None, "the run's name for report_to")
@@ -282,7 +204,7 @@ class Train(Section):
     load_best_model_at_end: Bool = field(
         True, "with evaluations: the adapter is that of the best one, not of the last step"
     )
-    metric_for_best_model: Annotated[str, _one_of(("loss", "eval_loss", "perplexity", "eval_perplexity"))] = field(
+    metric_for_best_model: Annotated[str, one_of(("loss", "eval_loss", "perplexity", "eval_perplexity"))] = field(
         "loss", "the best evaluation is the one with the lowest: loss or perplexity"
     )
     greater_is_better: Annotated[
