@@ -251,7 +251,7 @@ def test_a_revision_in_the_model_is_split_off_for_hub_ids_only(
 def test_an_integration_that_is_installed(load: Load, monkeypatch: pytest.MonkeyPatch, written: str) -> None:
     asked: list[str] = []
     monkeypatch.setattr(
-        "halfbyte.recipe.schema.importlib.util.find_spec", lambda name: asked.append(name) or name == "tensorboardX"
+        "halfbyte.recipe.values.importlib.util.find_spec", lambda name: asked.append(name) or name == "tensorboardX"
     )
     assert load(f"{LEAST}train: {{report_to: {written}}}\n").recipe.train.report_to == ("tensorboard",)
     assert asked == ["tensorboard", "tensorboardX"]
@@ -304,7 +304,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("lora: {use_dora: 1}", "line 3: lora.use_dora must be true or false, got 1"),
     ("lora: {target_modules: 'q_proj, v_proj'}", "line 3: lora.target_modules must be a list: write [q_proj, v_proj], got 'q_proj, v_proj'"),
     ("lora: {target_modules: '(q'}", "line 3: lora.target_modules must be a list of names or a regular expression (missing ), unterminated subpattern at position 0), got '(q'"),
-    ("lora: {target_modules: []}", "line 3: lora.target_modules must be a name, a regular expression or a list of names, such as [q_proj, v_proj], got []"),
+    ("lora: {target_modules: []}", "line 3: lora.target_modules is empty, and so is lora.target_parameters: nothing would train; auto"),
     ("lora: {init_lora_weights: pissa_niter_4}", "line 3: lora.init_lora_weights cannot be 'pissa_niter_4': it starts from a decomposition of the base's weights and changes them; the frozen base stays as it is"),
     ("lora: {init_lora_weights: orthogonal}", "line 3: lora.init_lora_weights orthogonal needs quant.type none: PEFT makes it in the dtype of the base"),
     ("lora: {init_lora_weights: orthogonal, r: 7}\nquant: {type: none}", "line 3: lora.init_lora_weights orthogonal needs even ranks, got 7"),
