@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,13 +21,17 @@ FOLDER = Path(__file__).parents[1] / "examples" / "orders"
 SPLITS = {"train": 400, "test": 64}
 
 
+def module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"orders_{name}", FOLDER / f"{name}.py")
+    assert spec and spec.loader
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("orders_generate", FOLDER / "generate.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module("generate")
 
 
 def chats(split: str) -> list[list[dict[str, str]]]:
@@ -130,3 +138,36 @@ def test_it_has_its_size_in_tokens() -> None:
     assert max(lengths) <= 160
     answer_lengths = [len(ids) for ids in tokenizer(answers("test"), add_special_tokens=False)["input_ids"]]
     assert max(answer_lengths) <= 80
+
+
+def test_a_quickstart_that_was_interrupted_goes_on(tmp_path: Path) -> None:
+    quickstart = module("quickstart")
+    assert quickstart.folder_in(tmp_path) == (tmp_path / "quickstart", False)
+    (tmp_path / "quickstart/checkpoints").mkdir(parents=True)
+    assert quickstart.folder_in(tmp_path) == (tmp_path / "quickstart-2", False), "nothing was kept of it"
+    (tmp_path / "quickstart/checkpoints/step-000010").mkdir()
+    assert quickstart.folder_in(tmp_path) == (tmp_path / "quickstart", True)
+    (tmp_path / "quickstart/adapter").mkdir()
+    assert quickstart.folder_in(tmp_path) == (tmp_path / "quickstart-2", False)
+
+
+def test_an_interrupt_reaches_the_command_and_waits_for_it(tmp_path: Path) -> None:
+    """As in a terminal, where Ctrl-C goes to both processes."""
+    slow = tmp_path / "halfbyte"
+    slow.write_text(
+        f"#!{sys.executable}\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, lambda *_: (print('saved', flush=True), time.sleep(1), sys.exit(130)))\n"
+        "print('begun', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    slow.chmod(0o755)
+    code = f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import quickstart; from pathlib import Path; "
+    code += f"quickstart.HALFBYTE = Path({str(slow)!r}); quickstart.run('train')"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, process_group=0) as both:
+        assert both.stdout is not None
+        said = iter(both.stdout)
+        assert any("begun" in line for line in said)
+        os.killpg(both.pid, signal.SIGINT)
+        assert "saved" in next(said)
+        assert both.wait() == 130

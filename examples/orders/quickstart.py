@@ -16,23 +16,40 @@ HALFBYTE = Path(sys.executable).with_name("halfbyte")
 
 
 def run(*arguments: str) -> None:
-    print(f"\n$ halfbyte {' '.join(arguments)}", flush=True)
-    done = subprocess.run([HALFBYTE, *arguments])
-    if done.returncode:
-        sys.exit(done.returncode)
+    print(f"\n$ {os.path.relpath(HALFBYTE)} {' '.join(arguments)}", flush=True)
+    with subprocess.Popen([HALFBYTE, *arguments]) as command:
+        while (
+            code := ended(command)
+        ) is None:  # Ctrl-C reaches the command too, which ends by itself when it has saved
+            pass
+    if code:
+        sys.exit(code if code > 0 else 128 - code)
 
 
-def free_name(parent: Path) -> Path:
-    """A run folder is never overwritten: quickstart, quickstart-2, ..."""
-    names = ["quickstart", *(f"quickstart-{i}" for i in range(2, 1000))]
-    return next(parent / name for name in names if not (parent / name).exists())
+def ended(command: subprocess.Popen[bytes]) -> int | None:
+    """How a command ended; None where Ctrl-C came first."""
+    try:
+        return command.wait()
+    except KeyboardInterrupt:
+        return None
+
+
+def folder_in(parent: Path) -> tuple[Path, bool]:
+    """A run folder is never overwritten: quickstart, quickstart-2, ... and whether it is one that was interrupted."""
+    for name in ("quickstart", *(f"quickstart-{i}" for i in range(2, 1000))):
+        path = parent / name
+        if not path.exists():
+            return path, False
+        if not (path / "adapter").exists() and any((path / "checkpoints").glob("step-*")):
+            return path, True
+    raise SystemExit(f"{parent} is full of quickstarts")
 
 
 def main() -> None:
     start = time.monotonic()
-    out = free_name(Path("runs"))
+    out, interrupted = folder_in(Path("runs"))
     recipe = os.path.relpath(HERE / "recipe.yaml")
-    run("train", recipe, "--output", str(out))
+    run("train", str(out), "--resume") if interrupted else run("train", recipe, "--output", str(out))
     run("eval", str(out), "--base", "--limit", "48", "--samples", "3", "--max-new-tokens", "64")
     print(f"\n{time.monotonic() - start:.0f} s in all. Talk to it: {os.path.relpath(HALFBYTE)} chat {out}")
 

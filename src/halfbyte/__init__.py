@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
     from halfbyte.adapters.dropin import PeftModel, get_peft_model, prepare_model_for_kbit_training
-    from halfbyte.base.load import load_base
+    from halfbyte.base.load import load_base, load_tokenizer
     from halfbyte.base.modules.any_module import load_and_quantize_model, quantize_model
     from halfbyte.errors import HalfbyteError
 
@@ -28,6 +28,7 @@ __all__ = [
     "get_peft_model",
     "load_and_quantize_model",
     "load_base",
+    "load_tokenizer",
     "prepare_model_for_kbit_training",
     "quantize_model",
 ]
@@ -39,6 +40,7 @@ _HOMES = {
     "get_peft_model": "halfbyte.adapters.dropin",
     "prepare_model_for_kbit_training": "halfbyte.adapters.dropin",
     "load_base": "halfbyte.base.load",
+    "load_tokenizer": "halfbyte.base.load",
     "load_and_quantize_model": "halfbyte.base.modules.any_module",
     "quantize_model": "halfbyte.base.modules.any_module",
     "HalfbyteError": "halfbyte.errors",

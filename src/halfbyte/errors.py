@@ -6,6 +6,7 @@ Cost: nothing heavy is imported here.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 
@@ -66,6 +67,17 @@ class TrainError(HalfbyteError):
     """A run that started and failed (non-finite loss, disk full, adapter without a gradient)."""
 
     exit_code = 1
+
+
+class Unforeseen(HalfbyteError):
+    """A fault of halfbyte or of a library, not of the user; a page with the traceback was written."""
+
+    exit_code = 1
+
+
+def typed(value: object) -> str:
+    """A path or another argument as it is typed in a shell, quoted where it must be."""
+    return shlex.quote(str(value))
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:

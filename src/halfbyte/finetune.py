@@ -11,19 +11,21 @@ from functools import partial
 from pathlib import Path
 from signal import Signals
 
-from halfbyte.adapters import lora
+from halfbyte.adapters import lora, passport
 from halfbyte.adapters.assembly import Assembled, assembled
 from halfbyte.base import load, stream
 from halfbyte.base.store import supply
 from halfbyte.base.tokenizer import check_vocabulary
 from halfbyte.data import collate, pack, split
-from halfbyte.errors import DataError
+from halfbyte.data.encoding.chatml import chat_template
+from halfbyte.errors import DataError, TrainError
+from halfbyte.inference import proof, verify
 from halfbyte.layers.kernels import pool
 from halfbyte.plan import calibrate
 from halfbyte.recipe.adapter import folder_of
 from halfbyte.recipe.file import seen_from, to_yaml
 from halfbyte.recipe.schema import Loaded, Recipe
-from halfbyte.runs import checkpoint, points
+from halfbyte.runs import checkpoint, crash, points
 from halfbyte.runs import report as reporting
 from halfbyte.runs.folder import RunFolder, write_json
 from halfbyte.system import device, files, threads, usage
@@ -49,11 +51,19 @@ class Outcome:
     stopped_by: Signals | None = None
     at_once: bool = False
 
+    @property
+    def exit_code(self) -> int:
+        """Of a process: as a shell has it after a signal; not 0 for an adapter that is of no use."""
+        if self.stopped_by is not None:
+            return 128 + self.stopped_by
+        useless = self.report["diverged"] or self.report["verified"]["ok"] is False
+        return TrainError.exit_code if useless else 0
+
 
 @dataclass(frozen=True)
 class Ready:
     """Everything that the steps of a run need, known to be good. `held`: memory before the first step. `point`: where
-    a resumed run goes on; `trained`: what its checkpoints keep beside their files."""
+    a resumed run goes on; `trained`: what its checkpoints and its adapter say that it was trained with."""
 
     job: fit.PlannedRun
     base: Assembled
@@ -68,11 +78,12 @@ class Ready:
     trained: Document
 
 
-def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = None) -> Outcome:
+def train(loaded: Loaded, *, resume: bool = False, force: bool = False, listener: Listener | None = None) -> Outcome:
     """Fine-tune. Nothing is written before the model, the data and the adapters are known to be good.
 
     Args:
         resume: go on from the run's newest checkpoint; a finished run of which no more is asked stays as it is.
+        force: go on also where base, tokenizer or chat template are not those of the checkpoint.
 
     Raises:
         HalfbyteError: a mistake in the recipe, the data or the model, before the run folder exists; TrainError after.
@@ -87,19 +98,20 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
         points.check_recipe(point, loaded.recipe)
     else:
         RunFolder.check_free(out)
-    ready = make_ready(loaded.recipe, machine, tell, point)
+    ready = make_ready(loaded.recipe, machine, tell, point, force=force)
     local = ready.job.prepared.checkpoint.kind in ("folder", "gguf")
     kept = to_yaml(seen_from(loaded.recipe, out, model=local))
     if point is None:
         folder = RunFolder.create(out, kept)
     elif point.changes(loaded.recipe):
         files.write(folder.recipe, kept.encode())
-    with folder.lock() as run, stop_on_signals(tell.stopping) as stop, usage.Peak() as peak:
+    noted = crash.noted(folder, machine.to_json())
+    with folder.lock() as run, noted, stop_on_signals(tell.stopping) as stop, usage.Peak() as peak:
         try:
             split.keep(ready.job.prepared.held_out, run.held_out)
             callback = run_steps(ready, run, stop, tell)
             step = callback.trainer.state.global_step
-            if stop.signal is not None and step < len(ready.steps):
+            if stop.signal is not None and step < len(ready.steps) and not callback.stopped_early:
                 return Outcome(run.path, {}, step, stop.signal)
             return Outcome(run.path, finish(ready, run, callback, peak), step)
         except KeyboardInterrupt:
@@ -109,7 +121,14 @@ def train(loaded: Loaded, *, resume: bool = False, listener: Listener | None = N
             ready.placed.remove()
 
 
-def make_ready(recipe: Recipe, machine: device.Device, tell: Listener, point: points.Point | None = None) -> Ready:
+def make_ready(
+    recipe: Recipe,
+    machine: device.Device,
+    tell: Listener,
+    point: points.Point | None = None,
+    *,
+    force: bool = False,
+) -> Ready:
     """Rows, plan, base, adapters and micro-batches; the longest of these runs once unless the plan leaves much free."""
     settings = threads.settle(machine.cores)
     tell.note("process", settings.line)
@@ -120,10 +139,15 @@ def make_ready(recipe: Recipe, machine: device.Device, tell: Listener, point: po
     notices = [] if point is None else resuming.check(point, recipe, fingerprints, job.figures.steps, tell)
     for name, why in plan.reasons.items():
         tell.note("plan", f"{name} {getattr(plan, name)}: {why}")
-    tell.note("plan", f"peak memory about {plan.needed_bytes / 1e9:.2f} GB of {plan.available_bytes / 1e9:.1f} GB free")
+    dropped = "" if plan.host_lines else f"; {plan.peak_bytes / 1e9:.2f} GB with pages of files, which can be dropped"
+    tell.note(
+        "plan",
+        f"peak memory about {plan.needed_bytes / 1e9:.2f} GB of {plan.available_bytes / 1e9:.1f} GB free{dropped}",
+    )
     notices += [*prepare.notices(prepared), *(str(f) for f in prepared.findings if f.level != "ok"), *plan.warnings]
     start = folder_of(recipe.lora.adapter) if recipe.lora.adapter is not None and point is None else None
     placed, base = _assembled(job, tell, notices, start)
+    belongs = _belongs(job, base, notices, start, point, force=force)
     for notice in notices:
         tell.note("note", notice)
     usage.trim()  # what the proofs and the opening of the base left, in the heap and in blocks of our own
@@ -143,7 +167,7 @@ def make_ready(recipe: Recipe, machine: device.Device, tell: Listener, point: po
             f"{tried.micro_batch_bytes / 1e9:.2f} GB above {held.private / 1e9:.2f} GB held"
         )
     tell.note("rehearsed", said)
-    trained = points.trained_with(recipe, fingerprints)
+    trained = points.trained_with(recipe, fingerprints, belongs)
     return Ready(job, base, placed, pace, steps, held_out, held, settings, notices, point, trained)
 
 
@@ -184,6 +208,27 @@ def _assembled(
     notices += [] if made.packed.ok else [f"packing: {made.packed.reason}"]
     notices += [] if made.fused.ok else [f"engine: {made.fused.reason}"]
     return placed, made
+
+
+def _belongs(
+    job: fit.PlannedRun,
+    base: Assembled,
+    notices: list[str],
+    start: Path | None,
+    point: points.Point | None,
+    *,
+    force: bool,
+) -> Document:
+    """What the adapter will belong to. A checkpoint of something else is refused unless forced; an adapter that the
+    run begins with only noted."""
+    tokenizer, recipe = job.prepared.tokenizer, job.prepared.recipe
+    belongs = passport.belongs_to(base.base, recipe.quant, tokenizer, chat_template(tokenizer, recipe.data))
+    if point is not None and "belongs_to" in point.trained:
+        found = passport.differences(point.trained["belongs_to"], belongs)
+        notices += passport.refuse(f"the checkpoint {point.path}", found, force=force)
+    if start is not None:
+        notices += passport.check(start, belongs, force=True)
+    return belongs
 
 
 def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener) -> RunCallback:
@@ -236,28 +281,41 @@ def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener) -
     at = trainer.state.global_step
     if early is not None and early.stops and at < len(steps):
         patience = recipe.train.early_stopping_patience
+        callback.stopped_early = True
         callback.notices.append(f"stopped early at step {at} of {len(steps)}: no better evaluation in {patience}")
         tell.note("note", callback.notices[-1])
     return callback
 
 
+def save(ready: Ready, run: RunFolder, callback: RunCallback) -> int | None:
+    """Save the adapter, the best one where evaluations chose it, with its passport, and what it says of some rows.
+    Returns the step that was chosen."""
+    prepared, model = ready.job.prepared, ready.base.model
+    source, recipe, rows = prepared.checkpoint, prepared.recipe, run.read_metrics()
+    best = callback.best if recipe.train.load_best_model_at_end else None
+    step = None if best is None else best.step
+    if best is not None and step is not None:
+        lora.put_weights(model, best.folder)
+        count = sum("eval_loss" in row for row in rows)
+        callback.listener.note("adapter", f"the best of {count} evaluations, from step {step}")
+
+    def beside(folder: Path) -> None:
+        if prepared.chatml is not None:
+            prepared.tokenizer.save_pretrained(folder)
+        passport.write(folder, ready.trained, reporting.reached(rows, step))
+
+    dtype = load.DTYPES[recipe.lora.save_dtype]
+    lora.save(model, run.adapter, base_id=source.id, revision=source.revision, dtype=dtype, beside=beside)
+    said = (prepared.evaluation or prepared.train).examples
+    proof.keep(run.proof, model, said, lora.base_alone(model, []), dtype)
+    return step
+
+
 def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak) -> Document:
-    """Save the adapter (the best one where evaluations chose it) and the report; returns the report."""
-    prepared, plan, machine, model = ready.job.prepared, ready.job.plan, ready.job.machine, ready.base.model
-    source, recipe = prepared.checkpoint, prepared.recipe
-    chosen = callback.best if recipe.train.load_best_model_at_end else None
-    if chosen is not None and chosen.step is not None:
-        lora.put_weights(model, chosen.folder)
-        count = sum("eval_loss" in row for row in run.read_metrics())
-        callback.listener.note("adapter", f"the best of {count} evaluations, from step {chosen.step}")
-    lora.save(
-        model,
-        run.adapter,
-        base_id=source.id,
-        revision=source.revision,
-        dtype=load.DTYPES[recipe.lora.save_dtype],
-        tokenizer=prepared.tokenizer if prepared.chatml is not None else None,
-    )
+    """Save the adapter and the report; returns the report. After a run of some length the adapter is opened once more,
+    in a process of its own."""
+    prepared, plan, machine = ready.job.prepared, ready.job.plan, ready.job.machine
+    adapter_step = save(ready, run, callback)
     used, rows = usage.process_memory(), run.read_metrics()
     on_card, timed = bool(machine.cards), plan.time.measured
     seen, step_s = usage.Usage(peak.private, peak.file), reporting.usual_seconds(rows)
@@ -276,8 +334,11 @@ def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak
         lines=fit.compared(plan, ready.base.base, ready.held, seen, run.path, step_s if timed else None),
         peak_rss_bytes=used["peak_rss_bytes"],
         peak_device_bytes=used.get("peak_device_bytes"),
-        adapter_step=None if chosen is None else chosen.step,
+        adapter_step=adapter_step,
     )
+    verified = verify.after(run.path, report["train_seconds"], plan, machine)
+    if verified["ok"] is False:
+        callback.listener.warn(f"the saved adapter does not say what it said when it was trained: {verified['seen']}")
     worse, diverged = reporting.got_worse(rows)
     if worse:
         callback.listener.warn(worse)
@@ -286,6 +347,7 @@ def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak
         "machine": {**machine.to_json(), "process": ready.settings.to_json()},
         "data": prepare.data_report(prepared),
         "diverged": diverged,
+        "verified": verified,
         "notices": [
             *([worse] if worse else []),
             *ready.notices,

@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import halfbyte
 from halfbyte.base.load import Base, open_base
 from halfbyte.errors import BaseModelError
 from halfbyte.models import tensors as shapes
@@ -19,7 +20,7 @@ from halfbyte.quant import bnb as codec
 from halfbyte.quant.dequantise import dequantised
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import device
-from tests import tiny
+from tests import tiny, tiny_run
 
 CHOICES = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False), ("none", True)]
 # Matrices of a layer that are held in 4 bits; gpt2, bloom, gpt_neox, falcon, mpt and phi3 fuse q, k and v.
@@ -196,3 +197,11 @@ def test_biases_of_attention_projections_are_counted(tmp_path: Path) -> None:
     tiny.save(tmp_path, "gpt2")
     names = {spec.name for spec in shapes.read_checkpoint(tmp_path)}
     assert "transformer.h.0.attn.c_attn.bias" in names
+
+
+def test_the_tokenizer_of_whatever_a_base_can_be(tmp_path: Path) -> None:
+    """`AutoTokenizer` would look for a packaged name on the hub."""
+    tokenizer = halfbyte.load_tokenizer("smollm2-135m")
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == 2 and tokenizer.chat_template
+    tiny_run.checkpoint(tmp_path / "model")
+    assert halfbyte.load_tokenizer(str(tmp_path / "model")).get_vocab() == tiny_run.tokenizer().get_vocab()

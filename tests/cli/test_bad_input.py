@@ -198,6 +198,11 @@ def other_base() -> None:
     recipe.write_text(recipe.read_text().replace("model: model", "model: gpt2"))
 
 
+def no_passport() -> None:
+    """As PEFT's own adapters have none."""
+    Path("done/adapter/halfbyte.json").unlink()
+
+
 def edited(name: str, old: str, new: str) -> None:
     text = Path(name).read_text()
     assert old in text
@@ -672,11 +677,18 @@ CASES = [
         "error: there is no run folder nowhere.\n  fix: give the `output:` of a run, such as runs/quickstart",
     ),
     Case(
+        "an adapter of another base by its passport",
+        "generate done --prompt x",
+        "error: the adapter done/adapter does not belong to what is here:\n  - base: trained on <...> (weights <...>), "
+        "here is TMP/gpt2 (weights <...>)\n  fix: open it with what it was trained with; --force goes on all the same",
+        other_base,
+    ),
+    Case(
         "an adapter of another base",
         "generate done --prompt x",
         "error: the adapter in done/adapter does not fit this base: Target modules <...> not found in the base model. "
         "<...>\n  fix: it was trained on 'TMP/model'; open it on that model",
-        all_of(other_base, adapter_config(base_model_name_or_path="TMP/model")),
+        all_of(other_base, adapter_config(base_model_name_or_path="TMP/model"), no_passport),
     ),
     Case(
         "an adapter of another size",
@@ -969,5 +981,5 @@ def test_as_a_process(command: str, code: int, err: str, here: Path) -> None:
 def test_every_error_is_of_the_family() -> None:
     """What `_guard` turns into a message: each kind has its own exit code."""
     kinds = {kind.__name__: kind.exit_code for kind in HalfbyteError.__subclasses__()}
-    assert kinds.pop("TrainError") == 1
+    assert kinds.pop("TrainError") == kinds.pop("Unforeseen") == 1
     assert set(kinds.values()) == {2}

@@ -17,6 +17,7 @@ import pytest
 import typer
 
 from halfbyte.cli import main
+from halfbyte.errors import typed
 from halfbyte.recipe.schema import SECTIONS
 
 SOURCE = Path(main.__file__).parents[1]
@@ -67,6 +68,26 @@ def parse(typed: str) -> str:
     return name
 
 
+def untyped(node: ast.JoinedStr) -> list[str]:
+    """What an f-string puts into a command as it is: a path with a space would fall apart in a shell."""
+    before, found = "", []
+    for value in node.values:
+        if isinstance(value, ast.Constant):
+            before += str(value.value)
+            continue
+        shown = ast.unparse(value.value)  # type: ignore[attr-defined]
+        inside = re.search(r"(?<![\w/.-])halfbyte ([a-z]+)\b(?:[^`;\n,]|X)*$", before)
+        if (
+            inside
+            and inside[1] in APP.commands
+            and not shown.startswith("typed(")
+            and not before.endswith(("=", "--set train."))
+        ):
+            found.append(shown)
+        before += "X"
+    return found
+
+
 FOUND = [(where, typed) for where, text in texts() for typed in commands(text)]
 
 
@@ -81,6 +102,21 @@ def test_a_command_in_a_message_can_be_typed(where: str, typed: str) -> None:
     except UsageError as error:
         pytest.fail(f"{where}: halfbyte {typed}: {error.format_message()}")
     assert name not in WITHOUT_SET or "--set" not in typed
+
+
+def test_what_is_put_into_a_command_can_be_pasted() -> None:
+    found = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found += [f"{path.relative_to(SOURCE)}:{node.lineno} {{{name}}}" for name in untyped(node)]
+    assert not found
+
+
+def test_what_is_put_into_a_command_as_it_is_is_seen() -> None:
+    tree = ast.parse("f'halfbyte eval {run} --data {typed(rows)}'; f'of {n} rows: halfbyte chat {typed(run)}'")
+    assert [untyped(node) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)] == [["run"], []]
+    assert typed("runs/my run") == "'runs/my run'" and typed(Path("runs/a")) == "runs/a"
 
 
 def test_every_command_that_is_told_to_set_can_set() -> None:

@@ -448,7 +448,9 @@ def test_evaluations_need_rows_that_are_held_out(load: Load, text: str, name: st
     load(LEAST + f"train: {{{text}}}\n")
     with pytest.raises(RecipeError) as error:
         load(LEAST + f"train: {{{text}}}\n", "data.eval=none")
-    assert told(error) == [f"line 3: train.{name} asks for evaluations, but data.eval is none"]
+    assert told(error) == [
+        f"line 3: train.{name} asks for evaluations, but data.eval is none; data.eval: 5% holds rows out for them"
+    ]
     assert list(load(LEAST + "train: {eval_steps: 3}\n", "data.eval=null").warnings) == [
         "train.eval_steps is not read with data.eval none"
     ]
@@ -464,7 +466,7 @@ def test_every_problem_is_told_at_once(load: Load) -> None:
             "line 3: lora.rank is not a field; write lora.r",
             "line 4: train.learning_rate must be > 0, got 0",
             "line 4: train.bf16 and train.fp16 cannot both be true; better give neither",
-            "line 4: train.eval_strategy steps asks for evaluations, but data.eval is none",
+            "line 4: train.eval_strategy steps asks for evaluations, but data.eval is none; data.eval: 5% holds rows out for them",
             "--set lora.bias must be none, all or lora_only, got 'x'",
             "--set quant: must be FIELD=VALUE, such as lora.r=32",
         ]

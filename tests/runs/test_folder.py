@@ -73,6 +73,11 @@ def test_a_place_that_cannot_be_written_is_an_error_without_leftovers(tmp_path: 
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_place_where_not_even_root_can_write_is_told_at_once() -> None:
+    with pytest.raises(RunError, match=r"the run folder /proc/nope cannot be made: /proc"):
+        RunFolder.check_free(Path("/proc/nope"))
+
+
 def test_open_says_what_is_wrong(tmp_path: Path, folder: RunFolder) -> None:
     with pytest.raises(RunError, match="there is no run folder"):
         RunFolder.open(tmp_path / "none")
@@ -122,7 +127,11 @@ def test_a_run_is_written_by_one_process_and_a_killed_one_leaves_no_lock(folder:
             RunFolder.open(folder.path, need_adapter=False).lock(),
         ):
             pass
+        with pytest.raises(RunError, match=f"is being written by process {other.pid}"):  # by a second run that begins
+            RunFolder.check_free(folder.path)
         other.kill()
+    with pytest.raises(RunError, match="exists already"):
+        RunFolder.check_free(folder.path)
     with RunFolder.open(folder.path, need_adapter=False).lock():
         assert (folder.path / "lock").read_text() == str(os.getpid())
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from halfbyte.errors import RunError
-from halfbyte.runs.report import Compared, before_training, build, got_worse, usual_seconds
+from halfbyte.runs.report import Compared, above_start, before_training, build, got_worse, usual_seconds
 
 ROWS: list[dict[str, Any]] = [
     {"step": 1, "loss": 4.0, "tokens": 100, "seconds": 1.0, "rss_bytes": 700},
@@ -90,6 +90,9 @@ def run_of(losses: list[float], evals: dict[int, float] | None = None) -> list[d
         (run_of([3.5, 3.0], {2: math.nan}), "nan on the held-out rows: this run diverged", True),
         (run_of([3.5, 3.0], {0: 3.5, 2: 7.0}), "7.0000 on the held-out rows: this run diverged", True),
         (run_of([3.5, 3.0], {0: 3.5, 2: 3.1}), "", False),
+        (run_of([3.5, 4.0], {1: 3.5, 2: 3.1}), "", False),  # the steps' rows are others, the held-out ones the same
+        (run_of([3.5, 4.0], {1: 3.1, 2: 3.5}), "the loss rose from 3.5000 to 4.0000, 3.5000 on the held-out", False),
+        (run_of([3.5, 4.0], {2: 3.1}), "nothing was gained", False),
         (run_of([3.5]), "", False),
     ],
 )
@@ -97,6 +100,14 @@ def test_a_run_that_ends_above_where_it_began_is_told(rows: Any, said: str, dive
     text, far = got_worse(rows)
     assert said in text and bool(said) == bool(text)
     assert far == diverged
+
+
+def test_a_held_out_loss_is_compared_with_one_of_the_same_rows_or_only_roughly() -> None:
+    assert above_start(run_of([3.0], {0: 3.5}), 3.51) == 3.5
+    assert above_start(run_of([3.0], {0: 3.5}), 3.49) is None
+    assert above_start(run_of([3.0]), 3.4) is None, "the first step's rows are others"
+    assert above_start(run_of([3.0]), 3.7) == 3.0
+    assert above_start([], 3.7) is None
 
 
 def test_what_a_run_began_with() -> None:

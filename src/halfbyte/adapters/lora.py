@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
@@ -35,7 +35,7 @@ from halfbyte.quant.stack import ExpertStack
 from halfbyte.recipe.adapter import ADAPTER_FILES, read_config
 from halfbyte.recipe.schema import Lora
 from halfbyte.runs import checkpoint
-from halfbyte.types import Document, Model, Tokenizer
+from halfbyte.types import Document, Model
 
 # Names under `lora:` that are not fields of peft.LoraConfig.
 OWN_FIELDS = frozenset({"adapter", "save_dtype"})
@@ -168,14 +168,13 @@ def save(
     base_id: str,
     revision: str | None,
     dtype: torch.dtype = torch.float32,
-    tokenizer: Tokenizer | None = None,
+    beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write `folder` in PEFT's format, whole or not at all; an older one there is replaced. A `tokenizer` that is
-    not the base's own is written beside it."""
+    """Write `folder` in PEFT's format, whole or not at all; an older one there is replaced. `beside` writes more files
+    into it, after the adapter's own."""
     with checkpoint.whole_or_absent(f"the adapter {folder}", folder) as temporary:
         write_files(adapted, temporary, base_id=base_id, revision=revision, dtype=dtype)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+        beside(temporary)
 
 
 def write_files(adapted: Model, folder: Path, *, base_id: str, revision: str | None, dtype: torch.dtype | None) -> None:
@@ -196,6 +195,8 @@ def write_files(adapted: Model, folder: Path, *, base_id: str, revision: str | N
     saved = {name: value for name, value in saved.items() if not any(part in name for part in inner)}
     state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in saved.items()}
     save_file(state, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
+    # safetensors makes files that only their owner reads; this one is as readable as its neighbour
+    (folder / ADAPTER_FILES[0]).chmod((folder / ADAPTER_FILES[1]).stat().st_mode & 0o777)
 
 
 def load(model: Model, folder: Path, *, trainable: bool = False) -> Model:
@@ -210,7 +211,7 @@ def load(model: Model, folder: Path, *, trainable: bool = False) -> Model:
             warnings.simplefilter("always")
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except SafetensorError as error:
-        raise _damaged(folder, error) from error
+        raise damaged(folder, first_line(error)) from error
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         shown = next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
@@ -275,7 +276,7 @@ def start_from(adapted: Model, folder: Path) -> None:
         with safe_open(folder / ADAPTER_FILES[0], "pt") as file:
             saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise _damaged(folder, error) from error
+        raise damaged(folder, first_line(error)) from error
     shapes = {name: tuple(value.shape) for name, value in own.items()}
     if strange := sorted(name for name in {*saved, *shapes} if saved.get(name) != shapes.get(name)):
         of = ", ".join(f"{name} ({saved.get(name)} there, {shapes.get(name)} here)" for name in strange[:3])
@@ -285,8 +286,9 @@ def start_from(adapted: Model, folder: Path) -> None:
     put_weights(adapted, folder)
 
 
-def _damaged(folder: Path, error: SafetensorError) -> AdapterError:
+def damaged(folder: Path, why: str) -> AdapterError:
+    """The error for an adapter's weights that are not as they were written."""
     return AdapterError(
-        f"{folder / ADAPTER_FILES[0]} is cut short or damaged: {first_line(error)}.",
+        f"{folder / ADAPTER_FILES[0]} is cut short or damaged: {why}.",
         fix="copy it again; a run's checkpoints/ hold earlier states of its adapter",
     )

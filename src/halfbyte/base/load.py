@@ -35,7 +35,7 @@ LOADING_SHARE = 1.4
 @dataclass(frozen=True)
 class Base:
     """An open base. `expected_bytes` is what the TensorSpecs say under the policy, `resident_bytes` what is there;
-    `origin` is the store's folder, or why the weights were quantised while loading."""
+    `store` is the folder of its store, None where it has none; `origin` says that in words, or why there is none."""
 
     model: Model
     tokenizer: Any
@@ -46,6 +46,7 @@ class Base:
     resident_bytes: int
     expected_bytes: int
     origin: str = ""
+    store: Path | None = None
 
 
 def open_base(
@@ -74,7 +75,7 @@ def open_base(
     dtype_name, reason = machine.compute_dtype(device, quant.compute_dtype)
     specs = tuple(tensors.read_checkpoint(checkpoint.path)) if not checkpoint.pickle else ()
     quantised = is_quantised_already(config, checkpoint.path)
-    folder, origin = checkpoint.path, str(checkpoint.path)
+    folder, origin, stored = checkpoint.path, str(checkpoint.path), None
     if use_store and quant.quantises and not quantised and not hasattr(config, "auto_map"):
         stored, why = stored_base(want(checkpoint, config, quant, device, specs), device, tell)
         folder, origin = (stored, f"store {stored}") if stored is not None else (folder, f"{folder}: {why}")
@@ -86,7 +87,7 @@ def open_base(
     if not quantised:
         residency.check_resident(model, quant, held, expected, checkpoint.id)
     tokenizer = open_tokenizer(checkpoint, model, trust_remote_code=trust_remote_code) if with_tokenizer else None
-    return Base(model, tokenizer, checkpoint, specs, dtype_name, reason, held, expected, origin)
+    return Base(model, tokenizer, checkpoint, specs, dtype_name, reason, held, expected, origin, stored)
 
 
 @dataclass(frozen=True)
@@ -245,3 +246,10 @@ def load_base(
     if values["compute_dtype"] == "fp16" and base.compute_dtype != "fp16":
         warnings.warn(f"float16 was asked for; computing in {base.compute_dtype} ({base.dtype_reason}).", stacklevel=2)
     return base.model
+
+
+def load_tokenizer(model_id: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of whatever `load_base` opens, also where `AutoTokenizer` knows no such name: of a GGUF file or a
+    packaged model."""
+    name = f"{model_id}@{revision}" if revision else model_id
+    return open_tokenizer(resolve(name), trust_remote_code=trust_remote_code)

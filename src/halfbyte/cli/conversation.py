@@ -40,7 +40,8 @@ class Chat:
 
     def run(self) -> None:
         """Until the user leaves: /quit, Ctrl-D, or Ctrl-C at the prompt."""
-        show.text(HELP)
+        who = self._opened
+        show.text(f"{who.recipe.model}{'' if who.alone else f' with the adapter of {who.run}'}\n{HELP}")
         ask = show.asker()
         while True:
             try:
@@ -62,6 +63,8 @@ class Chat:
                 self._answered(self.messages[: asked[-1] + 1], base=True)
             else:
                 show.text("say something first")
+        elif line == "/help":
+            show.text(HELP)
         elif line.startswith("/"):
             show.text(f"no such command {line}; there are /base, /reset, /quit")
         elif line:

@@ -16,7 +16,7 @@ import typer
 
 from halfbyte.cli import conversation, progress, show, show_data, show_doctor, show_plan
 from halfbyte.cli.store import Json, stores
-from halfbyte.errors import HalfbyteError, RecipeError, TrainError
+from halfbyte.errors import HalfbyteError, RecipeError, typed
 from halfbyte.system import libraries
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines only, an
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, an adapter's folder, or a model.")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
+Force = Annotated[bool, typer.Option("--force", help="Also where base or tokenizer are not those of the adapter.")]
 BaseOnly = Annotated[bool, typer.Option("--base", help="The base alone, without the adapter.")]
 
 
@@ -68,7 +69,7 @@ def train(
         typer.Argument(metavar="RECIPE.yaml | MODEL | RUN", help="A recipe, a model, or with --resume a run folder."),
     ],
     data: Annotated[
-        str | None, typer.Argument(metavar="[DATA.jsonl]", help="With a MODEL: the rows to train on.")
+        str | None, typer.Argument(metavar="DATA.jsonl", help="With a MODEL: the rows to train on.")
     ] = None,
     set_: Set = [],  # noqa: B006  typer copies it
     output: Annotated[
@@ -77,6 +78,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run folder.")
     ] = False,
+    force: Force = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every resolved value and where it came from; train nothing.")
     ] = False,
@@ -92,7 +94,7 @@ def train(
     if resume and (data is not None or any(value.startswith("output=") for value in overrides)):
         raise RecipeError(
             "--resume continues a run in its own folder on its own rows; --output and DATA cannot be given with it.",
-            fix=f"halfbyte train {recipe} --resume",
+            fix=f"halfbyte train {typed(recipe)} --resume",
         )
     loaded = command.to_resume(recipe, overrides) if resume else command.to_train(recipe, data, overrides)
     if resume and not dry_run and (report := early.complete(loaded.recipe)) is not None:
@@ -115,12 +117,12 @@ def train(
         with libraries.loading():
             from halfbyte import finetune
 
-        outcome = finetune.train(loaded, resume=resume, listener=listener)
+        outcome = finetune.train(loaded, resume=resume, force=force, listener=listener)
     if outcome.stopped_by is not None:
         show.stopped(outcome)
-        raise typer.Exit(128 + outcome.stopped_by)
-    show.document(outcome.report) if json_ else show.report(outcome)
-    raise typer.Exit(TrainError.exit_code if outcome.report["diverged"] else 0)
+    else:
+        show.document(outcome.report) if json_ else show.report(outcome)
+    raise typer.Exit(outcome.exit_code)
 
 
 @app.command()
@@ -183,7 +185,7 @@ def init(
     from halfbyte.recipe.command import write_template
 
     write_template(path, model, data)
-    show.text(f"wrote {path}\n  next: halfbyte train {path} --dry-run")
+    show.text(f"wrote {path}\n  next: halfbyte train {typed(path)} --dry-run")
 
 
 @app.command()
@@ -195,11 +197,12 @@ def generate(
     temperature: Temperature = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     set_: Set = [],  # noqa: B006
+    force: Force = False,
     json_: Json = False,
 ) -> None:
     """Answer prompts with the adapter on its base, or with the base alone."""
     talks = [[{"role": "user", "content": text}] for text in prompt]
-    opened = _open(run, set_, silent=json_, asks=(talks, max_new_tokens))
+    opened = _open(run, set_, silent=json_, force=force, asks=(talks, max_new_tokens))
     from halfbyte.inference.generate import Sampling
 
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
@@ -220,9 +223,10 @@ def chat(
     max_new_tokens: Tokens = 512,
     temperature: Temperature = 0.0,
     set_: Set = [],  # noqa: B006
+    force: Force = False,
 ) -> None:
     """Talk to the adapter. /base asks the base alone the same, /reset forgets, /quit leaves."""
-    opened = _open(run, set_, silent=False)
+    opened = _open(run, set_, silent=False, force=force)
     from halfbyte.inference.generate import Sampling
 
     conversation.Chat(opened, Sampling(max_new_tokens=max_new_tokens, temperature=temperature), system).run()
@@ -237,13 +241,14 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=0, help="How many outputs to show.")] = 3,
     max_new_tokens: Tokens = 256,
     set_: Set = [],  # noqa: B006
+    force: Force = False,
     json_: Json = False,
 ) -> None:
     """Completion loss, perplexity and exact match on held-out rows; with --base beside the base alone."""
     from halfbyte.inference import target
 
     target.held_out(target.find(run, set_).recipe, run, data)
-    opened = _open(run, set_, silent=json_)
+    opened = _open(run, set_, silent=json_, force=force)
     from halfbyte.inference import evaluate as scoring
 
     with progress.counting("rows", silent=json_) as count:
@@ -254,6 +259,30 @@ def evaluate(
         show.document({name: s.to_json() for name, s in scores.items()})
     else:
         show.scores(scores, samples)
+
+
+@app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Only what the adapter says; no hashes.")] = False,
+    set_: Set = [],  # noqa: B006
+    json_: Json = False,
+) -> None:
+    """Is a run as it was written, and does its adapter say what it said when it was trained? Exit code 1 if not."""
+    from halfbyte.runs.folder import RunFolder
+
+    RunFolder.open(run)
+    with progress.waiting("hashing, and opening base and adapter", silent=json_):
+        with libraries.loading():
+            from halfbyte.inference import verify as verifying
+
+        verified = verifying.verify(run, set_, hashes=not quick)
+    if json_:
+        show.document(verified.to_json())
+    else:
+        show_doctor.checks((check.ok, check.what, check.seen) for check in verified.checks)
+    if not verified.ok:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -315,7 +344,12 @@ def version() -> None:
 
 
 def _open(
-    run: Path, overrides: list[str], *, silent: bool, asks: tuple[list[list[dict[str, str]]], int] = ([], 0)
+    run: Path,
+    overrides: list[str],
+    *,
+    silent: bool,
+    force: bool,
+    asks: tuple[list[list[dict[str, str]]], int] = ([], 0),
 ) -> Opened:
     """A run, an adapter or a base, ready to answer. That there is none is told before a library is loaded.
 
@@ -329,7 +363,7 @@ def _open(
         with libraries.loading():
             from halfbyte.inference import generate, load
 
-        return load.open_run(run, tell, overrides, partial(generate.check, asks))
+        return load.open_run(run, tell, overrides, partial(generate.check, asks), force=force)
 
 
 def _guard(call: Callable[[], object], words: Sequence[str] = ()) -> int:
@@ -355,6 +389,14 @@ def _guard(call: Callable[[], object], words: Sequence[str] = ()) -> int:
         where = f"{error.filename}: " if error.filename else ""
         show.failed(f"{where}{error.strerror or error}", 1)
         return 1
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in ("click", "typer"):
+            raise
+        from halfbyte.runs import crash
+
+        shown = crash.unforeseen(error)
+        show.failed(str(shown), shown.exit_code, message=shown.message, fix=shown.fix, kind=type(shown).__name__)
+        return shown.exit_code
     return 0
 
 

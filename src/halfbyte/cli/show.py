@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from halfbyte.errors import typed
+
 if TYPE_CHECKING:
     from halfbyte.base.quantize import Built
     from halfbyte.base.store.shelf import Shelved
@@ -84,7 +86,8 @@ def hear() -> None:
 
 
 def document(value: object) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+    own = "utf" not in (sys.stdout.encoding or "").lower()  # a pipe of another encoding gets escapes
+    sys.stdout.write(json.dumps(value, indent=2, default=str, ensure_ascii=own) + "\n")
 
 
 def as_json(asked: bool) -> bool:
@@ -146,21 +149,22 @@ def report(outcome: Outcome) -> None:
         text(f"adapter  {outcome.run}/adapter (worse than the base)\n  next: a lower train.learning_rate, in a new run")
         return
     held_out = row["data"]["eval"] is not None
-    first = f"halfbyte eval {outcome.run} --base" if held_out else f'halfbyte generate {outcome.run} --prompt "..."'
-    text(f"adapter  {outcome.run}/adapter\n  next: {first}   or   halfbyte chat {outcome.run}")
+    run = outcome.run
+    first = f"halfbyte eval {typed(run)} --base" if held_out else f'halfbyte generate {typed(run)} --prompt "..."'
+    text(f"adapter  {outcome.run}/adapter\n  next: {first}   or   halfbyte chat {typed(run)}")
 
 
 def stopped(outcome: Outcome) -> None:
     """A run that a signal has ended, and how it goes on."""
     name = outcome.stopped_by.name if outcome.stopped_by is not None else ""
     if outcome.at_once and not outcome.step:
-        again = f"halfbyte train {outcome.run}/recipe.yaml --output {outcome.run}-2"
+        again = f"halfbyte train {typed(f'{outcome.run}/recipe.yaml')} --output {typed(f'{outcome.run}-2')}"
         warning(f"stopped at once, before the first checkpoint.\n  start again: {again}")
         return
     said = f"stopped by {name} after step {outcome.step}; nothing is lost."
     if outcome.at_once:
         said = f"stopped at once; the last checkpoint is that of step {outcome.step}."
-    warning(f"{said}\n  continue: halfbyte train {outcome.run} --resume")
+    warning(f"{said}\n  continue: halfbyte train {typed(outcome.run)} --resume")
 
 
 def complete(run: Path, report: Document, more: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.text import Text
@@ -10,6 +11,13 @@ from halfbyte.cli import show
 
 if TYPE_CHECKING:
     from halfbyte.doctor import Diagnosis
+
+
+def checks(values: Iterable[tuple[bool, str, str]]) -> None:
+    """Lines of `ok` or `FAILED`: whether something holds, what it is, and what was seen of it."""
+    for ok, what, seen in values:
+        line = Text("ok      " if ok else "FAILED  ", "green" if ok else "bold red")
+        show.out.print(line.append(f"{what}: {seen}", "default"))
 
 
 def diagnosis(value: Diagnosis) -> None:
@@ -39,6 +47,4 @@ def diagnosis(value: Diagnosis) -> None:
         return
     show.text("")
     show.labelled("model", f"{value.model}, {value.layers} layers at their true width")
-    for check in value.checks:
-        line = Text("ok      " if check.ok else "FAILED  ", "green" if check.ok else "bold red")
-        show.out.print(line.append(f"{check.claim}: {check.seen}", "default"))
+    checks((check.ok, check.claim, check.seen) for check in value.checks)

@@ -98,6 +98,8 @@ def verdict(plan: Plan) -> None:
         needed = f"{show.gb(plan.needed_bytes)} of {show.gb(plan.available_bytes)} free are needed"
         when = " (most of all while loading or in an evaluation)" if plan.needed_bytes > plan.step_needed_bytes else ""
         show.out.print(f"[green]it fits[/green]: {needed}, {share:.0%}{when}")
+        if plan.generating_bytes > plan.available_bytes:
+            show.wrapped(f"but not generating 1,024 tokens at once, which takes {show.gb(plan.generating_bytes)}")
 
 
 def table(title: str, lines: tuple[Line, ...], available: int, plan: Plan | None = None) -> Table:

@@ -89,7 +89,8 @@ def _ends(train: Encoded) -> Said:
     without, rows = train.tally.endless, train.tally.kept
     fix = "a larger data.max_length, or data.overlong: skip"
     if not without:
-        return "ok", f"among the labels of {'the one row' if rows == 1 else f'each of {rows:,} rows'}", None
+        of = train.stats.rows if train.texts is None else rows  # without those that are held out
+        return "ok", f"among the labels of {'the one row' if of == 1 else f'each of {of:,} rows'}", None
     if without.count == rows:
         return "refused", "no row has one among its labels, so the model would not learn to stop", fix
     return "warning", f"missing in the labels of {without.count:,} of {rows:,} rows ({without.first()})", fix

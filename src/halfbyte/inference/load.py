@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from halfbyte.adapters import lora
+from halfbyte.adapters import lora, passport
 from halfbyte.adapters.assembly import assembled
 from halfbyte.base import load, stream
 from halfbyte.base.config import open_config
@@ -45,6 +45,8 @@ class Opened:
     plan: InferencePlan
     alone: bool = False
     """There is no adapter but the base alone."""
+    store: Path | None = None
+    """The folder of the base's store, if it has one."""
 
     def using(self, *, base: bool) -> AbstractContextManager[None]:
         """The base alone, or with its adapter."""
@@ -56,6 +58,8 @@ def open_run(
     tell: supply.Tell | None = None,
     overrides: Sequence[str] = (),
     check: Callable[[Tokenizer, Context | None], None] = lambda tokenizer, context: None,
+    *,
+    force: bool = False,
 ) -> Opened:
     """A finished run, an adapter or a base, as `target.find` tells them; a store that is not there any more is built.
 
@@ -63,6 +67,10 @@ def open_run(
 
     Args:
         check: may refuse what will be asked, before the base is opened.
+        force: use an adapter also where its passport says that it belongs to another base or tokenizer.
+
+    Raises:
+        AdapterError: it belongs to another; names both sides.
     """
     found = target.find(path, overrides)
     recipe, run = found.recipe, found.run
@@ -73,6 +81,10 @@ def open_run(
     check(tokenizer, context_of(open_config(checkpoint.path, trust_remote_code=foreign)))
     base = load.open_base(checkpoint, recipe.quant, machine, trust_remote_code=foreign, with_tokenizer=False, tell=tell)
     check_vocabulary(checkpoint, tokenizer, base.model)
+    if found.adapter is not None:
+        here = passport.belongs_to(base, recipe.quant, tokenizer, chat_template(tokenizer, recipe.data))
+        for text in passport.check(found.adapter, here, force=force):
+            (tell or supply.Tell()).say(text, label="note")
     trained = Trained.of(json.loads(run.plan.read_text())) if run is not None and run.plan.is_file() else None
     longest = (trained.max_tokens_per_micro_batch if trained else GENERATED_TOKENS,)
     rows = Rows(longest, evaluated=longest)
@@ -82,8 +94,9 @@ def open_run(
     made = assembled(base, recipe, adapter=found.adapter)
     made.model.eval().requires_grad_(False)
     job = replace(job, packed=made.packed.ok)
+    alone = found.adapter is None
     return Opened(
-        path, recipe, made.model, tokenizer, made.own_biases, machine, job, trained, chosen, found.adapter is None
+        path, recipe, made.model, tokenizer, made.own_biases, machine, job, trained, chosen, alone, base.store
     )
 
 

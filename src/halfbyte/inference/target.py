@@ -1,13 +1,14 @@
 """What `eval`, `generate` and `chat` are given: a run, an adapter alone, or a base alone. No torch."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.data.reading import read
-from halfbyte.errors import AdapterError, DataError, SourceError
+from halfbyte.errors import AdapterError, DataError, SourceError, typed
 from halfbyte.models.sources import hub, packaged
-from halfbyte.recipe.adapter import ADAPTER_FILES, read_config
+from halfbyte.recipe.adapter import ADAPTER_FILES, read_config, read_passport
 from halfbyte.recipe.command import to_use, to_use_alone
 from halfbyte.recipe.schema import Lora, Recipe
 from halfbyte.runs.folder import RunFolder
@@ -48,7 +49,8 @@ def held_out(recipe: Recipe, run: Path, data: Path | None) -> str | Path | Seque
     if not names and RunFolder(run).held_out.is_file():
         return None
     if not names:
-        raise DataError("the run has no held-out rows (data.eval).", fix=f"halfbyte eval {run} --data ROWS.jsonl")
+        fix = f"halfbyte eval {typed(run)} --data ROWS.jsonl"
+        raise DataError("the run has no held-out rows (data.eval).", fix=fix)
     read.look(names, recipe.data)
     return names
 
@@ -59,6 +61,11 @@ def _adapter(path: Path, overrides: Sequence[str]) -> Target:
     if not base and not any(text.startswith("model=") for text in overrides):
         raise AdapterError(f"{path / ADAPTER_FILES[1]} names no base.", fix="say which it is: --set model=MODEL")
     named = [f"revision={revision}"] if revision and hub.HUB_ID.fullmatch(str(base)) else []
+    if (passport := read_passport(path)) is not None:  # on a base as it was trained on, talked to as it was
+        trained = passport["belongs_to"]
+        values = {f"quant.{name}": value for name, value in trained["quant"].items()}
+        values |= {"data.chat_template": trained["chat_template"]} if trained["chat_template"] else {}
+        named += [f"{name}={json.dumps(value)}" for name, value in values.items()]
     recipe = to_use_alone(str(base), overrides, named)
     lora = Lora.model_validate({name: config[name] for name in ("r", "bias", "use_dora") if name in config})
     return Target(path, recipe.model_copy(update={"lora": lora}), path)

@@ -18,6 +18,7 @@ from halfbyte.models.context import context_in
 from halfbyte.models.sources.checkpoint import beside_bytes, tokenizer_bytes
 from halfbyte.plan import calibrate
 from halfbyte.plan.alternatives import Way, compare
+from halfbyte.recipe.command import NO_ROWS
 from halfbyte.recipe.data import Data
 from halfbyte.recipe.schema import Loaded, Recipe
 from halfbyte.system import usage
@@ -67,7 +68,7 @@ def plan_model(
     recipe = loaded.recipe
     machine = detect() if device is None else parse_device(device)
     shape = describe.describe(recipe.model, recipe.revision)
-    rows, notes = _rows(recipe, shape, length, given=loaded.path is not None)
+    rows, notes = _rows(recipe, shape, length, given=loaded.path is not None or recipe.data.train != NO_ROWS)
     mappable = machine.kind == "cpu" if recipe.quant.quantises else None
     job = memory.Job.of(recipe, shape.specs, shape.facts, rows, machine, mappable=mappable)
     cold = device is None and job.kernels and not kernels_are_compiled()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from halfbyte.types import Document
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+PASSPORT, PASSPORT_FORMAT = "halfbyte.json", 1
 # Fields that a new run chooses for itself.
 CHOSEN = frozenset({"adapter", "lora_dropout", "init_lora_weights", "task_type", "save_dtype"})
 # Refused fields of LoraConfig that say nothing of what the weights mean.
@@ -55,6 +56,28 @@ def read_config(folder: Path) -> Document:
     if kind != "LORA":
         raise AdapterError(f"{path} is not the config of a LoRA adapter: its peft_type is {kind!r}.")
     return config
+
+
+def read_passport(folder: Path) -> Document | None:
+    """The passport of an adapter's folder (`adapters/passport.py`); None where it has none, as PEFT's own have none.
+
+    Raises:
+        AdapterError: it cannot be read, or is of another version.
+    """
+    path = folder / PASSPORT
+    try:
+        values: Document = json.loads(path.read_text(encoding="utf-8"))
+        belongs = values["belongs_to"]
+        if values["format"] == PASSPORT_FORMAT and belongs["base"]["content"] and belongs["quant"]["type"]:
+            return values
+        why = f"it is of format {values['format']}, and this halfbyte reads format {PASSPORT_FORMAT}"
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"it cannot be read ({type(error).__name__}: {error})"
+    raise AdapterError(
+        f"{path}: {why}.", fix="remove it, and the adapter is used without a check of what it belongs to"
+    )
 
 
 def settings(folder: Path) -> Lora:

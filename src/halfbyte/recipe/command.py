@@ -7,14 +7,19 @@ cannot be meant is an error that shows the command to type instead.
 from collections.abc import Sequence
 from pathlib import Path
 
-from halfbyte.errors import RecipeError
+from halfbyte.errors import RecipeError, typed
 from halfbyte.recipe.file import init_template, load_recipe, recipe_from
 from halfbyte.recipe.schema import Loaded, Recipe
 
+ROW_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz"})
+NO_ROWS = "-"  # what stands for the rows in the recipe of a model alone
+
 
 def recipe_or_model(target: str, overrides: Sequence[str]) -> Loaded:
-    """A recipe file, or the default recipe of a model, for commands that read no rows."""
-    return load_recipe(Path(target), overrides) if is_recipe(target) else recipe_from(target, "-", overrides)
+    """A recipe file, that of a run, or the default recipe of a model, for commands that read no rows."""
+    if (Path(target) / "recipe.yaml").is_file():
+        target = str(Path(target) / "recipe.yaml")
+    return load_recipe(Path(target), overrides) if is_recipe(target) else recipe_from(target, NO_ROWS, overrides)
 
 
 def recipe_or_rows(target: str, model: str | None, overrides: Sequence[str]) -> Loaded:
@@ -27,7 +32,8 @@ def recipe_or_rows(target: str, model: str | None, overrides: Sequence[str]) -> 
         return load_recipe(Path(target), [*overrides, *([f"model={model}"] if model else [])])
     if model is None:
         raise RecipeError(
-            f"{target} alone cannot be tokenised: no model is named.", fix=f"halfbyte data check {target} --model MODEL"
+            f"{target} alone cannot be tokenised: no model is named.",
+            fix=f"halfbyte data check {typed(target)} --model MODEL",
         )
     return recipe_from(model, target, overrides)
 
@@ -39,16 +45,21 @@ def to_train(target: str, data: str | None, overrides: Sequence[str]) -> Loaded:
         RecipeError: a run folder, a recipe with rows beside it, a model without rows; what the recipe holds.
     """
     path = Path(target)
+    if path.is_file() and path.suffix in ROW_SUFFIXES:
+        model = data or "MODEL"
+        raise RecipeError(
+            f"{target} holds rows; a model comes first.", fix=f"halfbyte train {typed(model)} {typed(target)}"
+        )
     if data is not None:
         if is_recipe(target):
             raise RecipeError(f"{target} is a recipe and names its own data; {data} is one argument too many.")
         return recipe_from(target, data, overrides)
     if path.is_dir() and (path / "recipe.yaml").is_file():
-        raise RecipeError(f"{path} is a run folder.", fix=f"halfbyte train {path} --resume")
+        raise RecipeError(f"{path} is a run folder.", fix=f"halfbyte train {typed(path)} --resume")
     if not is_recipe(target) and not path.is_file():
         raise RecipeError(
             f"{target} is not a recipe (.yaml), and no data is given to train a model on.",
-            fix=f"halfbyte train {target} DATA.jsonl, or write a recipe with `halfbyte init`",
+            fix=f"halfbyte train {typed(target)} DATA.jsonl, or write a recipe with `halfbyte init`",
         )
     return load_recipe(path, overrides)
 
@@ -94,7 +105,7 @@ def to_use_alone(model: str, overrides: Sequence[str] = (), own: Sequence[str] =
     """The recipe of a model that is used without a run: of a base alone, or of the base of an adapter. `own` are
     overrides that need not be among those that a user may give."""
     _check_usable(overrides, USABLE_ALONE)
-    return recipe_from(model, "-", ["data.eval=none", *own, *overrides]).recipe
+    return recipe_from(model, NO_ROWS, ["data.eval=none", *own, *overrides]).recipe
 
 
 def _check_usable(overrides: Sequence[str], names: tuple[str, ...]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import yaml
 from pydantic import ValidationError
 
-from halfbyte.errors import RecipeError
+from halfbyte.errors import RecipeError, typed
 from halfbyte.recipe import adapter
 from halfbyte.recipe.fields import shown
 from halfbyte.recipe.messages import Problem, field_of, fields_in, first_of_each, sentences, unusual
@@ -54,7 +54,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, of_run: bool = Fal
     except FileNotFoundError as error:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
         hint = f"; did you mean {path.with_name(near[0])}?" if near else "."
-        raise RecipeError(f"there is no recipe {path}{hint}", fix=f"`halfbyte init {path}` writes one") from error
+        raise RecipeError(
+            f"there is no recipe {path}{hint}", fix=f"`halfbyte init {typed(path)}` writes one"
+        ) from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}).") from error
     except (OSError, ValueError) as error:

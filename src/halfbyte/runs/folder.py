@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from halfbyte.errors import RunError, TrainError
+from halfbyte.errors import RunError, TrainError, typed
 from halfbyte.system import files
 from halfbyte.types import Document
 
@@ -37,15 +37,18 @@ class RunFolder:
         self.adapter = self.path / "adapter"
         self.held_out = self.path / "held_out.arrow"
         self.checkpoints = self.path / "checkpoints"
+        self.proof = self.path / "proof.json"
 
     @staticmethod
     def check_free(path: Path) -> None:
         """Raise a RunError if something is at `path` already, or no folder can be made there."""
         if path.exists() or path.is_symlink():
-            raise _exists(path)
+            raise _written_by(path) or _exists(path)
         above = next((p for p in path.absolute().parents if p.exists()), Path("/"))
         if not above.is_dir() or not os.access(above, os.W_OK):
             why = f"{above} is a file" if not above.is_dir() else f"{above} is not writable"
+            raise RunError(f"the run folder {path} cannot be made: {why}.", fix=ANOTHER)
+        if why := files.why_unwritable(above):  # whoever may write everywhere cannot write into /proc
             raise RunError(f"the run folder {path} cannot be made: {why}.", fix=ANOTHER)
 
     @classmethod
@@ -84,7 +87,7 @@ class RunFolder:
             hint = " It is an adapter: give the run folder that it lies in." if is_adapter else ""
             raise RunError(f"{path} is not a run folder: it has no {' and no '.join(missing)}.{hint}")
         if need_adapter and not (run.adapter / "adapter_config.json").is_file():
-            fix = f"halfbyte train {path} --resume"
+            fix = f"halfbyte train {typed(path)} --resume"
             raise RunError(f"the run {path} has no adapter yet: {run.progress()}.", fix=fix)
         return run
 
@@ -106,10 +109,7 @@ class RunFolder:
             raise RunError("a run cannot be locked on Windows yet.", fix="run halfbyte under WSL")
         with (self.path / "lock").open("a+") as stream:
             if not files.lock(stream, wait=False):
-                stream.seek(0)
-                holder = stream.read().strip() or "unknown"
-                fix = f"wait for it, stop it, or {ANOTHER}"
-                raise RunError(f"the run {self.path} is being written by process {holder}.", fix=fix)
+                raise _written_by(self.path) or _exists(self.path)
             stream.truncate(0)
             stream.write(str(os.getpid()))
             stream.flush()
@@ -168,8 +168,22 @@ def _space_for(path: Path, size: int) -> Iterator[None]:
     except OSError as error:
         if not files.is_full(error):
             raise
-        fix = f"free some space, then `halfbyte train {path.parent} --resume`"
+        fix = f"free some space, then `halfbyte train {typed(path.parent)} --resume`"
         raise TrainError(files.no_space(path, size), fix=fix) from error
+
+
+def _written_by(path: Path) -> RunError | None:
+    """The error for a run that another process is writing now; None where no one is."""
+    if not files.CAN_LOCK or not (path / "lock").is_file():
+        return None
+    try:
+        with (path / "lock").open("r+") as stream:
+            if files.lock(stream, wait=False):
+                return None
+            holder = stream.read().strip() or "unknown"
+    except OSError:
+        return None
+    return RunError(f"the run {path} is being written by process {holder}.", fix=f"wait for it, stop it, or {ANOTHER}")
 
 
 def _exists(path: Path) -> RunError:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from halfbyte.errors import RunError
+from halfbyte.errors import RunError, typed
 from halfbyte.recipe.fields import GOES_ON, MAY_CHANGE, shown
 from halfbyte.recipe.schema import Recipe, leaves
 from halfbyte.runs.folder import RunFolder
@@ -38,13 +38,14 @@ class Point:
         return {name: (was[name], now[name]) for name in now if name in was and was[name] != now[name]}
 
 
-def trained_with(recipe: Recipe, rows: Document) -> Document:
+def trained_with(recipe: Recipe, rows: Document, belongs: Document) -> Document:
     """What a checkpoint keeps beside its files.
 
     Args:
         rows: of `train` and `eval`, each with `rows` and `digest`, or null.
+        belongs: base, quantiser, tokenizer and chat template, as `adapters.passport` makes it.
     """
-    return {"recipe": _values(recipe), "rows": rows}
+    return {"recipe": _values(recipe), "rows": rows, "belongs_to": belongs}
 
 
 def _values(recipe: Recipe) -> Document:
@@ -86,19 +87,20 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _named(folder: Path) -> list[Path]:
+def every(folder: Path) -> list[Path]:
+    """Checkpoints of a run, whole or not, oldest first."""
     return sorted((p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()), key=step_of)
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
-    return [path for path in _named(folder) if is_whole(path)]
+    return [path for path in every(folder) if is_whole(path)]
 
 
 def newest(folder: Path) -> Point:
     """The newest checkpoint whose every hash is right; a RunError if there is none, or only damaged ones."""
     damaged: list[str] = []
-    for path in reversed(_named(folder)):
+    for path in reversed(every(folder)):
         wrong = damage(path, hashes=True)
         if wrong is None:
             manifest = json.loads((path / MANIFEST).read_text())
@@ -129,7 +131,7 @@ def check_recipe(point: Point, recipe: Recipe) -> None:
             f"the run {recipe.output} was trained until step {point.step} with other values:\n{listed}\n"
             f"  What may change: data.train and data.eval (the same rows elsewhere), quant.placement, lora.save_dtype; "
             f"under train: {', '.join(free)}",
-            fix=f"{BACK}halfbyte train {recipe.output}/recipe.yaml --output runs/NAME",
+            fix=f"{BACK}halfbyte train {typed(f'{recipe.output}/recipe.yaml')} --output runs/NAME",
         )
 
 
@@ -153,7 +155,7 @@ def check_rows(point: Point, recipe: Recipe, rows: Document) -> None:
         raise RunError(
             f"data.{name} ({shown(getattr(recipe.data, name))}) has changed since step {point.step} of the run "
             f"{recipe.output}: it was {what}.",
-            fix=f"{BACK}halfbyte train {recipe.output}/recipe.yaml --output runs/NAME",
+            fix=f"{BACK}halfbyte train {typed(f'{recipe.output}/recipe.yaml')} --output runs/NAME",
         )
 
 

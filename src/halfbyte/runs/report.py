@@ -54,8 +54,6 @@ def build(
         raise RunError("the run made no step, so there is nothing to report.")
     tokens = sum(int(row["tokens"]) for row in steps)
     seconds = float(sum(row["seconds"] for row in steps))
-    evals = {row["step"]: row["eval_loss"] for row in rows if row.get("eval_loss") is not None}
-    kept = adapter_step if adapter_step in evals else max(evals, default=None)
     peak = max([peak_rss_bytes, *(int(row["rss_bytes"]) for row in rows if row.get("rss_bytes"))])
     measured = {
         "tokens": tokens,
@@ -69,7 +67,7 @@ def build(
         **measured,
         "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
         "loss": {"first": steps[0]["loss"], "last": steps[-1]["loss"]},
-        "eval_loss": evals.get(kept),
+        "eval_loss": reached(rows, adapter_step)["eval_loss"],
         "planned": planned,
         "measured": measured,
         "errors": {name: Compared(name, planned[name], measured[name] or 0).error for name in known},
@@ -77,10 +75,27 @@ def build(
     }
 
 
+def reached(rows: Sequence[Document], adapter_step: int | None) -> Document:
+    """How far the adapter got: its `steps`, and `eval_loss` of the evaluation that it was kept for (`adapter_step`), or
+    of the last one."""
+    losses = [row["loss"] for row in rows if "loss" in row]
+    evals = {row["step"]: row["eval_loss"] for row in rows if row.get("eval_loss") is not None}
+    kept = adapter_step if adapter_step in evals else max(evals, default=None)
+    return {"steps": len(losses) if adapter_step is None else adapter_step, "eval_loss": evals.get(kept)}
+
+
 def before_training(rows: Sequence[Document]) -> float | None:
     """The loss that a run began with: of an evaluation before the first step, else the first step's own."""
     known = [row["eval_loss"] for row in rows if row["step"] == 0 and "eval_loss" in row]
     return next(iter([*known, *(row["loss"] for row in rows if "loss" in row)]), None)
+
+
+def above_start(rows: Sequence[Document], eval_loss: float) -> float | None:
+    """The loss that a run began with, where this one of held-out rows is above it; None where it is not, or where that
+    cannot be told: the first step's rows are others, so only a far higher loss is above theirs."""
+    before = before_training(rows)
+    held_out = any(row["step"] == 0 and "eval_loss" in row for row in rows)
+    return before if before is not None and eval_loss > before * (1.0 if held_out else WORSE) else None
 
 
 def got_worse(rows: Sequence[Document]) -> tuple[str, bool]:
@@ -90,11 +105,13 @@ def got_worse(rows: Sequence[Document]) -> tuple[str, bool]:
     evaluation is: single steps differ by what rows they have.
     """
     losses = [row["loss"] for row in rows if "loss" in row]
+    every = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
     evals = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None and row["step"] > 0]
     first, end = losses[0], losses[-max(1, len(losses) // 10) :]
     before = before_training(rows) or first
     far = min(end) > WORSE * first or bool(evals and not evals[-1] <= WORSE * before)
-    if sum(end) / len(end) > first or far:
+    gained = len(every) > 1 and every[-1] < every[0]  # of the same rows, as the steps' losses are not
+    if far or (sum(end) / len(end) > first and not gained):
         held_out = f", {evals[-1]:.4f} on the held-out rows" if evals else ""
         ending = f"the loss rose from {first:.4f} to {losses[-1]:.4f}{held_out}"
         return f"{ending}: {'this run diverged' if far else 'nothing was gained'}; lower train.learning_rate", far

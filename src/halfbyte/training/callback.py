@@ -38,6 +38,7 @@ class RunCallback(TrainerCallback):
     best: checkpoint.Best | None = None
     resume: Path | None = None
     notices: list[str] = field(default_factory=list)
+    stopped_early: bool = False
     _saved_at: float = 0.0
     _saved_step: int = -1
 
@@ -77,9 +78,8 @@ class RunCallback(TrainerCallback):
         best = self.best
         if best is not None and best.metric in row and best.is_better(row[best.metric]):
             best.keep(row[best.metric], state.global_step, self.write_adapter)
-            before = reporting.before_training(self.run.read_metrics())
-            above = before is not None and row["eval_loss"] > before and state.global_step > 0
-            row = {**row, "best": True, **({"above": before} if above else {})}
+            above = reporting.above_start(self.run.read_metrics(), row["eval_loss"]) if state.global_step else None
+            row = {**row, "best": True, **({"above": above} if above is not None else {})}
         self.listener.evaluated(row)
 
     def on_train_end(self, *_: object, **__: object) -> None:

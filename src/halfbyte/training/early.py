@@ -7,6 +7,7 @@ Cost: the first rows of each file, milliseconds; no torch.
 from pathlib import Path
 
 from halfbyte.data.reading import read
+from halfbyte.errors import typed
 from halfbyte.models.sources import lookup
 from halfbyte.recipe import adapter
 from halfbyte.recipe.schema import Recipe
@@ -27,7 +28,7 @@ def check(recipe: Recipe, *, resume: bool = False, writes: bool = True) -> None:
     """
     if resume:
         points.check_recipe(points.newest(RunFolder.open(Path(recipe.output), need_adapter=False).checkpoints), recipe)
-    elif writes:
+    elif writes or not Path(recipe.output).exists():  # a dry run of a run that is there already shows what it did
         RunFolder.check_free(Path(recipe.output))
     if recipe.lora.adapter is not None and not resume:
         adapter.read_config(adapter.folder_of(recipe.lora.adapter))
@@ -44,9 +45,12 @@ def more(recipe: Recipe) -> str:
     """The command with which a finished run goes on, for twice its length; without a checkpoint, a new run."""
     run, train = recipe.output, recipe.train
     if not points.checkpoints(RunFolder(Path(run)).checkpoints):
-        return f"halfbyte train {run}/recipe.yaml --output {run}-2 --set lora.adapter={run}/adapter"
+        return (
+            f"halfbyte train {typed(f'{run}/recipe.yaml')} --output {typed(f'{run}-2')} "
+            f"--set {typed(f'lora.adapter={run}/adapter')}"
+        )
     name, now = ("max_steps", train.max_steps) if train.max_steps > 0 else ("num_train_epochs", train.num_train_epochs)
-    return f"halfbyte train {run} --resume --set train.{name}={2 * now:g}"
+    return f"halfbyte train {typed(run)} --resume --set train.{name}={2 * now:g}"
 
 
 def rows(recipe: Recipe) -> None:

@@ -15,6 +15,7 @@ from halfbyte.data import blocks, gates, split
 from halfbyte.data.encoding import chatml, encode
 from halfbyte.data.encoding.encoder import Encoded
 from halfbyte.data.encoding.examples import Examples
+from halfbyte.data.reading import read
 from halfbyte.models.context import context_of
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import find_model
@@ -150,4 +151,5 @@ def notices(prepared: Prepared) -> list[str]:
         held, asked = len(prepared.held_out), prepared.recipe.data.eval
         off = "; data.eval: none trains on them too" if asked == "auto" else ""
         first.append(f"{held:,} of {prepared.train.tally.kept:,} rows are held out (data.eval: {asked}){off}")
+    first += read.unread(prepared.recipe.data.train, prepared.recipe.data)
     return first + [m for rows in (prepared.train, prepared.evaluation) if rows for m in rows.tally.messages()]

@@ -1,6 +1,6 @@
 """What is said and refused when a run goes on: the step, damaged checkpoints, other rows, another length."""
 
-from halfbyte.errors import RunError
+from halfbyte.errors import RunError, typed
 from halfbyte.recipe.fields import shown
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs import points
@@ -22,7 +22,7 @@ def check(point: points.Point, recipe: Recipe, rows: Document, total: int, tell:
     if point.step > total:
         raise RunError(
             f"the run {recipe.output} is at step {point.step}, and the recipe asks for {total}.",
-            fix=f"more: halfbyte train {recipe.output} --resume --set train.max_steps={2 * point.step}",
+            fix=f"more: halfbyte train {typed(recipe.output)} --resume --set train.max_steps={2 * point.step}",
         )
     tell.note("resume", f"from step {point.step} of {total}, {point.path}")
     changes = point.changes(recipe)

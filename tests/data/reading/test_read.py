@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from halfbyte.data.reading.formats import Message, detect_format
+from halfbyte.data.reading.read import unread
 from halfbyte.errors import DataError
 from tests.data.in_memory import read_rows
 
@@ -32,6 +33,25 @@ def test_prompt_completion(tmp_path: Path, make_data: Any) -> None:
         ("train.jsonl:1", "2+2?", "4", None),
         ("train.jsonl:2", "é\u2028", "ß", None),
     ]
+
+
+def test_columns_that_nothing_is_read_from_are_told(tmp_path: Path, make_data: Any) -> None:
+    labelled = write(tmp_path, "text,label\ngood stuff,1\n", "reviews.csv")
+    pairs = write(tmp_path, '{"prompt": "a", "completion": "b", "tools": null}\n', "pairs.jsonl")
+    assert unread([str(labelled), str(pairs)], make_data()) == ["reviews.csv is read as text; not read of it: label"]
+    asked = make_data(fields={"prompt": "text", "completion": "label"})
+    assert unread(str(labelled), asked) == []
+
+
+def test_what_is_wrong_with_many_rows_alike_is_said_once(tmp_path: Path, make_data: Any) -> None:
+    rows = ['{"prompt": "a"}'] * 6 + ['{"prompt": "a", "completion": ""}'] * 3
+    path = write(tmp_path, "\n".join([GOOD, *rows]))
+    with pytest.raises(DataError) as e:
+        read_rows(path, make_data(fields={"prompt": "prompt", "completion": "completion"}))
+    head, alike, *each = str(e.value).splitlines()
+    assert head == "9 of 10 rows cannot be used"
+    assert alike == (f"  - {path}:2, {path}:3, {path}:4 and 3 more: completion: missing; the row has 'prompt'")
+    assert each == [f"  - {path}:{n}: completion: empty" for n in (8, 9, 10)]
 
 
 def test_messages(tmp_path: Path, make_data: Any) -> None:
@@ -178,7 +198,7 @@ def test_a_bad_conversation(tmp_path: Path, make_data: Any, bad: str, text: str)
 
 
 def test_all_bad_rows_are_counted_and_twenty_are_shown(tmp_path: Path, make_data: Any) -> None:
-    path = write(tmp_path, "\n".join([GOOD] + ['{"prompt": "a"}'] * 1023))
+    path = write(tmp_path, "\n".join([GOOD] + [f'{{"prompt": "a", "{n}": 1}}' for n in range(1023)]))
     with pytest.raises(DataError) as error:
         read_rows(path, make_data())
     lines = str(error.value).splitlines()

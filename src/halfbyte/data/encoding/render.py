@@ -29,6 +29,7 @@ from halfbyte.types import Document, Tokenizer
 _TAIL_CHARS = 8  # characters of a prompt's end that are searched for, where the template rewrites what came before
 _PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text holds and no template strips
 _UNWRITTEN = "messages[{i}]: the chat template does not write the {what} of this assistant message"
+_TOOLS_FIX = "data.chat_template: that of a model that was trained to call tools, as a file"
 _ASKED, _SAID = Message("user", "a"), Message("assistant", chr(_PRIVATE_USE[0]))
 
 
@@ -138,7 +139,7 @@ class Renderer:
         if "tool_calls" in messages[i].more:
             changed, _ = _other(messages[i])
             if self._apply((*messages[:i], changed, *messages[i + 1 :])) == text:
-                raise Refused(f"{_UNWRITTEN.format(i=i, what='tool calls')}; data.chat_template: one that does")
+                raise Refused(f"{_UNWRITTEN.format(i=i, what='tool calls')}; {_TOOLS_FIX}")
 
     def _earlier(self, text: str, messages: tuple[Message, ...], i: int, *, ends: bool) -> tuple[int, int]:
         """The span of a turn before the last one. `ends`: a token ends the last turn, so one ends this turn too."""

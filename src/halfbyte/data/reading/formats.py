@@ -86,6 +86,19 @@ def detect_format(record: Mapping[str, object], data: Data, where: str = "the fi
     )
 
 
+def unread(shape: Format, data: Data, columns: Collection[str]) -> list[str]:
+    """The columns of a row that nothing is read from."""
+    f = data.fields
+    read = {
+        "messages": (f.messages, f.conversations, f.tools, f.system),
+        "sharegpt": (f.messages, f.conversations, f.tools, f.system),
+        "alpaca": (f.instruction, f.input, f.output, f.system),
+        "prompt_completion": (f.prompt, f.completion, f.tools, f.system),
+        "text": (f.text,),
+    }[shape]
+    return [column for column in columns if column not in read]
+
+
 def parser(shape: Format, data: Data, record: Collection[str]) -> Parser:
     """What turns a record of this format into a row, or raises `BadRow`.
 

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-SHOWN_PROBLEMS = 20
+SHOWN_PROBLEMS, SAID_EACH = 20, 3
 _KINDS = {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
 
 
@@ -37,9 +37,20 @@ class Problems:
         return self.count > 0
 
     def listing(self, head: str) -> str:
-        """A heading, and the problems under it: the first 20 in full, the rest counted."""
-        rest = self.count - len(self.shown)
-        return "\n  - ".join([head, *self.shown]) + (f"\n  ... and {rest:,} more" if rest else "")
+        """A heading, and the problems under it: the first 20 in full, the rest counted. What is wrong with many rows
+        alike is said once."""
+        rest, alike = self.count - len(self.shown), dict[str, list[str]]()
+        for text in self.shown:
+            where, colon, why = text.partition(": ")
+            alike.setdefault(why if colon else "", []).append(where)
+        lines = list[str]()
+        for text in self.shown:
+            where, _, why = text.partition(": ")
+            if len(rows := alike.get(why, [])) <= SAID_EACH:
+                lines.append(text)
+            elif where == rows[0]:
+                lines.append(f"{some(rows, len(rows))}: {why}")
+        return "\n  - ".join([head, *lines]) + (f"\n  ... and {rest:,} more" if rest else "")
 
     def first(self) -> str:
         """The first few in one line: `a, b, c and 9 more`."""

@@ -15,7 +15,8 @@ from pathlib import Path
 from halfbyte.data.reading import records
 from halfbyte.data.reading.files import RowSource, find
 from halfbyte.data.reading.formats import Format, Row, detect_format, parser
-from halfbyte.data.reading.problems import BadRow, Problems
+from halfbyte.data.reading.formats import unread as unread_columns
+from halfbyte.data.reading.problems import BadRow, Problems, shorten
 from halfbyte.errors import DataError
 from halfbyte.recipe.data import Data
 
@@ -50,6 +51,18 @@ def look(names: str | Path | Sequence[str], data: Data) -> None:
             for _ in everything:
                 pass
             everything.check()
+
+
+def unread(names: str | Path | Sequence[str], data: Data) -> list[str]:
+    """Of each file, in words: its format, and the columns that nothing is read from; told from its first rows."""
+    said = []
+    for source in find(names):
+        if source.kind != "hub" and source.path.is_file():
+            known = next(Reader([source], data).chunks()).known
+            if known is not None and (columns := unread_columns(known[0], data, known[1])):
+                listed = ", ".join(shorten(column) for column in columns)
+                said.append(f"{source.path.name} is read as {known[0]}; not read of it: {listed}")
+    return said
 
 
 class Reader:

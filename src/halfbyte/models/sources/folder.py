@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from halfbyte.errors import SourceError
+from halfbyte.errors import SourceError, typed
 from halfbyte.models.sources.safetensors import INDEX, SINGLE, indexed_files, read_header
 from halfbyte.types import Document
 
@@ -122,7 +122,7 @@ def _no_config(folder: Path, files: set[str], name: str) -> SourceError:
     if "recipe.yaml" in files and "adapter" in files:
         return SourceError(
             f"{name} is a run folder, not a model",
-            fix=f'to use what it trained: halfbyte generate {name} --prompt "..."',
+            fix=f'to use what it trained: halfbyte generate {typed(name)} --prompt "..."',
         )
     found = ", ".join(sorted(files)[:5]) or "nothing"
     return SourceError(

@@ -1,0 +1,112 @@
+"""`halfbyte verify RUN`: every hash of a run, and whether its adapter still says what it said when it was trained.
+
+Cost: reading the run's files and its base's store once (1 GB/s), and opening the base.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from halfbyte.base.store import manifest
+from halfbyte.errors import HalfbyteError
+from halfbyte.inference import proof
+from halfbyte.inference.load import open_run
+from halfbyte.plan import Plan
+from halfbyte.runs import points
+from halfbyte.runs.folder import RunFolder
+from halfbyte.system import device
+from halfbyte.types import Document
+
+# Opening a base and looking at three rows takes some seconds.
+AFTER_S, LIMIT_S = 60.0, 60.0
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One part of a run, whether it is as it was written, and what was seen."""
+
+    what: str
+    ok: bool
+    seen: str
+
+
+@dataclass(frozen=True)
+class Verified:
+    run: Path
+    checks: tuple[Checked, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+    def to_json(self) -> Document:
+        return {"run": str(self.run), "ok": self.ok, "checks": [asdict(check) for check in self.checks]}
+
+
+def verify(path: Path, overrides: Sequence[str] = (), *, hashes: bool = True) -> Verified:
+    """Check a finished run.
+
+    Args:
+        hashes: also of every checkpoint and of the base's store; else only what the adapter says.
+
+    Raises:
+        RunError: there is no finished run. Whatever else is wrong is among the checks.
+    """
+    run = RunFolder.open(path)
+    checks = [*_files(run)] if hashes else []
+    try:
+        # compares adapter, base, tokenizer and template with the passport
+        opened = open_run(path, None, overrides)
+        checks.append(Checked("passport", True, "adapter, base, quantiser, tokenizer and template are its own"))
+        if hashes and opened.store is not None:
+            wrong = manifest.problems(opened.store, manifest.read(opened.store), full=True)
+            checks.append(Checked("base", not wrong, "; ".join(wrong) or f"every byte of {opened.store}"))
+        if run.proof.is_file():
+            same = proof.compare(run.proof, opened.model)
+            checks.append(Checked("adapter", same.ok, same.seen))
+        else:
+            checks.append(Checked("adapter", True, f"not compared: the run has no {run.proof.name}"))
+    except HalfbyteError as error:
+        checks.append(Checked("adapter", False, error.message))
+    return Verified(path, tuple(checks))
+
+
+def after(path: Path, train_seconds: float, plan: Plan, machine: device.Device) -> Document:
+    """What a process of its own sees of an adapter that was just saved: `ok` (None where it did not look), `seen`.
+
+    A run of less than a minute, or one that leaves no memory for a second process, is left to `halfbyte verify`.
+    """
+    if train_seconds < AFTER_S:
+        return {"ok": None, "seen": f"not asked of a run of less than {AFTER_S:.0f} s"}
+    if machine.kind == "cuda" or device.ram_available() < plan.private_bytes:
+        return {"ok": None, "seen": "not asked: too little memory is left for a second process"}
+    command, limit = (
+        [sys.executable, "-m", "halfbyte", "verify", str(path), "--quick", "--json"],
+        max(train_seconds, LIMIT_S),
+    )
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+        (check,) = (c for c in json.loads(done.stdout)["checks"] if c["what"] == "adapter")
+        return {"ok": check["ok"], "seen": check["seen"]}
+    except subprocess.TimeoutExpired:
+        return {"ok": None, "seen": f"not seen: it took more than {limit:.0f} s"}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"ok": None, "seen": f"not seen: the second process ended without a word ({done.returncode})"}
+
+
+def _files(run: RunFolder) -> list[Checked]:
+    found = []
+    for path in points.every(run.checkpoints):
+        wrong = points.damage(path, hashes=True)
+        found.append(Checked(path.name, wrong is None, wrong or "whole"))
+    try:
+        rows = run.read_metrics()
+        found.append(Checked("metrics", bool(rows), f"{len(rows):,} rows"))
+    except HalfbyteError as error:
+        found.append(Checked("metrics", False, error.message))
+    return found
