@@ -288,6 +288,8 @@ def test_rotary_tables_become_what_they_were_made_of(tmp_path: Path) -> None:
         ({"attention.scale": 0.5}, r"it says attention.scale = 0.5, for which transformers' llama has no place"),
         ({"attention.value_length": 16}, r"it says attention.value_length = 16, for which"),
         ({"attention.head_count_kv": [2, 1]}, r"its layers differ in num_key_value_heads"),
+        ({"embedding_length": "wide"}, r"its llama.embedding_length is 'wide', not a number"),
+        ({"attention.head_count": 0}, r"what it says of itself is no llama|other shapes"),
         ({"attention.causal": False}, r"attention.causal is false"),
         ({"rope.scaling.type": "dynamic"}, r"its rope.scaling.type is 'dynamic'; allowed: none, linear, yarn"),
         ({"expert_gating_func": 2, "expert_count": 4}, r"its expert_gating_func is 2"),

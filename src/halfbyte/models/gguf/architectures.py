@@ -73,19 +73,39 @@ def config_of(header: GgufHeader) -> Config:
         Refused: the architecture is not known here, or the file says something that the config has no place for.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     said = Said(header)
     if header.architecture not in ARCHITECTURES:
         raise Refused(
             f"its architecture {header.architecture!r} is not supported; allowed: {', '.join(sorted(ARCHITECTURES))}"
         )
-    own = ARCHITECTURES[header.architecture](said)
+    _check_numbers(said)
+    try:
+        return _config_of(said)
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        raise Refused(
+            f"what it says of itself is no {header.architecture} of transformers: {first_line(error)}"
+        ) from error
+
+
+def _check_numbers(said: Said) -> None:
+    for key in ("embedding_length", *_NAMES):
+        value = said.header.metadata.get(f"{said.header.architecture}.{key}", None if key == "embedding_length" else 0)
+        if not all(
+            isinstance(each, (int, float)) for each in (value if isinstance(value, list) and value else [value])
+        ):
+            raise Refused(f"its {said.header.architecture}.{key} is {value!r}, not a number")
+
+
+def _config_of(said: Said) -> Config:
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    own = ARCHITECTURES[said.header.architecture](said)
     kind = own.pop("model_type")
     names = {field.name for field in dataclasses.fields(CONFIG_MAPPING[kind])} | set(CONFIG_MAPPING[kind].attribute_map)
     values: Document = {"num_hidden_layers": said.layers, **_common(said, names)}
-    values |= _biases(said, names) | _ids(header)
+    values |= _biases(said, names) | _ids(said.header)
     if "rope_parameters" in names and "rope_parameters" not in own:
         values["rope_parameters"] = rope(said, AutoConfig.for_model(kind).rope_parameters or {}, values)
     values |= own
@@ -93,10 +113,7 @@ def config_of(header: GgufHeader) -> Config:
         if isinstance(value, list) and name not in own:
             raise Refused(f"its layers differ in {name}, which transformers' class has once for all: {value[:8]}")
     _check_all_used(said, kind)
-    try:
-        return AutoConfig.for_model(kind, **values)
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
-        raise Refused(f"what it says of itself is no {kind} of transformers: {first_line(error)}") from error
+    return AutoConfig.for_model(kind, **values)
 
 
 def _common(said: Said, names: set[str]) -> Document:
