@@ -7,12 +7,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 
 from halfbyte.errors import SourceError
-from halfbyte.models.gguf import architectures, convert
+from halfbyte.models.gguf import architectures, convert, layouts
 from halfbyte.models.gguf.header import read_header
 from halfbyte.models.gguf.layouts import Refused
 from tests.models.gguf import files
@@ -347,3 +348,12 @@ def test_another_layout_is_refused(
     (tmp_path / "out").mkdir()
     with pytest.raises((Refused, SourceError), match=message):
         convert.convert(file, tmp_path / "out")
+
+
+def test_a_gguf_package_that_is_older_than_the_architecture_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = llama(tmp_path)
+    monkeypatch.setattr(gguf, "MODEL_ARCH_NAMES", {})
+    with pytest.raises(Refused, match="the installed gguf package does not know 'llama': pip install -U gguf"):
+        layouts.places(read_header(file), "llama", {}, "model", 2)

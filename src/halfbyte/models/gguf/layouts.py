@@ -65,7 +65,10 @@ def places(
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     weights = Weights(header)
-    names = get_tensor_name_map({v: k for k, v in MODEL_ARCH_NAMES.items()}[header.architecture], layers)
+    kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
+    if header.architecture not in kinds:
+        raise Refused(f"the installed gguf package does not know {header.architecture!r}: pip install -U gguf")
+    names = get_tensor_name_map(kinds[header.architecture], layers)
     found, used, missing, wrong = {}, set(ROPE_TABLES), [], []
     for name, shape in shapes.items():
         composed = _composed(model_type, name, weights)
