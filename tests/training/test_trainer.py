@@ -368,7 +368,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(kind: str, how: str, tmp_path
     cut = tiny_run.recipe(tmp_path, **values, output=tmp_path / "cut")
     run = RunFolder(Path(cut.recipe.output))
     if how == "crash":
-        with pytest.raises(RuntimeError, match="power cut"):
+        with pytest.raises(TrainError, match="power cut"):
             finetune.train(cut, listener=Interrupt(5, how))
         assert points.newest(run.checkpoints).step == 4
         assert [row["step"] for row in metrics(cut) if "loss" in row] == [1, 2, 3, 4, 5]  # one more than was saved
@@ -506,7 +506,7 @@ def test_the_report_has_the_fields_of_the_design(tmp_path: Path) -> None:
     assert set(report) == {
         "tokens", "train_seconds", "tokens_per_second", "steps", "loss", "eval_loss", "peak_rss_bytes",
         "peak_device_bytes", "planned", "measured", "errors", "lines", "versions", "machine", "data", "notices",
-        "diverged",
+        "diverged", "verified",
     }  # fmt: skip
     examples = prepare(loaded.recipe).train.examples
     assert report["data"]["train"]["tokens"] == report["tokens"]

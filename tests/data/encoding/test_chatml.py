@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from halfbyte import finetune
 from halfbyte.data.encoding import chatml
-from halfbyte.errors import DataError
+from halfbyte.errors import DataError, TrainError
 from halfbyte.inference import load
 from halfbyte.inference.generate import chat_ids, end_of_turn_id
 from halfbyte.recipe.schema import Loaded
@@ -175,7 +175,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
                 raise RuntimeError("power cut")
 
     cut = run(tmp_path, PLAIN, tied=True, **values, output=tmp_path / "cut")
-    with pytest.raises(RuntimeError, match="power cut"):
+    with pytest.raises(TrainError, match="power cut"):
         finetune.train(cut, listener=Cut())
     finetune.train(cut, resume=True)
     one, other = (Path(x.recipe.output) / "adapter" / "adapter_model.safetensors" for x in (whole, cut))
