@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import sys
 import warnings
 from collections.abc import Iterable
@@ -116,8 +117,17 @@ def survey(root: nn.Module, settings: Settings) -> Survey:
 
 
 def nearest(name: str, known: Iterable[str], *, whole: bool = False) -> str:
-    """The known name, or (unless `whole`) run of its dotted parts, that is most like `name`; empty if none is."""
-    parts = [each.split(".") for each in known if each]
+    """The known name, or (unless `whole`) run of its dotted parts, that is most like `name`; empty if none is.
+
+    Of names that differ in their numbers alone one is looked at: that with the numbers of `name`, or the first.
+    """
+    numbers = re.findall(r"\d+", name)
+    once: dict[str, str] = {}
+    for each in filter(None, known):
+        pattern = re.sub(r"\d+", "#", each)
+        if pattern not in once or re.findall(r"\d+", each) == numbers:
+            once[pattern] = each
+    parts = [each.split(".") for each in once.values()]
     runs = {".".join(p[-n:]): None for p in parts for n in ({len(p)} if whole else {1, 2, 3, len(p)}) if n <= len(p)}
     return next(iter(difflib.get_close_matches(name, [r for r in runs if not r.isdigit()], 1, cutoff=0.5)), "")
 

@@ -134,7 +134,14 @@ def match(root: nn.Module, sites: Sequence[Site], source: Source | None, origin:
     for file_name, name in names.items():
         by_name.setdefault(name, source.tensors[file_name])
     state = {name for site in sites for name in site.names}
-    unexpected = [f for f, name in names.items() if name not in state and not _may_be_left(root, name)]
+    left = {*tensors_of(root, persistent=False)}
+    ignored = [re.compile(p) for p in getattr(root, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    unexpected = [
+        file_name
+        for file_name, name in names.items()
+        # older checkpoints hold buffers that the module makes itself
+        if name not in state and name not in left and not any(pattern.search(name) for pattern in ignored)
+    ]
     missing, shaped, held = [], [], {}
     ties: list[tuple[Site, list[SourceTensor]]] = []
     for site in sites:
@@ -176,12 +183,6 @@ def _refuse(
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
-
-
-def _may_be_left(root: nn.Module, name: str) -> bool:
-    """What older checkpoints hold and the module makes itself: buffers; and what its class says."""
-    patterns = getattr(root, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return name in tensors_of(root, persistent=False) or any(re.search(pattern, name) for pattern in patterns)
 
 
 def _module_names(root: nn.Module, source: Source, sites: Sequence[Site]) -> dict[str, str]:
