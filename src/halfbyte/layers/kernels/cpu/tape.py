@@ -81,9 +81,9 @@ def _norm(op, number, like, order, m):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _scales(op, number, first, blocks, to):  # type: ignore[no-untyped-def]
+def _scales(op, number, like, first, blocks, to):  # type: ignore[no-untyped-def]
     if op[6] != 0:
-        nibbles.nested_scales(op[5], op[6], op[7], np.float32(number[8]), first, blocks, to.ctypes.data)
+        nibbles.nested_scales(like, op[5], op[6], op[7], np.float32(number[8]), first, blocks, to.ctypes.data)
     else:
         plain = array(op[5] + first * 4, (blocks,), np.float32)
         for j in range(blocks):
@@ -98,10 +98,11 @@ def _codes(op, number, like, scales, sums, item):  # type: ignore[no-untyped-def
     blocks, vectors, row_bytes = op[9] // nibbles.BLOCK, op[24], op[9] // 2
     first, last = item * op[23], min(op[10], item * op[23] + op[23])
     bias = array(op[16], (op[10],), np.float32)
-    at, levels, row, up_row, h_row, pieces = scales.ctypes.data, op[22], op[12], op[18], op[20], op[21]
+    start, levels, row, up_row, h_row, pieces = scales.ctypes.data, op[22], op[12], op[18], op[20], op[21]
+    _scales(op, number, like, first * blocks, (last - first) * blocks, scales)
     for r in range(first, last):
+        at = start + (r - first) * blocks * 4
         w, up = op[4] + r * row_bytes, op[17] + r * up_row
-        _scales(op, number, r * blocks, blocks, scales)
         m = 0
         while m < vectors:
             x, h, to = op[11] + m * row, op[19] + m * h_row, sums.ctypes.data + m * 4
@@ -253,7 +254,7 @@ def _wait(counters, first, last, ops, yielding):  # type: ignore[no-untyped-def]
 def _make(element: type) -> object:
     @kernel
     def token(address):  # type: ignore[no-untyped-def]
-        """Slots: 0 operations, 1 their number, 2 the first, 3 the last, 4 counters, 5 longest row of scales, 6 T,
+        """Slots: 0 operations, 1 their number, 2 the first, 3 the last, 4 counters, 5 most scales of an item, 6 T,
         7 order, 8 sched_yield."""
         slot = carray(address, (32,), np.int64)
         ops = array(slot[0], (slot[1] * WIDTH,), np.int64)

@@ -1,0 +1,190 @@
+"""Tokens a second of one text, stack beside stack, on the same quantised weights, in turns.
+
+    python benchmarks/decoding.py MODEL [--stacks ...] [--isa avx2] [--llama-bench PATH --gguf FILE]
+
+MODEL: what `halfbyte generate` takes as a base, or a folder with a 4-bit checkpoint that bitsandbytes wrote
+(`make_random.py llama-2-7b-nf4`). Stacks, each in its own process:
+
+    plain           transformers and bitsandbytes, which dequantises for each token
+    plain-packed    the same as it comes on AVX512-BF16: repacked at the first forward, its own 4-bit product
+    own             halfbyte by the model's own loop
+    halfbyte        halfbyte by its own loop
+    halfbyte-lora   the same with a LoRA of rank 16 on all linears, its weights random
+
+A rate is that of the fastest WINDOW tokens in a row, of all rounds: prompts, compiling and proofs do not count, and a
+machine that others use disturbs every stack less. Memory's rate is measured beside it, the best sum over an array that
+no cache holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+STACKS = ("plain", "plain-packed", "own", "halfbyte", "halfbyte-lora")
+FEW = {"plain": 10, "own": 10, "plain-packed": 24}  # tokens of a round; else MANY
+MANY = 96
+WINDOW = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--stacks", nargs="*", default=list(STACKS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--isa", choices=("native", "avx2"), default="native")
+    parser.add_argument("--llama-bench", type=Path)
+    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(args.worker, args.model, args.rounds, args.threads, args.isa)
+        return
+    from benchmarks.throughput import ISA
+
+    environment = {**os.environ, **ISA[args.isa]}
+    rows: dict[str, dict[str, Any]] = {}
+    for stack in args.stacks:
+        command = [sys.executable, __file__, args.model, "--worker", stack, "--rounds", str(args.rounds)]
+        command += ["--threads", str(args.threads), "--isa", args.isa]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("@@")]
+        if lines:
+            rows[stack] = json.loads(lines[-1][2:])
+            show(stack, rows[stack])
+    if args.llama_bench:
+        command = [
+            str(args.llama_bench),
+            "-m",
+            str(args.gguf),
+            "-t",
+            str(args.threads),
+            "-p",
+            "0",
+            "-n",
+            "64",
+            "-o",
+            "json",
+        ]
+        found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)[0]
+        print(f"{'llama.cpp':16}{found['avg_ts']:10.1f} tokens/s   {found['model_size'] / 1e9:.3f} GB")
+    print(json.dumps(rows))
+
+
+def show(stack: str, row: dict[str, Any]) -> None:
+    share = f"   {row['bytes'] / 1e9:.3f} GB a token, {row['bytes'] * row['rate'] / row['memory']:.0%} of memory's rate"
+    print(f"{stack:16}{row['rate']:10.1f} tokens/s{share}   first answer {row['first']:.1f} s", flush=True)
+
+
+def work(stack: str, name: str, rounds: int, threads: int, isa: str) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    dtype = torch.float32 if isa == "avx2" else torch.bfloat16
+    model, context = opened(stack, name, dtype)
+    ids = torch.arange(40)[None] % 30 + 100
+    with context, torch.no_grad():
+        began = time.perf_counter()
+        generated(model, ids, 4, stack)
+        first, best, many = time.perf_counter() - began, 0.0, FEW.get(stack, MANY)
+        torch.set_num_threads(threads)
+        for _ in range(rounds):
+            at = generated(model, ids, many, stack)[1:]  # the first two are the prompt and its token
+            best = max(best, *(WINDOW / (at[i + WINDOW] - at[i]) for i in range(1, len(at) - WINDOW)))
+    row = {"rate": best, "first": first, "bytes": token_bytes(model), "memory": memory_rate()}
+    print("@@" + json.dumps(row))
+
+
+def opened(stack: str, name: str, dtype: Any) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from halfbyte.base.store import supply  # noqa: F401  (its caches are found before anything is timed)
+    from halfbyte.inference import load
+
+    if not stack.startswith("plain"):
+        over = [f"quant.compute_dtype={'fp32' if dtype == torch.float32 else 'bf16'}", "quant.placement=resident"]
+        lora = stack.endswith("-lora")
+        run = load.open_run(Path(name), overrides=over)
+        if lora:
+            for key, parameter in run.model.named_parameters():
+                if "lora_B" in key:
+                    parameter.data.normal_(std=1e-3)
+        from contextlib import nullcontext
+
+        return run.model, nullcontext() if lora else run.using(base=True)
+    folder = Path(name) if Path(name).is_dir() else store_of(name)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu") and stack == "plain":
+            module.support_avx512bf16_for_cpu = False
+    from contextlib import nullcontext
+
+    return model, nullcontext()
+
+
+def store_of(name: str) -> Path:
+    """The base's store, which plain transformers opens as it is."""
+    done = subprocess.run(
+        [sys.executable, "-m", "halfbyte", "quantize", name, "--json"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return Path(json.loads(done.stdout)["path"])
+
+
+class Stamps:
+    """A streamer that notes when each token comes."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def put(self, value: object) -> None:
+        self.at.append(time.perf_counter())
+
+    def end(self) -> None: ...
+
+
+def generated(model: Any, ids: Any, count: int, stack: str) -> list[float]:
+    """When each token of an answer came."""
+    from halfbyte.inference import decode
+
+    stamps = Stamps()
+    loop = decode.Loop(stamps) if stack.startswith("halfbyte") else None
+    model.generate(
+        input_ids=ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, temperature=None, top_p=None,
+        top_k=None, pad_token_id=0, custom_generate=loop, streamer=stamps,
+    )  # fmt: skip
+    return stamps.at
+
+
+def token_bytes(model: Any) -> int:
+    """What a token must read: each weight of the layers and the head once, as it is held."""
+    from halfbyte.models import structure
+    from halfbyte.quant import bnb
+
+    lm = structure.causal_lm(model)
+    inside = [t for layer in structure.decoder_layers(model) for t in bnb.held_tensors(layer)]
+    head = lm.get_output_embeddings().weight
+    return sum(t.nbytes for t in inside) + head.nbytes
+
+
+def memory_rate() -> float:
+    import torch
+
+    array, best = torch.ones(100_000_000), float("inf")
+    for _ in range(20):
+        began = time.perf_counter()
+        array.sum()
+        best = min(best, time.perf_counter() - began)
+    return array.nbytes / best
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    main()
