@@ -18,11 +18,13 @@ from halfbyte.base.store import first_pages, shelf, supply
 from halfbyte.base.store.reading import unsafe_pickle
 from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.errors import BaseModelError, first_line
+from halfbyte.layers.experts import interface
 from halfbyte.models import tensors
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import resolve
+from halfbyte.models.structure import meta_model
 from halfbyte.quant import bnb as codec
-from halfbyte.quant import formats, int8, linear_subclasses, policy
+from halfbyte.quant import formats, int8, linear_subclasses, policy, stack_load
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import device as machine
 from halfbyte.types import Config, Document, Model
@@ -74,6 +76,7 @@ def open_base(
     config = open_config(checkpoint.path, trust_remote_code=trust_remote_code)
     dtype_name, reason = machine.compute_dtype(device, quant.compute_dtype)
     specs = tuple(tensors.read_checkpoint(checkpoint.path)) if not checkpoint.pickle else ()
+    policy.check_experts(config.model_type, specs, quant)
     quantised = is_quantised_already(config, checkpoint.path)
     folder, origin, stored = checkpoint.path, str(checkpoint.path), None
     if use_store and quant.quantises and not quantised and not hasattr(config, "auto_map"):
@@ -110,7 +113,7 @@ class _Opening:
         if not self.quantised and not from_store:
             heads = residency.heads_to_skip(self.config, self.quant)
             bits = formats.of(self.quant).load_config(self.quant, self.dtype, heads)
-            if bits is not None and self.config.model_type in linear_subclasses.PLAIN_LINEARS:
+            if bits is not None and linear_subclasses.is_needed(meta_model(self.config), self.quant.exempt):
                 bits = linear_subclasses.load_config(bits, self.quant)
         if bits is None:
             first_pages.read(self.folder)
@@ -123,6 +126,8 @@ class _Opening:
         codec.make_safe(model)
         residency.check_scales(model, self.checkpoint.id)
         codec.set_compute_dtype(model, self.dtype)
+        if next(stack_load.stacks(model), None) is not None:
+            interface.install(model)  # upstream's functions take dense stacks
         residency.keep_fp32(model, self.quant.fp32_modules, self.dtype)
         model.name_or_path = model.config.name_or_path = self.checkpoint.id
         return model

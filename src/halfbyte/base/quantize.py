@@ -12,6 +12,7 @@ from halfbyte.models import tensors
 from halfbyte.models.sources.checkpoint import beside_bytes
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.plan.building import Building
+from halfbyte.quant import policy
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device
 from halfbyte.types import Document
@@ -53,6 +54,7 @@ def quantize(recipe: Recipe, *, out: Path | None = None, tell: supply.Tell | Non
             f"{checkpoint.id} is quantised already.", fix="use it as the model of a recipe; it opens as it is"
         )
     specs = tuple(tensors.read_checkpoint(checkpoint.path)) if not checkpoint.pickle else ()
+    policy.check_experts(config.model_type, specs, recipe.quant)
     wanted = load.want(checkpoint, config, recipe.quant, device.detect(), specs)
     telling = replace(tell or supply.Tell(), built=lambda: built.append(True))
     telling.say(_preflight(wanted, specs), label="planned")

@@ -33,7 +33,7 @@ def check_resident(model: Model, quant: Quant, resident: int, expected: int, nam
     if stayed_bytes > resident * RESIDENT_TOLERANCE or (too_large and stayed):
         names = sorted(stayed, key=lambda item: -item[1].numel())[:3]
         listed = ", ".join(f"{n} {tuple(p.shape)}" for n, p in names)
-        kind = "fused expert tensors" if any(p.ndim == 3 for _, p in stayed) else "matrices"
+        kind = "expert tensors of a layout not known here" if any(p.ndim == 3 for _, p in stayed) else "matrices"
         leaf = names[0][0].rsplit(".", 1)[0].rsplit(".", 1)[-1]
         raise BaseModelError(
             f"{name}: {len(stayed)} {kind} stayed in {8 * stayed[0][1].element_size()} bits, "
@@ -80,6 +80,7 @@ def big_unquantised(model: Model, quant: Quant) -> list[tuple[str, nn.Parameter]
         and p.is_floating_point()
         and id(p) not in exempt
         and p.numel() * 1000 > total
+        and not name.endswith("_bias")  # one row for each expert
         and not matches(name, (*quant.exempt, *skipped, *kept))
     ]
 

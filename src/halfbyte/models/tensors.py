@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,13 @@ Role = Literal["linear", "embedding", "head", "norm", "bias", "expert", "router"
 # The last dotted part before `.weight` decides; these are the names met in transformers' causal-LM checkpoints.
 _EMBEDDINGS = re.compile(r"embed(ding)?s?$|^embed_(tokens|in|positions)$|^w[tp]e$|^shared$")
 HEADS = frozenset(("lm_head", "embed_out", "output_projection"))
-_ROUTERS = frozenset(("gate", "router"))
+_ROUTERS = frozenset(("gate", "router", "shared_expert_gate", "wg"))
+# One expert's own matrix, as most checkpoints have it, and what it is.
+_ONE_EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate_proj|up_proj|down_proj|w[123]|fc[123])\.weight$")
+_PART_OF_EXPERT = {
+    "gate_proj": "gate", "w1": "gate", "fc1": "gate", "up_proj": "up", "w3": "up", "fc3": "up",
+    "down_proj": "down", "w2": "down", "fc2": "down",
+}  # fmt: skip
 _NORM = re.compile(r"norm|^ln(_|$)|(^|_)ln$|layernorm", re.IGNORECASE)
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 # Buffers that older checkpoints hold and transformers passes over: causal masks, rotary tables.
@@ -114,9 +120,40 @@ def specs_of(headers: Iterable[Mapping[str, ConfigFile]], config: ConfigFile) ->
         for name, entry in header.items()
         if _PASSED_OVER.search(name) is None
     ]
+    if _experts(config) and config.get("auto_map") is None:
+        specs = _stacked(specs)
     if _get(config, "tie_word_embeddings") and any(s.role == "embedding" for s in specs):
         specs = [s for s in specs if s.role != "head"]
     return specs
+
+
+def _stacked(specs: list[TensorSpec]) -> list[TensorSpec]:
+    """Matrices of single experts as transformers' classes hold them: all of a layer in one tensor, gate above up; and
+    blocks of MXFP4 as the weights that they stand for. Where the first of them stood."""
+    groups: dict[str, dict[str, list[TensorSpec]]] = {}
+    for spec in specs:
+        if (match := _ONE_EXPERT.match(spec.name)) is not None and len(spec.shape) == 2:
+            part = _PART_OF_EXPERT[match[2]]
+            groups.setdefault(match[1], {}).setdefault(part, []).append(spec)
+    made: dict[str, TensorSpec] = {}
+    for home, parts in groups.items():
+        gates, ups = parts.get("gate", []), parts.get("up", [])
+        for name, members in (("gate_up_proj" if gates else "up_proj", gates + ups), ("down_proj", parts.get("down"))):
+            if not members or len({m.shape for m in members}) != 1 or (gates and len(gates) != len(ups)):
+                continue
+            both, (rows, width) = 1 + (members[-1] in ups and bool(gates)), members[0].shape
+            shape = (len(members) // both, both * rows, width)
+            stack = replace(members[0], name=f"{home}.{name}", shape=shape, role="expert")
+            made |= {members[0].name: stack} | {m.name: stack for m in members[1:]}
+    for spec in specs:
+        if spec.name.endswith("_blocks") and spec.dtype == "U8" and len(spec.shape) == 4:
+            count, rows, blocks, nbytes = spec.shape
+            shape = (count, 2 * nbytes * blocks, rows)
+            made[spec.name] = replace(
+                spec, name=spec.name.removesuffix("_blocks"), shape=shape, dtype="F4", role="expert"
+            )
+            made[spec.name.removesuffix("_blocks") + "_scales"] = made[spec.name]
+    return list({made.get(spec.name, spec).name: made.get(spec.name, spec) for spec in specs}.values())
 
 
 def read_config(folder: Path) -> Document:

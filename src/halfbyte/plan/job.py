@@ -136,6 +136,7 @@ class Job:
         mappable: bool | None = None,
     ) -> Self:
         """`targets`: modules that were chosen already. `mappable`: what is known of the base. None: found out here."""
+        policy.check_experts(facts.model_type, specs, recipe.quant)
         dtype, _ = compute_dtype(device, recipe.quant.compute_dtype)
         on_cpu = device.kind == "cpu"
         if mappable is None:

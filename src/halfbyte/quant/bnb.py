@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.quant import formats, int8
+from halfbyte.quant import formats, int8, stack_load
 from halfbyte.recipe.schema import Quant
 from halfbyte.types import Model
 
@@ -57,7 +57,7 @@ def forget_deserialising(model: Model) -> None:
 
     def is_lasting(conversion: object) -> bool:
         ops = {type(op).__name__ for op in getattr(conversion, "operations", ())}
-        return not ops & {"Bnb4bitDeserialize", "Bnb8bitDeserialize"}
+        return not ops & {"Bnb4bitDeserialize", "Bnb8bitDeserialize", "StackDeserialize"}
 
     if conversions := getattr(model, "_weight_conversions", None):
         model._weight_conversions = list(filter(is_lasting, conversions))
@@ -73,12 +73,16 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
         module.compute_dtype, module.compute_type_is_set = dtype, True
         if module.weight.quant_state is not None:
             module.weight.quant_state.dtype = dtype
+    for _, stack in stack_load.stacks(model):
+        stack.compute_dtype = dtype
 
 
 def state_tensors(model: nn.Module) -> Iterator[tuple[Any, str]]:
     """(owner, attribute) of each tensor that quantised weights need beside their codes."""
     for module in model.modules():
         yield from formats.of_module(module).beside(module)
+    for _, stack in stack_load.stacks(model):
+        yield from formats.of_module(stack.holder).beside(stack.holder)
 
 
 def held_tensors(model: nn.Module, *, buffers: bool = True) -> list[torch.Tensor]:
@@ -107,5 +111,8 @@ def planned_bytes(model: nn.Module, quant: Quant) -> int:
     """`resident_bytes` of an empty model on the meta device whose quantised layers are there but hold nothing yet."""
     linears = [module for _, module in quantised_linears(model)]
     within = {id(module.weight) for module in linears}
-    codes = sum(formats.of(quant).nbytes((m.out_features, m.in_features), quant) for m in linears)
+    stacks = [stack for _, stack in stack_load.stacks(model)]
+    within |= {id(stack) for stack in stacks}
+    shapes = [(m.out_features, m.in_features) for m in linears] + [tuple(stack.shape) for stack in stacks]
+    codes = sum(formats.of(quant).nbytes(shape, quant) for shape in shapes)
     return codes + sum(p.nbytes for p in model.parameters() if id(p) not in within)

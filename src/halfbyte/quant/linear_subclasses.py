@@ -1,9 +1,9 @@
-"""Few bits for models whose linears are a subclass of nn.Linear: transformers' quantisers, taught them.
+"""Few bits for what transformers' quantisers pass over, by quantisers of our own that are taught it.
 
-Why: transformers quantises `nn.Linear` itself and passes over Falcon's own subclass, whose forward is the same
-product.
+Why: transformers quantises `nn.Linear` itself. It passes over Falcon's own subclass, whose forward is the same product,
+and over a mixture's experts, which are parameters (`stack_load.py`); a router that is a linear layer it takes along.
 What: quantisers and their configs under names of their own, in transformers' registry for custom quantisers. A store
-that needs it says so in its config.json; plain transformers refuses to open it, as its shapes are not Falcon's.
+that needs it says so in its config.json; plain transformers refuses to open it, as its shapes are not the model's.
 Source: `transformers/quantizers/auto.py`, `register_quantizer`, `register_quantization_config`.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import TYPE_CHECKING
 
+from halfbyte.quant import stack_load
 from halfbyte.quant.policy import matches
 from halfbyte.recipe.schema import Quant
 from halfbyte.types import Config, Document, Model
@@ -56,6 +57,11 @@ def settle(model: Model) -> None:
     if held is not None and getattr(held, "quant_method", None) in METHODS.values():
         model.config.quantization_config = held.plain()
         model.quantization_method = model.config.quantization_config.quant_method
+
+
+def is_needed(model: Model, exempt: Iterable[str]) -> bool:
+    """Whether transformers' own quantisers would not hold an empty model as the policy says."""
+    return bool(plain_linears(model, exempt) or stack_load.places(model))
 
 
 def plain_linears(model: Model, exempt: Iterable[str]) -> list[tuple[str, nn.Module]]:
@@ -130,8 +136,10 @@ def _register(method: str, quantiser: type, make: Callable[..., nn.Module]) -> t
     from transformers import BitsAndBytesConfig
     from transformers.quantizers import register_quantization_config, register_quantizer
 
+    from halfbyte.quant.stack import ExpertStack
+
     @register_quantization_config(method)
-    class PlainLinearsConfig(BitsAndBytesConfig):
+    class TaughtConfig(BitsAndBytesConfig):
         """A bitsandbytes config, and the patterns of modules that stay as they are."""
 
         @classmethod
@@ -145,9 +153,16 @@ def _register(method: str, quantiser: type, make: Callable[..., nn.Module]) -> t
             return BitsAndBytesConfig.from_dict(inner)
 
     @register_quantizer(method)
-    class PlainLinearsQuantizer(quantiser):
-        """bitsandbytes' quantiser, which prepares plain subclasses of nn.Linear too, as transformers'
+    class TaughtQuantizer(quantiser):
+        """bitsandbytes' quantiser, which prepares plain subclasses of nn.Linear and experts too, as transformers'
         `replace_with_bnb_linear` does it for nn.Linear itself."""
+
+        @property
+        def bits(self) -> int:
+            return 8 if self.quantization_config.load_in_8bit else 4
+
+        def get_modules_to_not_convert(self, model: Model, *args: object, **kwargs: object) -> list[str]:
+            return [*super().get_modules_to_not_convert(model, *args, **kwargs), *stack_load.routers(model)]
 
         def _process_model_before_weight_loading(self, model: Model, device_map: object, **kwargs: object) -> None:
             super()._process_model_before_weight_loading(model, device_map, **kwargs)
@@ -157,5 +172,17 @@ def _register(method: str, quantiser: type, make: Callable[..., nn.Module]) -> t
                 made.source_cls = type(module)
                 made.requires_grad_(False)
                 model.set_submodule(name, made)
+            stack_load.make_room(model, self.quantization_config.exempt, model.dtype, bits=self.bits)
 
-    return PlainLinearsConfig
+        def param_needs_quantization(self, model: Model, param_name: str, **kwargs: object) -> bool:
+            stack = isinstance(model.get_parameter_or_buffer(param_name), ExpertStack)
+            return stack or bool(super().param_needs_quantization(model, param_name, **kwargs))
+
+        def get_quantize_ops(self) -> object:
+            return stack_load.quantise_operation(super().get_quantize_ops())
+
+        def update_weight_conversions(self, weight_conversions: list[object], model: Model) -> list[object]:
+            own = stack_load.conversions(model, self, bits=self.bits) if self.pre_quantized else []
+            return [*own, *super().update_weight_conversions(weight_conversions, model)]
+
+    return TaughtConfig

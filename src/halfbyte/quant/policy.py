@@ -1,11 +1,24 @@
 """Which tensor of a checkpoint is held how, and the bytes that it takes: every room asks here, none decides itself."""
 
+import re
 from collections.abc import Iterable
 from typing import Literal
 
+from halfbyte.errors import BaseModelError
 from halfbyte.models.tensors import TensorSpec
 from halfbyte.quant import formats
 from halfbyte.recipe.schema import Quant
+
+# Model types whose code keeps experts in parameters and does not run them through transformers' experts interface, so
+# nothing of ours could dequantise one expert: the tensors, and what `quant.skip_modules` calls them. A slow test looks
+# at every type that transformers has.
+_ALL = r"expert"
+FIXED_EXPERTS = {
+    "llama4": (_ALL, "experts"), "llama4_text": (_ALL, "experts"), "dbrx": (_ALL, "experts"),
+    "longcat_flash": (_ALL, "experts"), "step3p7": (_ALL, "experts"),
+    "jetmoe": (r"(input|output)_linear", "input_linear,output_linear"),
+    "inkling_text": (r"shared_expert", "shared_experts"),
+}  # fmt: skip
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -32,3 +45,25 @@ def encoded_bytes(spec: TensorSpec, quant: Quant, compute_itemsize: int) -> int:
     if held == "quantised":
         return formats.of(quant).nbytes(spec.out_in, quant)
     return spec.numel * (4 if held == "fp32" else compute_itemsize)
+
+
+def check_experts(model_type: str, specs: Iterable[TensorSpec], quant: Quant) -> None:
+    """Refuse a mixture whose experts cannot be held in few bits; by its type and tensors, before anything is loaded.
+
+    Raises:
+        BaseModelError: naming the modules that can be left as they are.
+    """
+    pattern, modules = FIXED_EXPERTS.get(model_type, ("", ""))
+    if not pattern:
+        return
+    fixed = [
+        s for s in specs if s.role == "expert" and encoding(s, quant) == "quantised" and re.search(pattern, s.name)
+    ]
+    if fixed:
+        numel = sum(s.numel for s in fixed)
+        raise BaseModelError(
+            f"transformers' code of a {model_type} computes with all its experts at once, so quant.type {quant.type} "
+            f"cannot hold them: {len(fixed)} tensors such as {fixed[0].name} {fixed[0].shape}, {numel / 1e9:.3f} "
+            "billion weights.",
+            fix=f"leave them in 16 bits ({2 * numel / 1e9:.1f} GB): --set 'quant.skip_modules=[{modules}]'",
+        )

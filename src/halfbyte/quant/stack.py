@@ -11,7 +11,9 @@ Cost: that of dequantising one matrix, and with double quantisation its scales, 
 
 from __future__ import annotations
 
+import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 
 from halfbyte.quant import int8
 from halfbyte.quant.dequantise import write
+
+_CODES = {4: torch.uint8, 8: torch.int8}
 
 
 class ExpertStack(nn.Parameter):
@@ -58,10 +62,26 @@ class ExpertStack(nn.Parameter):
         made._logical, made.compute_dtype, made.quant_state, made.SCB = shape, dtype, None, None
         return made
 
+    @classmethod
+    def empty(cls, shape: torch.Size, dtype: torch.dtype, *, bits: int) -> ExpertStack:
+        """A place for a stack on the meta device, with the bytes that its codes will have."""
+        codes = torch.empty(shape if bits == 8 else (shape.numel() // 2, 1), dtype=_CODES[bits], device="meta")
+        return cls._of(codes, shape, dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertStack:
+        made = self._of(self.data.clone(), self._logical, self.compute_dtype)
+        made.quant_state, made.SCB = copy.deepcopy(self.quant_state, memo), copy.deepcopy(self.SCB, memo)
+        return made
+
     @property
     def shape(self) -> torch.Size:
         """(E, a, b) of the weights, not of the bytes."""
         return self._logical
+
+    @property
+    def holder(self) -> Any:
+        """Itself as the weight of a layer, as number formats ask for it."""
+        return SimpleNamespace(weight=self)
 
     @property
     def ndim(self) -> int:

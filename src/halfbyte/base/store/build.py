@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import threading
 import time
@@ -21,7 +22,8 @@ import numpy as np
 import torch
 
 from halfbyte.base.store import manifest, shelf
-from halfbyte.base.store.layout import FilePlan, Layout, Piece, slots
+from halfbyte.base.store.layout import FilePlan, Layout, slots
+from halfbyte.base.store.piece import Piece
 from halfbyte.base.store.reading import Source, torch_dtypes
 from halfbyte.base.store.writer import Writer
 from halfbyte.errors import HalfbyteError, StoreError
@@ -210,43 +212,51 @@ class _FileBuild:
         hashes: dict[str, str] = {}
         with Writer(self.journal.folder / self.plan.name, slots(self.plan.pieces, self.quant)) as out:
             for piece in self.plan.pieces:
-                digest = hashlib.sha256(f"{piece.source.dtype}{list(piece.source.shape)}".encode())
                 if piece.encoding == "copy":
-                    for first, values in self._chunks(piece, digest):
+                    for first, values in self._chunks(piece, hashes):
                         out.put(piece.name, values.view(torch.uint8).numpy(), first * piece.dtype.itemsize)
                 else:
-                    late |= self._quantise(piece, out, digest)
-                hashes[piece.source.name] = digest.hexdigest()
+                    late |= self._quantise(piece, out, hashes)
             entry = out.finish(late)
         self.journal.add(entry, hashes)
 
-    def _chunks(self, piece: Piece, digest: hashlib._Hash) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first element, values in the wanted dtype) in pieces of the tensor; a transposed one comes at once."""
-        kind = torch_dtypes()[piece.source.dtype]
-        unit = 1 if piece.encoding == "copy" else formats.of(self.quant).unit(piece.out_in, self.quant)
-        at_once = piece.numel if piece.transposed else max(1, building.CHUNK_ELEMENTS // unit) * unit
-        for first in range(0, piece.numel, max(1, at_once)):
-            if self.stop.is_set():
-                raise _Stopped("the build was stopped")
-            count = min(at_once, piece.numel - first)
-            nbytes = count * kind.itemsize
-            if len(self.buffer) < nbytes:
-                self.buffer = np.empty(nbytes, np.uint8)
-            raw = self.buffer[:nbytes]
-            self.source.read(piece.source, first * kind.itemsize, raw.data)
-            digest.update(raw.data)
-            yield first, torch.from_numpy(raw).view(kind).to(piece.dtype)
-            self.count.add(nbytes)
+    def _chunks(self, piece: Piece, hashes: dict[str, str]) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first element, values in the wanted dtype) in pieces of the tensor; a transposed matrix comes at once.
 
-    def _quantise(self, piece: Piece, out: Writer, digest: hashlib._Hash) -> dict[str, bytes]:
+        The hash of each source is put into `hashes`, by its name.
+        """
+        unit = 1 if piece.encoding == "copy" else formats.of(self.quant).unit(piece.shape, self.quant)
+        most = max(1, building.CHUNK_ELEMENTS // unit) * unit
+        start = 0
+        for source in piece.sources:
+            kind, numel = torch_dtypes()[source.dtype], math.prod(source.shape)
+            digest = hashlib.sha256(f"{source.dtype}{list(source.shape)}".encode())
+            at_once = math.prod(source.shape[-2:]) if piece.transposed else most
+            for first in range(0, numel, max(1, at_once)):
+                if self.stop.is_set():
+                    raise _Stopped("the build was stopped")
+                count = min(at_once, numel - first)
+                nbytes = count * kind.itemsize
+                if len(self.buffer) < nbytes:
+                    self.buffer = np.empty(nbytes, np.uint8)
+                raw = self.buffer[:nbytes]
+                self.source.read(source, first * kind.itemsize, raw.data)
+                digest.update(raw.data)
+                values = torch.from_numpy(raw).view(kind).to(piece.dtype)
+                if piece.transposed:
+                    values = values.view(source.shape[-2:]).T.contiguous().view(-1)
+                yield start + first, values
+                self.count.add(nbytes)
+            hashes[source.name] = digest.hexdigest()
+            start += numel
+
+    def _quantise(self, piece: Piece, out: Writer, hashes: dict[str, str]) -> dict[str, bytes]:
         name, held = piece.name, formats.of(self.quant)
-        encoder = held.encoder(self.quant, piece.out_in, piece.dtype, name)
-        for first, values in self._chunks(piece, digest):
-            if piece.transposed:
-                values = values.view(piece.source.shape).T.contiguous().view(-1)
+        encoder = held.encoder(self.quant, piece.shape, piece.dtype, name)
+        for first, values in self._chunks(piece, hashes):
             out.put(name, encoder.codes(first, values).data, encoder.code_bytes(first))
         made, late = encoder.parts(), {}
-        for part in held.parts(piece.out_in, self.quant)[1:]:
+        for part in held.parts(piece.shape, self.quant)[1:]:
             data = made[part.suffix].contiguous().view(-1).view(torch.uint8).numpy()
             if part.nbytes is None:
                 late[part.name(name)] = data.tobytes()
@@ -289,7 +299,7 @@ def _config(request: Request) -> Document:
     values["dtype"] = wanted.dtype_name
     opening = formats.of(wanted.quant).load_config(wanted.quant, wanted.dtype, wanted.head_names)
     settings = opening.to_dict() if opening is not None else {}
-    if request.layout.has_plain_linears:
+    if request.layout.taught:
         settings = linear_subclasses.mark(settings, wanted.quant)
     return {**values, "quantization_config": settings}
 

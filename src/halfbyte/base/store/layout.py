@@ -9,43 +9,24 @@ Source: transformers, `convert_and_load_state_dict_in_model` in core_model_loadi
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from halfbyte.base.store import experts
+from halfbyte.base.store.piece import FLOATS, Piece
 from halfbyte.base.store.reading import SourceTensor, torch_dtypes
-from halfbyte.base.store.renaming import renamed
+from halfbyte.base.store.renaming import Rule, renamed
 from halfbyte.base.store.shelf import CannotHold, Wanted
 from halfbyte.base.store.writer import Slot
 from halfbyte.models.tensors import spec_of
 from halfbyte.plan.building import OWN_FILE_BYTES
-from halfbyte.quant import formats, linear_subclasses
+from halfbyte.quant import formats, linear_subclasses, stack_load
 from halfbyte.recipe.schema import Quant
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One tensor of a store. `dtype` is what its values are cast to, before they are quantised too."""
-
-    name: str
-    source: SourceTensor
-    encoding: Literal["quantised", "copy"]
-    dtype: torch.dtype
-    transposed: bool = False
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.source.shape)
-
-    @property
-    def out_in(self) -> tuple[int, ...]:
-        """The shape of the matrix that is multiplied with."""
-        return self.source.shape[::-1] if self.transposed else self.source.shape
 
 
 @dataclass(frozen=True)
@@ -57,15 +38,15 @@ class FilePlan:
 
     @property
     def source_bytes(self) -> int:
-        return sum(piece.source.nbytes for piece in self.pieces)
+        return sum(piece.source_bytes for piece in self.pieces)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`has_plain_linears`: it opens with `linear_subclasses.opening_config` only."""
+    """`taught`: it opens with `linear_subclasses.opening_config` only."""
 
     files: tuple[FilePlan, ...]
-    has_plain_linears: bool
+    taught: bool
 
     @property
     def source_bytes(self) -> int:
@@ -85,25 +66,32 @@ def lay_out(tensors: dict[str, SourceTensor], wanted: Wanted) -> Layout:
     loader = _Loader(wanted, pre_quantised=False)
     pieces: list[tuple[Piece, str]] = []
     wrong: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
-    for name, target, converted in loader.targets(tensors):
+    stacked: dict[str, list[experts.Member]] = {}
+    for name, target, rule in loader.targets(tensors):
         if target not in loader.state:
             continue  # a buffer or a tower that this class does not read
         source, quantised = tensors[name], loader.quantiser.param_needs_quantization(loader.model, target)
-        if converted and quantised:
+        if target in loader.stacks:
+            stacked.setdefault(target, []).append((source, rule))
+            continue
+        if rule is not None and quantised:
             raise CannotHold(f"transformers merges or splits {name} while it loads")
         dtype = loader.dtype_of(target, quantised=quantised)
         module = loader.original[target.rpartition(".")[0]]
         transposed = quantised and type(module).__name__ == "Conv1D"  # GPT-2's holds (in, out)
-        if quantised and source.dtype not in ("F64", "F32", "F16", "BF16"):
+        if quantised and source.dtype not in FLOATS:
             raise CannotHold(f"{name} is {source.dtype}, which is not quantised")
         if quantised and source.shape != tuple(module.weight.shape):
             wrong.append((name, source.shape, tuple(module.weight.shape)))
-        pieces.append((Piece(name, source, "quantised" if quantised else "copy", dtype, transposed), target))
+        shape = source.shape[::-1] if transposed else source.shape
+        pieces.append((Piece(name, (source,), shape, "quantised" if quantised else "copy", dtype, transposed), target))
+    for target, members in stacked.items():
+        pieces.append((experts.piece(target, members, loader, wanted.quant), target))
     if wanted.check is not None:
         missing = loader.missing({target for _, target in pieces})
         wanted.check(loader.model, {"missing_keys": missing, "mismatched_keys": wrong})
     named = _names(_once(pieces, loader.tied), _Loader(wanted, pre_quantised=True), wanted.quant)
-    return Layout(_files(named, wanted.config.model_type), loader.has_plain)
+    return Layout(_files(named, wanted.config.model_type), loader.taught)
 
 
 def slots(pieces: Iterable[Piece], quant: Quant) -> list[Slot]:
@@ -113,9 +101,9 @@ def slots(pieces: Iterable[Piece], quant: Quant) -> list[Slot]:
     for piece in pieces:
         if piece.encoding == "copy":
             nbytes = piece.numel * piece.dtype.itemsize
-            every.append(Slot(piece.name, names[piece.dtype], piece.source.shape, nbytes))
+            every.append(Slot(piece.name, names[piece.dtype], piece.shape, nbytes))
         else:
-            parts = formats.of(quant).parts(piece.out_in, quant)
+            parts = formats.of(quant).parts(piece.shape, quant)
             every += (Slot(part.name(piece.name), part.dtype, part.shape, part.nbytes) for part in parts)
     return every
 
@@ -134,21 +122,22 @@ class _Loader:
             self.model = AutoModelForCausalLM.from_config(copy.deepcopy(wanted.config), dtype=dtype)
         self.original = dict(self.model.named_modules())
         bits = formats.of(quant).load_config(quant, dtype, wanted.head_names)
-        self.has_plain = bool(linear_subclasses.plain_linears(self.model, quant.exempt))
-        if self.has_plain:
+        self.taught = linear_subclasses.is_needed(self.model, quant.exempt)
+        if self.taught:
             bits = linear_subclasses.load_config(bits, quant)
         self.quantiser = AutoHfQuantizer.from_config(bits, pre_quantized=pre_quantised)
         self.quantiser.preprocess_model(
             model=self.model, dtype=dtype, device_map={"": "cpu"}, checkpoint_files=[], use_kernels=False
         )
         self.state = self.model.state_dict()
+        self.stacks = dict(stack_load.stacks(self.model))
         self.plan = self.model._get_dtype_plan(dtype)
         self.tied = dict(self.model.all_tied_weights_keys)
 
-    def targets(self, names: Iterable[str]) -> list[tuple[str, str, bool]]:
-        """(name, what the model calls it, whether an operation changes it on the way), in the loader's own order."""
+    def targets(self, names: Iterable[str]) -> list[tuple[str, str, Rule | None]]:
+        """(name, what the model calls it, the rule by which it is changed on the way), in the loader's own order."""
         targets = renamed(self.model, names, self.state, self.quantiser)
-        return [(name, target, converted) for name, (target, converted) in targets.items()]
+        return [(name, target, rule) for name, (target, rule) in targets.items()]
 
     def missing(self, covered: set[str]) -> list[str]:
         """Parameters that no tensor of the checkpoint reaches, neither by name nor through a tie."""
@@ -179,7 +168,7 @@ def _once(pieces: list[tuple[Piece, str]], tied: dict[str, str]) -> list[tuple[P
 
     def repeated(piece: Piece, target: str) -> bool:
         first = by_target.get(tied.get(target, ""), piece)
-        return first is not piece and replace(first.source, name=piece.source.name) == piece.source
+        return first is not piece and replace(first.sources[0], name=piece.sources[0].name) == piece.sources[0]
 
     return [(piece, target) for piece, target in pieces if not repeated(piece, target)]
 
@@ -187,7 +176,10 @@ def _once(pieces: list[tuple[Piece, str]], tied: dict[str, str]) -> list[tuple[P
 def _names(pieces: list[tuple[Piece, str]], loader: _Loader, quant: Quant) -> list[Piece]:
     """The pieces under names by which transformers will find them in the store: the source's, or else the model's."""
     for use_target in (False, True):
-        named = [(replace(piece, name=target) if use_target else piece, target) for piece, target in pieces]
+        named = [
+            (replace(piece, name=target) if use_target and target not in loader.stacks else piece, target)
+            for piece, target in pieces
+        ]
         wanted = {slot.name: target for piece, target in named for slot in slots([piece], quant)}
         if {name: target for name, target, _ in loader.targets(wanted)} == wanted:
             return [piece for piece, _ in named]
@@ -197,10 +189,10 @@ def _names(pieces: list[tuple[Piece, str]], loader: _Loader, quant: Quant) -> li
 def _files(pieces: list[Piece], model_type: str) -> tuple[FilePlan, ...]:
     groups: dict[str, list[Piece]] = {}
     for piece in pieces:
-        layer = spec_of(piece.name, piece.source.shape, "BF16", {"model_type": model_type}).layer
+        layer = spec_of(piece.name, piece.shape, "BF16", {"model_type": model_type}).layer
         if layer is not None:
             name = f"model-layer-{layer:04d}.safetensors"
-        elif piece.source.nbytes >= OWN_FILE_BYTES:
+        elif piece.source_bytes >= OWN_FILE_BYTES:
             name = f"model-{re.sub(r'[^A-Za-z0-9_]+', '-', piece.name)}.safetensors"
         else:
             name = "model-rest.safetensors"

@@ -6,17 +6,30 @@ Source: transformers, `conversion_mapping.py` and `rename_source_key` in `core_m
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers.core_model_loading import WeightConverter
     from transformers.quantizers import HfQuantizer
+
+
+class Rule(NamedTuple):
+    """How tensors become another one.
+
+    Args:
+        pattern: which of the converter's patterns a tensor's name holds.
+        converter: its patterns, in the order in which their tensors are taken, and its operations.
+    """
+
+    pattern: str
+    converter: WeightConverter
 
 
 def renamed(
     model: nn.Module, names: Iterable[str], state: Mapping[str, object], quantiser: HfQuantizer | None = None
-) -> dict[str, tuple[str, bool]]:
-    """Name in a checkpoint -> (the model's name, whether an operation changes the tensor on the way); in the order in
+) -> dict[str, tuple[str, Rule | None]]:
+    """Name in a checkpoint -> (the model's name, the rule that changes the tensor on the way if any); in the order in
     which transformers loads them.
 
     Args:
@@ -25,17 +38,18 @@ def renamed(
         quantiser: one that has prepared the model, which may have rules of its own.
     """
     if not hasattr(model, "base_model_prefix") or not hasattr(model, "config"):
-        return {name: (name, False) for name in names}
+        return {name: (name, None) for name in names}
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     mapping = get_model_conversion_mapping(model, None, quantiser)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix, targets = model.base_model_prefix, {}
     for name in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
             target, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=state)
-        targets[name] = (target, pattern is not None)
+        targets[name] = (target, None if pattern is None else Rule(pattern, by_pattern[pattern]))
     return targets

@@ -1,0 +1,94 @@
+"""A stack of experts out of a checkpoint's tensors, as transformers merges them, but never merged in memory.
+
+What: of each expert parameter of the model, the tensors that transformers would stack and concatenate, in the order in
+which their numbers follow each other in the result: expert after expert, and of one expert gate before up. So a stack
+is written front to back, quantised in chunks, with one tensor's chunk in memory.
+Source: transformers, `conversion_mapping.py`; `MergeModulelist`, `Concatenate`, `Transpose` in `core_model_loading.py`.
+A conversion that is none of these is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import chain
+from typing import TYPE_CHECKING, Protocol
+
+from halfbyte.base.store.piece import FLOATS, Piece
+from halfbyte.base.store.reading import SourceTensor
+from halfbyte.errors import BaseModelError
+from halfbyte.quant import formats, stack_load
+from halfbyte.recipe.schema import Quant
+
+if TYPE_CHECKING:
+    import torch
+
+# A tensor of the source, and the pattern of the conversion that takes it.
+Member = tuple[SourceTensor, str | None]
+
+
+class Loader(Protocol):
+    """transformers' own view of a load (`layout.py`)."""
+
+    stacks: dict[str, object]
+    converters: list[object]
+
+    def dtype_of(self, target: str, *, quantised: bool) -> torch.dtype: ...
+
+
+def piece(target: str, members: list[Member], loader: Loader, quant: Quant) -> Piece:
+    """The expert parameter `target` of the model from the tensors that transformers would make it of.
+
+    Raises:
+        BaseModelError: they are merged in a way that is not known here, or are not what the model needs.
+    """
+    shape = tuple(loader.stacks[target].shape)
+    sources = _in_order(target, members, loader)
+    transposed = _is_transposed(target, sources, shape)
+    if math.prod(shape) != sum(math.prod(source.shape) for source in sources):
+        found = ", ".join(sorted({f"{source.shape}" for source in sources}))
+        raise BaseModelError(
+            f"{target} needs {shape}, and the checkpoint's {len(sources)} tensors for it are of shape {found}.",
+            fix="download the checkpoint again, or check that config.json belongs to it",
+        )
+    unit = formats.of(quant).unit(shape, quant)
+    for source in sources:
+        if source.dtype not in FLOATS:
+            raise BaseModelError(f"{source.name} is {source.dtype}; experts are quantised from {', '.join(FLOATS)}.")
+        if math.prod(source.shape[-2:]) % unit:
+            raise BaseModelError(
+                f"{source.name}: an expert's matrix {source.shape[-2:]} is not whole blocks of {unit} numbers, so one "
+                "expert could not be read without its neighbour.",
+                fix="a smaller quant.block_size, or leave experts in 16 bits: --set 'quant.skip_modules=[experts]'",
+            )
+    name = stack_load.stored_name(target)
+    return Piece(name, sources, shape, "quantised", loader.dtype_of(target, quantised=True), transposed)
+
+
+def _in_order(target: str, members: list[Member], loader: Loader) -> tuple[SourceTensor, ...]:
+    """Sources in the order of the result. A conversion takes a list for each of its patterns."""
+    lists: dict[str | None, list[SourceTensor]] = {}
+    for source, pattern in members:
+        lists.setdefault(pattern, []).append(source)
+    converter = next((c for c in loader.converters if next(iter(lists)) in c.source_patterns), None)
+    steps = [type(step).__name__ for step in converter.operations] if converter is not None else []
+    dims = [getattr(step, "dim", None) for step in converter.operations] if converter is not None else []
+    if steps in ([], ["Transpose"]) and len(members) == 1:
+        return (members[0][0],)
+    together = [lists[pattern] for pattern in converter.source_patterns if pattern in lists] if converter else []
+    known = steps == ["MergeModulelist"] or (steps == ["MergeModulelist", "Concatenate"] and dims[1] == 1)
+    if not known or dims[0] != 0 or len({len(each) for each in together}) != 1:
+        counts = ", ".join(f"{len(each)} of {pattern}" for pattern, each in lists.items())
+        raise BaseModelError(
+            f"the layout of the experts in {target} is not known: {counts}; transformers would apply "
+            f"{' and '.join(steps) or 'nothing'}.",
+            fix="leave experts in 16 bits: --set 'quant.skip_modules=[experts]'",
+        )
+    return tuple(chain.from_iterable(zip(*together, strict=True)))
+
+
+def _is_transposed(target: str, sources: tuple[SourceTensor, ...], shape: tuple[int, ...]) -> bool:
+    """Whether one tensor holds all experts, each transposed: then transformers turns them (`Transpose`, check_dims)."""
+    if len(sources) > 1:
+        return False
+    given = sources[0].shape
+    return given != shape and given == (shape[0], shape[2], shape[1])
