@@ -141,24 +141,6 @@ def test_fp32_modules_that_name_nothing_are_an_error(tmp_path: Path) -> None:
         opened(tmp_path, fp32_modules=("nrm",))
 
 
-@pytest.mark.parametrize("name", ["MixtralConfig", "Qwen3MoeConfig"])
-def test_fused_experts_are_an_error_that_names_them(name: str, tmp_path: Path) -> None:
-    experts = "num_local_experts" if name == "MixtralConfig" else "num_experts"
-    config = getattr(transformers, name)(
-        hidden_size=64, intermediate_size=128, moe_intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=256, num_experts_per_tok=2, **{experts: 4},
-    )  # fmt: skip
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(BaseModelError) as caught:
-        opened(tmp_path, compute_dtype="bf16")
-    assert "fused expert tensors stayed in 16 bits" in str(caught.value)
-    assert "mlp.experts.gate_up_proj (4, 256, 64)" in str(caught.value)
-    assert "quant.skip_modules=[experts]" in str(caught.value)
-    accepted = opened(tmp_path, compute_dtype="bf16", skip_modules=("experts",))
-    assert accepted.resident_bytes == accepted.expected_bytes
-    assert logits(accepted.model).isfinite().all()
-
-
 def test_missing_weights_are_an_error(tmp_path: Path) -> None:
     tiny.save(tmp_path, "llama")
     tensors = load_file(tmp_path / "model.safetensors")

@@ -1,6 +1,7 @@
 """A checkpoint's config.json as transformers reads it, refused with a fix where no causal LM can be opened from it."""
 
 from pathlib import Path
+from typing import Any
 
 from halfbyte.errors import BaseModelError, first_line
 from halfbyte.types import Config
@@ -31,7 +32,15 @@ def open_config(folder: Path, *, trust_remote_code: bool = False) -> Config:
             f"{folder}: model type {config.model_type!r} is not a causal language model.",
             fix="choose a model with a causal-LM head, such as a Llama, Qwen, Gemma, Mistral, GPT-2 or BLOOM",
         )
+    # gpt-oss's experts are decoded when the store is built (`store/mxfp4.py`)
+    if getattr(config, "quantization_config", None) is not None and _method(config.quantization_config) == "mxfp4":
+        del config.quantization_config
     return config
+
+
+def _method(quantised: Any) -> str:
+    values = quantised if isinstance(quantised, dict) else quantised.to_dict()
+    return str(getattr(values.get("quant_method"), "value", values.get("quant_method")))
 
 
 def is_quantised_already(config: Config, folder: Path) -> bool:
@@ -43,8 +52,7 @@ def is_quantised_already(config: Config, folder: Path) -> bool:
     quantised = getattr(config, "quantization_config", None)
     if quantised is None:
         return False
-    values = quantised if isinstance(quantised, dict) else quantised.to_dict()
-    method = str(getattr(values.get("quant_method"), "value", values.get("quant_method")))
+    method = _method(quantised)
     if method == "bitsandbytes":
         return True
     raise BaseModelError(

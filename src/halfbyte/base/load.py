@@ -115,6 +115,12 @@ class _Opening:
             bits = formats.of(self.quant).load_config(self.quant, self.dtype, heads)
             if bits is not None and linear_subclasses.is_needed(meta_model(self.config), self.quant.exempt):
                 bits = linear_subclasses.load_config(bits, self.quant)
+        if bits is not None and tensors.read_config(self.folder).get("quantization_config") is not None:
+            raise BaseModelError(
+                f"{self.checkpoint.id} has its experts in MXFP4, which are decoded while a store is built; without one "
+                "it cannot be opened.",
+                fix="export HALFBYTE_CACHE=/path/with/space",
+            )
         if bits is None:
             first_pages.read(self.folder)
         how |= {} if bits is None else {"quantization_config": bits}

@@ -20,9 +20,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from halfbyte.base.routed import RoutedReader
 from halfbyte.errors import BaseModelError
 from halfbyte.models import structure
-from halfbyte.quant import bnb, formats
+from halfbyte.quant import bnb, formats, stack_load
 from halfbyte.system import pages
 from halfbyte.types import Model
 
@@ -80,6 +81,7 @@ class Placed:
     mapped_bytes: int
     layers: int = 0
     stream: Stream | None = None
+    routed: RoutedReader | None = None
 
     def __str__(self) -> str:
         if self.placement == "streamed":
@@ -93,6 +95,9 @@ class Placed:
         """Take the hooks off; a streamed base is a mapped one afterwards."""
         if self.stream is not None:
             self.stream.remove()
+            if self.routed is not None:
+                self.routed.remove()
+            self.routed = None
             self.stream, self.placement, self.layers = None, "mapped", 0
 
 
@@ -151,9 +156,11 @@ def place(model: Model, placement: str, *, mover: Mover | None = None) -> Placed
             fix="--set quant.placement=mapped leaves the paging to the system",
         )
     layers = structure.decoder_layers(model)
+    routed = None
     if mover is None:
-        mover = Mover(*_groups(model, layers, maps))
-    return Placed("streamed", total, mapped, len(layers), Stream(layers, mover))
+        routed = RoutedReader(model, maps)
+        mover = Mover(*_groups(model, layers, maps, {t.data_ptr() for s in routed.stacks for t in s.tensors}))
+    return Placed("streamed", total, mapped, len(layers), Stream(layers, mover), routed)
 
 
 _STREAMS: WeakKeyDictionary[nn.Module, Stream] = WeakKeyDictionary()
@@ -230,21 +237,24 @@ def is_mapped(model: Model, maps: pages.FileMaps | None = None) -> bool:
     maps = maps or pages.FileMaps.read()
     modules = [m for layer in structure.decoder_layers(model) for m in layer.modules()]
     packed = [m.weight.data for m in modules if formats.is_quantised(m)]
+    packed += [stack.data for layer in structure.decoder_layers(model) for _, stack in stack_load.stacks(layer)]
     weights = packed or [p.data for m in modules for p in m.parameters(recurse=False)]
     return 2 * _bytes(t for t in weights if _is_mapped(t, maps)) > _bytes(weights)
 
 
 def _groups(
-    model: Model, layers: list[nn.Module], maps: pages.FileMaps
+    model: Model, layers: list[nn.Module], maps: pages.FileMaps, chosen: set[int]
 ) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-    """Mapped tensors of each layer and of the rest; and the same without an embedding that is not the head too."""
+    """Mapped tensors of each layer and of the rest; and the same without an embedding that is not the head too, and
+    without what comes when it is `chosen` (addresses)."""
     groups = [[t for t in _tensors(layer) if _is_mapped(t, maps)] for layer in layers]
     inside = {t.data_ptr() for group in groups for t in group}
     rest = [t for t in _tensors(model) if _is_mapped(t, maps) and t.data_ptr() not in inside]
     head = model.get_output_embeddings()
     whole = {p.data_ptr() for p in head.parameters()} if head is not None else set()
     rows = {p.data_ptr() for p in model.get_input_embeddings().parameters()} - whole
-    return [*groups, rest], [*groups, [t for t in rest if t.data_ptr() not in rows]]
+    ahead = [[t for t in group if t.data_ptr() not in chosen] for group in groups]
+    return [*groups, rest], [*ahead, [t for t in rest if t.data_ptr() not in rows]]
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -115,7 +115,7 @@ def of_folder(folder: Path, name: str | None = None) -> Shape:
     config = tensors.read_config(folder)
     read = (folder / "config.json").stat().st_size
     name = name or str(folder)
-    if config.get("quantization_config") is not None:
+    if tensors.is_quantised(config):
         return _of(name, config, _QUANTISED, read=read, path=folder)
     try:
         files = safetensors.weight_files(folder)
@@ -209,6 +209,6 @@ def _of_hub(repo: str, revision: str | None) -> Shape:
             start += remote.read(len(start), 8 + length)
         headers.append(safetensors.parse_header(start[8 : 8 + length], remote.size, f"{repo}/{file}"))
         read += remote.read_bytes
-    if config.get("quantization_config") is not None:
+    if tensors.is_quantised(config):
         return _of(name, config, _QUANTISED, read=read)
     return _of(name, config, f"{_headers(files)} on the hub", tensors.specs_of(headers, config), read)

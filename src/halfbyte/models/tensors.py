@@ -156,6 +156,12 @@ def _stacked(specs: list[TensorSpec]) -> list[TensorSpec]:
     return list({made.get(spec.name, spec).name: made.get(spec.name, spec) for spec in specs}.values())
 
 
+def is_quantised(config: ConfigFile) -> bool:
+    """Whether a checkpoint's matrices are in few bits, so that their headers do not say their shapes; MXFP4's do."""
+    settings = config.get("quantization_config")
+    return settings is not None and not (isinstance(settings, Mapping) and settings.get("quant_method") == "mxfp4")
+
+
 def read_config(folder: Path) -> Document:
     """`config.json` of a model folder."""
     path = folder / "config.json"

@@ -90,6 +90,11 @@ class Building:
     def _held(self, spec: TensorSpec) -> int:
         """Bytes that a thread holds at most while it works on one tensor."""
         at_once = spec.numel if spec.transposed else min(spec.numel, CHUNK_ELEMENTS)
+        if spec.dtype == "F4":  # a whole expert: its codes as numbers, its weights and the same turned
+            at_once = spec.numel // spec.shape[0]
+            return at_once * (5 + 2 * self.itemsize) + formats.of(self.quant).encoding_bytes(
+                at_once, spec.out_in, self.quant
+            )
         read = at_once * DTYPE_BITS[spec.dtype] // 8
         cast = 0 if DTYPE_BITS[spec.dtype] == 8 * self.itemsize else at_once * self.itemsize
         if not self._is_quantised(spec):

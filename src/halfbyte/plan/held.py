@@ -93,9 +93,9 @@ def base_lines(job: Job, placement: Placement, cards: int, where: Where, room_by
 def busy_file_bytes(job: Job) -> int:
     """Pages of a mapped or streamed base that are in use at once.
 
-    The layer that computes and those that are read ahead, or the head beside the last layer.
+    The layer that computes, with all its experts, and those that are read ahead; or the head beside the last layer.
     """
-    return min(job.base_bytes, max((1 + AHEAD) * job.layer_bytes, job.layer_bytes + _touched_outer(job)))
+    return min(job.base_bytes, job.layer_bytes + max(AHEAD * job.ahead_bytes, _touched_outer(job)))
 
 
 def _touched_outer(job: Job) -> int:

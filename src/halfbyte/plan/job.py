@@ -165,7 +165,7 @@ class Job:
     ) -> Self:
         """From the headers of a checkpoint; from `model` where it has none (pickled weights, or quantised ones)."""
         config = tensors.read_config(checkpoint.path)
-        if checkpoint.pickle or config.get("quantization_config") is not None:
+        if checkpoint.pickle or tensors.is_quantised(config):
             specs = [tensors.spec_of(name, tuple(p.shape), "BF16", config) for name, p in model.named_parameters()]
         else:
             specs = tensors.read_checkpoint(checkpoint.path)
@@ -208,13 +208,24 @@ class Job:
         """Weights that every token is multiplied with, without the head; of experts those that a token meets."""
         share = self.facts.experts_per_token / self.facts.experts if self.facts.experts else 1.0
         linears = [s for s in self.specs if s.role in ("linear", "expert")]
-        experts = sum(s.numel for s in linears if s.role == "expert" or ".experts." in s.name)
-        return sum(s.numel for s in linears) - experts + round(experts * share)
+        return sum(s.numel for s in linears) - self.expert_numel + round(self.expert_numel * share)
+
+    @cached_property
+    def expert_numel(self) -> int:
+        """Weights of all experts together."""
+        return sum(s.numel for s in self.specs if s.role == "expert")
+
+    def met_numel(self, tokens: float) -> float:
+        """Weights that a micro-batch of so many tokens is multiplied with: of experts those that any token is sent to,
+        by chance."""
+        own = self.facts.experts_per_token / self.facts.experts if self.facts.experts else 1.0
+        dense = self.linear_numel - round(self.expert_numel * own)
+        return dense + self.expert_numel * (1 - (1 - min(own, 1.0)) ** max(1.0, tokens))
 
     @cached_property
     def linear_widths(self) -> int:
         """Numbers that a token brings into all linear layers and takes out of them; without experts."""
-        return sum(sum(s.shape) for s in self.specs if s.role == "linear" and ".experts." not in s.name)
+        return sum(sum(s.shape) for s in self.specs if s.role == "linear")
 
     @cached_property
     def _bytes_by_layer(self) -> Counter[int | None]:
@@ -232,6 +243,15 @@ class Job:
     def layer_bytes(self) -> int:
         """Bytes of the largest decoder layer of the base."""
         return max((size for layer, size in self._bytes_by_layer.items() if layer is not None), default=0)
+
+    @cached_property
+    def ahead_bytes(self) -> int:
+        """Bytes of the largest decoder layer without experts, which are read when tokens are sent to them."""
+        sizes = Counter[int | None]()
+        for s in self.specs:
+            if s.role != "expert" and s.layer is not None:
+                sizes[s.layer] += policy.encoded_bytes(s, self.recipe.quant, self.itemsize)
+        return max(sizes.values(), default=0)
 
     @property
     def outer_bytes(self) -> int:
@@ -282,7 +302,7 @@ class Job:
 
     @cached_property
     def biggest_numel(self) -> int:
-        return max((s.numel for s in self.specs), default=0)
+        return max((s.numel // (s.shape[0] if s.role == "expert" else 1) for s in self.specs), default=0)
 
     @cached_property
     def embedding_numel(self) -> int:

@@ -61,7 +61,9 @@ def settle(model: Model) -> None:
 
 def is_needed(model: Model, exempt: Iterable[str]) -> bool:
     """Whether transformers' own quantisers would not hold an empty model as the policy says."""
-    return bool(plain_linears(model, exempt) or stack_load.places(model))
+    # Llama 4's experts they replace by linear layers, but only where a checkpoint is quantised already
+    replaced = any(type(module).__name__ == "Llama4TextExperts" for module in model.modules())
+    return bool(replaced or plain_linears(model, exempt) or stack_load.places(model))
 
 
 def plain_linears(model: Model, exempt: Iterable[str]) -> list[tuple[str, nn.Module]]:

@@ -96,6 +96,19 @@ class ExpertStack(nn.Parameter):
     def __getitem__(self, expert: Any) -> Tensor:
         return self.expert(int(expert), self.compute_dtype)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What grows with the number of experts: codes, and a scale for each row or block."""
+        scales = self.SCB if self.SCB is not None else self.quant_state.absmax
+        return (self.data, scales)
+
+    def of_expert(self, e: int) -> tuple[Tensor, ...]:
+        """The part of each of `tensors` that belongs to one expert: views, of whole bytes."""
+        return tuple(part.view(-1)[e * n : (e + 1) * n] for part, n in self._shares())
+
+    def _shares(self) -> list[tuple[Tensor, int]]:
+        return [(part, part.numel() // self._logical[0]) for part in self.tensors]
+
     def expert(self, e: int, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
         """The dense matrix (a, b) of one expert, in new memory or in `out`, (a, b) contiguous in `dtype`.
 

@@ -1,9 +1,11 @@
 """Experts in few bits for transformers' loader: which parameters become stacks, and how they come out of a checkpoint.
 
-Why: transformers' quantisers look at linear layers alone. A mixture's experts, one parameter [E, a, b], stay in 16 bits.
+Why: transformers' quantisers look at linear layers alone. A mixture's experts, one parameter [E, a, b], stay in 16
+bits.
 What: a parameter of three dimensions whose module runs through transformers' experts interface is replaced by an empty
-`ExpertStack` before weights are loaded. In a store its tensors are called as a linear layer's: `experts.down_proj.weight`,
-`experts.down_proj.weight.absmax`. Without a store the 16-bit stack is quantised when it is merged.
+`ExpertStack` before weights are loaded. In a store its tensors are called as a linear layer's are:
+`experts.down_proj.weight`, `experts.down_proj.weight.absmax`. Without a store the 16-bit stack is quantised when it is
+merged.
 Source: `transformers/integrations/moe.py`, `use_experts_implementation`; `core_model_loading.py`, `WeightConverter`.
 """
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 PAGE = mmap.PAGESIZE
 _PAGEMAP = "/proc/self/pagemap"
-_WILLNEED, _DONTNEED = 3, 4
+_NORMAL, _RANDOM, _WILLNEED, _DONTNEED = 0, 1, 3, 4
 _ENTRY_BYTES = 8  # of /proc/self/pagemap, one a page
 _PRESENT, _SWAPPED, _FILE = np.uint64(1 << 63), np.uint64(1 << 62), np.uint64(1 << 61)
 
@@ -94,6 +94,11 @@ def supported() -> bool:
 def bring(span: Span) -> None:
     """Start reading a span into the page cache. Returns when the reads are under way; may wait for the disk's queue."""
     _advise(span, _WILLNEED)
+
+
+def read_ahead(span: Span, *, wanted: bool) -> None:
+    """Whether the kernel reads on behind a page of the span that is touched, as it does by itself."""
+    _advise(span, _NORMAL if wanted else _RANDOM)
 
 
 def let_go(span: Span) -> int:

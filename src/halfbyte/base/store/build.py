@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from halfbyte.base.store import manifest, shelf
+from halfbyte.base.store import manifest, mxfp4, shelf
 from halfbyte.base.store.layout import FilePlan, Layout, slots
 from halfbyte.base.store.piece import Piece
 from halfbyte.base.store.reading import Source, torch_dtypes
@@ -225,6 +225,9 @@ class _FileBuild:
 
         The hash of each source is put into `hashes`, by its name.
         """
+        if piece.mxfp4:
+            yield from self._experts_of_mxfp4(piece, hashes)
+            return
         unit = 1 if piece.encoding == "copy" else formats.of(self.quant).unit(piece.shape, self.quant)
         most = max(1, building.CHUNK_ELEMENTS // unit) * unit
         start = 0
@@ -249,6 +252,23 @@ class _FileBuild:
                 self.count.add(nbytes)
             hashes[source.name] = digest.hexdigest()
             start += numel
+
+    def _experts_of_mxfp4(self, piece: Piece, hashes: dict[str, str]) -> Iterator[tuple[int, torch.Tensor]]:
+        """The same for a stack in MXFP4: an expert at a time."""
+        digests = [hashlib.sha256(f"{source.dtype}{list(source.shape)}".encode()) for source in piece.sources]
+        numel = piece.numel // piece.shape[0]
+        for expert in range(piece.shape[0]):
+            if self.stop.is_set():
+                raise _Stopped("the build was stopped")
+            raw = [bytearray(source.nbytes // source.shape[0]) for source in piece.sources]
+            for source, digest, half in zip(piece.sources, digests, raw, strict=True):
+                self.source.read(source, expert * len(half), memoryview(half))
+                digest.update(half)
+            shapes = (source.shape[1:] for source in piece.sources)
+            blocks, scales = (np.frombuffer(h, np.uint8).reshape(n) for h, n in zip(raw, shapes, strict=True))
+            yield expert * numel, mxfp4.decoded(blocks, scales, piece.dtype)
+            self.count.add(sum(map(len, raw)))
+        hashes |= {source.name: digest.hexdigest() for source, digest in zip(piece.sources, digests, strict=True)}
 
     def _quantise(self, piece: Piece, out: Writer, hashes: dict[str, str]) -> dict[str, bytes]:
         name, held = piece.name, formats.of(self.quant)

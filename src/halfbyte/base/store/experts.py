@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from itertools import chain
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from halfbyte.base.store import mxfp4
 from halfbyte.base.store.piece import FLOATS, Piece
 from halfbyte.base.store.reading import SourceTensor
 from halfbyte.errors import BaseModelError
@@ -22,6 +23,8 @@ from halfbyte.recipe.schema import Quant
 if TYPE_CHECKING:
     import torch
 
+    from halfbyte.quant.stack import ExpertStack
+
 # A tensor of the source, and the pattern of the conversion that takes it.
 Member = tuple[SourceTensor, str | None]
 
@@ -29,22 +32,26 @@ Member = tuple[SourceTensor, str | None]
 class Loader(Protocol):
     """transformers' own view of a load (`layout.py`)."""
 
-    stacks: dict[str, object]
-    converters: list[object]
+    stacks: dict[str, ExpertStack]
+    converters: list[Any]
 
     def dtype_of(self, target: str, *, quantised: bool) -> torch.dtype: ...
 
 
-def piece(target: str, members: list[Member], loader: Loader, quant: Quant) -> Piece:
+def piece(target: str, members: list[Member], loader: Loader, quant: Quant, halves: mxfp4.Halves) -> Piece:
     """The expert parameter `target` of the model from the tensors that transformers would make it of.
+
+    Args:
+        halves: of a tensor in MXFP4 its blocks and scales.
 
     Raises:
         BaseModelError: they are merged in a way that is not known here, or are not what the model needs.
     """
     shape = tuple(loader.stacks[target].shape)
     sources = _in_order(target, members, loader)
+    packed = sources[0].dtype == mxfp4.DTYPE
     transposed = _is_transposed(target, sources, shape)
-    if math.prod(shape) != sum(math.prod(source.shape) for source in sources):
+    if math.prod(shape) != sum(math.prod(source.shape) for source in sources) or (packed and sources[0].shape != shape):
         found = ", ".join(sorted({f"{source.shape}" for source in sources}))
         raise BaseModelError(
             f"{target} needs {shape}, and the checkpoint's {len(sources)} tensors for it are of shape {found}.",
@@ -52,7 +59,7 @@ def piece(target: str, members: list[Member], loader: Loader, quant: Quant) -> P
         )
     unit = formats.of(quant).unit(shape, quant)
     for source in sources:
-        if source.dtype not in FLOATS:
+        if source.dtype not in FLOATS and not packed:
             raise BaseModelError(f"{source.name} is {source.dtype}; experts are quantised from {', '.join(FLOATS)}.")
         if math.prod(source.shape[-2:]) % unit:
             raise BaseModelError(
@@ -61,7 +68,8 @@ def piece(target: str, members: list[Member], loader: Loader, quant: Quant) -> P
                 fix="a smaller quant.block_size, or leave experts in 16 bits: --set 'quant.skip_modules=[experts]'",
             )
     name = stack_load.stored_name(target)
-    return Piece(name, sources, shape, "quantised", loader.dtype_of(target, quantised=True), transposed)
+    dtype = loader.dtype_of(target, quantised=True)
+    return Piece(name, halves[sources[0].name] if packed else sources, shape, "quantised", dtype, transposed, packed)
 
 
 def _in_order(target: str, members: list[Member], loader: Loader) -> tuple[SourceTensor, ...]:

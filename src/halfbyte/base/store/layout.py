@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from halfbyte.base.store import experts
+from halfbyte.base.store import experts, mxfp4
 from halfbyte.base.store.piece import FLOATS, Piece
 from halfbyte.base.store.reading import SourceTensor, torch_dtypes
 from halfbyte.base.store.renaming import Rule, renamed
@@ -67,6 +67,7 @@ def lay_out(tensors: dict[str, SourceTensor], wanted: Wanted) -> Layout:
     pieces: list[tuple[Piece, str]] = []
     wrong: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
     stacked: dict[str, list[experts.Member]] = {}
+    tensors, halves = mxfp4.joined(tensors)
     for name, target, rule in loader.targets(tensors):
         if target not in loader.state:
             continue  # a buffer or a tower that this class does not read
@@ -86,7 +87,7 @@ def lay_out(tensors: dict[str, SourceTensor], wanted: Wanted) -> Layout:
         shape = source.shape[::-1] if transposed else source.shape
         pieces.append((Piece(name, (source,), shape, "quantised" if quantised else "copy", dtype, transposed), target))
     for target, members in stacked.items():
-        pieces.append((experts.piece(target, members, loader, wanted.quant), target))
+        pieces.append((experts.piece(target, members, loader, wanted.quant, halves), target))
     if wanted.check is not None:
         missing = loader.missing({target for _, target in pieces})
         wanted.check(loader.model, {"missing_keys": missing, "mismatched_keys": wrong})
