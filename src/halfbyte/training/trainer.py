@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from halfbyte.adapters.lora import loraplus_optimizer, without_gradient
 from halfbyte.data import collate, pack
 from halfbyte.errors import RecipeError, TrainError, first_line
-from halfbyte.layers import loss
+from halfbyte.layers import balance, loss
 from halfbyte.recipe.schema import Train
 from halfbyte.training.pace import Pace
 from halfbyte.types import Batch, Document, Model
@@ -194,7 +194,7 @@ class StepTrainer(Trainer):
 
     def _run_micro_batch(self, model: Model, batch: Batch, labelled_tokens: int) -> torch.Tensor:
         """Forward and backward of one micro-batch; its share of the step's loss."""
-        summed = loss.micro_batch_loss(model, batch, label_smoothing=self.args.label_smoothing_factor)
+        summed = balance.micro_batch_loss(model, batch, label_smoothing=self.args.label_smoothing_factor)
         part = summed / labelled_tokens
         self.accelerator.backward(part)
         return part.detach()
