@@ -17,6 +17,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from halfbyte.quant.policy import matches
+from halfbyte.recipe.schema import Quant
 from halfbyte.types import Model
 
 if TYPE_CHECKING:
@@ -126,12 +127,9 @@ def quantise_operation(upstream: object) -> object:
 @cache
 def _operations() -> tuple[type, type]:
     import bitsandbytes.functional as bnb_f
-    import torch
     from transformers.core_model_loading import ConversionOps
 
-    from halfbyte.quant import formats
     from halfbyte.quant.stack import ExpertStack
-    from halfbyte.recipe.schema import Quant
 
     class StackDeserialize(ConversionOps):
         """The tensors of a stack in a store become the stack."""
@@ -169,24 +167,32 @@ def _operations() -> tuple[type, type]:
                 value = given[0] if isinstance(given, list) else given
                 place = model.get_parameter(name)
                 if isinstance(place, ExpertStack):
-                    made[name] = quantised(value.to(place.compute_dtype), name, self.upstream.hf_quantizer)
+                    made[name] = _quantised(value.to(place.compute_dtype), name, self.upstream.hf_quantizer)
                 else:
                     others[name] = given
             return made | (self.upstream.convert(others, model=model, **kwargs) if others else {})
 
-    def quantised(values: torch.Tensor, name: str, quantiser: Model) -> ExpertStack:
-        settings = quantiser.quantization_config
-        if settings.load_in_8bit:
-            quant = Quant(type="int8")
-        else:
-            quant = Quant(type=settings.bnb_4bit_quant_type, double_quant=settings.bnb_4bit_use_double_quant)
-        shape, dtype = tuple(values.shape), values.dtype
-        encoder = formats.of(quant).encoder(quant, shape, dtype, name)
-        codes = torch.from_numpy(encoder.codes(0, values.cpu().reshape(-1)))
-        parts = {key: part.to(values.device) for key, part in encoder.parts().items()}
-        if quant.type == "int8":
-            return ExpertStack.of_8bit(codes.view(shape).to(values.device), parts["SCB"], dtype)
-        state = bnb_f.QuantState.from_dict({f"weight{key}": p for key, p in parts.items()}, values.device)
-        return ExpertStack.of_4bit(codes.view(-1, 1).to(values.device), state)
-
     return StackDeserialize, StackQuantize
+
+
+def _quantised(values: torch.Tensor, name: str, quantiser: Model) -> ExpertStack:
+    """A merged stack in the format that a quantiser's config names."""
+    import bitsandbytes.functional as bnb_f
+    import torch
+
+    from halfbyte.quant import formats
+    from halfbyte.quant.stack import ExpertStack
+
+    settings = quantiser.quantization_config
+    if settings.load_in_8bit:
+        quant = Quant(type="int8")
+    else:
+        quant = Quant(type=settings.bnb_4bit_quant_type, double_quant=settings.bnb_4bit_use_double_quant)
+    shape, dtype = tuple(values.shape), values.dtype
+    encoder = formats.of(quant).encoder(quant, shape, dtype, name)
+    codes = torch.from_numpy(encoder.codes(0, values.cpu().reshape(-1)))
+    parts = {key: part.to(values.device) for key, part in encoder.parts().items()}
+    if quant.type == "int8":
+        return ExpertStack.of_8bit(codes.view(shape).to(values.device), parts["SCB"], dtype)
+    state = bnb_f.QuantState.from_dict({f"weight{key}": p for key, p in parts.items()}, values.device)
+    return ExpertStack.of_4bit(codes.view(-1, 1).to(values.device), state)

@@ -25,8 +25,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from halfbyte.adapters.lora import loraplus_optimizer, without_gradient
 from halfbyte.data import collate, pack
 from halfbyte.errors import RecipeError, TrainError, first_line
-from halfbyte.layers import balance, loss
+from halfbyte.layers import loss
 from halfbyte.recipe.schema import Train
+from halfbyte.training import balance
 from halfbyte.training.pace import Pace
 from halfbyte.types import Batch, Document, Model
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte.layers import balance, packing_proof
+from halfbyte.layers import packing_proof
+from halfbyte.training import balance
 from tests import plain_peft, small_models, tiny
 
 
