@@ -23,8 +23,7 @@ import torch
 
 from halfbyte.base.store import manifest, mxfp4, shelf
 from halfbyte.base.store.layout import FilePlan, Layout, slots
-from halfbyte.base.store.piece import Piece
-from halfbyte.base.store.reading import Source, torch_dtypes
+from halfbyte.base.store.reading import Piece, Source, torch_dtypes
 from halfbyte.base.store.writer import Writer
 from halfbyte.errors import HalfbyteError, StoreError
 from halfbyte.models.sources.checkpoint import beside_bytes, beside_weights

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import math
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from halfbyte.base.store import mxfp4
-from halfbyte.base.store.piece import FLOATS, Piece
-from halfbyte.base.store.reading import SourceTensor
+from halfbyte.base.store.reading import FLOATS, Piece, SourceTensor
+from halfbyte.base.store.renaming import Rule
 from halfbyte.errors import BaseModelError
 from halfbyte.quant import formats, stack_load
 from halfbyte.recipe.schema import Quant
@@ -25,15 +25,14 @@ if TYPE_CHECKING:
 
     from halfbyte.quant.stack import ExpertStack
 
-# A tensor of the source, and the pattern of the conversion that takes it.
-Member = tuple[SourceTensor, str | None]
+# A tensor of the source, and the rule that takes it.
+Member = tuple[SourceTensor, Rule | None]
 
 
 class Loader(Protocol):
     """transformers' own view of a load (`layout.py`)."""
 
     stacks: dict[str, ExpertStack]
-    converters: list[Any]
 
     def dtype_of(self, target: str, *, quantised: bool) -> torch.dtype: ...
 
@@ -48,7 +47,7 @@ def piece(target: str, members: list[Member], loader: Loader, quant: Quant, halv
         BaseModelError: they are merged in a way that is not known here, or are not what the model needs.
     """
     shape = tuple(loader.stacks[target].shape)
-    sources = _in_order(target, members, loader)
+    sources = _in_order(target, members)
     packed = sources[0].dtype == mxfp4.DTYPE
     transposed = _is_transposed(target, sources, shape)
     if math.prod(shape) != sum(math.prod(source.shape) for source in sources) or (packed and sources[0].shape != shape):
@@ -72,14 +71,14 @@ def piece(target: str, members: list[Member], loader: Loader, quant: Quant, halv
     return Piece(name, halves[sources[0].name] if packed else sources, shape, "quantised", dtype, transposed, packed)
 
 
-def _in_order(target: str, members: list[Member], loader: Loader) -> tuple[SourceTensor, ...]:
-    """Sources in the order of the result. A conversion takes a list for each of its patterns."""
-    lists: dict[str | None, list[SourceTensor]] = {}
-    for source, pattern in members:
-        lists.setdefault(pattern, []).append(source)
-    converter = next((c for c in loader.converters if next(iter(lists)) in c.source_patterns), None)
-    steps = [type(step).__name__ for step in converter.operations] if converter is not None else []
-    dims = [getattr(step, "dim", None) for step in converter.operations] if converter is not None else []
+def _in_order(target: str, members: list[Member]) -> tuple[SourceTensor, ...]:
+    """Sources in the order of the result. A converter takes a list for each of its patterns."""
+    lists: dict[str, list[SourceTensor]] = {}
+    for source, rule in members:
+        lists.setdefault(rule.pattern if rule else "", []).append(source)
+    converter = next((rule.converter for _, rule in members if rule is not None), None)
+    operations = converter.operations if converter is not None else []
+    steps, dims = [type(step).__name__ for step in operations], [getattr(step, "dim", None) for step in operations]
     if steps in ([], ["Transpose"]) and len(members) == 1:
         return (members[0][0],)
     together = [lists[pattern] for pattern in converter.source_patterns if pattern in lists] if converter else []

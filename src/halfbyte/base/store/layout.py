@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from halfbyte.base.store import experts, mxfp4
-from halfbyte.base.store.piece import FLOATS, Piece
-from halfbyte.base.store.reading import SourceTensor, torch_dtypes
+from halfbyte.base.store.reading import FLOATS, Piece, SourceTensor, torch_dtypes
 from halfbyte.base.store.renaming import Rule, renamed
 from halfbyte.base.store.shelf import CannotHold, Wanted
 from halfbyte.base.store.writer import Slot

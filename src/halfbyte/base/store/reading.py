@@ -1,4 +1,5 @@
-"""The tensors of a source, read in pieces past the page cache: safetensors by position, pickles through a mapping.
+"""The tensors of a source, and the pieces of a store that they become. Read in pieces past the page cache: safetensors by
+position, pickles through a mapping.
 
 A source is read once, front to back; kept in the page cache it would push out what the machine needs. Safetensors bytes
 are never mapped, so they count in no process's resident memory.
@@ -6,12 +7,13 @@ are never mapped, so they count in no process's resident memory.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from halfbyte.errors import BaseModelError, StoreError, first_line
 from halfbyte.models.sources import safetensors
@@ -19,6 +21,10 @@ from halfbyte.models.sources.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch
+
+
+# What can be quantised, as safetensors calls it.
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,34 @@ class SourceTensor:
     nbytes: int
     file: Path
     start: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of a store, from one tensor of the source or from all experts' tensors, one after the other.
+
+    Args:
+        shape: as it is held: (out, in), or (experts, out, in) as the model has them.
+        dtype: what its values are cast to, before they are quantised too.
+        transposed: each matrix of the source is.
+        mxfp4: the sources are blocks and scales of that format (`mxfp4.py`).
+    """
+
+    name: str
+    sources: tuple[SourceTensor, ...]
+    shape: tuple[int, ...]
+    encoding: Literal["quantised", "copy"]
+    dtype: torch.dtype
+    transposed: bool = False
+    mxfp4: bool = False
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(source.nbytes for source in self.sources)
 
 
 class Source:
