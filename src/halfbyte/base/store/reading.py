@@ -1,5 +1,5 @@
-"""The tensors of a source, and the pieces of a store that they become. Read in pieces past the page cache: safetensors by
-position, pickles through a mapping.
+"""The tensors of a source, read in pieces past the page cache (safetensors by position, pickles through a mapping), and
+what a store makes of them.
 
 A source is read once, front to back; kept in the page cache it would push out what the machine needs. Safetensors bytes
 are never mapped, so they count in no process's resident memory.
