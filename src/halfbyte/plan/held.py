@@ -56,7 +56,9 @@ def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
         return (Line("libraries", HOST_OF_CARD_BYTES, "a CUDA build; a round figure"), Line("data", held, words))
     source, first = "measured on a tiny run", "kernels, threads' buffers and the Trainer, from then on"
     compiler, code = (COMPILER_PRIVATE_BYTES, COMPILER_FILE_BYTES) if job.cold else (0, 0)
-    products = min(PRODUCTS_KEPT, PRODUCTS_OF_A_SIZE * job.sizes) - PRODUCTS_OF_A_SIZE
+    # every expert has a number of tokens of its own, and with each other rows of them
+    sizes = job.sizes if not job.expert_numel else PRODUCTS_KEPT
+    products = min(PRODUCTS_KEPT, PRODUCTS_OF_A_SIZE * sizes) - PRODUCTS_OF_A_SIZE
     return (
         *library_lines(LIBRARIES_PRIVATE_BYTES, "torch, transformers, peft, numba and their state"),
         Line("compiler's code", code, "kernels are compiled in the first run on a machine", source, "file"),

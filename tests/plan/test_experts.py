@@ -1,0 +1,63 @@
+"""A mixture in a plan: bytes of all experts, products of those that a token meets, pages of one layer's experts."""
+
+from __future__ import annotations
+
+import pytest
+
+from halfbyte import plan as memory
+from halfbyte.errors import BaseModelError
+from halfbyte.models import describe, tensors
+from halfbyte.plan import held
+from halfbyte.quant import policy
+from halfbyte.recipe.schema import Quant, Recipe
+from halfbyte.system import device
+
+
+def job(name: str) -> memory.Job:
+    shape = describe.describe(name)
+    recipe = Recipe.model_validate({"model": name, "data": {"train": "x.jsonl"}, "output": "run"})
+    return memory.Job.of(recipe, shape.specs, shape.facts, memory.Rows.assume(512), device.detect(), mappable=True)
+
+
+def test_bytes_of_all_experts_and_products_of_two() -> None:
+    made = job("mixtral-8x7b")
+    layer = 8 * 3 * 4096 * 14336
+    assert made.expert_numel == 32 * layer
+    assert made.met_numel(1) == made.linear_numel == pytest.approx(32 * (layer / 4 + 2 * 4096 * 4096 + 2 * 4096 * 1024))
+    assert made.met_numel(100) == pytest.approx(made.linear_numel + 0.75 * 32 * layer, rel=1e-6)
+    assert 0.5155 < made.layer_bytes / (layer + 2 * 4096 * 4096 + 2 * 4096 * 1024) < 0.5165  # 4.13 bits a weight
+
+
+def test_of_streamed_layers_ahead_experts_are_not_there() -> None:
+    made = job("mixtral-8x7b")
+    assert made.ahead_bytes < 0.04 * made.layer_bytes
+    assert held.busy_file_bytes(made) <= made.layer_bytes + made.outer_bytes  # three layers would be more
+
+
+def test_an_expert_a_tensor_is_planned_as_the_stack_that_it_becomes() -> None:
+    config = {"model_type": "qwen3_moe", "num_experts": 3, "num_experts_per_tok": 2}
+    header = {
+        f"model.layers.0.mlp.experts.{e}.{part}_proj.weight": {"dtype": "BF16", "shape": shape}
+        for e in range(3)
+        for part, shape in (("gate", [32, 64]), ("up", [32, 64]), ("down", [64, 32]))
+    }
+    header["model.layers.0.mlp.gate.weight"] = {"dtype": "BF16", "shape": [3, 64]}
+    got = {s.name: (s.shape, s.role, s.layer) for s in tensors.specs_of([header], config)}
+    assert got == {
+        "model.layers.0.mlp.experts.gate_up_proj": ((3, 64, 64), "expert", 0),
+        "model.layers.0.mlp.experts.down_proj": ((3, 64, 32), "expert", 0),
+        "model.layers.0.mlp.gate.weight": ((3, 64), "router", 0),
+    }
+
+
+@pytest.mark.parametrize("kind", sorted(policy.FIXED_EXPERTS))
+def test_what_opening_refuses_planning_refuses(kind: str) -> None:
+    names = {"jetmoe": "mlp.input_linear.weight", "inkling_text": "mlp.shared_experts.gate_proj"}
+    name = f"model.layers.0.{names.get(kind, 'feed_forward.experts.gate_up_proj')}"
+    config = {"model_type": kind, "num_local_experts": 4, "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    spec = tensors.spec_of(name, (4, 64, 192), "BF16", config)
+    with pytest.raises(BaseModelError, match=f"code of a {kind}"):
+        policy.check_experts(kind, [spec], Quant())
+    modules = policy.FIXED_EXPERTS[kind][1].split(",")
+    policy.check_experts(kind, [spec], Quant(skip_modules=tuple(modules)))
+    policy.check_experts(kind, [spec], Quant(type="none"))
