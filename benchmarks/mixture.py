@@ -1,11 +1,9 @@
 """A mixture of experts that is larger in 16 bits than the memory it trains in: stored, and one step streamed from disk.
 
     python benchmarks/mixture.py                     # a Qwen3-MoE of 14 layers, 8.9 GB in 16 bits; minutes
-    python benchmarks/mixture.py --compare           # 2 layers: tokens a second beside plain PEFT, 16-bit experts
 
 The checkpoint is written from random numbers, an expert a tensor as Qwen3-MoE's are, and deleted afterwards. Memory is
-the process's own resident set, private and file pages together, sampled every 20 ms. `--compare` runs the plain stack,
-bitsandbytes 4-bit attention and experts in bf16 as transformers leaves them, and ours, in turns.
+the process's own resident set, private and file pages together, sampled every 20 ms. Speed: `experts.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ if __package__ in (None, ""):
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.larger_than_ram import batch, step
+from benchmarks.larger_than_ram import step
 from benchmarks.measuring import arguments, cold, on_disk, say, verdict, watched
 from halfbyte.adapters import lora as adapters
 from halfbyte.adapters import targets
@@ -140,54 +138,9 @@ def train_larger(folder: Path, tokens: int, layers: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def plain(folder: Path) -> Any:
-    """What the classic script has: attention in 4 bits, experts in bf16."""
-    import peft
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=settings)
-    model.requires_grad_(False)
-    names = list(LORA["target_modules"])
-    return peft.get_peft_model(model, peft.LoraConfig(r=LORA["r"], target_modules=names, task_type="CAUSAL_LM")).train()
-
-
-def compare(folder: Path, tokens: int, layers: int) -> dict[str, Any]:
-    write(folder / "source", layers)
-    theirs = plain(folder / "source")
-    ours = adapted(store_of(folder / "source", folder / "store")[0])
-    stream.place(ours, "resident")
-    held = {
-        name: sum(p.nbytes for p in model.parameters()) / 1e9 for name, model in (("plain", theirs), ("ours", ours))
-    }
-    ids = batch(tokens)["input_ids"].view(2, -1)
-    seconds: dict[str, list[float]] = {"plain": [], "ours": []}
-    for _ in range(4):
-        began = time.perf_counter()
-        theirs(input_ids=ids, labels=ids).loss.backward()
-        theirs.zero_grad()
-        seconds["plain"].append(time.perf_counter() - began)
-        seconds["ours"].append(step(ours, None, tokens)[1])
-        ours.zero_grad()
-    rates = {name: tokens / min(each[1:]) for name, each in seconds.items()}
-    return {
-        "layers": layers, "tokens": tokens, "weights_gb": held, "tokens_per_second": rates,
-        "ratio": rates["ours"] / rates["plain"], "seconds": seconds,
-    }  # fmt: skip
-
-
 def main() -> int:
     parser = arguments(__doc__, "/tmp/halfbyte-mixture")
-    parser.add_argument("--compare", action="store_true", help="tokens a second beside the plain stack")
     args = parser.parse_args()
-    if args.compare:
-        result = on_disk(args, lambda: compare(args.folder, args.tokens, args.layers or 2))
-        return 0 if verdict("tokens a second beside plain", result["ratio"], 1.0, at_least=True) else 1
     result = on_disk(args, lambda: train_larger(args.folder, args.tokens, args.layers or LAYERS))
     fine = [
         verdict(
