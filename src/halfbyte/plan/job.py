@@ -215,13 +215,6 @@ class Job:
         """Weights of all experts together."""
         return sum(s.numel for s in self.specs if s.role == "expert")
 
-    def met_numel(self, tokens: float) -> float:
-        """Weights that a micro-batch of so many tokens is multiplied with: of experts those that any token is sent to,
-        by chance."""
-        own = self.facts.experts_per_token / self.facts.experts if self.facts.experts else 1.0
-        dense = self.linear_numel - round(self.expert_numel * own)
-        return dense + self.expert_numel * (1 - (1 - min(own, 1.0)) ** max(1.0, tokens))
-
     @cached_property
     def linear_widths(self) -> int:
         """Numbers that a token brings into all linear layers and takes out of them; without experts."""
