@@ -25,6 +25,7 @@ def test_of_a_streamed_mixture_only_experts_with_tokens_are_read(tmp_path: Path)
         hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=VOCAB, num_experts_per_tok=1, num_local_experts=16,
     )  # fmt: skip
+    torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model = opened(tmp_path, compute_dtype="bf16").model
     ids = torch.full((1, 12), 7)  # one token again and again: a router sends it to one expert or two
@@ -45,10 +46,10 @@ def test_of_a_streamed_mixture_only_experts_with_tokens_are_read(tmp_path: Path)
         module.register_forward_hook(lambda m, args, out, name=name: look(name, m, args[1]))
     got = torch.autograd.grad(model(input_ids=ids).logits.float().sum(), embedding)[0]
     assert torch.equal(got, wanted)
-    around = 2 * 16 * pages.PAGE
     for name, present in here.items():
         assert 0 < len(met[name]) < 8
-        assert all(size >= 128 * 1024 - around or e not in met[name] for e, size in present.items())
-        near = {e + d for e in met[name] for d in (-1, 1)}  # the kernel maps sixteen pages around one that is touched
+        assert all(size >= 30 * pages.PAGE for e, size in present.items() if e in met[name])
+        # the kernel maps sixteen pages around one that is touched: of a neighbour, or of the tensors beside the stack
+        near = {e + d for e in met[name] for d in (-1, 1)} | {0, 15}
         assert all(size == 0 for e, size in present.items() if e not in met[name] | near)
     placed.remove()
