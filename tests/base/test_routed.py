@@ -19,7 +19,9 @@ pytestmark = pytest.mark.skipif(not pages.supported(), reason="needs Linux and /
 VOCAB = 256
 
 
-def test_of_a_streamed_mixture_only_experts_with_tokens_are_read(tmp_path: Path) -> None:
+def test_of_a_streamed_mixture_only_experts_with_tokens_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sixteen experts of 100 KB and more; twelve tokens meet some of them, and a layer ahead none."""
     config = transformers.MixtralConfig(
         hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -32,6 +34,8 @@ def test_of_a_streamed_mixture_only_experts_with_tokens_are_read(tmp_path: Path)
     embedding = model.get_input_embeddings().weight
     embedding.requires_grad_(True)  # so that backward runs through every layer
     wanted = torch.autograd.grad(model(input_ids=ids).logits.float().sum(), embedding)[0]
+    asked: list[pages.Span] = []
+    monkeypatch.setattr(pages, "bring", asked.append)  # what is read ahead: it is not in this process until touched
     placed = stream.place(model, "streamed")
     met: dict[str, set[int]] = {}
     here: dict[str, dict[int, int]] = {}
@@ -53,3 +57,8 @@ def test_of_a_streamed_mixture_only_experts_with_tokens_are_read(tmp_path: Path)
         near = {e + d for e in met[name] for d in (-1, 1)} | {0, 15}
         assert all(size == 0 for e, size in present.items() if e not in met[name] | near)
     placed.remove()
+    for name, module in experts_of(model):
+        codes = module.gate_up_proj.of_expert
+        middles = {e: codes(e)[0].data_ptr() + codes(e)[0].nbytes // 2 for e in range(16)}
+        read = {e for e, middle in middles.items() if any(span.start <= middle < span.end for span in asked)}
+        assert read == met[name]
