@@ -62,3 +62,12 @@ def test_what_opening_refuses_planning_refuses(kind: str) -> None:
     modules = policy.FIXED_EXPERTS[kind][1].split(",")
     policy.check_experts(kind, [spec], Quant(skip_modules=tuple(modules)))
     policy.check_experts(kind, [spec], Quant(type="none"))
+
+
+def test_a_threshold_for_activations_is_not_for_experts() -> None:
+    config = {"model_type": "mixtral", "num_local_experts": 4, "hidden_size": 64, "num_hidden_layers": 1}
+    spec = tensors.spec_of("model.layers.0.mlp.experts.gate_up_proj", (4, 64, 192), "BF16", config)
+    with pytest.raises(BaseModelError, match="experts of a mixtral are none"):
+        policy.check_experts("mixtral", [spec], Quant(type="int8", llm_int8_threshold=6.0))
+    policy.check_experts("mixtral", [spec], Quant(type="int8"))
+    policy.check_experts("mixtral", [spec], Quant(type="nf4", llm_int8_threshold=None))

@@ -181,6 +181,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     ),
     "lora.target_parameters": (
         Case({"lora__target_parameters": ["down_proj"]}, refused="no parameter of llama ends in 'down_proj'"),
+        Case({"lora__target_parameters": ["down_proj"]}, names_with("experts.lora_A"), want=2, model="mixtral"),
     ),
     "lora.lora_dropout": (
         Case({"lora__lora_dropout": 0.5}),

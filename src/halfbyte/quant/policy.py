@@ -10,8 +10,7 @@ from halfbyte.quant import formats
 from halfbyte.recipe.schema import Quant
 
 # Model types whose code keeps experts in parameters and does not run them through transformers' experts interface, so
-# nothing of ours could dequantise one expert: the tensors, and what `quant.skip_modules` calls them. A slow test looks
-# at every type that transformers has.
+# nothing of ours could dequantise one expert: the tensors, and what `quant.skip_modules` calls them.
 _ALL = r"expert"
 FIXED_EXPERTS = {
     "llama4": (_ALL, "experts"), "llama4_text": (_ALL, "experts"), "dbrx": (_ALL, "experts"),
@@ -53,12 +52,14 @@ def check_experts(model_type: str, specs: Iterable[TensorSpec], quant: Quant) ->
     Raises:
         BaseModelError: naming the modules that can be left as they are.
     """
+    held = [s for s in specs if s.role == "expert" and encoding(s, quant) == "quantised"]
+    if held and quant.type == "int8" and quant.llm_int8_threshold is not None:
+        raise BaseModelError(
+            f"quant.llm_int8_threshold is for linear layers, and the experts of a {model_type} are none.",
+            fix="quant.llm_int8_threshold: null, which rounds no activations",
+        )
     pattern, modules = FIXED_EXPERTS.get(model_type, ("", ""))
-    if not pattern:
-        return
-    fixed = [
-        s for s in specs if s.role == "expert" and encoding(s, quant) == "quantised" and re.search(pattern, s.name)
-    ]
+    fixed = [s for s in held if pattern and re.search(pattern, s.name)]
     if fixed:
         numel = sum(s.numel for s in fixed)
         raise BaseModelError(

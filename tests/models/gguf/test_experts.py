@@ -16,8 +16,6 @@ from halfbyte.recipe.schema import Quant
 from halfbyte.system import device
 from tests.models.gguf.test_architectures import written
 
-pytest.importorskip("halfbyte.quant.stack_load")  # experts in the store
-
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3moe", "gpt-oss", "deepseek2-v3"])
 def test_experts_of_a_gguf_are_held_in_four_bits(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
