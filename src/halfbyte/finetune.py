@@ -13,7 +13,7 @@ from signal import Signals
 
 from halfbyte.adapters import lora, passport
 from halfbyte.adapters.assembly import Assembled, assembled
-from halfbyte.base import load, stream
+from halfbyte.base import load, residual, stream
 from halfbyte.base.store import supply
 from halfbyte.base.tokenizer import check_vocabulary
 from halfbyte.data import collate, pack, split
@@ -135,6 +135,8 @@ def make_ready(
     job = fit.planned(recipe, machine, tell)
     fit.check_disk(job.plan, Path(recipe.output))
     prepared, plan = job.prepared, job.plan
+    if point is None:
+        residual.look(prepared.checkpoint, prepared.config, prepared.recipe, job.modules)
     fingerprints = prepare.fingerprints(prepared)
     notices = [] if point is None else resuming.check(point, recipe, fingerprints, job.figures.steps, tell)
     for name, why in plan.reasons.items():
@@ -146,7 +148,7 @@ def make_ready(
     )
     notices += [*prepare.notices(prepared), *(str(f) for f in prepared.findings if f.level != "ok"), *plan.warnings]
     start = folder_of(recipe.lora.adapter) if recipe.lora.adapter is not None and point is None else None
-    placed, base = _assembled(job, tell, notices, start)
+    placed, base = _assembled(job, tell, notices, start, fresh=point is None)
     belongs = _belongs(job, base, notices, start, point, force=force)
     for notice in notices:
         tell.note("note", notice)
@@ -172,10 +174,14 @@ def make_ready(
 
 
 def _assembled(
-    job: fit.PlannedRun, tell: Listener, notices: list[str], start: Path | None
+    job: fit.PlannedRun, tell: Listener, notices: list[str], start: Path | None, *, fresh: bool
 ) -> tuple[stream.Placed, Assembled]:
     """The base where the plan wants it, with fresh adapters (or those of `start`) and proofs. What falls back is added
-    to `notices`."""
+    to `notices`.
+
+    Args:
+        fresh: the adapters begin as the recipe says; else a checkpoint's weights take their place.
+    """
     prepared, recipe, plan = job.prepared, job.prepared.recipe, job.plan
     base = load.open_base(
         prepared.checkpoint,
@@ -193,10 +199,11 @@ def _assembled(
         f"({base.expected_bytes / 1e9:.3f} planned), computing in {base.compute_dtype} ({base.dtype_reason})",
     )
     tell.note("base", base.origin)
+    factors = residual.ensure(base, recipe.lora, tell.note) if fresh else None
     placed, elsewhere = stream.place_as_planned(base.model, plan.placement, asked=recipe.quant.placement != "auto")
     notices += [f"placement: {elsewhere}"] if elsewhere else []
     tell.note("placement", f"{placed} ({elsewhere or plan.reasons['placement']})")
-    made = assembled(base, recipe, start=start, note=tell.note)
+    made = assembled(base, recipe, start=start, factors=factors, note=tell.note)
     if not made.packed.ok and recipe.data.packing == "stream":
         raise DataError(
             f"data.packing stream lays several texts end to end, and here that is not safe: {made.packed.reason}",

@@ -202,6 +202,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case({"lora__init_lora_weights": "gaussian"}),
         Case({"lora__init_lora_weights": False}, first_loss),
         Case({"lora__init_lora_weights": "orthogonal"}, given={"quant__type": "none"}),
+        Case({"lora__init_lora_weights": "residual"}, first_loss),
         Case({"lora__init_lora_weights": "pissa_niter_4"}, refused="cannot be 'pissa_niter_4'"),
     ),
     "lora.rank_pattern": (

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.adapters import lora
-from halfbyte.base import load
+from halfbyte.base import load, residual
 from halfbyte.layers import fuse, loss, packing_proof
 from halfbyte.layers.fused_proof import FusedProof, prove_fused
 from halfbyte.models import structure
@@ -46,6 +46,7 @@ def assembled(
     *,
     adapter: Path | None = None,
     start: Path | None = None,
+    factors: Path | None = None,
     note: Callable[[str, str], None] = lambda label, text: None,
 ) -> Assembled:
     """Put adapters on an open base, and prove on its first layers what is used from then on.
@@ -53,17 +54,21 @@ def assembled(
     Args:
         adapter: a folder with a trained one, to be used and not trained; None puts on fresh ones as the recipe says.
         start: a folder with a trained one, whose weights the fresh ones begin with.
+        factors: the file of a residual start (`base/residual.py`), at which the fresh ones begin.
 
     Raises:
         AdapterError: the targets match nothing, or the adapter is of another base.
     """
     own_biases: lora.Saved = []
     if adapter is None:
-        targets, _ = lora.choose_targets(base.model, recipe.lora)
+        targets, modules = lora.choose_targets(base.model, recipe.lora)
+        begin = residual.read(factors, modules) if factors is not None else None
         model = lora.add(base.model, recipe.lora, targets, seed=recipe.train.seed)
         if start is not None:
             lora.start_from(model, start)
             note("adapters", f"begin with the weights of {start}")
+        if begin is not None:
+            lora.start_at(model, begin)
         note("adapters", f"{lora.summary(model)} ({targets.reason})")
     else:
         own_biases = lora.biases(base.model) if recipe.lora.bias != "none" else []

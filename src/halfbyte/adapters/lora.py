@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
@@ -20,6 +20,7 @@ from typing import TypeAlias
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
@@ -47,6 +48,8 @@ def lora_config(lora: Lora, targets: Targets) -> LoraConfig:
     """The recipe's `lora:` as PEFT's own config. The two share their names, so every set value is passed on."""
     values = lora.model_dump(exclude={"target_modules", *OWN_FIELDS}, exclude_none=True)
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    if lora.init_lora_weights == "residual":  # ours; its factors are put in afterwards
+        values["init_lora_weights"] = True
     return LoraConfig(**values, target_modules=targets.for_peft)
 
 
@@ -284,6 +287,33 @@ def start_from(adapted: Model, folder: Path) -> None:
             f"the adapter in {folder} does not fit this base: {len(strange)} tensors differ: {of}.", fix=other_base
         )
     put_weights(adapted, folder)
+
+
+def adapted_modules(adapted: Model) -> dict[str, LoraLayer]:
+    """The layers with an adapter, by their names in the base."""
+    inner = adapted.get_base_model()
+    return {name: module for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
+
+
+def start_at(adapted: Model, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Begin fresh adapters at a low-rank part of what quantising lost, so that base + scaling B A is nearer to what
+    was quantised.
+
+    Args:
+        factors: B (O, R) and A (R, D) of each layer, R at least its rank, the largest direction first.
+    """
+    layers = adapted_modules(adapted)
+    if without := [name for name in layers if name not in factors]:
+        raise AdapterError(
+            f"lora.init_lora_weights residual is for linear layers, and {without[0]} is none (an expert).",
+            fix="lora.init_lora_weights: true, or targets without experts",
+        )
+    for name, layer in layers.items():
+        for key, scaling in layer.scaling.items():
+            (b, a), rank, root = factors[name], layer.r[key], math.sqrt(scaling)
+            with torch.no_grad():
+                layer.lora_A[key].weight.copy_(a[:rank] / root)
+                layer.lora_B[key].weight.copy_(b[:, :rank] / root)
 
 
 def damaged(folder: Path, why: str) -> AdapterError:

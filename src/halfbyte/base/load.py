@@ -37,7 +37,8 @@ LOADING_SHARE = 1.4
 @dataclass(frozen=True)
 class Base:
     """An open base. `expected_bytes` is what the TensorSpecs say under the policy, `resident_bytes` what is there;
-    `store` is the folder of its store, None where it has none; `origin` says that in words, or why there is none."""
+    `store` is the folder of its store, None where it has none; `origin` says that in words, or why there is none.
+    `wanted`: what was quantised into the store."""
 
     model: Model
     tokenizer: Any
@@ -49,6 +50,7 @@ class Base:
     expected_bytes: int
     origin: str = ""
     store: Path | None = None
+    wanted: shelf.Wanted | None = None
 
 
 def open_base(
@@ -78,9 +80,10 @@ def open_base(
     specs = tuple(tensors.read_checkpoint(checkpoint.path)) if not checkpoint.pickle else ()
     policy.check_experts(config.model_type, specs, quant)
     quantised = is_quantised_already(config, checkpoint.path)
-    folder, origin, stored = checkpoint.path, str(checkpoint.path), None
+    folder, origin, stored, wanted = checkpoint.path, str(checkpoint.path), None, None
     if use_store and quant.quantises and not quantised and not hasattr(config, "auto_map"):
-        stored, why = stored_base(want(checkpoint, config, quant, device, specs), device, tell)
+        wanted = want(checkpoint, config, quant, device, specs)
+        stored, why = stored_base(wanted, device, tell)
         folder, origin = (stored, f"store {stored}") if stored is not None else (folder, f"{folder}: {why}")
     opening = _Opening(checkpoint, folder, config, quant, DTYPES[dtype_name], quantised)
     where = device_map if device.kind == "cuda" else {"": "cpu"}
@@ -90,7 +93,7 @@ def open_base(
     if not quantised:
         residency.check_resident(model, quant, held, expected, checkpoint.id)
     tokenizer = open_tokenizer(checkpoint, model, trust_remote_code=trust_remote_code) if with_tokenizer else None
-    return Base(model, tokenizer, checkpoint, specs, dtype_name, reason, held, expected, origin, stored)
+    return Base(model, tokenizer, checkpoint, specs, dtype_name, reason, held, expected, origin, stored, wanted)
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,12 @@ class _Opening:
             ) from error
         residency.check_complete(model, info, self.checkpoint, self.quant)
         return model
+
+
+def open_store(wanted: shelf.Wanted, folder: Path) -> Model:
+    """The model of a store, mapped; without adapters, to be read matrix by matrix."""
+    opening = _Opening(wanted.checkpoint, folder, wanted.config, wanted.quant, wanted.dtype, quantised=False)
+    return opening.model(device_map={"": "cpu"})
 
 
 def want(

@@ -4,7 +4,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from halfbyte.base import load, requantised
+from halfbyte.base import load, requantised, residual
 from halfbyte.base.config import open_config
 from halfbyte.base.store import manifest, shelf, supply
 from halfbyte.errors import BaseModelError, StoreError
@@ -26,6 +26,8 @@ class Built:
     manifest: manifest.Manifest
     built: bool
     seconds: float
+    residual: Path | None = None
+    """The factors of a residual start, where the recipe asks for one."""
 
     def to_json(self) -> Document:
         return {
@@ -33,6 +35,7 @@ class Built:
             "built": self.built,
             "seconds": round(self.seconds, 3),
             "bytes": self.manifest.nbytes,
+            "residual": self.residual and str(self.residual),
             "manifest": {k: v for k, v in asdict(self.manifest).items() if k != "files"},
         }
 
@@ -67,7 +70,8 @@ def quantize(recipe: Recipe, *, out: Path | None = None, tell: supply.Tell | Non
             f"{checkpoint.id} cannot be held in a store: {reason}.",
             fix="nothing is needed: train, eval and chat quantise it each time they load it",
         ) from reason
-    return Built(path, manifest.read(path), bool(built), time.monotonic() - started)
+    begin = residual.beside(wanted, path, recipe.lora, lambda label, text: telling.say(text, label))
+    return Built(path, manifest.read(path), bool(built), time.monotonic() - started, begin)
 
 
 def _preflight(wanted: shelf.Wanted, specs: tuple[tensors.TensorSpec, ...]) -> str:

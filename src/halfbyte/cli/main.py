@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halfbyte.cli import conversation, progress, show, show_data, show_doctor, show_plan
+from halfbyte.cli import conversation, progress, show, show_data, show_doctor, show_plan, show_quality
 from halfbyte.cli.store import Json, stores
 from halfbyte.errors import HalfbyteError, RecipeError, typed
 from halfbyte.system import libraries
@@ -293,6 +293,14 @@ def quantize(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Write it there instead of into halfbyte's cache.")
     ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also measure what each number format costs: errors, and loss on a text.")
+    ] = False,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", metavar="F", help="With --report: rows or plain text; default: a small text."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --report: only the first rows.")] = None,
     set_: Set = [],  # noqa: B006
     json_: Json = False,
     quiet: Quiet = False,
@@ -300,13 +308,30 @@ def quantize(
     """Quantise a base once, in bounded memory; train, eval and chat then open it at once."""
     from halfbyte.recipe.command import recipe_or_model
 
+    if not report and (text is not None or limit is not None):
+        raise RecipeError("--text and --limit say what --report reads.", fix=f"halfbyte quantize {model} --report")
     recipe = recipe_or_model(model, set_).recipe
+    if text is not None:
+        from halfbyte.data.reading import read
+
+        read.look(text, recipe.data)
+    measured = None
     with progress.quantizing(silent=json_ or quiet) as tell:
         with libraries.loading():
             from halfbyte.base.quantize import quantize as build
 
         built = build(recipe, out=out, tell=tell)
-    show.document(built.to_json()) if json_ else show.built(built)
+        if report:
+            with libraries.loading():
+                from halfbyte.inference import quality
+
+            measured = quality.measure(recipe, text, store=built.path, limit=limit, tell=tell)
+    if json_:
+        show.document(built.to_json() | ({} if measured is None else {"quality": measured.to_json()}))
+        return
+    show.built(built)
+    if measured is not None:
+        show_quality.report(measured)
 
 
 @rows.command()

@@ -17,7 +17,7 @@ from halfbyte.inference.generate import Sampling, generate
 from halfbyte.inference.load import Opened
 from halfbyte.layers.loss import mean_loss
 from halfbyte.models.context import Context, context_of
-from halfbyte.plan import Rows, plan_inference
+from halfbyte.plan import InferencePlan, Rows, plan_inference
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device
 from halfbyte.types import Document
@@ -75,26 +75,10 @@ def evaluate(
     if recipe.data.packing == "stream":
         encoded = blocks.stream(encoded, recipe.data.max_length)
     examples = encoded.examples[:limit]
-    lengths = [len(e.input_ids) for e in examples]
-    labelled = [sum(label != IGNORED for label in e.labels) for e in examples]
     asking = [e for e in examples if e.completion]  # a plain text asks nothing
     context = context_of(opened.model.config)
-    if context is not None and max(lengths) > context.tokens:
-        longest = max(examples, key=lambda e: len(e.input_ids))
-        reads = f"the model reads {context.tokens:,} ({context.why})"
-        raise DataError(
-            f"{longest.where} has {len(longest.input_ids):,} tokens; {reads}.",
-            fix="shorter rows",
-        )
-    plan = plan_inference(  # the base stays where it is
-        replace(opened.job, rows=Rows(lengths, labelled, lengths)),
-        opened.machine,
-        opened.trained,
-        placement=opened.plan.placement,
-        generated_tokens=max((len(e.prompt_ids) for e in asking), default=0) + max_new_tokens,
-    )
-    most = recipe.train.per_device_eval_batch_size if opened.job.packed else 1
-    batches = collate.Batches(examples, pack.eval_micro_batches(lengths, plan.max_tokens_per_micro_batch, most))
+    written = max((len(e.prompt_ids) for e in asking), default=0) + max_new_tokens
+    batches, plan = micro_batches(opened, examples, generated_tokens=written)
     scores = {}
     for name in ("base",) if opened.alone else ("base", "adapter") if with_base else ("adapter",):
         with opened.using(base=name == "base"):
@@ -107,6 +91,38 @@ def evaluate(
         exact, tokens = sum(s.exact for s in samples), int(loss["labelled_tokens"])
         scores[name] = Score(loss["loss"], loss["perplexity"], tokens, len(examples), exact, samples)
     return scores
+
+
+def micro_batches(
+    opened: Opened, examples: Sequence[Example], *, generated_tokens: int = 1
+) -> tuple[collate.Batches, InferencePlan]:
+    """Rows in micro-batches as planned for them; the base stays where it is.
+
+    Args:
+        generated_tokens: of a sequence: its prompt and what is written.
+
+    Raises:
+        DataError: a row is longer than what the model reads.
+    """
+    lengths = [len(e.input_ids) for e in examples]
+    labelled = [sum(label != IGNORED for label in e.labels) for e in examples]
+    context = context_of(opened.model.config)
+    if context is not None and max(lengths) > context.tokens:
+        longest = max(examples, key=lambda e: len(e.input_ids))
+        reads = f"the model reads {context.tokens:,} ({context.why})"
+        raise DataError(
+            f"{longest.where} has {len(longest.input_ids):,} tokens; {reads}.",
+            fix="shorter rows",
+        )
+    plan = plan_inference(
+        replace(opened.job, rows=Rows(lengths, labelled, lengths)),
+        opened.machine,
+        opened.trained,
+        placement=opened.plan.placement,
+        generated_tokens=generated_tokens,
+    )
+    most = opened.recipe.train.per_device_eval_batch_size if opened.job.packed else 1
+    return collate.Batches(examples, pack.eval_micro_batches(lengths, plan.max_tokens_per_micro_batch, most)), plan
 
 
 def _written(

@@ -72,8 +72,18 @@ def open_run(
     Raises:
         AdapterError: it belongs to another; names both sides.
     """
-    found = target.find(path, overrides)
-    recipe, run = found.recipe, found.run
+    return open_target(target.find(path, overrides), tell, check, force=force)
+
+
+def open_target(
+    found: target.Target,
+    tell: supply.Tell | None = None,
+    check: Callable[[Tokenizer, Context | None], None] = lambda tokenizer, context: None,
+    *,
+    force: bool = False,
+) -> Opened:
+    """`open_run` of what has been found already."""
+    path, recipe, run = found.path, found.recipe, found.run
     checkpoint, machine = find_model(recipe), device.detect()
     threads.settle(machine.cores)
     tokenizer = _tokenizer(found, checkpoint)

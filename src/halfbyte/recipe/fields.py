@@ -6,6 +6,7 @@ Source: `peft/tuners/lora/config.py`, `transformers/training_args.py`.
 """
 
 import json
+from collections.abc import Iterator
 
 # Fields that PEFT and transformers do not have.
 OURS = frozenset(
@@ -42,7 +43,7 @@ LORA_REFUSED = {
     "fan_in_fan_out": "it follows from the layer's type (GPT-2's Conv1D is transposed when it is quantised)",
     "megatron_config": "Megatron layers are not loaded here",
     "megatron_core": "Megatron layers are not loaded here",
-    "loftq_config": "LoftQ needs the base in full precision to start from",
+    "loftq_config": "its counterpart here is lora.init_lora_weights: residual",
     "eva_config": "EVA needs passes over the data before training, which is not built",
     "corda_config": "CorDA changes the base's weights, which are frozen in 4 bits",
     "lora_ga_config": "LoRA-GA needs gradients of the full-precision weights",
@@ -66,11 +67,23 @@ INIT_REFUSED = {
     "olora": _CHANGES_BASE,
     "corda": _CHANGES_BASE,
     "mica": "it starts from a decomposition of full-precision weights",
-    "loftq": "LoftQ needs the base in full precision to start from",
+    "loftq": "PEFT's LoftQ needs a card and ignores lora_alpha; residual is one round of it, from the base's store",
     "eva": "EVA needs passes over the data before training, which is not built",
     "lora_ga": "LoRA-GA needs gradients of the full-precision weights",
 }
-INIT_NAMES = ("gaussian", "orthogonal")
+INIT_NAMES = ("gaussian", "orthogonal", "residual")
+OURS_OF_INIT = frozenset({"residual"})  # PEFT does not know these
+
+
+def excluded_by_residual(init: bool | str, quant_type: str, use_dora: bool, adapter: str | None) -> Iterator[str]:
+    """What a start from what quantising has lost cannot be together with: sentences."""
+    name = "lora.init_lora_weights residual"
+    if init == "residual" and quant_type == "none":
+        yield f"{name} is what quantising has lost, and with quant.type none nothing is"
+    if init == "residual" and use_dora:
+        yield f"{name} and lora.use_dora: DoRA's magnitudes would be those of the base without it; use one of them"
+    if init == "residual" and adapter is not None:
+        yield f"{name} and lora.adapter {adapter} are two starts; give one of them"
 
 
 def _each(names: str, reason: str) -> dict[str, str]:

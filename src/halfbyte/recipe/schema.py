@@ -124,7 +124,9 @@ class Lora(Section):
     )
     lora_bias: Bool = field(False, "a trained bias in LoRA's B; can be merged only into layers with a bias", "false")
     init_lora_weights: Annotated[bool | str, BeforeValidator(init)] = field(
-        True, "start of A: true (Kaiming), gaussian, orthogonal (16-bit base); false: A, B random"
+        True,
+        "start: true (A Kaiming, B 0), gaussian, orthogonal (16-bit base), residual (what quantising has lost); false: "
+        "A, B random",
     )
     rank_pattern: dict[str, Count] = field({}, "another rank for some layers: {name ending or regex: r}")
     alpha_pattern: dict[str, Count] = field({}, "another lora_alpha for some layers: {name ending or regex: alpha}")
@@ -289,6 +291,7 @@ def _in_lora(recipe: Recipe) -> Iterator[str]:
             yield "lora.init_lora_weights orthogonal needs quant.type none: PEFT makes it in the dtype of the base"
         elif odd:
             yield f"lora.init_lora_weights orthogonal needs even ranks, got {odd[0]}"
+    yield from fields.excluded_by_residual(lora.init_lora_weights, recipe.quant.type, lora.use_dora, lora.adapter)
     if lora.lora_bias and lora.use_dora:
         yield "lora.lora_bias and lora.use_dora cannot both be true"
     if lora.lora_bias and isinstance(lora.init_lora_weights, str):

@@ -32,7 +32,7 @@ def init(value: object) -> object:
         if reason is not None:
             raise ValueError(f"cannot be {value!r}: {reason}")
     if not isinstance(value, bool) and value not in fields.INIT_NAMES:
-        raise ValueError(f"must be true, false, {' or '.join(fields.INIT_NAMES)}")
+        raise ValueError(f"must be true, false, {', '.join(fields.INIT_NAMES[:-1])} or {fields.INIT_NAMES[-1]}")
     return value
 
 

@@ -11,6 +11,7 @@ from itertools import groupby, islice
 
 import numpy as np
 
+from halfbyte.base import residual
 from halfbyte.data import pack
 from halfbyte.data.encoding.examples import Example
 from halfbyte.errors import DataError
@@ -50,6 +51,7 @@ def resolve(loaded: Loaded) -> Resolution:
         shown, why = auto.get(field, (value, ""))
         resolved.append((field, shown, origin if shown == value else Origin("auto", why.removeprefix("auto: "))))
     prepared, source = job.prepared, job.prepared.checkpoint
+    begin = residual.look(source, prepared.config, prepared.recipe, job.modules)
     steps = (
         f"{job.figures.steps} steps of {min(prepared.recipe.train.rows_per_step, len(prepared.train.examples))} rows"
     )
@@ -58,6 +60,7 @@ def resolve(loaded: Loaded) -> Resolution:
         ("data", f"{prepare.data_note(prepared)}; {steps}"),
         *(("data", finding.line) for finding in prepared.findings),
         ("adapters", f"on {len(job.modules)} modules, {job.figures.trainable:,} parameters train"),
+        *(() if begin is None else (("residual", str(begin)),)),
     )
     return Resolution(resolved, notes, job.plan, loaded.warnings)
 

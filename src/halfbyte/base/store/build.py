@@ -320,7 +320,7 @@ def _config(request: Request) -> Document:
     settings = opening.to_dict() if opening is not None else {}
     if request.layout.taught:
         settings = linear_subclasses.mark(settings, wanted.quant)
-    return {**values, "quantization_config": settings}
+    return {**values, "quantization_config": settings} if settings else values
 
 
 def _index(request: Request, entries: dict[str, manifest.Entry]) -> Document:

@@ -70,7 +70,7 @@ def lay_out(tensors: dict[str, SourceTensor], wanted: Wanted) -> Layout:
     for name, target, rule in loader.targets(tensors):
         if target not in loader.state:
             continue  # a buffer or a tower that this class does not read
-        source, quantised = tensors[name], loader.quantiser.param_needs_quantization(loader.model, target)
+        source, quantised = tensors[name], loader.quantises(target)
         if target in loader.stacks:
             stacked.setdefault(target, []).append((source, rule))
             continue
@@ -84,7 +84,8 @@ def lay_out(tensors: dict[str, SourceTensor], wanted: Wanted) -> Layout:
         if quantised and source.shape != tuple(module.weight.shape):
             wrong.append((name, source.shape, tuple(module.weight.shape)))
         shape = source.shape[::-1] if transposed else source.shape
-        pieces.append((Piece(name, (source,), shape, "quantised" if quantised else "copy", dtype, transposed), target))
+        piece = Piece(name, (source,), shape, "quantised" if quantised else "copy", dtype, transposed, target=target)
+        pieces.append((piece, target))
     for target, members in stacked.items():
         pieces.append((experts.piece(target, members, loader, wanted.quant, halves), target))
     if wanted.check is not None:
@@ -122,17 +123,22 @@ class _Loader:
             self.model = AutoModelForCausalLM.from_config(copy.deepcopy(wanted.config), dtype=dtype)
         self.original = dict(self.model.named_modules())
         bits = formats.of(quant).load_config(quant, dtype, wanted.head_names)
-        self.taught = linear_subclasses.is_needed(self.model, quant.exempt)
-        if self.taught:
-            bits = linear_subclasses.load_config(bits, quant)
-        self.quantiser = AutoHfQuantizer.from_config(bits, pre_quantized=pre_quantised)
-        self.quantiser.preprocess_model(
-            model=self.model, dtype=dtype, device_map={"": "cpu"}, checkpoint_files=[], use_kernels=False
-        )
+        self.taught, self.quantiser = False, None
+        if bits is not None:  # None copies a model in the compute dtype
+            self.taught = linear_subclasses.is_needed(self.model, quant.exempt)
+            if self.taught:
+                bits = linear_subclasses.load_config(bits, quant)
+            self.quantiser = AutoHfQuantizer.from_config(bits, pre_quantized=pre_quantised)
+            self.quantiser.preprocess_model(
+                model=self.model, dtype=dtype, device_map={"": "cpu"}, checkpoint_files=[], use_kernels=False
+            )
         self.state = self.model.state_dict()
         self.stacks = dict(stack_load.stacks(self.model))
         self.plan = self.model._get_dtype_plan(dtype)
         self.tied = dict(self.model.all_tied_weights_keys)
+
+    def quantises(self, target: str) -> bool:
+        return self.quantiser is not None and self.quantiser.param_needs_quantization(self.model, target)
 
     def targets(self, names: Iterable[str]) -> list[tuple[str, str, Rule | None]]:
         """(name, what the model calls it, the rule by which it is changed on the way), in the loader's own order."""

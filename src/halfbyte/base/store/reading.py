@@ -49,6 +49,7 @@ class Piece:
         dtype: what its values are cast to, before they are quantised too.
         transposed: each matrix of the source is.
         mxfp4: the sources are blocks and scales of that format (`mxfp4.py`).
+        target: what the model calls it; empty for a stack of experts.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Piece:
     dtype: torch.dtype
     transposed: bool = False
     mxfp4: bool = False
+    target: str = ""
 
     @property
     def numel(self) -> int:

@@ -163,6 +163,14 @@ def hold(key: str) -> None:
         _in_use[key] = file
 
 
+def remove_held(key: str) -> None:
+    """Remove a store that this process has built and needs no longer, unless another process uses it too."""
+    if (file := _in_use.pop(key, None)) is not None:
+        file.close()
+    if (folder() / key).is_dir():
+        remove(_shelved(folder() / key))
+
+
 def touch(path: Path) -> None:
     """Note that a store is opened now, where that can be written."""
     with suppress(OSError):

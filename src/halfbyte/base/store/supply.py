@@ -17,6 +17,7 @@ from halfbyte.errors import StoreError
 
 if TYPE_CHECKING:
     from halfbyte.base.store.build import Progress
+    from halfbyte.base.store.reading import Source
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,18 @@ def _whole(target: Path, key: str, tell: Tell | None = None) -> Path | None:
 
 
 def _build(wanted: shelf.Wanted, key: str, target: Path, tell: Tell) -> None:
-    from halfbyte.base.store import build, layout, reading
+    from halfbyte.base.store import build, layout
+
+    source = open_source(wanted)
+    build.build(build.Request(wanted, layout.lay_out(source.tensors, wanted), key), source, target, tell.progress)
+
+
+def open_source(wanted: shelf.Wanted) -> Source:
+    """The tensors of what is, or was, quantised."""
+    from halfbyte.base.store import reading
 
     files = shelf.source_files(wanted.checkpoint)
     try:
-        source = (reading.PickledSource if wanted.checkpoint.pickle else reading.Source)(files)
+        return (reading.PickledSource if wanted.checkpoint.pickle else reading.Source)(files)
     except UnpicklingError as error:
         raise reading.unsafe_pickle(wanted.checkpoint, error) from error
-    build.build(build.Request(wanted, layout.lay_out(source.tensors, wanted), key), source, target, tell.progress)
