@@ -693,42 +693,42 @@ CASES = [
     ),
     Case(
         "an adapter of another base by its passport",
-        "generate done --prompt x",
+        "generate done --prompt x --max-new-tokens 2",
         "error: the adapter done/adapter does not belong to what is here:\n  - base: trained on <...> (weights <...>), "
         "here is TMP/gpt2 (weights <...>)\n  fix: open it with what it was trained with; --force goes on all the same",
         other_base,
     ),
     Case(
         "an adapter of another base",
-        "generate done --prompt x",
+        "generate done --prompt x --max-new-tokens 2",
         "error: the adapter in done/adapter does not fit this base: Target modules <...> not found in the base model. "
         "<...>\n  fix: it was trained on 'TMP/model'; open it on that model",
         all_of(other_base, adapter_config(base_model_name_or_path="TMP/model"), no_passport),
     ),
     Case(
         "an adapter of another size",
-        "generate done --prompt x",
+        "generate done --prompt x --max-new-tokens 2",
         "error: the adapter in done/adapter does not fit this base: size mismatch for <...>lora_A<...>\n"
         "  fix: it was trained on 'org/name'; open it on that model",
         adapter_config(r=4, base_model_name_or_path="org/name"),
     ),
     Case(
         "an adapter cut short",
-        "generate done --prompt x",
+        "generate done --prompt x --max-new-tokens 2",
         "error: done/adapter/adapter_model.safetensors is cut short or damaged: <...>.\n"
         "  fix: copy it again; a run's checkpoints/ hold earlier states of its adapter",
         cut("done/adapter/adapter_model.safetensors", 10),
     ),
     Case(
         "an adapter of another kind",
-        "generate done --prompt x",
+        "generate done --prompt x --max-new-tokens 2",
         "error: done/adapter/adapter_config.json is not the config of a LoRA adapter: its peft_type is 'IA3'.",
         adapter_config(peft_type="IA3"),
     ),
     Case(
         "the base is gone",
-        "generate done --prompt x",
-        f"error: unknown model 'model'; {ALLOWED}\n  fix: did you mean moved_model?",
+        "generate done --prompt x --max-new-tokens 2",
+        f"error: there is no ./model; {ALLOWED}\n  fix: did you mean moved_model?",
         lambda: Path("model").rename("moved_model"),
     ),
 ]

@@ -65,7 +65,10 @@ def build(name: str, layers: int, folder: Path, changed: dict[str, Any] | None =
         )
     else:
         kind = getattr(transformers, MORE[name])
-        config = kind(**sizes, num_key_value_heads=2, head_dim=16, intermediate_size=192, num_hidden_layers=layers)
+        # the proofs go through a row longer than every window, and gemma2's own is of 4,096 tokens
+        window = {"sliding_window": 2 * TOKENS} if name == "gemma2" else {}
+        sizes |= {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 192, **window}
+        config = kind(**sizes, num_hidden_layers=layers)
     model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model.save_pretrained(folder)
     return folder

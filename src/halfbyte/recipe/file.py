@@ -293,8 +293,10 @@ def _beside(recipe: Recipe, origins: Mapping[str, Origin], folder: Path, *, firs
             return type(name)(found(one) for one in name)
         if not isinstance(name, str | Path) or Path(name).is_absolute() or (_is_there(name) and not first):
             return name
-        there = folder / name
-        return type(name)(os.path.normpath(there)) if _is_there(there) else name
+        # of a run that was moved alone, its paths go from where it was
+        places = [Path(os.path.normpath(where / name)) for where in (folder, *([Path(recipe.output)] * first))]
+        there = next((place for place in places if _is_there(place)), None)
+        return name if there is None and not first else type(name)(there or places[0])
 
     names = ("train", "eval")
     moved = {n: found(getattr(recipe.data, n)) for n in names if origins[f"data.{n}"].kind == "recipe"}
