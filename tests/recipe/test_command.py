@@ -62,3 +62,19 @@ def test_a_runs_paths_go_from_its_folder(here: Path, monkeypatch: pytest.MonkeyP
         assert Path(str(recipe.data.eval)).resolve() == here / "rows.jsonl"
         assert Path(recipe.model).resolve() == here / "model"
     assert command.to_use(here / "runs/a/recipe.yaml", ["data.eval=rows.jsonl"]).data.eval == "rows.jsonl"
+
+
+@pytest.mark.parametrize("model", ["smollm2-135m", "org/name"])
+def test_names_that_are_no_paths_stay_as_they_are_in_a_run(model: str) -> None:
+    Path("runs/a/recipe.yaml").write_text(f"model: {model}\ndata: {{train: 'hub:org/rows'}}\noutput: runs/a\n")
+    for recipe in (command.to_resume("runs/a").recipe, command.to_use(Path("runs/a/recipe.yaml"))):
+        assert (recipe.model, recipe.data.train) == (model, "hub:org/rows")
+
+
+def test_a_run_that_was_moved_alone_finds_its_paths_from_where_it_was() -> None:
+    Path("elsewhere/deeper").mkdir(parents=True)
+    Path("runs/a").rename("elsewhere/deeper/a")
+    recipe = command.to_resume("elsewhere/deeper/a").recipe
+    assert (recipe.model, recipe.data.train) == ("./model", "rows.jsonl")
+    Path("model").rename("gone")
+    assert command.to_resume("elsewhere/deeper/a").recipe.model == "./elsewhere/model", "and is missed under its name"

@@ -296,7 +296,11 @@ def _beside(recipe: Recipe, origins: Mapping[str, Origin], folder: Path, *, firs
         # of a run that was moved alone, its paths go from where it was
         places = [Path(os.path.normpath(where / name)) for where in (folder, *([Path(recipe.output)] * first))]
         there = next((place for place in places if _is_there(place)), None)
-        return name if there is None and not first else type(name)(there or places[0])
+        if (
+            there is None and first and str(name).startswith(os.pardir)
+        ):  # a path for certain: it is missed under its name
+            there = places[0]
+        return name if there is None else type(name)(there)
 
     names = ("train", "eval")
     moved = {n: found(getattr(recipe.data, n)) for n in names if origins[f"data.{n}"].kind == "recipe"}
