@@ -195,7 +195,7 @@ def other_base() -> None:
     """The run's adapter was trained on a Llama; now its recipe names a GPT-2."""
     tiny_run.checkpoint(Path("gpt2"), "gpt2")
     recipe = Path("done/recipe.yaml")
-    recipe.write_text(recipe.read_text().replace("model: model", "model: gpt2"))
+    recipe.write_text(recipe.read_text().replace("model: ../model", "model: ../gpt2"))
 
 
 def no_passport() -> None:

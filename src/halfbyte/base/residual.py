@@ -70,7 +70,7 @@ def look(checkpoint: Checkpoint, config: Config, recipe: Recipe, modules: Iterab
             raise AdapterError(
                 f"lora.init_lora_weights residual: {checkpoint.id} is quantised already, and no factors of rank {rank} "
                 f"are kept beside it ({start.path}); what was lost cannot be told from codes alone.",
-                fix=f"name the 16-bit model; or, with it, halfbyte quantize RECIPE --out DIR. {ANOTHER}",
+                fix=f"name the 16-bit model; or, with it, `halfbyte quantize RECIPE --out DIR`. {ANOTHER}",
             )
         return start
     if whole := [name for name in modules if policy.matches(name, quant.exempt)]:

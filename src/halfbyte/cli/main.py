@@ -309,7 +309,9 @@ def quantize(
     from halfbyte.recipe.command import recipe_or_model
 
     if not report and (text is not None or limit is not None):
-        raise RecipeError("--text and --limit say what --report reads.", fix=f"halfbyte quantize {model} --report")
+        raise RecipeError(
+            "--text and --limit say what --report reads.", fix=f"halfbyte quantize {typed(model)} --report"
+        )
     recipe = recipe_or_model(model, set_).recipe
     if text is not None:
         from halfbyte.data.reading import read

@@ -34,7 +34,6 @@ COMPILER_FILE_BYTES = 7_000_000
 TOKENIZER_SHARE, TOKENIZER_BYTES_PER_ENTRY = 8, 1000
 ROW_BYTES = 60  # its length, labels, place in the order; its tokens lie in a file that is mapped
 TOUCHED_BYTES_PER_TOKEN = 65536  # the kernel maps sixteen pages around each one that is touched
-PASSPORT_BYTES = 8_000  # halfbyte.json: every field of the recipe, versions, hashes; and adapter_config.json
 AHEAD = 2  # layers that are read ahead of a streamed one
 
 # Bytes of optimiser state for each trained parameter; AdamW's 8 for a name that is not here.
@@ -154,7 +153,7 @@ def disk_lines(job: Job, *, store: bool) -> tuple[Line, ...]:
     state = OPTIMIZER_BYTES.get(str(train.optim), 8)
     one = (4 + state) * job.trainable
     keep = 0 if train.save_strategy == "no" and train.save_minutes is None else (train.save_total_limit or 1) + 1
-    final = (4 if lora.save_dtype == "fp32" else 2) * job.trainable + job.tokenizer_bytes + PASSPORT_BYTES
+    final = (4 if lora.save_dtype == "fp32" else 2) * job.trainable + job.tokenizer_bytes
     best = 4 * job.trainable if len(job.rows.evaluated) else 0
     base = job.building.disk_bytes if store and job.recipe.quant.quantises else 0
     lines = (

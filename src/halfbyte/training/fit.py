@@ -18,6 +18,7 @@ from halfbyte.errors import RunError
 from halfbyte.models.structure import meta_model
 from halfbyte.plan import Job, Plan, Rows, calibrate, choose, make, peak
 from halfbyte.plan.lines import Recompute
+from halfbyte.recipe.adapter import PASSPORT
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs.folder import ANOTHER
 from halfbyte.runs.report import Compared
@@ -138,7 +139,8 @@ def compared(plan: Plan, opened: Base, held: Usage, seen: Usage, run: Path, step
             Compared("pages of files", plan.file_bytes, seen.file),
         ]
     adapter = sum(line.bytes for line in plan.disk if line.name == "adapter")
-    written = sum(file.stat().st_size for file in (run / "adapter").rglob("*") if file.is_file())
+    files_of = (file for file in (run / "adapter").rglob("*") if file.is_file() and file.name != PASSPORT)
+    written = sum(file.stat().st_size for file in files_of)
     lines.append(Compared("adapter on disk", adapter, written))
     if step_s is not None:
         lines.append(Compared("seconds a step", plan.time.step_s, step_s))
