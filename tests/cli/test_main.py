@@ -715,6 +715,18 @@ def test_a_plan_says_where_training_fits_and_generating_does_not(capsys: pytest.
     assert "but not generating 1,024 tokens at once, which takes 64.00 GB" in capsys.readouterr().out
 
 
+def test_force_uses_an_adapter_on_another_base(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree("model")
+    tiny_run.checkpoint(Path("model"), seed=1)  # the same shapes
+    monkeypatch.setattr(show, "asker", lambda: lambda: "/quit")
+    few = ("--max-new-tokens", "2")
+    commands = (("generate", "done", "-p", "w1", *few), ("eval", "done", "--limit", "2", *few), ("chat", "done", *few))
+    for command in commands:
+        refused, forced = halfbyte(*command), halfbyte(*command, "--force")
+        assert refused.code == 2 and "- base: trained on" in refused.err, command
+        assert forced.code == 0 and "used all the same: base: trained on" in forced.err, (command, forced)
+
+
 def test_version_names_the_libraries(halfbyte: Cli) -> None:
     ended = halfbyte("version")
     assert ended.code == 0
