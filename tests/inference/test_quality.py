@@ -170,6 +170,9 @@ def test_the_command_shows_it_and_refuses_what_makes_no_sense(tmp_path: Path) ->
         assert words in shown.output
     asked_json = run(app, ["quantize", model, "--report", "--json", "--set", "data.max_length=64"])
     assert [row["name"] for row in json.loads(asked_json.stdout)["quality"]["formats"]][2] == "nf4"
+    read = ["quantize", model, "--report", "--json", "--text", str(tiny_run.rows(tmp_path / "r.jsonl", 3))]
+    whole, few = (json.loads(run(app, [*read, *more]).stdout)["quality"]["rows"] for more in ([], ["--limit", "1"]))
+    assert (whole, few) == (3, 1)
     alone = run(app, ["quantize", model, "--text", "f.txt"])
     assert "--text and --limit say what --report reads" in str(alone.exception)
     missing = run(app, ["quantize", model, "--report", "--text", str(tmp_path / "no.jsonl")])

@@ -140,3 +140,16 @@ def test_a_run_of_some_length_is_seen_by_a_process_of_its_own(
     outcome = finetune.train(tiny_run.recipe(world, output=tmp_path / "zeroed"))
     assert outcome.exit_code == 1
     assert outcome.report["verified"]["ok"] is False and "logits differ by" in outcome.report["verified"]["seen"]
+
+
+def test_a_second_process_that_cannot_be_had_ends_no_run(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verifying, "AFTER_S", 0.0)
+    monkeypatch.setattr(verifying.sys, "executable", str(tmp_path / "none"))
+    outcome = finetune.train(tiny_run.recipe(world, output=tmp_path / "alone"))
+    assert outcome.exit_code == 0
+    assert outcome.report["verified"] == {
+        "ok": None,
+        "seen": "not seen: the second process ended without a word (FileNotFoundError)",
+    }

@@ -85,18 +85,22 @@ def after(path: Path, train_seconds: float, plan: Plan, machine: device.Device) 
         return {"ok": None, "seen": f"not asked of a run of less than {AFTER_S:.0f} s"}
     if machine.kind == "cuda" or device.ram_available() < plan.private_bytes:
         return {"ok": None, "seen": "not asked: too little memory is left for a second process"}
-    command, limit = (
-        [sys.executable, "-m", "halfbyte", "verify", str(path), "--quick", "--json"],
-        max(train_seconds, LIMIT_S),
-    )
+    command, limit = [sys.executable, "-m", "halfbyte", "verify", str(path)], max(train_seconds, LIMIT_S)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+        done = subprocess.run(
+            [*command, "--quick", "--json"], capture_output=True, text=True, timeout=limit, check=False
+        )
         (check,) = (c for c in json.loads(done.stdout)["checks"] if c["what"] == "adapter")
         return {"ok": check["ok"], "seen": check["seen"]}
     except subprocess.TimeoutExpired:
         return {"ok": None, "seen": f"not seen: it took more than {limit:.0f} s"}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {"ok": None, "seen": f"not seen: the second process ended without a word ({done.returncode})"}
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:  # it did not start, or has no document
+        return {"ok": None, "seen": f"not seen: the second process ended without a word ({type(error).__name__})"}
 
 
 def _files(run: RunFolder) -> list[Checked]:
