@@ -48,6 +48,15 @@ LIGHT_FILES = (
     "runs.folder",
     "runs.points",
     "runs.report",
+    "runs.listing",
+    "report.series",
+    "report.plots",
+    "report.changed",
+    "report.record",
+    "report.curves",
+    "report.page",
+    "report.compare",
+    "report.live",
     "training.early",
 )
 # Library -> the rooms that may import it.

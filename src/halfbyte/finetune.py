@@ -25,6 +25,8 @@ from halfbyte.plan import calibrate
 from halfbyte.recipe.adapter import folder_of
 from halfbyte.recipe.file import seen_from, to_yaml
 from halfbyte.recipe.schema import Loaded, Recipe
+from halfbyte.report import page
+from halfbyte.report import start as beginning
 from halfbyte.runs import checkpoint, crash, points
 from halfbyte.runs import report as reporting
 from halfbyte.runs.folder import RunFolder, write_json
@@ -106,9 +108,10 @@ def train(loaded: Loaded, *, resume: bool = False, force: bool = False, listener
     elif point.changes(loaded.recipe):
         files.write(folder.recipe, kept.encode())
     noted = crash.noted(folder, machine.to_json())
-    with folder.lock() as run, noted, stop_on_signals(tell.stopping) as stop, usage.Peak() as peak:
+    with folder.lock() as run, page.kept(run), noted, stop_on_signals(tell.stopping) as stop, usage.Peak() as peak:
         try:
             split.keep(ready.job.prepared.held_out, run.held_out)
+            beginning.keep(run, loaded, ready.job, ready.base, ready.notices, 0 if point is None else point.step)
             callback = run_steps(ready, run, stop, tell)
             step = callback.trainer.state.global_step
             if stop.signal is not None and step < len(ready.steps) and not callback.stopped_early:
@@ -354,6 +357,7 @@ def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak
         "machine": {**machine.to_json(), "process": ready.settings.to_json()},
         "data": prepare.data_report(prepared),
         "diverged": diverged,
+        "stopped_early": callback.stopped_early,
         "verified": verified,
         "notices": [
             *([worse] if worse else []),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halfbyte.cli import conversation, progress, show, show_data, show_doctor, show_plan, show_quality
+from halfbyte.cli import conversation, progress, reports, show, show_data, show_doctor, show_plan, show_quality
 from halfbyte.cli.store import Json, stores
 from halfbyte.errors import HalfbyteError, RecipeError, typed
 from halfbyte.system import libraries
@@ -34,6 +34,9 @@ app = typer.Typer(
 app.add_typer(stores, name="store")
 rows = typer.Typer(help="The rows that a model would be trained on.", no_args_is_help=True)
 app.add_typer(rows, name="data")
+app.command()(reports.report)
+app.command()(reports.compare)
+app.command(name="runs")(reports.listed)
 
 Set = Annotated[list[str], typer.Option("--set", metavar="a.b=c", help="Change one value of the recipe; repeatable.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines only, and few of them.")]
@@ -82,6 +85,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every resolved value and where it came from; train nothing.")
     ] = False,
+    live: Annotated[bool, typer.Option("--live", help="Serve the run's page on 127.0.0.1 while it trains.")] = False,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -113,15 +117,12 @@ def train(
         show.warning(warning)
     if loaded.path is None and not (json_ or quiet):
         show.text("No recipe given; this one is used:\n\n" + to_yaml(loaded.recipe))
-    with progress.training(quiet=quiet, silent=json_) as listener:
+    with reports.live(Path(loaded.recipe.output), live), progress.training(quiet=quiet, silent=json_) as listener:
         with libraries.loading():
             from halfbyte import finetune
 
         outcome = finetune.train(loaded, resume=resume, force=force, listener=listener)
-    if outcome.stopped_by is not None:
-        show.stopped(outcome)
-    else:
-        show.document(outcome.report) if json_ else show.report(outcome)
+    show.ended(outcome, json_=json_)
     raise typer.Exit(outcome.exit_code)
 
 

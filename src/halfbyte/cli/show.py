@@ -134,6 +134,14 @@ def asker() -> Callable[[], str]:
     return lambda: session.prompt().strip()
 
 
+def ended(outcome: Outcome, *, json_: bool) -> None:
+    """The end of a run, finished or stopped."""
+    if outcome.stopped_by is not None:
+        stopped(outcome)
+    else:
+        document(outcome.report) if json_ else report(outcome)
+
+
 def report(outcome: Outcome) -> None:
     """The end of a run: what it reached, planned beside measured, and what to do next."""
     row = outcome.report
@@ -151,6 +159,7 @@ def report(outcome: Outcome) -> None:
     held_out = row["data"]["eval"] is not None
     run = outcome.run
     first = f"halfbyte eval {typed(run)} --base" if held_out else f'halfbyte generate {typed(run)} --prompt "..."'
+    text(f"page     {outcome.run}/report.html")
     text(f"adapter  {outcome.run}/adapter\n  next: {first}   or   halfbyte chat {typed(run)}")
 
 

@@ -38,6 +38,8 @@ class RunFolder:
         self.held_out = self.path / "held_out.arrow"
         self.checkpoints = self.path / "checkpoints"
         self.proof = self.path / "proof.json"
+        self.started = self.path / "started.json"
+        self.page = self.path / "report.html"
 
     @staticmethod
     def check_free(path: Path) -> None:
@@ -115,6 +117,16 @@ class RunFolder:
             stream.flush()
             yield self
 
+    def writer(self) -> str | None:
+        """The process that is writing the run now; None where no one is."""
+        if not files.CAN_LOCK or not (self.path / "lock").is_file():
+            return None
+        try:
+            with (self.path / "lock").open("r+") as stream:
+                return None if files.lock(stream, shared=True, wait=False) else stream.read().strip() or "unknown"
+        except OSError:
+            return None
+
     def append_metrics(self, row: Document) -> None:
         """Add one row (a TrainError: no space left). A torn line that a crash left at the end is cut away first."""
         line = (json.dumps(files.finite(row)) + "\n").encode()
@@ -151,6 +163,15 @@ class RunFolder:
             _write(self.metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
 
+def read_json(path: Path) -> Document:
+    """A JSON object of a run; empty where there is none, or none that can be read."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def write_json(path: Path, value: Document) -> None:
     """Write or replace a JSON file of a run in one step; a TrainError where no space is left."""
     _write(path, files.as_json(value))
@@ -174,14 +195,8 @@ def _space_for(path: Path, size: int) -> Iterator[None]:
 
 def _written_by(path: Path) -> RunError | None:
     """The error for a run that another process is writing now; None where no one is."""
-    if not files.CAN_LOCK or not (path / "lock").is_file():
-        return None
-    try:
-        with (path / "lock").open("r+") as stream:
-            if files.lock(stream, wait=False):
-                return None
-            holder = stream.read().strip() or "unknown"
-    except OSError:
+    holder = RunFolder(path).writer()
+    if holder is None:
         return None
     return RunError(f"the run {path} is being written by process {holder}.", fix=f"wait for it, stop it, or {ANOTHER}")
 

@@ -46,10 +46,6 @@ class Resolution:
 def resolve(loaded: Loaded) -> Resolution:
     """Resolve every `auto` without loading a weight; the data is read, since the plan follows from its lengths."""
     job = planned(loaded.recipe, device.detect())
-    auto, resolved = chosen_values(job), []
-    for field, value, origin in rows(loaded):
-        shown, why = auto.get(field, (value, ""))
-        resolved.append((field, shown, origin if shown == value else Origin("auto", why.removeprefix("auto: "))))
     prepared, source = job.prepared, job.prepared.checkpoint
     begin = residual.look(source, prepared.config, prepared.recipe, job.modules)
     steps = (
@@ -62,7 +58,16 @@ def resolve(loaded: Loaded) -> Resolution:
         ("adapters", f"on {len(job.modules)} modules, {job.figures.trainable:,} parameters train"),
         *(() if begin is None else (("residual", str(begin)),)),
     )
-    return Resolution(resolved, notes, job.plan, loaded.warnings)
+    return Resolution(resolved(loaded, job), notes, job.plan, loaded.warnings)
+
+
+def resolved(loaded: Loaded, job: PlannedRun) -> list[tuple[str, object, Origin]]:
+    """Every field with its value, no longer `auto`, and where that came from."""
+    auto, values = chosen_values(job), list[tuple[str, object, Origin]]()
+    for field, value, origin in rows(loaded):
+        shown, why = auto.get(field, (value, ""))
+        values.append((field, shown, origin if shown == value else Origin("auto", why.removeprefix("auto: "))))
+    return values
 
 
 def chosen_values(job: PlannedRun) -> dict[str, tuple[object, str]]:

@@ -132,6 +132,7 @@ class StepTrainer(Trainer):
     ) -> None:
         self.eval_batches, self.pace, self.loraplus_lr_ratio = eval_batches, pace, loraplus_lr_ratio
         self.last: Document = {}
+        self._downs = 0
         self.evaluating: Callable[[], None] = lambda: None
         self.stops: Callable[[], bool] = lambda: False  # an evaluation ends with its micro-batch, and training
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=[])
@@ -232,6 +233,7 @@ class StepTrainer(Trainer):
         norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
         scaler = getattr(self.accelerator, "scaler", None)
         began, self._ended = self._ended, time.perf_counter()
+        downs, self._downs = self.pace.downs[self._downs :], len(self.pace.downs)
         self.last = {
             "step": self.state.global_step + 1,
             "epoch": self.train_dataset.steps.passes(self.state.global_step + 1),
@@ -243,4 +245,5 @@ class StepTrainer(Trainer):
             "micro_batches": micro_batches,
             "seconds": self._ended - began,
             "tokens_per_second": step.tokens / max(self._ended - began, 1e-9),
+            **({"stepped_down": downs} if downs else {}),
         }

@@ -1,0 +1,117 @@
+"""`halfbyte report`, `compare` and `runs`, and the page of a run while it trains."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from halfbyte.cli import show
+from halfbyte.cli.store import Json
+
+if TYPE_CHECKING:
+    from halfbyte.report.compare import Comparison
+    from halfbyte.runs.listing import Entry
+
+STYLES = {"running": "cyan", "finished": "green", "stopped": "yellow", "crashed": "red", "diverged": "red"}
+Page = Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE.html", help="Where to write the page.")]
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not.")],
+    out: Page = None,
+) -> None:
+    """Make the page of a run anew: report.html in its folder, one file that opens without network."""
+    from halfbyte.report import page
+
+    written = page.write(run, out)
+    show.text(f"{written}  ({written.stat().st_size / 1e3:.0f} kB)")
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Two run folders or more.")],
+    out: Page = None,
+    json_: Json = False,
+) -> None:
+    """Runs side by side: figures, scores with intervals, what differs in their recipes; and a page of their curves."""
+    from halfbyte.report import compare as comparing
+
+    value = comparing.compare(runs)
+    written = comparing.write(value, out or runs[0].resolve().parent / "compare.html")
+    if json_:
+        show.document({**value.to_json(), "page": str(written)})
+    else:
+        compared(value)
+        show.text(f"\ncurves   {written}")
+
+
+def listed(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where runs are.")] = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """What is in runs/, a line each, the newest first."""
+    from halfbyte.errors import RunError
+    from halfbyte.runs import listing
+
+    if not folder.is_dir():
+        raise RunError(
+            f"there is no folder {folder}.", fix="halfbyte runs FOLDER, with the folder that holds your runs"
+        )
+    entries = listing.every(folder)
+    show.document([entry.to_json() for entry in entries]) if json_ else entered(folder, entries)
+
+
+@contextmanager
+def live(run: Path, asked: bool) -> Iterator[None]:
+    """While the block runs, serve the page of a run on 127.0.0.1, if that is asked for, and say where."""
+    if not asked:
+        yield
+        return
+    from halfbyte.report import live as serving
+
+    with serving.serving(run) as address:
+        show.aside(f"live     {address}")
+        yield
+
+
+def entered(folder: Path, entries: list[Entry]) -> None:
+    if not entries:
+        show.text(f"no runs in {folder}")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("run", "state", "step", "loss", "held out", "model", "last written"):
+        right = column in ("step", "loss", "held out")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    for entry in entries:
+        state, name = entry.state, entry.state.name
+        step = f"{state.step:,}" + (f"/{state.steps:,}" if state.steps else "")
+        losses = ("" if value is None else f"{value:.4f}" for value in (entry.loss, entry.eval_loss))
+        said = f"[{STYLES.get(name, 'dim')}]{name}[/]" + (f" ({escape(state.why)})" if state.why else "")
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.changed))
+        table.add_row(
+            escape(show.visible(str(entry.run))), said, step, *losses, escape(show.visible(entry.model)), when
+        )
+    show.out.print(table)
+
+
+def compared(value: Comparison) -> None:
+    """Figures, scores and recipe, a column for each run; then what makes the comparison unfair."""
+    for title, rows in (("figures", value.figures), ("scores", value.scores), ("recipe, what differs", value.recipe)):
+        if not rows:
+            continue
+        table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
+        table.add_column("")
+        for name in value.names:
+            table.add_column(escape(show.visible(name)), justify="right", overflow="fold")
+        for name, cells in rows:
+            table.add_row(escape(name), *(escape(show.visible(cell)) for cell in cells))
+        show.out.print(table)
+        show.text("")
+    for note in value.notes:
+        show.warning(note)

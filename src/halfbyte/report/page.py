@@ -1,0 +1,176 @@
+"""`report.html`: one file that opens anywhere, without network and without a library.
+
+Everything that comes from rows, recipes or names passes through Jinja's autoescape; the page's policy lets nothing run
+but its own script, which is named by its hash, and fetches nothing.
+Cost: about a tenth of a second, and a second for 200,000 steps; no torch but for the adapter's norms.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from jinja2 import ChainableUndefined, Environment, FileSystemLoader, Undefined
+from markupsafe import Markup
+
+from halfbyte.report import curves, plots, record, series
+from halfbyte.report.record import Record
+from halfbyte.runs.folder import RunFolder
+from halfbyte.system import files
+
+WEB = Path(__file__).parent / "web"
+TEXT_MOST = 1_200  # characters of an answer, a prompt or a notice
+_log = logging.getLogger(__name__)
+
+
+def write(run: Path, to: Path | None = None, *, ours: bool = False) -> Path:
+    """Make the page of a run; returns its file, `report.html` in the run's folder unless `to` names another."""
+    page = to or RunFolder(run).page
+    files.write(page, html(record.read(run, ours=ours)).encode())
+    return page
+
+
+@contextmanager
+def kept(run: RunFolder) -> Iterator[None]:
+    """Make the page when the block ends, however it ends. That it cannot be made ends no run."""
+    try:
+        yield
+    finally:
+        try:
+            write(run.path, ours=True)
+        except Exception as error:
+            _log.warning(f"{run.page} could not be made: {type(error).__name__}: {error}")
+
+
+def html(run: Record, *, live: bool = False) -> str:
+    """The page. `live`: it asks for itself again every few seconds."""
+    drawn = curves.charts(run)
+    values = {
+        "run": run,
+        "live": live,
+        "wide": plots.svg(drawn[0], width=900, height=320),
+        "charts": [plots.svg(chart) for chart in drawn],
+        "heat": None if run.change is None else plots.heat_map(
+            "Norm of each update, scale x |BA|", [f"layer {n}" if n != "-" else "outside" for n in run.change.layers],
+            run.change.kinds, run.change.norms,
+        ),
+        "facts": facts(run),
+        "happened": happened(run),
+        "most_rows": max((part["rows"] for part in run.started.get("histogram") or []), default=1),
+        "made": time.strftime("%Y-%m-%d %H:%M"),
+    }  # fmt: skip
+    return render("run.html", **values)
+
+
+def render(name: str, **values: object) -> str:
+    script = (WEB / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    style = (WEB / "style.css").read_text(encoding="utf-8")
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; connect-src 'self'"
+    return environment().get_template(name).render(script=Markup(script), style=Markup(style), policy=policy, **values)
+
+
+@cache
+def environment() -> Environment:
+    made = Environment(
+        loader=FileSystemLoader(WEB),
+        autoescape=True,
+        undefined=ChainableUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"gb": gb, "shown": shown, "cut": cut, "when": when, "clock": clock, "number": number}
+    return made
+
+
+def facts(run: Record) -> list[tuple[str, str]]:
+    """The figures at the top of the page: (name, value)."""
+    metrics, report = run.metrics, run.report
+    losses = metrics.column("loss").known.y
+    found = [("steps", f"{metrics.last_step:,}" + (f" of {run.state.steps:,}" if run.state.steps else ""))]
+    if len(losses):
+        found.append(("loss, first to last", f"{losses[0]:.4f} → {losses[-1]:.4f}"))
+    if (held := metrics.evals.get("eval_loss")) is not None:
+        found.append(("held-out loss, last", f"{held.known.y[-1]:.4f}"))
+        found.append(
+            ("held-out loss, lowest", f"{held.known.y.min():.4f} at step {held.known.x[held.known.y.argmin()]:.0f}")
+        )
+    seconds = float(series.minutes(metrics.steps["seconds"])[-1] * 60) if len(metrics.steps["seconds"]) else 0.0
+    tokens = float(np.nansum(metrics.steps["tokens"]))
+    if seconds:
+        found += [
+            ("time of steps", clock(seconds)),
+            ("tokens", f"{tokens:,.0f}"),
+            ("tokens/s", f"{tokens / seconds:,.0f}"),
+        ]
+    if peak := report.get("peak_rss_bytes"):
+        planned = (report.get("planned") or {}).get("peak_rss_bytes")
+        found.append(("peak memory", gb(peak) + (f" (planned {gb(planned)})" if planned else "")))
+    if run.adapter_step is not None:
+        found.append(("adapter is of step", f"{run.adapter_step:,}"))
+    return found
+
+
+def happened(run: Record) -> list[str]:
+    """What a reader must know before the curves, a sentence each."""
+    state, said = run.state, list[str]()
+    of = f" of {state.steps:,}" if state.steps else ""
+    if state.name == "running":
+        said.append(f"The run is going on: step {state.step:,}{of}, {state.why}.")
+    elif state.name in ("stopped", "crashed", "not begun"):
+        word = {"stopped": "was stopped", "crashed": "crashed"}.get(state.name, "never began")
+        said.append(f"The run {word} at step {state.step:,}{of}: {state.why}.")
+    elif state.name == "diverged":
+        said.append("The run diverged: it ended above where it began.")
+    if run.report.get("stopped_early"):
+        said.append(f"Stopped early at step {state.step:,}{of}: no better evaluation was seen.")
+    said += [f"Resumed at step {step:,} on {when(at)}." for step, at in run.resumed]
+    said += [
+        f"Stepped down at step {step:,}: {how}. What is learned stays the same." for step, how in run.metrics.downs
+    ]
+    missing = len(run.metrics.steps["loss"]) - len(run.metrics.column("loss").known)
+    if missing > 0:
+        said.append(f"{missing:,} steps have no number for their loss; they are gaps, marked ×.")
+    if run.metrics.unread:
+        said.append(f"{run.metrics.unread:,} lines of metrics.jsonl could not be read.")
+    return said
+
+
+def gb(count: object) -> str:
+    return f"{count / 1e9:.2f} GB" if isinstance(count, int | float) else ""
+
+
+def number(value: object) -> str:
+    """A figure of a report: whole numbers with commas, others with four digits."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "" if value is None or isinstance(value, Undefined) else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def shown(value: object) -> str:
+    """A value of a recipe as YAML would have it on one line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def cut(text: object) -> str:
+    """Text of a row or an answer, no longer than a page can show."""
+    words = str(text)
+    return words if len(words) <= TEXT_MOST else f"{words[:TEXT_MOST]} … ({len(words) - TEXT_MOST:,} more characters)"
+
+
+def when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

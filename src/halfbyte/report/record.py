@@ -1,0 +1,139 @@
+"""Everything that a run's folder holds for its page, read once. What is missing or torn is empty, never an error.
+
+Cost: one pass over the metrics; the adapter's weights are read only where `changed` is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import yaml
+
+from halfbyte.recipe.adapter import read_passport
+from halfbyte.report import changed, series
+from halfbyte.runs import crash, listing
+from halfbyte.runs.folder import RunFolder, read_json
+from halfbyte.types import Document
+
+SHOWN_ANSWERS, LOOKED_AT_ANSWERS = 6, 2_000
+CRASH_LINES = 12
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run as its folder tells it. `scores` are of the file that `halfbyte eval` leaves, `answers` a few of its rows:
+    first those on which base and adapter are judged differently."""
+
+    run: RunFolder
+    state: listing.State
+    metrics: series.Metrics
+    recipe: Document
+    plan: Document
+    report: Document
+    started: Document
+    scores: Document
+    answers: tuple[Document, ...]
+    crash: str
+
+    @property
+    def name(self) -> str:
+        return self.run.path.resolve().name
+
+    @property
+    def model(self) -> str:
+        return str((self.started.get("model") or {}).get("id") or listing.model_of(self.run))
+
+    @cached_property
+    def change(self) -> changed.Change | None:
+        return changed.norms(self.run.adapter)
+
+    @cached_property
+    def adapter_step(self) -> int | None:
+        """The step whose adapter was kept."""
+        try:
+            passport = read_passport(self.run.adapter) if self.run.adapter.is_dir() else None
+        except Exception:  # a page does without it; `halfbyte verify` says what is wrong
+            return None
+        return None if passport is None else (passport.get("reached") or {}).get("steps")
+
+    @property
+    def resumed(self) -> list[tuple[int, float]]:
+        """Each time that the run went on: (step, seconds since 1970)."""
+        return [(int(p["step"]), float(p["time"])) for p in self.started.get("processes", []) if p.get("step")]
+
+    @property
+    def values(self) -> dict[str, Document]:
+        """Every field of the recipe with value, origin and why; of an older run without its origins."""
+        known: dict[str, Document] = self.started.get("values") or {}
+        return known or {name: {"value": v, "from": "", "why": ""} for name, v in flat(self.recipe)}
+
+
+def read(path: Path, *, ours: bool = False) -> Record:
+    """The record of a run folder, finished or not (`RunFolder.open` says what is none).
+
+    Args:
+        ours: this process holds the run's lock, and is about to let it go.
+    """
+    run = RunFolder.open(path, need_adapter=False)
+    return Record(
+        run,
+        listing.state(run, ours=ours),
+        series.read(run.metrics),
+        _yaml(run.recipe),
+        read_json(run.plan),
+        read_json(run.report),
+        read_json(run.started),
+        read_json(path / "eval" / "scores.json"),
+        answers(path / "eval" / "answers.jsonl"),
+        _crash(run),
+    )
+
+
+def _yaml(path: Path) -> Document:
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _crash(run: RunFolder) -> str:
+    """The end of `crash.txt`, of a run that crashed."""
+    try:
+        lines = (run.path / crash.NAME).read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    begin = next((i for i, line in enumerate(lines) if line.startswith("== traceback")), 0)
+    return "\n".join(lines[begin + 1 :][-CRASH_LINES:])
+
+
+def answers(path: Path) -> tuple[Document, ...]:
+    """A few rows of `answers.jsonl`: those whose scores differ between base and adapter come first."""
+    rows = list[Document]()
+    try:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in islice(lines, LOOKED_AT_ANSWERS):
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(row, dict) and isinstance(row.get("adapter"), dict):
+                    rows.append(row)
+    except OSError:
+        return ()
+    differ = [row for row in rows if row.get("base") and row["base"].get("scores") != row["adapter"].get("scores")]
+    alike = [row for row in rows if not any(row is one for one in differ)]
+    first = differ[: SHOWN_ANSWERS - 1] if alike else differ
+    return tuple([*first, *alike][:SHOWN_ANSWERS])
+
+
+def flat(values: Document, prefix: str = "") -> list[tuple[str, object]]:
+    """Every leaf of nested mappings with its dotted name."""
+    pairs = list[tuple[str, object]]()
+    for name, value in values.items():
+        pairs += flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+    return pairs

@@ -1,0 +1,89 @@
+"""`started.json`: what is known of a run before its first step, and what its page shows beside the metrics.
+
+Why: where a value came from, how a row looks to the model and what was proven are known then, and to nobody later.
+Cost: three rows as text, one small file.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+
+from halfbyte.adapters.assembly import Assembled
+from halfbyte.data import pack
+from halfbyte.recipe.schema import Loaded
+from halfbyte.runs.folder import RunFolder, read_json, write_json
+from halfbyte.system.versions import versions
+from halfbyte.training import prepare, preview
+from halfbyte.training.fit import PlannedRun
+from halfbyte.types import Document
+
+SHOWN_CHARACTERS = 3_000  # of a row; the rest is counted, not kept
+
+
+def keep(
+    run: RunFolder, loaded: Loaded, job: PlannedRun, base: Assembled, notices: Sequence[str], from_step: int
+) -> None:
+    """Write it; a run that goes on (`from_step` > 0) keeps the list of its earlier processes."""
+    prepared, before = job.prepared, read_json(run.started)
+    earlier = before.get("processes", []) if from_step else []
+    # what a resumed run was given is its own recipe: where the values came from at first is worth more
+    was = before.get("values", {}) if from_step else {}
+    values = {
+        field: {"value": json.loads(json.dumps(value, default=str)), "from": origin.kind, "why": origin.why}
+        for field, value, origin in preview.resolved(loaded, job)
+    }
+    values |= {name: old for name, old in was.items() if name in values and old["value"] == values[name]["value"]}
+    write_json(
+        run.started,
+        {
+            "processes": [*earlier, {"step": from_step, "time": time.time()}],
+            "model": {"id": prepared.checkpoint.id, "revision": prepared.checkpoint.revision},
+            "values": values,
+            "data": prepare.data_report(prepared),
+            "lengths": {
+                name: None if rows is None else lengths(rows.lengths)
+                for name, rows in (("train", prepared.train), ("eval", prepared.evaluation))
+            },
+            "histogram": [asdict(part) for part in preview.histogram(prepared.train.lengths)],
+            "examples": examples(prepared),
+            "proofs": proofs(base),
+            "notices": list(notices),
+            "versions": versions(),
+            "machine": job.machine.to_json(),
+        },
+    )
+
+
+def lengths(values: pack.Sizes) -> Document:
+    """Tokens of a row: the shortest, quartiles, the longest."""
+    cuts = np.percentile(np.asarray(values), (0, 25, 50, 75, 100)).round().astype(int)
+    return dict(zip(("shortest", "quarter", "median", "three_quarters", "longest"), map(int, cuts), strict=True))
+
+
+def examples(prepared: prepare.Prepared) -> list[Document]:
+    """Three rows as the model meets them: the shortest, one in the middle, the longest."""
+    order = np.argsort(np.asarray(prepared.train.lengths), kind="stable")
+    chosen = dict.fromkeys(int(order[i]) for i in (0, len(order) // 2, len(order) - 1))
+    return [cut(asdict(preview.shown(prepared.train.examples[n], n + 1, prepared.tokenizer))) for n in chosen]
+
+
+def cut(row: Document) -> Document:
+    """The row with at most `SHOWN_CHARACTERS` of its text; labels at its end are kept rather than its beginning."""
+    left, kept = SHOWN_CHARACTERS, list[Document]()
+    for piece in reversed(row["pieces"]):
+        if left <= 0:
+            break
+        text = piece["text"]
+        kept.append({**piece, "text": text if len(text) <= left else "… " + text[-left:]})
+        left -= len(text)
+    return {**row, "pieces": kept[::-1], "cut": left < 0}
+
+
+def proofs(base: Assembled) -> list[Document]:
+    named = (("base", base.dequantised), ("packing", base.packed), ("engine", base.fused))
+    return [{"name": name, "ok": bool(proof.ok), "said": proof.reason} for name, proof in named]

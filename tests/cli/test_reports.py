@@ -1,0 +1,53 @@
+"""`halfbyte report`, `compare` and `runs` as they are typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import in_process
+from tests.report import made
+
+
+@pytest.fixture
+def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> in_process.Cli:
+    monkeypatch.chdir(tmp_path)
+    return in_process.runner(tmp_path, capsys)
+
+
+def test_a_page_is_made_anew(cli: in_process.Cli, tmp_path: Path) -> None:
+    run = made.run(tmp_path / "runs/a", made.metrics(5))
+    ended = cli("report", "runs/a")
+    assert ended.code == 0 and ended.out.startswith("runs/a/report.html") and run.page.is_file()
+    assert cli("report", "runs/a", "--out", "x.html").code == 0 and (tmp_path / "x.html").is_file()
+    ended = cli("report", "runs/none")
+    assert ended.code == 2 and "there is no run folder runs/none" in ended.err
+
+
+def test_runs_are_listed(cli: in_process.Cli, tmp_path: Path) -> None:
+    ended = cli("runs")
+    assert ended.code == 2 and "there is no folder runs" in ended.err
+    (tmp_path / "runs").mkdir()
+    assert cli("runs").out == "no runs in runs\n"
+    made.finished(tmp_path / "runs/[a]", made.metrics(5))
+    made.run(tmp_path / "runs/b", made.metrics(7), steps=9)
+    lines = cli("runs").out.splitlines()
+    assert len(lines) == 3 and any("runs/[a]" in line and "finished" in line for line in lines)
+    assert any("runs/b" in line and "crashed (killed after no checkpoint)" in line and "7/9" in line for line in lines)
+    assert {row["state"] for row in json.loads(cli("runs", "--json").out)} == {"finished", "crashed"}
+
+
+def test_runs_are_compared(cli: in_process.Cli, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run = made.run(tmp_path / f"runs/{name}", made.metrics(5))
+        run.recipe.write_text(run.recipe.read_text().replace("r: 8", f"r: {len(name) + ord(name)}"))
+    ended = cli("compare", "runs/a", "runs/b")
+    assert ended.code == 0 and "lora.r" in ended.out and "98" in ended.out and "99" in ended.out
+    assert "a is not finished: crashed" in ended.err
+    assert (tmp_path / "runs/compare.html").is_file()
+    document = json.loads(cli("compare", "runs/a", "runs/b", "--json", "--out", "c.html").out)
+    assert document["recipe"]["lora.r"] == {"a": "98", "b": "99"} and document["page"] == "c.html"
+    ended = cli("compare", "runs/a")
+    assert ended.code == 2 and "halfbyte compare RUN RUN" in ended.err

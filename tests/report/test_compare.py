@@ -1,0 +1,69 @@
+"""Runs side by side: what differs, what makes a comparison unfair."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from halfbyte.errors import RunError
+from halfbyte.report import compare
+from halfbyte.runs.folder import RunFolder
+from tests.report import made
+from tests.report.test_page import SCORES, answer, scored, seen
+
+
+def two(folder: Path) -> tuple[RunFolder, RunFolder]:
+    one = made.finished(folder / "one", made.metrics(20, evals=2))
+    other = made.finished(folder / "other", made.metrics(40, evals=2))
+    other.recipe.write_text(
+        other.recipe.read_text().replace("r: 8", "r: <b>32</b>").replace("output: run", "output: o")
+    )
+    return one, other
+
+
+def test_what_differs_is_told_and_what_is_alike_is_not(tmp_path: Path) -> None:
+    one, other = two(tmp_path)
+    scored(one, SCORES, [answer("a")])
+    value = compare.compare([one.path, other.path])
+    assert value.names == ("one", "other")
+    assert dict(value.recipe) == {"lora.r": ("8", "<b>32</b>")}
+    assert dict(value.figures)["steps"] == ("20 of 20", "40 of 40")
+    assert dict(value.scores) == {
+        "exact match": ("0.9583 [0.86, 0.99]", ""),
+        "exact match of the base": ("0 [0, 0.07]", ""),
+        "loss": ("0.21", ""),
+    }
+    assert value.notes == ()
+    parser = seen(compare.write(value, tmp_path / "compare.html").read_text())
+    words = " ".join(parser.words)
+    assert "lora.r" in words and "<b>32</b>" in words and "b" not in [tag for tag, _ in parser.tags]
+    assert {attrs.get("data-name") for tag, attrs in parser.tags if tag == "path"} >= {"one", "other"}
+    json.dumps(value.to_json())
+
+
+def test_what_is_unfair_is_said(tmp_path: Path) -> None:
+    one, other = two(tmp_path)
+    other.recipe.write_text("model: another\n")
+    scored(one, SCORES, [answer("a")])
+    scored(other, {**SCORES, "data": "others.jsonl"}, [answer("a")])
+    (other.report).unlink()
+    notes = " ".join(compare.compare([one.path, other.path]).notes)
+    for said in (
+        "different models",
+        "scored on different rows: others.jsonl (48 rows), test.jsonl (48 rows)",
+        "other is not",
+    ):
+        assert said in notes
+
+
+def test_runs_of_the_same_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    paths = [made.run(tmp_path / name / "run", made.metrics(3)).path for name in ("a", "b")]
+    assert compare.compare(paths).names == tuple(map(str, paths))
+
+
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_too_few_or_too_many_are_refused(tmp_path: Path, count: int) -> None:
+    with pytest.raises(RunError, match=f"{count} runs are given; 2 to 8"):
+        compare.compare([tmp_path] * count)

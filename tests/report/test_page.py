@@ -1,0 +1,276 @@
+"""The page of a run: nothing of its rows is markup, gaps and long runs are drawn, what happened is told."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halfbyte.errors import RunError
+from halfbyte.report import page, record
+from halfbyte.runs.folder import RunFolder
+from tests.report import made
+
+BAD = "</pre></script><script>alert('x')</script><img src=x onerror=alert(1)>\" onmouseover=\"alert(2)"
+VOID = {"meta", "link", "br", "img"}
+
+
+class Seen(HTMLParser):
+    """Every tag of a page with its attributes; whether each is closed; its text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def seen(text: str) -> Seen:
+    parser = Seen()
+    parser.feed(text)
+    assert not parser.open
+    return parser
+
+
+def started(**changes: Any) -> dict[str, Any]:
+    """`started.json` of a small run."""
+    read = {"labelled": False, "special": False}
+    return {
+        "processes": [{"step": 0, "time": 1.7e9}],
+        "model": {"id": "tiny", "revision": None},
+        "values": {
+            "lora.r": {"value": 8, "from": "recipe", "why": "line 3"},
+            "lora.bias": {"value": "none", "from": "default", "why": ""},
+        },
+        "data": {
+            "train": {
+                "used": 16,
+                "skipped": 0,
+                "truncated": 0,
+                "tokens": 900,
+                "labelled_tokens": 300,
+                "labelled_share": 1 / 3,
+            },
+            "eval": None,
+            "gates": [{"gate": "lengths", "level": "ok", "found": "all fit", "fix": None}],
+        },
+        "lengths": {
+            "train": {"shortest": 20, "quarter": 30, "median": 40, "three_quarters": 50, "longest": 90},
+            "eval": None,
+        },
+        "histogram": [{"least": 0, "most": 63, "rows": 10}, {"least": 64, "most": 127, "rows": 6}],
+        "examples": [
+            {
+                "row": 1,
+                "where": "rows.jsonl:1",
+                "tokens": 40,
+                "labelled": 3,
+                "pieces": [{"text": "user: hi", **read}, {"text": "yes", **read, "labelled": True}],
+                "cut": False,
+            }
+        ],
+        "proofs": [{"name": "packing", "ok": True, "said": "proven"}],
+        "notices": [],
+        "versions": {"torch": "2.13"},
+        "machine": {"kind": "cpu", "cpu": "a CPU", "cores": 2, "ram_bytes": 8e9, "cards": []},
+        **changes,
+    }
+
+
+def everywhere(value: Any) -> Any:
+    """The same document with every text replaced by one that would run if it were markup."""
+    if isinstance(value, dict):
+        return {key: everywhere(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [everywhere(item) for item in value]
+    return BAD if isinstance(value, str) else value
+
+
+def scored(run: RunFolder, scores: dict[str, Any], answers: list[dict[str, Any]]) -> None:
+    folder = run.path / "eval"
+    folder.mkdir()
+    (folder / "scores.json").write_text(json.dumps(scores))
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+
+
+def score(value: float, *interval: float, **more: float) -> dict[str, Any]:
+    return {"value": value, "interval": list(interval) or None, **more}
+
+
+SCORES = {
+    "data": "test.jsonl",
+    "rows": 48,
+    "seconds": 9.0,
+    "metrics": [
+        {
+            "name": "exact_match",
+            "adapter": score(0.9583, 0.86, 0.99),
+            "base": score(0.0, 0.0, 0.07),
+            "difference": score(0.9583, 0.85, 1.0, p_value=1e-9),
+        },
+        {"name": "loss", "adapter": score(0.21), "base": None, "difference": None},
+    ],
+}
+
+
+def answer(text: str, base: str | None = None, *, same: bool = False) -> dict[str, Any]:
+    right = {"text": text, "scores": {"exact_match": 1.0}}
+    return {"prompt": "what?", "expected": text, "adapter": right,
+            "base": None if base is None else {"text": base, "scores": {"exact_match": float(same)}}}  # fmt: skip
+
+
+def test_a_page_holds_what_the_folder_says(tmp_path: Path) -> None:
+    run = made.finished(tmp_path / "run", made.metrics(60, evals=3), verified={"ok": True, "seen": "the same"})
+    (run.started).write_text(json.dumps(started()))
+    scored(run, SCORES, [answer("blue", "red")])
+    parser = seen(page.html(record.read(run.path)))
+    words = " ".join(parser.words)
+    for said in (
+        *("finished", "held-out rows", "Learning rate", "Gradient norm", "Speed", "Memory", "planned, needed"),
+        *("exact match", "[0.86, 0.99]", "lengths: all fit", "rows.jsonl:1", "proven", "lora.r", "torch 2.13"),
+        *("1 values are defaults", "blue", "red", "smoothed over"),
+    ):
+        assert said in words, said
+    labelled = [attrs for tag, attrs in parser.tags if tag == "span" and attrs.get("class") == "piece on"]
+    assert len(labelled) == 2  # the legend's, and the answer's
+
+
+def test_nothing_of_a_run_is_markup(tmp_path: Path) -> None:
+    """Every text of every file that a page is made of tries to run; the tags stay those of a harmless run."""
+    pages = []
+    for name, change in (("plain", lambda value: value), ("bad", everywhere)):
+        rows = made.metrics(20, evals=2)
+        rows[2]["stepped_down"] = [change("text")]
+        report = {
+            "notices": ["text"],
+            "verified": {"ok": True, "seen": "text"},
+            "lines": [{"name": "base", "planned": 2e9, "measured": 1e9, "error": 1.0}],
+        }
+        run = made.finished(tmp_path / name, rows, **change(report))
+        run.started.write_text(json.dumps(change(started(notices=["x"]))))
+        scored(run, change(SCORES), [change(answer("blue", "red"))])
+        (run.path / "crash.txt").write_text("== traceback\n" + change("text"))
+        run.recipe.write_text(f"model: {json.dumps(change('text'))}\n")
+        text = page.html(record.read(run.path))
+        pages.append([(tag, sorted(attrs)) for tag, attrs in seen(text).tags])
+    # values that are not "default" stand in the first table: one table fewer, with its summary
+    plain, bad = pages
+    assert {tag for tag, _ in bad} <= {tag for tag, _ in plain}
+    assert [tag for tag, _ in bad].count("script") == 1 and "img" not in [tag for tag, _ in bad]
+    assert not [attrs for _, attrs in bad if any(name.startswith("on") for name in attrs)]
+    assert "<script>alert" not in text and "&lt;script&gt;alert" in text
+
+
+def test_the_page_fetches_nothing_and_names_its_script_by_hash(tmp_path: Path) -> None:
+    run = made.run(tmp_path / "run", made.metrics(10))
+    text = page.html(record.read(run.path))
+    assert not re.findall(r"(?:src|href)\s*=|url\(|@import", text)
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src &#39;sha256-{digest}&#39;" in text and "default-src &#39;none&#39;" in text
+
+
+def test_a_long_run_with_gaps_is_a_small_page_and_its_spike_is_on_it(tmp_path: Path) -> None:
+    run = made.run(
+        tmp_path / "run",
+        made.metrics(20_000, evals=50, loss=lambda step: math.nan if step % 997 == 0 else 2.0 + 50.0 * (step == 7777)),
+    )
+    text = page.html(record.read(run.path))
+    assert len(text.encode()) < 250_000
+    assert "20 steps have no number for their loss" in " ".join(seen(text).words)
+    assert 'data-yh="59.8"' in text  # 52 x 1.15: the axis reaches the spike
+
+
+def goes_on(run: RunFolder) -> None:
+    run.started.write_text(json.dumps(started(processes=[{"step": 0, "time": 1e9}, {"step": 12, "time": 1.7e9}])))
+
+
+def steps_down(run: RunFolder) -> None:
+    run.append_metrics({"step": 21, "loss": 1.0, "stepped_down": ["micro-batches of 900 -> 450 tokens: 0.1 GB"]})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (goes_on, "Resumed at step 12 on 2023-11-1"),
+        (steps_down, "Stepped down at step 21: micro-batches of 900 -> 450 tokens"),
+        (lambda run: (run.path / "crash.txt").write_text("Boom"), "The run crashed at step 20 of 20: see crash.txt"),
+        (
+            lambda run: (run.checkpoints / "step-000020").mkdir(),
+            "The run was stopped at step 20 of 20: with a checkpoint at step 20",
+        ),
+        (lambda run: run.metrics.open("a").write("torn\n"), "1 lines of metrics.jsonl could not be read"),
+        (lambda run: run.metrics.unlink(), "The run never began at step 0 of 20: it ended before its first step"),
+    ],
+)
+def test_what_happened_is_told(tmp_path: Path, change: Any, said: str) -> None:
+    run = made.run(tmp_path / "run", made.metrics(20))
+    change(run)
+    assert said in " ".join(page.happened(record.read(run.path)))
+
+
+def test_a_run_that_was_stopped_early_says_so(tmp_path: Path) -> None:
+    run = made.finished(tmp_path / "run", made.metrics(20, evals=4), stopped_early=True)
+    read = record.read(run.path)
+    assert "Stopped early at step 20 of 20" in page.happened(read)[0]
+    assert "stopped early" in " ".join(seen(page.html(read)).words)
+
+
+def test_rows_on_which_base_and_adapter_differ_come_first(tmp_path: Path) -> None:
+    run = made.run(tmp_path / "run", made.metrics(3))
+    scored(run, SCORES, [answer(f"same {i}", f"same {i}", same=True) for i in range(8)] + [answer("better", "worse")])
+    read = record.read(run.path)
+    assert [row["expected"] for row in read.answers[:2]] == ["better", "same 0"]
+    assert len(read.answers) == record.SHOWN_ANSWERS
+
+
+def test_files_that_cannot_be_read_leave_a_page(tmp_path: Path) -> None:
+    run = made.finished(tmp_path / "run", made.metrics(5))
+    for file in (run.report, run.plan, run.started, run.recipe, run.adapter / "adapter_config.json"):
+        file.write_text("{torn")
+    scored(run, SCORES, [])
+    (run.path / "eval" / "answers.jsonl").write_text('{"adapter"\n')
+    seen(page.html(record.read(run.path)))
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is not a run folder"):
+        page.write(tmp_path)
+
+
+def test_a_page_that_cannot_be_made_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = made.run(tmp_path / "run", made.metrics(5))
+
+    def fails(*args: object, **more: object) -> str:
+        raise ValueError("no page today")
+
+    monkeypatch.setattr(page, "html", fails)
+    with caplog.at_level(logging.WARNING, logger="halfbyte"), page.kept(run):
+        pass
+    assert "no page today" in caplog.text and not run.page.exists()
+    with pytest.raises(KeyError), page.kept(run):
+        raise KeyError("the run's own error")
