@@ -5,7 +5,7 @@ Only this file (and `doctor.py` and the command line) tells the rooms about each
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,9 @@ from halfbyte.base.tokenizer import check_vocabulary
 from halfbyte.data import collate, pack, split
 from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.errors import DataError, TrainError
-from halfbyte.inference import proof, verify
+from halfbyte.inference import evaluate, proof, verify
 from halfbyte.layers.kernels import pool
-from halfbyte.plan import calibrate
+from halfbyte.plan import calibrate, sequences_beside
 from halfbyte.recipe.adapter import folder_of
 from halfbyte.recipe.file import seen_from, to_yaml
 from halfbyte.recipe.schema import Loaded, Recipe
@@ -39,7 +39,7 @@ from halfbyte.training.pace import Pace, recompute_as, rehearse
 from halfbyte.training.schedule import cadence, eval_every, micro_batches
 from halfbyte.training.stopping import EarlyStopping
 from halfbyte.training.trainer import StepTrainer, training_arguments
-from halfbyte.types import Document
+from halfbyte.types import Document, Model
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Ready:
     pace: Pace
     steps: pack.Steps
     held_out: collate.Batches
+    scores: Callable[[], dict[str, float]]
     held: usage.Usage
     settings: threads.Settings
     notices: Sequence[str]
@@ -160,6 +161,7 @@ def make_ready(
     recompute_as(base.model, plan.recompute)
     pace = fit.make_pace(job, base.model, lambda text: tell.note("memory", text), packed=base.packed.ok)
     steps, held_out = micro_batches(prepared, pace.tokens, pace.examples_per_micro_batch)
+    scores = _scores(job, base.model, pace.tokens)
     if plan.needed_bytes <= fit.UNREHEARSED * plan.available_bytes:
         held = usage.now()
         said = f"nothing: {plan.needed_bytes / 1e9:.2f} GB are planned, a small part of what is free"
@@ -173,7 +175,18 @@ def make_ready(
         )
     tell.note("rehearsed", said)
     trained = points.trained_with(recipe, fingerprints, belongs)
-    return Ready(job, base, placed, pace, steps, held_out, held, settings, notices, point, trained)
+    return Ready(job, base, placed, pace, steps, held_out, scores, held, settings, notices, point, trained)
+
+
+def _scores(job: fit.PlannedRun, model: Model, tokens: int) -> Callable[[], dict[str, float]]:
+    """What scores answers in an evaluation, as many at once as there is memory for beside the training."""
+    prepared, plan, settings = job.prepared, job.plan, job.prepared.recipe.eval
+    if prepared.evaluation is None or not settings.metrics:
+        return dict
+    examples = prepared.evaluation.examples[: settings.rows]
+    longest = max(len(e.prompt_ids) for e in examples) + settings.max_new_tokens
+    at_once = sequences_beside(job.figures, plan.available_bytes - plan.needed_bytes, longest)
+    return evaluate.while_training(model, prepared.tokenizer, examples, settings, at_once, tokens)
 
 
 def _assembled(
@@ -282,6 +295,7 @@ def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener) -
     if recipe.train.early_stopping_patience is not None:
         early = EarlyStopping(recipe.train, run.read_metrics())
         trainer.add_callback(early)
+    trainer.scores = ready.scores
     # early stopping decides on the evaluation itself, so that one is always finished
     trainer.evaluating, trainer.stops = tell.evaluating, lambda: stop.signal is not None and early is None
     try:

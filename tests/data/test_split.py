@@ -14,7 +14,6 @@ import pytest
 from halfbyte import finetune
 from halfbyte.data import split
 from halfbyte.errors import DataError, RunError
-from halfbyte.inference.evaluate import evaluate
 from halfbyte.inference.load import open_run
 from halfbyte.recipe import command
 from halfbyte.recipe.data import Data
@@ -22,6 +21,7 @@ from halfbyte.runs.folder import RunFolder
 from halfbyte.training import preview
 from halfbyte.training.prepare import data_report, look, notices
 from tests import tiny_run
+from tests.scored import loss, scored
 
 
 def write(path: Path, count: int, name: str = "w") -> Path:
@@ -129,9 +129,9 @@ def test_the_run_keeps_them_scores_them_and_resumes_with_them(tmp_path: Path) ->
     assert report["eval_loss"] is not None
     rows = (tmp_path / "train.jsonl").read_text()
     (tmp_path / "train.jsonl").write_text("gone")
-    score = evaluate(open_run(run.path), max_new_tokens=1)["adapter"]
-    assert [sample.where for sample in score.samples] == kept
-    assert score.loss == pytest.approx(report["eval_loss"], rel=1e-3)
+    made = scored(open_run(run.path))
+    assert [asked.where for asked in made.asked] == kept
+    assert loss(made) == pytest.approx(report["eval_loss"], rel=1e-3)
 
     (tmp_path / "train.jsonl").write_text(rows)
     shutil.rmtree(run.adapter)

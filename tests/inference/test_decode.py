@@ -26,7 +26,7 @@ def prompts() -> list[list[int]]:
 def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Why the model's own loop was used."""
     said: list[str] = []
-    monkeypatch.setattr("halfbyte.inference.generate._say", said.append)
+    monkeypatch.setattr("halfbyte.inference.generate.say", said.append)
     return said
 
 

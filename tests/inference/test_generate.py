@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from halfbyte.errors import DataError
-from halfbyte.inference.evaluate import Sample, Score
 from halfbyte.inference.generate import Sampling, chat_ids, end_of_turn_id, generate, stop_ids
 from tests import tiny, tiny_run
 
@@ -67,11 +66,3 @@ def test_an_answer_ends_at_the_end_of_turn_and_at_the_models_own_end() -> None:
     assert stop_ids(model, tokenizer) == sorted({turn, model.generation_config.eos_token_id})
     plain = tiny_run.tokenizer(chat_template=None)
     assert chat_ids(plain, [{"role": "user", "content": "red box"}]) == plain("red box")["input_ids"]
-
-
-def test_an_exact_match_looks_past_white_space_around_only() -> None:
-    assert Sample("a:1", "p", "yes \n", " yes").exact
-    assert not Sample("a:1", "p", "yes", "Yes").exact
-    assert Score(1.0, 2.7, 3, 4, 0, ()).exact_match is None, "plain text"
-    samples = tuple(Sample(f"a:{n}", "p", "yes", "no") for n in range(4))
-    assert Score(1.0, 2.7, 3, 9, 1, samples).to_json()["exact_match"] == 0.25

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from halfbyte import finetune
 from halfbyte.errors import AdapterError, DataError, RunError
 from halfbyte.inference import target
-from halfbyte.inference.evaluate import evaluate
 from halfbyte.inference.load import Opened, open_run
 from halfbyte.training.prepare import prepare
 from tests import tiny_run
+from tests.scored import loss, scored, texts
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +53,14 @@ def losses(model: Any, world: Path, count: int) -> float:
 
 def test_an_adapter_or_a_base_alone_scores_as_in_its_run(world: Path, opened: Opened) -> None:
     plain, rows = ["quant.type=none", "quant.compute_dtype=fp32"], world / "eval.jsonl"
-    wanted = evaluate(opened, data=rows, max_new_tokens=2, with_base=True)
-    adapter = evaluate(open_run(world / "run/adapter", None, plain), data=rows, max_new_tokens=2, with_base=True)
+    wanted = scored(opened, data=rows, with_base=True)
+    adapter = scored(open_run(world / "run/adapter", None, plain), data=rows, with_base=True)
     # the run's micro-batches are planned as in its training: the same sums in another order
-    assert {name: score.loss for name, score in adapter.items()} == pytest.approx(
-        {name: s.loss for name, s in wanted.items()}, rel=1e-6
-    )
-    base = evaluate(open_run(world / "model", None, plain), data=rows, max_new_tokens=2, with_base=True)
-    assert {name: score.loss for name, score in base.items()} == {"base": pytest.approx(wanted["base"].loss, rel=1e-6)}
-    assert [s.output for s in base["base"].samples] == [s.output for s in wanted["base"].samples]
+    for side in ("base", "adapter"):
+        assert loss(adapter, side) == pytest.approx(loss(wanted, side), rel=1e-6)
+    base = scored(open_run(world / "model", None, plain), data=rows, with_base=True)
+    assert list(base.sides) == ["base"] and loss(base, "base") == pytest.approx(loss(wanted, "base"), rel=1e-6)
+    assert texts(base, "base") == texts(wanted, "base")
 
 
 def test_an_adapter_that_names_no_base_is_told_how_to_say_it(world: Path, tmp_path: Path) -> None:
@@ -76,16 +75,18 @@ def test_an_adapter_that_names_no_base_is_told_how_to_say_it(world: Path, tmp_pa
 
 @pytest.mark.parametrize("limit", [6, 2])
 def test_its_scores_are_those_of_plain_peft(limit: int, world: Path, opened: Opened) -> None:
-    scores = evaluate(opened, data=world / "eval.jsonl", limit=limit, with_base=True, max_new_tokens=2)
-    assert list(scores) == ["base", "adapter"]
+    made = scored(opened, data=world / "eval.jsonl", limit=limit, with_base=True)
+    assert list(made.sides) == ["base", "adapter"]
     base = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32).eval()
     # fp32: the same sums in another order
-    assert scores["base"].loss == pytest.approx(losses(base, world, limit), rel=1e-5)
+    assert loss(made, "base") == pytest.approx(losses(base, world, limit), rel=1e-5)
     adapted = PeftModel.from_pretrained(base, str(world / "run" / "adapter")).eval()
-    assert scores["adapter"].loss == pytest.approx(losses(adapted, world, limit), rel=1e-5)
-    assert abs(scores["base"].loss - scores["adapter"].loss) > 0.01, "the adapter has learned something"
-    for score in scores.values():
-        assert score.rows == limit == len(score.samples) and score.perplexity == pytest.approx(math.exp(score.loss))
+    assert loss(made) == pytest.approx(losses(adapted, world, limit), rel=1e-5)
+    assert abs(loss(made, "base") - loss(made)) > 0.01, "the adapter has learned something"
+    assert made.rows == limit == len(made.asked)
+    of_loss, of_perplexity = made.scores[:2]
+    for side in ("base", "adapter"):
+        assert getattr(of_perplexity, side).value == pytest.approx(math.exp(getattr(of_loss, side).value))
 
 
 @pytest.mark.parametrize("packing", ["rows", "stream"])
@@ -93,32 +94,35 @@ def test_plain_text_has_a_loss_and_no_exact_match(world: Path, opened: Opened, p
     lines = [json.dumps({"text": f"red cup {n} round box"}) for n in range(5)]
     (world / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
     data = opened.recipe.data.model_copy(update={"packing": packing})
-    texts = replace(opened, recipe=opened.recipe.model_copy(update={"data": data}))
-    score = evaluate(texts, data=world / "texts.jsonl", max_new_tokens=2)["adapter"]
-    assert score.loss > 0 and score.labelled_tokens > 5 and score.samples == () and score.exact_match is None
+    plain = replace(opened, recipe=opened.recipe.model_copy(update={"data": data}))
+    made = scored(plain, data=world / "texts.jsonl")
+    assert loss(made) > 0 and sum(made.sides["adapter"].tokens) > 5 and made.asked == ()
+    assert [score.name for score in made.scores] == ["loss", "perplexity"]
 
 
 def test_an_answer_goes_as_far_as_the_model_reads_and_no_row_further(world: Path, opened: Opened) -> None:
-    assert evaluate(opened, data=world / "eval.jsonl", limit=1, max_new_tokens=10_000)["adapter"].rows == 1
+    assert scored(opened, data=world / "eval.jsonl", limit=1, max_new_tokens=10_000).rows == 1
     data = opened.recipe.data.model_copy(update={"max_length": 1000})
     longer = replace(opened, recipe=opened.recipe.model_copy(update={"data": data}))
     (world / "long.jsonl").write_text(json.dumps({"prompt": "red " * 300, "completion": "cup"}))
     with pytest.raises(DataError, match=r"long.jsonl:1 has \d+ tokens; the model reads 256"):
-        evaluate(longer, data=world / "long.jsonl")
+        scored(longer, data=world / "long.jsonl")
 
 
-def test_progress_counts_the_rows_of_each_model(world: Path, opened: Opened) -> None:
-    seen: list[tuple[int, int]] = []
-    evaluate(
+def test_progress_counts_the_rows_of_both_sides(world: Path, opened: Opened) -> None:
+    seen: list[tuple[str, int, int]] = []
+    scored(
         opened, data=world / "eval.jsonl", with_base=True, max_new_tokens=1,
-        progress=lambda done, of: seen.append((done, of)),
+        progress=lambda *what: seen.append(what),
     )  # fmt: skip
-    assert seen == [(6, 6), (6, 6)]
+    assert [one for one in seen if one[0] == "base: answers"][-1] == ("base: answers", 6, 12)
+    assert [one for one in seen if one[0] == "adapter: answers"][-1] == ("adapter: answers", 12, 12)
+    assert ("base: losses", 6, 12) in seen
 
 
 def test_a_run_without_held_out_rows_names_the_way_out(world: Path, opened: Opened) -> None:
     with pytest.raises(DataError, match=r"no held-out rows.*\n  fix: halfbyte eval .*run --data ROWS.jsonl"):
-        evaluate(opened)
+        scored(opened)
 
 
 def test_a_run_without_an_adapter_is_refused(tmp_path: Path) -> None:

@@ -23,11 +23,10 @@ from halfbyte import finetune
 from halfbyte.cli import progress, show
 from halfbyte.errors import HalfbyteError
 from halfbyte.inference import load as opened_run
-from halfbyte.inference.evaluate import evaluate
 from halfbyte.models.sources import lookup
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import SECTIONS, Recipe, leaves
-from tests import tiny_run
+from tests import scored, tiny_run
 
 Change = dict[str, Any]
 
@@ -164,7 +163,23 @@ WORSE: Change = {**EACH, "train__early_stopping_threshold": 9}
 BOARD: Change = {"train__report_to": ["tensorboard"], "train__logging_steps": 3}
 PAIRS: Change = {"data__train": "BOTH", "data__format": "prompt_completion"}
 SHARED: Change = {"data__train": "BOTH", "data__format": "sharegpt"}
+NUMBERS: Change = {"data__eval": "FORMS", "eval__metrics": ["number"]}
 AUTO: Change = {"quant__compute_dtype": "auto"}
+FORMS: Change = {"data__eval": "FORMS"}
+
+
+def scored_names(ran: Ran) -> Any:
+    return {name for row in ran.metrics if "eval_loss" in row for name in row if name.endswith("_match")}
+
+
+def written(ran: Ran) -> Any:
+    return [len(text) for text in scored.texts(scored.evaluated(ran.folder))]
+
+
+def interval(ran: Ran) -> Any:
+    pytest.importorskip("scipy")
+    score = scored.evaluated(ran.folder, sure=True).scores[0]
+    return score.adapter and score.adapter.interval
 
 
 def board(ran: Ran) -> Any:
@@ -319,7 +334,11 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case({"train__metric_for_best_model": "perplexity"}, file("checkpoints/best/best.json", "metric"), EVAL,
              want="eval_perplexity"),
     ),
-    "train.greater_is_better": (Case({"train__greater_is_better": True}, refused="train.greater_is_better"),),
+    "train.greater_is_better": (
+        Case({"train__greater_is_better": True}, refused="loss .* is better when smaller"),
+        Case({"train__greater_is_better": False, "train__metric_for_best_model": "exact_match"},
+             given={"eval__metrics": ["exact_match"]}, refused="exact_match .* is better when greater"),
+    ),
     "train.early_stopping_patience": (
         Case({"train__early_stopping_patience": 1}, evals, WORSE, want=[1, 2]),
         Case({"train__early_stopping_patience": 2}, evals, WORSE, want=[1, 2, 3]),
@@ -401,6 +420,28 @@ CASES: dict[str, tuple[Case, ...]] = {
     "data.chat_template": (
         Case({"data__chat_template": tiny_run.CHATML.replace("role'] + '\n'", "role'] + '\n\n'")}, column("tokens")),
     ),
+    "eval.metrics": (
+        Case({"eval__metrics": ["exact_match"]}, scored_names, EVAL, want={"eval_exact_match"}),
+        Case({"eval__metrics": ["exact_match"], "train__metric_for_best_model": "exact_match"},
+             file("checkpoints/best/best.json", "metric"), EVAL, want="eval_exact_match"),
+        Case({"train__metric_for_best_model": "exact_match"}, refused="is not among eval.metrics"),
+    ),
+    "eval.mark": (Case({"eval__mark": "=>"}, given=NUMBERS, refused="has a number after"),),
+    "eval.pattern": (
+        Case({"eval__pattern": "zzz"}, given={**FORMS, "eval__metrics": ["regex"]}, refused="'zzz' matches not one"),
+    ),
+    "eval.json_fields": (
+        Case({"eval__json_fields": ["b"]}, given={**FORMS, "eval__metrics": ["json_fields"]}, refused="the field 'b'"),
+    ),
+    "eval.choices": (
+        Case({"eval__choices": ["x", "y"]}, given={**FORMS, "eval__metrics": ["choice"]}, refused="not among eval"),
+    ),
+    "eval.rows": (  # the first has no number
+        Case({"eval__rows": 1}, given=NUMBERS, refused="not one of the 1 expected"),
+    ),
+    "eval.max_new_tokens": (Case({"eval__max_new_tokens": 1}, written, EVAL),),
+    "eval.resamples": (Case({"eval__resamples": 100}, interval, EVAL),),
+    "eval.seed": (Case({"eval__seed": 1}, interval, EVAL),),
     "model": (Case({"model": "OTHER"}, first_loss),),
     "revision": (Case({"revision": "v1"}, refused="revision"),),
     "output": (Case({"output": "ELSEWHERE"}, lambda ran: ran.folder.name, want="elsewhere"),),
@@ -445,6 +486,7 @@ class Lab:
         self.at = {
             "EVAL": tiny_run.rows(folder / "eval.jsonl", 6, seed=5),
             "BOTH": folder / "both.jsonl",
+            "FORMS": folder / "forms.jsonl",
             "ONE WORD": self._pairs(folder / "one.jsonl", "cup", 16),
             "OTHER WORDS": self._pairs(folder / "words.jsonl", "tree road box green blue round small large old", 3),
             "OTHER": tiny_run.checkpoint(folder / "other", seed=1),
@@ -453,6 +495,10 @@ class Lab:
             "ELSEWHERE": folder / "llama" / "elsewhere",
         }
         self.at["BOTH"].write_text("".join(json.dumps(self._row(i)) + "\n" for i in range(16)))
+
+        forms = [{"a": 1}, {"a": 2, "n": "#### 2"}, {"a": 3, "n": "#### 3"}]
+        rows = [{"prompt": "red", "completion": json.dumps(form)} for form in forms]
+        self.at["FORMS"].write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     @staticmethod
     def _row(i: int) -> dict[str, Any]:
@@ -588,10 +634,10 @@ def test_what_was_trained_comes_back(kind: str, lab: Lab) -> None:
     ran = lab.ran({**EVAL, "train__eval_on_start": True, "train__load_best_model_at_end": False, **changes}, model)
     untrained, trained = (row["eval_loss"] for row in ran.metrics if "eval_loss" in row)
     opened = opened_run.open_run(ran.folder)
-    scores = evaluate(opened, with_base=True, max_new_tokens=1)
+    sheet = scored.scored(opened, with_base=True)
     assert untrained != pytest.approx(trained, rel=1e-3)
-    assert scores["adapter"].loss == pytest.approx(trained, rel=1e-6)
-    assert scores["base"].loss == pytest.approx(untrained, rel=1e-6)
+    assert scored.loss(sheet) == pytest.approx(trained, rel=1e-6)
+    assert scored.loss(sheet, "base") == pytest.approx(untrained, rel=1e-6)
 
 
 def test_a_trained_run_answers_under_the_template_it_was_trained_with(lab: Lab) -> None:

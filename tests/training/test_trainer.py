@@ -23,7 +23,6 @@ from halfbyte.data import collate, pack
 from halfbyte.data.encoding.examples import Example
 from halfbyte.errors import DataError, RunError, TrainError
 from halfbyte.inference import load as opened_run
-from halfbyte.inference.evaluate import evaluate
 from halfbyte.inference.generate import Sampling, generate
 from halfbyte.layers import loss, packing, packing_proof
 from halfbyte.recipe.file import load_recipe
@@ -33,7 +32,7 @@ from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device
 from halfbyte.training.events import Listener
 from halfbyte.training.prepare import prepare
-from tests import tiny, tiny_run
+from tests import scored, tiny, tiny_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROWS_PER_MICRO_BATCH = 2
@@ -419,8 +418,7 @@ def test_the_best_adapter_is_kept(tmp_path: Path) -> None:
     finetune.train(last)
     assert adapter_bytes(last) != adapter_bytes(loaded)
     opened = opened_run.open_run(Path(loaded.recipe.output))
-    score = evaluate(opened, max_new_tokens=1)["adapter"]
-    assert score.loss == pytest.approx(found[step], rel=1e-5)
+    assert scored.loss(scored.scored(opened)) == pytest.approx(found[step], rel=1e-5)
 
 
 # --- what stops a run --------------------------------------------------------------------------------------------

@@ -8,19 +8,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from halfbyte.cli import conversation, progress, reports, show, show_data, show_doctor, show_plan, show_quality
+from halfbyte.cli import conversation, progress, reports, scores, show, show_data, show_doctor, show_plan
+from halfbyte.cli.options import BaseOnly, Force, Quiet, Run, Set, Temperature, Tokens, opened
 from halfbyte.cli.store import Json, stores
 from halfbyte.errors import HalfbyteError, RecipeError, typed
 from halfbyte.system import libraries
-
-if TYPE_CHECKING:
-    from halfbyte.inference.load import Opened
 
 app = typer.Typer(
     name="halfbyte",
@@ -37,14 +34,7 @@ app.add_typer(rows, name="data")
 app.command()(reports.report)
 app.command()(reports.compare)
 app.command(name="runs")(reports.listed)
-
-Set = Annotated[list[str], typer.Option("--set", metavar="a.b=c", help="Change one value of the recipe; repeatable.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines only, and few of them.")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, an adapter's folder, or a model.")]
-Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
-Force = Annotated[bool, typer.Option("--force", help="Also where base or tokenizer are not those of the adapter.")]
-BaseOnly = Annotated[bool, typer.Option("--base", help="The base alone, without the adapter.")]
+app.command(name="eval")(scores.evaluate)
 
 
 def _version(asked: bool) -> None:
@@ -203,7 +193,7 @@ def generate(
 ) -> None:
     """Answer prompts with the adapter on its base, or with the base alone."""
     talks = [[{"role": "user", "content": text}] for text in prompt]
-    opened = _open(run, set_, silent=json_, force=force, asks=(talks, max_new_tokens))
+    ready = opened(run, set_, silent=json_, force=force, asks=(talks, max_new_tokens))
     from halfbyte.inference.generate import Sampling
 
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
@@ -211,10 +201,10 @@ def generate(
     for number, talk in enumerate(talks, 1):
         if len(talks) > 1 and not json_:
             show.text(f"{'' if number == 1 else chr(10)}prompt {number}: {prompt[number - 1]}")
-        answers.append(conversation.answer(opened, talk, sampling, base=base, silent=json_))
+        answers.append(conversation.answer(ready, talk, sampling, base=base, silent=json_))
     if json_:
         rows = [{"prompt": p, "output": a} for p, a in zip(prompt, answers, strict=True)]
-        show.document({"run": str(run), "with_adapter": not (base or opened.alone), "answers": rows})
+        show.document({"run": str(run), "with_adapter": not (base or ready.alone), "answers": rows})
 
 
 @app.command()
@@ -227,39 +217,10 @@ def chat(
     force: Force = False,
 ) -> None:
     """Talk to the adapter. /base asks the base alone the same, /reset forgets, /quit leaves."""
-    opened = _open(run, set_, silent=False, force=force)
+    ready = opened(run, set_, silent=False, force=force)
     from halfbyte.inference.generate import Sampling
 
-    conversation.Chat(opened, Sampling(max_new_tokens=max_new_tokens, temperature=temperature), system).run()
-
-
-@app.command(name="eval")
-def evaluate(
-    run: Run,
-    base: Annotated[bool, typer.Option("--base", help="Score the base alone too, side by side.")] = False,
-    data: Annotated[Path | None, typer.Option(help="Rows to score; default: the recipe's data.eval.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
-    samples: Annotated[int, typer.Option(min=0, help="How many outputs to show.")] = 3,
-    max_new_tokens: Tokens = 256,
-    set_: Set = [],  # noqa: B006
-    force: Force = False,
-    json_: Json = False,
-) -> None:
-    """Completion loss, perplexity and exact match on held-out rows; with --base beside the base alone."""
-    from halfbyte.inference import target
-
-    target.held_out(target.find(run, set_).recipe, run, data)
-    opened = _open(run, set_, silent=json_, force=force)
-    from halfbyte.inference import evaluate as scoring
-
-    with progress.counting("rows", silent=json_) as count:
-        scores = scoring.evaluate(
-            opened, data=data, limit=limit, with_base=base, max_new_tokens=max_new_tokens, progress=count
-        )
-    if json_:
-        show.document({name: s.to_json() for name, s in scores.items()})
-    else:
-        show.scores(scores, samples)
+    conversation.Chat(ready, Sampling(max_new_tokens=max_new_tokens, temperature=temperature), system).run()
 
 
 @app.command()
@@ -334,7 +295,7 @@ def quantize(
         return
     show.built(built)
     if measured is not None:
-        show_quality.report(measured)
+        scores.quality(measured)
 
 
 @rows.command()
@@ -369,29 +330,6 @@ def version() -> None:
     from halfbyte.system.versions import versions
 
     show.text("\n".join(f"{name} {value}" for name, value in versions().items()))
-
-
-def _open(
-    run: Path,
-    overrides: list[str],
-    *,
-    silent: bool,
-    force: bool,
-    asks: tuple[list[list[dict[str, str]]], int] = ([], 0),
-) -> Opened:
-    """A run, an adapter or a base, ready to answer. That there is none is told before a library is loaded.
-
-    Args:
-        asks: conversations, and the tokens of an answer; what is too long is refused before the base is opened.
-    """
-    from halfbyte.inference import target
-
-    target.find(run, overrides)
-    with progress.waiting("opening base and adapter", silent=silent) as tell:
-        with libraries.loading():
-            from halfbyte.inference import generate, load
-
-        return load.open_run(run, tell, overrides, partial(generate.check, asks), force=force)
 
 
 def _guard(call: Callable[[], object], words: Sequence[str] = ()) -> int:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # Plain lines of a build come at most this often.
 LINE_SECONDS = 5.0
+SCORING_SECONDS = 15.0  # those of an evaluation
 _nowhere = Console(quiet=True, force_terminal=False)
 
 
@@ -203,6 +204,29 @@ def waiting(what: str, *, silent: bool) -> Iterator[supply.Tell]:
             progress=(lambda now: status.update(f"{what}: {line(now)}")) if console.is_terminal else tell,
             note=lambda label, said: console.print(escape(said)),
         )
+
+
+@contextmanager
+def scoring(*, silent: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Who is told (what, done, of): on a terminal a line that changes, elsewhere a line every `SCORING_SECONDS`."""
+    began, said, before = time.monotonic(), time.monotonic(), ""
+    with (show.err if show.err.is_terminal and not silent else _nowhere).status("scoring") as status:
+
+        def tell(what: str, done: int, of: int) -> None:
+            nonlocal began, said, before
+            now = time.monotonic()
+            if what != before:
+                began, said, before = now, said, what
+                first[what] = done - 1
+            left = (now - began) / max(1, done - first[what]) * (of - done)
+            line = f"{what}  {done:,} of {of:,}  ETA {show.duration(left)}"
+            status.update(line)
+            if now - said >= SCORING_SECONDS and not silent and not show.err.is_terminal:
+                said = now
+                show.err.print(line)
+
+        first: dict[str, int] = {}
+        yield tell
 
 
 @contextmanager

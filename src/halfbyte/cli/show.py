@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from halfbyte.base.quantize import Built
     from halfbyte.base.store.shelf import Shelved
     from halfbyte.finetune import Outcome
-    from halfbyte.inference.evaluate import Score
     from halfbyte.types import Document
 
 LABEL_WIDTH = 10
@@ -183,33 +182,6 @@ def complete(run: Path, report: Document, more: str) -> None:
         f"{run} is already complete: {report['steps']} steps, loss {loss['first']:.4f} -> {loss['last']:.4f}\n"
         f"  to go on: {more}"
     )
-
-
-def scores(values: dict[str, Score], samples: int) -> None:
-    """Base and adapter side by side, then samples of each."""
-    table = Table(header_style="bold")
-    table.add_column("")
-    for name in values:
-        table.add_column(name, justify="right")
-    first = next(iter(values.values()))
-    table.add_row("completion loss" if first.samples else "loss", *(f"{s.loss:.4f}" for s in values.values()))
-    table.add_row("perplexity", *(f"{s.perplexity:.3f}" for s in values.values()))
-    matched = [
-        f"{s.exact} of {len(s.samples)} ({100 * s.exact_match:.1f}%)"
-        for s in values.values()
-        if s.exact_match is not None
-    ]
-    if matched:
-        table.add_row("exact match", *matched)
-    out.print(table)
-    for i in range(min(samples, len(first.samples))):
-        sample = first.samples[i]
-        out.print(f"\n[bold]{escape(visible(sample.where))}[/bold]")
-        out.print(escape(visible(sample.prompt.strip())), style="dim")
-        out.print(f"{'expected':>9}: {escape(visible(sample.reference))}")
-        for name, s in values.items():
-            mark = "[green]exact[/green]" if s.samples[i].exact else "[red]differs[/red]"
-            out.print(f"{name:>9}: {escape(visible(s.samples[i].output.strip()))}  {mark}")
 
 
 def built(store: Built) -> None:

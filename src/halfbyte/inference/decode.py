@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,6 +60,41 @@ def apart(fast: Tensor, own: Tensor) -> float:
     fast, own = fast.double(), own.double()
     spread = (own - own.mean(-1, keepdim=True)).norm(dim=-1)
     return float(((fast - own).norm(dim=-1) / spread.clamp_min(1e-30)).max())
+
+
+def check(fast: Tensor, own: Tensor, layers: int) -> float:
+    """How far apart logits (M, V) of the two paths are; raises Slower where that is too far."""
+    found, allowed = apart(fast, own), tolerance(layers)
+    if not found <= allowed:  # NaN too
+        raise Slower(f"its logits are {found:.3g} apart from the model's own, where {allowed:.3g} are allowed")
+    return found
+
+
+def layers_of(lm: Model) -> list[nn.Module]:
+    try:
+        return structure.decoder_layers(lm)
+    except BaseModelError as why:
+        raise Slower(str(why)) from why
+
+
+@contextmanager
+def entering(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """What the first layer is handed in a forward: (M, T, D)."""
+    entered: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(
+        lambda module, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    try:
+        yield entered
+    finally:
+        hook.remove()
+
+
+def embedding_factor(plain: Tensor, entered: Tensor) -> float:
+    """By how much a model multiplies its embeddings, as Gemma does: (M, D) as they are, and as the first layer has
+    them."""
+    plain, wanted = plain.float(), entered.float()
+    return float((plain * wanted).sum() / plain.square().sum().clamp_min(1e-30))
 
 
 class Loop:
@@ -110,10 +146,7 @@ class Loop:
     def _check(self, lm: Model, texts: int) -> None:
         if texts > MOST_VECTORS:
             raise Slower(f"more than {MOST_VECTORS} texts at once")
-        try:
-            self.layers = structure.decoder_layers(lm)
-        except BaseModelError as why:
-            raise Slower(str(why)) from why
+        self.layers = layers_of(lm)
 
     def _decoder(self, lm: Model, texts: int, room: int) -> llama.Decoder:
         try:
@@ -130,21 +163,15 @@ class Loop:
         """The model's own logits after the prompts, and how to embed; the caches are filled and the proof is done."""
         from transformers import DynamicCache
 
-        cache, entered = DynamicCache(), []
+        cache = DynamicCache()
         name = "cache" if "cache" in inspect.signature(lm.forward).parameters else "past_key_values"
-        hook = self.layers[0].register_forward_pre_hook(
-            lambda module, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-        )
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
-        try:
+        with entering(self.layers[0]) as entered:
             own = lm(
                 ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1, **{name: cache}
             )
-        finally:
-            hook.remove()
         logits, table, last = own.logits[:, -1], lm.get_input_embeddings(), ids[:, -1]
-        plain, wanted = table(last).float(), entered[0][:, -1].float()
-        factor = float((plain * wanted).sum() / plain.square().sum().clamp_min(1e-30))
+        factor = embedding_factor(table(last), entered[0][:, -1])
 
         def embed(tokens: Tensor) -> Tensor:
             return table(tokens).float() * factor if factor != 1.0 else table(tokens)
@@ -155,7 +182,5 @@ class Loop:
         fast = self._step(made, embed(last), [n - 1 for n in lengths])
         # Of texts that are not padded: with a mask the model's own attention rounds more (docs/log.md).
         whole = mask.all(1)
-        self.apart, allowed = apart(fast[whole], logits[whole]), tolerance(len(self.layers))
-        if not self.apart <= allowed:  # NaN too
-            raise Slower(f"its logits are {self.apart:.3g} apart from the model's own, where {allowed:.3g} are allowed")
+        self.apart = check(fast[whole], logits[whole], len(self.layers))
         return logits, embed

@@ -1,96 +1,201 @@
-"""Score a model on held-out rows: loss and perplexity of the labelled tokens, and exact match of what it writes.
+"""Score a model on held-out rows: loss and perplexity of the labelled tokens, and what it writes, by any metrics.
 
-Why: a loss curve alone does not say whether the adapter does the task.
-Cost: one forward over the rows, and one generation each.
+Why: a loss curve alone does not say whether the adapter does the task, nor whether the base did it already.
+What: base and adapter are scored on the same rows in one process, the base with its adapter switched off; so their
+difference is paired, row by row.
+Cost: for each side one forward over the rows, and one answer each (`batch.py`) where a metric reads answers.
 """
 
+from __future__ import annotations
+
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from halfbyte.data import blocks, collate, pack, split
 from halfbyte.data.encoding import encode
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import DataError
-from halfbyte.inference import target
-from halfbyte.inference.generate import Sampling, generate
-from halfbyte.inference.load import Opened
-from halfbyte.layers.loss import mean_loss
+from halfbyte.inference import batch, choices, target
+from halfbyte.layers import loss
 from halfbyte.models.context import Context, context_of
 from halfbyte.plan import InferencePlan, Rows, plan_inference
+from halfbyte.recipe.evaluation import Eval
 from halfbyte.runs.folder import RunFolder
+from halfbyte.scoring import intervals, metrics, sheet
+from halfbyte.scoring.asking import Wanted
 from halfbyte.system import device
-from halfbyte.types import Document
 
+if TYPE_CHECKING:
+    from halfbyte.inference.load import Opened
+    from halfbyte.types import Model, Tokenizer
 
-@dataclass(frozen=True)
-class Sample:
-    where: str
-    prompt: str
-    reference: str
-    output: str
-
-    @property
-    def exact(self) -> bool:
-        return self.output.strip() == self.reference.strip()
-
-
-@dataclass(frozen=True)
-class Score:
-    """`exact_match` is the share of `samples`, the rows that ask for an answer, equal to their reference up to
-    surrounding white space; None where no row asks, as in plain text."""
-
-    loss: float
-    perplexity: float
-    labelled_tokens: int
-    rows: int
-    exact: int
-    samples: tuple[Sample, ...]
-
-    @property
-    def exact_match(self) -> float | None:
-        return self.exact / len(self.samples) if self.samples else None
-
-    def to_json(self) -> Document:
-        return {**asdict(self), "exact_match": self.exact_match}
+# (what is being done, how much of it is done, of how much)
+Progress = Callable[[str, int, int], None]
 
 
 def evaluate(
     opened: Opened,
+    wanted: Wanted | None = None,
     *,
     data: Path | None = None,
-    limit: int | None = None,
-    with_base: bool = False,
-    max_new_tokens: int = 256,
-    progress: Callable[[int, int], None] = lambda done, of: None,
-) -> dict[str, Score]:
-    """Score the adapter, and with `with_base` the base alone, on the same rows. Keys: `base`, `adapter`."""
+    progress: Progress = lambda what, done, of: None,
+) -> sheet.Sheet:
+    """Score the adapter, and with `with_base` the base alone, on the same rows.
+
+    Raises:
+        DataError: no rows, rows that the model cannot read, or a metric that has nothing to compare with in them.
+    """
+    began = time.monotonic()
+    wanted = wanted or Wanted.of(opened.recipe.eval)
+    settings, (examples, source) = wanted.settings, _rows(opened, data, wanted.limit)
+    asking = [e for e in examples if e.completion]  # a plain text asks nothing
+    names = (("exact_match",) if asking else ()) if wanted.names is None else wanted.names
+    expected = [e.completion for e in asking]
+    made = metrics.of(settings, names, expected)
+    scoring = Scoring(opened.model, opened.tokenizer, settings, made, "choice" in names)
+    if scoring.chooses:
+        choices.check(settings, expected)
+    longest = max((len(e.prompt_ids) for e in asking), default=0)
+    batches, plan = micro_batches(opened, examples, generated_tokens=longest + settings.max_new_tokens)
+    own = () if opened.alone and not wanted.with_base else ("adapter",)
+    order = ("base",) if opened.alone else ("base", *own) if wanted.with_base else own
+    sides = {}
+    for number, name in enumerate(order):
+
+        def tell(what: str, done: int, of: int, number: int = number, name: str = name) -> None:
+            progress(f"{name}: {what}", number * of + done, len(order) * of)
+
+        with opened.using(base=name == "base"):
+            sides[name] = scoring.side(examples, asking, batches, plan, tell)
+    sure = intervals.available() if wanted.sure is None else wanted.sure
+    scores = tuple(
+        sheet.scored(name, sides, settings, yes_no=yes_no, sure=sure)
+        for name, yes_no in (("loss", False), ("perplexity", False), *scoring.names)
+    )
+    notes = () if sure else (f"no intervals: scipy is not installed ({intervals.PIP})",)
+    asked = tuple(
+        sheet.Asked(e.where, opened.tokenizer.decode(e.prompt_ids, skip_special_tokens=True), e.completion)
+        for e in asking
+    )
+    return sheet.Sheet(source, len(examples), time.monotonic() - began, scores, asked, sides, notes)
+
+
+def while_training(
+    model: Model, tokenizer: Tokenizer, examples: Sequence[Example], settings: Eval, at_once: int, tokens: int
+) -> Callable[[], dict[str, float]]:
+    """What scores the answers to held-out rows in each evaluation of a training, by `eval.metrics`.
+
+    Raises:
+        DataError: a metric that has nothing to compare with in these rows.
+    """
+    names, asking = settings.metrics or (), [e for e in examples if e.completion]
+    expected = [e.completion for e in asking]
+    scoring = Scoring(model, tokenizer, settings, metrics.of(settings, names, expected), "choice" in names)
+    if scoring.chooses:
+        choices.check(settings, expected)
+
+    def scores() -> dict[str, float]:
+        answers = scoring.answers(asking, at_once, tokens, lambda what, done, of: None)
+        each = {name: [answer.scores.get(name) for answer in answers] for name, _ in scoring.names}
+        return {name: intervals.Rows.mean(values).value for name, values in each.items()}
+
+    return scores
+
+
+def _rows(opened: Opened, data: Path | None, limit: int | None) -> tuple[list[Example], str]:
+    """The rows to score, and what they are called."""
     recipe = opened.recipe
     names = target.held_out(recipe, opened.run, data)
     if names is None:
+        source = str(RunFolder(opened.run).held_out)
         encoded = split.load(RunFolder(opened.run).held_out)
     else:
+        source = ", ".join(names) if isinstance(names, tuple | list) else str(names)
         encoded = encode.encode(names, opened.tokenizer, recipe.data, cores=device.cores())
     encoded.tally.check_length(recipe.data)
     if recipe.data.packing == "stream":
         encoded = blocks.stream(encoded, recipe.data.max_length)
-    examples = encoded.examples[:limit]
-    asking = [e for e in examples if e.completion]  # a plain text asks nothing
-    context = context_of(opened.model.config)
-    written = max((len(e.prompt_ids) for e in asking), default=0) + max_new_tokens
-    batches, plan = micro_batches(opened, examples, generated_tokens=written)
-    scores = {}
-    for name in ("base",) if opened.alone else ("base", "adapter") if with_base else ("adapter",):
-        with opened.using(base=name == "base"):
-            loss = mean_loss(opened.model, batches)
-            outputs = _written(opened, asking, context, max_new_tokens, plan.sequences, progress)
-        samples = tuple(
-            Sample(e.where, opened.tokenizer.decode(e.prompt_ids, skip_special_tokens=True), e.completion, output)
-            for e, output in zip(asking, outputs, strict=True)
-        )
-        exact, tokens = sum(s.exact for s in samples), int(loss["labelled_tokens"])
-        scores[name] = Score(loss["loss"], loss["perplexity"], tokens, len(examples), exact, samples)
-    return scores
+    if not len(encoded.examples):
+        raise DataError(f"{source} has no rows to score.")
+    return encoded.examples[:limit], source
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Metrics with the model that is scored. `chooses`: the choice by likelihood is among them."""
+
+    model: Model
+    tokenizer: Tokenizer
+    settings: Eval
+    metrics: Sequence[metrics.Metric]
+    chooses: bool = False
+
+    @property
+    def names(self) -> list[tuple[str, bool]]:
+        """Each score's name, and whether its values are 0 and 1."""
+        made = [(name, m.yes_no or name != m.name) for m in self.metrics for name in m.names]
+        return made + [("choice", True)] * self.chooses
+
+    def side(
+        self,
+        examples: Sequence[Example],
+        asking: Sequence[Example],
+        batches: collate.Batches,
+        plan: InferencePlan,
+        tell: Progress,
+    ) -> sheet.Side:
+        """Losses of all rows, and answers with their scores of those that ask."""
+        losses = row_losses(self.model, batches, tell)
+        tokens = [sum(label != IGNORED for label in e.labels) for e in examples]
+        scored = self.answers(asking, plan.sequences, plan.max_tokens_per_micro_batch, tell)
+        return sheet.Side(tuple(losses), tuple(tokens), tuple(scored))
+
+    def answers(self, asking: Sequence[Example], at_once: int, tokens: int, tell: Progress) -> list[sheet.Answer]:
+        """What the model writes for each row, and its scores."""
+        context, texts, chosen = context_of(self.model.config), [""] * len(asking), list[metrics.Scores]()
+        if self.metrics:
+            texts = batch.answers(
+                self.model,
+                self.tokenizer,
+                [e.prompt_ids for e in asking],
+                [_room(e, context, self.settings.max_new_tokens) for e in asking],
+                at_once=at_once,
+                tokens_at_once=tokens,
+                progress=lambda done, of: tell("answers", done, of),
+            )
+        if self.chooses:
+            chosen = choices.scores(self.model, self.tokenizer, asking, self.settings, tokens, tell)
+        made = []
+        for number, (example, text) in enumerate(zip(asking, texts, strict=True)):
+            scores: metrics.Scores = dict(chosen[number]) if chosen else {}
+            for metric in self.metrics:
+                scores |= metric.score(example.completion, text)
+            made.append(sheet.Answer(text, scores))
+        return made
+
+
+def _room(example: Example, context: Context | None, most: int) -> int:
+    """New tokens of an answer, as far as the model reads."""
+    return most if context is None else max(1, min(most, context.tokens - len(example.prompt_ids)))
+
+
+def row_losses(model: Model, batches: collate.Batches, tell: Progress = lambda what, done, of: None) -> list[float]:
+    """Summed loss of the labelled tokens of each row, in the rows' order; eval mode, which is put back."""
+    was_training, losses, done = model.training, [0.0] * len(batches.examples), 0
+    model.eval()
+    try:
+        for rows in batches.micro_batches:
+            each = iter(loss.text_losses(model, batches.of(rows)))
+            for row in rows:
+                losses[row] = sum(next(each) for _ in batches.examples[row].pieces)
+            done += len(rows)
+            tell("losses", done, len(losses))
+    finally:
+        model.train(was_training)
+    return losses
 
 
 def micro_batches(
@@ -123,24 +228,3 @@ def micro_batches(
     )
     most = opened.recipe.train.per_device_eval_batch_size if opened.job.packed else 1
     return collate.Batches(examples, pack.eval_micro_batches(lengths, plan.max_tokens_per_micro_batch, most)), plan
-
-
-def _written(
-    opened: Opened,
-    examples: Sequence[Example],
-    context: Context | None,
-    max_new_tokens: int,
-    at_once: int,
-    progress: Callable[[int, int], None],
-) -> list[str]:
-    """What the model writes for each row, as far as it reads; from short to long, so that a batch pads little."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
-    outputs: dict[int, str] = {}
-    for start in range(0, len(order), at_once):
-        chunk = order[start : start + at_once]
-        prompts = [examples[i].prompt_ids for i in chunk]
-        room = max_new_tokens if context is None else max(1, context.tokens - max(map(len, prompts)))
-        texts = generate(opened.model, opened.tokenizer, prompts, Sampling(min(max_new_tokens, room)))
-        outputs.update(zip(chunk, texts, strict=True))
-        progress(len(outputs), len(order))
-    return [outputs[i] for i in range(len(examples))]

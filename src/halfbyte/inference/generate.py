@@ -102,7 +102,7 @@ def generate(
             try:
                 texts += writer.write(prompts[start : start + MOST_VECTORS], fast=True)
             except decode.Slower as why:
-                _say(f"tokens come from the model's own forward, which is slower: {why}")
+                say(f"tokens come from the model's own forward, which is slower: {why}")
                 torch.set_rng_state(state)
                 texts += writer.write(prompts[start:], fast=False)
                 break
@@ -111,7 +111,7 @@ def generate(
     return texts
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """To the log, once: a conversation would repeat it with each answer."""
     if text not in _said:
         _said.add(text)

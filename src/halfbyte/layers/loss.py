@@ -53,6 +53,31 @@ def micro_batch_loss(model: Model, batch: Batch, *, label_smoothing: float = 0.0
         label_smoothing: as `TrainingArguments.label_smoothing_factor`.
         fused: False for the model's own forward and torch's cross-entropy, the reference.
     """
+    made, targets, head = _labelled(model, batch, fused=fused)
+    if head is not None:
+        return head_loss(made, targets, head, smoothing=label_smoothing)
+    return torch.nn.functional.cross_entropy(made.float(), targets, reduction="sum", label_smoothing=label_smoothing)
+
+
+def text_losses(model: Model, batch: Batch) -> list[float]:
+    """Summed cross-entropy of each text of a micro-batch, without gradients, as `micro_batch_loss` sums over all."""
+    with torch.no_grad():
+        made, targets, head = _labelled(model, batch)
+        ends = torch.searchsorted(batch["keep"], batch["cu_seq_lens_q"][1:].to(batch["keep"].dtype)).tolist()
+        losses, first = [], 0
+        for end in ends:
+            own, wanted = made[first:end], targets[first:end]
+            if head is not None:
+                losses.append(float(head_loss(own, wanted, head)))
+            else:
+                losses.append(float(torch.nn.functional.cross_entropy(own.float(), wanted, reduction="sum")))
+            first = end
+    return losses
+
+
+def _labelled(model: Model, batch: Batch, *, fused: bool = True) -> tuple[torch.Tensor, torch.Tensor, Head | None]:
+    """What predicts the labelled tokens: their hidden states (K, D) with the head, or without one their logits (K, V);
+    and the labels (K,), on the same device."""
     device = next(model.parameters()).device
     keep, targets = batch["keep"].to(device), batch["targets"].to(device)  # (K,), (K,)
     if torch.is_grad_enabled() and packing.installed(model) == "cu_seq_lens":
@@ -65,14 +90,13 @@ def micro_batch_loss(model: Model, batch: Batch, *, label_smoothing: float = 0.0
         with torch.autocast(device.type, enabled=False):
             hidden = structure.body(structure.causal_lm(model))(**inputs)[0]  # (1, T, D)
         labelled: torch.Tensor = _Rows.apply(hidden[0], keep.to(hidden.device))
-        return head_loss(labelled, targets, head, smoothing=label_smoothing)
+        return labelled, targets, head
     if accepts(model, "logits_to_keep"):
         logits = model(**inputs, logits_to_keep=keep).logits[0]  # (K, V)
     else:
         logits = model(**inputs).logits[0]  # (N, V)
         logits = logits.index_select(0, keep.to(logits.device))  # (K, V)
-    targets = targets.to(logits.device)
-    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
+    return logits, targets.to(logits.device), None
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from halfbyte.plan import alternatives, choose
 from halfbyte.plan.choose import GENERATED_TOKENS, MARGIN, MAX_TOKENS_PER_MICRO_BATCH, count
-from halfbyte.plan.inference import InferencePlan, Trained, plan_inference
+from halfbyte.plan.inference import InferencePlan, Trained, plan_inference, sequences_beside
 from halfbyte.plan.job import Job, Rows
 from halfbyte.plan.layer import FAMILIES
 from halfbyte.plan.lines import GB, ITEMSIZE, Fix, Line, Plan, Time
@@ -18,7 +18,7 @@ from halfbyte.system.device import Device
 
 __all__ = [
     "FAMILIES", "GB", "GENERATED_TOKENS", "ITEMSIZE", "MARGIN", "MAX_TOKENS_PER_MICRO_BATCH", "Fix", "InferencePlan",
-    "Job", "Line", "Plan", "Rates", "Rows", "Time", "Trained", "count", "make", "plan_inference",
+    "Job", "Line", "Plan", "Rates", "Rows", "Time", "Trained", "count", "make", "plan_inference", "sequences_beside",
 ]  # fmt: skip
 
 

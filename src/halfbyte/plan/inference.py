@@ -120,6 +120,11 @@ def _largest(sizes: Sequence[tuple[int, int]], budget: int) -> tuple[int, int]:
     return next((size for size in sizes if size[1] <= budget), sizes[-1])
 
 
+def sequences_beside(job: Job, free_bytes: int, tokens: int) -> int:
+    """How many sequences of so many tokens can be generated together beside what is held already; at least one."""
+    return _largest([(n, peak.generating_bytes(job, tokens, n)) for n in SEQUENCES], free_bytes)[0]
+
+
 def _stays(plan: InferencePlan, job: Job) -> bool:
     """Whether all of a mapped base stays in memory at the peak; another placement does not need it."""
     if plan.placement != "mapped" or job.recipe.quant.placement == "mapped":

@@ -87,7 +87,7 @@ def to_resume(target: str, overrides: Sequence[str] = ()) -> Loaded:
 
 
 # What may be another than in training where an adapter is used: where the base lies, and what rows are read, and how.
-USABLE = ("quant.placement", "data.", "train.per_device_eval_batch_size")
+USABLE = ("quant.placement", "data.", "eval.", "train.per_device_eval_batch_size")
 USABLE_ALONE = ("model", "revision", "quant.", "trust_remote_code", "allow_pickle", *USABLE[1:])  # no run says them
 
 

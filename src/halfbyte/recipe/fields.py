@@ -27,6 +27,11 @@ MAY_CHANGE = frozenset(
         "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "gradient_checkpointing",
         "max_tokens_per_micro_batch",
     )
+} | {
+    f"eval.{name}"
+    for name in (
+        "metrics", "mark", "pattern", "json_fields", "choices", "max_new_tokens", "rows", "resamples", "seed",
+    )
 }  # fmt: skip
 # With one of these a finished run goes on.
 GOES_ON = frozenset(

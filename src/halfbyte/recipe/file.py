@@ -36,8 +36,15 @@ _INIT_SHOWN = {
         "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "eval_strategy", "save_steps",
         "report_to",
     ),
+    "eval": ("metrics", "max_new_tokens", "rows"),
 }  # fmt: skip
-_EXAMPLES = {"modules_to_save": "[lm_head]", "eval": "test.jsonl", "fields": "{prompt: question, completion: answer}"}
+_EXAMPLES = {
+    "modules_to_save": "[lm_head]",
+    "metrics": "[exact_match]",
+    "rows": "64",
+    "eval": "test.jsonl",
+    "fields": "{prompt: question, completion: answer}",
+}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), *, of_run: bool = False) -> Loaded:

@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from halfbyte.recipe import fields
 from halfbyte.recipe.data import Data, Fields, Int, Section, field, must
+from halfbyte.recipe.evaluation import LOSSES, METRICS, Eval
 from halfbyte.recipe.values import (
     Bool,
     Count,
@@ -38,6 +39,7 @@ from halfbyte.recipe.values import (
     settings,
 )  # fmt: skip
 
+_BEST = [prefix + name for name in (*LOSSES, *METRICS) for prefix in ("", "eval_")]
 _DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
 
 
@@ -206,12 +208,12 @@ class Train(Section):
     load_best_model_at_end: Bool = field(
         True, "with evaluations: the adapter is that of the best one, not of the last step"
     )
-    metric_for_best_model: Annotated[str, one_of(("loss", "eval_loss", "perplexity", "eval_perplexity"))] = field(
-        "loss", "the best evaluation is the one with the lowest: loss or perplexity"
+    metric_for_best_model: Annotated[str, one_of(_BEST)] = field(
+        "loss", "the best evaluation has the lowest loss or perplexity, or the highest of a score in eval.metrics"
     )
-    greater_is_better: Annotated[
-        bool | None, must("false: loss and perplexity are better when smaller", lambda v: v is None or v is False)
-    ] = field(None, "only false, as loss and perplexity are better when smaller")
+    greater_is_better: Bool | None = field(
+        None, "follows from metric_for_best_model: false of loss and perplexity, true of a score"
+    )
     early_stopping_patience: Count | None = field(
         None, "stop after so many evaluations in a row without a better metric_for_best_model", "2 to 5"
     )
@@ -234,6 +236,16 @@ class Train(Section):
     ] = field("auto", "tokens of a micro-batch: auto (what fits) or a number", "auto")
 
     @property
+    def best_metric(self) -> str:
+        """`metric_for_best_model` without the prefix that transformers allows."""
+        return self.metric_for_best_model.removeprefix("eval_")
+
+    @property
+    def best_is_greatest(self) -> bool:
+        """Whether the best evaluation is that with the greatest metric."""
+        return self.best_metric not in LOSSES
+
+    @property
     def rows_per_step(self) -> int:
         """Examples that one optimiser step takes, however they are split into micro-batches."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
@@ -248,6 +260,7 @@ class Recipe(Section):
     lora: Lora = field(Lora(), "the adapters, as peft.LoraConfig names them")
     data: Data = field(..., "what is trained on")
     train: Train = field(Train(), "the training, as transformers.TrainingArguments names it")
+    eval: Eval = field(Eval(), "what answers are scored by")
     output: str = field("runs/run", "the run folder; never overwritten", min_length=1)
     allow_pickle: Bool = field(False, "read a .bin checkpoint (with weights_only)")
     trust_remote_code: Bool = field(False, "run Python code that the checkpoint brings")
@@ -333,6 +346,15 @@ def _in_train(recipe: Recipe) -> Iterator[str]:
         yield f"train.eval_steps is not read with train.eval_strategy {strategy}; say steps"
     if strategy == "no" and train.early_stopping_patience is not None:
         yield "train.early_stopping_patience counts evaluations, and train.eval_strategy is no"
+    name, greatest = train.best_metric, train.best_is_greatest
+    if greatest and name not in (recipe.eval.metrics or ()):
+        yield f"train.metric_for_best_model {name} is not among eval.metrics, so no evaluation would have it"
+    if train.greater_is_better is not None and train.greater_is_better != greatest:
+        better = "greater" if greatest else "smaller"
+        said = str(train.greater_is_better).lower()
+        yield f"train.greater_is_better {said}: {name} (train.metric_for_best_model) is better when {better}"
+    if "regex" in (recipe.eval.metrics or ()) and not recipe.eval.pattern:
+        yield "eval.metrics has regex, which needs eval.pattern, a regular expression"
     if train.bf16 and train.fp16:
         yield "train.bf16 and train.fp16 cannot both be true; better give neither"
     for name in ("bf16", "fp16"):
@@ -379,6 +401,7 @@ class Loaded(NamedTuple):
 
 SECTIONS: dict[str, type[Section]] = {
     "": Recipe, "quant": Quant, "lora": Lora, "data": Data, "data.fields": Fields, "train": Train,
+    "eval": Eval,
 }  # fmt: skip
 
 

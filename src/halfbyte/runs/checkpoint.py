@@ -183,23 +183,24 @@ def _plain(value: object) -> object:
 
 def metric_name(train: Train) -> str:
     """The name, in a row of an evaluation, of the metric that says which is the best."""
-    return f"eval_{train.metric_for_best_model.removeprefix('eval_')}"
+    return f"eval_{train.best_metric}"
 
 
 @dataclass
 class Best:
-    """The adapter of the evaluation with the lowest metric so far, in `folder`, with its `value` of `metric` and its
-    `step`; both are None before the first evaluation."""
+    """The adapter of the best evaluation so far, which has the lowest `metric`, or the `greatest`. It is in `folder`;
+    its `value` and its `step` are None before the first evaluation."""
 
     metric: str
     folder: Path
+    greatest: bool = False
     value: float | None = None
     step: int | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, run: RunFolder) -> Best:
         """The best of a run so far, also of an earlier process, which may have been killed between two renames."""
-        best = cls(metric_name(recipe.train), run.checkpoints / "best")
+        best = cls(metric_name(recipe.train), run.checkpoints / "best", recipe.train.best_is_greatest)
         older = files.aside(best.folder)
         if not best.folder.exists() and older.exists():
             older.rename(best.folder)
@@ -210,7 +211,9 @@ class Best:
         return best
 
     def is_better(self, value: float) -> bool:
-        return math.isfinite(value) and (self.value is None or value < self.value)
+        if self.value is None or not math.isfinite(value):
+            return math.isfinite(value)
+        return value > self.value if self.greatest else value < self.value
 
     def keep(self, value: float, step: int, write_adapter: Callable[[Path], None]) -> None:
         """Put the adapter of this step in the place of the one before, which stays there after a TrainError."""

@@ -27,7 +27,8 @@ class EarlyStopping(EarlyStoppingCallback):
         state.best_metric = None
         for value in self.earlier:
             self.check_metric_value(args, state, control, value)
-            state.best_metric = value if state.best_metric is None else min(value, state.best_metric)
+            better = max if args.greater_is_better else min
+            state.best_metric = value if state.best_metric is None else better(value, state.best_metric)
 
     @property
     def stops(self) -> bool:

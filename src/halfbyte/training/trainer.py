@@ -61,7 +61,7 @@ def training_arguments(
     return TrainingArguments(
         **values,
         metric_for_best_model=train.metric_for_best_model,
-        greater_is_better=False,
+        greater_is_better=train.best_is_greatest,
         output_dir=str(folder),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
@@ -135,6 +135,7 @@ class StepTrainer(Trainer):
         self._downs = 0
         self.evaluating: Callable[[], None] = lambda: None
         self.stops: Callable[[], bool] = lambda: False  # an evaluation ends with its micro-batch, and training
+        self.scores: Callable[[], dict[str, float]] = dict  # of what is written to the held-out rows
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=[])
         self.loss_is_scaled_for_ga = True
         for callback in (PrinterCallback, ProgressCallback):
@@ -210,6 +211,8 @@ class StepTrainer(Trainer):
         last = self.state.global_step >= self.state.max_steps or isinstance(self.lr_scheduler, ReduceLROnPlateau)
         batches = self.eval_batches if last else takewhile(lambda _: not self.stops(), self.eval_batches)
         found = loss.mean_loss(self.model, batches)
+        if last or not self.stops():
+            found |= self.scores()
         self._ended = time.perf_counter()
         if not last and self.stops():
             self.control.should_training_stop, self.control.should_evaluate = True, False

@@ -1,0 +1,46 @@
+"""Options that several commands take, and what those begin with that use a run."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from halfbyte.cli import progress
+from halfbyte.system import libraries
+
+if TYPE_CHECKING:
+    from halfbyte.inference.load import Opened
+
+Set = Annotated[list[str], typer.Option("--set", metavar="a.b=c", help="Change one value of the recipe; repeatable.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines only, and few of them.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, an adapter's folder, or a model.")]
+Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
+Force = Annotated[bool, typer.Option("--force", help="Also where base or tokenizer are not those of the adapter.")]
+BaseOnly = Annotated[bool, typer.Option("--base", help="The base alone, without the adapter.")]
+
+
+def opened(
+    run: Path,
+    overrides: list[str],
+    *,
+    silent: bool,
+    force: bool,
+    asks: tuple[list[list[dict[str, str]]], int] = ([], 0),
+) -> Opened:
+    """A run, an adapter or a base, ready to answer. That there is none is told before a library is loaded.
+
+    Args:
+        asks: conversations, and the tokens of an answer; what is too long is refused before the base is opened.
+    """
+    from halfbyte.inference import target
+
+    target.find(run, overrides)
+    with progress.waiting("opening base and adapter", silent=silent) as tell:
+        with libraries.loading():
+            from halfbyte.inference import generate, load
+
+        return load.open_run(run, tell, overrides, partial(generate.check, asks), force=force)

@@ -1,0 +1,167 @@
+"""`halfbyte eval`: scores as a table, and samples of answers; and what each number format costs a base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from halfbyte.cli import progress, show
+from halfbyte.cli.options import Force, Run, Set, opened
+from halfbyte.cli.show import aside, duration, labelled, out, text, visible
+from halfbyte.cli.store import Json
+from halfbyte.scoring.intervals import CONFIDENCE
+
+if TYPE_CHECKING:
+    from halfbyte.inference.quality import Report
+    from halfbyte.scoring.sheet import Score, Sheet, Value
+
+_LOSSES = ("loss", "perplexity")
+
+
+def evaluate(
+    run: Run,
+    base: Annotated[bool, typer.Option("--base", help="Score the base alone too, on the same rows.")] = False,
+    data: Annotated[Path | None, typer.Option(help="Rows to score; default: the recipe's data.eval.")] = None,
+    metric: Annotated[
+        list[str],
+        typer.Option("--metric", "-m", metavar="NAME", help="Instead of eval.metrics; repeatable."),
+    ] = [],  # noqa: B006
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
+    samples: Annotated[int, typer.Option(min=0, help="How many outputs to show.")] = 3,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="The longest answer; default: eval.max_new_tokens.")
+    ] = None,
+    sure: Annotated[
+        bool | None, typer.Option("--intervals/--no-intervals", help="Intervals and tests; default: where scipy is.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Keep scores and answers there.")] = None,
+    set_: Set = [],  # noqa: B006
+    force: Force = False,
+    json_: Json = False,
+) -> None:
+    """Loss, perplexity and what answers are worth, on held-out rows; with --base beside the base alone."""
+    from halfbyte.inference import target
+    from halfbyte.scoring import asking, sheet
+
+    overrides = [*set_, *([f"eval.max_new_tokens={max_new_tokens}"] if max_new_tokens is not None else [])]
+    found = target.find(run, overrides)
+    target.held_out(found.recipe, run, data)
+    wanted = asking.Wanted.of(found.recipe.eval, metric, limit=limit, with_base=base, sure=sure)
+    folder = out or (sheet.folder_of(run, data) if found.run is not None else None)
+    ready = opened(run, overrides, silent=json_, force=force)
+    from halfbyte.inference import evaluate as scoring
+
+    with progress.scoring(silent=json_) as tell:
+        made = scoring.evaluate(ready, wanted, data=data, progress=tell)
+    if folder is not None:
+        made.keep(folder)
+    if json_:
+        show.document({**made.to_json(), "folder": None if folder is None else str(folder)})
+    else:
+        table(made, samples, folder)
+
+
+def table(made: Sheet, samples: int, folder: Path | None) -> None:
+    """Base and adapter side by side with their intervals, then some answers of each."""
+    for note in made.notes:
+        aside(note)
+    lines = Table(header_style="bold")
+    lines.add_column("")
+    for name in made.sides:
+        lines.add_column(name, justify="right")
+    both = len(made.sides) > 1
+    if both:
+        lines.add_column("difference", justify="right")
+        lines.add_column("p", justify="right")
+    for score in made.scores:
+        sides = [_shown(score, getattr(score, name)) for name in made.sides]
+        p = "" if score.p_value is None else _p(score.p_value)
+        lines.add_row(score.name, *sides, *([_shown(score, score.difference, sign=True), p] if both else []))
+    out.print(lines)
+    sure = f"; [..]: {CONFIDENCE:.0%} interval" if any(s.adapter and s.adapter.interval for s in made.scores) else ""
+    out.print(f"{made.rows:,} rows in {duration(made.seconds)}{sure}", style="dim")
+    _samples(made, samples)
+    if folder is not None:
+        out.print(f"\nevery answer: {escape(str(folder / 'answers.jsonl'))}", style="dim", soft_wrap=True)
+
+
+def _samples(made: Sheet, samples: int) -> None:
+    for number, asked in enumerate(made.asked[:samples]):
+        out.print(f"\n[bold]{escape(visible(asked.where))}[/bold]")
+        out.print(escape(visible(asked.prompt.strip())), style="dim")
+        out.print(f"{'expected':>9}: {escape(visible(asked.expected))}")
+        for name, side in made.sides.items():
+            answer = side.answers[number]
+            marks = "  ".join(_mark(metric, value) for metric, value in answer.scores.items() if "." not in metric)
+            out.print(f"{name:>9}: {escape(visible(answer.text.strip()))}  {marks}")
+
+
+def _mark(metric: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if value in (0.0, 1.0):
+        return f"[green]{metric}[/green]" if value else f"[red]not {metric}[/red]"
+    return f"[yellow]{metric} {value:.2f}[/yellow]"
+
+
+def _shown(score: Score, value: Value | None, *, sign: bool = False) -> str:
+    if value is None:
+        return ""
+    kind = "+.4f" if sign else ".4f"
+    if score.name in _LOSSES:
+        low_high = "" if value.interval is None else escape(f" [{value.interval[0]:.4f}, {value.interval[1]:.4f}]")
+        return f"{value.value:{kind}}{low_high}"
+    kind = "+.1f" if sign else ".1f"
+    low_high = ""
+    if value.interval is not None:
+        low_high = escape(f" [{100 * value.interval[0]:.1f}, {100 * value.interval[1]:.1f}]")
+    return f"{100 * value.value:{kind}}%{low_high}"
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
+
+
+def quality(made: Report) -> None:
+    """Loss by format, then what was lost by kind of module and by layer."""
+    from halfbyte.inference.quality import kind_of, layer_of
+
+    labelled("text", f"{made.text}: {made.rows:,} rows, {made.labelled_tokens:,} tokens that count")
+    for note in made.notes:
+        labelled("note", note)
+    first = made.formats[0]
+    table = _table("format", "bits a parameter", "GB", "relative error", "SQNR dB", "loss", "more", "perplexity")
+    for row in made.formats:
+        error = (f"{row.error.relative:.4f}", f"{row.error.sqnr_db:.1f}") if row.errors else ("-", "-")
+        bits, size = ("-", "-") if not row.parameters else (f"{row.bits:.3f}", f"{row.nbytes / 1e9:.3f}")
+        more = "" if row is first else f"{row.loss - first.loss:+.4f}"
+        table.add_row(escape(visible(row.name)), bits, size, *error, f"{row.loss:.4f}", more, f"{row.perplexity:.3f}")
+    out.print(table)
+    _errors(made, "kind of module", kind_of)
+    _errors(made, "layer", layer_of)
+    if made.path is not None:
+        text(f"kept     {made.path}")
+
+
+def _errors(made: Report, what: str, key: Callable[[str], str | None]) -> None:
+    rows = {row.name: row.by(key) for row in made.formats if row.errors}
+    groups = next(iter(rows.values()), {})
+    if not groups:
+        return
+    table = _table(what, *rows)
+    for group in groups:
+        table.add_row(escape(visible(group)), *(f"{each[group].relative:.4f}" for each in rows.values()))
+    out.print("\nrelative error (Frobenius norm of what is lost, over the source's)")
+    out.print(table)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    return table

@@ -1,0 +1,255 @@
+"""Greedy answers to many prompts: up to 16 at once on a tape; a text that ends leaves, and the next takes its place.
+
+Why: at a batch of 16 a token reads the base once for all, so an evaluation takes a fraction of the time of one answer
+after another; and one that waits for its longest answer would leave most of the batch idle.
+What: prompts go through the model's own forward, several end to end without padding, from long to short. Their caches
+are put into the slots of `layers/decoding`, and the first token is that of the model's own logits. The first ones are
+also run through the tape, and the two logits compared (`decode.py`). When no prompt waits, a smaller tape takes over
+the texts that are left.
+Cost: a prompt's forward dequantises the base once for all that it takes together.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby, islice
+from typing import TYPE_CHECKING
+
+import torch
+
+from halfbyte.base import stream
+from halfbyte.inference import decode
+from halfbyte.inference.generate import Sampling, generate, say, stop_ids
+from halfbyte.layers import loss, packing
+from halfbyte.layers.decoding import llama
+from halfbyte.layers.decoding.linears import Unsupported
+from halfbyte.models import structure
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from halfbyte.types import Batch, Model, Tokenizer
+
+SIZES = (1, 2, 4, 8, 16)
+# Of a model's generation_config: what changes logits, and is left to transformers' own code.
+_PROCESSORS = (
+    "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+    "bad_words_ids", "min_length", "min_new_tokens", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens",
+    "begin_suppress_tokens", "sequence_bias", "exponential_decay_length_penalty", "guidance_scale",
+    "watermarking_config",
+)  # fmt: skip
+Progress = Callable[[int, int], None]
+
+
+def answers(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    most: Sequence[int],
+    *,
+    at_once: int = 16,
+    tokens_at_once: int = 2048,
+    progress: Progress = lambda done, of: None,
+) -> list[str]:
+    """What the model writes to each prompt (token ids), greedily, up to `most` tokens each.
+
+    Args:
+        at_once: most texts in one batch. tokens_at_once: most tokens of prompts in one forward, but for a longer one.
+    """
+    if not prompts:
+        return []
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return _Queue(model, tokenizer, prompts, most, at_once, tokens_at_once, progress).run()
+    except decode.Slower as why:
+        say(f"answers are not written in one queue: {why}")
+        return _in_groups(model, tokenizer, prompts, most, at_once, progress)
+    finally:
+        model.train(was_training)
+
+
+def _in_groups(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    most: Sequence[int],
+    at_once: int,
+    progress: Progress,
+) -> list[str]:
+    """From short to long, so that a batch pads little; each group until its longest answer ends."""
+    order = sorted(range(len(prompts)), key=lambda i: (most[i], len(prompts[i])))
+    written: dict[int, str] = {}
+    for new_tokens, same in groupby(order, key=lambda i: most[i]):
+        while chunk := list(islice(same, at_once)):
+            texts = generate(model, tokenizer, [prompts[i] for i in chunk], Sampling(new_tokens))
+            written.update(zip(chunk, texts, strict=True))
+            progress(len(written), len(order))
+    return [written[i] for i in range(len(prompts))]
+
+
+@dataclass
+class _Prefilled:
+    """Prompts after their forward: logits (n, V) and embedding factor; of each layer keys and values (1, K, T, d), in
+    which text i has the tokens [starts[i], starts[i + 1])."""
+
+    logits: Tensor
+    factor: float
+    layers: list[tuple[Tensor, Tensor]]
+    starts: list[int]
+
+
+class _Slots:
+    """A tape and what is in each of its M places: the number of a prompt, or None."""
+
+    def __init__(self, lm: Model, size: int, room: int) -> None:
+        try:
+            self.made = llama.decoder(lm, size, room)
+        except Unsupported as why:
+            raise decode.Slower(str(why)) from why
+        self.size, self.room = size, room
+        self.text: list[int | None] = [None] * size
+        self.token, self.before = [0] * size, [0] * size
+
+    @property
+    def free(self) -> list[int]:
+        return [m for m, text in enumerate(self.text) if text is None]
+
+    @property
+    def active(self) -> list[int]:
+        return [m for m, text in enumerate(self.text) if text is not None]
+
+    def put(self, m: int, text: int, token: int, prefilled: _Prefilled, i: int) -> None:
+        """Prompt i of those in a forward, as text `text` with its first token, into place m."""
+        a, b = prefilled.starts[i], prefilled.starts[i + 1]
+        for number, (keys, values) in enumerate(prefilled.layers):
+            self.made.keys[number][m, :, :, : b - a] = keys[0, :, a:b].transpose(1, 2)
+            self.made.values[number][m, :, : b - a] = values[0, :, a:b]
+        self.text[m], self.token[m], self.before[m] = text, token, b - a
+
+    def leave(self, m: int) -> None:
+        self.text[m], self.token[m], self.before[m] = None, 0, 0
+
+    def smaller(self, lm: Model, size: int) -> _Slots:
+        """The texts that are left, on a tape of `size` places."""
+        made = _Slots(lm, size, self.room)
+        for to, m in enumerate(self.active):
+            n = self.before[m]
+            for number, (keys, values) in enumerate(zip(self.made.keys, self.made.values, strict=True)):
+                made.made.keys[number][to, :, :, :n] = keys[m, :, :, :n]
+                made.made.values[number][to, :, :n] = values[m, :, :n]
+            made.text[to], made.token[to], made.before[to] = self.text[m], self.token[m], n
+        return made
+
+
+class _Queue:
+    """Prompts that wait, texts that are being written, and those that are done."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Sequence[int]],
+        most: Sequence[int],
+        at_once: int,
+        tokens_at_once: int,
+        progress: Progress,
+    ) -> None:
+        self.lm, self.tokenizer = structure.causal_lm(model), tokenizer
+        self.prompts, self.most, self.progress = prompts, most, progress
+        self.tokens_at_once = tokens_at_once
+        self.stops = frozenset(stop_ids(model, tokenizer))
+        self.waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        self.written: list[list[int]] = [[] for _ in prompts]
+        self.done, self.factor, self.proven = 0, 1.0, False
+        config = self.lm.generation_config
+        for name in _PROCESSORS:
+            if getattr(config, name, None) not in (None, 0, 1, False, [], {}):
+                raise decode.Slower(f"the model's generation_config has {name} {getattr(config, name)}")
+        self.layers = decode.layers_of(self.lm)
+        self.size = next(size for size in SIZES if size >= min(at_once, len(prompts), SIZES[-1]))
+        self.room = max(len(p) + n for p, n in zip(prompts, most, strict=True))
+
+    def run(self) -> list[str]:
+        slots = _Slots(self.lm, self.size, self.room)
+        while self.waiting or slots.active:
+            free = slots.free
+            if self.waiting and (len(free) == slots.size or len(free) >= max(1, slots.size // 8)):
+                self._admit(slots, free)
+                continue
+            if not self.waiting and 2 * len(slots.active) <= slots.size:
+                slots = slots.smaller(self.lm, next(n for n in SIZES if n >= len(slots.active)))
+            logits = slots.made.step(self._embed(slots.token), slots.before, stream.of(self.layers[0]))
+            chosen = logits.argmax(-1).tolist()
+            for m in slots.active:
+                slots.before[m] += 1
+                self._take(slots, m, chosen[m])
+        return [str(t) for t in self.tokenizer.batch_decode(self.written, skip_special_tokens=True)]
+
+    def _take(self, slots: _Slots, m: int, token: int) -> None:
+        """A new token of the text in place m, which ends there or goes on."""
+        text = slots.text[m]
+        assert text is not None
+        own = self.written[text]
+        own.append(token)
+        slots.token[m] = token
+        if token in self.stops or len(own) >= self.most[text]:
+            slots.leave(m)
+            self.done += 1
+            self.progress(self.done, len(self.prompts))
+
+    def _admit(self, slots: _Slots, free: list[int]) -> None:
+        """The next prompts, as many as have a place and go through one forward."""
+        together = packing.installed(self.lm) == "cu_seq_lens"
+        chosen: list[int] = []
+        for i in self.waiting[: len(free) if together else 1]:
+            if chosen and sum(len(self.prompts[j]) for j in (*chosen, i)) > self.tokens_at_once:
+                break
+            chosen.append(i)
+        self.waiting = self.waiting[len(chosen) :]
+        made = self._prefilled([self.prompts[i] for i in chosen])
+        self.factor = made.factor
+        first = made.logits.argmax(-1).tolist()
+        for i, (m, text) in enumerate(zip(free, chosen, strict=False)):
+            slots.put(m, text, first[i], made, i)
+        if not self.proven:
+            self._prove(slots, free[: len(chosen)], chosen, made.logits)
+        for i, m in enumerate(free[: len(chosen)]):
+            self._take(slots, m, first[i])
+
+    def _prove(self, slots: _Slots, places: list[int], chosen: list[int], own: Tensor) -> None:
+        """The prompts' last tokens once more, by the tape; raises Slower where its logits are not the model's."""
+        last = [0] * slots.size
+        before = [0] * slots.size
+        for m, i in zip(places, chosen, strict=True):
+            last[m], before[m] = self.prompts[i][-1], len(self.prompts[i]) - 1
+        fast = slots.made.step(self._embed(last), before, stream.of(self.layers[0]))
+        decode.check(fast[places], own, len(self.layers))
+        self.proven = True
+
+    def _embed(self, tokens: list[int]) -> Tensor:
+        made: Tensor = self.lm.get_input_embeddings()(torch.tensor(tokens))
+        return made.float() * self.factor if self.factor != 1.0 else made
+
+    def _prefilled(self, prompts: list[Sequence[int]]) -> _Prefilled:
+        from transformers import DynamicCache
+
+        starts = [0, *accumulate(len(p) for p in prompts)]
+        ends = torch.tensor(starts[1:]) - 1
+        batch: Batch = {
+            "input_ids": torch.tensor([[token for prompt in prompts for token in prompt]]),
+            "position_ids": torch.cat([torch.arange(len(p)) for p in prompts])[None],
+            "cu_seq_lens_q": torch.tensor(starts, dtype=torch.int32),
+        }
+        cache = DynamicCache()
+        name = "cache" if "cache" in inspect.signature(self.lm.forward).parameters else "past_key_values"
+        options = {**packing.forward_inputs(self.lm, batch), "use_cache": True, name: cache}
+        keeps = loss.accepts(self.lm, "logits_to_keep")
+        with decode.entering(self.layers[0]) as entered:
+            made = self.lm(**options, **({"logits_to_keep": ends} if keeps else {})).logits[0]
+        last = batch["input_ids"][0, ends]
+        factor = decode.embedding_factor(self.lm.get_input_embeddings()(last), entered[0][0, ends])
+        return _Prefilled(made if keeps else made[ends], factor, [(x.keys, x.values) for x in cache.layers], starts)

@@ -1,0 +1,93 @@
+"""Choice by likelihood: which of a row's choices the model finds the most likely answer.
+
+Why: a small model that writes around the answer still knows which one it is; and a label needs no writing.
+What: each choice takes the place of the answer, with the token that ends the turn, as training has it; the sum of its
+tokens' log-likelihoods counts.
+Source: lm-evaluation-harness calls it `acc` of a multiple-choice task; there the turn's end does not count.
+Cost: a forward of the row for each choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from halfbyte.data import collate, pack
+from halfbyte.data.encoding.examples import IGNORED, Example
+from halfbyte.errors import DataError
+from halfbyte.inference.generate import stop_ids
+from halfbyte.layers import loss, packing
+from halfbyte.recipe.evaluation import Eval
+from halfbyte.scoring.metrics import Scores
+
+if TYPE_CHECKING:
+    from halfbyte.types import Model, Tokenizer
+
+_MOST = 64  # labels that are taken from the rows
+
+
+def check(settings: Eval, expected: Sequence[str]) -> tuple[str, ...]:
+    """The choices of every row: those of the recipe, or else the answers that the rows expect.
+
+    Raises:
+        DataError: an expected answer that is not among them, or as many answers as rows.
+    """
+    if settings.choices is None:
+        found = tuple(dict.fromkeys(expected))
+        if not 1 < len(found) <= min(_MOST, max(2, len(expected) // 2)):
+            raise DataError(
+                f"the metric choice needs choices, and there are none: {len(expected):,} rows expect {len(found):,} "
+                "different answers.",
+                fix="--set 'eval.choices=[good, bad]'",
+            )
+        return found
+    strange = next((answer for answer in expected if answer not in settings.choices), None)
+    if strange is not None:
+        raise DataError(
+            f"the metric choice: the expected answer {strange!r} is not among eval.choices "
+            f"({', '.join(settings.choices)})."
+        )
+    return settings.choices
+
+
+def scores(
+    model: Model,
+    tokenizer: Tokenizer,
+    asking: Sequence[Example],
+    settings: Eval,
+    tokens: int,
+    tell: Callable[[str, int, int], None],
+) -> list[Scores]:
+    """For each row 1 where the expected answer is the most likely one, else 0."""
+    named = check(settings, [e.completion for e in asking])
+    stops = set(stop_ids(model, tokenizer))
+    ids = {name: tokenizer(name, add_special_tokens=False)["input_ids"] for name in named}
+    made: list[Scores] = []
+    packed = packing.installed(model) != "single"
+    for done, example in enumerate(asking, 1):
+        rows = [with_answer(example, ids[name], stops) for name in named]
+        own = rows[named.index(example.completion)]
+        if own.input_ids != example.input_ids[: len(own.input_ids)]:
+            raise DataError(
+                f"{example.where}: the metric choice cannot put another answer in the place of {example.completion!r}, "
+                "as this tokenizer reads it in one piece with what stands before it.",
+                fix="--metric exact_match",
+            )
+        lengths = [len(row.input_ids) for row in rows]
+        batches = collate.Batches(rows, pack.eval_micro_batches(lengths, tokens, len(rows) if packed else 1))
+        losses = {row: value for rows_ in batches.micro_batches
+                  for row, value in zip(rows_, loss.text_losses(model, batches.of(rows_)), strict=True)}  # fmt: skip
+        best = min(losses, key=lambda row: losses[row])
+        made.append({"choice": float(named[best] == example.completion)})
+        tell("choices", done, len(asking))
+    return made
+
+
+def with_answer(example: Example, ids: Sequence[int], stops: set[int]) -> Example:
+    """The row with another answer, which alone is labelled, with the token that ends the turn where the row has one."""
+    labelled = [label for label in example.labels if label != IGNORED]
+    end = labelled[-1:] if labelled and labelled[-1] in stops else []
+    answer = (*ids, *end)
+    prompt = example.prompt_ids
+    return replace(example, input_ids=(*prompt, *answer), labels=(*[IGNORED] * len(prompt), *answer))

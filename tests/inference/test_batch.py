@@ -1,0 +1,147 @@
+"""Many answers at once against one by one by the model's own loop; choices against transformers' own logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte.data.encoding.examples import Example
+from halfbyte.errors import DataError
+from halfbyte.inference import batch, choices, decode
+from halfbyte.layers import packing
+from halfbyte.layers.decoding.tape import isa
+from halfbyte.recipe.evaluation import Eval
+from tests import tiny, tiny_run
+
+WORDS = ["red", "green cup", "a large round box of old trees", "blue", "new road", "small square tree and a cup"]
+
+
+def prompts(count: int) -> list[list[int]]:
+    tokenizer = tiny_run.tokenizer()
+    return [tokenizer(f"{WORDS[i % 6]} {i}")["input_ids"] for i in range(count)]
+
+
+def alone(model: Any, prompt: list[int], most: int) -> str:
+    """transformers' own greedy loop, one prompt."""
+    stops = [tiny_run.tokenizer().convert_tokens_to_ids("<|im_end|>"), 2]
+    with torch.no_grad():
+        out = model.generate(
+            torch.tensor([prompt]), max_new_tokens=most, do_sample=False, eos_token_id=stops, pad_token_id=0
+        )
+    return str(tiny_run.tokenizer().decode(out[0, len(prompt) :], skip_special_tokens=True))
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Why another way was taken."""
+    said: list[str] = []
+    monkeypatch.setattr(batch, "say", said.append)
+    return said
+
+
+@pytest.mark.skipif(isa(torch.float32) is None, reason="no kernels for this processor")
+@pytest.mark.parametrize(
+    ("name", "count", "at_once", "packed"),
+    [("llama", 21, 16, True), ("llama", 5, 4, False), ("gemma3", 7, 4, True), ("qwen3", 3, 1, True)],
+)
+def test_answers_in_a_batch_are_those_of_one_by_one(
+    name: str, count: int, at_once: int, packed: bool, told: list[str]
+) -> None:
+    """Answers of many lengths: texts leave, others take their place, and the last ones go to a smaller tape."""
+    model = tiny.model(name, vocab_size=tiny_run.VOCAB)
+    asked, most = prompts(count), [1 + 7 * i % 23 for i in range(count)]
+    wanted = [alone(model, prompt, n) for prompt, n in zip(asked, most, strict=True)]
+    assert len(set(wanted)) > 1
+    if packed:
+        packing.install(model, "cu_seq_lens")
+    seen: list[tuple[int, int]] = []
+    found = batch.answers(
+        model, tiny_run.tokenizer(), asked, most, at_once=at_once, tokens_at_once=40,
+        progress=lambda *done: seen.append(done),
+    )  # fmt: skip
+    assert found == wanted and told == []
+    assert seen == [(i + 1, count) for i in range(count)]
+
+
+@pytest.mark.skipif(isa(torch.float32) is None, reason="no kernels for this processor")
+def test_a_fault_of_the_tape_is_seen_and_the_models_own_loop_answers(
+    told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.model("llama", vocab_size=tiny_run.VOCAB)
+    wanted = [alone(model, prompt, 6) for prompt in prompts(4)]
+    put = batch._Slots.put
+
+    def faulty(slots: Any, m: int, text: int, token: int, prefilled: Any, i: int) -> None:
+        put(slots, m, text, token, prefilled, i)
+        slots.made.keys[0][m].neg_()
+
+    monkeypatch.setattr(batch._Slots, "put", faulty)
+    assert batch.answers(model, tiny_run.tokenizer(), prompts(4), [6] * 4) == wanted
+    assert len(told) == 1 and "apart from the model's own" in told[0]
+
+
+def test_another_architecture_and_other_settings_take_the_models_own_loop(told: list[str]) -> None:
+    model = tiny.model("gpt2", vocab_size=tiny_run.VOCAB)
+    wanted = [alone(model, prompt, 5) for prompt in prompts(5)]
+    assert batch.answers(model, tiny_run.tokenizer(), prompts(5), [5] * 5, at_once=2) == wanted
+    model = tiny.model("llama", vocab_size=tiny_run.VOCAB)
+    model.generation_config.repetition_penalty = 5.0
+    wanted = [alone(model, prompt, 12) for prompt in prompts(3)]
+    assert batch.answers(model, tiny_run.tokenizer(), prompts(3), [12] * 3) == wanted
+    assert len(told) == 2 and "repetition_penalty 5.0" in told[1]
+    assert batch.answers(model, tiny_run.tokenizer(), [], []) == []
+
+
+def example(prompt: str, answer: str) -> Example:
+    """As a row is encoded: the answer and the end of the turn are labelled."""
+    tokenizer = tiny_run.tokenizer()
+    start, said = tokenizer(prompt)["input_ids"], tokenizer(answer)["input_ids"]
+    end = [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    ids, labels = (*start, *said, *end), (*[-100] * len(start), *said, *end)
+    return Example(ids, labels, "rows.jsonl:1", tuple(start), answer)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_choice_is_the_most_likely_answer(name: str) -> None:
+    model, tokenizer = tiny.model(name, vocab_size=tiny_run.VOCAB), tiny_run.tokenizer()
+    named = ("red", "cup", "blue", "tree", "old", "green box")
+    rows = [example(f"{word}: ", answer) for word, answer in zip(WORDS, named, strict=True)]
+
+    def likelihood(row: Example, answer: str) -> float:
+        said = [*tokenizer(answer)["input_ids"], tokenizer.convert_tokens_to_ids("<|im_end|>")]
+        ids = torch.tensor([[*row.prompt_ids, *said]])
+        with torch.no_grad():
+            log_p = torch.log_softmax(model(ids).logits[0].double(), -1)
+        first = len(row.prompt_ids) - 1
+        return sum(float(log_p[first + i, token]) for i, token in enumerate(said))
+
+    wanted = [max(named, key=lambda answer, row=row: likelihood(row, answer)) for row in rows]
+    assert len(set(wanted)) > 1
+    for layout in ("single", packing.layouts(model)[0]):
+        packing.install(model, layout)
+        found = choices.scores(model, tokenizer, rows, Eval(choices=named), 64, lambda *done: None)
+        assert [score["choice"] for score in found] == [
+            float(best == row.completion) for best, row in zip(wanted, rows, strict=True)
+        ]
+
+
+def test_choices_that_cannot_be_are_told() -> None:
+    assert choices.check(Eval(), ["yes", "no", "yes", "no"]) == ("yes", "no")
+    with pytest.raises(DataError, match=r"4 rows expect 4 different answers\.\n  fix: --set 'eval.choices="):
+        choices.check(Eval(), ["a", "b", "c", "d"])
+    with pytest.raises(DataError, match=r"'maybe' is not among eval.choices \(yes, no\)"):
+        choices.check(Eval(choices=("yes", "no")), ["yes", "maybe"])
+    model = tiny.model("llama", vocab_size=tiny_run.VOCAB)
+    row = example("red ", "cup")
+    torn = Example((*row.input_ids[:-2], 7, 8), row.labels, row.where, row.prompt_ids, "cup")
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the metric choice cannot put another answer in the place"):
+        choices.scores(model, tiny_run.tokenizer(), [torn], Eval(choices=("cup", "box")), 64, lambda *done: None)
+
+
+def test_the_proof_allows_rounding_and_nothing_else() -> None:
+    own = torch.randn(3, 50)
+    assert decode.check(own.clone(), own, 2) == 0
+    with pytest.raises(decode.Slower, match="apart"):
+        decode.check(own * 1.5, own, 2)
