@@ -69,6 +69,10 @@ class TrainError(HalfbyteError):
     exit_code = 1
 
 
+class DiskFull(TrainError):
+    """A write of a run that found no room: it can be tried again when there is some."""
+
+
 class Unforeseen(HalfbyteError):
     """A fault of halfbyte or of a library, not of the user; a page with the traceback was written."""
 

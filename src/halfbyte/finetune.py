@@ -29,16 +29,19 @@ from halfbyte.report import page
 from halfbyte.report import start as beginning
 from halfbyte.runs import checkpoint, crash, points
 from halfbyte.runs import report as reporting
-from halfbyte.runs.folder import RunFolder, write_json
+from halfbyte.runs.folder import RunFolder, space_for, write_json
+from halfbyte.runs.room import Room
 from halfbyte.system import device, files, threads, usage
 from halfbyte.system.versions import versions
 from halfbyte.training import fit, prepare, resuming
 from halfbyte.training.callback import RunCallback
-from halfbyte.training.events import Listener, StopRequest, stop_on_signals
+from halfbyte.training.events import Listener, StopRequest, stop_on_signals, without_a_terminal
 from halfbyte.training.pace import Pace, recompute_as, rehearse
 from halfbyte.training.schedule import cadence, eval_every, micro_batches
 from halfbyte.training.stopping import EarlyStopping
-from halfbyte.training.trainer import StepTrainer, training_arguments
+from halfbyte.training.trainer import Left, StepTrainer, training_arguments
+from halfbyte.training.watch import spikes
+from halfbyte.training.watch.witness import Witness
 from halfbyte.types import Document, Model
 
 
@@ -58,7 +61,8 @@ class Outcome:
         """Of a process: as a shell has it after a signal; not 0 for an adapter that is of no use."""
         if self.stopped_by is not None:
             return 128 + self.stopped_by
-        useless = self.report["diverged"] or self.report["verified"]["ok"] is False
+        unmoved = (self.report.get("adapters") or {}).get("moved") == 0
+        useless = unmoved or self.report["diverged"] or self.report["verified"]["ok"] is False
         return TrainError.exit_code if useless else 0
 
 
@@ -92,35 +96,45 @@ def train(loaded: Loaded, *, resume: bool = False, force: bool = False, listener
         HalfbyteError: a mistake in the recipe, the data or the model, before the run folder exists; TrainError after.
     """
     tell, out, machine = listener or Listener(), Path(loaded.recipe.output), device.detect()
-    point = None
-    if resume:
-        folder = RunFolder.open(out, need_adapter=False)
-        if (report := points.complete(loaded.recipe)) is not None:
-            return Outcome(out, report, report["steps"])
-        point = points.newest(folder.checkpoints)
-        points.check_recipe(point, loaded.recipe)
-    else:
-        RunFolder.check_free(out)
-    ready = make_ready(loaded.recipe, machine, tell, point, force=force)
-    local = ready.job.prepared.checkpoint.kind in ("folder", "gguf")
-    kept = to_yaml(seen_from(loaded.recipe, out, model=local))
-    if point is None:
-        folder = RunFolder.create(out, kept)
-    elif point.changes(loaded.recipe):
-        files.write(folder.recipe, kept.encode())
-    noted = crash.noted(folder, machine.to_json())
+    with without_a_terminal():
+        point = None
+        if resume:
+            folder = RunFolder.open(out, need_adapter=False)
+            if (report := points.complete(loaded.recipe)) is not None:
+                return Outcome(out, report, report["steps"])
+            point = points.newest(folder.checkpoints)
+            if point is not None:
+                points.check_recipe(point, loaded.recipe)
+            else:
+                tell.note("resume", "from the beginning: the run was ended before its first checkpoint")
+        else:
+            RunFolder.check_free(out)
+        ready = make_ready(loaded.recipe, machine, tell, point, force=force)
+        local = ready.job.prepared.checkpoint.kind in ("folder", "gguf")
+        kept = to_yaml(seen_from(loaded.recipe, out, model=local))
+        if not resume:
+            folder = RunFolder.create(out, kept)
+        elif point is None or point.changes(loaded.recipe):
+            files.write(folder.recipe, kept.encode())
+        return _trained(loaded, ready, folder, tell)
+
+
+def _trained(loaded: Loaded, ready: Ready, folder: RunFolder, tell: Listener) -> Outcome:
+    """Every step, and what a finished run leaves, in a folder that is this process's alone."""
+    machine = ready.job.machine.to_json()
+    noted = crash.noted(folder, machine)
     with folder.lock() as run, page.kept(run), noted, stop_on_signals(tell.stopping) as stop, usage.Peak() as peak:
         try:
-            split.keep(ready.job.prepared.held_out, run.held_out)
-            beginning.keep(run, loaded, ready.job, ready.base, ready.notices, 0 if point is None else point.step)
+            room = Room(tell.warn, lambda: stop.signal is not None)
+            room.write(lambda: keep_rows(loaded, ready, run))
             callback = run_steps(ready, run, stop, tell)
             step = callback.trainer.state.global_step
             if stop.signal is not None and step < len(ready.steps) and not callback.stopped_early:
                 return Outcome(run.path, {}, step, stop.signal)
-            return Outcome(run.path, finish(ready, run, callback, peak), step)
+            return Outcome(run.path, finish(ready, run, callback, peak, room), step)
         except KeyboardInterrupt:
             saved = [points.step_of(path) for path in points.checkpoints(run.checkpoints)]
-            return Outcome(run.path, {}, max(saved, default=0), Signals.SIGINT, at_once=True)
+            return Outcome(run.path, {}, max(saved, default=0), stop.signal or Signals.SIGINT, at_once=True)
         finally:
             ready.placed.remove()
 
@@ -254,14 +268,22 @@ def _belongs(
     return belongs
 
 
+def keep_rows(loaded: Loaded, ready: Ready, run: RunFolder) -> None:
+    """Write the plan, the rows that were held out, and what is known before the first step."""
+    plan = {**ready.job.plan.to_json(), "steps": len(ready.steps), "tokens": ready.steps.tokens}
+    write_json(run.plan, plan)
+    with space_for(run.held_out):
+        split.keep(ready.job.prepared.held_out, run.held_out)
+    step = 0 if ready.point is None else ready.point.step
+    beginning.keep(run, loaded, ready.job, ready.base, ready.notices, step)
+
+
 def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener) -> RunCallback:
     """Every step, from the first or from a checkpoint, until the last or until a signal."""
     prepared, steps, point = ready.job.prepared, ready.steps, ready.point
     source, recipe, model, base = prepared.checkpoint, prepared.recipe, ready.base.model, ready.base.base
-    write_json(run.plan, {**ready.job.plan.to_json(), "steps": len(steps), "tokens": steps.tokens})
-    if point is not None:
-        run.truncate_metrics(point.step)
-        run.report.unlink(missing_ok=True)  # of the shorter run that goes on
+    run.truncate_metrics(point.step if point is not None else 0)
+    run.report.unlink(missing_ok=True)  # of the shorter run that goes on
     arguments = training_arguments(
         recipe.train,
         folder=run.path,
@@ -284,10 +306,11 @@ def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener) -
         listener=tell,
         cadence=cadence(prepared),
         # at full precision, so that a resumed run continues from the same numbers
-        write_adapter=partial(lora.write_files, model, base_id=source.id, revision=source.revision, dtype=None),
+        adapter=partial(lora.writer, model, base_id=source.id, revision=source.revision, dtype=None),
         stop=stop,
         best=checkpoint.Best.of(recipe, run) if prepared.evaluation is not None else None,
         trained=ready.trained,
+        witness=Witness(model, ready.base.packed.ok),
         resume=None if point is None else point.path,
     )
     trainer.add_callback(callback)
@@ -298,9 +321,13 @@ def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener) -
     trainer.scores = ready.scores
     # early stopping decides on the evaluation itself, so that one is always finished
     trainer.evaluating, trainer.stops = tell.evaluating, lambda: stop.signal is not None and early is None
+    trainer.leaves = lambda: stop.signal is not None
     try:
         trainer.train(resume_from_checkpoint=str(point.path) if point is not None else None)
+    except Left:
+        callback.leave()
     finally:
+        callback.writing.abandon()
         tell.end()
     at = trainer.state.global_step
     if early is not None and early.stops and at < len(steps):
@@ -331,15 +358,16 @@ def save(ready: Ready, run: RunFolder, callback: RunCallback) -> int | None:
     dtype = load.DTYPES[recipe.lora.save_dtype]
     lora.save(model, run.adapter, base_id=source.id, revision=source.revision, dtype=dtype, beside=beside)
     said = (prepared.evaluation or prepared.train).examples
-    proof.keep(run.proof, model, said, lora.base_alone(model, []), dtype)
+    with space_for(run.proof):
+        proof.keep(run.proof, model, said, lora.base_alone(model, []), dtype)
     return step
 
 
-def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak) -> Document:
+def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak, room: Room) -> Document:
     """Save the adapter and the report; returns the report. After a run of some length the adapter is opened once more,
     in a process of its own."""
     prepared, plan, machine = ready.job.prepared, ready.job.plan, ready.job.machine
-    adapter_step = save(ready, run, callback)
+    adapter_step = room.write(lambda: save(ready, run, callback))
     used, rows = usage.process_memory(), run.read_metrics()
     on_card, timed = bool(machine.cards), plan.time.measured
     seen, step_s = usage.Usage(peak.private, peak.file), reporting.usual_seconds(rows)
@@ -360,7 +388,7 @@ def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak
         peak_device_bytes=used.get("peak_device_bytes"),
         adapter_step=adapter_step,
     )
-    verified = verify.after(run.path, report["train_seconds"], plan, machine)
+    verified = verify.after(run.path, 0 if room.stops() else report["train_seconds"], plan, machine)
     if verified["ok"] is False:
         callback.listener.warn(f"the saved adapter does not say what it said when it was trained: {verified['seen']}")
     worse, diverged = reporting.got_worse(rows)
@@ -372,13 +400,16 @@ def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak
         "data": prepare.data_report(prepared),
         "diverged": diverged,
         "stopped_early": callback.stopped_early,
+        "adapters": callback.moved,
+        "spikes": [{"step": row["step"], **row["spike"]} for row in rows if row.get("spike")],
         "verified": verified,
         "notices": [
             *([worse] if worse else []),
             *ready.notices,
             *callback.notices,
+            *spikes.notice(rows),
             *(f"memory: {down}" for down in ready.pace.downs),
         ],
     }
-    write_json(run.report, report)
+    room.write(lambda: write_json(run.report, report))
     return report

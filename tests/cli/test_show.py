@@ -47,18 +47,14 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "seconds", "said"),
+    ("number", "said"),
     [
-        (signal.SIGINT, 40.2, "SIGINT: finishing this step, about 40 s; Ctrl-C again to stop now\n"),
-        (signal.SIGTERM, None, "SIGTERM: finishing this step; Ctrl-C to stop now\n"),
+        (signal.SIGINT, "SIGINT: finishing this micro-batch; Ctrl-C again to stop now\n"),
+        (signal.SIGTERM, "SIGTERM: finishing this micro-batch; Ctrl-C to stop now\n"),
     ],
 )
-def test_a_signal_is_acknowledged(
-    number: signal.Signals, seconds: float | None, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_signal_is_acknowledged(number: signal.Signals, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     for silent, quiet in ((True, True), (False, True), (False, False)):
         with progress.training(quiet=quiet, silent=silent) as listener:
-            if seconds is not None:
-                listener.step({"step": 1, "seconds": seconds, "loss": 1.0, "tokens_per_second": 9.0})
             listener.stopping(number)
         assert capsys.readouterr().err == said

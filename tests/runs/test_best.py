@@ -68,7 +68,7 @@ def test_a_disk_that_refuses_leaves_the_one_before(run: RunFolder) -> None:
         (folder / "weights").write_text("half of it")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(TrainError, match=r"best adapter .* could not be written: No space left on device"):
+    with pytest.raises(TrainError, match=r"best adapter .* could not be written: the disk of .* is full"):
         best.keep(0.25, 7, refuses)
     assert (best.value, best.step) == (0.5, 3) and Best.of(recipe(), run) == best
     assert (best.folder / "weights").read_text() == "first"

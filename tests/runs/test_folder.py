@@ -216,6 +216,16 @@ def test_a_full_disk_is_said_with_the_size_needed(folder: RunFolder) -> None:
     ):
         write_json(folder.report, {"a": 1})
     assert folder.report.read_text() == "old"
+
+
+def test_rows_that_find_no_room_wait_in_their_order(folder: RunFolder) -> None:
+    assert folder.append_metrics({"step": 1})
+    kept = folder.metrics.rename(folder.path / "kept")
     folder.metrics.symlink_to("/dev/full")
-    with pytest.raises(TrainError, match=r"no space left: writing .*metrics\.jsonl needs 12 bytes"):
-        folder.append_metrics({"step": 1})
+    assert not folder.append_metrics({"step": 2})
+    assert not folder.append_metrics({"step": 3})
+    folder.metrics.unlink()
+    kept.rename(folder.metrics)
+    assert [row["step"] for row in folder.read_metrics()] == [1, 2, 3]
+    assert folder.append_metrics({"step": 4}) and not folder.unwritten
+    assert [row["step"] for row in RunFolder(folder.path).read_metrics()] == [1, 2, 3, 4]

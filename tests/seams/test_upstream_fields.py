@@ -111,15 +111,16 @@ def test_an_optimiser_trains_and_comes_back_from_a_checkpoint(name: str, tmp_pat
     start = model.weight.detach().clone()
     train(model, optimizer, 1)
     assert not torch.equal(start, model.weight)
-    saved = checkpoint.save(
-        tmp_path,
+    taken = checkpoint.snapshot(
         3,
+        drawn=checkpoint.Randomness.now(),
         write_adapter=lambda folder: None,
-        write_trainer_state=lambda path: path.write_text("{}") and None,
+        trainer_state="{}",
         optimizer=optimizer,
         scheduler=scheduler,
         trained={},
     )
+    saved = checkpoint.write(tmp_path, taken)
     other, optimizer2, scheduler2 = optimizer_of(name)
     other.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})
     checkpoint.load_optimizer(saved, optimizer2, scheduler2)

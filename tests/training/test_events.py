@@ -1,14 +1,18 @@
-"""The first signal is a request, a second SIGINT ends at once, and the handlers of before come back."""
+"""The first signal is a request, a second one ends at once, and the handlers of before come back."""
 
 from __future__ import annotations
 
 import os
+import pty
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 
-from halfbyte.training.events import StopRequest, stop_on_signals
+from halfbyte.training import events
+from halfbyte.training.events import StopRequest, stop_on_signals, without_a_terminal
 
 BOTH = (signal.SIGINT, signal.SIGTERM)
 
@@ -38,15 +42,57 @@ def test_a_signal_is_told_at_once_and_once() -> None:
     assert handlers() == before
 
 
-def test_a_second_interrupt_ends_at_once_and_a_second_termination_does_not() -> None:
+@pytest.mark.parametrize("second", BOTH)
+def test_a_second_one_ends_at_once(second: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     before = handlers()
     with stop_on_signals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signal == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)  # at once after it: told to the process and to its group
+        monkeypatch.setattr(events, "SAME_S", 0.0)
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), second)
+        assert stop.signal == signal.SIGTERM
     assert handlers() == before
+
+
+def test_a_lost_terminal_ends_nothing() -> None:
+    """In a process of its own, whose output is a terminal that goes away."""
+    code = (
+        "import os, signal\n"
+        "from halfbyte.training.events import without_a_terminal\n"
+        "with without_a_terminal():\n"
+        "    print('begins', flush=True)\n"
+        "    signal.sigwait([signal.SIGUSR1])\n"
+        "    print('into nowhere', flush=True)\n"
+        "    os.write(FD, b'went on')\n"
+    )
+    ours, theirs = pty.openpty()
+    read, write = os.pipe()
+    code = code.replace("FD", str(write))
+    blocked = lambda: (signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1]), os.setsid())  # noqa: E731
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs, pass_fds=[write], preexec_fn=blocked
+    )
+    os.close(theirs)
+    assert os.read(ours, 100).startswith(b"begins")
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGUSR1)
+    os.close(write)
+    assert process.wait(60) == 0 and os.read(read, 100) == b"went on"
+    os.close(read)
+
+
+def test_who_asked_for_nohup_keeps_it() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with without_a_terminal():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with without_a_terminal():
+        assert signal.getsignal(signal.SIGHUP) not in (signal.SIG_DFL, signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGHUP) is before
 
 
 def test_in_another_thread_signals_are_left_alone() -> None:

@@ -17,6 +17,7 @@ from halfbyte.recipe.schema import Loaded, leaves
 from halfbyte.runs import points
 from halfbyte.runs.folder import RunFolder
 from halfbyte.training.events import Listener
+from halfbyte.training.trainer import StepTrainer
 from tests import tiny_run
 
 SAVED = {"train__save_strategy": "steps", "train__save_steps": 2}
@@ -180,3 +181,48 @@ def test_a_checkpoint_with_changed_bytes_is_written_again(tmp_path: Path) -> Non
     _, heard = again(loaded)
     assert "optimizer.safetensors has another sha256" in heard.warnings[0]
     assert points.damage(run.checkpoints / "step-000004", hashes=True) is None
+
+
+class InMicroBatch(Listener):
+    """Ends the run in the middle of a step."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, label: str, text: str) -> None:
+        if label == "resume":
+            self.notes.append(text)
+
+
+@pytest.mark.parametrize(("number", "step"), [(2, 0), (6, 1), (15, 3)])
+def test_a_signal_ends_a_step_between_two_micro_batches(
+    number: int, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four micro-batches a step: what of the step was done is done again, with the same dropout."""
+    asked = {**SAVED, "lora__lora_dropout": 0.2, "train__max_tokens_per_micro_batch": 16, "train__save_steps": 100}
+    whole = tiny_run.recipe(tmp_path, **asked, output=tmp_path / "whole")
+    finetune.train(whole)
+    loaded = tiny_run.recipe(tmp_path, **asked)
+    real, seen = StepTrainer._run_micro_batch, [0]
+
+    def counted(self: StepTrainer, *args: Any) -> Any:
+        seen[0] += 1
+        if seen[0] == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepTrainer, "_run_micro_batch", counted)
+        outcome = finetune.train(loaded)
+    assert (outcome.stopped_by, outcome.at_once, outcome.step) == (signal.SIGTERM, False, step)
+    assert seen[0] == number, "the step ended with its micro-batch"
+    run, heard = RunFolder(tmp_path / "run"), InMicroBatch()
+    assert [p.name for p in points.checkpoints(run.checkpoints)] == [f"step-{step:06d}"] * bool(step)
+    finetune.train(loaded, resume=True, listener=heard)
+    began = f"from step {step} of 4, {run.checkpoints}/step-{step:06d}"
+    assert heard.notes == [began if step else "from the beginning: the run was ended before its first checkpoint"]
+    name = "adapter/adapter_model.safetensors"
+    assert (run.path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert [row["loss"] for row in run.read_metrics()] == [
+        row["loss"] for row in RunFolder(tmp_path / "whole").read_metrics()
+    ]

@@ -159,11 +159,6 @@ def loraplus_optimizer(
     return create_loraplus_optimizer(adapted, cls, **kwargs)
 
 
-def without_gradient(adapted: Model) -> list[str]:
-    """Trainable parameters that have no gradient after a backward: each is a silent failure."""
-    return [n for n, p in adapted.named_parameters() if p.requires_grad and p.grad is None]
-
-
 def save(
     adapted: Model,
     folder: Path,
@@ -187,19 +182,29 @@ def write_files(adapted: Model, folder: Path, *, base_id: str, revision: str | N
         base_id: hub id, folder or packaged name that the base came from; never a path inside a cache.
         dtype: of the saved tensors; None keeps each in its own (training masters are fp32).
     """
+    writer(adapted, base_id=base_id, revision=revision, dtype=dtype)(folder)
+
+
+def writer(adapted: Model, *, base_id: str, revision: str | None, dtype: torch.dtype | None) -> Callable[[Path], None]:
+    """What `write_files` does, to be done later, by another thread too: until the optimiser's next step. The tensors
+    are chosen now, as while a forward lasts a model may hold others in their places (`masters.py`)."""
     config = copy(adapted.peft_config[adapted.active_adapter])
     config.base_model_name_or_path, config.revision, config.inference_mode = base_id, revision, True
     if isinstance(config.target_modules, set):  # its order changes from process to process
         config.target_modules = sorted(config.target_modules)
-    config.save_pretrained(str(folder))
     saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     # under `bias: all` PEFT adds what is in its own wrappers under their names too
     inner = (".original_module.", ".modules_to_save.")
-    saved = {name: value for name, value in saved.items() if not any(part in name for part in inner)}
-    state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in saved.items()}
-    save_file(state, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
-    # safetensors makes files that only their owner reads; this one is as readable as its neighbour
-    (folder / ADAPTER_FILES[0]).chmod((folder / ADAPTER_FILES[1]).stat().st_mode & 0o777)
+    chosen = {name: value.detach() for name, value in saved.items() if not any(part in name for part in inner)}
+
+    def write(folder: Path) -> None:
+        config.save_pretrained(str(folder))
+        state = {k: v.to("cpu", dtype or v.dtype).contiguous() for k, v in chosen.items()}
+        save_file(state, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
+        # safetensors makes files that only their owner reads; this one is as readable as its neighbour
+        (folder / ADAPTER_FILES[0]).chmod((folder / ADAPTER_FILES[1]).stat().st_mode & 0o777)
+
+    return write
 
 
 def load(model: Model, folder: Path, *, trainable: bool = False) -> Model:

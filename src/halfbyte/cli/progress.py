@@ -30,12 +30,10 @@ _nowhere = Console(quiet=True, force_terminal=False)
 class SilentListener(Listener):
     """Says nothing but that a signal was heard."""
 
-    step_s: float | None = None
-    stepped = 0.0
     evaluates = False
 
     def step(self, row: Document) -> None:
-        self.step_s, self.stepped, self.evaluates = row["seconds"], time.monotonic(), False
+        self.evaluates = False
 
     def evaluating(self) -> None:
         self.evaluates = True
@@ -44,8 +42,7 @@ class SilentListener(Listener):
         self.evaluates = False
 
     def stopping(self, signal: Signals) -> None:
-        left = "" if self.step_s is None else f", about {max(1.0, self.step_s + self.stepped - time.monotonic()):.0f} s"
-        doing = "leaving this evaluation" if self.evaluates else f"finishing this step{left}"
+        doing = "leaving this evaluation" if self.evaluates else "finishing this micro-batch"
         show.err.print(f"{signal.name}: {doing}; Ctrl-C {'again ' * (signal == SIGINT)}to stop now")
 
 

@@ -165,12 +165,10 @@ def report(outcome: Outcome) -> None:
 def stopped(outcome: Outcome) -> None:
     """A run that a signal has ended, and how it goes on."""
     name = outcome.stopped_by.name if outcome.stopped_by is not None else ""
-    if outcome.at_once and not outcome.step:
-        again = f"halfbyte train {typed(f'{outcome.run}/recipe.yaml')} --output {typed(f'{outcome.run}-2')}"
-        warning(f"stopped at once, before the first checkpoint.\n  start again: {again}")
-        return
     said = f"stopped by {name} after step {outcome.step}; nothing is lost."
-    if outcome.at_once:
+    if not outcome.step:
+        said = f"stopped by {name} before the first checkpoint."
+    elif outcome.at_once:
         said = f"stopped at once; the last checkpoint is that of step {outcome.step}."
     warning(f"{said}\n  continue: halfbyte train {typed(outcome.run)} --resume")
 

@@ -95,7 +95,7 @@ def _compare(model: Model, *, packed: bool, longest: int | None) -> tuple[str, f
             fuse.install(model)
             got = _gradients(model, packs)
             with torch.no_grad():
-                loss.micro_batch_loss(model, _batch(packs[0]))
+                loss.micro_batch_loss(model, labelled(packs[0]))
             again = _gradients(model, packs)
             fuse.remove(model)
             packing.install(lm, "single")
@@ -129,13 +129,13 @@ def _gradients(model: Model, packs: list[list[Tensor]], *, fused: bool = True) -
     """
     model.eval()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    batches = [_batch(pack) for pack in packs]
+    batches = [labelled(pack) for pack in packs]
     summed = sum(loss.micro_batch_loss(model, batch, fused=fused) for batch in batches if len(batch["keep"]))
     grads = torch.autograd.grad(summed, list(trained.values()), allow_unused=True)
     return {n: g for n, g in zip(trained, grads, strict=True) if g is not None}
 
 
-def _batch(examples: list[Tensor]) -> Batch:
+def labelled(examples: list[Tensor]) -> Batch:
     """A micro-batch of these examples; the first two tokens of each are not labelled."""
     batch = packing_proof.pack(examples)
     batch["keep"] = (batch["position_ids"][0, 1:] > 1).nonzero().squeeze(1)

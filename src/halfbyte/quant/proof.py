@@ -35,11 +35,7 @@ def prove_dequantised(model: nn.Module) -> DequantProof:
     Raises:
         BaseModelError: the slow path is wrong too, so the weights cannot be read at all.
     """
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    one_of_each: dict[tuple[object, ...], nn.Module] = {}
-    for module in model.modules():
-        if formats.is_quantised(module) and module.weight.device.type != "meta":
-            one_of_each.setdefault(formats.of_module(module).kind_of(module), module)
+    dtype, one_of_each = _dtype(model), _one_of_each(model)
     wrong = {kind: module for kind, module in one_of_each.items() if not _is_right(module, dtype)}
     if not wrong:
         return DequantProof(True, f"{len(one_of_each)} shapes of matrices as the format defines them")
@@ -54,6 +50,24 @@ def prove_dequantised(model: nn.Module) -> DequantProof:
     return DequantProof(
         False, f"bitsandbytes dequantises {shapes} wrongly on this machine; the table of codes is used, which is slower"
     )
+
+
+def wrong_shapes(model: nn.Module) -> list[str]:
+    """The shapes that are dequantised wrongly now, by the functions that `prove_dequantised` has left in use."""
+    dtype = _dtype(model)
+    return [str(kind[0]) for kind, module in _one_of_each(model).items() if not _is_right(module, dtype)]
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _one_of_each(model: nn.Module) -> dict[tuple[object, ...], nn.Module]:
+    found: dict[tuple[object, ...], nn.Module] = {}
+    for module in model.modules():
+        if formats.is_quantised(module) and module.weight.device.type != "meta":
+            found.setdefault(formats.of_module(module).kind_of(module), module)
+    return found
 
 
 def _is_right(module: nn.Module, dtype: torch.dtype) -> bool:

@@ -3,6 +3,7 @@
 Why: upstream writes pickles one by one into the final folder, and resumes with a *fresh* optimiser, silently, when
 `optimizer.pt` is missing (`transformers/trainer.py`, `_load_optimizer_and_scheduler`).
 Here everything is written under a temporary name, synced, listed in `manifest.json` with sizes and sha256, and renamed.
+A `Snapshot` is taken between two steps and written by a thread beside the next ones (`writing.py`).
 Format: safetensors for tensors, JSON for the rest; `adapter_*` files are PEFT's, `trainer_state.json` is transformers'.
 Cost: one write of the adapter and of its optimiser state (8 bytes a trained parameter for AdamW).
 """
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -25,10 +27,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from halfbyte.errors import RunError, TrainError
+from halfbyte.errors import DiskFull, RunError, TrainError
 from halfbyte.recipe.schema import Recipe, Train
 from halfbyte.runs.folder import RunFolder
-from halfbyte.runs.points import FORMAT_VERSION, MANIFEST, checkpoints, is_whole
+from halfbyte.runs.points import FORMAT_VERSION, MANIFEST, checkpoints, damage, is_whole
 from halfbyte.system import files
 from halfbyte.types import Document
 
@@ -38,54 +40,108 @@ OPTIMIZER_TENSORS, OPTIMIZER_JSON, RNG_TENSORS = "optimizer.safetensors", "optim
 HAS_JSON = (type(None), bool, int, float, str, list, tuple, dict, torch.Tensor)
 
 
-def save(
-    folder: Path,
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint of `step` that is still to be written: random state, schedule and numbers as they are now, tensors
+    as they will be when they are read. So nothing is copied, and nothing may change them until `write` says so."""
+
+    step: int
+    write_adapter: Callable[[Path], None]
+    trainer_state: str
+    tensors: dict[str, torch.Tensor]
+    state: str
+    random: dict[str, torch.Tensor]
+    trained: Document
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """Every random state that training draws from, as it is now: some 10 kB."""
+
+    tensors: dict[str, torch.Tensor]
+    python: tuple[Any, ...]
+
+    @classmethod
+    def now(cls) -> Randomness:
+        return cls(_rng_state(), random.getstate())
+
+
+def snapshot(
     step: int,
     *,
+    drawn: Randomness,
     write_adapter: Callable[[Path], None],
-    write_trainer_state: Callable[[Path], None],
+    trainer_state: str,
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler,
     trained: Document,
-) -> Path:
-    """Write `folder/step-NNNNNN` whole or not at all.
+) -> Snapshot:
+    """Everything that a run goes on with.
 
     Args:
-        trained: what the run is trained with, as `points.trained_with` makes it.
         write_adapter: writes PEFT's two adapter files into the folder it is given.
-        write_trainer_state: writes `trainer_state.json` to the path it is given.
+        trainer_state: the text of transformers' `trainer_state.json`.
+        trained: what the run is trained with, as `points.trained_with` makes it.
+        drawn: before the step that follows.
+    """
+    tensors, rest = _flatten(optimizer.state_dict())
+    state = {"optimizer": rest, "scheduler": _plain(scheduler.state_dict()), "python_random": drawn.python}
+    return Snapshot(step, write_adapter, trainer_state, tensors, json.dumps(state), drawn.tensors, trained)
+
+
+def write(folder: Path, taken: Snapshot, have_read: Callable[[], None] = lambda: None) -> Path:
+    """Write `folder/step-NNNNNN` whole or not at all, and read it back.
+
+    Args:
+        have_read: called when weights and optimiser may change again; what is left to do is the disk's.
 
     Raises:
-        TrainError: the disk is full or refuses; the temporary folder is removed and earlier checkpoints are untouched.
+        OSError, SafetensorError: the disk is full or refuses; the temporary folder is removed, and earlier
+            checkpoints are untouched.
+        TrainError: what was read back is not what was written.
     """
-    final = folder / f"step-{step:06d}"
+    final = folder / f"step-{taken.step:06d}"
     if final.exists() and is_whole(final, hashes=True):
         return final
-    with whole_or_absent(f"checkpoint {final}", final) as temporary:
-        write_adapter(temporary)
-        write_trainer_state(temporary / "trainer_state.json")
-        tensors, rest = _flatten(optimizer.state_dict())
-        save_file(tensors, temporary / OPTIMIZER_TENSORS)
-        state = {"optimizer": rest, "scheduler": _plain(scheduler.state_dict()), "python_random": random.getstate()}
-        (temporary / OPTIMIZER_JSON).write_text(json.dumps(state))
-        save_file(_rng_state(), temporary / RNG_TENSORS)
+    with files.new_folder(final) as temporary:
+        taken.write_adapter(temporary)
+        save_file({n: t.detach().cpu().contiguous() for n, t in taken.tensors.items()}, temporary / OPTIMIZER_TENSORS)
+        have_read()
+        (temporary / "trainer_state.json").write_text(taken.trainer_state)
+        (temporary / OPTIMIZER_JSON).write_text(taken.state)
+        save_file(taken.random, temporary / RNG_TENSORS)
         listed = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in sorted(temporary.iterdir())}
-        manifest = {"format": FORMAT_VERSION, "step": step, "trained": trained, "files": listed}
+        manifest = {"format": FORMAT_VERSION, "step": taken.step, "trained": taken.trained, "files": listed}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in final.iterdir():
+        files.forget(path)
+    if (wrong := damage(final, hashes=True)) is not None:
+        raise TrainError(
+            f"checkpoint {final} is not what was written: {wrong}. The older ones were kept.",
+            fix="look at the disk (dmesg, smartctl), then go on from an older one: halfbyte train RUN --resume",
+        )
     return final
 
 
 @contextmanager
 def whole_or_absent(what: str, folder: Path) -> Iterator[Path]:
-    """`files.new_folder`; if the disk refuses, a TrainError with the system's reason."""
+    """`files.new_folder`; if the disk refuses, a TrainError (DiskFull) with the system's reason."""
     try:
         with files.new_folder(folder) as temporary:
             yield temporary
     except (OSError, SafetensorError) as error:
-        raise TrainError(
-            f"{what} could not be written: {getattr(error, 'strerror', None) or error}.",
-            fix="free some disk space, then go on from the newest whole checkpoint: halfbyte train RUN --resume",
-        ) from error
+        raise unwritable(what, folder, error) from error
+
+
+def unwritable(what: str, path: Path, error: OSError | SafetensorError) -> TrainError:
+    """What to raise where the disk refuses."""
+    full = files.is_full(error)
+    why = files.no_room(path) if full else getattr(error, "strerror", None) or error
+    return (DiskFull if full else TrainError)(
+        f"{what} could not be written: {why}.",
+        fix=f"{'free some space' if full else 'look at the disk'}, then go on from the newest whole checkpoint: "
+        "halfbyte train RUN --resume",
+    )
 
 
 def prune(folder: Path, keep: int | None) -> None:
@@ -143,6 +199,7 @@ def _rng_state() -> dict[str, torch.Tensor]:
 def _flatten(state: Document) -> tuple[dict[str, torch.Tensor], Document]:
     """An optimiser's state dict as (tensors by `index.name`, JSON). Scalars of the state stay in the JSON."""
     tensors: dict[str, torch.Tensor] = {}
+    stored = set[int]()
     scalars: dict[str, Document] = {}
     for index, values in state["state"].items():
         for name, value in values.items():
@@ -150,8 +207,10 @@ def _flatten(state: Document) -> tuple[dict[str, torch.Tensor], Document]:
             inside = {f"{name}{NESTED}{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
             for key, part in inside.items():
                 if isinstance(part, torch.Tensor):
-                    # clone: safetensors refuses tensors that share storage
-                    tensors[f"{index}.{key}"] = part.detach().cpu().contiguous().clone()
+                    # safetensors refuses tensors that share storage: bitsandbytes has one map for all
+                    shared = part.untyped_storage().data_ptr() in stored
+                    stored.add(part.untyped_storage().data_ptr())
+                    tensors[f"{index}.{key}"] = part.detach().clone() if shared else part.detach()
                 else:
                     scalars.setdefault(str(index), {})[key] = _plain(part)
     return tensors, {"scalars": scalars, "param_groups": _plain(state["param_groups"])}

@@ -13,10 +13,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from halfbyte.errors import RunError, TrainError, typed
+from halfbyte.errors import DiskFull, RunError, typed
 from halfbyte.system import files
 from halfbyte.types import Document
 
@@ -25,9 +25,11 @@ ANOTHER = "give another output: (--output)"
 
 @dataclass
 class RunFolder:
-    """A run on disk, with the paths of its files, whether they are there yet or not. Who writes holds its `lock`."""
+    """A run on disk, with the paths of its files, whether they are there yet or not. Who writes holds its `lock`.
+    `unwritten` are rows of metrics that found no room yet."""
 
     path: Path
+    unwritten: list[Document] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.recipe = self.path / "recipe.yaml"
@@ -127,20 +129,39 @@ class RunFolder:
         except OSError:
             return None
 
-    def append_metrics(self, row: Document) -> None:
-        """Add one row (a TrainError: no space left). A torn line that a crash left at the end is cut away first."""
-        line = (json.dumps(files.finite(row)) + "\n").encode()
-        with _space_for(self.metrics, len(line)), self.metrics.open("a+b", buffering=0) as stream:
-            if stream.tell():
-                stream.seek(-1, os.SEEK_END)
-                if stream.read(1) != b"\n":
-                    stream.truncate(self.metrics.read_bytes().rfind(b"\n") + 1)
-            stream.write(line)
+    def append_metrics(self, row: Document) -> bool:
+        """Add one row, after those that found no room before. False if it found none either: it is kept for later."""
+        self.unwritten.append(row)
+        return self.write_metrics()
+
+    def write_metrics(self) -> bool:
+        """Write the rows that wait. A torn line that a crash or a full disk left at the end is cut away first."""
+        lines = memoryview(b"".join((json.dumps(files.finite(row)) + "\n").encode() for row in self.unwritten))
+        try:
+            with self.metrics.open("a+b", buffering=0) as stream:
+                if stream.tell():
+                    stream.seek(-1, os.SEEK_END)
+                    if stream.read(1) != b"\n":
+                        stream.truncate(self.metrics.read_bytes().rfind(b"\n") + 1)
+                start = stream.seek(0, os.SEEK_END)
+                try:
+                    while lines:  # what little room there is takes a part of them
+                        lines = lines[stream.write(lines) :]
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        stream.truncate(start)
+                    raise
+        except OSError as error:
+            if not files.is_full(error):
+                raise
+            return False
+        self.unwritten.clear()
+        return True
 
     def read_metrics(self) -> list[Document]:
-        """Every whole row, in order; a RunError names a line that is not a JSON object."""
+        """Every whole row, in order, and those that wait; a RunError names a line that is not a JSON object."""
         if not self.metrics.is_file():
-            return []
+            return [*self.unwritten]
         rows: list[Document] = []
         *lines, _ = self.metrics.read_bytes().split(b"\n")  # `_`: nothing, or a write that was cut off
         for number, line in enumerate(lines, start=1):
@@ -153,7 +174,7 @@ class RunFolder:
             except ValueError as error:
                 raise RunError(f"{self.metrics}:{number}: {error}.", fix="remove that line") from error
             rows.append(row)
-        return rows
+        return [*rows, *self.unwritten]
 
     def truncate_metrics(self, step: int) -> None:
         """Drop the rows after `step`: the resumed run writes them again."""
@@ -173,24 +194,26 @@ def read_json(path: Path) -> Document:
 
 
 def write_json(path: Path, value: Document) -> None:
-    """Write or replace a JSON file of a run in one step; a TrainError where no space is left."""
+    """Write or replace a JSON file of a run in one step; DiskFull where no space is left."""
     _write(path, files.as_json(value))
 
 
 def _write(path: Path, content: bytes) -> None:
-    with _space_for(path, len(content)):
+    with space_for(path, len(content)):
         files.write(path, content)
 
 
 @contextlib.contextmanager
-def _space_for(path: Path, size: int) -> Iterator[None]:
+def space_for(path: Path, size: int | None = None) -> Iterator[None]:
+    """DiskFull where writing a file of a run, of so many bytes where that is known, finds no room."""
     try:
         yield
     except OSError as error:
         if not files.is_full(error):
             raise
         fix = f"free some space, then `halfbyte train {typed(path.parent)} --resume`"
-        raise TrainError(files.no_space(path, size), fix=fix) from error
+        what = f"{path} could not be written: {files.no_room(path)}." if size is None else files.no_space(path, size)
+        raise DiskFull(what, fix=fix) from error
 
 
 def _written_by(path: Path) -> RunError | None:

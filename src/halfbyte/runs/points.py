@@ -97,8 +97,9 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for path in every(folder) if is_whole(path)]
 
 
-def newest(folder: Path) -> Point:
-    """The newest checkpoint whose every hash is right; a RunError if there is none, or only damaged ones."""
+def newest(folder: Path) -> Point | None:
+    """The newest checkpoint whose every hash is right. None if a run was ended before its first one, and begins anew;
+    a RunError if there are only damaged ones."""
     damaged: list[str] = []
     for path in reversed(every(folder)):
         wrong = damage(path, hashes=True)
@@ -106,9 +107,10 @@ def newest(folder: Path) -> Point:
             manifest = json.loads((path / MANIFEST).read_text())
             return Point(path, step_of(path), manifest.get("trained") or {}, tuple(damaged))
         damaged.append(f"{path.name} ({wrong})")
+    if not damaged:
+        return None
     raise RunError(
-        f"no whole checkpoint to resume from in {folder}; "
-        + (f"found only damaged ones: {', '.join(sorted(damaged))}." if damaged else "it has none."),
+        f"no whole checkpoint to resume from in {folder}; found only damaged ones: {', '.join(sorted(damaged))}.",
         fix="start again with another `output:` (`--set output=runs/NAME`)",
     )
 
@@ -168,6 +170,8 @@ def complete(recipe: Recipe) -> Document | None:
     try:
         point = newest(run.checkpoints)
     except RunError:
+        return report
+    if point is None:
         return report
     check_recipe(point, recipe)
     return None if GOES_ON & set(point.changes(recipe)) else report

@@ -118,6 +118,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def forget(path: Path) -> None:
+    """Ask the system to drop a synced file's pages from memory, so that the next reader reads the disk."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def lock(file: IO[str], *, shared: bool = False, wait: bool = True) -> bool:
     """Lock an open file until it is closed; False if another process holds it and `wait` is False.
 
@@ -153,12 +160,20 @@ def why_unwritable(folder: Path) -> str:
         return f"{there}: {error.strerror or error}"
 
 
-def is_full(error: OSError) -> bool:
-    """Whether a write failed for want of space or quota."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+def is_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space or quota; safetensors tells it in the words of its own error."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in codes
+    return type(error).__name__ == "SafetensorError" and any(f"(os error {code})" in str(error) for code in codes)
 
 
 def no_space(path: Path, size: int) -> str:
     """What to say when `is_full`."""
     folder = next((p for p in path.parents if p.exists()), Path("."))
     return f"no space left: writing {path} needs {size} bytes, and {folder} has {free_bytes(folder)} bytes free."
+
+
+def no_room(path: Path) -> str:
+    """What to say when `is_full`, and it is not known for how much."""
+    return f"the disk of {path} is full ({free_bytes(path) / 1e6:.1f} MB free)"

@@ -5,101 +5,168 @@ Source: `transformers/trainer_callback.py` (events and their order in `trainer.p
 Cost: one JSON line a step; a checkpoint costs its files.
 """
 
+import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from halfbyte.adapters import alive
+from halfbyte.errors import DiskFull
 from halfbyte.runs import checkpoint
 from halfbyte.runs import report as reporting
 from halfbyte.runs.folder import RunFolder
-from halfbyte.system import usage
+from halfbyte.runs.writing import Writing
+from halfbyte.system import files, usage
 from halfbyte.training.events import Listener, StopRequest
 from halfbyte.training.schedule import Cadence
 from halfbyte.training.trainer import StepTrainer
+from halfbyte.training.watch.gradients import BATCH
+from halfbyte.training.watch.spikes import Spikes
+from halfbyte.training.watch.witness import Witness
 from halfbyte.types import Document
 
 
 @dataclass
 class RunCallback(TrainerCallback):
-    """Writes the run folder while the Trainer trains. `write_adapter` writes PEFT's two files into a folder; `trained`
-    is kept with each checkpoint. `resume` is the checkpoint whose optimiser, schedule and random state are put back
-    before the first step."""
+    """Writes the run folder while the Trainer trains. `adapter` makes what writes PEFT's two files into a folder;
+    `trained` is kept with each checkpoint. `resume` is the checkpoint whose optimiser, schedule and random state are
+    put back before the first step. `witness` is asked before each checkpoint."""
 
     trainer: StepTrainer
     run: RunFolder
     listener: Listener
     cadence: Cadence
-    write_adapter: Callable[[Path], None]
+    adapter: Callable[[], Callable[[Path], None]]
     stop: StopRequest
     trained: Document
+    witness: Witness
     best: checkpoint.Best | None = None
     resume: Path | None = None
     notices: list[str] = field(default_factory=list)
     stopped_early: bool = False
+    moved: Document | None = None
+    _spikes: Spikes = field(default_factory=Spikes)
+    _start: dict[str, str] = field(default_factory=dict)
+    _rates: float = 0.0
     _saved_at: float = 0.0
     _saved_step: int = -1
+    _full: bool = False
+    _drawn: checkpoint.Randomness | None = None
+
+    def __post_init__(self) -> None:
+        self.writing = Writing(self.run.checkpoints, self.cadence.keep, self.listener.saved, self._no_room)
 
     def on_train_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         if self.resume is not None:
             # the Trainer has put the adapter and the position back; it would start with a fresh optimiser
             checkpoint.load_optimizer(self.resume, self.trainer.optimizer, self.trainer.lr_scheduler)
+        self._spikes, self._start = Spikes(self.run.read_metrics()), alive.digests(self.trainer.model)
+        (self.run.path / BATCH).unlink(missing_ok=True)  # of an earlier process
+        self.witness.begin()
         self._saved_at = time.monotonic()
         self.listener.begin(state.max_steps, state.global_step, int(state.logging_steps) or 1)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: object, **_: object) -> None:
+        if self.resume is not None:
+            checkpoint.load_rng(self.resume)
+        self._drawn = checkpoint.Randomness.now()
         if self.resume is None:
             return
-        checkpoint.load_rng(self.resume)
         self.resume = None
         rows, every = self.run.read_metrics(), args.eval_steps if args.eval_strategy == "steps" else None
         seen = any(row["step"] == state.global_step and "eval_loss" in row for row in rows)
         if every and state.global_step % int(every) == 0 and not seen:
             self.trainer.evaluate()  # which the run was stopped in, after its checkpoint
 
+    def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
+        self.writing.wait_until_read()
+
     def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         row = {**self.trainer.last, **usage.process_memory()}
-        self.run.append_metrics(row)
+        self._rates += row["learning_rate"]
+        if spike := self._spikes.of(row):
+            row["spike"] = spike
+        self.writing.look()
+        self._append(row)
         self.listener.step(row)
         seconds = time.monotonic() - self._saved_at
         if self.stop.signal is not None:
-            self.save(f"{self.stop.signal.name} received")
+            self.save(f"{self.stop.signal.name} received", drawn=checkpoint.Randomness.now())
             control.should_training_stop = True
         elif state.global_step < state.max_steps and self.cadence.is_due(state.global_step, seconds):
-            self.save("")
+            self.save("", drawn=checkpoint.Randomness.now())
 
     def on_evaluate(
         self, args: object, state: TrainerState, control: object, metrics: dict[str, float], **_: object
     ) -> None:
         row: Document = {"step": state.global_step, **metrics}
-        self.run.append_metrics(row)
+        self._append(row)
         best = self.best
         if best is not None and best.metric in row and best.is_better(row[best.metric]):
-            best.keep(row[best.metric], state.global_step, self.write_adapter)
+            try:
+                best.keep(row[best.metric], state.global_step, self.adapter())
+            except DiskFull as error:
+                self._no_room(error.message)
             above = reporting.above_start(self.run.read_metrics(), row["eval_loss"]) if state.global_step else None
             row = {**row, "best": True, **({"above": above} if above is not None else {})}
         self.listener.evaluated(row)
 
     def on_train_end(self, *_: object, **__: object) -> None:
+        if self._rates > 0 and self.stop.signal is None:
+            self.moved = self._has_moved()
         if self.cadence.at_end and self.stop.signal is None:
-            self.save("end of training")
+            self.save("end of training", drawn=checkpoint.Randomness.now())
         elif self.stop.signal is not None and self._saved_step != self.trainer.state.global_step:
-            self.save(f"{self.stop.signal.name} received")
+            self.save(f"{self.stop.signal.name} received", drawn=checkpoint.Randomness.now())
+        self.writing.finish()
         self.listener.end()
 
-    def save(self, reason: str) -> None:
+    def leave(self) -> None:
+        """Save the last whole step, after a signal has ended the one behind it between two micro-batches."""
+        step, signal = self.trainer.state.global_step, self.stop.signal
+        if self._drawn is not None and signal is not None and step and self._saved_step != step:
+            self.save(f"{signal.name} received", drawn=self._drawn)
+        self.writing.finish()
+
+    def _append(self, row: Document) -> None:
+        if not self.run.append_metrics(row):
+            self._no_room(f"metrics wait in memory: {files.no_room(self.run.path)}")
+        elif self._full:
+            self._full = False
+            self.listener.note("disk", "there is room again")
+
+    def _no_room(self, text: str) -> None:
+        """Said once until there is room again."""
+        if not self._full:
+            self._full = True
+            self.notices.append(f"step {self.trainer.state.global_step}: {text}")
+            self.listener.warn(f"{text.rstrip('.')}; the run goes on, and its earlier checkpoints stay")
+
+    def _has_moved(self) -> Document:
+        """How many LoRA layers trained, and how many of them are no longer what they were when this process began."""
+        layers, still = alive.pairs(self.trainer.model), alive.unmoved(self.trainer.model, self._start)
+        if still:
+            some = f"{', '.join(still[:3])}{' ...' if len(still) > 3 else ''}"
+            self.notices.append(f"{len(still)} of {len(layers)} adapters are still what they were at the start: {some}")
+            self.listener.warn(self.notices[-1])
+        return {"layers": len(layers), "moved": len(layers) - len(still)}
+
+    def save(self, reason: str, *, drawn: checkpoint.Randomness) -> None:
         trainer = self.trainer
-        path = checkpoint.save(
-            self.run.checkpoints,
+        self.witness.check(trainer.state.global_step, self.run.path)
+        self._saved_at, self._saved_step = time.monotonic(), trainer.state.global_step
+        if not self.run.write_metrics():
+            return  # a checkpoint without its rows would be resumed without them
+        taken = checkpoint.snapshot(
             trainer.state.global_step,
-            write_adapter=self.write_adapter,
-            write_trainer_state=lambda p: trainer.state.save_to_json(str(p)),
+            drawn=drawn,
+            write_adapter=self.adapter(),
+            trainer_state=json.dumps(asdict(trainer.state), indent=2, sort_keys=True) + "\n",
             optimizer=trainer.optimizer,
             scheduler=trainer.lr_scheduler,
             trained=self.trained,
         )
-        checkpoint.prune(self.run.checkpoints, self.cadence.keep)
-        self._saved_at, self._saved_step = time.monotonic(), trainer.state.global_step
-        self.listener.saved(path, reason)
+        self.writing.start(taken, reason)

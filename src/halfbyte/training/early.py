@@ -27,7 +27,9 @@ def check(recipe: Recipe, *, resume: bool = False, writes: bool = True) -> None:
         RunError, DataError, SourceError: as the run itself would say it.
     """
     if resume:
-        points.check_recipe(points.newest(RunFolder.open(Path(recipe.output), need_adapter=False).checkpoints), recipe)
+        point = points.newest(RunFolder.open(Path(recipe.output), need_adapter=False).checkpoints)
+        if point is not None:
+            points.check_recipe(point, recipe)
     elif writes or not Path(recipe.output).exists():  # a dry run of a run that is there already shows what it did
         RunFolder.check_free(Path(recipe.output))
     if recipe.lora.adapter is not None and not resume:

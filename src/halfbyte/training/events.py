@@ -1,11 +1,14 @@
-"""What a run says while it works, and the signals that it hears: the first SIGINT or SIGTERM ends it after the step
-under way, with a checkpoint; a second SIGINT ends it at once."""
+"""What a run says while it works, and the signals that it hears: the first SIGINT or SIGTERM ends it after the
+micro-batch under way, with a checkpoint; a second one ends it at once; a lost terminal changes nothing."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +19,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from halfbyte.base.store.build import Progress
     from halfbyte.types import Document
+
+SAME_S = 1.0
 
 
 class Listener:
@@ -42,20 +47,25 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals(tell: Callable[[Signals], None] = lambda signal: None) -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request, which is told at once; earlier handlers are put back. Only in
-    the main thread."""
+    """Turn the first SIGINT or SIGTERM into a request, which is told at once, and a second one into a
+    KeyboardInterrupt; earlier handlers are put back. Only in the main thread.
+
+    A SIGTERM within `SAME_S` of another is the same one: supervisors send it to a process and to its group.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
+    at = 0.0
 
     def handle(number: int, frame: object) -> None:
-        if request.signal is not None and number == SIGINT:
-            raise KeyboardInterrupt
-        first, request.signal = request.signal is None, Signals(number)
-        if first:
+        nonlocal at
+        if request.signal is None:
+            request.signal, at = Signals(number), time.monotonic()
             with contextlib.suppress(RuntimeError):  # the signal came in the middle of a print
                 tell(request.signal)
+        elif number == SIGINT or time.monotonic() > at + SAME_S:
+            raise KeyboardInterrupt
 
     before = {number: signal.signal(number, handle) for number in (SIGINT, SIGTERM)}
     try:
@@ -63,3 +73,35 @@ def stop_on_signals(tell: Callable[[Signals], None] = lambda signal: None) -> It
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def without_a_terminal() -> Iterator[None]:
+    """Go on where the terminal goes away (SIGHUP): what would be written to it goes nowhere from then on. Who has asked
+    for another way (nohup) keeps it. Only in the main thread."""
+    own = hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread()
+    if not own or signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
+        yield
+        return
+
+    def handle(number: int, frame: object) -> None:
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            with contextlib.suppress(OSError):
+                if os.isatty(stream) or _is_gone(stream):
+                    os.dup2(nowhere, stream)
+        os.close(nowhere)
+
+    signal.signal(signal.SIGHUP, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def _is_gone(stream: int) -> bool:
+    """Whether it was a terminal that no longer answers."""
+    try:
+        return stat.S_ISCHR(os.fstat(stream).st_mode) and os.fstat(stream).st_rdev != os.stat(os.devnull).st_rdev
+    except OSError:
+        return True

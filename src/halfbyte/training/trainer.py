@@ -22,13 +22,14 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from halfbyte.adapters.lora import loraplus_optimizer, without_gradient
+from halfbyte.adapters.lora import loraplus_optimizer
 from halfbyte.data import collate, pack
-from halfbyte.errors import RecipeError, TrainError, first_line
+from halfbyte.errors import RecipeError, first_line
 from halfbyte.layers import loss
 from halfbyte.recipe.schema import Train
 from halfbyte.training import balance
 from halfbyte.training.pace import Pace
+from halfbyte.training.watch import gradients
 from halfbyte.types import Batch, Document, Model
 
 # Names under `train:` that never reach the Trainer, or are not its own: batch and accumulation are inside the item, the
@@ -111,6 +112,10 @@ def check_arguments(train: Train, *, total_steps: int) -> None:
         ) from error
 
 
+class Left(Exception):
+    """A step that was ended between two micro-batches, before it changed anything."""
+
+
 class StepTrainer(Trainer):
     """A Trainer whose dataset yields `{"step": Step, "micro_batches": [batch, ...]}`, each a whole optimiser step.
 
@@ -136,6 +141,7 @@ class StepTrainer(Trainer):
         self.evaluating: Callable[[], None] = lambda: None
         self.stops: Callable[[], bool] = lambda: False  # an evaluation ends with its micro-batch, and training
         self.scores: Callable[[], dict[str, float]] = dict  # of what is written to the held-out rows
+        self.leaves: Callable[[], bool] = lambda: False  # so does a step
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=[])
         self.loss_is_scaled_for_ga = True
         for callback in (PrinterCallback, ProgressCallback):
@@ -157,13 +163,15 @@ class StepTrainer(Trainer):
         """Forward and backward over every micro-batch of one step. Returns its loss for a labelled token, a scalar.
 
         Raises:
-            TrainError: the loss is not finite (names the rows), or an adapter got no gradient.
+            Left: the run is to end, and there are micro-batches left.
+            TrainError: the loss or a gradient is not finite (names the rows), or an adapter got no gradient.
         """
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         step, micro_batches = inputs["step"], inputs["micro_batches"]
         total = torch.zeros((), device=self.args.device)
+        parts: list[tuple[pack.MicroBatch, torch.Tensor]] = []
         waiting, done = self.pace.split(step.micro_batches), 0
         while waiting:
             held = self.pace.hold(model)
@@ -174,25 +182,16 @@ class StepTrainer(Trainer):
                 waiting = self.pace.failed(error, model, held, waiting)
                 continue
             total += part.to(total.device)
+            parts.append((waiting[0], part))
             done, waiting = done + 1, waiting[1:]
+            if waiting and self.leaves():
+                raise Left
             waiting = self.pace.between(waiting)
-        value = float(total)
-        if not math.isfinite(value):
-            where = [self.train_dataset.examples.where(row) for rows in step.micro_batches for row in rows]
-            rows = f"{', '.join(where[:4])}{' ...' if len(where) > 4 else ''}"
-            raise TrainError(
-                f"the loss is {value} at step {self.state.global_step + 1} (rows {rows}).",
-                fix="lower train.learning_rate, set train.max_grad_norm, or look at those rows"
-                if self.state.global_step
-                else "nothing has been trained yet: look at the base's weights and at those rows",
-            )
-        if self.state.global_step == self._initial_global_step and (dead := without_gradient(self.model)):
-            raise TrainError(
-                f"{len(dead)} trained tensors got no gradient in the first step, so they would never learn: "
-                f"{', '.join(dead[:3])}.",
-                fix="turn gradient_checkpointing off; if it stays, report it with the recipe",
-            )
-        self._record(step, value, done)
+        value, norm, at = float(total), self._gradient_norm(), self.state.global_step + 1
+        gradients.check(model, Path(self.args.output_dir), at, micro_batches, parts, total=value, norm=norm or 0.0)
+        if at == self._initial_global_step + 1:
+            gradients.check_first(self.model, self.pace.largest([(r,) for rows in step.micro_batches for r in rows]))
+        self._record(step, value, norm, done)
         return total
 
     def _run_micro_batch(self, model: Model, batch: Batch, labelled_tokens: int) -> torch.Tensor:
@@ -231,10 +230,18 @@ class StepTrainer(Trainer):
         """4 FLOP a base parameter and token: forward and the gradient of the input; a frozen weight needs no third."""
         return 4.0 * self.model.get_nb_trainable_parameters()[1] * inputs["step"].tokens
 
-    def _record(self, step: pack.Step, value: float, micro_batches: int) -> None:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+    def _gradient_norm(self) -> float | None:
+        """Of all gradients, as the optimiser will see them. None where it is not finite and that is loss scaling's: it
+        leaves the step out, and scales less."""
+        found = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(found)) if found else 0.0
         scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is None:
+            return norm
+        scale = float(scaler.get_scale())
+        return None if scale > 1 and not math.isfinite(norm) else norm / scale
+
+    def _record(self, step: pack.Step, value: float, norm: float | None, micro_batches: int) -> None:
         began, self._ended = self._ended, time.perf_counter()
         downs, self._downs = self.pace.downs[self._downs :], len(self.pace.downs)
         self.last = {
@@ -242,7 +249,7 @@ class StepTrainer(Trainer):
             "epoch": self.train_dataset.steps.passes(self.state.global_step + 1),
             "loss": value,
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
-            "grad_norm": norm / float(scaler.get_scale()) if scaler is not None else norm,
+            "grad_norm": norm,
             "tokens": step.tokens,
             "labelled_tokens": step.labelled_tokens,
             "micro_batches": micro_batches,

@@ -1,0 +1,1 @@
+"""A run that watches itself: gradients, losses, and whether it still computes what was proven at its start."""

@@ -1,0 +1,53 @@
+"""Notes a step whose loss, or whose gradients' norm, is far from what the steps before it had.
+
+What: more than half above the median of the last steps, and further than chance explains: `SIGMAS` robust standard
+deviations (1.4826 times the median distance from the median). A note, no more: rows differ.
+Source: Rousseeuw and Croux, "Alternatives to the median absolute deviation", 1993.
+Cost: a sort of 32 numbers a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from statistics import median
+
+from halfbyte.types import Document
+
+LAST, FEWEST, SIGMAS = 32, 8, 8.0
+ABOVE = {"loss": 1.5, "grad_norm": 5.0}  # times the median
+
+
+class Spikes:
+    """Looks at each step's row in turn. `earlier`: rows of the run's earlier processes."""
+
+    def __init__(self, earlier: Iterable[Document] = ()) -> None:
+        self._last = {name: deque[float](maxlen=LAST) for name in ABOVE}
+        for row in earlier:
+            if "loss" in row:
+                self.of(row)
+
+    def of(self, row: Document) -> dict[str, float]:
+        """What spikes in this step, each as a multiple of its median; empty in nearly all."""
+        found = {}
+        for name, times in ABOVE.items():
+            last, value = self._last[name], row.get(name)
+            if value is None or not math.isfinite(value):
+                continue
+            if len(last) >= FEWEST:
+                usual = median(last)
+                spread = 1.4826 * median(abs(x - usual) for x in last)
+                if value > times * usual and value > usual + SIGMAS * spread:
+                    found[name] = value / usual if usual > 0 else math.inf
+            last.append(float(value))
+        return found
+
+
+def notice(rows: Sequence[Document]) -> list[str]:
+    """A line for the report; none where no step spikes."""
+    steps = [row["step"] for row in rows if row.get("spike")]
+    if not steps:
+        return []
+    some = f"{', '.join(map(str, steps[:8]))}{' ...' if len(steps) > 8 else ''}"
+    return [f"{len(steps)} of {sum('loss' in row for row in rows)} steps spike in loss or gradient: {some}"]

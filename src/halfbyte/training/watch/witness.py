@@ -1,0 +1,126 @@
+"""Whether this process still computes what was proven at its start: asked again before each checkpoint.
+
+What: fixed adapters on the first layers, some fixed rows packed. Their logits and the gradients of every adapter there
+are kept at the start, when the proofs have just compared the same functions with PEFT's and transformers' own; a
+checkpoint is written only where they come out again. One matrix of each shape is dequantised and compared with the
+format's definition, as at the start.
+Why: memory that lost a bit, a machine that throttles into errors, a library that another package has patched or a
+switch that an evaluation left on train on under a healthy loss curve, into checkpoints that look whole.
+Cost: a forward of 15 tokens, one with its backward, through two layers; see docs/log.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from halfbyte.adapters import alive
+from halfbyte.errors import TrainError, first_line, typed
+from halfbyte.layers import fused_proof, loss, packing_proof
+from halfbyte.models import structure
+from halfbyte.quant import proof
+from halfbyte.types import Model
+
+# Relative, of all logits or gradients together, in units of the dtype's epsilon. On one CPU the same sums come out to
+# the bit; a card adds some of them in any order.
+ALLOWED_EPS = 32
+_SMALL = 1 << 22  # numbers that a fixed parameter is filled with; a larger one (an embedding) repeats one row
+
+
+@dataclass
+class Witness:
+    """What a model computes of fixed rows with fixed adapters. `packed`: rows share a micro-batch."""
+
+    model: Model
+    packed: bool
+    seen: dict[str, Tensor] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Keep what the model computes now, after the proofs."""
+        self.seen = self._compute()
+
+    def changes(self) -> list[str]:
+        """What is computed otherwise now, in words; empty where nothing is."""
+        found = []
+        try:
+            if wrong := proof.wrong_shapes(self.model):
+                found.append(f"dequantised weights of shape {', '.join(wrong[:3])}")
+            now = self._compute()
+        except Exception as error:  # of any kind, from the model's code or ours: at the start there was none
+            return [*found, f"{type(error).__name__}: {first_line(error)}"]
+        lost = sorted(set(self.seen) - set(now))
+        if lost:
+            return [*found, f"no gradient for {', '.join(lost[:3])}{' ...' if len(lost) > 3 else ''}"]
+        eps = torch.finfo(structure.causal_lm(self.model).dtype).eps
+        off = {name: _apart(now[name], was) for name, was in self.seen.items()}
+        logits = off.pop(_LOGITS)
+        if not logits <= ALLOWED_EPS * eps:
+            found.append(f"logits of packed rows by {logits:.1e}")
+        moved = [name for name, by in off.items() if not by <= ALLOWED_EPS * eps]
+        if moved:
+            worst = max(moved, key=lambda name: off[name])
+            found.append(f"gradients of {len(moved)} of {len(off)} adapters, {worst} by {off[worst]:.1e}")
+        return found
+
+    def check(self, step: int, run: object) -> None:
+        """Before a checkpoint of this step.
+
+        Raises:
+            TrainError: names what has changed since the start.
+        """
+        if changes := self.changes():
+            raise TrainError(
+                f"since its start this process computes something else, seen at step {step}: {'; '.join(changes)}. "
+                "Its memory, the machine or a library has changed under it; nothing was saved of it.",
+                fix="look at the machine (heat, memory, dmesg), then go on from the last checkpoint: "
+                f"halfbyte train {typed(run)} --resume",
+            )
+
+    def _compute(self) -> dict[str, Tensor]:
+        model = self.model
+        lengths = packing_proof.SHORT if self.packed else packing_proof.SHORT[-1:]
+        with structure.shallow(model), packing_proof.as_given(model), packing_proof.few_tokens(model, exact=False):
+            model.eval()
+            lm = structure.causal_lm(model)
+            rows = packing_proof.random_examples(lm, lengths)
+            with _fixed(model):
+                parts = {
+                    f"{name}.{i}": p for name, own in alive.pairs(model).items() for i, p in enumerate(own)
+                }  # the names of a layer's A and B are long
+                with torch.no_grad():
+                    seen = {_LOGITS: packing_proof.logits(lm, rows).cpu()}
+                summed = loss.micro_batch_loss(model, fused_proof.labelled(rows))
+                grads = torch.autograd.grad(summed, list(parts.values()), allow_unused=True)
+        return seen | {n: g.cpu() for n, g in zip(parts, grads, strict=True) if g is not None}
+
+
+_LOGITS = ""
+
+
+def _apart(got: Tensor, wanted: Tensor) -> float:
+    """||got - wanted|| / ||wanted||; NaN and infinities are infinitely far."""
+    if torch.equal(got, wanted):
+        return 0.0
+    off = (got.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)
+    return float(off.nan_to_num(torch.inf, torch.inf))
+
+
+@contextmanager
+def _fixed(model: Model) -> Iterator[None]:
+    """Everything that trains holds the same numbers at each call; afterwards, its own again."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    saved = [(p, p.data) for p in trained]
+    generator = torch.Generator().manual_seed(2)
+    try:
+        for p in trained:
+            shape = p.shape if p.numel() <= _SMALL else p.shape[-1:]
+            noise = torch.randn(shape, generator=generator) / max(1, p.shape[-1]) ** 0.5
+            p.data = noise.to(p.device, p.dtype).expand(p.shape)
+        yield
+    finally:
+        for p, data in saved:
+            p.data = data

@@ -1,0 +1,252 @@
+"""`kill -9` at random moments of short runs: each resume must work, and end in the bytes of the uninterrupted run.
+
+    python -m tests.destruction.kills --count 100 --seed 0
+
+A process that has imported everything is forked for each run, so that a run takes a second; the kill is a real SIGKILL.
+Half of the moments are times, drawn evenly from the length of the uninterrupted run; half are file operations (opening
+for writing, renaming, removing, making a folder), drawn evenly from those that the uninterrupted run makes: between two
+of them lie the states that a disk can be left in. A third of the resumed runs is killed again. Runs have dropout,
+evaluations and checkpoints, and in turn LoRA+, an 8-bit optimiser, blocks of plain text, a streamed base; each second
+one builds its base's store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a pool of threads does not survive a fork
+
+from halfbyte import finetune
+from halfbyte.recipe.file import load_recipe
+from halfbyte.runs.folder import RunFolder
+from tests import tiny_run
+
+LIMIT_S = 120.0
+COMMON: dict[str, Any] = {
+    "lora__lora_dropout": 0.1,
+    "train__max_steps": 8,
+    "train__save_strategy": "steps",
+    "train__save_steps": 2,
+    "train__save_total_limit": 2,
+    "train__eval_strategy": "steps",
+    "train__eval_steps": 3,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "best of evaluations": {"train__load_best_model_at_end": True},
+    "LoRA+": {"train__loraplus_lr_ratio": 8, "train__weight_decay": 0.1, "train__learning_rate": 1e-3},
+    "8-bit optimiser": {"train__optim": "adamw_8bit", "lora__r": 64},
+    "stream": {"data__packing": "stream", "data__max_length": 24, "train__eval_strategy": None, "train__eval_steps": None},
+    "streamed base": {"quant__placement": "streamed", "train__gradient_checkpointing": True},
+}
+KEYS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "eval_loss")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a run is killed: after so many seconds, or before its file operation of this number."""
+
+    seconds: float | None = None
+    operation: int | None = None
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What an uninterrupted run left, and how long it was."""
+
+    adapter: bytes
+    rows: list[list[Any]]
+    seconds: float
+    operations: int
+
+
+def recipe(folder: Path, kind: str) -> Path:
+    tiny_run.rows(folder / "held.jsonl", 6, seed=5)
+    values = COMMON | KINDS[kind]
+    if kind == "stream":
+        draw = random.Random(3)
+        texts = [" ".join(draw.choices(["red", "cup", "old", "tree"], k=draw.randint(1, 19))) for _ in range(40)]
+        (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        values = values | {"data__train": folder / "texts.jsonl"}
+    else:
+        values = values | {"data__eval": folder / "held.jsonl"}
+    tiny_run.recipe(folder, **values)
+    return folder / "recipe.yaml"
+
+
+def count_operations(folder: Path, kill_before: int | None, told: int) -> None:
+    """Count the operations below `folder` from now on; before one of them this process is killed. The count so far
+    stands in the file `told`."""
+    seen = 0
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event == "open":
+            path, mode = args[0], args[1]
+            if not isinstance(mode, str) or not set(mode) & set("wax+"):
+                return
+        elif event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"):
+            path = args[0]
+        else:
+            return
+        if isinstance(path, (str, os.PathLike)) and str(path).startswith(str(folder)):
+            if seen == kill_before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen += 1
+            os.pwrite(told, f"{seen:8d}".encode(), 0)
+
+    sys.addaudithook(hook)
+
+
+def forked(path: Path, run: Path, cache: Path, *, resume: bool, moment: Moment) -> tuple[int, float, int]:
+    """(exit code, negative for a signal; seconds; file operations) of one run in a process of its own."""
+    told = os.open(run.parent / "operations", os.O_CREAT | os.O_RDWR | os.O_TRUNC)
+    began = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            for stream, name in ((1, "out"), (2, "err")):
+                os.dup2(os.open(run.parent / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+            os.environ["HALFBYTE_CACHE"] = str(cache)
+            count_operations(run.parent, moment.operation, told)
+            finetune.train(load_recipe(path, [f"output={run}"]), resume=resume)
+            code = 0
+        except BaseException as error:
+            os.write(2, f"{type(error).__name__}: {error}\n".encode())
+        finally:
+            os._exit(code)
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        seconds = time.monotonic() - began
+        if ended:
+            break
+        if seconds > (moment.seconds if moment.seconds is not None else LIMIT_S):
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            break
+        time.sleep(0.0005)
+    operations = int(os.pread(told, 8, 0) or 0)
+    os.close(told)
+    return os.waitstatus_to_exitcode(status), seconds, operations
+
+
+def left(run: Path) -> tuple[bytes, list[list[Any]]]:
+    adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    return adapter, [[row.get(key) for key in KEYS] for row in RunFolder(run).read_metrics()]
+
+
+def state(run: Path, cache: Path) -> str:
+    """Where a killed run was, told from what it left."""
+    if not run.exists():
+        return "store" if any(cache.rglob("*.tmp")) or any(cache.rglob(".*")) else "before the run folder"
+    if (run / "report.json").exists():
+        return "after the report"
+    if any(run.glob("adapter")) or any(run.glob(".adapter*")):
+        return "the end"
+    if any((run / "checkpoints").glob(".step-*")):
+        return "a save"
+    if any((run / "checkpoints").glob(".best*")):
+        return "keeping the best"
+    return "steps and evaluations"
+
+
+def whole(path: Path, folder: Path) -> Whole:
+    folder.mkdir()
+    code, seconds, operations = forked(path, folder / "run", folder / "cache", resume=False, moment=Moment())
+    if code:
+        raise RuntimeError(f"the uninterrupted run failed: {(folder / 'err').read_text()[-2000:]}")
+    return Whole(*left(folder / "run"), seconds, operations)
+
+
+def one(number: int, kind: str, path: Path, wanted: Whole, folder: Path, shared: Path, seen: Counter[str]) -> None:
+    """One run, killed once or twice, and resumed until it ends.
+
+    Raises:
+        AssertionError: a resume failed, or it ended in other bytes.
+    """
+    draw, resume = random.Random(f"{number} {kind}"), False
+    cache = folder / "cache" if number % 2 else shared
+    run = folder / "run"
+    folder.mkdir()
+    kills = 2 if draw.random() < 1 / 3 else 1
+    for _ in range(kills):
+        by_time = draw.random() < 0.5
+        seconds, operation = draw.uniform(0, wanted.seconds), draw.randrange(wanted.operations)
+        moment = Moment(seconds=seconds) if by_time else Moment(operation=operation)
+        code, _, _ = forked(path, run, cache, resume=resume, moment=moment)
+        seen["kills" if code == -signal.SIGKILL else "ended before the kill"] += 1
+        if code == -signal.SIGKILL:
+            seen[f"in: {state(run, cache)}"] += 1
+        elif code:
+            raise AssertionError(f"run {number}: {(folder / 'err').read_text()[-2000:]}")
+        resume = run.exists()
+    code, _, _ = forked(path, run, cache, resume=resume, moment=Moment())
+    if code:
+        raise AssertionError(f"run {number} did not go on: {(folder / 'err').read_text()[-2000:]}")
+    adapter, rows = left(run)
+    if adapter != wanted.adapter:
+        raise AssertionError(f"run {number} ({kind}) ended in other bytes")
+    if rows != wanted.rows:
+        raise AssertionError(f"run {number} ({kind}) has other metrics: {rows} where {wanted.rows}")
+    rest = [p for p in run.rglob(".*") if p.name != ".lock"]
+    if rest:
+        raise AssertionError(f"run {number} left {rest}")
+
+
+def kill(count: int, seed: int, folder: Path, kinds: tuple[str, ...] = tuple(KINDS)) -> tuple[Counter[str], list[str]]:
+    """What became of `count` runs, and what went wrong."""
+    seen: Counter[str] = Counter()
+    failed: list[str] = []
+    made: dict[str, tuple[Path, Whole]] = {}
+    warm = folder / "warm"
+    warm.mkdir()
+    os.environ["HALFBYTE_CACHE"] = str(warm / "cache")
+    finetune.train(load_recipe(recipe(warm, "best of evaluations"), [f"output={warm / 'run'}"]))
+    for number in range(seed, seed + count):
+        kind = kinds[number % len(kinds)]
+        if kind not in made:
+            own = folder / kind.replace(" ", "_")
+            own.mkdir()
+            path = recipe(own, kind)
+            made[kind] = path, whole(path, own / "whole")
+        path, wanted = made[kind]
+        at = path.parent / f"killed-{number}"
+        try:
+            one(number, kind, path, wanted, at, path.parent / "whole" / "cache", seen)
+        except AssertionError as error:
+            failed.append(str(error))
+        else:
+            seen["same bytes"] += 1
+            shutil.rmtree(at, ignore_errors=True)
+    return seen, failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        seen, failed = kill(given.count, given.seed, Path(folder))
+    for text in failed[:5]:
+        print(f"--- {text}")
+    print(f"{given.count} runs from seed {given.seed} in {time.monotonic() - began:.0f} s: "
+          + ", ".join(f"{n} {name}" for name, n in sorted(seen.items())) + f"; {len(failed)} failed")  # fmt: skip
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
