@@ -210,10 +210,6 @@ def kill(count: int, seed: int, folder: Path, kinds: tuple[str, ...] = tuple(KIN
     seen: Counter[str] = Counter()
     failed: list[str] = []
     made: dict[str, tuple[Path, Whole]] = {}
-    warm = folder / "warm"
-    warm.mkdir()
-    os.environ["HALFBYTE_CACHE"] = str(warm / "cache")
-    finetune.train(load_recipe(recipe(warm, "best of evaluations"), [f"output={warm / 'run'}"]))
     for number in range(seed, seed + count):
         kind = kinds[number % len(kinds)]
         if kind not in made:
