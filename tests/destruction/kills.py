@@ -43,11 +43,17 @@ COMMON: dict[str, Any] = {
     "train__eval_strategy": "steps",
     "train__eval_steps": 3,
 }
+EVALUATED = ("train__eval_strategy", "train__eval_steps")
 KINDS: dict[str, dict[str, Any]] = {
     "best of evaluations": {"train__load_best_model_at_end": True},
     "LoRA+": {"train__loraplus_lr_ratio": 8, "train__weight_decay": 0.1, "train__learning_rate": 1e-3},
     "8-bit optimiser": {"train__optim": "adamw_8bit", "lora__r": 64},
-    "stream": {"data__packing": "stream", "data__max_length": 24, "train__eval_strategy": None, "train__eval_steps": None},
+    "stream": {
+        "data__packing": "stream",
+        "data__max_length": 24,
+        "train__eval_strategy": None,
+        "train__eval_steps": None,
+    },
     "streamed base": {"quant__placement": "streamed", "train__gradient_checkpointing": True},
 }
 KEYS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "eval_loss")
