@@ -754,7 +754,8 @@ def test_chat_begins_with_the_system_message(halfbyte: Cli, monkeypatch: pytest.
     monkeypatch.setattr(generate, "chat_ids", listen)
     ended = halfbyte("chat", "done", "--system", "be brief", "--max-new-tokens", "2")
     assert re.match(r"\S*model with the adapter of done\n", ended.out), ended.out
-    assert ended.code == 0 and "the model reads 256" in ended.err and "or /reset" in ended.err
+    assert ended.code == 0 and "tokens are taken. /reset begins anew" in ended.err
     assert heard.pop(0)[1]["content"] == "red " * 400, "what it cannot read is told, and forgotten"
     system = {"role": "system", "content": "be brief"}
-    assert heard == [[system, {"role": "user", "content": "w1"}], [system, {"role": "user", "content": "w2"}]]
+    asked = [[system, {"role": "user", "content": "w1"}], [system, {"role": "user", "content": "w2"}]]
+    assert heard[::2] == heard[1::2] == asked  # once for the room that is left, once for the answer

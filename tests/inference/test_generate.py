@@ -41,6 +41,22 @@ def test_a_stream_gives_the_same_text_in_pieces_and_leaves_the_mode_alone() -> N
     assert model.training
 
 
+@pytest.mark.parametrize("name", ["llama", "bloom"])  # our loop, and the model's own
+def test_an_answer_that_is_stopped_is_its_beginning(name: str) -> None:
+    model, tokenizer = tiny.model(name, vocab_size=tiny_run.VOCAB), tiny_run.tokenizer()
+    prompts = [chat_ids(tokenizer, [{"role": "user", "content": text}]) for text in ("red", "a large round box")]
+    whole, counted = generate(model, tokenizer, prompts, Sampling(max_new_tokens=12)), list[int]()
+
+    def each() -> bool:
+        counted.append(len(counted) + 1)
+        return len(counted) == 4
+
+    said = generate(model, tokenizer, prompts, Sampling(max_new_tokens=12), each=each)
+    assert counted == [1, 2, 3, 4]
+    assert said == generate(model, tokenizer, prompts, Sampling(max_new_tokens=4))
+    assert all(w.startswith(s) and s != w for w, s in zip(whole, said, strict=True))
+
+
 def test_what_the_model_cannot_read_is_refused_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny.model("llama", vocab_size=tiny_run.VOCAB), tiny_run.tokenizer()
     monkeypatch.setattr(model, "generate", lambda **_: pytest.fail("the model ran"))

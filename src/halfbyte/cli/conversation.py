@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.cli import show
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import HalfbyteError, typed
 
 if TYPE_CHECKING:
     from halfbyte.inference.generate import Sampling
@@ -14,17 +21,58 @@ if TYPE_CHECKING:
 
     Messages = Sequence[dict[str, str]]
 
-HELP = "/base  the same of the base alone    /reset  forget    /quit  leave"
+HELP = """\
+/base [TEXT]   the base alone answers, the last question or this one
+/both [TEXT]   base and adapter answer the same
+/save [FILE]   add the conversation to a file, as a row to train on
+/reset         forget everything said
+/quit          leave; so does Ctrl-D
+Enter sends, Alt-Enter begins a new line, arrow keys go through what was asked, Ctrl-C stops an answer."""
+LEAST_ROOM = 8  # tokens of an answer; where fewer are left the context is full
 
 
-def answer(opened: Opened, messages: Messages, sampling: Sampling, *, base: bool = False, silent: bool = False) -> str:
-    """What the adapter says to a conversation, or the base alone; printed as it comes unless `silent`."""
+@dataclass
+class Watch:
+    """Asked after each token: counts them, and says whether Ctrl-C was pressed. `first_s` is the prompt's time."""
+
+    tokens: int = 0
+    stopped: bool = False
+    first_s: float = 0.0
+    last_s: float = 0.0
+    _began: float = field(default_factory=time.perf_counter)
+
+    def __call__(self) -> bool:
+        self.tokens, self.last_s = self.tokens + 1, time.perf_counter() - self._began
+        if self.tokens == 1:
+            self.first_s = self.last_s
+        return self.stopped
+
+    @property
+    def per_second(self) -> float:
+        """Tokens a second after the first one, which waits for the prompt."""
+        return (self.tokens - 1) / max(1e-9, self.last_s - self.first_s) if self.tokens > 1 else 0.0
+
+
+def answer(
+    opened: Opened,
+    messages: Messages,
+    sampling: Sampling,
+    *,
+    base: bool = False,
+    silent: bool = False,
+    each: Callable[[], bool] | None = None,
+) -> str:
+    """What the adapter says to a conversation, or the base alone; printed as it comes unless `silent`.
+
+    Args:
+        each: called after each token; True ends the answer there.
+    """
     from halfbyte.inference import generate
 
     ids = generate.chat_ids(opened.tokenizer, messages)
     with opened.using(base=base):
         emit = None if silent else show.stream
-        (text,) = generate.generate(opened.model, opened.tokenizer, [ids], sampling, emit=emit)
+        (text,) = generate.generate(opened.model, opened.tokenizer, [ids], sampling, emit=emit, each=each)
     if not silent:
         show.text("")
     return text
@@ -37,16 +85,23 @@ class Chat:
         self._opened, self._sampling = opened, sampling
         self._first = [{"role": "system", "content": system}] if system else []
         self.messages = list(self._first)
+        self._file: Path | None = None
 
     def run(self) -> None:
-        """Until the user leaves: /quit, Ctrl-D, or Ctrl-C at the prompt."""
+        """Until the user leaves: /quit, Ctrl-D, or Ctrl-C twice at the prompt, where the first drops what is typed."""
         who = self._opened
         show.text(f"{who.recipe.model}{'' if who.alone else f' with the adapter of {who.run}'}\n{HELP}")
-        ask = show.asker()
+        ask, leaving = show.asker(), False
         while True:
             try:
-                line = ask()
-            except (EOFError, KeyboardInterrupt):
+                line, leaving = ask(), False
+            except KeyboardInterrupt:
+                if leaving:
+                    return
+                leaving = True
+                show.text("(Ctrl-C again leaves, as /quit does)")
+                continue
+            except EOFError:
                 show.text("")
                 return
             if line in ("/quit", "/exit"):
@@ -55,32 +110,130 @@ class Chat:
 
     def say(self, line: str) -> None:
         """Answer a line, or do what a command says."""
-        if line == "/reset":
+        command, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if command == "/reset":
             self.messages = list(self._first)
-        elif line == "/base":
-            asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
-            if asked:
-                self._answered(self.messages[: asked[-1] + 1], base=True)
-            else:
-                show.text("say something first")
-        elif line == "/help":
+        elif command in ("/base", "/both"):
+            self._beside(rest, both=command == "/both")
+        elif command == "/save":
+            self._save(rest)
+        elif command == "/help":
             show.text(HELP)
         elif line.startswith("/"):
-            show.text(f"no such command {line}; there are /base, /reset, /quit")
+            show.text(f"no such command {command}; there are /base, /both, /save, /reset, /quit")
         elif line:
             self.messages.append({"role": "user", "content": line})
-            text = self._answered(self.messages)
-            if text is None:
-                self.messages.pop()
-            else:
-                self.messages.append({"role": "assistant", "content": text})
+            self._keep(self._answered(self.messages))
+
+    def _keep(self, text: str | None) -> None:
+        """Add an answer to the conversation; without one its question goes too."""
+        if text is None:
+            self.messages.pop()
+        else:
+            self.messages.append({"role": "assistant", "content": text})
+
+    def _beside(self, text: str, *, both: bool) -> None:
+        """The base's answer to the last question or to `text`; `both`: then the adapter's, which stays in the talk
+        where the question is a new one."""
+        if both and self._opened.alone:
+            show.text("there is no adapter here, only the base")
+            return
+        if text:
+            self.messages.append({"role": "user", "content": text})
+        asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if not asked:
+            show.text("say something first")
+            return
+        talk = self.messages[: asked[-1] + 1]
+        if both:
+            show.heading("base")
+        said = self._answered(talk, base=True)
+        if both and said is not None:
+            show.heading("adapter")
+            said = self._answered(talk)
+        if text:
+            self._keep(said if both or self._opened.alone else None)
+
+    def _save(self, name: str) -> None:
+        """Add the conversation to a JSONL file: the one named, else the last one, else a new one."""
+        if len(self.messages) == len(self._first):
+            show.text("there is nothing to save yet")
+            return
+        path = Path(name).expanduser() if name else self._file or Path(time.strftime("chat-%Y%m%d-%H%M%S.jsonl"))
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            show.warning(f"{path} cannot be written: {error.strerror or error}")
+            return
+        self._file = path
+        show.text(f"added to {path}  (a row of data.format messages: halfbyte data check {typed(path)} --model MODEL)")
 
     def _answered(self, messages: Messages, *, base: bool = False) -> str | None:
-        """An answer; None where Ctrl-C stops it, or where the conversation has grown too long. The chat goes on."""
+        """An answer, as far as it came where Ctrl-C has stopped it; None where there is none. The chat goes on."""
         try:
-            return answer(self._opened, messages, self._sampling, base=base)
+            room, context = self._room(messages)
+            if context is not None and room < LEAST_ROOM:
+                used = context - room
+                show.warning(
+                    f"the context is full: {used:,} of {context:,} tokens are taken. /reset begins anew, after /save"
+                )
+                return None
+            least = min(room, self._sampling.max_new_tokens)
+            with _interrupts() as watch:
+                text = answer(
+                    self._opened, messages, replace(self._sampling, max_new_tokens=least), base=base, each=watch
+                )
         except KeyboardInterrupt:
             show.text("\n(stopped)")
+            return None
         except HalfbyteError as error:
             show.warning(f"{error}\n  or /reset")
-        return None
+            return None
+        self._told(watch, room, context, least)
+        return text or None if watch.stopped else text
+
+    def _room(self, messages: Messages) -> tuple[int, int | None]:
+        """Tokens that are left for an answer, and those of the context; without a limit as many as are asked for."""
+        from halfbyte.inference import generate
+        from halfbyte.models.context import context_of
+
+        context = context_of(self._opened.model.config)
+        if context is None:
+            return self._sampling.max_new_tokens, None
+        return context.tokens - len(generate.chat_ids(self._opened.tokenizer, messages)), context.tokens
+
+    def _told(self, watch: Watch, room: int, context: int | None, least: int) -> None:
+        """How long the answer was and how fast; and why it ends where that is not its own end."""
+        if not watch.tokens:
+            return
+        ended = ""
+        if watch.stopped:
+            ended = "stopped; "
+        elif watch.tokens >= least:
+            full = context is not None and least == room
+            ended = "the context is full, /reset begins anew; " if full else "cut, see --max-new-tokens; "
+        taken = "" if context is None else f", {context - room + watch.tokens:,} of {context:,} of the context"
+        speed = f", {watch.per_second:.1f} tokens/s" if watch.per_second else ""
+        show.aside(f"({ended}{watch.tokens} tokens{speed}, the first after {watch.first_s:.1f} s{taken})")
+
+
+@contextmanager
+def _interrupts() -> Iterator[Watch]:
+    """The first Ctrl-C ends the answer with the token under way, so that no forward is torn; a second at once."""
+    watch = Watch()
+
+    def handle(number: int, frame: object) -> None:
+        if watch.stopped:
+            raise KeyboardInterrupt
+        watch.stopped = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield watch
+        return
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield watch
+    finally:
+        signal.signal(signal.SIGINT, before)

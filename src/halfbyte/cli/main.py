@@ -216,7 +216,7 @@ def chat(
     set_: Set = [],  # noqa: B006
     force: Force = False,
 ) -> None:
-    """Talk to the adapter. /base asks the base alone the same, /reset forgets, /quit leaves."""
+    """Talk to the adapter. /base and /both ask the base too, /save keeps the talk, /reset forgets, /quit leaves."""
     ready = opened(run, set_, silent=False, force=force)
     from halfbyte.inference.generate import Sampling
 

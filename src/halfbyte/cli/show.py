@@ -122,14 +122,35 @@ def stream(piece: str) -> None:
     sys.stdout.flush()
 
 
+def heading(who: str) -> None:
+    """Whose answer follows, where there are two."""
+    out.print(f"[bold]{escape(who)}>[/bold]")
+
+
 def asker() -> Callable[[], str]:
-    """Who asks for a line; on a terminal with arrow keys and history, and pasted lines stay together."""
+    """Who asks for what to say; on a terminal with arrow keys, history, and several lines (Alt-Enter, or pasted)."""
     if not (sys.stdin.isatty() and out.is_terminal):
         return lambda: out.input("you> ").strip()
     from prompt_toolkit import PromptSession
     from prompt_toolkit.formatted_text import FormattedText
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-    session: PromptSession[str] = PromptSession(FormattedText([("bold ansicyan", "you>"), ("", " ")]))
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    session: PromptSession[str] = PromptSession(
+        FormattedText([("bold ansicyan", "you>"), ("", " ")]),
+        multiline=True,
+        key_bindings=keys,
+        prompt_continuation=lambda width, number, wrapped: " " * width,
+    )
     return lambda: session.prompt().strip()
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import TextStreamer
+from transformers import StoppingCriteria, TextStreamer
 
 from halfbyte.inference import decode
 from halfbyte.layers.decoding.tape import MOST_VECTORS
@@ -37,6 +37,16 @@ class _Stream(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.emit(text)
+
+
+class _Each(StoppingCriteria):
+    """Asked after each token; a forward that an exception leaves in the middle would leave PEFT's hooks behind."""
+
+    def __init__(self, ends: Callable[[], bool]) -> None:
+        self.ends = ends
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **more: object) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.ends(), dtype=torch.bool, device=input_ids.device)
 
 
 def chat_ids(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -83,8 +93,13 @@ def generate(
     sampling: Sampling,
     *,
     emit: Callable[[str], None] | None = None,
+    each: Callable[[], bool] | None = None,
 ) -> list[str]:
-    """Continue each prompt (token ids). With `emit`, one prompt only: new text is passed on as it comes.
+    """Continue each prompt (token ids).
+
+    Args:
+        emit: takes new text as it comes; of one prompt only.
+        each: called after each token; True ends the answers there, as far as they are.
 
     Raises:
         DataError: prompt and answer are longer than what the model reads at once.
@@ -93,7 +108,7 @@ def generate(
         context.check(max(map(len, prompts)), sampling.max_new_tokens)
     if sampling.temperature > 0 and sampling.seed is not None:
         torch.manual_seed(sampling.seed)
-    writer = _Writer(model, tokenizer, sampling, emit)
+    writer = _Writer(model, tokenizer, sampling, emit, each)
     was_training, texts = model.training, []
     model.eval()
     try:
@@ -124,6 +139,7 @@ class _Writer:
     tokenizer: Tokenizer
     sampling: Sampling
     emit: Callable[[str], None] | None
+    each: Callable[[], bool] | None = None
 
     def write(self, prompts: Sequence[Sequence[int]], *, fast: bool) -> list[str]:
         """Texts of these prompts as one batch, by our loop or by the model's own."""
@@ -148,6 +164,7 @@ class _Writer:
                 pad_token_id=pad,
                 use_cache=True,
                 streamer=streamer,
+                stopping_criteria=None if self.each is None else [_Each(self.each)],
                 custom_generate=decode.Loop(streamer) if fast else None,
                 **chosen,
             )

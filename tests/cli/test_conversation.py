@@ -1,0 +1,168 @@
+"""A conversation at the terminal, with a model that says what it is told to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+
+from halfbyte.cli import conversation, show
+from halfbyte.inference import generate
+from halfbyte.inference.generate import Sampling
+
+CONTEXT = 100
+
+
+class Told:
+    """Stands for an opened run; its `generate` says how many messages it heard, token by token."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.alone, self.run = False, Path("run")
+        self.recipe = SimpleNamespace(model="tiny")
+        text = SimpleNamespace(max_position_embeddings=CONTEXT, rope_parameters=None)
+        self.model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+        self.tokenizer, self.base = None, False
+        self.heard: list[tuple[bool, int]] = []
+        self.interrupts: dict[int, int] = {}
+        self.says = 5
+        monkeypatch.setattr(generate, "chat_ids", lambda _, messages: list("".join(m["content"] for m in messages)))
+        monkeypatch.setattr(generate, "generate", self.generate)
+
+    @contextlib.contextmanager
+    def using(self, *, base: bool) -> Iterator[None]:
+        self.base = base
+        yield
+        self.base = False
+
+    def generate(
+        self, model: object, tokenizer: object, prompts: list[Any], sampling: Sampling, **more: Any
+    ) -> list[str]:
+        self.heard.append((self.base, len(prompts[0])))
+        said = ""
+        for number in range(min(self.says, sampling.max_new_tokens)):
+            for _ in range(self.interrupts.get(number, 0)):
+                os.kill(os.getpid(), signal.SIGINT)
+            said += "b" if self.base else "a"
+            if more["each"]():
+                break
+        more["emit"](said)
+        return [said]
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Told:
+    monkeypatch.chdir(tmp_path)
+    return Told(monkeypatch)
+
+
+def chat(told: Told, *lines: str, tokens: int = 20) -> conversation.Chat:
+    talk = conversation.Chat(told, Sampling(max_new_tokens=tokens), None)  # type: ignore[arg-type]
+    for line in lines:
+        talk.say(line)
+    return talk
+
+
+def contents(talk: conversation.Chat) -> list[str]:
+    return [message["content"] for message in talk.messages]
+
+
+def test_both_answer_the_same_question(told: Told, capsys: pytest.CaptureFixture[str]) -> None:
+    talk = chat(told, "four", "/both", "/base", "/both two", "/base one")
+    # 4: the question; 4 again without its answer; 4 + 5 + 3 with answer and the new question
+    assert told.heard == [(False, 4), (True, 4), (False, 4), (True, 4), (True, 12), (False, 12), (True, 20)]
+    assert contents(talk) == ["four", "aaaaa", "two", "aaaaa"]
+    out = capsys.readouterr().out
+    assert out.index("base>\nbbbbb") < out.index("adapter>\naaaaa")
+
+
+def test_the_first_ctrl_c_keeps_what_was_said_and_the_chat(told: Told, capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    told.interrupts = {2: 1}
+    talk = chat(told, "four")
+    assert contents(talk) == ["four", "aaa"]
+    assert "(stopped; 3 tokens" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_leaves_the_token_under_way(told: Told, capsys: pytest.CaptureFixture[str]) -> None:
+    told.interrupts = {2: 2}
+    talk = chat(told, "four")
+    assert contents(talk) == [] and "(stopped)" in capsys.readouterr().out
+
+
+def test_a_context_that_fills_up_is_told(told: Told, capsys: pytest.CaptureFixture[str]) -> None:
+    told.says = 1000
+    talk = chat(told, "x" * 85, tokens=50)
+    assert contents(talk)[1] == "a" * 15
+    assert "(the context is full, /reset begins anew; 15 tokens" in capsys.readouterr().err
+    talk.say("more")
+    assert "the context is full: 104 of 100 tokens are taken" in capsys.readouterr().err
+    assert len(talk.messages) == 2 and len(told.heard) == 1
+    talk.say("/reset")
+    talk.say("short")
+    assert contents(talk) == ["short", "a" * 50]
+    assert "(cut, see --max-new-tokens; 50 tokens" in capsys.readouterr().err
+
+
+def test_a_talk_is_saved_as_a_row_and_never_written_over(told: Told, capsys: pytest.CaptureFixture[str]) -> None:
+    talk = chat(told, "/save", "one", "/save talk.jsonl", "two", "/save")
+    rows = [json.loads(line) for line in Path("talk.jsonl").read_text().splitlines()]
+    assert [len(row["messages"]) for row in rows] == [2, 4]
+    assert rows[1]["messages"] == talk.messages
+    said = capsys.readouterr()
+    assert "there is nothing to save yet" in said.out and said.out.count("added to talk.jsonl") == 2
+    talk.say("/save /proc/nope/x.jsonl")
+    assert "/proc/nope/x.jsonl cannot be written" in capsys.readouterr().err
+
+
+def test_what_cannot_be_done_is_said(told: Told, capsys: pytest.CaptureFixture[str]) -> None:
+    told.alone = True
+    chat(told, "/both", "/base", "/nonsense now")
+    out = capsys.readouterr().out
+    assert "there is no adapter here" in out and "say something first" in out and "no such command /nonsense" in out
+    assert told.heard == []
+
+
+def test_ctrl_c_at_the_prompt_leaves_at_the_second_time(
+    told: Told, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines: Iterator[Any] = iter([KeyboardInterrupt(), "hello", KeyboardInterrupt(), KeyboardInterrupt(), "never"])
+
+    def ask() -> str:
+        line = next(lines)
+        if isinstance(line, BaseException):
+            raise line
+        return str(line)
+
+    monkeypatch.setattr(show, "asker", lambda: ask)
+    conversation.Chat(told, Sampling(), None).run()  # type: ignore[arg-type]
+    assert next(lines) == "never" and told.heard == [(False, 5)]
+    assert capsys.readouterr().out.count("Ctrl-C again leaves") == 2
+
+
+def test_lines_are_edited_with_arrow_keys_and_alt_enter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(show.sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(show, "out", SimpleNamespace(is_terminal=True))
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        ask = show.asker()
+        keys.send_text("one\x1b\rtwo\r")
+        assert ask() == "one\ntwo"
+        keys.send_text("other\r")
+        assert ask() == "other"
+        keys.send_text("\x1b[A\x1b[A\r")
+        assert ask() == "one\ntwo"
+
+
+def test_speed_is_of_the_tokens_after_the_first() -> None:
+    assert conversation.Watch(tokens=11, first_s=2.0, last_s=4.0).per_second == pytest.approx(5.0)
+    assert conversation.Watch(tokens=1, first_s=2.0, last_s=2.0).per_second == 0.0
