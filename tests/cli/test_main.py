@@ -230,7 +230,12 @@ def test_a_dry_run_as_json_has_an_origin_for_every_leaf(here: Path, halfbyte: Cl
 def test_init_writes_a_recipe_that_loads(halfbyte: Cli) -> None:
     ended = halfbyte("init", "mine.yaml", "--model", "model", "--data", "train.jsonl")
     assert (ended.code, ended.err) == (0, "")
-    assert ended.out == "wrote mine.yaml\n  next: halfbyte train mine.yaml --dry-run\n"
+    wrote, *_, planned, after = ended.out.splitlines()
+    assert (wrote, after) == (
+        "wrote mine.yaml",
+        "  next: halfbyte data check mine.yaml   then   halfbyte train mine.yaml",
+    )
+    assert planned.startswith("  planned for this machine: ") and "16 rows of about" in planned
     text = Path("mine.yaml").read_text()
     assert halfbyte("train", "mine.yaml", "--dry-run").code == 0
     again = halfbyte("init", "mine.yaml")
@@ -365,7 +370,7 @@ def test_chat_on_a_terminal(here: Path, halfbyte: Cli) -> None:
         return halfbyte("generate", "done", "-p", prompt, "--max-new-tokens", "8", *flags).out
 
     terminal = Terminal("chat", "done", "--max-new-tokens", "8")
-    assert "/base  the same of the base alone    /reset  forget    /quit  leave" in terminal.read("you>")
+    assert "/base [TEXT]   the base alone answers" in terminal.read("you>")
 
     def says(line: str, answer: str) -> None:
         terminal.say(line)
@@ -373,7 +378,7 @@ def test_chat_on_a_terminal(here: Path, halfbyte: Cli) -> None:
         terminal.read("you>")
 
     says("/base", "say something first\n")
-    says("/nonsense", "no such command /nonsense; there are /base, /reset, /quit\n")
+    says("/nonsense", "no such command /nonsense; there are /base, /both, /save, /reset, /quit\n")
     says("red cup", alone("red cup"))
     says("/base", alone("red cup", "--base"))
     terminal.say("red cup")
@@ -388,7 +393,7 @@ def test_chat_on_a_terminal(here: Path, halfbyte: Cli) -> None:
     says("/reset", "")
     long = "red cup " * 700  # more than the 4,096 bytes of a line that a terminal edits
     terminal.say(long)
-    terminal.read("the model reads 256")
+    terminal.read("tokens are taken. /reset begins anew")
     terminal.read("you>")
     terminal.say("/quit")
     assert terminal.wait() == 0

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli import conversation, progress, reports, scores, show, show_data, show_doctor, show_plan
+from halfbyte.cli import begin, conversation, progress, reports, scores, show, show_doctor, show_plan
 from halfbyte.cli.options import BaseOnly, Force, Quiet, Run, Set, Temperature, Tokens, opened
 from halfbyte.cli.store import Json, stores
 from halfbyte.errors import HalfbyteError, RecipeError, typed
@@ -35,6 +35,7 @@ app.command()(reports.report)
 app.command()(reports.compare)
 app.command(name="runs")(reports.listed)
 app.command(name="eval")(scores.evaluate)
+app.command()(begin.init)
 
 
 def _version(asked: bool) -> None:
@@ -46,7 +47,7 @@ def _version(asked: bool) -> None:
 
 
 @app.callback()
-def begin(
+def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="The version of halfbyte, and leave.")
     ] = False,
@@ -164,19 +165,6 @@ def doctor(
     show.document(diagnosis.to_json()) if json_ else show_doctor.diagnosis(diagnosis)
     if not diagnosis.ok:
         raise typer.Exit(1)
-
-
-@app.command()
-def init(
-    path: Annotated[Path, typer.Argument(help="Where to write the recipe.")] = Path("recipe.yaml"),
-    model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file or packaged name.")] = "smollm2-135m",
-    data: Annotated[str, typer.Option(help="The training rows.")] = "train.jsonl",
-) -> None:
-    """Write a commented recipe to start from."""
-    from halfbyte.recipe.command import write_template
-
-    write_template(path, model, data)
-    show.text(f"wrote {path}\n  next: halfbyte train {typed(path)} --dry-run")
 
 
 @app.command()
@@ -319,7 +307,7 @@ def check(
         from halfbyte.training import preview
 
     checked = preview.check(loaded, row=row)
-    show.document(checked.to_json()) if json_ else show_data.checked(checked)
+    show.document(checked.to_json()) if json_ else show_plan.checked(checked)
     if checked.refused:
         raise typer.Exit(2)
 

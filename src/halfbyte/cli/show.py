@@ -122,6 +122,18 @@ def stream(piece: str) -> None:
     sys.stdout.flush()
 
 
+def questioner() -> Callable[[str], str]:
+    """Who asks a question at a terminal, with an answer to accept or to change; paths are completed with Tab."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import PathCompleter
+    from prompt_toolkit.formatted_text import FormattedText
+
+    session: PromptSession[str] = PromptSession(
+        FormattedText([("bold ansicyan", "  >"), ("", " ")]), completer=PathCompleter(expanduser=True)
+    )
+    return lambda default: session.prompt(default=default).strip()
+
+
 def heading(who: str) -> None:
     """Whose answer follows, where there are two."""
     out.print(f"[bold]{escape(who)}>[/bold]")
@@ -138,6 +150,7 @@ def asker() -> Callable[[], str]:
     keys = KeyBindings()
 
     @keys.add("enter")
+    @keys.add("c-j")  # what a program sends that types for a user
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.validate_and_handle()
 

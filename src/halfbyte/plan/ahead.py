@@ -141,6 +141,15 @@ def _rows(recipe: Recipe, shape: describe.Shape, length: int | None, *, given: b
     return memory.Rows(lengths, labelled, held_out), [note]
 
 
+def longest_row(recipe: Recipe) -> int:
+    """About how many tokens the longest row to train on has, however long a row may be; 0 of plain text in blocks."""
+    if recipe.data.packing == "stream":
+        return 0
+    count, _ = _counter(describe.describe(recipe.model, recipe.revision))
+    whole = recipe.data.model_copy(update={"max_length": 1 << 30})
+    return max(_sizes(recipe.data.train, whole, count)[0], default=0)
+
+
 def _sizes(names: Path | str | Sequence[str], data: Data, count: Callable[[str], int]) -> tuple[list[int], list[int]]:
     """About how many tokens each row has, and how many labelled ones; of blocks where texts are packed into them."""
     from halfbyte.data.reading.files import find

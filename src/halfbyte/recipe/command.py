@@ -4,8 +4,9 @@ Why: `halfbyte train`, `plan`, `doctor`, `quantize` and `data check` take each o
 cannot be meant is an error that shows the command to type instead.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from halfbyte.errors import RecipeError, typed
 from halfbyte.recipe.file import init_template, load_recipe, recipe_from
@@ -116,16 +117,27 @@ def _check_usable(overrides: Sequence[str], names: tuple[str, ...]) -> None:
         )
 
 
-def write_template(path: Path, model: str, data: str) -> None:
-    """Write the commented recipe of `halfbyte init`.
+def check_new(path: Path) -> None:
+    """A RecipeError where a file is there already."""
+    if path.exists():
+        raise RecipeError(f"{path} exists and is not overwritten.", fix="name another file: halfbyte init NAME.yaml")
+
+
+def write_template(
+    path: Path,
+    model: str,
+    data: str,
+    values: Mapping[str, object] = MappingProxyType({}),
+    remarks: Sequence[str] = (),
+) -> None:
+    """Write the commented recipe of `halfbyte init`, as `init_template` makes it.
 
     Raises:
         RecipeError: the file exists, or cannot be written.
     """
-    if path.exists():
-        raise RecipeError(f"{path} exists and is not overwritten.", fix="name another file: halfbyte init NAME.yaml")
+    check_new(path)
     try:
-        path.write_text(init_template(model, data))
+        path.write_text(init_template(model, data, values, remarks))
     except OSError as error:
         if path.is_file():
             path.unlink()  # the beginning of a recipe, on a full disk

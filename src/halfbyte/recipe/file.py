@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import yaml
@@ -122,27 +123,37 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(values, sort_keys=False, width=110, allow_unicode=True)
 
 
-def init_template(model: str, data: str) -> str:
-    """The commented recipe that `halfbyte init` writes. It loads as it is."""
+def init_template(
+    model: str, data: str, values: Mapping[str, object] = MappingProxyType({}), remarks: Sequence[str] = ()
+) -> str:
+    """The commented recipe that `halfbyte init` writes. It loads as it is.
+
+    Args:
+        values: what is not a default, by dotted name. remarks: comments at its top.
+    """
     about = {name: field.description for name, field in Recipe.model_fields.items()}
     lines = [
         "# A halfbyte recipe. Every field, with what it does: docs/recipe.md and docs/lora.md",
         "# Check it before training:  halfbyte train THIS_FILE --dry-run",
+        *(f"# {line}" for remark in remarks for line in remark.splitlines()),
         f"model: {_scalar(model)}    # {about['model']}",
     ]
     for section, names in _INIT_SHOWN.items():
         lines.append(f"{section}:    # {about[section]}")
-        for name in names:
+        own = {name.partition(".")[2]: _scalar(v) for name, v in values.items() if name.startswith(f"{section}.")}
+        for name in dict.fromkeys([*names, *own]):
             field = SECTIONS[section].model_fields[name]
             value = _scalar(data) if name == "train" else _EXAMPLES.get(name) or shown(field.default)
             usual = f"; usual: {', '.join(field.examples)}" if field.examples else ""
-            lines.append(f"  {'# ' * (name in _EXAMPLES)}{name}: {value}    # {field.description}{usual}")
-    lines.append(f"output: runs/{Path(data).stem}    # {about['output']}")
+            off = "# " * (name in _EXAMPLES and name not in own)
+            lines.append(f"  {off}{name}: {own.get(name, value)}    # {field.description}{usual}")
+    lines.append(f"output: {_scalar(str(values.get('output', f'runs/{Path(data).stem}')))}    # {about['output']}")
     return "\n".join(lines) + "\n"
 
 
-def _scalar(value: str) -> str:
-    return yaml.safe_dump(value, width=1000).splitlines()[0].strip()
+def _scalar(value: object) -> str:
+    """A value as YAML on one line."""
+    return yaml.safe_dump(value, width=10**6, default_flow_style=True, allow_unicode=True).splitlines()[0].strip()
 
 
 def _parse(text: str, name: str) -> tuple[Document, dict[str, int]]:

@@ -10,6 +10,7 @@ Cost: one pass; one chunk in memory at a time.
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from halfbyte.data.reading import records
@@ -63,6 +64,15 @@ def unread(names: str | Path | Sequence[str], data: Data) -> list[str]:
                 listed = ", ".join(shorten(column) for column in columns)
                 said.append(f"{source.path.name} is read as {known[0]}; not read of it: {listed}")
     return said
+
+
+def columns(names: str | Path | Sequence[str]) -> tuple[str, ...]:
+    """The keys of the first record that can be read; none where there is none, or only a hub dataset."""
+    for source in find(names):
+        for _, raw in islice(records.records(source), CHUNK_ROWS) if source.kind != "hub" else ():
+            with contextlib.suppress(BadRow):
+                return tuple(records.parse(raw))
+    return ()
 
 
 class Reader:

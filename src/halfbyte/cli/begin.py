@@ -1,0 +1,214 @@
+"""`halfbyte init`: three questions at a terminal, or the same as options, and a recipe that fits their answers.
+
+Why: a recipe to start from must pass `plan` and `data check` as it is written, so what decides that is looked at here:
+the columns of the rows, the longest of them, and the machine's memory.
+Cost: one pass over the rows; no torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from halfbyte.cli import show
+from halfbyte.errors import DataError, HalfbyteError, RecipeError, typed
+
+MODEL, ROWS = "smollm2-135m", "train.jsonl"
+# Common names of the column that asks and of the one that answers.
+ASKING = ("question", "query", "input", "instruction", "prompt", "problem", "source")
+ANSWERING = ("answer", "response", "output", "completion", "solution", "target", "label")
+HELD_OUT = ("test", "eval", "valid", "validation", "dev")
+MOST_FIXES = 3
+COUNTED_WRONG = 1.3  # an estimate of tokens by characters, and a chat template, may be so many times too low
+
+
+@dataclass
+class Draft:
+    """What the recipe will say beside its defaults: `values` by dotted name, `remarks` as comments at its top."""
+
+    model: str
+    data: str
+    values: dict[str, object] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def sets(self) -> list[str]:
+        """The values as `--set` has them."""
+        flow = {name: yaml.safe_dump(v, default_flow_style=True, width=10**6) for name, v in self.values.items()}
+        return [f"{name}={text.removesuffix('...' + chr(10)).strip()}" for name, text in flow.items()]
+
+
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write the recipe.")] = Path("recipe.yaml"),
+    model: Annotated[str | None, typer.Option(help="Hub id, folder, .gguf file or packaged name.")] = None,
+    data: Annotated[str | None, typer.Option(help="The training rows.")] = None,
+    machine: Annotated[
+        str | None, typer.Option(help="Where it will train: 24GB or 4x80GB for cards, cpu:16GB; default: here.")
+    ] = None,
+) -> None:
+    """Write a commented recipe to start from; at a terminal it asks for what is not given."""
+    from halfbyte.recipe import command
+
+    command.check_new(path)
+    asks = sys.stdin.isatty() and show.out.is_terminal and None in (model, data, machine)
+    draft = asked(model, data, machine) if asks else given(model, data, machine)
+    run = Path("runs") / Path(draft.data).stem
+    if run.exists():  # a run is never overwritten
+        free = next(number for number in count(2) if not run.with_name(f"{run.name}-{number}").exists())
+        draft.values["output"] = f"{run}-{free}"
+    command.write_template(path, draft.model, draft.data, draft.values, draft.remarks)
+    show.text(f"wrote {path}")
+    for remark in draft.remarks:
+        show.wrapped(f"  {remark}")
+    show.text(f"  next: halfbyte data check {typed(path)}   then   halfbyte train {typed(path)}")
+
+
+def given(model: str | None, data: str | None, machine: str | None) -> Draft:
+    """The draft of what the options say. Rows that are not named need not be there yet."""
+    draft = Draft(model or MODEL, data or ROWS)
+    if data is None and not Path(ROWS).is_file():
+        draft.remarks.append(f"{ROWS} is not here yet: name your rows under data.train")
+        return draft
+    look_at_rows(draft)
+    try:
+        fit(draft, machine)
+    except HalfbyteError as error:
+        if model is not None and machine is not None:
+            raise
+        draft.remarks.append(f"not planned: {error.message}")
+    return draft
+
+
+def asked(model: str | None, data: str | None, machine: str | None) -> Draft:
+    """The draft of three answers; one that cannot be is told at once and asked for again."""
+    from halfbyte.models.sources.packaged import PACKAGED
+    from halfbyte.system.device import detect
+
+    draft = Draft(model or "", data or "")
+
+    def model_is(answer: str) -> None:
+        draft.model = answer
+        look_at_model(answer)
+
+    def rows_are(answer: str) -> None:
+        draft.data, draft.values, draft.remarks = answer, {}, []
+        look_at_rows(draft)
+
+    def machine_is(answer: str) -> None:
+        fit(draft, None if answer == "here" else answer)
+
+    here = sorted(str(p) for pattern in ("*.jsonl", "*.csv", "*.parquet") for p in Path().glob(pattern))
+    rows = next((name for name in here if "train" in name), here[0] if here else ROWS)
+    packaged = f"a hub id, a folder, a .gguf file, or packaged: {', '.join(PACKAGED)}"
+    _ask(f"Which model? ({packaged})", MODEL, model_is, model)
+    _ask(f"Which rows?{f' (here: {chr(44).join(here[:6])})' if here else ''}", rows, rows_are, data)
+    from halfbyte.cli.show_plan import machine as in_words
+
+    _ask(
+        f"Where will it train? (here: {in_words(detect())}; or 24GB for a card, cpu:16GB for a machine without)",
+        "here",
+        machine_is,
+        machine,
+    )
+    return draft
+
+
+def _ask(question: str, default: str, take: Callable[[str], None], answer: str | None) -> None:
+    """Ask until an answer is taken; `answer` is one that was given as an option, and is taken or refused."""
+    if answer is not None:
+        take(answer)
+        return
+    ask = show.questioner()
+    show.wrapped(question)
+    while True:
+        try:
+            take(ask(default) or default)
+            return
+        except HalfbyteError as error:
+            show.warning(str(error))
+        except EOFError:  # Ctrl-D leaves as Ctrl-C does, and nothing is written
+            raise KeyboardInterrupt from None
+
+
+def look_at_model(model: str) -> None:
+    """A HalfbyteError where a run would not find the model, or its shape is not known."""
+    from halfbyte.models import describe
+    from halfbyte.models.sources import lookup
+    from halfbyte.recipe.command import NO_ROWS
+    from halfbyte.recipe.file import recipe_from
+
+    recipe = recipe_from(model, NO_ROWS, ["data.eval=none"]).recipe
+    lookup.look(recipe)
+    describe.describe(recipe.model, recipe.revision)
+
+
+def look_at_rows(draft: Draft) -> None:
+    """Which columns are read, and the held-out rows beside them. A DataError where the rows cannot be read."""
+    from halfbyte.data.reading import read
+    from halfbyte.recipe.file import recipe_from
+
+    names = draft.data
+    try:
+        read.look(names, recipe_from(draft.model, names).recipe.data)
+    except DataError:
+        here = read.columns(names)
+        asking, answering = (next((n for n in known if n in here), None) for known in (ASKING, ANSWERING))
+        if asking is None or answering is None:
+            raise
+        draft.values["data.fields"] = {"prompt": asking, "completion": answering}
+        read.look(names, recipe_from(draft.model, names, draft.sets).recipe.data)
+        draft.remarks.append(f"the column {asking} asks, {answering} answers")
+    path = Path(names)
+    for word in HELD_OUT if "train" in path.stem else ():
+        beside = path.with_name(path.name.replace("train", word))
+        if beside.is_file():
+            draft.values["data.eval"] = str(beside)
+            draft.remarks.append(f"{beside} is held out")
+            break
+
+
+def fit(draft: Draft, machine: str | None) -> None:
+    """Plan it, and change what keeps it from fitting: the longest row allowed, then what the plan proposes. A draft
+    that does not fit stays as it is.
+
+    Raises:
+        HalfbyteError: the model cannot be planned, the machine is none, or nothing makes it fit.
+    """
+    from halfbyte.models import describe
+    from halfbyte.models.context import context_in
+    from halfbyte.plan import ahead
+    from halfbyte.recipe.file import recipe_from
+
+    trial = Draft(draft.model, draft.data, dict(draft.values), list(draft.remarks))
+    recipe = recipe_from(trial.model, trial.data, trial.sets).recipe
+    context = context_in(describe.describe(recipe.model, recipe.revision).config)
+    longest = round(COUNTED_WRONG * ahead.longest_row(recipe))
+    if longest > recipe.data.max_length:
+        room = 1 << (longest - 1).bit_length()
+        trial.values["data.max_length"] = min(room, context.tokens) if context is not None else room
+    made = ahead.plan_model(recipe_from(trial.model, trial.data, trial.sets), device=machine)
+    # rows that are longer than the limit would be refused
+    fixes = [fix for fix in made.plan.fixes if not fix.setting.startswith("data.")]
+    for fix in fixes[:MOST_FIXES]:
+        name, _, value = fix.setting.partition("=")
+        trial.values[name] = yaml.safe_load(value)
+        trial.remarks.append(f"{fix.setting}, as memory is short: {fix.change}")
+        made = ahead.plan_model(recipe_from(trial.model, trial.data, trial.sets), device=machine)
+        if not made.plan.short_bytes:
+            break
+    plan = made.plan
+    if plan.short_bytes:
+        raise RecipeError(
+            f"{draft.model} does not fit {machine or 'here'}: {show.gb(plan.short_bytes)} are missing.",
+            fix=f"a smaller model, or another machine; `halfbyte plan {typed(draft.model)}` says what would help",
+        )
+    needs = f"{show.gb(plan.needed_bytes)} of {show.gb(plan.available_bytes)} are needed"
+    trial.remarks.append("; ".join([f"planned for {machine or 'this machine'}: {needs}", *made.notes[:1]]))
+    draft.values, draft.remarks = trial.values, trial.remarks

@@ -1,0 +1,165 @@
+"""`halfbyte init`: what it writes passes `plan` and `data check`, by options and by three answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from halfbyte.cli import begin, show
+from halfbyte.plan import ahead
+from halfbyte.recipe.file import load_recipe
+from tests import in_process, tiny_run
+from tests.in_process import Cli
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.checkpoint(tmp_path_factory.mktemp("init") / "model")
+
+
+@pytest.fixture
+def halfbyte(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: Path) -> Cli:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(model)
+    return in_process.runner(tmp_path, capsys)
+
+
+def rows(path: Path, asking: str, answering: str, *, words: int = 4, n: int = 16) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [{asking: f"red {i} " * words, answering: f"blue {i}"} for i in range(n)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def passes(halfbyte: Cli, *, device: str | None = None) -> None:
+    planned = halfbyte("plan", "recipe.yaml", *(("--device", device) if device else ()))
+    assert planned.code == 0, planned
+    checked = halfbyte("data", "check", "recipe.yaml")
+    assert checked.code == 0, checked
+
+
+def test_the_columns_and_the_held_out_rows_are_found(halfbyte: Cli) -> None:
+    rows(Path("data/my train.jsonl"), "question", "answer")
+    rows(Path("data/my test.jsonl"), "question", "answer", n=3, words=2)
+    ended = halfbyte("init", "--model", "model", "--data", "data/my train.jsonl")
+    assert ended.code == 0, ended
+    assert "the column question asks, answer answers" in ended.out and "data/my test.jsonl is held out" in ended.out
+    recipe = load_recipe(Path("recipe.yaml")).recipe
+    assert (recipe.data.fields.prompt, recipe.data.fields.completion) == ("question", "answer")
+    assert (recipe.data.eval, recipe.output) == ("data/my test.jsonl", "runs/my train")
+    text = Path("recipe.yaml").read_text()
+    assert "# planned for this machine: " in text and "learning_rate: 0.0002    # the highest learning rate" in text
+    passes(halfbyte)
+
+
+def test_a_long_row_gets_its_room(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows(Path("train.jsonl"), "prompt", "completion", words=9)
+    monkeypatch.setattr(begin, "COUNTED_WRONG", 20.0)  # this model reads 256 tokens, the default allows 1024
+    assert halfbyte("init", "--model", "model").code == 0
+    assert load_recipe(Path("recipe.yaml")).recipe.data.max_length == 256
+    passes(halfbyte)
+
+
+def test_a_machine_that_is_short_gets_what_makes_it_fit(halfbyte: Cli) -> None:
+    """Between the least that the defaults fit and the least that anything fits; where that is, the plan decides."""
+    rows(Path("train.jsonl"), "prompt", "completion", words=40)
+    for size in range(800, 500, -10):
+        machine = f"cpu:{size}MB"
+        ended = halfbyte("init", "--model", "smollm2-135m", "--data", "train.jsonl", "--machine", machine)
+        if ended.code != 0 or "as memory is short" in ended.out:
+            break
+        Path("recipe.yaml").unlink()
+    assert ended.code == 0 and f"planned for {machine}" in ended.out, ended
+    planned = halfbyte("plan", "recipe.yaml", "--device", machine)
+    assert planned.code == 0, planned
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--machine", "cpu:0.2GB"), "smollm2-135m does not fit cpu:0.2GB"),
+        (("--machine", "a fast one"), "is not a machine; allowed: 24GB"),
+        (("--data", "none.jsonl"), "none.jsonl"),
+        (("--data", "odd.jsonl"), "cannot tell the format"),
+    ],
+)
+def test_what_cannot_be_is_an_error_and_nothing_is_written(halfbyte: Cli, words: tuple[str, ...], said: str) -> None:
+    rows(Path("train.jsonl"), "prompt", "completion")
+    rows(Path("odd.jsonl"), "x", "y")
+    ended = halfbyte("init", "--model", "smollm2-135m", *words)
+    assert ended.code == 2 and said in ended.err, ended
+    assert not Path("recipe.yaml").exists()
+
+
+def test_without_rows_a_recipe_is_written_that_says_so(halfbyte: Cli) -> None:
+    ended = halfbyte("init")
+    assert ended.code == 0 and "train.jsonl is not here yet" in ended.out
+    assert load_recipe(Path("recipe.yaml")).recipe.model == "smollm2-135m"
+
+
+def test_a_folder_that_is_taken_gets_another_name(halfbyte: Cli) -> None:
+    rows(Path("train.jsonl"), "prompt", "completion")
+    for name in ("train", "train-2"):
+        (Path("runs") / name).mkdir(parents=True)
+    assert halfbyte("init", "--model", "model").code == 0
+    assert load_recipe(Path("recipe.yaml")).recipe.output == "runs/train-3"
+
+
+def test_three_questions_are_asked_until_their_answers_can_be(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows(Path("some train.jsonl"), "question", "answer")
+    offered: list[str] = []
+    answers: Iterator[str] = iter(
+        ["nothing here", "model", "none.jsonl", "some train.jsonl", "cpu:0.1GB", "a fast one", "here"]
+    )
+
+    def ask(default: str) -> str:
+        offered.append(default)
+        return next(answers)
+
+    at_a_terminal(monkeypatch)
+    monkeypatch.setattr(show, "questioner", lambda: ask)
+    ended = halfbyte("init")
+    assert ended.code == 0, ended
+    assert next(answers, None) is None
+    assert offered == ["smollm2-135m"] * 2 + ["some train.jsonl"] * 2 + ["here"] * 3
+    assert ended.err.count("warning: ") == 4
+    recipe = load_recipe(Path("recipe.yaml")).recipe
+    assert (recipe.model, recipe.data.train, recipe.data.fields.prompt) == ("model", "some train.jsonl", "question")
+    passes(halfbyte)
+
+
+def test_leaving_a_question_writes_nothing(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(default: str) -> str:
+        raise EOFError
+
+    at_a_terminal(monkeypatch)
+    monkeypatch.setattr(show, "questioner", lambda: leave)
+    assert halfbyte("init").code == 130
+    assert not Path("recipe.yaml").exists()
+
+
+def test_what_is_given_is_not_asked(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows(Path("train.jsonl"), "prompt", "completion")
+    at_a_terminal(monkeypatch)
+    monkeypatch.setattr(show, "questioner", lambda: pytest.fail("asked"))
+    assert halfbyte("init", "--model", "model", "--data", "train.jsonl", "--machine", "cpu:16GB").code == 0
+
+
+def at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(begin.sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(type(show.out), "is_terminal", property(lambda console: True))
+
+
+def test_the_longest_row_is_that_of_any_length(halfbyte: Cli) -> None:
+    rows(Path("train.jsonl"), "prompt", "completion", words=2000)
+    recipe = load_of("train.jsonl")
+    assert ahead.longest_row(recipe) > recipe.data.max_length
+
+
+def load_of(names: str):  # type: ignore[no-untyped-def]
+    from halfbyte.recipe.file import recipe_from
+
+    return recipe_from("smollm2-135m", names).recipe
