@@ -58,7 +58,7 @@ class Eval(Section):
 
     metrics: Annotated[tuple[str, ...] | None, BeforeValidator(_metrics)] = field(
         None,
-        f"beside loss and perplexity: {', '.join(METRICS)}; null: exact_match in halfbyte eval, none in a training",
+        f"beside loss and perplexity: {', '.join(METRICS)}; null: exact_match after a training, none in it",
     )
     mark: str = field("####", "number: the first number after it counts", min_length=1)
     pattern: Annotated[str | None, AfterValidator(_pattern)] = field(
