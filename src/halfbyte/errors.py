@@ -73,6 +73,12 @@ class DiskFull(TrainError):
     """A write of a run that found no room: it can be tried again when there is some."""
 
 
+class ExportError(HalfbyteError):
+    """A run that cannot be written in another form, or whose written form does not say what was trained."""
+
+    exit_code = 1
+
+
 class Unforeseen(HalfbyteError):
     """A fault of halfbyte or of a library, not of the user; a page with the traceback was written."""
 

@@ -56,7 +56,7 @@ def matrices(model: Model, wanted: shelf.Wanted) -> Iterator[Matrix]:
             module = modules[name]
             held = formats.of_module(module).weight(module, wanted.dtype)
             yield Matrix(name, _read(source, piece), held.to("cpu"))
-            _let_go(module.weight.data, maps)
+            let_go(module.weight.data, maps)
     if changed := source.changed():
         raise StoreError(
             f"{changed[0]} was changed while it was read.", fix="run the same command again when the file is complete"
@@ -72,7 +72,8 @@ def _read(source: Source, piece: Piece) -> Tensor:
     return (values.T.contiguous() if piece.transposed else values).to(piece.dtype)
 
 
-def _let_go(codes: Tensor, maps: pages.FileMaps) -> None:
+def let_go(codes: Tensor, maps: pages.FileMaps) -> None:
+    """Let go of the pages of codes that are mapped from a file and have been read."""
     area = codes.data_ptr(), codes.nbytes
     if codes.device.type == "cpu" and pages.supported() and maps.holds(*area):
         for span in pages.whole_pages([area]):

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli import begin, conversation, progress, reports, scores, show, show_doctor, show_plan
+from halfbyte.cli import begin, conversation, progress, reports, scores, ship, show, show_plan
 from halfbyte.cli.options import BaseOnly, Force, Quiet, Run, Set, Temperature, Tokens, opened
 from halfbyte.cli.store import Json, stores
 from halfbyte.errors import HalfbyteError, RecipeError, typed
@@ -29,6 +29,8 @@ app = typer.Typer(
 )
 
 app.add_typer(stores, name="store")
+for command in ship.COMMANDS:
+    app.command()(command)
 rows = typer.Typer(help="The rows that a model would be trained on.", no_args_is_help=True)
 app.add_typer(rows, name="data")
 app.command()(reports.report)
@@ -162,7 +164,7 @@ def doctor(
         from halfbyte import doctor
 
     diagnosis = doctor.examine(recipe, tell=(lambda text: None) if json_ else show.aside)
-    show.document(diagnosis.to_json()) if json_ else show_doctor.diagnosis(diagnosis)
+    show.document(diagnosis.to_json()) if json_ else show.diagnosis(diagnosis)
     if not diagnosis.ok:
         raise typer.Exit(1)
 
@@ -230,7 +232,7 @@ def verify(
     if json_:
         show.document(verified.to_json())
     else:
-        show_doctor.checks((check.ok, check.what, check.seen) for check in verified.checks)
+        show.checks((check.ok, check.what, check.seen) for check in verified.checks)
     if not verified.ok:
         raise typer.Exit(1)
 

@@ -7,19 +7,21 @@ import logging
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from halfbyte.errors import typed
 
 if TYPE_CHECKING:
     from halfbyte.base.quantize import Built
     from halfbyte.base.store.shelf import Shelved
+    from halfbyte.doctor import Diagnosis
     from halfbyte.finetune import Outcome
     from halfbyte.types import Document
 
@@ -242,3 +244,41 @@ def stores(folder: Path, entries: list[Shelved]) -> None:
         table.add_row(entry.key, escape(f"{source.get('id', '-')}{revision}"), f"{entry.nbytes / 1e9:.2f}", state, used)
     out.print(table)
     out.print(f"{len(entries)} in {folder}, {gb(sum(entry.nbytes for entry in entries))}")
+
+
+def checks(values: Iterable[tuple[bool, str, str]]) -> None:
+    """Lines of `ok` or `FAILED`: whether something holds, what it is, and what was seen of it."""
+    for ok, what, seen in values:
+        line = Text("ok      " if ok else "FAILED  ", "green" if ok else "bold red")
+        out.print(line.append(f"{what}: {seen}", "default"))
+
+
+def diagnosis(value: Diagnosis) -> None:
+    """How `halfbyte doctor` looks."""
+    machine, rates = value.machine, value.rates
+    flags = " ".join(machine.isa) or "no flags"
+    labelled("processor", f"{machine.cpu or 'unknown'}, {machine.cores} cores: {flags}")
+    labelled("memory", f"{gb(machine.ram_available_bytes)} free of {gb(machine.ram_bytes)}")
+    for card in machine.cards:
+        labelled("card", f"{card.name}, {gb(card.free_bytes)} free of {gb(card.total_bytes)}")
+    labelled("cache", f"{value.cache}, {gb(value.cache_free_bytes)} free")
+    if value.cache_problem:
+        warning(
+            f"the cache cannot be written ({value.cache_problem}): nothing is converted, and bases are quantised anew "
+            "for each command\n  fix: export HALFBYTE_CACHE=/path/with/space"
+        )
+    labelled("computes", f"in {value.compute_dtype} ({value.compute_dtype_reason})")
+    labelled(
+        "rates",
+        f"{rates.matmul_flops / 1e9:,.0f} GFLOP/s in matrix products, {rates.attention_flops / 1e9:,.0f} in "
+        f"attention, {rates.dequant_elements / 1e9:.1f} G weights/s dequantised, memory "
+        f"{rates.memory_bytes / 1e9:.1f} GB/s, disk {rates.disk_bytes / 1e9:.2f} GB/s ({rates.source})",
+    )
+    labelled("versions", ", ".join(f"{name} {version}" for name, version in value.versions.items()))
+    for wanted, installed in value.outside_ranges.items():
+        warning(f"{installed} is installed, and the tests cover {wanted}\n  fix: pip install '{wanted}'")
+    if value.model is None:
+        return
+    text("")
+    labelled("model", f"{value.model}, {value.layers} layers at their true width")
+    checks((check.ok, check.claim, check.seen) for check in value.checks)

@@ -86,7 +86,7 @@ def open_target(
     path, recipe, run = found.path, found.recipe, found.run
     checkpoint, machine = find_model(recipe), device.detect()
     threads.settle(machine.cores)
-    tokenizer = _tokenizer(found, checkpoint)
+    tokenizer = tokenizer_of(found, checkpoint)
     foreign = recipe.trust_remote_code
     check(tokenizer, context_of(open_config(checkpoint.path, trust_remote_code=foreign)))
     base = load.open_base(checkpoint, recipe.quant, machine, trust_remote_code=foreign, with_tokenizer=False, tell=tell)
@@ -110,7 +110,7 @@ def open_target(
     )
 
 
-def _tokenizer(found: target.Target, checkpoint: Checkpoint) -> Tokenizer:
+def tokenizer_of(found: target.Target, checkpoint: Checkpoint) -> Tokenizer:
     recipe = found.recipe
     if found.adapter is not None and (found.adapter / "tokenizer_config.json").is_file():
         # ChatML, with tokens that the base's own does not have

@@ -59,7 +59,7 @@ def keep(
     for row in chosen:
         at = [i - 1 for i, label in enumerate(row.labels) if label != IGNORED]
         at = at[:: -(-len(at) // TOKENS)]
-        logits = _logits(model, row.input_ids, at)
+        logits = logits_at(model, row.input_ids, at)
         own = torch.tensor([[row.input_ids[i + 1]] for i in at], device=logits.device)
         tokens = torch.cat([own, logits.topk(min(LIKELIEST, logits.shape[1])).indices], 1)
         kept.append({"where": row.where, "ids": row.input_ids, "at": at, "tokens": tokens.tolist()})
@@ -93,13 +93,13 @@ def _distance(model: Model, kept: Sequence[Document]) -> tuple[float, float]:
     difference, largest = 0.0, 0.0
     for row in kept:
         was, tokens = torch.tensor(row["logits"]), torch.tensor(row["tokens"])
-        now = _logits(model, row["ids"], row["at"]).gather(1, tokens.to(model.device)).cpu()
+        now = logits_at(model, row["ids"], row["at"]).gather(1, tokens.to(model.device)).cpu()
         difference = max(difference, float((now - was).abs().nan_to_num(torch.inf).max()))
         largest = max(largest, float(was.abs().max()))
     return difference / largest if largest else difference, largest
 
 
-def _logits(model: Model, ids: Sequence[int], at: Sequence[int]) -> torch.Tensor:
+def logits_at(model: Model, ids: Sequence[int], at: Sequence[int]) -> torch.Tensor:
     """(positions, vocabulary) fp32, of one row in evaluation."""
     was_training = model.training
     model.eval()

@@ -47,7 +47,7 @@ def piece(target: str, members: list[Member], loader: Loader, quant: Quant, halv
         BaseModelError: they are merged in a way that is not known here, or are not what the model needs.
     """
     shape = tuple(loader.stacks[target].shape)
-    sources = _in_order(target, members)
+    sources = in_order(target, members)
     packed = sources[0].dtype == mxfp4.DTYPE
     transposed = _is_transposed(target, sources, shape)
     if math.prod(shape) != sum(math.prod(source.shape) for source in sources) or (packed and sources[0].shape != shape):
@@ -71,8 +71,11 @@ def piece(target: str, members: list[Member], loader: Loader, quant: Quant, halv
     return Piece(name, halves[sources[0].name] if packed else sources, shape, "quantised", dtype, transposed, packed)
 
 
-def _in_order(target: str, members: list[Member]) -> tuple[SourceTensor, ...]:
-    """Sources in the order of the result. A converter takes a list for each of its patterns."""
+def in_order(target: str, members: list[Member]) -> tuple[SourceTensor, ...]:
+    """Sources in the order in which their numbers follow each other in the result.
+
+    A converter takes a list for each of its patterns.
+    """
     lists: dict[str, list[SourceTensor]] = {}
     for source, rule in members:
         lists.setdefault(rule.pattern if rule else "", []).append(source)

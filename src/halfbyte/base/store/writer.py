@@ -70,6 +70,11 @@ class Writer:
         _write(self.fd, data, self.data_start + self.starts[name] + offset)
 
     def finish(self, late: Mapping[str, bytes]) -> manifest.Entry:
+        """`close`, and the file's hash."""
+        self.close(late)
+        return manifest.entry_of(self.path)
+
+    def close(self, late: Mapping[str, bytes]) -> None:
         """Write what was not known before, then the header; the file is durable and in its place afterwards."""
         placed, at = list(self.placed), self.known_bytes
         for slot in self.late:
@@ -86,7 +91,6 @@ class Writer:
         os.close(self.fd)
         self.fd = -1
         files.put(self.partial, self.path)
-        return manifest.entry_of(self.path)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.fd >= 0:

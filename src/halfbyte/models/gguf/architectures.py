@@ -18,7 +18,7 @@ from halfbyte.models.gguf.said import Said, rope, scaling
 from halfbyte.types import Config, Document
 
 # Key below the architecture's name -> what config classes call it; a class takes those that it has.
-_NAMES = {
+NAMES = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size n_inner ffn_hidden_size",
@@ -89,7 +89,7 @@ def config_of(header: GgufHeader) -> Config:
 
 
 def _check_numbers(said: Said) -> None:
-    for key in ("embedding_length", *_NAMES):
+    for key in ("embedding_length", *NAMES):
         value = said.header.metadata.get(f"{said.header.architecture}.{key}", None if key == "embedding_length" else 0)
         if not all(
             isinstance(each, (int, float)) for each in (value if isinstance(value, list) and value else [value])
@@ -120,7 +120,7 @@ def _common(said: Said, names: set[str]) -> Document:
     """What most classes have under one name or another."""
     values: Document = {}
     for key in said.stated():
-        takers = [name for name in _NAMES.get(key, "").split() if name in names]
+        takers = [name for name in NAMES.get(key, "").split() if name in names]
         if takers:
             value = said.get(key)
             values |= dict.fromkeys(takers, value)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from halfbyte.models.gguf.header import GgufHeader
-from halfbyte.models.gguf.weights import PLAIN, How, Weights
+from halfbyte.models.gguf.weights import PLAIN, How, Stated, Weights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,7 +108,7 @@ def _place(architecture: str, name: str, prefix: str, names: object, weights: We
         mapped = names.get_name(way, try_suffixes=(".weight", ".bias"))  # type: ignore[attr-defined]
         for ending in ("", ".weight", ".bias"):
             if mapped is not None and mapped + ending in weights.by_name:
-                how = _how(architecture, mapped + ending)
+                how = how_of(architecture, mapped + ending)
                 number = int(stacked[1]) if stacked is not None else None
                 if number is not None and not 0 <= number < weights.shape(mapped + ending)[0]:
                     return None
@@ -131,7 +131,7 @@ def _further(name: str, layers: int) -> bool:
 def _rotary(heads_key: str) -> Order:
     """llama.cpp turns neighbours where transformers turns halves: (head, pair, half) -> (head, half, pair)."""
 
-    def order(weights: Weights, name: str, rows: int) -> np.ndarray:
+    def order(weights: Stated, name: str, rows: int) -> np.ndarray:
         import numpy as np
 
         heads = weights.said(heads_key) or weights.said("attention.head_count")
@@ -140,7 +140,7 @@ def _rotary(heads_key: str) -> Order:
     return order
 
 
-def _fused_by_head(weights: Weights, name: str, rows: int) -> np.ndarray:
+def _fused_by_head(weights: Stated, name: str, rows: int) -> np.ndarray:
     """(q, k, v) of all heads -> each head's own q, k, v."""
     import numpy as np
 
@@ -148,7 +148,7 @@ def _fused_by_head(weights: Weights, name: str, rows: int) -> np.ndarray:
     return np.arange(rows).reshape(3, heads, rows // heads // 3).swapaxes(0, 1).reshape(-1)
 
 
-def _fused_by_group(weights: Weights, name: str, rows: int) -> np.ndarray:
+def _fused_by_group(weights: Stated, name: str, rows: int) -> np.ndarray:
     """All queries, all keys, all values -> each group's queries, its key, its value (Falcon)."""
     import numpy as np
 
@@ -162,7 +162,7 @@ def _fused_by_group(weights: Weights, name: str, rows: int) -> np.ndarray:
 def _grouped_values(size_key: str = "", *, after_keys: bool = False) -> Order:
     """Value heads (turn, key head) -> (key head, turn); `after_keys`: they follow queries and keys (Qwen3.5)."""
 
-    def order(weights: Weights, name: str, rows: int) -> np.ndarray:
+    def order(weights: Stated, name: str, rows: int) -> np.ndarray:
         import numpy as np
 
         keys, heads = weights.said("ssm.group_count"), weights.said("ssm.time_step_rank")
@@ -177,6 +177,10 @@ def _minus_one(values: np.ndarray) -> np.ndarray:
     return values - 1
 
 
+def _plus_one(values: np.ndarray) -> np.ndarray:
+    return values + 1
+
+
 def _log_of_negated(values: np.ndarray) -> np.ndarray:
     import numpy as np
 
@@ -188,7 +192,7 @@ _LLAMA = {
     "attn_q.*": How(order=_rotary("attention.head_count")),
     "attn_k.*": How(order=_rotary("attention.head_count_kv")),
 }
-_MINUS_ONE = {"*norm.weight": How(value=_minus_one)}
+_MINUS_ONE = {"*norm.weight": How(value=_minus_one, back=_plus_one)}
 _BY_HEAD = {"attn_qkv.*": How(order=_fused_by_head)}
 _QWEN35 = {
     "ssm_norm.weight": PLAIN,
@@ -216,7 +220,8 @@ _HOW: dict[str, dict[str, How]] = {
 }
 
 
-def _how(architecture: str, name: str) -> How:
+def how_of(architecture: str, name: str) -> How:
+    """What turns a tensor of an architecture's file into the parameter."""
     match = _BLOCK.match(name)
     leaf = match[2] if match is not None else name
     rules = _HOW.get(architecture, {})

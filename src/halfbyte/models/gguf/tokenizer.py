@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from halfbyte.models.gguf.header import GgufHeader
 from halfbyte.models.gguf.layouts import Refused
 from halfbyte.types import Config, Tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -51,7 +55,6 @@ def tokenizer_of(folder: str, name: str, header: GgufHeader, config: Config) -> 
     Raises:
         Refused: it is of a kind, or cuts text by a rule, that is not known.
     """
-    from tokenizers import Regex, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
@@ -64,16 +67,7 @@ def tokenizer_of(folder: str, name: str, header: GgufHeader, config: Config) -> 
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise Refused(f"its tokenizer (tokenizer.ggml.model = {kind!r}) cannot be read: {error}") from error
     if kind == "gpt2" and rule in SPLITS:
-        cuts = [
-            pre_tokenizers.Split(Regex(cut), behavior="isolated")
-            if cut != _DIGIT
-            else pre_tokenizers.Digits(individual_digits=True)
-            for cut in SPLITS[rule]
-            if cut != _GPT2
-        ]
-        # GPT-2's own cuts are built into the class, and come last wherever they come.
-        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=_GPT2 in SPLITS[rule])
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, bytes_])
+        tokenizer.backend_tokenizer.pre_tokenizer = cutting(rule)
     tokenizer = _mended(tokenizer, header, rule if kind == "gpt2" else "")
     context = header.metadata.get(f"{header.architecture}.context_length")
     if isinstance(context, int) and context > 0:
@@ -81,6 +75,24 @@ def tokenizer_of(folder: str, name: str, header: GgufHeader, config: Config) -> 
     if len(tokenizer) > config.vocab_size:
         raise Refused(f"its tokenizer has {len(tokenizer)} tokens, and its model knows {config.vocab_size}")
     return tokenizer
+
+
+def cutting(rule: str) -> PreTokenizer:
+    """What cuts a text by a rule of `SPLITS` or of transformers' own table."""
+    from tokenizers import Regex, pre_tokenizers
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    splits = SPLITS.get(rule) or (GGUF_PRE_TOKENIZER_SPLITS[rule],)
+    cuts = [
+        pre_tokenizers.Split(Regex(cut), behavior="isolated")
+        if cut != _DIGIT
+        else pre_tokenizers.Digits(individual_digits=True)
+        for cut in splits
+        if cut != _GPT2
+    ]
+    # GPT-2's own cuts are built into the class, and come last wherever they come.
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=_GPT2 in splits)
+    return pre_tokenizers.Sequence([*cuts, bytes_])
 
 
 def _mended(tokenizer: Tokenizer, header: GgufHeader, rule: str) -> Tokenizer:

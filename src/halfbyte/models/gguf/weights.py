@@ -10,28 +10,56 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from halfbyte.models.gguf.header import GgufHeader, GgufTensor
 
 if TYPE_CHECKING:
     import numpy as np
 
-    Order = Callable[["Weights", str, int], np.ndarray]
+    Order = Callable[["Stated", str, int], np.ndarray]
     """(weights, a tensor's name, its rows) -> which row of the file each row of the model is."""
 
 PIECE_ELEMENTS = 1 << 22
 
 
+class Stated(Protocol):
+    """Who knows the numbers of a file's metadata."""
+
+    def said(self, key: str) -> int: ...
+
+
 @dataclass(frozen=True)
 class How:
     """What turns a tensor of the file into a parameter: rows and columns in another order, another value, (out, in)
-    instead of (in, out). `order` and `columns` say from where in the file each one comes."""
+    instead of (in, out). `order` and `columns` say from where in the file each one comes; `back` undoes `value`."""
 
     order: Order | None = None
     columns: Order | None = None
     value: Callable[[np.ndarray], np.ndarray] | None = None
     transposed: bool = False
+    back: Callable[[np.ndarray], np.ndarray] | None = None
+
+    def undone(self, values: np.ndarray, said: Stated, name: str) -> np.ndarray:
+        """The tensor of the file that reads as this parameter.
+
+        Args:
+            said: what the file will say of its heads and groups.
+        """
+        import numpy as np
+
+        if self.transposed and values.ndim > 1:
+            values = values.T
+        for axis, order in ((0, self.order), (values.ndim - 1, self.columns)):
+            if order is not None:
+                places = np.empty(values.shape[axis], np.int64)
+                places[order(said, name, values.shape[axis])] = np.arange(values.shape[axis])
+                values = values.take(places, axis)
+        if self.value is not None:
+            if self.back is None:
+                raise NotImplementedError(name)
+            values = self.back(values)
+        return np.ascontiguousarray(values)
 
 
 PLAIN = How()

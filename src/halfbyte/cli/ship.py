@@ -1,0 +1,125 @@
+"""`halfbyte merge`, `export` and `push`: a run put into other programs' hands, and what each then says."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from halfbyte.cli import progress, show
+from halfbyte.cli.options import Force, Quiet, Set
+from halfbyte.cli.store import Json
+from halfbyte.errors import ExportError
+from halfbyte.system import libraries
+
+if TYPE_CHECKING:
+    from halfbyte.export.proof import Exported
+
+Compared = Annotated[
+    Path | None, typer.Option("--data", help="Rows to compare on; default: those held out.", metavar="ROWS")
+]
+Proven = Annotated[bool, typer.Option("--proof/--no-proof", help="Open what was written, and compare it with the run.")]
+
+
+class Base(StrEnum):
+    auto, full, trained = "auto", "16bit", "4bit"
+
+
+def merge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or an adapter's.")],
+    base: Annotated[
+        Base,
+        typer.Option("--base", help="Which weights: 16bit, 4bit (as trained on, dequantised), or auto: the nearer."),
+    ] = Base.auto,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: RUN/merged.")] = None,
+    quantise: Annotated[
+        bool, typer.Option("--quantise", help="Quantise it again, as the run's base is, and measure what that costs.")
+    ] = False,
+    data: Compared = None,
+    proof: Proven = True,
+    set_: Set = [],  # noqa: B006
+    force: Force = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Base and adapter as one model that plain transformers opens, with a proof that it says what the run says."""
+    with progress.quantizing(silent=json_ or quiet) as tell:
+        with libraries.loading():
+            from halfbyte.export import merge as merging
+
+        wish = merging.Wish(run, out, tuple(set_), force, data, proof, tell)
+        made = merging.merge(wish, base.value, quantise=quantise)
+    show.document(made.to_json()) if json_ else _shown(made)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or an adapter's.")],
+    gguf: Annotated[
+        str | None, typer.Option("--gguf", metavar="F16|BF16|Q8_0|Q4_K_M|...", help="Base and adapter as a GGUF file.")
+    ] = None,
+    gguf_lora: Annotated[
+        bool, typer.Option("--gguf-lora", help="The adapter alone, for a GGUF file of its base.")
+    ] = False,
+    ollama: Annotated[
+        bool, typer.Option("--ollama", help="Also a Modelfile; alone it takes a GGUF file in Q8_0.")
+    ] = False,
+    peft: Annotated[bool, typer.Option("--peft", help="The adapter alone, within the limits of vLLM.")] = False,
+    base: Annotated[Base, typer.Option("--base", help="As of merge.")] = Base.auto,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: a folder in RUN.")] = None,
+    data: Compared = None,
+    proof: Proven = True,
+    set_: Set = [],  # noqa: B006
+    force: Force = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """A run for llama.cpp, Ollama, vLLM or plain PEFT, with a proof that it says what the run says."""
+    if sum((gguf is not None, gguf_lora, peft)) > 1 or not (gguf or gguf_lora or peft or ollama) or (peft and ollama):
+        raise ExportError("what is wanted?", fix="one of --gguf FORMAT, --gguf-lora, --peft; --ollama with one of GGUF")
+    with progress.quantizing(silent=json_ or quiet) as tell:
+        with libraries.loading():
+            from halfbyte.export import export as exporting
+            from halfbyte.export.merge import Wish
+
+        wish = Wish(run, out, tuple(set_), force, data, proof, tell)
+        if peft:
+            made = exporting.to_peft(wish)
+        elif gguf_lora:
+            made = exporting.to_gguf_lora(wish, modelfile=ollama)
+        else:
+            made = exporting.to_gguf(wish, gguf or "Q8_0", base.value, modelfile=ollama)
+    show.document(made.to_json()) if json_ else _shown(made)
+
+
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="An export's folder, or a run, whose adapter is meant.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="USER/NAME on the hub.")],
+    public: Annotated[bool, typer.Option("--public", help="For everyone to see; else it is private.")] = False,
+    json_: Json = False,
+) -> None:
+    """Upload to the hub: private unless --public."""
+    with progress.waiting("uploading", silent=json_), libraries.loading():
+        from halfbyte.export import hub
+
+        address = hub.push(run, repo, public=public)
+    show.document({"address": address, "public": public}) if json_ else show.text(f"pushed to {address}")
+
+
+def _shown(made: Exported) -> None:
+    """The folder, the proof's figures, and what is to be known."""
+    lines = [f"{made.kind}: {made.path}"]
+    if (proven := made.proven) is not None:
+        lines += [
+            f"  opened by {proven.program}: logits differ by {proven.difference:.2g} of their spread "
+            + (f"(rounding explains {proven.bound:.2g}" if proven.bounded else "(not bounded by rounding")
+            + f"; the adapter moves them by {proven.moved:.2g})",
+            f"  {proven.same_answers} of {proven.answers} greedy answers are the run's, token for token",
+            f"  exact match {proven.exact} of {proven.references}, the run {proven.run_exact}",
+            f"  loss {proven.loss:.4f}, the run {proven.run_loss:.4f}; KL from the run {proven.kl:.2g} nats",
+        ]
+    show.text("\n".join([*lines, *(f"  {note}" for note in made.notes)]))
+
+
+COMMANDS = (merge, export, push)

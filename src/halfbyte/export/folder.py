@@ -1,0 +1,138 @@
+"""A merged model as a folder that plain transformers opens: weights, config, tokenizer, chat template.
+
+Why: whole or absent. It is written beside its place and renamed when every byte is on the disk, so a kill, a full disk
+or an error leaves nothing under its name.
+Cost: the source read once, the result written once; two files at a time, each one matrix and its delta in fp32.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from halfbyte.base.store.reading import torch_dtypes
+from halfbyte.base.store.writer import Slot, Writer
+from halfbyte.base.tokenizer import open_tokenizer
+from halfbyte.data.encoding.chatml import CHATML, chat_template
+from halfbyte.errors import ExportError
+from halfbyte.export.weights import Item, Merged
+from halfbyte.models.sources.checkpoint import Checkpoint, beside_weights
+from halfbyte.models.sources.safetensors import INDEX, SINGLE
+from halfbyte.recipe.schema import Recipe
+from halfbyte.system import files
+
+FILES_AT_ONCE = 2
+# Config, tokenizer, card; beside which the headers are nothing.
+BESIDE_BYTES = 100_000_000
+# What an adapter's folder holds of a tokenizer of its own.
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+MORE_ROOM = "free some space, or name another folder: --out DIR"
+
+
+def check_free(out: Path) -> None:
+    """Raise an ExportError if something is at `out` already, or nothing can be written there."""
+    if out.exists() or out.is_symlink():
+        raise ExportError(f"{out} exists already, and nothing is overwritten.", fix="name another one: --out DIR")
+    if why := files.why_unwritable(out.absolute()):
+        raise ExportError(f"{out} cannot be written: {why}.", fix="name another one: --out DIR")
+
+
+def check_space(out: Path, need_bytes: int) -> None:
+    """Raise an ExportError if the disk of `out` cannot hold so much."""
+    if (free := files.free_bytes(out.absolute())) < need_bytes:
+        raise ExportError(
+            f"no space left for {out}: it needs {need_bytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free.",
+            fix=MORE_ROOM,
+        )
+
+
+@contextmanager
+def whole_or_absent(out: Path) -> Iterator[Path]:
+    """An empty folder that is called `out` when the block ends; after an error nothing is left of it."""
+    try:
+        with files.new_folder(out) as temporary:
+            yield temporary
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise ExportError(f"{out} could not be written: {why}. Nothing of it is left.", fix=MORE_ROOM) from error
+
+
+def nbytes(merged: Merged) -> int:
+    """What the folder takes."""
+    return sum(item.source.nbytes for item in merged.items) + BESIDE_BYTES
+
+
+def write(merged: Merged, folder: Path) -> None:
+    """Fill an empty folder."""
+    plans, stop = _plans(merged), threading.Event()
+    with merged, ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="merge") as pool:
+        try:
+            for future in [pool.submit(_write_file, merged, folder / n, i, stop) for n, i in plans.items()]:
+                future.result()
+        except BaseException:
+            stop.set()
+            raise
+    if changed := merged.source.changed():
+        raise ExportError(f"{changed[0]} was changed while it was read.", fix="run the same command again")
+    if len(plans) > 1:
+        index = {item.name: name for name, items in plans.items() for item in items}
+        total = sum(item.source.nbytes for item in merged.items)
+        files.write(folder / INDEX, files.as_json({"metadata": {"total_size": total}, "weight_map": index}))
+    _write_beside(merged, folder)
+
+
+def _plans(merged: Merged) -> dict[str, list[Item]]:
+    """One file for each of the source's, under the usual names."""
+    by_file: dict[Path, list[Item]] = {}
+    for item in merged.items:
+        by_file.setdefault(item.source.file, []).append(item)
+    if len(by_file) == 1:
+        return {SINGLE: next(iter(by_file.values()))}
+    ordered = [file for file in merged.source.files if file in by_file]
+    return {f"model-{n:05}-of-{len(ordered):05}.safetensors": by_file[file] for n, file in enumerate(ordered, 1)}
+
+
+def _write_file(merged: Merged, path: Path, items: list[Item], stop: threading.Event) -> None:
+    slots = [Slot(item.name, item.source.dtype, item.source.shape, item.source.nbytes) for item in items]
+    with Writer(path, slots) as out:
+        for item in items:
+            if stop.is_set():
+                return
+            if merged.is_changed(item):
+                value = merged.value(item).to(torch_dtypes()[item.source.dtype]).contiguous()
+                out.put(item.name, value.view(-1).view(torch.uint8).numpy().data)
+            else:
+                for first, part in merged.raw(item):
+                    out.put(item.name, part.data, first)
+        out.close({})
+
+
+def _write_beside(merged: Merged, folder: Path) -> None:
+    """Config, generation settings, tokenizer and chat template."""
+    for path in beside_weights(merged.checkpoint.path):
+        shutil.copyfile(path, folder / path.name)
+    config = json.loads((merged.checkpoint.path / "config.json").read_text(encoding="utf-8"))
+    if merged.untied:
+        config["tie_word_embeddings"] = False
+    files.write(folder / "config.json", files.as_json(config))
+    put_tokenizer(folder, merged.found.adapter, merged.found.recipe, merged.checkpoint)
+
+
+def put_tokenizer(folder: Path, adapter: Path | None, recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """The tokenizer that was trained with, over the base's: the adapter's own, and the recipe's chat template."""
+    if adapter is not None and (adapter / "tokenizer_config.json").is_file():
+        for name in TOKENIZER:
+            if (adapter / name).is_file():
+                shutil.copyfile(adapter / name, folder / name)
+    elif recipe.data.chat_template not in (None, CHATML):
+        text = chat_template(open_tokenizer(checkpoint), recipe.data)
+        files.write(folder / "chat_template.jinja", (text or "").encode())

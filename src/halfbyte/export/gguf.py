@@ -1,0 +1,369 @@
+"""The merged model as a GGUF file: what llama.cpp's converter does, by the tables that a GGUF file is read with.
+
+What: `models/gguf` says which tensor of a file is which parameter and what turns one into the other; here the same is
+undone. What was written is read back: a config that does not come back as it was is refused.
+Source: llama.cpp's converter (conversion/) for what each architecture states; the gguf package for names and formats.
+Cost: one tensor in fp32 at a time, and its encoding; K-quants by llama.cpp's own quantiser, from a file in F16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from halfbyte.errors import ExportError
+from halfbyte.export.weights import Item, Merged
+from halfbyte.models.gguf.architectures import NAMES, config_of
+from halfbyte.models.gguf.header import read_header
+from halfbyte.models.gguf.layouts import Refused, how_of
+from halfbyte.types import Config, Document
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+# transformers' model type -> the file's architecture.
+ARCHITECTURES = {
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2",
+    "gemma3_text": "gemma3", "phi3": "phi3", "gpt2": "gpt2", "bloom": "bloom", "granite": "granite",
+    "smollm3": "smollm3",
+}  # fmt: skip
+# What the gguf package encodes; everything else goes through llama.cpp's quantiser.
+WRITTEN = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+QUANTISED = {
+    "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17,
+    "Q6_K": 18,
+}  # fmt: skip
+_FTYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
+_KEYS = (
+    "context_length", "embedding_length", "feed_forward_length", "attention.head_count", "attention.head_count_kv",
+    "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon",
+)  # fmt: skip
+_MORE = {
+    "gemma2": "attention.sliding_window attn_logit_softcapping final_logit_softcapping",
+    "gemma3": "attention.sliding_window final_logit_softcapping",
+    "phi3": "attention.sliding_window",
+    "granite": "attention.scale embedding_scale residual_scale logit_scale",
+}
+# Always fp32, as llama.cpp has them.
+_WHOLE = ("position_embd.weight", "token_types.weight")
+# Of a config what says how much is computed; each must read back as it was.
+_COMPUTES = frozenset(
+    (
+        "hidden_size", "n_embd", "intermediate_size", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head",
+        "num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps", "layer_norm_epsilon", "rope_parameters",
+        "hidden_act", "hidden_activation", "activation_function", "attention_bias", "mlp_bias", "use_qk_norm",
+        "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "attention_multiplier",
+        "embedding_multiplier", "residual_multiplier", "logits_scaling", "layer_types", "no_rope_layers",
+        "apply_residual_connection_post_layernorm", "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
+        "reorder_and_upcast_attn", "tie_word_embeddings",
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a file will say below its architecture's name; `said` as `Weights` has it of a file."""
+
+    architecture: str
+    values: Document
+
+    def said(self, key: str) -> int:
+        return int(self.values.get(key, 0))
+
+
+def architecture_of(config: Config) -> str:
+    """The file's architecture for a model.
+
+    Raises:
+        ExportError: none that is written here.
+    """
+    if (name := ARCHITECTURES.get(config.model_type)) is None:
+        raise ExportError(
+            f"{config.model_type} is not written as GGUF here; these are: {', '.join(ARCHITECTURES)}.",
+            fix="halfbyte merge RUN, then llama.cpp's convert_hf_to_gguf.py on that folder",
+        )
+    return name
+
+
+def describe(config: Config) -> tuple[Said, dict[str, np.ndarray]]:
+    """Metadata and tables of rotary factors for a model's config.
+
+    Raises:
+        ExportError: the file has no place for something that the model computes with.
+    """
+    architecture = architecture_of(config)
+    values: Document = {"block_count": config.num_hidden_layers, "vocab_size": config.vocab_size}
+    for key in [*_KEYS, *_MORE.get(architecture, "").split()]:
+        value = next((v for n in NAMES[key].split() if (v := getattr(config, n, None)) is not None), None)
+        if value is not None:
+            values[key] = value
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    values.setdefault("feed_forward_length", 4 * hidden)
+    if architecture == "bloom":
+        values |= {"context_length": getattr(config, "seq_length", None) or 2048, "attention.head_count_kv": heads}
+    if architecture == "gpt2":
+        values.pop("attention.head_count_kv", None)
+        values["context_length"] = config.n_positions
+    if architecture in ("gpt2", "bloom"):
+        return Said(architecture, values), {}
+    size = getattr(config, "head_dim", None) or hidden // heads
+    values |= {"attention.key_length": size, "attention.value_length": size}
+    if architecture == "granite":
+        values |= {"attention.scale": float(config.attention_multiplier)}
+    _check_pattern(config, architecture, size)
+    tables = _rope(config, architecture, values, size)
+    return Said(architecture, values), tables
+
+
+def _check_pattern(config: Config, architecture: str, size: int) -> None:
+    """What llama.cpp takes for granted of an architecture."""
+    every = {"gemma2": 2, "gemma3": 6}.get(architecture)
+    if every is None:
+        return
+    expected = [
+        "full_attention" if (n + 1) % every == 0 else "sliding_attention" for n in range(config.num_hidden_layers)
+    ]
+    if list(config.layer_types) != expected:
+        raise ExportError(
+            f"its layer_types are not those of {architecture} (every {every}th sees everything), and GGUF has no place "
+            "for others."
+        )
+    wide = config.num_hidden_layers == {"gemma2": 46, "gemma3": 62}[architecture]
+    scale = config.hidden_size // config.num_attention_heads if wide else size
+    if config.query_pre_attn_scalar != scale:
+        raise ExportError(
+            f"its query_pre_attn_scalar is {config.query_pre_attn_scalar}; llama.cpp computes {architecture} of this "
+            f"size with {scale}."
+        )
+
+
+def _rope(config: Config, architecture: str, values: Document, size: int) -> dict[str, np.ndarray]:
+    """The keys of rotary positions; returns tables of factors."""
+    params: Document = dict(config.rope_parameters or {})
+    if "full_attention" in params:  # one for each kind of layer
+        local, params = params["sliding_attention"], dict(params["full_attention"])
+        if local["rope_theta"] != {"gemma2": params["rope_theta"], "gemma3": 10000.0}[architecture]:
+            raise ExportError(f"its sliding layers turn by {local['rope_theta']}, for which GGUF has no place.")
+    theta, kind = float(params.get("rope_theta", 10000.0)), params.get("rope_type", "default")
+    dims = int(size * params.get("partial_rotary_factor", 1.0))
+    values |= {"rope.freq_base": theta}
+    if architecture not in ("gemma2", "gemma3"):
+        values["rope.dimension_count"] = dims
+    if kind == "default":
+        return {}
+    if kind == "linear":
+        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(params["factor"])}
+        return {}
+    if kind == "llama3":
+        return {"rope_freqs.weight": _llama3(params, theta, dims)}
+    if kind == "yarn":
+        original = params.get("original_max_position_embeddings") or config.max_position_embeddings
+        values |= {"rope.scaling.type": "yarn", "rope.scaling.factor": float(params["factor"])}
+        values["rope.scaling.original_context_length"] = int(original)
+        return {}
+    if kind == "longrope":
+        original = params.get("original_max_position_embeddings") or config.original_max_position_embeddings
+        values["rope.scaling.original_context_length"] = int(original)
+        scale = config.max_position_embeddings / original
+        factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+        values["rope.scaling.attn_factor"] = float(params.get("attention_factor") or factor)
+        return {
+            f"rope_factors_{which}.weight": np.array(params[f"{which}_factor"], np.float32)
+            for which in ("long", "short")
+        }
+    raise ExportError(f"its rotary positions are scaled by {kind!r}; written as GGUF: linear, yarn, llama3, longrope.")
+
+
+def _llama3(params: Document, theta: float, dims: int) -> np.ndarray:
+    """By what each frequency is divided; transformers, `modeling_rope_utils.py`, `_compute_llama3_parameters`."""
+    wave = 2 * math.pi * theta ** (np.arange(0, dims, 2, dtype=np.float64) / dims)
+    factor, low, high = params["factor"], params["low_freq_factor"], params["high_freq_factor"]
+    original = params["original_max_position_embeddings"]
+    smooth = (original / wave - low) / (high - low)
+    between = 1 / ((1 - smooth) / factor + smooth)
+    made = np.where(wave < original / high, 1.0, np.where(wave > original / low, factor, between))
+    return made.astype(np.float32)
+
+
+def names_of(config: Config, items: list[Item], said: Said) -> dict[str, str]:
+    """The tensor of the file for each of a checkpoint.
+
+    Raises:
+        ExportError: a tensor has no place in the file.
+    """
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
+    table = get_tensor_name_map(kinds[said.architecture], config.num_hidden_layers)
+    found = {}
+    for item in items:
+        ways = [item.name, item.target, item.target.partition(".")[2]]
+        mapped = [table.get_name(way, try_suffixes=(".weight", ".bias")) for way in ways]
+        if (name := next((each for each in mapped if each), None)) is None:
+            raise ExportError(f"{item.name} has no place in a GGUF file of {said.architecture}.")
+        found[item.name] = name
+    return found
+
+
+def write(merged: Merged, path: Path, kind: str, add_tokenizer: Callable[[GGUFWriter], None]) -> None:
+    """Write one file in a format of `WRITTEN`.
+
+    Args:
+        add_tokenizer: puts `tokenizer.*` into a writer.
+
+    Raises:
+        ExportError: the architecture, or something that it computes with, has no place in the file.
+    """
+    import gguf
+
+    config = merged.config.get_text_config()
+    said, tables = describe(config)
+    writer = gguf.GGUFWriter(path, said.architecture)
+    writer.add_type("model")
+    writer.add_name(Path(merged.checkpoint.id).name)
+    writer.add_file_type(_FTYPES[kind])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for key, value in said.values.items():
+        put(writer, f"{said.architecture}.{key}", value)
+    add_tokenizer(writer)
+    items = [item for item in merged.items if item.target in set(merged.plain.state_dict())]
+    names = names_of(config, items, said)
+    plans = {names[item.name]: (item, _type_of(names[item.name], item, kind)) for item in items}
+    for name, table in tables.items():
+        _announce(writer, name, table.shape, "F32")
+    for name, (item, own) in plans.items():
+        turned = how_of(said.architecture, name).transposed and len(item.source.shape) > 1
+        _announce(writer, name, item.source.shape[::-1] if turned else item.source.shape, own)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for table in tables.values():
+        writer.write_tensor_data(table)
+    with merged:
+        for name, (item, own) in plans.items():
+            writer.write_tensor_data(encoded(values_of(merged, item, name, said), own))
+    writer.close()
+    check(path, config)
+
+
+def values_of(merged: Merged, item: Item, name: str, said: Said) -> np.ndarray:
+    """One tensor of the file, fp32."""
+    return how_of(said.architecture, name).undone(merged.value(item).numpy(), said, name)
+
+
+def encoded(values: np.ndarray, kind: str) -> np.ndarray:
+    """fp32 values in a format."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    if kind == "F32":
+        return values.astype(np.float32)
+    if kind == "F16" and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
+        raise ExportError(f"a weight is {np.abs(values).max():.3g}, which F16 cannot hold.", fix="--gguf BF16")
+    made: np.ndarray = quantize(values, GGMLQuantizationType[kind])
+    return made
+
+
+def _type_of(name: str, item: Item, kind: str) -> str:
+    if len(item.source.shape) < 2 or name in _WHOLE or name.endswith("_norm.weight"):
+        return "F32"
+    rows = item.source.shape[-1]
+    return "F16" if kind in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1") and rows % 32 else kind
+
+
+def _announce(writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: str) -> None:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import quant_shape_to_byte_shape
+
+    own = GGMLQuantizationType[kind]
+    block, nbytes = GGML_QUANT_SIZES[own]
+    total = math.prod(shape) // block * nbytes
+    if kind in ("F32", "F16"):
+        writer.add_tensor_info(name, shape, np.dtype(np.float32 if kind == "F32" else np.float16), total)
+    else:
+        writer.add_tensor_info(name, quant_shape_to_byte_shape(shape, own), np.dtype(np.uint8), total, raw_dtype=own)
+
+
+def put(writer: GGUFWriter, key: str, value: object) -> None:
+    """One value of the metadata, by its type."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, (list, tuple)):
+        writer.add_array(key, list(value))
+
+
+def check(path: Path, config: Config) -> None:
+    """What was written must read back as the model that it is.
+
+    Raises:
+        ExportError: names what came back otherwise.
+    """
+    try:
+        read = config_of(read_header(path))
+    except Refused as refusal:
+        raise ExportError(f"{path.name} does not read back: {refusal}") from refusal
+    differ = [f"{k}: {a!r}, read back {b!r}" for k, a, b in _differences(config.to_dict(), read.to_dict())]
+    if differ:
+        raise ExportError(f"GGUF has no place for what the model computes with: {'; '.join(differ[:3])}.")
+
+
+def _differences(own: Document, read: Document) -> Iterator[tuple[str, object, object]]:
+    for key in sorted(set(own) & set(read) & _COMPUTES):
+        a, b = own[key], read[key]
+        if key == "rope_parameters":
+            a, b = _plain_rope(a), _plain_rope(b)
+        same = a == b or (isinstance(a, float) and isinstance(b, (float, int)) and math.isclose(a, b, rel_tol=1e-6))
+        if not same and not (not a and not b):
+            yield key, a, b
+
+
+def _plain_rope(params: Document) -> object:
+    if isinstance(params, dict) and any(isinstance(v, dict) for v in params.values()):
+        return {key: _plain_rope(value) for key, value in params.items()}
+    kept = ("rope_type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor")
+    found = {key: params[key] for key in kept if params and params.get(key) not in (None, 1.0)}
+    return {key: value if isinstance(value, str) else round(float(value), 4) for key, value in found.items()}
+
+
+def quantised(source: Path, target: Path, kind: str) -> None:
+    """One of llama.cpp's K-quants of a file, by its own quantiser.
+
+    Raises:
+        ExportError: the wheel is not installed, or refuses.
+    """
+    from halfbyte.export import reader
+
+    if not reader.has_llama():
+        raise ExportError(
+            f"{kind} is quantised by llama.cpp, which is not installed.", fix="pip install 'halfbyte[gguf]'"
+        )
+    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+
+    ffi, lib = get_ffi(), get_lib()
+    settings = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())
+    settings.ftype, settings.nthread = QUANTISED[kind], 2
+    if lib.llama_model_quantize(str(source).encode(), str(target).encode(), settings):
+        raise ExportError(f"llama.cpp could not quantise {source.name} to {kind}.")
+
+
+def fallen_back(path: Path, kind: str) -> str:
+    """What is to be said where llama.cpp could not hold every matrix in a K-quant; empty where it could."""
+    matrices = [t for t in read_header(path).tensors if len(t.shape) > 1 and t.type not in ("F32", "F16", "BF16")]
+    others = [t for t in matrices if not t.type.endswith("_K")]
+    if not others:
+        return ""
+    kinds = ", ".join(sorted({t.type for t in others}))
+    return (
+        f"{len(others)} of {len(matrices)} matrices are in {kinds} instead of {kind}: their rows are no multiple of 256"
+    )

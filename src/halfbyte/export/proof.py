@@ -1,0 +1,244 @@
+"""Whether what was written says what the run says: opened by its own program, in a process of its own, and compared.
+
+The bound is what rounding may make of logits. Each of L layers reads the residual stream through five products in a
+row (scores, attention, output; gate or up; down), each with a relative error of one rounding; errors of different
+products are independent and add in squares, and a norm keeps them relative: r sqrt(5 L), where r^2 is the sum over
+what rounds (the file's weights, the program's numbers, the run's own). Twice that is the bound, half at most: logits
+that have nothing to do with each other differ by 1.4 of their spread.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from halfbyte import errors
+from halfbyte.errors import ExportError
+from halfbyte.export.reader import SAID
+from halfbyte.export.witness import LOGITS, WITNESS, Asked
+from halfbyte.system import files
+from halfbyte.system.versions import versions
+from halfbyte.types import Document
+
+# The rms error of one number in each format, relative to the rms of normally distributed ones. Floats: half a unit in
+# the last place, evenly spread. Blocks: range of a block over its levels, over sqrt(12); 32 normal numbers reach 2.07
+# on either side, 16 reach 1.77.
+_BLOCK32, _BLOCK16, _EVEN = 2.07, 1.77, math.sqrt(12)
+# Between fp32 numbers it is the sums that differ: some thousand terms, each rounded once more in another order.
+_SUMMED = 32.0
+ROUNDING = {
+    "F32": 2**-24 * _SUMMED, "F16": 2**-11 / math.sqrt(3), "BF16": 2**-8 / math.sqrt(3),
+    "Q8_0": _BLOCK32 / 127 / _EVEN, "Q6_K": _BLOCK16 / 31 / _EVEN, "Q5_0": _BLOCK32 / 16 / _EVEN,
+    "Q5_1": 2 * _BLOCK32 / 31 / _EVEN, "Q4_0": _BLOCK32 / 8 / _EVEN, "Q4_1": 2 * _BLOCK32 / 15 / _EVEN,
+    "Q5_K": 2 * _BLOCK32 / 31 / _EVEN, "Q4_K": 2 * _BLOCK32 / 15 / _EVEN, "Q3_K": _BLOCK16 / 4 / _EVEN,
+    "Q2_K": 2 * _BLOCK16 / 3 / _EVEN,
+}  # fmt: skip
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+PRODUCTS_OF_A_LAYER, MARGIN, MOST = 5, 2.0, 0.5
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What an export says beside what the run says.
+
+    Args:
+        difference: of logits, the rms over their spread, over all positions. moved: that of the base alone from the
+            run. kl: mean Kullback-Leibler divergence from the run, in nats. base_kl: that of the base alone.
+        same_answers: greedy answers alike, of `answers`. unlike: of the others those in which the run's choice, where
+            they part, was clearer than rounding can turn.
+        tokenized: texts that become other tokens.
+    """
+
+    program: str
+    format: str
+    bound: float
+    difference: float
+    moved: float
+    kl: float
+    base_kl: float
+    loss: float
+    run_loss: float
+    positions: int
+    answers: int
+    same_answers: int
+    unlike: int
+    exact: int
+    run_exact: int
+    references: int
+    tokenized: int
+    bounded: bool = True
+
+    @property
+    def problems(self) -> list[str]:
+        """What rounding does not explain."""
+        found = []
+        if not math.isfinite(self.difference) or (self.bounded and self.difference > self.bound):
+            found.append(f"logits differ by {self.difference:.3g} of their spread; rounding explains {self.bound:.3g}")
+        if not self.bounded and not self.kl < max(self.base_kl, 1e-6):
+            found.append(f"it is no nearer to the run (KL {self.kl:.3g}) than the base alone ({self.base_kl:.3g})")
+        if self.bounded and self.unlike:
+            found.append(f"{self.unlike} of {self.answers} answers part from the run's where its choice was clear")
+        if self.tokenized:
+            found.append(f"{self.tokenized} texts become other tokens")
+        return found
+
+    def to_json(self) -> Document:
+        return {**vars(self), "ok": not self.problems, "problems": self.problems}
+
+
+def ask_run(asked: Asked) -> Path:
+    """What the run says, in `asked.out`; the path of its witness."""
+    task = Path(asked.out, "asked.json")
+    files.write(task, files.as_json(vars(asked)))
+    _child(["halfbyte.export.witness", str(task)], "asking the run")
+    return Path(asked.out, WITNESS)
+
+
+def ask_program(program: str, path: Path, witness: Path, out: Path, adapter: Path | None = None) -> None:
+    """What a program says of an export; written into the folder `out`."""
+    out.mkdir(exist_ok=True)
+    values = {"path": str(path), "witness": str(witness), "out": str(out), "adapter": adapter and str(adapter)}
+    files.write(out / "task.json", files.as_json(values))
+    _child(["halfbyte.export.reader", program, str(out / "task.json")], f"opening {path.name} by {program}")
+
+
+def _child(arguments: Sequence[str], doing: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", *arguments], capture_output=True, text=True, errors="replace", check=False
+    )
+    if done.returncode == 0:
+        return
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    last = lines[-1] if lines else f"it ended by signal {-done.returncode}"
+    if last.startswith("REFUSED "):
+        kind, message, fix = json.loads(last.removeprefix("REFUSED "))
+        raise getattr(errors, kind)(message, fix=fix)
+    why = last if done.returncode > 0 else f"ended by signal {-done.returncode}; {last}"
+    raise ExportError(f"{doing} failed: {why[:400]}")
+
+
+def compare(
+    witness: Path,
+    said: Path,
+    program: str,
+    kind: str,
+    *,
+    others: Sequence[str] = (),
+    reference: Path | None = None,
+    bounded: bool = True,
+) -> Proof:
+    """What was said in the folder `said` beside a run's witness.
+
+    Args:
+        kind: the format of the export's weights. others: what else rounds, such as the program's own numbers.
+        reference: the folder of another witness, whose logits are to be met instead of the run's; answers then differ.
+        bounded: whether rounding alone makes the difference.
+    """
+    asked = json.loads(witness.read_text(encoding="utf-8"))
+    heard = json.loads((said / SAID).read_text(encoding="utf-8"))
+    run, alone, other = (
+        np.load(p) for p in (witness.parent / LOGITS, witness.parent / f"base-{LOGITS}", said / LOGITS)
+    )
+    expected = np.load(reference / LOGITS) if reference is not None else run
+    squares = sum(ROUNDING[each] ** 2 for each in (kind, *others, _DTYPES[asked["dtype"]]))
+    bound = min(MOST, MARGIN * math.sqrt(PRODUCTS_OF_A_LAYER * asked["layers"] * squares))
+    following = np.array(asked["next"])
+    parted = [_parted(a, b, c) for a, b, c in zip(asked["answers"], heard["answers"], asked["clear"], strict=True)]
+    wanted = asked["references"]
+    texts = [
+        [text.strip() == reference.strip() for text, reference in zip(each, wanted, strict=False)]
+        for each in (heard["texts"], asked["texts"])
+    ]
+    return Proof(
+        program=program,
+        format=kind,
+        bound=bound,
+        difference=_difference(expected, other),
+        moved=_difference(run, alone),
+        kl=_kl(run, other),
+        base_kl=_kl(run, alone),
+        loss=_loss(other, following),
+        run_loss=_loss(run, following),
+        positions=len(run),
+        answers=len(parted),
+        same_answers=sum(clear is None for clear in parted),
+        # both logits may be off by the bound, which is an rms; four of it is beyond chance
+        unlike=sum(clear is not None and clear > 8 * bound for clear in parted if reference is None),
+        exact=sum(texts[0]),
+        run_exact=sum(texts[1]),
+        references=len(wanted),
+        tokenized=sum(a["ids"] != b for a, b in zip(asked["tokenized"], heard["tokenized"], strict=True)),
+        bounded=bounded,
+    )
+
+
+def _parted(run: Sequence[int], other: Sequence[int], clear: Sequence[float]) -> float | None:
+    """How clear the run's choice was where two answers part; None where they are alike."""
+    if list(run) == list(other):
+        return None
+    at = next((i for i, (a, b) in enumerate(zip(run, other, strict=False)) if a != b), min(len(run), len(other)))
+    return clear[min(at, len(clear) - 1)]
+
+
+def _centred(logits: np.ndarray) -> np.ndarray:
+    return logits - logits.mean(axis=1, keepdims=True)
+
+
+def _difference(one: np.ndarray, other: np.ndarray) -> float:
+    spread = float(np.linalg.norm(_centred(one)))
+    return float(np.linalg.norm(_centred(one - other))) / spread if spread else math.inf
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def _kl(run: np.ndarray, other: np.ndarray) -> float:
+    total = 0.0
+    for first in range(0, len(run), 64):
+        p, q = _log_softmax(run[first : first + 64]), _log_softmax(other[first : first + 64])
+        total += float((np.exp(p) * (p - q)).sum())
+    return total / len(run)
+
+
+def _loss(logits: np.ndarray, following: np.ndarray) -> float:
+    return float(np.mean([-_log_softmax(row[None])[0, token] for row, token in zip(logits, following, strict=True)]))
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and what it says. `tried`: of each base what was measured, `base` the one taken."""
+
+    path: Path
+    kind: str
+    base: str
+    tried: dict[str, Proof]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def proven(self) -> Proof | None:
+        return self.tried.get(self.base)
+
+    def to_json(self) -> Document:
+        return {
+            "path": str(self.path), "kind": self.kind, "base": self.base, "notes": list(self.notes),
+            "proof": self.proven.to_json() if self.proven is not None else None,
+            "tried": {name: each.to_json() for name, each in self.tried.items()}, "versions": versions(),
+        }  # fmt: skip
+
+    def check(self) -> None:
+        """Raise an ExportError where rounding does not explain what was seen."""
+        if self.proven is not None and self.proven.problems:
+            raise ExportError(
+                f"the {self.kind} does not say what the run says: {'; '.join(self.proven.problems)}. "
+                "Nothing of it is left.",
+                fix="halfbyte verify RUN; if that finds nothing, this is a fault of halfbyte: please report it",
+            )

@@ -1,0 +1,177 @@
+"""`python -m halfbyte.export.reader PROGRAM ASKED.json`: the child process in which another program opens an export.
+
+`transformers` opens a merged folder as anyone would, without a line of ours; `llama.cpp` a GGUF file, with an adapter
+where one is given, through the wheel llama-cpp-py-sync. Each is asked what the run was asked (`witness.py`).
+Why a process of its own: llama.cpp ends its process where it meets what it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from halfbyte.types import Document
+
+if TYPE_CHECKING:
+    from typing import Any
+
+SAID = "said.json"
+INSTALL = "pip install 'halfbyte[gguf]'"
+
+
+def has_llama() -> bool:
+    return find_spec("llama_cpp_py_sync") is not None
+
+
+class Program(Protocol):
+    def tokens(self, text: str) -> list[int]: ...
+    def logits(self, ids: Sequence[int], at: Sequence[int]) -> np.ndarray: ...
+    def answer(self, prompt: Sequence[int], stop: Sequence[int], most: int) -> list[int]: ...
+    def text(self, ids: Sequence[int]) -> str: ...
+
+
+class Transformers:
+    """A folder by `from_pretrained` alone."""
+
+    def __init__(self, path: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.torch = torch
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+
+    def tokens(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def logits(self, ids: Sequence[int], at: Sequence[int]) -> np.ndarray:
+        with self.torch.no_grad():
+            return self.model(input_ids=self.torch.tensor([list(ids)])).logits[0, list(at)].float().numpy()
+
+    def answer(self, prompt: Sequence[int], stop: Sequence[int], most: int) -> list[int]:
+        ids = self.torch.tensor([list(prompt)])
+        out = self.model.generate(
+            input_ids=ids,
+            attention_mask=self.torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=most,
+            eos_token_id=list(stop),
+            pad_token_id=stop[0] if stop else 0,
+        )
+        return [int(i) for i in out[0, len(prompt) :]]
+
+    def text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+class LlamaCpp:
+    """A GGUF file by llama.cpp's own library."""
+
+    def __init__(self, path: str, adapter: str | None = None, tokens: int = 2048, threads: int = 2) -> None:
+        from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+
+        self.ffi, self.lib = get_ffi(), get_lib()
+        self.lib.llama_backend_init()
+        settings = self.lib.llama_model_default_params()
+        settings.n_gpu_layers = 0
+        self.model = self.lib.llama_model_load_from_file(path.encode(), settings)
+        if self.model == self.ffi.NULL:
+            raise SystemExit(f"llama.cpp cannot load {path}")
+        self.vocab = self.lib.llama_model_get_vocab(self.model)
+        self.size = int(self.lib.llama_vocab_n_tokens(self.vocab))
+        context = self.lib.llama_context_default_params()
+        context.n_ctx = context.n_batch = context.n_ubatch = tokens
+        context.n_threads = context.n_threads_batch = threads
+        context.type_k = context.type_v = 0  # fp32, so that only the file's own rounding is seen
+        context.flash_attn_type = 0
+        self.context = self.lib.llama_init_from_model(self.model, context)
+        if adapter is not None:
+            lora = self.lib.llama_adapter_lora_init(self.model, adapter.encode())
+            if lora == self.ffi.NULL:
+                raise SystemExit(f"llama.cpp cannot load the adapter {adapter}")
+            one = self.ffi.new("struct llama_adapter_lora *[1]", [lora])
+            if self.lib.llama_set_adapters_lora(self.context, one, 1, self.ffi.new("float[1]", [1.0])):
+                raise SystemExit(f"llama.cpp cannot use the adapter {adapter}")
+
+    def tokens(self, text: str) -> list[int]:
+        raw = text.encode()
+        most = len(raw) + 16
+        out = self.ffi.new(f"llama_token[{most}]")
+        count = self.lib.llama_tokenize(self.vocab, raw, len(raw), out, most, False, True)
+        return [int(out[i]) for i in range(count)]
+
+    def logits(self, ids: Sequence[int], at: Sequence[int]) -> np.ndarray:
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+        return self._read(ids, 0, set(at))
+
+    def _read(self, ids: Sequence[int], first: int, at: set[int]) -> np.ndarray:
+        """Go on with these tokens; the logits after those in `at`, counted from the first of `ids`."""
+        batch = self.lib.llama_batch_init(len(ids), 0, 1)
+        try:
+            batch.n_tokens = len(ids)
+            for i, token in enumerate(ids):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, first + i, 1, 0
+                batch.logits[i] = i in at
+            if (code := self.lib.llama_decode(self.context, batch)) != 0:
+                raise SystemExit(f"llama.cpp could not read {len(ids)} tokens (code {code})")
+            rows = [self.lib.llama_get_logits_ith(self.context, i) for i in sorted(at)]
+            return np.stack([np.frombuffer(self.ffi.buffer(r, 4 * self.size), np.float32).copy() for r in rows])
+        finally:
+            self.lib.llama_batch_free(batch)
+
+    def answer(self, prompt: Sequence[int], stop: Sequence[int], most: int) -> list[int]:
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+        logits, answer = self._read(prompt, 0, {len(prompt) - 1}), list[int]()
+        while True:
+            answer.append(int(logits[0].argmax()))
+            if answer[-1] in stop or len(answer) == most:
+                return answer
+            logits = self._read(answer[-1:], len(prompt) + len(answer) - 1, {0})
+
+    def text(self, ids: Sequence[int]) -> str:
+        buffer = self.ffi.new("char[512]")
+
+        def pieces() -> Iterator[bytes]:
+            for token in ids:
+                count = self.lib.llama_token_to_piece(self.vocab, token, buffer, 512, 0, False)
+                yield bytes(self.ffi.buffer(buffer, max(0, count)))
+
+        return b"".join(pieces()).decode(errors="replace")
+
+
+def ask(program: Program, asked: Document, out: Path) -> None:
+    """Put a witness' questions to a program."""
+    rows = asked["rows"]
+    logits = np.concatenate([program.logits(row["ids"], row["at"]) for row in rows])
+    np.save(out / "logits.npy", logits[:, : asked["vocabulary"]])
+    answers = [program.answer(ids, asked["stop"], asked["new_tokens"]) for ids in asked["prompts"]]
+    said = {
+        "tokenized": [program.tokens(each["text"]) for each in asked["tokenized"]],
+        "answers": answers,
+        "texts": [program.text(ids) for ids in answers],
+    }
+    (out / SAID).write_text(json.dumps(said), encoding="utf-8")
+
+
+def main(program: str, task: Path) -> None:
+    values: dict[str, Any] = json.loads(task.read_text(encoding="utf-8"))
+    asked = json.loads(Path(values["witness"]).read_text(encoding="utf-8"))
+    longest = max(
+        [len(row["ids"]) for row in asked["rows"]] + [len(ids) + asked["new_tokens"] for ids in asked["prompts"]]
+    )
+    opened: Program = (
+        LlamaCpp(values["path"], values.get("adapter"), longest + 8)
+        if program == "llama.cpp"
+        else Transformers(values["path"])
+    )
+    ask(opened, asked, Path(values["out"]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,279 @@
+"""The merged model as a list of the checkpoint's own tensors, each made when it is asked for.
+
+What: the tensors of the source under the source's names, in the order of its files, so that what is written opens like
+the source. Into 16 bits: a tensor that the adapter does not change is the source's, byte for byte. From the store: a
+quantised matrix is what training multiplied with.
+Cost: the adapter, and one matrix and its delta in fp32; of a mapped store one matrix' pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from halfbyte.adapters import merging
+from halfbyte.base import load, lost, residual
+from halfbyte.base.config import is_quantised_already, open_config
+from halfbyte.base.store import experts, shelf, supply
+from halfbyte.base.store.reading import FLOATS, SourceTensor, torch_dtypes
+from halfbyte.base.store.renaming import renamed
+from halfbyte.errors import AdapterError, BaseModelError, StoreError
+from halfbyte.inference.target import Target
+from halfbyte.models import tensors
+from halfbyte.models.sources.checkpoint import Checkpoint
+from halfbyte.models.sources.lookup import find_model
+from halfbyte.models.structure import meta_model
+from halfbyte.quant import formats
+from halfbyte.quant.stack import ExpertStack
+from halfbyte.recipe.adapter import folder_of, read_config, read_passport
+from halfbyte.recipe.schema import Lora
+from halfbyte.system import device, pages
+from halfbyte.types import Config, Model
+
+BaseKind = Literal["16bit", "4bit"]
+CHUNK_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor of the merged checkpoint.
+
+    Args:
+        source: whose values it begins with, and whose dtype and shape it has. target: the model's name for it.
+        expert: of a stack, which one; its rows begin at `first_row` of the expert's matrix.
+    """
+
+    name: str
+    source: SourceTensor
+    target: str
+    expert: int | None = None
+    first_row: int = 0
+
+
+class Merged:
+    """A run's base with its adapter in it. A context: its files are open inside.
+
+    Raises:
+        AdapterError: the adapter changes what cannot be written, or does not fit.
+        BaseModelError: the source is in few bits itself.
+        StoreError: the store that it was trained on cannot be built again.
+    """
+
+    def __init__(self, found: Target, base: BaseKind, tell: supply.Tell | None = None) -> None:
+        self.found, self.base, tell = found, base, tell or supply.Tell()
+        self.checkpoint: Checkpoint = find_model(found.recipe)
+        foreign = found.recipe.trust_remote_code
+        self.config: Config = open_config(self.checkpoint.path, trust_remote_code=foreign)
+        if is_quantised_already(self.config, self.checkpoint.path) or tensors.is_quantised(self.config.to_dict()):
+            raise BaseModelError(
+                f"{self.checkpoint.id} is quantised itself, so there is no 16-bit model to merge into.",
+                fix="--set model=THE 16-BIT MODEL, or use the adapter with its base: halfbyte export RUN --peft",
+            )
+        self.plain = meta_model(self.config)
+        self.source = supply.open_source(self._wanted())
+        self.changes = self._changes(found.adapter, tell)
+        self.store = self._store(tell) if self._needs_store else None
+        self.modules = dict(self.store.named_modules()) if self.store is not None else {}
+        self.items, self.untied = self._items()
+        self._maps, self._stack = pages.FileMaps.read(), ExitStack()
+
+    def __enter__(self) -> Merged:
+        self._stack.enter_context(self.source)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def is_changed(self, item: Item) -> bool:
+        """Whether it differs from the source's tensor."""
+        return item.target in self.changes or (self.base == "4bit" and self._held(item) is not None)
+
+    def raw(self, item: Item) -> Iterator[tuple[int, np.ndarray]]:
+        """(first byte, bytes) of the source's tensor, in pieces."""
+        buffer = np.empty(min(CHUNK_BYTES, item.source.nbytes), np.uint8)
+        for first in range(0, item.source.nbytes, CHUNK_BYTES):
+            part = buffer[: min(CHUNK_BYTES, item.source.nbytes - first)]
+            self.source.read(item.source, first, part.data)
+            yield first, part
+
+    def value(self, item: Item) -> Tensor:
+        """The merged tensor in fp32, of the source's shape, not rounded."""
+        change = self.changes.get(item.target)
+        held = self._held(item) if self.base == "4bit" else None
+        weight = self._trained_on(item) if held is not None else self._read(item.source)
+        if change is None:
+            return weight
+        if item.expert is not None and change.experts is not None:
+            return change.of_expert(weight, item.expert, item.first_row)
+        if change.experts is not None:
+            for expert in range(len(weight)):
+                change.of_expert(weight[expert], expert)
+            return weight
+        trained_on = (lambda: self._trained_on(item)) if change.norms and held is None and self._held(item) else None
+        return change.of(weight, trained_on).reshape(weight.shape)
+
+    # --- what is open -------------------------------------------------------------------------------------------------
+
+    @property
+    def _needs_store(self) -> bool:
+        return self.found.recipe.quant.quantises and (
+            self.base == "4bit" or any(change.norms for change in self.changes.values())
+        )
+
+    def _changes(self, adapter: Path | None, tell: supply.Tell) -> dict[str, merging.Change]:
+        if adapter is None:
+            return {}
+        start = None
+        if self.base == "16bit" and self.found.recipe.quant.quantises and starts_residual(adapter):
+            start = self._start(adapter, tell)
+        changes = merging.changes(self.config, adapter, start)
+        known = {name for name, _ in self.plain.named_parameters(remove_duplicate=False)}
+        if strange := sorted(set(changes) - known):
+            raise AdapterError(f"the adapter changes {strange[0]}, which {self.checkpoint.id} does not have.")
+        return changes
+
+    def _wanted(self) -> shelf.Wanted:
+        specs = tuple(tensors.read_checkpoint(self.checkpoint.path)) if not self.checkpoint.pickle else ()
+        return load.want(self.checkpoint, self.config, self.found.recipe.quant, device.detect(), specs)
+
+    def _start(self, adapter: Path, tell: supply.Tell) -> merging.Factors:
+        config, wanted = read_config(adapter), self._wanted()
+        ranks = {"r": config["r"], "rank_pattern": config.get("rank_pattern") or {}}
+        lora = Lora.model_validate({"init_lora_weights": "residual", **ranks})
+        path = residual.beside(
+            wanted, supply.ensure(wanted, tell=tell), lora, lambda label, text: tell.say(text, label)
+        )
+        assert path is not None
+        plain = merging.changes(self.config, adapter)
+        names = [n.removesuffix(".weight") for n, change in plain.items() if change.layer is not None]
+        both = residual.read(path, names)
+        return {n: (b[:, : rank_of(plain, n)], a[: rank_of(plain, n)]) for n, (b, a) in both.items()}
+
+    def _store(self, tell: supply.Tell) -> Model:
+        wanted = self._wanted()
+        try:
+            return load.open_store(wanted, supply.ensure(wanted, tell=tell))
+        except shelf.CannotHold as reason:
+            raise StoreError(
+                f"{self.checkpoint.id} cannot be held in a store: {reason}.", fix="--base 16bit"
+            ) from reason
+
+    # --- tensors ------------------------------------------------------------------------------------------------------
+
+    def _items(self) -> tuple[list[Item], bool]:
+        """Every tensor of the source, and those of weights that are no longer tied."""
+        model = self.plain
+        state = dict.fromkeys(model.state_dict(), 1)
+        targets, items = renamed(model, self.source.tensors, state), list[Item]()
+        stacked: dict[str, list[experts.Member]] = {}
+        for name, source in self.source.tensors.items():
+            target, rule = targets[name]
+            if rule is not None and target in state:
+                stacked.setdefault(target, []).append((source, rule))
+            items.append(Item(name, source, target))
+        places = {p.name: p for target, members in stacked.items() for p in self._places(target, members)}
+        items = [places.get(item.name, item) for item in items]
+        there, untied = {item.target: item for item in items}, False
+        for other, own in model.all_tied_weights_keys.items():
+            if own in there and other not in there and not self._stays_tied(own, other):
+                items.append(Item(other, there[own].source, other))
+                untied = True
+        covered = {item.target for item in items} | (set() if untied else set(model.all_tied_weights_keys))
+        if missing := sorted(set(self.changes) - covered):
+            raise AdapterError(
+                f"the adapter changes {missing[0]}, and no tensor of {self.checkpoint.id} is that weight."
+            )
+        return items, untied
+
+    def _stays_tied(self, own: str, other: str) -> bool:
+        a, b = self.changes.get(own), self.changes.get(other)
+        if a is None and b is None:
+            return True
+        if a is None or b is None:
+            return False
+        same = a.value is not None and b.value is not None and torch.equal(a.value, b.value)
+        return same and (a.rows is None) == (b.rows is None)
+
+    def _places(self, target: str, members: list[experts.Member]) -> Iterator[Item]:
+        """Where each tensor of single experts is in the stack that transformers makes of them."""
+        if target not in self.changes and self.base == "16bit":
+            yield from (Item(source.name, source, target) for source, _ in members)
+            return
+        shape = tuple(self.plain.get_parameter(target).shape)
+        at = 0
+        for source in experts.in_order(target, members):
+            if len(source.shape) != 2:  # all experts in one tensor
+                if tuple(source.shape) != shape:
+                    raise AdapterError(f"{source.name} is turned while it is loaded; its experts are not merged here.")
+                yield Item(source.name, source, target)
+                continue
+            expert, rest = divmod(at, shape[1] * shape[2])
+            yield Item(source.name, source, target, expert, rest // shape[2])
+            at += source.shape[0] * source.shape[1]
+
+    def _held(self, item: Item) -> object | None:
+        """The store's module or stack that holds a weight in few bits; None where it does not."""
+        home, _, leaf = item.target.rpartition(".")
+        module = self.modules.get(home)
+        if module is None:
+            return None
+        if isinstance(stack := getattr(module, leaf, None), ExpertStack):
+            return stack
+        return module if leaf == "weight" and formats.is_quantised(module) else None
+
+    def _trained_on(self, item: Item) -> Tensor:
+        """What training multiplied with, fp32, as the source has it."""
+        held = self._held(item)
+        dtype = load.DTYPES[device.compute_dtype(device.detect(), self.found.recipe.quant.compute_dtype)[0]]
+        if isinstance(held, ExpertStack):
+            chosen = range(len(held)) if item.expert is None else (item.expert,)
+            weight = torch.stack([held.expert(e, dtype).float() for e in chosen])
+            if item.expert is not None:
+                weight = weight[0, item.first_row : item.first_row + item.source.shape[0]]
+            return weight.contiguous()
+        module = self.modules[item.target.rpartition(".")[0]]
+        weight = formats.of_module(module).weight(module, dtype).to("cpu", torch.float32, copy=True)
+        lost.let_go(module.weight.data, self._maps)
+        original = self.plain.get_submodule(item.target.rpartition(".")[0])
+        return weight.T.contiguous() if type(original).__name__ == "Conv1D" else weight  # which holds (in, out)
+
+    def _read(self, source: SourceTensor) -> Tensor:
+        if source.dtype not in FLOATS:
+            raise AdapterError(f"{source.name} is {source.dtype}, to which nothing can be added.")
+        raw = np.empty(source.nbytes, np.uint8)
+        self.source.read(source, 0, raw.data)
+        return torch.from_numpy(raw).view(torch_dtypes()[source.dtype]).view(source.shape).to(torch.float32)
+
+
+def rank_of(changes: dict[str, merging.Change], module: str) -> int:
+    layer = changes[f"{module}.weight"].layer
+    assert layer is not None
+    return int(next(iter(layer.r.values())))
+
+
+def starts_residual(adapter: Path) -> bool:
+    """Whether an adapter, or the one that it began with, began at what quantising has lost.
+
+    Raises:
+        AdapterError: it began with another one that is not there any more, so that this cannot be told.
+    """
+    passport = read_passport(adapter)
+    recipe = (passport or {}).get("recipe", {})
+    if recipe.get("lora.init_lora_weights") == "residual":
+        return True
+    if not (first := recipe.get("lora.adapter")):
+        return False
+    if not (folder_of(first) / "adapter_config.json").is_file():
+        raise AdapterError(
+            f"{adapter} began with the adapter {first}, which is not there any more: whether that one began at what "
+            "quantising has lost (init_lora_weights residual) cannot be told, and 16-bit weights must know.",
+            fix="--base 4bit",
+        )
+    return starts_residual(folder_of(first))

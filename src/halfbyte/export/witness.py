@@ -1,0 +1,166 @@
+"""`python -m halfbyte.export.witness ASKED.json`: the child process that writes down what a run says.
+
+What: of held-out rows the logits at labelled tokens; of prompts the answers, token by token, with how clear each choice
+was; how a text becomes tokens; and the same logits of the base alone, so that a rounding can be told from an adapter
+that is not there. `logits.npy` is (positions, vocabulary) fp32, row after row.
+Why a process of its own: base and adapter are gone when it ends, and who writes an export stays small.
+Cost: opening the run, two forwards of `ROWS` rows, `PROMPTS` answers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from halfbyte.data import split
+from halfbyte.data.encoding import encode
+from halfbyte.data.encoding.examples import IGNORED, Example
+from halfbyte.errors import DataError, HalfbyteError
+from halfbyte.inference import decode, target
+from halfbyte.inference.generate import stop_ids
+from halfbyte.inference.load import Opened, open_target
+from halfbyte.inference.proof import logits_at
+from halfbyte.models.context import context_of
+from halfbyte.runs.folder import RunFolder
+from halfbyte.system import device, files
+from halfbyte.types import Document
+
+ROWS, TOKENS_OF_A_ROW, PROMPTS, NEW_TOKENS = 20, 32, 20, 48
+WITNESS, LOGITS = "witness.json", "logits.npy"
+TEXTS = (
+    "Hello  world, it's 12345 + 6.  7\n\n\tdef f(x):\n    return x  # é 日本\n",
+    " A b\n\n  c's 1234567.5 Straße naïve 日本語 🙂\tend ",
+    "Привет, мир! مرحبا ١٢٣ — “quotes” … 3.14159 don't CAN'T\r\n  x==y && z",
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Args:
+    run: a run folder or an adapter's. out: an empty folder. unquantised: on the base in 16 bits, whatever it was
+        trained on. data: other rows than those held out.
+    """
+
+    run: str
+    out: str
+    overrides: Sequence[str] = ()
+    force: bool = False
+    unquantised: bool = False
+    data: str | None = None
+
+
+def write(asked: Asked) -> None:
+    """Open the run, ask it, and write `witness.json` and `logits.npy`."""
+    found = target.find(Path(asked.run), asked.overrides)
+    if asked.unquantised:
+        quant = found.recipe.quant.in_type("none")
+        found = replace(found, recipe=found.recipe.model_copy(update={"quant": quant}))
+    opened = open_target(found, force=asked.force or asked.unquantised)
+    rows = _rows(opened, Path(asked.data) if asked.data else None)
+    chosen = [(row, _positions(row)) for row in rows if any(label != IGNORED for label in row.labels[1:])][:ROWS]
+    said = _logits(opened, chosen, base=False)
+    alone = _logits(opened, chosen, base=True)
+    np.save(Path(asked.out, LOGITS), said)
+    np.save(Path(asked.out, f"base-{LOGITS}"), alone)
+    tokenizer = opened.tokenizer
+    prompts = [list(row.prompt_ids) for row in rows if row.completion][:PROMPTS]
+    prompts = prompts or [list(row.input_ids[: 1 + len(row.input_ids) // 2]) for row in rows[:PROMPTS]]
+    prompts = [] if asked.unquantised else prompts  # of which only the logits are asked
+    spoken = [tokenizer.decode(ids) for ids in prompts]
+    answers = [_answer(opened, ids) for ids in prompts]
+    texts = [*TEXTS, *spoken]
+    document: Document = {
+        "rows": [{"ids": list(row.input_ids), "at": at} for row, at in chosen],
+        "next": [row.input_ids[i + 1] for row, at in chosen for i in at],
+        "prompts": prompts,
+        "references": [row.completion for row in rows if row.completion][:PROMPTS],
+        "answers": [ids for ids, _ in answers],
+        "clear": [margins for _, margins in answers],
+        "texts": [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in answers],
+        "tokenized": [{"text": t, "ids": tokenizer(t, add_special_tokens=False)["input_ids"]} for t in texts],
+        "stop": stop_ids(opened.model, tokenizer),
+        "new_tokens": NEW_TOKENS,
+        "vocabulary": int(said.shape[1]),
+        "dtype": str(opened.model.dtype).removeprefix("torch."),
+        "layers": int(opened.model.config.get_text_config().num_hidden_layers),
+        "chat_template": tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+        "origin": rows[0].where.rpartition(":")[0] if rows else "",
+    }
+    files.write(Path(asked.out, WITNESS), files.as_json(document))
+
+
+def _rows(opened: Opened, data: Path | None) -> list[Example]:
+    """Held-out rows; else the rows that were trained on; else lines of a small text of ours."""
+    recipe = opened.recipe
+    try:
+        names = target.held_out(recipe, opened.run, data)
+        if names is None:
+            return list(split.load(RunFolder(opened.run).held_out).examples[: 4 * ROWS])
+    except HalfbyteError:
+        names = None
+    with resources.as_file(resources.files("halfbyte.inference").joinpath("quality.txt")) as own:
+        plain = recipe.data.model_copy(update={"overlong": "truncate", "packing": "rows"})
+        for rows in (names, recipe.data.train or None, own):
+            try:
+                if rows is not None:
+                    settings = plain if rows is not own else plain.model_copy(update={"format": "auto", "fields": {}})
+                    encoded = encode.encode(rows, opened.tokenizer, settings, cores=device.cores())
+                    return list(encoded.examples[: 4 * ROWS])
+            except HalfbyteError:
+                continue
+    raise DataError("there are no rows to compare an export on.", fix="--data ROWS.jsonl")
+
+
+def _positions(row: Example) -> list[int]:
+    """Positions whose next token is labelled."""
+    return [i - 1 for i, label in enumerate(row.labels) if label != IGNORED and i][:TOKENS_OF_A_ROW]
+
+
+def _logits(opened: Opened, rows: Sequence[tuple[Example, list[int]]], *, base: bool) -> np.ndarray:
+    """(positions, vocabulary) fp32."""
+
+    def each() -> Iterator[np.ndarray]:
+        for row, at in rows:
+            yield logits_at(opened.model, row.input_ids, at).cpu().numpy()
+
+    with opened.using(base=base):
+        return np.concatenate(list(each()))
+
+
+def _answer(opened: Opened, prompt: list[int]) -> tuple[list[int], list[float]]:
+    """The greedy answer's tokens, and of each by how much it led, in units of the spread of all logits there."""
+    model, tokenizer = opened.model, opened.tokenizer
+    context = context_of(model.config)
+    room = NEW_TOKENS if context is None else max(1, min(NEW_TOKENS, context.tokens - len(prompt)))
+    ids = torch.tensor([prompt], device=model.device)
+    how: Document = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": room, "do_sample": False,
+        "temperature": None, "top_p": None, "top_k": None, "eos_token_id": stop_ids(model, tokenizer),
+        "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0, "use_cache": True,
+    }  # fmt: skip
+    with torch.no_grad():
+        try:
+            out = model.generate(**how, custom_generate=decode.Loop(None))
+        except decode.Slower:
+            out = model.generate(**how)
+    answer = [int(i) for i in out[0, len(prompt) :]]
+    at = range(len(prompt) - 1, len(prompt) - 1 + len(answer))
+    logits = logits_at(model, [*prompt, *answer], list(at))
+    best = logits.gather(1, torch.tensor(answer, device=logits.device)[:, None])[:, 0]
+    logits.scatter_(1, torch.tensor(answer, device=logits.device)[:, None], -torch.inf)
+    spread = logits[logits.isfinite()].view(len(answer), -1).std(dim=1)
+    return answer, [float(x) for x in (best - logits.max(dim=1).values) / spread]
+
+
+if __name__ == "__main__":
+    try:
+        write(Asked(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    except HalfbyteError as error:
+        sys.exit("REFUSED " + json.dumps([type(error).__name__, error.message, error.fix]))

@@ -1,0 +1,176 @@
+"""`halfbyte push` against a stand-in of the hub, in a process of its own; the token is sent and never shown."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from halfbyte.errors import ExportError
+from halfbyte.export import hub as shipping
+from halfbyte.export import proof
+from halfbyte.export.proof import Exported
+from halfbyte.inference.target import Target
+from tests import tiny_run
+
+TOKEN = "hf_stand_in_of_a_token_0123456789"
+
+
+class Hub(ThreadingHTTPServer):
+    """As much of the hub as an upload of small files uses."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repos: dict[str, bool] = {}
+        self.files: dict[str, bytes] = {}
+        self.tokens: set[str | None] = set()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Stay quiet."""
+
+    def do_GET(self) -> None:
+        name = self.path.removeprefix("/api/models/").partition("/")[0:1][0]
+        repo = "/".join(self.path.removeprefix("/api/models/").split("/")[:2])
+        known = repo in self.server.repos
+        self._say(
+            200 if known else 404, {"id": repo, "private": self.server.repos.get(repo), "sha": "0" * 40, "n": name}
+        )
+
+    def do_POST(self) -> None:
+        raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.tokens.add(self.headers.get("Authorization"))
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self._say(401, {"error": "Invalid username or password."})
+        if self.path == "/api/repos/create":
+            asked = json.loads(raw)
+            repo = "/".join(part for part in (asked.get("organization"), asked["name"]) if part)
+            if repo in self.server.repos:
+                return self._say(409, {"error": "You already created this model repo", "url": f"{self._at}/{repo}"})
+            self.server.repos[repo] = asked.get("private", False) or asked.get("visibility") == "private"
+            return self._say(200, {"url": f"{self._at}/{repo}"})
+        if self.path.endswith("/preupload/main"):
+            names = [each["path"] for each in json.loads(raw)["files"]]
+            return self._say(
+                200,
+                {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for n in names]},
+            )
+        if self.path.endswith("/commit/main"):
+            for line in raw.splitlines():
+                value = json.loads(line)
+                if value["key"] == "file":
+                    self.server.files[value["value"]["path"]] = base64.b64decode(value["value"]["content"])
+            return self._say(
+                200,
+                {"success": True, "commitOid": "1" * 40, "commitUrl": f"{self._at}/me/x/commit/1", "hookOutput": ""},
+            )
+        return self._say(200, {"errors": [], "warnings": []})  # validate-yaml
+
+    @property
+    def _at(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+    def _say(self, status: int, value: object) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def pushed(hub: Hub, *args: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": token, "HF_HUB_OFFLINE": "0"}
+    return subprocess.run(
+        [sys.executable, "-m", "halfbyte", "push", *args], env=env, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Path:
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    for name in ("config.json", "export.json", "model.safetensors", ".hidden"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+def test_private_by_default_and_the_token_is_never_shown(hub: Hub, export: Path) -> None:
+    done = pushed(hub, str(export), "me/orders")
+    assert done.returncode == 0, done.stderr
+    assert hub.repos == {"me/orders": True} and set(hub.files) == {"config.json", "export.json", "model.safetensors"}
+    assert hub.tokens == {f"Bearer {TOKEN}"} and TOKEN not in done.stdout + done.stderr
+    assert "me/orders" in done.stdout
+    opened = pushed(hub, str(export), "me/open", "--public")
+    assert opened.returncode == 0 and hub.repos["me/open"] is False
+    refused = pushed(hub, str(export), "me/open")
+    assert refused.returncode == 1 and "is public; nothing was pushed" in refused.stderr
+
+
+def test_what_the_hub_refuses(hub: Hub, export: Path) -> None:
+    done = pushed(hub, str(export), "me/orders", token="hf_another_0123456789")
+    assert done.returncode == 1 and "the hub refused me/orders" in done.stderr and "hf auth login" in done.stderr
+    assert "Traceback" not in done.stderr and "hf_another_0123456789" not in done.stderr and not hub.repos
+
+
+def test_what_cannot_be_pushed(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="neither a run nor an export"):
+        shipping.push(tmp_path, "me/x")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ExportError, match="no name of a repository"):
+        shipping.push(tmp_path, "x")
+
+
+def test_a_card_says_what_is_known(tmp_path: Path) -> None:
+    from halfbyte.runs.folder import RunFolder
+
+    recipe = tiny_run.recipe(tmp_path, model="org/name@abc", output=tmp_path / "run").recipe
+    run = RunFolder(tmp_path / "run")
+    (run.path / "eval").mkdir(parents=True)
+    scores = {"adapter": {"exact_match": {"value": 0.75, "interval": [0.6, 0.9]}, "loss": {"value": 0.5}}}
+    (run.path / "eval/scores.json").write_text(json.dumps(scores))
+    run.report.write_text(json.dumps({"tokens": 12345, "steps": 4, "train_seconds": 61.0, "peak_rss_bytes": 10**9}))
+    run.recipe.write_text("model: org/name\n")
+    seen = proof.Proof("transformers", "F32", 1.0, 0.1, 0.5, 0.3, 1.0, 2.0, 1.9, 10, 6, 6, 0, 1, 2, 6, 0)
+    made = Exported(tmp_path, "merged model", "4bit", {"4bit": seen}, ("a note",))
+    found = Target(run.path, recipe.model_copy(update={"model": "org/name", "revision": "abc"}), None, run)
+    shipping.write(tmp_path, found, made)
+    read = ModelCard.load(tmp_path / "README.md")
+    assert read.data.base_model == "org/name" and read.data.library_name == "transformers"
+    assert {(r.metric_type, r.metric_value) for r in read.data.eval_results or ()} == {
+        ("exact_match", 0.75),
+        ("loss", 0.5),
+    }
+    for words in (
+        "revision `abc`",
+        "12,345 tokens",
+        "61 s",
+        "95% 0.6 to 0.9",
+        "train.jsonl",
+        "a note",
+        "6 greedy",
+        "2.0000",
+    ):
+        assert words in read.text, words

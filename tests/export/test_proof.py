@@ -1,0 +1,128 @@
+"""The proof of an export: what is right passes, and each fault is caught. One run; in this process but for one test."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from halfbyte import finetune
+from halfbyte.errors import ExportError
+from halfbyte.export import folder, merge, proof, reader, witness
+from halfbyte.export.weights import Merged
+from halfbyte.inference import target
+from tests import tiny_run
+from tests.in_process import runner
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, what it says (`run/`), and it merged into the weights that it was trained on (`merged/`)."""
+    here = tmp_path_factory.mktemp("world")
+    tiny_run.rows(here / "eval.jsonl", 6, seed=5)
+    finetune.train(tiny_run.recipe(here, data__eval=here / "eval.jsonl", output=here / "trained"))
+    (here / "run").mkdir()
+    witness.write(witness.Asked(str(here / "trained"), str(here / "run")))
+    (here / "merged").mkdir()
+    folder.write(Merged(target.find(here / "trained"), "4bit"), here / "merged")
+    return here
+
+
+def proven(world: Path, merged: Path, said: Path) -> proof.Proof:
+    said.mkdir()
+    asked = json.loads((world / "run" / witness.WITNESS).read_text())
+    reader.ask(reader.Transformers(str(merged)), asked, said)
+    return proof.compare(world / "run" / witness.WITNESS, said, "transformers", "F32", others=("F32",))
+
+
+def test_what_is_right_passes(world: Path, tmp_path: Path) -> None:
+    seen = proven(world, world / "merged", tmp_path / "said")
+    assert not seen.problems, seen
+    assert seen.difference < seen.bound < 1e-4 < seen.moved and seen.kl < 1e-8 < seen.base_kl
+    assert seen.answers == 6 and not seen.unlike and not seen.tokenized
+    assert seen.loss == pytest.approx(seen.run_loss, rel=1e-5)
+
+
+def _turned(weights: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    weights[name] = weights[name].view(2, 2, 8, 64).transpose(1, 2).reshape(32, 64).contiguous()
+
+
+def _without_one_delta(weights: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> None:
+    weights["model.layers.0.self_attn.q_proj.weight"] = base["model.layers.0.self_attn.q_proj.weight"]
+
+
+def _not_finite(weights: dict[str, torch.Tensor]) -> None:
+    weights["model.norm.weight"][3] = float("nan")
+
+
+@pytest.mark.parametrize("fault", [_turned, _without_one_delta, _not_finite])
+def test_a_fault_in_the_weights(fault: Callable[..., None], world: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(world / "merged", tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    fault(weights, load_file(world / "model/model.safetensors")) if fault is _without_one_delta else fault(weights)
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    assert any("logits differ" in problem for problem in proven(world, broken, tmp_path / "said").problems)
+
+
+def test_a_fault_in_the_tokenizer(world: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(world / "merged", tmp_path / "broken")
+    values = json.loads((broken / "tokenizer.json").read_text())
+    values["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    (broken / "tokenizer.json").write_text(json.dumps(values))
+    assert any("other tokens" in problem for problem in proven(world, broken, tmp_path / "said").problems)
+
+
+def test_a_fault_fails_the_export_and_nothing_is_left(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command whole, its child processes included: once as it is, once with a delta forgotten."""
+    cli = runner(tmp_path, capsys)
+    trained = str(world / "trained")
+    done = cli("merge", trained, "--base", "4bit", "--out", str(tmp_path / "good"), "--json")
+    assert done.code == 0, done.err
+    seen = json.loads((tmp_path / "good/export.json").read_text())
+    assert json.loads(done.out)["proof"] == seen["proof"] and seen["proof"]["ok"] and seen["base"] == "4bit"
+    again = cli("merge", trained, "--base", "4bit", "--out", str(tmp_path / "good"))
+    assert again.code == 1 and "exists already" in again.err
+
+    of = Merged.value
+
+    def forgets(self: Merged, item: Any) -> torch.Tensor:
+        if item.name.endswith("layers.1.self_attn.q_proj.weight"):
+            self.changes.pop(item.target)
+        return of(self, item)
+
+    monkeypatch.setattr(Merged, "value", forgets)
+    failed = cli("merge", trained, "--base", "4bit", "--out", str(tmp_path / "bad"))
+    assert failed.code == 1 and "does not say what the run says" in failed.err and "Nothing of it is left" in failed.err
+    assert [path.name for path in tmp_path.iterdir()] == ["good"]
+
+
+def test_auto_takes_the_nearer_and_says_so(world: Path) -> None:
+    seen = proof.Proof("t", "F32", 1.0, 0.1, 0.5, 0.3, 1.0, 2.0, 1.9, 10, 6, 6, 0, 1, 2, 6, 0)
+    found = target.find(world / "trained")
+    for kl, taken in ((0.2, "4bit"), (0.4, "16bit")):
+        tried = {"16bit": seen, "4bit": replace(seen, kl=kl)}
+        assert merge.better(tried, ["16bit", "4bit"]) == taken
+        (note, *_) = merge.notes(found, ["16bit", "4bit"], tried, taken)
+        assert "KL 0.3000" in note and f"KL {kl:.4f}" in note and "exact 1 of 6" in note and "exact 2 of 6" in note
+    unsound = {"16bit": replace(seen, kl=0.01, tokenized=1), "4bit": seen}
+    assert merge.better(unsound, ["16bit", "4bit"]) == "4bit"
+
+
+def test_a_base_alone_or_16_bits(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="nothing to ship"):
+        merge.merge(merge.Wish(world / "model"))
+    found = target.find(world / "trained")
+    whole = replace(found, recipe=found.recipe.model_copy(update={"quant": found.recipe.quant.in_type("none")}))
+    assert merge.bases(whole, "auto") == ["16bit"]
+    with pytest.raises(ExportError, match="there are no others"):
+        merge.bases(whole, "4bit")
