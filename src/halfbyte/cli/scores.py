@@ -19,6 +19,7 @@ from halfbyte.scoring.intervals import CONFIDENCE
 if TYPE_CHECKING:
     from halfbyte.inference.quality import Report
     from halfbyte.scoring.sheet import Score, Sheet, Value
+    from halfbyte.types import Document
 
 _LOSSES = ("loss", "perplexity")
 
@@ -31,6 +32,12 @@ def evaluate(
         list[str],
         typer.Option("--metric", "-m", metavar="NAME", help="Instead of eval.metrics; repeatable."),
     ] = [],  # noqa: B006
+    task: Annotated[
+        list[str], typer.Option("--task", metavar="NAME", help="A task of lm-evaluation-harness instead; repeatable.")
+    ] = [],  # noqa: B006
+    task_path: Annotated[
+        Path | None, typer.Option("--task-path", metavar="DIR", help="With --task: where own tasks are.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
     samples: Annotated[int, typer.Option(min=0, help="How many outputs to show.")] = 3,
     max_new_tokens: Annotated[
@@ -39,7 +46,7 @@ def evaluate(
     sure: Annotated[
         bool | None, typer.Option("--intervals/--no-intervals", help="Intervals and tests; default: where scipy is.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Keep scores and answers there.")] = None,
+    to: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Keep scores and answers there.")] = None,
     set_: Set = [],  # noqa: B006
     force: Force = False,
     json_: Json = False,
@@ -50,9 +57,20 @@ def evaluate(
 
     overrides = [*set_, *([f"eval.max_new_tokens={max_new_tokens}"] if max_new_tokens is not None else [])]
     found = target.find(run, overrides)
+    if task:
+        asking.need_harness()
+        ready = opened(run, overrides, silent=json_, force=force)
+        from halfbyte.inference import harness
+
+        with progress.scoring(silent=json_) as tell:
+            results = harness.run(ready, task, task_path, limit=limit, with_base=base, progress=tell)
+        folder = to or (sheet.folder_of(run, None) if found.run is not None else None)
+        sheet.keep_harness(results, folder)
+        show.document(results) if json_ else tasks(results)
+        return
     target.held_out(found.recipe, run, data)
     wanted = asking.Wanted.of(found.recipe.eval, metric, limit=limit, with_base=base, sure=sure)
-    folder = out or (sheet.folder_of(run, data) if found.run is not None else None)
+    folder = to or (sheet.folder_of(run, data) if found.run is not None else None)
     ready = opened(run, overrides, silent=json_, force=force)
     from halfbyte.inference import evaluate as scoring
 
@@ -64,6 +82,20 @@ def evaluate(
         show.document({**made.to_json(), "folder": None if folder is None else str(folder)})
     else:
         table(made, samples, folder)
+
+
+def tasks(results: dict[str, Document]) -> None:
+    """What lm-evaluation-harness found, side by side, with its standard errors."""
+    lines = Table(header_style="bold")
+    for column in ("task", "metric", *results):
+        lines.add_column(column, justify="right" if column in results else "left")
+    for name, found in next(iter(results.values())).items():
+        for metric in (m for m, value in found.items() if isinstance(value, float) and "_stderr," not in m):
+            name_, _, of = metric.partition(",")
+            each = [(side[name][metric], side[name].get(f"{name_}_stderr,{of}")) for side in results.values()]
+            shown = [f"{v:.4f}" + (f" ± {e:.4f}" if isinstance(e, float) else "") for v, e in each]
+            lines.add_row(escape(name), escape(metric), *shown)
+    out.print(lines)
 
 
 def table(made: Sheet, samples: int, folder: Path | None) -> None:

@@ -12,7 +12,7 @@ Cost: a prompt's forward dequantises the base once for all that it takes togethe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, islice
 from typing import TYPE_CHECKING
@@ -40,6 +40,7 @@ _PROCESSORS = (
     "begin_suppress_tokens", "sequence_bias", "exponential_decay_length_penalty", "guidance_scale",
     "watermarking_config",
 )  # fmt: skip
+_LETTER_TOKENS = 8
 Progress = Callable[[int, int], None]
 
 
@@ -51,12 +52,15 @@ def answers(
     *,
     at_once: int = 16,
     tokens_at_once: int = 2048,
+    stops: Sequence[str] = (),
+    ends: Collection[int] | None = None,
     progress: Progress = lambda done, of: None,
 ) -> list[str]:
     """What the model writes to each prompt (token ids), greedily, up to `most` tokens each.
 
     Args:
         at_once: most texts in one batch. tokens_at_once: most tokens of prompts in one forward, but for a longer one.
+        stops: texts that end an answer, and are no part of it. ends: tokens that do; None for those of `stop_ids`.
     """
     if not prompts:
         return []
@@ -64,12 +68,21 @@ def answers(
     model.eval()
     try:
         with torch.no_grad():
-            return _Queue(model, tokenizer, prompts, most, at_once, tokens_at_once, progress).run()
+            queue = _Queue(model, tokenizer, prompts, most, at_once, tokens_at_once, progress)
+            queue.ending = tuple(stops)
+            queue.stops = frozenset(stop_ids(model, tokenizer) if ends is None else ends)
+            texts = queue.run()
     except decode.Slower as why:
         say(f"answers are not written in one queue: {why}")
-        return _in_groups(model, tokenizer, prompts, most, at_once, progress)
+        texts = _in_groups(model, tokenizer, prompts, most, at_once, progress)
     finally:
         model.train(was_training)
+    return [_before(stops, text) for text in texts]
+
+
+def _before(stops: Sequence[str], text: str) -> str:
+    """The text up to the first of what ends it."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
 def _in_groups(
@@ -161,7 +174,8 @@ class _Queue:
         self.lm, self.tokenizer = structure.causal_lm(model), tokenizer
         self.prompts, self.most, self.progress = prompts, most, progress
         self.tokens_at_once = tokens_at_once
-        self.stops = frozenset(stop_ids(model, tokenizer))
+        self.stops: frozenset[int] = frozenset()
+        self.ending: tuple[str, ...] = ()
         self.waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         self.written: list[list[int]] = [[] for _ in prompts]
         self.done, self.factor, self.proven = 0, 1.0, False
@@ -196,10 +210,17 @@ class _Queue:
         own = self.written[text]
         own.append(token)
         slots.token[m] = token
-        if token in self.stops or len(own) >= self.most[text]:
+        if token in self.stops or len(own) >= self.most[text] or self._ends(own):
             slots.leave(m)
             self.done += 1
             self.progress(self.done, len(self.prompts))
+
+    def _ends(self, tokens: list[int]) -> bool:
+        """Whether what was written last has a text in it that ends an answer; a token may be a part of a letter."""
+        if not self.ending:
+            return False
+        last = self.tokenizer.decode(tokens[-(max(map(len, self.ending)) + _LETTER_TOKENS) :])
+        return any(stop in last for stop in self.ending)
 
     def _admit(self, slots: _Slots, free: list[int]) -> None:
         """The next prompts, as many as have a place and go through one forward."""

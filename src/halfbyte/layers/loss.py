@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -61,18 +62,35 @@ def micro_batch_loss(model: Model, batch: Batch, *, label_smoothing: float = 0.0
 
 def text_losses(model: Model, batch: Batch) -> list[float]:
     """Summed cross-entropy of each text of a micro-batch, without gradients, as `micro_batch_loss` sums over all."""
+    losses = []
     with torch.no_grad():
         made, targets, head = _labelled(model, batch)
-        ends = torch.searchsorted(batch["keep"], batch["cu_seq_lens_q"][1:].to(batch["keep"].dtype)).tolist()
-        losses, first = [], 0
-        for end in ends:
+        for first, end in _texts(batch):
             own, wanted = made[first:end], targets[first:end]
             if head is not None:
                 losses.append(float(head_loss(own, wanted, head)))
             else:
                 losses.append(float(torch.nn.functional.cross_entropy(own.float(), wanted, reduction="sum")))
-            first = end
     return losses
+
+
+def text_likelihoods(model: Model, batch: Batch) -> list[tuple[float, bool]]:
+    """Log-likelihood of the labelled tokens of each text, from the model's own logits in fp32; and whether each of them
+    is the most likely one."""
+    made = []
+    with torch.no_grad():
+        logits, targets, _ = _labelled(model, batch, fused=False)
+        for first, end in _texts(batch):
+            log_p, wanted = torch.log_softmax(logits[first:end].float(), -1), targets[first:end]
+            own = log_p.gather(1, wanted[:, None])
+            made.append((float(own.sum()), bool((log_p.argmax(-1) == wanted).all())))
+    return made
+
+
+def _texts(batch: Batch) -> Iterator[tuple[int, int]]:
+    """Where each text's labelled tokens are among the K of a micro-batch: [first, end)."""
+    ends = torch.searchsorted(batch["keep"], batch["cu_seq_lens_q"][1:].to(batch["keep"].dtype)).tolist()
+    return pairwise([0, *ends])
 
 
 def _labelled(model: Model, batch: Batch, *, fused: bool = True) -> tuple[torch.Tensor, torch.Tensor, Head | None]:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from halfbyte.errors import RecipeError
 from halfbyte.recipe.evaluation import LOSSES, Eval
 from halfbyte.scoring import intervals, metrics
+
+
+def need_harness() -> None:
+    """Raise a RecipeError where lm-evaluation-harness is missing."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise RecipeError(
+            "tasks are run by lm-evaluation-harness (lm_eval), which is not installed.",
+            fix="pip install 'halfbyte[harness]'",
+        )
 
 
 @dataclass(frozen=True)

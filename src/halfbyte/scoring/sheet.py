@@ -19,7 +19,7 @@ from halfbyte.scoring.metrics import Scores
 from halfbyte.system import files
 from halfbyte.types import Document
 
-SCORES, ANSWERS = "scores.json", "answers.jsonl"
+SCORES, ANSWERS, HARNESS = "scores.json", "answers.jsonl", "harness.json"
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,13 @@ def scored(name: str, sides: dict[str, Side], settings: Eval, *, yes_no: bool, s
     apart = intervals.interval_of_difference(rows["adapter"], rows["base"], **drawn) if sure else None
     p = intervals.exact_test(rows["adapter"].above.tolist(), rows["base"].above.tolist()) if sure and yes_no else None
     return Score(name, count, yes_no, adapter, base, Value(adapter.value - base.value, apart), p)
+
+
+def keep_harness(results: dict[str, Document], folder: Path | None) -> None:
+    """Write what tasks of lm-evaluation-harness have given; an OSError leaves the earlier ones."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write(folder / HARNESS, files.as_json(results))
 
 
 def folder_of(run: Path, data: Path | None) -> Path:
