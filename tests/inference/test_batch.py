@@ -73,8 +73,8 @@ def test_a_fault_of_the_tape_is_seen_and_the_models_own_loop_answers(
     wanted = [alone(model, prompt, 6) for prompt in prompts(4)]
     put = batch._Slots.put
 
-    def faulty(slots: Any, m: int, text: int, token: int, prefilled: Any, i: int) -> None:
-        put(slots, m, text, token, prefilled, i)
+    def faulty(slots: Any, m: int, *rest: Any) -> None:
+        put(slots, m, *rest)
         slots.made.keys[0][m].neg_()
 
     monkeypatch.setattr(batch._Slots, "put", faulty)
@@ -92,6 +92,31 @@ def test_another_architecture_and_other_settings_take_the_models_own_loop(told: 
     assert batch.answers(model, tiny_run.tokenizer(), prompts(3), [12] * 3) == wanted
     assert len(told) == 2 and "repetition_penalty 5.0" in told[1]
     assert batch.answers(model, tiny_run.tokenizer(), [], []) == []
+
+
+@pytest.mark.skipif(isa(torch.float32) is None, reason="no kernels for this processor")
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_one_forward_gives_answers_and_losses(name: str, told: list[str]) -> None:
+    model, tokenizer = tiny.model(name, vocab_size=tiny_run.VOCAB), tiny_run.tokenizer()
+    rows = [example(f"{word}: ", answer) for word, answer in zip(WORDS, reversed(WORDS), strict=True)]
+    asked = [list(row.prompt_ids) for row in rows]
+    wanted = [alone(model, prompt, 9) for prompt in asked]
+    losses = []
+    for row in rows:
+        ids, labels = torch.tensor([row.input_ids]), torch.tensor([row.labels])
+        with torch.no_grad():
+            losses.append(float(model(input_ids=ids, labels=labels).loss) * int((labels != -100).sum()))
+    packing.install(model, "cu_seq_lens")
+    found: dict[int, float] = {}
+    texts = batch.answers(
+        model, tokenizer, asked, [9] * 6, at_once=4, tokens_at_once=50, rows=rows, losses=found
+    )  # fmt: skip
+    assert texts == wanted and told == []
+    assert [found[i] for i in range(6)] == pytest.approx(losses, rel=1e-5)
+    # not where a prompt is no beginning of its row
+    other = [Example(row.input_ids, row.labels, row.where, (5, *row.prompt_ids), row.completion) for row in rows]
+    none: dict[int, float] = {}
+    assert batch.answers(model, tokenizer, asked, [9] * 6, rows=other, losses=none) == wanted and none == {}
 
 
 def example(prompt: str, answer: str) -> Example:

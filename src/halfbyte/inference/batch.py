@@ -2,10 +2,10 @@
 
 Why: at a batch of 16 a token reads the base once for all, so an evaluation takes a fraction of the time of one answer
 after another; and one that waits for its longest answer would leave most of the batch idle.
-What: prompts go through the model's own forward, several end to end without padding, from long to short. Their caches
-are put into the slots of `layers/decoding`, and the first token is that of the model's own logits. The first ones are
-also run through the tape, and the two logits compared (`decode.py`). When no prompt waits, a smaller tape takes over
-the texts that are left.
+What: prompts go through the model's own forward, several end to end without padding, from long to short; where losses
+are wanted too, the whole rows that they begin, so that a row is read once. Their caches are put into the slots of
+`layers/decoding`, and the first token is that of the model's own logits. The first ones are also run through the tape,
+and the two logits compared (`decode.py`). When no prompt waits, a smaller tape takes over the texts that are left.
 Cost: a prompt's forward dequantises the base once for all that it takes together.
 """
 
@@ -14,12 +14,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby, islice
+from itertools import groupby, islice
 from typing import TYPE_CHECKING
 
 import torch
 
 from halfbyte.base import stream
+from halfbyte.data import collate
+from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.inference import decode
 from halfbyte.inference.generate import Sampling, generate, say, stop_ids
 from halfbyte.layers import loss, packing
@@ -54,6 +56,8 @@ def answers(
     tokens_at_once: int = 2048,
     stops: Sequence[str] = (),
     ends: Collection[int] | None = None,
+    rows: Sequence[Example] = (),
+    losses: dict[int, float] | None = None,
     progress: Progress = lambda done, of: None,
 ) -> list[str]:
     """What the model writes to each prompt (token ids), greedily, up to `most` tokens each.
@@ -61,6 +65,8 @@ def answers(
     Args:
         at_once: most texts in one batch. tokens_at_once: most tokens of prompts in one forward, but for a longer one.
         stops: texts that end an answer, and are no part of it. ends: tokens that do; None for those of `stop_ids`.
+        rows: what the prompts are the beginnings of; then one forward reads a whole row, and `losses` gets the summed
+            loss of its labelled tokens, by its number. It stays empty where the model's own loop answers.
     """
     if not prompts:
         return []
@@ -70,10 +76,14 @@ def answers(
         with torch.no_grad():
             queue = _Queue(model, tokenizer, prompts, most, at_once, tokens_at_once, progress)
             queue.ending = tuple(stops)
+            if losses is not None and all(r.input_ids[: len(r.prompt_ids)] == r.prompt_ids for r in rows):
+                queue.read(rows, losses)
             queue.stops = frozenset(stop_ids(model, tokenizer) if ends is None else ends)
             texts = queue.run()
     except decode.Slower as why:
         say(f"answers are not written in one queue: {why}")
+        if losses:
+            losses.clear()
         texts = _in_groups(model, tokenizer, prompts, most, at_once, progress)
     finally:
         model.train(was_training)
@@ -135,13 +145,13 @@ class _Slots:
     def active(self) -> list[int]:
         return [m for m, text in enumerate(self.text) if text is not None]
 
-    def put(self, m: int, text: int, token: int, prefilled: _Prefilled, i: int) -> None:
-        """Prompt i of those in a forward, as text `text` with its first token, into place m."""
-        a, b = prefilled.starts[i], prefilled.starts[i + 1]
+    def put(self, m: int, text: int, token: int, prefilled: _Prefilled, i: int, length: int) -> None:
+        """Prompt i of those in a forward, of so many tokens, as text `text` with its first token, into place m."""
+        a, n = prefilled.starts[i], length
         for number, (keys, values) in enumerate(prefilled.layers):
-            self.made.keys[number][m, :, :, : b - a] = keys[0, :, a:b].transpose(1, 2)
-            self.made.values[number][m, :, : b - a] = values[0, :, a:b]
-        self.text[m], self.token[m], self.before[m] = text, token, b - a
+            self.made.keys[number][m, :, :, :n] = keys[0, :, a : a + n].transpose(1, 2)
+            self.made.values[number][m, :, :n] = values[0, :, a : a + n]
+        self.text[m], self.token[m], self.before[m] = text, token, n
 
     def leave(self, m: int) -> None:
         self.text[m], self.token[m], self.before[m] = None, 0, 0
@@ -173,9 +183,11 @@ class _Queue:
     ) -> None:
         self.lm, self.tokenizer = structure.causal_lm(model), tokenizer
         self.prompts, self.most, self.progress = prompts, most, progress
-        self.tokens_at_once = tokens_at_once
         self.stops: frozenset[int] = frozenset()
         self.ending: tuple[str, ...] = ()
+        self.head: loss.Head | None = None
+        self.rows: Sequence[Example] = ()
+        self.losses: dict[int, float] = {}
         self.waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         self.written: list[list[int]] = [[] for _ in prompts]
         self.done, self.factor, self.proven = 0, 1.0, False
@@ -186,6 +198,14 @@ class _Queue:
         self.layers = decode.layers_of(self.lm)
         self.size = next(size for size in SIZES if size >= min(at_once, len(prompts), SIZES[-1]))
         self.room = max(len(p) + n for p, n in zip(prompts, most, strict=True))
+        # the plan counts half a cache more for one that grows; here it is that of a forward
+        self.tokens_at_once = min(tokens_at_once, self.size * self.room // 2)
+
+    def read(self, rows: Sequence[Example], losses: dict[int, float]) -> None:
+        """Read whole rows, whose losses are wanted, where their prompts are read."""
+        self.head = loss.head_of(self.lm)
+        if self.head is not None:
+            self.rows, self.losses = rows, losses
 
     def run(self) -> list[str]:
         slots = _Slots(self.lm, self.size, self.room)
@@ -227,15 +247,15 @@ class _Queue:
         together = packing.installed(self.lm) == "cu_seq_lens"
         chosen: list[int] = []
         for i in self.waiting[: len(free) if together else 1]:
-            if chosen and sum(len(self.prompts[j]) for j in (*chosen, i)) > self.tokens_at_once:
+            if chosen and sum(self._tokens(j) for j in (*chosen, i)) > self.tokens_at_once:
                 break
             chosen.append(i)
         self.waiting = self.waiting[len(chosen) :]
-        made = self._prefilled([self.prompts[i] for i in chosen])
+        made = self._prefilled(chosen)
         self.factor = made.factor
         first = made.logits.argmax(-1).tolist()
         for i, (m, text) in enumerate(zip(free, chosen, strict=False)):
-            slots.put(m, text, first[i], made, i)
+            slots.put(m, text, first[i], made, i, len(self.prompts[text]))
         if not self.proven:
             self._prove(slots, free[: len(chosen)], chosen, made.logits)
         for i, m in enumerate(free[: len(chosen)]):
@@ -255,22 +275,37 @@ class _Queue:
         made: Tensor = self.lm.get_input_embeddings()(torch.tensor(tokens))
         return made.float() * self.factor if self.factor != 1.0 else made
 
-    def _prefilled(self, prompts: list[Sequence[int]]) -> _Prefilled:
+    def _tokens(self, i: int) -> int:
+        return len(self.rows[i].input_ids) if self.rows else len(self.prompts[i])
+
+    def _prefilled(self, chosen: list[int]) -> _Prefilled:
+        """Prompts, or the rows that begin with them, through the model's own forward."""
         from transformers import DynamicCache
 
-        starts = [0, *accumulate(len(p) for p in prompts)]
-        ends = torch.tensor(starts[1:]) - 1
-        batch: Batch = {
-            "input_ids": torch.tensor([[token for prompt in prompts for token in prompt]]),
-            "position_ids": torch.cat([torch.arange(len(p)) for p in prompts])[None],
-            "cu_seq_lens_q": torch.tensor(starts, dtype=torch.int32),
-        }
-        cache = DynamicCache()
-        name = "cache" if "cache" in inspect.signature(self.lm.forward).parameters else "past_key_values"
+        prompts = [self.prompts[i] for i in chosen]
+        plain = [Example(tuple(p), (IGNORED,) * len(p), "", (), "") for p in prompts]
+        batch = collate.collate([self.rows[i] for i in chosen] if self.rows else plain)
+        starts = batch["cu_seq_lens_q"].tolist()
+        ends = torch.tensor([start + len(prompt) - 1 for start, prompt in zip(starts, prompts, strict=False)])
+        cache, of = DynamicCache(), structure.body(self.lm) if self.rows else self.lm
+        name = "cache" if "cache" in inspect.signature(of.forward).parameters else "past_key_values"
         options = {**packing.forward_inputs(self.lm, batch), "use_cache": True, name: cache}
-        keeps = loss.accepts(self.lm, "logits_to_keep")
+        options.pop("labels", None)
+        keeps = not self.rows and loss.accepts(self.lm, "logits_to_keep")
         with decode.entering(self.layers[0]) as entered:
-            made = self.lm(**options, **({"logits_to_keep": ends} if keeps else {})).logits[0]
+            made = of(**options, **({"logits_to_keep": ends} if keeps else {}))[0][0]
+        if self.rows and self.head is not None:
+            self._lose(chosen, made, batch)
+            made = loss.head_logits(made[ends], self.head)
+        elif not keeps:
+            made = made[ends]
         last = batch["input_ids"][0, ends]
         factor = decode.embedding_factor(self.lm.get_input_embeddings()(last), entered[0][0, ends])
-        return _Prefilled(made if keeps else made[ends], factor, [(x.keys, x.values) for x in cache.layers], starts)
+        return _Prefilled(made, factor, [(x.keys, x.values) for x in cache.layers], starts)
+
+    def _lose(self, chosen: list[int], hidden: Tensor, batch: Batch) -> None:
+        """Note the losses of rows from the body's hidden states (T, D)."""
+        assert self.head is not None
+        for i, (first, end) in zip(chosen, loss.labels_of_texts(batch), strict=True):
+            keep, targets = batch["keep"][first:end], batch["targets"][first:end]
+            self.losses[i] = float(loss.head_loss(hidden[keep], targets, self.head))

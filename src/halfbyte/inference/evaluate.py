@@ -148,13 +148,22 @@ class Scoring:
         tell: Progress,
     ) -> sheet.Side:
         """Losses of all rows, and answers with their scores of those that ask."""
-        losses = row_losses(self.model, batches, tell)
         tokens = [sum(label != IGNORED for label in e.labels) for e in examples]
-        scored = self.answers(asking, plan.sequences, plan.max_tokens_per_micro_batch, tell)
+        found: dict[int, float] = {}
+        read = found if len(asking) == len(examples) else None  # where every row is answered, one forward is enough
+        scored = self.answers(asking, plan.sequences, plan.max_tokens_per_micro_batch, tell, read)
+        losses = [found[i] for i in range(len(examples))] if found else row_losses(self.model, batches, tell)
         return sheet.Side(tuple(losses), tuple(tokens), tuple(scored))
 
-    def answers(self, asking: Sequence[Example], at_once: int, tokens: int, tell: Progress) -> list[sheet.Answer]:
-        """What the model writes for each row, and its scores."""
+    def answers(
+        self,
+        asking: Sequence[Example],
+        at_once: int,
+        tokens: int,
+        tell: Progress,
+        losses: dict[int, float] | None = None,
+    ) -> list[sheet.Answer]:
+        """What the model writes for each row, and its scores; `losses` gets those of the rows where it can be had."""
         context, texts, chosen = context_of(self.model.config), [""] * len(asking), list[metrics.Scores]()
         if self.metrics:
             texts = batch.answers(
@@ -164,6 +173,8 @@ class Scoring:
                 [_room(e, context, self.settings.max_new_tokens) for e in asking],
                 at_once=at_once,
                 tokens_at_once=tokens,
+                rows=asking if losses is not None else (),
+                losses=losses,
                 progress=lambda done, of: tell("answers", done, of),
             )
         if self.chooses:

@@ -65,7 +65,7 @@ def text_losses(model: Model, batch: Batch) -> list[float]:
     losses = []
     with torch.no_grad():
         made, targets, head = _labelled(model, batch)
-        for first, end in _texts(batch):
+        for first, end in labels_of_texts(batch):
             own, wanted = made[first:end], targets[first:end]
             if head is not None:
                 losses.append(float(head_loss(own, wanted, head)))
@@ -80,14 +80,14 @@ def text_likelihoods(model: Model, batch: Batch) -> list[tuple[float, bool]]:
     made = []
     with torch.no_grad():
         logits, targets, _ = _labelled(model, batch, fused=False)
-        for first, end in _texts(batch):
+        for first, end in labels_of_texts(batch):
             log_p, wanted = torch.log_softmax(logits[first:end].float(), -1), targets[first:end]
             own = log_p.gather(1, wanted[:, None])
             made.append((float(own.sum()), bool((log_p.argmax(-1) == wanted).all())))
     return made
 
 
-def _texts(batch: Batch) -> Iterator[tuple[int, int]]:
+def labels_of_texts(batch: Batch) -> Iterator[tuple[int, int]]:
     """Where each text's labelled tokens are among the K of a micro-batch: [first, end)."""
     ends = torch.searchsorted(batch["keep"], batch["cu_seq_lens_q"][1:].to(batch["keep"].dtype)).tolist()
     return pairwise([0, *ends])
@@ -211,7 +211,7 @@ def _computes_logits(lm: Model, head: Head) -> bool:
                 if size is not None:
                     scaled.factor = size / float(wanted.square().mean().sqrt().clamp_min(1e-6))
                     wanted = lm(input_ids=ids, **options).logits[0].float()
-                got = _logits(structure.body(lm)(input_ids=ids, **options)[0][0], head).float()
+                got = head_logits(structure.body(lm)(input_ids=ids, **options)[0][0], head).float()
                 if got.shape != wanted.shape or not bool((got - wanted).norm() <= 1e-2 * wanted.norm()):
                     return False
     except Exception:  # of the model's own code; the repair: its own forward makes the logits
@@ -234,7 +234,7 @@ class _Scaled:
         return with_hidden(output, output[0] * self.factor)
 
 
-def _logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+def head_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     """(K, D) -> (K, V), in hidden's dtype, as the models' own forward makes them."""
     weight, bias = head.weight.to(hidden.dtype), None if head.bias is None else head.bias.to(hidden.dtype)
     logits = torch.nn.functional.linear(hidden, weight, bias)
