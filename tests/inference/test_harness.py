@@ -31,8 +31,8 @@ output_type: generate_until
 doc_to_text: "{{prompt}}"
 doc_to_target: "{{completion}}"
 generation_kwargs: {until: ["e", "zz"], max_gen_toks: 12, do_sample: false}
-metric_list: [{metric: exact_match}, {metric: bleu_like, aggregation: mean}]
-""".replace(", {metric: bleu_like, aggregation: mean}", ""),
+metric_list: [{metric: exact_match}]
+""",
     "fluent": """
 output_type: loglikelihood_rolling
 doc_to_text: ""
@@ -79,7 +79,10 @@ def test_tasks_score_as_through_hflm_on_plain_transformers(world: Path, base: bo
     plain = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32).eval()
     if not base:
         plain = PeftModel.from_pretrained(plain, str(world / "run" / "adapter")).eval()
-    wanted = samples(HFLM(pretrained=plain, tokenizer=tiny_run.tokenizer(), batch_size=4), world)
+    # else HFLM, which drops special tokens from a text, goes on behind the tokenizer's end where others of a batch do
+    tokenizer = tiny_run.tokenizer()
+    plain.generation_config.eos_token_id = [plain.config.eos_token_id, tokenizer.eos_token_id]
+    wanted = samples(HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=4), world)
     opened: Opened = open_run(world / "run")
     with opened.using(base=base):
         found = samples(HalfbyteLM(opened), world)
