@@ -32,7 +32,7 @@ from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device, files
 from halfbyte.types import Document
 
-ROWS, TOKENS_OF_A_ROW, PROMPTS, NEW_TOKENS = 20, 32, 20, 48
+ROWS, TOKENS_OF_A_ROW, PROMPTS, NEW_TOKENS = 20, 32, 20, 64
 WITNESS, LOGITS = "witness.json", "logits.npy"
 TEXTS = (
     "Hello  world, it's 12345 + 6.  7\n\n\tdef f(x):\n    return x  # é 日本\n",
