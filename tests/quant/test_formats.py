@@ -8,6 +8,8 @@ from typing import get_args
 
 import pytest
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
 from halfbyte.layers.lora_linear import frozen_linear
@@ -32,6 +34,13 @@ def test_4bit_bytes_are_those_of_bitsandbytes(numel: int, block_size: int, doubl
         held += [state.state2.absmax, state.state2.code, state.offset]
     quant = Quant(double_quant=double_quant).model_copy(update={"block_size": block_size})
     assert formats.of(quant).nbytes((numel,), quant) == sum(t.numel() * t.element_size() for t in held)
+
+
+def test_no_matrix_is_made_to_see_which_format_it_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's wrapper of trained rows merges them into a copy of the whole embedding for whoever reads its `weight`."""
+    wrapper = TrainableTokensWrapper(nn.Embedding(8, 4), "default", [1, 2])
+    monkeypatch.setattr(TrainableTokensLayer, "get_merged_weights", lambda *args: pytest.fail("a copy was made"))
+    assert [formats.of_module(m) for m in wrapper.modules()] == [formats.NONE] * len(list(wrapper.modules()))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

@@ -16,7 +16,7 @@ import numpy as np
 
 from halfbyte.errors import BaseModelError
 from halfbyte.quant.kernels import nf4_cpu
-from halfbyte.quant.number_format import NumberFormat, Part, frozen_product
+from halfbyte.quant.number_format import NumberFormat, Part, frozen_product, own_weight
 from halfbyte.recipe.schema import Quant
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class FourBit(NumberFormat):
         )
 
     def holds(self, module: nn.Module) -> bool:
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        state = getattr(own_weight(module), "quant_state", None)
         return state is not None and state.quant_type == self.name
 
     def weight(self, module: nn.Module, dtype: torch.dtype) -> torch.Tensor:

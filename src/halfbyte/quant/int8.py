@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from halfbyte.errors import BaseModelError
-from halfbyte.quant.number_format import NumberFormat, Part, frozen_product
+from halfbyte.quant.number_format import NumberFormat, Part, frozen_product, own_weight
 from halfbyte.recipe.schema import Quant
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class RowWise8(NumberFormat):
         )
 
     def holds(self, module: nn.Module) -> bool:
-        return getattr(getattr(module, "weight", None), "SCB", None) is not None
+        return getattr(own_weight(module), "SCB", None) is not None
 
     def weight(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
         from halfbyte.quant.dequantise import scratch

@@ -160,6 +160,13 @@ class NumberFormat:
         """Dequantise what is held as this layer in a slower way from now on, where there is one."""
 
 
+def own_weight(module: nn.Module) -> object:
+    """The weight that a layer holds itself, or None. Not by attribute: PEFT's wrapper of trained rows would make its
+    whole matrix for the question."""
+    own = vars(module)
+    return own["weight"] if "weight" in own else own.get("_parameters", {}).get("weight")
+
+
 def frozen_product(x: torch.Tensor, layer: nn.Module, held: NumberFormat) -> torch.Tensor:
     """x W^T + b (..., out) in x's dtype for a layer whose frozen W is held in a format; W is dequantised again in
     backward, and nothing but the layer is kept for it."""
