@@ -1,6 +1,6 @@
 """`halfbyte doctor`: what this machine is and does in a second; with a model, whether what halfbyte claims holds here.
 
-What: a few layers of the model at their true width, with adapters; each `Check` names its claim.
+What: a few layers of the model at their true width, with adapters; each `Check` names a claim.
 Cost: a few seconds; building the base's store first, if there is none.
 """
 
@@ -23,16 +23,7 @@ from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device, threads
 from halfbyte.system.files import cache_dir, free_bytes, why_unwritable
 from halfbyte.system.versions import outside_ranges, versions
-from halfbyte.types import Document, Model
-
-
-@dataclass(frozen=True)
-class Check:
-    """One claim, whether it holds here, and what was seen."""
-
-    claim: str
-    ok: bool
-    seen: str
+from halfbyte.types import Check, Document, Model
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Names of the values that pass between rooms, for annotations alone; nothing here runs.
+"""Names of the values that pass between rooms, mostly for annotations.
 
 mypy reads torch and transformers as Any here, so these names are for readers first. Importing them loads neither.
 """
@@ -6,6 +6,7 @@ mypy reads torch and transformers as Any here, so these names are for readers fi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 if TYPE_CHECKING:
@@ -21,6 +22,15 @@ Document: TypeAlias = dict[str, Any]
 """A JSON object, as it is read or printed."""
 ConfigFile: TypeAlias = Mapping[str, Any]
 """The object in a config.json, as it is read and not changed."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at, whether it is as it should be, and what was seen."""
+
+    what: str
+    ok: bool
+    seen: str
 
 
 class Batch(TypedDict, total=False):

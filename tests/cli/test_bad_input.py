@@ -979,7 +979,7 @@ def test_a_base_that_is_not_finite(halfbyte: Cli) -> None:
 @pytest.mark.parametrize(
     ("command", "code", "err"),
     [
-        ("train nope.yaml", 2, "error: there is no recipe nope.yaml; did you mean recipe.yaml?\n"),
+        ("train nope.yaml", 2, "error: there is no recipe nope.yaml.\n"),
         ("train recipe.yaml --set lora.r=0", 2, "error: recipe.yaml: --set lora.r must be >= 1, got 0\n"),
         ("train recipe.yaml -q --set data.train=empty", 2, "error: empty has no rows.\n"),
         (

@@ -26,7 +26,7 @@ import yaml
 
 from halfbyte import finetune
 from halfbyte.base import load
-from halfbyte.cli import conversation, show, show_plan
+from halfbyte.cli import conversation, progress, show, show_plan
 from halfbyte.errors import HalfbyteError
 from halfbyte.inference import generate
 from halfbyte.layers import loss
@@ -119,6 +119,14 @@ def test_quiet_is_few_lines(halfbyte: Cli) -> None:
     steps = [int(found) for found in re.findall(r"^step (\d+)/20 ", ended.out, re.MULTILINE)]
     assert steps == list(range(2, 21, 2))
     assert "data   " not in ended.out and "checkpoint" not in ended.out
+    assert ended.out.startswith("training: 20 steps\n"), "said before the first step"
+
+
+def test_quiet_is_never_silent_for_long(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 1e-3)
+    ended = halfbyte("train", "recipe.yaml", "--quiet", "--set", "train.max_steps=20", "--output", "told")
+    assert (ended.code, ended.err) == (0, "")
+    assert [int(found) for found in re.findall(r"^step (\d+)/20 ", ended.out, re.MULTILINE)] == list(range(1, 21))
 
 
 def test_json_is_the_report_and_nothing_else(halfbyte: Cli) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from halfbyte import finetune
 from halfbyte.adapters import passport
+from halfbyte.base import stream
 from halfbyte.inference import verify as verifying
 from halfbyte.inference.verify import Verified, verify
 from halfbyte.recipe.adapter import ADAPTER_FILES
@@ -153,3 +154,15 @@ def test_a_second_process_that_cannot_be_had_ends_no_run(
         "ok": None,
         "seen": "not seen: the second process ended without a word (FileNotFoundError)",
     }
+
+
+def test_set_opens_it_otherwise_and_changes_nothing_that_was_trained(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, placed = runner(run.parent, capsys), []
+    real = stream.place_as_planned
+    monkeypatch.setattr(stream, "place_as_planned", lambda *args, **kw: placed.append(args[1]) or real(*args, **kw))
+    ended = call("verify", str(run), "--quick", "--set", "quant.placement=streamed")
+    assert (ended.code, placed) == (0, ["streamed"]), ended
+    ended = call("verify", str(run), "--quick", "--set", "lora.r=4")
+    assert ended.code != 0 and "--set lora.r=4: an adapter is used with the values" in ended.out + ended.err

@@ -200,6 +200,8 @@ def test_the_recipes_own_values_win_and_are_counted() -> None:
     longer = made(cpu(64), rows=Rows((700,) * 20), train__max_tokens_per_micro_batch=512)
     assert (longer.max_tokens_per_micro_batch, longer.tokens_in_micro_batch) == (512, 700)
     assert "the longest example has 700 tokens" in longer.warnings[0]
+    paged = made(cpu(64), train__optim="paged_adamw_8bit")
+    assert paged.warnings == ("train.optim paged_adamw_8bit: nothing is paged on a CPU, its state stays in memory",)
     assert made(cpu(0.9), train__gradient_checkpointing=False).recompute == "none"
 
 

@@ -13,7 +13,8 @@ def test_the_plan_counts_the_chunks_that_the_engine_makes() -> None:
     assert (peak.LOGITS_CHUNK_BYTES, peak.LOGITS_ROWS) == (loss.CHUNK_BYTES, packing.ROWS)
     assert (peak.SCORES_BYTES, peak.SCORES_ROWS) == (attention.SCORES_BYTES, attention.ROWS)
     assert job.FILLED_TO == packing.ROWS
-    assert (layer.BUSIEST, layer.LEAST_AT_ONCE) == (grouped.BUSIEST, grouped.LEAST_AT_ONCE)
+    assert (layer.BUSIEST, layer.LEAST_AT_ONCE, layer.FILL) == (grouped.BUSIEST, grouped.LEAST_AT_ONCE, grouped.FILL)
+    assert all(layer.filled(rows) == grouped.filled(rows) for rows in range(1, 3000))
 
 
 def test_the_plan_counts_the_blocks_of_rows_of_the_attention_kernel() -> None:

@@ -7,7 +7,7 @@ import pytest
 from halfbyte import plan as memory
 from halfbyte.errors import BaseModelError
 from halfbyte.models import describe, tensors
-from halfbyte.plan import held
+from halfbyte.plan import held, layer
 from halfbyte.quant import policy
 from halfbyte.recipe.schema import Quant, Recipe
 from halfbyte.system import device
@@ -27,6 +27,15 @@ def test_bytes_of_all_experts_and_products_of_two() -> None:
     assert made.linear_numel == pytest.approx(32 * (layer / 4 + 2 * 4096 * 4096 + 2 * 4096 * 1024))
     assert made.dequantised(100) == pytest.approx(made.linear_numel + 0.75 * 32 * layer, rel=0.01)
     assert 0.5155 < made.layer_bytes / (layer + 2 * 4096 * 4096 + 2 * 4096 * 1024) < 0.5165  # 4.13 bits a weight
+
+
+@pytest.mark.parametrize(("tokens", "sizes"), [(10, 1), (100, 7), (256, 16), (4096, 16 + 3 * 8)])
+def test_products_of_experts_are_of_few_sizes(tokens: int, sizes: int) -> None:
+    """Multiples of 16 up to 256, and eight in each doubling from there to 2,048: the most of 4,096 tokens that are
+    taken at once where two of eight experts are chosen."""
+    facts = job("mixtral-8x7b").facts
+    assert layer.expert_products(facts, tokens, adapted=False) == 4 * sizes
+    assert layer.expert_products(facts, tokens, adapted=True) == 16 * sizes
 
 
 def test_of_streamed_layers_ahead_experts_are_not_there() -> None:

@@ -232,7 +232,7 @@ def verify(
     if json_:
         show.document(verified.to_json())
     else:
-        show.checks((check.ok, check.what, check.seen) for check in verified.checks)
+        show.checks(verified.checks)
     if not verified.ok:
         raise typer.Exit(1)
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from halfbyte.base.store.build import Progress
     from halfbyte.types import Document
 
-# Plain lines of a build come at most this often.
-LINE_SECONDS = 5.0
+# Plain lines of a build come at most this often. When quiet they do so this often, and steps no less often.
+LINE_SECONDS, QUIET_SECONDS = 5.0, 60.0
 SCORING_SECONDS = 15.0  # those of an evaluation
 _nowhere = Console(quiet=True, force_terminal=False)
 
@@ -51,7 +51,7 @@ class PlainListener(SilentListener):
 
     def __init__(self, *, quiet: bool, build: Callable[[Progress], None] | None = None) -> None:
         self.quiet, self.total, self.every, self.started, self.first = quiet, 0, 1, 0.0, 0
-        self.build = build
+        self.build, self.said = build, time.monotonic()
 
     def building(self, progress: Progress) -> None:
         if self.build is not None:
@@ -69,6 +69,9 @@ class PlainListener(SilentListener):
             show.out.print(f"going on from step {done_steps}/{total_steps}")
         self.total, self.first, self.started = total_steps, done_steps, time.monotonic()
         self.every = max(1, total_steps // 10) if self.quiet else log_every
+        if self.quiet:
+            show.out.print(f"training: {total_steps - done_steps} steps")
+            self.said = time.monotonic()
 
     def reached(self, row: Document, memory: str = "") -> str:
         done = row["step"] - self.first
@@ -80,7 +83,9 @@ class PlainListener(SilentListener):
 
     def step(self, row: Document) -> None:
         super().step(row)
-        if row["step"] % self.every == 0 or row["step"] == self.total:
+        waited = self.quiet and time.monotonic() - self.said >= QUIET_SECONDS
+        if row["step"] % self.every == 0 or row["step"] == self.total or waited:
+            self.said = time.monotonic()
             show.out.print(f"step {row['step']}/{self.total}  {self.reached(row, 'memory ')}")
 
     def evaluated(self, row: Document) -> None:
@@ -129,9 +134,9 @@ def training(*, quiet: bool, silent: bool) -> Iterator[Listener]:
     if silent:
         yield SilentListener()
         return
-    with _building(show.out) as build:
+    with _building(show.out, quiet=quiet) as build:
         kind = LiveListener if show.out.is_terminal and not quiet else PlainListener
-        listener = kind(quiet=quiet, build=None if quiet else build)
+        listener = kind(quiet=quiet, build=build)
         try:
             yield listener
         finally:
@@ -139,19 +144,20 @@ def training(*, quiet: bool, silent: bool) -> Iterator[Listener]:
 
 
 @contextmanager
-def _building(console: Console) -> Iterator[Callable[[Progress], None]]:
+def _building(console: Console, *, quiet: bool = False) -> Iterator[Callable[[Progress], None]]:
     """Whom to tell how a store's build goes. On a terminal a bar that goes away at the end; elsewhere a line every few
     seconds, none for a short build."""
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
 
-    eta, due = TimeRemainingColumn(compact=True), LINE_SECONDS
+    every_s = QUIET_SECONDS if quiet else LINE_SECONDS
+    eta, due = TimeRemainingColumn(compact=True), every_s
     columns = (BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn(), TextColumn("ETA"), eta)
     bar = Bar(TextColumn("[bold]quantising"), *columns, console=console, transient=True)
 
     def tell(now: Progress) -> None:
         nonlocal due
-        if console.is_terminal:
+        if console.is_terminal and not quiet:
             if not bar.tasks:
                 bar.add_task("", total=now.total_bytes)
                 bar.start()
@@ -159,7 +165,7 @@ def _building(console: Console) -> Iterator[Callable[[Progress], None]]:
             if now.done_bytes >= now.total_bytes:
                 bar.stop()
         elif now.seconds >= due:
-            due = now.seconds // LINE_SECONDS * LINE_SECONDS + LINE_SECONDS
+            due = now.seconds // every_s * every_s + every_s
             console.print(escape(line(now)))
 
     try:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from halfbyte.base.store.shelf import Shelved
     from halfbyte.doctor import Diagnosis
     from halfbyte.finetune import Outcome
-    from halfbyte.types import Document
+    from halfbyte.types import Check, Document
 
 LABEL_WIDTH = 10
 # a pipe has no width: tables then take what they need
@@ -246,11 +246,11 @@ def stores(folder: Path, entries: list[Shelved]) -> None:
     out.print(f"{len(entries)} in {folder}, {gb(sum(entry.nbytes for entry in entries))}")
 
 
-def checks(values: Iterable[tuple[bool, str, str]]) -> None:
+def checks(values: Iterable[Check]) -> None:
     """Lines of `ok` or `FAILED`: whether something holds, what it is, and what was seen of it."""
-    for ok, what, seen in values:
-        line = Text("ok      " if ok else "FAILED  ", "green" if ok else "bold red")
-        out.print(line.append(f"{what}: {seen}", "default"))
+    for check in values:
+        line = Text("ok      " if check.ok else "FAILED  ", "green" if check.ok else "bold red")
+        out.print(line.append(f"{check.what}: {check.seen}", "default"))
 
 
 def diagnosis(value: Diagnosis) -> None:
@@ -281,4 +281,4 @@ def diagnosis(value: Diagnosis) -> None:
         return
     text("")
     labelled("model", f"{value.model}, {value.layers} layers at their true width")
-    checks((check.ok, check.claim, check.seen) for check in value.checks)
+    checks(value.checks)

@@ -20,25 +20,16 @@ from halfbyte.plan import Plan
 from halfbyte.runs import points
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device
-from halfbyte.types import Document
+from halfbyte.types import Check, Document
 
 # Opening a base and looking at three rows takes some seconds.
 AFTER_S, LIMIT_S = 60.0, 60.0
 
 
 @dataclass(frozen=True)
-class Checked:
-    """One part of a run, whether it is as it was written, and what was seen."""
-
-    what: str
-    ok: bool
-    seen: str
-
-
-@dataclass(frozen=True)
 class Verified:
     run: Path
-    checks: tuple[Checked, ...]
+    checks: tuple[Check, ...]
 
     @property
     def ok(self) -> bool:
@@ -62,17 +53,17 @@ def verify(path: Path, overrides: Sequence[str] = (), *, hashes: bool = True) ->
     try:
         # compares adapter, base, tokenizer and template with the passport
         opened = open_run(path, None, overrides)
-        checks.append(Checked("passport", True, "adapter, base, quantiser, tokenizer and template are its own"))
+        checks.append(Check("passport", True, "adapter, base, quantiser, tokenizer and template are its own"))
         if hashes and opened.store is not None:
             wrong = manifest.problems(opened.store, manifest.read(opened.store), full=True)
-            checks.append(Checked("base", not wrong, "; ".join(wrong) or f"every byte of {opened.store}"))
+            checks.append(Check("base", not wrong, "; ".join(wrong) or f"every byte of {opened.store}"))
         if run.proof.is_file():
             same = proof.compare(run.proof, opened.model)
-            checks.append(Checked("adapter", same.ok, same.seen))
+            checks.append(Check("adapter", same.ok, same.seen))
         else:
-            checks.append(Checked("adapter", True, f"not compared: the run has no {run.proof.name}"))
+            checks.append(Check("adapter", True, f"not compared: the run has no {run.proof.name}"))
     except HalfbyteError as error:
-        checks.append(Checked("adapter", False, error.message))
+        checks.append(Check("adapter", False, error.message))
     return Verified(path, tuple(checks))
 
 
@@ -103,14 +94,14 @@ def after(path: Path, train_seconds: float, plan: Plan, machine: device.Device) 
         return {"ok": None, "seen": f"not seen: the second process ended without a word ({type(error).__name__})"}
 
 
-def _files(run: RunFolder) -> list[Checked]:
+def _files(run: RunFolder) -> list[Check]:
     found = []
     for path in points.every(run.checkpoints):
         wrong = points.damage(path, hashes=True)
-        found.append(Checked(path.name, wrong is None, wrong or "whole"))
+        found.append(Check(path.name, wrong is None, wrong or "whole"))
     try:
         rows = run.read_metrics()
-        found.append(Checked("metrics", bool(rows), f"{len(rows):,} rows"))
+        found.append(Check("metrics", bool(rows), f"{len(rows):,} rows"))
     except HalfbyteError as error:
-        found.append(Checked("metrics", False, error.message))
+        found.append(Check("metrics", False, error.message))
     return found

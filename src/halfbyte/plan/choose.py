@@ -180,6 +180,8 @@ def _told(plan: Plan, plans: list[Plan], job: Job) -> Plan:
         )
     if isinstance(asked, int) and asked < longest:
         warnings.append(f"the longest example has {longest} tokens, more than train.max_tokens_per_micro_batch {asked}")
+    if job.recipe.train.optim.startswith("paged_") and not plan.host_lines:
+        warnings.append(f"train.optim {job.recipe.train.optim}: nothing is paged on a CPU, its state stays in memory")
     return replace(plan, reasons=reasons, warnings=tuple(warnings))
 
 

@@ -10,6 +10,7 @@ Cost: none; no torch.
 import numpy as np
 
 from halfbyte.plan.job import Job
+from halfbyte.plan.layer import expert_products
 from halfbyte.plan.lines import Line, Placement, Recompute, Where, library_lines
 from halfbyte.quant import formats
 from halfbyte.system.device import Device
@@ -56,9 +57,11 @@ def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
         return (Line("libraries", HOST_OF_CARD_BYTES, "a CUDA build; a round figure"), Line("data", held, words))
     source, first = "measured on a tiny run", "kernels, threads' buffers and the Trainer, from then on"
     compiler, code = (COMPILER_PRIVATE_BYTES, COMPILER_FILE_BYTES) if job.cold else (0, 0)
-    # every expert has a number of tokens of its own, and with each other rows of them
-    sizes = job.sizes if not job.expert_numel else PRODUCTS_KEPT
-    products = min(PRODUCTS_KEPT, PRODUCTS_OF_A_SIZE * sizes) - PRODUCTS_OF_A_SIZE
+    products = PRODUCTS_OF_A_SIZE * job.sizes
+    if job.expert_numel:
+        adapted = any(site.reads == "experts" for site in job.sites)
+        products += expert_products(job.facts, job.step_tokens, adapted=adapted)
+    products = min(PRODUCTS_KEPT, products) - PRODUCTS_OF_A_SIZE
     return (
         *library_lines(LIBRARIES_PRIVATE_BYTES, "torch, transformers, peft, numba and their state"),
         Line("compiler's code", code, "kernels are compiled in the first run on a machine", source, "file"),

@@ -71,8 +71,10 @@ FAMILIES: dict[str, Family] = {
     "mpt": Family(rms=False, mlp="one", attention="alibi"),
     "falcon": Family(norms=1, rms=False, mlp="one", attention="padded", parallel=True),
 }
-# layers/experts/grouped.py: how many tokens of an expert are taken at once.
-BUSIEST, LEAST_AT_ONCE = 2, 256
+# layers/experts/grouped.py: how many tokens of an expert are taken at once; what their rows in a product are a multiple
+# of; and how many products there are of both stacks, forward and backward, without and with LoRA on them.
+BUSIEST, LEAST_AT_ONCE, FILL = 2, 256, 16
+PRODUCTS, ADAPTED_PRODUCTS = 4, 16
 # Of a token: its place in the order for each of its experts (three 64-bit numbers), and scores in fp32 for all experts.
 ROUTED_BYTES, SCORED_BYTES = 24, 4
 _TENSORS = {"gated": 3, "gated_stock": 3, "formula": 4, "one": 1, "relu": 1}  # as wide as the MLP, that it keeps
@@ -284,6 +286,21 @@ def _experts_moment(facts: Facts, c: int) -> tuple[float, float]:
     a_row = c * (3 * hidden + 4 * inner) + 4 * max(2 * inner, hidden)
     share = min(1.0, BUSIEST * facts.experts_per_token / max(1, facts.experts))
     return 4 * hidden + share * a_row, LEAST_AT_ONCE * a_row
+
+
+def filled(rows: int) -> int:
+    """Rows of a product for the tokens of one expert."""
+    step = max(FILL, (1 << (rows - 1).bit_length()) // FILL)
+    return -(-rows // step) * step
+
+
+def expert_products(facts: Facts, tokens: int, *, adapted: bool) -> int:
+    """Shapes of the products of a mixture's experts in micro-batches of `tokens`: one for each number of rows that one
+    expert's may be filled up to."""
+    mean = -(-tokens * facts.experts_per_token // max(1, facts.experts))
+    most = min(tokens, max(LEAST_AT_ONCE, BUSIEST * mean))
+    sizes = {filled(rows) for rows in range(FILL, most + FILL, FILL)}
+    return len(sizes) * (ADAPTED_PRODUCTS if adapted else PRODUCTS)
 
 
 def _mlp_moment(kind: Mlp, inner: float, *, adapted: bool, dropout: bool, again: bool) -> float:

@@ -5,7 +5,6 @@ Source: YAML 1.1 through PyYAML's safe loader; precedence is `--set` > recipe > 
 
 from __future__ import annotations
 
-import difflib
 import glob
 import os
 import re
@@ -22,6 +21,7 @@ from halfbyte.recipe import adapter
 from halfbyte.recipe.fields import shown
 from halfbyte.recipe.messages import Problem, field_of, fields_in, first_of_each, sentences, unusual
 from halfbyte.recipe.schema import SECTIONS, Loaded, Origin, Recipe, is_path, leaves
+from halfbyte.system import files
 
 if TYPE_CHECKING:
     from halfbyte.types import Document
@@ -60,7 +60,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, of_run: bool = Fal
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
+        near = files.near_names(path, [p.name for p in path.parent.glob("*.y*ml")])
         hint = f"; did you mean {path.with_name(near[0])}?" if near else "."
         raise RecipeError(
             f"there is no recipe {path}{hint}", fix=f"`halfbyte init {typed(path)}` writes one"

@@ -5,6 +5,7 @@ new is written beside its place, synced, renamed, and then its folder is synced 
 """
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import json
@@ -12,7 +13,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -141,6 +142,14 @@ def sha256(path: Path) -> str:
     """The hash of a file's bytes, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def near_names(path: Path, names: Iterable[str], most: int = 1) -> list[str]:
+    """Of the names beside a path that is not there, those that may have been meant. Endings do not count: they would
+    make `a.jsonl` and `b.jsonl` alike."""
+    stems = {name: Path(name).stem for name in names}
+    near = difflib.get_close_matches(path.stem, list(stems.values()), n=most)
+    return [name for stem in dict.fromkeys(near) for name in stems if stems[name] == stem][:most]
 
 
 def free_bytes(path: Path) -> int:

@@ -36,6 +36,7 @@ def _quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")  # the plan says it
     from transformers.utils import logging as their
 
     their.set_verbosity_error()

@@ -237,8 +237,14 @@ def test_a_missing_file_names_a_near_one(tmp_path: Path, make_data: Any) -> None
         read_rows(tmp_path / "trian.jsonl", make_data())
     expected = f"{tmp_path / 'trian.jsonl'}: no such file.\n  fix: did you mean {tmp_path / 'train.jsonl'}?"
     assert str(error.value) == expected
-    with pytest.raises(DataError, match="no such file"):
-        read_rows(tmp_path / "nowhere" / "x.jsonl", make_data())
+    write(tmp_path, "", "trian.py")
+    with pytest.raises(DataError) as error:
+        read_rows(tmp_path / "trian.jsonl", make_data())
+    assert str(error.value) == expected, "a file of another kind is not meant"
+    for unlike in (tmp_path / "held.jsonl", tmp_path / "nowhere" / "x.jsonl"):
+        with pytest.raises(DataError) as error:
+            read_rows(unlike, make_data())
+        assert str(error.value) == f"{unlike}: no such file.\n  fix: check the path"
 
 
 def test_a_folder(tmp_path: Path, make_data: Any) -> None:

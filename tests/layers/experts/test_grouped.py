@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
 from halfbyte.layers.experts import grouped
@@ -145,7 +146,8 @@ def test_only_routed_experts_are_asked_for_forward_and_backward() -> None:
 
 
 def test_backward_keeps_no_weight_and_no_copy_for_each_expert() -> None:
-    """Kept: the input, the inner product of each pair, A, B and x A in the compute dtype, the routing weights."""
+    """Kept: the input, the inner product of each pair and of the rows that the last products are filled with, A, B and
+    x A in the compute dtype, the routing weights."""
     module = experts_of("gate and up")
     loras = lora(module, stacks_of(module))
     index = ROUTES["odd counts"]()
@@ -153,12 +155,14 @@ def test_backward_keeps_no_weight_and_no_copy_for_each_expert() -> None:
     kept: dict[int, Tensor] = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
         grouped.experts(module, x, index, weights, loras=loras)
-    pairs = 13 * K
+    counts = torch.bincount(index.reshape(-1), minlength=E)
+    filled = torch.where(counts > 0, -(-counts // 16) * 16, 0)
+    rows = int((counts.cumsum(0) - counts + filled).max())
+    assert 13 * K <= rows < 13 * K + 16
     parameters = sum(t.numel() for one in loras.values() for t in (one.a, one.b))  # type: ignore[union-attr]
     turned = sum(one.b.numel() for one in loras.values())  # type: ignore[union-attr]
     assert (
-        sum(t.numel() for t in kept.values())
-        == x.numel() + pairs * (40 + 2 * R) + weights.numel() + parameters + turned
+        sum(t.numel() for t in kept.values()) == x.numel() + rows * (40 + 2 * R) + weights.numel() + parameters + turned
     )
 
 
@@ -183,11 +187,45 @@ def test_an_expert_with_many_tokens_is_taken_in_parts(kind: str, monkeypatch: py
     module = experts_of(kind)
     index = ROUTES["one expert has all"]()
     groups = grouped.Groups.of(index, E)
-    assert groups.most == 3 and [span for span in groups.spans if span[0] == 3][-1][2] == 14
+    assert groups.most == 16 and max(last - first for _, first, last in groups.spans) == 3
+    assert [span for span in groups.spans if span[0] == 3][-1][2] == 14
     loras = lora(module, stacks_of(module))
     trained = [part for one in loras.values() for part in (one.a, one.b) if part is not None]
     wanted = results(with_delta(module, loras), index, *trained)
     same(results(lambda *args: grouped.experts(module, *args, loras=loras), index, *trained), wanted)
+
+
+class Products(TorchDispatchMode):
+    """The sizes of every matrix product, but for the model's own."""
+
+    def __init__(self, own: set[int]) -> None:
+        super().__init__()
+        self.own, self.seen = own, set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.seen |= {size for part in args if isinstance(part, Tensor) for size in part.shape} - self.own
+        return func(*args, **(kwargs or {}))
+
+
+def test_products_have_few_shapes_however_tokens_are_spread() -> None:
+    """oneDNN compiles each, and an expert with another number of tokens in each micro-batch would be another shape."""
+    module = experts_of("gate and up")
+    loras = lora(module, stacks_of(module))
+    draw = torch.Generator().manual_seed(0)
+    with Products({D, 20, 40, R}) as products:
+        for tokens in (13, 40, 77, 131):
+            index = torch.stack([torch.randperm(E, generator=draw)[:K] for _ in range(tokens)])
+            x, weights = torch.randn(tokens, D, requires_grad=True), torch.rand(tokens, K)
+            grouped.experts(module, x, index, weights, loras=loras).sum().backward()
+    assert products.seen <= {16, 32, 48, 64, 80, 96, 112, 128}, products.seen
+    assert len(products.seen) > 2
+
+
+def test_rows_are_filled_by_a_sixteenth_at_most() -> None:
+    sizes = [grouped.filled(rows) for rows in range(1, 5000)]
+    assert all(rows <= size < max(rows + 16, rows * 1.125) for rows, size in enumerate(sizes, 1))
+    assert len(set(sizes)) < 60
 
 
 def test_no_token_at_all() -> None:

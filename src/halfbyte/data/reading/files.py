@@ -6,7 +6,6 @@ arguments of `datasets.load_dataset`.
 Cost: a look into the folders; no file is read here.
 """
 
-import difflib
 import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Literal
 from urllib.parse import parse_qsl
 
 from halfbyte.errors import DataError
+from halfbyte.system import files
 
 Kind = Literal["jsonl", "json", "csv", "parquet", "txt", "hub"]
 HUB = "hub:"
@@ -70,7 +70,7 @@ def _files(name: str) -> list[RowSource]:
             fix = "check the pattern; it is read relative to where halfbyte runs"
             raise DataError(f"{name} matches no file.", fix=fix)
     elif not path.exists():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
+        near = files.near_names(path, [p.name for p in path.parent.glob("*") if _kind(p)[0] is not None])
         raise DataError(
             f"{name}: no such file.", fix=f"did you mean {path.parent / near[0]}?" if near else "check the path"
         )

@@ -37,6 +37,9 @@ from halfbyte.layers.experts.layout import (
 )
 from halfbyte.layers.kernels import pool
 
+# Rows of a product are filled up with zeros to a multiple of this, or of a sixteenth of them: oneDNN compiles each
+# shape (2 ms) and keeps it, and every expert of every micro-batch would have one of its own.
+FILL = 16
 # Tokens of one expert that are taken at once: at most so many times the mean of all experts, or so many. It bounds what
 # is in memory for a moment, however a router chooses; an expert with more is dequantised once more for each part.
 BUSIEST, LEAST_AT_ONCE = 2, 256
@@ -69,8 +72,27 @@ class Groups:
 
     @property
     def most(self) -> int:
-        """Tokens of the longest span."""
-        return max((last - first for _, first, last in self.spans), default=0)
+        """Rows of the longest span's products."""
+        return max((filled(last - first) for _, first, last in self.spans), default=0)
+
+    @property
+    def room(self) -> int:
+        """Rows of all pairs, and of what the last products write behind them."""
+        return max((first + filled(last - first) for _, first, last in self.spans), default=0)
+
+
+def filled(rows: int) -> int:
+    """Rows of a product for the tokens of one expert."""
+    step = max(FILL, (1 << (rows - 1).bit_length()) // FILL)
+    return -(-rows // step) * step
+
+
+def _taken(x: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+    """Those rows of x, and zeros up to what a product has: (filled n, D), in `out`."""
+    own = out[: filled(len(rows))]
+    torch.index_select(x, 0, rows, out=own[: len(rows)])
+    own[len(rows) :].zero_()
+    return own
 
 
 @dataclass
@@ -174,20 +196,20 @@ class Experts(torch.autograd.Function):
             _Product.of(module, name, trained[3 * i : 3 * i + 3], scales[i], x.dtype)
             for i, name in enumerate(stacks_of(module))
         )
-        pairs = len(groups.order)
-        z = pool.empty((pairs, up.width), x)
-        kept = [None if p.a is None else x.new_empty((pairs, p.a.shape[1])) for p in (up, down)]
+        # a span's products write past its end, where the next span's are written after it
+        z = pool.empty((groups.room, up.width), x)
+        kept = [None if p.a is None else x.new_empty((groups.room, p.a.shape[1])) for p in (up, down)]
         room = [pool.empty((groups.most, x.shape[1]), x) for _ in range(2)]
         gate, norm = gate_of(module), post_norm_of(module)
         share = weights.reshape(-1).index_select(0, groups.order).float()
         out = torch.zeros_like(x, dtype=torch.float32)
         for expert, first, last in groups.spans:
             rows = groups.tokens[first:last]
-            into, y = (part[: last - first] for part in room)
-            own = torch.index_select(x, 0, rows, out=into)  # (n, D)
-            hs = [None if h is None else h[first:last] for h in kept]
-            inner = _gated(module, gate, up.forward(expert, own, z[first:last], hs[0]))  # (n, I)
-            y = down.forward(expert, inner, y, hs[1])  # (n, D)
+            own = _taken(x, rows, room[0])  # (n, D)
+            at = slice(first, first + len(own))
+            hs = [None if h is None else h[at] for h in kept]
+            inner = _gated(module, gate, up.forward(expert, own, z[at], hs[0]))  # (n, I)
+            y = down.forward(expert, inner, room[1][: len(own)], hs[1])[: len(rows)]  # (n, D)
             if norm is not None:
                 y = norm(y)
             out.index_add_(0, rows, y.float() * share[first:last, None])
@@ -210,34 +232,35 @@ class Experts(torch.autograd.Function):
         share = weights.reshape(-1).index_select(0, groups.order).float()
         dx = torch.zeros_like(x, dtype=torch.float32)
         dshare = torch.zeros_like(share)
-        most = groups.most
-        room = [pool.empty((most, width), x) for width in (x.shape[1], inner_width)]
+        room = [pool.empty((groups.most, width), x) for width in (x.shape[1], inner_width, x.shape[1])]
         gate, norm = gate_of(module), post_norm_of(module)
         for expert, first, last in groups.spans:
             rows = groups.tokens[first:last]
-            into, d_inner = (part[: last - first] for part in room)
-            weight, hs = share[first:last, None], [None if h is None else h[first:last] for h in (up_h, down_h)]
-            z_own = z[first:last]
+            n = len(rows)
+            dy = _taken(grad, rows, room[0])  # (n, D), zero past the span's end, as all that comes of it
+            into, d_inner = (part[: len(dy)] for part in room[:2])
+            at = slice(first, first + len(dy))
+            weight, hs = share[first:last, None], [None if h is None else h[at] for h in (up_h, down_h)]
+            z_own = z[at]
             inner = _gated(module, gate, z_own)  # (n, I)
-            dy = grad.index_select(0, rows)  # (n, D)
             if norm is not None:
-                dy, dshare[first:last] = _through_norm(norm, down, expert, inner, dy, weight)
+                dy[:n], dshare[first:last] = _through_norm(norm, down, expert, inner, dy[:n], weight)
             dh = down.backward(expert, dy, d_inner)
             if norm is None:  # <dy, y> is <d_inner, inner>, without the bias: y need not be made again
-                dshare[first:last] = (d_inner.float() * inner).sum(1)
+                dshare[first:last] = (d_inner[:n].float() * inner[:n]).sum(1)
                 if down.bias is not None:
-                    dshare[first:last] += dy.float() @ down.bias[expert].float()
+                    dshare[first:last] += dy[:n].float() @ down.bias[expert].float()
                 for part in (d_inner, dy, dh):
                     if part is not None:
-                        part.mul_(weight)
+                        part[:n].mul_(weight)
             of_down.add(expert, down, inner, dy, hs[1], dh)
             del inner, dy
             dz = _gated_backward(module, gate, z_own, d_inner)
-            own = torch.index_select(x, 0, rows, out=into) if of_up.a is not None else into
-            d_own = torch.empty_like(into)
+            own = _taken(x, rows, room[0]) if of_up.a is not None else into
+            d_own = room[2][: len(own)]
             dh = up.backward(expert, dz, d_own)
             of_up.add(expert, up, own, dz, hs[0], dh)
-            dx.index_add_(0, rows, d_own.float())
+            dx.index_add_(0, rows, d_own[:n].float())
         dweights = torch.empty_like(dshare)
         dweights[groups.order] = dshare
         of_trained = (*of_up.like(*trained[:3]), *of_down.like(*trained[3:]))
@@ -264,9 +287,9 @@ def _through_norm(
     norm: Callable[[Tensor], Tensor], down: _Product, expert: int, inner: Tensor, grad: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients of what the norm reads (n, D) and of the routing weights (n,), for the output's."""
-    y = torch.empty_like(grad)
+    y = grad.new_empty((len(inner), grad.shape[1]))
     h = None if down.a is None else y.new_empty((len(y), down.a.shape[1]))
-    y = down.forward(expert, inner, y, h).requires_grad_()
+    y = down.forward(expert, inner, y, h)[: len(grad)].requires_grad_()
     with torch.enable_grad():
         normed = norm(y)
     (dy,) = torch.autograd.grad(normed, y, (grad * weight).to(normed.dtype))
