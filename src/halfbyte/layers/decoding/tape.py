@@ -21,7 +21,7 @@ from torch import Tensor
 from halfbyte.layers.kernels import cpu
 
 MOST_VECTORS = 16  # beyond, a matrix product on dequantised weights is faster
-_ITEM_BYTES = 16 * 1024  # of a matrix that a thread takes at once
+_ITEM_BYTES = 64 * 1024  # of a matrix that a thread takes at once
 
 
 @cache
@@ -63,9 +63,8 @@ class Tape:
         self._kept: list[object] = []
         self._before, self._group = (0, 0), 0
         self._order = nibbles.order(name)
-        self._isa, self._longest = name, 0
+        self._isa, self._groups = name, 1
         self._levels: dict[str, Tensor] = {}
-        self._tables: dict[int, Tensor] = {}  # by the address of the table that they are made of
         self._slots: np.ndarray | None = None
 
     # ------------------------------------------------------------------ memory
@@ -144,10 +143,10 @@ class Tape:
         """x (M, D) times 4-bit rows (O, D), plus h (M, R) times up (O, R), both of whole pieces of 32 bytes."""
         o, d = shape
         rows = self._item_rows(o, d // 2)
-        self._longest = max(self._longest, rows * (d // 64))
+        self._groups = max(self._groups, rows * (d // 64) // 256 + 2)
         nested = scales.nested is not None and scales.table is not None
         slots: dict[int, int | float] = {
-            4: self.kept(codes), 5: self.kept(scales.absmax), 6: self._scale_table(scales.table) if nested else 0,
+            4: self.kept(codes), 5: self.kept(scales.absmax), 6: self.kept(scales.table) if nested else 0,
             7: self.kept(scales.nested) if nested else 0, 8: scales.offset, 9: d, 10: o, 11: x.ordered.data_ptr(),
             12: x.wide * self.dtype.itemsize, 13: out.data_ptr(), 14: out.stride(0), 15: int(onto),
             16: 0 if bias is None else self.kept(bias.float()), 22: self._table(kind), 23: rows, 24: self.m,
@@ -182,15 +181,6 @@ class Tape:
     def _item_rows(self, rows: int, row_bytes: int) -> int:
         return max(1, min(_ITEM_BYTES // max(1, row_bytes), math.ceil(rows / 8)))
 
-    def _scale_table(self, table: Tensor) -> int:
-        from halfbyte.layers.kernels.cpu import nibbles
-
-        made = self._tables.get(table.data_ptr())
-        if made is None:  # a table of a layer's own, 1 kB
-            made = self._tables[table.data_ptr()] = torch.from_numpy(nibbles.scale_table(table.numpy(), self._isa))
-            self._kept.append(table)
-        return self.kept(made)
-
     def _table(self, kind: str) -> int:
         from halfbyte.layers.kernels.cpu import nibbles
         from halfbyte.quant.kernels import nf4_cpu
@@ -217,7 +207,7 @@ class Tape:
         self._counters = np.zeros(2 * len(self._rows) * self.kinds.LINE, np.int64)
         self._slots = np.zeros(32, np.int64)
         self._slots[:2] = self._ops.ctypes.data, len(self._rows)
-        self._slots[4:8] = self._counters.ctypes.data, self._longest, self.room, self._order.ctypes.data
+        self._slots[4:8] = self._counters.ctypes.data, self._groups, self.room, self._order.ctypes.data
         self._slots[8] = _yield_address()
 
 

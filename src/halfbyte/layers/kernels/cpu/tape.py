@@ -81,39 +81,41 @@ def _norm(op, number, like, order, m):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _scales(op, number, like, first, blocks, to):  # type: ignore[no-untyped-def]
-    if op[6] != 0:
-        nibbles.nested_scales(like, op[5], op[6], op[7], np.float32(number[8]), first, blocks, to.ctypes.data)
-    else:
-        plain = array(op[5] + first * 4, (blocks,), np.float32)
-        for j in range(blocks):
-            to[j] = plain[j]
-
-
-@inlined
-def _codes(op, number, like, scales, sums, item):  # type: ignore[no-untyped-def]
+def _codes(op, number, like, lookups, sums, item):  # type: ignore[no-untyped-def]
     """4 codes, 5 absmax, 6 table of 256 or 0, 7 nested absmax, 8 offset, 9 D, 10 O, 11 x in order (M, D'), 12 bytes of
     its row, 13 out (M, ..), 14 its row, 15 onto, 16 bias (O) fp32, 17 B, 18 its row, 19 A x (M, ..), 20 its row,
     21 pieces, 22 levels, 23 rows of an item, 24 M."""
     blocks, vectors, row_bytes = op[9] // nibbles.BLOCK, op[24], op[9] // 2
-    first, last = item * op[23], min(op[10], item * op[23] + op[23])
+    begin, end = item * op[23], min(op[10], item * op[23] + op[23])
     bias = array(op[16], (op[10],), np.float32)
-    start, levels, row, up_row, h_row, pieces = scales.ctypes.data, op[22], op[12], op[18], op[20], op[21]
-    _scales(op, number, like, first * blocks, (last - first) * blocks, scales)
-    for r in range(first, last):
-        at = start + (r - first) * blocks * 4
-        w, up = op[4] + r * row_bytes, op[17] + r * up_row
+    t, levels, row, h_row, pieces = lookups.ctypes.data, op[22], op[12], op[20], op[21]
+    group, nested = begin * blocks // nibbles.GROUP, op[6] != 0
+    if nested:
+        groups = (end * blocks - 1) // nibbles.GROUP - group + 1
+        nibbles.lookups(like, op[6], op[7], np.float32(number[8]), group, groups, t)
+    for r in range(begin, end):
+        first, w, up = r * blocks - group * nibbles.GROUP, op[4] + r * row_bytes, op[17] + r * op[18]
+        at = op[5] + r * blocks * (1 if nested else 4)
         m = 0
         while m < vectors:
             x, h, to = op[11] + m * row, op[19] + m * h_row, sums.ctypes.data + m * 4
             if vectors - m >= 4:
-                nibbles.dots_of_4(like, w, 0, x, row, at, 0, blocks, levels, up, 0, h, h_row, pieces, to)
+                if nested:
+                    nibbles.looked_up_4(like, w, x, row, at, t, first, blocks, levels, up, h, h_row, pieces, to)
+                else:
+                    nibbles.dots_of_4(like, w, x, row, at, t, first, blocks, levels, up, h, h_row, pieces, to)
                 m += 4
             elif vectors - m >= 2:
-                nibbles.dots_of_2(like, w, 0, x, row, at, 0, blocks, levels, up, 0, h, h_row, pieces, to)
+                if nested:
+                    nibbles.looked_up_2(like, w, x, row, at, t, first, blocks, levels, up, h, h_row, pieces, to)
+                else:
+                    nibbles.dots_of_2(like, w, x, row, at, t, first, blocks, levels, up, h, h_row, pieces, to)
                 m += 2
             else:
-                nibbles.dots_of_1(like, w, 0, x, row, at, 0, blocks, levels, up, 0, h, h_row, pieces, to)
+                if nested:
+                    nibbles.looked_up_1(like, w, x, row, at, t, first, blocks, levels, up, h, h_row, pieces, to)
+                else:
+                    nibbles.dots_of_1(like, w, x, row, at, t, first, blocks, levels, up, h, h_row, pieces, to)
                 m += 1
         add = bias[r] if op[16] != 0 else np.float32(0.0)
         for m in range(vectors):
@@ -254,15 +256,16 @@ def _wait(counters, first, last, ops, yielding):  # type: ignore[no-untyped-def]
 def _make(element: type) -> object:
     @kernel
     def token(address):  # type: ignore[no-untyped-def]
-        """Slots: 0 operations, 1 their number, 2 the first, 3 the last, 4 counters, 5 most scales of an item, 6 T,
-        7 order, 8 sched_yield."""
+        """Slots: 0 operations, 1 their number, 2 the first, 3 the last, 4 counters, 5 most groups of 256 blocks in an
+        item, 6 T, 7 order, 8 sched_yield."""
         slot = carray(address, (32,), np.int64)
         ops = array(slot[0], (slot[1] * WIDTH,), np.int64)
         numbers = array(slot[0], (slot[1] * WIDTH,), np.float64)
         counters = array(slot[4], (2 * slot[1] * LINE,), np.int64)
         order = array(slot[7], (nibbles.CHUNK,), np.int64)
         like = array(slot[0], (1,), element)
-        scales, s, sums = np.zeros(slot[5] + 1, np.float32), np.empty(slot[6], np.float32), np.empty(64, np.float32)
+        lookups, s = np.empty(slot[5] * nibbles.GROUP, np.float32), np.empty(slot[6], np.float32)
+        sums = np.empty(64, np.float32)
         for i in range(slot[2], slot[3]):
             op, number = ops[i * WIDTH : (i + 1) * WIDTH], numbers[i * WIDTH : (i + 1) * WIDTH]
             _wait(counters, op[2], op[3], ops, slot[8])
@@ -272,7 +275,7 @@ def _make(element: type) -> object:
                 if item >= op[1]:
                     break
                 if op[0] == CODES:
-                    _codes(op, number, like, scales, sums, item)
+                    _codes(op, number, like, lookups, sums, item)
                 elif op[0] == DENSE:
                     _dense(op, number, like, item)
                 elif op[0] == NORM:
