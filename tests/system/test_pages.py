@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from halfbyte.system import pages
 from halfbyte.system.pages import PAGE, FileMaps, Span
@@ -104,3 +107,25 @@ def test_a_fork_looks_at_its_own_pages(mapped: Any) -> None:
         os._exit(0 if touched == 2 * PAGE else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert present_bytes([span]) == 0
+
+
+def test_a_room_holds_copies_that_do_not_touch_each_other_and_refuses_none():
+    tensors = [
+        torch.arange(n, dtype=dtype) for n, dtype in ((3, torch.uint8), (1000, torch.float32), (65, torch.int16))
+    ]
+    tensors += [torch.arange(12.0).reshape(3, 4).t(), torch.empty(0), torch.arange(9000.0)]  # strided, empty, too large
+    room = pages.Room(8192)
+    copies = [room.copied(each) for each in tensors]
+    starts = sorted((c.data_ptr(), c.nbytes) for c in copies if c.nbytes)
+    assert all(a + n <= b for (a, n), (b, _) in pairwise(starts))
+    copies[1].fill_(7)
+    copies[0].fill_(7)
+    for number in (2, 3, 4, 5):
+        assert torch.equal(copies[number], tensors[number])
+    assert torch.equal(tensors[0], torch.arange(3, dtype=torch.uint8))  # a copy, not the tensor itself
+
+
+def test_copies_outlive_their_room():
+    copy = pages.Room(1 << 20).copied(torch.arange(1000))
+    gc.collect()
+    assert torch.equal(copy, torch.arange(1000))

@@ -138,7 +138,7 @@ def place(model: Model, placement: str, *, mover: Mover | None = None) -> Placed
     maps = pages.FileMaps.read()
     if placement == "resident":
         if is_mapped(model, maps):
-            _into_memory(model, maps)
+            _into_memory(model, maps, pages.Room(_bytes(tensors) + pages.PAGE * len(tensors)))
         return Placed("resident", total, _bytes(t for t in _tensors(model) if _is_mapped(t, maps)))
     if mover is None and not is_mapped(model, maps):
         raise BaseModelError(
@@ -263,7 +263,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return bnb.held_tensors(module)
 
 
-def _into_memory(model: nn.Module, maps: pages.FileMaps) -> None:
+def _into_memory(model: nn.Module, maps: pages.FileMaps, room: pages.Room) -> None:
     """Copy every mapped tensor into private memory; the file's pages are let go tensor by tensor."""
     copies: dict[int, Tensor] = {}
 
@@ -272,7 +272,7 @@ def _into_memory(model: nn.Module, maps: pages.FileMaps) -> None:
             return tensor
         address = tensor.data_ptr()
         if address not in copies:
-            copies[address] = tensor.clone()
+            copies[address] = room.copied(tensor)
             if pages.supported():
                 for span in pages.whole_pages(_areas([tensor])):
                     pages.let_go(span)

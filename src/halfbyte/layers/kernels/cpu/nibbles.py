@@ -10,8 +10,8 @@ themselves, each is looked up in a table of the 256 numbers that they stand for 
     avx2    32 bytes at a time: `vpshufb` for the two bytes of a bf16 level; x is fp32.
 Error: levels are rounded to bf16, which moves each by at most 2^-9 of itself; products and sums are fp32.
 Source: VPERMW, VDPBF16PS, VPSHUFB in Intel's SDM volume 2; the order is ours.
-Cost: about 20 instructions for 128 weights and one vector. One row after the other, and nothing asked for in advance:
-two rows at once, or a prefetch, made memory's own prefetching miss (docs/log.md).
+Cost: about 20 instructions for 128 weights and one vector. One row after the other: two at once are two streams in one
+page, which halves what memory gives (docs/log.md).
 """
 
 from collections.abc import Callable, Iterator
@@ -28,6 +28,7 @@ from halfbyte.layers.kernels.cpu.tiles import BFloat
 
 Value: TypeAlias = Any  # of LLVM's, or a builder of them: llvmlite has no types
 BLOCK = 64
+_AHEAD_BYTES = 8192  # codes that are asked for before they are needed
 GROUP = 256  # blocks that have one outer scale, and numbers that a scale of 8 bits stands for
 CHUNK = 128  # weights that x is laid out by: two blocks
 _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -91,10 +92,10 @@ class _Code:
         back.set_metadata("llvm.loop", loop)
         b.position_at_end(end)
 
-    def touch(self, at: Value) -> None:
-        """A load that nothing needs: where each line is asked for twice, memory's own prefetching keeps up; asked for
-        once it brings less than half as much (docs/log.md)."""
-        self.b.load_atomic(self.b.inttoptr(at, _I8.as_pointer()), "monotonic", 1)
+    def prefetch(self, at: Value) -> None:
+        """Ask for a line, into the second cache."""
+        pointer = self.b.inttoptr(at, _I8.as_pointer())
+        self.call("llvm.prefetch.p0", ir.VoidType(), pointer, _I32(0), _I32(2), _I32(1))
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         lanes = a.type.count
@@ -173,7 +174,7 @@ def _avx512(code: _Code, vectors: int, args: dict[str, Value]) -> list[Value]:
     x = [code.at(args["x"], (args["x_row"], m)) for m in range(vectors)]
     with code.rolled(b.lshr(args["blocks"], _I64(1))) as c:
         place = code.at(args["w"], (c, 64))
-        code.touch(place)
+        code.prefetch(code.at(place, _AHEAD_BYTES))
         words = code.load(place, _WORDS)
         first, second = (code.every(_scale(code, args, code.at(_I64(n), (c, 2))), 16) for n in (0, 1))
         scale = b.select(_UPPER, second, first)
