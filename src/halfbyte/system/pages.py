@@ -9,6 +9,8 @@ MADV_HUGEPAGE has private memory in pages of 2 MB.
 Cost: measured, per GB: looking up 2.5 ms, letting go 0.6 ms, bringing back from the page cache 5 ms. Linux only.
 """
 
+from __future__ import annotations
+
 import ctypes
 import mmap
 import os
@@ -17,12 +19,13 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PAGE = mmap.PAGESIZE
 _PAGEMAP = "/proc/self/pagemap"
@@ -107,6 +110,8 @@ class Room:
 
     def copied(self, tensor: Tensor) -> Tensor:
         """The tensor's values in this room; elsewhere in memory where they have no place here."""
+        import torch
+
         size = tensor.nbytes
         if self._memory is None or not tensor.is_contiguous() or not 0 < size <= len(self._memory) - self._at:
             return tensor.clone()
