@@ -11,7 +11,7 @@ OLDEST := .venv-oldest
 NEWEST := .venv-newest
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help quickstart test test-slow test-versions $(NEWEST) lint fmt bench docs
+.PHONY: help quickstart test test-slow test-versions $(NEWEST) lint audit fmt bench docs
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test-slow    the slow tests: minutes, gigabytes"
 	@echo "make test-versions  the seam tests on the oldest and newest versions that pyproject.toml allows: gigabytes"
 	@echo "make lint, fmt    check, or rewrite, style and types"
+	@echo "make audit        known vulnerabilities of the dependencies (pip-audit), our own code (bandit)"
 	@echo "make bench        side by side with the plain Hugging Face stack"
 	@echo "make docs         regenerate the tables in docs/"
 
@@ -53,6 +54,12 @@ lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Known vulnerabilities of what is installed (asks the network), and our own code looked through.
+audit: $(INSTALLED_DEV)
+	$(BIN)/python -m pip install --quiet -e '.[audit]'
+	$(BIN)/bandit -q -r src -ll --configfile pyproject.toml
+	$(BIN)/pip-audit --skip-editable
 
 fmt: $(INSTALLED_DEV)
 	$(BIN)/ruff check --fix .

@@ -341,6 +341,7 @@ def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener) -
 def save(ready: Ready, run: RunFolder, callback: RunCallback) -> int | None:
     """Save the adapter, the best one where evaluations chose it, with its passport, and what it says of some rows.
     Returns the step that was chosen."""
+    callback.keep_late()
     prepared, model = ready.job.prepared, ready.base.model
     source, recipe, rows = prepared.checkpoint, prepared.recipe, run.read_metrics()
     best = callback.best if recipe.train.load_best_model_at_end else None

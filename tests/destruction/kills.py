@@ -1,6 +1,7 @@
 """`kill -9` at random moments of short runs: each resume must work, and end in the bytes of the uninterrupted run.
 
     python -m tests.destruction.kills --count 100 --seed 0
+    python -m tests.destruction.kills --count 50 --signals    # SIGTERM, SIGINT, each twice, SIGHUP instead
 
 A process that has imported everything is forked for each run, so that a run takes a second; the kill is a real SIGKILL.
 Half of the moments are times, drawn evenly from the length of the uninterrupted run; half are file operations (opening
@@ -33,7 +34,7 @@ from halfbyte.recipe.file import load_recipe
 from halfbyte.runs.folder import RunFolder
 from tests import tiny_run
 
-LIMIT_S = 120.0
+LIMIT_S = 900.0
 COMMON: dict[str, Any] = {
     "lora__lora_dropout": 0.1,
     "train__max_steps": 8,
@@ -61,10 +62,11 @@ KEYS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "eval_loss")
 
 @dataclass(frozen=True)
 class Moment:
-    """When a run is killed: after so many seconds, or before its file operation of this number."""
+    """When a run is killed: after so many seconds, or before its file operation of this number; by these signals."""
 
     seconds: float | None = None
     operation: int | None = None
+    signals: tuple[signal.Signals, ...] = (signal.SIGKILL,)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,17 @@ def recipe(folder: Path, kind: str) -> Path:
     return folder / "recipe.yaml"
 
 
-def count_operations(folder: Path, kill_before: int | None, told: int) -> None:
+SIGNALS = (
+    (signal.SIGTERM,),
+    (signal.SIGINT,),
+    (signal.SIGINT, signal.SIGINT),
+    (signal.SIGTERM, signal.SIGTERM),
+    (signal.SIGHUP,),
+)
+BETWEEN_S = 1.1  # two signals
+
+
+def count_operations(folder: Path, moment: Moment, told: int) -> None:
     """Count the operations below `folder` from now on; before one of them this process is killed. The count so far
     stands in the file `told`."""
     seen = 0
@@ -107,8 +119,9 @@ def count_operations(folder: Path, kill_before: int | None, told: int) -> None:
         else:
             return
         if isinstance(path, (str, os.PathLike)) and str(path).startswith(str(folder)):
-            if seen == kill_before:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if seen == moment.operation:
+                os.pwrite(told, b"!", 16)
+                os.kill(os.getpid(), moment.signals[0])
             seen += 1
             os.pwrite(told, f"{seen:8d}".encode(), 0)
 
@@ -126,22 +139,30 @@ def forked(path: Path, run: Path, cache: Path, *, resume: bool, moment: Moment) 
             for stream, name in ((1, "out"), (2, "err")):
                 os.dup2(os.open(run.parent / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
             os.environ["HALFBYTE_CACHE"] = str(cache)
-            count_operations(run.parent, moment.operation, told)
+            count_operations(run.parent, moment, told)
             finetune.train(load_recipe(path, [f"output={run}"]), resume=resume)
             code = 0
-        except BaseException as error:
+        except KeyboardInterrupt:
+            code = 130
+        except BaseException as error:  # told by the exit code
             os.write(2, f"{type(error).__name__}: {error}\n".encode())
         finally:
             os._exit(code)
+    waiting, at = list(moment.signals), moment.seconds
+    if moment.operation is not None:
+        del waiting[:1]  # it sends that one to itself
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         seconds = time.monotonic() - began
         if ended:
             break
-        if seconds > (moment.seconds if moment.seconds is not None else LIMIT_S):
+        if at is None and moment.operation is not None and os.pread(told, 1, 16):
+            at = seconds + BETWEEN_S
+        if at is not None and waiting and seconds > at:
+            os.kill(child, waiting.pop(0))
+            at = seconds + BETWEEN_S
+        if seconds > LIMIT_S:
             os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            break
         time.sleep(0.0005)
     operations = int(os.pread(told, 8, 0) or 0)
     os.close(told)
@@ -176,8 +197,10 @@ def whole(path: Path, folder: Path) -> Whole:
     return Whole(*left(folder / "run"), seconds, operations)
 
 
-def one(number: int, kind: str, path: Path, wanted: Whole, folder: Path, shared: Path, seen: Counter[str]) -> None:
-    """One run, killed once or twice, and resumed until it ends.
+def one(
+    number: int, kind: str, path: Path, wanted: Whole, folder: Path, shared: Path, seen: Counter[str], *, gently: bool
+) -> None:
+    """One run, killed once or twice (`gently`: by a signal that it hears), and resumed until it ends.
 
     Raises:
         AssertionError: a resume failed, or it ended in other bytes.
@@ -190,12 +213,17 @@ def one(number: int, kind: str, path: Path, wanted: Whole, folder: Path, shared:
     for _ in range(kills):
         by_time = draw.random() < 0.5
         seconds, operation = draw.uniform(0, wanted.seconds), draw.randrange(wanted.operations)
-        moment = Moment(seconds=seconds) if by_time else Moment(operation=operation)
+        signals = draw.choice(SIGNALS) if gently else (signal.SIGKILL,)
+        moment = Moment(seconds, None, signals) if by_time else Moment(None, operation, signals)
         code, _, _ = forked(path, run, cache, resume=resume, moment=moment)
-        seen["kills" if code == -signal.SIGKILL else "ended before the kill"] += 1
-        if code == -signal.SIGKILL:
+        if gently:
+            seen[f"{' and '.join(s.name for s in signals)} in: {state(run, cache)}"] += 1
+        elif code == -signal.SIGKILL:
+            seen["kills"] += 1
             seen[f"in: {state(run, cache)}"] += 1
-        elif code:
+        else:
+            seen["ended before the kill"] += 1
+        if code not in (0, 130, *(-s for s in signals)):
             raise AssertionError(f"run {number}: {(folder / 'err').read_text()[-2000:]}")
         resume = run.exists()
     code, _, _ = forked(path, run, cache, resume=resume, moment=Moment())
@@ -211,7 +239,9 @@ def one(number: int, kind: str, path: Path, wanted: Whole, folder: Path, shared:
         raise AssertionError(f"run {number} left {rest}")
 
 
-def kill(count: int, seed: int, folder: Path, kinds: tuple[str, ...] = tuple(KINDS)) -> tuple[Counter[str], list[str]]:
+def kill(
+    count: int, seed: int, folder: Path, kinds: tuple[str, ...] = tuple(KINDS), *, gently: bool = False
+) -> tuple[Counter[str], list[str]]:
     """What became of `count` runs, and what went wrong."""
     seen: Counter[str] = Counter()
     failed: list[str] = []
@@ -226,11 +256,12 @@ def kill(count: int, seed: int, folder: Path, kinds: tuple[str, ...] = tuple(KIN
         path, wanted = made[kind]
         at = path.parent / f"killed-{number}"
         try:
-            one(number, kind, path, wanted, at, path.parent / "whole" / "cache", seen)
+            one(number, kind, path, wanted, at, path.parent / "whole" / "cache", seen, gently=gently)
         except AssertionError as error:
             failed.append(str(error))
         else:
             seen["same bytes"] += 1
+            print(f"{number} {kind}: same bytes", flush=True)
             shutil.rmtree(at, ignore_errors=True)
     return seen, failed
 
@@ -239,10 +270,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signals", action="store_true")
     given = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        seen, failed = kill(given.count, given.seed, Path(folder))
+        seen, failed = kill(given.count, given.seed, Path(folder), gently=given.signals)
     for text in failed[:5]:
         print(f"--- {text}")
     print(f"{given.count} runs from seed {given.seed} in {time.monotonic() - began:.0f} s: "

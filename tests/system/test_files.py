@@ -228,3 +228,18 @@ def test_the_cache_folder_is_the_named_one_or_the_users(tmp_path: Path, monkeypa
         assert files.cache_dir() == expected
     monkeypatch.delenv("HALFBYTE_CACHE")
     assert files.cache_dir() == tmp_path / ".cache" / "halfbyte"
+
+
+def test_what_dead_writers_left_is_cleared_and_nothing_else(tmp_path: Path) -> None:
+    dead, names = 2**22 + 1, ("report.json", "best")  # above the largest pid
+    for name in names:
+        (tmp_path / f".{name}.{dead}").mkdir()
+        (tmp_path / f".{name}.{dead}" / "weights").write_text("half")
+        (tmp_path / f".{name}.{os.getpid()}").write_text("mine")
+    (tmp_path / ".best.old").mkdir()
+    (tmp_path / f"step.{dead}").write_text("a name of someone's own")
+    files.clear_dead(tmp_path, "best")
+    assert (tmp_path / f".report.json.{dead}").exists() and not (tmp_path / f".best.{dead}").exists()
+    files.clear_dead(tmp_path)
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {f".report.json.{os.getpid()}", f".best.{os.getpid()}", ".best.old", f"step.{dead}"}

@@ -185,9 +185,12 @@ def write_files(adapted: Model, folder: Path, *, base_id: str, revision: str | N
     writer(adapted, base_id=base_id, revision=revision, dtype=dtype)(folder)
 
 
-def writer(adapted: Model, *, base_id: str, revision: str | None, dtype: torch.dtype | None) -> Callable[[Path], None]:
+def writer(
+    adapted: Model, *, base_id: str, revision: str | None, dtype: torch.dtype | None, copied: bool = False
+) -> Callable[[Path], None]:
     """What `write_files` does, to be done later, by another thread too: until the optimiser's next step. The tensors
-    are chosen now, as while a forward lasts a model may hold others in their places (`masters.py`)."""
+    are chosen now, as while a forward lasts a model may hold others in their places (`masters.py`); `copied` for a
+    writing that may be later than that step."""
     config = copy(adapted.peft_config[adapted.active_adapter])
     config.base_model_name_or_path, config.revision, config.inference_mode = base_id, revision, True
     if isinstance(config.target_modules, set):  # its order changes from process to process
@@ -196,6 +199,7 @@ def writer(adapted: Model, *, base_id: str, revision: str | None, dtype: torch.d
     # under `bias: all` PEFT adds what is in its own wrappers under their names too
     inner = (".original_module.", ".modules_to_save.")
     chosen = {name: value.detach() for name, value in saved.items() if not any(part in name for part in inner)}
+    chosen = {name: value.clone() for name, value in chosen.items()} if copied else chosen
 
     def write(folder: Path) -> None:
         config.save_pretrained(str(folder))

@@ -14,13 +14,14 @@ from halfbyte.adapters.lora import damaged
 from halfbyte.base.load import Base
 from halfbyte.base.store import manifest, shelf
 from halfbyte.errors import AdapterError
-from halfbyte.recipe.adapter import ADAPTER_FILES, PASSPORT, PASSPORT_FORMAT, read_passport
+from halfbyte.recipe.adapter import ADAPTER_FILES, PASSPORT, PASSPORT_FORMAT, read_config, read_passport
 from halfbyte.recipe.fields import shown
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import files
 from halfbyte.system.versions import versions
 from halfbyte.types import Document, Tokenizer
 
+_WHERE = frozenset({"base_model_name_or_path", "revision"})
 SAMPLES, SAMPLE_BYTES = 256, 4096
 # What a tokenizer does beside its vocabulary: spaces, line ends, digits, contractions, accents, other scripts.
 _PROBE = " A b\n\n  c's 1234567.5 Straße naïve 日本語 🙂\tend "
@@ -63,6 +64,12 @@ def _tokenizer_digest(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(words.encode()).hexdigest()
 
 
+def _config_digest(folder: Path) -> str:
+    """Of what the config says of the weights: not of where the base is, which changes when it is moved."""
+    config = {name: value for name, value in read_config(folder).items() if name not in _WHERE}
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
 def write(folder: Path, trained: Document, reached: Document) -> None:
     """Put the passport beside an adapter's weights, which are there already.
 
@@ -72,6 +79,7 @@ def write(folder: Path, trained: Document, reached: Document) -> None:
     values = {
         "format": PASSPORT_FORMAT,
         "adapter_sha256": files.sha256(folder / ADAPTER_FILES[0]),
+        "config_sha256": _config_digest(folder),
         **trained,
         "reached": reached,
         "versions": versions(),
@@ -124,6 +132,9 @@ def check(folder: Path, now: Document, *, force: bool = False) -> list[str]:
         return []
     if files.sha256(folder / ADAPTER_FILES[0]) != passport["adapter_sha256"] and not force:
         raise damaged(folder, f"it is not the file that {PASSPORT} beside it names; --force uses it all the same")
+    own = passport.get("config_sha256")  # none in passports of earlier versions
+    if own is not None and _config_digest(folder) != own and not force:
+        raise damaged(folder, f"{ADAPTER_FILES[1]} is not the file that {PASSPORT} names; --force uses it all the same")
     return refuse(f"the adapter {folder}", differences(passport["belongs_to"], now), force=force)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import BaseModelError, first_line
+from halfbyte.system import untrusted
 from halfbyte.types import Config
 
 
@@ -15,6 +16,10 @@ def open_config(folder: Path, *, trust_remote_code: bool = False) -> Config:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    try:
+        untrusted.read_config(folder / "config.json")
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"{folder / 'config.json'} cannot be used: {first_line(error)}.") from error
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # of any kind: a config class checks its values in its own way

@@ -8,6 +8,7 @@ from halfbyte.types import Model, Tokenizer
 
 # File names, without their ending, that any of transformers' tokenizers is read from.
 TOKENIZER_STEMS = frozenset({"tokenizer", "vocab", "spiece", "sentencepiece", "tekken"})
+MOST_BYTES, MOST_TEMPLATE_BYTES = 100_000_000, 1_000_000
 BESIDE = "put the model's tokenizer.json and tokenizer_config.json beside its config.json"
 
 
@@ -19,9 +20,15 @@ def open_tokenizer(checkpoint: Checkpoint, model: Model | None = None, *, trust_
     """
     from transformers import AutoTokenizer
 
+    for file in checkpoint.path.glob("*"):
+        most = MOST_TEMPLATE_BYTES if file.name.startswith("chat_template") else MOST_BYTES
+        if (file.stem in TOKENIZER_STEMS or file.name.startswith("chat_template")) and file.stat().st_size > most:
+            raise BaseModelError(f"{file} has {file.stat().st_size:,} bytes; at most {most:,} are read.", fix=BESIDE)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of any kind: the files are read by many classes, some of them in Rust
+    except BaseException as error:  # of any kind: the files are read by many classes, some in Rust, which panics
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         there = any(f.stem in TOKENIZER_STEMS for f in checkpoint.path.iterdir())
         why = first_line(error) if there else "it has no tokenizer.json"
         raise BaseModelError(

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from halfbyte.errors import typed
+from halfbyte.system.secrets import hidden
 
 if TYPE_CHECKING:
     from halfbyte.base.quantize import Built
@@ -100,9 +101,9 @@ def as_json(asked: bool) -> bool:
 
 def failed(said: str, code: int, **more: str | None) -> None:
     """One message on stderr; where JSON was asked for, a document on stdout too."""
-    sys.stderr.write(f"error: {visible(said)}\n")
+    sys.stderr.write(f"error: {visible(hidden(said))}\n")
     if _as_json:
-        error(said, code, **more)
+        error(hidden(said), code, **{name: text and hidden(text) for name, text in more.items()})
 
 
 def error(said: str, code: int, **more: str | None) -> None:

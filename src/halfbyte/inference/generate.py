@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from transformers import StoppingCriteria, TextStreamer
 
+from halfbyte.errors import DataError, first_line
 from halfbyte.inference import decode
 from halfbyte.layers.decoding.tape import MOST_VECTORS
 from halfbyte.models.context import Context, context_of
+from halfbyte.system import untrusted
 from halfbyte.types import Document, Model, Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -52,7 +54,13 @@ class _Each(StoppingCriteria):
 def chat_ids(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
     """Token ids of a conversation up to where the assistant speaks; the plain text where there is no chat template."""
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        try:
+            with untrusted.template(tokenizer.chat_template):
+                text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except untrusted.TooMuch as error:
+            raise DataError(f"{error}.", fix="use a model with another template") from None
+        except Exception as error:  # a template may raise anything
+            raise DataError(f"the chat template refuses the conversation: {first_line(error)}.") from None
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return list(tokenizer("".join(m["content"] for m in messages))["input_ids"])
 
@@ -79,7 +87,8 @@ def end_of_turn_id(tokenizer: Tokenizer) -> int | None:
     probe = "halfbyte"
     messages = [{"role": "user", "content": probe}, {"role": "assistant", "content": probe}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        with untrusted.template(tokenizer.chat_template):
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception:  # a template may refuse any conversation in its own words; then it names no end of turn
         return None
     tail = tokenizer(text.rsplit(probe, 1)[-1], add_special_tokens=False)["input_ids"]

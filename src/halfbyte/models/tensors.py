@@ -4,7 +4,6 @@ Planning, storing, loading and checking must agree on what each tensor is; this 
 Names and shapes are the checkpoint's, which transformers may rename or merge at loading.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from halfbyte.errors import SourceError
 from halfbyte.models.sources.safetensors import DTYPE_BITS, read_header, weight_files
+from halfbyte.system import untrusted
 from halfbyte.types import ConfigFile, Document
 
 Role = Literal["linear", "embedding", "head", "norm", "bias", "expert", "router", "other"]
@@ -171,7 +171,7 @@ def read_config(folder: Path) -> Document:
             fix="name the folder that holds config.json and the .safetensors files",
         )
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = untrusted.read_config(path)
     except (OSError, ValueError) as error:
         raise SourceError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(value, dict):

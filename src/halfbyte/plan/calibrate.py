@@ -45,7 +45,10 @@ CORRECTION_LIMIT = 4.0
 def cached(device: Device, dtype: str) -> Rates | None:
     """The rates of this machine, if they were measured under the same conditions."""
     try:
-        values = json.loads(path_of(device, dtype).read_text(encoding="utf-8"))
+        path = path_of(device, dtype)
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not files.is_sealed(values) or values.get("of", path.stem) != path.stem:
+            return None
         return Rates(**{field.name: values[field.name] for field in fields(Rates)})
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -108,7 +111,7 @@ def _keep(device: Device, dtype: str, rates: Rates) -> None:
     path = path_of(device, dtype)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs the same seconds again
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(path, files.as_json(rates.to_json()))
+        files.write(path, files.as_json(files.seal({**rates.to_json(), "of": path.stem})))
 
 
 def measure(device: Device, dtype: str) -> Rates:

@@ -5,9 +5,10 @@ Source: `adapter_config.json`, as PEFT writes it.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from re import _parser as re_parser  # type: ignore[attr-defined]  # the only door to a pattern's parts
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
@@ -15,12 +16,15 @@ from pydantic import ValidationError
 from halfbyte.errors import AdapterError, RecipeError
 from halfbyte.recipe.fields import INIT_REFUSED, LORA_REFUSED, shown
 from halfbyte.recipe.schema import Lora, Origin, Recipe
+from halfbyte.system import untrusted
 
 if TYPE_CHECKING:
     from halfbyte.types import Document
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 PASSPORT, PASSPORT_FORMAT = "halfbyte.json", 1
+MOST_BYTES, MOST_RANK = 5_000_000, 16_384
+MOST_PATTERN, MOST_REPEATS = 10_000, 4
 # Fields that a new run chooses for itself.
 CHOSEN = frozenset({"adapter", "lora_dropout", "init_lora_weights", "task_type", "save_dtype"})
 # Refused fields of LoraConfig that say nothing of what the weights mean.
@@ -49,13 +53,60 @@ def read_config(folder: Path) -> Document:
         raise AdapterError(f"{folder} is not an adapter: it has no {' and no '.join(missing)}.")
     path = folder / ADAPTER_FILES[1]
     try:
-        config: Document = json.loads(path.read_text(encoding="utf-8"))
+        config: Document = untrusted.read_json(path, MOST_BYTES)  # type: ignore[assignment]
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path} cannot be read as JSON: {error}.") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise AdapterError(f"{path} is not the config of a LoRA adapter: its peft_type is {kind!r}.")
+    _check_limits(config, path)
     return config
+
+
+def _check_limits(config: Document, path: Path) -> None:
+    """Refuse ranks that no adapter has, which would be allocated before its weights are looked at, and patterns that
+    can take for ever on a name."""
+    patterns = {name: config.get(name) for name in ("rank_pattern", "alpha_pattern")}
+    if any(not isinstance(value, dict | None) for value in patterns.values()):
+        raise AdapterError(f"{path}: rank_pattern and alpha_pattern are mappings.")
+    ranks = [config.get("r"), *(patterns["rank_pattern"] or {}).values()]
+    wrong = [r for r in ranks if r is not None and not (type(r) is int and 0 < r <= MOST_RANK)]
+    if wrong:
+        raise AdapterError(f"{path}: a rank is a whole number of at most {MOST_RANK:,}, got {str(wrong[0])[:40]}.")
+    texts = [config.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save")]
+    texts += [key for value in patterns.values() for key in value or ()]
+    explosive = [text for text in texts if isinstance(text, str) and is_explosive(text)]
+    if explosive:
+        raise AdapterError(
+            f"{path}: the pattern {explosive[0][:80]!r} has repeats inside repeats, or more than {MOST_REPEATS} of "
+            "them, and could take for ever on a name.",
+            fix="write it with a list of names",
+        )
+
+
+def is_explosive(pattern: str) -> bool:
+    """Whether a regular expression can take for ever: unbounded repeats within a repeat, or many side by side."""
+    try:
+        parsed = re_parser.parse(pattern) if len(pattern) <= MOST_PATTERN else None
+    except (re.error, RecursionError, OverflowError):
+        return False  # whoever compiles it says what is wrong
+    if parsed is None:
+        return True
+    found = [*_repeats(parsed, 0)]
+    return len(found) > MOST_REPEATS or max(found, default=0) > 1
+
+
+def _repeats(node: object, depth: int) -> Iterator[int]:
+    """Of each repeat that can be long, how many such it is inside of, itself among them."""
+    if isinstance(node, tuple) and len(node) == 2 and str(node[0]).endswith("REPEAT"):
+        _, most, inner = node[1]
+        own = depth + (int(most) > 10)
+        if own > depth:
+            yield own
+        yield from _repeats(inner, own)
+    elif isinstance(node, list | tuple | re_parser.SubPattern):
+        for part in node:
+            yield from _repeats(part, depth)
 
 
 def read_passport(folder: Path) -> Document | None:
@@ -66,7 +117,7 @@ def read_passport(folder: Path) -> Document | None:
     """
     path = folder / PASSPORT
     try:
-        values: Document = json.loads(path.read_text(encoding="utf-8"))
+        values: Document = untrusted.read_json(path, MOST_BYTES)  # type: ignore[assignment]
         belongs = values["belongs_to"]
         if values["format"] == PASSPORT_FORMAT and belongs["base"]["content"] and belongs["quant"]["type"]:
             return values

@@ -26,6 +26,7 @@ from halfbyte.system import files
 if TYPE_CHECKING:
     from halfbyte.types import Document
 
+MOST_BYTES, MOST_VALUES = 100_000, 20_000  # PyYAML reads 100 kB a second
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 # What `halfbyte init` writes of each section, and the values of what it comments out.
 _INIT_SHOWN = {
@@ -58,7 +59,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, of_run: bool = Fal
         RecipeError: every problem at once, with its line in the file.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            raw = file.read(MOST_BYTES + 1)
+        if len(raw) > MOST_BYTES:
+            raise RecipeError(f"{path} is longer than {MOST_BYTES:,} bytes; a recipe is a page of text.")
+        text = raw.decode("utf-8-sig")
     except FileNotFoundError as error:
         near = files.near_names(path, [p.name for p in path.parent.glob("*.y*ml")])
         hint = f"; did you mean {path.with_name(near[0])}?" if near else "."
@@ -169,14 +174,33 @@ def _parse(text: str, name: str) -> tuple[Document, dict[str, int]]:
             kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
             keys = ", ".join(Recipe.model_fields)
             raise RecipeError(f"{name} holds {kind}; a recipe is a mapping with the keys {keys}.", fix=init)
+        _check_size(node)
         if problems := [*_walk(node, "", lines, ())]:
             raise RecipeError(problems, where=name)
         return loader.construct_document(node), lines
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}, column {mark.column + 1}:" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        deep = isinstance(error, RecursionError)
+        problem = "nested too deeply" if deep else getattr(error, "problem", None) or str(error).splitlines()[0]
         raise RecipeError(f"{name}:{where} not YAML: {problem}.") from error
+
+
+def _check_size(root: yaml.Node) -> None:
+    """A ValueError where aliases stand for more values than a recipe has: ten lines can name each other a billion
+    times. What holds itself is said elsewhere."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = 1  # while it is counted
+            children = [] if isinstance(node, yaml.ScalarNode) else node.value
+            parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+            sizes[id(node)] = min(1 + sum(map(size, parts)), MOST_VALUES + 1)
+        return sizes[id(node)]
+
+    if size(root) > MOST_VALUES:
+        raise ValueError(f"more than {MOST_VALUES:,} values, counted where aliases stand")
 
 
 def _walk(node: yaml.MappingNode, prefix: str, lines: dict[str, int], outer: tuple[yaml.Node, ...]) -> Iterator[str]:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -112,7 +111,7 @@ def write(folder: Path, taken: Snapshot, have_read: Callable[[], None] = lambda:
         save_file(taken.random, temporary / RNG_TENSORS)
         listed = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in sorted(temporary.iterdir())}
         manifest = {"format": FORMAT_VERSION, "step": taken.step, "trained": taken.trained, "files": listed}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        (temporary / MANIFEST).write_text(json.dumps(files.seal(manifest), indent=1))
     for path in final.iterdir():
         files.forget(path)
     if (wrong := damage(final, hashes=True)) is not None:
@@ -146,10 +145,8 @@ def unwritable(what: str, path: Path, error: OSError | SafetensorError) -> Train
 
 def prune(folder: Path, keep: int | None) -> None:
     """Remove the oldest whole checkpoints so that `keep` stay, and temporaries of dead writers."""
-    gone = [p for p in folder.glob(".step-*") if not (p.suffix[1:].isdigit() and psutil.pid_exists(int(p.suffix[1:])))]
-    if keep is not None:
-        gone += checkpoints(folder)[:-keep]
-    for path in gone:
+    files.clear_dead(folder)
+    for path in checkpoints(folder)[:-keep] if keep is not None else []:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from halfbyte.errors import HalfbyteError, TrainError, Unforeseen, first_line, typed
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import files
+from halfbyte.system.secrets import hidden
 from halfbyte.system.versions import versions
 from halfbyte.types import Document
 
@@ -34,7 +35,7 @@ def write(folder: Path, error: BaseException, parts: Document) -> Path | None:
         **parts,
         "traceback": "".join(traceback.format_exception(error)),
     }
-    text = "\n\n".join(f"== {title}\n{str(part).rstrip()}" for title, part in about.items())
+    text = hidden("\n\n".join(f"== {title}\n{str(part).rstrip()}" for title, part in about.items()))
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         files.write(folder / NAME, text.encode(errors="replace") + b"\n")

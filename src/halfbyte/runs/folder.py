@@ -62,6 +62,7 @@ class RunFolder:
         temporary = files.beside(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            files.clear_dead(path.parent, path.name)
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "checkpoints").mkdir(parents=True)
             files.write(temporary / "recipe.yaml", recipe_yaml.encode())
@@ -117,6 +118,8 @@ class RunFolder:
             stream.truncate(0)
             stream.write(str(os.getpid()))
             stream.flush()
+            files.clear_dead(self.path)
+            files.clear_dead(self.checkpoints)
             yield self
 
     def writer(self) -> str | None:

@@ -60,6 +60,8 @@ def damage(path: Path, *, hashes: bool = False) -> str | None:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["format"] != FORMAT_VERSION:
             return f"{MANIFEST} is of another version"
+        if not files.is_sealed(manifest) or not manifest["files"]:
+            return f"{MANIFEST} is not as it was written"
         for name, entry in manifest["files"].items():
             if not (path / name).is_file():
                 return f"{name} is missing"

@@ -22,6 +22,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+SEAL = "seal"
 CAN_LOCK = fcntl is not None
 
 
@@ -51,6 +52,21 @@ def as_json(value: Mapping[str, object]) -> bytes:
     return (json.dumps(finite(value), indent=2) + "\n").encode()
 
 
+def seal(value: Mapping[str, object]) -> dict[str, object]:
+    """The same with a hash of all of it, for a file whose every digit matters."""
+    return {**value, SEAL: _seal_of(value)}
+
+
+def is_sealed(value: Mapping[str, object]) -> bool:
+    """Whether nothing has changed since `seal`; also of what was never sealed."""
+    return SEAL not in value or value[SEAL] == _seal_of(value)
+
+
+def _seal_of(value: Mapping[str, object]) -> str:
+    own = {name: part for name, part in value.items() if name != SEAL}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+
 def finite(value: object) -> object:
     """A copy in which every NaN and infinity is None, tuples are lists and paths are text."""
     if isinstance(value, float):
@@ -76,6 +92,15 @@ def new_folder(path: Path) -> Iterator[Path]:
         put(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clear_dead(folder: Path, name: str = "*") -> None:
+    """Remove what writers that are no more have left in a folder, under names as `beside` gives them."""
+    import psutil
+
+    for path in folder.glob(f".{name}.*"):
+        if path.suffix[1:].isdigit() and not psutil.pid_exists(int(path.suffix[1:])):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def put(new: Path, path: Path) -> None:

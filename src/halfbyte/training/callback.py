@@ -5,10 +5,12 @@ Source: `transformers/trainer_callback.py` (events and their order in `trainer.p
 Cost: one JSON line a step; a checkpoint costs its files.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -39,7 +41,7 @@ class RunCallback(TrainerCallback):
     run: RunFolder
     listener: Listener
     cadence: Cadence
-    adapter: Callable[[], Callable[[Path], None]]
+    adapter: Callable[..., Callable[[Path], None]]
     stop: StopRequest
     trained: Document
     witness: Witness
@@ -54,6 +56,7 @@ class RunCallback(TrainerCallback):
     _saved_at: float = 0.0
     _saved_step: int = -1
     _full: bool = False
+    _late: Callable[[], None] | None = None
     _drawn: checkpoint.Randomness | None = None
 
     def __post_init__(self) -> None:
@@ -106,10 +109,13 @@ class RunCallback(TrainerCallback):
         self._append(row)
         best = self.best
         if best is not None and best.metric in row and best.is_better(row[best.metric]):
+            self._late = None
             try:
                 best.keep(row[best.metric], state.global_step, self.adapter())
             except DiskFull as error:
                 self._no_room(error.message)
+                self._late = partial(best.keep, row[best.metric], state.global_step, self.adapter(copied=True))
+                best.value = row[best.metric]  # of those that follow, none is kept that is not better
             above = reporting.above_start(self.run.read_metrics(), row["eval_loss"]) if state.global_step else None
             row = {**row, "best": True, **({"above": above} if above is not None else {})}
         self.listener.evaluated(row)
@@ -131,12 +137,20 @@ class RunCallback(TrainerCallback):
             self.save(f"{signal.name} received", drawn=self._drawn)
         self.writing.finish()
 
+    def keep_late(self) -> None:
+        """Write the best adapter that found no room when it was evaluated; DiskFull where there is none yet."""
+        if self._late is not None:
+            self._late()
+            self._late = None
+
     def _append(self, row: Document) -> None:
         if not self.run.append_metrics(row):
             self._no_room(f"metrics wait in memory: {files.no_room(self.run.path)}")
         elif self._full:
-            self._full = False
-            self.listener.note("disk", "there is room again")
+            with contextlib.suppress(DiskFull):
+                self.keep_late()
+                self._full = False
+                self.listener.note("disk", "there is room again")
 
     def _no_room(self, text: str) -> None:
         """Said once until there is room again."""

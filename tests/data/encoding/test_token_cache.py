@@ -67,7 +67,7 @@ def test_a_damaged_file_is_not_used(
     tokenizer, data = make_byte_level(templates.chatml), make_data()
     first = encode.encode(rows, tokenizer, data)
     examples, schema = list(first.examples), first.examples.batches[0].schema
-    (path,) = token_cache.folder().glob("*")
+    (path,) = token_cache.folder().glob("*.arrow")
     whole = path.read_bytes()
     if harm == "no tally":
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
@@ -95,10 +95,10 @@ def test_few_rows_are_not_kept_and_the_oldest_go_first(
 
     def kept(**data: Any) -> list[str]:
         encode.encode(rows, tokenizer, make_data(**data))
-        return [f.stem for f in token_cache.folder().glob("*")]
+        return [f.stem for f in token_cache.folder().glob("*.arrow")]
 
     (first,) = kept()
-    size = next(token_cache.folder().glob("*")).stat().st_size
+    size = next(token_cache.folder().glob("*.arrow")).stat().st_size
     monkeypatch.setattr(token_cache, "MOST_BYTES", size + size // 2)
     (second,) = kept(mask="all")
     assert first != second

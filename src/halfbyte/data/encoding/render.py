@@ -18,12 +18,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 
 from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.data.reading.formats import Message, Row
 from halfbyte.errors import DataError, first_line
 from halfbyte.recipe.data import Data
+from halfbyte.system import untrusted
 from halfbyte.types import Document, Tokenizer
 
 _TAIL_CHARS = 8  # characters of a prompt's end that are searched for, where the template rewrites what came before
@@ -224,15 +225,18 @@ class Renderer:
         chat = [m.to_template() for m in messages]
         tools = None if self._tools is None else list(self._tools)
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                chat, tools=tools, chat_template=self._template, tokenize=False, add_generation_prompt=prompt
-            )
+            with untrusted.template(self._template):
+                text: str = self._tokenizer.apply_chat_template(
+                    chat, tools=tools, chat_template=self._template, tokenize=False, add_generation_prompt=prompt
+                )
         except TemplateSyntaxError as error:
             raise DataError(
                 f"the chat template cannot be read: {error.message} (line {error.lineno}).",
                 fix="data.chat_template: a file with a template that can",
             ) from None
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except untrusted.TooMuch as error:
+            raise DataError(f"{error}.", fix="data.chat_template: a file with another template") from None
+        except Exception as error:  # a template may raise anything
             raise Refused(f"the chat template refuses it: {first_line(error)}") from None
         return text
 

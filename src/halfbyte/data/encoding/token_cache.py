@@ -121,8 +121,12 @@ def _known() -> dict[str, str]:
 def load(name: str) -> Encoded | None:
     """What was kept under `name`, mapped; None if nothing whole is there."""
     path = folder() / f"{name}.arrow"
-    with contextlib.suppress(OSError):
+    try:
+        if path.with_suffix(".sha256").read_text(encoding="ascii") != f"{name} {files.sha256(path)}":
+            return None
         os.utime(path)  # when it was last of use
+    except (OSError, ValueError):
+        return None
     return _map(path)
 
 
@@ -189,6 +193,7 @@ class Writer:
         path = self._partial
         if self._name is not None:
             path = folder() / f"{self._name}.arrow"
+            files.write(path.with_suffix(".sha256"), f"{self._name} {files.sha256(self._partial)}".encode())
             files.put(self._partial, path)
         made = _map(path)
         if made is None:
@@ -205,4 +210,5 @@ def _tidy() -> None:
         if total <= MOST_BYTES:
             return
         path.unlink(missing_ok=True)
+        path.with_suffix(".sha256").unlink(missing_ok=True)
         total -= size

@@ -16,11 +16,12 @@ import json
 import zlib
 from collections.abc import Iterator
 from itertools import chain, islice
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from halfbyte.data.reading.files import RowSource
 from halfbyte.data.reading.problems import BadRow, kind, shorten
 from halfbyte.errors import DataError, first_line
+from halfbyte.system import untrusted
 from halfbyte.types import Document
 
 if TYPE_CHECKING:
@@ -30,9 +31,11 @@ Record = Document | BadRow | bytes
 """Bytes: one JSON object of a file of JSON lines, to be parsed."""
 Numbered = Iterator[tuple[int, Record]]
 
+BOMB_BYTES, BOMB_RATIO = 8_000_000, 100  # from so many bytes on, a gzip file that is so many times smaller is none
 MAX_ROW_BYTES = 256_000_000  # a longer line is no row, and would fill the memory
 _CHUNK_CHARS = 1 << 20
-_BATCH_ROWS = 1024
+_BATCH_ROWS = 256
+READ_S = 60.0  # for a batch, of a slow disk too
 _CUT = (EOFError, zlib.error, gzip.BadGzipFile)
 csv.field_size_limit(MAX_ROW_BYTES)
 
@@ -57,7 +60,35 @@ def records(source: RowSource) -> Numbered:
 
 
 def _open(source: RowSource) -> IO[bytes]:
-    return gzip.open(source.path, "rb") if source.gz else source.path.open("rb")  # type: ignore[return-value]
+    if not source.gz:
+        return source.path.open("rb")
+    return io.BufferedReader(_Inflated(gzip.GzipFile(source.path), source), 1 << 20)
+
+
+class _Inflated(io.RawIOBase):
+    """What a gzip file holds, as long as it is not a bomb: rows of text become at most some dozen times as much."""
+
+    def __init__(self, file: gzip.GzipFile, source: RowSource) -> None:
+        self.file, self.source, self.read_bytes = file, source, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.file.read1(len(buffer))  # what comes before a damage is not lost with it
+        buffer[: len(data)] = data
+        self.read_bytes += len(data)
+        size = self.source.path.stat().st_size
+        if self.read_bytes > max(BOMB_BYTES, BOMB_RATIO * size):
+            raise DataError(
+                f"{self.source.path}: {size:,} bytes become more than {self.read_bytes:,}: that is no file of rows.",
+                fix="unpack it, and look at what it holds",
+            )
+        return len(data)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 def _check_start(start: bytes, source: RowSource) -> bytes:
@@ -166,7 +197,10 @@ def _wrapped(source: RowSource) -> list[tuple[int, Record]]:
         return []
     try:
         with _open(source) as file:
-            record = parse(file.read().removeprefix(b"\xef\xbb\xbf"))
+            raw = file.read(MAX_ROW_BYTES + 1)
+            if len(raw) > MAX_ROW_BYTES:
+                return []
+            record = parse(raw.removeprefix(b"\xef\xbb\xbf"))
     except (BadRow, *_CUT):
         return []
     lists = [v for v in record.values() if isinstance(v, list) and v and all(isinstance(item, dict) for item in v)]
@@ -308,13 +342,24 @@ def _parquet(source: RowSource) -> Numbered:
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
+    number, what, end = 0, f"{source.path.name}, unpacked,", object()
+    # a few rows at a time: a column can hold one text a million times in a few bytes
     try:
-        with pyarrow.parquet.ParquetFile(source.path) as file:
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS):
-                for record in _rows_of(batch):
+        with untrusted.limited(what, seconds=READ_S):
+            file = pyarrow.parquet.ParquetFile(source.path)
+        with file:
+            batches = file.iter_batches(batch_size=_BATCH_ROWS)
+            while True:
+                with untrusted.limited(what, seconds=READ_S):
+                    batch = next(batches, end)
+                    rows = [] if batch is end else [*_rows_of(batch)]
+                if batch is end:
+                    return
+                for record in rows:
                     number += 1
                     yield number, record
+    except untrusted.TooMuch as error:
+        raise DataError(f"{source.path} cannot be read: {error}.") from None
     except (pyarrow.ArrowException, ValueError) as error:  # ValueError: names of columns that are not UTF-8
         if number:
             yield number + 1, BadRow(f"the file is damaged here: {first_line(error)}")

@@ -3,12 +3,12 @@
 A missing or cut shard otherwise shows minutes later, as a traceback from deep inside a loader. Only headers are read.
 """
 
-import json
 import os
 from pathlib import Path
 
 from halfbyte.errors import SourceError, typed
 from halfbyte.models.sources.safetensors import INDEX, SINGLE, indexed_files, read_header
+from halfbyte.system import untrusted
 from halfbyte.types import Document
 
 PICKLE = "pytorch_model.bin"
@@ -93,11 +93,11 @@ def _problem(file: Path) -> str | None:
 
 def _read_json(path: Path) -> tuple[Document, str | None]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = untrusted.read_config(path)
     except OSError as error:
         return {}, f"{path.name} cannot be read: {error.strerror or error}"
     except ValueError as error:
-        return {}, f"{path.name} is not JSON: {error}"
+        return {}, f"{path.name} is not JSON that can be used: {error}"
     if not isinstance(content, dict):
         return {}, f"{path.name} is not a JSON object"
     return content, None

@@ -3,12 +3,12 @@
 Source: the safetensors format: 8 bytes with the header's length, a JSON header, then data without holes to the end.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import SourceError
+from halfbyte.system import untrusted
 from halfbyte.types import Document
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -22,7 +22,8 @@ DTYPE_BITS = {
     "F6_E3M2": 6,
 }
 AGAIN = "download it again"
-_HEADER_LIMIT_BYTES = 100_000_000  # the format's own limit
+_HEADER_LIMIT_BYTES = untrusted.MOST_JSON_BYTES  # the format's own is three times as much; a name takes about 100
+_MOST_DIMENSIONS, _LARGEST = 32, 2**63
 
 Header = dict[str, Document]
 """Name -> {dtype, shape, data_offsets}, in the order of the data."""
@@ -35,7 +36,8 @@ def indexed_files(index: Path) -> list[str]:
         SourceError: it is no index, or it names a path: that could point anywhere on this disk.
     """
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        listed: Any = untrusted.read_json(index)
+        names = sorted(set(listed["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
     except OSError as error:
         raise SourceError(f"{index.name} cannot be read: {error.strerror or error}.") from error
@@ -102,7 +104,7 @@ def header_length(start: bytes, size: int, name: str) -> int:
 def parse_header(raw: bytes, size: int, name: str) -> Header:
     """The entries of a header; `name` and `size` are those of its file."""
     try:
-        header = json.loads(raw)
+        header: Any = untrusted.parse_json(raw)
         header.pop("__metadata__", None)
         for key, entry in header.items():
             _check(key, entry)
@@ -120,7 +122,7 @@ def _check(name: str, entry: Any) -> None:
     shape, dtype, (begin, end) = entry["shape"], entry["dtype"], entry["data_offsets"]
     if dtype not in DTYPE_BITS:
         raise ValueError(f"{name} has the unknown dtype {dtype!r}")
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
-        raise ValueError(f"{name} has the shape {shape!r} and the offsets {begin!r}, {end!r}")
+    if len(shape) > _MOST_DIMENSIONS or not all(isinstance(n, int) and 0 <= n < _LARGEST for n in (*shape, begin, end)):
+        raise ValueError(f"{name[:100]} has the shape {str(shape)[:100]} and the offsets {begin!s:.30}, {end!s:.30}")
     if end - begin != (math.prod(shape) * DTYPE_BITS[dtype] + 7) // 8:
         raise ValueError(f"{name} has {end - begin} bytes, which do not hold {dtype} {shape}")

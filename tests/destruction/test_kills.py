@@ -1,0 +1,29 @@
+"""A few of `tests.destruction.kills`'s runs; the script makes as many as are asked for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--signals"]])
+def test_runs_that_are_killed_go_on(more: list[str]) -> None:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-m", "tests.destruction.kills", "--count", "10", "--seed", "1000", *more]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_strangers_files_are_read_or_refused() -> None:
+    command = [sys.executable, "-m", "tests.destruction.fuzz", "--count", "3000", "--seed", "1000000"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
