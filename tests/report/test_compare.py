@@ -11,7 +11,7 @@ from halfbyte.errors import RunError
 from halfbyte.report import compare
 from halfbyte.runs.folder import RunFolder
 from tests.report import made
-from tests.report.test_page import SCORES, answer, scored, seen
+from tests.report.test_page import SCORES, answer, scored, seen, started
 
 
 def two(folder: Path) -> tuple[RunFolder, RunFolder]:
@@ -41,6 +41,14 @@ def test_what_differs_is_told_and_what_is_alike_is_not(tmp_path: Path) -> None:
     assert "lora.r" in words and "<b>32</b>" in words and "b" not in [tag for tag, _ in parser.tags]
     assert {attrs.get("data-name") for tag, attrs in parser.tags if tag == "path"} >= {"one", "other"}
     json.dumps(value.to_json())
+
+
+def test_a_run_from_before_origins_were_kept_is_compared_by_its_recipe(tmp_path: Path) -> None:
+    one, other = two(tmp_path)
+    one.started.write_text(json.dumps(started(model={"id": "tiny-model", "revision": None})))
+    value = compare.compare([one.path, other.path])
+    assert dict(value.recipe) == {"lora.r": ("8", "<b>32</b>")}
+    assert value.notes == ()  # what is not known of the other's rows is not another
 
 
 def test_what_is_unfair_is_said(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def asked(model: str | None, data: str | None, machine: str | None) -> Draft:
     rows = next((name for name in here if "train" in name), here[0] if here else ROWS)
     packaged = f"a hub id, a folder, a .gguf file, or packaged: {', '.join(PACKAGED)}"
     _ask(f"Which model? ({packaged})", MODEL, model_is, model)
-    _ask(f"Which rows?{f' (here: {chr(44).join(here[:6])})' if here else ''}", rows, rows_are, data)
+    _ask("Which rows?" + (f" (here: {', '.join(here[:6])})" if here else ""), rows, rows_are, data)
     from halfbyte.cli.show_plan import machine as in_words
 
     _ask(

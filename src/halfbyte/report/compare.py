@@ -70,7 +70,10 @@ def unique(names: list[str], paths: Sequence[Path]) -> tuple[str, ...]:
 
 def differences(runs: Sequence[Record]) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Each field of the recipe whose values are not all the same: (name, a text for each run)."""
-    values = [{name: page.shown(row["value"]) for name, row in run.values.items()} for run in runs]
+    if all(run.started.get("values") for run in runs):
+        values = [{name: page.shown(row["value"]) for name, row in run.values.items()} for run in runs]
+    else:  # a run from before `started.json` has its recipe alone, where null is left out
+        values = [{name: page.shown(value) for name, value in record.flat(run.recipe)} for run in runs]
     names = dict.fromkeys(name for own in values for name in own)
     return tuple(
         (name, tuple(own.get(name, "-") for own in values))
@@ -104,8 +107,8 @@ def notes(runs: Sequence[Record], names: Sequence[str]) -> tuple[str, ...]:
     said = list[str]()
     if len({run.model for run in runs}) > 1:
         said.append("The runs have different models: their losses are not of the same tokens.")
-    data = [run.started.get("data") or {} for run in runs]
-    held = {(own.get("eval") or {}).get("tokens") for own in data}
+    known = [run.started["data"] for run in runs if run.started.get("data")]
+    held = {(own.get("eval") or {}).get("tokens") for own in known}
     if len(held) > 1:
         said.append("Their held-out rows are not the same: their evaluations cannot be compared.")
     scored = {str(run.scores["data"]) + f" ({run.scores.get('rows')} rows)" for run in runs if run.scores.get("data")}

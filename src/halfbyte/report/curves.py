@@ -8,7 +8,9 @@ from halfbyte.report.record import Record
 from halfbyte.report.series import Metrics, Series
 
 # What an evaluation counts beside what it measures.
-NOT_PLOTTED = frozenset({"eval_loss", "eval_labelled_tokens", "eval_runtime", "eval_rows", "eval_perplexity"})
+NOT_PLOTTED = frozenset(
+    {"eval_loss", "eval_perplexity", "eval_labelled_tokens", "eval_tokens", "eval_rows", "eval_runtime", "eval_seconds"}
+)
 MOST_EVALS = 4
 HOURS_FROM = 300.0  # minutes
 
@@ -55,6 +57,7 @@ def rates(metrics: Metrics, on: list[tuple[float, str]]) -> list[Chart]:
     smooth = series.smoothed(norm)
     lines = [Line("each step", norm, "raw")] + ([Line("smoothed", smooth, "smooth")] if len(smooth) else [])
     rate = Line("learning rate", metrics.column("learning_rate"), "smooth")
+    on = [(at, "") for at, _ in on]  # said once, over the loss
     return [
         Chart("Learning rate", "", "step", [rate], from_zero=True),
         Chart("Gradient norm", "before clipping", "step", lines, events=on, may_be_log=True),

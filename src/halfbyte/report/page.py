@@ -99,10 +99,10 @@ def facts(run: Record) -> list[tuple[str, str]]:
     if len(losses):
         found.append(("loss, first to last", f"{losses[0]:.4f} → {losses[-1]:.4f}"))
     if (held := metrics.evals.get("eval_loss")) is not None:
+        least = int(held.known.y.argmin())
         found.append(("held-out loss, last", f"{held.known.y[-1]:.4f}"))
-        found.append(
-            ("held-out loss, lowest", f"{held.known.y.min():.4f} at step {held.known.x[held.known.y.argmin()]:.0f}")
-        )
+        if least != len(held.known) - 1:
+            found.append(("held-out loss, lowest", f"{held.known.y[least]:.4f} at step {held.known.x[least]:.0f}"))
     seconds = float(series.minutes(metrics.steps["seconds"])[-1] * 60) if len(metrics.steps["seconds"]) else 0.0
     tokens = float(np.nansum(metrics.steps["tokens"]))
     if seconds:

@@ -73,11 +73,11 @@ class Axis:
 
 
 def nice(value: float) -> float:
-    """The least of 1, 2, 5 times a power of ten that is not below `value`."""
+    """The least of 1, 2, 2.5, 5 times a power of ten that is not below `value`."""
     if not value > 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
-    return next(m * power for m in (1, 2, 5, 10) if m * power >= value * (1 - 1e-9))
+    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= value * (1 - 1e-9))
 
 
 def short(value: float) -> str:
@@ -260,7 +260,7 @@ def heat_map(title: str, rows: Sequence[str], columns: Sequence[str], values: Se
     parts = [
         Markup(
             '<svg class="chart heat" viewBox="0 0 {0} {1}" style="max-width:{2}px" role="img" aria-label="{3}">'
-        ).format(width, height, max(420, round(1.5 * width)), title),
+        ).format(width, height, max(420, round(1.15 * width)), title),
         Markup('<text class="title" x="8" y="15">{}</text>').format(title),
     ]
     for j, name in enumerate(columns):

@@ -45,7 +45,8 @@ class Record:
 
     @property
     def model(self) -> str:
-        return str((self.started.get("model") or {}).get("id") or listing.model_of(self.run))
+        name = str((self.started.get("model") or {}).get("id") or listing.model_of(self.run))
+        return Path(name).name if name.startswith("/") else name
 
     @cached_property
     def change(self) -> changed.Change | None:
