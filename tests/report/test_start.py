@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,17 @@ def test_a_run_that_fails_leaves_a_page_that_says_why(tmp_path: Path, monkeypatc
         finetune.train(tiny_run.recipe(tmp_path))
     page = words(RunFolder(tmp_path / "run"))
     assert "The run crashed at step 2 of 4" in page and "ValueError: something odd" in page
+
+
+def test_what_cannot_be_kept_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(start, "examples", lambda prepared: 1 / 0)
+    with caplog.at_level(logging.WARNING, logger="halfbyte"):
+        finetune.train(tiny_run.recipe(tmp_path))
+    run = RunFolder(tmp_path / "run")
+    assert "ZeroDivisionError" in caplog.text and not run.started.exists()
+    assert run.report.is_file() and "finished" in words(run)
 
 
 def test_a_step_down_is_in_the_row_of_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

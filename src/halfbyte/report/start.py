@@ -7,6 +7,7 @@ Cost: three rows as text, one small file.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,10 +26,23 @@ from halfbyte.types import Document
 SHOWN_CHARACTERS = 3_000  # of a row; the rest is counted, not kept
 
 
+_log = logging.getLogger(__name__)
+
+
 def keep(
     run: RunFolder, loaded: Loaded, job: PlannedRun, base: Assembled, notices: Sequence[str], from_step: int
 ) -> None:
-    """Write it; a run that goes on (`from_step` > 0) keeps the list of its earlier processes."""
+    """Write it, unless that fails: a run is worth more than its page."""
+    try:
+        write_json(run.started, known(run, loaded, job, base, notices, from_step))
+    except Exception as error:
+        _log.warning(f"{run.started} could not be written: {type(error).__name__}: {error}")
+
+
+def known(
+    run: RunFolder, loaded: Loaded, job: PlannedRun, base: Assembled, notices: Sequence[str], from_step: int
+) -> Document:
+    """What it holds; a run that goes on (`from_step` > 0) keeps the list of its earlier processes."""
     prepared, before = job.prepared, read_json(run.started)
     earlier = before.get("processes", []) if from_step else []
     # what a resumed run was given is its own recipe: where the values came from at first is worth more
@@ -38,25 +52,22 @@ def keep(
         for field, value, origin in preview.resolved(loaded, job)
     }
     values |= {name: old for name, old in was.items() if name in values and old["value"] == values[name]["value"]}
-    write_json(
-        run.started,
-        {
-            "processes": [*earlier, {"step": from_step, "time": time.time()}],
-            "model": {"id": prepared.checkpoint.id, "revision": prepared.checkpoint.revision},
-            "values": values,
-            "data": prepare.data_report(prepared),
-            "lengths": {
-                name: None if rows is None else lengths(rows.lengths)
-                for name, rows in (("train", prepared.train), ("eval", prepared.evaluation))
-            },
-            "histogram": [asdict(part) for part in preview.histogram(prepared.train.lengths)],
-            "examples": examples(prepared),
-            "proofs": proofs(base),
-            "notices": list(notices),
-            "versions": versions(),
-            "machine": job.machine.to_json(),
+    return {
+        "processes": [*earlier, {"step": from_step, "time": time.time()}],
+        "model": {"id": prepared.checkpoint.id, "revision": prepared.checkpoint.revision},
+        "values": values,
+        "data": prepare.data_report(prepared),
+        "lengths": {
+            name: None if rows is None else lengths(rows.lengths)
+            for name, rows in (("train", prepared.train), ("eval", prepared.evaluation))
         },
-    )
+        "histogram": [asdict(part) for part in preview.histogram(prepared.train.lengths)],
+        "examples": examples(prepared),
+        "proofs": proofs(base),
+        "notices": list(notices),
+        "versions": versions(),
+        "machine": job.machine.to_json(),
+    }
 
 
 def lengths(values: pack.Sizes) -> Document:
