@@ -31,7 +31,7 @@ from halfbyte.runs import checkpoint, crash, points
 from halfbyte.runs import report as reporting
 from halfbyte.runs.folder import RunFolder, space_for, write_json
 from halfbyte.runs.room import Room
-from halfbyte.system import device, files, threads, usage
+from halfbyte.system import accelerator, device, files, threads, usage
 from halfbyte.system.versions import versions
 from halfbyte.training import fit, prepare, resuming
 from halfbyte.training.callback import RunCallback
@@ -150,6 +150,8 @@ def make_ready(
     """Rows, plan, base, adapters and micro-batches; the longest of these runs once unless the plan leaves much free."""
     settings = threads.settle(machine.cores)
     tell.note("process", settings.line)
+    for text in machine.notes:
+        tell.note("machine", text)
     job = fit.planned(recipe, machine, tell)
     fit.check_disk(job.plan, Path(recipe.output))
     prepared, plan = job.prepared, job.plan
@@ -170,6 +172,7 @@ def make_ready(
     belongs = _belongs(job, base, notices, start, point, force=force)
     for notice in notices:
         tell.note("note", notice)
+    accelerator.reset_peaks()  # of a calibration and the proofs
     usage.trim()  # what the proofs and the opening of the base left, in the heap and in blocks of our own
     pool.POOL.give_back()
     recompute_as(base.model, plan.recompute)
@@ -218,7 +221,7 @@ def _assembled(
         recipe.quant,
         job.machine,
         trust_remote_code=recipe.trust_remote_code,
-        device_map="auto" if plan.placement == "split" else {"": 0},
+        device_map="split" if plan.placement == "split" else {"": job.machine.main},
         with_tokenizer=False,
         tell=supply.Tell(progress=tell.building, note=tell.note),
     )
@@ -369,8 +372,8 @@ def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak
     in a process of its own."""
     prepared, plan, machine = ready.job.prepared, ready.job.plan, ready.job.machine
     adapter_step = room.write(lambda: save(ready, run, callback))
-    used, rows = usage.process_memory(), run.read_metrics()
-    on_card, timed = bool(machine.cards), plan.time.measured
+    used, cards, rows = usage.process_memory(), accelerator.peaks(), run.read_metrics()
+    on_card, timed = machine.on_card, plan.time.measured
     seen, step_s = usage.Usage(peak.private, peak.file), reporting.usual_seconds(rows)
     if step_s is not None:
         ran = usage.scheduled()
@@ -382,9 +385,9 @@ def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak
             "steps": len(ready.steps),
             "train_seconds": plan.time.run_s if timed else None,
             "peak_rss_bytes": None if on_card else plan.peak_bytes,
-            "peak_device_bytes": plan.peak_bytes if on_card else None,
+            "peak_device_bytes": plan.allocated_bytes if on_card else None,
         },
-        lines=fit.compared(plan, ready.base.base, ready.held, seen, run.path, step_s if timed else None),
+        lines=fit.compared(plan, ready.base.base, ready.held, seen, run.path, step_s if timed else None, cards),
         peak_rss_bytes=used["peak_rss_bytes"],
         peak_device_bytes=used.get("peak_device_bytes"),
         adapter_step=adapter_step,

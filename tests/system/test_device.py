@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from halfbyte.errors import RecipeError
-from halfbyte.system import device, files
-from halfbyte.system.device import Card, Device, compute_dtype, detect, parse_cards
+from halfbyte.system import compiled, files
+from halfbyte.system.device import Card, Device, compute_dtype, detect
 
 GIB = 2**30
 NO_LIMIT_V1 = "9223372036854771712"
@@ -154,48 +152,6 @@ def test_cards_decide_by_the_oldest_one() -> None:
     assert "slow" in compute_dtype(cuda((7, 0)), "bf16")[1]
 
 
-CSV = """0, GPU-aaa, NVIDIA H100 80GB HBM3, 81559, 81000, 9.0
-1, GPU-bbb, Tesla T4, 15360, 15000, 7.5
-2, GPU-ccc, X, [N/A], 1, 9.0
-"""
-
-
-def test_cards_are_read_from_the_drivers_table() -> None:
-    cards = parse_cards(CSV, None)
-    assert [c.name for c in cards] == ["NVIDIA H100 80GB HBM3", "Tesla T4"]
-    assert cards[1] == Card("Tesla T4", 15360 * 2**20, 15000 * 2**20, (7, 5))
-
-
-@pytest.mark.parametrize(
-    ("visible", "names"),
-    [
-        ("1", ["Tesla T4"]),
-        ("", []),
-        ("-1", []),
-        ("GPU-bbb,0", ["Tesla T4", "NVIDIA H100 80GB HBM3"]),
-        ("1,7,0", ["Tesla T4"]),
-    ],
-)
-def test_cards_honour_cuda_visible_devices(visible: str, names: list[str]) -> None:
-    assert [c.name for c in parse_cards(CSV, visible)] == names
-
-
-def test_no_driver_or_a_driver_that_fails_means_no_cards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_NVIDIA_SMI", ("no-such-program-anywhere",))
-    assert device._cards({}) == ()
-    monkeypatch.setattr(device, "_NVIDIA_SMI", (sys.executable, "-c", "raise SystemExit(9)"))
-    assert device._cards({}) == ()
-    monkeypatch.setattr(device, "_NVIDIA_SMI", (sys.executable, "-c", f"print({CSV!r})"))
-    assert len(device._cards({})) == 2
-    assert len(device._cards({"CUDA_VISIBLE_DEVICES": "0"})) == 1
-
-
-def test_torch_has_cuda_agrees_with_torch() -> None:
-    code = "import torch; print(torch.version.cuda is not None)"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    assert str(device.torch_has_cuda()) == said
-
-
 def test_this_machine_and_its_json(tmp_path: Path) -> None:
     found = detect()
     assert found.cores >= 1
@@ -208,7 +164,7 @@ def test_this_machine_and_its_json(tmp_path: Path) -> None:
 
 def test_compiled_kernels_are_found_where_numba_keeps_them(tmp_path: Path) -> None:
     env = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-    assert not device.kernels_are_compiled(env)
+    assert not compiled.are_there(env)
     (tmp_path / "cache" / "cpu_0123").mkdir(parents=True)
     (tmp_path / "cache" / "cpu_0123" / "flash._forward-134.py311.nbi").touch()
-    assert device.kernels_are_compiled(env)
+    assert compiled.are_there(env)

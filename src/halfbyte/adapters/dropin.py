@@ -25,7 +25,7 @@ from halfbyte.layers.fused_proof import prove_fused
 from halfbyte.models import structure, tensors
 from halfbyte.plan import layer as decoder
 from halfbyte.quant import bnb as codec
-from halfbyte.system import device, threads
+from halfbyte.system import accelerator, device, threads
 from halfbyte.types import Model
 
 threads.keep_few_products()
@@ -158,8 +158,8 @@ def prepare_model_for_kbit_training(
     if use_gradient_checkpointing:
         model.enable_input_require_grads()
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=gradient_checkpointing_kwargs or {})
-    if auto_clear_cache and torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if auto_clear_cache:
+        accelerator.empty_cache()
     return model
 
 
@@ -174,28 +174,41 @@ def _needs_recompute(model: Model) -> bool:
 
 
 def make_ready(model: Model) -> bool:
-    """Safe to evaluate, and on a CPU in a dtype that it multiplies. Returns whether the model is on a CPU."""
+    """Safe to evaluate, and in one dtype, which the machine multiplies. Returns whether the model is on a CPU."""
     codec.make_safe(model)
-    if next(model.parameters()).device.type != "cpu":
-        return False
-    dtypes = [layer.compute_dtype for _, layer in codec.linears_4bit(model)] + [p.dtype for p in model.parameters()]
-    if torch.float16 not in dtypes:
+    where = next(model.parameters()).device
+    on_cpu = where.type == "cpu"
+    dtypes = {layer.compute_dtype for _, layer in codec.linears_4bit(model)} | {p.dtype for p in model.parameters()}
+    wrong = torch.float16 if on_cpu else None if accelerator.multiplies_bf16(where) else torch.bfloat16
+    if wrong not in dtypes:
         # forward and backward dequantise to one dtype, the one that the residual stream has
         own = getattr(model, "dtype", None) or next(d for d in dtypes if d is not None and d.is_floating_point)
-        codec.set_compute_dtype(model, own if own in (torch.bfloat16, torch.float32) else torch.float32)
-        return True
-    name, reason = device.compute_dtype(device.detect(), "auto")
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-    for parameter in model.parameters():
-        if parameter.dtype in (torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.to(dtype)
-    for buffer in model.buffers():
-        if buffer.dtype == torch.float16:
-            buffer.data = buffer.data.to(dtype)
+        usual = own in (torch.bfloat16, torch.float32) or not on_cpu
+        codec.set_compute_dtype(model, own if usual else torch.float32)
+        return on_cpu
+    if on_cpu:
+        name, reason = device.compute_dtype(device.detect(), "auto")
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+        _say_once(f"float16 was asked for, but a CPU cannot train in it; computing in {name} ({reason}).")
+    else:
+        dtype = torch.float16
+        _say_once(
+            "this card has no bf16 multiply: computing in float16, whose loss TrainingArguments(fp16=True) scales."
+        )
+    _into(model, dtype, [torch.float16, torch.bfloat16])
     codec.set_compute_dtype(model, dtype)
     model.config.dtype = dtype
-    _say_once(f"float16 was asked for, but a CPU cannot train in it; computing in {name} ({reason}).")
-    return True
+    return on_cpu
+
+
+def _into(model: Model, dtype: torch.dtype, halves: list[torch.dtype]) -> None:
+    """Every parameter and buffer of 16 bits in another dtype, in place."""
+    for parameter in model.parameters():
+        if parameter.dtype in halves:
+            parameter.data = parameter.data.to(dtype)
+    for buffer in model.buffers():
+        if buffer.dtype in halves:
+            buffer.data = buffer.data.to(dtype)
 
 
 @cache

@@ -19,7 +19,7 @@ from halfbyte.base.store.reading import unsafe_pickle
 from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.errors import BaseModelError, first_line
 from halfbyte.layers.experts import interface
-from halfbyte.models import tensors
+from halfbyte.models import structure, tensors
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import resolve
 from halfbyte.models.structure import meta_model
@@ -32,6 +32,7 @@ from halfbyte.types import Config, Document, Model
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Quantising at load holds the source's pages and the result: measured 18.3 GB for 13.5 (docs/log.md).
 LOADING_SHARE = 1.4
+ON_ONE_CARD = 0.8  # of its free memory: a larger base is split over all of them
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def open_base(
     """Open a checkpoint under the policy of `quant`: its store, memory-mapped, which is built first if there is none.
 
     Args:
+        device_map: `auto`: one card where the base fits, else `split`: as many layers on each; or one of transformers'.
         use_store: False quantises while loading, with the 16-bit weights in memory.
         tell: how a build goes.
 
@@ -86,10 +88,16 @@ def open_base(
         stored, why = stored_base(wanted, device, tell)
         folder, origin = (stored, f"store {stored}") if stored is not None else (folder, f"{folder}: {why}")
     opening = _Opening(checkpoint, folder, config, quant, DTYPES[dtype_name], quantised)
-    where = device_map if device.kind == "cuda" else {"": "cpu"}
+    expected = sum(policy.encoded_bytes(s, quant, opening.dtype.itemsize) for s in specs)
+    if device_map == "auto":
+        fits = len(device.cards) < 2 or expected <= ON_ONE_CARD * device.cards[0].free_bytes
+        device_map = {"": device.main} if fits else "split"
+    if device_map == "split":
+        empty = meta_model(config, trust_remote_code=trust_remote_code)
+        device_map = structure.split_map(empty, [f"{device.kind}:{card.index}" for card in device.cards])
+    where = device_map if device.on_card else {"": "cpu"}
     model = opening.model(device_map=where, trust_remote_code=trust_remote_code)
     held = codec.resident_bytes(model)
-    expected = sum(policy.encoded_bytes(s, quant, opening.dtype.itemsize) for s in specs)
     if not quantised:
         residency.check_resident(model, quant, held, expected, checkpoint.id)
     tokenizer = open_tokenizer(checkpoint, model, trust_remote_code=trust_remote_code) if with_tokenizer else None

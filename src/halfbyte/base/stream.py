@@ -140,6 +140,12 @@ def place(model: Model, placement: str, *, mover: Mover | None = None) -> Placed
         if is_mapped(model, maps):
             _into_memory(model, maps, pages.Room(_bytes(tensors) + pages.PAGE * len(tensors)))
         return Placed("resident", total, _bytes(t for t in _tensors(model) if _is_mapped(t, maps)))
+    where = next(model.parameters()).device
+    if mover is None and where.type != "cpu":
+        raise BaseModelError(
+            f"quant.placement {placement} keeps the base in RAM, and this one is on a card ({where}).",
+            fix="--set quant.placement=auto; or CUDA_VISIBLE_DEVICES= in front of the command, to compute on the CPU",
+        )
     if mover is None and not is_mapped(model, maps):
         raise BaseModelError(
             f"quant.placement {placement} needs a base whose weights are opened from a file as they are; these were "

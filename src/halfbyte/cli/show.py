@@ -262,6 +262,8 @@ def diagnosis(value: Diagnosis) -> None:
     labelled("memory", f"{gb(machine.ram_available_bytes)} free of {gb(machine.ram_bytes)}")
     for card in machine.cards:
         labelled("card", f"{card.name}, {gb(card.free_bytes)} free of {gb(card.total_bytes)}")
+    for note in machine.notes:
+        labelled("note", note)
     labelled("cache", f"{value.cache}, {gb(value.cache_free_bytes)} free")
     if value.cache_problem:
         warning(

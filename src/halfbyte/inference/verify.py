@@ -74,7 +74,7 @@ def after(path: Path, train_seconds: float, plan: Plan, machine: device.Device) 
     """
     if train_seconds < AFTER_S:
         return {"ok": None, "seen": f"not asked of a run of less than {AFTER_S:.0f} s"}
-    if machine.kind == "cuda" or device.ram_available() < plan.private_bytes:
+    if machine.on_card or device.ram_available() < plan.private_bytes:
         return {"ok": None, "seen": "not asked: too little memory is left for a second process"}
     command, limit = [sys.executable, "-m", "halfbyte", "verify", str(path)], max(train_seconds, LIMIT_S)
     try:

@@ -2,9 +2,9 @@
 
 What: the gradients of every adapter on a few short examples (and a long row, see `packing_proof.py`), three times: by
 PEFT's and transformers' own code on each example alone, fused and packed, and so again after an evaluation. In fp32
-the first two must agree to 1e-3 and the last two to the bit, and no adapter may be without a gradient. The kernels of
-a 16-bit dtype are others, so there the fused gradients must come as near to the truth, the fp32 gradients, as PEFT's
-own do.
+the first two must agree to 1e-3 and the last two to the bit (on a card to 1e-3, as some of its kernels add in the order
+in which threads end), and no adapter may be without a gradient. The kernels of a 16-bit dtype are others, so there the
+fused gradients must come as near to the truth, the fp32 gradients, as PEFT's own do.
 Where that fails the fused layers are taken off again, and it is said.
 Why: a wrong gradient under a healthy loss curve is the worst bug of this trade; this is the cheapest place to see it.
 Cost: five micro-batches of 15 tokens forward and backward, or of a long row.
@@ -99,12 +99,16 @@ def _compare(model: Model, *, packed: bool, longest: int | None) -> tuple[str, f
             again = _gradients(model, packs)
             fuse.remove(model)
             packing.install(lm, "single")
-            own = _gradients(model, [[ids] for pack in packs for ids in pack], fused=False)
-            packing.install(lm, layout)
+            try:
+                own = _gradients(model, [[ids] for pack in packs for ids in pack], fused=False)
+            finally:
+                packing.install(lm, layout)
         dead = sorted(set(own) - set(got)) + sorted(set(own) - set(again))
         if dead:
             return f"{len(dead)} adapters got no gradient, {dead[0]} for one", float("inf")
         moved = [n for n in got if not torch.equal(got[n], again[n])]
+        if moved and lm.device.type != "cpu" and _apart(again, got) <= (TOLERANCE if exact else SLACK):
+            moved = []
         if moved:
             return f"an evaluation changes the gradients of {len(moved)} adapters, {moved[0]} for one", float("inf")
         off = _apart(got, truth or own)

@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 
     from halfbyte.types import Batch, Config, Model
 
-# Logits at once: large enough for the matmul's full rate, small enough for the third-level cache.
-CHUNK_BYTES = 32_000_000
+# Logits at once: large enough for the matmul's full rate, small enough for a CPU's third-level cache. A card has no
+# such cache, and reads the head again for each chunk.
+CHUNK_BYTES, CARD_CHUNK_BYTES = 32_000_000, 256_000_000
 
 
 def accepts(model: Model, name: str) -> bool:
@@ -109,7 +110,8 @@ def _labelled(model: Model, batch: Batch, *, fused: bool = True) -> tuple[torch.
             hidden = structure.body(structure.causal_lm(model))(**inputs)[0]  # (1, T, D)
         labelled: torch.Tensor = _Rows.apply(hidden[0], keep.to(hidden.device))
         return labelled, targets, head
-    if accepts(model, "logits_to_keep"):
+    # over several cards a forward would index the last one's hidden states with numbers on the first
+    if accepts(model, "logits_to_keep") and len({p.device for p in model.parameters()}) == 1:
         logits = model(**inputs, logits_to_keep=keep).logits[0]  # (K, V)
     else:
         logits = model(**inputs).logits[0]  # (N, V)
@@ -211,7 +213,9 @@ def _computes_logits(lm: Model, head: Head) -> bool:
                 if size is not None:
                     scaled.factor = size / float(wanted.square().mean().sqrt().clamp_min(1e-6))
                     wanted = lm(input_ids=ids, **options).logits[0].float()
-                got = head_logits(structure.body(lm)(input_ids=ids, **options)[0][0], head).float()
+                own = structure.body(lm)(input_ids=ids, **options)[0][0].to(head.weight.device)
+                got = head_logits(own, head).float()
+                wanted = wanted.to(got.device)
                 if got.shape != wanted.shape or not bool((got - wanted).norm() <= 1e-2 * wanted.norm()):
                     return False
     except Exception:  # of the model's own code; the repair: its own forward makes the logits
@@ -247,7 +251,8 @@ def head_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
 
 def head_loss(hidden: torch.Tensor, targets: torch.Tensor, head: Head, *, smoothing: float = 0.0) -> torch.Tensor:
     """Summed cross-entropy of `targets` (K,) under the head's logits of `hidden` (K, D), in chunks. Scalar, fp32."""
-    hidden, targets = hidden.to(head.dtype or head.weight.dtype), targets.to(hidden.device)
+    where = head.weight.device  # over several cards, a tied head lies beside its embedding
+    hidden, targets = hidden.to(where, head.dtype or head.weight.dtype), targets.to(where)
     loss: torch.Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, head.values, targets, head, smoothing)
     return loss
 
@@ -293,7 +298,8 @@ class _HeadLoss(torch.autograd.Function):
         targets = torch.nn.functional.pad(targets, (0, rows - labelled))
         grad = pool.empty_like(hidden) if any(ctx.needs_input_grad) else None
         losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
-        most = max(1, CHUNK_BYTES // (width * hidden.element_size()) // packing.ROWS) * packing.ROWS
+        at_once = CHUNK_BYTES if hidden.device.type == "cpu" else CARD_CHUNK_BYTES
+        most = max(1, at_once // (width * hidden.element_size()) // packing.ROWS) * packing.ROWS
         # even ones, as a short last one costs the head's bytes again
         chunk = min(most, packing.up_to(-(-rows // -(-rows // most)))) if rows else 1
         with torch.no_grad():

@@ -4,7 +4,8 @@ Why: transformers' own path builds a dense block mask over the whole pack (16 ex
 against 36 here), and builds none when a cache is asked for, so examples then see each other silently.
 What: a function registered under `NAME` in transformers' AttentionInterface, with stock SDPA's mask under the same
 name in AttentionMaskInterface. Given `cu_seq_lens_q` it runs torch SDPA on each example; equal neighbours go as one
-batch. Without it (padding, generation with a cache) it is stock SDPA.
+batch; a card's flash kernel takes all of them in one call (`kernels/card.py`). Without it (padding, generation with a
+cache) it is stock SDPA.
 Whatever the fused kernel cannot say (score softcap, attention sinks) runs by the eager formula, example by example;
 whatever is not understood raises `PackingError`, which the proof in `packing.py` turns into one example a micro-batch.
 Source: the contract is the one flash attention has upstream: `cu_seq_lens_*` and `sliding_window` are the whole mask.
@@ -14,6 +15,7 @@ Letters: N examples, H query heads, K key/value heads, T tokens in the pack, L t
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -27,9 +29,12 @@ from transformers.masking_utils import sdpa_mask
 from halfbyte.errors import BaseModelError
 from halfbyte.layers import attention as block_attention
 from halfbyte.layers import sight
+from halfbyte.layers.kernels import card
 from halfbyte.layers.kernels.cpu import whole_attention
+from halfbyte.system import accelerator
 
 NAME = "halfbyte_packed"
+LENGTHS = "packed_lengths"  # what attention reads the lengths from, where they are known as numbers
 
 
 class PackingError(BaseModelError):
@@ -131,15 +136,17 @@ def attention(
 
 def _check_packed(
     query: Tensor, key: Tensor, causal: bool, cu_q: Tensor, cu_k: Tensor | None, rest: dict[str, object]
-) -> list[int]:
+) -> card.Lengths:
     """The lengths of the examples, after everything that would be silently wrong has been refused."""
-    lengths: list[int] = cu_q.diff().tolist()
-    problems = []
+    known = rest.pop(LENGTHS, None)
+    told = isinstance(known, card.Lengths)  # by `packing.packed_inputs`; else they are read from the tensor
+    pack = known if isinstance(known, card.Lengths) else card.Lengths(tuple(cu_q.diff().tolist()), card.chosen())
+    lengths, problems = pack.of, []
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         problems.append(f"one pack and no earlier keys, got query {tuple(query.shape)}, key {tuple(key.shape)}")
     if sum(lengths) != query.shape[2]:
         problems.append(f"cu_seq_lens_q must cover the {query.shape[2]} tokens, got {sum(lengths)}")
-    if cu_k is not None and cu_k is not cu_q and not torch.equal(cu_k, cu_q):
+    if not told and cu_k is not None and cu_k is not cu_q and not torch.equal(cu_k, cu_q):
         problems.append("cu_seq_lens_k must equal cu_seq_lens_q")
     if not causal:
         problems.append("causal attention only")
@@ -151,18 +158,25 @@ def _check_packed(
         problems.append(f"arguments that are not understood: {', '.join(unknown)}")
     if problems:
         raise PackingError("packed attention: " + "; ".join(problems))
-    return lengths
+    return pack
 
 
-def _packed(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], asked: Formula) -> Tensor:
-    """Causal attention; each run of neighbours of equal length L as one batch. Returns (1, T, H, D)."""
-    slides = asked.sliding_window is not None and max(lengths) > asked.sliding_window
+def _packed(query: Tensor, key: Tensor, value: Tensor, pack: card.Lengths, asked: Formula) -> Tensor:
+    """Causal attention; on a card all examples at once where its kernel can, else each run of neighbours of equal
+    length L as one batch. Returns (1, T, H, D)."""
+    lengths = pack.of
+    slides = asked.sliding_window is not None and pack.longest > asked.sliding_window
+    if query.device.type != "cpu" and asked.is_plain and not asked.dropout:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+        if card.takes(q, k, v, pack.kernel):
+            scale = query.shape[-1] ** -0.5 if asked.scaling is None else asked.scaling
+            return card.attention(q, k, v, pack, scale, asked.sliding_window if slides else None)[None]
     wanted = query.requires_grad or whole_attention(query)  # without gradients torch's own kernel is as good as blocks
     if wanted and not asked.dropout and asked.is_plain and not slides:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
         if block_attention.takes(q, k, v):
             scale = query.shape[-1] ** -0.5 if asked.scaling is None else asked.scaling
-            return block_attention.attention(q, k, v, tuple(lengths), scale, None, None)[None]
+            return block_attention.attention(q, k, v, lengths, scale, None, None)[None]
     runs = [(length, sum(1 for _ in same)) for length, same in groupby(lengths)]  # (L, how many)
     # split, not slices: its backward is one concatenation, where each slice would add a zero-filled (T, D) tensor
     sizes = [length * count for length, count in runs]
@@ -183,13 +197,17 @@ def _one_length(query: Tensor, key: Tensor, value: Tensor, asked: Formula) -> Te
         return _eager(query, key, value, _visible(length, window if slides else None, query.device), asked)
     mask = _visible(length, window, query.device) if slides else None
     grouped = query.shape[1] != key.shape[1]
-    # enable_gqa saves 10% on a CPU; on a card with a mask, or with large heads, it would select the slow kernel.
-    if grouped and query.device.type != "cpu" and (mask is not None or not key.shape[-1] == value.shape[-1] <= 256):
+    on_card = query.device.type != "cpu"
+    # enable_gqa saves 10% on a CPU. On a card only the flash kernel knows it: without that one, with a mask, or with
+    # large heads, it would select the formula, with scores in memory.
+    flash = mask is None and key.shape[-1] == value.shape[-1] <= card.LARGEST_HEAD
+    if grouped and on_card and not (flash and accelerator.fast_attention(query.device, query.dtype)):
         key, value = _repeat(key, query), _repeat(value, query)
         grouped = False
-    return F.scaled_dot_product_attention(
-        query, key, value, mask, asked.dropout, is_causal=mask is None, scale=asked.scaling, enable_gqa=grouped
-    )
+    with card.without_cudnn() if on_card else nullcontext():
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, asked.dropout, is_causal=mask is None, scale=asked.scaling, enable_gqa=grouped
+        )
 
 
 def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, asked: Formula) -> Tensor:

@@ -13,19 +13,19 @@ it Falcon ran at a third of the plain stack's speed (docs/log.md).
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfbyte.errors import BaseModelError
 from halfbyte.layers import padded_rows, sight
-from halfbyte.layers.packed_attention import NAME, no_mask, register
+from halfbyte.layers.kernels import card
+from halfbyte.layers.packed_attention import LENGTHS, NAME, no_mask, register
 from halfbyte.models import structure
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from halfbyte.types import Batch, Model
 
 Layout = Literal["cu_seq_lens", "rows", "single"]
@@ -60,12 +60,26 @@ def install(model: Model, layout: Layout | None = None) -> Layout:
         padded_rows.Rows(structure.body(lm))
     elif chosen != "rows" and hooks is not None:
         hooks.remove()
+    own = lm.config._attn_implementation
+    if own is not None and own.startswith("flash_attention"):  # its kernel is used on packs, where it can be
+        _ASKED[structure.body(lm)] = own
     if chosen == "cu_seq_lens":
         register()
         lm.set_attn_implementation(NAME)
-    elif lm.config._attn_implementation == NAME:
+    elif own == NAME:
         lm.set_attn_implementation(None)  # transformers' own choice for this model
+    elif structure.body(lm) in _ASKED:
+        lm.set_attn_implementation("sdpa")  # the same function, also in the fp32 of a proof
     return chosen
+
+
+# The attention that a model was opened with, where a user has asked for one.
+_ASKED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def asked_attention(model: Model) -> str | None:
+    """The implementation that the model was opened with, where that is one to be asked for."""
+    return _ASKED.get(structure.body(structure.causal_lm(model)))
 
 
 def installed(model: Model) -> Layout:
@@ -152,12 +166,19 @@ def packed_inputs(body: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
     Before a forward with texts longer than any earlier one, what its layers see of such texts is looked up.
 
-    The lengths stay on the CPU: the attention of each layer reads them in Python, and must not wait for a card each
-    time.
+    The lengths stay on the CPU, and go along as numbers too: the attention of each layer reads them in Python, and must
+    not wait for a card each time, nor where something moves a layer's tensors to the layer's own card.
     """
     starts = batch["cu_seq_lens_q"].cpu()
-    longest = int(starts.diff().max())
+    known = card.Lengths(tuple(starts.diff().tolist()), card.chosen(_ASKED.get(body)))
+    longest = known.longest
     sight.look(body, longest)
     device = body.device
-    lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+    lengths: dict[str, Any] = {
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+    lengths[LENGTHS] = known
     return {"position_ids": batch["position_ids"].to(device), "attention_mask": no_mask(device), **lengths}

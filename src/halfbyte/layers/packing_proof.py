@@ -23,9 +23,10 @@ from halfbyte.errors import first_line
 from halfbyte.layers import sight
 from halfbyte.layers.experts.layout import is_routed
 from halfbyte.layers.packed_attention import NAME
-from halfbyte.layers.packing import Layout, forward_inputs, install, layouts
+from halfbyte.layers.packing import Layout, asked_attention, forward_inputs, install, layouts
 from halfbyte.models import structure
 from halfbyte.quant import bnb, dequantise, formats, int8
+from halfbyte.system import accelerator
 
 if TYPE_CHECKING:
     from halfbyte.types import Batch, Model
@@ -88,6 +89,8 @@ def prove(model: Model, longest: int | None = None) -> Proof:
                 return Proof(True, f"{layout}: packed = alone{untried}{note}", difference, layout)
             tried.append(f"{layout}: {problem}")
             _stock(lm, stock)
+    if asked := asked_attention(lm):
+        lm.set_attn_implementation(asked)
     return Proof(False, "; ".join(tried) or "this model has no way to take packed examples", float("inf"))
 
 
@@ -204,9 +207,8 @@ def long_row(lm: Model, longest: int | None) -> tuple[int, str]:
 def as_given(model: Model) -> Iterator[None]:
     """Every module's mode and the random state as they were, afterwards."""
     training = {m: m.training for m in model.modules()}
-    cards = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices=sorted(cards)):
+        with accelerator.random_kept(p.device for p in model.parameters()):
             yield
     finally:
         for module, mode in training.items():

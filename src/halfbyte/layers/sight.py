@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.models import structure
+from halfbyte.system import accelerator
 
 _SAMPLED_ROWS = 16
 
@@ -159,9 +160,8 @@ def _as_it_was(body: nn.Module) -> Iterator[None]:
     """Random numbers that a dropout on embeddings draws, and what rotary embeddings of some kinds keep of a long text,
     are as before afterwards."""
     kept = [(m, dict(vars(m)), dict(m._buffers)) for m in body.children() if next(m.parameters(), None) is None]
-    device: torch.device = body.device
     try:
-        with torch.random.fork_rng(devices=[device.index] if device.type == "cuda" else []):
+        with accelerator.random_kept([body.device]):
             yield
     finally:
         for module, own, buffers in kept:

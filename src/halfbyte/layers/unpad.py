@@ -43,13 +43,18 @@ def packs(model: Model) -> bool:
 
 
 def lengths_of(mask: Tensor | None, rows: int, width: int) -> Tensor | None:
-    """(B,) lengths of right-padded rows; None if they are padded in another way, or a row is empty."""
+    """(B,) lengths of right-padded rows, on the CPU; None if they are padded in another way, or a row is empty.
+
+    Args:
+        mask: (B, L); of a card it is copied to the CPU once, where all else is computed.
+    """
     if mask is None:
         return torch.full((rows,), width)
     if mask.dim() != 2 or mask.shape != (rows, width):
         return None
+    mask = mask.cpu()
     lengths = mask.long().sum(1)
-    padded_right = (mask.bool() == (torch.arange(width, device=mask.device) < lengths[:, None])).all()
+    padded_right = (mask.bool() == (torch.arange(width) < lengths[:, None])).all()
     return lengths if bool(padded_right) and bool((lengths > 0).all()) else None
 
 
@@ -84,12 +89,12 @@ class Unpad(Hooks):
         lengths = lengths_of(given.get("attention_mask"), rows, width)
         if lengths is None:
             return None
-        tokens = real_tokens(lengths.to(x.device), width)
-        inputs = packing.packed_inputs(body, pack(lengths.to(x.device), width))
+        tokens = real_tokens(lengths, width).to(x.device)
+        inputs = packing.packed_inputs(body, pack(lengths, width))
 
         def back(hidden: Tensor) -> Tensor:
             packed = hidden[0]  # (T, D)
-            whole = packed.new_zeros((rows * width, packed.shape[-1])).index_copy(0, tokens, packed)
+            whole = packed.new_zeros((rows * width, packed.shape[-1])).index_copy(0, tokens.to(packed.device), packed)
             return whole.view(rows, width, -1)
 
         return {**inputs, name: x.flatten(0, 1)[tokens][None], "use_cache": False}, back
@@ -124,16 +129,19 @@ def training_loss(model: Model, inputs: dict[str, Tensor]) -> Tensor | None:
     if ids is None or labels is None or ids.dim() != 2 or labels.shape != ids.shape or given.get("use_cache"):
         return None
     rows, width = ids.shape
-    lengths = lengths_of(given.get("attention_mask"), rows, width)
+    mask = given.get("attention_mask")
+    if mask is not None and mask.shape == labels.shape and mask.device == labels.device:
+        mask, labels = torch.stack([mask.to(labels.dtype), labels]).cpu().unbind()  # a card is waited for once
+    lengths, labels = lengths_of(mask, rows, width), labels.cpu()
     if lengths is None or not packs(model) or loss.head_of(model) is None:
         return None
-    tokens = real_tokens(lengths.to(ids.device), width)
-    flat = labels.flatten().to(ids.device)
+    tokens, flat = real_tokens(lengths, width), labels.flatten()
     if int((flat != -100).sum()) != int((flat[tokens] != -100).sum()):
         return None
-    packed = pack(lengths.to(ids.device), width)
+    packed = pack(lengths, width)
     wanted = flat[tokens].clone()  # (T,)
     wanted[packed["cu_seq_lens_q"][:-1].long()] = -100  # the first token of an example is nobody's next token
     keep = (wanted[1:] != -100).nonzero().squeeze(1)
-    own: Batch = {"input_ids": ids.flatten()[tokens][None], "keep": keep, "targets": wanted[keep + 1]}
-    return loss.micro_batch_loss(model, {**packed, **own}) / items
+    own: Batch = {"input_ids": ids.flatten()[tokens.to(ids.device)][None], "keep": keep, "targets": wanted[keep + 1]}
+    summed = loss.micro_batch_loss(model, {**packed, **own}).to(ids.device)  # the head may be on another card
+    return summed / (items.to(ids.device) if isinstance(items, Tensor) else items)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -73,6 +73,28 @@ def _layer_lists(model: nn.Module) -> list[tuple[nn.Module, str]]:
         for name, child in module.named_children()
         if isinstance(child, nn.ModuleList) and len(child) > 0
     ]
+
+
+def split_map(lm: Model, devices: Sequence[str]) -> dict[str, str]:
+    """A `device_map` by which each device has as many decoder layers as another, one after the other.
+
+    What comes before them lies on the first device, the last norm and the head on the last; a tied head beside its
+    embedding.
+    """
+    holder, name = layer_list(lm)
+    layers, first, last = getattr(holder, name), devices[0], devices[-1]
+    place = {id(layer): devices[n * len(devices) // len(layers)] for n, layer in enumerate(layers)}
+    head = lm.get_output_embeddings()
+    inside = {id(m) for m in layers.modules()}
+    passed, of = False, dict[str, str]()
+    for path, module in lm.named_modules():
+        if id(module) in place:
+            of[path], passed = place[id(module)], True
+        elif id(module) not in inside and not list(module.children()):
+            own = list(module.parameters(recurse=False))
+            tied = module is head and getattr(lm.config.get_text_config(), "tie_word_embeddings", False)
+            of[path] = last if passed and own and not tied else first
+    return of
 
 
 @contextmanager

@@ -21,8 +21,9 @@ from halfbyte.plan.alternatives import Way, compare
 from halfbyte.recipe.command import NO_ROWS
 from halfbyte.recipe.data import Data
 from halfbyte.recipe.schema import Loaded, Recipe
-from halfbyte.system import usage
-from halfbyte.system.device import Card, Device, detect, kernels_are_compiled
+from halfbyte.system import compiled, usage
+from halfbyte.system.cards import Card
+from halfbyte.system.device import Device, detect
 from halfbyte.types import Document
 
 DEFAULT_LENGTH = 512
@@ -69,9 +70,9 @@ def plan_model(
     machine = detect() if device is None else parse_device(device)
     shape = describe.describe(recipe.model, recipe.revision)
     rows, notes = _rows(recipe, shape, length, given=loaded.path is not None or recipe.data.train != NO_ROWS)
-    mappable = machine.kind == "cpu" if recipe.quant.quantises else None
+    mappable = True if recipe.quant.quantises else None
     job = memory.Job.of(recipe, shape.specs, shape.facts, rows, machine, mappable=mappable)
-    cold = device is None and job.kernels and not kernels_are_compiled()
+    cold = device is None and job.kernels and not compiled.are_there()
     beside = beside_bytes(shape.path) if shape.path is not None and shape.path.is_dir() else None
     read = tokenizer_bytes(shape.path) if shape.path is not None else None
     job = replace(job, beside_bytes=beside, cold=cold, tokenizer_json_bytes=read)

@@ -50,13 +50,13 @@ def _changes(job: Job, device: Device) -> Iterator[tuple[str, str, Job]]:
 
     for words, kind in (("8 bits a weight", "int8"), ("4 bits a weight", "nf4")):
         if quant.type == "none" or (quant.type, kind) == ("int8", "nf4"):
-            yield change(words, "quant.type", kind, mappable=device.kind == "cpu")
+            yield change(words, "quant.type", kind, mappable=device.kind == "cpu", stored=True)
     if train.gradient_checkpointing is False:
         yield change("recompute activations", "train.gradient_checkpointing", True)
     if isinstance(train.max_tokens_per_micro_batch, int) and train.max_tokens_per_micro_batch > job.rows.longest:
         yield change("smaller micro-batches", "train.max_tokens_per_micro_batch", "auto")
     if device.kind == "cpu" and quant.placement not in ("auto", "streamed"):
-        yield change("stream the base", "quant.placement", "streamed", mappable=True)
+        yield change("stream the base", "quant.placement", "streamed", mappable=True, stored=quant.quantises)
     length = job.rows.longest
     while length > 128:
         length //= 2
@@ -107,7 +107,9 @@ def compare(
     """The three ways, with micro-batches of `tokens` (the longest row if not said) and the same recomputation."""
     rates = rates or assumed(device, job.dtype)
     tokens = tokens or job.rows.longest
-    plain, packed = (replace(job, recipe=_with(job.recipe, "quant.type", t), mappable=False) for t in ("none", "nf4"))
+    plain, packed = (
+        replace(job, recipe=_with(job.recipe, "quant.type", t), mappable=False, stored=False) for t in ("none", "nf4")
+    )
     ways = [_full(plain, device, rates, tokens, recompute)]
     for name, one in (("LoRA, 16-bit base", plain), ("QLoRA, 4-bit base", packed)):
         plan = choose.count(one, device, rates, placement="resident", recompute=recompute, tokens=tokens)

@@ -9,6 +9,7 @@ Cost: a few milliseconds; no torch.
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from halfbyte.errors import RecipeError
 from halfbyte.plan import held, peak
 from halfbyte.plan.job import Job
 from halfbyte.plan.lines import GB, Line, Placement, Plan, Recompute, Where
@@ -43,15 +44,17 @@ def make(job: Job, device: Device, rates: Rates | None = None) -> Plan:
 
 def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recompute: Recompute, tokens: int) -> Plan:
     """The plan of given choices: its lines, peaks, disk and time. `reasons` are empty."""
-    where, available = computes_in(device), available_bytes(device)
+    where, available = computes_in(device), available_bytes(device, placement)
     cards = max(1, len(device.cards)) if placement == "split" else 1
     largest = peak.largest_micro_batch(job, tokens)
     around, host = process_lines(job, device)
+    if any(card.shares_ram for card in device.cards):  # one memory for both
+        available = max(0, available - sum(line.bytes for line in host))
     trained = _share(held.training_lines(job, where, recompute), cards)
     during = peak.step_lines(job, largest, recompute, where, cards)
     micro_batches, at_once = -(-job.step_tokens // max(1, largest.tokens)), sum(line.bytes for line in during)
-    gradients = held.gradients_line(job, where, micro_batches=micro_batches, micro_batch_bytes=at_once)
-    during = (*_share((gradients,), cards), *during)
+    gradients = held.gradient_lines(job, where, micro_batches=micro_batches, micro_batch_bytes=at_once)
+    during = (*_share(gradients, cards), *during)
     room = room_for_pages((*around, *trained, *during), available)
     fixed = (*around, *held.base_lines(job, placement, cards, where, room), *trained)
     fixed_bytes = sum(line.bytes for line in fixed)
@@ -65,7 +68,7 @@ def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recom
         tokens_in_micro_batch=largest.tokens,
         lines=tuple(line for line in (*fixed, *during) if line.bytes),
         host_lines=host,
-        disk=held.disk_lines(job, store=job.mappable),
+        disk=held.disk_lines(job),
         loading_bytes=held.loading_bytes(job, placement, fixed) // cards,
         evaluating_bytes=fixed_bytes + peak.evaluating_bytes(job, tokens) if len(job.rows.evaluated) else 0,
         generating_bytes=fixed_bytes + peak.generating_bytes(job, GENERATED_TOKENS),
@@ -78,15 +81,16 @@ def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recom
         warnings=(),
         busy_file_bytes=held.busy_file_bytes(job) if in_files else 0,
         read_bytes=read,
-        building=job.building.lines(device.cores) if job.mappable and job.recipe.quant.quantises else (),
+        building=job.building.lines(device.cores) if job.stored else (),
     )
 
 
-def available_bytes(device: Device) -> int:
-    """What is free where the model computes: in RAM, or on the fullest card."""
-    if device.kind == "cpu":
+def available_bytes(device: Device, placement: Placement = "resident") -> int:
+    """What is free where the model computes: in RAM, on the card that is used, or of several on the fullest one."""
+    if not device.on_card:
         return device.ram_available_bytes
-    return min((card.free_bytes for card in device.cards), default=0)
+    used = device.cards if placement == "split" else device.cards[:1]
+    return min((card.free_bytes for card in used), default=0)
 
 
 def computes_in(device: Device) -> Where:
@@ -98,7 +102,7 @@ def process_lines(job: Job, device: Device) -> tuple[tuple[Line, ...], tuple[Lin
     process = held.process_lines(device, job)
     if device.kind == "cpu":
         return process, ()
-    return (Line("CUDA context", held.CUDA_CONTEXT_BYTES, "a round figure for each card", "", "device"),), process
+    return held.card_lines(), process
 
 
 def room_for_pages(lines: Iterable[Line], available: int) -> float:
@@ -111,16 +115,31 @@ def room_for_pages(lines: Iterable[Line], available: int) -> float:
 def placements(job: Job, device: Device) -> tuple[Placement, ...]:
     """The placements that are open: the recipe's, or those that this machine has, the fastest first."""
     asked = job.recipe.quant.placement
+    if asked in ("mapped", "streamed") and device.on_card:
+        raise RecipeError(
+            f"quant.placement {asked} keeps the base in RAM, and this machine computes on {device.cards[0].name}.",
+            fix="--set quant.placement=auto; or CUDA_VISIBLE_DEVICES= in front of the command, to compute on the CPU",
+        )
     if asked != "auto":
         return (asked,)
-    if device.kind == "cuda":
+    if device.on_card:
         return ("resident", "split") if len(device.cards) > 1 else ("resident",)
     return ("mapped", "streamed") if job.mappable else ("resident",)
 
 
 def policies(job: Job) -> tuple[Recompute, ...]:
+    """Those that are open. Selective recomputation makes again what our kernels made; without them, as on a card, it
+    would change nothing."""
     asked = job.recipe.train.gradient_checkpointing
-    return POLICIES if asked == "auto" else ("selective" if asked == "selective" else "full" if asked else "none",)
+    known = POLICIES if job.kernels else tuple(policy for policy in POLICIES if policy != "selective")
+    if asked == "auto":
+        return known
+    return ("selective" if asked == "selective" and job.kernels else "full" if asked else "none",)
+
+
+def ways_down(job: Job, recompute: Recompute) -> tuple[Recompute, ...]:
+    """Policies from one on, each recomputing more than the one before."""
+    return tuple(p for p in POLICIES[POLICIES.index(recompute) :] if job.kernels or p != "selective" or p == recompute)
 
 
 def _candidates(job: Job, device: Device, rates: Rates) -> Iterator[Plan]:
@@ -198,7 +217,10 @@ def why_placement(placement: Placement, job: Job, available: int, *, short: bool
 
 
 def _why_recompute(plan: Plan, plans: list[Plan], job: Job) -> str:
-    if policies(job) != POLICIES:
+    asked = job.recipe.train.gradient_checkpointing
+    if asked == "selective" and plan.recompute != asked:
+        return "selective recomputation would save nothing here: it makes again what kernels for CPUs made"
+    if asked != "auto":
         return "as the recipe says"
     if plan.recompute == "none":
         return "activations fit" if not plan.short_bytes else "nothing fits; this misses by the least"

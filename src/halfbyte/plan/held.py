@@ -17,7 +17,9 @@ from halfbyte.system.device import Device
 from halfbyte.system.threads import PRODUCTS_KEPT
 
 LIBRARIES_PRIVATE_BYTES = 470_000_000
-CUDA_CONTEXT_BYTES = 600_000_000  # driver context and cuBLAS workspace; a round figure, not measured here
+# Of each card, round figures that were not measured here: what the driver keeps for a process, code of kernels with it;
+# and cuBLAS's workspace (torch: 32 MiB from compute capability 9.0 on, 8 before), once for each thread that multiplies.
+CUDA_CONTEXT_BYTES, CUBLAS_BYTES = 530_000_000, 2 * 2**25
 HOST_OF_CARD_BYTES = 2_500_000_000  # a CUDA build's libraries and pinned buffers in RAM; a round figure, not measured
 # What the first micro-batches leave in the process beside tensors: compiled kernels, buffers of threads, the Trainer's
 # own.
@@ -53,7 +55,7 @@ def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
     by_file = None if job.tokenizer_json_bytes is None else TOKENIZER_SHARE * job.tokenizer_json_bytes
     held = (TOKENIZER_BYTES_PER_ENTRY * job.facts.vocab if by_file is None else by_file) + data
     words = "tokenizer" if job.rows.assumed else f"tokenizer of {job.facts.vocab} entries, {tokens} tokens as rows"
-    if device.kind == "cuda":
+    if device.on_card:
         return (Line("libraries", HOST_OF_CARD_BYTES, "a CUDA build; a round figure"), Line("data", held, words))
     source, first = "measured on a tiny run", "kernels, threads' buffers and the Trainer, from then on"
     compiler, code = (COMPILER_PRIVATE_BYTES, COMPILER_FILE_BYTES) if job.cold else (0, 0)
@@ -69,6 +71,14 @@ def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
         Line("first micro-batch", FIRST_MICRO_BATCH_BYTES, first, source),
         Line("compiled products", PRODUCT_BYTES * products, "oneDNN's, of micro-batches of other sizes", source),
         Line("data", held, words),
+    )
+
+
+def card_lines() -> tuple[Line, ...]:
+    """What is taken on each card whatever runs there."""
+    return (
+        Line("CUDA context", CUDA_CONTEXT_BYTES, "of the driver, for each card: a round figure", "", "device"),
+        Line("cuBLAS workspace", CUBLAS_BYTES, "forward and backward have a thread each", "torch", "device"),
     )
 
 
@@ -130,27 +140,30 @@ def training_lines(job: Job, where: Where, recompute: Recompute) -> tuple[Line, 
     )
 
 
-def gradients_line(job: Job, where: Where, *, micro_batches: int, micro_batch_bytes: int) -> Line:
+def gradient_lines(job: Job, where: Where, *, micro_batches: int, micro_batch_bytes: int) -> tuple[Line, ...]:
     """Gradients at a step's peak. With several micro-batches all of them are there when the last one is at its peak;
     with one they come as its activations go, so a layer's are there, or all of them when `micro_batch_bytes` are
-    gone. Those of modules that train whole are made at once, and then added."""
+    gone. Those of modules that train whole are made at once, and then added. On a card a copy of those before a
+    micro-batch is held, to be put back if it does not fit."""
     whole, made = 4 * job.trainable, 4 * job.trained_whole
     if micro_batches > 1:
-        return Line("gradients", whole + made, f"fp32, over {micro_batches} micro-batches", "", where)
+        line = Line("gradients", whole + made, f"fp32, over {micro_batches} micro-batches", "", where)
+        copied = whole if where == "device" else 0
+        return line, Line("gradients' copy", copied, "as they were before a micro-batch", "training/pace.py", where)
     held = max(whole // max(1, job.facts.layers), whole - micro_batch_bytes, made)
-    return Line("gradients", held, f"fp32, {whole / 1e6:.1f} MB at the end of the only micro-batch", "", where)
+    return (Line("gradients", held, f"fp32, {whole / 1e6:.1f} MB at the end of the only micro-batch", "", where),)
 
 
 def loading_bytes(job: Job, placement: Placement, lines: tuple[Line, ...]) -> int:
     """The peak while the base is opened: what is held then, and one tensor more on its way."""
-    held = sum(line.bytes for line in lines if line.name.startswith(("libraries", "CUDA")))
+    held = sum(line.bytes for line in lines if line.name.startswith(("libraries", "CUDA", "cuBLAS")))
     if job.mappable and placement in ("mapped", "streamed"):
         return held + job.outer_bytes
     base = sum(line.bytes for line in lines if line.name == "base")
-    return held + base + job.biggest_numel * (job.itemsize if job.mappable else job.itemsize + 4)
+    return held + base + job.biggest_numel * (job.itemsize if job.mappable or job.stored else job.itemsize + 4)
 
 
-def disk_lines(job: Job, *, store: bool) -> tuple[Line, ...]:
+def disk_lines(job: Job) -> tuple[Line, ...]:
     """What a run leaves on disk: the base's store, checkpoints, the adapter."""
     train, lora = job.recipe.train, job.recipe.lora
     state = OPTIMIZER_BYTES.get(str(train.optim), 8)
@@ -158,7 +171,7 @@ def disk_lines(job: Job, *, store: bool) -> tuple[Line, ...]:
     keep = 0 if train.save_strategy == "no" and train.save_minutes is None else (train.save_total_limit or 1) + 1
     final = (4 if lora.save_dtype == "fp32" else 2) * job.trainable + job.tokenizer_bytes
     best = 4 * job.trainable if len(job.rows.evaluated) else 0
-    base = job.building.disk_bytes if store and job.recipe.quant.quantises else 0
+    base = job.building.disk_bytes if job.stored else 0
     lines = (
         Line("base store", base, f"quantised once: {job.recipe.quant.type}", "", "disk"),
         Line("checkpoints", keep * one, f"{keep} of {one / 1e6:.1f} MB, one of them being written", "", "disk"),

@@ -25,7 +25,8 @@ from halfbyte.plan.layer import Layer, layer_of
 from halfbyte.plan.lines import ITEMSIZE
 from halfbyte.quant import policy
 from halfbyte.recipe.schema import Recipe
-from halfbyte.system.device import Device, compute_dtype, kernels_are_compiled
+from halfbyte.system import compiled
+from halfbyte.system.device import Device, compute_dtype
 from halfbyte.types import Model
 
 Sizes = Sequence[int] | NDArray[np.int64]
@@ -93,6 +94,7 @@ class Job:
 
     Args:
         mappable: the base can lie in a mapped file as it is computed with (a store, or a checkpoint in that dtype).
+        stored: the base is quantised here, once, into a store; also where it computes on a card.
         kernels: the engine's kernels run here; else torch's own operations.
         packed: examples share a micro-batch; False where that is not proven for the model.
         cold: kernels are not compiled yet on this machine.
@@ -108,6 +110,7 @@ class Job:
     rows: Rows
     dtype: str
     mappable: bool = False
+    stored: bool = False
     kernels: bool = True
     packed: bool = True
     beside_bytes: int | None = None
@@ -151,7 +154,9 @@ class Job:
                 fix=f"keep them in 16 bits: --set 'quant.skip_modules=[{leaves}]'",
             )
         kernels = on_cpu and dtype in ("bf16", "fp32")
-        return cls(recipe, tuple(specs), facts, adapted, rows, dtype, mappable=mappable and on_cpu, kernels=kernels)
+        stored = bool(mappable) and recipe.quant.quantises
+        mappable = mappable and on_cpu
+        return cls(recipe, tuple(specs), facts, adapted, rows, dtype, mappable=mappable, stored=stored, kernels=kernels)
 
     @classmethod
     def of_checkpoint(
@@ -172,7 +177,7 @@ class Job:
         facts = tensors.facts_of(config, specs)
         # a base that is quantised here is on disk, in its store, in the form that it is computed in
         job = cls.of(recipe, specs, facts, rows, device, targets=targets, mappable=recipe.quant.quantises or None)
-        cold = job.kernels and not kernels_are_compiled()
+        cold = job.kernels and not compiled.are_there()
         read = tokenizer_bytes(checkpoint.path)
         return replace(job, beside_bytes=beside_bytes(checkpoint.path), cold=cold, tokenizer_json_bytes=read)
 

@@ -14,6 +14,7 @@ LIBRARIES_FILE_BYTES = 235_000_000  # code of the libraries, mapped; measured wi
 # More where torch is a build for cards, which is what PyPI has for Linux, card or not. Measured: all libraries in,
 # torch 2.15.0+cu132 (Python 3.13) beside 2.13.0+cpu, 165 MB private and 517 of files; 2.13.0+cu130 144 and 489.
 CARD_BUILD_PRIVATE_BYTES, CARD_BUILD_FILE_BYTES = 165_000_000, 517_000_000
+NOT_TENSORS = ("CUDA context", "allocator")
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 # private: memory of the process itself; file: pages of a mapped file, which the system can drop and read again;
@@ -122,6 +123,11 @@ class Plan:
     def private_bytes(self) -> int:
         """What cannot be dropped: a step's lines without pages of files."""
         return sum(line.bytes for line in self.lines if line.where != "file")
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Of a step on a card, what torch counts as allocated: no driver, and nothing of what its allocator keeps."""
+        return sum(line.bytes for line in self.lines if line.where == "device" and line.name not in NOT_TENSORS)
 
     @property
     def file_bytes(self) -> int:

@@ -18,7 +18,8 @@ from halfbyte.plan.job import Job, Sizes
 from halfbyte.plan.layer import NO_SCORES, PADDED, pairs_of
 from halfbyte.plan.lines import Line, Recompute, Where
 
-LOGITS_CHUNK_BYTES, LOGITS_ROWS = 32_000_000, 16  # layers/loss.py: at once at most, in multiples of so many rows
+# layers/loss.py: at once at most, on a card too, in multiples of so many rows
+LOGITS_CHUNK_BYTES, CARD_LOGITS_CHUNK_BYTES, LOGITS_ROWS = 32_000_000, 256_000_000, 16
 SCORES_BYTES, SCORES_ROWS = 24_000_000, 512  # layers/attention.py: scores in fp32 at once, rows of a long example
 TOKENS_STEP = 64
 # Of what is kept until backward: where it lies in the pool, and where torch's attention makes most of it.
@@ -125,7 +126,8 @@ def scores_bytes(job: Job, largest: MicroBatch) -> float:
 
 def logits_bytes(job: Job, labelled: int) -> int:
     """Logits that exist at once: a chunk; without kernels also their fp32 log-probabilities."""
-    most = max(1, LOGITS_CHUNK_BYTES // max(1, job.facts.vocab * job.itemsize) // LOGITS_ROWS) * LOGITS_ROWS
+    at_once = LOGITS_CHUNK_BYTES if job.kernels else CARD_LOGITS_CHUNK_BYTES
+    most = max(1, at_once // max(1, job.facts.vocab * job.itemsize) // LOGITS_ROWS) * LOGITS_ROWS
     even = -(-labelled // max(1, -(-labelled // most)))
     rows = min(most, -(-even // LOGITS_ROWS) * LOGITS_ROWS)
     return rows * job.facts.vocab * (job.itemsize if job.kernels else job.itemsize + 8)

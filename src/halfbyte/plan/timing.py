@@ -61,7 +61,7 @@ class Rates:
 
 def assumed(device: Device, dtype: str) -> Rates:
     """Round figures for a machine that was not measured."""
-    if device.kind == "cuda":
+    if device.on_card:
         return Rates(60e12, 600e9, 200e9, 30e12, 1e9, "time assumed: a card of 60 TFLOP/s", measured=False)
     fast = dtype == "bf16" and any(flag in device.isa for flag in ("avx512_bf16", "amx_bf16", "bf16"))
     per_core = 150e9 if fast else 60e9 if "avx512f" in device.isa else 25e9

@@ -30,7 +30,7 @@ from halfbyte.errors import DiskFull, RunError, TrainError
 from halfbyte.recipe.schema import Recipe, Train
 from halfbyte.runs.folder import RunFolder
 from halfbyte.runs.points import FORMAT_VERSION, MANIFEST, checkpoints, damage, is_whole
-from halfbyte.system import files
+from halfbyte.system import accelerator, files
 from halfbyte.types import Document
 
 NESTED = "/"  # between a state's name and a name inside it
@@ -74,6 +74,7 @@ def snapshot(
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler,
     trained: Document,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Snapshot:
     """Everything that a run goes on with.
 
@@ -82,9 +83,11 @@ def snapshot(
         trainer_state: the text of transformers' `trainer_state.json`.
         trained: what the run is trained with, as `points.trained_with` makes it.
         drawn: before the step that follows.
+        scaler: of the loss, where a run computes in fp16 on a card.
     """
     tensors, rest = _flatten(optimizer.state_dict())
     state = {"optimizer": rest, "scheduler": _plain(scheduler.state_dict()), "python_random": drawn.python}
+    state |= {} if scaler is None else {"scaler": scaler.state_dict()}
     return Snapshot(step, write_adapter, trainer_state, tensors, json.dumps(state), drawn.tensors, trained)
 
 
@@ -150,8 +153,14 @@ def prune(folder: Path, keep: int | None) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> None:
-    """Put the optimiser's and the schedule's state back; a RunError if it is of other parameters (another recipe)."""
+def load_optimizer(
+    path: Path,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+    scaler: torch.amp.GradScaler | None = None,
+) -> None:
+    """Put the state of the optimiser, the schedule and the loss's scale back; a RunError if it is of other parameters
+    (another recipe)."""
     state = json.loads((path / OPTIMIZER_JSON).read_text())
     saved = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
     own = [len(group["params"]) for group in optimizer.param_groups]
@@ -162,6 +171,8 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scheduler: LRSc
         )
     optimizer.load_state_dict(_unflatten(load_file(path / OPTIMIZER_TENSORS), state["optimizer"]))
     scheduler.load_state_dict(state["scheduler"])
+    if scaler is not None and state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
     if isinstance(scheduler, LambdaLR):  # over another number of steps the rate of the next one is another
         for group, rate, share in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
             group["lr"] = rate * share(scheduler.last_epoch)
@@ -171,8 +182,11 @@ def load_rng(path: Path) -> None:
     """Put the random state of torch (CPU and cards), numpy and Python back."""
     tensors = load_file(path / RNG_TENSORS)
     torch.set_rng_state(tensors["torch"])
-    if "cuda.0" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([tensors[f"cuda.{i}"] for i in range(torch.cuda.device_count())])
+    # on another number of cards than it was written on, those that are new begin as they are
+    if (cards := accelerator.module()) is not None:
+        for index in range(cards.device_count()):
+            if (state := tensors.get(f"cuda.{index}")) is not None:
+                cards.set_rng_state(state, index)
     position, has_gauss = (int(v) for v in tensors["numpy_position"])
     key = tensors["numpy_key"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", key, position, has_gauss, float(tensors["numpy_gauss"])))
@@ -188,8 +202,8 @@ def _rng_state() -> dict[str, torch.Tensor]:
         "numpy_position": torch.tensor([int(position), int(has_gauss)]),
         "numpy_gauss": torch.tensor(float(gauss), dtype=torch.float64),
     }
-    if torch.cuda.is_available():
-        state |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    if (cards := accelerator.module()) is not None:
+        state |= {f"cuda.{i}": cards.get_rng_state(i) for i in range(cards.device_count())}
     return state
 
 

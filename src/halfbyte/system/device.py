@@ -1,42 +1,28 @@
 """What this machine is: instruction set, cores, memory (and the control group's limit on it), disk, cards.
 
-Why: every choice made before a model is loaded depends on it, and asking torch costs seconds. A container's limit is
-what ends a run, not the machine's memory, so both are read.
-Source: Linux `proc(5)`, cgroup v1 `memory.txt` and v2 `cgroup-v2.rst`; `nvidia-smi --help-query-gpu`. Elsewhere than on
-Linux the instruction set is not read, so a CPU there computes in fp32 unless the recipe says otherwise.
+Why: every choice made before a model is loaded depends on it. A container's limit is what ends a run, not the machine's
+memory, so both are read.
+Source: Linux `proc(5)`, cgroup v1 `memory.txt` and v2 `cgroup-v2.rst`; cards by `cards.py`. Elsewhere than on Linux the
+instruction set is not read, so a CPU there computes in fp32 unless the recipe says otherwise.
 """
 
-import importlib.util
 import json
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 from halfbyte.errors import RecipeError
+from halfbyte.system import cards as card_list
+from halfbyte.system.cards import Card
 from halfbyte.types import Document
 
 # Flags that change a decision or explain a speed: x86 as /proc/cpuinfo spells them, then ARM ("bf16" is BFMMLA).
 ISA_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "i8mm", "bf16", "sve")
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
-BF16_CAPABILITY = (8, 0)
 DTYPES = ("auto", "bf16", "fp16", "fp32")
-_QUERY = "--query-gpu=index,uuid,name,memory.total,memory.free,compute_cap"
-_NVIDIA_SMI = ("nvidia-smi", _QUERY, "--format=csv,noheader,nounits")
-
-
-@dataclass(frozen=True)
-class Card:
-    """One accelerator, as the driver reports it. `capability` is CUDA's compute capability, (8, 0) for an A100."""
-
-    name: str
-    total_bytes: int
-    free_bytes: int
-    capability: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -44,16 +30,28 @@ class Device:
     """A machine, as this process may use it.
 
     `cores` honours affinity and CPU quota. `ram_bytes` is the smaller of the machine's memory and the control group's
-    limit; `ram_available_bytes` the smaller of what is free now and what is left under that limit.
+    limit; `ram_available_bytes` the smaller of what is free now and what is left under that limit. `kind` is torch's
+    name of what computes: cpu, cuda (AMD's cards too), xpu. `cards` are those that are used, the first one if one is
+    enough; `notes` say which of those that are there are not, and why.
     """
 
-    kind: Literal["cpu", "cuda"]
+    kind: str
     isa: tuple[str, ...]
     cores: int
     ram_bytes: int
     ram_available_bytes: int
     cards: tuple[Card, ...] = ()
     cpu: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def on_card(self) -> bool:
+        return self.kind != "cpu"
+
+    @property
+    def main(self) -> str:
+        """torch's name of where a model is that one place is enough for."""
+        return f"{self.kind}:{self.cards[0].index}" if self.on_card else "cpu"
 
     def to_json(self) -> Document:
         """The machine for `report.json`; tuples become lists."""
@@ -62,16 +60,17 @@ class Device:
 
 def detect(root: Path = Path("/"), env: Mapping[str, str] = os.environ) -> Device:
     """Look at the machine; `root` holds `proc` and `sys`, and CUDA_VISIBLE_DEVICES is read from `env`."""
-    cards = _cards(env) if torch_has_cuda() else ()
-    cpu, isa = _cpu(root)
+    free, (cpu, isa) = ram_available(root), _cpu(root)
+    found = card_list.find(root, env, free)
     return Device(
-        kind="cuda" if cards else "cpu",
+        kind=found.kind,
         isa=isa,
         cores=cores(root),
         ram_bytes=min([_memory(root)[0], *(limit for limit, _ in _cgroup_memory(root))]),
-        ram_available_bytes=ram_available(root),
-        cards=cards,
+        ram_available_bytes=free,
+        cards=found.cards,
         cpu=cpu,
+        notes=found.notes,
     )
 
 
@@ -84,7 +83,7 @@ def compute_dtype(device: Device, asked: str = "auto") -> tuple[str, str]:
     """The dtype that matrix products run in, and why: ("bf16", "auto: CPU has avx512_bf16"). Never fp16 on a CPU."""
     if asked not in DTYPES:
         raise RecipeError(f"quant.compute_dtype must be one of {', '.join(DTYPES)}, got {asked!r}")
-    best, why = _best_on_card(device.cards) if device.kind == "cuda" else _best_on_cpu(device.isa)
+    best, why = _best_on_card(device.cards) if device.on_card else _best_on_cpu(device.isa)
     if asked == "auto":
         return best, f"auto: {why}"
     if asked == "fp16" and device.kind == "cpu":
@@ -94,22 +93,17 @@ def compute_dtype(device: Device, asked: str = "auto") -> tuple[str, str]:
     return asked, "asked, with loss scaling" if asked == "fp16" else "asked"
 
 
-def torch_has_cuda() -> bool:
-    """Whether the installed torch is a CUDA build, read from its version file without importing it."""
-    spec = importlib.util.find_spec("torch")
-    text = _read(Path(spec.origin).with_name("version.py")) if spec is not None and spec.origin else ""
-    return re.search(r"^cuda\b[^=\n]*= *['\"]", text, re.MULTILINE) is not None
-
-
 def _best_on_cpu(isa: tuple[str, ...]) -> tuple[str, str]:
     have = [flag for flag in BF16_FLAGS if flag in isa]
     return ("bf16", f"CPU has {have[0]}") if have else ("fp32", "this CPU has no bf16 multiply (avx512_bf16, amx_bf16)")
 
 
 def _best_on_card(cards: tuple[Card, ...]) -> tuple[str, str]:
-    card = min(cards, key=lambda c: c.capability)  # one dtype for all: the oldest card decides
-    why = f"{card.name} has compute capability {card.capability[0]}.{card.capability[1]}"
-    if card.capability >= BF16_CAPABILITY:
+    # one dtype for all: the oldest card decides
+    card = min(cards, key=lambda c: (c.multiplies_bf16, c.capability))
+    number = f"{card.capability[0]}.{card.capability[1]}"
+    why = f"{card.name} has compute capability {number}" if card.bf16 is None else f"{card.name} multiplies it"
+    if card.multiplies_bf16:
         return "bf16", why
     return "fp16", f"{why}, below 8.0: no bf16 multiply; with loss scaling"
 
@@ -176,47 +170,9 @@ def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
                 folder = folder.parent
 
 
-def _cards(env: Mapping[str, str]) -> tuple[Card, ...]:
-    try:
-        done = subprocess.run(_NVIDIA_SMI, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    return parse_cards(done.stdout, env.get("CUDA_VISIBLE_DEVICES"))
-
-
-def parse_cards(csv: str, visible: str | None) -> tuple[Card, ...]:
-    """Cards from `nvidia-smi`'s CSV (MiB), cut down and ordered as CUDA_VISIBLE_DEVICES says (numbers or UUIDs).
-
-    As CUDA does, the list ends at the first entry that names no card. Rows with unknown values ("[N/A]") are left out.
-    """
-    line = r"^([^,]+), *([^,]+), *([^,]+), *(\d+), *(\d+), *(\d+)\.(\d+)\s*$"
-    rows = [
-        (index.strip(), uuid, Card(name, int(total) * 2**20, int(free) * 2**20, (int(major), int(minor))))
-        for index, uuid, name, total, free, major, minor in re.findall(line, csv, re.MULTILINE)
-    ]
-    if visible is None:
-        return tuple(card for _, _, card in rows)
-    chosen: list[Card] = []
-    for want in (part.strip() for part in visible.split(",")):
-        same = [card for index, uuid, card in rows if want and (index == want or uuid.startswith(want))]
-        if len(same) != 1:
-            break
-        chosen += same
-    return tuple(chosen)
-
-
 def _read(path: Path) -> str:
     """A small system file, or nothing where it does not exist or may not be read."""
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError):
         return ""
-
-
-def kernels_are_compiled(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether numba's cache has kernels of this package: in the folder that is set, beside them, or the user's."""
-    here = Path(__file__).parents[1] / "layers" / "kernels" / "cpu"
-    named = env.get("NUMBA_CACHE_DIR")
-    user = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numba"
-    places = (Path(named),) if named else (here / "__pycache__", user)
-    return any(next(place.rglob("flash.*.nbi"), None) is not None for place in places)

@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
+from halfbyte.system import accelerator
+
 PERIOD_S = 0.02
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
@@ -43,15 +45,15 @@ def now(pid: int | str = "self") -> Usage:
 
 
 def process_memory() -> dict[str, int]:
-    """Resident bytes of this process now and at their peak, and the peak on the cards where there are any."""
+    """Resident bytes of this process now and at their peak, and the peak of the fullest card where there is one: of
+    tensors, and with what torch holds beside them."""
     import resource
-
-    import torch
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     used = {"rss_bytes": now().total, "peak_rss_bytes": peak}
-    if torch.cuda.is_available():
-        used["peak_device_bytes"] = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    if cards := accelerator.peaks():
+        used["peak_device_bytes"] = max(allocated for allocated, _ in cards)
+        used["peak_device_reserved_bytes"] = max(reserved for _, reserved in cards)
     return used
 
 

@@ -65,7 +65,8 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         if self.resume is not None:
             # the Trainer has put the adapter and the position back; it would start with a fresh optimiser
-            checkpoint.load_optimizer(self.resume, self.trainer.optimizer, self.trainer.lr_scheduler)
+            trainer = self.trainer
+            checkpoint.load_optimizer(self.resume, trainer.optimizer, trainer.lr_scheduler, trainer.scaler)
         self._spikes, self._start = Spikes(self.run.read_metrics()), alive.digests(self.trainer.model)
         (self.run.path / BATCH).unlink(missing_ok=True)  # of an earlier process
         self.witness.begin()
@@ -182,5 +183,6 @@ class RunCallback(TrainerCallback):
             optimizer=trainer.optimizer,
             scheduler=trainer.lr_scheduler,
             trained=self.trained,
+            scaler=trainer.scaler,
         )
         self.writing.start(taken, reason)

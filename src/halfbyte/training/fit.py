@@ -110,25 +110,36 @@ def make_pace(run: PlannedRun, model: Model, tell: Callable[[str], None], *, pac
         tokens=plan.max_tokens_per_micro_batch,
         examples_per_micro_batch=None if packed else 1,
         recompute=plan.recompute,
-        policies=choose.POLICIES[choose.POLICIES.index(plan.recompute) :],
+        policies=choose.ways_down(job, plan.recompute),
         need=need,
         apply=lambda recompute: recompute_as(model, recompute),
         tell=tell,
         ram_bytes=machine.ram_bytes,
-        on_card=machine.kind == "cuda",
+        on_card=machine.on_card,
     )
 
 
-def compared(plan: Plan, opened: Base, held: Usage, seen: Usage, run: Path, step_s: float | None) -> Sequence[Compared]:
+def compared(
+    plan: Plan,
+    opened: Base,
+    held: Usage,
+    seen: Usage,
+    run: Path,
+    step_s: float | None,
+    on_cards: Sequence[tuple[int, int]] = (),
+) -> Sequence[Compared]:
     """Planned beside measured, line by line where a line can be measured alone.
 
     Args:
         held: before the first step. seen: the highest private and file bytes seen while training. step_s: of a usual
-            step.
+            step. on_cards: (allocated, reserved) bytes of each at their peak.
     """
     lines = [Compared("base", opened.expected_bytes, opened.resident_bytes)]
     if plan.host_lines:
         lines.append(Compared("host memory", sum(line.bytes for line in plan.host_lines), seen.private))
+        allocated, reserved = max(on_cards, default=(0, 0))
+        lines.append(Compared("tensors on a card", plan.allocated_bytes, allocated))
+        lines.append(Compared("held by torch on a card", plan.allocated_bytes + plan.line("allocator"), reserved))
     else:
         before = ["libraries", "compiler", "data", "adapters"] + ["base"] * (plan.placement == "resident")
         passing = (line.bytes for line in plan.lines if line.where != "file" and line.name not in (*before, "base"))

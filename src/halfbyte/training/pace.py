@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from halfbyte.data import pack
@@ -25,7 +24,7 @@ from halfbyte.layers import fuse, loss
 from halfbyte.layers.kernels import pool
 from halfbyte.models import structure
 from halfbyte.plan.lines import GB, Recompute
-from halfbyte.system import usage
+from halfbyte.system import accelerator, usage
 from halfbyte.system.device import ram_available
 from halfbyte.types import Batch, Model
 
@@ -121,12 +120,11 @@ class Pace:
         Raises:
             TrainError: there is no step down left. `error` itself if it is another one, or nothing was held.
         """
-        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))  # of a card, of Python
-        if held is None or not (out_of_memory or "can't allocate memory" in str(error)):
+        if held is None or not accelerator.out_of_memory(error):
             raise error
         for parameter, before in zip((p for p in model.parameters() if p.requires_grad), held, strict=True):
             parameter.grad = before
-        torch.cuda.empty_cache()
+        accelerator.empty_cache()
         if not self.down(f"an allocation failed: {first_line(error, 120)}"):
             raise TrainError(
                 f"memory: a micro-batch of {self.largest(waiting)} tokens does not fit, and there is no smaller way.",
@@ -160,12 +158,14 @@ def rehearse(
     Gradients and the random state are as before. Steps down until it fits; a TrainError if there is no smaller way.
     """
     training = model.training
-    devices = [torch.cuda.current_device()] if pace.on_card else []
+    devices = {p.device for p in model.parameters()}
     while True:
         rows = max(pace.split([longest]), key=lambda rows: pace.largest([rows]))
         held, began = usage.now(), time.perf_counter()
+        accelerator.reset_peaks()
+        on_card = max(accelerator.allocated(), default=0)
         try:
-            with torch.random.fork_rng(devices=devices), usage.Peak() as peak:
+            with accelerator.random_kept(devices), usage.Peak() as peak:
                 model.train()
                 loss.micro_batch_loss(model, batch(rows)).backward()
                 model.zero_grad()
@@ -173,6 +173,8 @@ def rehearse(
                     loss.mean_loss(model, [first])
             model.train(training)
             took = max(0, peak.private - held.private)
+            if pace.on_card:
+                took = max(0, max((allocated for allocated, _ in accelerator.peaks()), default=0) - on_card)
             return Rehearsed(pace.largest([rows]), held, took, time.perf_counter() - began)
         except (RuntimeError, MemoryError) as error:
             model.zero_grad()

@@ -48,6 +48,15 @@ NOT_FOR_TRAINER = frozenset(
 MAX_STEPS = 1_000_000
 
 
+class OneModelArguments(TrainingArguments):
+    """The Trainer wraps a model in torch's DataParallel where it sees several cards. Ours is on one, or split over them
+    by its layers."""
+
+    @property
+    def n_gpu(self) -> int:
+        return min(1, super().n_gpu)
+
+
 def training_arguments(
     train: Train, *, folder: Path, total_steps: int, fp16: bool, use_cpu: bool, eval_steps: int
 ) -> TrainingArguments:
@@ -59,7 +68,7 @@ def training_arguments(
     """
     values = train.model_dump(exclude=set(NOT_FOR_TRAINER), exclude_none=True)
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-    return TrainingArguments(
+    return OneModelArguments(
         **values,
         metric_for_best_model=train.metric_for_best_model,
         greater_is_better=train.best_is_greatest,
@@ -68,6 +77,8 @@ def training_arguments(
         gradient_accumulation_steps=1,
         max_steps=total_steps,
         save_strategy="no",
+        # its own lines go to `report_to` alone, and it waits twice for a card to make one
+        logging_strategy="steps" if train.report_to not in (None, "none", (), []) else "no",
         eval_strategy="steps" if eval_steps else "no",
         eval_steps=eval_steps or None,
         fp16=fp16,
@@ -148,6 +159,12 @@ class StepTrainer(Trainer):
             self.remove_callback(callback)
         self._ended = time.perf_counter()
 
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """What scales the loss in fp16 on a card."""
+        made: torch.amp.GradScaler | None = getattr(self.accelerator, "scaler", None)
+        return made
+
     def get_train_dataloader(self) -> DataLoader[Document]:
         """Items in their order, one at a time: the order was drawn when the steps were planned."""
         return DataLoader(self.train_dataset, batch_size=1, shuffle=False, collate_fn=itemgetter(0))
@@ -187,7 +204,7 @@ class StepTrainer(Trainer):
             if waiting and self.leaves():
                 raise Left
             waiting = self.pace.between(waiting)
-        value, norm, at = float(total), self._gradient_norm(), self.state.global_step + 1
+        (value, norm), at = self._seen(total), self.state.global_step + 1
         gradients.check(model, Path(self.args.output_dir), at, micro_batches, parts, total=value, norm=norm or 0.0)
         if at == self._initial_global_step + 1:
             gradients.check_first(self.model, self.pace.largest([(r,) for rows in step.micro_batches for r in rows]))
@@ -230,16 +247,16 @@ class StepTrainer(Trainer):
         """4 FLOP a base parameter and token: forward and the gradient of the input; a frozen weight needs no third."""
         return 4.0 * self.model.get_nb_trainable_parameters()[1] * inputs["step"].tokens
 
-    def _gradient_norm(self) -> float | None:
-        """Of all gradients, as the optimiser will see them. None where it is not finite and that is loss scaling's: it
-        leaves the step out, and scales less."""
+    def _seen(self, total: torch.Tensor) -> tuple[float, float | None]:
+        """The loss, and the norm of all gradients as the optimiser will see them; a card is waited for once. No norm
+        where it is not finite and that is loss scaling's: it leaves the step out, and scales less."""
         found = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(found)) if found else 0.0
-        scaler = getattr(self.accelerator, "scaler", None)
-        if scaler is None:
-            return norm
-        scale = float(scaler.get_scale())
-        return None if scale > 1 and not math.isfinite(norm) else norm / scale
+        size = torch.nn.utils.get_total_norm(found) if found else torch.zeros(())
+        value, norm = torch.stack([total, size.to(total.device, total.dtype)]).tolist()
+        if self.scaler is None:
+            return value, norm
+        scale = float(self.scaler.get_scale())
+        return value, None if scale > 1 and not math.isfinite(norm) else norm / scale
 
     def _record(self, step: pack.Step, value: float, norm: float | None, micro_batches: int) -> None:
         began, self._ended = self._ended, time.perf_counter()

@@ -61,7 +61,7 @@ def parts_of(root: nn.Module, whole: Iterable[str] = ()) -> Iterator[str]:
 def uses_card(device_map: str | Mapping[str, object] | None, device: machine.Device) -> bool:
     if isinstance(device_map, Mapping):
         return any(_device(value) not in (CPU, DISK) for value in device_map.values())
-    return device.kind == "cuda"
+    return device.on_card
 
 
 def resolve(
@@ -90,7 +90,7 @@ def resolve(
                 fix='add their modules, or "" for everything that is not named',
             )
     elif device_map is None:
-        of = dict.fromkeys((site.name for site in survey.sites), "cuda:0" if device.kind == "cuda" else CPU)
+        of = dict.fromkeys((site.name for site in survey.sites), device.main)
     elif device_map in AUTOMATIC:
         room = _room(device, max_memory)
         of = _filled(survey.sites, owner, room, settings, even=device_map.startswith("balanced"))
@@ -154,7 +154,7 @@ def _device(value: object) -> str:
 def _room(device: machine.Device, max_memory: Mapping[object, object] | None) -> dict[str, int]:
     """Bytes for each device, cards first; disk takes the rest."""
     if max_memory is None:
-        room = {f"cuda:{n}": int(card.free_bytes * _SHARE) for n, card in enumerate(device.cards)}
+        room = {f"{device.kind}:{card.index}": int(card.free_bytes * _SHARE) for card in device.cards}
         return {**room, CPU: int(device.ram_available_bytes * _SHARE)}
     from accelerate.utils.modeling import convert_file_size_to_int
 

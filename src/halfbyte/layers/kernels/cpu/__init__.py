@@ -9,19 +9,23 @@ from functools import cache
 
 import torch
 
+from halfbyte.system import compiled
+
 DTYPES = (torch.bfloat16, torch.float32)
 
 
 @cache
 def enabled() -> bool:
-    """Whether numba works here and HALFBYTE_KERNELS is not 0."""
+    """Whether numba works here, seen on one kernel, and HALFBYTE_KERNELS is not 0."""
     if os.environ.get("HALFBYTE_KERNELS", "1") == "0":
         return False
     try:
-        from halfbyte.layers.kernels.cpu import scalar  # noqa: F401
+        compiled.find_place()
+        from halfbyte.layers.kernels.cpu import parallel
+
+        return parallel.works()
     except Exception:  # of any kind: a broken numba must not stop a training, torch does the same more slowly
         return False
-    return True
 
 
 def available(*tensors: torch.Tensor) -> bool:

@@ -93,6 +93,24 @@ def start(compiled: Any, slots: np.ndarray) -> None:
         parallel(compiled.address, slots.ctypes.data, threads, 0)
 
 
+def works() -> bool:
+    """Whether a kernel can be compiled, kept and called here."""
+
+    @kernel
+    def count(p):  # type: ignore[no-untyped-def]
+        s = carray(p, (32,), np.int64)
+        counter, rows = array(s[0], (1,), np.int64), array(s[3], (s[1],), np.int64)
+        while True:
+            row = take(counter)
+            if row >= s[1]:
+                break
+            rows[row] += 1
+
+    numbers = torch.zeros(2, dtype=torch.int64)
+    run(count, 2, 1, numbers)
+    return numbers.tolist() == [1, 1]
+
+
 def block_rows(width: int) -> int:
     """How many rows of `width` elements a thread takes at once."""
     return max(1, BLOCK_ELEMENTS // max(1, width))

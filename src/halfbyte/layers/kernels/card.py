@@ -1,0 +1,137 @@
+"""Causal attention over packed examples on a card: torch's flash kernel for examples of any lengths, or flash-attn's.
+
+Why: SDPA takes one length at a time, so a pack of a hundred lengths is a hundred calls a layer; and on compute
+capability 9.0 and later torch prefers cuDNN's kernel, which builds a plan for each shape that it has not met.
+flash-attn's own package is used where the user asks for it: `HALFBYTE_ATTENTION=flash_attn`, or a model that was opened
+with `attn_implementation="flash_attention_2"`. `HALFBYTE_ATTENTION=sdpa` takes neither.
+Source: `torch.nn.attention.varlen` (torch 2.11 on has what is needed here), `flash_attn.flash_attn_varlen_func`.
+Cost: one call a layer; no scores in memory.
+
+Letters: T tokens of a pack, H query heads, K key heads, D head size.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from halfbyte.system import accelerator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VARIABLE = "HALFBYTE_ATTENTION"
+VARLEN, FLASH_ATTN, SDPA = "varlen", "flash_attn", "sdpa"
+LARGEST_HEAD, HEAD_STEP = 256, 8  # what the flash kernels take
+
+
+@dataclass(frozen=True, eq=False)
+class Lengths:
+    """The lengths of a pack's examples as numbers, so that no layer has to wait for a card to read them.
+
+    `kernel`: by what attention is computed on a card.
+    """
+
+    of: tuple[int, ...]
+    kernel: str = VARLEN
+    _starts: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    @property
+    def longest(self) -> int:
+        return max(self.of, default=0)
+
+    def starts(self, device: torch.device) -> Tensor:
+        """(examples + 1,) int32 on a card, copied there once."""
+        if device not in self._starts:
+            sums = torch.tensor([0, *self.of]).cumsum(0).int()
+            self._starts[device] = sums.to(device, non_blocking=True)
+        return self._starts[device]
+
+
+def chosen(asked: str | None = None) -> str:
+    """The kernel that the environment names, else what a model was opened with, else torch's."""
+    named = os.environ.get(VARIABLE, "")
+    if named in (VARLEN, FLASH_ATTN, SDPA):
+        return named
+    return FLASH_ATTN if asked is not None and asked.startswith("flash_attention") else VARLEN
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> bool:
+    """Whether a flash kernel takes these (T, heads, D) tensors of a card."""
+    d = q.shape[2]
+    if not q.dtype == k.dtype == v.dtype or not d == k.shape[2] == v.shape[2] or q.shape[1] % k.shape[1]:
+        return False
+    if d > LARGEST_HEAD or d % HEAD_STEP or not accelerator.fast_attention(q.device, q.dtype):
+        return False
+    return _kernel(kernel) is not None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float, window: int | None) -> Tensor:
+    """(T, H, D), (T, K, D) -> (T, H, D). `window`: how many tokens a token sees, itself included; None for all."""
+    made = _kernel(lengths.kernel)
+    if made is None:
+        raise RuntimeError(f"{lengths.kernel} is not here")
+    return made(q, k, v, lengths, scale, window)
+
+
+_Kernel = Callable[["Tensor", "Tensor", "Tensor", Lengths, float, "int | None"], "Tensor"]
+
+
+@cache
+def _kernel(name: str) -> _Kernel | None:
+    return {VARLEN: _torchs, FLASH_ATTN: _flash_attns}.get(name, lambda: None)()
+
+
+def _torchs() -> _Kernel | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    if not {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
+        return None
+
+    def call(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float, window: int | None) -> Tensor:
+        starts, most = lengths.starts(q.device), lengths.longest
+        back = -1 if window is None else window - 1  # a flash kernel's window leaves the token itself out
+        grouped = q.shape[1] != k.shape[1]
+        seen = (back, 0)
+        made: Tensor = varlen_attn(
+            q, k, v, starts, starts, most, most, scale=scale, window_size=seen, enable_gqa=grouped
+        )
+        return made
+
+    return call
+
+
+def _flash_attns() -> _Kernel | None:
+    try:
+        attend = importlib.import_module("flash_attn").flash_attn_varlen_func
+    except ImportError:
+        return _torchs()
+
+    def call(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float, window: int | None) -> Tensor:
+        starts, most = lengths.starts(q.device), lengths.longest
+        back = -1 if window is None else window - 1
+        made: Tensor = attend(
+            q, k, v, starts, starts, most, most, softmax_scale=scale, causal=True, window_size=(back, 0)
+        )
+        return made
+
+    return call
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """SDPA by any of its kernels but cuDNN's, which builds a plan for each new shape."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        yield
