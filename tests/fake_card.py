@@ -174,13 +174,15 @@ class Card(torch.Tensor):
     def device(self) -> torch.device:
         return torch.device(KIND, self.card_)
 
-    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def to(self, *args: Any, copy: bool = False, **kwargs: Any) -> torch.Tensor:
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if device is None or device.type != KIND:
-            return super().to(*args, **kwargs)
+            return super().to(*args, copy=copy, **kwargs)
         if (device.index or 0) != self.card_:
             return _Moved.apply(self, torch.device(KIND, device.index or 0), dtype)
-        return self if dtype is None else super().to(dtype)
+        if dtype is None:
+            return self.clone() if copy else self
+        return super().to(dtype, copy=copy)
 
     @property
     def data(self) -> torch.Tensor:
@@ -268,6 +270,8 @@ def _real(a: Any) -> Any:
 
 def _refuse_mixing(name: str, flat: list[Any], where: set[torch.device]) -> None:
     plain = [a for a in flat if isinstance(a, torch.Tensor) and not isinstance(a, Card) and a.dim() > 0]
+    if name.startswith("aten._foreach") or (name == "aten.mul_.Tensor" and getattr(flat[-1], "ndim", 0) == 0):
+        return  # torch's own code sorts tensors by device, and for it all cards are one
     taken_along = "index" in name and "index_copy" not in name and "index_select" not in name  # x[cpu indices]
     if len(where) > 1 or (where and plain and not taken_along):
         seen = sorted({*map(str, where), *(str(a.device) for a in plain)})

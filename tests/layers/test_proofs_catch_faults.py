@@ -14,6 +14,7 @@ import torch
 
 from halfbyte.layers import attention, fuse, lora_linear, packed_attention, packing, packing_proof, sight
 from halfbyte.layers.fused_proof import prove_fused
+from halfbyte.layers.kernels import card
 from tests import plain_peft, small_models, tiny
 
 WINDOW = 20  # longer than the proof's short rows, so that only its long row can show a window
@@ -105,7 +106,7 @@ def around_packed(patch: Patch, **changes: Any) -> None:
 
     def faulty(query: Any, key: Any, value: Any, pack: Any, asked: Any) -> Any:
         if "lengths" in changes:
-            return real(query, key, value, [sum(pack)], asked)
+            return real(query, key, value, card.Lengths((sum(pack.of),)), asked)
         return real(query, key, value, pack, replace(asked, **changes))
 
     patch.setattr(packed_attention, "_packed", faulty)

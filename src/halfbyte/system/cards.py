@@ -14,6 +14,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,13 +114,15 @@ def _asked(env: Mapping[str, str]) -> dict[str, Any]:
     if torch is not None and torch.cuda.is_initialized():
         return ask()
     try:
-        command = [sys.executable, "-P", __file__]  # -P: this folder's files are no modules of their own
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=True, env=dict(env))
-        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        with tempfile.TemporaryDirectory(prefix="halfbyte-cards-") as folder:
+            told = Path(folder) / "cards.json"
+            command = [sys.executable, "-P", __file__, str(told)]  # -P: this folder's files are no modules of their own
+            subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=True, env=dict(env))
+            answer: dict[str, Any] = json.loads(told.read_text())
         return answer
     except subprocess.CalledProcessError as error:
         return {"error": (error.stderr.strip().splitlines() or [f"it ended with {error.returncode}"])[-1]}
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
         return {"error": f"{type(error).__name__} while it was asked"}
 
 
@@ -196,4 +199,4 @@ def _line(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(ask()))
+    Path(sys.argv[1]).write_text(json.dumps(ask()))

@@ -46,9 +46,9 @@ def find_place() -> None:
     chosen = str(own) if not files.why_unwritable(own) else tempfile.mkdtemp(prefix="halfbyte-numba-")
     env[VARIABLE] = chosen
     if "numba" in sys.modules:  # it has read the variable
-        import numba
+        from numba.core import config
 
-        numba.config.CACHE_DIR = chosen
+        config.reload_config()
 
 
 def are_there(env: Mapping[str, str] = os.environ) -> bool:
