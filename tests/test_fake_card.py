@@ -4,7 +4,6 @@ card and over two; nothing waits for a card in a forward; what runs out of memor
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -197,19 +196,6 @@ def test_with_two_visible_cards_a_16_bit_base_is_not_replicated(tmp_path: Path) 
         assert finetune.train(recipe, listener=Notes()).step == 4
 
 
-def test_a_base_that_fits_on_no_card_is_split(tmp_path: Path) -> None:
-    """Planned, opened, trained and evaluated over two cards, half of the layers on each."""
-    options = {"quant__type": "nf4", "train__max_steps": 2}
-    wanted = of_cpu(tmp_path / "cpu", **options)
-    recipe = tiny_run.recipe(tmp_path / "cards", **options)
-    with machine(2), mock.patch.object(choose, "placements", return_value=("split",)):
-        told = Notes()
-        out = finetune.train(recipe, listener=told)
-    assert losses(told.rows) == pytest.approx(wanted, rel=1e-5)
-    assert "gradients as PEFT's" in told.said("engine")
-    assert out.report["peak_device_bytes"] > 0
-
-
 def test_a_run_whose_card_is_full_steps_down(tmp_path: Path) -> None:
     """An allocation fails in the middle of a step; the step is made again, smaller, and learns the same."""
     options = {"quant__type": "nf4", "train__max_steps": 3, "train__gradient_checkpointing": "auto"}
@@ -244,25 +230,6 @@ def plan_job(here: device.Device, **fields: Any) -> Job:
     config = tiny.model("llama").config.to_dict()
     values = {"model": "m", "data": {"train": "t"}, "output": "o", **fields}
     return Job.of(Recipe(**values), specs, tensors.facts_of(config, specs), Rows((200,) * 64), here)
-
-
-def test_fp16_on_a_card_scales_its_loss_and_resumes_with_the_scale(tmp_path: Path) -> None:
-    """Turing has no bf16: fp16, a scaled loss, and the scale in the checkpoint."""
-    options = {"quant__type": "nf4", "quant__compute_dtype": "fp16", "train__max_steps": 4}
-    recipe = tiny_run.recipe(tmp_path, **options, train__save_strategy="steps", train__save_steps=2)
-    # accelerate's own is for CUDA, and off without it
-    made = functools.partial(torch.amp.GradScaler, fake_card.KIND)
-    scaler = mock.patch("accelerate.accelerator.get_grad_scaler", side_effect=lambda *_, **__: made())
-    with machine(), scaler:
-        whole = Notes()
-        finetune.train(recipe, listener=whole)
-        kept = json.loads((tmp_path / "run/checkpoints/step-000002/optimizer.json").read_text())
-        assert kept["scaler"]["scale"] > 1
-        (tmp_path / "run/report.json").unlink()
-        (tmp_path / "run/checkpoints/step-000004").rename(tmp_path / "gone")
-        again = Notes()
-        finetune.train(recipe, resume=True, listener=again)
-    assert losses(again.rows) == losses(whole.rows)[2:]
 
 
 def test_kernels_that_add_in_any_order_do_not_fail_the_proof() -> None:

@@ -41,7 +41,9 @@ def wrong_lora_scale(patch: Patch) -> None:
 
 def rows_see_each_other(patch: Patch) -> None:
     real = packed_attention._packed
-    patch.setattr(packed_attention, "_packed", lambda q, k, v, pack, asked: real(q, k, v, [sum(pack)], asked))
+    patch.setattr(
+        packed_attention, "_packed", lambda q, k, v, pack, asked: real(q, k, v, type(pack)((sum(pack.of),)), asked)
+    )
 
 
 def attention_of_another_scale(patch: Patch) -> None:
