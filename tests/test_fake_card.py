@@ -4,6 +4,7 @@ card and over two; nothing waits for a card in a forward; what runs out of memor
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -247,3 +248,22 @@ def test_kernels_that_add_in_any_order_do_not_fail_the_proof() -> None:
         with mock.patch.object(fake_card._Sdpa, "backward", staticmethod(unordered)):
             proof = prove_fused(model, packed=True)
     assert proof.ok, proof.reason
+
+
+def test_fp16_on_a_card_scales_its_loss_and_resumes_with_the_scale(tmp_path: Path) -> None:
+    """Turing has no bf16: fp16, a scaled loss, and the scale in the checkpoint."""
+    options = {"quant__type": "nf4", "quant__compute_dtype": "fp16", "train__max_steps": 4}
+    recipe = tiny_run.recipe(tmp_path, **options, train__save_strategy="steps", train__save_steps=2)
+    # accelerate's own is for CUDA, and off without it
+    made = functools.partial(torch.amp.GradScaler, fake_card.KIND)
+    scaler = mock.patch("accelerate.accelerator.get_grad_scaler", side_effect=lambda *_, **__: made())
+    with machine(), scaler:
+        whole = Notes()
+        finetune.train(recipe, listener=whole)
+        kept = json.loads((tmp_path / "run/checkpoints/step-000002/optimizer.json").read_text())
+        assert kept["scaler"]["scale"] > 1
+        (tmp_path / "run/report.json").unlink()
+        (tmp_path / "run/checkpoints/step-000004").rename(tmp_path / "gone")
+        again = Notes()
+        finetune.train(recipe, resume=True, listener=again)
+    assert losses(again.rows) == losses(whole.rows)[2:]

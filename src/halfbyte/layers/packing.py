@@ -13,7 +13,7 @@ it Falcon ran at a third of the plain stack's speed (docs/log.md).
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,7 +26,7 @@ from halfbyte.layers.packed_attention import LENGTHS, NAME, no_mask, register
 from halfbyte.models import structure
 
 if TYPE_CHECKING:
-    from halfbyte.types import Batch, Model
+    from halfbyte.types import Batch, Document, Model
 
 Layout = Literal["cu_seq_lens", "rows", "single"]
 
@@ -174,7 +174,7 @@ def packed_inputs(body: nn.Module, batch: Batch) -> dict[str, Tensor]:
     longest = known.longest
     sight.look(body, longest)
     device = body.device
-    lengths: dict[str, Any] = {
+    lengths: Document = {
         "cu_seq_lens_q": starts,
         "cu_seq_lens_k": starts,
         "max_length_q": longest,

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import torch
 
 # What the libraries of a card say where memory is missing and torch raises no OutOfMemoryError.
@@ -22,7 +24,7 @@ FAILED_ALLOCATIONS = (
 )  # fmt: skip
 
 
-def module() -> Any | None:
+def module() -> ModuleType | None:
     """torch's module of this machine's cards, `torch.cuda` for one; None where there are none that we compute on."""
     import torch
 

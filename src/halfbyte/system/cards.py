@@ -18,7 +18,12 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from halfbyte.types import Document
 
 KINDS = ("cuda", "xpu")  # AMD's cards are "cuda" in torch
 BF16_CAPABILITY = (8, 0)
@@ -64,7 +69,7 @@ def find(root: Path, env: Mapping[str, str], ram_available: int) -> Found:
     if sys.platform == "darwin":
         return Found(notes=("the Apple GPU is not used: bitsandbytes has no 4-bit kernels for it",))
     build = torch_build()
-    answer: dict[str, Any] = {}
+    answer: Document = {}
     if build and (sys.platform == "win32" or any(any((root / "dev").glob(name)) for name in _DEVICES)):
         answer = _asked(env)
     cards = tuple(Card(**{**each, "capability": tuple(each["capability"])}) for each in answer.get("cards", ()))
@@ -108,7 +113,7 @@ def torch_build() -> str:
     return ""
 
 
-def _asked(env: Mapping[str, str]) -> dict[str, Any]:
+def _asked(env: Mapping[str, str]) -> Document:
     """`ask` in a process of its own; `{"error": why}` where it does not answer."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
@@ -118,7 +123,7 @@ def _asked(env: Mapping[str, str]) -> dict[str, Any]:
             told = Path(folder) / "cards.json"
             command = [sys.executable, "-P", __file__, str(told)]  # -P: this folder's files are no modules of their own
             subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=True, env=dict(env))
-            answer: dict[str, Any] = json.loads(told.read_text())
+            answer: Document = json.loads(told.read_text())
         return answer
     except subprocess.CalledProcessError as error:
         return {"error": (error.stderr.strip().splitlines() or [f"it ended with {error.returncode}"])[-1]}
@@ -126,7 +131,7 @@ def _asked(env: Mapping[str, str]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__} while it was asked"}
 
 
-def ask() -> dict[str, Any]:
+def ask() -> Document:
     """What torch sees: `kind` and `cards`; or `error`, in its words."""
     import torch
 
@@ -141,7 +146,7 @@ def ask() -> dict[str, Any]:
     return {"error": "it sees none"}
 
 
-def _card(module: Any, index: int) -> dict[str, Any]:
+def _card(module: ModuleType, index: int) -> Document:
     import torch
 
     has = module.get_device_properties(index)
