@@ -382,7 +382,7 @@ def test_three_ways_side_by_side() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "memory_gb", "wanted"), [("none", 12, "int8"), ("none", 8, "nf4"), ("int8", 8, "nf4"), ("nf4", 4, "")]
+    ("kind", "memory_gb", "wanted"), [("none", 12, "int8"), ("none", 7, "nf4"), ("int8", 8, "nf4"), ("nf4", 4, "")]
 )
 def test_the_most_bits_that_fit_are_offered(kind: str, memory_gb: int, wanted: str) -> None:
     fields: dict[str, Any] = {"quant__type": kind, "lora__target_modules": ["q_proj"]}
