@@ -1,6 +1,6 @@
 """Tokens a second of one text, stack beside stack, on the same quantised weights, in turns.
 
-    python benchmarks/decoding.py MODEL [--stacks ...] [--isa avx2] [--llama-bench PATH --gguf FILE]
+    python benchmarks/decoding.py MODEL [--stacks ...] [--isa avx2] [--gguf FILE]
 
 MODEL: what `halfbyte generate` takes as a base, or a folder with a 4-bit checkpoint that bitsandbytes wrote
 (`make_random.py llama-2-7b-nf4`). Stacks, each in its own process:
@@ -10,6 +10,7 @@ MODEL: what `halfbyte generate` takes as a base, or a folder with a 4-bit checkp
     own             halfbyte by the model's own loop
     halfbyte        halfbyte by its own loop
     halfbyte-lora   the same with a LoRA of rank 16 on all linears, its weights random
+    llama.cpp       a GGUF file of the model by llama.cpp's own library, from the wheel (`--gguf`)
 
 A rate is that of the fastest WINDOW tokens in a row, of all rounds: prompts, compiling and proofs do not count, and a
 machine that others use disturbs every stack less. Memory's rate is measured beside it, the best sum over an array that
@@ -40,41 +41,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--isa", choices=("native", "avx2"), default="native")
-    parser.add_argument("--llama-bench", type=Path)
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(args.worker, args.model, args.rounds, args.threads, args.isa)
+        if args.worker == "llama.cpp":
+            llama(args.gguf, args.rounds, args.threads)
+        else:
+            work(args.worker, args.model, args.rounds, args.threads, args.isa)
         return
     from benchmarks.throughput import ISA
 
     environment = {**os.environ, **ISA[args.isa]}
     rows: dict[str, dict[str, Any]] = {}
-    for stack in args.stacks:
+    for stack in [*args.stacks, *(["llama.cpp"] if args.gguf else [])]:
         command = [sys.executable, __file__, args.model, "--worker", stack, "--rounds", str(args.rounds)]
         command += ["--threads", str(args.threads), "--isa", args.isa]
+        command += ["--gguf", str(args.gguf)] if args.gguf else []
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
         lines = [line for line in done.stdout.splitlines() if line.startswith("@@")]
         if lines:
             rows[stack] = json.loads(lines[-1][2:])
             show(stack, rows[stack])
-    if args.llama_bench:
-        command = [
-            str(args.llama_bench),
-            "-m",
-            str(args.gguf),
-            "-t",
-            str(args.threads),
-            "-p",
-            "0",
-            "-n",
-            "64",
-            "-o",
-            "json",
-        ]
-        found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)[0]
-        print(f"{'llama.cpp':16}{found['avg_ts']:10.1f} tokens/s   {found['model_size'] / 1e9:.3f} GB")
     print(json.dumps(rows))
 
 
@@ -99,6 +87,22 @@ def work(stack: str, name: str, rounds: int, threads: int, isa: str) -> None:
             at = generated(model, ids, many, stack)[1:]  # the first two are the prompt and its token
             best = max(best, *(WINDOW / (at[i + WINDOW] - at[i]) for i in range(1, len(at) - WINDOW)))
     row = {"rate": best, "first": first, "bytes": token_bytes(model), "memory": memory_rate()}
+    print("@@" + json.dumps(row))
+
+
+def llama(path: Path, rounds: int, threads: int) -> None:
+    from halfbyte.export.reader import LlamaCpp
+
+    began = time.perf_counter()
+    program = LlamaCpp(str(path), tokens=40 + MANY, threads=threads)
+    ids, first, best = [n % 30 + 100 for n in range(40)], 0.0, 0.0
+    for _ in range(rounds):
+        logits, at = program.logits(ids, [39]), []
+        for place in range(40, 40 + MANY):
+            logits = program._read([int(logits[0].argmax())], place, {0})
+            first, at = first or time.perf_counter() - began, [*at, time.perf_counter()]
+        best = max(best, *(WINDOW / (at[i + WINDOW] - at[i]) for i in range(len(at) - WINDOW)))
+    row = {"rate": best, "first": first, "bytes": path.stat().st_size, "memory": memory_rate()}
     print("@@" + json.dumps(row))
 
 
