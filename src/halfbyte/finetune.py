@@ -415,5 +415,6 @@ def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak
             *(f"memory: {down}" for down in ready.pace.downs),
         ],
     }
+    room.write(run.end_metrics)
     room.write(lambda: write_json(run.report, report))
     return report

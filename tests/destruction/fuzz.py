@@ -25,6 +25,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def value_changed(value: Any, draw: random.Random) -> Any:
             if isinstance(place[key], dict | list) and place[key] and draw.random() < 0.8:
                 place = place[key]
                 continue
-            place[key] = draw.choice(HOSTILE)
+            place[key] = deepcopy(draw.choice(HOSTILE))  # a later change goes into it
             break
     return value
 
@@ -314,7 +315,7 @@ def fuzz(count: int, seed: int, folder: Path) -> tuple[Counter[str], list[tuple[
             if not str(error).strip() or "Traceback" in str(error):
                 failed.append((number, f"{name}: an error that says nothing: {error}"))
         except (Hang, Exception):
-            failed.append((number, f"{name}: {traceback.format_exc()[-1500:]}"))
+            failed.append((number, f"{name}: {traceback.format_exc(limit=-8)[:3000]}"))
         if watched.seen:
             failed.append((number, f"{name}: {watched.seen[:5]}"))
         took = time.perf_counter() - began

@@ -82,3 +82,11 @@ def test_an_answer_ends_at_the_end_of_turn_and_at_the_models_own_end() -> None:
     assert stop_ids(model, tokenizer) == sorted({turn, model.generation_config.eos_token_id})
     plain = tiny_run.tokenizer(chat_template=None)
     assert chat_ids(plain, [{"role": "user", "content": "red box"}]) == plain("red box")["input_ids"]
+
+
+def test_a_template_that_writes_half_a_character_is_refused() -> None:
+    tokenizer = tiny_run.tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}\ud800"
+    with pytest.raises(DataError, match="the chat template refuses the conversation"):
+        chat_ids(tokenizer, [{"role": "user", "content": "red"}])
+    assert end_of_turn_id(tokenizer) is None

@@ -634,3 +634,8 @@ def test_rows_that_lie_beside_the_recipe_are_found_from_elsewhere(
     assert str(load_recipe(Path("there/r.yaml"), ["data.eval=test.jsonl"]).recipe.data.eval) == "test.jsonl"
     monkeypatch.chdir(tmp_path / "there")
     assert str(load_recipe(Path("r.yaml")).recipe.data.eval) == "test.jsonl"
+
+
+def test_a_name_longer_than_a_path_may_be_is_only_a_name(load: Load) -> None:
+    loaded = load("model: m\ndata: {train: " + "x" * 5000 + "}\noutput: o\n")
+    assert str(loaded.recipe.data.train).endswith("x" * 5000)

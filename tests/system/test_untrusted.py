@@ -35,6 +35,8 @@ def test_json_is_refused_by_its_length_and_its_depth(tmp_path: Path) -> None:
         ('{"a": [{"decoder_layers": 5000, "num_layers": 5000}]}', "num_layers"),
         ('{"hidden_size": 1e300}', "hidden_size"),
         ('{"rope_theta": -Infinity}', "rope_theta"),
+        ('{"model_type": ["llama"]}', "model_type"),
+        ('{"text_config": {"model_type": {}}}', "model_type"),
     ],
 )
 def test_numbers_that_are_counted_up_to_have_a_limit(text: str, name: str, tmp_path: Path) -> None:

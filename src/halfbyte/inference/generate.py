@@ -57,6 +57,7 @@ def chat_ids(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> list[i
         try:
             with untrusted.template(tokenizer.chat_template):
                 text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+                text.encode()  # half a surrogate pair is no text, and no token
         except untrusted.TooMuch as error:
             raise DataError(f"{error}.", fix="use a model with another template") from None
         except Exception as error:  # a template may raise anything
@@ -89,6 +90,7 @@ def end_of_turn_id(tokenizer: Tokenizer) -> int | None:
     try:
         with untrusted.template(tokenizer.chat_template):
             text = tokenizer.apply_chat_template(messages, tokenize=False)
+            text.encode()
     except Exception:  # a template may refuse any conversation in its own words; then it names no end of turn
         return None
     tail = tokenizer(text.rsplit(probe, 1)[-1], add_special_tokens=False)["input_ids"]

@@ -112,7 +112,10 @@ def seen_from(recipe: Recipe, folder: Path, *, model: bool) -> Recipe:
 
 
 def _is_there(name: str | Path) -> bool:
-    return Path(name).exists() or bool(glob.glob(str(name)))
+    try:
+        return Path(name).exists() or bool(glob.glob(str(name)))
+    except OSError:  # longer than the system allows a name to be
+        return False
 
 
 def to_yaml(recipe: Recipe) -> str:

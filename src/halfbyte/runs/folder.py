@@ -161,6 +161,14 @@ class RunFolder:
         self.unwritten.clear()
         return True
 
+    def end_metrics(self) -> None:
+        """Write the rows that still wait. DiskFull where there is no room for them."""
+        if self.unwritten and not self.write_metrics():
+            raise DiskFull(
+                f"{len(self.unwritten)} rows of {self.metrics} could not be written: its disk is full.",
+                fix="free some space; all else that the run made is kept",
+            )
+
     def read_metrics(self) -> list[Document]:
         """Every whole row, in order, and those that wait; a RunError names a line that is not a JSON object."""
         if not self.metrics.is_file():

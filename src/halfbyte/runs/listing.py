@@ -88,7 +88,7 @@ def last_rows(metrics: Path) -> tuple[Document, Document]:
     try:
         with metrics.open("rb") as stream:
             stream.seek(max(0, os.fstat(stream.fileno()).st_size - TAIL_BYTES))
-            lines = stream.read().split(b"\n")[:-1]
+            lines = stream.read(TAIL_BYTES).split(b"\n")[:-1]
     except OSError:
         return step, evaluated
     for line in lines:

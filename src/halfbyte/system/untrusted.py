@@ -78,6 +78,8 @@ def read_config(path: Path) -> object:
         elif isinstance(part, dict):
             waiting += part.values()
             for name, number in part.items():
+                if name == "model_type" and not isinstance(number, str | None):
+                    raise TooMuch(f"its model_type is {str(number)[:40]}, not a name")
                 most = next((n for pattern, n in _COUNTED if pattern.search(name)), 2**63)
                 if isinstance(number, int | float) and not -most <= number <= most:
                     raise TooMuch(f"its {name[:80]} is {str(number)[:40]}, more than any model has ({most:,})")

@@ -229,6 +229,7 @@ class Renderer:
                 text: str = self._tokenizer.apply_chat_template(
                     chat, tools=tools, chat_template=self._template, tokenize=False, add_generation_prompt=prompt
                 )
+                text.encode()  # half a surrogate pair is no text, and no token
         except TemplateSyntaxError as error:
             raise DataError(
                 f"the chat template cannot be read: {error.message} (line {error.lineno}).",
