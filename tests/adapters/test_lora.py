@@ -319,7 +319,7 @@ def test_a_full_disk_is_an_error_that_leaves_the_old_adapter(tmp_path: Path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(adapters, "save_file", full)
-    with pytest.raises(TrainError, match=r"could not be written.*No space left on device"):
+    with pytest.raises(TrainError, match=r"could not be written: the disk of .* is full"):
         adapters.save(model, tmp_path / "adapter", base_id="org/new", revision=None)
     assert adapters.read_config(tmp_path / "adapter")["base_model_name_or_path"] == "org/old"
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]

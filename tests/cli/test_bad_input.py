@@ -270,8 +270,9 @@ CASES = [
     Case(
         "recipe is a list",
         "train bad.yaml",
-        "error: bad.yaml holds a list; a recipe is a mapping with the keys model, revision, quant, lora, data, train, "
-        "output, allow_pickle, trust_remote_code.\n  fix: `halfbyte init NAME.yaml` writes a recipe to start from",
+        "error: bad.yaml holds a list; a recipe is a mapping with the keys model, revision, quant, lora, data, "
+        "train, eval, output, allow_pickle, trust_remote_code.\n"
+        "  fix: `halfbyte init NAME.yaml` writes a recipe to start from",
         write("bad.yaml", "- model: model\n"),
     ),
     Case(
@@ -432,8 +433,8 @@ CASES = [
     Case(
         "config is not JSON",
         train(),
-        "error: model is not a whole checkpoint:\n"
-        f"  - config.json is not JSON: Unterminated string starting at: line 1 column 2 (char 1){AGAIN}",
+        "error: model is not a whole checkpoint:\n  - config.json is not JSON that can be used: "
+        f"Unterminated string starting at: line 1 column 2 (char 1){AGAIN}",
         write("model/config.json", '{"model'),
     ),
     Case(
@@ -578,7 +579,7 @@ CASES = [
         "another rank for a trained adapter",
         "eval done --data train.jsonl --set lora.r=4",
         "error: --set lora.r=4: an adapter is used with the values that it was trained with; allowed here: "
-        "quant.placement, data.*, train.per_device_eval_batch_size.",
+        "quant.placement, data.*, eval.*, train.per_device_eval_batch_size.",
     ),
     Case(
         "saved whole, but in 4 bits",
@@ -710,8 +711,8 @@ CASES = [
     Case(
         "an adapter of another size",
         "generate done --prompt x --max-new-tokens 2",
-        "error: the adapter in done/adapter does not fit this base: size mismatch for <...>lora_A<...>\n"
-        "  fix: it was trained on 'org/name'; open it on that model",
+        "error: done/adapter/adapter_config.json is not the file that halfbyte.json beside it names; --force uses it "
+        "all the same.\n  fix: copy it again; a run's checkpoints/ hold earlier states of its adapter",
         adapter_config(r=4, base_model_name_or_path="org/name"),
     ),
     Case(
@@ -956,7 +957,8 @@ def test_a_loss_that_is_not_finite(halfbyte: Cli) -> None:
     assert ended.code == 1
     assert re.fullmatch(
         r"warning: train\.learning_rate 1e\+30 is outside the usual 1e-05 to 0\.001\n"
-        r"error: the loss is nan at step 2 \(rows (train\.jsonl:\d+(, )?){4}\)\.\n"
+        r"error: the loss is nan at step 2 \(rows (train\.jsonl:\d+(, )?){4}\)\. "
+        r"The batch is in [^;]+; nothing of this step was saved\.\n"
         r"  fix: lower train\.learning_rate, set train\.max_grad_norm, or look at those rows\n",
         ended.err,
     )
@@ -970,7 +972,8 @@ def test_a_base_that_is_not_finite(halfbyte: Cli) -> None:
     ended = halfbyte(*train())
     assert ended.code == 1
     assert re.fullmatch(
-        r"error: the loss is nan at step 1 \(rows (train\.jsonl:\d+(, )?){4}\)\.\n"
+        r"error: the loss is nan at step 1 \(rows (train\.jsonl:\d+(, )?){4}\)\. "
+        r"The batch is in [^;]+; nothing of this step was saved\.\n"
         r"  fix: nothing has been trained yet: look at the base's weights and at those rows\n",
         ended.err,
     )
@@ -1006,5 +1009,5 @@ def test_as_a_process(command: str, code: int, err: str, here: Path) -> None:
 def test_every_error_is_of_the_family() -> None:
     """What `_guard` turns into a message: each kind has its own exit code."""
     kinds = {kind.__name__: kind.exit_code for kind in HalfbyteError.__subclasses__()}
-    assert kinds.pop("TrainError") == kinds.pop("Unforeseen") == 1
+    assert kinds.pop("TrainError") == kinds.pop("Unforeseen") == kinds.pop("ExportError") == 1
     assert set(kinds.values()) == {2}

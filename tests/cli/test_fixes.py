@@ -26,7 +26,7 @@ UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "U
 COMMAND = re.compile(r"(?<![\w/.-])halfbyte ((?:[a-z]+)\b[^`;\n]*)")
 SET = re.compile(r"--set '?([a-z_.]+)=")
 # Commands that take no `--set`: what they say must not ask for one.
-WITHOUT_SET = {"init", "report", "compare", "runs", "version", "store list", "store verify", "store gc"}
+WITHOUT_SET = {"init", "report", "compare", "runs", "push", "version", "store list", "store verify", "store gc"}
 
 
 def text_of(node: ast.AST) -> str | None:

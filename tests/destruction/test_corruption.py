@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,10 +134,11 @@ def test_adapters(name: str, how: str, world: World, kept: Callable[[Path], None
         passport.check(folder, was["belongs_to"])
 
     if name == "halfbyte.json" and how == "flip":  # of what the file says, only this decides anything
-        now = json.loads((folder / name).read_bytes().decode(errors="replace"))
         decides = ("adapter_sha256", "config_sha256", "belongs_to")
-        if all(now.get(key) == was[key] for key in decides):
-            return
+        with suppress(ValueError):  # no JSON any more
+            now = json.loads((folder / name).read_bytes().decode(errors="replace"))
+            if all(now.get(key) == was[key] for key in decides):
+                return
     with pytest.raises(AdapterError) as raised:
         opened()
     assert name in str(raised.value) or "does not belong" in str(raised.value) or name == "adapter_model.safetensors"

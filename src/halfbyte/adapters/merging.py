@@ -156,7 +156,7 @@ def _check(name: str, layer: LoraLayer) -> None:
     if layer.lora_bias.get(key) and getattr(base, "bias", None) is None:
         raise AdapterError(
             f"lora.lora_bias has trained a bias for {name}, which has none, so no weight can take it up.",
-            fix="use the adapter with its base: halfbyte generate RUN",
+            fix="use the adapter with its base: halfbyte chat RUN",
         )
 
 

@@ -134,7 +134,11 @@ def check(folder: Path, now: Document, *, force: bool = False) -> list[str]:
         raise damaged(folder, f"it is not the file that {PASSPORT} beside it names; --force uses it all the same")
     own = passport.get("config_sha256")  # none in passports of earlier versions
     if own is not None and _config_digest(folder) != own and not force:
-        raise damaged(folder, f"{ADAPTER_FILES[1]} is not the file that {PASSPORT} names; --force uses it all the same")
+        raise AdapterError(
+            f"{folder / ADAPTER_FILES[1]} is not the file that {PASSPORT} beside it names; --force uses it all the "
+            "same.",
+            fix="copy it again; a run's checkpoints/ hold earlier states of its adapter",
+        )
     return refuse(f"the adapter {folder}", differences(passport["belongs_to"], now), force=force)
 
 

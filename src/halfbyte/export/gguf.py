@@ -85,7 +85,7 @@ def architecture_of(config: Config) -> str:
     if (name := ARCHITECTURES.get(config.model_type)) is None:
         raise ExportError(
             f"{config.model_type} is not written as GGUF here; these are: {', '.join(ARCHITECTURES)}.",
-            fix="halfbyte merge RUN, then llama.cpp's convert_hf_to_gguf.py on that folder",
+            fix="`halfbyte merge RUN`, then convert_hf_to_gguf.py of llama.cpp on that folder",
         )
     return name
 

@@ -75,7 +75,7 @@ def add(writer: GGUFWriter, tokenizer: Tokenizer, rows: int, checkpoint: Checkpo
         writer.add_chat_template(template)
 
 
-_BY_HAND = "halfbyte merge RUN, then llama.cpp's convert_hf_to_gguf.py on that folder"
+_BY_HAND = "`halfbyte merge RUN`, then convert_hf_to_gguf.py of llama.cpp on that folder"
 
 
 def _tokens(values: Document, rows: int) -> tuple[list[str], list[int]]:

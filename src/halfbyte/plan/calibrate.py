@@ -47,7 +47,7 @@ def cached(device: Device, dtype: str) -> Rates | None:
     try:
         path = path_of(device, dtype)
         values = json.loads(path.read_text(encoding="utf-8"))
-        if not files.is_sealed(values) or values.get("of", path.stem) != path.stem:
+        if not isinstance(values, dict) or not files.is_sealed(values) or values.get("of", path.stem) != path.stem:
             return None
         return Rates(**{field.name: values[field.name] for field in fields(Rates)})
     except (OSError, ValueError, KeyError, TypeError):
