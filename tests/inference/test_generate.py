@@ -84,9 +84,9 @@ def test_an_answer_ends_at_the_end_of_turn_and_at_the_models_own_end() -> None:
     assert chat_ids(plain, [{"role": "user", "content": "red box"}]) == plain("red box")["input_ids"]
 
 
-def test_a_template_that_writes_half_a_character_is_refused() -> None:
+def test_a_template_that_writes_half_a_character_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tiny_run.tokenizer()
-    tokenizer.chat_template = "{{ messages[0]['content'] }}\ud800"
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0]['content'] }}\ud800")
     with pytest.raises(DataError, match="the chat template refuses the conversation"):
         chat_ids(tokenizer, [{"role": "user", "content": "red"}])
     assert end_of_turn_id(tokenizer) is None
