@@ -134,35 +134,30 @@ def _normalized(settings: Eval, expected: Sequence[str]) -> Metric:
 
 def _number(settings: Eval, expected: Sequence[str]) -> Metric:
     mark = settings.mark
-
-    def score(wanted: str, text: str) -> Scores:
-        value = number_after(mark, wanted)
-        return {"number": None if value is None else float(number_after(mark, text) == value)}
-
-    if all(number_after(mark, e) is None for e in expected):
-        raise DataError(
-            f"the metric number: not one of the {len(expected):,} expected answers has a number after the mark {mark!r}"
-            f"; the first one: {_short(expected[0])}.",
-            fix="say what stands before the number: --set 'eval.mark=Answer:'",
-        )
-    return Metric("number", score)
+    nothing = f"not one of the {len(expected):,} expected answers has a number after the mark {mark!r}"
+    fix = "say what stands before the number: --set 'eval.mark=Answer:'"
+    return _extracted("number", lambda text: number_after(mark, text), expected, nothing, fix)
 
 
 def _regex(settings: Eval, expected: Sequence[str]) -> Metric:
     check(settings, ["regex"])
     pattern = re.compile(settings.pattern or "")
+    nothing = f"eval.pattern {settings.pattern!r} matches not one of the {len(expected):,} expected answers"
+    fix = r"a pattern that does: --set 'eval.pattern=answer is (\d+)'"
+    return _extracted("regex", lambda text: found_by(pattern, text), expected, nothing, fix)
+
+
+def _extracted(name: str, what: Callable[[str], object], expected: Sequence[str], nothing: str, fix: str) -> Metric:
+    """Whether an answer has the same of something as the expected one; rows that expect none are left out. DataError,
+    saying `nothing`, where no row does."""
 
     def score(wanted: str, text: str) -> Scores:
-        value = found_by(pattern, wanted)
-        return {"regex": None if value is None else float(found_by(pattern, text) == value)}
+        value = what(wanted)
+        return {name: None if value is None else float(what(text) == value)}
 
-    if all(found_by(pattern, e) is None for e in expected):
-        raise DataError(
-            f"the metric regex: eval.pattern {settings.pattern!r} matches not one of the {len(expected):,} expected "
-            f"answers; the first one: {_short(expected[0])}.",
-            fix=r"a pattern that does: --set 'eval.pattern=answer is (\d+)'",
-        )
-    return Metric("regex", score)
+    if all(what(e) is None for e in expected):
+        raise DataError(f"the metric {name}: {nothing}; the first one: {_short(expected[0])}.", fix=fix)
+    return Metric(name, score)
 
 
 def _valid(settings: Eval, expected: Sequence[str]) -> Metric:
