@@ -123,7 +123,7 @@ def _trained(loaded: Loaded, ready: Ready, folder: RunFolder, tell: Listener) ->
     """Every step, and what a finished run leaves, in a folder that is this process's alone."""
     machine = ready.job.machine.to_json()
     noted = crash.noted(folder, machine)
-    with folder.lock() as run, page.kept(run), noted, stop_on_signals(tell.stopping) as stop, usage.Peak() as peak:
+    with folder.lock() as run, stop_on_signals(tell.stopping) as stop, page.kept(run), noted, usage.Peak() as peak:
         try:
             room = Room(tell.warn, lambda: stop.signal is not None)
             room.write(lambda: keep_rows(loaded, ready, run))

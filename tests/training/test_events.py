@@ -8,11 +8,15 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
+from halfbyte import finetune
+from halfbyte.report import page
 from halfbyte.training import events
 from halfbyte.training.events import StopRequest, stop_on_signals, without_a_terminal
+from tests import tiny_run
 
 BOTH = (signal.SIGINT, signal.SIGTERM)
 
@@ -93,6 +97,16 @@ def test_who_asked_for_nohup_keeps_it() -> None:
     with without_a_terminal():
         assert signal.getsignal(signal.SIGHUP) not in (signal.SIG_DFL, signal.SIG_IGN)
     assert signal.getsignal(signal.SIGHUP) is before
+
+
+def test_signals_are_ours_until_the_page_of_a_run_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM's default would end the process in the middle of it, and leave a temporary file."""
+    seen = []
+    monkeypatch.setattr(page, "write", lambda *args, **kwargs: seen.append(handlers()))
+    before = handlers()
+    finetune.train(tiny_run.recipe(tmp_path))
+    assert len(seen) == 1 and all(mine != own for mine, own in zip(seen[0], before, strict=True))
+    assert handlers() == before
 
 
 def test_in_another_thread_signals_are_left_alone() -> None:
