@@ -156,8 +156,9 @@ def test_an_interrupt_reaches_the_command_and_waits_for_it(tmp_path: Path) -> No
     slow = tmp_path / "halfbyte"
     slow.write_text(
         f"#!{sys.executable}\n"
-        "import signal, sys, time\n"
-        "signal.signal(signal.SIGINT, lambda *_: (print('saved', flush=True), time.sleep(1), sys.exit(130)))\n"
+        "import os, signal, sys, time\n"
+        # not by print: the signal may come while the main thread is in one
+        "signal.signal(signal.SIGINT, lambda *_: (os.write(1, b'saved\\n'), time.sleep(1), sys.exit(130)))\n"
         "print('begun', flush=True)\n"
         "time.sleep(60)\n"
     )

@@ -66,7 +66,7 @@ def test_a_long_row_gets_its_room(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch
 def test_a_machine_that_is_short_gets_what_makes_it_fit(halfbyte: Cli) -> None:
     """Between the least that the defaults fit and the least that anything fits; where that is, the plan decides."""
     rows(Path("train.jsonl"), "prompt", "completion", words=40)
-    for size in range(800, 500, -10):
+    for size in range(1200, 500, -10):  # a torch that is built for cards takes more
         machine = f"cpu:{size}MB"
         ended = halfbyte("init", "--model", "smollm2-135m", "--data", "train.jsonl", "--machine", machine)
         if ended.code != 0 or "as memory is short" in ended.out:
