@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from halfbyte.adapters import targets
 from halfbyte.errors import BaseModelError
+from halfbyte.inference import quality
 from halfbyte.quant import bnb as codec
 from halfbyte.quant import formats, stack_load
 from tests import plain_peft, small_models
@@ -108,6 +109,28 @@ def test_every_format_holds_experts(kind: str, settings: dict[str, Any], tmp_pat
     on_disk = sum(path.stat().st_size for path in Path(base.origin.removeprefix("store ")).glob("*.safetensors"))
     codes = sum(p.nbytes for p in base.model.parameters())
     assert codes < on_disk < 1.4 * base.resident_bytes + 50_000  # headers begin on a page
+
+
+@pytest.mark.parametrize(("kind", "fused"), [("mixtral", False), ("qwen3_moe", True), ("gpt_oss", False)])
+def test_what_each_expert_has_lost_is_told(kind: str, fused: bool, tmp_path: Path) -> None:
+    """An expert a tensor, all in one, and all in one that is (in, out); by numpy on the source and the codes."""
+    folder = saved(kind, tmp_path, fused=fused)
+    base = opened(folder, compute_dtype="fp32")
+    assert base.wanted is not None and base.store is not None
+    found = quality.errors_of(base.wanted, base.store)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    stacks = {n: p for n, p in base.model.named_parameters() if ".experts." in n and not p.is_floating_point()}
+    assert {n for n in found if ".experts." in n} == {f"{n}.{e}" for n, p in stacks.items() for e in range(len(p))}
+    for name, held in stacks.items():
+        source = plain.get_parameter(name).detach().double().numpy()
+        difference = source - dequantised(held, source.shape)
+        for e in range(len(source)):
+            relative = np.linalg.norm(difference[e]) / np.linalg.norm(source[e])
+            assert found[f"{name}.{e}"].relative == pytest.approx(relative, rel=1e-5)
+            assert found[f"{name}.{e}"].worst == pytest.approx(np.abs(difference[e]).max(), rel=1e-5)
+            assert quality.kind_of(f"{name}.{e}") == f"mlp.experts.{name.rpartition('.')[2]}.*"
+    layers = [quality.layer_of(name) for name in found if quality.layer_of(name) is not None]
+    assert layers == sorted(layers)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -276,10 +276,12 @@ class _Measuring:
 
 
 def errors_of(wanted: shelf.Wanted, store: Path) -> dict[str, Error]:
-    """What each matrix of a store has lost, by its module's name, layer after layer."""
+    """What each matrix of a store has lost, by its module's name, layer after layer; experts one by one."""
     model = load.open_store(wanted, store)
-    found = {matrix.name: _error(matrix) for matrix in lost.matrices(model, wanted)}
-    return {name: found[name] for name, _ in model.named_modules() if name in found}
+    found = {matrix.name: _error(matrix) for matrix in lost.matrices(model, wanted, experts=True)}
+    place = {name: at for at, (name, _) in enumerate(model.named_modules())}
+    at = {name: place.get(name, place.get(name.rsplit(".", 2)[0], len(place))) for name in found}
+    return {name: found[name] for name in sorted(found, key=at.__getitem__)}
 
 
 def _error(matrix: lost.Matrix) -> Error:

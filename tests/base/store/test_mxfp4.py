@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from halfbyte.errors import BaseModelError
+from halfbyte.inference import quality
 from halfbyte.models import describe, tensors
 from tests import small_models
 from tests.base.store.helpers import differing, opened
@@ -54,6 +55,16 @@ def test_mxfp4_gives_the_store_of_the_weights_that_it_stands_for(kind: str, tmp_
     ours, wanted = (opened(each, type=kind, compute_dtype="bf16") for each in (mx, plain))
     assert ours.origin.startswith("store ") and differing(ours.model, wanted.model) == []
     assert ours.expected_bytes == wanted.expected_bytes == ours.resident_bytes
+
+
+def test_what_is_lost_of_mxfp4_is_what_is_lost_of_the_weights_that_it_stands_for(tmp_path: Path) -> None:
+    found = []
+    for folder in checkpoints(tmp_path):
+        base = opened(folder, compute_dtype="bf16")
+        assert base.wanted is not None and base.store is not None
+        found.append(quality.errors_of(base.wanted, base.store))
+    assert found[0] == found[1]
+    assert any(".experts." in name and error.relative > 0.01 for name, error in found[0].items())
 
 
 def test_a_plan_reads_the_shapes_of_mxfp4_off_its_blocks(tmp_path: Path) -> None:
