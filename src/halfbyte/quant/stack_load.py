@@ -11,7 +11,7 @@ Source: `transformers/integrations/moe.py`, `use_experts_implementation`; `core_
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -177,11 +177,9 @@ def _operations() -> tuple[type, type]:
 
 def _quantised(values: torch.Tensor, name: str, quantiser: Model) -> ExpertStack:
     """A merged stack in the format that a quantiser's config names."""
-    import bitsandbytes.functional as bnb_f
     import torch
 
     from halfbyte.quant import formats
-    from halfbyte.quant.stack import ExpertStack
 
     settings = quantiser.quantization_config
     if settings.load_in_8bit:
@@ -190,9 +188,24 @@ def _quantised(values: torch.Tensor, name: str, quantiser: Model) -> ExpertStack
         quant = Quant(type=settings.bnb_4bit_quant_type, double_quant=settings.bnb_4bit_use_double_quant)
     shape, dtype = tuple(values.shape), values.dtype
     encoder = formats.of(quant).encoder(quant, shape, dtype, name)
-    codes = torch.from_numpy(encoder.codes(0, values.cpu().reshape(-1)))
-    parts = {key: part.to(values.device) for key, part in encoder.parts().items()}
+    parts = {"": torch.from_numpy(encoder.codes(0, values.cpu().reshape(-1))), **encoder.parts()}
+    return stack_of({key: part.to(values.device) for key, part in parts.items()}, shape, quant, dtype)
+
+
+def stack_of(
+    parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], quant: Quant, dtype: torch.dtype
+) -> ExpertStack:
+    """A stack from its tensors, by suffix, the codes under the empty one; nothing is copied.
+
+    Args:
+        shape: (experts, a, b). dtype: what an expert is dequantised to.
+    """
+    import bitsandbytes.functional as bnb_f
+
+    from halfbyte.quant.stack import ExpertStack
+
+    codes = parts[""]
     if quant.type == "int8":
-        return ExpertStack.of_8bit(codes.view(shape).to(values.device), parts["SCB"], dtype)
-    state = bnb_f.QuantState.from_dict({f"weight{key}": p for key, p in parts.items()}, values.device)
-    return ExpertStack.of_4bit(codes.view(-1, 1).to(values.device), state)
+        return ExpertStack.of_8bit(codes.view(shape), parts["SCB"], dtype)
+    beside = {f"weight{key}": part for key, part in parts.items() if key}
+    return ExpertStack.of_4bit(codes.view(-1, 1), bnb_f.QuantState.from_dict(beside, codes.device))

@@ -176,5 +176,7 @@ def test_8_layers_of_other_kinds_and_weights_that_stay_floats() -> None:
         "vocab_size": 70,
     }
     moe = MixtralForCausalLM(MixtralConfig(num_local_experts=4, num_key_value_heads=2, **sizes))
-    with pytest.warns(UserWarning, match=r"gate_up_proj \(4, 192, 64\)"):  # upstream says nothing
-        halfbyte.load_and_quantize_model(moe, config())
+    plain: Any = replace_with_bnb_layers(moe, config(), [])
+    assert plain.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.float32  # and nothing is said
+    held = halfbyte.load_and_quantize_model(MixtralForCausalLM(moe.config), config())
+    assert held.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.uint8

@@ -20,7 +20,8 @@ from halfbyte.base.modules import fill, offload, places, settings, sites
 from halfbyte.base.modules import weights as numbers
 from halfbyte.base.residency import computes_in_fp32
 from halfbyte.errors import BaseModelError
-from halfbyte.quant import formats
+from halfbyte.layers.experts import interface
+from halfbyte.quant import formats, stack_load
 from halfbyte.system import device as machine
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def quantize_model(
     max_memory: Mapping[object, object] | None = None,
     no_split_module_classes: Iterable[str] | None = None,
 ) -> Module:
-    """Hold the linear layers of a module in few bits; it is changed in place and returned.
+    """Hold the linear layers and the stacked experts of a module in few bits; it is changed in place and returned.
 
     Args:
         module: on the meta device, or loaded.
@@ -122,10 +123,13 @@ def _make(folder: Path) -> None:
 
 
 def _call_quantised_layers(root: nn.Module) -> None:
-    """Keep torch's encoder from its fast path in evaluation, which takes the weights of its linears without calling
-    them (`torch/nn/modules/transformer.py`): attributes of instances that the path asks for."""
+    """Compute stacks of experts by our function; and keep torch's encoder from its fast path in evaluation, which takes
+    the weights of its linears without calling them (`torch/nn/modules/transformer.py`): attributes of instances that
+    the path asks for."""
     for module in root.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(map(formats.is_quantised, module.children())):
             module.activation_relu_or_gelu = 0
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
+    if any(stack_load.stacks(root)):
+        interface.compute_all(root)

@@ -25,7 +25,7 @@ from halfbyte.base.modules.weights import Weights
 from halfbyte.base.store.reading import torch_dtypes
 from halfbyte.base.store.writer import Slot, Writer
 from halfbyte.errors import BaseModelError
-from halfbyte.quant import formats
+from halfbyte.quant import formats, stack_load
 from halfbyte.quant.number_format import NumberFormat
 from halfbyte.system import device as machine
 from halfbyte.system import files
@@ -77,7 +77,7 @@ class Filling:
 
     def _into_memory(self, site: Site) -> None:
         if site.quantised:
-            first, *_ = self._held().parts(site.out_in, self.settings.quant)
+            first, *_ = self._held().parts(site.held_shape, self.settings.quant)
             codes = torch.empty(first.nbytes or 0, dtype=torch.uint8)
 
             def put(name: str, data: memoryview, offset: int) -> None:
@@ -100,7 +100,7 @@ class Filling:
         slots: list[Slot] = []
         for site in sites:
             if site.quantised:
-                parts = self._held().parts(site.out_in, self.settings.quant)
+                parts = self._held().parts(site.held_shape, self.settings.quant)
                 slots += (Slot(p.name(site.name), p.dtype, p.shape, p.nbytes) for p in parts)
             else:
                 slots.append(Slot(site.name, names[site.dtype], site.shape, site.numel * site.dtype.itemsize))
@@ -123,7 +123,7 @@ class Filling:
             return {}
         made = self._encode(site, lambda name, data, offset: out.put(name, data, offset))
         late = {}
-        for part in self._held().parts(site.out_in, self.settings.quant)[1:]:
+        for part in self._held().parts(site.held_shape, self.settings.quant)[1:]:
             if part.nbytes is None:
                 late[part.name(site.name)] = bytes(_bytes(made[part.suffix]))
             else:
@@ -136,7 +136,7 @@ class Filling:
         with safe_open(path, framework="pt") as file:
             for site in sites:
                 if site.quantised:
-                    parts = self._held().parts(site.out_in, self.settings.quant)
+                    parts = self._held().parts(site.held_shape, self.settings.quant)
                     self._install(site, {p.suffix: file.get_tensor(p.name(site.name)) for p in parts})
                 else:
                     self._install(site, {"": file.get_tensor(site.name)})
@@ -144,8 +144,8 @@ class Filling:
     def _encode(self, site: Site, put: Callable[[str, memoryview, int], None]) -> dict[str, Tensor]:
         """Quantise; the codes are put as they come, the rest is handed back."""
         quant, held = self.settings.quant, self._held()
-        encoder = held.encoder(quant, site.out_in, site.dtype, site.name)
-        for first, values in self.weights.chunks(site, held.unit(site.out_in, quant)):
+        encoder = held.encoder(quant, site.held_shape, site.dtype, site.name)
+        for first, values in self.weights.chunks(site, held.unit(site.held_shape, quant)):
             data = encoder.codes(first, values).data.cast("B")
             put(site.name, data, encoder.code_bytes(first))
         return encoder.parts()
@@ -170,11 +170,17 @@ class Filling:
             setattr(self.root.get_submodule(_path(name)), _attribute(name), new)
 
     def _replace(self, site: Site, parts: Mapping[str, Tensor]) -> None:
+        if site.stack:
+            stack = stack_load.stack_of(parts, site.shape, self.settings.quant, self.settings.compute)
+            for name in site.names:
+                self.root.get_submodule(_path(name)).register_parameter(_attribute(name), stack)
+            return
         codes = parts[""]
         if codes.dtype == torch.uint8 and not codes.nbytes % self.settings.storage.itemsize:
             parts = {**parts, "": codes.view(-1).view(self.settings.storage).unsqueeze(1)}
         old = self.root.get_submodule(_path(site.name))
-        made = self._held().layer(parts, site.out_in, self.settings.quant, self.settings.compute)
+        rows, columns = site.held_shape
+        made = self._held().layer(parts, (rows, columns), self.settings.quant, self.settings.compute)
         made.bias = old.bias
         made.requires_grad_(False).train(old.training)
         for name in site.names:

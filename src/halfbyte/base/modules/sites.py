@@ -1,9 +1,11 @@
 """The tensors of any module, each with how it is to be held: quantised, in the rest's dtype, or in fp32.
 
-What is quantised: `nn.Linear` itself, GPT-2's Conv1D and the plain subclasses of `linear_subclasses.py`. A subclass of
-nn.Linear may be used in another way: `nn.MultiheadAttention` never calls its `out_proj`, it takes its weight.
-What stays: tied parameters, since the embedding that shares them needs numbers; output layers, found by what they are
-(`get_output_embeddings`, or outside of a transformers model's body); what transformers itself keeps in fp32; names.
+What is quantised: `nn.Linear` itself, GPT-2's Conv1D, the plain subclasses of `linear_subclasses.py`, and stacks of
+experts that run through transformers' experts interface. A subclass of nn.Linear may be used in another way:
+`nn.MultiheadAttention` never calls its `out_proj`, it takes its weight.
+What stays: routers of experts; tied parameters, since the embedding that shares them needs numbers; output layers,
+found by what they are (`get_output_embeddings`, or outside of a transformers model's body); what transformers itself
+keeps in fp32; names.
 Cost: no weight is read.
 """
 
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from halfbyte.base.modules.settings import Settings
 from halfbyte.errors import BaseModelError
-from halfbyte.quant import bnb, formats
+from halfbyte.quant import bnb, formats, stack_load
 from halfbyte.quant.linear_subclasses import PLAIN_LINEARS
 from halfbyte.quant.policy import matches
 
@@ -33,13 +35,14 @@ _UNSAID_SHARE = 0.02
 @dataclass(frozen=True)
 class Site:
     """One tensor of a module's state dict. `names`: every place that shares it; `dtype`: what its numbers are cast to,
-    before they are quantised too; `transposed`: held (in, out)."""
+    before they are quantised too; `transposed`: held (in, out); `stack`: experts of one layer, (experts, out, in)."""
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
     quantised: bool
     transposed: bool = False
+    stack: bool = False
 
     @property
     def name(self) -> str:
@@ -50,14 +53,14 @@ class Site:
         return math.prod(self.shape)
 
     @property
-    def out_in(self) -> tuple[int, int]:
-        rows, columns = self.shape
-        return (columns, rows) if self.transposed else (rows, columns)
+    def held_shape(self) -> tuple[int, ...]:
+        """(out, in), or (experts, out, in)."""
+        return self.shape[::-1] if self.transposed else self.shape
 
     def nbytes(self, settings: Settings) -> int:
         """Bytes in memory, or on disk but for headers."""
         if self.quantised:
-            return formats.of(settings.quant).nbytes(self.out_in, settings.quant)
+            return formats.of(settings.quant).nbytes(self.held_shape, settings.quant)
         return self.numel * self.dtype.itemsize
 
 
@@ -92,6 +95,7 @@ def survey(root: nn.Module, settings: Settings) -> Survey:
                      *(getattr(root, "_keep_in_fp32_modules_strict", None) or ()))  # fmt: skip
     plan = _dtype_plan(root, settings.rest)
     named = (*(settings.skip or ()), *settings.fp32)
+    stacks, routers = _stacks(root, state, settings), set(stack_load.routers(root))
     sites, unasked = [], []
     for names in shared.values():
         tensor = state[names[0]]
@@ -100,8 +104,9 @@ def survey(root: nn.Module, settings: Settings) -> Survey:
         kind = _linear_kind(root, module) if names[0].endswith("weight") and tensor.is_floating_point() else ""
         head = any(id(m) in heads for m in owners.values()) and settings.skip != ()
         asked = any(matches(name, named) for name in names)
-        kept = head or asked or len(owners) > 1 or matches(names[0], kept_by_class)
-        quantised = bool(kind) and not kept and settings.quant.quantises
+        stack = names[0] in stacks
+        kept = head or asked or len(owners) > 1 or matches(names[0], kept_by_class) or _owner(names[0]) in routers
+        quantised = (bool(kind) or stack) and not kept and settings.quant.quantises
         if (
             tensor.is_floating_point()
             and tensor.ndim > 1
@@ -109,11 +114,22 @@ def survey(root: nn.Module, settings: Settings) -> Survey:
         ):
             unasked.append((names[0], tensor))
         dtype = settings.compute if quantised else _dtype(names, tensor, fp32, plan, settings.rest)
-        sites.append(Site(tuple(names), tuple(tensor.shape), dtype, quantised, transposed=kind == "Conv1D"))
+        turned = kind == "Conv1D"
+        sites.append(Site(tuple(names), tuple(tensor.shape), dtype, quantised, turned, quantised and stack))
     if settings.quant.quantises:
         _check_any(root, sites, unasked)
     out = tuple((name, id(modules[name]) in heads) for name in dict.fromkeys(_owner(n) for n in fp32))
     return Survey(tuple(sites), out)
+
+
+def _stacks(root: nn.Module, state: dict[str, Tensor], settings: Settings) -> set[str]:
+    """Parameters of experts that can be held in few bits: each expert is whole blocks, its input is not rounded."""
+    quant, found = settings.quant, set()
+    for place in stack_load.places(root):
+        shape = tuple(state[place.path].shape)
+        if quant.llm_int8_threshold is None and not math.prod(shape[1:]) % formats.of(quant).unit(shape, quant):
+            found.add(place.path)
+    return found
 
 
 def nearest(name: str, known: Iterable[str], *, whole: bool = False) -> str:

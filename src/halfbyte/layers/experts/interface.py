@@ -44,6 +44,14 @@ def install(model: Model) -> int:
     return sum(module.config._experts_implementation == NAME for module in found)
 
 
+def compute_all(root: nn.Module) -> None:
+    """Compute the experts of every transformers model in a module by our function, for good."""
+    register()
+    for module in root.modules():
+        if hasattr(module, "set_experts_implementation") and any(experts_of(module)):
+            module.set_experts_implementation(NAME)
+
+
 def remove(model: Model) -> int:
     """Compute them by transformers' own code; quantised ones, which it cannot read, by definition. Returns how many."""
     lm = structure.causal_lm(model)
