@@ -39,9 +39,19 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("FalconConfig", {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}),
     "opt": ("OPTConfig", _OPT),
     "mpt": ("MptConfig", {"d_model": WIDTH, "n_heads": HEADS, "n_layers": LAYERS, "max_seq_len": POSITIONS}),
+    "mixtral": ("MixtralConfig", {**_LLAMA, "num_local_experts": 8, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**_LLAMA, "moe_intermediate_size": 384, "num_experts": 32, "num_experts_per_tok": 8},
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {**_LLAMA, "intermediate_size": 512, "num_local_experts": 16, "num_experts_per_tok": 4},
+    ),
     "llama-128k": ("LlamaConfig", {**_LLAMA, "num_hidden_layers": 2, "vocab_size": 128_256}),
 }
-ARCHITECTURES = tuple(name for name in _CONFIGS if name != "llama-128k")
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
+ARCHITECTURES = tuple(name for name in _CONFIGS if name not in ("llama-128k", *MIXTURES))
 # What a user would name for "q and v": the fused matrix where the architecture has one.
 QV: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_CONFIGS, ("q_proj", "v_proj")),

@@ -1,6 +1,6 @@
 """Planned against measured: memory of whole runs, each in its own process, over architectures, lengths and choices.
 
-    python benchmarks/plan_accuracy.py                        # 36 runs, about a quarter of an hour on one thread
+    python benchmarks/plan_accuracy.py                        # 42 runs, about a quarter of an hour on one thread
     python benchmarks/plan_accuracy.py --only qwen3 gpt2      # those whose name has one of the words
     python benchmarks/plan_accuracy.py --seven-b FOLDER       # also the 7B shape: 3.9 GB written to FOLDER
     python benchmarks/plan_accuracy.py --time                 # calibrate, and compare seconds a step in longer runs too
@@ -38,6 +38,7 @@ ROWS = 16
 # Wide enough that a step's own memory is more than the noise of the process around it.
 _WIDE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "num_attention_heads": 16,
          "num_key_value_heads": 4}  # fmt: skip
+_MIXED = {**_WIDE, "hidden_size": 768, "head_dim": 64, "num_attention_heads": 12}
 WIDTHS: dict[str, dict[str, Any]] = {
     "llama": {**_WIDE, "max_position_embeddings": 4096},
     "qwen3": {**_WIDE, "head_dim": 64, "hidden_size": 768, "intermediate_size": 2048, "vocab_size": 32000},
@@ -46,6 +47,9 @@ WIDTHS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 768, "n_layer": 8, "n_head": 12},
     "bloom": {"hidden_size": 768, "n_layer": 6, "n_head": 12},
     "gpt_neox": {**_WIDE, "intermediate_size": 4096},
+    "mixtral": {**_MIXED, "intermediate_size": 1536},
+    "qwen3_moe": {**_MIXED, "moe_intermediate_size": 384},
+    "gpt_oss": {**_MIXED, "intermediate_size": 768},
 }
 EVERY = "all-linear"
 
@@ -121,6 +125,12 @@ CASES = (
     Case("gpt_neox", 512, 16),
     Case("gpt_neox", 512, 32, EVERY, dropout=0.0),
     Case("gpt_neox", 512, 16, "qv", True, placement="streamed"),
+    Case("mixtral", 256, 16),
+    Case("mixtral", 512, 16, recompute=True, placement="streamed"),
+    Case("qwen3_moe", 256, 16),
+    Case("qwen3_moe", 512, 16, recompute=True, steps=6),
+    Case("gpt_oss", 256, 16),
+    Case("gpt_oss", 512, 16, recompute=True),
 )
 # Longer runs of as many kinds for the seconds of a step, whose first is not counted.
 TIMED = tuple(

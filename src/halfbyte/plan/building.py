@@ -8,7 +8,6 @@ Cost: one walk over the tensors; no torch.
 
 from dataclasses import dataclass
 from functools import cached_property
-from heapq import nlargest
 
 from halfbyte.models.sources.safetensors import DTYPE_BITS
 from halfbyte.models.tensors import TensorSpec
@@ -50,12 +49,17 @@ class Building:
     def lines(self, cores: int) -> tuple[Line, ...]:
         """RAM while it is built on `cores` cores."""
         threads = min(cores + EXTRA_THREADS, len(self._files))
-        buffers = sum(nlargest(threads, map(self._held, self.specs)))
+        buffers = sum(self._held_most[:threads])
         words = f"{threads} threads, {CHUNK_ELEMENTS / 1e6:.1f} M numbers at once"
         return (
             *library_lines(LIBRARIES_PRIVATE_BYTES, "torch, transformers, bitsandbytes, numba"),
             Line("chunks", buffers, words, "store/build.py"),
         )
+
+    @cached_property
+    def _held_most(self) -> list[int]:
+        """What each tensor takes, the most first; asked for by every candidate of a plan."""
+        return sorted(map(self._held, self.specs), reverse=True)
 
     @cached_property
     def disk_bytes(self) -> int:
