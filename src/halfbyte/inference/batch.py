@@ -11,18 +11,15 @@ Cost: a prompt's forward dequantises the base once for all that it takes togethe
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from typing import TYPE_CHECKING
 
 import torch
 
 from halfbyte.base import stream
-from halfbyte.data import collate
-from halfbyte.data.encoding.examples import IGNORED, Example
-from halfbyte.inference import decode
+from halfbyte.inference import decode, prefill
 from halfbyte.inference.generate import Sampling, generate, say, stop_ids
 from halfbyte.layers import loss, packing
 from halfbyte.layers.decoding import llama
@@ -32,6 +29,7 @@ from halfbyte.models import structure
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from halfbyte.data.encoding.examples import Example
     from halfbyte.types import Batch, Model, Tokenizer
 
 SIZES = (1, 2, 4, 8, 16)
@@ -114,17 +112,6 @@ def _in_groups(
     return [written[i] for i in range(len(prompts))]
 
 
-@dataclass
-class _Prefilled:
-    """Prompts after their forward: logits (n, V) and embedding factor; of each layer keys and values (1, K, T, d), in
-    which text i has the tokens [starts[i], starts[i + 1])."""
-
-    logits: Tensor
-    factor: float
-    layers: list[tuple[Tensor, Tensor]]
-    starts: list[int]
-
-
 class _Slots:
     """A tape and what is in each of its M places: the number of a prompt, or None."""
 
@@ -145,13 +132,10 @@ class _Slots:
     def active(self) -> list[int]:
         return [m for m, text in enumerate(self.text) if text is not None]
 
-    def put(self, m: int, text: int, token: int, prefilled: _Prefilled, i: int, length: int) -> None:
-        """Prompt i of those in a forward, of so many tokens, as text `text` with its first token, into place m."""
-        a, n = prefilled.starts[i], length
-        for number, (keys, values) in enumerate(prefilled.layers):
-            self.made.keys[number][m, :, :, :n] = keys[0, :, a : a + n].transpose(1, 2)
-            self.made.values[number][m, :, :n] = values[0, :, a : a + n]
-        self.text[m], self.token[m], self.before[m] = text, token, n
+    def put(self, m: int, text: int, token: int, prefilled: prefill.Prefilled, i: int) -> None:
+        """Prompt i of those in a forward as text `text` with its first token, into place m."""
+        prefilled.put(i, self.made, m)
+        self.text[m], self.token[m], self.before[m] = text, token, prefilled.lengths[i]
 
     def leave(self, m: int) -> None:
         self.text[m], self.token[m], self.before[m] = None, 0, 0
@@ -255,7 +239,7 @@ class _Queue:
         self.factor = made.factor
         first = made.logits.argmax(-1).tolist()
         for i, (m, text) in enumerate(zip(free, chosen, strict=False)):
-            slots.put(m, text, first[i], made, i, len(self.prompts[text]))
+            slots.put(m, text, first[i], made, i)
         if not self.proven:
             self._prove(slots, free[: len(chosen)], chosen, made.logits)
         for i, m in enumerate(free[: len(chosen)]):
@@ -278,30 +262,11 @@ class _Queue:
     def _tokens(self, i: int) -> int:
         return len(self.rows[i].input_ids) if self.rows else len(self.prompts[i])
 
-    def _prefilled(self, chosen: list[int]) -> _Prefilled:
+    def _prefilled(self, chosen: list[int]) -> prefill.Prefilled:
         """Prompts, or the rows that begin with them, through the model's own forward."""
-        from transformers import DynamicCache
-
+        rows = [self.rows[i] for i in chosen] if self.rows else ()
         prompts = [self.prompts[i] for i in chosen]
-        plain = [Example(tuple(p), (IGNORED,) * len(p), "", (), "") for p in prompts]
-        batch = collate.collate([self.rows[i] for i in chosen] if self.rows else plain)
-        starts = batch["cu_seq_lens_q"].tolist()
-        ends = torch.tensor([start + len(prompt) - 1 for start, prompt in zip(starts, prompts, strict=False)])
-        cache, of = DynamicCache(), structure.body(self.lm) if self.rows else self.lm
-        name = "cache" if "cache" in inspect.signature(of.forward).parameters else "past_key_values"
-        options = {**packing.forward_inputs(self.lm, batch), "use_cache": True, name: cache}
-        options.pop("labels", None)
-        keeps = not self.rows and loss.accepts(self.lm, "logits_to_keep")
-        with decode.entering(self.layers[0]) as entered:
-            made = of(**options, **({"logits_to_keep": ends} if keeps else {}))[0][0]
-        if self.rows and self.head is not None:
-            self._lose(chosen, made, batch)
-            made = loss.head_logits(made[ends], self.head)
-        elif not keeps:
-            made = made[ends]
-        last = batch["input_ids"][0, ends]
-        factor = decode.embedding_factor(self.lm.get_input_embeddings()(last), entered[0][0, ends])
-        return _Prefilled(made, factor, [(x.keys, x.values) for x in cache.layers], starts)
+        return prefill.read(self.lm, prompts, rows, self.head, partial(self._lose, chosen))
 
     def _lose(self, chosen: list[int], hidden: Tensor, batch: Batch) -> None:
         """Note the losses of rows from the body's hidden states (T, D)."""

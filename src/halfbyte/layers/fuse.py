@@ -290,6 +290,11 @@ def unfused_reason(layer: nn.Module) -> str:
     names = [n for n in layer.active_adapters if n in layer.lora_A]
     if len(layer.active_adapters) != 1:
         return "several adapters" if layer.active_adapters else NO_ADAPTER
+    return not_plain(layer, names)
+
+
+def not_plain(layer: nn.Module, names: list[str]) -> str:
+    """What these adapters of a LoRA layer do beside the plain sum; empty if nothing."""
     if any(n in getattr(layer, "lora_variant", {}) for n in names):
         return "DoRA or another variant"
     if any(getattr(layer, "lora_bias", {}).get(n) for n in names):

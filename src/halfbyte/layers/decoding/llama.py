@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from halfbyte.layers import fuse, norm_gate, sight
 from halfbyte.layers.decoding import linears
-from halfbyte.layers.decoding.linears import Unsupported
+from halfbyte.layers.decoding.linears import Mixed, Unsupported
 from halfbyte.layers.decoding.tape import Attention, Tape, Vectors
 from halfbyte.models import structure
 
@@ -84,8 +84,15 @@ class Decoder:
         return self.logits
 
 
-def decoder(model: Model, texts: int, room: int) -> Decoder:
-    """Write the tape of a model for so many texts of up to `room` tokens. Raises Unsupported, saying why."""
+def decoder(
+    model: Model, texts: int, room: int, *, mixed: Mixed | None = None, beside: Decoder | None = None
+) -> Decoder:
+    """Write the tape of a model for so many texts of up to `room` tokens. Raises Unsupported, saying why.
+
+    Args:
+        mixed: which adapter each text uses, at each step as it is then; None for the active one.
+        beside: a decoder for more texts, of the same room, whose caches are used: those of its first texts.
+    """
     lm = structure.causal_lm(model)
     body, config = structure.body(lm), lm.config.get_text_config()
     head, norm = lm.get_output_embeddings(), getattr(body, "norm", None)
@@ -98,7 +105,7 @@ def decoder(model: Model, texts: int, room: int) -> Decoder:
         raise Unsupported(f"{type(lm).__name__} is not built like Llama")
     room = -(-room // 64) * 64
     try:
-        tape = Tape(dtype, texts, room)
+        tape = Tape(dtype, texts, room, mixed)
     except ValueError as error:
         raise Unsupported(str(error)) from error
     layers = structure.decoder_layers(body)
@@ -116,12 +123,16 @@ def decoder(model: Model, texts: int, room: int) -> Decoder:
         kind = _rope_kind(config, number)
         if kind not in ropes:
             ropes[kind] = _ropes(made, body.rotary_emb, config, kind, room)
-        _Layer(made, layer, config, ropes[kind]).write()
+        _Layer(made, layer, config, ropes[kind], None if beside is None else _first(beside, number, texts)).write()
         made.ends.append(len(tape))
     x = tape.vectors(d)
     _norm(tape, norm, made.hidden, x)
     linears.add(tape, x, [(head, made.logits, False)])
     return made
+
+
+def _first(other: Decoder, layer: int, texts: int) -> tuple[Tensor, Tensor]:
+    return other.keys[layer][:texts], other.values[layer][:texts]
 
 
 def _rope_kind(config: Config, number: int) -> str | None:
@@ -163,7 +174,15 @@ def _norm(tape: Tape, module: nn.Module, x: Tensor, to: Vectors) -> None:
 class _Layer:
     """One decoder layer on its way into a tape."""
 
-    def __init__(self, made: Decoder, layer: nn.Module, config: Config, rope: tuple[Tensor, Tensor]) -> None:
+    def __init__(
+        self,
+        made: Decoder,
+        layer: nn.Module,
+        config: Config,
+        rope: tuple[Tensor, Tensor],
+        caches: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.caches = caches
         self.made, self.tape, self.layer, self.config, self.rope = made, made.tape, layer, config, rope
         parts = {name for name, child in layer.named_children() if any(True for _ in child.parameters())}
         self.is_sandwich = parts == _SANDWICH | {"self_attn", "mlp"}
@@ -204,8 +223,10 @@ class _Layer:
             each = zip((module.q_proj, module.k_proj, module.v_proj), outs, strict=True)
             linears.add(tape, x, [(linear, out, False) for linear, out in each])
         room = tape.room
-        keys = torch.zeros((tape.m, key_heads, d, room), dtype=tape.dtype)
-        values = torch.zeros((tape.m, key_heads, room, d), dtype=tape.dtype)
+        keys, values = self.caches or (
+            torch.zeros((tape.m, key_heads, d, room), dtype=tape.dtype),
+            torch.zeros((tape.m, key_heads, room, d), dtype=tape.dtype),
+        )
         self.made.keys.append(keys)
         self.made.values.append(values)
         norms: list[Tensor | None] = []

@@ -13,12 +13,16 @@ import ctypes
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from halfbyte.layers.kernels import cpu
+
+if TYPE_CHECKING:
+    from halfbyte.layers.decoding.linears import Mixed
 
 MOST_VECTORS = 16  # beyond, a matrix product on dequantised weights is faster
 _ITEM_BYTES = 64 * 1024  # of a matrix that a thread takes at once
@@ -50,15 +54,16 @@ class Tape:
 
     Args:
         dtype: bf16 or fp32, of activations, caches and unquantised weights. vectors: M. room: most tokens of a text.
+        mixed: where each text has an adapter of its own.
     """
 
-    def __init__(self, dtype: torch.dtype, vectors: int, room: int = 1) -> None:
+    def __init__(self, dtype: torch.dtype, vectors: int, room: int = 1, mixed: Mixed | None = None) -> None:
         from halfbyte.layers.kernels.cpu import nibbles, tape
 
         name = isa(dtype)
         if name is None:
             raise ValueError(f"no kernels for {dtype} here")
-        self.dtype, self.m, self.room, self.kinds = dtype, vectors, room, tape
+        self.dtype, self.m, self.room, self.kinds, self.mixed = dtype, vectors, room, tape, mixed
         self._rows: list[np.ndarray] = []
         self._kept: list[object] = []
         self._before, self._group = (0, 0), 0
@@ -124,16 +129,18 @@ class Tape:
         )  # fmt: skip
 
     def dense(
-        self, w: Tensor, x: Tensor, out: Tensor, *, onto: bool = False, bias: Tensor | None = None, scale: float = 0.0
-    ) -> None:
-        """x (M, D.. fp32) times w (O, D) -> out (M, O..), a view into a buffer; with a scale, times it, in `dtype`."""
+        self, w: Tensor, x: Tensor, out: Tensor, *, onto: bool = False, bias: Tensor | None = None, scale: float = 0.0,
+        taken: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """x (M, D.. fp32) times w (O, D) -> out (M, O..), a view into a buffer; with a scale, times it, in `dtype`.
+        taken: (M,) fp32; a vector whose number is 0.0 gives zeros."""
         o, d = w.shape
         rows = self._item_rows(o, d * w.itemsize)
         self._add(
             self.kinds.DENSE, -(-o // rows),
             {4: self.kept(w), 9: d, 10: o, 11: x.data_ptr(), 12: x.stride(0) * 4, 13: out.data_ptr(), 14: out.stride(0),
              15: int(onto), 16: 0 if bias is None else self.kept(bias.float()), 17: int(scale != 0.0), 18: scale,
-             23: rows, 24: self.m},
+             19: 0 if taken is None else self.kept(taken), 23: rows, 24: self.m},
         )  # fmt: skip
 
     def codes(

@@ -126,17 +126,18 @@ def _codes(op, number, like, lookups, sums, item):  # type: ignore[no-untyped-de
 @inlined
 def _dense(op, number, like, item):  # type: ignore[no-untyped-def]
     """4 w (O, D), 9 D, 10 O, 11 x (M, ..) fp32, 12 bytes of its row, 13 out (M, ..), 14 its row, 15 onto, 16 bias, 17
-    out as `like` times 18, 23 rows of an item, 24 M."""
+    out as `like` times 18, 19 (M) of fp32 or 0: where it is 0.0 the vector is left out, 23 rows of an item, 24 M."""
     d = op[9]
-    bias = array(op[16], (op[10],), np.float32)
+    bias, taken = array(op[16], (op[10],), np.float32), array(op[19], (op[24],), np.float32)
     for r in range(item * op[23], min(op[10], item * op[23] + op[23])):
         w = array(op[4] + r * d * like.itemsize, (d,), like.dtype)
         add = bias[r] if op[16] != 0 else np.float32(0.0)
         for m in range(op[24]):
             x = array(op[11] + m * op[12], (d,), np.float32)
             total = np.float32(0.0)
-            for j in range(d):
-                total += load(w[j]) * x[j]
+            if op[19] == 0 or taken[m] != np.float32(0.0):
+                for j in range(d):
+                    total += load(w[j]) * x[j]
             if op[17] != 0:
                 half = array(op[13] + (m * op[14] + r) * like.itemsize, (1,), like.dtype)
                 half[0] = store(total * np.float32(number[18]), half)
