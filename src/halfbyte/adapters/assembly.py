@@ -6,9 +6,10 @@ Cost: a second or two of proofs, on the first layers alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from halfbyte.adapters import lora
 from halfbyte.base import load, residual
@@ -45,6 +46,7 @@ def assembled(
     recipe: Recipe,
     *,
     adapter: Path | None = None,
+    beside: Mapping[str, Path] = MappingProxyType({}),
     start: Path | None = None,
     factors: Path | None = None,
     note: Callable[[str, str], None] = lambda label, text: None,
@@ -53,6 +55,7 @@ def assembled(
 
     Args:
         adapter: a folder with a trained one, to be used and not trained; None puts on fresh ones as the recipe says.
+        beside: more trained ones, by the names that PEFT shall have for them; the first stays the active one.
         start: a folder with a trained one, whose weights the fresh ones begin with.
         factors: the file of a residual start (`base/residual.py`), at which the fresh ones begin.
 
@@ -73,6 +76,8 @@ def assembled(
     else:
         own_biases = lora.biases(base.model) if recipe.lora.bias != "none" else []
         model = lora.load(base.model, adapter).eval()
+        for name, folder in beside.items():
+            lora.load_beside(model, folder, name)
     dequantised = prove_dequantised(model)
     with structure.shallow(model) as layers:
         packed = packing_proof.prove(model, recipe.data.max_length)

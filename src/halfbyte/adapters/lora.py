@@ -217,18 +217,47 @@ def load(model: Model, folder: Path, *, trainable: bool = False) -> Model:
     Raises:
         AdapterError: it does not fit: names tensors whose shape differs or that the base has no place for.
     """
+
+    def put() -> Model:
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+
+    adapted = _fitting(folder, put)
+    if not trainable:
+        adapted.requires_grad_(False)  # PEFT leaves the biases that an adapter has trained as trainable
+    return adapted
+
+
+def load_beside(adapted: Model, folder: Path, name: str) -> None:
+    """Put one more saved adapter on the same base, under a name; the active one stays active, nothing trains.
+
+    Raises:
+        AdapterError: as `load`.
+    """
+
+    def put() -> Model:
+        found = adapted.load_adapter(str(folder), adapter_name=name)
+        if lost := [key for key in found.missing_keys if f".{name}." in f"{key}."]:
+            warnings.warn(f"missing adapter keys: {', '.join(lost)}", stacklevel=1)
+        return adapted
+
+    _fitting(folder, put, name)
+    adapted.requires_grad_(False)
+
+
+def _fitting(folder: Path, put: Callable[[], Model], name: str = "default") -> Model:
+    """A model after `put` has put the adapter on it. Raises AdapterErrors, also where PEFT says nothing."""
     other_base = f"it was trained on {read_config(folder).get('base_model_name_or_path')!r}; open it on that model"
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+            adapted = put()
     except SafetensorError as error:
         raise damaged(folder, first_line(error)) from error
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         shown = next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
         raise AdapterError(f"the adapter in {folder} does not fit this base: {shown[:300]}", fix=other_base) from error
-    if strange := _without_place(adapted, folder):
+    if strange := _without_place(adapted, folder, name):
         raise AdapterError(
             f"the adapter in {folder} has {len(strange)} tensors that this base has no place for: "
             f"{', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''}.",
@@ -239,8 +268,6 @@ def load(model: Model, folder: Path, *, trainable: bool = False) -> Model:
             f"the adapter in {folder} lacks weights that its config promises: {lost[0][:300]}",
             fix="the file is damaged or of another version; save it again",
         )
-    if not trainable:
-        adapted.requires_grad_(False)  # PEFT leaves the biases that an adapter has trained as trainable
     return adapted
 
 
@@ -263,9 +290,22 @@ def base_alone(adapted: Model, own: Saved) -> Iterator[None]:
                 parameter.data.copy_(value)
 
 
-def _without_place(adapted: Model, folder: Path) -> list[str]:
+@contextmanager
+def using(adapted: Model, name: str | None, own: Saved) -> Iterator[None]:
+    """One of several adapters; None: the base alone."""
+    if name is None:
+        with base_alone(adapted, own):
+            yield
+        return
+    if adapted.active_adapter != name:
+        adapted.set_adapter(name)
+        adapted.requires_grad_(False)
+    yield
+
+
+def _without_place(adapted: Model, folder: Path, name: str = "default") -> list[str]:
     """Saved tensors that PEFT has read and dropped: a deeper model's, most often."""
-    known = {*get_peft_model_state_dict(adapted, save_embedding_layers=False)}
+    known = {*get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)}
     known.update(name for name, _ in adapted.named_parameters())  # whole embeddings, which PEFT may save unasked
     with safe_open(folder / ADAPTER_FILES[0], "pt") as file:
         return sorted(set(file.keys()) - known)

@@ -107,6 +107,60 @@ def push(
     show.document({"address": address, "public": public}) if json_ else show.text(f"pushed to {address}")
 
 
+def serve(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]RUN...", help="Runs, adapters' folders, or a model; all on one base.")
+    ],
+    host: Annotated[
+        str, typer.Option("--host", help="An address other than this machine's own needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")] = 8000,
+    context: Annotated[
+        int | None, typer.Option("--context", min=16, help="Most tokens of a prompt and its answer; default: 4,096.")
+    ] = None,
+    at_once: Annotated[int | None, typer.Option("--at-once", min=1, max=16, help="Most texts written at once.")] = None,
+    queue: Annotated[int, typer.Option("--queue", min=0, help="Most texts that wait; beyond them, 429.")] = 128,
+    pack: Annotated[
+        bool, typer.Option("--pack", help="Read waiting prompts together: faster, and rounded as it comes.")
+    ] = False,
+    time_limit: Annotated[float, typer.Option("--time-limit", min=1.0, help="Seconds of an answer.")] = 600.0,
+    grace: Annotated[float, typer.Option("--grace", min=1.0, help="Seconds for running answers at the end.")] = 60.0,
+    key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", help="A key that clients must send; or HALFBYTE_API_KEY.")
+    ] = None,
+    allow_host: Annotated[
+        list[str], typer.Option("--allow-host", help="A name that clients use for this machine; repeatable.")
+    ] = [],  # noqa: B006
+    set_: Set = [],  # noqa: B006
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """OpenAI's HTTP interface for adapters and their base, and a page to talk to them, on this machine alone."""
+    from halfbyte.serving import names
+    from halfbyte.serving import settings as where
+
+    found = names.find(runs, set_)
+    where.check_installed()
+    hosts = frozenset(map(str.lower, allow_host))
+    settings = where.Settings(host, port, hosts, where.key_of(key_file), time_limit, grace)
+    sock = where.bind(settings)
+    with progress.waiting("opening base and adapters", silent=quiet) as tell:
+        with libraries.loading():
+            from halfbyte.serving import models
+            from halfbyte.serving.engine import Engine
+            from halfbyte.serving.http import server
+
+        opened = models.open_all(found, tell, room=context, places=at_once, force=force)
+        engine = Engine(opened, queue, pack=pack)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
+    lines = [
+        f"serving {', '.join(opened.named)} at {address}/v1, and a page at {address}/",
+        f"  {engine.why}; {opened.room:,} tokens each, caches of {opened.cache_bytes / 1e9:.2f} GB; {queue} may wait",
+        "  Ctrl-C ends it when the answers that are being written are whole; twice: at once",
+    ]
+    server.serve(engine, settings, sock, lambda: show.text("\n".join(lines[: 1 if quiet else 3])))
+
+
 def _shown(made: Exported) -> None:
     """The folder, the proof's figures, and what is to be known."""
     lines = [f"{made.kind}: {made.path}"]
@@ -122,4 +176,4 @@ def _shown(made: Exported) -> None:
     show.text("\n".join([*lines, *(f"  {note}" for note in made.notes)]))
 
 
-COMMANDS = (merge, export, push)
+COMMANDS = (merge, export, push, serve)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 SIZES = (1, 2, 4, 8, 16)
 # Of a model's generation_config: what changes logits, and is left to transformers' own code.
-_PROCESSORS = (
+PROCESSORS = (
     "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
     "bad_words_ids", "min_length", "min_new_tokens", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens",
     "begin_suppress_tokens", "sequence_bias", "exponential_decay_length_penalty", "guidance_scale",
@@ -176,7 +176,7 @@ class _Queue:
         self.written: list[list[int]] = [[] for _ in prompts]
         self.done, self.factor, self.proven = 0, 1.0, False
         config = self.lm.generation_config
-        for name in _PROCESSORS:
+        for name in PROCESSORS:
             if getattr(config, name, None) not in (None, 0, 1, False, [], {}):
                 raise decode.Slower(f"the model's generation_config has {name} {getattr(config, name)}")
         self.layers = decode.layers_of(self.lm)

@@ -51,12 +51,19 @@ class _Each(StoppingCriteria):
         return torch.full((len(input_ids),), self.ends(), dtype=torch.bool, device=input_ids.device)
 
 
-def chat_ids(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation up to where the assistant speaks; the plain text where there is no chat template."""
+def chat_ids(tokenizer: Tokenizer, messages: Sequence[Document], tools: Sequence[Document] | None = None) -> list[int]:
+    """Token ids of a conversation up to where the assistant speaks; the plain text where there is no chat template.
+
+    Args:
+        tools: as the template takes them; None: none.
+    """
+    given: Document = {"tools": list(tools)} if tools else {}
     if tokenizer.chat_template:
         try:
             with untrusted.template(tokenizer.chat_template):
-                text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+                text = tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=True, **given
+                )
                 text.encode()  # half a surrogate pair is no text, and no token
         except untrusted.TooMuch as error:
             raise DataError(f"{error}.", fix="use a model with another template") from None

@@ -6,10 +6,11 @@ Cost: loading the base once; the base alone is the same model with its adapter s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from halfbyte.adapters import lora, passport
 from halfbyte.adapters.assembly import assembled
@@ -80,9 +81,10 @@ def open_target(
     tell: supply.Tell | None = None,
     check: Callable[[Tokenizer, Context | None], None] = lambda tokenizer, context: None,
     *,
+    beside: Mapping[str, target.Target] = MappingProxyType({}),
     force: bool = False,
 ) -> Opened:
-    """`open_run` of what has been found already."""
+    """`open_run` of what has been found already. `beside`: more adapters on the same base, by PEFT's names."""
     path, recipe, run = found.path, found.recipe, found.run
     checkpoint, machine = find_model(recipe), device.detect()
     threads.settle(machine.cores)
@@ -91,17 +93,20 @@ def open_target(
     check(tokenizer, context_of(open_config(checkpoint.path, trust_remote_code=foreign)))
     base = load.open_base(checkpoint, recipe.quant, machine, trust_remote_code=foreign, with_tokenizer=False, tell=tell)
     check_vocabulary(checkpoint, tokenizer, base.model)
-    if found.adapter is not None:
-        here = passport.belongs_to(base, recipe.quant, tokenizer, chat_template(tokenizer, recipe.data))
-        for text in passport.check(found.adapter, here, force=force):
-            (tell or supply.Tell()).say(text, label="note")
+    for one in (found, *beside.values()):
+        if one.adapter is not None:
+            words = tokenizer if one is found else tokenizer_of(one, checkpoint)
+            here = passport.belongs_to(base, recipe.quant, words, chat_template(words, one.recipe.data))
+            for text in passport.check(one.adapter, here, force=force):
+                (tell or supply.Tell()).say(text, label="note")
     trained = Trained.of(json.loads(run.plan.read_text())) if run is not None and run.plan.is_file() else None
     longest = (trained.max_tokens_per_micro_batch if trained else GENERATED_TOKENS,)
     rows = Rows(longest, evaluated=longest)
     job = Job.of_checkpoint(recipe, checkpoint, base.model, rows, machine)
     chosen = plan_inference(job, machine, trained)
     stream.place_as_planned(base.model, chosen.placement, asked=recipe.quant.placement != "auto")
-    made = assembled(base, recipe, adapter=found.adapter)
+    more = {name: one.adapter for name, one in beside.items() if one.adapter is not None}
+    made = assembled(base, recipe, adapter=found.adapter, beside=more)
     made.model.eval().requires_grad_(False)
     job = replace(job, packed=made.packed.ok)
     alone = found.adapter is None

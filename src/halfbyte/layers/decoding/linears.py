@@ -10,13 +10,13 @@ with its adapter alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from halfbyte.layers import fuse
-from halfbyte.layers.decoding.tape import Scales, Tape, Vectors
+from halfbyte.layers.decoding.tape import Mixed, Scales, Tape, Vectors
 from halfbyte.quant import formats
 
 _BLOCK = 64
@@ -25,25 +25,6 @@ _PIECE_BYTES = 32
 
 class Unsupported(Exception):
     """Why a module is left to its own forward."""
-
-
-@dataclass
-class Mixed:
-    """Which of a model's adapters each text uses. Tapes of one model share it, and with it what is copied of LoRA.
-
-    Args:
-        names: PEFT's names of them. taken: (names, M) fp32, 1.0 where a text uses the adapter, else 0.0.
-    """
-
-    names: tuple[str, ...]
-    taken: Tensor
-    copies: dict[nn.Module, tuple[list[Tensor], Tensor]] = field(default_factory=dict)
-
-    def use(self, text: int, name: str | None) -> None:
-        """From now on a text uses this adapter; None: the base alone."""
-        self.taken[:, text] = 0.0
-        if name is not None:
-            self.taken[self.names.index(name), text] = 1.0
 
 
 @dataclass(frozen=True)

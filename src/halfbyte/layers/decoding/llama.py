@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from halfbyte.layers import fuse, norm_gate, sight
 from halfbyte.layers.decoding import linears
-from halfbyte.layers.decoding.linears import Mixed, Unsupported
-from halfbyte.layers.decoding.tape import Attention, Tape, Vectors
+from halfbyte.layers.decoding.linears import Unsupported
+from halfbyte.layers.decoding.tape import Attention, Mixed, Tape, Vectors
 from halfbyte.models import structure
 
 if TYPE_CHECKING:

@@ -11,18 +11,14 @@ from __future__ import annotations
 
 import ctypes
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfbyte.layers.kernels import cpu
-
-if TYPE_CHECKING:
-    from halfbyte.layers.decoding.linears import Mixed
 
 MOST_VECTORS = 16  # beyond, a matrix product on dequantised weights is faster
 _ITEM_BYTES = 64 * 1024  # of a matrix that a thread takes at once
@@ -47,6 +43,25 @@ class Vectors:
     plain: Tensor
     ordered: Tensor
     wide: int
+
+
+@dataclass
+class Mixed:
+    """Which of a model's adapters each text uses. Tapes of one model share it, and with it what is copied of LoRA.
+
+    Args:
+        names: PEFT's names of them. taken: (names, M) fp32, 1.0 where a text uses the adapter, else 0.0.
+    """
+
+    names: tuple[str, ...]
+    taken: Tensor
+    copies: dict[nn.Module, tuple[list[Tensor], Tensor]] = field(default_factory=dict)
+
+    def use(self, text: int, name: str | None) -> None:
+        """From now on a text uses this adapter; None: the base alone."""
+        self.taken[:, text] = 0.0
+        if name is not None:
+            self.taken[self.names.index(name), text] = 1.0
 
 
 class Tape:

@@ -1,0 +1,80 @@
+"""JSON of a schema, token by token: which tokens may come next. By llguidance, of the extra `[serve]`.
+
+Cost: a table of a tokenizer's tokens, about a second, once for each tokenizer; then some 50 microseconds a token.
+"""
+
+from __future__ import annotations
+
+import json
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from halfbyte.errors import DataError, first_line
+from halfbyte.types import Document
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+    from torch import Tensor
+
+    from halfbyte.serving.models import Named
+
+# Some models would write line ends without end where JSON allows any number of them.
+_SPACES = {"whitespace_pattern": r"[ ]?|\n[ ]{0,12}"}
+_LOCK = Lock()
+_TABLES: dict[tuple[str, int], LLTokenizer] = {}
+
+
+class Grammar:
+    """What one text may be. `of` is its way through a schema; each text of an ask needs its own (`copy`)."""
+
+    def __init__(self, table: LLTokenizer, grammar: str) -> None:
+        from llguidance import LLMatcher
+
+        self._table, self._grammar = table, grammar
+        self._matcher = LLMatcher(table, grammar, log_level=0)
+        if self._matcher.is_error():
+            raise DataError(f"the schema cannot be followed: {self._matcher.get_error()[:300]}")
+
+    def copy(self) -> Grammar:
+        return Grammar(self._table, self._grammar)
+
+    def allowed(self, size: int) -> Tensor:
+        """Which of so many tokens may come next: (V,) bool."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        flags = np.unpackbits(bits, bitorder="little").astype(bool)[:size]
+        made = torch.zeros(size, dtype=torch.bool)
+        made[: len(flags)] = torch.from_numpy(flags)
+        return made
+
+    def take(self, token: int) -> bool:
+        """Go on by a token; whether the JSON is whole."""
+        if not self._matcher.consume_token(token):
+            raise RuntimeError(f"token {token} was not allowed: {self._matcher.get_error()}")
+        return bool(self._matcher.is_stopped())
+
+
+def table_of(model: Named, vocabulary: int) -> LLTokenizer:
+    """The tokens of a model's tokenizer as llguidance wants them."""
+    from llguidance.hf import from_tokenizer
+
+    with _LOCK:
+        key = (model.name, vocabulary)
+        if key not in _TABLES:
+            if not model.tokenizer.is_fast:
+                raise DataError("the tokenizer has no table of its tokens: response_format cannot be followed.")
+            _TABLES[key] = from_tokenizer(model.tokenizer, n_vocab=vocabulary, eos_token=sorted(model.stops))
+        return _TABLES[key]
+
+
+def of_schema(model: Named, vocabulary: int, schema: Document) -> Grammar:
+    """Raises DataError: what is wrong with the schema."""
+    from llguidance import LLMatcher
+
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_SPACES)
+    except Exception as error:  # the library's own, of any type
+        raise DataError(f"the schema cannot be followed: {first_line(error)}") from error
+    return Grammar(table_of(model, vocabulary), grammar)

@@ -1,0 +1,146 @@
+"""Who may ask, and how much: before a request is read any further.
+
+Why: a page of any site can make its reader's browser ask 127.0.0.1, under that name (then `Origin` tells) or, by DNS
+rebinding, under one of its own (then `Host` tells). A `Host` that is an address cannot be rebound.
+What: Host, Origin and the key are checked; a body has to come within a time and stay within a size; answers carry the
+headers that keep browsers from guessing and framing. Only then the application runs, which sees the whole body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import Headers, MutableHeaders
+
+from halfbyte.serving.http.answers import Json
+from halfbyte.serving.http.wire import Refusal
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_DRAINED = 8  # times the limit
+OPEN = frozenset({"/", "/page.js", "/style.css", "/health"})  # nothing of a model, nothing that was asked
+_HEADERS = MappingProxyType({
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Args: hosts: names beside addresses and localhost. body_s: seconds a body may take. at_once: requests."""
+
+    key: str | None = None
+    hosts: frozenset[str] = frozenset()
+    body_bytes: int = 2_000_000
+    body_s: float = 20.0
+    at_once: int = 512
+
+
+@dataclass
+class Guard:
+    app: ASGIApp
+    rules: Rules
+    inside: int = field(default=0)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers[name] = value
+            await send(message)
+
+        self.inside += 1
+        try:
+            self._check(scope)
+            body = await self._body(scope, receive)
+        except Refusal as refusal:
+            await Json.of(refusal, close=True)(scope, receive, with_headers)
+        else:
+            await self.app(scope, _replayed(body, receive), with_headers)
+        finally:
+            self.inside -= 1
+
+    def _check(self, scope: Scope) -> None:
+        headers, rules = Headers(scope=scope), self.rules
+        if self.inside > rules.at_once:
+            raise Refusal(429, "too many requests at once.", kind="rate_limit_error", code="too_many_requests",
+                          headers={"Retry-After": "1"})  # fmt: skip
+        hosts = headers.getlist("host")
+        if len(hosts) != 1 or not self._is_ours(hosts[0]):
+            raise Refusal(421, "this name is not served here; start with --allow-host NAME", code="wrong_host")
+        origin = headers.get("origin")
+        if origin is not None and origin not in (f"http://{hosts[0]}", f"https://{hosts[0]}"):
+            raise Refusal(403, "pages of other sites may not ask this server.", code="wrong_origin")
+        if rules.key is not None and scope["path"] not in OPEN:
+            given = headers.get("authorization", "").encode()
+            if not hmac.compare_digest(given, f"Bearer {rules.key}".encode()):
+                raise Refusal(401, "a key is required: Authorization: Bearer KEY", code="invalid_api_key",
+                              headers={"WWW-Authenticate": "Bearer"})  # fmt: skip
+        if scope["method"] == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != (
+            "application/json"
+        ):
+            raise Refusal(415, "Content-Type has to be application/json.", code="wrong_content_type")
+
+    def _is_ours(self, host: str) -> bool:
+        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+        name = name.strip("[]").lower().rstrip(".")
+        if name == "localhost" or name in self.rules.hosts:
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        limit = self.rules.body_bytes
+        too_large = Refusal(413, f"the body is larger than {limit:,} bytes.", code="body_too_large")
+        parts, size = list[bytes](), 0
+        try:
+            async with asyncio.timeout(self.rules.body_s):
+                while True:
+                    message = await receive()
+                    if message["type"] != "http.request":
+                        raise Refusal(400, "the client has gone.", code="gone")
+                    part = message.get("body", b"")
+                    size += len(part)
+                    if size <= limit:
+                        parts.append(part)
+                    else:  # some more is read and dropped: who is still sending would not see the answer
+                        parts.clear()
+                    ended = not message.get("more_body", False)
+                    if size > limit and (ended or size > _DRAINED * limit):
+                        raise too_large
+                    if ended:
+                        return b"".join(parts)
+        except TimeoutError:
+            raise Refusal(408, f"the body did not come within {self.rules.body_s:g} s.", code="body_too_slow",
+                          headers={"X-Should-Retry": "false"}) from None  # fmt: skip
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """The body once more, then what comes after it: that the client is gone."""
+    first: list[Mapping[str, object]] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Message:
+        return dict(first.pop()) if first else await receive()
+
+    return again

@@ -1,0 +1,65 @@
+"""uvicorn around the application: its socket, and how it ends.
+
+The first SIGTERM or SIGINT ends the server when what is being written is written; what waits gets a 503. The second
+one ends it at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from sse_starlette.sse import AppStatus
+
+from halfbyte.serving.engine import Engine
+from halfbyte.serving.http.app import Service, application
+from halfbyte.serving.http.gauges import Gauges
+from halfbyte.serving.http.guard import Guard, Rules
+from halfbyte.serving.settings import Settings
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, which tells the engine when it shall end."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self.engine = engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        # not here: a signal may come while this thread holds the engine's lock
+        threading.Thread(target=self.engine.drain, daemon=True).start()
+
+
+def made(engine: Engine, settings: Settings) -> uvicorn.Server:
+    """The server, to be run with a socket; it ends when its `should_exit` is set."""
+    AppStatus.disable_automatic_graceful_drain()  # or a stream would end in the middle of its answer
+    service = Service(engine, Gauges(engine), settings.answer_s)
+    own = frozenset({settings.host.lower()}) | settings.hosts
+    rules = Rules(settings.key, own, settings.body_bytes)
+    app = application(service)
+    guarded = Guard(app, rules)
+    config = uvicorn.Config(
+        guarded, log_config=None, access_log=False, server_header=False, http="h11", ws="none", lifespan="on",
+        timeout_keep_alive=20, timeout_graceful_shutdown=int(settings.grace_s), proxy_headers=False, backlog=512,
+    )  # fmt: skip
+    return _Server(config, engine)
+
+
+def serve(engine: Engine, settings: Settings, sock: socket.socket, ready: Callable[[], None] = lambda: None) -> None:
+    """Serve until a signal. `ready` is called when connections are taken."""
+    server = made(engine, settings)
+    # uvicorn raises a signal again when it has ended
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    sock.listen(512)
+    ready()
+    try:
+        server.run(sockets=[sock])
+    finally:
+        sock.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)

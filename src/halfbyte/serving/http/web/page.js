@@ -1,0 +1,155 @@
+"use strict";
+// Text is only ever put into a page as text; nothing is fetched but from this server.
+const $ = (id) => document.getElementById(id);
+const sides = ["left", "right"];
+const talks = { left: [], right: [] }; // what each side was told and has said
+let running = null; // an AbortController while answers come
+
+function state(text, kind) {
+  $("state").textContent = text;
+  $("state").className = "state " + (kind || "");
+}
+
+function headers() {
+  const made = { "Content-Type": "application/json" };
+  if ($("key").value) made.Authorization = "Bearer " + $("key").value;
+  return made;
+}
+
+async function problem(response) {
+  try {
+    return (await response.json()).error.message;
+  } catch {
+    return "HTTP " + response.status;
+  }
+}
+
+async function connect() {
+  try {
+    const response = await fetch("/v1/models", { headers: headers() });
+    if (response.status === 401) {
+      $("key-row").hidden = false;
+      state("a key is needed", "bad");
+      return;
+    }
+    if (!response.ok) throw new Error(await problem(response));
+    const models = (await response.json()).data;
+    const base = models.find((model) => !model.parent) || models[0];
+    const first = models.find((model) => model.parent) || base;
+    for (const side of sides) {
+      const select = $(side);
+      select.replaceChildren();
+      for (const model of models) select.add(new Option(model.parent ? model.id : model.id + " (base)", model.id));
+      if (side === "right") select.add(new Option("nothing", ""));
+      select.value = side === "left" ? first.id : first === base ? "" : base.id;
+    }
+    $("most").max = base.max_model_len;
+    state("ready", "ready");
+  } catch (error) {
+    state(String(error.message || error), "bad");
+  }
+}
+
+function put(parent, tag, className, text) {
+  const made = document.createElement(tag);
+  made.className = className;
+  if (text !== undefined) made.textContent = text;
+  parent.append(made);
+  return made;
+}
+
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let held = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    held += value;
+    const blocks = held.split("\n\n");
+    held = blocks.pop();
+    for (const block of blocks)
+      for (const line of block.split("\n")) if (line.startsWith("data: ")) yield line.slice(6);
+  }
+}
+
+async function answer(side, model, box, signal) {
+  const text = put(box, "p", "text", "");
+  const figures = put(box.querySelector(".name"), "span", "", "");
+  const system = $("system").value.trim();
+  const messages = [...(system ? [{ role: "system", content: system }] : []), ...talks[side]];
+  const body = {
+    model, messages, stream: true, stream_options: { include_usage: true },
+    temperature: Number($("temperature").value) || 0, max_tokens: Math.max(1, Number($("most").value) || 256),
+  };
+  const began = performance.now();
+  box.classList.add("busy");
+  try {
+    const response = await fetch("/v1/chat/completions", { method: "POST", headers: headers(), body: JSON.stringify(body), signal });
+    if (!response.ok) throw new Error(await problem(response));
+    for await (const data of events(response)) {
+      if (data === "[DONE]") break;
+      const chunk = JSON.parse(data);
+      if (chunk.error) throw new Error(chunk.error.message);
+      if (chunk.usage) figures.textContent = chunk.usage.completion_tokens + " tokens, " + ((performance.now() - began) / 1000).toFixed(1) + " s";
+      const choice = chunk.choices && chunk.choices[0];
+      if (!choice) continue;
+      const near = $("talk").scrollHeight - $("talk").scrollTop - $("talk").clientHeight < 80;
+      text.textContent += choice.delta.content || "";
+      if (choice.finish_reason === "length") figures.textContent = "cut at its most tokens";
+      if (near) $("talk").scrollTop = $("talk").scrollHeight;
+    }
+  } catch (error) {
+    if (signal.aborted) figures.textContent = "stopped";
+    else put(box, "p", "error", String(error.message || error));
+  } finally {
+    box.classList.remove("busy");
+    talks[side].push({ role: "assistant", content: text.textContent });
+  }
+}
+
+async function ask() {
+  const question = $("ask").value.trim();
+  if (!question || running) return;
+  $("ask").value = "";
+  $("empty").hidden = true;
+  const turn = put($("talk"), "section", "turn");
+  put(turn, "p", "asked", question);
+  const pair = put(turn, "div", "pair");
+  const asked = sides.filter((side) => $(side).value);
+  if (asked.length === 1) pair.classList.add("single");
+  running = new AbortController();
+  $("send").disabled = true;
+  $("stop").disabled = false;
+  const waiting = asked.map((side) => {
+    talks[side].push({ role: "user", content: question });
+    const box = put(pair, "article", "answer " + side);
+    put(put(box, "p", "name"), "b", "", $(side).value);
+    return answer(side, $(side).value, box, running.signal);
+  });
+  turn.scrollIntoView({ block: "end" });
+  await Promise.all(waiting);
+  running = null;
+  $("send").disabled = false;
+  $("stop").disabled = true;
+  $("ask").focus();
+}
+
+function clear() {
+  if (running) running.abort();
+  for (const side of sides) talks[side].length = 0;
+  for (const turn of document.querySelectorAll(".turn")) turn.remove();
+  $("empty").hidden = false;
+  $("ask").focus();
+}
+
+$("form").addEventListener("submit", (event) => { event.preventDefault(); ask(); });
+$("settings").addEventListener("submit", (event) => event.preventDefault());
+$("ask").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); ask(); }
+});
+document.addEventListener("keydown", (event) => { if (event.key === "Escape" && running) running.abort(); });
+$("stop").addEventListener("click", () => running && running.abort());
+$("clear").addEventListener("click", clear);
+$("key").addEventListener("change", connect);
+for (const side of sides) $(side).addEventListener("change", () => { talks[side].length = 0; });
+connect();

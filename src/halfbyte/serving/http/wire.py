@@ -1,0 +1,216 @@
+"""OpenAI's requests, read strictly, and errors in its form.
+
+A field that would change the answer and cannot be followed is refused by name; those that change nothing are taken.
+Source: the `openai` package, 3.57: types/chat, types/completion; its client's handling of errors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from halfbyte.types import Document
+
+MOST_CHOICES, MOST_STOPS, MOST_LIKELY = 16, 16, 20
+Zero = Annotated[float, Field(ge=0, le=0)]
+Asked = TypeVar("Asked", bound="Request")
+
+
+class Refusal(Exception):
+    """An answer that is an error, in OpenAI's form."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        kind: str = "invalid_request_error",
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, headers
+        self.body: Document = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class StreamOptions(_Strict):
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class Request(_Strict):
+    """What both kinds of request have."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
+    # what would change the answer, and is only taken where it does not
+    frequency_penalty: Zero | None = None
+    presence_penalty: Zero | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    # what changes nothing here
+    user: str | None = None
+    metadata: Document | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(text for text in given if text)
+
+    @property
+    def with_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class _Part(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class _CalledFunction(_Strict):
+    name: str
+    arguments: str
+
+
+class _Call(_Strict):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: _CalledFunction
+    index: int | None = None
+
+
+class Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[_Part] | None = None
+    name: str | None = None
+    refusal: str | None = None
+    tool_calls: list[_Call] | None = None
+    tool_call_id: str | None = None
+
+    def for_template(self) -> Document:
+        """As chat templates read it: one text; arguments of calls as objects."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+        made: Document = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        for field in ("name", "tool_call_id"):
+            if (value := getattr(self, field)) is not None:
+                made[field] = value
+        if self.tool_calls:
+            calls = [{"name": c.function.name, "arguments": _object(c.function.arguments)} for c in self.tool_calls]
+            ids = [call.id for call in self.tool_calls]
+            made["tool_calls"] = [
+                {"type": "function", "function": f, **({"id": i} if i else {})} for f, i in zip(calls, ids, strict=True)
+            ]
+        return made
+
+
+class _Function(_Strict):
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    description: str | None = None
+    parameters: Document | None = None
+    strict: Literal[False] | None = None
+
+
+class Tool(_Strict):
+    type: Literal["function"]
+    function: _Function
+
+
+class _Schema(_Strict):
+    name: str
+    description: str | None = None
+    schema_: Document | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class Format(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _Schema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if self.type == "json_schema" and (self.json_schema is None or self.json_schema.schema_ is None):
+            raise ValueError("json_schema needs json_schema.schema")
+        return self
+
+    @property
+    def schema_wanted(self) -> Document | None:
+        if self.type == "json_object":
+            return {"type": "object"}
+        return self.json_schema.schema_ if self.json_schema is not None and self.type == "json_schema" else None
+
+
+class ChatRequest(Request):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY)] | None = None
+    response_format: Format | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: list[Literal["text"]] | None = None
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+
+class CompletionRequest(Request):
+    prompt: str | Annotated[list[str] | list[int] | list[list[int]], Field(min_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: Literal[False] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    suffix: Annotated[str, Field(max_length=0)] | None = None
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [[token for token in self.prompt if isinstance(token, int)]]
+        return self.prompt
+
+
+def read(kind: type[Asked], body: bytes) -> Asked:
+    """Raises Refusal: names the field and what is allowed."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False, include_input=False)
+        first = problems[0]
+        if first["type"] == "json_invalid":
+            raise Refusal(400, f"the body is not JSON: {first['msg']}", code="invalid_json") from None
+        where = ".".join(str(part) for part in first["loc"])
+        what = "is not known here" if first["type"] == "extra_forbidden" else first["msg"]
+        code = "unsupported_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
+        more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+        message = f"{where}: {what}{more}" if where else f"{what}{more}"
+        raise Refusal(400, message, code=code, param=where or None) from None
+
+
+def _object(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

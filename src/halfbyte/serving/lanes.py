@@ -1,0 +1,240 @@
+"""Texts being written side by side: each step gives every text its next logits.
+
+`Tapes` reads the base once a step for all texts, whatever adapter each has (`layers/decoding/linears.py`, `Mixed`).
+There is a tape for 1, 2, 4, 8 and 16 texts, on one set of caches: a step takes the smallest that holds all texts, and
+texts move together when half of it is empty. `Forward` is the model's own forward, one text after another: for what
+is not built like Llama, for DoRA, whole modules, trained rows and biases, and for cards.
+Cost: of `Tapes`, a tape is a few tens of ms to write; an adapter that a text does not use costs a row of zeros.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.base import stream
+from halfbyte.inference import batch, decode, prefill
+from halfbyte.layers import loss, packing
+from halfbyte.layers.decoding import llama
+from halfbyte.layers.decoding.linears import Unsupported
+from halfbyte.layers.decoding.tape import Mixed
+from halfbyte.models import structure
+from halfbyte.serving.models import Models
+
+if TYPE_CHECKING:
+    from halfbyte.serving.text import Text
+
+
+class Lane(Protocol):
+    """Letters: n prompts, V tokens of the vocabulary."""
+
+    together: bool
+    """Whether several prompts go through one forward."""
+
+    def begin(self, adapter: str | None, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[Text]]) -> Tensor:
+        """Read prompts, and give each of its texts a place; logits (n, V)."""
+
+    def step(self) -> list[tuple[Text, Tensor]]:
+        """Each text with its logits (V,) after its last token; to be used before the next step."""
+
+    def leave(self, text: Text) -> None:
+        """Free its place, if it has one."""
+
+
+class Tapes:
+    """Raises decode.Slower where a tape cannot be used, or is not right."""
+
+    def __init__(self, models: Models) -> None:
+        self.models, self.lm = models, structure.causal_lm(models.model)
+        self.layers = decode.layers_of(self.lm)
+        self.table = self.lm.get_input_embeddings()
+        self.together = packing.installed(self.lm) == "cu_seq_lens"
+        self._check()
+        self.mixed = Mixed(models.adapters, torch.zeros(len(models.adapters), models.places))
+        sizes = [n for n in batch.SIZES if n < models.places]
+        try:
+            largest = llama.decoder(self.lm, models.places, models.room, mixed=self.mixed)
+            smaller = [llama.decoder(self.lm, n, models.room, mixed=self.mixed, beside=largest) for n in sizes]
+        except Unsupported as why:
+            raise decode.Slower(str(why)) from why
+        self.tapes = dict(zip([*sizes, models.places], [*smaller, largest], strict=True))
+        self.largest, self.factor = largest, 1.0
+        self.text: list[Text | None] = [None] * models.places
+        self.before = [0] * models.places
+        self.proven: dict[str | None, int] = {}
+
+    def _check(self) -> None:
+        """Refuse what a tape of several adapters would leave out."""
+        config = self.lm.generation_config
+        if names := [n for n in batch.PROCESSORS if getattr(config, n, None) not in (None, 0, 1, False, [], {})]:
+            raise decode.Slower(f"the model's generation_config has {names[0]} {getattr(config, names[0])}")
+        if self.models.opened.own_biases:
+            raise decode.Slower("the adapter has biases of its own")
+        if type(self.table) is not nn.Embedding:
+            raise decode.Slower(f"an adapter changes the embedding ({type(self.table).__name__})")
+
+    @property
+    def active(self) -> list[int]:
+        return [m for m, text in enumerate(self.text) if text is not None]
+
+    def begin(self, adapter: str | None, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[Text]]) -> Tensor:
+        with self.models.using(adapter):
+            made = prefill.read(self.lm, prompts)
+        self.factor = made.factor
+        taken: list[int] = []
+        for i, own in enumerate(texts):
+            for text in own:
+                m = self.text.index(None)
+                made.put(i, self.largest, m)
+                self.text[m], self.before[m] = text, len(prompts[i])
+                self.mixed.use(m, adapter)
+                text.last = prompts[i][-1]
+                taken.append(m)
+        longest = max(map(len, prompts))
+        if longest > self.proven.get(adapter, 0):
+            try:
+                self._prove(taken, [i for i, own in enumerate(texts) for _ in own], made.logits)
+            except decode.Slower:
+                for m in taken:
+                    self.text[m], self.before[m] = None, 0
+                raise
+            self.proven[adapter] = longest
+        return made.logits
+
+    def _prove(self, places: list[int], of: list[int], own: Tensor) -> None:
+        """The prompts' last tokens once more, by the tape. What other texts compute here they compute again."""
+        for m in places:
+            self.before[m] -= 1
+        logits = dict(zip(self.active, self._run(), strict=True))
+        for m in places:
+            self.before[m] += 1
+        decode.check(torch.stack([logits[m] for m in places]), own[of], len(self.layers))
+
+    def step(self) -> list[tuple[Text, Tensor]]:
+        self._together()
+        rows = self._run()
+        for m in self.active:
+            self.before[m] += 1
+        return [(text, row) for text, row in zip(filter(None, self.text), rows, strict=True)]
+
+    def _run(self) -> list[Tensor]:
+        """The logits of each text, in the order of their places."""
+        used = max(self.active) + 1
+        size = next(n for n in self.tapes if n >= used)
+        tokens = torch.tensor([0 if text is None else text.last for text in self.text[:size]])
+        embedded = self.table(tokens)
+        embedded = embedded.float() * self.factor if self.factor != 1.0 else embedded
+        logits = self.tapes[size].step(embedded, self.before[:size], stream.of(self.layers[0]))
+        return [logits[m] for m in self.active]
+
+    def _together(self) -> None:
+        """Move texts to the first places where that makes a smaller tape enough."""
+        active = self.active
+        size = next(n for n in self.tapes if n >= len(active))
+        for m in active:
+            if m >= size:
+                to = self.text.index(None)
+                for keys, values in zip(self.largest.keys, self.largest.values, strict=True):
+                    n = self.before[m]
+                    keys[to, :, :, :n] = keys[m, :, :, :n]
+                    values[to, :, :n] = values[m, :, :n]
+                self.text[to], self.before[to], self.text[m], self.before[m] = self.text[m], self.before[m], None, 0
+                self.mixed.taken[:, to] = self.mixed.taken[:, m]
+
+    def leave(self, text: Text) -> None:
+        if text in self.text:
+            m = self.text.index(text)
+            self.text[m], self.before[m] = None, 0
+
+
+class Forward:
+    """The model's own forward, a text at a time, each with a cache of transformers."""
+
+    together = False
+
+    def __init__(self, models: Models) -> None:
+        self.models, self.lm = models, structure.causal_lm(models.model)
+        self.of: dict[Text, tuple[str | None, object, int]] = {}
+        names = inspect.signature(self.lm.forward).parameters
+        self.cache = "cache" if "cache" in names else "past_key_values"
+        self.keeps = {"logits_to_keep": 1} if loss.accepts(self.lm, "logits_to_keep") else {}
+        self.with_positions = "position_ids" in names
+
+    def begin(self, adapter: str | None, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[Text]]) -> Tensor:
+        from transformers import DynamicCache
+
+        rows = []
+        with self.models.using(adapter):
+            for prompt, own in zip(prompts, texts, strict=True):
+                cache = DynamicCache(config=self.lm.config)
+                rows.append(self._run(prompt, cache, 0))
+                for number, text in enumerate(own):
+                    held = cache if number == len(own) - 1 else copy.deepcopy(cache)
+                    self.of[text] = adapter, held, len(prompt)
+        return torch.stack(rows)
+
+    def step(self) -> list[tuple[Text, Tensor]]:
+        made = []
+        texts = sorted(self.of, key=lambda text: str(self.of[text][0]))
+        for adapter, own in groupby(texts, key=lambda text: self.of[text][0]):
+            with self.models.using(adapter):
+                for text in own:
+                    _, cache, before = self.of[text]
+                    made.append((text, self._run([text.last], cache, before)))
+                    self.of[text] = adapter, cache, before + 1
+        return made
+
+    def leave(self, text: Text) -> None:
+        self.of.pop(text, None)
+
+    def _run(self, tokens: Sequence[int], cache: object, before: int) -> Tensor:
+        where = self.lm.get_input_embeddings().weight.device
+        options = {self.cache: cache, "use_cache": True, **self.keeps}
+        options["attention_mask"] = torch.ones((1, before + len(tokens)), dtype=torch.int64, device=where)
+        if self.with_positions:
+            options["position_ids"] = torch.arange(before, before + len(tokens), device=where)[None]
+        made = self.lm(input_ids=torch.tensor([list(tokens)], device=where), **options)
+        return made.logits[0, -1].float().cpu()
+
+
+def lane_for(models: Models) -> tuple[Lane, str]:
+    """The fast lane where it is proven for every model that is served, else the slow one; and why.
+
+    Raises:
+        decode.Slower: neither gives what a forward without a cache gives.
+    """
+    try:
+        lane: Lane = Tapes(models)
+        _probe(lane, models)
+    except decode.Slower as why:
+        lane = Forward(models)
+        _probe(lane, models)
+        return lane, f"answers come from the model's own forward, one after another: {why}"
+    return lane, f"up to {models.places} texts a step"
+
+
+def _probe(lane: Lane, models: Models) -> None:
+    """A text for each model: what the lane gives after two tokens, and what a forward without a cache gives."""
+    from halfbyte.serving.text import Text
+
+    lm = structure.causal_lm(models.model)
+    where = lm.get_input_embeddings().weight.device
+    with torch.no_grad():
+        for one in models.named.values():
+            ids = list(one.tokenizer("Why is the sky blue, and what are 7 cups of tea?")["input_ids"])[:32]
+            text = Text.of_probe(one)
+            lane.begin(one.adapter, [ids[:-2]], [[text]])
+            for last in ids[-2:]:
+                text.last = last
+                ((_, found),) = lane.step()
+            found = found.clone()
+            lane.leave(text)
+            with models.using(one.adapter):
+                wanted = lm(input_ids=torch.tensor([ids], device=where), use_cache=False).logits[0, -1].float().cpu()
+            decode.check(found[None], wanted[None], len(decode.layers_of(lm)))

@@ -1,0 +1,131 @@
+"""Texts of several adapters and of the base in one batch, against plain PEFT's greedy loop one by one, in fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte.inference import decode
+from halfbyte.layers.decoding.tape import isa
+from halfbyte.serving import lanes
+from halfbyte.serving.models import Models
+from halfbyte.serving.text import Text, Wish
+from tests.serving import served
+
+KERNELS = pytest.mark.skipif(isa(torch.float32) is None, reason="no kernels for this processor")
+
+
+def written(lane: Any, models: Models, most: list[int], *, pairs: int = 1) -> dict[tuple[str, int], list[list[int]]]:
+    """Greedy answers of every model to every question, as many at once as there are places; some end early and others
+    take their places."""
+    waiting = [(name, i) for i in range(len(served.QUESTIONS)) for name in models.named]
+    found: dict[tuple[str, int], list[list[int]]] = {}
+    of: dict[Any, tuple[str, int]] = {}
+    while waiting or of:
+        while waiting and len(of) + pairs <= models.places:
+            name, i = waiting.pop(0)
+            one = models.named[name]
+            texts = [Text.begun(one, Wish(most[i]), n, None) for n in range(pairs)]
+            (row,) = lane.begin(one.adapter, [served.prompt(served.QUESTIONS[i])], [texts])
+            for text in texts:
+                of[text] = name, i
+                take(lane, text, row, of, found)
+        for text, row in lane.step() if of else ():
+            take(lane, text, row, of, found)
+    return found
+
+
+def take(lane: Any, text: Any, row: torch.Tensor, of: Any, found: Any) -> None:
+    piece = text.take(row)
+    if piece is not None and piece.finish is not None:
+        found.setdefault(of.pop(text), []).append(text.words.ids)
+        lane.leave(text)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("tapes", marks=KERNELS), "forward"])
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_each_text_is_that_of_its_adapter_alone(kind: str, pairs: int) -> None:
+    models = served.two()
+    lane = lanes.Tapes(models) if kind == "tapes" else lanes.Forward(models)
+    most = [1 + 9 * i % 23 for i in range(len(served.QUESTIONS))]
+    with torch.no_grad():
+        found = written(lane, models, most, pairs=pairs)
+    wanted = {
+        (name, i): [served.greedy(served.plain(served.where(models), None if name == served.BASE else name),
+                                  served.prompt(question), most[i])] * pairs
+        for name in models.named
+        for i, question in enumerate(served.QUESTIONS)
+    }  # fmt: skip
+    assert found == wanted
+    assert len({tuple(wanted[name, 2][0]) for name in models.named}) == 3  # the adapters say different things
+
+
+@KERNELS
+def test_the_fast_lane_is_taken_and_a_text_does_not_depend_on_its_neighbours() -> None:
+    models = served.two()
+    lane, why = lanes.lane_for(models)
+    assert isinstance(lane, lanes.Tapes) and why == "up to 8 texts a step"
+    rows = []
+    with torch.no_grad():
+        for neighbours in ([], ["second", "model"], ["first"] * 6):
+            texts = [Text.begun(models.named[name], Wish(9), 0, None) for name in ("first", *neighbours)]
+            for text, question in zip(texts, served.QUESTIONS[1:] + served.QUESTIONS, strict=False):
+                (row,) = lane.begin(text.model.adapter, [served.prompt(question)], [[text]])
+                text.take(row)
+            made = [dict(lane.step())[texts[0]].clone()]
+            for text in texts:
+                lane.leave(text)
+            rows += made
+    assert all(torch.equal(row, rows[0]) for row in rows)  # to the bit
+
+
+@KERNELS
+@pytest.mark.parametrize("fault", ["adapter", "cache", "none"])
+def test_a_fault_of_the_tape_is_found_before_a_text_is_written(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = served.two()
+    if fault == "adapter":  # every text gets the first one
+        monkeypatch.setattr(
+            lanes.Mixed, "use", lambda mixed, text, name: mixed.taken[:, text].copy_(torch.tensor([1.0, 0.0]))
+        )
+    elif fault == "cache":
+        put = lanes.prefill.Prefilled.put
+
+        def faulty(made: Any, i: int, decoder: Any, m: int) -> None:
+            put(made, i, decoder, m)
+            decoder.values[1][m].neg_()
+
+        monkeypatch.setattr(lanes.prefill.Prefilled, "put", faulty)
+    lane, why = lanes.lane_for(models)
+    assert isinstance(lane, lanes.Tapes if fault == "none" else lanes.Forward)
+    assert ("apart from the model's own" in why) == (fault != "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "why"),
+    [
+        ("llama", {"target_modules": ["q_proj"], "use_dora": True}, "DoRA"),
+        ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}, ""),
+        ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 7]}, "embedding"),
+        ("gpt2", {"target_modules": ["c_attn"]}, "not built like Llama"),
+    ],
+)
+def test_what_no_tape_can_mix_is_written_by_the_models_own_forward(name: str, settings: Any, why: str) -> None:
+    where = served.folder(name, {"first": settings, "second": settings})
+    models = served.opened(where)
+    lane, said = lanes.lane_for(models)
+    assert isinstance(lane, lanes.Forward) and why in said
+    with torch.no_grad():
+        found = written(lane, models, [6] * 6)
+    for (one, i), (tokens,) in found.items():
+        plain = served.plain(where, None if one == served.BASE else one)
+        assert tokens == served.greedy(plain, served.prompt(served.QUESTIONS[i]), 6)
+
+
+def test_where_neither_is_right_nothing_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = lanes.Forward._run
+    monkeypatch.setattr(lanes.Forward, "_run", lambda lane, *rest: -run(lane, *rest))
+    monkeypatch.setattr(lanes.Tapes, "__init__", lambda *rest: (_ for _ in ()).throw(decode.Slower("not here")))
+    with pytest.raises(decode.Slower, match="apart"):
+        lanes.lane_for(served.two())
