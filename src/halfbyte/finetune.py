@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from signal import Signals
 
-from halfbyte.adapters import lora, passport
+from halfbyte.adapters import integer, lora, passport
 from halfbyte.adapters.assembly import Assembled, assembled
 from halfbyte.base import load, residual, stream
 from halfbyte.base.store import supply
@@ -83,6 +83,7 @@ class Ready:
     notices: Sequence[str]
     point: points.Point | None
     trained: Document
+    compute: integer.Decision
 
 
 def train(loaded: Loaded, *, resume: bool = False, force: bool = False, listener: Listener | None = None) -> Outcome:
@@ -170,14 +171,15 @@ def make_ready(
     start = folder_of(recipe.lora.adapter) if recipe.lora.adapter is not None and point is None else None
     placed, base = _assembled(job, tell, notices, start, fresh=point is None)
     belongs = _belongs(job, base, notices, start, point, force=force)
+    recompute_as(base.model, plan.recompute)
+    pace = fit.make_pace(job, base.model, lambda text: tell.note("memory", text), packed=base.packed.ok)
+    steps, held_out = micro_batches(prepared, pace.tokens, pace.examples_per_micro_batch)
+    compute = _compute(job, base, steps[0], tell, notices)
     for notice in notices:
         tell.note("note", notice)
     accelerator.reset_peaks()  # of a calibration and the proofs
     usage.trim()  # what the proofs and the opening of the base left, in the heap and in blocks of our own
     pool.POOL.give_back()
-    recompute_as(base.model, plan.recompute)
-    pace = fit.make_pace(job, base.model, lambda text: tell.note("memory", text), packed=base.packed.ok)
-    steps, held_out = micro_batches(prepared, pace.tokens, pace.examples_per_micro_batch)
     scores = _scores(job, base.model, pace.tokens)
     if plan.needed_bytes <= fit.UNREHEARSED * plan.available_bytes:
         held = usage.now()
@@ -192,7 +194,21 @@ def make_ready(
         )
     tell.note("rehearsed", said)
     trained = points.trained_with(recipe, fingerprints, belongs)
-    return Ready(job, base, placed, pace, steps, held_out, scores, held, settings, notices, point, trained)
+    return Ready(job, base, placed, pace, steps, held_out, scores, held, settings, notices, point, trained, compute)
+
+
+def _compute(
+    job: fit.PlannedRun, base: Assembled, step: pack.Step, tell: Listener, notices: list[str]
+) -> integer.Decision:
+    """How the frozen products are computed; proven on some rows of the first step where that is not exact."""
+    asked, train = job.prepared.recipe.quant.compute, job.prepared.train
+    if asked == "exact":
+        return integer.decide(base.model, asked, {})
+    batch = collate.Batches(train.examples, ()).of(integer.rows_for_proof(step, train.lengths, packed=base.packed.ok))
+    found = integer.decide(base.model, asked, batch)
+    tell.note("compute", str(found))
+    notices += [] if found.products == integer.BOTH else [f"compute: {found}"]
+    return found
 
 
 def _scores(job: fit.PlannedRun, model: Model, tokens: int) -> Callable[[], dict[str, float]]:
@@ -278,7 +294,7 @@ def keep_rows(loaded: Loaded, ready: Ready, run: RunFolder) -> None:
     with space_for(run.held_out):
         split.keep(ready.job.prepared.held_out, run.held_out)
     step = 0 if ready.point is None else ready.point.step
-    beginning.keep(run, loaded, ready.job, ready.base, ready.notices, step)
+    beginning.keep(run, loaded, ready.job, ready.base, ready.compute, ready.notices, step)
 
 
 def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener) -> RunCallback:
@@ -405,6 +421,7 @@ def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak
         "diverged": diverged,
         "stopped_early": callback.stopped_early,
         "adapters": callback.moved,
+        "compute": ready.compute.to_json(),
         "spikes": [{"step": row["step"], **row["spike"]} for row in rows if row.get("spike")],
         "verified": verified,
         "notices": [

@@ -234,6 +234,12 @@ def install(model: nn.Module) -> Fused:
     return Fused(dict(counts), dict(unfused))
 
 
+def frozen_layers(model: nn.Module) -> list[nn.Module]:
+    """The frozen linear layers that run fused now, with LoRA or without."""
+    found = [m.base_layer for m in model.modules() if isinstance(m, _LoraLinear) and not unfused_reason(m)]
+    return [*found, *(m for m in model.modules() if isinstance(m, _FrozenLinear))]
+
+
 def install_quantised_experts(model: nn.Module) -> None:
     """What cannot be left as it is: PEFT's own forward has nothing to add to where experts are quantised."""
     found = [m for m in model.modules() if interface.is_lora_of_experts(m) and is_quantised(m.get_base_layer())]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from halfbyte.layers.kernels import pool
+from halfbyte.layers.kernels import integer, pool
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.quant import formats
 
@@ -72,6 +72,18 @@ def frozen_input(layer: nn.Module, x: Tensor) -> Tensor:
     return formats.of_module(layer).inputs(layer, x)
 
 
+def integer_input(layer: nn.Module, x: Tensor) -> integer.Rounded | None:
+    """x in 8 bits where the layer's forward product is an integer one now, else None."""
+    products = integer.asked(layer, x)
+    return integer.rounded(frozen_input(layer, x)) if products is not None and products.forward else None
+
+
+def integer_gradient(layer: nn.Module, x: Tensor) -> bool:
+    """Whether the product of the gradient of the input x is an integer one."""
+    products = integer.asked(layer, x)
+    return products is not None and products.backward
+
+
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a b + bias, without a graph, in memory of the pool: (N, D), (D, O), (O,) -> (N, O)."""
     out = pool.empty((a.shape[0], b.shape[1]), a)
@@ -82,23 +94,39 @@ class FrozenLinear(torch.autograd.Function):
     """x W^T + b for a frozen W. Keeps nothing but the layer; b may train.
 
     Args of `apply`:
-        x: (N, D) in the compute dtype. bias: (O,) or None. layer: the module that holds W.
+        x: (N, D) in the compute dtype. bias: (O,) or None. layer: the module that holds W. rounded: x in 8 bits, for
+        an integer product. gradient8: whether the gradient's product is one.
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, bias: Tensor | None, layer: nn.Module) -> Tensor:
-        ctx.layer = layer
+    def forward(
+        ctx: FunctionCtx, x: Tensor, bias: Tensor | None, layer: nn.Module,
+        rounded: integer.Rounded | None = None, gradient8: bool = False,
+    ) -> Tensor:  # fmt: skip
+        ctx.layer, ctx.gradient8 = layer, gradient8
         ctx.dtype = x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         bias = None if bias is None else bias.to(x.dtype)
-        return product(frozen_input(layer, x), frozen_weight(layer, x.dtype).T, bias)  # (N, O)
+        if rounded is None:
+            return product(frozen_input(layer, x), frozen_weight(layer, x.dtype).T, bias)  # (N, O)
+        weight = frozen_weight(layer, x.dtype)
+        y = pool.empty((x.shape[0], weight.shape[0]), x)
+        integer.forward(y, rounded, weight, add=False)
+        return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
-        dx = product(dy, frozen_weight(ctx.layer, ctx.dtype)) if ctx.needs_input_grad[0] else None  # (N, D)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            weight = frozen_weight(ctx.layer, ctx.dtype)
+            if ctx.gradient8:
+                dx = pool.empty((dy.shape[0], weight.shape[1]), dy)
+                integer.backward(dx, dy, weight, add=False)
+            else:
+                dx = product(dy, weight)  # (N, D)
         db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
-        return dx, db, None
+        return dx, db, None, None, None
 
 
 class LoraLinear(torch.autograd.Function):
@@ -107,13 +135,14 @@ class LoraLinear(torch.autograd.Function):
     Args of `apply`:
         x: (N, D) in the compute dtype. a: (R, D), b: (O, R), masters of any float dtype. bias: (O,) or None.
         layer: the module that holds W. scale: LoRA's. p: dropout. seed: of the mask. remade: makes x again in backward,
-        where it is then not kept; None keeps it.
+        where it is then not kept; None keeps it. rounded, gradient8: as in `FrozenLinear`.
     """
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, layer: nn.Module,
         scale: float, p: float, seed: int, remade: Remade | None = None,
+        rounded: integer.Rounded | None = None, gradient8: bool = False,
     ) -> Tensor:  # fmt: skip
         scale = scale / (1 - p) if p else scale
         a16, b16 = a.to(x.dtype), b.to(x.dtype)
@@ -125,11 +154,14 @@ class LoraLinear(torch.autograd.Function):
         del dropped
         y = pool.empty((x.shape[0], b16.shape[0]), x)
         y.addmm_(h, b16.T, beta=0, alpha=scale)  # (N, R) @ (R, O) -> (N, O)
-        y.addmm_(frozen_input(layer, x), frozen_weight(layer, x.dtype).T)  # (N, D) @ (D, O)
+        if rounded is not None:
+            integer.forward(y, rounded, frozen_weight(layer, x.dtype), add=True)
+        else:
+            y.addmm_(frozen_input(layer, x), frozen_weight(layer, x.dtype).T)  # (N, D) @ (D, O)
         if bias is not None:
             y.add_(bias)
         ctx.save_for_backward(None if remade else x, h, a16, b16, mask)
-        ctx.layer, ctx.scale, ctx.p, ctx.seed = layer, scale, p, seed
+        ctx.layer, ctx.scale, ctx.p, ctx.seed, ctx.gradient8 = layer, scale, p, seed, gradient8
         ctx.remade = remade.promise() if remade else None
         ctx.dtypes = a.dtype, b.dtype, None if bias is None else bias.dtype
         return y
@@ -153,10 +185,14 @@ class LoraLinear(torch.autograd.Function):
             dx = product(dh, a16)  # (N, R) @ (R, D) -> (N, D)
             if ctx.p:
                 drop_(dx, ctx.p, ctx.seed, mask)
-            dx.addmm_(dy, frozen_weight(ctx.layer, x.dtype))  # (N, O) @ (O, D)
+            weight = frozen_weight(ctx.layer, x.dtype)
+            if ctx.gradient8:
+                integer.backward(dx, dy, weight, add=True)
+            else:
+                dx.addmm_(dy, weight)  # (N, O) @ (O, D)
         if ctx.needs_input_grad[3]:
             dbias = dy.sum(0, dtype=torch.float32).to(ctx.dtypes[2])
-        return dx, da, db, dbias, None, None, None, None, None
+        return dx, da, db, dbias, None, None, None, None, None, None, None
 
 
 def drop(x: Tensor, p: float, seed: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -194,7 +230,8 @@ def draw_seed() -> int:
 
 def frozen_linear(x: Tensor, layer: nn.Module) -> Tensor:
     """(..., D) -> (..., O) through a frozen layer."""
-    y = FrozenLinear.apply(x.reshape(-1, x.shape[-1]), layer.bias, layer)
+    eight = integer_input(layer, x), integer_gradient(layer, x)
+    y = FrozenLinear.apply(x.reshape(-1, x.shape[-1]), layer.bias, layer, *eight)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -202,5 +239,6 @@ def lora_linear(x: Tensor, layer: nn.Module, a: Tensor, b: Tensor, scale: float,
     """(..., D) -> (..., O) through a frozen layer and its LoRA; p is 0 outside training."""
     flat = x.reshape(-1, x.shape[-1])
     remade = getattr(x, REMADE, None) if torch.is_grad_enabled() else None
-    y = LoraLinear.apply(flat, a, b, layer.bias, layer, scale, p, draw_seed() if p else 0, remade)
+    eight = integer_input(layer, x), integer_gradient(layer, x)
+    y = LoraLinear.apply(flat, a, b, layer.bias, layer, scale, p, draw_seed() if p else 0, remade, *eight)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -63,6 +63,11 @@ class Quant(Section):
         Literal["auto", "bf16", "fp16", "fp32"],
         BeforeValidator(lambda v: _DTYPE_NAMES.get(v, v) if isinstance(v, str) else v),
     ] = field("auto", "dtype of the matrix products: auto, bf16, fp16 (cards only) or fp32")
+    compute: Literal["auto", "exact", "int8"] = field(
+        "exact",
+        "the frozen base's products in training: exact (in compute_dtype), int8, or auto: int8 where this machine "
+        "multiplies it faster and a proof on some of the rows finds loss and gradients within bounds",
+    )
     block_size: Literal[64] | None = field(
         64, "weights that share a scale; transformers loads blocks of 64; int8 has a scale for each row: null"
     )

@@ -15,6 +15,7 @@ from dataclasses import asdict
 import numpy as np
 
 from halfbyte.adapters.assembly import Assembled
+from halfbyte.adapters.integer import Decision
 from halfbyte.data import pack
 from halfbyte.recipe.schema import Loaded
 from halfbyte.runs.folder import RunFolder, read_json, write_json
@@ -30,17 +31,29 @@ _log = logging.getLogger(__name__)
 
 
 def keep(
-    run: RunFolder, loaded: Loaded, job: PlannedRun, base: Assembled, notices: Sequence[str], from_step: int
+    run: RunFolder,
+    loaded: Loaded,
+    job: PlannedRun,
+    base: Assembled,
+    compute: Decision,
+    notices: Sequence[str],
+    from_step: int,
 ) -> None:
     """Write it, unless that fails: a run is worth more than its page."""
     try:
-        write_json(run.started, known(run, loaded, job, base, notices, from_step))
+        write_json(run.started, known(run, loaded, job, base, compute, notices, from_step))
     except Exception as error:
         _log.warning(f"{run.started} could not be written: {type(error).__name__}: {error}")
 
 
 def known(
-    run: RunFolder, loaded: Loaded, job: PlannedRun, base: Assembled, notices: Sequence[str], from_step: int
+    run: RunFolder,
+    loaded: Loaded,
+    job: PlannedRun,
+    base: Assembled,
+    compute: Decision,
+    notices: Sequence[str],
+    from_step: int,
 ) -> Document:
     """What it holds; a run that goes on (`from_step` > 0) keeps the list of its earlier processes."""
     prepared, before = job.prepared, read_json(run.started)
@@ -63,7 +76,7 @@ def known(
         },
         "histogram": [asdict(part) for part in preview.histogram(prepared.train.lengths)],
         "examples": examples(prepared),
-        "proofs": proofs(base),
+        "proofs": proofs(base, compute),
         "notices": list(notices),
         "versions": versions(),
         "machine": job.machine.to_json(),
@@ -95,6 +108,9 @@ def cut(row: Document) -> Document:
     return {**row, "pieces": kept[::-1], "cut": left < 0}
 
 
-def proofs(base: Assembled) -> list[Document]:
+def proofs(base: Assembled, compute: Decision) -> list[Document]:
     named = (("base", base.dequantised), ("packing", base.packed), ("engine", base.fused))
-    return [{"name": name, "ok": bool(proof.ok), "said": proof.reason} for name, proof in named]
+    made = [{"name": name, "ok": bool(proof.ok), "said": proof.reason} for name, proof in named]
+    if compute.seen:
+        made.append({"name": "compute", "ok": compute.seen[-1][1].ok, "said": str(compute)})
+    return made
