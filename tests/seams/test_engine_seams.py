@@ -88,3 +88,13 @@ def test_numba_has_the_instructions_that_the_tiles_need() -> None:
     from halfbyte.layers.kernels.cpu import tiles
 
     assert tiles.available() == bool(binding.get_host_cpu_features().get("avx512bf16", False))
+
+
+def test_torchs_integer_product_sums_exactly_into_a_given_tensor() -> None:
+    draw = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-127, 128, shape, generator=draw).to(torch.int8) for shape in ((5, 77), (9, 77)))
+    a[0], b[0] = 127, 127
+    out = torch.empty(5, 9, dtype=torch.int32)
+    assert torch._int_mm(a, b.T, out=out) is out
+    assert torch.equal(out.double(), a.double() @ b.double().T)
+    assert torch.equal(torch._int_mm(a, b.T.contiguous()), out)

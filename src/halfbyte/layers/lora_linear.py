@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from halfbyte.layers.kernels import integer, pool
-from halfbyte.layers.kernels.cpu import available
+from halfbyte.layers.kernels import pool
+from halfbyte.layers.kernels.cpu import available, integer
 from halfbyte.quant import formats
 
 # Where kernels are at hand the mask is a hash of (seed, position); elsewhere it is drawn once and kept, a byte

@@ -12,7 +12,7 @@ Cost: about one instruction a number for rounding in, half of one for the way ba
 Letters: N rows, D width, F streams that are mixed.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, per_dtype, run
 from halfbyte.layers.kernels.cpu.scalar import inlined, load, store
 
+Value: TypeAlias = Any  # of LLVM's, or a builder of them: llvmlite has no types
 STREAMS = 16  # that are mixed at once
 LARGEST = 127.0
 # A row whose largest number is below this is taken for zeros: 127 / largest must be finite.
@@ -50,7 +51,7 @@ def mixed(width: int) -> int:
     return streams(width) * streams(width // streams(width))
 
 
-def _every(builder: Any, value: Any) -> Any:
+def _every(builder: Value, value: Value) -> Value:
     vector = ir.VectorType(value.type, _LANES)
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, _I32(0))
     return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), ir.Constant(_WORDS, None))
@@ -59,13 +60,13 @@ def _every(builder: Any, value: Any) -> Any:
 class _Part:
     """Loads and stores of 16 numbers, or of the last ones of a stream."""
 
-    def __init__(self, builder: Any, left: Any = None) -> None:
+    def __init__(self, builder: Value, left: Value = None) -> None:
         self.b, self.mask = builder, None
         if left is not None:
             places = ir.Constant(_WORDS, list(range(_LANES)))
             self.mask = builder.icmp_signed("<", places, _every(builder, builder.trunc(left, _I32)))
 
-    def _masked(self, name: str, kind: Any, *args: Any) -> Any:
+    def _masked(self, name: str, kind: Value, *args: Value) -> Value:
         """`llvm.masked.load` or `store`."""
         result = kind if name == "load" else ir.VoidType()
         suffix = f"v{_LANES}{'f32' if kind is _FLOATS else f'i{kind.element.width}'}.p0"
@@ -73,27 +74,27 @@ class _Part:
         callee = cgutils.get_or_insert_function(self.b.module, function, f"llvm.masked.{name}.{suffix}")
         return self.b.call(callee, args)
 
-    def load(self, at: Any, kind: Any) -> Any:
+    def load(self, at: Value, kind: Value) -> Value:
         pointer = self.b.inttoptr(at, kind.as_pointer())
         if self.mask is None:
             return self.b.load(pointer, align=1)
         return self._masked("load", kind, pointer, _I32(1), self.mask, ir.Constant(kind, None))
 
-    def store(self, value: Any, at: Any) -> None:
+    def store(self, value: Value, at: Value) -> None:
         pointer = self.b.inttoptr(at, value.type.as_pointer())
         if self.mask is None:
             self.b.store(value, pointer, align=1)
         else:
             self._masked("store", value.type, value, pointer, _I32(1), self.mask)
 
-    def floats(self, at: Any, *, bf16: bool) -> Any:
+    def floats(self, at: Value, *, bf16: bool) -> Value:
         if not bf16:
             return self.load(at, _FLOATS)
         words = self.b.zext(self.load(at, ir.VectorType(_I16, _LANES)), _WORDS)
         return self.b.bitcast(self.b.shl(words, ir.Constant(_WORDS, [16] * _LANES)), _FLOATS)
 
 
-def _over(builder: Any, count: Any, body: Any) -> None:
+def _over(builder: Value, count: Value, body: Value) -> None:
     """body(part, first number) for every 16 of `count` numbers, and for what is left."""
     whole = builder.lshr(count, _I64(4))
     with cgutils.for_range(builder, whole, intp=_I64) as loop:
@@ -103,7 +104,7 @@ def _over(builder: Any, count: Any, body: Any) -> None:
         body(_Part(builder, left), builder.shl(whole, _I64(4)))
 
 
-def _mixing(count: int) -> Any:
+def _mixing(count: int) -> Value:
     @intrinsic
     def mix(typing_context, like, source, source_step, factors, factors_step, out, out_step, width, peaks):  # type: ignore[no-untyped-def]
         """out[k, j] = factors[k, j] x sum over i of H[k, i] source[i, j]; peaks[k]: the bits of the largest |out[k]|,
@@ -120,11 +121,11 @@ def _mixing(count: int) -> Any:
             for one in most:
                 b.store(ir.Constant(_WORDS, None), one)
 
-            def at(base: Any, step: Any, k: int, first: Any, size: int) -> Any:
+            def at(base: Value, step: Value, k: int, first: Value, size: int) -> Value:
                 return b.add(b.add(base, b.mul(step, _I64(k))), b.mul(first, _I64(size)))
 
-            def passed(weighted: bool) -> Any:
-                def body(part: _Part, first: Any) -> None:
+            def passed(weighted: bool) -> Value:
+                def body(part: _Part, first: Value) -> None:
                     size = 2 if bf16 else 4
                     v = [part.floats(at(source, source_step, k, first, size), bf16=bf16) for k in range(count)]
                     half = 1
@@ -190,7 +191,7 @@ def _to_bytes(typing_context, source, factor, out, width):  # type: ignore[no-un
             builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), f"llvm.fma.v{_LANES}f32"
         )
 
-        def body(part: _Part, first: Any) -> None:
+        def body(part: _Part, first: Value) -> None:
             value = part.load(builder.add(source, builder.mul(first, _I64(4))), _FLOATS)
             bits = builder.bitcast(builder.call(callee, [value, times, magic]), _WORDS)
             part.store(builder.trunc(bits, ir.VectorType(_I8, _LANES)), builder.add(out, first))

@@ -2,23 +2,25 @@
 
 Why: a CPU with VNNI multiplies int8 at twice the rate of bf16, and at four times that of fp32, which is all that most
 laptops have. The base is frozen and rough already, and what trains (LoRA's own products) stays as it is.
-What: x and W are mixed along the axis that is summed over, rounded with a scale a row (`cpu/rounding.py`), multiplied
+What: x and W are mixed along the axis that is summed over, rounded with a scale a row (`rounding.py`), multiplied
 by oneDNN in int8 with exact sums, and scaled onto the result, which is rounded once. In the input gradient a scale a
 row of W lies on the axis that is summed over, so it is multiplied into dy before that is rounded.
     forward     y  = (x H) (W H)^T            W's rows are mixed in themselves, up to 256 numbers
     backward    dx = (dy H s) ((H W) / s)     W's rows are mixed with one another, 16 of them
 Error: about 1% of each product forward, as of independent noise; docs/log.md has what that makes of gradients.
 Source: QuaRot, arXiv:2404.00456; SwitchBack, arXiv:2304.13013; `torch._int_mm`, a product of oneDNN's.
-Cost: an int32 result beside the result, and 8 bits a number of x, dy and W, for as long as the product takes.
+Cost: 16 MB of int32 sums (more for a weight of over 8,192 outputs), and 8 bits a number of x, dy and W, for as long
+as the product takes.
 """
 
 from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -35,6 +37,8 @@ NAME = "_halfbyte_integer"
 INSTRUCTIONS = ("avx512vnni", "avxvnni", "amx-int8")
 # How much faster int8 has to be multiplied than the compute dtype, for rounding to pay.
 PAYS = 1.3
+# Of a result, at once: rows at least (for fewer, oneDNN's packing of the weight is felt), and numbers at most.
+LEAST_ROWS, SUMS = 512, 1 << 22
 _SAMPLE = (512, 1024, 1024)  # rows, in, out of the products that the machine is timed with
 _TRIES = 5
 
@@ -80,11 +84,13 @@ class _Last:
     """The rows that were rounded last: several layers take the same input. Forgotten when that input is gone."""
 
     def __init__(self) -> None:
-        self.held: tuple[Any, int, Rounded] | None = None
+        self.held: tuple[weakref.ref[Tensor], int, Rounded] | None = None
 
     def of(self, x: Tensor) -> Rounded:
         held = self.held
-        if held is not None and held[0]() is x and held[1] == x._version:
+        if x.is_inference():  # it counts no changes
+            return _rows(x.reshape(-1, x.shape[-1]))
+        if held is not None and held[1] == x._version and held[0]() is x:
             return held[2]
         made = _rows(x.detach().reshape(-1, x.shape[-1]))
         self.held = (weakref.ref(x, self._gone), x._version, made)
@@ -108,7 +114,7 @@ def forward(y: Tensor, x: Rounded, weight: Tensor, *, add: bool) -> None:
     from halfbyte.layers.kernels.cpu import rounding
 
     numbers, steps = rounding.rows(weight.contiguous(), share=1.0 / rounding.mixed(weight.shape[1]))
-    rounding.onto(y, _sums(x.numbers, numbers.T), x.steps, steps, add=add)
+    _onto(y, x, numbers.T, steps, add=add)
 
 
 def backward(dx: Tensor, dy: Tensor, weight: Tensor, *, add: bool) -> None:
@@ -117,7 +123,7 @@ def backward(dx: Tensor, dy: Tensor, weight: Tensor, *, add: bool) -> None:
 
     numbers, steps = rounding.groups(weight.contiguous(), share=1.0 / rounding.streams(weight.shape[0]))
     given = Rounded(*rounding.rows(dy.contiguous(), steps))
-    rounding.onto(dx, _sums(given.numbers, numbers), given.steps, add=add)
+    _onto(dx, given, numbers, None, add=add)
 
 
 def _rows(x: Tensor) -> Rounded:
@@ -126,10 +132,17 @@ def _rows(x: Tensor) -> Rounded:
     return Rounded(*rounding.rows(x.contiguous()))
 
 
-def _sums(a: Tensor, b: Tensor) -> Tensor:
-    """a b of int8 matrices, (N, K) (K, M) -> int32 (N, M)."""
-    out = pool.empty((a.shape[0], b.shape[1]), a, torch.int32)
-    return torch._int_mm(a, b, out=out)
+def _onto(y: Tensor, x: Rounded, b: Tensor, column_steps: Tensor | None, *, add: bool) -> None:
+    """y = x b, or y += x b, in pieces of rows: their sums are still in cache when they are scaled."""
+    from halfbyte.layers.kernels.cpu import rounding
+
+    pieces = -(-len(y) // max(LEAST_ROWS, SUMS // b.shape[1]))
+    rows = -(-len(y) // pieces)
+    memory = pool.empty((rows, b.shape[1]), y, torch.int32)
+    for first in range(0, len(y), rows):
+        part = slice(first, first + rows)
+        sums = torch._int_mm(x.numbers[part], b, out=memory[: len(y[part])])
+        rounding.onto(y[part], sums, x.steps[part], column_steps, add=add)
 
 
 @cache
@@ -145,7 +158,7 @@ def why_not() -> str:
     for shape in ((65, 129, 33), (1, 64, 16)):
         a, b = (torch.randint(-127, 128, s, generator=generator).to(torch.int8) for s in (shape[:2], shape[1:]))
         a[0], b[:, 0] = 127, 127  # sums that saturate 16 bits
-        if not torch.equal(_sums(a, b), (a.double() @ b.double()).to(torch.int32)):
+        if not torch.equal(torch._int_mm(a, b), (a.double() @ b.double()).to(torch.int32)):
             return "torch._int_mm sums wrongly on this machine"
     return ""
 
@@ -159,8 +172,9 @@ def times_as_fast(dtype: torch.dtype) -> float:
     wide = [torch.ones(n, k, dtype=dtype), torch.ones(k, m, dtype=dtype)]
     narrow = [x.to(torch.int8) for x in wide]
     best = [float("inf")] * 2
+    calls: list[Callable[[], Tensor]] = [lambda: torch.mm(*wide), lambda: torch._int_mm(*narrow)]
     for _ in range(_TRIES):
-        for place, call in enumerate((lambda: torch.mm(*wide), lambda: _sums(*narrow))):
+        for place, call in enumerate(calls):
             began = time.perf_counter()
             call()
             best[place] = min(best[place], time.perf_counter() - began)

@@ -1,0 +1,167 @@
+"""The proof that lets integer products in: it takes what is right, falls back from what is not, and changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte import finetune
+from halfbyte.adapters import integer
+from halfbyte.adapters.assembly import assembled
+from halfbyte.data import pack
+from halfbyte.errors import AdapterError
+from halfbyte.layers import fused_proof, loss
+from halfbyte.layers.kernels.cpu import integer as kernel
+from halfbyte.training.events import Listener
+from halfbyte.types import Batch, Model
+from tests import tiny_run
+from tests.adapters.test_assembly import opened
+
+pytestmark = pytest.mark.skipif(bool(kernel.why_not()), reason=kernel.why_not() or "-")
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Model:
+    recipe = tiny_run.recipe(tmp_path, lora__target_modules=["q_proj", "v_proj"]).recipe
+    return assembled(opened(recipe), recipe).model
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: Patch) -> None:
+    """A machine on which it pays, whatever this one is busy with."""
+    monkeypatch.setattr(kernel, "times_as_fast", lambda dtype: 2.0)
+
+
+def some_rows() -> Batch:
+    ids = torch.randint(3, 60, (40,), generator=torch.Generator().manual_seed(0))
+    return fused_proof.labelled([ids[:17], ids[17:]])
+
+
+def asked_layers(model: Model) -> list[Any]:
+    return [m.__dict__[kernel.NAME] for m in model.modules() if kernel.NAME in m.__dict__]
+
+
+def test_right_products_are_taken_and_nothing_else_changes(model: Model) -> None:
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    modes, state = [m.training for m in model.modules()], torch.random.get_rng_state()
+    with torch.no_grad():
+        exact = loss.micro_batch_loss(model, some_rows())
+    found = integer.decide(model, "auto", some_rows())
+    assert found.products == integer.BOTH and len(found.seen) == 1 and found.seen[0][1].ok
+    assert 0 < found.seen[0][1].gradients < integer.GRADIENTS and "2.0 times as fast" in str(found)
+    assert len(asked_layers(model)) == 2 * 7 and set(asked_layers(model)) == {integer.BOTH}
+    assert torch.equal(torch.random.get_rng_state(), state) and [m.training for m in model.modules()] == modes
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
+    with torch.no_grad():  # an evaluation is exact
+        assert torch.equal(loss.micro_batch_loss(model, some_rows()), exact)
+    assert not torch.equal(loss.micro_batch_loss(model, some_rows()), exact)
+    assert integer.decide(model, "exact", {}).products is None and not asked_layers(model)
+    assert torch.equal(loss.micro_batch_loss(model, some_rows()), exact)
+
+
+def scaled(patch: Patch, name: str, by: float) -> None:
+    """The kernel's product of that name, `by` times as large."""
+    real = getattr(kernel, name)
+
+    def faulty(out: Any, *args: Any, add: bool) -> None:
+        kept = out.clone()
+        real(out, *args, add=add)
+        out.copy_(kept + (out - kept) * by if add else out * by)
+
+    patch.setattr(kernel, name, faulty)
+
+
+def dead_column(patch: Patch) -> None:
+    real = kernel.forward
+
+    def faulty(y: Any, *args: Any, add: bool) -> None:
+        kept = y[:, 0].clone()
+        real(y, *args, add=add)
+        y[:, 0] = kept if add else 0
+
+    patch.setattr(kernel, "forward", faulty)
+
+
+def not_a_number(patch: Patch) -> None:
+    scaled(patch, "forward", float("nan"))
+
+
+def test_a_fault_forward_leaves_the_input_gradient(model: Model, monkeypatch: Patch) -> None:
+    for fault in (lambda p: scaled(p, "forward", 1.4), dead_column, not_a_number):
+        with monkeypatch.context() as patch:
+            fault(patch)
+            found = integer.decide(model, "auto", some_rows())
+            assert found.products == integer.BACKWARD, str(found)
+            assert [seen.ok for _, seen in found.seen] == [False, True]
+            assert "not forward" in str(found) and set(asked_layers(model)) == {integer.BACKWARD}
+
+
+def test_a_fault_in_the_input_gradient_leaves_nothing(model: Model, monkeypatch: Patch) -> None:
+    for by in (1.5, 0.0, float("nan")):
+        with monkeypatch.context() as patch:
+            scaled(patch, "backward", by)
+            found = integer.decide(model, "auto", some_rows())
+            assert found.products is None and not asked_layers(model), str(found)
+            assert str(found).startswith("exact: int8 is too rough for this model: gradients differ by ")
+
+
+def test_where_it_cannot_be_had(model: Model, monkeypatch: Patch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "times_as_fast", lambda dtype: 1.2)
+        assert "does not pay" in str(integer.decide(model, "auto", some_rows()))
+        assert integer.decide(model, "int8", some_rows()).products == integer.BOTH
+    monkeypatch.setattr(kernel, "why_not", lambda: "no such instruction")
+    assert str(integer.decide(model, "auto", some_rows())) == "exact: int8 is not possible: no such instruction"
+    with pytest.raises(AdapterError, match=r"quant\.compute int8 is not possible: no such instruction"):
+        integer.decide(model, "int8", some_rows())
+    assert not asked_layers(model)
+
+
+def test_int8_is_taken_as_asked_and_what_was_seen_is_said(model: Model, monkeypatch: Patch) -> None:
+    scaled(monkeypatch, "forward", 1.4)
+    found = integer.decide(model, "int8", some_rows())
+    assert found.products == integer.BOTH and not found.seen[0][1].ok and "asked" in str(found)
+
+
+def test_rows_for_the_proof() -> None:
+    step = pack.Step(0, ((3, 0), (1, 2)), 1, 1)
+    assert integer.rows_for_proof(step, [300, 200, 900, 100], packed=True) == [3, 1]
+    assert integer.rows_for_proof(step, [300, 200, 900, 100], packed=False) == [3]
+    assert integer.rows_for_proof(step, [5000] * 4, packed=True) == [3]
+
+
+@pytest.mark.parametrize("asked", ["exact", "auto", "int8"])
+def test_a_run_says_and_reports_what_it_took(tmp_path: Path, asked: str, monkeypatch: Patch) -> None:
+    lines: list[tuple[str, str]] = []
+
+    class Told(Listener):
+        def note(self, label: str, text: str) -> None:
+            lines.append((label, text))
+
+    loaded = tiny_run.recipe(tmp_path, quant__compute=asked, train__max_steps=2)
+    finetune.train(loaded, listener=Told())
+    run = Path(loaded.recipe.output)
+    report, started = (json.loads((run / f"{n}.json").read_text()) for n in ("report", "started"))
+    taken = report["compute"]["products"]
+    said = [text for label, text in lines if label == "compute"]
+    proofs = [p for p in started["proofs"] if p["name"] == "compute"]
+    if asked == "exact":
+        assert (taken, said, proofs) == ("exact", [], [])
+        return
+    assert taken in ("forward and input gradient", "input gradient") and len(said) == len(proofs) == 1
+    assert said[0] == proofs[0]["said"] and report["compute"]["tried"]
+    exact = tmp_path / "exact"
+    exact.mkdir()
+    other = tiny_run.recipe(exact, quant__compute="exact", train__max_steps=2)
+    finetune.train(other)
+    losses = [
+        [json.loads(line)["loss"] for line in (Path(x.recipe.output) / "metrics.jsonl").read_text().splitlines()]
+        for x in (loaded, other)
+    ]
+    assert losses[0] != losses[1]  # a field without an effect is none
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
