@@ -30,7 +30,14 @@ def halfbyte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def test_the_machine_alone(halfbyte: Cli) -> None:
     ended = halfbyte("doctor")
     assert (ended.code, ended.err) == (0, "calibrating this machine (a few seconds)\n")
-    for word in ("processor", "memory", "cache", "computes", "380 GFLOP/s in matrix products", "versions  python"):
+    for word in (
+        "processor",
+        "memory",
+        "cache",
+        "computes",
+        "380 GFLOP/s in matrix products (none in int8)",
+        "versions  python",
+    ):
         assert word in ended.out
     assert "model" not in ended.out
 

@@ -12,7 +12,9 @@ import torch
 
 import halfbyte
 from halfbyte.adapters import dropin
+from halfbyte.errors import RecipeError
 from halfbyte.layers import fuse, lora_linear
+from halfbyte.layers.kernels.cpu import integer
 from tests import plain_peft, tiny
 
 SCRIPT = """
@@ -214,3 +216,25 @@ def test_an_evaluation_proves_nothing() -> None:
     with torch.no_grad():
         model(**batch_of_a_script())
     assert model not in dropin._PROVEN
+
+
+@pytest.mark.parametrize("compute", ["exact", "auto", "int8"])
+def test_integer_products_are_asked_for_and_decided_at_the_first_training_forward(
+    compute: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if integer.why_not():
+        pytest.skip(integer.why_not())
+    monkeypatch.setattr(integer, "times_as_fast", lambda dtype: 2.0)
+    base = halfbyte.prepare_model_for_kbit_training(tiny.model("llama"), compute=compute)
+    config = halfbyte.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = halfbyte.get_peft_model(base, config).train()
+    ids = torch.randint(3, 200, (2, 12), generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(22)).loss.backward()
+        model(input_ids=ids, labels=ids).loss.backward()
+    said = [str(w.message) for w in caught if "frozen base's products" in str(w.message)]
+    asked = [m for m in model.modules() if integer.NAME in m.__dict__]
+    assert (len(said), bool(asked)) == ((0, False) if compute == "exact" else (1, True))
+    with pytest.raises(RecipeError, match="compute must be auto, exact or int8, got 'fast'"):
+        halfbyte.prepare_model_for_kbit_training(tiny.model("llama"), compute="fast")  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import pytest
 
 from halfbyte.layers import attention, loss, packing
 from halfbyte.layers.experts import grouped
+from halfbyte.layers.kernels.cpu import integer
 from halfbyte.plan import job, layer, peak, timing
 
 
@@ -16,6 +17,11 @@ def test_the_plan_counts_the_chunks_that_the_engine_makes() -> None:
     assert job.FILLED_TO == packing.ROWS
     assert (layer.BUSIEST, layer.LEAST_AT_ONCE, layer.FILL) == (grouped.BUSIEST, grouped.LEAST_AT_ONCE, grouped.FILL)
     assert all(layer.filled(rows) == grouped.filled(rows) for rows in range(1, 3000))
+
+
+def test_the_plan_counts_integer_products_as_they_are_made() -> None:
+    assert (peak.INTEGER_ROWS, peak.INTEGER_SUMS) == (integer.LEAST_ROWS, integer.SUMS)
+    assert timing.INTEGERS_PAY == integer.PAYS
 
 
 def test_the_plan_counts_the_blocks_of_rows_of_the_attention_kernel() -> None:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from halfbyte.plan import peak
 from halfbyte.plan.job import Job, Rows
-from halfbyte.plan.timing import SITE_OVERHEAD_S, TENSOR_OVERHEAD_S, UPDATE_BYTES, Rates, pairs_of_a_token, step_time
+from halfbyte.plan.timing import (
+    HALF_RATE_TOKENS,
+    SITE_OVERHEAD_S,
+    TENSOR_OVERHEAD_S,
+    UPDATE_BYTES,
+    Rates,
+    pairs_of_a_token,
+    step_time,
+)
 from tests.plan.test_choose import cpu, job
 
 LENGTH, ROWS, LAYERS = 200, 16, 30
@@ -78,3 +88,28 @@ def test_scores_are_counted_in_blocks_of_rows(length: int) -> None:
     that is cut in half has a quarter of a block's area less, less than a part in 2 length / 48 of all."""
     pairs = sum(min(48, length - first) * min(length, first + 48) for first in range(0, length, 48))
     assert pairs_of_a_token(length) * length == pytest.approx(pairs, rel=24 / length)
+
+
+@pytest.mark.parametrize(("asked", "products"), [("exact", 0), ("auto", 1), ("int8", 2)])
+def test_integer_products_are_counted_at_their_own_rate(asked: str, products: int) -> None:
+    """Each frozen product that is an integer one goes from one rate to the other, and costs passes for rounding."""
+    one, numbers = of(["q_proj", "v_proj"], quant__compute=asked), LAYERS * sum(o * i for o, i in MATRICES.values())
+    slow = Rates(1.0, 1e30, 1e30, 1e30, 1e30, "counted", integer_ops=2.0)
+    exact = parts(of(["q_proj", "v_proj"]), slow)["matrix products"]
+    full_rate = 1 + HALF_RATE_TOKENS / TOKENS
+    saved = products * TOKENS * 2 * numbers * (1 / 1.0 - 1 / 2.0) * full_rate
+    assert parts(one, slow)["matrix products"] == pytest.approx(exact - saved)
+    assert parts(one, replace(slow, integer_ops=0.0))["matrix products"] == exact
+    assert (parts(one, replace(slow, memory_bytes=1.0))["rounding"] > 0) == bool(products)
+    if asked == "auto":  # where it does not pay it is not taken
+        assert parts(one, replace(slow, integer_ops=1.2))["matrix products"] == exact
+
+
+def test_what_integer_products_hold_is_planned() -> None:
+    wide = max(max(shape) for shape in MATRICES.values())
+    for asked, tokens in (("exact", 0), ("auto", 3000), ("int8", 400)):
+        one = of(["q_proj", "v_proj"], quant__compute=asked)
+        lines = peak.integer_lines(one, tokens, "private")
+        copies = max(o * i for o, i in MATRICES.values()) + tokens * wide
+        sums = 4 * wide * min(tokens, max(512, (1 << 22) // wide))
+        assert [line.bytes for line in lines] == ([] if asked == "exact" else [copies + sums])

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from weakref import WeakSet
+from typing import Any, Literal
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from peft import PeftConfig, PeftModelForCausalLM
@@ -20,8 +21,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from halfbyte.adapters import masters
-from halfbyte.layers import fuse, unpad
-from halfbyte.layers.fused_proof import prove_fused
+from halfbyte.adapters.integer import decide
+from halfbyte.errors import RecipeError
+from halfbyte.layers import fuse, packing_proof, unpad
+from halfbyte.layers.fused_proof import labelled, prove_fused
 from halfbyte.models import structure, tensors
 from halfbyte.plan import layer as decoder
 from halfbyte.quant import bnb as codec
@@ -44,7 +47,7 @@ class Adapted(PeftModelForCausalLM):
     def forward(self, *args: object, **kwargs: object) -> ModelOutput:
         with torch.autocast(self.device.type, enabled=False):
             if self.training and torch.is_grad_enabled():
-                _prove_once(self)
+                _prove_once(self, {} if args else kwargs)
                 unpad.attach(self)
                 loss = None if args else unpad.training_loss(self, kwargs)
                 if loss is not None:
@@ -78,10 +81,13 @@ def _hold(model: Model) -> None:
 
 
 _PROVEN: WeakSet[Adapted] = WeakSet()
+# What the products of a base's layers are asked to be, where not exact.
+_COMPUTE: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
 
 
-def _prove_once(model: Adapted) -> None:
-    """Compare the fused layers with PEFT's own, at the first training forward; take them off if they are wrong."""
+def _prove_once(model: Adapted, inputs: dict[str, Any]) -> None:
+    """Compare the fused layers with PEFT's own, at the first training forward; take them off if they are wrong. And see
+    on its batch whether integer products are right, where they were asked for."""
     if model in _PROVEN:
         return
     _PROVEN.add(model)
@@ -91,6 +97,12 @@ def _prove_once(model: Adapted) -> None:
     if not proof.ok:
         fuse.remove(model)
         warnings.warn(f"halfbyte's fused layers are not used on this model. {proof.reason}", stacklevel=3)
+    asked = _COMPUTE.get(structure.causal_lm(model), "exact")
+    if asked != "exact":
+        batch = unpad.training_batch(model, inputs)
+        if batch is None:
+            batch = labelled(packing_proof.random_examples(structure.causal_lm(model), packing_proof.SHORT))
+        warnings.warn(f"halfbyte computes the frozen base's products so: {decide(model, asked, batch)}", stacklevel=3)
 
 
 def get_peft_model(model: Model, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: object) -> Model:
@@ -139,6 +151,7 @@ def prepare_model_for_kbit_training(
     use_gradient_checkpointing: bool | None = None,
     gradient_checkpointing_kwargs: dict[str, object] | None = None,
     auto_clear_cache: bool = True,
+    compute: Literal["auto", "exact", "int8"] = "exact",
 ) -> Model:
     """Make a loaded base ready for LoRA: frozen, safe, in a dtype that this machine multiplies.
 
@@ -150,7 +163,11 @@ def prepare_model_for_kbit_training(
         use_gradient_checkpointing: None (where PEFT's has True) turns recomputation on where it is needed: on a card,
             and on a CPU where the activations of `PREPARED_TOKENS` tokens would take more than half of free memory.
         gradient_checkpointing_kwargs, auto_clear_cache: as PEFT's (`peft/utils/other.py`).
+        compute: as a recipe's `quant.compute`; the first training forward decides on its batch, and a warning says how.
     """
+    if compute not in ("auto", "exact", "int8"):
+        raise RecipeError(f"compute must be auto, exact or int8, got {compute!r}")
+    _COMPUTE[structure.causal_lm(model)] = compute
     model.requires_grad_(False)
     on_cpu = make_ready(model)
     if use_gradient_checkpointing is None:

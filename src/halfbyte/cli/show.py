@@ -271,9 +271,10 @@ def diagnosis(value: Diagnosis) -> None:
             "for each command\n  fix: export HALFBYTE_CACHE=/path/with/space"
         )
     labelled("computes", f"in {value.compute_dtype} ({value.compute_dtype_reason})")
+    eight = f" ({rates.integer_ops / 1e9:,.0f} in int8)" if rates.integer_ops else " (none in int8)"
     labelled(
         "rates",
-        f"{rates.matmul_flops / 1e9:,.0f} GFLOP/s in matrix products, {rates.attention_flops / 1e9:,.0f} in "
+        f"{rates.matmul_flops / 1e9:,.0f} GFLOP/s in matrix products{eight}, {rates.attention_flops / 1e9:,.0f} in "
         f"attention, {rates.dequant_elements / 1e9:.1f} G weights/s dequantised, memory "
         f"{rates.memory_bytes / 1e9:.1f} GB/s, disk {rates.disk_bytes / 1e9:.2f} GB/s ({rates.source})",
     )

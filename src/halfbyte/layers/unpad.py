@@ -121,9 +121,20 @@ def training_loss(model: Model, inputs: dict[str, Tensor]) -> Tensor | None:
         None if this batch must go the ordinary way: other arguments, padding elsewhere than on the right, labels on
         padding, or a model whose logits are not its plain head's.
     """
+    own, items = training_batch(model, inputs), inputs.get("num_items_in_batch")
+    if own is None or items is None:
+        return None
+    ids = inputs["input_ids"]
+    summed = loss.micro_batch_loss(model, own).to(ids.device)  # the head may be on another card
+    return summed / (items.to(ids.device) if isinstance(items, Tensor) else items)
+
+
+def training_batch(model: Model, inputs: dict[str, Tensor]) -> Batch | None:
+    """A Trainer's batch as one packed micro-batch; None where `training_loss` is."""
     given = {k: v for k, v in inputs.items() if v is not None and v is not False}
-    items = given.pop("num_items_in_batch", None)
-    if items is None or not set(given) <= {"input_ids", "attention_mask", "labels", "use_cache", "return_dict"}:
+    if given.pop("num_items_in_batch", None) is None:
+        return None
+    if not set(given) <= {"input_ids", "attention_mask", "labels", "use_cache", "return_dict"}:
         return None
     ids, labels = given.get("input_ids"), given.get("labels")
     if ids is None or labels is None or ids.dim() != 2 or labels.shape != ids.shape or given.get("use_cache"):
@@ -143,5 +154,4 @@ def training_loss(model: Model, inputs: dict[str, Tensor]) -> Tensor | None:
     wanted[packed["cu_seq_lens_q"][:-1].long()] = -100  # the first token of an example is nobody's next token
     keep = (wanted[1:] != -100).nonzero().squeeze(1)
     own: Batch = {"input_ids": ids.flatten()[tokens.to(ids.device)][None], "keep": keep, "targets": wanted[keep + 1]}
-    summed = loss.micro_batch_loss(model, {**packed, **own}).to(ids.device)  # the head may be on another card
-    return summed / (items.to(ids.device) if isinstance(items, Tensor) else items)
+    return {**packed, **own}

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 SECONDS_EACH = 0.4
 FILE_BYTES = 256_000_000
 MEMORY_BYTES = 128_000_000  # more than any cache holds
-FORMAT = 5
+FORMAT = 6
 DROPPED = 1 << 20  # numbers of a layer's input
 LEAST_TRIES, CALLS_ON_CARD = 5, 8
 # Above these the machine was not ours alone. Threads of an idle machine wait for 1 to 2% of their time.
@@ -123,11 +123,12 @@ def measure(device: Device, dtype: str) -> Rates:
     with torch.no_grad():
         seen = _seen(tries, kind)
         dropped = _dropping(tries, kind) if device.kind == "cpu" else 0.0
+        integers = _integers(tries) if device.kind == "cpu" else 0.0
     after = usage.scheduled()
     waited = after.since(before).waited_share if before and after else None
     busy = load_seen(waited, tries.spread, usage.pressure() if waited is None else None)
     source = f"calibrated {_today()}: {threads(device)} threads, {dtype}{', beside other load' if busy else ''}"
-    return Rates(*seen, source=source, busy=busy, dropped=dropped)
+    return Rates(*seen, source=source, busy=busy, dropped=dropped, integer_ops=integers)
 
 
 def load_seen(waited_share: float | None, spread: float, pressure: float | None = None) -> str:
@@ -201,6 +202,19 @@ def _seen(tries: Tries, kind: torch.dtype) -> tuple[float, float, float, float, 
         _attention(tries, kind),
         _disk(),
     )
+
+
+def _integers(tries: Tries) -> float:
+    """Operations a second of int8 products; 0 where the engine takes none."""
+    import torch
+
+    from halfbyte.layers.kernels.cpu import integer
+
+    if integer.why_not():
+        return 0.0
+    size = 2048
+    a, out = torch.ones(size, size, dtype=torch.int8), torch.empty(size, size, dtype=torch.int32)
+    return 2 * size**3 / tries.best(lambda: torch._int_mm(a, a, out=out))
 
 
 def _dropping(tries: Tries, kind: torch.dtype) -> float:

@@ -21,6 +21,7 @@ from halfbyte.plan.lines import Line, Recompute, Where
 # layers/loss.py: at once at most, on a card too, in multiples of so many rows
 LOGITS_CHUNK_BYTES, CARD_LOGITS_CHUNK_BYTES, LOGITS_ROWS = 32_000_000, 256_000_000, 16
 SCORES_BYTES, SCORES_ROWS = 24_000_000, 512  # layers/attention.py: scores in fp32 at once, rows of a long example
+INTEGER_ROWS, INTEGER_SUMS = 512, 1 << 22  # layers/kernels/cpu/integer.py: rows at least, numbers at most at once
 TOKENS_STEP = 64
 # Of what is kept until backward: where it lies in the pool, and where torch's attention makes most of it.
 SLACK, HEAP_SLACK = 0.02, 0.08
@@ -107,8 +108,19 @@ def step_lines(job: Job, largest: MicroBatch, recompute: Recompute, where: Where
         Line("activations", round(kept), words, f"plan/layer.py, recomputation {recompute}", where),
         at_once,
         Line("dequantised weight", tile, biggest, "layers/lora_linear.py", where),
+        *integer_lines(job, tokens, where),
         Line("allocator", round(slack), f"{slack / max(1, kept + moment):.0%} of these", "measured", where),
     )
+
+
+def integer_lines(job: Job, tokens: int, where: Where) -> tuple[Line, ...]:
+    """What an integer product of the largest layer holds beside its operands: int8 copies, int32 sums."""
+    if job.recipe.quant.compute == "exact" or not job.kernels:
+        return ()
+    wide = max(job.facts.hidden, job.largest_linear // job.facts.hidden)
+    sums = 4 * wide * min(tokens, max(INTEGER_ROWS, INTEGER_SUMS // wide))
+    words = "int8 copies of a weight and its input, int32 sums of some rows"
+    return (Line("integer products", job.largest_linear + tokens * wide + sums, words, "cpu/integer.py", where),)
 
 
 def scores_bytes(job: Job, largest: MicroBatch) -> float:

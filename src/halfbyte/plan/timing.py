@@ -32,6 +32,10 @@ BLOCK_ROWS = 48  # layers/kernels/cpu/flash.py: rows of queries whose scores are
 TRAFFIC = 10.0
 # Of that, what is done again under a policy.
 TRAFFIC_AGAIN = {"none": 1.0, "selective": 1.2, "full": 1.4}
+# layers/kernels/cpu/integer.py: how many times the rate of the compute dtype int8 must have to be taken. Bytes that a
+# product moves more for it: of a number of its input (read, written in 8 bits) and one of its output (sums in 32 bits,
+# written and read) together; and of a weight.
+INTEGERS_PAY, ROUND_BYTES, ROUND_WEIGHT = 1.3, 3.0 + 8.0, 3.0
 # Numbers of a dropout mask that torch draws in a second, whatever the threads, where a model drops by itself: from one
 # run of GPT-2, 1.0 s beside 1.9 of all else for 75 million numbers (docs/log.md).
 MASK_NUMBERS = 75e6
@@ -54,6 +58,8 @@ class Rates:
     """Seconds that finished runs took, over the planned ones."""
     dropped: float = 0.0
     """Numbers that LoRA's dropout passes over; 0 where that is not known."""
+    integer_ops: float = 0.0
+    """Operations of int8 products (`quant.compute`), as `matmul_flops` counts them; 0 where there are none."""
 
     def to_json(self) -> Document:
         return asdict(self)
@@ -100,9 +106,15 @@ def step_time(
     full_rate = 1 / (1 + HALF_RATE_TOKENS * micro_batches / step_tokens)
     scores = rows.mean_of_a_token * facts.heads if facts.attention_dropout else 0.0
     masks = facts.layers * (scores + (2 * facts.hidden if facts.residual_dropout else 0))
+    eight, rounding = integer_products(job, rates, again)
+    products, ops = products - eight, eight / rates.integer_ops if eight else 0.0
     parts = {
         "own dropout": step_tokens * masks * (again - 1) / MASK_NUMBERS if job.kernels else 0.0,
-        "matrix products": step_tokens * (products + head) / rates.matmul_flops / full_rate,
+        "matrix products": step_tokens * ((products + head) / rates.matmul_flops + ops) / full_rate,
+        "rounding": (
+            step_tokens * rounding * job.linear_widths + bool(eight) * micro_batches * again * ROUND_WEIGHT * weights
+        )
+        / rates.memory_bytes,
         "operands": operands / rates.memory_bytes,
         "LoRA's dropout": dropped / rates.dropped if rates.dropped else 0.0,
         "attention": step_tokens * attention / rates.attention_flops,
@@ -120,6 +132,19 @@ def step_time(
     total = sum(parts.values())
     spread = total * (SPREAD if rates.measured else SPREAD_ASSUMED)
     return Time(total - spread, total, total + spread, job.steps, rates.source, rates.measured, parts, reading)
+
+
+def integer_products(job: Job, rates: Rates, again: float) -> tuple[float, float]:
+    """(operations a token in int8 products, bytes moved for them for each number of the inputs and outputs of layers).
+
+    `auto` is counted as the input gradient alone, which its proof nearly always takes; a run may be faster.
+    """
+    asked = job.recipe.quant.compute
+    pays = rates.integer_ops > INTEGERS_PAY * rates.matmul_flops
+    if asked == "exact" or not job.kernels or not rates.integer_ops or (asked == "auto" and not pays):
+        return 0.0, 0.0
+    share = (1.0 if asked == "auto" else again) / again
+    return 2 * again * job.linear_numel * share, again * share * ROUND_BYTES / 2
 
 
 def pairs_of_a_token(length: float) -> float:
