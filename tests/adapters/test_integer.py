@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte import finetune
+from halfbyte import doctor, finetune
 from halfbyte.adapters import integer
 from halfbyte.adapters.assembly import assembled
 from halfbyte.data import pack
 from halfbyte.errors import AdapterError
 from halfbyte.layers import fused_proof, loss
 from halfbyte.layers.kernels.cpu import integer as kernel
+from halfbyte.system import pages
 from halfbyte.training.events import Listener
 from halfbyte.types import Batch, Model
 from tests import tiny_run
@@ -126,6 +127,16 @@ def test_int8_is_taken_as_asked_and_what_was_seen_is_said(model: Model, monkeypa
     scaled(monkeypatch, "forward", 1.4)
     found = integer.decide(model, "int8", some_rows())
     assert found.products == integer.BOTH and not found.seen[0][1].ok and "asked" in str(found)
+
+
+@pytest.mark.skipif(not pages.supported(), reason="needs Linux and /proc/self/pagemap")
+def test_the_same_bits_wherever_the_base_lies(model: Model) -> None:
+    exact = fused_proof.sample_gradients(model, packed=True)
+    assert integer.decide(model, "int8", some_rows()).products == integer.BOTH
+    eight = fused_proof.sample_gradients(model, packed=True)
+    assert any(not torch.equal(eight[name], exact[name]) for name in exact)
+    found = doctor._wherever(model, packed=True)
+    assert found.ok and "equal to the bit" in found.seen, found
 
 
 def test_rows_for_the_proof() -> None:
