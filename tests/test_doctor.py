@@ -33,6 +33,8 @@ def test_the_machine_alone(halfbyte: Cli) -> None:
     for word in (
         "processor",
         "memory",
+        "platform  Linux, ",
+        "executed: ",
         "cache",
         "computes",
         "380 GFLOP/s in matrix products (none in int8)",

@@ -22,6 +22,7 @@ from halfbyte.plan import calibrate
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device, threads
 from halfbyte.system.files import cache_dir, free_bytes, why_unwritable
+from halfbyte.system.platforms import table
 from halfbyte.system.versions import outside_ranges, versions
 from halfbyte.types import Check, Document, Model
 
@@ -29,7 +30,8 @@ from halfbyte.types import Check, Document, Model
 @dataclass(frozen=True)
 class Diagnosis:
     """What `doctor` saw. `cache_problem` says why the cache cannot be written, if so; `outside_ranges` names
-    installed versions that halfbyte does not allow; `model` is its id; `checks` are empty without one."""
+    installed versions that halfbyte does not allow; `platform` is this machine's row of docs/machines.md; `model` is
+    its id; `checks` are empty without one."""
 
     machine: device.Device
     compute_dtype: str
@@ -40,6 +42,7 @@ class Diagnosis:
     versions: dict[str, str]
     cache_problem: str = ""
     outside_ranges: dict[str, str] = field(default_factory=dict)
+    platform: dict[str, str] = field(default_factory=dict)
     model: str | None = None
     layers: int = 0
     checks: tuple[Check, ...] = ()
@@ -63,7 +66,10 @@ def examine(recipe: Recipe | None = None, *, tell: Callable[[str], None] = lambd
     threads.settle(machine.cores)
     rates = calibrate.ensure(machine, dtype, say=tell, anew=True)
     cache, free = cache_dir(), free_bytes(cache_dir())
-    seen = Diagnosis(machine, dtype, why, rates, cache, free, versions(), why_unwritable(cache), outside_ranges())
+    row = table.here(machine.kind, [(card.name, card.multiplies_bf16) for card in machine.cards], machine.isa)
+    seen = Diagnosis(
+        machine, dtype, why, rates, cache, free, versions(), why_unwritable(cache), outside_ranges(), row.to_json()
+    )
     return seen if recipe is None else _with_model(seen, recipe, tell)
 
 

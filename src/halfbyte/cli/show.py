@@ -264,6 +264,9 @@ def diagnosis(value: Diagnosis) -> None:
         labelled("card", f"{card.name}, {gb(card.free_bytes)} free of {gb(card.total_bytes)}")
     for note in machine.notes:
         labelled("note", note)
+    row = value.platform
+    labelled("platform", f"{row['platform']}: {row['runs']}")
+    labelled("", f"executed: {row['executed']}; slow: {row['slow']} (docs/machines.md)")
     labelled("cache", f"{value.cache}, {gb(value.cache_free_bytes)} free")
     if value.cache_problem:
         warning(
