@@ -15,7 +15,7 @@ def oldest(requirements: list[str]) -> list[str]:
     """One `name==version` a requirement. ValueError: it does not start with `name>=version`, so it has no oldest."""
     pins = []
     for requirement in requirements:
-        found = re.match(r"([\w.-]+)>=([\d.]+)(?:,|$)", requirement)
+        found = re.match(r"([\w.-]+)(?:\[\w+\])?>=([\d.]+)(?:[,;]|$)", requirement)
         if found is None:
             raise ValueError(f"{requirement}: write it as name>=version in {PYPROJECT.name}")
         pins.append(f"{found[1]}=={found[2]}")

@@ -30,6 +30,7 @@ HEAVY = frozenset({"torch", "transformers", "peft", "bitsandbytes", "accelerate"
 # Folders that `halfbyte --help`, `halfbyte plan` and the reading of data go through.
 LIGHT_FOLDERS = (
     "system",
+    "system.platforms",
     "recipe",
     "models",
     "models.gguf",

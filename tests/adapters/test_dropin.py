@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 import halfbyte
 from halfbyte.adapters import dropin
-from halfbyte.errors import RecipeError
+from halfbyte.errors import BaseModelError, RecipeError
 from halfbyte.layers import fuse, lora_linear
 from halfbyte.layers.kernels.cpu import integer
 from tests import plain_peft, tiny
@@ -238,3 +239,27 @@ def test_integer_products_are_asked_for_and_decided_at_the_first_training_forwar
     assert (len(said), bool(asked)) == ((0, False) if compute == "exact" else (1, True))
     with pytest.raises(RecipeError, match="compute must be auto, exact or int8, got 'fast'"):
         halfbyte.prepare_model_for_kbit_training(tiny.model("llama"), compute="fast")  # type: ignore[arg-type]
+
+
+def test_apples_gpu_is_refused_in_one_line() -> None:
+    """Nothing of ours has run there: a model on it, or a batch that its Trainer has moved there."""
+
+    class Apples(torch.Tensor):
+        @property
+        def device(self) -> torch.device:
+            return torch.device("mps")
+
+    lm = tiny.model("llama")
+    adapted = dropin.get_peft_model(
+        lm, halfbyte.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    ).train()
+    ids = torch.ones(1, 4, dtype=torch.long)
+    with pytest.raises(BaseModelError, match=r"Apple's GPU \(mps\)") as told:
+        adapted(input_ids=ids.as_subclass(Apples), labels=ids)
+    assert "use_cpu=True" in str(told.value.fix)
+    there = tiny.model("llama")
+    there.model.embed_tokens.weight.__class__ = type("Weight", (torch.nn.Parameter,), {"device": Apples.device})
+    adapt = functools.partial(dropin.get_peft_model, peft_config=halfbyte.LoraConfig(target_modules=["q_proj"]))
+    for call in (dropin.prepare_model_for_kbit_training, adapt):
+        with pytest.raises(BaseModelError, match="Apple"):
+            call(there)

@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 
 from halfbyte.adapters import masters
 from halfbyte.adapters.integer import decide
-from halfbyte.errors import RecipeError
+from halfbyte.errors import BaseModelError, RecipeError
 from halfbyte.layers import fuse, packing_proof, unpad
 from halfbyte.layers.fused_proof import labelled, prove_fused
 from halfbyte.models import structure, tensors
@@ -90,6 +90,7 @@ def _prove_once(model: Adapted, inputs: dict[str, Any]) -> None:
     on its batch whether integer products are right, where they were asked for."""
     if model in _PROVEN:
         return
+    _refuse_apples_gpu(next(model.parameters()), *inputs.values())
     _PROVEN.add(model)
     packed = unpad.packs(model)
     with structure.shallow(model):
@@ -111,6 +112,7 @@ def get_peft_model(model: Model, peft_config: PeftConfig, adapter_name: str = "d
     Same arguments and result type (a subclass of `PeftModelForCausalLM`) as PEFT's own. What trains is fp32, beside
     LoRA too, unless `autocast_adapter_dtype` is False.
     """
+    _refuse_apples_gpu(next(model.parameters()))
     codec.make_safe(model)
     adapted = _get_peft_model(model, peft_config, adapter_name, **kwargs)
     if kwargs.get("autocast_adapter_dtype", True):
@@ -118,6 +120,15 @@ def get_peft_model(model: Model, peft_config: PeftConfig, adapter_name: str = "d
     else:
         _ROUNDED.add(adapted)
     return own_class(adapted)
+
+
+def _refuse_apples_gpu(*values: object) -> None:
+    """A BaseModelError if a model or its inputs lie there: nothing of ours has ever run on it."""
+    if any(isinstance(value, torch.Tensor) and value.device.type == "mps" for value in values):
+        raise BaseModelError(
+            "halfbyte does not compute on Apple's GPU (mps): none of its layers has ever been run there.",
+            fix='load the model with device_map="cpu", and train with TrainingArguments(use_cpu=True)',
+        )
 
 
 def own_class(adapted: Model) -> Model:
@@ -192,6 +203,7 @@ def _needs_recompute(model: Model) -> bool:
 
 def make_ready(model: Model) -> bool:
     """Safe to evaluate, and in one dtype, which the machine multiplies. Returns whether the model is on a CPU."""
+    _refuse_apples_gpu(next(model.parameters()))
     codec.make_safe(model)
     where = next(model.parameters()).device
     on_cpu = where.type == "cpu"

@@ -114,7 +114,9 @@ def place_as_planned(model: Model, placement: str, *, asked: bool) -> tuple[Plac
     if placement == "split":
         return place(model, "resident"), ""
     if placement != "resident" and not asked and not is_mapped(model):
-        why = f"planned {placement}, but its weights are not on disk in the form they are computed in"
+        held = "its weights are not on disk in the form they are computed in"
+        told = "this system does not tell which memory is a file's"
+        why = f"planned {placement}, but {held if pages.supported() else told}"
         return place(model, "resident"), why
     return place(model, placement), ""
 

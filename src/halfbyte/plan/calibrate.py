@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -24,6 +25,7 @@ from halfbyte.plan.timing import Rates, pairs_of_a_token
 from halfbyte.system import files, usage
 from halfbyte.system.device import Device
 from halfbyte.system.files import cache_dir
+from halfbyte.system.platforms import calls
 from halfbyte.system.threads import asked_threads
 from halfbyte.system.versions import version
 
@@ -256,7 +258,9 @@ def _attention(tries: Tries, kind: torch.dtype) -> float:
 
 def _disk() -> float:
     """Bytes a second of reading a new file, past the page cache where the system lets go of it."""
-    path = (cache_dir() if os.access(cache_dir(), os.W_OK) else Path("/tmp")) / f".calibration.{os.getpid()}"
+    path = (
+        cache_dir() if os.access(cache_dir(), os.W_OK) else Path(tempfile.gettempdir())
+    ) / f".calibration.{os.getpid()}"
     block = os.urandom(1 << 20) * 16
     try:
         with path.open("wb") as file:
@@ -264,8 +268,7 @@ def _disk() -> float:
             file.flush()
             os.fsync(file.fileno())
         with path.open("rb", buffering=0) as file:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            calls.advise(file.fileno(), "DONTNEED")
             began = time.perf_counter()
             while file.read(len(block)):
                 pass

@@ -67,7 +67,7 @@ def find(root: Path, env: Mapping[str, str], ram_available: int) -> Found:
     if env.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1"):
         return Found()
     if sys.platform == "darwin":
-        return Found(notes=("the Apple GPU is not used: bitsandbytes has no 4-bit kernels for it",))
+        return Found(notes=("the Apple GPU is not used: none of halfbyte's layers has ever been run there",))
     build = torch_build()
     answer: Document = {}
     if build and (sys.platform == "win32" or any(any((root / "dev").glob(name)) for name in _DEVICES)):

@@ -17,6 +17,7 @@ from pathlib import Path
 from halfbyte.errors import RecipeError
 from halfbyte.system import cards as card_list
 from halfbyte.system.cards import Card
+from halfbyte.system.platforms import calls
 from halfbyte.types import Document
 
 # Flags that change a decision or explain a speed: x86 as /proc/cpuinfo spells them, then ARM ("bf16" is BFMMLA).
@@ -119,8 +120,7 @@ def _cpu(root: Path) -> tuple[str, tuple[str, ...]]:
 
 def cores(root: Path = Path("/")) -> int:
     """Cores that this process may use, by its affinity and the control group's quota."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    count: float = len(affinity(0)) if affinity else os.cpu_count() or 1
+    count: float = calls.cores()
     for folder in _cgroup_folders(root, "cpu"):
         old = _read(folder / "cpu.cfs_quota_us") + _read(folder / "cpu.cfs_period_us")
         quota = (_read(folder / "cpu.max") or old).split()

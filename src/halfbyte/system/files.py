@@ -15,15 +15,12 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from halfbyte.system.platforms import calls
+from halfbyte.system.platforms.calls import lock as lock
+from halfbyte.system.platforms.calls import sync as sync
 
 SEAL = "seal"
-CAN_LOCK = fcntl is not None
 
 
 def cache_dir() -> Path:
@@ -130,37 +127,10 @@ def aside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 
 
-def sync(path: Path) -> None:
-    """Make a file's bytes or a folder's names durable; folders only where the system can open them."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        if path.is_dir():
-            return
-        raise
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def forget(path: Path) -> None:
     """Ask the system to drop a synced file's pages from memory, so that the next reader reads the disk."""
-    if hasattr(os, "posix_fadvise"):
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def lock(file: IO[str], *, shared: bool = False, wait: bool = True) -> bool:
-    """Lock an open file until it is closed; False if another process holds it and `wait` is False.
-
-    A child that inherits the descriptor keeps the lock, also when this process is killed. Only where `CAN_LOCK`.
-    """
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True
+    with path.open("rb") as file:
+        calls.advise(file.fileno(), "DONTNEED")
 
 
 def sha256(path: Path) -> str:

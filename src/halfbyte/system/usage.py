@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from halfbyte.system import accelerator
+from halfbyte.system.platforms import calls
 
 PERIOD_S = 0.02
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
@@ -47,10 +48,7 @@ def now(pid: int | str = "self") -> Usage:
 def process_memory() -> dict[str, int]:
     """Resident bytes of this process now and at their peak, and the peak of the fullest card where there is one: of
     tensors, and with what torch holds beside them."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    used = {"rss_bytes": now().total, "peak_rss_bytes": peak}
+    used = {"rss_bytes": now().total, "peak_rss_bytes": calls.peak_resident()}
     if cards := accelerator.peaks():
         used["peak_device_bytes"] = max(allocated for allocated, _ in cards)
         used["peak_device_reserved_bytes"] = max(reserved for _, reserved in cards)

@@ -54,7 +54,7 @@ def _entry(path: Path) -> Shelved:
     nbytes, touched = size_and_age(path)
     busy = half and time.time() - touched < UNDER_WAY_S
     lock = path.with_name(path.name.removesuffix(PARTIAL) + ".lock")
-    if half and files.CAN_LOCK and lock.is_file():
+    if half and lock.is_file():
         with lock.open("a") as file:
             busy = not files.lock(file, wait=False)
     state = "interrupted" if half else "whole"

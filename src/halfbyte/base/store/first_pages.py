@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from halfbyte.models.sources import safetensors
+from halfbyte.system.platforms import calls
 from halfbyte.types import ConfigFile
 
 # Reads in flight; they wait for the disk, not for a core.
@@ -34,9 +35,9 @@ def read(folder: Path) -> int:
 
 
 def _read_file(path: Path) -> int:
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY | calls.BINARY)
     try:
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        calls.advise(fd, "RANDOM")
         size = os.fstat(fd).st_size
         length = safetensors.header_length(os.pread(fd, 8, 0), size, str(path))
         header = safetensors.parse_header(os.pread(fd, length, 8), size, str(path))

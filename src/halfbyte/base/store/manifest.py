@@ -14,6 +14,7 @@ from pathlib import Path
 
 from halfbyte.errors import StoreError
 from halfbyte.system import files
+from halfbyte.system.platforms import calls
 from halfbyte.types import Document
 
 MANIFEST = "halfbyte-store.json"
@@ -103,8 +104,7 @@ def header_hash(path: Path) -> str | None:
     if path.suffix != ".safetensors":
         return None
     with path.open("rb") as file:
-        if hasattr(os, "posix_fadvise"):  # the header, and not what the disk reads ahead
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        calls.advise(file.fileno(), "RANDOM")  # the header, and not what the disk reads ahead
         start = file.read(8)
         return hashlib.sha256(start + file.read(int.from_bytes(start, "little") % (1 << 30))).hexdigest()
 

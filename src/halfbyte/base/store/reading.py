@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from halfbyte.errors import BaseModelError, StoreError, first_line
 from halfbyte.models.sources import safetensors
 from halfbyte.models.sources.checkpoint import Checkpoint
+from halfbyte.system.platforms import calls
 
 if TYPE_CHECKING:
     import torch
@@ -92,10 +93,10 @@ class Source:
 
     def __enter__(self) -> Source:
         for file in self.files:
-            self._fds[file] = os.open(file, os.O_RDONLY)
+            self._fds[file] = os.open(file, os.O_RDONLY | calls.BINARY)
             # The kernel reads ahead by itself. Asked for each next piece (WILLNEED) it takes the thread's own time, and
             # letting go of a piece then waits for it.
-            _advise(self._fds[file], 0, 0, "SEQUENTIAL")
+            calls.advise(self._fds[file], "SEQUENTIAL")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -112,11 +113,11 @@ class Source:
         fd, at, count = self._fds[tensor.file], tensor.start + offset, len(into)
         done = 0
         while done < count:
-            got = os.preadv(fd, [into[done:]], at + done)
+            got = calls.read_at(fd, into[done:], at + done)
             if got == 0:
                 raise StoreError(f"{tensor.file} is cut short: {tensor.name} ends {count - done} bytes too early.")
             done += got
-        _advise(fd, at, count, "DONTNEED")
+        calls.advise(fd, "DONTNEED", at, count)
 
     def changed(self) -> list[Path]:
         """Files that are not what they were when this source was opened."""
@@ -182,10 +183,3 @@ def _is_zip(file: Path) -> bool:
 def _stamp(file: Path) -> tuple[int, int, int]:
     stat = file.stat()
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
-
-
-def _advise(fd: int, start: int, count: int, what: str) -> None:
-    """Tell the kernel how a range will be read, where it can be told."""
-    advice = getattr(os, f"POSIX_FADV_{what}", None)
-    if advice is not None:
-        os.posix_fadvise(fd, start, count, advice)

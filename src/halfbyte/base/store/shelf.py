@@ -346,8 +346,8 @@ def _lock_file(key: str, kind: str, where: Path | None = None) -> IO[str] | None
 
 
 def _lock(file: IO[str], *, shared: bool = False, wait: bool = False) -> bool:
-    """Lock an open file until it is closed. Without POSIX locks (Windows) every lock is had at once."""
+    """Lock an open file until it is closed."""
     try:
-        return not files.CAN_LOCK or files.lock(file, shared=shared, wait=wait)
+        return files.lock(file, shared=shared, wait=wait)
     except OSError as error:
         raise StoreError(f"{file.name} cannot be locked: {error.strerror or error}.") from error

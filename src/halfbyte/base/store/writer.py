@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from halfbyte.base.store import manifest
 from halfbyte.system import files
+from halfbyte.system.platforms import calls
 from halfbyte.types import Document
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Writer:
         self.fd = -1
 
     def __enter__(self) -> Writer:
-        self.fd = os.open(self.partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+        self.fd = os.open(self.partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | calls.BINARY, 0o644)
         return self
 
     def put(self, name: str, data: Buffer, offset: int = 0) -> None:
@@ -115,5 +116,5 @@ def _write(fd: int, data: Buffer, offset: int) -> None:
     """Write all of it: the system may take less at a time."""
     view = memoryview(data).cast("B")
     while len(view):
-        done = os.pwrite(fd, view, offset)
+        done = calls.write_at(fd, view, offset)
         view, offset = view[done:], offset + done

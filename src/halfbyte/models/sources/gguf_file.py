@@ -21,6 +21,7 @@ from halfbyte.models.sources.checkpoint import locked, need_space
 from halfbyte.models.sources.folder import check_folder
 from halfbyte.system import files
 from halfbyte.system.files import cache_dir
+from halfbyte.system.platforms import calls
 
 log = logging.getLogger("halfbyte")
 # Raised when what is written changes, so that older conversions are not found again.
@@ -87,7 +88,7 @@ def _run_child(file: Path, partial: Path, header: GgufHeader, lock: int) -> None
         # Under links of their own nothing else lies beside the files.
         links = [Path(alone, part.name if len(header.files) > 1 else "model.gguf") for part in header.files]
         for link, part in zip(links, header.files, strict=True):
-            link.symlink_to(part)
+            calls.alias(link, part)
         # -P: a module in the user's folder must not stand in for one of ours.
         command = [sys.executable, "-P", "-m", "halfbyte.models.gguf.convert", str(links[0]), str(partial)]
         quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -96,7 +97,12 @@ def _run_child(file: Path, partial: Path, header: GgufHeader, lock: int) -> None
         with (
             tempfile.TemporaryFile("w+", errors="replace") as said,
             subprocess.Popen(
-                command, env={**os.environ, **quiet}, stdout=subprocess.PIPE, stderr=said, text=True, pass_fds=(lock,)
+                command,
+                env={**os.environ, **quiet},
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+                pass_fds=calls.handed_on(lock),
             ) as child,
         ):
             try:

@@ -101,8 +101,8 @@ PLATFORMS: tuple[Platform, ...] = (
         "NVIDIA card from compute capability 8.0 (Ampere and later), Linux and Windows; one or several",
         lambda m: m.kind != "cpu",
         "everything; several cards hold one model split over them; attention on packs in one call a layer",
-        "fake: load, proofs, train, evaluate, generate, save, resume, split over two, drop-in, a full card; gradients as "
-        "the CPU's. Never on a card, so no speed is known",
+        "fake: load, proofs, train, evaluate, generate, save, resume, split over two, drop-in, a full card; gradients "
+        "as the CPU's. Never on a card, so no speed is known",
         "not measured",
         "PyPI's torch on Linux, x86-64 and ARM64 (CUDA, 3 GB); https://download.pytorch.org/whl/cu130 on Windows; then "
         + WHEEL,
@@ -134,7 +134,7 @@ PLATFORMS: tuple[Platform, ...] = (
     Platform(
         "Linux, ARM64 (Graviton, Grace, Ampere, Raspberry Pi 5)",
         lambda m: m.system == "linux" and m.arm,
-        "everything, in bf16 where the processor has it, else fp32; kernels by LLVM's NEON; decoding without its kernels",
+        "everything, in bf16 where the processor has it, else fp32; kernels in NEON; decoding without its kernels",
         "emulated: qemu-user, Debian arm64, torch 2.10 (tests/arm64.sh)",
         "not measured",
         "PyPI's torch is a build for CUDA from 2.11 on; for processors alone " + CPU_TORCH,

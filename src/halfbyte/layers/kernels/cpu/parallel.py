@@ -5,13 +5,17 @@ each region. `GOMP_parallel` of the libgomp that torch has loaded runs a functio
 What: a kernel is a numba `cfunc` of one pointer to 32 int64 slots: a counter's address, how many rows there are and how
 many a thread takes at once; then addresses, sizes, and floats (as float64 bits). Each thread takes blocks of rows from
 the counter until none is left.
-Source: GOMP_parallel is libgomp's stable entry point (libgomp.map, GOMP_4.0); LLVM's libomp exports it too.
-Cost: 5 microseconds a call. Without an OpenMP library in the process the kernel runs on the calling thread alone.
+Source: GOMP_parallel is libgomp's stable entry point (libgomp.map, GOMP_4.0); LLVM's libomp, which torch's wheel for
+macOS brings, exports it too. Intel's library on Windows does not: there Python's threads call the kernel.
+Cost: 5 microseconds a call; 50 by Python's threads.
 """
 
 import ctypes
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +26,7 @@ from torch import Tensor
 from halfbyte.layers.kernels.cpu.scalar import inlined, pointer, take
 
 SLOTS = 32
+MOST_THREADS = 64  # of Python's, where they have to be used
 # Elements that a thread takes at once: a few hundred kB of activations, so that both threads end together.
 BLOCK_ELEMENTS = 64 * 1024
 
@@ -46,14 +51,8 @@ def each_block(slots, part, args):  # type: ignore[no-untyped-def]
 
 @cache
 def _openmp() -> Any | None:
-    """`GOMP_parallel` of the OpenMP library in this process."""
-    try:
-        with open("/proc/self/maps") as maps:
-            paths = {line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line or "libiomp" in line}
-    except OSError:
-        return None
-    inside = [p for p in sorted(paths) if "/torch" in p] or sorted(paths)
-    for path in inside:
+    """`GOMP_parallel` of the OpenMP library that torch has loaded; None where it has none of that name."""
+    for path in _openmp_libraries():
         try:
             found = ctypes.CDLL(path).GOMP_parallel
         except (OSError, AttributeError):
@@ -62,6 +61,27 @@ def _openmp() -> Any | None:
         found.restype = None
         return found
     return None
+
+
+def _openmp_libraries(maps: Path = Path("/proc/self/maps")) -> list[str]:
+    """Where the OpenMP library in this process lies: as Linux lists it, else the one that torch's wheel brings."""
+    try:
+        lines = maps.read_text(encoding="utf-8", errors="replace").splitlines()
+        paths = {line.split()[-1] for line in lines if "libgomp" in line or "libomp" in line or "libiomp" in line}
+    except OSError:
+        folder = Path(torch.__file__).parent
+        paths = {str(path) for path in (folder / "lib").glob("lib*omp*")}
+    return [path for path in sorted(paths) if f"{os.sep}torch" in path] or sorted(paths)
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """Threads of Python's, beside the calling one. A kernel holds no interpreter lock."""
+    return ThreadPoolExecutor(MOST_THREADS, thread_name_prefix="halfbyte-kernel")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of its threads
 
 
 def run(compiled: Any, rows: int, block: int, *values: Tensor | int | float) -> None:
@@ -86,11 +106,15 @@ def run(compiled: Any, rows: int, block: int, *values: Tensor | int | float) -> 
 def start(compiled: Any, slots: np.ndarray) -> None:
     """Call a kernel on every thread with these slots; returns when all are back."""
     threads = torch.get_num_threads()
-    parallel = _openmp() if threads > 1 else None
-    if parallel is None:
+    if threads == 1:
         compiled.ctypes(slots.ctypes.data)
-    else:
+    elif (parallel := _openmp()) is not None:
         parallel(compiled.address, slots.ctypes.data, threads, 0)
+    else:
+        others = [_pool().submit(compiled.ctypes, slots.ctypes.data) for _ in range(min(threads, MOST_THREADS) - 1)]
+        compiled.ctypes(slots.ctypes.data)
+        for other in others:
+            other.result()
 
 
 def works() -> bool:
