@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 KIND = "sdaa"
 TOTAL_BYTES = 8 * 2**30
+OWN_CARD = ("aten.new_empty_strided.default", "aten._to_copy.default")
 SYNCS = ("_local_scalar_dense", "nonzero", "aten.equal", "is_nonzero", "unique", "masked_select")
 
 
@@ -74,6 +75,7 @@ class Cards(TorchDispatchMode):
 
 
 _NOW: list[Cards] = []
+_LIBRARIES: list[torch.library.Library] = []
 
 
 class _Module(backend_registration._DummyBackendModule):
@@ -138,6 +140,10 @@ class _Hook(backend_registration._DummyPrivateUse1Hook):
 @cache
 def _registered() -> None:
     backend_registration._setup_privateuseone_for_python_backend(KIND, backend_module=_Module(), hook=_Hook())
+    # What CUDA has as one kernel and other devices as several operations. Never called: Python's key comes before.
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("silu_backward", lambda *_: None, "PrivateUse1")
+    _LIBRARIES.append(library)
     torch.ones(1, requires_grad=True).sum().backward()  # autograd counts devices now, and once
 
 
@@ -240,6 +246,8 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
     flat, _ = tree_flatten((args, kwargs))
     where = {a.device for a in flat if isinstance(a, Card)}
     asked = kwargs.get("device")
+    if name in OWN_CARD and where and asked is not None and torch.device(asked).type == KIND:
+        asked = next(iter(where))  # from torch's own code, for which all cards are one; others say `to`
     target = torch.device(asked) if asked is not None else next(iter(where), None)
     if not any(k in name for k in ("_to_copy", "aten.copy_", "aten.to.", "set_.source")):
         _refuse_mixing(name, flat, where)
@@ -270,7 +278,9 @@ def _real(a: Any) -> Any:
 
 def _refuse_mixing(name: str, flat: list[Any], where: set[torch.device]) -> None:
     plain = [a for a in flat if isinstance(a, torch.Tensor) and not isinstance(a, Card) and a.dim() > 0]
-    if name.startswith("aten._foreach") or (name == "aten.mul_.Tensor" and getattr(flat[-1], "ndim", 0) == 0):
+    if name.startswith(("aten._foreach", "aten._fused_adam")) or (
+        name == "aten.mul_.Tensor" and getattr(flat[-1], "ndim", 0) == 0
+    ):
         return  # torch's own code sorts tensors by device, and for it all cards are one
     taken_along = "index" in name and "index_copy" not in name and "index_select" not in name  # x[cpu indices]
     if len(where) > 1 or (where and plain and not taken_along):

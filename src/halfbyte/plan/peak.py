@@ -46,7 +46,8 @@ class MicroBatch:
 
 
 def largest_micro_batch(job: Job, tokens: int) -> MicroBatch:
-    """The worst micro-batch of at most `tokens`, and no more than the largest step: the longest rows together."""
+    """The worst micro-batch of at most `tokens`, and no more than the largest step: the longest rows together, or more
+    rows that are shorter, whichever are more tokens."""
     rows, tokens = job.rows.descending, min(tokens, job.step_tokens)
     most = job.rows_per_step if job.packed else 1
     taken = _first(rows, most, tokens)
@@ -58,7 +59,19 @@ def largest_micro_batch(job: Job, tokens: int) -> MicroBatch:
                 break
             taken.append(int(rows[at]))
             left, at = left - taken[-1], at + 1
+        taken = max(taken, _neighbours(rows, most, tokens), key=sum)
     return MicroBatch(tuple(taken) or (1,), round(sum(taken) * job.rows.labelled_share))
+
+
+def _neighbours(rows: Sizes, most: int, tokens: int) -> list[int]:
+    """Of rows that follow one another, at most so many, those that come nearest to `tokens` and are no more."""
+    ends, best = np.concatenate([[0], np.cumsum(rows)]), slice(0, 0)
+    for count in range(1, min(most, len(rows)) + 1):
+        sums = ends[count:] - ends[:-count]  # falling
+        at = int(np.searchsorted(-sums, -tokens))
+        if at < len(sums) and sums[at] > ends[best.stop] - ends[best.start]:
+            best = slice(at, at + count)
+    return [int(length) for length in rows[best]]
 
 
 def _first(rows: Sizes, most: int, tokens: int) -> list[int]:

@@ -21,7 +21,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return without.work(tmp_path_factory.mktemp("here"))
 
 
-@pytest.mark.parametrize("system", ["windows", "macos"])
+@pytest.mark.parametrize("system", ["windows", pytest.param("macos", marks=pytest.mark.slow)])
 def test_the_main_job_runs_and_learns_the_same(system: str, here: dict[str, Any], tmp_path: Path) -> None:
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(

@@ -21,20 +21,30 @@ def _largest(a):  # type: ignore[no-untyped-def]
     return top
 
 
+# Summed in fp32 at once; beyond, in fp64. A vocabulary in one fp32 sum would lose as many bits as vectors are short.
+PART = 2048
+
+
 @inlined
 def _exp_sum(a, top):  # type: ignore[no-untyped-def]
-    total = np.float32(0.0)
-    for j in range(a.shape[0]):
-        total += exp_f32(load(a[j]) - top)
-    return total
+    total = np.float64(0.0)
+    for first in range(0, a.shape[0], PART):
+        part = np.float32(0.0)
+        for j in range(first, min(first + PART, a.shape[0])):
+            part += exp_f32(load(a[j]) - top)
+        total += np.float64(part)
+    return np.float32(total)
 
 
 @inlined
 def _plain_sum(a):  # type: ignore[no-untyped-def]
-    total = np.float32(0.0)
-    for j in range(a.shape[0]):
-        total += load(a[j])
-    return total
+    total = np.float64(0.0)
+    for first in range(0, a.shape[0], PART):
+        part = np.float32(0.0)
+        for j in range(first, min(first + PART, a.shape[0])):
+            part += load(a[j])
+        total += np.float64(part)
+    return np.float32(total)
 
 
 @inlined
