@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,10 +18,16 @@ from transformers import Trainer, TrainingArguments
 
 import halfbyte
 from halfbyte import finetune
+from halfbyte.adapters import dropin
+from halfbyte.base import load, stream
+from halfbyte.errors import BaseModelError
 from halfbyte.inference import generate
 from halfbyte.inference import load as opened
 from halfbyte.layers import loss
+from halfbyte.models.sources.lookup import find_model
 from halfbyte.plan import choose
+from halfbyte.quant import bnb as codec
+from halfbyte.system import device
 from tests import fake_card, tiny, tiny_run
 from tests.test_fake_card import DROPIN, Notes, losses, machine, of_cpu, on, padded
 
@@ -147,3 +154,33 @@ def test_memory_of_a_card_is_as_planned(count: int, options: dict[str, Any], tmp
     assert set(WITHOUT_DEVICE) <= set(lines)
     planned = sum(size for name, size in lines.items() if name not in WITHOUT_DEVICE)
     assert seen > 9_000_000 and planned == pytest.approx(seen, rel=0.05), (planned, seen, lines)
+
+
+@pytest.mark.parametrize(("capability", "wanted"), [((9, 0), torch.bfloat16), ((7, 5), torch.float16)])
+def test_a_scripts_base_is_in_the_dtype_that_its_card_multiplies(
+    capability: tuple[int, int], wanted: torch.dtype, tmp_path: Path
+) -> None:
+    """A script that asks for fp16 over a bf16 model had no fused layers on any card, and a T4 stayed in bf16."""
+    tiny_run.checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    recipe = tiny_run.recipe(tmp_path, quant__type="nf4", quant__compute_dtype="bf16").recipe
+    with machine(), mock.patch.object(fake_card._Module, "get_device_capability", return_value=capability):
+        lm = load.open_base(find_model(recipe), recipe.quant, device.detect(), with_tokenizer=False).model
+        codec.set_compute_dtype(lm, torch.float16)  # bnb_4bit_compute_dtype
+        assert lm.dtype == torch.bfloat16
+        dropin._say_once.cache_clear()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert not dropin.make_ready(lm)
+        assert any("no bf16 multiply: computing in float16" in str(w.message) for w in told) == (capability < (8, 0))
+        dtypes = {layer.compute_dtype for _, layer in codec.linears_4bit(lm)}
+        assert dtypes | {p.dtype for p in lm.parameters() if p.dtype.is_floating_point} == {wanted}
+
+
+def test_a_base_on_a_card_is_told_what_placements_there_are() -> None:
+    """Not to set what it is."""
+    with fake_card.cards():
+        lm = tiny.model("llama").to(f"{fake_card.KIND}:0")
+        for placement in ("mapped", "streamed"):
+            with pytest.raises(BaseModelError, match="keeps the base in RAM, and this one is on a card") as told:
+                stream.place(lm, placement)
+            assert "quant.placement=auto" in str(told.value.fix)

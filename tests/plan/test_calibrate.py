@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from halfbyte.plan import Rates, Rows, Time, calibrate, make
 from halfbyte.system import device
+from tests import fake_card
 from tests.plan.test_choose import cpu, job
 
 RATES = Rates(1e9, 2e9, 3e9, 4e9, 5e9, "measured for this test")
@@ -154,3 +158,22 @@ def test_a_cache_that_cannot_be_written_costs_only_time(monkeypatch: pytest.Monk
     monkeypatch.setenv("HALFBYTE_CACHE", str(cache / "file"))
     monkeypatch.setattr(calibrate, "measure", lambda *args: RATES)
     assert calibrate.ensure(device.detect(), "bf16") == RATES
+
+
+@pytest.mark.parametrize("where", ["cpu", f"{fake_card.KIND}:0"])
+def test_a_card_is_measured_in_large_pieces_and_waited_for(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones, one at a time, would measure how fast the host can ask."""
+    waits, ran, sizes = list[int](), list[int](), list[int]()
+    monkeypatch.setattr(fake_card._Module, "synchronize", lambda *_: waits.append(len(ran)))
+    with fake_card.cards():
+        calibrate.Tries(where)._once(lambda: ran.append(1))
+        assert (len(ran), waits) == ((1, []) if where == "cpu" else (8, [0, 8]))
+        own, randn = torch.ones, torch.randn
+        monkeypatch.setattr(torch, "ones", lambda *size, **_: sizes.append(math.prod(size)) or own(1))
+        monkeypatch.setattr(torch, "randn", lambda *size, **_: sizes.append(math.prod(size)) or randn(256, 8, 64))
+        monkeypatch.setattr("halfbyte.quant.bnb.quantised_linear", lambda weight, at: None)
+        monkeypatch.setattr(calibrate.Tries, "best", lambda self, call: 1.0)
+        monkeypatch.setattr(calibrate, "_disk", lambda: 1.0)
+        with contextlib.suppress(RuntimeError):  # attention of tensors that are not what was asked for
+            calibrate._seen(calibrate.Tries(where), torch.bfloat16)
+    assert (sizes[0], sizes[-1]) == ((2048**2, 1024 * 8 * 64) if where == "cpu" else (8192**2, 8192 * 32 * 128))

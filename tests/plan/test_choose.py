@@ -428,3 +428,22 @@ def test_a_step_has_no_more_rows_than_there_are() -> None:
     assert many["matrix products"] > 2 * few["matrix products"]
     assert job(cpu(64), rows=Rows((200,) * 20), train__per_device_train_batch_size=16).mean_rows_per_step == 20
     assert job(cpu(64), rows=Rows((200,) * 65)).mean_rows_per_step == 13  # the last of five steps has one
+
+
+def test_a_card_is_planned_with_what_is_free_on_it() -> None:
+    """The smallest of all counts only where the model is split over all."""
+    mixed = replace(cards(24, 2), cards=(Card("a", 24 * GB, 20 * GB, (8, 0)), Card("b", 24 * GB, 3 * GB, (8, 0))))
+    assert choose.available_bytes(mixed) == 20 * GB
+    assert choose.available_bytes(mixed, "split") == 3 * GB
+    plan = made(mixed)
+    assert (plan.placement, plan.available_bytes) == ("resident", 20 * GB)
+
+
+def test_a_plan_of_a_card_has_what_is_no_tensor_the_copy_of_gradients_and_the_store() -> None:
+    here = cards(24)
+    plan = memory.make(replace(job(here, train__gradient_accumulation_steps=16), stored=True), here)
+    on_card = {line.name: line.bytes for line in plan.lines if line.where == "device"}
+    assert on_card["CUDA context"] > 300e6 and on_card["cuBLAS workspace"] > 8e6
+    assert on_card["gradients' copy"] == on_card["gradients"] > 0
+    assert {line.where for line in plan.host_lines} <= {"private", "file"} and plan.host_lines
+    assert "base store" in {line.name for line in plan.disk}

@@ -1,0 +1,85 @@
+"""compiled.py: kernels are compiled, and weights quantised, also where numba would find no place for its cache."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from halfbyte.system import compiled, files
+
+# A user who may write into no folder but the system's temporary one.
+CODE = """
+import os, sys, tempfile
+own, temporary = tempfile.TemporaryFile, os.path.realpath(tempfile.gettempdir())
+def refusing(*args, dir=None, **kwargs):
+    if dir is not None and not os.path.realpath(dir).startswith(temporary):
+        raise PermissionError(13, "Permission denied", str(dir))
+    return own(*args, dir=dir, **kwargs)
+tempfile.TemporaryFile = refusing
+import numpy as np, torch
+from halfbyte.layers.kernels import cpu
+from halfbyte.system import compiled
+if sys.argv[1] == "without":
+    from halfbyte.layers.kernels.cpu import gate
+assert cpu.enabled(), "no kernels"
+from halfbyte.layers import norm_gate
+from halfbyte.quant.kernels import nf4_cpu
+x = torch.ones(4, 64)
+assert norm_gate.rms_norm(x, torch.ones(64), 1e-5, one_plus=False).shape == x.shape
+codes, *_ = nf4_cpu.quantise(x.numpy().reshape(-1), "nf4", 64)
+print(len(codes), os.environ[compiled.VARIABLE])
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "own"))
+    monkeypatch.delenv(compiled.VARIABLE, raising=False)
+    compiled.find_place.cache_clear()
+    yield tmp_path / "own" / "numba"
+    compiled.find_place.cache_clear()
+
+
+def unwritable(monkeypatch: pytest.MonkeyPatch, *allowed: Path) -> None:
+    monkeypatch.setattr(files, "why_unwritable", lambda folder: "" if folder in allowed else "it may not be written")
+
+
+def test_numbas_own_place_is_left_to_it(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unwritable(monkeypatch, compiled.places()[0])
+    compiled.find_place()
+    assert compiled.VARIABLE not in os.environ
+
+
+def test_without_one_it_is_halfbytes_and_else_one_of_this_process(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unwritable(monkeypatch, own)
+    compiled.find_place()
+    assert os.environ[compiled.VARIABLE] == str(own)
+    monkeypatch.delenv(compiled.VARIABLE)
+    compiled.find_place.cache_clear()
+    unwritable(monkeypatch)
+    compiled.find_place()
+    made = Path(os.environ[compiled.VARIABLE])
+    assert made.is_dir() and made.name.startswith("halfbyte-numba-")
+    made.rmdir()
+    monkeypatch.delenv(compiled.VARIABLE)
+
+
+@pytest.mark.parametrize("place", ["with", "without"])
+def test_a_user_without_a_home_folder_has_kernels_and_a_quantiser(place: str) -> None:
+    """Without a place, which is what numba itself would find, the first kernel is refused."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("HALFBYTE_CACHE", compiled.VARIABLE, "XDG_CACHE_HOME")}
+    env = kept | {"HOME": "/nonexistent"}
+    done = subprocess.run([sys.executable, "-c", CODE, place], env=env, capture_output=True, text=True)
+    if place == "without":
+        assert done.returncode != 0 and "cannot cache function" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr[-2000:]
+    codes, folder = done.stdout.split()
+    assert codes == "128" and Path(folder).name.startswith("halfbyte-numba-")
+    shutil.rmtree(folder)
