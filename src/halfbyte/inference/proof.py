@@ -18,7 +18,7 @@ import torch
 
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import RunError
-from halfbyte.layers.loss import accepts
+from halfbyte.layers.loss import keeps_some
 from halfbyte.system import files
 from halfbyte.types import Document, Model
 
@@ -107,8 +107,9 @@ def logits_at(model: Model, ids: Sequence[int], at: Sequence[int]) -> torch.Tens
     try:
         with torch.no_grad():
             row = torch.tensor([list(ids)], device=model.device)
-            if accepts(model, "logits_to_keep"):
+            if keeps_some(model):
                 return model(input_ids=row, logits_to_keep=where).logits[0].float()
-            return model(input_ids=row).logits[0].index_select(0, where).float()
+            logits = model(input_ids=row).logits[0]
+            return logits.index_select(0, where.to(logits.device)).float().to(where.device)
     finally:
         model.train(was_training)

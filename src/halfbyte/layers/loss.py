@@ -47,6 +47,12 @@ def accepts(model: Model, name: str) -> bool:
     return name in inspect.signature(type(inner).forward).parameters
 
 
+def keeps_some(model: Model) -> bool:
+    """Whether a forward takes the positions of the logits it is asked for (`logits_to_keep`), where they lie now: over
+    several cards the hidden states end on another one than the input."""
+    return accepts(model, "logits_to_keep") and len({p.device for p in model.parameters()}) == 1
+
+
 def micro_batch_loss(model: Model, batch: Batch, *, label_smoothing: float = 0.0, fused: bool = True) -> torch.Tensor:
     """Summed cross-entropy over the labelled tokens of one packed micro-batch, fp32. Scalar.
 
@@ -111,7 +117,7 @@ def _labelled(model: Model, batch: Batch, *, fused: bool = True) -> tuple[torch.
         labelled: torch.Tensor = _Rows.apply(hidden[0], keep.to(hidden.device))
         return labelled, targets, head
     # over several cards a forward would index the last one's hidden states with numbers on the first
-    if accepts(model, "logits_to_keep") and len({p.device for p in model.parameters()}) == 1:
+    if keeps_some(model):
         logits = model(**inputs, logits_to_keep=keep).logits[0]  # (K, V)
     else:
         logits = model(**inputs).logits[0]  # (N, V)
