@@ -134,7 +134,7 @@ def slow(*values: object) -> Any:
     [
         (1, {"quant__compute_dtype": "bf16"}),
         slow(1, {"quant__compute_dtype": "fp32"}),
-        slow(1, {"quant__compute_dtype": "bf16", "train__gradient_checkpointing": True, **ALL}),
+        slow(1, {"quant__compute_dtype": "bf16", "train__gradient_checkpointing": True}),
         slow(1, {"quant__compute_dtype": "bf16", "lora__lora_dropout": 0.1, **ALL}),
         (2, {"quant__compute_dtype": "bf16"}),
     ],

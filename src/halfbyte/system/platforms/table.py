@@ -135,7 +135,7 @@ PLATFORMS: tuple[Platform, ...] = (
         "Linux, ARM64 (Graviton, Grace, Ampere, Raspberry Pi 5)",
         lambda m: m.system == "linux" and m.arm,
         "everything, in bf16 where the processor has it, else fp32; kernels in NEON; decoding without its kernels",
-        "emulated: qemu-user, Debian arm64, torch 2.10 (tests/arm64.sh)",
+        "emulated: kernels under qemu-user, torch 2.10 (tests/arm64.sh); a training there was not seen to its end",
         "not measured",
         "PyPI's torch is a build for CUDA from 2.11 on; for processors alone " + CPU_TORCH,
     ),
