@@ -43,7 +43,8 @@ _EXECUTED = """\
 - **real**: on such a machine. **never**: what is written there was read from the code and from the libraries' wheels.
 - **limited**: `python benchmarks/throughput.py CASE --isa avx2 --dtype fp32` and its like; no library or kernel uses an
   instruction beyond the limit.
-- **emulated**: `bash tests/arm64.sh` runs an arm64 Debian under qemu-user: the main job, tests of kernels and quantiser.
+- **emulated**: `bash tests/arm64.sh` runs an arm64 Debian under qemu-user: the main job, tests of kernels and
+  quantiser.
 - **fake**: `tests/fake_card.py` runs every operation of a card on the CPU, refuses to mix devices, counts what makes
   the host wait and every byte that lives on a card.
 - **by removal**: `tests/system/platforms/without.py` takes away what a system lacks (file locks, `preadv`, `resource`,
