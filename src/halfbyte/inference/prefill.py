@@ -66,7 +66,7 @@ def read(
     name = "cache" if "cache" in inspect.signature(of.forward).parameters else "past_key_values"
     options = {**packing.forward_inputs(lm, batch), "use_cache": True, name: cache}
     options.pop("labels", None)
-    keeps = not rows and loss.accepts(lm, "logits_to_keep")
+    keeps = not rows and loss.keeps_some(lm)
     with decode.entering(decode.layers_of(lm)[0]) as entered:
         made = of(**options, **({"logits_to_keep": ends} if keeps else {}))[0][0]
     if rows and head is not None:
