@@ -38,7 +38,7 @@ def test_a_mistake_leaves_with_2_and_a_failed_run_with_1() -> None:
         "ExportError": 1,
         "Unforeseen": 1,
     }
-    assert TrainError in kinds and len(kinds) == 12
+    assert TrainError in kinds and len(kinds) == 14
 
 
 def test_the_first_line_of_a_library() -> None:

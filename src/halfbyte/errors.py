@@ -63,6 +63,18 @@ class RunError(HalfbyteError):
     """A run folder that exists, is missing, is locked or is incomplete."""
 
 
+class WorldError(HalfbyteError):
+    """Processes of one run that do not belong together, or that nobody told of each other."""
+
+
+class RankLost(WorldError):
+    """Another process of the run has failed or is gone. `exit_code` is that of its failure."""
+
+    def __init__(self, message: str, *, fix: str | None = None, exit_code: int = 1) -> None:
+        super().__init__(message, fix=fix)
+        self.exit_code = exit_code
+
+
 class TrainError(HalfbyteError):
     """A run that started and failed (non-finite loss, disk full, adapter without a gradient)."""
 

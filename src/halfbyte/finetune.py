@@ -5,6 +5,7 @@ Only this file (and `doctor.py` and the command line) tells the rooms about each
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +18,14 @@ from halfbyte.base import load, residual, stream
 from halfbyte.base.store import supply
 from halfbyte.base.tokenizer import check_vocabulary
 from halfbyte.data import collate, pack, split
-from halfbyte.data.encoding.chatml import chat_template
+from halfbyte.distributed import agree, send
+from halfbyte.distributed import world as worlds
+from halfbyte.distributed.launch import launched
+from halfbyte.distributed.world import World
 from halfbyte.errors import DataError, TrainError
 from halfbyte.inference import evaluate, proof, verify
 from halfbyte.layers.kernels import pool
-from halfbyte.plan import calibrate, sequences_beside
+from halfbyte.plan import calibrate
 from halfbyte.recipe.adapter import folder_of
 from halfbyte.recipe.file import seen_from, to_yaml
 from halfbyte.recipe.schema import Loaded, Recipe
@@ -34,10 +38,10 @@ from halfbyte.runs.room import Room
 from halfbyte.system import accelerator, device, files, threads, usage
 from halfbyte.system.versions import versions
 from halfbyte.training import fit, prepare, resuming
-from halfbyte.training.callback import RunCallback
+from halfbyte.training.callback import Follower, RunCallback
 from halfbyte.training.events import Listener, StopRequest, stop_on_signals, without_a_terminal
 from halfbyte.training.pace import Pace, recompute_as, rehearse
-from halfbyte.training.schedule import cadence, eval_every, micro_batches
+from halfbyte.training.schedule import cadence, eval_every, micro_batches, plan_steps
 from halfbyte.training.stopping import EarlyStopping
 from halfbyte.training.trainer import Left, StepTrainer, training_arguments
 from halfbyte.training.watch import spikes
@@ -84,39 +88,52 @@ class Ready:
     point: points.Point | None
     trained: Document
     compute: integer.Decision
+    world: World
 
 
-def train(loaded: Loaded, *, resume: bool = False, force: bool = False, listener: Listener | None = None) -> Outcome:
+def train(
+    loaded: Loaded,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    listener: Listener | None = None,
+    world: World | None = None,
+) -> Outcome:
     """Fine-tune. Nothing is written before the model, the data and the adapters are known to be good.
 
     Args:
         resume: go on from the run's newest checkpoint; a finished run of which no more is asked stays as it is.
         force: go on also where base, tokenizer or chat template are not those of the checkpoint.
+        world: the processes that train together; None for those that a launcher has started (`distributed.world`).
 
     Raises:
         HalfbyteError: a mistake in the recipe, the data or the model, before the run folder exists; TrainError after.
     """
-    tell, out, machine = listener or Listener(), Path(loaded.recipe.output), device.detect()
+    if world is None:
+        with worlds.opened() as found:
+            return train(loaded, resume=resume, force=force, listener=listener, world=found)
+    tell, out = (listener if world.first else None) or Listener(), Path(loaded.recipe.output)
+    machine = world.share(device.detect())
     with without_a_terminal():
-        point = None
-        if resume:
-            folder = RunFolder.open(out, need_adapter=False)
-            if (report := points.complete(loaded.recipe)) is not None:
-                return Outcome(out, report, report["steps"])
-            point = points.newest(folder.checkpoints)
-            if point is not None:
-                points.check_recipe(point, loaded.recipe)
-            else:
-                tell.note("resume", "from the beginning: the run was ended before its first checkpoint")
-        else:
-            RunFolder.check_free(out)
-        ready = make_ready(loaded.recipe, machine, tell, point, force=force)
+        resume = world.goes_on(out, resume)
+        begun = world.from_first(lambda: resuming.begin(loaded.recipe, resume=resume))
+        if begun["report"] is not None:
+            return Outcome(out, begun["report"], begun["report"]["steps"])
+        point = resuming.point_of(begun["point"])
+        if resume and point is None:
+            tell.note("resume", "from the beginning: the run was ended before its first checkpoint")
+        agree.check(world, points.values_that_train(loaded.recipe))
+        ready = make_ready(loaded.recipe, machine, tell, point, force=force, world=world)
+        if not world.first:
+            return _followed(ready, out)
         local = ready.job.prepared.checkpoint.kind in ("folder", "gguf")
         kept = to_yaml(seen_from(loaded.recipe, out, model=local))
-        if not resume:
-            folder = RunFolder.create(out, kept)
-        elif point is None or point.changes(loaded.recipe):
-            files.write(folder.recipe, kept.encode())
+        beside = launched(world.agents)
+        if resume and (point is None or point.changes(loaded.recipe)):
+            beside["recipe.yaml"] = kept.encode()
+        folder = RunFolder(out) if resume else RunFolder.create(out, kept, beside)
+        for name, content in beside.items() if resume else ():
+            files.write(out / name, content)
         return _trained(loaded, ready, folder, tell)
 
 
@@ -128,14 +145,23 @@ def _trained(loaded: Loaded, ready: Ready, folder: RunFolder, tell: Listener) ->
         try:
             room = Room(tell.warn, lambda: stop.signal is not None)
             room.write(lambda: keep_rows(loaded, ready, run))
-            callback = run_steps(ready, run, stop, tell)
-            step = callback.trainer.state.global_step
-            if stop.signal is not None and step < len(ready.steps) and not callback.stopped_early:
-                return Outcome(run.path, {}, step, stop.signal)
-            return Outcome(run.path, finish(ready, run, callback, peak, room), step)
+            callback, ended = run_steps(ready, run, stop, tell)
+            if ended.stopped_by is not None or callback is None:
+                return ended
+            return Outcome(run.path, finish(ready, run, callback, peak, room), ended.step)
         except KeyboardInterrupt:
             saved = [points.step_of(path) for path in points.checkpoints(run.checkpoints)]
             return Outcome(run.path, {}, max(saved, default=0), stop.signal or Signals.SIGINT, at_once=True)
+        finally:
+            ready.placed.remove()
+
+
+def _followed(ready: Ready, out: Path) -> Outcome:
+    """Every step, in a process that is not the first one: nothing of it is kept."""
+    with tempfile.TemporaryDirectory(prefix="halfbyte-") as folder, stop_on_signals() as stop:
+        try:
+            _, ended = run_steps(ready, RunFolder(Path(folder)), stop, Listener())
+            return Outcome(out, {}, ended.step, ended.stopped_by)
         finally:
             ready.placed.remove()
 
@@ -147,18 +173,23 @@ def make_ready(
     point: points.Point | None = None,
     *,
     force: bool = False,
+    world: World | None = None,
 ) -> Ready:
     """Rows, plan, base, adapters and micro-batches; the longest of these runs once unless the plan leaves much free."""
-    settings = threads.settle(machine.cores)
+    world = world or World()
+    settings = threads.settle(machine.cores, world.env, sharing=world.sharing)
     tell.note("process", settings.line)
     for text in machine.notes:
         tell.note("machine", text)
-    job = fit.planned(recipe, machine, tell)
-    fit.check_disk(job.plan, Path(recipe.output))
+    with world.node_first():
+        job = fit.planned(recipe, machine, tell, ranks=world.size)
+    if world.first:
+        fit.check_disk(job.plan, Path(recipe.output))
     prepared, plan = job.prepared, job.plan
     if point is None:
         residual.look(prepared.checkpoint, prepared.config, prepared.recipe, job.modules)
     fingerprints = prepare.fingerprints(prepared)
+    agree.check(world, {"rows": fingerprints, **fit.alike(job)})
     notices = [] if point is None else resuming.check(point, recipe, fingerprints, job.figures.steps, tell)
     for name, why in plan.reasons.items():
         tell.note("plan", f"{name} {getattr(plan, name)}: {why}")
@@ -170,56 +201,40 @@ def make_ready(
     notices += [*prepare.notices(prepared), *(str(f) for f in prepared.findings if f.level != "ok"), *plan.warnings]
     start = folder_of(recipe.lora.adapter) if recipe.lora.adapter is not None and point is None else None
     placed, base = _assembled(job, tell, notices, start, fresh=point is None)
-    belongs = _belongs(job, base, notices, start, point, force=force)
+    belongs = resuming.belongs(job.prepared, base, notices, start, point, force=force)
+    if said := agree.join(world, belongs, base.model, settings.threads):
+        tell.note("world", said)
     recompute_as(base.model, plan.recompute)
     pace = fit.make_pace(job, base.model, lambda text: tell.note("memory", text), packed=base.packed.ok)
-    steps, held_out = micro_batches(prepared, pace.tokens, pace.examples_per_micro_batch)
-    compute = _compute(job, base, steps[0], tell, notices)
+    examples = pace.examples_per_micro_batch
+    steps, held_out = micro_batches(prepared, pace.tokens, examples, rank=world.rank, ranks=world.size)
+    compute = fit.compute(job, base, plan_steps(prepared, pace.tokens, examples)[0], tell, notices)
+    agree.check(world, {"compute": {"products": str(compute.products)}})
     for notice in notices:
         tell.note("note", notice)
     accelerator.reset_peaks()  # of a calibration and the proofs
     usage.trim()  # what the proofs and the opening of the base left, in the heap and in blocks of our own
     pool.POOL.give_back()
-    scores = _scores(job, base.model, pace.tokens)
-    if plan.needed_bytes <= fit.UNREHEARSED * plan.available_bytes:
-        held = usage.now()
-        said = f"nothing: {plan.needed_bytes / 1e9:.2f} GB are planned, a small part of what is free"
-    else:
-        batch = collate.Batches(prepared.train.examples, ()).of
-        tried = rehearse(base.model, pace, steps.longest_micro_batch(), batch, held_out)
-        held = tried.held
-        said = (
-            f"{tried.tokens} tokens, the longest micro-batch, in {tried.seconds:.1f} s: "
-            f"{tried.micro_batch_bytes / 1e9:.2f} GB above {held.private / 1e9:.2f} GB held"
-        )
-    tell.note("rehearsed", said)
+    scores = evaluate.of_run(job, base.model, pace.tokens)
+    held = _rehearsed(job, base.model, pace, steps, held_out, tell)
     trained = points.trained_with(recipe, fingerprints, belongs)
-    return Ready(job, base, placed, pace, steps, held_out, scores, held, settings, notices, point, trained, compute)
+    return Ready(
+        job, base, placed, pace, steps, held_out, scores, held, settings, notices, point, trained, compute, world
+    )
 
 
-def _compute(
-    job: fit.PlannedRun, base: Assembled, step: pack.Step, tell: Listener, notices: list[str]
-) -> integer.Decision:
-    """How the frozen products are computed; proven on some rows of the first step where that is not exact."""
-    asked, train = job.prepared.recipe.quant.compute, job.prepared.train
-    if asked == "exact":
-        return integer.decide(base.model, asked, {})
-    batch = collate.Batches(train.examples, ()).of(integer.rows_for_proof(step, train.lengths, packed=base.packed.ok))
-    found = integer.decide(base.model, asked, batch)
-    tell.note("compute", str(found))
-    notices += [] if found.products == integer.BOTH else [f"compute: {found}"]
-    return found
-
-
-def _scores(job: fit.PlannedRun, model: Model, tokens: int) -> Callable[[], dict[str, float]]:
-    """What scores answers in an evaluation, as many at once as there is memory for beside the training."""
-    prepared, plan, settings = job.prepared, job.plan, job.prepared.recipe.eval
-    if prepared.evaluation is None or not settings.metrics:
-        return dict
-    examples = prepared.evaluation.examples[: settings.rows]
-    longest = max(len(e.prompt_ids) for e in examples) + settings.max_new_tokens
-    at_once = sequences_beside(job.figures, plan.available_bytes - plan.needed_bytes, longest)
-    return evaluate.while_training(model, prepared.tokenizer, examples, settings, at_once, tokens)
+def _rehearsed(
+    job: fit.PlannedRun, model: Model, pace: Pace, steps: pack.Steps, held_out: collate.Batches, tell: Listener
+) -> usage.Usage:
+    """Memory before the first step, after the longest micro-batch has run once unless the plan leaves much free."""
+    plan, longest = job.plan, steps.longest_micro_batch()
+    if plan.needed_bytes <= fit.UNREHEARSED * plan.available_bytes or not longest:
+        tell.note("rehearsed", f"nothing: {plan.needed_bytes / 1e9:.2f} GB are planned, a small part of what is free")
+        return usage.now()
+    tried = rehearse(model, pace, longest, collate.Batches(job.prepared.train.examples, ()).of, held_out)
+    took = f"{tried.micro_batch_bytes / 1e9:.2f} GB above {tried.held.private / 1e9:.2f} GB held"
+    tell.note("rehearsed", f"{tried.tokens} tokens, the longest micro-batch, in {tried.seconds:.1f} s: {took}")
+    return tried.held
 
 
 def _assembled(
@@ -266,27 +281,6 @@ def _assembled(
     return placed, made
 
 
-def _belongs(
-    job: fit.PlannedRun,
-    base: Assembled,
-    notices: list[str],
-    start: Path | None,
-    point: points.Point | None,
-    *,
-    force: bool,
-) -> Document:
-    """What the adapter will belong to. A checkpoint of something else is refused unless forced; an adapter that the
-    run begins with only noted."""
-    tokenizer, recipe = job.prepared.tokenizer, job.prepared.recipe
-    belongs = passport.belongs_to(base.base, recipe.quant, tokenizer, chat_template(tokenizer, recipe.data))
-    if point is not None and "belongs_to" in point.trained:
-        found = passport.differences(point.trained["belongs_to"], belongs)
-        notices += passport.refuse(f"the checkpoint {point.path}", found, force=force)
-    if start is not None:
-        notices += passport.check(start, belongs, force=True)
-    return belongs
-
-
 def keep_rows(loaded: Loaded, ready: Ready, run: RunFolder) -> None:
     """Write the plan, the rows that were held out, and what is known before the first step."""
     plan = {**ready.job.plan.to_json(), "steps": len(ready.steps), "tokens": ready.steps.tokens}
@@ -297,14 +291,17 @@ def keep_rows(loaded: Loaded, ready: Ready, run: RunFolder) -> None:
     beginning.keep(run, loaded, ready.job, ready.base, ready.compute, ready.notices, step)
 
 
-def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener) -> RunCallback:
-    """Every step, from the first or from a checkpoint, until the last or until a signal."""
-    prepared, steps, point = ready.job.prepared, ready.steps, ready.point
-    source, recipe, model, base = prepared.checkpoint, prepared.recipe, ready.base.model, ready.base.base
-    run.truncate_metrics(point.step if point is not None else 0)
-    run.report.unlink(missing_ok=True)  # of the shorter run that goes on
+def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener) -> tuple[RunCallback | None, Outcome]:
+    """Every step, from the first or from a checkpoint, until the last or until a signal. The callback of the first
+    process is what writes the run."""
+    prepared, steps, point, world = ready.job.prepared, ready.steps, ready.point, ready.world
+    recipe, model, base = prepared.recipe, ready.base.model, ready.base.base
+    resume = None if point is None else send.checkpoint(world, point.path, run.path)
+    if world.first:
+        run.truncate_metrics(point.step if point is not None else 0)
+        run.report.unlink(missing_ok=True)  # of the shorter run that goes on
     arguments = training_arguments(
-        recipe.train,
+        recipe.train if world.first else recipe.train.model_copy(update={"report_to": "none"}),
         folder=run.path,
         total_steps=len(steps),
         fp16=base.compute_dtype == "fp16",
@@ -318,8 +315,47 @@ def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener) -
         eval_batches=ready.held_out,
         loraplus_lr_ratio=recipe.train.loraplus_lr_ratio,
         pace=ready.pace,
+        world=world,
     )
-    callback = RunCallback(
+    agreed = stop if world.alone else StopRequest()  # of several processes none ends alone
+    trainer.heard = lambda: setattr(agreed, "signal", agreed.signal or stop.signal or Signals.SIGTERM)
+    callback = _writer(ready, run, trainer, agreed, tell, resume) if world.first else None
+    trainer.add_callback(callback or Follower(trainer, agreed, resume))
+    early = None
+    if recipe.train.early_stopping_patience is not None:
+        early = EarlyStopping(recipe.train, world.from_first(run.read_metrics))
+        trainer.add_callback(early)
+    trainer.scores = ready.scores
+    # early stopping decides on the evaluation itself, so that one is always finished
+    trainer.evaluating, trainer.stops = tell.evaluating, lambda: stop.signal is not None and early is None
+    trainer.leaves = lambda: stop.signal is not None
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
+    except Left:
+        if callback is not None:
+            callback.leave()
+    finally:
+        if callback is not None:
+            callback.writing.abandon()
+        tell.end()
+    at = trainer.state.global_step
+    stopped_early = early is not None and early.stops and at < len(steps)
+    if stopped_early and callback is not None:
+        patience = recipe.train.early_stopping_patience
+        callback.stopped_early = True
+        callback.notices.append(f"stopped early at step {at} of {len(steps)}: no better evaluation in {patience}")
+        tell.note("note", callback.notices[-1])
+    stopped = agreed.signal if at < len(steps) and not stopped_early else None
+    return callback, Outcome(run.path, {}, at, stopped)
+
+
+def _writer(
+    ready: Ready, run: RunFolder, trainer: StepTrainer, stop: StopRequest, tell: Listener, resume: Path | None
+) -> RunCallback:
+    """Who writes the run folder while it trains."""
+    prepared, model = ready.job.prepared, ready.base.model
+    source = prepared.checkpoint
+    return RunCallback(
         trainer=trainer,
         run=run,
         listener=tell,
@@ -327,34 +363,11 @@ def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener) -
         # at full precision, so that a resumed run continues from the same numbers
         adapter=partial(lora.writer, model, base_id=source.id, revision=source.revision, dtype=None),
         stop=stop,
-        best=checkpoint.Best.of(recipe, run) if prepared.evaluation is not None else None,
+        best=checkpoint.Best.of(prepared.recipe, run) if prepared.evaluation is not None else None,
         trained=ready.trained,
         witness=Witness(model, ready.base.packed.ok),
-        resume=None if point is None else point.path,
+        resume=resume,
     )
-    trainer.add_callback(callback)
-    early = None
-    if recipe.train.early_stopping_patience is not None:
-        early = EarlyStopping(recipe.train, run.read_metrics())
-        trainer.add_callback(early)
-    trainer.scores = ready.scores
-    # early stopping decides on the evaluation itself, so that one is always finished
-    trainer.evaluating, trainer.stops = tell.evaluating, lambda: stop.signal is not None and early is None
-    trainer.leaves = lambda: stop.signal is not None
-    try:
-        trainer.train(resume_from_checkpoint=str(point.path) if point is not None else None)
-    except Left:
-        callback.leave()
-    finally:
-        callback.writing.abandon()
-        tell.end()
-    at = trainer.state.global_step
-    if early is not None and early.stops and at < len(steps):
-        patience = recipe.train.early_stopping_patience
-        callback.stopped_early = True
-        callback.notices.append(f"stopped early at step {at} of {len(steps)}: no better evaluation in {patience}")
-        tell.note("note", callback.notices[-1])
-    return callback
 
 
 def save(ready: Ready, run: RunFolder, callback: RunCallback) -> int | None:
@@ -391,7 +404,7 @@ def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak
     used, cards, rows = usage.process_memory(), accelerator.peaks(), run.read_metrics()
     on_card, timed = machine.on_card, plan.time.measured
     seen, step_s = usage.Usage(peak.private, peak.file), reporting.usual_seconds(rows)
-    if step_s is not None:
+    if step_s is not None and ready.world.alone:  # of several, the link's time is in it
         ran = usage.scheduled()
         calibrate.correct(machine, plan.compute_dtype, plan.time, step_s, ran.waited_share if ran else None)
     report = reporting.build(

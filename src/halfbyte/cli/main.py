@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,10 @@ from halfbyte.cli.options import BaseOnly, Force, Quiet, Run, Set, Temperature, 
 from halfbyte.cli.store import Json, stores
 from halfbyte.errors import HalfbyteError, RecipeError, typed
 from halfbyte.system import libraries
+
+if TYPE_CHECKING:
+    from halfbyte.distributed.world import World
+    from halfbyte.recipe.schema import Loaded
 
 app = typer.Typer(
     name="halfbyte",
@@ -83,8 +87,8 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune: a recipe in, a working adapter out."""
+    from halfbyte.distributed import world as worlds
     from halfbyte.recipe import command
-    from halfbyte.recipe.file import to_yaml
     from halfbyte.training import early
 
     overrides = [*set_, *([f"output={output}"] if output is not None else [])]
@@ -93,30 +97,62 @@ def train(
             "--resume continues a run in its own folder on its own rows; --output and DATA cannot be given with it.",
             fix=f"halfbyte train {typed(recipe)} --resume",
         )
-    loaded = command.to_resume(recipe, overrides) if resume else command.to_train(recipe, data, overrides)
-    if resume and not dry_run and (report := early.complete(loaded.recipe)) is not None:
-        run = Path(loaded.recipe.output)
-        show.document(report) if json_ else show.complete(run, report, early.more(loaded.recipe))
-        return
-    early.check(loaded.recipe, resume=resume, writes=not dry_run)
     if dry_run:
+        loaded = command.to_resume(recipe, overrides) if resume else command.to_train(recipe, data, overrides)
+        early.check(loaded.recipe, resume=resume, writes=False)
         with libraries.loading():
             from halfbyte.training import preview
 
         resolution = preview.resolve(loaded)
         show.document(resolution.to_json()) if json_ else show_plan.resolution(resolution)
         return
-    for warning in loaded.warnings:
+    with worlds.opened(show.told) as world:
+        loaded = _loaded(world, recipe, data, overrides, resume=resume)
+        run = Path(loaded.recipe.output)
+        resume = world.goes_on(run, resume)
+        report = world.from_first(lambda: early.complete(loaded.recipe) if resume else None)
+        if report is None:
+            code = _trained(world, loaded, resume=resume, force=force, live=live, json_=json_, quiet=quiet)
+        elif world.first:
+            show.document(report) if json_ else show.complete(run, report, early.more(loaded.recipe))
+    if report is None:
+        raise typer.Exit(code)
+
+
+def _loaded(world: World, recipe: str, data: str | None, overrides: list[str], *, resume: bool) -> Loaded:
+    """The recipe that is trained. Of a run it is the first process's, since nobody else need have its folder."""
+    from halfbyte.recipe import command
+    from halfbyte.recipe.schema import Loaded, Recipe
+
+    if not resume:
+        return command.to_train(recipe, data, overrides)
+    own = command.to_resume(recipe, overrides) if world.first else None
+    if world.alone and own is not None:
+        return own
+    sent = world.from_first(lambda: own.recipe.model_dump(mode="json") if own else {})
+    return own or Loaded(Recipe.model_validate(sent), {}, (), None)
+
+
+def _trained(world: World, loaded: Loaded, *, resume: bool, force: bool, live: bool, json_: bool, quiet: bool) -> int:
+    """Train, and show how it ends, in the world's first process. Returns the exit code."""
+    from halfbyte.recipe.file import to_yaml
+    from halfbyte.training import early
+
+    first = world.first
+    early.check(loaded.recipe, resume=resume and first, writes=first)
+    for warning in loaded.warnings if first else ():
         show.warning(warning)
-    if loaded.path is None and not (json_ or quiet):
+    if loaded.path is None and first and not (json_ or quiet):
         show.text("No recipe given; this one is used:\n\n" + to_yaml(loaded.recipe))
-    with reports.live(Path(loaded.recipe.output), live), progress.training(quiet=quiet, silent=json_) as listener:
+    shown = progress.training(quiet=quiet, silent=json_ or not first)
+    with reports.live(Path(loaded.recipe.output), live and first), shown as listener:
         with libraries.loading():
             from halfbyte import finetune
 
-        outcome = finetune.train(loaded, resume=resume, force=force, listener=listener)
-    show.ended(outcome, json_=json_)
-    raise typer.Exit(outcome.exit_code)
+        outcome = finetune.train(loaded, resume=resume, force=force, listener=listener, world=world)
+    if first:
+        show.ended(outcome, json_=json_)
+    return outcome.exit_code if first or outcome.stopped_by is not None else 0
 
 
 @app.command()
@@ -135,6 +171,10 @@ def plan(
     compare: Annotated[
         bool, typer.Option("--compare", help="Full fine-tuning, 16-bit LoRA and 4-bit QLoRA side by side.")
     ] = False,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", min=1, max=4096, help="Also on so many machines like this one.")
+    ] = None,
+    link: Annotated[str, typer.Option("--link", help="With --nodes: what joins them, 1Gb/s or 125MB/s.")] = "1Gb/s",
     json_: Json = False,
 ) -> None:
     """What a training takes (memory, disk, time) and how it fits, before anything is downloaded or loaded. Exit code 3
@@ -143,7 +183,17 @@ def plan(
     from halfbyte.recipe.command import recipe_or_model
 
     planned = ahead.plan_model(recipe_or_model(target, set_), device=device, length=length, side_by_side=compare)
-    show.document(planned.to_json()) if json_ else show_plan.planned(planned)
+    scaled = None
+    if nodes is not None:
+        from halfbyte.distributed import scaling
+
+        scaled = scaling.expect(planned, nodes, scaling.link_of(link))
+    if json_:
+        show.document(planned.to_json() | ({} if scaled is None else {"nodes": scaled.to_json()}))
+    else:
+        show_plan.planned(planned)
+        if scaled is not None:
+            show_plan.scaled(scaled)
     if planned.plan.short_bytes:
         raise typer.Exit(3)
 
@@ -333,7 +383,7 @@ def _guard(call: Callable[[], object], words: Sequence[str] = ()) -> int:
             show.error(usage(), int(left.code or 0), kind="UsageError")
         raise
     except HalfbyteError as error:
-        show.failed(str(error), error.exit_code, message=error.message, fix=error.fix, kind=type(error).__name__)
+        show.told(error)
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

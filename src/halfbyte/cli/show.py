@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from halfbyte.base.quantize import Built
     from halfbyte.base.store.shelf import Shelved
     from halfbyte.doctor import Diagnosis
+    from halfbyte.errors import HalfbyteError
     from halfbyte.finetune import Outcome
     from halfbyte.types import Check, Document
 
@@ -104,6 +105,11 @@ def failed(said: str, code: int, **more: str | None) -> None:
     sys.stderr.write(f"error: {visible(hidden(said))}\n")
     if _as_json:
         error(hidden(said), code, **{name: text and hidden(text) for name, text in more.items()})
+
+
+def told(error: HalfbyteError) -> None:
+    """One of our errors, as the command line says it."""
+    failed(str(error), error.exit_code, message=error.message, fix=error.fix, kind=type(error).__name__)
 
 
 def error(said: str, code: int, **more: str | None) -> None:

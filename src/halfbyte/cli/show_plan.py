@@ -13,6 +13,7 @@ from rich.text import Text
 from halfbyte.cli import show
 
 if TYPE_CHECKING:
+    from halfbyte.distributed.scaling import Scaled
     from halfbyte.plan import Line, Plan
     from halfbyte.plan.ahead import Planned
     from halfbyte.plan.alternatives import Way
@@ -53,6 +54,20 @@ def planned(value: Planned) -> None:
     if value.ways:
         show.text("")
         show.out.print(ways(value.ways))
+
+
+def scaled(value: Scaled) -> None:
+    """A step on more machines: what each holds, what the sum of gradients takes, what it brings and where that ends."""
+    asked, link, alone = value.asked, value.link_bytes_s * 8 / 1e9, value.others[0].step_s
+    held = f"{show.gb(value.plan.private_bytes)} private, {show.gb(value.plan.file_bytes)} of pages of files"
+    summed = f"{asked.reduce_s:.2f} s to sum {show.gb(value.wire_bytes)} of gradients over {link:g} Gb/s"
+    share = f"{asked.compute_s:.2f} s for the fullest share ({asked.balance:.2f} of the mean one)"
+    show.text("")
+    show.labelled("nodes", f"{asked.nodes}; each process holds {held}")
+    show.labelled("step", f"{share}, {summed}")
+    show.labelled("speed-up", f"{asked.speed_up:.2f} times on {asked.nodes}, where one takes {alone:.2f} s a step")
+    brought = ", ".join(f"{each.nodes}: {each.speed_up:.1f}" for each in value.others)
+    show.labelled("", f"{brought}; beyond {value.last.nodes}, twice as many bring less than a tenth")
 
 
 def resolution(value: Resolution) -> None:

@@ -59,6 +59,9 @@ class Steps:
     """A row longer than this is a micro-batch of its own."""
     examples_per_micro_batch: int | None
     """None for as many as fit, 1 where packing is not proven."""
+    rank: int = 0
+    """Of several processes this one: a step's micro-batches are those of its rows alone, its tokens those of all."""
+    ranks: int = 1
     _orders: dict[int, NDArray[np.uint32]] = field(default_factory=dict, init=False)
 
     @property
@@ -78,10 +81,19 @@ class Steps:
         rows = self._order(epoch)[place * self.rows_per_step : (place + 1) * self.rows_per_step].tolist()
         return Step(
             index=index,
-            micro_batches=arrange(rows, self.lengths, self.max_tokens_per_micro_batch, self.examples_per_micro_batch),
+            micro_batches=arrange(
+                self._own(rows), self.lengths, self.max_tokens_per_micro_batch, self.examples_per_micro_batch
+            ),
             labelled_tokens=int(self.labelled[rows].sum()),
             tokens=int(self.lengths[rows].sum()),
         )
+
+    @property
+    def _limits(self) -> tuple[int, int | None]:
+        return self.max_tokens_per_micro_batch, self.examples_per_micro_batch
+
+    def _own(self, rows: Sequence[int]) -> Sequence[int]:
+        return rows if self.ranks == 1 else share(rows, self.lengths, self.ranks)[self.rank]
 
     def passes(self, step: int) -> float:
         """How often the data has been passed over after so many steps: 1.5 is all rows once, and half of them again."""
@@ -104,7 +116,7 @@ class Steps:
             with_longest = int(np.argmax(lengths[: self.total * self.rows_per_step])) // self.rows_per_step
             looked_at = [*fullest.tolist(), with_longest]
         micro_batches = (rows for i in looked_at for rows in self[i].micro_batches)
-        return max(micro_batches, key=lambda rows: int(self.lengths[list(rows)].sum()))
+        return max(micro_batches, key=lambda rows: int(self.lengths[list(rows)].sum()), default=())
 
     def most_tokens(self) -> int:
         """Tokens of the largest step of the first epochs: as many as have `LOOKED_AT_ROWS` rows together, or one."""
@@ -124,6 +136,19 @@ class Steps:
             random.Random(f"{self.seed}/{epoch}").shuffle(order)
             self._orders = {epoch: np.frombuffer(order, dtype=np.uint32)}
         return self._orders[epoch]
+
+
+def share(rows: Sequence[int], lengths: Sizes, ranks: int) -> list[list[int]]:
+    """Rows over processes, about as many tokens to each: the longest first, to whoever has least (at most 4/3 of the
+    best possible, Graham 1969). In the order of `rows` for each; some may get none."""
+    parts: list[list[int]] = [[] for _ in range(ranks)]
+    held = [0] * ranks
+    sizes = [int(lengths[r]) for r in rows]
+    for position in sorted(range(len(rows)), key=lambda p: -sizes[p]):
+        least = min(range(ranks), key=lambda rank: (held[rank], rank))
+        parts[least].append(position)
+        held[least] += sizes[position]
+    return [[rows[p] for p in sorted(part)] for part in parts]
 
 
 def count_steps(rows: int, *, rows_per_step: int, epochs: float, max_steps: int) -> int:

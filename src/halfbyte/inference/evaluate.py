@@ -21,7 +21,7 @@ from halfbyte.errors import DataError
 from halfbyte.inference import batch, choices, target
 from halfbyte.layers import loss
 from halfbyte.models.context import Context, context_of
-from halfbyte.plan import InferencePlan, Rows, plan_inference
+from halfbyte.plan import InferencePlan, Rows, plan_inference, sequences_beside
 from halfbyte.recipe.evaluation import Eval
 from halfbyte.runs.folder import RunFolder
 from halfbyte.scoring import intervals, metrics, sheet
@@ -30,6 +30,7 @@ from halfbyte.system import device
 
 if TYPE_CHECKING:
     from halfbyte.inference.load import Opened
+    from halfbyte.training.fit import PlannedRun
     from halfbyte.types import Model, Tokenizer
 
 # (what is being done, how much of it is done, of how much)
@@ -103,6 +104,22 @@ def while_training(
         return {name: intervals.Rows.mean(values).value for name, values in each.items()}
 
     return scores
+
+
+def of_run(job: PlannedRun, model: Model, tokens: int) -> Callable[[], dict[str, float]]:
+    """`while_training` of a run: as many answers at once as there is memory for beside the training. Nothing where no
+    metric is asked for.
+
+    Args:
+        tokens: of a micro-batch.
+    """
+    prepared, plan, settings = job.prepared, job.plan, job.prepared.recipe.eval
+    if prepared.evaluation is None or not settings.metrics:
+        return dict
+    examples = prepared.evaluation.examples[: settings.rows]
+    longest = max(len(e.prompt_ids) for e in examples) + settings.max_new_tokens
+    at_once = sequences_beside(job.figures, plan.available_bytes - plan.needed_bytes, longest)
+    return while_training(model, prepared.tokenizer, examples, settings, at_once, tokens)
 
 
 def _rows(opened: Opened, data: Path | None, limit: int | None) -> tuple[list[Example], str]:

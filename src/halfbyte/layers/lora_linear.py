@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from halfbyte.layers.kernels import pool
+from halfbyte.layers.kernels import dropout, pool
 from halfbyte.layers.kernels.cpu import available, integer
 from halfbyte.quant import formats
 
-# Where kernels are at hand the mask is a hash of (seed, position); elsewhere it is drawn once and kept, a byte
-# a number.
+# Where kernels are at hand the mask is a hash of (seed, position), or of what `kernels.dropout` says; elsewhere it is
+# made once and kept, a byte a number.
 _SEEDS = 2**31 - 1
+Seed = int | dropout.Keyed
 
 
 # Under this name a tensor carries the way to make it again (`Remade`), where recomputation is selective.
@@ -141,7 +142,7 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, layer: nn.Module,
-        scale: float, p: float, seed: int, remade: Remade | None = None,
+        scale: float, p: float, seed: Seed, remade: Remade | None = None,
         rounded: integer.Rounded | None = None, gradient8: bool = False,
     ) -> Tensor:  # fmt: skip
         scale = scale / (1 - p) if p else scale
@@ -195,32 +196,40 @@ class LoraLinear(torch.autograd.Function):
         return dx, da, db, dbias, None, None, None, None, None, None, None
 
 
-def drop(x: Tensor, p: float, seed: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def drop(x: Tensor, p: float, seed: Seed, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """x with dropped numbers set to 0, unscaled; and the mask where it has to be kept."""
-    if _by_hash(x):
-        from halfbyte.layers.kernels.cpu import gate
-
+    if _by_hash(x, seed):
         out = pool.empty_like(x)
-        gate.dropped(x, out, p, seed)
+        _drop_by_hash(x, out, p, seed)
         return out, None
-    if mask is None:
+    if mask is None and isinstance(seed, dropout.Keyed):
+        mask = dropout.kept(seed, x.shape, p, x.device)
+    elif mask is None:
         generator = torch.Generator(device=x.device).manual_seed(seed)
         mask = torch.rand(x.shape, device=x.device, generator=generator) >= p
     return x * mask, mask
 
 
-def drop_(x: Tensor, p: float, seed: int, mask: Tensor | None) -> None:
+def drop_(x: Tensor, p: float, seed: Seed, mask: Tensor | None) -> None:
     """Set to 0 in x what `drop` sets to 0 in a tensor of its shape."""
     if mask is not None:
         x.mul_(mask)
     else:
-        from halfbyte.layers.kernels.cpu import gate
-
-        gate.dropped(x, x, p, seed)
+        _drop_by_hash(x, x, p, seed)
 
 
-def _by_hash(x: Tensor) -> bool:
-    return available(x) and x.is_contiguous() and x.numel() % 2 == 0
+def _drop_by_hash(x: Tensor, out: Tensor, p: float, seed: Seed) -> None:
+    from halfbyte.layers.kernels.cpu import gate
+
+    if isinstance(seed, dropout.Keyed):
+        gate.dropped_rows(x, out, p, seed.seed, seed.keys)
+    else:
+        gate.dropped(x, out, p, seed)
+
+
+def _by_hash(x: Tensor, seed: Seed) -> bool:
+    numbers = x.shape[-1] if isinstance(seed, dropout.Keyed) else x.numel()  # a word of two never crosses a row
+    return available(x) and x.is_contiguous() and numbers % 2 == 0
 
 
 def draw_seed() -> int:
@@ -239,6 +248,9 @@ def lora_linear(x: Tensor, layer: nn.Module, a: Tensor, b: Tensor, scale: float,
     """(..., D) -> (..., O) through a frozen layer and its LoRA; p is 0 outside training."""
     flat = x.reshape(-1, x.shape[-1])
     remade = getattr(x, REMADE, None) if torch.is_grad_enabled() else None
+    seed: Seed = 0
+    if p:
+        seed = dropout.keyed(layer, flat, by_kernel=available(flat)) or draw_seed()
     eight = integer_input(layer, x), integer_gradient(layer, x)
-    y = LoraLinear.apply(flat, a, b, layer.bias, layer, scale, p, draw_seed() if p else 0, remade, *eight)
+    y = LoraLinear.apply(flat, a, b, layer.bias, layer, scale, p, seed, remade, *eight)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -18,6 +18,7 @@ from halfbyte.models.context import context_in
 from halfbyte.models.sources.checkpoint import beside_bytes, tokenizer_bytes
 from halfbyte.plan import calibrate
 from halfbyte.plan.alternatives import Way, compare
+from halfbyte.plan.timing import Rates
 from halfbyte.recipe.command import NO_ROWS
 from halfbyte.recipe.data import Data
 from halfbyte.recipe.schema import Loaded, Recipe
@@ -36,13 +37,15 @@ DEVICE_HELP = "24GB or 4x80GB for cards, cpu:16GB for a machine without one"
 
 @dataclass(frozen=True)
 class Planned:
-    """What `halfbyte plan` shows."""
+    """What `halfbyte plan` shows. The plan follows from `figures` and `rates`."""
 
     shape: describe.Shape
     recipe: Recipe
     device: Device
     plan: memory.Plan
     notes: tuple[str, ...]
+    figures: memory.Job
+    rates: Rates | None
     ways: tuple[Way, ...] = ()
 
     def to_json(self) -> Document:
@@ -91,7 +94,7 @@ def plan_model(
         notes.append(f"the machine is busy: some process waited for a core {pressure:.0%} of the last ten seconds")
     if device is not None:
         notes.append("a machine that is not here: all of its memory is taken to be free")
-    return Planned(shape, recipe, machine, made, tuple(notes), ways)
+    return Planned(shape, recipe, machine, made, tuple(notes), job, rates, ways)
 
 
 def parse_device(text: str) -> Device:

@@ -101,6 +101,7 @@ class Job:
         tokenizer_bytes: of a tokenizer that is written beside the adapter, as it is not the base's own.
         tokenizer_json_bytes: of the tokenizer's file; None where it is not at hand.
         beside_bytes: of the tokenizer and what else a store copies; None where they are not at hand.
+        ranks: processes that share the rows of a step; this is the plan of one of them.
     """
 
     recipe: Recipe
@@ -117,6 +118,7 @@ class Job:
     cold: bool = False
     tokenizer_bytes: int = 0
     tokenizer_json_bytes: int | None = None
+    ranks: int = 1
 
     @cached_property
     def sizes(self) -> int:
@@ -191,9 +193,9 @@ class Job:
 
     @cached_property
     def mean_rows_per_step(self) -> float:
-        """Fewer than are asked for where there are fewer, and at the end of an epoch."""
-        count = len(self.rows.lengths)
-        return self.rows_per_step if self.rows.assumed else count / max(1, math.ceil(count / self.rows_per_step))
+        """Fewer than are asked for where there are fewer, and at the end of an epoch; this process's share."""
+        count, asked = len(self.rows.lengths), self.rows_per_step
+        return (asked if self.rows.assumed else count / max(1, math.ceil(count / asked))) / self.ranks
 
     @cached_property
     def parameters(self) -> int:
@@ -315,8 +317,12 @@ class Job:
 
     @cached_property
     def step_tokens(self) -> int:
-        """Tokens of the largest step, by the order that the run will take its rows in."""
-        return 1 if self._order is None else max(1, self._order.most_tokens())
+        """Tokens of the largest step, by the order that the run will take its rows in; of several processes the most
+        that one of them gets."""
+        if self._order is None:
+            return 1
+        whole = max(1, self._order.most_tokens())
+        return whole if self.ranks == 1 else min(whole, -(-whole // self.ranks) + self.rows.longest)
 
     @cached_property
     def _order(self) -> pack.Steps | None:

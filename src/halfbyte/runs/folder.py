@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,8 +56,9 @@ class RunFolder:
             raise RunError(f"the run folder {path} cannot be made: {why}.", fix=ANOTHER)
 
     @classmethod
-    def create(cls, path: Path, recipe_yaml: str) -> RunFolder:
-        """Make a new run folder with its resolved recipe, whole or not at all; a RunError says why it cannot be."""
+    def create(cls, path: Path, recipe_yaml: str, more: Mapping[str, bytes] | None = None) -> RunFolder:
+        """Make a new run folder with its resolved recipe and `more` files, whole or not at all; a RunError says why it
+        cannot be."""
         cls.check_free(path)
         temporary = files.beside(path)
         try:
@@ -66,6 +67,8 @@ class RunFolder:
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "checkpoints").mkdir(parents=True)
             files.write(temporary / "recipe.yaml", recipe_yaml.encode())
+            for name, content in (more or {}).items():
+                files.write(temporary / name, content)
             os.rename(temporary, path)  # refuses where another run has appeared
             files.sync(path.parent)
         except OSError as error:

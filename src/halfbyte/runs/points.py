@@ -74,6 +74,18 @@ def damage(path: Path, *, hashes: bool = False) -> str | None:
     return None
 
 
+# Where things are, and how a machine computes; what is read there is compared by its digests.
+NOT_COMPARED = frozenset(
+    {"output", "model", "data.train", "data.eval", "quant.placement", "quant.compute_dtype",
+     "train.max_tokens_per_micro_batch", "train.gradient_checkpointing"}
+)  # fmt: skip
+
+
+def values_that_train(recipe: Recipe) -> Document:
+    """What of a recipe must be the same in every process that trains it."""
+    return {"recipe": {name: value for name, value in _values(recipe).items() if name not in NOT_COMPARED}}
+
+
 @cache
 def _sha256(path: Path, changed_ns: int) -> str:
     """Of a file as it was last changed then: the command line and the run both ask before they go on."""

@@ -47,10 +47,14 @@ def keep_few_products(env: MutableMapping[str, str] = os.environ) -> None:
     env.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRODUCTS_KEPT))
 
 
-def settle(cores: int, env: Mapping[str, str] = os.environ) -> Settings:
-    """Set the threads of this process to at most `cores`, where the environment does not say otherwise."""
+def settle(cores: int, env: Mapping[str, str] = os.environ, *, sharing: int | None = None) -> Settings:
+    """Set the threads of this process to at most `cores`, where the environment does not say otherwise.
+
+    Args:
+        sharing: so many processes of one run share this machine, and `cores` are this one's.
+    """
     keep_few_products()
-    return Settings(*_threads(cores, env), _allocator(env), _huge_pages())
+    return Settings(*_threads(cores, env, sharing), _allocator(env), _huge_pages())
 
 
 def asked_threads(env: Mapping[str, str] = os.environ) -> tuple[int, str] | None:
@@ -62,10 +66,13 @@ def asked_threads(env: Mapping[str, str] = os.environ) -> tuple[int, str] | None
     return None
 
 
-def _threads(cores: int, env: Mapping[str, str]) -> tuple[int, str]:
+def _threads(cores: int, env: Mapping[str, str], sharing: int | None = None) -> tuple[int, str]:
     import torch
 
     own, asked = torch.get_num_threads(), asked_threads(env)
+    if sharing is not None and asked is None:
+        torch.set_num_threads(cores)
+        return cores, f"{sharing} processes share this machine's cores"
     if asked is not None or own <= cores:
         return own, asked[1] if asked else "torch's own choice"
     torch.set_num_threads(cores)

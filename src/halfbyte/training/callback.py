@@ -32,6 +32,30 @@ from halfbyte.types import Document
 
 
 @dataclass
+class Follower(TrainerCallback):
+    """Of a process that is not the run's first: it writes nothing, and begins and ends as the first one does."""
+
+    trainer: StepTrainer
+    stop: StopRequest
+    resume: Path | None = None
+
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        if self.resume is not None:
+            trainer = self.trainer
+            checkpoint.load_optimizer(self.resume, trainer.optimizer, trainer.lr_scheduler, trainer.scaler)
+
+    def on_step_begin(self, *_: object, **__: object) -> None:
+        if self.resume is None:
+            return
+        self.resume = None
+        if self.trainer.world.from_first(lambda: False):
+            self.trainer.evaluate()
+
+    def on_step_end(self, args: object, state: object, control: TrainerControl, **_: object) -> None:
+        control.should_training_stop = control.should_training_stop or self.stop.signal is not None
+
+
+@dataclass
 class RunCallback(TrainerCallback):
     """Writes the run folder while the Trainer trains. `adapter` makes what writes PEFT's two files into a folder;
     `trained` is kept with each checkpoint. `resume` is the checkpoint whose optimiser, schedule and random state are
@@ -82,7 +106,8 @@ class RunCallback(TrainerCallback):
         self.resume = None
         rows, every = self.run.read_metrics(), args.eval_steps if args.eval_strategy == "steps" else None
         seen = any(row["step"] == state.global_step and "eval_loss" in row for row in rows)
-        if every and state.global_step % int(every) == 0 and not seen:
+        due = bool(every) and state.global_step % int(every or 1) == 0 and not seen
+        if self.trainer.world.from_first(lambda: due):
             self.trainer.evaluate()  # which the run was stopped in, after its checkpoint
 
     def on_pre_optimizer_step(self, *_: object, **__: object) -> None:

@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from halfbyte.adapters import lora
+from halfbyte.adapters import integer, lora
+from halfbyte.adapters.assembly import Assembled
 from halfbyte.adapters.targets import Targets
 from halfbyte.base.load import Base
+from halfbyte.data import collate, pack
 from halfbyte.errors import RunError
 from halfbyte.models.structure import meta_model
 from halfbyte.plan import Job, Plan, Rows, calibrate, choose, make, peak
@@ -30,7 +32,7 @@ from halfbyte.training.pace import Pace, recompute_as
 from halfbyte.training.prepare import Prepared, data_note, prepare
 from halfbyte.training.schedule import count_steps
 from halfbyte.training.trainer import check_arguments
-from halfbyte.types import Model
+from halfbyte.types import Document, Model
 
 # A run that is thought to be shorter is not worth the seconds of a calibration.
 CALIBRATE_FROM_S = 60.0
@@ -50,8 +52,11 @@ class PlannedRun:
     plan: Plan
 
 
-def planned(recipe: Recipe, machine: Device, listener: Listener | None = None) -> PlannedRun:
+def planned(recipe: Recipe, machine: Device, listener: Listener | None = None, *, ranks: int = 1) -> PlannedRun:
     """Prepare a run and plan it. Only with a `listener` may the machine be calibrated first.
+
+    Args:
+        ranks: processes that share the rows of a step; the plan is one's.
 
     Raises:
         HalfbyteError: a mistake in the recipe, the data or the model.
@@ -62,10 +67,12 @@ def planned(recipe: Recipe, machine: Device, listener: Listener | None = None) -
     tell.note("data", data_note(prepared))
     for finding in prepared.findings:
         tell.note("data", finding.line)
-    return with_plan(prepared, machine, (lambda text: tell.note("machine", text)) if listener else None)
+    return with_plan(prepared, machine, (lambda text: tell.note("machine", text)) if listener else None, ranks=ranks)
 
 
-def with_plan(prepared: Prepared, machine: Device, say: Callable[[str], None] | None = None) -> PlannedRun:
+def with_plan(
+    prepared: Prepared, machine: Device, say: Callable[[str], None] | None = None, *, ranks: int = 1
+) -> PlannedRun:
     """The plan of rows that are prepared already. With `say` the machine may be calibrated first, for a long run."""
     recipe = prepared.recipe
     meta = meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
@@ -74,11 +81,17 @@ def with_plan(prepared: Prepared, machine: Device, say: Callable[[str], None] | 
     rows = Rows(prepared.train.lengths, prepared.train.labelled, held_out)
     job = Job.of_checkpoint(recipe, prepared.checkpoint, meta, rows, machine, targets=targets.names)
     written = job.tokenizer_json_bytes if prepared.chatml is not None else None
-    job = replace(job, tokenizer_bytes=written or 0)
+    job = replace(job, tokenizer_bytes=written or 0, ranks=ranks)
     rates = calibrate.cached(machine, job.dtype)
     if rates is None and say is not None and choose.make(job, machine).time.run_s >= CALIBRATE_FROM_S:
         rates = calibrate.ensure(machine, job.dtype, say=say)
     return PlannedRun(prepared, machine, targets, modules, job, make(job, machine, rates))
+
+
+def alike(run: PlannedRun) -> Document:
+    """What every process of a run must have decided alike, beside recipe, rows and base. JSON."""
+    return {"compute_dtype": run.figures.dtype, "steps": run.figures.steps, "trained": run.figures.trainable,
+            "adapters": len(run.modules)}  # fmt: skip
 
 
 def check_disk(plan: Plan, output: Path) -> None:
@@ -156,3 +169,15 @@ def compared(
     if step_s is not None:
         lines.append(Compared("seconds a step", plan.time.step_s, step_s))
     return lines
+
+
+def compute(run: PlannedRun, base: Assembled, step: pack.Step, tell: Listener, notices: list[str]) -> integer.Decision:
+    """How the frozen products are computed; proven on some rows of the first step where that is not exact."""
+    asked, train = run.prepared.recipe.quant.compute, run.prepared.train
+    if asked == "exact":
+        return integer.decide(base.model, asked, {})
+    batch = collate.Batches(train.examples, ()).of(integer.rows_for_proof(step, train.lengths, packed=base.packed.ok))
+    found = integer.decide(base.model, asked, batch)
+    tell.note("compute", str(found))
+    notices += [] if found.products == integer.BOTH else [f"compute: {found}"]
+    return found

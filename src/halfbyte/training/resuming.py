@@ -1,11 +1,45 @@
 """What is said and refused when a run goes on: the step, damaged checkpoints, other rows, another length."""
 
+from pathlib import Path
+
+from halfbyte.adapters import passport
+from halfbyte.adapters.assembly import Assembled
+from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.errors import RunError, typed
 from halfbyte.recipe.fields import shown
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs import points
+from halfbyte.runs.folder import RunFolder
 from halfbyte.training.events import Listener
+from halfbyte.training.prepare import Prepared
 from halfbyte.types import Document
+
+
+def begin(recipe: Recipe, *, resume: bool) -> Document:
+    """Where a run begins: `report`, if it is complete and no more is asked; `point`, the fields of its newest
+    checkpoint; both None from the beginning. JSON.
+
+    Raises:
+        RunError: the folder is taken; or it is no run, or one that was trained otherwise.
+    """
+    out = Path(recipe.output)
+    if not resume:
+        RunFolder.check_free(out)
+        return {"report": None, "point": None}
+    folder = RunFolder.open(out, need_adapter=False)
+    if (report := points.complete(recipe)) is not None:
+        return {"report": report, "point": None}
+    point = points.newest(folder.checkpoints)
+    if point is not None:
+        points.check_recipe(point, recipe)
+    return {"report": None, "point": None if point is None else {**vars(point), "path": str(point.path)}}
+
+
+def point_of(fields: Document | None) -> points.Point | None:
+    """The checkpoint of `begin`."""
+    if fields is None:
+        return None
+    return points.Point(Path(fields["path"]), fields["step"], fields["trained"], tuple(fields["passed_over"]))
 
 
 def check(point: points.Point, recipe: Recipe, rows: Document, total: int, tell: Listener) -> list[str]:
@@ -38,3 +72,24 @@ def check(point: points.Point, recipe: Recipe, rows: Document, total: int, tell:
     for notice in notices:
         tell.warn(f"{notice}; going on from step {point.step}")
     return notices
+
+
+def belongs(
+    prepared: Prepared,
+    base: Assembled,
+    notices: list[str],
+    start: Path | None,
+    point: points.Point | None,
+    *,
+    force: bool,
+) -> Document:
+    """What the adapter will belong to. A checkpoint of something else is refused unless forced; an adapter that the
+    run begins with (`start`) only noted."""
+    tokenizer, recipe = prepared.tokenizer, prepared.recipe
+    made = passport.belongs_to(base.base, recipe.quant, tokenizer, chat_template(tokenizer, recipe.data))
+    if point is not None and "belongs_to" in point.trained:
+        found = passport.differences(point.trained["belongs_to"], made)
+        notices += passport.refuse(f"the checkpoint {point.path}", found, force=force)
+    if start is not None:
+        notices += passport.check(start, made, force=True)
+    return made

@@ -17,8 +17,9 @@ def count_steps(prepared: Prepared) -> int:
     )
 
 
-def plan_steps(prepared: Prepared, tokens: int, examples: int | None) -> pack.Steps:
-    """Every optimiser step of the run, in micro-batches of at most `tokens` and `examples` (None: no limit)."""
+def plan_steps(prepared: Prepared, tokens: int, examples: int | None, *, rank: int = 0, ranks: int = 1) -> pack.Steps:
+    """Every optimiser step of the run, in micro-batches of at most `tokens` and `examples` (None: no limit); of several
+    processes those of one."""
     train = prepared.recipe.train
     return pack.Steps(
         prepared.train.lengths,
@@ -28,17 +29,25 @@ def plan_steps(prepared: Prepared, tokens: int, examples: int | None) -> pack.St
         seed=train.seed if train.data_seed is None else train.data_seed,
         max_tokens_per_micro_batch=tokens,
         examples_per_micro_batch=examples,
+        rank=rank,
+        ranks=ranks,
     )
 
 
-def micro_batches(prepared: Prepared, tokens: int, examples: int | None) -> tuple[pack.Steps, collate.Batches]:
+def micro_batches(
+    prepared: Prepared, tokens: int, examples: int | None, *, rank: int = 0, ranks: int = 1
+) -> tuple[pack.Steps, collate.Batches]:
     """As `plan_steps`, and the held-out rows (perhaps none) likewise; without a limit, `per_device_eval_batch_size` of
     them share a micro-batch."""
-    steps = plan_steps(prepared, tokens, examples)
+    steps = plan_steps(prepared, tokens, examples, rank=rank, ranks=ranks)
     if prepared.evaluation is None:
         return steps, collate.Batches((), ())
     lengths, most = prepared.evaluation.lengths, examples or prepared.recipe.train.per_device_eval_batch_size
-    return steps, collate.Batches(prepared.evaluation.examples, pack.eval_micro_batches(lengths, tokens, most))
+    made = pack.eval_micro_batches(lengths, tokens, most)
+    if ranks > 1:
+        sizes = [int(sum(lengths[row] for row in rows)) for rows in made]
+        made = [made[number] for number in pack.share(range(len(made)), sizes, ranks)[rank]]
+    return steps, collate.Batches(prepared.evaluation.examples, made)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ Cost: logits are made for labelled tokens only (`logits_to_keep`), one micro-bat
 """
 
 import contextlib
+import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import takewhile
 from operator import itemgetter
 from pathlib import Path
@@ -24,8 +25,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from halfbyte.adapters.lora import loraplus_optimizer
 from halfbyte.data import collate, pack
+from halfbyte.distributed.world import World
 from halfbyte.errors import RecipeError, first_line
 from halfbyte.layers import loss
+from halfbyte.layers.kernels import dropout
 from halfbyte.recipe.schema import Train
 from halfbyte.training import balance
 from halfbyte.training.pace import Pace
@@ -48,6 +51,21 @@ NOT_FOR_TRAINER = frozenset(
 MAX_STEPS = 1_000_000
 
 
+def _quietly(make: Callable[..., TrainingArguments]) -> Callable[..., TrainingArguments]:
+    """Without transformers' warning of a process group that it does not know: the group is ours, and so is the sum."""
+
+    def quiet(**values: object) -> TrainingArguments:
+        logger = logging.getLogger("transformers.training_args")
+        before = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            return make(**values)
+        finally:
+            logger.setLevel(before)
+
+    return quiet
+
+
 class OneModelArguments(TrainingArguments):
     """The Trainer wraps a model in torch's DataParallel where it sees several cards. Ours is on one, or split over them
     by its layers."""
@@ -68,7 +86,7 @@ def training_arguments(
     """
     values = train.model_dump(exclude=set(NOT_FOR_TRAINER), exclude_none=True)
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-    return OneModelArguments(
+    return _quietly(OneModelArguments)(
         **values,
         metric_for_best_model=train.metric_for_best_model,
         greater_is_better=train.best_is_greatest,
@@ -130,7 +148,8 @@ class Left(Exception):
 class StepTrainer(Trainer):
     """A Trainer whose dataset yields `{"step": Step, "micro_batches": [batch, ...]}`, each a whole optimiser step.
 
-    `pace` splits steps anew when memory runs short; `last` is the row in `metrics.jsonl` of the last step.
+    `pace` splits steps anew when memory runs short; `last` is the row in `metrics.jsonl` of the last step. In a `world`
+    of several processes each has its own micro-batches, and all meet at the end of the step.
     """
 
     optimizer: Optimizer
@@ -145,7 +164,15 @@ class StepTrainer(Trainer):
         eval_batches: collate.Batches,
         loraplus_lr_ratio: float | None,
         pace: Pace,
+        world: World | None = None,
     ) -> None:
+        self.world, self._sum = world or World(), None
+        if not self.world.alone:
+            from halfbyte.distributed.step import StepSum
+
+            self._sum = StepSum(self.world, model.parameters())
+        self._sites = dropout.sites_of(model)
+        self.heard: Callable[[], None] = lambda: None  # the run is to end, as a signal has come to some process
         self.eval_batches, self.pace, self.loraplus_lr_ratio = eval_batches, pace, loraplus_lr_ratio
         self.last: Document = {}
         self._downs = 0
@@ -190,10 +217,12 @@ class StepTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         parts: list[tuple[pack.MicroBatch, torch.Tensor]] = []
         waiting, done = self.pace.split(step.micro_batches), 0
+        if self._sum is not None:
+            self._sum.begin()
         while waiting:
             held = self.pace.hold(model)
             try:
-                with contextlib.nullcontext() if len(waiting) == 1 else self.accelerator.no_sync(model):
+                with self._drawn(step, waiting[0]):
                     part = self._run_micro_batch(model, micro_batches.of(waiting[0]), step.labelled_tokens)
             except (RuntimeError, MemoryError) as error:
                 waiting = self.pace.failed(error, model, held, waiting)
@@ -202,14 +231,41 @@ class StepTrainer(Trainer):
             parts.append((waiting[0], part))
             done, waiting = done + 1, waiting[1:]
             if waiting and self.leaves():
-                raise Left
+                break
             waiting = self.pace.between(waiting)
+        total, bad = self._over_all(total, left=bool(waiting))
         (value, norm), at = self._seen(total), self.state.global_step + 1
+        if not (math.isfinite(value) and math.isfinite(norm or 0.0)) and self.world.rank != min(bad, default=0):
+            self.world.await_failure()
         gradients.check(model, Path(self.args.output_dir), at, micro_batches, parts, total=value, norm=norm or 0.0)
         if at == self._initial_global_step + 1:
             gradients.check_first(self.model, self.pace.largest([(r,) for rows in step.micro_batches for r in rows]))
         self._record(step, value, norm, done)
         return total
+
+    @contextlib.contextmanager
+    def _drawn(self, step: pack.Step, rows: pack.MicroBatch) -> Iterator[None]:
+        """What is random in a micro-batch depends on the seed, the step and its rows, not on what ran before it."""
+        seed = self.args.seed
+        torch.manual_seed(dropout.number(seed, step.index, rows[0]))
+        lengths = [int(self.pace.lengths[row]) for row in rows]
+        where = {"seed": seed, "step": step.index, "anywhere": not self.world.alone}
+        with dropout.drawn(self._sites, rows, lengths, **where):
+            yield
+
+    def _over_all(self, total: torch.Tensor, *, left: bool) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """The loss of the whole step, and which processes have one that is not finite. Left where any of them has left
+        micro-batches out."""
+        if self._sum is None:
+            if left:
+                raise Left
+            return total, ()
+        told = self._sum.reduce(total, left=left, stops=self.leaves())
+        if told.stops:
+            self.heard()
+        if told.left:
+            raise Left
+        return total.new_tensor(told.loss), told.bad
 
     def _run_micro_batch(self, model: Model, batch: Batch, labelled_tokens: int) -> torch.Tensor:
         """Forward and backward of one micro-batch; its share of the step's loss."""
@@ -226,17 +282,33 @@ class StepTrainer(Trainer):
         self.evaluating()
         last = self.state.global_step >= self.state.max_steps or isinstance(self.lr_scheduler, ReduceLROnPlateau)
         batches = self.eval_batches if last else takewhile(lambda _: not self.stops(), self.eval_batches)
-        found = loss.mean_loss(self.model, batches)
-        if last or not self.stops():
-            found |= self.scores()
+        found, stopped = self._evaluated(loss.mean_loss(self.model, batches))
+        if last or not stopped:
+            found |= self.world.from_first(self.scores)
         self._ended = time.perf_counter()
-        if not last and self.stops():
+        if not last and (self.stops() if self.world.alone else stopped):
             self.control.should_training_stop, self.control.should_evaluate = True, False
             return {f"{metric_key_prefix}_loss": math.inf}  # the Trainer looks for it; nobody is told
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _evaluated(self, own: dict[str, float]) -> tuple[dict[str, float], bool]:
+        """The evaluation of all processes together, and whether one of them was told to leave it."""
+        if self.world.alone:
+            return own, self.stops()
+        from halfbyte.distributed.step import sums
+
+        labelled = own["labelled_tokens"]
+        asked = [own["loss"] * labelled, labelled, own["tokens"], float(self.stops())]
+        total, labelled, tokens, stops = sums(self.world, asked)
+        if stops:
+            self.heard()
+        mean = total / max(labelled, 1)
+        perplexity = math.exp(min(mean, 700.0))
+        found = {"loss": mean, "perplexity": perplexity, "labelled_tokens": int(labelled), "tokens": int(tokens)}
+        return found, stops > 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's, whose one epoch is the whole run: here `epoch` counts passes over the data."""

@@ -5,7 +5,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from halfbyte.layers.kernels import pool
-from halfbyte.layers.kernels.cpu.parallel import BLOCK_ELEMENTS, array, each_block, kernel, per_dtype, run
+from halfbyte.layers.kernels.cpu.parallel import BLOCK_ELEMENTS, array, block_rows, each_block, kernel, per_dtype, run
 from halfbyte.layers.kernels.cpu.scalar import counter_bits, drop_pair, exp_f32, hash_u32, inlined, load, store
 
 SILU = 0  # else gelu by tanh
@@ -59,6 +59,15 @@ def _masked_part(x, out, low, seed, first, last):  # type: ignore[no-untyped-def
         out[j] = drop_pair(x[j], hash_u32(counter_bits(np.uint32(first), j, seed)), low)
 
 
+@inlined
+def _masked_rows(x, out, low, seed, keys, first, last):  # type: ignore[no-untyped-def]
+    x, out, keys = x[first:last], out[first:last], keys[first:last]
+    for i in range(x.shape[0]):
+        a, b, row = x[i], out[i], hash_u32(keys[i] ^ seed)
+        for j in range(a.shape[0]):
+            b[j] = drop_pair(a[j], hash_u32(counter_bits(np.uint32(0), j, row)), low)
+
+
 def _forward(element: type) -> object:
     @kernel
     def gated(p):  # type: ignore[no-untyped-def]
@@ -94,7 +103,22 @@ def _masking(element: type) -> object:
     return dropped
 
 
+def _masking_rows(element: type) -> object:
+    """As `_masking`, with a seed for each row of words."""
+    word = np.uint32 if element is np.uint16 else np.uint64
+
+    @kernel
+    def dropped_rows(p):  # type: ignore[no-untyped-def]
+        s = carray(p, (32,), np.int64)
+        x, out = array(s[3], (s[1], s[8]), word), array(s[4], (s[1], s[8]), word)
+        keys = array(s[7], (s[1],), np.uint32)
+        each_block(s, _masked_rows, (x, out, np.uint32(s[5]), np.uint32(s[6]), keys))
+
+    return dropped_rows
+
+
 _forward_kernel, _backward_kernel, _mask_kernel = per_dtype(_forward), per_dtype(_backward), per_dtype(_masking)
+_mask_rows_kernel = per_dtype(_masking_rows)
 
 
 def gated(g: Tensor, u: Tensor, kind: int) -> Tensor:
@@ -115,3 +139,9 @@ def dropped(x: Tensor, out: Tensor, p: float, seed: int) -> None:
     """out = x where the mask of `seed` keeps it, else 0; not scaled by 1 / (1 - p). x is of even size; may be out."""
     low = round(p * 65536)  # an element whose 16 random bits are below it becomes 0
     run(_mask_kernel(x.dtype), x.numel() // 2, BLOCK_ELEMENTS // 2, x, out, low, seed & 0xFFFFFFFF)
+
+
+def dropped_rows(x: Tensor, out: Tensor, p: float, seed: int, keys: Tensor) -> None:
+    """As `dropped`, of x (N, D) with D even, with a key for each row: (N,) int32. The mask is `dropout.kept`'s."""
+    low, words = round(p * 65536), x.shape[1] // 2
+    run(_mask_rows_kernel(x.dtype), x.shape[0], block_rows(x.shape[1]), x, out, low, seed & 0xFFFFFFFF, keys, words)

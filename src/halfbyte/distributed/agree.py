@@ -1,0 +1,121 @@
+"""Whether all processes of a run have the same of everything that it learns from, and what joins them.
+
+Why: `auto` differs by machine, files differ by disk, and a sum over different models is still a sum. It is seen before
+the first step, with the ranks and the fields.
+Cost: some kilobytes of digests; two all-reduces, the larger of 4 MB.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from halfbyte.errors import WorldError
+
+if TYPE_CHECKING:
+    from halfbyte.distributed.world import World
+    from halfbyte.types import Document, Model
+
+MOST, SHOWN = 6, 24
+MEASURED_BYTES, TRIES = 4_000_000, 3
+
+
+def check(world: World, about: Document) -> None:
+    """Compare what each process has.
+
+    Raises:
+        WorldError: names the fields that differ, with each value and who has it.
+    """
+    if world.alone:
+        return
+    found = [dict(_leaves(each)) for each in world.gather(about)]
+    known = dict.fromkeys(name for each in found for name in each)
+    names = [name for name in known if len({str(each.get(name)) for each in found}) > 1]
+    if not names:
+        return
+    lines = []
+    for name in names[:MOST]:
+        values = Counter(_text(each.get(name)) for each in found)
+        usual = values.most_common(1)[0][0] if values.most_common(1)[0][1] > 1 else _text(found[0].get(name))
+        all_of = enumerate(_text(each.get(name)) for each in found)
+        others = [f"{value} ({world.names[rank]})" for rank, value in all_of if value != usual]
+        lines.append(f"  - {name}: {usual}, but {', '.join(others[:MOST])}{' ...' if len(others) > MOST else ''}")
+    if len(names) > MOST:
+        lines.append(f"  - and {len(names) - MOST} more")
+    fix = "the same model, rows and versions on every machine"
+    if any(name == "compute_dtype" for name in names):
+        fix = "--set quant.compute_dtype=fp32 (or bf16), as auto differs by machine"
+    raise WorldError("the processes of this run do not have the same:\n" + "\n".join(lines), fix=fix)
+
+
+def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _leaves(part, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+def _text(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+@dataclass(frozen=True)
+class Link:
+    """What an all-reduce takes between these processes: seconds of a small one, and bytes a second of a large one (of
+    the buffer, whatever goes over the wire)."""
+
+    latency_s: float
+    bytes_s: float
+
+    def seconds(self, size: int) -> float:
+        return self.latency_s + size / self.bytes_s
+
+
+def measure(world: World) -> Link:
+    """Time all-reduces: the best of a few, as the slowest process has just arrived."""
+    import torch
+
+    def best(count: int) -> float:
+        flat, times = torch.zeros(count), []
+        for _ in range(TRIES):
+            began = time.perf_counter()
+            world.sum_(flat)
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    latency, whole = best(1), best(MEASURED_BYTES // 4)
+    return Link(latency, MEASURED_BYTES / max(1e-6, whole - latency))
+
+
+def join(world: World, belongs: Document, model: Model, threads: int) -> str:
+    """The last steps before training: the same base everywhere, the first process's adapters in all; returns the world
+    in a line, nothing where this process is alone.
+
+    Args:
+        belongs: base, quantiser, tokenizer and chat template, as `adapters.passport` makes it.
+
+    Raises:
+        WorldError: not all processes have the same of these.
+    """
+    if world.alone:
+        return ""
+    from halfbyte.distributed.step import same_start
+
+    check(world, belongs)
+    same_start(world, model.parameters())
+    return described(world, threads, measure(world))
+
+
+def described(world: World, threads: int, link: Link) -> str:
+    """The world in a line; how many machines, so that one that trains alone is missed."""
+    machines = getattr(world, "machines", 1)
+    where = "1 machine" if machines == 1 else f"{machines} machines"
+    return (
+        f"{world.size} processes on {where}, {threads} threads each; an all-reduce passes "
+        f"{link.bytes_s / 1e6:.0f} MB/s, {link.latency_s * 1e3:.1f} ms at least"
+    )

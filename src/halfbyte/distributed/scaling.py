@@ -1,0 +1,128 @@
+"""What several machines bring: seconds of a step on N of them, from the plan of one and the speed of their link.
+
+What: a step's rows are dealt out by their tokens, so the fullest share is the step; then one all-reduce of 4 bytes for
+each trained number, in a ring: each process sends and receives 2 (N - 1) / N of the buffer, in 2 (N - 1) messages.
+Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009. The link's speed is taken as it is given.
+Cost: milliseconds; no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+
+import numpy as np
+
+from halfbyte import plan as memory
+from halfbyte.data import pack
+from halfbyte.errors import RecipeError
+from halfbyte.plan.ahead import Planned
+from halfbyte.types import Document
+
+LATENCY_S = 0.0002  # of a message between two machines of one room; a round figure
+BYTES_EACH = 4
+LOOKED_AT_STEPS = 50
+MOST_NODES = 4096
+GAIN = 1.1  # a doubling of machines that is less faster than this is not worth it
+_LINK = re.compile(r"(?P<size>\d+(?:\.\d+)?)\s*(?P<unit>[kMGT]?)(?P<kind>b|B|bit)(?:it)?(?:/s|ps)", re.ASCII)
+_UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+LINK_HELP = "1Gb/s or 100Mb/s in bits, 125MB/s in bytes"
+
+
+@dataclass(frozen=True)
+class OnNodes:
+    """A step on so many machines of one process each, in seconds. `balance`: tokens of the fullest share over the mean
+    one."""
+
+    nodes: int
+    compute_s: float
+    balance: float
+    reduce_s: float
+    speed_up: float
+
+    @property
+    def step_s(self) -> float:
+        return self.compute_s + self.reduce_s
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """What to expect of more machines. `last`: the number from which twice as many bring less than a tenth; `plan` is
+    that of each process."""
+
+    asked: OnNodes
+    others: tuple[OnNodes, ...]
+    last: OnNodes
+    wire_bytes: int
+    link_bytes_s: float
+    plan: memory.Plan
+
+    def to_json(self) -> Document:
+        made = asdict(replace(self, plan=None))  # type: ignore[arg-type]
+        return {**made, "memory_of_each": {"private": self.plan.private_bytes, "file": self.plan.file_bytes}}
+
+
+def link_of(text: str) -> float:
+    """Bytes a second of `1Gb/s` (bits) or `125MB/s` (bytes).
+
+    Raises:
+        RecipeError: anything else.
+    """
+    match = _LINK.fullmatch(text.strip())
+    if match is None or float(match["size"]) <= 0:
+        raise RecipeError(f"--link {text!r} is not the speed of a link; allowed: {LINK_HELP}.", fix="--link 1Gb/s")
+    return float(match["size"]) * _UNITS[match["unit"]] / (1 if match["kind"] == "B" else 8)
+
+
+def reduce_seconds(size: int, nodes: int, link_bytes_s: float, latency_s: float = LATENCY_S) -> float:
+    """Of an all-reduce of so many bytes in a ring."""
+    return 0.0 if nodes == 1 else 2 * (nodes - 1) * (size / nodes / link_bytes_s + latency_s)
+
+
+def expect(planned: Planned, nodes: int, link_bytes_s: float) -> Scaled:
+    """Seconds of a step on `nodes` machines like the planned one."""
+    job, size = planned.figures, BYTES_EACH * planned.figures.trainable
+    alone = planned.plan.time.step_s
+
+    def on(count: int) -> tuple[OnNodes, memory.Plan]:
+        made = planned.plan
+        if count > 1:
+            made = memory.make(replace(job, ranks=count), planned.device, planned.rates)
+        balance = _balance(job, count)
+        compute, reduce = made.time.step_s * balance, reduce_seconds(size, count, link_bytes_s)
+        return OnNodes(count, compute, balance, reduce, alone / max(1e-9, compute + reduce)), made
+
+    asked, each = on(nodes)
+    every = [on(count)[0] for count in _doublings(min(MOST_NODES, job.rows_per_step))]
+    last = every[0]
+    for more in every[1:]:
+        if last.step_s < GAIN * more.step_s:
+            break
+        last = more
+    return Scaled(asked, tuple(every), last, size, link_bytes_s, each)
+
+
+def _doublings(most: int) -> Iterator[int]:
+    count = 1
+    while count <= most:
+        yield count
+        count *= 2
+
+
+def _balance(job: memory.Job, ranks: int) -> float:
+    """Tokens of the fullest share of a step over those of the mean one, by the steps that the run will take."""
+    if ranks == 1:
+        return 1.0
+    lengths, train = np.asarray(job.rows.lengths, dtype=np.int64), job.recipe.train
+    if job.rows.assumed:
+        return -(-job.rows_per_step // ranks) * ranks / job.rows_per_step
+    seed = train.seed if train.data_seed is None else train.data_seed
+    steps = pack.Steps(lengths, lengths, job.rows_per_step, max(1, job.steps), seed, 1 << 40, None)
+    fullest = whole = 0
+    for step in islice(steps, LOOKED_AT_STEPS):
+        rows = [row for rows in step.micro_batches for row in rows]
+        fullest += max(sum(int(lengths[row]) for row in part) for part in pack.share(rows, lengths, ranks))
+        whole += step.tokens
+    return fullest * ranks / max(1, whole)

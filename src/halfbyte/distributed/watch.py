@@ -1,0 +1,128 @@
+"""Whether all processes of a run are still there, and the reason of the first one that fails, told to all of them.
+
+Why: a collective waits for whoever is gone. A closed connection is an error at once; a machine or a link that went
+silent is none, and torch's timeout has to be longer than the longest step. So each process counts a beat into torch's
+key-value store, the first one watches all, and all watch the first; whoever fails writes down why before it leaves.
+Source: `torch.distributed.TCPStore`.
+Cost: a few small messages a second for each process; the first one reads one key for each.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+EVERY_S = 1.0
+SILENT_S = 20.0  # a process that has not been heard of for so long is gone
+STORE_S = 20.0  # so is the first one, if its store does not answer
+FAILED = "failed"
+
+
+class Interrupted(BaseException):
+    """Raised in the main thread where it computes when another process has failed; never seen outside of this room."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a world ends. `rank` is None where it is not known who failed."""
+
+    message: str
+    rank: int | None = None
+    fix: str | None = None
+    exit_code: int = 1
+
+    def to_json(self) -> str:
+        return json.dumps(vars(self))
+
+    @classmethod
+    def of_json(cls, text: bytes) -> Fault:
+        return cls(**json.loads(text))
+
+
+class Watch:
+    """A thread that beats and watches. `fault` is what it has found; then it calls `on_fault`, once."""
+
+    def __init__(self, store: TCPStore, rank: int, names: list[str], on_fault: Callable[[], None]) -> None:
+        self.fault: Fault | None = None
+        self._store, self._rank, self._names, self._on_fault = store, rank, names, on_fault
+        self._ends = threading.Event()
+        self._seen: dict[int, tuple[bytes, float]] = {}
+        self._thread = threading.Thread(target=self._run, name="halfbyte-watch", daemon=True)
+
+    def start(self) -> None:
+        self._store.set(_beat(self._rank), "0")
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Leave without being missed."""
+        self._ends.set()
+        self._thread.join(2 * EVERY_S)
+        try:
+            self._store.set(_beat(self._rank), "done")
+        except RuntimeError:
+            return
+
+    def _run(self) -> None:
+        count, heard = 0, time.monotonic()
+        while not self._ends.wait(EVERY_S):
+            count += 1
+            try:
+                self._store.set(_beat(self._rank), str(count))
+                fault = self._told() or self._missing()
+                heard = time.monotonic()
+            except RuntimeError as error:  # torch.distributed's errors are of this kind
+                if "reset" not in str(error) and "roken" not in str(error) and time.monotonic() - heard < STORE_S:
+                    continue
+                fault = Fault(f"{self._names[0]} is gone: its store does not answer", 0)
+            if fault is not None and not self._ends.is_set():
+                self.fault = fault
+                self._on_fault()
+                return
+
+    def _told(self) -> Fault | None:
+        return Fault.of_json(self._store.get(FAILED)) if self._store.check([FAILED]) else None
+
+    def _missing(self) -> Fault | None:
+        """The first one looks at all, the others at the first."""
+        now, looked_at = time.monotonic(), range(len(self._names)) if self._rank == 0 else (0,)
+        keys = [_beat(rank) for rank in looked_at]
+        if not self._store.check(keys):
+            return None  # some have not begun
+        for rank, value in zip(looked_at, self._store.multi_get(keys), strict=True):
+            before, at = self._seen.get(rank, (b"", now))
+            self._seen[rank] = (value, now if value != before else at)
+            if value == before != b"done" and now - at > SILENT_S:
+                return Fault(f"{self._names[rank]} has not been heard of for {SILENT_S:.0f} seconds", rank)
+        return None
+
+
+def _beat(rank: int) -> str:
+    return f"beat/{rank}"
+
+
+def interrupt(thread: int) -> None:
+    """Raise `Interrupted` in a thread as soon as it runs Python again."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Interrupted))
+
+
+def wait_for(store: TCPStore, key: str, fault: Callable[[], Fault | None], seconds: float | None = None) -> bool:
+    """Wait for a key of the store, as long as nobody has failed. False after so many seconds, or after a fault."""
+    until, pause = None if seconds is None else time.monotonic() + seconds, 0.002
+    while True:
+        try:
+            if store.check([key]):
+                return True
+        except RuntimeError:  # the watch says what is wrong
+            pause = EVERY_S / 4
+        if fault() is not None or (until is not None and time.monotonic() >= until):
+            return False
+        time.sleep(pause)  # the store's own wait prints a line for each time that it is not over
+        pause = min(2 * pause, EVERY_S / 4)

@@ -1,0 +1,129 @@
+"""Which numbers LoRA's dropout sets to 0, where a row of the data is to meet the same ones wherever it is computed.
+
+Why: with a mask drawn for a whole micro-batch, what a step learns depends on how its rows share micro-batches, and on
+which process computes them. Here it is a hash of (seed, step, row, position in the row; layer, feature), so any split
+of a step, on any number of processes, drops the same numbers.
+Source: counter-based random numbers (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011); the hash
+is `kernels.cpu.scalar.hash_u32`.
+Cost: a hash for each row of a micro-batch, and one for each of its tokens in every layer, beside those for the pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_WORD = 0xFFFFFFFF
+_GOLDEN, _MIX = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # splitmix64
+
+
+@dataclass(frozen=True)
+class Keyed:
+    """The seed of one layer's mask: a key for each token, (N,) int32 read as uint32, and the layer's own number."""
+
+    keys: Tensor
+    site: int
+
+    @property
+    def seed(self) -> int:
+        return self.site * _GOLDEN & _WORD
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The keys of the tokens of the micro-batch that is computed now, (T,) int32, and the number of each module.
+
+    `anywhere`: also where no kernel makes the mask.
+    """
+
+    keys: Tensor
+    sites: Mapping[int, int]
+    anywhere: bool
+
+
+_now: Drawn | None = None
+
+
+@contextmanager
+def drawn(
+    sites: Mapping[int, int],
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    seed: int,
+    step: int,
+    anywhere: bool = False,
+) -> Iterator[None]:
+    """While it lasts (forward and backward), masks are those of these rows, laid end to end.
+
+    Args:
+        sites: as `sites_of` makes them. rows: their numbers in the data. lengths: tokens of each.
+        anywhere: also on cards and without kernels, where drawing one mask for all is faster.
+    """
+    global _now
+    before, _now = _now, Drawn(torch.from_numpy(token_keys(rows, lengths, seed=seed, step=step)), sites, anywhere)
+    try:
+        yield
+    finally:
+        _now = before
+
+
+def sites_of(model: nn.Module) -> dict[int, int]:
+    """A number for each module, the same in every process that has built the same model."""
+    return {id(module): number for number, module in enumerate(model.modules())}
+
+
+def keyed(layer: nn.Module, x: Tensor, *, by_kernel: bool) -> Keyed | None:
+    """The seed of a layer's mask for x (N, D). None where its rows are not the tokens of the micro-batch, perhaps with
+    some of no text behind them; the mask then is drawn."""
+    if _now is None or id(layer) not in _now.sites or not (by_kernel or _now.anywhere):
+        return None
+    keys, more = _now.keys, x.shape[0] - len(_now.keys)
+    if more < 0:
+        return None
+    return Keyed(torch.cat([keys, keys.new_zeros(more)]) if more else keys, _now.sites[id(layer)])
+
+
+def token_keys(rows: Sequence[int], lengths: Sequence[int], *, seed: int, step: int) -> np.ndarray:
+    """(T,) int32: the key of each token of these rows, by its row and its place there."""
+    with np.errstate(over="ignore"):
+        first = [np.uint64(_number(seed, step, row)) for row in rows]
+        parts = [np.arange(n, dtype=np.uint64) + number for number, n in zip(first, lengths, strict=True)]
+        z = np.concatenate(parts) * np.uint64(_GOLDEN)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX[0])
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX[1])
+    return (z ^ (z >> np.uint64(31))).astype(np.uint32).view(np.int32)
+
+
+def number(*parts: int) -> int:
+    """A seed of 63 bits from several numbers."""
+    return _number(*parts) >> 1
+
+
+def _number(*parts: int) -> int:
+    text = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def kept(key: Keyed, shape: Sequence[int], p: float, device: torch.device) -> Tensor:
+    """The mask by its definition: (N, D) bool, False where a number is dropped. The kernel's is the same."""
+    n, d = shape
+    rows = _hash((key.keys.to(device).long() & _WORD) ^ key.seed)  # (N,)
+    bits = _hash(torch.arange((d + 1) // 2, device=device) ^ rows[:, None])  # (N, D / 2)
+    both = torch.stack([bits & 0xFFFF, bits >> 16], dim=-1).view(n, -1)[:, :d]
+    return both >= round(p * 65536)
+
+
+def _hash(x: Tensor) -> Tensor:
+    """`scalar.hash_u32` of int64 numbers below 2^32."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _WORD
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _WORD
+    return x ^ (x >> 16)
