@@ -144,3 +144,30 @@ def test_shapes_that_the_kernels_do_not_take_are_refused() -> None:
         linears.Linear(tape, bnb.nn.Linear4bit(96, 64, bias=False).to("cpu"))
     with pytest.raises(linears.Unsupported):
         linears.Linear(tape, nn.Linear(64, 64).half())
+
+
+@DTYPES
+@pytest.mark.parametrize(("o", "d"), [(40, 64), (9, 77), (33, 3)])
+def test_a_plain_row_gives_a_vector_the_same_bits_whatever_stands_beside(o: int, d: int, dtype: torch.dtype) -> None:
+    if isa(dtype) is None:
+        pytest.skip("no kernels for this processor")
+    torch.manual_seed(d)
+    w, x = torch.randn(o, d).to(dtype), torch.randn(15, d)
+    found = {m: dense(w, x[:m]) for m in (1, 2, 3, 7, 8, 15)}
+    wanted = x.double() @ w.double().T
+    assert torch.linalg.norm(found[15] - wanted) < SUMS * torch.linalg.norm(wanted)
+    for m, out in found.items():
+        assert torch.equal(out, found[15][:m])
+    taken = torch.tensor([0.0, 1.0] * 8)
+    some = dense(w, x, taken)
+    assert torch.equal(some[1::2], found[15][1::2]) and not some[::2].any()
+
+
+def dense(w: Tensor, x: Tensor, taken: Tensor | None = None) -> Tensor:
+    tape = Tape(w.dtype, len(x))
+    to, out = tape.vectors(x.shape[1]), tape.buffer(len(x), len(w))
+    tape.norm(x, to, None)
+    tape.then()
+    tape.dense(w, to.plain, out, taken=taken)
+    tape.run()
+    return out

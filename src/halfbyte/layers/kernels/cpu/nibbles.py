@@ -51,7 +51,7 @@ def order(isa: str) -> np.ndarray:
     return np.array(block + [64 + e for e in block], np.int64)
 
 
-class _Code:
+class Code:
     """Short names for what is written often in LLVM's language."""
 
     def __init__(self, builder: Value) -> None:
@@ -131,17 +131,17 @@ _UPPER = ir.Constant(ir.VectorType(ir.IntType(1), 16), [0] * 8 + [1] * 8)
 _LANES8, _BYTES, _INTS8 = ir.VectorType(_F32, 8), ir.VectorType(_I8, 32), ir.VectorType(_I32, 8)
 
 
-def _dp(code: _Code, total: Value, a: Value, b: Value) -> Value:
+def _dp(code: Code, total: Value, a: Value, b: Value) -> Value:
     pairs = [code.b.bitcast(v, _PAIRS) for v in (a, b)]
     return code.call(_CALLS["multiply"], _LANES, total, *pairs)
 
 
-def _wide(code: _Code, at: Value) -> Value:
+def _wide(code: Code, at: Value) -> Value:
     """32 bytes in the lower half of a register, zeros above."""
     return code.b.shuffle_vector(code.load(at, _HALF), zeros(_HALF), mask(range(32)))
 
 
-def _scale(code: _Code, args: dict[str, Value], block: Value) -> Value:
+def _scale(code: Code, args: dict[str, Value], block: Value) -> Value:
     """A block's scale in fp32; `block` counts from the row's first."""
     if args["lookup"] is None:
         return code.load(code.at(args["scales"], (block, 4)), _F32)
@@ -150,7 +150,7 @@ def _scale(code: _Code, args: dict[str, Value], block: Value) -> Value:
     return code.load(code.at(args["lookup"], (group, 4 * GROUP), (index, 4)), _F32)
 
 
-def _chunk_avx512(code: _Code, table: Value, words: Value, x: list[Value], scale: Value, sums: list[Value]) -> None:
+def _chunk_avx512(code: Code, table: Value, words: Value, x: list[Value], scale: Value, sums: list[Value]) -> None:
     """128 weights, a register of codes, times each x, onto the sums."""
     shifted = [words, *(code.b.lshr(words, ir.Constant(_WORDS, [n] * 32)) for n in (4, 8, 12))]
     levels = [code.call(_CALLS["permute"], _WORDS, table, s) for s in shifted]
@@ -161,14 +161,14 @@ def _chunk_avx512(code: _Code, table: Value, words: Value, x: list[Value], scale
         code.b.store(code.fma(dot, scale, code.b.load(total)), total)
 
 
-def _sums(code: _Code, kind: Value, vectors: int) -> list[Value]:
+def _sums(code: Code, kind: Value, vectors: int) -> list[Value]:
     made = [cgutils.alloca_once_value(code.b, zeros(kind)) for _ in range(vectors)]
     for one in made:
         code.b.store(zeros(kind), one)
     return made
 
 
-def _avx512(code: _Code, vectors: int, args: dict[str, Value]) -> list[Value]:
+def _avx512(code: Code, vectors: int, args: dict[str, Value]) -> list[Value]:
     b, sums = code.b, _sums(code, _LANES, vectors)
     table = code.load(args["table"], _WORDS)
     x = [code.at(args["x"], (args["x_row"], m)) for m in range(vectors)]
@@ -192,7 +192,7 @@ def _avx512(code: _Code, vectors: int, args: dict[str, Value]) -> list[Value]:
     return sums
 
 
-def _levels_avx2(code: _Code, planes: tuple[Value, Value], w: Value) -> list[Value]:
+def _levels_avx2(code: Code, planes: tuple[Value, Value], w: Value) -> list[Value]:
     """64 codes -> 8 registers of 8 levels in fp32, in the order that x has."""
     b, low = code.b, ir.Constant(_BYTES, [15] * 32)
     words = b.bitcast(w, ir.VectorType(_I16, 16))
@@ -208,7 +208,7 @@ def _levels_avx2(code: _Code, planes: tuple[Value, Value], w: Value) -> list[Val
     return found
 
 
-def _avx2(code: _Code, vectors: int, args: dict[str, Value]) -> list[Value]:
+def _avx2(code: Code, vectors: int, args: dict[str, Value]) -> list[Value]:
     b, sums = code.b, _sums(code, _LANES8, vectors)
     planes = tuple(code.load(code.at(args["table"], 32 * n), _BYTES) for n in (0, 1))
     x = [code.at(args["x"], (args["x_row"], m)) for m in range(vectors)]
@@ -249,7 +249,7 @@ def _dots(vectors: int, *, looked_up: bool) -> Callable[..., None]:
         build_sums = _avx512 if like.dtype == types.uint16 else _avx2
 
         def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            code, named = _Code(builder), dict(zip(_ARGUMENTS, args[1:], strict=True))
+            code, named = Code(builder), dict(zip(_ARGUMENTS, args[1:], strict=True))
             if not looked_up:
                 named["lookup"] = None
             for m, total in enumerate(build_sums(code, vectors, named)):
@@ -287,7 +287,7 @@ def lookups(typing_context, like, table, nested, offset, group, groups, out):  #
 
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
         _, table, nested, offset, group, groups, out = args
-        code, kind = _Code(builder), ir.VectorType(_F32, lanes)
+        code, kind = Code(builder), ir.VectorType(_F32, lanes)
         with cgutils.for_range(builder, groups, intp=_I64) as loop:
             g = loop.index
             outer = code.every(code.load(code.at(nested, (group, 4), (g, 4)), _F32), lanes)

@@ -18,7 +18,7 @@ import math
 import numpy as np
 from numba import carray
 
-from halfbyte.layers.kernels.cpu import nibbles
+from halfbyte.layers.kernels.cpu import dense, nibbles
 from halfbyte.layers.kernels.cpu.gate import SILU, sigmoid
 from halfbyte.layers.kernels.cpu.parallel import array, kernel, per_dtype
 from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, load, pause, read, store, take
@@ -124,19 +124,40 @@ def _codes(op, number, like, lookups, sums, item):  # type: ignore[no-untyped-de
 
 
 @inlined
-def _dense(op, number, like, item):  # type: ignore[no-untyped-def]
+def _dense(op, number, like, sums, item):  # type: ignore[no-untyped-def]
     """4 w (O, D), 9 D, 10 O, 11 x (M, ..) fp32, 12 bytes of its row, 13 out (M, ..), 14 its row, 15 onto, 16 bias, 17
     out as `like` times 18, 19 (M) of fp32 or 0: where it is 0.0 the vector is left out, 23 rows of an item, 24 M."""
-    d = op[9]
+    d, vectors, row = op[9], op[24], op[12]
     bias, taken = array(op[16], (op[10],), np.float32), array(op[19], (op[24],), np.float32)
+    lanes = dense.LANES_BF16 if like.itemsize == 2 else dense.LANES_FP32
     for r in range(item * op[23], min(op[10], item * op[23] + op[23])):
         w = array(op[4] + r * d * like.itemsize, (d,), like.dtype)
         add = bias[r] if op[16] != 0 else np.float32(0.0)
-        for m in range(op[24]):
-            x = array(op[11] + m * op[12], (d,), np.float32)
-            total = np.float32(0.0)
+        m = 0
+        while m < vectors:
+            at, x, to = op[4] + r * d * like.itemsize, op[11] + m * row, sums.ctypes.data + m * 4
+            if op[19] != 0:
+                sums[m] = np.float32(0.0)
+                if taken[m] != np.float32(0.0):
+                    dense.dots_of_1(like, at, x, row, d // lanes, to)
+                m += 1
+            elif vectors - m >= 8:
+                dense.dots_of_8(like, at, x, row, d // lanes, to)
+                m += 8
+            elif vectors - m >= 4:
+                dense.dots_of_4(like, at, x, row, d // lanes, to)
+                m += 4
+            elif vectors - m >= 2:
+                dense.dots_of_2(like, at, x, row, d // lanes, to)
+                m += 2
+            else:
+                dense.dots_of_1(like, at, x, row, d // lanes, to)
+                m += 1
+        for m in range(vectors):
+            total = sums[m]
             if op[19] == 0 or taken[m] != np.float32(0.0):
-                for j in range(d):
+                x = array(op[11] + m * row, (d,), np.float32)
+                for j in range(d // lanes * lanes, d):
                     total += load(w[j]) * x[j]
             if op[17] != 0:
                 half = array(op[13] + (m * op[14] + r) * like.itemsize, (1,), like.dtype)
@@ -278,7 +299,7 @@ def _make(element: type) -> object:
                 if op[0] == CODES:
                     _codes(op, number, like, lookups, sums, item)
                 elif op[0] == DENSE:
-                    _dense(op, number, like, item)
+                    _dense(op, number, like, sums, item)
                 elif op[0] == NORM:
                     _norm(op, number, like, order, item)
                 elif op[0] == ROTATE:
