@@ -266,6 +266,53 @@ def _dots(vectors: int, *, looked_up: bool) -> Callable[..., None]:
 dots_of_1, dots_of_2, dots_of_4 = (_dots(n, looked_up=False) for n in (1, 2, 4))
 looked_up_1, looked_up_2, looked_up_4 = (_dots(n, looked_up=True) for n in (1, 2, 4))
 
+LANES_BF16, LANES_FP32 = 16, 8
+
+
+def _plain(vectors: int) -> Callable[..., None]:
+    """An intrinsic: a row of plain numbers (a head, LoRA's A) times vectors of fp32 -> out (vectors,) in fp32.
+
+    A number of bf16 is widened once for all vectors: that was most of the time of a head. Each vector has one register
+    of sums, over every 16th (fp32: 8th) number, so its sum is the same to the bit, whatever stands beside it.
+
+    Its arguments: like: an array of uint16 (a row of bf16) or of float32. Then int64. w: the row. x, x_row: bytes from
+    one vector to the next. pieces: of LANES numbers each. out.
+    """
+
+    @intrinsic
+    def row_dots(typing_context, like, w, x, x_row, pieces, out):  # type: ignore[no-untyped-def]
+        is_bf16 = like.dtype == types.uint16
+        lanes = LANES_BF16 if is_bf16 else LANES_FP32
+
+        def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            code, (w, x, x_row, pieces, out) = Code(builder), args[1:]
+            kind, half = ir.VectorType(_F32, lanes), ir.VectorType(_I16, lanes)
+            sums = [cgutils.alloca_once_value(builder, zeros(kind)) for _ in range(vectors)]
+            for one in sums:
+                builder.store(zeros(kind), one)
+            with code.rolled(pieces) as piece:
+                if is_bf16:
+                    wide = builder.zext(code.load(code.at(w, (piece, 2 * lanes)), half), ir.VectorType(_I32, lanes))
+                    upper = ir.Constant(ir.VectorType(_I32, lanes), [16] * lanes)
+                    row = builder.bitcast(builder.shl(wide, upper), kind)
+                else:
+                    row = code.load(code.at(w, (piece, 4 * lanes)), kind)
+                for m, total in enumerate(sums):
+                    part = code.load(code.at(x, (x_row, m), (piece, 4 * lanes)), kind)
+                    builder.store(code.fma(row, part, builder.load(total)), total)
+            for m, total in enumerate(sums):
+                to = builder.inttoptr(code.at(out, 4 * m), _F32.as_pointer())
+                builder.store(code.total(builder.load(total)), to)
+            return context.get_dummy_value()
+
+        return types.void(like, *(5 * [types.int64])), build
+
+    made: Callable[..., None] = row_dots
+    return made
+
+
+plain_of_1, plain_of_2, plain_of_4, plain_of_8 = (_plain(n) for n in (1, 2, 4, 8))
+
 
 def table(levels: np.ndarray, isa: str) -> np.ndarray:
     """16 levels as the kernels look them up: 32 words of bf16, or two planes of 32 bytes."""

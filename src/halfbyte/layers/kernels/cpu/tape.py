@@ -18,7 +18,7 @@ import math
 import numpy as np
 from numba import carray
 
-from halfbyte.layers.kernels.cpu import dense, nibbles
+from halfbyte.layers.kernels.cpu import nibbles
 from halfbyte.layers.kernels.cpu.gate import SILU, sigmoid
 from halfbyte.layers.kernels.cpu.parallel import array, kernel, per_dtype
 from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, load, pause, read, store, take
@@ -129,7 +129,7 @@ def _dense(op, number, like, sums, item):  # type: ignore[no-untyped-def]
     out as `like` times 18, 19 (M) of fp32 or 0: where it is 0.0 the vector is left out, 23 rows of an item, 24 M."""
     d, vectors, row = op[9], op[24], op[12]
     bias, taken = array(op[16], (op[10],), np.float32), array(op[19], (op[24],), np.float32)
-    lanes = dense.LANES_BF16 if like.itemsize == 2 else dense.LANES_FP32
+    lanes = nibbles.LANES_BF16 if like.itemsize == 2 else nibbles.LANES_FP32
     for r in range(item * op[23], min(op[10], item * op[23] + op[23])):
         w = array(op[4] + r * d * like.itemsize, (d,), like.dtype)
         add = bias[r] if op[16] != 0 else np.float32(0.0)
@@ -139,19 +139,19 @@ def _dense(op, number, like, sums, item):  # type: ignore[no-untyped-def]
             if op[19] != 0:
                 sums[m] = np.float32(0.0)
                 if taken[m] != np.float32(0.0):
-                    dense.dots_of_1(like, at, x, row, d // lanes, to)
+                    nibbles.plain_of_1(like, at, x, row, d // lanes, to)
                 m += 1
             elif vectors - m >= 8:
-                dense.dots_of_8(like, at, x, row, d // lanes, to)
+                nibbles.plain_of_8(like, at, x, row, d // lanes, to)
                 m += 8
             elif vectors - m >= 4:
-                dense.dots_of_4(like, at, x, row, d // lanes, to)
+                nibbles.plain_of_4(like, at, x, row, d // lanes, to)
                 m += 4
             elif vectors - m >= 2:
-                dense.dots_of_2(like, at, x, row, d // lanes, to)
+                nibbles.plain_of_2(like, at, x, row, d // lanes, to)
                 m += 2
             else:
-                dense.dots_of_1(like, at, x, row, d // lanes, to)
+                nibbles.plain_of_1(like, at, x, row, d // lanes, to)
                 m += 1
         for m in range(vectors):
             total = sums[m]
