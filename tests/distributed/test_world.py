@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Mapping
@@ -65,6 +66,26 @@ def test_three_processes_talk() -> None:
         assert each["places"] == (rank, 3, rank, 3, 1)
         assert each["link"]
     assert found[0]["at"] < min(found[1]["at"], found[2]["at"])
+
+
+def stale() -> int:
+    """As under torchrun, whose store outlives a restart: at first it has the port of a process that is gone."""
+    from torch.distributed import TCPStore
+
+    address, at = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ["RANK"] == "0":
+        kept = TCPStore(address, at, is_master=True, wait_for_workers=False)
+        kept.set("halfbyte/3/port", str(together.port()))
+        time.sleep(3)
+    else:
+        TCPStore(address, at, is_master=False).wait(["halfbyte/3/port"])
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "3"}
+    with worlds.opened() as here:
+        return int(sums(here, [1.0])[0])
+
+
+def test_a_launchers_store_that_knows_an_earlier_attempt() -> None:
+    assert together.run(2, stale) == [2, 2]
 
 
 def fails(how: str) -> None:

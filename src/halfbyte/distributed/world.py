@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MEET = timedelta(minutes=10)  # for all to be there
+CONNECT = timedelta(seconds=5)
 LONGEST = timedelta(days=2)  # of a wait in a collective: who is gone is found by the watch
 SAID_S, HEARD_S, LAST_S, STUCK_S = 8.0, 3.0, 10.0, 10.0
 POLL_S = 0.0005
@@ -136,13 +137,12 @@ class Group(World):
         address = os.environ.get("MASTER_ADDR") or socket.gethostname()
         os.environ.setdefault("MASTER_ADDR", address)
         os.environ.setdefault("MASTER_PORT", launch.PORT)
-        store = None
+        store, key = None, f"halfbyte/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/port"
         try:
             if self._given:
                 self.rank, self.size = dist.get_rank(), dist.get_world_size()
             else:
                 store, self.rank, self.size = next(iter(dist.rendezvous("env://", self.rank, self.size, timeout=MEET)))
-            self._base = store
             kept = [0]
             if self.rank == 0:
                 own = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=MEET)
@@ -150,18 +150,35 @@ class Group(World):
             if self._given:
                 dist.broadcast_object_list(kept, src=0)
             elif store is not None and self.rank == 0:
-                store.set("halfbyte/port", str(kept[0]))
-            elif store is not None:
-                kept = [int(store.get("halfbyte/port"))]
-            many = {"is_master": False, "wait_for_workers": False, "timeout": MEET}
-            self._store = own if self.rank == 0 else dist.TCPStore(address, int(kept[0]), **many)
-            self._second = dist.TCPStore(address, int(kept[0]), **many)  # the watch's: a client waits for one answer
+                store.set(key, str(kept[0]))
+
+            def port() -> int:
+                return kept[0] or int(store.get(key)) if store is not None else kept[0]
+
+            self._store = own if self.rank == 0 else self._connected(address, port)
+            self._second = self._connected(address, lambda: self._keys.port)  # the watch's own
         except (RuntimeError, ValueError, OSError) as error:
             raise WorldError(
                 f"{self.names[0]} did not find the others at {address}:{os.environ['MASTER_PORT']}: "
                 f"{first_line(error)}",
                 fix="the same --nnodes and --rdzv-endpoint on every machine; GLOO_SOCKET_IFNAME names the network card",
             ) from error
+
+    def _connected(self, address: str, port: Callable[[], int]) -> TCPStore:
+        """A client of the first process's store. The launcher's store outlives a restart, so the port may be that of a
+        first process that is gone: it is read again until somebody answers."""
+        from torch.distributed import TCPStore
+
+        until = time.monotonic() + MEET.total_seconds()
+        while True:
+            try:
+                store = TCPStore(address, port(), is_master=False, wait_for_workers=False, timeout=CONNECT)
+                store.set_timeout(MEET)
+                return store
+            except RuntimeError:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(EVERY_S)
 
     def _open(self) -> None:
         import torch
@@ -177,7 +194,8 @@ class Group(World):
                 self._group = dist.new_group(backend=backend, timeout=LONGEST)
             else:
                 many = {"rank": self.rank, "world_size": self.size, "timeout": LONGEST}
-                dist.init_process_group(backend, store=self._base, **many)
+                store = dist.PrefixStore("group", self._keys)  # not the launcher's: that knows the last attempt's ranks
+                dist.init_process_group(backend, store=store, **many)
         except RuntimeError as error:
             raise self._lost(error) from error
 
