@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 TOKENS = 512
 # ||integer - exact|| / ||exact|| of the gradients of all adapters, and of those of one kind of layer; and of the loss.
-GRADIENTS, KIND, LOSS = 0.25, 0.35, 0.02
+GRADIENTS, KIND, LOSS = 0.25, 0.35, 0.01
 BOTH, BACKWARD = Products(), Products(forward=False)
 
 
