@@ -23,6 +23,7 @@ from halfbyte import finetune
 from halfbyte.cli import progress, show
 from halfbyte.errors import HalfbyteError
 from halfbyte.inference import load as opened_run
+from halfbyte.layers.kernels.cpu import integer
 from halfbyte.models.sources import lookup
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import SECTIONS, Recipe, leaves
@@ -369,6 +370,11 @@ CASES: dict[str, tuple[Case, ...]] = {
     "quant.compute_dtype": (
         Case({"quant__compute_dtype": "bf16"}, first_loss),
         Case({"quant__compute_dtype": "bf16"}, computing),
+    ),
+    "quant.compute": (
+        Case({"quant__compute": "int8"}, refused="quant.compute int8 is not possible")
+        if integer.why_not()
+        else Case({"quant__compute": "int8"}, first_loss),
     ),
     "quant.block_size": (Case({"quant__block_size": 128}, refused="quant.block_size must be 64"),),
     "quant.placement": (

@@ -34,6 +34,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "quant.double_quant": (False, {}),
     "quant.llm_int8_threshold": (6.0, {"quant.type": "int8"}),
     "quant.compute_dtype": ("fp32", {}),
+    "quant.compute": ("auto", {}),
     "quant.placement": ("resident", {}),
     "quant.skip_modules": (["lm_head"], {}),
     "quant.fp32_modules": (["norm"], {}),

@@ -60,7 +60,7 @@ _EXECUTED = """\
 
 ## Apple's GPU
 
-`halfbyte train` computes on the processor and says so. A script whose model lies on `mps` is refused with one line:
+A run computes on the processor and says so. A script whose model lies on `mps` is refused with one line:
 none of this has ever been run there."""
 
 
