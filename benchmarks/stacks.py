@@ -9,6 +9,7 @@ optimiser:
     trl-tuned  SFTTrainer without checkpointing
     dropin     the plain script with its import line changed: get_peft_model and prepare from halfbyte
     halfbyte   `halfbyte train`
+    integer    `halfbyte train` with quant.compute int8
 
 A process prints `@@` and JSON: first its state once it is ready, then the figures of each round. It starts a round when
 a line comes on its standard input.
@@ -27,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-STACKS = ("plain", "tuned", "trl", "trl-tuned", "dropin", "halfbyte")
+STACKS = ("plain", "tuned", "trl", "trl-tuned", "dropin", "halfbyte", "integer")
 RATE, SEED = 2e-4, 42
 
 
@@ -151,7 +152,7 @@ def say(facts: dict[str, Any]) -> None:
     print("@@" + json.dumps(facts), flush=True)
 
 
-def run_halfbyte(case: Case) -> None:
+def run_halfbyte(case: Case, compute: str) -> None:
     from halfbyte import finetune
     from halfbyte.recipe.file import recipe_from
     from halfbyte.training.events import Listener
@@ -169,7 +170,8 @@ def run_halfbyte(case: Case) -> None:
             rounds.step(row["loss"], row["tokens"])
 
     with tempfile.TemporaryDirectory() as out:
-        finetune.train(recipe_from(case.model, case.data, case.overrides(f"{out}/run")), listener=Turns())
+        overrides = [*case.overrides(f"{out}/run"), f"quant.compute={compute}"]
+        finetune.train(recipe_from(case.model, case.data, overrides), listener=Turns())
 
 
 def items(case: Case, *, by_length: bool) -> tuple[Path, list[dict[str, list[int]]]]:
@@ -303,8 +305,8 @@ def main() -> None:
     case = Case(**{**asdict(case), "targets": case.targets if isinstance(case.targets, str) else tuple(case.targets)})
     warnings.simplefilter("ignore")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if stack == "halfbyte":
-        run_halfbyte(case)
+    if stack in ("halfbyte", "integer"):
+        run_halfbyte(case, "int8" if stack == "integer" else "exact")
     else:
         run_transformers(case, stack)
 
