@@ -21,7 +21,8 @@ async def nothing(scope: object, receive: object, send: object) -> None:
     return None
 
 
-def test_the_first_signal_lets_uvicorn_finish_and_the_second_ends_it() -> None:
+def test_the_first_signal_lets_uvicorn_finish_and_the_second_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AppStatus, "should_exit", False)  # sse-starlette hears of the signal, and would end all streams
     server = uvicorn.Server(uvicorn.Config(nothing))
     assert not server.should_exit
     server.handle_exit(signal.SIGTERM, None)
