@@ -88,6 +88,25 @@ def test_a_launchers_store_that_knows_an_earlier_attempt() -> None:
     assert together.run(2, stale) == [2, 2]
 
 
+def late() -> int:
+    """Rank 1 has met the first process, and asks where its own store is only when that one has long gone on."""
+    if os.environ["RANK"] == "1":
+        connected = worlds.Group._connected
+
+        def after_a_while(self: worlds.Group, *args: object) -> object:
+            time.sleep(2)
+            return connected(self, *args)  # type: ignore[arg-type]
+
+        worlds.Group._connected = after_a_while  # type: ignore[assignment]  # in this process alone
+    with worlds.opened() as here:
+        return int(sums(here, [1.0])[0])
+
+
+def test_who_is_late_still_finds_the_first_ones_store() -> None:
+    ended = together.Processes(2, late).end(30)
+    assert [(each.code, each.value) for each in ended] == [(0, 2)] * 2
+
+
 def fails(how: str) -> None:
     """Rank 1 of three ends, while the others compute, wait for each other, or are in a call that does not end."""
     said: list[str] = []

@@ -143,6 +143,7 @@ class Group(World):
                 self.rank, self.size = dist.get_rank(), dist.get_world_size()
             else:
                 store, self.rank, self.size = next(iter(dist.rendezvous("env://", self.rank, self.size, timeout=MEET)))
+            self._base = store  # kept: where the first process is its server, others read from it until they are here
             kept = [0]
             if self.rank == 0:
                 own = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=MEET)

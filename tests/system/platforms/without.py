@@ -26,7 +26,7 @@ NOT_ON_WINDOWS = (
     "preadv", "pwritev", "pread", "pwrite", "posix_fadvise", "posix_fallocate", "sched_getaffinity",
     "sched_setaffinity", "sysconf", "fchmod", "fchown", "fork", "getuid", "geteuid", "getgid", "killpg", "getpgid",
     "setsid", "sync", "sendfile", "memfd_create", "eventfd", "mkfifo", "register_at_fork", "uname", "wait3", "wait4",
-    "nice", "WNOHANG", "O_DIRECTORY", "O_CLOEXEC", "O_NOFOLLOW",
+    "nice", "O_DIRECTORY", "O_CLOEXEC", "O_NOFOLLOW",
 )  # fmt: skip
 NOT_ON_MACOS = ("posix_fadvise", "posix_fallocate", "sched_getaffinity", "sched_setaffinity", "memfd_create", "eventfd")
 NO_MODULES_ON_WINDOWS = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog")
