@@ -288,7 +288,8 @@ def keep_rows(loaded: Loaded, ready: Ready, run: RunFolder) -> None:
     with space_for(run.held_out):
         split.keep(ready.job.prepared.held_out, run.held_out)
     step = 0 if ready.point is None else ready.point.step
-    beginning.keep(run, loaded, ready.job, ready.base, ready.compute, ready.notices, step)
+    known = partial(beginning.known, run, loaded, ready.job, ready.base, ready.compute, ready.notices, step)
+    beginning.keep(run, known)
 
 
 def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener) -> tuple[RunCallback | None, Outcome]:

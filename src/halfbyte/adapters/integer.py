@@ -65,7 +65,7 @@ class Decision:
     seen: tuple[tuple[Products, Seen], ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.products or 'exact'}: {self.reason}" if self.products is None else f"int8: {self.reason}"
+        return f"{'exact' if self.products is None else 'int8'}: {self.reason}"
 
     def to_json(self) -> Document:
         tried = [{"products": str(p), "ok": s.ok, **vars(s)} for p, s in self.seen]

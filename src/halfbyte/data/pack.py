@@ -88,10 +88,6 @@ class Steps:
             tokens=int(self.lengths[rows].sum()),
         )
 
-    @property
-    def _limits(self) -> tuple[int, int | None]:
-        return self.max_tokens_per_micro_batch, self.examples_per_micro_batch
-
     def _own(self, rows: Sequence[int]) -> Sequence[int]:
         return rows if self.ranks == 1 else share(rows, self.lengths, self.ranks)[self.rank]
 

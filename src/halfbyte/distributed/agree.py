@@ -113,8 +113,7 @@ def join(world: World, belongs: Document, model: Model, threads: int) -> str:
 
 def described(world: World, threads: int, link: Link) -> str:
     """The world in a line; how many machines, so that one that trains alone is missed."""
-    machines = getattr(world, "machines", 1)
-    where = "1 machine" if machines == 1 else f"{machines} machines"
+    where = "1 machine" if world.machines == 1 else f"{world.machines} machines"
     return (
         f"{world.size} processes on {where}, {threads} threads each; an all-reduce passes "
         f"{link.bytes_s / 1e6:.0f} MB/s, {link.latency_s * 1e3:.1f} ms at least"

@@ -51,7 +51,6 @@ class StepSum:
 
     def reduce(self, loss: Tensor, *, left: bool, stops: bool) -> Told:
         """Sum over all processes; afterwards each has the gradients of the whole step."""
-        finite = True
         for p, part in self._parts():
             if p.grad is None:
                 part.zero_()

@@ -44,7 +44,7 @@ SAID = "said"
 class World:
     """One process, alone. Collectives do nothing, and what is gathered is its own."""
 
-    rank, size, local_rank, local_size = 0, 1, 0, 1
+    rank, size, local_rank, local_size, machines = 0, 1, 0, 1, 1
     names: tuple[str, ...] = ("this process",)
     agents: tuple[str, ...] = ()
 
@@ -111,7 +111,6 @@ class Group(World):
         self._calls, self._left, self._thread = 0, threading.Event(), threading.get_ident()
         self._watch: Watch | None = None
         self._place, self._store, self._group = place, None, None
-        self.machines = 1
         self.names = (f"rank {self.rank} of {self.size} on {socket.gethostname()}",)
 
     def open(self) -> None:

@@ -402,5 +402,10 @@ def mean_loss(model: Model, batches: Iterable[Batch]) -> dict[str, float]:
                 tokens += batch["input_ids"].numel()
     finally:
         model.train(was_training)
+    return mean_of(total, labelled, tokens)
+
+
+def mean_of(total: float, labelled: int, tokens: int) -> dict[str, float]:
+    """What `mean_loss` returns, from sums over all micro-batches."""
     loss = total / max(labelled, 1)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "labelled_tokens": labelled, "tokens": tokens}

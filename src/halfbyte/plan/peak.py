@@ -175,13 +175,17 @@ def evaluating_bytes(job: Job, most_tokens: int) -> int:
     return round((1 + SLACK) * moment) + c * job.largest_linear
 
 
+def cache_bytes(job: Job, tokens: int) -> int:
+    """Keys and values of one text of so many tokens: 2 x layers x key heads x head size x c bytes a token."""
+    facts = job.facts
+    return 2 * facts.layers * (facts.key_heads * facts.head_size or facts.hidden) * job.itemsize * tokens
+
+
 def generating_bytes(job: Job, tokens: int, sequences: int = 1) -> int:
     """The peak of generation above what is held: the key/value cache, and one token's way through the model.
 
-    2 x layers x key heads x head size x c bytes a token (keys and values); a growing cache is copied as it grows.
+    A growing cache is copied as it grows.
     """
-    facts = job.facts
-    width = facts.key_heads * facts.head_size or facts.hidden
-    cache = 2 * facts.layers * width * job.itemsize * tokens * sequences
+    facts, cache = job.facts, cache_bytes(job, tokens) * sequences
     prompt = tokens * sequences * job.itemsize * 4 * facts.hidden
     return round(1.5 * cache + prompt + job.itemsize * job.largest_linear + sequences * facts.vocab * 4)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -30,18 +30,10 @@ SHOWN_CHARACTERS = 3_000  # of a row; the rest is counted, not kept
 _log = logging.getLogger(__name__)
 
 
-def keep(
-    run: RunFolder,
-    loaded: Loaded,
-    job: PlannedRun,
-    base: Assembled,
-    compute: Decision,
-    notices: Sequence[str],
-    from_step: int,
-) -> None:
-    """Write it, unless that fails: a run is worth more than its page."""
+def keep(run: RunFolder, make: Callable[[], Document]) -> None:
+    """Write what `make` (`known`) returns, unless that fails: a run is worth more than its page."""
     try:
-        write_json(run.started, known(run, loaded, job, base, compute, notices, from_step))
+        write_json(run.started, make())
     except Exception as error:
         _log.warning(f"{run.started} could not be written: {type(error).__name__}: {error}")
 

@@ -91,7 +91,7 @@ class Engine:
         """
         with self._changed:
             if self._draining or not self.alive:
-                raise Stopping("the server is ending." if self.alive else f"the engine has failed: {self.failed}")
+                raise self._stopping()
             texts = sum(ask.n for ask in asks)
             free = self.models.places - len(self.of) if not self.queue else 0
             if self.waiting + texts > self.most_waiting + free:
@@ -115,7 +115,7 @@ class Engine:
             waiting, self.queue = list(self.queue), deque()
             self._changed.notify()
         for ask in waiting:
-            self._send([(ask, Stopping("the server is ending."))])
+            self._send([(ask, self._stopping())])
 
     def end(self) -> None:
         """Stop the thread; what is being written ends with an error. Returns when it is over."""
@@ -124,6 +124,9 @@ class Engine:
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()
+
+    def _stopping(self) -> Stopping:
+        return Stopping(f"the engine has failed: {self.failed}." if self.failed else "the server is ending.")
 
     @property
     def waiting(self) -> int:
@@ -135,6 +138,16 @@ class Engine:
 
     # --------------------------------------------------------------- the thread
     def _run(self) -> None:
+        try:
+            self._write()
+        except BaseException as error:  # of any kind: without this thread nothing will be written any more
+            self.failed = type(error).__name__
+            _log.exception("the engine has failed")
+        self.alive = False
+        self.drain()
+        self._fail(self._stopping())
+
+    def _write(self) -> None:
         with torch.no_grad():
             while True:
                 with self._changed:
@@ -151,7 +164,6 @@ class Engine:
                 except Exception as error:  # of the model or of a library: no text is lost without a word
                     _log.exception("a step failed")
                     self._fail(error)
-        self._fail(Stopping("the server is ending."))
 
     def _next(self) -> list[Ask]:
         """The first of those that wait, with others of its adapter, as far as there is room for them."""

@@ -16,6 +16,7 @@ from halfbyte.models import structure
 from halfbyte.models.context import context_of
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.plan import choose
+from halfbyte.plan.peak import cache_bytes
 from halfbyte.serving.names import Names
 from halfbyte.system import device
 
@@ -113,9 +114,7 @@ def _sized(opened: load.Opened, room: int | None, places: int | None) -> tuple[i
             fix=f"--context {reads.tokens}",
         )
     room = room or min(ROOM, reads.tokens if reads is not None else ROOM)
-    facts = opened.job.facts
-    width = facts.key_heads * facts.head_size or facts.hidden
-    each = 2 * facts.layers * width * opened.job.itemsize * room
+    each = cache_bytes(opened.job, room)
     free = _CACHE_SHARE * choose.available_bytes(device.detect())
     fitting = [n for n in _sizes(places) if n * each <= free]
     if not fitting:

@@ -305,10 +305,7 @@ class StepTrainer(Trainer):
         total, labelled, tokens, stops = sums(self.world, asked)
         if stops:
             self.heard()
-        mean = total / max(labelled, 1)
-        perplexity = math.exp(min(mean, 700.0))
-        found = {"loss": mean, "perplexity": perplexity, "labelled_tokens": int(labelled), "tokens": int(tokens)}
-        return found, stops > 0
+        return loss.mean_of(total, int(labelled), int(tokens)), stops > 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's, whose one epoch is the whole run: here `epoch` counts passes over the data."""

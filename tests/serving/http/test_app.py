@@ -376,6 +376,30 @@ def test_a_step_that_fails_is_an_error_and_the_engine_goes_on(
     assert made.choices[0].message.content == wanted("first", "green cup", 8)
 
 
+def test_an_engine_that_has_ended_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no step's own handler takes ends the thread: who waits and who comes is told, and so is the health check."""
+    made = Running(Engine(served.two(), WAITING))
+
+    def ended() -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(made.engine, "_free_gone", ended)
+    try:
+        for _ in range(2):
+            with pytest.raises(openai.InternalServerError, match="the engine has failed: SystemExit"):
+                made.client().chat.completions.create(model="first", messages=asked("red"), max_tokens=4)
+        with httpx2.Client(trust_env=False) as client:
+            assert client.get(made.url + "/health").status_code == 503
+    finally:
+        made.end()
+
+
+def test_tools_need_a_place_in_the_template(running: Running) -> None:
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    with pytest.raises(openai.BadRequestError, match="the chat template of first has no place for tools"):
+        running.client().chat.completions.create(model="first", messages=asked("red"), tools=[tool])
+
+
 def test_the_end_lets_what_runs_finish_and_refuses_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Running(Engine(served.two()))
     step = made.engine._step
