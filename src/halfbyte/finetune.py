@@ -287,9 +287,8 @@ def keep_rows(loaded: Loaded, ready: Ready, run: RunFolder) -> None:
     write_json(run.plan, plan)
     with space_for(run.held_out):
         split.keep(ready.job.prepared.held_out, run.held_out)
-    step = 0 if ready.point is None else ready.point.step
-    known = partial(beginning.known, run, loaded, ready.job, ready.base, ready.compute, ready.notices, step)
-    beginning.keep(run, known)
+    at = 0 if ready.point is None else ready.point.step
+    beginning.keep(run, partial(beginning.known, run, loaded, ready.job, ready.base, ready.compute, ready.notices, at))
 
 
 def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener) -> tuple[RunCallback | None, Outcome]:
