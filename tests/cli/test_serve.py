@@ -1,0 +1,94 @@
+"""`halfbyte serve` and `plan --nodes`: every option reaches what reads it, and changes something there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from typer.testing import CliRunner
+
+from halfbyte.cli.main import app
+from halfbyte.serving.engine import Ask, Engine
+from halfbyte.serving.http import server
+from halfbyte.serving.settings import Settings
+from halfbyte.serving.text import Wish
+from tests import tiny_run
+from tests.serving import served
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    tiny_run.checkpoint(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def started(base: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[Engine, Settings, str]:
+    """What the command hands to the server, and what it prints; nothing is served."""
+    seen: list[Any] = []
+
+    def serve(engine: Engine, settings: Settings, sock: Any, ready: Any) -> None:
+        seen[:] = engine, settings
+        ready()
+        sock.close()
+
+    monkeypatch.setattr(server, "serve", serve)
+    done = CliRunner().invoke(app, ["serve", str(base), "--port", "0", *words, "--set", "quant.type=none"])
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    return seen[0], seen[1], done.output
+
+
+def test_without_options(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, settings, said = started(base, monkeypatch)
+    assert settings == Settings(port=0)
+    assert (engine.most_waiting, engine.pack, engine.models.places) == (128, False, 16)
+    assert "serving tiny at http://127.0.0.1:" in said and "Ctrl-C ends it" in said
+
+
+def test_every_option_arrives(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "key").write_text("k" * 24 + "\n")
+    options = {
+        "--host": "127.0.0.1", "--context": "64", "--at-once": "2", "--queue": "5", "--time-limit": "7",
+        "--grace": "3", "--api-key-file": str(tmp_path / "key"), "--allow-host": "My.Host",
+    }  # fmt: skip
+    words = [word for pair in options.items() for word in pair]
+    engine, settings, said = started(base, monkeypatch, *words, "--pack", "--quiet")
+    assert (engine.most_waiting, engine.pack) == (5, True)
+    assert (engine.models.room, engine.models.places) == (64, 2)
+    assert settings == Settings("127.0.0.1", 0, frozenset({"my.host"}), "k" * 24, 7.0, 3.0)
+    assert "Ctrl-C" not in said
+
+
+def test_the_time_at_the_end_is_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [server.made(Engine(served.two()), Settings(grace_s=seconds)) for seconds in (3.0, 60.0)]
+    assert all(isinstance(each, uvicorn.Server) for each in made)
+    assert [each.config.timeout_graceful_shutdown for each in made] == [3, 60]
+
+
+@pytest.mark.parametrize(("pack", "wanted"), [(False, 1), (True, 3)])
+def test_prompts_that_wait_are_read_together_if_asked(pack: bool, wanted: int) -> None:
+    engine = Engine(served.two(), pack=pack)
+    model = engine.models.named["first"]
+    engine.queue.extend(Ask(model, served.prompt(text), Wish(4)) for text in served.QUESTIONS[:3])
+    assert len(engine._next()) == wanted
+
+
+def planned(*words: str) -> Any:
+    done = CliRunner().invoke(app, ["plan", "llama-2-7b", "--device", "cpu:64GB", *words, "--json"])
+    return json.loads(done.output)
+
+
+def test_a_plan_of_several_machines() -> None:
+    assert "nodes" not in planned()
+    fast, slow, more = planned("--nodes", "4"), planned("--nodes", "4", "--link", "10Mb/s"), planned("--nodes", "8")
+    assert fast["nodes"]["asked"]["nodes"] == 4 and more["nodes"]["asked"]["nodes"] == 8
+    assert slow["nodes"]["asked"]["reduce_s"] > 50 * fast["nodes"]["asked"]["reduce_s"]
+    done = CliRunner().invoke(app, ["plan", "llama-2-7b", "--device", "cpu:64GB", "--nodes", "4"])
+    assert "speed-up" in done.output and "nodes" in done.output
+
+
+def test_what_is_no_link_is_told_in_one_line() -> None:
+    done = CliRunner().invoke(app, ["plan", "llama-2-7b", "--nodes", "4", "--link", "fast"])
+    assert done.exit_code != 0 and "1Gb/s" in str(done.exception)
