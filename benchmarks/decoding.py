@@ -91,7 +91,7 @@ def work(stack: str, name: str, rounds: int, threads: int, isa: str) -> None:
 
 
 def llama(path: Path, rounds: int, threads: int) -> None:
-    from halfbyte.export.reader import LlamaCpp
+    from halfbyte.export.proving.reader import LlamaCpp
 
     began = time.perf_counter()
     program = LlamaCpp(str(path), tokens=40 + MANY, threads=threads)

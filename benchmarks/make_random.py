@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,13 @@ def rows(folder: Path, n: int, seed: int = 0) -> str:
     return str(path)
 
 
-def sharded_llama(folder: Path, values: dict[str, int], shard_bytes: int = 2_000_000_000) -> int:
+def sharded_llama(
+    folder: Path, values: dict[str, int], shard_bytes: int = 2_000_000_000, *, alike: bool = False
+) -> int:
     """A Llama in bf16, every weight drawn for itself, written shard by shard: no more than one is in memory.
+
+    Args:
+        alike: layers hold the same numbers, which takes a tenth of the time.
 
     Returns:
         Bytes of the shards.
@@ -137,12 +143,19 @@ def sharded_llama(folder: Path, values: dict[str, int], shard_bytes: int = 2_000
         shards[-1].append(name)
         held += 2 * shape.numel()
     index: dict[str, str] = {}
+    drawn: dict[str, Any] = {}
     total = 0
+
+    def draw(name: str) -> Any:
+        kind = re.sub(r"\.\d+\.", ".", name) if alike else name
+        if kind in drawn:
+            return drawn[kind].clone()
+        tensor = torch.empty(shapes[name], dtype=torch.bfloat16)
+        tensor = tensor.fill_(1) if tensor.ndim == 1 else tensor.normal_(0, 0.02, generator=generator)
+        return drawn.setdefault(kind, tensor) if alike else tensor
+
     for number, names in enumerate(shards, start=1):
-        tensors = {}
-        for name in names:
-            tensor = torch.empty(shapes[name], dtype=torch.bfloat16)
-            tensors[name] = tensor.fill_(1) if tensor.ndim == 1 else tensor.normal_(0, 0.02, generator=generator)
+        tensors = {name: draw(name) for name in names}
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         index.update(dict.fromkeys(names, file))

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from halfbyte.errors import ExportError
 from halfbyte.export import gguf as writing
-from halfbyte.export import gguf_tokenizer, reader
+from halfbyte.export import gguf_tokenizer
+from halfbyte.export.proving import reader
 from halfbyte.export.weights import Merged
 from halfbyte.inference.target import Target
 from halfbyte.models.sources.gguf_file import checkpoint_of
@@ -163,5 +164,5 @@ def test_what_the_file_has_no_place_for(name: str, changes: dict[str, Any], said
 
 
 def test_an_architecture_that_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"opt is not written.*\n.*convert_hf_to_gguf"):
+    with pytest.raises(ExportError, match=r"opt is not written.*\n.*own converter"):
         writing.architecture_of(AutoConfig.for_model("opt"))

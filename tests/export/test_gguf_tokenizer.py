@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from halfbyte.errors import ExportError
 from halfbyte.export import gguf as writing
-from halfbyte.export import gguf_tokenizer, reader
+from halfbyte.export import gguf_tokenizer
+from halfbyte.export.proving import reader
 from halfbyte.export.weights import Merged
 from halfbyte.inference.target import Target
 from halfbyte.models.gguf.header import read_header

@@ -17,8 +17,8 @@ from huggingface_hub import ModelCard
 
 from halfbyte.errors import ExportError
 from halfbyte.export import hub as shipping
-from halfbyte.export import proof
-from halfbyte.export.proof import Exported
+from halfbyte.export.proving import proof
+from halfbyte.export.proving.proof import Exported
 from halfbyte.inference.target import Target
 from tests import tiny_run
 

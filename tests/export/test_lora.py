@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from halfbyte import finetune
 from halfbyte.errors import ExportError
-from halfbyte.export import gguf, gguf_tokenizer, lora, reader
+from halfbyte.export import gguf, gguf_tokenizer, lora
+from halfbyte.export.proving import reader
 from halfbyte.export.weights import Merged
 from halfbyte.inference import target
 from halfbyte.inference.target import Target

@@ -18,12 +18,17 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from halfbyte import finetune
 from halfbyte.base.store.writer import Writer
 from halfbyte.errors import AdapterError, ExportError
-from halfbyte.export import folder
+from halfbyte.export import folder, weights
 from halfbyte.export.weights import BaseKind, Merged
 from halfbyte.inference import target
 from halfbyte.inference.target import Target
 from tests import tiny_run
 from tests.export import runs
+
+
+@pytest.fixture(autouse=True)
+def some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "CHUNK_NUMBERS", 1000)  # matrices of 64 columns in pieces of 15 rows
 
 
 def written(found: Target, base: BaseKind, out: Path) -> Any:

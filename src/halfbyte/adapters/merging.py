@@ -59,6 +59,24 @@ class Change:
         """Whether it asks for the weight that was trained on (DoRA)."""
         return self.layer is not None and bool(self.layer.use_dora.get(_key(self.layer)))
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether `of_rows` can be asked: LoRA on a matrix (out, in), without a norm over the whole."""
+        layer = self.layer
+        return bool(layer is not None and layer.lora_A and not (layer.lora_variant or layer.fan_in_fan_out))
+
+    @torch.no_grad()
+    def of_rows(self, weight: Tensor, first_row: int) -> Tensor:
+        """The changed rows of a weight in their own memory, (rows, in) fp32, beginning at a row of the whole's."""
+        assert self.layer is not None
+        key, own = _key(self.layer), slice(first_row, first_row + len(weight))
+        b, a = self.layer.lora_B[key].weight, self.layer.lora_A[key].weight
+        weight.addmm_(b[own], a, alpha=self.layer.scaling[key])
+        if self.start is not None:
+            b, a = (factor.float() for factor in self.start)
+            weight.addmm_(b[own], a, alpha=-1)
+        return weight
+
     @torch.no_grad()
     def of(self, weight: Tensor, trained_on: Callable[[], Tensor] | None = None) -> Tensor:
         """The changed weight, fp32, in the memory of `weight` where it can be.

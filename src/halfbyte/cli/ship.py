@@ -15,12 +15,13 @@ from halfbyte.errors import ExportError
 from halfbyte.system import libraries
 
 if TYPE_CHECKING:
-    from halfbyte.export.proof import Exported
+    from halfbyte.export.proving.proof import Exported
 
 Compared = Annotated[
     Path | None, typer.Option("--data", help="Rows to compare on; default: those held out.", metavar="ROWS")
 ]
 Proven = Annotated[bool, typer.Option("--proof/--no-proof", help="Open what was written, and compare it with the run.")]
+Prompts = Annotated[int, typer.Option("--prompts", min=1, help="Held-out prompts that both answer, for the proof.")]
 
 
 class Base(StrEnum):
@@ -39,6 +40,7 @@ def merge(
     ] = False,
     data: Compared = None,
     proof: Proven = True,
+    prompts: Prompts = 20,
     set_: Set = [],  # noqa: B006
     force: Force = False,
     json_: Json = False,
@@ -49,7 +51,7 @@ def merge(
         with libraries.loading():
             from halfbyte.export import merge as merging
 
-        wish = merging.Wish(run, out, tuple(set_), force, data, proof, tell)
+        wish = merging.Wish(run, out, tuple(set_), force, data, proof, prompts, tell)
         made = merging.merge(wish, base.value, quantise=quantise)
     show.document(made.to_json()) if json_ else _shown(made)
 
@@ -70,6 +72,7 @@ def export(
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: a folder in RUN.")] = None,
     data: Compared = None,
     proof: Proven = True,
+    prompts: Prompts = 20,
     set_: Set = [],  # noqa: B006
     force: Force = False,
     json_: Json = False,
@@ -83,7 +86,7 @@ def export(
             from halfbyte.export import export as exporting
             from halfbyte.export.merge import Wish
 
-        wish = Wish(run, out, tuple(set_), force, data, proof, tell)
+        wish = Wish(run, out, tuple(set_), force, data, proof, prompts, tell)
         if peft:
             made = exporting.to_peft(wish)
         elif gguf_lora:

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from halfbyte.base.config import open_config
 from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.errors import ExportError
-from halfbyte.export import folder, gguf, gguf_tokenizer, lora, ollama, proof, reader
+from halfbyte.export import converter, folder, gguf, gguf_tokenizer, lora, ollama
 from halfbyte.export.merge import Asking, Base, Wish, bases, better, describe, finish, notes
-from halfbyte.export.proof import Exported
+from halfbyte.export.proving import proof, reader
+from halfbyte.export.proving.proof import Exported
 from halfbyte.export.weights import BaseKind, Merged
 from halfbyte.inference.load import tokenizer_of
 from halfbyte.inference.target import Target
@@ -42,6 +44,8 @@ def to_gguf(wish: Wish, kind: str, base: Base = "auto", *, modelfile: bool = Fal
     if kind in gguf.QUANTISED and not reader.has_llama():
         raise ExportError(f"{kind} is quantised by llama.cpp, which is not installed.", fix=reader.INSTALL)
     found, out = wish.found(), wish.place(f"gguf-{kind.lower()}")
+    if (own := _model_type(found)) not in gguf.ARCHITECTURES:
+        converter.command_for(own)
     kinds, tried = bases(found, base), dict[str, proof.Proof]()
     with wish.asking(out) as asking, folder.whole_or_absent(out) as temporary:
         told: list[str] = []
@@ -80,20 +84,29 @@ def _family(kind: str) -> str:
 def _write(wish: Wish, found: Target, base: BaseKind, path: Path, kind: str) -> list[str]:
     """One file; returns what is to be known of it."""
     merged = Merged(found, base, wish.tell)
-    gguf.architecture_of(merged.config.get_text_config())
-    plain = "F16" if kind in gguf.QUANTISED else kind
+    ours = _model_type(found) in gguf.ARCHITECTURES
+    plain = "F16" if kind in gguf.QUANTISED or not (ours or kind in ("F32", "BF16", "Q8_0")) else kind
     weights = sum(item.source.nbytes for item in merged.items)
     folder.check_space(path.parent, 2 * weights + folder.BESIDE_BYTES)
     wish.tell.say(f"from {describe(base)}, in {kind}", label="gguf")
     first = path.with_suffix(".f16") if plain != kind else path
-    gguf.write(merged, first, plain, add_tokenizer(found, merged))
     told = list(_known(merged))
+    if ours:
+        gguf.write(merged, first, plain, add_tokenizer(found, merged))
+    else:
+        converter.write(merged, first, plain)
+        told.append(f"{merged.config.model_type} was written by llama.cpp's own converter")
     if plain != kind:
         gguf.quantised(first, path, kind)
         first.unlink()
         if fallen := gguf.fallen_back(path, kind):
             told.append(fallen)
     return told
+
+
+def _model_type(found: Target) -> str:
+    config = open_config(find_model(found.recipe).path, trust_remote_code=found.recipe.trust_remote_code)
+    return str(config.get_text_config().model_type)
 
 
 def _known(merged: Merged) -> list[str]:

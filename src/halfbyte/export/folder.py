@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from halfbyte.base.store.reading import torch_dtypes
 from halfbyte.base.store.writer import Slot, Writer
 from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.data.encoding.chatml import CHATML, chat_template
@@ -73,14 +72,17 @@ def nbytes(merged: Merged) -> int:
 
 def write(merged: Merged, folder: Path) -> None:
     """Fill an empty folder."""
-    plans, stop = _plans(merged), threading.Event()
-    with merged, ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="merge") as pool:
+    plans, stop, threads = _plans(merged), threading.Event(), torch.get_num_threads()
+    # each a thread of its own: pieces are small, and threads of one operation would wait for each other
+    with merged, ThreadPoolExecutor(FILES_AT_ONCE, "merge", torch.set_num_threads, (1,)) as pool:
         try:
             for future in [pool.submit(_write_file, merged, folder / n, i, stop) for n, i in plans.items()]:
                 future.result()
         except BaseException:
             stop.set()
             raise
+        finally:
+            torch.set_num_threads(threads)
     if changed := merged.source.changed():
         raise ExportError(f"{changed[0]} was changed while it was read.", fix="run the same command again")
     if len(plans) > 1:
@@ -107,12 +109,8 @@ def _write_file(merged: Merged, path: Path, items: list[Item], stop: threading.E
         for item in items:
             if stop.is_set():
                 return
-            if merged.is_changed(item):
-                value = merged.value(item).to(torch_dtypes()[item.source.dtype]).contiguous()
-                out.put(item.name, value.view(-1).view(torch.uint8).numpy().data)
-            else:
-                for first, part in merged.raw(item):
-                    out.put(item.name, part.data, first)
+            for first, part in merged.written(item):
+                out.put(item.name, part.data, first)
         out.close({})
 
 

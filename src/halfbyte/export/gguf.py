@@ -85,7 +85,7 @@ def architecture_of(config: Config) -> str:
     if (name := ARCHITECTURES.get(config.model_type)) is None:
         raise ExportError(
             f"{config.model_type} is not written as GGUF here; these are: {', '.join(ARCHITECTURES)}.",
-            fix="`halfbyte merge RUN`, then convert_hf_to_gguf.py of llama.cpp on that folder",
+            fix="halfbyte export RUN --gguf F16, by llama.cpp's own converter where it is installed",
         )
     return name
 
@@ -337,12 +337,12 @@ def _plain_rope(params: Document) -> object:
 
 
 def quantised(source: Path, target: Path, kind: str) -> None:
-    """One of llama.cpp's K-quants of a file, by its own quantiser.
+    """A file in another format, by llama.cpp's own quantiser.
 
     Raises:
         ExportError: the wheel is not installed, or refuses.
     """
-    from halfbyte.export import reader
+    from halfbyte.export.proving import reader
 
     if not reader.has_llama():
         raise ExportError(
@@ -352,7 +352,7 @@ def quantised(source: Path, target: Path, kind: str) -> None:
 
     ffi, lib = get_ffi(), get_lib()
     settings = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())
-    settings.ftype, settings.nthread = QUANTISED[kind], 2
+    settings.ftype, settings.nthread = (QUANTISED | _FTYPES)[kind], 2
     if lib.llama_model_quantize(str(source).encode(), str(target).encode(), settings):
         raise ExportError(f"llama.cpp could not quantise {source.name} to {kind}.")
 

@@ -18,7 +18,7 @@ from halfbyte.runs.folder import RunFolder
 from halfbyte.system.versions import versions
 
 if TYPE_CHECKING:
-    from halfbyte.export.proof import Exported
+    from halfbyte.export.proving.proof import Exported
     from halfbyte.inference.target import Target
 
 CARD = "README.md"

@@ -20,10 +20,11 @@ from typing import Literal
 
 from halfbyte.base.store import supply
 from halfbyte.errors import ExportError, HalfbyteError
-from halfbyte.export import folder, hub, proof
-from halfbyte.export.proof import Exported
+from halfbyte.export import folder, hub
+from halfbyte.export.proving import proof
+from halfbyte.export.proving.proof import Exported
+from halfbyte.export.proving.witness import PROMPTS, WITNESS, Asked
 from halfbyte.export.weights import BaseKind, Merged, starts_residual
-from halfbyte.export.witness import WITNESS, Asked
 from halfbyte.inference import target
 from halfbyte.inference.target import Target
 from halfbyte.recipe.adapter import read_config
@@ -41,7 +42,7 @@ class Wish:
 
     Args:
         run: a run folder, or an adapter's. out: None takes a folder in the run. data: rows to compare on.
-        prove: False writes it unproven, and says so in it.
+        prove: False writes it unproven, and says so in it. prompts: most that are answered for the proof.
     """
 
     run: Path
@@ -50,6 +51,7 @@ class Wish:
     force: bool = False
     data: Path | None = None
     prove: bool = True
+    prompts: int = PROMPTS
     tell: supply.Tell = field(default_factory=supply.Tell)
 
     def found(self) -> Target:
@@ -88,7 +90,9 @@ class Asking:
         out, wish = self.place / name, self.wish
         out.mkdir()
         data = str(wish.data) if wish.data is not None else None
-        return proof.ask_run(Asked(str(wish.run), str(out), tuple(wish.overrides), wish.force, unquantised, data))
+        return proof.ask_run(
+            Asked(str(wish.run), str(out), tuple(wish.overrides), wish.force, unquantised, data, wish.prompts)
+        )
 
     def document(self) -> Document:
         said: Document = json.loads(self.witness.read_text(encoding="utf-8"))

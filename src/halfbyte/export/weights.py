@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfbyte.adapters import merging
 from halfbyte.base import load, lost, residual
@@ -39,6 +39,8 @@ from halfbyte.types import Config, Model
 
 BaseKind = Literal["16bit", "4bit"]
 CHUNK_BYTES = 1 << 26
+# Of a matrix merged in rows: its fp32 numbers, their rounding and the factors' part of them stay in a core's own cache.
+CHUNK_NUMBERS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Merged:
                 f"{self.checkpoint.id} is quantised itself, so there is no 16-bit model to merge into.",
                 fix="--set model=THE 16-BIT MODEL, or use the adapter with its base: halfbyte export RUN --peft",
             )
+        self.dtype = load.DTYPES[device.compute_dtype(device.detect(), found.recipe.quant.compute_dtype)[0]]
         self.plain = meta_model(self.config)
         self.source = supply.open_source(self._wanted())
         self.changes = self._changes(found.adapter, tell)
@@ -95,16 +98,54 @@ class Merged:
         """Whether it differs from the source's tensor."""
         return item.target in self.changes or (self.base == "4bit" and self._held(item) is not None)
 
-    def raw(self, item: Item) -> Iterator[tuple[int, np.ndarray]]:
-        """(first byte, bytes) of the source's tensor, in pieces."""
+    def written(self, item: Item) -> Iterator[tuple[int, np.ndarray]]:
+        """(first byte, bytes) of the merged tensor in the source's dtype, rounded once, in pieces; the next piece takes
+        the memory of the one before."""
+        if not self.is_changed(item):
+            yield from self._raw(item)
+        elif self._in_rows(item):
+            yield from self._rows(item)
+        else:
+            value = self.value(item).to(torch_dtypes()[item.source.dtype]).contiguous()
+            yield 0, value.view(-1).view(torch.uint8).numpy()
+
+    def _raw(self, item: Item) -> Iterator[tuple[int, np.ndarray]]:
         buffer = np.empty(min(CHUNK_BYTES, item.source.nbytes), np.uint8)
         for first in range(0, item.source.nbytes, CHUNK_BYTES):
             part = buffer[: min(CHUNK_BYTES, item.source.nbytes - first)]
             self.source.read(item.source, first, part.data)
             yield first, part
 
+    def _in_rows(self, item: Item) -> bool:
+        """Whether rows of the matrix are changed each for itself: a linear layer's, by LoRA that needs no norm."""
+        change = self.changes.get(item.target)
+        if len(item.source.shape) != 2 or item.source.dtype not in FLOATS or (change and not change.by_rows):
+            return False
+        return self.base == "16bit" or (isinstance(self._held(item), nn.Module) and not self._is_conv1d(item))
+
+    def _rows(self, item: Item) -> Iterator[tuple[int, np.ndarray]]:
+        """`value`, some rows at a time. To be given pages for whole fp32 matrices costs more than the arithmetic."""
+        (rows, columns), change = item.source.shape, self.changes.get(item.target)
+        step, dtype = max(1, CHUNK_NUMBERS // max(1, columns)), torch_dtypes()[item.source.dtype]
+        rounded, summed = torch.empty((step, columns), dtype=dtype), torch.empty((step, columns))
+        held = self._dequantised(item) if self.base == "4bit" else None
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            part, values = rounded[:count], summed[:count]
+            piece = part.view(-1).view(torch.uint8).numpy()
+            at = first * columns * dtype.itemsize
+            if held is None:
+                self.source.read(item.source, at, piece.data)
+            values.copy_(part if held is None else held[first : first + count])
+            if change is not None:
+                change.of_rows(values, first)
+            part.copy_(values)
+            yield at, piece
+        if held is not None:
+            lost.let_go(self._module(item).weight.data, self._maps)
+
     def value(self, item: Item) -> Tensor:
-        """The merged tensor in fp32, of the source's shape, not rounded."""
+        """The merged tensor in fp32, of the source's shape, not rounded, whole."""
         change = self.changes.get(item.target)
         held = self._held(item) if self.base == "4bit" else None
         weight = self._trained_on(item) if held is not None else self._read(item.source)
@@ -231,18 +272,27 @@ class Merged:
     def _trained_on(self, item: Item) -> Tensor:
         """What training multiplied with, fp32, as the source has it."""
         held = self._held(item)
-        dtype = load.DTYPES[device.compute_dtype(device.detect(), self.found.recipe.quant.compute_dtype)[0]]
         if isinstance(held, ExpertStack):
             chosen = range(len(held)) if item.expert is None else (item.expert,)
-            weight = torch.stack([held.expert(e, dtype).float() for e in chosen])
+            weight = torch.stack([held.expert(e, self.dtype).float() for e in chosen])
             if item.expert is not None:
                 weight = weight[0, item.first_row : item.first_row + item.source.shape[0]]
             return weight.contiguous()
-        module = self.modules[item.target.rpartition(".")[0]]
-        weight = formats.of_module(module).weight(module, dtype).to("cpu", torch.float32, copy=True)
-        lost.let_go(module.weight.data, self._maps)
-        original = self.plain.get_submodule(item.target.rpartition(".")[0])
-        return weight.T.contiguous() if type(original).__name__ == "Conv1D" else weight  # which holds (in, out)
+        weight = self._dequantised(item).to(torch.float32, copy=True)
+        lost.let_go(self._module(item).weight.data, self._maps)
+        return weight.T.contiguous() if self._is_conv1d(item) else weight
+
+    def _dequantised(self, item: Item) -> Tensor:
+        """(out, in) in the dtype that is computed in, on the CPU, in memory that the thread's next call takes."""
+        module = self._module(item)
+        return formats.of_module(module).weight(module, self.dtype).to("cpu")
+
+    def _module(self, item: Item) -> nn.Module:
+        return self.modules[item.target.rpartition(".")[0]]
+
+    def _is_conv1d(self, item: Item) -> bool:
+        """Whether the source holds the matrix as (in, out)."""
+        return type(self.plain.get_submodule(item.target.rpartition(".")[0])).__name__ == "Conv1D"
 
     def _read(self, source: SourceTensor) -> Tensor:
         if source.dtype not in FLOATS:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from halfbyte import finetune
 from halfbyte.errors import ExportError
-from halfbyte.export import folder, merge, proof, reader, witness
+from halfbyte.export import folder, merge
+from halfbyte.export.proving import proof, reader, witness
 from halfbyte.export.weights import Merged
 from halfbyte.inference import target
 from tests import tiny_run
@@ -29,7 +30,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_run.rows(here / "eval.jsonl", 6, seed=5)
     finetune.train(tiny_run.recipe(here, data__eval=here / "eval.jsonl", output=here / "trained"))
     (here / "run").mkdir()
-    witness.write(witness.Asked(str(here / "trained"), str(here / "run")))
+    witness.write(witness.Asked(str(here / "trained"), str(here / "run"), prompts=5))
     (here / "merged").mkdir()
     folder.write(Merged(target.find(here / "trained"), "4bit"), here / "merged")
     return here
@@ -46,7 +47,7 @@ def test_what_is_right_passes(world: Path, tmp_path: Path) -> None:
     seen = proven(world, world / "merged", tmp_path / "said")
     assert not seen.problems, seen
     assert seen.difference < seen.bound < 1e-4 < seen.moved and seen.kl < 1e-8 < seen.base_kl
-    assert seen.answers == 6 and not seen.unlike and not seen.tokenized
+    assert seen.answers == seen.references == 5 and not seen.unlike and not seen.tokenized
     assert seen.loss == pytest.approx(seen.run_loss, rel=1e-5)
 
 
@@ -93,14 +94,14 @@ def test_a_fault_fails_the_export_and_nothing_is_left(
     again = cli("merge", trained, "--base", "4bit", "--out", str(tmp_path / "good"))
     assert again.code == 1 and "exists already" in again.err
 
-    of = Merged.value
+    written = Merged.written
 
-    def forgets(self: Merged, item: Any) -> torch.Tensor:
+    def forgets(self: Merged, item: Any) -> Any:
         if item.name.endswith("layers.1.self_attn.q_proj.weight"):
             self.changes.pop(item.target)
-        return of(self, item)
+        return written(self, item)
 
-    monkeypatch.setattr(Merged, "value", forgets)
+    monkeypatch.setattr(Merged, "written", forgets)
     failed = cli("merge", trained, "--base", "4bit", "--out", str(tmp_path / "bad"))
     assert failed.code == 1 and "does not say what the run says" in failed.err and "Nothing of it is left" in failed.err
     assert [path.name for path in tmp_path.iterdir()] == ["good"]

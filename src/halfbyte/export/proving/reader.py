@@ -1,4 +1,4 @@
-"""`python -m halfbyte.export.reader PROGRAM ASKED.json`: the child process in which another program opens an export.
+"""`python -m halfbyte.export.proving.reader PROGRAM ASKED.json`: the child process in which a program opens an export.
 
 `transformers` opens a merged folder as anyone would, without a line of ours; `llama.cpp` a GGUF file, with an adapter
 where one is given, through the wheel llama-cpp-py-sync. Each is asked what the run was asked (`witness.py`).

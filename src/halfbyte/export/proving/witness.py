@@ -1,4 +1,4 @@
-"""`python -m halfbyte.export.witness ASKED.json`: the child process that writes down what a run says.
+"""`python -m halfbyte.export.proving.witness ASKED.json`: the child process that writes down what a run says.
 
 What: of held-out rows the logits at labelled tokens; of prompts the answers, token by token, with how clear each choice
 was; how a text becomes tokens; and the same logits of the base alone, so that a rounding can be told from an adapter
@@ -45,7 +45,7 @@ TEXTS = (
 class Asked:
     """Args:
     run: a run folder or an adapter's. out: an empty folder. unquantised: on the base in 16 bits, whatever it was
-        trained on. data: other rows than those held out.
+        trained on. data: other rows than those held out. prompts: most that are answered.
     """
 
     run: str
@@ -54,6 +54,7 @@ class Asked:
     force: bool = False
     unquantised: bool = False
     data: str | None = None
+    prompts: int = PROMPTS
 
 
 def write(asked: Asked) -> None:
@@ -63,15 +64,15 @@ def write(asked: Asked) -> None:
         quant = found.recipe.quant.in_type("none")
         found = replace(found, recipe=found.recipe.model_copy(update={"quant": quant}))
     opened = open_target(found, force=asked.force or asked.unquantised)
-    rows = _rows(opened, Path(asked.data) if asked.data else None)
+    rows = _rows(opened, Path(asked.data) if asked.data else None, max(4 * ROWS, asked.prompts))
     chosen = [(row, _positions(row)) for row in rows if any(label != IGNORED for label in row.labels[1:])][:ROWS]
     said = _logits(opened, chosen, base=False)
     alone = _logits(opened, chosen, base=True)
     np.save(Path(asked.out, LOGITS), said)
     np.save(Path(asked.out, f"base-{LOGITS}"), alone)
     tokenizer = opened.tokenizer
-    prompts = [list(row.prompt_ids) for row in rows if row.completion][:PROMPTS]
-    prompts = prompts or [list(row.input_ids[: 1 + len(row.input_ids) // 2]) for row in rows[:PROMPTS]]
+    prompts = [list(row.prompt_ids) for row in rows if row.completion][: asked.prompts]
+    prompts = prompts or [list(row.input_ids[: 1 + len(row.input_ids) // 2]) for row in rows[: asked.prompts]]
     prompts = [] if asked.unquantised else prompts  # of which only the logits are asked
     spoken = [tokenizer.decode(ids) for ids in prompts]
     answers = [_answer(opened, ids) for ids in prompts]
@@ -80,7 +81,7 @@ def write(asked: Asked) -> None:
         "rows": [{"ids": list(row.input_ids), "at": at} for row, at in chosen],
         "next": [row.input_ids[i + 1] for row, at in chosen for i in at],
         "prompts": prompts,
-        "references": [row.completion for row in rows if row.completion][:PROMPTS],
+        "references": [row.completion for row in rows if row.completion][: asked.prompts],
         "answers": [ids for ids, _ in answers],
         "clear": [margins for _, margins in answers],
         "texts": [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in answers],
@@ -96,13 +97,13 @@ def write(asked: Asked) -> None:
     files.write(Path(asked.out, WITNESS), files.as_json(document))
 
 
-def _rows(opened: Opened, data: Path | None) -> list[Example]:
+def _rows(opened: Opened, data: Path | None, most: int) -> list[Example]:
     """Held-out rows; else the rows that were trained on; else lines of a small text of ours."""
     recipe = opened.recipe
     try:
         names = target.held_out(recipe, opened.run, data)
         if names is None:
-            return list(split.load(RunFolder(opened.run).held_out).examples[: 4 * ROWS])
+            return list(split.load(RunFolder(opened.run).held_out).examples[:most])
     except HalfbyteError:
         names = None
     with resources.as_file(resources.files("halfbyte.inference").joinpath("quality.txt")) as own:
@@ -112,7 +113,7 @@ def _rows(opened: Opened, data: Path | None) -> list[Example]:
                 if rows is not None:
                     settings = plain if rows is not own else plain.model_copy(update={"format": "auto", "fields": {}})
                     encoded = encode.encode(rows, opened.tokenizer, settings, cores=device.cores())
-                    return list(encoded.examples[: 4 * ROWS])
+                    return list(encoded.examples[:most])
             except HalfbyteError:
                 continue
     raise DataError("there are no rows to compare an export on.", fix="--data ROWS.jsonl")

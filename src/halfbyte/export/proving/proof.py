@@ -21,8 +21,8 @@ import numpy as np
 
 from halfbyte import errors
 from halfbyte.errors import ExportError
-from halfbyte.export.reader import SAID
-from halfbyte.export.witness import LOGITS, WITNESS, Asked
+from halfbyte.export.proving.reader import SAID
+from halfbyte.export.proving.witness import LOGITS, WITNESS, Asked
 from halfbyte.system import files
 from halfbyte.system.versions import versions
 from halfbyte.types import Document
@@ -97,7 +97,7 @@ def ask_run(asked: Asked) -> Path:
     """What the run says, in `asked.out`; the path of its witness."""
     task = Path(asked.out, "asked.json")
     files.write(task, files.as_json(vars(asked)))
-    _child(["halfbyte.export.witness", str(task)], "asking the run")
+    _child(["halfbyte.export.proving.witness", str(task)], "asking the run")
     return Path(asked.out, WITNESS)
 
 
@@ -106,7 +106,7 @@ def ask_program(program: str, path: Path, witness: Path, out: Path, adapter: Pat
     out.mkdir(exist_ok=True)
     values = {"path": str(path), "witness": str(witness), "out": str(out), "adapter": adapter and str(adapter)}
     files.write(out / "task.json", files.as_json(values))
-    _child(["halfbyte.export.reader", program, str(out / "task.json")], f"opening {path.name} by {program}")
+    _child(["halfbyte.export.proving.reader", program, str(out / "task.json")], f"opening {path.name} by {program}")
 
 
 def _child(arguments: Sequence[str], doing: str) -> None:
