@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from halfbyte import finetune
@@ -97,6 +99,10 @@ def test_a_folder_of_one_rank_and_one_scaling(kind: str, tmp_path: Path) -> None
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] and not config["use_rslora"] and not config["rank_pattern"]
     assert not config["alpha_pattern"] and not config["modules_to_save"] and "--max-lora-rank 8" in told[0]
+    assert not config["use_dora"] and config["bias"] == "none"
+    for name, tensor in load_file(tmp_path / "out/adapter_model.safetensors").items():
+        (leaf, factor) = re.findall(r"\Abase_model\.model\..+\.(\w+)\.(lora_[AB])\.weight\Z", name)[0]
+        assert leaf in runs.Q_V and tensor.shape[0 if factor == "lora_A" else 1] == config["r"]
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     again = logits(peft.PeftModel.from_pretrained(base, tmp_path / "out").eval())
     assert np.abs(again - adapted(tmp_path)).max() < 1e-4

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from halfbyte import finetune
 from halfbyte.base.store.writer import Writer
 from halfbyte.errors import AdapterError, ExportError
 from halfbyte.export import folder, weights
+from halfbyte.export import merge as merging
 from halfbyte.export.weights import BaseKind, Merged
 from halfbyte.inference import target
 from halfbyte.inference.target import Target
@@ -187,6 +191,33 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ):
         folder.write(Merged(found, "16bit"), t)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith((".o", "o"))]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from halfbyte.base.store.writer import Writer
+from halfbyte.export.merge import Wish, merge
+put, calls = Writer.put, []
+def killed(self, *args):
+    calls.append(1)
+    if len(calls) == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    put(self, *args)
+Writer.put = killed
+merge(Wish(Path(sys.argv[1]), Path(sys.argv[2]), ("quant.type=none",), prove=False), "16bit")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kill -9")
+def test_a_killed_merge_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    runs.make(tmp_path, "plain")
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "adapter"), str(tmp_path / "out")]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    (left,) = (p for p in tmp_path.iterdir() if "out" in p.name)
+    assert left.name.startswith(".out.") and not list(left.rglob("*.safetensors"))
+    merging.merge(merging.Wish(tmp_path / "adapter", tmp_path / "out", ("quant.type=none",), prove=False), "16bit")
+    assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == ["out"]
 
 
 def test_no_room_is_told_before_anything_is_written(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -24,13 +25,42 @@ NO_SYSTEM = (
     "[{{ 'U' if m['role'] == 'user' else 'A' }}]{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[A]{% endif %}"
 )
+UNSEEN = tiny_run.CHATML.replace("<|im_start|>", "<｜\u00a0\u200d\U000e0067>")  # printable and not
 ALTERNATES = "{% for m in messages %}{{ loop.index }}{{ m['content'] }}{% endfor %}"
 
 
+COMMANDS = ("FROM", "LICENSE", "TEMPLATE", "SYSTEM", "ADAPTER", "PARAMETER", "MESSAGE")
+
+
+def unquoted(text: str) -> str | None:
+    """A value without its quotes, of which nothing inside is an escape; None where they do not end yet."""
+    for quotes in ('"""', '"'):
+        if text.startswith(quotes):
+            return text[len(quotes) : -len(quotes)] if text.endswith(quotes) and len(text) >= 2 * len(quotes) else None
+    return text
+
+
 def commands(text: str) -> list[tuple[str, str]]:
-    """(command, argument) of a Modelfile, as Ollama's parser takes them: quotes of three go over lines."""
-    found = re.findall(r'^(\w+)[ \t]+("""(?:.|\n)*?"""|[^\n]*)$', text, re.MULTILINE)
-    return [(name, value.strip('"') if value.startswith('"""') else value) for name, value in found]
+    """(command, argument) of a Modelfile by Ollama's rules, character by character: a value ends at the first end of a
+    line at which its quotes have ended; what is not printable is dropped, line ends inside quotes are not."""
+    found, at = list[tuple[str, str]](), 0
+    while at < len(text):
+        if text[at] in " \t\r\n":
+            at += 1
+            continue
+        words, parts = text[at:].split(maxsplit=1)[0], ""
+        at += len(words) + 1
+        name = words
+        assert words in COMMANDS
+        if words == "PARAMETER":
+            (parameter,) = re.findall(r"\A[a-z0-9_]+(?=[ \t])", text[at:])
+            name, at = f"PARAMETER {parameter}", at + len(parameter) + 1
+        while at < len(text) and not (text[at] in "\r\n" and unquoted(parts.strip()) is not None):
+            parts, at = parts + (text[at] if text[at].isprintable() or text[at] in "\t\r\n" else ""), at + 1
+        value = unquoted(parts.strip())
+        assert value is not None, "the file ends inside quotes"
+        found.append((name, value))
+    return found
 
 
 def rendered(go: str, messages: list[dict[str, str]]) -> str:
@@ -63,7 +93,7 @@ def rendered(go: str, messages: list[dict[str, str]]) -> str:
                     if action == ".Content" and message
                     else ""
                     if action == ".Content"
-                    else json.loads(action)
+                    else ast.literal_eval(action)  # whose strings are written as Go's
                 )
                 out, at = out + (text if on else ""), at + 1
         return out, at
@@ -72,14 +102,15 @@ def rendered(go: str, messages: list[dict[str, str]]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("template", "system"), [(tiny_run.CHATML, True), (LLAMA3, True), (DEFAULT, True), (NO_SYSTEM, False)]
+    ("template", "system"),
+    [(tiny_run.CHATML, True), (LLAMA3, True), (DEFAULT, True), (NO_SYSTEM, False), (UNSEEN, True)],
 )
 def test_as_the_chat_template_says(template: str, system: bool, tmp_path: Path) -> None:
     tokenizer = tiny_run.tokenizer(chat_template=template)
     recipe = tiny_run.recipe(tmp_path).recipe
     ollama.write(tmp_path / "Modelfile", "m.gguf", tokenizer, recipe)
     said = commands((tmp_path / "Modelfile").read_text())
-    assert said[0] == ("FROM", "./m.gguf") and ("PARAMETER", 'stop "<|im_end|>"') in said
+    assert said[0] == ("FROM", "./m.gguf") and ("PARAMETER stop", "<|im_end|>") in said
     go = dict(said)["TEMPLATE"]
     talks = [
         [{"role": "user", "content": 'say "hi"\n'}],
@@ -96,3 +127,15 @@ def test_a_template_that_does_more_is_refused(tmp_path: Path) -> None:
         ollama.around(tiny_run.tokenizer(), ALTERNATES)
     with pytest.raises(ExportError, match="no chat template"):
         ollama.write(tmp_path / "M", "m", tiny_run.tokenizer(chat_template=None), tiny_run.recipe(tmp_path).recipe)
+
+
+def test_what_ends_an_answer_is_taken_as_it_stands(tmp_path: Path) -> None:
+    for end in ("<｜end▁of▁sentence｜>", 'a"b\\n'):
+        special = ("<pad>", "<s>", "</s>", "<|im_start|>", end)
+        tokenizer = tiny_run.tokenizer(special, end, tiny_run.CHATML.replace("<|im_end|>", end.replace("\\", "\\\\")))
+        ollama.write(tmp_path / "Modelfile", "m.gguf", tokenizer, tiny_run.recipe(tmp_path).recipe, adapter="a.gguf")
+        said = commands((tmp_path / "Modelfile").read_text())
+        assert said[1] == ("ADAPTER", "./a.gguf") and said[-1] == ("PARAMETER stop", end)
+    unseen = tiny_run.tokenizer(("<pad>", "<s>", "</s>", "<|im_start|>", "<\u00a0>"), "<\u00a0>")
+    with pytest.raises(ExportError, match="which a Modelfile cannot hold"):
+        ollama.write(tmp_path / "Modelfile", "m.gguf", unseen, tiny_run.recipe(tmp_path).recipe)

@@ -56,7 +56,9 @@ def check_space(out: Path, need_bytes: int) -> None:
 
 @contextmanager
 def whole_or_absent(out: Path) -> Iterator[Path]:
-    """An empty folder that is called `out` when the block ends; after an error nothing is left of it."""
+    """An empty folder that is called `out` when the block ends; after an error nothing is left of it. What a killed
+    process has left under a name of its own is removed."""
+    files.clear_dead(out.absolute().parent, out.name)
     try:
         with files.new_folder(out) as temporary:
             yield temporary

@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -73,9 +72,14 @@ class Wish:
         if not self.prove:
             yield None
             return
-        above = next(p for p in out.absolute().parents if p.exists())
-        with tempfile.TemporaryDirectory(prefix=".halfbyte-asked-", dir=above) as place:
-            yield Asking(self, Path(place))
+        above, name = next(p for p in out.absolute().parents if p.exists()), f"{out.name}-asked"
+        files.clear_dead(above, name)
+        place = files.beside(above / name)
+        place.mkdir()
+        try:
+            yield Asking(self, place)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 class Asking:

@@ -55,7 +55,14 @@ class Around:
 
 
 def _said(text: str) -> str:
-    return f"{{{{- {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
+    quoted = "".join(c if c.isprintable() else _escaped(c) for c in json.dumps(text, ensure_ascii=False))
+    return f"{{{{- {quoted} }}}}" if text else ""
+
+
+def _escaped(character: str) -> str:
+    """As a string of Go's; Ollama drops from a Modelfile what is not printable."""
+    number = ord(character)
+    return f"\\u{number:04x}" if number < 1 << 16 else f"\\U{number:08x}"
 
 
 def write(path: Path, model: str, tokenizer: Tokenizer, recipe: Recipe, *, adapter: str | None = None) -> None:
@@ -70,9 +77,11 @@ def write(path: Path, model: str, tokenizer: Tokenizer, recipe: Recipe, *, adapt
     go = around(tokenizer, template).as_go()
     if '"""' in go:
         raise ExportError('the chat template holds """, which a Modelfile cannot.')
-    stops = {tokenizer.eos_token_id, end_of_turn_id(tokenizer)} - {None}
+    stops = [tokenizer.decode([i]) for i in sorted({tokenizer.eos_token_id, end_of_turn_id(tokenizer)} - {None})]
+    if lost := [stop for stop in stops if not stop.isprintable() or '"""' in stop]:
+        raise ExportError(f"answers end with {lost[0]!r}, which a Modelfile cannot hold.")
     lines = [f"FROM ./{model}", *([f"ADAPTER ./{adapter}"] if adapter else []), f'TEMPLATE """{go}"""']
-    lines += [f"PARAMETER stop {json.dumps(tokenizer.decode([i]))}" for i in sorted(stops)]
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops]  # taken as it stands, without escapes
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
