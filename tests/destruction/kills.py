@@ -164,7 +164,7 @@ def forked(path: Path, run: Path, cache: Path, *, resume: bool, moment: Moment) 
         if seconds > LIMIT_S:
             os.kill(child, signal.SIGKILL)
         time.sleep(0.0005)
-    operations = int(os.pread(told, 8, 0) or 0)
+    operations = int(os.pread(told, 8, 0).strip(b"\0") or 0)  # none yet: a hole before the mark of the kill
     os.close(told)
     return os.waitstatus_to_exitcode(status), seconds, operations
 
