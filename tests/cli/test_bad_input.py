@@ -709,6 +709,20 @@ CASES = [
         all_of(other_base, adapter_config(base_model_name_or_path="TMP/model"), no_passport),
     ),
     Case(
+        "an adapter of another base, to be merged unproven",
+        "merge done --no-proof -q",
+        "error: the adapter done/adapter does not belong to what is here:\n  - base: trained on <...> (weights <...>), "
+        "here is TMP/gpt2 (weights <...>)\n  fix: open it with what it was trained with; --force goes on all the same",
+        other_base,
+    ),
+    Case(
+        "an adapter of another base, for vLLM, without a passport",
+        "export done --peft -q",
+        "error: the adapter in done/adapter does not fit this model: Target modules <...> not found in the base model. "
+        "<...>\n  fix: it was trained on 'TMP/model'",
+        all_of(other_base, adapter_config(base_model_name_or_path="TMP/model"), no_passport),
+    ),
+    Case(
         "an adapter of another size",
         "generate done --prompt x --max-new-tokens 2",
         "error: done/adapter/adapter_config.json is not the file that halfbyte.json beside it names; --force uses it "

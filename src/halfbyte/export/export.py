@@ -43,9 +43,10 @@ def to_gguf(wish: Wish, kind: str, base: Base = "auto", *, modelfile: bool = Fal
         raise ExportError(f"--gguf {kind}: no such format.", fix=f"one of {', '.join(every)}")
     if kind in gguf.QUANTISED and not reader.has_llama():
         raise ExportError(f"{kind} is quantised by llama.cpp, which is not installed.", fix=reader.INSTALL)
-    found, out = wish.found(), wish.place(f"gguf-{kind.lower()}")
-    if (own := _model_type(found)) not in gguf.ARCHITECTURES:
+    out = wish.place(f"gguf-{kind.lower()}")
+    if (own := _model_type(wish.found())) not in gguf.ARCHITECTURES:
         converter.command_for(own)
+    found = wish.checked()
     kinds, tried = bases(found, base), dict[str, proof.Proof]()
     with wish.asking(out) as asking, folder.whole_or_absent(out) as temporary:
         told: list[str] = []
@@ -139,7 +140,8 @@ def to_gguf_lora(wish: Wish, *, modelfile: bool = False) -> Exported:
     Raises:
         ExportError: it holds what such an adapter cannot, or does not say what the run says.
     """
-    found, out = wish.found(), wish.place("gguf-lora")
+    out = wish.place("gguf-lora")
+    found = wish.checked()
     merged = Merged(found, "16bit", wish.tell)
     tried: dict[str, proof.Proof] = {}
     with wish.asking(out) as asking, folder.whole_or_absent(out) as temporary:
@@ -166,7 +168,8 @@ def to_peft(wish: Wish) -> Exported:
     Raises:
         ExportError: vLLM could not hold it.
     """
-    found, out = wish.found(), wish.place("peft")
+    out = wish.place("peft")
+    found = wish.checked()
     with folder.whole_or_absent(out) as temporary:
         merged = Merged(found, "16bit", wish.tell)
         told = lora.write_peft(merged, temporary)

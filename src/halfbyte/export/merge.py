@@ -19,7 +19,7 @@ from typing import Literal
 
 from halfbyte.base.store import supply
 from halfbyte.errors import ExportError, HalfbyteError
-from halfbyte.export import folder, hub
+from halfbyte.export import belongs, folder, hub
 from halfbyte.export.proving import proof
 from halfbyte.export.proving.proof import Exported
 from halfbyte.export.proving.witness import PROMPTS, WITNESS, Asked
@@ -58,6 +58,11 @@ class Wish:
         found = target.find(self.run, self.overrides)
         if found.adapter is None:
             raise ExportError(f"{self.run} is a base without an adapter: there is nothing to ship.")
+        return found
+
+    def checked(self) -> Target:
+        """The same, which belongs to the base that is here (AdapterError if not)."""
+        belongs.check(found := self.found(), self.tell, force=self.force)
         return found
 
     def place(self, name: str) -> Path:
@@ -137,7 +142,8 @@ def merge(wish: Wish, base: Base = "auto", *, quantise: bool = False) -> Exporte
     Raises:
         ExportError: no space, or what was written does not say what the run says; nothing is left then.
     """
-    found, out = wish.found(), wish.place(DEFAULT)
+    out = wish.place(DEFAULT)
+    found = wish.checked()
     kinds = bases(found, base)
     with wish.asking(out) as asking, folder.whole_or_absent(out) as temporary:
         tried: dict[str, proof.Proof] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from halfbyte import finetune
 from halfbyte.errors import ExportError
@@ -20,6 +21,7 @@ from halfbyte.export.proving import proof, reader, witness
 from halfbyte.export.weights import Merged
 from halfbyte.inference import target
 from tests import tiny_run
+from tests.export import runs
 from tests.in_process import runner
 
 
@@ -127,3 +129,30 @@ def test_a_base_alone_or_16_bits(world: Path, tmp_path: Path) -> None:
     assert merge.bases(whole, "auto") == ["16bit"]
     with pytest.raises(ExportError, match="there are no others"):
         merge.bases(whole, "4bit")
+
+
+def _in_process(arguments: Sequence[str], doing: str) -> None:
+    module, *rest = arguments
+    if module.endswith("witness"):
+        witness.write(witness.Asked(**json.loads(Path(rest[0]).read_text())))
+    else:
+        reader.main(rest[0], Path(rest[1]))
+
+
+def test_quantised_again_it_is_a_store_and_what_that_costs_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proof, "_child", _in_process)
+    runs.make(tmp_path, "plain")
+    rows = tiny_run.rows(tmp_path / "rows.jsonl", 4)
+    named = ("quant.type=nf4", "quant.compute_dtype=fp32", "data.chat_template=chatml")
+    wish = merge.Wish(tmp_path / "adapter", tmp_path / "out", named, data=rows, prompts=3)
+    made = merge.merge(wish, "4bit", quantise=True)
+    assert made.base == "nf4 of 4bit" and list(made.tried) == ["4bit", made.base]
+    whole, again = made.tried.values()
+    # a weight quantised twice is not the weight quantised once; the adapter is still in it
+    assert whole.kl < 1e-6 < again.kl < again.base_kl and not again.bounded
+    seen = json.loads((tmp_path / "out/export.json").read_text())
+    assert seen["proof"]["kl"] == again.kl and set(seen["tried"]) == set(made.tried)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.is_loaded_in_4bit and not list((tmp_path / "out").glob("*bit"))
