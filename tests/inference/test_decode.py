@@ -92,6 +92,31 @@ def test_a_fault_is_seen_before_its_first_token_and_the_models_own_loop_answers(
     assert len(told) == 1 and "apart from the model's own" in told[0]
 
 
+def test_only_greedy_answers_look_at_the_largest_logit_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny.model("llama", vocab_size=tiny_run.VOCAB), tiny_run.tokenizer()
+    made, own = list[bool](), llama.decoder
+
+    def noted(*args: Any, largest: bool = False, **more: Any) -> Any:
+        found = own(*args, largest=largest, **more)
+        made.append(found.rough is not None)
+        return found
+
+    monkeypatch.setattr(llama, "decoder", noted)
+    generate(model, tokenizer, prompts()[:1], Sampling(2))
+    generate(model, tokenizer, prompts()[:1], Sampling(2, temperature=0.7, seed=1))
+    model.generation_config.repetition_penalty = 1.3  # looks at other logits too
+    generate(model, tokenizer, prompts()[:1], Sampling(2))
+    assert made == [True, False, False]
+
+
+def test_a_largest_logit_that_is_not_the_whole_heads_is_seen(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny.model("llama", vocab_size=tiny_run.VOCAB), tiny_run.tokenizer()
+    own = llama.Decoder.whole
+    monkeypatch.setattr(llama.Decoder, "whole", lambda made: own(made).add_(1.0))
+    generate(model, tokenizer, prompts()[:1], Sampling(2))
+    assert len(told) == 1 and "whole head" in told[0]
+
+
 def test_another_architecture_is_left_to_its_own_forward(told: list[str]) -> None:
     generate(tiny.model("gpt2", vocab_size=tiny_run.VOCAB), tiny_run.tokenizer(), prompts()[:1], Sampling(2))
     assert len(told) == 1 and "not built like Llama" in told[0]

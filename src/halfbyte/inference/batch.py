@@ -117,7 +117,7 @@ class _Slots:
 
     def __init__(self, lm: Model, size: int, room: int) -> None:
         try:
-            self.made = llama.decoder(lm, size, room)
+            self.made = llama.decoder(lm, size, room, largest=stream.of(decode.layers_of(lm)[0]) is None)
         except Unsupported as why:
             raise decode.Slower(str(why)) from why
         self.size, self.room = size, room
@@ -251,8 +251,8 @@ class _Queue:
         before = [0] * slots.size
         for m, i in zip(places, chosen, strict=True):
             last[m], before[m] = self.prompts[i][-1], len(self.prompts[i]) - 1
-        fast = slots.made.step(self._embed(last), before, stream.of(self.layers[0]))
-        decode.check(fast[places], own, len(self.layers))
+        slots.made.step(self._embed(last), before, stream.of(self.layers[0]))
+        decode.prove(slots.made, own, places, len(self.layers))
         self.proven = True
 
     def _embed(self, tokens: list[int]) -> Tensor:

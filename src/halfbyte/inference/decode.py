@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -60,6 +60,15 @@ def apart(fast: Tensor, own: Tensor) -> float:
     fast, own = fast.double(), own.double()
     spread = (own - own.mean(-1, keepdim=True)).norm(dim=-1)
     return float(((fast - own).norm(dim=-1) / spread.clamp_min(1e-30)).max())
+
+
+def prove(made: llama.Decoder, own: Tensor, texts: Tensor | Sequence[int], layers: int) -> float:
+    """`check` of the texts' last step; and that the largest logit is that of the whole head."""
+    largest = made.logits.amax(1)
+    fast = made.whole()
+    if not torch.equal(largest, made.logits.amax(1)):
+        raise Slower("its largest logit is not that of the whole head")
+    return check(fast[texts], own, layers)
 
 
 def check(fast: Tensor, own: Tensor, layers: int) -> float:
@@ -119,7 +128,8 @@ class Loop:
         self._check(lm, len(input_ids))
         mask = others.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
-        made = self._decoder(lm, len(input_ids), int(stopping_criteria.max_length))
+        greedy = not generation_config.do_sample and not logits_processor
+        made = self._decoder(lm, len(input_ids), int(stopping_criteria.max_length), largest=greedy)
         logits, embed = self._prefilled(made, lm, input_ids, mask)
         before, ids = mask.sum(1).tolist(), input_ids
         pad, unfinished = generation_config._pad_token_tensor, torch.ones(len(ids), dtype=torch.int64)
@@ -148,9 +158,9 @@ class Loop:
             raise Slower(f"more than {MOST_VECTORS} texts at once")
         self.layers = layers_of(lm)
 
-    def _decoder(self, lm: Model, texts: int, room: int) -> llama.Decoder:
+    def _decoder(self, lm: Model, texts: int, room: int, *, largest: bool) -> llama.Decoder:
         try:
-            return llama.decoder(lm, texts, room)
+            return llama.decoder(lm, texts, room, largest=largest and stream.of(self.layers[0]) is None)
         except Unsupported as why:
             raise Slower(str(why)) from why
 
@@ -179,8 +189,8 @@ class Loop:
         lengths = mask.sum(1).tolist()
         for number, layer in enumerate(cache.layers):
             made.fill(number, layer.keys, layer.values, lengths)
-        fast = self._step(made, embed(last), [n - 1 for n in lengths])
+        self._step(made, embed(last), [n - 1 for n in lengths])
         # Of texts that are not padded: with a mask the model's own attention rounds more (docs/log.md).
         whole = mask.all(1)
-        self.apart = check(fast[whole], logits[whole], len(self.layers))
+        self.apart = prove(made, logits[whole], whole, len(self.layers))
         return logits, embed

@@ -17,6 +17,7 @@ import numpy as np
 from halfbyte.plan.job import Job, Sizes
 from halfbyte.plan.layer import NO_SCORES, PADDED, pairs_of
 from halfbyte.plan.lines import Line, Recompute, Where
+from halfbyte.quant import policy
 
 # layers/loss.py: at once at most, on a card too, in multiples of so many rows
 LOGITS_CHUNK_BYTES, CARD_LOGITS_CHUNK_BYTES, LOGITS_ROWS = 32_000_000, 256_000_000, 16
@@ -184,8 +185,10 @@ def cache_bytes(job: Job, tokens: int) -> int:
 def generating_bytes(job: Job, tokens: int, sequences: int = 1) -> int:
     """The peak of generation above what is held: the key/value cache, and one token's way through the model.
 
-    A growing cache is copied as it grows.
+    A growing cache is copied as it grows. A head that is most of what a token reads is there in 8 bits besides.
     """
     facts, cache = job.facts, cache_bytes(job, tokens) * sequences
     prompt = tokens * sequences * job.itemsize * 4 * facts.hidden
-    return round(1.5 * cache + prompt + job.itemsize * job.largest_linear + sequences * facts.vocab * 4)
+    head = facts.vocab * facts.hidden
+    eight = head if policy.head_in_eight_bits(head * job.itemsize, job.base_bytes - job.outer_bytes) else 0
+    return round(1.5 * cache + prompt + job.itemsize * job.largest_linear + sequences * facts.vocab * 4) + eight

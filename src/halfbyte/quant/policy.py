@@ -38,6 +38,11 @@ def encoding(spec: TensorSpec, quant: Quant) -> Literal["quantised", "compute", 
     return "quantised" if spec.role in ("linear", "expert") else "compute"
 
 
+def head_in_eight_bits(head_bytes: int, others_bytes: int) -> bool:
+    """Whether decoding holds the head in 8 bits besides: where it is an eighth of what a token reads, or more."""
+    return 7 * head_bytes >= others_bytes
+
+
 def encoded_bytes(spec: TensorSpec, quant: Quant, compute_itemsize: int) -> int:
     """Resident bytes of one tensor under the policy; `compute_itemsize` is 2 for bf16/fp16 and 4 for fp32."""
     held = encoding(spec, quant)

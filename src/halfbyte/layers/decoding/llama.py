@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.layers import fuse, norm_gate, sight
+from halfbyte.layers.decoding import head as eight_bits
 from halfbyte.layers.decoding import linears
 from halfbyte.layers.decoding.linears import Unsupported
-from halfbyte.layers.decoding.tape import Attention, Mixed, Tape, Vectors
+from halfbyte.layers.decoding.tape import Attention, Eight, Mixed, Tape, Vectors
 from halfbyte.models import structure
+from halfbyte.quant import bnb, policy
 
 if TYPE_CHECKING:
     from halfbyte.types import Config, Model
@@ -53,6 +55,7 @@ class Decoder:
     values: list[Tensor] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     ropes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    rough: int | None = None  # where only the largest logit is exact: operations of a token; the one after is the head
 
     def fill(self, layer: int, keys: Tensor, values: Tensor, lengths: list[int]) -> None:
         """Take over a layer's cache of the prompts: (M, K, L, d), padded on the left."""
@@ -73,25 +76,36 @@ class Decoder:
         for table, row in self.ropes:
             torch.index_select(table, 0, self.positions, out=row)
         if enter is None:
-            self.tape.run()
+            self.tape.run(0, self.rough)
         else:
             for layer, (first, last) in enumerate(zip([0, *self.ends[:-1]], self.ends, strict=True)):
                 enter(layer)
                 self.tape.run(first, last)
-            self.tape.run(self.ends[-1])
+            self.tape.run(self.ends[-1], self.rough)
+        return self._capped()
+
+    def whole(self) -> Tensor:
+        """The logits (M, V) of the last step by the whole head; the largest is as it was."""
+        if self.rough is not None:
+            self.tape.run(self.rough)
+        return self._capped()
+
+    def _capped(self) -> Tensor:
         if self.final_cap:
             return self.final_cap * torch.tanh(self.logits / self.final_cap)
         return self.logits
 
 
 def decoder(
-    model: Model, texts: int, room: int, *, mixed: Mixed | None = None, beside: Decoder | None = None
-) -> Decoder:
+    model: Model, texts: int, room: int, *, mixed: Mixed | None = None, beside: Decoder | None = None,
+    largest: bool = False,
+) -> Decoder:  # fmt: skip
     """Write the tape of a model for so many texts of up to `room` tokens. Raises Unsupported, saying why.
 
     Args:
         mixed: which adapter each text uses, at each step as it is then; None for the active one.
         beside: a decoder for more texts, of the same room, whose caches are used: those of its first texts.
+        largest: only the largest logit will be looked at; then the others may be rough (`head.py`).
     """
     lm = structure.causal_lm(model)
     body, config = structure.body(lm), lm.config.get_text_config()
@@ -125,10 +139,26 @@ def decoder(
             ropes[kind] = _ropes(made, body.rotary_emb, config, kind, room)
         _Layer(made, layer, config, ropes[kind], None if beside is None else _first(beside, number, texts)).write()
         made.ends.append(len(tape))
-    x = tape.vectors(d)
-    _norm(tape, norm, made.hidden, x)
-    linears.add(tape, x, [(head, made.logits, False)])
+    _head(made, norm, head, _eight(layers, head, dtype) if largest else None)
     return made
+
+
+def _eight(layers: list[nn.Module], head: nn.Module, dtype: torch.dtype) -> Eight | None:
+    """The head in 8 bits, where that is worth its memory."""
+    others = sum(t.nbytes for layer in layers for t in bnb.held_tensors(layer))
+    worth = policy.head_in_eight_bits(head.weight.nbytes, others)
+    return eight_bits.of(head, dtype) if worth else None
+
+
+def _head(made: Decoder, norm: nn.Module, head: nn.Module, eight: Eight | None) -> None:
+    tape, hidden = made.tape, made.hidden
+    x, lengths = tape.vectors(hidden.shape[1]), None if eight is None else tape.buffer(tape.m)
+    _norm(tape, norm, hidden, x, lengths)
+    if eight is not None and lengths is not None:
+        tape.largest(head.weight.data, eight, x.plain, lengths, made.logits)
+        tape.then()
+        made.rough = len(tape)
+    linears.add(tape, x, [(head, made.logits, False)])
 
 
 def _first(other: Decoder, layer: int, texts: int) -> tuple[Tensor, Tensor]:
@@ -165,9 +195,9 @@ def _norm_facts(module: nn.Module, d: int) -> tuple[Tensor, float, bool]:
     return module.weight.data, eps, one_plus
 
 
-def _norm(tape: Tape, module: nn.Module, x: Tensor, to: Vectors) -> None:
+def _norm(tape: Tape, module: nn.Module, x: Tensor, to: Vectors, lengths: Tensor | None = None) -> None:
     weight, eps, one_plus = _norm_facts(module, x.shape[1])
-    tape.norm(x, to, weight.to(tape.dtype), eps, one_plus)
+    tape.norm(x, to, weight.to(tape.dtype), eps, one_plus, lengths)
     tape.then()
 
 

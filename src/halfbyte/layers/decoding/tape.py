@@ -125,14 +125,17 @@ class Tape:
                 row[at] = value
         self._rows.append(row)
 
-    def norm(self, x: Tensor, to: Vectors, weight: Tensor | None, eps: float = 0.0, one_plus: bool = False) -> None:
-        """x (M, D..) -> to, normalised where there is a weight (D,)."""
+    def norm(
+        self, x: Tensor, to: Vectors, weight: Tensor | None, eps: float = 0.0, one_plus: bool = False,
+        lengths: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """x (M, D..) -> to, normalised where there is a weight (D,). lengths: (M,), gets the norm of each."""
         d = len(weight) if weight is not None else min(x.shape[1], to.wide)
         address = self.kept(weight) if weight is not None else 0
         self._add(
             self.kinds.NORM, self.m,
             {4: self.kept(x), 5: x.shape[1], 6: address, 7: d, 8: eps, 9: int(one_plus), 10: to.plain.data_ptr(),
-             11: to.ordered.data_ptr(), 12: to.wide},
+             11: to.ordered.data_ptr(), 12: to.wide, 14: 0 if lengths is None else self.kept(lengths)},
         )  # fmt: skip
 
     def norm_onto(self, x: Tensor, onto: Tensor, weight: Tensor, eps: float, one_plus: bool) -> None:
@@ -157,6 +160,20 @@ class Tape:
              15: int(onto), 16: 0 if bias is None else self.kept(bias.float()), 17: int(scale != 0.0), 18: scale,
              19: 0 if taken is None else self.kept(taken), 23: rows, 24: self.m},
         )  # fmt: skip
+
+    def largest(self, w: Tensor, eight: Eight, x: Tensor, lengths: Tensor, out: Tensor) -> None:
+        """x (M, D fp32) times w (O, D) -> out (M, O): exact where it may be the largest, elsewhere less and within
+        `eight.bounds` times `lengths` (M,). In two groups."""
+        o, d = w.shape
+        rows = self._item_rows(o, d)
+        items = -(-o // rows)
+        slots: dict[int, int | float] = {
+            6: self.kept(eight.bounds), 7: self.kept(lengths), 8: self.buffer(items, self.m).data_ptr(), 9: d, 10: o,
+            11: x.data_ptr(), 12: x.stride(0) * 4, 13: out.data_ptr(), 14: out.stride(0), 23: rows, 24: self.m,
+        }  # fmt: skip
+        self._add(self.kinds.EIGHTS, items, {**slots, 4: self.kept(eight.rows), 5: self.kept(eight.scales)})
+        self.then()
+        self._add(self.kinds.EXACT, items, {**slots, 4: self.kept(w), 5: items})
 
     def codes(
         self, codes: Tensor, scales: Scales, kind: str, shape: tuple[int, int], x: Vectors, out: Tensor, *,
@@ -231,6 +248,15 @@ class Tape:
         self._slots[:2] = self._ops.ctypes.data, len(self._rows)
         self._slots[4:8] = self._counters.ctypes.data, self._groups, self.room, self._order.ctypes.data
         self._slots[8] = _yield_address()
+
+
+@dataclass(frozen=True)
+class Eight:
+    """Rows in 8 bits: whole numbers (O, D) int8, scales (O,), bounds (O,) of the error for a vector of length 1."""
+
+    rows: Tensor
+    scales: Tensor
+    bounds: Tensor
 
 
 @dataclass(frozen=True)

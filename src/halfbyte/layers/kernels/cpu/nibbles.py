@@ -313,6 +313,50 @@ def _plain(vectors: int) -> Callable[..., None]:
 
 plain_of_1, plain_of_2, plain_of_4, plain_of_8 = (_plain(n) for n in (1, 2, 4, 8))
 
+WHOLE = 64  # numbers of 8 bits that a row is a multiple of
+
+
+def _eights(vectors: int) -> Callable[..., None]:
+    """An intrinsic: a row of whole numbers of 8 bits times vectors of fp32 -> out (vectors,) in fp32.
+
+    One vector has four registers of sums and two have two each: a sum waits for the one before it. So a sum's last
+    bits depend on how many vectors there are.
+
+    Its arguments: like: an array of uint16 (registers of 16 numbers) or of float32 (8). Then int64. w: the row. x,
+    x_row: bytes from one vector to the next. wholes: of WHOLE numbers each. out.
+    """
+
+    @intrinsic
+    def row_dots(typing_context, like, w, x, x_row, wholes, out):  # type: ignore[no-untyped-def]
+        lanes, each = 16 if like.dtype == types.uint16 else 8, max(1, 4 // vectors)
+
+        def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            code, (w, x, x_row, wholes, out) = Code(builder), args[1:]
+            kind, narrow = ir.VectorType(_F32, lanes), ir.VectorType(_I8, lanes)
+            sums = [_sums(code, kind, each) for _ in range(vectors)]
+            with code.rolled(wholes) as whole:
+                for k in range(WHOLE // lanes):
+                    eight = code.load(code.at(w, (whole, WHOLE), k * lanes), narrow)
+                    row = builder.sitofp(builder.sext(eight, ir.VectorType(_I32, lanes)), kind)
+                    for m, own in enumerate(sums):
+                        part = code.load(code.at(x, (x_row, m), (whole, 4 * WHOLE), 4 * k * lanes), kind)
+                        builder.store(code.fma(row, part, builder.load(own[k % each])), own[k % each])
+            for m, own in enumerate(sums):
+                total = builder.load(own[0])
+                for one in own[1:]:
+                    total = builder.fadd(total, builder.load(one))
+                to = builder.inttoptr(code.at(out, 4 * m), _F32.as_pointer())
+                builder.store(code.total(total), to)
+            return context.get_dummy_value()
+
+        return types.void(like, *(5 * [types.int64])), build
+
+    made: Callable[..., None] = row_dots
+    return made
+
+
+eights_1, eights_2, eights_4, eights_8 = (_eights(n) for n in (1, 2, 4, 8))
+
 
 def table(levels: np.ndarray, isa: str) -> np.ndarray:
     """16 levels as the kernels look them up: 32 words of bf16, or two planes of 32 bytes."""

@@ -25,7 +25,7 @@ from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, load, pause, re
 
 WIDTH = 32  # slots of an operation
 LINE = 8  # int64 of a cache line: each counter has its own
-KINDS = NORM, CODES, DENSE, ROTATE, ATTEND, GATE = range(6)
+KINDS = NORM, CODES, DENSE, ROTATE, ATTEND, GATE, EIGHTS, EXACT = range(8)
 GATE_ELEMENTS = 1024
 _SPINS = 2000  # looks at a counter before the core is offered to others
 
@@ -53,8 +53,8 @@ def _chunks(n):  # type: ignore[no-untyped-def]
 
 @inlined
 def _norm(op, number, like, order, m):  # type: ignore[no-untyped-def]
-    """4 x (M, D), 5 its row, 6 weight, 7 D, 8 eps, 9 one_plus, 10 plain out (M, D'), 11 ordered out, 12 D', 13 onto;
-    a weight of 0: no norm, only the order."""
+    """4 x (M, D), 5 its row, 6 weight, 7 D, 8 eps, 9 one_plus, 10 plain out (M, D'), 11 ordered out, 12 D', 13 onto,
+    14 length of what comes out (M) or 0; a weight of 0: no norm, only the order."""
     d, wide = op[7], op[12]
     x = array(op[4] + m * op[5] * 4, (d,), np.float32)
     share, one = np.float32(1.0), np.float32(0.0)
@@ -77,6 +77,11 @@ def _norm(op, number, like, order, m):  # type: ignore[no-untyped-def]
     else:
         for j in range(d):
             out[j] = x[j]
+    if op[14] != 0:
+        total = np.float32(0.0)
+        for j in range(d):
+            total += out[j] * out[j]
+        array(op[14], (m + 1,), np.float32)[m] = np.float32(math.sqrt(total))
     _in_order(out, array(op[11] + m * wide * like.itemsize, (wide,), like.dtype), 0, wide, order)
 
 
@@ -165,6 +170,57 @@ def _dense(op, number, like, sums, item):  # type: ignore[no-untyped-def]
             else:
                 out = array(op[13] + (m * op[14] + r) * 4, (1,), np.float32)
                 out[0] = total + add + out[0] if op[15] != 0 else total + add
+
+
+@inlined
+def _eights(op, like, sums, item):  # type: ignore[no-untyped-def]
+    """4 rows of 8 bits (O, D), 5 their scales (O) fp32, 6 bounds (O) fp32, 7 lengths of x (M), 8 best (items, M), 9 D,
+    10 O, 11 x (M, ..) fp32, 12 bytes of its row, 13 out (M, ..), 14 its row, 23 rows of an item, 24 M."""
+    d, vectors, row = op[9], op[24], op[12]
+    scales, bounds = array(op[5], (op[10],), np.float32), array(op[6], (op[10],), np.float32)
+    lengths, best = array(op[7], (vectors,), np.float32), array(op[8] + item * vectors * 4, (vectors,), np.float32)
+    for m in range(vectors):
+        best[m] = np.float32(-np.inf)
+    for r in range(item * op[23], min(op[10], item * op[23] + op[23])):
+        m = 0
+        while m < vectors:
+            w, x, to = op[4] + r * d, op[11] + m * row, sums.ctypes.data + m * 4
+            if vectors - m >= 8:
+                nibbles.eights_8(like, w, x, row, d // nibbles.WHOLE, to)
+                m += 8
+            elif vectors - m >= 4:
+                nibbles.eights_4(like, w, x, row, d // nibbles.WHOLE, to)
+                m += 4
+            elif vectors - m >= 2:
+                nibbles.eights_2(like, w, x, row, d // nibbles.WHOLE, to)
+                m += 2
+            else:
+                nibbles.eights_1(like, w, x, row, d // nibbles.WHOLE, to)
+                m += 1
+        for m in range(vectors):
+            about = sums[m] * scales[r]
+            array(op[13] + (m * op[14] + r) * 4, (1,), np.float32)[0] = about
+            best[m] = max(best[m], about - bounds[r] * lengths[m])
+
+
+@inlined
+def _exact(op, like, sums, item):  # type: ignore[no-untyped-def]
+    """4 w (O, D), 6 .. 24 as in `_eights`, 5 items of that one: rows that may be the largest, as `_dense` has them."""
+    d, vectors, row = op[9], op[24], op[12]
+    lanes = nibbles.LANES_BF16 if like.itemsize == 2 else nibbles.LANES_FP32
+    bounds, lengths = array(op[6], (op[10],), np.float32), array(op[7], (vectors,), np.float32)
+    best = array(op[8], (op[5], vectors), np.float32)
+    first, last = item * op[23], min(op[10], item * op[23] + op[23])
+    for m in range(vectors):
+        most, out = np.float32(-np.inf), array(op[13] + m * op[14] * 4, (op[10],), np.float32)
+        for i in range(op[5]):
+            most = max(most, best[i, m])
+        for r in range(first, last):
+            if not out[r] + bounds[r] * lengths[m] < most:  # NaN too
+                nibbles.plain_of_1(
+                    like, op[4] + r * d * like.itemsize, op[11] + m * row, row, d // lanes, sums.ctypes.data
+                )
+                out[r] = sums[0]
 
 
 @inlined
@@ -306,6 +362,10 @@ def _make(element: type) -> object:
                     _rotate(op, number, like, item)
                 elif op[0] == ATTEND:
                     _attend(op, number, like, order, s, item)
+                elif op[0] == EIGHTS:
+                    _eights(op, like, sums, item)
+                elif op[0] == EXACT:
+                    _exact(op, like, sums, item)
                 else:
                     _gate(op, like, order, item)
                 take(done)

@@ -1,0 +1,102 @@
+"""The head in 8 bits, for the largest logit alone: the same token, for half or a quarter of the bytes.
+
+Why: a small model's head is over half of what a token reads.
+What: each row w of the head is also held as whole numbers q with a scale s and a bound: for any x, the logit by q is
+within bound * |x| of the logit by w. One pass over q gives all logits roughly, and what the largest is at least. Rows
+that may reach that are multiplied again, as they are; all others are smaller. So the largest logit is the same to the
+bit, and the token too. The others are rough: whatever looks at more than the largest takes the whole head.
+Source: |(w - s q) x| <= |w - s q| |x| (Cauchy-Schwarz), and the usual bound of a sum's rounding (Higham, "Accuracy and
+Stability of Numerical Algorithms", 3.1). The difference w - s q is that of the numbers as they are held.
+Cost: a byte a number, and one pass when it is made, once a model; with it a proof, of rows of the head and of noise as
+vectors, through the kernels and through torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.layers.decoding.tape import Eight, Tape
+from halfbyte.layers.kernels.cpu.nibbles import WHOLE
+
+_log = logging.getLogger(__name__)
+_CHUNK = 4096  # rows that are widened at once
+_EPS = 2.0**-24  # of fp32, to nearest
+_PROBES = 15  # vectors of the proof: 8 + 4 + 2 + 1, one of each kernel
+_made: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Eight | None]] = WeakKeyDictionary()
+
+
+def of(head: nn.Module, dtype: torch.dtype) -> Eight | None:
+    """The head in 8 bits, made and proven when it is first asked for; None where it is no plain linear layer of rows of
+    whole 64 numbers, or where the proof failed, which the log says."""
+    weight = getattr(head, "weight", None)
+    if (
+        type(head) is not nn.Linear
+        or not isinstance(weight, Tensor)
+        or head.bias is not None
+        or weight.dtype != dtype
+        or weight.device.type != "cpu"
+        or not weight.is_contiguous()
+        or weight.shape[1] % WHOLE
+    ):
+        return None
+    key = (weight.data_ptr(), weight._version, dtype)
+    held = _made.get(head)
+    if held is None or held[0] != key:
+        with torch.no_grad():
+            made: Eight | None = rounded(weight.detach())
+            assert made is not None
+            if (fault := wrong(weight.detach(), made)) is not None:
+                _log.warning("the head is not used in 8 bits: %s", fault)
+                made = None
+        _made[head] = held = key, made
+    return held[1]
+
+
+def rounded(weight: Tensor) -> Eight:
+    """Rows (O, D) of bf16 or fp32 in 8 bits, each with a scale of its own and its bound."""
+    o, d = weight.shape
+    rows, scales, bounds = torch.empty((o, d), dtype=torch.int8), torch.empty(o), torch.empty(o)
+    # Sums of d products over at least 8 lanes, and a few more roundings: scale, comparison, the difference below.
+    sums = (d / 8 + 16) * _EPS
+    for first in range(0, o, _CHUNK):
+        w, at = weight[first : first + _CHUNK].float(), slice(first, first + _CHUNK)
+        s = w.abs().amax(1) / 127
+        s = torch.where(s > 0, s, 1.0)
+        q = (w / s[:, None]).round_()
+        rows[at], scales[at] = q, s
+        q *= s[:, None]
+        size = w.norm(dim=1) + q.norm(dim=1)
+        bounds[at] = ((w - q).norm(dim=1) + 2 * sums * size) * (1 + 4 * d * _EPS)  # the norms are rounded, x's too
+    return Eight(rows, scales, bounds)
+
+
+def wrong(weight: Tensor, eight: Eight) -> str | None:
+    """What the kernels get wrong with these rows, against torch; None where all is within the bounds."""
+    o, d = weight.shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((_PROBES, d), generator=generator)
+    some = torch.randint(0, o, (_PROBES // 2,), generator=generator)
+    x[: len(some)] = weight[some].float() * (d**0.5 / weight[some].float().norm(dim=1, keepdim=True).clamp_min(1e-30))
+    tape = Tape(weight.dtype, _PROBES)
+    to, out, lengths = tape.vectors(d), tape.buffer(_PROBES, o), tape.buffer(_PROBES)
+    tape.norm(x, to, None, lengths=lengths)
+    tape.then()
+    tape.largest(weight, eight, to.plain, lengths, out)
+    tape.run()
+    exact = torch.cat([x @ weight[i : i + _CHUNK].float().T for i in range(0, o, _CHUNK)], 1)
+    allowed = eight.bounds * x.norm(dim=1)[:, None]
+    if not (torch.isfinite(out).all() and ((out - exact).abs() <= allowed).all()):
+        worst = ((out - exact).abs() / allowed).max()
+        return f"a logit is {float(worst):.3g} times as far off as its bound allows"
+    token = out.argmax(1, keepdim=True)
+    slack = 4 * d * _EPS * weight[token[:, 0]].float().norm(dim=1) * x.norm(dim=1)
+    own = exact.gather(1, token)[:, 0]
+    if not ((out.gather(1, token)[:, 0] - own).abs() <= slack).all():
+        return "the largest logit is not that of the whole head"
+    if not (exact.amax(1) - own <= slack).all():
+        return "another token has the largest logit"
+    return None
