@@ -190,6 +190,21 @@ def test_a_script_with_device_map_auto_trains_on_cards(count: int, tied: bool) -
     assert got == pytest.approx(wanted, rel=1e-5)
 
 
+def test_a_base_on_the_cpu_takes_a_trainers_batch_on_a_card() -> None:
+    """transformers' Trainer brings its batches to the machine's card, whether or not the base is there; the loss is
+    where the batch is, in training (with and without the number of labels) and in evaluation."""
+    model, kwargs = adapted(tiny.model("llama")).train(), {"num_items_in_batch": torch.tensor(18)}
+    wanted = [float(model(**padded(), **extra).loss.detach()) for extra in (kwargs, {})]
+    with fake_card.cards():
+        batch = {name: x.to(f"{fake_card.KIND}:0") for name, x in padded().items()}
+        made = [model(**batch, **extra).loss for extra in (kwargs, {})]
+        for loss_ in made:
+            loss_.backward()
+        made.append(model.eval()(**batch).loss)
+        assert {loss_.device.type for loss_ in made} == {fake_card.KIND}
+        assert [float(loss_.detach()) for loss_ in made] == pytest.approx([*wanted, wanted[1]], rel=1e-5)
+
+
 def test_with_two_visible_cards_a_16_bit_base_is_not_replicated(tmp_path: Path) -> None:
     """The Trainer wraps what is not quantised in DataParallel, whose replicas know nothing of a pack."""
     recipe = tiny_run.recipe(tmp_path, quant__type="none")

@@ -52,7 +52,10 @@ class Adapted(PeftModelForCausalLM):
                 loss = None if args else unpad.training_loss(self, kwargs)
                 if loss is not None:
                     return CausalLMOutputWithPast(loss=loss)
-            return super().forward(*args, **kwargs)
+            out = super().forward(*args, **_beside(self, kwargs))
+            if isinstance(labels := kwargs.get("labels"), torch.Tensor) and getattr(out, "loss", None) is not None:
+                out.loss = out.loss.to(labels.device)  # a Trainer takes it from nowhere else
+            return out
 
     def add_adapter(
         self,
@@ -73,6 +76,12 @@ class Adapted(PeftModelForCausalLM):
 
 # Of which a script has asked for no fp32 masters.
 _ROUNDED: WeakSet[Adapted] = WeakSet()
+
+
+def _beside(model: Model, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs where the base begins: a Trainer brings them to the machine's card, also for a base that is on the CPU."""
+    where = model.get_input_embeddings().weight.device
+    return {name: x.to(where) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
 
 
 def _hold(model: Model) -> None:
