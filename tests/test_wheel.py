@@ -96,7 +96,7 @@ def test_the_wheel_trains_in_an_empty_environment(version: str, wheel: Path, tmp
     run("uv", "pip", "install", "--quiet", "--python", python, wheel, cwd=tmp_path)
     (tmp_path / "home").mkdir()
     recipe = tiny_run.recipe(tmp_path).recipe
-    train = (python, "-m", "halfbyte", "train", recipe.model, tmp_path / "train.jsonl", "-q", "--set", "train.max_steps=2")
+    train = (python, "-m", "halfbyte", "train", recipe.model, tmp_path / "train.jsonl", "-q", "--set=train.max_steps=2")
     run(*train, "-o", "with", cwd=tmp_path, HOME=str(tmp_path / "home"), XDG_CACHE_HOME="")
     for folder in [place for place in (tmp_path / "venv").rglob("*") if place.is_dir()]:
         folder.chmod(0o555)

@@ -78,7 +78,7 @@ class Adapted(PeftModelForCausalLM):
 _ROUNDED: WeakSet[Adapted] = WeakSet()
 
 
-def _beside(model: Model, inputs: dict[str, Any]) -> dict[str, Any]:
+def _beside(model: Model, inputs: dict[str, object]) -> dict[str, object]:
     """Inputs where the base begins: a Trainer brings them to the machine's card, also for a base that is on the CPU."""
     where = model.get_input_embeddings().weight.device
     return {name: x.to(where) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
