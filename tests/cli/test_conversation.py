@@ -33,6 +33,7 @@ class Told:
         self.model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
         self.tokenizer, self.base = None, False
         self.heard: list[tuple[bool, int]] = []
+        self.kept: list[object] = []
         self.interrupts: dict[int, int] = {}
         self.says = 5
         monkeypatch.setattr(generate, "chat_ids", lambda _, messages: list("".join(m["content"] for m in messages)))
@@ -48,6 +49,7 @@ class Told:
         self, model: object, tokenizer: object, prompts: list[Any], sampling: Sampling, **more: Any
     ) -> list[str]:
         self.heard.append((self.base, len(prompts[0])))
+        self.kept.append(more["kept"])
         said = ""
         for number in range(min(self.says, sampling.max_new_tokens)):
             for _ in range(self.interrupts.get(number, 0)):
@@ -83,6 +85,12 @@ def test_both_answer_the_same_question(told: Told, capsys: pytest.CaptureFixture
     assert contents(talk) == ["four", "aaaaa", "two", "aaaaa"]
     out = capsys.readouterr().out
     assert out.index("base>\nbbbbb") < out.index("adapter>\naaaaa")
+
+
+def test_each_side_keeps_what_it_has_read_until_reset(told: Told) -> None:
+    chat(told, "one", "two", "/both three", "/reset", "four")
+    adapter, again, base, third, fresh = told.kept
+    assert adapter is again is third and base is not adapter and fresh is not adapter
 
 
 def test_the_first_ctrl_c_keeps_what_was_said_and_the_chat(told: Told, capsys: pytest.CaptureFixture[str]) -> None:

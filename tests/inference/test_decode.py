@@ -154,3 +154,29 @@ def test_logits_of_each_architecture_are_its_own(name: str) -> None:
         got = loop._step(made, embed(ids[:, -1]), mask[:, :-1].sum(1).tolist())
     assert loop.apart < 2e-5
     assert decode.apart(got, wanted) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-windows", "qwen3", "gemma3", "phi3"])
+def test_a_conversation_reads_only_what_is_new_and_says_what_a_fresh_one_says(
+    name: str, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.model(name.partition("-")[0], vocab_size=tiny_run.VOCAB, changes=VARIANTS[name])
+    packing.install(model, "cu_seq_lens")
+    read: list[int] = []
+    model.register_forward_pre_hook(lambda module, args, more: read.append(args[0].shape[1]), with_kwargs=True)
+    kept, tokenizer, talk, seen = decode.Kept(), tiny_run.tokenizer(), list[int](), 0
+    for said in ("a large round box", "red", "and another one, new", "a large"):
+        talk += chat_ids(tokenizer, [{"role": "user", "content": said}])
+        fresh = generate(model, tokenizer, [talk], Sampling(8))
+        read.clear()
+        assert generate(model, tokenizer, [talk], Sampling(8), kept=kept) == fresh
+        assert read == [len(talk) - seen]
+        assert kept.ids[: len(talk)] == talk and len(kept.ids) >= len(talk)
+        seen = len(kept.ids)
+        talk = list(kept.ids)
+    assert generate(model, tokenizer, [talk[:9] + talk[12:]], Sampling(8), kept=kept) == generate(
+        model, tokenizer, [talk[:9] + talk[12:]], Sampling(8)
+    )  # what was said is another thing from there on
+    kept.keys = [torch.flip(k, (-1,)) for k in kept.keys]
+    wrong, right = (generate(model, tokenizer, [[*kept.ids, 5]], Sampling(8), kept=k) for k in (kept, None))
+    assert told == [] and wrong != right

@@ -16,6 +16,7 @@ from halfbyte.cli import show
 from halfbyte.errors import HalfbyteError, typed
 
 if TYPE_CHECKING:
+    from halfbyte.inference.decode import Kept
     from halfbyte.inference.generate import Sampling
     from halfbyte.inference.load import Opened
 
@@ -61,18 +62,20 @@ def answer(
     base: bool = False,
     silent: bool = False,
     each: Callable[[], bool] | None = None,
+    kept: Kept | None = None,
 ) -> str:
     """What the adapter says to a conversation, or the base alone; printed as it comes unless `silent`.
 
     Args:
         each: called after each token; True ends the answer there.
+        kept: what this side has read of the conversation, and need not read again.
     """
     from halfbyte.inference import generate
 
     ids = generate.chat_ids(opened.tokenizer, messages)
     with opened.using(base=base):
         emit = None if silent else show.stream
-        (text,) = generate.generate(opened.model, opened.tokenizer, [ids], sampling, emit=emit, each=each)
+        (text,) = generate.generate(opened.model, opened.tokenizer, [ids], sampling, emit=emit, each=each, kept=kept)
     if not silent:
         show.text("")
     return text
@@ -86,6 +89,7 @@ class Chat:
         self._first = [{"role": "system", "content": system}] if system else []
         self.messages = list(self._first)
         self._file: Path | None = None
+        self._kept: dict[bool, Kept] = {}  # of the base, and of the adapter
 
     def run(self) -> None:
         """Until the user leaves: /quit, Ctrl-D, or Ctrl-C twice at the prompt, where the first drops what is typed."""
@@ -114,6 +118,7 @@ class Chat:
         rest = rest.strip()
         if command == "/reset":
             self.messages = list(self._first)
+            self._kept.clear()
         elif command in ("/base", "/both"):
             self._beside(rest, both=command == "/both")
         elif command == "/save":
@@ -172,6 +177,9 @@ class Chat:
 
     def _answered(self, messages: Messages, *, base: bool = False) -> str | None:
         """An answer, as far as it came where Ctrl-C has stopped it; None where there is none. The chat goes on."""
+        from halfbyte.inference.decode import Kept
+
+        kept = self._kept.setdefault(base, Kept())
         try:
             room, context = self._room(messages)
             if context is not None and room < LEAST_ROOM:
@@ -182,9 +190,8 @@ class Chat:
                 return None
             least = min(room, self._sampling.max_new_tokens)
             with _interrupts() as watch:
-                text = answer(
-                    self._opened, messages, replace(self._sampling, max_new_tokens=least), base=base, each=watch
-                )
+                sampling = replace(self._sampling, max_new_tokens=least)
+                text = answer(self._opened, messages, sampling, base=base, each=watch, kept=kept)
         except KeyboardInterrupt:
             show.text("\n(stopped)")
             return None

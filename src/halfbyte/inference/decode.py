@@ -15,6 +15,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +29,7 @@ from halfbyte.layers.decoding.tape import MOST_VECTORS
 from halfbyte.models import structure
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, TextStreamer
+    from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList, TextStreamer
 
     from halfbyte.types import Model
 
@@ -106,11 +107,35 @@ def embedding_factor(plain: Tensor, entered: Tensor) -> float:
     return float((plain * wanted).sum() / plain.square().sum().clamp_min(1e-30))
 
 
-class Loop:
-    """For `generate(custom_generate=)`: greedy or sampled continuations of up to 16 texts, padded on the left."""
+@dataclass
+class Kept:
+    """What a conversation has been read already, by one adapter: its tokens, and of each layer their keys (1, K, d, T)
+    and values (1, K, T, d)."""
 
-    def __init__(self, streamer: TextStreamer | None = None) -> None:
-        self.streamer = streamer  # `generate` passes its own on to its own loops only
+    ids: list[int] = field(default_factory=list)
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    def begins(self, ids: Sequence[int]) -> int:
+        """How many tokens at the beginning of `ids` are read; the last is left, since its logits are wanted."""
+        both = zip(self.ids, ids[:-1], strict=False)
+        return next((n for n, (a, b) in enumerate(both) if a != b), min(len(self.ids), len(ids) - 1))
+
+    def put(self, cache: DynamicCache, n: int) -> None:
+        """The first n tokens into a cache of transformers."""
+        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            cache.update(keys[..., :n].transpose(2, 3), values[:, :, :n], layer)
+
+
+class Loop:
+    """For `generate(custom_generate=)`: greedy or sampled continuations of up to 16 texts, padded on the left.
+
+    Args:
+        kept: of one text: what was read before, and is not read again; afterwards what was read now.
+    """
+
+    def __init__(self, streamer: TextStreamer | None = None, kept: Kept | None = None) -> None:
+        self.streamer, self.kept = streamer, kept  # `generate` passes its own streamer on to its own loops only
         self.apart = 0.0
         self.layers: list[nn.Module] = []
 
@@ -151,6 +176,8 @@ class Loop:
             before = [n + 1 for n in before]
         if self.streamer is not None:
             self.streamer.end()
+        if self.kept is not None:  # the last token was not read
+            self.kept.ids, self.kept.keys, self.kept.values = ids[0, :-1].tolist(), made.keys, made.values
         return ids
 
     def _check(self, lm: Model, texts: int) -> None:
@@ -175,11 +202,12 @@ class Loop:
 
         cache = DynamicCache()
         name = "cache" if "cache" in inspect.signature(lm.forward).parameters else "past_key_values"
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        positions, n = (mask.cumsum(-1) - 1).clamp_min(0), 0
+        if self.kept is not None and (n := self.kept.begins(ids[0].tolist())):
+            self.kept.put(cache, n)
+        more = {"use_cache": True, "logits_to_keep": 1, name: cache}
         with entering(self.layers[0]) as entered:
-            own = lm(
-                ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1, **{name: cache}
-            )
+            own = lm(ids[:, n:], attention_mask=mask, position_ids=positions[:, n:], **more)
         logits, table, last = own.logits[:, -1], lm.get_input_embeddings(), ids[:, -1]
         factor = embedding_factor(table(last), entered[0][:, -1])
 

@@ -112,12 +112,14 @@ def generate(
     *,
     emit: Callable[[str], None] | None = None,
     each: Callable[[], bool] | None = None,
+    kept: decode.Kept | None = None,
 ) -> list[str]:
     """Continue each prompt (token ids).
 
     Args:
         emit: takes new text as it comes; of one prompt only.
         each: called after each token; True ends the answers there, as far as they are.
+        kept: of one prompt: what of it was read by the call before, with the same adapter; then what this one read.
 
     Raises:
         DataError: prompt and answer are longer than what the model reads at once.
@@ -126,7 +128,7 @@ def generate(
         context.check(max(map(len, prompts)), sampling.max_new_tokens)
     if sampling.temperature > 0 and sampling.seed is not None:
         torch.manual_seed(sampling.seed)
-    writer = _Writer(model, tokenizer, sampling, emit, each)
+    writer = _Writer(model, tokenizer, sampling, emit, each, kept)
     was_training, texts = model.training, []
     model.eval()
     try:
@@ -158,6 +160,7 @@ class _Writer:
     sampling: Sampling
     emit: Callable[[str], None] | None
     each: Callable[[], bool] | None = None
+    kept: decode.Kept | None = None
 
     def write(self, prompts: Sequence[Sequence[int]], *, fast: bool) -> list[str]:
         """Texts of these prompts as one batch, by our loop or by the model's own."""
@@ -183,7 +186,7 @@ class _Writer:
                 use_cache=True,
                 streamer=streamer,
                 stopping_criteria=None if self.each is None else [_Each(self.each)],
-                custom_generate=decode.Loop(streamer) if fast else None,
+                custom_generate=decode.Loop(streamer, self.kept) if fast else None,
                 **chosen,
             )
         return [str(text) for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]

