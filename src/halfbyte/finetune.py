@@ -18,7 +18,7 @@ from halfbyte.base import load, residual, stream
 from halfbyte.base.store import supply
 from halfbyte.base.tokenizer import check_vocabulary
 from halfbyte.data import collate, pack, split
-from halfbyte.distributed import agree, send
+from halfbyte.distributed import agree, send, shard
 from halfbyte.distributed import world as worlds
 from halfbyte.distributed.launch import launched
 from halfbyte.distributed.world import World
@@ -40,13 +40,13 @@ from halfbyte.system.versions import versions
 from halfbyte.training import fit, prepare, resuming
 from halfbyte.training.callback import Follower, RunCallback
 from halfbyte.training.events import Listener, StopRequest, stop_on_signals, without_a_terminal
-from halfbyte.training.pace import Pace, recompute_as, rehearse
+from halfbyte.training.pace import Pace, recompute_as
 from halfbyte.training.schedule import cadence, eval_every, micro_batches, plan_steps
 from halfbyte.training.stopping import EarlyStopping
 from halfbyte.training.trainer import Left, StepTrainer, training_arguments
 from halfbyte.training.watch import spikes
 from halfbyte.training.watch.witness import Witness
-from halfbyte.types import Document, Model
+from halfbyte.types import Document
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ class Ready:
     trained: Document
     compute: integer.Decision
     world: World
+    shards: shard.Shards | None
 
 
 def train(
@@ -146,9 +147,10 @@ def _trained(loaded: Loaded, ready: Ready, folder: RunFolder, tell: Listener) ->
             room = Room(tell.warn, lambda: stop.signal is not None)
             room.write(lambda: keep_rows(loaded, ready, run))
             callback, ended = run_steps(ready, run, stop, tell)
-            if ended.stopped_by is not None or callback is None:
-                return ended
-            return Outcome(run.path, finish(ready, run, callback, peak, room), ended.step)
+            if ended.stopped_by is None and callback is not None:
+                ended = Outcome(run.path, finish(ready, run, callback, peak, room), ended.step)
+            shard.settle(ready.shards)
+            return ended
         except KeyboardInterrupt:
             saved = [points.step_of(path) for path in points.checkpoints(run.checkpoints)]
             return Outcome(run.path, {}, max(saved, default=0), stop.signal or Signals.SIGINT, at_once=True)
@@ -161,6 +163,7 @@ def _followed(ready: Ready, out: Path) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="halfbyte-") as folder, stop_on_signals() as stop:
         try:
             _, ended = run_steps(ready, RunFolder(Path(folder)), stop, Listener())
+            shard.settle(ready.shards)
             return Outcome(out, {}, ended.step, ended.stopped_by)
         finally:
             ready.placed.remove()
@@ -216,25 +219,11 @@ def make_ready(
     usage.trim()  # what the proofs and the opening of the base left, in the heap and in blocks of our own
     pool.POOL.give_back()
     scores = evaluate.of_run(job, base.model, pace.tokens)
-    held = _rehearsed(job, base.model, pace, steps, held_out, tell)
+    held = fit.rehearsed(job, base.model, pace, steps, held_out, tell)
+    shards = shard.over(world, plan, base.model, tell.note)
     trained = points.trained_with(recipe, fingerprints, belongs)
-    return Ready(
-        job, base, placed, pace, steps, held_out, scores, held, settings, notices, point, trained, compute, world
-    )
-
-
-def _rehearsed(
-    job: fit.PlannedRun, model: Model, pace: Pace, steps: pack.Steps, held_out: collate.Batches, tell: Listener
-) -> usage.Usage:
-    """Memory before the first step, after the longest micro-batch has run once unless the plan leaves much free."""
-    plan, longest = job.plan, steps.longest_micro_batch()
-    if plan.needed_bytes <= fit.UNREHEARSED * plan.available_bytes or not longest:
-        tell.note("rehearsed", f"nothing: {plan.needed_bytes / 1e9:.2f} GB are planned, a small part of what is free")
-        return usage.now()
-    tried = rehearse(model, pace, longest, collate.Batches(job.prepared.train.examples, ()).of, held_out)
-    took = f"{tried.micro_batch_bytes / 1e9:.2f} GB above {tried.held.private / 1e9:.2f} GB held"
-    tell.note("rehearsed", f"{tried.tokens} tokens, the longest micro-batch, in {tried.seconds:.1f} s: {took}")
-    return tried.held
+    kept = (settings, notices, point, trained, compute, world, shards)
+    return Ready(job, base, placed, pace, steps, held_out, scores, held, *kept)
 
 
 def _assembled(
@@ -316,6 +305,7 @@ def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener) -
         loraplus_lr_ratio=recipe.train.loraplus_lr_ratio,
         pace=ready.pace,
         world=world,
+        shards=ready.shards,
     )
     agreed = stop if world.alone else StopRequest()  # of several processes none ends alone
     trainer.heard = lambda: setattr(agreed, "signal", agreed.signal or stop.signal or Signals.SIGTERM)

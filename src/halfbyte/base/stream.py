@@ -113,6 +113,8 @@ def place_as_planned(model: Model, placement: str, *, asked: bool) -> tuple[Plac
     """
     if placement == "split":
         return place(model, "resident"), ""
+    if placement == "sharded":  # shared out after its proofs; until then it is mapped if it can be
+        return place(model, "mapped" if is_mapped(model) else "resident"), ""
     if placement != "resident" and not asked and not is_mapped(model):
         held = "its weights are not on disk in the form they are computed in"
         told = "this system does not tell which memory is a file's"

@@ -47,6 +47,7 @@ class World:
     rank, size, local_rank, local_size, machines = 0, 1, 0, 1, 1
     names: tuple[str, ...] = ("this process",)
     agents: tuple[str, ...] = ()
+    group: ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -70,6 +71,10 @@ class World:
 
     def broadcast_(self, flat: Tensor) -> None:
         """The first process's tensor into all, in place."""
+
+    def gather_into_(self, flat: Tensor, part: Tensor) -> None:
+        """The parts of all processes, by rank, into one tensor."""
+        flat.copy_(part)
 
     def goes_on(self, run: Path, asked: bool) -> bool:
         """Whether a run is to go on: asked, or begun by the launch that has now restarted its workers."""
@@ -196,6 +201,7 @@ class Group(World):
                 many = {"rank": self.rank, "world_size": self.size, "timeout": LONGEST}
                 store = dist.PrefixStore("group", self._keys)  # not the launcher's: that knows the last attempt's ranks
                 dist.init_process_group(backend, store=store, **many)
+            self.group = self._group or dist.group.WORLD
         except RuntimeError as error:
             raise self._lost(error) from error
 
@@ -254,6 +260,11 @@ class Group(World):
         import torch.distributed as dist
 
         self._finish(lambda: dist.broadcast(flat, 0, group=self._group, async_op=True))
+
+    def gather_into_(self, flat: Tensor, part: Tensor) -> None:
+        import torch.distributed as dist
+
+        self._finish(lambda: dist.all_gather_into_tensor(flat, part, group=self._group, async_op=True))
 
     def _finish(self, start: Callable[[], Work]) -> None:
         """A collective, waited for in Python: a link that is silent would hold the thread otherwise."""

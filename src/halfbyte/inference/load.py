@@ -104,7 +104,7 @@ def open_target(
     rows = Rows(longest, evaluated=longest)
     job = Job.of_checkpoint(recipe, checkpoint, base.model, rows, machine)
     chosen = plan_inference(job, machine, trained)
-    stream.place_as_planned(base.model, chosen.placement, asked=recipe.quant.placement != "auto")
+    stream.place_as_planned(base.model, chosen.placement, asked=recipe.quant.placement not in ("auto", "sharded"))
     more = {name: one.adapter for name, one in beside.items() if one.adapter is not None}
     made = assembled(base, recipe, adapter=found.adapter, beside=more)
     made.model.eval().requires_grad_(False)

@@ -138,7 +138,7 @@ def placements(job: Job, device: Device) -> tuple[Placement, ...]:
             f"quant.placement {asked} keeps the base in RAM, and this machine computes on {device.cards[0].name}.",
             fix="--set quant.placement=auto; or CUDA_VISIBLE_DEVICES= in front of the command, to compute on the CPU",
         )
-    if asked != "auto":
+    if asked not in ("auto", "sharded") or (asked == "sharded" and job.ranks > 1):
         return (asked,)
     if device.on_card:
         return ("resident", "split") if len(device.cards) > 1 else ("resident",)
@@ -223,7 +223,7 @@ def _told(plan: Plan, plans: list[Plan], job: Job) -> Plan:
 
 
 def why_placement(placement: Placement, job: Job, available: int, *, short: bool = False) -> str:
-    if job.recipe.quant.placement != "auto":
+    if job.recipe.quant.placement in (placement, "resident", "mapped", "streamed"):
         return "as the recipe says"
     sizes = f"the base of {job.base_bytes / GB:.1f} GB does not stay in {available / GB:.1f} GB beside the rest"
     return {

@@ -97,6 +97,11 @@ def base_lines(job: Job, placement: Placement, cards: int, where: Where, room_by
     if placement == "split":
         share = -(-(job.base_bytes - job.outer_bytes) // cards) + job.outer_bytes
         return (Line("base", share, f"a card's share of {cards}: {kind}", source, where),)
+    if placement == "sharded":
+        inner = job.base_bytes - job.outer_bytes
+        scales = inner // 32 if quant.quantises else 0
+        share = job.outer_bytes + scales + -(-(inner - scales) // job.ranks) + 2 * job.layer_bytes
+        return (Line("base", share, f"a share of {job.ranks} of the layers, and one whole: {kind}", source, where),)
     if placement == "mapped":
         whole = job.base_bytes - job.outer_bytes + _touched_outer(job)
         held = min(whole, max(busy_file_bytes(job), int(room_bytes)))

@@ -21,7 +21,7 @@ ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 # device: a card's; disk: what stays on disk.
 Where = Literal["private", "file", "device", "disk"]
 Recompute = Literal["none", "selective", "full"]
-Placement = Literal["resident", "mapped", "streamed", "split"]
+Placement = Literal["resident", "mapped", "streamed", "split", "sharded"]
 
 
 @dataclass(frozen=True)

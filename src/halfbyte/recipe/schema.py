@@ -75,8 +75,10 @@ class Quant(Section):
         None,
         "int8: activations below this size are rounded to 8 bits, token by token (LLM.int8 has 6.0); null: none are",
     )
-    placement: Literal["auto", "resident", "mapped", "streamed"] = field(
-        "auto", "where the frozen base is kept: in RAM, memory-mapped, or streamed layer by layer"
+    placement: Literal["auto", "resident", "mapped", "streamed", "sharded"] = field(
+        "auto",
+        "where the frozen base is kept: in RAM, memory-mapped, streamed layer by layer, or sharded over the processes "
+        "of a run (FSDP2)",
     )
     skip_modules: NamesOrNone = field((), "modules that are not quantised, by name")
     fp32_modules: NamesOrNone = field((), "modules that are kept in fp32, by name")

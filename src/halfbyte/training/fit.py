@@ -16,6 +16,7 @@ from halfbyte.adapters.assembly import Assembled
 from halfbyte.adapters.targets import Targets
 from halfbyte.base.load import Base
 from halfbyte.data import collate, pack
+from halfbyte.distributed import shard
 from halfbyte.errors import RunError
 from halfbyte.models.structure import meta_model
 from halfbyte.plan import Job, Plan, Rows, calibrate, choose, make, peak
@@ -24,11 +25,11 @@ from halfbyte.recipe.adapter import PASSPORT
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs.folder import ANOTHER
 from halfbyte.runs.report import Compared
-from halfbyte.system import files
+from halfbyte.system import files, usage
 from halfbyte.system.device import Device
 from halfbyte.system.usage import Usage
 from halfbyte.training.events import Listener
-from halfbyte.training.pace import Pace, recompute_as
+from halfbyte.training.pace import Pace, recompute_as, rehearse
 from halfbyte.training.prepare import Prepared, data_note, prepare
 from halfbyte.training.schedule import count_steps
 from halfbyte.training.trainer import check_arguments
@@ -61,6 +62,7 @@ def planned(recipe: Recipe, machine: Device, listener: Listener | None = None, *
     Raises:
         HalfbyteError: a mistake in the recipe, the data or the model.
     """
+    shard.check(recipe, ranks)
     prepared = prepare(recipe)
     check_arguments(prepared.recipe.train, total_steps=count_steps(prepared))
     tell = listener or Listener()
@@ -91,7 +93,7 @@ def with_plan(
 def alike(run: PlannedRun) -> Document:
     """What every process of a run must have decided alike, beside recipe, rows and base. JSON."""
     return {"compute_dtype": run.figures.dtype, "steps": run.figures.steps, "trained": run.figures.trainable,
-            "adapters": len(run.modules)}  # fmt: skip
+            "adapters": len(run.modules), "sharded": run.plan.placement == shard.PLACEMENT}  # fmt: skip
 
 
 def check_disk(plan: Plan, output: Path) -> None:
@@ -130,6 +132,20 @@ def make_pace(run: PlannedRun, model: Model, tell: Callable[[str], None], *, pac
         ram_bytes=machine.ram_bytes,
         on_card=machine.on_card,
     )
+
+
+def rehearsed(
+    job: PlannedRun, model: Model, pace: Pace, steps: pack.Steps, held_out: collate.Batches, tell: Listener
+) -> Usage:
+    """Memory before the first step, after the longest micro-batch has run once unless the plan leaves much free."""
+    plan, longest = job.plan, steps.longest_micro_batch()
+    if plan.needed_bytes <= UNREHEARSED * plan.available_bytes or not longest:
+        tell.note("rehearsed", f"nothing: {plan.needed_bytes / 1e9:.2f} GB are planned, a small part of what is free")
+        return usage.now()
+    tried = rehearse(model, pace, longest, collate.Batches(job.prepared.train.examples, ()).of, held_out)
+    took = f"{tried.micro_batch_bytes / 1e9:.2f} GB above {tried.held.private / 1e9:.2f} GB held"
+    tell.note("rehearsed", f"{tried.tokens} tokens, the longest micro-batch, in {tried.seconds:.1f} s: {took}")
+    return tried.held
 
 
 def compared(

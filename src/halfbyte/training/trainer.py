@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from itertools import takewhile
 from operator import itemgetter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.optim import Optimizer
@@ -34,6 +35,9 @@ from halfbyte.training import balance
 from halfbyte.training.pace import Pace
 from halfbyte.training.watch import gradients
 from halfbyte.types import Batch, Document, Model
+
+if TYPE_CHECKING:
+    from halfbyte.distributed.shard import Shards
 
 # Names under `train:` that never reach the Trainer, or are not its own: batch and accumulation are inside the item, the
 # dtype is the base's, checkpoints and the best adapter are ours.
@@ -165,8 +169,9 @@ class StepTrainer(Trainer):
         loraplus_lr_ratio: float | None,
         pace: Pace,
         world: World | None = None,
+        shards: "Shards | None" = None,
     ) -> None:
-        self.world, self._sum = world or World(), None
+        self.world, self.shards, self._sum = world or World(), shards, None
         if not self.world.alone:
             from halfbyte.distributed.step import StepSum
 
@@ -219,20 +224,20 @@ class StepTrainer(Trainer):
         waiting, done = self.pace.split(step.micro_batches), 0
         if self._sum is not None:
             self._sum.begin()
-        while waiting:
+        while self._another(waiting, done):
+            if not waiting:
+                self._run_empty(model, micro_batches)
+                continue
             held = self.pace.hold(model)
             try:
-                with self._drawn(step, waiting[0]):
+                with self._drawn(step, waiting[0]), self._passing():
                     part = self._run_micro_batch(model, micro_batches.of(waiting[0]), step.labelled_tokens)
             except (RuntimeError, MemoryError) as error:
                 waiting = self.pace.failed(error, model, held, waiting)
                 continue
             total += part.to(total.device)
             parts.append((waiting[0], part))
-            done, waiting = done + 1, waiting[1:]
-            if waiting and self.leaves():
-                break
-            waiting = self.pace.between(waiting)
+            done, waiting = done + 1, self.pace.between(waiting[1:])
         total, bad = self._over_all(total, left=bool(waiting))
         (value, norm), at = self._seen(total), self.state.global_step + 1
         if not (math.isfinite(value) and math.isfinite(norm or 0.0)) and self.world.rank != min(bad, default=0):
@@ -242,6 +247,26 @@ class StepTrainer(Trainer):
             gradients.check_first(self.model, self.pace.largest([(r,) for rows in step.micro_batches for r in rows]))
         self._record(step, value, norm, done)
         return total
+
+    def _another(self, waiting: list[pack.MicroBatch], done: int) -> bool:
+        """Whether a micro-batch follows, in this process or, of a sharded base, in any."""
+        leaves = done > 0 and self.leaves()
+        return bool(waiting) and not leaves if self.shards is None else self.shards.more(bool(waiting), leaves=leaves)
+
+    def _passing(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.shards is None else self.shards.passing()
+
+    def _run_empty(self, model: Model, micro_batches: collate.Batches) -> None:
+        """A pass that counts nothing, beside those of other processes."""
+        assert self.shards is not None
+        with self.shards.passing():
+            row = micro_batches.of((self.shards.empty(self.pace.lengths),))
+            self.accelerator.backward(0.0 * balance.micro_batch_loss(model, row))
+
+    def settle(self) -> None:
+        """Of a sharded base: wait until the first process has done what it does alone."""
+        if self.shards is not None:
+            self.shards.settle()
 
     @contextlib.contextmanager
     def _drawn(self, step: pack.Step, rows: pack.MicroBatch) -> Iterator[None]:
@@ -282,6 +307,10 @@ class StepTrainer(Trainer):
         self.evaluating()
         last = self.state.global_step >= self.state.max_steps or isinstance(self.lr_scheduler, ReduceLROnPlateau)
         batches = self.eval_batches if last else takewhile(lambda _: not self.stops(), self.eval_batches)
+        if self.shards is not None:
+            lengths = [len(example.labels) for example in self.eval_batches.examples]
+            row = self.eval_batches.of((self.shards.empty(lengths),))
+            batches = self.shards.evened(iter(batches), lambda: loss.micro_batch_loss(self.model, row))
         found, stopped = self._evaluated(loss.mean_loss(self.model, batches))
         if last or not stopped:
             found |= self.world.from_first(self.scores)

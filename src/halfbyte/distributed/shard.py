@@ -1,0 +1,231 @@
+"""A frozen base shared out over the processes: each keeps a part of every decoder layer, which is whole only while it
+computes.
+
+What: FSDP2 (`fully_shard`) on each decoder layer, over the codes of its frozen matrices alone. What trains, scales,
+biases, norms, embedding and head are whole in every process, so that the loss, the one all-reduce of a step and the
+checkpoints know nothing of it. Each layer is a root of its own, so gathers come in the order in which layers compute.
+Every pass is a collective: who has no micro-batch left runs a short row that counts nothing, until nobody has one. What
+the first process computes alone (the proof before a checkpoint, the saved adapter's) is announced to the others, which
+gather along.
+Source: `torch.distributed.fsdp.fully_shard`; ZeRO-3, arXiv:1910.02054; `set_custom_all_gather` is its seam for ours.
+Cost: (N - 1) / N of the layers' bytes received in a forward, and again in a backward; two copies of one layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.distributed.step import sums
+from halfbyte.errors import BaseModelError, RecipeError
+from halfbyte.models import structure
+from halfbyte.quant import bnb, stack_load
+from halfbyte.system import accelerator, pages
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup, Work
+
+    from halfbyte.distributed.world import World
+    from halfbyte.plan import Plan
+    from halfbyte.recipe.schema import Recipe
+    from halfbyte.types import Batch, Model
+
+DONE = -1
+PLACEMENT = "sharded"
+
+
+def check(recipe: Recipe, ranks: int) -> None:
+    """Refuse what cannot be trained on a sharded base (RecipeError)."""
+    if recipe.quant.placement != PLACEMENT:
+        return
+    if ranks == 1:
+        raise RecipeError(
+            "quant.placement sharded shares the base out over several processes, and this one is alone.",
+            fix="torchrun --nproc-per-node N -m halfbyte train RECIPE (docs/scale.md); or --set quant.placement=auto",
+        )
+    if recipe.eval.metrics:
+        raise RecipeError(
+            "eval.metrics are made of texts that the first process writes, and with quant.placement sharded it has a "
+            "part of the base.",
+            fix="--set eval.metrics=[] and `halfbyte eval RUN` afterwards; or --set quant.placement=auto",
+        )
+
+
+def over(world: World, plan: Plan, model: Model, note: Callable[[str, str], None]) -> Shards | None:
+    """Share a base out where the plan says so."""
+    if plan.placement != PLACEMENT:
+        return None
+    shards = Shards(world, model)
+    note("placement", str(shards))
+    return shards
+
+
+def settle(shards: Shards | None) -> None:
+    if shards is not None:
+        shards.settle()
+
+
+class Shards:
+    """The layers of a model, shared out. Every process calls the same methods in the same order.
+
+    Args:
+        model: the whole base with its adapters, the same in every process. Afterwards the modules of its layers hold
+            this process's part, and their codes in files are let go.
+
+    Raises:
+        BaseModelError: a mixture's experts; or a layer that is not, put together, what it was.
+    """
+
+    def __init__(self, world: World, model: Model) -> None:
+        if any(True for _ in stack_load.stacks(model)):
+            raise BaseModelError(
+                "quant.placement sharded knows linear layers, not the experts of a mixture.",
+                fix="--set quant.placement=auto",
+            )
+        self.world, self.model = world, model
+        self.layers: list[Any] = structure.decoder_layers(model)
+        self.whole_bytes = bnb.resident_bytes(model)
+        self._together = True  # whether all run the same passes now
+        self._pass: list[int] = []  # the layers gathered in this pass, and in a whole one
+        self._whole_pass: list[int] = []
+        self.own_bytes = self.sharded_bytes = 0
+        for number in range(len(self.layers)):
+            self._share(number)
+        self._together, self._pass = False, []
+
+    def __str__(self) -> str:
+        here = self.whole_bytes - self.sharded_bytes + self.own_bytes
+        return (
+            f"sharded over {self.world.size} processes: {here / 1e9:.3f} of {self.whole_bytes / 1e9:.3f} GB are here; "
+            f"of {self.sharded_bytes / 1e9:.3f} GB in layers {self.own_bytes / 1e9:.3f}"
+        )
+
+    def _share(self, number: int) -> None:
+        """One layer; then it is put together once and compared."""
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.fsdp import fully_shard
+
+        layer = self.layers[number]
+        places = [
+            (module, name, p)
+            for module in layer.modules()
+            for name, p in module.named_parameters(recurse=False)
+            if not p.requires_grad and p.ndim > 1
+        ]
+        whole = {id(p) for *_, p in places}
+        kept = {p for p in layer.parameters() if id(p) not in whole}
+        before = {id(p): p.data for *_, p in places}
+        mesh = DeviceMesh.from_group(self.world.group, self.model.device.type)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
+        layer.set_custom_all_gather(_Gather(self, number))
+        for module, name, was in places:  # what bitsandbytes keeps on its parameter
+            part = getattr(module, name)
+            vars(part).update(vars(was))
+            self.sharded_bytes += was.nbytes
+            self.own_bytes += part.to_local().untyped_storage().nbytes()
+        layer.unshard()
+        for module, name, was in places:
+            again = getattr(module, name)
+            vars(again).update(vars(was))
+            if not torch.equal(again.data, before[id(was)]):
+                raise BaseModelError(f"layer {number}: {name} is not what the parts of all processes give together.")
+        layer.reshard()
+        _let_go(list(before.values()))
+
+    def more(self, own: bool, *, leaves: bool = False) -> bool:
+        """Whether there is another pass for all: somebody has a micro-batch left, and nobody is to leave."""
+        if not self._together:
+            self.settle()
+            self._together = True
+        waiting, leaving = sums(self.world, [float(own), float(leaves)])
+        self._together = waiting > 0 and not leaving
+        return self._together
+
+    def evened(self, batches: Iterator[Batch], empty: Callable[[], object]) -> Iterator[Batch]:
+        """The batches of an evaluation, with an `empty` pass wherever only others have one."""
+        while True:
+            batch = next(batches, None)
+            if not self.more(batch is not None):
+                return
+            if batch is None:
+                empty()
+            else:
+                yield batch
+
+    @staticmethod
+    def empty(lengths: Sequence[int]) -> int:
+        """The row of the fewest tokens: what a pass runs that is for others alone."""
+        return int(torch.as_tensor(lengths).argmin())
+
+    @contextlib.contextmanager
+    def passing(self) -> Iterator[None]:
+        """Around a pass: where an allocation fails in it, the others still get this process's parts."""
+        self._pass = []
+        try:
+            yield
+            self._whole_pass = self._pass
+        except (RuntimeError, MemoryError) as error:
+            if not accelerator.out_of_memory(error) or not self._whole_pass:
+                raise
+            for layer in self.layers:
+                layer.reset_iter_state()
+            for number in self._whole_pass[len(self._pass) :]:
+                self._along(number)
+            raise
+
+    def settle(self) -> None:
+        """Wait until the first process has done what it does alone, and gather along."""
+        if self.world.first:
+            self._announce(DONE)
+            return
+        while (number := self._announce(DONE)) != DONE:
+            self._along(number)
+
+    def before(self, number: int) -> None:
+        """A layer is about to be gathered."""
+        self._pass.append(number)
+        if not self._together and self.world.first:
+            self._announce(number)
+
+    def _along(self, number: int) -> None:
+        self.layers[number].unshard()
+        self.layers[number].reshard()
+
+    def _announce(self, number: int) -> int:
+        told = torch.tensor([number])
+        self.world.broadcast_(told)
+        return int(told)
+
+
+class _Gather:
+    """How the parts of one layer come together, as `torch.distributed.fsdp` asks for it: on a CPU waited for in Python,
+    so that a process that is gone is noticed."""
+
+    def __init__(self, shards: Shards, number: int) -> None:
+        self._shards, self._number = shards, number
+
+    def allocate(self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: ProcessGroup, async_op: bool = False
+    ) -> Work | None:
+        import torch.distributed as dist
+
+        self._shards.before(self._number)
+        if output_tensor.device.type != "cpu":
+            return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+        self._shards.world.gather_into_(output_tensor, input_tensor)
+        return None
+
+
+def _let_go(tensors: list[Tensor]) -> None:
+    maps = pages.FileMaps.read()
+    mapped = [(t.data_ptr(), t.nbytes) for t in tensors if t.device.type == "cpu" and t.numel()]
+    if pages.supported():
+        for span in pages.whole_pages(area for area in mapped if maps.holds(*area)):
+            pages.let_go(span)
