@@ -1,4 +1,4 @@
-"""A base shared out over processes computes what the whole one does, whatever each process runs, and each holds a part."""
+"""A base shared out over processes computes what the whole one does, whatever each of them runs; each holds a part."""
 
 from __future__ import annotations
 
