@@ -32,7 +32,8 @@ FAMILIES = ("llama", "qwen3", "gpt2")
 def computed(model: Any, lengths: tuple[int, ...]) -> tuple[float, dict[str, Tensor]]:
     model.train()
     model.zero_grad()
-    found = loss.micro_batch_loss(model, tiny.batch(lengths, tiny_run.VOCAB))
+    batch: Any = tiny.batch(lengths, tiny_run.VOCAB)
+    found = loss.micro_batch_loss(model, batch)
     found.backward()
     return float(found), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -83,13 +84,13 @@ def whole_and_shared(recipe: Path, sets: dict[str, Any]) -> dict[str, Any]:
         return {"off": max(off), "empty": empty, "own": own, "said": shards.own_bytes, "all": shards.sharded_bytes}
 
 
-def shard_of(p: Tensor) -> Tensor | None:
-    return p.to_local() if hasattr(p, "to_local") else None  # type: ignore[no-any-return]
+def shard_of(p: Any) -> Any:
+    return p.to_local() if hasattr(p, "to_local") else None
 
 
-def part_bytes(p: Tensor) -> int:
+def part_bytes(p: Any) -> int:
     part = shard_of(p)
-    return (p if part is None else part).untyped_storage().nbytes()
+    return int((p if part is None else part).untyped_storage().nbytes())
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ Cost: (N - 1) / N of the layers' bytes received in a forward, and again in a bac
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,7 +28,9 @@ from halfbyte.system import accelerator, pages
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
+    from torch.distributed.fsdp import FSDPModule
 
+    from halfbyte.data import pack
     from halfbyte.distributed.world import World
     from halfbyte.plan import Plan
     from halfbyte.recipe.schema import Recipe
@@ -87,7 +89,7 @@ class Shards:
                 fix="--set quant.placement=auto",
             )
         self.world, self.model = world, model
-        self.layers: list[Any] = structure.decoder_layers(model)
+        self.layers: list[FSDPModule] = structure.decoder_layers(model)
         self.whole_bytes = bnb.resident_bytes(model)
         self._together = True  # whether all run the same passes now
         self._pass: list[int] = []  # the layers gathered in this pass, and in a whole one
@@ -109,7 +111,7 @@ class Shards:
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import fully_shard
 
-        layer = self.layers[number]
+        layer = structure.decoder_layers(self.model)[number]
         places = [
             (module, name, p)
             for module in layer.modules()
@@ -120,7 +122,7 @@ class Shards:
         kept = {p for p in layer.parameters() if id(p) not in whole}
         before = {id(p): p.data for *_, p in places}
         mesh = DeviceMesh.from_group(self.world.group, self.model.device.type)
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
+        layer = fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
         layer.set_custom_all_gather(_Gather(self, number))
         for module, name, was in places:  # what bitsandbytes keeps on its parameter
             part = getattr(module, name)
@@ -157,7 +159,7 @@ class Shards:
                 yield batch
 
     @staticmethod
-    def empty(lengths: Sequence[int]) -> int:
+    def empty(lengths: pack.Sizes) -> int:
         """The row of the fewest tokens: what a pass runs that is for others alone."""
         return int(torch.as_tensor(lengths).argmin())
 

@@ -138,7 +138,7 @@ def placements(job: Job, device: Device) -> tuple[Placement, ...]:
             f"quant.placement {asked} keeps the base in RAM, and this machine computes on {device.cards[0].name}.",
             fix="--set quant.placement=auto; or CUDA_VISIBLE_DEVICES= in front of the command, to compute on the CPU",
         )
-    if asked not in ("auto", "sharded") or (asked == "sharded" and job.ranks > 1):
+    if asked != "auto" and (asked != "sharded" or job.ranks > 1):
         return (asked,)
     if device.on_card:
         return ("resident", "split") if len(device.cards) > 1 else ("resident",)

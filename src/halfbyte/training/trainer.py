@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import takewhile
 from operator import itemgetter
 from pathlib import Path
@@ -306,7 +306,9 @@ class StepTrainer(Trainer):
         that is left early is told to nobody."""
         self.evaluating()
         last = self.state.global_step >= self.state.max_steps or isinstance(self.lr_scheduler, ReduceLROnPlateau)
-        batches = self.eval_batches if last else takewhile(lambda _: not self.stops(), self.eval_batches)
+        batches: Iterable[Batch] = self.eval_batches
+        if not last:
+            batches = takewhile(lambda _: not self.stops(), self.eval_batches)
         if self.shards is not None:
             lengths = [len(example.labels) for example in self.eval_batches.examples]
             row = self.eval_batches.of((self.shards.empty(lengths),))
