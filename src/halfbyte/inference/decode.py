@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _ROUNDING = 0.0016
 # Roundings that a layer's sum goes through in the model's own forward: both sums (2); the norm, twice, q, k, v, rotary,
 # probabilities, their product, o (8); the norm, twice, gate, up, activation, product, down (7); the seven weights.
-_ROUNDINGS_OF_A_LAYER = 24
+_ROUNDINGS_OF_A_LAYER = {torch.bfloat16: 24, torch.float32: 7}  # in fp32 those of the weights' levels alone
 _SIGMAS = 4.0
 
 
@@ -46,14 +46,14 @@ class Slower(Exception):
     """Why these texts are left to the model's own loop."""
 
 
-def tolerance(layers: int) -> float:
+def tolerance(layers: int, dtype: torch.dtype) -> float:
     """How far logits of the two paths may be apart: the norm of their difference over that of the logits about their
     mean.
 
     Both round in other places. Independent errors add by their squares; 4 standard deviations, since the errors of one
     token are not independent of each other.
     """
-    return _SIGMAS * _ROUNDING * math.sqrt(_ROUNDINGS_OF_A_LAYER * layers)
+    return _SIGMAS * _ROUNDING * math.sqrt(_ROUNDINGS_OF_A_LAYER.get(dtype, 24) * layers)
 
 
 def apart(fast: Tensor, own: Tensor) -> float:
@@ -74,7 +74,7 @@ def prove(made: llama.Decoder, own: Tensor, texts: Tensor | Sequence[int], layer
 
 def check(fast: Tensor, own: Tensor, layers: int) -> float:
     """How far apart logits (M, V) of the two paths are; raises Slower where that is too far."""
-    found, allowed = apart(fast, own), tolerance(layers)
+    found, allowed = apart(fast, own), tolerance(layers, own.dtype)
     if not found <= allowed:  # NaN too
         raise Slower(f"its logits are {found:.3g} apart from the model's own, where {allowed:.3g} are allowed")
     return found

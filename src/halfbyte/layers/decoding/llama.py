@@ -3,7 +3,7 @@
 What is recognised is structure, not names of classes: norms, attention projections (one or three), output projection,
 a gated MLP (its two inner projections in one or apart), and where the norms stand. What a model does beside that is not
 looked for: `inference/decode.py` compares logits with the model's own before a token is used.
-Source: transformers' modeling files of Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3, Phi-3.
+Source: transformers' modeling files of Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3, Phi-3, Granite.
 Cost: tens of milliseconds to write; LoRA is copied in the compute dtype.
 
 Letters: M texts, H query heads, K key heads, T room.
@@ -41,7 +41,9 @@ class Decoder:
     """A model's tape with its buffers.
 
     Args:
-        hidden: (M, D) fp32, the embedding of the tokens. logits: (M, V) fp32. positions: (M,) of the tokens.
+        hidden: (M, D) fp32, the embedding of the tokens, divided by `shrunk`: Granite multiplies what is added to it,
+            so here nothing is, and norms see the same but for eps. divided: what logits are divided by.
+        logits: (M, V) fp32. positions: (M,) of the tokens.
         keys: of each layer (M, K, d, T), values: (M, K, T, d). ends: the number of operations after each layer.
         ropes: cos and sin (T, R) with the buffers (M, R) that a token's row goes to.
     """
@@ -55,6 +57,8 @@ class Decoder:
     values: list[Tensor] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     ropes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    shrunk: float = 1.0
+    divided: float = 1.0
     rough: int | None = None  # where only the largest logit is exact: operations of a token; the one after is the head
 
     def fill(self, layer: int, keys: Tensor, values: Tensor, lengths: list[int]) -> None:
@@ -72,6 +76,8 @@ class Decoder:
                 is streamed.
         """
         self.hidden.copy_(embedded)
+        if self.shrunk != 1.0:
+            self.hidden /= self.shrunk
         self.positions.copy_(torch.tensor(before))
         for table, row in self.ropes:
             torch.index_select(table, 0, self.positions, out=row)
@@ -91,9 +97,8 @@ class Decoder:
         return self._capped()
 
     def _capped(self) -> Tensor:
-        if self.final_cap:
-            return self.final_cap * torch.tanh(self.logits / self.final_cap)
-        return self.logits
+        logits = self.logits if self.divided == 1.0 else self.logits / self.divided
+        return self.final_cap * torch.tanh(logits / self.final_cap) if self.final_cap else logits
 
 
 def decoder(
@@ -107,6 +112,15 @@ def decoder(
         beside: a decoder for more texts, of the same room, whose caches are used: those of its first texts.
         largest: only the largest logit will be looked at; then the others may be rough (`head.py`).
     """
+    try:
+        return _written(model, texts, room, mixed, beside, largest)
+    except (AttributeError, IndexError, TypeError) as why:  # a part that has another name, or none
+        raise Unsupported(f"{type(structure.causal_lm(model)).__name__} is not built like Llama: {why}") from why
+
+
+def _written(
+    model: Model, texts: int, room: int, mixed: Mixed | None, beside: Decoder | None, largest: bool
+) -> Decoder:
     lm = structure.causal_lm(model)
     body, config = structure.body(lm), lm.config.get_text_config()
     head, norm = lm.get_output_embeddings(), getattr(body, "norm", None)
@@ -131,6 +145,8 @@ def decoder(
         logits=tape.buffer(texts, head.weight.shape[0]),
         positions=tape.buffer(texts, dtype=torch.int64),
         final_cap=float(getattr(config, "final_logit_softcapping", 0) or 0),
+        shrunk=_shrunk(config),
+        divided=float(getattr(config, "logits_scaling", 1.0)),
     )
     ropes: dict[str | None, tuple[Tensor, Tensor]] = {}
     for number, layer in enumerate(layers):
@@ -143,6 +159,10 @@ def decoder(
     return made
 
 
+def _shrunk(config: Config) -> float:
+    return float(getattr(config, "residual_multiplier", 1.0))
+
+
 def _eight(layers: list[nn.Module], head: nn.Module, dtype: torch.dtype) -> Eight | None:
     """The head in 8 bits, where that is worth its memory."""
     others = sum(t.nbytes for layer in layers for t in bnb.held_tensors(layer))
@@ -153,7 +173,7 @@ def _eight(layers: list[nn.Module], head: nn.Module, dtype: torch.dtype) -> Eigh
 def _head(made: Decoder, norm: nn.Module, head: nn.Module, eight: Eight | None) -> None:
     tape, hidden = made.tape, made.hidden
     x, lengths = tape.vectors(hidden.shape[1]), None if eight is None else tape.buffer(tape.m)
-    _norm(tape, norm, hidden, x, lengths)
+    _norm(tape, norm, hidden, x, lengths, made.shrunk)
     if eight is not None and lengths is not None:
         tape.largest(head.weight.data, eight, x.plain, lengths, made.logits)
         tape.then()
@@ -180,6 +200,8 @@ def _ropes(made: Decoder, rotary: nn.Module, config: Config, kind: str | None, r
         raise Unsupported(f"rotary embedding of type {parameters['rope_type']}")
     at, like = torch.arange(room)[None], torch.zeros(1, dtype=torch.float32)
     tables = rotary(like, at) if kind is None else rotary(like, at, kind)
+    if not all(isinstance(table, Tensor) and table.is_floating_point() for table in tables):
+        raise Unsupported("a rotary embedding that is no cos and sin")
     rows = []
     for table in tables:
         rows.append(made.tape.buffer(made.tape.m, table.shape[-1]))
@@ -195,9 +217,11 @@ def _norm_facts(module: nn.Module, d: int) -> tuple[Tensor, float, bool]:
     return module.weight.data, eps, one_plus
 
 
-def _norm(tape: Tape, module: nn.Module, x: Tensor, to: Vectors, lengths: Tensor | None = None) -> None:
+def _norm(
+    tape: Tape, module: nn.Module, x: Tensor, to: Vectors, lengths: Tensor | None = None, shrunk: float = 1.0
+) -> None:
     weight, eps, one_plus = _norm_facts(module, x.shape[1])
-    tape.norm(x, to, weight.to(tape.dtype), eps, one_plus, lengths)
+    tape.norm(x, to, weight.to(tape.dtype), eps / shrunk**2, one_plus, lengths)
     tape.then()
 
 
@@ -223,9 +247,10 @@ class _Layer:
         layer, tape, hidden = self.layer, self.tape, self.made.hidden
         d = hidden.shape[1]
         x = tape.vectors(d)
-        _norm(tape, layer.input_layernorm, hidden, x)
+        _norm(tape, layer.input_layernorm, hidden, x, shrunk=self.made.shrunk)
         self._attention(x)
-        _norm(tape, layer.pre_feedforward_layernorm if self.is_sandwich else layer.post_attention_layernorm, hidden, x)
+        before = layer.pre_feedforward_layernorm if self.is_sandwich else layer.post_attention_layernorm
+        _norm(tape, before, hidden, x, shrunk=self.made.shrunk)
         self._mlp(x)
 
     def _onto(self, module: nn.Module, x: Vectors, norm: nn.Module) -> None:
