@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a pool of threads does not survive a fork
+
+from tqdm import tqdm
 
 from halfbyte import finetune
 from halfbyte.recipe.file import load_recipe
@@ -139,6 +142,7 @@ def forked(path: Path, run: Path, cache: Path, *, resume: bool, moment: Moment) 
             for stream, name in ((1, "out"), (2, "err")):
                 os.dup2(os.open(run.parent / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
             os.environ["HALFBYTE_CACHE"] = str(cache)
+            tqdm.set_lock(threading.RLock())  # its own is shared with the process before, which was killed holding it
             count_operations(run.parent, moment, told)
             finetune.train(load_recipe(path, [f"output={run}"]), resume=resume)
             code = 0
