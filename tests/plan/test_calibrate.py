@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from halfbyte.layers.kernels.cpu import integer
 from halfbyte.plan import Rates, Rows, Time, calibrate, make
 from halfbyte.system import device
 from tests import fake_card
@@ -34,7 +35,8 @@ def test_every_rate_is_measured(monkeypatch: pytest.MonkeyPatch, cache: Path) ->
         found = calibrate.measure(device.detect(), dtype)
         for name, value in found.to_json().items():
             if isinstance(value, float) and name != "correction":
-                assert 1e6 < value < 1e15, name
+                there = name != "integer_ops" or not integer.why_not()
+                assert (1e6 if there else 0) <= value < (1e15 if there else 1), name
         assert dtype in found.source and found.measured and time.strftime("%Y-%m-%d") in found.source
     assert not list(cache.iterdir()), "the file that was read is gone"
 
