@@ -203,3 +203,10 @@ for dtype in (torch.float32, torch.bfloat16):
     ]  # fmt: skip
     assert list(tmp_path.rglob("*.nbc")), "the first has filled the cache"
     assert said[0] == said[1] and said[0].count("\n") == 12
+
+
+def test_a_kernel_that_the_processor_cannot_run_is_an_error_and_not_the_end_of_the_process() -> None:
+    env = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    code = "from halfbyte.layers.kernels.cpu import flash"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "ImportError" in done.stderr and "avx512_bf16" in done.stderr

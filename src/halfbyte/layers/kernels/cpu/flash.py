@@ -19,7 +19,10 @@ from torch import Tensor
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, run
 from halfbyte.layers.kernels.cpu.scalar import FASTMATH, exp_f32, inlined, load, store, take
-from halfbyte.layers.kernels.cpu.tiles import COLUMNS, ROWS, tile
+from halfbyte.layers.kernels.cpu.tiles import COLUMNS, ROWS, available, tile
+
+if not available():  # LLVM ends the process where it meets an instruction that the processor lacks
+    raise ImportError("this attention kernel multiplies pairs of bf16, which this processor does not (avx512_bf16)")
 
 _TALL = 48  # rows of queries in a block of the backward pass: a multiple of ROWS and of 2
 _WIDE = 192  # columns in a block of it: a multiple of ROWS and of COLUMNS
