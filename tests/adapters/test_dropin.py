@@ -92,8 +92,10 @@ def test_the_reloaded_adapter_says_the_same(bits: str, tmp_path: Path, monkeypat
         loaded = names["loaded"].eval()(input_ids=ids).logits.float()
         with names["loaded"].disable_adapter():
             bare = names["loaded"](input_ids=ids).logits.float()
-    torch.testing.assert_close(loaded, trained, rtol=2e-2, atol=2e-2)
-    assert not torch.allclose(bare, trained, rtol=2e-2, atol=2e-2)
+    halves = any(p.dtype == torch.bfloat16 for p in names["loaded"].parameters())
+    near = 2e-2 if halves else 1e-4  # a few units of bf16 at 3; in fp32 its gain in six steps is smaller than those
+    torch.testing.assert_close(loaded, trained, rtol=near, atol=near)
+    assert not torch.allclose(bare, trained, rtol=near, atol=near)
 
 
 def test_autocast_of_a_caller_does_not_reach_the_layers(tmp_path: Path) -> None:

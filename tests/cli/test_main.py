@@ -344,7 +344,7 @@ class Terminal:
 
         self.raw, self.seen = b"", 0
 
-    def read(self, until: str, seconds: float = 60) -> str:
+    def read(self, until: str, seconds: float = 240) -> str:
         """What appears next, up to the end of `until`, without colours and with plain line ends."""
         end = time.monotonic() + seconds
         while until not in plain(self.raw)[self.seen :]:

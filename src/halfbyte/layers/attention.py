@@ -132,6 +132,9 @@ def _forward_by_torch(qb: Tensor, kb: Tensor, vb: Tensor, blocks: Blocks, scale:
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         o, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+        hidden = sums == 0  # what its AVX2 form gives for a query of NaN, with zeros as output
+        if hidden.any():
+            o.masked_fill_((hidden & ~q.isfinite().all(-1))[..., None], torch.nan)
         last = first + n * length
         out[first:last].view(n, length, heads, d).copy_(o.transpose(1, 2))
         lse[first * heads : last * heads].view(n, heads, length).copy_(sums)
