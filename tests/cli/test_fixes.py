@@ -23,7 +23,7 @@ from halfbyte.recipe.schema import SECTIONS
 SOURCE = Path(main.__file__).parents[1]
 APP: Any = typer.main.get_command(main.app)
 UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "UsageError")  # typer may bring its click
-COMMAND = re.compile(r"(?<![\w/.-])halfbyte ((?:[a-z]+)\b[^`;\n]*)")
+COMMAND = re.compile(r"(?<![\w/.-])halfbyte ((?:[a-z]+)\b(?:(?!   halfbyte )[^`;\n])*)")  # to the next one in a line
 SET = re.compile(r"--set '?([a-z_.]+)=")
 # Commands that take no `--set`: what they say must not ask for one.
 WITHOUT_SET = {"init", "report", "compare", "runs", "push", "version", "store list", "store verify", "store gc"}
@@ -144,3 +144,8 @@ def test_what_messages_tell_to_set_is_a_field() -> None:
 def test_the_check_sees_what_cannot_be_typed(typed: str) -> None:
     with pytest.raises(UsageError):
         parse(typed)
+
+
+def test_each_of_several_commands_in_a_line_is_seen() -> None:
+    line = "next: halfbyte data check X   then   halfbyte train X   or   halfbyte chat X"
+    assert list(commands(line)) == ["data check X", "train X", "chat X"]
