@@ -1,9 +1,10 @@
-"""Greedy answers of GGUF files in llama.cpp, with and without a GGUF adapter, beside the run's and beside each other.
+"""Greedy answers of GGUF files in llama.cpp, with and without a GGUF adapter, beside those of a run.
 
-    python benchmarks/gguf_answers.py RUN MERGED.gguf BASE.gguf+ADAPTER.gguf ... [--prompts 48]
+    halfbyte eval RUN --limit 48 --max-new-tokens 64
+    python benchmarks/gguf_answers.py RUN MERGED.gguf BASE.gguf+ADAPTER.gguf ...
 
-`as the run`: answers that are the run's, letter by letter. `as the first`: those that are the first file's. `exact`:
-those that are the row's own. The run is asked as the proof of an export asks it, in a process of its own.
+`as the run`: answers that are those of `RUN/eval/answers.jsonl`, letter by letter. `as the first`: those that are the
+first file's. `exact`: those that are the row's own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -21,30 +21,39 @@ from benchmarks.measuring import say
 
 
 def main() -> None:
-    from halfbyte.export.proving import proof
-    from halfbyte.export.proving.reader import SAID
-    from halfbyte.export.proving.witness import Asked
+    from halfbyte.data.encoding import encode
+    from halfbyte.export.proving.reader import LlamaCpp
+    from halfbyte.inference import target
+    from halfbyte.inference.generate import end_of_turn_id
+    from halfbyte.inference.load import tokenizer_of
+    from halfbyte.models.sources.lookup import find_model
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run")
+    parser.add_argument("run", type=Path)
     parser.add_argument("files", nargs="+", help="a GGUF file, or one and an adapter with a + between them")
-    parser.add_argument("--prompts", type=int, default=48)
-    parser.add_argument("--data", help="other rows than those held out")
+    parser.add_argument("--tokens", type=int, default=64, help="of an answer, as `eval` had them")
+    parser.add_argument("--limit", type=int, default=48)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="halfbyte-answers-") as place:
-        witness = proof.ask_run(Asked(args.run, place, data=args.data, prompts=args.prompts))
-        asked = json.loads(witness.read_text(encoding="utf-8"))
-        wanted = [text.strip() for text in asked["references"]]
-        said = {"the run": [text.strip() for text in asked["texts"]]}
-        for number, file in enumerate(args.files):
-            path, _, adapter = file.partition("+")
-            out = Path(place, str(number))
-            proof.ask_program("llama.cpp", Path(path), witness, out, Path(adapter) if adapter else None)
-            said[file] = [text.strip() for text in json.loads((out / SAID).read_text(encoding="utf-8"))["texts"]]
-    say(f"{'':<60} as the run  as the first  exact, of {len(wanted)}")
-    for name, texts in said.items():
-        alike = [sum(a == b for a, b in zip(texts, other, strict=False))
-                 for other in (said["the run"], said[args.files[0]], wanted)]  # fmt: skip
+    lines = (args.run / "eval/answers.jsonl").read_text(encoding="utf-8").splitlines()[: args.limit]
+    rows = [json.loads(line) for line in lines]
+    wanted, run = [row["expected"].strip() for row in rows], [row["adapter"]["text"].strip() for row in rows]
+    found = target.find(args.run, ())
+    tokenizer, names = tokenizer_of(found, find_model(found.recipe)), found.recipe.data.eval_names
+    assert names
+    encoded = encode.encode(names, tokenizer, found.recipe.data, cores=1).examples
+    prompts = {row.where.rpartition("/")[2]: list(row.prompt_ids) for row in encoded}
+    stops = [i for i in {tokenizer.eos_token_id, end_of_turn_id(tokenizer)} if i is not None]
+    say(f"{'':<60} as the run  as the first  exact, of {len(rows)}")
+    first: list[str] = []
+    for name in (*args.files, "the run"):
+        texts = run
+        if name != "the run":
+            path, _, adapter = name.partition("+")
+            program = LlamaCpp(path, adapter or None, threads=args.threads)
+            texts = [program.text(program.answer(prompts[row["where"]], stops, args.tokens)).strip() for row in rows]
+            first = first or texts
+        alike = [sum(a == b for a, b in zip(texts, other, strict=False)) for other in (run, first, wanted)]
         say(f"{name[-60:]:<60} {alike[0]:10d} {alike[1]:13d} {alike[2]:6d}")
 
 

@@ -50,6 +50,7 @@ def rounded(levels: np.ndarray) -> np.ndarray:
         (64, 576, 7, "fp4", True, True),
         (100, 1536, 2, "nf4", True, False),
         (33, 640, 16, "nf4", True, True),
+        (48, 128, 9, "fp4", False, False),
     ],
 )
 def test_a_product_is_that_of_the_definition(

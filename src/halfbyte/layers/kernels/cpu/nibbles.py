@@ -263,8 +263,8 @@ def _dots(vectors: int, *, looked_up: bool) -> Callable[..., None]:
     return made
 
 
-dots_of_1, dots_of_2, dots_of_4 = (_dots(n, looked_up=False) for n in (1, 2, 4))
-looked_up_1, looked_up_2, looked_up_4 = (_dots(n, looked_up=True) for n in (1, 2, 4))
+dots_of_1, dots_of_2, dots_of_4, dots_of_8 = (_dots(n, looked_up=False) for n in (1, 2, 4, 8))
+looked_up_1, looked_up_2, looked_up_4, looked_up_8 = (_dots(n, looked_up=True) for n in (1, 2, 4, 8))
 
 LANES_BF16, LANES_FP32 = 16, 8
 

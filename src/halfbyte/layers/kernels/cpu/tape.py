@@ -104,7 +104,13 @@ def _codes(op, number, like, lookups, sums, item):  # type: ignore[no-untyped-de
         m = 0
         while m < vectors:
             x, h, to = op[11] + m * row, op[19] + m * h_row, sums.ctypes.data + m * 4
-            if vectors - m >= 4:
+            if vectors - m >= 8:
+                if nested:
+                    nibbles.looked_up_8(like, w, x, row, at, t, first, blocks, levels, up, h, h_row, pieces, to)
+                else:
+                    nibbles.dots_of_8(like, w, x, row, at, t, first, blocks, levels, up, h, h_row, pieces, to)
+                m += 8
+            elif vectors - m >= 4:
                 if nested:
                     nibbles.looked_up_4(like, w, x, row, at, t, first, blocks, levels, up, h, h_row, pieces, to)
                 else:
