@@ -81,7 +81,7 @@ class Helpers:
             try:
                 pickle.dump((chunk, only_read), chunks, pickle.HIGHEST_PROTOCOL)
                 chunks.flush()
-                part: Part = pickle.load(parts)
+                part: Part = pickle.load(parts)  # nosec B301: of our own child
                 return part
             except (OSError, EOFError, pickle.UnpicklingError):
                 self._mine.pipes = None
@@ -91,10 +91,10 @@ class Helpers:
 
 def help_out(chunks: IO[bytes], parts: IO[bytes]) -> None:
     """Encode what comes until nothing more does."""
-    encoder = Encoder(*pickle.load(chunks))
+    encoder = Encoder(*pickle.load(chunks))  # nosec B301: of the process that started this one
     while True:
         try:
-            chunk, only_read = pickle.load(chunks)
+            chunk, only_read = pickle.load(chunks)  # nosec B301
         except EOFError:
             return
         pickle.dump(encoder.part(chunk, only_read=only_read), parts, pickle.HIGHEST_PROTOCOL)
