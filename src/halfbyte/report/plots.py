@@ -131,7 +131,7 @@ def svg(chart: Chart, *, width: int = 420, height: int = 250) -> Markup:
         chart.title, chart.unit, log
     )
     about = " ".join(f'data-{k}="{v}"' for k, v in axis_data(x, y, chart.x_unit).items())
-    attributes = Markup(f" {about}>")  # nosec B704: numbers, and a unit that is escaped
+    attributes = Markup(f" {about}>")  # numbers, and a unit that is escaped  # nosec B704
     parts = [box, attributes, head, _grid(x, y, chart.x_unit), _levels(chart, x, y), _events(chart, x, y)]
     parts += [_line(line, x, y) for line in chart.lines]
     parts += [_legend(chart, width), Markup("</svg>")]

@@ -81,7 +81,7 @@ class Helpers:
             try:
                 pickle.dump((chunk, only_read), chunks, pickle.HIGHEST_PROTOCOL)
                 chunks.flush()
-                part: Part = pickle.load(parts)  # nosec B301: of our own child
+                part: Part = pickle.load(parts)  # of our own child  # nosec B301
                 return part
             except (OSError, EOFError, pickle.UnpicklingError):
                 self._mine.pipes = None
@@ -91,7 +91,7 @@ class Helpers:
 
 def help_out(chunks: IO[bytes], parts: IO[bytes]) -> None:
     """Encode what comes until nothing more does."""
-    encoder = Encoder(*pickle.load(chunks))  # nosec B301: of the process that started this one
+    encoder = Encoder(*pickle.load(chunks))  # of the process that started this one  # nosec B301
     while True:
         try:
             chunk, only_read = pickle.load(chunks)  # nosec B301
