@@ -107,8 +107,12 @@ def test_who_is_late_still_finds_the_first_ones_store() -> None:
     assert [(each.code, each.value) for each in ended] == [(0, 2)] * 2
 
 
-def fails(how: str) -> None:
-    """Rank 1 of three ends, while the others compute, wait for each other, or are in a call that does not end."""
+def fails(how: str, told: str = "") -> None:
+    """Rank 1 of three ends, while the others compute, wait for each other, or are in a call that does not end.
+
+    Args:
+        told: a folder in which each says that it has met the others.
+    """
     said: list[str] = []
 
     def say(error: HalfbyteError) -> None:
@@ -119,14 +123,16 @@ def fails(how: str) -> None:
 
     with worlds.opened(say) as here:
         here.gather(0)
+        if told:
+            (Path(told) / str(here.rank)).touch()
         if here.rank == 1:
             if how == "ours":
                 raise DataError("row 7 is bad.", fix="mend it")
             if how == "any":
                 raise ZeroDivisionError("one by none")
-            time.sleep(60)  # until it is killed
+            time.sleep(120)  # until it is killed
         if here.rank == 0:
-            until = time.monotonic() + 60
+            until = time.monotonic() + 120
             while time.monotonic() < until:  # computes
                 sum(range(1000))
         here.sum_(torch.zeros(3))
@@ -153,9 +159,11 @@ def test_all_end_together_with_the_first_ones_reason(how: str, code: int, said: 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_is_gone_or_silent_ends_all(number: int, rank: int) -> None:
-    processes = together.Processes(3, fails, "killed")
-    time.sleep(6)
+def test_a_process_that_is_gone_or_silent_ends_all(number: int, rank: int, tmp_path: Path) -> None:
+    processes = together.Processes(3, fails, "killed", str(tmp_path))
+    until = time.monotonic() + 120
+    while len(list(tmp_path.iterdir())) < 3 and time.monotonic() < until:
+        time.sleep(0.1)
     processes.kill(rank, number)
     began = time.monotonic()
     others = [each for each in range(3) if each != rank]
@@ -192,16 +200,21 @@ def test_the_watch_misses_who_does_not_beat(monkeypatch: pytest.MonkeyPatch) -> 
     for rank in range(3):
         store.set(f"beat/{rank}", "0")
     assert first._missing() is None and second._missing() is None
-    now[0] = watch.SILENT_S
-    store.set("beat/0", "1")
     store.set("beat/2", "done")
-    assert first._missing() is None, "not yet"
+    for second_s in range(1, 21):
+        now[0] += 1
+        store.set("beat/0", str(second_s))
+        assert first._missing() is None, "not yet"
+        assert second._missing() is None, "who is not the first looks at the first alone"
     now[0] += 1
-    store.set("beat/0", "2")
     fault = first._missing()
     assert fault is not None and fault.rank == 1 and "b has not been heard of" in fault.message
-    assert second._missing() is None, "who is not the first looks at the first alone"
-    now[0] += watch.SILENT_S + 1
+    now[0] += 1000  # all were stopped, as by a machine that sleeps
+    assert first._missing() is None and second._missing() is None
+    for _ in range(20):
+        now[0] += 1
+        assert second._missing() is None
+    now[0] += 1
     fault = second._missing()
     assert fault is not None and fault.rank == 0
     told = watch.Fault("why", 2, "do that", 2)

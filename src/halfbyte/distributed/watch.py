@@ -55,6 +55,7 @@ class Watch:
         self._store, self._rank, self._names, self._on_fault = store, rank, names, on_fault
         self._ends = threading.Event()
         self._seen: dict[int, tuple[bytes, float]] = {}
+        self._looked = 0.0
         self._thread = threading.Thread(target=self._run, name="halfbyte-watch", daemon=True)
 
     def start(self) -> None:
@@ -93,6 +94,9 @@ class Watch:
     def _missing(self) -> Fault | None:
         """The first one looks at all, the others at the first."""
         now, looked_at = time.monotonic(), range(len(self._names)) if self._rank == 0 else (0,)
+        if now - self._looked > SILENT_S / 2:  # this one was stopped, perhaps with the others: it has not heard them
+            self._seen.clear()
+        self._looked = now
         keys = [_beat(rank) for rank in looked_at]
         if not self._store.check(keys):
             return None  # some have not begun

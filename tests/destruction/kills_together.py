@@ -1,0 +1,175 @@
+"""One process of several is killed, or goes silent, at random moments of short runs under torchrun's own agent.
+
+    python -m tests.destruction.kills_together --count 30 --seed 0
+    python -m tests.destruction.kills_together --count 3 --silent    # SIGSTOP instead of SIGKILL
+
+Each run must end by itself, restarted by the agent (`--max-restarts`) and gone on from its last checkpoint, in the
+bytes of the undisturbed one; from the moment at which the fault can be seen (at once, or 20 seconds after a process
+went silent) to the restart of all processes it must not take longer than `LIMIT_S`. The agent is torch's
+(`torch.distributed.launcher.api.elastic_launch`, which torchrun calls); its workers are forked from a server that has
+imported everything, so that a run takes seconds. Moments are drawn evenly from the length of the undisturbed run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # also of the server
+
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from halfbyte.distributed.watch import SILENT_S
+from tests import tiny_run
+from tests.destruction.kills import left
+
+LIMIT_S, GIVE_UP_S = 30.0, 600.0
+SHUTDOWN_S = 10  # torchrun's --shutdown-timeout
+VALUES = {
+    "lora__lora_dropout": 0.1,
+    "train__max_steps": 12,
+    "train__save_strategy": "steps",
+    "train__save_steps": 2,
+    "train__eval_strategy": "steps",
+    "train__eval_steps": 3,
+    "train__max_tokens_per_micro_batch": 40,
+}
+
+
+def worker(recipe: str, out: str) -> None:
+    """One process of one attempt; the file says that it has begun."""
+    from halfbyte import finetune
+    from halfbyte.errors import HalfbyteError
+    from halfbyte.recipe.file import load_recipe
+
+    attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
+    (Path(out).parent / f"{Path(out).name}.{attempt}.{rank}").write_text(str(os.getpid()))
+    try:
+        finetune.train(load_recipe(Path(recipe), [f"output={out}"]))
+    except HalfbyteError as error:
+        sys.stderr.write(f"rank {rank}: {error}\n")
+        os._exit(error.exit_code)
+
+
+def launch(recipe: Path, out: Path, size: int, restarts: int) -> None:
+    config = LaunchConfig(
+        1,
+        1,
+        size,
+        run_id=out.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=restarts,
+        monitor_interval=0.1,
+        start_method="forkserver",
+        shutdown_timeout=SHUTDOWN_S,
+        local_addr="127.0.0.1",
+    )
+    elastic_launch(config, worker)(str(recipe), str(out))
+
+
+def begun(out: Path, attempt: int, rank: int) -> Path:
+    return out.parent / f"{out.name}.{attempt}.{rank}"
+
+
+def wait(path: Path) -> float:
+    """When a process of an attempt began, in the time of files."""
+    until = time.monotonic() + GIVE_UP_S
+    while not (path.exists() and path.read_text()):
+        if time.monotonic() > until:
+            raise TimeoutError(str(path))
+        time.sleep(0.01)
+    return path.stat().st_mtime
+
+
+class Killer(threading.Thread):
+    """Sends a signal to one rank of the first attempt, so many seconds after it began."""
+
+    def __init__(self, out: Path, size: int, rank: int, seconds: float, number: signal.Signals) -> None:
+        super().__init__(daemon=True)
+        self.out, self.size, self.rank, self.seconds, self.number = out, size, rank, seconds, number
+        self.took: float | None = None  # from the fault to the restart of all
+        self.step = 0
+        self.late = False
+
+    def run(self) -> None:
+        wait(begun(self.out, 0, self.rank))
+        time.sleep(self.seconds)
+        try:
+            os.kill(int(begun(self.out, 0, self.rank).read_text()), self.number)
+        except ProcessLookupError:
+            self.late = True
+            return
+        at, metrics = time.time(), self.out / "metrics.jsonl"
+        self.step = len(metrics.read_text().splitlines()) if metrics.is_file() else 0
+        self.took = max(wait(begun(self.out, 1, rank)) for rank in range(self.size)) - at
+
+
+def one(number: int, recipe: Path, size: int, seconds: float, silent: bool, wanted: bytes) -> tuple[str, float | None]:
+    """What became of one run (empty: as it should), and how long the restart took."""
+    draw = random.Random(number)
+    rank, at = draw.randrange(size), draw.uniform(0, seconds)
+    out = recipe.parent / f"run-{number}"
+    killer = Killer(out, size, rank, at, signal.SIGSTOP if silent else signal.SIGKILL)
+    killer.start()
+    try:
+        launch(recipe, out, size, restarts=3)
+    except Exception as error:  # whatever the agent says: the run has not ended by itself
+        return f"run {number}: {type(error).__name__}: {error}", killer.took
+    killer.join(5)
+    if killer.late or killer.took is None:
+        return ("" if left(out)[0] == wanted else f"run {number}: other bytes"), None
+    where = f"rank {rank} at {at:.1f} s, after {killer.step} lines of metrics"
+    print(f"{number}: {where}; all begun again {killer.took:.1f} s later", flush=True)
+    allowed = LIMIT_S + (SILENT_S if silent else 0.0)
+    if killer.took > allowed:
+        return f"run {number}: begun again only after {killer.took:.1f} s", killer.took
+    return ("" if left(out)[0] == wanted else f"run {number}: other bytes"), killer.took
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--silent", action="store_true")
+    parser.add_argument("--sharded", action="store_true")
+    given = parser.parse_args()
+    multiprocessing.set_forkserver_preload(["halfbyte.finetune", "halfbyte.distributed.shard", __spec__.name])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tiny_run.rows(folder / "held.jsonl", 6, seed=5)
+        more = {"quant__placement": "sharded"} if given.sharded else {}
+        recipe = tiny_run.recipe(folder, **VALUES, **more, data__eval=folder / "held.jsonl").path
+        assert recipe is not None
+        launch(recipe, folder / "first", given.processes, 0)  # builds the store, and compiles
+        launch(recipe, folder / "whole", given.processes, 0)
+        wanted, rows = left(folder / "whole")
+        ended = (folder / "whole" / "report.json").stat().st_mtime
+        seconds = ended - wait(begun(folder / "whole", 0, 0))
+        print(json.dumps({"undisturbed_s": round(seconds, 1), "steps": len(rows)}), flush=True)
+        found = [
+            one(number, recipe, given.processes, seconds, given.silent, wanted)
+            for number in range(given.seed, given.seed + given.count)
+        ]
+    failed, took = [text for text, _ in found if text], sorted(s for _, s in found if s is not None)
+    for text in failed:
+        print(f"--- {text}")
+    print(
+        f"{given.count} runs, {len(took)} hit while they ran, {len(failed)} failed; begun again after "
+        f"{took[len(took) // 2]:.1f} s in the middle, {took[-1]:.1f} s at most" if took else f"{len(failed)} failed"
+    )  # fmt: skip
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
