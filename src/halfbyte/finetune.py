@@ -355,7 +355,7 @@ def _writer(
         stop=stop,
         best=checkpoint.Best.of(prepared.recipe, run) if prepared.evaluation is not None else None,
         trained=ready.trained,
-        witness=Witness(model, ready.base.packed.ok),
+        witness=Witness(model, ready.base.packed.ok, shard.first_whole(ready.shards)),
         resume=resume,
     )
 

@@ -71,6 +71,11 @@ def settle(shards: Shards | None) -> None:
         shards.settle()
 
 
+def first_whole(shards: Shards | None) -> Callable[[], contextlib.AbstractContextManager[object]]:
+    """In which the first layers can be read without a forward."""
+    return contextlib.nullcontext if shards is None else shards.first_whole
+
+
 class Shards:
     """The layers of a model, shared out. Every process calls the same methods in the same order.
 
@@ -178,6 +183,19 @@ class Shards:
             for number in self._whole_pass[len(self._pass) :]:
                 self._along(number)
             raise
+
+    @contextlib.contextmanager
+    def first_whole(self) -> Iterator[None]:
+        """The model with its first layers only (`structure.shallow`), and these whole."""
+        with structure.shallow(self.model):
+            layers: list[FSDPModule] = structure.decoder_layers(self.model)
+            for layer in layers:
+                layer.unshard()
+            try:
+                yield
+            finally:
+                for layer in layers:
+                    layer.reshard()
 
     def settle(self) -> None:
         """Wait until the first process has done what it does alone, and gather along."""

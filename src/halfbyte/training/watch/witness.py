@@ -11,8 +11,8 @@ Cost: a forward of 15 tokens, one with its backward, through two layers; see doc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -33,10 +33,12 @@ _SMALL = 1 << 22  # numbers that a fixed parameter is filled with; a larger one 
 
 @dataclass
 class Witness:
-    """What a model computes of fixed rows with fixed adapters. `packed`: rows share a micro-batch."""
+    """What a model computes of fixed rows with fixed adapters. `packed`: rows share a micro-batch. `readable`: in which
+    weights can be read without a forward."""
 
     model: Model
     packed: bool
+    readable: Callable[[], AbstractContextManager[object]] = nullcontext
     seen: dict[str, Tensor] = field(default_factory=dict)
 
     def begin(self) -> None:
@@ -47,7 +49,9 @@ class Witness:
         """What is computed otherwise now, in words; empty where nothing is."""
         found = []
         try:
-            if wrong := proof.wrong_shapes(self.model):
+            with self.readable():
+                wrong = proof.wrong_shapes(self.model)
+            if wrong:
                 found.append(f"dequantised weights of shape {', '.join(wrong[:3])}")
             now = self._compute()
         except Exception as error:  # of any kind, from the model's code or ours: at the start there was none
