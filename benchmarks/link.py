@@ -1,4 +1,4 @@
-"""An all-reduce between machines that are network namespaces of this one, over a shaped link, beside the plan's seconds.
+"""An all-reduce between machines that are network namespaces of this one, over a shaped link, beside the plan.
 
     python benchmarks/link.py --machines 2 --rate 1gbit --sizes 4 20 160      # root, `ip` and `tc` are needed
 
@@ -114,9 +114,8 @@ def main() -> None:
     link = scaling.link_of(args.rate.replace("gbit", "Gb/s").replace("mbit", "Mb/s"))
     for size, seconds in json.loads(said[0].strip().splitlines()[-1]):
         planned = scaling.reduce_seconds(size, args.machines, link)
-        print(
-            f"{args.machines} machines, {args.rate}, {size / 1e6:.0f} MB: {seconds:.3f} s, {seconds / planned:.2f} of the plan"
-        )
+        ratio = f"{seconds:.3f} s, {seconds / planned:.2f} of the plan"
+        print(f"{args.machines} machines, {args.rate}, {size / 1e6:.0f} MB: {ratio}")
     return None
 
 

@@ -176,7 +176,8 @@ class Shards:
             yield
             self._whole_pass = self._pass
         except (RuntimeError, MemoryError) as error:
-            if not accelerator.out_of_memory(error) or not self._whole_pass:
+            recovers = hasattr(self.layers[0], "reset_iter_state")  # not in torch's first versions of it
+            if not accelerator.out_of_memory(error) or not self._whole_pass or not recovers:
                 raise
             for layer in self.layers:
                 layer.reset_iter_state()
