@@ -156,7 +156,7 @@ TRAIN_REFUSED = {
     **_each(
         "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout "
         "fsdp fsdp_config deepspeed parallelism_config local_rank",
-        "quant.placement: sharded shares the base out; how many processes there are says what starts them (docs/scale.md)",
+        "quant.placement: sharded shares the base out; the launcher says how many processes there are (docs/scale.md)",
     ),
     "skip_memory_metrics": "peak memory is always measured, and is in the report",
     **_each("do_train do_eval do_predict", "the command says what to do: train, eval, generate"),
