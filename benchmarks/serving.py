@@ -189,7 +189,13 @@ async def crowd(url: str, wanted: dict[tuple[str, str], str], most: int) -> dict
             counted["failed"] += 1
             say(f"failed: {error}")
 
-    await asyncio.gather(*(one(number) for number in range(2 * CLIENTS)))
+    gate = asyncio.Semaphore(CLIENTS)
+
+    async def in_turn(number: int) -> None:
+        async with gate:
+            await one(number)
+
+    await asyncio.gather(*(in_turn(number) for number in range(2 * CLIENTS)))
     await client.close()
     with urllib.request.urlopen(f"{url}/metrics") as answer:
         gauges = dict(re.findall(r"^(halfbyte_\w+) ([\d.]+)$", answer.read().decode(), re.MULTILINE))
