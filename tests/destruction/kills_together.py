@@ -7,13 +7,14 @@ Each run must end by itself, restarted by the agent (`--max-restarts`) and gone 
 bytes of the undisturbed one; from the moment at which the fault can be seen (at once, or 20 seconds after a process
 went silent) to the restart of all processes it must not take longer than `LIMIT_S`. The agent is torch's
 (`torch.distributed.launcher.api.elastic_launch`, which torchrun calls); its workers are forked from a server that has
-imported everything, so that a run takes seconds. Moments are drawn evenly from the length of the undisturbed run.
+imported everything, so that a run takes seconds. A moment is a number of lines of the metrics, drawn evenly from those
+of the undisturbed run, and a part of what one line takes beside it (none: of the time before the first). Runs that had
+ended before are made again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import random
@@ -91,44 +92,55 @@ def wait(path: Path) -> float:
     return path.stat().st_mtime
 
 
-class Killer(threading.Thread):
-    """Sends a signal to one rank of the first attempt, so many seconds after it began."""
+def lines(out: Path) -> int:
+    metrics = out / "metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.is_file() else 0
 
-    def __init__(self, out: Path, size: int, rank: int, seconds: float, number: signal.Signals) -> None:
+
+class Killer(threading.Thread):
+    """Sends a signal to one rank of the first attempt, so many seconds after so many lines of its metrics."""
+
+    def __init__(self, out: Path, size: int, rank: int, after: int, seconds: float, number: signal.Signals) -> None:
         super().__init__(daemon=True)
-        self.out, self.size, self.rank, self.seconds, self.number = out, size, rank, seconds, number
+        self.out, self.size, self.rank, self.number = out, size, rank, number
+        self.after, self.seconds = after, seconds
         self.took: float | None = None  # from the fault to the restart of all
-        self.step = 0
-        self.late = False
 
     def run(self) -> None:
         wait(begun(self.out, 0, self.rank))
+        while lines(self.out) < self.after and not (self.out / "report.json").exists():
+            time.sleep(0.005)
         time.sleep(self.seconds)
         try:
             os.kill(int(begun(self.out, 0, self.rank).read_text()), self.number)
         except ProcessLookupError:
-            self.late = True
             return
-        at, metrics = time.time(), self.out / "metrics.jsonl"
-        self.step = len(metrics.read_text().splitlines()) if metrics.is_file() else 0
+        at = time.time()
         self.took = max(wait(begun(self.out, 1, rank)) for rank in range(self.size)) - at
 
 
-def one(number: int, recipe: Path, size: int, seconds: float, silent: bool, wanted: bytes) -> tuple[str, float | None]:
-    """What became of one run (empty: as it should), and how long the restart took."""
-    draw = random.Random(number)
-    rank, at = draw.randrange(size), draw.uniform(0, seconds)
+def one(
+    number: int, recipe: Path, size: int, times: tuple[int, float, float], silent: bool, wanted: bytes
+) -> tuple[str, float | None]:
+    """What became of one run (empty: as it should), and how long the restart took; None where it had ended.
+
+    Args:
+        times: of the undisturbed run: lines of metrics, seconds before the first, and of one.
+    """
+    draw, (most, first, each) = random.Random(number), times
+    rank, after = draw.randrange(size), draw.randrange(most)
+    seconds = draw.uniform(0, each if after else first)
     out = recipe.parent / f"run-{number}"
-    killer = Killer(out, size, rank, at, signal.SIGSTOP if silent else signal.SIGKILL)
+    killer = Killer(out, size, rank, after, seconds, signal.SIGSTOP if silent else signal.SIGKILL)
     killer.start()
     try:
         launch(recipe, out, size, restarts=3)
     except Exception as error:  # whatever the agent says: the run has not ended by itself
         return f"run {number}: {type(error).__name__}: {error}", killer.took
     killer.join(5)
-    if killer.late or killer.took is None:
+    if killer.took is None:
         return ("" if left(out)[0] == wanted else f"run {number}: other bytes"), None
-    where = f"rank {rank} at {at:.1f} s, after {killer.step} lines of metrics"
+    where = f"rank {rank}, {seconds:.2f} s after {after} lines of metrics"
     print(f"{number}: {where}; all begun again {killer.took:.1f} s later", flush=True)
     allowed = LIMIT_S + (SILENT_S if silent else 0.0)
     if killer.took > allowed:
@@ -154,18 +166,20 @@ def main() -> None:
         launch(recipe, folder / "first", given.processes, 0)  # builds the store, and compiles
         launch(recipe, folder / "whole", given.processes, 0)
         wanted, rows = left(folder / "whole")
-        ended = (folder / "whole" / "report.json").stat().st_mtime
-        seconds = ended - wait(begun(folder / "whole", 0, 0))
-        print(json.dumps({"undisturbed_s": round(seconds, 1), "steps": len(rows)}), flush=True)
-        found = [
-            one(number, recipe, given.processes, seconds, given.silent, wanted)
-            for number in range(given.seed, given.seed + given.count)
-        ]
+        start = wait(begun(folder / "whole", 0, 0))
+        first = (folder / "whole" / "started.json").stat().st_mtime - start
+        each = ((folder / "whole" / "metrics.jsonl").stat().st_mtime - start - first) / len(rows)
+        print(f"undisturbed: {first:.1f} s to the first step, {each:.2f} s a line", flush=True)
+        found: list[tuple[str, float | None]] = []
+        for number in range(given.seed, given.seed + 2 * given.count):
+            if sum(took is not None for _, took in found) < given.count:
+                times = (len(rows), first, each)
+                found.append(one(number, recipe, given.processes, times, given.silent, wanted))
     failed, took = [text for text, _ in found if text], sorted(s for _, s in found if s is not None)
     for text in failed:
         print(f"--- {text}")
     print(
-        f"{given.count} runs, {len(took)} hit while they ran, {len(failed)} failed; begun again after "
+        f"{len(found)} runs, {len(took)} hit while they ran, {len(failed)} failed; begun again after "
         f"{took[len(took) // 2]:.1f} s in the middle, {took[-1]:.1f} s at most" if took else f"{len(failed)} failed"
     )  # fmt: skip
     sys.exit(1 if failed else 0)

@@ -165,11 +165,8 @@ def test_a_process_that_is_gone_or_silent_ends_all(number: int, rank: int, tmp_p
     while len(list(tmp_path.iterdir())) < 3 and time.monotonic() < until:
         time.sleep(0.1)
     processes.kill(rank, number)
-    began = time.monotonic()
     others = [each for each in range(3) if each != rank]
-    codes = processes.codes(others, 60)
-    assert time.monotonic() - began < watch.SILENT_S + 12
-    assert codes == [1, 1]
+    assert processes.codes(others, 60) == [1, 1]
 
 
 class Store:

@@ -98,6 +98,16 @@ def agent() -> str:
         return f"{socket.gethostname()}/{parent}"
 
 
+def boot() -> str:
+    """What two processes of one machine have in common, also in containers of their own; and network namespaces not."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
+        return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
+    except OSError:
+        return socket.gethostname()
+
+
 def launched(agents: Sequence[str]) -> dict[str, bytes]:
     """The file by which a run keeps the launch that began it, or goes on with it; none without a launcher."""
     return {LAUNCH: (json.dumps({"agents": sorted(set(agents))}) + "\n").encode()} if agents else {}

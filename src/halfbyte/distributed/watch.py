@@ -48,10 +48,14 @@ class Fault:
 
 
 class Watch:
-    """A thread that beats and watches. `fault` is what it has found; then it calls `on_fault`, once."""
+    """A thread that beats and watches, and one that sees whether the first comes back: a question to a store whose
+    process is stopped, or whose link drops all, has no end. `fault` is what they have found; then `on_fault` is called,
+    once. `deaf`: the store does not answer, and must not be asked again."""
 
     def __init__(self, store: TCPStore, rank: int, names: list[str], on_fault: Callable[[], None]) -> None:
         self.fault: Fault | None = None
+        self.deaf = False
+        self._heard, self._found = time.monotonic(), threading.Lock()
         self._store, self._rank, self._names, self._on_fault = store, rank, names, on_fault
         self._ends = threading.Event()
         self._seen: dict[int, tuple[bytes, float]] = {}
@@ -60,7 +64,9 @@ class Watch:
 
     def start(self) -> None:
         self._store.set(_beat(self._rank), "0")
+        self._heard = time.monotonic()
         self._thread.start()
+        threading.Thread(target=self._time, name="halfbyte-watch-store", daemon=True).start()
 
     def stop(self) -> None:
         """Leave without being missed."""
@@ -72,21 +78,41 @@ class Watch:
             return
 
     def _run(self) -> None:
-        count, heard = 0, time.monotonic()
+        count = 0
         while not self._ends.wait(EVERY_S):
             count += 1
             try:
                 self._store.set(_beat(self._rank), str(count))
                 fault = self._told() or self._missing()
-                heard = time.monotonic()
+                self._heard = time.monotonic()
             except RuntimeError as error:  # torch.distributed's errors are of this kind
-                if "reset" not in str(error) and "roken" not in str(error) and time.monotonic() - heard < STORE_S:
+                if "reset" not in str(error) and "roken" not in str(error):
                     continue
-                fault = Fault(f"{self._names[0]} is gone: its store does not answer", 0)
-            if fault is not None and not self._ends.is_set():
-                self.fault = fault
-                self._on_fault()
+                fault = self._without_store()
+            if fault is not None:
+                self._ended_by(fault)
                 return
+
+    def _time(self) -> None:
+        before = time.monotonic()
+        while not self._ends.wait(EVERY_S) and self.fault is None:
+            now = time.monotonic()
+            if now - before > SILENT_S / 2:  # this process was stopped itself
+                self._heard = now
+            before = now
+            if now - self._heard > STORE_S:
+                self.deaf = True
+                self._ended_by(self._without_store())
+
+    def _without_store(self) -> Fault:
+        return Fault(f"{self._names[0]} is gone: its store does not answer", 0)
+
+    def _ended_by(self, fault: Fault) -> None:
+        with self._found:
+            if self.fault is not None or self._ends.is_set():
+                return
+            self.fault = fault
+        self._on_fault()
 
     def _told(self) -> Fault | None:
         return Fault.of_json(self._store.get(FAILED)) if self._store.check([FAILED]) else None

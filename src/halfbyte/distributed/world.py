@@ -122,7 +122,7 @@ class Group(World):
         """Find the others, watch them, and open the process group."""
         place, host = self._place, socket.gethostname()
         self._meet()
-        places = self.gather({"host": host, "boot": _boot(), "agent": launch.agent()})
+        places = self.gather({"host": host, "boot": launch.boot(), "agent": launch.agent()})
         self.names = tuple(f"rank {rank} of {self.size} on {p['host']}" for rank, p in enumerate(places))
         self.agents = tuple(p["agent"] for p in places)
         beside = [rank for rank, p in enumerate(places) if p["boot"] == places[self.rank]["boot"]]
@@ -216,6 +216,10 @@ class Group(World):
         return None if self._watch is None else self._watch.fault
 
     @property
+    def _deaf(self) -> bool:
+        return self._watch is not None and self._watch.deaf
+
+    @property
     def sharing(self) -> int | None:
         return None if self.local_size == 1 else self.local_size
 
@@ -305,6 +309,8 @@ class Group(World):
 
     def _lost(self, error: BaseException) -> RankLost:
         """After a collective failed: what the one that is gone has written down, if it could."""
+        if self._deaf and self.fault is not None:
+            return _lost(self.fault)
         with contextlib.suppress(RuntimeError):
             if self._store is not None and wait_for(self._store, FAILED, lambda: self.fault, 3 * EVERY_S):
                 return _lost(Fault.of_json(self._store.get(FAILED)))
@@ -347,8 +353,10 @@ class Group(World):
 
     def _say_once(self, error: HalfbyteError, say: Callable[[HalfbyteError], None]) -> None:
         """The first process says it and waits until the others have heard so; another one only where it does not."""
-        if self._store is None or self.rank == 0:
+        if self._store is None or self.rank == 0 or self._deaf:
             say(error)
+        if self._deaf:
+            return
         with contextlib.suppress(RuntimeError):
             if self._store is not None and self.rank == 0:
                 self._store.set(SAID, "")
@@ -393,16 +401,6 @@ class Group(World):
 
 def _lost(fault: Fault) -> RankLost:
     return RankLost(fault.message, fix=fault.fix, exit_code=fault.exit_code)
-
-
-def _boot() -> str:
-    """What two processes of one machine have in common, also in containers of their own; and network namespaces not."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            boot = file.read().strip()
-        return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
-    except OSError:
-        return socket.gethostname()
 
 
 @contextmanager
