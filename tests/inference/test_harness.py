@@ -15,6 +15,7 @@ from halfbyte import finetune
 from halfbyte.inference.load import Opened, open_run
 from halfbyte.layers.decoding.tape import isa
 from tests import tiny_run
+from tests.base import dequantised
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -42,11 +43,11 @@ metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
 }
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in fp32 over a base that is not quantised, and three tasks on rows of a file."""
+@pytest.fixture(scope="module", params=["none", "nf4"])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in fp32 over a base that is not quantised, or is in 4 bits; and three tasks on rows of a file."""
     folder = tmp_path_factory.mktemp("harness")
-    finetune.train(tiny_run.recipe(folder, quant__type="none"))
+    finetune.train(tiny_run.recipe(folder, quant__type=request.param, quant__compute_dtype="fp32"))
     rows = [json.loads(line) for line in tiny_run.rows(folder / "rows.jsonl", 11, seed=3).read_text().splitlines()]
     (folder / "rows.jsonl").write_text("".join(json.dumps({**r, "label": i % 3}) + "\n" for i, r in enumerate(rows)))
     (folder / "tasks").mkdir()
@@ -76,14 +77,17 @@ def test_tasks_score_as_through_hflm_on_plain_transformers(world: Path, base: bo
 
     from halfbyte.inference.harness import HalfbyteLM
 
+    opened: Opened = open_run(world / "run")
     plain = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32).eval()
+    if opened.recipe.quant.type == "nf4":
+        assert opened.store is not None
+        plain = dequantised.of(plain, dequantised.weights(opened.store)).eval()
     if not base:
         plain = PeftModel.from_pretrained(plain, str(world / "run" / "adapter")).eval()
     # else HFLM, which drops special tokens from a text, goes on behind the tokenizer's end where others of a batch do
     tokenizer = tiny_run.tokenizer()
     plain.generation_config.eos_token_id = [plain.config.eos_token_id, tokenizer.eos_token_id]
     wanted = samples(HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=4), world)
-    opened: Opened = open_run(world / "run")
     with opened.using(base=base):
         found = samples(HalfbyteLM(opened), world)
     assert found["backwards"] == wanted["backwards"] and len({str(row) for row in found["backwards"]}) > 1

@@ -27,6 +27,7 @@ WIDTH = 32  # slots of an operation
 LINE = 8  # int64 of a cache line: each counter has its own
 KINDS = NORM, CODES, DENSE, ROTATE, ATTEND, GATE, EIGHTS, EXACT = range(8)
 GATE_ELEMENTS = 1024
+_NEAR_BYTES = 24 * 1024  # of vectors that a pass over rows reads again and again
 _SPINS = 2000  # looks at a counter before the core is offered to others
 
 
@@ -85,53 +86,61 @@ def _norm(op, number, like, order, m):  # type: ignore[no-untyped-def]
     _in_order(out, array(op[11] + m * wide * like.itemsize, (wide,), like.dtype), 0, wide, order)
 
 
+def _rows(dots, looked_up, count):  # type: ignore[no-untyped-def]
+    """Rows of codes times `count` vectors, by these products."""
+
+    @inlined
+    def rows(op, like, lookups, sums, m, begin, end):  # type: ignore[no-untyped-def]
+        blocks, row_bytes, row, h_row = op[9] // nibbles.BLOCK, op[9] // 2, op[12], op[20]
+        bias, t, to = array(op[16], (op[10],), np.float32), lookups.ctypes.data, sums.ctypes.data
+        x, h, nested, start = op[11] + m * row, op[19] + m * h_row, op[6] != 0, begin * blocks // nibbles.GROUP
+        for r in range(begin, end):
+            first, w, up = r * blocks - start * nibbles.GROUP, op[4] + r * row_bytes, op[17] + r * op[18]
+            at = op[5] + r * blocks * (1 if nested else 4)
+            if nested:
+                looked_up(like, w, x, row, at, t, first, blocks, op[22], up, h, h_row, op[21], to)
+            else:
+                dots(like, w, x, row, at, t, first, blocks, op[22], up, h, h_row, op[21], to)
+            add = bias[r] if op[16] != 0 else np.float32(0.0)
+            for k in range(count):
+                out = array(op[13] + ((m + k) * op[14] + r) * 4, (1,), np.float32)
+                out[0] = sums[k] + add + out[0] if op[15] != 0 else sums[k] + add
+
+    return rows
+
+
+_rows_of_1 = _rows(nibbles.dots_of_1, nibbles.looked_up_1, 1)
+_rows_of_2 = _rows(nibbles.dots_of_2, nibbles.looked_up_2, 2)
+_rows_of_4 = _rows(nibbles.dots_of_4, nibbles.looked_up_4, 4)
+_rows_of_8 = _rows(nibbles.dots_of_8, nibbles.looked_up_8, 8)
+
+
 @inlined
 def _codes(op, number, like, lookups, sums, item):  # type: ignore[no-untyped-def]
     """4 codes, 5 absmax, 6 table of 256 or 0, 7 nested absmax, 8 offset, 9 D, 10 O, 11 x in order (M, D'), 12 bytes of
     its row, 13 out (M, ..), 14 its row, 15 onto, 16 bias (O) fp32, 17 B, 18 its row, 19 A x (M, ..), 20 its row,
     21 pieces, 22 levels, 23 rows of an item, 24 M."""
-    blocks, vectors, row_bytes = op[9] // nibbles.BLOCK, op[24], op[9] // 2
+    blocks, vectors = op[9] // nibbles.BLOCK, op[24]
     begin, end = item * op[23], min(op[10], item * op[23] + op[23])
-    bias = array(op[16], (op[10],), np.float32)
-    t, levels, row, h_row, pieces = lookups.ctypes.data, op[22], op[12], op[20], op[21]
-    group, nested = begin * blocks // nibbles.GROUP, op[6] != 0
-    if nested:
+    if op[6] != 0:
+        group = begin * blocks // nibbles.GROUP
         groups = (end * blocks - 1) // nibbles.GROUP - group + 1
-        nibbles.lookups(like, op[6], op[7], np.float32(number[8]), group, groups, t)
-    for r in range(begin, end):
-        first, w, up = r * blocks - group * nibbles.GROUP, op[4] + r * row_bytes, op[17] + r * op[18]
-        at = op[5] + r * blocks * (1 if nested else 4)
-        m = 0
-        while m < vectors:
-            x, h, to = op[11] + m * row, op[19] + m * h_row, sums.ctypes.data + m * 4
-            if vectors - m >= 8:
-                if nested:
-                    nibbles.looked_up_8(like, w, x, row, at, t, first, blocks, levels, up, h, h_row, pieces, to)
-                else:
-                    nibbles.dots_of_8(like, w, x, row, at, t, first, blocks, levels, up, h, h_row, pieces, to)
-                m += 8
-            elif vectors - m >= 4:
-                if nested:
-                    nibbles.looked_up_4(like, w, x, row, at, t, first, blocks, levels, up, h, h_row, pieces, to)
-                else:
-                    nibbles.dots_of_4(like, w, x, row, at, t, first, blocks, levels, up, h, h_row, pieces, to)
-                m += 4
-            elif vectors - m >= 2:
-                if nested:
-                    nibbles.looked_up_2(like, w, x, row, at, t, first, blocks, levels, up, h, h_row, pieces, to)
-                else:
-                    nibbles.dots_of_2(like, w, x, row, at, t, first, blocks, levels, up, h, h_row, pieces, to)
-                m += 2
-            else:
-                if nested:
-                    nibbles.looked_up_1(like, w, x, row, at, t, first, blocks, levels, up, h, h_row, pieces, to)
-                else:
-                    nibbles.dots_of_1(like, w, x, row, at, t, first, blocks, levels, up, h, h_row, pieces, to)
-                m += 1
-        add = bias[r] if op[16] != 0 else np.float32(0.0)
-        for m in range(vectors):
-            out = array(op[13] + (m * op[14] + r) * 4, (1,), np.float32)
-            out[0] = sums[m] + add + out[0] if op[15] != 0 else sums[m] + add
+        nibbles.lookups(like, op[6], op[7], np.float32(number[8]), group, groups, lookups.ctypes.data)
+    m = 0
+    while m < vectors:  # outside the rows: the vectors of a pass stay in the first cache
+        left = vectors - m
+        if left >= 8 and 8 * op[12] <= _NEAR_BYTES:
+            _rows_of_8(op, like, lookups, sums, m, begin, end)
+            m += 8
+        elif left >= 4:
+            _rows_of_4(op, like, lookups, sums, m, begin, end)
+            m += 4
+        elif left >= 2:
+            _rows_of_2(op, like, lookups, sums, m, begin, end)
+            m += 2
+        else:
+            _rows_of_1(op, like, lookups, sums, m, begin, end)
+            m += 1
 
 
 @inlined
