@@ -265,6 +265,19 @@ def test_kernels_that_add_in_any_order_do_not_fail_the_proof() -> None:
     assert proof.ok, proof.reason
 
 
+def test_a_card_makes_more_logits_at_once_than_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks for a CPU's cache made a card read a large head again for every few rows."""
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 16 * 4 * 500)  # 16 rows
+    lines, weight, targets = torch.randn(64, 8), torch.randn(500, 8), torch.zeros(64, dtype=torch.int64)
+    with fake_card.cards() as cards:
+        where = f"{fake_card.KIND}:0"
+        given = lines.to(where).requires_grad_()
+        summed = float(loss.head_loss(given, targets.to(where), loss.Head(weight.to(where), None)).detach())
+        assert sum("log_softmax" in name for name in cards.calls) == 1  # of one chunk
+    wanted = torch.nn.functional.cross_entropy(lines @ weight.T, targets, reduction="sum")
+    assert summed == pytest.approx(float(wanted), rel=1e-5)
+
+
 def test_fp16_on_a_card_scales_its_loss_and_resumes_with_the_scale(tmp_path: Path) -> None:
     """Turing has no bf16: fp16, a scaled loss, and the scale in the checkpoint."""
     options = {"quant__type": "nf4", "quant__compute_dtype": "fp16", "train__max_steps": 4}

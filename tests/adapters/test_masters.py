@@ -167,6 +167,15 @@ def test_a_second_adapter_has_masters_too() -> None:
         assert model(input_ids=ids).logits.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("more", [{}, {"bias": "all"}, {"modules_to_save": ["embed_out"]}])
+def test_in_fp16_whatever_trains_is_fp32(more: dict[str, Any]) -> None:
+    """A GradScaler refuses gradients in fp16, which biases and whole modules of an fp16 base had on a card."""
+    model = tiny.model("gpt_neox", dtype=torch.float16).requires_grad_(False)
+    asked = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **more)
+    trained = [p for p in halfbyte.get_peft_model(model, asked).parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+
+
 def test_a_script_that_wants_no_masters_gets_none() -> None:
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"], task_type="CAUSAL_LM")
     model = halfbyte.get_peft_model(base(), config, autocast_adapter_dtype=False)

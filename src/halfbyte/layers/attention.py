@@ -2,11 +2,11 @@
 
 Why: torch's flash attention for CPUs runs its backward at a tenth of the matmul's rate (SmolLM2 on GSM8K: a fifth of a
 step), and rotary in plain torch makes some twenty passes over q and k.
-What: q and k are rotated while they are copied into blocks of heads (`kernels/cpu/scores.py`). On a processor with
-AVX512-BF16 all else is one kernel (`kernels/cpu/flash.py`). Elsewhere forward is torch's flash kernel, whose
-log-sum-exp is kept; backward computes scores and dP in fp32 by batched matmul, turns both into P and dS in one pass,
-and gets dq, dk, dv from three more matmuls in the compute dtype. Query heads of one key head are rows of one matrix, so
-nothing is repeated. Long examples go in blocks of rows that see only the columns before them.
+What: q and k are rotated while they are copied into blocks of heads (`kernels/cpu/scores.py`). All else is one kernel
+(`kernels/cpu/attention/`) in fp32 with AVX2, and in bf16 with AVX512-BF16. Elsewhere forward is torch's flash
+kernel, whose log-sum-exp is kept; backward computes scores and dP in fp32 by batched matmul, turns both into P and dS
+in one pass, and gets dq, dk, dv from three more matmuls in the compute dtype. Query heads of one key head are rows of
+one matrix, so nothing is repeated. Long examples go in blocks of rows that see only the columns before them.
 Source: FlashAttention-2, arXiv:2307.08691, section 3.1 (the backward's formulas).
 Cost: q, k, v, the output and one fp32 a head and token are kept; 5 matmuls of L x L x D in backward.
 
@@ -17,6 +17,7 @@ examples of one length.
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -91,9 +92,7 @@ class BlockAttention(torch.autograd.Function):
         qb, kb = _to_blocks(q, cos, sin, blocks), _to_blocks(k, cos, sin, blocks)
         vb = _to_blocks(v, none, none, blocks)
         if whole_attention(q):
-            from halfbyte.layers.kernels.cpu import flash
-
-            out, lse = flash.forward(qb, kb, vb, blocks.starts, scale)
+            out, lse = _kernel(q).forward(qb, kb, vb, blocks.starts, scale)
         else:
             out, lse = _forward_by_torch(qb, kb, vb, blocks, scale)
         ctx.blocks, ctx.scale = blocks, scale
@@ -108,9 +107,7 @@ class BlockAttention(torch.autograd.Function):
         blocks, none = ctx.blocks, cos[:, :0]
         dout = grads[0].contiguous()
         if whole_attention(out):
-            from halfbyte.layers.kernels.cpu import flash
-
-            dqb, dkb, dvb = flash.backward(qb, kb, vb, out, dout, lse, blocks.starts, ctx.scale)
+            dqb, dkb, dvb = _kernel(out).backward(qb, kb, vb, out, dout, lse, blocks.starts, ctx.scale)
         else:
             dob = _to_blocks(dout, none, none, blocks)
             delta = kernels.row_dots(dout, out, blocks.start, blocks.length)
@@ -119,6 +116,17 @@ class BlockAttention(torch.autograd.Function):
         dk = kernels.from_blocks(dkb, cos, sin, blocks.start, blocks.length)
         dv = kernels.from_blocks(dvb, none, none, blocks.start, blocks.length)
         return dq, dk, dv, None, None, None, None
+
+
+def _kernel(x: Tensor) -> ModuleType:
+    """The kernel for all of attention in x's dtype; compiled when it is first asked for."""
+    if x.dtype == torch.bfloat16:
+        from halfbyte.layers.kernels.cpu.attention import bf16
+
+        return bf16
+    from halfbyte.layers.kernels.cpu.attention import fp32
+
+    return fp32
 
 
 def _forward_by_torch(qb: Tensor, kb: Tensor, vb: Tensor, blocks: Blocks, scale: float) -> tuple[Tensor, Tensor]:

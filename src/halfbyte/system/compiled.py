@@ -52,6 +52,6 @@ def find_place() -> None:
 
 
 def are_there(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether numba's cache has the kernels of a training. The loss has one on each machine, in each dtype; attention
-    has none in fp32, so where bf16 is missing each run would be taken for the first."""
+    """Whether numba's cache has the kernels of a training. The loss has one on each machine and in each dtype;
+    attention has none for bf16 where the processor lacks it."""
     return any(next(place.rglob("entropy.*.nbi"), None) is not None for place in places(env))

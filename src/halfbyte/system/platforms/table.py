@@ -119,7 +119,8 @@ PLATFORMS: tuple[Platform, ...] = (
         "Linux, x86-64, AVX2 (and AVX-512 without bf16)",
         lambda m: m.system == "linux" and m.x86 and "avx2" in m.isa,
         "everything, in fp32",
-        "limited: torch, oneDNN, MKL and numba held to AVX2 on a processor that has more",
+        "real: tests and trainings on a processor with AVX2 and no more (AMD Zen 3); limited: torch, oneDNN, MKL and numba "
+        "held to AVX2 on one that has more",
         "about a third of the speed that bf16 has; int8 is computed without VNNI",
         CPU_TORCH,
     ),
@@ -135,7 +136,7 @@ PLATFORMS: tuple[Platform, ...] = (
         "Linux, ARM64 (Graviton, Grace, Ampere, Raspberry Pi 5)",
         lambda m: m.system == "linux" and m.arm,
         "everything, in bf16 where the processor has it, else fp32; kernels in NEON; decoding without its kernels",
-        "emulated: kernels under qemu-user, torch 2.10 (tests/arm64.sh); a training there was not seen to its end",
+        "emulated: kernels, a training, its resumption and an answer under qemu-user, torch 2.10 (tests/arm64.sh)",
         "not measured",
         "PyPI's torch is a build for CUDA from 2.11 on; for processors alone " + CPU_TORCH,
     ),

@@ -34,9 +34,10 @@ def available(*tensors: torch.Tensor) -> bool:
 
 
 def whole_attention(x: torch.Tensor) -> bool:
-    """Whether attention of x's dtype runs as one kernel here: bf16 on a processor with AVX512-BF16."""
-    if x.dtype != torch.bfloat16 or not available(x):
+    """Whether attention of x's dtype runs as one kernel here: bf16 on a processor with AVX512-BF16, fp32 on one with
+    AVX2 and FMA."""
+    if not available(x):
         return False
     from halfbyte.layers.kernels.cpu import tiles
 
-    return tiles.available()
+    return tiles.available() if x.dtype == torch.bfloat16 else tiles.available32()

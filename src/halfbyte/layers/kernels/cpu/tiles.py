@@ -113,3 +113,62 @@ def tile(typing_context, c, c_row, a, a_row, a_step, b, b_step, steps, add):  # 
 
     n = types.int64
     return types.void(c, n, a, n, n, b, n, n, n), build
+
+
+# Of an fp32 tile: numbers in a register, rows; two registers are columns. Accumulators fill the registers but for those
+# that hold B and a number of A: 24 of 32 (AVX-512), 12 of 16.
+LANES32 = 16 if has("avx512f") else 8
+ROWS32, COLUMNS32 = 12 if LANES32 == 16 else 6, 2 * LANES32
+
+
+def available32() -> bool:
+    """Whether the processor multiplies and adds fp32 vectors of these sizes in one instruction."""
+    return has("avx2") and has("fma")
+
+
+@intrinsic
+def tile32(typing_context, c, c_row, a, a_row, a_step, b, b_step, steps, add):  # type: ignore[no-untyped-def]
+    """C = A B, or C += A B where `add` is not 0, for one tile of fp32: (ROWS32, COLUMNS32).
+
+    Args: as `tile`, in numbers instead of pairs.
+    """
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _, c_row, _, a_row, a_step, _, b_step, steps, add = args
+        vector, half = ir.VectorType(ir.FloatType(), LANES32), range(2)
+        arrays = (context.make_array(signature.args[i])(context, builder, args[i]) for i in (0, 2, 5))
+        c, a, b = (builder.ptrtoint(array.data, _I64) for array in arrays)
+        kind = ir.FunctionType(vector, [vector] * 3)
+        multiply = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES32}f32")
+
+        def at(start: Any, numbers: Any, column: int, kind: Any = vector) -> Any:
+            bytes_ = builder.mul(builder.add(numbers, _I64(column * LANES32)), _I64(4))
+            return builder.inttoptr(builder.add(start, bytes_), kind.as_pointer())
+
+        c_at = [[at(c, builder.mul(c_row, _I64(row)), column) for column in half] for row in range(ROWS32)]
+        sums = [[cgutils.alloca_once(builder, vector) for _ in half] for _ in range(ROWS32)]
+        with builder.if_else(builder.icmp_signed("!=", add, _I64(0))) as (then, otherwise):
+            for branch, read in ((then, True), (otherwise, False)):
+                with branch:
+                    for row in range(ROWS32):
+                        for column in half:
+                            before = builder.load(c_at[row][column], align=4) if read else ir.Constant(vector, None)
+                            builder.store(before, sums[row][column])
+        with cgutils.for_range(builder, steps, intp=_I64) as loop:
+            found = [builder.load(at(b, builder.mul(loop.index, b_step), column), align=4) for column in half]
+            for row in range(ROWS32):
+                place = builder.add(builder.mul(loop.index, a_step), builder.mul(a_row, _I64(row)))
+                number = builder.load(at(a, place, 0, ir.FloatType()), align=4)
+                one = builder.insert_element(ir.Constant(vector, ir.Undefined), number, _I32(0))
+                zeros = ir.Constant(ir.VectorType(_I32, LANES32), None)
+                spread = builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
+                for column in half:
+                    before = builder.load(sums[row][column])
+                    builder.store(builder.call(multiply, [spread, found[column], before]), sums[row][column])
+        for row in range(ROWS32):
+            for column in half:
+                builder.store(builder.load(sums[row][column]), c_at[row][column], align=4)
+        return context.get_dummy_value()
+
+    n = types.int64
+    return types.void(c, n, a, n, n, b, n, n, n), build

@@ -13,30 +13,19 @@ import math
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import carray
 from torch import Tensor
 
 from halfbyte.layers.kernels import pool
+from halfbyte.layers.kernels.cpu.attention.tasks import PAD, TALL, WIDE, largest, part_of, scratch, tasks_of_a_head, up
 from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, run
-from halfbyte.layers.kernels.cpu.scalar import FASTMATH, exp_f32, inlined, load, store, take
+from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, load, store, take
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS, ROWS, available, tile
 
 if not available():  # LLVM ends the process where it meets an instruction that the processor lacks
     raise ImportError("this attention kernel multiplies pairs of bf16, which this processor does not (avx512_bf16)")
 
-_TALL = 48  # rows of queries in a block of the backward pass: a multiple of ROWS and of 2
-_WIDE = 192  # columns in a block of it: a multiple of ROWS and of COLUMNS
-_PAD = 96  # of an example's length: the least common multiple of ROWS and COLUMNS
 _HIGH = np.uint32(16)
-
-
-@njit(forceinline=True, fastmath={*FASTMATH, "nnan"}, error_model="numpy")
-def _largest(row):  # type: ignore[no-untyped-def]
-    """The maximum; a NaN may be passed over, and comes back with its exp."""
-    m = row[0]
-    for j in range(len(row)):
-        m = row[j] if row[j] > m else m
-    return m
 
 
 @inlined
@@ -79,18 +68,6 @@ def _copy_rows(x, row, rows, pairs, out, padded):  # type: ignore[no-untyped-def
 
 
 @inlined
-def _up(n, step):  # type: ignore[no-untyped-def]
-    return (n + step - 1) // step * step
-
-
-@inlined
-def _part(at, count, element):  # type: ignore[no-untyped-def]
-    """An array of `count` elements at an address, and the address behind it."""
-    made = array(at, (count,), element)
-    return made, at + made.nbytes
-
-
-@inlined
 def _store_rows(x, wide, rows, d, out):  # type: ignore[no-untyped-def]
     """x (rows, wide) in fp32 -> out (rows, d) in 16 bits."""
     for r in range(rows):
@@ -108,7 +85,7 @@ def _softmax_rows(s, p, o_sums, first, length, padded, until, scale, lse):  # ty
         seen = i + 1 if i < length else 0
         if seen:
             a = s[r * padded : r * padded + seen]
-            m = _largest(a) * scale
+            m = largest(a) * scale
             total = np.float32(0.0)
             for j in range(seen):
                 e = exp_f32(a[j] * scale - m)
@@ -133,7 +110,7 @@ def _forward_head(head, keys, work, length, row, scale):  # type: ignore[no-unty
         _copy_rows(q[i * pairs :], pairs, rows, pairs, qp, ROWS)
         for j in range(0, columns, COLUMNS):
             tile(s[j:], padded, qp, pairs, 1, kt[j:], padded, pairs, 0)
-        until = _up(columns, 2)
+        until = up(columns, 2)
         _softmax_rows(s, p, sums, i, length, padded, until, scale, lse)
         for c in range(0, wide, COLUMNS):
             tile(o[c:], wide, p, padded // 2, 1, vp[c:], wide, until // 2, 0)
@@ -145,19 +122,12 @@ def _forward_head(head, keys, work, length, row, scale):  # type: ignore[no-unty
 
 
 @inlined
-def _part_of(task, starts, key_heads, parts):  # type: ignore[no-untyped-def]
-    """(tokens before its example, the example's tokens, key head, part of its query heads) of a task."""
-    example, rest = task // (key_heads * parts), task % (key_heads * parts)
-    return starts[example], starts[example + 1] - starts[example], rest // parts, rest % parts
-
-
-@inlined
 def _forward_task(given, sizes, keys, work, task, _):  # type: ignore[no-untyped-def]
     q, k, v, out, lse, starts = given
     heads, key_heads, d, parts, wide, scale = sizes
     kt, vp = keys
-    start, length, key_head, part = _part_of(task, starts, key_heads, parts)
-    padded, groups = _up(length, _PAD), heads // key_heads
+    start, length, key_head, part = part_of(task, starts, key_heads, parts)
+    padded, groups = up(length, PAD), heads // key_heads
     block = (start * key_heads + key_head * length) * d
     _columns_in_pairs(k[block // 2 :], d // 2, length, d // 2, kt, padded)
     _rows_in_pairs(v[block:], d, length, d, vp, wide, padded)
@@ -178,14 +148,14 @@ def _forward(address):  # type: ignore[no-untyped-def]
     )
     v, out = array(slot[15], (tokens * key_heads * d,), np.uint16), array(slot[16], (tokens * heads * d,), np.uint16)
     lse, starts = array(slot[17], (tokens * heads,), np.float32), array(slot[18], (examples + 1,), np.int64)
-    wide, most = _up(d, COLUMNS), _up(slot[9], _PAD)
+    wide, most = up(d, COLUMNS), up(slot[9], PAD)
     at = slot[10] + take(array(slot[0], (8,), np.int64)[1:]) * slot[11]
-    kt, at = _part(at, d // 2 * most, np.uint32)
-    vp, at = _part(at, most // 2 * wide, np.uint32)
-    s, at = _part(at, ROWS * most, np.float32)
-    p, at = _part(at, ROWS * most, np.uint16)
-    o, at = _part(at, ROWS * wide, np.float32)
-    qp, at = _part(at, ROWS * d // 2, np.uint32)
+    kt, at = scratch(at, d // 2 * most, np.uint32)
+    vp, at = scratch(at, most // 2 * wide, np.uint32)
+    s, at = scratch(at, ROWS * most, np.float32)
+    p, at = scratch(at, ROWS * most, np.uint16)
+    o, at = scratch(at, ROWS * wide, np.float32)
+    qp, at = scratch(at, ROWS * d // 2, np.uint32)
     work = (s, p, o, qp, np.empty(ROWS, np.float32))
     sizes = (heads, key_heads, d, parts, wide, np.float32(number[12]))
     each_block(slot, _forward_task, ((q, k, v, out, lse, starts), sizes, (kt, vp), work))
@@ -194,12 +164,12 @@ def _forward(address):  # type: ignore[no-untyped-def]
 @inlined
 def _probabilities(s, dp, i0, j0, rows, width, until, scale, lse, delta, ds, dsp, pp):  # type: ignore[no-untyped-def]
     """Two rows at a time: p and ds of a block, ds by rows, both by pairs of rows; zeros up to `until`."""
-    for pair in range(_TALL // 2):
+    for pair in range(TALL // 2):
         a, b = 2 * pair, 2 * pair + 1
-        tp, td = pp[pair * _WIDE : pair * _WIDE + until], dsp[pair * _WIDE : pair * _WIDE + until]
-        da, db = ds[a * _WIDE : a * _WIDE + until], ds[b * _WIDE : b * _WIDE + until]
-        sa, ga = s[a * _WIDE : a * _WIDE + until], dp[a * _WIDE : a * _WIDE + until]
-        sb, gb = s[b * _WIDE : b * _WIDE + until], dp[b * _WIDE : b * _WIDE + until]
+        tp, td = pp[pair * WIDE : pair * WIDE + until], dsp[pair * WIDE : pair * WIDE + until]
+        da, db = ds[a * WIDE : a * WIDE + until], ds[b * WIDE : b * WIDE + until]
+        sa, ga = s[a * WIDE : a * WIDE + until], dp[a * WIDE : a * WIDE + until]
+        sb, gb = s[b * WIDE : b * WIDE + until], dp[b * WIDE : b * WIDE + until]
         la, ea, lb, eb = lse[a], delta[a], lse[b], delta[b]
         seen_a = max(0, min(width, i0 + a + 1 - j0)) if a < rows else 0
         seen_b = max(0, min(width, i0 + b + 1 - j0)) if b < rows else 0
@@ -231,14 +201,14 @@ def _backward_head(head, keys, work, length, row, scale):  # type: ignore[no-unt
     s, dp, ds, dsp, pp, qn, qp, don, dop, dqa, delta, sums = work
     pairs = d // 2
     q32, do32 = q.view(np.uint32), do.view(np.uint32)
-    for i0 in range(0, length, _TALL):
-        rows = min(_TALL, length - i0)
-        tall = _up(rows, ROWS)
+    for i0 in range(0, length, TALL):
+        rows = min(TALL, length - i0)
+        tall = up(rows, ROWS)
         _copy_rows(q32[i0 * pairs :], pairs, rows, pairs, qn, tall)
-        _rows_in_pairs(q[i0 * d :], d, rows, d, qp, wide, _TALL)
+        _rows_in_pairs(q[i0 * d :], d, rows, d, qp, wide, TALL)
         _copy_rows(do32[i0 * row // 2 :], row // 2, rows, pairs, don, tall)
-        _rows_in_pairs(do[i0 * row :], row, rows, d, dop, wide, _TALL)
-        for r in range(_TALL):
+        _rows_in_pairs(do[i0 * row :], row, rows, d, dop, wide, TALL)
+        for r in range(TALL):
             total = np.float32(0.0)
             if r < rows:
                 a, b = do[(i0 + r) * row : (i0 + r) * row + d], o[(i0 + r) * row : (i0 + r) * row + d]
@@ -247,26 +217,26 @@ def _backward_head(head, keys, work, length, row, scale):  # type: ignore[no-unt
             delta[r] = total
             sums[r] = lse[i0 + r] if r < rows else np.float32(0.0)
         end = i0 + rows  # columns that the last row sees
-        for j0 in range(0, end, _WIDE):
-            width = min(_WIDE, end - j0)
+        for j0 in range(0, end, WIDE):
+            width = min(WIDE, end - j0)
             for r in range(0, tall, ROWS):
                 for j in range(0, min(width, i0 + r + ROWS - j0), COLUMNS):
-                    to = r * _WIDE + j
-                    tile(s[to:], _WIDE, qn[r * pairs :], pairs, 1, kt[j0 + j :], padded, pairs, 0)
-                    tile(dp[to:], _WIDE, don[r * pairs :], pairs, 1, vt[j0 + j :], padded, pairs, 0)
-            until = _up(_up(width, ROWS), 2)
+                    to = r * WIDE + j
+                    tile(s[to:], WIDE, qn[r * pairs :], pairs, 1, kt[j0 + j :], padded, pairs, 0)
+                    tile(dp[to:], WIDE, don[r * pairs :], pairs, 1, vt[j0 + j :], padded, pairs, 0)
+            until = up(up(width, ROWS), 2)
             _probabilities(s, dp, i0, j0, rows, width, until, scale, sums, delta, ds, dsp, pp)
             for r in range(0, tall, ROWS):
-                steps = _up(max(0, min(width, i0 + r + ROWS - j0)), 2) // 2
+                steps = up(max(0, min(width, i0 + r + ROWS - j0)), 2) // 2
                 for c in range(0, wide, COLUMNS):
                     k_at = j0 // 2 * wide + c
-                    tile(dqa[r * wide + c :], wide, ds[r * _WIDE :], _WIDE // 2, 1, kp[k_at:], wide, steps, j0)
+                    tile(dqa[r * wide + c :], wide, ds[r * WIDE :], WIDE // 2, 1, kp[k_at:], wide, steps, j0)
             for j in range(0, width, ROWS):
                 skip = max(0, j0 + j - i0) // 2  # rows of queries before the first that sees column j
                 for c in range(0, wide, COLUMNS):
-                    to, a, b = (j0 + j) * wide + c, skip * _WIDE + j, skip * wide + c
-                    tile(dv[to:], wide, pp[a:], 1, _WIDE, dop[b:], wide, _TALL // 2 - skip, 1)
-                    tile(dk[to:], wide, dsp[a:], 1, _WIDE, qp[b:], wide, _TALL // 2 - skip, 1)
+                    to, a, b = (j0 + j) * wide + c, skip * WIDE + j, skip * wide + c
+                    tile(dv[to:], wide, pp[a:], 1, WIDE, dop[b:], wide, TALL // 2 - skip, 1)
+                    tile(dk[to:], wide, dsp[a:], 1, WIDE, qp[b:], wide, TALL // 2 - skip, 1)
         _store_rows(dqa, wide, rows, d, dq[i0 * d :])
 
 
@@ -275,8 +245,8 @@ def _backward_task(given, sizes, keys, work, task, _):  # type: ignore[no-untype
     q, k, v, o, do, lse, starts, dq, dk, dv = given
     tokens, heads, key_heads, d, parts, wide, scale = sizes
     kt, vt, kp, dka, dva = keys
-    start, length, key_head, part = _part_of(task, starts, key_heads, parts)
-    padded, groups = _up(length, _PAD), heads // key_heads
+    start, length, key_head, part = part_of(task, starts, key_heads, parts)
+    padded, groups = up(length, PAD), heads // key_heads
     block = (start * key_heads + key_head * length) * d
     _columns_in_pairs(k[block:].view(np.uint32), d // 2, length, d // 2, kt, padded)
     _columns_in_pairs(v[block:].view(np.uint32), d // 2, length, d // 2, vt, padded)
@@ -303,47 +273,40 @@ def _backward(address):  # type: ignore[no-untyped-def]
     o, do, dq = array(slot[16], (n,), np.uint16), array(slot[17], (n,), np.uint16), array(slot[20], (n,), np.uint16)
     lse, starts = array(slot[18], (tokens * heads,), np.float32), array(slot[19], (examples + 1,), np.int64)
     dk, dv = array(slot[21], (parts * m,), np.uint16), array(slot[22], (parts * m,), np.uint16)
-    wide, most = _up(d, COLUMNS), _up(slot[9], _PAD)
+    wide, most = up(d, COLUMNS), up(slot[9], PAD)
     at = slot[10] + take(array(slot[0], (8,), np.int64)[1:]) * slot[11]
-    kt, at = _part(at, d // 2 * most, np.uint32)
-    vt, at = _part(at, d // 2 * most, np.uint32)
-    kp, at = _part(at, most // 2 * wide, np.uint32)
-    dka, at = _part(at, most * wide, np.float32)
-    dva, at = _part(at, most * wide, np.float32)
-    s, at = _part(at, _TALL * _WIDE, np.float32)
-    dp, at = _part(at, _TALL * _WIDE, np.float32)
-    ds, at = _part(at, _TALL * _WIDE, np.uint16)
-    dsp, at = _part(at, _TALL // 2 * _WIDE, np.uint32)
-    pp, at = _part(at, _TALL // 2 * _WIDE, np.uint32)
-    qn, at = _part(at, _TALL * d // 2, np.uint32)
-    don, at = _part(at, _TALL * d // 2, np.uint32)
-    qp, at = _part(at, _TALL // 2 * wide, np.uint32)
-    dop, at = _part(at, _TALL // 2 * wide, np.uint32)
-    dqa, at = _part(at, _TALL * wide, np.float32)
-    delta, sums = np.empty(_TALL, np.float32), np.empty(_TALL, np.float32)
+    kt, at = scratch(at, d // 2 * most, np.uint32)
+    vt, at = scratch(at, d // 2 * most, np.uint32)
+    kp, at = scratch(at, most // 2 * wide, np.uint32)
+    dka, at = scratch(at, most * wide, np.float32)
+    dva, at = scratch(at, most * wide, np.float32)
+    s, at = scratch(at, TALL * WIDE, np.float32)
+    dp, at = scratch(at, TALL * WIDE, np.float32)
+    ds, at = scratch(at, TALL * WIDE, np.uint16)
+    dsp, at = scratch(at, TALL // 2 * WIDE, np.uint32)
+    pp, at = scratch(at, TALL // 2 * WIDE, np.uint32)
+    qn, at = scratch(at, TALL * d // 2, np.uint32)
+    don, at = scratch(at, TALL * d // 2, np.uint32)
+    qp, at = scratch(at, TALL // 2 * wide, np.uint32)
+    dop, at = scratch(at, TALL // 2 * wide, np.uint32)
+    dqa, at = scratch(at, TALL * wide, np.float32)
+    delta, sums = np.empty(TALL, np.float32), np.empty(TALL, np.float32)
     work = (s, dp, ds, dsp, pp, qn, qp, don, dop, dqa, delta, sums)
     sizes = (tokens, heads, key_heads, d, parts, wide, np.float32(number[12]))
     each_block(slot, _backward_task, ((q, k, v, o, do, lse, starts, dq, dk, dv), sizes, (kt, vt, kp, dka, dva), work))
-
-
-def _parts(q: Tensor, k: Tensor, starts: Tensor) -> int:
-    """Into how many tasks the query heads of a key head are split, so that every thread has a few."""
-    groups, wanted = q.shape[1] // k.shape[1], 4 * torch.get_num_threads()
-    tasks = (len(starts) - 1) * k.shape[1]
-    return next((n for n in range(1, groups) if groups % n == 0 and tasks * n >= wanted), groups)
 
 
 def _run(compiled: object, q: Tensor, k: Tensor, starts: Tensor, scale: float, *others: Tensor) -> None:
     """Call one of the two kernels; `others` are its tensors, from v on."""
     tokens, heads, d = q.shape
     key_heads, examples, longest = k.shape[1], len(starts) - 1, int(starts.diff().max())
-    parts = _parts(q, k, starts)
-    wide, most = -(-d // COLUMNS) * COLUMNS, -(-longest // _PAD) * _PAD
+    parts = tasks_of_a_head(q, k, starts)
+    wide, most = -(-d // COLUMNS) * COLUMNS, -(-longest // PAD) * PAD
     if compiled is _backward:
-        scratch = most * (4 * d + 10 * wide) + _TALL * (14 * _WIDE + 4 * d + 8 * wide)
+        needed = most * (4 * d + 10 * wide) + TALL * (14 * WIDE + 4 * d + 8 * wide)
     else:
-        scratch = most * (2 * d + 2 * wide + 6 * ROWS) + ROWS * (4 * wide + 2 * d)
-    each = -(-scratch // 4096) * 4096 + 4096  # bytes a thread
+        needed = most * (2 * d + 2 * wide + 6 * ROWS) + ROWS * (4 * wide + 2 * d)
+    each = -(-needed // 4096) * 4096 + 4096  # bytes a thread
     memory = pool.empty((each * torch.get_num_threads(),), q, torch.uint8)
     sizes = (tokens, heads, key_heads, d, parts, examples, longest, memory, each, float(scale))
     run(compiled, examples * key_heads * parts, 1, *sizes, q, k, *others)
@@ -368,7 +331,7 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, starts: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, in blocks as they are, from `dout` (T, H, D) by tokens and what `forward` gave."""
-    parts, dq = _parts(q, k, starts), pool.empty_like(q)
+    parts, dq = tasks_of_a_head(q, k, starts), pool.empty_like(q)
     dk, dv = (pool.empty((parts, *x.shape), x) for x in (k, v))
     _run(_backward, q, k, starts, scale, v, out, dout, lse, starts, dq, dk, dv)
     if parts == 1:

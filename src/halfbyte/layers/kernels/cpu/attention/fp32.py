@@ -1,0 +1,276 @@
+"""Causal attention of whole examples as one kernel in fp32, forward and backward, on tiles that stay in cache.
+
+Why: the matmul library makes all scores of an example, half of which no row sees, and one call for each product costs
+as much as its arithmetic: a third of the processor's rate (docs/log.md).
+What: as `bf16.py`, without pairs: a task is one example, one key head and some of the query heads that it serves. Some
+rows of queries at a time go through scores, softmax and product; only columns that a row sees are computed, in steps
+of a tile. Keys and values are laid out once, in panels as wide as a tile.
+Source: FlashAttention-2, arXiv:2307.08691, section 3.1 (formulas).
+Cost: 2 and 5 products of L x L x D / 2; scratch of some hundred kB a thread.
+
+Letters: T tokens, H query heads, K key heads, G = H / K, D head size, L tokens in an example.
+"""
+
+import math
+
+import numpy as np
+import torch
+from numba import carray
+from torch import Tensor
+
+from halfbyte.layers.kernels import pool
+from halfbyte.layers.kernels.cpu.attention.tasks import PAD, TALL, WIDE, largest, part_of, scratch, tasks_of_a_head, up
+from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, run
+from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, take
+from halfbyte.layers.kernels.cpu.tiles import COLUMNS32 as COLUMNS
+from halfbyte.layers.kernels.cpu.tiles import ROWS32 as ROWS
+from halfbyte.layers.kernels.cpu.tiles import tile32
+
+_ZERO = np.float32(0.0)
+
+
+@inlined
+def _panels(x, rows, d, out, padded):  # type: ignore[no-untyped-def]
+    """x (rows, d) -> its transpose, a panel of COLUMNS after the other: out (padded / COLUMNS, d, COLUMNS)."""
+    for j in range(0, padded, COLUMNS):
+        for c in range(d):
+            to = out[j * d + c * COLUMNS : j * d + (c + 1) * COLUMNS]
+            for n in range(COLUMNS):
+                to[n] = x[(j + n) * d + c] if j + n < rows else _ZERO
+
+
+@inlined
+def _rows(x, row, rows, d, out, wide, padded):  # type: ignore[no-untyped-def]
+    """x (rows, d), `row` apart -> out (padded, wide), zeros around."""
+    for i in range(padded):
+        to = out[i * wide : (i + 1) * wide]
+        for c in range(wide):
+            to[c] = _ZERO
+        if i < rows:
+            a = x[i * row : i * row + d]
+            for c in range(d):
+                to[c] = a[c]
+
+
+@inlined
+def _softmax(s, sums, first, rows, padded, scale, lse):  # type: ignore[no-untyped-def]
+    """Rows of scores s (TALL, padded) -> exp(scale s - max), zeros where a row does not see, up to its tile's end."""
+    for r in range(up(rows, ROWS)):
+        seen = first + r + 1 if r < rows else 0
+        row = s[r * padded : r * padded + first + up(r + 1, ROWS)]
+        if seen:
+            m = largest(row[:seen]) * scale
+            total = _ZERO
+            for j in range(seen):
+                e = exp_f32(row[j] * scale - m)
+                total += e
+                row[j] = e
+            sums[r] = total
+            lse[first + r] = m + np.float32(math.log(total))
+        for j in range(seen, len(row)):
+            row[j] = _ZERO
+
+
+@inlined
+def _forward_head(head, keys, work, length, row, scale):  # type: ignore[no-untyped-def]
+    """One query head of one example: q (L, D) -> out (L, D), `row` apart, and lse (L)."""
+    q, out, lse = head
+    kt, vp, padded, d, wide = keys
+    s, o, qp, sums = work
+    for i in range(0, length, TALL):
+        rows = min(TALL, length - i)
+        tall = up(rows, ROWS)
+        _rows(q[i * d :], d, rows, d, qp, d, tall)
+        for j in range(0, i + rows, COLUMNS):
+            for r in range(max(0, j - i) // ROWS * ROWS, tall, ROWS):
+                tile32(s[r * padded + j :], padded, qp[r * d :], d, 1, kt[j * d :], COLUMNS, d, 0)
+        _softmax(s, sums, i, rows, padded, scale, lse[:length])
+        for r in range(0, tall, ROWS):
+            for c in range(0, wide, COLUMNS):
+                tile32(o[r * wide + c :], wide, s[r * padded :], padded, 1, vp[c:], wide, i + r + ROWS, 0)
+        for r in range(rows):
+            a, to = o[r * wide : r * wide + d], out[(i + r) * row : (i + r) * row + d]
+            share = np.float32(1.0) / sums[r]
+            for c in range(d):
+                to[c] = a[c] * share
+
+
+@inlined
+def _forward_task(given, sizes, keys, work, task, _):  # type: ignore[no-untyped-def]
+    q, k, v, out, lse, starts = given
+    heads, key_heads, d, parts, wide, scale = sizes
+    kt, vp = keys
+    start, length, key_head, part = part_of(task, starts, key_heads, parts)
+    padded, groups = up(length, PAD), heads // key_heads
+    block = (start * key_heads + key_head * length) * d
+    _panels(k[block:], length, d, kt, padded)
+    _rows(v[block:], d, length, d, vp, wide, padded)
+    for g in range(part * groups // parts, (part + 1) * groups // parts):
+        head = key_head * groups + g
+        block = start * heads + head * length
+        own = (q[block * d :], out[(start * heads + head) * d :], lse[block:])
+        _forward_head(own, (kt, vp, padded, d, wide), work, length, heads * d, scale)
+
+
+@kernel
+def _forward(address):  # type: ignore[no-untyped-def]
+    slot, number = carray(address, (32,), np.int64), carray(address, (32,), np.float64)
+    tokens, heads, key_heads, d, parts, examples = slot[3], slot[4], slot[5], slot[6], slot[7], slot[8]
+    n, m = tokens * heads * d, tokens * key_heads * d
+    q, k, v = array(slot[13], (n,), np.float32), array(slot[14], (m,), np.float32), array(slot[15], (m,), np.float32)
+    out, lse = array(slot[16], (n,), np.float32), array(slot[17], (tokens * heads,), np.float32)
+    starts = array(slot[18], (examples + 1,), np.int64)
+    wide, most = up(d, COLUMNS), up(slot[9], PAD)
+    at = slot[10] + take(array(slot[0], (8,), np.int64)[1:]) * slot[11]
+    kt, at = scratch(at, d * most, np.float32)
+    vp, at = scratch(at, most * wide, np.float32)
+    s, at = scratch(at, TALL * most, np.float32)
+    o, at = scratch(at, TALL * wide, np.float32)
+    qp, at = scratch(at, TALL * d, np.float32)
+    work = (s, o, qp, np.empty(TALL, np.float32))
+    sizes = (heads, key_heads, d, parts, wide, np.float32(number[12]))
+    each_block(slot, _forward_task, ((q, k, v, out, lse, starts), sizes, (kt, vp), work))
+
+
+@inlined
+def _probabilities(s, dp, i0, j0, rows, width, scale, lse, delta):  # type: ignore[no-untyped-def]
+    """Scores s and dP (TALL, WIDE) become P and dS; zeros where a row does not see, to the last column's tile."""
+    until = up(width, ROWS)
+    for r in range(up(rows, ROWS)):
+        seen = max(0, min(width, i0 + r + 1 - j0)) if r < rows else 0
+        p, ds = s[r * WIDE : r * WIDE + until], dp[r * WIDE : r * WIDE + until]
+        m, e = lse[r], delta[r]
+        for j in range(seen):
+            v = exp_f32(p[j] * scale - m)
+            ds[j] = v * (ds[j] - e) * scale
+            p[j] = v
+        for j in range(seen, until):
+            p[j] = _ZERO
+            ds[j] = _ZERO
+
+
+@inlined
+def _backward_head(head, keys, work, length, row, scale):  # type: ignore[no-untyped-def]
+    """One query head of one example: fills dq (L, D), adds to dk and dv (padded, wide)."""
+    q, do, o, lse, dq = head
+    kt, kp, vt, dk, dv, d, wide = keys
+    s, dp, qp, dop, dqa, delta, sums = work
+    for i0 in range(0, length, TALL):
+        rows = min(TALL, length - i0)
+        tall = up(rows, ROWS)
+        _rows(q[i0 * d :], d, rows, d, qp, wide, tall)
+        _rows(do[i0 * row :], row, rows, d, dop, wide, tall)
+        for r in range(rows):
+            total = _ZERO
+            a, b = dop[r * wide : r * wide + d], o[(i0 + r) * row : (i0 + r) * row + d]
+            for c in range(d):
+                total += a[c] * b[c]
+            delta[r] = total
+            sums[r] = lse[i0 + r]
+        for j0 in range(0, i0 + rows, WIDE):
+            width = min(WIDE, i0 + rows - j0)
+            for j in range(0, width, COLUMNS):
+                for r in range(max(0, j0 + j - i0) // ROWS * ROWS, tall, ROWS):
+                    to, panel = r * WIDE + j, (j0 + j) * d
+                    tile32(s[to:], WIDE, qp[r * wide :], wide, 1, kt[panel:], COLUMNS, d, 0)
+                    tile32(dp[to:], WIDE, dop[r * wide :], wide, 1, vt[panel:], COLUMNS, d, 0)
+            _probabilities(s, dp, i0, j0, rows, width, scale, sums, delta)
+            for r in range(0, tall, ROWS):
+                steps = max(0, min(width, i0 + r + ROWS - j0))
+                for c in range(0, wide, COLUMNS):
+                    tile32(dqa[r * wide + c :], wide, dp[r * WIDE :], WIDE, 1, kp[j0 * wide + c :], wide, steps, j0)
+            for j in range(0, width, ROWS):
+                skip = max(0, j0 + j - i0)  # rows of queries before the first that sees column j
+                for c in range(0, wide, COLUMNS):
+                    to, a, b = (j0 + j) * wide + c, skip * WIDE + j, skip * wide + c
+                    tile32(dv[to:], wide, s[a:], 1, WIDE, dop[b:], wide, rows - skip, 1)
+                    tile32(dk[to:], wide, dp[a:], 1, WIDE, qp[b:], wide, rows - skip, 1)
+        for r in range(rows):
+            a, to = dqa[r * wide : r * wide + d], dq[(i0 + r) * d : (i0 + r + 1) * d]
+            for c in range(d):
+                to[c] = a[c]
+
+
+@inlined
+def _backward_task(given, sizes, keys, work, task, _):  # type: ignore[no-untyped-def]
+    q, k, v, o, do, lse, starts, dq, dk, dv = given
+    tokens, heads, key_heads, d, parts, wide, scale = sizes
+    kt, vt, kp, dka, dva = keys
+    start, length, key_head, part = part_of(task, starts, key_heads, parts)
+    padded, groups = up(length, PAD), heads // key_heads
+    block = (start * key_heads + key_head * length) * d
+    _panels(k[block:], length, d, kt, padded)
+    _panels(v[block:], length, d, vt, padded)
+    _rows(k[block:], d, length, d, kp, wide, padded)
+    for j in range(padded * wide):
+        dka[j] = _ZERO
+        dva[j] = _ZERO
+    for g in range(part * groups // parts, (part + 1) * groups // parts):
+        head = key_head * groups + g
+        own, rows = start * heads + head * length, (start * heads + head) * d
+        mine = (q[own * d :], do[rows:], o[rows:], lse[own:], dq[own * d :])
+        _backward_head(mine, (kt, kp, vt, dka, dva, d, wide), work, length, heads * d, scale)
+    block += part * tokens * key_heads * d
+    for i in range(length):
+        a, b, to = i * wide, i * wide + d, block + i * d
+        dk[to : to + d] = dka[a:b]
+        dv[to : to + d] = dva[a:b]
+
+
+@kernel
+def _backward(address):  # type: ignore[no-untyped-def]
+    slot, number = carray(address, (32,), np.int64), carray(address, (32,), np.float64)
+    tokens, heads, key_heads, d, parts, examples = slot[3], slot[4], slot[5], slot[6], slot[7], slot[8]
+    n, m = tokens * heads * d, tokens * key_heads * d
+    q, k, v = array(slot[13], (n,), np.float32), array(slot[14], (m,), np.float32), array(slot[15], (m,), np.float32)
+    o, do, dq = array(slot[16], (n,), np.float32), array(slot[17], (n,), np.float32), array(slot[20], (n,), np.float32)
+    lse, starts = array(slot[18], (tokens * heads,), np.float32), array(slot[19], (examples + 1,), np.int64)
+    dk, dv = array(slot[21], (parts * m,), np.float32), array(slot[22], (parts * m,), np.float32)
+    wide, most = up(d, COLUMNS), up(slot[9], PAD)
+    at = slot[10] + take(array(slot[0], (8,), np.int64)[1:]) * slot[11]
+    kt, at = scratch(at, d * most, np.float32)
+    vt, at = scratch(at, d * most, np.float32)
+    kp, at = scratch(at, most * wide, np.float32)
+    dka, at = scratch(at, most * wide, np.float32)
+    dva, at = scratch(at, most * wide, np.float32)
+    s, at = scratch(at, TALL * WIDE, np.float32)
+    dp, at = scratch(at, TALL * WIDE, np.float32)
+    qp, at = scratch(at, TALL * wide, np.float32)
+    dop, at = scratch(at, TALL * wide, np.float32)
+    dqa, at = scratch(at, TALL * wide, np.float32)
+    work = (s, dp, qp, dop, dqa, np.empty(TALL, np.float32), np.empty(TALL, np.float32))
+    sizes = (tokens, heads, key_heads, d, parts, wide, np.float32(number[12]))
+    each_block(slot, _backward_task, ((q, k, v, o, do, lse, starts, dq, dk, dv), sizes, (kt, vt, kp, dka, dva), work))
+
+
+def _run(compiled: object, q: Tensor, k: Tensor, starts: Tensor, scale: float, *others: Tensor) -> None:
+    """Call one of the two kernels; `others` are its tensors, from v on."""
+    tokens, heads, d = q.shape
+    key_heads, examples, longest = k.shape[1], len(starts) - 1, int(starts.diff().max())
+    parts = tasks_of_a_head(q, k, starts)
+    wide, most = -(-d // COLUMNS) * COLUMNS, -(-longest // PAD) * PAD
+    if compiled is _backward:
+        needed = most * (2 * d + 3 * wide) + TALL * (2 * WIDE + 3 * wide)
+    else:
+        needed = most * (d + wide + TALL) + TALL * (wide + d)
+    each = -(-4 * needed // 4096) * 4096 + 4096  # bytes a thread
+    memory = pool.empty((each * torch.get_num_threads(),), q, torch.uint8)
+    sizes = (tokens, heads, key_heads, d, parts, examples, longest, memory, each, float(scale))
+    run(compiled, examples * key_heads * parts, 1, *sizes, q, k, *others)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As `bf16.forward`, for fp32."""
+    out, lse = pool.empty_like(q), torch.empty(q.shape[0] * q.shape[1], dtype=torch.float32)
+    _run(_forward, q, k, starts, scale, v, out, lse, starts)
+    return out, lse
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, starts: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `bf16.backward`, for fp32."""
+    parts, dq = tasks_of_a_head(q, k, starts), pool.empty_like(q)
+    dk, dv = (pool.empty((parts, *x.shape), x) for x in (k, v))
+    _run(_backward, q, k, starts, scale, v, out, dout, lse, starts, dq, dk, dv)
+    return (dq, dk[0], dv[0]) if parts == 1 else (dq, dk.sum(0), dv.sum(0))
