@@ -141,7 +141,7 @@ def tile32(typing_context, c, c_row, a, a_row, a_step, b, b_step, steps, add):  
         kind = ir.FunctionType(vector, [vector] * 3)
         multiply = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES32}f32")
 
-        def at(start: Any, numbers: Any, column: int, kind: Any = vector) -> Any:
+        def at(start: ir.Value, numbers: ir.Value, column: int, kind: ir.Type = vector) -> ir.Value:
             bytes_ = builder.mul(builder.add(numbers, _I64(column * LANES32)), _I64(4))
             return builder.inttoptr(builder.add(start, bytes_), kind.as_pointer())
 
