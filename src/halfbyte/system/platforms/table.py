@@ -119,8 +119,8 @@ PLATFORMS: tuple[Platform, ...] = (
         "Linux, x86-64, AVX2 (and AVX-512 without bf16)",
         lambda m: m.system == "linux" and m.x86 and "avx2" in m.isa,
         "everything, in fp32",
-        "real: tests and trainings on a processor with AVX2 and no more (AMD Zen 3); limited: torch, oneDNN, MKL and numba "
-        "held to AVX2 on one that has more",
+        "real: tests and trainings on a processor with AVX2 and no more (AMD Zen 3); limited: torch, oneDNN, MKL and "
+        "numba held to AVX2 on one that has more",
         "about a third of the speed that bf16 has; int8 is computed without VNNI",
         CPU_TORCH,
     ),
