@@ -59,8 +59,7 @@ def run_script(model_id: Path, targets: list[str], bits: str = IN_4_BITS) -> tup
     return names, [str(w.message) for w in caught]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("name", list(TARGETS))
+@pytest.mark.parametrize(("name", "dtype"), [*((name, torch.bfloat16) for name in TARGETS), ("llama", torch.float16)])
 def test_the_classic_script(name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     dropin._say_once.cache_clear()

@@ -82,8 +82,9 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(factors, "OVERSAMPLING", 1 << 20)
 
 
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize(
+    ("name", "form"), [*(("llama", form) for form in FORMATS), ("gpt2", "nf4"), ("bloom", "nf4 double")]
+)
 def test_base_and_adapter_miss_the_source_by_what_the_singular_values_say(
     name: str, form: str, tmp_path: Path, exact: None
 ) -> None:

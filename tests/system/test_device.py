@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from halfbyte.errors import RecipeError
 from halfbyte.system import compiled, files
@@ -176,12 +175,11 @@ def test_compiled_kernels_are_found_where_numba_keeps_them(tmp_path: Path) -> No
     assert compiled.are_there(env)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_a_training_compiles_in_any_dtype_marks_the_machine(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_what_a_training_compiles_in_any_dtype_marks_the_machine(tmp_path: Path) -> None:
     """In a process of its own: numba reads where its cache is once."""
     code = (
         "import torch; from halfbyte.layers import loss; "
-        f"loss._chunk_loss(torch.randn(3, 8, dtype={dtype}), torch.tensor([1, 2, 3]), 0.0, gradient=True)"
+        "loss._chunk_loss(torch.randn(3, 8), torch.tensor([1, 2, 3]), 0.0, gradient=True)"
     )
     env = {"NUMBA_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | env, timeout=120)
