@@ -45,6 +45,11 @@ from halfbyte.system import device
 from tests.system.platforms import without
 print(device.detect())
 print(json.dumps(without.work(pathlib.Path('/tmp/run'))))"
-inside "import pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '--deselect',
-    'tests/layers/kernels/cpu/test_kernels.py::test_a_kernel_from_the_cache_gives_the_bits_of_one_compiled_now',
-    'tests/layers/kernels/cpu/test_kernels.py', 'tests/quant/kernels', '-m', 'not slow']))"
+# Deselected: tests that start a process of their own.
+inside "import pytest
+kernels = 'tests/layers/kernels/cpu/test_kernels.py'
+children = [f'{kernels}::test_a_kernel_from_the_cache_gives_the_bits_of_one_compiled_now',
+    f'{kernels}::test_a_kernel_that_the_processor_cannot_run_is_an_error_and_not_the_end_of_the_process',
+    'tests/quant/kernels/test_nf4_cpu.py::test_the_loop_is_compiled_once_a_machine']
+sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-m', 'not slow', kernels, 'tests/quant/kernels',
+    *(word for test in children for word in ('--deselect', test))]))"
