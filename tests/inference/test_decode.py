@@ -151,7 +151,7 @@ def test_another_architecture_is_left_to_its_own_forward(told: list[str]) -> Non
     assert len(told) == 1 and "not built like Llama" in told[0]
 
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-biases": {"attention_bias": True},
     "llama-scaled": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
@@ -169,7 +169,11 @@ GRANITE = {
     "embedding_multiplier": 12.0,
     "attention_multiplier": 0.1,
 }
-OTHERS = {"qwen2": {}, "gemma2": {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}, "granite": GRANITE}
+OTHERS: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "gemma2": {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
+    "granite": GRANITE,
+}
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, *OTHERS])

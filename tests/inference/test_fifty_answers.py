@@ -73,8 +73,9 @@ def written_by_its_own(opened: load.Opened, asked: list[list[int]], folder: Path
     texts: dict[int, str] = {}
     for length in {len(ids) for ids in asked}:
         some = [i for i, ids in enumerate(asked) if len(ids) == length]
+        ids = torch.tensor([asked[i] for i in some])
         out = plain.eval().generate(
-            input_ids=torch.tensor([asked[i] for i in some]), max_new_tokens=TOKENS, do_sample=False,
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False,
             eos_token_id=stop_ids(plain, opened.tokenizer), pad_token_id=opened.tokenizer.pad_token_id,
         )  # fmt: skip
         texts.update(zip(some, opened.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True), strict=True))

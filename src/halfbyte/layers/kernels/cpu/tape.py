@@ -14,6 +14,7 @@ Letters: M vectors (texts at once), D in, O out, H query heads, K key heads, T r
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from numba import carray
@@ -86,7 +87,7 @@ def _norm(op, number, like, order, m):  # type: ignore[no-untyped-def]
     _in_order(out, array(op[11] + m * wide * like.itemsize, (wide,), like.dtype), 0, wide, order)
 
 
-def _rows(dots, looked_up, count):  # type: ignore[no-untyped-def]
+def _rows(dots: Any, looked_up: Any, count: int) -> Any:
     """Rows of codes times `count` vectors, by these products."""
 
     @inlined
