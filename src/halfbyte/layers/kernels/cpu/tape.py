@@ -14,7 +14,7 @@ Letters: M vectors (texts at once), D in, O out, H query heads, K key heads, T r
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 from numba import carray
@@ -87,7 +87,7 @@ def _norm(op, number, like, order, m):  # type: ignore[no-untyped-def]
     _in_order(out, array(op[11] + m * wide * like.itemsize, (wide,), like.dtype), 0, wide, order)
 
 
-def _rows(dots: Any, looked_up: Any, count: int) -> Any:
+def _rows(dots: Callable[..., None], looked_up: Callable[..., None], count: int) -> Callable[..., None]:
     """Rows of codes times `count` vectors, by these products."""
 
     @inlined
@@ -107,7 +107,8 @@ def _rows(dots: Any, looked_up: Any, count: int) -> Any:
                 out = array(op[13] + ((m + k) * op[14] + r) * 4, (1,), np.float32)
                 out[0] = sums[k] + add + out[0] if op[15] != 0 else sums[k] + add
 
-    return rows
+    made: Callable[..., None] = rows
+    return made
 
 
 _rows_of_1 = _rows(nibbles.dots_of_1, nibbles.looked_up_1, 1)
