@@ -141,3 +141,8 @@ def test_evaluation_takes_every_row_once() -> None:
 def test_impossible_arguments(bad: dict[str, int]) -> None:
     with pytest.raises(ValueError):
         plan([5, 6], **bad)
+
+
+def test_a_process_without_rows_has_no_micro_batches() -> None:
+    assert pack.share([4], [9] * 5, 2) == [[4], []]
+    assert pack.arrange([], [9] * 5, 40, None) == ()

@@ -162,8 +162,9 @@ def eval_micro_batches(lengths: Sizes, budget: int, examples_per_micro_batch: in
 def arrange(
     rows: Sequence[int], lengths: Sizes, max_tokens_per_micro_batch: int, examples_per_micro_batch: int | None
 ) -> tuple[MicroBatch, ...]:
-    """Rows into few micro-batches, first-fit decreasing; within one, and among equals, in the order of `rows`."""
-    most = len(rows) if examples_per_micro_batch is None else examples_per_micro_batch
+    """Rows into few micro-batches, first-fit decreasing; within one, and among equals, in the order of `rows`. No rows,
+    as a process may have of a step, are no micro-batches."""
+    most = max(1, len(rows)) if examples_per_micro_batch is None else examples_per_micro_batch
     if max_tokens_per_micro_batch < 1 or most < 1:
         raise ValueError(
             "a micro-batch must hold a token and a row, got "
