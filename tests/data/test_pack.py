@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfbyte.data.pack import EVAL_WINDOW_ROWS, Step, Steps, arrange, count_steps, eval_micro_batches
+from halfbyte.data.pack import EVAL_WINDOW_ROWS, Step, Steps, arrange, count_steps, eval_micro_batches, share
 
 
 def plan(
@@ -144,5 +144,5 @@ def test_impossible_arguments(bad: dict[str, int]) -> None:
 
 
 def test_a_process_without_rows_has_no_micro_batches() -> None:
-    assert pack.share([4], [9] * 5, 2) == [[4], []]
-    assert pack.arrange([], [9] * 5, 40, None) == ()
+    assert share([4], [9] * 5, 2) == [[4], []]
+    assert arrange([], [9] * 5, 40, None) == ()
