@@ -22,6 +22,15 @@ def test_runs_that_are_killed_go_on(more: list[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--silent"], ["--sharded"]])
+def test_runs_of_several_processes_go_on_when_one_is_gone(more: list[str]) -> None:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-m", "tests.destruction.kills_together", "--count", "2", "--seed", "1000", *more]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.slow
 def test_strangers_files_are_read_or_refused() -> None:
     command = [sys.executable, "-m", "tests.destruction.fuzz", "--count", "3000", "--seed", "1000000"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
