@@ -110,7 +110,7 @@ def logits(folder: Path, base: str) -> dict[str, float]:
     out = folder / f"merged-{base}"
     if not out.exists():
         halfbyte(folder, "merge", str(folder / "adapter"), "--base", base, "--no-proof", "--out", str(out), "-q")
-    [store] = (folder / "cache/bases").iterdir()
+    [store] = (found.parent for found in (folder / "cache/bases").glob("*/config.json"))
     places = {"merged": out, "peft": folder / "model" if base == "16bit" else store, "alone": folder / "model"}
     for name, path in places.items():
         worker = [sys.executable, __file__, "logits", str(path), "--worker", str(folder / f"{name}.npy")]
