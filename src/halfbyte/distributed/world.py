@@ -324,8 +324,8 @@ class Group(World):
         """In the watch's thread. Where the main one does not come back, it is in a call that does not end."""
         if not self._left.is_set():
             interrupt(self._thread)
-        if not self._left.wait(STUCK_S) and self._say is not None and self.fault is not None:
-            if self.rank == 0 or self.fault.rank == 0:
+        if not self._left.wait(STUCK_S) and self.fault is not None and (self._say is not None or self._deaf):
+            if self._say is not None and (self.rank == 0 or self.fault.rank == 0):
                 self._say(_lost(self.fault))
             os._exit(self.fault.exit_code)
 
