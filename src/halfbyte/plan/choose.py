@@ -75,7 +75,7 @@ def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recom
         disk=held.disk_lines(job),
         loading_bytes=held.loading_bytes(job, placement, fixed) // cards,
         evaluating_bytes=fixed_bytes + peak.evaluating_bytes(job, tokens) if len(job.rows.evaluated) else 0,
-        generating_bytes=fixed_bytes + peak.generating_bytes(job, GENERATED_TOKENS),
+        generating_bytes=fixed_bytes + peak.generating_bytes(job, GENERATED_TOKENS, streamed=placement == "streamed"),
         available_bytes=available,
         host_available_bytes=device.ram_available_bytes,
         trainable=job.trainable,

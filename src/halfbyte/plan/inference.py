@@ -96,7 +96,8 @@ def _with_base(job: Job, device: Device, trained: Trained | None, placement: Pla
     lines, busy_bytes = _held_lines(job, device, placement)
     must = sum(line.bytes for line in lines if line.where != "file") + busy_bytes
     sizes = [(n, must + peak.evaluating_bytes(job, n)) for n in choose.sizes(longest, max(longest, cap))]
-    counts = [(n, must + peak.generating_bytes(job, tokens, n)) for n in SEQUENCES]
+    streamed = placement == "streamed"
+    counts = [(n, must + peak.generating_bytes(job, tokens, n, streamed=streamed)) for n in SEQUENCES]
     micro_batch, evaluating = _largest(sizes, budget)
     sequences, generating = _largest(counts, budget)
     why = choose.why_placement(placement, job, available)

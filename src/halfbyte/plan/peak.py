@@ -174,13 +174,15 @@ def cache_bytes(job: Job, tokens: int) -> int:
     return 2 * facts.layers * (facts.key_heads * facts.head_size or facts.hidden) * job.itemsize * tokens
 
 
-def generating_bytes(job: Job, tokens: int, sequences: int = 1) -> int:
+def generating_bytes(job: Job, tokens: int, sequences: int = 1, *, streamed: bool = False) -> int:
     """The peak of generation above what is held: the key/value cache, and one token's way through the model.
 
-    A growing cache is copied as it grows. A head that is most of what a token reads is there in 8 bits besides.
+    A growing cache is copied as it grows. A head that is most of what a token reads is there in 8 bits besides,
+    but for a base that is `streamed`.
     """
     facts, cache = job.facts, cache_bytes(job, tokens) * sequences
     prompt = tokens * sequences * job.itemsize * 4 * facts.hidden
     head = facts.vocab * facts.hidden
-    eight = head if policy.head_in_eight_bits(head * job.itemsize, job.base_bytes - job.outer_bytes) else 0
+    held = not streamed and policy.head_in_eight_bits(head * job.itemsize, job.base_bytes - job.outer_bytes)
+    eight = head if held else 0
     return round(1.5 * cache + prompt + job.itemsize * job.largest_linear + sequences * facts.vocab * 4) + eight
