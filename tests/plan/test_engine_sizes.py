@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from halfbyte.layers import loss, packing
+from halfbyte.layers import attention, loss, packing
 from halfbyte.layers.experts import grouped
 from halfbyte.layers.kernels.cpu import integer
 from halfbyte.plan import job, layer, peak, timing
@@ -13,6 +13,7 @@ from halfbyte.plan import job, layer, peak, timing
 def test_the_plan_counts_the_chunks_that_the_engine_makes() -> None:
     assert (peak.LOGITS_CHUNK_BYTES, peak.LOGITS_ROWS) == (loss.CHUNK_BYTES, packing.ROWS)
     assert peak.CARD_LOGITS_CHUNK_BYTES == loss.CARD_CHUNK_BYTES
+    assert (peak.SCORES_BYTES, peak.SCORES_ROWS) == (attention.SCORES_BYTES, attention.ROWS)
     assert job.FILLED_TO == packing.ROWS
     assert (layer.BUSIEST, layer.LEAST_AT_ONCE, layer.FILL) == (grouped.BUSIEST, grouped.LEAST_AT_ONCE, grouped.FILL)
     assert all(layer.filled(rows) == grouped.filled(rows) for rows in range(1, 3000))

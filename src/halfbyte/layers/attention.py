@@ -17,7 +17,7 @@ examples of one length.
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from torch.autograd.function import FunctionCtx
 
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu import available, whole_attention
+
+if TYPE_CHECKING:
+    from halfbyte.layers.kernels.cpu.attention.tasks import Attention
 
 ROWS = 512  # rows of queries whose scores are computed at once in the backward of a long example
 SCORES_BYTES = 24_000_000  # fp32 scores at once; as many again for dP
@@ -92,7 +95,7 @@ class BlockAttention(torch.autograd.Function):
         qb, kb = _to_blocks(q, cos, sin, blocks), _to_blocks(k, cos, sin, blocks)
         vb = _to_blocks(v, none, none, blocks)
         if whole_attention(q):
-            out, lse = _kernel(q).forward(qb, kb, vb, blocks.starts, scale)
+            out, lse = _kernels(q).forward(qb, kb, vb, blocks.starts, scale)
         else:
             out, lse = _forward_by_torch(qb, kb, vb, blocks, scale)
         ctx.blocks, ctx.scale = blocks, scale
@@ -107,7 +110,7 @@ class BlockAttention(torch.autograd.Function):
         blocks, none = ctx.blocks, cos[:, :0]
         dout = grads[0].contiguous()
         if whole_attention(out):
-            dqb, dkb, dvb = _kernel(out).backward(qb, kb, vb, out, dout, lse, blocks.starts, ctx.scale)
+            dqb, dkb, dvb = _kernels(out).backward(qb, kb, vb, out, dout, lse, blocks.starts, ctx.scale)
         else:
             dob = _to_blocks(dout, none, none, blocks)
             delta = kernels.row_dots(dout, out, blocks.start, blocks.length)
@@ -118,15 +121,15 @@ class BlockAttention(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None
 
 
-def _kernel(x: Tensor) -> ModuleType:
-    """The kernel for all of attention in x's dtype; compiled when it is first asked for."""
+def _kernels(x: Tensor) -> "Attention":
+    """The kernels for all of attention in x's dtype; compiled when they are first asked for."""
     if x.dtype == torch.bfloat16:
         from halfbyte.layers.kernels.cpu.attention import bf16
 
-        return bf16
+        return bf16.KERNELS
     from halfbyte.layers.kernels.cpu.attention import fp32
 
-    return fp32
+    return fp32.KERNELS
 
 
 def _forward_by_torch(qb: Tensor, kb: Tensor, vb: Tensor, blocks: Blocks, scale: float) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,7 @@ Sizes = Sequence[int] | NDArray[np.int64]
 
 # Without rows at hand: a common shape of instruction data, told as an assumption.
 ASSUMED_ROWS = 1000
+ATTENTION_NEEDS = {"bf16": "avx512_bf16", "fp32": "avx2"}  # layers/kernels/cpu: of `whole_attention`, by dtype
 FILLED_TO = 16  # layers/packing.py: a micro-batch has a multiple of so many tokens
 
 
@@ -96,6 +97,7 @@ class Job:
         mappable: the base can lie in a mapped file as it is computed with (a store, or a checkpoint in that dtype).
         stored: the base is quantised here, once, into a store; also where it computes on a card.
         kernels: the engine's kernels run here; else torch's own operations.
+        whole_attention: attention is one kernel here, whose scores stay in cache (`kernels/cpu/attention/`).
         packed: examples share a micro-batch; False where that is not proven for the model.
         cold: kernels are not compiled yet on this machine.
         tokenizer_bytes: of a tokenizer that is written beside the adapter, as it is not the base's own.
@@ -113,6 +115,7 @@ class Job:
     mappable: bool = False
     stored: bool = False
     kernels: bool = True
+    whole_attention: bool = True
     packed: bool = True
     beside_bytes: int | None = None
     cold: bool = False
@@ -158,7 +161,8 @@ class Job:
         kernels = on_cpu and dtype in ("bf16", "fp32")
         stored = bool(mappable) and recipe.quant.quantises
         mappable = mappable and on_cpu
-        return cls(recipe, tuple(specs), facts, adapted, rows, dtype, mappable=mappable, stored=stored, kernels=kernels)
+        job = cls(recipe, tuple(specs), facts, adapted, rows, dtype, mappable=mappable, stored=stored, kernels=kernels)
+        return replace(job, whole_attention=ATTENTION_NEEDS.get(dtype) in device.isa)
 
     @classmethod
     def of_checkpoint(

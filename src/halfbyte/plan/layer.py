@@ -112,10 +112,14 @@ class Layer:
         """Bytes a token and layer that stay until backward."""
         return {"none": self.kept, "selective": self.selective, "full": self.entry}[recompute]
 
-    def moment(self, recompute: Recompute, rows: float, pairs: float) -> float:
-        """The largest moment of a layer's backward for `rows` tokens, above what is kept."""
+    def moment(self, recompute: Recompute, rows: float, pairs: float, scores: float) -> float:
+        """The largest moment of a layer's backward for `rows` tokens, above what is kept.
+
+        Args:
+            scores: bytes of attention's scores at once, where they are made in memory and not kept.
+        """
         mlp = self.mlp_again if recompute == "selective" else self.mlp
-        attention = self.attention * rows + self.pair_moment * pairs
+        attention = self.attention * rows + self.pair_moment * pairs + scores
         again = (self.kept - self.entry) * rows + (self.pair + self.pair_again) * pairs if recompute == "full" else 0.0
         return again + max(mlp * rows + self.least, attention)
 

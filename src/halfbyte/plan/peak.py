@@ -9,6 +9,7 @@ Letters: T tokens of a micro-batch, K of them labelled, V vocabulary, D hidden, 
 """
 
 from bisect import bisect_left
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ from halfbyte.quant import policy
 
 # layers/loss.py: at once at most, on a card too, in multiples of so many rows
 LOGITS_CHUNK_BYTES, CARD_LOGITS_CHUNK_BYTES, LOGITS_ROWS = 32_000_000, 256_000_000, 16
+SCORES_BYTES, SCORES_ROWS = 24_000_000, 512  # layers/attention.py: scores in fp32 at once, rows of a long example
 INTEGER_ROWS, INTEGER_SUMS = 512, 1 << 22  # layers/kernels/cpu/integer.py: rows at least, numbers at most at once
 TOKENS_STEP = 64
 # Of what is kept until backward: where it lies in the pool, and where torch's attention makes most of it.
@@ -104,7 +106,7 @@ def step_lines(job: Job, largest: MicroBatch, recompute: Recompute, where: Where
     )
     words = f"{tokens} tokens x {here} layers x {layer.of(recompute) / 1e3:.2f} kB"
     tile = c * job.largest_linear
-    backward = layer.moment(recompute, rows, pairs)
+    backward = layer.moment(recompute, rows, pairs, scores_bytes(job, largest))
     # the last norm's input and output; at labelled tokens what the head reads, and its gradient
     loss = logits_bytes(job, largest.labelled) + 2 * c * hidden * (tokens + largest.labelled)
     # the loss is over before the last layer's backward begins, so the larger of both counts
@@ -140,6 +142,19 @@ def integer_lines(job: Job, tokens: int, where: Where) -> tuple[Line, ...]:
     sums = 4 * wide * min(tokens, max(INTEGER_ROWS, INTEGER_SUMS // wide))
     words = "int8 copies of a weight and its input, int32 sums of some rows"
     return (Line("integer products", job.largest_linear + tokens * wide + sums, words, "cpu/integer.py", where),)
+
+
+def scores_bytes(job: Job, largest: MicroBatch) -> float:
+    """Attention's scores that exist at once in backward where no kernel makes them in cache: S and dP in fp32, and both
+    in the compute dtype if that is another."""
+    if not job.kernels or job.layer.pairs not in NO_SCORES or job.whole_attention:
+        return 0.0
+    heads, most = max(1, job.facts.heads), 0.0
+    for length, count in Counter(largest.lengths).items():
+        whole = 4 * heads * length * length
+        at_once = min(count, max(1, SCORES_BYTES // whole)) * 4 * heads * length * min(length, SCORES_ROWS)
+        most = max(most, at_once)
+    return most * (2 + (0 if job.itemsize == 4 else job.itemsize / 2))
 
 
 def logits_bytes(job: Job, labelled: int) -> int:

@@ -27,9 +27,8 @@ LAYER_OVERHEAD_S, SITE_OVERHEAD_S = 0.004, 0.001
 UPDATE_BYTES, TENSOR_OVERHEAD_S = 60, 1e-4
 # A micro-batch of so many tokens multiplies at half the rate of a large one.
 HALF_RATE_TOKENS = 48
-BLOCK_ROWS = (
-    48  # layers/kernels/cpu/attention/: rows of queries whose scores are made at once, up to the last one's own
-)
+# layers/kernels/cpu/attention/: rows of queries whose scores are made at once, up to the last one's own
+BLOCK_ROWS = 48
 # Bytes moved for each byte that a layer keeps, forward and backward, by all that is no matrix product.
 TRAFFIC = 10.0
 # Of that, what is done again under a policy.

@@ -12,13 +12,10 @@ Letters: T tokens, H query heads, K key heads, G = H / K, D head size (even), L 
 import math
 
 import numpy as np
-import torch
 from numba import carray
-from torch import Tensor
 
-from halfbyte.layers.kernels import pool
-from halfbyte.layers.kernels.cpu.attention.tasks import PAD, TALL, WIDE, largest, part_of, scratch, tasks_of_a_head, up
-from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, run
+from halfbyte.layers.kernels.cpu.attention.tasks import PAD, TALL, WIDE, Attention, largest, part_of, scratch, up
+from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel
 from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, load, store, take
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS, ROWS, available, tile
 
@@ -296,44 +293,10 @@ def _backward(address):  # type: ignore[no-untyped-def]
     each_block(slot, _backward_task, ((q, k, v, o, do, lse, starts, dq, dk, dv), sizes, (kt, vt, kp, dka, dva), work))
 
 
-def _run(compiled: object, q: Tensor, k: Tensor, starts: Tensor, scale: float, *others: Tensor) -> None:
-    """Call one of the two kernels; `others` are its tensors, from v on."""
-    tokens, heads, d = q.shape
-    key_heads, examples, longest = k.shape[1], len(starts) - 1, int(starts.diff().max())
-    parts = tasks_of_a_head(q, k, starts)
-    wide, most = -(-d // COLUMNS) * COLUMNS, -(-longest // PAD) * PAD
-    if compiled is _backward:
-        needed = most * (4 * d + 10 * wide) + TALL * (14 * WIDE + 4 * d + 8 * wide)
-    else:
-        needed = most * (2 * d + 2 * wide + 6 * ROWS) + ROWS * (4 * wide + 2 * d)
-    each = -(-needed // 4096) * 4096 + 4096  # bytes a thread
-    memory = pool.empty((each * torch.get_num_threads(),), q, torch.uint8)
-    sizes = (tokens, heads, key_heads, d, parts, examples, longest, memory, each, float(scale))
-    run(compiled, examples * key_heads * parts, 1, *sizes, q, k, *others)
-
-
-def forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Causal attention of each example.
-
-    Args:
-        q: (T, H, D), k, v: (T, K, D) bf16 in blocks: example after example, each (heads, L, D).
-        starts: (examples + 1,) int64: tokens before each example, and T.
-
-    Returns:
-        The output (T, H, D) by tokens, and the log-sum-exp in blocks of (H, L), fp32.
-    """
-    out, lse = pool.empty_like(q), torch.empty(q.shape[0] * q.shape[1], dtype=torch.float32)
-    _run(_forward, q, k, starts, scale, v, out, lse, starts)
-    return out, lse
-
-
-def backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, starts: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, in blocks as they are, from `dout` (T, H, D) by tokens and what `forward` gave."""
-    parts, dq = tasks_of_a_head(q, k, starts), pool.empty_like(q)
-    dk, dv = (pool.empty((parts, *x.shape), x) for x in (k, v))
-    _run(_backward, q, k, starts, scale, v, out, dout, lse, starts, dq, dk, dv)
-    if parts == 1:
-        return dq, dk[0], dv[0]
-    return dq, dk.sum(0, dtype=torch.float32).to(k.dtype), dv.sum(0, dtype=torch.float32).to(v.dtype)
+KERNELS = Attention(
+    _forward,
+    _backward,
+    COLUMNS,
+    lambda d, wide, most: most * (2 * d + 2 * wide + 6 * ROWS) + ROWS * (4 * wide + 2 * d),
+    lambda d, wide, most: most * (4 * d + 10 * wide) + TALL * (14 * WIDE + 4 * d + 8 * wide),
+)

@@ -14,13 +14,10 @@ Letters: T tokens, H query heads, K key heads, G = H / K, D head size, L tokens 
 import math
 
 import numpy as np
-import torch
 from numba import carray
-from torch import Tensor
 
-from halfbyte.layers.kernels import pool
-from halfbyte.layers.kernels.cpu.attention.tasks import PAD, TALL, WIDE, largest, part_of, scratch, tasks_of_a_head, up
-from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, run
+from halfbyte.layers.kernels.cpu.attention.tasks import PAD, TALL, WIDE, Attention, largest, part_of, scratch, up
+from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel
 from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, take
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS32 as COLUMNS
 from halfbyte.layers.kernels.cpu.tiles import ROWS32 as ROWS
@@ -243,34 +240,10 @@ def _backward(address):  # type: ignore[no-untyped-def]
     each_block(slot, _backward_task, ((q, k, v, o, do, lse, starts, dq, dk, dv), sizes, (kt, vt, kp, dka, dva), work))
 
 
-def _run(compiled: object, q: Tensor, k: Tensor, starts: Tensor, scale: float, *others: Tensor) -> None:
-    """Call one of the two kernels; `others` are its tensors, from v on."""
-    tokens, heads, d = q.shape
-    key_heads, examples, longest = k.shape[1], len(starts) - 1, int(starts.diff().max())
-    parts = tasks_of_a_head(q, k, starts)
-    wide, most = -(-d // COLUMNS) * COLUMNS, -(-longest // PAD) * PAD
-    if compiled is _backward:
-        needed = most * (2 * d + 3 * wide) + TALL * (2 * WIDE + 3 * wide)
-    else:
-        needed = most * (d + wide + TALL) + TALL * (wide + d)
-    each = -(-4 * needed // 4096) * 4096 + 4096  # bytes a thread
-    memory = pool.empty((each * torch.get_num_threads(),), q, torch.uint8)
-    sizes = (tokens, heads, key_heads, d, parts, examples, longest, memory, each, float(scale))
-    run(compiled, examples * key_heads * parts, 1, *sizes, q, k, *others)
-
-
-def forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """As `bf16.forward`, for fp32."""
-    out, lse = pool.empty_like(q), torch.empty(q.shape[0] * q.shape[1], dtype=torch.float32)
-    _run(_forward, q, k, starts, scale, v, out, lse, starts)
-    return out, lse
-
-
-def backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, starts: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `bf16.backward`, for fp32."""
-    parts, dq = tasks_of_a_head(q, k, starts), pool.empty_like(q)
-    dk, dv = (pool.empty((parts, *x.shape), x) for x in (k, v))
-    _run(_backward, q, k, starts, scale, v, out, dout, lse, starts, dq, dk, dv)
-    return (dq, dk[0], dv[0]) if parts == 1 else (dq, dk.sum(0), dv.sum(0))
+KERNELS = Attention(
+    _forward,
+    _backward,
+    COLUMNS,
+    lambda d, wide, most: 4 * (most * (d + wide + TALL) + TALL * (wide + d)),
+    lambda d, wide, most: 4 * (most * (2 * d + 3 * wide) + TALL * (2 * WIDE + 3 * wide)),
+)
