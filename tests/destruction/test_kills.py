@@ -27,7 +27,7 @@ def test_runs_of_several_processes_go_on_when_one_is_gone(more: list[str]) -> No
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-m", "tests.destruction.kills_together", "--count", "2", "--seed", "1000", *more]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert done.returncode in (0, 3), done.stdout + done.stderr[-2000:]  # 3: all in the same bytes, some late
 
 
 @pytest.mark.slow
