@@ -177,10 +177,13 @@ def main() -> None:
     late = sum(s > WITHIN_S + (SILENT_S if given.silent else 0.0) for s in took)
     for text in failed:
         print(f"--- {text}")
+    said = (
+        f"{len(found)} runs, {len(took)} hit while they ran, {len(failed)} failed, {late} later than {WITHIN_S:.0f} s"
+    )
     print(
-        f"{len(found)} runs, {len(took)} hit while they ran, {len(failed)} failed, {late} later than {WITHIN_S:.0f} s; begun again after "
-        f"{took[len(took) // 2]:.1f} s in the middle, {took[-1]:.1f} s at most" if took else f"{len(failed)} failed"
-    )  # fmt: skip
+        said
+        + (f"; begun again after {took[len(took) // 2]:.1f} s in the middle, {took[-1]:.1f} at most" if took else "")
+    )
     sys.exit(1 if failed else 3 if late else 0)
 
 
