@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # halfbyte on arm64, emulated: the main job (train, save, resume, generate), then the tests of kernels and quantiser.
 #
-#     sudo bash tests/arm64.sh [FOLDER]     # 2 GB; half an hour of one core, most of it LLVM compiling under emulation
+#     sudo bash tests/arm64.sh [FOLDER ["job kernels quantiser"]]     # 2 GB; hours of one core: LLVM, emulated
 #
 # Needs root, Debian's mmdebstrap and qemu-user (`qemu-aarch64`), and PYTHON (3.11 to 3.13) with pip. torch is 2.10, the
 # last whose wheel on PyPI for this architecture is a build for processors alone. No binfmt: nothing here starts a child.
@@ -40,16 +40,27 @@ inside() {
 		chroot "$root" /usr/bin/qemu-aarch64 /usr/bin/python3 -c "import os, sys; os.chdir('/repo'); $1"
 }
 
-inside "import json, pathlib
-from halfbyte.system import device
-from tests.system.platforms import without
-print(device.detect())
-print(json.dumps(without.work(pathlib.Path('/tmp/run'))))"
-# Deselected: tests that start a process of their own.
-inside "import pytest
+# pytest, without the tests that start a process of their own.
+tests() {
+	inside "import pytest
 kernels = 'tests/layers/kernels/cpu/test_kernels.py'
 children = [f'{kernels}::test_a_kernel_from_the_cache_gives_the_bits_of_one_compiled_now',
     f'{kernels}::test_a_kernel_that_the_processor_cannot_run_is_an_error_and_not_the_end_of_the_process',
     'tests/quant/kernels/test_nf4_cpu.py::test_the_loop_is_compiled_once_a_machine']
-sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-m', 'not slow', kernels, 'tests/quant/kernels',
+sys.exit(pytest.main(['-v', '-p', 'no:cacheprovider', '-m', 'not slow', *'$1'.split(),
     *(word for test in children for word in ('--deselect', test))]))"
+}
+
+job() {
+	inside "import json, pathlib
+from halfbyte.system import device
+from tests.system.platforms import without
+print(device.detect())
+print(json.dumps(without.work(pathlib.Path('/tmp/run'))))"
+}
+kernels() { tests tests/layers/kernels; }
+quantiser() { tests tests/quant/kernels; }
+
+for part in ${2:-job kernels quantiser}; do
+	"$part"
+done

@@ -5,10 +5,8 @@
 
 Each run must end by itself, restarted by the agent (`--max-restarts`) and gone on from its last checkpoint, in the
 bytes of the undisturbed one; from the moment at which the fault can be seen (at once, or 20 seconds after a process
-went silent) to the restart of all processes it should not take longer than `WITHIN_S`. What does is counted apart:
-torch itself waits so long for a process that is stopped, whatever torchrun's `--shutdown-timeout` says, and its
-launcher of functions also for one that has ended its work. Exit code: 1 where a run failed, 3 where some were only
-late. The agent is torch's
+went silent) to the restart of all processes it should not take longer than `WITHIN_S`; what does is counted apart.
+Exit code: 1 where a run failed, 3 where some were only late. The agent is torch's
 (`torch.distributed.launcher.api.elastic_launch`, which torchrun calls); its workers are forked from a server that has
 imported everything, so that a run takes seconds. A moment is a number of lines of the metrics, drawn evenly from those
 of the undisturbed run, and a part of what one line takes beside it (none: of the time before the first). Runs that had

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from halfbyte.distributed import launch, world
@@ -72,6 +74,19 @@ def test_a_launch_knows_its_own_run(tmp_path: Path) -> None:
     assert not launch.began(tmp_path, ["a/1/5.0"])
     assert not launch.began(tmp_path / "nothing", ["a/1/5.0"])
     assert launch.agent() == launch.agent()
+
+
+def test_a_stopped_process_is_ended_and_no_other_of_its_number() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    began = psutil.Process(child.pid).create_time()
+    child.send_signal(signal.SIGSTOP)
+    launch.end(child.pid, began - 60)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(0.2)
+    launch.end(child.pid, began)
+    assert child.wait(10) == -signal.SIGKILL
+    launch.end(child.pid, began)  # it is gone already
+    assert launch.process() == (os.getpid(), psutil.Process().create_time())
 
 
 def test_alone_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:

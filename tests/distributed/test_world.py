@@ -166,7 +166,7 @@ def test_a_process_that_is_gone_or_silent_ends_all(number: int, rank: int, tmp_p
         time.sleep(0.1)
     processes.kill(rank, number)
     others = [each for each in range(3) if each != rank]
-    assert processes.codes(others, 60) == [1, 1]
+    assert processes.codes([*others, rank], 60) == [1, 1, -9], "who is stopped is killed by the others"
 
 
 class Store:
@@ -192,7 +192,10 @@ def test_the_watch_misses_who_does_not_beat(monkeypatch: pytest.MonkeyPatch) -> 
     now = [0.0]
     monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
     store: Any = Store()
-    first, second = (watch.Watch(store, rank, ["a", "b", "c"], lambda: None) for rank in (0, 1))
+    names, ended = ["a", "b", "c"], list[tuple[int, float]]()
+    monkeypatch.setattr(watch.launch, "end", lambda *process: ended.append(process))
+    first = watch.Watch(store, 0, names, lambda: None, {0: (10, 0.5)})
+    second = watch.Watch(store, 1, names, lambda: None, {1: (11, 1.5), 2: (12, 2.5)})
     assert first._missing() is None, "who has not begun is not missed"
     for rank in range(3):
         store.set(f"beat/{rank}", "0")
@@ -202,7 +205,7 @@ def test_the_watch_misses_who_does_not_beat(monkeypatch: pytest.MonkeyPatch) -> 
         now[0] += 1
         store.set("beat/0", str(second_s))
         assert first._missing() is None, "not yet"
-        assert second._missing() is None, "who is not the first looks at the first alone"
+        assert second._missing() is None, "it does not look at itself"
     now[0] += 1
     fault = first._missing()
     assert fault is not None and fault.rank == 1 and "b has not been heard of" in fault.message
@@ -213,7 +216,19 @@ def test_the_watch_misses_who_does_not_beat(monkeypatch: pytest.MonkeyPatch) -> 
         assert second._missing() is None
     now[0] += 1
     fault = second._missing()
-    assert fault is not None and fault.rank == 0
+    assert fault is not None and fault.rank == 0 and fault.silent
+    second._ended_by(fault)
+    assert ended == [], "the first is on another machine"
+    third = watch.Watch(store, 1, names, lambda: None, {1: (11, 1.5), 2: (12, 2.5)})
+    for count in range(22):
+        assert third._missing() is None
+        store.set("beat/0", f"again {count}")
+        store.set("beat/2", "stopped")
+        now[0] += 1
+    fault = third._missing()
+    assert fault is not None and fault.rank == 2
+    third._ended_by(fault)
+    assert ended == [(12, 2.5)]
     told = watch.Fault("why", 2, "do that", 2)
     store.set(watch.FAILED, told.to_json())
     assert second._told() == told

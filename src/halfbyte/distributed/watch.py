@@ -2,7 +2,9 @@
 
 Why: a collective waits for whoever is gone. A closed connection is an error at once; a machine or a link that went
 silent is none, and torch's timeout has to be longer than the longest step. So each process counts a beat into torch's
-key-value store, the first one watches all, and all watch the first; whoever fails writes down why before it leaves.
+key-value store, the first one watches all, and all watch the first and those of their machine; whoever fails writes
+down why before it leaves. A silent process of the own machine is killed: it may be stopped (SIGSTOP), and a launcher
+waits long for it to end (torch's agent 30 seconds, whatever its `--shutdown-timeout` says).
 Source: `torch.distributed.TCPStore`.
 Cost: a few small messages a second for each process; the first one reads one key for each.
 """
@@ -13,9 +15,11 @@ import ctypes
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from halfbyte.distributed import launch
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -32,12 +36,13 @@ class Interrupted(BaseException):
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a world ends. `rank` is None where it is not known who failed."""
+    """Why a world ends. `rank` is None where it is not known who failed; `silent`: it is not heard of, and may live."""
 
     message: str
     rank: int | None = None
     fix: str | None = None
     exit_code: int = 1
+    silent: bool = False
 
     def to_json(self) -> str:
         return json.dumps(vars(self))
@@ -50,13 +55,25 @@ class Fault:
 class Watch:
     """A thread that beats and watches, and one that sees whether the first comes back: a question to a store whose
     process is stopped, or whose link drops all, has no end. `fault` is what they have found; then `on_fault` is called,
-    once. `deaf`: the store does not answer, and must not be asked again."""
+    once. `deaf`: the store does not answer, and must not be asked again.
 
-    def __init__(self, store: TCPStore, rank: int, names: list[str], on_fault: Callable[[], None]) -> None:
+    Args:
+        beside: the ranks of this machine, each with what `launch.process` said there.
+    """
+
+    def __init__(
+        self,
+        store: TCPStore,
+        rank: int,
+        names: list[str],
+        on_fault: Callable[[], None],
+        beside: Mapping[int, tuple[int, float]],
+    ) -> None:
         self.fault: Fault | None = None
         self.deaf = False
         self._heard, self._found = time.monotonic(), threading.Lock()
         self._store, self._rank, self._names, self._on_fault = store, rank, names, on_fault
+        self._beside = beside
         self._ends = threading.Event()
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._looked = 0.0
@@ -102,24 +119,27 @@ class Watch:
             before = now
             if now - self._heard > STORE_S:
                 self.deaf = True
-                self._ended_by(self._without_store())
+                self._ended_by(self._without_store(silent=True))
 
-    def _without_store(self) -> Fault:
-        return Fault(f"{self._names[0]} is gone: its store does not answer", 0)
+    def _without_store(self, silent: bool = False) -> Fault:
+        return Fault(f"{self._names[0]} is gone: its store does not answer", 0, silent=silent)
 
     def _ended_by(self, fault: Fault) -> None:
         with self._found:
             if self.fault is not None or self._ends.is_set():
                 return
             self.fault = fault
+        if fault.silent and fault.rank in self._beside and fault.rank != self._rank:
+            launch.end(*self._beside[fault.rank])
         self._on_fault()
 
     def _told(self) -> Fault | None:
         return Fault.of_json(self._store.get(FAILED)) if self._store.check([FAILED]) else None
 
     def _missing(self) -> Fault | None:
-        """The first one looks at all, the others at the first."""
-        now, looked_at = time.monotonic(), range(len(self._names)) if self._rank == 0 else (0,)
+        """The first one looks at all, the others at the first and at those of their machine."""
+        near = sorted({0, *self._beside} - {self._rank})
+        now, looked_at = time.monotonic(), range(len(self._names)) if self._rank == 0 else near
         if now - self._looked > SILENT_S / 2:  # this one was stopped, perhaps with the others: it has not heard them
             self._seen.clear()
         self._looked = now
@@ -130,7 +150,7 @@ class Watch:
             before, at = self._seen.get(rank, (b"", now))
             self._seen[rank] = (value, now if value != before else at)
             if value == before != b"done" and now - at > SILENT_S:
-                return Fault(f"{self._names[rank]} has not been heard of for {SILENT_S:.0f} seconds", rank)
+                return Fault(f"{self._names[rank]} has not been heard of for {SILENT_S:.0f} seconds", rank, silent=True)
         return None
 
 
