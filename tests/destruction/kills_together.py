@@ -28,6 +28,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # also of the server
 
+import psutil
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from halfbyte.distributed.watch import SILENT_S
@@ -59,6 +60,18 @@ def worker(recipe: str, out: str) -> None:
     except HalfbyteError as error:
         sys.stderr.write(f"rank {rank}: {error}\n")
         os._exit(error.exit_code)
+    ended(Path(out), int(attempt), int(rank), int(os.environ["WORLD_SIZE"]))
+
+
+def ended(out: Path, attempt: int, rank: int, size: int) -> None:
+    """Leave where another process is gone before its end, as one of torchrun's has left. torch's launcher of functions
+    keeps one that has ended until all have, and waits 30 seconds for it otherwise: the signal to end came before."""
+    mine = [begun(out, attempt, each) for each in range(size)]
+    has_ended(mine[rank]).touch()
+    while missing := [each for each in mine if not has_ended(each).exists()]:
+        if any(each.exists() and not psutil.pid_exists(int(each.read_text() or os.getpid())) for each in missing):
+            os._exit(1)
+        time.sleep(0.02)
 
 
 def launch(recipe: Path, out: Path, size: int, restarts: int) -> None:
@@ -79,6 +92,10 @@ def launch(recipe: Path, out: Path, size: int, restarts: int) -> None:
 
 def begun(out: Path, attempt: int, rank: int) -> Path:
     return out.parent / f"{out.name}.{attempt}.{rank}"
+
+
+def has_ended(begun: Path) -> Path:
+    return begun.with_name(f"{begun.name}.ended")
 
 
 def wait(path: Path) -> float:
@@ -107,9 +124,11 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         wait(begun(self.out, 0, self.rank))
-        while lines(self.out) < self.after and not (self.out / "report.json").exists():
+        while lines(self.out) < self.after:
             time.sleep(0.005)
         time.sleep(self.seconds)
+        if has_ended(begun(self.out, 0, self.rank)).exists():
+            return
         try:
             os.kill(int(begun(self.out, 0, self.rank).read_text()), self.number)
         except ProcessLookupError:

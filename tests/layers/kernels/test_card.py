@@ -81,6 +81,7 @@ def test_a_pack_on_a_card_is_each_example_alone(
         assert (g.double() - x.grad).norm() <= 8 * eps * size  # type: ignore[union-attr]
 
 
+@pytest.mark.skipif(card._kernel(card.VARLEN) is None, reason="torch from 2.11 on has it")
 def test_attention_on_a_card_is_one_call_for_any_lengths(cards: fake_card.Cards, where: torch.device) -> None:
     """One call for each length made cuDNN build a plan for each."""
     leaves = [x.to(where) for x in inputs(torch.bfloat16)]

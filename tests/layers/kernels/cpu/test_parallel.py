@@ -80,7 +80,7 @@ def test_a_failure_on_another_thread_is_not_lost(threads: int, monkeypatch: pyte
 
 
 def test_the_library_that_torch_brings_is_found_without_a_list_of_maps(tmp_path: Path) -> None:
-    """macOS has no /proc/self/maps; torch's wheel for it has lib/libomp.dylib."""
+    """macOS has no /proc/self/maps; torch's wheel for it has lib/libomp.dylib. That for arm64 has a libarm_compute."""
     listed = parallel._openmp_libraries()
     assert listed and parallel._openmp_libraries(tmp_path / "none")[0] in listed
 

@@ -67,10 +67,10 @@ def _openmp_libraries(maps: Path = Path("/proc/self/maps")) -> list[str]:
     """Where the OpenMP library in this process lies: as Linux lists it, else the one that torch's wheel brings."""
     try:
         lines = maps.read_text(encoding="utf-8", errors="replace").splitlines()
-        paths = {line.split()[-1] for line in lines if "libgomp" in line or "libomp" in line or "libiomp" in line}
+        found = {line.split()[-1] for line in lines if "omp" in line}
     except OSError:
-        folder = Path(torch.__file__).parent
-        paths = {str(path) for path in (folder / "lib").glob("lib*omp*")}
+        found = {str(path) for path in (Path(torch.__file__).parent / "lib").glob("lib*omp*")}
+    paths = {path for path in found if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))}
     return [path for path in sorted(paths) if f"{os.sep}torch" in path] or sorted(paths)
 
 
