@@ -34,7 +34,7 @@ def test_head_loss(
     k: int, d: int, v: int, dtype: torch.dtype, tolerance: float, scale: float, softcap: float | None, bias: bool,
     smoothing: float, chunk: int, trains: bool, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(loss, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(loss, "CHUNK", chunk)
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(k, d, generator=draw).to(dtype).requires_grad_()
     # what trains is an fp32 master, whose numbers are in the dtype of the hidden states while they are computed with
@@ -68,7 +68,7 @@ def test_head_loss(
 def test_a_head_of_which_some_rows_train(
     dtype: torch.dtype, tolerance: float, scale: float, softcap: float | None, chunk: int, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(loss, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(loss, "CHUNK", chunk)
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(37, 16, generator=draw).to(dtype).requires_grad_()
     weight = (torch.randn(77, 16, generator=draw) * 0.7).to(dtype)
@@ -99,16 +99,34 @@ def test_no_gradient_is_made_where_none_is_wanted() -> None:
     torch.testing.assert_close(got, F.cross_entropy(hidden @ head.weight.T, targets, reduction="sum"))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_of_more_rows_than_are_multiplied_at_once(bias: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    width = 2 * loss.HEAD_ROWS + 3
+    hidden = torch.randn(21, 8, generator=draw).requires_grad_()
+    head = Head(torch.randn(width, 8, generator=draw), torch.randn(width, generator=draw) if bias else None)
+    targets = torch.randint(width, (21,), generator=draw)
+    targets[:3] = torch.tensor([width - 1, loss.HEAD_ROWS, loss.HEAD_ROWS - 1])
+    got = head_loss(hidden, targets, head)
+    got.backward()
+    wide = hidden.detach().double().requires_grad_()
+    wanted = whole(wide, targets, head, 0.0)
+    wanted.backward()
+    assert float((got.double() - wanted).abs()) <= 1e-5 * float(wanted.detach())
+    assert hidden.grad is not None and wide.grad is not None
+    assert float((hidden.grad.double() - wide.grad).norm()) <= 1e-5 * float(wide.grad.norm())
+
+
 def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    real = loss.product
+    real = loss._logits
 
-    def spy(x: Any, weight: Any, bias: Any = None) -> Any:
+    def spy(x: Any, weight: Any, bias: Any) -> Any:
         rows.append(x.shape[0])
         return real(x, weight, bias)
 
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 32 * 1000 * 4)
-    monkeypatch.setattr(loss, "product", spy)
+    monkeypatch.setattr(loss, "CHUNK", 32 * 1000)
+    monkeypatch.setattr(loss, "_logits", spy)
     head_loss(
         torch.randn(100, 8, requires_grad=True), torch.zeros(100, dtype=torch.long), Head(torch.randn(1000, 8), None)
     )

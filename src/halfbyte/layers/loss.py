@@ -7,7 +7,7 @@ its logits and is multiplied back at once. Scaled and softcapped logits (granite
 and checked against the model's own logits; a model that does anything else gets its logits from its own forward, for
 labelled positions only (`logits_to_keep`, a documented argument).
 Source: the order of work is that of Liger-Kernel's fused linear cross-entropy (arXiv:2410.10989, section 3.2).
-Cost: 2 x K D V x 2 FLOP, `CHUNK_BYTES` of logits, (K, D) kept.
+Cost: 2 x K D V x 2 FLOP, `CHUNK` logits, (K, D) kept.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ if TYPE_CHECKING:
 
     from halfbyte.types import Batch, Config, Model
 
-# Logits at once: large enough for the matmul's full rate, small enough for a CPU's third-level cache. A card has no
-# such cache, and reads the head again for each chunk.
-CHUNK_BYTES, CARD_CHUNK_BYTES = 32_000_000, 256_000_000
+# Numbers of logits at once: large enough for the matmul's full rate; in 16 bits small enough for a CPU's third-level
+# cache, too. A card has no such cache, and reads the head again for each chunk.
+CHUNK, CARD_CHUNK = 16_000_000, 128_000_000
+# Rows of the head in one fp32 product on a CPU: the library packs them first, which stays in cache for so few.
+HEAD_ROWS = 2048
 
 
 def accepts(model: Model, name: str) -> bool:
@@ -304,8 +306,8 @@ class _HeadLoss(torch.autograd.Function):
         targets = torch.nn.functional.pad(targets, (0, rows - labelled))
         grad = pool.empty_like(hidden) if any(ctx.needs_input_grad) else None
         losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
-        at_once = CHUNK_BYTES if hidden.device.type == "cpu" else CARD_CHUNK_BYTES
-        most = max(1, at_once // (width * hidden.element_size()) // packing.ROWS) * packing.ROWS
+        at_once = CHUNK if hidden.device.type == "cpu" else CARD_CHUNK
+        most = max(1, at_once // width // packing.ROWS) * packing.ROWS
         # even ones, as a short last one costs the head's bytes again
         chunk = min(most, packing.up_to(-(-rows // -(-rows // most)))) if rows else 1
         with torch.no_grad():
@@ -348,7 +350,7 @@ def _part(
     hidden: torch.Tensor, targets: torch.Tensor, head: Head, smoothing: float, *, gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses (C,) of some rows (C, D), and the gradient (C, V) of what head and hidden multiply to."""
-    logits = product(hidden, head.weight.T, head.bias)  # (C, V)
+    logits = _logits(hidden, head.weight, head.bias)
     if head.rows is not None and head.values is not None:
         logits.index_copy_(1, head.rows, hidden @ head.values.T)  # (C, D) @ (D, R)
     if head.scale != 1.0:
@@ -364,6 +366,16 @@ def _part(
     if gradient and head.scale != 1.0:
         made.mul_(head.scale)
     return losses, made
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """(C, D) and (V, D) -> (C, V)."""
+    if hidden.device.type != "cpu" or hidden.dtype != torch.float32:
+        return product(hidden, weight.T, bias)
+    logits = pool.empty((hidden.shape[0], weight.shape[0]), hidden)
+    for rows, part in zip(weight.split(HEAD_ROWS), logits.split(HEAD_ROWS, 1), strict=True):
+        torch.mm(hidden, rows.T, out=part)
+    return logits if bias is None else logits.add_(bias)
 
 
 def _chunk_loss(

@@ -20,7 +20,7 @@ from halfbyte.plan.lines import Line, Recompute, Where
 from halfbyte.quant import policy
 
 # layers/loss.py: at once at most, on a card too, in multiples of so many rows
-LOGITS_CHUNK_BYTES, CARD_LOGITS_CHUNK_BYTES, LOGITS_ROWS = 32_000_000, 256_000_000, 16
+LOGITS_CHUNK, CARD_LOGITS_CHUNK, LOGITS_ROWS = 16_000_000, 128_000_000, 16
 SCORES_BYTES, SCORES_ROWS = 24_000_000, 512  # layers/attention.py: scores in fp32 at once, rows of a long example
 INTEGER_ROWS, INTEGER_SUMS = 512, 1 << 22  # layers/kernels/cpu/integer.py: rows at least, numbers at most at once
 TOKENS_STEP = 64
@@ -159,8 +159,8 @@ def scores_bytes(job: Job, largest: MicroBatch) -> float:
 
 def logits_bytes(job: Job, labelled: int) -> int:
     """Logits that exist at once: a chunk; without kernels also their fp32 log-probabilities."""
-    at_once = LOGITS_CHUNK_BYTES if job.kernels else CARD_LOGITS_CHUNK_BYTES
-    most = max(1, at_once // max(1, job.facts.vocab * job.itemsize) // LOGITS_ROWS) * LOGITS_ROWS
+    at_once = LOGITS_CHUNK if job.kernels else CARD_LOGITS_CHUNK
+    most = max(1, at_once // max(1, job.facts.vocab) // LOGITS_ROWS) * LOGITS_ROWS
     even = -(-labelled // max(1, -(-labelled // most)))
     rows = min(most, -(-even // LOGITS_ROWS) * LOGITS_ROWS)
     return rows * job.facts.vocab * (job.itemsize if job.kernels else job.itemsize + 8)
