@@ -84,8 +84,8 @@ def test_a_fault_is_seen_before_its_first_token_and_the_models_own_loop_answers(
     wanted = generate(model, tokenizer, prompts(), Sampling(6))
     own = llama.Decoder.step
 
-    def faulty(made: llama.Decoder, embedded: Any, before: list[int], enter: Any = None) -> Any:
-        return own(made, *FAULTS[fault](made, embedded, before), enter)
+    def faulty(made: llama.Decoder, embedded: Any, before: list[int], enter: Any = None, **more: Any) -> Any:
+        return own(made, *FAULTS[fault](made, embedded, before), enter, **more)
 
     monkeypatch.setattr(llama.Decoder, "step", faulty)
     assert generate(model, tokenizer, prompts(), Sampling(6)) == wanted

@@ -82,6 +82,36 @@ def test_the_fast_lane_is_taken_and_a_text_does_not_depend_on_its_neighbours() -
 
 
 @KERNELS
+def test_the_whole_head_is_used_where_a_text_looks_at_more_than_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    models, asked = served.two(), list[bool]()
+    lane, own = lanes.Tapes(models), lanes.llama.Decoder.step
+
+    def noted(made: Any, *args: Any, whole: bool = False) -> Any:
+        asked.append(whole and made.rough is not None)
+        return own(made, *args, whole=whole)
+
+    monkeypatch.setattr(lanes.llama.Decoder, "step", noted)
+    found: dict[str, list[torch.Tensor]] = {}
+    with torch.no_grad():
+        for wish in (Wish(8), Wish(9), Wish(9, logprobs=2), Wish(9, temperature=1.0)):  # the first is proven
+            text = Text.begun(models.named["first"], wish, 0, None)
+            beside = Text.begun(models.named["second"], Wish(9), 0, None)
+            for one, question in zip((text, beside), served.QUESTIONS, strict=False):
+                (row,) = lane.begin(one.model.adapter, [served.prompt(question)], [[one]])
+                one.last = int(row.argmax())
+            asked.clear()
+            rows = [row.clone() for _, row in lane.step()]
+            assert asked == [not text.greedy]
+            found[str(wish)] = rows
+            lane.leave(text)
+            lane.leave(beside)
+    _, rough, whole, drawn = found.values()
+    assert all(torch.equal(a, b) for a, b in zip(whole, drawn, strict=True))
+    assert [int(row.argmax()) for row in rough] == [int(row.argmax()) for row in whole]
+    assert [float(row.max()) for row in rough] == [float(row.max()) for row in whole]
+
+
+@KERNELS
 @pytest.mark.parametrize("fault", ["adapter", "cache", "none"])
 def test_a_fault_of_the_tape_is_found_before_a_text_is_written(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     models = served.two()

@@ -4,6 +4,8 @@
 There is a tape for 1, 2, 4, 8 and 16 texts, on one set of caches: a step takes the smallest that holds all texts, and
 texts move together when half of it is empty. `Forward` is the model's own forward, one text after another: for what
 is not built like Llama, for DoRA, whole modules, trained rows and biases, and for cards.
+Where every text takes its likeliest token and no more is asked of the logits, a step uses the head in 8 bits, which
+gives the same token (`layers/decoding/head.py`).
 Cost: of `Tapes`, a tape is a few tens of ms to write; an adapter that a text does not use costs a row of zeros.
 """
 
@@ -58,9 +60,12 @@ class Tapes:
         self._check()
         self.mixed = Mixed(models.adapters, torch.zeros(len(models.adapters), models.places))
         sizes = [n for n in batch.SIZES if n < models.places]
+        rough = stream.of(self.layers[0]) is None
         try:
-            largest = llama.decoder(self.lm, models.places, models.room, mixed=self.mixed)
-            smaller = [llama.decoder(self.lm, n, models.room, mixed=self.mixed, beside=largest) for n in sizes]
+            largest = llama.decoder(self.lm, models.places, models.room, mixed=self.mixed, largest=rough)
+            smaller = [
+                llama.decoder(self.lm, n, models.room, mixed=self.mixed, beside=largest, largest=rough) for n in sizes
+            ]
         except Unsupported as why:
             raise decode.Slower(str(why)) from why
         self.tapes = dict(zip([*sizes, models.places], [*smaller, largest], strict=True))
@@ -111,27 +116,28 @@ class Tapes:
         """The prompts' last tokens once more, by the tape. What other texts compute here they compute again."""
         for m in places:
             self.before[m] -= 1
-        logits = dict(zip(self.active, self._run(), strict=True))
+        made, _ = self._run(whole=False)
         for m in places:
             self.before[m] += 1
-        decode.check(torch.stack([logits[m] for m in places]), own[of], len(self.layers))
+        decode.prove(made, own[of], places, len(self.layers))
 
     def step(self) -> list[tuple[Text, Tensor]]:
         self._together()
-        rows = self._run()
+        _, rows = self._run(whole=not all(text.greedy for text in self.text if text is not None))
         for m in self.active:
             self.before[m] += 1
         return [(text, row) for text, row in zip(filter(None, self.text), rows, strict=True)]
 
-    def _run(self) -> list[Tensor]:
-        """The logits of each text, in the order of their places."""
+    def _run(self, *, whole: bool) -> tuple[llama.Decoder, list[Tensor]]:
+        """The logits of each text, in the order of their places; without `whole` only the largest are exact."""
         used = max(self.active) + 1
         size = next(n for n in self.tapes if n >= used)
         tokens = torch.tensor([0 if text is None else text.last for text in self.text[:size]])
         embedded = self.table(tokens)
         embedded = embedded.float() * self.factor if self.factor != 1.0 else embedded
-        logits = self.tapes[size].step(embedded, self.before[:size], stream.of(self.layers[0]))
-        return [logits[m] for m in self.active]
+        made = self.tapes[size]
+        logits = made.step(embedded, self.before[:size], stream.of(self.layers[0]), whole=whole)
+        return made, [logits[m] for m in self.active]
 
     def _together(self) -> None:
         """Move texts to the first places where that makes a smaller tape enough."""

@@ -107,7 +107,12 @@ class Text:
 
     @classmethod
     def of_probe(cls, model: Named) -> Text:
-        return cls(model, Wish(1), 0, Words(model.tokenizer))
+        return cls(model, Wish(1, logprobs=0), 0, Words(model.tokenizer))
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the largest of the logits is all that it looks at."""
+        return self.wish.temperature <= 0 and self.grammar is None and self.wish.logprobs is None
 
     def take(self, logits: Tensor) -> Piece | None:
         """Choose the next token from logits (V,), and say what is new; None if nothing may be sent yet.

@@ -1,1 +1,1 @@
-"""Single tokens at the speed of memory: a model's layers written as one list of operations for `kernels.cpu.tape`."""
+"""Single tokens at the speed of memory: a model's layers as one list of operations for the compiled `tape`."""

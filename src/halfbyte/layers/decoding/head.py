@@ -19,8 +19,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from halfbyte.layers.decoding.tape import Eight, Tape
-from halfbyte.layers.kernels.cpu.nibbles import WHOLE
+from halfbyte.layers.decoding.tape import Eight, Tape, largest_whole
+from halfbyte.layers.kernels.cpu.decoding.nibbles import WHOLE
 
 _log = logging.getLogger(__name__)
 _CHUNK = 4096  # rows that are widened at once
@@ -62,6 +62,8 @@ def rounded(weight: Tensor) -> Eight:
     rows, scales, bounds = torch.empty((o, d), dtype=torch.int8), torch.empty(o), torch.empty(o)
     # Sums of d products over at least 8 lanes, and a few more roundings: scale, comparison, the difference below.
     sums = (d / 8 + 16) * _EPS
+    # Where x is rounded too, each number by at most half of a step, which is |x| / most at the largest.
+    also = d**0.5 / (2 * largest_whole(d)) if weight.dtype == torch.float32 else 0.0
     for first in range(0, o, _CHUNK):
         w, at = weight[first : first + _CHUNK].float(), slice(first, first + _CHUNK)
         s = w.abs().amax(1) / 127
@@ -70,7 +72,8 @@ def rounded(weight: Tensor) -> Eight:
         rows[at], scales[at] = q, s
         q *= s[:, None]
         size = w.norm(dim=1) + q.norm(dim=1)
-        bounds[at] = ((w - q).norm(dim=1) + 2 * sums * size) * (1 + 4 * d * _EPS)  # the norms are rounded, x's too
+        off = (w - q).norm(dim=1) + also * q.norm(dim=1)
+        bounds[at] = (off + 2 * sums * size) * (1 + 4 * d * _EPS)  # the norms are rounded, x's too
     return Eight(rows, scales, bounds)
 
 
@@ -82,10 +85,11 @@ def wrong(weight: Tensor, eight: Eight) -> str | None:
     some = torch.randint(0, o, (_PROBES // 2,), generator=generator)
     x[: len(some)] = weight[some].float() * (d**0.5 / weight[some].float().norm(dim=1, keepdim=True).clamp_min(1e-30))
     tape = Tape(weight.dtype, _PROBES)
-    to, out, lengths = tape.vectors(d), tape.buffer(_PROBES, o), tape.buffer(_PROBES)
-    tape.norm(x, to, None, lengths=lengths)
+    to, out = tape.vectors(d), tape.buffer(_PROBES, o)
+    whole = tape.whole(to, d)
+    tape.norm(x, to, None, whole=whole)
     tape.then()
-    tape.largest(weight, eight, to.plain, lengths, out)
+    tape.largest(weight, eight, to.plain, whole, out)
     tape.run()
     exact = torch.cat([x @ weight[i : i + _CHUNK].float().T for i in range(0, o, _CHUNK)], 1)
     allowed = eight.bounds * x.norm(dim=1)[:, None]

@@ -114,7 +114,8 @@ class Linear:
             if module not in copies:
                 copies[module] = [x.a.detach().to(tape.dtype).contiguous() for x in parts.loras], self._side_by_side()
             self.a, self.b = copies[module]
-            self.h = tape.buffer(tape.m, self.b.shape[1], dtype=tape.dtype if self.is_codes else torch.float32)
+            ranks = sum(map(self._wide, parts.loras))
+            self.h = tape.buffer(tape.m, ranks, dtype=tape.dtype if self.is_codes else torch.float32)
 
     def _wide(self, lora: Lora) -> int:
         """Columns of its B: with codes whole pieces."""
@@ -122,11 +123,14 @@ class Linear:
         return -(-lora.a.shape[0] // piece) * piece
 
     def _side_by_side(self) -> Tensor:
-        """All B (O, R), padded with zeros; with LoRA's scale where `down` does not multiply by it."""
+        """All B (O, R), padded with zeros; with LoRA's scale where `down` does not multiply by it. Beside codes in fp32
+        it is (R, O), in rows of whole 8."""
         made, at = torch.zeros((self.shape[0], sum(map(self._wide, self.loras))), dtype=self.tape.dtype), 0
         for lora in self.loras:
             made[:, at : at + lora.a.shape[0]] = lora.b.detach() if self.is_codes else lora.b.detach() * lora.scale
             at += self._wide(lora)
+        if self.is_codes and self.tape.isa == "avx2":
+            return nn.functional.pad(made.T, (0, -len(made) % 8)).contiguous()
         return made
 
     def down(self, x: Vectors) -> None:

@@ -23,7 +23,7 @@ from halfbyte.layers import fuse, norm_gate, sight
 from halfbyte.layers.decoding import head as eight_bits
 from halfbyte.layers.decoding import linears
 from halfbyte.layers.decoding.linears import Unsupported
-from halfbyte.layers.decoding.tape import Attention, Eight, Mixed, Tape, Vectors
+from halfbyte.layers.decoding.tape import Attention, Eight, Mixed, Tape, Vectors, Whole
 from halfbyte.models import structure
 from halfbyte.quant import bnb, policy
 
@@ -59,7 +59,7 @@ class Decoder:
     ropes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     shrunk: float = 1.0
     divided: float = 1.0
-    rough: int | None = None  # where only the largest logit is exact: operations of a token; the one after is the head
+    rough: range | None = None  # operations of the head in 8 bits; those after are the whole head
 
     def fill(self, layer: int, keys: Tensor, values: Tensor, lengths: list[int]) -> None:
         """Take over a layer's cache of the prompts: (M, K, L, d), padded on the left."""
@@ -68,12 +68,14 @@ class Decoder:
             self.keys[layer][m, :, :, length - n : length] = keys[m, :, keys.shape[2] - n :].transpose(1, 2)
             self.values[layer][m, :, length - n : length] = values[m, :, values.shape[2] - n :]
 
-    def step(self, embedded: Tensor, before: list[int], enter: Callable[[int], None] | None = None) -> Tensor:
+    def step(
+        self, embedded: Tensor, before: list[int], enter: Callable[[int], None] | None = None, *, whole: bool = False
+    ) -> Tensor:
         """Logits (M, V) after one more token of each text.
 
         Args:
             embedded: (M, D). before: tokens of each text before this one. enter: called before each layer, where a base
-                is streamed.
+                is streamed. whole: all logits are wanted, also of a decoder for the largest.
         """
         self.hidden.copy_(embedded)
         if self.shrunk != 1.0:
@@ -81,19 +83,20 @@ class Decoder:
         self.positions.copy_(torch.tensor(before))
         for table, row in self.ropes:
             torch.index_select(table, 0, self.positions, out=row)
+        end = None if self.rough is None else self.rough.start if whole else self.rough.stop
         if enter is None:
-            self.tape.run(0, self.rough)
+            self.tape.run(0, end)
         else:
             for layer, (first, last) in enumerate(zip([0, *self.ends[:-1]], self.ends, strict=True)):
                 enter(layer)
                 self.tape.run(first, last)
-            self.tape.run(self.ends[-1], self.rough)
-        return self._capped()
+            self.tape.run(self.ends[-1], end)
+        return self.whole() if whole else self._capped()
 
     def whole(self) -> Tensor:
         """The logits (M, V) of the last step by the whole head; the largest is as it was."""
         if self.rough is not None:
-            self.tape.run(self.rough)
+            self.tape.run(self.rough.stop)
         return self._capped()
 
     def _capped(self) -> Tensor:
@@ -172,12 +175,14 @@ def _eight(layers: list[nn.Module], head: nn.Module, dtype: torch.dtype) -> Eigh
 
 def _head(made: Decoder, norm: nn.Module, head: nn.Module, eight: Eight | None) -> None:
     tape, hidden = made.tape, made.hidden
-    x, lengths = tape.vectors(hidden.shape[1]), None if eight is None else tape.buffer(tape.m)
-    _norm(tape, norm, hidden, x, lengths, made.shrunk)
-    if eight is not None and lengths is not None:
-        tape.largest(head.weight.data, eight, x.plain, lengths, made.logits)
+    x = tape.vectors(hidden.shape[1])
+    whole = None if eight is None else tape.whole(x, hidden.shape[1])
+    _norm(tape, norm, hidden, x, whole, made.shrunk)
+    if eight is not None and whole is not None:
+        first, before = len(tape), tape.before
+        tape.largest(head.weight.data, eight, x.plain, whole, made.logits)
         tape.then()
-        made.rough = len(tape)
+        made.rough, tape.before = range(first, len(tape)), before  # the whole head needs no more than that one
     linears.add(tape, x, [(head, made.logits, False)])
 
 
@@ -218,10 +223,10 @@ def _norm_facts(module: nn.Module, d: int) -> tuple[Tensor, float, bool]:
 
 
 def _norm(
-    tape: Tape, module: nn.Module, x: Tensor, to: Vectors, lengths: Tensor | None = None, shrunk: float = 1.0
+    tape: Tape, module: nn.Module, x: Tensor, to: Vectors, whole: Whole | None = None, shrunk: float = 1.0
 ) -> None:
     weight, eps, one_plus = _norm_facts(module, x.shape[1])
-    tape.norm(x, to, weight.to(tape.dtype), eps / shrunk**2, one_plus, lengths)
+    tape.norm(x, to, weight.to(tape.dtype), eps / shrunk**2, one_plus, whole)
     tape.then()
 
 

@@ -1,4 +1,4 @@
-"""Write the operations of a token for `kernels.cpu.tape`, and run them.
+"""Write the operations of a token for `kernels.cpu.decoding.tape`, and run them.
 
 What: operations are added in groups; a group begins when the one before is done. Buffers and tensors that operations
 point to are kept alive here. Run again, the same operations read what their buffers hold now.
@@ -22,6 +22,8 @@ from halfbyte.layers.kernels import cpu
 
 MOST_VECTORS = 16  # beyond, a matrix product on dequantised weights is faster
 _ITEM_BYTES = 64 * 1024  # of a matrix that a thread takes at once
+_ITEMS_OF_EIGHT = 4  # of them, of a head in 8 bits: each of its items looks at what all have found
+_ROWS = 8  # of codes, that the kernels for fp32 take at once
 
 
 @cache
@@ -38,7 +40,7 @@ def isa(dtype: torch.dtype) -> str | None:
 
 @dataclass(frozen=True)
 class Vectors:
-    """What products read: M vectors, once in fp32 and once in the kernels' order and type; zeros up to `wide`."""
+    """What products read: M vectors (M, wide), in fp32, and in the kernels' order and type; zeros up to `wide`."""
 
     plain: Tensor
     ordered: Tensor
@@ -73,7 +75,7 @@ class Tape:
     """
 
     def __init__(self, dtype: torch.dtype, vectors: int, room: int = 1, mixed: Mixed | None = None) -> None:
-        from halfbyte.layers.kernels.cpu import nibbles, tape
+        from halfbyte.layers.kernels.cpu.decoding import tape
 
         name = isa(dtype)
         if name is None:
@@ -81,9 +83,8 @@ class Tape:
         self.dtype, self.m, self.room, self.kinds, self.mixed = dtype, vectors, room, tape, mixed
         self._rows: list[np.ndarray] = []
         self._kept: list[object] = []
-        self._before, self._group = (0, 0), 0
-        self._order = nibbles.order(name)
-        self._isa, self._groups = name, 1
+        self.before, self._group = (0, 0), 0
+        self.isa, self._groups, self._blocks = name, 1, 1
         self._levels: dict[str, Tensor] = {}
         self._slots: np.ndarray | None = None
 
@@ -101,10 +102,14 @@ class Tape:
         return made
 
     def vectors(self, width: int) -> Vectors:
-        from halfbyte.layers.kernels.cpu import nibbles
+        from halfbyte.layers.kernels.cpu.decoding import nibbles
 
         wide = -(-width // nibbles.CHUNK) * nibbles.CHUNK
-        return Vectors(self.buffer(self.m, wide), self.buffer(self.m, wide, dtype=self.dtype), wide)
+        count = self.m * wide
+        if self.isa == "avx2":  # in whole numbers of 16 bits, once more for eight vectors at once; and their steps
+            groups, blocks = -(-self.m // 8), wide // nibbles.BLOCK
+            count = (2 * count + 16 * groups * wide + 32 * groups * blocks + 4 * self.m * blocks) // 4
+        return Vectors(self.buffer(self.m, wide), self.buffer(count, dtype=self.dtype), wide)
 
     # -------------------------------------------------------------- operations
     def __len__(self) -> int:
@@ -113,11 +118,11 @@ class Tape:
     def then(self) -> None:
         """What is added from now on begins when all before is done."""
         if len(self._rows) > self._group:
-            self._before, self._group = (self._group, len(self._rows)), len(self._rows)
+            self.before, self._group = (self._group, len(self._rows)), len(self._rows)
 
     def _add(self, kind: int, items: int, slots: dict[int, int | float]) -> None:
         row = np.zeros(self.kinds.WIDTH, np.int64)
-        row[:4] = kind, items, *self._before
+        row[:4] = kind, items, *self.before
         for at, value in slots.items():
             if isinstance(value, float):
                 row.view(np.float64)[at] = value
@@ -127,16 +132,26 @@ class Tape:
 
     def norm(
         self, x: Tensor, to: Vectors, weight: Tensor | None, eps: float = 0.0, one_plus: bool = False,
-        lengths: Tensor | None = None,
+        whole: Whole | None = None,
     ) -> None:  # fmt: skip
-        """x (M, D..) -> to, normalised where there is a weight (D,). lengths: (M,), gets the norm of each."""
+        """x (M, D..) -> to, normalised where there is a weight (D,); and to `whole`, what `largest` reads."""
         d = len(weight) if weight is not None else min(x.shape[1], to.wide)
         address = self.kept(weight) if weight is not None else 0
-        self._add(
-            self.kinds.NORM, self.m,
-            {4: self.kept(x), 5: x.shape[1], 6: address, 7: d, 8: eps, 9: int(one_plus), 10: to.plain.data_ptr(),
-             11: to.ordered.data_ptr(), 12: to.wide, 14: 0 if lengths is None else self.kept(lengths)},
-        )  # fmt: skip
+        slots: dict[int, int | float] = {
+            4: self.kept(x), 5: x.shape[1], 6: address, 7: d, 8: eps, 9: int(one_plus), 10: to.plain.data_ptr(),
+            11: to.ordered.data_ptr(), 12: to.wide,
+        }  # fmt: skip
+        if whole is not None:
+            slots[14] = self.kept(whole.lengths)
+            if whole.numbers is not None:
+                slots |= {15: self.kept(whole.numbers), 16: self.kept(whole.steps), 17: float(whole.most)}
+        self._add(self.kinds.NORM, self.m, slots)
+
+    def whole(self, to: Vectors, d: int) -> Whole:
+        """Memory for what `largest` reads of M vectors (M, D)."""
+        lengths, steps = self.buffer(self.m), self.buffer(self.m)
+        numbers = self.buffer(self.m, to.wide, dtype=torch.int16) if self.isa == "avx2" else None
+        return Whole(lengths, steps, largest_whole(d), numbers)
 
     def norm_onto(self, x: Tensor, onto: Tensor, weight: Tensor, eps: float, one_plus: bool) -> None:
         """onto += norm(x), both (M, D)."""
@@ -161,16 +176,18 @@ class Tape:
              19: 0 if taken is None else self.kept(taken), 23: rows, 24: self.m},
         )  # fmt: skip
 
-    def largest(self, w: Tensor, eight: Eight, x: Tensor, lengths: Tensor, out: Tensor) -> None:
+    def largest(self, w: Tensor, eight: Eight, x: Tensor, whole: Whole, out: Tensor) -> None:
         """x (M, D fp32) times w (O, D) -> out (M, O): exact where it may be the largest, elsewhere less and within
-        `eight.bounds` times `lengths` (M,). In two groups."""
+        `eight.bounds` times the lengths of x. In two groups."""
         o, d = w.shape
-        rows = self._item_rows(o, d)
+        rows = _ITEMS_OF_EIGHT * self._item_rows(o, d)
         items = -(-o // rows)
         slots: dict[int, int | float] = {
-            6: self.kept(eight.bounds), 7: self.kept(lengths), 8: self.buffer(items, self.m).data_ptr(), 9: d, 10: o,
-            11: x.data_ptr(), 12: x.stride(0) * 4, 13: out.data_ptr(), 14: out.stride(0), 23: rows, 24: self.m,
+            6: self.kept(eight.bounds), 7: self.kept(whole.lengths), 8: self.buffer(items, self.m).data_ptr(), 9: d,
+            10: o, 11: x.data_ptr(), 12: x.stride(0) * 4, 13: out.data_ptr(), 14: out.stride(0), 23: rows, 24: self.m,
         }  # fmt: skip
+        if whole.numbers is not None:
+            slots |= {15: whole.numbers.data_ptr(), 16: 2 * whole.numbers.stride(0), 17: whole.steps.data_ptr()}
         self._add(self.kinds.EIGHTS, items, {**slots, 4: self.kept(eight.rows), 5: self.kept(eight.scales)})
         self.then()
         self._add(self.kinds.EXACT, items, {**slots, 4: self.kept(w), 5: items})
@@ -179,20 +196,24 @@ class Tape:
         self, codes: Tensor, scales: Scales, kind: str, shape: tuple[int, int], x: Vectors, out: Tensor, *,
         onto: bool = False, bias: Tensor | None = None, up: Tensor | None = None, h: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """x (M, D) times 4-bit rows (O, D), plus h (M, R) times up (O, R), both of whole pieces of 32 bytes."""
+        """x (M, D) times 4-bit rows (O, D), plus h (M, R) times up: (O, R) in pieces of 32 bytes; in fp32 (R, O ..)."""
         o, d = shape
         rows = self._item_rows(o, d // 2)
+        if self.isa == "avx2":
+            rows = -(-rows // _ROWS) * _ROWS
+        self._blocks = max(self._blocks, d // 64)
         self._groups = max(self._groups, rows * (d // 64) // 256 + 2)
         nested = scales.nested is not None and scales.table is not None
         slots: dict[int, int | float] = {
             4: self.kept(codes), 5: self.kept(scales.absmax), 6: self.kept(scales.table) if nested else 0,
             7: self.kept(scales.nested) if nested else 0, 8: scales.offset, 9: d, 10: o, 11: x.ordered.data_ptr(),
-            12: x.wide * self.dtype.itemsize, 13: out.data_ptr(), 14: out.stride(0), 15: int(onto),
+            12: 2 * x.wide, 13: out.data_ptr(), 14: out.stride(0), 15: int(onto),
             16: 0 if bias is None else self.kept(bias.float()), 22: self._table(kind), 23: rows, 24: self.m,
         }  # fmt: skip
         if up is not None and h is not None:
-            row_bytes = up.shape[1] * up.itemsize
-            slots |= {17: self.kept(up), 18: row_bytes, 19: self.kept(h), 20: row_bytes, 21: row_bytes // 32}
+            row_bytes = h.shape[1] * h.itemsize
+            count = h.shape[1] if self.isa == "avx2" else row_bytes // 32
+            slots |= {17: self.kept(up), 18: up.shape[1] * up.itemsize, 19: self.kept(h), 20: row_bytes, 21: count}
         self._add(self.kinds.CODES, -(-o // rows), slots)
 
     def gate(self, g: Tensor, u: Tensor, inner: int, kind: int, to: Vectors) -> None:
@@ -200,7 +221,7 @@ class Tape:
         parts = -(-to.wide // self.kinds.GATE_ELEMENTS)
         self._add(
             self.kinds.GATE, self.m * parts,
-            {4: g.data_ptr(), 5: u.data_ptr(), 6: g.stride(0), 7: inner, 8: kind, 22: to.plain.data_ptr(),
+            {4: g.data_ptr(), 5: u.data_ptr(), 6: g.stride(0), 7: inner, 8: kind, 9: self.m, 22: to.plain.data_ptr(),
              23: to.ordered.data_ptr(), 24: to.wide},
         )  # fmt: skip
 
@@ -221,11 +242,12 @@ class Tape:
         return max(1, min(_ITEM_BYTES // max(1, row_bytes), math.ceil(rows / 8)))
 
     def _table(self, kind: str) -> int:
-        from halfbyte.layers.kernels.cpu import nibbles
+        from halfbyte.layers.kernels.cpu.decoding import nibbles, words
         from halfbyte.quant.kernels import nf4_cpu
 
         if kind not in self._levels:
-            self._levels[kind] = torch.from_numpy(nibbles.table(nf4_cpu.code(kind), self._isa))
+            table = words.table if self.isa == "avx2" else nibbles.table
+            self._levels[kind] = torch.from_numpy(table(nf4_cpu.code(kind)))
         return self.kept(self._levels[kind])
 
     # --------------------------------------------------------------------- run
@@ -246,8 +268,8 @@ class Tape:
         self._counters = np.zeros(2 * len(self._rows) * self.kinds.LINE, np.int64)
         self._slots = np.zeros(32, np.int64)
         self._slots[:2] = self._ops.ctypes.data, len(self._rows)
-        self._slots[4:8] = self._counters.ctypes.data, self._groups, self.room, self._order.ctypes.data
-        self._slots[8] = _yield_address()
+        scratch = 4096 + 32 * (self.m + self._blocks)
+        self._slots[4:9] = self._counters.ctypes.data, self._groups, self.room, scratch, _yield_address()
 
 
 @dataclass(frozen=True)
@@ -257,6 +279,22 @@ class Eight:
     rows: Tensor
     scales: Tensor
     bounds: Tensor
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What the head in 8 bits reads of M vectors: lengths (M,), and in fp32 whole numbers (M, D..) int16 up to `most`
+    with a step for each vector (M,)."""
+
+    lengths: Tensor
+    steps: Tensor
+    most: int
+    numbers: Tensor | None
+
+
+def largest_whole(d: int) -> int:
+    """Whole numbers of x (D,) up to this times 8 bits: sums of D / 8 products are below 2^31."""
+    return min(2**14, (2**31 - 1) // (127 * -(-d // 8)))
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,15 @@
-"""Dot products of rows of 4-bit codes with a few vectors, in registers: what decoding spends its time on.
+"""Dot products of rows of 4-bit codes with a few vectors, in registers: what decoding in bf16 spends its time on.
 
 Why: a token multiplies each weight once, so its time is that of reading the weights; dequantised first, they are read
 and written as 16 bits again. Here the bytes of the store are looked up in a table in a register and multiplied at once.
 What: blocks of 64 weights, two codes a byte, the earlier in the upper half. A word of 16 bits holds four codes; shifted
 by 0, 4, 8 and 12 its lowest bits select from the table. So each register holds every fourth weight, and the vector x is
-laid out in that order once (`order`). Scales multiply a block's sum, in fp32; where they are codes of 8 bits
+laid out in that order once. Scales multiply a block's sum, in fp32; where they are codes of 8 bits
 themselves, each is looked up in a table of the 256 numbers that they stand for there (1 kB for 8 kB of weights).
-    avx512  64 bytes at a time: `vpermw` (5 bits: the table is there twice), `vdpbf16ps`. Table and x are bf16.
-    avx2    32 bytes at a time: `vpshufb` for the two bytes of a bf16 level; x is fp32.
+64 bytes at a time: `vpermw` (5 bits: the table is there twice), `vdpbf16ps`. Table and x are bf16. In fp32, and without
+AVX-512, products are those of `words.py`. What both share stands here: `Code`, plain rows, tables of scales.
 Error: levels are rounded to bf16, which moves each by at most 2^-9 of itself; products and sums are fp32.
-Source: VPERMW, VDPBF16PS, VPSHUFB in Intel's SDM volume 2; the order is ours.
+Source: VPERMW, VDPBF16PS in Intel's SDM volume 2; the order is ours.
 Cost: about 20 instructions for 128 weights and one vector. One row after the other: two at once are two streams in one
 page, which halves what memory gives (docs/log.md).
 """
@@ -32,23 +32,7 @@ _AHEAD_BYTES = 8192  # codes that are asked for before they are needed
 GROUP = 256  # blocks that have one outer scale, and numbers that a scale of 8 bits stands for
 CHUNK = 128  # weights that x is laid out by: two blocks
 _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_CALLS = {
-    "permute": "llvm.x86.avx512.permvar.hi.512",
-    "multiply": "llvm.x86.avx512bf16.dpbf16ps.512",
-    "shuffle": "llvm.x86.avx2.pshuf.b",
-}
-
-
-def order(isa: str) -> np.ndarray:
-    """Which of a chunk's 128 numbers each place of x holds."""
-    if isa == "avx512":  # register k, word j: code k of word j; a byte's upper half is the earlier
-        return np.array([4 * j + k for k in (1, 0, 3, 2) for j in range(32)], np.int64)
-    block = []
-    for half in (1, 0):  # lower halves of the bytes first
-        for part in (0, 8):  # unpacklo, unpackhi of each 128-bit lane
-            for parity in (0, 1):
-                block += [2 * (lane * 16 + part + 2 * i + parity) + half for lane in (0, 1) for i in range(4)]
-    return np.array(block + [64 + e for e in block], np.int64)
+_CALLS = {"permute": "llvm.x86.avx512.permvar.hi.512", "multiply": "llvm.x86.avx512bf16.dpbf16ps.512"}
 
 
 class Code:
@@ -128,7 +112,6 @@ def zeros(kind: Value) -> Value:
 _WORDS, _LANES = ir.VectorType(_I16, 32), ir.VectorType(_F32, 16)
 _PAIRS, _HALF = ir.VectorType(BFloat(), 32), ir.VectorType(_I16, 16)
 _UPPER = ir.Constant(ir.VectorType(ir.IntType(1), 16), [0] * 8 + [1] * 8)
-_LANES8, _BYTES, _INTS8 = ir.VectorType(_F32, 8), ir.VectorType(_I8, 32), ir.VectorType(_I32, 8)
 
 
 def _dp(code: Code, total: Value, a: Value, b: Value) -> Value:
@@ -192,51 +175,13 @@ def _avx512(code: Code, vectors: int, args: dict[str, Value]) -> list[Value]:
     return sums
 
 
-def _levels_avx2(code: Code, planes: tuple[Value, Value], w: Value) -> list[Value]:
-    """64 codes -> 8 registers of 8 levels in fp32, in the order that x has."""
-    b, low = code.b, ir.Constant(_BYTES, [15] * 32)
-    words = b.bitcast(w, ir.VectorType(_I16, 16))
-    upper = b.bitcast(b.lshr(words, ir.Constant(words.type, [4] * 16)), _BYTES)
-    found = []
-    for index in (b.and_(w, low), b.and_(upper, low)):
-        lo, hi = (code.call(_CALLS["shuffle"], _BYTES, plane, index) for plane in planes)
-        for part in (0, 8):
-            places = [lane * 16 + part + i + 32 * side for lane in (0, 1) for i in range(8) for side in (0, 1)]
-            both = b.bitcast(b.shuffle_vector(lo, hi, mask(places)), _INTS8)
-            found.append(b.bitcast(b.shl(both, ir.Constant(_INTS8, [16] * 8)), _LANES8))
-            found.append(b.bitcast(b.and_(both, ir.Constant(_INTS8, [0xFFFF0000] * 8)), _LANES8))
-    return found
-
-
-def _avx2(code: Code, vectors: int, args: dict[str, Value]) -> list[Value]:
-    b, sums = code.b, _sums(code, _LANES8, vectors)
-    planes = tuple(code.load(code.at(args["table"], 32 * n), _BYTES) for n in (0, 1))
-    x = [code.at(args["x"], (args["x_row"], m)) for m in range(vectors)]
-    with cgutils.for_range(b, args["blocks"], intp=_I64) as loop:
-        c = loop.index
-        levels = _levels_avx2(code, planes, code.load(code.at(args["w"], (c, 32)), _BYTES))
-        scale = code.every(_scale(code, args, c), 8)
-        for address, total in zip(x, sums, strict=True):
-            dots = [zeros(_LANES8), zeros(_LANES8)]
-            for k in range(8):
-                part = code.load(code.at(address, (c, 256), 32 * k), _LANES8)
-                dots[k % 2] = code.fma(levels[k], part, dots[k % 2])
-            b.store(code.fma(b.fadd(*dots), scale, b.load(total)), total)
-    with cgutils.for_range(b, args["pieces"], intp=_I64) as loop:  # 8 ranks of LoRA at a time
-        up = code.load(code.at(args["up"], (loop.index, 32)), _LANES8)
-        for m, total in enumerate(sums):
-            h = code.load(code.at(args["h"], (args["h_row"], m), (loop.index, 32)), _LANES8)
-            b.store(code.fma(up, h, b.load(total)), total)
-    return sums
-
-
 _ARGUMENTS = ("w", "x", "x_row", "scales", "lookup", "first", "blocks", "table", "up", "h", "h_row", "pieces", "out")
 
 
 def _dots(vectors: int, *, looked_up: bool) -> Callable[..., None]:
     """An intrinsic: a row of codes times `vectors` vectors -> out (vectors,) in fp32.
 
-    Its arguments: like: an array of uint16 (avx512, x in bf16) or of float32 (avx2). Then int64 (addresses, bytes,
+    Its arguments: like: an array of uint16; of another type nothing is done. Then int64 (addresses, bytes,
     counts). w: codes. x, x_row: bytes from a vector to the next. scales: of the row's blocks, fp32; or looked up,
     bytes: block n's is lookup[(first + n) / 256][byte], in fp32. table: see `table`. up, h,
     h_row, pieces: LoRA's B (its row) and A x (vectors) in pieces of 32 bytes.
@@ -246,13 +191,13 @@ def _dots(vectors: int, *, looked_up: bool) -> Callable[..., None]:
     def row_dots(  # type: ignore[no-untyped-def]
         typing_context, like, w, x, x_row, scales, lookup, first, blocks, table, up, h, h_row, pieces, out
     ):
-        build_sums = _avx512 if like.dtype == types.uint16 else _avx2
-
         def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            if like.dtype != types.uint16:
+                return context.get_dummy_value()
             code, named = Code(builder), dict(zip(_ARGUMENTS, args[1:], strict=True))
             if not looked_up:
                 named["lookup"] = None
-            for m, total in enumerate(build_sums(code, vectors, named)):
+            for m, total in enumerate(_avx512(code, vectors, named)):
                 to = builder.inttoptr(code.at(named["out"], 4 * m), _F32.as_pointer())
                 builder.store(code.total(builder.load(total)), to)
             return context.get_dummy_value()
@@ -322,15 +267,17 @@ def _eights(vectors: int) -> Callable[..., None]:
     One vector has four registers of sums and two have two each: a sum waits for the one before it. So a sum's last
     bits depend on how many vectors there are.
 
-    Its arguments: like: an array of uint16 (registers of 16 numbers) or of float32 (8). Then int64. w: the row. x,
-    x_row: bytes from one vector to the next. wholes: of WHOLE numbers each. out.
+    Its arguments: like: an array of uint16; of another type nothing is done. Then int64. w: the row. x, x_row: bytes
+    from one vector to the next. wholes: of WHOLE numbers each. out.
     """
 
     @intrinsic
     def row_dots(typing_context, like, w, x, x_row, wholes, out):  # type: ignore[no-untyped-def]
-        lanes, each = 16 if like.dtype == types.uint16 else 8, max(1, 4 // vectors)
+        lanes, each = 16, max(1, 4 // vectors)
 
         def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            if like.dtype != types.uint16:
+                return context.get_dummy_value()
             code, (w, x, x_row, wholes, out) = Code(builder), args[1:]
             kind, narrow = ir.VectorType(_F32, lanes), ir.VectorType(_I8, lanes)
             sums = [_sums(code, kind, each) for _ in range(vectors)]
@@ -358,14 +305,11 @@ def _eights(vectors: int) -> Callable[..., None]:
 eights_1, eights_2, eights_4, eights_8 = (_eights(n) for n in (1, 2, 4, 8))
 
 
-def table(levels: np.ndarray, isa: str) -> np.ndarray:
-    """16 levels as the kernels look them up: 32 words of bf16, or two planes of 32 bytes."""
+def table(levels: np.ndarray) -> np.ndarray:
+    """16 levels as the kernel looks them up: 32 words of bf16."""
     bits = levels.astype(np.float32).view(np.uint32)
     words = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # to nearest even
-    if isa == "avx512":
-        return np.concatenate([words, words]).view(np.uint8)
-    low, high = (words & 0xFF).astype(np.uint8), (words >> 8).astype(np.uint8)
-    return np.concatenate([low, low, high, high])
+    return np.concatenate([words, words]).view(np.uint8)
 
 
 @intrinsic

@@ -5,9 +5,10 @@ the starts cost more than the products. Here each operation is split into items;
 counter, and an operation begins when those that it names are done. No thread waits for a thread, only for work, so any
 number of threads is right, one included.
 What: an operation is a row of 32 int64 slots: kind, items, the range of operations that must be done before, then
-addresses, sizes and floats (as float64 bits); `layers/decoding/tape.py` writes them. Activations between
-operations are fp32; what a product reads is there twice, in order in fp32, and in the kernels' order and type.
-Source: the products are in `nibbles.py`; the rest are the formulas of `norm.py`, `gate.py` and of attention.
+addresses, sizes and floats (as float64 bits); `layers/decoding/tape.py` writes them. Activations between operations are
+fp32; what a product reads is there twice, in order in fp32, and in the kernels' order and type.
+Source: products are in `nibbles.py` (bf16) and `words.py` (fp32), attention in `attend.py`; the rest are the formulas
+of `norm.py` and `gate.py`.
 Cost: about 0.2 microseconds between two operations on two threads.
 
 Letters: M vectors (texts at once), D in, O out, H query heads, K key heads, T room of the cache, R rotary width.
@@ -19,44 +20,54 @@ from collections.abc import Callable
 import numpy as np
 from numba import carray
 
-from halfbyte.layers.kernels.cpu import nibbles
+from halfbyte.layers.kernels.cpu.decoding import attend, nibbles, words
 from halfbyte.layers.kernels.cpu.gate import SILU, sigmoid
 from halfbyte.layers.kernels.cpu.parallel import array, kernel, per_dtype
-from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, load, pause, read, store, take
+from halfbyte.layers.kernels.cpu.scalar import inlined, load, pause, read, store, take
 
 WIDTH = 32  # slots of an operation
 LINE = 8  # int64 of a cache line: each counter has its own
 KINDS = NORM, CODES, DENSE, ROTATE, ATTEND, GATE, EIGHTS, EXACT = range(8)
 GATE_ELEMENTS = 1024
+FEWEST_WIDE = 5  # vectors for which eight at once are faster than one, two and four (words.py)
 _NEAR_BYTES = 24 * 1024  # of vectors that a pass over rows reads again and again
 _SPINS = 2000  # looks at a counter before the core is offered to others
 
 
 @inlined
-def _in_order(x, out, first, last, order):  # type: ignore[no-untyped-def]
-    """x[first:last] in fp32 -> the same chunks in the kernels' order and type; `first` and `last` are whole chunks."""
-    for c in range(first, last, nibbles.CHUNK):
-        a, to = x[c : c + nibbles.CHUNK], out[c : c + nibbles.CHUNK]
-        if out.itemsize == 2:  # avx512
+def _in_order(x, like, out, m, vectors, first, last):  # type: ignore[no-untyped-def]
+    """Vector m's x[first:last] in fp32 -> `out`, as products read it; `first` and `last` are whole chunks.
+
+    bf16: (M, D') in the order of `nibbles`. fp32: whole numbers (M, D') in the order of `words`, 16 bits each; the same
+    in pairs among eight vectors (M / 8, D' / 2, 8, 2); and the steps of blocks, (M / 8, D' / 64, 8) and (M, D' / 64).
+    """
+    wide = len(x)
+    if like.itemsize == 2:
+        ordered = array(out + m * wide * like.itemsize, (wide,), like.dtype)
+        for c in range(first, last, nibbles.CHUNK):
+            a, to = x[c : c + nibbles.CHUNK], ordered[c : c + nibbles.CHUNK]
             for j in range(32):
                 to[j] = store(a[4 * j + 1], to)
                 to[32 + j] = store(a[4 * j], to)
                 to[64 + j] = store(a[4 * j + 3], to)
                 to[96 + j] = store(a[4 * j + 2], to)
-        else:
-            for j in range(nibbles.CHUNK):
-                to[j] = store(a[order[j]], to)
+    else:
+        blocks, groups, among = wide // nibbles.BLOCK, (vectors + 7) // 8, m // 8
+        pairs = out + 2 * vectors * wide + 16 * among * wide + 4 * (m % 8)
+        shared = out + 2 * vectors * wide + 16 * groups * wide + 32 * among * blocks + 4 * (m % 8)
+        own = out + 2 * vectors * wide + 16 * groups * wide + 32 * groups * blocks + 4 * m * blocks
+        for c in range(first // nibbles.BLOCK, last // nibbles.BLOCK):
+            turned = pairs + 1024 * c if vectors >= FEWEST_WIDE else 0
+            words.rounded(
+                like, x.ctypes.data + 256 * c, out + 2 * m * wide + 128 * c, own + 4 * c, turned, shared + 32 * c
+            )
 
 
 @inlined
-def _chunks(n):  # type: ignore[no-untyped-def]
-    return (n + nibbles.CHUNK - 1) // nibbles.CHUNK * nibbles.CHUNK
-
-
-@inlined
-def _norm(op, number, like, order, m):  # type: ignore[no-untyped-def]
+def _norm(op, number, like, m):  # type: ignore[no-untyped-def]
     """4 x (M, D), 5 its row, 6 weight, 7 D, 8 eps, 9 one_plus, 10 plain out (M, D'), 11 ordered out, 12 D', 13 onto,
-    14 length of what comes out (M) or 0; a weight of 0: no norm, only the order."""
+    14 length of what comes out (M) or 0, 15 where it goes in whole numbers (M, D') or 0, 16 their steps (M), 17 the
+    largest, float; a weight of 0: no norm, only the order."""
     d, wide = op[7], op[12]
     x = array(op[4] + m * op[5] * 4, (d,), np.float32)
     share, one = np.float32(1.0), np.float32(0.0)
@@ -84,7 +95,10 @@ def _norm(op, number, like, order, m):  # type: ignore[no-untyped-def]
         for j in range(d):
             total += out[j] * out[j]
         array(op[14], (m + 1,), np.float32)[m] = np.float32(math.sqrt(total))
-    _in_order(out, array(op[11] + m * wide * like.itemsize, (wide,), like.dtype), 0, wide, order)
+    if op[15] != 0:
+        most = np.float32(number[17])
+        words.rounded_whole(like, out.ctypes.data, wide, most, op[15] + m * wide * 2, op[16] + 4 * m)
+    _in_order(out, like, op[11], m, op[1], 0, wide)
 
 
 def _rows(dots: Callable[..., None], looked_up: Callable[..., None], count: int) -> Callable[..., None]:
@@ -118,7 +132,76 @@ _rows_of_8 = _rows(nibbles.dots_of_8, nibbles.looked_up_8, 8)
 
 
 @inlined
-def _codes(op, number, like, lookups, sums, item):  # type: ignore[no-untyped-def]
+def _near_or_wide(op, like, at, n, scales, kept, sums):  # type: ignore[no-untyped-def]
+    """`n` rows of codes from address `at` times all vectors -> sums (M, 8); the arguments of `_words`."""
+    d, row, vectors, wide = op[9], op[9] // 2, op[24], op[12] // 2
+    blocks, groups = wide // nibbles.BLOCK, (vectors + 7) // 8
+    pairs = op[11] + 2 * vectors * wide
+    shared = pairs + 16 * groups * wide
+    own, count = shared + 32 * groups * blocks, d // nibbles.BLOCK
+    m = 0
+    while m < vectors:
+        left, to = vectors - m, sums + 32 * m
+        x, steps = op[11] + 2 * m * wide, own + 4 * m * blocks
+        if left >= FEWEST_WIDE:
+            x, steps = pairs + 2 * m * wide, shared + 4 * m * blocks
+        if left > 12:
+            words.wide_16(like, at, row, n, x, 16 * wide, steps, 32 * blocks, scales, count, op[22], kept, to)
+            m += 16
+        elif left >= FEWEST_WIDE:
+            words.wide_8(like, at, row, n, x, 16 * wide, steps, 32 * blocks, scales, count, op[22], kept, to)
+            m += 8
+        elif left == 4:
+            words.near_4(like, at, row, n, x, 2 * wide, steps, 4 * blocks, scales, count, op[22], kept, to)
+            m += 4
+        elif left >= 2:
+            words.near_2(like, at, row, n, x, 2 * wide, steps, 4 * blocks, scales, count, op[22], kept, to)
+            m += 2
+        else:
+            words.near_1(like, at, row, n, x, 2 * wide, steps, 4 * blocks, scales, count, op[22], kept, to)
+            m += 1
+
+
+@inlined
+def _words(op, like, lookups, scratch, item):  # type: ignore[no-untyped-def]
+    """`_codes` in whole numbers of 16 bits, eight rows at a time. 17: B (R, O'), 18 its row, 21 ranks."""
+    blocks, vectors, begin, end = op[9] // nibbles.BLOCK, op[24], item * op[23], min(op[10], item * op[23] + op[23])
+    kept = (scratch.ctypes.data + 63) // 64 * 64
+    sums = array(kept + words.KEPT, (vectors, words.ROWS), np.float32)
+    scales = array(kept + words.KEPT + 32 * (vectors + 16), (blocks, words.ROWS), np.float32)
+    bias, start = array(op[16], (op[10],), np.float32), begin * blocks // nibbles.GROUP * nibbles.GROUP
+    for r in range(begin, end, words.ROWS):
+        n = min(words.ROWS, end - r)
+        if op[6] != 0:
+            table, first = lookups.ctypes.data, r * blocks - start
+            words.scales_of(like, op[5] + r * blocks, table, first, blocks, n, scales.ctypes.data)
+        else:
+            words.scales_of(like, op[5] + 4 * r * blocks, 0, 0, blocks, n, scales.ctypes.data)
+        _near_or_wide(op, like, op[4] + r * (op[9] // 2), n, scales.ctypes.data, kept, sums.ctypes.data)
+        m = 0
+        while m < vectors and op[17] != 0:
+            to, up, h = sums.ctypes.data + 32 * m, op[17] + 4 * r, op[19] + m * op[20]
+            if vectors - m >= 8:
+                words.onto_8(like, to, up, op[18], h, op[20], op[21])
+                m += 8
+            elif vectors - m >= 4:
+                words.onto_4(like, to, up, op[18], h, op[20], op[21])
+                m += 4
+            elif vectors - m >= 2:
+                words.onto_2(like, to, up, op[18], h, op[20], op[21])
+                m += 2
+            else:
+                words.onto_1(like, to, up, op[18], h, op[20], op[21])
+                m += 1
+        for m in range(vectors):
+            out = array(op[13] + (m * op[14] + r) * 4, (n,), np.float32)
+            for k in range(n):
+                total = sums[m, k] + (bias[r + k] if op[16] != 0 else np.float32(0.0))
+                out[k] = total + out[k] if op[15] != 0 else total
+
+
+@inlined
+def _codes(op, number, like, lookups, sums, scratch, item):  # type: ignore[no-untyped-def]
     """4 codes, 5 absmax, 6 table of 256 or 0, 7 nested absmax, 8 offset, 9 D, 10 O, 11 x in order (M, D'), 12 bytes of
     its row, 13 out (M, ..), 14 its row, 15 onto, 16 bias (O) fp32, 17 B, 18 its row, 19 A x (M, ..), 20 its row,
     21 pieces, 22 levels, 23 rows of an item, 24 M."""
@@ -128,6 +211,9 @@ def _codes(op, number, like, lookups, sums, item):  # type: ignore[no-untyped-de
         group = begin * blocks // nibbles.GROUP
         groups = (end * blocks - 1) // nibbles.GROUP - group + 1
         nibbles.lookups(like, op[6], op[7], np.float32(number[8]), group, groups, lookups.ctypes.data)
+    if like.itemsize != 2:
+        _words(op, like, lookups, scratch, item)
+        return
     m = 0
     while m < vectors:  # outside the rows: the vectors of a pass stay in the first cache
         left = vectors - m
@@ -192,28 +278,49 @@ def _dense(op, number, like, sums, item):  # type: ignore[no-untyped-def]
 @inlined
 def _eights(op, like, sums, item):  # type: ignore[no-untyped-def]
     """4 rows of 8 bits (O, D), 5 their scales (O) fp32, 6 bounds (O) fp32, 7 lengths of x (M), 8 best (items, M), 9 D,
-    10 O, 11 x (M, ..) fp32, 12 bytes of its row, 13 out (M, ..), 14 its row, 23 rows of an item, 24 M."""
+    10 O, 11 x (M, ..) fp32, 12 bytes of its row, 13 out (M, ..), 14 its row, 15 x in whole numbers (M, ..), 16 bytes of
+    its row, 17 its steps (M), 23 rows of an item, 24 M."""
     d, vectors, row = op[9], op[24], op[12]
+    steps = array(op[17], (vectors,), np.float32)
     scales, bounds = array(op[5], (op[10],), np.float32), array(op[6], (op[10],), np.float32)
     lengths, best = array(op[7], (vectors,), np.float32), array(op[8] + item * vectors * 4, (vectors,), np.float32)
     for m in range(vectors):
         best[m] = np.float32(-np.inf)
     for r in range(item * op[23], min(op[10], item * op[23] + op[23])):
-        m = 0
-        while m < vectors:
-            w, x, to = op[4] + r * d, op[11] + m * row, sums.ctypes.data + m * 4
-            if vectors - m >= 8:
-                nibbles.eights_8(like, w, x, row, d // nibbles.WHOLE, to)
-                m += 8
-            elif vectors - m >= 4:
-                nibbles.eights_4(like, w, x, row, d // nibbles.WHOLE, to)
-                m += 4
-            elif vectors - m >= 2:
-                nibbles.eights_2(like, w, x, row, d // nibbles.WHOLE, to)
-                m += 2
-            else:
-                nibbles.eights_1(like, w, x, row, d // nibbles.WHOLE, to)
-                m += 1
+        if like.itemsize == 2:
+            m = 0
+            while m < vectors:
+                w, x, to = op[4] + r * d, op[11] + m * row, sums.ctypes.data + m * 4
+                if vectors - m >= 8:
+                    nibbles.eights_8(like, w, x, row, d // nibbles.WHOLE, to)
+                    m += 8
+                elif vectors - m >= 4:
+                    nibbles.eights_4(like, w, x, row, d // nibbles.WHOLE, to)
+                    m += 4
+                elif vectors - m >= 2:
+                    nibbles.eights_2(like, w, x, row, d // nibbles.WHOLE, to)
+                    m += 2
+                else:
+                    nibbles.eights_1(like, w, x, row, d // nibbles.WHOLE, to)
+                    m += 1
+        else:
+            m = 0
+            while m < vectors:
+                w, x, to = op[4] + r * d, op[15] + m * op[16], sums.ctypes.data + m * 4
+                if vectors - m >= 8:
+                    words.eights_8(like, w, x, op[16], d // nibbles.WHOLE, to)
+                    m += 8
+                elif vectors - m >= 4:
+                    words.eights_4(like, w, x, op[16], d // nibbles.WHOLE, to)
+                    m += 4
+                elif vectors - m >= 2:
+                    words.eights_2(like, w, x, op[16], d // nibbles.WHOLE, to)
+                    m += 2
+                else:
+                    words.eights_1(like, w, x, op[16], d // nibbles.WHOLE, to)
+                    m += 1
+            for m in range(vectors):
+                sums[m] *= steps[m]
         for m in range(vectors):
             about = sums[m] * scales[r]
             array(op[13] + (m * op[14] + r) * 4, (1,), np.float32)[0] = about
@@ -241,84 +348,8 @@ def _exact(op, like, sums, item):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _rotate(op, number, like, item):  # type: ignore[no-untyped-def]
-    """4 q, k, v (M, (H + 2 K) d), 5 H, 6 K, 7 d, 8 R, 9 cos (M, R), 10 sin, 11 weight of q's norm, 12 of k's, 13 eps,
-    14 one_plus, 15 keys (M, K, d, T), 16 values (M, K, T, d), 17 T, 18 positions (M)."""
-    heads, key_heads, d, wide, room = op[5], op[6], op[7], op[8], op[17]
-    m, head = item // (heads + key_heads), item % (heads + key_heads)
-    x = array(op[4] + (m * (heads + 2 * key_heads) + head) * d * 4, (d,), np.float32)
-    weights = op[11] if head < heads else op[12]
-    if weights != 0:
-        weight, total = array(weights, (d,), like.dtype), np.float32(0.0)
-        for j in range(d):
-            total += x[j] * x[j]
-        share = np.float32(1.0) / np.float32(math.sqrt(total / np.float32(d) + np.float32(number[13])))
-        for j in range(d):
-            x[j] *= share * (load(weight[j]) + np.float32(op[14]))
-    cos, sin = array(op[9] + m * wide * 4, (wide,), np.float32), array(op[10] + m * wide * 4, (wide,), np.float32)
-    half = wide // 2
-    for j in range(half):
-        a, b = x[j], x[half + j]
-        x[j], x[half + j] = a * cos[j] - b * sin[j], b * cos[half + j] + a * sin[half + j]
-    if head >= heads:
-        at, place = m * key_heads + head - heads, array(op[18], (m + 1,), np.int64)[m]
-        keys = array(op[15] + at * d * room * like.itemsize, (d * room,), like.dtype)
-        values = array(op[16] + (at * room + place) * d * like.itemsize, (d,), like.dtype)
-        v = array(op[4] + (m * (heads + 2 * key_heads) + head + key_heads) * d * 4, (d,), np.float32)
-        for j in range(d):
-            keys[j * room + place] = store(x[j], keys)
-            values[j] = store(v[j], values)
-
-
-@inlined
-def _scores(q, keys, room, first, last, scale, cap, s):  # type: ignore[no-untyped-def]
-    """q (d), keys (d, T) -> s[: last - first], scaled, maybe capped; returns the largest."""
-    n = last - first
-    for t in range(n):
-        s[t] = np.float32(0.0)
-    for c in range(len(q)):
-        row, one = keys[c * room + first : c * room + last], q[c]
-        for t in range(n):
-            s[t] += one * load(row[t])
-    most = np.float32(-3.0e38)
-    for t in range(n):
-        score = s[t] * scale
-        if cap != np.float32(0.0):
-            score = cap * np.float32(math.tanh(score / cap))
-        s[t] = score
-        most = score if score > most else most
-    return most
-
-
-@inlined
-def _attend(op, number, like, order, s, item):  # type: ignore[no-untyped-def]
-    """4..7, 15..18 as in `_rotate`; 19 scale, 20 cap, 21 window, 22 plain out (M, D'), 23 ordered out, 24 D'."""
-    heads, key_heads, d, room, wide = op[5], op[6], op[7], op[17], op[24]
-    m, head = item // heads, item % heads
-    q = array(op[4] + (m * (heads + 2 * key_heads) + head) * d * 4, (d,), np.float32)
-    at = m * key_heads + head * key_heads // heads
-    keys = array(op[15] + at * d * room * like.itemsize, (d * room,), like.dtype)
-    values = array(op[16] + at * d * room * like.itemsize, (d * room,), like.dtype)
-    last = array(op[18], (m + 1,), np.int64)[m] + 1
-    first = max(0, last - op[21]) if op[21] > 0 else 0
-    most = _scores(q, keys, room, first, last, np.float32(number[19]), np.float32(number[20]), s)
-    total = np.float32(0.0)
-    for t in range(last - first):
-        e = exp_f32(s[t] - most)
-        s[t] = e
-        total += e
-    out = array(op[22] + (m * wide + head * d) * 4, (d,), np.float32)
-    for c in range(d):
-        out[c] = np.float32(0.0)
-    for t in range(last - first):
-        row, one = values[(first + t) * d : (first + t + 1) * d], s[t] / total
-        for c in range(d):
-            out[c] += one * load(row[c])
-
-
-@inlined
-def _gate(op, like, order, item):  # type: ignore[no-untyped-def]
-    """4 gate (M, ..), 5 up (M, ..), 6 their row, 7 I, 8 kind, 22 plain out (M, D'), 23 ordered out, 24 D'."""
+def _gate(op, like, item):  # type: ignore[no-untyped-def]
+    """4 gate (M, ..), 5 up (M, ..), 6 their row, 7 I, 8 kind, 9 M, 22 plain out (M, D'), 23 ordered out, 24 D'."""
     inner, wide = op[7], op[24]
     parts = (wide + GATE_ELEMENTS - 1) // GATE_ELEMENTS
     m, first = item // parts, item % parts * GATE_ELEMENTS
@@ -335,8 +366,7 @@ def _gate(op, like, order, item):  # type: ignore[no-untyped-def]
             v = g[j]
             z = np.float32(1.5957691216) * (v + np.float32(0.044715) * v * v * v)  # 2 sqrt(2 / pi)
             to[j] = v * sigmoid(z) * u[j]
-    ordered = array(op[23] + m * wide * like.itemsize, (wide,), like.dtype)
-    _in_order(out, ordered, first, min(wide, first + GATE_ELEMENTS), order)
+    _in_order(out, like, op[23], m, op[9], first, min(wide, first + GATE_ELEMENTS))
 
 
 @inlined
@@ -352,15 +382,14 @@ def _make(element: type) -> object:
     @kernel
     def token(address):  # type: ignore[no-untyped-def]
         """Slots: 0 operations, 1 their number, 2 the first, 3 the last, 4 counters, 5 most groups of 256 blocks in an
-        item, 6 T, 7 order, 8 sched_yield."""
+        item, 6 T, 7 bytes of scratch, 8 sched_yield."""
         slot = carray(address, (32,), np.int64)
         ops = array(slot[0], (slot[1] * WIDTH,), np.int64)
         numbers = array(slot[0], (slot[1] * WIDTH,), np.float64)
         counters = array(slot[4], (2 * slot[1] * LINE,), np.int64)
-        order = array(slot[7], (nibbles.CHUNK,), np.int64)
         like = array(slot[0], (1,), element)
         lookups, s = np.empty(slot[5] * nibbles.GROUP, np.float32), np.empty(slot[6], np.float32)
-        sums = np.empty(64, np.float32)
+        sums, scratch = np.empty(64, np.float32), np.empty(slot[7], np.uint8)
         for i in range(slot[2], slot[3]):
             op, number = ops[i * WIDTH : (i + 1) * WIDTH], numbers[i * WIDTH : (i + 1) * WIDTH]
             _wait(counters, op[2], op[3], ops, slot[8])
@@ -370,21 +399,21 @@ def _make(element: type) -> object:
                 if item >= op[1]:
                     break
                 if op[0] == CODES:
-                    _codes(op, number, like, lookups, sums, item)
+                    _codes(op, number, like, lookups, sums, scratch, item)
                 elif op[0] == DENSE:
                     _dense(op, number, like, sums, item)
                 elif op[0] == NORM:
-                    _norm(op, number, like, order, item)
+                    _norm(op, number, like, item)
                 elif op[0] == ROTATE:
-                    _rotate(op, number, like, item)
+                    attend.rotate(op, number, like, item)
                 elif op[0] == ATTEND:
-                    _attend(op, number, like, order, s, item)
+                    attend.attend(op, number, like, s, item)
                 elif op[0] == EIGHTS:
                     _eights(op, like, sums, item)
                 elif op[0] == EXACT:
                     _exact(op, like, sums, item)
                 else:
-                    _gate(op, like, order, item)
+                    _gate(op, like, item)
                 take(done)
 
     return token
