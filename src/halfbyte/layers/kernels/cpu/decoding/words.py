@@ -13,7 +13,7 @@ Source: VPMADDWD, VPSHUFB in Intel's SDM volume 2; the order is ours.
 Cost: 64 weights, cycles of Zen 3: see docs/log.md, "Several texts at once".
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 from llvmlite import ir
@@ -169,7 +169,7 @@ _ARGUMENTS = (
 )  # fmt: skip
 
 
-def _product(build_sums: Any, count: int) -> Any:
+def _product(build_sums: Callable[[Code, int, dict[str, Value]], None], count: int) -> Callable[..., None]:
     """An intrinsic: eight rows of codes times vectors -> out (vectors, 8) in fp32.
 
     Its arguments: like: an array of float32; of another type nothing is done. Then int64 (addresses, bytes, counts).
@@ -188,7 +188,8 @@ def _product(build_sums: Any, count: int) -> Any:
 
         return types.void(like, *(len(_ARGUMENTS) * [types.int64])), build
 
-    return eight_rows
+    made: Callable[..., None] = eight_rows
+    return made
 
 
 near_1, near_2, near_4 = (_product(_near, n) for n in (1, 2, 4))
@@ -232,7 +233,7 @@ def scales_of(typing_context, like, at, lookup, first, blocks, rows, out):  # ty
     return types.void(like, *(6 * [types.int64])), build
 
 
-def _onto(count: int) -> Any:
+def _onto(count: int) -> Callable[..., None]:
     """An intrinsic: sums (count, 8) += h (count, R) times up (R, 8), one rank after the other.
 
     Its arguments: like. Then int64. sums. up, up_row: bytes from a rank to the next. h, h_row, ranks.
@@ -258,7 +259,8 @@ def _onto(count: int) -> Any:
 
         return types.void(like, *(6 * [types.int64])), build
 
-    return add
+    made: Callable[..., None] = add
+    return made
 
 
 onto_1, onto_2, onto_4, onto_8 = (_onto(n) for n in (1, 2, 4, 8))
@@ -342,7 +344,7 @@ def rounded_whole(typing_context, like, x, count, most, numbers, step):  # type:
     return types.void(like, types.int64, types.int64, types.float32, types.int64, types.int64), build
 
 
-def _eights(vectors: int) -> Any:
+def _eights(vectors: int) -> Callable[..., None]:
     """An intrinsic: a row of whole numbers of 8 bits times vectors of whole numbers of 16 -> out (vectors,) in fp32.
 
     Its arguments: like. Then int64. w: the row. x, x_row: bytes from one vector to the next. wholes: of 64 numbers.
@@ -372,7 +374,8 @@ def _eights(vectors: int) -> Any:
 
         return types.void(like, *(5 * [types.int64])), build
 
-    return row_dots
+    made: Callable[..., None] = row_dots
+    return made
 
 
 eights_1, eights_2, eights_4, eights_8 = (_eights(n) for n in (1, 2, 4, 8))
