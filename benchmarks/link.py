@@ -1,6 +1,6 @@
 """An all-reduce between machines that are network namespaces of this one, over a shaped link, beside the plan.
 
-    python benchmarks/link.py --machines 2 --rate 1Gb/s --delay 1 --loss 1      # root and `ip` are needed
+    python benchmarks/link.py --machines 2 --link 1Gb/s,1ms --loss 1      # root and `ip` are needed
 
 The link is benchmarks/relay.py: a rate for each sender, a delay, a share of packets lost. Of the all-reduces of a size
 the least and the middle one are told.
@@ -45,8 +45,9 @@ def rank(sizes: list[int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--machines", type=int, default=2)
-    parser.add_argument("--rate", default="1Gb/s")
-    parser.add_argument("--delay", type=float, default=0.0, help="ms, one way")
+    parser.add_argument(
+        "--link", default="1Gb/s,1ms", help="of each machine: what it sends a second, its delay one way"
+    )
     parser.add_argument("--loss", type=float, default=0.0, help="%% of packets")
     parser.add_argument("--mtu", type=int, default=65_000, help="bytes of a packet; 1500 up to 100Mb/s")
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 20, 160], help="MB")
@@ -57,7 +58,8 @@ def main() -> None:
     from benchmarks.relay import Link, Machines
     from halfbyte.distributed import scaling
 
-    link = Link(scaling.link_of(args.rate), args.delay / 1000, args.loss / 100, args.mtu)
+    asked = scaling.link_of(args.link)
+    link = Link(asked.bytes_s, asked.delay_s, args.loss / 100, args.mtu)
     with Machines(args.machines, link) as machines:
         started = []
         for n in range(args.machines):
@@ -66,9 +68,9 @@ def main() -> None:
             env = os.environ | machines.env(n) | own
             started.append(subprocess.Popen(line, env=env, stdout=subprocess.PIPE, text=True))
         said = [each.communicate(timeout=400)[0] for each in started]
-    what = f"{args.machines} machines, {args.rate}, {args.delay:g} ms, {args.loss:g}% lost, packets of {args.mtu}"
+    what = f"{args.machines} machines, {args.link}, {args.loss:g}% lost, packets of {args.mtu}"
     for size, *seconds in json.loads(said[0].strip().splitlines()[-1]):
-        planned = scaling.reduce_seconds(size, args.machines, link.bytes_s, max(scaling.LATENCY_S, link.delay_s))
+        planned = scaling.reduce_seconds(size, args.machines, asked)
         least, middle = seconds[0], seconds[len(seconds) // 2]
         ratios = f"{least / planned:.2f} and {middle / planned:.2f} of the plan's {planned:.3f} s"
         print(f"{what}; {size / 1e6:.0f} MB: {least:.3f} s at least, {middle:.3f} in the middle: {ratios}")

@@ -106,6 +106,19 @@ class Processes:
                 process.kill() if process.is_alive() else None
                 process.join()
 
+    def times(self, seconds: float) -> tuple[list[int | None], list[float]]:
+        """The exit code of each, None where it did not end by itself, and when; afterwards all are gone."""
+        until, codes, at = time.monotonic() + seconds, dict[int, int](), dict[int, float]()
+        while len(codes) < len(self._processes) and time.monotonic() < until:
+            for rank, process in enumerate(self._processes):
+                if rank not in codes and process.exitcode is not None:
+                    codes[rank], at[rank] = process.exitcode, time.monotonic()
+            time.sleep(0.05)
+        self.codes([], 0)
+        return [codes.get(rank) for rank in range(len(self._processes))], [
+            at.get(n, until) for n in range(len(self._pipes))
+        ]
+
     def end(self, seconds: float = 120) -> list[Ended]:
         """Wait for all; those that are not back in time are killed, and an AssertionError says so."""
         ended: list[Ended] = []

@@ -174,7 +174,9 @@ def plan(
     nodes: Annotated[
         int | None, typer.Option("--nodes", min=1, max=4096, help="Also on so many machines like this one.")
     ] = None,
-    link: Annotated[str, typer.Option("--link", help="With --nodes: what joins them, 1Gb/s or 125MB/s.")] = "1Gb/s",
+    link: Annotated[
+        str, typer.Option("--link", help="With --nodes: what joins them, 1Gb/s or 125MB/s; with a delay 1Gb/s,5ms.")
+    ] = "1Gb/s",
     json_: Json = False,
 ) -> None:
     """What a training takes (memory, disk, time) and how it fits, before anything is downloaded or loaded. Exit code 3

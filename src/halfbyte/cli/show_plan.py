@@ -58,9 +58,10 @@ def planned(value: Planned) -> None:
 
 def scaled(value: Scaled) -> None:
     """A step on more machines: what each holds, what the sum of gradients takes, what it brings and where that ends."""
-    asked, link, alone = value.asked, value.link_bytes_s * 8 / 1e9, value.others[0].step_s
+    asked, alone = value.asked, value.others[0].step_s
+    link = f"{value.link.bytes_s * 8 / 1e9:g} Gb/s, {value.link.delay_s * 1e3:g} ms"
     held = f"{show.gb(value.plan.private_bytes)} private, {show.gb(value.plan.file_bytes)} of pages of files"
-    summed = f"{asked.reduce_s:.2f} s to sum {show.gb(value.wire_bytes)} of gradients over {link:g} Gb/s"
+    summed = f"{asked.reduce_s:.2f} s to sum {show.gb(value.wire_bytes)} of gradients over {link}"
     share = f"{asked.compute_s:.2f} s for the fullest share ({asked.balance:.2f} of the mean one)"
     show.text("")
     show.labelled("nodes", f"{asked.nodes}; each process holds {held}")

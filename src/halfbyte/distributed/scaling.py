@@ -2,7 +2,7 @@
 
 What: a step's rows are dealt out by their tokens, so the fullest share is the step; then one all-reduce of 4 bytes for
 each trained number, in a ring: each process sends and receives 2 (N - 1) / N of the buffer, in 2 (N - 1) messages.
-Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009. The link's speed is taken as it is given.
+Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009. The link is taken as it is given.
 Cost: milliseconds; no torch.
 """
 
@@ -21,14 +21,26 @@ from halfbyte.errors import RecipeError
 from halfbyte.plan.ahead import Planned
 from halfbyte.types import Document
 
-LATENCY_S = 0.0002  # of a message between two machines of one room; a round figure
+DELAY_S = 0.0002  # of a message between two machines of one room; a round figure
 BYTES_EACH = 4
 LOOKED_AT_STEPS = 50
 MOST_NODES = 4096
 GAIN = 1.1  # a doubling of machines that is less faster than this is not worth it
-_LINK = re.compile(r"(?P<size>\d+(?:\.\d+)?)\s*(?P<unit>[kMGT]?)(?P<kind>b|B|bit)(?:it)?(?:/s|ps)", re.ASCII)
+_LINK = re.compile(
+    r"(?P<size>\d+(?:\.\d+)?)\s*(?P<unit>[kMGT]?)(?P<kind>b|B|bit)(?:it)?(?:/s|ps)"
+    r"(?:\s*,\s*(?P<delay>\d+(?:\.\d+)?)\s*ms)?",
+    re.ASCII,
+)
 _UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-LINK_HELP = "1Gb/s or 100Mb/s in bits, 125MB/s in bytes"
+LINK_HELP = "1Gb/s or 100Mb/s in bits, 125MB/s in bytes; with a delay (one way): 1Gb/s,5ms"
+
+
+@dataclass(frozen=True)
+class Link:
+    """What joins machines: bytes a second that each can send, and seconds until they arrive."""
+
+    bytes_s: float
+    delay_s: float = DELAY_S
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class Scaled:
     others: tuple[OnNodes, ...]
     last: OnNodes
     wire_bytes: int
-    link_bytes_s: float
+    link: Link
     plan: memory.Plan
 
     def to_json(self) -> Document:
@@ -64,24 +76,25 @@ class Scaled:
         return {**made, "memory_of_each": {"private": self.plan.private_bytes, "file": self.plan.file_bytes}}
 
 
-def link_of(text: str) -> float:
-    """Bytes a second of `1Gb/s` (bits) or `125MB/s` (bytes).
+def link_of(text: str) -> Link:
+    """`1Gb/s` (bits) or `125MB/s` (bytes), with a delay `1Gb/s,5ms`.
 
     Raises:
         RecipeError: anything else.
     """
     match = _LINK.fullmatch(text.strip())
     if match is None or float(match["size"]) <= 0:
-        raise RecipeError(f"--link {text!r} is not the speed of a link; allowed: {LINK_HELP}.", fix="--link 1Gb/s")
-    return float(match["size"]) * _UNITS[match["unit"]] / (1 if match["kind"] == "B" else 8)
+        raise RecipeError(f"--link {text!r} is not a link; allowed: {LINK_HELP}.", fix="--link 1Gb/s")
+    speed = float(match["size"]) * _UNITS[match["unit"]] / (1 if match["kind"] == "B" else 8)
+    return Link(speed) if match["delay"] is None else Link(speed, float(match["delay"]) / 1000)
 
 
-def reduce_seconds(size: int, nodes: int, link_bytes_s: float, latency_s: float = LATENCY_S) -> float:
+def reduce_seconds(size: int, nodes: int, link: Link) -> float:
     """Of an all-reduce of so many bytes in a ring."""
-    return 0.0 if nodes == 1 else 2 * (nodes - 1) * (size / nodes / link_bytes_s + latency_s)
+    return 0.0 if nodes == 1 else 2 * (nodes - 1) * (size / nodes / link.bytes_s + link.delay_s)
 
 
-def expect(planned: Planned, nodes: int, link_bytes_s: float) -> Scaled:
+def expect(planned: Planned, nodes: int, link: Link) -> Scaled:
     """Seconds of a step on `nodes` machines like the planned one."""
     job, size = planned.figures, BYTES_EACH * planned.figures.trainable
     alone = planned.plan.time.step_s
@@ -91,7 +104,7 @@ def expect(planned: Planned, nodes: int, link_bytes_s: float) -> Scaled:
         if count > 1:
             made = memory.make(replace(job, ranks=count), planned.device, planned.rates)
         balance = _balance(job, count)
-        compute, reduce = made.time.step_s * balance, reduce_seconds(size, count, link_bytes_s)
+        compute, reduce = made.time.step_s * balance, reduce_seconds(size, count, link)
         return OnNodes(count, compute, balance, reduce, alone / max(1e-9, compute + reduce)), made
 
     asked, each = on(nodes)
@@ -101,7 +114,7 @@ def expect(planned: Planned, nodes: int, link_bytes_s: float) -> Scaled:
         if last.step_s < GAIN * more.step_s:
             break
         last = more
-    return Scaled(asked, tuple(every), last, size, link_bytes_s, each)
+    return Scaled(asked, tuple(every), last, size, link, each)
 
 
 def _doublings(most: int) -> Iterator[int]:

@@ -122,15 +122,15 @@ class Group(World):
         """Find the others, watch them, and open the process group."""
         place, host = self._place, socket.gethostname()
         self._meet()
-        own = {"host": host, "boot": launch.boot(), "agent": launch.agent(), "process": launch.process()}
-        places = self.gather(own)
+        places = self.gather({"host": host, "boot": launch.boot(), "agent": launch.agent()})
+        processes = self.gather(launch.process())
         self.names = tuple(f"rank {rank} of {self.size} on {p['host']}" for rank, p in enumerate(places))
         self.agents = tuple(p["agent"] for p in places)
         beside = [rank for rank, p in enumerate(places) if p["boot"] == places[self.rank]["boot"]]
         self.machines = len({p["boot"] for p in places})
         self.local_rank = beside.index(self.rank) if place.local_rank is None else place.local_rank
         self.local_size, self._beside = len(beside), beside
-        near = {rank: tuple(places[rank]["process"]) for rank in beside}
+        near = {rank: processes[rank] for rank in beside}
         self._watch = Watch(self._second, self.rank, list(self.names), self._on_fault, near)
         self._watch.start()
         self._open()
