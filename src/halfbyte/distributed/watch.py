@@ -129,7 +129,7 @@ class Watch:
             if self.fault is not None or self._ends.is_set():
                 return
             self.fault = fault
-        if fault.silent and fault.rank in self._beside and fault.rank != self._rank:
+        if fault.silent and fault.rank is not None and fault.rank in self._beside:
             launch.end(*self._beside[fault.rank])
         self._on_fault()
 
