@@ -82,9 +82,11 @@ def losses(run: Path) -> list[float]:
     return [row[name] for row in rows for name in ("loss", "eval_loss") if name in row]
 
 
-def seen(path: Path) -> float:
+def seen(path: Path, processes: together.Processes | None = None) -> float:
     until = time.monotonic() + GIVE_UP_S
     while not path.exists():
+        if processes is not None and processes.over():
+            ended(processes)
         if time.monotonic() > until:
             raise TimeoutError(str(path))
         time.sleep(0.005)
@@ -96,7 +98,7 @@ def cut(number: int, homes: list[Path], machines: relay.Machines, lasts: float, 
     draw, run = random.Random(number), f"cut-{number}"
     which, after = draw.randrange(len(homes)), draw.uniform(0, lasts)
     processes = started(homes, run, machines)
-    seen(homes[0] / run)
+    seen(homes[0] / run, processes)
     time.sleep(after)
     machines.cut(which)
     at = time.monotonic()
@@ -173,7 +175,7 @@ def main() -> None:
             tiny_run.recipe(home, **VALUES, data__eval=home / "held.jsonl")
         ended(together.Processes(1, machine, str(homes[0]), "alone", False, None))
         processes = started(homes, "whole", machines)
-        began = seen(homes[0] / "whole")
+        began = seen(homes[0] / "whole", processes)
         ended(processes)
         lasts = time.monotonic() - began
         wanted = left(homes[0] / "whole")[0]

@@ -254,6 +254,9 @@ def test_what_differs_is_named_with_who_has_it() -> None:
     text = str(caught.value)
     assert "recipe.seed: 1, but 2 (rank 1)" in text
     assert "rows.digest" in text and "more: None, but 1 (rank 1)" in text
+    long = [{"base": "x" * 30 + end} for end in "aab"]  # alike where they are cut
+    with pytest.raises(WorldError, match=r"base: x+\.\.\., but x+\.\.\. \(rank 2\)"):
+        agree.check(Seen(*long), {})
     with pytest.raises(WorldError, match=r"quant\.compute_dtype"):
         agree.check(Seen({"compute_dtype": "bf16"}, {"compute_dtype": "fp32"}), {})
 

@@ -106,6 +106,9 @@ class Processes:
                 process.kill() if process.is_alive() else None
                 process.join()
 
+    def over(self) -> bool:
+        return all(process.exitcode is not None for process in self._processes)
+
     def times(self, seconds: float) -> tuple[list[int | None], list[float]]:
         """The exit code of each, None where it did not end by itself, and when; afterwards all are gone."""
         until, codes, at = time.monotonic() + seconds, dict[int, int](), dict[int, float]()

@@ -38,11 +38,12 @@ def check(world: World, about: Document) -> None:
         return
     lines = []
     for name in names[:MOST]:
-        values = Counter(_text(each.get(name)) for each in found)
-        usual = values.most_common(1)[0][0] if values.most_common(1)[0][1] > 1 else _text(found[0].get(name))
-        all_of = enumerate(_text(each.get(name)) for each in found)
-        others = [f"{value} ({world.names[rank]})" for rank, value in all_of if value != usual]
-        lines.append(f"  - {name}: {usual}, but {', '.join(others[:MOST])}{' ...' if len(others) > MOST else ''}")
+        values = [str(each.get(name)) for each in found]
+        (most, times), *_ = Counter(values).most_common(1)
+        usual = most if times > 1 else values[0]
+        others = [f"{_text(value)} ({world.names[rank]})" for rank, value in enumerate(values) if value != usual]
+        rest = " ..." if len(others) > MOST else ""
+        lines.append(f"  - {name}: {_text(usual)}, but {', '.join(others[:MOST])}{rest}")
     if len(names) > MOST:
         lines.append(f"  - and {len(names) - MOST} more")
     fix = "the same model, rows and versions on every machine"
@@ -59,8 +60,7 @@ def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
         yield name, value
 
 
-def _text(value: object) -> str:
-    text = str(value)
+def _text(text: str) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
@@ -97,7 +97,8 @@ def join(world: World, belongs: Document, model: Model, threads: int) -> str:
     in a line, nothing where this process is alone.
 
     Args:
-        belongs: base, quantiser, tokenizer and chat template, as `adapters.passport` makes it.
+        belongs: base, quantiser, tokenizer and chat template, as `adapters.passport` makes it. What a base is called is
+            not compared: each machine may have it in a folder of its own.
 
     Raises:
         WorldError: not all processes have the same of these.
@@ -106,7 +107,7 @@ def join(world: World, belongs: Document, model: Model, threads: int) -> str:
         return ""
     from halfbyte.distributed.step import same_start
 
-    check(world, belongs)
+    check(world, {**belongs, "base": belongs["base"]["content"]})
     same_start(world, model.parameters())
     return described(world, threads, measure(world))
 
