@@ -136,7 +136,7 @@ PLATFORMS: tuple[Platform, ...] = (
         "Linux, ARM64 (Graviton, Grace, Ampere, Raspberry Pi 5)",
         lambda m: m.system == "linux" and m.arm,
         "everything, in bf16 where the processor has it, else fp32; kernels in NEON; decoding without its kernels",
-        "emulated: kernels, a training, its resumption and an answer under qemu-user, torch 2.10 (tests/arm64.sh)",
+        "emulated: tests of kernels and quantiser, training, resumption, answer; qemu, torch 2.10 (tests/arm64.sh)",
         "not measured",
         "PyPI's torch is a build for CUDA from 2.11 on; for processors alone " + CPU_TORCH,
     ),
