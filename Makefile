@@ -31,6 +31,7 @@ test: $(INSTALLED_DEV)
 	$(PYTEST) -m "not slow"
 
 test-slow: $(INSTALLED_DEV)
+	$(BIN)/python -m pip install --quiet -e '.[harness]'
 	$(PYTEST) -m slow
 
 # Both are tested, even if the first fails.

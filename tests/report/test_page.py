@@ -149,7 +149,7 @@ def test_a_page_holds_what_the_folder_says(tmp_path: Path) -> None:
     words = " ".join(parser.words)
     for said in (
         *("finished", "held-out rows", "Learning rate", "Gradient norm", "Speed", "Memory", "planned, needed"),
-        *("exact match", "[0.86, 0.99]", "lengths: all fit", "rows.jsonl:1", "proven", "lora.r", "torch 2.13"),
+        *("exact_match", "[0.86, 0.99]", "lengths: all fit", "rows.jsonl:1", "proven", "lora.r", "torch 2.13"),
         *("1 values are defaults", "blue", "red", "smoothed over"),
     ):
         assert said in words, said
@@ -221,7 +221,7 @@ def steps_down(run: RunFolder) -> None:
             lambda run: (run.checkpoints / "step-000020").mkdir(),
             "The run was stopped at step 20 of 20: with a checkpoint at step 20",
         ),
-        (lambda run: run.metrics.open("a").write("torn\n"), "1 lines of metrics.jsonl could not be read"),
+        (lambda run: run.metrics.open("a").write("torn\n"), "metrics.jsonl that could not be read: 1"),
         (lambda run: run.metrics.unlink(), "The run never began at step 0 of 20: it ended before its first step"),
     ],
 )

@@ -73,11 +73,14 @@ def evaluate(
     folder = to or (sheet.folder_of(run, data) if found.run is not None else None)
     ready = opened(run, overrides, silent=json_, force=force)
     from halfbyte.inference import evaluate as scoring
+    from halfbyte.report import page
 
     with progress.scoring(silent=json_) as tell:
         made = scoring.evaluate(ready, wanted, data=data, progress=tell)
     if folder is not None:
         made.keep(folder)
+    if found.run is not None and folder == sheet.folder_of(run, None):
+        page.renew(run)
     if json_:
         show.document({**made.to_json(), "folder": None if folder is None else str(folder)})
     else:

@@ -81,8 +81,9 @@ def check(fast: Tensor, own: Tensor, layers: int) -> float:
 
 
 def layers_of(lm: Model) -> list[nn.Module]:
+    """Those of the text's decoder: beside it may be a tower for pictures, of more parameters."""
     try:
-        return structure.decoder_layers(lm)
+        return structure.decoder_layers(structure.body(structure.causal_lm(lm)))
     except BaseModelError as why:
         raise Slower(str(why)) from why
 

@@ -24,6 +24,7 @@ from markupsafe import Markup
 from halfbyte.report import curves, plots, record, series
 from halfbyte.report.record import Record
 from halfbyte.runs.folder import RunFolder
+from halfbyte.scoring.intervals import CONFIDENCE
 from halfbyte.system import files
 
 WEB = Path(__file__).parent / "web"
@@ -44,10 +45,15 @@ def kept(run: RunFolder) -> Iterator[None]:
     try:
         yield
     finally:
-        try:
-            write(run.path, ours=True)
-        except Exception as error:
-            _log.warning(f"{run.page} could not be made: {type(error).__name__}: {error}")
+        renew(run.path, ours=True)
+
+
+def renew(run: Path, *, ours: bool = False) -> None:
+    """Make the page anew beside something else that ends well without it: if it cannot be made, that is a warning."""
+    try:
+        write(run, ours=ours)
+    except Exception as error:
+        _log.warning(f"{RunFolder(run).page} could not be made: {type(error).__name__}: {error}")
 
 
 def html(run: Record, *, live: bool = False) -> str:
@@ -65,6 +71,7 @@ def html(run: Record, *, live: bool = False) -> str:
         "facts": facts(run),
         "happened": happened(run),
         "most_rows": max((part["rows"] for part in run.started.get("histogram") or []), default=1),
+        "confidence": CONFIDENCE,
         "made": time.strftime("%Y-%m-%d %H:%M"),
     }  # fmt: skip
     return render("run.html", **values)
@@ -141,7 +148,7 @@ def happened(run: Record) -> list[str]:
     if missing > 0:
         said.append(f"{missing:,} steps have no number for their loss; they are gaps, marked ×.")
     if run.metrics.unread:
-        said.append(f"{run.metrics.unread:,} lines of metrics.jsonl could not be read.")
+        said.append(f"Lines of metrics.jsonl that could not be read: {run.metrics.unread:,}.")
     return said
 
 

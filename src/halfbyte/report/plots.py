@@ -132,9 +132,9 @@ def svg(chart: Chart, *, width: int = 420, height: int = 250) -> Markup:
     )
     about = " ".join(f'data-{k}="{v}"' for k, v in axis_data(x, y, chart.x_unit).items())
     attributes = Markup(f" {about}>")  # numbers, and a unit that is escaped  # nosec B704
-    parts = [box, attributes, head, _grid(x, y, chart.x_unit), _levels(chart, x, y), _events(chart, x, y)]
+    parts = [box, attributes, head, _grid(x, y, chart.x_unit), _events(chart, x, y)]
     parts += [_line(line, x, y) for line in chart.lines]
-    parts += [_legend(chart, width), Markup("</svg>")]
+    parts += [_levels(chart, x, y), _legend(chart, width), Markup("</svg>")]
     return Markup("").join(parts)
 
 
@@ -165,12 +165,16 @@ def _grid(x: Axis, y: Axis, unit: str) -> Markup:
 
 
 def _levels(chart: Chart, x: Axis, y: Axis) -> Markup:
-    parts = []
+    """Dashed lines with their names, the highest above its line and the others below, so that none covers another."""
+    parts, highest = [], max((value for _, value in chart.levels), default=0.0)
     for name, value in chart.levels:
         at = y.at(value)
+        beside = at - 4 if value == highest else at + 13
         parts.append(Markup('<path class="line plan" d="M{:.0f} {:.1f}H{:.0f}"/>').format(x.start, at, x.end))
         said = f"{name} {short(value)}"
-        parts.append(Markup('<text class="tick end" x="{:.0f}" y="{:.1f}">{}</text>').format(x.end - 2, at - 4, said))
+        parts.append(
+            Markup('<text class="tick end level" x="{:.0f}" y="{:.1f}">{}</text>').format(x.end - 2, beside, said)
+        )
     return Markup("").join(parts)
 
 

@@ -81,7 +81,8 @@ class Pace:
         needed = self.need(largest, self.recompute)
         if free >= needed:
             return list(waiting)
-        reason = f"{(free + self.margin) / GB:.2f} GB are free, the next micro-batch needs {needed / GB:.2f}"
+        needs = f"the next micro-batch needs {needed / GB:.2f} beside a margin of {self.margin / GB:.2f}"
+        reason = f"{(free + self.margin) / GB:.2f} GB are free, {needs}"
         before = len(self.downs)
         while free < self.need(min(self.tokens, largest), self.recompute) and self.down(reason):
             pass

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from halfbyte.types import Config, Model
 
 _NORMS = {"input_layernorm", "post_attention_layernorm"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}
 _SANDWICH = _NORMS | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
 # Rotary embeddings that are another function of the position when a text is longer.
 _CHANGING_ROPES = {"dynamic", "longrope"}
@@ -247,6 +248,10 @@ class _Layer:
         self.is_sandwich = parts == _SANDWICH | {"self_attn", "mlp"}
         if not self.is_sandwich and parts != _NORMS | {"self_attn", "mlp"}:
             raise Unsupported(f"{type(layer).__name__} has {', '.join(sorted(parts))}")
+        # one token's logits hardly show what is done to its values alone, so the proof may not see these
+        inside = {name for name, _ in layer.self_attn.named_children()} - _ATTENTION
+        if more := inside | {name for name, _ in layer.named_buffers(recurse=False)}:
+            raise Unsupported(f"{type(layer).__name__} has {', '.join(sorted(more))}")
 
     def write(self) -> None:
         layer, tape, hidden = self.layer, self.tape, self.made.hidden
