@@ -73,18 +73,24 @@ def evaluate(
     folder = to or (sheet.folder_of(run, data) if found.run is not None else None)
     ready = opened(run, overrides, silent=json_, force=force)
     from halfbyte.inference import evaluate as scoring
-    from halfbyte.report import page
 
     with progress.scoring(silent=json_) as tell:
         made = scoring.evaluate(ready, wanted, data=data, progress=tell)
     if folder is not None:
-        made.keep(folder)
-    if found.run is not None and folder == sheet.folder_of(run, None):
-        page.renew(run)
+        _keep(made, folder, run if found.run is not None else None)
     if json_:
         show.document({**made.to_json(), "folder": None if folder is None else str(folder)})
     else:
         table(made, samples, folder)
+
+
+def _keep(made: Sheet, folder: Path, run: Path | None) -> None:
+    """Scores and answers on disk; the page of a run has those of its own rows."""
+    from halfbyte.report import page
+
+    made.keep(folder)
+    if run is not None and folder == run / "eval":
+        page.renew(run)
 
 
 def tasks(results: dict[str, Document]) -> None:
