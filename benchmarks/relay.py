@@ -50,16 +50,23 @@ def address(machine: int) -> str:
 def enter(space: str) -> None:
     """This thread, and what it starts, goes into a network namespace."""
     with open(f"/run/netns/{space}") as file:
-        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), f"setns to {space}")
+        _set(file.fileno(), space)
+
+
+def _set(number: int, name: str) -> None:
+    if ctypes.CDLL(None, use_errno=True).setns(number, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), f"setns to {name}")
 
 
 def card(space: str) -> BinaryIO:
-    """The file of a new card in a namespace."""
+    """The file of a new card in a namespace; this process stays where it is."""
+    own = os.open("/proc/self/ns/net", os.O_RDONLY)
     enter(space)
     file = open("/dev/net/tun", "r+b", buffering=0)  # noqa: SIM115  # stays open
     fcntl.ioctl(file, TUNSETIFF, struct.pack("16sH22x", space.encode(), IFF_TUN | IFF_NO_PI))
     os.set_blocking(file.fileno(), False)
+    _set(own, "its own")
+    os.close(own)
     return file
 
 

@@ -8,9 +8,9 @@ the run of one process, then that of all machines: its losses must be those of t
 which one machine's link goes silent, drawn evenly from the time between the run's folder and its report: every process,
 that of the machine which is cut off too, must end by itself within `WITHIN_S` of the moment at which the silence can be
 told from a pause, and once the link is whole again `--resume` must end in the bytes of the undisturbed run. With
-`--torchrun` the undisturbed run, and one whose last machine is killed and which is then resumed, are started by
-torchrun on each machine; everything else is forked from a process that has imported everything. Exit code 1: something
-failed.
+`--torchrun` the undisturbed run, and two whose last machine is killed or cut off and which are then resumed, are
+started by torchrun on each machine; everything else is forked from a process that has imported everything. Exit code 1:
+something failed.
 """
 
 from __future__ import annotations
@@ -132,22 +132,33 @@ def torchrun(
 
 
 def launched(homes: list[Path], machines: relay.Machines, lasts: float, wanted: bytes) -> None:
-    """By torchrun: a whole run, and one whose last machine is killed, resumed."""
+    """By torchrun: a whole run, and two whose last machine is killed or cut off, resumed."""
     codes = [each.wait(GIVE_UP_S) for each in torchrun(homes, "torchrun", machines, 29600)]
     same = not any(codes) and left(homes[0] / "torchrun")[0] == wanted
     print(f"torchrun: codes {codes}, the same bytes: {same}", flush=True)
-    agents = torchrun(homes, "killed", machines, 29601)
-    seen(homes[0] / "killed" / "metrics.jsonl")
-    time.sleep(lasts / 3)
-    for pid in machines.pids(len(homes) - 1):
-        os.kill(pid, signal.SIGKILL)
-    at = time.monotonic()
-    codes = [each.wait(GIVE_UP_S) for each in agents]
-    print(f"torchrun: all of the last machine killed; codes {codes} after {time.monotonic() - at:.1f} s", flush=True)
-    again = [each.wait(GIVE_UP_S) for each in torchrun(homes, "killed", machines, 29602, resume=True)]
-    back = not any(again) and left(homes[0] / "killed")[0] == wanted
-    print(f"torchrun: resumed, codes {again}, the same bytes: {back}", flush=True)
-    if not (same and back):
+    for number, fault in enumerate(("killed", "silent")):
+        agents = torchrun(homes, fault, machines, 29601 + 2 * number)
+        seen(homes[0] / fault / "metrics.jsonl")
+        time.sleep(lasts / 3)
+        if fault == "killed":
+            for pid in machines.pids(len(homes) - 1):
+                os.kill(pid, signal.SIGKILL)
+        else:
+            machines.cut(len(homes) - 1)
+        at, took = time.monotonic(), dict[int, float]()
+        while len(took) < len(homes) and time.monotonic() < at + GIVE_UP_S:
+            took |= {n: time.monotonic() - at for n, agent in enumerate(agents) if n not in took and agent.poll()}
+            time.sleep(0.05)
+        machines.heal(len(homes) - 1)
+        for agent in agents:
+            agent.kill()
+        seconds = ", ".join(f"{took.get(n, GIVE_UP_S):.1f} s" for n in range(len(homes)))
+        print(f"torchrun: the last machine {fault}; the agents ended after {seconds}", flush=True)
+        again = [each.wait(GIVE_UP_S) for each in torchrun(homes, fault, machines, 29602 + 2 * number, resume=True)]
+        back = not any(again) and left(homes[0] / fault)[0] == wanted
+        print(f"torchrun: resumed, codes {again}, the same bytes: {back}", flush=True)
+        same = same and back
+    if not same:
         raise RuntimeError("not the same under torchrun")
 
 
