@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -141,9 +142,10 @@ def happened(run: Record) -> list[str]:
     if run.report.get("stopped_early"):
         said.append(f"Stopped early at step {state.step:,}{of}: no better evaluation was seen.")
     said += [f"Resumed at step {step:,} on {when(at)}." for step, at in run.resumed]
-    said += [
-        f"Stepped down at step {step:,}: {how}. What is learned stays the same." for step, how in run.metrics.downs
-    ]
+    for step, downs in groupby(run.metrics.downs, key=lambda down: down[0]):
+        hows, whys = zip(*(how.partition(": ")[::2] for _, how in downs), strict=True)
+        why = f" ({whys[-1]})" if whys[-1] else ""
+        said.append(f"Stepped down at step {step:,}: {', then '.join(hows)}{why}. What is learned stays the same.")
     missing = len(run.metrics.steps["loss"]) - len(run.metrics.column("loss").known)
     if missing > 0:
         said.append(f"{missing:,} steps have no number for their loss; they are gaps, marked ×.")

@@ -180,7 +180,7 @@ def _levels(chart: Chart, x: Axis, y: Axis) -> Markup:
 
 def _events(chart: Chart, x: Axis, y: Axis) -> Markup:
     parts = []
-    for at, word in chart.events:
+    for at, word in dict.fromkeys(chart.events):  # several at one step are one
         if x.low <= at <= x.high:
             place = x.at(at)
             anchor = "end" if place > (x.start + x.end) / 2 else "start"
