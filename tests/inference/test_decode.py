@@ -117,7 +117,9 @@ def test_a_largest_logit_that_is_not_the_whole_heads_is_seen(told: list[str], mo
     assert len(told) == 1 and "whole head" in told[0]
 
 
-SOME = ("deepseek_v3", "nanochat", "olmo", "olmo2", "glm4", "gpt_neox", "gpt_oss", "mamba", "qwen3_next", "stablelm")
+# gemma4 normalises values: a fault of 0.1% in one token's logits, so the parts of an attention must tell
+SOME = ("deepseek_v3", "gemma4_unified_text", "nanochat", "olmo", "olmo2", "glm4", "gpt_neox", "gpt_oss", "mamba",
+        "qwen3_next", "stablelm")  # fmt: skip
 
 
 @pytest.mark.parametrize("kinds", [SOME, pytest.param(small_models.TYPES, marks=pytest.mark.slow)], ids=["some", "all"])
@@ -144,6 +146,11 @@ def test_whatever_the_loop_cannot_write_is_left_to_its_own_forward(
         print(f"\nby its own loop: {', '.join(fast)}" if kinds is not SOME else "")
     assert not any("apart" in kind for kind in fast)
     assert (fast == []) == (kinds is SOME)
+
+
+def test_layers_are_those_of_the_text_beside_a_larger_tower() -> None:
+    kinds = {type(layer).__name__ for layer in decode.layers_of(small_models.build("got_ocr2"))}
+    assert kinds == {"Qwen2DecoderLayer"}
 
 
 def test_another_architecture_is_left_to_its_own_forward(told: list[str]) -> None:
