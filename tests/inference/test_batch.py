@@ -119,6 +119,56 @@ def test_one_forward_gives_answers_and_losses(name: str, told: list[str]) -> Non
     assert batch.answers(model, tokenizer, asked, [9] * 6, rows=other, losses=none) == wanted and none == {}
 
 
+def losses_of(model: Any, rows: list[Example]) -> list[float]:
+    """Summed, by transformers' own forward."""
+    made = []
+    for row in rows:
+        ids, labels = torch.tensor([row.input_ids]), torch.tensor([row.labels])
+        with torch.no_grad():
+            made.append(float(model(input_ids=ids, labels=labels).loss) * int((labels[:, 1:] != -100).sum()))
+    return made
+
+
+@pytest.mark.skipif(isa(torch.float32) != "avx2", reason="prompts are read by a forward")
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_rows_that_begin_alike_are_read_by_a_tape_and_what_is_expected_is_a_draft(
+    name: str, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A third of the rows expect what the model writes, a third its beginning, the others something else."""
+    model, tokenizer = tiny.model(name, vocab_size=tiny_run.VOCAB), tiny_run.tokenizer()
+    rows = []
+    for i in range(19):
+        prompt = f"a large round box of old trees {WORDS[i % 6]} {i}: "
+        own = alone(model, tokenizer(prompt)["input_ids"], 9)
+        rows.append(example(prompt, [own, own[: len(own) // 2] + " and a cup", WORDS[(i + 1) % 6]][i % 3]))
+    asked = [list(row.prompt_ids) for row in rows]
+    wanted, losses = [alone(model, prompt, 9) for prompt in asked], losses_of(model, rows)
+    packing.install(model, "cu_seq_lens")
+    read, shared = batch.prefill.Reader.read, list[int]()
+
+    def noted(reader: Any, texts: Any) -> Any:
+        shared.append(reader.shared)
+        return read(reader, texts)
+
+    monkeypatch.setattr(batch.prefill.Reader, "read", noted)
+    found: dict[int, float] = {}
+    assert batch.answers(model, tokenizer, asked, [9] * 19, at_once=4, rows=rows, losses=found) == wanted
+    assert told == [] and len(shared) > 2 and shared[-1] > 4
+    assert [found[i] for i in range(19)] == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.skipif(isa(torch.float32) != "avx2", reason="prompts are read by a forward")
+def test_a_fault_of_the_tape_that_reads_is_seen_and_a_forward_reads(
+    told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.model("llama", vocab_size=tiny_run.VOCAB)
+    wanted = [alone(model, prompt, 6) for prompt in prompts(7)]
+    read = batch.prefill.Reader.read
+    monkeypatch.setattr(batch.prefill.Reader, "read", lambda reader, texts: [x.flip(-1) for x in read(reader, texts)])
+    assert batch.answers(model, tiny_run.tokenizer(), prompts(7), [6] * 7, at_once=4) == wanted
+    assert len(told) == 1 and "read by the model's own forward" in told[0]
+
+
 def example(prompt: str, answer: str) -> Example:
     """As a row is encoded: the answer and the end of the turn are labelled."""
     tokenizer = tiny_run.tokenizer()

@@ -6,6 +6,9 @@ What: prompts go through the model's own forward, several end to end without pad
 are wanted too, the whole rows that they begin, so that a row is read once. Their caches are put into the slots of
 `layers/decoding`, and the first token is that of the model's own logits. The first ones are also run through the tape,
 and the two logits compared (`decode.py`). When no prompt waits, a smaller tape takes over the texts that are left.
+In fp32 only the first prompts go through a forward: the others are read by a tape too, what all begin with once. Where
+rows are read, what is expected is in them: as long as the model's own likeliest token is the expected one, the next is
+known already, and an answer goes on from where they part (speculative decoding, arXiv:2211.17192, whose draft it is).
 Cost: a prompt's forward dequantises the base once for all that it takes together.
 """
 
@@ -19,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from halfbyte.base import stream
+from halfbyte.data.encoding.examples import IGNORED
 from halfbyte.inference import decode, prefill
 from halfbyte.inference.generate import Sampling, generate, say, stop_ids
 from halfbyte.layers import loss, packing
@@ -41,6 +45,8 @@ PROCESSORS = (
     "watermarking_config",
 )  # fmt: skip
 _LETTER_TOKENS = 8
+_FIRST = 2  # prompts that go through a forward where the others need not
+_LOGITS_AT_ONCE = 64  # tokens
 Progress = Callable[[int, int], None]
 
 
@@ -122,6 +128,7 @@ class _Slots:
             raise decode.Slower(str(why)) from why
         self.size, self.room = size, room
         self.text: list[int | None] = [None] * size
+        self.idle = 0  # the position that a place without a text writes to
         self.token, self.before = [0] * size, [0] * size
 
     @property
@@ -138,7 +145,13 @@ class _Slots:
         self.text[m], self.token[m], self.before[m] = text, token, prefilled.lengths[i]
 
     def leave(self, m: int) -> None:
-        self.text[m], self.token[m], self.before[m] = None, 0, 0
+        self.text[m], self.token[m], self.before[m] = None, 0, self.idle
+
+    def spare(self, shared: int) -> None:
+        """From now on the first tokens of a place without a text are left alone."""
+        self.idle = shared
+        for m in self.free:
+            self.leave(m)
 
     def smaller(self, lm: Model, size: int) -> _Slots:
         """The texts that are left, on a tape of `size` places."""
@@ -175,6 +188,7 @@ class _Queue:
         self.waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         self.written: list[list[int]] = [[] for _ in prompts]
         self.done, self.factor, self.proven = 0, 1.0, False
+        self.reader: prefill.Reader | None = None
         config = self.lm.generation_config
         for name in PROCESSORS:
             if getattr(config, name, None) not in (None, 0, 1, False, [], {}):
@@ -190,6 +204,7 @@ class _Queue:
         self.head = loss.head_of(self.lm)
         if self.head is not None:
             self.rows, self.losses = rows, losses
+            self.room = max(self.room, max(len(row.input_ids) for row in rows))
 
     def run(self) -> list[str]:
         slots = _Slots(self.lm, self.size, self.room)
@@ -228,9 +243,14 @@ class _Queue:
 
     def _admit(self, slots: _Slots, free: list[int]) -> None:
         """The next prompts, as many as have a place and go through one forward."""
+        if self.reader is not None:
+            chosen, self.waiting = self.waiting[: len(free)], self.waiting[len(free) :]
+            self._read(self.reader, slots, dict(zip(free, chosen, strict=False)))
+            return
         together = packing.installed(self.lm) == "cu_seq_lens"
-        chosen: list[int] = []
-        for i in self.waiting[: len(free) if together else 1]:
+        most = _FIRST if slots.made.tape.isa == "avx2" and not self.proven else len(free)
+        chosen = list[int]()
+        for i in self.waiting[: min(most, len(free)) if together else 1]:
             if chosen and sum(self._tokens(j) for j in (*chosen, i)) > self.tokens_at_once:
                 break
             chosen.append(i)
@@ -242,8 +262,63 @@ class _Queue:
             slots.put(m, text, first[i], made, i)
         if not self.proven:
             self._prove(slots, free[: len(chosen)], chosen, made.logits)
+            self._take_reader(slots, free[0], chosen[0], made.logits[:1])
         for i, m in enumerate(free[: len(chosen)]):
             self._take(slots, m, first[i])
+
+    def _take_reader(self, slots: _Slots, m: int, i: int, own: Tensor) -> None:
+        """Have what waits read by a tape, if that gives the logits that prompt i in place m has by the model's own."""
+        head = self.head or loss.head_of(self.lm)
+        if slots.made.tape.isa != "avx2" or not self.waiting or head is None or stream.of(self.layers[0]) is not None:
+            return
+        try:
+            reader = prefill.Reader(self.lm, slots.made, self.room, self.factor)
+            (hidden,) = reader.read([(m, self.prompts[i])])
+            decode.check(loss.head_logits(hidden[-1:], head), own.float(), len(self.layers))
+        except (Unsupported, decode.Slower) as why:
+            say(f"prompts are read by the model's own forward: {why}")
+            return
+        reader.share(m, self._shared())
+        slots.spare(reader.shared)
+        self.reader, self.head = reader, head
+
+    def _shared(self) -> int:
+        """Tokens that all prompts begin with, all of which have one more; none of them is a label, nor the next."""
+        shortest, longest = min(self.prompts), max(self.prompts)
+        same = next((n for n, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b), len(shortest))
+        first = (next((n for n, x in enumerate(row.labels) if x != IGNORED), len(row.labels)) for row in self.rows)
+        return max(0, min(same, *(len(p) - 1 for p in self.prompts), *(n - 1 for n in first)))
+
+    def _read(self, reader: prefill.Reader, slots: _Slots, places: dict[int, int]) -> None:
+        """Texts by their places: their losses, and their first tokens as far as they are known."""
+        rows = {i: self.rows[i].input_ids if self.rows else self.prompts[i] for i in places.values()}
+        hidden = reader.read([(m, rows[i]) for m, i in places.items()])
+        for (m, i), states in zip(places.items(), hidden, strict=True):
+            start = len(self.prompts[i])
+            tokens = self._likeliest(i, states, start - 1 - reader.shared, reader.shared)
+            slots.text[m] = i
+            for n, token in enumerate(tokens):
+                slots.before[m] = start + n
+                self._take(slots, m, token)
+                if slots.text[m] is None or rows[i][start + n : start + n + 1] != (token,):
+                    break
+
+    def _likeliest(self, i: int, states: Tensor, first: int, shared: int) -> list[int]:
+        """The likeliest token after each of text i's states (T, D) from `first` on; its loss is noted."""
+        assert self.head is not None
+        labels = torch.tensor(self.rows[i].labels[shared + 1 :] if self.rows else [], dtype=torch.int64)
+        labels = torch.nn.functional.pad(labels, (0, len(states) - len(labels)), value=IGNORED)
+        wanted = labels != IGNORED
+        wanted[first:] = True
+        lost, tokens = 0.0, list[int]()
+        for some in wanted.nonzero()[:, 0].split(_LOGITS_AT_ONCE):
+            logits = loss.head_logits(states[some], self.head).float()
+            each = torch.nn.functional.cross_entropy(logits, labels[some], ignore_index=IGNORED, reduction="sum")
+            lost += float(each)
+            tokens += logits.argmax(-1)[some >= first].tolist()
+        if self.rows:
+            self.losses[i] = lost
+        return tokens
 
     def _prove(self, slots: _Slots, places: list[int], chosen: list[int], own: Tensor) -> None:
         """The prompts' last tokens once more, by the tape; raises Slower where its logits are not the model's."""

@@ -11,7 +11,7 @@ Letters: M texts, H query heads, K key heads, T room.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -60,6 +60,9 @@ class Decoder:
     ropes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     shrunk: float = 1.0
     divided: float = 1.0
+    places: Tensor | None = None  # (M,) int64: whose cache each vector reads and writes; None: its own
+    normed: Tensor | None = None  # (M, D..) fp32, what the head reads; there after `body` operations
+    body: int = 0
     rough: range | None = None  # operations of the head in 8 bits; those after are the whole head
 
     def fill(self, layer: int, keys: Tensor, values: Tensor, lengths: list[int]) -> None:
@@ -78,12 +81,7 @@ class Decoder:
             embedded: (M, D). before: tokens of each text before this one. enter: called before each layer, where a base
                 is streamed. whole: all logits are wanted, also of a decoder for the largest.
         """
-        self.hidden.copy_(embedded)
-        if self.shrunk != 1.0:
-            self.hidden /= self.shrunk
-        self.positions.copy_(torch.tensor(before))
-        for table, row in self.ropes:
-            torch.index_select(table, 0, self.positions, out=row)
+        self._enter(embedded, before)
         end = None if self.rough is None else self.rough.start if whole else self.rough.stop
         if enter is None:
             self.tape.run(0, end)
@@ -93,6 +91,23 @@ class Decoder:
                 self.tape.run(first, last)
             self.tape.run(self.ends[-1], end)
         return self.whole() if whole else self._capped()
+
+    def read(self, embedded: Tensor, positions: Sequence[int], places: Sequence[int]) -> Tensor:
+        """What the head would read (M, D) of tokens at these positions of the texts in these places: those of one text
+        in their order, none of them left out. A view, to be used before the next call."""
+        assert self.places is not None and self.normed is not None
+        self.places.copy_(torch.tensor(places))
+        self._enter(embedded, positions)
+        self.tape.run(0, self.body)
+        return self.normed[:, : self.hidden.shape[1]]
+
+    def _enter(self, embedded: Tensor, positions: Sequence[int]) -> None:
+        self.hidden.copy_(embedded)
+        if self.shrunk != 1.0:
+            self.hidden /= self.shrunk
+        self.positions.copy_(torch.tensor(positions))
+        for table, row in self.ropes:
+            torch.index_select(table, 0, self.positions, out=row)
 
     def whole(self) -> Tensor:
         """The logits (M, V) of the last step by the whole head; the largest is as it was."""
@@ -107,7 +122,7 @@ class Decoder:
 
 def decoder(
     model: Model, texts: int, room: int, *, mixed: Mixed | None = None, beside: Decoder | None = None,
-    largest: bool = False,
+    largest: bool = False, reads: bool = False,
 ) -> Decoder:  # fmt: skip
     """Write the tape of a model for so many texts of up to `room` tokens. Raises Unsupported, saying why.
 
@@ -115,15 +130,16 @@ def decoder(
         mixed: which adapter each text uses, at each step as it is then; None for the active one.
         beside: a decoder for more texts, of the same room, whose caches are used: those of its first texts.
         largest: only the largest logit will be looked at; then the others may be rough (`head.py`).
+        reads: for `Decoder.read`, of any tokens of the texts in `beside`.
     """
     try:
-        return _written(model, texts, room, mixed, beside, largest)
+        return _written(model, texts, room, mixed, beside, largest, reads)
     except (AttributeError, IndexError, TypeError) as why:  # a part that has another name, or none
         raise Unsupported(f"{type(structure.causal_lm(model)).__name__} is not built like Llama: {why}") from why
 
 
 def _written(
-    model: Model, texts: int, room: int, mixed: Mixed | None, beside: Decoder | None, largest: bool
+    model: Model, texts: int, room: int, mixed: Mixed | None, beside: Decoder | None, largest: bool, reads: bool
 ) -> Decoder:
     lm = structure.causal_lm(model)
     body, config = structure.body(lm), lm.config.get_text_config()
@@ -151,13 +167,15 @@ def _written(
         final_cap=float(getattr(config, "final_logit_softcapping", 0) or 0),
         shrunk=_shrunk(config),
         divided=float(getattr(config, "logits_scaling", 1.0)),
+        places=tape.buffer(texts, dtype=torch.int64) if reads else None,
     )
     ropes: dict[str | None, tuple[Tensor, Tensor]] = {}
     for number, layer in enumerate(layers):
         kind = _rope_kind(config, number)
         if kind not in ropes:
             ropes[kind] = _ropes(made, body.rotary_emb, config, kind, room)
-        _Layer(made, layer, config, ropes[kind], None if beside is None else _first(beside, number, texts)).write()
+        caches = None if beside is None else _first(beside, number, None if reads else texts)
+        _Layer(made, layer, config, ropes[kind], caches).write()
         made.ends.append(len(tape))
     _head(made, norm, head, _eight(layers, head, dtype) if largest else None)
     return made
@@ -179,6 +197,7 @@ def _head(made: Decoder, norm: nn.Module, head: nn.Module, eight: Eight | None) 
     x = tape.vectors(hidden.shape[1])
     whole = None if eight is None else tape.whole(x, hidden.shape[1])
     _norm(tape, norm, hidden, x, whole, made.shrunk)
+    made.normed, made.body = x.plain, len(tape)
     if eight is not None and whole is not None:
         first, before = len(tape), tape.before
         tape.largest(head.weight.data, eight, x.plain, whole, made.logits)
@@ -187,7 +206,7 @@ def _head(made: Decoder, norm: nn.Module, head: nn.Module, eight: Eight | None) 
     linears.add(tape, x, [(head, made.logits, False)])
 
 
-def _first(other: Decoder, layer: int, texts: int) -> tuple[Tensor, Tensor]:
+def _first(other: Decoder, layer: int, texts: int | None) -> tuple[Tensor, Tensor]:
     return other.keys[layer][:texts], other.values[layer][:texts]
 
 
@@ -306,7 +325,7 @@ class _Layer:
         attention = Attention(
             qkv, keys, values, self.made.positions, heads, key_heads, d, float(module.scaling),
             float(getattr(module, "attn_logit_softcapping", None) or 0.0), self._window(module), norms[0], norms[1],
-            eps, one_plus,
+            eps, one_plus, self.made.places,
         )  # fmt: skip
         tape.rotate(attention, *self.rope)
         tape.then()

@@ -313,6 +313,7 @@ class Attention:
 
     Args:
         qkv: (M, (H + 2 K) d) fp32. keys: (M, K, d, T), values: (M, K, T, d). positions: (M,) int64, of this token.
+        places: (M,) int64, of its cache among those that there are; None: M of them, in order.
         cap: of scores, by tanh; 0: none. window: tokens seen, itself included; 0: all.
     """
 
@@ -330,11 +331,13 @@ class Attention:
     k_norm: Tensor | None = None
     eps: float = 0.0
     one_plus: bool = False
+    places: Tensor | None = None
 
     def slots(self) -> dict[int, int | float]:
         return {
             4: self.qkv.data_ptr(), 5: self.heads, 6: self.key_heads, 7: self.d, 15: self.keys.data_ptr(),
             16: self.values.data_ptr(), 17: self.values.shape[2], 18: self.positions.data_ptr(),
+            25: 0 if self.places is None else self.places.data_ptr(),
         }  # fmt: skip
 
 

@@ -146,19 +146,21 @@ def _near_or_wide(op, like, at, n, scales, kept, sums):  # type: ignore[no-untyp
         if left >= FEWEST_WIDE:
             x, steps = pairs + 2 * m * wide, shared + 4 * m * blocks
         if left > 12:
-            words.wide_16(like, at, row, n, x, 16 * wide, steps, 32 * blocks, scales, count, op[22], kept, to)
-            m += 16
+            words.wide_16(
+                like, at, row, n, x, 16 * wide, steps, 32 * blocks, scales, count, op[22], kept, to, (left + 3) // 16
+            )
+            m += (left + 3) // 16 * 16
         elif left >= FEWEST_WIDE:
-            words.wide_8(like, at, row, n, x, 16 * wide, steps, 32 * blocks, scales, count, op[22], kept, to)
+            words.wide_8(like, at, row, n, x, 16 * wide, steps, 32 * blocks, scales, count, op[22], kept, to, 1)
             m += 8
         elif left == 4:
-            words.near_4(like, at, row, n, x, 2 * wide, steps, 4 * blocks, scales, count, op[22], kept, to)
+            words.near_4(like, at, row, n, x, 2 * wide, steps, 4 * blocks, scales, count, op[22], kept, to, 1)
             m += 4
         elif left >= 2:
-            words.near_2(like, at, row, n, x, 2 * wide, steps, 4 * blocks, scales, count, op[22], kept, to)
+            words.near_2(like, at, row, n, x, 2 * wide, steps, 4 * blocks, scales, count, op[22], kept, to, 1)
             m += 2
         else:
-            words.near_1(like, at, row, n, x, 2 * wide, steps, 4 * blocks, scales, count, op[22], kept, to)
+            words.near_1(like, at, row, n, x, 2 * wide, steps, 4 * blocks, scales, count, op[22], kept, to, 1)
             m += 1
 
 

@@ -1,12 +1,12 @@
-"""Rows of 4-bit codes times one to sixteen vectors in whole numbers of 16 bits: the products of processors with AVX2.
+"""Rows of 4-bit codes times one or many vectors in whole numbers of 16 bits: the products of processors with AVX2.
 
 Why: in fp32 a register multiplies 8 numbers, in whole numbers of 16 bits 16; levels come out of the table as such.
 What: levels are whole numbers of up to LEVEL, x of up to NUMBER, with a step for each block of 64. `vpmaddwd`
 multiplies 16 pairs and adds neighbours, in 32 bits. A block's sum is exact, whatever its order; it is scaled and added
 in fp32, block after block. So a text has the same bits whatever stands beside it. Always eight rows of codes at once:
     near  1, 2 or 4 vectors: a register holds 16 codes of a row; a tree adds up the sums of eight rows.
-    wide  8 or 16: a register holds two neighbouring numbers of eight vectors. Codes are unpacked once, into
-          the first cache, and two of them at a time are spread over a register.
+    wide  8 or 16, or several times 16: a register holds two neighbouring numbers of eight vectors. Codes are unpacked
+          once, into the first cache, and two of them at a time are spread over a register.
 Error: a level is off by up to 1/8192 of its block's largest weight, a number of x by 1/16382 of its block's largest. A
 NaN or Inf makes the block's step one.
 Source: VPMADDWD, VPSHUFB in Intel's SDM volume 2; the order is ours.
@@ -25,7 +25,7 @@ from halfbyte.layers.kernels.cpu.decoding.nibbles import BLOCK, Code, Value, mas
 
 LEVEL, NUMBER = 4096, 8191  # 64 products of them are below 2^31
 ROWS = 8
-KEPT = 2048  # bytes of scratch that a product uses
+KEPT = 1024  # bytes of scratch that a product uses
 TINY = 2.0**-100  # a block whose largest number is below is taken for zeros
 _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _LANES, _BYTES = ir.VectorType(_F32, 8), ir.VectorType(_I8, 32)
@@ -130,11 +130,10 @@ def _near(code: Code, vectors: int, args: dict[str, Value]) -> None:
 
 
 def _wide(code: Code, groups: int, args: dict[str, Value]) -> None:
-    b, rows = code.b, ROWS // groups
+    b, rows, size = code.b, ROWS // groups, 256 * groups  # of a set's totals: (groups, eight rows, eight vectors)
     planes = [code.load(code.at(args["table"], 32 * n), _BYTES) for n in (0, 1)]
-    kept = code.at(args["kept"], 128 * ROWS)  # totals of each group's eight rows; before it the levels
-    for n in range(groups * ROWS):
-        _store(code, zeros(_LANES), code.at(kept, 32 * n))
+    with code.rolled(b.mul(args["sets"], _I64(groups * ROWS))) as n:
+        _store(code, zeros(_LANES), code.at(args["out"], (n, 32)))
     with code.rolled(_I64(groups)) as half, code.rolled(args["blocks"]) as c:
         first = b.mul(half, _I64(rows))
         with code.rolled(_I64(rows)) as r:
@@ -142,30 +141,34 @@ def _wide(code: Code, groups: int, args: dict[str, Value]) -> None:
             code.prefetch(code.at(at, (args["w_row"], ROWS)))
             for k, level in enumerate(_unpacked(code, planes, code.load(at, _BYTES))):
                 _store(code, level, code.at(args["kept"], (r, 128), 32 * k))
-        sums = [_variables(code, _INTS, rows) for _ in range(groups)]
-        with code.rolled(_I64(8)) as p:
-            for k in range(4):
-                pair = code.at(_I64(32 * k), (c, 1024), (p, 128))
-                x = [code.load(code.at(args["x"], (args["x_part"], g), pair), _WORDS) for g in range(groups)]
-                for r in range(rows):
-                    two = code.every(code.load(code.at(args["kept"], 128 * r + 4 * k, (p, 16)), _I32), 8)
-                    for g in range(groups):
-                        b.store(b.add(b.load(sums[g][r]), _dot(code, two, x[g])), sums[g][r])
-        steps = [code.load(code.at(args["steps"], (args["steps_part"], g), (c, 32)), _LANES) for g in range(groups)]
-        for r in range(rows):
-            scale = code.every(code.load(code.at(args["scales"], (c, 32), (first, 4), 4 * r), _F32), 8)
-            for g in range(groups):
-                at = code.at(kept, 256 * g + 32 * r, (first, 32))
-                share = b.fmul(scale, steps[g])
-                _store(code, code.fma(b.sitofp(b.load(sums[g][r]), _LANES), share, code.load(at, _LANES)), at)
-    for g in range(groups):
-        own = [code.load(code.at(kept, 256 * g + 32 * r), _LANES) for r in range(ROWS)]
+        with code.rolled(args["sets"]) as own:
+            group = b.mul(own, _I64(groups))
+            sums = [_variables(code, _INTS, rows) for _ in range(groups)]
+            with code.rolled(_I64(8)) as p:
+                for k in range(4):
+                    pair = code.at(args["x"], 32 * k, (args["x_part"], group), (c, 1024), (p, 128))
+                    x = [code.load(code.at(pair, (args["x_part"], g)), _WORDS) for g in range(groups)]
+                    for r in range(rows):
+                        two = code.every(code.load(code.at(args["kept"], 128 * r + 4 * k, (p, 16)), _I32), 8)
+                        for g in range(groups):
+                            b.store(b.add(b.load(sums[g][r]), _dot(code, two, x[g])), sums[g][r])
+            at = code.at(args["steps"], (args["steps_part"], group), (c, 32))
+            steps = [code.load(code.at(at, (args["steps_part"], g)), _LANES) for g in range(groups)]
+            for r in range(rows):
+                scale = code.every(code.load(code.at(args["scales"], (c, 32), (first, 4), 4 * r), _F32), 8)
+                for g in range(groups):
+                    at = code.at(args["out"], (own, size), 256 * g + 32 * r, (first, 32))
+                    share = b.fmul(scale, steps[g])
+                    _store(code, code.fma(b.sitofp(b.load(sums[g][r]), _LANES), share, code.load(at, _LANES)), at)
+    with code.rolled(b.mul(args["sets"], _I64(groups))) as group:
+        at = code.at(args["out"], (group, 256))
+        own = [code.load(code.at(at, 32 * r), _LANES) for r in range(ROWS)]
         for t, text in enumerate(_turned(code, own)):
-            _store(code, text, code.at(args["out"], 256 * g + 32 * t))
+            _store(code, text, code.at(at, 32 * t))
 
 
 _ARGUMENTS = (
-    "w", "w_row", "rows", "x", "x_part", "steps", "steps_part", "scales", "blocks", "table", "kept", "out",
+    "w", "w_row", "rows", "x", "x_part", "steps", "steps_part", "scales", "blocks", "table", "kept", "out", "sets",
 )  # fmt: skip
 
 
@@ -174,12 +177,13 @@ def _product(build_sums: Callable[[Code, int, dict[str, Value]], None], count: i
 
     Its arguments: like: an array of float32; of another type nothing is done. Then int64 (addresses, bytes, counts).
     w, w_row, rows: codes of up to 8 rows. x, x_part: whole numbers, bytes from a vector (near) or from eight (wide) to
-    the next. steps, steps_part: of x's blocks. scales: (blocks, 8) fp32. kept: KEPT bytes of scratch.
+    the next. steps, steps_part: of x's blocks. scales: (blocks, 8) fp32. kept: KEPT bytes of scratch. sets: of vectors,
+    for which codes are unpacked once; 1 where it is near.
     """
 
     @intrinsic
     def eight_rows(  # type: ignore[no-untyped-def]
-        typing_context, like, w, w_row, rows, x, x_part, steps, steps_part, scales, blocks, table, kept, out
+        typing_context, like, w, w_row, rows, x, x_part, steps, steps_part, scales, blocks, table, kept, out, sets
     ):
         def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
             if like.dtype == types.float32:
