@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from halfbyte import finetune
 from halfbyte.cli import main
 from halfbyte.errors import TrainError
+from halfbyte.runs import crash
+from halfbyte.runs.folder import RunFolder
 from halfbyte.training.trainer import StepTrainer
 from tests import tiny_run
 from tests.in_process import runner
@@ -37,6 +40,18 @@ def test_a_run_that_breaks_leaves_its_page_and_goes_on(tmp_path: Path, monkeypat
     finetune.train(loaded, resume=True)
     assert json.loads((tmp_path / "run/report.json").read_text())["steps"] == 4
     assert not (tmp_path / "run/crash.txt").exists(), "of a process that is over"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOMEM, "Cannot allocate memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_missing_memory_is_called_so(error: Exception, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    with pytest.raises(TrainError, match="memory ran out: ") as told, crash.noted(run, {}):
+        raise error
+    assert f"halfbyte plan {run.recipe} lists what fits" in str(told.value)
 
 
 def test_a_users_mistake_leaves_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

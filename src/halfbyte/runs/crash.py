@@ -14,7 +14,7 @@ from pathlib import Path
 
 from halfbyte.errors import HalfbyteError, TrainError, Unforeseen, first_line, typed
 from halfbyte.runs.folder import RunFolder
-from halfbyte.system import files
+from halfbyte.system import accelerator, files
 from halfbyte.system.secrets import hidden
 from halfbyte.system.versions import versions
 from halfbyte.types import Document
@@ -54,10 +54,12 @@ def noted(run: RunFolder, machine: Document) -> Iterator[None]:
     except Exception as error:
         read = {path.name: path.read_text() for path in (run.recipe, run.plan) if path.is_file()}
         page = write(run.path, error, {"machine": files.as_json(machine).decode(), **read, "run": run.progress()})
+        short = accelerator.out_of_memory(error)
+        what = "memory ran out" if short else "the run ended at something that was not foreseen"
+        again = f"halfbyte plan {typed(run.recipe)} lists what fits" if short else f"report it with {NAME}"
         raise TrainError(
-            f"the run ended at something that was not foreseen: {type(error).__name__}: {first_line(error)}"
-            + (f" (all of it: {page})" if page else ""),
-            fix=f"if it ends there again, report it with {NAME}. Go on: halfbyte train {typed(run.path)} --resume",
+            f"{what}: {type(error).__name__}: {first_line(error)}" + (f" (all of it: {page})" if page else ""),
+            fix=f"if it ends there again, {again}. Go on: halfbyte train {typed(run.path)} --resume",
         ) from error
 
 

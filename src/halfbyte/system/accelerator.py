@@ -8,6 +8,7 @@ Cost: none where there is no card.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
@@ -38,8 +39,11 @@ def count() -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed: of torch, of a card's libraries, of Python."""
+    """Whether an error says that an allocation failed: of torch, of a card's libraries, of Python, of the system."""
     import torch
+
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
 
     told = isinstance(error, RuntimeError) and any(text in str(error) for text in FAILED_ALLOCATIONS)
     return told or isinstance(error, (torch.OutOfMemoryError, MemoryError))
