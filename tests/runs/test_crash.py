@@ -51,7 +51,7 @@ def test_missing_memory_is_called_so(error: Exception, tmp_path: Path) -> None:
     run.path.mkdir()
     with pytest.raises(TrainError, match="memory ran out: ") as told, crash.noted(run, {}):
         raise error
-    assert f"halfbyte plan {run.recipe} lists what fits" in str(told.value)
+    assert f"`halfbyte plan {run.recipe}` lists what fits" in str(told.value)
 
 
 def test_a_users_mistake_leaves_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

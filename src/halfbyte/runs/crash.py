@@ -56,7 +56,7 @@ def noted(run: RunFolder, machine: Document) -> Iterator[None]:
         page = write(run.path, error, {"machine": files.as_json(machine).decode(), **read, "run": run.progress()})
         short = accelerator.out_of_memory(error)
         what = "memory ran out" if short else "the run ended at something that was not foreseen"
-        again = f"halfbyte plan {typed(run.recipe)} lists what fits" if short else f"report it with {NAME}"
+        again = f"`halfbyte plan {typed(run.recipe)}` lists what fits" if short else f"report it with {NAME}"
         raise TrainError(
             f"{what}: {type(error).__name__}: {first_line(error)}" + (f" (all of it: {page})" if page else ""),
             fix=f"if it ends there again, {again}. Go on: halfbyte train {typed(run.path)} --resume",
