@@ -4,8 +4,9 @@
     python benchmarks/serving.py memory RUN [RUN]      # resident memory of the server over 1,000 requests
     python benchmarks/serving.py crowd RUN RUN         # 64 clients with hang-ups: each answer beside `generate`
 
-`streams`: greedy answers of a fixed length (the base and the runs in turns), counted from the first request to the last
-token; so what reading prompts takes is in it. `crowd`: answers are compared with those that `generate` gives alone, in
+`streams`: greedy answers (the base and the runs in turns), counted from the first request to the last token; so what
+reading prompts takes is in it. A stream whose answer ends early asks again, until it has its number of tokens. One
+stream is measured for each model, and together. `crowd`: answers are compared with those that `generate` gives alone, in
 this process, before the server starts; a quarter of the clients hangs up.
 """
 
@@ -95,6 +96,15 @@ async def story(client: openai.AsyncOpenAI, model: str, number: int, most: int) 
     return tokens, first
 
 
+async def filled(client: openai.AsyncOpenAI, model: str, number: int, most: int) -> tuple[int, float]:
+    """Answers one after another, until there are so many tokens; and when the first came."""
+    tokens, first = await story(client, model, number, most)
+    while tokens < most:
+        number += 1
+        tokens += (await story(client, model, number, most - tokens))[0]
+    return tokens, first
+
+
 async def streams(url: str, most: int, rounds: int) -> dict[str, Any]:
     client, rows = client_of(url), list[dict[str, float]]()
     models = await names(client)
@@ -102,8 +112,10 @@ async def streams(url: str, most: int, rounds: int) -> dict[str, Any]:
         await story(client, model, 0, 8)
     for _ in range(rounds):
         for count in (1, 8):
-            began = time.perf_counter()
-            made = await asyncio.gather(*(story(client, models[i % len(models)], i, most) for i in range(count)))
+            began, made = time.perf_counter(), list[tuple[int, float]]()
+            asked = [[model] for model in models] if count == 1 else [[models[i % len(models)] for i in range(count)]]
+            for together in asked:
+                made += await asyncio.gather(*(filled(client, name, i, most) for i, name in enumerate(together)))
             seconds, tokens = time.perf_counter() - began, sum(n for n, _ in made)
             rows.append({"streams": count, "tokens": tokens, "seconds": seconds, "rate": tokens / seconds})
             say(f"{count} streams: {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s; "
