@@ -6,7 +6,7 @@
 
 `streams`: greedy answers (the base and the runs in turns), counted from the first request to the last token; so what
 reading prompts takes is in it. A stream whose answer ends early asks again, until it has its number of tokens. One
-stream is measured for each model, and together. `crowd`: answers are compared with those that `generate` gives alone, in
+stream is measured for each model, and together. `crowd`: answers are compared with those of `generate` alone, in
 this process, before the server starts; a quarter of the clients hangs up.
 """
 
