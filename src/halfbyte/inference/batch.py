@@ -284,8 +284,8 @@ class _Queue:
 
     def _shared(self) -> int:
         """Tokens that all prompts begin with, all of which have one more; none of them is a label, nor the next."""
-        shortest, longest = min(self.prompts), max(self.prompts)
-        same = next((n for n, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b), len(shortest))
+        least, most = min(map(tuple, self.prompts)), max(map(tuple, self.prompts))
+        same = next((n for n, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), len(least))
         first = (next((n for n, x in enumerate(row.labels) if x != IGNORED), len(row.labels)) for row in self.rows)
         return max(0, min(same, *(len(p) - 1 for p in self.prompts), *(n - 1 for n in first)))
 

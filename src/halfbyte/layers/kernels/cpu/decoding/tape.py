@@ -18,12 +18,13 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from numba import carray
+from numba import carray, types
+from numba.extending import overload
 
 from halfbyte.layers.kernels.cpu.decoding import attend, nibbles, words
 from halfbyte.layers.kernels.cpu.gate import SILU, sigmoid
 from halfbyte.layers.kernels.cpu.parallel import array, kernel, per_dtype
-from halfbyte.layers.kernels.cpu.scalar import inlined, load, pause, read, store, take
+from halfbyte.layers.kernels.cpu.scalar import FASTMATH, inlined, load, pause, read, store, take
 
 WIDTH = 32  # slots of an operation
 LINE = 8  # int64 of a cache line: each counter has its own
@@ -164,12 +165,11 @@ def _near_or_wide(op, like, at, n, scales, kept, sums):  # type: ignore[no-untyp
             m += 1
 
 
-@inlined
-def _words(op, like, lookups, scratch, item):  # type: ignore[no-untyped-def]
+def _words(op, number, like, lookups, sums, scratch, item):  # type: ignore[no-untyped-def]
     """`_codes` in whole numbers of 16 bits, eight rows at a time. 17: B (R, O'), 18 its row, 21 ranks."""
     blocks, vectors, begin, end = op[9] // nibbles.BLOCK, op[24], item * op[23], min(op[10], item * op[23] + op[23])
     kept = (scratch.ctypes.data + 63) // 64 * 64
-    sums = array(kept + words.KEPT, (vectors, words.ROWS), np.float32)
+    found = array(kept + words.KEPT, (vectors, words.ROWS), np.float32)
     scales = array(kept + words.KEPT + 32 * (vectors + 16), (blocks, words.ROWS), np.float32)
     bias, start = array(op[16], (op[10],), np.float32), begin * blocks // nibbles.GROUP * nibbles.GROUP
     for r in range(begin, end, words.ROWS):
@@ -179,10 +179,10 @@ def _words(op, like, lookups, scratch, item):  # type: ignore[no-untyped-def]
             words.scales_of(like, op[5] + r * blocks, table, first, blocks, n, scales.ctypes.data)
         else:
             words.scales_of(like, op[5] + 4 * r * blocks, 0, 0, blocks, n, scales.ctypes.data)
-        _near_or_wide(op, like, op[4] + r * (op[9] // 2), n, scales.ctypes.data, kept, sums.ctypes.data)
+        _near_or_wide(op, like, op[4] + r * (op[9] // 2), n, scales.ctypes.data, kept, found.ctypes.data)
         m = 0
         while m < vectors and op[17] != 0:
-            to, up, h = sums.ctypes.data + 32 * m, op[17] + 4 * r, op[19] + m * op[20]
+            to, up, h = found.ctypes.data + 32 * m, op[17] + 4 * r, op[19] + m * op[20]
             if vectors - m >= 8:
                 words.onto_8(like, to, up, op[18], h, op[20], op[21])
                 m += 8
@@ -198,24 +198,13 @@ def _words(op, like, lookups, scratch, item):  # type: ignore[no-untyped-def]
         for m in range(vectors):
             out = array(op[13] + (m * op[14] + r) * 4, (n,), np.float32)
             for k in range(n):
-                total = sums[m, k] + (bias[r + k] if op[16] != 0 else np.float32(0.0))
+                total = found[m, k] + (bias[r + k] if op[16] != 0 else np.float32(0.0))
                 out[k] = total + out[k] if op[15] != 0 else total
 
 
-@inlined
-def _codes(op, number, like, lookups, sums, scratch, item):  # type: ignore[no-untyped-def]
-    """4 codes, 5 absmax, 6 table of 256 or 0, 7 nested absmax, 8 offset, 9 D, 10 O, 11 x in order (M, D'), 12 bytes of
-    its row, 13 out (M, ..), 14 its row, 15 onto, 16 bias (O) fp32, 17 B, 18 its row, 19 A x (M, ..), 20 its row,
-    21 pieces, 22 levels, 23 rows of an item, 24 M."""
-    blocks, vectors = op[9] // nibbles.BLOCK, op[24]
-    begin, end = item * op[23], min(op[10], item * op[23] + op[23])
-    if op[6] != 0:
-        group = begin * blocks // nibbles.GROUP
-        groups = (end * blocks - 1) // nibbles.GROUP - group + 1
-        nibbles.lookups(like, op[6], op[7], np.float32(number[8]), group, groups, lookups.ctypes.data)
-    if like.itemsize != 2:
-        _words(op, like, lookups, scratch, item)
-        return
+def _nibbles(op, number, like, lookups, sums, scratch, item):  # type: ignore[no-untyped-def]
+    """`_codes` in bf16."""
+    vectors, begin, end = op[24], item * op[23], min(op[10], item * op[23] + op[23])
     m = 0
     while m < vectors:  # outside the rows: the vectors of a pass stay in the first cache
         left = vectors - m
@@ -231,6 +220,29 @@ def _codes(op, number, like, lookups, sums, scratch, item):  # type: ignore[no-u
         else:
             _rows_of_1(op, like, lookups, sums, m, begin, end)
             m += 1
+
+
+def _by_type(op, number, like, lookups, sums, scratch, item) -> None:  # type: ignore[no-untyped-def]
+    raise NotImplementedError
+
+
+@overload(_by_type, jit_options={"forceinline": True, "fastmath": FASTMATH, "error_model": "numpy"})
+def _chosen(op, number, like, lookups, sums, scratch, item):  # type: ignore[no-untyped-def]
+    """The other one is not compiled."""
+    return _nibbles if like.dtype == types.uint16 else _words
+
+
+@inlined
+def _codes(op, number, like, lookups, sums, scratch, item):  # type: ignore[no-untyped-def]
+    """4 codes, 5 absmax, 6 table of 256 or 0, 7 nested absmax, 8 offset, 9 D, 10 O, 11 x in order (M, D'), 12 bytes of
+    its row, 13 out (M, ..), 14 its row, 15 onto, 16 bias (O) fp32, 17 B, 18 its row, 19 A x (M, ..), 20 its row,
+    21 pieces, 22 levels, 23 rows of an item, 24 M."""
+    if op[6] != 0:
+        blocks, begin, end = op[9] // nibbles.BLOCK, item * op[23], min(op[10], item * op[23] + op[23])
+        group = begin * blocks // nibbles.GROUP
+        groups = (end * blocks - 1) // nibbles.GROUP - group + 1
+        nibbles.lookups(like, op[6], op[7], np.float32(number[8]), group, groups, lookups.ctypes.data)
+    _by_type(op, number, like, lookups, sums, scratch, item)
 
 
 @inlined

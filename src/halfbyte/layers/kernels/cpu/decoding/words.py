@@ -63,7 +63,7 @@ def _unpacked(code: Code, planes: list[Value], w: Value) -> list[Value]:
 
 def _halves(code: Code, a: Value, b: Value, by: int) -> tuple[Value, Value]:
     """In each half of the register: the first `by` numbers of a and of b in turns, and the last ones."""
-    low, high = [], []
+    low, high = list[int](), list[int]()
     for lane in (0, 4):
         for first, to in ((0, low), (2, high)):
             for i in range(0, 2, by):
