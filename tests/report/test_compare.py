@@ -31,8 +31,8 @@ def test_what_differs_is_told_and_what_is_alike_is_not(tmp_path: Path) -> None:
     assert dict(value.recipe) == {"lora.r": ("8", "<b>32</b>")}
     assert dict(value.figures)["steps"] == ("20 of 20", "40 of 40")
     assert dict(value.scores) == {
-        "exact match": ("0.9583 [0.86, 0.99]", ""),
-        "exact match of the base": ("0 [0, 0.07]", ""),
+        "exact_match": ("0.9583 [0.86, 0.99]", ""),
+        "exact_match of the base": ("0 [0, 0.07]", ""),
         "loss": ("0.21", ""),
     }
     assert value.notes == ()

@@ -90,7 +90,7 @@ def scores(runs: Sequence[Record]) -> tuple[tuple[str, tuple[str, ...]], ...]:
         for side in ("adapter", "base"):
             cells = tuple(interval((of_run.get(name) or {}).get(side)) for of_run in own)
             if any(cells):
-                rows.append((name.replace("_", " ") + (" of the base" if side == "base" else ""), cells))
+                rows.append((name + (" of the base" if side == "base" else ""), cells))
     return tuple(rows)
 
 
