@@ -178,6 +178,9 @@ class Store:
     def set(self, key: str, value: str) -> None:
         self.kept[key] = value.encode()
 
+    def compare_set(self, key: str, expected: str, value: str) -> None:
+        self.kept.setdefault(key, value.encode())
+
     def check(self, keys: list[str]) -> bool:
         return all(key in self.kept for key in keys)
 
@@ -209,6 +212,7 @@ def test_the_watch_misses_who_does_not_beat(monkeypatch: pytest.MonkeyPatch) -> 
     now[0] += 1
     fault = first._missing()
     assert fault is not None and fault.rank == 1 and "b has not been heard of" in fault.message
+    assert second._told() == fault, "all are told, so that they end at once"
     now[0] += 1000  # all were stopped, as by a machine that sleeps
     assert first._missing() is None and second._missing() is None
     for _ in range(20):
@@ -230,6 +234,7 @@ def test_the_watch_misses_who_does_not_beat(monkeypatch: pytest.MonkeyPatch) -> 
     third._ended_by(fault)
     assert ended == [(12, 2.5)]
     told = watch.Fault("why", 2, "do that", 2)
+    del store.kept[watch.FAILED]
     store.set(watch.FAILED, told.to_json())
     assert second._told() == told
 

@@ -103,7 +103,7 @@ class Watch:
                 fault = self._told() or self._missing()
                 self._heard = time.monotonic()
             except RuntimeError as error:  # torch.distributed's errors are of this kind
-                if "reset" not in str(error) and "roken" not in str(error):
+                if not closed(error):
                     continue
                 fault = self._without_store()
             if fault is not None:
@@ -150,7 +150,12 @@ class Watch:
             before, at = self._seen.get(rank, (b"", now))
             self._seen[rank] = (value, now if value != before else at)
             if value == before != b"done" and now - at > SILENT_S:
-                return Fault(f"{self._names[rank]} has not been heard of for {SILENT_S:.0f} seconds", rank, silent=True)
+                fault = Fault(
+                    f"{self._names[rank]} has not been heard of for {SILENT_S:.0f} seconds", rank, silent=True
+                )
+                if self._rank == 0:  # so that the others end now, and with the same words
+                    self._store.compare_set(FAILED, "", fault.to_json())
+                return fault
         return None
 
 
@@ -163,14 +168,27 @@ def interrupt(thread: int) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Interrupted))
 
 
-def wait_for(store: TCPStore, key: str, fault: Callable[[], Fault | None], seconds: float | None = None) -> bool:
-    """Wait for a key of the store, as long as nobody has failed. False after so many seconds, or after a fault."""
+def closed(error: RuntimeError) -> bool:
+    """Whether the process whose store was asked is gone, or its connection; it does not come back."""
+    return any(word in str(error) for word in ("reset", "roken pipe", "likely closed"))
+
+
+def wait_for(
+    store: TCPStore, key: str, fault: Callable[[], Fault | None], seconds: float | None = None, leave: bool = False
+) -> bool:
+    """Wait for a key of the store, as long as nobody has failed. False after so many seconds, or after a fault.
+
+    Args:
+        leave: do not wait for the watch to say that the store is gone.
+    """
     until, pause = None if seconds is None else time.monotonic() + seconds, 0.002
     while True:
         try:
             if store.check([key]):
                 return True
-        except RuntimeError:  # the watch says what is wrong
+        except RuntimeError as error:  # the watch says what is wrong
+            if leave and closed(error):
+                return False
             pause = EVERY_S / 4
         if fault() is not None or (until is not None and time.monotonic() >= until):
             return False

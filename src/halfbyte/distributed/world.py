@@ -364,7 +364,7 @@ class Group(World):
                 self._store.set(SAID, "")
                 self._wait_for_ends(HEARD_S)
             elif self._store is not None:
-                if not wait_for(self._store, SAID, lambda: None, SAID_S):
+                if not wait_for(self._store, SAID, lambda: None, SAID_S, leave=True):
                     say(error)
                 self._store.set(f"end/{self.rank}", "")
 
