@@ -13,7 +13,7 @@ import bitsandbytes.functional as bnb_f
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -87,7 +87,7 @@ def test_every_number_of_16_bits(kind: str) -> None:
         check(alone, kind)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # under emulation
 @given(
     data=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=200),
     kind=st.sampled_from(["nf4", "fp4"]),
