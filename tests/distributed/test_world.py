@@ -8,16 +8,17 @@ import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from halfbyte.distributed import agree, watch
+from halfbyte.distributed import agree, launch, watch
 from halfbyte.distributed import world as worlds
 from halfbyte.distributed.step import StepSum, sums
 from halfbyte.distributed.world import World
-from halfbyte.errors import DataError, HalfbyteError, WorldError
+from halfbyte.errors import DataError, HalfbyteError, RankLost, WorldError
 from tests import tiny_run
 from tests.distributed import together
 
@@ -237,6 +238,15 @@ def test_the_watch_misses_who_does_not_beat(monkeypatch: pytest.MonkeyPatch) -> 
     del store.kept[watch.FAILED]
     store.set(watch.FAILED, told.to_json())
     assert second._told() == told
+
+
+def test_a_question_to_a_stopped_store_that_breaks_is_that_it_is_gone() -> None:
+    """Whoever is beside the stopped first process kills it, and its store's connections break."""
+    group = worlds.Group(launch.Place(1, 2, 1, 2), None)
+    told: Any = SimpleNamespace(fault=watch.Fault("rank 0 is gone", 0, silent=True), deaf=True)
+    group._watch = told
+    error = group.failed(RuntimeError("Connection reset by peer"))
+    assert isinstance(error, RankLost) and "rank 0 is gone" in str(error)
 
 
 class Seen(World):

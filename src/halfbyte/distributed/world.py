@@ -341,8 +341,8 @@ class Group(World):
                 continue
 
     def _failed(self, error: BaseException) -> BaseException:
-        if isinstance(error, Interrupted):
-            error = self._lost(error)
+        if isinstance(error, Interrupted) or (self._deaf and isinstance(error, RuntimeError)):
+            error = self._lost(error)  # the second: a question to a stopped first process, ended by its end
         if isinstance(error, Exception) and not isinstance(error, HalfbyteError):
             from halfbyte.runs import crash
 
