@@ -83,3 +83,59 @@ def test_a_user_without_a_home_folder_has_kernels_and_a_quantiser(place: str) ->
     codes, folder = done.stdout.split()
     assert codes == "128" and Path(folder).name.startswith("halfbyte-numba-")
     shutil.rmtree(folder)
+
+
+# A kernel that is compiled of a part in another file.
+PARTS = {
+    "part.py": """
+from numba import njit
+
+@njit(inline="never")
+def part():
+    return {}
+""",
+    "whole.py": """
+from numba import njit
+
+from part import part
+
+@njit(cache=True)
+def whole():
+    return part()
+""",
+}
+
+
+@pytest.mark.parametrize(
+    ("where", "asked"), [("beside", True), ("named", True), ("beside", False)], ids=["beside", "named", "numba alone"]
+)
+def test_a_kernel_is_compiled_again_after_a_part_of_it_changed(tmp_path: Path, where: str, asked: bool) -> None:
+    pytest.importorskip("numba")
+    kernels = tmp_path / "kernels"
+    (kernels / "deeper").mkdir(parents=True)
+    (kernels / "deeper" / "__init__.py").touch()
+    env = {name: value for name, value in os.environ.items() if name != compiled.VARIABLE}
+    if where == "named":
+        env[compiled.VARIABLE] = str(tmp_path / "cache")
+    code = f"""
+import pathlib, sys
+from halfbyte.system import compiled
+compiled._KERNELS = pathlib.Path({str(kernels)!r})
+{"compiled.find_place()" if asked else ""}
+sys.path.insert(0, {str(kernels / "deeper")!r})
+from whole import whole
+whole()
+print(whole(), sum(whole.stats.cache_hits.values()))
+"""
+    for name, text in PARTS.items():
+        (kernels / "deeper" / name).write_text(text.format(1))
+
+    def value() -> str:
+        return subprocess.run(
+            [sys.executable, "-B", "-c", code], env=env, cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    assert value() == "1 0"
+    assert value() == "1 1", "taken from the cache"
+    (kernels / "deeper" / "part.py").write_text(PARTS["part.py"].format(2))
+    assert value() == ("2 0" if asked else "1 1")

@@ -2,15 +2,20 @@
 in halfbyte's own, else in a folder of this process alone.
 
 Why: numba refuses to define a kernel that it cannot cache. So a user of a container without a home folder, beside a
-package that root has installed, could compile nothing.
-Source: `numba/core/caching.py`: its places in their order; NUMBA_CACHE_DIR names another one before them.
-Cost: three looks at folders, once.
+package that root has installed, could compile nothing. And numba looks at the file of a kernel, not at those of the
+parts that it is compiled of: after an update (`git pull`) of such a part it would take the old kernel.
+Source: `numba/core/caching.py`: its places in their order; NUMBA_CACHE_DIR names another one before them. In a place
+that is not beside the kernels the folder's name is that of theirs and a hash of its path.
+Cost: looks at some folders and forty files, once.
 """
 
+import contextlib
+import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, MutableMapping
+import time
+from collections.abc import Iterator, Mapping, MutableMapping
 from functools import cache
 from pathlib import Path
 
@@ -40,6 +45,7 @@ def places(env: Mapping[str, str] = os.environ) -> tuple[Path, ...]:
 def find_place() -> None:
     """Give numba a folder if it would find none. Called before kernels are imported."""
     env: MutableMapping[str, str] = os.environ
+    forget_older(env)
     if env.get(VARIABLE) or any(not files.why_unwritable(place) for place in places(env)):
         return
     own = files.cache_dir() / "numba"
@@ -51,7 +57,28 @@ def find_place() -> None:
         config.reload_config()
 
 
+def forget_older(env: Mapping[str, str] = os.environ) -> None:
+    """Remove numba's index of each kernel that was compiled before a file of the kernels was last changed."""
+    changed = max(file.stat().st_mtime for file in _KERNELS.rglob("*.py"))
+    if changed > time.time():  # the clock is wrong: what is compiled now would be older again
+        return
+    for index in _indices(env):
+        with contextlib.suppress(OSError):  # another process was first, or it may not be written
+            if index.stat().st_mtime < changed:
+                index.unlink()
+
+
+def _indices(env: Mapping[str, str]) -> Iterator[Path]:
+    """numba's file about each kernel, in each of its places."""
+    for folder in {file.parent for file in _KERNELS.rglob("*.py")}:
+        name = f"{folder.name}_{hashlib.sha1(str(folder).encode(), usedforsecurity=False).hexdigest()}"
+        beside = folder / "__pycache__"
+        for place in places(env):
+            yield from (beside if place == _KERNELS / "__pycache__" else place / name).glob("*.nbi")
+
+
 def are_there(env: Mapping[str, str] = os.environ) -> bool:
     """Whether numba's cache has the kernels of a training. The loss has one on each machine and in each dtype;
-    attention has none for bf16 where the processor lacks it."""
+    attention has none for bf16 where the processor lacks it. Older ones than the code are forgotten first."""
+    forget_older(env)
     return any(next(place.rglob("entropy.*.nbi"), None) is not None for place in places(env))
