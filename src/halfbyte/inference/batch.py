@@ -6,9 +6,10 @@ What: prompts go through the model's own forward, several end to end without pad
 are wanted too, the whole rows that they begin, so that a row is read once. Their caches are put into the slots of
 `layers/decoding`, and the first token is that of the model's own logits. The first ones are also run through the tape,
 and the two logits compared (`decode.py`). When no prompt waits, a smaller tape takes over the texts that are left.
-In fp32 only the first prompts go through a forward: the others are read by a tape too, what all begin with once. Where
-rows are read, what is expected is in them: as long as the model's own likeliest token is the expected one, the next is
-known already, and an answer goes on from where they part (speculative decoding, arXiv:2211.17192, whose draft it is).
+Where rows are read in fp32, what is expected is in them: as long as the model's own likeliest token is the expected
+one, the next is known already, and an answer goes on from where they part (speculative decoding, arXiv:2211.17192,
+whose draft it is). Where no losses are wanted, in fp32 only the first prompts go through a forward: the others are read
+by a tape too, what all begin with once. Its logits are not exact enough for a loss.
 Cost: a prompt's forward dequantises the base once for all that it takes together.
 """
 
@@ -22,7 +23,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from halfbyte.base import stream
-from halfbyte.data.encoding.examples import IGNORED
 from halfbyte.inference import decode, prefill
 from halfbyte.inference.generate import Sampling, generate, say, stop_ids
 from halfbyte.layers import loss, packing
@@ -185,6 +185,7 @@ class _Queue:
         self.head: loss.Head | None = None
         self.rows: Sequence[Example] = ()
         self.losses: dict[int, float] = {}
+        self.known: dict[int, list[int]] = {}  # of a row: the likeliest tokens from its prompt's end on
         self.waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         self.written: list[list[int]] = [[] for _ in prompts]
         self.done, self.factor, self.proven = 0, 1.0, False
@@ -248,7 +249,7 @@ class _Queue:
             self._read(self.reader, slots, dict(zip(free, chosen, strict=False)))
             return
         together = packing.installed(self.lm) == "cu_seq_lens"
-        most = _FIRST if slots.made.tape.isa == "avx2" and not self.proven else len(free)
+        most = _FIRST if slots.made.tape.isa == "avx2" and not self.proven and not self.rows else len(free)
         chosen = list[int]()
         for i in self.waiting[: min(most, len(free)) if together else 1]:
             if chosen and sum(self._tokens(j) for j in (*chosen, i)) > self.tokens_at_once:
@@ -263,13 +264,25 @@ class _Queue:
         if not self.proven:
             self._prove(slots, free[: len(chosen)], chosen, made.logits)
             self._take_reader(slots, free[0], chosen[0], made.logits[:1])
-        for i, m in enumerate(free[: len(chosen)]):
-            self._take(slots, m, first[i])
+        for m, text, token in zip(free, chosen, first, strict=False):
+            self._take_known(slots, m, text, self.known.pop(text, [token]))
+
+    def _take_known(self, slots: _Slots, m: int, text: int, tokens: list[int]) -> None:
+        """The likeliest tokens of the text in place m, as far as those before them are its own."""
+        start = len(self.prompts[text])
+        expected = self.rows[text].input_ids[start:] if self.rows else ()
+        for n, token in enumerate(tokens):
+            slots.before[m] = start + n
+            self._take(slots, m, token)
+            if slots.text[m] is None or expected[n : n + 1] != (token,):
+                return
 
     def _take_reader(self, slots: _Slots, m: int, i: int, own: Tensor) -> None:
         """Have what waits read by a tape, if that gives the logits that prompt i in place m has by the model's own."""
-        head = self.head or loss.head_of(self.lm)
-        if slots.made.tape.isa != "avx2" or not self.waiting or head is None or stream.of(self.layers[0]) is not None:
+        head = loss.head_of(self.lm)
+        if slots.made.tape.isa != "avx2" or self.rows or not self.waiting or stream.of(self.layers[0]) is not None:
+            return
+        if head is None:
             return
         try:
             reader = prefill.Reader(self.lm, slots.made, self.room, self.factor)
@@ -283,42 +296,19 @@ class _Queue:
         self.reader, self.head = reader, head
 
     def _shared(self) -> int:
-        """Tokens that all prompts begin with, all of which have one more; none of them is a label, nor the next."""
+        """Tokens that all prompts begin with, all of which have one more."""
         least, most = min(map(tuple, self.prompts)), max(map(tuple, self.prompts))
         same = next((n for n, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), len(least))
-        first = (next((n for n, x in enumerate(row.labels) if x != IGNORED), len(row.labels)) for row in self.rows)
-        return max(0, min(same, *(len(p) - 1 for p in self.prompts), *(n - 1 for n in first)))
+        return min(same, *(len(p) - 1 for p in self.prompts))
 
     def _read(self, reader: prefill.Reader, slots: _Slots, places: dict[int, int]) -> None:
-        """Texts by their places: their losses, and their first tokens as far as they are known."""
-        rows = {i: self.rows[i].input_ids if self.rows else self.prompts[i] for i in places.values()}
-        hidden = reader.read([(m, rows[i]) for m, i in places.items()])
-        for (m, i), states in zip(places.items(), hidden, strict=True):
-            start = len(self.prompts[i])
-            tokens = self._likeliest(i, states, start - 1 - reader.shared, reader.shared)
-            slots.text[m] = i
-            for n, token in enumerate(tokens):
-                slots.before[m] = start + n
-                self._take(slots, m, token)
-                if slots.text[m] is None or rows[i][start + n : start + n + 1] != (token,):
-                    break
-
-    def _likeliest(self, i: int, states: Tensor, first: int, shared: int) -> list[int]:
-        """The likeliest token after each of text i's states (T, D) from `first` on; its loss is noted."""
+        """Prompts by their places: their first tokens."""
         assert self.head is not None
-        labels = torch.tensor(self.rows[i].labels[shared + 1 :] if self.rows else [], dtype=torch.int64)
-        labels = torch.nn.functional.pad(labels, (0, len(states) - len(labels)), value=IGNORED)
-        wanted = labels != IGNORED
-        wanted[first:] = True
-        lost, tokens = 0.0, list[int]()
-        for some in wanted.nonzero()[:, 0].split(_LOGITS_AT_ONCE):
-            logits = loss.head_logits(states[some], self.head).float()
-            each = torch.nn.functional.cross_entropy(logits, labels[some], ignore_index=IGNORED, reduction="sum")
-            lost += float(each)
-            tokens += logits.argmax(-1)[some >= first].tolist()
-        if self.rows:
-            self.losses[i] = lost
-        return tokens
+        hidden = reader.read([(m, self.prompts[i]) for m, i in places.items()])
+        first = loss.head_logits(torch.stack([states[-1] for states in hidden]), self.head).argmax(-1).tolist()
+        for (m, i), token in zip(places.items(), first, strict=True):
+            slots.text[m] = i
+            self._take_known(slots, m, i, [token])
 
     def _prove(self, slots: _Slots, places: list[int], chosen: list[int], own: Tensor) -> None:
         """The prompts' last tokens once more, by the tape; raises Slower where its logits are not the model's."""
@@ -344,8 +334,17 @@ class _Queue:
         return prefill.read(self.lm, prompts, rows, self.head, partial(self._lose, chosen))
 
     def _lose(self, chosen: list[int], hidden: Tensor, batch: Batch) -> None:
-        """Note the losses of rows from the body's hidden states (T, D)."""
+        """Note the losses of rows from the body's hidden states (T, D), and what is likeliest after their prompts."""
         assert self.head is not None
-        for i, (first, end) in zip(chosen, loss.labels_of_texts(batch), strict=True):
+        starts = batch["cu_seq_lens_q"].tolist()[:-1]
+        for i, start, (first, end) in zip(chosen, starts, loss.labels_of_texts(batch), strict=True):
             keep, targets = batch["keep"][first:end], batch["targets"][first:end]
             self.losses[i] = float(loss.head_loss(hidden[keep], targets, self.head))
+            if hidden.dtype != torch.float32:  # rounded logits tie
+                continue
+            own = hidden[start + len(self.prompts[i]) - 1 : start + len(self.rows[i].input_ids)]
+            self.known[i] = [
+                token
+                for some in own.split(_LOGITS_AT_ONCE)
+                for token in loss.head_logits(some, self.head).argmax(-1).tolist()
+            ]

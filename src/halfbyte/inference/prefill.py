@@ -34,17 +34,18 @@ _LEAST_SHARED = 4  # tokens
 @dataclass
 class Prefilled:
     """Prompts after their forward: logits (n, V) and embedding factor; of each layer keys and values (1, K, T, d), in
-    which text i has the tokens [starts[i], starts[i] + lengths[i])."""
+    which text i, whose prompt has lengths[i] tokens, has the tokens [starts[i], starts[i] + reach[i])."""
 
     logits: Tensor
     factor: float
     layers: list[tuple[Tensor, Tensor]]
     starts: list[int]
     lengths: list[int]
+    reach: list[int]
 
     def put(self, i: int, made: Decoder, m: int) -> None:
-        """The cache of prompt i into place m."""
-        a, n = self.starts[i], self.lengths[i]
+        """The cache of text i into place m."""
+        a, n = self.starts[i], self.reach[i]
         for number, (keys, values) in enumerate(self.layers):
             made.keys[number][m, :, :, :n] = keys[0, :, a : a + n].transpose(1, 2)
             made.values[number][m, :, :n] = values[0, :, a : a + n]
@@ -83,7 +84,8 @@ def read(
     last = batch["input_ids"][0, ends]
     factor = decode.embedding_factor(lm.get_input_embeddings()(last), entered[0][0, ends])
     layers = [(layer.keys, layer.values) for layer in cache.layers]
-    return Prefilled(made, factor, layers, starts, [len(prompt) for prompt in prompts])
+    lengths = [len(prompt) for prompt in prompts]
+    return Prefilled(made, factor, layers, starts, lengths, [len(row.input_ids) for row in rows] or lengths)
 
 
 class Reader:
