@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -65,6 +66,8 @@ class HubServer:
         """So many requests for a part of a file get no answer: the connection ends."""
         self.refuse_ranges = False
         """Answer 503 to every request that wants the rest of a file."""
+        self.before_the_first: Callable[[], None] | None = None
+        """Runs before the first request is answered."""
         server = self
 
         class Handler(_Handler):
@@ -121,6 +124,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         path = self.path.partition("?")[0]
+        if self.hub.before_the_first and not self.hub.seen:
+            self.hub.before_the_first()
         self.hub.seen.append(Seen(self.command, path, self.headers.get("Range")))
         parts = path.strip("/").split("/")
         if parts[:2] == ["api", "models"] and len(parts) >= 4:
@@ -212,6 +217,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.sent_bytes += len(body)
             with contextlib.suppress(ConnectionError):  # the client had seen enough
                 self.wfile.write(body if keep is None else body[:keep])
-        if keep is not None or length > len(body):
+        if keep is not None or (self.command == "GET" and length > len(body)):
             self.wfile.flush()
             self.close_connection = True

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,19 +55,26 @@ def hub() -> Iterator[HubServer]:
         yield server
 
 
-def ask(hub: HubServer | str, home: Path, model: str, *, allow_pickle: bool = False, **env: str) -> dict[str, object]:
+class Answer(dict[str, object]):
+    """What was found; where something else was said instead, a test that looks for it shows that."""
+
+    def __missing__(self, key: str) -> object:
+        raise AssertionError(f"no {key!r} in {dict(self)}")
+
+
+def ask(hub: HubServer | str, home: Path, model: str, *, allow_pickle: bool = False, **env: str) -> Answer:
     done = process(hub, home, model, allow_pickle=allow_pickle, **env)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return Answer(json.loads(done.stdout.splitlines()[-1]))
 
 
 def process(
-    hub: HubServer | str, home: Path, model: str, *, allow_pickle: bool = False, **env: str
+    hub: HubServer | str, home: Path, model: str, *, allow_pickle: bool = False, before: str = "", **env: str
 ) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
     url = hub if isinstance(hub, str) else hub.url
     return subprocess.run(
-        [sys.executable, "-c", ASK, model, str(allow_pickle)],
+        [sys.executable, "-c", f"from halfbyte.models.sources import hub\n{before}\n{ASK}", model, str(allow_pickle)],
         env={**clean, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", **env},
         capture_output=True,
         text=True,
@@ -151,11 +160,37 @@ def test_a_hub_out_of_reach_is_one_line_and_what_is_cached_is_used(hub: HubServe
 def test_a_hub_that_never_answers_is_not_waited_for(tmp_path: Path) -> None:
     """It takes connections, and says nothing: then the one request is the only one."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        done = process(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path, NAME)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        done = process(url, tmp_path, NAME, before="hub.ANSWERS_S = 1.0")
         silent.settimeout(0)
         connections = list(accepted(silent))
     assert "cannot be reached, and" in json.loads(done.stdout)["error"]
     assert len(connections) == 1 and len(done.stderr.splitlines()) == 1
+
+
+def test_an_answer_may_be_later_than_a_connection(hub: HubServer, tmp_path: Path) -> None:
+    hub.add(NAME, FILES)
+    hub.before_the_first = lambda: time.sleep(1.5)
+    found = json.loads(process(hub, tmp_path, NAME, before="hub.CONNECTS_S = 1.2").stdout)
+    assert "files" in found, found
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="this system cannot stop a process")
+def test_no_time_goes_by_while_the_machine_stands_still(hub: HubServer, tmp_path: Path) -> None:
+    """Stopped for longer than it would wait; the hub, on the same machine, goes on a little after it."""
+
+    def stand_still() -> None:
+        pid = int((tmp_path / "pid").read_text())
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(2)
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.3)
+
+    hub.add(NAME, FILES)
+    hub.before_the_first = stand_still
+    before = "import os; hub.ANSWERS_S = 1.5; open('pid', 'w').write(str(os.getpid()))"
+    found = json.loads(process(hub, tmp_path, NAME, before=before).stdout)
+    assert "files" in found, found
 
 
 def accepted(server: socket.socket) -> Iterator[socket.socket]:

@@ -28,8 +28,9 @@ WEIGHTS = [SINGLE, INDEX, "model-*.safetensors"]
 PICKLED_WEIGHTS = [PICKLE, PICKLE_INDEX, "pytorch_model-*.bin"]
 # fnmatch's star crosses folders; what lies in one (onnx/, original/) is never read.
 SUBFOLDERS = ["*/*"]
-# How long the hub may take to answer at all: name service, proxy, connection and the first line.
-ANSWERS_S = 4.0
+# How long the hub may take until it is connected (name service, proxy, TCP), and from there to its first line.
+CONNECTS_S, ANSWERS_S = 4.0, 20.0
+_SLICE_S = 0.1
 _BROKEN = frozenset({"RemoteProtocolError", "ReadError", "WriteError", "CloseError"})
 
 
@@ -46,24 +47,35 @@ def is_out_of_reach() -> bool:
     """
     from huggingface_hub import constants, get_session
 
-    answered = threading.Event()
+    connected, ended, answers = threading.Event(), threading.Event(), []
+
+    def trace(event: str, _details: object) -> None:
+        if event == "connection.connect_tcp.complete":
+            connected.set()
 
     def ask() -> None:
         try:
-            get_session().head(constants.ENDPOINT, timeout=ANSWERS_S)
+            session.head(constants.ENDPOINT, timeout=None, extensions={"trace": trace})
+            answers.append(True)
         except Exception as error:  # httpx's under one of two names; a connection that breaks is worth another try
-            if type(error).__name__ not in _BROKEN:
-                return
-        answered.set()
+            answers.append(type(error).__name__ in _BROKEN)
+        finally:
+            connected.set()
+            ended.set()
 
     if constants.HF_HUB_OFFLINE:
         return True
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(ANSWERS_S)
-    if not answered.is_set():
-        log.warning("%s cannot be reached; only what is cached is used", constants.ENDPOINT)
-    return not answered.is_set()
+    session = get_session()  # imports a client and reads certificates: not the hub's time
+    threading.Thread(target=ask, daemon=True).start()
+    if _happens(connected, CONNECTS_S) and _happens(ended, ANSWERS_S) and answers[0]:
+        return False
+    log.warning("%s cannot be reached; only what is cached is used", constants.ENDPOINT)
+    return True
+
+
+def _happens(event: threading.Event, seconds: float) -> bool:
+    """Wait for `event`. While this process or its machine stands still (stopped, frozen, asleep) no time goes by."""
+    return any(event.wait(_SLICE_S) for _ in range(round(seconds / _SLICE_S)))
 
 
 def fetch(model: str, *, allow_pickle: bool) -> Checkpoint:
