@@ -78,6 +78,7 @@ def work(stack: str, name: str, rounds: int, threads: int, isa: str) -> None:
     dtype = torch.float32 if isa == "avx2" else torch.bfloat16
     model, context = opened(stack, name, dtype)
     ids = torch.arange(40)[None] % 30 + 100
+    model.generation_config.eos_token_id = None  # each answer has all its tokens, without another look at the logits
     with context, torch.no_grad():
         began = time.perf_counter()
         generated(model, ids, 4, stack)
@@ -161,8 +162,8 @@ def generated(model: Any, ids: Any, count: int, stack: str) -> list[float]:
     stamps = Stamps()
     loop = decode.Loop(stamps) if stack.startswith("halfbyte") else None
     model.generate(
-        input_ids=ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, temperature=None, top_p=None,
-        top_k=None, pad_token_id=0, custom_generate=loop, streamer=stamps,
+        input_ids=ids, max_new_tokens=count, do_sample=False, temperature=None, top_p=None, top_k=None, pad_token_id=0,
+        custom_generate=loop, streamer=stamps,
     )  # fmt: skip
     return stamps.at
 
