@@ -76,7 +76,7 @@ def test_a_bound_holds_for_the_vector_that_is_worst_for_its_row(dtype: torch.dty
     bounds = eight.bounds.double().numpy()
     assert (worst <= bounds).all()
     size = np.linalg.norm(w.double().numpy(), axis=1)
-    also = 128**0.5 / 2**15 if dtype == torch.float32 else 0.0  # x is in whole numbers up to 2^14 of its largest
+    also = 128**0.5 / 2**15  # x is in whole numbers up to 2^14 of its largest
     assert (bounds >= worst + 0.99 * also * size).all()
     assert (bounds <= 1.001 * worst + (1e-5 + 1.01 * also) * size).all()  # and it is no larger than it need be
 

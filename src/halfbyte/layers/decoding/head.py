@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from halfbyte.layers.decoding.tape import Eight, Tape, largest_whole
 from halfbyte.layers.kernels.cpu.decoding.nibbles import WHOLE
+from halfbyte.system import pages
 
 _log = logging.getLogger(__name__)
 _CHUNK = 4096  # rows that are widened at once
@@ -59,11 +60,12 @@ def of(head: nn.Module, dtype: torch.dtype) -> Eight | None:
 def rounded(weight: Tensor) -> Eight:
     """Rows (O, D) of bf16 or fp32 in 8 bits, each with a scale of its own and its bound."""
     o, d = weight.shape
-    rows, scales, bounds = torch.empty((o, d), dtype=torch.int8), torch.empty(o), torch.empty(o)
+    rows = pages.Room(o * d).empty((o, d), torch.int8)
+    scales, bounds = torch.empty(o), torch.empty(o)
     # Sums of d products over at least 8 lanes, and a few more roundings: scale, comparison, the difference below.
     sums = (d / 8 + 16) * _EPS
-    # Where x is rounded too, each number by at most half of a step, which is |x| / most at the largest.
-    also = d**0.5 / (2 * largest_whole(d)) if weight.dtype == torch.float32 else 0.0
+    # x is rounded too, each number by at most half of a step, which is |x| / most at the largest.
+    also = d**0.5 / (2 * largest_whole(d))
     for first in range(0, o, _CHUNK):
         w, at = weight[first : first + _CHUNK].float(), slice(first, first + _CHUNK)
         s = w.abs().amax(1) / 127
@@ -84,8 +86,14 @@ def wrong(weight: Tensor, eight: Eight) -> str | None:
     x = torch.randn((_PROBES, d), generator=generator)
     some = torch.randint(0, o, (_PROBES // 2,), generator=generator)
     x[: len(some)] = weight[some].float() * (d**0.5 / weight[some].float().norm(dim=1, keepdim=True).clamp_min(1e-30))
-    tape = Tape(weight.dtype, _PROBES)
-    to, out = tape.vectors(d), tape.buffer(_PROBES, o)
+    return _wrong(weight, eight, x) or _wrong(weight, eight, x[:1]) or _wrong(weight, eight, x[-1:])
+
+
+def _wrong(weight: Tensor, eight: Eight, x: Tensor) -> str | None:
+    """The same for vectors (M, D)."""
+    (o, d), m = weight.shape, len(x)
+    tape = Tape(weight.dtype, m)
+    to, out = tape.vectors(d), tape.buffer(m, o)
     whole = tape.whole(to, d)
     tape.norm(x, to, None, whole=whole)
     tape.then()

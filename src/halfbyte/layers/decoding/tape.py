@@ -23,6 +23,7 @@ from halfbyte.layers.kernels import cpu
 MOST_VECTORS = 16  # beyond, a matrix product on dequantised weights is faster
 _ITEM_BYTES = 64 * 1024  # of a matrix that a thread takes at once
 _ITEMS_OF_EIGHT = 4  # of them, of a head in 8 bits: each of its items looks at what all have found
+_FEWEST_ITEMS = 16  # of 4-bit rows for one vector: what a thread may have to wait for is one of them
 _ROWS = 8  # of codes, that the kernels for fp32 take at once
 
 
@@ -86,6 +87,7 @@ class Tape:
         self.before, self._group = (0, 0), 0
         self.isa, self._groups, self._blocks = name, 1, 1
         self._levels: dict[str, Tensor] = {}
+        self._planes_of: dict[bytes, Tensor] = {}
         self._slots: np.ndarray | None = None
 
     # ------------------------------------------------------------------ memory
@@ -109,6 +111,8 @@ class Tape:
         if self.isa == "avx2":  # in whole numbers of 16 bits, once more for eight vectors at once; and their steps
             groups, blocks = -(-self.m // 8), wide // nibbles.BLOCK
             count = (2 * count + 16 * groups * wide + 32 * groups * blocks + 4 * self.m * blocks) // 4
+        elif self.m == 1:  # from its last block on once more (`single.py`)
+            count *= 2
         return Vectors(self.buffer(self.m, wide), self.buffer(count, dtype=self.dtype), wide)
 
     # -------------------------------------------------------------- operations
@@ -150,7 +154,8 @@ class Tape:
     def whole(self, to: Vectors, d: int) -> Whole:
         """Memory for what `largest` reads of M vectors (M, D)."""
         lengths, steps = self.buffer(self.m), self.buffer(self.m)
-        numbers = self.buffer(self.m, to.wide, dtype=torch.int16) if self.isa == "avx2" else None
+        is_whole = self.isa == "avx2" or self.m == 1
+        numbers = self.buffer(self.m, to.wide, dtype=torch.int16) if is_whole else None
         return Whole(lengths, steps, largest_whole(d), numbers)
 
     def norm_onto(self, x: Tensor, onto: Tensor, weight: Tensor, eps: float, one_plus: bool) -> None:
@@ -180,10 +185,10 @@ class Tape:
         """x (M, D fp32) times w (O, D) -> out (M, O): exact where it may be the largest, elsewhere less and within
         `eight.bounds` times the lengths of x. In two groups."""
         o, d = w.shape
-        rows = _ITEMS_OF_EIGHT * self._item_rows(o, d)
+        rows = -(-_ITEMS_OF_EIGHT * self._item_rows(o, d) // 16) * 16  # whole ones of `single.py`
         items = -(-o // rows)
         slots: dict[int, int | float] = {
-            6: self.kept(eight.bounds), 7: self.kept(whole.lengths), 8: self.buffer(items, self.m).data_ptr(), 9: d,
+            6: self.kept(eight.bounds), 7: self.kept(whole.lengths), 8: self.buffer(2, items, self.m).data_ptr(), 9: d,
             10: o, 11: x.data_ptr(), 12: x.stride(0) * 4, 13: out.data_ptr(), 14: out.stride(0), 23: rows, 24: self.m,
         }  # fmt: skip
         if whole.numbers is not None:
@@ -197,18 +202,25 @@ class Tape:
         onto: bool = False, bias: Tensor | None = None, up: Tensor | None = None, h: Tensor | None = None,
     ) -> None:  # fmt: skip
         """x (M, D) times 4-bit rows (O, D), plus h (M, R) times up: (O, R) in pieces of 32 bytes; in fp32 (R, O ..)."""
+        from halfbyte.layers.kernels.cpu.decoding import single
+
         o, d = shape
+        nested = scales.nested is not None and scales.table is not None
+        is_single = self.m == 1 and self.isa == "avx512" and single.available(nested)
         rows = self._item_rows(o, d // 2)
         if self.isa == "avx2":
             rows = -(-rows // _ROWS) * _ROWS
+        elif is_single:
+            rows = max(1, min(rows, o // _FEWEST_ITEMS) // single.ROWS) * single.ROWS
         self._blocks = max(self._blocks, d // 64)
         self._groups = max(self._groups, rows * (d // 64) // 256 + 2)
-        nested = scales.nested is not None and scales.table is not None
+        table = self._planes(scales.table) if nested and is_single else scales.table
         slots: dict[int, int | float] = {
-            4: self.kept(codes), 5: self.kept(scales.absmax), 6: self.kept(scales.table) if nested else 0,
+            4: self.kept(codes), 5: self.kept(scales.absmax), 6: self.kept(table) if nested else 0,
             7: self.kept(scales.nested) if nested else 0, 8: scales.offset, 9: d, 10: o, 11: x.ordered.data_ptr(),
             12: 2 * x.wide, 13: out.data_ptr(), 14: out.stride(0), 15: int(onto),
             16: 0 if bias is None else self.kept(bias.float()), 22: self._table(kind), 23: rows, 24: self.m,
+            25: int(is_single),
         }  # fmt: skip
         if up is not None and h is not None:
             row_bytes = h.shape[1] * h.itemsize
@@ -250,26 +262,51 @@ class Tape:
             self._levels[kind] = torch.from_numpy(table(nf4_cpu.code(kind)))
         return self.kept(self._levels[kind])
 
+    def _planes(self, table: Tensor | None) -> Tensor:
+        """One for all matrices whose scales stand for the same numbers."""
+        from halfbyte.layers.kernels.cpu.decoding import single
+
+        assert table is not None
+        numbers = table.contiguous().numpy()
+        key = numbers.tobytes()
+        if key not in self._planes_of:
+            self._planes_of[key] = torch.from_numpy(single.planes(numbers))
+        return self._planes_of[key]
+
     # --------------------------------------------------------------------- run
     def run(self, first: int = 0, last: int | None = None) -> None:
         """Run operations first .. last; a token begins with the first one."""
         from halfbyte.layers.kernels.cpu import parallel
 
-        if self._slots is None or self._slots[1] != len(self._rows):
-            self._finish()
+        threads = torch.get_num_threads()
+        if self._slots is None or self._slots[1] != len(self._rows) or self._slots[9] != threads:
+            self._finish(threads)
         assert self._slots is not None
         if first == 0:
             self._counters.fill(0)
+        self._arrived.fill(0)
         self._slots[2:4] = first, len(self._rows) if last is None else last
         parallel.start(self.kinds.compiled(self.dtype), self._slots)
 
-    def _finish(self) -> None:
+    def _finish(self, threads: int) -> None:
         self._ops = np.concatenate(self._rows)
-        self._counters = np.zeros(2 * len(self._rows) * self.kinds.LINE, np.int64)
+        self._counters = np.zeros((threads + 1) * len(self._rows) * self.kinds.LINE, np.int64)
+        self._arrived = np.zeros(self.kinds.LINE, np.int64)
         self._slots = np.zeros(32, np.int64)
         self._slots[:2] = self._ops.ctypes.data, len(self._rows)
         scratch = 4096 + 32 * (self.m + self._blocks)
         self._slots[4:9] = self._counters.ctypes.data, self._groups, self.room, scratch, _yield_address()
+        self._slots[9:11] = threads, self._arrived.ctypes.data
+        self._name_matrices()
+
+    def _name_matrices(self) -> None:
+        """In each operation the next matrix, itself included: address, items, bytes of an item."""
+        widths, ops = {self.kinds.CODES: 0.5, self.kinds.EIGHTS: 1.0, self.kinds.DENSE: self.dtype.itemsize}, self._ops
+        following = np.zeros(3, np.int64)
+        for row in ops.reshape(-1, self.kinds.WIDTH)[::-1]:
+            if row[0] in widths:
+                following[:] = row[4], row[1], int(row[23] * row[9] * widths[int(row[0])])
+            row[28:31] = following
 
 
 @dataclass(frozen=True)
@@ -283,8 +320,8 @@ class Eight:
 
 @dataclass(frozen=True)
 class Whole:
-    """What the head in 8 bits reads of M vectors: lengths (M,), and in fp32 whole numbers (M, D..) int16 up to `most`
-    with a step for each vector (M,)."""
+    """What the head in 8 bits reads of M vectors: lengths (M,), and in fp32, or of a single one, whole numbers (M, D..)
+    int16 up to `most` with a step for each vector (M,)."""
 
     lengths: Tensor
     steps: Tensor

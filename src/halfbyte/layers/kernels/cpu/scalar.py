@@ -110,6 +110,18 @@ def take(typing_context, counter):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def give(typing_context, counter, n):  # type: ignore[no-untyped-def]
+    """counter[0] += n, atomically; what this thread wrote before is there for who reads it."""
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        builder.atomic_rmw("add", array.data, args[1], "acq_rel")
+        return context.get_dummy_value()
+
+    return types.void(counter, types.int64), build
+
+
+@intrinsic
 def read(typing_context, counter):  # type: ignore[no-untyped-def]
     """counter[0] as other threads have left it; what they wrote before is there too."""
 

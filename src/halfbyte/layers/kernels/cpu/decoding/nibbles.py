@@ -305,6 +305,17 @@ def _eights(vectors: int) -> Callable[..., None]:
 eights_1, eights_2, eights_4, eights_8 = (_eights(n) for n in (1, 2, 4, 8))
 
 
+@intrinsic
+def ask(typing_context, at):  # type: ignore[no-untyped-def]
+    """Ask for the line at an address, int64, into the second cache."""
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        Code(builder).prefetch(args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), build
+
+
 def table(levels: np.ndarray) -> np.ndarray:
     """16 levels as the kernel looks them up: 32 words of bf16."""
     bits = levels.astype(np.float32).view(np.uint32)

@@ -6,7 +6,9 @@ counter, and an operation begins when those that it names are done. No thread wa
 number of threads is right, one included.
 What: an operation is a row of 32 int64 slots: kind, items, the range of operations that must be done before, then
 addresses, sizes and floats (as float64 bits); `layers/decoding/tape.py` writes them. Activations between operations are
-fp32; what a product reads is there twice, in order in fp32, and in the kernels' order and type.
+fp32; what a product reads is there twice, in order in fp32, and in the kernels' order and type. Each thread has a share
+of an operation's items, neighbours in memory, before it takes another's; and while it waits it asks for the first bytes
+of its share of the next matrix.
 Source: products are in `nibbles.py` (bf16) and `words.py` (fp32), attention in `attend.py`; the rest are the formulas
 of `norm.py` and `gate.py`.
 Cost: about 0.2 microseconds between two operations on two threads.
@@ -21,10 +23,10 @@ import numpy as np
 from numba import carray, types
 from numba.extending import overload
 
-from halfbyte.layers.kernels.cpu.decoding import attend, nibbles, words
+from halfbyte.layers.kernels.cpu.decoding import attend, heads, nibbles, single, words
 from halfbyte.layers.kernels.cpu.gate import SILU, sigmoid
 from halfbyte.layers.kernels.cpu.parallel import array, kernel, per_dtype
-from halfbyte.layers.kernels.cpu.scalar import FASTMATH, inlined, load, pause, read, store, take
+from halfbyte.layers.kernels.cpu.scalar import FASTMATH, give, inlined, load, pause, read, store, take
 
 WIDTH = 32  # slots of an operation
 LINE = 8  # int64 of a cache line: each counter has its own
@@ -33,13 +35,15 @@ GATE_ELEMENTS = 1024
 FEWEST_WIDE = 5  # vectors for which eight at once are faster than one, two and four (words.py)
 _NEAR_BYTES = 24 * 1024  # of vectors that a pass over rows reads again and again
 _SPINS = 2000  # looks at a counter before the core is offered to others
+_ASKED_BYTES = 32 * 1024  # of the next matrix, by each thread while it waits
 
 
 @inlined
-def _in_order(x, like, out, m, vectors, first, last):  # type: ignore[no-untyped-def]
+def _in_order(x, like, out, m, vectors, d, first, last):  # type: ignore[no-untyped-def]
     """Vector m's x[first:last] in fp32 -> `out`, as products read it; `first` and `last` are whole chunks.
 
-    bf16: (M, D') in the order of `nibbles`. fp32: whole numbers (M, D') in the order of `words`, 16 bits each; the same
+    bf16: (M, D') in the order of `nibbles`; of one vector of an odd number of blocks also (D'), from its last block on.
+    fp32: whole numbers (M, D') in the order of `words`, 16 bits each; the same
     in pairs among eight vectors (M / 8, D' / 2, 8, 2); and the steps of blocks, (M / 8, D' / 64, 8) and (M, D' / 64).
     """
     wide = len(x)
@@ -52,6 +56,8 @@ def _in_order(x, like, out, m, vectors, first, last):  # type: ignore[no-untyped
                 to[32 + j] = store(a[4 * j], to)
                 to[64 + j] = store(a[4 * j + 3], to)
                 to[96 + j] = store(a[4 * j + 2], to)
+            if vectors == 1 and d % nibbles.CHUNK == nibbles.BLOCK:
+                _from_last(to, array(out + wide * like.itemsize, (wide,), like.dtype), c, wide)
     else:
         blocks, groups, among = wide // nibbles.BLOCK, (vectors + 7) // 8, m // 8
         pairs = out + 2 * vectors * wide + 16 * among * wide + 4 * (m % 8)
@@ -62,6 +68,20 @@ def _in_order(x, like, out, m, vectors, first, last):  # type: ignore[no-untyped
             words.rounded(
                 like, x.ctypes.data + 256 * c, out + 2 * m * wide + 128 * c, own + 4 * c, turned, shared + 32 * c
             )
+
+
+@inlined
+def _from_last(ordered, out, c, wide):  # type: ignore[no-untyped-def]
+    """A chunk, numbers c .. c + 128 of a vector, to where `single.py` reads it for every second row."""
+    for k in range(0, nibbles.CHUNK, 32):
+        for j in range(16):
+            out[c + k + 16 + j] = ordered[k + j]
+        if c + nibbles.CHUNK < wide:
+            for j in range(16):
+                out[c + nibbles.CHUNK + k + j] = ordered[k + 16 + j]
+        else:
+            for j in range(16):
+                out[k + j] = ordered[k + j]
 
 
 @inlined
@@ -99,7 +119,7 @@ def _norm(op, number, like, m):  # type: ignore[no-untyped-def]
     if op[15] != 0:
         most = np.float32(number[17])
         words.rounded_whole(like, out.ctypes.data, wide, most, op[15] + m * wide * 2, op[16] + 4 * m)
-    _in_order(out, like, op[11], m, op[1], 0, wide)
+    _in_order(out, like, op[11], m, op[1], d, 0, wide)
 
 
 def _rows(dots: Callable[..., None], looked_up: Callable[..., None], count: int) -> Callable[..., None]:
@@ -202,9 +222,35 @@ def _words(op, number, like, lookups, sums, scratch, item):  # type: ignore[no-u
                 out[k] = total + out[k] if op[15] != 0 else total
 
 
+@inlined
+def _single(op, number, like, lookups, scratch, item):  # type: ignore[no-untyped-def]
+    """`_codes` of one vector in bf16. 6: its planes."""
+    blocks, begin, end = op[9] // nibbles.BLOCK, item * op[23], min(op[10], item * op[23] + op[23])
+    sums, looked_up = (np.int64(scratch.ctypes.data) + 63) // 64 * 64, np.int64(lookups.ctypes.data)
+    found, bias = array(sums + single.SUMS, (single.ROWS,), np.float32), array(op[16], (op[10],), np.float32)
+    out, scales = array(op[13], (op[10],), np.float32), op[5]
+    if op[6] != 0:
+        for at in range(end * blocks, min(op[10], end + op[23]) * blocks, 64):  # those of the next item
+            nibbles.ask(op[5] + at)
+        single.scales_of(like, op[5], op[6], op[7], np.float32(number[8]), begin * blocks, end * blocks, looked_up)
+        scales = looked_up - 4 * (begin * blocks // 64 * 64)
+    for r in range(begin, end, single.ROWS):
+        n = min(single.ROWS, end - r)
+        single.rows_of_16(
+            like, op[4] + r * (op[9] // 2), n, blocks, op[11], op[11] + op[12], scales + 4 * r * blocks, op[22],
+            op[17] + r * op[18], op[18], op[19], op[21], sums, sums + single.SUMS,
+        )  # fmt: skip
+        for k in range(n):
+            total = found[k] + (bias[r + k] if op[16] != 0 else np.float32(0.0))
+            out[r + k] = total + out[r + k] if op[15] != 0 else total
+
+
 def _nibbles(op, number, like, lookups, sums, scratch, item):  # type: ignore[no-untyped-def]
     """`_codes` in bf16."""
     vectors, begin, end = op[24], item * op[23], min(op[10], item * op[23] + op[23])
+    if op[25] != 0:
+        _single(op, number, like, lookups, scratch, item)
+        return
     m = 0
     while m < vectors:  # outside the rows: the vectors of a pass stay in the first cache
         left = vectors - m
@@ -236,8 +282,8 @@ def _chosen(op, number, like, lookups, sums, scratch, item):  # type: ignore[no-
 def _codes(op, number, like, lookups, sums, scratch, item):  # type: ignore[no-untyped-def]
     """4 codes, 5 absmax, 6 table of 256 or 0, 7 nested absmax, 8 offset, 9 D, 10 O, 11 x in order (M, D'), 12 bytes of
     its row, 13 out (M, ..), 14 its row, 15 onto, 16 bias (O) fp32, 17 B, 18 its row, 19 A x (M, ..), 20 its row,
-    21 pieces, 22 levels, 23 rows of an item, 24 M."""
-    if op[6] != 0:
+    21 pieces, 22 levels, 23 rows of an item, 24 M, 25 whether by `single.py`."""
+    if op[6] != 0 and op[25] == 0:
         blocks, begin, end = op[9] // nibbles.BLOCK, item * op[23], min(op[10], item * op[23] + op[23])
         group = begin * blocks // nibbles.GROUP
         groups = (end * blocks - 1) // nibbles.GROUP - group + 1
@@ -290,78 +336,6 @@ def _dense(op, number, like, sums, item):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _eights(op, like, sums, item):  # type: ignore[no-untyped-def]
-    """4 rows of 8 bits (O, D), 5 their scales (O) fp32, 6 bounds (O) fp32, 7 lengths of x (M), 8 best (items, M), 9 D,
-    10 O, 11 x (M, ..) fp32, 12 bytes of its row, 13 out (M, ..), 14 its row, 15 x in whole numbers (M, ..), 16 bytes of
-    its row, 17 its steps (M), 23 rows of an item, 24 M."""
-    d, vectors, row = op[9], op[24], op[12]
-    steps = array(op[17], (vectors,), np.float32)
-    scales, bounds = array(op[5], (op[10],), np.float32), array(op[6], (op[10],), np.float32)
-    lengths, best = array(op[7], (vectors,), np.float32), array(op[8] + item * vectors * 4, (vectors,), np.float32)
-    for m in range(vectors):
-        best[m] = np.float32(-np.inf)
-    for r in range(item * op[23], min(op[10], item * op[23] + op[23])):
-        if like.itemsize == 2:
-            m = 0
-            while m < vectors:
-                w, x, to = op[4] + r * d, op[11] + m * row, sums.ctypes.data + m * 4
-                if vectors - m >= 8:
-                    nibbles.eights_8(like, w, x, row, d // nibbles.WHOLE, to)
-                    m += 8
-                elif vectors - m >= 4:
-                    nibbles.eights_4(like, w, x, row, d // nibbles.WHOLE, to)
-                    m += 4
-                elif vectors - m >= 2:
-                    nibbles.eights_2(like, w, x, row, d // nibbles.WHOLE, to)
-                    m += 2
-                else:
-                    nibbles.eights_1(like, w, x, row, d // nibbles.WHOLE, to)
-                    m += 1
-        else:
-            m = 0
-            while m < vectors:
-                w, x, to = op[4] + r * d, op[15] + m * op[16], sums.ctypes.data + m * 4
-                if vectors - m >= 8:
-                    words.eights_8(like, w, x, op[16], d // nibbles.WHOLE, to)
-                    m += 8
-                elif vectors - m >= 4:
-                    words.eights_4(like, w, x, op[16], d // nibbles.WHOLE, to)
-                    m += 4
-                elif vectors - m >= 2:
-                    words.eights_2(like, w, x, op[16], d // nibbles.WHOLE, to)
-                    m += 2
-                else:
-                    words.eights_1(like, w, x, op[16], d // nibbles.WHOLE, to)
-                    m += 1
-            for m in range(vectors):
-                sums[m] *= steps[m]
-        for m in range(vectors):
-            about = sums[m] * scales[r]
-            array(op[13] + (m * op[14] + r) * 4, (1,), np.float32)[0] = about
-            best[m] = max(best[m], about - bounds[r] * lengths[m])
-
-
-@inlined
-def _exact(op, like, sums, item):  # type: ignore[no-untyped-def]
-    """4 w (O, D), 6 .. 24 as in `_eights`, 5 items of that one: rows that may be the largest, as `_dense` has them."""
-    d, vectors, row = op[9], op[24], op[12]
-    lanes = nibbles.LANES_BF16 if like.itemsize == 2 else nibbles.LANES_FP32
-    bounds, lengths = array(op[6], (op[10],), np.float32), array(op[7], (vectors,), np.float32)
-    best = array(op[8], (op[5], vectors), np.float32)
-    first, last = item * op[23], min(op[10], item * op[23] + op[23])
-    for m in range(vectors):
-        most, out = np.float32(-np.inf), array(op[13] + m * op[14] * 4, (op[10],), np.float32)
-        for i in range(op[5]):
-            most = max(most, best[i, m])
-        for r in range(first, last):
-            if not out[r] + bounds[r] * lengths[m] < most:  # NaN too
-                nibbles.plain_of_1(
-                    like, op[4] + r * d * like.itemsize, op[11] + m * row, row, d // lanes, sums.ctypes.data
-                )
-                out[r] = sums[0]
-
-
-@inlined
 def _gate(op, like, item):  # type: ignore[no-untyped-def]
     """4 gate (M, ..), 5 up (M, ..), 6 their row, 7 I, 8 kind, 9 M, 22 plain out (M, D'), 23 ordered out, 24 D'."""
     inner, wide = op[7], op[24]
@@ -380,55 +354,88 @@ def _gate(op, like, item):  # type: ignore[no-untyped-def]
             v = g[j]
             z = np.float32(1.5957691216) * (v + np.float32(0.044715) * v * v * v)  # 2 sqrt(2 / pi)
             to[j] = v * sigmoid(z) * u[j]
-    _in_order(out, like, op[23], m, op[9], first, min(wide, first + GATE_ELEMENTS))
+    _in_order(out, like, op[23], m, op[9], inner, first, min(wide, first + GATE_ELEMENTS))
 
 
 @inlined
-def _wait(counters, first, last, ops, yielding):  # type: ignore[no-untyped-def]
-    for one in range(first, last):
-        done, items, spins = counters[(2 * one + 1) * LINE :], ops[one * WIDTH + 1], 0
+def _share(items, threads, share):  # type: ignore[no-untyped-def]
+    """The first item of a thread's share."""
+    return share * items // threads
+
+
+@inlined
+def _wait(counters, lines, op, ops, me, threads, asked, yielding):  # type: ignore[no-untyped-def]
+    """Until all before `op` is done. Asks meanwhile for bytes of this thread's share of the next matrix (28, items 29
+    of 30 bytes each); `asked`: its address, and how many were."""
+    begin, end = _share(op[29], threads, me), _share(op[29], threads, me + 1)
+    if asked[0] != op[28]:
+        asked[0], asked[1] = op[28], 0
+    most = min(_ASKED_BYTES, (end - begin) * op[30])
+    for one in range(op[2], op[3]):
+        done, items, spins = counters[((one + 1) * lines - 1) * LINE :], ops[one * WIDTH + 1], 0
         while read(done) < items:
             spins += 1
-            pause(yielding if spins % _SPINS == 0 else 0)
+            if asked[1] < most:
+                for k in range(0, 256, 64):
+                    nibbles.ask(op[28] + begin * op[30] + asked[1] + k)
+                asked[1] += 256
+            else:
+                pause(yielding if spins % _SPINS == 0 else 0)
+
+
+@inlined
+def _do(op, number, like, lookups, s, sums, scratch, item):  # type: ignore[no-untyped-def]
+    if op[0] == CODES:
+        _codes(op, number, like, lookups, sums, scratch, item)
+    elif op[0] == DENSE:
+        _dense(op, number, like, sums, item)
+    elif op[0] == NORM:
+        _norm(op, number, like, item)
+    elif op[0] == ROTATE:
+        attend.rotate(op, number, like, item)
+    elif op[0] == ATTEND:
+        attend.attend(op, number, like, s, item)
+    elif op[0] == EIGHTS:
+        heads.eights(op, like, sums, scratch, item)
+    elif op[0] == EXACT:
+        heads.exact(op, like, sums, item)
+    else:
+        _gate(op, like, item)
 
 
 def _make(element: type) -> object:
     @kernel
     def token(address):  # type: ignore[no-untyped-def]
         """Slots: 0 operations, 1 their number, 2 the first, 3 the last, 4 counters, 5 most groups of 256 blocks in an
-        item, 6 T, 7 bytes of scratch, 8 sched_yield."""
+        item, 6 T, 7 bytes of scratch, 8 sched_yield, 9 threads, 10 how many have come.
+
+        Counters of an operation, each in a line: taken of each share; items done.
+        """
         slot = carray(address, (32,), np.int64)
+        threads, lines = slot[9], slot[9] + 1
+        me = take(array(slot[10], (1,), np.int64)) % threads
         ops = array(slot[0], (slot[1] * WIDTH,), np.int64)
         numbers = array(slot[0], (slot[1] * WIDTH,), np.float64)
-        counters = array(slot[4], (2 * slot[1] * LINE,), np.int64)
+        counters = array(slot[4], (slot[1] * lines * LINE,), np.int64)
         like = array(slot[0], (1,), element)
         lookups, s = np.empty(slot[5] * nibbles.GROUP, np.float32), np.empty(slot[6], np.float32)
-        sums, scratch = np.empty(64, np.float32), np.empty(slot[7], np.uint8)
+        sums, scratch, asked = np.empty(64, np.float32), np.empty(slot[7], np.uint8), np.zeros(2, np.int64)
         for i in range(slot[2], slot[3]):
             op, number = ops[i * WIDTH : (i + 1) * WIDTH], numbers[i * WIDTH : (i + 1) * WIDTH]
-            _wait(counters, op[2], op[3], ops, slot[8])
-            taken, done = counters[2 * i * LINE :], counters[(2 * i + 1) * LINE :]
-            while True:
-                item = take(taken)
-                if item >= op[1]:
-                    break
-                if op[0] == CODES:
-                    _codes(op, number, like, lookups, sums, scratch, item)
-                elif op[0] == DENSE:
-                    _dense(op, number, like, sums, item)
-                elif op[0] == NORM:
-                    _norm(op, number, like, item)
-                elif op[0] == ROTATE:
-                    attend.rotate(op, number, like, item)
-                elif op[0] == ATTEND:
-                    attend.attend(op, number, like, s, item)
-                elif op[0] == EIGHTS:
-                    _eights(op, like, sums, item)
-                elif op[0] == EXACT:
-                    _exact(op, like, sums, item)
-                else:
-                    _gate(op, like, item)
-                take(done)
+            _wait(counters, lines, op, ops, me, threads, asked, slot[8])
+            turn, count = 0, 0
+            while turn < threads:
+                share = (me + turn) % threads
+                first, end = _share(op[1], threads, share), _share(op[1], threads, share + 1)
+                taken = counters[(i * lines + share) * LINE :]
+                item = first + (take(taken) if turn == 0 or first + read(taken) < end else end)
+                if item >= end:
+                    turn += 1
+                    continue
+                _do(op, number, like, lookups, s, sums, scratch, item)
+                count += 1
+            if count > 0:
+                give(counters[((i + 1) * lines - 1) * LINE :], count)
 
     return token
 

@@ -327,8 +327,6 @@ def rounded_whole(typing_context, like, x, count, most, numbers, step):  # type:
     """
 
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        if like.dtype != types.float32:
-            return context.get_dummy_value()
         code, b, (x, count, most, numbers, step) = Code(builder), builder, args[1:]
         largest = cgutils.alloca_once_value(b, _F32(0.0))
         blocks = b.lshr(count, _I64(6))
