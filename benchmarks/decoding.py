@@ -87,7 +87,7 @@ def work(stack: str, name: str, rounds: int, threads: int, isa: str) -> None:
         for _ in range(rounds):
             at = generated(model, ids, many, stack)[1:]  # the first two are the prompt and its token
             best = max(best, *(WINDOW / (at[i + WINDOW] - at[i]) for i in range(1, len(at) - WINDOW)))
-    row = {"rate": best, "first": first, "bytes": token_bytes(model), "memory": memory_rate()}
+    row = {"rate": best, "first": first, "bytes": token_bytes(model, stack), "memory": memory_rate()}
     print("@@" + json.dumps(row))
 
 
@@ -168,15 +168,16 @@ def generated(model: Any, ids: Any, count: int, stack: str) -> list[float]:
     return stamps.at
 
 
-def token_bytes(model: Any) -> int:
+def token_bytes(model: Any, stack: str) -> int:
     """What a token must read: each weight of the layers and the head once, as it is held."""
     from halfbyte.models import structure
-    from halfbyte.quant import bnb
+    from halfbyte.quant import bnb, policy
 
     lm = structure.causal_lm(model)
-    inside = [t for layer in structure.decoder_layers(model) for t in bnb.held_tensors(layer)]
+    inside = sum(t.nbytes for layer in structure.decoder_layers(model) for t in bnb.held_tensors(layer))
     head = lm.get_output_embeddings().weight
-    return sum(t.nbytes for t in inside) + head.nbytes
+    eight = stack.startswith("halfbyte") and policy.head_in_eight_bits(head.nbytes, inside)
+    return inside + (head.numel() if eight else head.nbytes)
 
 
 def memory_rate() -> float:

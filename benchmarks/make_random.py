@@ -2,6 +2,7 @@
 
     python benchmarks/make_random.py llama FOLDER              # one of ten architectures, small
     python benchmarks/make_random.py llama-2-7b-nf4 FOLDER     # Llama-2-7B in NF4, as bitsandbytes writes it: 3.9 GB
+    python benchmarks/make_random.py llama-2-7b-q4_k_m FILE    # the same shape as llama.cpp quantises it: 4.1 GB
 
 Speed and memory of a step do not depend on the values of the weights, so random ones measure them as well.
 """
@@ -223,13 +224,68 @@ def quantised_llama(folder: Path, values: dict[str, int]) -> Path:
     return folder
 
 
+def gguf_llama(path: Path, values: Mapping[str, int]) -> Path:
+    """A GGUF file of this shape, random blocks, in the types of Q4_K_M (llama.cpp's `use_more_bits`)."""
+    import gguf
+    import numpy as np
+
+    small, large = gguf.GGMLQuantizationType.Q4_K, gguf.GGMLQuantizationType.Q6_K
+    generator, scale = np.random.default_rng(0), np.array([1e-4], np.float16).view(np.uint8)
+    layers, d, inner, words = (
+        values[k] for k in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+    )
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(values["max_position_embeddings"])
+    writer.add_embedding_length(d)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(values["num_attention_heads"])
+    writer.add_head_count_kv(values["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(d // values["num_attention_heads"])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_M)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"w{i}" for i in range(words)])
+    writer.add_token_scores([0.0] * words)
+    writer.add_token_types([1] * words)
+
+    def add(name: str, o: int, width: int, kind: Any) -> None:
+        blocks = generator.integers(0, 256, (o * width // 256, 144 if kind == small else 210), np.uint8)
+        for at in (0, 2) if kind == small else (208,):
+            blocks[:, at : at + 2] = scale
+        writer.add_tensor(f"{name}.weight", blocks.reshape(o, -1), raw_dtype=kind)
+
+    def norm(name: str) -> None:
+        writer.add_tensor(f"{name}.weight", np.ones(d, np.float32))
+
+    add("token_embd", words, d, small)
+    add("output", words, d, large)
+    norm("output_norm")
+    for i in range(layers):
+        more = large if i < layers // 8 or i >= 7 * layers // 8 or (i - layers // 8) % 3 == 2 else small
+        for name, o, width, kind in (
+            ("attn_q", d, d, small), ("attn_k", d, d, small), ("attn_v", d, d, more), ("attn_output", d, d, small),
+            ("ffn_gate", inner, d, small), ("ffn_up", inner, d, small), ("ffn_down", d, inner, more),
+        ):  # fmt: skip
+            add(f"blk.{i}.{name}", o, width, kind)
+        norm(f"blk.{i}.attn_norm")
+        norm(f"blk.{i}.ffn_norm")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=[*_CONFIGS, "llama-2-7b-nf4"])
+    parser.add_argument("name", choices=[*_CONFIGS, "llama-2-7b-nf4", "llama-2-7b-q4_k_m"])
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     if args.name == "llama-2-7b-nf4":
         quantised_llama(args.folder, LLAMA_2_7B)
+    elif args.name == "llama-2-7b-q4_k_m":
+        gguf_llama(args.folder, LLAMA_2_7B)
     else:
         small(args.folder, args.name)
     print(args.folder)

@@ -10,8 +10,7 @@ Source: VPERMI2B, VPERMW, VDPBF16PS in Intel's SDM volume 2; the order is ours.
 Cost: 20 instructions for 128 weights, 4 for a row.
 """
 
-from typing import Any
-
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -286,6 +285,6 @@ def _eight(code: Code, args: dict[str, Value], r: Value) -> None:
     _store(code, b.add(*(b.load(total) for total in totals)), code.at(args["sums"], (r, 64)))
 
 
-def planes(table: Any) -> Any:
-    """A table of 256 numbers in fp32, an array -> (4, 256) bytes: the first of each, the second, ..."""
-    return table.view("uint8").reshape(256, 4).T.copy()
+def planes(table: np.ndarray) -> np.ndarray:
+    """A table of 256 numbers in fp32, (256,) -> (4, 256) bytes: the first of each, the second, ..."""
+    return table.view(np.uint8).reshape(256, 4).T.copy()
