@@ -278,8 +278,9 @@ class Tape:
         """Run operations first .. last; a token begins with the first one."""
         from halfbyte.layers.kernels.cpu import parallel
 
-        threads = torch.get_num_threads()
-        if self._slots is None or self._slots[1] != len(self._rows) or self._slots[9] != threads:
+        threads, slots = torch.get_num_threads(), self._slots
+        # within a token the shares stay: what is done is counted by them, and more or fewer threads may come
+        if slots is None or slots[1] != len(self._rows) or (first == 0 and slots[9] != threads):
             self._finish(threads)
         assert self._slots is not None
         if first == 0:

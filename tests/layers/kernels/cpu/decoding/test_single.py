@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from halfbyte.layers.decoding.tape import isa
+from halfbyte.layers.decoding import linears
+from halfbyte.layers.decoding.tape import Tape, isa
 from halfbyte.layers.kernels.cpu.decoding import single
 from tests.layers.decoding.test_tape import SUMS, definition, multiplied, quantised, rounded, seen_by
 
@@ -93,3 +94,21 @@ def test_each_row_is_there_on_any_number_of_threads(o: int, d: int, nested: bool
     finally:
         torch.set_num_threads(before)
     assert np.linalg.norm(got - wanted) < SUMS * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 3)])
+def test_another_number_of_threads_within_a_token(first: int, then: int) -> None:
+    layer, x, before = quantised(96, 192, "nf4", True, False), torch.randn(1, 192), torch.get_num_threads()
+    tape = Tape(torch.bfloat16, 1)
+    to, out = tape.vectors(192), tape.buffer(1, 96)
+    tape.norm(x, to, None)
+    tape.then()
+    linears.add(tape, to, [(layer, out, False)])
+    try:
+        torch.set_num_threads(first)
+        tape.run(0, 1)
+        torch.set_num_threads(then)
+        tape.run(1)
+    finally:
+        torch.set_num_threads(before)
+    assert np.array_equal(out.double().numpy(), multiplied(layer, x, torch.bfloat16))
