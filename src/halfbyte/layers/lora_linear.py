@@ -22,6 +22,7 @@ from torch.autograd.function import FunctionCtx
 
 from halfbyte.layers.kernels import dropout, pool
 from halfbyte.layers.kernels.cpu import available, integer
+from halfbyte.layers.kernels.products import into, product
 from halfbyte.quant import formats
 
 # Where kernels are at hand the mask is a hash of (seed, position), or of what `kernels.dropout` says; elsewhere it is
@@ -83,12 +84,6 @@ def integer_gradient(layer: nn.Module, x: Tensor) -> bool:
     """Whether the product of the gradient of the input x is an integer one."""
     products = integer.asked(layer, x)
     return products is not None and products.backward
-
-
-def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a b + bias, without a graph, in memory of the pool: (N, D), (D, O), (O,) -> (N, O)."""
-    out = pool.empty((a.shape[0], b.shape[1]), a)
-    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -158,7 +153,7 @@ class LoraLinear(torch.autograd.Function):
         if rounded is not None:
             integer.forward(y, rounded, frozen_weight(layer, x.dtype), add=True)
         else:
-            y.addmm_(frozen_input(layer, x), frozen_weight(layer, x.dtype).T)  # (N, D) @ (D, O)
+            into(y, frozen_input(layer, x), frozen_weight(layer, x.dtype).T, add=True)  # (N, D) @ (D, O)
         if bias is not None:
             y.add_(bias)
         ctx.save_for_backward(None if remade else x, h, a16, b16, mask)
@@ -190,7 +185,7 @@ class LoraLinear(torch.autograd.Function):
             if ctx.gradient8:
                 integer.backward(dx, dy, weight, add=True)
             else:
-                dx.addmm_(dy, weight)  # (N, O) @ (O, D)
+                into(dx, dy, weight, add=True)  # (N, O) @ (O, D)
         if ctx.needs_input_grad[3]:
             dbias = dy.sum(0, dtype=torch.float32).to(ctx.dtypes[2])
         return dx, da, db, dbias, None, None, None, None, None, None, None

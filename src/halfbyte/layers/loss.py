@@ -25,7 +25,7 @@ import torch
 from halfbyte.layers import fuse, packing
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu import available
-from halfbyte.layers.lora_linear import product
+from halfbyte.layers.kernels.products import by_kernel, into, product
 from halfbyte.layers.padded_rows import with_hidden
 from halfbyte.models import structure
 
@@ -322,7 +322,7 @@ class _HeadLoss(torch.autograd.Function):
                     if own.rows is not None and own.values is not None:
                         columns = gradient[:, own.rows]  # (C, R)
                         gradient[:, own.rows] = 0
-                    torch.mm(gradient, own.weight, out=grad[part])  # (C, V) @ (V, D)
+                    into(grad[part], gradient, own.weight)  # (C, V) @ (V, D)
                     if own.rows is not None and own.values is not None:
                         grad[part] += columns @ own.values  # (C, R) @ (R, D)
                         if made[2] is not None:
@@ -373,6 +373,8 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     if hidden.device.type != "cpu" or hidden.dtype != torch.float32:
         return product(hidden, weight.T, bias)
     logits = pool.empty((hidden.shape[0], weight.shape[0]), hidden)
+    if by_kernel(logits, hidden, weight.T):
+        return product(hidden, weight.T, bias)
     for rows, part in zip(weight.split(HEAD_ROWS), logits.split(HEAD_ROWS, 1), strict=True):
         torch.mm(hidden, rows.T, out=part)
     return logits if bias is None else logits.add_(bias)

@@ -36,6 +36,7 @@ from halfbyte.layers.experts.layout import (
     stacks_of,
 )
 from halfbyte.layers.kernels import pool
+from halfbyte.layers.kernels.products import into
 
 # Rows of a product are filled up with zeros to a multiple of this, or of a sixteenth of them: oneDNN compiles each
 # shape (2 ms) and keeps it, and every expert of every micro-batch would have one of its own.
@@ -127,9 +128,9 @@ class _Product:
         if self.a is not None and self.b is not None and h is not None:
             torch.mm(x, self.a[expert].T, out=h)
             y.addmm_(h, self.b[expert].T, beta=0, alpha=self.scale)
-            y.addmm_(x, matrix(self.module, self.stack, expert, x.dtype))
+            into(y, x, matrix(self.module, self.stack, expert, x.dtype), add=True)
         else:
-            torch.mm(x, matrix(self.module, self.stack, expert, x.dtype), out=y)
+            into(y, x, matrix(self.module, self.stack, expert, x.dtype))
         return y if self.bias is None else y.add_(self.bias[expert])
 
     def backward(self, expert: int, dy: Tensor, dx: Tensor) -> Tensor | None:
@@ -138,9 +139,9 @@ class _Product:
         if self.a is not None and self.b is not None:
             dh = torch.mm(dy, self.b[expert]).mul_(self.scale)
             torch.mm(dh, self.a[expert], out=dx)
-            dx.addmm_(dy, matrix(self.module, self.stack, expert, dy.dtype).T)
+            into(dx, dy, matrix(self.module, self.stack, expert, dy.dtype).T, add=True)
         else:
-            torch.mm(dy, matrix(self.module, self.stack, expert, dy.dtype).T, out=dx)
+            into(dx, dy, matrix(self.module, self.stack, expert, dy.dtype).T)
         return dh
 
 

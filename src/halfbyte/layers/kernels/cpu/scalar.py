@@ -148,6 +148,21 @@ def pause(typing_context, function):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def fetch(typing_context, x):  # type: ignore[no-untyped-def]
+    """Ask for the line of the cache in which the array x begins."""
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        place = builder.bitcast(array.data, ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
+        ask = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
+        builder.call(ask, [place, _i32(0), _i32(3), _i32(1)])
+        return context.get_dummy_value()
+
+    return types.void(x), build
+
+
+@intrinsic
 def pointer(typing_context, address):  # type: ignore[no-untyped-def]
     """int64 -> void*."""
 

@@ -147,13 +147,9 @@ def tile32(typing_context, c, c_row, a, a_row, a_step, b, b_step, steps, add):  
 
         c_at = [[at(c, builder.mul(c_row, _I64(row)), column) for column in half] for row in range(ROWS32)]
         sums = [[cgutils.alloca_once(builder, vector) for _ in half] for _ in range(ROWS32)]
-        with builder.if_else(builder.icmp_signed("!=", add, _I64(0))) as (then, otherwise):
-            for branch, read in ((then, True), (otherwise, False)):
-                with branch:
-                    for row in range(ROWS32):
-                        for column in half:
-                            before = builder.load(c_at[row][column], align=4) if read else ir.Constant(vector, None)
-                            builder.store(before, sums[row][column])
+        for row in range(ROWS32):
+            for column in half:
+                builder.store(ir.Constant(vector, None), sums[row][column])
         with cgutils.for_range(builder, steps, intp=_I64) as loop:
             found = [builder.load(at(b, builder.mul(loop.index, b_step), column), align=4) for column in half]
             for row in range(ROWS32):
@@ -165,9 +161,16 @@ def tile32(typing_context, c, c_row, a, a_row, a_step, b, b_step, steps, add):  
                 for column in half:
                     before = builder.load(sums[row][column])
                     builder.store(builder.call(multiply, [spread, found[column], before]), sums[row][column])
-        for row in range(ROWS32):
-            for column in half:
-                builder.store(builder.load(sums[row][column]), c_at[row][column], align=4)
+        # what is there is added last: a long sum in parts is then as exact as its parts are short
+        with builder.if_else(builder.icmp_signed("!=", add, _I64(0))) as (then, otherwise):
+            for branch, more in ((then, True), (otherwise, False)):
+                with branch:
+                    for row in range(ROWS32):
+                        for column in half:
+                            made = builder.load(sums[row][column])
+                            if more:
+                                made = builder.fadd(builder.load(c_at[row][column], align=4), made)
+                            builder.store(made, c_at[row][column], align=4)
         return context.get_dummy_value()
 
     n = types.int64

@@ -1,0 +1,85 @@
+"""Products in fp32 against fp64: sizes that end in the middle of a tile, parts of B, rows that lie apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from halfbyte.layers.kernels import cpu, products
+
+if not cpu.enabled():
+    pytest.skip("numba does not work here", allow_module_level=True)
+
+from halfbyte.layers.kernels.cpu import product, tiles
+
+pytestmark = pytest.mark.skipif(not tiles.available32(), reason="no AVX2 and FMA")
+UNIT = 2.0**-24  # half a last place of fp32
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def check(out: Tensor, a: Tensor, b: Tensor, before: Tensor | None = None) -> None:
+    """Each number within the bound of a sum of its terms in any order (Higham, Accuracy and Stability, 3.1)."""
+    wanted, sizes = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    if before is not None:
+        wanted, sizes = wanted + before, sizes + before.abs()
+    assert bool(((out.double() - wanted).abs() <= (a.shape[1] + 2) * UNIT * sizes).all())
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(1, 1, 1), (7, 9, 17), (145, 193, 33), (300, 16, 800), (200, 5000, 300), (61, 2500, 1000)]
+)
+def test_a_product(m: int, k: int, n: int, turned: bool, add: bool) -> None:
+    a, b, before = draw(m, k), draw(n, k, seed=1).T if turned else draw(k, n, seed=1), draw(m, n, seed=2)
+    out = before.clone()
+    assert product.product_(out, a, b, add=add) is out
+    check(out, a, b, before if add else None)
+
+
+def test_parts_of_larger_tensors() -> None:
+    wide, b, out = draw(150, 400), draw(100, 90, seed=1), torch.zeros(150, 200)
+    product.product_(out[:, 50:140], wide[:, 7:107], b)
+    check(out[:, 50:140], wide[:, 7:107], b)
+    assert not out[:, :50].any() and not out[:, 140:].any()
+
+
+def test_the_same_numbers_on_any_number_of_threads_and_rows() -> None:
+    a, b, threads = draw(500, 300), draw(300, 160, seed=1), torch.get_num_threads()
+    made = product.product_(torch.empty(500, 160), a, b)
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            assert torch.equal(product.product_(torch.empty(500, 160), a, b), made)
+            assert torch.equal(product.product_(torch.empty(77, 160), a[100:177], b), made[100:177])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_is_not_finite_stays_in_its_row_and_column() -> None:
+    a, b = draw(200, 40), draw(40, 50, seed=1)
+    a[3, 5], b[7, 11] = torch.nan, torch.inf
+    out = product.product_(torch.empty(200, 50), a, b)
+    bad = ~out.isfinite()
+    assert bool(bad[3].all()) and bool(bad[:, 11].all()) and int(bad.sum()) == 50 + 199
+
+
+def test_a_product_goes_to_the_kernel_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "faster", lambda: True)
+    a, b, out = draw(256, 64), draw(64, 48, seed=1), torch.empty(256, 48)
+    assert products.by_kernel(out, a, b) and products.by_kernel(out, a, draw(48, 64).T)
+    few, thin = products.by_kernel(out[:8], a[:8], b), products.by_kernel(out[:, :4], a, b[:, :4])
+    assert not few and not thin
+    assert not products.by_kernel(out, draw(64, 256).T, b)  # A's columns one after the other
+    assert not products.by_kernel(out.bfloat16(), a.bfloat16(), b.bfloat16())
+    check(products.product(a, b), a, b)
+    bias = draw(48, seed=3)
+    check(products.product(a, b, bias), a, b, bias.expand(256, 48))
+    check(products.into(out.fill_(1.0), a, b, add=True), a, b, torch.ones(256, 48))
+    monkeypatch.setattr(product, "faster", lambda: False)
+    assert not products.by_kernel(out, a, b)
+    check(products.product(a, b), a, b)
