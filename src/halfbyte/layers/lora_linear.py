@@ -22,7 +22,7 @@ from torch.autograd.function import FunctionCtx
 
 from halfbyte.layers.kernels import dropout, pool
 from halfbyte.layers.kernels.cpu import available, integer
-from halfbyte.layers.kernels.products import into, product
+from halfbyte.layers.kernels.cpu.matmul import into, product
 from halfbyte.quant import formats
 
 # Where kernels are at hand the mask is a hash of (seed, position), or of what `kernels.dropout` says; elsewhere it is

@@ -25,7 +25,7 @@ import torch
 from halfbyte.layers import fuse, packing
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu import available
-from halfbyte.layers.kernels.products import by_kernel, into, product
+from halfbyte.layers.kernels.cpu.matmul import by_kernel, into, product
 from halfbyte.layers.padded_rows import with_hidden
 from halfbyte.models import structure
 

@@ -36,7 +36,7 @@ from halfbyte.layers.experts.layout import (
     stacks_of,
 )
 from halfbyte.layers.kernels import pool
-from halfbyte.layers.kernels.products import into
+from halfbyte.layers.kernels.cpu.matmul import into
 
 # Rows of a product are filled up with zeros to a multiple of this, or of a sixteenth of them: oneDNN compiles each
 # shape (2 ms) and keeps it, and every expert of every micro-batch would have one of its own.

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfbyte.layers.kernels import cpu, products
+from halfbyte.layers.kernels import cpu
 
 if not cpu.enabled():
     pytest.skip("numba does not work here", allow_module_level=True)
 
-from halfbyte.layers.kernels.cpu import product, tiles
+from halfbyte.layers.kernels.cpu import matmul, product, tiles
 
 pytestmark = pytest.mark.skipif(not tiles.available32(), reason="no AVX2 and FMA")
 UNIT = 2.0**-24  # half a last place of fp32
@@ -71,15 +71,15 @@ def test_what_is_not_finite_stays_in_its_row_and_column() -> None:
 def test_a_product_goes_to_the_kernel_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "faster", lambda: True)
     a, b, out = draw(256, 64), draw(64, 48, seed=1), torch.empty(256, 48)
-    assert products.by_kernel(out, a, b) and products.by_kernel(out, a, draw(48, 64).T)
-    few, thin = products.by_kernel(out[:8], a[:8], b), products.by_kernel(out[:, :4], a, b[:, :4])
+    assert matmul.by_kernel(out, a, b) and matmul.by_kernel(out, a, draw(48, 64).T)
+    few, thin = matmul.by_kernel(out[:8], a[:8], b), matmul.by_kernel(out[:, :4], a, b[:, :4])
     assert not few and not thin
-    assert not products.by_kernel(out, draw(64, 256).T, b)  # A's columns one after the other
-    assert not products.by_kernel(out.bfloat16(), a.bfloat16(), b.bfloat16())
-    check(products.product(a, b), a, b)
+    assert not matmul.by_kernel(out, draw(64, 256).T, b)  # A's columns one after the other
+    assert not matmul.by_kernel(out.bfloat16(), a.bfloat16(), b.bfloat16())
+    check(matmul.product(a, b), a, b)
     bias = draw(48, seed=3)
-    check(products.product(a, b, bias), a, b, bias.expand(256, 48))
-    check(products.into(out.fill_(1.0), a, b, add=True), a, b, torch.ones(256, 48))
+    check(matmul.product(a, b, bias), a, b, bias.expand(256, 48))
+    check(matmul.into(out.fill_(1.0), a, b, add=True), a, b, torch.ones(256, 48))
     monkeypatch.setattr(product, "faster", lambda: False)
-    assert not products.by_kernel(out, a, b)
-    check(products.product(a, b), a, b)
+    assert not matmul.by_kernel(out, a, b)
+    check(matmul.product(a, b), a, b)

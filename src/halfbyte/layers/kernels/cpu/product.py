@@ -20,9 +20,8 @@ from numba import carray
 from torch import Tensor
 
 from halfbyte.layers.kernels.cpu import tiles
-from halfbyte.layers.kernels.cpu.attention.tasks import up
 from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, run
-from halfbyte.layers.kernels.cpu.scalar import fetch, inlined, take
+from halfbyte.layers.kernels.cpu.scalar import fetch, inlined, take, up
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS32 as COLUMNS
 from halfbyte.layers.kernels.cpu.tiles import ROWS32 as ROWS
 from halfbyte.layers.kernels.cpu.tiles import tile32

@@ -98,6 +98,11 @@ def exp_f32(x):  # type: ignore[no-untyped-def]
     return (p * r * r + r + f(1.0)) * _two_to(n)
 
 
+@inlined
+def up(n, step):  # type: ignore[no-untyped-def]
+    return (n + step - 1) // step * step
+
+
 @intrinsic
 def take(typing_context, counter):  # type: ignore[no-untyped-def]
     """counter[0]++, atomically; returns the value before."""

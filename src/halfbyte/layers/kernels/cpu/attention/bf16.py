@@ -14,9 +14,9 @@ import math
 import numpy as np
 from numba import carray
 
-from halfbyte.layers.kernels.cpu.attention.tasks import PAD, TALL, WIDE, Attention, largest, part_of, scratch, up
+from halfbyte.layers.kernels.cpu.attention.tasks import PAD, TALL, WIDE, Attention, largest, part_of, scratch
 from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel
-from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, load, store, take
+from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, load, store, take, up
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS, ROWS, available, tile
 
 if not available():  # LLVM ends the process where it meets an instruction that the processor lacks

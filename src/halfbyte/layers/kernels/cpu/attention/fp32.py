@@ -16,9 +16,9 @@ import math
 import numpy as np
 from numba import carray
 
-from halfbyte.layers.kernels.cpu.attention.tasks import PAD, TALL, WIDE, Attention, largest, part_of, scratch, up
+from halfbyte.layers.kernels.cpu.attention.tasks import PAD, TALL, WIDE, Attention, largest, part_of, scratch
 from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel
-from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, take
+from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, take, up
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS32 as COLUMNS
 from halfbyte.layers.kernels.cpu.tiles import ROWS32 as ROWS
 from halfbyte.layers.kernels.cpu.tiles import tile32

@@ -26,11 +26,6 @@ def largest(row):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def up(n, step):  # type: ignore[no-untyped-def]
-    return (n + step - 1) // step * step
-
-
-@inlined
 def scratch(at, count, element):  # type: ignore[no-untyped-def]
     """An array of `count` elements at an address, and the address behind it."""
     made = array(at, (count,), element)
