@@ -21,15 +21,16 @@ def hadamard(count: int) -> Tensor:
     return torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(count)] for i in range(count)]).double()
 
 
-def spread(count: int, width: int) -> Tensor:
-    """Mixes numbers i, i + width / count, ... of `width`."""
-    return torch.kron(hadamard(count), torch.eye(width // count).double())
+def whole(width: int, *, far: bool) -> Tensor:
+    """Of a row filled up to whole registers of 16: neighbours are mixed, and if `far` registers as far apart as they can
+    be, as many as the largest power of two that divides their number, at most 16."""
+    registers = -(-width // 16)
+    count = next(n for n in (16, 8, 4, 2, 1) if registers % n == 0) if far else 1
+    return torch.kron(torch.kron(hadamard(count), torch.eye(registers // count).double()), hadamard(16))
 
 
-def whole(width: int, *, twice: bool) -> Tensor:
-    count = rounding.streams(width)
-    once, part = spread(count, width), width // count
-    return torch.kron(torch.eye(count).double(), spread(rounding.streams(part), part)) @ once if twice else once
+def filled(x: Tensor) -> Tensor:
+    return torch.nn.functional.pad(x.double(), (0, -x.shape[1] % 16))
 
 
 def check(q: Tensor, steps: Tensor, wanted: Tensor, share: float = 1.0) -> None:
@@ -45,9 +46,9 @@ def check(q: Tensor, steps: Tensor, wanted: Tensor, share: float = 1.0) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_rows_are_mixed_and_rounded(width: int, dtype: torch.dtype) -> None:
     x = torch.randn(5, width, generator=torch.Generator().manual_seed(width)).to(dtype)
-    factors = torch.rand(width, generator=torch.Generator().manual_seed(1)) + 0.1
-    check(*rounding.rows(x, share=0.25), x.double() @ whole(width, twice=True).T, 0.25)
-    check(*rounding.rows(x, factors), (x.double() @ whole(width, twice=False).T) * factors.double())
+    factors = torch.rand(rounding.filled(width), generator=torch.Generator().manual_seed(1)) + 0.1
+    check(*rounding.rows(x, share=0.25), filled(x) @ whole(width, far=True).T, 0.25)
+    check(*rounding.rows(x, factors), (filled(x) @ whole(width, far=False).T) * factors.double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -55,14 +56,14 @@ def test_rows_are_mixed_and_rounded(width: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("width", [40, 7])
 def test_rows_are_mixed_with_one_another(rows: int, width: int, dtype: torch.dtype) -> None:
     w = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)).to(dtype)
-    check(*rounding.groups(w, share=0.5), whole(rows, twice=False) @ w.double(), 0.5)
+    check(*rounding.groups(w, share=0.5), whole(rows, far=False) @ filled(w.T).T, 0.5)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_transform_is_orthogonal_but_for_its_size(width: int) -> None:
-    for twice, size in ((True, rounding.mixed(width)), (False, rounding.streams(width))):
-        h = whole(width, twice=twice)
-        torch.testing.assert_close(h.T @ h, size * torch.eye(width).double())
+    for far, size in ((True, rounding.mixed(width)), (False, rounding.MOST)):
+        h = whole(width, far=far)
+        torch.testing.assert_close(h.T @ h, size * torch.eye(len(h)).double())
 
 
 def test_zeros_are_zeros_and_what_is_not_finite_is_not_hidden() -> None:

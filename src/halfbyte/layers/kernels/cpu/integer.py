@@ -121,7 +121,7 @@ def backward(dx: Tensor, dy: Tensor, weight: Tensor, *, add: bool) -> None:
     """dx = dy W, or dx += dy W, rounded once. dx: (N, D) contiguous, dy: (N, O), weight: (O, D)."""
     from halfbyte.layers.kernels.cpu import rounding
 
-    numbers, steps = rounding.groups(weight.contiguous(), share=1.0 / rounding.streams(weight.shape[0]))
+    numbers, steps = rounding.groups(weight.contiguous(), share=1.0 / rounding.MOST)
     given = Rounded(*rounding.rows(dy.contiguous(), steps))
     _onto(dx, given, numbers, None, add=add)
 

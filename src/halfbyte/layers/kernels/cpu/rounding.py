@@ -3,13 +3,13 @@ and what integer products sum up to, scaled and added to a result.
 
 Why: a single large number in a row makes the step of all the others coarse. A Hadamard transform along the axis that is
 summed over spreads it over its group, and on both factors it cancels: (x H)(W H)^T = x W^T.
-What: numbers i, i + D/F, i + 2 D/F ... of a row are mixed, F of them, so that the transform is additions of whole
-registers and never a shuffle; then those of each F-th part of the row once more (`streams`), up to 256 in all. For a
-weight's rows (`groups`) whole rows are mixed with one another, F of them.
+What: a row is taken in registers of 16 numbers, filled up with zeros. Those of a register are mixed with one another,
+and so are F registers as far apart as they can be, up to 256 numbers in all (`rows`). For a weight whose rows lie on
+that axis (`groups`) 16 rows that follow each other are mixed.
     q = round(mixed / step), step = largest / 127 of the row. Rows that hold a NaN or Inf get a step of NaN or Inf.
 Source: QuaRot, arXiv:2404.00456 (rotations that cancel); rounding by adding 1.5 x 2^23, as in fdlibm.
 Cost: about one instruction a number for rounding in, half of one for the way back.
-Letters: N rows, D width, F streams that are mixed.
+Letters: N rows, D width, F registers that are mixed.
 """
 
 from typing import Any, TypeAlias
@@ -27,32 +27,34 @@ from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, 
 from halfbyte.layers.kernels.cpu.scalar import inlined, load, store
 
 Value: TypeAlias = Any  # of LLVM's, or a builder of them: llvmlite has no types
-STREAMS = 16  # that are mixed at once
+LANES = 16  # numbers of a register
+MOST = 16  # registers, or rows, that are mixed with one another
 LARGEST = 127.0
 # A row whose largest number is below this is taken for zeros: 127 / largest must be finite.
 TINY = 2.0**-100
-_SHORTEST = 8  # numbers that a stream has at least
-_LANES = 16
 _I1, _I8, _I16, _I32, _I64, _F32 = (*(ir.IntType(n) for n in (1, 8, 16, 32, 64)), ir.FloatType())
-_FLOATS, _WORDS = ir.VectorType(_F32, _LANES), ir.VectorType(_I32, _LANES)
+_FLOATS, _WORDS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
 _MAGIC = 1.5 * 2**23
 
 
-def streams(width: int) -> int:
-    """How many numbers of this many are mixed with one another at once: a power of two, 1 for none."""
-    count = 1
-    while count < STREAMS and width % (2 * count) == 0 and width // (2 * count) >= _SHORTEST:
-        count *= 2
-    return count
+def filled(width: int) -> int:
+    """Numbers of whole registers that hold a row of this width."""
+    return -(-width // LANES) * LANES
+
+
+def apart(width: int) -> int:
+    """How many registers of a row of this width are mixed with one another: a power of two."""
+    registers = filled(width) // LANES
+    return min(MOST, registers & -registers)
 
 
 def mixed(width: int) -> int:
     """How many numbers of a row of this width are mixed with one another, in `rows`."""
-    return streams(width) * streams(width // streams(width))
+    return LANES * apart(width)
 
 
 def _every(builder: Value, value: Value) -> Value:
-    vector = ir.VectorType(value.type, _LANES)
+    vector = ir.VectorType(value.type, LANES)
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, _I32(0))
     return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), ir.Constant(_WORDS, None))
 
@@ -63,13 +65,13 @@ class _Part:
     def __init__(self, builder: Value, left: Value = None) -> None:
         self.b, self.mask = builder, None
         if left is not None:
-            places = ir.Constant(_WORDS, list(range(_LANES)))
+            places = ir.Constant(_WORDS, list(range(LANES)))
             self.mask = builder.icmp_signed("<", places, _every(builder, builder.trunc(left, _I32)))
 
     def _masked(self, name: str, kind: Value, *args: Value) -> Value:
         """`llvm.masked.load` or `store`."""
         result = kind if name == "load" else ir.VoidType()
-        suffix = f"v{_LANES}{'f32' if kind is _FLOATS else f'i{kind.element.width}'}.p0"
+        suffix = f"v{LANES}{'f32' if kind is _FLOATS else f'i{kind.element.width}'}.p0"
         function = ir.FunctionType(result, [a.type for a in args])
         callee = cgutils.get_or_insert_function(self.b.module, function, f"llvm.masked.{name}.{suffix}")
         return self.b.call(callee, args)
@@ -90,8 +92,8 @@ class _Part:
     def floats(self, at: Value, *, bf16: bool) -> Value:
         if not bf16:
             return self.load(at, _FLOATS)
-        words = self.b.zext(self.load(at, ir.VectorType(_I16, _LANES)), _WORDS)
-        return self.b.bitcast(self.b.shl(words, ir.Constant(_WORDS, [16] * _LANES)), _FLOATS)
+        words = self.b.zext(self.load(at, ir.VectorType(_I16, LANES)), _WORDS)
+        return self.b.bitcast(self.b.shl(words, ir.Constant(_WORDS, [16] * LANES)), _FLOATS)
 
 
 def _over(builder: Value, count: Value, body: Value) -> None:
@@ -99,85 +101,127 @@ def _over(builder: Value, count: Value, body: Value) -> None:
     whole = builder.lshr(count, _I64(4))
     with cgutils.for_range(builder, whole, intp=_I64) as loop:
         body(_Part(builder), builder.shl(loop.index, _I64(4)))
-    left = builder.and_(count, _I64(_LANES - 1))
+    left = builder.and_(count, _I64(LANES - 1))
     with builder.if_then(builder.icmp_signed("!=", left, _I64(0))):
         body(_Part(builder, left), builder.shl(whole, _I64(4)))
 
 
-def _mixing(count: int) -> Value:
-    @intrinsic
-    def mix(typing_context, like, source, source_step, factors, factors_step, out, out_step, width, peaks):  # type: ignore[no-untyped-def]
-        """out[k, j] = factors[k, j] x sum over i of H[k, i] source[i, j]; peaks[k]: the bits of the largest |out[k]|,
-        those of a NaN if one is among them.
+def _butterflies(builder: Value, values: list[Value]) -> list[Value]:
+    """A Hadamard transform over these registers, number by number: additions alone."""
+    v, half = list(values), 1
+    while half < len(v):
+        for k in range(0, len(v), 2 * half):
+            for i in range(k, k + half):
+                v[i], v[i + half] = builder.fadd(v[i], v[i + half]), builder.fsub(v[i], v[i + half])
+        half *= 2
+    return v
 
-        Args: like: an array of the source's dtype, uint16 for bf16. Then int64: addresses, bytes from a stream to the
-            next, and `width`, numbers of a stream. factors: fp32, or 0 for none. out: fp32. peaks: int32 (count,).
+
+def _in_register(builder: Value, value: Value) -> Value:
+    """A Hadamard transform over the 16 numbers of a register: each plus or minus the one `half` places away."""
+    fma = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), f"llvm.fma.v{LANES}f32"
+    )
+    for half in (1, 2, 4, 8):
+        signs = ir.Constant(_FLOATS, [-1.0 if i & half else 1.0 for i in range(LANES)])
+        other = builder.shuffle_vector(value, value, ir.Constant(_WORDS, [i ^ half for i in range(LANES)]))
+        value = builder.call(fma, [value, signs, other])
+    return value
+
+
+def _larger(builder: Value, most: Value, value: Value) -> None:
+    """Keep the bits of the larger sizes in `most`, those of a NaN among them."""
+    bits = builder.and_(builder.bitcast(value, _WORDS), ir.Constant(_WORDS, [0x7FFFFFFF] * LANES))
+    seen = builder.load(most)
+    builder.store(builder.select(builder.icmp_signed(">", bits, seen), bits, seen), most)
+
+
+def _largest(builder: Value, most: Value) -> Value:
+    kind = ir.FunctionType(_I32, [_WORDS])
+    callee = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.smax.v{LANES}i32")
+    return builder.call(callee, [builder.load(most)])
+
+
+def _row_mixing(count: int, *, weighted: bool = False) -> Value:
+    @intrinsic
+    def mix(typing_context, like, source, factors, out, distance):  # type: ignore[no-untyped-def]
+        """A row of count x distance registers, each mixed in itself and with those `distance` apart; times factors.
+        Returns the bits of the largest size, those of a NaN if one is among them.
+
+        Args: like: an array of the source's dtype, uint16 for bf16. Then int64: addresses of the row, of fp32 factors
+            where there are any, of the fp32 result; and registers from one to the next that it is mixed with.
         """
         bf16 = like.dtype == types.uint16
 
         def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            _, source, source_step, factors, factors_step, out, out_step, width, peaks = args
-            b, most = builder, [cgutils.alloca_once_value(builder, ir.Constant(_WORDS, None)) for _ in range(count)]
-            for one in most:
-                b.store(ir.Constant(_WORDS, None), one)
-
-            def at(base: Value, step: Value, k: int, first: Value, size: int) -> Value:
-                return b.add(b.add(base, b.mul(step, _I64(k))), b.mul(first, _I64(size)))
-
-            def passed(weighted: bool) -> Value:
-                def body(part: _Part, first: Value) -> None:
-                    size = 2 if bf16 else 4
-                    v = [part.floats(at(source, source_step, k, first, size), bf16=bf16) for k in range(count)]
-                    half = 1
-                    while half < count:
-                        for k in range(0, count, 2 * half):
-                            for i in range(k, k + half):
-                                v[i], v[i + half] = b.fadd(v[i], v[i + half]), b.fsub(v[i], v[i + half])
-                        half *= 2
-                    for k in range(count):
-                        value = v[k]
-                        if weighted:
-                            value = b.fmul(value, part.load(at(factors, factors_step, k, first, 4), _FLOATS))
-                        part.store(value, at(out, out_step, k, first, 4))
-                        bits = b.and_(b.bitcast(value, _WORDS), ir.Constant(_WORDS, [0x7FFFFFFF] * _LANES))
-                        seen = b.load(most[k])
-                        b.store(b.select(b.icmp_signed(">", bits, seen), bits, seen), most[k])
-
-                return body
-
-            with b.if_else(b.icmp_signed("!=", factors, _I64(0))) as (then, otherwise):
-                with then:
-                    _over(b, width, passed(True))
-                with otherwise:
-                    _over(b, width, passed(False))
-            for k in range(count):
-                reduce = ir.FunctionType(_I32, [_WORDS])
-                callee = cgutils.get_or_insert_function(b.module, reduce, f"llvm.vector.reduce.smax.v{_LANES}i32")
-                place = b.inttoptr(b.add(peaks, _I64(4 * k)), _I32.as_pointer())
-                b.store(b.call(callee, [b.load(most[k])]), place)
-            return context.get_dummy_value()
+            _, source, factors, out, distance = args
+            b, part = builder, _Part(builder)
+            most = cgutils.alloca_once_value(b, ir.Constant(_WORDS, None))
+            b.store(ir.Constant(_WORDS, None), most)
+            with cgutils.for_range(b, distance, intp=_I64) as loop:
+                first = [b.mul(b.add(loop.index, b.mul(distance, _I64(k))), _I64(LANES)) for k in range(count)]
+                v = [part.floats(b.add(source, b.mul(at, _I64(2 if bf16 else 4))), bf16=bf16) for at in first]
+                for at, value in zip(first, _butterflies(b, v), strict=True):
+                    value = _in_register(b, value)
+                    if weighted:
+                        value = b.fmul(value, part.load(b.add(factors, b.mul(at, _I64(4))), _FLOATS))
+                    part.store(value, b.add(out, b.mul(at, _I64(4))))
+                    _larger(b, most, value)
+            return _largest(b, most)
 
         n = types.int64
-        return types.void(like, n, n, n, n, n, n, n, n), build
+        return types.int32(like, n, n, n, n), build
 
     return mix
 
 
-_mix_1, _mix_2, _mix_4, _mix_8, _mix_16 = (_mixing(n) for n in (1, 2, 4, 8, 16))
+_mix_1, _mix_2, _mix_4, _mix_8, _mix_16 = (_row_mixing(n) for n in (1, 2, 4, 8, 16))
+_mix_weighted = _row_mixing(1, weighted=True)
 
 
 @inlined
-def _mix(count, like, source, source_step, factors, factors_step, out, out_step, width, peaks):  # type: ignore[no-untyped-def]
+def _mix(count, like, source, factors, out, distance):  # type: ignore[no-untyped-def]
+    if factors != 0:
+        return _mix_weighted(like, source, factors, out, count * distance)
     if count == 16:
-        _mix_16(like, source, source_step, factors, factors_step, out, out_step, width, peaks)
-    elif count == 8:
-        _mix_8(like, source, source_step, factors, factors_step, out, out_step, width, peaks)
-    elif count == 4:
-        _mix_4(like, source, source_step, factors, factors_step, out, out_step, width, peaks)
-    elif count == 2:
-        _mix_2(like, source, source_step, factors, factors_step, out, out_step, width, peaks)
-    else:
-        _mix_1(like, source, source_step, factors, factors_step, out, out_step, width, peaks)
+        return _mix_16(like, source, factors, out, distance)
+    if count == 8:
+        return _mix_8(like, source, factors, out, distance)
+    if count == 4:
+        return _mix_4(like, source, factors, out, distance)
+    if count == 2:
+        return _mix_2(like, source, factors, out, distance)
+    return _mix_1(like, source, factors, out, distance)
+
+
+@intrinsic
+def _mix_group(typing_context, like, source, out, width, peaks):  # type: ignore[no-untyped-def]
+    """out[k, j] = sum over i of H[k, i] source[i, j] for 16 rows of this width, which follow each other; peaks[k]: the
+    bits of the largest |out[k]|, those of a NaN if one is among them. Addresses as in `_row_mixing`."""
+    bf16 = like.dtype == types.uint16
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _, source, out, width, peaks = args
+        b, most = builder, [cgutils.alloca_once_value(builder, ir.Constant(_WORDS, None)) for _ in range(MOST)]
+        for one in most:
+            b.store(ir.Constant(_WORDS, None), one)
+
+        def at(base: Value, k: int, first: Value, size: int) -> Value:
+            return b.add(base, b.mul(b.add(b.mul(width, _I64(k)), first), _I64(size)))
+
+        def body(part: _Part, first: Value) -> None:
+            v = [part.floats(at(source, k, first, 2 if bf16 else 4), bf16=bf16) for k in range(MOST)]
+            for k, value in enumerate(_butterflies(b, v)):
+                part.store(value, at(out, k, first, 4))
+                _larger(b, most[k], value)
+
+        _over(b, width, body)
+        for k in range(MOST):
+            b.store(_largest(b, most[k]), b.inttoptr(b.add(peaks, _I64(4 * k)), _I32.as_pointer()))
+        return context.get_dummy_value()
+
+    n = types.int64
+    return types.void(like, n, n, n, n), build
 
 
 @intrinsic
@@ -186,15 +230,15 @@ def _to_bytes(typing_context, source, factor, out, width):  # type: ignore[no-un
 
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
         source, factor, out, width = args
-        times, magic = _every(builder, factor), ir.Constant(_FLOATS, [_MAGIC] * _LANES)
+        times, magic = _every(builder, factor), ir.Constant(_FLOATS, [_MAGIC] * LANES)
         callee = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), f"llvm.fma.v{_LANES}f32"
+            builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), f"llvm.fma.v{LANES}f32"
         )
 
         def body(part: _Part, first: Value) -> None:
             value = part.load(builder.add(source, builder.mul(first, _I64(4))), _FLOATS)
             bits = builder.bitcast(builder.call(callee, [value, times, magic]), _WORDS)
-            part.store(builder.trunc(bits, ir.VectorType(_I8, _LANES)), builder.add(out, first))
+            part.store(builder.trunc(bits, ir.VectorType(_I8, LANES)), builder.add(out, first))
 
         _over(builder, width, body)
         return context.get_dummy_value()
@@ -211,42 +255,38 @@ def _step(peak):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _rows(like, x, factors, q, steps, width, count, again, itemsize, share, first, last):  # type: ignore[no-untyped-def]
-    mixed, peaks = np.empty(width, np.float32), np.empty(STREAMS, np.int32)
-    part = width // count
+def _rows(like, factors, q, steps, count, itemsize, share, first, last):  # type: ignore[no-untyped-def]
+    width = like.shape[1]
+    padded = -(-width // LANES) * LANES
+    mixed, whole, peak = np.empty(padded, np.float32), np.zeros(padded, like.dtype), np.empty(1, np.int32)
     for i in range(first, last):
-        _mix(
-            count, like, x + i * width * itemsize, part * itemsize, factors, part * 4,
-            mixed.ctypes.data, part * 4, part, peaks.ctypes.data,
-        )  # fmt: skip
-        peak = np.int32(0)
-        if again > 1:
-            short = part // again
-            for p in range(count):
-                at = mixed.ctypes.data + p * part * 4
-                _mix(again, mixed, at, short * 4, 0, 0, at, short * 4, short, peaks.ctypes.data)
-                for k in range(again):
-                    peak = max(peak, peaks[k])
-        else:
-            for k in range(count):
-                peak = max(peak, peaks[k])
-        peaks[0] = peak
-        step, times = _step(peaks.view(np.float32)[0])
+        row = like.ctypes.data + i * width * itemsize
+        if padded != width:
+            for j in range(width):
+                whole[j] = like[i, j]
+            row = whole.ctypes.data
+        peak[0] = _mix(count, like, row, factors, mixed.ctypes.data, padded // LANES // count)
+        step, times = _step(peak.view(np.float32)[0])
         steps[i] = step * share
-        _to_bytes(mixed.ctypes.data, times, q + i * width, width)
+        _to_bytes(mixed.ctypes.data, times, q + i * padded, padded)
 
 
 @inlined
-def _groups(like, w, q, steps, width, count, apart, itemsize, share, first, last):  # type: ignore[no-untyped-def]
-    mixed, peaks = np.empty(width * count, np.float32), np.empty(STREAMS, np.int32)
-    for i in range(first, last):  # rows i, i + apart, i + 2 apart ...
-        _mix(
-            count, like, w + i * width * itemsize, apart * width * itemsize, 0, 0,
-            mixed.ctypes.data, width * 4, width, peaks.ctypes.data,
-        )  # fmt: skip
-        for k in range(count):
+def _groups(like, q, steps, itemsize, share, first, last):  # type: ignore[no-untyped-def]
+    rows, width = like.shape
+    mixed, peaks = np.empty(width * MOST, np.float32), np.empty(MOST, np.int32)
+    for i in range(first, last):
+        at, have = like.ctypes.data + i * MOST * width * itemsize, min(MOST, rows - i * MOST)
+        if have < MOST:
+            whole = np.zeros((MOST, width), like.dtype)
+            for k in range(have):
+                for j in range(width):
+                    whole[k, j] = like[i * MOST + k, j]
+            at = whole.ctypes.data
+        _mix_group(like, at, mixed.ctypes.data, width, peaks.ctypes.data)
+        for k in range(MOST):
             step, times = _step(peaks.view(np.float32)[k])
-            row = i + k * apart
+            row = i * MOST + k
             steps[row] = step * share
             _to_bytes(mixed.ctypes.data + k * width * 4, times, q + row * width, width)
 
@@ -281,8 +321,8 @@ def _rows_of(element: type) -> object:
     @kernel
     def rounded_rows(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
-        like, steps = array(s[3], (1,), element), array(s[6], (s[1],), np.float32)
-        each_block(s, _rows, (like, s[3], s[4], s[5], steps, s[7], s[8], s[9], size, np.float32(f[10])))
+        like, steps = array(s[3], (s[1], s[7]), element), array(s[6], (s[1],), np.float32)
+        each_block(s, _rows, (like, s[4], s[5], steps, s[8], size, np.float32(f[9])))
 
     return rounded_rows
 
@@ -293,8 +333,8 @@ def _groups_of(element: type) -> object:
     @kernel
     def rounded_groups(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
-        like, steps = array(s[3], (1,), element), array(s[5], (s[1] * s[7],), np.float32)
-        each_block(s, _groups, (like, s[3], s[4], steps, s[6], s[7], s[1], size, np.float32(f[8])))
+        like, steps = array(s[3], (s[6], s[7]), element), array(s[5], (s[1] * MOST,), np.float32)
+        each_block(s, _groups, (like, s[4], steps, size, np.float32(f[8])))
 
     return rounded_groups
 
@@ -318,26 +358,26 @@ _rows_kernel, _groups_kernel, _onto_kernel = per_dtype(_rows_of), per_dtype(_gro
 
 
 def rows(x: Tensor, factors: Tensor | None = None, *, share: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Rows of x, mixed along their width and rounded: (N, D) bf16 or fp32 -> int8 (N, D), share x steps fp32 (N,).
+    """Rows of x, mixed along their width and rounded: (N, D) bf16 or fp32 -> int8 (N, `filled` D), fp32 share x steps
+    (N,).
 
     Args:
-        factors: (D,) fp32, multiplied with the mixed numbers before they are rounded; then only `streams` are mixed,
-            as in `groups`.
+        factors: (`filled` D,) fp32, multiplied with the mixed numbers before they are rounded; then only 16 neighbours
+            are mixed, as in `groups`.
     """
     n, d = x.shape
-    count = streams(d)
-    q, steps = pool.empty((n, d), x, torch.int8), torch.empty(n, dtype=torch.float32)
-    by, again = (0, streams(d // count)) if factors is None else (factors, 1)
-    run(_rows_kernel(x.dtype), n, block_rows(d), x, by, q, steps, d, count, again, float(share))
+    q, steps = pool.empty((n, filled(d)), x, torch.int8), torch.empty(n, dtype=torch.float32)
+    by = 0 if factors is None else factors
+    run(_rows_kernel(x.dtype), n, block_rows(d), x, by, q, steps, d, apart(d), float(share))
     return q, steps
 
 
 def groups(w: Tensor, *, share: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Rows of w, mixed with one another and rounded: (O, D) bf16 or fp32 -> int8 (O, D), share x steps fp32 (O,)."""
+    """Rows of w, 16 that follow each other mixed with one another, and rounded: (O, D) bf16 or fp32 -> int8
+    (`filled` O, D), share x steps fp32 (`filled` O,)."""
     o, d = w.shape
-    count = streams(o)
-    q, steps = pool.empty((o, d), w, torch.int8), torch.empty(o, dtype=torch.float32)
-    run(_groups_kernel(w.dtype), o // count, block_rows(d * count), w, q, steps, d, count, float(share))
+    q, steps = pool.empty((filled(o), d), w, torch.int8), torch.empty(filled(o), dtype=torch.float32)
+    run(_groups_kernel(w.dtype), filled(o) // MOST, block_rows(d * MOST), w, q, steps, o, d, float(share))
     return q, steps
 
 
