@@ -22,8 +22,8 @@ def hadamard(count: int) -> Tensor:
 
 
 def whole(width: int, *, far: bool) -> Tensor:
-    """Of a row filled up to whole registers of 16: neighbours are mixed, and if `far` registers as far apart as they can
-    be, as many as the largest power of two that divides their number, at most 16."""
+    """Of a row filled up to whole registers of 16: neighbours are mixed, and if `far` registers as far apart as can be,
+    as many as the largest power of two that divides their number, at most 16."""
     registers = -(-width // 16)
     count = next(n for n in (16, 8, 4, 2, 1) if registers % n == 0) if far else 1
     return torch.kron(torch.kron(hadamard(count), torch.eye(registers // count).double()), hadamard(16))
