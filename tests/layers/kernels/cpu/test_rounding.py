@@ -23,10 +23,17 @@ def hadamard(count: int) -> Tensor:
 
 def whole(width: int, *, far: bool) -> Tensor:
     """Of a row filled up to whole registers of 16: neighbours are mixed, and if `far` registers as far apart as can be,
-    as many as the largest power of two that divides their number, at most 16."""
+    as many as the largest power of two that divides their number, at most 16; before, if those are fewer than 16, and
+    three divides their number, those a third apart are mirrored at the plane that is normal to (1, 1, 1)."""
     registers = -(-width // 16)
-    count = next(n for n in (16, 8, 4, 2, 1) if registers % n == 0) if far else 1
-    return torch.kron(torch.kron(hadamard(count), torch.eye(registers // count).double()), hadamard(16))
+    if not far:
+        return torch.kron(torch.eye(registers).double(), hadamard(16))
+    count = next(n for n in (16, 8, 4, 2, 1) if registers % n == 0)
+    h = torch.kron(torch.kron(hadamard(count), torch.eye(registers // count).double()), hadamard(16))
+    if registers % 3 or count == 16:
+        return h
+    mirror = torch.eye(3).double() - 2 / 3
+    return h @ torch.kron(mirror, torch.eye(registers // 3 * 16).double())
 
 
 def filled(x: Tensor) -> Tensor:

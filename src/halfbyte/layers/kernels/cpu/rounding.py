@@ -4,8 +4,9 @@ and what integer products sum up to, scaled and added to a result.
 Why: a single large number in a row makes the step of all the others coarse. A Hadamard transform along the axis that is
 summed over spreads it over its group, and on both factors it cancels: (x H)(W H)^T = x W^T.
 What: a row is taken in registers of 16 numbers, filled up with zeros. Those of a register are mixed with one another,
-and so are F registers as far apart as they can be, up to 256 numbers in all (`rows`). For a weight whose rows lie on
-that axis (`groups`) 16 rows that follow each other are mixed.
+and so are F registers as far apart as they can be, up to 256 numbers in all (`rows`). Where that is less and registers
+come by three, those a third apart are mirrored before (each less two thirds of their sum). For a weight whose rows
+lie on that axis (`groups`) 16 rows that follow each other are mixed.
     q = round(mixed / step), step = largest / 127 of the row. Rows that hold a NaN or Inf get a step of NaN or Inf.
 Source: QuaRot, arXiv:2404.00456 (rotations that cancel); rounding by adding 1.5 x 2^23, as in fdlibm.
 Cost: about one instruction a number for rounding in, half of one for the way back.
@@ -48,8 +49,13 @@ def apart(width: int) -> int:
     return min(MOST, registers & -registers)
 
 
+def in_thirds(width: int) -> bool:
+    """Whether registers a third of the row apart are mixed, too."""
+    return apart(width) < MOST and filled(width) // LANES % 3 == 0
+
+
 def mixed(width: int) -> int:
-    """How many numbers of a row of this width are mixed with one another, in `rows`."""
+    """By what `rows` multiplies the square of the norm of a row of this width: 16 F."""
     return LANES * apart(width)
 
 
@@ -175,6 +181,27 @@ def _row_mixing(count: int, *, weighted: bool = False) -> Value:
     return mix
 
 
+@intrinsic
+def _thirds(typing_context, like, source, out, distance):  # type: ignore[no-untyped-def]
+    """Registers i, i + distance and i + 2 distance of a row, each less two thirds of their sum, as fp32: a reflection,
+    so an orthogonal matrix. Addresses as in `_row_mixing`."""
+    bf16 = like.dtype == types.uint16
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _, source, out, distance = args
+        b, part = builder, _Part(builder)
+        with cgutils.for_range(b, distance, intp=_I64) as loop:
+            first = [b.mul(b.add(loop.index, b.mul(distance, _I64(k))), _I64(LANES)) for k in range(3)]
+            v = [part.floats(b.add(source, b.mul(at, _I64(2 if bf16 else 4))), bf16=bf16) for at in first]
+            two = b.fmul(b.fadd(b.fadd(v[0], v[1]), v[2]), ir.Constant(_FLOATS, [2 / 3] * LANES))
+            for at, value in zip(first, v, strict=True):
+                part.store(b.fsub(value, two), b.add(out, b.mul(at, _I64(4))))
+        return context.get_dummy_value()
+
+    n = types.int64
+    return types.void(like, n, n, n), build
+
+
 _mix_1, _mix_2, _mix_4, _mix_8, _mix_16 = (_row_mixing(n) for n in (1, 2, 4, 8, 16))
 _mix_weighted = _row_mixing(1, weighted=True)
 
@@ -255,7 +282,7 @@ def _step(peak):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _rows(like, factors, q, steps, count, itemsize, share, first, last):  # type: ignore[no-untyped-def]
+def _rows(like, factors, q, steps, count, thirds, itemsize, share, first, last):  # type: ignore[no-untyped-def]
     width = like.shape[1]
     padded = -(-width // LANES) * LANES
     mixed, whole, peak = np.empty(padded, np.float32), np.zeros(padded, like.dtype), np.empty(1, np.int32)
@@ -265,7 +292,11 @@ def _rows(like, factors, q, steps, count, itemsize, share, first, last):  # type
             for j in range(width):
                 whole[j] = like[i, j]
             row = whole.ctypes.data
-        peak[0] = _mix(count, like, row, factors, mixed.ctypes.data, padded // LANES // count)
+        if thirds and factors == 0:
+            _thirds(like, row, mixed.ctypes.data, padded // LANES // 3)
+            peak[0] = _mix(count, mixed, mixed.ctypes.data, 0, mixed.ctypes.data, padded // LANES // count)
+        else:
+            peak[0] = _mix(count, like, row, factors, mixed.ctypes.data, padded // LANES // count)
         step, times = _step(peak.view(np.float32)[0])
         steps[i] = step * share
         _to_bytes(mixed.ctypes.data, times, q + i * padded, padded)
@@ -322,7 +353,7 @@ def _rows_of(element: type) -> object:
     def rounded_rows(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
         like, steps = array(s[3], (s[1], s[7]), element), array(s[6], (s[1],), np.float32)
-        each_block(s, _rows, (like, s[4], s[5], steps, s[8], size, np.float32(f[9])))
+        each_block(s, _rows, (like, s[4], s[5], steps, s[8], s[9], size, np.float32(f[10])))
 
     return rounded_rows
 
@@ -368,7 +399,7 @@ def rows(x: Tensor, factors: Tensor | None = None, *, share: float = 1.0) -> tup
     n, d = x.shape
     q, steps = pool.empty((n, filled(d)), x, torch.int8), torch.empty(n, dtype=torch.float32)
     by = 0 if factors is None else factors
-    run(_rows_kernel(x.dtype), n, block_rows(d), x, by, q, steps, d, apart(d), float(share))
+    run(_rows_kernel(x.dtype), n, block_rows(d), x, by, q, steps, d, apart(d), int(in_thirds(d)), float(share))
     return q, steps
 
 
