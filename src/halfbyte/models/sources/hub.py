@@ -47,7 +47,7 @@ def is_out_of_reach() -> bool:
     """
     from huggingface_hub import constants, get_session
 
-    connected, ended, answers = threading.Event(), threading.Event(), []
+    connected, ended, answers = threading.Event(), threading.Event(), list[bool]()
 
     def trace(event: str, _details: object) -> None:
         if event == "connection.connect_tcp.complete":

@@ -41,3 +41,14 @@ def whole_attention(x: torch.Tensor) -> bool:
     from halfbyte.layers.kernels.cpu import tiles
 
     return tiles.available() if x.dtype == torch.bfloat16 else tiles.available32()
+
+
+# Above this rank a library's product is as fast as `lora.py`'s.
+LARGEST_RANK = 64
+
+
+def lora_products(x: torch.Tensor, a: torch.Tensor) -> bool:
+    """Whether LoRA's own products, dropout inside, run as kernels here: of rows x, and A (R, D), in bf16."""
+    rank, width = a.shape
+    fits = width % 32 == 0 and rank % 2 == 0 and 0 < rank <= LARGEST_RANK and a.dtype == x.dtype == torch.bfloat16
+    return fits and x.is_contiguous() and whole_attention(x)

@@ -1,0 +1,182 @@
+"""LoRA's own products in bf16, dropout inside: drop(x) A^T, its gradient dh^T drop(x), and drop(dh A).
+
+Why: as products of a library, each wants x with its dropped numbers written to memory and read again, forward and
+backward, which costs more than the products; and a result of 16 columns leaves most of a library's tile idle.
+What: a thread takes a few rows of x, drops their numbers into its cache and multiplies them there (`tiles.py`). A's
+gradient is a sum over rows: each `PART` of them makes its own, and these are added in their order, so that the result
+does not depend on how many threads there are, or which one was faster.
+Source: LoRA, arXiv:2106.09685 section 4.1; the mask is `gate.py`'s.
+Cost: N D R multiplications each, and one pass over x or dx.
+
+Letters: N tokens, D in, R rank; a word is two neighbours of 16 bits.
+"""
+
+import numpy as np
+import torch
+from numba import carray
+from torch import Tensor
+
+from halfbyte.layers.kernels import dropout, pool
+from halfbyte.layers.kernels.cpu import tiles
+from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, run
+from halfbyte.layers.kernels.cpu.scalar import counter_bits, drop_pair, hash_u32, inlined, store
+from halfbyte.layers.kernels.cpu.tiles import COLUMNS, ROWS, tile
+
+PART = 512  # rows that a sum over rows is made of
+PAIRS = 32  # pairs of rows that lie in cache at once
+TAKEN = 96  # rows that a thread takes at once
+_LOW = np.uint32(0xFFFF)
+
+
+if not tiles.available():  # LLVM ends the process where it meets an instruction that the processor lacks
+    raise ImportError("these kernels multiply pairs of bf16, which this processor does not (avx512_bf16)")
+
+
+@inlined
+def _dropped(x, out, low, seed, keys, i):  # type: ignore[no-untyped-def]
+    """Words of row i of x (words,) -> out, those that its mask drops 0."""
+    words = x.shape[0]
+    if low == 0:
+        for j in range(words):
+            out[j] = x[j]
+    elif keys.shape[0] > 0:
+        row = hash_u32(keys[i] ^ seed)
+        for j in range(words):
+            out[j] = drop_pair(x[j], hash_u32(counter_bits(np.uint32(0), j, row)), low)
+    else:
+        start = np.uint32(i * words)
+        for j in range(words):
+            out[j] = drop_pair(x[j], hash_u32(counter_bits(start, j, seed)), low)
+
+
+@inlined
+def _down(x, a, h, wide, low, seed, keys, first, last):  # type: ignore[no-untyped-def]
+    words, rank = x.shape[1], h.shape[1]
+    here, sums = np.zeros(ROWS * words, np.uint32), np.empty(ROWS * wide, np.float32)
+    for i in range(first, last, ROWS):
+        rows = min(ROWS, last - i)
+        for k in range(rows):
+            _dropped(x[i + k], here[k * words : (k + 1) * words], low, seed, keys, i + k)
+        for j in range(0, wide, COLUMNS):
+            tile(sums[j:], wide, here, words, 1, a[j:], wide, words, 0)
+        for k in range(rows):
+            made, to = sums[k * wide : k * wide + rank], h[i + k]
+            for j in range(rank):
+                to[j] = store(made[j], to)
+
+
+@inlined
+def _up(dh, a, out, low, seed, keys, first, last):  # type: ignore[no-untyped-def]
+    pairs, width = dh.shape[1], 2 * out.shape[1]
+    here, sums, row = np.zeros(ROWS * pairs, np.uint32), np.empty(ROWS * width, np.float32), np.empty(width, np.uint16)
+    for i in range(first, last, ROWS):
+        rows = min(ROWS, last - i)
+        for k in range(rows):
+            for j in range(pairs):
+                here[k * pairs + j] = dh[i + k, j]
+        for j in range(0, width, COLUMNS):
+            tile(sums[j:], width, here, pairs, 1, a[j:], width, pairs, 0)
+        for k in range(rows):
+            made = sums[k * width : (k + 1) * width]
+            for j in range(width):
+                row[j] = store(made[j], row)
+            _dropped(row.view(np.uint32), out[i + k], low, seed, keys, i + k)
+
+
+@inlined
+def _gradient(dh, x, out, low, seed, keys, first, last):  # type: ignore[no-untyped-def]
+    """Parts [first, last) of the sum over rows: out (parts, ranks, 2 words) in fp32, even columns first, then odd ones;
+    `ranks` of whole tiles."""
+    n, words, rank, ranks = x.shape[0], x.shape[1], dh.shape[1], out.shape[1]
+    wide = 2 * words
+    a, b = np.empty(words, np.uint32), np.empty(words, np.uint32)
+    pairs, given = np.empty(PAIRS * wide, np.uint32), np.zeros(PAIRS * ranks, np.uint32)
+    for part in range(first, last):
+        end = min(n, (part + 1) * PART)
+        sums = out[part].reshape(ranks * wide)
+        for i in range(part * PART, end, 2 * PAIRS):
+            many = (min(2 * PAIRS, end - i) + 1) // 2
+            for k in range(many):
+                one = i + 2 * k
+                _dropped(x[one], a, low, seed, keys, one)
+                if one + 1 < end:
+                    _dropped(x[one + 1], b, low, seed, keys, one + 1)
+                else:
+                    b[:] = 0
+                even, odd = pairs[k * wide : k * wide + words], pairs[k * wide + words : (k + 1) * wide]
+                for j in range(words):
+                    even[j] = (a[j] & _LOW) | (b[j] << np.uint32(16))
+                    odd[j] = (a[j] >> np.uint32(16)) | (b[j] & ~_LOW)
+                for r in range(rank):
+                    second = np.uint32(dh[one + 1, r]) if one + 1 < end else np.uint32(0)
+                    given[k * ranks + r] = np.uint32(dh[one, r]) | (second << np.uint32(16))
+            for j in range(0, wide, COLUMNS):
+                for r in range(0, ranks, ROWS):
+                    more = 0 if i == part * PART else 1
+                    tile(sums[r * wide + j :], wide, given[r:], 1, ranks, pairs[j:], wide, many, more)
+
+
+@kernel
+def lora_down(p):  # type: ignore[no-untyped-def]
+    s = carray(p, (32,), np.int64)
+    x, a = array(s[3], (s[1], s[9]), np.uint32), array(s[4], (s[9] * s[11],), np.uint32)
+    h, keys = array(s[5], (s[1], s[10]), np.uint16), array(s[8], (s[12],), np.uint32)
+    each_block(s, _down, (x, a, h, s[11], np.uint32(s[6]), np.uint32(s[7]), keys))
+
+
+@kernel
+def lora_up(p):  # type: ignore[no-untyped-def]
+    s = carray(p, (32,), np.int64)
+    dh, a = array(s[3], (s[1], s[10]), np.uint32), array(s[4], (s[9] * s[10] * 2,), np.uint32)
+    out, keys = array(s[5], (s[1], s[9]), np.uint32), array(s[8], (s[11],), np.uint32)
+    each_block(s, _up, (dh, a, out, np.uint32(s[6]), np.uint32(s[7]), keys))
+
+
+@kernel
+def lora_gradient(p):  # type: ignore[no-untyped-def]
+    s = carray(p, (32,), np.int64)
+    dh, x = array(s[3], (s[12], s[10]), np.uint16), array(s[4], (s[12], s[9]), np.uint32)
+    out, keys = array(s[5], (s[1], s[11], s[9] * 2), np.float32), array(s[8], (s[13],), np.uint32)
+    each_block(s, _gradient, (dh, x, out, np.uint32(s[6]), np.uint32(s[7]), keys))
+
+
+def _mask(p: float, seed: int | dropout.Keyed) -> tuple[tuple[int, int, Tensor | int], int]:
+    """What each kernel takes: below what a number's 16 random bits drop it, the seed, a key for each row or none; and
+    how many keys."""
+    low = round(p * 65536)
+    if isinstance(seed, dropout.Keyed):
+        return (low, seed.seed & 0xFFFFFFFF, seed.keys), len(seed.keys)
+    return (low, seed & 0xFFFFFFFF, 0), 0
+
+
+def down(x: Tensor, a: Tensor, p: float, seed: int | dropout.Keyed) -> Tensor:
+    """drop(x) A^T, not scaled by 1 / (1 - p): x (N, D), A (R, D) -> (N, R), bf16. The mask is `gate.dropped`'s."""
+    (n, width), rank = x.shape, a.shape[0]
+    h = pool.empty((n, rank), x)
+    wide = -(-rank // COLUMNS) * COLUMNS
+    turned = torch.zeros(width // 2, wide, dtype=torch.int32)
+    turned[:, :rank] = a.contiguous().view(torch.int32).T
+    mask, keys = _mask(p, seed)
+    run(lora_down, n, TAKEN, x, turned, h, *mask, width // 2, rank, wide, keys)
+    return h
+
+
+def up(dh: Tensor, a: Tensor, p: float, seed: int | dropout.Keyed) -> Tensor:
+    """drop(dh A), not scaled: dh (N, R), A (R, D) -> (N, D), bf16, in memory of the pool."""
+    (rank, width), n = a.shape, dh.shape[0]
+    out = pool.empty((n, width), a)
+    pairs = a.view(rank // 2, 2, width).transpose(1, 2).contiguous().view(torch.int32)  # (R / 2, D, 1)
+    mask, keys = _mask(p, seed)
+    run(lora_up, n, TAKEN, dh.contiguous(), pairs, out, *mask, width // 2, rank // 2, keys)
+    return out
+
+
+def gradient(dh: Tensor, x: Tensor, p: float, seed: int | dropout.Keyed) -> Tensor:
+    """dh^T drop(x), not scaled: dh (N, R), x (N, D), bf16 -> (R, D) fp32."""
+    (n, width), rank = x.shape, dh.shape[1]
+    parts, ranks = -(-n // PART), -(-rank // ROWS) * ROWS
+    out = pool.empty((parts, ranks, width), x, torch.float32)
+    mask, keys = _mask(p, seed)
+    run(lora_gradient, parts, 1, dh.contiguous(), x, out, *mask, width // 2, rank, ranks, n, keys)
+    made = out[:, :rank].sum(0) if parts > 1 else out[0, :rank]
+    return made.view(rank, 2, width // 2).transpose(1, 2).reshape(rank, width)
