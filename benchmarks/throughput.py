@@ -10,6 +10,7 @@ ceiling, measured in the same run: bf16 (or fp32) products of 4096 x 4096 matric
     python benchmarks/throughput.py architectures                             # ten tiny models
     python benchmarks/throughput.py vocabulary                                # memory with a 128k head
     python benchmarks/throughput.py gsm8k --isa avx2 --dtype fp32
+    python benchmarks/throughput.py gsm8k --before CHECKOUT --stacks before halfbyte    # another version of halfbyte
 """
 
 from __future__ import annotations
@@ -49,14 +50,19 @@ ISA = {
 class Worker:
     """A stack in its process: started, asked for rounds, ended."""
 
-    def __init__(self, stack: str, case: Case, environment: dict[str, str]) -> None:
+    def __init__(self, stack: str, case: Case, environment: dict[str, str], before: Path | None) -> None:
         self.stack = stack
+        root = Path(__file__).resolve().parents[1] if before is None else before.resolve()
+        python = root / ".venv/bin/python"
         self.log = tempfile.NamedTemporaryFile("w+", suffix=f".{stack}.log", delete=False)  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("stacks.py")), stack, json.dumps(asdict(case))],
+            [
+                str(python if before and python.exists() else sys.executable), str(root / "benchmarks/stacks.py"),
+                "halfbyte" if before else stack, json.dumps(asdict(case)),
+            ],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
             env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(
-                [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])},
+                [str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")])},
         )  # fmt: skip
         self.state = self.answer()
 
@@ -138,7 +144,13 @@ def alone(lock: Path | None) -> Iterator[None]:
 
 
 def compare(
-    case: Case, stacks: list[str], environment: dict[str, str], *, floor: bool = True, lock: Path | None = None
+    case: Case,
+    stacks: list[str],
+    environment: dict[str, str],
+    *,
+    floor: bool = True,
+    lock: Path | None = None,
+    before: Path | None = None,
 ) -> dict[str, Any]:
     """Alternate the stacks for `case.rounds - 1` rounds after one that warms up."""
     dtype = {"bf16": "bfloat16", "fp32": "float32"}[case.dtype]
@@ -148,7 +160,7 @@ def compare(
     try:
         for stack in stacks:
             with alone(lock):
-                workers.append(Worker(stack, case, environment))
+                workers.append(Worker(stack, case, environment, before if stack == "before" else None))
         for number in range(case.rounds):
             with alone(lock):
                 for worker in workers:
@@ -247,7 +259,10 @@ def main() -> None:
     parser.add_argument("case", choices=["gsm8k", "gsm8k-all", "llama7b", "architectures", "vocabulary", "shapes"])
     parser.add_argument("--data", type=Path, default=Path("examples/orders/train.jsonl"))
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--stacks", nargs="+", choices=STACKS, default=None)
+    parser.add_argument("--stacks", nargs="+", choices=[*STACKS, "before"], default=None)
+    parser.add_argument(
+        "--before", type=Path, help="a checkout of another version (by its own .venv, if any), the stack `before`"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
@@ -258,6 +273,8 @@ def main() -> None:
     parser.add_argument("--lock", type=Path, help="a file to hold (flock) while measuring")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.stacks and "before" in args.stacks and args.before is None:
+        parser.error("the stack `before` needs --before CHECKOUT")
     environment = dict(ISA[args.isa])
     again = {"own": None, "on": True, "off": False}[args.checkpointing]
     rounds = args.rounds + 1
@@ -271,13 +288,15 @@ def main() -> None:
                 dtype=args.dtype, checkpointing=again,
                 targets=("q_proj", "v_proj") if args.case == "gsm8k" else "all-linear",
             )  # fmt: skip
-            results[args.case] = compare(case, stacks, environment, lock=args.lock)
+            results[args.case] = compare(case, stacks, environment, lock=args.lock, before=args.before)
         elif args.case == "llama7b":
             case = Case(
                 args.model, words(folder, 1, 512), rounds, 1, 1, 1, dropout=args.dropout, dtype=args.dtype,
                 mask="all", checkpointing=again,
             )  # fmt: skip
-            results["llama7b"] = compare(case, args.stacks or ["plain", "halfbyte"], environment, lock=args.lock)
+            results["llama7b"] = compare(
+                case, args.stacks or ["plain", "halfbyte"], environment, lock=args.lock, before=args.before
+            )
         elif args.case == "shapes":
             rate = {f"{m}x{k}x{n}": matmul_rate((m, k, n), {"bf16": "bfloat16", "fp32": "float32"}[args.dtype],
                                                 environment, 1.0)
