@@ -36,11 +36,12 @@ def computed(run: Path, data: str, at: int, dtype: str, rows: list[int]) -> Iter
     """Name, loss and gradients of each way, of these rows, in one compute dtype."""
     asked: dict[str, Any] = yaml.safe_load((run / "recipe.yaml").read_text())
     targets = str(asked["lora"]["target_modules"]).replace("'", "")
-    recipe = recipe_from(
+    loaded = recipe_from(
         asked["model"], data,
         [f"lora.target_modules={targets}", f"lora.r={asked['lora']['r']}", f"quant.compute_dtype={dtype}",
          "data.fields={prompt: question, completion: answer}", f"train.seed={asked['train']['seed']}"],
     )  # fmt: skip
+    recipe = loaded.recipe
     prepared = prepare(recipe)
     made = assembled(load.open_base(prepared.checkpoint, recipe.quant, device.detect()), recipe)
     if at:
