@@ -206,3 +206,15 @@ def test_reused_memory_is_that_of_the_largest_weight_and_of_one_thread() -> None
     assert dequantise.dequantised(large, reuse=True).data_ptr() == first
     with ThreadPoolExecutor(1) as other:
         assert other.submit(lambda: dequantise.dequantised(large, reuse=True).data_ptr()).result() != first
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 48, 1000])
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(("o", "d"), [(50, 64), (33, 96), (48, 80)])
+def test_pieces_are_the_weight(o: int, d: int, double: bool, rows: int) -> None:
+    made = layer((o, d), "nf4", double)
+    got = [piece.clone() for piece in dequantise.in_pieces(made, rows)]
+    assert len(got) == (1 if rows >= o or rows * d % 64 else -(-o // rows))
+    bound = ROUNDING[torch.bfloat16] + 3 * 2.0**-24
+    wanted = by_definition(made).reshape(o, d)
+    assert (np.abs(torch.cat(got).double().numpy() - wanted) <= bound * np.abs(wanted) + 1e-30).all()

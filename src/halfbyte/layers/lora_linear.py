@@ -13,7 +13,7 @@ Cost: 4 N D O FLOP a step and layer, 1 / (2 N) of that for dequantising, R / D f
 Letters: N tokens, D in, O out, R rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Self
 
 import torch
@@ -69,6 +69,13 @@ def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     return weight if weight.dtype == dtype else weight.to(dtype)
 
 
+def frozen_pieces(layer: nn.Module, dtype: torch.dtype) -> Iterator[Tensor]:
+    """`frozen_weight` in pieces of rows, in their order, each to be used before the next is asked for."""
+    rows = integer.rows_of_piece(layer.in_features)
+    for piece in formats.of_module(layer).pieces(layer, dtype, rows):
+        yield piece if piece.dtype == dtype else piece.to(dtype)
+
+
 def frozen_input(layer: nn.Module, x: Tensor) -> Tensor:
     """What the frozen weight is multiplied with: x, or x rounded as the layer's format says. Its gradient is x's."""
     return formats.of_module(layer).inputs(layer, x)
@@ -105,9 +112,8 @@ class FrozenLinear(torch.autograd.Function):
         bias = None if bias is None else bias.to(x.dtype)
         if rounded is None:
             return product(frozen_input(layer, x), frozen_weight(layer, x.dtype).T, bias)  # (N, O)
-        weight = frozen_weight(layer, x.dtype)
-        y = pool.empty((x.shape[0], weight.shape[0]), x)
-        integer.forward(y, rounded, weight, add=False)
+        y = pool.empty((x.shape[0], layer.out_features), x)
+        integer.forward(y, rounded, frozen_pieces(layer, x.dtype), add=False)
         return y if bias is None else y.add_(bias)
 
     @staticmethod
@@ -115,12 +121,11 @@ class FrozenLinear(torch.autograd.Function):
         (dy,) = grads
         dx = None
         if ctx.needs_input_grad[0]:
-            weight = frozen_weight(ctx.layer, ctx.dtype)
             if ctx.gradient8:
-                dx = pool.empty((dy.shape[0], weight.shape[1]), dy)
-                integer.backward(dx, dy, weight, add=False)
+                dx = pool.empty((dy.shape[0], ctx.layer.in_features), dy)
+                integer.backward(dx, dy, frozen_pieces(ctx.layer, ctx.dtype), add=False)
             else:
-                dx = product(dy, weight)  # (N, D)
+                dx = product(dy, frozen_weight(ctx.layer, ctx.dtype))  # (N, D)
         db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
         return dx, db, None, None, None
 
@@ -146,7 +151,7 @@ class LoraLinear(torch.autograd.Function):
         y = pool.empty((x.shape[0], b16.shape[0]), x)
         y.addmm_(h, b16.T, beta=0, alpha=scale)  # (N, R) @ (R, O) -> (N, O)
         if rounded is not None:
-            integer.forward(y, rounded, frozen_weight(layer, x.dtype), add=True)
+            integer.forward(y, rounded, frozen_pieces(layer, x.dtype), add=True)
         else:
             into(y, frozen_input(layer, x), frozen_weight(layer, x.dtype).T, add=True)  # (N, D) @ (D, O)
         if bias is not None:
@@ -172,11 +177,10 @@ class LoraLinear(torch.autograd.Function):
             da = lora_gradient(dh, x, a16, ctx.p, ctx.seed, mask).to(ctx.dtypes[0])
         if ctx.needs_input_grad[0]:
             dx = lora_up(dh, a16, ctx.p, ctx.seed, mask)
-            weight = frozen_weight(ctx.layer, x.dtype)
             if ctx.gradient8:
-                integer.backward(dx, dy, weight, add=True)
+                integer.backward(dx, dy, frozen_pieces(ctx.layer, x.dtype), add=True)
             else:
-                into(dx, dy, weight, add=True)  # (N, O) @ (O, D)
+                into(dx, dy, frozen_weight(ctx.layer, x.dtype), add=True)  # (N, O) @ (O, D)
         if ctx.needs_input_grad[3]:
             dbias = dy.sum(0, dtype=torch.float32).to(ctx.dtypes[2])
         return dx, da, db, dbias, None, None, None, None, None, None, None

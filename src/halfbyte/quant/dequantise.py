@@ -9,7 +9,7 @@ Cost: that of the C function, in memory that a thread keeps. Through the table a
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -47,6 +47,23 @@ def dequantised(module: nn.Module, *, reuse: bool = False) -> Tensor:
     out = make(torch.Size((count,)), dtype=state.dtype, device=packed.device)
     write(packed, block_scales(state), out, state.blocksize, state.quant_type)
     return out.view(state.shape)
+
+
+def in_pieces(module: nn.Module, rows: int) -> Iterator[Tensor]:
+    """`dequantised`, so many rows at a time where they are whole blocks: whoever uses them finds them in a cache. Each
+    is in memory that the next overwrites."""
+    weight: Any = module.weight
+    packed, state = weight.data, weight.quant_state
+    count, width = state.shape
+    if packed.device.type != "cpu" or rows >= count or rows * width % state.blocksize:
+        yield dequantised(module, reuse=True)
+        return
+    codes, scales = packed.contiguous().view(-1).view(torch.uint8), block_scales(state)
+    for first in range(0, count, rows):
+        out = scratch(torch.Size((min(rows, count - first), width)), dtype=state.dtype, device=packed.device)
+        at = first * width
+        write(codes[at // 2 :], scales[at // state.blocksize :], out.view(-1), state.blocksize, state.quant_type)
+        yield out
 
 
 def upstream_is_wrong(state: Any) -> bool:

@@ -103,6 +103,11 @@ class FourBit(NumberFormat):
 
         return dequantised(module, reuse=True)
 
+    def pieces(self, module: nn.Module, dtype: torch.dtype, rows: int) -> Iterator[torch.Tensor]:
+        from halfbyte.quant.dequantise import in_pieces
+
+        return in_pieces(module, rows)
+
     def multiplies_in(self, module: nn.Module, dtype: torch.dtype) -> bool:
         return module.compute_dtype in (None, dtype) and module.weight.quant_state.dtype == dtype
 

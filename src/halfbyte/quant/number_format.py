@@ -132,6 +132,10 @@ class NumberFormat:
         weight: torch.Tensor = module.weight
         return weight
 
+    def pieces(self, module: nn.Module, dtype: torch.dtype, rows: int) -> Iterator[torch.Tensor]:
+        """`weight`, perhaps `rows` of it at a time, in their order; each to be used before the next is asked for."""
+        yield self.weight(module, dtype)
+
     def inputs(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """What a layer's weight is multiplied with for an input x (..., in); x itself unless it is rounded."""
         return x

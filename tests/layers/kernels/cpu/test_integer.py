@@ -141,3 +141,19 @@ def test_no_rows_and_many_pieces_of_rows(monkeypatch: pytest.MonkeyPatch) -> Non
         y.backward(dy)
         found.append((y.detach(), given.grad))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_weight_in_pieces_gives_the_same_bits(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of(kind, 72, 64, dtype)
+    integer.ask([layer], integer.Products())
+    x, dy = torch.randn(9, 64).to(dtype), torch.randn(9, 72).to(dtype)
+    found = []
+    for piece in (1 << 19, 1):
+        monkeypatch.setattr(integer, "PIECE", piece)
+        given = x.clone().requires_grad_()
+        y = frozen_linear(given, layer)
+        y.backward(dy)
+        found.append((y.detach(), given.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -39,6 +39,8 @@ INSTRUCTIONS = ("avx512vnni", "avxvnni", "amx-int8")
 PAYS = 1.3
 # Of a result, at once: rows at least (for fewer, oneDNN's packing of the weight is felt), and numbers at most.
 LEAST_ROWS, SUMS = 512, 1 << 22
+# Of a weight that is rounded at once: numbers that stay in a core's cache from being dequantised on.
+PIECE = 1 << 19
 _SAMPLE = (512, 1024, 1024)  # rows, in, out of the products that the machine is timed with
 _TRIES = 5
 
@@ -109,19 +111,37 @@ def rounded(x: Tensor) -> Rounded:
     return _LAST.of(x)
 
 
-def forward(y: Tensor, x: Rounded, weight: Tensor, *, add: bool) -> None:
-    """y = x W^T, or y += x W^T, rounded once. y: (N, O) contiguous, weight: (O, D)."""
+def rows_of_piece(width: int) -> int:
+    """Rows of a weight of this width that are rounded at once: whole groups of those that are mixed."""
+    return max(1, PIECE // width // 16) * 16
+
+
+def forward(y: Tensor, x: Rounded, weight: Iterable[Tensor], *, add: bool) -> None:
+    """y = x W^T, or y += x W^T, rounded once. y: (N, O) contiguous, weight: the rows of W (O, D) in pieces."""
     from halfbyte.layers.kernels.cpu import rounding
 
-    numbers, steps = rounding.rows(weight.contiguous(), share=1.0 / rounding.mixed(weight.shape[1]))
+    count, wide = y.shape[1], x.numbers.shape[1]
+    numbers, steps = pool.empty((count, wide), y, torch.int8), torch.empty(count, dtype=torch.float32)
+    first = 0
+    for piece in weight:
+        rows = slice(first, first + len(piece))
+        share = 1.0 / rounding.mixed(piece.shape[1])
+        rounding.rows(piece.contiguous(), share=share, out=(numbers[rows], steps[rows]))
+        first += len(piece)
     _onto(y, x, numbers.T, steps, add=add)
 
 
-def backward(dx: Tensor, dy: Tensor, weight: Tensor, *, add: bool) -> None:
-    """dx = dy W, or dx += dy W, rounded once. dx: (N, D) contiguous, dy: (N, O), weight: (O, D)."""
+def backward(dx: Tensor, dy: Tensor, weight: Iterable[Tensor], *, add: bool) -> None:
+    """dx = dy W, or dx += dy W, rounded once. dx: (N, D) contiguous, dy: (N, O), weight: as in `forward`."""
     from halfbyte.layers.kernels.cpu import rounding
 
-    numbers, steps = rounding.groups(weight.contiguous(), share=1.0 / rounding.MOST)
+    count = rounding.filled(dy.shape[1])
+    numbers, steps = pool.empty((count, dx.shape[1]), dx, torch.int8), torch.empty(count, dtype=torch.float32)
+    first = 0
+    for piece in weight:
+        rows = slice(first, first + rounding.filled(len(piece)))
+        rounding.groups(piece.contiguous(), share=1.0 / rounding.MOST, out=(numbers[rows], steps[rows]))
+        first += len(piece)
     given = Rounded(*rounding.rows(dy.contiguous(), steps))
     _onto(dx, given, numbers, None, add=add)
 

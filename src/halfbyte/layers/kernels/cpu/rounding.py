@@ -388,26 +388,30 @@ def _onto_of(element: type) -> object:
 _rows_kernel, _groups_kernel, _onto_kernel = per_dtype(_rows_of), per_dtype(_groups_of), per_dtype(_onto_of)
 
 
-def rows(x: Tensor, factors: Tensor | None = None, *, share: float = 1.0) -> tuple[Tensor, Tensor]:
+Made: TypeAlias = tuple[Tensor, Tensor]  # int8 rows and the steps of each
+
+
+def rows(x: Tensor, factors: Tensor | None = None, *, share: float = 1.0, out: Made | None = None) -> Made:
     """Rows of x, mixed along their width and rounded: (N, D) bf16 or fp32 -> int8 (N, `filled` D), fp32 share x steps
     (N,).
 
     Args:
         factors: (`filled` D,) fp32, multiplied with the mixed numbers before they are rounded; then only 16 neighbours
             are mixed, as in `groups`.
+        out: where to; contiguous.
     """
     n, d = x.shape
-    q, steps = pool.empty((n, filled(d)), x, torch.int8), torch.empty(n, dtype=torch.float32)
+    q, steps = out or (pool.empty((n, filled(d)), x, torch.int8), torch.empty(n, dtype=torch.float32))
     by = 0 if factors is None else factors
     run(_rows_kernel(x.dtype), n, block_rows(d), x, by, q, steps, d, apart(d), int(in_thirds(d)), float(share))
     return q, steps
 
 
-def groups(w: Tensor, *, share: float = 1.0) -> tuple[Tensor, Tensor]:
+def groups(w: Tensor, *, share: float = 1.0, out: Made | None = None) -> Made:
     """Rows of w, 16 that follow each other mixed with one another, and rounded: (O, D) bf16 or fp32 -> int8
     (`filled` O, D), share x steps fp32 (`filled` O,)."""
     o, d = w.shape
-    q, steps = pool.empty((filled(o), d), w, torch.int8), torch.empty(filled(o), dtype=torch.float32)
+    q, steps = out or (pool.empty((filled(o), d), w, torch.int8), torch.empty(filled(o), dtype=torch.float32))
     run(_groups_kernel(w.dtype), filled(o) // MOST, block_rows(d * MOST), w, q, steps, o, d, float(share))
     return q, steps
 
