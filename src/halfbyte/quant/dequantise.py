@@ -36,8 +36,7 @@ def dequantised(module: nn.Module, *, reuse: bool = False) -> Tensor:
             library gives a block of this size back to the system each time, and to be given fresh pages costs seven
             times what the arithmetic does (8192 x 28672: 0.135 s against 0.020 s).
     """
-    weight: Any = module.weight
-    packed, state = weight.data, weight.quant_state
+    packed, state = _held(module)
     if packed.device.type != "cpu" and not is_distrusted(state.quant_type, state.dtype):
         import bitsandbytes.functional as bnb_f
 
@@ -49,11 +48,16 @@ def dequantised(module: nn.Module, *, reuse: bool = False) -> Tensor:
     return out.view(state.shape)
 
 
+def _held(module: nn.Module) -> tuple[Tensor, Any]:
+    """A layer's codes, two a byte, and bitsandbytes' quant state."""
+    weight = module.weight
+    return weight.data, weight.quant_state
+
+
 def in_pieces(module: nn.Module, rows: int) -> Iterator[Tensor]:
     """`dequantised`, so many rows at a time where they are whole blocks: whoever uses them finds them in a cache. Each
     is in memory that the next overwrites."""
-    weight: Any = module.weight
-    packed, state = weight.data, weight.quant_state
+    packed, state = _held(module)
     count, width = state.shape
     if packed.device.type != "cpu" or rows >= count or rows * width % state.blocksize:
         yield dequantised(module, reuse=True)
