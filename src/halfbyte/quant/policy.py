@@ -39,8 +39,8 @@ def encoding(spec: TensorSpec, quant: Quant) -> Literal["quantised", "compute", 
 
 
 def head_in_eight_bits(head_bytes: int, others_bytes: int) -> bool:
-    """Whether decoding holds the head in 8 bits besides: where it is an eighth of what a token reads, or more."""
-    return 7 * head_bytes >= others_bytes
+    """Whether decoding holds the head in 8 bits besides: where it is a sixteenth of what a token reads, or more."""
+    return 15 * head_bytes >= others_bytes
 
 
 def encoded_bytes(spec: TensorSpec, quant: Quant, compute_itemsize: int) -> int:
