@@ -1,10 +1,10 @@
-"""Does a run with integer products learn what an exact one does? Held-out loss at each evaluation, and answers.
+"""Does a run with integer products learn what an exact one does? Held-out loss at each evaluation.
 
 The same rows and seeds by `quant.compute` exact and int8, for q/v and for all linear layers. Evaluations are exact in
 both. A finished run is kept in `--out` and not repeated; a checkpoint at step 50 is kept, too (`integer_gradients.py`).
 
     python benchmarks/integer_learning.py --train GSM8K/train.jsonl --eval GSM8K/test.jsonl --out FOLDER
-    python benchmarks/integer_learning.py ... --answers 200      # then also answers of the finished runs, by `eval`
+    halfbyte eval FOLDER/all-int8-0 --data QUESTIONS -m number    # what a finished run answers, by exact products
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import measuring
 
 TARGETS = {"qv": "[q_proj, v_proj]", "all": "all-linear"}
 COMPUTE = ("exact", "int8")
@@ -68,47 +73,21 @@ def compared(arguments: argparse.Namespace) -> Iterator[str]:
             yield f"{targets}, seed {seed}: {ends} (exact, and int8 beside it: {each})"
 
 
-def answered(arguments: argparse.Namespace) -> Iterator[str]:
-    """How many questions each run answers rightly, greedily, by exact products."""
-    for targets in arguments.targets:
-        for compute in arguments.compute:
-            for seed in arguments.seeds:
-                folder = folder_of(arguments, targets, compute, seed)
-                command = [
-                    sys.executable, "-m", "halfbyte", "eval", str(folder), "--data", str(arguments.asked),
-                    "-m", "number", "-m", "loss", "--max-new-tokens", "256", "--json",
-                ]  # fmt: skip
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                yield f"{targets}, {compute}, seed {seed}: {done.stdout.strip()}"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--train", type=Path, required=True)
-    parser.add_argument("--eval", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = measuring.learning_parser(__doc__, steps=200, rows=8)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--compute", nargs="+", default=list(COMPUTE), choices=COMPUTE)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rate", type=float, default=5e-4)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rows", type=int, default=8, help="rows of a step")
     parser.add_argument("--held", type=int, default=64, help="held-out rows")
-    parser.add_argument("--answers", type=int, default=0, help="questions to answer, behind the held-out rows")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = arguments.eval.read_text().splitlines(keepends=True)
     arguments.held_out = arguments.out / "held_out.jsonl"
     arguments.held_out.write_text("".join(rows[: arguments.held]))
-    arguments.asked = arguments.out / "asked.jsonl"
-    arguments.asked.write_text("".join(rows[arguments.held : arguments.held + arguments.answers]))
     for line in compared(arguments):
         print(line, flush=True)
-    if arguments.answers:
-        for line in answered(arguments):
-            print(line, flush=True)
 
 
 if __name__ == "__main__":

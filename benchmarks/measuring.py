@@ -139,3 +139,15 @@ def verdict(name: str, value: float, limit: float, unit: str = "", *, at_least: 
     fine = value >= limit if at_least else value <= limit
     say(f"{name}: {value:.3f}{unit}, at {'least' if at_least else 'most'} {limit:g}{unit}: {'yes' if fine else 'NO'}")
     return fine
+
+
+def learning_parser(about: str | None, *, steps: int, rows: int) -> argparse.ArgumentParser:
+    """What benchmarks of whole runs are asked: rows to train and to hold out, how many, and where the runs go."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--train", type=Path, required=True)
+    parser.add_argument("--eval", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--rows", type=int, default=rows, help="rows of a step")
+    return parser

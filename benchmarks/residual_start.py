@@ -11,10 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import measuring
 from halfbyte import finetune
 from halfbyte.recipe.file import recipe_from
 
@@ -57,15 +62,9 @@ def lines(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--train", type=Path, required=True)
-    parser.add_argument("--eval", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = measuring.learning_parser(__doc__, steps=100, rows=4)
     parser.add_argument("--formats", nargs="+", default=["nf4", "fp4"])
     parser.add_argument("--rates", nargs="+", type=float, default=[2e-4])
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rows", type=int, default=4, help="rows of a step")
     parser.add_argument("--seeds", type=int, default=3)
     for line in lines(parser.parse_args()):
         print(line, flush=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.layers import lora_linear
-from halfbyte.layers.kernels import dropout
+from halfbyte.layers.kernels import cpu, dropout
 from halfbyte.layers.kernels.cpu import gate, lora_products, tiles
 
 if not tiles.available():
@@ -95,3 +95,29 @@ def test_the_mask_of_a_kernel_is_the_definition() -> None:
     seed = seeds(30)[1]
     eye = torch.eye(32).bfloat16()
     assert np.array_equal(lora.down(x, eye, 0.3, seed).bool().numpy(), kept(seed, 30, 32, 0.3).numpy())
+
+
+@pytest.mark.parametrize("name", ["down", "gradient", "up"])
+def test_a_wrong_product_is_seen_at_the_start_and_not_used(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    x, a, _ = given(40, 64, 16)
+    assert lora_products(x, a)
+    own = getattr(lora, name)
+
+    def wrong(*args: object) -> Tensor:
+        made: Tensor = own(*args)
+        made[3, 1] += 0.05 * made.float().abs().amax().to(made.dtype)
+        return made
+
+    monkeypatch.setattr(lora, name, wrong)
+    lora.fault.cache_clear()
+    cpu.works.cache_clear()
+    try:
+        assert not lora_products(x, a)
+        assert "of LoRA is wrong by our kernel on this machine" in caplog.text
+    finally:
+        monkeypatch.undo()
+        lora.fault.cache_clear()
+        cpu.works.cache_clear()
+    assert lora_products(x, a)

@@ -83,3 +83,27 @@ def test_a_product_goes_to_the_kernel_where_it_is_faster(monkeypatch: pytest.Mon
     monkeypatch.setattr(product, "faster", lambda: False)
     assert not matmul.by_kernel(out, a, b)
     check(matmul.product(a, b), a, b)
+
+
+def test_a_wrong_product_is_seen_at_the_start_and_torch_multiplies(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(product, "faster", lambda: True)
+    own, (a, b, out) = product.product_, (draw(256, 64), draw(64, 48, seed=1), torch.empty(256, 48))
+
+    def wrong(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
+        own(out, a, b, add=add)[5, 7] = 0.0  # that no tile has written
+        return out
+
+    monkeypatch.setattr(product, "product_", wrong)
+    product.fault.cache_clear()
+    cpu.works.cache_clear()
+    try:
+        assert not matmul.by_kernel(out, a, b)
+        assert "A product in fp32 is wrong by our kernel on this machine" in caplog.text
+        check(matmul.into(out, a, b), a, b)
+    finally:
+        monkeypatch.setattr(product, "product_", own)
+        product.fault.cache_clear()
+        cpu.works.cache_clear()
+    assert matmul.by_kernel(out, a, b)

@@ -53,19 +53,21 @@ def _backward_part(dh, g, u, dg, du, kind, first, last):  # type: ignore[no-unty
 
 
 @inlined
-def _masked_part(x, out, low, seed, first, last):  # type: ignore[no-untyped-def]
-    x, out = x[first:last], out[first:last]
+def masked_words(x, out, low, start, seed):  # type: ignore[no-untyped-def]
+    """Words of x -> out, those of their numbers 0 that the mask of `seed` drops; the first word is number `start`."""
     for j in range(x.shape[0]):
-        out[j] = drop_pair(x[j], hash_u32(counter_bits(np.uint32(first), j, seed)), low)
+        out[j] = drop_pair(x[j], hash_u32(counter_bits(start, j, seed)), low)
+
+
+@inlined
+def _masked_part(x, out, low, seed, first, last):  # type: ignore[no-untyped-def]
+    masked_words(x[first:last], out[first:last], low, np.uint32(first), seed)
 
 
 @inlined
 def _masked_rows(x, out, low, seed, keys, first, last):  # type: ignore[no-untyped-def]
-    x, out, keys = x[first:last], out[first:last], keys[first:last]
-    for i in range(x.shape[0]):
-        a, b, row = x[i], out[i], hash_u32(keys[i] ^ seed)
-        for j in range(a.shape[0]):
-            b[j] = drop_pair(a[j], hash_u32(counter_bits(np.uint32(0), j, row)), low)
+    for i in range(first, last):
+        masked_words(x[i], out[i], low, np.uint32(0), hash_u32(keys[i] ^ seed))
 
 
 def _forward(element: type) -> object:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.layers.kernels import pool
-from halfbyte.layers.kernels.cpu import available
+from halfbyte.layers.kernels.cpu import available, works
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -30,4 +30,4 @@ def by_kernel(out: Tensor, a: Tensor, b: Tensor) -> bool:
         return False
     from halfbyte.layers.kernels.cpu import product
 
-    return product.takes(out, a, b)
+    return product.takes(out, a, b) and works("product")
