@@ -8,6 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
 from halfbyte.cli import begin, show
 from halfbyte.plan import ahead
@@ -129,6 +132,13 @@ def test_three_questions_are_asked_until_their_answers_can_be(halfbyte: Cli, mon
     recipe = load_recipe(Path("recipe.yaml")).recipe
     assert (recipe.model, recipe.data.train, recipe.data.fields.prompt) == ("model", "some train.jsonl", "question")
     passes(halfbyte)
+
+
+@pytest.mark.parametrize(("typed", "taken"), [("mine.jsonl\r", "mine.jsonl"), ("\r", "")])
+def test_what_is_typed_stands_alone_and_nothing_is_the_answer_shown(typed: str, taken: str) -> None:
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        keys.send_text(typed)
+        assert show.questioner()("train.jsonl") == taken
 
 
 def test_leaving_a_question_writes_nothing(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -683,6 +683,7 @@ def test_a_finished_run_is_told_at_once_and_goes_on_when_asked(here: Path, halfb
     command = "train run --resume --set train.max_steps=8"
     assert (ended.code, ended.out, ended.err) == (0, f"{said}{command}\n", "")
     assert json.loads(halfbyte("train", "run", "--resume", "--json").out) == report
+    assert halfbyte("train", "run", "--resume", "--set", "train.num_train_epochs=9").out == f"{said}{command}\n"
     tiny_run.checkpoint(Path("model"))
     ended = halfbyte(*command.split(), "-q")
     assert (ended.code, ended.err) == (0, "") and ended.out.startswith("going on from step 4/8\n")

@@ -59,6 +59,17 @@ def test_a_line_is_broken_at_a_gap_and_a_lone_point_is_drawn() -> None:
     assert "missing" in svg and "no number" in svg
 
 
+@pytest.mark.parametrize("at_end", [1.05, 0.95])
+def test_the_name_of_a_level_is_where_no_curve_crosses_it(at_end: float) -> None:
+    svg = plots.svg(chart(line([0.2, 0.9] + [at_end] * 30), levels=[("planned", 1.0)], from_zero=True))
+    root = parsed(svg)
+    (name,) = [t for t in root.iter(f"{SPACE}text") if "level" in t.attrib["class"]]
+    (path,) = [p for p in root.iter(f"{SPACE}path") if p.get("data-name")]
+    curve = float(re.findall(r"L[-\d.]+ ([-\d.]+)", path.attrib["d"])[-1])
+    foot = float(name.attrib["y"])
+    assert not foot - 9 <= curve <= foot, "letters of 9 pixels stand on their foot"
+
+
 def test_a_chart_without_a_number_says_so() -> None:
     for values in ([], [math.nan, math.nan]):
         assert "no numbers yet" in plots.svg(chart(line(values)))

@@ -132,7 +132,7 @@ def stream(piece: str) -> None:
 
 
 def questioner() -> Callable[[str], str]:
-    """Who asks a question at a terminal, with an answer to accept or to change; paths are completed with Tab."""
+    """Who asks a question at a terminal; an answer is shown in grey until one is typed. Tab completes paths."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import PathCompleter
     from prompt_toolkit.formatted_text import FormattedText
@@ -140,7 +140,7 @@ def questioner() -> Callable[[str], str]:
     session: PromptSession[str] = PromptSession(
         FormattedText([("bold ansicyan", "  >"), ("", " ")]), completer=PathCompleter(expanduser=True)
     )
-    return lambda default: session.prompt(default=default).strip()
+    return lambda default: session.prompt(placeholder=FormattedText([("ansibrightblack", default)])).strip()
 
 
 def heading(who: str) -> None:

@@ -165,17 +165,28 @@ def _grid(x: Axis, y: Axis, unit: str) -> Markup:
 
 
 def _levels(chart: Chart, x: Axis, y: Axis) -> Markup:
-    """Dashed lines with their names, the highest above its line and the others below, so that none covers another."""
+    """Dashed lines with their names, the highest above its line and the others below, or where no curve crosses it."""
     parts, highest = [], max((value for _, value in chart.levels), default=0.0)
     for name, value in chart.levels:
-        at = y.at(value)
-        beside = at - 4 if value == highest else at + 13
+        at, said = y.at(value), f"{name} {short(value)}"
+        places = (at - 4, at + 13) if value == highest else (at + 13, at - 4)
+        beside = min(places, key=lambda foot: _crossed(chart, x, y, x.end - 2 - 6 * len(said), foot))
         parts.append(Markup('<path class="line plan" d="M{:.0f} {:.1f}H{:.0f}"/>').format(x.start, at, x.end))
-        said = f"{name} {short(value)}"
         parts.append(
             Markup('<text class="tick end level" x="{:.0f}" y="{:.1f}">{}</text>').format(x.end - 2, beside, said)
         )
     return Markup("").join(parts)
+
+
+def _crossed(chart: Chart, x: Axis, y: Axis, start: float, foot: float) -> int:
+    """How many pixels of the curves lie behind words that stand on `foot` from `start` to the axis' end."""
+    across, crossed = np.arange(start, x.end), 0
+    for line in chart.lines:
+        known = thinned(line.points).known
+        if len(known):
+            heights = np.interp(across, [x.at(v) for v in known.x], [y.at(v) for v in known.y])
+            crossed += int(np.sum((heights >= foot - 10) & (heights <= foot + 2)))
+    return crossed
 
 
 def _events(chart: Chart, x: Axis, y: Axis) -> Markup:
