@@ -1,4 +1,5 @@
-"""The server of `halfbyte serve` in a process of its own, asked over HTTP by the official `openai` client.
+"""The server of `halfbyte serve` in a process of its own, asked over HTTP by the official `openai` client, which takes
+about a millisecond of a core for each piece of an answer; `streams` by a bare connection, unless `--client openai`.
 
     python benchmarks/serving.py streams RUN [RUN]     # tokens/s of 1 and of 8 parallel streams, in turns
     python benchmarks/serving.py memory RUN [RUN]      # resident memory of the server over 1,000 requests
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,41 +82,59 @@ async def names(client: openai.AsyncOpenAI) -> list[str]:
     return [model.id async for model in client.models.list()]
 
 
-async def story(client: openai.AsyncOpenAI, model: str, number: int, most: int) -> tuple[int, float]:
+async def story(client: openai.AsyncOpenAI, model: str, number: int, most: int, lean: bool) -> tuple[int, float]:
     """Tokens of one streamed answer, and when the first came."""
+    asked: dict[str, Any] = {
+        "model": model, "messages": [{"role": "user", "content": STORIES[number % len(STORIES)]}], "max_tokens": most,
+        "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
+    }  # fmt: skip
     began, first, tokens = time.perf_counter(), 0.0, 0
-    stream = await client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": STORIES[number % len(STORIES)]}], max_tokens=most,
-        temperature=0, stream=True, stream_options={"include_usage": True},
-    )  # fmt: skip
-    async for chunk in stream:
+    if lean:
+        async for line in _lines(client, json.dumps(asked).encode()):
+            if b'"content": "' in line and b'"content": ""' not in line:
+                first = first or time.perf_counter() - began
+            elif b'"usage": {' in line:
+                tokens = json.loads(line.removeprefix(b"data: "))["usage"]["completion_tokens"]
+        return tokens, first
+    async for chunk in await client.chat.completions.create(**asked):
         if chunk.usage is not None:
             tokens = chunk.usage.completion_tokens
-        elif not first:
-            first = time.perf_counter() - began
+        elif chunk.choices[0].delta.content:
+            first = first or time.perf_counter() - began
     return tokens, first
 
 
-async def filled(client: openai.AsyncOpenAI, model: str, number: int, most: int) -> tuple[int, float]:
+async def _lines(client: openai.AsyncOpenAI, body: bytes) -> AsyncIterator[bytes]:
+    """The lines of a streamed answer, by a bare connection."""
+    url = client.base_url
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    head = f"POST {url.path}chat/completions HTTP/1.1\r\nHost: {url.host}:{url.port}\r\nConnection: close\r\n"
+    writer.write(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    while line := await reader.readline():
+        yield line
+    writer.close()
+
+
+async def filled(client: openai.AsyncOpenAI, model: str, number: int, most: int, lean: bool) -> tuple[int, float]:
     """Answers one after another, until there are so many tokens; and when the first came."""
-    tokens, first = await story(client, model, number, most)
+    tokens, first = await story(client, model, number, most, lean)
     while tokens < most:
         number += 1
-        tokens += (await story(client, model, number, most - tokens))[0]
+        tokens += (await story(client, model, number, most - tokens, lean))[0]
     return tokens, first
 
 
-async def streams(url: str, most: int, rounds: int) -> dict[str, Any]:
+async def streams(url: str, most: int, rounds: int, lean: bool) -> dict[str, Any]:
     client, rows = client_of(url), list[dict[str, float]]()
     models = await names(client)
     for model in models:
-        await story(client, model, 0, 8)
+        await asyncio.gather(*(story(client, model, number, 8, lean) for number in range(len(STORIES))))
     for _ in range(rounds):
         for count in (1, 8):
             began, made = time.perf_counter(), list[tuple[int, float]]()
             asked = [[model] for model in models] if count == 1 else [[models[i % len(models)] for i in range(count)]]
             for together in asked:
-                made += await asyncio.gather(*(filled(client, name, i, most) for i, name in enumerate(together)))
+                made += await asyncio.gather(*(filled(client, name, i, most, lean) for i, name in enumerate(together)))
             seconds, tokens = time.perf_counter() - began, sum(n for n, _ in made)
             rows.append({"streams": count, "tokens": tokens, "seconds": seconds, "rate": tokens / seconds})
             say(f"{count} streams: {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s; "
@@ -221,6 +240,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--client", choices=("lean", "openai"), default="lean", help="of `streams`")
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()
@@ -228,7 +248,7 @@ def main() -> None:
     wanted = expected(args.runs, args.tokens) if args.what == "crowd" else {}
     with served(args.runs, "--queue", "256", "--context", "1024") as (url, process):
         made = asyncio.run(
-            streams(url, args.tokens, args.rounds) if args.what == "streams"
+            streams(url, args.tokens, args.rounds, args.client == "lean") if args.what == "streams"
             else memory(url, process, args.requests) if args.what == "memory"
             else crowd(url, wanted, args.tokens)
         )  # fmt: skip

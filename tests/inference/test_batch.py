@@ -172,13 +172,13 @@ def test_prompts_that_begin_alike_are_read_by_a_tape(
     asked = [tokenizer(f"a large round box of old trees {WORDS[i % 6]} {i}: ")["input_ids"] for i in range(19)]
     wanted = [alone(model, prompt, 9) for prompt in asked]
     packing.install(model, "cu_seq_lens")
-    read, shared = batch.prefill.Reader.read, list[int]()
+    read, shared = batch.Reader.read, list[int]()
 
     def noted(reader: Any, texts: Any) -> Any:
         shared.append(reader.shared)
         return read(reader, texts)
 
-    monkeypatch.setattr(batch.prefill.Reader, "read", noted)
+    monkeypatch.setattr(batch.Reader, "read", noted)
     assert batch.answers(model, tokenizer, asked, [9] * 19, at_once=4) == wanted
     assert told == [] and len(shared) > 2 and shared[-1] > 4
 
@@ -189,8 +189,8 @@ def test_a_fault_of_the_tape_that_reads_is_seen_and_a_forward_reads(
 ) -> None:
     model = tiny.model("llama", vocab_size=tiny_run.VOCAB)
     wanted = [alone(model, prompt, 6) for prompt in prompts(7)]
-    read = batch.prefill.Reader.read
-    monkeypatch.setattr(batch.prefill.Reader, "read", lambda reader, texts: [x.flip(-1) for x in read(reader, texts)])
+    read = batch.Reader.read
+    monkeypatch.setattr(batch.Reader, "read", lambda reader, texts: [x.flip(-1) for x in read(reader, texts)])
     assert batch.answers(model, tiny_run.tokenizer(), prompts(7), [6] * 7, at_once=4) == wanted
     assert len(told) == 1 and "read by the model's own forward" in told[0]
 

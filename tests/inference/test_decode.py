@@ -92,13 +92,32 @@ def test_a_fault_is_seen_before_its_first_token_and_the_models_own_loop_answers(
     assert len(told) == 1 and "apart from the model's own" in told[0]
 
 
+@pytest.mark.parametrize("fault", ["places", "positions", "embedding"])
+def test_a_fault_of_reading_a_prompt_is_seen(fault: str, told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny.model("llama", vocab_size=tiny_run.VOCAB), tiny_run.tokenizer()
+    wanted = generate(model, tokenizer, prompts(), Sampling(6))
+    own = llama.Decoder.read
+
+    def faulty(made: llama.Decoder, embedded: Any, positions: Any, places: Any) -> Any:
+        if fault == "places":
+            places = [(place + 1) % len(prompts()) for place in places]
+        elif fault == "positions":
+            positions = [max(0, at - 1) for at in positions]
+        return own(made, embedded.flip(-1) if fault == "embedding" else embedded, positions, places)
+
+    monkeypatch.setattr(llama.Decoder, "read", faulty)
+    assert generate(model, tokenizer, prompts(), Sampling(6)) == wanted
+    assert len(told) == 1 and "apart from the model's own" in told[0]
+
+
 def test_only_greedy_answers_look_at_the_largest_logit_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny.model("llama", vocab_size=tiny_run.VOCAB), tiny_run.tokenizer()
     made, own = list[bool](), llama.decoder
 
     def noted(*args: Any, largest: bool = False, **more: Any) -> Any:
         found = own(*args, largest=largest, **more)
-        made.append(found.rough is not None)
+        if "reads" not in more:
+            made.append(found.rough is not None)
         return found
 
     monkeypatch.setattr(llama, "decoder", noted)

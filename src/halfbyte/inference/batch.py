@@ -28,6 +28,7 @@ from halfbyte.inference.generate import Sampling, generate, say, stop_ids
 from halfbyte.layers import loss, packing
 from halfbyte.layers.decoding import llama
 from halfbyte.layers.decoding.linears import Unsupported
+from halfbyte.layers.decoding.reader import Reader
 from halfbyte.models import structure
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class _Slots:
         for to, m in enumerate(self.active):
             n = self.before[m]
             for number, (keys, values) in enumerate(zip(self.made.keys, self.made.values, strict=True)):
-                made.made.keys[number][to, :, :, :n] = keys[m, :, :, :n]
+                made.made.keys[number][to, :, :n] = keys[m, :, :n]
                 made.made.values[number][to, :, :n] = values[m, :, :n]
             made.text[to], made.token[to], made.before[to] = self.text[m], self.token[m], n
         return made
@@ -189,7 +190,7 @@ class _Queue:
         self.waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         self.written: list[list[int]] = [[] for _ in prompts]
         self.done, self.factor, self.proven = 0, 1.0, False
-        self.reader: prefill.Reader | None = None
+        self.reader: Reader | None = None
         config = self.lm.generation_config
         for name in PROCESSORS:
             if getattr(config, name, None) not in (None, 0, 1, False, [], {}):
@@ -285,7 +286,7 @@ class _Queue:
         if head is None:
             return
         try:
-            reader = prefill.Reader(self.lm, slots.made, self.room, self.factor)
+            reader = Reader(self.lm, slots.made, self.factor)
             (hidden,) = reader.read([(m, self.prompts[i])])
             decode.check(loss.head_logits(hidden[-1:], head), own.float(), len(self.layers))
         except (Unsupported, decode.Slower) as why:
@@ -301,7 +302,7 @@ class _Queue:
         same = next((n for n, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), len(least))
         return min(same, *(len(p) - 1 for p in self.prompts))
 
-    def _read(self, reader: prefill.Reader, slots: _Slots, places: dict[int, int]) -> None:
+    def _read(self, reader: Reader, slots: _Slots, places: dict[int, int]) -> None:
         """Prompts by their places: their first tokens."""
         assert self.head is not None
         hidden = reader.read([(m, self.prompts[i]) for m, i in places.items()])

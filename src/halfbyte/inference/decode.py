@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from halfbyte.base import stream
 from halfbyte.errors import BaseModelError
-from halfbyte.layers.decoding import llama
+from halfbyte.layers.decoding import llama, reader
 from halfbyte.layers.decoding.linears import Unsupported
 from halfbyte.layers.decoding.tape import MOST_VECTORS
 from halfbyte.models import structure
@@ -110,7 +110,7 @@ def embedding_factor(plain: Tensor, entered: Tensor) -> float:
 
 @dataclass
 class Kept:
-    """What a conversation has been read already, by one adapter: its tokens, and of each layer their keys (1, K, d, T)
+    """What a conversation has been read already, by one adapter: its tokens, and of each layer their keys
     and values (1, K, T, d)."""
 
     ids: list[int] = field(default_factory=list)
@@ -125,7 +125,7 @@ class Kept:
     def put(self, cache: DynamicCache, n: int) -> None:
         """The first n tokens into a cache of transformers."""
         for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-            cache.update(keys[..., :n].transpose(2, 3), values[:, :, :n], layer)
+            cache.update(keys[:, :, :n], values[:, :, :n], layer)
 
 
 class Loop:
@@ -198,7 +198,7 @@ class Loop:
     def _prefilled(
         self, made: llama.Decoder, lm: Model, ids: Tensor, mask: Tensor
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The model's own logits after the prompts, and how to embed; the caches are filled and the proof is done."""
+        """Logits after the prompts, and how to embed; the caches are filled and the proof is done."""
         from transformers import DynamicCache
 
         cache = DynamicCache()
@@ -218,8 +218,15 @@ class Loop:
         lengths = mask.sum(1).tolist()
         for number, layer in enumerate(cache.layers):
             made.fill(number, layer.keys, layer.values, lengths)
-        self._step(made, embed(last), [n - 1 for n in lengths])
+        self._read(made, lm, [row[-length:-1] for row, length in zip(ids.tolist(), lengths, strict=True)], n, factor)
+        self._step(made, embed(last), [length - 1 for length in lengths])
         # Of texts that are not padded: with a mask the model's own attention rounds more (docs/log.md).
         whole = mask.all(1)
         self.apart = prove(made, logits[whole], whole, len(self.layers))
-        return logits, embed
+        return made.capped(), embed
+
+    def _read(self, made: llama.Decoder, lm: Model, texts: list[list[int]], start: int, factor: float) -> None:
+        """Texts from token `start` on by a tape, as `serve` does, in place of what a forward has filled in."""
+        shorter = [(m, text) for m, text in enumerate(texts) if reader.worth(made, len(text) + 1)]
+        if shorter and stream.of(self.layers[0]) is None:
+            reader.Reader(lm, made, factor).read(shorter, start)

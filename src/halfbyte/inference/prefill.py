@@ -1,8 +1,6 @@
-"""Prompts read by the model's own forward, several end to end, and their caches put into the places of a tape; or read
-by a tape of many vectors into those places, where its products are the faster ones (fp32).
+"""Prompts read by the model's own forward, several end to end, and their caches put into the places of a tape.
 
-Cost: a forward dequantises the base once for all that it reads; a tape never does, and reads what all texts begin with
-once.
+Cost: a forward dequantises the base once for all that it reads.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from halfbyte.data import collate
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.inference import decode
 from halfbyte.layers import loss, packing
-from halfbyte.layers.decoding import llama
 from halfbyte.models import structure
 
 if TYPE_CHECKING:
@@ -26,9 +23,6 @@ if TYPE_CHECKING:
 
     from halfbyte.layers.decoding.llama import Decoder
     from halfbyte.types import Batch, Model
-
-VECTORS = 64  # tokens that a tape reads at once
-_LEAST_SHARED = 4  # tokens
 
 
 @dataclass
@@ -47,7 +41,7 @@ class Prefilled:
         """The cache of text i into place m."""
         a, n = self.starts[i], self.reach[i]
         for number, (keys, values) in enumerate(self.layers):
-            made.keys[number][m, :, :, :n] = keys[0, :, a : a + n].transpose(1, 2)
+            made.keys[number][m, :, :n] = keys[0, :, a : a + n]
             made.values[number][m, :, :n] = values[0, :, a : a + n]
 
 
@@ -86,33 +80,3 @@ def read(
     layers = [(layer.keys, layer.values) for layer in cache.layers]
     lengths = [len(prompt) for prompt in prompts]
     return Prefilled(made, factor, layers, starts, lengths, [len(row.input_ids) for row in rows] or lengths)
-
-
-class Reader:
-    """Texts read by a tape into the places of another, all of which have begun with the same `shared` tokens."""
-
-    def __init__(self, lm: Model, of: Decoder, room: int, factor: float) -> None:
-        """Raises linears.Unsupported."""
-        self.lm, self.of, self.factor, self.shared = lm, of, factor, 0
-        self.made = llama.decoder(lm, VECTORS, room, beside=of, reads=True)
-
-    def read(self, texts: Sequence[tuple[int, Sequence[int]]]) -> list[Tensor]:
-        """Of each text (its place, its tokens) what the head reads of its tokens but the shared ones: (T, D) fp32."""
-        flat = [(m, at, token) for m, ids in texts for at, token in enumerate(ids) if at >= self.shared]
-        table, found = self.lm.get_input_embeddings(), []
-        for first in range(0, len(flat), VECTORS):
-            some = flat[first : first + VECTORS]
-            places, positions, tokens = zip(*some, *[some[-1]] * (VECTORS - len(some)), strict=True)
-            embedded = table(torch.tensor(tokens)).float() * self.factor
-            found.append(self.made.read(embedded, positions, places)[: len(some)].clone())
-        return list(torch.cat(found).split([len(ids) - self.shared for _, ids in texts]))
-
-    def share(self, m: int, tokens: int) -> None:
-        """From now on all texts begin with so many tokens of the text in place m. A place that is not in use must be
-        left alone there."""
-        if tokens < _LEAST_SHARED:
-            return
-        for keys, values in zip(self.of.keys, self.of.values, strict=True):
-            keys[..., :tokens] = keys[m, ..., :tokens].clone()
-            values[:, :, :tokens] = values[m, :, :tokens].clone()
-        self.shared = tokens

@@ -25,6 +25,7 @@ from halfbyte.serving.models import Models, Named
 from halfbyte.serving.text import Piece, Text, Wish
 
 TOKENS_AT_ONCE = 2048  # of prompts in one forward, but for a longer one
+GATHERED_S = 0.02  # new text is sent so often at most, but for an answer's first and last: each sending costs 1 ms
 _log = logging.getLogger(__name__)
 
 
@@ -74,6 +75,8 @@ class Engine:
         self._changed = threading.Condition()
         self._draining = self._ending = False
         self._each_s = 1.0  # of a text, lately
+        self._gathered: list[tuple[Ask, Piece | Exception]] = []
+        self._sent_at = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="halfbyte-engine", daemon=True)
 
@@ -115,7 +118,7 @@ class Engine:
             waiting, self.queue = list(self.queue), deque()
             self._changed.notify()
         for ask in waiting:
-            self._send([(ask, self._stopping())])
+            self._post([(ask, self._stopping())])
 
     def end(self) -> None:
         """Stop the thread; what is being written ends with an error. Returns when it is over."""
@@ -189,24 +192,20 @@ class Engine:
         return ask.grammar if index == 0 or ask.grammar is None else ask.grammar.copy()
 
     def _begin(self, asks: list[Ask]) -> None:
-        """Read prompts; their first tokens come from the model's own logits."""
+        """Read prompts; their first tokens come with the next step."""
         prompts, texts = [ask.prompt for ask in asks], [ask.texts for ask in asks]
         lane, now = self.slow or self.lane, time.monotonic()
         self.lanes.update(dict.fromkeys([text for own in texts for text in own], lane))
         try:
-            logits = lane.begin(asks[0].model.adapter, prompts, texts)
+            lane.begin(asks[0].model.adapter, prompts, texts)
         except decode.Slower as why:  # found on a longer prompt than those that were proven
             _log.warning(f"from now on answers come from the model's own forward: {why}")
             lane = self.slow = Forward(self.models)
             self.lanes.update(dict.fromkeys([text for own in texts for text in own], lane))
-            logits = lane.begin(asks[0].model.adapter, prompts, texts)
-        sent: list[tuple[Ask, Piece | Exception]] = []
-        for ask, row in zip(asks, logits, strict=True):
+            lane.begin(asks[0].model.adapter, prompts, texts)
+        for ask in asks:
             ask.begun = now
             self.prompt_tokens += len(ask.prompt)
-            for text in ask.texts:
-                self._take(text, row, sent)
-        self._send(sent)
 
     def _step(self) -> None:
         sent: list[tuple[Ask, Piece | Exception]] = []
@@ -214,7 +213,7 @@ class Engine:
             for text, row in lane.step():
                 self._take(text, row, sent)
         self.steps += 1
-        self._send(sent)
+        self._gather(sent)
 
     def _take(self, text: Text, row: torch.Tensor, sent: list[tuple[Ask, Piece | Exception]]) -> None:
         ask = self.of.get(text)
@@ -249,9 +248,41 @@ class Engine:
         for text in list(self.of):
             self._leave(text)
 
+    def _gather(self, sent: list[tuple[Ask, Piece | Exception]]) -> None:
+        """Send them, with those before, where it is time, or an answer begins or ends; else keep them for a while."""
+        some = [piece for _, piece in sent]
+        at_once = any(isinstance(one, Exception) or one.tokens == 1 or one.finish is not None for one in some)
+        if at_once or time.monotonic() - self._sent_at >= GATHERED_S:
+            self._send(sent)
+        else:
+            self._gathered += sent
+
     def _send(self, sent: list[tuple[Ask, Piece | Exception]]) -> None:
+        sent, self._gathered, self._sent_at = self._gathered + sent, [], time.monotonic()
+        self._post(_joined(sent))
+
+    def _post(self, sent: list[tuple[Ask, Piece | Exception]]) -> None:
+        """To the event loop; from any thread."""
         if sent and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_deliver, sent)
+
+
+def _joined(sent: list[tuple[Ask, Piece | Exception]]) -> list[tuple[Ask, Piece | Exception]]:
+    """Pieces of one text as one."""
+    made: list[tuple[Ask, Piece | Exception]] = []
+    at: dict[tuple[Ask, int], int] = {}
+    for ask, piece in sent:
+        if isinstance(piece, Exception):
+            made.append((ask, piece))
+            continue
+        n = at.setdefault((ask, piece.index), len(made))
+        if n == len(made):
+            made.append((ask, piece))
+        else:
+            before = made[n][1]
+            assert isinstance(before, Piece)
+            made[n] = ask, before.with_next(piece)
+    return made
 
 
 def _deliver(sent: list[tuple[Ask, Piece | Exception]]) -> None:

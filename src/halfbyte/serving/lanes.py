@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from halfbyte.base import stream
 from halfbyte.inference import batch, decode, prefill
 from halfbyte.layers import loss, packing
-from halfbyte.layers.decoding import llama
+from halfbyte.layers.decoding import llama, reader
 from halfbyte.layers.decoding.linears import Unsupported
 from halfbyte.layers.decoding.tape import Mixed
 from halfbyte.models import structure
@@ -39,8 +39,8 @@ class Lane(Protocol):
     together: bool
     """Whether several prompts go through one forward."""
 
-    def begin(self, adapter: str | None, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[Text]]) -> Tensor:
-        """Read prompts, and give each of its texts a place; logits (n, V)."""
+    def begin(self, adapter: str | None, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[Text]]) -> None:
+        """Read prompts, and give each of its texts a place; the next step has their first logits."""
 
     def step(self) -> list[tuple[Text, Tensor]]:
         """Each text with its logits (V,) after its last token; to be used before the next step."""
@@ -70,6 +70,7 @@ class Tapes:
             raise decode.Slower(str(why)) from why
         self.tapes = dict(zip([*sizes, models.places], [*smaller, largest], strict=True))
         self.largest, self.factor = largest, 1.0
+        self.reader = reader.Reader(self.lm, largest) if rough else None
         self.text: list[Text | None] = [None] * models.places
         self.before = [0] * models.places
         self.proven: dict[str | None, int] = {}
@@ -88,38 +89,53 @@ class Tapes:
     def active(self) -> list[int]:
         return [m for m, text in enumerate(self.text) if text is not None]
 
-    def begin(self, adapter: str | None, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[Text]]) -> Tensor:
-        with self.models.using(adapter):
-            made = prefill.read(self.lm, prompts)
-        self.factor = made.factor
-        taken: list[int] = []
-        for i, own in enumerate(texts):
-            for text in own:
-                m = self.text.index(None)
-                made.put(i, self.largest, m)
-                self.text[m], self.before[m] = text, len(prompts[i])
-                self.mixed.use(m, adapter)
-                text.last = prompts[i][-1]
-                taken.append(m)
-        longest = max(map(len, prompts))
-        if longest > self.proven.get(adapter, 0):
-            try:
-                self._prove(taken, [i for i, own in enumerate(texts) for _ in own], made.logits)
-            except decode.Slower:
-                for m in taken:
-                    self.text[m], self.before[m] = None, 0
-                raise
+    def begin(self, adapter: str | None, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[Text]]) -> None:
+        longest, made = max(map(len, prompts)), None
+        by_tape = [self.reader is not None and reader.worth(self.largest, len(prompt)) for prompt in prompts]
+        if longest > self.proven.get(adapter, 0) or not all(by_tape):
+            with self.models.using(adapter):
+                made = prefill.read(self.lm, prompts)
+            self.factor = made.factor
+        places = [
+            [self._place(text, prompt, adapter) for text in own] for prompt, own in zip(prompts, texts, strict=True)
+        ]
+        if self.reader is not None:
+            self.reader.factor = self.factor
+            own = zip(places, prompts, by_tape, strict=True)
+            self.reader.read([(first, prompt[:-1]) for (first, *_), prompt, is_read in own if is_read])
+        for i, (first, *others) in enumerate(places):
+            if made is not None and not by_tape[i]:
+                made.put(i, self.largest, first)
+            for m in others:
+                self._copy(first, m)
+        if made is not None and longest > self.proven.get(adapter, 0):
+            self._prove(places, made.logits)
             self.proven[adapter] = longest
-        return made.logits
 
-    def _prove(self, places: list[int], of: list[int], own: Tensor) -> None:
-        """The prompts' last tokens once more, by the tape. What other texts compute here they compute again."""
-        for m in places:
-            self.before[m] -= 1
+    def _place(self, text: Text, prompt: Sequence[int], adapter: str | None) -> int:
+        m = self.text.index(None)
+        self.text[m], self.before[m], text.last = text, len(prompt) - 1, prompt[-1]
+        self.mixed.use(m, adapter)
+        return m
+
+    def _copy(self, m: int, to: int) -> None:
+        """What the text in place m has read, to another place."""
+        for keys, values in zip(self.largest.keys, self.largest.values, strict=True):
+            n = self.before[m]
+            keys[to, :, :n] = keys[m, :, :n]
+            values[to, :, :n] = values[m, :, :n]
+
+    def _prove(self, places: list[list[int]], own: Tensor) -> None:
+        """The prompts' last tokens by the tape, beside the model's own logits (n, V). What other texts compute here
+        they compute again."""
+        taken, of = [m for some in places for m in some], [i for i, some in enumerate(places) for _ in some]
         made, _ = self._run(whole=False)
-        for m in places:
-            self.before[m] += 1
-        decode.prove(made, own[of], places, len(self.layers))
+        try:
+            decode.prove(made, own[of], taken, len(self.layers))
+        except decode.Slower:
+            for m in taken:
+                self.text[m], self.before[m] = None, 0
+            raise
 
     def step(self) -> list[tuple[Text, Tensor]]:
         self._together()
@@ -146,10 +162,7 @@ class Tapes:
         for m in active:
             if m >= size:
                 to = self.text.index(None)
-                for keys, values in zip(self.largest.keys, self.largest.values, strict=True):
-                    n = self.before[m]
-                    keys[to, :, :, :n] = keys[m, :, :, :n]
-                    values[to, :, :n] = values[m, :, :n]
+                self._copy(m, to)
                 self.text[to], self.before[to], self.text[m], self.before[m] = self.text[m], self.before[m], None, 0
                 self.mixed.taken[:, to] = self.mixed.taken[:, m]
 
@@ -167,23 +180,22 @@ class Forward:
     def __init__(self, models: Models) -> None:
         self.models, self.lm = models, structure.causal_lm(models.model)
         self.of: dict[Text, tuple[str | None, object, int]] = {}
+        self.first: dict[Text, Tensor] = {}  # logits of prompts, until the next step
         names = inspect.signature(self.lm.forward).parameters
         self.cache = "cache" if "cache" in names else "past_key_values"
         self.keeps = {"logits_to_keep": 1} if loss.accepts(self.lm, "logits_to_keep") else {}
         self.with_positions = "position_ids" in names
 
-    def begin(self, adapter: str | None, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[Text]]) -> Tensor:
+    def begin(self, adapter: str | None, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[Text]]) -> None:
         from transformers import DynamicCache
 
-        rows = []
         with self.models.using(adapter):
             for prompt, own in zip(prompts, texts, strict=True):
                 cache = DynamicCache(config=self.lm.config)
-                rows.append(self._run(prompt, cache, 0))
+                row = self._run(prompt, cache, 0)
                 for number, text in enumerate(own):
                     held = cache if number == len(own) - 1 else copy.deepcopy(cache)
-                    self.of[text] = adapter, held, len(prompt)
-        return torch.stack(rows)
+                    self.of[text], self.first[text] = (adapter, held, len(prompt)), row
 
     def step(self) -> list[tuple[Text, Tensor]]:
         made = []
@@ -191,6 +203,9 @@ class Forward:
         for adapter, own in groupby(texts, key=lambda text: self.of[text][0]):
             with self.models.using(adapter):
                 for text in own:
+                    if text in self.first:
+                        made.append((text, self.first.pop(text)))
+                        continue
                     _, cache, before = self.of[text]
                     made.append((text, self._run([text.last], cache, before)))
                     self.of[text] = adapter, cache, before + 1
@@ -198,6 +213,7 @@ class Forward:
 
     def leave(self, text: Text) -> None:
         self.of.pop(text, None)
+        self.first.pop(text, None)
 
     def _run(self, tokens: Sequence[int], cache: object, before: int) -> Tensor:
         where = self.lm.get_input_embeddings().weight.device
@@ -237,8 +253,9 @@ def _probe(lane: Lane, models: Models) -> None:
             text = Text.of_probe(one)
             lane.begin(one.adapter, [ids[:-2]], [[text]])
             for last in ids[-2:]:
+                lane.step()
                 text.last = last
-                ((_, found),) = lane.step()
+            ((_, found),) = lane.step()
             found = found.clone()
             lane.leave(text)
             with models.using(one.adapter):

@@ -55,6 +55,10 @@ class Piece:
     told: tuple[Told, ...] = ()
     finish: Finish | None = None
 
+    def with_next(self, after: Piece) -> Piece:
+        """This one and the one after it, as one."""
+        return Piece(self.index, self.text + after.text, after.tokens, self.told + after.told, after.finish)
+
 
 class Words:
     """Tokens to text, as it grows; at its end the same as all tokens decoded at once."""

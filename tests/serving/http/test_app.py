@@ -344,7 +344,7 @@ def test_who_hangs_up_leaves_a_place(running: Running) -> None:
 def test_an_answer_that_takes_too_long_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Running(Engine(served.two()), answer_s=0.2)
     step = made.engine._step
-    monkeypatch.setattr(made.engine, "_step", lambda: (time.sleep(0.15), step()))
+    monkeypatch.setattr(made.engine, "_step", lambda: (time.sleep(0.25), step()))
     try:
         with pytest.raises(openai.APIStatusError, match=r"took longer than 0\.2 s") as error:
             made.client().chat.completions.create(model="first", messages=asked("red"), max_tokens=100)

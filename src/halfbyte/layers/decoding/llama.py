@@ -45,7 +45,7 @@ class Decoder:
         hidden: (M, D) fp32, the embedding of the tokens, divided by `shrunk`: Granite multiplies what is added to it,
             so here nothing is, and norms see the same but for eps. divided: what logits are divided by.
         logits: (M, V) fp32. positions: (M,) of the tokens.
-        keys: of each layer (M, K, d, T), values: (M, K, T, d). ends: the number of operations after each layer.
+        keys, values: of each layer (M, K, T, d). ends: the number of operations after each layer.
         ropes: cos and sin (T, R) with the buffers (M, R) that a token's row goes to.
     """
 
@@ -69,7 +69,7 @@ class Decoder:
         """Take over a layer's cache of the prompts: (M, K, L, d), padded on the left."""
         for m, length in enumerate(lengths):
             n = min(length, keys.shape[2])
-            self.keys[layer][m, :, :, length - n : length] = keys[m, :, keys.shape[2] - n :].transpose(1, 2)
+            self.keys[layer][m, :, length - n : length] = keys[m, :, keys.shape[2] - n :]
             self.values[layer][m, :, length - n : length] = values[m, :, values.shape[2] - n :]
 
     def step(
@@ -90,22 +90,24 @@ class Decoder:
                 enter(layer)
                 self.tape.run(first, last)
             self.tape.run(self.ends[-1], end)
-        return self.whole() if whole else self._capped()
+        return self.whole() if whole else self.capped()
 
     def read(self, embedded: Tensor, positions: Sequence[int], places: Sequence[int]) -> Tensor:
-        """What the head would read (M, D) of tokens at these positions of the texts in these places: those of one text
-        in their order, none of them left out. A view, to be used before the next call."""
+        """What the head would read (n, D) of n <= M tokens at these positions of the texts in these places: those of
+        one text in their order, none of them left out. A view, to be used before the next call."""
         assert self.places is not None and self.normed is not None
-        self.places.copy_(torch.tensor(places))
+        self.tape.used = len(positions)
+        self.places[: len(places)] = torch.tensor(places)
         self._enter(embedded, positions)
         self.tape.run(0, self.body)
-        return self.normed[:, : self.hidden.shape[1]]
+        return self.normed[: len(positions), : self.hidden.shape[1]]
 
     def _enter(self, embedded: Tensor, positions: Sequence[int]) -> None:
-        self.hidden.copy_(embedded)
+        n = len(positions)
+        self.hidden[:n] = embedded
         if self.shrunk != 1.0:
-            self.hidden /= self.shrunk
-        self.positions.copy_(torch.tensor(positions))
+            self.hidden[:n] /= self.shrunk
+        self.positions[:n] = torch.tensor(positions)
         for table, row in self.ropes:
             torch.index_select(table, 0, self.positions, out=row)
 
@@ -113,9 +115,10 @@ class Decoder:
         """The logits (M, V) of the last step by the whole head; the largest is as it was."""
         if self.rough is not None:
             self.tape.run(self.rough.stop)
-        return self._capped()
+        return self.capped()
 
-    def _capped(self) -> Tensor:
+    def capped(self) -> Tensor:
+        """The logits (M, V) as they are now."""
         logits = self.logits if self.divided == 1.0 else self.logits / self.divided
         return self.final_cap * torch.tanh(logits / self.final_cap) if self.final_cap else logits
 
@@ -306,11 +309,7 @@ class _Layer:
             outs = [qkv[:, a:b] for a, b in pairwise(ends)]
             each = zip((module.q_proj, module.k_proj, module.v_proj), outs, strict=True)
             linears.add(tape, x, [(linear, out, False) for linear, out in each])
-        room = tape.room
-        keys, values = self.caches or (
-            torch.zeros((tape.m, key_heads, d, room), dtype=tape.dtype),
-            torch.zeros((tape.m, key_heads, room, d), dtype=tape.dtype),
-        )
+        keys, values = self.caches or (tape.cache(key_heads, d), tape.cache(key_heads, d))
         self.made.keys.append(keys)
         self.made.values.append(values)
         norms: list[Tensor | None] = []

@@ -23,7 +23,7 @@ from halfbyte.layers.kernels import cpu
 MOST_VECTORS = 16  # beyond, a matrix product on dequantised weights is faster
 _ITEM_BYTES = 64 * 1024  # of a matrix that a thread takes at once
 _ITEMS_OF_EIGHT = 4  # of them, of a head in 8 bits: each of its items looks at what all have found
-_FEWEST_ITEMS = 16  # of 4-bit rows for one vector: what a thread may have to wait for is one of them
+_FEWEST_ITEMS = 16  # of 4-bit rows: what a thread may have to wait for is one of them
 _ROWS = 8  # of codes, that the kernels for fp32 take at once
 
 
@@ -85,6 +85,7 @@ class Tape:
         self._rows: list[np.ndarray] = []
         self._kept: list[object] = []
         self.before, self._group = (0, 0), 0
+        self.used = vectors  # those of them that a run computes; the first ones
         self.isa, self._groups, self._blocks = name, 1, 1
         self._levels: dict[str, Tensor] = {}
         self._planes_of: dict[bytes, Tensor] = {}
@@ -146,17 +147,14 @@ class Tape:
             11: to.ordered.data_ptr(), 12: to.wide,
         }  # fmt: skip
         if whole is not None:
-            slots[14] = self.kept(whole.lengths)
-            if whole.numbers is not None:
-                slots |= {15: self.kept(whole.numbers), 16: self.kept(whole.steps), 17: float(whole.most)}
+            slots |= {14: self.kept(whole.lengths), 15: self.kept(whole.numbers), 16: self.kept(whole.steps)}
+            slots[17] = float(whole.most)
         self._add(self.kinds.NORM, self.m, slots)
 
     def whole(self, to: Vectors, d: int) -> Whole:
         """Memory for what `largest` reads of M vectors (M, D)."""
         lengths, steps = self.buffer(self.m), self.buffer(self.m)
-        is_whole = self.isa == "avx2" or self.m == 1
-        numbers = self.buffer(self.m, to.wide, dtype=torch.int16) if is_whole else None
-        return Whole(lengths, steps, largest_whole(d), numbers)
+        return Whole(lengths, steps, largest_whole(d), self.buffer(self.m, to.wide, dtype=torch.int16))
 
     def norm_onto(self, x: Tensor, onto: Tensor, weight: Tensor, eps: float, one_plus: bool) -> None:
         """onto += norm(x), both (M, D)."""
@@ -190,9 +188,8 @@ class Tape:
         slots: dict[int, int | float] = {
             6: self.kept(eight.bounds), 7: self.kept(whole.lengths), 8: self.buffer(2, items, self.m).data_ptr(), 9: d,
             10: o, 11: x.data_ptr(), 12: x.stride(0) * 4, 13: out.data_ptr(), 14: out.stride(0), 23: rows, 24: self.m,
+            15: whole.numbers.data_ptr(), 16: 2 * whole.numbers.stride(0), 17: whole.steps.data_ptr(),
         }  # fmt: skip
-        if whole.numbers is not None:
-            slots |= {15: whole.numbers.data_ptr(), 16: 2 * whole.numbers.stride(0), 17: whole.steps.data_ptr()}
         self._add(self.kinds.EIGHTS, items, {**slots, 4: self.kept(eight.rows), 5: self.kept(eight.scales)})
         self.then()
         self._add(self.kinds.EXACT, items, {**slots, 4: self.kept(w), 5: items})
@@ -206,21 +203,21 @@ class Tape:
 
         o, d = shape
         nested = scales.nested is not None and scales.table is not None
-        is_single = self.m == 1 and self.isa == "avx512" and single.available(nested)
+        in_planes = nested and self.isa == "avx512" and single.available(nested)
         rows = self._item_rows(o, d // 2)
         if self.isa == "avx2":
             rows = -(-rows // _ROWS) * _ROWS
-        elif is_single:
+        else:
             rows = max(1, min(rows, o // _FEWEST_ITEMS) // single.ROWS) * single.ROWS
         self._blocks = max(self._blocks, d // 64)
         self._groups = max(self._groups, rows * (d // 64) // 256 + 2)
-        table = self._planes(scales.table) if nested and is_single else scales.table
+        table = self._planes(scales.table) if in_planes else scales.table
         slots: dict[int, int | float] = {
             4: self.kept(codes), 5: self.kept(scales.absmax), 6: self.kept(table) if nested else 0,
             7: self.kept(scales.nested) if nested else 0, 8: scales.offset, 9: d, 10: o, 11: x.ordered.data_ptr(),
             12: 2 * x.wide, 13: out.data_ptr(), 14: out.stride(0), 15: int(onto),
             16: 0 if bias is None else self.kept(bias.float()), 22: self._table(kind), 23: rows, 24: self.m,
-            25: int(is_single),
+            25: int(in_planes),
         }  # fmt: skip
         if up is not None and h is not None:
             row_bytes = h.shape[1] * h.itemsize
@@ -242,13 +239,18 @@ class Tape:
         slots = a.slots() | {9: self.kept(cos), 10: self.kept(sin), 8: cos.shape[1], 13: a.eps, 14: int(a.one_plus)}
         for at, weight in ((11, a.q_norm), (12, a.k_norm)):
             slots[at] = 0 if weight is None else self.kept(weight)
-        self._add(self.kinds.ROTATE, self.m * (a.heads + a.key_heads), slots)
+        self._add(self.kinds.ROTATE, self.m * a.key_heads, slots)
 
     def attend(self, attention: Attention, out: Tensor) -> None:
         """out: (M, H d)."""
         a = attention
         slots = a.slots() | {19: a.scale, 20: a.cap, 21: a.window, 22: out.data_ptr(), 24: out.shape[1]}
-        self._add(self.kinds.ATTEND, self.m * a.heads, slots)
+        self._add(self.kinds.ATTEND, self.m * a.key_heads, slots)
+
+    def cache(self, key_heads: int, d: int) -> Tensor:
+        """Keys or values (M, K, T, d), zeros, as `attend` reads them: rows of whole registers."""
+        chunk = self.kinds.attend.CHUNK_BYTES[self.dtype.itemsize] // self.dtype.itemsize
+        return torch.zeros((self.m, key_heads, self.room, -(-d // chunk) * chunk), dtype=self.dtype)[..., :d]
 
     def _item_rows(self, rows: int, row_bytes: int) -> int:
         return max(1, min(_ITEM_BYTES // max(1, row_bytes), math.ceil(rows / 8)))
@@ -287,6 +289,7 @@ class Tape:
             self._counters.fill(0)
         self._arrived.fill(0)
         self._slots[2:4] = first, len(self._rows) if last is None else last
+        self._ops[self.kinds.USED :: self.kinds.WIDTH] = self.used
         parallel.start(self.kinds.compiled(self.dtype), self._slots)
 
     def _finish(self, threads: int) -> None:
@@ -295,7 +298,7 @@ class Tape:
         self._arrived = np.zeros(self.kinds.LINE, np.int64)
         self._slots = np.zeros(32, np.int64)
         self._slots[:2] = self._ops.ctypes.data, len(self._rows)
-        scratch = 4096 + 32 * (self.m + self._blocks)
+        scratch = 12 * 1024 + 160 * self.m + 32 * self._blocks
         self._slots[4:9] = self._counters.ctypes.data, self._groups, self.room, scratch, _yield_address()
         self._slots[9:11] = threads, self._arrived.ctypes.data
         self._name_matrices()
@@ -321,13 +324,13 @@ class Eight:
 
 @dataclass(frozen=True)
 class Whole:
-    """What the head in 8 bits reads of M vectors: lengths (M,), and in fp32, or of a single one, whole numbers (M, D..)
-    int16 up to `most` with a step for each vector (M,)."""
+    """What the head in 8 bits reads of M vectors: lengths (M,), and whole numbers (M, D..) int16 up to `most` with a
+    step for each vector (M,)."""
 
     lengths: Tensor
     steps: Tensor
     most: int
-    numbers: Tensor | None
+    numbers: Tensor
 
 
 def largest_whole(d: int) -> int:
@@ -350,7 +353,7 @@ class Attention:
     """One layer's attention: where its queries, keys and values are, and what it does with them.
 
     Args:
-        qkv: (M, (H + 2 K) d) fp32. keys: (M, K, d, T), values: (M, K, T, d). positions: (M,) int64, of this token.
+        qkv: (M, (H + 2 K) d) fp32. keys, values: (M, K, T, d), of `Tape.cache`. positions: (M,) int64, of this token.
         places: (M,) int64, of its cache among those that there are; None: M of them, in order.
         cap: of scores, by tanh; 0: none. window: tokens seen, itself included; 0: all.
     """
@@ -376,6 +379,7 @@ class Attention:
             4: self.qkv.data_ptr(), 5: self.heads, 6: self.key_heads, 7: self.d, 15: self.keys.data_ptr(),
             16: self.values.data_ptr(), 17: self.values.shape[2], 18: self.positions.data_ptr(),
             25: 0 if self.places is None else self.places.data_ptr(),
+            26: self.keys.stride(2) * self.keys.itemsize,
         }  # fmt: skip
 
 

@@ -1,17 +1,16 @@
-"""Dot products of rows of 4-bit codes with a few vectors, in registers: what decoding in bf16 spends its time on.
+"""What products with 4-bit rows share: LLVM's language in short, tables of levels and scales, vectors in the order of
+codes; and rows of plain numbers times a few vectors.
 
 Why: a token multiplies each weight once, so its time is that of reading the weights; dequantised first, they are read
 and written as 16 bits again. Here the bytes of the store are looked up in a table in a register and multiplied at once.
 What: blocks of 64 weights, two codes a byte, the earlier in the upper half. A word of 16 bits holds four codes; shifted
 by 0, 4, 8 and 12 its lowest bits select from the table. So each register holds every fourth weight, and the vector x is
-laid out in that order once. Scales multiply a block's sum, in fp32; where they are codes of 8 bits
-themselves, each is looked up in a table of the 256 numbers that they stand for there (1 kB for 8 kB of weights).
-64 bytes at a time: `vpermw` (5 bits: the table is there twice), `vdpbf16ps`. Table and x are bf16. In fp32, and without
-AVX-512, products are those of `words.py`. What both share stands here: `Code`, plain rows, tables of scales.
+laid out in that order once. Scales multiply a block's sum, in fp32; where they are codes of 8 bits themselves, each is
+looked up in a table of the 256 numbers that they stand for there.
+64 bytes at a time: `vpermw` (5 bits: the table is there twice), `vdpbf16ps`. Table and x are bf16 (`single.py` of one
+vector, `several.py`). In fp32, and without AVX-512, products are those of `words.py`.
 Error: levels are rounded to bf16, which moves each by at most 2^-9 of itself; products and sums are fp32.
 Source: VPERMW, VDPBF16PS in Intel's SDM volume 2; the order is ours.
-Cost: about 20 instructions for 128 weights and one vector. One row after the other: two at once are two streams in one
-page, which halves what memory gives (docs/log.md).
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +31,11 @@ _AHEAD_BYTES = 8192  # codes that are asked for before they are needed
 GROUP = 256  # blocks that have one outer scale, and numbers that a scale of 8 bits stands for
 CHUNK = 128  # weights that x is laid out by: two blocks
 _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_CALLS = {"permute": "llvm.x86.avx512.permvar.hi.512", "multiply": "llvm.x86.avx512bf16.dpbf16ps.512"}
+_CALLS = {
+    "permute": "llvm.x86.avx512.permvar.hi.512",
+    "multiply": "llvm.x86.avx512bf16.dpbf16ps.512",
+    "round": "llvm.x86.avx512bf16.cvtne2ps2bf16.512",
+}
 
 
 class Code:
@@ -124,93 +127,6 @@ def _wide(code: Code, at: Value) -> Value:
     return code.b.shuffle_vector(code.load(at, _HALF), zeros(_HALF), mask(range(32)))
 
 
-def _scale(code: Code, args: dict[str, Value], block: Value) -> Value:
-    """A block's scale in fp32; `block` counts from the row's first."""
-    if args["lookup"] is None:
-        return code.load(code.at(args["scales"], (block, 4)), _F32)
-    index = code.b.zext(code.load(code.at(args["scales"], block), _I8), _I64)
-    group = code.b.lshr(code.b.add(block, args["first"]), _I64(8))
-    return code.load(code.at(args["lookup"], (group, 4 * GROUP), (index, 4)), _F32)
-
-
-def _chunk_avx512(code: Code, table: Value, words: Value, x: list[Value], scale: Value, sums: list[Value]) -> None:
-    """128 weights, a register of codes, times each x, onto the sums."""
-    shifted = [words, *(code.b.lshr(words, ir.Constant(_WORDS, [n] * 32)) for n in (4, 8, 12))]
-    levels = [code.call(_CALLS["permute"], _WORDS, table, s) for s in shifted]
-    for address, total in zip(x, sums, strict=True):
-        dot = zeros(_LANES)
-        for k in range(4):
-            dot = _dp(code, dot, levels[k], code.load(code.at(address, 64 * k), _WORDS))
-        code.b.store(code.fma(dot, scale, code.b.load(total)), total)
-
-
-def _sums(code: Code, kind: Value, vectors: int) -> list[Value]:
-    made = [cgutils.alloca_once_value(code.b, zeros(kind)) for _ in range(vectors)]
-    for one in made:
-        code.b.store(zeros(kind), one)
-    return made
-
-
-def _avx512(code: Code, vectors: int, args: dict[str, Value]) -> list[Value]:
-    b, sums = code.b, _sums(code, _LANES, vectors)
-    table = code.load(args["table"], _WORDS)
-    x = [code.at(args["x"], (args["x_row"], m)) for m in range(vectors)]
-    with code.rolled(b.lshr(args["blocks"], _I64(1))) as c:
-        place = code.at(args["w"], (c, 64))
-        code.prefetch(code.at(place, _AHEAD_BYTES))
-        words = code.load(place, _WORDS)
-        first, second = (code.every(_scale(code, args, code.at(_I64(n), (c, 2))), 16) for n in (0, 1))
-        scale = b.select(_UPPER, second, first)
-        _chunk_avx512(code, table, words, [code.at(at, (c, 256)) for at in x], scale, sums)
-    with b.if_then(b.icmp_signed("!=", b.and_(args["blocks"], _I64(1)), _I64(0))):
-        c = b.lshr(args["blocks"], _I64(1))
-        scale = code.every(_scale(code, args, code.at(_I64(0), (c, 2))), 16)
-        words = _wide(code, code.at(args["w"], (c, 64)))
-        _chunk_avx512(code, table, words, [code.at(at, (c, 256)) for at in x], scale, sums)
-    with cgutils.for_range(b, args["pieces"], intp=_I64) as loop:  # 16 ranks of LoRA at a time
-        up = _wide(code, code.at(args["up"], (loop.index, 32)))
-        for m, total in enumerate(sums):
-            h = _wide(code, code.at(args["h"], (args["h_row"], m), (loop.index, 32)))
-            b.store(_dp(code, b.load(total), up, h), total)
-    return sums
-
-
-_ARGUMENTS = ("w", "x", "x_row", "scales", "lookup", "first", "blocks", "table", "up", "h", "h_row", "pieces", "out")
-
-
-def _dots(vectors: int, *, looked_up: bool) -> Callable[..., None]:
-    """An intrinsic: a row of codes times `vectors` vectors -> out (vectors,) in fp32.
-
-    Its arguments: like: an array of uint16; of another type nothing is done. Then int64 (addresses, bytes,
-    counts). w: codes. x, x_row: bytes from a vector to the next. scales: of the row's blocks, fp32; or looked up,
-    bytes: block n's is lookup[(first + n) / 256][byte], in fp32. table: see `table`. up, h,
-    h_row, pieces: LoRA's B (its row) and A x (vectors) in pieces of 32 bytes.
-    """
-
-    @intrinsic
-    def row_dots(  # type: ignore[no-untyped-def]
-        typing_context, like, w, x, x_row, scales, lookup, first, blocks, table, up, h, h_row, pieces, out
-    ):
-        def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            if like.dtype != types.uint16:
-                return context.get_dummy_value()
-            code, named = Code(builder), dict(zip(_ARGUMENTS, args[1:], strict=True))
-            if not looked_up:
-                named["lookup"] = None
-            for m, total in enumerate(_avx512(code, vectors, named)):
-                to = builder.inttoptr(code.at(named["out"], 4 * m), _F32.as_pointer())
-                builder.store(code.total(builder.load(total)), to)
-            return context.get_dummy_value()
-
-        return types.void(like, *(len(_ARGUMENTS) * [types.int64])), build
-
-    made: Callable[..., None] = row_dots
-    return made
-
-
-dots_of_1, dots_of_2, dots_of_4, dots_of_8 = (_dots(n, looked_up=False) for n in (1, 2, 4, 8))
-looked_up_1, looked_up_2, looked_up_4, looked_up_8 = (_dots(n, looked_up=True) for n in (1, 2, 4, 8))
-
 LANES_BF16, LANES_FP32 = 16, 8
 
 
@@ -261,48 +177,33 @@ plain_of_1, plain_of_2, plain_of_4, plain_of_8 = (_plain(n) for n in (1, 2, 4, 8
 WHOLE = 64  # numbers of 8 bits that a row is a multiple of
 
 
-def _eights(vectors: int) -> Callable[..., None]:
-    """An intrinsic: a row of whole numbers of 8 bits times vectors of fp32 -> out (vectors,) in fp32.
+@intrinsic
+def in_order(typing_context, like, x, chunks, out):  # type: ignore[no-untyped-def]
+    """Chunks of 128 numbers in fp32 -> in bf16, in the order in which codes are looked up: 1, 5, .. 125; 0, 4, ..; 3,
+    7, ..; 2, 6, ... Addresses and their number in int64; `like`: an array of uint16, of others nothing is done."""
 
-    One vector has four registers of sums and two have two each: a sum waits for the one before it. So a sum's last
-    bits depend on how many vectors there are.
-
-    Its arguments: like: an array of uint16; of another type nothing is done. Then int64. w: the row. x, x_row: bytes
-    from one vector to the next. wholes: of WHOLE numbers each. out.
-    """
-
-    @intrinsic
-    def row_dots(typing_context, like, w, x, x_row, wholes, out):  # type: ignore[no-untyped-def]
-        lanes, each = 16, max(1, 4 // vectors)
-
-        def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            if like.dtype != types.uint16:
-                return context.get_dummy_value()
-            code, (w, x, x_row, wholes, out) = Code(builder), args[1:]
-            kind, narrow = ir.VectorType(_F32, lanes), ir.VectorType(_I8, lanes)
-            sums = [_sums(code, kind, each) for _ in range(vectors)]
-            with code.rolled(wholes) as whole:
-                for k in range(WHOLE // lanes):
-                    eight = code.load(code.at(w, (whole, WHOLE), k * lanes), narrow)
-                    row = builder.sitofp(builder.sext(eight, ir.VectorType(_I32, lanes)), kind)
-                    for m, own in enumerate(sums):
-                        part = code.load(code.at(x, (x_row, m), (whole, 4 * WHOLE), 4 * k * lanes), kind)
-                        builder.store(code.fma(row, part, builder.load(own[k % each])), own[k % each])
-            for m, own in enumerate(sums):
-                total = builder.load(own[0])
-                for one in own[1:]:
-                    total = builder.fadd(total, builder.load(one))
-                to = builder.inttoptr(code.at(out, 4 * m), _F32.as_pointer())
-                builder.store(code.total(total), to)
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        if like.dtype != types.uint16:
             return context.get_dummy_value()
+        code, b, (x, chunks, out) = Code(builder), builder, args[1:]
+        with code.rolled(chunks) as c:
+            numbers = [code.load(code.at(x, (c, 4 * CHUNK), 64 * k), _LANES) for k in range(8)]
+            words = [
+                b.bitcast(code.call(_CALLS["round"], _PAIRS, high, low), _WORDS)
+                for low, high in zip(numbers[::2], numbers[1::2], strict=True)
+            ]
+            for n, places in enumerate(((1, 0), (3, 2))):
+                chosen = mask([4 * j + place for place in places for j in range(16)])
+                lower, upper = (b.shuffle_vector(*words[k : k + 2], chosen) for k in (0, 2))
+                for k in (0, 1):
+                    made = b.shuffle_vector(
+                        lower, upper, mask([16 * k + i + side for side in (0, 32) for i in range(16)])
+                    )
+                    to = b.inttoptr(code.at(out, (c, 2 * CHUNK), 128 * n + 64 * k), _WORDS.as_pointer())
+                    b.store(made, to, align=2)
+        return context.get_dummy_value()
 
-        return types.void(like, *(5 * [types.int64])), build
-
-    made: Callable[..., None] = row_dots
-    return made
-
-
-eights_1, eights_2, eights_4, eights_8 = (_eights(n) for n in (1, 2, 4, 8))
+    return types.void(like, *(3 * [types.int64])), build
 
 
 @intrinsic

@@ -199,21 +199,51 @@ def _all_sums(code: Code, rows: list[Value]) -> Value:
     return rows[0]
 
 
+def _there(code: Code, rows: Value, address: Value | None = None) -> Value:
+    """Of 16 rows those that are there, each a bit; none where there is an address and it is 0."""
+    lanes, b = ir.Constant(ir.VectorType(_I64, ROWS), list(range(ROWS))), code.b
+    if address is not None:
+        rows = b.select(b.icmp_signed("!=", address, _I64(0)), rows, _I64(0))
+    return b.icmp_signed("<", lanes, code.every(rows, ROWS))
+
+
+def _some(code: Code, at: Value, there: Value) -> Value:
+    """16 numbers of fp32, zeros for those that are not there."""
+    pointer, align = code.b.inttoptr(at, _LANES.as_pointer()), ir.Constant(ir.IntType(32), 4)
+    return code.call("llvm.masked.load.v16f32.p0", _LANES, pointer, align, there, zeros(_LANES))
+
+
+def _give(code: Code, value: Value, at: Value, there: Value) -> None:
+    pointer, align = code.b.inttoptr(at, _LANES.as_pointer()), ir.Constant(ir.IntType(32), 4)
+    code.call("llvm.masked.store.v16f32.p0", ir.VoidType(), value, pointer, align, there)
+
+
+def _finish(code: Code, found: Value, args: dict[str, Value], out: Value) -> None:
+    """The sums of up to 16 rows, and their bias, to or onto `out`: in this order, which numba would leave open."""
+    b, rows = code.b, args["rows"]
+    for name, place in (("bias", args["bias"]), ("onto", out)):  # nothing is read where there is none: it may be far
+        at = b.select(b.icmp_signed("!=", args[name], _I64(0)), place, args["sums"])
+        sums = code.call("llvm.arithmetic.fence.v16f32", _LANES, found)
+        found = b.fadd(sums, _some(code, at, _there(code, rows, args[name])))
+    _give(code, found, out, _there(code, rows))
+
+
 _ARGUMENTS = (
-    "w", "rows", "blocks", "x", "x_after", "scales", "table", "up", "up_row", "h", "pieces", "sums", "out",
+    "w", "rows", "blocks", "x", "x_after", "scales", "table", "up", "up_row", "h", "pieces", "sums", "bias", "onto",
+    "out",
 )  # fmt: skip
 
 
 @intrinsic
 def rows_of_16(  # type: ignore[no-untyped-def]
-    typing_context, like, w, rows, blocks, x, x_after, scales, table, up, up_row, h, pieces, sums, out
+    typing_context, like, w, rows, blocks, x, x_after, scales, table, up, up_row, h, pieces, sums, bias, onto, out
 ):
-    """Up to 16 rows of codes times a vector -> out (16,) in fp32; of rows that are not there any.
+    """Up to 16 rows of codes times a vector -> or, where `onto` is not 0, onto `out`, in fp32.
 
     Its arguments: like: an array of uint16; of another type nothing is done. Then int64 (addresses, bytes, counts).
     w, rows, blocks: codes of rows, blocks of a row. x: in order; x_after: from its last block on, where `blocks` is
     odd. scales: (rows, blocks) fp32. table: see `nibbles.table`. up, up_row, h, pieces: LoRA's B, bytes of its row,
-    and A x in pieces of 32 bytes. sums: SUMS bytes of scratch.
+    and A x in pieces of 32 bytes. sums: SUMS bytes of scratch. bias: fp32, or 0.
     """
 
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -229,7 +259,7 @@ def rows_of_16(  # type: ignore[no-untyped-def]
             with otherwise:
                 _odd(code, table, named)
         found = _all_sums(code, [code.load(code.at(named["sums"], 64 * r), _LANES) for r in range(ROWS)])
-        _store(code, found, named["out"])
+        _finish(code, found, named, named["out"])
         return context.get_dummy_value()
 
     return types.void(like, *(len(_ARGUMENTS) * [types.int64])), build

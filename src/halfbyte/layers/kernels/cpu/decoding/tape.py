@@ -9,31 +9,30 @@ addresses, sizes and floats (as float64 bits); `layers/decoding/tape.py` writes 
 fp32; what a product reads is there twice, in order in fp32, and in the kernels' order and type. Each thread has a share
 of an operation's items, neighbours in memory, before it takes another's; and while it waits it asks for the first bytes
 of its share of the next matrix.
-Source: products are in `nibbles.py` (bf16) and `words.py` (fp32), attention in `attend.py`; the rest are the formulas
-of `norm.py` and `gate.py`.
+Source: products are in `single.py` and `several.py` (bf16) and `words.py` (fp32), attention in `attend.py`; the rest
+are the formulas of `norm.py` and `gate.py`.
 Cost: about 0.2 microseconds between two operations on two threads.
 
 Letters: M vectors (texts at once), D in, O out, H query heads, K key heads, T room of the cache, R rotary width.
 """
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 from numba import carray, types
 from numba.extending import overload
 
-from halfbyte.layers.kernels.cpu.decoding import attend, heads, nibbles, single, words
+from halfbyte.layers.kernels.cpu.decoding import attend, heads, nibbles, several, single, words
 from halfbyte.layers.kernels.cpu.gate import SILU, sigmoid
 from halfbyte.layers.kernels.cpu.parallel import array, kernel, per_dtype
 from halfbyte.layers.kernels.cpu.scalar import FASTMATH, give, inlined, load, pause, read, store, take
 
 WIDTH = 32  # slots of an operation
+USED = attend.USED  # of its slots: how many of the vectors there are now
 LINE = 8  # int64 of a cache line: each counter has its own
 KINDS = NORM, CODES, DENSE, ROTATE, ATTEND, GATE, EIGHTS, EXACT = range(8)
 GATE_ELEMENTS = 1024
 FEWEST_WIDE = 5  # vectors for which eight at once are faster than one, two and four (words.py)
-_NEAR_BYTES = 24 * 1024  # of vectors that a pass over rows reads again and again
 _SPINS = 2000  # looks at a counter before the core is offered to others
 _ASKED_BYTES = 32 * 1024  # of the next matrix, by each thread while it waits
 
@@ -48,16 +47,13 @@ def _in_order(x, like, out, m, vectors, d, first, last):  # type: ignore[no-unty
     """
     wide = len(x)
     if like.itemsize == 2:
-        ordered = array(out + m * wide * like.itemsize, (wide,), like.dtype)
-        for c in range(first, last, nibbles.CHUNK):
-            a, to = x[c : c + nibbles.CHUNK], ordered[c : c + nibbles.CHUNK]
-            for j in range(32):
-                to[j] = store(a[4 * j + 1], to)
-                to[32 + j] = store(a[4 * j], to)
-                to[64 + j] = store(a[4 * j + 3], to)
-                to[96 + j] = store(a[4 * j + 2], to)
-            if vectors == 1 and d % nibbles.CHUNK == nibbles.BLOCK:
-                _from_last(to, array(out + wide * like.itemsize, (wide,), like.dtype), c, wide)
+        nibbles.in_order(
+            like, x.ctypes.data + 4 * first, (last - first) // nibbles.CHUNK, out + (m * wide + first) * like.itemsize
+        )
+        if vectors == 1 and d % nibbles.CHUNK == nibbles.BLOCK:
+            ordered, after = array(out, (wide,), like.dtype), array(out + wide * like.itemsize, (wide,), like.dtype)
+            for c in range(first, last, nibbles.CHUNK):
+                _from_last(ordered[c : c + nibbles.CHUNK], after, c, wide)
     else:
         blocks, groups, among = wide // nibbles.BLOCK, (vectors + 7) // 8, m // 8
         pairs = out + 2 * vectors * wide + 16 * among * wide + 4 * (m % 8)
@@ -90,6 +86,8 @@ def _norm(op, number, like, m):  # type: ignore[no-untyped-def]
     14 length of what comes out (M) or 0, 15 where it goes in whole numbers (M, D') or 0, 16 their steps (M), 17 the
     largest, float; a weight of 0: no norm, only the order."""
     d, wide = op[7], op[12]
+    if m >= op[USED]:
+        return
     x = array(op[4] + m * op[5] * 4, (d,), np.float32)
     share, one = np.float32(1.0), np.float32(0.0)
     weight = array(op[6], (d,), like.dtype)
@@ -120,36 +118,6 @@ def _norm(op, number, like, m):  # type: ignore[no-untyped-def]
         most = np.float32(number[17])
         words.rounded_whole(like, out.ctypes.data, wide, most, op[15] + m * wide * 2, op[16] + 4 * m)
     _in_order(out, like, op[11], m, op[1], d, 0, wide)
-
-
-def _rows(dots: Callable[..., None], looked_up: Callable[..., None], count: int) -> Callable[..., None]:
-    """Rows of codes times `count` vectors, by these products."""
-
-    @inlined
-    def rows(op, like, lookups, sums, m, begin, end):  # type: ignore[no-untyped-def]
-        blocks, row_bytes, row, h_row = op[9] // nibbles.BLOCK, op[9] // 2, op[12], op[20]
-        bias, t, to = array(op[16], (op[10],), np.float32), lookups.ctypes.data, sums.ctypes.data
-        x, h, nested, start = op[11] + m * row, op[19] + m * h_row, op[6] != 0, begin * blocks // nibbles.GROUP
-        for r in range(begin, end):
-            first, w, up = r * blocks - start * nibbles.GROUP, op[4] + r * row_bytes, op[17] + r * op[18]
-            at = op[5] + r * blocks * (1 if nested else 4)
-            if nested:
-                looked_up(like, w, x, row, at, t, first, blocks, op[22], up, h, h_row, op[21], to)
-            else:
-                dots(like, w, x, row, at, t, first, blocks, op[22], up, h, h_row, op[21], to)
-            add = bias[r] if op[16] != 0 else np.float32(0.0)
-            for k in range(count):
-                out = array(op[13] + ((m + k) * op[14] + r) * 4, (1,), np.float32)
-                out[0] = sums[k] + add + out[0] if op[15] != 0 else sums[k] + add
-
-    made: Callable[..., None] = rows
-    return made
-
-
-_rows_of_1 = _rows(nibbles.dots_of_1, nibbles.looked_up_1, 1)
-_rows_of_2 = _rows(nibbles.dots_of_2, nibbles.looked_up_2, 2)
-_rows_of_4 = _rows(nibbles.dots_of_4, nibbles.looked_up_4, 4)
-_rows_of_8 = _rows(nibbles.dots_of_8, nibbles.looked_up_8, 8)
 
 
 @inlined
@@ -223,49 +191,70 @@ def _words(op, number, like, lookups, sums, scratch, item):  # type: ignore[no-u
 
 
 @inlined
-def _single(op, number, like, lookups, scratch, item):  # type: ignore[no-untyped-def]
-    """`_codes` of one vector in bf16. 6: its planes."""
-    blocks, begin, end = op[9] // nibbles.BLOCK, item * op[23], min(op[10], item * op[23] + op[23])
-    sums, looked_up = (np.int64(scratch.ctypes.data) + 63) // 64 * 64, np.int64(lookups.ctypes.data)
-    found, bias = array(sums + single.SUMS, (single.ROWS,), np.float32), array(op[16], (op[10],), np.float32)
-    out, scales = array(op[13], (op[10],), np.float32), op[5]
-    if op[6] != 0:
-        for at in range(end * blocks, min(op[10], end + op[23]) * blocks, 64):  # those of the next item
-            nibbles.ask(op[5] + at)
-        single.scales_of(like, op[5], op[6], op[7], np.float32(number[8]), begin * blocks, end * blocks, looked_up)
-        scales = looked_up - 4 * (begin * blocks // 64 * 64)
-    for r in range(begin, end, single.ROWS):
-        n = min(single.ROWS, end - r)
-        single.rows_of_16(
-            like, op[4] + r * (op[9] // 2), n, blocks, op[11], op[11] + op[12], scales + 4 * r * blocks, op[22],
-            op[17] + r * op[18], op[18], op[19], op[21], sums, sums + single.SUMS,
-        )  # fmt: skip
-        for k in range(n):
-            total = found[k] + (bias[r + k] if op[16] != 0 else np.float32(0.0))
-            out[r + k] = total + out[r + k] if op[15] != 0 else total
+def _scales(op, number, like, looked_up, begin, end):  # type: ignore[no-untyped-def]
+    """The scales of rows begin .. end, which are codes of 8 bits -> `looked_up`, from a block that is a multiple of
+    64."""
+    blocks = op[9] // nibbles.BLOCK
+    first, last = begin * blocks, end * blocks
+    for at in range(last, min(op[10], end + op[23]) * blocks, 64):  # those of the next item
+        nibbles.ask(op[5] + at)
+    if op[25] != 0:
+        single.scales_of(like, op[5], op[6], op[7], np.float32(number[8]), first, last, looked_up)
+        return
+    codes, table = array(op[5], (last,), np.uint8), array(op[6], (nibbles.GROUP,), np.float32)
+    nested, offset = array(op[7], (last // nibbles.GROUP + 1,), np.float32), np.float32(number[8])
+    scales, start = array(looked_up, (last - first + 64,), np.float32), first // 64 * 64
+    for n in range(first, last):
+        scales[n - start] = table[codes[n]] * nested[n // nibbles.GROUP] + offset
+
+
+@inlined
+def _rows_of_16(op, like, r, n, scales, sums):  # type: ignore[no-untyped-def]
+    """Rows r .. r + n of codes, at most 16, times all vectors, by `several.py`."""
+    blocks, vectors, row, h_row, out_row = op[9] // nibbles.BLOCK, op[USED], op[12], op[20], 4 * op[14]
+    w, up, bias = op[4] + r * (op[9] // 2), op[17] + r * op[18], op[16] + 4 * r if op[16] != 0 else 0
+    table, up_row, pieces, onto, m = op[22], op[18], op[21], op[15], 0
+    while m < vectors:
+        left, x, h, out = vectors - m, op[11] + m * row, op[19] + m * h_row, op[13] + m * out_row + 4 * r
+        if left >= 8:
+            several.rows_of_8(
+                like, w, n, blocks, x, row, scales, table, up, up_row, h, h_row, pieces, sums, bias, onto, out, out_row
+            )
+            m += 8
+        elif left >= 4:
+            several.rows_of_4(
+                like, w, n, blocks, x, row, scales, table, up, up_row, h, h_row, pieces, sums, bias, onto, out, out_row
+            )
+            m += 4
+        elif left >= 2:
+            several.rows_of_2(
+                like, w, n, blocks, x, row, scales, table, up, up_row, h, h_row, pieces, sums, bias, onto, out, out_row
+            )
+            m += 2
+        else:
+            several.rows_of_1(
+                like, w, n, blocks, x, row, scales, table, up, up_row, h, h_row, pieces, sums, bias, onto, out, out_row
+            )
+            m += 1
 
 
 def _nibbles(op, number, like, lookups, sums, scratch, item):  # type: ignore[no-untyped-def]
-    """`_codes` in bf16."""
-    vectors, begin, end = op[24], item * op[23], min(op[10], item * op[23] + op[23])
-    if op[25] != 0:
-        _single(op, number, like, lookups, scratch, item)
-        return
-    m = 0
-    while m < vectors:  # outside the rows: the vectors of a pass stay in the first cache
-        left = vectors - m
-        if left >= 8 and 8 * op[12] <= _NEAR_BYTES:
-            _rows_of_8(op, like, lookups, sums, m, begin, end)
-            m += 8
-        elif left >= 4:
-            _rows_of_4(op, like, lookups, sums, m, begin, end)
-            m += 4
-        elif left >= 2:
-            _rows_of_2(op, like, lookups, sums, m, begin, end)
-            m += 2
+    """`_codes` in bf16. 6: a table of 256, or its planes."""
+    begin, end = item * op[23], min(op[10], item * op[23] + op[23])
+    kept, looked_up, scales = (np.int64(scratch.ctypes.data) + 63) // 64 * 64, np.int64(lookups.ctypes.data), op[5]
+    blocks = op[9] // nibbles.BLOCK
+    if op[6] != 0:
+        _scales(op, number, like, looked_up, begin, end)
+        scales = looked_up - 4 * (begin * blocks // 64 * 64)
+    for r in range(begin, end, single.ROWS):
+        n, share = min(single.ROWS, end - r), scales + 4 * r * blocks
+        if op[24] == 1:
+            single.rows_of_16(
+                like, op[4] + r * (op[9] // 2), n, blocks, op[11], op[11] + op[12], share, op[22], op[17] + r * op[18],
+                op[18], op[19], op[21], kept, op[16] + 4 * r if op[16] != 0 else 0, op[15], op[13] + 4 * r,
+            )  # fmt: skip
         else:
-            _rows_of_1(op, like, lookups, sums, m, begin, end)
-            m += 1
+            _rows_of_16(op, like, r, n, share, kept)
 
 
 def _by_type(op, number, like, lookups, sums, scratch, item) -> None:  # type: ignore[no-untyped-def]
@@ -282,8 +271,8 @@ def _chosen(op, number, like, lookups, sums, scratch, item):  # type: ignore[no-
 def _codes(op, number, like, lookups, sums, scratch, item):  # type: ignore[no-untyped-def]
     """4 codes, 5 absmax, 6 table of 256 or 0, 7 nested absmax, 8 offset, 9 D, 10 O, 11 x in order (M, D'), 12 bytes of
     its row, 13 out (M, ..), 14 its row, 15 onto, 16 bias (O) fp32, 17 B, 18 its row, 19 A x (M, ..), 20 its row,
-    21 pieces, 22 levels, 23 rows of an item, 24 M, 25 whether by `single.py`."""
-    if op[6] != 0 and op[25] == 0:
+    21 pieces, 22 levels, 23 rows of an item, 24 M, 25 whether 6 is in planes."""
+    if op[6] != 0 and like.itemsize != 2:
         blocks, begin, end = op[9] // nibbles.BLOCK, item * op[23], min(op[10], item * op[23] + op[23])
         group = begin * blocks // nibbles.GROUP
         groups = (end * blocks - 1) // nibbles.GROUP - group + 1
@@ -295,7 +284,7 @@ def _codes(op, number, like, lookups, sums, scratch, item):  # type: ignore[no-u
 def _dense(op, number, like, sums, item):  # type: ignore[no-untyped-def]
     """4 w (O, D), 9 D, 10 O, 11 x (M, ..) fp32, 12 bytes of its row, 13 out (M, ..), 14 its row, 15 onto, 16 bias, 17
     out as `like` times 18, 19 (M) of fp32 or 0: where it is 0.0 the vector is left out, 23 rows of an item, 24 M."""
-    d, vectors, row = op[9], op[24], op[12]
+    d, vectors, row = op[9], op[USED], op[12]
     bias, taken = array(op[16], (op[10],), np.float32), array(op[19], (op[24],), np.float32)
     lanes = nibbles.LANES_BF16 if like.itemsize == 2 else nibbles.LANES_FP32
     for r in range(item * op[23], min(op[10], item * op[23] + op[23])):
@@ -341,6 +330,8 @@ def _gate(op, like, item):  # type: ignore[no-untyped-def]
     inner, wide = op[7], op[24]
     parts = (wide + GATE_ELEMENTS - 1) // GATE_ELEMENTS
     m, first = item // parts, item % parts * GATE_ELEMENTS
+    if m >= op[USED]:
+        return
     last = min(inner, first + GATE_ELEMENTS)
     g = array(op[4] + (m * op[6] + first) * 4, (last - first,), np.float32)
     u = array(op[5] + (m * op[6] + first) * 4, (last - first,), np.float32)
@@ -394,7 +385,7 @@ def _do(op, number, like, lookups, s, sums, scratch, item):  # type: ignore[no-u
     elif op[0] == ROTATE:
         attend.rotate(op, number, like, item)
     elif op[0] == ATTEND:
-        attend.attend(op, number, like, s, item)
+        attend.attend(op, number, like, s, scratch, item)
     elif op[0] == EIGHTS:
         heads.eights(op, like, sums, scratch, item)
     elif op[0] == EXACT:
