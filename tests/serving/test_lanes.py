@@ -83,6 +83,64 @@ def test_the_fast_lane_is_taken_and_a_text_does_not_depend_on_its_neighbours() -
 
 
 @KERNELS
+def test_what_has_been_read_for_another_text_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    models, counts, read = served.two(), list[int](), lanes.llama.Decoder.read
+
+    def counted(made: Any, embedded: Any, positions: Any, places: Any) -> Any:
+        counts.append(len(positions))
+        return read(made, embedded, positions, places)
+
+    def begun(lane: Any, name: str, ids: list[int]) -> Text:
+        text = Text.begun(models.named[name], Wish(99), 0, None)
+        lane.begin(text.model.adapter, [ids], [[text]])
+        return text
+
+    def logits(lane: Any, text: Text, tokens: int) -> list[torch.Tensor]:
+        made = []
+        for _ in range(tokens):
+            for own, row in lane.step():
+                made += [row.clone()] if own is text else []
+                own.take(row)
+        return made
+
+    first = served.prompt("a large round box of old trees and a green cup")
+    other = [*first[:-4], 7, 9, 11]
+    lane, fresh = lanes.Tapes(models), lanes.Tapes(models)
+    wanted = logits(fresh, begun(fresh, "first", other), 4)
+    monkeypatch.setattr(lanes.llama.Decoder, "read", counted)
+    with torch.no_grad():
+        beside = begun(lane, "second", served.prompt("red"))
+        text = begun(lane, "first", first)
+        logits(lane, text, 5)
+        counts.clear()
+        there = begun(lane, "first", other)  # beside the one that has read it
+        assert counts == [len(other) - 1 - len(first[:-4]) + 1]  # and the first token
+        for mine, alone in zip(logits(lane, there, 4), wanted, strict=True):
+            assert torch.equal(mine, alone)
+        said = [*first, *text.words.ids]
+        for one in (text, there):
+            lane.leave(one)
+        logits(lane, beside, 3)  # places without a text compute too
+        counts.clear()
+        longer = [*said[:-1], 8, 5]
+        more = begun(lane, "first", longer)  # after it, and what was answered is read as well
+        again = begun(lane, "first", other)
+        assert counts == [2, 1]
+        made: dict[Text, list[torch.Tensor]] = {beside: [], more: [], again: []}
+        for _ in range(4):
+            for own, row in lane.step():
+                made[own].append(row.clone())
+                own.take(row)
+        assert all(map(torch.equal, made[again], wanted))
+        for m in range(models.places):
+            fresh.text[m], fresh.read[m] = None, ("", [])
+        assert all(map(torch.equal, made[more], logits(fresh, begun(fresh, "first", longer), 4)))
+        counts.clear()
+        begun(lane, "second", other)  # read by another adapter
+        assert sum(counts) == len(other) - 1
+
+
+@KERNELS
 def test_the_whole_head_is_used_where_a_text_looks_at_more_than_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
     models, asked = served.two(), list[bool]()
     lane, own = lanes.Tapes(models), lanes.llama.Decoder.step
@@ -124,8 +182,8 @@ def test_a_fault_of_the_tape_is_found_before_a_text_is_written(fault: str, monke
     elif fault == "cache":
         read = lanes.reader.Reader.read
 
-        def faulty(made: Any, texts: Any) -> None:
-            read(made, texts)
+        def faulty(made: Any, texts: Any, start: int, *, first: bool) -> None:
+            read(made, texts, start, first=first)
             made.of.values[1][[m for m, _ in texts]] *= -1
 
         monkeypatch.setattr(lanes.reader.Reader, "read", faulty)

@@ -25,7 +25,7 @@ from halfbyte.serving.models import Models, Named
 from halfbyte.serving.text import Piece, Text, Wish
 
 TOKENS_AT_ONCE = 2048  # of prompts in one forward, but for a longer one
-GATHERED_S = 0.02  # new text is sent so often at most, but for an answer's first and last: each sending costs 1 ms
+GATHERED_S = 0.04  # new text is sent so often at most, but for an answer's first and last: each sending costs 1 ms
 _log = logging.getLogger(__name__)
 
 

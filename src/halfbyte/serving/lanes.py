@@ -4,6 +4,7 @@
 There is a tape for 1, 2, 4, 8 and 16 texts, on one set of caches: a step takes the smallest that holds all texts, and
 texts move together when half of it is empty. `Forward` is the model's own forward, one text after another: for what
 is not built like Llama, for DoRA, whole modules, trained rows and biases, and for cards.
+What a prompt begins with that has been read for another, with the same adapter, and is still there, is not read again.
 Where every text takes its likeliest token and no more is asked of the logits, a step uses the head in 8 bits, which
 gives the same token (`layers/decoding/head.py`).
 Cost: of `Tapes`, a tape is a few tens of ms to write; an adapter that a text does not use costs a row of zeros.
@@ -73,6 +74,9 @@ class Tapes:
         self.reader = reader.Reader(self.lm, largest) if rough else None
         self.text: list[Text | None] = [None] * models.places
         self.before = [0] * models.places
+        # By which adapter, and what: of a text its prompt, of one that has left all, but for the first token, in whose
+        # place a place without a text computes.
+        self.read: list[tuple[str | None, list[int]]] = [("", [])] * models.places
         self.proven: dict[str | None, int] = {}
 
     def _check(self) -> None:
@@ -96,18 +100,21 @@ class Tapes:
             with self.models.using(adapter):
                 made = prefill.read(self.lm, prompts)
             self.factor = made.factor
-        places = [
-            [self._place(text, prompt, adapter) for text in own] for prompt, own in zip(prompts, texts, strict=True)
-        ]
-        if self.reader is not None:
-            self.reader.factor = self.factor
-            own = zip(places, prompts, by_tape, strict=True)
-            self.reader.read([(first, prompt[:-1]) for (first, *_), prompt, is_read in own if is_read])
-        for i, (first, *others) in enumerate(places):
-            if made is not None and not by_tape[i]:
+        places = list[list[int]]()
+        for i, (prompt, own) in enumerate(zip(prompts, texts, strict=True)):
+            source, n = self._begins(adapter, prompt) if by_tape[i] else (0, 0)
+            first, *others = (self._place(text, prompt, adapter) for text in own)
+            if self.reader is not None and by_tape[i]:
+                self.reader.factor = self.factor
+                self._copy(source, first, n)
+                self.reader.read([(first, prompt[:-1])], n, first=True)
+            elif made is not None:
                 made.put(i, self.largest, first)
             for m in others:
-                self._copy(first, m)
+                self._copy(first, m, len(prompt))
+            places.append([first, *others])
+            for m in places[-1]:
+                self.read[m] = adapter, list(prompt)
         if made is not None and longest > self.proven.get(adapter, 0):
             self._prove(places, made.logits)
             self.proven[adapter] = longest
@@ -115,15 +122,26 @@ class Tapes:
     def _place(self, text: Text, prompt: Sequence[int], adapter: str | None) -> int:
         m = self.text.index(None)
         self.text[m], self.before[m], text.last = text, len(prompt) - 1, prompt[-1]
+        self.read[m] = "", []  # until it has been read
         self.mixed.use(m, adapter)
         return m
 
-    def _copy(self, m: int, to: int) -> None:
-        """What the text in place m has read, to another place."""
-        for keys, values in zip(self.largest.keys, self.largest.values, strict=True):
-            n = self.before[m]
-            keys[to, :, :n] = keys[m, :, :n]
-            values[to, :, :n] = values[m, :, :n]
+    def _begins(self, adapter: str | None, prompt: Sequence[int]) -> tuple[int, int]:
+        """A place where the first tokens of a prompt have been read by this adapter, and how many; 0: too few."""
+        found = [0] * len(self.read)
+        for m, (who, tokens) in enumerate(self.read):
+            if who == adapter:
+                there = len(tokens) if self.text[m] is None else min(len(tokens), self.before[m])
+                found[m] = reader.same(tokens[:there], prompt[:-1])
+        n = max(found)
+        return found.index(n), n if n >= reader.LEAST_SHARED else 0
+
+    def _copy(self, m: int, to: int, n: int) -> None:
+        """The first n tokens that place m has read, to another place."""
+        if n and m != to:
+            for keys, values in zip(self.largest.keys, self.largest.values, strict=True):
+                keys[to, :, :n] = keys[m, :, :n]
+                values[to, :, :n] = values[m, :, :n]
 
     def _prove(self, places: list[list[int]], own: Tensor) -> None:
         """The prompts' last tokens by the tape, beside the model's own logits (n, V). What other texts compute here
@@ -152,6 +170,7 @@ class Tapes:
         embedded = self.table(tokens)
         embedded = embedded.float() * self.factor if self.factor != 1.0 else embedded
         made = self.tapes[size]
+        made.tape.used = used
         logits = made.step(embedded, self.before[:size], stream.of(self.layers[0]), whole=whole)
         return made, [logits[m] for m in self.active]
 
@@ -162,13 +181,16 @@ class Tapes:
         for m in active:
             if m >= size:
                 to = self.text.index(None)
-                self._copy(m, to)
+                self._copy(m, to, self.before[m])
+                self.read[to], self.read[m] = self.read[m], ("", [])
                 self.text[to], self.before[to], self.text[m], self.before[m] = self.text[m], self.before[m], None, 0
                 self.mixed.taken[:, to] = self.mixed.taken[:, m]
 
     def leave(self, text: Text) -> None:
         if text in self.text:
             m = self.text.index(text)
+            adapter, tokens = self.read[m]
+            self.read[m] = adapter, [*tokens, *text.words.ids][: self.before[m]]
             self.text[m], self.before[m] = None, 0
 
 

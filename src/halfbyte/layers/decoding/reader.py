@@ -23,12 +23,17 @@ if TYPE_CHECKING:
 
 VECTORS = 64  # tokens that a tape reads at once
 LONGEST = 512  # tokens of a prompt that a tape reads in bf16: of a longer one a forward's products are the faster ones
-_LEAST_SHARED = 4  # tokens
+LEAST_SHARED = 4  # tokens
 
 
 def worth(of: Decoder, tokens: int) -> bool:
     """Whether a prompt of so many tokens is read by a tape: where a forward would take longer."""
     return of.tape.isa == "avx2" or tokens <= LONGEST
+
+
+def same(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens that both begin with."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class Reader:
@@ -42,24 +47,26 @@ class Reader:
             mixed = replace(mixed, taken=torch.zeros(len(mixed.names), VECTORS))
         self.made = llama.decoder(lm, VECTORS, of.tape.room, beside=of, reads=True, mixed=mixed)
 
-    def read(self, texts: Sequence[tuple[int, Sequence[int]]], start: int = 0) -> list[Tensor]:
+    def read(self, texts: Sequence[tuple[int, Sequence[int]]], start: int = 0, *, first: bool = False) -> list[Tensor]:
         """Of each text (its place, its tokens) what the head reads of its tokens but the shared ones, and those before
-        `start`, which are there: (T, D) fp32. It has the same bits whatever is read beside it."""
+        `start`, which are there, but for the `first` token where that is said: (T, D) fp32. It has the same bits
+        whatever is read beside it."""
         start = max(start, self.shared)
-        flat = [(m, at, token) for m, ids in texts for at, token in enumerate(ids) if at >= start]
+        each = [[at for at in range(len(ids)) if at >= start or (first and at == 0)] for _, ids in texts]
+        flat = [(m, at, ids[at]) for (m, ids), own in zip(texts, each, strict=True) for at in own]
         table, found = self.lm.get_input_embeddings(), [torch.zeros(0, self.made.hidden.shape[1])]
-        for first in range(0, len(flat), VECTORS):
-            places, positions, tokens = zip(*flat[first : first + VECTORS], strict=True)
+        for n in range(0, len(flat), VECTORS):
+            places, positions, tokens = zip(*flat[n : n + VECTORS], strict=True)
             embedded = table(torch.tensor(tokens)).float() * self.factor
             if (mixed := self.made.tape.mixed) is not None and self.of.tape.mixed is not None:
                 mixed.taken[:, : len(places)] = self.of.tape.mixed.taken[:, list(places)]
             found.append(self.made.read(embedded, positions, places).clone())
-        return list(torch.cat(found).split([max(0, len(ids) - start) for _, ids in texts]))
+        return list(torch.cat(found).split([len(own) for own in each]))
 
     def share(self, m: int, tokens: int) -> None:
         """From now on all texts begin with so many tokens of the text in place m. A place that is not in use must be
         left alone there."""
-        if tokens < _LEAST_SHARED:
+        if tokens < LEAST_SHARED:
             return
         for keys, values in zip(self.of.keys, self.of.values, strict=True):
             keys[:, :, :tokens] = keys[m, :, :tokens].clone()

@@ -249,7 +249,9 @@ class Tape:
 
     def cache(self, key_heads: int, d: int) -> Tensor:
         """Keys or values (M, K, T, d), zeros, as `attend` reads them: rows of whole registers."""
-        chunk = self.kinds.attend.CHUNK_BYTES[self.dtype.itemsize] // self.dtype.itemsize
+        from halfbyte.layers.kernels.cpu.decoding import attend
+
+        chunk = attend.CHUNK_BYTES[self.dtype.itemsize] // self.dtype.itemsize
         return torch.zeros((self.m, key_heads, self.room, -(-d // chunk) * chunk), dtype=self.dtype)[..., :d]
 
     def _item_rows(self, rows: int, row_bytes: int) -> int:

@@ -100,8 +100,8 @@ def _with_lora(code: Code, args: dict[str, Value], rows: list[Value], totals: li
 
 
 def _two_rows(code: Code, table: Value, args: dict[str, Value], two: Value, vectors: int) -> None:
-    """The sums of rows 2 two and 2 two + 1 to their places in the scratch; where there is no second one, of the first
-    once more."""
+    """The sums of rows 2 two and 2 two + 1 to their places in the scratch, by halves; where there is no second one, of
+    the first once more."""
     b, first = code.b, code.b.shl(two, _I64(1))
     second = code.at(first, 1)
     there = b.icmp_signed("<", second, args["rows"])
@@ -115,9 +115,19 @@ def _two_rows(code: Code, table: Value, args: dict[str, Value], two: Value, vect
     with b.if_then(b.icmp_signed("!=", b.and_(args["blocks"], _I64(1)), _I64(0))):
         _last_blocks(code, table, args, w, scales, totals)
     _with_lora(code, args, rows, totals)
-    for row, own in zip((first, second), totals, strict=True):
+    for side, own in enumerate(totals):
         for m, total in enumerate(own):
-            single._store(code, b.load(total), code.at(args["sums"], (row, 64), single.SUMS * m))
+            at, sums = code.at(args["sums"], (two, 128), single.SUMS * m + 32 * side), b.load(total)
+            for half in (0, 1):
+                part = b.shuffle_vector(sums, sums, mask(range(8 * half, 8 * half + 8)))
+                single._store(code, part, code.at(at, 64 * half))
+
+
+def _all_sums(code: Code, at: Value) -> Value:
+    """The sums of 16 rows as `_two_rows` has left them: the lower halves of two rows, then their upper halves."""
+    halves = [code.load(code.at(at, 64 * n), _LANES) for n in range(ROWS)]
+    pairs = [code.b.fadd(low, high) for low, high in zip(halves[::2], halves[1::2], strict=True)]
+    return single._all_sums(code, pairs, width=8)
 
 
 _ARGUMENTS = (
@@ -166,8 +176,7 @@ def _rows_of_16(vectors: int) -> Callable[..., None]:
             with code.rolled(b.lshr(code.at(named["rows"], 1), _I64(1))) as two:
                 _two_rows(code, table, named, two, vectors)
             for m in range(vectors):
-                at = code.at(named["sums"], single.SUMS * m)
-                found = single._all_sums(code, [code.load(code.at(at, 64 * r), _LANES) for r in range(ROWS)])
+                found = _all_sums(code, code.at(named["sums"], single.SUMS * m))
                 single._finish(code, found, named, code.at(named["out"], (named["out_row"], m)))
             return context.get_dummy_value()
 

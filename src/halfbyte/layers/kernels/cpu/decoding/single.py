@@ -188,9 +188,9 @@ def _halves(code: Code, vectors: list[Value], low: list[int], high: list[int]) -
     return [add(b.shuffle_vector(x, y, mask(low)), b.shuffle_vector(x, y, mask(high))) for x, y in pairs]
 
 
-def _all_sums(code: Code, rows: list[Value]) -> Value:
-    """The sums of 16 registers' lanes, as one register; each added up as `Code.total` does."""
-    width = 16
+def _all_sums(code: Code, rows: list[Value], width: int = ROWS) -> Value:
+    """The sums of 16 registers' lanes, as one register; each added up as `Code.total` does. width: lanes of a row that
+    are left, where a register holds several."""
     while width > 1:  # a register holds 16 / width rows
         half = width // 2
         low = [16 * side + first + i for side in (0, 1) for first in range(0, 16, width) for i in range(half)]
