@@ -8,7 +8,7 @@ about a millisecond of a core for each piece of an answer; `streams` by a bare c
 `streams`: greedy answers (the base and the runs in turns), counted from the first request to the last token; so what
 reading prompts takes is in it. A stream whose answer ends early asks again, until it has its number of tokens. One
 stream is measured for each model, and together. `crowd`: answers are compared with those of `generate` alone, in
-this process, before the server starts; a quarter of the clients hangs up.
+this process, before the server starts; a quarter of the clients hangs up, and who is refused comes again when told to.
 """
 
 from __future__ import annotations
@@ -190,9 +190,10 @@ def expected(runs: list[str], most: int) -> dict[tuple[str, str], str]:
 
 async def crowd(url: str, wanted: dict[tuple[str, str], str], most: int) -> dict[str, Any]:
     client, counted = client_of(url), dict.fromkeys(("right", "wrong", "gone", "full", "failed"), 0)
-    asked = list(wanted)
+    asked, flying, at_429 = list(wanted), set[int](), list[int]()
 
     async def one(number: int) -> None:
+        flying.add(number)
         name, order = asked[number % len(asked)]
         options: Any = {
             "model": name, "messages": [{"role": "user", "content": order}], "temperature": 0, "max_tokens": most,
@@ -214,11 +215,17 @@ async def crowd(url: str, wanted: dict[tuple[str, str], str], most: int) -> dict
             counted["right" if text == wanted[name, order] else "wrong"] += 1
             if text != wanted[name, order]:
                 say(f"{name}: {text!r}\n  for {wanted[name, order]!r}")
-        except openai.RateLimitError:
+        except openai.RateLimitError as full:
             counted["full"] += 1
+            at_429.append(len(flying))
+            flying.remove(number)
+            await asyncio.sleep(float(full.response.headers["Retry-After"]))
+            await one(number)
         except openai.OpenAIError as error:
             counted["failed"] += 1
             say(f"failed: {error}")
+        finally:
+            flying.discard(number)
 
     gate = asyncio.Semaphore(CLIENTS)
 
@@ -230,6 +237,8 @@ async def crowd(url: str, wanted: dict[tuple[str, str], str], most: int) -> dict
     await client.close()
     with urllib.request.urlopen(f"{url}/metrics") as answer:
         gauges = dict(re.findall(r"^(halfbyte_\w+) ([\d.]+)$", answer.read().decode(), re.MULTILINE))
+    if at_429:
+        say(f"429 with Retry-After where there were {min(at_429)} to {max(at_429)} requests at once")
     say(f"{counted}; gauges { ({k: v for k, v in gauges.items() if 'waiting' in k or 'running' in k}) }")
     return counted
 
@@ -240,13 +249,14 @@ def main() -> None:
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--queue", type=int, default=256, help="texts that may wait; 16 are written at once")
     parser.add_argument("--client", choices=("lean", "openai"), default="lean", help="of `streams`")
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     wanted = expected(args.runs, args.tokens) if args.what == "crowd" else {}
-    with served(args.runs, "--queue", "256", "--context", "1024") as (url, process):
+    with served(args.runs, "--queue", str(args.queue), "--context", "1024") as (url, process):
         made = asyncio.run(
             streams(url, args.tokens, args.rounds, args.client == "lean") if args.what == "streams"
             else memory(url, process, args.requests) if args.what == "memory"

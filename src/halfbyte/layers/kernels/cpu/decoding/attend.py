@@ -10,7 +10,6 @@ Letters: M texts, H query heads, K key heads, T room of the cache, R rotary widt
 """
 
 import math
-from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -32,7 +31,7 @@ _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 class _Kind:
     """How numbers of a cache's type are read."""
 
-    def __init__(self, code: Code, like: Any) -> None:
+    def __init__(self, code: Code, like: types.Array) -> None:
         self.code, self.is_bf16 = code, like.dtype == types.uint16
         self.lanes = 16 if self.is_bf16 else 8
         self.bytes, self.count = (64, 32) if self.is_bf16 else (32, 8)  # of a chunk
