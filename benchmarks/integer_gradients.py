@@ -21,7 +21,7 @@ from halfbyte.adapters.assembly import assembled
 from halfbyte.base import load
 from halfbyte.data import collate
 from halfbyte.layers import fuse
-from halfbyte.layers.kernels.cpu.integer import Products, ask
+from halfbyte.layers.kernels.cpu.integer.products import Products, ask
 from halfbyte.recipe.file import recipe_from
 from halfbyte.system import device
 from halfbyte.training.prepare import prepare

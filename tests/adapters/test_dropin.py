@@ -15,7 +15,7 @@ import halfbyte
 from halfbyte.adapters import dropin
 from halfbyte.errors import BaseModelError, RecipeError
 from halfbyte.layers import fuse, lora_linear
-from halfbyte.layers.kernels.cpu import integer
+from halfbyte.layers.kernels.cpu.integer import products as integer
 from tests import plain_peft, tiny
 
 SCRIPT = """

@@ -15,7 +15,7 @@ from halfbyte.adapters.assembly import assembled
 from halfbyte.data import pack
 from halfbyte.errors import AdapterError
 from halfbyte.layers import fused_proof, loss
-from halfbyte.layers.kernels.cpu import integer as kernel
+from halfbyte.layers.kernels.cpu.integer import products as kernel
 from halfbyte.system import pages
 from halfbyte.training.events import Listener
 from halfbyte.types import Batch, Model
@@ -69,9 +69,9 @@ def scaled(patch: Patch, name: str, by: float) -> None:
     """The kernel's product of that name, `by` times as large."""
     real = getattr(kernel, name)
 
-    def faulty(out: Any, *args: Any, add: bool) -> None:
+    def faulty(out: Any, *args: Any, add: bool = False, lora: Any = None) -> None:
         kept = out.clone()
-        real(out, *args, add=add)
+        real(out, *args, add=add, lora=lora)
         out.copy_(kept + (out - kept) * by if add else out * by)
 
     patch.setattr(kernel, name, faulty)
@@ -80,9 +80,9 @@ def scaled(patch: Patch, name: str, by: float) -> None:
 def dead_column(patch: Patch) -> None:
     real = kernel.forward
 
-    def faulty(y: Any, *args: Any, add: bool) -> None:
+    def faulty(y: Any, *args: Any, add: bool = False, lora: Any = None) -> None:
         kept = y[:, 0].clone()
-        real(y, *args, add=add)
+        real(y, *args, add=add, lora=lora)
         y[:, 0] = kept if add else 0
 
     patch.setattr(kernel, "forward", faulty)

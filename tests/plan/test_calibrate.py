@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte.layers.kernels.cpu import integer
+from halfbyte.layers.kernels.cpu.integer import products as integer
 from halfbyte.plan import Rates, Rows, Time, calibrate, make
 from halfbyte.system import device
 from tests import fake_card

@@ -6,7 +6,7 @@ import pytest
 
 from halfbyte.layers import attention, loss, packing
 from halfbyte.layers.experts import grouped
-from halfbyte.layers.kernels.cpu import integer
+from halfbyte.layers.kernels.cpu.integer import products as integer
 from halfbyte.plan import job, layer, peak, timing
 
 

@@ -111,5 +111,5 @@ def test_what_integer_products_hold_is_planned() -> None:
         one = of(["q_proj", "v_proj"], quant__compute=asked)
         lines = peak.integer_lines(one, tokens, "private")
         copies = max(o * i for o, i in MATRICES.values()) + tokens * wide
-        sums = 4 * wide * min(tokens, max(512, (1 << 22) // wide))
+        sums = 4 * wide * min(tokens, max(512, (3 << 19) // wide))
         assert [line.bytes for line in lines] == ([] if asked == "exact" else [copies + sums])

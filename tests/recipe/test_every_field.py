@@ -23,7 +23,7 @@ from halfbyte import finetune
 from halfbyte.cli import progress, show
 from halfbyte.errors import HalfbyteError
 from halfbyte.inference import load as opened_run
-from halfbyte.layers.kernels.cpu import integer
+from halfbyte.layers.kernels.cpu.integer import products as integer
 from halfbyte.models.sources import lookup
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import SECTIONS, Recipe, leaves

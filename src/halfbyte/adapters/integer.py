@@ -1,6 +1,6 @@
 """Whether a model's frozen products may be computed in 8-bit integers: proven on its own rows, all of its layers.
 
-What: loss and gradients of some rows, by exact products and by integer ones (`layers/kernels/cpu/integer.py`). If they
+What: loss and gradients of some rows, by exact products and by integer ones (`layers/kernels/cpu/integer`). If they
 are within the bounds below, integers are taken for both products; if not, for the input gradient alone, which costs
 next to nothing in gradients; if not even that, for none.
 Why on all layers: rounding adds up with depth, and outliers sit in the middle of a model, where a proof on the first
@@ -22,9 +22,10 @@ from torch import Tensor
 from halfbyte.data import pack
 from halfbyte.errors import AdapterError
 from halfbyte.layers import fuse, loss, packing_proof
-from halfbyte.layers.kernels.cpu import integer
-from halfbyte.layers.kernels.cpu.integer import Products
+from halfbyte.layers.kernels.cpu.integer import products as integer
+from halfbyte.layers.kernels.cpu.integer.products import Products
 from halfbyte.models import structure
+from halfbyte.quant import dequantise
 
 if TYPE_CHECKING:
     from halfbyte.types import Batch, Document, Model
@@ -108,6 +109,7 @@ def decide(model: Model, asked: str, batch: Batch) -> Decision:
     else:
         integer.ask(layers, None)
         return Decision(None, f"int8 is too rough for this model: {seen[-1][1]}", tuple(seen))
+    dequantise.forget()  # a whole weight, which only exact products need
     products, found = seen[-1]
     before = f"; not forward: {seen[0][1]}" if len(seen) > 1 else ""
     why = "asked, whatever is seen" if asked == "int8" else fast

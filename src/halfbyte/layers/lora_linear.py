@@ -21,9 +21,12 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from halfbyte.layers.kernels import dropout, pool
-from halfbyte.layers.kernels.cpu import available, integer, lora_products
+from halfbyte.layers.kernels.cpu import available, lora_products
+from halfbyte.layers.kernels.cpu.integer import products as integer
+from halfbyte.layers.kernels.cpu.integer.part import Lora
 from halfbyte.layers.kernels.cpu.matmul import into, product
 from halfbyte.quant import formats
+from halfbyte.quant.number_format import NumberFormat
 
 # Where kernels are at hand the mask is a hash of (seed, position), or of what `kernels.dropout` says; elsewhere it is
 # made once and kept, a byte a number.
@@ -69,10 +72,16 @@ def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     return weight if weight.dtype == dtype else weight.to(dtype)
 
 
-def frozen_pieces(layer: nn.Module, dtype: torch.dtype) -> Iterator[Tensor]:
-    """`frozen_weight` in pieces of rows, in their order, each to be used before the next is asked for."""
-    rows = integer.rows_of_piece(layer.in_features)
-    for piece in formats.of_module(layer).pieces(layer, dtype, rows):
+def integer_weight(layer: nn.Module, dtype: torch.dtype) -> integer.Weight:
+    """The weight of `layer` for an integer product: its codes, or `frozen_weight` in pieces of rows, in their order,
+    each to be used before the next is asked for."""
+    held = formats.of_module(layer)
+    codes = held.codes(layer)
+    return codes if codes is not None and integer.takes(codes, dtype) else _pieces(layer, held, dtype)
+
+
+def _pieces(layer: nn.Module, held: NumberFormat, dtype: torch.dtype) -> Iterator[Tensor]:
+    for piece in held.pieces(layer, dtype, integer.rows_of_piece(layer.in_features)):
         yield piece if piece.dtype == dtype else piece.to(dtype)
 
 
@@ -113,7 +122,7 @@ class FrozenLinear(torch.autograd.Function):
         if rounded is None:
             return product(frozen_input(layer, x), frozen_weight(layer, x.dtype).T, bias)  # (N, O)
         y = pool.empty((x.shape[0], layer.out_features), x)
-        integer.forward(y, rounded, frozen_pieces(layer, x.dtype), add=False)
+        integer.forward(y, rounded, integer_weight(layer, x.dtype), add=False)
         return y if bias is None else y.add_(bias)
 
     @staticmethod
@@ -123,7 +132,7 @@ class FrozenLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if ctx.gradient8:
                 dx = pool.empty((dy.shape[0], ctx.layer.in_features), dy)
-                integer.backward(dx, dy, frozen_pieces(ctx.layer, ctx.dtype), add=False)
+                integer.backward(dx, dy, integer_weight(ctx.layer, ctx.dtype), add=False)
             else:
                 dx = product(dy, frozen_weight(ctx.layer, ctx.dtype))  # (N, D)
         db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
@@ -149,9 +158,12 @@ class LoraLinear(torch.autograd.Function):
         a16, b16 = a.to(x.dtype), b.to(x.dtype)
         h, mask = lora_down(x, a16, p, seed)
         y = pool.empty((x.shape[0], b16.shape[0]), x)
-        y.addmm_(h, b16.T, beta=0, alpha=scale)  # (N, R) @ (R, O) -> (N, O)
+        lora = Lora(h, b16.T, scale)
+        fused = rounded is not None and integer.takes_lora(lora)
+        if not fused:
+            y.addmm_(h, b16.T, beta=0, alpha=scale)  # (N, R) @ (R, O) -> (N, O)
         if rounded is not None:
-            integer.forward(y, rounded, frozen_pieces(layer, x.dtype), add=True)
+            integer.forward(y, rounded, integer_weight(layer, x.dtype), add=not fused, lora=lora if fused else None)
         else:
             into(y, frozen_input(layer, x), frozen_weight(layer, x.dtype).T, add=True)  # (N, D) @ (D, O)
         if bias is not None:
@@ -176,9 +188,12 @@ class LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             da = lora_gradient(dh, x, a16, ctx.p, ctx.seed, mask).to(ctx.dtypes[0])
         if ctx.needs_input_grad[0]:
-            dx = lora_up(dh, a16, ctx.p, ctx.seed, mask)
+            lora = Lora(dh, a16, 1.0, ctx.p, ctx.seed)
+            fused = ctx.gradient8 and mask is None and integer.takes_lora(lora)
+            dx = pool.empty((dy.shape[0], a16.shape[1]), dy) if fused else lora_up(dh, a16, ctx.p, ctx.seed, mask)
             if ctx.gradient8:
-                integer.backward(dx, dy, frozen_pieces(ctx.layer, x.dtype), add=True)
+                weight = integer_weight(ctx.layer, x.dtype)
+                integer.backward(dx, dy, weight, add=not fused, lora=lora if fused else None)
             else:
                 into(dx, dy, frozen_weight(ctx.layer, x.dtype), add=True)  # (N, O) @ (O, D)
         if ctx.needs_input_grad[3]:

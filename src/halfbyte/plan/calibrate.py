@@ -211,7 +211,7 @@ def _integers(tries: Tries) -> float:
     """Operations a second of int8 products; 0 where the engine takes none."""
     import torch
 
-    from halfbyte.layers.kernels.cpu import integer
+    from halfbyte.layers.kernels.cpu.integer import products as integer
 
     if integer.why_not():
         return 0.0

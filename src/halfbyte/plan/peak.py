@@ -22,7 +22,8 @@ from halfbyte.quant import policy
 # layers/loss.py: at once at most, on a card too, in multiples of so many rows
 LOGITS_CHUNK, CARD_LOGITS_CHUNK, LOGITS_ROWS = 16_000_000, 128_000_000, 16
 SCORES_BYTES, SCORES_ROWS = 24_000_000, 512  # layers/attention.py: scores in fp32 at once, rows of a long example
-INTEGER_ROWS, INTEGER_SUMS = 512, 1 << 22  # layers/kernels/cpu/integer.py: rows at least, numbers at most at once
+# layers/kernels/cpu/integer/products.py: rows of a result at least, numbers at most at once
+INTEGER_ROWS, INTEGER_SUMS = 512, 3 << 19
 TOKENS_STEP = 64
 # Of what is kept until backward: where it lies in the pool, and where torch's attention makes most of it.
 SLACK, HEAP_SLACK = 0.02, 0.08
@@ -141,7 +142,9 @@ def integer_lines(job: Job, tokens: int, where: Where) -> tuple[Line, ...]:
     wide = max(job.facts.hidden, job.largest_linear // job.facts.hidden)
     sums = 4 * wide * min(tokens, max(INTEGER_ROWS, INTEGER_SUMS // wide))
     words = "int8 copies of a weight and its input, int32 sums of some rows"
-    return (Line("integer products", job.largest_linear + tokens * wide + sums, words, "cpu/integer.py", where),)
+    return (
+        Line("integer products", job.largest_linear + tokens * wide + sums, words, "cpu/integer/products.py", where),
+    )
 
 
 def scores_bytes(job: Job, largest: MicroBatch) -> float:

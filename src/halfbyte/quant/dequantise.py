@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.quant.kernels import nf4_cpu
+from halfbyte.quant.number_format import Codes, Nested
 
 _NATIVE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # From this block size on, the C function is inaccurate on AVX-512 (`bitsandbytes/backends/cpu/ops.py`).
@@ -70,6 +71,23 @@ def in_pieces(module: nn.Module, rows: int) -> Iterator[Tensor]:
         yield out
 
 
+def codes_of(module: nn.Module) -> Codes:
+    """A 4-bit layer's weight as a kernel takes it; nothing is copied."""
+    packed, state = _held(module)
+    codes, (rows, width) = packed.contiguous().view(-1).view(torch.uint8), state.shape
+    nested = None
+    if state.nested:
+        outer = state.state2
+        nested = Nested(outer.code, outer.absmax, outer.blocksize, float(state.offset))
+    return Codes(codes, state.absmax, values(state.quant_type), (rows, width), state.blocksize, state.dtype, nested)
+
+
+@cache
+def values(kind: str) -> Tensor:
+    """What the 16 codes of `nf4` or `fp4` stand for, (16,) fp32."""
+    return torch.from_numpy(nf4_cpu.code(kind))
+
+
 def upstream_is_wrong(state: Any) -> bool:
     """Whether bitsandbytes' own dequantising is not to be used: blocks cross the ends of rows, or a proof failed."""
     return bool(state.shape[-1] % state.blocksize) or is_distrusted(state.quant_type, state.dtype)
@@ -120,9 +138,8 @@ def write_by_table(codes: Tensor, scales: Tensor, out: Tensor, block_size: int, 
     """`write` in plain torch: the value of each code times the scale of its block."""
     n = out.numel()
     codes = codes[: -(-n // 2)]
-    table = torch.from_numpy(nf4_cpu.code(kind)).to(out.device)
-    values = table[torch.stack([codes >> 4, codes & 15], 1).view(-1)[:n].int()]
-    out.copy_(values * scales[: -(-n // block_size)].repeat_interleave(block_size)[:n])
+    found = values(kind).to(out.device)[torch.stack([codes >> 4, codes & 15], 1).view(-1)[:n].int()]
+    out.copy_(found * scales[: -(-n // block_size)].repeat_interleave(block_size)[:n])
 
 
 @cache

@@ -16,7 +16,7 @@ import numpy as np
 
 from halfbyte.errors import BaseModelError
 from halfbyte.quant.kernels import nf4_cpu
-from halfbyte.quant.number_format import NumberFormat, Part, frozen_product, own_weight
+from halfbyte.quant.number_format import Codes, NumberFormat, Part, frozen_product, own_weight
 from halfbyte.recipe.schema import Quant
 
 if TYPE_CHECKING:
@@ -107,6 +107,11 @@ class FourBit(NumberFormat):
         from halfbyte.quant.dequantise import in_pieces
 
         return in_pieces(module, rows)
+
+    def codes(self, module: nn.Module) -> Codes | None:
+        from halfbyte.quant.dequantise import codes_of
+
+        return codes_of(module)
 
     def multiplies_in(self, module: nn.Module, dtype: torch.dtype) -> bool:
         return module.compute_dtype in (None, dtype) and module.weight.quant_state.dtype == dtype

@@ -41,6 +41,35 @@ class Part:
         return (matrix.removesuffix("weight") if self.beside_weight else matrix) + self.suffix
 
 
+@dataclass(frozen=True)
+class Nested:
+    """Scales in 8 bits: values[code] x scales[number // block] + offset. values: (256,), scales: fp32."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    block: int
+    offset: float
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A weight in 4 bits as a kernel takes it.
+
+    Args:
+        packed: two codes a byte, the earlier in its upper half, (n / 2,) uint8. scales: (n / block,) fp32, or uint8
+        where they are nested. values: of the 16 codes, fp32. shape: (out, in). dtype: what a value times its scale is
+        rounded to.
+    """
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+    values: torch.Tensor
+    shape: tuple[int, int]
+    block: int
+    dtype: torch.dtype
+    nested: Nested | None = None
+
+
 class Encoder(Protocol):
     """One matrix on its way into a format, in chunks of whole `NumberFormat.unit`s."""
 
@@ -135,6 +164,10 @@ class NumberFormat:
     def pieces(self, module: nn.Module, dtype: torch.dtype, rows: int) -> Iterator[torch.Tensor]:
         """`weight`, perhaps `rows` of it at a time, in their order; each to be used before the next is asked for."""
         yield self.weight(module, dtype)
+
+    def codes(self, module: nn.Module) -> Codes | None:
+        """A layer's weight in 4 bits; None in another format."""
+        return None
 
     def inputs(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """What a layer's weight is multiplied with for an input x (..., in); x itself unless it is rounded."""

@@ -61,5 +61,5 @@ def works(name: str) -> bool:
     """Whether the products of a file of this room are right on this machine; told where they are not."""
     fault = import_module(f"{__name__}.{name}").fault()
     if fault is not None:
-        logging.getLogger(__name__).warning("%s by our kernel on this machine; torch's product is used", fault)
+        logging.getLogger(__name__).warning("%s by our kernel on this machine, which is not used", fault)
     return fault is None

@@ -2,9 +2,9 @@
 
 Why: as products of a library, each wants x with its dropped numbers written to memory and read again, forward and
 backward, which costs more than the products; and a result of 16 columns leaves most of a library's tile idle.
-What: a thread takes a few rows of x, drops their numbers into its cache and multiplies them there (`tiles.py`). A's
-gradient is a sum over rows: each `PART` of them makes its own, and these are added in their order, so that the result
-does not depend on how many threads there are, or which one was faster.
+What: a thread takes a few rows of x, drops their numbers into its cache and multiplies them there (`tiles.py`), in
+tiles that the rank fills. A's gradient is a sum over rows: each `PART` of them makes its own, and these are added in
+their order, so that the result does not depend on how many threads there are, or which one was faster.
 Source: LoRA, arXiv:2106.09685 section 4.1; the mask is `gate.py`'s.
 Cost: N D R multiplications each, and one pass over x or dx.
 
@@ -23,7 +23,16 @@ from halfbyte.layers.kernels.cpu import gate, tiles
 from halfbyte.layers.kernels.cpu.gate import masked_words
 from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, run
 from halfbyte.layers.kernels.cpu.scalar import hash_u32, inlined, store
-from halfbyte.layers.kernels.cpu.tiles import COLUMNS, ROWS, tile
+from halfbyte.layers.kernels.cpu.tiles import (
+    COLUMNS,
+    LOW_ROWS,
+    ROWS,
+    TALL_COLUMNS,
+    TALL_ROWS,
+    low_tile,
+    tall_tile,
+    tile,
+)
 
 PART = 512  # rows that a sum over rows is made of
 PAIRS = 32  # pairs of rows that lie in cache at once
@@ -50,13 +59,17 @@ def _dropped(x, out, low, seed, keys, i):  # type: ignore[no-untyped-def]
 @inlined
 def _down(x, a, h, wide, low, seed, keys, first, last):  # type: ignore[no-untyped-def]
     words, rank = x.shape[1], h.shape[1]
-    here, sums = np.zeros(ROWS * words, np.uint32), np.empty(ROWS * wide, np.float32)
-    for i in range(first, last, ROWS):
-        rows = min(ROWS, last - i)
+    most = TALL_ROWS if wide == TALL_COLUMNS else ROWS
+    here, sums = np.zeros(most * words, np.uint32), np.empty(most * wide, np.float32)
+    for i in range(first, last, most):
+        rows = min(most, last - i)
         for k in range(rows):
             _dropped(x[i + k], here[k * words : (k + 1) * words], low, seed, keys, i + k)
-        for j in range(0, wide, COLUMNS):
-            tile(sums[j:], wide, here, words, 1, a[j:], wide, words, 0)
+        if wide == TALL_COLUMNS:
+            tall_tile(sums, wide, here, words, 1, a, wide, words, 0)
+        else:
+            for j in range(0, wide, COLUMNS):
+                tile(sums[j:], wide, here, words, 1, a[j:], wide, words, 0)
         for k in range(rows):
             made, to = sums[k * wide : k * wide + rank], h[i + k]
             for j in range(rank):
@@ -109,9 +122,13 @@ def _gradient(dh, x, out, low, seed, keys, first, last):  # type: ignore[no-unty
                     second = np.uint32(dh[one + 1, r]) if one + 1 < end else np.uint32(0)
                     given[k * ranks + r] = np.uint32(dh[one, r]) | (second << np.uint32(16))
             for j in range(0, wide, COLUMNS):
-                for r in range(0, ranks, ROWS):
-                    more = 0 if i == part * PART else 1
-                    tile(sums[r * wide + j :], wide, given[r:], 1, ranks, pairs[j:], wide, many, more)
+                more = 0 if i == part * PART else 1
+                if ranks % ROWS != 0:
+                    for r in range(0, ranks, LOW_ROWS):
+                        low_tile(sums[r * wide + j :], wide, given[r:], 1, ranks, pairs[j:], wide, many, more)
+                else:
+                    for r in range(0, ranks, ROWS):
+                        tile(sums[r * wide + j :], wide, given[r:], 1, ranks, pairs[j:], wide, many, more)
 
 
 @kernel
@@ -151,7 +168,7 @@ def down(x: Tensor, a: Tensor, p: float, seed: int | dropout.Keyed) -> Tensor:
     """drop(x) A^T, not scaled by 1 / (1 - p): x (N, D), A (R, D) -> (N, R), bf16. The mask is `gate.dropped`'s."""
     (n, width), rank = x.shape, a.shape[0]
     h = pool.empty((n, rank), x)
-    wide = -(-rank // COLUMNS) * COLUMNS
+    wide = TALL_COLUMNS if rank <= TALL_COLUMNS else -(-rank // COLUMNS) * COLUMNS
     turned = torch.zeros(width // 2, wide, dtype=torch.int32)
     turned[:, :rank] = a.contiguous().view(torch.int32).T
     mask, keys = _mask(p, seed)
@@ -172,7 +189,7 @@ def up(dh: Tensor, a: Tensor, p: float, seed: int | dropout.Keyed) -> Tensor:
 def gradient(dh: Tensor, x: Tensor, p: float, seed: int | dropout.Keyed) -> Tensor:
     """dh^T drop(x), not scaled: dh (N, R), x (N, D), bf16 -> (R, D) fp32."""
     (n, width), rank = x.shape, dh.shape[1]
-    parts, ranks = -(-n // PART), -(-rank // ROWS) * ROWS
+    parts, ranks = -(-n // PART), min(-(-rank // rows) * rows for rows in (ROWS, LOW_ROWS))
     out = pool.empty((parts, ranks, width), x, torch.float32)
     mask, keys = _mask(p, seed)
     run(lora_gradient, parts, 1, dh.contiguous(), x, out, *mask, width // 2, rank, ranks, n, keys)
@@ -184,18 +201,19 @@ def gradient(dh: Tensor, x: Tensor, p: float, seed: int | dropout.Keyed) -> Tens
 def fault() -> str | None:
     """What these products get wrong on this machine, seen once on small ones beside torch's; None where nothing is."""
     draw = torch.Generator().manual_seed(0)
-    x, a, dh = (torch.randn(s, generator=draw).bfloat16() for s in ((PART + 13, 64), (6, 64), (PART + 13, 6)))
-    dropped = torch.empty_like(x)
-    gate.dropped(x, dropped, 0.5, 7)
-    kept, whole = (dropped != 0).float(), (t.float() for t in (dropped, a, dh))
-    dropped32, a32, dh32 = whole
-    wanted = {
-        "drop(x) A^T": (down(x, a, 0.5, 7), dropped32 @ a32.T),
-        "dh^T drop(x)": (gradient(dh, x, 0.5, 7), dh32.T @ dropped32),
-        "drop(dh A)": (up(dh, a, 0.5, 7), (dh32 @ a32) * kept),
-    }
-    for name, (got, right) in wanted.items():
-        # a rounding to bf16, and sums in another order
-        if not bool(((got.float() - right).abs() <= 2**-7 * right.abs() + 1e-4 * right.abs().amax()).all()):
-            return f"{name} of LoRA is wrong"
+    for rank in (6, TALL_COLUMNS + 8):  # tiles of each size
+        x, a, dh = (torch.randn(s, generator=draw).bfloat16() for s in ((PART + 13, 64), (rank, 64), (PART + 13, rank)))
+        dropped = torch.empty_like(x)
+        gate.dropped(x, dropped, 0.5, 7)
+        kept, whole = (dropped != 0).float(), (t.float() for t in (dropped, a, dh))
+        dropped32, a32, dh32 = whole
+        wanted = {
+            "drop(x) A^T": (down(x, a, 0.5, 7), dropped32 @ a32.T),
+            "dh^T drop(x)": (gradient(dh, x, 0.5, 7), dh32.T @ dropped32),
+            "drop(dh A)": (up(dh, a, 0.5, 7), (dh32 @ a32) * kept),
+        }
+        for name, (got, right) in wanted.items():
+            # a rounding to bf16, and sums in another order
+            if not bool(((got.float() - right).abs() <= 2**-7 * right.abs() + 1e-4 * right.abs().amax()).all()):
+                return f"{name} of LoRA is wrong"
     return None

@@ -53,66 +53,72 @@ def has(feature: str) -> bool:
     return bool(binding.get_host_cpu_features().get(feature, False))
 
 
-@intrinsic
-def tile(typing_context, c, c_row, a, a_row, a_step, b, b_step, steps, add):  # type: ignore[no-untyped-def]
-    """C = A B, or C += A B where `add` is not 0, for one tile.
+def _tile(rows: int, columns: int) -> Any:
+    """`tile` for tiles of this size: as many accumulators as rows times registers of columns, at most 24."""
 
-    Args: c, a, b: arrays that begin with the tile. c_row: floats from a row of C to the next. a_row, a_step: pairs from
-        a row of A to the next and from a pair of a row to its next. b_step: pairs from a row of pairs of B to the next.
-        steps: pairs.
-    """
+    @intrinsic
+    def tile(typing_context, c, c_row, a, a_row, a_step, b, b_step, steps, add):  # type: ignore[no-untyped-def]
+        """C = A B, or C += A B where `add` is not 0, for one tile.
 
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        _, c_row, _, a_row, a_step, _, b_step, steps, add = args
-        arrays = (context.make_array(signature.args[i])(context, builder, args[i]) for i in (0, 2, 5))
-        c, a, b = (builder.ptrtoint(array.data, _I64) for array in arrays)
-        multiply = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_FLOATS, [_FLOATS, _PAIRS, _PAIRS]), "llvm.x86.avx512bf16.dpbf16ps.512"
-        )
-        half = range(COLUMNS // _LANES)
+        Args: c, a, b: arrays that begin with the tile. c_row: floats from a row of C to the next. a_row, a_step: pairs
+            from a row of A to the next and from a pair of a row to its next. b_step: pairs from a row of pairs of B to
+            the next. steps: pairs.
+        """
 
-        def times(x: Any, y: Any) -> Any:
-            return builder.mul(x, y)
+        def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            _, c_row, _, a_row, a_step, _, b_step, steps, add = args
+            arrays = (context.make_array(signature.args[i])(context, builder, args[i]) for i in (0, 2, 5))
+            c, a, b = (builder.ptrtoint(array.data, _I64) for array in arrays)
+            multiply = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(_FLOATS, [_FLOATS, _PAIRS, _PAIRS]), "llvm.x86.avx512bf16.dpbf16ps.512"
+            )
+            half = range(columns // _LANES)
 
-        def read(at: Any, kind: Any) -> Any:
-            return builder.load(builder.inttoptr(at, kind.as_pointer()), align=4)
+            def read(at: Any, kind: Any) -> Any:
+                return builder.load(builder.inttoptr(at, kind.as_pointer()), align=4)
 
-        def c_at(row: int, column: int) -> Any:
-            offset = builder.add(times(c_row, _I64(row)), _I64(column * _LANES))
-            return builder.inttoptr(builder.add(c, times(offset, _I64(4))), _FLOATS.as_pointer())
+            def c_at(row: int, column: int) -> Any:
+                offset = builder.add(builder.mul(c_row, _I64(row)), _I64(column * _LANES))
+                return builder.inttoptr(builder.add(c, builder.mul(offset, _I64(4))), _FLOATS.as_pointer())
 
-        sums = [[cgutils.alloca_once(builder, _FLOATS) for _ in half] for _ in range(ROWS)]
-        with builder.if_else(builder.icmp_signed("!=", add, _I64(0))) as (then, otherwise):
-            with then:
-                for row in range(ROWS):
-                    for column in half:
+            places = [(row, column) for row in range(rows) for column in half]
+            sums = [[cgutils.alloca_once(builder, _FLOATS) for _ in half] for _ in range(rows)]
+            with builder.if_else(builder.icmp_signed("!=", add, _I64(0))) as (then, otherwise):
+                with then:
+                    for row, column in places:
                         builder.store(builder.load(c_at(row, column), align=4), sums[row][column])
-            with otherwise:
-                for row in range(ROWS):
-                    for column in half:
+                with otherwise:
+                    for row, column in places:
                         builder.store(ir.Constant(_FLOATS, None), sums[row][column])
-        with cgutils.for_range(builder, steps, intp=_I64) as loop:
-            b_now = builder.add(b, times(times(loop.index, b_step), _I64(4)))
-            found = [
-                builder.bitcast(read(builder.add(b_now, _I64(column * _LANES * 4)), _WORDS), _PAIRS) for column in half
-            ]
-            a_now = builder.add(a, times(times(loop.index, a_step), _I64(4)))
-            for row in range(ROWS):
-                at = builder.add(a_now, times(times(a_row, _I64(row)), _I64(4)))
-                pair = read(at, _I32)
-                one = builder.insert_element(ir.Constant(_WORDS, ir.Undefined), pair, _I32(0))
-                every = builder.shuffle_vector(one, ir.Constant(_WORDS, ir.Undefined), ir.Constant(_WORDS, None))
-                spread = builder.bitcast(every, _PAIRS)
-                for column in half:
-                    before = builder.load(sums[row][column])
-                    builder.store(builder.call(multiply, [before, spread, found[column]]), sums[row][column])
-        for row in range(ROWS):
-            for column in half:
+            with cgutils.for_range(builder, steps, intp=_I64) as loop:
+                b_now = builder.add(b, builder.mul(builder.mul(loop.index, b_step), _I64(4)))
+                found = [
+                    builder.bitcast(read(builder.add(b_now, _I64(column * _LANES * 4)), _WORDS), _PAIRS)
+                    for column in half
+                ]
+                a_now = builder.add(a, builder.mul(builder.mul(loop.index, a_step), _I64(4)))
+                for row in range(rows):
+                    pair = read(builder.add(a_now, builder.mul(builder.mul(a_row, _I64(row)), _I64(4))), _I32)
+                    one = builder.insert_element(ir.Constant(_WORDS, ir.Undefined), pair, _I32(0))
+                    every = builder.shuffle_vector(one, ir.Constant(_WORDS, ir.Undefined), ir.Constant(_WORDS, None))
+                    spread = builder.bitcast(every, _PAIRS)
+                    for column in half:
+                        before = builder.load(sums[row][column])
+                        builder.store(builder.call(multiply, [before, spread, found[column]]), sums[row][column])
+            for row, column in places:
                 builder.store(builder.load(sums[row][column]), c_at(row, column), align=4)
-        return context.get_dummy_value()
+            return context.get_dummy_value()
 
-    n = types.int64
-    return types.void(c, n, a, n, n, b, n, n, n), build
+        n = types.int64
+        return types.void(c, n, a, n, n, b, n, n, n), build
+
+    return tile
+
+
+tile = _tile(ROWS, COLUMNS)
+# Where a tile of those sizes would be half idle: for 16 columns, and for 8 or 16 rows.
+TALL_ROWS, TALL_COLUMNS, LOW_ROWS = 24, 16, 8
+tall_tile, low_tile = _tile(TALL_ROWS, TALL_COLUMNS), _tile(LOW_ROWS, COLUMNS)
 
 
 # Of an fp32 tile: numbers in a register, rows; two registers are columns. Accumulators fill the registers but for those

@@ -182,7 +182,7 @@ def _row_mixing(count: int, *, weighted: bool = False) -> Value:
 
 
 @intrinsic
-def _thirds(typing_context, like, source, out, distance):  # type: ignore[no-untyped-def]
+def mirrored(typing_context, like, source, out, distance):  # type: ignore[no-untyped-def]
     """Registers i, i + distance and i + 2 distance of a row, each less two thirds of their sum, as fp32: a reflection,
     so an orthogonal matrix. Addresses as in `_row_mixing`."""
     bf16 = like.dtype == types.uint16
@@ -207,7 +207,7 @@ _mix_weighted = _row_mixing(1, weighted=True)
 
 
 @inlined
-def _mix(count, like, source, factors, out, distance):  # type: ignore[no-untyped-def]
+def mix(count, like, source, factors, out, distance):  # type: ignore[no-untyped-def]
     if factors != 0:
         return _mix_weighted(like, source, factors, out, count * distance)
     if count == 16:
@@ -222,24 +222,25 @@ def _mix(count, like, source, factors, out, distance):  # type: ignore[no-untype
 
 
 @intrinsic
-def _mix_group(typing_context, like, source, out, width, peaks):  # type: ignore[no-untyped-def]
-    """out[k, j] = sum over i of H[k, i] source[i, j] for 16 rows of this width, which follow each other; peaks[k]: the
-    bits of the largest |out[k]|, those of a NaN if one is among them. Addresses as in `_row_mixing`."""
+def mix_group(typing_context, like, source, source_row, out, out_row, width, peaks):  # type: ignore[no-untyped-def]
+    """out[k, j] = sum over i of H[k, i] source[i, j] for 16 rows of this width; peaks[k]: the bits of the largest
+    |out[k]|, those of a NaN if one is among them. Addresses as in `_row_mixing`; numbers from a row to the next. `out`
+    may be `source`."""
     bf16 = like.dtype == types.uint16
 
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        _, source, out, width, peaks = args
+        _, source, source_row, out, out_row, width, peaks = args
         b, most = builder, [cgutils.alloca_once_value(builder, ir.Constant(_WORDS, None)) for _ in range(MOST)]
         for one in most:
             b.store(ir.Constant(_WORDS, None), one)
 
-        def at(base: Value, k: int, first: Value, size: int) -> Value:
-            return b.add(base, b.mul(b.add(b.mul(width, _I64(k)), first), _I64(size)))
+        def at(base: Value, row: Value, k: int, first: Value, size: int) -> Value:
+            return b.add(base, b.mul(b.add(b.mul(row, _I64(k)), first), _I64(size)))
 
         def body(part: _Part, first: Value) -> None:
-            v = [part.floats(at(source, k, first, 2 if bf16 else 4), bf16=bf16) for k in range(MOST)]
+            v = [part.floats(at(source, source_row, k, first, 2 if bf16 else 4), bf16=bf16) for k in range(MOST)]
             for k, value in enumerate(_butterflies(b, v)):
-                part.store(value, at(out, k, first, 4))
+                part.store(value, at(out, out_row, k, first, 4))
                 _larger(b, most[k], value)
 
         _over(b, width, body)
@@ -248,11 +249,11 @@ def _mix_group(typing_context, like, source, out, width, peaks):  # type: ignore
         return context.get_dummy_value()
 
     n = types.int64
-    return types.void(like, n, n, n, n), build
+    return types.void(like, n, n, n, n, n, n), build
 
 
 @intrinsic
-def _to_bytes(typing_context, source, factor, out, width):  # type: ignore[no-untyped-def]
+def to_bytes(typing_context, source, factor, out, width):  # type: ignore[no-untyped-def]
     """out[j] = round(source[j] x factor) as int8, for products of at most 127; fp32 at an address -> bytes at one."""
 
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -274,7 +275,14 @@ def _to_bytes(typing_context, source, factor, out, width):  # type: ignore[no-un
 
 
 @inlined
-def _step(peak):  # type: ignore[no-untyped-def]
+def row_in_cache(width):  # type: ignore[no-untyped-def]
+    """Numbers from a row of fp32 to the next, of 16 that are passed over at once: no multiple of a page, or all would
+    compete for the same lines of the cache."""
+    return width + LANES
+
+
+@inlined
+def step_of(peak):  # type: ignore[no-untyped-def]
     """The step of a row with this largest number, and what to multiply with before rounding."""
     if peak < np.float32(TINY):
         return np.float32(0.0), np.float32(0.0)
@@ -293,19 +301,20 @@ def _rows(like, factors, q, steps, count, thirds, itemsize, share, first, last):
                 whole[j] = like[i, j]
             row = whole.ctypes.data
         if thirds and factors == 0:
-            _thirds(like, row, mixed.ctypes.data, padded // LANES // 3)
-            peak[0] = _mix(count, mixed, mixed.ctypes.data, 0, mixed.ctypes.data, padded // LANES // count)
+            mirrored(like, row, mixed.ctypes.data, padded // LANES // 3)
+            peak[0] = mix(count, mixed, mixed.ctypes.data, 0, mixed.ctypes.data, padded // LANES // count)
         else:
-            peak[0] = _mix(count, like, row, factors, mixed.ctypes.data, padded // LANES // count)
-        step, times = _step(peak.view(np.float32)[0])
+            peak[0] = mix(count, like, row, factors, mixed.ctypes.data, padded // LANES // count)
+        step, times = step_of(peak.view(np.float32)[0])
         steps[i] = step * share
-        _to_bytes(mixed.ctypes.data, times, q + i * padded, padded)
+        to_bytes(mixed.ctypes.data, times, q + i * padded, padded)
 
 
 @inlined
 def _groups(like, q, steps, itemsize, share, first, last):  # type: ignore[no-untyped-def]
     rows, width = like.shape
-    mixed, peaks = np.empty(width * MOST, np.float32), np.empty(MOST, np.int32)
+    wide = row_in_cache(width)
+    mixed, peaks = np.empty(wide * MOST, np.float32), np.empty(MOST, np.int32)
     for i in range(first, last):
         at, have = like.ctypes.data + i * MOST * width * itemsize, min(MOST, rows - i * MOST)
         if have < MOST:
@@ -314,12 +323,12 @@ def _groups(like, q, steps, itemsize, share, first, last):  # type: ignore[no-un
                 for j in range(width):
                     whole[k, j] = like[i * MOST + k, j]
             at = whole.ctypes.data
-        _mix_group(like, at, mixed.ctypes.data, width, peaks.ctypes.data)
+        mix_group(like, at, width, mixed.ctypes.data, wide, width, peaks.ctypes.data)
         for k in range(MOST):
-            step, times = _step(peaks.view(np.float32)[k])
+            step, times = step_of(peaks.view(np.float32)[k])
             row = i * MOST + k
             steps[row] = step * share
-            _to_bytes(mixed.ctypes.data + k * width * 4, times, q + row * width, width)
+            to_bytes(mixed.ctypes.data + k * wide * 4, times, q + row * width, width)
 
 
 @inlined

@@ -10,7 +10,7 @@ from halfbyte.layers.kernels.cpu import available
 
 if not available(torch.zeros(1)):
     pytest.skip("needs numba", allow_module_level=True)
-from halfbyte.layers.kernels.cpu import rounding
+from halfbyte.layers.kernels.cpu.integer import rounding
 
 WIDTHS = [576, 192, 1536, 344, 37, 22, 16, 8, 1]
 DTYPES = [torch.bfloat16, torch.float32]

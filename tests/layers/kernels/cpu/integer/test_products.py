@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from halfbyte.layers.kernels.cpu import integer
+from halfbyte.layers.kernels import pool
+from halfbyte.layers.kernels.cpu.integer import products as integer
 from halfbyte.layers.lora_linear import frozen_linear, frozen_weight, lora_linear
 from halfbyte.quant import formats
 from halfbyte.recipe.schema import Quant
@@ -157,3 +158,28 @@ def test_a_weight_in_pieces_gives_the_same_bits(kind: str, dtype: torch.dtype, m
         y.backward(dy)
         found.append((y.detach(), given.grad))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def lent_at_most(layers: list[Any], products: integer.Products | None, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Bytes of the pool that are lent at once in a micro-batch through these layers; nothing is recomputed."""
+    fresh = pool.Pool()
+    monkeypatch.setattr(pool, "POOL", fresh)
+    integer.ask(layers, products)
+    x = pool.empty((512, layers[0].in_features), torch.zeros(1, dtype=torch.bfloat16)).zero_()
+    y = x.requires_grad_()
+    for k, layer in enumerate(layers):
+        draw = torch.Generator().manual_seed(k)
+        a, b = (
+            torch.randn(*s, generator=draw).requires_grad_() for s in ((8, layer.in_features), (layer.out_features, 8))
+        )
+        y = lora_linear(y, layer, a, b, 0.5, 0.05)
+    y.sum().backward()
+    return fresh.most
+
+
+def test_no_more_of_the_pool_is_lent_than_by_exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a product needs for a moment must not lie where a tensor that backward needs is put next: that one would
+    hold up to twice its size. Widths are in the proportions of a decoder layer's."""
+    layers = [layer_of("nf4", o, d, torch.bfloat16) for o, d in [(256, 512), (1024, 256), (512, 1024)] * 4]
+    exact = lent_at_most(layers, None, monkeypatch)
+    assert lent_at_most(layers, integer.Products(), monkeypatch) <= exact

@@ -1,0 +1,196 @@
+"""Sums of integer products scaled onto a result, with LoRA's part made where they are: y = drop(s L R) + sums x steps.
+
+Why: as a product of its own, LoRA's part of a result is written to memory whole, and read again to be added to.
+What: a thread multiplies a few rows of L with some columns of R in registers (`tiles.py`), rounds and drops them in its
+cache as LoRA's own products do, and adds the sums: the same bits as by `lora.up`, or a library's product, and `onto`.
+Source: LoRA, arXiv:2106.09685 section 4.1; the mask is `gate.py`'s.
+Cost: N R D multiplications; sums are read and the result is written once.
+
+Letters: N rows, R rank, D columns; a word is two neighbours of 16 bits.
+"""
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from torch import Tensor
+
+from halfbyte.layers.kernels import dropout
+from halfbyte.layers.kernels.cpu import gate, tiles
+from halfbyte.layers.kernels.cpu.integer.part import Lora
+from halfbyte.layers.kernels.cpu.integer.rounding import LANES, Value
+from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, run
+from halfbyte.layers.kernels.cpu.scalar import hash_u32, inlined
+from halfbyte.layers.kernels.cpu.tiles import COLUMNS, ROWS, BFloat, tile
+
+_I16, _I32, _I64, _F32 = (*(ir.IntType(n) for n in (16, 32, 64)), ir.FloatType())
+_FLOATS, _WORDS, _PAIRS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES), ir.VectorType(BFloat(), 2 * LANES)
+AT_ONCE = 6 * COLUMNS  # columns of a result that are made at once
+TAKEN = 4 * ROWS  # rows that a thread takes at once
+
+if not tiles.available():  # LLVM ends the process where it meets an instruction that the processor lacks
+    raise ImportError("these kernels multiply pairs of bf16, which this processor does not (avx512_bf16)")
+
+
+def _every(b: Value, value: Value, lanes: int) -> Value:
+    vector = ir.VectorType(value.type, lanes)
+    one = b.insert_element(ir.Constant(vector, ir.Undefined), value, _I32(0))
+    return b.shuffle_vector(one, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(_I32, lanes), None))
+
+
+def _hashed(b: Value, value: Value) -> Value:
+    """`scalar.hash_u32` of 16 words."""
+
+    def shift_xor(value: Value, by: int) -> Value:
+        return b.xor(value, b.lshr(value, ir.Constant(_WORDS, [by] * LANES)))
+
+    value = b.mul(shift_xor(value, 16), ir.Constant(_WORDS, [0x7FEB352D] * LANES))
+    return shift_xor(b.mul(shift_xor(value, 15), ir.Constant(_WORDS, [0x846CA68B] * LANES)), 16)
+
+
+def _called(b: Value, name: str, result: Value, *args: Value) -> Value:
+    kind = ir.FunctionType(result, [a.type for a in args])
+    return b.call(cgutils.get_or_insert_function(b.module, kind, name), args)
+
+
+def _two(b: Value, at: Value, kind: Value) -> list[Value]:
+    """Two registers of 16 numbers, from an address on."""
+    places = (b.inttoptr(b.add(at, _I64(64 * k)), kind.as_pointer()) for k in range(2))
+    return [b.load(place, align=4) for place in places]
+
+
+@intrinsic
+def _finish(typing_context, made, scale, low, start, own, sums, row, columns, y, count):  # type: ignore[no-untyped-def]
+    """y = drop(bf16(made x scale)) + sums x row x columns as bf16, for `count` columns, whole tiles of them.
+
+    Args: addresses of fp32, int32, fp32 (0 for none) and bf16; low: 0 for no mask; start: number of the first word of
+        a mask of seed `own`.
+    """
+
+    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        made, scale, low, start, own, sums, row, columns, y, count = args
+        b, bits = builder, ir.VectorType(_I16, COLUMNS)
+        by, steps, seed = (_every(b, each, LANES) for each in (scale, row, own))
+        least, lanes = _every(b, b.trunc(low, _I16), COLUMNS), ir.Constant(_WORDS, list(range(LANES)))
+
+        def packed(two: list[Value]) -> Value:  # to nearest even, in one instruction; below 2^-126 it gives 0
+            return b.bitcast(_called(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _PAIRS, two[1], two[0]), bits)
+
+        def body(first: Value, *, masked: bool, across: bool) -> None:
+            four = b.mul(first, _I64(4))
+            small = packed([b.fmul(each, by) for each in _two(b, b.add(made, four), _FLOATS)])
+            if masked:
+                word = b.add(start, b.trunc(b.lshr(first, _I64(1)), _I32))
+                drawn = _hashed(b, b.xor(b.add(_every(b, word, LANES), lanes), seed))
+                keep = b.icmp_unsigned(">=", b.bitcast(drawn, bits), least)
+                small = b.select(keep, small, ir.Constant(bits, None))
+            found, times = [], _two(b, b.add(columns, four), _FLOATS) if across else None
+            for k, sum_ in enumerate(_two(b, b.add(sums, four), _WORDS)):
+                here = ir.Constant(_WORDS, list(range(LANES * k, LANES * (k + 1))))
+                upper = b.zext(b.shuffle_vector(small, ir.Constant(bits, ir.Undefined), here), _WORDS)
+                lora = b.bitcast(b.shl(upper, ir.Constant(_WORDS, [16] * LANES)), _FLOATS)
+                step = b.fmul(steps, times[k]) if times else steps
+                found.append(_called(b, "llvm.fma.v16f32", _FLOATS, b.sitofp(sum_, _FLOATS), step, lora))
+            b.store(packed(found), b.inttoptr(b.add(y, b.mul(first, _I64(2))), bits.as_pointer()), align=2)
+
+        def loop(*, masked: bool, across: bool) -> None:
+            with cgutils.for_range(b, b.lshr(count, _I64(5)), intp=_I64) as each:
+                body(b.mul(each.index, _I64(COLUMNS)), masked=masked, across=across)
+
+        with b.if_else(b.icmp_signed("!=", low, _I32(0))) as (dropped, whole):
+            for branch, masked in ((dropped, True), (whole, False)):
+                with branch, b.if_else(b.icmp_signed("!=", columns, _I64(0))) as (scaled, even):
+                    with scaled:
+                        loop(masked=masked, across=True)
+                    with even:
+                        loop(masked=masked, across=False)
+        return context.get_dummy_value()
+
+    n, w, f = types.int64, types.uint32, types.float32
+    return types.void(n, f, w, w, w, n, f, n, n, n), build
+
+
+@inlined
+def _part(left, right, y, sums, rows, columns, width, scale, low, seed, keys, before, first, last):  # type: ignore[no-untyped-def]
+    pairs, made = left.shape[1], np.empty(ROWS * AT_ONCE, np.float32)
+    here = np.zeros(ROWS * pairs, np.uint32)
+    for i in range(first, last, ROWS):
+        many = min(ROWS, last - i)
+        for k in range(many):
+            for j in range(pairs):
+                here[k * pairs + j] = left[i + k, j]
+        for c in range(0, width, AT_ONCE):
+            wide = min(AT_ONCE, width - c)
+            for j in range(0, wide, COLUMNS):
+                tile(made[j:], AT_ONCE, here, pairs, 1, right[c + j :], width, pairs, 0)
+            for k in range(many):
+                row = before + i + k
+                if keys.shape[0] > 0:
+                    start, own = np.uint32(c // 2), hash_u32(keys[row] ^ seed)
+                else:
+                    start, own = np.uint32((row * width + c) // 2), seed
+                at, across = (i + k) * width + c, columns + c * 4 if columns != 0 else 0
+                one = made.ctypes.data + k * AT_ONCE * 4
+                _finish(one, scale, low, start, own, sums + at * 4, rows[i + k], across, y + at * 2, wide)
+
+
+@kernel
+def lora_onto(p):  # type: ignore[no-untyped-def]
+    s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
+    n, width, pairs = s[1], s[9], s[10]
+    rows = array(s[5], (n,), np.float32)
+    left, right = array(s[7], (n, pairs), np.uint32), array(s[8], (pairs * width,), np.uint32)
+    keys, low, seed = array(s[14], (s[15],), np.uint32), np.uint32(s[12]), np.uint32(s[13])
+    each_block(s, _part, (left, right, s[3], s[4], rows, s[6], width, np.float32(f[11]), low, seed, keys, s[16]))
+
+
+def pairs(right: Tensor) -> Tensor:
+    """(R, D) bf16 -> (R / 2, D) words, of each column's neighbours."""
+    if right.stride(0) == 1:
+        return right.T.contiguous().view(torch.int32).T.contiguous()
+    rank, width = right.shape
+    return right.contiguous().view(rank // 2, 2, width).transpose(1, 2).contiguous().view(torch.int32)
+
+
+def onto(
+    y: Tensor, sums: Tensor, row_steps: Tensor, column_steps: Tensor | None, lora: Lora, right: Tensor, first: int
+) -> None:
+    """y = LoRA's part + sums x steps of their row and column, rounded once more.
+
+    Args:
+        y: (N, D) bf16, contiguous, rows from `first` on of the result. sums: (N, D) int32. row_steps: (N,) fp32.
+        column_steps: (D,) fp32 or None. lora: of all rows of the result. right: its `pairs`.
+    """
+    n, d = y.shape
+    left = lora.left[first : first + n].contiguous()
+    by = 0 if column_steps is None else column_steps
+    keys: tuple[Tensor | int, int] = (0, 0)
+    seed = lora.seed.seed if isinstance(lora.seed, dropout.Keyed) else lora.seed
+    if isinstance(lora.seed, dropout.Keyed):
+        keys = lora.seed.keys, len(lora.seed.keys)
+    mask = (round(lora.p * 65536), seed & 0xFFFFFFFF, *keys, first)
+    given = (y, sums, row_steps, by, left, right, d, left.shape[1] // 2, float(lora.scale))
+    run(lora_onto, n, TAKEN, *given, *mask)
+
+
+def fault() -> str | None:
+    """What this gets wrong on this machine, seen once beside torch's products; None where nothing is."""
+    draw = torch.Generator().manual_seed(0)
+    n, r, d, first = ROWS + 5, 6, AT_ONCE + COLUMNS, 7
+    left, right = (torch.randn(s, generator=draw).bfloat16() for s in ((first + n, r), (r, d)))
+    sums = torch.randint(-(10**6), 10**6, (n, d), generator=draw, dtype=torch.int32)
+    rows, columns = torch.rand(n, generator=draw) * 1e-6, torch.rand(d, generator=draw)
+    mask, ones = torch.empty(first + n, d, dtype=torch.bfloat16), torch.ones(first + n, d, dtype=torch.bfloat16)
+    gate.dropped(ones, mask, 0.5, 7)
+    for lora, by in ((Lora(left, right, 0.5), columns), (Lora(left, right, 1.0, 0.5, 7), None)):
+        y = torch.empty(n, d, dtype=torch.bfloat16)
+        onto(y, sums, rows, by, lora, pairs(right), first)
+        wanted = (lora.scale * (left.float() @ right.float()) * (mask.float() if lora.p else 1))[first:]
+        wanted = wanted + sums * rows[:, None] * (1.0 if by is None else by)
+        # two roundings to bf16, the first of LoRA's part alone
+        most = 2**-8 * (wanted.abs() + 2 * (wanted - sums * rows[:, None] * (1.0 if by is None else by)).abs()) + 1e-4
+        if not bool(((y.float() - wanted).abs() <= most).all()):
+            return "LoRA's part added to integer sums is wrong"
+    return None
