@@ -267,7 +267,7 @@ def test_kernels_that_add_in_any_order_do_not_fail_the_proof() -> None:
 
 def test_a_card_makes_more_logits_at_once_than_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks for a CPU's cache made a card read a large head again for every few rows."""
-    monkeypatch.setattr(loss, "CHUNK", 16 * 500)  # 16 rows
+    monkeypatch.setattr(loss, "CHUNK32", 16 * 500)  # 16 rows
     lines, weight, targets = torch.randn(64, 8), torch.randn(500, 8), torch.zeros(64, dtype=torch.int64)
     with fake_card.cards() as cards:
         where = f"{fake_card.KIND}:0"

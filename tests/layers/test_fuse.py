@@ -89,7 +89,7 @@ def test_in_bf16_they_are_as_near_to_the_truth_as_pefts(name: str) -> None:
 
 def test_what_runs_fused_on_llama() -> None:
     counts = fuse.install(adapted("llama")).counts
-    assert counts == {"LoRA linears": 8, "norms": 5, "gated MLPs": 2, "attentions": 2}
+    assert counts == {"LoRA linears": 8, "norms": 5, "gated MLPs": 2, "attentions": 2, "layers": 2}
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,9 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt"])
 def test_trained_rows_learn_what_pefts_do_and_no_matrix_is_made_anew(name: str, tied: bool) -> None:
-    changes = {"tie_word_embeddings": tied}
+    changes: dict[str, Any] = {"tie_word_embeddings": tied}
+    if name == "opt":  # a relu has a kink: where a number is 0 to rounding, which of two right gradients it gets is chance
+        changes["activation_function"] = "gelu"
     model = adapted(name, changes=changes, vocab_size=2000, trainable_token_indices=ROWS)
     model.zero_grad()
     embedding = model.get_input_embeddings()

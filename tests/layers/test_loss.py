@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from halfbyte.data.collate import collate
 from halfbyte.data.encoding.examples import Example
 from halfbyte.layers import loss, packing, packing_proof
+from halfbyte.layers.kernels import wanted
 from halfbyte.layers.loss import Head, head_loss, head_of
 from tests import small_models, tiny
 
@@ -35,6 +36,7 @@ def test_head_loss(
     smoothing: float, chunk: int, trains: bool, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(loss, "CHUNK", chunk)
+    monkeypatch.setattr(loss, "CHUNK32", chunk)
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(k, d, generator=draw).to(dtype).requires_grad_()
     # what trains is an fp32 master, whose numbers are in the dtype of the hidden states while they are computed with
@@ -69,6 +71,7 @@ def test_a_head_of_which_some_rows_train(
     dtype: torch.dtype, tolerance: float, scale: float, softcap: float | None, chunk: int, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(loss, "CHUNK", chunk)
+    monkeypatch.setattr(loss, "CHUNK32", chunk)
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(37, 16, generator=draw).to(dtype).requires_grad_()
     weight = (torch.randn(77, 16, generator=draw) * 0.7).to(dtype)
@@ -125,7 +128,7 @@ def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         rows.append(x.shape[0])
         return real(x, weight, bias)
 
-    monkeypatch.setattr(loss, "CHUNK", 32 * 1000)
+    monkeypatch.setattr(loss, "CHUNK32", 32 * 1000)
     monkeypatch.setattr(loss, "_logits", spy)
     head_loss(
         torch.randn(100, 8, requires_grad=True), torch.zeros(100, dtype=torch.long), Head(torch.randn(1000, 8), None)
@@ -221,12 +224,13 @@ def test_rows_are_added_to_a_batch_that_knows_only_where_its_examples_begin(monk
     assert aligned["max_length_q"] == 11
 
 
-def test_the_gradient_of_chosen_rows_is_that_of_index_select() -> None:
+@pytest.mark.parametrize("count", [4, 6], ids=["alone", "and zeros"])
+def test_the_gradient_of_chosen_rows_is_that_of_index_select(count: int) -> None:
     x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
     rows = torch.tensor([0, 2, 3, 6])
-    assert torch.autograd.gradcheck(lambda t: loss._Rows.apply(t, rows), (x,))
+    assert torch.autograd.gradcheck(lambda t: wanted.Picked.apply(t, rows, count), (x,))
     empty = torch.tensor([], dtype=torch.long)
-    assert torch.autograd.grad(loss._Rows.apply(x, empty).sum(), x)[0].abs().sum() == 0
+    assert torch.autograd.grad(wanted.Picked.apply(x, empty, 3).sum(), x)[0].abs().sum() == 0
 
 
 def test_a_head_that_is_not_plain_is_left_to_the_model() -> None:

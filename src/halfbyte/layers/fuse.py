@@ -22,6 +22,7 @@ from halfbyte.errors import AdapterError
 from halfbyte.layers import attention, norm_gate, sight
 from halfbyte.layers.experts import interface
 from halfbyte.layers.experts.layout import is_quantised
+from halfbyte.layers.kernels import dropout, wanted
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.layers.lora_linear import REMADE, Remade, frozen_linear, lora_linear
 from halfbyte.quant import formats
@@ -144,14 +145,18 @@ class _RmsNorm(_Fast):
     """An RMS norm with a frozen weight, of llama's or gemma's kind."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight: Tensor = self.weight
-        if weight.requires_grad or x.dtype != weight.dtype or not available(x):
-            return super().forward(x)
+        return self.beside(x)[1] if self.takes(x) else super().forward(x)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the kernel computes what this norm does to x."""
+        return not self.weight.requires_grad and x.dtype == self.weight.dtype and available(x)
+
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, its norm) for what it `takes`; for a sum with x behind the norm."""
         eps = float(getattr(self, "variance_epsilon", 0.0) or getattr(self, "eps", 0.0))
-        one_plus = bool(is_one_plus(type(self)))
-        y = norm_gate.rms_norm(x, weight, eps, one_plus=one_plus)
-        kept = x.detach()
-        return _cheap(self, y, lambda: norm_gate.rms_norm(kept, weight, eps, one_plus=one_plus))
+        weight, one_plus, given = self.weight, bool(is_one_plus(type(self))), x.detach()
+        kept, y = norm_gate.norm_beside(x, weight, eps, one_plus=one_plus)
+        return kept, _cheap(self, y, lambda: norm_gate.rms_norm(given, weight, eps, one_plus=one_plus))
 
 
 class _GatedMlp(_Fast):
@@ -185,10 +190,47 @@ class _Attention(_Fast):
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = (x[0] for x in position_embeddings)  # (T, R)
-        out = attention.attention(q, k, v, lengths, self.scaling, cos, sin)
-        return self.o_proj(out.view(1, tokens, -1)), None
+        out = attention.attention(q, k, v, lengths, self.scaling, cos, sin).view(1, tokens, -1)
+        some = wanted.by(self)
+        if some is None:
+            return self.o_proj(out), None
+        with dropout.narrowed(some.rows):
+            return self.o_proj(some.of(out)), None
 
 
+class _DecoderLayer(_Fast):
+    """A layer of two halves, each x + f(norm(x)): its sums in memory of the pool, the norms' gradients added with them,
+    and behind the attention only the rows that are wanted."""
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: Any) -> Any:
+        norms = self.input_layernorm, self.post_attention_layernorm
+        if args or not torch.is_grad_enabled() or not all(_runs_fused(norm, hidden_states) for norm in norms):
+            return super().forward(hidden_states, *args, **kwargs)
+        some = wanted.by(self)
+        if some is not None:
+            some.taken = True
+        kept, x = norms[0].beside(hidden_states)
+        x = self.self_attn(hidden_states=x, **kwargs)[0]
+        if some is None:
+            return self._second_half(kept, x)
+        with dropout.narrowed(some.rows):
+            return self._second_half(some.of(kept), x if x.shape[1] == some.count else some.of(x))
+
+    def _second_half(self, kept: Tensor, x: Tensor) -> Tensor:
+        kept, x = self.post_attention_layernorm.beside(norm_gate.added(kept, x))
+        return norm_gate.added(kept, self.mlp(x))
+
+
+def _runs_fused(norm: nn.Module, x: Tensor) -> bool:
+    """Whether this norm can be computed without its call, which hooks would see."""
+    hooked = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    return isinstance(norm, _RmsNorm) and not hooked and norm.takes(x)
+
+
+# Layers whose forward is: x + attention(norm(x)), and of that x + mlp(norm(x)).
+DECODER_LAYERS = frozenset(
+    {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "GemmaDecoderLayer"}
+)
 # Attention classes whose forward is: project, (norm q and k,) rotate both halves, attend, project.
 ATTENTIONS = frozenset(
     {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention", "GemmaAttention", "Gemma3Attention"}
@@ -229,6 +271,9 @@ def install(model: nn.Module) -> Fused:
         elif kind.__name__ in ATTENTIONS:
             counts["attentions"] += 1
             _become(module, _Attention)
+        elif kind.__name__ in DECODER_LAYERS:
+            counts["layers"] += 1
+            _become(module, _DecoderLayer)
     if experts := interface.install(model):
         counts["experts"] = experts
     return Fused(dict(counts), dict(unfused))

@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from halfbyte.layers import fuse, packing
-from halfbyte.layers.kernels import pool
+from halfbyte.layers.kernels import dropout, pool, wanted
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.layers.kernels.cpu.matmul import by_kernel, into, product
 from halfbyte.layers.padded_rows import with_hidden
@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from halfbyte.types import Batch, Config, Model
 
 # Numbers of logits at once: large enough for the matmul's full rate; in 16 bits small enough for a CPU's third-level
-# cache, too. A card has no such cache, and reads the head again for each chunk.
-CHUNK, CARD_CHUNK = 16_000_000, 128_000_000
+# cache, too; in fp32, too large for it, as many again, as the head is read again and laid out for each chunk. So it is
+# on a card.
+CHUNK, CHUNK32, CARD_CHUNK = 16_000_000, 32_000_000, 128_000_000
 # Rows of the head in one fp32 product on a CPU: the library packs them first, which stays in cache for so few.
 HEAD_ROWS = 2048
 
@@ -115,9 +116,7 @@ def _labelled(model: Model, batch: Batch, *, fused: bool = True) -> tuple[torch.
     head = head_of(model) if fused else None
     if head is not None:
         with torch.autocast(device.type, enabled=False):
-            hidden = structure.body(structure.causal_lm(model))(**inputs)[0]  # (1, T, D)
-        labelled: torch.Tensor = _Rows.apply(hidden[0], keep.to(hidden.device))
-        return labelled, targets, head
+            return _hidden(structure.causal_lm(model), inputs, keep), targets, head
     # over several cards a forward would index the last one's hidden states with numbers on the first
     if keeps_some(model):
         logits = model(**inputs, logits_to_keep=keep).logits[0]  # (K, V)
@@ -125,6 +124,24 @@ def _labelled(model: Model, batch: Batch, *, fused: bool = True) -> tuple[torch.
         logits = model(**inputs).logits[0]  # (N, V)
         logits = logits.index_select(0, keep.to(logits.device))  # (K, V)
     return logits, targets.to(logits.device), None
+
+
+def _hidden(lm: Model, inputs: dict[str, torch.Tensor], keep: torch.Tensor) -> torch.Tensor:
+    """The hidden states (K, D) of the tokens `keep` (K,), which are all that the last layer makes where it can."""
+    (texts, tokens), body = inputs["input_ids"].shape, structure.body(lm)
+    count = len(keep) if tokens < packing.ALIGNED_FROM else packing.up_to(len(keep))
+    last = next((m for m in reversed(list(body.modules())) if isinstance(m, fuse._DecoderLayer)), None)
+    # where its forward is done again it would not be asked again; a mask drawn for all rows is not that of some
+    able = torch.is_grad_enabled() and last is not None and not last.gradient_checkpointing
+    if able and texts == 1 and 0 < count < tokens and (dropout.by_row() or not lm.training):
+        with wanted.asked(wanted.Wanted(last, keep, count)) as some:
+            hidden: torch.Tensor = body(**inputs)[0][0]  # (count, D), or (T, D)
+        if some.taken:
+            return hidden[: len(keep)]
+    else:
+        hidden = body(**inputs)[0][0]  # (T, D)
+    made: torch.Tensor = wanted.Picked.apply(hidden, keep.to(hidden.device), len(keep))
+    return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,22 +282,6 @@ def head_loss(hidden: torch.Tensor, targets: torch.Tensor, head: Head, *, smooth
     return loss
 
 
-class _Rows(torch.autograd.Function):
-    """`index_select(0, rows)` of rows that are named once each: backward copies, where torch adds one after another."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(rows)
-        ctx.count = x.shape[0]
-        return x.index_select(0, rows)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (rows,) = ctx.saved_tensors
-        (grad,) = grads
-        return grad.new_zeros(ctx.count, *grad.shape[1:]).index_copy_(0, rows, grad), None
-
-
 class _HeadLoss(torch.autograd.Function):
     """Logits live a chunk at a time; their gradient takes their place, and only (K, D) is kept for backward, with the
     gradients of a head that trains, summed in fp32."""
@@ -306,7 +307,8 @@ class _HeadLoss(torch.autograd.Function):
         targets = torch.nn.functional.pad(targets, (0, rows - labelled))
         grad = pool.empty_like(hidden) if any(ctx.needs_input_grad) else None
         losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
-        at_once = CHUNK if hidden.device.type == "cpu" else CARD_CHUNK
+        on_cpu = CHUNK32 if hidden.dtype == torch.float32 else CHUNK
+        at_once = on_cpu if hidden.device.type == "cpu" else CARD_CHUNK
         most = max(1, at_once // width // packing.ROWS) * packing.ROWS
         # even ones, as a short last one costs the head's bytes again
         chunk = min(most, packing.up_to(-(-rows // -(-rows // most)))) if rows else 1

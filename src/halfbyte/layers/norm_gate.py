@@ -1,6 +1,7 @@
-"""RMS norm and the gated MLP's activation as autograd functions over the kernels, each with its formula beside it.
+"""RMS norm, the gated MLP's activation and the sums of a residual stream as autograd functions over the kernels, each
+with its formula beside it.
 
-Cost: RMS norm keeps its input and one fp32 a row; the gate keeps its two inputs.
+Cost: RMS norm keeps its input and one fp32 a row; the gate keeps its two inputs; a sum keeps nothing.
 Letters: N rows, D width, I the MLP's inner width.
 """
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
+from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu import available
 
 SILU, GELU_TANH = 0, 1
@@ -16,23 +18,41 @@ ACTIVATIONS = {"silu": SILU, "swish": SILU, "gelu_pytorch_tanh": GELU_TANH, "gel
 
 
 class RmsNorm(torch.autograd.Function):
-    """x / rms(x) * w, or * (1 + w) for gemma's. The weight is frozen. x: (N, D) contiguous, in w's dtype."""
+    """x itself, for a sum behind the norm, and x / rms(x) * w, or * (1 + w) for gemma's. Both gradients of x are added
+    while the norm's is made. The weight is frozen. x: (N, D) contiguous, in w's dtype."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, w: Tensor, eps: float, one_plus: bool) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, w: Tensor, eps: float, one_plus: bool) -> tuple[Tensor, Tensor]:
         from halfbyte.layers.kernels.cpu import norm
 
         y, rstd = norm.rms_norm(x, w, eps, one_plus=one_plus)
         ctx.save_for_backward(x, w, rstd)
         ctx.one_plus = one_plus
-        return y
+        ctx.set_materialize_grads(False)
+        return x, y
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         from halfbyte.layers.kernels.cpu import norm
 
-        x, w, rstd = ctx.saved_tensors
-        return norm.rms_norm_backward(grads[0].contiguous(), x, w, rstd, one_plus=ctx.one_plus), None, None, None
+        (x, w, rstd), (beside, dy) = ctx.saved_tensors, grads
+        if dy is None:
+            return beside, None, None, None
+        beside = None if beside is None else beside.contiguous()
+        dx = norm.rms_norm_backward(dy.contiguous(), x, w, rstd, one_plus=ctx.one_plus, beside=beside)
+        return dx, None, None, None
+
+
+class Added(torch.autograd.Function):
+    """x + y in memory of the pool. Both of one shape and dtype."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, y: Tensor) -> Tensor:
+        return torch.add(x, y, out=pool.empty_like(x))
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], grads[0]
 
 
 class Gated(torch.autograd.Function):
@@ -57,10 +77,22 @@ class Gated(torch.autograd.Function):
 def rms_norm(x: Tensor, w: Tensor, eps: float, *, one_plus: bool) -> Tensor:
     """(..., D) -> (..., D)."""
     if available(x, w) and x.dtype == w.dtype:
-        flat = x.reshape(-1, x.shape[-1])
-        y: Tensor = RmsNorm.apply(flat.contiguous(), w, eps, one_plus)
-        return y.view(x.shape)
+        return norm_beside(x, w, eps, one_plus=one_plus)[1]
     return rms_norm_formula(x, w, eps, one_plus=one_plus)
+
+
+def norm_beside(x: Tensor, w: Tensor, eps: float, *, one_plus: bool) -> tuple[Tensor, Tensor]:
+    """(x, its norm), both (..., D), for a sum with x after the norm. For what `available` says, in w's dtype."""
+    kept, y = RmsNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), w, eps, one_plus)
+    return kept.view(x.shape), y.view(x.shape)
+
+
+def added(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, (..., D) each."""
+    if not available(x, y) or x.dtype != y.dtype or x.shape != y.shape:
+        return x + y
+    total: Tensor = Added.apply(x, y)
+    return total
 
 
 def rms_norm_formula(x: Tensor, w: Tensor, eps: float, *, one_plus: bool) -> Tensor:

@@ -20,7 +20,7 @@ from halfbyte.plan.lines import Line, Recompute, Where
 from halfbyte.quant import policy
 
 # layers/loss.py: at once at most, on a card too, in multiples of so many rows
-LOGITS_CHUNK, CARD_LOGITS_CHUNK, LOGITS_ROWS = 16_000_000, 128_000_000, 16
+LOGITS_CHUNK, LOGITS_CHUNK32, CARD_LOGITS_CHUNK, LOGITS_ROWS = 16_000_000, 32_000_000, 128_000_000, 16
 SCORES_BYTES, SCORES_ROWS = 24_000_000, 512  # layers/attention.py: scores in fp32 at once, rows of a long example
 # layers/kernels/cpu/integer/products.py: rows of a result at least, numbers at most at once
 INTEGER_ROWS, INTEGER_SUMS = 512, 3 << 19
@@ -162,7 +162,8 @@ def scores_bytes(job: Job, largest: MicroBatch) -> float:
 
 def logits_bytes(job: Job, labelled: int) -> int:
     """Logits that exist at once: a chunk; without kernels also their fp32 log-probabilities."""
-    at_once = LOGITS_CHUNK if job.kernels else CARD_LOGITS_CHUNK
+    on_cpu = LOGITS_CHUNK32 if job.itemsize == 4 else LOGITS_CHUNK
+    at_once = on_cpu if job.kernels else CARD_LOGITS_CHUNK
     most = max(1, at_once // max(1, job.facts.vocab) // LOGITS_ROWS) * LOGITS_ROWS
     even = -(-labelled // max(1, -(-labelled // most)))
     rows = min(most, -(-even // LOGITS_ROWS) * LOGITS_ROWS)

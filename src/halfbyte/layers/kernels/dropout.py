@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -68,6 +68,24 @@ def drawn(
     """
     global _now
     before, _now = _now, Drawn(torch.from_numpy(token_keys(rows, lengths, seed=seed, step=step)), sites, anywhere)
+    try:
+        yield
+    finally:
+        _now = before
+
+
+def by_row() -> bool:
+    """Whether masks are those of rows of the data now."""
+    return _now is not None
+
+
+@contextmanager
+def narrowed(rows: Tensor) -> Iterator[None]:
+    """While it lasts, only these rows (K,) of the micro-batch's tokens are computed; their masks are as ever."""
+    global _now
+    before = _now
+    if _now is not None:
+        _now = replace(_now, keys=_now.keys[rows])
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ Cost: about five microseconds a tensor, so small ones stay torch's own.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import sys
@@ -33,6 +34,8 @@ LARGER = 2.0  # a block may be so many times as large as its tensor
 # Free blocks that are kept: with them no more is held than so many times the most that was lent at once.
 KEPT_SHARE = 1.1
 LINE_BYTES = 64
+# Blocks from this size on ask for pages of 2 MB: 3 to 4% of a step in fp32, and no more memory (docs/log.md).
+HUGE_FROM = 4 << 20
 _FLAGS = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
 
 
@@ -100,6 +103,9 @@ class Pool:
         while self._free and self.held + size > KEPT_SHARE * max(self.most, self.lent + size):
             self.held -= len(self._free.pop(0))
         block = Block(-1, size, **_FLAGS)
+        if size >= HUGE_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them
+                block.madvise(mmap.MADV_HUGEPAGE)
         self._made_count += 1
         block.begin = LINE_BYTES * (self._made_count * 17 % (mmap.PAGESIZE // LINE_BYTES))
         self.held += size

@@ -45,15 +45,18 @@ def whole_attention(x: torch.Tensor) -> bool:
     return tiles.available() if x.dtype == torch.bfloat16 else tiles.available32()
 
 
-# Above this rank a library's product is as fast as `lora.py`'s.
+# Above this rank a library's product is as fast as those of `lora/`.
 LARGEST_RANK = 64
 
 
 def lora_products(x: torch.Tensor, a: torch.Tensor) -> bool:
-    """Whether LoRA's own products, dropout inside, run as kernels here: of rows x, and A (R, D), in bf16."""
+    """Whether LoRA's own products, dropout inside, run as kernels here: of rows x, and A (R, D), of one dtype."""
     rank, width = a.shape
-    fits = width % 32 == 0 and rank % 2 == 0 and 0 < rank <= LARGEST_RANK and a.dtype == x.dtype == torch.bfloat16
-    return fits and x.is_contiguous() and whole_attention(x) and works("lora")
+    if width % 32 or not 0 < rank <= LARGEST_RANK or a.dtype != x.dtype or not x.is_contiguous():
+        return False
+    if x.dtype == torch.bfloat16 and rank % 2:  # it multiplies pairs
+        return False
+    return whole_attention(x) and works("lora.bf16" if x.dtype == torch.bfloat16 else "lora.fp32")
 
 
 @cache

@@ -36,8 +36,8 @@ def _forward_rows(x, w, y, rstd, eps, one_plus, first, last):  # type: ignore[no
 
 
 @inlined
-def _backward_rows(dy, x, w, rstd, dx, one_plus, first, last):  # type: ignore[no-untyped-def]
-    width = x.shape[1]
+def _backward_rows(dy, x, w, rstd, beside, dx, one_plus, first, last):  # type: ignore[no-untyped-def]
+    width, more = x.shape[1], beside.shape[0] > 0
     inverse = np.float32(1.0) / np.float32(width)
     plus = np.float32(one_plus)
     for i in range(first, last):
@@ -46,8 +46,13 @@ def _backward_rows(dy, x, w, rstd, dx, one_plus, first, last):  # type: ignore[n
         for j in range(width):
             dot += load(g[j]) * (plus + load(w[j])) * load(a[j])
         c = dot * r * r * inverse
-        for j in range(width):
-            out[j] = store(r * (load(g[j]) * (plus + load(w[j])) - load(a[j]) * c), out)
+        if more:
+            b = beside[i]
+            for j in range(width):
+                out[j] = store(load(b[j]) + r * (load(g[j]) * (plus + load(w[j])) - load(a[j]) * c), out)
+        else:
+            for j in range(width):
+                out[j] = store(r * (load(g[j]) * (plus + load(w[j])) - load(a[j]) * c), out)
 
 
 def _forward(element: type) -> object:
@@ -69,7 +74,7 @@ def _backward(element: type) -> object:
         n, d = s[1], s[8]
         dy, x, dx = array(s[3], (n, d), element), array(s[4], (n, d), element), array(s[7], (n, d), element)
         w, rstd = array(s[5], (d,), element), array(s[6], (n,), np.float32)
-        each_block(s, _backward_rows, (dy, x, w, rstd, dx, s[9]))
+        each_block(s, _backward_rows, (dy, x, w, rstd, array(s[10], (s[11], d), element), dx, s[9]))
 
     return rms_norm_backward
 
@@ -85,9 +90,12 @@ def rms_norm(x: Tensor, w: Tensor, eps: float, *, one_plus: bool) -> tuple[Tenso
     return y, rstd
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor, *, one_plus: bool) -> Tensor:
-    """The gradient of x, (N, D), from that of y; the weight is frozen."""
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor, *, one_plus: bool, beside: Tensor | None = None
+) -> Tensor:
+    """The gradient of x, (N, D), from that of y; the weight is frozen. `beside`: another gradient of x, to be added."""
     n, d = x.shape
     dx = pool.empty_like(x)
-    run(_backward_kernel(x.dtype), n, block_rows(d), dy, x, w, rstd, dx, d, int(one_plus))
+    more = (0, 0) if beside is None else (beside, n)
+    run(_backward_kernel(x.dtype), n, block_rows(d), dy, x, w, rstd, dx, d, int(one_plus), *more)
     return dx

@@ -26,8 +26,9 @@ from halfbyte.layers.kernels.cpu.tiles import COLUMNS32 as COLUMNS
 from halfbyte.layers.kernels.cpu.tiles import ROWS32 as ROWS
 from halfbyte.layers.kernels.cpu.tiles import tile32
 
-TALL, WIDE = 144, 768  # rows and columns of C that a thread takes at once: a block of A stays in its second-level cache
-STEPS = 192  # of K at once: a panel so long stays in the first-level cache
+# Of K at once, so that a panel stays in the first-level cache; rows and columns of C that a thread takes at once, so
+# that a block of A stays in the second-level one.
+STEPS, TALL, WIDE = (288, 96, 768) if COLUMNS == 16 else (192, 144, 768)
 PANEL_NUMBERS, LONGEST = 1_280_000, 2304  # numbers of B that are laid out at once, and the most rows of it
 LEAST_ROWS = 192  # for fewer rows of A, laying out B costs more than is gained
 WORK = TALL * STEPS + ROWS * COLUMNS  # numbers that a thread has for itself

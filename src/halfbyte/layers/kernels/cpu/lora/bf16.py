@@ -18,9 +18,10 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from halfbyte.layers.kernels import dropout, pool
-from halfbyte.layers.kernels.cpu import gate, tiles
+from halfbyte.layers.kernels import pool
+from halfbyte.layers.kernels.cpu import tiles
 from halfbyte.layers.kernels.cpu.gate import masked_words
+from halfbyte.layers.kernels.cpu.lora.shared import PART, TAKEN, Seed, fault_of, mask_of
 from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, run
 from halfbyte.layers.kernels.cpu.scalar import hash_u32, inlined, store
 from halfbyte.layers.kernels.cpu.tiles import (
@@ -34,9 +35,7 @@ from halfbyte.layers.kernels.cpu.tiles import (
     tile,
 )
 
-PART = 512  # rows that a sum over rows is made of
 PAIRS = 32  # pairs of rows that lie in cache at once
-TAKEN = 96  # rows that a thread takes at once
 _LOW = np.uint32(0xFFFF)
 
 
@@ -155,43 +154,34 @@ def lora_gradient(p):  # type: ignore[no-untyped-def]
     each_block(s, _gradient, (dh, x, out, np.uint32(s[6]), np.uint32(s[7]), keys))
 
 
-def _mask(p: float, seed: int | dropout.Keyed) -> tuple[tuple[int, int, Tensor | int], int]:
-    """What each kernel takes: below what a number's 16 random bits drop it, the seed, a key for each row or none; and
-    how many keys."""
-    low = round(p * 65536)
-    if isinstance(seed, dropout.Keyed):
-        return (low, seed.seed & 0xFFFFFFFF, seed.keys), len(seed.keys)
-    return (low, seed & 0xFFFFFFFF, 0), 0
-
-
-def down(x: Tensor, a: Tensor, p: float, seed: int | dropout.Keyed) -> Tensor:
+def down(x: Tensor, a: Tensor, p: float, seed: Seed) -> Tensor:
     """drop(x) A^T, not scaled by 1 / (1 - p): x (N, D), A (R, D) -> (N, R), bf16. The mask is `gate.dropped`'s."""
     (n, width), rank = x.shape, a.shape[0]
     h = pool.empty((n, rank), x)
     wide = TALL_COLUMNS if rank <= TALL_COLUMNS else -(-rank // COLUMNS) * COLUMNS
     turned = torch.zeros(width // 2, wide, dtype=torch.int32)
     turned[:, :rank] = a.contiguous().view(torch.int32).T
-    mask, keys = _mask(p, seed)
+    mask, keys = mask_of(p, seed)
     run(lora_down, n, TAKEN, x, turned, h, *mask, width // 2, rank, wide, keys)
     return h
 
 
-def up(dh: Tensor, a: Tensor, p: float, seed: int | dropout.Keyed) -> Tensor:
+def up(dh: Tensor, a: Tensor, p: float, seed: Seed) -> Tensor:
     """drop(dh A), not scaled: dh (N, R), A (R, D) -> (N, D), bf16, in memory of the pool."""
     (rank, width), n = a.shape, dh.shape[0]
     out = pool.empty((n, width), a)
     pairs = a.view(rank // 2, 2, width).transpose(1, 2).contiguous().view(torch.int32)  # (R / 2, D, 1)
-    mask, keys = _mask(p, seed)
+    mask, keys = mask_of(p, seed)
     run(lora_up, n, TAKEN, dh.contiguous(), pairs, out, *mask, width // 2, rank // 2, keys)
     return out
 
 
-def gradient(dh: Tensor, x: Tensor, p: float, seed: int | dropout.Keyed) -> Tensor:
+def gradient(dh: Tensor, x: Tensor, p: float, seed: Seed) -> Tensor:
     """dh^T drop(x), not scaled: dh (N, R), x (N, D), bf16 -> (R, D) fp32."""
     (n, width), rank = x.shape, dh.shape[1]
     parts, ranks = -(-n // PART), min(-(-rank // rows) * rows for rows in (ROWS, LOW_ROWS))
     out = pool.empty((parts, ranks, width), x, torch.float32)
-    mask, keys = _mask(p, seed)
+    mask, keys = mask_of(p, seed)
     run(lora_gradient, parts, 1, dh.contiguous(), x, out, *mask, width // 2, rank, ranks, n, keys)
     made = out[:, :rank].sum(0) if parts > 1 else out[0, :rank]
     return made.view(rank, 2, width // 2).transpose(1, 2).reshape(rank, width)
@@ -199,21 +189,5 @@ def gradient(dh: Tensor, x: Tensor, p: float, seed: int | dropout.Keyed) -> Tens
 
 @cache
 def fault() -> str | None:
-    """What these products get wrong on this machine, seen once on small ones beside torch's; None where nothing is."""
-    draw = torch.Generator().manual_seed(0)
-    for rank in (6, TALL_COLUMNS + 8):  # tiles of each size
-        x, a, dh = (torch.randn(s, generator=draw).bfloat16() for s in ((PART + 13, 64), (rank, 64), (PART + 13, rank)))
-        dropped = torch.empty_like(x)
-        gate.dropped(x, dropped, 0.5, 7)
-        kept, whole = (dropped != 0).float(), (t.float() for t in (dropped, a, dh))
-        dropped32, a32, dh32 = whole
-        wanted = {
-            "drop(x) A^T": (down(x, a, 0.5, 7), dropped32 @ a32.T),
-            "dh^T drop(x)": (gradient(dh, x, 0.5, 7), dh32.T @ dropped32),
-            "drop(dh A)": (up(dh, a, 0.5, 7), (dh32 @ a32) * kept),
-        }
-        for name, (got, right) in wanted.items():
-            # a rounding to bf16, and sums in another order
-            if not bool(((got.float() - right).abs() <= 2**-7 * right.abs() + 1e-4 * right.abs().amax()).all()):
-                return f"{name} of LoRA is wrong"
-    return None
+    """What these products get wrong on this machine, with tiles of each size; None where nothing is."""
+    return fault_of(down, gradient, up, torch.bfloat16, ranks=(6, TALL_COLUMNS + 8))
