@@ -128,7 +128,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt"])
 def test_trained_rows_learn_what_pefts_do_and_no_matrix_is_made_anew(name: str, tied: bool) -> None:
     changes: dict[str, Any] = {"tie_word_embeddings": tied}
-    if name == "opt":  # a relu has a kink: where a number is 0 to rounding, which of two right gradients it gets is chance
+    if name == "opt":  # a relu has a kink: of a number that is 0 to rounding, either of two gradients is right
         changes["activation_function"] = "gelu"
     model = adapted(name, changes=changes, vocab_size=2000, trainable_token_indices=ROWS)
     model.zero_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,3 +134,22 @@ def test_threads_never_share_a_block() -> None:
         thread.join()
     lender.give_back()
     assert not wrong and lender.held == lender.lent == 0
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no transparent huge pages")
+def test_only_large_blocks_ask_for_huge_pages() -> None:
+    lender = Pool()
+
+    def asks(tensor: torch.Tensor) -> bool:
+        """By the flags of the mapping in which the middle of the tensor lies."""
+        at, inside = tensor.data_ptr() + tensor.nbytes // 2, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            first, _, last = line.split()[0].partition("-")
+            if last and not line.startswith("Vm"):
+                inside = int(first, 16) <= at < int(last, 16)
+            elif inside and line.startswith("VmFlags:"):
+                return "hg" in line.split()
+        raise AssertionError("no such mapping")
+
+    large, small = of(lender, pool.HUGE_FROM // KIB + 1), of(lender, pool.HUGE_FROM // KIB // 2)
+    assert asks(large) and not asks(small)
