@@ -17,8 +17,8 @@ from tests.layers.kernels.cpu.integer.test_products import layer_of
 
 if not cpu.available(torch.zeros(1)) or not tiles.available():
     pytest.skip("needs numba and AVX512-BF16", allow_module_level=True)
-from halfbyte.layers.kernels.cpu import lora as own
 from halfbyte.layers.kernels.cpu.integer import rounding, sums
+from halfbyte.layers.kernels.cpu.lora import bf16 as own
 
 SHAPES = [(1, 2, 32), (13, 6, 192), (24, 16, 224), (61, 64, 576)]
 
