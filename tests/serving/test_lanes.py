@@ -172,7 +172,7 @@ def test_the_whole_head_is_used_where_a_text_looks_at_more_than_the_largest(monk
 
 
 @KERNELS
-@pytest.mark.parametrize("fault", ["adapter", "cache", "none"])
+@pytest.mark.parametrize("fault", ["adapter", "cache", "copy", "none"])
 def test_a_fault_of_the_tape_is_found_before_a_text_is_written(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     models = served.two()
     if fault == "adapter":  # every text gets the first one
@@ -187,6 +187,9 @@ def test_a_fault_of_the_tape_is_found_before_a_text_is_written(fault: str, monke
             made.of.values[1][[m for m, _ in texts]] *= -1
 
         monkeypatch.setattr(lanes.reader.Reader, "read", faulty)
+    elif fault == "copy":  # of what has been read, one token too few
+        copy = lanes.Tapes._copy
+        monkeypatch.setattr(lanes.Tapes, "_copy", lambda lane, m, to, n: copy(lane, m, to, n - 1 if n else 0))
     lane, why = lanes.lane_for(models)
     assert isinstance(lane, lanes.Tapes if fault == "none" else lanes.Forward)
     assert ("apart from the model's own" in why) == (fault != "none")

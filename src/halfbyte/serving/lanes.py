@@ -264,22 +264,25 @@ def lane_for(models: Models) -> tuple[Lane, str]:
 
 
 def _probe(lane: Lane, models: Models) -> None:
-    """A text for each model: what the lane gives after two tokens, and what a forward without a cache gives."""
+    """A text for each model: what the lane gives after two tokens, and what a forward without a cache gives; another
+    one beside it, most of which is not read again, too."""
     from halfbyte.serving.text import Text
 
+    count = min(2, models.places) if isinstance(lane, Tapes) else 1
     lm = structure.causal_lm(models.model)
     where = lm.get_input_embeddings().weight.device
     with torch.no_grad():
         for one in models.named.values():
             ids = list(one.tokenizer("Why is the sky blue, and what are 7 cups of tea?")["input_ids"])[:32]
-            text = Text.of_probe(one)
-            lane.begin(one.adapter, [ids[:-2]], [[text]])
-            for last in ids[-2:]:
-                lane.step()
-                text.last = last
-            ((_, found),) = lane.step()
-            found = found.clone()
-            lane.leave(text)
+            texts, found = [Text.of_probe(one) for _ in range(count)], list[Tensor]()
+            for text in texts:
+                lane.begin(one.adapter, [ids[:-2]], [[text]])
+                for last in ids[-2:]:
+                    lane.step()
+                    text.last = last
+                found.append(dict(lane.step())[text].clone())
+            for text in texts:
+                lane.leave(text)
             with models.using(one.adapter):
                 wanted = lm(input_ids=torch.tensor([ids], device=where), use_cache=False).logits[0, -1].float().cpu()
-            decode.check(found[None], wanted[None], len(decode.layers_of(lm)))
+            decode.check(torch.stack(found), wanted.expand(count, -1), len(decode.layers_of(lm)))
