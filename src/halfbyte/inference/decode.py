@@ -46,14 +46,15 @@ class Slower(Exception):
     """Why these texts are left to the model's own loop."""
 
 
-def tolerance(layers: int, dtype: torch.dtype) -> float:
+def tolerance(layers: int, dtype: torch.dtype, *, read: bool = False) -> float:
     """How far logits of the two paths may be apart: the norm of their difference over that of the logits about their
     mean.
 
     Both round in other places. Independent errors add by their squares; 4 standard deviations, since the errors of one
-    token are not independent of each other.
+    token are not independent of each other. read: a tape has read the prompt, too, so that the keys and values which a
+    token meets are not the same ones: their tokens have had as many roundings as its own, so twice as many count.
     """
-    return _SIGMAS * _ROUNDING * math.sqrt(_ROUNDINGS_OF_A_LAYER.get(dtype, 24) * layers)
+    return _SIGMAS * _ROUNDING * math.sqrt((1 + read) * _ROUNDINGS_OF_A_LAYER.get(dtype, 24) * layers)
 
 
 def apart(fast: Tensor, own: Tensor) -> float:
@@ -63,18 +64,18 @@ def apart(fast: Tensor, own: Tensor) -> float:
     return float(((fast - own).norm(dim=-1) / spread.clamp_min(1e-30)).max())
 
 
-def prove(made: llama.Decoder, own: Tensor, texts: Tensor | Sequence[int], layers: int) -> float:
+def prove(made: llama.Decoder, own: Tensor, texts: Tensor | Sequence[int], layers: int, *, read: bool = False) -> float:
     """`check` of the texts' last step; and that the largest logit is that of the whole head."""
     largest = made.logits.amax(1)
     fast = made.whole()
     if not torch.equal(largest, made.logits.amax(1)):
         raise Slower("its largest logit is not that of the whole head")
-    return check(fast[texts], own, layers)
+    return check(fast[texts], own, layers, read=read)
 
 
-def check(fast: Tensor, own: Tensor, layers: int) -> float:
+def check(fast: Tensor, own: Tensor, layers: int, *, read: bool = False) -> float:
     """How far apart logits (M, V) of the two paths are; raises Slower where that is too far."""
-    found, allowed = apart(fast, own), tolerance(layers, own.dtype)
+    found, allowed = apart(fast, own), tolerance(layers, own.dtype, read=read)
     if not found <= allowed:  # NaN too
         raise Slower(f"its logits are {found:.3g} apart from the model's own, where {allowed:.3g} are allowed")
     return found
@@ -218,15 +219,20 @@ class Loop:
         lengths = mask.sum(1).tolist()
         for number, layer in enumerate(cache.layers):
             made.fill(number, layer.keys, layer.values, lengths)
-        self._read(made, lm, [row[-length:-1] for row, length in zip(ids.tolist(), lengths, strict=True)], n, factor)
+        read = self._read(
+            made, lm, [row[-length:-1] for row, length in zip(ids.tolist(), lengths, strict=True)], n, factor
+        )
         self._step(made, embed(last), [length - 1 for length in lengths])
         # Of texts that are not padded: with a mask the model's own attention rounds more (docs/log.md).
         whole = mask.all(1)
-        self.apart = prove(made, logits[whole], whole, len(self.layers))
+        self.apart = prove(made, logits[whole], whole, len(self.layers), read=read)
         return made.capped(), embed
 
-    def _read(self, made: llama.Decoder, lm: Model, texts: list[list[int]], start: int, factor: float) -> None:
-        """Texts from token `start` on by a tape, as `serve` does, in place of what a forward has filled in."""
+    def _read(self, made: llama.Decoder, lm: Model, texts: list[list[int]], start: int, factor: float) -> bool:
+        """Texts from token `start` on by a tape, as `serve` does, in place of what a forward has filled in; whether
+        there were any."""
         shorter = [(m, text) for m, text in enumerate(texts) if reader.worth(made, len(text) + 1)]
-        if shorter and stream.of(self.layers[0]) is None:
-            reader.Reader(lm, made, factor).read(shorter, start)
+        if not shorter or stream.of(self.layers[0]) is not None:
+            return False
+        reader.Reader(lm, made, factor).read(shorter, start)
+        return True

@@ -96,7 +96,7 @@ class Engine:
             if self._draining or not self.alive:
                 raise self._stopping()
             texts = sum(ask.n for ask in asks)
-            free = self.models.places - len(self.of) if not self.queue else 0
+            free = self.models.places - len(self.of)  # also where others that came just now wait for them
             if self.waiting + texts > self.most_waiting + free:
                 rounds = math.ceil((self.waiting + 1) / self.models.places)
                 raise Full(min(60, max(1, math.ceil(rounds * self._each_s))))

@@ -116,7 +116,7 @@ class Tapes:
             for m in places[-1]:
                 self.read[m] = adapter, list(prompt)
         if made is not None and longest > self.proven.get(adapter, 0):
-            self._prove(places, made.logits)
+            self._prove(places, made.logits, read=any(by_tape))
             self.proven[adapter] = longest
 
     def _place(self, text: Text, prompt: Sequence[int], adapter: str | None) -> int:
@@ -143,13 +143,13 @@ class Tapes:
                 keys[to, :, :n] = keys[m, :, :n]
                 values[to, :, :n] = values[m, :, :n]
 
-    def _prove(self, places: list[list[int]], own: Tensor) -> None:
+    def _prove(self, places: list[list[int]], own: Tensor, *, read: bool) -> None:
         """The prompts' last tokens by the tape, beside the model's own logits (n, V). What other texts compute here
         they compute again."""
         taken, of = [m for some in places for m in some], [i for i, some in enumerate(places) for _ in some]
         made, _ = self._run(whole=False)
         try:
-            decode.prove(made, own[of], taken, len(self.layers))
+            decode.prove(made, own[of], taken, len(self.layers), read=read)
         except decode.Slower:
             for m in taken:
                 self.text[m], self.before[m] = None, 0
@@ -285,4 +285,5 @@ def _probe(lane: Lane, models: Models) -> None:
                 lane.leave(text)
             with models.using(one.adapter):
                 wanted = lm(input_ids=torch.tensor([ids], device=where), use_cache=False).logits[0, -1].float().cpu()
-            decode.check(torch.stack(found), wanted.expand(count, -1), len(decode.layers_of(lm)))
+            layers, read = len(decode.layers_of(lm)), isinstance(lane, Tapes) and lane.reader is not None
+            decode.check(torch.stack(found), wanted.expand(count, -1), layers, read=read)
