@@ -36,14 +36,18 @@ if __package__ in (None, ""):
 from benchmarks.stacks import STACKS, Case
 
 # Environments in which libraries and kernels use no more than a class of processors has.
+_AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+bmi,+bmi2,+lzcnt,+popcnt,+f16c,+sse4.2",
+}  # fmt: skip
 ISA = {
     "native": {},
     "avx512_bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
     "avx512_vnni": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
-    "avx2": {
-        "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-        "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+bmi,+bmi2,+lzcnt,+popcnt,+f16c,+sse4.2",
+    "avx2_vnni": {
+        **_AVX2, "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", "NUMBA_CPU_FEATURES": f"{_AVX2['NUMBA_CPU_FEATURES']},+avxvnni",
     },
+    "avx2": _AVX2,
 }  # fmt: skip
 
 
