@@ -188,5 +188,5 @@ def complete(recipe: Recipe) -> Document | None:
     if point is None:
         return report
     check_recipe(point, recipe)
-    done = 0 < recipe.train.max_steps <= report["steps"]  # whatever epochs say, or early stopping
+    done = recipe.train.max_steps == report["steps"]  # whatever epochs say, or early stopping
     return report if done or not GOES_ON & set(point.changes(recipe)) else None
