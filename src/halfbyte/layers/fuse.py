@@ -198,7 +198,7 @@ class _Attention(_Fast):
             return self.o_proj(some.of(out)), None
 
 
-class _DecoderLayer(_Fast):
+class DecoderLayer(_Fast):
     """A layer of two halves, each x + f(norm(x)): its sums in memory of the pool, the norms' gradients added with them,
     and behind the attention only the rows that are wanted."""
 
@@ -273,7 +273,7 @@ def install(model: nn.Module) -> Fused:
             _become(module, _Attention)
         elif kind.__name__ in DECODER_LAYERS:
             counts["layers"] += 1
-            _become(module, _DecoderLayer)
+            _become(module, DecoderLayer)
     if experts := interface.install(model):
         counts["experts"] = experts
     return Fused(dict(counts), dict(unfused))

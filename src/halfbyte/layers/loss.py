@@ -130,7 +130,7 @@ def _hidden(lm: Model, inputs: dict[str, torch.Tensor], keep: torch.Tensor) -> t
     """The hidden states (K, D) of the tokens `keep` (K,), which are all that the last layer makes where it can."""
     (texts, tokens), body = inputs["input_ids"].shape, structure.body(lm)
     count = len(keep) if tokens < packing.ALIGNED_FROM else packing.up_to(len(keep))
-    last = next((m for m in reversed(list(body.modules())) if isinstance(m, fuse._DecoderLayer)), None)
+    last = _last_layer(body)
     # where its forward is done again it would not be asked again; a mask drawn for all rows is not that of some
     able = torch.is_grad_enabled() and last is not None and not last.gradient_checkpointing
     if able and texts == 1 and 0 < count < tokens and (dropout.by_row() or not lm.training):
@@ -142,6 +142,14 @@ def _hidden(lm: Model, inputs: dict[str, torch.Tensor], keep: torch.Tensor) -> t
         hidden = body(**inputs)[0][0]  # (T, D)
     made: torch.Tensor = wanted.Picked.apply(hidden, keep.to(hidden.device), len(keep))
     return made
+
+
+def _last_layer(module: torch.nn.Module) -> fuse.DecoderLayer | None:
+    """The last fused layer in it; looked for from the end, as a model has thousands of modules."""
+    if isinstance(module, fuse.DecoderLayer):
+        return module
+    found = (_last_layer(child) for child in reversed(list(module.children())))
+    return next((layer for layer in found if layer is not None), None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,8 @@ from numba import types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
+from halfbyte.layers.kernels.cpu.scalar import inlined
+
 ROWS, COLUMNS = 12, 32
 _LANES = 16
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
@@ -51,6 +53,15 @@ def has(feature: str) -> bool:
     if asked is not None:
         return f"+{feature}" in asked.split(",")
     return bool(binding.get_host_cpu_features().get(feature, False))
+
+
+@inlined
+def rows_into(here, x, first, many):  # type: ignore[no-untyped-def]
+    """Rows [first, first + many) of x (N, K) -> the beginning of `here`, of a tile's rows; those behind stay."""
+    width = x.shape[1]
+    for i in range(many):
+        for j in range(width):
+            here[i * width + j] = x[first + i, j]
 
 
 def _tile(rows: int, columns: int) -> Any:

@@ -59,10 +59,11 @@ def mixed(width: int) -> int:
     return LANES * apart(width)
 
 
-def _every(builder: Value, value: Value) -> Value:
-    vector = ir.VectorType(value.type, LANES)
+def every(builder: Value, value: Value, lanes: int = LANES) -> Value:
+    """A register with this number in each lane."""
+    vector, first = ir.VectorType(value.type, lanes), ir.Constant(ir.VectorType(_I32, lanes), None)
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, _I32(0))
-    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), ir.Constant(_WORDS, None))
+    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), first)
 
 
 class _Part:
@@ -72,7 +73,7 @@ class _Part:
         self.b, self.mask = builder, None
         if left is not None:
             places = ir.Constant(_WORDS, list(range(LANES)))
-            self.mask = builder.icmp_signed("<", places, _every(builder, builder.trunc(left, _I32)))
+            self.mask = builder.icmp_signed("<", places, every(builder, builder.trunc(left, _I32)))
 
     def _masked(self, name: str, kind: Value, *args: Value) -> Value:
         """`llvm.masked.load` or `store`."""
@@ -258,7 +259,7 @@ def to_bytes(typing_context, source, factor, out, width):  # type: ignore[no-unt
 
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
         source, factor, out, width = args
-        times, magic = _every(builder, factor), ir.Constant(_FLOATS, [_MAGIC] * LANES)
+        times, magic = every(builder, factor), ir.Constant(_FLOATS, [_MAGIC] * LANES)
         callee = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), f"llvm.fma.v{LANES}f32"
         )

@@ -17,13 +17,13 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from halfbyte.layers.kernels import dropout
 from halfbyte.layers.kernels.cpu import gate, tiles
 from halfbyte.layers.kernels.cpu.integer.part import Lora
-from halfbyte.layers.kernels.cpu.integer.rounding import LANES, Value
+from halfbyte.layers.kernels.cpu.integer.rounding import LANES, Value, every
+from halfbyte.layers.kernels.cpu.lora.shared import mask_of
 from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, run
 from halfbyte.layers.kernels.cpu.scalar import hash_u32, inlined
-from halfbyte.layers.kernels.cpu.tiles import COLUMNS, ROWS, BFloat, tile
+from halfbyte.layers.kernels.cpu.tiles import COLUMNS, ROWS, BFloat, rows_into, tile
 
 _I16, _I32, _I64, _F32 = (*(ir.IntType(n) for n in (16, 32, 64)), ir.FloatType())
 _FLOATS, _WORDS, _PAIRS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES), ir.VectorType(BFloat(), 2 * LANES)
@@ -32,12 +32,6 @@ TAKEN = 4 * ROWS  # rows that a thread takes at once
 
 if not tiles.available():  # LLVM ends the process where it meets an instruction that the processor lacks
     raise ImportError("these kernels multiply pairs of bf16, which this processor does not (avx512_bf16)")
-
-
-def _every(b: Value, value: Value, lanes: int) -> Value:
-    vector = ir.VectorType(value.type, lanes)
-    one = b.insert_element(ir.Constant(vector, ir.Undefined), value, _I32(0))
-    return b.shuffle_vector(one, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(_I32, lanes), None))
 
 
 def _hashed(b: Value, value: Value) -> Value:
@@ -72,8 +66,8 @@ def _finish(typing_context, made, scale, low, start, own, sums, row, columns, y,
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
         made, scale, low, start, own, sums, row, columns, y, count = args
         b, bits = builder, ir.VectorType(_I16, COLUMNS)
-        by, steps, seed = (_every(b, each, LANES) for each in (scale, row, own))
-        least, lanes = _every(b, b.trunc(low, _I16), COLUMNS), ir.Constant(_WORDS, list(range(LANES)))
+        by, steps, seed = (every(b, each) for each in (scale, row, own))
+        least, lanes = every(b, b.trunc(low, _I16), COLUMNS), ir.Constant(_WORDS, list(range(LANES)))
 
         def packed(two: list[Value]) -> Value:  # to nearest even, in one instruction; below 2^-126 it gives 0
             return b.bitcast(_called(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _PAIRS, two[1], two[0]), bits)
@@ -83,7 +77,7 @@ def _finish(typing_context, made, scale, low, start, own, sums, row, columns, y,
             small = packed([b.fmul(each, by) for each in _two(b, b.add(made, four), _FLOATS)])
             if masked:
                 word = b.add(start, b.trunc(b.lshr(first, _I64(1)), _I32))
-                drawn = _hashed(b, b.xor(b.add(_every(b, word, LANES), lanes), seed))
+                drawn = _hashed(b, b.xor(b.add(every(b, word), lanes), seed))
                 keep = b.icmp_unsigned(">=", b.bitcast(drawn, bits), least)
                 small = b.select(keep, small, ir.Constant(bits, None))
             found, times = [], _two(b, b.add(columns, four), _FLOATS) if across else None
@@ -118,9 +112,7 @@ def _part(left, right, y, sums, rows, columns, width, scale, low, seed, keys, be
     here = np.zeros(ROWS * pairs, np.uint32)
     for i in range(first, last, ROWS):
         many = min(ROWS, last - i)
-        for k in range(many):
-            for j in range(pairs):
-                here[k * pairs + j] = left[i + k, j]
+        rows_into(here, left, i, many)
         for c in range(0, width, AT_ONCE):
             wide = min(AT_ONCE, width - c)
             for j in range(0, wide, COLUMNS):
@@ -166,13 +158,9 @@ def onto(
     n, d = y.shape
     left = lora.left[first : first + n].contiguous()
     by = 0 if column_steps is None else column_steps
-    keys: tuple[Tensor | int, int] = (0, 0)
-    seed = lora.seed.seed if isinstance(lora.seed, dropout.Keyed) else lora.seed
-    if isinstance(lora.seed, dropout.Keyed):
-        keys = lora.seed.keys, len(lora.seed.keys)
-    mask = (round(lora.p * 65536), seed & 0xFFFFFFFF, *keys, first)
+    mask, keys = mask_of(lora.p, lora.seed)
     given = (y, sums, row_steps, by, left, right, d, left.shape[1] // 2, float(lora.scale))
-    run(lora_onto, n, TAKEN, *given, *mask)
+    run(lora_onto, n, TAKEN, *given, *mask, keys, first)
 
 
 def fault() -> str | None:

@@ -24,6 +24,7 @@ from halfbyte.layers.kernels.cpu.integer.rounding import (
     Made,
     Value,
     apart,
+    every,
     filled,
     in_thirds,
     mirrored,
@@ -49,12 +50,12 @@ if not tiles.has("avx512f"):
 def _to_bf16(b: Value, value: Value) -> Value:
     """16 floats, rounded to nearest even bf16. (A NaN of a scale keeps its upper bits, so it stays one.)"""
 
-    def every(n: int) -> Value:
+    def words(n: int) -> Value:
         return ir.Constant(_WORDS, [n] * LANES)
 
     bits = b.bitcast(value, _WORDS)
-    odd = b.and_(b.lshr(bits, every(16)), every(1))
-    up = b.and_(b.add(b.add(bits, every(0x7FFF)), odd), every(0xFFFF0000))
+    odd = b.and_(b.lshr(bits, words(16)), words(1))
+    up = b.and_(b.add(b.add(bits, words(0x7FFF)), odd), words(0xFFFF0000))
     return b.bitcast(b.select(b.fcmp_unordered("uno", value, value), bits, up), _FLOATS)
 
 
@@ -72,9 +73,7 @@ def _decode(typing_context, codes, scales, table, out, blocks, registers, bf16):
         size = b.mul(registers, _I64(LANES))
         with cgutils.for_range(b, blocks, intp=_I64) as block:
             scale = b.load(b.inttoptr(b.add(scales, b.mul(block.index, _I64(4))), _F32.as_pointer()))
-            one = b.insert_element(ir.Constant(_FLOATS, ir.Undefined), scale, _I32(0))
-            every = b.shuffle_vector(one, ir.Constant(_FLOATS, ir.Undefined), ir.Constant(_WORDS, None))
-            exact = b.fmul(values, every)
+            exact = b.fmul(values, every(b, scale))
             scaled = b.select(b.icmp_signed("!=", bf16, _I64(0)), _to_bf16(b, exact), exact)
             first = b.mul(block.index, size)
             with cgutils.for_range(b, registers, intp=_I64) as register:

@@ -31,6 +31,7 @@ from halfbyte.layers.kernels.cpu.tiles import (
     TALL_COLUMNS,
     TALL_ROWS,
     low_tile,
+    rows_into,
     tall_tile,
     tile,
 )
@@ -81,9 +82,7 @@ def _up(dh, a, out, low, seed, keys, first, last):  # type: ignore[no-untyped-de
     here, sums, row = np.zeros(ROWS * pairs, np.uint32), np.empty(ROWS * width, np.float32), np.empty(width, np.uint16)
     for i in range(first, last, ROWS):
         rows = min(ROWS, last - i)
-        for k in range(rows):
-            for j in range(pairs):
-                here[k * pairs + j] = dh[i + k, j]
+        rows_into(here, dh, i, rows)
         for j in range(0, width, COLUMNS):
             tile(sums[j:], width, here, pairs, 1, a[j:], width, pairs, 0)
         for k in range(rows):

@@ -22,7 +22,7 @@ from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, run
 from halfbyte.layers.kernels.cpu.scalar import counter_bits, hash_u32, inlined
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS32 as COLUMNS
 from halfbyte.layers.kernels.cpu.tiles import ROWS32 as ROWS
-from halfbyte.layers.kernels.cpu.tiles import tile32
+from halfbyte.layers.kernels.cpu.tiles import rows_into, tile32
 
 AT_ONCE = 64  # rows that lie in cache at once, in a sum over rows
 _ZERO = np.float32(0.0)
@@ -76,9 +76,7 @@ def _up(dh, a, out, mask, work, first, last):  # type: ignore[no-untyped-def]
     here, sums, bits = work
     for i in range(first, last, ROWS):
         rows = min(ROWS, last - i)
-        for k in range(rows):
-            for j in range(rank):
-                here[k * rank + j] = dh[i + k, j]
+        rows_into(here, dh, i, rows)
         for j in range(0, width, COLUMNS):
             tile32(sums[j:], width, here, rank, 1, a[j:], width, rank, 0)
         for k in range(rows):
