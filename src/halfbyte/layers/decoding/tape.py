@@ -86,7 +86,7 @@ class Tape:
         self._kept: list[object] = []
         self.before, self._group = (0, 0), 0
         self.used = vectors  # those of them that a run computes; the first ones
-        self.isa, self._groups, self._blocks = name, 1, 1
+        self.isa, self._groups, self._blocks, self._scratch = name, 1, 1, 0
         self._levels: dict[str, Tensor] = {}
         self._planes_of: dict[bytes, Tensor] = {}
         self._slots: np.ndarray | None = None
@@ -243,7 +243,10 @@ class Tape:
 
     def attend(self, attention: Attention, out: Tensor) -> None:
         """out: (M, H d)."""
+        from halfbyte.layers.kernels.cpu.decoding import attend
+
         a = attention
+        self._scratch = max(self._scratch, attend.scratch_bytes(a.keys.stride(2) * a.keys.itemsize, a.keys.itemsize))
         slots = a.slots() | {19: a.scale, 20: a.cap, 21: a.window, 22: out.data_ptr(), 24: out.shape[1]}
         self._add(self.kinds.ATTEND, self.m * a.key_heads, slots)
 
@@ -300,7 +303,7 @@ class Tape:
         self._arrived = np.zeros(self.kinds.LINE, np.int64)
         self._slots = np.zeros(32, np.int64)
         self._slots[:2] = self._ops.ctypes.data, len(self._rows)
-        scratch = 12 * 1024 + 160 * self.m + 32 * self._blocks
+        scratch = max(self._scratch, 12 * 1024 + 160 * self.m + 32 * self._blocks)
         self._slots[4:9] = self._counters.ctypes.data, self._groups, self.room, scratch, _yield_address()
         self._slots[9:11] = threads, self._arrived.ctypes.data
         self._name_matrices()

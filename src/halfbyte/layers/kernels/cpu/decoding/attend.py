@@ -1,15 +1,16 @@
 """Attention of one token of each text over its cache: rotary embedding, keys and values kept, scores, their sums.
 
-What: a head's keys and values lie as (T, d'), d' whole registers, so that both are read from beginning to end; while
-keys are read their values are asked for, and then the next head's keys. Scores of a register's lanes of tokens are
-added up together; values are summed in registers, four tokens in turns. A register of bf16 is two of fp32, of every
-second number; a query is laid out like that once.
+What: a head's keys and values lie as (T, d'), d' whole registers, so that both are read from beginning to end, once for
+up to three queries; while keys are read their values are asked for, and then the next head's keys. Scores of a
+register's lanes of tokens are added up together; values are summed in registers, four tokens in turns. A register of
+bf16 is two of fp32, of every second number; a query is laid out like that once.
 Source: the formulas of attention; rotary embedding as in transformers' Llama.
 
 Letters: M texts, H query heads, K key heads, T room of the cache, R rotary width.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from llvmlite import ir
@@ -24,6 +25,8 @@ from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, load, store
 
 CHUNK_BYTES = {2: 64, 4: 32}  # of a cache's row, that are read at once: its type's bytes
 USED = 27  # a slot of each operation: how many of its vectors there are now
+AT_ONCE = 3  # queries that read keys and values together
+_KEPT = AT_ONCE * 1024  # bytes of scratch for their products
 _TURNS = 4  # tokens whose values have sums of their own
 _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -60,6 +63,10 @@ class _Kind:
         places = [[i // 2 + 16 * (i % 2) for i in range(first, first + 16)] for first in (0, 16)]
         return [self.code.b.shuffle_vector(*registers, mask(place)) for place in places]
 
+    def kept(self, head: int) -> int:
+        """Where a query's registers begin in the scratch."""
+        return head * 4 * self.lanes**2
+
     def there(self, left: Value) -> Value:
         lanes = ir.Constant(ir.VectorType(_I64, self.lanes), list(range(self.lanes)))
         return self.code.b.icmp_signed("<", lanes, self.code.every(left, self.lanes))
@@ -75,8 +82,15 @@ class _Kind:
         name = f"llvm.masked.store.v{self.lanes}f32.p0"
         self.code.call(name, ir.VoidType(), value, pointer, _I32(4), self.there(left))
 
-    def sums(self, totals: list[Value]) -> Value:
-        return single._all_sums(self.code, totals) if self.is_bf16 else words._sums(self.code, totals)
+    def pair(self, one: Value, other: Value) -> list[Value]:
+        """Products of two tokens, as they are kept: of bf16 each in a half of a register."""
+        return single._halves(self.code, [one, other]) if self.is_bf16 else [one, other]
+
+    def sums(self, kept: Value) -> Value:
+        """The sums of the products of a register's lanes of tokens, from address `kept` on."""
+        count = self.lanes // 2 if self.is_bf16 else self.lanes
+        products = [self.code.load(self.code.at(kept, 4 * self.lanes * n), self.floats) for n in range(count)]
+        return single._all_sums(self.code, products, width=8) if self.is_bf16 else words._sums(self.code, products)
 
     def variables(self, count: int) -> list[Value]:
         made = [cgutils.alloca_once(self.code.b, self.floats) for _ in range(count)]
@@ -103,74 +117,120 @@ def _spread(typing_context, like, q, d, scale, out):  # type: ignore[no-untyped-
     return types.void(like, types.int64, types.int64, types.float32, types.int64), build
 
 
-@intrinsic
-def _scores(typing_context, like, q, chunks, keys, row, n, far, s):  # type: ignore[no-untyped-def]
-    """q as `_spread` has it times n keys, `row` bytes apart -> s, whole registers; returns the largest. All int64. What
-    lies `far` bytes after them is asked for."""
+def _scores(heads: int) -> Callable[..., None]:
+    """An intrinsic: `heads` queries as `_spread` has them times n keys, `row` bytes apart -> s, whole registers.
 
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        _, q, chunks, keys, row, n, far, s = args
-        code, b = Code(builder), builder
-        kind = _Kind(code, like)
-        most = cgutils.alloca_once(b, kind.floats)
-        b.store(code.every(ir.Constant(_F32, float(np.float32(-3.0e38))), kind.lanes), most)
-        last = b.sub(n, _I64(1))
-        with code.rolled(b.sdiv(code.at(n, kind.lanes - 1), _I64(kind.lanes))) as tile:
-            first, totals = b.mul(tile, _I64(kind.lanes)), kind.variables(kind.lanes)
-            tokens = [code.at(first, i) for i in range(kind.lanes)]
-            rows = [code.at(keys, (b.select(b.icmp_signed("<", t, last), t, last), row)) for t in tokens]
-            with code.rolled(chunks) as c:
-                at = code.at(q, (c, 4 * kind.count))
-                own = [code.load(code.at(at, 4 * k), kind.floats) for k in range(0, kind.count, kind.lanes)]
-                for place, total in zip(rows, totals, strict=True):
-                    code.prefetch(code.at(place, (c, kind.bytes), far))
-                    for part, number in zip(kind.parts(code.at(place, (c, kind.bytes))), own, strict=True):
-                        b.store(code.fma(part, number, b.load(total)), total)
-            found = kind.sums([b.load(total) for total in totals])
-            single._store(code, found, code.at(s, (first, 4)))
-            name = f"llvm.maxnum.v{kind.lanes}f32"
-            b.store(code.call(name, kind.floats, b.load(most), found), most)
-        return code.call(f"llvm.vector.reduce.fmax.v{kind.lanes}f32", _F32, b.load(most))
+    Its arguments: like: an array of a cache's type. Then int64 (addresses, bytes, counts). q, q_row: bytes from a query
+    to the next. chunks, keys, row, n. far: what lies so many bytes after the keys is asked for. kept: heads times
+    lanes registers of scratch. s, s_row. most: (heads,) fp32, the largest of each.
+    """
 
-    return types.float32(like, *(7 * [types.int64])), build
+    @intrinsic
+    def scores(  # type: ignore[no-untyped-def]
+        typing_context, like, q, q_row, chunks, keys, row, n, far, kept, s, s_row, most
+    ):
+        def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            _, q, q_row, chunks, keys, row, n, far, kept, s, s_row, most = args
+            code, b = Code(builder), builder
+            kind = _Kind(code, like)
+            lowest = code.every(ir.Constant(_F32, float(np.float32(-3.0e38))), kind.lanes)
+            largest = kind.variables(heads)
+            for one in largest:
+                b.store(lowest, one)
+            last = b.sub(n, _I64(1))
+            with code.rolled(b.sdiv(code.at(n, kind.lanes - 1), _I64(kind.lanes))) as tile:
+                first = b.mul(tile, _I64(kind.lanes))
+                with code.rolled(_I64(kind.lanes // 2)) as pair:
+                    tokens = [code.at(first, (pair, 2), i) for i in (0, 1)]
+                    places = [code.at(keys, (b.select(b.icmp_signed("<", t, last), t, last), row)) for t in tokens]
+                    totals = [kind.variables(heads) for _ in tokens]
+                    with code.rolled(chunks) as c:
+                        for place in places:
+                            code.prefetch(code.at(place, (c, kind.bytes), far))
+                        parts = [kind.parts(code.at(place, (c, kind.bytes))) for place in places]
+                        for head in range(heads):
+                            own = code.at(q, (q_row, head), (c, 4 * kind.count))
+                            for k in range(len(parts[0])):
+                                number = code.load(code.at(own, 4 * kind.lanes * k), kind.floats)
+                                for part, total in zip(parts, totals, strict=True):
+                                    b.store(code.fma(part[k], number, b.load(total[head])), total[head])
+                    for head in range(heads):
+                        made = kind.pair(*(b.load(total[head]) for total in totals))
+                        for k, one in enumerate(made):
+                            at = code.at(kept, kind.kept(head), (pair, len(made) * 4 * kind.lanes), 4 * kind.lanes * k)
+                            single._store(code, one, at)
+                for head, one in enumerate(largest):
+                    found = kind.sums(code.at(kept, kind.kept(head)))
+                    single._store(code, found, code.at(s, (s_row, head), (first, 4)))
+                    b.store(code.call(f"llvm.maxnum.v{kind.lanes}f32", kind.floats, b.load(one), found), one)
+            for head, one in enumerate(largest):
+                found = code.call(f"llvm.vector.reduce.fmax.v{kind.lanes}f32", _F32, b.load(one))
+                b.store(found, b.inttoptr(code.at(most, 4 * head), _F32.as_pointer()))
+            return context.get_dummy_value()
+
+        return types.void(like, *(11 * [types.int64])), build
+
+    made: Callable[..., None] = scores
+    return made
 
 
-@intrinsic
-def _weighed(typing_context, like, s, n, values, row, d, share, far, out):  # type: ignore[no-untyped-def]
-    """s (n) times share, times n values of d numbers, `row` bytes apart -> out (d). int64, but for share, fp32. What is
-    `far` bytes after them is asked for."""
+def _weighed(heads: int) -> Callable[..., None]:
+    """An intrinsic: for each of `heads` s (n) times its share, times n values of d numbers -> out (d).
 
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        _, s, n, values, row, d, share, far, out = args
-        code, b = Code(builder), builder
-        kind = _Kind(code, like)
-        parts = kind.count // kind.lanes
+    Its arguments: like: an array of a cache's type. Then int64 (addresses, bytes, counts). s, s_row, n. values, row,
+    d. shares: (heads,) fp32. far: what lies so many bytes after the values is asked for. out, out_row.
+    """
 
-        def onto(t: Value, place: Value, totals: list[Value]) -> None:
-            one = code.every(code.load(code.at(s, (t, 4)), _F32), kind.lanes)
-            code.prefetch(code.at(place, (t, row), far))
-            for part, total in zip(kind.parts(code.at(place, (t, row))), totals, strict=True):
-                b.store(code.fma(part, one, b.load(total)), total)
+    @intrinsic
+    def weighed(  # type: ignore[no-untyped-def]
+        typing_context, like, s, s_row, n, values, row, d, shares, far, out, out_row
+    ):
+        def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            _, s, s_row, n, values, row, d, shares, far, out, out_row = args
+            code, b = Code(builder), builder
+            kind = _Kind(code, like)
 
-        turns = b.sdiv(n, _I64(_TURNS))
-        with code.rolled(b.sdiv(code.at(d, kind.count - 1), _I64(kind.count))) as c:
-            totals, place = [kind.variables(parts) for _ in range(_TURNS)], code.at(values, (c, kind.bytes))
-            with code.rolled(turns) as turn:
-                for i, own in enumerate(totals):
-                    onto(code.at(b.mul(turn, _I64(_TURNS)), i), place, own)
-            done = b.mul(turns, _I64(_TURNS))
-            with code.rolled(b.sub(n, done)) as t:
-                onto(b.add(done, t), place, totals[0])
-            numbers = [[b.load(one) for one in own] for own in totals]
-            pairs = [[b.fadd(x, y) for x, y in zip(*numbers[i : i + 2], strict=True)] for i in (0, 2)]
-            made = [b.fmul(b.fadd(x, y), code.every(share, kind.lanes)) for x, y in zip(*pairs, strict=True)]
-            for k, part in enumerate(kind.together(made)):
-                first = code.at(_I64(k * kind.lanes), (c, kind.count))
-                kind.store(part, code.at(out, (first, 4)), b.sub(d, first))
-        return context.get_dummy_value()
+            def onto(t: Value, place: Value, totals: list[list[Value]]) -> None:
+                code.prefetch(code.at(place, (t, row), far))
+                parts = kind.parts(code.at(place, (t, row)))
+                for head, own in enumerate(totals):
+                    one = code.every(code.load(code.at(s, (s_row, head), (t, 4)), _F32), kind.lanes)
+                    for part, total in zip(parts, own, strict=True):
+                        b.store(code.fma(part, one, b.load(total)), total)
 
-    n = types.int64
-    return types.void(like, n, n, n, n, n, types.float32, n, n), build
+            turns = b.sdiv(n, _I64(_TURNS))
+            with code.rolled(b.sdiv(code.at(d, kind.count - 1), _I64(kind.count))) as c:
+                place = code.at(values, (c, kind.bytes))
+                totals = [[kind.variables(kind.count // kind.lanes) for _ in range(heads)] for _ in range(_TURNS)]
+                with code.rolled(turns) as turn:
+                    for i, own in enumerate(totals):
+                        onto(code.at(b.mul(turn, _I64(_TURNS)), i), place, own)
+                done = b.mul(turns, _I64(_TURNS))
+                with code.rolled(b.sub(n, done)) as t:
+                    onto(b.add(done, t), place, totals[0])
+                for head in range(heads):
+                    share = code.every(code.load(code.at(shares, 4 * head), _F32), kind.lanes)
+                    numbers = [[b.load(one) for one in turn[head]] for turn in totals]
+                    pairs = [[b.fadd(x, y) for x, y in zip(*numbers[i : i + 2], strict=True)] for i in (0, 2)]
+                    made = [b.fmul(b.fadd(x, y), share) for x, y in zip(*pairs, strict=True)]
+                    for k, part in enumerate(kind.together(made)):
+                        first = code.at(_I64(k * kind.lanes), (c, kind.count))
+                        kind.store(part, code.at(out, (out_row, head), (first, 4)), b.sub(d, first))
+            return context.get_dummy_value()
+
+        return types.void(like, *(10 * [types.int64])), build
+
+    made: Callable[..., None] = weighed
+    return made
+
+
+_scores_1, _scores_2, _scores_3 = (_scores(n) for n in (1, 2, 3))
+_weighed_1, _weighed_2, _weighed_3 = (_weighed(n) for n in (1, 2, 3))
+
+
+def scratch_bytes(row: int, itemsize: int) -> int:
+    """What `attend` needs where a cache's row has so many bytes."""
+    return 2 * 64 + _KEPT + AT_ONCE * 4 * row // itemsize
 
 
 @inlined
@@ -224,6 +284,21 @@ def rotate(op, number, like, item):  # type: ignore[no-untyped-def]
 
 
 @inlined
+def _chances(s, most, cap):  # type: ignore[no-untyped-def]
+    """Scores (n) -> how much each counts, times `most`: their largest, then what makes their sum 1."""
+    highest, total = most[0], np.float32(0.0)
+    if cap != np.float32(0.0):
+        for t in range(len(s)):
+            s[t] = cap * np.float32(math.tanh(s[t] / cap))
+        highest = cap * np.float32(math.tanh(highest / cap))
+    for t in range(len(s)):
+        e = exp_f32(s[t] - highest)
+        s[t] = e
+        total += e
+    most[0] = np.float32(1.0) / total
+
+
+@inlined
 def attend(op, number, like, s, scratch, item):  # type: ignore[no-untyped-def]
     """4..7, 15..18, 25, 26 as in `rotate`; 19 scale, 20 cap, 21 window, 22 plain out (M, D'), 24 D'."""
     heads, key_heads, d, row = op[5], op[6], op[7], op[26]
@@ -234,20 +309,29 @@ def attend(op, number, like, s, scratch, item):  # type: ignore[no-untyped-def]
     first = max(0, last - op[21]) if op[21] > 0 else 0
     at, n = ((_place(op, m) * key_heads + head) * op[17] + first) * row, last - first
     to_values, to_next = op[16] - op[15], op[15] - op[16] + op[17] * row  # of this head, and the keys of the next one
-    spread, chunks = scratch.ctypes.data, row // (64 if like.itemsize == 2 else 32)
-    for own in range(heads * head // key_heads, heads * (head + 1) // key_heads):
-        q = op[4] + (m * (heads + 2 * key_heads) + own) * d * 4
-        _spread(like, q, d, np.float32(number[19]), spread)
-        most = _scores(like, spread, chunks, op[15] + at, row, n, to_values, s.ctypes.data)
-        total = np.float32(0.0)
-        if cap != np.float32(0.0):
-            for t in range(n):
-                s[t] = cap * np.float32(math.tanh(s[t] / cap))
-            most = cap * np.float32(math.tanh(most / cap))
-        for t in range(n):
-            e = exp_f32(s[t] - most)
-            s[t] = e
-            total += e
+    ends = (scratch.ctypes.data + 63) // 64 * 64  # the largest score of each query, and its share; 64 bytes
+    kept, spread, q_row, chunks = ends + 64, ends + 64 + _KEPT, 4 * row // like.itemsize, row // (64 if like.itemsize == 2 else 32)
+    keys, values, s_row, out_row = op[15] + at, op[16] + at, 4 * op[17], 4 * d
+    own, last = heads * head // key_heads, heads * (head + 1) // key_heads
+    while own < last:
+        count = min(AT_ONCE, last - own) if last - own != 4 else 2
+        for i in range(count):
+            q = op[4] + (m * (heads + 2 * key_heads) + own + i) * d * 4
+            _spread(like, q, d, np.float32(number[19]), spread + i * q_row)
+        if count == 3:
+            _scores_3(like, spread, q_row, chunks, keys, row, n, to_values, kept, s.ctypes.data, s_row, ends)
+        elif count == 2:
+            _scores_2(like, spread, q_row, chunks, keys, row, n, to_values, kept, s.ctypes.data, s_row, ends)
+        else:
+            _scores_1(like, spread, q_row, chunks, keys, row, n, to_values, kept, s.ctypes.data, s_row, ends)
+        for i in range(count):
+            _chances(array(s.ctypes.data + i * s_row, (n,), np.float32), array(ends + 4 * i, (1,), np.float32), cap)
         out = op[22] + (m * op[24] + own * d) * 4
-        _weighed(like, s.ctypes.data, n, op[16] + at, row, d, np.float32(1.0) / total, to_next, out)
+        if count == 3:
+            _weighed_3(like, s.ctypes.data, s_row, n, values, row, d, ends, to_next, out, out_row)
+        elif count == 2:
+            _weighed_2(like, s.ctypes.data, s_row, n, values, row, d, ends, to_next, out, out_row)
+        else:
+            _weighed_1(like, s.ctypes.data, s_row, n, values, row, d, ends, to_next, out, out_row)
         to_values = to_next = 0
+        own += count

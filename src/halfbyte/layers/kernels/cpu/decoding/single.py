@@ -181,21 +181,20 @@ def _odd(code: Code, table: Value, args: dict[str, Value]) -> None:
         _store(code, sums, code.at(args["sums"], (r, 64)))
 
 
-def _halves(code: Code, vectors: list[Value], low: list[int], high: list[int]) -> list[Value]:
-    """Neighbours -> one register of the sums of their halves."""
-    b, pairs = code.b, zip(vectors[::2], vectors[1::2], strict=True)
+def _halves(code: Code, vectors: list[Value], width: int = ROWS) -> list[Value]:
+    """Neighbours, each of rows of `width` lanes -> one register of the sums of these rows' halves."""
+    b, half, pairs = code.b, width // 2, zip(vectors[::2], vectors[1::2], strict=True)
     add = b.fadd if vectors[0].type == _LANES else b.add
+    low = [16 * side + first + i for side in (0, 1) for first in range(0, 16, width) for i in range(half)]
+    high = [place + half for place in low]
     return [add(b.shuffle_vector(x, y, mask(low)), b.shuffle_vector(x, y, mask(high))) for x, y in pairs]
 
 
 def _all_sums(code: Code, rows: list[Value], width: int = ROWS) -> Value:
     """The sums of 16 registers' lanes, as one register; each added up as `Code.total` does. width: lanes of a row that
     are left, where a register holds several."""
-    while width > 1:  # a register holds 16 / width rows
-        half = width // 2
-        low = [16 * side + first + i for side in (0, 1) for first in range(0, 16, width) for i in range(half)]
-        rows = _halves(code, rows, low, [place + half for place in low])
-        width = half
+    while width > 1:
+        rows, width = _halves(code, rows, width), width // 2
     return rows[0]
 
 

@@ -409,7 +409,7 @@ def _make(element: type) -> object:
         numbers = array(slot[0], (slot[1] * WIDTH,), np.float64)
         counters = array(slot[4], (slot[1] * lines * LINE,), np.int64)
         like = array(slot[0], (1,), element)
-        lookups, s = np.empty(slot[5] * nibbles.GROUP, np.float32), np.empty(slot[6], np.float32)
+        lookups, s = np.empty(slot[5] * nibbles.GROUP, np.float32), np.empty(attend.AT_ONCE * slot[6], np.float32)
         sums, scratch, asked = np.empty(64, np.float32), np.empty(slot[7], np.uint8), np.zeros(2, np.int64)
         for i in range(slot[2], slot[3]):
             op, number = ops[i * WIDTH : (i + 1) * WIDTH], numbers[i * WIDTH : (i + 1) * WIDTH]
