@@ -115,19 +115,14 @@ def _two_rows(code: Code, table: Value, args: dict[str, Value], two: Value, vect
     with b.if_then(b.icmp_signed("!=", b.and_(args["blocks"], _I64(1)), _I64(0))):
         _last_blocks(code, table, args, w, scales, totals)
     _with_lora(code, args, rows, totals)
-    for side, own in enumerate(totals):
-        for m, total in enumerate(own):
-            at, sums = code.at(args["sums"], (two, 128), single.SUMS * m + 32 * side), b.load(total)
-            for half in (0, 1):
-                part = b.shuffle_vector(sums, sums, mask(range(8 * half, 8 * half + 8)))
-                single._store(code, part, code.at(at, 64 * half))
+    for m, both in enumerate(zip(*totals, strict=True)):
+        (sums,) = single._halves(code, [b.load(total) for total in both])
+        single._store(code, sums, code.at(args["sums"], (two, 64), single.SUMS * m))
 
 
 def _all_sums(code: Code, at: Value) -> Value:
-    """The sums of 16 rows as `_two_rows` has left them: the lower halves of two rows, then their upper halves."""
-    halves = [code.load(code.at(at, 64 * n), _LANES) for n in range(ROWS)]
-    pairs = [code.b.fadd(low, high) for low, high in zip(halves[::2], halves[1::2], strict=True)]
-    return single._all_sums(code, pairs, width=8)
+    """The sums of 16 rows as `_two_rows` has left them."""
+    return single._all_sums(code, [code.load(code.at(at, 64 * n), _LANES) for n in range(ROWS // 2)], width=8)
 
 
 _ARGUMENTS = (
