@@ -326,10 +326,8 @@ class _Layer:
             float(getattr(module, "attn_logit_softcapping", None) or 0.0), self._window(module), norms[0], norms[1],
             eps, one_plus, self.made.places,
         )  # fmt: skip
-        tape.rotate(attention, *self.rope)
-        tape.then()
         out, to = tape.buffer(tape.m, heads * d), tape.vectors(heads * d)
-        tape.attend(attention, out)
+        tape.attend(attention, *self.rope, out)
         tape.then()
         tape.norm(out, to, None)
         tape.then()

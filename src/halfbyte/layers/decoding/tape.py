@@ -234,21 +234,22 @@ class Tape:
              23: to.ordered.data_ptr(), 24: to.wide},
         )  # fmt: skip
 
-    def rotate(self, attention: Attention, cos: Tensor, sin: Tensor) -> None:
-        a = attention
-        slots = a.slots() | {9: self.kept(cos), 10: self.kept(sin), 8: cos.shape[1], 13: a.eps, 14: int(a.one_plus)}
-        for at, weight in ((11, a.q_norm), (12, a.k_norm)):
-            slots[at] = 0 if weight is None else self.kept(weight)
-        self._add(self.kinds.ROTATE, self.m * a.key_heads, slots)
-
-    def attend(self, attention: Attention, out: Tensor) -> None:
-        """out: (M, H d)."""
+    def attend(self, attention: Attention, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+        """Keys and values to their caches, rotated (cos, sin: (M, R)), then attention -> out: (M, H d). In two groups
+        where vectors may be tokens of one text, which look at each other's keys."""
         from halfbyte.layers.kernels.cpu.decoding import attend
 
-        a = attention
+        a, items = attention, self.m * attention.key_heads
         self._scratch = max(self._scratch, attend.scratch_bytes(a.keys.stride(2) * a.keys.itemsize, a.keys.itemsize))
-        slots = a.slots() | {19: a.scale, 20: a.cap, 21: a.window, 22: out.data_ptr(), 24: out.shape[1]}
-        self._add(self.kinds.ATTEND, self.m * a.key_heads, slots)
+        rotated = {9: self.kept(cos), 10: self.kept(sin), 8: cos.shape[1], 13: a.eps, 14: int(a.one_plus)}
+        for at, weight in ((11, a.q_norm), (12, a.k_norm)):
+            rotated[at] = 0 if weight is None else self.kept(weight)
+        if a.places is not None:
+            self._add(self.kinds.ROTATE, items, a.slots() | rotated)
+            self.then()
+            rotated = {}
+        slots = {19: a.scale, 20: a.cap, 21: a.window, 22: out.data_ptr(), 24: out.shape[1]}
+        self._add(self.kinds.ATTEND, items, a.slots() | rotated | slots)
 
     def cache(self, key_heads: int, d: int) -> Tensor:
         """Keys or values (M, K, T, d), zeros, as `attend` reads them: rows of whole registers."""

@@ -78,9 +78,7 @@ def test_attention_is_that_of_its_formulas(case: dict[str, Any], dtype: torch.dt
     angles = torch.rand(m, wide // 2) * 6
     cos, sin = torch.cat([angles.cos()] * 2, 1).contiguous(), torch.cat([angles.sin()] * 2, 1).contiguous()
     given = torch.randn_like(qkv)
-    tape.rotate(a, cos, sin)
-    tape.then()
-    tape.attend(a, out)
+    tape.attend(a, cos, sin, out)
     found = []
     for threads in (1, 3):
         qkv.copy_(given)
@@ -107,8 +105,6 @@ def test_a_number_that_is_none_is_seen_and_stays_in_its_text() -> None:
     positions = torch.tensor([20, 20])
     a = Attention(qkv, keys, values, positions, 1, 1, 64, 0.125)
     out = tape.buffer(2, 64)
-    tape.rotate(a, torch.ones(2, 64), torch.zeros(2, 64))
-    tape.then()
-    tape.attend(a, out)
+    tape.attend(a, torch.ones(2, 64), torch.zeros(2, 64), out)
     tape.run()
     assert torch.isfinite(out[0]).all() and torch.isnan(out[1, 7]) and torch.isfinite(out[1, :7]).all()

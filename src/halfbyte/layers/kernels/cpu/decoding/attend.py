@@ -300,7 +300,7 @@ def _chances(s, most, cap):  # type: ignore[no-untyped-def]
 
 @inlined
 def attend(op, number, like, s, scratch, item):  # type: ignore[no-untyped-def]
-    """4..7, 15..18, 25, 26 as in `rotate`; 19 scale, 20 cap, 21 window, 22 plain out (M, D'), 24 D'."""
+    """4..18, 25, 26 as in `rotate`, which is done first where 9 is not 0; 19 scale, 20 cap, 21 window, 22 plain out (M, D'), 24 D'."""
     heads, key_heads, d, row = op[5], op[6], op[7], op[26]
     m, head, cap = item // key_heads, item % key_heads, np.float32(number[20])
     if m >= op[USED]:

@@ -382,10 +382,11 @@ def _do(op, number, like, lookups, s, sums, scratch, item):  # type: ignore[no-u
         _dense(op, number, like, sums, item)
     elif op[0] == NORM:
         _norm(op, number, like, item)
-    elif op[0] == ROTATE:
-        attend.rotate(op, number, like, item)
-    elif op[0] == ATTEND:
-        attend.attend(op, number, like, s, scratch, item)
+    elif op[0] == ROTATE or op[0] == ATTEND:
+        if op[9] != 0:
+            attend.rotate(op, number, like, item)
+        if op[0] == ATTEND:
+            attend.attend(op, number, like, s, scratch, item)
     elif op[0] == EIGHTS:
         heads.eights(op, like, sums, scratch, item)
     elif op[0] == EXACT:
