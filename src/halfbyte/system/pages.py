@@ -117,9 +117,22 @@ class Room:
         """A tensor in this room, without values; elsewhere in memory where it has no place here."""
         import torch
 
+        place = self._place(shape, dtype)
+        return torch.empty(shape, dtype=dtype) if place is None else place
+
+    def zeros(self, shape: Sequence[int], dtype: dtype) -> Tensor:
+        """The same of zeros, which take memory here as they are written to, in pages."""
+        import torch
+
+        place = self._place(shape, dtype)  # nothing has been there before
+        return torch.zeros(shape, dtype=dtype) if place is None else place
+
+    def _place(self, shape: Sequence[int], dtype: dtype) -> Tensor | None:
+        import torch
+
         size = math.prod(shape) * dtype.itemsize
         if self._memory is None or not 0 < size <= len(self._memory) - self._at:
-            return torch.empty(shape, dtype=dtype)
+            return None
         place = torch.frombuffer(self._memory, dtype=torch.uint8, count=size, offset=self._at)
         self._at = min(len(self._memory), self._at + -(-size // _LINE) * _LINE)
         return place.view(dtype).view(shape)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.layers.kernels import cpu
+from halfbyte.system import pages
 
 MOST_VECTORS = 16  # beyond, a matrix product on dequantised weights is faster
 _ITEM_BYTES = 64 * 1024  # of a matrix that a thread takes at once
@@ -88,6 +90,7 @@ class Tape:
         self.used = vectors  # those of them that a run computes; the first ones
         self.isa, self._groups, self._blocks, self._scratch = name, 1, 1, 0
         self._levels: dict[str, Tensor] = {}
+        self._caches = pages.Room(0)
         self._planes_of: dict[bytes, Tensor] = {}
         self._slots: np.ndarray | None = None
 
@@ -251,12 +254,20 @@ class Tape:
         slots = {19: a.scale, 20: a.cap, 21: a.window, 22: out.data_ptr(), 24: out.shape[1]}
         self._add(self.kinds.ATTEND, items, a.slots() | rotated | slots)
 
+    def make_room(self, caches: Sequence[tuple[int, int]]) -> None:
+        """For these caches (K, d), all of them, in large pages where the system has them. They take memory as texts
+        are put there."""
+        self._caches = pages.Room(sum(math.prod(self._shape(*one)) * self.dtype.itemsize for one in caches))
+
     def cache(self, key_heads: int, d: int) -> Tensor:
         """Keys or values (M, K, T, d), zeros, as `attend` reads them: rows of whole registers."""
+        return self._caches.zeros(self._shape(key_heads, d), self.dtype)[..., :d]
+
+    def _shape(self, key_heads: int, d: int) -> tuple[int, int, int, int]:
         from halfbyte.layers.kernels.cpu.decoding import attend
 
         chunk = attend.CHUNK_BYTES[self.dtype.itemsize] // self.dtype.itemsize
-        return torch.zeros((self.m, key_heads, self.room, -(-d // chunk) * chunk), dtype=self.dtype)[..., :d]
+        return self.m, key_heads, self.room, -(-d // chunk) * chunk
 
     def _item_rows(self, rows: int, row_bytes: int) -> int:
         return max(1, min(_ITEM_BYTES // max(1, row_bytes), math.ceil(rows / 8)))
