@@ -128,3 +128,14 @@ def test_a_run_without_held_out_rows_names_the_way_out(world: Path, opened: Open
 def test_a_run_without_an_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError):
         open_run(tmp_path)
+
+
+def test_a_base_that_came_in_four_bits_is_planned_as_the_one_that_it_was_made_of(tmp_path: Path) -> None:
+    tiny_run.checkpoint(tmp_path / "model", "llama")
+    whole = open_run(tmp_path / "model")
+    assert whole.store is not None
+    shutil.copytree(whole.store, tmp_path / "quantised")
+    made = open_run(tmp_path / "quantised")
+    assert whole.job.trainable > 0 and made.store is None
+    assert (made.job.trainable, made.job.base_bytes) == (whole.job.trainable, whole.job.base_bytes)
+    assert made.plan.generating_bytes == whole.plan.generating_bytes

@@ -82,6 +82,20 @@ def test_the_recipe_s_placement_wins_and_what_cannot_be_mapped_is_resident() -> 
     assert plan_inference(job(cards(24, 4), "llama-2-70b", ROWS), cards(24, 4)).placement == "split"
 
 
+def test_a_small_base_that_is_to_serve_is_copied_into_large_pages_where_there_are_some() -> None:
+    device = replace(cpu(64), large_pages=True)
+    small, wide, large = (job(device, name, ROWS) for name in ("smollm2-135m", "bloom-560m", "llama-2-7b"))
+    assert plan_inference(small, device, lasting=True).placement == "resident"
+    assert plan_inference(wide, device, lasting=True).placement == "resident"
+    for one, here, lasting in (
+        (small, device, False), (small, cpu(64), True), (large, device, True),
+        (wide, replace(cpu(2.4), large_pages=True), True),
+        (job(device, rows=ROWS, quant__placement="mapped"), device, True),
+    ):  # fmt: skip
+        assert plan_inference(one, here, lasting=lasting).placement == "mapped", (here, lasting)
+    assert plan_inference(small, device, placement="mapped", lasting=True).placement == "mapped"
+
+
 def test_unproven_packing_is_one_row_and_an_old_plan_is_none() -> None:
     device = cpu(64)
     one = replace(job(device, rows=ROWS), packed=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -115,6 +116,14 @@ def test_cpu_quota_bounds_the_cores(tmp_path: Path, files: dict[str, str]) -> No
         if "cpu." in name:
             files[name] = "max 100000\n" if name.endswith("max") else "-1\n"
     assert detect(machine(tmp_path / "none", files)).cores == detect(machine(tmp_path / "plain", {})).cores
+
+
+@pytest.mark.parametrize(("enabled", "has"), [("always [madvise] never", True), ("[always] madvise never", True),
+                                              ("always madvise [never]", False), (None, False)])  # fmt: skip
+def test_large_pages_are_there_where_the_kernel_gives_them(tmp_path: Path, enabled: str | None, has: bool) -> None:
+    name = "sys/kernel/mm/transparent_hugepage/enabled"
+    files = {} if enabled is None else {name: f"{enabled}\n"}
+    assert detect(machine(tmp_path, files)).large_pages is (has and hasattr(mmap, "MADV_HUGEPAGE"))
 
 
 @pytest.mark.parametrize(

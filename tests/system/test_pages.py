@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -129,3 +130,13 @@ def test_copies_outlive_their_room():
     copy = pages.Room(1 << 20).copied(torch.arange(1000))
     gc.collect()
     assert torch.equal(copy, torch.arange(1000))
+
+
+def test_zeros_take_memory_when_they_are_written_to():
+    room = pages.Room(64 << 20)
+    before = psutil.Process().memory_info().rss
+    made = [room.zeros((8 << 20,), torch.float32) for _ in range(3)]  # the last one has no place there
+    assert psutil.Process().memory_info().rss - before < 48 << 20
+    assert not any(one[:: 1 << 12].any() for one in made[:2]) and not made[2].any()
+    made[0].fill_(1)
+    assert not made[1][:: 1 << 12].any()

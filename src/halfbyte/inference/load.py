@@ -83,8 +83,10 @@ def open_target(
     *,
     beside: Mapping[str, target.Target] = MappingProxyType({}),
     force: bool = False,
+    lasting: bool = False,
 ) -> Opened:
-    """`open_run` of what has been found already. `beside`: more adapters on the same base, by PEFT's names."""
+    """`open_run` of what has been found already. `beside`: more adapters on the same base, by PEFT's names. `lasting`:
+    many answers will be written."""
     path, recipe, run = found.path, found.recipe, found.run
     checkpoint, machine = find_model(recipe), device.detect()
     threads.settle(machine.cores)
@@ -103,7 +105,7 @@ def open_target(
     longest = (trained.max_tokens_per_micro_batch if trained else GENERATED_TOKENS,)
     rows = Rows(longest, evaluated=longest)
     job = Job.of_checkpoint(recipe, checkpoint, base.model, rows, machine)
-    chosen = plan_inference(job, machine, trained)
+    chosen = plan_inference(job, machine, trained, lasting=lasting)
     stream.place_as_planned(base.model, chosen.placement, asked=recipe.quant.placement not in ("auto", "sharded"))
     more = {name: one.adapter for name, one in beside.items() if one.adapter is not None}
     made = assembled(base, recipe, adapter=found.adapter, beside=more)

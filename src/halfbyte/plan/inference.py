@@ -6,7 +6,7 @@ Cost: a few milliseconds; no torch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 from halfbyte.plan import choose, held, peak
@@ -15,6 +15,8 @@ from halfbyte.plan.lines import Line, Placement
 from halfbyte.system.device import Device
 from halfbyte.types import Document
 
+MOST_COPIED = 10**9  # bytes of a base: a second or two; a step of a larger one gains little (docs/log.md)
+RESIDENT_SHARE = 0.25  # of free memory that the copy may take, which the kernel cannot drop
 SEQUENCES = (16, 8, 4, 2, 1)  # to try at once; more generate no faster, they only take memory
 
 
@@ -63,6 +65,7 @@ def plan_inference(
     *,
     placement: Placement | None = None,
     generated_tokens: int = choose.GENERATED_TOKENS,
+    lasting: bool = False,
 ) -> InferencePlan:
     """Choose for the rows of `job`: the first placement whose base stays in memory, with micro-batches as in training.
 
@@ -70,12 +73,19 @@ def plan_inference(
         trained: the run's own plan; None for micro-batches as large as is useful.
         placement: where the base is already; None to choose.
         generated_tokens: of a sequence: its prompt and what is written.
+        lasting: many answers will be written, so a small base is worth being copied into large pages.
     """
     places = (placement,) if placement else _open_placements(job, device, trained)
     plans = [_with_base(job, device, trained, where, generated_tokens) for where in places]
     stays = [plan for plan in plans if _stays(plan, job)]
     fitting = [plan for plan in stays or plans[-1:] if plan.needed_bytes <= plan.available_bytes]
-    return (fitting or plans[-1:])[0]
+    chosen = (fitting or plans[-1:])[0]
+    if lasting and placement is None and chosen.placement == "mapped" and job.recipe.quant.placement == "auto":
+        copied = _with_base(job, device, trained, "resident", generated_tokens)
+        small = job.base_bytes <= min(MOST_COPIED, RESIDENT_SHARE * copied.available_bytes)
+        if small and device.large_pages and copied.needed_bytes <= copied.available_bytes:
+            return replace(copied, reason="it is small, and is read faster in pages of 2 MB")
+    return chosen
 
 
 def _open_placements(job: Job, device: Device, trained: Trained | None) -> tuple[Placement, ...]:

@@ -177,7 +177,9 @@ class Job:
         """From the headers of a checkpoint; from `model` where it has none (pickled weights, or quantised ones)."""
         config = tensors.read_config(checkpoint.path)
         if checkpoint.pickle or tensors.is_quantised(config):
-            specs = [tensors.spec_of(name, tuple(p.shape), "BF16", config) for name, p in model.named_parameters()]
+            from halfbyte.quant.bnb import shape_of
+
+            specs = [tensors.spec_of(name, shape_of(p), "BF16", config) for name, p in model.named_parameters()]
         else:
             specs = tensors.read_checkpoint(checkpoint.path)
         facts = tensors.facts_of(config, specs)

@@ -107,6 +107,12 @@ def quantised_linear(weight: torch.Tensor, device: str = "cpu") -> Any:
     return made
 
 
+def shape_of(weight: torch.Tensor) -> tuple[int, ...]:
+    """The shape of the matrix that a parameter stands for, also where its bytes are codes in a shape of their own."""
+    state = getattr(weight, "quant_state", None)
+    return tuple(weight.shape if state is None else state.shape)
+
+
 def planned_bytes(model: nn.Module, quant: Quant) -> int:
     """`resident_bytes` of an empty model on the meta device whose quantised layers are there but hold nothing yet."""
     linears = [module for _, module in quantised_linears(model)]

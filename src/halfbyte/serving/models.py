@@ -86,7 +86,7 @@ def open_all(
     targets = list(names.adapters.items())
     internal = {name: "default" if i == 0 else f"adapter{i}" for i, (name, _) in enumerate(targets)}
     beside = {internal[name]: found for name, found in targets[1:]}
-    opened = load.open_target(names.first, tell, beside=beside, force=force)
+    opened = load.open_target(names.first, tell, beside=beside, force=force, lasting=True)
     checkpoint = find_model(names.first.recipe)
     named = {}
     for name, found in targets:

@@ -7,6 +7,7 @@ instruction set is not read, so a CPU there computes in fp32 unless the recipe s
 """
 
 import json
+import mmap
 import os
 import platform
 import re
@@ -33,7 +34,8 @@ class Device:
     `cores` honours affinity and CPU quota. `ram_bytes` is the smaller of the machine's memory and the control group's
     limit; `ram_available_bytes` the smaller of what is free now and what is left under that limit. `kind` is torch's
     name of what computes: cpu, cuda (AMD's cards too), xpu. `cards` are those that are used, the first one if one is
-    enough; `notes` say which of those that are there are not, and why.
+    enough; `notes` say which of those that are there are not, and why. `large_pages`: private memory may be asked
+    for in pages of 2 MB.
     """
 
     kind: str
@@ -44,6 +46,7 @@ class Device:
     cards: tuple[Card, ...] = ()
     cpu: str = ""
     notes: tuple[str, ...] = ()
+    large_pages: bool = False
 
     @property
     def on_card(self) -> bool:
@@ -72,7 +75,16 @@ def detect(root: Path = Path("/"), env: Mapping[str, str] = os.environ) -> Devic
         cards=found.cards,
         cpu=cpu,
         notes=found.notes,
+        large_pages=_large_pages(root),
     )
+
+
+def _large_pages(root: Path) -> bool:
+    try:
+        enabled = (root / "sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "[never]" not in enabled and hasattr(mmap, "MADV_HUGEPAGE")
 
 
 def ram_available(root: Path = Path("/")) -> int:

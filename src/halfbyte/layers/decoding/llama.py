@@ -172,8 +172,7 @@ def _written(
         divided=float(getattr(config, "logits_scaling", 1.0)),
         places=tape.buffer(texts, dtype=torch.int64) if reads else None,
     )
-    if beside is None:
-        tape.make_room([(int(config.num_key_value_heads), int(x.self_attn.head_dim)) for x in layers for _ in range(2)])
+    tape.expected = 2 * len(layers)
     ropes: dict[str | None, tuple[Tensor, Tensor]] = {}
     for number, layer in enumerate(layers):
         kind = _rope_kind(config, number)

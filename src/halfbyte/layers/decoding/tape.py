@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -90,7 +89,8 @@ class Tape:
         self.used = vectors  # those of them that a run computes; the first ones
         self.isa, self._groups, self._blocks, self._scratch = name, 1, 1, 0
         self._levels: dict[str, Tensor] = {}
-        self._caches = pages.Room(0)
+        self.expected = 2  # caches, most of them of one size
+        self._caches: pages.Room | None = None
         self._planes_of: dict[bytes, Tensor] = {}
         self._slots: np.ndarray | None = None
 
@@ -254,14 +254,13 @@ class Tape:
         slots = {19: a.scale, 20: a.cap, 21: a.window, 22: out.data_ptr(), 24: out.shape[1]}
         self._add(self.kinds.ATTEND, items, a.slots() | rotated | slots)
 
-    def make_room(self, caches: Sequence[tuple[int, int]]) -> None:
-        """For these caches (K, d), all of them, in large pages where the system has them. They take memory as texts
-        are put there."""
-        self._caches = pages.Room(sum(math.prod(self._shape(*one)) * self.dtype.itemsize for one in caches))
-
     def cache(self, key_heads: int, d: int) -> Tensor:
-        """Keys or values (M, K, T, d), zeros, as `attend` reads them: rows of whole registers."""
-        return self._caches.zeros(self._shape(key_heads, d), self.dtype)[..., :d]
+        """Keys or values (M, K, T, d), zeros, as `attend` reads them: rows of whole registers. In large pages where the
+        system has them; they take memory as texts are put there."""
+        shape = self._shape(key_heads, d)
+        if self._caches is None:
+            self._caches = pages.Room(self.expected * math.prod(shape) * self.dtype.itemsize)
+        return self._caches.zeros(shape, self.dtype)[..., :d]
 
     def _shape(self, key_heads: int, d: int) -> tuple[int, int, int, int]:
         from halfbyte.layers.kernels.cpu.decoding import attend

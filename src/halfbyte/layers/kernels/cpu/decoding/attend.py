@@ -300,7 +300,8 @@ def _chances(s, most, cap):  # type: ignore[no-untyped-def]
 
 @inlined
 def attend(op, number, like, s, scratch, item):  # type: ignore[no-untyped-def]
-    """4..18, 25, 26 as in `rotate`, which is done first where 9 is not 0; 19 scale, 20 cap, 21 window, 22 plain out (M, D'), 24 D'."""
+    """4 .. 18, 25, 26 as in `rotate`, which is done first where 9 is not 0; 19 scale, 20 cap, 21 window, 22 plain out
+    (M, D'), 24 D'."""
     heads, key_heads, d, row = op[5], op[6], op[7], op[26]
     m, head, cap = item // key_heads, item % key_heads, np.float32(number[20])
     if m >= op[USED]:
@@ -310,7 +311,12 @@ def attend(op, number, like, s, scratch, item):  # type: ignore[no-untyped-def]
     at, n = ((_place(op, m) * key_heads + head) * op[17] + first) * row, last - first
     to_values, to_next = op[16] - op[15], op[15] - op[16] + op[17] * row  # of this head, and the keys of the next one
     ends = (scratch.ctypes.data + 63) // 64 * 64  # the largest score of each query, and its share; 64 bytes
-    kept, spread, q_row, chunks = ends + 64, ends + 64 + _KEPT, 4 * row // like.itemsize, row // (64 if like.itemsize == 2 else 32)
+    kept, spread, q_row, chunks = (
+        ends + 64,
+        ends + 64 + _KEPT,
+        4 * row // like.itemsize,
+        row // (64 if like.itemsize == 2 else 32),
+    )
     keys, values, s_row, out_row = op[15] + at, op[16] + at, 4 * op[17], 4 * d
     own, last = heads * head // key_heads, heads * (head + 1) // key_heads
     while own < last:
