@@ -11,6 +11,8 @@ from halfbyte.layers.decoding.tape import isa
 from halfbyte.quant.kernels import nf4_cpu
 from tests.layers.decoding.test_tape import DTYPES, SUMS, definition, multiplied, quantised, rounded, seen_by
 
+pytestmark = pytest.mark.skipif(isa(torch.float32) is None, reason="no kernels for this processor")
+
 
 @DTYPES
 @pytest.mark.parametrize(("o", "d", "nested"), [(77, 192, True), (24, 64, False), (40, 1536, True)])
@@ -44,8 +46,6 @@ def test_what_is_not_finite_stays_so_and_its_neighbours_are_as_they_were(what: f
 
 def test_the_largest_sum_of_a_block_fits() -> None:
     """Weights that are all the largest of their block times numbers that are, too: 64 x 4096 x 8191 < 2^31."""
-    if isa(torch.float32) is None:
-        pytest.skip("no kernels for this processor")
     layer = bnb.nn.Linear4bit(128, 9, bias=False, quant_type="nf4", compress_statistics=False)
     layer.weight.data.fill_(3.0)
     layer = layer.to("cpu")
