@@ -79,10 +79,10 @@ class Code:
         back.set_metadata("llvm.loop", loop)
         b.position_at_end(end)
 
-    def prefetch(self, at: Value) -> None:
-        """Ask for a line, into the second cache."""
+    def prefetch(self, at: Value, *, once: bool = False) -> None:
+        """Ask for a line, into the second cache; `once`: it is read once, so it need not stay in any beside the first."""
         pointer = self.b.inttoptr(at, _I8.as_pointer())
-        self.call("llvm.prefetch.p0", ir.VoidType(), pointer, _I32(0), _I32(2), _I32(1))
+        self.call("llvm.prefetch.p0", ir.VoidType(), pointer, _I32(0), _I32(0 if once else 2), _I32(1))
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         lanes = a.type.count

@@ -5,6 +5,7 @@ What: the products of `single.py`, the same to the bit for each vector, two rows
     Codes are looked up once for all vectors, and a register of x is read once for both rows.
     The last blocks of two rows of an odd number of blocks share a register.
     The sums of 16 rows are added up together, vector after vector.
+    Codes are asked for past the larger caches, where the texts' keys and values then stay.
 Source: VPERMW, VDPBF16PS in Intel's SDM volume 2; the order is ours.
 Cost: of eight vectors 80 products for two times 128 weights, 24 instructions beside.
 """
@@ -64,7 +65,7 @@ def _chunks(
         levels, shares = [], []
         for row, scale in zip(w, scales, strict=True):
             place = code.at(row, (c, 64))
-            code.prefetch(code.at(place, nibbles._AHEAD_BYTES))
+            code.prefetch(code.at(place, nibbles._AHEAD_BYTES), once=True)
             levels.append(_levels(code, table, code.load(place, _WORDS)))
             shares.append(single._two_scales(code, code.at(scale, (c, 8))))
         for m in range(len(totals[0])):
@@ -201,7 +202,7 @@ def _two_eights(code: Code, args: dict[str, Value], two: Value, vectors: int) ->
         b.store(zeros(single._INTS), total)
     with code.rolled(args["wholes"]) as n:
         for row in w:
-            code.prefetch(code.at(row, (n, 64), nibbles._AHEAD_BYTES))
+            code.prefetch(code.at(row, (n, 64), nibbles._AHEAD_BYTES), once=True)
         for k in (0, 1):
             eights = [code.load(code.at(row, (n, 64), 32 * k), ir.VectorType(single._I8, 32)) for row in w]
             numbers = [b.sext(eight, _WORDS) for eight in eights]
