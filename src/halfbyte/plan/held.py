@@ -25,12 +25,13 @@ HOST_OF_CARD_BYTES = 2_500_000_000  # a CUDA build's libraries and pinned buffer
 # own.
 FIRST_MICRO_BATCH_BYTES = 50_000_000
 # Of the compiler (numba, LLVM), where kernels are not in its cache yet; the process keeps them to its end. Measured: a
-# cold run beside a warm one of the same recipe, 177 to 186 MB private, 7 MB of code.
-COMPILER_PRIVATE_BYTES = 180_000_000
+# cold run beside a warm one of the same recipe, private: 174 MB in fp32, 296 to 308 in bf16, whose kernels are more,
+# and 379 where they multiply integers; 7 MB of code.
+COMPILER_PRIVATE_BYTES, COMPILER_MORE_BYTES, COMPILER_INTEGER_BYTES = 180_000_000, 120_000_000, 75_000_000
 # oneDNN's code of a matrix product of one shape and what it keeps beside it, and how many a size of micro-batches has:
 # 54 MB in use more for 6 sizes, 90 for 10 (docs/log.md); `system/threads.py` bounds how many are kept. The first
 # micro-batch's are in its own line.
-PRODUCT_BYTES, PRODUCTS_OF_A_SIZE = 500_000, 25
+PRODUCT_BYTES, PRODUCTS_OF_A_SIZE, PRODUCTS_OF_AN_EVALUATION = 500_000, 25, 8
 COMPILER_FILE_BYTES = 7_000_000
 # Of a tokenizer in memory, each byte of its tokenizer.json: 7.7 measured of 262,144 entries, 4 of 49,152. Where that
 # is not at hand, for each entry of the vocabulary: 985 and 290.
@@ -47,6 +48,11 @@ OPTIMIZER_BYTES = {
 }  # fmt: skip
 
 
+def _compiler_bytes(job: Job) -> int:
+    integers = COMPILER_INTEGER_BYTES if job.recipe.quant.compute != "exact" else 0
+    return COMPILER_PRIVATE_BYTES + (COMPILER_MORE_BYTES + integers if job.dtype == "bf16" else 0)
+
+
 def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
     """Libraries, tokenizer and rows: RAM of the process."""
     tokens = job.rows.tokens + int(np.sum(job.rows.evaluated))
@@ -58,8 +64,8 @@ def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
     if device.on_card:
         return (Line("libraries", HOST_OF_CARD_BYTES, "a CUDA build; a round figure"), Line("data", held, words))
     source, first = "measured on a tiny run", "kernels, threads' buffers and the Trainer, from then on"
-    compiler, code = (COMPILER_PRIVATE_BYTES, COMPILER_FILE_BYTES) if job.cold else (0, 0)
-    products = PRODUCTS_OF_A_SIZE * job.sizes
+    compiler, code = (_compiler_bytes(job), COMPILER_FILE_BYTES) if job.cold else (0, 0)
+    products = PRODUCTS_OF_A_SIZE * job.sizes + PRODUCTS_OF_AN_EVALUATION * job.evaluated_sizes
     if job.expert_numel:
         adapted = any(site.reads == "experts" for site in job.sites)
         products += expert_products(job.facts, job.step_tokens, adapted=adapted)

@@ -131,6 +131,11 @@ class Job:
             return 1
         return max(1, len(np.unique(-(-self._order.sums(0) // FILLED_TO))))
 
+    @cached_property
+    def evaluated_sizes(self) -> int:
+        """The same of an evaluation, whose micro-batches are about as large: at most as many as there are."""
+        return math.ceil(int(np.sum(self.rows.evaluated)) / max(1, self.step_tokens))
+
     @classmethod
     def of(
         cls,

@@ -80,7 +80,7 @@ class Code:
         b.position_at_end(end)
 
     def prefetch(self, at: Value, *, once: bool = False) -> None:
-        """Ask for a line, into the second cache; `once`: it is read once, so it need not stay in any beside the first."""
+        """Ask for a line, into the second cache; `once`: it is read once, and need not stay in any but the first."""
         pointer = self.b.inttoptr(at, _I8.as_pointer())
         self.call("llvm.prefetch.p0", ir.VoidType(), pointer, _I32(0), _I32(0 if once else 2), _I32(1))
 
