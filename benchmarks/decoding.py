@@ -115,7 +115,7 @@ def opened(stack: str, name: str, dtype: Any) -> tuple[Any, Any]:
     from halfbyte.inference import load
 
     if not stack.startswith("plain"):
-        over = [f"quant.compute_dtype={'fp32' if dtype == torch.float32 else 'bf16'}", "quant.placement=resident"]
+        over = [f"quant.compute_dtype={'fp32' if dtype == torch.float32 else 'bf16'}"]
         lora = stack.endswith("-lora")
         run = load.open_run(Path(name), overrides=over)
         if lora:
