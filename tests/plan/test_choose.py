@@ -309,6 +309,15 @@ def test_the_first_run_on_a_machine_compiles_and_the_best_adapter_is_a_line_of_i
     assert sizes["adapter"] == sizes["best adapter"] == 4 * one.trainable
 
 
+def test_products_of_an_evaluations_sizes_are_counted() -> None:
+    device = cpu(64)
+    without, few, many = (
+        memory.make(job(device, rows=Rows((200,) * 64, evaluated=(200,) * count)), device).line("compiled products")
+        for count in (0, 64, 256)
+    )
+    assert without < few < many and many - without == 4 * (few - without)
+
+
 def test_a_build_of_torch_for_cards_holds_more_though_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured with all libraries imported: 165 MB private and 517 of files."""
     seen = []

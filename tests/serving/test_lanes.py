@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from halfbyte.base import stream
 from halfbyte.inference import decode
 from halfbyte.layers.decoding.tape import isa
-from halfbyte.serving import lanes
+from halfbyte.serving import lanes, models, names
 from halfbyte.serving.models import Models
 from halfbyte.serving.text import Text, Wish
+from halfbyte.system import device
 from tests.serving import served
 
 KERNELS = pytest.mark.skipif(isa(torch.float32) is None, reason="no kernels for this processor")
@@ -222,3 +225,13 @@ def test_where_neither_is_right_nothing_is_served(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(lanes.Tapes, "__init__", lambda *rest: (_ for _ in ()).throw(decode.Slower("not here")))
     with pytest.raises(decode.Slower, match="apart"):
         lanes.lane_for(served.two())
+
+
+@pytest.mark.parametrize("large_pages", [True, False])
+def test_a_small_base_is_copied_where_there_are_large_pages(large_pages: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = replace(device.detect(), large_pages=large_pages)
+    monkeypatch.setattr(device, "detect", lambda: here)
+    words = names.find([str(served.folder(adapters={}) / served.BASE)], ["quant.compute_dtype=fp32"])
+    made = models.open_all(words, room=64, places=1)
+    assert made.opened.plan.placement == ("resident" if large_pages else "mapped")
+    assert stream.is_mapped(made.model) is not large_pages
