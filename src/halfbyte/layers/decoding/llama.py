@@ -172,14 +172,13 @@ def _written(
         divided=float(getattr(config, "logits_scaling", 1.0)),
         places=tape.buffer(texts, dtype=torch.int64) if reads else None,
     )
-    tape.expected = 2 * len(layers)
     ropes: dict[str | None, tuple[Tensor, Tensor]] = {}
     for number, layer in enumerate(layers):
         kind = _rope_kind(config, number)
         if kind not in ropes:
             ropes[kind] = _ropes(made, body.rotary_emb, config, kind, room)
         caches = None if beside is None else _first(beside, number, None if reads else texts)
-        _Layer(made, layer, config, ropes[kind], caches).write()
+        _Layer(made, layer, config, ropes[kind], caches, 2 * len(layers)).write()
         made.ends.append(len(tape))
     _head(made, norm, head, _eight(layers, head, dtype) if largest else None)
     return made
@@ -264,8 +263,10 @@ class _Layer:
         config: Config,
         rope: tuple[Tensor, Tensor],
         caches: tuple[Tensor, Tensor] | None = None,
+        count: int = 2,
     ) -> None:
-        self.caches = caches
+        """caches: those of another tape; None: new ones, of `count` in all."""
+        self.caches, self.count = caches, count
         self.made, self.tape, self.layer, self.config, self.rope = made, made.tape, layer, config, rope
         parts = {name for name, child in layer.named_children() if any(True for _ in child.parameters())}
         self.is_sandwich = parts == _SANDWICH | {"self_attn", "mlp"}
@@ -310,7 +311,7 @@ class _Layer:
             outs = [qkv[:, a:b] for a, b in pairwise(ends)]
             each = zip((module.q_proj, module.k_proj, module.v_proj), outs, strict=True)
             linears.add(tape, x, [(linear, out, False) for linear, out in each])
-        keys, values = self.caches or (tape.cache(key_heads, d), tape.cache(key_heads, d))
+        keys, values = self.caches or (tape.cache(key_heads, d, self.count), tape.cache(key_heads, d, self.count))
         self.made.keys.append(keys)
         self.made.values.append(values)
         norms: list[Tensor | None] = []

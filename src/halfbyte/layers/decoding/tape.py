@@ -89,7 +89,6 @@ class Tape:
         self.used = vectors  # those of them that a run computes; the first ones
         self.isa, self._groups, self._blocks, self._scratch = name, 1, 1, 0
         self._levels: dict[str, Tensor] = {}
-        self.expected = 2  # caches, most of them of one size
         self._caches: pages.Room | None = None
         self._planes_of: dict[bytes, Tensor] = {}
         self._slots: np.ndarray | None = None
@@ -254,12 +253,12 @@ class Tape:
         slots = {19: a.scale, 20: a.cap, 21: a.window, 22: out.data_ptr(), 24: out.shape[1]}
         self._add(self.kinds.ATTEND, items, a.slots() | rotated | slots)
 
-    def cache(self, key_heads: int, d: int) -> Tensor:
+    def cache(self, key_heads: int, d: int, count: int = 2) -> Tensor:
         """Keys or values (M, K, T, d), zeros, as `attend` reads them: rows of whole registers. In large pages where the
-        system has them; they take memory as texts are put there."""
+        system has them, in one piece for `count` of this size; they take memory as texts are put there."""
         shape = self._shape(key_heads, d)
         if self._caches is None:
-            self._caches = pages.Room(self.expected * math.prod(shape) * self.dtype.itemsize)
+            self._caches = pages.Room(count * math.prod(shape) * self.dtype.itemsize)
         return self._caches.zeros(shape, self.dtype)[..., :d]
 
     def _shape(self, key_heads: int, d: int) -> tuple[int, int, int, int]:

@@ -311,16 +311,12 @@ def attend(op, number, like, s, scratch, item):  # type: ignore[no-untyped-def]
     at, n = ((_place(op, m) * key_heads + head) * op[17] + first) * row, last - first
     to_values, to_next = op[16] - op[15], op[15] - op[16] + op[17] * row  # of this head, and the keys of the next one
     ends = (scratch.ctypes.data + 63) // 64 * 64  # the largest score of each query, and its share; 64 bytes
-    kept, spread, q_row, chunks = (
-        ends + 64,
-        ends + 64 + _KEPT,
-        4 * row // like.itemsize,
-        row // (64 if like.itemsize == 2 else 32),
-    )
+    kept, spread = ends + 64, ends + 64 + _KEPT
+    q_row, chunks = 4 * row // like.itemsize, row // (64 if like.itemsize == 2 else 32)
     keys, values, s_row, out_row = op[15] + at, op[16] + at, 4 * op[17], 4 * d
     own, last = heads * head // key_heads, heads * (head + 1) // key_heads
     while own < last:
-        count = min(AT_ONCE, last - own) if last - own != 4 else 2
+        count = min(AT_ONCE, last - own) if last - own != 4 else 2  # four are two and two, not three and one
         for i in range(count):
             q = op[4] + (m * (heads + 2 * key_heads) + own + i) * d * 4
             _spread(like, q, d, np.float32(number[19]), spread + i * q_row)
