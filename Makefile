@@ -73,7 +73,7 @@ bench: $(INSTALLED_DEV)
 	$(BIN)/python benchmarks/throughput.py gsm8k --data $(BENCH_DATA)
 
 docs: $(INSTALLED_DEV)
-	$(BIN)/python -m halfbyte.cli.reference
+	$(BIN)/python tools/reference.py
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "halfbyte needs Python 3.11, 3.12 or 3.13, and none was found."; \

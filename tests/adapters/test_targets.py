@@ -12,13 +12,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from tools.reference import WELL_KNOWN, targets_table_markdown
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from halfbyte.adapters.targets import Targets, auto_targets, matched, resolve_targets
-from halfbyte.cli.reference import WELL_KNOWN, targets_table_markdown
 from halfbyte.errors import AdapterError, SourceError
 from halfbyte.models.structure import meta_model
 from halfbyte.recipe.schema import Lora

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tools import reference
 
-from halfbyte.cli import reference
 from halfbyte.recipe import fields
 from halfbyte.recipe.schema import SECTIONS
 

@@ -1,4 +1,4 @@
-"""The generated pages of `docs/`: `python -m halfbyte.cli.reference` writes them, `--check` compares them.
+"""The generated pages of `docs/`: `make docs` writes them; `python tools/reference.py --check` compares them.
 
 Why: a table of parameters that is written by hand is wrong a release later.
 """

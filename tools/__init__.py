@@ -1,0 +1,1 @@
+"""Programs for those who work on halfbyte; no part of the package."""
