@@ -1,0 +1,61 @@
+"""How far apart two ways of computing the same thing are, and how far rounding alone may bring them.
+
+A distance is ||got - expected|| / ||expected||, computed in fp64. It is infinite where a number is NaN or infinite on
+one side only, and where a tensor is missing, so that `distance <= bound` is false whenever it should be.
+Source: errors of independent roundings add by their squares (N. Higham, "Accuracy and Stability of Numerical
+Algorithms", section 2.8).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def distance(got: Tensor | Mapping[str, Tensor], expected: Tensor | Mapping[str, Tensor]) -> float:
+    """||got - expected|| / ||expected||, of all numbers of a tensor, or of all expected tensors, together."""
+    got, expected = ({"": x} if isinstance(x, Tensor) else x for x in (got, expected))
+    off = sum(_square_of_difference(got.get(name), wanted) for name, wanted in expected.items())
+    size = sum(float(wanted.double().square().sum()) for wanted in expected.values())
+    return _ratio(off, size)
+
+
+def row_distances(got: Tensor, expected: Tensor) -> Tensor:
+    """`distance` of each row: (N, D) twice -> (N,) fp64."""
+    got, expected = got.double(), expected.double()
+    off = (got - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
+    return off.nan_to_num(math.inf, math.inf)
+
+
+def centred(logits: Tensor) -> Tensor:
+    """Logits (N, V) about their mean, in fp64: a number that is added to all of a row changes no probability."""
+    logits = logits.double()
+    return logits - logits.mean(-1, keepdim=True)
+
+
+def accumulated_rounding(rounding: float, times: float, *, margin: float) -> float:
+    """A bound for the distance after so many independent roundings, one after another.
+
+    Args:
+        rounding: root mean square of what one rounding changes, relative to the number. margin: in standard deviations.
+    """
+    return margin * rounding * math.sqrt(times)
+
+
+def _square_of_difference(got: Tensor | None, expected: Tensor) -> float:
+    if got is None or got.shape != expected.shape:
+        return math.inf
+    if torch.equal(got, expected):
+        return 0.0
+    square = float((got.double() - expected.double()).square().sum())
+    return square if math.isfinite(square) else math.inf
+
+
+def _ratio(off: float, size: float) -> float:
+    if size > 0:
+        ratio = math.sqrt(off / size)
+        return ratio if math.isfinite(ratio) else math.inf
+    return 0.0 if off == 0 else math.inf
