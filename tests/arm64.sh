@@ -13,7 +13,7 @@ qemu=$(command -v qemu-aarch64 || command -v qemu-aarch64-static)
 
 if [ ! -d "$root/opt/site/torch" ]; then
 	mmdebstrap --variant=extract --architectures=arm64 --mode=root --include=python3,libgomp1,libstdc++6,libatomic1 \
-		trixie "$root" http://deb.debian.org/debian
+		trixie "$root"
 	for link in bin sbin lib; do [ -e "$root/$link" ] || ln -s "usr/$link" "$root/$link"; done
 	wheels=$(mktemp -d)
 	platforms=()

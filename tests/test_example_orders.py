@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import scripts
+
 FOLDER = Path(__file__).parents[1] / "examples" / "orders"
 SPLITS = {"train": 400, "test": 64}
 
@@ -154,15 +156,14 @@ def test_a_quickstart_that_was_interrupted_goes_on(tmp_path: Path) -> None:
 def test_an_interrupt_reaches_the_command_and_waits_for_it(tmp_path: Path) -> None:
     """As in a terminal, where Ctrl-C goes to both processes."""
     slow = tmp_path / "halfbyte"
-    slow.write_text(
-        f"#!{sys.executable}\n"
+    scripts.write(
+        slow,
         "import os, signal, sys, time\n"
         # not by print: the signal may come while the main thread is in one
         "signal.signal(signal.SIGINT, lambda *_: (os.write(1, b'saved\\n'), time.sleep(1), sys.exit(130)))\n"
         "print('begun', flush=True)\n"
-        "time.sleep(60)\n"
+        "time.sleep(60)\n",
     )
-    slow.chmod(0o755)
     code = f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import quickstart; from pathlib import Path; "
     code += f"quickstart.HALFBYTE = Path({str(slow)!r}); quickstart.run('train')"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, process_group=0) as both:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,20 +13,17 @@ from halfbyte.errors import ExportError
 from halfbyte.export import converter
 from halfbyte.export.export import to_gguf
 from halfbyte.export.merge import Wish
-from tests import tiny_run
+from tests import scripts, tiny_run
 from tests.export import runs
 
-STAND_IN = """#!{python}
-import json, pathlib, sys
+STAND_IN = """import json, pathlib, sys
 place = pathlib.Path(sys.argv[1])
 from safetensors.torch import load_file
 value = load_file(place / "model.safetensors")["gpt_neox.layers.0.attention.dense.weight"]
 names = sorted(p.name for p in place.iterdir())
 pathlib.Path(sys.argv[3]).write_text(json.dumps([sys.argv[2:], names, value.tolist()]))
 """
-FAILS = (
-    "#!{python}\nimport sys\nprint('some trace', file=sys.stderr)\nsys.exit('Model FooForCausalLM is not supported')\n"
-)
+FAILS = "import sys\nprint('some trace', file=sys.stderr)\nsys.exit('Model FooForCausalLM is not supported')\n"
 
 
 @pytest.fixture
@@ -47,9 +43,7 @@ def run(tmp_path: Path) -> Path:
 def on_path(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "bin").mkdir()
     if text:
-        script = folder / "bin" / converter.NAMES[0]
-        script.write_text(text.replace("{python}", sys.executable))
-        script.chmod(0o755)
+        scripts.write(folder / "bin" / converter.NAMES[0], text)
     monkeypatch.setenv("PATH", str(folder / "bin"))
     monkeypatch.setattr(converter, "WHEEL", "nothing_of_this_name")
 

@@ -125,8 +125,9 @@ def trained(base: Path, folder: Path, limit: int) -> tuple[Group, dict[str, Any]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     forget(base)
     with group(limit) as made:
-        enter = f"echo $$ > {made.folder / 'cgroup.procs'} && exec {sys.executable} -m halfbyte train recipe.yaml"
-        done = subprocess.run(["bash", "-c", enter], cwd=folder, capture_output=True, text=True)
+        enter = 'echo $$ > "$1" && exec "$2" -m halfbyte train recipe.yaml'
+        words = ("bash", "-c", enter, "bash", made.folder / "cgroup.procs", sys.executable)
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         peak, kills = made.peak_bytes, made.kills
     assert kills == 0

@@ -13,14 +13,15 @@ import pytest
 
 from halfbyte.system import compiled, files
 
-# A user who may write into no folder but the system's temporary one.
+# A user who may write into the temporary folder alone. It is the test's own, as the checkout may lie in the system's.
 CODE = """
 import os, sys, tempfile
-own, temporary = tempfile.TemporaryFile, os.path.realpath(tempfile.gettempdir())
+from pathlib import Path
+open_file, temporary = tempfile.TemporaryFile, Path(tempfile.gettempdir()).resolve()
 def refusing(*args, dir=None, **kwargs):
-    if dir is not None and not os.path.realpath(dir).startswith(temporary):
+    if dir is not None and not Path(dir).resolve().is_relative_to(temporary):
         raise PermissionError(13, "Permission denied", str(dir))
-    return own(*args, dir=dir, **kwargs)
+    return open_file(*args, dir=dir, **kwargs)
 tempfile.TemporaryFile = refusing
 import numpy as np, torch
 from halfbyte.layers.kernels import cpu
@@ -71,10 +72,11 @@ def test_without_one_it_is_halfbytes_and_else_one_of_this_process(own: Path, mon
 
 
 @pytest.mark.parametrize("place", ["with", "without"])
-def test_a_user_without_a_home_folder_has_kernels_and_a_quantiser(place: str) -> None:
+def test_a_user_without_a_home_folder_has_kernels_and_a_quantiser(place: str, tmp_path: Path) -> None:
     """Without a place, which is what numba itself would find, it refuses the first kernel."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("HALFBYTE_CACHE", compiled.VARIABLE, "XDG_CACHE_HOME")}
-    env = kept | {"HOME": "/nonexistent"}
+    left_out = ("HALFBYTE_CACHE", compiled.VARIABLE, "XDG_CACHE_HOME")
+    env = {name: value for name, value in os.environ.items() if name not in left_out} | {"HOME": "/nonexistent"}
+    env |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(tmp_path))
     done = subprocess.run([sys.executable, "-c", CODE, place], env=env, capture_output=True, text=True)
     if place == "without":
         assert done.returncode != 0 and "no kernels" in done.stderr

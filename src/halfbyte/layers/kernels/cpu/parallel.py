@@ -67,7 +67,7 @@ def _openmp_libraries(maps: Path = Path("/proc/self/maps")) -> list[str]:
     """Where the OpenMP library in this process lies: as Linux lists it, else the one that torch's wheel brings."""
     try:
         lines = maps.read_text(encoding="utf-8", errors="replace").splitlines()
-        found = {line.split()[-1] for line in lines if "omp" in line}
+        found = {line.split(maxsplit=5)[5] for line in lines if "omp" in line}  # a path may hold spaces
     except OSError:
         found = {str(path) for path in (Path(torch.__file__).parent / "lib").glob("lib*omp*")}
     paths = {path for path in found if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))}
