@@ -198,8 +198,8 @@ def test_the_watch_misses_who_does_not_beat(monkeypatch: pytest.MonkeyPatch) -> 
     store: Any = Store()
     names, ended = ["a", "b", "c"], list[tuple[int, float]]()
     monkeypatch.setattr(watch.launch, "end", lambda *process: ended.append(process))
-    first = watch.Watch(store, 0, names, lambda: None, {0: (10, 0.5)})
-    second = watch.Watch(store, 1, names, lambda: None, {1: (11, 1.5), 2: (12, 2.5)})
+    first = watch.Heartbeat(store, 0, names, lambda: None, {0: (10, 0.5)})
+    second = watch.Heartbeat(store, 1, names, lambda: None, {1: (11, 1.5), 2: (12, 2.5)})
     assert first._missing() is None, "who has not begun is not missed"
     for rank in range(3):
         store.set(f"beat/{rank}", "0")
@@ -224,7 +224,7 @@ def test_the_watch_misses_who_does_not_beat(monkeypatch: pytest.MonkeyPatch) -> 
     assert fault is not None and fault.rank == 0 and fault.silent
     second._ended_by(fault)
     assert ended == [], "the first is on another machine"
-    third = watch.Watch(store, 1, names, lambda: None, {1: (11, 1.5), 2: (12, 2.5)})
+    third = watch.Heartbeat(store, 1, names, lambda: None, {1: (11, 1.5), 2: (12, 2.5)})
     for count in range(22):
         assert third._missing() is None
         store.set("beat/0", f"again {count}")

@@ -13,7 +13,7 @@ from rich.text import Text
 from halfbyte.cli import show
 
 if TYPE_CHECKING:
-    from halfbyte.distributed.scaling import Scaled
+    from halfbyte.distributed.scaling import ScalingEstimate
     from halfbyte.plan import Line, Plan
     from halfbyte.plan.ahead import Planned
     from halfbyte.plan.alternatives import Way
@@ -56,7 +56,7 @@ def planned(value: Planned) -> None:
         show.out.print(ways(value.ways))
 
 
-def scaled(value: Scaled) -> None:
+def scaled(value: ScalingEstimate) -> None:
     """A step on more machines: what each holds, what the sum of gradients takes, what it brings and where that ends."""
     asked, alone = value.asked, value.others[0].step_s
     link = f"{value.link.bytes_s * 8 / 1e9:g} Gb/s, {value.link.delay_s * 1e3:g} ms"

@@ -65,7 +65,7 @@ def _text(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Link:
+class AllReduceSpeed:
     """What an all-reduce takes between these processes: seconds of a small one, and bytes a second of a large one (of
     the buffer, whatever goes over the wire)."""
 
@@ -76,7 +76,7 @@ class Link:
         return self.latency_s + size / self.bytes_s
 
 
-def measure(world: World) -> Link:
+def measure(world: World) -> AllReduceSpeed:
     """Time all-reduces: the best of a few, as the slowest process has just arrived."""
     import torch
 
@@ -89,7 +89,7 @@ def measure(world: World) -> Link:
         return min(times)
 
     latency, whole = best(1), best(MEASURED_BYTES // 4)
-    return Link(latency, MEASURED_BYTES / max(1e-6, whole - latency))
+    return AllReduceSpeed(latency, MEASURED_BYTES / max(1e-6, whole - latency))
 
 
 def join(world: World, belongs: Document, model: Model, threads: int) -> str:
@@ -112,7 +112,7 @@ def join(world: World, belongs: Document, model: Model, threads: int) -> str:
     return described(world, threads, measure(world))
 
 
-def described(world: World, threads: int, link: Link) -> str:
+def described(world: World, threads: int, link: AllReduceSpeed) -> str:
     """The world in a line; how many machines, so that one that trains alone is missed."""
     where = "1 machine" if world.machines == 1 else f"{world.machines} machines"
     return (

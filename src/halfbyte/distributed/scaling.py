@@ -60,7 +60,7 @@ class OnNodes:
 
 
 @dataclass(frozen=True)
-class Scaled:
+class ScalingEstimate:
     """What to expect of more machines. `last`: the number from which twice as many bring less than a tenth; `plan` is
     that of each process."""
 
@@ -94,7 +94,7 @@ def reduce_seconds(size: int, nodes: int, link: Link) -> float:
     return 0.0 if nodes == 1 else 2 * (nodes - 1) * (size / nodes / link.bytes_s + link.delay_s)
 
 
-def expect(planned: Planned, nodes: int, link: Link) -> Scaled:
+def expect(planned: Planned, nodes: int, link: Link) -> ScalingEstimate:
     """Seconds of a step on `nodes` machines like the planned one."""
     job, size = planned.figures, BYTES_EACH * planned.figures.trainable
     alone = planned.plan.time.step_s
@@ -114,7 +114,7 @@ def expect(planned: Planned, nodes: int, link: Link) -> Scaled:
         if last.step_s < GAIN * more.step_s:
             break
         last = more
-    return Scaled(asked, tuple(every), last, size, link, each)
+    return ScalingEstimate(asked, tuple(every), last, size, link, each)
 
 
 def _doublings(most: int) -> Iterator[int]:

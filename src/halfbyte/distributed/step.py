@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Told:
+class StepResult:
     """What all processes know after a step.
 
     Args:
@@ -49,7 +49,7 @@ class StepSum:
         for p, part in self._parts():
             p.grad = part if p.dtype == part.dtype and p.device == part.device else None
 
-    def reduce(self, loss: Tensor, *, left: bool, stops: bool) -> Told:
+    def reduce(self, loss: Tensor, *, left: bool, stops: bool) -> StepResult:
         """Sum over all processes; afterwards each has the gradients of the whole step."""
         for p, part in self._parts():
             if p.grad is None:
@@ -64,7 +64,7 @@ class StepSum:
         for p, part in self._parts():
             p.grad = part if p.dtype == part.dtype and p.device == part.device else part.to(p.device, p.dtype)
         value, out, stopped, *flags = self.flat[-self._flags :].tolist()
-        return Told(value, out > 0, stopped > 0, tuple(rank for rank, flag in enumerate(flags) if flag > 0))
+        return StepResult(value, out > 0, stopped > 0, tuple(rank for rank, flag in enumerate(flags) if flag > 0))
 
     def _parts(self) -> Iterable[tuple[Tensor, Tensor]]:
         at = 0

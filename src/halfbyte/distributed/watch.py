@@ -52,7 +52,7 @@ class Fault:
         return cls(**json.loads(text))
 
 
-class Watch:
+class Heartbeat:
     """A thread that beats and watches, and one that sees whether the first comes back: a question to a store whose
     process is stopped, or whose link drops all, has no end. `fault` is what they have found; then `on_fault` is called,
     once. `deaf`: the store does not answer, and must not be asked again.

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from halfbyte.distributed import launch
-from halfbyte.distributed.watch import EVERY_S, FAILED, Fault, Interrupted, Watch, interrupt, wait_for
+from halfbyte.distributed.watch import EVERY_S, FAILED, Fault, Heartbeat, Interrupted, interrupt, wait_for
 from halfbyte.errors import HalfbyteError, RankLost, WorldError, first_line
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Group(World):
         self._store: TCPStore | None
         self._group: ProcessGroup | None
         self._calls, self._left, self._thread = 0, threading.Event(), threading.get_ident()
-        self._watch: Watch | None = None
+        self._watch: Heartbeat | None = None
         self._place, self._store, self._group = place, None, None
         self.names = (f"rank {self.rank} of {self.size} on {socket.gethostname()}",)
 
@@ -131,7 +131,7 @@ class Group(World):
         self.local_rank = beside.index(self.rank) if place.local_rank is None else place.local_rank
         self.local_size, self._beside = len(beside), beside
         near = {rank: processes[rank] for rank in beside}
-        self._watch = Watch(self._second, self.rank, list(self.names), self._on_fault, near)
+        self._watch = Heartbeat(self._second, self.rank, list(self.names), self._on_fault, near)
         self._watch.start()
         self._open()
 

@@ -237,7 +237,7 @@ def _computes_logits(lm: Model, head: Head) -> bool:
     options = {"use_cache": False} if packing.takes_use_cache(lm) else {}
     training = [m for m in lm.modules() if m.training]
     lm.eval()
-    scaled = _Scaled()
+    scaled = _ScaleHidden()
     handle = structure.body(lm).register_forward_hook(scaled)
     try:
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
@@ -260,7 +260,7 @@ def _computes_logits(lm: Model, head: Head) -> bool:
     return True
 
 
-class _Scaled:
+class _ScaleHidden:
     """A hook after the body: hidden states times a factor."""
 
     factor = 1.0

@@ -24,7 +24,7 @@ from halfbyte.plan.lines import Recompute
 from halfbyte.recipe.adapter import PASSPORT
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs.folder import ANOTHER
-from halfbyte.runs.report import Compared
+from halfbyte.runs.report import Comparison
 from halfbyte.system import files, usage
 from halfbyte.system.device import Device
 from halfbyte.system.usage import Usage
@@ -156,34 +156,34 @@ def compared(
     run: Path,
     step_s: float | None,
     on_cards: Sequence[tuple[int, int]] = (),
-) -> Sequence[Compared]:
+) -> Sequence[Comparison]:
     """Planned beside measured, line by line where a line can be measured alone.
 
     Args:
         held: before the first step. seen: the highest private and file bytes seen while training. step_s: of a usual
             step. on_cards: (allocated, reserved) bytes of each at their peak.
     """
-    lines = [Compared("base", opened.expected_bytes, opened.resident_bytes)]
+    lines = [Comparison("base", opened.expected_bytes, opened.resident_bytes)]
     if plan.host_lines:
-        lines.append(Compared("host memory", sum(line.bytes for line in plan.host_lines), seen.private))
+        lines.append(Comparison("host memory", sum(line.bytes for line in plan.host_lines), seen.private))
         allocated, reserved = max(on_cards, default=(0, 0))
-        lines.append(Compared("tensors on a card", plan.allocated_bytes, allocated))
-        lines.append(Compared("held by torch on a card", plan.allocated_bytes + plan.line("allocator"), reserved))
+        lines.append(Comparison("tensors on a card", plan.allocated_bytes, allocated))
+        lines.append(Comparison("held by torch on a card", plan.allocated_bytes + plan.line("allocator"), reserved))
     else:
         before = ["libraries", "compiler", "data", "adapters"] + ["base"] * (plan.placement == "resident")
         passing = (line.bytes for line in plan.lines if line.where != "file" and line.name not in (*before, "base"))
         lines += [
-            Compared("before a micro-batch, private", sum(map(plan.line, before)), held.private),
-            Compared("the longest micro-batch", sum(passing), max(0, seen.private - held.private)),
-            Compared("private memory", plan.private_bytes, seen.private),
-            Compared("pages of files", plan.file_bytes, seen.file),
+            Comparison("before a micro-batch, private", sum(map(plan.line, before)), held.private),
+            Comparison("the longest micro-batch", sum(passing), max(0, seen.private - held.private)),
+            Comparison("private memory", plan.private_bytes, seen.private),
+            Comparison("pages of files", plan.file_bytes, seen.file),
         ]
     adapter = sum(line.bytes for line in plan.disk if line.name == "adapter")
     files_of = (file for file in (run / "adapter").rglob("*") if file.is_file() and file.name != PASSPORT)
     written = sum(file.stat().st_size for file in files_of)
-    lines.append(Compared("adapter on disk", adapter, written))
+    lines.append(Comparison("adapter on disk", adapter, written))
     if step_s is not None:
-        lines.append(Compared("seconds a step", plan.time.step_s, step_s))
+        lines.append(Comparison("seconds a step", plan.time.step_s, step_s))
     return lines
 
 
