@@ -120,8 +120,8 @@ class Planned:
 def planned(row: Row) -> Planned:
     from halfbyte import plan
     from halfbyte.models import describe
-    from halfbyte.plan.ahead import parse_device
     from halfbyte.plan.alternatives import compare
+    from halfbyte.plan.estimate import parse_device
     from halfbyte.recipe.schema import Recipe
 
     recipe = Recipe.model_validate({

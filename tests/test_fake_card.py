@@ -234,10 +234,10 @@ def test_selective_recomputation_is_no_way_down_on_a_card() -> None:
     """It changes nothing there: what it makes again was made by kernels for CPUs."""
     here = device.Device(fake_card.KIND, (), 2, 2**34, 2**34, (Card("card", 2**33, 2**33, (9, 0)),))
     job = plan_job(here)
-    assert choose.policies(job) == ("none", "full")
-    assert choose.ways_down(job, "none") == ("none", "full")
+    assert choose.recompute_policies(job) == ("none", "full")
+    assert choose.step_down_policies(job, "none") == ("none", "full")
     asked = plan_job(here, train={"gradient_checkpointing": "selective"})
-    made = choose.make(asked, here)
+    made = choose.best_plan(asked, here)
     assert (made.recompute, "would save nothing" in made.reasons["recompute"]) == ("full", True)
 
 

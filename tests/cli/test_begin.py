@@ -13,7 +13,7 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from halfbyte.cli import begin, show
-from halfbyte.plan import ahead
+from halfbyte.plan import estimate
 from halfbyte.recipe.file import load_recipe
 from tests import in_process, tiny_run
 from tests.in_process import Cli
@@ -166,7 +166,7 @@ def at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_longest_row_is_that_of_any_length(halfbyte: Cli) -> None:
     rows(Path("train.jsonl"), "prompt", "completion", words=2000)
     recipe = load_of("train.jsonl")
-    assert ahead.longest_row(recipe) > recipe.data.max_length
+    assert estimate.longest_row(recipe) > recipe.data.max_length
 
 
 def load_of(names: str):  # type: ignore[no-untyped-def]

@@ -30,7 +30,7 @@ from halfbyte.cli import conversation, progress, show, show_plan
 from halfbyte.errors import HalfbyteError
 from halfbyte.inference import generate
 from halfbyte.layers import loss
-from halfbyte.plan import ahead
+from halfbyte.plan import estimate
 from halfbyte.recipe.command import recipe_or_model
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import leaves
@@ -728,7 +728,7 @@ def test_a_plan_of_a_model_reads_the_rows_that_are_set(halfbyte: Cli) -> None:
 
 
 def test_a_plan_says_where_training_fits_and_generating_does_not(capsys: pytest.CaptureFixture[str]) -> None:
-    made = ahead.plan_model(recipe_or_model("llama-2-7b", ()), device="cpu:64GB").plan
+    made = estimate.plan_model(recipe_or_model("llama-2-7b", ()), device="cpu:64GB").plan
     show_plan.verdict(made)
     assert "it fits" in (fits := capsys.readouterr().out) and "but not" not in fits
     show_plan.verdict(replace(made, generating_bytes=made.available_bytes + 1))

@@ -6,7 +6,7 @@ import pytest
 
 from halfbyte.distributed import scaling
 from halfbyte.errors import RecipeError
-from halfbyte.plan.ahead import plan_model
+from halfbyte.plan.estimate import plan_model
 from halfbyte.recipe.file import recipe_from
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from halfbyte.layers.kernels.cpu.integer import products as integer
-from halfbyte.plan import Rates, Rows, Time, calibrate, make
+from halfbyte.plan import Rates, Rows, Time, calibrate, plan_training
 from halfbyte.system import device
 from tests import fake_card
 from tests.plan.test_choose import cpu, job
@@ -78,7 +78,7 @@ def test_load_is_seen_by_waiting_by_pressure_and_by_spread() -> None:
 
 def step_s(rates: Rates) -> float:
     device = cpu(64)
-    return make(job(device, rows=Rows((500,) * 64)), device, rates).time.step_s
+    return plan_training(job(device, rows=Rows((500,) * 64)), device, rates).time.step_s
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, *each: Rates) -> None:
@@ -115,7 +115,7 @@ def test_finished_runs_correct_what_is_kept_and_no_run_beside_other_load_does(mo
     one = job(device, rows=Rows((500,) * 64))
 
     def planned() -> Time:
-        return make(one, device, calibrate.cached(here, "bf16")).time
+        return plan_training(one, device, calibrate.cached(here, "bf16")).time
 
     truth = step_s(IDLE)
     before, corrections = planned(), []

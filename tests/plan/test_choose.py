@@ -1,4 +1,4 @@
-"""memory/: the choices of the plan on machines of every size; what it says when nothing fits; its lines."""
+"""plan/choose.py: the choices of the plan on machines of every size; what it says when nothing fits; its lines."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from halfbyte import plan as memory
 from halfbyte.cli import show, show_plan
 from halfbyte.data import pack
 from halfbyte.models.architectures import tensors_of
 from halfbyte.models.references import REFERENCES
 from halfbyte.models.tensors import facts_of
-from halfbyte.plan import MARGIN, Job, Plan, Rows, choose, lines
+from halfbyte.plan import MARGIN, Job, Plan, Rows, choose, plan_training, result
 from halfbyte.plan.alternatives import compare
 from halfbyte.plan.timing import Rates, assumed, step_time
 from halfbyte.quant.policy import encoded_bytes
@@ -48,7 +47,7 @@ def job(
 
 
 def made(device: Device, model: str = "smollm2-135m", rows: Rows | None = None, **fields: Any) -> Plan:
-    return memory.make(job(device, model, rows, **fields), device)
+    return plan_training(job(device, model, rows, **fields), device)
 
 
 def test_with_room_nothing_is_recomputed_and_the_base_is_mapped() -> None:
@@ -61,7 +60,7 @@ def test_with_room_nothing_is_recomputed_and_the_base_is_mapped() -> None:
 def test_among_plans_as_fast_as_each_other_the_smallest_is_taken_unless_memory_is_plenty() -> None:
     """Steps of 6400 tokens take two micro-batches, of 4000 tokens and the rest or of 3200 each."""
     rows, device = Rows((400,) * 64), cpu(64)
-    large = choose.count(
+    large = choose.plan_with(
         job(device, rows=rows), device, assumed(device, "bf16"), placement="mapped", recompute="none", tokens=4096
     )
     assert made(device, rows=rows).max_tokens_per_micro_batch == 4096
@@ -72,7 +71,7 @@ def test_among_plans_as_fast_as_each_other_the_smallest_is_taken_unless_memory_i
 
 def test_less_room_means_the_next_measure_and_none_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """On ever smaller machines: smaller micro-batches, recomputation, then a warning; until then within the margin."""
-    monkeypatch.setattr(lines, "torch_has_cards", lambda: False)  # which torch is installed here must not matter
+    monkeypatch.setattr(result, "torch_has_cards", lambda: False)  # which torch is installed here must not matter
     taken = []
     for free in (16, 3, 2, 1.6, 1.3, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35):
         plan = made(cpu(free), rows=Rows((700,) * 64))
@@ -93,7 +92,7 @@ def test_nothing_is_done_again_where_a_plan_without_it_fits_and_is_as_fast(
 ) -> None:
     """On machines of any size: every other choice that fits was counted too, and none of those that do less again is as
     fast. A larger micro-batch with cheap recomputation may be faster than a small one without."""
-    monkeypatch.setattr(lines, "torch_has_cards", lambda: has_cards)
+    monkeypatch.setattr(result, "torch_has_cards", lambda: has_cards)
     rows, did_again = Rows((700,) * 64), 0
     for tenths in range(7, 31):
         device = cpu(tenths / 10)
@@ -102,8 +101,8 @@ def test_nothing_is_done_again_where_a_plan_without_it_fits_and_is_as_fast(
             continue
         did_again += 1
         for recompute in choose.POLICIES[: choose.POLICIES.index(plan.recompute)]:
-            for tokens in choose.sizes(700, 64 * 700):
-                other = choose.count(
+            for tokens in choose.micro_batch_sizes(700, 64 * 700):
+                other = choose.plan_with(
                     one, device, assumed(device, "bf16"), placement="mapped", recompute=recompute, tokens=tokens
                 )
                 if other.short_bytes == 0 and other.needed_bytes <= (1 - MARGIN) * tenths / 10 * GB:
@@ -128,7 +127,7 @@ def test_a_plan_that_fits_says_so_of_every_number_in_it(model: str, asked: str) 
     for free in (0.7, 3, 4.5, 6, 24.69, 200):
         device = cpu(free)
         one = job(device, model, Rows((512,) * 16), quant__placement=asked)
-        plan = memory.make(one, device, rates)
+        plan = plan_training(one, device, rates)
         assert plan.needed_bytes >= plan.step_needed_bytes == plan.private_bytes + plan.busy_file_bytes
         if asked == "auto":
             stays = plan.step_bytes - plan.line("base") + one.base_bytes <= free * GB
@@ -151,7 +150,7 @@ def test_a_70b_trains_in_a_few_gigabytes_when_streamed() -> None:
 
 def test_a_base_that_cannot_be_mapped_stays_resident() -> None:
     device = cpu(64)
-    plan = memory.make(job(device, mappable=False), device)
+    plan = plan_training(job(device, mappable=False), device)
     assert plan.placement == "resident"
     assert [line.where for line in plan.lines if line.name == "base"] == ["private"]
 
@@ -212,14 +211,14 @@ def test_a_micro_batch_always_holds_the_longest_example() -> None:
 
 def test_unproven_packing_is_one_example_a_micro_batch() -> None:
     device = cpu(64)
-    plan = memory.make(replace(job(device), packed=False), device)
+    plan = plan_training(replace(job(device), packed=False), device)
     assert plan.tokens_in_micro_batch == 200
 
 
 def test_base_and_training_state_are_counted_from_specs_and_parameters() -> None:
     device = cpu(64)
     one = job(device, lora__target_modules=["q_proj", "v_proj"])
-    plan = memory.make(one, device)
+    plan = plan_training(one, device)
     assert one.trainable == 30 * 16 * ((576 + 576) + (576 + 192))
     assert plan.line("base") == sum(encoded_bytes(s, one.recipe.quant, 2) for s in one.specs)
     assert plan.line("adapters") == 4 * one.trainable
@@ -238,7 +237,7 @@ def test_gradients_larger_than_what_a_micro_batch_takes_are_all_there_at_its_end
     device = cpu(64)
     fields: Any = {"lora__r": 256, "lora__target_modules": "all-linear"}
     one = job(device, rows=Rows((8,) * 16), **fields)
-    plan = memory.make(one, device)
+    plan = plan_training(one, device)
     gone = sum(plan.line(name) for name in ("activations", "logits", "backward of a layer", "dequantised weight"))
     assert plan.line("gradients") + gone + plan.line("allocator") == 4 * one.trainable
 
@@ -283,7 +282,7 @@ def test_rows_longer_than_a_window_take_more_in_the_layers_that_have_one() -> No
     assert long.layer.kept - short.layer.kept == pytest.approx(copies)
     choice: Any = {"placement": "mapped", "recompute": "none", "tokens": 16 * 513}
     activations = [
-        choose.count(one, device, assumed(device, "bf16"), **choice).line("activations") for one in (short, long)
+        choose.plan_with(one, device, assumed(device, "bf16"), **choice).line("activations") for one in (short, long)
     ]
     assert activations[1] - activations[0] > 16 * 512 * 18 * copies
 
@@ -291,8 +290,8 @@ def test_rows_longer_than_a_window_take_more_in_the_layers_that_have_one() -> No
 def test_disk_is_the_store_and_what_the_run_keeps() -> None:
     device = cpu(64)
     one = job(device, train__save_total_limit=2)
-    sizes = {line.name: line.bytes for line in memory.make(one, device).disk}
-    assert sizes["base store"] == one.building.disk_bytes > one.base_bytes
+    sizes = {line.name: line.bytes for line in plan_training(one, device).disk}
+    assert sizes["base store"] == one.store_build.disk_bytes > one.base_bytes
     assert sizes["checkpoints"] == 3 * 12 * one.trainable
     assert sizes["adapter"] == 4 * one.trainable
 
@@ -300,11 +299,11 @@ def test_disk_is_the_store_and_what_the_run_keeps() -> None:
 def test_the_first_run_on_a_machine_compiles_and_the_best_adapter_is_a_line_of_its_own() -> None:
     device = cpu(64)
     one = job(device, rows=Rows((200,) * 64, evaluated=(200,) * 8))
-    warm, cold = (memory.make(replace(one, cold=state), device) for state in (False, True))
+    warm, cold = (plan_training(replace(one, cold=state), device) for state in (False, True))
     assert (warm.line("compiler"), cold.line("compiler")) == (0, cold.private_bytes - warm.private_bytes)
     assert 0.296e9 < cold.line("compiler") < 0.308e9
-    assert memory.make(replace(job(device, quant__compute_dtype="fp32"), cold=True), device).line("compiler") < 0.19e9
-    assert memory.make(replace(job(device, quant__compute="int8"), cold=True), device).line("compiler") > 0.37e9
+    assert plan_training(replace(job(device, quant__compute_dtype="fp32"), cold=True), device).line("compiler") < 0.19e9
+    assert plan_training(replace(job(device, quant__compute="int8"), cold=True), device).line("compiler") > 0.37e9
     sizes = {line.name: line.bytes for line in warm.disk}
     assert sizes["adapter"] == sizes["best adapter"] == 4 * one.trainable
 
@@ -312,7 +311,7 @@ def test_the_first_run_on_a_machine_compiles_and_the_best_adapter_is_a_line_of_i
 def test_products_of_an_evaluations_sizes_are_counted() -> None:
     device = cpu(64)
     without, few, many = (
-        memory.make(job(device, rows=Rows((200,) * 64, evaluated=(200,) * count)), device).line("compiled products")
+        plan_training(job(device, rows=Rows((200,) * 64, evaluated=(200,) * count)), device).line("compiled products")
         for count in (0, 64, 256)
     )
     assert without < few < many and many - without == 4 * (few - without)
@@ -322,7 +321,7 @@ def test_a_build_of_torch_for_cards_holds_more_though_there_is_none(monkeypatch:
     """Measured with all libraries imported: 165 MB private and 517 of files."""
     seen = []
     for has_cards in (False, True):
-        monkeypatch.setattr(lines, "torch_has_cards", lambda has_cards=has_cards: has_cards)
+        monkeypatch.setattr(result, "torch_has_cards", lambda has_cards=has_cards: has_cards)
         plan = made(cpu(64))
         seen.append((plan.line("libraries"), plan.line("libraries, mapped"), plan.building_bytes))
     assert tuple(b - a for a, b in zip(*seen, strict=True)) == (165_000_000, 517_000_000, 682_000_000)
@@ -340,17 +339,17 @@ def test_activations_are_counted_for_the_largest_step_that_the_run_will_take() -
     steps = pack.Steps(np.array(lengths), np.array(lengths), 4, 16, counted.recipe.train.seed, 4096, None)
     largest = max(step.tokens for step in steps)
     assert counted.steps == 16 and largest < 1600
-    assert memory.make(counted, cpu(64)).tokens_in_micro_batch == largest
+    assert plan_training(counted, cpu(64)).tokens_in_micro_batch == largest
     assert made(cpu(64), rows=Rows.assume(400), **fields).tokens_in_micro_batch == 1600
 
 
 def test_building_the_store_is_planned_where_one_is_built() -> None:
     device = cpu(64)
-    plan = memory.make(job(device), device)
+    plan = plan_training(job(device), device)
     assert plan.building_bytes == sum(line.bytes for line in plan.building) > 0
     assert plan.to_json()["building_bytes"] == plan.building_bytes
-    assert memory.make(job(device, mappable=False), device).building == ()
-    assert memory.make(job(device, quant__type="none"), device).building == ()
+    assert plan_training(job(device, mappable=False), device).building == ()
+    assert plan_training(job(device, quant__type="none"), device).building == ()
 
 
 def test_a_longer_vocabulary_takes_more_logits_and_fewer_labels_less_time() -> None:
@@ -452,7 +451,7 @@ def test_a_card_is_planned_with_what_is_free_on_it() -> None:
 
 def test_a_plan_of_a_card_has_what_is_no_tensor_the_copy_of_gradients_and_the_store() -> None:
     here = cards(24)
-    plan = memory.make(replace(job(here, train__gradient_accumulation_steps=16), stored=True), here)
+    plan = plan_training(replace(job(here, train__gradient_accumulation_steps=16), stored=True), here)
     on_card = {line.name: line.bytes for line in plan.lines if line.where == "device"}
     assert on_card["CUDA context"] > 300e6 and on_card["cuBLAS workspace"] > 8e6
     assert on_card["gradients' copy"] == on_card["gradients"] > 0

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import pytest
 
-from halfbyte import plan as memory
 from halfbyte.errors import BaseModelError
 from halfbyte.models import describe, tensors
-from halfbyte.plan import held, layer
+from halfbyte.plan import Job, Rows, layer, memory
 from halfbyte.quant import policy
 from halfbyte.recipe.schema import Quant, Recipe
 from halfbyte.system import device
 
 
-def job(name: str) -> memory.Job:
+def job(name: str) -> Job:
     shape = describe.describe(name)
     recipe = Recipe.model_validate({"model": name, "data": {"train": "x.jsonl"}, "output": "run"})
-    return memory.Job.of(recipe, shape.specs, shape.facts, memory.Rows.assume(512), device.detect(), mappable=True)
+    return Job.of(recipe, shape.specs, shape.facts, Rows.assume(512), device.detect(), mappable=True)
 
 
 def test_bytes_of_all_experts_and_products_of_two() -> None:
     made = job("mixtral-8x7b")
     layer = 8 * 3 * 4096 * 14336
     assert made.expert_numel == 32 * layer
-    assert made.dequantised(1) == pytest.approx(made.linear_numel)
+    assert made.dequantised_weights(1) == pytest.approx(made.linear_numel)
     assert made.linear_numel == pytest.approx(32 * (layer / 4 + 2 * 4096 * 4096 + 2 * 4096 * 1024))
-    assert made.dequantised(100) == pytest.approx(made.linear_numel + 0.75 * 32 * layer, rel=0.01)
+    assert made.dequantised_weights(100) == pytest.approx(made.linear_numel + 0.75 * 32 * layer, rel=0.01)
     assert 0.5155 < made.layer_bytes / (layer + 2 * 4096 * 4096 + 2 * 4096 * 1024) < 0.5165  # 4.13 bits a weight
 
 
@@ -40,8 +39,8 @@ def test_products_of_experts_are_of_few_sizes(tokens: int, sizes: int) -> None:
 
 def test_of_streamed_layers_ahead_experts_are_not_there() -> None:
     made = job("mixtral-8x7b")
-    assert made.ahead_bytes < 0.04 * made.layer_bytes
-    assert held.busy_file_bytes(made) <= made.layer_bytes + made.outer_bytes  # three layers would be more
+    assert made.dense_layer_bytes < 0.04 * made.layer_bytes
+    assert memory.busy_file_bytes(made) <= made.layer_bytes + made.outer_bytes  # three layers would be more
 
 
 def test_an_expert_a_tensor_is_planned_as_the_stack_that_it_becomes() -> None:

@@ -6,15 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from halfbyte import plan as memory
-from halfbyte.plan import Plan, Rows, Trained, plan_inference
+from halfbyte.plan import MARGIN, Plan, Rows, RunChoices, plan_inference, plan_training
 from tests.plan.test_choose import GB, cards, cpu, job
 
 ROWS = Rows((700,) * 64, evaluated=(600,) * 32)
 
 
-def trained(plan: Plan) -> Trained:
-    made = Trained.of(plan.to_json())
+def trained(plan: Plan) -> RunChoices:
+    made = RunChoices.from_json(plan.to_json())
     assert made is not None
     return made
 
@@ -24,7 +23,7 @@ def trained(plan: Plan) -> Trained:
 def test_evaluating_a_run_takes_its_placement_and_tokens_and_never_more_than_training(model: str, free: float) -> None:
     device = cpu(free)
     one = job(device, model, ROWS)
-    plan = memory.make(one, device)
+    plan = plan_training(one, device)
     if plan.short_bytes:
         pytest.skip("nothing to use: training does not fit")
     after = plan_inference(one, device, trained(plan), generated_tokens=600)
@@ -32,14 +31,14 @@ def test_evaluating_a_run_takes_its_placement_and_tokens_and_never_more_than_tra
     assert after.max_tokens_per_micro_batch == plan.max_tokens_per_micro_batch
     assert after.placement == plan.placement
     assert after.evaluating_bytes <= plan.needed_bytes
-    assert after.needed_bytes <= max(plan.needed_bytes, (1 - memory.MARGIN) * free * GB) or after.sequences == 1
+    assert after.needed_bytes <= max(plan.needed_bytes, (1 - MARGIN) * free * GB) or after.sequences == 1
     assert after.needed_bytes <= free * GB
 
 
 def test_training_s_evaluation_and_eval_count_the_same_bytes() -> None:
     device = cpu(64)
     one = job(device, rows=ROWS)
-    plan = memory.make(one, device)
+    plan = plan_training(one, device)
     after = plan_inference(one, device, trained(plan))
     held = plan.evaluating_bytes - plan.file_bytes + plan.busy_file_bytes
     assert held == after.evaluating_bytes + plan.line("optimiser")
@@ -48,15 +47,15 @@ def test_training_s_evaluation_and_eval_count_the_same_bytes() -> None:
 def test_an_evaluation_on_a_smaller_machine_takes_smaller_micro_batches_and_fewer_sequences() -> None:
     large = cpu(64)
     one = job(large, "gpt2", ROWS)
-    run = trained(memory.make(one, large))
+    run = trained(plan_training(one, large))
     seen = []
     for free in (64, 2, 1.5, 1.2, 1.0, 0.9, 0.8):
         after = plan_inference(one, cpu(free), run, generated_tokens=1024)
         seen.append((after.max_tokens_per_micro_batch, after.sequences))
         if after.sequences > 1:
-            assert after.generating_bytes <= (1 - memory.MARGIN) * free * GB
+            assert after.generating_bytes <= (1 - MARGIN) * free * GB
         if after.max_tokens_per_micro_batch > 700:
-            assert after.evaluating_bytes <= (1 - memory.MARGIN) * free * GB
+            assert after.evaluating_bytes <= (1 - MARGIN) * free * GB
     assert seen == sorted(seen, reverse=True)
     assert seen[0] == (run.max_tokens_per_micro_batch, 16) and seen[-1][1] < 16
 
@@ -65,7 +64,7 @@ def test_a_base_larger_than_memory_is_streamed_and_one_with_room_again_is_not() 
     small, large = cpu(3.5), cpu(64)
     one = job(small, "llama-2-7b", ROWS)
     assert plan_inference(one, small).placement == "streamed"
-    run = trained(memory.make(one, small))
+    run = trained(plan_training(one, small))
     assert run.placement == "streamed"
     assert plan_inference(one, small, run).placement == "streamed"
     assert plan_inference(one, large, run).placement == "mapped"
@@ -101,4 +100,4 @@ def test_unproven_packing_is_one_row_and_an_old_plan_is_none() -> None:
     one = replace(job(device, rows=ROWS), packed=False)
     packed, single = plan_inference(job(device, rows=ROWS), device), plan_inference(one, device)
     assert single.evaluating_bytes < packed.evaluating_bytes
-    assert Trained.of({"placement": "mapped"}) is None
+    assert RunChoices.from_json({"placement": "mapped"}) is None

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from halfbyte import finetune
-from halfbyte.plan import held
+from halfbyte.plan import memory
 from halfbyte.system import device
 from halfbyte.training import pace
 from tests import tiny_run
@@ -103,7 +103,7 @@ def one_way(way: Way, reference: tuple[Path, list[float]], monkeypatch: pytest.M
         here = replace(device.detect(), ram_bytes=way.free, ram_available_bytes=way.free)
         monkeypatch.setattr(device, "detect", lambda: here)
         for name in ("LIBRARIES_PRIVATE_BYTES", "FIRST_MICRO_BATCH_BYTES", "TOKENIZER_BYTES_PER_ENTRY", "ROW_BYTES"):
-            monkeypatch.setattr(held, name, 0)
+            monkeypatch.setattr(memory, name, 0)
     looks = 0
 
     def free() -> int:

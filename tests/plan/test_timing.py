@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from halfbyte.plan import peak
+from halfbyte.plan import memory
 from halfbyte.plan.job import Job, Rows
 from halfbyte.plan.timing import (
     HALF_RATE_TOKENS,
@@ -109,7 +109,7 @@ def test_what_integer_products_hold_is_planned() -> None:
     wide = max(max(shape) for shape in MATRICES.values())
     for asked, tokens in (("exact", 0), ("auto", 3000), ("int8", 400)):
         one = of(["q_proj", "v_proj"], quant__compute=asked)
-        lines = peak.integer_lines(one, tokens, "private")
+        lines = memory.integer_lines(one, tokens, "private")
         copies = max(o * i for o, i in MATRICES.values()) + tokens * wide
         sums = 4 * wide * min(tokens, max(512, (3 << 19) // wide))
         assert [line.bytes for line in lines] == ([] if asked == "exact" else [copies + sums])

@@ -42,7 +42,7 @@ def test_it_knows_rows_targets_steps_and_plan_and_loads_no_weight(
     (meta,) = made
     assert all(p.device.type == "meta" for p in meta.parameters())
     assert len(job.modules) == len(job.targets.names) * meta.config.num_hidden_layers
-    assert job.figures.steps == 12 and job.plan.trainable == job.figures.trainable
+    assert job.job.steps == 12 and job.plan.trainable == job.job.trainable
     assert job.plan.to_json() == with_plan(look(recipe), job.machine).plan.to_json()
 
 

@@ -11,7 +11,7 @@ from halfbyte.errors import BaseModelError, StoreError
 from halfbyte.models import tensors
 from halfbyte.models.sources.checkpoint import beside_bytes
 from halfbyte.models.sources.lookup import find_model
-from halfbyte.plan.building import Building
+from halfbyte.plan.store_build import StoreBuild
 from halfbyte.quant import policy
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device
@@ -79,6 +79,6 @@ def _preflight(wanted: shelf.Wanted, specs: tuple[tensors.TensorSpec, ...]) -> s
     if not specs:
         return "unknown: pickled weights have no header to read"
     beside = beside_bytes(wanted.checkpoint.path)
-    plan = Building(specs, wanted.quant, wanted.dtype.itemsize, wanted.config.get_text_config().vocab_size, beside)
+    plan = StoreBuild(specs, wanted.quant, wanted.dtype.itemsize, wanted.config.get_text_config().vocab_size, beside)
     ram = sum(line.bytes for line in plan.lines(wanted.cores))
     return f"{ram / 1e9:.2f} GB of RAM while it is built, {plan.disk_bytes / 1e9:.3f} GB on disk"

@@ -183,24 +183,24 @@ def fit(draft: Draft, machine: str | None) -> None:
     """
     from halfbyte.models import describe
     from halfbyte.models.context import context_in
-    from halfbyte.plan import ahead
+    from halfbyte.plan import estimate
     from halfbyte.recipe.file import recipe_from
 
     trial = Draft(draft.model, draft.data, dict(draft.values), list(draft.remarks))
     recipe = recipe_from(trial.model, trial.data, trial.sets).recipe
     context = context_in(describe.describe(recipe.model, recipe.revision).config)
-    longest = round(COUNTED_WRONG * ahead.longest_row(recipe))
+    longest = round(COUNTED_WRONG * estimate.longest_row(recipe))
     if longest > recipe.data.max_length:
         room = 1 << (longest - 1).bit_length()
         trial.values["data.max_length"] = min(room, context.tokens) if context is not None else room
-    made = ahead.plan_model(recipe_from(trial.model, trial.data, trial.sets), device=machine)
+    made = estimate.plan_model(recipe_from(trial.model, trial.data, trial.sets), device=machine)
     # rows that are longer than the limit would be refused
     fixes = [fix for fix in made.plan.fixes if not fix.setting.startswith("data.")]
     for fix in fixes[:MOST_FIXES]:
         name, _, value = fix.setting.partition("=")
         trial.values[name] = yaml.safe_load(value)
         trial.remarks.append(f"{fix.setting}, as memory is short: {fix.change}")
-        made = ahead.plan_model(recipe_from(trial.model, trial.data, trial.sets), device=machine)
+        made = estimate.plan_model(recipe_from(trial.model, trial.data, trial.sets), device=machine)
         if not made.plan.short_bytes:
             break
     plan = made.plan

@@ -181,10 +181,10 @@ def plan(
 ) -> None:
     """What a training takes (memory, disk, time) and how it fits, before anything is downloaded or loaded. Exit code 3
     if it does not fit."""
-    from halfbyte.plan import ahead
+    from halfbyte.plan import estimate
     from halfbyte.recipe.command import recipe_or_model
 
-    planned = ahead.plan_model(recipe_or_model(target, set_), device=device, length=length, side_by_side=compare)
+    planned = estimate.plan_model(recipe_or_model(target, set_), device=device, length=length, side_by_side=compare)
     scaled = None
     if nodes is not None:
         from halfbyte.distributed import scaling

@@ -15,8 +15,8 @@ from halfbyte.cli import show
 if TYPE_CHECKING:
     from halfbyte.distributed.scaling import ScalingEstimate
     from halfbyte.plan import Line, Plan
-    from halfbyte.plan.ahead import Planned
-    from halfbyte.plan.alternatives import Way
+    from halfbyte.plan.alternatives import Method
+    from halfbyte.plan.estimate import Estimate
     from halfbyte.system.device import Device
     from halfbyte.training.preview import Checked, Resolution, Shown
 
@@ -26,7 +26,7 @@ ROWS_BAR = 40
 STYLES = {"private": "cyan", "device": "cyan", "file": "blue", "disk": "dim"}
 
 
-def planned(value: Planned) -> None:
+def planned(value: Estimate) -> None:
     """Model, machine, memory line by line, disk, time, the choices, and whether it fits."""
     shape, plan, recipe = value.shape, value.plan, value.recipe
     show.text(f"{shape.name}: {shape.parameters / 1e9:.2f} B parameters, {shape.facts.layers} layers ({shape.origin})")
@@ -51,9 +51,9 @@ def planned(value: Planned) -> None:
     for name, why in plan.reasons.items():
         show.labelled(name, f"{getattr(plan, name)}: {why}", width=len("max_tokens_per_micro_batch") + 1)
     verdict(plan)
-    if value.ways:
+    if value.methods:
         show.text("")
-        show.out.print(ways(value.ways))
+        show.out.print(ways(value.methods))
 
 
 def scaled(value: ScalingEstimate) -> None:
@@ -183,7 +183,7 @@ def seconds(value: float) -> str:
     return f"{value:.2g} s" if value < 10 else f"{value:.0f} s" if value < 120 else show.duration(value)
 
 
-def ways(compared: tuple[Way, ...]) -> Table:
+def ways(compared: tuple[Method, ...]) -> Table:
     made = Table(header_style="bold", title="side by side, the same rows, no recomputation", title_justify="left")
     made.add_column("")
     for name in ("memory", "trainable", "%", "time a step"):

@@ -15,10 +15,10 @@ from itertools import islice
 
 import numpy as np
 
-from halfbyte import plan as memory
 from halfbyte.data import pack
 from halfbyte.errors import RecipeError
-from halfbyte.plan.ahead import Planned
+from halfbyte.plan import Job, Plan, plan_training
+from halfbyte.plan.estimate import Estimate
 from halfbyte.types import Document
 
 DELAY_S = 0.0002  # of a message between two machines of one room; a round figure
@@ -69,7 +69,7 @@ class ScalingEstimate:
     last: OnNodes
     wire_bytes: int
     link: Link
-    plan: memory.Plan
+    plan: Plan
 
     def to_json(self) -> Document:
         made = asdict(replace(self, plan=None))  # type: ignore[arg-type]
@@ -94,15 +94,15 @@ def reduce_seconds(size: int, nodes: int, link: Link) -> float:
     return 0.0 if nodes == 1 else 2 * (nodes - 1) * (size / nodes / link.bytes_s + link.delay_s)
 
 
-def expect(planned: Planned, nodes: int, link: Link) -> ScalingEstimate:
+def expect(planned: Estimate, nodes: int, link: Link) -> ScalingEstimate:
     """Seconds of a step on `nodes` machines like the planned one."""
-    job, size = planned.figures, BYTES_EACH * planned.figures.trainable
+    job, size = planned.job, BYTES_EACH * planned.job.trainable
     alone = planned.plan.time.step_s
 
-    def on(count: int) -> tuple[OnNodes, memory.Plan]:
+    def on(count: int) -> tuple[OnNodes, Plan]:
         made = planned.plan
         if count > 1:
-            made = memory.make(replace(job, ranks=count), planned.device, planned.rates)
+            made = plan_training(replace(job, ranks=count), planned.device, planned.rates)
         balance = _balance(job, count)
         compute, reduce = made.time.step_s * balance, reduce_seconds(size, count, link)
         return OnNodes(count, compute, balance, reduce, alone / max(1e-9, compute + reduce)), made
@@ -124,7 +124,7 @@ def _doublings(most: int) -> Iterator[int]:
         count *= 2
 
 
-def _balance(job: memory.Job, ranks: int) -> float:
+def _balance(job: Job, ranks: int) -> float:
     """Tokens of the fullest share of a step over those of the mean one, by the steps that the run will take."""
     if ranks == 1:
         return 1.0

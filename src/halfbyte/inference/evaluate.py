@@ -118,7 +118,7 @@ def of_run(job: PlannedRun, model: Model, tokens: int) -> Callable[[], dict[str,
         return dict
     examples = prepared.evaluation.examples[: settings.rows]
     longest = max(len(e.prompt_ids) for e in examples) + settings.max_new_tokens
-    at_once = sequences_beside(job.figures, plan.available_bytes - plan.needed_bytes, longest)
+    at_once = sequences_beside(job.job, plan.available_bytes - plan.needed_bytes, longest)
     return while_training(model, prepared.tokenizer, examples, settings, at_once, tokens)
 
 

@@ -23,7 +23,7 @@ from halfbyte.inference import target
 from halfbyte.models.context import Context, context_of
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import find_model
-from halfbyte.plan import GENERATED_TOKENS, InferencePlan, Job, Rows, Trained, plan_inference
+from halfbyte.plan import GENERATED_TOKENS, InferencePlan, Job, Rows, RunChoices, plan_inference
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device, threads
 from halfbyte.types import Model, Tokenizer
@@ -42,7 +42,7 @@ class Opened:
     machine: device.Device
     """As it was before the base was opened."""
     job: Job
-    trained: Trained | None
+    trained: RunChoices | None
     plan: InferencePlan
     alone: bool = False
     """There is no adapter but the base alone."""
@@ -101,7 +101,7 @@ def open_target(
             here = passport.belongs_to(base, recipe.quant, words, chat_template(words, one.recipe.data))
             for text in passport.check(one.adapter, here, force=force):
                 (tell or supply.Tell()).say(text, label="note")
-    trained = Trained.of(json.loads(run.plan.read_text())) if run is not None and run.plan.is_file() else None
+    trained = RunChoices.from_json(json.loads(run.plan.read_text())) if run is not None and run.plan.is_file() else None
     longest = (trained.max_tokens_per_micro_batch if trained else GENERATED_TOKENS,)
     rows = Rows(longest, evaluated=longest)
     job = Job.of_checkpoint(recipe, checkpoint, base.model, rows, machine)

@@ -93,7 +93,7 @@ def _stacks(specs: Sequence[TensorSpec], lora: Lora) -> list[Site]:
 def trainable(placed: Sequence[Site], specs: Sequence[TensorSpec], lora: Lora) -> int:
     """How many numbers train: LoRA, and what the recipe trains beside it (whole modules, biases, token rows)."""
     total = sum(site.parameters + (site.outputs if lora.use_dora or lora.lora_bias else 0) for site in placed)
-    saved = trained_whole(specs, lora)
+    saved = saved_tensors(specs, lora)
     total += sum(s.numel for s in saved)
     if lora.bias != "none":
         kept, adapted = {s.name for s in saved}, {site.name for site in placed}
@@ -103,7 +103,7 @@ def trainable(placed: Sequence[Site], specs: Sequence[TensorSpec], lora: Lora) -
     return total + len(lora.trainable_token_indices or ()) * width
 
 
-def trained_whole(specs: Sequence[TensorSpec], lora: Lora) -> list[TensorSpec]:
+def saved_tensors(specs: Sequence[TensorSpec], lora: Lora) -> list[TensorSpec]:
     """The tensors of `modules_to_save`: PEFT copies every module whose full name ends in one of these names.
 
     A head that is tied to the embedding is copied too, and is no longer tied.

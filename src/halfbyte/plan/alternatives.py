@@ -1,9 +1,9 @@
-"""Other ways than the plan's: what would fit when nothing does, and full fine-tuning, LoRA and QLoRA side by side.
+"""Other plans than the chosen one: what would fit if nothing does; full fine-tuning, LoRA and QLoRA side by side.
 
 Source: Hu et al. 2021 (arXiv:2106.09685) and Dettmers et al. 2023 (arXiv:2305.14314) for what each trains and holds.
 Full fine-tuning is counted as mixed precision has it: weights and gradients in 16 bits, AdamW's two numbers in fp32
 (and no fp32 master copy); its backward computes the gradient of each weight too, so every linear layer keeps its input.
-Cost: a plan for each change or way; no torch.
+Cost: a plan for each change or method; no torch.
 """
 
 from collections.abc import Iterator
@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from halfbyte.models.lora_sites import sites
-from halfbyte.plan import choose, held
+from halfbyte.plan import choose, memory
 from halfbyte.plan.job import Job
-from halfbyte.plan.lines import Fix, Line, Plan, Recompute
-from halfbyte.plan.peak import largest_micro_batch
+from halfbyte.plan.result import Fix, Line, Plan, Recompute
 from halfbyte.plan.timing import Rates, assumed
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system.device import Device
@@ -23,16 +22,16 @@ NEAREST = 3
 SMALL_OPTIMIZER = "adamw_bnb_8bit"
 
 
-def nearest(job: Job, device: Device, plan: Plan, rates: Rates | None = None) -> tuple[Fix, ...]:
+def nearest_fixes(job: Job, device: Device, plan: Plan, rates: Rates | None = None) -> tuple[Fix, ...]:
     """Up to three changes: those that fit, the least slower first; else those that come nearest."""
     if not plan.short_bytes:
         return ()
     # of one kind the mildest that fits, else the one that comes nearest; `_changes` goes from mild to strong
     kinds: dict[str, Fix] = {}
     for change, setting, changed in _changes(job, device):
-        made = choose.make(changed, device, rates)
-        slower = made.time.step_s / max(1e-9, plan.time.step_s)
-        kind, fix = setting.split("=")[0], Fix(change, setting, made.needed_bytes, made.short_bytes, slower)
+        other = choose.best_plan(changed, device, rates)
+        slower = other.time.step_s / max(1e-9, plan.time.step_s)
+        kind, fix = setting.split("=")[0], Fix(change, setting, other.needed_bytes, other.short_bytes, slower)
         before = kinds.get(kind)
         if before is None or (before.short_bytes and fix.short_bytes < before.short_bytes):
             kinds[kind] = fix
@@ -62,7 +61,7 @@ def _changes(job: Job, device: Device) -> Iterator[tuple[str, str, Job]]:
         length //= 2
         rows = job.rows.cut(length)
         yield f"rows of at most {length} tokens", f"data.max_length={length}", replace(job, rows=rows)
-    if held.OPTIMIZER_BYTES.get(str(train.optim), 8) > 2:
+    if memory.optimizer_bytes(job) > 2:
         yield change("8-bit optimiser states", "train.optim", SMALL_OPTIMIZER)
     rank = lora.r
     while rank > 4:
@@ -82,8 +81,8 @@ def _with(recipe: Recipe, setting: str, value: object) -> Recipe:
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to fine-tune: what it takes on one machine of any size, and its time beside the others'."""
+class Method:
+    """One method of fine-tuning: what it takes on one machine of any size, and its time beside the others'."""
 
     name: str
     lines: tuple[Line, ...]
@@ -103,27 +102,27 @@ class Way:
 
 def compare(
     job: Job, device: Device, rates: Rates | None = None, *, tokens: int | None = None, recompute: Recompute = "none"
-) -> tuple[Way, ...]:
-    """The three ways, with micro-batches of `tokens` (the longest row if not said) and the same recomputation."""
+) -> tuple[Method, ...]:
+    """The three methods, with micro-batches of `tokens` (the longest row if not said) and the same recomputation."""
     rates = rates or assumed(device, job.dtype)
     tokens = tokens or job.rows.longest
     plain, packed = (
         replace(job, recipe=_with(job.recipe, "quant.type", t), mappable=False, stored=False) for t in ("none", "nf4")
     )
-    ways = [_full(plain, device, rates, tokens, recompute)]
+    methods = [_full(plain, device, rates, tokens, recompute)]
     for name, one in (("LoRA, 16-bit base", plain), ("QLoRA, 4-bit base", packed)):
-        plan = choose.count(one, device, rates, placement="resident", recompute=recompute, tokens=tokens)
-        ways.append(Way(name, plan.lines, job.trainable, job.parameters, plan.time.step_s))
-    first = ways[0].step_s
-    return tuple(replace(way, relative_time=way.step_s / max(1e-12, first)) for way in ways)
+        plan = choose.plan_with(one, device, rates, placement="resident", recompute=recompute, tokens=tokens)
+        methods.append(Method(name, plan.lines, job.trainable, job.parameters, plan.time.step_s))
+    first = methods[0].step_s
+    return tuple(replace(method, relative_time=method.step_s / max(1e-12, first)) for method in methods)
 
 
-def _full(job: Job, device: Device, rates: Rates, tokens: int, recompute: Recompute) -> Way:
-    where = choose.computes_in(device)
-    plan = choose.count(job, device, rates, placement="resident", recompute=recompute, tokens=tokens)
+def _full(job: Job, device: Device, rates: Rates, tokens: int, recompute: Recompute) -> Method:
+    where = choose.compute_memory(device)
+    plan = choose.plan_with(job, device, rates, placement="resident", recompute=recompute, tokens=tokens)
     count, c = job.parameters, job.itemsize
-    micro_batch_tokens = largest_micro_batch(job, tokens).tokens
-    state = held.OPTIMIZER_BYTES.get(str(job.recipe.train.optim), 8)
+    micro_batch_tokens = memory.largest_micro_batch(job, tokens).tokens
+    state = memory.optimizer_bytes(job)
     read = {(s.layer, s.shape[-1 if not s.transposed else 0]) for s in job.specs if s.role == "linear"}
     # under full recomputation only one layer's at a time
     share = 1 if recompute != "full" else 1 / max(1, job.facts.layers)
@@ -138,4 +137,4 @@ def _full(job: Job, device: Device, rates: Rates, tokens: int, recompute: Recomp
     # the third matrix product, and reading and writing every optimiser state once
     products = job.rows.mean * job.mean_rows_per_step * 2 * job.linear_numel / rates.matmul_flops
     seconds = plan.time.step_s + products + 24 * count / rates.memory_bytes
-    return Way("full fine-tuning", lines, count, count, seconds)
+    return Method("full fine-tuning", lines, count, count, seconds)

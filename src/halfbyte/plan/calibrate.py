@@ -20,7 +20,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from halfbyte.plan.lines import Time
+from halfbyte.plan.result import Time
 from halfbyte.plan.timing import Rates, pairs_of_a_token
 from halfbyte.system import files, usage
 from halfbyte.system.device import Device

@@ -1,8 +1,8 @@
 """The choices: placement of the base, recomputation, size of a micro-batch; fitting with a margin, fastest first.
 
 What: every combination that the recipe leaves open is counted and timed; of those that fit within `MARGIN` the fastest
-is taken. Among those that are as fast within `SAME_TIME` and do no more again, memory decides: where one leaves half of
-the machine free, time alone; else the one that takes least. Where none fits, `alternatives.py` says what would.
+is taken. Among those that are as fast within `SAME_TIME` and recompute no more, memory decides: if some leave half of
+the machine free, the fastest of these; else the one that takes least. Where none fits, `alternatives` says what would.
 Cost: a few milliseconds; no torch.
 """
 
@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from halfbyte.errors import RecipeError
-from halfbyte.plan import held, peak
+from halfbyte.plan import memory
 from halfbyte.plan.job import Job
-from halfbyte.plan.lines import GB, Line, Placement, Plan, Recompute, Where
+from halfbyte.plan.result import GB, Line, Placement, Plan, Recompute, Where
 from halfbyte.plan.timing import Rates, assumed, mean_micro_batches, step_time
 from halfbyte.system.device import Device
 
@@ -26,7 +26,7 @@ GENERATED_TOKENS = 1024
 POLICIES: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
-def make(job: Job, device: Device, rates: Rates | None = None) -> Plan:
+def best_plan(job: Job, device: Device, rates: Rates | None = None) -> Plan:
     """Plan one training. The recipe's own values win; what they make impossible is a warning with what is missing."""
     plans = list(_candidates(job, device, rates or assumed(device, job.dtype)))
     fitting = [p for p in plans if p.short_bytes == 0 and _share_needed(p) <= 1 - MARGIN]
@@ -36,34 +36,36 @@ def make(job: Job, device: Device, rates: Rates | None = None) -> Plan:
         level = [p for p in fitting if p.time.step_s <= SAME_TIME * fastest.time.step_s and p.recompute in again]
         roomy = [p for p in level if _share_needed(p) <= PLENTY]
         chosen = min(roomy, key=lambda p: p.time.step_s) if roomy else min(level, key=lambda p: p.private_bytes)
-        return _told(chosen, plans, job)
+        return _with_reasons(chosen, plans, job)
     # without the margin; else what misses by the least
     tight = [p for p in plans if p.short_bytes == 0]
-    return _told(min(tight or plans, key=lambda p: (p.needed_bytes, p.time.step_s)), plans, job)
+    return _with_reasons(min(tight or plans, key=lambda p: (p.needed_bytes, p.time.step_s)), plans, job)
 
 
-def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recompute: Recompute, tokens: int) -> Plan:
-    """The plan of given choices: its lines, peaks, disk and time. `reasons` are empty."""
-    where, available = computes_in(device), available_bytes(device, placement)
+def plan_with(
+    job: Job, device: Device, rates: Rates, *, placement: Placement, recompute: Recompute, tokens: int
+) -> Plan:
+    """The plan with these choices: its lines, peaks, disk and time. `reasons` are empty."""
+    where, available = compute_memory(device), available_bytes(device, placement)
     cards = max(1, len(device.cards)) if placement == "split" else 1
-    largest = peak.largest_micro_batch(job, tokens)
+    largest = memory.largest_micro_batch(job, tokens)
     around, host = process_lines(job, device)
     if any(card.shares_ram for card in device.cards):  # one memory for both
         available = max(0, available - sum(line.bytes for line in host))
-    trained = _share(held.training_lines(job, where, recompute), cards)
+    trained = _on_one_card(memory.training_lines(job, where, recompute), cards)
     several = job.step_tokens > largest.tokens
     during = _during(job, largest, recompute, where, cards, before=several)
     if several and where == "device" and job.packed:
-        # what the first one took is free for the gradients that the later ones find; a CPU's pool keeps it
+        # the gradients that later ones find lie in what the first one took and freed; a CPU's pool keeps that
         first = _during(job, largest, recompute, where, cards, before=False)
-        smaller = peak.largest_micro_batch(job, peak.later_tokens(job, tokens))
+        smaller = memory.largest_micro_batch(job, memory.later_tokens(job, tokens))
         later = _during(job, smaller, recompute, where, cards, before=True)
         during = max(first, later, key=_bytes)
-    room = room_for_pages((*around, *trained, *during), available)
-    fixed = (*around, *held.base_lines(job, placement, cards, where, room), *trained)
+    cache = page_cache_bytes((*around, *trained, *during), available)
+    fixed = (*around, *memory.base_lines(job, placement, cards, where, cache), *trained)
     fixed_bytes = sum(line.bytes for line in fixed)
     in_files = placement in ("mapped", "streamed")
-    read = 2 * mean_micro_batches(job, tokens) * max(0, job.base_bytes - int(room)) if in_files else 0
+    read = 2 * mean_micro_batches(job, tokens) * max(0, job.base_bytes - int(cache)) if in_files else 0
     return Plan(
         compute_dtype=job.dtype,
         placement=placement,
@@ -72,10 +74,10 @@ def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recom
         tokens_in_micro_batch=largest.tokens,
         lines=tuple(line for line in (*fixed, *during) if line.bytes),
         host_lines=host,
-        disk=held.disk_lines(job),
-        loading_bytes=held.loading_bytes(job, placement, fixed) // cards,
-        evaluating_bytes=fixed_bytes + peak.evaluating_bytes(job, tokens) if len(job.rows.evaluated) else 0,
-        generating_bytes=fixed_bytes + peak.generating_bytes(job, GENERATED_TOKENS, streamed=placement == "streamed"),
+        disk=memory.disk_lines(job),
+        loading_bytes=memory.loading_bytes(job, placement, fixed) // cards,
+        evaluating_bytes=fixed_bytes + memory.evaluating_bytes(job, tokens) if len(job.rows.evaluated) else 0,
+        generating_bytes=fixed_bytes + memory.generating_bytes(job, GENERATED_TOKENS, streamed=placement == "streamed"),
         available_bytes=available,
         host_available_bytes=device.ram_available_bytes,
         trainable=job.trainable,
@@ -83,20 +85,20 @@ def count(job: Job, device: Device, rates: Rates, *, placement: Placement, recom
         time=step_time(job, rates, tokens=tokens, recompute=recompute, placement=placement, read_bytes=read),
         reasons={},
         warnings=(),
-        busy_file_bytes=held.busy_file_bytes(job) if in_files else 0,
+        busy_file_bytes=memory.busy_file_bytes(job) if in_files else 0,
         read_bytes=read,
-        building=job.building.lines(device.cores) if job.stored else (),
+        building=job.store_build.lines(device.cores) if job.stored else (),
     )
 
 
 def _during(
-    job: Job, micro_batch: peak.MicroBatch, recompute: Recompute, where: Where, cards: int, *, before: bool
+    job: Job, micro_batch: memory.MicroBatch, recompute: Recompute, where: Where, cards: int, *, before: bool
 ) -> tuple[Line, ...]:
-    """Lines of one micro-batch at its peak, with what it finds of gradients: `before`, those of others of its step."""
-    lines = peak.step_lines(job, micro_batch, recompute, where, cards)
+    """Lines of one micro-batch at its peak, and of gradients: with `before`, of other micro-batches of its step too."""
+    lines = memory.step_lines(job, micro_batch, recompute, where, cards)
     count = -(-job.step_tokens // max(1, micro_batch.tokens)) if before else 1
-    gradients = held.gradient_lines(job, where, micro_batches=count, micro_batch_bytes=_bytes(lines))
-    return (*_share(gradients, cards), *lines)
+    gradients = memory.gradient_lines(job, where, micro_batches=count, micro_batch_bytes=_bytes(lines))
+    return (*_on_one_card(gradients, cards), *lines)
 
 
 def _bytes(lines: Iterable[Line]) -> int:
@@ -111,19 +113,20 @@ def available_bytes(device: Device, placement: Placement = "resident") -> int:
     return min((card.free_bytes for card in used), default=0)
 
 
-def computes_in(device: Device) -> Where:
+def compute_memory(device: Device) -> Where:
+    """Where the tensors of a computation lie."""
     return "private" if device.kind == "cpu" else "device"
 
 
 def process_lines(job: Job, device: Device) -> tuple[tuple[Line, ...], tuple[Line, ...]]:
     """The process's own lines, where the model computes, and in RAM beside a card."""
-    process = held.process_lines(device, job)
+    process = memory.process_lines(device, job)
     if device.kind == "cpu":
         return process, ()
-    return held.card_lines(), process
+    return memory.card_lines(), process
 
 
-def room_for_pages(lines: Iterable[Line], available: int) -> float:
+def page_cache_bytes(lines: Iterable[Line], available: int) -> float:
     """Bytes of a mapped file that stay in memory beside `lines`."""
     private = sum(line.bytes for line in lines if line.where != "file")
     libraries = sum(line.bytes for line in lines if line.where == "file")
@@ -145,47 +148,46 @@ def placements(job: Job, device: Device) -> tuple[Placement, ...]:
     return ("mapped", "streamed") if job.mappable else ("resident",)
 
 
-def policies(job: Job) -> tuple[Recompute, ...]:
-    """Those that are open. Selective recomputation makes again what our kernels made; without them, as on a card, it
+def recompute_policies(job: Job) -> tuple[Recompute, ...]:
+    """Policies that are open. Selective recomputation makes again what our kernels made: without them, as on a card, it
     would change nothing."""
     asked = job.recipe.train.gradient_checkpointing
-    known = POLICIES if job.kernels else tuple(policy for policy in POLICIES if policy != "selective")
     if asked == "auto":
-        return known
+        return POLICIES if job.kernels else tuple(policy for policy in POLICIES if policy != "selective")
     return ("selective" if asked == "selective" and job.kernels else "full" if asked else "none",)
 
 
-def ways_down(job: Job, recompute: Recompute) -> tuple[Recompute, ...]:
+def step_down_policies(job: Job, recompute: Recompute) -> tuple[Recompute, ...]:
     """Policies from one on, each recomputing more than the one before."""
     return tuple(p for p in POLICIES[POLICIES.index(recompute) :] if job.kernels or p != "selective" or p == recompute)
 
 
 def _candidates(job: Job, device: Device, rates: Rates) -> Iterator[Plan]:
     asked = job.recipe.train.max_tokens_per_micro_batch
-    longest, whole = job.rows.longest, job.step_tokens
+    longest, step = job.rows.longest, job.step_tokens
     for placement in placements(job, device):
         # a base that is read from disk is read for every micro-batch, so a whole step in one is worth having
         read_again = placement == "streamed" and job.base_bytes > PLENTY * device.ram_available_bytes
-        cap = max(longest, whole if read_again else min(MAX_TOKENS_PER_MICRO_BATCH, whole))
-        budgets = (max(asked, 1),) if isinstance(asked, int) else tuple(sizes(longest, cap))
-        for recompute in policies(job):
+        largest = max(longest, step if read_again else min(MAX_TOKENS_PER_MICRO_BATCH, step))
+        budgets = (max(asked, 1),) if isinstance(asked, int) else tuple(micro_batch_sizes(longest, largest))
+        for recompute in recompute_policies(job):
             for tokens in budgets:
-                plan = count(job, device, rates, placement=placement, recompute=recompute, tokens=tokens)
+                plan = plan_with(job, device, rates, placement=placement, recompute=recompute, tokens=tokens)
                 # the kernel's paging does not know which layer is next; streaming does
                 if job.recipe.quant.placement != "auto" or placement != "mapped" or not plan.read_bytes:
                     yield plan
 
 
-def sizes(longest: int, largest: int) -> Iterator[int]:
+def micro_batch_sizes(longest: int, largest: int) -> Iterator[int]:
     """Sizes of a micro-batch to try: the largest, then 7/8 of the one before, down to the longest example alone."""
     size = largest
     while size > longest:
         yield size
-        size = min(size - 1, size * 7 // 8 // peak.TOKENS_STEP * peak.TOKENS_STEP)
+        size = min(size - 1, size * 7 // 8 // memory.TOKENS_STEP * memory.TOKENS_STEP)
     yield longest
 
 
-def _share(lines: tuple[Line, ...], cards: int) -> tuple[Line, ...]:
+def _on_one_card(lines: tuple[Line, ...], cards: int) -> tuple[Line, ...]:
     return lines if cards == 1 else tuple(replace(line, bytes=-(-line.bytes // cards)) for line in lines)
 
 
@@ -194,11 +196,11 @@ def _share_needed(plan: Plan) -> float:
     return plan.needed_bytes / max(1, plan.available_bytes)
 
 
-def _told(plan: Plan, plans: list[Plan], job: Job) -> Plan:
+def _with_reasons(plan: Plan, plans: list[Plan], job: Job) -> Plan:
     reasons = {
-        "placement": why_placement(plan.placement, job, plan.available_bytes, short=bool(plan.short_bytes)),
-        "recompute": _why_recompute(plan, plans, job),
-        "max_tokens_per_micro_batch": _why_tokens(plan, plans, job),
+        "placement": placement_reason(plan.placement, job, plan.available_bytes, short=bool(plan.short_bytes)),
+        "recompute": _recompute_reason(plan, plans, job),
+        "max_tokens_per_micro_batch": _tokens_reason(plan, plans, job),
     }
     warnings = []
     longest, asked = job.rows.longest, job.recipe.train.max_tokens_per_micro_batch
@@ -222,7 +224,7 @@ def _told(plan: Plan, plans: list[Plan], job: Job) -> Plan:
     return replace(plan, reasons=reasons, warnings=tuple(warnings))
 
 
-def why_placement(placement: Placement, job: Job, available: int, *, short: bool = False) -> str:
+def placement_reason(placement: Placement, job: Job, available: int, *, short: bool = False) -> str:
     if job.recipe.quant.placement in (placement, "resident", "mapped", "streamed"):
         return "as the recipe says"
     sizes = f"the base of {job.base_bytes / GB:.1f} GB does not stay in {available / GB:.1f} GB beside the rest"
@@ -234,7 +236,7 @@ def why_placement(placement: Placement, job: Job, available: int, *, short: bool
     }[placement]
 
 
-def _why_recompute(plan: Plan, plans: list[Plan], job: Job) -> str:
+def _recompute_reason(plan: Plan, plans: list[Plan], job: Job) -> str:
     asked = job.recipe.train.gradient_checkpointing
     if asked == "selective" and plan.recompute != asked:
         return "selective recomputation would save nothing here: it makes again what kernels for CPUs made"
@@ -248,7 +250,7 @@ def _why_recompute(plan: Plan, plans: list[Plan], job: Job) -> str:
     return "larger micro-batches that recompute are faster here than small ones that do not"
 
 
-def _why_tokens(plan: Plan, plans: list[Plan], job: Job) -> str:
+def _tokens_reason(plan: Plan, plans: list[Plan], job: Job) -> str:
     tokens = plan.max_tokens_per_micro_batch
     if isinstance(job.recipe.train.max_tokens_per_micro_batch, int):
         return "as the recipe says"

@@ -9,20 +9,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
-from halfbyte.plan import choose, held, peak
+from halfbyte.plan import choose, memory
 from halfbyte.plan.job import Job
-from halfbyte.plan.lines import Line, Placement
+from halfbyte.plan.result import Line, Placement
 from halfbyte.system.device import Device
 from halfbyte.types import Document
 
-MOST_COPIED = 10**9  # bytes of a base: a second or two; a step of a larger one gains little (docs/log.md)
+MAX_COPIED_BYTES = 10**9  # bytes of a base: a second or two; a step of a larger one gains little (docs/log.md)
 RESIDENT_SHARE = 0.25  # of free memory that the copy may take, which the kernel cannot drop
 SEQUENCES = (16, 8, 4, 2, 1)  # to try at once; more generate no faster, they only take memory
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What a run's own plan chose, and what it needed of the memory that was free then."""
+class RunChoices:
+    """What a run's own plan chose, and how much of the free memory it needed."""
 
     placement: str
     max_tokens_per_micro_batch: int
@@ -30,7 +30,7 @@ class Trained:
     available_bytes: int
 
     @classmethod
-    def of(cls, plan: Document) -> Self | None:
+    def from_json(cls, plan: Document) -> Self | None:
         """From `plan.json`; None where it is from another version."""
         names = [field.name for field in fields(cls)]
         return cls(**{name: plan[name] for name in names}) if set(names) <= set(plan) else None
@@ -40,7 +40,7 @@ class Trained:
 class InferencePlan:
     """Placement of the base, tokens of an evaluation's micro-batch, and how many sequences are generated together.
 
-    `lines` are held all the time; `evaluating_bytes` and `generating_bytes` must be in memory at the peak of each,
+    `lines` are in memory all the time; `evaluating_bytes` and `generating_bytes` must be in memory at the peak of each,
     pages that the kernel may drop not counted.
     """
 
@@ -61,7 +61,7 @@ class InferencePlan:
 def plan_inference(
     job: Job,
     device: Device,
-    trained: Trained | None = None,
+    trained: RunChoices | None = None,
     *,
     placement: Placement | None = None,
     generated_tokens: int = choose.GENERATED_TOKENS,
@@ -82,13 +82,13 @@ def plan_inference(
     chosen = (fitting or plans[-1:])[0]
     if lasting and placement is None and chosen.placement == "mapped" and job.recipe.quant.placement == "auto":
         copied = _with_base(job, device, trained, "resident", generated_tokens)
-        small = job.base_bytes <= min(MOST_COPIED, RESIDENT_SHARE * copied.available_bytes)
+        small = job.base_bytes <= min(MAX_COPIED_BYTES, RESIDENT_SHARE * copied.available_bytes)
         if small and device.large_pages and copied.needed_bytes <= copied.available_bytes:
             return replace(copied, reason="it is small, and is read faster in pages of 2 MB")
     return chosen
 
 
-def _open_placements(job: Job, device: Device, trained: Trained | None) -> tuple[Placement, ...]:
+def _open_placements(job: Job, device: Device, trained: RunChoices | None) -> tuple[Placement, ...]:
     """Placements to try, the fastest first; `streamed` alone where training streamed with as much memory as now."""
     places = choose.placements(job, device)
     if trained is None or trained.placement not in places or trained.placement != "streamed":
@@ -96,34 +96,39 @@ def _open_placements(job: Job, device: Device, trained: Trained | None) -> tuple
     return ("streamed",) if choose.available_bytes(device) <= trained.available_bytes else places
 
 
-def _with_base(job: Job, device: Device, trained: Trained | None, placement: Placement, tokens: int) -> InferencePlan:
+def _with_base(
+    job: Job, device: Device, trained: RunChoices | None, placement: Placement, tokens: int
+) -> InferencePlan:
     available, longest = choose.available_bytes(device), job.rows.longest
-    budget, cap = round((1 - choose.MARGIN) * available), choose.MAX_TOKENS_PER_MICRO_BATCH
+    budget, max_tokens = round((1 - choose.MARGIN) * available), choose.MAX_TOKENS_PER_MICRO_BATCH
     if trained is not None:
-        cap = trained.max_tokens_per_micro_batch
+        max_tokens = trained.max_tokens_per_micro_batch
         if trained.needed_bytes <= available:  # training, too, went without the margin
             budget = max(budget, trained.needed_bytes)
-    lines, busy_bytes = _held_lines(job, device, placement)
-    must = sum(line.bytes for line in lines if line.where != "file") + busy_bytes
-    sizes = [(n, must + peak.evaluating_bytes(job, n)) for n in choose.sizes(longest, max(longest, cap))]
+    lines, busy_bytes = _static_lines(job, device, placement)
+    fixed = sum(line.bytes for line in lines if line.where != "file") + busy_bytes
+    sizes = [
+        (n, fixed + memory.evaluating_bytes(job, n))
+        for n in choose.micro_batch_sizes(longest, max(longest, max_tokens))
+    ]
     streamed = placement == "streamed"
-    counts = [(n, must + peak.generating_bytes(job, tokens, n, streamed=streamed)) for n in SEQUENCES]
+    counts = [(n, fixed + memory.generating_bytes(job, tokens, n, streamed=streamed)) for n in SEQUENCES]
     micro_batch, evaluating = _largest(sizes, budget)
     sequences, generating = _largest(counts, budget)
-    why = choose.why_placement(placement, job, available)
+    why = choose.placement_reason(placement, job, available)
     return InferencePlan(placement, why, micro_batch, sequences, lines, evaluating, generating, available)
 
 
-def _held_lines(job: Job, device: Device, placement: Placement) -> tuple[tuple[Line, ...], int]:
-    """What is in memory whatever is done, where it computes; and the pages of the base that must be."""
-    where = choose.computes_in(device)
+def _static_lines(job: Job, device: Device, placement: Placement) -> tuple[tuple[Line, ...], int]:
+    """What is in memory whatever is done, where it computes; and the bytes of the base's pages that must be too."""
+    where = choose.compute_memory(device)
     cards = max(1, len(device.cards)) if placement == "split" else 1
     around, _ = choose.process_lines(job, device)
-    adapters = [line for line in held.training_lines(job, where, "none") if line.name.startswith("adapters")]
-    room = choose.room_for_pages((*around, *adapters), choose.available_bytes(device))
+    adapters = [line for line in memory.training_lines(job, where, "none") if line.name.startswith("adapters")]
+    cache = choose.page_cache_bytes((*around, *adapters), choose.available_bytes(device))
     in_files = placement in ("mapped", "streamed")
-    base = held.base_lines(job, placement, cards, where, room)
-    return (*around, *base, *adapters), held.busy_file_bytes(job) if in_files else 0
+    base = memory.base_lines(job, placement, cards, where, cache)
+    return (*around, *base, *adapters), memory.busy_file_bytes(job) if in_files else 0
 
 
 def _largest(sizes: Sequence[tuple[int, int]], budget: int) -> tuple[int, int]:
@@ -132,13 +137,13 @@ def _largest(sizes: Sequence[tuple[int, int]], budget: int) -> tuple[int, int]:
 
 
 def sequences_beside(job: Job, free_bytes: int, tokens: int) -> int:
-    """How many sequences of so many tokens can be generated together beside what is held already; at least one."""
-    return _largest([(n, peak.generating_bytes(job, tokens, n)) for n in SEQUENCES], free_bytes)[0]
+    """How many sequences of so many tokens can be generated together in `free_bytes`; at least one."""
+    return _largest([(n, memory.generating_bytes(job, tokens, n)) for n in SEQUENCES], free_bytes)[0]
 
 
 def _stays(plan: InferencePlan, job: Job) -> bool:
     """Whether all of a mapped base stays in memory at the peak; another placement does not need it."""
     if plan.placement != "mapped" or job.recipe.quant.placement == "mapped":
         return True
-    dropped = job.base_bytes - held.busy_file_bytes(job)
-    return plan.needed_bytes + dropped <= choose.CACHE_SHARE * plan.available_bytes
+    droppable = job.base_bytes - memory.busy_file_bytes(job)
+    return plan.needed_bytes + droppable <= choose.CACHE_SHARE * plan.available_bytes

@@ -1,4 +1,4 @@
-"""What a plan follows from, as plain numbers: the model, the adapters, the data, the optimiser, the machine's way.
+"""A `Job`: what a plan follows from, as plain numbers. The model, its adapters, the rows and the recipe.
 
 Cost: one walk over the tensors; no torch.
 """
@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -16,13 +17,13 @@ from numpy.typing import NDArray
 from halfbyte.data import pack
 from halfbyte.errors import AdapterError
 from halfbyte.models import tensors
-from halfbyte.models.lora_sites import Site, sites, trainable, trained_whole
+from halfbyte.models.lora_sites import Site, saved_tensors, sites, trainable
 from halfbyte.models.names import leaf_of
 from halfbyte.models.sources.checkpoint import Checkpoint, beside_bytes, tokenizer_bytes
 from halfbyte.models.tensors import Facts, TensorSpec
-from halfbyte.plan.building import Building
 from halfbyte.plan.layer import Layer, layer_of
-from halfbyte.plan.lines import ITEMSIZE
+from halfbyte.plan.result import ITEMSIZE
+from halfbyte.plan.store_build import StoreBuild
 from halfbyte.quant import policy
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import compiled
@@ -123,19 +124,6 @@ class Job:
     tokenizer_json_bytes: int | None = None
     ranks: int = 1
 
-    @cached_property
-    def sizes(self) -> int:
-        """How many sizes of micro-batches a run meets: oneDNN compiles for each. Counted by the steps of an epoch, as
-        the parts of a split step are no more diverse; each is filled up to a multiple of `FILLED_TO` tokens."""
-        if self._order is None:
-            return 1
-        return max(1, len(np.unique(-(-self._order.sums(0) // FILLED_TO))))
-
-    @cached_property
-    def evaluated_sizes(self) -> int:
-        """The same of an evaluation, whose micro-batches are about as large: at most as many as there are."""
-        return math.ceil(int(np.sum(self.rows.evaluated)) / max(1, self.step_tokens))
-
     @classmethod
     def of(
         cls,
@@ -148,16 +136,21 @@ class Job:
         targets: Sequence[str] | str | None = None,
         mappable: bool | None = None,
     ) -> Self:
-        """`targets`: modules that were chosen already. `mappable`: what is known of the base. None: found out here."""
+        """From what is known of a run.
+
+        Args:
+            targets: modules that were chosen already; None: chosen here, by name.
+            mappable: whether the base can lie in a mapped file; None: decided here.
+        """
         policy.check_experts(facts.model_type, specs, recipe.quant)
         dtype, _ = compute_dtype(device, recipe.quant.compute_dtype)
         on_cpu = device.kind == "cpu"
         if mappable is None:
             mappable = not recipe.quant.quantises and all(ITEMSIZE[dtype] == s.nbytes / s.numel for s in specs)
         adapted = sites(specs, recipe.lora, targets) if specs else ()
-        whole = [s for s in trained_whole(specs, recipe.lora) if policy.encoding(s, recipe.quant) == "quantised"]
-        if whole:
-            leaves = ", ".join(sorted({leaf_of(s.name.removesuffix(".weight")) for s in whole}))
+        saved = [s for s in saved_tensors(specs, recipe.lora) if policy.encoding(s, recipe.quant) == "quantised"]
+        if saved:
+            leaves = ", ".join(sorted({leaf_of(s.name.removesuffix(".weight")) for s in saved}))
             raise AdapterError(
                 f"lora.modules_to_save takes in {leaves}, held in {recipe.quant.type}: numbers of so few bits cannot "
                 "train.",
@@ -190,9 +183,13 @@ class Job:
         facts = tensors.facts_of(config, specs)
         # a base that is quantised here is on disk, in its store, in the form that it is computed in
         job = cls.of(recipe, specs, facts, rows, device, targets=targets, mappable=recipe.quant.quantises or None)
-        cold = job.kernels and not compiled.are_there()
-        read = tokenizer_bytes(checkpoint.path)
-        return replace(job, beside_bytes=beside_bytes(checkpoint.path), cold=cold, tokenizer_json_bytes=read)
+        return job.in_folder(checkpoint.path, cold=job.kernels and not compiled.are_there())
+
+    def in_folder(self, folder: Path | None, *, cold: bool) -> Self:
+        """The same of a model whose files are in `folder`; None where they are not at hand."""
+        beside = beside_bytes(folder) if folder is not None and folder.is_dir() else None
+        tokenizer = tokenizer_bytes(folder) if folder is not None else None
+        return replace(self, beside_bytes=beside, cold=cold, tokenizer_json_bytes=tokenizer)
 
     @property
     def itemsize(self) -> int:
@@ -217,16 +214,20 @@ class Job:
         return trainable(self.sites, self.specs, self.recipe.lora)
 
     @cached_property
-    def trained_whole(self) -> int:
-        """Of those, how many are in modules of `modules_to_save`."""
-        return sum(s.numel for s in trained_whole(self.specs, self.recipe.lora))
+    def saved_parameters(self) -> int:
+        """How many of the trained numbers are in modules of `modules_to_save`."""
+        return sum(s.numel for s in saved_tensors(self.specs, self.recipe.lora))
+
+    @property
+    def _expert_share(self) -> float:
+        """The share of all experts that one token is sent to."""
+        return self.facts.experts_per_token / self.facts.experts if self.facts.experts else 1.0
 
     @cached_property
     def linear_numel(self) -> int:
         """Weights that every token is multiplied with, without the head; of experts those that a token meets."""
-        share = self.facts.experts_per_token / self.facts.experts if self.facts.experts else 1.0
         linears = [s for s in self.specs if s.role in ("linear", "expert")]
-        return sum(s.numel for s in linears) - self.expert_numel + round(self.expert_numel * share)
+        return sum(s.numel for s in linears) - self.expert_numel + round(self.expert_numel * self._expert_share)
 
     @cached_property
     def expert_numel(self) -> int:
@@ -238,36 +239,37 @@ class Job:
         """Numbers that a token brings into all linear layers and takes out of them; without experts."""
         return sum(sum(s.shape) for s in self.specs if s.role == "linear")
 
-    @cached_property
-    def _bytes_by_layer(self) -> Counter[int | None]:
+    def _bytes_by_layer(self, *, experts: bool) -> Counter[int | None]:
         """Bytes of each decoder layer of the base, and of what is around them (None)."""
         sizes = Counter[int | None]()
         for s in self.specs:
-            sizes[s.layer] += policy.encoded_bytes(s, self.recipe.quant, self.itemsize)
+            if experts or s.role != "expert":
+                sizes[s.layer] += policy.encoded_bytes(s, self.recipe.quant, self.itemsize)
         return sizes
+
+    @cached_property
+    def _layers_bytes(self) -> Counter[int | None]:
+        return self._bytes_by_layer(experts=True)
 
     @property
     def base_bytes(self) -> int:
-        return self._bytes_by_layer.total()
+        return self._layers_bytes.total()
 
     @property
     def layer_bytes(self) -> int:
         """Bytes of the largest decoder layer of the base."""
-        return max((size for layer, size in self._bytes_by_layer.items() if layer is not None), default=0)
+        return max((size for layer, size in self._layers_bytes.items() if layer is not None), default=0)
 
     @cached_property
-    def ahead_bytes(self) -> int:
+    def dense_layer_bytes(self) -> int:
         """Bytes of the largest decoder layer without experts, which are read when tokens are sent to them."""
-        sizes = Counter[int | None]()
-        for s in self.specs:
-            if s.role != "expert" and s.layer is not None:
-                sizes[s.layer] += policy.encoded_bytes(s, self.recipe.quant, self.itemsize)
-        return max(sizes.values(), default=0)
+        sizes = self._bytes_by_layer(experts=False).items()
+        return max((size for layer, size in sizes if layer is not None), default=0)
 
     @property
     def outer_bytes(self) -> int:
         """Bytes of the base around its layers: embeddings, head, last norm."""
-        return self._bytes_by_layer[None]
+        return self._layers_bytes[None]
 
     @cached_property
     def largest_linear(self) -> int:
@@ -276,9 +278,9 @@ class Job:
         return max((s.numel // (s.shape[0] if s.role == "expert" else 1) for s in linears), default=0)
 
     @cached_property
-    def building(self) -> Building:
-        """The store of its base."""
-        return Building(self.specs, self.recipe.quant, self.itemsize, self.facts.vocab, self.beside_bytes)
+    def store_build(self) -> StoreBuild:
+        """What building the store of its base takes."""
+        return StoreBuild(self.specs, self.recipe.quant, self.itemsize, self.facts.vocab, self.beside_bytes)
 
     @cached_property
     def layer(self) -> Layer:
@@ -292,8 +294,8 @@ class Job:
         return sum(site.parameters for site in self.sites)
 
     @cached_property
-    def lora_met(self) -> int:
-        """Of these, how many a token is multiplied with: of experts those of its own."""
+    def lora_parameters_per_token(self) -> int:
+        """LoRA parameters that one token is multiplied with: all, but of experts only those of its own."""
         share = self.facts.experts_per_token / max(1, self.facts.experts)
         return round(sum(s.parameters * (share if s.reads == "experts" else 1.0) for s in self.sites))
 
@@ -303,28 +305,29 @@ class Job:
         times = self.facts.experts_per_token
         return sum((s.inputs + s.outputs) * (times if s.reads == "experts" else 1) for s in self.sites)
 
-    def dequantised(self, tokens: float) -> float:
-        """Weights of all linear layers that a micro-batch of `tokens` multiplies with, whoever of them. Of experts
-        those that any token chose, if each is as likely."""
+    def dequantised_weights(self, tokens: float) -> float:
+        """Weights of the linear layers that a micro-batch of `tokens` is multiplied with. Of experts those that any of
+        its tokens chose, if each is as likely."""
         linears = [s for s in self.specs if s.role in ("linear", "expert")]
         experts = sum(s.numel for s in linears if s.role == "expert" or ".experts." in s.name)
-        share = self.facts.experts_per_token / self.facts.experts if self.facts.experts else 1.0
-        return sum(s.numel for s in linears) - experts * (1.0 - min(1.0, share)) ** tokens
+        return sum(s.numel for s in linears) - experts * (1.0 - min(1.0, self._expert_share)) ** tokens
 
     @cached_property
-    def biggest_numel(self) -> int:
+    def largest_tensor_numel(self) -> int:
+        """Numbers of the largest tensor; of a stack of experts those of one."""
         return max((s.numel // (s.shape[0] if s.role == "expert" else 1) for s in self.specs), default=0)
 
     @cached_property
     def embedding_numel(self) -> int:
+        """Numbers of the largest embedding."""
         return max((s.numel for s in self.specs if s.role == "embedding"), default=0)
 
     @cached_property
     def steps(self) -> int:
         """Of the whole run; 1 where rows are assumed."""
         train, epochs = self.recipe.train, self.recipe.train.num_train_epochs
-        count, most = len(self.rows.lengths), 1 if self.rows.assumed else train.max_steps
-        return pack.count_steps(count, rows_per_step=self.rows_per_step, epochs=epochs, max_steps=most)
+        count, max_steps = len(self.rows.lengths), 1 if self.rows.assumed else train.max_steps
+        return pack.count_steps(count, rows_per_step=self.rows_per_step, epochs=epochs, max_steps=max_steps)
 
     @cached_property
     def step_tokens(self) -> int:
@@ -332,8 +335,21 @@ class Job:
         that one of them gets."""
         if self._order is None:
             return 1
-        whole = max(1, self._order.most_tokens())
-        return whole if self.ranks == 1 else min(whole, -(-whole // self.ranks) + self.rows.longest)
+        step = max(1, self._order.most_tokens())
+        return step if self.ranks == 1 else min(step, -(-step // self.ranks) + self.rows.longest)
+
+    @cached_property
+    def micro_batch_sizes(self) -> int:
+        """How many sizes of micro-batches a run meets: oneDNN compiles for each. Counted by the steps of an epoch, as
+        the parts of a split step are no more diverse; each is filled up to a multiple of `FILLED_TO` tokens."""
+        if self._order is None:
+            return 1
+        return max(1, len(np.unique(-(-self._order.sums(0) // FILLED_TO))))
+
+    @cached_property
+    def evaluation_sizes(self) -> int:
+        """The same of an evaluation, whose micro-batches are about as large: at most as many as there are."""
+        return math.ceil(int(np.sum(self.rows.evaluated)) / max(1, self.step_tokens))
 
     @cached_property
     def _order(self) -> pack.Steps | None:

@@ -16,7 +16,7 @@ from typing import Literal
 
 from halfbyte.models.lora_sites import Site
 from halfbyte.models.tensors import Facts
-from halfbyte.plan.lines import Recompute
+from halfbyte.plan.result import Recompute
 
 Mlp = Literal["gated", "gated_stock", "formula", "one", "relu", "experts"]
 Attention = Literal["flash", "window", "eager", "alibi", "padded", "dropped"]

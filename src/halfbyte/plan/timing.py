@@ -12,7 +12,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from halfbyte.plan.job import Job
-from halfbyte.plan.lines import Placement, Recompute, Time
+from halfbyte.plan.result import Placement, Recompute, Time
 from halfbyte.quant import formats
 from halfbyte.system.device import Device
 from halfbyte.types import Document
@@ -91,11 +91,11 @@ def step_time(
     step_tokens = max(1.0, rows.mean * job.mean_rows_per_step)
     micro_batches = mean_micro_batches(job, tokens)
     again = {"none": 2.0, "selective": 2.0, "full": 3.0}[recompute]
-    products = 2 * again * job.linear_numel + 6 * job.lora_met
+    products = 2 * again * job.linear_numel + 6 * job.lora_parameters_per_token
     head = 4 * facts.vocab * facts.hidden * rows.labelled_share
     width = facts.heads * facts.head_size or facts.hidden
     attention = (14 + 4 * (recompute == "full")) * pairs_of_a_token(rows.mean_of_a_token) * width * facts.layers
-    weights = job.dequantised(step_tokens / micro_batches)
+    weights = job.dequantised_weights(step_tokens / micro_batches)
     operands = again * (1.5 * step_tokens * job.linear_widths + micro_batches * weights)
     # an adapter's six thin products pass once over the input, the output or a gradient of them
     operands = job.itemsize * (operands + 3 * step_tokens * job.lora_widths)

@@ -16,7 +16,7 @@ from halfbyte.models import structure
 from halfbyte.models.context import context_of
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.plan import choose
-from halfbyte.plan.peak import cache_bytes
+from halfbyte.plan.memory import cache_bytes
 from halfbyte.serving.names import Names
 from halfbyte.system import device
 

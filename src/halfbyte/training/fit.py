@@ -19,8 +19,8 @@ from halfbyte.data import collate, pack
 from halfbyte.distributed import shard
 from halfbyte.errors import RunError
 from halfbyte.models.structure import meta_model
-from halfbyte.plan import Job, Plan, Rows, calibrate, choose, make, peak
-from halfbyte.plan.lines import Recompute
+from halfbyte.plan import Job, Plan, Rows, calibrate, choose, memory, plan_training
+from halfbyte.plan.result import Recompute
 from halfbyte.recipe.adapter import PASSPORT
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs.folder import ANOTHER
@@ -43,13 +43,13 @@ UNREHEARSED = 0.2
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """`modules` are the full names of the layers that get an adapter; the plan follows from `figures`."""
+    """`modules` are the full names of the layers that get an adapter; the plan follows from `job`."""
 
     prepared: Prepared
     machine: Device
     targets: Targets
     modules: list[str]
-    figures: Job
+    job: Job
     plan: Plan
 
 
@@ -85,14 +85,14 @@ def with_plan(
     written = job.tokenizer_json_bytes if prepared.chatml is not None else None
     job = replace(job, tokenizer_bytes=written or 0, ranks=ranks)
     rates = calibrate.cached(machine, job.dtype)
-    if rates is None and say is not None and choose.make(job, machine).time.run_s >= CALIBRATE_FROM_S:
+    if rates is None and say is not None and choose.best_plan(job, machine).time.run_s >= CALIBRATE_FROM_S:
         rates = calibrate.ensure(machine, job.dtype, say=say)
-    return PlannedRun(prepared, machine, targets, modules, job, make(job, machine, rates))
+    return PlannedRun(prepared, machine, targets, modules, job, plan_training(job, machine, rates))
 
 
 def alike(run: PlannedRun) -> Document:
     """What every process of a run must have decided alike, beside recipe, rows and base. JSON."""
-    return {"compute_dtype": run.figures.dtype, "steps": run.figures.steps, "trained": run.figures.trainable,
+    return {"compute_dtype": run.job.dtype, "steps": run.job.steps, "trained": run.job.trainable,
             "adapters": len(run.modules), "sharded": run.plan.placement == shard.PLACEMENT}  # fmt: skip
 
 
@@ -112,12 +112,12 @@ def check_disk(plan: Plan, output: Path) -> None:
 
 def make_pace(run: PlannedRun, model: Model, tell: Callable[[str], None], *, packed: bool) -> Pace:
     """The split of the run's steps, and the way down from it. `packed`: examples may share a micro-batch."""
-    job, plan, machine = replace(run.figures, packed=packed), run.plan, run.machine
-    where = choose.computes_in(machine)
+    job, plan, machine = replace(run.job, packed=packed), run.plan, run.machine
+    where = choose.compute_memory(machine)
     cards = len(machine.cards) if plan.placement == "split" else 1
 
     def need(tokens: int, recompute: Recompute) -> int:
-        lines = peak.step_lines(job, peak.largest_micro_batch(job, tokens), recompute, where, cards)
+        lines = memory.step_lines(job, memory.largest_micro_batch(job, tokens), recompute, where, cards)
         return sum(line.bytes for line in lines)
 
     return Pace(
@@ -125,7 +125,7 @@ def make_pace(run: PlannedRun, model: Model, tell: Callable[[str], None], *, pac
         tokens=plan.max_tokens_per_micro_batch,
         examples_per_micro_batch=None if packed else 1,
         recompute=plan.recompute,
-        policies=choose.ways_down(job, plan.recompute),
+        policies=choose.step_down_policies(job, plan.recompute),
         need=need,
         apply=lambda recompute: recompute_as(model, recompute),
         tell=tell,

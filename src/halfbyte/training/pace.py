@@ -23,7 +23,7 @@ from halfbyte.errors import TrainError, first_line
 from halfbyte.layers import fuse, loss
 from halfbyte.layers.kernels import pool
 from halfbyte.models import structure
-from halfbyte.plan.lines import GB, Recompute
+from halfbyte.plan.result import GB, Recompute
 from halfbyte.system import accelerator, usage
 from halfbyte.system.device import ram_available
 from halfbyte.types import Batch, Model

@@ -48,14 +48,12 @@ def resolve(loaded: Loaded) -> Resolution:
     job = planned(loaded.recipe, device.detect())
     prepared, source = job.prepared, job.prepared.checkpoint
     begin = residual.look(source, prepared.config, prepared.recipe, job.modules)
-    steps = (
-        f"{job.figures.steps} steps of {min(prepared.recipe.train.rows_per_step, len(prepared.train.examples))} rows"
-    )
+    steps = f"{job.job.steps} steps of {min(prepared.recipe.train.rows_per_step, len(prepared.train.examples))} rows"
     notes = (
         ("model", f"{source.id}{f' at {source.revision}' if source.revision else ''}"),
         ("data", f"{prepare.data_note(prepared)}; {steps}"),
         *(("data", finding.line) for finding in prepared.findings),
-        ("adapters", f"on {len(job.modules)} modules, {job.figures.trainable:,} parameters train"),
+        ("adapters", f"on {len(job.modules)} modules, {job.job.trainable:,} parameters train"),
         *(() if begin is None else (("residual", str(begin)),)),
     )
     return Resolution(resolved(loaded, job), notes, job.plan, loaded.warnings)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from halfbyte.base.store import build, manifest, shelf, supply
 from halfbyte.errors import HalfbyteError, StoreError
-from halfbyte.plan import building
+from halfbyte.plan import store_build
 from halfbyte.quant.kernels import nf4_cpu
 from halfbyte.system import files
 from tests import tiny
@@ -61,8 +61,8 @@ def stop_after(count: int, monkeypatch: pytest.MonkeyPatch, error: BaseException
 
 def test_the_bytes_do_not_depend_on_threads_chunks_or_shards(tmp_path: Path, cache: Path, monkeypatch: Any) -> None:
     first = supply.ensure(wanted(model(tmp_path / "m")), out=tmp_path / "a")
-    monkeypatch.setattr(building, "CHUNK_ELEMENTS", 4096)
-    monkeypatch.setattr(building, "EXTRA_THREADS", 4)
+    monkeypatch.setattr(store_build, "CHUNK_ELEMENTS", 4096)
+    monkeypatch.setattr(store_build, "EXTRA_THREADS", 4)
     tiny.model("llama", dtype=torch.bfloat16, changes={"num_hidden_layers": LAYERS}).save_pretrained(tmp_path / "one")
     second = supply.ensure(wanted(tmp_path / "one"), out=tmp_path / "b")
     assert content(first) == content(second)
@@ -325,7 +325,7 @@ def test_a_source_that_changes_while_it_is_read_makes_no_store(
         add(self, *args)
 
     monkeypatch.setattr(build._Journal, "add", meddling)
-    monkeypatch.setattr(building, "EXTRA_THREADS", 0)
+    monkeypatch.setattr(store_build, "EXTRA_THREADS", 0)
     with pytest.raises(
         StoreError, match="was changed while it was read" if how == "longer" else "cut short|was changed"
     ):

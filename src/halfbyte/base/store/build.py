@@ -28,7 +28,7 @@ from halfbyte.base.store.writer import Writer
 from halfbyte.errors import HalfbyteError, StoreError
 from halfbyte.models.sources.checkpoint import beside_bytes, beside_weights
 from halfbyte.models.sources.safetensors import INDEX
-from halfbyte.plan import building
+from halfbyte.plan import store_build
 from halfbyte.quant import formats, linear_subclasses
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import files
@@ -149,7 +149,7 @@ def _write_files(request: Request, source: Source, journal: _Journal, tell: Call
         if not stop.is_set():
             _FileBuild(plan, request.wanted.quant, source, journal, stop, count).run()
 
-    pool = ThreadPoolExecutor(request.wanted.cores + building.EXTRA_THREADS, thread_name_prefix="store")
+    pool = ThreadPoolExecutor(request.wanted.cores + store_build.EXTRA_THREADS, thread_name_prefix="store")
     pending: set[Future[None]] = set()
     try:
         with source:
@@ -228,7 +228,7 @@ class _FileBuild:
             yield from self._experts_of_mxfp4(piece, hashes)
             return
         unit = 1 if piece.encoding == "copy" else formats.of(self.quant).unit(piece.shape, self.quant)
-        most = max(1, building.CHUNK_ELEMENTS // unit) * unit
+        most = max(1, store_build.CHUNK_ELEMENTS // unit) * unit
         start = 0
         for source in piece.sources:
             kind, numel = torch_dtypes()[source.dtype], math.prod(source.shape)

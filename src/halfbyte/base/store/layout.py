@@ -20,7 +20,7 @@ from halfbyte.base.store.renaming import Rule, renamed
 from halfbyte.base.store.shelf import CannotHold, Wanted
 from halfbyte.base.store.writer import Slot
 from halfbyte.models.tensors import spec_of
-from halfbyte.plan.building import OWN_FILE_BYTES
+from halfbyte.plan.store_build import OWN_FILE_BYTES
 from halfbyte.quant import formats, linear_subclasses, stack_load
 from halfbyte.recipe.schema import Quant
 

@@ -1,7 +1,7 @@
 """What building the store of a base takes, before it begins: RAM at its peak, and bytes on disk.
 
-What: a few threads each read a tensor in chunks into one buffer, cast and quantise a chunk, and write it; so the peak
-does not grow with the model, but for tensors that a checkpoint holds transposed, which come whole.
+What: a few threads each read a tensor in chunks into one buffer, cast and quantise a chunk, and write it. So the peak
+does not grow with the model. Only tensors that a checkpoint holds transposed come whole.
 Source: `store/build.py` (buffers), `store/writer.py` and `store/layout.py` (files); the process itself is measured.
 Cost: one walk over the tensors; no torch.
 """
@@ -11,7 +11,7 @@ from functools import cached_property
 
 from halfbyte.models.sources.safetensors import DTYPE_BITS
 from halfbyte.models.tensors import TensorSpec
-from halfbyte.plan.lines import Line, library_lines
+from halfbyte.plan.result import Line, library_lines
 from halfbyte.quant import formats, policy
 from halfbyte.quant.number_format import Part
 from halfbyte.recipe.schema import Quant
@@ -32,7 +32,7 @@ _FILE_BYTES = 260  # of the manifest: name, size, two hashes
 
 
 @dataclass(frozen=True)
-class Building:
+class StoreBuild:
     """A store to be built.
 
     Args:
@@ -49,7 +49,7 @@ class Building:
     def lines(self, cores: int) -> tuple[Line, ...]:
         """RAM while it is built on `cores` cores."""
         threads = min(cores + EXTRA_THREADS, len(self._files))
-        buffers = sum(self._held_most[:threads])
+        buffers = sum(self._largest_bytes[:threads])
         words = f"{threads} threads, {CHUNK_ELEMENTS / 1e6:.1f} M numbers at once"
         return (
             *library_lines(LIBRARIES_PRIVATE_BYTES, "torch, transformers, bitsandbytes, numba"),
@@ -57,9 +57,9 @@ class Building:
         )
 
     @cached_property
-    def _held_most(self) -> list[int]:
-        """What each tensor takes, the most first; asked for by every candidate of a plan."""
-        return sorted(map(self._held, self.specs), reverse=True)
+    def _largest_bytes(self) -> list[int]:
+        """What a thread takes for each tensor, the most first. Cached, as every candidate of a plan asks."""
+        return sorted(map(self._thread_bytes, self.specs), reverse=True)
 
     @cached_property
     def disk_bytes(self) -> int:
@@ -83,7 +83,7 @@ class Building:
         return files
 
     def _parts(self, spec: TensorSpec) -> tuple[Part, ...]:
-        """The tensors that one becomes in its file."""
+        """The tensors of the store's file that one tensor of the checkpoint becomes."""
         if not self._is_quantised(spec):
             return (Part("", spec.dtype, spec.shape, spec.nbytes),)
         return formats.of(self.quant).parts(spec.out_in, self.quant)
@@ -91,17 +91,16 @@ class Building:
     def _is_quantised(self, spec: TensorSpec) -> bool:
         return policy.encoding(spec, self.quant) == "quantised"
 
-    def _held(self, spec: TensorSpec) -> int:
-        """Bytes that a thread holds at most while it works on one tensor."""
+    def _thread_bytes(self, spec: TensorSpec) -> int:
+        """Bytes that a thread takes at most while it works on one tensor."""
         at_once = spec.numel if spec.transposed else min(spec.numel, CHUNK_ELEMENTS)
-        if spec.dtype == "F4":  # a whole expert: its codes as numbers, its weights and the same turned
+        if spec.dtype == "F4":  # a whole expert: its codes as numbers, its weights and the same transposed
             at_once = spec.numel // spec.shape[0]
-            return at_once * (5 + 2 * self.itemsize) + formats.of(self.quant).encoding_bytes(
-                at_once, spec.out_in, self.quant
-            )
+            encoding = formats.of(self.quant).encoding_bytes(at_once, spec.out_in, self.quant)
+            return at_once * (5 + 2 * self.itemsize) + encoding
         read = at_once * DTYPE_BITS[spec.dtype] // 8
         cast = 0 if DTYPE_BITS[spec.dtype] == 8 * self.itemsize else at_once * self.itemsize
         if not self._is_quantised(spec):
             return read + cast
-        turned = at_once * self.itemsize if spec.transposed else 0
-        return read + cast + turned + formats.of(self.quant).encoding_bytes(at_once, spec.out_in, self.quant)
+        transposed = at_once * self.itemsize if spec.transposed else 0
+        return read + cast + transposed + formats.of(self.quant).encoding_bytes(at_once, spec.out_in, self.quant)

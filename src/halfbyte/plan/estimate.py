@@ -1,23 +1,21 @@
 """`halfbyte plan`: from a model's name or a recipe to a plan, before anything is downloaded, loaded or tokenised.
 
-What: shapes from headers, LoRA's places from names, row lengths from the recipe's file: counted with `tokenizer.json`
+What: shapes from headers; LoRA's sites from names; lengths of rows from the recipe's files, counted with the tokenizer
 where it is at hand, else estimated from characters. A run plans again from its real tokens.
 Cost: under a second; no torch.
 """
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from halfbyte import plan as memory
 from halfbyte.data.reading.formats import Row
 from halfbyte.errors import RecipeError
 from halfbyte.models import describe
 from halfbyte.models.context import context_in
-from halfbyte.models.sources.checkpoint import beside_bytes, tokenizer_bytes
-from halfbyte.plan import calibrate
-from halfbyte.plan.alternatives import Way, compare
+from halfbyte.plan import FAMILIES, Job, Plan, Rows, calibrate, plan_training
+from halfbyte.plan.alternatives import Method, compare
 from halfbyte.plan.timing import Rates
 from halfbyte.recipe.command import NO_ROWS
 from halfbyte.recipe.data import Data
@@ -36,32 +34,37 @@ DEVICE_HELP = "24GB or 4x80GB for cards, cpu:16GB for a machine without one"
 
 
 @dataclass(frozen=True)
-class Planned:
-    """What `halfbyte plan` shows. The plan follows from `figures` and `rates`."""
+class Estimate:
+    """What `halfbyte plan` shows. The plan follows from `job` and `rates`."""
 
     shape: describe.Shape
     recipe: Recipe
     device: Device
-    plan: memory.Plan
+    plan: Plan
     notes: tuple[str, ...]
-    figures: memory.Job
+    job: Job
     rates: Rates | None
-    ways: tuple[Way, ...] = ()
+    methods: tuple[Method, ...] = ()
 
     def to_json(self) -> Document:
         shape = {name: getattr(self.shape, name) for name in ("name", "origin", "parameters", "read_bytes")}
         shown = ("name", "bytes", "trainable", "percent", "relative_time")
-        ways = [
-            {**{name: getattr(way, name) for name in shown}, "lines": [asdict(line) for line in way.lines]}
-            for way in self.ways
+        methods = [
+            {**{name: getattr(method, name) for name in shown}, "lines": [asdict(line) for line in method.lines]}
+            for method in self.methods
         ]
-        made: Document = {"model": shape, "machine": self.device.to_json(), "plan": self.plan.to_json()}
-        return {**made, "notes": list(self.notes), **({"compare": ways} if ways else {})}
+        return {
+            "model": shape,
+            "machine": self.device.to_json(),
+            "plan": self.plan.to_json(),
+            "notes": list(self.notes),
+            **({"compare": methods} if methods else {}),
+        }
 
 
 def plan_model(
     loaded: Loaded, *, device: str | None = None, length: int | None = None, side_by_side: bool = False
-) -> Planned:
+) -> Estimate:
     """Plan a recipe (or a model under the default one).
 
     Args:
@@ -74,27 +77,25 @@ def plan_model(
     shape = describe.describe(recipe.model, recipe.revision)
     rows, notes = _rows(recipe, shape, length, given=loaded.path is not None or recipe.data.train != NO_ROWS)
     mappable = True if recipe.quant.quantises else None
-    job = memory.Job.of(recipe, shape.specs, shape.facts, rows, machine, mappable=mappable)
+    job = Job.of(recipe, shape.specs, shape.facts, rows, machine, mappable=mappable)
     cold = device is None and job.kernels and not compiled.are_there()
-    beside = beside_bytes(shape.path) if shape.path is not None and shape.path.is_dir() else None
-    read = tokenizer_bytes(shape.path) if shape.path is not None else None
-    job = replace(job, beside_bytes=beside, cold=cold, tokenizer_json_bytes=read)
+    job = job.in_folder(shape.path, cold=cold)
     if cold:
         notes.append("the first run on this machine: it compiles kernels once, and the compiler takes memory too")
     rates = calibrate.cached(machine, job.dtype) if device is None else None
-    made = memory.make(job, machine, rates)
-    ways = compare(job, machine, rates) if side_by_side else ()
+    plan = plan_training(job, machine, rates)
+    methods = compare(job, machine, rates) if side_by_side else ()
     context, kind = context_in(shape.config), shape.facts.model_type
     if context is not None and rows.longest > context.tokens:
         notes.append(f"rows of {rows.longest:,} tokens: the model reads {context.tokens:,} at once ({context.why})")
-    if kind not in memory.FAMILIES:
+    if kind not in FAMILIES:
         notes.append(f"{kind} is not among the measured architectures; counted as a stock gated decoder")
     pressure = usage.pressure() if device is None else None
     if pressure is not None and pressure > calibrate.BUSY_PRESSURE:
         notes.append(f"the machine is busy: some process waited for a core {pressure:.0%} of the last ten seconds")
     if device is not None:
         notes.append("a machine that is not here: all of its memory is taken to be free")
-    return Planned(shape, recipe, machine, made, tuple(notes), job, rates, ways)
+    return Estimate(shape, recipe, machine, plan, tuple(notes), job, rates, methods)
 
 
 def parse_device(text: str) -> Device:
@@ -110,8 +111,8 @@ def parse_device(text: str) -> Device:
     count = int(match["count"] or 1)
     size = int(float(match["size"]) * _UNITS[match["unit"].upper().removesuffix("B")])
     if size < 10**8 or not 1 <= count <= 1024:
-        much = "no" if size == 0 or count == 0 else "an unlikely amount of"
-        raise RecipeError(f"--device {text!r} has {much} memory; allowed: {DEVICE_HELP}.", fix="--device 24GB")
+        amount = "no" if size == 0 or count == 0 else "an unlikely amount of"
+        raise RecipeError(f"--device {text!r} has {amount} memory; allowed: {DEVICE_HELP}.", fix="--device 24GB")
     if kind == "cpu" and count > 1:
         raise RecipeError(f"--device {text!r}: a machine has one RAM; allowed: {DEVICE_HELP}.", fix="--device cpu:64GB")
     if kind == "cpu":
@@ -122,27 +123,27 @@ def parse_device(text: str) -> Device:
     return Device("cuda", (), 16, ram, ram, (card,) * count)
 
 
-def _rows(recipe: Recipe, shape: describe.Shape, length: int | None, *, given: bool) -> tuple[memory.Rows, list[str]]:
+def _rows(recipe: Recipe, shape: describe.Shape, length: int | None, *, given: bool) -> tuple[Rows, list[str]]:
     """Row lengths and how they were found."""
     if length is not None:
-        return memory.Rows.assume(length), [f"rows of {length} tokens each, all labelled, as --length says"]
+        return Rows.assume(length), [f"rows of {length} tokens each, all labelled, as --length says"]
     if not given:
         context = context_in(shape.config)
         assumed = min(DEFAULT_LENGTH, context.tokens) if context is not None else DEFAULT_LENGTH
-        return memory.Rows.assume(assumed), [f"rows of {assumed} tokens each are assumed, all labelled: --length N"]
+        return Rows.assume(assumed), [f"rows of {assumed} tokens each are assumed, all labelled: --length N"]
     count, how = _counter(shape)
     lengths, labelled = _sizes(recipe.data.train, recipe.data, count)
-    held_out, own = list[int](), recipe.data.held_out_of(len(lengths))
+    evaluated, splits = list[int](), recipe.data.held_out_of(len(lengths))
     if (names := recipe.data.eval_names) is not None:
-        held_out, _ = _sizes(names, recipe.data, count)
-    elif own and own < len(lengths) and recipe.train.eval_strategy != "no":
-        out = {i * len(lengths) // own for i in range(own)}
-        held_out = [lengths[i] for i in sorted(out)]
-        lengths, labelled = ([n for i, n in enumerate(sizes) if i not in out] for sizes in (lengths, labelled))
+        evaluated, _ = _sizes(names, recipe.data, count)
+    elif splits and splits < len(lengths) and recipe.train.eval_strategy != "no":
+        held_out = {i * len(lengths) // splits for i in range(splits)}
+        evaluated = [lengths[i] for i in sorted(held_out)]
+        lengths, labelled = ([n for i, n in enumerate(sizes) if i not in held_out] for sizes in (lengths, labelled))
     rows = "blocks" if recipe.data.packing == "stream" else "rows"
     mean = sum(lengths) / len(lengths)
     note = f"{len(lengths):,} {rows} of about {mean:.0f} tokens, the longest {max(lengths)}: {how}"
-    return memory.Rows(lengths, labelled, held_out), [note]
+    return Rows(lengths, labelled, evaluated), [note]
 
 
 def longest_row(recipe: Recipe) -> int:
@@ -150,8 +151,8 @@ def longest_row(recipe: Recipe) -> int:
     if recipe.data.packing == "stream":
         return 0
     count, _ = _counter(describe.describe(recipe.model, recipe.revision))
-    whole = recipe.data.model_copy(update={"max_length": 1 << 30})
-    return max(_sizes(recipe.data.train, whole, count)[0], default=0)
+    unlimited = recipe.data.model_copy(update={"max_length": 1 << 30})
+    return max(_sizes(recipe.data.train, unlimited, count)[0], default=0)
 
 
 def _sizes(names: Path | str | Sequence[str], data: Data, count: Callable[[str], int]) -> tuple[list[int], list[int]]:

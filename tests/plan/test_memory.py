@@ -1,4 +1,4 @@
-"""peak.py: no micro-batch of a run is larger than what is planned for."""
+"""plan/memory.py: no micro-batch of a run is larger than what is planned for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.data import pack
-from halfbyte.plan import Rows, peak
+from halfbyte.plan import Rows, memory
 from halfbyte.system.device import Device
 from tests.plan.test_choose import cards, job
 
@@ -23,7 +23,7 @@ def test_no_later_micro_batch_of_a_step_has_more_tokens_than_planned(
     here = job(cards(24), rows=Rows(lengths), train__per_device_train_batch_size=batch, train__num_train_epochs=1)
     run = pack.Steps(rows, rows, here.rows_per_step, here.steps, here.recipe.train.seed, tokens, None)
     later = [int(rows[list(taken)].sum()) for step in run for taken in step.micro_batches[1:]]
-    assert max(later, default=0) <= peak.later_tokens(here, tokens)
+    assert max(later, default=0) <= memory.later_tokens(here, tokens)
 
 
 @pytest.mark.parametrize(
@@ -34,5 +34,5 @@ def test_scores_are_planned_where_attention_is_no_single_kernel(dtype: str, isa:
     """Two rows of 300 tokens, 9 heads: S and dP in fp32, and in 16 bits both once more."""
     device = Device("cpu", (isa,), 2, 64 * 10**9, 64 * 10**9)
     here = job(device, rows=Rows((300, 300)), quant__compute_dtype=dtype)
-    scores = peak.scores_bytes(here, peak.MicroBatch((300, 300), 600))
+    scores = memory.scores_bytes(here, memory.MicroBatch((300, 300), 600))
     assert scores == copies * 2 * 4 * 9 * 300 * 300

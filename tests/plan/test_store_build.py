@@ -1,4 +1,4 @@
-"""memory/building.py: bytes on disk and RAM of building a store, against real builds."""
+"""plan/store_build.py: bytes on disk and RAM of building a store, against real builds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from halfbyte.base.store import supply
 from halfbyte.models.sources.checkpoint import beside_weights
 from halfbyte.models.sources.lookup import resolve
 from halfbyte.models.tensors import TensorSpec, facts_of, read_checkpoint, read_config
-from halfbyte.plan.building import CHUNK_ELEMENTS, Building
+from halfbyte.plan.store_build import CHUNK_ELEMENTS, StoreBuild
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import device as machine
 from tests import tiny, tiny_run
@@ -37,10 +37,10 @@ def checkpoint(folder: Path, name: str) -> Path:
     return folder
 
 
-def planned(folder: Path, quant: Quant, itemsize: int = 2) -> Building:
+def planned(folder: Path, quant: Quant, itemsize: int = 2) -> StoreBuild:
     specs = tuple(read_checkpoint(folder))
     beside = sum(file.stat().st_size for file in beside_weights(folder))
-    return Building(specs, quant, itemsize, facts_of(read_config(folder), specs).vocab, beside)
+    return StoreBuild(specs, quant, itemsize, facts_of(read_config(folder), specs).vocab, beside)
 
 
 @pytest.mark.parametrize("name", WIDE)
@@ -64,10 +64,10 @@ def test_ram_does_not_grow_with_the_model_but_with_what_comes_whole() -> None:
     large = replace(small, shape=(20480, 4096))
 
     def chunks(*specs: TensorSpec, itemsize: int = 2, cores: int = 1) -> int:
-        lines = Building(specs, Quant(), itemsize, 100, 0).lines(cores)
+        lines = StoreBuild(specs, Quant(), itemsize, 100, 0).lines(cores)
         return sum(line.bytes for line in lines if line.name == "chunks")
 
-    eight = Building((small,), Quant(type="int8"), 2, 100, 0).lines(1)
+    eight = StoreBuild((small,), Quant(type="int8"), 2, 100, 0).lines(1)
     assert eight[-1].bytes == (2 + 2 + 4 + 1) * CHUNK_ELEMENTS + 4 * 2048, "read, fp16, fp32, codes; scales"
     scales = 2 * 4 * (large.numel - small.numel) // 64
     assert chunks(large) - chunks(small) == scales
