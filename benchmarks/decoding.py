@@ -92,7 +92,7 @@ def work(stack: str, name: str, rounds: int, threads: int, isa: str) -> None:
 
 
 def llama(path: Path, rounds: int, threads: int) -> None:
-    from halfbyte.export.proving.reader import LlamaCpp
+    from halfbyte.proofs.programs import LlamaCpp
 
     began = time.perf_counter()
     program = LlamaCpp(str(path), tokens=40 + MANY, threads=threads)

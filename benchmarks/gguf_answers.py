@@ -22,11 +22,11 @@ from benchmarks.measuring import say
 
 def main() -> None:
     from halfbyte.data.encoding import encode
-    from halfbyte.export.proving.reader import LlamaCpp
     from halfbyte.inference import target
     from halfbyte.inference.generate import end_of_turn_id
     from halfbyte.inference.load import tokenizer_of
     from halfbyte.models.sources.lookup import find_model
+    from halfbyte.proofs.programs import LlamaCpp
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)

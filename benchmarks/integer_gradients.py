@@ -16,12 +16,14 @@ from typing import Any
 import torch
 import yaml
 
-from halfbyte.adapters import integer, lora
+from halfbyte.adapters import lora
 from halfbyte.adapters.assembly import assembled
 from halfbyte.base import load
 from halfbyte.data import collate
 from halfbyte.layers import fuse
 from halfbyte.layers.kernels.cpu.integer.products import Products, ask
+from halfbyte.proofs import setting
+from halfbyte.proofs.integers import kind_of
 from halfbyte.recipe.file import recipe_from
 from halfbyte.system import device
 from halfbyte.training.prepare import prepare
@@ -49,7 +51,8 @@ def computed(run: Path, data: str, at: int, dtype: str, rows: list[int]) -> Iter
     batch = collate.Batches(prepared.train.examples, ()).of(rows)
     for name, products in WAYS.items():
         ask(fuse.frozen_layers(made.model), products)
-        loss, gradients = integer.loss_and_gradients(made.model, batch)
+        with setting.as_given(made.model):
+            loss, gradients = setting.loss_and_gradients(made.model, [batch])
         yield f"{dtype}, {name}", loss, {n: g.double() for n, g in gradients.items()}
 
 
@@ -63,7 +66,7 @@ def line(name: str, wanted: tuple[float, Gradients], loss: float, found: Gradien
         away = float((g - w).norm())
         errors.append(away / norm)
         cosines.append(float((g * w).sum() / (g.norm() * w.norm())))
-        kinds.setdefault(integer.kind_of(tensor), []).append(away / norm)
+        kinds.setdefault(kind_of(tensor), []).append(away / norm)
         off, size = off + away**2, size + norm**2
     by_kind = ", ".join(f"{kind} {sum(e) / len(e):.1%}" for kind, e in kinds.items())
     return (

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 import halfbyte
-from halfbyte.adapters import targets
-from halfbyte.layers import loss, packing_proof, unpad
-from halfbyte.layers.fused_proof import prove_fused
+from halfbyte.adapters import targets, unpad
+from halfbyte.layers import loss
 from halfbyte.models import structure
+from halfbyte.proofs.fusing import prove_fused
+from halfbyte.proofs.packing import prove_packing
 from tests import plain_peft, small_models, tiny
 
 LENGTHS = (5, 40, 1, 23, 9)
@@ -66,7 +67,7 @@ def learn_padded(model: Any, given: dict[str, torch.Tensor]) -> tuple[float, dic
 
 def as_train(model: Any, rows: list[torch.Tensor]) -> tuple[float, dict[str, torch.Tensor], str]:
     with structure.shallow(model):
-        proof = packing_proof.prove(model, max(LENGTHS))
+        proof = prove_packing(model, max(LENGTHS))
         prove_fused(model, packed=proof.ok, longest=max(LENGTHS))
     total = 0.0
     for some in [rows[:3], rows[3:]] if proof.ok else [[row] for row in rows if len(row) > 1]:

@@ -21,10 +21,11 @@ from halfbyte import finetune
 from halfbyte.adapters import dropin
 from halfbyte.inference import generate
 from halfbyte.inference import load as opened
-from halfbyte.layers import loss, packing, packing_proof
-from halfbyte.layers.fused_proof import prove_fused
+from halfbyte.layers import loss, packing
 from halfbyte.models import structure, tensors
 from halfbyte.plan import Job, Rows, choose
+from halfbyte.proofs.fusing import prove_fused
+from halfbyte.proofs.packing import prove_packing
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device
 from halfbyte.system.cards import Card
@@ -142,7 +143,7 @@ def test_gradients_on_cards_are_the_cpus(count: int, tied: bool) -> None:
     with fake_card.cards(count) as cards:
         lm = on(tiny.model("llama", changes=changes), [f"{fake_card.KIND}:{n}" for n in range(count)])
         model = adapted(lm)
-        assert packing_proof.prove(model).layout == "cu_seq_lens"
+        assert prove_packing(model).layout == "cu_seq_lens"
         assert prove_fused(model, packed=True).ok
         assert loss.head_of(model) is not None  # logits are never whole
         cards.reset()
@@ -252,7 +253,7 @@ def test_kernels_that_add_in_any_order_do_not_fail_the_proof() -> None:
     """A flash backward adds in the order in which its threads end: the same gradients twice differ by rounding."""
     with fake_card.cards():
         model = adapted(tiny.model("llama").to(f"{fake_card.KIND}:0"))
-        packing_proof.prove(model)
+        prove_packing(model)
         own, noise = fake_card._Sdpa.backward, torch.Generator().manual_seed(0)
 
         def unordered(ctx: Any, *grads: Any) -> Any:

@@ -61,7 +61,7 @@ LIGHT_FILES = (
     "training.early",
 )
 # Library -> the rooms that may import it.
-DOORS = {"bitsandbytes": {"quant"}, "peft": {"adapters", "layers"}}
+DOORS = {"bitsandbytes": {"quant"}, "peft": {"adapters", "layers", "proofs"}}
 TRAINER_NAMES = re.compile(r"^(Trainer|TrainingArguments|Seq2SeqTrainer|TrainerCallback|trainer(_\w+)?)$")
 TRAINER_ROOM = "training"
 PRINTING_ROOM = "cli"

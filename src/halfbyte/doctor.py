@@ -15,10 +15,10 @@ from halfbyte.adapters.assembly import assembled
 from halfbyte.base import load, stream
 from halfbyte.base.store import supply
 from halfbyte.errors import BaseModelError
-from halfbyte.layers.fused_proof import sample_gradients
 from halfbyte.models import structure
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.plan import calibrate
+from halfbyte.proofs.fusing import sample_gradients
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device, threads
 from halfbyte.system.files import cache_dir, free_bytes, why_unwritable

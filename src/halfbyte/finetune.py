@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from signal import Signals
 
-from halfbyte.adapters import integer, lora, passport
+from halfbyte.adapters import lora, passport
 from halfbyte.adapters.assembly import Assembled, assembled
 from halfbyte.base import load, residual, stream
 from halfbyte.base.store import supply
@@ -23,9 +23,10 @@ from halfbyte.distributed import world as worlds
 from halfbyte.distributed.launch import launched
 from halfbyte.distributed.world import World
 from halfbyte.errors import DataError, TrainError
-from halfbyte.inference import evaluate, proof, verify
+from halfbyte.inference import evaluate, verify
 from halfbyte.layers.kernels import pool
 from halfbyte.plan import calibrate
+from halfbyte.proofs import adapter, integers
 from halfbyte.recipe.adapter import folder_of
 from halfbyte.recipe.file import seen_from, to_yaml
 from halfbyte.recipe.schema import Loaded, Recipe
@@ -87,7 +88,7 @@ class Ready:
     notices: Sequence[str]
     point: points.Point | None
     trained: Document
-    compute: integer.Decision
+    compute: integers.Decision
     world: World
     shards: shard.Shards | None
 
@@ -382,7 +383,7 @@ def save(ready: Ready, run: RunFolder, callback: RunCallback) -> int | None:
     lora.save(model, run.adapter, base_id=source.id, revision=source.revision, dtype=dtype, beside=beside)
     said = (prepared.evaluation or prepared.train).examples
     with space_for(run.proof):
-        proof.keep(run.proof, model, said, lora.base_alone(model, []), dtype)
+        adapter.keep_logits(run.proof, model, said, lora.base_alone(model, []), dtype)
     return step
 
 

@@ -13,8 +13,8 @@ from halfbyte.adapters import assembly, lora
 from halfbyte.adapters.assembly import assembled
 from halfbyte.base import load, stream
 from halfbyte.layers import fuse, packing
-from halfbyte.layers.fused_proof import FusedProof
 from halfbyte.models.sources.lookup import find_model
+from halfbyte.proofs.fusing import FusedProof
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device
 from tests import tiny_run

@@ -19,7 +19,7 @@ from halfbyte import finetune
 from halfbyte.adapters import lora as adapters
 from halfbyte.adapters import targets
 from halfbyte.layers import fuse, loss, packing
-from halfbyte.layers.fused_proof import prove_fused
+from halfbyte.proofs.fusing import prove_fused
 from halfbyte.recipe.schema import Lora
 from halfbyte.runs.folder import RunFolder
 from tests import plain_peft, small_models, tiny, tiny_run

@@ -17,9 +17,10 @@ from halfbyte.adapters.dropin import get_peft_model
 from halfbyte.base import load, stream
 from halfbyte.errors import BaseModelError
 from halfbyte.inference import load as opened_run
-from halfbyte.layers import fuse, loss, packing, packing_proof
+from halfbyte.layers import fuse, loss, packing
 from halfbyte.models import structure
 from halfbyte.models.sources.checkpoint import Checkpoint
+from halfbyte.proofs.packing import prove_packing
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import device, pages
 from tests import mapped, tiny, tiny_run
@@ -54,7 +55,7 @@ def adapted(folder: Path, *, fused: bool, dropout: float = 0.05, **config: Any) 
         lora_dropout=dropout,
     )
     model = get_peft_model(mapped.open_model(folder), lora)
-    packing_proof.prove(model)
+    prove_packing(model)
     if not fused:
         fuse.remove(model)
     return model

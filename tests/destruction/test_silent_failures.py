@@ -22,8 +22,10 @@ from halfbyte import finetune
 from halfbyte.adapters import lora
 from halfbyte.base import load
 from halfbyte.errors import AdapterError
-from halfbyte.layers import packing, packing_proof
+from halfbyte.layers import packing
 from halfbyte.models.sources.checkpoint import Checkpoint
+from halfbyte.proofs import setting
+from halfbyte.proofs.packing import prove_packing
 from halfbyte.quant import formats
 from halfbyte.quant.stack import ExpertStack
 from halfbyte.recipe.file import load_recipe
@@ -74,12 +76,12 @@ def test_a_merge_after_an_evaluation(tmp_path: Path) -> None:
 def test_packed_rows_see_each_other() -> None:
     """By position_ids alone, as a padding-free collator hands them over, with use_cache left on."""
     model = tiny.model("llama")
-    rows = packing_proof.random_examples(model, (7, 6))
-    batch = packing_proof.pack(rows)
+    rows = setting.random_examples(model, (7, 6))
+    batch = setting.pack(rows)
     with torch.no_grad():
         alone = torch.cat([model(input_ids=ids[None]).logits[0] for ids in rows])
         there = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=True).logits[0]
-        assert packing_proof.prove(model).ok
+        assert prove_packing(model).ok
         here = model(**packing.forward_inputs(model, batch)).logits[0]
     assert float((there - alone).abs().max()) > 0.1 > 1e-4 > float((here - alone).abs().max())
 

@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from halfbyte.errors import ExportError
 from halfbyte.export import gguf as writing
 from halfbyte.export import gguf_tokenizer
-from halfbyte.export.proving import reader
 from halfbyte.export.weights import Merged
 from halfbyte.inference.target import Target
 from halfbyte.models.sources.gguf_file import checkpoint_of
+from halfbyte.proofs import programs
 from tests import tiny_run
 from tests.export import runs
 
@@ -93,7 +93,7 @@ def logits(model: Any) -> np.ndarray:
 def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed: pip install 'halfbyte[gguf]'")
     model, merged = build(tmp_path, name)
-    program = reader.LlamaCpp(str(write(merged, tmp_path / "m.gguf")), tokens=64)
+    program = programs.LlamaCpp(str(write(merged, tmp_path / "m.gguf")), tokens=64)
     assert np.abs(program.logits(IDS, range(len(IDS))) - logits(model)).max() < 1e-2  # its table of GELU is in fp16
     for text in (*gguf_tokenizer.PROBES, "<|im_start|>user\nred cup<|im_end|>\n"):
         assert program.tokens(text) == tiny_run.tokenizer()(text)["input_ids"], text

@@ -17,12 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from halfbyte.errors import ExportError
 from halfbyte.export import gguf as writing
 from halfbyte.export import gguf_tokenizer
-from halfbyte.export.proving import reader
 from halfbyte.export.weights import Merged
 from halfbyte.inference.target import Target
 from halfbyte.models.gguf.header import read_header
 from halfbyte.models.gguf.tokenizer import SPLITS, cutting, tokenizer_of
 from halfbyte.models.sources.checkpoint import Checkpoint
+from halfbyte.proofs import programs
 from tests import tiny_run
 
 PARTS = (
@@ -78,8 +78,8 @@ def check(tokenizer: Any, path: Path, config: Any) -> None:
     read = tokenizer_of(str(alone), "m.gguf", read_header(alone / "m.gguf"), config)
     wanted = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in strings()]
     assert [read(text, add_special_tokens=False)["input_ids"] for text in strings()] == wanted
-    if reader.has_llama():
-        program = reader.LlamaCpp(str(alone / "m.gguf"), tokens=64)
+    if programs.has_llama():
+        program = programs.LlamaCpp(str(alone / "m.gguf"), tokens=64)
         wrong = [text for text, ids in zip(strings(), wanted, strict=True) if program.tokens(text) != ids]
         assert not wrong, wrong[:3]
 
@@ -104,7 +104,7 @@ def test_a_rule_that_nobody_has(tmp_path: Path) -> None:
 
 def test_a_sentencepiece_like_tokenizer(tmp_path: Path) -> None:
     """BPE with byte fallback, as tokenizer.json has Llama 2's: scores are the order of its merges."""
-    if not reader.has_llama():
+    if not programs.has_llama():
         pytest.skip("llama.cpp is not installed: pip install 'halfbyte[gguf]'")
     made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -121,7 +121,7 @@ def test_a_sentencepiece_like_tokenizer(tmp_path: Path) -> None:
         tokenizer_object=Tokenizer.from_str(json.dumps(parsed)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
     path, _ = file_of(tokenizer, tmp_path)
-    program = reader.LlamaCpp(str(path), tokens=64)
+    program = programs.LlamaCpp(str(path), tokens=64)
     wanted = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in strings()}
     wrong = [text for text, ids in wanted.items() if program.tokens(text) != ids]
     assert not wrong, (len(wrong), wrong[:3])

@@ -17,9 +17,8 @@ from huggingface_hub import ModelCard
 
 from halfbyte.errors import ExportError
 from halfbyte.export import hub as shipping
-from halfbyte.export.proving import proof
-from halfbyte.export.proving.proof import Exported
 from halfbyte.inference.target import Target
+from halfbyte.proofs.export import Exported, Proof
 from tests import tiny_run
 
 TOKEN = "hf_stand_in_of_a_token_0123456789"
@@ -153,7 +152,7 @@ def test_a_card_says_what_is_known(tmp_path: Path) -> None:
     (run.path / "eval/scores.json").write_text(json.dumps(scores))
     run.report.write_text(json.dumps({"tokens": 12345, "steps": 4, "train_seconds": 61.0, "peak_rss_bytes": 10**9}))
     run.recipe.write_text("model: org/name\n")
-    seen = proof.Proof("transformers", "F32", 1.0, 0.1, 0.5, 0.3, 1.0, 2.0, 1.9, 10, 6, 6, 0, 1, 2, 6, 0)
+    seen = Proof("transformers", "F32", 1.0, 0.1, 0.5, 0.3, 1.0, 2.0, 1.9, 10, 6, 6, 0, 1, 2, 6, 0)
     made = Exported(tmp_path, "merged model", "4bit", {"4bit": seen}, ("a note",))
     found = Target(run.path, recipe.model_copy(update={"model": "org/name", "revision": "abc"}), None, run)
     shipping.write(tmp_path, found, made)

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 from halfbyte import finetune
 from halfbyte.errors import ExportError
 from halfbyte.export import gguf, gguf_tokenizer, lora
-from halfbyte.export.proving import reader
 from halfbyte.export.weights import Merged
 from halfbyte.inference import target
 from halfbyte.inference.target import Target
+from halfbyte.proofs import programs
 from tests import tiny_run
 from tests.export import runs
 
@@ -55,7 +55,7 @@ def test_a_gguf_adapter_in_llama_cpp(kind: str, tmp_path: Path) -> None:
         lambda w: gguf_tokenizer.add(w, tiny_run.tokenizer(), tiny_run.VOCAB, bare.checkpoint, None),
     )  # fmt: skip
     lora.write_gguf(Merged(found, "16bit"), tmp_path / "lora.gguf")
-    program = reader.LlamaCpp(str(tmp_path / "base.gguf"), str(tmp_path / "lora.gguf"), tokens=64)
+    program = programs.LlamaCpp(str(tmp_path / "base.gguf"), str(tmp_path / "lora.gguf"), tokens=64)
     wanted = adapted(tmp_path)
     assert np.abs(program.logits(IDS, range(len(IDS))) - wanted).max() < 1e-2
     base = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32))

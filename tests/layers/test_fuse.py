@@ -15,8 +15,9 @@ import halfbyte
 from halfbyte.adapters import targets
 from halfbyte.data.collate import collate
 from halfbyte.data.encoding.examples import Example
-from halfbyte.layers import fuse, loss, packing_proof
+from halfbyte.layers import fuse, loss
 from halfbyte.layers.kernels import cpu
+from halfbyte.proofs.packing import prove_packing
 from tests import tiny
 
 LENGTHS = (5, 40, 40, 1, 23)
@@ -33,7 +34,7 @@ def adapted(
     for n, p in model.named_parameters():
         if "lora_B" in n:
             p.data = torch.randn_like(p) * 0.2
-    packing_proof.prove(model)
+    prove_packing(model)
     return model.train()
 
 

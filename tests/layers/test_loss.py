@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from halfbyte.data.collate import collate
 from halfbyte.data.encoding.examples import Example
-from halfbyte.layers import loss, packing, packing_proof
+from halfbyte.layers import loss, packing
 from halfbyte.layers.kernels import wanted
 from halfbyte.layers.loss import Head, head_loss, head_of
+from halfbyte.proofs.packing import prove_packing
 from tests import small_models, tiny
 
 
@@ -157,7 +158,7 @@ def test_a_micro_batch_is_the_models_own_loss(name: str) -> None:
     else:
         model = tiny.model(name)
     model.requires_grad_(False)  # a head that trains is left to the model
-    packing_proof.prove(model)
+    prove_packing(model)
     examples = [
         example(tuple(range(3, 9)), (-100, -100, 5, 6, 7, 8)),
         example((9, 4, 30), (-100, -100, 30)),  # all masked but one
@@ -183,7 +184,7 @@ def test_rows_behind_the_others_change_no_loss_and_no_gradient(
 ) -> None:
     model = tiny.model(name)
     model.requires_grad_(False)
-    packing_proof.prove(model)
+    prove_packing(model)
     assert packing.installed(model) == "cu_seq_lens"
     embedding = model.get_input_embeddings()
     draw = torch.Generator().manual_seed(1)

@@ -12,7 +12,9 @@ import transformers
 from torch import Tensor
 
 from halfbyte.errors import BaseModelError
-from halfbyte.layers import packed_attention, packing, packing_proof, padded_rows
+from halfbyte.layers import packed_attention, packing, padded_rows
+from halfbyte.proofs import setting
+from halfbyte.proofs.packing import prove_packing
 from tests import tiny
 
 LENGTHS = {"uneven": [5, 1, 9, 3], "equal": [6, 6, 6], "ones": [1, 1, 2]}
@@ -203,7 +205,7 @@ def test_a_cache_asked_for_does_not_let_examples_meet() -> None:
     ],
 )
 def test_variants_are_proven(name: str, changes: dict[str, Any]) -> None:
-    proof = packing_proof.prove(tiny.model(name, changes=changes))
+    proof = prove_packing(tiny.model(name, changes=changes))
     assert proof.ok and proof.layout == LAYOUT[name]
 
 
@@ -232,7 +234,7 @@ class TestProof:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_ten_architectures(self, name: str, dtype: torch.dtype) -> None:
         model = tiny.model(name, dtype=dtype)
-        proof = packing_proof.prove(model)
+        proof = prove_packing(model)
         assert (proof.ok, proof.mode, proof.layout) == (True, "packed", LAYOUT[name])
         assert packing.installed(model) == LAYOUT[name]
         assert proof.max_rel_diff < (1e-4 if dtype == torch.float32 else 0.02)
@@ -244,7 +246,7 @@ class TestProof:
         weights = {k: v.clone() for k, v in model.state_dict().items()}
         torch.manual_seed(3)
         state = torch.random.get_rng_state()
-        packing_proof.prove(model)
+        prove_packing(model)
         assert [m.training for m in model.modules()] == modes
         assert torch.equal(torch.random.get_rng_state(), state)
         assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
@@ -258,7 +260,7 @@ class TestProof:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = transformers.RwkvForCausalLM(config).eval()
-        proof = packing_proof.prove(model)
+        proof = prove_packing(model)
         assert (proof.ok, proof.mode, proof.layout) == (False, "single", "single")
         assert "logits differ" in proof.reason
         with pytest.raises(BaseModelError, match="not set up for 2 examples"):
@@ -272,13 +274,13 @@ class TestProof:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = transformers.MiniMaxForCausalLM(config).eval()
-        proof = packing_proof.prove(model)
+        proof = prove_packing(model)
         assert proof.layout == "rows" and "cu_seq_lens: logits differ" in proof.reason
         assert model.config._attn_implementation == "sdpa"
 
     def test_a_leak_that_the_first_comparison_misses_shows_when_an_example_changes(self) -> None:
         model = tiny.model("llama")
-        usual = int(packing_proof.random_examples(model, packing_proof.SHORT)[0][0])
+        usual = int(setting.random_examples(model, setting.SHORT)[0][0])
 
         def leak(_module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
             if kwargs["input_ids"].shape[1] == 15 and int(kwargs["input_ids"][0, 0]) != usual:
@@ -286,7 +288,7 @@ class TestProof:
             return output
 
         model.register_forward_hook(leak, with_kwargs=True)
-        proof = packing_proof.prove(model)
+        proof = prove_packing(model)
         assert proof.mode == "single" and "changing example 0 moves example" in proof.reason
 
     def test_a_model_that_raises_runs_single_with_the_reason(self) -> None:
@@ -294,7 +296,7 @@ class TestProof:
         model.model.layers[0].self_attn.register_forward_pre_hook(_refuse_packs, with_kwargs=True)
         model.model.register_forward_pre_hook(_refuse_packs, with_kwargs=True)
         model.set_attn_implementation("eager")
-        proof = packing_proof.prove(model)
+        proof = prove_packing(model)
         assert proof.mode == "single" and "ValueError: no packs here" in proof.reason
         assert model.config._attn_implementation == "eager"  # as the user had it
         assert padded_rows.Rows.attached(model.model) is None
@@ -309,7 +311,7 @@ class TestProof:
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
         wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-        proof = packing_proof.prove(wrapped)
+        proof = prove_packing(wrapped)
         assert proof.ok and proof.layout == packing.installed(model) == "cu_seq_lens"
 
 

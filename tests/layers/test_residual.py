@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfbyte.layers import fuse, loss, norm_gate, packing, packing_proof
-from halfbyte.layers.fused_proof import prove_fused
+from halfbyte.layers import fuse, loss, norm_gate, packing
 from halfbyte.layers.kernels import cpu, dropout, wanted
+from halfbyte.proofs.fusing import prove_fused
+from halfbyte.proofs.packing import prove_packing
 from tests import plain_peft, small_models, tiny
 from tests.layers.test_fuse import LENGTHS, adapted, apart, batch, gradients
 
@@ -40,7 +41,7 @@ def test_every_gradient_is_that_of_all_rows(name: str, taken: list[tuple[int, in
         model = adapted(name, target_modules="all-linear")
     else:
         model = plain_peft.adapt(small_models.build(name, vocab_size=256, max_position_embeddings=256), "all-linear")
-        packing_proof.prove(model)
+        prove_packing(model)
     model.eval()
     own = gradients(model, fused=False)
     assert fuse.install(model).counts["layers"] == 2

@@ -9,8 +9,9 @@ import torch
 from transformers.masking_utils import chunked_causal_mask_function, sliding_window_causal_mask_function
 
 import halfbyte
-from halfbyte.layers import fuse, loss, packing, packing_proof, sight
+from halfbyte.layers import fuse, loss, packing, sight
 from halfbyte.models import structure
+from halfbyte.proofs.packing import prove_packing
 from tests import plain_peft, tiny
 
 WINDOW = 8
@@ -40,7 +41,7 @@ def test_rows_longer_than_the_window_learn_what_plain_peft_learns(case: str) -> 
     wanted_loss, wanted = plain_peft.learn(plain_peft.adapt(tiny.model(name, changes=changes), targets), rows)
 
     model = plain_peft.adapt(tiny.model(name, changes=changes), targets)
-    assert packing_proof.prove(model).layout == "cu_seq_lens"
+    assert prove_packing(model).layout == "cu_seq_lens"
     assert name not in ("mistral", "gemma3", "qwen3") or fuse.install(model).counts["attentions"] == tiny.LAYERS
     summed = loss.micro_batch_loss(model, tiny.batch_of(rows))
     summed.backward()
@@ -107,5 +108,5 @@ def test_a_rotary_table_that_grows_with_texts_is_as_before_afterwards() -> None:
 def test_a_window_that_the_mask_does_not_have_is_not_packed() -> None:
     model = tiny.model("gemma3", changes={"layer_types": ["sliding_attention", "full_attention"]})
     model.model.layers[0].self_attn.sliding_window = 3  # the attention says 3, the mask says SLIDING_WINDOW
-    proof = packing_proof.prove(model)
+    proof = prove_packing(model)
     assert proof.layout == "rows" and "sliding_window=3" in proof.reason

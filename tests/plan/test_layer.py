@@ -15,13 +15,14 @@ import torch
 from halfbyte.adapters import lora as adapters
 from halfbyte.adapters import targets
 from halfbyte.base import load
-from halfbyte.layers import fuse, packing, packing_proof
-from halfbyte.layers.fused_proof import prove_fused
+from halfbyte.layers import fuse, packing
 from halfbyte.models import structure
 from halfbyte.models.lora_sites import Site, sites
 from halfbyte.models.sources.lookup import resolve
 from halfbyte.models.tensors import Facts, facts_of, read_checkpoint, read_config, spec_of
 from halfbyte.plan.layer import FAMILIES, PADDED, Layer, layer_of, pairs_of
+from halfbyte.proofs.fusing import prove_fused
+from halfbyte.proofs.packing import prove_packing
 from halfbyte.recipe.schema import Lora, Quant
 from halfbyte.system import device as machine
 from tests import small_models, tiny
@@ -85,7 +86,7 @@ def kept_bytes(
     if parameters:
         specs = [spec_of(name, tuple(p.shape), "BF16", config) for name, p in opened.model.named_parameters()]
     model = adapters.add(opened.model, lora, targets.resolve_targets(opened.model, asked), seed=0)
-    prove_fused(model, packed=packing_proof.prove(model).ok)
+    prove_fused(model, packed=prove_packing(model).ok)
     fuse.recompute_cheap(model, on=cheap)
     model.train()
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}

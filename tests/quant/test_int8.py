@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from halfbyte.errors import BaseModelError
 from halfbyte.layers.lora_linear import frozen_linear, lora_linear
+from halfbyte.proofs.dequantising import prove_dequantised
 from halfbyte.quant import formats, int8
 from halfbyte.quant.bnb import held_tensors, make_safe, resident_bytes, state_tensors
-from halfbyte.quant.proof import prove_dequantised
 from halfbyte.recipe.schema import Quant
 
 QUANT = Quant(type="int8")

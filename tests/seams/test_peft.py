@@ -161,7 +161,7 @@ def test_signatures() -> None:
 
 
 def test_pefts_layer_of_trained_rows_has_the_fields_that_the_fused_one_reads() -> None:
-    """`layers/fuse.py`, and `layers/packing_proof.py`, which moves the indices for the moment of a proof."""
+    """`layers/fuse.py`, and `proofs/setting.py`, which moves the indices for the moment of a proof."""
     config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[9, 4], task_type="CAUSAL_LM")
     model = get_peft_model(tiny.model("gemma3"), config)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte.layers import packing_proof
+from halfbyte.proofs.packing import prove_packing
 from halfbyte.training import balance
 from tests import plain_peft, small_models, tiny
 
@@ -23,7 +23,7 @@ def asking(kind: str, **changes: Any) -> Any:
 def test_it_is_the_loss_of_transformers(kind: str, tokens: int) -> None:
     model = asking(kind, max_position_embeddings=512)
     plain = copy.deepcopy(model)
-    packing_proof.prove(model, tokens)
+    prove_packing(model, tokens)
     (row,) = plain_peft.texts((tokens,), small_models.VOCAB)
     got = balance.micro_batch_loss(model, tiny.batch_of([row]))
     wanted = plain(input_ids=row[None], labels=row[None], use_cache=False).loss * (tokens - 1)

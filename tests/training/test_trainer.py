@@ -17,14 +17,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, get_linear_schedule_with_warmup
 
 from halfbyte import finetune
-from halfbyte.adapters import lora
+from halfbyte.adapters import assembly, lora
 from halfbyte.base import load
 from halfbyte.data import collate, pack
 from halfbyte.data.encoding.examples import Example
 from halfbyte.errors import DataError, RunError, TrainError
 from halfbyte.inference import load as opened_run
 from halfbyte.inference.generate import Sampling, generate
-from halfbyte.layers import loss, packing, packing_proof
+from halfbyte.layers import loss, packing
+from halfbyte.proofs.packing import PackingProof, prove_packing
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import Loaded
 from halfbyte.runs import points
@@ -170,7 +171,7 @@ def stream(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_blocks_need_attention_that_keeps_texts_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing_proof, "prove", lambda *_: packing_proof.Proof(False, "it leaks", 1.0))
+    monkeypatch.setattr(assembly, "prove_packing", lambda *_: PackingProof(False, "it leaks", 1.0))
     with pytest.raises(DataError, match=r"not safe: it leaks\n  fix: data\.packing: rows"):
         finetune.train(tiny_run.recipe(tmp_path, **stream(tmp_path)))
 
@@ -283,7 +284,7 @@ def test_gradients_are_the_same_bits_after_an_evaluation(name: str, again: bool,
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
     before = gradients()
-    assert packing_proof.prove(model).ok
+    assert prove_packing(model).ok
     model.eval()
     with torch.no_grad():
         model(input_ids=batch["input_ids"])

@@ -13,10 +13,11 @@ from types import MappingProxyType
 
 from halfbyte.adapters import lora
 from halfbyte.base import load, residual
-from halfbyte.layers import fuse, loss, packing_proof
-from halfbyte.layers.fused_proof import FusedProof, prove_fused
+from halfbyte.layers import fuse, loss
 from halfbyte.models import structure
-from halfbyte.quant.proof import DequantProof, prove_dequantised
+from halfbyte.proofs.dequantising import DequantProof, prove_dequantised
+from halfbyte.proofs.fusing import FusedProof, prove_fused
+from halfbyte.proofs.packing import PackingProof, prove_packing
 from halfbyte.recipe.schema import Recipe
 from halfbyte.types import Model
 
@@ -34,7 +35,7 @@ class Assembled:
     base: load.Base
     model: Model
     dequantised: DequantProof
-    packed: packing_proof.Proof
+    packed: PackingProof
     fused: FusedProof
     engine: str
     layers: int
@@ -80,7 +81,7 @@ def assembled(
             lora.load_beside(model, folder, name)
     dequantised = prove_dequantised(model)
     with structure.shallow(model) as layers:
-        packed = packing_proof.prove(model, recipe.data.max_length)
+        packed = prove_packing(model, recipe.data.max_length)
         fused = prove_fused(model, packed=packed.ok, longest=recipe.data.max_length)
         loss.head_of(model)  # seen here, on few layers
     engine = fused.reason

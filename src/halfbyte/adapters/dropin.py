@@ -20,13 +20,15 @@ from peft import get_peft_model as _get_peft_model
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from halfbyte.adapters import masters
-from halfbyte.adapters.integer import decide
+from halfbyte.adapters import masters, unpad
 from halfbyte.errors import BaseModelError, RecipeError
-from halfbyte.layers import fuse, packing_proof, unpad
-from halfbyte.layers.fused_proof import labelled, prove_fused
+from halfbyte.layers import fuse
 from halfbyte.models import structure, tensors
 from halfbyte.plan import layer as decoder
+from halfbyte.proofs import setting
+from halfbyte.proofs.fusing import prove_fused
+from halfbyte.proofs.integers import decide
+from halfbyte.proofs.setting import labelled
 from halfbyte.quant import bnb as codec
 from halfbyte.system import accelerator, device, threads
 from halfbyte.types import Model
@@ -40,7 +42,7 @@ COMFORT = 0.5  # share of free memory that activations may take before they are 
 
 class Adapted(PeftModelForCausalLM):
     """A PeftModelForCausalLM that computes in the base's own dtype, whatever autocast its caller has entered, and
-    that runs the padded batches of a training script without their padding (`layers/unpad.py`). The first training
+    that runs the padded batches of a training script without their padding (`unpad.py`). The first training
     forward proves the fused layers on a few layers of the model; if they are wrong there, PEFT's own run instead.
     """
 
@@ -111,7 +113,7 @@ def _prove_once(model: Adapted, inputs: dict[str, Any]) -> None:
     if asked != "exact":
         batch = unpad.training_batch(model, inputs)
         if batch is None:
-            batch = labelled(packing_proof.random_examples(structure.causal_lm(model), packing_proof.SHORT))
+            batch = labelled(setting.random_examples(structure.causal_lm(model), setting.SHORT))
         warnings.warn(f"halfbyte computes the frozen base's products so: {decide(model, asked, batch)}", stacklevel=3)
 
 

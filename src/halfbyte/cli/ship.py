@@ -15,7 +15,7 @@ from halfbyte.errors import ExportError
 from halfbyte.system import libraries
 
 if TYPE_CHECKING:
-    from halfbyte.export.proving.proof import Exported
+    from halfbyte.proofs.export import Exported
 
 Compared = Annotated[
     Path | None, typer.Option("--data", help="Rows to compare on; default: those held out.", metavar="ROWS")

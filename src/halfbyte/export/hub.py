@@ -18,8 +18,8 @@ from halfbyte.runs.folder import RunFolder
 from halfbyte.system.versions import versions
 
 if TYPE_CHECKING:
-    from halfbyte.export.proving.proof import Exported
     from halfbyte.inference.target import Target
+    from halfbyte.proofs.export import Exported
 
 CARD = "README.md"
 

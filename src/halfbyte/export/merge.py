@@ -20,12 +20,11 @@ from typing import Literal
 from halfbyte.base.store import supply
 from halfbyte.errors import ExportError, HalfbyteError
 from halfbyte.export import belongs, folder, hub
-from halfbyte.export.proving import proof
-from halfbyte.export.proving.proof import Exported
-from halfbyte.export.proving.witness import PROMPTS, WITNESS, Asked
 from halfbyte.export.weights import BaseKind, Merged, starts_residual
+from halfbyte.export.witness import PROMPTS, WITNESS, RunQuestions, ask_run
 from halfbyte.inference import target
 from halfbyte.inference.target import Target
+from halfbyte.proofs.export import Exported, Proof, ask_program, prove_export
 from halfbyte.recipe.adapter import read_config
 from halfbyte.system import files
 from halfbyte.types import Document
@@ -99,8 +98,8 @@ class Asking:
         out, wish = self.place / name, self.wish
         out.mkdir()
         data = str(wish.data) if wish.data is not None else None
-        return proof.ask_run(
-            Asked(str(wish.run), str(out), tuple(wish.overrides), wish.force, unquantised, data, wish.prompts)
+        return ask_run(
+            RunQuestions(str(wish.run), str(out), tuple(wish.overrides), wish.force, unquantised, data, wish.prompts)
         )
 
     def document(self) -> Document:
@@ -116,11 +115,11 @@ class Asking:
     def prove(
         self, path: Path, program: str, kind: str, name: str, *, base: BaseKind, others: Sequence[str] = (),
         adapter: Path | None = None, bounded: bool = True,
-    ) -> proof.Proof:  # fmt: skip
+    ) -> Proof:  # fmt: skip
         """Open an export by a program and compare; raises nothing of what it sees."""
         found = self.wish.found()
         self.wish.tell.say(f"{path.name} is opened by {program}", label="proof")
-        proof.ask_program(program, path, self.witness, self.place / name, adapter)
+        ask_program(program, path, self.witness, self.place / name, adapter)
         quantised = base == "16bit" and found.recipe.quant.quantises
         assert found.adapter is not None
         # what these would be on 16-bit weights no run can say
@@ -128,7 +127,7 @@ class Asking:
         reference = self.unquantised() if quantised and not unlike and bounded else None
         bounded = bounded and not unlike
         said = self.place / name
-        return proof.compare(
+        return prove_export(
             self.witness, said, program, kind, others=others, reference=reference, bounded=bounded
         )  # fmt: skip
 
@@ -146,7 +145,7 @@ def merge(wish: Wish, base: Base = "auto", *, quantise: bool = False) -> Exporte
     found = wish.checked()
     kinds = bases(found, base)
     with wish.asking(out) as asking, folder.whole_or_absent(out) as temporary:
-        tried: dict[str, proof.Proof] = {}
+        tried: dict[str, Proof] = {}
         for kind in kinds:
             (place := temporary / kind).mkdir()
             dtype = write(wish, found, kind, place, copies=len(kinds))
@@ -191,7 +190,7 @@ def bases(found: Target, base: Base) -> list[BaseKind]:
     return ["16bit", "4bit"] if base == "auto" else [base]
 
 
-def better(tried: dict[str, proof.Proof], kinds: Sequence[BaseKind]) -> BaseKind:
+def better(tried: dict[str, Proof], kinds: Sequence[BaseKind]) -> BaseKind:
     """The one nearer to what was trained, by the divergence from it; both are sound."""
     sound = [kind for kind in kinds if kind in tried and not tried[kind].problems]
     if not tried and len(kinds) > 1:
@@ -199,7 +198,7 @@ def better(tried: dict[str, proof.Proof], kinds: Sequence[BaseKind]) -> BaseKind
     return min(sound or kinds, key=lambda kind: tried[kind].kl if kind in tried else 0.0)
 
 
-def notes(found: Target, kinds: Sequence[str], tried: dict[str, proof.Proof], taken: str) -> Iterator[str]:
+def notes(found: Target, kinds: Sequence[str], tried: dict[str, Proof], taken: str) -> Iterator[str]:
     """What is to be said of a choice."""
     if len(kinds) > 1 and tried:
         figures = "; ".join(

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from halfbyte.base.store import manifest
 from halfbyte.errors import HalfbyteError
-from halfbyte.inference import proof
 from halfbyte.inference.load import open_run
 from halfbyte.plan import Plan
+from halfbyte.proofs.adapter import compare_logits
 from halfbyte.runs import points
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device
@@ -58,8 +58,8 @@ def verify(path: Path, overrides: Sequence[str] = (), *, hashes: bool = True) ->
             wrong = manifest.problems(opened.store, manifest.read(opened.store), full=True)
             checks.append(Check("base", not wrong, "; ".join(wrong) or f"every byte of {opened.store}"))
         if run.proof.is_file():
-            same = proof.compare(run.proof, opened.model)
-            checks.append(Check("adapter", same.ok, same.seen))
+            same = compare_logits(run.proof, opened.model)
+            checks.append(Check("adapter", same.ok, str(same)))
         else:
             checks.append(Check("adapter", True, f"not compared: the run has no {run.proof.name}"))
     except HalfbyteError as error:

@@ -1,6 +1,6 @@
 """How each architecture takes examples laid end to end.
 
-What: three layouts, tried in this order; the first that is proven on the user's own model is used (`packing_proof.py`).
+What: three layouts, tried in this order; the first that is proven (`proofs/packing.py`) is used.
     cu_seq_lens   our attention runs per example. Needs transformers' attention interface and the promise
                   (`_supports_flash_attn`) that lengths and `sliding_window` say all that a mask would.
     rows          the body runs on padded rows (`padded_rows.py`): ALiBi, an attention outside the interface, recurrent
@@ -127,7 +127,7 @@ def forward_inputs(model: Model, batch: Batch) -> dict[str, Tensor]:
     else:
         raise BaseModelError(
             f"{type(lm).__name__} is not set up for {len(starts) - 1} examples in one micro-batch",
-            fix="halfbyte.layers.packing_proof.prove(model) first; if it says single, one example a micro-batch",
+            fix="halfbyte.layers.prove_packing(model) first; if it says single, one example a micro-batch",
         )
     return inputs
 

@@ -15,8 +15,8 @@ from dataclasses import asdict
 import numpy as np
 
 from halfbyte.adapters.assembly import Assembled
-from halfbyte.adapters.integer import Decision
 from halfbyte.data import pack
+from halfbyte.proofs.integers import Decision
 from halfbyte.recipe.schema import Loaded
 from halfbyte.runs.folder import RunFolder, read_json, write_json
 from halfbyte.system.versions import versions
@@ -103,6 +103,6 @@ def cut(row: Document) -> Document:
 def proofs(base: Assembled, compute: Decision) -> list[Document]:
     named = (("base", base.dequantised), ("packing", base.packed), ("engine", base.fused))
     made = [{"name": name, "ok": bool(proof.ok), "said": proof.reason} for name, proof in named]
-    if compute.seen:
-        made.append({"name": "compute", "ok": compute.seen[-1][1].ok, "said": str(compute)})
+    if compute.tried:
+        made.append({"name": "compute", "ok": compute.tried[-1][1].ok, "said": str(compute)})
     return made

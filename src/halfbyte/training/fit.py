@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from halfbyte.adapters import integer, lora
+from halfbyte.adapters import lora
 from halfbyte.adapters.assembly import Assembled
 from halfbyte.adapters.targets import Targets
 from halfbyte.base.load import Base
@@ -21,6 +21,7 @@ from halfbyte.errors import RunError
 from halfbyte.models.structure import meta_model
 from halfbyte.plan import Job, Plan, Rows, calibrate, choose, memory, plan_training
 from halfbyte.plan.result import Recompute
+from halfbyte.proofs import integers
 from halfbyte.recipe.adapter import PASSPORT
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs.folder import ANOTHER
@@ -187,13 +188,13 @@ def compared(
     return lines
 
 
-def compute(run: PlannedRun, base: Assembled, step: pack.Step, tell: Listener, notices: list[str]) -> integer.Decision:
+def compute(run: PlannedRun, base: Assembled, step: pack.Step, tell: Listener, notices: list[str]) -> integers.Decision:
     """How the frozen products are computed; proven on some rows of the first step where that is not exact."""
     asked, train = run.prepared.recipe.quant.compute, run.prepared.train
     if asked == "exact":
-        return integer.decide(base.model, asked, {})
-    batch = collate.Batches(train.examples, ()).of(integer.rows_for_proof(step, train.lengths, packed=base.packed.ok))
-    found = integer.decide(base.model, asked, batch)
+        return integers.decide(base.model, asked, {})
+    batch = collate.Batches(train.examples, ()).of(integers.rows_for_proof(step, train.lengths, packed=base.packed.ok))
+    found = integers.decide(base.model, asked, batch)
     tell.note("compute", str(found))
-    notices += [] if found.products == integer.BOTH else [f"compute: {found}"]
+    notices += [] if found.products == integers.BOTH else [f"compute: {found}"]
     return found

@@ -9,10 +9,11 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from halfbyte.layers import fuse, packing_proof
+from halfbyte.layers import fuse
 from halfbyte.layers.experts import grouped, interface
 from halfbyte.layers.experts.layout import experts_of
-from halfbyte.layers.fused_proof import prove_fused
+from halfbyte.proofs.fusing import prove_fused
+from halfbyte.proofs.packing import prove_packing
 from tests import small_models
 from tests.layers.test_fuse import apart, batch, gradients
 
@@ -29,7 +30,7 @@ def adapted(kind: str, dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data = torch.randn_like(parameter) * 0.2
-    packing_proof.prove(model)
+    prove_packing(model)
     return model.train()
 
 

@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 
 from halfbyte import finetune
 from halfbyte.errors import TrainError
-from halfbyte.layers import loss, packing_proof
+from halfbyte.layers import loss
+from halfbyte.proofs.packing import prove_packing
 from halfbyte.runs.folder import RunFolder
 from halfbyte.training import balance, pace
 from halfbyte.training.trainer import StepTrainer
@@ -123,7 +124,7 @@ def test_an_adapter_of_zero_gradients_stops_the_first_step(tmp_path: Path, monke
 
 def test_rows_of_two_tokens_may_give_no_gradient() -> None:
     model = plain_peft.adapt(tiny.model("llama"), "all-linear")
-    packing_proof.prove(model)
+    prove_packing(model)
     model.train()
     loss.micro_batch_loss(model, tiny.batch([5, 2], 256)).backward()
     gradients.check_first(model, longest=5)

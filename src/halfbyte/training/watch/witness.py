@@ -20,9 +20,9 @@ from torch import Tensor
 
 from halfbyte.adapters import alive
 from halfbyte.errors import TrainError, first_line, typed
-from halfbyte.layers import fused_proof, loss, packing_proof
 from halfbyte.models import structure
-from halfbyte.quant import proof
+from halfbyte.proofs import dequantising, setting
+from halfbyte.proofs.closeness import distance
 from halfbyte.types import Model
 
 # Relative, of all logits or gradients together, in units of the dtype's epsilon. On one CPU the same sums come out to
@@ -50,7 +50,7 @@ class Witness:
         found = []
         try:
             with self.readable():
-                wrong = proof.wrong_shapes(self.model)
+                wrong = dequantising.wrong_shapes(self.model)
             if wrong:
                 found.append(f"dequantised weights of shape {', '.join(wrong[:3])}")
             now = self._compute()
@@ -60,7 +60,7 @@ class Witness:
         if lost:
             return [*found, f"no gradient for {', '.join(lost[:3])}{' ...' if len(lost) > 3 else ''}"]
         eps = torch.finfo(structure.causal_lm(self.model).dtype).eps
-        off = {name: _apart(now[name], was) for name, was in self.seen.items()}
+        off = {name: distance(now[name], was) for name, was in self.seen.items()}
         logits = off.pop(_LOGITS)
         if not logits <= ALLOWED_EPS * eps:
             found.append(f"logits of packed rows by {logits:.1e}")
@@ -86,31 +86,19 @@ class Witness:
 
     def _compute(self) -> dict[str, Tensor]:
         model = self.model
-        lengths = packing_proof.SHORT if self.packed else packing_proof.SHORT[-1:]
-        with structure.shallow(model), packing_proof.as_given(model), packing_proof.few_tokens(model, exact=False):
+        with structure.shallow(model), setting.as_given(model), setting.few_tokens(model, exact=False), _fixed(model):
             model.eval()
             lm = structure.causal_lm(model)
-            rows = packing_proof.random_examples(lm, lengths)
-            with _fixed(model):
-                parts = {
-                    f"{name}.{i}": p for name, own in alive.pairs(model).items() for i, p in enumerate(own)
-                }  # the names of a layer's A and B are long
-                with torch.no_grad():
-                    seen = {_LOGITS: packing_proof.logits(lm, rows).cpu()}
-                summed = loss.micro_batch_loss(model, fused_proof.labelled(rows))
-                grads = torch.autograd.grad(summed, list(parts.values()), allow_unused=True)
-        return seen | {n: g.cpu() for n, g in zip(parts, grads, strict=True) if g is not None}
+            rows = setting.random_examples(lm, setting.short_lengths(packed=self.packed))
+            # the names of a layer's A and B are long
+            parameters = {f"{name}.{i}": p for name, pair in alive.pairs(model).items() for i, p in enumerate(pair)}
+            with torch.no_grad():
+                logits = setting.logits(lm, rows).cpu()
+            _, gradients = setting.loss_and_gradients(model, [setting.labelled(rows)], parameters=parameters)
+        return {_LOGITS: logits} | {name: gradient.cpu() for name, gradient in gradients.items()}
 
 
 _LOGITS = ""
-
-
-def _apart(got: Tensor, wanted: Tensor) -> float:
-    """||got - wanted|| / ||wanted||; NaN and infinities are infinitely far."""
-    if torch.equal(got, wanted):
-        return 0.0
-    off = (got.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)
-    return float(off.nan_to_num(torch.inf, torch.inf))
 
 
 @contextmanager

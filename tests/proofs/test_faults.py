@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte.layers import attention, fuse, lora_linear, packed_attention, packing, packing_proof, sight
-from halfbyte.layers.fused_proof import prove_fused
+from halfbyte.layers import attention, fuse, lora_linear, packed_attention, packing, sight
 from halfbyte.layers.kernels import card
+from halfbyte.proofs import setting
+from halfbyte.proofs.fusing import prove_fused
+from halfbyte.proofs.packing import prove_packing
 from tests import plain_peft, small_models, tiny
 
 WINDOW = 20  # longer than the proof's short rows, so that only its long row can show a window
@@ -83,7 +85,7 @@ FUSED = {
 def test_a_fault_of_the_fused_layers_is_seen(fault: str, dtype: torch.dtype, monkeypatch: Patch) -> None:
     build, put_in = FUSED[fault]
     right, model = (plain_peft.adapt(build(dtype), "all-linear") for _ in range(2))
-    assert packing_proof.prove(right, LONGEST).layout == packing_proof.prove(model, LONGEST).layout == "cu_seq_lens"
+    assert prove_packing(right, LONGEST).layout == prove_packing(model, LONGEST).layout == "cu_seq_lens"
     proof = prove_fused(right, packed=True, longest=LONGEST)
     assert proof.ok and proof.difference < 1e-4, proof
     put_in(monkeypatch)
@@ -94,7 +96,7 @@ def test_a_fault_of_the_fused_layers_is_seen(fault: str, dtype: torch.dtype, mon
 
 def test_a_fault_of_a_16_bit_kernel_alone_is_seen(monkeypatch: Patch) -> None:
     model = plain_peft.adapt(windowed(torch.bfloat16), "all-linear")
-    packing_proof.prove(model, LONGEST)
+    prove_packing(model, LONGEST)
     wrong_scale_in_16_bits(monkeypatch)
     proof = prove_fused(model, packed=True, longest=LONGEST)
     assert not proof.ok and "gradients differ" in proof.reason
@@ -127,25 +129,25 @@ PACKED: dict[str, tuple[Callable[[torch.dtype], Any], dict[str, Any]]] = {
 def test_a_fault_of_packed_attention_is_seen(fault: str, dtype: torch.dtype, monkeypatch: Patch) -> None:
     build, changes = PACKED[fault]
     model = build(dtype)
-    assert packing_proof.prove(model, LONGEST).layout == "cu_seq_lens"
+    assert prove_packing(model, LONGEST).layout == "cu_seq_lens"
     around_packed(monkeypatch, **changes)
-    proof = packing_proof.prove(model, LONGEST)
+    proof = prove_packing(model, LONGEST)
     assert proof.layout == "rows" and "cu_seq_lens: logits differ" in proof.reason
     assert packing.installed(model) == "rows"
 
 
 def test_what_costs_too_much_is_not_tried_and_it_is_said(monkeypatch: Patch) -> None:
-    assert "not tried" not in packing_proof.prove(windowed(torch.float32), LONGEST).reason
-    assert "not tried" not in packing_proof.prove(windowed(torch.float32), WINDOW).reason
-    monkeypatch.setattr(packing_proof, "LONG_ROW_PRODUCTS", 1)
-    proof = packing_proof.prove(windowed(torch.float32), LONGEST)
+    assert "not tried" not in prove_packing(windowed(torch.float32), LONGEST).reason
+    assert "not tried" not in prove_packing(windowed(torch.float32), WINDOW).reason
+    monkeypatch.setattr(setting, "LONG_ROW_PRODUCTS", 1)
+    proof = prove_packing(windowed(torch.float32), LONGEST)
     assert proof.ok and f"rows longer than the window of {WINDOW} were not tried" in proof.reason
 
 
 def test_a_proof_in_16_bits_leaves_weights_and_dtypes_as_they_were() -> None:
     model = plain_peft.adapt(windowed(torch.bfloat16), "all-linear")
     before = {n: (p.data_ptr(), p.dtype, p.shape) for n, p in (*model.named_parameters(), *model.named_buffers())}
-    packing_proof.prove(model, LONGEST)
+    prove_packing(model, LONGEST)
     prove_fused(model, packed=True, longest=LONGEST)
     after = {n: (p.data_ptr(), p.dtype, p.shape) for n, p in (*model.named_parameters(), *model.named_buffers())}
     assert after == before

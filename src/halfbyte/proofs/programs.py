@@ -1,7 +1,7 @@
-"""`python -m halfbyte.export.proving.reader PROGRAM ASKED.json`: the child process in which a program opens an export.
+"""`python -m halfbyte.proofs.programs PROGRAM ASKED.json`: the child process in which a program opens an export.
 
 `transformers` opens a merged folder as anyone would, without a line of ours; `llama.cpp` a GGUF file, with an adapter
-where one is given, through the wheel llama-cpp-py-sync. Each is asked what the run was asked (`witness.py`).
+where one is given, through the wheel llama-cpp-py-sync. Each is asked what the run was asked (`export/witness.py`).
 Why a process of its own: llama.cpp ends its process where it meets what it does not know.
 """
 

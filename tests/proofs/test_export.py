@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from halfbyte import finetune
 from halfbyte.errors import ExportError
-from halfbyte.export import folder, merge
-from halfbyte.export.proving import proof, reader, witness
+from halfbyte.export import folder, merge, witness
 from halfbyte.export.weights import Merged
 from halfbyte.inference import target
+from halfbyte.proofs import export as proof
+from halfbyte.proofs import programs
 from tests import tiny_run
 from tests.export import runs
 from tests.in_process import runner
@@ -32,7 +33,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_run.rows(here / "eval.jsonl", 6, seed=5)
     finetune.train(tiny_run.recipe(here, data__eval=here / "eval.jsonl", output=here / "trained"))
     (here / "run").mkdir()
-    witness.write(witness.Asked(str(here / "trained"), str(here / "run"), prompts=5))
+    witness.write(witness.RunQuestions(str(here / "trained"), str(here / "run"), prompts=5))
     (here / "merged").mkdir()
     folder.write(Merged(target.find(here / "trained"), "4bit"), here / "merged")
     return here
@@ -41,8 +42,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def proven(world: Path, merged: Path, said: Path) -> proof.Proof:
     said.mkdir()
     asked = json.loads((world / "run" / witness.WITNESS).read_text())
-    reader.ask(reader.Transformers(str(merged)), asked, said)
-    return proof.compare(world / "run" / witness.WITNESS, said, "transformers", "F32", others=("F32",))
+    programs.ask(programs.Transformers(str(merged)), asked, said)
+    return proof.prove_export(world / "run" / witness.WITNESS, said, "transformers", "F32", others=("F32",))
 
 
 def test_what_is_right_passes(world: Path, tmp_path: Path) -> None:
@@ -134,15 +135,16 @@ def test_a_base_alone_or_16_bits(world: Path, tmp_path: Path) -> None:
 def _in_process(arguments: Sequence[str], doing: str) -> None:
     module, *rest = arguments
     if module.endswith("witness"):
-        witness.write(witness.Asked(**json.loads(Path(rest[0]).read_text())))
+        witness.write(witness.RunQuestions(**json.loads(Path(rest[0]).read_text())))
     else:
-        reader.main(rest[0], Path(rest[1]))
+        programs.main(rest[0], Path(rest[1]))
 
 
 def test_quantised_again_it_is_a_store_and_what_that_costs_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proof, "_child", _in_process)
+    for module in (proof, witness):
+        monkeypatch.setattr(module, "run_child", _in_process)
     runs.make(tmp_path, "plain")
     rows = tiny_run.rows(tmp_path / "rows.jsonl", 4)
     named = ("quant.type=nf4", "quant.compute_dtype=fp32", "data.chat_template=chatml")

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from halfbyte import doctor, finetune
-from halfbyte.adapters import integer
 from halfbyte.adapters.assembly import assembled
 from halfbyte.data import pack
 from halfbyte.errors import AdapterError
-from halfbyte.layers import fused_proof, loss
+from halfbyte.layers import loss
 from halfbyte.layers.kernels.cpu.integer import products as kernel
+from halfbyte.proofs import integers, setting
+from halfbyte.proofs.fusing import sample_gradients
 from halfbyte.system import pages
 from halfbyte.training.events import Listener
 from halfbyte.types import Batch, Model
@@ -40,7 +41,7 @@ def fast(monkeypatch: Patch) -> None:
 
 def some_rows() -> Batch:
     ids = torch.randint(3, 60, (40,), generator=torch.Generator().manual_seed(0))
-    return fused_proof.labelled([ids[:17], ids[17:]])
+    return setting.labelled([ids[:17], ids[17:]])
 
 
 def asked_layers(model: Model) -> list[Any]:
@@ -52,16 +53,16 @@ def test_right_products_are_taken_and_nothing_else_changes(model: Model) -> None
     modes, state = [m.training for m in model.modules()], torch.random.get_rng_state()
     with torch.no_grad():
         exact = loss.micro_batch_loss(model, some_rows())
-    found = integer.decide(model, "auto", some_rows())
-    assert found.products == integer.BOTH and len(found.seen) == 1 and found.seen[0][1].ok
-    assert 0 < found.seen[0][1].gradients < integer.GRADIENTS and "2.0 times as fast" in str(found)
-    assert len(asked_layers(model)) == 2 * 7 and set(asked_layers(model)) == {integer.BOTH}
+    found = integers.decide(model, "auto", some_rows())
+    assert found.products == integers.BOTH and len(found.tried) == 1 and found.tried[0][1].ok
+    assert 0 < found.tried[0][1].gradients < integers.GRADIENTS and "2.0 times as fast" in str(found)
+    assert len(asked_layers(model)) == 2 * 7 and set(asked_layers(model)) == {integers.BOTH}
     assert torch.equal(torch.random.get_rng_state(), state) and [m.training for m in model.modules()] == modes
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
     with torch.no_grad():  # an evaluation is exact
         assert torch.equal(loss.micro_batch_loss(model, some_rows()), exact)
     assert not torch.equal(loss.micro_batch_loss(model, some_rows()), exact)
-    assert integer.decide(model, "exact", {}).products is None and not asked_layers(model)
+    assert integers.decide(model, "exact", {}).products is None and not asked_layers(model)
     assert torch.equal(loss.micro_batch_loss(model, some_rows()), exact)
 
 
@@ -96,17 +97,17 @@ def test_a_fault_forward_leaves_the_input_gradient(model: Model, monkeypatch: Pa
     for fault in (lambda p: scaled(p, "forward", 1.4), dead_column, not_a_number):
         with monkeypatch.context() as patch:
             fault(patch)
-            found = integer.decide(model, "auto", some_rows())
-            assert found.products == integer.BACKWARD, str(found)
-            assert [seen.ok for _, seen in found.seen] == [False, True]
-            assert "not forward" in str(found) and set(asked_layers(model)) == {integer.BACKWARD}
+            found = integers.decide(model, "auto", some_rows())
+            assert found.products == integers.BACKWARD, str(found)
+            assert [seen.ok for _, seen in found.tried] == [False, True]
+            assert "not forward" in str(found) and set(asked_layers(model)) == {integers.BACKWARD}
 
 
 def test_a_fault_in_the_input_gradient_leaves_nothing(model: Model, monkeypatch: Patch) -> None:
     for by in (1.5, 0.0, float("nan")):
         with monkeypatch.context() as patch:
             scaled(patch, "backward", by)
-            found = integer.decide(model, "auto", some_rows())
+            found = integers.decide(model, "auto", some_rows())
             assert found.products is None and not asked_layers(model), str(found)
             assert str(found).startswith("exact: int8 is too rough for this model: gradients differ by ")
 
@@ -114,26 +115,26 @@ def test_a_fault_in_the_input_gradient_leaves_nothing(model: Model, monkeypatch:
 def test_where_it_cannot_be_had(model: Model, monkeypatch: Patch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(kernel, "times_as_fast", lambda dtype: 1.2)
-        assert "does not pay" in str(integer.decide(model, "auto", some_rows()))
-        assert integer.decide(model, "int8", some_rows()).products == integer.BOTH
+        assert "does not pay" in str(integers.decide(model, "auto", some_rows()))
+        assert integers.decide(model, "int8", some_rows()).products == integers.BOTH
     monkeypatch.setattr(kernel, "why_not", lambda: "no such instruction")
-    assert str(integer.decide(model, "auto", some_rows())) == "exact: int8 is not possible: no such instruction"
+    assert str(integers.decide(model, "auto", some_rows())) == "exact: int8 is not possible: no such instruction"
     with pytest.raises(AdapterError, match=r"quant\.compute int8 is not possible: no such instruction"):
-        integer.decide(model, "int8", some_rows())
+        integers.decide(model, "int8", some_rows())
     assert not asked_layers(model)
 
 
 def test_int8_is_taken_as_asked_and_what_was_seen_is_said(model: Model, monkeypatch: Patch) -> None:
     scaled(monkeypatch, "forward", 1.4)
-    found = integer.decide(model, "int8", some_rows())
-    assert found.products == integer.BOTH and not found.seen[0][1].ok and "asked" in str(found)
+    found = integers.decide(model, "int8", some_rows())
+    assert found.products == integers.BOTH and not found.tried[0][1].ok and "asked" in str(found)
 
 
 @pytest.mark.skipif(not pages.supported(), reason="needs Linux and /proc/self/pagemap")
 def test_the_same_bits_wherever_the_base_lies(model: Model) -> None:
-    exact = fused_proof.sample_gradients(model, packed=True)
-    assert integer.decide(model, "int8", some_rows()).products == integer.BOTH
-    eight = fused_proof.sample_gradients(model, packed=True)
+    exact = sample_gradients(model, packed=True)
+    assert integers.decide(model, "int8", some_rows()).products == integers.BOTH
+    eight = sample_gradients(model, packed=True)
     assert any(not torch.equal(eight[name], exact[name]) for name in exact)
     found = doctor._wherever(model, packed=True)
     assert found.ok and "equal to the bit" in found.seen, found
@@ -141,9 +142,9 @@ def test_the_same_bits_wherever_the_base_lies(model: Model) -> None:
 
 def test_rows_for_the_proof() -> None:
     step = pack.Step(0, ((3, 0), (1, 2)), 1, 1)
-    assert integer.rows_for_proof(step, [300, 200, 900, 100], packed=True) == [3, 1]
-    assert integer.rows_for_proof(step, [300, 200, 900, 100], packed=False) == [3]
-    assert integer.rows_for_proof(step, [5000] * 4, packed=True) == [3]
+    assert integers.rows_for_proof(step, [300, 200, 900, 100], packed=True) == [3, 1]
+    assert integers.rows_for_proof(step, [300, 200, 900, 100], packed=False) == [3]
+    assert integers.rows_for_proof(step, [5000] * 4, packed=True) == [3]
 
 
 @pytest.mark.parametrize("asked", ["exact", "auto", "int8"])

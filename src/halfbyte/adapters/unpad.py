@@ -19,9 +19,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from halfbyte.layers import loss, packing, packing_proof
+from halfbyte.layers import loss, packing
 from halfbyte.layers.padded_rows import Hooks
 from halfbyte.models import structure
+from halfbyte.proofs.packing import prove_packing
 
 if TYPE_CHECKING:
     from halfbyte.types import Batch, Model
@@ -36,9 +37,7 @@ def packs(model: Model) -> bool:
     lm = structure.causal_lm(model)
     if lm not in _PROVEN:
         packed = packing.installed(lm) == "cu_seq_lens"
-        _PROVEN[lm] = packed or (
-            "cu_seq_lens" in packing.layouts(lm) and packing_proof.prove(lm).layout == "cu_seq_lens"
-        )
+        _PROVEN[lm] = packed or ("cu_seq_lens" in packing.layouts(lm) and prove_packing(lm).layout == "cu_seq_lens")
     return _PROVEN[lm]
 
 

@@ -1,6 +1,6 @@
 """The proof at start that the fused layers learn what PEFT's own forward learns, on the user's own model.
 
-What: the gradients of every adapter on a few short examples (and a long row, see `packing_proof.py`), three times: by
+What: the gradients of every adapter on a few short examples (and a long row, see `setting.py`), three times: by
 PEFT's and transformers' own code on each example alone, fused and packed, and so again after an evaluation. In fp32
 the first two must agree to 1e-3 and the last two to the bit (on a card to 1e-3, as some of its kernels add in the order
 in which threads end), and no adapter may be without a gradient. The kernels of a 16-bit dtype are others, so there the
@@ -12,28 +12,31 @@ Cost: five micro-batches of 15 tokens forward and backward, or of a long row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from halfbyte.errors import first_line
-from halfbyte.layers import fuse, loss, packing, packing_proof
+from halfbyte.layers import fuse, loss, packing
 from halfbyte.layers.experts.layout import is_routed
 from halfbyte.models import structure
+from halfbyte.proofs import setting
+from halfbyte.proofs.closeness import distance
+from halfbyte.proofs.setting import Gradients, labelled, loss_and_gradients
 
 if TYPE_CHECKING:
-    from halfbyte.types import Batch, Model
+    from halfbyte.types import Model
 
-Gradients = dict[str, Tensor]
-# ||fused - own|| / ||own|| over all adapters' gradients together. Measured in fp32: 2e-6.
+# ||fused - PEFT's|| / ||PEFT's|| over all adapters' gradients together. Measured in fp32: 2e-6.
 TOLERANCE = 1e-3
 # In 16 bits: distance from the truth against that of PEFT's own gradients (0.01 to 0.09), which round in another order.
 NEAR, SLACK = 2.0, 0.01
-# Where fp32 cannot be afforded: ||fused - own|| / ||own|| in 16 bits.
+# Where fp32 cannot be afforded: ||fused - PEFT's|| / ||PEFT's|| in 16 bits.
 ROUGH = 0.3
 
 
@@ -50,8 +53,8 @@ def prove_fused(model: Model, *, packed: bool, longest: int | None = None) -> Fu
     """Put the fused layers on, compare, and take them off again if they are wrong.
 
     Args:
-        model: with its adapters, after `packing_proof.prove`. Modes, gradients, weights and the random state are as
-            before afterwards.
+        model: with its adapters, after `prove_packing`. Modes, gradients, weights and the random state are as before
+            afterwards.
         packed: whether micro-batches hold several examples.
         longest: tokens of the longest row of the run, where it is known.
     """
@@ -59,10 +62,10 @@ def prove_fused(model: Model, *, packed: bool, longest: int | None = None) -> Fu
     if not any(p.requires_grad for p in model.parameters()):
         return FusedProof(True, "nothing trains", 0.0)
     try:
-        with packing_proof.as_given(model), _trained_apart(model):
+        with setting.as_given(model), _random_b(model):
             problem, difference = _compare(model, packed=packed, longest=longest)
     except Exception as error:  # of any kind, from the model's code or ours; the repair: the model's own forward
-        problem, difference = f"{type(error).__name__}: {first_line(error)}", float("inf")
+        problem, difference = f"{type(error).__name__}: {first_line(error)}", math.inf
     if problem:
         fuse.remove(model)
         return FusedProof(False, f"PEFT's own forward: {problem}", difference)
@@ -75,80 +78,56 @@ def sample_gradients(model: Model, *, packed: bool) -> Gradients:
 
     For comparing two ways to run one model, to the bit.
     """
-    with packing_proof.as_given(model), _trained_apart(model):
-        lengths = packing_proof.SHORT if packed else packing_proof.SHORT[-1:]
-        return _gradients(model, [packing_proof.random_examples(structure.causal_lm(model), lengths)])
+    with setting.as_given(model), _random_b(model):
+        lengths = setting.short_lengths(packed=packed)
+        batch = labelled(setting.random_examples(structure.causal_lm(model), lengths))
+        return loss_and_gradients(model, [batch])[1]
 
 
 def _compare(model: Model, *, packed: bool, longest: int | None) -> tuple[str, float]:
     """(what is wrong or nothing, the relative difference of the gradients)."""
     lm = structure.causal_lm(model)
-    long, _ = packing_proof.long_row(lm, longest) if packed else (0, "")
+    long, _ = setting.long_row(lm, longest) if packed else (0, "")
     layout = packing.installed(lm)
-    lengths = packing_proof.SHORT if packed else packing_proof.SHORT[-1:]
+    lengths = setting.short_lengths(packed=packed)
     # with a long row among them, examples take another way through attention
-    packs = [packing_proof.random_examples(lm, each) for each in (lengths, (*lengths, long))[: 2 if long else 1]]
+    packs = [setting.random_examples(lm, each) for each in (lengths, (*lengths, long))[: 2 if long else 1]]
+    together = [labelled(examples) for examples in packs]
+    alone = [labelled([ids]) for examples in packs for ids in examples]
     truth: Gradients | None = None
     difference = 0.0
-    for exact in packing_proof.precisions(model):
-        with packing_proof.few_tokens(model, exact=exact):
+    for exact in setting.precisions(model):
+        with setting.few_tokens(model, exact=exact):
             fuse.install(model)
-            got = _gradients(model, packs)
+            _, ours = loss_and_gradients(model, together)
             with torch.no_grad():
-                loss.micro_batch_loss(model, labelled(packs[0]))
-            again = _gradients(model, packs)
+                loss.micro_batch_loss(model, together[0])
+            _, again = loss_and_gradients(model, together)
             fuse.remove(model)
             packing.install(lm, "single")
             try:
-                own = _gradients(model, [[ids] for pack in packs for ids in pack], fused=False)
+                _, pefts = loss_and_gradients(model, alone, fused=False)
             finally:
                 packing.install(lm, layout)
-        dead = sorted(set(own) - set(got)) + sorted(set(own) - set(again))
+        dead = sorted(set(pefts) - set(ours)) + sorted(set(pefts) - set(again))
         if dead:
-            return f"{len(dead)} adapters got no gradient, {dead[0]} for one", float("inf")
-        moved = [n for n in got if not torch.equal(got[n], again[n])]
-        if moved and lm.device.type != "cpu" and _apart(again, got) <= (TOLERANCE if exact else SLACK):
+            return f"{len(dead)} adapters got no gradient, {dead[0]} for one", math.inf
+        moved = [n for n in ours if not torch.equal(ours[n], again[n])]
+        if moved and lm.device.type != "cpu" and distance(again, ours) <= (TOLERANCE if exact else SLACK):
             moved = []
         if moved:
-            return f"an evaluation changes the gradients of {len(moved)} adapters, {moved[0]} for one", float("inf")
-        off = _apart(got, truth or own)
-        slack = packing_proof.ROUTED if is_routed(model) else SLACK
-        allowed = TOLERANCE if exact else NEAR * _apart(own, truth) + slack if truth else ROUGH
+            return f"an evaluation changes the gradients of {len(moved)} adapters, {moved[0]} for one", math.inf
+        off = distance(ours, truth or pefts)
+        slack = setting.ROUTED if is_routed(model) else SLACK
+        allowed = TOLERANCE if exact else NEAR * distance(pefts, truth) + slack if truth else ROUGH
         if not off <= allowed:
             return f"gradients differ by {off:.1e} (allowed {allowed:.1e})", off
-        truth, difference = truth or own, difference or off
+        truth, difference = truth or pefts, difference or off
     return "", difference
 
 
-def _apart(got: Gradients, wanted: Gradients) -> float:
-    """||got - wanted|| / ||wanted|| over all tensors together."""
-    off = sum(float((got[n].double() - wanted[n].double()).square().sum()) for n in wanted) ** 0.5
-    return float(off / max(sum(float(g.double().square().sum()) for g in wanted.values()) ** 0.5, 1e-30))
-
-
-def _gradients(model: Model, packs: list[list[Tensor]], *, fused: bool = True) -> Gradients:
-    """The gradient of every trained tensor on some packs of examples, with dropout off.
-
-    By `autograd.grad`, which leaves `.grad` alone and calls no hook that waits for it (of DDP, for one).
-    """
-    model.eval()
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    batches = [labelled(pack) for pack in packs]
-    summed = sum(loss.micro_batch_loss(model, batch, fused=fused) for batch in batches if len(batch["keep"]))
-    grads = torch.autograd.grad(summed, list(trained.values()), allow_unused=True)
-    return {n: g for n, g in zip(trained, grads, strict=True) if g is not None}
-
-
-def labelled(examples: list[Tensor]) -> Batch:
-    """A micro-batch of these examples; the first two tokens of each are not labelled."""
-    batch = packing_proof.pack(examples)
-    batch["keep"] = (batch["position_ids"][0, 1:] > 1).nonzero().squeeze(1)
-    batch["targets"] = batch["input_ids"][0][batch["keep"] + 1]
-    return batch
-
-
 @contextmanager
-def _trained_apart(model: Model) -> Iterator[None]:
+def _random_b(model: Model) -> Iterator[None]:
     """LoRA's B is 0 at first, and then A's gradient is 0 whatever the code does: give B numbers for the moment."""
     from peft.tuners.lora import LoraLayer
 

@@ -18,15 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from halfbyte import errors
 from halfbyte.errors import ExportError
-from halfbyte.export.proving.reader import SAID
-from halfbyte.export.proving.witness import LOGITS, WITNESS, Asked
+from halfbyte.proofs.closeness import accumulated_rounding, centred, distance
+from halfbyte.proofs.programs import SAID
 from halfbyte.system import files
 from halfbyte.system.versions import versions
 from halfbyte.types import Document
 
+LOGITS = "logits.npy"
 # The rms error of one number in each format, relative to the rms of normally distributed ones. Floats: half a unit in
 # the last place, evenly spread. Blocks: range of a block over its levels, over sqrt(12); 32 normal numbers reach 2.07
 # on either side, 16 reach 1.77.
@@ -93,23 +95,16 @@ class Proof:
         return {**vars(self), "ok": not self.problems, "problems": self.problems}
 
 
-def ask_run(asked: Asked) -> Path:
-    """What the run says, in `asked.out`; the path of its witness."""
-    task = Path(asked.out, "asked.json")
-    files.write(task, files.as_json(vars(asked)))
-    _child(["halfbyte.export.proving.witness", str(task)], "asking the run")
-    return Path(asked.out, WITNESS)
-
-
 def ask_program(program: str, path: Path, witness: Path, out: Path, adapter: Path | None = None) -> None:
     """What a program says of an export; written into the folder `out`."""
     out.mkdir(exist_ok=True)
     values = {"path": str(path), "witness": str(witness), "out": str(out), "adapter": adapter and str(adapter)}
     files.write(out / "task.json", files.as_json(values))
-    _child(["halfbyte.export.proving.reader", program, str(out / "task.json")], f"opening {path.name} by {program}")
+    run_child(["halfbyte.proofs.programs", program, str(out / "task.json")], f"opening {path.name} by {program}")
 
 
-def _child(arguments: Sequence[str], doing: str) -> None:
+def run_child(arguments: Sequence[str], doing: str) -> None:
+    """Run a module of ours in a process of its own; what it refuses is raised here as the same error."""
     done = subprocess.run(
         [sys.executable, "-P", "-m", *arguments], capture_output=True, text=True, errors="replace", check=False
     )
@@ -124,7 +119,7 @@ def _child(arguments: Sequence[str], doing: str) -> None:
     raise ExportError(f"{doing} failed: {why[:400]}")
 
 
-def compare(
+def prove_export(
     witness: Path,
     said: Path,
     program: str,
@@ -148,7 +143,7 @@ def compare(
     )
     expected = np.load(reference / LOGITS) if reference is not None else run
     squares = sum(ROUNDING[each] ** 2 for each in (kind, *others, _DTYPES[asked["dtype"]]))
-    bound = min(MOST, MARGIN * math.sqrt(PRODUCTS_OF_A_LAYER * asked["layers"] * squares))
+    bound = min(MOST, accumulated_rounding(math.sqrt(squares), PRODUCTS_OF_A_LAYER * asked["layers"], margin=MARGIN))
     following = np.array(asked["next"])
     parted = [_parted(a, b, c) for a, b, c in zip(asked["answers"], heard["answers"], asked["clear"], strict=True)]
     wanted = asked["references"]
@@ -160,8 +155,8 @@ def compare(
         program=program,
         format=kind,
         bound=bound,
-        difference=_difference(expected, other),
-        moved=_difference(run, alone),
+        difference=_difference(other, expected),
+        moved=_difference(alone, run),
         kl=_kl(run, other),
         base_kl=_kl(run, alone),
         loss=_loss(other, following),
@@ -187,13 +182,8 @@ def _parted(run: Sequence[int], other: Sequence[int], clear: Sequence[float]) ->
     return clear[min(at, len(clear) - 1)]
 
 
-def _centred(logits: np.ndarray) -> np.ndarray:
-    return logits - logits.mean(axis=1, keepdims=True)
-
-
-def _difference(one: np.ndarray, other: np.ndarray) -> float:
-    spread = float(np.linalg.norm(_centred(one)))
-    return float(np.linalg.norm(_centred(one - other))) / spread if spread else math.inf
+def _difference(got: np.ndarray, expected: np.ndarray) -> float:
+    return distance(centred(torch.from_numpy(got)), centred(torch.from_numpy(expected)))
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

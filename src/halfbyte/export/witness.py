@@ -1,4 +1,4 @@
-"""`python -m halfbyte.export.proving.witness ASKED.json`: the child process that writes down what a run says.
+"""`python -m halfbyte.export.witness ASKED.json`: the child process that writes down what a run says.
 
 What: of held-out rows the logits at labelled tokens; of prompts the answers, token by token, with how clear each choice
 was; how a text becomes tokens; and the same logits of the base alone, so that a rounding can be told from an adapter
@@ -26,14 +26,15 @@ from halfbyte.errors import DataError, HalfbyteError
 from halfbyte.inference import decode, target
 from halfbyte.inference.generate import stop_ids
 from halfbyte.inference.load import Opened, open_target
-from halfbyte.inference.proof import logits_at
 from halfbyte.models.context import context_of
+from halfbyte.proofs.adapter import logits_at
+from halfbyte.proofs.export import LOGITS, run_child
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device, files
 from halfbyte.types import Document
 
 ROWS, TOKENS_OF_A_ROW, PROMPTS, NEW_TOKENS = 20, 32, 20, 64
-WITNESS, LOGITS = "witness.json", "logits.npy"
+WITNESS = "witness.json"
 TEXTS = (
     "Hello  world, it's 12345 + 6.  7\n\n\tdef f(x):\n    return x  # é 日本\n",
     " A b\n\n  c's 1234567.5 Straße naïve 日本語 🙂\tend ",
@@ -42,7 +43,7 @@ TEXTS = (
 
 
 @dataclass(frozen=True)
-class Asked:
+class RunQuestions:
     """Args:
     run: a run folder or an adapter's. out: an empty folder. unquantised: on the base in 16 bits, whatever it was
         trained on. data: other rows than those held out. prompts: most that are answered.
@@ -57,23 +58,31 @@ class Asked:
     prompts: int = PROMPTS
 
 
-def write(asked: Asked) -> None:
+def ask_run(questions: RunQuestions) -> Path:
+    """What the run says, in the folder `questions.out`, by a process of its own; the path of its witness."""
+    task = Path(questions.out, "asked.json")
+    files.write(task, files.as_json(vars(questions)))
+    run_child(["halfbyte.export.witness", str(task)], "asking the run")
+    return Path(questions.out, WITNESS)
+
+
+def write(questions: RunQuestions) -> None:
     """Open the run, ask it, and write `witness.json` and `logits.npy`."""
-    found = target.find(Path(asked.run), asked.overrides)
-    if asked.unquantised:
+    found = target.find(Path(questions.run), questions.overrides)
+    if questions.unquantised:
         quant = found.recipe.quant.in_type("none")
         found = replace(found, recipe=found.recipe.model_copy(update={"quant": quant}))
-    opened = open_target(found, force=asked.force or asked.unquantised)
-    rows = _rows(opened, Path(asked.data) if asked.data else None, max(4 * ROWS, asked.prompts))
+    opened = open_target(found, force=questions.force or questions.unquantised)
+    rows = _rows(opened, Path(questions.data) if questions.data else None, max(4 * ROWS, questions.prompts))
     chosen = [(row, _positions(row)) for row in rows if any(label != IGNORED for label in row.labels[1:])][:ROWS]
     said = _logits(opened, chosen, base=False)
     alone = _logits(opened, chosen, base=True)
-    np.save(Path(asked.out, LOGITS), said)
-    np.save(Path(asked.out, f"base-{LOGITS}"), alone)
+    np.save(Path(questions.out, LOGITS), said)
+    np.save(Path(questions.out, f"base-{LOGITS}"), alone)
     tokenizer = opened.tokenizer
-    prompts = [list(row.prompt_ids) for row in rows if row.completion][: asked.prompts]
-    prompts = prompts or [list(row.input_ids[: 1 + len(row.input_ids) // 2]) for row in rows[: asked.prompts]]
-    prompts = [] if asked.unquantised else prompts  # of which only the logits are asked
+    prompts = [list(row.prompt_ids) for row in rows if row.completion][: questions.prompts]
+    prompts = prompts or [list(row.input_ids[: 1 + len(row.input_ids) // 2]) for row in rows[: questions.prompts]]
+    prompts = [] if questions.unquantised else prompts  # of which only the logits are asked
     spoken = [tokenizer.decode(ids) for ids in prompts]
     answers = [_answer(opened, ids) for ids in prompts]
     texts = [*TEXTS, *spoken]
@@ -81,7 +90,7 @@ def write(asked: Asked) -> None:
         "rows": [{"ids": list(row.input_ids), "at": at} for row, at in chosen],
         "next": [row.input_ids[i + 1] for row, at in chosen for i in at],
         "prompts": prompts,
-        "references": [row.completion for row in rows if row.completion][: asked.prompts],
+        "references": [row.completion for row in rows if row.completion][: questions.prompts],
         "answers": [ids for ids, _ in answers],
         "clear": [margins for _, margins in answers],
         "texts": [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in answers],
@@ -94,7 +103,7 @@ def write(asked: Asked) -> None:
         "chat_template": tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
         "origin": rows[0].where.rpartition(":")[0] if rows else "",
     }
-    files.write(Path(asked.out, WITNESS), files.as_json(document))
+    files.write(Path(questions.out, WITNESS), files.as_json(document))
 
 
 def _rows(opened: Opened, data: Path | None, most: int) -> list[Example]:
@@ -162,6 +171,6 @@ def _answer(opened: Opened, prompt: list[int]) -> tuple[list[int], list[float]]:
 
 if __name__ == "__main__":
     try:
-        write(Asked(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+        write(RunQuestions(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
     except HalfbyteError as error:
         sys.exit("REFUSED " + json.dumps([type(error).__name__, error.message, error.fix]))

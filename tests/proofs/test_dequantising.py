@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from halfbyte.errors import BaseModelError
+from halfbyte.proofs.dequantising import prove_dequantised
 from halfbyte.quant import dequantise
-from halfbyte.quant.proof import prove_dequantised
 from tests.quant.test_dequantise import assert_is, by_definition, layer, needs_avx512
 
 

@@ -29,8 +29,8 @@ ROUNDINGS = {"float32": 128, "bfloat16": 4, "float16": 4}
 
 
 @dataclass(frozen=True)
-class Same:
-    """How far logits are from those that were kept, and how far the adapter had moved these, each relative to the
+class AdapterCheck:
+    """How far logits are from those of the training, and how far the adapter had moved these, each relative to the
     largest; `bound` is what rounding may make of it."""
 
     difference: float
@@ -41,12 +41,11 @@ class Same:
     def ok(self) -> bool:
         return self.difference <= self.bound
 
-    @property
-    def seen(self) -> str:
+    def __str__(self) -> str:
         return f"logits differ by {self.difference:.1e} of the largest; the adapter moves them by {self.moved:.1e}"
 
 
-def keep(
+def keep_logits(
     path: Path, model: Model, rows: Sequence[Example], alone: AbstractContextManager[None], saved: torch.dtype
 ) -> None:
     """Write what an adapter says of the first rows to a JSON file.
@@ -54,62 +53,67 @@ def keep(
     Args:
         alone: in which the model is the base without its adapter. saved: the dtype of the adapter's file.
     """
-    kept = []
+    samples: list[Document] = []
     chosen = [row for row in rows[: 4 * ROWS] if any(label != IGNORED for label in row.labels)][:ROWS]
     for row in chosen:
-        at = [i - 1 for i, label in enumerate(row.labels) if label != IGNORED]
-        at = at[:: -(-len(at) // TOKENS)]
-        logits = logits_at(model, row.input_ids, at)
-        own = torch.tensor([[row.input_ids[i + 1]] for i in at], device=logits.device)
-        tokens = torch.cat([own, logits.topk(min(LIKELIEST, logits.shape[1])).indices], 1)
-        kept.append({"where": row.where, "ids": row.input_ids, "at": at, "tokens": tokens.tolist()})
-        kept[-1]["logits"] = logits.gather(1, tokens).tolist()
+        positions = [i - 1 for i, label in enumerate(row.labels) if label != IGNORED]
+        positions = positions[:: -(-len(positions) // TOKENS)]
+        logits = logits_at(model, row.input_ids, positions)
+        following = torch.tensor([[row.input_ids[i + 1]] for i in positions], device=logits.device)
+        tokens = torch.cat([following, logits.topk(min(LIKELIEST, logits.shape[1])).indices], 1)
+        samples.append(
+            {
+                "where": row.where, "ids": row.input_ids, "at": positions, "tokens": tokens.tolist(),
+                "logits": logits.gather(1, tokens).tolist(),
+            }
+        )  # fmt: skip
     with alone:
-        moved = _distance(model, kept)[0]
+        moved = _largest_difference(model, samples)
     frozen = next(p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
     name = str(frozen).removeprefix("torch.")
     # rounding both matrices of an adapter changes what it adds by up to twice a rounding, which is `eps`
     bound = ROUNDINGS[name] * torch.finfo(frozen).eps + (torch.finfo(saved).eps * moved if saved != frozen else 0.0)
     # one of few steps moves logits by less than that: then one that is there comes at least half as near
     bound = min(bound, max(moved / 2, torch.finfo(frozen).eps))
-    files.write(path, files.as_json({"dtype": name, "moved": moved, "bound": bound, "rows": kept}))
+    files.write(path, files.as_json({"dtype": name, "moved": moved, "bound": bound, "rows": samples}))
 
 
-def compare(path: Path, model: Model) -> Same:
-    """What an adapter says now beside what was kept.
+def compare_logits(path: Path, model: Model) -> AdapterCheck:
+    """What an adapter says now beside what it said when it was trained.
 
     Raises:
         RunError: the file cannot be read.
     """
     try:
         values: Document = json.loads(path.read_text(encoding="utf-8"))
-        return Same(_distance(model, values["rows"])[0], float(values["moved"]), float(values["bound"]))
+        difference = _largest_difference(model, values["rows"])
+        return AdapterCheck(difference, float(values["moved"]), float(values["bound"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise RunError(f"{path} cannot be read: {type(error).__name__} {error}.") from error
 
 
-def _distance(model: Model, kept: Sequence[Document]) -> tuple[float, float]:
-    """The largest difference from the logits that were kept, relative to the largest of these; and that one."""
+def _largest_difference(model: Model, samples: Sequence[Document]) -> float:
+    """The largest difference from the logits of these samples, relative to the largest of them."""
     difference, largest = 0.0, 0.0
-    for row in kept:
-        was, tokens = torch.tensor(row["logits"]), torch.tensor(row["tokens"])
+    for row in samples:
+        before, tokens = torch.tensor(row["logits"]), torch.tensor(row["tokens"])
         now = logits_at(model, row["ids"], row["at"]).gather(1, tokens.to(model.device)).cpu()
-        difference = max(difference, float((now - was).abs().nan_to_num(torch.inf).max()))
-        largest = max(largest, float(was.abs().max()))
-    return difference / largest if largest else difference, largest
+        difference = max(difference, float((now - before).abs().nan_to_num(torch.inf).max()))
+        largest = max(largest, float(before.abs().max()))
+    return difference / largest if largest else difference
 
 
-def logits_at(model: Model, ids: Sequence[int], at: Sequence[int]) -> torch.Tensor:
+def logits_at(model: Model, ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
     """(positions, vocabulary) fp32, of one row in evaluation."""
     was_training = model.training
     model.eval()
-    where = torch.tensor(list(at), device=model.device)
+    at = torch.tensor(list(positions), device=model.device)
     try:
         with torch.no_grad():
             row = torch.tensor([list(ids)], device=model.device)
             if keeps_some(model):
-                return model(input_ids=row, logits_to_keep=where).logits[0].float()
+                return model(input_ids=row, logits_to_keep=at).logits[0].float()
             logits = model(input_ids=row).logits[0]
-            return logits.index_select(0, where.to(logits.device)).float().to(where.device)
+            return logits.index_select(0, at.to(logits.device)).float().to(at.device)
     finally:
         model.train(was_training)

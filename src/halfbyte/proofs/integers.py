@@ -12,23 +12,21 @@ Cost: a forward and a backward of up to `TOKENS` tokens, two or three times.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
 
 from halfbyte.data import pack
 from halfbyte.errors import AdapterError
-from halfbyte.layers import fuse, loss, packing_proof
+from halfbyte.layers import fuse
 from halfbyte.layers.kernels.cpu.integer import products as integer
 from halfbyte.layers.kernels.cpu.integer.products import Products
 from halfbyte.models import structure
+from halfbyte.proofs import setting
+from halfbyte.proofs.closeness import distance
+from halfbyte.proofs.setting import Gradients
 from halfbyte.quant import dequantise
-
-if TYPE_CHECKING:
-    from halfbyte.types import Batch, Document, Model
+from halfbyte.types import Batch, Document, Model
 
 TOKENS = 512
 # ||integer - exact|| / ||exact|| of the gradients of all adapters, and of those of one kind of layer; and of the loss.
@@ -37,7 +35,7 @@ BOTH, BACKWARD = Products(), Products(forward=False)
 
 
 @dataclass(frozen=True)
-class Seen:
+class Deviation:
     """How far integer products are from exact ones: gradients of all adapters, the worst kind of layer and which that
     is, and the loss, all relative."""
 
@@ -59,17 +57,17 @@ class Seen:
 
 @dataclass(frozen=True)
 class Decision:
-    """Which products are integer ones (None: all are exact), why, and what was seen of each choice that was tried."""
+    """Which products are integer ones (None: all are exact), why, and how far from exact ones each tried choice is."""
 
     products: Products | None
     reason: str
-    seen: tuple[tuple[Products, Seen], ...] = ()
+    tried: tuple[tuple[Products, Deviation], ...] = ()
 
     def __str__(self) -> str:
         return f"{'exact' if self.products is None else 'int8'}: {self.reason}"
 
     def to_json(self) -> Document:
-        tried = [{"products": str(p), "ok": s.ok, **vars(s)} for p, s in self.seen]
+        tried = [{"products": str(p), "ok": s.ok, **vars(s)} for p, s in self.tried]
         return {"products": str(self.products or "exact"), "reason": self.reason, "tried": tried}
 
 
@@ -99,21 +97,21 @@ def decide(model: Model, asked: str, batch: Batch) -> Decision:
     fast = f"this machine multiplies int8 {times:.1f} times as fast"
     if asked == "auto" and times < integer.PAYS:
         return Decision(None, f"{fast}, and below {integer.PAYS} rounding does not pay")
-    seen: list[tuple[Products, Seen]] = []
-    exact = loss_and_gradients(model, batch)
+    tried: list[tuple[Products, Deviation]] = []
+    exact = _loss_and_gradients(model, batch)
     for products in (BOTH, BACKWARD)[: 1 if asked == "int8" else 2]:
         integer.ask(layers, products)
-        seen.append((products, compared(exact, loss_and_gradients(model, batch))))
-        if seen[-1][1].ok or asked == "int8":
+        tried.append((products, deviation(_loss_and_gradients(model, batch), exact)))
+        if tried[-1][1].ok or asked == "int8":
             break
     else:
         integer.ask(layers, None)
-        return Decision(None, f"int8 is too rough for this model: {seen[-1][1]}", tuple(seen))
+        return Decision(None, f"int8 is too rough for this model: {tried[-1][1]}", tuple(tried))
     dequantise.forget()  # a whole weight, which only exact products need
-    products, found = seen[-1]
-    before = f"; not forward: {seen[0][1]}" if len(seen) > 1 else ""
+    products, seen = tried[-1]
+    before = f"; not forward: {tried[0][1]}" if len(tried) > 1 else ""
     why = "asked, whatever is seen" if asked == "int8" else fast
-    return Decision(products, f"{products} of {len(layers)} layers; {why}; {found}{before}", tuple(seen))
+    return Decision(products, f"{products} of {len(layers)} layers; {why}; {seen}{before}", tuple(tried))
 
 
 def rows_for_proof(step: pack.Step, lengths: pack.Sizes, *, packed: bool) -> list[int]:
@@ -137,38 +135,30 @@ def _why_not(model: Model, layers: Sequence[object]) -> str:
     return integer.why_not()
 
 
-def loss_and_gradients(model: Model, batch: Batch) -> tuple[float, dict[str, Tensor]]:
-    """Of a micro-batch, without dropout; every mode, `.grad` and the random state are as before afterwards."""
-    with packing_proof.as_given(model), torch.enable_grad():
-        model.eval()
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        summed = loss.micro_batch_loss(model, batch)
-        grads = torch.autograd.grad(summed, list(trained.values()), allow_unused=True)
-    return float(summed.detach()), {n: g for n, g in zip(trained, grads, strict=True) if g is not None}
+def _loss_and_gradients(model: Model, batch: Batch) -> tuple[float, Gradients]:
+    with setting.as_given(model):
+        return setting.loss_and_gradients(model, [batch])
 
 
-def compared(exact: tuple[float, dict[str, Tensor]], got: tuple[float, dict[str, Tensor]]) -> Seen:
-    """How far `got` is from `exact`; what is not finite is infinitely far."""
-    kinds: dict[str, list[float]] = {}
-    for name, wanted in exact[1].items():
-        off, size = kinds.setdefault(kind_of(name), [0.0, 0.0])
-        have = got[1].get(name)
-        away = float("inf") if have is None else float((have.double() - wanted.double()).square().sum())
-        kinds[kind_of(name)] = [off + away, size + float(wanted.double().square().sum())]
-    apart = {kind: _share(off, size) for kind, (off, size) in kinds.items()}
-    worst = max(apart, key=lambda kind: apart[kind], default="none")
-    total = _share(sum(off for off, _ in kinds.values()), sum(size for _, size in kinds.values()))
-    loss_off = (got[0] - exact[0]) / max(abs(exact[0]), 1e-30)
-    return Seen(total, apart.get(worst, 0.0), worst, loss_off if loss_off == loss_off else float("inf"))
-
-
-def _share(off: float, size: float) -> float:
-    share = (off / size) ** 0.5 if size > 0 else float(off > 0)
-    return share if share == share else float("inf")
+def deviation(got: tuple[float, Gradients], exact: tuple[float, Gradients]) -> Deviation:
+    """How far a loss and its gradients are from the exact ones; what is not finite is infinitely far."""
+    (loss, gradients), (exact_loss, exact_gradients) = got, exact
+    kinds: dict[str, Gradients] = {}
+    for name, gradient in exact_gradients.items():
+        kinds.setdefault(kind_of(name), {})[name] = gradient
+    distances = {kind: distance(gradients, of_kind) for kind, of_kind in kinds.items()}
+    worst = max(distances, key=lambda kind: distances[kind], default="none")
+    loss_off = (loss - exact_loss) / max(abs(exact_loss), 1e-30)
+    return Deviation(
+        gradients=distance(gradients, exact_gradients),
+        kind=distances.get(worst, 0.0),
+        worst=worst,
+        loss=math.inf if math.isnan(loss_off) else loss_off,
+    )
 
 
 def kind_of(name: str) -> str:
     """The kind of layer that a trained tensor is of: `q_proj` for `...self_attn.q_proj.lora_A.default.weight`."""
     parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if part.startswith("lora_")), len(parts) - 1)
-    return parts[max(0, at - 1)]
+    adapter = next((i for i, part in enumerate(parts) if part.startswith("lora_")), len(parts) - 1)
+    return parts[max(0, adapter - 1)]

@@ -10,8 +10,7 @@ import torch
 from peft import LoraConfig
 
 import halfbyte
-from halfbyte.adapters import targets
-from halfbyte.layers import unpad
+from halfbyte.adapters import targets, unpad
 from halfbyte.models import structure
 from tests import tiny
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte.layers import fuse, norm_gate, packing, packing_proof
-from halfbyte.layers.fused_proof import prove_fused
+from halfbyte.layers import fuse, norm_gate, packing
 from halfbyte.models import structure
+from halfbyte.proofs import setting
+from halfbyte.proofs.fusing import prove_fused
 from tests.layers.test_fuse import adapted, fused
 
 
@@ -33,8 +34,8 @@ def test_trained_rows_are_proven_on_a_few_rows_of_the_vocabulary(monkeypatch: py
     """Rows at the end of it too; embedding and head are not widened whole, and a wrong one is seen."""
     model = adapted("gemma3", torch.bfloat16, vocab_size=2000, trainable_token_indices=[1999, 1500])
     layer = model.get_input_embeddings().token_adapter
-    with packing_proof.few_tokens(model, exact=True):
-        assert len(layer.base_layer.weight) == packing_proof.tokens_of(structure.causal_lm(model)) == 258
+    with setting.few_tokens(model, exact=True):
+        assert len(layer.base_layer.weight) == setting.tokens_of(structure.causal_lm(model)) == 258
         assert max(layer.token_indices["default"]) < 258
         assert layer.base_layer.weight.dtype == torch.float32
     assert layer.token_indices["default"] == [1999, 1500] and len(layer.base_layer.weight) == 2000

@@ -63,22 +63,23 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 def _one_of_each(model: nn.Module) -> dict[tuple[object, ...], nn.Module]:
-    found: dict[tuple[object, ...], nn.Module] = {}
+    """The first quantised module of each kind (shape, format, ...)."""
+    first: dict[tuple[object, ...], nn.Module] = {}
     for module in model.modules():
         if formats.is_quantised(module) and module.weight.device.type != "meta":
-            found.setdefault(formats.of_module(module).kind_of(module), module)
-    return found
+            first.setdefault(formats.of_module(module).kind_of(module), module)
+    return first
 
 
 def _is_right(module: nn.Module, dtype: torch.dtype) -> bool:
-    held = formats.of_module(module)
-    got = held.weight(module, dtype).view(-1)
-    total = -(-got.numel() // _BLOCK)
+    number_format = formats.of_module(module)
+    weight = number_format.weight(module, dtype).view(-1)
+    total = -(-weight.numel() // _BLOCK)
     blocks = np.unique(np.linspace(0, total - 1, min(total, _SAMPLED_BLOCKS)).astype(np.int64))
-    at = (blocks[:, None] * _BLOCK + np.arange(_BLOCK)).reshape(-1)
-    at = at[at < got.numel()]
-    got = got[torch.from_numpy(at).to(got.device)]
-    wanted = held.definition(module, at)
-    smallest = float(torch.finfo(got.dtype).smallest_normal)
-    allowed = np.abs(wanted) * (_ROUNDING[got.dtype] + _FP32_ROUNDINGS) + smallest
-    return bool((np.abs(got.cpu().double().numpy() - wanted) <= allowed).all())  # NaN is not
+    places = (blocks[:, None] * _BLOCK + np.arange(_BLOCK)).reshape(-1)
+    places = places[places < weight.numel()]
+    sample = weight[torch.from_numpy(places).to(weight.device)]
+    expected = number_format.definition(module, places)
+    smallest = float(torch.finfo(sample.dtype).smallest_normal)
+    allowed = np.abs(expected) * (_ROUNDING[sample.dtype] + _FP32_ROUNDINGS) + smallest
+    return bool((np.abs(sample.cpu().double().numpy() - expected) <= allowed).all())  # NaN is not

@@ -1,0 +1,202 @@
+"""In what all proofs on the user's own model compute: a few short examples, few tokens of its vocabulary, in fp32.
+
+Why fp32: two orders of the same sums then differ by 1e-6, and a fault by more than any tolerance. Why the first rows
+of the vocabulary alone: embedding and head then cost nothing. A row that is longer than every window or chunk of the
+model is added where the run has such rows and it can be afforded.
+A model is as before after each of these: its weights, modes, gradients and the random state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.layers import loss, sight
+from halfbyte.layers.packed_attention import NAME
+from halfbyte.layers.packing import forward_inputs
+from halfbyte.models import structure
+from halfbyte.quant import bnb, dequantise, formats, int8
+from halfbyte.system import accelerator
+
+if TYPE_CHECKING:
+    from halfbyte.types import Batch, Model
+
+Gradients = dict[str, Tensor]
+
+SHORT = (5, 1, 9)  # uneven, with the shortest possible example inside
+TOKENS = 256  # of the vocabulary, as many as a proof uses
+PAST_WINDOW = 16  # by so many tokens a long row is longer than a window
+LOOK_TOKENS = 8192  # how far is looked for windows where the longest row of a run is not known
+# Tokens of a long row times weights of the layers that it runs through: about a second a forward pass on two cores.
+LONG_ROW_PRODUCTS = 1e11
+EXACT_BYTES = 1e9  # that fp32 copies of what is not quantised may take in a proof
+# A bound for a mixture in 16 bits, of its median token or of all gradients: where two experts are as good for a token,
+# rounding chooses between them. Seen on tiny ones: 63% of one token's logits, 6% of all gradients.
+ROUTED = 0.3
+
+
+def short_lengths(*, packed: bool) -> tuple[int, ...]:
+    """Lengths of the short examples of one micro-batch."""
+    return SHORT if packed else SHORT[-1:]
+
+
+def random_examples(lm: Model, lengths: Sequence[int], seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)  # its own: the run's random numbers stay what they would have been
+    return [torch.randint(tokens_of(lm), (n,), generator=generator).to(lm.device) for n in lengths]
+
+
+def pack(examples: Sequence[Tensor]) -> Batch:
+    """Examples laid end to end."""
+    lengths = torch.tensor([len(e) for e in examples])
+    return {
+        "input_ids": torch.cat(list(examples))[None],
+        "position_ids": torch.cat([torch.arange(len(e)) for e in examples])[None],
+        "cu_seq_lens_q": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int(),
+    }
+
+
+def labelled(examples: Sequence[Tensor]) -> Batch:
+    """A micro-batch of these examples; the first two tokens of each are not labelled."""
+    batch = pack(examples)
+    batch["keep"] = (batch["position_ids"][0, 1:] > 1).nonzero().squeeze(1)
+    batch["targets"] = batch["input_ids"][0][batch["keep"] + 1]
+    return batch
+
+
+def logits(lm: Model, examples: Sequence[Tensor]) -> Tensor:
+    """(T, V) in fp32: one packed forward, through `forward_inputs` as in training."""
+    packed_logits: Tensor = lm(**forward_inputs(lm, pack(examples))).logits[0].float()
+    return packed_logits
+
+
+def loss_and_gradients(
+    model: Model, batches: Sequence[Batch], *, parameters: Mapping[str, Tensor] | None = None, fused: bool = True
+) -> tuple[float, Gradients]:
+    """Of some micro-batches together, with dropout off; gradients of all that trains, or of these parameters.
+
+    By `autograd.grad`, which leaves `.grad` alone and calls no hook that waits for it (of DDP, for one).
+    """
+    model.eval()
+    if parameters is None:
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        summed = sum(loss.micro_batch_loss(model, batch, fused=fused) for batch in batches if len(batch["keep"]))
+        grads = torch.autograd.grad(summed, list(parameters.values()), allow_unused=True)
+    return float(summed.detach()), {n: g for n, g in zip(parameters, grads, strict=True) if g is not None}
+
+
+def tokens_of(lm: Model) -> int:
+    """How many tokens of a model's vocabulary a proof uses."""
+    trained = max((len(rows) for m in _trained_tokens(lm) for rows in m.token_indices.values()), default=0)
+    return min(TOKENS + trained, int(lm.config.get_text_config().vocab_size))
+
+
+def _trained_tokens(lm: Model) -> list[Any]:
+    """PEFT's layers that train rows of an embedding or head; those that are tied share theirs."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    return [m for m in lm.modules() if isinstance(m, TrainableTokensLayer)]
+
+
+def long_row(lm: Model, longest: int | None) -> tuple[int, str]:
+    """(tokens of a row longer than every window and chunk, 0 where none is needed or affordable; what is not tried).
+
+    Windows are those that the layers show; in another layout than ours, which runs transformers' own masks, none do.
+
+    Args:
+        longest: tokens of the longest row of the run, where it is known.
+    """
+    body = structure.body(lm)
+    if lm.config._attn_implementation != NAME:
+        return 0, ""
+    positions = int(getattr(lm.config.get_text_config(), "max_position_embeddings", None) or LOOK_TOKENS)
+    longest = longest or min(positions, LOOK_TOKENS)
+    sight.look(body, longest)
+    layers = structure.decoder_layers(body)
+    sights = [sight.of(layer) for layer in layers]
+    windows = [s.causal for s in sights if s is not None and 0 < s.causal < longest]
+    if not windows:
+        return 0, ""
+    tokens = min(longest, max(windows) + PAST_WINDOW)
+    modules = [m for layer in layers for m in layer.modules()]
+    weights = sum(p.numel() * (1 + formats.is_quantised(m)) for m in modules for p in m.parameters(recurse=False))
+    if tokens * weights <= LONG_ROW_PRODUCTS:
+        return tokens, ""
+    return 0, f" (rows longer than the window of {max(windows)} were not tried: too slow; it is read off the mask)"
+
+
+@contextmanager
+def as_given(model: Model) -> Iterator[None]:
+    """Every module's mode and the random state as they were, afterwards."""
+    training = {m: m.training for m in model.modules()}
+    try:
+        with accelerator.random_kept(p.device for p in model.parameters()):
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def precisions(model: Model) -> tuple[bool, ...]:
+    """In which precisions a proof is made: in fp32 (True) where it can be afforded, then in the model's own dtype."""
+    lm = structure.causal_lm(model)
+    if lm.dtype in (torch.float32, torch.float64):
+        return (True,)
+    return (True, False) if sum(d.nbytes * 2 for _, d in _widened(model)) <= EXACT_BYTES else (False,)
+
+
+@contextmanager
+def few_tokens(model: Model, *, exact: bool) -> Iterator[None]:
+    """The model with the first rows of its vocabulary, computing in fp32 if `exact`. As before afterwards."""
+    lm = structure.causal_lm(model)
+    (embeddings, _), count = structure.around(lm), tokens_of(lm)
+    padding = getattr(embeddings, "padding_idx", None)
+    saved = [(t, t.data) for t in (*_vocabulary(lm), *(t for t, _ in _widened(model)))]
+    dtypes = [
+        (m, m.compute_dtype, m.weight.quant_state.dtype) for _, m in bnb.linears_4bit(model) if formats.is_quantised(m)
+    ]
+    trained = [(m, dict(m.token_indices)) for m in _trained_tokens(lm) if m.tied_adapter is None]
+    # rows that train are, for the moment, among these, and met by the examples
+    first = dict.fromkeys([*torch.cat(random_examples(lm, SHORT)).tolist(), *range(count)])
+    try:
+        for rows in _vocabulary(lm):
+            rows.data = rows.data[:count]
+        for module, indices in trained:
+            module.token_indices.update({name: [*first][: len(tokens)] for name, tokens in indices.items()})
+        if padding is not None and padding >= count:
+            embeddings.padding_idx = None
+        if exact:
+            for tensor, _ in _widened(model):
+                tensor.data = tensor.data.float()
+            bnb.set_compute_dtype(model, torch.float32)
+        with int8.without_rounding(model):
+            yield
+    finally:
+        for tensor, data in reversed(saved):
+            tensor.data = data
+        for module, indices in trained:
+            module.token_indices.update(indices)
+        for module, compute, stored in dtypes:
+            module.compute_dtype, module.weight.quant_state.dtype = compute, stored
+        if padding is not None:
+            embeddings.padding_idx = padding
+        dequantise.forget()
+
+
+def _widened(model: Model) -> list[tuple[Tensor, Tensor]]:
+    """What must be made fp32 for a proof in fp32, and the part of it that is needed."""
+    lm = structure.causal_lm(model)
+    packed = {id(m.weight) for _, m in bnb.linears_4bit(model)}
+    rows = {id(p) for p in _vocabulary(lm)}
+    halves = (t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16))
+    return [(t, t.data[: tokens_of(lm)] if id(t) in rows else t.data) for t in halves if id(t) not in packed]
+
+
+def _vocabulary(lm: Model) -> list[nn.Parameter]:
+    """The frozen parameters of embedding and head, which have a row for each token; a tied one once."""
+    plain = [m for m in structure.around(lm) if isinstance(m, nn.Embedding) or type(m) is nn.Linear]
+    return list({id(p): p for m in plain for p in m.parameters(recurse=False) if not p.requires_grad}.values())
