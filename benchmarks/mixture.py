@@ -93,7 +93,7 @@ def store_of(source: Path, out: Path) -> tuple[Path, float]:
     checkpoint = Checkpoint(path=source, id=source.name, revision=None, kind="folder")
     specs = tuple(tensors.read_checkpoint(source))
     began = time.perf_counter()
-    wanted = load.want(checkpoint, open_config(source), QUANT, device.detect(), specs)
+    wanted = load.store_spec(checkpoint, open_config(source), QUANT, device.detect(), specs)
     return supply.ensure(wanted, out=out), time.perf_counter() - began
 
 

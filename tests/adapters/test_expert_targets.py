@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import halfbyte
-from halfbyte.adapters import expert_targets
 from halfbyte.adapters import lora as adapters
+from halfbyte.adapters import targets
 from halfbyte.errors import AdapterError, RecipeError
 from halfbyte.models.structure import meta_model
 from halfbyte.quant.stack import ExpertStack
@@ -137,7 +137,7 @@ def test_what_the_choice_does_with_experts_is_said() -> None:
 )  # fmt: skip
 def test_what_cannot_be_adapted_is_refused_by_name(kind: str, names: list[str], said: str) -> None:
     with pytest.raises(AdapterError, match=said):
-        expert_targets.matched(meta_model(small_models.config(kind)), names)
+        targets.matched_stacks(meta_model(small_models.config(kind)), names)
 
 
 @pytest.mark.parametrize(

@@ -116,8 +116,8 @@ def test_what_each_expert_has_lost_is_told(kind: str, fused: bool, tmp_path: Pat
     """An expert a tensor, all in one, and all in one that is (in, out); by numpy on the source and the codes."""
     folder = saved(kind, tmp_path, fused=fused)
     base = opened(folder, compute_dtype="fp32")
-    assert base.wanted is not None and base.store is not None
-    found = quality.errors_of(base.wanted, base.store)
+    assert base.store_spec is not None and base.store is not None
+    found = quality.errors_of(base.store_spec, base.store)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     stacks = {n: p for n, p in base.model.named_parameters() if ".experts." in n and not p.is_floating_point()}
     assert {n for n in found if ".experts." in n} == {f"{n}.{e}" for n, p in stacks.items() for e in range(len(p))}
@@ -154,12 +154,12 @@ def test_every_form_of_a_checkpoint_gives_the_same_base(kind: str, tmp_path: Pat
 
 def test_a_checkpoint_with_every_expert_turned_is_turned_back(tmp_path: Path) -> None:
     """As Qwen3-VL's checkpoints hold them: transformers transposes where the shape says so."""
-    from halfbyte.base.store import experts
+    from halfbyte.base.store import conversion
     from halfbyte.base.store.reading import SourceTensor
 
     source = SourceTensor("x", "BF16", (4, 64, 192), 4 * 64 * 192 * 2, tmp_path, 0)
-    assert experts._is_transposed("x", (source,), (4, 192, 64))
-    assert not experts._is_transposed("x", (source,), (4, 64, 192))
+    assert conversion.is_transposed("x", (source,), (4, 192, 64))
+    assert not conversion.is_transposed("x", (source,), (4, 64, 192))
 
 
 def test_experts_whose_matrices_share_blocks_are_refused_before_anything_is_built(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from halfbyte import finetune
 from halfbyte.adapters import lora
 from halfbyte.adapters.assembly import Assembled, assembled
-from halfbyte.base import factors, load, lost, residual
+from halfbyte.base import load, quantisation_error, residual
 from halfbyte.base.config import open_config
 from halfbyte.base.quantize import quantize
 from halfbyte.errors import AdapterError, StoreError
@@ -79,7 +79,7 @@ def misses(loaded: Loaded) -> dict[str, tuple[float, float, float]]:
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sketch as wide as the matrix: then the randomised decomposition is the full one."""
-    monkeypatch.setattr(factors, "OVERSAMPLING", 1 << 20)
+    monkeypatch.setattr(residual, "OVERSAMPLING", 1 << 20)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_scaling_that_is_forgotten_is_seen(tmp_path: Path, exact: None, monkey
 
 
 def test_the_sketch_that_is_used_is_within_its_bound(tmp_path: Path) -> None:
-    bound = np.sqrt(1 + 4 / (factors.OVERSAMPLING - 1))  # Halko et al., theorem 10.5
+    bound = np.sqrt(1 + 4 / (residual.OVERSAMPLING - 1))  # Halko et al., theorem 10.5
     for at, (off, least, before) in misses(asked(tmp_path)).items():
         assert least * (1 - 1e-4) <= off <= bound * least and off < before, at
 
@@ -145,7 +145,7 @@ def test_a_second_run_reads_no_source_and_a_resumed_one_not_even_the_factors(
     def unread(*_: object) -> None:
         raise AssertionError("the source is read again")
 
-    monkeypatch.setattr(lost, "matrices", unread)
+    monkeypatch.setattr(quantisation_error, "matrices", unread)
     finetune.train(asked(tmp_path, output=tmp_path / "half", train__max_steps=2, **more))
     (store / "residual/rank-4.safetensors").unlink()
     finetune.train(to_resume(str(tmp_path / "half"), ["train.max_steps=4"]), resume=True)
@@ -217,7 +217,7 @@ def test_an_interrupted_file_is_not_there(tmp_path: Path, monkeypatch: pytest.Mo
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(factors, "low_rank", ends)
+        patched.setattr(residual, "low_rank", ends)
         with pytest.raises(MemoryError):
             started(loaded)
     _, store = started(loaded)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from halfbyte import finetune
-from halfbyte.base.store.writer import Writer
+from halfbyte.base.store.writer import SafetensorsWriter
 from halfbyte.errors import AdapterError, ExportError
 from halfbyte.export import folder, weights
 from halfbyte.export import merge as merging
@@ -176,15 +176,15 @@ def test_several_files(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = runs.make(tmp_path, "plain")
-    put, calls = Writer.put, list[int]()
+    put, calls = SafetensorsWriter.put, list[int]()
 
-    def full(self: Writer, *args: Any) -> None:
+    def full(self: SafetensorsWriter, *args: Any) -> None:
         calls.append(1)
         if len(calls) == 7:
             raise OSError(errno.ENOSPC, "No space left on device")
         put(self, *args)
 
-    monkeypatch.setattr(Writer, "put", full)
+    monkeypatch.setattr(SafetensorsWriter, "put", full)
     with (
         pytest.raises(ExportError, match=r"No space left.*Nothing of it is left"),
         folder.whole_or_absent(tmp_path / "o") as t,
@@ -196,15 +196,15 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from halfbyte.base.store.writer import Writer
+from halfbyte.base.store.writer import SafetensorsWriter
 from halfbyte.export.merge import Wish, merge
-put, calls = Writer.put, []
+put, calls = SafetensorsWriter.put, []
 def killed(self, *args):
     calls.append(1)
     if len(calls) == 7:
         os.kill(os.getpid(), signal.SIGKILL)
     put(self, *args)
-Writer.put = killed
+SafetensorsWriter.put = killed
 merge(Wish(Path(sys.argv[1]), Path(sys.argv[2]), ("quant.type=none",), prove=False), "16bit")
 """
 

@@ -53,7 +53,7 @@ def test_bytes_on_disk_within_one_percent(name: str, quant: dict[str, Any], tmp_
     found = resolve(str(checkpoint(tmp_path / "m", name)))
     settings = Quant(compute_dtype="bf16", **quant)
     specs = tuple(read_checkpoint(found.path))
-    wanted = load.want(found, open_config(found.path), settings, machine.detect(), specs)
+    wanted = load.store_spec(found, open_config(found.path), settings, machine.detect(), specs)
     folder = supply.ensure(wanted, out=tmp_path / "store")
     seen = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     assert planned(found.path, settings).disk_bytes == pytest.approx(seen, rel=0.01)

@@ -27,9 +27,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
-from halfbyte.adapters import expert_targets
 from halfbyte.adapters.dropin import PeftModel, get_peft_model
-from halfbyte.adapters.targets import Targets, matched, resolve_targets, without_match
+from halfbyte.adapters.targets import (
+    Targets,
+    matched,
+    matched_stacks,
+    remark_on_experts,
+    resolve_targets,
+    without_match,
+)
 from halfbyte.errors import AdapterError, first_line
 from halfbyte.models.names import leaf_of
 from halfbyte.quant.stack import ExpertStack
@@ -78,14 +84,14 @@ def add(model: Model, lora: Lora, targets: Targets, *, seed: int) -> Model:
 
 def choose_targets(model: Model, lora: Lora) -> tuple[Targets, list[str]]:
     """The target names, and the full names of modules and parameters that they hit under the recipe's limits."""
-    parameters = expert_targets.matched(model, lora.target_parameters or ())
+    parameters = matched_stacks(model, lora.target_parameters or ())
     if parameters and not lora.target_modules:
         chosen, modules = Targets((), "no module"), []
     else:
         chosen = resolve_targets(model, lora.target_modules)
         modules = matched(model, chosen, lora)
     check_names(model, lora, [*modules, *parameters])
-    chosen = replace(chosen, reason=chosen.reason + expert_targets.remark(model, parameters))
+    chosen = replace(chosen, reason=chosen.reason + remark_on_experts(model, parameters))
     return chosen, [*modules, *parameters]
 
 

@@ -35,7 +35,7 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Change:
+class WeightChange:
     """How one weight is changed. Just one of these is set, but for a layer's `layer` and its `start`.
 
     Args:
@@ -125,7 +125,7 @@ class Change:
         return b.reshape(len(b), -1, count)[..., expert], a.reshape(count, -1, a.shape[-1])[expert]
 
 
-def changes(config: Config, folder: Path, start: Factors | None = None) -> dict[str, Change]:
+def changes(config: Config, folder: Path, start: Factors | None = None) -> dict[str, WeightChange]:
     """The weights that an adapter changes, by the model's names of them.
 
     Args:
@@ -134,29 +134,31 @@ def changes(config: Config, folder: Path, start: Factors | None = None) -> dict[
     Raises:
         AdapterError: it does not fit the model, or is of a kind that no weight can take up.
     """
-    inner, found = _on_nothing(config, folder).get_base_model(), dict[str, Change]()
+    inner, found = _on_nothing(config, folder).get_base_model(), dict[str, WeightChange]()
     for name, module in inner.named_modules():
         plain = _WRAPPING.sub("", name)
         if isinstance(module, ParamWrapper):
-            found[f"{plain}.{module.parameter_name}"] = Change(experts=module)
+            found[f"{plain}.{module.parameter_name}"] = WeightChange(experts=module)
         elif isinstance(module, LoraLayer) and _key(module):
             _check(name, module)
-            found[f"{plain}.weight"] = Change(layer=module, start=None if start is None else start[plain])
+            found[f"{plain}.weight"] = WeightChange(layer=module, start=None if start is None else start[plain])
             if module.lora_bias.get(_key(module)):
                 key = _key(module)
-                found[f"{plain}.bias"] = Change(bias=module.lora_B[key].bias.detach().float() * module.scaling[key])
+                found[f"{plain}.bias"] = WeightChange(
+                    bias=module.lora_B[key].bias.detach().float() * module.scaling[key]
+                )
         elif isinstance(module, ModulesToSaveWrapper):
             for leaf, parameter in module.modules_to_save[module.active_adapters[0]].named_parameters():
-                found[f"{plain}.{leaf}"] = Change(value=parameter.detach())
+                found[f"{plain}.{leaf}"] = WeightChange(value=parameter.detach())
         elif isinstance(module, TrainableTokensWrapper):
             rows = module.token_adapter
             key = rows.active_adapters[0]
             indices, values = torch.tensor(rows.token_indices[key]), rows.trainable_tokens_delta[key].detach()
-            found[f"{plain}.weight"] = Change(value=values, rows=indices, shared=True)
+            found[f"{plain}.weight"] = WeightChange(value=values, rows=indices, shared=True)
     inside = (".modules_to_save.", ".lora_", ".trainable_tokens")
     for name, parameter in inner.named_parameters():  # biases, which PEFT trains in the base
         if parameter.device.type != "meta" and not any(part in f".{name}" for part in inside):
-            found.setdefault(_WRAPPING.sub("", name), Change(value=parameter.detach()))
+            found.setdefault(_WRAPPING.sub("", name), WeightChange(value=parameter.detach()))
     return found
 
 

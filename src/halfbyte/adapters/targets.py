@@ -4,6 +4,8 @@ Why: PEFT's own table knows 35 architectures, mostly without o_proj, and goes st
 is read from the model: the projections of each layer's token mixer (attention, linear attention, the input of a
 state-space block), in the shortest names that hit nothing else; never heads, routers, gates and other senses' towers.
 Source: matching is PEFT's own (`peft.tuners.tuners_utils.check_target_module_exists`): what is listed is adapted.
+PEFT can wrap any parameter (`lora.target_parameters`). Here an adapter of a parameter is computed where the experts are
+(`layers/experts`), so a name must hit stacks of experts whose layout is known; everything else is refused by name.
 Cost: a walk over module names. torch and peft are imported inside functions.
 """
 
@@ -16,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from halfbyte.adapters import expert_targets
 from halfbyte.errors import AdapterError
 from halfbyte.models.names import ALL_LINEAR, AUTO, endings_of, is_aside, is_mixer_projection, leaf_of, split_at_layer
 from halfbyte.recipe.schema import Lora
@@ -31,6 +32,7 @@ _STATE_SPACE_INPUT = "in_proj"
 _LIMITS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 # GPT-2's convention: both blocks of a layer write to the residual stream through a `c_proj`, and both are meant.
 _GPT2_OUTPUT, _GPT2_INPUT = "c_proj", "c_attn"
+_WITHOUT_EXPERTS = "leave lora.target_parameters out: lora.target_modules reaches linear layers"
 
 
 @dataclass(frozen=True)
@@ -266,7 +268,7 @@ def _refuse_unmatched(model: nn.Module, targets: Targets) -> None:
         listed = [part.strip() for part in targets.names.split(",")]
         if all(part in leaves for part in listed):
             fix = f"a string is a regular expression over full names; for endings write a list: [{', '.join(listed)}]"
-    if stacks := expert_targets.names_of(expert_targets.stacks_of(model)):
+    if stacks := names_of(stacks_of(model)):
         fix += f"; its experts are for lora.target_parameters: [{', '.join(stacks)}]"
     lines = []
     for name in missing:
@@ -295,3 +297,65 @@ def _architecture(model: nn.Module) -> str:
 
 def _show(targets: Targets) -> str:
     return targets.names if isinstance(targets.names, str) else ", ".join(targets.names)
+
+
+def matched_stacks(model: nn.Module, asked: Sequence[str]) -> list[str]:
+    """Full names of the stacks that PEFT will adapt, in the model's order.
+
+    Raises:
+        AdapterError: a name hits nothing, or something other than a stack of experts, or experts of a layout that is
+            not known here.
+    """
+    from halfbyte.layers.experts import layout
+
+    if not asked:
+        return []
+    outside = layout.outside_interface(model)
+    stacks = stacks_of(model)
+    hit = [name for name, _ in model.named_parameters() if any(_hits(name, target) for target in asked)]
+    problems = []
+    for name in hit:
+        module = name.rpartition(".")[0]
+        if module in outside:
+            problems.append(
+                f"{name} is of {outside[module]}, whose file does not use transformers' experts interface; its layout "
+                "is not known here"
+            )
+        elif name not in stacks:
+            problems.append(f"{name} is no stack of experts")
+    for target in asked:
+        if not any(_hits(name, target) for name in hit):
+            leaves = sorted({name.rpartition(".")[2] for name in stacks})
+            near = difflib.get_close_matches(target.rpartition(".")[2], leaves, n=2)
+            hint = f" (near: {', '.join(near)})" if near else f"; its stacks: {', '.join(leaves)}" if leaves else ""
+            kinds = f"; its experts are {', '.join(sorted(set(outside.values())))}" if outside and not stacks else ""
+            problems.append(f"no parameter of {_architecture(model)} ends in {target!r}{hint}{kinds}")
+    if problems:
+        short = problems[:3] + [f"and {len(problems) - 3} more"] * (len(problems) > 3)
+        fix = _WITHOUT_EXPERTS if not stacks else f"lora.target_parameters: [{', '.join(names_of(stacks))}]"
+        raise AdapterError(f"lora.target_parameters: {'; '.join(short)}.", fix=fix)
+    return hit
+
+
+def stacks_of(model: nn.Module) -> list[str]:
+    """Full names of all stacks of experts of a known layout."""
+    from halfbyte.layers.experts import layout
+
+    return [f"{name}.{stack}" for name, module in layout.experts_of(model) for stack in layout.stacks_of(module)]
+
+
+def names_of(stacks: Sequence[str]) -> list[str]:
+    """Their last parts, each once."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in stacks))
+
+
+def remark_on_experts(model: nn.Module, adapted: Sequence[str]) -> str:
+    """What the choice of targets does with experts, to be said behind its reason; nothing for a model without any."""
+    if adapted:
+        return f"; and of the experts {', '.join(names_of(adapted))}"
+    stacks = names_of(stacks_of(model))
+    return f"; its experts get none: lora.target_parameters: [{', '.join(stacks)}]" if stacks else ""
+
+
+def _hits(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")

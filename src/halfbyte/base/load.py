@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from halfbyte.base import requantised, residency
+from halfbyte.base import quantisation_error, residency
 from halfbyte.base.config import is_quantised_already, open_config
-from halfbyte.base.store import first_pages, shelf, supply
-from halfbyte.base.store.reading import unsafe_pickle
+from halfbyte.base.store import reading, shelf, supply
 from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.errors import BaseModelError, first_line
 from halfbyte.layers.experts import interface
@@ -39,7 +38,7 @@ ON_ONE_CARD = 0.8  # of its free memory: a larger base is split over all of them
 class Base:
     """An open base. `expected_bytes` is what the TensorSpecs say under the policy, `resident_bytes` what is there;
     `store` is the folder of its store, None where it has none; `origin` says that in words, or why there is none.
-    `wanted`: what was quantised into the store."""
+    `store_spec`: what was quantised into the store."""
 
     model: Model
     tokenizer: Any
@@ -51,7 +50,7 @@ class Base:
     expected_bytes: int
     origin: str = ""
     store: Path | None = None
-    wanted: shelf.Wanted | None = None
+    store_spec: shelf.StoreSpec | None = None
 
 
 def open_base(
@@ -82,10 +81,10 @@ def open_base(
     specs = tuple(tensors.read_checkpoint(checkpoint.path)) if not checkpoint.pickle else ()
     policy.check_experts(config.model_type, specs, quant)
     quantised = is_quantised_already(config, checkpoint.path)
-    folder, origin, stored, wanted = checkpoint.path, str(checkpoint.path), None, None
+    folder, origin, stored, spec = checkpoint.path, str(checkpoint.path), None, None
     if use_store and quant.quantises and not quantised and not hasattr(config, "auto_map"):
-        wanted = want(checkpoint, config, quant, device, specs)
-        stored, why = stored_base(wanted, device, tell)
+        spec = store_spec(checkpoint, config, quant, device, specs)
+        stored, why = stored_base(spec, device, tell)
         folder, origin = (stored, f"store {stored}") if stored is not None else (folder, f"{folder}: {why}")
     opening = _Opening(checkpoint, folder, config, quant, DTYPES[dtype_name], quantised)
     expected = sum(policy.encoded_bytes(s, quant, opening.dtype.itemsize) for s in specs)
@@ -101,7 +100,7 @@ def open_base(
     if not quantised:
         residency.check_resident(model, quant, held, expected, checkpoint.id)
     tokenizer = open_tokenizer(checkpoint, model, trust_remote_code=trust_remote_code) if with_tokenizer else None
-    return Base(model, tokenizer, checkpoint, specs, dtype_name, reason, held, expected, origin, stored, wanted)
+    return Base(model, tokenizer, checkpoint, specs, dtype_name, reason, held, expected, origin, stored, spec)
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class _Opening:
                 fix="export HALFBYTE_CACHE=/path/with/space",
             )
         if bits is None:
-            first_pages.read(self.folder)
+            reading.read_first_pages(self.folder)
         how |= {} if bits is None else {"quantization_config": bits}
         how |= {} if own is None else {"config": own}
         model = self._from_pretrained(use_safetensors=from_store or not self.checkpoint.pickle, **how)
@@ -164,7 +163,7 @@ class _Opening:
                     **how,
                 )
         except UnpicklingError as error:
-            raise unsafe_pickle(self.checkpoint, error) from error
+            raise reading.unsafe_pickle(self.checkpoint, error) from error
         except (ValueError, RuntimeError, OSError, KeyError, EOFError) as error:
             raise BaseModelError(
                 f"{self.checkpoint.id} could not be opened from {self.folder}: {first_line(error)}"
@@ -173,15 +172,15 @@ class _Opening:
         return model
 
 
-def open_store(wanted: shelf.Wanted, folder: Path) -> Model:
+def open_store(spec: shelf.StoreSpec, folder: Path) -> Model:
     """The model of a store, mapped; without adapters, to be read matrix by matrix."""
-    opening = _Opening(wanted.checkpoint, folder, wanted.config, wanted.quant, wanted.dtype, quantised=False)
+    opening = _Opening(spec.checkpoint, folder, spec.config, spec.quant, spec.dtype, quantised=False)
     return opening.model(device_map={"": "cpu"})
 
 
-def want(
+def store_spec(
     checkpoint: Checkpoint, config: Config, quant: Quant, device: machine.Device, specs: tuple[tensors.TensorSpec, ...]
-) -> shelf.Wanted:
+) -> shelf.StoreSpec:
     """The store that `open_base` opens for these settings; what cannot be held as asked is told before it is built."""
     dtype = DTYPES[machine.compute_dtype(device, quant.compute_dtype)[0]]
     heads = residency.heads_to_skip(config, quant)
@@ -192,11 +191,11 @@ def want(
         residency.named_fp32(model, quant.fp32_modules)
         residency.check_resident(model, quant, codec.planned_bytes(model, quant), expected, checkpoint.id)
 
-    return shelf.Wanted(checkpoint, config, quant, dtype, heads, cores=device.cores, check=check)
+    return shelf.StoreSpec(checkpoint, config, quant, dtype, heads, cores=device.cores, check=check)
 
 
 def stored_base(
-    wanted: shelf.Wanted, device: machine.Device, tell: supply.Tell | None = None
+    spec: shelf.StoreSpec, device: machine.Device, tell: supply.Tell | None = None
 ) -> tuple[Path | None, str]:
     """The folder of the store, found or built; or None, and why the base is quantised while it is loaded instead.
 
@@ -205,11 +204,11 @@ def stored_base(
     """
     tell = tell or supply.Tell()
     try:
-        return supply.ensure(wanted, tell=requantised.telling(wanted, tell)), ""
+        return supply.ensure(spec, tell=quantisation_error.telling(spec, tell)), ""
     except shelf.CannotHold as reason:
         why = str(reason)
     except shelf.NotWritable as error:
-        nbytes = sum(file.stat().st_size for file in shelf.source_files(wanted.checkpoint))
+        nbytes = sum(file.stat().st_size for file in shelf.source_files(spec.checkpoint))
         if nbytes * LOADING_SHARE > device.ram_available_bytes:
             raise
         why = error.message

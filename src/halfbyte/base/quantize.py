@@ -4,7 +4,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from halfbyte.base import load, requantised, residual
+from halfbyte.base import load, quantisation_error, residual
 from halfbyte.base.config import open_config
 from halfbyte.base.store import manifest, shelf, supply
 from halfbyte.errors import BaseModelError, StoreError
@@ -58,27 +58,27 @@ def quantize(recipe: Recipe, *, out: Path | None = None, tell: supply.Tell | Non
         )
     specs = tuple(tensors.read_checkpoint(checkpoint.path)) if not checkpoint.pickle else ()
     policy.check_experts(config.model_type, specs, recipe.quant)
-    wanted = load.want(checkpoint, config, recipe.quant, device.detect(), specs)
+    spec = load.store_spec(checkpoint, config, recipe.quant, device.detect(), specs)
     telling = replace(tell or supply.Tell(), built=lambda: built.append(True))
-    telling.say(_preflight(wanted, specs), label="planned")
+    telling.say(_preflight(spec, specs), label="planned")
     try:
         if hasattr(config, "auto_map"):
             raise shelf.CannotHold("it brings Python code of its own")
-        path = supply.ensure(wanted, out=out, tell=requantised.telling(wanted, telling))
+        path = supply.ensure(spec, out=out, tell=quantisation_error.telling(spec, telling))
     except shelf.CannotHold as reason:
         raise StoreError(
             f"{checkpoint.id} cannot be held in a store: {reason}.",
             fix="nothing is needed: train, eval and chat quantise it each time they load it",
         ) from reason
-    begin = residual.beside(wanted, path, recipe.lora, lambda label, text: telling.say(text, label))
+    begin = residual.beside(spec, path, recipe.lora, lambda label, text: telling.say(text, label))
     return Built(path, manifest.read(path), bool(built), time.monotonic() - started, begin)
 
 
-def _preflight(wanted: shelf.Wanted, specs: tuple[tensors.TensorSpec, ...]) -> str:
+def _preflight(spec: shelf.StoreSpec, specs: tuple[tensors.TensorSpec, ...]) -> str:
     """What building takes, before it begins."""
     if not specs:
         return "unknown: pickled weights have no header to read"
-    beside = beside_bytes(wanted.checkpoint.path)
-    plan = StoreBuild(specs, wanted.quant, wanted.dtype.itemsize, wanted.config.get_text_config().vocab_size, beside)
-    ram = sum(line.bytes for line in plan.lines(wanted.cores))
+    beside = beside_bytes(spec.checkpoint.path)
+    plan = StoreBuild(specs, spec.quant, spec.dtype.itemsize, spec.config.get_text_config().vocab_size, beside)
+    ram = sum(line.bytes for line in plan.lines(spec.cores))
     return f"{ram / 1e9:.2f} GB of RAM while it is built, {plan.disk_bytes / 1e9:.3f} GB on disk"

@@ -20,10 +20,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from halfbyte.base.routed import RoutedReader
 from halfbyte.errors import BaseModelError
+from halfbyte.layers.experts.layout import experts_of, stacks_of
 from halfbyte.models import structure
 from halfbyte.quant import bnb, formats, stack_load
+from halfbyte.quant.stack import ExpertStack
 from halfbyte.system import pages
 from halfbyte.types import Model
 
@@ -80,8 +81,8 @@ class Placed:
     total_bytes: int
     mapped_bytes: int
     layers: int = 0
-    stream: Stream | None = None
-    routed: RoutedReader | None = None
+    stream: LayerStream | None = None
+    experts: ExpertReader | None = None
 
     def __str__(self) -> str:
         if self.placement == "streamed":
@@ -95,9 +96,9 @@ class Placed:
         """Take the hooks off; a streamed base is a mapped one afterwards."""
         if self.stream is not None:
             self.stream.remove()
-            if self.routed is not None:
-                self.routed.remove()
-            self.routed = None
+            if self.experts is not None:
+                self.experts.remove()
+            self.experts = None
             self.stream, self.placement, self.layers = None, "mapped", 0
 
 
@@ -116,9 +117,9 @@ def place_as_planned(model: Model, placement: str, *, asked: bool) -> tuple[Plac
     if placement == "sharded":  # shared out after its proofs; until then it is mapped if it can be
         return place(model, "mapped" if is_mapped(model) else "resident"), ""
     if placement != "resident" and not asked and not is_mapped(model):
-        held = "its weights are not on disk in the form they are computed in"
-        told = "this system does not tell which memory is a file's"
-        why = f"planned {placement}, but {held if pages.supported() else told}"
+        private = "its weights are not on disk in the form they are computed in"
+        unknown = "this system does not tell which memory is a file's"
+        why = f"planned {placement}, but {private if pages.supported() else unknown}"
         return place(model, "resident"), why
     return place(model, placement), ""
 
@@ -166,14 +167,14 @@ def place(model: Model, placement: str, *, mover: Mover | None = None) -> Placed
             fix="--set quant.placement=mapped leaves the paging to the system",
         )
     layers = structure.decoder_layers(model)
-    routed = None
+    experts = None
     if mover is None:
-        routed = RoutedReader(model, maps)
-        mover = Mover(*_groups(model, layers, maps, {t.data_ptr() for s in routed.stacks for t in s.tensors}))
-    return Placed("streamed", total, mapped, len(layers), Stream(layers, mover), routed)
+        experts = ExpertReader(model, maps)
+        mover = Mover(*_groups(model, layers, maps, {t.data_ptr() for s in experts.stacks for t in s.tensors}))
+    return Placed("streamed", total, mapped, len(layers), LayerStream(layers, mover), experts)
 
 
-_STREAMS: WeakKeyDictionary[nn.Module, Stream] = WeakKeyDictionary()
+_STREAMS: WeakKeyDictionary[nn.Module, LayerStream] = WeakKeyDictionary()
 
 
 def of(layer: nn.Module) -> Callable[[int], None] | None:
@@ -182,7 +183,7 @@ def of(layer: nn.Module) -> Callable[[int], None] | None:
     return None if stream is None else stream.upwards
 
 
-class Stream:
+class LayerStream:
     """The cursor over the layers: which one computes now, and so which is fetched and which is dropped.
 
     The group after the last layer is what is around them: embedding, last norm, head.
@@ -191,7 +192,7 @@ class Stream:
     def __init__(self, layers: list[nn.Module], mover: Mover) -> None:
         self.mover = mover
         self.count = len(layers)
-        self.held: set[int] = set(range(self.count + 1))
+        self.present: set[int] = set(range(self.count + 1))
         self.visits = 0
         self._handles = [x.register_forward_hook(after(partial(self.downwards, n))) for n, x in enumerate(layers)]
         for number, layer in enumerate(layers):
@@ -220,13 +221,13 @@ class Stream:
         self._drop_all_but({layer, *following})
         for group in (layer, *following):
             self.mover.fetch(group)
-            self.held.add(group)
+            self.present.add(group)
         self.mover.need(layer)
 
     def _drop_all_but(self, wanted: set[int]) -> None:
-        for group in self.held - wanted:
+        for group in self.present - wanted:
             self.mover.drop(group)
-        self.held &= wanted
+        self.present &= wanted
 
 
 def after(backward: Callable[[], None]) -> Callable[..., None]:
@@ -306,3 +307,73 @@ def _areas(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.nbytes for t in tensors)
+
+
+class ExpertReader:
+    """Hooks on the experts modules of a streamed mixture, by which only the experts that tokens are sent to are read.
+    Take them off with `remove`.
+
+    Why: a token meets k experts of E. Read ahead with its layer, all E would come from the disk.
+    What: a layer's stacks of experts are not read ahead. When the router has chosen, before an experts module runs, the
+    parts of the chosen experts are asked for, all at once and in the order in which they are computed; and again before
+    the module's backward. The kernel is told not to read on behind a page of a stack.
+    Cost: the disk is waited for where it is slower than the experts' products.
+
+    Args:
+        maps: the file-backed memory of this process; stacks in private memory need nothing.
+    """
+
+    def __init__(self, model: nn.Module, maps: pages.FileMaps) -> None:
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="halfbyte-experts")
+        self._coming: Future[None] | None = None
+        self._handles = []
+        self.stacks: list[ExpertStack] = []
+        for _, module in experts_of(model):
+            stacks = [getattr(module, name) for name in stacks_of(module)]
+            mapped = [s for s in stacks if isinstance(s, ExpertStack) and maps.holds(s.data.data_ptr(), s.data.nbytes)]
+            if mapped:
+                self.stacks += mapped
+                self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
+        self._read_ahead(wanted=False)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._reader.shutdown(wait=True, cancel_futures=True)
+        self._read_ahead(wanted=True)
+
+    def _read_ahead(self, *, wanted: bool) -> None:
+        for span in pages.whole_pages((t.data_ptr(), t.nbytes) for stack in self.stacks for t in stack.tensors):
+            pages.read_ahead(span, wanted=wanted)
+
+    def _before(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        """`forward(hidden, index (T, k), weights)`, by position or by whatever name a model gives them."""
+        _, index, *_ = (*args, *kwargs.values())
+        self._ask(module, index.unique().tolist())
+
+    def _after(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+        if output.requires_grad:
+            _, index, *_ = (*args, *kwargs.values())
+            chosen = index.unique().tolist()
+            output.register_hook(lambda gradient: self._ask(module, chosen))
+
+    def _ask(self, module: nn.Module, chosen: Iterable[int]) -> None:
+        stacks = [getattr(module, name) for name in stacks_of(module)]
+        areas = [
+            (part.data_ptr(), part.nbytes)
+            for expert in chosen
+            for stack in stacks
+            if isinstance(stack, ExpertStack) and expert < len(stack)
+            for part in stack.of_expert(expert)
+        ]
+        if self._coming is not None:
+            self._coming.cancel()
+        self._coming = self._reader.submit(self._bring, areas)
+
+    @staticmethod
+    def _bring(areas: list[tuple[int, int]]) -> None:
+        for start, size in areas:
+            first = start // pages.PAGE * pages.PAGE  # with the pages that it shares with its neighbours
+            pages.bring(pages.Span(first, -(-(start + size) // pages.PAGE) * pages.PAGE))

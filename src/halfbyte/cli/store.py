@@ -13,9 +13,9 @@ Json = Annotated[bool, typer.Option("--json", callback=show.as_json, help="Print
 @stores.command(name="list")
 def list_stores(json_: Json = False) -> None:
     """What is in the cache: source, size, state and last use of every store; conversions, packaged models, tokens."""
-    from halfbyte.base.store import beside, shelf
+    from halfbyte.base.store import cache, shelf
 
-    entries = [*shelf.listing(), *beside.listing()]
+    entries = [*shelf.listing(), *cache.listing()]
     if json_:
         show.document([entry.to_json() for entry in entries])
     else:
@@ -59,10 +59,10 @@ def gc(
     json_: Json = False,
 ) -> None:
     """Remove interrupted builds, conversions and downloads, damaged stores and old formats."""
-    from halfbyte.base.store import beside, shelf
+    from halfbyte.base.store import cache, shelf
 
     removed, kept = shelf.collect(unused_days=unused_days, everything=everything, dry_run=dry_run)
-    removed += beside.collect(unused_days=unused_days, everything=everything, dry_run=dry_run)
+    removed += cache.collect(unused_days=unused_days, everything=everything, dry_run=dry_run)
     if json_:
         names = {"removed": removed, "kept": kept}
         show.document({"dry_run": dry_run, **{k: [entry.to_json() for entry in v] for k, v in names.items()}})

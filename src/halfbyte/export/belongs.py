@@ -35,7 +35,7 @@ def check(found: Target, tell: supply.Tell, *, force: bool = False) -> None:
     name, why = device.compute_dtype(machine, recipe.quant.compute_dtype)
     store = None
     if recipe.quant.quantises and not tensors.is_quantised(config.to_dict()) and not hasattr(config, "auto_map"):
-        store, _ = load.stored_base(load.want(checkpoint, config, recipe.quant, machine, specs), machine, tell)
+        store, _ = load.stored_base(load.store_spec(checkpoint, config, recipe.quant, machine, specs), machine, tell)
     words = tokenizer_of(found, checkpoint)
     base = load.Base(meta_model(config), words, checkpoint, specs, name, why, 0, 0, store=store)
     here = passport.belongs_to(base, recipe.quant, words, chat_template(words, recipe.data))

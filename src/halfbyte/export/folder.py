@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from halfbyte.base.store.writer import Slot, Writer
+from halfbyte.base.store.writer import SafetensorsWriter, Slot
 from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.data.encoding.chatml import CHATML, chat_template
 from halfbyte.errors import ExportError
@@ -107,7 +107,7 @@ def _plans(merged: Merged) -> dict[str, list[Item]]:
 
 def _write_file(merged: Merged, path: Path, items: list[Item], stop: threading.Event) -> None:
     slots = [Slot(item.name, item.source.dtype, item.source.shape, item.source.nbytes) for item in items]
-    with Writer(path, slots) as out:
+    with SafetensorsWriter(path, slots) as out:
         for item in items:
             if stop.is_set():
                 return

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.adapters import merging
-from halfbyte.base import load, lost, residual
+from halfbyte.base import load, quantisation_error, residual
 from halfbyte.base.config import is_quantised_already, open_config
-from halfbyte.base.store import experts, shelf, supply
+from halfbyte.base.store import conversion, shelf, supply
+from halfbyte.base.store.conversion import renamed
 from halfbyte.base.store.reading import FLOATS, SourceTensor, torch_dtypes
-from halfbyte.base.store.renaming import renamed
 from halfbyte.errors import AdapterError, BaseModelError, StoreError
 from halfbyte.inference.target import Target
 from halfbyte.models import tensors
@@ -142,7 +142,7 @@ class Merged:
             part.copy_(values)
             yield at, piece
         if held is not None:
-            lost.let_go(self._module(item).weight.data, self._maps)
+            quantisation_error.let_go(self._module(item).weight.data, self._maps)
 
     def value(self, item: Item) -> Tensor:
         """The merged tensor in fp32, of the source's shape, not rounded, whole."""
@@ -168,7 +168,7 @@ class Merged:
             self.base == "4bit" or any(change.norms for change in self.changes.values())
         )
 
-    def _changes(self, adapter: Path | None, tell: supply.Tell) -> dict[str, merging.Change]:
+    def _changes(self, adapter: Path | None, tell: supply.Tell) -> dict[str, merging.WeightChange]:
         if adapter is None:
             return {}
         start = None
@@ -180,9 +180,9 @@ class Merged:
             raise AdapterError(f"the adapter changes {strange[0]}, which {self.checkpoint.id} does not have.")
         return changes
 
-    def _wanted(self) -> shelf.Wanted:
+    def _wanted(self) -> shelf.StoreSpec:
         specs = tuple(tensors.read_checkpoint(self.checkpoint.path)) if not self.checkpoint.pickle else ()
-        return load.want(self.checkpoint, self.config, self.found.recipe.quant, device.detect(), specs)
+        return load.store_spec(self.checkpoint, self.config, self.found.recipe.quant, device.detect(), specs)
 
     def _start(self, adapter: Path, tell: supply.Tell) -> merging.Factors:
         config, wanted = read_config(adapter), self._wanted()
@@ -213,7 +213,7 @@ class Merged:
         model = self.plain
         state = dict.fromkeys(model.state_dict(), 1)
         targets, items = renamed(model, self.source.tensors, state), list[Item]()
-        stacked: dict[str, list[experts.Member]] = {}
+        stacked: dict[str, list[conversion.Member]] = {}
         for name, source in self.source.tensors.items():
             target, rule = targets[name]
             if rule is not None and target in state:
@@ -242,14 +242,14 @@ class Merged:
         same = a.value is not None and b.value is not None and torch.equal(a.value, b.value)
         return same and (a.rows is None) == (b.rows is None)
 
-    def _places(self, target: str, members: list[experts.Member]) -> Iterator[Item]:
+    def _places(self, target: str, members: list[conversion.Member]) -> Iterator[Item]:
         """Where each tensor of single experts is in the stack that transformers makes of them."""
         if target not in self.changes and self.base == "16bit":
             yield from (Item(source.name, source, target) for source, _ in members)
             return
         shape = tuple(self.plain.get_parameter(target).shape)
         at = 0
-        for source in experts.in_order(target, members):
+        for source in conversion.in_order(target, members):
             if len(source.shape) != 2:  # all experts in one tensor
                 if tuple(source.shape) != shape:
                     raise AdapterError(f"{source.name} is turned while it is loaded; its experts are not merged here.")
@@ -279,7 +279,7 @@ class Merged:
                 weight = weight[0, item.first_row : item.first_row + item.source.shape[0]]
             return weight.contiguous()
         weight = self._dequantised(item).to(torch.float32, copy=True)
-        lost.let_go(self._module(item).weight.data, self._maps)
+        quantisation_error.let_go(self._module(item).weight.data, self._maps)
         return weight.T.contiguous() if self._is_conv1d(item) else weight
 
     def _dequantised(self, item: Item) -> Tensor:
@@ -302,7 +302,7 @@ class Merged:
         return torch.from_numpy(raw).view(torch_dtypes()[source.dtype]).view(source.shape).to(torch.float32)
 
 
-def rank_of(changes: dict[str, merging.Change], module: str) -> int:
+def rank_of(changes: dict[str, merging.WeightChange], module: str) -> int:
     layer = changes[f"{module}.weight"].layer
     assert layer is not None
     return int(next(iter(layer.r.values())))

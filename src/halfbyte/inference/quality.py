@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from halfbyte.base import load, lost
+from halfbyte.base import load, quantisation_error
 from halfbyte.base.config import open_config
 from halfbyte.base.store import shelf, supply
 from halfbyte.base.tokenizer import open_tokenizer
@@ -251,13 +251,13 @@ class _Measuring:
         )
 
     @contextmanager
-    def _stored(self, quant: Quant, dtype: str, tell: supply.Tell) -> Iterator[tuple[shelf.Wanted, Path] | None]:
+    def _stored(self, quant: Quant, dtype: str, tell: supply.Tell) -> Iterator[tuple[shelf.StoreSpec, Path] | None]:
         """The store of a format, which is removed afterwards if it was not there before. In 16 bits a copy in the
         compute dtype, as only what is on disk as it is computed with can be mapped; None where the source is one."""
         if not quant.quantises and self._is_plain(dtype):
             yield None
             return
-        wanted, built = load.want(self.checkpoint, self.config, quant, self.machine, self.specs), list[bool]()
+        wanted, built = load.store_spec(self.checkpoint, self.config, quant, self.machine, self.specs), list[bool]()
         try:
             try:
                 path = supply.ensure(wanted, tell=replace(tell, built=lambda: built.append(True)))
@@ -275,16 +275,16 @@ class _Measuring:
         return bool(matrices) and all(spec.dtype == SAFETENSORS[dtype] for spec in matrices)
 
 
-def errors_of(wanted: shelf.Wanted, store: Path) -> dict[str, Error]:
+def errors_of(wanted: shelf.StoreSpec, store: Path) -> dict[str, Error]:
     """What each matrix of a store has lost, by its module's name, layer after layer; experts one by one."""
     model = load.open_store(wanted, store)
-    found = {matrix.name: _error(matrix) for matrix in lost.matrices(model, wanted, experts=True)}
+    found = {matrix.name: _error(matrix) for matrix in quantisation_error.matrices(model, wanted, experts=True)}
     place = {name: at for at, (name, _) in enumerate(model.named_modules())}
     at = {name: place.get(name, place.get(name.rsplit(".", 2)[0], len(place))) for name in found}
     return {name: found[name] for name in sorted(found, key=at.__getitem__)}
 
 
-def _error(matrix: lost.Matrix) -> Error:
+def _error(matrix: quantisation_error.Matrix) -> Error:
     difference = matrix.difference()
     norms = [float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in (difference, matrix.source)]
     return Error(norms[0] ** 2, norms[1] ** 2, float(difference.abs().max()))

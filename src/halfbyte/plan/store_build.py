@@ -13,7 +13,7 @@ from halfbyte.models.sources.safetensors import DTYPE_BITS
 from halfbyte.models.tensors import TensorSpec
 from halfbyte.plan.result import Line, library_lines
 from halfbyte.quant import formats, policy
-from halfbyte.quant.number_format import Part
+from halfbyte.quant.number_format import StoredPart
 from halfbyte.recipe.schema import Quant
 
 # A multiple of every block size; with casting to another dtype a thread holds about four times this in bytes.
@@ -82,10 +82,10 @@ class StoreBuild:
             files.setdefault(alone if spec.layer is None else f"layer {spec.layer}", []).append(spec)
         return files
 
-    def _parts(self, spec: TensorSpec) -> tuple[Part, ...]:
+    def _parts(self, spec: TensorSpec) -> tuple[StoredPart, ...]:
         """The tensors of the store's file that one tensor of the checkpoint becomes."""
         if not self._is_quantised(spec):
-            return (Part("", spec.dtype, spec.shape, spec.nbytes),)
+            return (StoredPart("", spec.dtype, spec.shape, spec.nbytes),)
         return formats.of(self.quant).parts(spec.out_in, self.quant)
 
     def _is_quantised(self, spec: TensorSpec) -> bool:

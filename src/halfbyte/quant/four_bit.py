@@ -16,7 +16,7 @@ import numpy as np
 
 from halfbyte.errors import BaseModelError
 from halfbyte.quant.kernels import nf4_cpu
-from halfbyte.quant.number_format import Codes, NumberFormat, Part, frozen_product, own_weight
+from halfbyte.quant.number_format import Codes, NumberFormat, StoredPart, frozen_product, own_weight
 from halfbyte.recipe.schema import Quant
 
 if TYPE_CHECKING:
@@ -40,22 +40,22 @@ class FourBit(NumberFormat):
     def nbytes(self, shape: tuple[int, ...], quant: Quant) -> int:
         return sum(part.nbytes or 0 for part in self.parts(shape, quant)) + _OFFSET_BYTES * quant.double_quant
 
-    def parts(self, shape: tuple[int, ...], quant: Quant) -> tuple[Part, ...]:
+    def parts(self, shape: tuple[int, ...], quant: Quant) -> tuple[StoredPart, ...]:
         numel = math.prod(shape)
         blocks, packed = -(-numel // self.unit(shape, quant)), -(-numel // 2)
-        scales: tuple[Part, ...] = (Part(".absmax", "F32", (blocks,), 4 * blocks),)
+        scales: tuple[StoredPart, ...] = (StoredPart(".absmax", "F32", (blocks,), 4 * blocks),)
         if quant.double_quant:
             nested = -(-blocks // NESTED_BLOCK)
             scales = (
-                Part(".absmax", "U8", (blocks,), blocks),
-                Part(".nested_absmax", "F32", (nested,), 4 * nested),
-                Part(".nested_quant_map", "F32", (256,), 256 * 4),
+                StoredPart(".absmax", "U8", (blocks,), blocks),
+                StoredPart(".nested_absmax", "F32", (nested,), 4 * nested),
+                StoredPart(".nested_quant_map", "F32", (256,), 256 * 4),
             )
         return (
-            Part("", "U8", (packed, 1), packed),
+            StoredPart("", "U8", (packed, 1), packed),
             *scales,
-            Part(".quant_map", "F32", (16,), 16 * 4),
-            Part(f".quant_state.bitsandbytes__{self.name}", "U8", (0,), None, _STATE_BYTES),
+            StoredPart(".quant_map", "F32", (16,), 16 * 4),
+            StoredPart(f".quant_state.bitsandbytes__{self.name}", "U8", (0,), None, _STATE_BYTES),
         )
 
     def unit(self, shape: tuple[int, ...], quant: Quant) -> int:

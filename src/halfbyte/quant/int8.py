@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from halfbyte.errors import BaseModelError
-from halfbyte.quant.number_format import NumberFormat, Part, frozen_product, own_weight
+from halfbyte.quant.number_format import NumberFormat, StoredPart, frozen_product, own_weight
 from halfbyte.recipe.schema import Quant
 
 if TYPE_CHECKING:
@@ -53,12 +53,12 @@ class RowWise8(NumberFormat):
     def nbytes(self, shape: tuple[int, ...], quant: Quant) -> int:
         return math.prod(shape) + 4 * math.prod(shape[:-1])
 
-    def parts(self, shape: tuple[int, ...], quant: Quant) -> tuple[Part, ...]:
+    def parts(self, shape: tuple[int, ...], quant: Quant) -> tuple[StoredPart, ...]:
         rows = math.prod(shape[:-1])
         return (
-            Part("", "I8", shape, math.prod(shape)),
-            Part("SCB", "F32", (rows,), 4 * rows, beside_weight=True),
-            Part("weight_format", "U8", (), 1, likely_bytes=1, beside_weight=True),
+            StoredPart("", "I8", shape, math.prod(shape)),
+            StoredPart("SCB", "F32", (rows,), 4 * rows, beside_weight=True),
+            StoredPart("weight_format", "U8", (), 1, likely_bytes=1, beside_weight=True),
         )
 
     def unit(self, shape: tuple[int, ...], quant: Quant) -> int:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredPart:
     """One tensor that a quantised matrix becomes on disk; dtypes as in safetensors.
 
     Args:
@@ -70,7 +70,7 @@ class Codes:
     nested: Nested | None = None
 
 
-class Encoder(Protocol):
+class MatrixEncoder(Protocol):
     """One matrix on its way into a format, in chunks of whole `NumberFormat.unit`s."""
 
     def codes(self, first: int, values: torch.Tensor) -> np.ndarray:
@@ -108,7 +108,7 @@ class NumberFormat:
         """Bytes of one quantised matrix in memory."""
         raise NotImplementedError(self.name)
 
-    def parts(self, shape: tuple[int, ...], quant: Quant) -> tuple[Part, ...]:
+    def parts(self, shape: tuple[int, ...], quant: Quant) -> tuple[StoredPart, ...]:
         """The tensors of one quantised matrix on disk, the codes first."""
         raise NotImplementedError(self.name)
 
@@ -120,7 +120,7 @@ class NumberFormat:
         """Bytes that encoding holds beside `count` weights of a matrix, while they are encoded at once."""
         raise NotImplementedError(self.name)
 
-    def encoder(self, quant: Quant, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Encoder:
+    def encoder(self, quant: Quant, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> MatrixEncoder:
         """For a matrix whose weights are later dequantised to `dtype`; `name` is what an error calls it."""
         raise NotImplementedError(self.name)
 

@@ -37,7 +37,7 @@ _BESIDE_8BIT = ("SCB", "weight_format")
 
 
 @dataclass(frozen=True)
-class Place:
+class ExpertParameter:
     """An expert parameter: `module.name`, called `path` from the model."""
 
     path: str
@@ -60,11 +60,11 @@ def stored_name(path: str) -> str:
     return f"{path}.weight"
 
 
-def places(model: nn.Module, exempt: Iterable[str] = ()) -> list[Place]:
+def places(model: nn.Module, exempt: Iterable[str] = ()) -> list[ExpertParameter]:
     """Every expert parameter that runs through the experts interface, but those whose names `exempt` holds."""
     patterns = tuple(exempt)
     every = [
-        Place(f"{path}.{name}", module, name)
+        ExpertParameter(f"{path}.{name}", module, name)
         for path, module in model.named_modules()
         if hasattr(module, "is_transposed") and hasattr(module, "has_gate")  # set by the interface's decorator
         for name, parameter in module.named_parameters(recurse=False)

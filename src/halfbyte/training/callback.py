@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from halfbyte.adapters import alive
+from halfbyte.adapters import learning
 from halfbyte.errors import DiskFull
 from halfbyte.runs import checkpoint
 from halfbyte.runs import report as reporting
@@ -92,7 +92,7 @@ class RunCallback(TrainerCallback):
             # the Trainer has put the adapter and the position back; it would start with a fresh optimiser
             trainer = self.trainer
             checkpoint.load_optimizer(self.resume, trainer.optimizer, trainer.lr_scheduler, trainer.scaler)
-        self._spikes, self._start = Spikes(self.run.read_metrics()), alive.digests(self.trainer.model)
+        self._spikes, self._start = Spikes(self.run.read_metrics()), learning.digests(self.trainer.model)
         (self.run.path / BATCH).unlink(missing_ok=True)  # of an earlier process
         self.witness.begin()
         self._saved_at = time.monotonic()
@@ -189,7 +189,7 @@ class RunCallback(TrainerCallback):
 
     def _has_moved(self) -> Document:
         """How many LoRA layers trained, and how many of them are no longer what they were when this process began."""
-        layers, still = alive.pairs(self.trainer.model), alive.unmoved(self.trainer.model, self._start)
+        layers, still = learning.pairs(self.trainer.model), learning.unmoved(self.trainer.model, self._start)
         if still:
             some = f"{', '.join(still[:3])}{' ...' if len(still) > 3 else ''}"
             self.notices.append(f"{len(still)} of {len(layers)} adapters are still what they were at the start: {some}")

@@ -26,13 +26,15 @@ def opened(folder: Path, *, use_store: bool = True, tell: supply.Tell | None = N
     return open_base(found, Quant(**quant), machine, with_tokenizer=False, use_store=use_store, tell=tell)
 
 
-def wanted(folder: Path, **quant: Any) -> shelf.Wanted:
+def wanted(folder: Path, **quant: Any) -> shelf.StoreSpec:
     """The store that belongs to a folder and settings."""
     from halfbyte.models import tensors
 
     config = open_config(folder)
     specs = tuple(tensors.read_checkpoint(folder))
-    return load.want(checkpoint(folder), config, Quant(**{"compute_dtype": "bf16", **quant}), device.detect(), specs)
+    return load.store_spec(
+        checkpoint(folder), config, Quant(**{"compute_dtype": "bf16", **quant}), device.detect(), specs
+    )
 
 
 def held(model: Any) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def test_what_an_interrupted_build_left_is_not_believed(damage: str, tmp_path: P
     assert content(folder) == content(supply.ensure(request, out=tmp_path / "anew"))
 
 
-def request_key(request: shelf.Wanted) -> str:
+def request_key(request: shelf.StoreSpec) -> str:
     return shelf.key_of(request.checkpoint, request.quant, request.dtype_name)
 
 
@@ -329,5 +329,5 @@ def test_a_source_that_changes_while_it_is_read_makes_no_store(
     with pytest.raises(
         StoreError, match="was changed while it was read" if how == "longer" else "cut short|was changed"
     ):
-        supply.ensure(shelf.Wanted(**{**vars(request), "cores": 1}))
+        supply.ensure(shelf.StoreSpec(**{**vars(request), "cores": 1}))
     assert [name for name in left_over(cache) if not name.endswith(".partial")] == []

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from halfbyte.base.store import first_pages
+from halfbyte.base.store import reading
 from halfbyte.errors import SourceError
 
 PAGE = mmap.PAGESIZE
@@ -45,7 +45,7 @@ def test_only_the_first_pages_are_read(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(40 * PAGE, dtype=torch.uint8), "b": torch.ones(40 * PAGE, dtype=torch.uint8)}, path)
     emptied(path)
-    assert first_pages.read(tmp_path) == 2
+    assert reading.read_first_pages(tmp_path) == 2
     read = cached_pages(path)
     assert 2 <= len(read) <= 3  # the header may share its page with the first tensor
     with safe_open(path, framework="pt") as file:
@@ -65,11 +65,11 @@ def test_only_the_first_pages_are_read(tmp_path: Path) -> None:
 )
 def test_pages_of_a_header(offsets: list[tuple[int, int]], expected: list[int]) -> None:
     header = {str(i): {"data_offsets": list(pair)} for i, pair in enumerate(offsets)}
-    assert first_pages.pages(header, PAGE) == expected
+    assert reading.first_pages(header, PAGE) == expected
 
 
 def test_a_file_that_is_cut_is_told(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1000)}, tmp_path / "model.safetensors")
     os.truncate(tmp_path / "model.safetensors", 2000)
     with pytest.raises(SourceError, match="is cut short"):
-        first_pages.read(tmp_path)
+        reading.read_first_pages(tmp_path)

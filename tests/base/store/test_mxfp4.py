@@ -61,8 +61,8 @@ def test_what_is_lost_of_mxfp4_is_what_is_lost_of_the_weights_that_it_stands_for
     found = []
     for folder in checkpoints(tmp_path):
         base = opened(folder, compute_dtype="bf16")
-        assert base.wanted is not None and base.store is not None
-        found.append(quality.errors_of(base.wanted, base.store))
+        assert base.store_spec is not None and base.store is not None
+        found.append(quality.errors_of(base.store_spec, base.store))
     assert found[0] == found[1]
     assert any(".experts." in name and error.relative > 0.01 for name, error in found[0].items())
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from halfbyte.base.store.writer import PAGE, Slot, Writer
+from halfbyte.base.store.writer import PAGE, SafetensorsWriter, Slot
 
 TENSORS = {
     "odd": np.arange(7, dtype=np.uint8),
@@ -28,30 +28,30 @@ def slots() -> list[Slot]:
 def test_what_was_put_is_what_is_read(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     state = json.dumps({"blocksize": 64}).encode()
-    with Writer(path, slots()) as writer:
+    with SafetensorsWriter(path, slots()) as writer:
         for name in reversed(TENSORS):
             data = TENSORS[name].tobytes()
             for start in reversed(range(0, len(data), 50)):
                 writer.put(name, data[start : start + 50], start)
-        assert not path.exists() and writer.most_bytes >= PAGE
+        assert not path.exists() and writer.max_bytes >= PAGE
         entry = writer.finish({"state": state})
     read = load_file(path)
     assert read.keys() == {*TENSORS, "state"} and read.pop("state").tobytes() == state
     for name, wanted in TENSORS.items():
         assert read[name].dtype == wanted.dtype and np.array_equal(read[name], wanted), name
-    assert entry.nbytes == path.stat().st_size <= writer.most_bytes
+    assert entry.nbytes == path.stat().st_size <= writer.max_bytes
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_data_begins_on_a_page_and_packed_weights_on_multiples_of_64(tmp_path: Path) -> None:
-    writer = Writer(tmp_path / "model.safetensors", slots())
+    writer = SafetensorsWriter(tmp_path / "model.safetensors", slots())
     assert writer.data_start % PAGE == 0 and writer.starts["codes"] % 64 == 0
     assert writer.starts["codes"] < writer.starts["odd"], "what keeps the alignment comes first"
 
 
 def test_one_that_failed_leaves_nothing(tmp_path: Path) -> None:
     def fail() -> None:
-        with Writer(tmp_path / "model.safetensors", slots()) as writer:
+        with SafetensorsWriter(tmp_path / "model.safetensors", slots()) as writer:
             writer.put("odd", b"0123456")
             raise ZeroDivisionError
 

@@ -23,7 +23,7 @@ from halfbyte.base.modules.settings import Settings
 from halfbyte.base.modules.sites import Site
 from halfbyte.base.modules.weights import Weights
 from halfbyte.base.store.reading import torch_dtypes
-from halfbyte.base.store.writer import Slot, Writer
+from halfbyte.base.store.writer import SafetensorsWriter, Slot
 from halfbyte.errors import BaseModelError
 from halfbyte.quant import formats, stack_load
 from halfbyte.quant.number_format import NumberFormat
@@ -105,7 +105,7 @@ class Filling:
             else:
                 slots.append(Slot(site.name, names[site.dtype], site.shape, site.numel * site.dtype.itemsize))
         try:
-            with Writer(path, slots) as out:
+            with SafetensorsWriter(path, slots) as out:
                 late = [*pool.map(lambda site: self._write(site, out), sites)]
                 out.finish({name: data for each in late for name, data in each.items()})
         except OSError as error:
@@ -115,7 +115,7 @@ class Filling:
             ) from error
         self._open(path, sites)
 
-    def _write(self, site: Site, out: Writer) -> dict[str, bytes]:
+    def _write(self, site: Site, out: SafetensorsWriter) -> dict[str, bytes]:
         """Write one tensor; what is known only now is handed back."""
         if not site.quantised:
             for at, values in self.weights.chunks(site, 1):

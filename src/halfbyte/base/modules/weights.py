@@ -191,7 +191,7 @@ def _module_names(root: nn.Module, source: Source, sites: Sequence[Site]) -> dic
     Raises:
         BaseModelError: transformers merges or splits tensors of this model while it loads.
     """
-    from halfbyte.base.store.renaming import renamed
+    from halfbyte.base.store.conversion import renamed
 
     state = {name: True for site in sites for name in site.names}
     targets = renamed(root, source.tensors, state)

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from halfbyte.base.store import manifest, mxfp4, shelf
-from halfbyte.base.store.layout import FilePlan, Layout, slots
-from halfbyte.base.store.reading import Piece, Source, torch_dtypes
-from halfbyte.base.store.writer import Writer
+from halfbyte.base.store.layout import FilePlan, StoreLayout, slots
+from halfbyte.base.store.reading import Source, TensorPlan, torch_dtypes
+from halfbyte.base.store.writer import SafetensorsWriter
 from halfbyte.errors import HalfbyteError, StoreError
 from halfbyte.models.sources.checkpoint import beside_bytes, beside_weights
 from halfbyte.models.sources.safetensors import INDEX
@@ -59,13 +59,13 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Request:
-    wanted: shelf.Wanted
-    layout: Layout
+class BuildJob:
+    spec: shelf.StoreSpec
+    layout: StoreLayout
     key: str
 
 
-def build(request: Request, source: Source, target: Path, tell: Callable[[Progress], None] | None = None) -> None:
+def build(job: BuildJob, source: Source, target: Path, tell: Callable[[Progress], None] | None = None) -> None:
     """Make the folder `target`, which must not be there. Call it under the lock of `shelf.building`.
 
     Raises:
@@ -75,16 +75,16 @@ def build(request: Request, source: Source, target: Path, tell: Callable[[Progre
     partial = target.with_name(target.name + shelf.PARTIAL)
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        journal = _Journal(partial, request)
-        _preflight(request, partial, journal)
+        journal = _Journal(partial, job)
+        _preflight(job, partial, journal)
         started = time.monotonic()
-        _write_files(request, source, journal, tell)
-        _finish(request, journal, time.monotonic() - started)
+        _write_files(job, source, journal, tell)
+        _finish(job, journal, time.monotonic() - started)
         files.put(partial, target)
     except OSError as error:
         where = error.filename or partial
         raise shelf.NotWritable(
-            f"the store of {request.wanted.checkpoint.id} cannot be written: {where}: {error.strerror or error}. "
+            f"the store of {job.spec.checkpoint.id} cannot be written: {where}: {error.strerror or error}. "
             f"{files.free_bytes(partial) / 1e9:.2f} GB are free there.",
             fix=_MORE_ROOM,
         ) from error
@@ -93,13 +93,13 @@ def build(request: Request, source: Source, target: Path, tell: Callable[[Progre
 class _Journal:
     """The files that are finished, one JSON line each, written when the file is durable."""
 
-    def __init__(self, folder: Path, request: Request) -> None:
+    def __init__(self, folder: Path, job: BuildJob) -> None:
         self.folder, self.path = folder, folder / JOURNAL
         self.lock = threading.Lock()
         self.files: dict[str, manifest.Entry] = {}
         self.hashes: dict[str, dict[str, str]] = {}
-        self.key = request.key
-        known = {plan.name for plan in request.layout.files}
+        self.key = job.key
+        known = {plan.name for plan in job.layout.files}
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
         for line in text.splitlines():
             try:
@@ -124,21 +124,21 @@ class _Journal:
             self.files[entry.name], self.hashes[entry.name] = entry, tensors
 
 
-def _preflight(request: Request, partial: Path, journal: _Journal) -> None:
-    need = beside_bytes(request.wanted.checkpoint.path) + SPARE_BYTES
-    for plan in request.layout.files:
+def _preflight(job: BuildJob, partial: Path, journal: _Journal) -> None:
+    need = beside_bytes(job.spec.checkpoint.path) + SPARE_BYTES
+    for plan in job.layout.files:
         if plan.name not in journal.files:
-            need += Writer(partial / plan.name, slots(plan.pieces, request.wanted.quant)).most_bytes
+            need += SafetensorsWriter(partial / plan.name, slots(plan.tensors, job.spec.quant)).max_bytes
     if (free := files.free_bytes(partial)) < need:
         raise shelf.NotWritable(
-            f"no space left for the store of {request.wanted.checkpoint.id}: it needs {need / 1e9:.2f} GB in "
+            f"no space left for the store of {job.spec.checkpoint.id}: it needs {need / 1e9:.2f} GB in "
             f"{partial.parent}, and {free / 1e9:.2f} GB are free",
             fix=_MORE_ROOM,
         )
 
 
-def _write_files(request: Request, source: Source, journal: _Journal, tell: Callable[[Progress], None] | None) -> None:
-    layout = request.layout
+def _write_files(job: BuildJob, source: Source, journal: _Journal, tell: Callable[[Progress], None] | None) -> None:
+    layout = job.layout
     todo = [plan for plan in layout.files if plan.name not in journal.files]
     count = _Counter(layout.source_bytes - sum(plan.source_bytes for plan in todo), layout.source_bytes)
     stop = threading.Event()
@@ -147,9 +147,9 @@ def _write_files(request: Request, source: Source, journal: _Journal, tell: Call
     def one(plan: FilePlan) -> None:
         threads.add(threading.current_thread())
         if not stop.is_set():
-            _FileBuild(plan, request.wanted.quant, source, journal, stop, count).run()
+            _FileBuild(plan, job.spec.quant, source, journal, stop, count).run()
 
-    pool = ThreadPoolExecutor(request.wanted.cores + store_build.EXTRA_THREADS, thread_name_prefix="store")
+    pool = ThreadPoolExecutor(job.spec.cores + store_build.EXTRA_THREADS, thread_name_prefix="store")
     pending: set[Future[None]] = set()
     try:
         with source:
@@ -167,7 +167,7 @@ def _write_files(request: Request, source: Source, journal: _Journal, tell: Call
                 for thread in tuple(threads):  # one that Ctrl-C kept the pool from noting as its own
                     thread.join()
     except MemoryError as error:
-        raise StoreError(f"there is not enough memory to build the store of {request.wanted.checkpoint.id}.") from error
+        raise StoreError(f"there is not enough memory to build the store of {job.spec.checkpoint.id}.") from error
     if changed := source.changed():
         for plan in todo:
             (journal.folder / plan.name).unlink(missing_ok=True)
@@ -209,31 +209,31 @@ class _FileBuild:
     def run(self) -> None:
         late: dict[str, bytes] = {}
         hashes: dict[str, str] = {}
-        with Writer(self.journal.folder / self.plan.name, slots(self.plan.pieces, self.quant)) as out:
-            for piece in self.plan.pieces:
-                if piece.encoding == "copy":
-                    for first, values in self._chunks(piece, hashes):
-                        out.put(piece.name, values.view(torch.uint8).numpy(), first * piece.dtype.itemsize)
+        with SafetensorsWriter(self.journal.folder / self.plan.name, slots(self.plan.tensors, self.quant)) as out:
+            for tensor in self.plan.tensors:
+                if tensor.encoding == "copy":
+                    for first, values in self._chunks(tensor, hashes):
+                        out.put(tensor.name, values.view(torch.uint8).numpy(), first * tensor.dtype.itemsize)
                 else:
-                    late |= self._quantise(piece, out, hashes)
+                    late |= self._quantise(tensor, out, hashes)
             entry = out.finish(late)
         self.journal.add(entry, hashes)
 
-    def _chunks(self, piece: Piece, hashes: dict[str, str]) -> Iterator[tuple[int, torch.Tensor]]:
+    def _chunks(self, tensor: TensorPlan, hashes: dict[str, str]) -> Iterator[tuple[int, torch.Tensor]]:
         """(first element, values in the wanted dtype) in pieces of the tensor; a transposed matrix comes at once.
 
         The hash of each source is put into `hashes`, by its name.
         """
-        if piece.mxfp4:
-            yield from self._experts_of_mxfp4(piece, hashes)
+        if tensor.mxfp4:
+            yield from self._experts_of_mxfp4(tensor, hashes)
             return
-        unit = 1 if piece.encoding == "copy" else formats.of(self.quant).unit(piece.shape, self.quant)
+        unit = 1 if tensor.encoding == "copy" else formats.of(self.quant).unit(tensor.shape, self.quant)
         most = max(1, store_build.CHUNK_ELEMENTS // unit) * unit
         start = 0
-        for source in piece.sources:
+        for source in tensor.sources:
             kind, numel = torch_dtypes()[source.dtype], math.prod(source.shape)
             digest = hashlib.sha256(f"{source.dtype}{list(source.shape)}".encode())
-            at_once = math.prod(source.shape[-2:]) if piece.transposed else most
+            at_once = math.prod(source.shape[-2:]) if tensor.transposed else most
             for first in range(0, numel, max(1, at_once)):
                 if self.stop.is_set():
                     raise _Stopped("the build was stopped")
@@ -244,39 +244,39 @@ class _FileBuild:
                 raw = self.buffer[:nbytes]
                 self.source.read(source, first * kind.itemsize, raw.data)
                 digest.update(raw.data)
-                values = torch.from_numpy(raw).view(kind).to(piece.dtype)
-                if piece.transposed:
+                values = torch.from_numpy(raw).view(kind).to(tensor.dtype)
+                if tensor.transposed:
                     values = values.view(source.shape[-2:]).T.contiguous().view(-1)
                 yield start + first, values
                 self.count.add(nbytes)
             hashes[source.name] = digest.hexdigest()
             start += numel
 
-    def _experts_of_mxfp4(self, piece: Piece, hashes: dict[str, str]) -> Iterator[tuple[int, torch.Tensor]]:
+    def _experts_of_mxfp4(self, tensor: TensorPlan, hashes: dict[str, str]) -> Iterator[tuple[int, torch.Tensor]]:
         """The same for a stack in MXFP4: an expert at a time."""
-        digests = [hashlib.sha256(f"{source.dtype}{list(source.shape)}".encode()) for source in piece.sources]
-        numel = piece.numel // piece.shape[0]
-        for expert in range(piece.shape[0]):
+        digests = [hashlib.sha256(f"{source.dtype}{list(source.shape)}".encode()) for source in tensor.sources]
+        numel = tensor.numel // tensor.shape[0]
+        for expert in range(tensor.shape[0]):
             if self.stop.is_set():
                 raise _Stopped("the build was stopped")
-            raw = [bytearray(source.nbytes // source.shape[0]) for source in piece.sources]
-            for source, digest, half in zip(piece.sources, digests, raw, strict=True):
+            raw = [bytearray(source.nbytes // source.shape[0]) for source in tensor.sources]
+            for source, digest, half in zip(tensor.sources, digests, raw, strict=True):
                 self.source.read(source, expert * len(half), memoryview(half))
                 digest.update(half)
-            shapes = (source.shape[1:] for source in piece.sources)
+            shapes = (source.shape[1:] for source in tensor.sources)
             blocks, scales = (np.frombuffer(h, np.uint8).reshape(n) for h, n in zip(raw, shapes, strict=True))
-            yield expert * numel, mxfp4.decoded(blocks, scales, piece.dtype)
+            yield expert * numel, mxfp4.decoded(blocks, scales, tensor.dtype)
             self.count.add(sum(map(len, raw)))
-        hashes |= {source.name: digest.hexdigest() for source, digest in zip(piece.sources, digests, strict=True)}
+        hashes |= {source.name: digest.hexdigest() for source, digest in zip(tensor.sources, digests, strict=True)}
 
-    def _quantise(self, piece: Piece, out: Writer, hashes: dict[str, str]) -> dict[str, bytes]:
-        name, held = piece.name, formats.of(self.quant)
-        encoder = held.encoder(self.quant, piece.shape, piece.dtype, name)
-        for first, values in self._chunks(piece, hashes):
+    def _quantise(self, tensor: TensorPlan, out: SafetensorsWriter, hashes: dict[str, str]) -> dict[str, bytes]:
+        name, number_format = tensor.name, formats.of(self.quant)
+        encoder = number_format.encoder(self.quant, tensor.shape, tensor.dtype, name)
+        for first, values in self._chunks(tensor, hashes):
             out.put(name, encoder.codes(first, values).data, encoder.code_bytes(first))
-        made, late = encoder.parts(), {}
-        for part in held.parts(piece.shape, self.quant)[1:]:
-            data = made[part.suffix].contiguous().view(-1).view(torch.uint8).numpy()
+        beside, late = encoder.parts(), {}
+        for part in number_format.parts(tensor.shape, self.quant)[1:]:
+            data = beside[part.suffix].contiguous().view(-1).view(torch.uint8).numpy()
             if part.nbytes is None:
                 late[part.name(name)] = data.tobytes()
             else:
@@ -284,25 +284,25 @@ class _FileBuild:
         return late
 
 
-def _finish(request: Request, journal: _Journal, seconds: float) -> None:
+def _finish(job: BuildJob, journal: _Journal, seconds: float) -> None:
     """Everything but the weights, and the manifest last."""
-    folder, origin = journal.folder, request.wanted.checkpoint
+    folder, origin = journal.folder, job.spec.checkpoint
     entries = dict(journal.files)
     for path in beside_weights(origin.path):
         files.write(folder / path.name, path.read_bytes())
         entries[path.name] = manifest.entry_of(folder / path.name)
-    for name, content in (("config.json", _config(request)), (INDEX, _index(request, entries))):
+    for name, content in (("config.json", _config(job)), (INDEX, _index(job, entries))):
         files.write(folder / name, json.dumps(content, indent=2).encode() + b"\n")
         entries[name] = manifest.entry_of(folder / name)
     journal.path.unlink()
     manifest.write(
         folder,
         manifest.Manifest(
-            key=request.key,
+            key=job.key,
             source={"id": origin.id, "kind": origin.kind, "revision": origin.revision, "path": str(origin.path)},
             content_sha256=manifest.tree_hash((t, h) for f in journal.hashes.values() for t, h in f.items()),
-            quant=shelf.settings(request.wanted.quant, request.wanted.dtype_name),
-            parameters=request.layout.parameters,
+            quant=shelf.settings(job.spec.quant, job.spec.dtype_name),
+            parameters=job.layout.parameters,
             seconds=round(seconds, 3),
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             files=tuple(entries[name] for name in sorted(entries)),
@@ -310,21 +310,21 @@ def _finish(request: Request, journal: _Journal, seconds: float) -> None:
     )
 
 
-def _config(request: Request) -> Document:
+def _config(job: BuildJob) -> Document:
     """The source's config.json with what makes it a pre-quantised bitsandbytes checkpoint."""
-    wanted = request.wanted
-    values: Document = json.loads((wanted.checkpoint.path / "config.json").read_text(encoding="utf-8"))
+    spec = job.spec
+    values: Document = json.loads((spec.checkpoint.path / "config.json").read_text(encoding="utf-8"))
     values.pop("torch_dtype", None)
-    values["dtype"] = wanted.dtype_name
-    opening = formats.of(wanted.quant).load_config(wanted.quant, wanted.dtype, wanted.head_names)
+    values["dtype"] = spec.dtype_name
+    opening = formats.of(spec.quant).load_config(spec.quant, spec.dtype, spec.head_names)
     settings = opening.to_dict() if opening is not None else {}
-    if request.layout.taught:
-        settings = linear_subclasses.mark(settings, wanted.quant)
+    if job.layout.taught:
+        settings = linear_subclasses.mark(settings, spec.quant)
     return {**values, "quantization_config": settings} if settings else values
 
 
-def _index(request: Request, entries: dict[str, manifest.Entry]) -> Document:
-    quant = request.wanted.quant
-    weight_map = {slot.name: plan.name for plan in request.layout.files for slot in slots(plan.pieces, quant)}
-    total = sum(entries[plan.name].nbytes for plan in request.layout.files)
+def _index(job: BuildJob, entries: dict[str, manifest.Entry]) -> Document:
+    quant = job.spec.quant
+    weight_map = {slot.name: plan.name for plan in job.layout.files for slot in slots(plan.tensors, quant)}
+    total = sum(entries[plan.name].nbytes for plan in job.layout.files)
     return {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from halfbyte.base.store import experts, mxfp4
-from halfbyte.base.store.reading import FLOATS, Piece, SourceTensor, torch_dtypes
-from halfbyte.base.store.renaming import Rule, renamed
-from halfbyte.base.store.shelf import CannotHold, Wanted
+from halfbyte.base.store import conversion, mxfp4
+from halfbyte.base.store.conversion import Rule, renamed
+from halfbyte.base.store.reading import FLOATS, SourceTensor, TensorPlan, torch_dtypes
+from halfbyte.base.store.shelf import CannotHold, StoreSpec
 from halfbyte.base.store.writer import Slot
 from halfbyte.models.tensors import spec_of
 from halfbyte.plan.store_build import OWN_FILE_BYTES
@@ -33,15 +33,15 @@ class FilePlan:
     """One file: every tensor of a decoder layer, one large tensor, or the small rest."""
 
     name: str
-    pieces: tuple[Piece, ...]
+    tensors: tuple[TensorPlan, ...]
 
     @property
     def source_bytes(self) -> int:
-        return sum(piece.source_bytes for piece in self.pieces)
+        return sum(plan.source_bytes for plan in self.tensors)
 
 
 @dataclass(frozen=True)
-class Layout:
+class StoreLayout:
     """`taught`: it opens with `linear_subclasses.opening_config` only."""
 
     files: tuple[FilePlan, ...]
@@ -49,23 +49,23 @@ class Layout:
 
     @property
     def source_bytes(self) -> int:
-        return sum(plan.source_bytes for plan in self.files)
+        return sum(file.source_bytes for file in self.files)
 
     @property
     def parameters(self) -> int:
-        return sum(piece.numel for plan in self.files for piece in plan.pieces)
+        return sum(plan.numel for file in self.files for plan in file.tensors)
 
 
-def lay_out(tensors: dict[str, SourceTensor], wanted: Wanted) -> Layout:
+def lay_out(tensors: dict[str, SourceTensor], spec: StoreSpec) -> StoreLayout:
     """Decide everything about a store of these tensors.
 
     Raises:
         CannotHold: transformers merges or splits matrices that are to be quantised, or would not find them again.
     """
-    loader = _Loader(wanted, pre_quantised=False)
-    pieces: list[tuple[Piece, str]] = []
+    loader = _EmptyModel(spec, pre_quantised=False)
+    plans: list[tuple[TensorPlan, str]] = []
     wrong: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
-    stacked: dict[str, list[experts.Member]] = {}
+    stacked: dict[str, list[conversion.Member]] = {}
     tensors, halves = mxfp4.joined(tensors)
     for name, target, rule in loader.targets(tensors):
         if target not in loader.state:
@@ -84,45 +84,48 @@ def lay_out(tensors: dict[str, SourceTensor], wanted: Wanted) -> Layout:
         if quantised and source.shape != tuple(module.weight.shape):
             wrong.append((name, source.shape, tuple(module.weight.shape)))
         shape = source.shape[::-1] if transposed else source.shape
-        piece = Piece(name, (source,), shape, "quantised" if quantised else "copy", dtype, transposed, target=target)
-        pieces.append((piece, target))
+        plan = TensorPlan(
+            name, (source,), shape, "quantised" if quantised else "copy", dtype, transposed, target=target
+        )
+        plans.append((plan, target))
     for target, members in stacked.items():
-        pieces.append((experts.piece(target, members, loader, wanted.quant, halves), target))
-    if wanted.check is not None:
-        missing = loader.missing({target for _, target in pieces})
-        wanted.check(loader.model, {"missing_keys": missing, "mismatched_keys": wrong})
-    named = _names(_once(pieces, loader.tied), _Loader(wanted, pre_quantised=True), wanted.quant)
-    return Layout(_files(named, wanted.config.model_type), loader.taught)
+        shape, dtype = tuple(loader.stacks[target].shape), loader.dtype_of(target, quantised=True)
+        plans.append((conversion.stack_plan(target, shape, dtype, members, spec.quant, halves), target))
+    if spec.check is not None:
+        missing = loader.missing({target for _, target in plans})
+        spec.check(loader.model, {"missing_keys": missing, "mismatched_keys": wrong})
+    named = _names(_once(plans, loader.tied), _EmptyModel(spec, pre_quantised=True), spec.quant)
+    return StoreLayout(_files(named, spec.config.model_type), loader.taught)
 
 
-def slots(pieces: Iterable[Piece], quant: Quant) -> list[Slot]:
-    """The tensors that pieces become in their file."""
+def slots(plans: Iterable[TensorPlan], quant: Quant) -> list[Slot]:
+    """The tensors that plans become in their file."""
     names = {dtype: name for name, dtype in torch_dtypes().items()}
     every: list[Slot] = []
-    for piece in pieces:
-        if piece.encoding == "copy":
-            nbytes = piece.numel * piece.dtype.itemsize
-            every.append(Slot(piece.name, names[piece.dtype], piece.shape, nbytes))
+    for plan in plans:
+        if plan.encoding == "copy":
+            nbytes = plan.numel * plan.dtype.itemsize
+            every.append(Slot(plan.name, names[plan.dtype], plan.shape, nbytes))
         else:
-            parts = formats.of(quant).parts(piece.shape, quant)
-            every += (Slot(part.name(piece.name), part.dtype, part.shape, part.nbytes) for part in parts)
+            parts = formats.of(quant).parts(plan.shape, quant)
+            every += (Slot(part.name(plan.name), part.dtype, part.shape, part.nbytes) for part in parts)
     return every
 
 
-class _Loader:
+class _EmptyModel:
     """transformers' own view of a load: the empty model, prepared by its quantiser, and how tensors are renamed."""
 
-    def __init__(self, wanted: Wanted, *, pre_quantised: bool) -> None:
+    def __init__(self, spec: StoreSpec, *, pre_quantised: bool) -> None:
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.quantizers import AutoHfQuantizer
 
-        quant, dtype = wanted.quant, wanted.dtype
+        quant, dtype = spec.quant, spec.dtype
         self.compute_dtype = dtype
         with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(copy.deepcopy(wanted.config), dtype=dtype)
+            self.model = AutoModelForCausalLM.from_config(copy.deepcopy(spec.config), dtype=dtype)
         self.original = dict(self.model.named_modules())
-        bits = formats.of(quant).load_config(quant, dtype, wanted.head_names)
+        bits = formats.of(quant).load_config(quant, dtype, spec.head_names)
         self.taught, self.quantiser = False, None
         if bits is not None:  # None copies a model in the compute dtype
             self.taught = linear_subclasses.is_needed(self.model, quant.exempt)
@@ -134,7 +137,7 @@ class _Loader:
             )
         self.state = self.model.state_dict()
         self.stacks = dict(stack_load.stacks(self.model))
-        self.plan = self.model._get_dtype_plan(dtype)
+        self.dtype_plan = self.model._get_dtype_plan(dtype)
         self.tied = dict(self.model.all_tied_weights_keys)
 
     def quantises(self, target: str) -> bool:
@@ -164,45 +167,45 @@ class _Loader:
         """What the loader casts a tensor to."""
         from transformers.core_model_loading import build_glob_alternation
 
-        own = self.compute_dtype if quantised else self.state[target].dtype
-        return next((t for p, t in self.plan.items() if build_glob_alternation([p])[0].search(target)), own)
+        usual = self.compute_dtype if quantised else self.state[target].dtype
+        return next((t for p, t in self.dtype_plan.items() if build_glob_alternation([p])[0].search(target)), usual)
 
 
-def _once(pieces: list[tuple[Piece, str]], tied: dict[str, str]) -> list[tuple[Piece, str]]:
+def _once(plans: list[tuple[TensorPlan, str]], tied: dict[str, str]) -> list[tuple[TensorPlan, str]]:
     """Without a tied tensor that a pickle holds twice in one storage; loading ties it again."""
-    by_target = {target: piece for piece, target in pieces}
+    by_target = {target: plan for plan, target in plans}
 
-    def repeated(piece: Piece, target: str) -> bool:
-        first = by_target.get(tied.get(target, ""), piece)
-        return first is not piece and replace(first.sources[0], name=piece.sources[0].name) == piece.sources[0]
+    def repeated(plan: TensorPlan, target: str) -> bool:
+        first = by_target.get(tied.get(target, ""), plan)
+        return first is not plan and replace(first.sources[0], name=plan.sources[0].name) == plan.sources[0]
 
-    return [(piece, target) for piece, target in pieces if not repeated(piece, target)]
+    return [(plan, target) for plan, target in plans if not repeated(plan, target)]
 
 
-def _names(pieces: list[tuple[Piece, str]], loader: _Loader, quant: Quant) -> list[Piece]:
-    """The pieces under names by which transformers will find them in the store: the source's, or else the model's."""
+def _names(plans: list[tuple[TensorPlan, str]], loader: _EmptyModel, quant: Quant) -> list[TensorPlan]:
+    """The plans under names by which transformers will find them in the store: the source's, or else the model's."""
     for use_target in (False, True):
         named = [
-            (replace(piece, name=target) if use_target and target not in loader.stacks else piece, target)
-            for piece, target in pieces
+            (replace(plan, name=target) if use_target and target not in loader.stacks else plan, target)
+            for plan, target in plans
         ]
-        wanted = {slot.name: target for piece, target in named for slot in slots([piece], quant)}
-        if {name: target for name, target, _ in loader.targets(wanted)} == wanted:
-            return [piece for piece, _ in named]
+        expected = {slot.name: target for plan, target in named for slot in slots([plan], quant)}
+        if {name: target for name, target, _ in loader.targets(expected)} == expected:
+            return [plan for plan, _ in named]
     raise CannotHold("transformers would not find its tensors again by their names")
 
 
-def _files(pieces: list[Piece], model_type: str) -> tuple[FilePlan, ...]:
-    groups: dict[str, list[Piece]] = {}
-    for piece in pieces:
-        layer = spec_of(piece.name, piece.shape, "BF16", {"model_type": model_type}).layer
+def _files(plans: list[TensorPlan], model_type: str) -> tuple[FilePlan, ...]:
+    groups: dict[str, list[TensorPlan]] = {}
+    for plan in plans:
+        layer = spec_of(plan.name, plan.shape, "BF16", {"model_type": model_type}).layer
         if layer is not None:
             name = f"model-layer-{layer:04d}.safetensors"
-        elif piece.source_bytes >= OWN_FILE_BYTES:
-            name = f"model-{re.sub(r'[^A-Za-z0-9_]+', '-', piece.name)}.safetensors"
+        elif plan.source_bytes >= OWN_FILE_BYTES:
+            name = f"model-{re.sub(r'[^A-Za-z0-9_]+', '-', plan.name)}.safetensors"
         else:
             name = "model-rest.safetensors"
-        groups.setdefault(name, []).append(piece)
-    plans = (FilePlan(name, tuple(members)) for name, members in groups.items())
+        groups.setdefault(name, []).append(plan)
+    files = (FilePlan(name, tuple(members)) for name, members in groups.items())
     # The largest first, so that no thread begins a long file when the others are done.
-    return tuple(sorted(plans, key=lambda plan: -plan.source_bytes))
+    return tuple(sorted(files, key=lambda file: -file.source_bytes))

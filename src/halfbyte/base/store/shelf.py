@@ -56,7 +56,7 @@ class NotWritable(StoreError):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class StoreSpec:
     """A base that is to be quantised.
 
     Args:
@@ -127,8 +127,8 @@ def settings(quant: Quant, dtype: str) -> Document:
 
 def key_of(checkpoint: Checkpoint, quant: Quant, dtype: str) -> str:
     """The name of the store that belongs to a source and settings: readable, and unique by its hash."""
-    wanted = {"source": identity(checkpoint), "quant": settings(quant, dtype), "format": manifest.FORMAT_VERSION}
-    digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
+    settled = {"source": identity(checkpoint), "quant": settings(quant, dtype), "format": manifest.FORMAT_VERSION}
+    digest = hashlib.sha256(json.dumps(settled, sort_keys=True).encode()).hexdigest()[:16]
     stem = re.sub(r"[^\w.-]+", "_", Path(checkpoint.id).name)[:48].strip(".") or "base"
     return f"{stem}-{quant.type}-{digest}"
 

@@ -34,7 +34,7 @@ class Tell:
             self.note(label, text)
 
 
-def ensure(wanted: shelf.Wanted, *, out: Path | None = None, tell: Tell | None = None) -> Path:
+def ensure(spec: shelf.StoreSpec, *, out: Path | None = None, tell: Tell | None = None) -> Path:
     """The folder of the store: found and checked cheaply, or built now.
 
     Args:
@@ -46,20 +46,20 @@ def ensure(wanted: shelf.Wanted, *, out: Path | None = None, tell: Tell | None =
         CannotHold: this source can only be quantised while it is loaded.
     """
     tell = tell or Tell()
-    key = shelf.key_of(wanted.checkpoint, wanted.quant, wanted.dtype_name)
+    key = shelf.key_of(spec.checkpoint, spec.quant, spec.dtype_name)
     target = out.absolute() if out is not None else shelf.folder() / key
     if out is None:
         shelf.hold(key)
     if (whole := _whole(target, key)) is not None:
         return whole
-    waiting = f"another process builds the store of {wanted.checkpoint.id}; waiting for it"
+    waiting = f"another process builds the store of {spec.checkpoint.id}; waiting for it"
     with shelf.building(key, lambda: tell.say(waiting), where=out and target):
         # It may have been built while this process waited.
         if (whole := _whole(target, key, tell)) is not None:
             return whole
         if target.exists():
             shelf.set_aside(target)
-        _build(wanted, key, target, tell)
+        _build(spec, key, target, tell)
         if tell.built is not None:
             tell.built()
     shelf.touch(target)
@@ -106,19 +106,19 @@ def _whole(target: Path, key: str, tell: Tell | None = None) -> Path | None:
     return target
 
 
-def _build(wanted: shelf.Wanted, key: str, target: Path, tell: Tell) -> None:
+def _build(spec: shelf.StoreSpec, key: str, target: Path, tell: Tell) -> None:
     from halfbyte.base.store import build, layout
 
-    source = open_source(wanted)
-    build.build(build.Request(wanted, layout.lay_out(source.tensors, wanted), key), source, target, tell.progress)
+    source = open_source(spec)
+    build.build(build.BuildJob(spec, layout.lay_out(source.tensors, spec), key), source, target, tell.progress)
 
 
-def open_source(wanted: shelf.Wanted) -> Source:
+def open_source(spec: shelf.StoreSpec) -> Source:
     """The tensors of what is, or was, quantised."""
     from halfbyte.base.store import reading
 
-    files = shelf.source_files(wanted.checkpoint)
+    files = shelf.source_files(spec.checkpoint)
     try:
-        return (reading.PickledSource if wanted.checkpoint.pickle else reading.Source)(files)
+        return (reading.PickledSource if spec.checkpoint.pickle else reading.Source)(files)
     except UnpicklingError as error:
-        raise reading.unsafe_pickle(wanted.checkpoint, error) from error
+        raise reading.unsafe_pickle(spec.checkpoint, error) from error

@@ -39,7 +39,7 @@ class Slot:
     nbytes: int | None
 
 
-class Writer:
+class SafetensorsWriter:
     """A file under construction: `NAME.tmp`, renamed to NAME when it is whole and on the disk.
 
     Args:
@@ -59,10 +59,10 @@ class Writer:
         self.placed = list(zip(self.known, ends, ends[1:], strict=False))
         self.starts = {slot.name: start for slot, start, _ in self.placed}
         self.known_bytes = ends[-1]
-        self.most_bytes = self.data_start + self.known_bytes + spare_bytes * len(self.late)
+        self.max_bytes = self.data_start + self.known_bytes + spare_bytes * len(self.late)
         self.fd = -1
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> SafetensorsWriter:
         self.fd = os.open(self.partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | calls.BINARY, 0o644)
         return self
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from halfbyte.adapters import alive
+from halfbyte.adapters import learning
 from halfbyte.data import collate, pack
 from halfbyte.errors import TrainError
 from halfbyte.system import files
@@ -51,7 +51,7 @@ def check(
     what = f"the gradients' norm is {norm}" if math.isfinite(total) else f"the loss is {total}"
     where = [batches.examples[row].where for i in bad or range(len(parts)) for row in parts[i][0]]
     if math.isfinite(total):
-        names = alive.not_finite(model)
+        names = learning.not_finite(model)
         what += f", of {len(names)} tensors, {', '.join(names[:MOST])}"
     saved = save(run, step, [batches.of(parts[i][0]) for i in bad or range(len(parts))], where)
     raise TrainError(
@@ -87,7 +87,7 @@ def check_first(model: Model, longest: int) -> None:
     Raises:
         TrainError: names those without a gradient, or with one of zeros.
     """
-    dead = alive.without_gradient(model) if longest > 2 else []
+    dead = learning.without_gradient(model) if longest > 2 else []
     if dead:
         raise TrainError(
             f"{len(dead)} trained tensors or layers got no gradient in the first step, or one of zeros, so they would "

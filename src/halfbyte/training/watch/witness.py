@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from halfbyte.adapters import alive
+from halfbyte.adapters import learning
 from halfbyte.errors import TrainError, first_line, typed
 from halfbyte.models import structure
 from halfbyte.proofs import dequantising, setting
@@ -91,7 +91,7 @@ class Witness:
             lm = structure.causal_lm(model)
             rows = setting.random_examples(lm, setting.short_lengths(packed=self.packed))
             # the names of a layer's A and B are long
-            parameters = {f"{name}.{i}": p for name, pair in alive.pairs(model).items() for i, p in enumerate(pair)}
+            parameters = {f"{name}.{i}": p for name, pair in learning.pairs(model).items() for i, p in enumerate(pair)}
             with torch.no_grad():
                 logits = setting.logits(lm, rows).cpu()
             _, gradients = setting.loss_and_gradients(model, [setting.labelled(rows)], parameters=parameters)

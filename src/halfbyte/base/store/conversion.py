@@ -1,59 +1,97 @@
-"""A stack of experts out of a checkpoint's tensors, as transformers merges them, but never merged in memory.
+"""How transformers renames and merges a checkpoint's tensors while it loads: the names, and stacks of experts, of which
+nothing is merged in memory.
 
 What: of each expert parameter of the model, the tensors that transformers would stack and concatenate, in the order in
 which their numbers follow each other in the result: expert after expert, and of one expert gate before up. So a stack
 is written front to back, quantised in chunks, with one tensor's chunk in memory.
-Source: transformers, `conversion_mapping.py`; `MergeModulelist`, `Concatenate`, `Transpose` in `core_model_loading.py`.
-A conversion that is none of these is refused.
+Source: transformers, `conversion_mapping.py`; `rename_source_key`, `MergeModulelist`, `Concatenate`, `Transpose` in
+`core_model_loading.py`. A conversion that is none of these is refused.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from itertools import chain
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from halfbyte.base.store import mxfp4
-from halfbyte.base.store.reading import FLOATS, Piece, SourceTensor
-from halfbyte.base.store.renaming import Rule
+from halfbyte.base.store.reading import FLOATS, SourceTensor, TensorPlan
 from halfbyte.errors import BaseModelError
 from halfbyte.quant import formats, stack_load
 from halfbyte.recipe.schema import Quant
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+    from transformers.core_model_loading import WeightConverter
+    from transformers.quantizers import HfQuantizer
 
-    from halfbyte.quant.stack import ExpertStack
+
+class Rule(NamedTuple):
+    """How tensors become another one.
+
+    Args:
+        pattern: which of the converter's patterns a tensor's name holds.
+        converter: its patterns, in the order in which their tensors are taken, and its operations.
+    """
+
+    pattern: str
+    converter: WeightConverter
+
+
+def renamed(
+    model: nn.Module, names: Iterable[str], state: Mapping[str, object], quantiser: HfQuantizer | None = None
+) -> dict[str, tuple[str, Rule | None]]:
+    """Name in a checkpoint -> (the model's name, the rule that changes the tensor on the way if any); in the order in
+    which transformers loads them.
+
+    Args:
+        model: any module; the names of one that is not transformers' stay as they are.
+        state: the names of the model's tensors, with values that are not None.
+        quantiser: one that has prepared the model, which may have rules of its own.
+    """
+    if not hasattr(model, "base_model_prefix") or not hasattr(model, "config"):
+        return {name: (name, None) for name in names}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(model, None, quantiser)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix, targets = model.base_model_prefix, {}
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=state)
+        targets[name] = (target, None if pattern is None else Rule(pattern, by_pattern[pattern]))
+    return targets
+
 
 # A tensor of the source, and the rule that takes it.
 Member = tuple[SourceTensor, Rule | None]
 
 
-class Loader(Protocol):
-    """transformers' own view of a load (`layout.py`)."""
-
-    stacks: dict[str, ExpertStack]
-
-    def dtype_of(self, target: str, *, quantised: bool) -> torch.dtype: ...
-
-
-def piece(target: str, members: list[Member], loader: Loader, quant: Quant, halves: mxfp4.Halves) -> Piece:
+def stack_plan(
+    target: str, shape: tuple[int, ...], dtype: torch.dtype, members: list[Member], quant: Quant, halves: mxfp4.Halves
+) -> TensorPlan:
     """The expert parameter `target` of the model from the tensors that transformers would make it of.
 
     Args:
+        shape: of the parameter, (experts, out, in). dtype: what its values are cast to.
         halves: of a tensor in MXFP4 its blocks and scales.
 
     Raises:
         BaseModelError: they are merged in a way that is not known here, or are not what the model needs.
     """
-    shape = tuple(loader.stacks[target].shape)
     sources = in_order(target, members)
     packed = sources[0].dtype == mxfp4.DTYPE
-    transposed = _is_transposed(target, sources, shape)
+    transposed = is_transposed(target, sources, shape)
     if math.prod(shape) != sum(math.prod(source.shape) for source in sources) or (packed and sources[0].shape != shape):
-        found = ", ".join(sorted({f"{source.shape}" for source in sources}))
+        shapes = ", ".join(sorted({f"{source.shape}" for source in sources}))
         raise BaseModelError(
-            f"{target} needs {shape}, and the checkpoint's {len(sources)} tensors for it are of shape {found}.",
+            f"{target} needs {shape}, and the checkpoint's {len(sources)} tensors for it are of shape {shapes}.",
             fix="download the checkpoint again, or check that config.json belongs to it",
         )
     unit = formats.of(quant).unit(shape, quant)
@@ -67,8 +105,9 @@ def piece(target: str, members: list[Member], loader: Loader, quant: Quant, halv
                 fix="a smaller quant.block_size, or leave experts in 16 bits: --set 'quant.skip_modules=[experts]'",
             )
     name = stack_load.stored_name(target)
-    dtype = loader.dtype_of(target, quantised=True)
-    return Piece(name, halves[sources[0].name] if packed else sources, shape, "quantised", dtype, transposed, packed)
+    return TensorPlan(
+        name, halves[sources[0].name] if packed else sources, shape, "quantised", dtype, transposed, packed
+    )
 
 
 def in_order(target: str, members: list[Member]) -> tuple[SourceTensor, ...]:
@@ -96,7 +135,7 @@ def in_order(target: str, members: list[Member]) -> tuple[SourceTensor, ...]:
     return tuple(chain.from_iterable(zip(*together, strict=True)))
 
 
-def _is_transposed(target: str, sources: tuple[SourceTensor, ...], shape: tuple[int, ...]) -> bool:
+def is_transposed(target: str, sources: tuple[SourceTensor, ...], shape: tuple[int, ...]) -> bool:
     """Whether one tensor holds all experts, each transposed: then transformers turns them (`Transpose`, check_dims)."""
     if len(sources) > 1:
         return False

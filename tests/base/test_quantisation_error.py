@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from halfbyte.base import requantised
+from halfbyte.base import quantisation_error
 from halfbyte.base.store import shelf, supply
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.recipe.schema import Quant
@@ -23,12 +23,12 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).bfloat16()
 
 
-def wanted(folder: Path, model: LlamaForCausalLM, quant: Quant, kind: str | None) -> shelf.Wanted:
+def wanted(folder: Path, model: LlamaForCausalLM, quant: Quant, kind: str | None) -> shelf.StoreSpec:
     model.save_pretrained(folder)
     if kind is not None:
         (folder / "halfbyte.json").write_text(json.dumps({"type": kind}))
     checkpoint = Checkpoint(folder, "m.gguf", None, "gguf" if kind is not None else "folder")
-    return shelf.Wanted(checkpoint, model.config, quant, torch.bfloat16)
+    return shelf.StoreSpec(checkpoint, model.config, quant, torch.bfloat16)
 
 
 def again(weight: torch.Tensor, quant: Quant) -> torch.Tensor:
@@ -47,12 +47,12 @@ def test_what_is_lost_is_told_once_the_store_is_built(tmp_path: Path, model: Lla
     matrices = [value.data for name, value in model.named_parameters() if "_proj" in name]
     lost = sum(float((again(m, quant).double() - m.double()).square().sum()) for m in matrices)
     whole = sum(float(m.double().square().sum()) for m in matrices)
-    error, count = requantised.sampled_error(asked)
+    error, count = quantisation_error.sampled_error(asked)
     assert count == sum(m.numel() for m in matrices)  # they are smaller than a sample
     assert error == pytest.approx((lost / whole) ** 0.5, rel=1e-6)
 
     told: list[tuple[str, str]] = []
-    tell = requantised.telling(asked, supply.Tell(note=lambda label, said: told.append((label, said))))
+    tell = quantisation_error.telling(asked, supply.Tell(note=lambda label, said: told.append((label, said))))
     assert not told and tell.built is not None
     tell.built()
     ((label, said),) = told
@@ -64,4 +64,4 @@ def test_nothing_is_told_of_a_source_that_has_lost_nothing(
     tmp_path: Path, model: LlamaForCausalLM, kind: str | None
 ) -> None:
     tell = supply.Tell()
-    assert requantised.telling(wanted(tmp_path, model, Quant(), kind), tell) is tell
+    assert quantisation_error.telling(wanted(tmp_path, model, Quant(), kind), tell) is tell
