@@ -180,7 +180,7 @@ def test_a_fault_of_the_tape_is_found_before_a_text_is_written(fault: str, monke
     models = served.two()
     if fault == "adapter":  # every text gets the first one
         monkeypatch.setattr(
-            lanes.Mixed, "use", lambda mixed, text, name: mixed.taken[:, text].copy_(torch.tensor([1.0, 0.0]))
+            lanes.TextAdapters, "use", lambda mixed, text, name: mixed.uses[:, text].copy_(torch.tensor([1.0, 0.0]))
         )
     elif fault == "cache":
         read = lanes.reader.Reader.read

@@ -25,7 +25,7 @@ from halfbyte.base import stream
 from halfbyte.errors import BaseModelError
 from halfbyte.layers.decoding import llama, reader
 from halfbyte.layers.decoding.linears import Unsupported
-from halfbyte.layers.decoding.tape import MOST_VECTORS
+from halfbyte.layers.decoding.tape import MAX_VECTORS
 from halfbyte.models import structure
 
 if TYPE_CHECKING:
@@ -183,8 +183,8 @@ class Loop:
         return ids
 
     def _check(self, lm: Model, texts: int) -> None:
-        if texts > MOST_VECTORS:
-            raise Slower(f"more than {MOST_VECTORS} texts at once")
+        if texts > MAX_VECTORS:
+            raise Slower(f"more than {MAX_VECTORS} texts at once")
         self.layers = layers_of(lm)
 
     def _decoder(self, lm: Model, texts: int, room: int, *, largest: bool) -> llama.Decoder:

@@ -14,7 +14,7 @@ from transformers import StoppingCriteria, TextStreamer
 
 from halfbyte.errors import DataError, first_line
 from halfbyte.inference import decode
-from halfbyte.layers.decoding.tape import MOST_VECTORS
+from halfbyte.layers.decoding.tape import MAX_VECTORS
 from halfbyte.models.context import Context, context_of
 from halfbyte.system import untrusted
 from halfbyte.types import Document, Model, Tokenizer
@@ -132,10 +132,10 @@ def generate(
     was_training, texts = model.training, []
     model.eval()
     try:
-        for start in range(0, len(prompts), MOST_VECTORS):
+        for start in range(0, len(prompts), MAX_VECTORS):
             state = torch.get_rng_state()
             try:
-                texts += writer.write(prompts[start : start + MOST_VECTORS], fast=True)
+                texts += writer.write(prompts[start : start + MAX_VECTORS], fast=True)
             except decode.Slower as why:
                 say(f"tokens come from the model's own forward, which is slower: {why}")
                 torch.set_rng_state(state)

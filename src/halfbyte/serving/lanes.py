@@ -1,6 +1,6 @@
 """Texts being written side by side: each step gives every text its next logits.
 
-`Tapes` reads the base once a step for all texts, whatever adapter each has (`layers/decoding/linears.py`, `Mixed`).
+`Tapes` reads the base once a step for all texts, whatever adapter each has (`layers/decoding/linears.py`).
 There is a tape for 1, 2, 4, 8 and 16 texts, on one set of caches: a step takes the smallest that holds all texts, and
 texts move together when half of it is empty. `Forward` is the model's own forward, one text after another: for what
 is not built like Llama, for DoRA, whole modules, trained rows and biases, and for cards.
@@ -26,7 +26,7 @@ from halfbyte.inference import batch, decode, prefill
 from halfbyte.layers import loss, packing
 from halfbyte.layers.decoding import llama, reader
 from halfbyte.layers.decoding.linears import Unsupported
-from halfbyte.layers.decoding.tape import Mixed
+from halfbyte.layers.decoding.tape import TextAdapters
 from halfbyte.models import structure
 from halfbyte.serving.models import Models
 
@@ -59,13 +59,14 @@ class Tapes:
         self.table = self.lm.get_input_embeddings()
         self.together = packing.installed(self.lm) == "cu_seq_lens"
         self._check()
-        self.mixed = Mixed(models.adapters, torch.zeros(len(models.adapters), models.places))
+        self.mixed = TextAdapters(models.adapters, torch.zeros(len(models.adapters), models.places))
         sizes = [n for n in batch.SIZES if n < models.places]
         rough = stream.of(self.layers[0]) is None
         try:
-            largest = llama.decoder(self.lm, models.places, models.room, mixed=self.mixed, largest=rough)
+            largest = llama.decoder(self.lm, models.places, models.room, adapters=self.mixed, largest=rough)
             smaller = [
-                llama.decoder(self.lm, n, models.room, mixed=self.mixed, beside=largest, largest=rough) for n in sizes
+                llama.decoder(self.lm, n, models.room, adapters=self.mixed, beside=largest, largest=rough)
+                for n in sizes
             ]
         except Unsupported as why:
             raise decode.Slower(str(why)) from why
@@ -184,7 +185,7 @@ class Tapes:
                 self._copy(m, to, self.before[m])
                 self.read[to], self.read[m] = self.read[m], ("", [])
                 self.text[to], self.before[to], self.text[m], self.before[m] = self.text[m], self.before[m], None, 0
-                self.mixed.taken[:, to] = self.mixed.taken[:, m]
+                self.mixed.uses[:, to] = self.mixed.uses[:, m]
 
     def leave(self, text: Text) -> None:
         if text in self.text:

@@ -3,9 +3,9 @@
 Why: the bytes of the base are read where they are, in memory or in a mapped file; only LoRA, which trains in fp32, is
 copied, in the dtype that its product is computed in.
 Cost: of a LoRA of rank 16 on all linears of a 7B model 80 MB in bf16.
-Several adapters in one tape (`Mixed`): their A stand below each other, their B side by side, and a text gets zeros from
-the A that are not its own. So the base's bytes are read once for all texts, and to each its sum is the one that it has
-with its adapter alone.
+Several adapters in one tape (`TextAdapters`): their A stand below each other, their B side by side, and a text gets
+zeros from the A of the other adapters. So the base is read once for all texts, and each text's sum is the one that it
+has with its adapter alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.layers import fuse
-from halfbyte.layers.decoding.tape import Mixed, Scales, Tape, Vectors
+from halfbyte.layers.decoding.tape import Scales, Tape, TextAdapters, Vectors
 from halfbyte.quant import formats
 
 _BLOCK = 64
@@ -62,16 +62,16 @@ def _lora(module: nn.Module, name: str, taken: Tensor | None = None) -> Lora:
     return Lora(module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]), taken)
 
 
-def mixed_parts_of(module: nn.Module, mixed: Mixed) -> Parts:
+def parts_of_all(module: nn.Module, adapters: TextAdapters) -> Parts:
     """The same with all adapters, whichever is active. Raises Unsupported likewise."""
     if not fuse.is_lora(module):
         return Parts(module)
     if module.merged:
         raise Unsupported("LoRA: merged")
-    names = [name for name in mixed.names if name in module.lora_A]
+    names = [name for name in adapters.names if name in module.lora_A]
     if reason := fuse.not_plain(module, names):
         raise Unsupported(f"LoRA: {reason}")
-    return Parts(module.base_layer, tuple(_lora(module, n, mixed.taken[mixed.names.index(n)]) for n in names))
+    return Parts(module.base_layer, tuple(_lora(module, n, adapters.uses[adapters.names.index(n)]) for n in names))
 
 
 def scales_of(module: nn.Module) -> Scales:
@@ -88,8 +88,8 @@ class Linear:
     """A layer's part of a tape: `down` is LoRA's first product, `up` the rest, in a later group."""
 
     def __init__(self, tape: Tape, module: nn.Module) -> None:
-        mixed = tape.mixed
-        self.tape, parts = tape, parts_of(module) if mixed is None else mixed_parts_of(module, mixed)
+        adapters = tape.adapters
+        self.tape, parts = tape, parts_of(module) if adapters is None else parts_of_all(module, adapters)
         self.base, self.loras = parts.base, parts.loras
         self.a: list[Tensor] = []
         self.b: Tensor | None = None
@@ -110,7 +110,7 @@ class Linear:
             raise Unsupported(f"{type(parts.base).__name__} in {self.held.name}, {weight.dtype}")
         self.bias = parts.base.bias
         if parts.loras:
-            copies: dict[nn.Module, tuple[list[Tensor], Tensor]] = {} if mixed is None else mixed.copies
+            copies: dict[nn.Module, tuple[list[Tensor], Tensor]] = {} if adapters is None else adapters.copies
             if module not in copies:
                 copies[module] = [x.a.detach().to(tape.dtype).contiguous() for x in parts.loras], self._side_by_side()
             self.a, self.b = copies[module]

@@ -6,7 +6,7 @@ looked for: `inference/decode.py` compares logits with the model's own before a 
 Source: transformers' modeling files of Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3, Phi-3, Granite.
 Cost: tens of milliseconds to write; LoRA is copied in the compute dtype.
 
-Letters: M texts, H query heads, K key heads, T room.
+Letters: M texts, H query heads, K key heads, T max_tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from halfbyte.layers import fuse, norm_gate, sight
 from halfbyte.layers.decoding import head as eight_bits
 from halfbyte.layers.decoding import linears
 from halfbyte.layers.decoding.linears import Unsupported
-from halfbyte.layers.decoding.tape import Attention, Eight, Mixed, Tape, Vectors, Whole
+from halfbyte.layers.decoding.tape import Attention, Eight, Tape, TextAdapters, Vectors, Whole
 from halfbyte.models import structure
 from halfbyte.quant import bnb, policy
 
@@ -124,25 +124,31 @@ class Decoder:
 
 
 def decoder(
-    model: Model, texts: int, room: int, *, mixed: Mixed | None = None, beside: Decoder | None = None,
+    model: Model, texts: int, max_tokens: int, *, adapters: TextAdapters | None = None, beside: Decoder | None = None,
     largest: bool = False, reads: bool = False,
 ) -> Decoder:  # fmt: skip
-    """Write the tape of a model for so many texts of up to `room` tokens. Raises Unsupported, saying why.
+    """Write the tape of a model for so many texts of up to `max_tokens` tokens. Raises Unsupported, saying why.
 
     Args:
-        mixed: which adapter each text uses, at each step as it is then; None for the active one.
-        beside: a decoder for more texts, of the same room, whose caches are used: those of its first texts.
+        adapters: which adapter each text uses, at each step as it is then; None for the active one.
+        beside: a decoder for more texts, of the same max_tokens, whose caches are used: those of its first texts.
         largest: only the largest logit will be looked at; then the others may be rough (`head.py`).
         reads: for `Decoder.read`, of any tokens of the texts in `beside`.
     """
     try:
-        return _written(model, texts, room, mixed, beside, largest, reads)
+        return _written(model, texts, max_tokens, adapters, beside, largest, reads)
     except (AttributeError, IndexError, TypeError) as why:  # a part that has another name, or none
         raise Unsupported(f"{type(structure.causal_lm(model)).__name__} is not built like Llama: {why}") from why
 
 
 def _written(
-    model: Model, texts: int, room: int, mixed: Mixed | None, beside: Decoder | None, largest: bool, reads: bool
+    model: Model,
+    texts: int,
+    max_tokens: int,
+    adapters: TextAdapters | None,
+    beside: Decoder | None,
+    largest: bool,
+    reads: bool,
 ) -> Decoder:
     lm = structure.causal_lm(model)
     body, config = structure.body(lm), lm.config.get_text_config()
@@ -154,13 +160,13 @@ def _written(
         or not isinstance(getattr(body, "rotary_emb", None), nn.Module)
     ):
         raise Unsupported(f"{type(lm).__name__} is not built like Llama")
-    room = -(-room // 64) * 64
+    max_tokens = -(-max_tokens // 64) * 64
     try:
-        tape = Tape(dtype, texts, room, mixed)
+        tape = Tape(dtype, texts, max_tokens, adapters)
     except ValueError as error:
         raise Unsupported(str(error)) from error
     layers = structure.decoder_layers(body)
-    sight.look(body, room)
+    sight.look(body, max_tokens)
     d = layers[0].input_layernorm.weight.shape[0] if hasattr(layers[0], "input_layernorm") else 0
     made = Decoder(
         tape,
@@ -176,7 +182,7 @@ def _written(
     for number, layer in enumerate(layers):
         kind = _rope_kind(config, number)
         if kind not in ropes:
-            ropes[kind] = _ropes(made, body.rotary_emb, config, kind, room)
+            ropes[kind] = _ropes(made, body.rotary_emb, config, kind, max_tokens)
         caches = None if beside is None else _first(beside, number, None if reads else texts)
         _Layer(made, layer, config, ropes[kind], caches, 2 * len(layers)).write()
         made.ends.append(len(tape))
@@ -220,13 +226,15 @@ def _rope_kind(config: Config, number: int) -> str | None:
     return types[number] if types and types[number] in parameters else None
 
 
-def _ropes(made: Decoder, rotary: nn.Module, config: Config, kind: str | None, room: int) -> tuple[Tensor, Tensor]:
+def _ropes(
+    made: Decoder, rotary: nn.Module, config: Config, kind: str | None, max_tokens: int
+) -> tuple[Tensor, Tensor]:
     """Buffers (M, R) of cos and sin, with their tables (T, R) noted."""
     parameters = getattr(config, "rope_parameters", None) or {}
     parameters = parameters[kind] if kind is not None else parameters
     if parameters.get("rope_type") in _CHANGING_ROPES:
         raise Unsupported(f"rotary embedding of type {parameters['rope_type']}")
-    at, like = torch.arange(room)[None], torch.zeros(1, dtype=torch.float32)
+    at, like = torch.arange(max_tokens)[None], torch.zeros(1, dtype=torch.float32)
     tables = rotary(like, at) if kind is None else rotary(like, at, kind)
     if not all(isinstance(table, Tensor) and table.is_floating_point() for table in tables):
         raise Unsupported("a rotary embedding that is no cos and sin")

@@ -42,10 +42,10 @@ class Reader:
     def __init__(self, lm: Model, of: Decoder, factor: float = 1.0) -> None:
         """Raises linears.Unsupported."""
         self.lm, self.of, self.factor, self.shared = lm, of, factor, 0
-        mixed = of.tape.mixed
-        if mixed is not None:
-            mixed = replace(mixed, taken=torch.zeros(len(mixed.names), VECTORS))
-        self.made = llama.decoder(lm, VECTORS, of.tape.room, beside=of, reads=True, mixed=mixed)
+        adapters = of.tape.adapters
+        if adapters is not None:
+            adapters = replace(adapters, uses=torch.zeros(len(adapters.names), VECTORS))
+        self.made = llama.decoder(lm, VECTORS, of.tape.max_tokens, beside=of, reads=True, adapters=adapters)
 
     def read(self, texts: Sequence[tuple[int, Sequence[int]]], start: int = 0, *, first: bool = False) -> list[Tensor]:
         """Of each text (its place, its tokens) what the head reads of its tokens but the shared ones, and those before
@@ -58,8 +58,8 @@ class Reader:
         for n in range(0, len(flat), VECTORS):
             places, positions, tokens = zip(*flat[n : n + VECTORS], strict=True)
             embedded = table(torch.tensor(tokens)).float() * self.factor
-            if (mixed := self.made.tape.mixed) is not None and self.of.tape.mixed is not None:
-                mixed.taken[:, : len(places)] = self.of.tape.mixed.taken[:, list(places)]
+            if (adapters := self.made.tape.adapters) is not None and self.of.tape.adapters is not None:
+                adapters.uses[:, : len(places)] = self.of.tape.adapters.uses[:, list(places)]
             found.append(self.made.read(embedded, positions, places).clone())
         return list(torch.cat(found).split([len(own) for own in each]))
 

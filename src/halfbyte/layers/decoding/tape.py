@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from halfbyte.layers.kernels import cpu
 from halfbyte.system import pages
 
-MOST_VECTORS = 16  # beyond, a matrix product on dequantised weights is faster
+MAX_VECTORS = 16  # beyond, a matrix product on dequantised weights is faster
 _ITEM_BYTES = 64 * 1024  # of a matrix that a thread takes at once
 _ITEMS_OF_EIGHT = 4  # of them, of a head in 8 bits: each of its items looks at what all have found
 _FEWEST_ITEMS = 16  # of 4-bit rows: what a thread may have to wait for is one of them
@@ -50,39 +50,41 @@ class Vectors:
 
 
 @dataclass
-class Mixed:
+class TextAdapters:
     """Which of a model's adapters each text uses. Tapes of one model share it, and with it what is copied of LoRA.
 
     Args:
-        names: PEFT's names of them. taken: (names, M) fp32, 1.0 where a text uses the adapter, else 0.0.
+        names: PEFT's names of them. uses: (names, M) fp32, 1.0 where a text uses the adapter, else 0.0.
     """
 
     names: tuple[str, ...]
-    taken: Tensor
+    uses: Tensor
     copies: dict[nn.Module, tuple[list[Tensor], Tensor]] = field(default_factory=dict)
 
     def use(self, text: int, name: str | None) -> None:
         """From now on a text uses this adapter; None: the base alone."""
-        self.taken[:, text] = 0.0
+        self.uses[:, text] = 0.0
         if name is not None:
-            self.taken[self.names.index(name), text] = 1.0
+            self.uses[self.names.index(name), text] = 1.0
 
 
 class Tape:
     """The operations of a token.
 
     Args:
-        dtype: bf16 or fp32, of activations, caches and unquantised weights. vectors: M. room: most tokens of a text.
-        mixed: where each text has an adapter of its own.
+        dtype: bf16 or fp32, of activations, caches and unquantised weights. vectors: M. max_tokens: of a text.
+        adapters: where each text has an adapter of its own.
     """
 
-    def __init__(self, dtype: torch.dtype, vectors: int, room: int = 1, mixed: Mixed | None = None) -> None:
+    def __init__(
+        self, dtype: torch.dtype, vectors: int, max_tokens: int = 1, adapters: TextAdapters | None = None
+    ) -> None:
         from halfbyte.layers.kernels.cpu.decoding import tape
 
         name = isa(dtype)
         if name is None:
             raise ValueError(f"no kernels for {dtype} here")
-        self.dtype, self.m, self.room, self.kinds, self.mixed = dtype, vectors, room, tape, mixed
+        self.dtype, self.m, self.max_tokens, self.kinds, self.adapters = dtype, vectors, max_tokens, tape, adapters
         self._rows: list[np.ndarray] = []
         self._kept: list[object] = []
         self.before, self._group = (0, 0), 0
@@ -265,7 +267,7 @@ class Tape:
         from halfbyte.layers.kernels.cpu.decoding import attend
 
         chunk = attend.CHUNK_BYTES[self.dtype.itemsize] // self.dtype.itemsize
-        return self.m, key_heads, self.room, -(-d // chunk) * chunk
+        return self.m, key_heads, self.max_tokens, -(-d // chunk) * chunk
 
     def _item_rows(self, rows: int, row_bytes: int) -> int:
         return max(1, min(_ITEM_BYTES // max(1, row_bytes), math.ceil(rows / 8)))
@@ -314,7 +316,7 @@ class Tape:
         self._slots = np.zeros(32, np.int64)
         self._slots[:2] = self._ops.ctypes.data, len(self._rows)
         scratch = max(self._scratch, 12 * 1024 + 160 * self.m + 32 * self._blocks)
-        self._slots[4:9] = self._counters.ctypes.data, self._groups, self.room, scratch, _yield_address()
+        self._slots[4:9] = self._counters.ctypes.data, self._groups, self.max_tokens, scratch, _yield_address()
         self._slots[9:11] = threads, self._arrived.ctypes.data
         self._name_matrices()
 
