@@ -23,6 +23,10 @@ MAX_LINES = 450
 MAX_FILES_AT_ROOT = 6
 MAX_FILES_IN_A_FOLDER = 20
 MAX_LINES_OF_A_FUNCTION = 60
+MAX_LINES_OF_SOURCE = 49_200
+MAX_CLASS_NAMES_WITH_TWO_MEANINGS = 34
+MAX_ASSIGNMENTS_OF_THREE = 222  # `a, b, c = x, y, z`: for what is one thing, as a shape
+MAX_VAGUE_VARIABLES = 560
 MAX_ANY = 150  # occurrences of `Any` in the package; name the type instead (halfbyte.types)
 HELP_CPU_SECONDS = 0.5
 
@@ -59,6 +63,18 @@ LIGHT_FILES = (
     "report.compare",
     "report.live",
     "training.early",
+)
+# What a variable holds has a name: `model`, `rows`, `path`. These say only how it was come by.
+VAGUE = frozenset({"made", "own", "found", "kept", "held", "said"})
+# A module is named by a noun or a verb. Gerunds ("packing") are nouns.
+PAST_FORMS = re.compile(
+    r"(\w+ed|begun|built|chosen|done|drawn|found|given|gone|held|hidden|kept|known|laid|left|lost|made|meant|met|said|seen"
+    r"|sent|shown|spent|taken|thrown|told|won|written)"
+)
+NO_PAST_FORMS = frozenset({"embed", "feed", "need", "seed", "speed", "distributed"})  # the last is torch's own name
+MODULES_OF_BEFORE = frozenset(
+    {"changed", "compiled", "grouped", "held", "lost", "packaged", "requantised", "routed", "said", "shared"}
+    | {"untrusted", "wanted"}
 )
 # Library -> the rooms that may import it.
 DOORS = {"bitsandbytes": {"quant"}, "peft": {"adapters", "layers", "proofs"}}
@@ -387,6 +403,131 @@ def test_no_function_is_too_long() -> None:
 def test_any_is_rare() -> None:
     words = [re.findall(r"\bAny\b", path.read_text(encoding="utf-8")) for path in everywhere()]
     assert sum(map(len, words)) <= MAX_ANY
+
+
+def names_assigned(target: ast.AST) -> Iterator[str]:
+    """The variables of a target; `a.b` and `a[b]` are none."""
+    if isinstance(target, ast.Name):
+        yield target.id
+    elif isinstance(target, ast.Tuple | ast.List):
+        for item in target.elts:
+            yield from names_assigned(item)
+    elif isinstance(target, ast.Starred):
+        yield from names_assigned(target.value)
+
+
+def variables(module: ast.Module) -> Iterator[tuple[str, int]]:
+    """(name, line) of each assignment, in loops, comprehensions, `with` and `:=` too."""
+    for node in ast.walk(module):
+        targets: list[ast.AST] = []
+        if isinstance(node, ast.Assign):
+            targets += node.targets
+        elif isinstance(
+            node, ast.AnnAssign | ast.AugAssign | ast.NamedExpr | ast.For | ast.AsyncFor | ast.comprehension
+        ):
+            targets.append(node.target)
+        elif isinstance(node, ast.withitem) and node.optional_vars is not None:
+            targets.append(node.optional_vars)
+        for target in targets:
+            for name in names_assigned(target):
+                yield name, target.lineno  # type: ignore[attr-defined]
+
+
+def assignments_of_three(module: ast.Module) -> Iterator[int]:
+    """Lines that assign three names and more from as many values that are written out."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+            widths = [len(target.elts) for target in node.targets if isinstance(target, ast.Tuple | ast.List)]
+            if max(widths, default=0) >= 3:
+                yield node.lineno
+
+
+def classes(module: ast.Module) -> Iterator[str]:
+    """Names of classes, without a leading underscore."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.ClassDef):
+            yield node.name.lstrip("_")
+
+
+def is_past_form(module: str) -> bool:
+    """Whether the last word of a file's or folder's name is a participle."""
+    word = module.rpartition("_")[2]
+    return PAST_FORMS.fullmatch(word) is not None and word not in NO_PAST_FORMS
+
+
+def test_a_class_name_has_one_meaning() -> None:
+    places: dict[str, list[str]] = {}
+    for path in everywhere():
+        for name in classes(tree(path)):
+            places.setdefault(name, []).append(name_of(path))
+    twice = [f"{name}: {', '.join(where)}" for name, where in sorted(places.items()) if len(where) > 1]
+    assert len(twice) <= MAX_CLASS_NAMES_WITH_TWO_MEANINGS, "\n".join(twice)
+
+
+def test_no_module_is_a_participle() -> None:
+    words = {word for name in sources() for word in name.split(".") if is_past_form(word)}
+    assert not words - MODULES_OF_BEFORE
+
+
+def test_a_variable_says_what_it_holds() -> None:
+    vague = [
+        f"{name_of(path)}:{line} {name}"
+        for path in everywhere()
+        for name, line in variables(tree(path))
+        if name in VAGUE
+    ]
+    assert len(vague) <= MAX_VAGUE_VARIABLES, "\n".join(vague)
+
+
+def test_three_things_are_seldom_assigned_at_once() -> None:
+    wide = [f"{name_of(path)}:{line}" for path in everywhere() for line in assignments_of_three(tree(path))]
+    assert len(wide) <= MAX_ASSIGNMENTS_OF_THREE, "\n".join(wide)
+
+
+def test_the_source_does_not_grow_without_a_reason() -> None:
+    """Raise the number with what needs it, and look for what it makes superfluous."""
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in everywhere()) <= MAX_LINES_OF_SOURCE
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("made = 1\na.made = 2\nmade[0] = 3", ["made"]),
+        ("(own, (found, *kept)), x = y", ["found", "kept", "own"]),
+        ("for held in said: pass\nwith f() as made: pass", ["held", "made"]),
+        ("[own for own in x if (said := own)]\nheld: int = 1\nmade += 1", ["held", "made", "own", "said"]),
+        ("def found(made): return own", []),
+    ],
+)
+def test_the_search_for_vague_variables_sees_them(code: str, expected: list[str]) -> None:
+    assert sorted(name for name, _ in variables(ast.parse(code)) if name in VAGUE) == expected
+
+
+@pytest.mark.parametrize(
+    ("code", "count"),
+    [
+        ("a, b, c = x, y, z", 1),
+        ("n = (a, *b, [c]) = 1, 2, 3", 1),
+        ("a, b = b, a\na, b, c = x.shape\na = 1, 2, 3", 0),
+    ],
+)
+def test_the_search_for_assignments_of_three_sees_them(code: str, count: int) -> None:
+    assert len(list(assignments_of_three(ast.parse(code)))) == count
+
+
+def test_the_search_for_classes_takes_an_underscore_for_no_difference() -> None:
+    assert list(classes(ast.parse("class A: pass\ndef f():\n    class _A: pass"))) == ["A", "A"]
+
+
+@pytest.mark.parametrize(
+    ("name", "past"),
+    [
+        ("lost", True), ("shared", True), ("what_was_said", True), ("said", True),
+        ("packed_attention", False), ("packing", False), ("seed", False), ("merge", False), ("first_pages", False),
+    ],
+)  # fmt: skip
+def test_the_search_for_participles_sees_them(name: str, past: bool) -> None:
+    assert is_past_form(name) == past
 
 
 def test_every_room_says_what_it_is() -> None:
