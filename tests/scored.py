@@ -8,8 +8,7 @@ from typing import Any
 from halfbyte.inference.evaluate import Progress, evaluate
 from halfbyte.inference.load import Opened, open_run
 from halfbyte.recipe.evaluation import Eval
-from halfbyte.scoring.asking import Wanted
-from halfbyte.scoring.sheet import Sheet
+from halfbyte.scoring.sheet import EvalOptions, Sheet
 
 
 def scored(
@@ -22,14 +21,14 @@ def scored(
     **settings: Any,
 ) -> Sheet:
     """Without intervals; `settings` as under `eval:`."""
-    wanted = Wanted.of(Eval(**{"max_new_tokens": 2, **settings}), limit=limit, with_base=with_base, sure=False)
+    wanted = EvalOptions.of(Eval(**{"max_new_tokens": 2, **settings}), limit=limit, with_base=with_base, sure=False)
     return evaluate(opened, wanted, data=data, progress=progress)
 
 
 def evaluated(run: Path, *, sure: bool = False) -> Sheet:
     """As `halfbyte eval RUN` does."""
     opened = open_run(run)
-    return evaluate(opened, Wanted.of(opened.recipe.eval, sure=sure))
+    return evaluate(opened, EvalOptions.of(opened.recipe.eval, sure=sure))
 
 
 def loss(sheet: Sheet, side: str = "adapter") -> float:

@@ -9,8 +9,8 @@ import pytest
 
 from halfbyte.errors import RecipeError
 from halfbyte.recipe.evaluation import Eval
-from halfbyte.scoring import asking, intervals, sheet
-from halfbyte.scoring.intervals import Rows
+from halfbyte.scoring import intervals, sheet
+from halfbyte.scoring.intervals import RowSums
 
 DRAWN = {"resamples": 3000, "seed": 7}
 
@@ -28,14 +28,14 @@ def test_losses_count_by_their_tokens() -> None:
 
 def test_without_scipy_scores_have_no_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     sides = {"base": side([0, 1], [2, 2]), "adapter": side([1, 1], [1, 1])}
-    made = sheet.scored("exact_match", sides, Eval(), yes_no=True, sure=False)
+    made = sheet.score("exact_match", sides, Eval(), yes_no=True, sure=False)
     assert made.to_json() == {
         "name": "exact_match", "rows": 2, "adapter": {"value": 1, "interval": None},
         "base": {"value": 0.5, "interval": None}, "difference": {"value": 0.5, "interval": None, "p_value": None},
     }  # fmt: skip
     monkeypatch.setattr(intervals, "available", lambda: False)
     with pytest.raises(RecipeError, match=r"not installed\.\n  fix: pip install 'halfbyte\[eval\]'"):
-        asking.Wanted.of(Eval(), sure=True)
+        sheet.EvalOptions.of(Eval(), sure=True)
 
 
 def test_a_mean_has_scipys_interval() -> None:
@@ -44,11 +44,11 @@ def test_a_mean_has_scipys_interval() -> None:
     wanted = stats.bootstrap(
         (values,), np.mean, n_resamples=3000, method="percentile", rng=np.random.default_rng(7), vectorized=True
     ).confidence_interval
-    found = intervals.interval(Rows.mean(values.tolist()), **DRAWN)
+    found = intervals.interval(RowSums.mean(values.tolist()), **DRAWN)
     assert found == pytest.approx((wanted.low, wanted.high), rel=1e-9)
-    assert intervals.interval(Rows.mean(values.tolist()), **DRAWN) == found
-    assert intervals.interval(Rows.mean(values.tolist()), resamples=3000, seed=8) != found
-    assert intervals.interval(Rows.mean([1.0]), **DRAWN) is None
+    assert intervals.interval(RowSums.mean(values.tolist()), **DRAWN) == found
+    assert intervals.interval(RowSums.mean(values.tolist()), resamples=3000, seed=8) != found
+    assert intervals.interval(RowSums.mean([1.0]), **DRAWN) is None
 
 
 def test_a_difference_is_of_the_same_rows() -> None:
@@ -57,9 +57,12 @@ def test_a_difference_is_of_the_same_rows() -> None:
     draw = np.random.default_rng(1)
     one = draw.normal(size=200) * 10
     other = one - 0.5 + 0.01 * draw.normal(size=200)
-    low, high = intervals.interval_of_difference(Rows.mean(one.tolist()), Rows.mean(other.tolist()), **DRAWN) or (0, 0)
+    low, high = intervals.interval_of_difference(RowSums.mean(one.tolist()), RowSums.mean(other.tolist()), **DRAWN) or (
+        0,
+        0,
+    )
     assert 0.49 < low < 0.5 < high < 0.51
-    plain = intervals.interval(Rows.mean(one.tolist()), **DRAWN) or (0, 0)
+    plain = intervals.interval(RowSums.mean(one.tolist()), **DRAWN) or (0, 0)
     assert plain[1] - plain[0] > 1
 
 
@@ -69,7 +72,7 @@ def test_an_interval_of_a_loss_is_that_of_resampled_rows_by_hand() -> None:
     draw = np.random.default_rng(3)
     chosen = draw.integers(0, 5, (20_000, 5))
     wanted = np.percentile(losses[chosen].sum(1) / tokens[chosen].sum(1), [2.5, 97.5])
-    found = intervals.interval(Rows(losses, tokens), resamples=20_000, seed=0)
+    found = intervals.interval(RowSums(losses, tokens), resamples=20_000, seed=0)
     assert found == pytest.approx(tuple(wanted), rel=0.02)
 
 
@@ -87,4 +90,4 @@ def test_the_exact_test_is_mcnemars(better: int, worse: int, p: float) -> None:
 
 def test_all_rows_equal_have_an_interval_of_no_width() -> None:
     pytest.importorskip("scipy")
-    assert intervals.interval(Rows.mean([1.0] * 9), **DRAWN) == (1.0, 1.0)
+    assert intervals.interval(RowSums.mean([1.0] * 9), **DRAWN) == (1.0, 1.0)

@@ -10,7 +10,7 @@ import pytest
 
 from halfbyte.errors import DataError, RecipeError
 from halfbyte.recipe.evaluation import METRICS, Eval
-from halfbyte.scoring import asking, metrics
+from halfbyte.scoring import metrics, sheet
 
 
 def scores(name: str, expected: str, text: str, **settings: Any) -> metrics.Scores:
@@ -122,9 +122,9 @@ def test_a_metric_with_nothing_to_compare_says_so(
 
 def test_what_can_be_told_without_rows_is_told_at_once() -> None:
     with pytest.raises(RecipeError, match=f"there is no metric rouge; known: loss, perplexity, {', '.join(METRICS)}"):
-        asking.Wanted.of(Eval(), ["rouge"])
+        sheet.EvalOptions.of(Eval(), ["rouge"])
     with pytest.raises(RecipeError, match=r"regex needs a pattern \(eval.pattern\)"):
-        asking.Wanted.of(Eval(), ["regex"])
-    assert asking.Wanted.of(Eval(), ["loss"]).names == ()
-    assert asking.Wanted.of(Eval(metrics=("number",))).names == ("number",)
-    assert asking.Wanted.of(Eval(metrics=("number",)), ["json_valid"]).names == ("json_valid",)
+        sheet.EvalOptions.of(Eval(), ["regex"])
+    assert sheet.EvalOptions.of(Eval(), ["loss"]).names == ()
+    assert sheet.EvalOptions.of(Eval(metrics=("number",))).names == ("number",)
+    assert sheet.EvalOptions.of(Eval(metrics=("number",)), ["json_valid"]).names == ("json_valid",)

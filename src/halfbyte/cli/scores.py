@@ -53,23 +53,23 @@ def evaluate(
 ) -> None:
     """Loss, perplexity and what answers are worth, on held-out rows; with --base beside the base alone."""
     from halfbyte.inference import target
-    from halfbyte.scoring import asking, sheet
+    from halfbyte.scoring import sheet
 
     overrides = [*set_, *([f"eval.max_new_tokens={max_new_tokens}"] if max_new_tokens is not None else [])]
     found = target.find(run, overrides)
     if task:
-        asking.need_harness()
+        sheet.need_harness()
         ready = opened(run, overrides, silent=json_, force=force)
         from halfbyte.inference import harness
 
         with progress.scoring(silent=json_) as tell:
             results = harness.run(ready, task, task_path, limit=limit, with_base=base, progress=tell)
         folder = to or (sheet.folder_of(run, None) if found.run is not None else None)
-        sheet.keep_harness(results, folder)
+        sheet.write_harness(results, folder)
         show.document(results) if json_ else tasks(results)
         return
     target.held_out(found.recipe, run, data)
-    wanted = asking.Wanted.of(found.recipe.eval, metric, limit=limit, with_base=base, sure=sure)
+    wanted = sheet.EvalOptions.of(found.recipe.eval, metric, limit=limit, with_base=base, sure=sure)
     folder = to or (sheet.folder_of(run, data) if found.run is not None else None)
     ready = opened(run, overrides, silent=json_, force=force)
     from halfbyte.inference import evaluate as scoring
@@ -88,7 +88,7 @@ def _keep(made: Sheet, folder: Path, run: Path | None) -> None:
     """Scores and answers on disk; the page of a run has those of its own rows."""
     from halfbyte.report import page
 
-    made.keep(folder)
+    made.write(folder)
     if run is not None and folder == run / "eval":
         page.renew(run)
 
@@ -132,7 +132,7 @@ def table(made: Sheet, samples: int, folder: Path | None) -> None:
 
 
 def _samples(made: Sheet, samples: int) -> None:
-    for number, asked in enumerate(made.asked[:samples]):
+    for number, asked in enumerate(made.questions[:samples]):
         out.print(f"\n[bold]{escape(visible(asked.where))}[/bold]")
         out.print(escape(visible(asked.prompt.strip())), style="dim")
         out.print(f"{'expected':>9}: {escape(visible(asked.expected))}")

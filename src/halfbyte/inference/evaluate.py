@@ -25,7 +25,6 @@ from halfbyte.plan import InferencePlan, Rows, plan_inference, sequences_beside
 from halfbyte.recipe.evaluation import Eval
 from halfbyte.runs.folder import RunFolder
 from halfbyte.scoring import intervals, metrics, sheet
-from halfbyte.scoring.asking import Wanted
 from halfbyte.system import device
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ Progress = Callable[[str, int, int], None]
 
 def evaluate(
     opened: Opened,
-    wanted: Wanted | None = None,
+    wanted: sheet.EvalOptions | None = None,
     *,
     data: Path | None = None,
     progress: Progress = lambda what, done, of: None,
@@ -50,7 +49,7 @@ def evaluate(
         DataError: no rows, rows that the model cannot read, or a metric that has nothing to compare with in them.
     """
     began = time.monotonic()
-    wanted = wanted or Wanted.of(opened.recipe.eval)
+    wanted = wanted or sheet.EvalOptions.of(opened.recipe.eval)
     settings, (examples, source) = wanted.settings, _rows(opened, data, wanted.limit)
     asking = [e for e in examples if e.completion]  # a plain text asks nothing
     names = (("exact_match",) if asking else ()) if wanted.names is None else wanted.names
@@ -73,12 +72,12 @@ def evaluate(
             sides[name] = scoring.side(examples, asking, batches, plan, tell)
     sure = intervals.available() if wanted.sure is None else wanted.sure
     scores = tuple(
-        sheet.scored(name, sides, settings, yes_no=yes_no, sure=sure)
+        sheet.score(name, sides, settings, yes_no=yes_no, sure=sure)
         for name, yes_no in (("loss", False), ("perplexity", False), *scoring.names)
     )
     notes = () if sure else (f"no intervals: scipy is not installed ({intervals.PIP})",)
     asked = tuple(
-        sheet.Asked(e.where, opened.tokenizer.decode(e.prompt_ids, skip_special_tokens=True), e.completion)
+        sheet.Question(e.where, opened.tokenizer.decode(e.prompt_ids, skip_special_tokens=True), e.completion)
         for e in asking
     )
     return sheet.Sheet(source, len(examples), time.monotonic() - began, scores, asked, sides, notes)
@@ -101,7 +100,7 @@ def while_training(
     def scores() -> dict[str, float]:
         answers = scoring.answers(asking, at_once, tokens, lambda what, done, of: None)
         each = {name: [answer.scores.get(name) for answer in answers] for name, _ in scoring.names}
-        return {name: intervals.Rows.mean(values).value for name, values in each.items()}
+        return {name: intervals.RowSums.mean(values).value for name, values in each.items()}
 
     return scores
 

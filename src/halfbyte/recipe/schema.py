@@ -39,7 +39,11 @@ from halfbyte.recipe.values import (
     settings,
 )  # fmt: skip
 
-_BEST = [prefix + name for name in (*LOSSES, *METRICS) for prefix in ("", "eval_")]
+
+def _best_metrics() -> list[str]:
+    return [prefix + name for name in (*LOSSES, *METRICS) for prefix in ("", "eval_")]
+
+
 _DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
 
 
@@ -215,7 +219,7 @@ class Train(Section):
     load_best_model_at_end: Bool = field(
         True, "with evaluations: the adapter is that of the best one, not of the last step"
     )
-    metric_for_best_model: Annotated[str, one_of(_BEST)] = field(
+    metric_for_best_model: Annotated[str, one_of(_best_metrics)] = field(
         "loss", "the best evaluation has the lowest loss or perplexity, or the highest of a score in eval.metrics"
     )
     greater_is_better: Bool | None = field(

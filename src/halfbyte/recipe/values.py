@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Annotated
 
@@ -36,14 +36,17 @@ def init(value: object) -> object:
     return value
 
 
-def one_of(allowed: Collection[str], refused: Mapping[str, str] = MappingProxyType({})) -> BeforeValidator:
-    """One of a few words; a word that is refused says why."""
+def one_of(
+    allowed: Collection[str] | Callable[[], Collection[str]], refused: Mapping[str, str] = MappingProxyType({})
+) -> BeforeValidator:
+    """One of a few words, which a function may give when it is asked; a word that is refused says why."""
 
     def check(value: object) -> object:
+        words = allowed() if callable(allowed) else allowed
         if isinstance(value, str) and value in refused:
             raise ValueError(f"cannot be {value!r}: {refused[value]}")
-        if not isinstance(value, str) or value not in allowed:
-            raise ValueError(f"must be one of {', '.join(allowed)}")
+        if not isinstance(value, str) or value not in words:
+            raise ValueError(f"must be one of {', '.join(words)}")
         return value
 
     return BeforeValidator(check)

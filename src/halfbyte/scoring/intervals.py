@@ -32,50 +32,46 @@ def need() -> None:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A score as a ratio of sums over rows: (n,) each. A mean has ones below; a loss of tokens their numbers.
+class RowSums:
+    """A score as a ratio of sums over rows, (n,) each: a mean divides by ones, a loss by each row's tokens.
 
     `exponential`: the score is e to that ratio, as perplexity is.
     """
 
-    above: NDArray[np.float64]
-    below: NDArray[np.float64]
+    numerators: NDArray[np.float64]
+    denominators: NDArray[np.float64]
     exponential: bool = False
 
     @classmethod
-    def mean(cls, values: Sequence[float | None]) -> Rows:
-        """Of the rows that have a value."""
+    def mean(cls, values: Sequence[float | None]) -> RowSums:
+        """The mean of the rows that have a value."""
         known = np.array([value for value in values if value is not None], np.float64)
         return cls(known, np.ones_like(known))
 
     @property
     def value(self) -> float:
-        return float(self._of(self.above, self.below))
+        return float(self.ratio(self.numerators, self.denominators))
 
-    def _of(self, above: NDArray[np.float64], below: NDArray[np.float64]) -> NDArray[np.float64]:
-        ratio = above.sum(-1) / np.maximum(below.sum(-1), 1e-30)
-        made: NDArray[np.float64] = np.exp(np.minimum(ratio, 700.0)) if self.exponential else ratio
-        return made
+    def ratio(self, numerators: NDArray[np.float64], denominators: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The score of resampled rows: (..., n) -> (...)."""
+        ratio: NDArray[np.float64] = numerators.sum(-1) / np.maximum(denominators.sum(-1), 1e-30)
+        return np.exp(np.minimum(ratio, 700.0)) if self.exponential else ratio
 
 
-def interval(rows: Rows, *, resamples: int, seed: int) -> Interval | None:
+def interval(rows: RowSums, *, resamples: int, seed: int) -> Interval | None:
     """Percentile bootstrap interval of a score; None for a single row."""
-    return _bootstrap((rows.above, rows.below), lambda a, b, axis=-1: rows._of(a, b), resamples, seed)
+    samples = rows.numerators, rows.denominators
+    return _bootstrap(samples, lambda a, b, axis=-1: rows.ratio(a, b), resamples, seed)
 
 
-def interval_of_difference(one: Rows, other: Rows, *, resamples: int, seed: int) -> Interval | None:
-    """Of `one` - `other`, which are of the same rows: each resample takes the same ones of both."""
-    return _bootstrap(
-        (one.above, one.below, other.above, other.below),
-        lambda a, b, c, d, axis=-1: one._of(a, b) - other._of(c, d),
-        resamples,
-        seed,
-    )
+def interval_of_difference(one: RowSums, other: RowSums, *, resamples: int, seed: int) -> Interval | None:
+    """Interval of `one` - `other`, which are of the same rows: each resample takes the same rows of both."""
+    samples = (one.numerators, one.denominators, other.numerators, other.denominators)
+    return _bootstrap(samples, lambda a, b, c, d, axis=-1: one.ratio(a, b) - other.ratio(c, d), resamples, seed)
 
 
 def exact_test(one: Sequence[float], other: Sequence[float]) -> float:
-    """Two-sided p of McNemar's exact test: of the rows on which two yes/no scores differ, half are expected to be
-    better in either; 1 where they differ on none."""
+    """Two-sided p of McNemar's exact test on two yes/no scores of the same rows; 1 where they differ on no row."""
     from scipy import stats
 
     better = sum(a > b for a, b in zip(one, other, strict=True))
@@ -90,9 +86,9 @@ def _bootstrap(
 
     if len(samples[0]) < 2:
         return None
-    made = stats.bootstrap(
+    result = stats.bootstrap(
         samples, statistic, n_resamples=resamples, paired=True, vectorized=True, method="percentile",
         confidence_level=CONFIDENCE, rng=np.random.default_rng(seed), batch=max(1, 1_000_000 // len(samples[0])),
     )  # fmt: skip
-    low, high = made.confidence_interval
+    low, high = result.confidence_interval
     return float(low), float(high)

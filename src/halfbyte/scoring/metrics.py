@@ -1,5 +1,7 @@
 """The metrics of written answers: each gives a row's score from the expected text and the answer.
 
+A new one is a function and a line: the function in `BUILDERS`, the line in `recipe.evaluation.METRICS`. Everything else
+(recipe, `halfbyte eval -m`, intervals, sheet, pages) goes by these two tables.
 Why: which one fits depends on the task: a label, a calculation, a form.
 Source: normalising as in SQuAD's evaluation script (lower case, no punctuation, no articles, single spaces); the number
 after `####` is GSM8K's convention.
@@ -19,10 +21,10 @@ from halfbyte.errors import DataError, RecipeError
 from halfbyte.recipe.evaluation import METRICS, Eval
 
 Scores = dict[str, float | None]
-"""Of one row by name; None where the row has nothing to compare with."""
+"""A row's scores by name; None where the row has nothing to compare with."""
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 _PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}]")
-_MOST_FIELDS = 24  # of which each gets a line of its own
+_MAX_FIELDS = 24  # up to so many, each JSON field has a score of its own
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Metric:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names of all its scores."""
         return (self.name, *self.parts)
 
 
@@ -56,11 +59,11 @@ def of(settings: Eval, names: Sequence[str], expected: Sequence[str]) -> list[Me
             f"no row asks for an answer (they are plain text), so there is no {names[0]}.",
             fix="score the loss alone: --metric loss",
         )
-    return [_BUILDERS[name](settings, expected) for name in names if name in _BUILDERS]
+    return [BUILDERS[name](settings, expected) for name in names if name in BUILDERS]
 
 
 def check(settings: Eval, names: Sequence[str]) -> None:
-    """What can be told without rows: names, and settings that a metric needs. Raises RecipeError."""
+    """Raise a RecipeError for an unknown metric, or one whose setting is missing; needs no rows."""
     unknown = [name for name in names if name not in METRICS]
     if unknown:
         raise RecipeError(f"there is no metric {unknown[0]}; known: loss, perplexity, {', '.join(METRICS)}.")
@@ -84,16 +87,16 @@ def normalized(text: str) -> str:
 
 def number_after(mark: str, text: str) -> Decimal | None:
     """The first number behind the mark; thousands may be parted by commas."""
-    _, found, rest = text.partition(mark)
-    number = _NUMBER.search(rest) if found else None
+    _, separator, rest = text.partition(mark)
+    number = _NUMBER.search(rest) if separator else None
     try:
         return Decimal(number[0].replace(",", "")) if number else None
     except InvalidOperation:  # pragma: no cover  the expression lets nothing else through
         return None
 
 
-def found_by(pattern: re.Pattern[str], text: str) -> str | None:
-    """What the first match says: its first group, or all of it."""
+def first_match(pattern: re.Pattern[str], text: str) -> str | None:
+    """The first match's first group, or all of it where the pattern has no group."""
     match = pattern.search(text)
     if match is None:
         return None
@@ -124,12 +127,13 @@ def same(a: object, b: object) -> bool:
 
 
 # -------------------------------------------------------------------- builders
-def _exact(settings: Eval, expected: Sequence[str]) -> Metric:
-    return Metric("exact_match", lambda e, text: {"exact_match": float(exact(e, text))})
+Builder = Callable[[Eval, Sequence[str]], Metric]
+"""From the recipe's settings and the expected answers of all rows to the metric."""
 
 
-def _normalized(settings: Eval, expected: Sequence[str]) -> Metric:
-    return Metric("normalized_match", lambda e, text: {"normalized_match": float(normalized(e) == normalized(text))})
+def of_answer(name: str, score: Callable[[str, str], float], *, yes_no: bool = True) -> Builder:
+    """A metric that has no settings: `score` of (expected, answer) is a row's value."""
+    return lambda settings, expected: Metric(name, lambda e, text: {name: float(score(e, text))}, yes_no=yes_no)
 
 
 def _number(settings: Eval, expected: Sequence[str]) -> Metric:
@@ -144,27 +148,26 @@ def _regex(settings: Eval, expected: Sequence[str]) -> Metric:
     pattern = re.compile(settings.pattern or "")
     nothing = f"eval.pattern {settings.pattern!r} matches not one of the {len(expected):,} expected answers"
     fix = r"a pattern that does: --set 'eval.pattern=answer is (\d+)'"
-    return _extracted("regex", lambda text: found_by(pattern, text), expected, nothing, fix)
+    return _extracted("regex", lambda text: first_match(pattern, text), expected, nothing, fix)
 
 
-def _extracted(name: str, what: Callable[[str], object], expected: Sequence[str], nothing: str, fix: str) -> Metric:
-    """Whether an answer has the same of something as the expected one; rows that expect none are left out. DataError,
-    saying `nothing`, where no row does."""
+def _extracted(name: str, extract: Callable[[str], object], expected: Sequence[str], nothing: str, fix: str) -> Metric:
+    """Whether the same is extracted from an answer as from the expected one; rows without it are left out.
 
-    def score(wanted: str, text: str) -> Scores:
-        value = what(wanted)
-        return {name: None if value is None else float(what(text) == value)}
+    Raises:
+        DataError: nothing is extracted from any expected answer; `nothing` says so.
+    """
 
-    if all(what(e) is None for e in expected):
+    def score(right: str, text: str) -> Scores:
+        value = extract(right)
+        return {name: None if value is None else float(extract(text) == value)}
+
+    if all(extract(e) is None for e in expected):
         raise DataError(f"the metric {name}: {nothing}; the first one: {_short(expected[0])}.", fix=fix)
     return Metric(name, score)
 
 
-def _valid(settings: Eval, expected: Sequence[str]) -> Metric:
-    return Metric("json_valid", lambda e, text: {"json_valid": float(as_json(text)[0])})
-
-
-def _fields(settings: Eval, expected: Sequence[str]) -> Metric:
+def _json_fields(settings: Eval, expected: Sequence[str]) -> Metric:
     objects = [value for ok, value in map(as_json, expected) if ok and isinstance(value, dict)]
     if not objects:
         raise DataError(
@@ -173,36 +176,36 @@ def _fields(settings: Eval, expected: Sequence[str]) -> Metric:
             fix="another metric: --metric exact_match",
         )
     known = list(dict.fromkeys(key for value in objects for key in value))
-    wanted = settings.json_fields or tuple(known)
-    if missing := [name for name in wanted if name not in known]:
+    names = settings.json_fields or tuple(known)
+    if missing := [name for name in names if name not in known]:
         raise DataError(
             f"the metric json_fields: no expected answer has the field {missing[0]!r} (eval.json_fields); there are "
             f"{', '.join(known)}.",
         )
-    parts = tuple(f"json_fields.{name}" for name in wanted) if len(wanted) <= _MOST_FIELDS else ()
+    parts = tuple(f"json_fields.{name}" for name in names) if len(names) <= _MAX_FIELDS else ()
 
     def score(right: str, text: str) -> Scores:
         _, value = as_json(right)
         _, given = as_json(text)
         if not isinstance(value, dict):
             return {"json_fields": None, **dict.fromkeys(parts)}
-        found = given if isinstance(given, dict) else {}
-        each = {n: float(n in found and same(found[n], value[n])) for n in wanted if n in value}
-        own = {f"json_fields.{name}": each.get(name) for name in wanted} if parts else {}
-        return {"json_fields": sum(each.values()) / len(each) if each else None, **own}
+        fields = given if isinstance(given, dict) else {}
+        each = {n: float(n in fields and same(fields[n], value[n])) for n in names if n in value}
+        by_field = {f"json_fields.{name}": each.get(name) for name in names} if parts else {}
+        return {"json_fields": sum(each.values()) / len(each) if each else None, **by_field}
 
     return Metric("json_fields", score, parts, yes_no=False)
 
 
-_BUILDERS: dict[str, Callable[[Eval, Sequence[str]], Metric]] = {
-    "exact_match": _exact,
-    "normalized_match": _normalized,
+BUILDERS: dict[str, Builder] = {
+    "exact_match": of_answer("exact_match", exact),
+    "normalized_match": of_answer("normalized_match", lambda e, text: normalized(e) == normalized(text)),
     "number": _number,
     "regex": _regex,
-    "json_valid": _valid,
-    "json_fields": _fields,
+    "json_valid": of_answer("json_valid", lambda e, text: as_json(text)[0]),
+    "json_fields": _json_fields,
 }
 
 
-def _short(text: str, most: int = 80) -> str:
-    return repr(text if len(text) <= most else f"{text[: most - 3]}...")
+def _short(text: str, max_length: int = 80) -> str:
+    return repr(text if len(text) <= max_length else f"{text[: max_length - 3]}...")

@@ -1,30 +1,69 @@
-"""The scores of an evaluation: base beside adapter, with every answer; as JSON, and as the files of a run folder.
+"""An evaluation: its options, and its scores, base beside adapter, with every answer; as JSON, and as files of a run.
 
-Files: `scores.json` and `answers.jsonl`, in `RUN/eval/`; of other rows than the run's own in a subfolder by the file's
-stem. A later evaluation of the same rows takes their place.
+Files: `scores.json` and `answers.jsonl`, in `RUN/eval/`; for other rows than the run's own in a subfolder named after
+their file. A later evaluation of the same rows replaces them. No torch.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from halfbyte.recipe.evaluation import Eval
-from halfbyte.scoring import intervals
-from halfbyte.scoring.intervals import Interval, Rows
+from halfbyte.errors import RecipeError
+from halfbyte.recipe.evaluation import LOSSES, Eval
+from halfbyte.scoring import intervals, metrics
+from halfbyte.scoring.intervals import Interval, RowSums
 from halfbyte.scoring.metrics import Scores
 from halfbyte.system import files
 from halfbyte.types import Document
 
-SCORES, ANSWERS, HARNESS = "scores.json", "answers.jsonl", "harness.json"
+SCORES = "scores.json"
+ANSWERS = "answers.jsonl"
+HARNESS = "harness.json"
+SIDES = ("adapter", "base")
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What is scored, and how.
+
+    Args:
+        names: metrics beside loss and perplexity; None: exact match where rows ask for an answer.
+        limit: only so many rows. with_base: score the base alone too.
+        sure: with intervals and tests, which scipy computes; None: where it is installed.
+    """
+
+    settings: Eval
+    names: tuple[str, ...] | None = None
+    limit: int | None = None
+    with_base: bool = False
+    sure: bool | None = None
+
+    @classmethod
+    def of(
+        cls, settings: Eval, names: Sequence[str] = (), *, limit: int | None = None, with_base: bool = False,
+        sure: bool | None = None,
+    ) -> EvalOptions:  # fmt: skip
+        """The recipe's metrics, or those named on the command line.
+
+        Raises:
+            RecipeError: an unknown metric, one whose setting is missing, or intervals without scipy.
+        """
+        chosen = tuple(dict.fromkeys(n for n in names if n not in LOSSES)) if names else settings.metrics
+        metrics.check(settings, chosen or ())
+        if sure:
+            intervals.need()
+        return cls(settings, chosen, limit, with_base, sure)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one side has written for a row, and its scores; `text` is empty where nothing was to be written."""
+    """What one side wrote for a row, and its scores; `text` is empty where no metric reads answers."""
 
     text: str
     scores: Scores
@@ -32,19 +71,18 @@ class Answer:
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: of each row the summed loss and the labelled tokens; of each that asks, the answer."""
+    """One side of a comparison: each row's summed loss and labelled tokens, and the answers to the rows that ask."""
 
     losses: tuple[float, ...]
     tokens: tuple[int, ...]
     answers: tuple[Answer, ...]
 
-    def rows_of(self, name: str) -> Rows:
-        """What the score `name` is made of."""
-        if name in ("loss", "perplexity"):
-            return Rows(
-                np.array(self.losses, np.float64), np.array(self.tokens, np.float64), exponential=name == "perplexity"
-            )
-        return Rows.mean([answer.scores.get(name) for answer in self.answers])
+    def rows_of(self, name: str) -> RowSums:
+        """The score `name` as sums over rows."""
+        if name in LOSSES:
+            losses, tokens = np.array(self.losses, np.float64), np.array(self.tokens, np.float64)
+            return RowSums(losses, tokens, exponential=name == "perplexity")
+        return RowSums.mean([answer.scores.get(name) for answer in self.answers])
 
 
 @dataclass(frozen=True)
@@ -55,10 +93,10 @@ class Value:
 
 @dataclass(frozen=True)
 class Score:
-    """A score of the adapter, of the base, or of both. `of`: how many rows it is over; `yes_no`: they are 0 or 1."""
+    """A score of the adapter, of the base, or of both, over so many rows; `yes_no`: each row's value is 0 or 1."""
 
     name: str
-    of: int
+    rows: int
     yes_no: bool
     adapter: Value | None
     base: Value | None
@@ -72,7 +110,7 @@ class Score:
         difference = shown(self.difference)
         return {
             "name": self.name,
-            "rows": self.of,
+            "rows": self.rows,
             "adapter": shown(self.adapter),
             "base": shown(self.base),
             "difference": None if difference is None else {**difference, "p_value": self.p_value},
@@ -80,7 +118,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Question:
     """A row that asks for an answer."""
 
     where: str
@@ -96,7 +134,7 @@ class Sheet:
     rows: int
     seconds: float
     scores: tuple[Score, ...]
-    asked: tuple[Asked, ...]
+    questions: tuple[Question, ...]
     sides: dict[str, Side]
     notes: tuple[str, ...] = ()
 
@@ -112,14 +150,13 @@ class Sheet:
 
     def answers(self) -> list[Document]:
         """The rows of `answers.jsonl`."""
-        made = []
-        for number, asked in enumerate(self.asked):
-            each = {name: side.answers[number] for name, side in self.sides.items()}
-            both = {n: {"text": each[n].text, "scores": each[n].scores} if n in each else None for n in _SIDES}
-            made.append({"where": asked.where, "prompt": asked.prompt, "expected": asked.expected, **both})
-        return made
+        rows = []
+        for number, question in enumerate(self.questions):
+            each = {name: asdict(side.answers[number]) for name, side in self.sides.items()}
+            rows.append({**asdict(question), **{name: each.get(name) for name in SIDES}})
+        return rows
 
-    def keep(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
         """Write both files; an OSError leaves the earlier ones."""
         folder.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(files.finite(row), ensure_ascii=False) + "\n" for row in self.answers())
@@ -127,30 +164,37 @@ class Sheet:
         files.write(folder / SCORES, files.as_json(self.to_json()))
 
 
-_SIDES = ("adapter", "base")
-
-
-def scored(name: str, sides: dict[str, Side], settings: Eval, *, yes_no: bool, sure: bool) -> Score:
+def score(name: str, sides: dict[str, Side], settings: Eval, *, yes_no: bool, sure: bool) -> Score:
     """One score of the sides; `sure`: with intervals, and for yes/no scores of two sides an exact test."""
     rows = {side: value.rows_of(name) for side, value in sides.items()}
-    drawn = {"resamples": settings.resamples, "seed": settings.seed}
-    values = {side: Value(own.value, intervals.interval(own, **drawn) if sure else None) for side, own in rows.items()}
+    bootstrap = {"resamples": settings.resamples, "seed": settings.seed}
+    values = {side: Value(r.value, intervals.interval(r, **bootstrap) if sure else None) for side, r in rows.items()}
     adapter, base = values.get("adapter"), values.get("base")
-    count = len(next(iter(rows.values())).above)
+    count = len(next(iter(rows.values())).numerators)
     if adapter is None or base is None:
         return Score(name, count, yes_no, adapter, base)
-    apart = intervals.interval_of_difference(rows["adapter"], rows["base"], **drawn) if sure else None
-    p = intervals.exact_test(rows["adapter"].above.tolist(), rows["base"].above.tolist()) if sure and yes_no else None
-    return Score(name, count, yes_no, adapter, base, Value(adapter.value - base.value, apart), p)
+    one, other = rows["adapter"], rows["base"]
+    interval = intervals.interval_of_difference(one, other, **bootstrap) if sure else None
+    p = intervals.exact_test(one.numerators.tolist(), other.numerators.tolist()) if sure and yes_no else None
+    return Score(name, count, yes_no, adapter, base, Value(adapter.value - base.value, interval), p)
 
 
-def keep_harness(results: dict[str, Document], folder: Path | None) -> None:
-    """Write what tasks of lm-evaluation-harness have given; an OSError leaves the earlier ones."""
+def need_harness() -> None:
+    """Raise a RecipeError where lm-evaluation-harness is missing."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise RecipeError(
+            "tasks are run by lm-evaluation-harness (lm_eval), which is not installed.",
+            fix="pip install 'halfbyte[harness]'",
+        )
+
+
+def write_harness(results: dict[str, Document], folder: Path | None) -> None:
+    """Write the results of tasks of lm-evaluation-harness; an OSError leaves the earlier ones."""
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         files.write(folder / HARNESS, files.as_json(results))
 
 
 def folder_of(run: Path, data: Path | None) -> Path:
-    """Where the files of an evaluation are: of the run's own rows, or of others."""
+    """Where an evaluation's files are: of the run's own rows, or of others."""
     return run / "eval" if data is None else run / "eval" / data.stem
