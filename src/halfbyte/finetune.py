@@ -34,8 +34,7 @@ from halfbyte.report import page
 from halfbyte.report import start as beginning
 from halfbyte.runs import checkpoint, crash, points
 from halfbyte.runs import report as reporting
-from halfbyte.runs.folder import RunFolder, space_for, write_json
-from halfbyte.runs.room import Room
+from halfbyte.runs.folder import DiskRetry, RunFolder, space_for, write_json
 from halfbyte.system import accelerator, device, files, threads, usage
 from halfbyte.system.versions import versions
 from halfbyte.training import fit, prepare, resuming
@@ -142,10 +141,10 @@ def train(
 def _trained(loaded: Loaded, ready: Ready, folder: RunFolder, tell: Listener) -> Outcome:
     """Every step, and what a finished run leaves, in a folder that is this process's alone."""
     machine = ready.job.machine.to_json()
-    noted = crash.noted(folder, machine)
+    noted = crash.reporting(folder, machine)
     with folder.lock() as run, stop_on_signals(tell.stopping) as stop, page.kept(run), noted, usage.Peak() as peak:
         try:
-            room = Room(tell.warn, lambda: stop.signal is not None)
+            room = DiskRetry(tell.warn, lambda: stop.signal is not None)
             room.write(lambda: keep_rows(loaded, ready, run))
             callback, ended = run_steps(ready, run, stop, tell)
             if ended.stopped_by is None and callback is not None:
@@ -387,7 +386,7 @@ def save(ready: Ready, run: RunFolder, callback: RunCallback) -> int | None:
     return step
 
 
-def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak, room: Room) -> Document:
+def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak, room: DiskRetry) -> Document:
     """Save the adapter and the report; returns the report. After a run of some length the adapter is opened once more,
     in a process of its own."""
     prepared, plan, machine = ready.job.prepared, ready.job.plan, ready.job.machine

@@ -34,8 +34,7 @@ from halfbyte.adapters import lora
 from halfbyte.errors import HalfbyteError
 from halfbyte.recipe.file import load_recipe
 from halfbyte.runs import checkpoint, points
-from halfbyte.runs.folder import RunFolder
-from halfbyte.runs.room import Room
+from halfbyte.runs.folder import DiskRetry, RunFolder
 from halfbyte.system import files
 from tests import tiny, tiny_run
 from tests.in_process import Cli, runner
@@ -884,7 +883,7 @@ FULL = SafetensorError("Error while serializing: I/O error: No space left on dev
 
 @pytest.fixture(autouse=True)
 def _waits_for_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetune, "Room", partial(Room, wait_s=0.0))
+    monkeypatch.setattr(finetune, "DiskRetry", partial(DiskRetry, wait_s=0.0))
 
 
 def at_call(number: int, real: Callable[..., Any], error: Exception) -> Callable[..., Any]:

@@ -14,8 +14,8 @@ import pytest
 from halfbyte import finetune
 from halfbyte.errors import DiskFull, RunError, TrainError
 from halfbyte.recipe.file import load_recipe
-from halfbyte.runs import points, room
-from halfbyte.runs.folder import RunFolder
+from halfbyte.runs import folder, points
+from halfbyte.runs.folder import DiskRetry, RunFolder
 from halfbyte.training.events import Listener
 from tests import tiny_run
 
@@ -91,7 +91,7 @@ ASKED: dict[str, Any] = {
 
 @pytest.fixture
 def recipe(tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(room, "EVERY_S", 0.01)
+    monkeypatch.setattr(folder, "RETRY_EVERY_S", 0.01)
     tiny_run.rows(tmp_path / "held.jsonl", 6, seed=5)
     tiny_run.recipe(tmp_path, **ASKED, data__eval=tmp_path / "held.jsonl", output=tmp_path / "whole")
     finetune.train(load_recipe(tmp_path / "recipe.yaml"))
@@ -125,8 +125,8 @@ def test_a_disk_that_fills_up_ends_no_run(at: int, until: int, recipe: Path, dis
 def test_one_that_stays_full_leaves_the_last_checkpoint_and_goes_on_later(
     recipe: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wait = room.Room.__init__
-    monkeypatch.setattr(room.Room, "__init__", lambda self, *args, **more: wait(self, *args, **more | {"wait_s": 0.05}))
+    wait = DiskRetry.__init__
+    monkeypatch.setattr(DiskRetry, "__init__", lambda self, *args, **more: wait(self, *args, **more | {"wait_s": 0.05}))
     loaded = load_recipe(recipe, [f"output={disk / 'run'}"])
     with pytest.raises(DiskFull, match=r"is full|no space left"):
         finetune.train(loaded, listener=Fills(disk, 7, frees=False))

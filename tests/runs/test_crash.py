@@ -49,7 +49,7 @@ def test_a_run_that_breaks_leaves_its_page_and_goes_on(tmp_path: Path, monkeypat
 def test_missing_memory_is_called_so(error: Exception, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
-    with pytest.raises(TrainError, match="memory ran out: ") as told, crash.noted(run, {}):
+    with pytest.raises(TrainError, match="memory ran out: ") as told, crash.reporting(run, {}):
         raise error
     assert f"`halfbyte plan {run.recipe}` lists what fits" in str(told.value)
 

@@ -51,7 +51,7 @@ def test_a_run_that_has_ended(tmp_path: Path, report: dict[str, bool], name: str
 def test_a_run_that_is_written_now_is_running_but_to_its_own_process(tmp_path: Path) -> None:
     run = made.finished(tmp_path / "run", made.metrics(20))
     with run.lock():
-        assert listing.state(run).by == str(os.getpid())
+        assert listing.state(run).writer == str(os.getpid())
         assert listing.state(run).name == "running"
         assert listing.state(run, ours=True).name == "finished"
     assert listing.state(run).name == "finished"
@@ -73,7 +73,7 @@ def test_every_run_below_a_folder_the_newest_first(tmp_path: Path) -> None:
             os.utime(file, (1e9 + number, 1e9 + number))
     (tmp_path / "no run").mkdir()
     (tmp_path / "no run" / "recipe.yaml").write_text("model: x\n")
-    found = listing.every(tmp_path)
+    found = listing.runs_in(tmp_path)
     assert [e.run.name for e in found] == ["new", "old"]
     assert found[0].model == "tiny-model" and found[0].eval_loss is not None and found[0].loss is not None
     json.dumps([e.to_json() for e in found])

@@ -17,7 +17,7 @@ from halfbyte.cli.store import Json
 
 if TYPE_CHECKING:
     from halfbyte.report.compare import Comparison
-    from halfbyte.runs.listing import Entry
+    from halfbyte.runs.listing import RunSummary
 
 STYLES = {"running": "cyan", "finished": "green", "stopped": "yellow", "crashed": "red", "diverged": "red"}
 Page = Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE.html", help="Where to write the page.")]
@@ -63,7 +63,7 @@ def listed(
         raise RunError(
             f"there is no folder {folder}.", fix="halfbyte runs FOLDER, with the folder that holds your runs"
         )
-    entries = listing.every(folder)
+    entries = listing.runs_in(folder)
     show.document([entry.to_json() for entry in entries]) if json_ else entered(folder, entries)
 
 
@@ -80,7 +80,7 @@ def live(run: Path, asked: bool) -> Iterator[None]:
         yield
 
 
-def entered(folder: Path, entries: list[Entry]) -> None:
+def entered(folder: Path, entries: list[RunSummary]) -> None:
     if not entries:
         show.text(f"no runs in {folder}")
         return

@@ -1,4 +1,4 @@
-"""`crash.txt`: what an unexpected end leaves for whoever has to mend it. On the screen it is one line.
+"""`crash.txt`: what an unexpected error leaves for whoever has to mend it. On the screen it is one line.
 
 It holds no environment and no token: versions, machine, plan, recipe and traceback.
 """
@@ -23,7 +23,7 @@ NAME = "crash.txt"
 
 
 def write(folder: Path, error: BaseException, parts: Document) -> Path | None:
-    """Write the page into `folder`. Returns it, or None where that cannot be written either.
+    """Write `crash.txt` into `folder`; returns its path, or None where it cannot be written either.
 
     Args:
         parts: title -> text, put between the versions and the traceback.
@@ -44,8 +44,8 @@ def write(folder: Path, error: BaseException, parts: Document) -> Path | None:
 
 
 @contextmanager
-def noted(run: RunFolder, machine: Document) -> Iterator[None]:
-    """Turn whatever is not ours into a TrainError that names the page and the command that goes on."""
+def reporting(run: RunFolder, machine: Document) -> Iterator[None]:
+    """Turn an error that is not ours into a TrainError that names `crash.txt` and the command that goes on."""
     (run.path / NAME).unlink(missing_ok=True)  # of an earlier process of this run
     try:
         yield
@@ -64,7 +64,7 @@ def noted(run: RunFolder, machine: Document) -> Iterator[None]:
 
 
 def unforeseen(error: Exception) -> Unforeseen:
-    """The error to show instead of one that a command without a run ended at; its page is in halfbyte's cache."""
+    """The error to show for an unexpected one in a command without a run; its `crash.txt` is in halfbyte's cache."""
     page = write(files.cache_dir(), error, {})
     return Unforeseen(
         f"something that was not foreseen: {type(error).__name__}: {first_line(error)}",

@@ -1,7 +1,11 @@
 """The run folder: create it, lock it, append metrics, find it again.
 
+Who may write into a run folder: only the process that holds its `lock`, from `create` on until it ends. The commands
+`eval`, `report`, `merge` and `export` need no lock: they write `eval/`, `report.html` and folders of their own.
 Why: a run never overwrites another, two processes never write one, and a crash at any moment leaves files that can be
 read: the folder appears whole, JSON is replaced in one step, metrics grow by whole lines, a torn last one is cut away.
+Where the disk is full, a write is tried again for some minutes (`DiskRetry`): the end of a run of hours must not be
+lost for want of some megabytes that another program holds.
 Source: `rename(2)` (atomic within a file system), `flock(2)` (released by the kernel when its process ends).
 Cost: one small write a step.
 """
@@ -12,21 +16,26 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from halfbyte.errors import DiskFull, RunError, typed
 from halfbyte.system import files
 from halfbyte.types import Document
 
+T = TypeVar("T")
 ANOTHER = "give another output: (--output)"
+RETRY_FOR_S = 600.0
+RETRY_EVERY_S = 1.0
 
 
 @dataclass
 class RunFolder:
-    """A run on disk, with the paths of its files, whether they are there yet or not. Who writes holds its `lock`.
-    `unwritten` are rows of metrics that found no room yet."""
+    """A run on disk, with the paths of its files, whether they exist yet or not. Only the holder of its `lock` writes.
+    `unwritten`: rows of metrics for which the disk had no space yet."""
 
     path: Path
     unwritten: list[Document] = field(default_factory=list)
@@ -47,7 +56,7 @@ class RunFolder:
     def check_free(path: Path) -> None:
         """Raise a RunError if something is at `path` already, or no folder can be made there."""
         if path.exists() or path.is_symlink():
-            raise _written_by(path) or _exists(path)
+            raise _busy(path) or _exists(path)
         above = next((p for p in path.absolute().parents if p.exists()), Path("/"))
         if not above.is_dir() or not os.access(above, os.W_OK):
             why = f"{above} is a file" if not above.is_dir() else f"{above} is not writable"
@@ -57,8 +66,11 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, recipe_yaml: str, more: Mapping[str, bytes] | None = None) -> RunFolder:
-        """Make a new run folder with its resolved recipe and `more` files, whole or not at all; a RunError says why it
-        cannot be."""
+        """Make a new run folder with its resolved recipe and `more` files, whole or not at all.
+
+        Raises:
+            RunError: it exists already, or cannot be made.
+        """
         cls.check_free(path)
         temporary = files.beside(path)
         try:
@@ -82,7 +94,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, *, need_adapter: bool = True) -> RunFolder:
-        """Find a run again; without `need_adapter` it may be unfinished. A RunError says what is wrong."""
+        """Find a run again; without `need_adapter` it may be unfinished. Raises RunError where it is none."""
         if not path.exists():
             fix = "give the `output:` of a run, such as runs/quickstart"
             raise RunError(f"there is no run folder {path}.", fix=fix)
@@ -102,20 +114,27 @@ class RunFolder:
     def progress(self) -> str:
         """How far the run got, in words: the last step in the metrics and the newest checkpoint."""
         steps = [row["step"] for row in self.read_metrics() if isinstance(row.get("step"), int)]
-        names = (p.name.removeprefix("step-") for p in self.checkpoints.glob("step-*"))
-        saved = [int(name) for name in names if name.isdigit()]
+        saved = self.saved_step()
         done = f"it got to step {max(steps)}" if steps else "it ended before its first step"
-        return f"{done}, " + (f"with a checkpoint at step {max(saved)}" if saved else "without a checkpoint")
+        return f"{done}, " + (f"with a checkpoint at step {saved}" if saved is not None else "without a checkpoint")
+
+    def saved_step(self) -> int | None:
+        """The step of the newest checkpoint."""
+        names = (path.name.removeprefix("step-") for path in self.checkpoints.glob("step-*"))
+        return max((int(name) for name in names if name.isdigit()), default=None)
+
+    # --- who may write ------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[RunFolder]:
-        """Hold the run for writing; a RunError names the process that holds it already.
+        """Hold the run for writing. The lock ends with its process, so one that crashed leaves none behind.
 
-        The lock ends with its process, so one that crashed leaves none behind.
+        Raises:
+            RunError: names the process that holds it already.
         """
         with (self.path / "lock").open("a+") as stream:
             if not files.lock(stream, wait=False):
-                raise _written_by(self.path) or _exists(self.path)
+                raise _busy(self.path) or _exists(self.path)
             stream.truncate(0)
             stream.write(str(os.getpid()))
             stream.flush()
@@ -137,13 +156,15 @@ class RunFolder:
         except OSError:
             return None
 
+    # --- metrics.jsonl ------------------------------------------------------------------------------------------------
+
     def append_metrics(self, row: Document) -> bool:
-        """Add one row, after those that found no room before. False if it found none either: it is kept for later."""
+        """Add one row, after those still unwritten. False where the disk is full: the row is written later."""
         self.unwritten.append(row)
         return self.write_metrics()
 
     def write_metrics(self) -> bool:
-        """Write the rows that wait. A torn line that a crash or a full disk left at the end is cut away first."""
+        """Write the unwritten rows. A torn line that a crash or a full disk left at the end is cut away first."""
         lines = memoryview(b"".join((json.dumps(files.finite(row)) + "\n").encode() for row in self.unwritten))
         try:
             with self.metrics.open("a+b", buffering=0) as stream:
@@ -153,7 +174,7 @@ class RunFolder:
                         stream.truncate(self.metrics.read_bytes().rfind(b"\n") + 1)
                 start = stream.seek(0, os.SEEK_END)
                 try:
-                    while lines:  # what little room there is takes a part of them
+                    while lines:  # a disk that is nearly full takes a part of them
                         lines = lines[stream.write(lines) :]
                 except OSError:
                     with contextlib.suppress(OSError):
@@ -167,7 +188,7 @@ class RunFolder:
         return True
 
     def end_metrics(self) -> None:
-        """Write the rows that still wait. DiskFull where there is no room for them."""
+        """Write the rows still unwritten. Raises DiskFull where there is no space for them."""
         if self.unwritten and not self.write_metrics():
             raise DiskFull(
                 f"{len(self.unwritten)} rows of {self.metrics} could not be written: its disk is full.",
@@ -175,7 +196,7 @@ class RunFolder:
             )
 
     def read_metrics(self) -> list[Document]:
-        """Every whole row, in order, and those that wait; a RunError names a line that is not a JSON object."""
+        """Every whole row, in order, then the unwritten ones. Raises RunError for a line that is no JSON object."""
         if not self.metrics.is_file():
             return [*self.unwritten]
         rows: list[Document] = []
@@ -195,13 +216,13 @@ class RunFolder:
     def truncate_metrics(self, step: int) -> None:
         """Drop the rows after `step`: the resumed run writes them again."""
         rows = self.read_metrics()
-        kept = [row for row in rows if row.get("step", 0) <= step]
-        if len(kept) != len(rows):
-            _write(self.metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        earlier = [row for row in rows if row.get("step", 0) <= step]
+        if len(earlier) != len(rows):
+            _write(self.metrics, "".join(json.dumps(row) + "\n" for row in earlier).encode())
 
 
 def read_json(path: Path) -> Document:
-    """A JSON object of a run; empty where there is none, or none that can be read."""
+    """A JSON object of a run; empty where the file is missing or cannot be read."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -210,7 +231,7 @@ def read_json(path: Path) -> Document:
 
 
 def write_json(path: Path, value: Document) -> None:
-    """Write or replace a JSON file of a run in one step; DiskFull where no space is left."""
+    """Write or replace a JSON file of a run in one step. Raises DiskFull where no space is left."""
     _write(path, files.as_json(value))
 
 
@@ -221,7 +242,7 @@ def _write(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def space_for(path: Path, size: int | None = None) -> Iterator[None]:
-    """DiskFull where writing a file of a run, of so many bytes where that is known, finds no room."""
+    """Turn a full disk, while a file of a run of `size` bytes is written, into DiskFull."""
     try:
         yield
     except OSError as error:
@@ -232,12 +253,44 @@ def space_for(path: Path, size: int | None = None) -> Iterator[None]:
         raise DiskFull(what, fix=fix) from error
 
 
-def _written_by(path: Path) -> RunError | None:
-    """The error for a run that another process is writing now; None where no one is."""
-    holder = RunFolder(path).writer()
-    if holder is None:
+@dataclass(frozen=True)
+class DiskRetry:
+    """Tries a write again while the disk is full.
+
+    Args:
+        warn: gets one message for each wait. stops: whether the run is being stopped; then it does not wait.
+        wait_s: the longest wait.
+    """
+
+    warn: Callable[[str], None]
+    stops: Callable[[], bool] = lambda: False
+    wait_s: float = RETRY_FOR_S
+
+    def write(self, write: Callable[[], T]) -> T:
+        """What `write` returns, which may be called several times.
+
+        Raises:
+            DiskFull: the disk was full all the while.
+        """
+        until, warned = time.monotonic() + self.wait_s, False
+        while True:
+            try:
+                return write()
+            except DiskFull as error:
+                if self.stops() or time.monotonic() >= until:
+                    raise
+                if not warned:
+                    self.warn(f"{error.message} Waiting {self.wait_s / 60:.0f} minutes for room")
+                    warned = True
+                time.sleep(min(RETRY_EVERY_S, self.wait_s))
+
+
+def _busy(path: Path) -> RunError | None:
+    """The error for a run that another process is writing now; None where none is."""
+    writer = RunFolder(path).writer()
+    if writer is None:
         return None
-    return RunError(f"the run {path} is being written by process {holder}.", fix=f"wait for it, stop it, or {ANOTHER}")
+    return RunError(f"the run {path} is being written by process {writer}.", fix=f"wait for it, stop it, or {ANOTHER}")
 
 
 def _exists(path: Path) -> RunError:

@@ -1,4 +1,4 @@
-"""What became of a run, from its folder alone: finished, running, stopped or crashed; and every run of a folder.
+"""What became of a run, read from its folder: finished, running, stopped or crashed; and the runs in a folder.
 
 Cost: the last kB of each run's metrics and two small files; no torch.
 """
@@ -15,7 +15,6 @@ import yaml
 
 from halfbyte.runs import crash
 from halfbyte.runs.folder import RunFolder, read_json
-from halfbyte.runs.points import step_of
 from halfbyte.types import Document
 
 Name = Literal["running", "finished", "diverged", "stopped", "crashed", "not begun"]
@@ -24,18 +23,18 @@ TAIL_BYTES = 8_192
 
 @dataclass(frozen=True)
 class State:
-    """`step` of `steps`, 0 where it is not known; `why` in a few words. `by` is the process that writes the run."""
+    """`step` of `steps`, 0 where unknown; `why` in a few words. `writer`: the process that writes the run now."""
 
     name: Name
     step: int
     steps: int
     why: str = ""
-    by: str | None = None
+    writer: str | None = None
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One run in a list. `changed` is when its newest file was written (seconds since 1970)."""
+class RunSummary:
+    """A run in a list. `changed`: when its newest file was written, in seconds since 1970."""
 
     run: Path
     state: State
@@ -53,16 +52,12 @@ class Entry:
 
 
 def state(run: RunFolder, *, ours: bool = False) -> State:
-    """What became of a run.
-
-    Args:
-        ours: this process holds the run's lock, and is about to let it go.
-    """
+    """What became of a run; with `ours` this process holds its lock, and is about to release it."""
     last, steps = last_rows(run.metrics)[0], int(read_json(run.plan).get("steps") or 0)
     step = int(last.get("step") or 0)
-    by = None if ours else run.writer()
-    if by is not None:
-        return State("running", step, steps, f"process {by}", by)
+    writer = None if ours else run.writer()
+    if writer is not None:
+        return State("running", step, steps, f"process {writer}", writer)
     report = read_json(run.report)
     if report and (run.adapter / "adapter_config.json").is_file():
         if report.get("diverged"):
@@ -71,26 +66,24 @@ def state(run: RunFolder, *, ours: bool = False) -> State:
         return State("finished", step, steps, "stopped early: no better evaluation" if early else "")
     if (run.path / crash.NAME).is_file():
         return State("crashed", step, steps, f"see {crash.NAME}")
-    names = [path for path in run.checkpoints.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    saved = max(map(step_of, names), default=0)
     if not step:
         return State("not begun", 0, steps, "it ended before its first step")
+    saved = run.saved_step() or 0
     if saved >= step:
         return State("stopped", step, steps, f"with a checkpoint at step {saved}")
-    return State(
-        "crashed", step, steps, f"killed after {f'the checkpoint at step {saved}' if saved else 'no checkpoint'}"
-    )
+    last_saved = f"the checkpoint at step {saved}" if saved else "no checkpoint"
+    return State("crashed", step, steps, f"killed after {last_saved}")
 
 
 def last_rows(metrics: Path) -> tuple[Document, Document]:
-    """The last row of a step and the last of an evaluation; empty where there is none in the last kB."""
-    step, evaluated = dict[str, object](), dict[str, object]()
+    """The last row of a step and the last of an evaluation; empty where the last kB hold none."""
+    step, evaluation = dict[str, object](), dict[str, object]()
     try:
         with metrics.open("rb") as stream:
             stream.seek(max(0, os.fstat(stream.fileno()).st_size - TAIL_BYTES))
             lines = stream.read(TAIL_BYTES).split(b"\n")[:-1]
     except OSError:
-        return step, evaluated
+        return step, evaluation
     for line in lines:
         try:
             row = json.loads(line)
@@ -99,30 +92,28 @@ def last_rows(metrics: Path) -> tuple[Document, Document]:
         if isinstance(row, dict) and "loss" in row:
             step = row
         elif isinstance(row, dict) and "eval_loss" in row:
-            evaluated = row
-    return step, evaluated
+            evaluation = row
+    return step, evaluation
 
 
-def every(folder: Path) -> list[Entry]:
-    """The runs below a folder (two levels), the newest first; or the one that the folder itself is."""
-    found = {
-        path.parent for pattern in ("recipe.yaml", "*/recipe.yaml", "*/*/recipe.yaml") for path in folder.glob(pattern)
-    }
-    return sorted((entry(path) for path in found if (path / "checkpoints").is_dir()), key=lambda e: -e.changed)
+def runs_in(folder: Path) -> list[RunSummary]:
+    """The runs in a folder (two levels deep), the newest first; or the one run that the folder itself is."""
+    recipes = [path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}recipe.yaml")]
+    paths = {path.parent for path in recipes if (path.parent / "checkpoints").is_dir()}
+    return sorted(map(summary, paths), key=lambda run: -run.changed)
 
 
-def entry(path: Path) -> Entry:
+def summary(path: Path) -> RunSummary:
     run = RunFolder(path)
-    last, evaluated = last_rows(run.metrics)
-    report = read_json(run.report)
-    eval_loss = report.get("eval_loss", evaluated.get("eval_loss"))
-    names = (run.metrics, run.report, run.recipe)
-    changed = max((file.stat().st_mtime for file in names if file.is_file()), default=0.0)
-    return Entry(path, state(run), model_of(run), last.get("loss"), eval_loss, changed)
+    step, evaluation = last_rows(run.metrics)
+    eval_loss = read_json(run.report).get("eval_loss", evaluation.get("eval_loss"))
+    files = (run.metrics, run.report, run.recipe)
+    changed = max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
+    return RunSummary(path, state(run), model_of(run), step.get("loss"), eval_loss, changed)
 
 
 def model_of(run: RunFolder) -> str:
-    """The model that a run's recipe names; of a path its last part."""
+    """The model that a run's recipe names; for a path its last part."""
     try:
         name = str(yaml.safe_load(run.recipe.read_text())["model"])
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):

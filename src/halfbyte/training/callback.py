@@ -19,8 +19,8 @@ from halfbyte.adapters import learning
 from halfbyte.errors import DiskFull
 from halfbyte.runs import checkpoint
 from halfbyte.runs import report as reporting
+from halfbyte.runs.checkpoint_writer import CheckpointWriter
 from halfbyte.runs.folder import RunFolder
-from halfbyte.runs.writing import Writing
 from halfbyte.system import files, usage
 from halfbyte.training.events import Listener, StopRequest
 from halfbyte.training.schedule import Cadence
@@ -85,7 +85,7 @@ class RunCallback(TrainerCallback):
     _drawn: checkpoint.Randomness | None = None
 
     def __post_init__(self) -> None:
-        self.writing = Writing(self.run.checkpoints, self.cadence.keep, self.listener.saved, self._no_room)
+        self.writing = CheckpointWriter(self.run.checkpoints, self.cadence.keep, self.listener.saved, self._no_room)
 
     def on_train_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         if self.resume is not None:

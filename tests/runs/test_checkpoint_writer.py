@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from halfbyte.errors import TrainError
 from halfbyte.runs import checkpoint, points
-from halfbyte.runs.writing import Writing
+from halfbyte.runs.checkpoint_writer import CheckpointWriter
 from halfbyte.system import files
 
 
@@ -22,8 +22,10 @@ class Told:
     def __init__(self) -> None:
         self.saved, self.full = list[str](), list[str]()
 
-    def writing(self, folder: Path, keep: int | None = None) -> Writing:
-        return Writing(folder, keep, lambda path, why: self.saved.append(f"{path.name} {why}"), self.full.append)
+    def writing(self, folder: Path, keep: int | None = None) -> CheckpointWriter:
+        return CheckpointWriter(
+            folder, keep, lambda path, why: self.saved.append(f"{path.name} {why}"), self.full.append
+        )
 
 
 class Slow:

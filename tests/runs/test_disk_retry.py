@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from halfbyte.errors import DiskFull
-from halfbyte.runs import room
-from halfbyte.runs.room import Room
+from halfbyte.runs import folder
+from halfbyte.runs.folder import DiskRetry
 
 
 class Fills:
@@ -24,17 +24,17 @@ class Fills:
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "EVERY_S", 0.0)
+    monkeypatch.setattr(folder, "RETRY_EVERY_S", 0.0)
 
 
 def test_it_goes_on_when_there_is_room() -> None:
     said: list[str] = []
-    assert Room(said.append).write(Fills(3)) == "written"
+    assert DiskRetry(said.append).write(Fills(3)) == "written"
     assert said == ["the disk is full. Waiting 10 minutes for room"]
-    assert Room(said.append).write(Fills(0)) == "written" and len(said) == 1
+    assert DiskRetry(said.append).write(Fills(0)) == "written" and len(said) == 1
 
 
 @pytest.mark.parametrize("given", [{"wait_s": 0.0}, {"stops": lambda: True}])
 def test_it_ends_after_its_time_and_where_the_run_is_to_end(given: dict[str, object]) -> None:
     with pytest.raises(DiskFull):
-        Room(lambda _: None, **given).write(Fills(3))  # type: ignore[arg-type]
+        DiskRetry(lambda _: None, **given).write(Fills(3))  # type: ignore[arg-type]
