@@ -29,7 +29,7 @@ from halfbyte.system import device as machine
 from halfbyte.types import Config, Document, Model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Quantising at load holds the source's pages and the result: measured 18.3 GB for 13.5 (docs/log.md).
+# Quantising at load holds the source's pages and the result: measured 18.3 GB for 13.5 (docs/log).
 LOADING_SHARE = 1.4
 ON_ONE_CARD = 0.8  # of its free memory: a larger base is split over all of them
 

@@ -223,7 +223,7 @@ class Loop:
             made, lm, [row[-length:-1] for row, length in zip(ids.tolist(), lengths, strict=True)], n, factor
         )
         self._step(made, embed(last), [length - 1 for length in lengths])
-        # Of texts that are not padded: with a mask the model's own attention rounds more (docs/log.md).
+        # Of texts that are not padded: with a mask the model's own attention rounds more (docs/log).
         whole = mask.all(1)
         self.apart = prove(made, logits[whole], whole, len(self.layers), read=read)
         return made.capped(), embed

@@ -6,7 +6,7 @@ dequantised on the fly, twice a step, into memory that is free again at once; x 
 is kept; dropout's mask is made again from its seed.
 Order: LoRA's part comes first and the base's product is accumulated onto it, so that their sum is rounded once. The
 other way round the base is rounded to bf16 before, and what a young adapter adds is mostly below half a unit of that,
-and vanishes: of 5e-4 on outputs about 1, 28% came through, and the first steps learned visibly less (docs/log.md).
+and vanishes: of 5e-4 on outputs about 1, 28% came through, and the first steps learned visibly less (docs/log).
 Source: LoRA, arXiv:2106.09685 section 4.1; `peft/tuners/lora/layer.py` and `bnb.py` for the meaning of every flag.
 Cost: 4 N D O FLOP a step and layer, 1 / (2 N) of that for dequantising, R / D for LoRA.
 

@@ -7,7 +7,7 @@ What: three layouts, tried in this order; the first that is proven (`proofs/pack
                   layers, chunks.
     single        nothing proven: one example a micro-batch, plain input.
 Tried and dropped: transformers' own block mask where positions restart. It is dense over the whole pack, T^2 a head; by
-it Falcon ran at a third of the plain stack's speed (docs/log.md).
+it Falcon ran at a third of the plain stack's speed (docs/log).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Layout = Literal["cu_seq_lens", "rows", "single"]
 
 # oneDNN divides some odd numbers of rows badly: 511 or 505 of them took a fifth longer than 512. And it compiles each
-# shape of a product, in 2 to 4 ms, and keeps the code: with multiples of a number there are few shapes (docs/log.md).
+# shape of a product, in 2 to 4 ms, and keeps the code: with multiples of a number there are few shapes (docs/log).
 ROWS, ALIGNED_FROM = 16, 32
 
 

@@ -15,7 +15,7 @@ from halfbyte.plan.result import Line, Placement
 from halfbyte.system.device import Device
 from halfbyte.types import Document
 
-MAX_COPIED_BYTES = 10**9  # bytes of a base: a second or two; a step of a larger one gains little (docs/log.md)
+MAX_COPIED_BYTES = 10**9  # bytes of a base: a second or two; a step of a larger one gains little (docs/log)
 RESIDENT_SHARE = 0.25  # of free memory that the copy may take, which the kernel cannot drop
 SEQUENCES = (16, 8, 4, 2, 1)  # to try at once; more generate no faster, they only take memory
 

@@ -6,7 +6,7 @@ Source: QLoRA, arXiv:2305.14314 (4 bits and two levels of scales; `quant.four_bi
 keeps two fp32 numbers a parameter, its 8-bit form two bytes (arXiv:2110.02861); `layer.py` for what backward needs;
 `layers/loss.py` for the chunked head (Liger-Kernel, arXiv:2410.10989, 3.2); FlashAttention-2, arXiv:2307.08691, for the
 attention's workspace. The process's own bytes are measured: `LIBRARIES_*` is what remains of a tiny training (torch CPU
-build, transformers, peft, bitsandbytes, numba), `docs/log.md` has the figures. `SLACK` is what the pool
+build, transformers, peft, bitsandbytes, numba), `docs/log` has the figures. `SLACK` is what the pool
 (`layers/kernels/pool.py`) and glibc's allocator hold beside what is in use, measured by `benchmarks/plan_accuracy.py`.
 Cost: none; no torch.
 
@@ -40,7 +40,7 @@ FIRST_MICRO_BATCH_BYTES = 50_000_000
 COMPILER_PRIVATE_BYTES, COMPILER_MORE_BYTES, COMPILER_INTEGER_BYTES = 180_000_000, 120_000_000, 75_000_000
 COMPILER_FILE_BYTES = 7_000_000
 # oneDNN's code of a matrix product of one shape, and how many shapes a size of micro-batches has: 54 MB more in use for
-# 6 sizes, 90 for 10 (docs/log.md). `system/threads.py` bounds how many are cached. The first micro-batch's are in its
+# 6 sizes, 90 for 10 (docs/log). `system/threads.py` bounds how many are cached. The first micro-batch's are in its
 # own line.
 PRODUCT_BYTES, PRODUCTS_OF_A_SIZE, PRODUCTS_OF_AN_EVALUATION = 500_000, 25, 8
 # Resident bytes per byte of tokenizer.json (7.7 at 262k entries, 4 at 49k). Without that file: per entry of the

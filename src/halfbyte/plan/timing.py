@@ -23,7 +23,7 @@ SPREAD_ASSUMED = 0.6
 # for each linear layer with an adapter: its eight products and what is around them.
 LAYER_OVERHEAD_S, SITE_OVERHEAD_S = 0.004, 0.001
 # Once a step: what the optimiser, the clipping and the norm of gradients move for each trained number, and what their
-# calls take for each tensor. Measured: AdamW, 420 tensors of 4.9 and 19.5 million numbers (docs/log.md).
+# calls take for each tensor. Measured: AdamW, 420 tensors of 4.9 and 19.5 million numbers (docs/log).
 UPDATE_BYTES, TENSOR_OVERHEAD_S = 60, 1e-4
 # A micro-batch of so many tokens multiplies at half the rate of a large one.
 HALF_RATE_TOKENS = 48
@@ -38,7 +38,7 @@ TRAFFIC_AGAIN = {"none": 1.0, "selective": 1.2, "full": 1.4}
 # bits, written and read) together; and of a weight, which is decoded on its way into 8 bits.
 INTEGERS_PAY, ROUND_BYTES, ROUND_WEIGHT = 1.3, 3.0 + 8.0, 1.0
 # Numbers of a dropout mask that torch draws in a second, whatever the threads, where a model drops by itself: from one
-# run of GPT-2, 1.0 s beside 1.9 of all else for 75 million numbers (docs/log.md).
+# run of GPT-2, 1.0 s beside 1.9 of all else for 75 million numbers (docs/log).
 MASK_NUMBERS = 75e6
 
 

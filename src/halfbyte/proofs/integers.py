@@ -6,7 +6,7 @@ next to nothing in gradients; if not even that, for none.
 Why on all layers: rounding adds up with depth, and outliers sit in the middle of a model, where a proof on the first
 layers does not look. Why these bounds: a gradient that is off by a quarter of its length still points within 15 degrees
 of its own direction, and other rows move it by more than its whole length; what is seen with integers decides nothing
-else, as evaluations and answers are exact (docs/log.md).
+else, as evaluations and answers are exact (docs/log).
 Cost: a forward and a backward of up to `TOKENS` tokens, two or three times.
 """
 

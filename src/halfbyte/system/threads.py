@@ -2,7 +2,7 @@
 
 Under a CPU quota (a container) torch starts a thread for every processor of the host, and they take turns on the few
 that are allowed. Fixed thresholds of glibc's allocator, small or large, and huge pages (torch's `THP_MEM_ALLOC_ENABLE`,
-glibc's `glibc.malloc.hugetlb`) were measured and gained nothing (docs/log.md), so they stay as the system and the user
+glibc's `glibc.malloc.hugetlb`) were measured and gained nothing (docs/log), so they stay as the system and the user
 have them; the report says how that is.
 """
 

@@ -4,7 +4,7 @@ What: a 4-bit float (sign, 2 bits of exponent, 1 of mantissa) a weight, and a po
 A checkpoint has `X_blocks` (experts, out, blocks, 16), two codes a byte, the earlier in its lower half, and `X_scales`
 (experts, out, blocks), exponents of 2 with a bias of 127; the model has X (experts, in, out).
 Source: OCP Microscaling Formats 1.0, section 5; `transformers/integrations/mxfp4.py`, `convert_moe_packed_tensors`.
-Cost: an expert at a time in memory; what a second rounding costs stands in docs/log.md.
+Cost: an expert at a time in memory; what a second rounding costs stands in docs/log.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Why: PyTorch asks glibc for aligned memory, and `memalign` cannot put a tensor where one of the same size was. So the
 tensors of each layer split larger holes, and a run's heap grew for a hundred steps: SmolLM2, 800 tokens a step, from
-1.3 to 2.4 GB (docs/log.md, "Blocks of our own").
+1.3 to 2.4 GB (docs/log, "Blocks of our own").
 What: a block is lent for as long as a tensor on it lives, and then goes to the next tensor that it holds. A smaller
 tensor takes a larger block, so the longest micro-batch, which runs first, leaves blocks for all. What is free beyond a
 share of the most that was lent at once goes back to the system.
@@ -34,7 +34,7 @@ LARGER = 2.0  # a block may be so many times as large as its tensor
 # Free blocks that are kept: with them no more is held than so many times the most that was lent at once.
 KEPT_SHARE = 1.1
 LINE_BYTES = 64
-# Blocks from this size on ask for pages of 2 MB: 3 to 4% of a step in fp32, and no more memory (docs/log.md).
+# Blocks from this size on ask for pages of 2 MB: 3 to 4% of a step in fp32, and no more memory (docs/log).
 HUGE_FROM = 4 << 20
 _FLAGS = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
 

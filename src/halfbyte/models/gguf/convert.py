@@ -2,7 +2,7 @@
 
 Why a process of its own: its memory is given back when it ends and is not counted in a run's measured peak, the
 caller never imports torch, and a kill for lack of memory becomes an error message instead of a lost session.
-Cost: what torch and transformers take and some pieces of 16 MB, whatever the model's size (docs/log.md).
+Cost: what torch and transformers take and some pieces of 16 MB, whatever the model's size (docs/log).
 """
 
 import gc

@@ -3,7 +3,7 @@
 A parameter without a tensor, a tensor without a parameter, or another shape: the file is refused. A layout that is only
 nearly right computes fluent nonsense.
 Source: the gguf package's own name map, which llama.cpp's converter uses; the converter itself (llama.cpp, conversion/)
-for the tensors whose values or rows it rearranges. Checked against it: docs/log.md, 2026-11-26.
+for the tensors whose values or rows it rearranges. Checked against it: docs/log, 2026-11-26.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ checkpoint is written only where they come out again. One matrix of each shape i
 format's definition, as at the start.
 Why: memory that lost a bit, a machine that throttles into errors, a library that another package has patched or a
 switch that an evaluation left on train on under a healthy loss curve, into checkpoints that look whole.
-Cost: a forward of 15 tokens, one with its backward, through two layers; see docs/log.md.
+Cost: a forward of 15 tokens, one with its backward, through two layers; see docs/log.
 """
 
 from __future__ import annotations

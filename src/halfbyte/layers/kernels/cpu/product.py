@@ -1,7 +1,7 @@
 """Large matrix products in fp32, on the tiles that attention has: C = A B, or C += A B.
 
 Why: torch multiplies in fp32 by MKL, which takes its AVX2 code on AMD's processors and reaches 82% of what two FMAs a
-cycle would, and with AVX-512 40%. Here it is 95% (docs/log.md). On Intel's processors MKL is as it should be.
+cycle would, and with AVX-512 40%. Here it is 95% (docs/log). On Intel's processors MKL is as it should be.
 What: a part of B is laid out in panels as wide as a tile, which all threads then multiply with blocks of rows of A.
 Source: Goto and van de Geijn, "Anatomy of high-performance matrix multiplication" (ACM TOMS 2008). A is not packed: a
 tile reads a few of its rows along, and they are in the cache when the next panel comes.

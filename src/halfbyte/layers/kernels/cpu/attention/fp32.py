@@ -1,7 +1,7 @@
 """Causal attention of whole examples as one kernel in fp32, forward and backward, on tiles that stay in cache.
 
 Why: the matmul library makes all scores of an example, half of which no row sees, and one call for each product costs
-as much as its arithmetic: a third of the processor's rate (docs/log.md).
+as much as its arithmetic: a third of the processor's rate (docs/log).
 What: as `bf16.py`, without pairs: a task is one example, one key head and some of the query heads that it serves. Some
 rows of queries at a time go through scores, softmax and product; only columns that a row sees are computed, in steps
 of a tile. Keys and values are laid out once, in panels as wide as a tile.

@@ -10,7 +10,7 @@ in fp32, block after block. So a text has the same bits whatever stands beside i
 Error: a level is off by up to 1/8192 of its block's largest weight, a number of x by 1/16382 of its block's largest. A
 NaN or Inf makes the block's step one.
 Source: VPMADDWD, VPSHUFB in Intel's SDM volume 2; the order is ours.
-Cost: 64 weights, cycles of Zen 3: see docs/log.md, "Several texts at once".
+Cost: 64 weights, cycles of Zen 3: see docs/log, "Several texts at once".
 """
 
 from collections.abc import Callable

@@ -7,7 +7,7 @@ by oneDNN in int8 with exact sums, and scaled onto the result, which is rounded 
 row of W lies on the axis that is summed over, so it is multiplied into dy before that is rounded.
     forward     y  = (x H) (W H)^T            W's rows are mixed in themselves, up to 256 numbers
     backward    dx = (dy H s) ((H W) / s)     W's rows are mixed with one another, 16 of them
-Error: about 1% of each product forward, as of independent noise; docs/log.md has what that makes of gradients.
+Error: about 1% of each product forward, as of independent noise; docs/log has what that makes of gradients.
 Source: QuaRot, arXiv:2404.00456; SwitchBack, arXiv:2304.13013; `torch._int_mm`, a product of oneDNN's.
 Cost: 6 MB of int32 sums (more for a weight of over 3,072 outputs) and 8 bits a number of the largest W, kept from one
 product to the next; 8 bits a number of x for as long as it is needed.
