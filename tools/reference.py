@@ -35,9 +35,10 @@ source. `--dry-run` says which it would be.
 
 Before the first step, SmolLM2 in nf4, loss of the answers of 100 GSM8K rows, all linear layers: 1.902 by default, 1.862
 with rank 16, 1.768 with rank 64. After 100 steps of 4 rows at 2e-4 with rank 16 the held-out loss was lower than by
-default in each of three seeds: by 0.012 in nf4 (1.3%), by 0.030 in fp4 (3%; [log](log/2026-11.md#a-residual-start-over-100-steps)).
-So it is recommended where the adapter stays on the base that it was trained on, with fp4 above all; other
-learning rates were not compared. The default stays `true`, whose adapter means the same on any form of the base."""
+default in each of three seeds: by 0.012 in nf4 (1.3%), by 0.030 in fp4 (3%;
+[log](log/2026-11.md#a-residual-start-over-100-steps)). So it is recommended where the adapter stays on the base that it
+was trained on, with fp4 above all; other learning rates were not compared. The default stays `true`, whose adapter means
+the same on any form of the base."""
 
 _EXECUTED = """\
 ## What the words in "executed" mean
@@ -90,8 +91,8 @@ The names under `lora:` are those of `peft.LoraConfig`. A value outside the reco
 Plain PEFT adds the adapter's part to an output that is rounded to bf16 already, so what a small adapter says is partly
 lost. SmolLM2 at a learning rate of 2e-4 shows there 49% of its gain in held-out loss after 4 steps, 97% after 10 and
 99.8% after 25; at 1e-3 98.5% after 4. In fp32, and in halfbyte, all of it is there
-([log](log/2026-11.md#a-young-adapter-in-plain-peft)). Merging into bf16 weights rounds too: 44%, 86.5% and 99.6% at 2e-4. So judge a young adapter in halfbyte
-or in fp32, or train on.
+([log](log/2026-11.md#a-young-adapter-in-plain-peft)). Merging into bf16 weights rounds too: 44%, 86.5% and 99.6% at
+2e-4. So judge a young adapter in halfbyte or in fp32, or train on.
 
 ## Target modules by architecture
 
