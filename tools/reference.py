@@ -37,8 +37,8 @@ Before the first step, SmolLM2 in nf4, loss of the answers of 100 GSM8K rows, al
 with rank 16, 1.768 with rank 64. After 100 steps of 4 rows at 2e-4 with rank 16 the held-out loss was lower than by
 default in each of three seeds: by 0.012 in nf4 (1.3%), by 0.030 in fp4 (3%;
 [log](log/2026-11.md#a-residual-start-over-100-steps)). So it is recommended where the adapter stays on the base that it
-was trained on, with fp4 above all; other learning rates were not compared. The default stays `true`, whose adapter means
-the same on any form of the base."""
+was trained on, with fp4 above all; other learning rates were not compared. The default stays `true`, whose adapter
+means the same on any form of the base."""
 
 _EXECUTED = """\
 ## What the words in "executed" mean
