@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from halfbyte import errors
-from halfbyte.errors import HalfbyteError, RecipeError, TrainError, first_line
+from halfbyte.errors import HalfbyteError, RecipeError, TrainError, first_line, without_secrets
 
 
 def test_a_fix_has_a_line_of_its_own() -> None:
@@ -45,3 +45,19 @@ def test_the_first_line_of_a_library() -> None:
     assert first_line(ValueError("\n  one\ntwo")) == "one"
     assert first_line(ValueError("x" * 500), 10) == "x" * 10
     assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("401 for hf_abcdefghijklmnopqrstuvwxyz", "401 for hf_***"),
+        ("Authorization: Bearer my-own-value-123", "Authorization: Bearer ***"),
+        ("https://me:pass-word@host/model", "https://***@host/model"),
+        ("sk-abcdefghijklmnop and hf_short", "sk-*** and hf_short"),
+        ("a run of 30 steps, runs/hf_test", "a run of 30 steps, runs/hf_test"),
+    ],
+)
+def test_tokens_are_hidden(text: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "my-own-value-123")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    assert without_secrets(text) == said

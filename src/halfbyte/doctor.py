@@ -22,8 +22,8 @@ from halfbyte.proofs.fusing import sample_gradients
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device, threads
 from halfbyte.system.files import cache_dir, free_bytes, why_unwritable
+from halfbyte.system.libraries import outside_ranges, versions
 from halfbyte.system.platforms import table
-from halfbyte.system.versions import outside_ranges, versions
 from halfbyte.types import Check, Document, Model
 
 

@@ -6,8 +6,15 @@ Cost: nothing heavy is imported here.
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 from collections.abc import Sequence
+
+# Names of environment variables that hold a secret, and what tokens and passwords in an address look like.
+_SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)S?$", re.IGNORECASE)
+_SECRET = re.compile(r"\b(hf_|sk-|ghp_|github_pat_|AKIA|xox[bp]-)[A-Za-z0-9_-]{12,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+_SHORTEST_SECRET = 8
 
 
 class HalfbyteError(Exception):
@@ -106,3 +113,13 @@ def first_line(error: BaseException, limit: int = 300) -> str:
     """The first line of a library's own words, for a message of ours; the error's type where it says nothing."""
     text = str(error).strip()
     return text.splitlines()[0][:limit] if text else type(error).__name__
+
+
+def without_secrets(text: str) -> str:
+    """A text that may be shown or kept, without what looks like a token and without the values of secret variables."""
+    values = (
+        value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET
+    )
+    for value in sorted(values, key=len, reverse=True):
+        text = text.replace(value, "***")
+    return _SECRET.sub(lambda match: (match[1] or "") + "***", text)

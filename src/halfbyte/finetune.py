@@ -36,7 +36,7 @@ from halfbyte.runs import checkpoint, crash, points
 from halfbyte.runs import report as reporting
 from halfbyte.runs.folder import DiskRetry, RunFolder, space_for, write_json
 from halfbyte.system import accelerator, device, files, threads, usage
-from halfbyte.system.versions import versions
+from halfbyte.system.libraries import versions
 from halfbyte.training import fit, prepare, resuming
 from halfbyte.training.callback import Follower, RunCallback
 from halfbyte.training.events import Listener, StopRequest, stop_on_signals, without_a_terminal
@@ -83,7 +83,7 @@ class Ready:
     held_out: collate.Batches
     scores: Callable[[], dict[str, float]]
     held: usage.Usage
-    settings: threads.Settings
+    settings: threads.ProcessSettings
     notices: Sequence[str]
     point: points.Point | None
     trained: Document
@@ -395,7 +395,7 @@ def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak
     on_card, timed = machine.on_card, plan.time.measured
     seen, step_s = usage.Usage(peak.private, peak.file), reporting.usual_seconds(rows)
     if step_s is not None and ready.world.alone:  # of several, the link's time is in it
-        ran = usage.scheduled()
+        ran = usage.cpu_time()
         calibrate.correct(machine, plan.compute_dtype, plan.time, step_s, ran.waited_share if ran else None)
     report = reporting.build(
         rows,

@@ -71,7 +71,7 @@ def test_among_plans_as_fast_as_each_other_the_smallest_is_taken_unless_memory_i
 
 def test_less_room_means_the_next_measure_and_none_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """On ever smaller machines: smaller micro-batches, recomputation, then a warning; until then within the margin."""
-    monkeypatch.setattr(result, "torch_has_cards", lambda: False)  # which torch is installed here must not matter
+    monkeypatch.setattr(result, "torch_build", lambda: "")  # which torch is installed here must not matter
     taken = []
     for free in (16, 3, 2, 1.6, 1.3, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35):
         plan = made(cpu(free), rows=Rows((700,) * 64))
@@ -92,7 +92,7 @@ def test_nothing_is_done_again_where_a_plan_without_it_fits_and_is_as_fast(
 ) -> None:
     """On machines of any size: every other choice that fits was counted too, and none of those that do less again is as
     fast. A larger micro-batch with cheap recomputation may be faster than a small one without."""
-    monkeypatch.setattr(result, "torch_has_cards", lambda: has_cards)
+    monkeypatch.setattr(result, "torch_build", lambda: "cuda" if has_cards else "")
     rows, did_again = Rows((700,) * 64), 0
     for tenths in range(7, 31):
         device = cpu(tenths / 10)
@@ -321,7 +321,7 @@ def test_a_build_of_torch_for_cards_holds_more_though_there_is_none(monkeypatch:
     """Measured with all libraries imported: 165 MB private and 517 of files."""
     seen = []
     for has_cards in (False, True):
-        monkeypatch.setattr(result, "torch_has_cards", lambda has_cards=has_cards: has_cards)
+        monkeypatch.setattr(result, "torch_build", lambda has_cards=has_cards: "cuda" if has_cards else "")
         plan = made(cpu(64))
         seen.append((plan.line("libraries"), plan.line("libraries, mapped"), plan.building_bytes))
     assert tuple(b - a for a, b in zip(*seen, strict=True)) == (165_000_000, 517_000_000, 682_000_000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def card(name: str, gib: float, free: float | None, major: int, minor: int = 0, 
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A machine with device files of a card, whose torch says what it is told to."""
 
-    def made(*seen: dict[str, Any], build: str = "cuda", visible: str | None = None, **more: Any) -> cards.Found:
+    def made(
+        *seen: dict[str, Any], build: str = "cuda", visible: str | None = None, **more: Any
+    ) -> cards.AvailableCards:
         folder = tmp_path / "site" / "torch"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "__init__.py").write_text(TORCH % json.dumps({"cards": seen, **more}))
@@ -161,7 +164,7 @@ def test_a_torch_that_crashes_when_it_is_asked_costs_nothing(tmp_path: Path, mon
 def test_without_a_device_file_torch_is_not_asked(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(cards, "torch_build", lambda: "cuda")
     monkeypatch.setattr(cards, "_asked", lambda env: pytest.fail("asked"))
-    assert find(tmp_path, {}, GIB) == cards.Found()
+    assert find(tmp_path, {}, GIB) == cards.AvailableCards()
 
 
 def test_torchs_build_is_read_without_importing_it() -> None:
@@ -169,3 +172,23 @@ def test_torchs_build_is_read_without_importing_it() -> None:
 
     wanted = "rocm" if torch.version.hip else "cuda" if torch.version.cuda else ""
     assert cards.torch_build() == wanted
+
+
+@pytest.mark.parametrize(
+    ("lines", "wanted"),
+    [
+        ("cuda: str | None = None\nhip: str | None = None", ""),
+        ("cuda = '13.0'\nhip = None", "cuda"),
+        ("cuda: str | None = None\nhip: str | None = '7.0'", "rocm"),
+        ("cuda = None\nxpu: str | None = '20250302'", "xpu"),
+    ],
+)
+def test_a_build_of_torch_for_cards_is_told_by_its_version_file(
+    lines: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "version.py").write_text(f"__version__ = '2.13.0'\n{lines}\n")
+    spec = ModuleSpec("torch", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    cards.torch_build.cache_clear()
+    assert cards.torch_build() == wanted
+    cards.torch_build.cache_clear()

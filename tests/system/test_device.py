@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.errors import RecipeError
-from halfbyte.system import compiled, files
+from halfbyte.system import files, kernel_cache
 from halfbyte.system.device import Card, Device, compute_dtype, detect
 
 GIB = 2**30
@@ -176,12 +176,12 @@ def test_this_machine_and_its_json(tmp_path: Path) -> None:
 
 def test_compiled_kernels_are_found_where_numba_keeps_them(tmp_path: Path) -> None:
     env = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-    assert not compiled.are_there(env)
+    assert not kernel_cache.has_kernels(env)
     (tmp_path / "cache" / "cpu_0123").mkdir(parents=True)
     (tmp_path / "cache" / "cpu_0123" / "tape._make.locals.token-279.py311.nbi").touch()  # of a generate
-    assert not compiled.are_there(env)
+    assert not kernel_cache.has_kernels(env)
     (tmp_path / "cache" / "cpu_0123" / "entropy._make.locals.cross_entropy-31.py311.nbi").touch()
-    assert compiled.are_there(env)
+    assert kernel_cache.has_kernels(env)
 
 
 def test_what_a_training_compiles_in_any_dtype_marks_the_machine(tmp_path: Path) -> None:
@@ -192,4 +192,4 @@ def test_what_a_training_compiles_in_any_dtype_marks_the_machine(tmp_path: Path)
     )
     env = {"NUMBA_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | env, timeout=120)
-    assert compiled.are_there(env)
+    assert kernel_cache.has_kernels(env)

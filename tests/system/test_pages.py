@@ -115,8 +115,8 @@ def test_a_room_holds_copies_that_do_not_touch_each_other_and_refuses_none():
         torch.arange(n, dtype=dtype) for n, dtype in ((3, torch.uint8), (1000, torch.float32), (65, torch.int16))
     ]
     tensors += [torch.arange(12.0).reshape(3, 4).t(), torch.empty(0), torch.arange(9000.0)]  # strided, empty, too large
-    room = pages.Room(8192)
-    copies = [room.copied(each) for each in tensors]
+    room = pages.Arena(8192)
+    copies = [room.copy(each) for each in tensors]
     starts = sorted((c.data_ptr(), c.nbytes) for c in copies if c.nbytes)
     assert all(a + n <= b for (a, n), (b, _) in pairwise(starts))
     copies[1].fill_(7)
@@ -127,13 +127,13 @@ def test_a_room_holds_copies_that_do_not_touch_each_other_and_refuses_none():
 
 
 def test_copies_outlive_their_room():
-    copy = pages.Room(1 << 20).copied(torch.arange(1000))
+    copy = pages.Arena(1 << 20).copy(torch.arange(1000))
     gc.collect()
     assert torch.equal(copy, torch.arange(1000))
 
 
 def test_zeros_take_memory_when_they_are_written_to():
-    room = pages.Room(64 << 20)
+    room = pages.Arena(64 << 20)
     before = psutil.Process().memory_info().rss
     made = [room.zeros((8 << 20,), torch.float32) for _ in range(3)]  # the last one has no place there
     assert psutil.Process().memory_info().rss - before < 48 << 20

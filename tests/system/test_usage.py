@@ -73,12 +73,12 @@ def test_waiting_for_a_core_is_read_from_every_thread(tmp_path: Path) -> None:
     for thread, text in (("1", "3000000000 1000000000 17"), ("2", "1000000000 3000000000 4")):
         (tmp_path / "task" / thread).mkdir(parents=True)
         (tmp_path / "task" / thread / "schedstat").write_text(text + "\n")
-    seen = usage.scheduled(tmp_path)
-    assert seen == usage.Scheduled(4.0, 4.0) and seen.waited_share == 0.5
-    assert seen.since(usage.Scheduled(3.0, 4.0)) == usage.Scheduled(1.0, 0.0)
+    seen = usage.cpu_time(tmp_path)
+    assert seen == usage.CpuTime(4.0, 4.0) and seen.waited_share == 0.5
+    assert seen.since(usage.CpuTime(3.0, 4.0)) == usage.CpuTime(1.0, 0.0)
     (tmp_path / "task" / "2" / "schedstat").write_text("")
-    assert usage.scheduled(tmp_path) is None
-    assert usage.scheduled(tmp_path / "none") is None
+    assert usage.cpu_time(tmp_path) is None
+    assert usage.cpu_time(tmp_path / "none") is None
 
 
 def test_pressure_is_the_share_of_the_last_ten_seconds(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from halfbyte.recipe.adapter import ADAPTER_FILES, PASSPORT, PASSPORT_FORMAT, re
 from halfbyte.recipe.fields import shown
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import files
-from halfbyte.system.versions import versions
+from halfbyte.system.libraries import versions
 from halfbyte.types import Document, Tokenizer
 
 _WHERE = frozenset({"base_model_name_or_path", "revision"})

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import BaseModelError, first_line
-from halfbyte.system import untrusted
+from halfbyte.system import limits
 from halfbyte.types import Config
 
 
@@ -17,7 +17,7 @@ def open_config(folder: Path, *, trust_remote_code: bool = False) -> Config:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        untrusted.read_config(folder / "config.json")
+        limits.read_config(folder / "config.json")
     except (OSError, ValueError) as error:
         raise BaseModelError(f"{folder / 'config.json'} cannot be used: {first_line(error)}.") from error
     try:

@@ -143,7 +143,7 @@ def place(model: Model, placement: str, *, mover: Mover | None = None) -> Placed
     maps = pages.FileMaps.read()
     if placement == "resident":
         if is_mapped(model, maps):
-            _into_memory(model, maps, pages.Room(_bytes(tensors) + pages.PAGE * len(tensors)))
+            _into_memory(model, maps, pages.Arena(_bytes(tensors) + pages.PAGE * len(tensors)))
         return Placed("resident", total, _bytes(t for t in _tensors(model) if _is_mapped(t, maps)))
     where = next(model.parameters()).device
     if mover is None and where.type != "cpu":
@@ -274,7 +274,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return bnb.held_tensors(module)
 
 
-def _into_memory(model: nn.Module, maps: pages.FileMaps, room: pages.Room) -> None:
+def _into_memory(model: nn.Module, maps: pages.FileMaps, room: pages.Arena) -> None:
     """Copy every mapped tensor into private memory; the file's pages are let go tensor by tensor."""
     copies: dict[int, Tensor] = {}
 
@@ -283,7 +283,7 @@ def _into_memory(model: nn.Module, maps: pages.FileMaps, room: pages.Room) -> No
             return tensor
         address = tensor.data_ptr()
         if address not in copies:
-            copies[address] = room.copied(tensor)
+            copies[address] = room.copy(tensor)
             if pages.supported():
                 for span in pages.whole_pages(_areas([tensor])):
                     pages.let_go(span)
@@ -346,7 +346,7 @@ class ExpertReader:
 
     def _read_ahead(self, *, wanted: bool) -> None:
         for span in pages.whole_pages((t.data_ptr(), t.nbytes) for stack in self.stacks for t in stack.tensors):
-            pages.read_ahead(span, wanted=wanted)
+            pages.read_ahead(span, on=wanted)
 
     def _before(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         """`forward(hidden, index (T, k), weights)`, by position or by whatever name a model gives them."""

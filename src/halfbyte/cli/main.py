@@ -46,7 +46,7 @@ app.command()(begin.init)
 
 def _version(asked: bool) -> None:
     if asked:
-        from halfbyte.system.versions import version
+        from halfbyte.system.libraries import version
 
         show.text(f"halfbyte {version('halfbyte')}")
         raise typer.Exit
@@ -369,7 +369,7 @@ def check(
 @app.command()
 def version() -> None:
     """The versions of halfbyte and of what it stands on."""
-    from halfbyte.system.versions import versions
+    from halfbyte.system.libraries import versions
 
     show.text("\n".join(f"{name} {value}" for name, value in versions().items()))
 

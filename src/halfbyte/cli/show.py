@@ -16,8 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from halfbyte.errors import typed
-from halfbyte.system.secrets import hidden
+from halfbyte.errors import typed, without_secrets
 
 if TYPE_CHECKING:
     from halfbyte.base.quantize import Built
@@ -102,9 +101,9 @@ def as_json(asked: bool) -> bool:
 
 def failed(said: str, code: int, **more: str | None) -> None:
     """One message on stderr; where JSON was asked for, a document on stdout too."""
-    sys.stderr.write(f"error: {visible(hidden(said))}\n")
+    sys.stderr.write(f"error: {visible(without_secrets(said))}\n")
     if _as_json:
-        error(hidden(said), code, **{name: text and hidden(text) for name, text in more.items()})
+        error(without_secrets(said), code, **{name: text and without_secrets(text) for name, text in more.items()})
 
 
 def told(error: HalfbyteError) -> None:

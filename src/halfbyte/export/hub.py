@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from halfbyte.errors import ExportError, HalfbyteError, first_line
 from halfbyte.models.sources.hub import HUB_ID
 from halfbyte.runs.folder import RunFolder
-from halfbyte.system.versions import versions
+from halfbyte.system.libraries import versions
 
 if TYPE_CHECKING:
     from halfbyte.inference.target import Target

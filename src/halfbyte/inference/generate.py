@@ -16,7 +16,7 @@ from halfbyte.errors import DataError, first_line
 from halfbyte.inference import decode
 from halfbyte.layers.decoding.tape import MAX_VECTORS
 from halfbyte.models.context import Context, context_of
-from halfbyte.system import untrusted
+from halfbyte.system import limits
 from halfbyte.types import Document, Model, Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -60,12 +60,12 @@ def chat_ids(tokenizer: Tokenizer, messages: Sequence[Document], tools: Sequence
     given: Document = {"tools": list(tools)} if tools else {}
     if tokenizer.chat_template:
         try:
-            with untrusted.template(tokenizer.chat_template):
+            with limits.template(tokenizer.chat_template):
                 text = tokenizer.apply_chat_template(
                     list(messages), tokenize=False, add_generation_prompt=True, **given
                 )
                 text.encode()  # half a surrogate pair is no text, and no token
-        except untrusted.TooMuch as error:
+        except limits.TooMuch as error:
             raise DataError(f"{error}.", fix="use a model with another template") from None
         except Exception as error:  # a template may raise anything
             raise DataError(f"the chat template refuses the conversation: {first_line(error)}.") from None
@@ -95,7 +95,7 @@ def end_of_turn_id(tokenizer: Tokenizer) -> int | None:
     probe = "halfbyte"
     messages = [{"role": "user", "content": probe}, {"role": "assistant", "content": probe}]
     try:
-        with untrusted.template(tokenizer.chat_template):
+        with limits.template(tokenizer.chat_template):
             text = tokenizer.apply_chat_template(messages, tokenize=False)
             text.encode()
     except Exception:  # a template may refuse any conversation in its own words; then it names no end of turn

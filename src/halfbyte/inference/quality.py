@@ -38,7 +38,7 @@ from halfbyte.models.sources.lookup import find_model
 from halfbyte.quant import policy
 from halfbyte.recipe.schema import Lora, Quant, Recipe
 from halfbyte.system import device, files
-from halfbyte.system.versions import versions
+from halfbyte.system.libraries import versions
 from halfbyte.types import Config, Document
 
 FILE = "quality.json"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from halfbyte.errors import SourceError
 from halfbyte.models.sources.safetensors import DTYPE_BITS, read_header, weight_files
-from halfbyte.system import untrusted
+from halfbyte.system import limits
 from halfbyte.types import ConfigFile, Document
 
 Role = Literal["linear", "embedding", "head", "norm", "bias", "expert", "router", "other"]
@@ -171,7 +171,7 @@ def read_config(folder: Path) -> Document:
             fix="name the folder that holds config.json and the .safetensors files",
         )
     try:
-        value = untrusted.read_config(path)
+        value = limits.read_config(path)
     except (OSError, ValueError) as error:
         raise SourceError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(value, dict):

@@ -25,9 +25,9 @@ from halfbyte.plan.timing import Rates, pairs_of_a_token
 from halfbyte.system import files, usage
 from halfbyte.system.device import Device
 from halfbyte.system.files import cache_dir
+from halfbyte.system.libraries import version
 from halfbyte.system.platforms import calls
 from halfbyte.system.threads import asked_threads
-from halfbyte.system.versions import version
 
 if TYPE_CHECKING:
     import torch
@@ -122,12 +122,12 @@ def measure(device: Device, dtype: str) -> Rates:
     import torch
 
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    before, tries = usage.scheduled(), Tries(device.main)
+    before, tries = usage.cpu_time(), Tries(device.main)
     with torch.no_grad():
         seen = _seen(tries, kind)
         dropped = _dropping(tries, kind) if device.kind == "cpu" else 0.0
         integers = _integers(tries) if device.kind == "cpu" else 0.0
-    after = usage.scheduled()
+    after = usage.cpu_time()
     waited = after.since(before).waited_share if before and after else None
     busy = load_seen(waited, tries.spread, usage.pressure() if waited is None else None)
     source = f"calibrated {_today()}: {threads(device)} threads, {dtype}{', beside other load' if busy else ''}"

@@ -26,7 +26,7 @@ from halfbyte.plan.result import ITEMSIZE
 from halfbyte.plan.store_build import StoreBuild
 from halfbyte.quant import policy
 from halfbyte.recipe.schema import Recipe
-from halfbyte.system import compiled
+from halfbyte.system import kernel_cache
 from halfbyte.system.device import Device, compute_dtype
 from halfbyte.types import Model
 
@@ -183,7 +183,7 @@ class Job:
         facts = tensors.facts_of(config, specs)
         # a base that is quantised here is on disk, in its store, in the form that it is computed in
         job = cls.of(recipe, specs, facts, rows, device, targets=targets, mappable=recipe.quant.quantises or None)
-        return job.in_folder(checkpoint.path, cold=job.kernels and not compiled.are_there())
+        return job.in_folder(checkpoint.path, cold=job.kernels and not kernel_cache.has_kernels())
 
     def in_folder(self, folder: Path | None, *, cold: bool) -> Self:
         """The same of a model whose files are in `folder`; None where they are not at hand."""

@@ -6,7 +6,7 @@ Cost: none; no torch.
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from halfbyte.system.versions import torch_has_cards
+from halfbyte.system.cards import torch_build
 from halfbyte.types import Document
 
 GB = 1e9
@@ -161,7 +161,7 @@ class Plan:
 def library_lines(private_bytes: int, names: str) -> tuple[Line, ...]:
     """RAM of the libraries: `private_bytes` with a build of torch for CPUs, more with one for cards; and their code."""
     private, file, words = private_bytes, LIBRARIES_FILE_BYTES, names
-    if torch_has_cards():
+    if torch_build() in ("cuda", "rocm"):
         private, file = private + CARD_BUILD_PRIVATE_BYTES, file + CARD_BUILD_FILE_BYTES
         words = f"{names}; torch is a build for cards"
     return (

@@ -25,7 +25,7 @@ from halfbyte.errors import ExportError
 from halfbyte.proofs.closeness import accumulated_rounding, centred, distance
 from halfbyte.proofs.programs import SAID
 from halfbyte.system import files
-from halfbyte.system.versions import versions
+from halfbyte.system.libraries import versions
 from halfbyte.types import Document
 
 LOGITS = "logits.npy"

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from halfbyte.errors import AdapterError, RecipeError
 from halfbyte.recipe.fields import INIT_REFUSED, LORA_REFUSED, shown
 from halfbyte.recipe.schema import Lora, Origin, Recipe
-from halfbyte.system import untrusted
+from halfbyte.system import limits
 
 if TYPE_CHECKING:
     from halfbyte.types import Document
@@ -53,7 +53,7 @@ def read_config(folder: Path) -> Document:
         raise AdapterError(f"{folder} is not an adapter: it has no {' and no '.join(missing)}.")
     path = folder / ADAPTER_FILES[1]
     try:
-        config: Document = untrusted.read_json(path, MOST_BYTES)  # type: ignore[assignment]
+        config: Document = limits.read_json(path, MOST_BYTES)  # type: ignore[assignment]
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path} cannot be read as JSON: {error}.") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
@@ -117,7 +117,7 @@ def read_passport(folder: Path) -> Document | None:
     """
     path = folder / PASSPORT
     try:
-        values: Document = untrusted.read_json(path, MOST_BYTES)  # type: ignore[assignment]
+        values: Document = limits.read_json(path, MOST_BYTES)  # type: ignore[assignment]
         belongs = values["belongs_to"]
         if values["format"] == PASSPORT_FORMAT and belongs["base"]["content"] and belongs["quant"]["type"]:
             return values

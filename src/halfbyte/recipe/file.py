@@ -65,8 +65,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, of_run: bool = Fal
             raise RecipeError(f"{path} is longer than {MOST_BYTES:,} bytes; a recipe is a page of text.")
         text = raw.decode("utf-8-sig")
     except FileNotFoundError as error:
-        near = files.near_names(path, [p.name for p in path.parent.glob("*.y*ml")])
-        hint = f"; did you mean {path.with_name(near[0])}?" if near else "."
+        near = files.near_name(path, [p.name for p in path.parent.glob("*.y*ml")])
+        hint = f"; did you mean {path.with_name(near)}?" if near else "."
         raise RecipeError(
             f"there is no recipe {path}{hint}", fix=f"`halfbyte init {typed(path)}` writes one"
         ) from error

@@ -19,7 +19,7 @@ from halfbyte.data import pack
 from halfbyte.proofs.integers import Decision
 from halfbyte.recipe.schema import Loaded
 from halfbyte.runs.folder import RunFolder, read_json, write_json
-from halfbyte.system.versions import versions
+from halfbyte.system.libraries import versions
 from halfbyte.training import prepare, preview
 from halfbyte.training.fit import PlannedRun
 from halfbyte.types import Document

@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from halfbyte.errors import HalfbyteError, TrainError, Unforeseen, first_line, typed
+from halfbyte.errors import HalfbyteError, TrainError, Unforeseen, first_line, typed, without_secrets
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import accelerator, files
-from halfbyte.system.secrets import hidden
-from halfbyte.system.versions import versions
+from halfbyte.system.libraries import versions
 from halfbyte.types import Document
 
 NAME = "crash.txt"
@@ -35,7 +34,7 @@ def write(folder: Path, error: BaseException, parts: Document) -> Path | None:
         **parts,
         "traceback": "".join(traceback.format_exception(error)),
     }
-    text = hidden("\n\n".join(f"== {title}\n{str(part).rstrip()}" for title, part in about.items()))
+    text = without_secrets("\n\n".join(f"== {title}\n{str(part).rstrip()}" for title, part in about.items()))
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         files.write(folder / NAME, text.encode(errors="replace") + b"\n")

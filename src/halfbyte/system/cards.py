@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,7 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Found:
+class AvailableCards:
     """`cards` are those to be used, the one with most free memory first; `notes` name those that are not."""
 
     kind: str = "cpu"
@@ -62,22 +63,22 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-def find(root: Path, env: Mapping[str, str], ram_available: int) -> Found:
+def find(root: Path, env: Mapping[str, str], ram_available: int) -> AvailableCards:
     """Cards that torch can use, or why it uses none of those that are there."""
     if env.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1"):
-        return Found()
+        return AvailableCards()
     if sys.platform == "darwin":
-        return Found(notes=("the Apple GPU is not used: none of halfbyte's layers has ever been run there",))
+        return AvailableCards(notes=("the Apple GPU is not used: none of halfbyte's layers has ever been run there",))
     build = torch_build()
     answer: Document = {}
     if build and (sys.platform == "win32" or any(any((root / "dev").glob(name)) for name in _DEVICES)):
         answer = _asked(env)
     cards = tuple(Card(**{**each, "capability": tuple(each["capability"])}) for each in answer.get("cards", ()))
     if not cards:
-        return Found(notes=tuple(_unused(root, build, answer.get("error", ""))))
+        return AvailableCards(notes=tuple(_unused(root, build, answer.get("error", ""))))
     cards = tuple(replace(c, free_bytes=min(c.total_bytes, ram_available)) if c.shares_ram else c for c in cards)
     used, notes = choose(cards)
-    return Found(answer["kind"], used, notes)
+    return AvailableCards(answer["kind"], used, notes)
 
 
 def choose(cards: tuple[Card, ...]) -> tuple[tuple[Card, ...], tuple[str, ...]]:
@@ -100,6 +101,7 @@ def choose(cards: tuple[Card, ...]) -> tuple[tuple[Card, ...], tuple[str, ...]]:
     return tuple(used), tuple(notes)
 
 
+@cache
 def torch_build() -> str:
     """What the installed torch is built for: cuda, rocm, xpu; empty for CPUs alone. Read from its version file."""
     spec = importlib.util.find_spec("torch")
@@ -180,7 +182,7 @@ def _unused(root: Path, build: str, error: str) -> Iterator[str]:
 def _present(root: Path) -> list[tuple[str, str, str]]:
     """(maker, torch's build for it, its name or nothing) of the cards on the PCI bus, and of a Jetson; one a maker.
     Intel's on bus 0 are part of a processor and do not count."""
-    found: dict[str, tuple[str, str, str]] = {}
+    by_vendor: dict[str, tuple[str, str, str]] = {}
     for folder in sorted((root / "sys/bus/pci/devices").glob("*")):
         vendor, kind = (_line(folder / name) for name in ("vendor", "class"))
         if vendor not in _VENDORS or not kind.startswith((_DISPLAY, _ACCELERATOR)):
@@ -189,11 +191,11 @@ def _present(root: Path) -> list[tuple[str, str, str]]:
             continue
         told = _line(root / f"proc/driver/nvidia/gpus/{folder.name}/information")
         name = re.search(r"Model:\s*(\S.*)", told)
-        found.setdefault(vendor, (*_VENDORS[vendor], name[1].strip() if name else ""))
+        by_vendor.setdefault(vendor, (*_VENDORS[vendor], name[1].strip() if name else ""))
     jetson = _line(root / "proc/device-tree/model").strip("\0")
     if jetson.startswith("NVIDIA"):
-        found.setdefault("0x10de", ("NVIDIA", "cuda", jetson))
-    return list(found.values())
+        by_vendor.setdefault("0x10de", ("NVIDIA", "cuda", jetson))
+    return list(by_vendor.values())
 
 
 def _line(path: Path) -> str:

@@ -65,16 +65,16 @@ class Device:
 def detect(root: Path = Path("/"), env: Mapping[str, str] = os.environ) -> Device:
     """Look at the machine; `root` holds `proc` and `sys`, and CUDA_VISIBLE_DEVICES is read from `env`."""
     free, (cpu, isa) = ram_available(root), _cpu(root)
-    found = card_list.find(root, env, free)
+    cards = card_list.find(root, env, free)
     return Device(
-        kind=found.kind,
+        kind=cards.kind,
         isa=isa,
         cores=cores(root),
         ram_bytes=min([_memory(root)[0], *(limit for limit, _ in _cgroup_memory(root))]),
         ram_available_bytes=free,
-        cards=found.cards,
+        cards=cards.cards,
         cpu=cpu,
-        notes=found.notes,
+        notes=cards.notes,
         large_pages=_large_pages(root),
     )
 

@@ -60,8 +60,8 @@ def is_sealed(value: Mapping[str, object]) -> bool:
 
 
 def _seal_of(value: Mapping[str, object]) -> str:
-    own = {name: part for name, part in value.items() if name != SEAL}
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+    unsealed = {name: part for name, part in value.items() if name != SEAL}
+    return hashlib.sha256(json.dumps(unsealed, sort_keys=True).encode()).hexdigest()
 
 
 def finite(value: object) -> object:
@@ -139,12 +139,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def near_names(path: Path, names: Iterable[str], most: int = 1) -> list[str]:
-    """Of the names beside a path that is not there, those that may have been meant. Endings do not count: they would
+def near_name(path: Path, names: Iterable[str]) -> str | None:
+    """Of the names beside a path that is not there, the one that may have been meant. Endings do not count: they would
     make `a.jsonl` and `b.jsonl` alike."""
     stems = {name: Path(name).stem for name in names}
-    near = difflib.get_close_matches(path.stem, list(stems.values()), n=most)
-    return [name for stem in dict.fromkeys(near) for name in stems if stems[name] == stem][:most]
+    near = difflib.get_close_matches(path.stem, list(stems.values()), n=1)
+    return next((name for name, stem in stems.items() if stem in near), None)
 
 
 def free_bytes(path: Path) -> int:

@@ -1,15 +1,53 @@
-"""The libraries below, imported by the command line: quickly, and quiet from then on.
+"""The libraries that halfbyte stands on: their installed versions, told without importing them; and their import by the
+command line, quick and quiet.
 
-Cost: three thousand modules, three seconds of a core.
+Cost of importing all: three thousand modules, three seconds of a core.
 """
 
 import atexit
 import gc
 import logging
 import os
+import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
+
+from packaging.requirements import Requirement
+
+LIBRARIES = (
+    "halfbyte", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers",
+    "huggingface_hub", "numpy",
+)  # fmt: skip
+
+
+def version(library: str) -> str:
+    """The installed version; empty if it is not installed."""
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def versions() -> dict[str, str]:
+    """The version of Python and of each installed library that a result depends on."""
+    return {"python": platform.python_version(), **{name: number for name in LIBRARIES if (number := version(name))}}
+
+
+def outside_ranges() -> dict[str, str]:
+    """Requirement of halfbyte -> the installed version, where that is one it does not allow (pip only warns then), as
+    `{"peft<0.22,>=0.21": "0.20.0"}`. Empty where halfbyte is not installed but found on the path."""
+    try:
+        wanted = [Requirement(text) for text in metadata.requires("halfbyte") or ()]
+    except metadata.PackageNotFoundError:
+        return {}
+    needed = [each for each in wanted if each.marker is None]  # a marker names an extra
+    return {
+        str(each): number
+        for each in needed
+        if (number := version(each.name)) and not each.specifier.contains(number, prereleases=True)
+    }
 
 
 @contextmanager

@@ -67,11 +67,11 @@ class FileMaps:
 
     def holds(self, start: int, size: int) -> bool:
         """Whether `size` bytes at `start` lie in a file, over neighbouring maps of it if need be."""
-        end, at = start + size, start
-        index = bisect_right(self.spans, Span(at, sys.maxsize)) - 1
-        while 0 <= index < len(self.spans) and self.spans[index].start <= at < self.spans[index].end:
-            at = self.spans[index].end
-            if at >= end:
+        end, position = start + size, start
+        index = bisect_right(self.spans, Span(position, sys.maxsize)) - 1
+        while 0 <= index < len(self.spans) and self.spans[index].start <= position < self.spans[index].end:
+            position = self.spans[index].end
+            if position >= end:
                 return True
             index += 1
         return False
@@ -94,14 +94,14 @@ def whole_pages(areas: Iterable[tuple[int, int]], *, gap: int = PAGE) -> tuple[S
     return tuple(s for s in inward if s.bytes > 0)
 
 
-class Room:
-    """Private memory for tensors that stay, in large pages where the system has them: a weight that is read once a
-    token is not waited for at each 4 kB. Released with the last tensor in it."""
+class Arena:
+    """Private memory for tensors that stay, in large pages where the system has them: reading a weight once a token
+    then does not wait at each 4 kB. Released with the last tensor in it."""
 
     def __init__(self, nbytes: int) -> None:
         """nbytes: of all tensors, without their padding to `_LINE`; nothing is taken before it is written to."""
         self._memory: mmap.mmap | None = None
-        self._at = 0
+        self._used = 0
         if nbytes > 0 and hasattr(mmap, "MADV_HUGEPAGE"):
             try:
                 self._memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -109,32 +109,32 @@ class Room:
             except OSError:  # a kernel without them
                 self._memory = None
 
-    def copied(self, tensor: Tensor) -> Tensor:
-        """The tensor's values in this room; elsewhere in memory where they have no place here."""
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A copy of the tensor in this arena; elsewhere in memory where it does not fit or is not contiguous."""
         return self.empty(tensor.shape, tensor.dtype).copy_(tensor) if tensor.is_contiguous() else tensor.clone()
 
     def empty(self, shape: Sequence[int], dtype: dtype) -> Tensor:
-        """A tensor in this room, without values; elsewhere in memory where it has no place here."""
+        """A tensor in this arena, without values; elsewhere in memory where it does not fit."""
         import torch
 
         place = self._place(shape, dtype)
         return torch.empty(shape, dtype=dtype) if place is None else place
 
     def zeros(self, shape: Sequence[int], dtype: dtype) -> Tensor:
-        """The same of zeros, which take memory here as they are written to, in pages."""
+        """The same of zeros. In the arena they take memory only as they are written to."""
         import torch
 
-        place = self._place(shape, dtype)  # nothing has been there before
+        place = self._place(shape, dtype)  # new pages are zero
         return torch.zeros(shape, dtype=dtype) if place is None else place
 
     def _place(self, shape: Sequence[int], dtype: dtype) -> Tensor | None:
         import torch
 
         size = math.prod(shape) * dtype.itemsize
-        if self._memory is None or not 0 < size <= len(self._memory) - self._at:
+        if self._memory is None or not 0 < size <= len(self._memory) - self._used:
             return None
-        place = torch.frombuffer(self._memory, dtype=torch.uint8, count=size, offset=self._at)
-        self._at = min(len(self._memory), self._at + -(-size // _LINE) * _LINE)
+        place = torch.frombuffer(self._memory, dtype=torch.uint8, count=size, offset=self._used)
+        self._used = min(len(self._memory), self._used + -(-size // _LINE) * _LINE)
         return place.view(dtype).view(shape)
 
 
@@ -148,18 +148,17 @@ def bring(span: Span) -> None:
     _advise(span, _WILLNEED)
 
 
-def read_ahead(span: Span, *, wanted: bool) -> None:
+def read_ahead(span: Span, *, on: bool) -> None:
     """Whether the kernel reads on behind a page of the span that is touched, as it does by itself."""
-    _advise(span, _NORMAL if wanted else _RANDOM)
+    _advise(span, _NORMAL if on else _RANDOM)
 
 
 def let_go(span: Span) -> int:
     """Take the span's pages out of this process, except those that are private. Returns the bytes it covered."""
-    done = 0
-    for part in clean(span):
+    parts = list(clean(span))
+    for part in parts:
         _advise(part, _DONTNEED)
-        done += part.bytes
-    return done
+    return sum(part.bytes for part in parts)
 
 
 def clean(span: Span) -> Iterator[Span]:

@@ -1,4 +1,4 @@
-"""Settings of halfbyte's own process: how many threads, and what of the allocator and of huge pages is left alone.
+"""Settings of this process: its threads; the allocator and huge pages, which are only reported.
 
 Under a CPU quota (a container) torch starts a thread for every processor of the host, and they take turns on the few
 that are allowed. Fixed thresholds of glibc's allocator, small or large, and huge pages (torch's `THP_MEM_ALLOC_ENABLE`,
@@ -21,7 +21,7 @@ _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @dataclass(frozen=True)
-class Settings:
+class ProcessSettings:
     """What this process computes with, in words for the report. `threads` are torch's, for one operation."""
 
     threads: int
@@ -47,14 +47,14 @@ def keep_few_products(env: MutableMapping[str, str] = os.environ) -> None:
     env.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRODUCTS_KEPT))
 
 
-def settle(cores: int, env: Mapping[str, str] = os.environ, *, sharing: int | None = None) -> Settings:
+def settle(cores: int, env: Mapping[str, str] = os.environ, *, sharing: int | None = None) -> ProcessSettings:
     """Set the threads of this process to at most `cores`, where the environment does not say otherwise.
 
     Args:
         sharing: so many processes of one run share this machine, and `cores` are this one's.
     """
     keep_few_products()
-    return Settings(*_threads(cores, env, sharing), _allocator(env), _huge_pages())
+    return ProcessSettings(*_threads(cores, env, sharing), _allocator(env), _huge_pages())
 
 
 def asked_threads(env: Mapping[str, str] = os.environ) -> tuple[int, str] | None:
@@ -69,14 +69,14 @@ def asked_threads(env: Mapping[str, str] = os.environ) -> tuple[int, str] | None
 def _threads(cores: int, env: Mapping[str, str], sharing: int | None = None) -> tuple[int, str]:
     import torch
 
-    own, asked = torch.get_num_threads(), asked_threads(env)
+    current, asked = torch.get_num_threads(), asked_threads(env)
     if sharing is not None and asked is None:
         torch.set_num_threads(cores)
         return cores, f"{sharing} processes share this machine's cores"
-    if asked is not None or own <= cores:
-        return own, asked[1] if asked else "torch's own choice"
+    if asked is not None or current <= cores:
+        return current, asked[1] if asked else "torch's own choice"
     torch.set_num_threads(cores)
-    return cores, f"{cores} of {own}: more are not allowed to run at once"
+    return cores, f"{cores} of {current}: more are not allowed to run at once"
 
 
 def _allocator(env: Mapping[str, str]) -> str:

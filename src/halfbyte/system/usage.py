@@ -68,7 +68,7 @@ def trim() -> None:
 
 
 @dataclass(frozen=True)
-class Scheduled:
+class CpuTime:
     """Seconds that threads of a process ran on a core, and waited for one while others had it."""
 
     run_s: float
@@ -78,17 +78,17 @@ class Scheduled:
     def waited_share(self) -> float:
         return self.waited_s / max(1e-9, self.run_s + self.waited_s)
 
-    def since(self, before: "Scheduled") -> "Scheduled":
-        return Scheduled(self.run_s - before.run_s, self.waited_s - before.waited_s)
+    def since(self, before: "CpuTime") -> "CpuTime":
+        return CpuTime(self.run_s - before.run_s, self.waited_s - before.waited_s)
 
 
-def scheduled(root: Path = Path("/proc/self")) -> Scheduled | None:
+def cpu_time(root: Path = Path("/proc/self")) -> CpuTime | None:
     """Of this process's threads as they are now, since each began (`/proc/self/task/*/schedstat`, in ns); None where
     the kernel does not tell. Tells load beside this process, whatever others there are in the machine."""
     try:
         texts = [path.read_text(encoding="ascii") for path in (root / "task").glob("*/schedstat")]
         rows = [[int(part) for part in text.split()] for text in texts]
-        return Scheduled(sum(row[0] for row in rows) / 1e9, sum(row[1] for row in rows) / 1e9) if rows else None
+        return CpuTime(sum(row[0] for row in rows) / 1e9, sum(row[1] for row in rows) / 1e9) if rows else None
     except (OSError, ValueError, IndexError):
         return None
 

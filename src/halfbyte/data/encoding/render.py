@@ -24,7 +24,7 @@ from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.data.reading.formats import Message, Row
 from halfbyte.errors import DataError, first_line
 from halfbyte.recipe.data import Data
-from halfbyte.system import untrusted
+from halfbyte.system import limits
 from halfbyte.types import Document, Tokenizer
 
 _TAIL_CHARS = 8  # characters of a prompt's end that are searched for, where the template rewrites what came before
@@ -225,7 +225,7 @@ class Renderer:
         chat = [m.to_template() for m in messages]
         tools = None if self._tools is None else list(self._tools)
         try:
-            with untrusted.template(self._template):
+            with limits.template(self._template):
                 text: str = self._tokenizer.apply_chat_template(
                     chat, tools=tools, chat_template=self._template, tokenize=False, add_generation_prompt=prompt
                 )
@@ -235,7 +235,7 @@ class Renderer:
                 f"the chat template cannot be read: {error.message} (line {error.lineno}).",
                 fix="data.chat_template: a file with a template that can",
             ) from None
-        except untrusted.TooMuch as error:
+        except limits.TooMuch as error:
             raise DataError(f"{error}.", fix="data.chat_template: a file with another template") from None
         except Exception as error:  # a template may raise anything
             raise Refused(f"the chat template refuses it: {first_line(error)}") from None

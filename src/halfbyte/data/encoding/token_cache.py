@@ -29,7 +29,7 @@ from halfbyte.data.reading.files import find
 from halfbyte.errors import DataError
 from halfbyte.recipe.data import Data
 from halfbyte.system import files
-from halfbyte.system.versions import version
+from halfbyte.system.libraries import version
 from halfbyte.types import Tokenizer
 
 # Counts up when rendering, tokenising or the file's layout changes.

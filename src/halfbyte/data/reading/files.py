@@ -70,9 +70,9 @@ def _files(name: str) -> list[RowSource]:
             fix = "check the pattern; it is read relative to where halfbyte runs"
             raise DataError(f"{name} matches no file.", fix=fix)
     elif not path.exists():
-        near = files.near_names(path, [p.name for p in path.parent.glob("*") if _kind(p)[0] is not None])
+        near = files.near_name(path, [p.name for p in path.parent.glob("*") if _kind(p)[0] is not None])
         raise DataError(
-            f"{name}: no such file.", fix=f"did you mean {path.parent / near[0]}?" if near else "check the path"
+            f"{name}: no such file.", fix=f"did you mean {path.parent / near}?" if near else "check the path"
         )
     return [_source(p) for p in matched]
 

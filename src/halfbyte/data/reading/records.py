@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 from halfbyte.data.reading.files import RowSource
 from halfbyte.data.reading.problems import BadRow, kind, shorten
 from halfbyte.errors import DataError, first_line
-from halfbyte.system import untrusted
+from halfbyte.system import limits
 from halfbyte.types import Document
 
 if TYPE_CHECKING:
@@ -345,12 +345,12 @@ def _parquet(source: RowSource) -> Numbered:
     number, what, end = 0, f"{source.path.name}, unpacked,", object()
     # a few rows at a time: a column can hold one text a million times in a few bytes
     try:
-        with untrusted.limited(what, seconds=READ_S):
+        with limits.limited(what, seconds=READ_S):
             file = pyarrow.parquet.ParquetFile(source.path)
         with file:
             batches = file.iter_batches(batch_size=_BATCH_ROWS)
             while True:
-                with untrusted.limited(what, seconds=READ_S):
+                with limits.limited(what, seconds=READ_S):
                     batch = next(batches, end)
                     rows = [] if batch is end else [*_rows_of(batch)]
                 if batch is end:
@@ -358,7 +358,7 @@ def _parquet(source: RowSource) -> Numbered:
                 for record in rows:
                     number += 1
                     yield number, record
-    except untrusted.TooMuch as error:
+    except limits.TooMuch as error:
         raise DataError(f"{source.path} cannot be read: {error}.") from None
     except (pyarrow.ArrowException, ValueError) as error:  # ValueError: names of columns that are not UTF-8
         if number:

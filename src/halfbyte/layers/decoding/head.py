@@ -60,7 +60,7 @@ def of(head: nn.Module, dtype: torch.dtype) -> Eight | None:
 def rounded(weight: Tensor) -> Eight:
     """Rows (O, D) of bf16 or fp32 in 8 bits, each with a scale of its own and its bound."""
     o, d = weight.shape
-    rows = pages.Room(o * d).empty((o, d), torch.int8)
+    rows = pages.Arena(o * d).empty((o, d), torch.int8)
     scales, bounds = torch.empty(o), torch.empty(o)
     # Sums of d products over at least 8 lanes, and a few more roundings: scale, comparison, the difference below.
     sums = (d / 8 + 16) * _EPS

@@ -91,7 +91,7 @@ class Tape:
         self.used = vectors  # those of them that a run computes; the first ones
         self.isa, self._groups, self._blocks, self._scratch = name, 1, 1, 0
         self._levels: dict[str, Tensor] = {}
-        self._caches: pages.Room | None = None
+        self._caches: pages.Arena | None = None
         self._planes_of: dict[bytes, Tensor] = {}
         self._slots: np.ndarray | None = None
 
@@ -260,7 +260,7 @@ class Tape:
         system has them, in one piece for `count` of this size; they take memory as texts are put there."""
         shape = self._shape(key_heads, d)
         if self._caches is None:
-            self._caches = pages.Room(count * math.prod(shape) * self.dtype.itemsize)
+            self._caches = pages.Arena(count * math.prod(shape) * self.dtype.itemsize)
         return self._caches.zeros(shape, self.dtype)[..., :d]
 
     def _shape(self, key_heads: int, d: int) -> tuple[int, int, int, int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from halfbyte.errors import SourceError, typed
 from halfbyte.models.sources.safetensors import INDEX, SINGLE, indexed_files, read_header
-from halfbyte.system import untrusted
+from halfbyte.system import limits
 from halfbyte.types import Document
 
 PICKLE = "pytorch_model.bin"
@@ -93,7 +93,7 @@ def _problem(file: Path) -> str | None:
 
 def _read_json(path: Path) -> tuple[Document, str | None]:
     try:
-        content = untrusted.read_config(path)
+        content = limits.read_config(path)
     except OSError as error:
         return {}, f"{path.name} cannot be read: {error.strerror or error}"
     except ValueError as error:

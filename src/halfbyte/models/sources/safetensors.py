@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import SourceError
-from halfbyte.system import untrusted
+from halfbyte.system import limits
 from halfbyte.types import Document
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -22,7 +22,7 @@ DTYPE_BITS = {
     "F6_E3M2": 6,
 }
 AGAIN = "download it again"
-_HEADER_LIMIT_BYTES = untrusted.MOST_JSON_BYTES  # the format's own is three times as much; a name takes about 100
+_HEADER_LIMIT_BYTES = limits.MAX_JSON_BYTES  # the format's own is three times as much; a name takes about 100
 _MOST_DIMENSIONS, _LARGEST = 32, 2**63
 
 Header = dict[str, Document]
@@ -36,7 +36,7 @@ def indexed_files(index: Path) -> list[str]:
         SourceError: it is no index, or it names a path: that could point anywhere on this disk.
     """
     try:
-        listed: Any = untrusted.read_json(index)
+        listed: Any = limits.read_json(index)
         names = sorted(set(listed["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
     except OSError as error:
@@ -104,7 +104,7 @@ def header_length(start: bytes, size: int, name: str) -> int:
 def parse_header(raw: bytes, size: int, name: str) -> Header:
     """The entries of a header; `name` and `size` are those of its file."""
     try:
-        header: Any = untrusted.parse_json(raw)
+        header: Any = limits.parse_json(raw)
         header.pop("__metadata__", None)
         for key, entry in header.items():
             _check(key, entry)

@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 
-from halfbyte.system import compiled
+from halfbyte.system import kernel_cache
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # The values of each 4-bit code, in the order of the codes.
@@ -63,7 +63,7 @@ def quantise(
         absmax: (ceil(n / block_size),) float32.
         first_bad: position of a block that holds NaN or Inf (its codes mean nothing), or -1.
     """
-    compiled.find_place()
+    kernel_cache.find_place()
     from halfbyte.quant.kernels.nf4_cpu_kernel import run
 
     bits = values.view(_BITS[values.dtype.name])

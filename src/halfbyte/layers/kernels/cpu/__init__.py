@@ -11,7 +11,7 @@ from importlib import import_module
 
 import torch
 
-from halfbyte.system import compiled
+from halfbyte.system import kernel_cache
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -22,7 +22,7 @@ def enabled() -> bool:
     if os.environ.get("HALFBYTE_KERNELS", "1") == "0":
         return False
     try:
-        compiled.find_place()
+        kernel_cache.find_place()
         from halfbyte.layers.kernels.cpu import parallel
 
         return parallel.works()

@@ -126,7 +126,7 @@ class _Kept(threading.local):
         size = shape[0] * shape[1] * dtype.itemsize
         if name not in self.blocks or self.blocks[name].numel() < size:
             self.blocks.pop(name, None)  # before the larger one is made, not after
-            self.blocks[name] = pages.Room(size).empty((size,), torch.uint8)
+            self.blocks[name] = pages.Arena(size).empty((size,), torch.uint8)
         return self.blocks[name][:size].view(dtype).view(shape)
 
 

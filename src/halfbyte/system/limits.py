@@ -27,8 +27,8 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 # An empty list takes 3 bytes of JSON and 64 of memory: what this many bytes of JSON become stays below 0.7 GB.
-MOST_JSON_BYTES = 30_000_000
-MOST_CONFIG_BYTES, MOST_TEMPLATE_CHARACTERS = 5_000_000, 1_000_000
+MAX_JSON_BYTES = 30_000_000
+MAX_CONFIG_BYTES, MAX_TEMPLATE_CHARACTERS = 5_000_000, 1_000_000
 # Names of numbers that are counted up to when a config or a model is made, and the most that is allowed.
 _COUNTED = (
     (re.compile(r"(^|_)(num|n)_?.*_?layers?(_|$)|^n_?layers?$|^layers$|_depth$|^depth$|_blocks$"), 2_000),
@@ -43,20 +43,20 @@ class TooMuch(ValueError):
     """A stranger's file or template that takes more time or memory than it may."""
 
 
-def read_json(path: Path, most: int = MOST_JSON_BYTES) -> object:
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> object:
     """The JSON in a file of UTF-8 text.
 
     Raises:
         OSError. ValueError: it is too long, nested too deeply, not UTF-8 or not JSON.
     """
     with path.open("rb") as file:
-        return parse_json(file.read(most + 1), most)
+        return parse_json(file.read(max_bytes + 1), max_bytes)
 
 
-def parse_json(raw: bytes, most: int = MOST_JSON_BYTES) -> object:
+def parse_json(raw: bytes, max_bytes: int = MAX_JSON_BYTES) -> object:
     """As `read_json`, of bytes."""
-    if len(raw) > most:
-        raise TooMuch(f"it is longer than {most:,} bytes")
+    if len(raw) > max_bytes:
+        raise TooMuch(f"it is longer than {max_bytes:,} bytes")
     try:
         return json.loads(raw)
     except RecursionError:
@@ -69,7 +69,7 @@ def read_config(path: Path) -> object:
     Raises:
         OSError. ValueError: as `read_json`; a number that no model has.
     """
-    value = read_json(path, MOST_CONFIG_BYTES)
+    value = read_json(path, MAX_CONFIG_BYTES)
     waiting = [value]
     while waiting:
         part = waiting.pop()
@@ -80,9 +80,9 @@ def read_config(path: Path) -> object:
             for name, number in part.items():
                 if name == "model_type" and not isinstance(number, str | None):
                     raise TooMuch(f"its model_type is {str(number)[:40]}, not a name")
-                most = next((n for pattern, n in _COUNTED if pattern.search(name)), 2**63)
-                if isinstance(number, int | float) and not -most <= number <= most:
-                    raise TooMuch(f"its {name[:80]} is {str(number)[:40]}, more than any model has ({most:,})")
+                largest = next((n for pattern, n in _COUNTED if pattern.search(name)), 2**63)
+                if isinstance(number, int | float) and not -largest <= number <= largest:
+                    raise TooMuch(f"its {name[:80]} is {str(number)[:40]}, more than any model has ({largest:,})")
     return value
 
 
@@ -93,7 +93,7 @@ def limited(what: str, *, seconds: float = SECONDS, more_bytes: int = BYTES) -> 
     Raises:
         TooMuch: names `what`, and the limit.
     """
-    with _watched(f"{what} takes longer than {seconds:.0f} s", seconds):
+    with _watch.limit(f"{what} takes longer than {seconds:.0f} s", seconds):
         before = _lower(more_bytes)
         try:
             yield
@@ -124,8 +124,8 @@ def template(text: object) -> Iterator[None]:
 def _has_powers(text: str) -> bool:
     import jinja2
 
-    if len(text) > MOST_TEMPLATE_CHARACTERS:
-        raise TooMuch(f"the chat template is longer than {MOST_TEMPLATE_CHARACTERS:,} characters")
+    if len(text) > MAX_TEMPLATE_CHARACTERS:
+        raise TooMuch(f"the chat template is longer than {MAX_TEMPLATE_CHARACTERS:,} characters")
     try:
         parts = jinja2.Environment().lex(text)  # nothing is rendered  # nosec B701
         return any(kind == "operator" and value == "**" for _, kind, value in parts)
@@ -145,68 +145,78 @@ def _lower(more_bytes: int) -> tuple[int, int] | None:
     return before
 
 
-_seen: list[float] = [0.0, 0.0]
+_address_space_read: list[float] = [0.0, 0.0]  # when, and bytes
 
 
 def _address_space() -> int:
     """Bytes that this process has mapped, as they were at most a second ago."""
     now = time.monotonic()
-    if now > _seen[0] + 1.0:
+    if now > _address_space_read[0] + 1.0:
         with open("/proc/self/statm", encoding="ascii") as file:
-            _seen[:] = [now, int(file.read().split()[0]) * resource.getpagesize()]
-    return int(_seen[1])
-
-
-class _Watch:
-    """A thread that ends the work of others when their time is over."""
-
-    def __init__(self) -> None:
-        self.lock, self.wake = threading.Lock(), threading.Event()
-        self.until: dict[int, float] = {}
-        self.fired: set[int] = set()
-        self.thread: threading.Thread | None = None
-
-    def run(self) -> None:
-        while True:
-            self.wake.wait()
-            time.sleep(_TICK_S)
-            with self.lock:
-                now = time.monotonic()
-                for number, until in list(self.until.items()):
-                    if now > until and number not in self.fired:
-                        self.fired.add(number)
-                        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(number), ctypes.py_object(_Late))
-                if not self.until:
-                    self.wake.clear()
+            _address_space_read[:] = [now, int(file.read().split()[0]) * resource.getpagesize()]
+    return int(_address_space_read[1])
 
 
 class _Late(BaseException):
     """Is raised in the thread whose time is over; a template cannot catch it."""
 
 
-_watch = _Watch()
+class Watch:
+    """A thread that ends the work of others when their time is over."""
+
+    def __init__(self) -> None:
+        self._lock, self._wake = threading.Lock(), threading.Event()
+        self._deadlines: dict[int, float] = {}  # by thread
+        self._fired: set[int] = set()
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def limit(self, message: str, seconds: float) -> Iterator[None]:
+        """Do a piece of work of this thread in at most so many seconds.
+
+        Raises:
+            TooMuch: with this message.
+        """
+        number = threading.get_ident()
+        with self._lock:
+            outer = self._deadlines.get(number)
+            self._deadlines[number] = min(outer or float("inf"), time.monotonic() + seconds)
+            if self._thread is None or not self._thread.is_alive():  # none yet, or this process is a fork
+                self._thread = threading.Thread(target=self._run, name="limits", daemon=True)
+                self._thread.start()
+            self._wake.set()
+        try:
+            yield
+        except _Late:
+            raise TooMuch(message) from None
+        finally:
+            with self._lock:
+                if outer is None:
+                    self._deadlines.pop(number, None)
+                else:
+                    self._deadlines[number] = outer
+                if number in self._fired:
+                    self._fired.discard(number)
+                    _raise_in(number, None)  # if it is still on its way
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait()
+            time.sleep(_TICK_S)
+            with self._lock:
+                now = time.monotonic()
+                for number, deadline in list(self._deadlines.items()):
+                    if now > deadline and number not in self._fired:
+                        self._fired.add(number)
+                        _raise_in(number, _Late)
+                if not self._deadlines:
+                    self._wake.clear()
 
 
-@contextmanager
-def _watched(said: str, seconds: float) -> Iterator[None]:
-    number, watch = threading.get_ident(), _watch
-    with watch.lock:
-        outer = watch.until.get(number)
-        watch.until[number] = min(outer or float("inf"), time.monotonic() + seconds)
-        if watch.thread is None or not watch.thread.is_alive():  # none yet, or this process is a fork
-            watch.thread = threading.Thread(target=watch.run, name="limits", daemon=True)
-            watch.thread.start()
-        watch.wake.set()
-    try:
-        yield
-    except _Late:
-        raise TooMuch(said) from None
-    finally:
-        with watch.lock:
-            if outer is None:
-                watch.until.pop(number, None)
-            else:
-                watch.until[number] = outer
-            if number in watch.fired:
-                watch.fired.discard(number)
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(number), None)  # if it is still on its way
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Raise an error in another thread, or take back the one that is on its way."""
+    raised = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
+
+
+_watch = Watch()

@@ -1,5 +1,5 @@
-"""Where numba keeps what it compiled, also where it would find no place: beside the kernels, in the user's cache, else
-in halfbyte's own, else in a folder of this process alone.
+"""The folder of numba's compiled kernels: beside the kernels, in the user's cache, else in halfbyte's own, else in a
+folder of this process alone.
 
 Why: numba refuses to define a kernel that it cannot cache. So a user of a container without a home folder, beside a
 package that root has installed, could compile nothing. And numba looks at the file of a kernel, not at those of the
@@ -48,8 +48,8 @@ def find_place() -> None:
     forget_older(env)
     if env.get(VARIABLE) or any(not files.why_unwritable(place) for place in places(env)):
         return
-    own = files.cache_dir() / "numba"
-    chosen = str(own) if not files.why_unwritable(own) else tempfile.mkdtemp(prefix="halfbyte-numba-")
+    ours = files.cache_dir() / "numba"
+    chosen = str(ours) if not files.why_unwritable(ours) else tempfile.mkdtemp(prefix="halfbyte-numba-")
     env[VARIABLE] = chosen
     if "numba" in sys.modules:  # it has read the variable
         from numba.core import config
@@ -77,7 +77,7 @@ def _indices(env: Mapping[str, str]) -> Iterator[Path]:
             yield from (beside if place == _KERNELS / "__pycache__" else place / name).glob("*.nbi")
 
 
-def are_there(env: Mapping[str, str] = os.environ) -> bool:
+def has_kernels(env: Mapping[str, str] = os.environ) -> bool:
     """Whether numba's cache has the kernels of a training. The loss has one on each machine and in each dtype;
     attention has none for bf16 where the processor lacks it. Older ones than the code are forgotten first."""
     forget_older(env)

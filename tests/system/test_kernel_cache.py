@@ -1,4 +1,4 @@
-"""compiled.py: kernels are compiled, and weights quantised, also where numba would find no place for its cache."""
+"""kernel_cache.py: kernels are compiled, and weights quantised, also where numba would find no place for its cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.system import compiled, files
+from halfbyte.system import files, kernel_cache
 
 # A user who may write into the temporary folder alone. It is the test's own, as the checkout may lie in the system's.
 CODE = """
@@ -25,26 +25,26 @@ def refusing(*args, dir=None, **kwargs):
 tempfile.TemporaryFile = refusing
 import numpy as np, torch
 from halfbyte.layers.kernels import cpu
-from halfbyte.system import compiled
+from halfbyte.system import kernel_cache
 if sys.argv[1] == "without":
-    compiled.find_place = lambda: None
+    kernel_cache.find_place = lambda: None
 assert cpu.enabled(), "no kernels"
 from halfbyte.layers import norm_gate
 from halfbyte.quant.kernels import nf4_cpu
 x = torch.ones(4, 64)
 assert norm_gate.rms_norm(x, torch.ones(64), 1e-5, one_plus=False).shape == x.shape
 codes, *_ = nf4_cpu.quantise(x.numpy().reshape(-1), "nf4", 64)
-print(len(codes), os.environ[compiled.VARIABLE])
+print(len(codes), os.environ[kernel_cache.VARIABLE])
 """
 
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "own"))
-    monkeypatch.delenv(compiled.VARIABLE, raising=False)
-    compiled.find_place.cache_clear()
+    monkeypatch.delenv(kernel_cache.VARIABLE, raising=False)
+    kernel_cache.find_place.cache_clear()
     yield tmp_path / "own" / "numba"
-    compiled.find_place.cache_clear()
+    kernel_cache.find_place.cache_clear()
 
 
 def unwritable(monkeypatch: pytest.MonkeyPatch, *allowed: Path) -> None:
@@ -52,29 +52,29 @@ def unwritable(monkeypatch: pytest.MonkeyPatch, *allowed: Path) -> None:
 
 
 def test_numbas_own_place_is_left_to_it(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unwritable(monkeypatch, compiled.places()[0])
-    compiled.find_place()
-    assert compiled.VARIABLE not in os.environ
+    unwritable(monkeypatch, kernel_cache.places()[0])
+    kernel_cache.find_place()
+    assert kernel_cache.VARIABLE not in os.environ
 
 
 def test_without_one_it_is_halfbytes_and_else_one_of_this_process(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unwritable(monkeypatch, own)
-    compiled.find_place()
-    assert os.environ[compiled.VARIABLE] == str(own)
-    monkeypatch.delenv(compiled.VARIABLE)
-    compiled.find_place.cache_clear()
+    kernel_cache.find_place()
+    assert os.environ[kernel_cache.VARIABLE] == str(own)
+    monkeypatch.delenv(kernel_cache.VARIABLE)
+    kernel_cache.find_place.cache_clear()
     unwritable(monkeypatch)
-    compiled.find_place()
-    made = Path(os.environ[compiled.VARIABLE])
+    kernel_cache.find_place()
+    made = Path(os.environ[kernel_cache.VARIABLE])
     assert made.is_dir() and made.name.startswith("halfbyte-numba-")
     made.rmdir()
-    monkeypatch.delenv(compiled.VARIABLE)
+    monkeypatch.delenv(kernel_cache.VARIABLE)
 
 
 @pytest.mark.parametrize("place", ["with", "without"])
 def test_a_user_without_a_home_folder_has_kernels_and_a_quantiser(place: str, tmp_path: Path) -> None:
     """Without a place, which is what numba itself would find, it refuses the first kernel."""
-    left_out = ("HALFBYTE_CACHE", compiled.VARIABLE, "XDG_CACHE_HOME")
+    left_out = ("HALFBYTE_CACHE", kernel_cache.VARIABLE, "XDG_CACHE_HOME")
     env = {name: value for name, value in os.environ.items() if name not in left_out} | {"HOME": "/nonexistent"}
     env |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(tmp_path))
     done = subprocess.run([sys.executable, "-c", CODE, place], env=env, capture_output=True, text=True)
@@ -116,14 +116,14 @@ def test_a_kernel_is_compiled_again_after_a_part_of_it_changed(tmp_path: Path, w
     kernels = tmp_path / "kernels"
     (kernels / "deeper").mkdir(parents=True)
     (kernels / "deeper" / "__init__.py").touch()
-    env = {name: value for name, value in os.environ.items() if name != compiled.VARIABLE}
+    env = {name: value for name, value in os.environ.items() if name != kernel_cache.VARIABLE}
     if where == "named":
-        env[compiled.VARIABLE] = str(tmp_path / "cache")
+        env[kernel_cache.VARIABLE] = str(tmp_path / "cache")
     code = f"""
 import pathlib, sys
-from halfbyte.system import compiled
-compiled._KERNELS = pathlib.Path({str(kernels)!r})
-{"compiled.find_place()" if asked else ""}
+from halfbyte.system import kernel_cache
+kernel_cache._KERNELS = pathlib.Path({str(kernels)!r})
+{"kernel_cache.find_place()" if asked else ""}
 sys.path.insert(0, {str(kernels / "deeper")!r})
 from whole import whole
 whole()

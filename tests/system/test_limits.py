@@ -8,22 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.system import untrusted
-from halfbyte.system.untrusted import TooMuch, limited
+from halfbyte.system import limits
+from halfbyte.system.limits import TooMuch, limited
 
 
 def test_json_is_refused_by_its_length_and_its_depth(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{"a": [1, "é"]}', encoding="utf-8")
-    assert untrusted.read_json(path) == {"a": [1, "é"]}
+    assert limits.read_json(path) == {"a": [1, "é"]}
     with pytest.raises(TooMuch, match="longer than 9 bytes"):
-        untrusted.read_json(path, 9)
+        limits.read_json(path, 9)
     path.write_text("[" * 100_000)
     with pytest.raises(TooMuch, match="nested too deeply"):
-        untrusted.read_json(path)
+        limits.read_json(path)
     path.write_text("{")
     with pytest.raises(ValueError):
-        untrusted.read_json(path)
+        limits.read_json(path)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_numbers_that_are_counted_up_to_have_a_limit(text: str, name: str, tmp_p
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(TooMuch, match=f"its {name} is"):
-        untrusted.read_config(path)
+        limits.read_config(path)
 
 
 def test_a_real_config_passes(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_real_config_passes(tmp_path: Path) -> None:
         '{"num_hidden_layers": 126, "vocab_size": 262144, "num_attention_heads": 128, "rope_theta": 1e7, '
         '"n_routed_experts": 384, "max_position_embeddings": 10485760, "layer_types": ["full_attention"]}'
     )
-    assert isinstance(untrusted.read_config(path), dict)
+    assert isinstance(limits.read_config(path), dict)
 
 
 def test_work_without_an_end_is_ended_and_the_next_is_not() -> None:
