@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,12 @@ CLAIMS = ROOT / "docs" / "claims.md"
 GLOSSARY = ROOT / "docs" / "glossary.md"
 MAX_WORDS_OF_THE_GLOSSARY = 40
 FIGURE = re.compile(r"\d[\d.,]* of \d[\d,]*|\d+\.\d+(?:, \d+\.\d+)*(?: and \d+\.\d+)? times|\d+\.\d+ GB")
-OTHERS = ("vllm/", "convert_hf_to_gguf.py")  # files of other programs
+ROOTS = ("src", "tests", "tools", "benchmarks", "examples")
+# Files of other programs.
+OTHERS = (
+    "peft/", "transformers/", "bitsandbytes/", "torch/", "accelerate/", "numba/", "lm_eval/", "vllm/", "backends/",
+    "core_model_loading.py", "conversion_mapping.py", "modeling_rope_utils.py", "variants.py", "convert_hf_to_gguf.py",
+)  # fmt: skip
 # These tell of a day, or of every version: what they name need not be there any more.
 HISTORY = ("CHANGELOG.md", "docs/log/")
 
@@ -111,16 +117,36 @@ def files_named(text: str) -> set[str]:
     }
 
 
+@cache
+def files() -> tuple[str, ...]:
+    return tuple(path.as_posix() for root in ROOTS for path in (ROOT / root).rglob("*.py"))
+
+
+def is_there(file: str) -> bool:
+    """Whether some path of the repository ends in `file`."""
+    folders = (ROOT, ROOT / "src" / "halfbyte")
+    return any((folder / file).exists() for folder in folders) or any(path.endswith(f"/{file}") for path in files())
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if not name(page).startswith(HISTORY)], ids=name)
 def test_files_that_a_page_names_are_there(page: Path) -> None:
-    roots = (ROOT, ROOT / "src" / "halfbyte", ROOT / "benchmarks", ROOT / "tests")
-    places = [file.as_posix() for root in ("src", "tests", "tools", "benchmarks", "examples")
-              for file in (ROOT / root).rglob("*.py")]  # fmt: skip
+    assert not [file for file in files_named(page.read_text(encoding="utf-8")) if not is_there(file)]
+
+
+def test_files_that_the_source_names_are_there() -> None:
+    source = ROOT / "src" / "halfbyte"
     assert not [
-        file
-        for file in sorted(files_named(page.read_text(encoding="utf-8")))
-        if not any((root / file).exists() for root in roots) and not any(place.endswith(f"/{file}") for place in places)
+        f"{name(path)} names {file}"
+        for path in sorted(source.rglob("*.py"))
+        for file in sorted(files_named(path.read_text(encoding="utf-8")))
+        if file.endswith(".py") and not is_there(file)
     ]
+
+
+def test_the_search_for_files_named_sees_them() -> None:
+    assert files_named("`plan/none.py`, `peft/a.py`, `plan/`, `x/`, none.py") == {"plan/none.py", "plan/"}
+    assert is_there("choose.py") and is_there("plan/") and is_there("tests/test_docs.py")
+    assert not is_there("plan/none.py") and not is_there("none/")
 
 
 def test_the_glossary_is_short_and_in_order() -> None:

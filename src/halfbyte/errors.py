@@ -1,6 +1,6 @@
 """One family of errors. Each message says what is wrong, what was found, what is allowed, and what to do next.
 
-Why: a user's mistake must never end in a traceback; `cli.py` prints `str(error)` and leaves with `exit_code`.
+Why: a user's mistake must never end in a traceback; `cli/main.py` prints `str(error)` and leaves with `exit_code`.
 Cost: nothing heavy is imported here.
 """
 

@@ -1,4 +1,4 @@
-"""headers.py: a model's tensors without its weights, from a name, a folder, a GGUF and a hub; and nonsense refused."""
+"""describe.py: a model's tensors without its weights, from a name, a folder, a GGUF and a hub; and nonsense refused."""
 
 from __future__ import annotations
 

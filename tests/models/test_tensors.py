@@ -1,4 +1,4 @@
-"""shapes.py: roles and layers of real architectures, damaged files, and the 4-bit arithmetic against bitsandbytes."""
+"""tensors.py: roles and layers of real architectures, damaged files, and the 4-bit arithmetic against bitsandbytes."""
 
 from __future__ import annotations
 

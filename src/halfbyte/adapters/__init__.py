@@ -1,1 +1,1 @@
-"""LoRA on a base: which modules, adding, counting, saving, loading. The only door to peft."""
+"""LoRA on a base: which modules, adding, counting, saving, loading. With `layers`, the only door to peft."""

@@ -24,7 +24,7 @@ _NATIVE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _NATIVE_BELOW = 2048
 # Codes that go through the table at a time: a multiple of every block size; bounds its temporaries to 50 MB.
 _TABLE_ELEMENTS = 1 << 22
-# (format, dtype) of functions that `proof.py` has seen to be wrong on this machine.
+# (format, dtype) of functions that `proofs/dequantising.py` has seen to be wrong on this machine.
 _distrusted: set[tuple[str, torch.dtype]] = set()
 _kept = threading.local()
 

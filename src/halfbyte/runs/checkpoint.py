@@ -3,7 +3,7 @@
 Why: upstream writes pickles one by one into the final folder, and resumes with a *fresh* optimiser, silently, when
 `optimizer.pt` is missing (`transformers/trainer.py`, `_load_optimizer_and_scheduler`).
 Here everything is written under a temporary name, synced, listed in `manifest.json` with sizes and sha256, and renamed.
-A `Snapshot` is taken between two steps and written by a thread beside the next ones (`writing.py`).
+A `Snapshot` is taken between two steps and written by a thread beside the next ones (`checkpoint_writer.py`).
 Format: safetensors for tensors, JSON for the rest; `adapter_*` files are PEFT's, `trainer_state.json` is transformers'.
 Cost: one write of the adapter and of its optimiser state (8 bytes a trained parameter for AdamW).
 """
