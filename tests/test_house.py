@@ -56,7 +56,7 @@ LIGHT_FILES = (
     "runs.listing",
     "report.series",
     "report.plots",
-    "report.changed",
+    "report.update_norms",
     "report.record",
     "report.curves",
     "report.page",

@@ -142,7 +142,13 @@ def _trained(loaded: Loaded, ready: Ready, folder: RunFolder, tell: Listener) ->
     """Every step, and what a finished run leaves, in a folder that is this process's alone."""
     machine = ready.job.machine.to_json()
     noted = crash.reporting(folder, machine)
-    with folder.lock() as run, stop_on_signals(tell.stopping) as stop, page.kept(run), noted, usage.Peak() as peak:
+    with (
+        folder.lock() as run,
+        stop_on_signals(tell.stopping) as stop,
+        page.at_end(run),
+        noted,
+        usage.Peak() as peak,
+    ):
         try:
             room = DiskRetry(tell.warn, lambda: stop.signal is not None)
             room.write(lambda: keep_rows(loaded, ready, run))
@@ -277,7 +283,7 @@ def keep_rows(loaded: Loaded, ready: Ready, run: RunFolder) -> None:
     with space_for(run.held_out):
         split.keep(ready.job.prepared.held_out, run.held_out)
     at = 0 if ready.point is None else ready.point.step
-    beginning.keep(run, partial(beginning.known, run, loaded, ready.job, ready.base, ready.compute, ready.notices, at))
+    beginning.write(run, partial(beginning.facts, run, loaded, ready.job, ready.base, ready.compute, ready.notices, at))
 
 
 def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener) -> tuple[RunCallback | None, Outcome]:

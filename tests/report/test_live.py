@@ -28,9 +28,9 @@ def ask(address: str, host: str | None = None, path: str = "/", method: str = "G
 
 
 def test_the_page_is_served_and_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "LEAST_S", 0.0)
+    monkeypatch.setattr(live, "MIN_REST_S", 0.0)
     monkeypatch.setattr(live, "REST", 0.0)
-    with live.serving(tmp_path / "run") as address:
+    with live.serve(tmp_path / "run") as address:
         assert address.startswith("http://127.0.0.1:")
         status, text = ask(address)
         assert status == 200 and "has not begun" in text
@@ -44,21 +44,21 @@ def test_the_page_is_served_and_renewed(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1", "127.0.0.1:1", "", "localhost"])
 def test_another_name_is_refused(tmp_path: Path, host: str) -> None:
     made.run(tmp_path / "run", made.metrics(3))
-    with live.serving(tmp_path / "run") as address:
+    with live.serve(tmp_path / "run") as address:
         status, text = ask(address, host)
         assert status == 421 and "loss" not in text.lower()
         assert ask(address, address.removeprefix("http://").rstrip("/").replace("127.0.0.1", "localhost"))[0] == 200
 
 
 def test_there_is_one_page_and_it_can_only_be_read(tmp_path: Path) -> None:
-    with live.serving(tmp_path / "run") as address:
+    with live.serve(tmp_path / "run") as address:
         assert ask(address, path="/../../etc/passwd")[0] == 404
         assert ask(address, path="/metrics.jsonl")[0] == 404
         assert ask(address, method="POST")[0] == 501
 
 
 def test_it_listens_on_this_machine_alone_and_ends_with_the_run(tmp_path: Path) -> None:
-    with live.serving(tmp_path / "run") as address:
+    with live.serve(tmp_path / "run") as address:
         port = int(address.rstrip("/").rpartition(":")[2])
         listening = [
             line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines() if f":{port:04X} " in line
@@ -74,14 +74,14 @@ def test_a_page_that_cannot_be_made_is_an_answer_and_no_traceback(
 ) -> None:
     made.run(tmp_path / "run", made.metrics(3))
     monkeypatch.setattr(live.record, "read", lambda run: 1 / 0)
-    with live.serving(tmp_path / "run") as address:
+    with live.serve(tmp_path / "run") as address:
         status, text = ask(address)
     assert status == 500 and "ZeroDivisionError" in text
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_port_that_is_taken_is_an_error(tmp_path: Path) -> None:
-    with live.serving(tmp_path / "a") as address:
-        again = live.serving(tmp_path / "b", int(address.rstrip("/").rpartition(":")[2]))
+    with live.serve(tmp_path / "a") as address:
+        again = live.serve(tmp_path / "b", int(address.rstrip("/").rpartition(":")[2]))
         with pytest.raises(RunError, match="cannot be used"), again:
             pass

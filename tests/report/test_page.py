@@ -243,7 +243,7 @@ def test_rows_on_which_base_and_adapter_differ_come_first(tmp_path: Path) -> Non
     scored(run, SCORES, [answer(f"same {i}", f"same {i}", same=True) for i in range(8)] + [answer("better", "worse")])
     read = record.read(run.path)
     assert [row["expected"] for row in read.answers[:2]] == ["better", "same 0"]
-    assert len(read.answers) == record.SHOWN_ANSWERS
+    assert len(read.answers) == record.MAX_ANSWERS
 
 
 def test_files_that_cannot_be_read_leave_a_page(tmp_path: Path) -> None:
@@ -252,7 +252,14 @@ def test_files_that_cannot_be_read_leave_a_page(tmp_path: Path) -> None:
         file.write_text("{torn")
     scored(run, SCORES, [])
     (run.path / "eval" / "answers.jsonl").write_text('{"adapter"\n')
-    seen(page.html(record.read(run.path)))
+    read = record.read(run.path)
+    assert read.report == read.plan == read.started == read.recipe == {}
+    assert (read.state.name, read.state.step, read.state.steps) == ("crashed", 5, 0)  # nothing says that it ended
+    assert read.answers == () and read.update_norms is None and read.adapter_step is None
+    words = " ".join(seen(page.html(read)).words)
+    assert "The run crashed at step 5: killed after no checkpoint." in words  # metrics and scores are whole, and shown
+    assert f"loss, first to last {read.metrics.steps['loss'][0]:.4f}" in words and "exact_match" in words
+    assert "No notice." in words and "Planned and measured" not in words and "What the adapter changed" not in words
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -269,8 +276,8 @@ def test_a_page_that_cannot_be_made_ends_no_run(
         raise ValueError("no page today")
 
     monkeypatch.setattr(page, "html", fails)
-    with caplog.at_level(logging.WARNING, logger="halfbyte"), page.kept(run):
+    with caplog.at_level(logging.WARNING, logger="halfbyte"), page.at_end(run):
         pass
     assert "no page today" in caplog.text and not run.page.exists()
-    with pytest.raises(KeyError), page.kept(run):
+    with pytest.raises(KeyError), page.at_end(run):
         raise KeyError("the run's own error")

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 
 from halfbyte.report import page, plots
-from halfbyte.report.plots import Axis, Chart, Line
+from halfbyte.report.plots import Axis, Chart, Curve
 from halfbyte.report.series import Series
 
 SPACE = "{http://www.w3.org/2000/svg}"
 
 
-def chart(*lines: Line, **more: object) -> Chart:
+def chart(*lines: Curve, **more: object) -> Chart:
     return Chart("Title", "unit", "step", lines, **more)  # type: ignore[arg-type]
 
 
-def line(values: list[float], name: str = "line", kind: str = "raw") -> Line:
-    return Line(name, Series(np.arange(float(len(values))), np.array(values)), kind)
+def line(values: list[float], name: str = "line", kind: str = "raw") -> Curve:
+    return Curve(name, Series(np.arange(float(len(values))), np.array(values)), kind)
 
 
 def parsed(svg: str) -> ET.Element:

@@ -31,7 +31,7 @@ def test_rows_become_columns_and_what_is_no_number_is_a_gap(tmp_path: Path) -> N
     for name in ("grad_norm", "tokens", "learning_rate"):
         assert np.isnan(read.steps[name]).all()
     assert read.unread == 3
-    assert read.downs == ((1, "recomputation none -> full"),)
+    assert read.step_downs == ((1, "recomputation none -> full"),)
     assert {name: s.y.tolist() for name, s in read.evals.items()} == {"eval_loss": [1.5], "eval_exact_match": [0.25]}
     assert read.last_step == 3
 
@@ -42,10 +42,10 @@ def test_of_no_file_there_is_nothing(tmp_path: Path) -> None:
 
 
 def test_missing_rows_break_a_line() -> None:
-    line = series.broken(Series(np.array([1.0, 2, 3, 30, 31]), np.arange(5.0)))
+    line = series.with_gaps(Series(np.array([1.0, 2, 3, 30, 31]), np.arange(5.0)))
     np.testing.assert_array_equal(line.y, [0, 1, 2, np.nan, 3, 4])
     whole = Series(np.array([1.0, 2, 4, 6]), np.arange(4.0))
-    np.testing.assert_array_equal(series.broken(whole).y, whole.y)
+    np.testing.assert_array_equal(series.with_gaps(whole).y, whole.y)
 
 
 def by_definition(values: list[float], width: int) -> list[float]:

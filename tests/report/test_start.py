@@ -96,6 +96,6 @@ def test_a_long_row_keeps_its_end_where_the_labels_are() -> None:
     row = {"pieces": [{"text": "p" * 10_000, **read}, {"text": "answer", **said}]}
     kept = start.cut(row)
     assert [p["text"][-6:] for p in kept["pieces"]] == ["pppppp", "answer"]
-    assert sum(len(p["text"]) for p in kept["pieces"]) == start.SHOWN_CHARACTERS + len("… ") and kept["cut"]
+    assert sum(len(p["text"]) for p in kept["pieces"]) == start.MAX_CHARACTERS + len("… ") and kept["cut"]
     short = {"pieces": [{"text": "a", **read}, {"text": "b", **said}]}
     assert start.cut(short) == {**short, "cut": False}

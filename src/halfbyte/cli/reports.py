@@ -16,7 +16,7 @@ from halfbyte.cli import show
 from halfbyte.cli.store import Json
 
 if TYPE_CHECKING:
-    from halfbyte.report.compare import Comparison
+    from halfbyte.report.compare import RunComparison
     from halfbyte.runs.listing import RunSummary
 
 STYLES = {"running": "cyan", "finished": "green", "stopped": "yellow", "crashed": "red", "diverged": "red"}
@@ -75,7 +75,7 @@ def live(run: Path, asked: bool) -> Iterator[None]:
         return
     from halfbyte.report import live as serving
 
-    with serving.serving(run) as address:
+    with serving.serve(run) as address:
         show.aside(f"live     {address}")
         yield
 
@@ -100,7 +100,7 @@ def entered(folder: Path, entries: list[RunSummary]) -> None:
     show.out.print(table)
 
 
-def compared(value: Comparison) -> None:
+def compared(value: RunComparison) -> None:
     """Figures, scores and recipe, a column for each run; then what makes the comparison unfair."""
     for title, rows in (("figures", value.figures), ("scores", value.scores), ("recipe, what differs", value.recipe)):
         if not rows:

@@ -1,9 +1,12 @@
-"""Which plots a run has: loss, evaluations, learning rate, gradient norm, speed, memory beside its plan."""
+"""Which charts a page has: of a run its loss, evaluations, learning rate, gradient norm, speed and memory beside its
+plan; of several runs their curves over each other."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from halfbyte.report import series
-from halfbyte.report.plots import Chart, Line
+from halfbyte.report.plots import Chart, Curve
 from halfbyte.report.record import Record
 from halfbyte.report.series import Metrics, Series
 
@@ -11,84 +14,107 @@ from halfbyte.report.series import Metrics, Series
 NOT_PLOTTED = frozenset(
     {"eval_loss", "eval_perplexity", "eval_labelled_tokens", "eval_tokens", "eval_rows", "eval_runtime", "eval_seconds"}
 )
-MOST_EVALS = 4
+MAX_EVALS = 4
 HOURS_FROM = 300.0  # minutes
+NATS = "nats a trained token"
 
 
-def charts(record: Record) -> list[Chart]:
-    """The loss first, which is drawn wide."""
-    metrics, on = record.metrics, events(record)
-    return [loss(metrics, on), *evaluations(metrics), *rates(metrics, on), speed(metrics), memory(record)]
+def of_run(record: Record) -> list[Chart]:
+    """The charts of a run; the first, the loss, is drawn wide."""
+    metrics, events = record.metrics, events_of(record)
+    loss = _raw_and_smooth(metrics.column("loss"), over=True)
+    if (held_out := metrics.evals.get("eval_loss")) is not None:
+        loss.append(Curve("held-out rows", held_out, "eval"))
+    rate = [Curve("learning rate", metrics.column("learning_rate"), "smooth")]
+    norm = _raw_and_smooth(metrics.column("grad_norm"))
+    unnamed = [(step, "") for step, _ in events]  # named once, over the loss
+    speed = _raw_and_smooth(metrics.column("tokens_per_second"))
+    return [
+        Chart("Loss", NATS, "step", loss, events=events, may_be_log=True),
+        *evaluations(metrics),
+        Chart("Learning rate", "", "step", rate, from_zero=True),
+        Chart("Gradient norm", "before clipping", "step", norm, events=unnamed, may_be_log=True),
+        Chart("Speed", "tokens/s", "step", speed, from_zero=True),
+        memory(record),
+    ]
 
 
-def events(record: Record) -> list[tuple[float, str]]:
-    """Where a run went on, stepped down, or was cut short."""
-    found = [(float(step), "resumed") for step, _ in record.resumed]
-    found += [(float(step), "stepped down") for step, _ in record.metrics.downs]
+def of_runs(runs: Iterable[tuple[str, Record]]) -> list[Chart]:
+    """The charts of several runs by their names, a curve for each run; the first, the loss, is drawn wide."""
+    columns = [(name, run.metrics, f"run{i}") for i, (name, run) in enumerate(runs)]
+
+    def smooth(column: str) -> list[Curve]:
+        return [Curve(name, _smooth_or_raw(metrics.column(column)), kind) for name, metrics, kind in columns]
+
+    by_time = [
+        Curve(name, _smooth_or_raw(Series(series.minutes(metrics.steps["seconds"]), metrics.steps["loss"])), kind)
+        for name, metrics, kind in columns
+    ]
+    held_out = [
+        Curve(name, metrics.evals["eval_loss"], kind) for name, metrics, kind in columns if "eval_loss" in metrics.evals
+    ]
+    return [
+        Chart("Loss, smoothed", NATS, "step", smooth("loss"), may_be_log=True),
+        *([Chart("Held-out rows: loss", NATS, "step", held_out)] if held_out else []),
+        Chart("Loss over time", NATS, "minutes of training", by_time, may_be_log=True),
+        Chart("Gradient norm, smoothed", "before clipping", "step", smooth("grad_norm"), may_be_log=True),
+        Chart("Speed, smoothed", "tokens/s", "step", smooth("tokens_per_second"), from_zero=True),
+    ]
+
+
+def _raw_and_smooth(column: Series, *, over: bool = False) -> list[Curve]:
+    """Each step's value and, where there are enough of them, their mean; `over`: its name says over how many steps."""
+    smooth = series.smoothed(column)
+    name = f"smoothed over {series.span(len(column.known))} steps" if over else "smoothed"
+    return [Curve("each step", column, "raw"), *([Curve(name, smooth, "smooth")] if len(smooth) else [])]
+
+
+def _smooth_or_raw(column: Series) -> Series:
+    smooth = series.smoothed(column)
+    return smooth if len(smooth) else column
+
+
+def events_of(record: Record) -> list[tuple[float, str]]:
+    """Where a run was resumed, stepped down, or stopped early: (step, a word)."""
+    events = [(float(step), "resumed") for step, _ in record.resumed]
+    events += [(float(step), "stepped down") for step, _ in record.metrics.step_downs]
     if record.report.get("stopped_early"):
-        found.append((float(record.metrics.last_step), "stopped early"))
-    return found
-
-
-def loss(metrics: Metrics, on: list[tuple[float, str]]) -> Chart:
-    raw = metrics.column("loss")
-    smooth = series.smoothed(raw)
-    lines = [Line("each step", raw, "raw")]
-    if len(smooth):
-        lines.append(Line(f"smoothed over {series.span(len(raw.known))} steps", smooth, "smooth"))
-    if (held := metrics.evals.get("eval_loss")) is not None:
-        lines.append(Line("held-out rows", held, "eval"))
-    return Chart("Loss", "nats a trained token", "step", lines, events=on, may_be_log=True)
+        events.append((float(record.metrics.last_step), "stopped early"))
+    return events
 
 
 def evaluations(metrics: Metrics) -> list[Chart]:
     """The losses of evaluations alone, which the training loss's range would flatten, and other scores."""
-    found = []
-    if (held := metrics.evals.get("eval_loss")) is not None and len(held) > 1:
-        found.append(Chart("Evaluation: loss", "nats a trained token", "step", [Line("held-out rows", held, "eval")]))
-    for name in [name for name in metrics.evals if name not in NOT_PLOTTED][:MOST_EVALS]:
-        said = name.removeprefix("eval_").replace("_", " ")
-        found.append(Chart(f"Evaluation: {said}", "", "step", [Line(said, metrics.evals[name], "eval")]))
-    return found
-
-
-def rates(metrics: Metrics, on: list[tuple[float, str]]) -> list[Chart]:
-    norm = metrics.column("grad_norm")
-    smooth = series.smoothed(norm)
-    lines = [Line("each step", norm, "raw")] + ([Line("smoothed", smooth, "smooth")] if len(smooth) else [])
-    rate = Line("learning rate", metrics.column("learning_rate"), "smooth")
-    on = [(at, "") for at, _ in on]  # said once, over the loss
-    return [
-        Chart("Learning rate", "", "step", [rate], from_zero=True),
-        Chart("Gradient norm", "before clipping", "step", lines, events=on, may_be_log=True),
-    ]
-
-
-def speed(metrics: Metrics) -> Chart:
-    each = metrics.column("tokens_per_second")
-    smooth = series.smoothed(each)
-    lines = [Line("each step", each, "raw")] + ([Line("smoothed", smooth, "smooth")] if len(smooth) else [])
-    return Chart("Speed", "tokens/s", "step", lines, from_zero=True)
+    charts = []
+    if (held_out := metrics.evals.get("eval_loss")) is not None and len(held_out) > 1:
+        charts.append(Chart("Evaluation: loss", NATS, "step", [Curve("held-out rows", held_out, "eval")]))
+    for name in [name for name in metrics.evals if name not in NOT_PLOTTED][:MAX_EVALS]:
+        words = name.removeprefix("eval_").replace("_", " ")
+        charts.append(Chart(f"Evaluation: {words}", "", "step", [Curve(words, metrics.evals[name], "eval")]))
+    return charts
 
 
 def memory(record: Record) -> Chart:
     """Memory over the minutes of training; the plan's two levels: what is needed, and with pages of files."""
-    steps, plan = record.metrics.steps, record.plan
+    steps = record.metrics.steps
     minutes = series.minutes(steps["seconds"])
     cards = bool(len(Series(minutes, steps["peak_device_bytes"]).known))
-    name = "peak_device_bytes" if cards else "rss_bytes"
-    hours = bool(len(minutes)) and minutes[-1] > HOURS_FROM
-    line = Line(
-        "peak on the cards" if cards else "resident",
-        Series(minutes / (60 if hours else 1), steps[name] / 1e9),
-        "smooth",
-    )
+    name, column = ("peak on the cards", "peak_device_bytes") if cards else ("resident", "rss_bytes")
+    unit, scale = ("hours", 60) if len(minutes) and minutes[-1] > HOURS_FROM else ("minutes", 1)
+    curve = Curve(name, Series(minutes / scale, steps[column] / 1e9), "smooth")
+    levels = plan_levels(record.plan)
+    return Chart("Memory", "GB", f"{unit} of training", [curve], levels=levels, from_zero=True)
+
+
+def plan_levels(plan: dict[str, object]) -> Sequence[tuple[str, float]]:
+    """The plan's levels of memory in GB; one where both are nearly the same."""
     levels = [
-        (said, plan[key] / 1e9)
-        for said, key in (("planned, with pages of files", "peak_bytes"), ("planned, needed", "needed_bytes"))
-        if isinstance(plan.get(key), int | float)
+        (name, size / 1e9)
+        for name, size in (
+            ("planned, with pages of files", plan.get("peak_bytes")),
+            ("planned, needed", plan.get("needed_bytes")),
+        )
+        if isinstance(size, int | float)
     ]
-    levels = levels[1:] if len(levels) == 2 and abs(levels[0][1] - levels[1][1]) < 0.02 * levels[0][1] else levels
-    return Chart(
-        "Memory", "GB", f"{'hours' if hours else 'minutes'} of training", [line], levels=levels, from_zero=True
-    )
+    near = len(levels) == 2 and abs(levels[0][1] - levels[1][1]) < 0.02 * levels[0][1]
+    return levels[1:] if near else levels

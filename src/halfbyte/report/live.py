@@ -3,7 +3,7 @@
 Why: a page of another site can make a browser ask 127.0.0.1 under a name of its own (DNS rebinding), so `Host` is
 checked. It can only be read; nothing can be asked of the run.
 Source: http.server of the standard library, one thread.
-Cost: a page is made when it is asked for, and then for at most a twentieth of the time.
+Cost: a page is made when it is asked for, at most a twentieth of the time.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from typing import ClassVar
 from halfbyte.errors import RunError
 from halfbyte.report import page, record
 
-REST = 20.0  # a page is made again after at least so many times what it took
-LEAST_S = 2.0
+REST = 20.0  # a page is made again after at least so many times as long as it took
+MIN_REST_S = 2.0
 WAITING = (
     "<!doctype html><meta charset=utf-8><meta http-equiv=refresh content=2><title>halfbyte</title>"
     "<main>The run has not begun: its model is being opened.</main>"
 )
 
 
-class _Pages:
+class _PageCache:
     """The page as it was last made. One thread makes it; others get the last one."""
 
     def __init__(self, run: Path) -> None:
-        self.run, self.text, self.due = run, WAITING, 0.0
-        self.lock = threading.Lock()
+        self.run, self.text = run, WAITING
+        self.due, self.lock = 0.0, threading.Lock()
 
     def now(self) -> str:
         if time.monotonic() >= self.due and self.lock.acquire(blocking=False):
@@ -40,7 +40,7 @@ class _Pages:
                 began = time.monotonic()
                 self.text = page.html(record.read(self.run), live=True)
                 took = time.monotonic() - began
-                self.due = time.monotonic() + max(LEAST_S, REST * took)
+                self.due = time.monotonic() + max(MIN_REST_S, REST * took)
             except RunError:  # there is no folder yet
                 self.text = WAITING
             finally:
@@ -49,7 +49,7 @@ class _Pages:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    pages: ClassVar[_Pages]
+    pages: ClassVar[_PageCache]
     hosts: ClassVar[frozenset[str]] = frozenset()
     timeout = 10
     server_version, sys_version = "halfbyte", ""
@@ -81,15 +81,15 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing: the terminal is the run's."""
 
 
-class _Server(ThreadingHTTPServer):
+class _PageServer(ThreadingHTTPServer):
     daemon_threads, block_on_close = True, False
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A reader that has gone is nobody's error."""
+        """Nothing: a reader may go at any time."""
 
 
 @contextmanager
-def serving(run: Path, port: int = 0) -> Iterator[str]:
+def serve(run: Path, port: int = 0) -> Iterator[str]:
     """Serve the page of a run, which need not be there yet, until the block ends; yields its address.
 
     Raises:
@@ -97,18 +97,18 @@ def serving(run: Path, port: int = 0) -> Iterator[str]:
     """
 
     class OfRun(_Handler):
-        pages = _Pages(run)
+        pages = _PageCache(run)
 
     try:
-        server = _Server(("127.0.0.1", port), OfRun)
+        server = _PageServer(("127.0.0.1", port), OfRun)
     except OSError as error:
         raise RunError(f"port {port} of 127.0.0.1 cannot be used: {error.strerror}.", fix="leave --port out") from error
-    name = server.server_address[1]
-    OfRun.hosts = frozenset({f"127.0.0.1:{name}", f"localhost:{name}"})
+    port = server.server_address[1]
+    OfRun.hosts = frozenset({f"127.0.0.1:{port}", f"localhost:{port}"})
     thread = threading.Thread(target=server.serve_forever, name="halfbyte-live", daemon=True, args=(0.2,))
     thread.start()
     try:
-        yield f"http://127.0.0.1:{name}/"
+        yield f"http://127.0.0.1:{port}/"
     finally:
         server.shutdown()
         server.server_close()

@@ -1,7 +1,7 @@
 """`report.html`: one file that opens anywhere, without network and without a library.
 
-Everything that comes from rows, recipes or names passes through Jinja's autoescape; the page's policy lets nothing run
-but its own script, which is named by its hash, and fetches nothing.
+Everything that comes from rows, recipes or names passes through Jinja's autoescape; the page's policy allows only its
+own script, named by its hash, and loads nothing.
 Cost: about a tenth of a second, and a second for 200,000 steps; no torch but for the adapter's norms.
 """
 
@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import groupby
@@ -29,20 +29,20 @@ from halfbyte.scoring.intervals import CONFIDENCE
 from halfbyte.system import files
 
 WEB = Path(__file__).parent / "web"
-TEXT_MOST = 1_200  # characters of an answer, a prompt or a notice
+MAX_TEXT = 1_200  # characters of an answer, a prompt or a notice
 _log = logging.getLogger(__name__)
 
 
-def write(run: Path, to: Path | None = None, *, ours: bool = False) -> Path:
-    """Make the page of a run; returns its file, `report.html` in the run's folder unless `to` names another."""
-    page = to or RunFolder(run).page
+def write(run: Path, out: Path | None = None, *, ours: bool = False) -> Path:
+    """Make the page of a run; returns its file, `report.html` in the run's folder unless `out` names another."""
+    page = out or RunFolder(run).page
     files.write(page, html(record.read(run, ours=ours)).encode())
     return page
 
 
 @contextmanager
-def kept(run: RunFolder) -> Iterator[None]:
-    """Make the page when the block ends, however it ends. That it cannot be made ends no run."""
+def at_end(run: RunFolder) -> Iterator[None]:
+    """Make the page when the block ends, however it ends. A page that cannot be made ends no run."""
     try:
         yield
     finally:
@@ -50,7 +50,7 @@ def kept(run: RunFolder) -> Iterator[None]:
 
 
 def renew(run: Path, *, ours: bool = False) -> None:
-    """Make the page anew beside something else that ends well without it: if it cannot be made, that is a warning."""
+    """Make the page anew; that it cannot be made is only a warning."""
     try:
         write(run, ours=ours)
     except Exception as error:
@@ -59,99 +59,95 @@ def renew(run: Path, *, ours: bool = False) -> None:
 
 def html(run: Record, *, live: bool = False) -> str:
     """The page. `live`: it asks for itself again every few seconds."""
-    drawn = curves.charts(run)
-    values = {
-        "run": run,
-        "live": live,
-        "wide": plots.svg(drawn[0], width=900, height=320),
-        "charts": [plots.svg(chart) for chart in drawn],
-        "heat": None if run.change is None else plots.heat_map(
-            "Norm of each update, scale x |BA|", [f"layer {n}" if n != "-" else "outside" for n in run.change.layers],
-            run.change.kinds, run.change.norms,
-        ),
-        "facts": facts(run),
-        "happened": happened(run),
-        "most_rows": max((part["rows"] for part in run.started.get("histogram") or []), default=1),
-        "confidence": CONFIDENCE,
-        "made": time.strftime("%Y-%m-%d %H:%M"),
-    }  # fmt: skip
-    return render("run.html", **values)
+    heat, norms = None, run.update_norms
+    if norms is not None:
+        layers = [f"layer {n}" if n != "-" else "outside" for n in norms.layers]
+        heat = plots.heat_map("Norm of each update, scale x |BA|", layers, norms.kinds, norms.norms)
+    return render(
+        "run.html",
+        curves.of_run(run),
+        live=live,
+        run=run,
+        heat=heat,
+        facts=facts(run),
+        happened=happened(run),
+        most_rows=max((part["rows"] for part in run.started.get("histogram") or []), default=1),
+        confidence=CONFIDENCE,
+    )
 
 
-def render(name: str, **values: object) -> str:
+def render(name: str, charts: Sequence[plots.Chart], **values: object) -> str:
+    """A template of `web/` as a page; the first chart is drawn wide too."""
     script = (WEB / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     style = (WEB / "style.css").read_text(encoding="utf-8")
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; connect-src 'self'"
-    own = {"script": Markup(script), "style": Markup(style)}  # files of this package  # nosec B704
-    return environment().get_template(name).render(**own, policy=policy, **values)
+    ours = {"script": Markup(script), "style": Markup(style)}  # files of this package  # nosec B704
+    drawn = {"wide": plots.svg(charts[0], width=900, height=320), "charts": [plots.svg(chart) for chart in charts]}
+    now = time.strftime("%Y-%m-%d %H:%M")
+    return environment().get_template(name).render(**ours, **drawn, policy=policy, made=now, **values)
 
 
 @cache
 def environment() -> Environment:
-    made = Environment(
-        loader=FileSystemLoader(WEB),
-        autoescape=True,
-        undefined=ChainableUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    loader = FileSystemLoader(WEB)
+    jinja = Environment(
+        loader=loader, autoescape=True, undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    made.filters |= {"gb": gb, "shown": shown, "cut": cut, "when": when, "clock": clock, "number": number}
-    return made
+    jinja.filters |= {"gb": gb, "shown": shown, "cut": cut, "number": number}
+    return jinja
 
 
 def facts(run: Record) -> list[tuple[str, str]]:
     """The figures at the top of the page: (name, value)."""
     metrics, report = run.metrics, run.report
     losses = metrics.column("loss").known.y
-    found = [("steps", f"{metrics.last_step:,}" + (f" of {run.state.steps:,}" if run.state.steps else ""))]
+    figures = [("steps", f"{metrics.last_step:,}" + (f" of {run.state.steps:,}" if run.state.steps else ""))]
     if len(losses):
-        found.append(("loss, first to last", f"{losses[0]:.4f} → {losses[-1]:.4f}"))
-    if (held := metrics.evals.get("eval_loss")) is not None:
-        least = int(held.known.y.argmin())
-        found.append(("held-out loss, last", f"{held.known.y[-1]:.4f}"))
-        if least != len(held.known) - 1:
-            found.append(("held-out loss, lowest", f"{held.known.y[least]:.4f} at step {held.known.x[least]:.0f}"))
+        figures.append(("loss, first to last", f"{losses[0]:.4f} → {losses[-1]:.4f}"))
+    if (evals := metrics.evals.get("eval_loss")) is not None:
+        steps, held_out = evals.known.x, evals.known.y
+        lowest = int(held_out.argmin())
+        figures.append(("held-out loss, last", f"{held_out[-1]:.4f}"))
+        if lowest != len(held_out) - 1:
+            figures.append(("held-out loss, lowest", f"{held_out[lowest]:.4f} at step {steps[lowest]:.0f}"))
     seconds = float(series.minutes(metrics.steps["seconds"])[-1] * 60) if len(metrics.steps["seconds"]) else 0.0
     tokens = float(np.nansum(metrics.steps["tokens"]))
     if seconds:
-        found += [
-            ("time of steps", clock(seconds)),
-            ("tokens", f"{tokens:,.0f}"),
-            ("tokens/s", f"{tokens / seconds:,.0f}"),
-        ]
+        figures.append(("time of steps", clock(seconds)))
+        figures += [("tokens", f"{tokens:,.0f}"), ("tokens/s", f"{tokens / seconds:,.0f}")]
     if peak := report.get("peak_rss_bytes"):
         planned = (report.get("planned") or {}).get("peak_rss_bytes")
-        found.append(("peak memory", gb(peak) + (f" (planned {gb(planned)})" if planned else "")))
+        figures.append(("peak memory", gb(peak) + (f" (planned {gb(planned)})" if planned else "")))
     if run.adapter_step is not None:
-        found.append(("adapter is of step", f"{run.adapter_step:,}"))
-    return found
+        figures.append(("adapter is of step", f"{run.adapter_step:,}"))
+    return figures
 
 
 def happened(run: Record) -> list[str]:
     """What a reader must know before the curves, a sentence each."""
-    state, said = run.state, list[str]()
+    state, sentences = run.state, list[str]()
     of = f" of {state.steps:,}" if state.steps else ""
     if state.name == "running":
-        said.append(f"The run is going on: step {state.step:,}{of}, {state.why}.")
+        sentences.append(f"The run is going on: step {state.step:,}{of}, {state.why}.")
     elif state.name in ("stopped", "crashed", "not begun"):
         word = {"stopped": "was stopped", "crashed": "crashed"}.get(state.name, "never began")
-        said.append(f"The run {word} at step {state.step:,}{of}: {state.why}.")
+        sentences.append(f"The run {word} at step {state.step:,}{of}: {state.why}.")
     elif state.name == "diverged":
-        said.append("The run diverged: it ended above where it began.")
+        sentences.append("The run diverged: it ended above where it began.")
     if run.report.get("stopped_early"):
-        said.append(f"Stopped early at step {state.step:,}{of}: no better evaluation was seen.")
-    said += [f"Resumed at step {step:,} on {when(at)}." for step, at in run.resumed]
-    for step, downs in groupby(run.metrics.downs, key=lambda down: down[0]):
+        sentences.append(f"Stopped early at step {state.step:,}{of}: no better evaluation was seen.")
+    sentences += [f"Resumed at step {step:,} on {when(at)}." for step, at in run.resumed]
+    for step, downs in groupby(run.metrics.step_downs, key=lambda down: down[0]):
         hows, whys = zip(*(how.partition(": ")[::2] for _, how in downs), strict=True)
         why = f" ({whys[-1]})" if whys[-1] else ""
-        said.append(f"Stepped down at step {step:,}: {', then '.join(hows)}{why}. What is learned stays the same.")
+        sentences.append(f"Stepped down at step {step:,}: {', then '.join(hows)}{why}. What is learned stays the same.")
     missing = len(run.metrics.steps["loss"]) - len(run.metrics.column("loss").known)
     if missing > 0:
-        said.append(f"{missing:,} steps have no number for their loss; they are gaps, marked ×.")
+        sentences.append(f"{missing:,} steps have no number for their loss; they are gaps, marked ×.")
     if run.metrics.unread:
-        said.append(f"Lines of metrics.jsonl that could not be read: {run.metrics.unread:,}.")
-    return said
+        sentences.append(f"Lines of metrics.jsonl that could not be read: {run.metrics.unread:,}.")
+    return sentences
 
 
 def gb(count: object) -> str:
@@ -159,7 +155,7 @@ def gb(count: object) -> str:
 
 
 def number(value: object) -> str:
-    """A figure of a report: whole numbers with commas, others with four digits."""
+    """A number of a report: whole ones with commas, others with four digits."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "" if value is None or isinstance(value, Undefined) else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
@@ -171,9 +167,9 @@ def shown(value: object) -> str:
 
 
 def cut(text: object) -> str:
-    """Text of a row or an answer, no longer than a page can show."""
+    """The text of a row or an answer, at most `MAX_TEXT` characters."""
     words = str(text)
-    return words if len(words) <= TEXT_MOST else f"{words[:TEXT_MOST]} … ({len(words) - TEXT_MOST:,} more characters)"
+    return words if len(words) <= MAX_TEXT else f"{words[:MAX_TEXT]} … ({len(words) - MAX_TEXT:,} more characters)"
 
 
 def when(seconds: float) -> str:

@@ -1,6 +1,6 @@
-"""Everything that a run's folder holds for its page, read once. What is missing or torn is empty, never an error.
+"""Everything in a run's folder that its page shows, read once. What is missing or torn is empty, never an error.
 
-Cost: one pass over the metrics; the adapter's weights are read only where `changed` is asked for.
+Cost: one pass over the metrics; the adapter's weights are read only for `update_norms`.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from pathlib import Path
 import yaml
 
 from halfbyte.recipe.adapter import read_passport
-from halfbyte.report import changed, series
+from halfbyte.report import series, update_norms
 from halfbyte.runs import crash, listing
 from halfbyte.runs.folder import RunFolder, read_json
 from halfbyte.types import Document
 
-SHOWN_ANSWERS, LOOKED_AT_ANSWERS = 6, 2_000
+MAX_ANSWERS = 6  # shown, chosen from so many:
+MAX_ANSWERS_READ = 2_000
 CRASH_LINES = 12
 
 
 @dataclass(frozen=True)
 class Record:
-    """A run as its folder tells it. `scores` are of the file that `halfbyte eval` leaves, `answers` a few of its rows:
-    first those on which base and adapter are judged differently."""
+    """A run as its folder describes it. `scores` and a few `answers` are from `halfbyte eval`, first answers whose
+    scores differ between base and adapter."""
 
     run: RunFolder
     state: listing.State
@@ -49,12 +50,12 @@ class Record:
         return Path(name).name if name.startswith("/") else name
 
     @cached_property
-    def change(self) -> changed.Change | None:
-        return changed.norms(self.run.adapter)
+    def update_norms(self) -> update_norms.UpdateNorms | None:
+        return update_norms.read(self.run.adapter)
 
     @cached_property
     def adapter_step(self) -> int | None:
-        """The step whose adapter was kept."""
+        """The step that the saved adapter is of."""
         try:
             passport = read_passport(self.run.adapter) if self.run.adapter.is_dir() else None
         except Exception:  # a page does without it; `halfbyte verify` says what is wrong
@@ -63,21 +64,21 @@ class Record:
 
     @property
     def resumed(self) -> list[tuple[int, float]]:
-        """Each time that the run went on: (step, seconds since 1970)."""
+        """Each time that the run was resumed: (step, seconds since 1970)."""
         return [(int(p["step"]), float(p["time"])) for p in self.started.get("processes", []) if p.get("step")]
 
     @property
     def values(self) -> dict[str, Document]:
-        """Every field of the recipe with value, origin and why; of an older run without its origins."""
+        """Every field of the recipe with value, origin and why; an older run has no origins."""
         known: dict[str, Document] = self.started.get("values") or {}
         return known or {name: {"value": v, "from": "", "why": ""} for name, v in flat(self.recipe)}
 
 
 def read(path: Path, *, ours: bool = False) -> Record:
-    """The record of a run folder, finished or not (`RunFolder.open` says what is none).
+    """The record of a run folder, finished or not; with `ours` this process holds its lock, and is about to release it.
 
-    Args:
-        ours: this process holds the run's lock, and is about to let it go.
+    Raises:
+        RunError: it is no run folder.
     """
     run = RunFolder.open(path, need_adapter=False)
     return Record(
@@ -113,11 +114,11 @@ def _crash(run: RunFolder) -> str:
 
 
 def answers(path: Path) -> tuple[Document, ...]:
-    """A few rows of `answers.jsonl`: those whose scores differ between base and adapter come first."""
+    """A few rows of `answers.jsonl`, first those whose scores differ between base and adapter."""
     rows = list[Document]()
     try:
         with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in islice(lines, LOOKED_AT_ANSWERS):
+            for line in islice(lines, MAX_ANSWERS_READ):
                 try:
                     row = json.loads(line)
                 except ValueError:
@@ -127,9 +128,9 @@ def answers(path: Path) -> tuple[Document, ...]:
     except OSError:
         return ()
     differ = [row for row in rows if row.get("base") and row["base"].get("scores") != row["adapter"].get("scores")]
-    alike = [row for row in rows if not any(row is one for one in differ)]
-    first = differ[: SHOWN_ANSWERS - 1] if alike else differ
-    return tuple([*first, *alike][:SHOWN_ANSWERS])
+    same = [row for row in rows if not any(row is one for one in differ)]
+    first = differ[: MAX_ANSWERS - 1] if same else differ
+    return tuple([*first, *same][:MAX_ANSWERS])
 
 
 def flat(values: Document, prefix: str = "") -> list[tuple[str, object]]:

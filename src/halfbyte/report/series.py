@@ -1,4 +1,4 @@
-"""The rows of `metrics.jsonl` as columns, and what is drawn of them: smoothed, and thinned without losing an extreme.
+"""The rows of `metrics.jsonl` as columns, and the curves drawn of them: smoothed, thinned without losing an extreme.
 
 Why: a run of 200,000 steps must still be a page of some kB, and its one spike must be on it.
 Cost: a few microseconds a row; no torch.
@@ -11,7 +11,7 @@ import json
 import math
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,12 +22,12 @@ Values = NDArray[np.float64]
 
 STEP_COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "seconds", "tokens_per_second", "rss_bytes",
                 "peak_device_bytes")  # fmt: skip
-BUCKETS = 300  # of a drawn line; each keeps its first, lowest, highest and last point, and its first gap
+BUCKETS = 300  # of a curve; each keeps its first, lowest, highest and last point, and its first gap
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one line. Where `y` is NaN there is a gap."""
+    """The points of a curve; a NaN in `y` is a gap."""
 
     x: Values
     y: Values
@@ -44,16 +44,17 @@ class Series:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a run measured. `steps` has a column of (rows,) for each of `STEP_COLUMNS`; `evals` a series for each number
-    of its evaluations; `downs` are (step, what was changed) where memory ran short. `unread`: lines not understood."""
+    """What a run measured. `steps`: a column of (rows,) for each of `STEP_COLUMNS`; `evals`: a series for each number
+    of its evaluations; `step_downs`: (step, what was changed) where memory ran short; `unread`: unreadable lines."""
 
     steps: Mapping[str, Values]
     evals: Mapping[str, Series]
-    downs: tuple[tuple[int, str], ...] = ()
+    step_downs: tuple[tuple[int, str], ...] = ()
     unread: int = 0
 
-    def column(self, name: str, *, by: str = "step") -> Series:
-        return broken(Series(self.steps[by], self.steps[name]))
+    def column(self, name: str) -> Series:
+        """A column by step, with gaps where rows are missing."""
+        return with_gaps(Series(self.steps["step"], self.steps[name]))
 
     @property
     def last_step(self) -> int:
@@ -61,17 +62,11 @@ class Metrics:
         return int(known[-1]) if len(known) else 0
 
 
-@dataclass
-class _Evals:
-    x: list[float] = field(default_factory=list)
-    y: list[float] = field(default_factory=list)
-
-
 def read(path: Path) -> Metrics:
-    """Every row that can be read; a line that is torn or of another kind is counted and passed over."""
+    """Every row that can be read; a line that is torn or of another kind is counted and skipped."""
     columns = {name: array("d") for name in STEP_COLUMNS}
-    evals: dict[str, _Evals] = {}
-    downs, unread = list[tuple[int, str]](), 0
+    evals: dict[str, list[tuple[float, float]]] = {}
+    step_downs, unread = list[tuple[int, str]](), 0
     with path.open("rb") if path.is_file() else io.BytesIO() as lines:
         for line in lines:
             try:
@@ -84,16 +79,14 @@ def read(path: Path) -> Metrics:
                 for name, column in columns.items():
                     column.append(number(row.get(name)))
                 if isinstance(row.get("stepped_down"), list) and math.isfinite(step):
-                    downs += [(int(step), str(said)) for said in row["stepped_down"]]
+                    step_downs += [(int(step), str(change)) for change in row["stepped_down"]]
             else:
                 for name, value in row.items():
                     if name.startswith("eval_"):
-                        found = evals.setdefault(name, _Evals())
-                        found.x.append(step)
-                        found.y.append(number(value))
-    made = {name: Series(np.array(found.x), np.array(found.y)) for name, found in evals.items()}
+                        evals.setdefault(name, []).append((step, number(value)))
+    every = {name: Series(*np.array(points).T) for name, points in evals.items()}
     steps = {name: np.frombuffer(column, dtype=np.float64) for name, column in columns.items()}
-    return Metrics(steps, {name: s for name, s in made.items() if len(s.known)}, tuple(downs), unread)
+    return Metrics(steps, {name: s for name, s in every.items() if len(s.known)}, tuple(step_downs), unread)
 
 
 def number(value: object) -> float:
@@ -106,8 +99,8 @@ def number(value: object) -> float:
         return math.nan
 
 
-def broken(line: Series) -> Series:
-    """The line with a gap where rows are missing: a stride more than three times the usual one."""
+def with_gaps(line: Series) -> Series:
+    """The points with a gap where rows are missing: a stride more than three times the usual one."""
     if len(line) < 3:
         return line
     strides = np.diff(line.x)
@@ -122,7 +115,7 @@ def minutes(seconds: Values) -> Values:
 
 
 def span(points: int) -> int:
-    """Over how many points a line of so many is smoothed; 0 for too few to be smoothed."""
+    """The window, in points, over which so many points are smoothed; 0 where they are too few."""
     return 0 if points < 8 else max(3, min(1000, points // 25))
 
 
@@ -132,7 +125,8 @@ def smoothed(line: Series) -> Series:
     if not width:
         return Series(line.x[:0], line.y[:0])
     keep = 1.0 - 2.0 / (width + 1)
-    mean, weight, out = 0.0, 0.0, []
+    out: list[float] = []
+    mean = weight = 0.0
     for value in line.y.tolist():
         if math.isfinite(value):
             mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
@@ -143,18 +137,18 @@ def smoothed(line: Series) -> Series:
 
 
 def thinned(line: Series, buckets: int = BUCKETS) -> Series:
-    """At most 5 points a bucket: its first, lowest, highest and last, and one gap where it has any."""
+    """At most 5 points a bucket: its first, lowest, highest and last, and its first gap."""
     if len(line) <= 4 * buckets:
         return line
-    kept: set[int] = set()
+    chosen: set[int] = set()
     edges = np.linspace(0, len(line), buckets + 1).astype(int)
     for start, end in pairwise(edges.tolist()):
         part = line.y[start:end]
         finite = np.flatnonzero(np.isfinite(part))
         if len(finite):
             values = part[finite]
-            kept |= {int(start + finite[i]) for i in (0, int(values.argmin()), int(values.argmax()), -1)}
+            chosen |= {int(start + finite[i]) for i in (0, int(values.argmin()), int(values.argmax()), -1)}
         if len(finite) < len(part):
-            kept.add(int(start + np.flatnonzero(~np.isfinite(part))[0]))
-    order = np.array(sorted(kept))
+            chosen.add(int(start + np.flatnonzero(~np.isfinite(part))[0]))
+    order = np.array(sorted(chosen))
     return Series(line.x[order], line.y[order])

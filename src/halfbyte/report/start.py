@@ -1,6 +1,6 @@
 """`started.json`: what is known of a run before its first step, and what its page shows beside the metrics.
 
-Why: where a value came from, how a row looks to the model and what was proven are known then, and to nobody later.
+Why: where a value came from, how a row looks to the model and what was proven is known only then.
 Cost: three rows as text, one small file.
 """
 
@@ -24,21 +24,19 @@ from halfbyte.training import prepare, preview
 from halfbyte.training.fit import PlannedRun
 from halfbyte.types import Document
 
-SHOWN_CHARACTERS = 3_000  # of a row; the rest is counted, not kept
-
-
+MAX_CHARACTERS = 3_000  # of a row; the rest is left out
 _log = logging.getLogger(__name__)
 
 
-def keep(run: RunFolder, make: Callable[[], Document]) -> None:
-    """Write what `make` (`known`) returns, unless that fails: a run is worth more than its page."""
+def write(run: RunFolder, make: Callable[[], Document]) -> None:
+    """Write what `make` (`facts`) returns. That it fails is a warning: a run is worth more than its page."""
     try:
         write_json(run.started, make())
     except Exception as error:
         _log.warning(f"{run.started} could not be written: {type(error).__name__}: {error}")
 
 
-def known(
+def facts(
     run: RunFolder,
     loaded: Loaded,
     job: PlannedRun,
@@ -47,18 +45,17 @@ def known(
     notices: Sequence[str],
     from_step: int,
 ) -> Document:
-    """What it holds; a run that goes on (`from_step` > 0) keeps the list of its earlier processes."""
-    prepared, before = job.prepared, read_json(run.started)
-    earlier = before.get("processes", []) if from_step else []
-    # what a resumed run was given is its own recipe: where the values came from at first is worth more
-    was = before.get("values", {}) if from_step else {}
+    """The document; a resumed run (`from_step` > 0) has its earlier processes in it too."""
+    prepared, before = job.prepared, read_json(run.started) if from_step else {}
+    # a resumed run reads its own recipe.yaml; where its values came from at first says more
+    first = before.get("values", {})
     values = {
         field: {"value": json.loads(json.dumps(value, default=str)), "from": origin.kind, "why": origin.why}
         for field, value, origin in preview.resolved(loaded, job)
     }
-    values |= {name: old for name, old in was.items() if name in values and old["value"] == values[name]["value"]}
+    values |= {name: old for name, old in first.items() if name in values and old["value"] == values[name]["value"]}
     return {
-        "processes": [*earlier, {"step": from_step, "time": time.time()}],
+        "processes": [*before.get("processes", []), {"step": from_step, "time": time.time()}],
         "model": {"id": prepared.checkpoint.id, "revision": prepared.checkpoint.revision},
         "values": values,
         "data": prepare.data_report(prepared),
@@ -76,33 +73,33 @@ def known(
 
 
 def lengths(values: pack.Sizes) -> Document:
-    """Tokens of a row: the shortest, quartiles, the longest."""
+    """The shortest row, quartiles and the longest, in tokens."""
     cuts = np.percentile(np.asarray(values), (0, 25, 50, 75, 100)).round().astype(int)
     return dict(zip(("shortest", "quarter", "median", "three_quarters", "longest"), map(int, cuts), strict=True))
 
 
 def examples(prepared: prepare.Prepared) -> list[Document]:
-    """Three rows as the model meets them: the shortest, one in the middle, the longest."""
+    """Three rows as the model sees them: the shortest, one in the middle, the longest."""
     order = np.argsort(np.asarray(prepared.train.lengths), kind="stable")
     chosen = dict.fromkeys(int(order[i]) for i in (0, len(order) // 2, len(order) - 1))
     return [cut(asdict(preview.shown(prepared.train.examples[n], n + 1, prepared.tokenizer))) for n in chosen]
 
 
 def cut(row: Document) -> Document:
-    """The row with at most `SHOWN_CHARACTERS` of its text; labels at its end are kept rather than its beginning."""
-    left, kept = SHOWN_CHARACTERS, list[Document]()
+    """The row with at most the last `MAX_CHARACTERS` of its text, where its labels are."""
+    left, pieces = MAX_CHARACTERS, list[Document]()
     for piece in reversed(row["pieces"]):
         if left <= 0:
             break
         text = piece["text"]
-        kept.append({**piece, "text": text if len(text) <= left else "… " + text[-left:]})
+        pieces.append({**piece, "text": text if len(text) <= left else "… " + text[-left:]})
         left -= len(text)
-    return {**row, "pieces": kept[::-1], "cut": left < 0}
+    return {**row, "pieces": pieces[::-1], "cut": left < 0}
 
 
 def proofs(base: Assembled, compute: Decision) -> list[Document]:
     named = (("base", base.dequantised), ("packing", base.packed), ("engine", base.fused))
-    made = [{"name": name, "ok": bool(proof.ok), "said": proof.reason} for name, proof in named]
+    rows = [{"name": name, "ok": bool(proof.ok), "said": proof.reason} for name, proof in named]
     if compute.tried:
-        made.append({"name": "compute", "ok": compute.tried[-1][1].ok, "said": str(compute)})
-    return made
+        rows.append({"name": "compute", "ok": compute.tried[-1][1].ok, "said": str(compute)})
+    return rows

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from halfbyte.report import changed
+from halfbyte.report import update_norms
 
 PREFIX = "base_model.model.model.layers"
 
@@ -41,7 +41,7 @@ def test_the_norm_is_that_of_the_whole_update(
             name = f"{PREFIX}.{layer}.self_attn.{kind}"
             tensors[f"{name}.lora_A.weight"] = torch.randn(3, 17, generator=draw).to(dtype)
             tensors[f"{name}.lora_B.weight"] = torch.randn(5, 3, generator=draw).to(dtype)
-    found = changed.norms(adapter(tmp_path / "a", config, tensors))
+    found = update_norms.read(adapter(tmp_path / "a", config, tensors))
     assert found is not None and (found.layers, found.kinds) == (("0", "1", "10"), ("q_proj", "v_proj"))
     for i, layer in enumerate(found.layers):
         for j, kind in enumerate(found.kinds):
@@ -58,7 +58,7 @@ def test_what_is_no_lora_is_named_and_a_layer_without_a_kind_is_empty(tmp_path: 
         f"{PREFIX}.1.mlp.down_proj.lora_B.weight": torch.zeros(4, 2),
         "base_model.model.lm_head.weight": torch.ones(7, 4),
     }
-    found = changed.norms(adapter(tmp_path / "a", {"r": 2, "lora_alpha": 2}, tensors))
+    found = update_norms.read(adapter(tmp_path / "a", {"r": 2, "lora_alpha": 2}, tensors))
     assert found is not None
     assert math.isnan(found.norms[0][found.kinds.index("down_proj")])
     assert found.norms[1][found.kinds.index("down_proj")] == 0
@@ -67,4 +67,4 @@ def test_what_is_no_lora_is_named_and_a_layer_without_a_kind_is_empty(tmp_path: 
 
 
 def test_without_an_adapter_there_is_nothing(tmp_path: Path) -> None:
-    assert changed.norms(tmp_path) is None
+    assert update_norms.read(tmp_path) is None

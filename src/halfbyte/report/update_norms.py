@@ -25,9 +25,9 @@ _LAYER = re.compile(r"^(.*?\.)(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True)
-class Change:
+class UpdateNorms:
     """Frobenius norms of an adapter's updates: `norms[i][j]` of layer `layers[i]` and kind `kinds[j]`, NaN for none.
-    `others` are what it holds besides: (name, what it is)."""
+    `others`: the adapter's other tensors (name, shape)."""
 
     layers: tuple[str, ...]
     kinds: tuple[str, ...]
@@ -36,34 +36,35 @@ class Change:
 
     @property
     def largest(self) -> tuple[str, str, float] | None:
-        found = [
-            (self.layers[i], self.kinds[j], value)
-            for i, row in enumerate(self.norms)
-            for j, value in enumerate(row)
+        """Layer, kind and norm of the largest update."""
+        cells = [
+            (layer, kind, value)
+            for layer, row in zip(self.layers, self.norms, strict=True)
+            for kind, value in zip(self.kinds, row, strict=True)
             if math.isfinite(value)
         ]
-        return max(found, key=lambda one: one[2], default=None)
+        return max(cells, key=lambda cell: cell[2], default=None)
 
 
-def norms(adapter: Path) -> Change | None:
-    """Of a PEFT folder; None where there is no adapter."""
+def read(adapter: Path) -> UpdateNorms | None:
+    """The norms of a PEFT folder; None where there is no adapter."""
     file, config = adapter / ADAPTER_FILES[0], read_json(adapter / ADAPTER_FILES[1])
     if not file.is_file() or not config:
         return None
     from safetensors import safe_open
 
-    found, others = dict[str, float](), list[tuple[str, str]]()
+    norms, others = dict[str, float](), list[tuple[str, str]]()
     with safe_open(str(file), framework="pt") as tensors:
         names = set(tensors.keys())
         for name in sorted(names):
             if name.endswith(".lora_A.weight") and name.replace(".lora_A.", ".lora_B.") in names:
                 module = name.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
                 a, b = tensors.get_tensor(name), tensors.get_tensor(name.replace(".lora_A.", ".lora_B."))
-                found[module] = abs(scale(config, module, a.shape[0])) * product_norm(a, b)
+                norms[module] = abs(scale(config, module, a.shape[0])) * product_norm(a, b)
             elif ".lora_A." not in name and ".lora_B." not in name:
                 shape = " x ".join(map(str, tensors.get_slice(name).get_shape()))
                 others.append((name.removeprefix("base_model.model."), shape))
-    return arranged(found, others)
+    return by_layer(norms, others)
 
 
 def product_norm(a: Tensor, b: Tensor) -> float:
@@ -73,20 +74,20 @@ def product_norm(a: Tensor, b: Tensor) -> float:
 
 
 def scale(config: Document, module: str, rank: int) -> float:
-    """What the update of a module is multiplied by, with its own alpha where a pattern gives one."""
+    """The factor of a module's update, with the module's own alpha where a pattern gives one."""
     pattern: dict[str, float] = config.get("alpha_pattern") or {}
     alpha = next((v for k, v in pattern.items() if re.match(rf"(.*\.)?({k})$", module)), config.get("lora_alpha", rank))
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def arranged(found: dict[str, float], others: list[tuple[str, str]]) -> Change:
-    """By layer and kind; modules outside the layers have the layer "-"."""
-    places, layers, kinds = dict[tuple[str, str], float](), dict[str, None](), dict[str, None]()
-    for module, value in found.items():
+def by_layer(norms: dict[str, float], others: list[tuple[str, str]]) -> UpdateNorms:
+    """Norms by layer and kind of layer; modules outside the layers have the layer "-"."""
+    cells = dict[tuple[str, str], float]()
+    for module, value in norms.items():
         match = _LAYER.match(module)
-        layer, kind = (match[2], match[3].rpartition(".")[2]) if match else ("-", module.rpartition(".")[2])
-        places[layer, kind] = math.hypot(places.get((layer, kind), 0.0), value)  # of experts, all of a layer together
-        layers[layer], kinds[kind] = None, None
-    rows, columns = sorted(layers, key=lambda name: (name == "-", int(name) if name != "-" else 0)), list(kinds)
-    norms = tuple(tuple(places.get((row, column), math.nan) for column in columns) for row in rows)
-    return Change(tuple(rows), tuple(columns), norms, tuple(others))
+        cell = (match[2], match[3].rpartition(".")[2]) if match else ("-", module.rpartition(".")[2])
+        cells[cell] = math.hypot(cells.get(cell, 0.0), value)  # all experts of a layer together
+    layers = sorted({layer for layer, _ in cells}, key=lambda name: (name == "-", int(name) if name != "-" else 0))
+    kinds = list(dict.fromkeys(kind for _, kind in cells))
+    table = tuple(tuple(cells.get((layer, kind), math.nan) for kind in kinds) for layer in layers)
+    return UpdateNorms(tuple(layers), tuple(kinds), table, tuple(others))
