@@ -15,21 +15,21 @@ NOT_THERE = ("torch", "halfbyte", "llama-cpp-py-sync", "triton")  # torch apart;
 
 def needed(names: tuple[str, ...]) -> dict[str, str]:
     """name -> version of these and of all they need, as installed here; extras are left out."""
-    found, waiting = dict[str, str](), list(names)
+    versions, waiting = dict[str, str](), list(names)
     while waiting:
         name = waiting.pop().lower().replace("_", "-")
-        if name in found or name in NOT_THERE or name.startswith(("nvidia", "cuda")):
+        if name in versions or name in NOT_THERE or name.startswith(("nvidia", "cuda")):
             continue
         try:
             has = metadata.distribution(name)
         except metadata.PackageNotFoundError:
             continue  # another system's
-        found[name] = has.version
+        versions[name] = has.version
         for text in has.requires or ():
             wanted = Requirement(text)
             if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
                 waiting.append(wanted.name)
-    return found
+    return versions
 
 
 if __name__ == "__main__":

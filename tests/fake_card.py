@@ -213,10 +213,10 @@ class Card(torch.Tensor):
         return f"Card({self.real_}, {self.device})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Card:
-        made = Card(self.real_.clone(), self.device, self.requires_grad)
+        copied = Card(self.real_.clone(), self.device, self.requires_grad)
         if getattr(self, "_is_param", False):
-            made._is_param = True
-        return made
+            copied._is_param = True
+        return copied
 
     def __reduce_ex__(self, protocol: object) -> Any:
         raise RuntimeError("a tensor of a fake card cannot be pickled")
@@ -299,7 +299,7 @@ def _varlen_backward(grad: Any, q: Any, k: Any, v: Any, _out: Any, _lse: Any, cu
     """The gradients of q, k and v, by FlashAttention-2's formulas with whole scores."""
     scale, window = rest[5:7]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    made = []
+    per_text = []
     for (a, b, c), d in zip(_examples(q, k, v, cu), grad.split(cu.diff().tolist()), strict=True):
         p, (a, b, c) = _weights(a, b, c, scale, window)
         d = d.float().transpose(0, 1)
@@ -308,8 +308,8 @@ def _varlen_backward(grad: Any, q: Any, k: Any, v: Any, _out: Any, _lse: Any, cu
         grads = [ds @ b, ds.transpose(1, 2) @ a, p.transpose(1, 2) @ d]  # (H, L, D)
         heads = [q.shape[1], k.shape[1], k.shape[1]]
         summed = [x.unflatten(0, (n, -1)).sum(1).transpose(0, 1) for x, n in zip(grads, heads, strict=True)]
-        made.append([x.to(q.dtype) for x in summed])
-    return tuple(torch.cat(parts) for parts in zip(*made, strict=True))
+        per_text.append([x.to(q.dtype) for x in summed])
+    return tuple(torch.cat(parts) for parts in zip(*per_text, strict=True))
 
 
 def _examples(q: Any, k: Any, v: Any, cu: Any) -> Iterator[tuple[Any, Any, Any]]:
@@ -356,8 +356,8 @@ class _Sdpa(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         with torch.enable_grad():
             leaves = [x.real_.detach().requires_grad_() for x in (q, k, v)]
-            made = torch.autograd.grad(_SDPA(*leaves, **ctx.options), leaves, grads[0].real_)
-        return *(Card(x, q.device) for x in made), None
+            gradients = torch.autograd.grad(_SDPA(*leaves, **ctx.options), leaves, grads[0].real_)
+        return *(Card(x, q.device) for x in gradients), None
 
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
@@ -383,13 +383,14 @@ def from_prequantized(cls: type, data: Any, quantized_stats: Any, requires_grad:
     """`bitsandbytes.nn.Params4bit.from_prequantized`, whose own makes a subclass of a subclass."""
     from bitsandbytes.functional import QuantState
 
-    made = torch.nn.Parameter(data.to(device), requires_grad=False)
-    made.quant_state = state = QuantState.from_dict(qs_dict=quantized_stats, device=device)
-    made.blocksize, made.compress_statistics, made.quant_type = state.blocksize, state.nested, state.quant_type
-    made.bnb_quantized, made.quant_storage, made.module = True, data.dtype, module
+    parameter = torch.nn.Parameter(data.to(device), requires_grad=False)
+    parameter.quant_state = state = QuantState.from_dict(qs_dict=quantized_stats, device=device)
+    parameter.blocksize, parameter.compress_statistics = state.blocksize, state.nested
+    parameter.quant_type = state.quant_type
+    parameter.bnb_quantized, parameter.quant_storage, parameter.module = True, data.dtype, module
     if module is not None:
         module.quant_state = state
-    return made
+    return parameter
 
 
 @contextmanager
@@ -399,7 +400,7 @@ def cards(count: int = 1) -> Iterator[Cards]:
 
     _registered()
     environment = {"HF_DEACTIVATE_ASYNC_LOAD": "1", "ACCELERATE_TORCH_DEVICE": f"{KIND}:0"}
-    made = Cards(count)
+    stand_ins = Cards(count)
     own = bnb.nn.Params4bit.from_prequantized
 
     def prequantized(data: Any, *args: Any, device: Any = "cuda", **kwargs: Any) -> Any:
@@ -408,7 +409,7 @@ def cards(count: int = 1) -> Iterator[Cards]:
         )
         return make(data, *args, device=device, **kwargs)
 
-    _NOW.append(made)
+    _NOW.append(stand_ins)
     lifts = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # so that `torch.tensor(0.0, device=...)` is seen by the mode
     try:
@@ -417,9 +418,9 @@ def cards(count: int = 1) -> Iterator[Cards]:
             mock.patch.object(torch, "Generator", _Generator),
             mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _sdpa),
             mock.patch.object(bnb.nn.Params4bit, "from_prequantized", prequantized),
-            made,
+            stand_ins,
         ):
-            yield made
+            yield stand_ins
     finally:
         torch._C._set_only_lift_cpu_tensors(lifts)
         _NOW.pop()

@@ -32,7 +32,7 @@ def runner(here: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
             code = main._guard(lambda: main.app(list(args)), args)
         except SystemExit as left:
             code = int(left.code or 0)
-        said = capsys.readouterr()
-        return Ended(code, said.out, said.err.replace(str(here), "TMP"))
+        printed = capsys.readouterr()
+        return Ended(code, printed.out, printed.err.replace(str(here), "TMP"))
 
     return run

@@ -15,10 +15,10 @@ def oldest(requirements: list[str]) -> list[str]:
     """One `name==version` a requirement. ValueError: it does not start with `name>=version`, so it has no oldest."""
     pins = []
     for requirement in requirements:
-        found = re.match(r"([\w.-]+)(?:\[\w+\])?>=([\d.]+)(?:[,;]|$)", requirement)
-        if found is None:
+        bound = re.match(r"([\w.-]+)(?:\[\w+\])?>=([\d.]+)(?:[,;]|$)", requirement)
+        if bound is None:
             raise ValueError(f"{requirement}: write it as name>=version in {PYPROJECT.name}")
-        pins.append(f"{found[1]}=={found[2]}")
+        pins.append(f"{bound[1]}=={bound[2]}")
     return pins
 
 

@@ -59,10 +59,10 @@ def test_a_run_that_is_split_over_two_cards_learns_what_it_learns_on_the_cpu(tmp
         assert (resumed.step, losses(again.rows)) == (4, pytest.approx(wanted[2:], rel=1e-5))
         used = opened.open_run(tmp_path / "card/run")
         prompt = generate.chat_ids(used.tokenizer, [{"role": "user", "content": "red green"}])
-        said = generate.generate(used.model, used.tokenizer, [prompt], generate.Sampling(max_new_tokens=4))
+        answer = generate.generate(used.model, used.tokenizer, [prompt], generate.Sampling(max_new_tokens=4))
         scored = loss.mean_loss(used.model, [tiny.batch((5, 9), tiny_run.VOCAB)])["loss"]
     there = opened.open_run(tmp_path / "cpu/run")
-    assert said == generate.generate(there.model, there.tokenizer, [prompt], generate.Sampling(max_new_tokens=4))
+    assert answer == generate.generate(there.model, there.tokenizer, [prompt], generate.Sampling(max_new_tokens=4))
     assert scored == pytest.approx(loss.mean_loss(there.model, [tiny.batch((5, 9), tiny_run.VOCAB)])["loss"], 1e-5)
 
 

@@ -50,9 +50,9 @@ def test_every_claim_is_proven_on_a_model(halfbyte: Cli) -> None:
     assert ended.code == 0, ended.out
     assert ended.out.count("\nok      ") == 5
     assert "mapped, streamed and resident are equal to the bit" in ended.out
-    found = json.loads(halfbyte("doctor", "model", "--set", "quant.compute_dtype=fp32", "--json").out)
-    assert found["ok"] and found["layers"] == 2 and len(found["checks"]) == 5
-    assert found["rates"]["matmul_flops"] == 380e9
+    report = json.loads(halfbyte("doctor", "model", "--set", "quant.compute_dtype=fp32", "--json").out)
+    assert report["ok"] and report["layers"] == 2 and len(report["checks"]) == 5
+    assert report["rates"]["matmul_flops"] == 380e9
 
 
 @pytest.mark.skipif(not pages.supported(), reason="needs Linux and /proc/self/pagemap")
@@ -61,8 +61,8 @@ def test_a_claim_that_does_not_hold_is_told(halfbyte: Cli, monkeypatch: pytest.M
 
     def off(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         calls.append(1)
-        found = real(*args, **kwargs)
-        return {n: g + 1e-6 for n, g in found.items()} if len(calls) == 2 else found
+        result = real(*args, **kwargs)
+        return {n: g + 1e-6 for n, g in result.items()} if len(calls) == 2 else result
 
     monkeypatch.setattr(doctor, "sample_gradients", off)
     ended = halfbyte("doctor", "model", "--set", "quant.compute_dtype=fp32")

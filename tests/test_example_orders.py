@@ -26,9 +26,9 @@ SPLITS = {"train": 400, "test": 64}
 def module(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"orders_{name}", FOLDER / f"{name}.py")
     assert spec and spec.loader
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -100,21 +100,21 @@ def test_answers_are_compact_json_of_one_schema(generator: ModuleType) -> None:
             for item in order["items"]:
                 assert list(item) == ["item", "qty"]
                 assert type(item["qty"]) is int and 1 <= item["qty"] <= 9
-                found = items.fullmatch(item["item"])
-                assert found, item
-                assert bool(found[3]) == (found[2] in generator.SIZED), item
+                match = items.fullmatch(item["item"])
+                assert match, item
+                assert bool(match[3]) == (match[2] in generator.SIZED), item
 
 
 def test_every_answer_can_be_read_off_its_email(generator: ModuleType) -> None:
     for _, email, order in orders():
-        said = email.lower()
-        assert order["customer"].lower() in said.split()[-1]
-        assert order["ship_to"].lower() in said
-        assert order["by"][:3].lower() in said
+        text = email.lower()
+        assert order["customer"].lower() in text.split()[-1]
+        assert order["ship_to"].lower() in text
+        assert order["by"][:3].lower() in text
         for item in order["items"]:
             qty = item["qty"]
             words = ("a" if qty == 1 else generator.WORDS[qty - 1], f"{qty}x?")
-            assert any(re.search(rf"\b{word}\b", said) for word in words), (email, item)
+            assert any(re.search(rf"\b{word}\b", text) for word in words), (email, item)
 
 
 def test_the_recipe_is_fifty_steps_of_eight_rows() -> None:
@@ -168,8 +168,8 @@ def test_an_interrupt_reaches_the_command_and_waits_for_it(tmp_path: Path) -> No
     code += f"quickstart.HALFBYTE = Path({str(slow)!r}); quickstart.run('train')"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, process_group=0) as both:
         assert both.stdout is not None
-        said = iter(both.stdout)
-        assert any("begun" in line for line in said)
+        output = iter(both.stdout)
+        assert any("begun" in line for line in output)
         os.killpg(both.pid, signal.SIGINT)
-        assert "saved" in next(said)
+        assert "saved" in next(output)
         assert both.wait() == 130

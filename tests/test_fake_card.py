@@ -57,11 +57,11 @@ class Notes(Listener):
 @contextmanager
 def machine(count: int = 1, *, free: int = fake_card.TOTAL_BYTES) -> Iterator[fake_card.Cards]:
     """Under it `device.detect` finds so many cards."""
-    found = device.detect()
+    detected = device.detect()
     with fake_card.cards(count) as cards:
         cards.limit_bytes = free
         each = tuple(Card(f"card {n}", fake_card.TOTAL_BYTES, free, (9, 0), index=n) for n in range(count))
-        here = replace(found, kind=fake_card.KIND, cards=each)
+        here = replace(detected, kind=fake_card.KIND, cards=each)
         with mock.patch.object(device, "detect", return_value=here):
             yield cards
 
@@ -97,11 +97,11 @@ def test_a_run_on_a_card_learns_what_it_learns_on_the_cpu(tmp_path: Path, kind: 
         used = opened.open_run(tmp_path / "card" / "run")
         assert used.model.device.type == fake_card.KIND
         prompt = generate.chat_ids(used.tokenizer, [{"role": "user", "content": "red green"}])
-        said = generate.generate(used.model, used.tokenizer, [prompt], generate.Sampling(max_new_tokens=4))
+        answer = generate.generate(used.model, used.tokenizer, [prompt], generate.Sampling(max_new_tokens=4))
         scored = loss.mean_loss(used.model, [tiny.batch((5, 9), tiny_run.VOCAB)])
     there = opened.open_run(tmp_path / "cpu" / "run")
     wanted_text = generate.generate(there.model, there.tokenizer, [prompt], generate.Sampling(max_new_tokens=4))
-    assert said == wanted_text
+    assert answer == wanted_text
     assert scored["loss"] == pytest.approx(
         loss.mean_loss(there.model, [tiny.batch((5, 9), tiny_run.VOCAB)])["loss"], 1e-5
     )
@@ -198,12 +198,12 @@ def test_a_base_on_the_cpu_takes_a_trainers_batch_on_a_card() -> None:
     wanted = [float(model(**padded(), **extra).loss.detach()) for extra in (kwargs, {})]
     with fake_card.cards():
         batch = {name: x.to(f"{fake_card.KIND}:0") for name, x in padded().items()}
-        made = [model(**batch, **extra).loss for extra in (kwargs, {})]
-        for loss_ in made:
+        losses = [model(**batch, **extra).loss for extra in (kwargs, {})]
+        for loss_ in losses:
             loss_.backward()
-        made.append(model.eval()(**batch).loss)
-        assert {loss_.device.type for loss_ in made} == {fake_card.KIND}
-        assert [float(loss_.detach()) for loss_ in made] == pytest.approx([*wanted, wanted[1]], rel=1e-5)
+        losses.append(model.eval()(**batch).loss)
+        assert {loss_.device.type for loss_ in losses} == {fake_card.KIND}
+        assert [float(loss_.detach()) for loss_ in losses] == pytest.approx([*wanted, wanted[1]], rel=1e-5)
 
 
 def test_with_two_visible_cards_a_16_bit_base_is_not_replicated(tmp_path: Path) -> None:
@@ -238,8 +238,8 @@ def test_selective_recomputation_is_no_way_down_on_a_card() -> None:
     assert choose.recompute_policies(job) == ("none", "full")
     assert choose.step_down_policies(job, "none") == ("none", "full")
     asked = plan_job(here, train={"gradient_checkpointing": "selective"})
-    made = choose.best_plan(asked, here)
-    assert (made.recompute, "would save nothing" in made.reasons["recompute"]) == ("full", True)
+    plan = choose.best_plan(asked, here)
+    assert (plan.recompute, "would save nothing" in plan.reasons["recompute"]) == ("full", True)
 
 
 def plan_job(here: device.Device, **fields: Any) -> Job:
@@ -254,12 +254,12 @@ def test_kernels_that_add_in_any_order_do_not_fail_the_proof() -> None:
     with fake_card.cards():
         model = adapted(tiny.model("llama").to(f"{fake_card.KIND}:0"))
         prove_packing(model)
-        own, noise = fake_card._Sdpa.backward, torch.Generator().manual_seed(0)
+        exact_backward, noise = fake_card._Sdpa.backward, torch.Generator().manual_seed(0)
 
         def unordered(ctx: Any, *grads: Any) -> Any:
-            made = own(ctx, *grads)
-            jitter = [torch.randn(x.shape, generator=noise) * 1e-7 for x in made[:3]]
-            return *(fake_card.Card(x.real_ * (1 + j), x.device) for x, j in zip(made, jitter, strict=False)), None
+            gradients = exact_backward(ctx, *grads)
+            jitter = [torch.randn(x.shape, generator=noise) * 1e-7 for x in gradients[:3]]
+            return *(fake_card.Card(x.real_ * (1 + j), x.device) for x, j in zip(gradients, jitter, strict=False)), None
 
         with mock.patch.object(fake_card._Sdpa, "backward", staticmethod(unordered)):
             proof = prove_fused(model, packed=True)
@@ -284,8 +284,8 @@ def test_fp16_on_a_card_scales_its_loss_and_resumes_with_the_scale(tmp_path: Pat
     options = {"quant__type": "nf4", "quant__compute_dtype": "fp16", "train__max_steps": 4}
     recipe = tiny_run.recipe(tmp_path, **options, train__save_strategy="steps", train__save_steps=2)
     # accelerate's own is for CUDA, and off without it
-    made = functools.partial(torch.amp.GradScaler, fake_card.KIND)
-    scaler = mock.patch("accelerate.accelerator.get_grad_scaler", side_effect=lambda *_, **__: made())
+    gradient_scaler = functools.partial(torch.amp.GradScaler, fake_card.KIND)
+    scaler = mock.patch("accelerate.accelerator.get_grad_scaler", side_effect=lambda *_, **__: gradient_scaler())
     with machine(), scaler:
         whole = Notes()
         finetune.train(recipe, listener=whole)

@@ -163,14 +163,14 @@ def module_of(dotted: str) -> str:
 @cache
 def arrows() -> dict[tuple[str, str], list[str]]:
     """(module, module it imports) -> where; imports inside functions and for type checking included."""
-    found: dict[tuple[str, str], list[str]] = {}
+    edges: dict[tuple[str, str], list[str]] = {}
     for path in everywhere():
         for dotted, line in imports(tree(path)):
             if dotted.split(".")[0] == "halfbyte":
                 pair = (name_of(path), module_of(dotted))
                 if pair[0] != pair[1]:
-                    found.setdefault(pair, []).append(f"{name_of(path)}:{line} imports {dotted}")
-    return found
+                    edges.setdefault(pair, []).append(f"{name_of(path)}:{line} imports {dotted}")
+    return edges
 
 
 def cycles(edges: set[tuple[str, str]]) -> list[str]:

