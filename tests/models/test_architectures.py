@@ -13,9 +13,11 @@ import torch
 from halfbyte.errors import SourceError
 from halfbyte.models.architectures import FAMILIES, tensors_of
 from halfbyte.models.describe import describe
-from halfbyte.models.references import REFERENCES, mixtures, tensors_of_mixture
+from halfbyte.models.references import reference_tensors, references
 from tests import tiny
 
+REFERENCES = {name: values["config"] for name, values in references().items() if "tensors" not in values}
+MIXTURES = sorted(set(references()) - set(REFERENCES))
 # As their authors publish them (a tied head counted once).
 PUBLISHED = {
     "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192,
@@ -49,12 +51,12 @@ def test_a_reference_has_the_tensors_of_the_real_architecture(name: str) -> None
     assert {s.name: s.shape for s in tensors_of({**values, **layers})} == real(config)
 
 
-@pytest.mark.parametrize("name", mixtures())
+@pytest.mark.parametrize("name", MIXTURES)
 def test_a_bundled_mixture_has_the_tensors_of_the_real_architecture(name: str) -> None:
     """At its true width, with all of its layers, on no storage."""
     from transformers import AutoConfig
 
-    assert dict(tensors_of_mixture(name)) == real(AutoConfig.for_model(**mixtures()[name]["config"]))
+    assert dict(reference_tensors(name) or ()) == real(AutoConfig.for_model(**references()[name]["config"]))
 
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
@@ -82,7 +84,9 @@ def test_parameters_are_as_many_as_published(name: str, published: int) -> None:
 def test_a_mixture_has_as_many_parameters_as_published(name: str, published: int) -> None:
     shape = describe(name)
     assert shape.parameters == published and shape.facts.experts_per_token > 1
-    assert shape.facts.intermediate == mixtures()[name]["config"].get("moe_intermediate_size", shape.facts.intermediate)
+    assert shape.facts.intermediate == references()[name]["config"].get(
+        "moe_intermediate_size", shape.facts.intermediate
+    )
 
 
 def test_every_family_has_a_reference_or_a_tiny_model() -> None:
@@ -110,8 +114,8 @@ def test_what_does_not_follow_is_said(config: dict[str, Any], message: str) -> N
 def test_the_list_of_a_70b_takes_no_torch() -> None:
     code = (
         "import sys\nfrom halfbyte.models.architectures import tensors_of\n"
-        "from halfbyte.models.references import REFERENCES\n"
-        "tensors_of(REFERENCES['llama-2-70b'])\nprint('torch' in sys.modules)"
+        "from halfbyte.models.references import references\n"
+        "tensors_of(references()['llama-2-70b']['config'])\nprint('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

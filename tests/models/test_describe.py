@@ -18,7 +18,7 @@ import torch
 from halfbyte.errors import SourceError
 from halfbyte.models import describe
 from halfbyte.models.architectures import tensors_of
-from halfbyte.models.references import REFERENCES
+from halfbyte.models.references import references
 from halfbyte.models.tensors import read_checkpoint
 from tests import tiny
 from tests.hub_server import HubServer, Sparse
@@ -55,7 +55,7 @@ def test_an_unknown_architecture_without_weights_says_what_to_download(tmp_path:
 
 @pytest.mark.parametrize("change", [{"num_hidden_layers": 0}, {"num_hidden_layers": None}, {"hidden_size": "many"}])
 def test_a_config_without_layers_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
-    config = {**REFERENCES["llama-2-7b"], **change}
+    config = {**references()["llama-2-7b"]["config"], **change}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SourceError, match=r"gives no (layers|hidden)"):
         describe.describe(str(tmp_path))
@@ -80,7 +80,7 @@ def test_a_name_that_is_nothing_is_answered_with_near_ones() -> None:
 
 
 def test_a_quantised_folder_is_what_it_was_made_of(tmp_path: Path) -> None:
-    config = {**REFERENCES["llama-2-7b"], "quantization_config": {"quant_method": "bitsandbytes"}}
+    config = {**references()["llama-2-7b"]["config"], "quantization_config": {"quant_method": "bitsandbytes"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert describe.describe(str(tmp_path)).parameters == 6_738_415_616
 
@@ -133,8 +133,8 @@ def test_a_mixture_in_a_gguf_is_no_dense_model(tmp_path: Path) -> None:
 
 def sharded_7b() -> dict[str, Any]:
     """A Llama-2-7B in three shards whose data is nowhere: only headers exist."""
-    specs = tensors_of(REFERENCES["llama-2-7b"])
-    files: dict[str, Any] = {"config.json": json.dumps(REFERENCES["llama-2-7b"]).encode()}
+    specs = tensors_of(references()["llama-2-7b"]["config"])
+    files: dict[str, Any] = {"config.json": json.dumps(references()["llama-2-7b"]["config"]).encode()}
     weight_map = {}
     for number in range(SHARDS):
         name = f"model-{number + 1:05}-of-{SHARDS:05}.safetensors"
@@ -245,9 +245,11 @@ def test_the_bundled_shape_of_a_hub_id(repo: str, bundled: str | None) -> None:
 
 def test_a_config_alone_on_the_hub(tmp_path: Path) -> None:
     with HubServer() as hub:
-        hub.add(NAME, {"config.json": json.dumps(REFERENCES["opt-125m"]).encode(), "pytorch_model.bin": b"x"})
+        hub.add(
+            NAME, {"config.json": json.dumps(references()["opt-125m"]["config"]).encode(), "pytorch_model.bin": b"x"}
+        )
         assert json.loads(ask(hub, tmp_path, NAME))[:2] == [
-            sum(s.numel for s in tensors_of(REFERENCES["opt-125m"])), "config.json alone",
+            sum(s.numel for s in tensors_of(references()["opt-125m"]["config"])), "config.json alone",
         ]  # fmt: skip
         hub.add("org/rwkv", {"config.json": b'{"model_type": "rwkv"}', "pytorch_model.bin": b"x"})
         assert "has no safetensors, and the tensors of a 'rwkv' are not known" in ask(hub, tmp_path, "org/rwkv")

@@ -12,7 +12,7 @@ import pytest
 from halfbyte.cli import show, show_plan
 from halfbyte.data import pack
 from halfbyte.models.architectures import tensors_of
-from halfbyte.models.references import REFERENCES
+from halfbyte.models.references import references
 from halfbyte.models.tensors import facts_of
 from halfbyte.plan import MARGIN, Job, Plan, Rows, choose, plan_training, result
 from halfbyte.plan.alternatives import compare
@@ -41,8 +41,8 @@ def job(
     for name, value in fields.items():
         section, _, field = name.partition("__")
         values.setdefault(section, {})[field] = value
-    specs = tensors_of(REFERENCES[model])
-    facts = facts_of(REFERENCES[model], specs)
+    specs = tensors_of(references()[model]["config"])
+    facts = facts_of(references()[model]["config"], specs)
     return Job.of(Recipe(**values), specs, facts, rows or Rows((200,) * 64), device, mappable=mappable)
 
 

@@ -37,7 +37,7 @@ from halfbyte.adapters.targets import (
     without_match,
 )
 from halfbyte.errors import AdapterError, first_line
-from halfbyte.models.names import leaf_of
+from halfbyte.models.lora_sites import leaf_of
 from halfbyte.quant.stack import ExpertStack
 from halfbyte.recipe.adapter import ADAPTER_FILES, read_config
 from halfbyte.recipe.schema import Lora

@@ -19,7 +19,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from halfbyte.errors import AdapterError
-from halfbyte.models.names import ALL_LINEAR, AUTO, endings_of, is_aside, is_mixer_projection, leaf_of, split_at_layer
+from halfbyte.models.lora_sites import (
+    ALL_LINEAR,
+    AUTO,
+    endings_of,
+    is_aside,
+    is_mixer_projection,
+    leaf_of,
+    split_at_layer,
+)
 from halfbyte.recipe.schema import Lora
 
 if TYPE_CHECKING:

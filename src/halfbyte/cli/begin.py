@@ -88,7 +88,7 @@ def given(model: str | None, data: str | None, machine: str | None) -> Draft:
 
 def asked(model: str | None, data: str | None, machine: str | None) -> Draft:
     """The draft of three answers; one that cannot be is told at once and asked for again."""
-    from halfbyte.models.sources.packaged import PACKAGED
+    from halfbyte.models.sources.pypi import MODELS
     from halfbyte.system.device import detect
 
     draft = Draft(model or "", data or "")
@@ -106,7 +106,7 @@ def asked(model: str | None, data: str | None, machine: str | None) -> Draft:
 
     here = sorted(str(p) for pattern in ("*.jsonl", "*.csv", "*.parquet") for p in Path().glob(pattern))
     rows = next((name for name in here if "train" in name), here[0] if here else ROWS)
-    packaged = f"a hub id, a folder, a .gguf file, or packaged: {', '.join(PACKAGED)}"
+    packaged = f"a hub id, a folder, a .gguf file, or packaged: {', '.join(MODELS)}"
     _ask(f"Which model? ({packaged})", MODEL, model_is, model)
     _ask("Which rows?" + (f" (here: {', '.join(here[:6])})" if here else ""), rows, rows_are, data)
     from halfbyte.cli.show_plan import machine as in_words

@@ -20,7 +20,8 @@ from halfbyte.errors import ExportError
 from halfbyte.export.weights import Item, Merged
 from halfbyte.models.gguf.architectures import NAMES, config_of
 from halfbyte.models.gguf.header import read_header
-from halfbyte.models.gguf.layouts import Refused, how_of
+from halfbyte.models.gguf.layouts import transform_of
+from halfbyte.models.gguf.reader import GgufError
 from halfbyte.types import Config, Document
 
 if TYPE_CHECKING:
@@ -67,12 +68,12 @@ _COMPUTES = frozenset(
 
 @dataclass(frozen=True)
 class Said:
-    """What a file will say below its architecture's name; `said` as `Weights` has it of a file."""
+    """What a file will say below its architecture's name; `number` as `GgufReader` has it of a file."""
 
     architecture: str
     values: Document
 
-    def said(self, key: str) -> int:
+    def number(self, key: str) -> int:
         return int(self.values.get(key, 0))
 
 
@@ -237,7 +238,7 @@ def write(merged: Merged, path: Path, kind: str, add_tokenizer: Callable[[GGUFWr
     for name, table in tables.items():
         _announce(writer, name, table.shape, "F32")
     for name, (item, own) in plans.items():
-        turned = how_of(said.architecture, name).transposed and len(item.source.shape) > 1
+        turned = transform_of(said.architecture, name).transposed and len(item.source.shape) > 1
         _announce(writer, name, item.source.shape[::-1] if turned else item.source.shape, own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -253,7 +254,7 @@ def write(merged: Merged, path: Path, kind: str, add_tokenizer: Callable[[GGUFWr
 
 def values_of(merged: Merged, item: Item, name: str, said: Said) -> np.ndarray:
     """One tensor of the file, fp32."""
-    return how_of(said.architecture, name).undone(merged.value(item).numpy(), said, name)
+    return transform_of(said.architecture, name).inverse(merged.value(item).numpy(), said, name)
 
 
 def encoded(values: np.ndarray, kind: str) -> np.ndarray:
@@ -311,7 +312,7 @@ def check(path: Path, config: Config) -> None:
     """
     try:
         read = config_of(read_header(path))
-    except Refused as refusal:
+    except GgufError as refusal:
         raise ExportError(f"{path.name} does not read back: {refusal}") from refusal
     differ = [f"{k}: {a!r}, read back {b!r}" for k, a, b in _differences(config.to_dict(), read.to_dict())]
     if differ:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from halfbyte.errors import ExportError
 from halfbyte.export import gguf
 from halfbyte.export.weights import Merged
-from halfbyte.models.gguf.layouts import how_of
+from halfbyte.models.gguf.layouts import transform_of
 from halfbyte.recipe.adapter import ADAPTER_FILES, read_config
 from halfbyte.system import files
 
@@ -91,7 +91,7 @@ def write_gguf(merged: Merged, path: Path) -> None:
     writer.add_name(Path(merged.checkpoint.id).name)
     for each in every:
         name = names[by_target[each.target].name]
-        order = how_of(said.architecture, name).order
+        order = transform_of(said.architecture, name).order
         b = each.b.numpy() * (each.a.shape[0] / alpha)  # llama.cpp multiplies by alpha over the rank
         if order is not None:
             turned = np.empty_like(b)

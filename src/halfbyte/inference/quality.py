@@ -32,7 +32,7 @@ from halfbyte.inference.target import Target
 from halfbyte.layers.loss import mean_loss
 from halfbyte.models import tensors
 from halfbyte.models.context import context_of
-from halfbyte.models.names import split_at_layer
+from halfbyte.models.lora_sites import split_at_layer
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.quant import policy

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from halfbyte.data.reading import read
 from halfbyte.errors import AdapterError, DataError, SourceError, typed
-from halfbyte.models.sources import hub, packaged
+from halfbyte.models.sources import hub, pypi
 from halfbyte.recipe.adapter import ADAPTER_FILES, read_config, read_passport
 from halfbyte.recipe.command import to_use, to_use_alone
 from halfbyte.recipe.schema import Lora, Recipe
@@ -76,7 +76,7 @@ def _is_base(path: Path) -> bool:
     name = str(path)
     if path.exists():
         return (path / "config.json").is_file() or (path.suffix == ".gguf" and path.is_file())
-    return name in packaged.PACKAGED or (hub.HUB_ID.fullmatch(name) is not None and _is_cached(name))
+    return name in pypi.MODELS or (hub.HUB_ID.fullmatch(name) is not None and _is_cached(name))
 
 
 def _is_cached(name: str) -> bool:

@@ -15,7 +15,7 @@ from halfbyte.errors import SourceError
 from halfbyte.models import tensors
 from halfbyte.models.architectures import FAMILIES, tensors_of
 from halfbyte.models.gguf import header as gguf_header
-from halfbyte.models.references import REFERENCES, bundled, mixtures, tensors_of_mixture
+from halfbyte.models.references import reference_tensors, references
 from halfbyte.models.sources import hub, safetensors
 from halfbyte.models.tensors import Facts, TensorSpec
 from halfbyte.types import ConfigFile, Document
@@ -64,7 +64,7 @@ def describe(model: str, revision: str | None = None) -> Shape:
     """
     model = model.strip()
     name = ALIASES.get(model.lower(), model.lower())
-    if name in bundled():
+    if name in references():
         return _of_reference(model, name, "bundled shape")
     path = Path(model).expanduser()
     if path.is_dir():
@@ -77,10 +77,10 @@ def describe(model: str, revision: str | None = None) -> Shape:
         )
     match = hub.HUB_ID.fullmatch(model)
     if match is None or model.startswith((".", "/", "~")):
-        near = difflib.get_close_matches(name, [*bundled(), *ALIASES], n=3, cutoff=0.5)
+        near = difflib.get_close_matches(name, [*sorted(references()), *ALIASES], n=3, cutoff=0.5)
         raise SourceError(
             f"there is no {model}: not a folder, not a .gguf file, and not a bundled shape.",
-            fix=f"did you mean {' or '.join(near)}?" if near else f"bundled are {', '.join(bundled())}",
+            fix=f"did you mean {' or '.join(near)}?" if near else f"bundled are {', '.join(sorted(references()))}",
         )
     try:
         return _of_hub(match["id"], revision or match["revision"])
@@ -93,7 +93,7 @@ def describe(model: str, revision: str | None = None) -> Shape:
 
 def reference_of(repo: str) -> str | None:
     """The bundled shape of a hub id: `Qwen/Qwen3-8B` or `meta-llama/Meta-Llama-3-8B-Instruct`."""
-    name, known = repo.rpartition("/")[2].lower().removeprefix("meta-"), bundled()
+    name, known = repo.rpartition("/")[2].lower().removeprefix("meta-"), references()
     while name not in known:
         if name == (shorter := _SAME_SHAPE.sub("", name)):
             return None
@@ -102,12 +102,9 @@ def reference_of(repo: str) -> str | None:
 
 
 def _of_reference(model: str, name: str, origin: str) -> Shape:
-    if name in REFERENCES:
-        return _of(model, REFERENCES[name], origin)
-    config = mixtures()[name]["config"]
-    return _of(
-        model, config, origin, [tensors.spec_of(n, shape, "BF16", config) for n, shape in tensors_of_mixture(name)]
-    )
+    config, named = references()[name]["config"], reference_tensors(name)
+    specs = None if named is None else [tensors.spec_of(each, shape, "BF16", config) for each, shape in named]
+    return _of(model, config, origin, specs)
 
 
 def of_folder(folder: Path, name: str | None = None) -> Shape:

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from halfbyte.data import pack
 from halfbyte.errors import AdapterError
 from halfbyte.models import tensors
-from halfbyte.models.lora_sites import Site, saved_tensors, sites, trainable
-from halfbyte.models.names import leaf_of
+from halfbyte.models.lora_sites import Site, leaf_of, saved_tensors, sites, trainable
 from halfbyte.models.sources.checkpoint import Checkpoint, beside_bytes, tokenizer_bytes
 from halfbyte.models.tensors import Facts, TensorSpec
 from halfbyte.plan.layer import Layer, layer_of

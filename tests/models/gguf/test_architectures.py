@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GgufConfig
 from halfbyte.errors import SourceError
 from halfbyte.models.gguf import architectures, convert, layouts
 from halfbyte.models.gguf.header import read_header
-from halfbyte.models.gguf.layouts import Refused
+from halfbyte.models.gguf.reader import GgufError
 from tests.models.gguf import files
 
 SIZES = {
@@ -279,7 +279,7 @@ def test_rotary_tables_become_what_they_were_made_of(tmp_path: Path) -> None:
     said = {"rope.scaling.original_context_length": 64, "rope.scaling.type": "longrope"}
     config = architectures.config_of(read_header(llama(tmp_path, tables, **said)))
     assert config.rope_parameters["rope_type"] == "longrope" and config.rope_parameters["long_factor"] == [2.0] * 16
-    with pytest.raises(Refused, match="not Llama 3's scaling"):
+    with pytest.raises(GgufError, match="not Llama 3's scaling"):
         architectures.config_of(read_header(llama(tmp_path, {"rope_freqs.weight": [1.0] * 8 + [3.0] * 8})))
 
 
@@ -310,7 +310,7 @@ def test_what_would_become_another_model_is_refused(
     monkeypatch.setattr(convert, "say", lambda stage: None)
     file = llama(tmp_path, **said)
     (tmp_path / "out").mkdir()
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(GgufError, match=message):
         convert.convert(file, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
@@ -346,7 +346,7 @@ def test_another_layout_is_refused(
         assert content.count(old) == 1
         file.write_bytes(content.replace(old, new).replace(b"llama.", architecture.encode() + b"."))
     (tmp_path / "out").mkdir()
-    with pytest.raises((Refused, SourceError), match=message):
+    with pytest.raises((GgufError, SourceError), match=message):
         convert.convert(file, tmp_path / "out")
 
 
@@ -355,5 +355,5 @@ def test_a_gguf_package_that_is_older_than_the_architecture_is_told(
 ) -> None:
     file = llama(tmp_path)
     monkeypatch.setattr(gguf, "MODEL_ARCH_NAMES", {})
-    with pytest.raises(Refused, match="the installed gguf package does not know 'llama': pip install -U gguf"):
-        layouts.places(read_header(file), "llama", {}, "model", 2)
+    with pytest.raises(GgufError, match="the installed gguf package does not know 'llama': pip install -U gguf"):
+        layouts.parameter_sources(read_header(file), "llama", {}, "model", 2)

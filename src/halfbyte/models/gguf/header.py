@@ -98,9 +98,9 @@ def read_header(path: Path) -> GgufHeader:
         if _number(part.files[0], part, "split.no", -1) != number:
             raise SourceError(f"{part.files[0]} is called part {number + 1}, and its split.no is not {number}")
     tensors = [tensor for part in parts for tensor in part.tensors]
-    if (said := parts[0].metadata.get("split.tensors.count", len(tensors))) != len(tensors):
+    if (stated := parts[0].metadata.get("split.tensors.count", len(tensors))) != len(tensors):
         raise SourceError(
-            f"{path}: its split.tensors.count is {said}, and its {count} parts hold {len(tensors)} tensors"
+            f"{path}: its split.tensors.count is {stated}, and its {count} parts hold {len(tensors)} tensors"
         )
     header_bytes = sum(part.header_bytes for part in parts)
     files = tuple(part.files[0] for part in parts)

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from halfbyte.models.gguf.header import GgufHeader
-from halfbyte.models.gguf.weights import PLAIN, How, Stated, Weights
+from halfbyte.models.gguf.reader import PLAIN, GgufError, GgufReader, Numbers, Transform
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from halfbyte.models.gguf.weights import Order
+    from halfbyte.models.gguf.reader import Order
 
 # Tables that the config describes; no weights.
 ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -28,77 +28,74 @@ _STACKED = re.compile(r"\.experts\.(\d+)\.")
 _BLOCK = re.compile(r"^blk\.(\d+)\.(.+)$")
 
 
-class Refused(Exception):
-    """The file is whole, but it cannot be turned into a faithful checkpoint."""
-
-
 @dataclass(frozen=True)
-class Place:
-    """Where the values of one parameter are: a tensor of the file (or one expert of it), or `composed` of several,
-    of which `name` is the first."""
+class ParameterSource:
+    """Where the values of one parameter are: a tensor of the file (or one expert of it), or several `parts` that
+    `compose` puts together, of which `name` is the first."""
 
     name: str
     expert: int | None = None
-    how: How = PLAIN
-    made_of: tuple[str, ...] = ()
-    composed: Callable[..., Iterator[np.ndarray]] | None = None
+    transform: Transform = PLAIN
+    parts: tuple[str, ...] = ()
+    compose: Callable[..., Iterator[np.ndarray]] | None = None
 
-    def pieces(self, weights: Weights) -> Iterator[np.ndarray]:
+    def pieces(self, file: GgufReader) -> Iterator[np.ndarray]:
         """Float32 values in the order of the parameter."""
-        return (
-            self.composed(weights, *self.made_of) if self.composed else weights.pieces(self.name, self.expert, self.how)
-        )
+        return self.compose(file, *self.parts) if self.compose else file.pieces(self.name, self.expert, self.transform)
 
 
-def places(
+def parameter_sources(
     header: GgufHeader, model_type: str, shapes: Mapping[str, tuple[int, ...]], prefix: str, layers: int
-) -> dict[str, Place]:
-    """The place of each parameter of a checkpoint, given the shapes that transformers' class has for it.
+) -> dict[str, ParameterSource]:
+    """Where each parameter of a checkpoint comes from, given the shapes that transformers' class has for it.
 
     Args:
         prefix: the class's base_model_prefix, which the name map has only for some.
         layers: of the model; what the file holds for further ones (prediction of several tokens) is left out.
 
     Raises:
-        Refused: anything that does not match.
+        GgufError: anything that does not match.
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    weights = Weights(header)
+    file = GgufReader(header)
     kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
     if header.architecture not in kinds:
-        raise Refused(f"the installed gguf package does not know {header.architecture!r}: pip install -U gguf")
+        raise GgufError(f"the installed gguf package does not know {header.architecture!r}: pip install -U gguf")
     names = get_tensor_name_map(kinds[header.architecture], layers)
-    found, used, missing, wrong = {}, set(ROPE_TABLES), [], []
+    sources: dict[str, ParameterSource] = {}
+    used, missing, wrong = set(ROPE_TABLES), list[str](), list[str]()
     for name, shape in shapes.items():
-        composed = _composed(model_type, name, weights)
+        composed = _composed_source(model_type, name, file)
         if composed is not None:
-            found[name] = composed
-            used |= set(composed.made_of)
+            sources[name] = composed
+            used |= set(composed.parts)
             continue
-        place = _place(header.architecture, name, prefix, names, weights)
-        if place is None:
+        source = _mapped_source(header.architecture, name, prefix, names, file)
+        if source is None:
             missing.append(name)
             continue
-        found[name] = place
-        used.add(place.name)
-        there = weights.shape(place.name, place.expert)
-        there = there[::-1] if place.how.transposed else there
-        if _squeezed(there) != _squeezed(shape):
-            wrong.append(f"{place.name} is {list(there)}, and {name} of the model {list(shape)}")
+        sources[name] = source
+        used.add(source.name)
+        in_file = file.shape(source.name, source.expert)
+        in_file = in_file[::-1] if source.transform.transposed else in_file
+        if _squeezed(in_file) != _squeezed(shape):
+            wrong.append(f"{source.name} is {list(in_file)}, and {name} of the model {list(shape)}")
     if missing:
-        raise Refused(f"{len(missing)} weights of the model are not in the file, such as {', '.join(missing[:3])}")
+        raise GgufError(f"{len(missing)} weights of the model are not in the file, such as {', '.join(missing[:3])}")
     if wrong:
-        raise Refused(f"{len(wrong)} of its tensors have other shapes than the model: {'; '.join(wrong[:3])}")
-    if left := [name for name in weights.by_name if name not in used and not _further(name, layers)]:
-        raise Refused(
+        raise GgufError(f"{len(wrong)} of its tensors have other shapes than the model: {'; '.join(wrong[:3])}")
+    if left := [name for name in file.tensors if name not in used and not _in_later_layer(name, layers)]:
+        raise GgufError(
             f"{len(left)} of its tensors have no place in transformers' {model_type}, such as {', '.join(left[:3])}: "
             f"this kind of {header.architecture} is another model"
         )
-    return found
+    return sources
 
 
-def _place(architecture: str, name: str, prefix: str, names: object, weights: Weights) -> Place | None:
+def _mapped_source(
+    architecture: str, name: str, prefix: str, names: object, file: GgufReader
+) -> ParameterSource | None:
     stacked = _STACKED.search(name)
     plain = _STACKED.sub(".experts.", name)
     # What is no weight or bias of a module: converters call it one.
@@ -107,12 +104,12 @@ def _place(architecture: str, name: str, prefix: str, names: object, weights: We
     for way in ways:
         mapped = names.get_name(way, try_suffixes=(".weight", ".bias"))  # type: ignore[attr-defined]
         for ending in ("", ".weight", ".bias"):
-            if mapped is not None and mapped + ending in weights.by_name:
-                how = how_of(architecture, mapped + ending)
+            if mapped is not None and mapped + ending in file.tensors:
+                transform = transform_of(architecture, mapped + ending)
                 number = int(stacked[1]) if stacked is not None else None
-                if number is not None and not 0 <= number < weights.shape(mapped + ending)[0]:
+                if number is not None and not 0 <= number < file.shape(mapped + ending)[0]:
                     return None
-                return Place(mapped + ending, number, how)
+                return ParameterSource(mapped + ending, number, transform)
     return None
 
 
@@ -120,7 +117,7 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(n for n in shape if n != 1)
 
 
-def _further(name: str, layers: int) -> bool:
+def _in_later_layer(name: str, layers: int) -> bool:
     match = _BLOCK.match(name)
     return match is not None and int(match[1]) >= layers
 
@@ -131,29 +128,29 @@ def _further(name: str, layers: int) -> bool:
 def _rotary(heads_key: str) -> Order:
     """llama.cpp turns neighbours where transformers turns halves: (head, pair, half) -> (head, half, pair)."""
 
-    def order(weights: Stated, name: str, rows: int) -> np.ndarray:
+    def order(numbers: Numbers, name: str, rows: int) -> np.ndarray:
         import numpy as np
 
-        heads = weights.said(heads_key) or weights.said("attention.head_count")
+        heads = numbers.number(heads_key) or numbers.number("attention.head_count")
         return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
     return order
 
 
-def _fused_by_head(weights: Stated, name: str, rows: int) -> np.ndarray:
+def _fused_by_head(numbers: Numbers, name: str, rows: int) -> np.ndarray:
     """(q, k, v) of all heads -> each head's own q, k, v."""
     import numpy as np
 
-    heads = weights.said("attention.head_count")
+    heads = numbers.number("attention.head_count")
     return np.arange(rows).reshape(3, heads, rows // heads // 3).swapaxes(0, 1).reshape(-1)
 
 
-def _fused_by_group(weights: Stated, name: str, rows: int) -> np.ndarray:
+def _fused_by_group(numbers: Numbers, name: str, rows: int) -> np.ndarray:
     """All queries, all keys, all values -> each group's queries, its key, its value (Falcon)."""
     import numpy as np
 
-    groups = weights.said("attention.head_count_kv")
-    size = rows // (weights.said("attention.head_count") + 2 * groups)
+    groups = numbers.number("attention.head_count_kv")
+    size = rows // (numbers.number("attention.head_count") + 2 * groups)
     queries, keys, values = np.split(np.arange(rows), [rows - 2 * groups * size, rows - groups * size])
     parts = [part.reshape(groups, -1) for part in (queries, keys, values)]
     return np.concatenate(parts, axis=1).reshape(-1)
@@ -162,11 +159,11 @@ def _fused_by_group(weights: Stated, name: str, rows: int) -> np.ndarray:
 def _grouped_values(size_key: str = "", *, after_keys: bool = False) -> Order:
     """Value heads (turn, key head) -> (key head, turn); `after_keys`: they follow queries and keys (Qwen3.5)."""
 
-    def order(weights: Stated, name: str, rows: int) -> np.ndarray:
+    def order(numbers: Numbers, name: str, rows: int) -> np.ndarray:
         import numpy as np
 
-        keys, heads = weights.said("ssm.group_count"), weights.said("ssm.time_step_rank")
-        first = 2 * keys * weights.said("ssm.state_size") if after_keys else 0
+        keys, heads = numbers.number("ssm.group_count"), numbers.number("ssm.time_step_rank")
+        first = 2 * keys * numbers.number("ssm.state_size") if after_keys else 0
         tail = np.arange(first, rows).reshape(heads // keys, keys, -1).swapaxes(0, 1).reshape(-1)
         return np.concatenate([np.arange(first), tail])
 
@@ -189,114 +186,109 @@ def _log_of_negated(values: np.ndarray) -> np.ndarray:
 
 
 _LLAMA = {
-    "attn_q.*": How(order=_rotary("attention.head_count")),
-    "attn_k.*": How(order=_rotary("attention.head_count_kv")),
+    "attn_q.*": Transform(order=_rotary("attention.head_count")),
+    "attn_k.*": Transform(order=_rotary("attention.head_count_kv")),
 }
-_MINUS_ONE = {"*norm.weight": How(value=_minus_one, back=_plus_one)}
-_BY_HEAD = {"attn_qkv.*": How(order=_fused_by_head)}
+_MINUS_ONE = {"*norm.weight": Transform(value=_minus_one, back=_plus_one)}
+_BY_HEAD = {"attn_qkv.*": Transform(order=_fused_by_head)}
 _QWEN35 = {
     "ssm_norm.weight": PLAIN,
     **_MINUS_ONE,
-    "ssm_a": How(order=_grouped_values(), value=_log_of_negated),
-    "ssm_dt.bias": How(order=_grouped_values()),
-    "ssm_alpha.weight": How(order=_grouped_values()),
-    "ssm_beta.weight": How(order=_grouped_values()),
-    "attn_gate.weight": How(order=_grouped_values()),
-    "attn_qkv.weight": How(order=_grouped_values(after_keys=True)),
-    "ssm_conv1d.weight": How(order=_grouped_values(after_keys=True)),
-    "ssm_out.weight": How(columns=_grouped_values()),
+    "ssm_a": Transform(order=_grouped_values(), value=_log_of_negated),
+    "ssm_dt.bias": Transform(order=_grouped_values()),
+    "ssm_alpha.weight": Transform(order=_grouped_values()),
+    "ssm_beta.weight": Transform(order=_grouped_values()),
+    "attn_gate.weight": Transform(order=_grouped_values()),
+    "attn_qkv.weight": Transform(order=_grouped_values(after_keys=True)),
+    "ssm_conv1d.weight": Transform(order=_grouped_values(after_keys=True)),
+    "ssm_out.weight": Transform(columns=_grouped_values()),
 }
 # Architecture of the file -> tensor, without its block -> how it is read. The first pattern that fits counts.
-_HOW: dict[str, dict[str, How]] = {
+_TRANSFORMS: dict[str, dict[str, Transform]] = {
     **dict.fromkeys(("llama", "granite", "granitemoe", "olmo", "smollm3", "arcee"), _LLAMA),
     **dict.fromkeys(("gemma", "gemma2", "gemma3", "nemotron"), _MINUS_ONE),
     **dict.fromkeys(("bloom", "gptneox"), _BY_HEAD),
     **dict.fromkeys(("qwen35", "qwen35moe"), _QWEN35),
-    "falcon": {"attn_qkv.weight": How(order=_fused_by_group)},
+    "falcon": {"attn_qkv.weight": Transform(order=_fused_by_group)},
     "gpt2": dict.fromkeys(
-        ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight"), How(transposed=True)
+        ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight"), Transform(transposed=True)
     ),
-    "mamba": {"ssm_a": How(value=_log_of_negated)},
+    "mamba": {"ssm_a": Transform(value=_log_of_negated)},
 }
 
 
-def how_of(architecture: str, name: str) -> How:
+def transform_of(architecture: str, name: str) -> Transform:
     """What turns a tensor of an architecture's file into the parameter."""
     match = _BLOCK.match(name)
     leaf = match[2] if match is not None else name
-    rules = _HOW.get(architecture, {})
-    return next((how for pattern, how in rules.items() if fnmatch.fnmatchcase(leaf, pattern)), PLAIN)
+    rules = _TRANSFORMS.get(architecture, {})
+    return next((transform for pattern, transform in rules.items() if fnmatch.fnmatchcase(leaf, pattern)), PLAIN)
 
 
 # --- parameters of several tensors -----------------------------------------------------------------------------------
 
 
-def _composed(model_type: str, name: str, weights: Weights) -> Place | None:
-    """The place of a parameter that is made of several tensors."""
+def _composed_source(model_type: str, name: str, file: GgufReader) -> ParameterSource | None:
+    """The source of a parameter that is made of several tensors."""
     layer = re.search(r"\.layers\.(\d+)\.", name)
     for kind, ending, leaves, make in _COMPOSED:
         if model_type in kind.split() and name.endswith(ending) and layer is not None:
             parts = [f"blk.{layer[1]}.{leaf}" for leaf in leaves.split()]
-            if all(part in weights.by_name for part in parts):
-                return Place(parts[0], made_of=tuple(parts), composed=make)
+            if all(part in file.tensors for part in parts):
+                return ParameterSource(parts[0], parts=tuple(parts), compose=make)
     return None
 
 
-def _experts(weights: Weights, name: str) -> range:
-    return range(weights.shape(name)[0])
+def _experts(file: GgufReader, name: str) -> range:
+    return range(file.shape(name)[0])
 
 
-def _interleaved(weights: Weights, gate: str, up: str) -> Iterator[np.ndarray]:
+def _interleaved(file: GgufReader, gate: str, up: str) -> Iterator[np.ndarray]:
     """(E, I, H) twice -> (E, H, 2I), gate and up in turns."""
     import numpy as np
 
-    for expert in _experts(weights, gate):
-        both = np.stack([weights.whole(gate, expert), weights.whole(up, expert)], axis=1)  # (I, 2, H)
+    for expert in _experts(file, gate):
+        both = np.stack([file.whole(gate, expert), file.whole(up, expert)], axis=1)  # (I, 2, H)
         yield np.ascontiguousarray(both.reshape(-1, both.shape[-1]).T)
 
 
-def _interleaved_bias(weights: Weights, gate: str, up: str) -> Iterator[np.ndarray]:
+def _interleaved_bias(file: GgufReader, gate: str, up: str) -> Iterator[np.ndarray]:
     """(E, I) twice -> (E, 2I)."""
     import numpy as np
 
-    both = np.stack([weights.whole(gate), weights.whole(up)], axis=-1)
+    both = np.stack([file.whole(gate), file.whole(up)], axis=-1)
     yield both.reshape(len(both), -1)
 
 
-def _turned(weights: Weights, name: str) -> Iterator[np.ndarray]:
+def _transposed(file: GgufReader, name: str) -> Iterator[np.ndarray]:
     """(E, out, in) -> (E, in, out)."""
     import numpy as np
 
-    for expert in _experts(weights, name):
-        yield np.ascontiguousarray(weights.whole(name, expert).T)
+    for expert in _experts(file, name):
+        yield np.ascontiguousarray(file.whole(name, expert).T)
 
 
-def _stacked(weights: Weights, gate: str, up: str) -> Iterator[np.ndarray]:
+def _stacked(file: GgufReader, gate: str, up: str) -> Iterator[np.ndarray]:
     """(E, I, H) twice -> (E, 2I, H), an expert's gate before its up."""
-    for expert in _experts(weights, gate):
-        yield from weights.pieces(gate, expert)
-        yield from weights.pieces(up, expert)
+    for expert in _experts(file, gate):
+        yield from file.pieces(gate, expert)
+        yield from file.pieces(up, expert)
 
 
-def _joined(weights: Weights, first: str, second: str) -> Iterator[np.ndarray]:
-    yield from weights.pieces(first)
-    yield from weights.pieces(second)
-
-
-def _absorbed(weights: Weights, keys: str, values: str) -> Iterator[np.ndarray]:
+def _absorbed(file: GgufReader, keys: str, values: str) -> Iterator[np.ndarray]:
     """(heads, R, nope) and (heads, v, R) -> (heads * (nope + v), R)."""
     import numpy as np
 
-    for head in _experts(weights, keys):
-        yield np.ascontiguousarray(weights.whole(keys, head).T)
-        yield weights.whole(values, head)
+    for head in _experts(file, keys):
+        yield np.ascontiguousarray(file.whole(keys, head).T)
+        yield file.whole(values, head)
 
 
 # (model types, ending of the parameter, tensors, what makes it)
 _COMPOSED: tuple[tuple[str, str, str, Callable[..., Iterator[np.ndarray]]], ...] = (
     ("gpt_oss", "experts.gate_up_proj", "ffn_gate_exps.weight ffn_up_exps.weight", _interleaved),
     ("gpt_oss", "experts.gate_up_proj_bias", "ffn_gate_exps.bias ffn_up_exps.bias", _interleaved_bias),
-    ("gpt_oss", "experts.down_proj", "ffn_down_exps.weight", _turned),
+    ("gpt_oss", "experts.down_proj", "ffn_down_exps.weight", _transposed),
     ("granitemoe", "block_sparse_moe.input_linear.weight", "ffn_gate_exps.weight ffn_up_exps.weight", _stacked),
     ("qwen3_5_moe_text", "experts.gate_up_proj", "ffn_gate_exps.weight ffn_up_exps.weight", _stacked),
     ("deepseek_v2 deepseek_v3", "kv_b_proj.weight", "attn_k_b.weight attn_v_b.weight", _absorbed),

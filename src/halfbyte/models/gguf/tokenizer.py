@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.models.gguf.header import GgufHeader
-from halfbyte.models.gguf.layouts import Refused
+from halfbyte.models.gguf.reader import GgufError
 from halfbyte.types import Config, Tokenizer
 
 if TYPE_CHECKING:
@@ -53,19 +53,19 @@ def tokenizer_of(folder: str, name: str, header: GgufHeader, config: Config) -> 
     """The tokenizer of the file `name`, alone in `folder`: transformers prefers a tokenizer.json that lies beside it.
 
     Raises:
-        Refused: it is of a kind, or cuts text by a rule, that is not known.
+        GgufError: it is of a kind, or cuts text by a rule, that is not known.
     """
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
     kind, rule = header.metadata.get("tokenizer.ggml.model"), header.metadata.get("tokenizer.ggml.pre", "default")
     if kind == "gpt2" and rule not in {*SPLITS, *GGUF_PRE_TOKENIZER_SPLITS, "default"}:
-        raise Refused(f"its tokenizer cuts text by the rule {rule!r} (tokenizer.ggml.pre), which is not known")
+        raise GgufError(f"its tokenizer cuts text by the rule {rule!r} (tokenizer.ggml.pre), which is not known")
     try:
         # AutoTokenizer asks transformers' own table of architectures first.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=name)
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise Refused(f"its tokenizer (tokenizer.ggml.model = {kind!r}) cannot be read: {error}") from error
+        raise GgufError(f"its tokenizer (tokenizer.ggml.model = {kind!r}) cannot be read: {error}") from error
     if kind == "gpt2" and rule in SPLITS:
         tokenizer.backend_tokenizer.pre_tokenizer = cutting(rule)
     tokenizer = _mended(tokenizer, header, rule if kind == "gpt2" else "")
@@ -73,7 +73,7 @@ def tokenizer_of(folder: str, name: str, header: GgufHeader, config: Config) -> 
     if isinstance(context, int) and context > 0:
         tokenizer.model_max_length = context
     if len(tokenizer) > config.vocab_size:
-        raise Refused(f"its tokenizer has {len(tokenizer)} tokens, and its model knows {config.vocab_size}")
+        raise GgufError(f"its tokenizer has {len(tokenizer)} tokens, and its model knows {config.vocab_size}")
     return tokenizer
 
 
@@ -107,8 +107,8 @@ def _mended(tokenizer: Tokenizer, header: GgufHeader, rule: str) -> Tokenizer:
     values["added_tokens"] = [token for token in values["added_tokens"] if token["id"] < count]
     if rule in WHOLE_WORDS:
         values["model"]["ignore_merges"] = True
-    kept = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template", "add_eos_token")
-    settings = {name: tokenizer.init_kwargs[name] for name in kept if tokenizer.init_kwargs.get(name) is not None}
+    names = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template", "add_eos_token")
+    settings = {name: tokenizer.init_kwargs[name] for name in names if tokenizer.init_kwargs.get(name) is not None}
     settings["add_bos_token"] = header.metadata.get("tokenizer.ggml.add_bos_token", rule in WITH_BOS)
     return PreTrainedTokenizerFast(tokenizer_object=Backend.from_str(json.dumps(values)), **settings)
 
@@ -119,11 +119,11 @@ def check_tokenizer(target: Path, tokenizer: Tokenizer, header: GgufHeader) -> N
 
     again = AutoTokenizer.from_pretrained(str(target))
     for token, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        said = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        found = getattr(again, f"{token}_token_id")
-        if said is not None and found != said:
-            raise Refused(f"its {token} token is {said}, and the tokenizer read from it has {found}")
+        stated = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        read = getattr(again, f"{token}_token_id")
+        if stated is not None and read != stated:
+            raise GgufError(f"its {token} token is {stated}, and the tokenizer read from it has {read}")
     if again.chat_template != header.metadata.get("tokenizer.chat_template"):
-        raise Refused("its chat template was changed by the conversion")
+        raise GgufError("its chat template was changed by the conversion")
     if again(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
-        raise Refused("its tokenizer reads back differently from how it was written")
+        raise GgufError("its tokenizer reads back differently from how it was written")

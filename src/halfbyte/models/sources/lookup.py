@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from halfbyte.errors import SourceError
-from halfbyte.models.sources import gguf_file, hub, packaged
+from halfbyte.models.sources import gguf_file, hub, pypi
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.folder import check_folder
 from halfbyte.recipe.schema import Recipe
@@ -18,7 +18,7 @@ WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".json")
 
 
 def _allowed() -> str:
-    names = ", ".join(sorted(packaged.PACKAGED))
+    names = ", ".join(sorted(pypi.MODELS))
     return f"allowed: org/name[@revision] of the hub, a local folder, a .gguf file, or a packaged name ({names})"
 
 
@@ -36,7 +36,7 @@ def look(recipe: Recipe) -> None:
     """
     name = recipe.model.strip()
     path = Path(name).expanduser()
-    if name in packaged.PACKAGED or (path.suffix == ".gguf" and path.is_file()):
+    if name in pypi.MODELS or (path.suffix == ".gguf" and path.is_file()):
         return
     on_hub = hub.HUB_ID.fullmatch(name) is not None and not _looks_like_path(name) and not path.exists()
     if not on_hub or hub.is_out_of_reach():
@@ -56,8 +56,8 @@ def resolve(model: str, *, allow_pickle: bool = False) -> Checkpoint:
         SourceError: with what is wrong, what is allowed, and the next step.
     """
     model = model.strip()
-    if model in packaged.PACKAGED:
-        return Checkpoint(packaged.checkpoint_of(model), model, None, "packaged")
+    if model in pypi.MODELS:
+        return Checkpoint(pypi.checkpoint_of(model), model, None, "packaged")
     if not model:
         raise SourceError(f"the model is empty; {_allowed()}")
     path = Path(model).expanduser()
@@ -99,7 +99,7 @@ def _unknown(model: str) -> SourceError:
         if model.startswith(web):
             name = "/".join(model.removeprefix(web).split("/")[:2])
             return SourceError(f"{model} is a web page", fix=f"give the hub id: {name}")
-    near = difflib.get_close_matches(model.lower(), sorted(packaged.PACKAGED), n=2, cutoff=0.5) + _near_paths(model)
+    near = difflib.get_close_matches(model.lower(), sorted(pypi.MODELS), n=2, cutoff=0.5) + _near_paths(model)
     what = f"there is no {model}" if _looks_like_path(model) else f"unknown model {model!r}"
     return SourceError(f"{what}; {_allowed()}", fix=f"did you mean {' or '.join(near)}?" if near else None)
 

