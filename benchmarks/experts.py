@@ -23,7 +23,6 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import bitsandbytes.functional as bnb_f
 import peft
 import torch
 from peft import LoraConfig
@@ -35,7 +34,6 @@ from halfbyte.data.encoding.examples import Example
 from halfbyte.layers import loss, packing
 from halfbyte.layers.experts.layout import experts_of, stacks_of
 from halfbyte.quant import formats
-from halfbyte.quant.stack import ExpertStack
 from halfbyte.recipe.schema import Quant
 
 CONFIG = {
@@ -59,9 +57,8 @@ def quantised(model: Any) -> Any:
             weight, quant = getattr(module, name).detach(), Quant()
             encoder = formats.of(quant).encoder(quant, tuple(weight.shape), weight.dtype, name)
             codes = torch.from_numpy(encoder.codes(0, weight.reshape(-1)))
-            parts = {f"weight{key}": part for key, part in encoder.parts().items()}
-            state = bnb_f.QuantState.from_dict(parts, torch.device("cpu"))
-            setattr(module, name, ExpertStack.of_4bit(codes.view(-1, 1), state))
+            parts = {"": codes, **encoder.parts()}
+            setattr(module, name, formats.of(quant).stack(parts, tuple(weight.shape), quant, weight.dtype))
     return model
 
 

@@ -20,7 +20,7 @@ from halfbyte.adapters import targets
 from halfbyte.errors import BaseModelError
 from halfbyte.inference import quality
 from halfbyte.quant import bnb as codec
-from halfbyte.quant import formats, stack_load
+from halfbyte.quant import experts, formats
 from tests import plain_peft, small_models
 from tests.base.store.helpers import differing, opened
 from tests.quant.test_dequantise import CODES
@@ -201,7 +201,7 @@ def test_a_stack_is_copied_with_its_scales(tmp_path: Path) -> None:
     model = opened(saved("qwen3_moe", tmp_path), compute_dtype="bf16").model
     again = copy.deepcopy(model)
     assert differing(model, again) == []
-    ours, theirs = (dict(stack_load.stacks(each)) for each in (model, again))
+    ours, theirs = (dict(experts.stacks(each)) for each in (model, again))
     assert all(theirs[n].quant_state is not ours[n].quant_state and torch.equal(theirs[n][1], ours[n][1]) for n in ours)
     assert all(formats.of_module(stack.holder).name == "nf4" for stack in theirs.values())
 

@@ -12,7 +12,7 @@ from bitsandbytes.nn import modules as bnb_modules
 
 from halfbyte.models.tensors import TensorSpec
 from halfbyte.quant import bnb as codec
-from halfbyte.quant import policy
+from halfbyte.quant import formats, policy
 from halfbyte.quant.dequantise import dequantised
 from halfbyte.recipe.schema import Quant
 from tests import tiny
@@ -86,14 +86,14 @@ def test_a_tied_weight_is_counted_once() -> None:
 
 @needs_avx512_bf16
 @pytest.mark.parametrize("double", [True, False])
-def test_make_safe_unpacks_what_an_eval_forward_packed(double: bool) -> None:
+def test_settling_unpacks_what_an_eval_forward_packed(double: bool) -> None:
     made = layer(torch.bfloat16, torch.bfloat16, double=double)
     before, weight = made.weight.data.clone(), dequantised(made)
     x = torch.randn(3, 64, dtype=torch.bfloat16)
     with torch.no_grad():
         made.eval()(x)
     assert made.weight.quant_state.packing_format_for_cpu
-    codec.make_safe(torch.nn.Sequential(made))
+    formats.settle(torch.nn.Sequential(made))
     assert not getattr(made.weight.quant_state, "packing_format_for_cpu", False)
     assert torch.equal(made.weight.data.flatten(), before.flatten())
     assert (dequantised(made) - weight).norm() / weight.norm() < 5e-3  # scales came back from bf16
@@ -104,7 +104,7 @@ def test_make_safe_unpacks_what_an_eval_forward_packed(double: bool) -> None:
 
 def test_a_safe_layer_has_the_same_gradient_after_an_evaluation() -> None:
     made = layer(torch.bfloat16, torch.bfloat16)
-    codec.make_safe(torch.nn.Sequential(made))
+    formats.settle(torch.nn.Sequential(made))
     found = []
     for _ in range(2):
         x = torch.ones(4, 64, dtype=torch.bfloat16, requires_grad=True)

@@ -16,7 +16,7 @@ from halfbyte.errors import BaseModelError
 from halfbyte.layers.lora_linear import frozen_linear, lora_linear
 from halfbyte.proofs.dequantising import prove_dequantised
 from halfbyte.quant import formats, int8
-from halfbyte.quant.bnb import held_tensors, make_safe, resident_bytes, state_tensors
+from halfbyte.quant.bnb import held_tensors, resident_bytes, state_tensors
 from halfbyte.recipe.schema import Quant
 
 QUANT = Quant(type="int8")
@@ -45,7 +45,7 @@ def upstream(shape: tuple[int, int], threshold: float = int8.EVERY_COLUMN, *, bi
 
 def layer(shape: tuple[int, int], threshold: float = int8.EVERY_COLUMN, *, bias: bool = False) -> Any:
     made = upstream(shape, threshold, bias=bias)
-    make_safe(nn.Sequential(made))
+    formats.settle(nn.Sequential(made))
     return made
 
 
@@ -131,7 +131,7 @@ def test_ours_evaluates_what_it_trains_whatever_is_beside_it(threshold: float) -
 def test_without_a_threshold_ours_is_upstreams_training_bit_for_bit() -> None:
     plain = upstream((64, 96), bias=True)
     ours = copy.deepcopy(plain)
-    make_safe(nn.Sequential(ours))
+    formats.settle(nn.Sequential(ours))
     x = torch.randn(2, 5, 96, dtype=torch.bfloat16, requires_grad=True)
     theirs, y = plain.train()(x), ours.eval()(x)
     assert torch.equal(theirs, y)
@@ -152,7 +152,7 @@ def test_rounding_of_activations_is_llm_int8s_for_a_token_alone(threshold: float
     assert (over <= step * 1.001 + 1e-30).all() and (over > 1e-5 * np.abs(wanted) + 1e-30).mean() < 1e-3
     plain = upstream((64, 96), threshold=threshold).eval()
     ours = copy.deepcopy(plain)
-    make_safe(nn.Sequential(ours))
+    formats.settle(nn.Sequential(ours))
     for row in x[:6].half().float():  # upstream casts to fp16 first
         theirs = plain(row[None])
         # a number half way between two steps, rounded the other way, moves an output by a hundredth of one term
@@ -164,7 +164,7 @@ def test_a_threshold_changes_what_is_computed_and_nan_is_not_hidden() -> None:
     x = torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
     near, far = (layer((64, 96), threshold)(x) for threshold in (int8.EVERY_COLUMN, 0.0))
     assert not torch.equal(near, far)
-    with int8.without_rounding(made := nn.Sequential(layer((64, 96), 0.0))):
+    with formats.without_rounding(made := nn.Sequential(layer((64, 96), 0.0))):
         assert torch.equal(made(x), near)
     assert torch.equal(made(x), far)
     x[2, 3] = float("nan")
@@ -201,7 +201,7 @@ def test_a_layer_that_has_run_is_settled_too_and_its_copies_hold_all() -> None:
     plain.train()(x)  # from now on upstream holds its scales in `state`
     assert plain.weight.SCB is None and not HELD.holds(plain)
     model = nn.Sequential(plain)
-    make_safe(model)
+    formats.settle(model)
     assert HELD.holds(plain) and plain.state.SCB is None
     assert [name for _, name in state_tensors(model)] == ["SCB"]
     assert sum(t.nbytes for t in held_tensors(model)) == 64 * 96 + 4 * 64

@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import bitsandbytes.functional as bnb_f
 import numpy as np
 import pytest
 import torch
@@ -20,17 +19,13 @@ SHAPE = (37, 24, 40)  # 15 blocks an expert, 555 in all: experts begin and end w
 def stack_of(values: torch.Tensor, quant: Quant, dtype: torch.dtype) -> ExpertStack:
     encoder = formats.of(quant).encoder(quant, tuple(values.shape), dtype, "experts")
     codes = torch.from_numpy(encoder.codes(0, values.reshape(-1)))
-    parts = encoder.parts()
-    if quant.type == "int8":
-        return ExpertStack.of_8bit(codes.view(values.shape), parts["SCB"], dtype)
-    state = bnb_f.QuantState.from_dict({f"weight{name}": part for name, part in parts.items()}, torch.device("cpu"))
-    return ExpertStack.of_4bit(codes.view(-1, 1), state)
+    return formats.of(quant).stack({"": codes, **encoder.parts()}, tuple(values.shape), quant, dtype)
 
 
 def by_definition(stack: Any) -> np.ndarray:
     """All experts in fp64, (E, a, b)."""
     codes = stack.data.numpy()
-    if stack.SCB is not None:
+    if hasattr(stack, "SCB"):
         return codes.astype(np.float64) * (stack.SCB.numpy().astype(np.float64) / 127).reshape(*SHAPE[:2], 1)
     state = stack.quant_state
     flat = codes.reshape(-1)
@@ -78,6 +73,5 @@ def test_a_stack_is_a_frozen_parameter_of_its_module_with_the_shape_of_its_weigh
 def test_experts_that_share_a_block_are_refused() -> None:
     encoder = formats.of(Quant()).encoder(Quant(), (4, 3, 40), torch.float32, "experts")
     codes = torch.from_numpy(encoder.codes(0, torch.randn(480)))
-    state = bnb_f.QuantState.from_dict({f"weight{n}": p for n, p in encoder.parts().items()}, torch.device("cpu"))
     with pytest.raises(ValueError, match="whole blocks"):
-        ExpertStack.of_4bit(codes, state)
+        formats.of(Quant()).stack({"": codes, **encoder.parts()}, (4, 3, 40), Quant(), torch.float32)

@@ -54,7 +54,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor | None]:
 @needs_avx512_bf16
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 def test_a_stock_layer_loses_gradients_after_an_eval_forward(tmp_path: Path) -> None:
-    """The danger is real. When this fails, upstream has repaired it, and `quant.make_safe` can go."""
+    """The danger is real. When this fails, upstream has repaired it, and `quant.formats.settle` can go."""
     model = stock_adapted(tmp_path)
     assert all(m.support_avx512bf16_for_cpu for m in model.modules() if isinstance(m, bnb.nn.Linear4bit))
     assert all(g is not None and bool(g.any()) for g in gradients(model).values())

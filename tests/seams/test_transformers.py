@@ -51,7 +51,7 @@ def test_an_explicit_none_drops_the_quantisation_of_a_checkpoint(tmp_path: Path)
 
 
 def test_the_loader_leaves_falcons_own_linear_in_16_bits(tmp_path: Path) -> None:
-    """Why `quant.linear_subclasses` exists. When this fails, it can go."""
+    """Why `quant.loader` exists. When this fails, it can go."""
     tiny.save(tmp_path, "falcon")
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)

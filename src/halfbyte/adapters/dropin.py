@@ -30,6 +30,7 @@ from halfbyte.proofs.fusing import prove_fused
 from halfbyte.proofs.integers import decide
 from halfbyte.proofs.setting import labelled
 from halfbyte.quant import bnb as codec
+from halfbyte.quant import formats
 from halfbyte.system import accelerator, device, threads
 from halfbyte.types import Model
 
@@ -124,7 +125,7 @@ def get_peft_model(model: Model, peft_config: PeftConfig, adapter_name: str = "d
     LoRA too, unless `autocast_adapter_dtype` is False.
     """
     _refuse_apples_gpu(next(model.parameters()))
-    codec.make_safe(model)
+    formats.settle(model)
     adapted = _get_peft_model(model, peft_config, adapter_name, **kwargs)
     if kwargs.get("autocast_adapter_dtype", True):
         masters.hold(adapted)
@@ -215,7 +216,7 @@ def _needs_recompute(model: Model) -> bool:
 def make_ready(model: Model) -> bool:
     """Safe to evaluate, and in one dtype, which the machine multiplies. Returns whether the model is on a CPU."""
     _refuse_apples_gpu(next(model.parameters()))
-    codec.make_safe(model)
+    formats.settle(model)
     where = next(model.parameters()).device
     on_cpu = where.type == "cpu"
     dtypes = {layer.compute_dtype for _, layer in codec.linears_4bit(model)} | {p.dtype for p in model.parameters()}

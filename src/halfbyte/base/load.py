@@ -23,7 +23,9 @@ from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import resolve
 from halfbyte.models.structure import meta_model
 from halfbyte.quant import bnb as codec
-from halfbyte.quant import formats, int8, linear_subclasses, policy, stack_load
+from halfbyte.quant import formats, loader, policy
+from halfbyte.quant.experts import stacks
+from halfbyte.recipe import number_formats
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import device as machine
 from halfbyte.types import Config, Document, Model
@@ -118,13 +120,11 @@ class _Opening:
     def model(self, **how: object) -> Model:
         """The model, whole and safe to train. `how` is handed on to `from_pretrained`."""
         from_store = self.folder != self.checkpoint.path
-        own = linear_subclasses.opening_config(open_config(self.folder) if from_store else self.config)
+        own = loader.opening_config(open_config(self.folder) if from_store else self.config)
         bits = None
-        if not self.quantised and not from_store:
+        if self.quant.quantises and not self.quantised and not from_store:
             heads = residency.heads_to_skip(self.config, self.quant)
-            bits = formats.of(self.quant).load_config(self.quant, self.dtype, heads)
-            if bits is not None and linear_subclasses.is_needed(meta_model(self.config), self.quant.exempt):
-                bits = linear_subclasses.load_config(bits, self.quant)
+            bits = loader.load_config(meta_model(self.config), self.quant, self.dtype, heads)
         if bits is not None and tensors.read_config(self.folder).get("quantization_config") is not None:
             raise BaseModelError(
                 f"{self.checkpoint.id} has its experts in MXFP4, which are decoded while a store is built; without one "
@@ -138,11 +138,11 @@ class _Opening:
         model = self._from_pretrained(use_safetensors=from_store or not self.checkpoint.pickle, **how)
         if bits is None:
             codec.forget_deserialising(model)
-        linear_subclasses.settle(model)
-        codec.make_safe(model)
+        loader.settle(model)
+        formats.settle(model)
         residency.check_scales(model, self.checkpoint.id)
         codec.set_compute_dtype(model, self.dtype)
-        if next(stack_load.stacks(model), None) is not None:
+        if next(stacks(model), None) is not None:
             interface.install(model)  # upstream's functions take dense stacks
         residency.keep_fp32(model, self.quant.fp32_modules, self.dtype)
         model.name_or_path = model.config.name_or_path = self.checkpoint.id
@@ -216,21 +216,6 @@ def stored_base(
     return None, why
 
 
-def _settings_of(config: Any, dtype: str) -> Document:
-    """What a `BitsAndBytesConfig` asks for, as fields of `Quant`."""
-    skipped = {"skip_modules": tuple(config.llm_int8_skip_modules or ())}
-    if config.load_in_8bit:
-        threshold = None if config.llm_int8_threshold == int8.EVERY_COLUMN else config.llm_int8_threshold
-        return {"type": "int8", "compute_dtype": dtype, "llm_int8_threshold": threshold, **skipped}
-    names = {value: key for key, value in DTYPES.items()}
-    return {
-        "type": config.bnb_4bit_quant_type if config.load_in_4bit else "none",
-        "double_quant": config.bnb_4bit_use_double_quant,
-        "compute_dtype": names.get(config.bnb_4bit_compute_dtype, "auto"),
-        **skipped,
-    }
-
-
 def load_base(
     model_id: str,
     *,
@@ -256,11 +241,11 @@ def load_base(
     Returns:
         The model, safe to evaluate and train in turns, with `name_or_path` set to what was asked for.
     """
-    from halfbyte.recipe.schema import Quant
-
-    values: Document = {"type": "int8" if load_in_8bit else "nf4" if load_in_4bit else "none", "compute_dtype": dtype}
+    bits = 8 if load_in_8bit else 4 if load_in_4bit else 16
+    values: Document = {"compute_dtype": dtype, "type": number_formats.of_bits(bits)}
     if quantization_config is not None:
-        values = _settings_of(quantization_config, dtype)
+        skipped = tuple(quantization_config.llm_int8_skip_modules or ())
+        values = {"compute_dtype": dtype, **formats.settings_of(quantization_config), "skip_modules": skipped}
     device = machine.detect()
     base = open_base(
         resolve(f"{model_id}@{revision}" if revision else model_id, allow_pickle=allow_pickle),

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from halfbyte.base.store import layout, mxfp4, shelf, supply
-from halfbyte.base.store.reading import Source, SourceTensor, TensorPlan, torch_dtypes
+from halfbyte.base.store.reading import Source, SourceTensor, TensorPlan
 from halfbyte.errors import StoreError
 from halfbyte.models import tensors
 from halfbyte.models.sources.gguf_file import NOTE
-from halfbyte.quant import formats, policy, stack_load
+from halfbyte.quant import experts, formats, policy
+from halfbyte.quant.number_format import torch_dtypes
 from halfbyte.system import pages
 from halfbyte.types import Model
 
@@ -49,21 +50,21 @@ class Matrix:
         return self.source.to(torch.float32, copy=True).sub_(self.quantised)
 
 
-def matrices(model: Model, spec: shelf.StoreSpec, *, experts: bool = False) -> Iterator[Matrix]:
+def matrices(model: Model, spec: shelf.StoreSpec, *, with_experts: bool = False) -> Iterator[Matrix]:
     """Every matrix of an open base that is quantised, in the order of the source's files.
 
     Args:
         model: opened from the store of `spec`, without adapters, mapped or not. Pages of a mapped one are let go.
-        experts: each expert of a stack too.
+        with_experts: each expert of a stack too.
 
     Raises:
         CannotHold: the source's matrices are not the model's: transformers merges or splits them.
         StoreError: the source has changed while it was read.
     """
     source, modules = supply.open_source(spec), dict(model.named_modules())
-    stacks = {stack_load.stored_name(path): (path, stack) for path, stack in stack_load.stacks(model)}
+    stacks = {experts.stored_name(path): (path, stack) for path, stack in experts.stacks(model)}
     plans = [plan for file in layout.lay_out(source.tensors, spec).files for plan in file.tensors]
-    plans = [plan for plan in plans if plan.encoding == "quantised" and (plan.target or experts)]
+    plans = [plan for plan in plans if plan.encoding == "quantised" and (plan.target or with_experts)]
     maps = pages.FileMaps.read()
     with source:
         for plan in sorted(plans, key=lambda plan: (plan.sources[0].file, plan.sources[0].start)):

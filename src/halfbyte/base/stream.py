@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from halfbyte.errors import BaseModelError
 from halfbyte.layers.experts.layout import experts_of, stacks_of
 from halfbyte.models import structure
-from halfbyte.quant import bnb, formats, stack_load
+from halfbyte.quant import bnb, formats
+from halfbyte.quant.experts import stacks
 from halfbyte.quant.stack import ExpertStack
 from halfbyte.system import pages
 from halfbyte.types import Model
@@ -248,7 +249,7 @@ def is_mapped(model: Model, maps: pages.FileMaps | None = None) -> bool:
     maps = maps or pages.FileMaps.read()
     modules = [m for layer in structure.decoder_layers(model) for m in layer.modules()]
     packed = [m.weight.data for m in modules if formats.is_quantised(m)]
-    packed += [stack.data for layer in structure.decoder_layers(model) for _, stack in stack_load.stacks(layer)]
+    packed += [stack.data for layer in structure.decoder_layers(model) for _, stack in stacks(layer)]
     weights = packed or [p.data for m in modules for p in m.parameters(recurse=False)]
     return 2 * _bytes(t for t in weights if _is_mapped(t, maps)) > _bytes(weights)
 
@@ -329,8 +330,10 @@ class ExpertReader:
         self._handles = []
         self.stacks: list[ExpertStack] = []
         for _, module in experts_of(model):
-            stacks = [getattr(module, name) for name in stacks_of(module)]
-            mapped = [s for s in stacks if isinstance(s, ExpertStack) and maps.holds(s.data.data_ptr(), s.data.nbytes)]
+            parameters = [getattr(module, name) for name in stacks_of(module)]
+            mapped = [
+                s for s in parameters if isinstance(s, ExpertStack) and maps.holds(s.data.data_ptr(), s.data.nbytes)
+            ]
             if mapped:
                 self.stacks += mapped
                 self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
@@ -360,11 +363,11 @@ class ExpertReader:
             output.register_hook(lambda gradient: self._ask(module, chosen))
 
     def _ask(self, module: nn.Module, chosen: Iterable[int]) -> None:
-        stacks = [getattr(module, name) for name in stacks_of(module)]
+        parameters = [getattr(module, name) for name in stacks_of(module)]
         areas = [
             (part.data_ptr(), part.nbytes)
             for expert in chosen
-            for stack in stacks
+            for stack in parameters
             if isinstance(stack, ExpertStack) and expert < len(stack)
             for part in stack.of_expert(expert)
         ]

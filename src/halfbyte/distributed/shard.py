@@ -23,7 +23,7 @@ from torch import Tensor
 from halfbyte.distributed.step import sums
 from halfbyte.errors import BaseModelError, RecipeError
 from halfbyte.models import structure
-from halfbyte.quant import bnb, stack_load
+from halfbyte.quant import bnb, experts
 from halfbyte.system import accelerator, pages
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Shards:
     """
 
     def __init__(self, world: World, model: Model) -> None:
-        if any(True for _ in stack_load.stacks(model)):
+        if any(True for _ in experts.stacks(model)):
             raise BaseModelError(
                 "quant.placement sharded knows linear layers, not the experts of a mixture.",
                 fix="--set quant.placement=auto",

@@ -23,7 +23,7 @@ from halfbyte.base import load, quantisation_error, residual
 from halfbyte.base.config import is_quantised_already, open_config
 from halfbyte.base.store import conversion, shelf, supply
 from halfbyte.base.store.conversion import renamed
-from halfbyte.base.store.reading import FLOATS, SourceTensor, torch_dtypes
+from halfbyte.base.store.reading import FLOATS, SourceTensor
 from halfbyte.errors import AdapterError, BaseModelError, StoreError
 from halfbyte.inference.target import Target
 from halfbyte.models import tensors
@@ -31,6 +31,7 @@ from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.models.structure import meta_model
 from halfbyte.quant import formats
+from halfbyte.quant.number_format import torch_dtypes
 from halfbyte.quant.stack import ExpertStack
 from halfbyte.recipe.adapter import folder_of, read_config, read_passport
 from halfbyte.recipe.schema import Lora

@@ -36,14 +36,13 @@ from halfbyte.models.lora_sites import split_at_layer
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.quant import policy
+from halfbyte.recipe import number_formats
 from halfbyte.recipe.schema import Lora, Quant, Recipe
 from halfbyte.system import device, files
 from halfbyte.system.libraries import versions
 from halfbyte.types import Config, Document
 
 FILE = "quality.json"
-# Beside 16 bits: (type, double_quant).
-COMPARED = (("int8", False), ("nf4", False), ("nf4", True), ("fp4", False))
 GGUF = (
     "the source is a GGUF file: where that is in few bits, its weights lie on a grid of their own already, and what is "
     "lost here comes on top of what it has lost"
@@ -200,10 +199,8 @@ def measure(
 
 def _formats(own: Quant) -> list[Quant]:
     """16 bits, those that are compared, and the recipe's own."""
-    compared = [own.in_type("none")]
-    for kind, double in COMPARED:
-        quant = own.in_type(kind)
-        compared.append(quant if kind == "int8" else quant.model_copy(update={"double_quant": double}))
+    named = number_formats.compared()
+    compared = [own.in_type("none"), *(own.in_type(name).model_copy(update=dict(fields)) for name, fields in named)]
     return [*compared, *([own] if own not in compared else [])]
 
 
@@ -278,7 +275,7 @@ class _Measuring:
 def errors_of(wanted: shelf.StoreSpec, store: Path) -> dict[str, Error]:
     """What each matrix of a store has lost, by its module's name, layer after layer; experts one by one."""
     model = load.open_store(wanted, store)
-    found = {matrix.name: _error(matrix) for matrix in quantisation_error.matrices(model, wanted, experts=True)}
+    found = {matrix.name: _error(matrix) for matrix in quantisation_error.matrices(model, wanted, with_experts=True)}
     place = {name: at for at, (name, _) in enumerate(model.named_modules())}
     at = {name: place.get(name, place.get(name.rsplit(".", 2)[0], len(place))) for name in found}
     return {name: found[name] for name in sorted(found, key=at.__getitem__)}

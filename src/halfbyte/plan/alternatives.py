@@ -15,6 +15,7 @@ from halfbyte.plan import choose, memory
 from halfbyte.plan.job import Job
 from halfbyte.plan.result import Fix, Line, Plan, Recompute
 from halfbyte.plan.timing import Rates, assumed
+from halfbyte.recipe import number_formats
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system.device import Device
 
@@ -47,9 +48,9 @@ def _changes(job: Job, device: Device) -> Iterator[tuple[str, str, Job]]:
         shown = str(value).lower() if isinstance(value, bool) else value
         return words, f"{setting}={shown}", replace(job, recipe=_with(job.recipe, setting, value), **more)
 
-    for words, kind in (("8 bits a weight", "int8"), ("4 bits a weight", "nf4")):
-        if quant.type == "none" or (quant.type, kind) == ("int8", "nf4"):
-            yield change(words, "quant.type", kind, mappable=device.kind == "cpu", stored=True)
+    for info in number_formats.smaller(quant.type):
+        words = f"{info.bits} bits a weight"
+        yield change(words, "quant.type", info.name, mappable=device.kind == "cpu", stored=True)
     if train.gradient_checkpointing is False:
         yield change("recompute activations", "train.gradient_checkpointing", True)
     if isinstance(train.max_tokens_per_micro_batch, int) and train.max_tokens_per_micro_batch > job.rows.longest:

@@ -19,7 +19,7 @@ from halfbyte.layers import loss, sight
 from halfbyte.layers.packed_attention import NAME
 from halfbyte.layers.packing import forward_inputs
 from halfbyte.models import structure
-from halfbyte.quant import bnb, dequantise, formats, int8
+from halfbyte.quant import bnb, dequantise, formats
 from halfbyte.system import accelerator
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def few_tokens(model: Model, *, exact: bool) -> Iterator[None]:
             for tensor, _ in _widened(model):
                 tensor.data = tensor.data.float()
             bnb.set_compute_dtype(model, torch.float32)
-        with int8.without_rounding(model):
+        with formats.without_rounding(model):
             yield
     finally:
         for tensor, data in reversed(saved):

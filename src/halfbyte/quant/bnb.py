@@ -2,7 +2,7 @@
 
 Why: on CPUs with AVX512-BF16 an eval forward of `bitsandbytes.nn.Linear4bit` repacks its weight in place; every later
 training step then runs a kernel without autograd, and all LoRA gradients silently become None
-(`bitsandbytes/nn/modules.py`, `Linear4bit.forward`). `make_safe` turns that repacking off on each instance, always.
+(`bitsandbytes/nn/modules.py`, `Linear4bit.forward`). `formats.settle` turns that repacking off on each instance.
 What an 8-bit layer needs is told in `int8.py`.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.quant import formats, int8, stack_load
+from halfbyte.quant import experts, formats
 from halfbyte.recipe.schema import Quant
 from halfbyte.types import Model
 
@@ -28,24 +28,12 @@ def linears_4bit(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def quantised_linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every quantised linear layer of bitsandbytes in a model, with its name; also where it holds nothing yet."""
+    """Every quantised linear layer of a model, with its name; also where it holds nothing yet."""
     import bitsandbytes as bnb
 
     kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
-
-
-def make_safe(model: nn.Module) -> None:
-    """Keep an eval forward from repacking 4-bit weights in place, and from computing another function in 8 bits.
-
-    A weight that an earlier eval forward has already repacked is unpacked again by reading the layer's state dict once
-    (bitsandbytes' own inverse, `Linear4bit._save_to_state_dict`).
-    """
-    for _, module in linears_4bit(model):
-        module.support_avx512bf16_for_cpu = False
-        if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
-            module.state_dict()
-    int8.settle(model)
+    modules = model.named_modules()
+    return [(name, module) for name, module in modules if isinstance(module, kinds) or formats.is_quantised(module)]
 
 
 def forget_deserialising(model: Model) -> None:
@@ -57,7 +45,7 @@ def forget_deserialising(model: Model) -> None:
 
     def is_lasting(conversion: object) -> bool:
         ops = {type(op).__name__ for op in getattr(conversion, "operations", ())}
-        return not ops & {"Bnb4bitDeserialize", "Bnb8bitDeserialize", "StackDeserialize"}
+        return not ops & {"Bnb4bitDeserialize", "Bnb8bitDeserialize", "Deserialize"}
 
     if conversions := getattr(model, "_weight_conversions", None):
         model._weight_conversions = list(filter(is_lasting, conversions))
@@ -73,7 +61,7 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
         module.compute_dtype, module.compute_type_is_set = dtype, True
         if module.weight.quant_state is not None:
             module.weight.quant_state.dtype = dtype
-    for _, stack in stack_load.stacks(model):
+    for _, stack in experts.stacks(model):
         stack.compute_dtype = dtype
 
 
@@ -81,7 +69,7 @@ def state_tensors(model: nn.Module) -> Iterator[tuple[Any, str]]:
     """(owner, attribute) of each tensor that quantised weights need beside their codes."""
     for module in model.modules():
         yield from formats.of_module(module).beside(module)
-    for _, stack in stack_load.stacks(model):
+    for _, stack in experts.stacks(model):
         yield from formats.of_module(stack.holder).beside(stack.holder)
 
 
@@ -101,10 +89,10 @@ def quantised_linear(weight: torch.Tensor, device: str = "cpu") -> Any:
     """A safe Linear4bit (NF4, double quantisation) that holds one (out, in) weight and computes in its dtype."""
     import bitsandbytes as bnb
 
-    made = bnb.nn.Linear4bit(weight.shape[1], weight.shape[0], False, weight.dtype, quant_type="nf4", device="meta")
-    made.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to(device)
-    made.support_avx512bf16_for_cpu = False
-    return made
+    layer = bnb.nn.Linear4bit(weight.shape[1], weight.shape[0], False, weight.dtype, quant_type="nf4", device="meta")
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to(device)
+    layer.support_avx512bf16_for_cpu = False
+    return layer
 
 
 def shape_of(weight: torch.Tensor) -> tuple[int, ...]:
@@ -117,7 +105,7 @@ def planned_bytes(model: nn.Module, quant: Quant) -> int:
     """`resident_bytes` of an empty model on the meta device whose quantised layers are there but hold nothing yet."""
     linears = [module for _, module in quantised_linears(model)]
     within = {id(module.weight) for module in linears}
-    stacks = [stack for _, stack in stack_load.stacks(model)]
+    stacks = [stack for _, stack in experts.stacks(model)]
     within |= {id(stack) for stack in stacks}
     shapes = [(m.out_features, m.in_features) for m in linears] + [tuple(stack.shape) for stack in stacks]
     codes = sum(formats.of(quant).nbytes(shape, quant) for shape in shapes)

@@ -112,6 +112,18 @@ def block_scales(state: Any) -> Tensor:
     return scales.float()
 
 
+def some_scales(state: Any, first: int, last: int) -> Tensor:
+    """`block_scales` of the blocks from `first` up to `last` alone, with the same numbers."""
+    scales: Tensor = state.absmax[first:last]
+    if not state.nested:
+        return scales.float()
+    outer = state.state2
+    start, end = first // outer.blocksize, -(-last // outer.blocksize)
+    factors = outer.absmax[start:end].repeat_interleave(outer.blocksize)
+    factors = factors[first - start * outer.blocksize :][: len(scales)]
+    return (outer.code[scales.int()] * factors).add_(state.offset)
+
+
 def write(packed: Tensor, scales: Tensor, out: Tensor, block_size: int, kind: str) -> None:
     """Dequantise into `out`.
 

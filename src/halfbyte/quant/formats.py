@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from halfbyte.quant.four_bit import FourBit
 from halfbyte.quant.int8 import RowWise8
 from halfbyte.quant.number_format import NumberFormat
 from halfbyte.recipe.schema import Quant
+from halfbyte.types import Config, Document
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,3 +32,24 @@ def of_module(module: nn.Module) -> NumberFormat:
 
 def is_quantised(module: nn.Module) -> bool:
     return of_module(module) is not NONE
+
+
+def settings_of(config: Config) -> Document:
+    """What a `BitsAndBytesConfig` asks for, as fields of `Quant`; modules that it names are left out."""
+    found = (each.settings_of(config) for each in QUANTISING)
+    return next((settings for settings in found if settings is not None), {"type": NONE.name})
+
+
+def settle(model: nn.Module) -> None:
+    """Make a model's quantised layers safe to train and evaluate in turns, whoever made them."""
+    for each in {type(each): each for each in QUANTISING}.values():
+        each.settle(model)
+
+
+@contextmanager
+def without_rounding(model: nn.Module) -> Iterator[None]:
+    """A model whose layers round no inputs, for comparisons that a rounding the other way would drown."""
+    with ExitStack() as stack:
+        for each in {type(each): each for each in QUANTISING}.values():
+            stack.enter_context(each.without_rounding(model))
+        yield

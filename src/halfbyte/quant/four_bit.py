@@ -18,15 +18,19 @@ from halfbyte.errors import BaseModelError
 from halfbyte.quant.kernels import nf4_cpu
 from halfbyte.quant.number_format import Codes, NumberFormat, StoredPart, frozen_product, own_weight
 from halfbyte.recipe.schema import Quant
+from halfbyte.types import Config, Document
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import BitsAndBytesConfig
 
+    from halfbyte.quant.stack import ExpertStack
+
 BLOCK = 64  # where a recipe says none
 # Double quantisation: one fp32 scale for 256 8-bit scales.
 NESTED_BLOCK = 256
+_DTYPE_NAMES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
 # In the quantiser's state: the mean of the scales, in memory a tensor; and all of it, as JSON.
 _OFFSET_BYTES, _STATE_BYTES = 4, 190
 
@@ -74,12 +78,39 @@ class FourBit(NumberFormat):
     ) -> nn.Module:
         import bitsandbytes as bnb
 
-        made = _layer_class()(shape[1], shape[0], False, dtype, quant.double_quant, self.name, device="meta")
-        made.support_avx512bf16_for_cpu, made.compute_type_is_set = False, True  # see `bnb.make_safe`
+        layer = _layer_class()(shape[1], shape[0], False, dtype, quant.double_quant, self.name, device="meta")
+        layer.support_avx512bf16_for_cpu, layer.compute_type_is_set = False, True  # see `bnb.py`
         stats = {suffix.removeprefix("."): part for suffix, part in parts.items() if suffix}
         codes = parts[""]
-        made.weight = bnb.nn.Params4bit.from_prequantized(codes, stats, device=codes.device, module=made)
-        return made
+        layer.weight = bnb.nn.Params4bit.from_prequantized(codes, stats, device=codes.device, module=layer)
+        return layer
+
+    def stack(
+        self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], quant: Quant, dtype: torch.dtype
+    ) -> ExpertStack:
+        import bitsandbytes.functional as bnb_f
+
+        from halfbyte.quant.stack import ExpertStack
+
+        codes = parts[""]
+        state = bnb_f.QuantState.from_dict({f"weight{key}": part for key, part in parts.items() if key}, codes.device)
+        if math.prod(state.shape[1:]) % state.blocksize:
+            raise ValueError(f"experts of {tuple(state.shape[1:])} are not whole blocks of {state.blocksize}")
+        return ExpertStack.of(self, codes.view(-1, 1), state.shape, state.dtype, quant_state=state)
+
+    def expert(self, module: nn.Module, e: int, out: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        from halfbyte.quant import dequantise
+
+        state, numel = module.weight.quant_state, out.numel()
+        codes = module.weight.data.view(-1).view(torch.uint8)[e * numel // 2 : (e + 1) * numel // 2]
+        scales = dequantise.some_scales(state, e * numel // state.blocksize, (e + 1) * numel // state.blocksize)
+        dequantise.write(codes, scales, out.view(-1), state.blocksize, state.quant_type)
+        return out
+
+    def divided(self, module: nn.Module) -> tuple[torch.Tensor, ...]:
+        return module.weight.data, module.weight.quant_state.absmax
 
     def load_config(
         self, quant: Quant, compute_dtype: torch.dtype, head_names: Iterable[str] = ()
@@ -93,6 +124,26 @@ class FourBit(NumberFormat):
             bnb_4bit_compute_dtype=compute_dtype,
             llm_int8_skip_modules=[*head_names, *quant.exempt] if quant.exempt else None,
         )
+
+    def settings_of(self, config: Config) -> Document | None:
+        if config.load_in_8bit or not config.load_in_4bit or config.bnb_4bit_quant_type != self.name:
+            return None
+        return {
+            "type": self.name,
+            "double_quant": bool(config.bnb_4bit_use_double_quant),
+            "compute_dtype": _DTYPE_NAMES.get(str(config.bnb_4bit_compute_dtype), "auto"),
+        }
+
+    def settle(self, model: nn.Module) -> None:
+        """Keep an eval forward from repacking weights in place; what an earlier one has repacked is unpacked by reading
+        the layer's state dict once (bitsandbytes' own inverse, `Linear4bit._save_to_state_dict`)."""
+        import bitsandbytes as bnb
+
+        for module in model.modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                module.support_avx512bf16_for_cpu = False
+                if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                    module.state_dict()
 
     def holds(self, module: nn.Module) -> bool:
         state = getattr(own_weight(module), "quant_state", None)

@@ -25,11 +25,14 @@ import numpy as np
 from halfbyte.errors import BaseModelError
 from halfbyte.quant.number_format import NumberFormat, StoredPart, frozen_product, own_weight
 from halfbyte.recipe.schema import Quant
+from halfbyte.types import Config, Document
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
     from transformers import BitsAndBytesConfig
+
+    from halfbyte.quant.stack import ExpertStack
 
 LARGEST = 127.0
 # bitsandbytes rounds a weight to fp16 first.
@@ -73,11 +76,24 @@ class RowWise8(NumberFormat):
     def layer(self, parts: Mapping[str, Tensor], shape: tuple[int, int], quant: Quant, dtype: torch.dtype) -> nn.Module:
         import bitsandbytes as bnb
 
-        made = _layer_class()(
+        layer = _layer_class()(
             shape[1], shape[0], False, has_fp16_weights=False, threshold=activation_threshold(quant), device="meta"
         )
-        made.weight = bnb.nn.Int8Params(parts[""], requires_grad=False, SCB=parts["SCB"])
-        return made
+        layer.weight = bnb.nn.Int8Params(parts[""], requires_grad=False, SCB=parts["SCB"])
+        return layer
+
+    def stack(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...], quant: Quant, dtype: torch.dtype
+    ) -> ExpertStack:
+        from halfbyte.quant.stack import ExpertStack
+
+        return ExpertStack.of(self, parts[""].view(shape), shape, dtype, SCB=parts["SCB"])
+
+    def expert(self, module: nn.Module, e: int, out: Tensor) -> Tensor:
+        return write(module.weight.data[e], module.weight.SCB[e * len(out) : (e + 1) * len(out)], out)
+
+    def divided(self, module: nn.Module) -> tuple[Tensor, ...]:
+        return module.weight.data, module.weight.SCB
 
     def load_config(
         self, quant: Quant, compute_dtype: torch.dtype, head_names: Iterable[str] = ()
@@ -89,6 +105,39 @@ class RowWise8(NumberFormat):
             llm_int8_threshold=activation_threshold(quant),
             llm_int8_skip_modules=[*head_names, *quant.exempt] if quant.exempt else None,
         )
+
+    def settings_of(self, config: Config) -> Document | None:
+        if not config.load_in_8bit:
+            return None
+        threshold = float(config.llm_int8_threshold)
+        return {"type": self.name, "llm_int8_threshold": None if threshold == EVERY_COLUMN else threshold}
+
+    def rounds_inputs(self, quant: Quant) -> bool:
+        return quant.llm_int8_threshold is not None
+
+    @contextmanager
+    def without_rounding(self, model: nn.Module) -> Iterator[None]:
+        saved = [(m.state, m.state.threshold) for m in model.modules() if isinstance(m, _layer_class())]
+        try:
+            for state, _ in saved:
+                state.threshold = EVERY_COLUMN
+            yield
+        finally:
+            for state, threshold in saved:
+                state.threshold = threshold
+
+    def settle(self, model: nn.Module) -> None:
+        """Make every 8-bit layer one that dequantises always, with its scales where its weight is."""
+        import bitsandbytes as bnb
+
+        for module in model.modules():
+            if isinstance(module, bnb.nn.Linear8bitLt) and not module.state.has_fp16_weights:
+                if getattr(module.weight, "SCB", None) is None and module.state.SCB is not None:  # after a forward
+                    module.weight.SCB = module.state.SCB
+                module.weight.CB = None
+                module.state.reset_grads()
+                if type(module) is bnb.nn.Linear8bitLt:
+                    module.__class__ = _layer_class()
 
     def holds(self, module: nn.Module) -> bool:
         return getattr(own_weight(module), "SCB", None) is not None
@@ -135,14 +184,15 @@ class RowEncoder:
             self._refuse(first, values.reshape(-1))
         self.scales[first // width : first // width + len(scales)] = scales.numpy()
         factors = (LARGEST / scales).nan_to_num_(posinf=0.0)  # a row of zeros has codes of zero
-        made: np.ndarray = halves.float().mul_(factors[:, None]).round_().to(torch.int8).numpy()
-        return made
+        codes: np.ndarray = halves.float().mul_(factors[:, None]).round_().to(torch.int8).numpy()
+        return codes
 
     def decoded(self, codes: np.ndarray, first: int, out: Tensor) -> Tensor:
         import torch
 
-        made, start = torch.from_numpy(codes), first // self.shape[-1]
-        write(made, torch.from_numpy(self.scales[start : start + len(made)]), out.view(made.shape))
+        start = first // self.shape[-1]
+        scales = torch.from_numpy(self.scales[start : start + len(codes)])
+        write(torch.from_numpy(codes), scales, out.view(codes.shape))
         return out
 
     def _refuse(self, first: int, flat: Tensor) -> None:
@@ -182,11 +232,11 @@ def write(codes: Tensor, scales: Tensor, out: Tensor) -> Tensor:
     import torch
 
     factors = scales.mul(1.0 / LARGEST)[:, None]  # as upstream has it, so that its training gives the same bits
-    held: Tensor | None = None
+    values: Tensor | None = None
     for part in _pieces(codes, _PIECE):
-        wide = codes[part]
-        held = torch.empty(wide.shape, dtype=torch.float32, device=codes.device) if held is None else held
-        out[part].copy_(held[: len(wide)].copy_(wide).mul_(factors[part]))
+        some = codes[part]
+        values = torch.empty(some.shape, dtype=torch.float32, device=codes.device) if values is None else values
+        out[part].copy_(values[: len(some)].copy_(some).mul_(factors[part]))
     return out
 
 
@@ -219,45 +269,18 @@ def _pieces(matrix: Tensor, numbers: int) -> Iterator[slice]:
     yield from (slice(first, first + at_once) for first in range(0, len(matrix), at_once))
 
 
-@contextmanager
-def without_rounding(model: nn.Module) -> Iterator[None]:
-    """8-bit layers whose activations are not rounded, for comparisons that a rounding the other way would drown."""
-    saved = [(m.state, m.state.threshold) for m in model.modules() if isinstance(m, _layer_class())]
-    try:
-        for state, _ in saved:
-            state.threshold = EVERY_COLUMN
-        yield
-    finally:
-        for state, threshold in saved:
-            state.threshold = threshold
-
-
-def settle(model: nn.Module) -> None:
-    """Make every 8-bit layer of a model one that dequantises always, with its scales where its weight is."""
-    import bitsandbytes as bnb
-
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear8bitLt) and not module.state.has_fp16_weights:
-            if getattr(module.weight, "SCB", None) is None and module.state.SCB is not None:  # after a forward
-                module.weight.SCB = module.state.SCB
-            module.weight.CB = None
-            module.state.reset_grads()
-            if type(module) is bnb.nn.Linear8bitLt:
-                module.__class__ = _layer_class()
-
-
 @cache
 def _layer_class() -> type[nn.Module]:
     import bitsandbytes as bnb
 
-    held = RowWise8("int8")
+    int8 = RowWise8("int8")
 
     class Linear8bitLt(bnb.nn.Linear8bitLt):
         """bitsandbytes' 8-bit layer, named alike since PEFT looks for the name; dequantises in training and out."""
 
         def forward(self, x: Tensor) -> Tensor:
-            if not held.holds(self):  # not quantised yet, or whole again
+            if not int8.holds(self):  # not quantised yet, or whole again
                 return super().forward(x)
-            return frozen_product(x, self, held)
+            return frozen_product(x, self, int8)
 
     return Linear8bitLt

@@ -1,23 +1,26 @@
 """What a number format of frozen weights has to say: its bytes, its tensors on disk, its layer and how that is read.
 
-Planning, storing, loading and computing ask the same object, so that a new format is a new file and a line in
-`formats.py`, and no new `if`. `NumberFormat` itself is the format `none`: weights in 16 bits, in plain layers.
+Planning, storing, loading and computing ask the same object, so that a new format is a new file, a line in
+`formats.py` and one in `recipe/number_formats.py` (what a recipe and a plan say of it), and no new `if`.
+`NumberFormat` itself is the format `none`: weights in 16 bits, in plain layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 from halfbyte.recipe.schema import Quant
+from halfbyte.types import Config, Document
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import nn
-    from transformers import BitsAndBytesConfig
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
 @dataclass(frozen=True)
@@ -127,18 +130,39 @@ class NumberFormat:
     def layer(
         self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int], quant: Quant, dtype: torch.dtype
     ) -> nn.Module:
-        """A layer without a bias that holds one quantised matrix, right in training and evaluation.
+        """A layer without a bias that holds one quantised matrix, right in training and evaluation. All that belongs
+        to the matrix is the layer's `weight` or an attribute of that, so that a loader can put it into another layer.
 
         Args:
-            parts: the tensors of `parts`, by suffix, where they are to stay: nothing is copied.
+            parts: the tensors of `parts`, by suffix, where they are to stay: nothing is copied. On the meta device the
+                layer is a place for others.
             shape: (out, in). dtype: what it multiplies in.
         """
         raise NotImplementedError(self.name)
 
+    def stack(
+        self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], quant: Quant, dtype: torch.dtype
+    ) -> nn.Parameter:
+        """The same for the experts of a layer, (experts, a, b), as one parameter (`stack.py`).
+
+        Args:
+            dtype: what an expert is dequantised to.
+        """
+        raise NotImplementedError(self.name)
+
+    def expert(self, module: nn.Module, e: int, out: torch.Tensor) -> torch.Tensor:
+        """Dequantise one expert of the stack that a module has as its weight into `out`, (a, b) contiguous."""
+        raise NotImplementedError(self.name)
+
+    def divided(self, module: nn.Module) -> tuple[torch.Tensor, ...]:
+        """What grows with the number of a stack's experts, in their order: codes, and a scale for each row or block."""
+        raise NotImplementedError(self.name)
+
     def load_config(
         self, quant: Quant, compute_dtype: torch.dtype, head_names: Iterable[str] = ()
-    ) -> BitsAndBytesConfig | None:
-        """What `from_pretrained` needs to quantise while it loads; None if nothing is quantised.
+    ) -> QuantizationConfigMixin | None:
+        """What `from_pretrained` needs to quantise while it loads; None if nothing is quantised, and
+        for a format that transformers does not know: then our own quantiser does it (`loader.py`).
 
         Args:
             head_names: modules that transformers would skip by default (the output head); naming any module of one's
@@ -146,6 +170,21 @@ class NumberFormat:
                 are given.
         """
         return None
+
+    def settings_of(self, config: Config) -> Document | None:
+        """The fields of `Quant` that stand for a `BitsAndBytesConfig`, but modules; None for one of another format."""
+        return None
+
+    def rounds_inputs(self, quant: Quant) -> bool:
+        """Whether a layer's input is rounded. Experts are no layers: theirs never is."""
+        return False
+
+    def without_rounding(self, model: nn.Module) -> AbstractContextManager[None]:
+        """A model whose inputs are not rounded, for comparisons that a rounding the other way would drown."""
+        return nullcontext()
+
+    def settle(self, model: nn.Module) -> None:
+        """Make upstream's layers in this format safe to train and evaluate in turns, whoever made the model."""
 
     def holds(self, module: nn.Module) -> bool:
         """Whether a layer's weight is there, in this format."""
@@ -197,11 +236,23 @@ class NumberFormat:
         """Dequantise what is held as this layer in a slower way from now on, where there is one."""
 
 
+def torch_dtypes() -> dict[str, torch.dtype]:
+    """safetensors' names of the dtypes that a checkpoint may hold, and torch's."""
+    import torch
+
+    return {
+        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+        "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }  # fmt: skip
+
+
 def own_weight(module: nn.Module) -> object:
     """The weight that a layer holds itself, or None. Not by attribute: PEFT's wrapper of trained rows would make its
     whole matrix for the question."""
-    own = vars(module)
-    return own["weight"] if "weight" in own else own.get("_parameters", {}).get("weight")
+    attributes = vars(module)
+    return attributes["weight"] if "weight" in attributes else attributes.get("_parameters", {}).get("weight")
 
 
 def frozen_product(x: torch.Tensor, layer: nn.Module, held: NumberFormat) -> torch.Tensor:

@@ -45,10 +45,10 @@ def head_in_eight_bits(head_bytes: int, others_bytes: int) -> bool:
 
 def encoded_bytes(spec: TensorSpec, quant: Quant, compute_itemsize: int) -> int:
     """Resident bytes of one tensor under the policy; `compute_itemsize` is 2 for bf16/fp16 and 4 for fp32."""
-    held = encoding(spec, quant)
-    if held == "quantised":
+    encoded = encoding(spec, quant)
+    if encoded == "quantised":
         return formats.of(quant).nbytes(spec.out_in, quant)
-    return spec.numel * (4 if held == "fp32" else compute_itemsize)
+    return spec.numel * (4 if encoded == "fp32" else compute_itemsize)
 
 
 def check_experts(model_type: str, specs: Iterable[TensorSpec], quant: Quant) -> None:
@@ -57,14 +57,14 @@ def check_experts(model_type: str, specs: Iterable[TensorSpec], quant: Quant) ->
     Raises:
         BaseModelError: naming the modules that can be left as they are.
     """
-    held = [s for s in specs if s.role == "expert" and encoding(s, quant) == "quantised"]
-    if held and quant.type == "int8" and quant.llm_int8_threshold is not None:
+    experts = [s for s in specs if s.role == "expert" and encoding(s, quant) == "quantised"]
+    if experts and formats.of(quant).rounds_inputs(quant):
         raise BaseModelError(
             f"quant.llm_int8_threshold is for linear layers, and the experts of a {model_type} are none.",
             fix="quant.llm_int8_threshold: null, which rounds no activations",
         )
     pattern, modules = FIXED_EXPERTS.get(model_type, ("", ""))
-    fixed = [s for s in held if pattern and re.search(pattern, s.name)]
+    fixed = [s for s in experts if pattern and re.search(pattern, s.name)]
     if fixed:
         numel = sum(s.numel for s in fixed)
         raise BaseModelError(

@@ -5,73 +5,58 @@ would be E / k times what its tokens need.
 What: the parameter holds the codes of all experts, one expert after the other; `shape` is that of the weights that they
 stand for. `stack[e]`, as a model's own loop over experts asks for it, and `expert` give one dense matrix. An expert is
 whole blocks of 4-bit codes, or rows of 8-bit ones, so its bytes and scales are slices: of a mapped stack no other page
-is read.
+is read. Number formats keep what belongs to the codes as attributes of the parameter (`NumberFormat.stack`).
 Cost: that of dequantising one matrix, and with double quantisation its scales, 1/64 of that.
 """
 
 from __future__ import annotations
 
 import copy
-import math
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from halfbyte.quant import int8
-from halfbyte.quant.dequantise import write
-
-_CODES = {4: torch.uint8, 8: torch.int8}
+from halfbyte.quant.number_format import NumberFormat, torch_dtypes
+from halfbyte.recipe.schema import Quant
 
 
 class ExpertStack(nn.Parameter):
-    """Frozen codes of E matrices (a, b). Made by `of_4bit` or `of_8bit`."""
+    """Frozen codes of E matrices (a, b). Made by `NumberFormat.stack`."""
 
-    quant_state: Any  # of bitsandbytes, for 4 bits
-    SCB: Tensor | None  # (E * a,) fp32, for 8 bits
+    number_format: NumberFormat
     compute_dtype: torch.dtype
     _logical: torch.Size
 
     @classmethod
-    def of_4bit(cls, packed: Tensor, state: Any) -> ExpertStack:
+    def of(
+        cls, number_format: NumberFormat, codes: Tensor, shape: Iterable[int], dtype: torch.dtype, **beside: object
+    ) -> ExpertStack:
         """
         Args:
-            packed: two codes a byte, of any shape.
-            state: bitsandbytes' `QuantState` of them all, with the shape (E, a, b); a * b are whole blocks.
+            codes: of all experts, of any shape. shape: (E, a, b) of the weights. dtype: what `stack[e]` gives.
+            beside: what the format looks for on the parameter.
         """
-        made = cls._of(packed, torch.Size(state.shape), state.dtype)
-        if math.prod(made.shape[1:]) % state.blocksize:
-            raise ValueError(f"experts of {tuple(made.shape[1:])} are not whole blocks of {state.blocksize}")
-        made.quant_state = state
-        return made
+        stack: ExpertStack = torch.Tensor._make_subclass(cls, codes, False)
+        stack.__dict__.update(
+            number_format=number_format, _logical=torch.Size(shape), compute_dtype=dtype, **beside
+        )  # fmt: skip
+        return stack
 
     @classmethod
-    def of_8bit(cls, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> ExpertStack:
-        """
-        Args:
-            codes: (E, a, b) int8. scales: (E * a,) fp32. dtype: what `stack[e]` gives.
-        """
-        made = cls._of(codes, codes.shape, dtype)
-        made.SCB = scales
-        return made
-
-    @classmethod
-    def _of(cls, codes: Tensor, shape: torch.Size, dtype: torch.dtype) -> ExpertStack:
-        made: ExpertStack = torch.Tensor._make_subclass(cls, codes, False)
-        made._logical, made.compute_dtype, made.quant_state, made.SCB = shape, dtype, None, None
-        return made
-
-    @classmethod
-    def empty(cls, shape: torch.Size, dtype: torch.dtype, *, bits: int) -> ExpertStack:
+    def empty(cls, number_format: NumberFormat, shape: Iterable[int], dtype: torch.dtype, quant: Quant) -> ExpertStack:
         """A place for a stack on the meta device, with the bytes that its codes will have."""
-        codes = torch.empty(shape if bits == 8 else (shape.numel() // 2, 1), dtype=_CODES[bits], device="meta")
-        return cls._of(codes, shape, dtype)
+        first, *_ = number_format.parts(tuple(shape), quant)
+        codes = torch.empty(first.shape, dtype=torch_dtypes()[first.dtype], device="meta")
+        return cls.of(number_format, codes, shape, dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertStack:
-        made = self._of(self.data.clone(), self._logical, self.compute_dtype)
-        made.quant_state, made.SCB = copy.deepcopy(self.quant_state, memo), copy.deepcopy(self.SCB, memo)
-        return made
+        attributes = copy.deepcopy(vars(self), memo)
+        stack: ExpertStack = torch.Tensor._make_subclass(type(self), self.data.clone(), False)
+        stack.__dict__.update(attributes)
+        return stack
 
     @property
     def shape(self) -> torch.Size:
@@ -99,15 +84,12 @@ class ExpertStack(nn.Parameter):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What grows with the number of experts: codes, and a scale for each row or block."""
-        scales = self.SCB if self.SCB is not None else self.quant_state.absmax
-        return (self.data, scales)
+        return self.number_format.divided(self.holder)
 
     def of_expert(self, e: int) -> tuple[Tensor, ...]:
         """The part of each of `tensors` that belongs to one expert: views, of whole bytes."""
-        return tuple(part.view(-1)[e * n : (e + 1) * n] for part, n in self._shares())
-
-    def _shares(self) -> list[tuple[Tensor, int]]:
-        return [(part, part.numel() // self._logical[0]) for part in self.tensors]
+        shares = [(part, part.numel() // self._logical[0]) for part in self.tensors]
+        return tuple(part.view(-1)[e * n : (e + 1) * n] for part, n in shares)
 
     def expert(self, e: int, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
         """The dense matrix (a, b) of one expert, in new memory or in `out`, (a, b) contiguous in `dtype`.
@@ -120,23 +102,4 @@ class ExpertStack(nn.Parameter):
             raise IndexError(f"expert {e} of {count}")
         if out is None:
             out = torch.empty(a, b, dtype=dtype, device=self.device)
-        if self.SCB is not None:
-            return int8.write(self.data[e], self.SCB[e * a : (e + 1) * a], out)
-        state, numel = self.quant_state, a * b
-        codes = self.data.view(-1).view(torch.uint8)[e * numel // 2 : (e + 1) * numel // 2]
-        blocks = slice(e * numel // state.blocksize, (e + 1) * numel // state.blocksize)
-        write(codes, _scales(state, blocks), out.view(-1), state.blocksize, state.quant_type)
-        return out
-
-
-def _scales(state: Any, blocks: slice) -> Tensor:
-    """The scales of some blocks, fp32; with double quantisation as `bitsandbytes.functional.dequantize_blockwise`
-    gives them."""
-    scales: Tensor = state.absmax[blocks]
-    if not state.nested:
-        return scales.float()
-    outer = state.state2
-    first, last = blocks.start // outer.blocksize, -(-blocks.stop // outer.blocksize)
-    factors = outer.absmax[first:last].repeat_interleave(outer.blocksize)
-    factors = factors[blocks.start - first * outer.blocksize :][: len(scales)]
-    return (outer.code[scales.int()] * factors).add_(state.offset)
+        return self.number_format.expert(self.holder, e, out)

@@ -80,10 +80,10 @@ INIT_NAMES = ("gaussian", "orthogonal", "residual")
 OURS_OF_INIT = frozenset({"residual"})  # PEFT does not know these
 
 
-def excluded_by_residual(init: bool | str, quant_type: str, use_dora: bool, adapter: str | None) -> Iterator[str]:
+def excluded_by_residual(init: bool | str, use_dora: bool, adapter: str | None, *, quantises: bool) -> Iterator[str]:
     """What a start from what quantising has lost cannot be together with: sentences."""
     name = "lora.init_lora_weights residual"
-    if init == "residual" and quant_type == "none":
+    if init == "residual" and not quantises:
         yield f"{name} is what quantising has lost, and with quant.type none nothing is"
     if init == "residual" and use_dora:
         yield f"{name} and lora.use_dora: DoRA's magnitudes would be those of the base without it; use one of them"

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from halfbyte.recipe import fields
+from halfbyte.recipe import fields, number_formats
 from halfbyte.recipe.data import Data, Fields, Int, Section, field, must
 from halfbyte.recipe.evaluation import LOSSES, METRICS, Eval
 from halfbyte.recipe.values import (
@@ -57,7 +57,7 @@ class Origin(NamedTuple):
 class Quant(Section):
     """How the frozen base is kept."""
 
-    type: Literal["nf4", "fp4", "int8", "none"] = field(
+    type: Annotated[str, BeforeValidator(number_formats.known)] = field(
         "nf4", "code of the frozen weights: nf4, fp4, int8 or none (16 bits)"
     )
     double_quant: Bool = field(
@@ -89,16 +89,18 @@ class Quant(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_blocks(cls, value: object) -> object:
-        """The defaults of int8, which are not those of 4 bits."""
-        if isinstance(value, Mapping) and value.get("type") == "int8":
-            return {"double_quant": False, "block_size": None, **value}
-        return value
+    def _defaults_of_format(cls, value: object) -> object:
+        """A field that the format does not read is not set, where its default is for others."""
+        info = number_formats.FORMATS.get(str(value.get("type"))) if isinstance(value, Mapping) else None
+        if not isinstance(value, Mapping) or info is None:
+            return value
+        unset = {name: off for name, off in info.unread.items() if cls.model_fields[name].default != off}
+        return {**unset, **value}
 
     def in_type(self, name: str) -> Quant:
         """The same in another number format, with that format's own defaults."""
-        kept = {k: v for k, v in self if k not in ("type", "double_quant", "block_size", "llm_int8_threshold")}
-        return self if name == self.type else Quant(**kept, type=name)
+        shared = {field: value for field, value in self if field not in ("type", *number_formats.UNSET)}
+        return self if name == self.type else Quant(**shared, type=name)
 
     @property
     def quantises(self) -> bool:
@@ -297,14 +299,7 @@ def _in_source(recipe: Recipe) -> Iterator[str]:
 
 def in_quant(quant: Quant) -> Iterator[str]:
     """What excludes each other in `quant:`, in sentences."""
-    if quant.type == "int8" and (quant.block_size is not None or quant.double_quant):
-        names = ("quant.block_size",) * (quant.block_size is not None) + ("quant.double_quant",) * quant.double_quant
-        yield (
-            f"{' and '.join(names)} cannot be set with quant.type int8, which has one scale for each row of a matrix; "
-            "leave out what is for nf4 and fp4"
-        )
-    if quant.type != "int8" and quant.llm_int8_threshold is not None:
-        yield f"quant.llm_int8_threshold is not read with quant.type {quant.type}; it is for int8"
+    yield from number_formats.FORMATS[quant.type].problems(quant)
 
 
 def _in_lora(recipe: Recipe) -> Iterator[str]:
@@ -315,7 +310,9 @@ def _in_lora(recipe: Recipe) -> Iterator[str]:
             yield "lora.init_lora_weights orthogonal needs quant.type none: PEFT makes it in the dtype of the base"
         elif odd:
             yield f"lora.init_lora_weights orthogonal needs even ranks, got {odd[0]}"
-    yield from fields.excluded_by_residual(lora.init_lora_weights, recipe.quant.type, lora.use_dora, lora.adapter)
+    yield from fields.excluded_by_residual(
+        lora.init_lora_weights, lora.use_dora, lora.adapter, quantises=recipe.quant.quantises
+    )
     if lora.lora_bias and lora.use_dora:
         yield "lora.lora_bias and lora.use_dora cannot both be true"
     if lora.lora_bias and isinstance(lora.init_lora_weights, str):

@@ -16,7 +16,7 @@ from halfbyte.base.store import shelf, supply
 from halfbyte.errors import BaseModelError
 from halfbyte.models import tensors as shapes
 from halfbyte.models.sources.safetensors import read_header
-from halfbyte.quant import bnb as codec
+from halfbyte.quant import formats
 from tests import tiny
 from tests.base.store.helpers import checkpoint, differing, logits, opened, wanted
 
@@ -46,7 +46,7 @@ def test_plain_transformers_opens_the_store(name: str, tmp_path: Path) -> None:
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert next(plain.parameters()).dtype == torch.bfloat16
     assert differing(plain, ours.model) == []
-    codec.make_safe(plain)  # its own eval forward repacks and rounds the scales to bf16
+    formats.settle(plain)  # its own eval forward repacks and rounds the scales to bf16
     assert torch.equal(logits(plain), logits(ours.model))
 
 

@@ -21,7 +21,8 @@ from halfbyte.base.modules import weights as numbers
 from halfbyte.base.residency import computes_in_fp32
 from halfbyte.errors import BaseModelError
 from halfbyte.layers.experts import interface
-from halfbyte.quant import formats, stack_load
+from halfbyte.quant import experts, formats
+from halfbyte.recipe import number_formats
 from halfbyte.system import device as machine
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def quantize_model(
         computes_in_fp32(module.get_submodule(name), None if is_head else asked.rest)
     _call_quantised_layers(module)
     if asked.quant.quantises:  # PEFT asks for these
-        module.is_loaded_in_8bit = asked.quant.type == "int8"
+        module.is_loaded_in_8bit = number_formats.FORMATS[asked.quant.type].bits == 8
         module.is_loaded_in_4bit = not module.is_loaded_in_8bit
     offload.attach(module, survey, put)
     return module
@@ -131,5 +132,5 @@ def _call_quantised_layers(root: nn.Module) -> None:
             module.activation_relu_or_gelu = 0
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
-    if any(stack_load.stacks(root)):
+    if any(experts.stacks(root)):
         interface.compute_all(root)

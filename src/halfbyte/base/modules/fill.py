@@ -22,11 +22,10 @@ from halfbyte.base.modules.places import DISK, Places
 from halfbyte.base.modules.settings import Settings
 from halfbyte.base.modules.sites import Site
 from halfbyte.base.modules.weights import Weights
-from halfbyte.base.store.reading import torch_dtypes
 from halfbyte.base.store.writer import SafetensorsWriter, Slot
 from halfbyte.errors import BaseModelError
-from halfbyte.quant import formats, stack_load
-from halfbyte.quant.number_format import NumberFormat
+from halfbyte.quant import formats
+from halfbyte.quant.number_format import NumberFormat, torch_dtypes
 from halfbyte.system import device as machine
 from halfbyte.system import files
 
@@ -171,7 +170,7 @@ class Filling:
 
     def _replace(self, site: Site, parts: Mapping[str, Tensor]) -> None:
         if site.stack:
-            stack = stack_load.stack_of(parts, site.shape, self.settings.quant, self.settings.compute)
+            stack = self._held().stack(parts, site.shape, self.settings.quant, self.settings.compute)
             for name in site.names:
                 self.root.get_submodule(_path(name)).register_parameter(_attribute(name), stack)
             return

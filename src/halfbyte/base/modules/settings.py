@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from halfbyte.errors import RecipeError
-from halfbyte.quant import int8
+from halfbyte.quant import formats
 from halfbyte.recipe.messages import sentences
 from halfbyte.recipe.schema import Quant, in_quant
 from halfbyte.system import device as machine
@@ -130,11 +130,7 @@ def _values(asked: Asked) -> tuple[Document, str | None, torch.dtype]:
         "compute_dtype": _NAMES.get(asked.bnb_4bit_compute_dtype, "auto"),
     }
     if asked.load_in_8bit:
-        threshold = None if asked.llm_int8_threshold == int8.EVERY_COLUMN else float(asked.llm_int8_threshold)
-        values |= {"type": "int8", "llm_int8_threshold": threshold}
         values["compute_dtype"] = "auto" if rest is None else _NAMES.get(rest, "auto")
-    else:
-        values |= {"type": asked.bnb_4bit_quant_type if asked.load_in_4bit else "none"}
-        values["double_quant"] = bool(asked.bnb_4bit_use_double_quant)
+    values |= formats.settings_of(asked)
     storage = getattr(asked, "bnb_4bit_quant_storage", None) or torch.uint8
     return values, None if rest is None else _NAMES.get(rest, "auto"), storage

@@ -1,6 +1,6 @@
 """The tensors of any module, each with how it is to be held: quantised, in the rest's dtype, or in fp32.
 
-What is quantised: `nn.Linear` itself, GPT-2's Conv1D, the plain subclasses of `linear_subclasses.py`, and stacks of
+What is quantised: `nn.Linear` itself, GPT-2's Conv1D, the plain subclasses of `quant/loader.py`, and stacks of
 experts that run through transformers' experts interface. A subclass of nn.Linear may be used in another way:
 `nn.MultiheadAttention` never calls its `out_proj`, it takes its weight.
 What stays: routers of experts; tied parameters, since the embedding that shares them needs numbers; output layers,
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from halfbyte.base.modules.settings import Settings
 from halfbyte.errors import BaseModelError
-from halfbyte.quant import bnb, formats, stack_load
-from halfbyte.quant.linear_subclasses import PLAIN_LINEARS
+from halfbyte.quant import bnb, experts, formats
+from halfbyte.quant.loader import PLAIN_LINEARS
 from halfbyte.quant.policy import matches
 
 # Matrices that nobody asked to keep may be this share of all numbers before it is said.
@@ -95,7 +95,7 @@ def survey(root: nn.Module, settings: Settings) -> Survey:
                      *(getattr(root, "_keep_in_fp32_modules_strict", None) or ()))  # fmt: skip
     plan = _dtype_plan(root, settings.rest)
     named = (*(settings.skip or ()), *settings.fp32)
-    stacks, routers = _stacks(root, state, settings), set(stack_load.routers(root))
+    stacks, routers = _stacks(root, state, settings), set(experts.routers(root))
     sites, unasked = [], []
     for names in shared.values():
         tensor = state[names[0]]
@@ -125,9 +125,11 @@ def survey(root: nn.Module, settings: Settings) -> Survey:
 def _stacks(root: nn.Module, state: dict[str, Tensor], settings: Settings) -> set[str]:
     """Parameters of experts that can be held in few bits: each expert is whole blocks, its input is not rounded."""
     quant, found = settings.quant, set()
-    for place in stack_load.places(root):
+    for place in experts.expert_parameters(root):
         shape = tuple(state[place.path].shape)
-        if quant.llm_int8_threshold is None and not math.prod(shape[1:]) % formats.of(quant).unit(shape, quant):
+        if not formats.of(quant).rounds_inputs(quant) and not math.prod(shape[1:]) % formats.of(quant).unit(
+            shape, quant
+        ):
             found.add(place.path)
     return found
 

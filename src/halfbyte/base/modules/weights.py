@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.base.modules.sites import Site, nearest, tensors_of
-from halfbyte.base.store.reading import PickledSource, Source, SourceTensor, torch_dtypes, unsafe_pickle
+from halfbyte.base.store.reading import PickledSource, Source, SourceTensor, unsafe_pickle
 from halfbyte.errors import BaseModelError, SourceError
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.safetensors import indexed_files, weight_files
+from halfbyte.quant.number_format import torch_dtypes
 
 PICKLES = (".bin", ".pt", ".pth")
 CHUNK_NUMBERS = 1 << 22

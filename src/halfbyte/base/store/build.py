@@ -23,13 +23,14 @@ import torch
 
 from halfbyte.base.store import manifest, mxfp4, shelf
 from halfbyte.base.store.layout import FilePlan, StoreLayout, slots
-from halfbyte.base.store.reading import Source, TensorPlan, torch_dtypes
+from halfbyte.base.store.reading import Source, TensorPlan
 from halfbyte.base.store.writer import SafetensorsWriter
 from halfbyte.errors import HalfbyteError, StoreError
 from halfbyte.models.sources.checkpoint import beside_bytes, beside_weights
 from halfbyte.models.sources.safetensors import INDEX
 from halfbyte.plan import store_build
-from halfbyte.quant import formats, linear_subclasses
+from halfbyte.quant import formats, loader
+from halfbyte.quant.number_format import torch_dtypes
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import files
 from halfbyte.types import Document
@@ -316,10 +317,7 @@ def _config(job: BuildJob) -> Document:
     values: Document = json.loads((spec.checkpoint.path / "config.json").read_text(encoding="utf-8"))
     values.pop("torch_dtype", None)
     values["dtype"] = spec.dtype_name
-    opening = formats.of(spec.quant).load_config(spec.quant, spec.dtype, spec.head_names)
-    settings = opening.to_dict() if opening is not None else {}
-    if job.layout.taught:
-        settings = linear_subclasses.mark(settings, spec.quant)
+    settings = loader.stored_config(spec.quant, spec.dtype, spec.head_names, taught=job.layout.taught)
     return {**values, "quantization_config": settings} if settings else values
 
 

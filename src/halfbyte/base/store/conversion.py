@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from halfbyte.base.store import mxfp4
 from halfbyte.base.store.reading import FLOATS, SourceTensor, TensorPlan
 from halfbyte.errors import BaseModelError
-from halfbyte.quant import formats, stack_load
+from halfbyte.quant import experts, formats
 from halfbyte.recipe.schema import Quant
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def stack_plan(
                 "expert could not be read without its neighbour.",
                 fix="a smaller quant.block_size, or leave experts in 16 bits: --set 'quant.skip_modules=[experts]'",
             )
-    name = stack_load.stored_name(target)
+    name = experts.stored_name(target)
     return TensorPlan(
         name, halves[sources[0].name] if packed else sources, shape, "quantised", dtype, transposed, packed
     )

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 
 from halfbyte.base.store import conversion, mxfp4
 from halfbyte.base.store.conversion import Rule, renamed
-from halfbyte.base.store.reading import FLOATS, SourceTensor, TensorPlan, torch_dtypes
+from halfbyte.base.store.reading import FLOATS, SourceTensor, TensorPlan
 from halfbyte.base.store.shelf import CannotHold, StoreSpec
 from halfbyte.base.store.writer import Slot
 from halfbyte.models.tensors import spec_of
 from halfbyte.plan.store_build import OWN_FILE_BYTES
-from halfbyte.quant import formats, linear_subclasses, stack_load
+from halfbyte.quant import experts, formats, loader
+from halfbyte.quant.number_format import torch_dtypes
 from halfbyte.recipe.schema import Quant
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class FilePlan:
 
 @dataclass(frozen=True)
 class StoreLayout:
-    """`taught`: it opens with `linear_subclasses.opening_config` only."""
+    """`taught`: it opens with `quant.loader.opening_config` only."""
 
     files: tuple[FilePlan, ...]
     taught: bool
@@ -62,22 +63,22 @@ def lay_out(tensors: dict[str, SourceTensor], spec: StoreSpec) -> StoreLayout:
     Raises:
         CannotHold: transformers merges or splits matrices that are to be quantised, or would not find them again.
     """
-    loader = _EmptyModel(spec, pre_quantised=False)
+    empty = _EmptyModel(spec, pre_quantised=False)
     plans: list[tuple[TensorPlan, str]] = []
     wrong: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
     stacked: dict[str, list[conversion.Member]] = {}
     tensors, halves = mxfp4.joined(tensors)
-    for name, target, rule in loader.targets(tensors):
-        if target not in loader.state:
+    for name, target, rule in empty.targets(tensors):
+        if target not in empty.state:
             continue  # a buffer or a tower that this class does not read
-        source, quantised = tensors[name], loader.quantises(target)
-        if target in loader.stacks:
+        source, quantised = tensors[name], empty.quantises(target)
+        if target in empty.stacks:
             stacked.setdefault(target, []).append((source, rule))
             continue
         if rule is not None and quantised:
             raise CannotHold(f"transformers merges or splits {name} while it loads")
-        dtype = loader.dtype_of(target, quantised=quantised)
-        module = loader.original[target.rpartition(".")[0]]
+        dtype = empty.dtype_of(target, quantised=quantised)
+        module = empty.original[target.rpartition(".")[0]]
         transposed = quantised and type(module).__name__ == "Conv1D"  # GPT-2's holds (in, out)
         if quantised and source.dtype not in FLOATS:
             raise CannotHold(f"{name} is {source.dtype}, which is not quantised")
@@ -89,13 +90,13 @@ def lay_out(tensors: dict[str, SourceTensor], spec: StoreSpec) -> StoreLayout:
         )
         plans.append((plan, target))
     for target, members in stacked.items():
-        shape, dtype = tuple(loader.stacks[target].shape), loader.dtype_of(target, quantised=True)
+        shape, dtype = tuple(empty.stacks[target].shape), empty.dtype_of(target, quantised=True)
         plans.append((conversion.stack_plan(target, shape, dtype, members, spec.quant, halves), target))
     if spec.check is not None:
-        missing = loader.missing({target for _, target in plans})
-        spec.check(loader.model, {"missing_keys": missing, "mismatched_keys": wrong})
-    named = _names(_once(plans, loader.tied), _EmptyModel(spec, pre_quantised=True), spec.quant)
-    return StoreLayout(_files(named, spec.config.model_type), loader.taught)
+        missing = empty.missing({target for _, target in plans})
+        spec.check(empty.model, {"missing_keys": missing, "mismatched_keys": wrong})
+    named = _names(_once(plans, empty.tied), _EmptyModel(spec, pre_quantised=True), spec.quant)
+    return StoreLayout(_files(named, spec.config.model_type), empty.taught)
 
 
 def slots(plans: Iterable[TensorPlan], quant: Quant) -> list[Slot]:
@@ -125,18 +126,15 @@ class _EmptyModel:
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(copy.deepcopy(spec.config), dtype=dtype)
         self.original = dict(self.model.named_modules())
-        bits = formats.of(quant).load_config(quant, dtype, spec.head_names)
-        self.taught, self.quantiser = False, None
-        if bits is not None:  # None copies a model in the compute dtype
-            self.taught = linear_subclasses.is_needed(self.model, quant.exempt)
-            if self.taught:
-                bits = linear_subclasses.load_config(bits, quant)
-            self.quantiser = AutoHfQuantizer.from_config(bits, pre_quantized=pre_quantised)
+        settings = loader.load_config(self.model, quant, dtype, spec.head_names)
+        self.taught, self.quantiser = loader.is_taught(settings), None
+        if settings is not None:  # None copies a model in the compute dtype
+            self.quantiser = AutoHfQuantizer.from_config(settings, pre_quantized=pre_quantised)
             self.quantiser.preprocess_model(
                 model=self.model, dtype=dtype, device_map={"": "cpu"}, checkpoint_files=[], use_kernels=False
             )
         self.state = self.model.state_dict()
-        self.stacks = dict(stack_load.stacks(self.model))
+        self.stacks = dict(experts.stacks(self.model))
         self.dtype_plan = self.model._get_dtype_plan(dtype)
         self.tied = dict(self.model.all_tied_weights_keys)
 
@@ -182,15 +180,15 @@ def _once(plans: list[tuple[TensorPlan, str]], tied: dict[str, str]) -> list[tup
     return [(plan, target) for plan, target in plans if not repeated(plan, target)]
 
 
-def _names(plans: list[tuple[TensorPlan, str]], loader: _EmptyModel, quant: Quant) -> list[TensorPlan]:
+def _names(plans: list[tuple[TensorPlan, str]], empty: _EmptyModel, quant: Quant) -> list[TensorPlan]:
     """The plans under names by which transformers will find them in the store: the source's, or else the model's."""
     for use_target in (False, True):
         named = [
-            (replace(plan, name=target) if use_target and target not in loader.stacks else plan, target)
+            (replace(plan, name=target) if use_target and target not in empty.stacks else plan, target)
             for plan, target in plans
         ]
         expected = {slot.name: target for plan, target in named for slot in slots([plan], quant)}
-        if {name: target for name, target, _ in loader.targets(expected)} == expected:
+        if {name: target for name, target, _ in empty.targets(expected)} == expected:
             return [plan for plan, _ in named]
     raise CannotHold("transformers would not find its tensors again by their names")
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from halfbyte.errors import BaseModelError, StoreError, first_line
 from halfbyte.models.sources import safetensors
 from halfbyte.models.sources.checkpoint import Checkpoint
+from halfbyte.quant.number_format import torch_dtypes
 from halfbyte.system.platforms import calls
 from halfbyte.types import ConfigFile
 
@@ -164,18 +165,6 @@ def unsafe_pickle(checkpoint: Checkpoint, error: UnpicklingError) -> BaseModelEr
         f"{checkpoint.id}: its pickled weights hold more than tensors, so they were not read: {blocked.rstrip('.')}.",
         fix="use a copy of the model with safetensors",
     )
-
-
-def torch_dtypes() -> dict[str, torch.dtype]:
-    """safetensors' names of the dtypes that a checkpoint may hold, and torch's."""
-    import torch
-
-    return {
-        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-        "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-        "BOOL": torch.bool,
-    }  # fmt: skip
 
 
 def _is_zip(file: Path) -> bool:

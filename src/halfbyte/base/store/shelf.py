@@ -27,6 +27,7 @@ from halfbyte.errors import StoreError
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.folder import PICKLE, PICKLE_INDEX
 from halfbyte.models.sources.safetensors import indexed_files, weight_files
+from halfbyte.recipe import number_formats
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import files
 from halfbyte.system.files import cache_dir
@@ -114,6 +115,7 @@ def folder() -> Path:
 
 def settings(quant: Quant, dtype: str) -> Document:
     """What decides the bytes of a store besides its source. Weights are cast to the compute dtype, then quantised."""
+    own = number_formats.FORMATS[quant.type].reads.difference(number_formats.BLOCK_FIELDS)
     return {
         "type": quant.type,
         "double_quant": quant.double_quant,
@@ -121,7 +123,7 @@ def settings(quant: Quant, dtype: str) -> Document:
         "compute_dtype": dtype,
         "skip_modules": sorted(quant.skip_modules),
         "fp32_modules": sorted(quant.fp32_modules),
-        **({"llm_int8_threshold": quant.llm_int8_threshold} if quant.type == "int8" else {}),
+        **{name: getattr(quant, name) for name in sorted(own)},
     }
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from halfbyte.layers import fuse
 from halfbyte.layers.decoding.tape import Scales, Tape, TextAdapters, Vectors
 from halfbyte.quant import formats
+from halfbyte.quant.number_format import Codes
 
 _BLOCK = 64
 _PIECE_BYTES = 32
@@ -74,14 +75,13 @@ def parts_of_all(module: nn.Module, adapters: TextAdapters) -> Parts:
     return Parts(module.base_layer, tuple(_lora(module, n, adapters.uses[adapters.names.index(n)]) for n in names))
 
 
-def scales_of(module: nn.Module) -> Scales:
-    state = module.weight.quant_state
-    if not state.nested:
-        return Scales(state.absmax.float())
-    outer = state.state2
-    if outer.blocksize != 256 or state.absmax.dtype != torch.uint8:
-        raise Unsupported(f"scales quantised in blocks of {outer.blocksize}")
-    return Scales(state.absmax, outer.absmax.float(), outer.code.float(), float(state.offset))
+def scales_of(codes: Codes) -> Scales:
+    nested = codes.nested
+    if nested is None:
+        return Scales(codes.scales.float())
+    if nested.block != 256 or codes.scales.dtype != torch.uint8:
+        raise Unsupported(f"scales quantised in blocks of {nested.block}")
+    return Scales(codes.scales, nested.scales.float(), nested.values.float(), nested.offset)
 
 
 class Linear:
@@ -94,20 +94,20 @@ class Linear:
         self.a: list[Tensor] = []
         self.b: Tensor | None = None
         self.h: Tensor | None = None
-        self.held = formats.of_module(parts.base)
+        number_format = formats.of_module(parts.base)
         weight = parts.base.weight
         if weight.device.type != "cpu":
             raise Unsupported("not on the CPU")
-        self.is_codes = self.held.name in ("nf4", "fp4")
-        if self.is_codes:
-            state = weight.quant_state
-            self.shape = (int(state.shape[0]), int(state.shape[1]))
-            if len(state.shape) != 2 or state.blocksize != _BLOCK or self.shape[1] % _BLOCK:
-                raise Unsupported(f"shape {tuple(state.shape)} in blocks of {state.blocksize}")
+        self.codes = number_format.codes(parts.base)
+        self.is_codes = self.codes is not None
+        if self.codes is not None:
+            self.shape = self.codes.shape
+            if self.codes.block != _BLOCK or self.shape[1] % _BLOCK:
+                raise Unsupported(f"shape {self.shape} in blocks of {self.codes.block}")
         elif type(parts.base) is nn.Linear and weight.dtype == tape.dtype and weight.is_contiguous():
             self.shape = (weight.shape[0], weight.shape[1])
         else:
-            raise Unsupported(f"{type(parts.base).__name__} in {self.held.name}, {weight.dtype}")
+            raise Unsupported(f"{type(parts.base).__name__} in {number_format.name}, {weight.dtype}")
         self.bias = parts.base.bias
         if parts.loras:
             copies: dict[nn.Module, tuple[list[Tensor], Tensor]] = {} if adapters is None else adapters.copies
@@ -144,9 +144,9 @@ class Linear:
 
     def up(self, x: Vectors, out: Tensor, *, onto: bool = False) -> None:
         """out (M, O) = or += x W^T + bias + h B^T."""
-        if self.is_codes:
+        if self.codes is not None:
             self.tape.codes(
-                self.base.weight.data, scales_of(self.base), self.held.name, self.shape, x, out,
+                self.codes.packed, scales_of(self.codes), self.codes.values, self.shape, x, out,
                 onto=onto, bias=self.bias, up=self.b, h=self.h,
             )  # fmt: skip
             return

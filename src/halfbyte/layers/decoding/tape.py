@@ -90,7 +90,7 @@ class Tape:
         self.before, self._group = (0, 0), 0
         self.used = vectors  # those of them that a run computes; the first ones
         self.isa, self._groups, self._blocks, self._scratch = name, 1, 1, 0
-        self._levels: dict[str, Tensor] = {}
+        self._levels: dict[bytes, Tensor] = {}
         self._caches: pages.Arena | None = None
         self._planes_of: dict[bytes, Tensor] = {}
         self._slots: np.ndarray | None = None
@@ -199,10 +199,11 @@ class Tape:
         self._add(self.kinds.EXACT, items, {**slots, 4: self.kept(w), 5: items})
 
     def codes(
-        self, codes: Tensor, scales: Scales, kind: str, shape: tuple[int, int], x: Vectors, out: Tensor, *,
+        self, codes: Tensor, scales: Scales, values: Tensor, shape: tuple[int, int], x: Vectors, out: Tensor, *,
         onto: bool = False, bias: Tensor | None = None, up: Tensor | None = None, h: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """x (M, D) times 4-bit rows (O, D), plus h (M, R) times up: (O, R) in pieces of 32 bytes; in fp32 (R, O ..)."""
+        """x (M, D) times 4-bit rows (O, D) with the 16 `values`, plus h (M, R) times up: (O, R) in pieces of
+        32 bytes; in fp32 (R, O ..)."""
         from halfbyte.layers.kernels.cpu.decoding import single
 
         o, d = shape
@@ -220,7 +221,7 @@ class Tape:
             4: self.kept(codes), 5: self.kept(scales.absmax), 6: self.kept(table) if nested else 0,
             7: self.kept(scales.nested) if nested else 0, 8: scales.offset, 9: d, 10: o, 11: x.ordered.data_ptr(),
             12: 2 * x.wide, 13: out.data_ptr(), 14: out.stride(0), 15: int(onto),
-            16: 0 if bias is None else self.kept(bias.float()), 22: self._table(kind), 23: rows, 24: self.m,
+            16: 0 if bias is None else self.kept(bias.float()), 22: self._table(values), 23: rows, 24: self.m,
             25: int(in_planes),
         }  # fmt: skip
         if up is not None and h is not None:
@@ -272,14 +273,15 @@ class Tape:
     def _item_rows(self, rows: int, row_bytes: int) -> int:
         return max(1, min(_ITEM_BYTES // max(1, row_bytes), math.ceil(rows / 8)))
 
-    def _table(self, kind: str) -> int:
+    def _table(self, values: Tensor) -> int:
         from halfbyte.layers.kernels.cpu.decoding import nibbles, words
-        from halfbyte.quant.kernels import nf4_cpu
 
-        if kind not in self._levels:
+        numbers = values.numpy()
+        key = numbers.tobytes()
+        if key not in self._levels:
             table = words.table if self.isa == "avx2" else nibbles.table
-            self._levels[kind] = torch.from_numpy(table(nf4_cpu.code(kind)))
-        return self.kept(self._levels[kind])
+            self._levels[key] = torch.from_numpy(table(numbers))
+        return self.kept(self._levels[key])
 
     def _planes(self, table: Tensor | None) -> Tensor:
         """One for all matrices whose scales stand for the same numbers."""
