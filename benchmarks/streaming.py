@@ -26,6 +26,7 @@ from benchmarks.measuring import arguments, cold, disk_rate, matmul_rate, on_dis
 from benchmarks.random_base import Shape, write
 from halfbyte.base import stream
 from halfbyte.layers import loss
+from halfbyte.plan.result import Placement
 
 MAX_SLOWER, MAX_COLD_SLOWER = 1.05, 1.10
 MODEL = "llama-2-7b"
@@ -44,7 +45,7 @@ def compare(folder: Path, tokens: int, layers: int | None, rounds: int) -> dict[
     file_gb: dict[str, float] = {}
     gradients: dict[str, list[list[Any]]] = {}
 
-    def run(name: str, placement: stream.Placement, *, empty: bool = False) -> None:
+    def run(name: str, placement: Placement, *, empty: bool = False) -> None:
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0)
         placed = stream.place(model, placement)

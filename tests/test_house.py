@@ -383,6 +383,77 @@ def test_the_check_for_assignments_sees_them(code: str, found: int) -> None:
     assert len(list(assignments_to_upstream(ast.parse(code)))) == found
 
 
+def top_names(module: ast.Module) -> set[str]:
+    """What a module defines, imports or assigns outside functions and classes."""
+    names: set[str] = set()
+    todo: list[ast.AST] = list(module.body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        todo += ast.iter_child_nodes(node)
+    return names
+
+
+@cache
+def names_in(module: str) -> frozenset[str]:
+    """What `halfbyte.MODULE` has: of a package its modules too; nothing where it does not exist."""
+    place = SOURCE / Path(*module.split("."))
+    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    names = top_names(tree(file)) if file.exists() else set()
+    if place.is_dir():
+        names |= {path.stem for path in place.iterdir() if path.suffix == ".py" or path.is_dir()}
+    return frozenset(names)
+
+
+def missing(module: ast.Module) -> Iterator[tuple[str, int]]:
+    """(name, line) of what is imported from halfbyte, or asked of a module of it, and is not there."""
+    modules: dict[str, str] = {}
+    assigned = {name for name, _ in variables(module)}
+    assigned |= {node.arg for node in ast.walk(module) if isinstance(node, ast.arg)}
+    for node in ast.walk(module):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("halfbyte."):
+            parent = node.module.removeprefix("halfbyte.")
+            for alias in node.names:
+                if alias.name not in names_in(parent):
+                    yield f"{parent}.{alias.name}", node.lineno
+                elif (inner := f"{parent}.{alias.name}") in sources():
+                    modules[alias.asname or alias.name] = inner
+    for node in ast.walk(module):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            owner = modules.get(node.value.id)
+            is_module = owner is not None and node.value.id not in assigned
+            if is_module and node.attr not in names_in(owner) and not node.attr.startswith("__"):
+                yield f"{owner}.{node.attr}", node.lineno
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "tools", "tests", "examples"])
+def test_what_is_asked_of_the_package_is_there(folder: str) -> None:
+    """Benchmarks and slow tests run seldom; a name that has moved is found here."""
+    files = sorted((ROOT / folder).rglob("*.py"))
+    wrong = [f"{path.relative_to(ROOT)}:{line} {what}" for path in files for what, line in missing(tree(path))]
+    assert files and not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("code", "what"),
+    [
+        ("from halfbyte.plan import choose\nchoose.best_plan", []),
+        ("from halfbyte.plan import choose\nchoose.worst_plan", ["plan.choose.worst_plan"]),
+        ("from halfbyte.plan import nothing", ["plan.nothing"]),
+        ("from halfbyte.plan.choose import MARGIN, NONE", ["plan.choose.NONE"]),
+        ("from halfbyte.plan import choose\ndef f(choose): choose.x", []),
+    ],
+)
+def test_the_search_for_missing_names_finds_them(code: str, what: list[str]) -> None:
+    assert [name for name, _ in missing(ast.parse(code))] == what
+
+
 def test_no_room_is_too_long() -> None:
     lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in everywhere()}
     assert not {name: n for name, n in lengths.items() if n > MAX_LINES}
