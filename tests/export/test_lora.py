@@ -119,4 +119,4 @@ def test_a_residual_start_in_twice_the_rank(tmp_path: Path) -> None:
     with merged:
         for item in merged.items:
             if merged.is_changed(item):
-                torch.testing.assert_close(weights[item.target], merged.value(item), rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(weights[item.parameter], merged.value(item), rtol=1e-4, atol=1e-4)

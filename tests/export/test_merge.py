@@ -22,7 +22,8 @@ from halfbyte import finetune
 from halfbyte.base.store.writer import SafetensorsWriter
 from halfbyte.errors import AdapterError, ExportError
 from halfbyte.export import folder, weights
-from halfbyte.export import merge as merging
+from halfbyte.export.export import merge
+from halfbyte.export.job import ExportJob
 from halfbyte.export.weights import BaseKind, Merged
 from halfbyte.inference import target
 from halfbyte.inference.target import Target
@@ -197,7 +198,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from halfbyte.base.store.writer import SafetensorsWriter
-from halfbyte.export.merge import Wish, merge
+from halfbyte.export.export import merge
+from halfbyte.export.job import ExportJob
 put, calls = SafetensorsWriter.put, []
 def killed(self, *args):
     calls.append(1)
@@ -205,7 +207,7 @@ def killed(self, *args):
         os.kill(os.getpid(), signal.SIGKILL)
     put(self, *args)
 SafetensorsWriter.put = killed
-merge(Wish(Path(sys.argv[1]), Path(sys.argv[2]), ("quant.type=none",), prove=False), "16bit")
+merge(ExportJob(Path(sys.argv[1]), Path(sys.argv[2]), ("quant.type=none",), prove=False), "16bit")
 """
 
 
@@ -216,7 +218,7 @@ def test_a_killed_merge_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     (left,) = (p for p in tmp_path.iterdir() if "out" in p.name)
     assert left.name.startswith(".out.") and not list(left.rglob("*.safetensors"))
-    merging.merge(merging.Wish(tmp_path / "adapter", tmp_path / "out", ("quant.type=none",), prove=False), "16bit")
+    merge(ExportJob(tmp_path / "adapter", tmp_path / "out", ("quant.type=none",), prove=False), "16bit")
     assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == ["out"]
 
 

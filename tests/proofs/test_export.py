@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from halfbyte import finetune
 from halfbyte.errors import ExportError
-from halfbyte.export import folder, merge, witness
+from halfbyte.export import export as exporting
+from halfbyte.export import folder, job, witness
 from halfbyte.export.weights import Merged
 from halfbyte.inference import target
 from halfbyte.proofs import export as proof
@@ -101,7 +102,7 @@ def test_a_fault_fails_the_export_and_nothing_is_left(
 
     def forgets(self: Merged, item: Any) -> Any:
         if item.name.endswith("layers.1.self_attn.q_proj.weight"):
-            self.changes.pop(item.target)
+            self.changes.pop(item.parameter)
         return written(self, item)
 
     monkeypatch.setattr(Merged, "written", forgets)
@@ -112,24 +113,23 @@ def test_a_fault_fails_the_export_and_nothing_is_left(
 
 def test_auto_takes_the_nearer_and_says_so(world: Path) -> None:
     seen = proof.Proof("t", "F32", 1.0, 0.1, 0.5, 0.3, 1.0, 2.0, 1.9, 10, 6, 6, 0, 1, 2, 6, 0)
-    found = target.find(world / "trained")
     for kl, taken in ((0.2, "4bit"), (0.4, "16bit")):
         tried = {"16bit": seen, "4bit": replace(seen, kl=kl)}
-        assert merge.better(tried, ["16bit", "4bit"]) == taken
-        (note, *_) = merge.notes(found, ["16bit", "4bit"], tried, taken)
+        assert job.better(tried, ["16bit", "4bit"]) == taken
+        (note, *_) = job.notes(["16bit", "4bit"], tried, taken)
         assert "KL 0.3000" in note and f"KL {kl:.4f}" in note and "exact 1 of 6" in note and "exact 2 of 6" in note
     unsound = {"16bit": replace(seen, kl=0.01, tokenized=1), "4bit": seen}
-    assert merge.better(unsound, ["16bit", "4bit"]) == "4bit"
+    assert job.better(unsound, ["16bit", "4bit"]) == "4bit"
 
 
 def test_a_base_alone_or_16_bits(world: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="nothing to ship"):
-        merge.merge(merge.Wish(world / "model"))
+        exporting.merge(job.ExportJob(world / "model"))
     found = target.find(world / "trained")
     whole = replace(found, recipe=found.recipe.model_copy(update={"quant": found.recipe.quant.in_type("none")}))
-    assert merge.bases(whole, "auto") == ["16bit"]
+    assert job.bases(whole, "auto") == ["16bit"]
     with pytest.raises(ExportError, match="there are no others"):
-        merge.bases(whole, "4bit")
+        job.bases(whole, "4bit")
 
 
 def _in_process(arguments: Sequence[str], doing: str) -> None:
@@ -148,8 +148,8 @@ def test_quantised_again_it_is_a_store_and_what_that_costs_is_measured(
     runs.make(tmp_path, "plain")
     rows = tiny_run.rows(tmp_path / "rows.jsonl", 4)
     named = ("quant.type=nf4", "quant.compute_dtype=fp32", "data.chat_template=chatml")
-    wish = merge.Wish(tmp_path / "adapter", tmp_path / "out", named, data=rows, prompts=3)
-    made = merge.merge(wish, "4bit", quantise=True)
+    asked = job.ExportJob(tmp_path / "adapter", tmp_path / "out", named, data=rows, prompts=3)
+    made = exporting.merge(asked, "4bit", quantise=True)
     assert made.base == "nf4 of 4bit" and list(made.tried) == ["4bit", made.base]
     whole, again = made.tried.values()
     # a weight quantised twice is not the weight quantised once; the adapter is still in it

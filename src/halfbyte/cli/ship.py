@@ -49,10 +49,11 @@ def merge(
     """Base and adapter as one model that plain transformers opens, with a proof that it says what the run says."""
     with progress.quantizing(silent=json_ or quiet) as tell:
         with libraries.loading():
-            from halfbyte.export import merge as merging
+            from halfbyte.export import export as exporting
+            from halfbyte.export.job import ExportJob
 
-        wish = merging.Wish(run, out, tuple(set_), force, data, proof, prompts, tell)
-        made = merging.merge(wish, base.value, quantise=quantise)
+        job = ExportJob(run, out, tuple(set_), force, data, proof, prompts, tell)
+        made = exporting.merge(job, base.value, quantise=quantise)
     show.document(made.to_json()) if json_ else _shown(made)
 
 
@@ -84,15 +85,15 @@ def export(
     with progress.quantizing(silent=json_ or quiet) as tell:
         with libraries.loading():
             from halfbyte.export import export as exporting
-            from halfbyte.export.merge import Wish
+            from halfbyte.export.job import ExportJob
 
-        wish = Wish(run, out, tuple(set_), force, data, proof, prompts, tell)
+        job = ExportJob(run, out, tuple(set_), force, data, proof, prompts, tell)
         if peft:
-            made = exporting.to_peft(wish)
+            made = exporting.to_peft(job)
         elif gguf_lora:
-            made = exporting.to_gguf_lora(wish, modelfile=ollama)
+            made = exporting.to_gguf_lora(job, modelfile=ollama)
         else:
-            made = exporting.to_gguf(wish, gguf or "Q8_0", base.value, modelfile=ollama)
+            made = exporting.to_gguf(job, gguf or "Q8_0", base.value, modelfile=ollama)
     show.document(made.to_json()) if json_ else _shown(made)
 
 

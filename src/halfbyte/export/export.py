@@ -1,10 +1,13 @@
-"""`halfbyte export RUN`: a GGUF file, a GGUF adapter, a Modelfile for Ollama, or a PEFT folder, each proven.
+"""`halfbyte merge RUN` and `halfbyte export RUN`: base and adapter as one folder of weights, a GGUF file, a GGUF
+adapter, a Modelfile for Ollama, or a PEFT folder, each proven.
 
-Cost: the source read once, the file written once (K-quants: an F16 file first), and what the proof asks.
+Cost: the source read once and the result written once for each base that is tried (K-quants: an F16 file first), and
+what the proof asks.
 """
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,26 +15,93 @@ from typing import TYPE_CHECKING
 
 from halfbyte.base.config import open_config
 from halfbyte.data.encoding.chatml import chat_template
-from halfbyte.errors import ExportError
-from halfbyte.export import converter, folder, gguf, gguf_tokenizer, lora, ollama
-from halfbyte.export.merge import Asking, Base, Wish, bases, better, describe, finish, notes
+from halfbyte.errors import ExportError, HalfbyteError
+from halfbyte.export import folder, gguf, gguf_tokenizer, llama_cpp, lora, ollama
+from halfbyte.export.job import BaseChoice, Draft, ExportJob, bases, better, describe, notes
 from halfbyte.export.weights import BaseKind, Merged
 from halfbyte.inference.load import tokenizer_of
 from halfbyte.inference.target import Target
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.proofs import programs
-from halfbyte.proofs.export import Exported, Proof
+from halfbyte.proofs.export import Exported
 from halfbyte.types import Tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 NO_LLAMA = f"not proven: llama.cpp is not installed ({programs.INSTALL})"
-# Between two numbers llama.cpp rounds to what it multiplies in.
-_OTHERS = {"F32": ("F32",), "F16": ("F16",), "BF16": ("BF16",)}
+# Besides the file's blocks llama.cpp rounds what it multiplies them with: to the same float, or to blocks alike.
+_FLOATS = ("F32", "F16", "BF16")
 
 
-def to_gguf(wish: Wish, kind: str, base: Base = "auto", *, modelfile: bool = False) -> Exported:
+# ------------------------------------------------------------------ merged folder
+def merge(job: ExportJob, choice: BaseChoice = "auto", *, quantise: bool = False) -> Exported:
+    """Write base and adapter as one model that plain transformers opens.
+
+    Args:
+        quantise: quantise it again, as the run's base is; what that costs is measured.
+
+    Raises:
+        ExportError: no space, or what was written does not say what the run says; nothing is left then.
+    """
+    out = job.out_folder("merged")
+    run = job.checked_target()
+    kinds = bases(run, choice)
+    with job.draft(run, out) as draft:
+        for kind in kinds:
+            (place := draft.folder / kind).mkdir()
+            dtype = write_merged(job, run, kind, place, copies=len(kinds))
+            if draft.witness is not None:
+                name = f"merged-{kind}"
+                proof = draft.witness.prove(place, "transformers", dtype, name, base=kind, others=(dtype,))
+                draft.proofs[kind] = proof
+        base = better(draft.proofs, kinds)
+        for kind in kinds:
+            if kind != base:
+                shutil.rmtree(draft.folder / kind)
+        result = draft.exported("merged model", base, list(notes(kinds, draft.proofs, base)))
+        if quantise:
+            result = _quantise(job, draft, result, draft.folder / base)
+        draft.keep("store" if quantise else base)
+        return draft.finish(result)
+
+
+def write_merged(job: ExportJob, run: Target, base: BaseKind, place: Path, *, copies: int = 1) -> str:
+    """Write the merged folder; returns the dtype of its matrices."""
+    merged = Merged(run, base, job.tell)
+    nbytes = folder.nbytes(merged)
+    folder.check_space(place, copies * nbytes)
+    job.tell.say(f"into {describe(base)}: {nbytes / 1e9:.2f} GB", label="merge")
+    folder.write(merged, place)
+    dtypes = [item.source.dtype for item in merged.items if len(item.source.shape) > 1]
+    del merged
+    gc.collect()
+    return max(set(dtypes), key=dtypes.count) if dtypes else "F32"
+
+
+def _quantise(job: ExportJob, draft: Draft, merged: Exported, place: Path) -> Exported:
+    """Quantise the merged folder at `place` again, into the folder `store` beside it."""
+    from halfbyte.base.quantize import quantize
+
+    quant = draft.run.recipe.quant
+    if not quant.quantises:
+        raise ExportError("the run's base is in 16 bits: it says no format to quantise to.", fix="--set quant.type=nf4")
+    recipe = draft.run.recipe.model_copy(update={"model": str(place), "revision": None})
+    store = draft.folder / "store"
+    try:
+        quantize(recipe, out=store, tell=job.tell)
+    except HalfbyteError as error:
+        raise ExportError(f"the merged model cannot be quantised: {error.message}", fix=error.fix) from error
+    if draft.witness is None:
+        return merged
+    name = f"{quant.type} of {merged.base}"
+    proof = draft.witness.prove(store, "transformers", "Q4_0", "quantised", base="4bit", bounded=False)
+    draft.proofs[name] = proof
+    return draft.exported(f"merged model in {quant.type}", name, merged.notes)
+
+
+# ------------------------------------------------------------------ GGUF
+def to_gguf(job: ExportJob, kind: str, choice: BaseChoice = "auto", *, modelfile: bool = False) -> Exported:
     """The merged model as one GGUF file in a folder, with `--ollama` a Modelfile beside it.
 
     Raises:
@@ -41,138 +111,128 @@ def to_gguf(wish: Wish, kind: str, base: Base = "auto", *, modelfile: bool = Fal
     kind = kind.upper()
     if kind not in (every := (*gguf.WRITTEN, *gguf.QUANTISED)):
         raise ExportError(f"--gguf {kind}: no such format.", fix=f"one of {', '.join(every)}")
-    if kind in gguf.QUANTISED and not programs.has_llama():
-        raise ExportError(f"{kind} is quantised by llama.cpp, which is not installed.", fix=programs.INSTALL)
-    out = wish.place(f"gguf-{kind.lower()}")
-    if (own := _model_type(wish.found())) not in gguf.ARCHITECTURES:
-        converter.command_for(own)
-    found = wish.checked()
-    kinds, tried = bases(found, base), dict[str, Proof]()
-    with wish.asking(out) as asking, folder.whole_or_absent(out) as temporary:
-        told: list[str] = []
-        for each in kinds if asking is not None and programs.has_llama() else [better({}, kinds)]:
-            (place := temporary / each).mkdir()
-            path = place / f"{name_of(found)}-{kind}.gguf"
-            told += _write(wish, found, each, path, kind)
-            if asking is not None and programs.has_llama():
-                tried[each] = prove(asking, path, kind, each)
-        taken: BaseKind = better(tried, kinds)
-        told += notes(found, kinds, tried, taken) if tried or asking is None else [NO_LLAMA]
-        made = Exported(out, f"GGUF file in {kind}", taken, tried, tuple(told))
-        made.check()
-        for each in kinds:
-            for file in (temporary / each).glob("*") if each == taken else ():
-                file.rename(temporary / file.name)
-            shutil.rmtree(temporary / each, ignore_errors=True)
+    if kind in gguf.QUANTISED:
+        llama_cpp.need(kind)
+    out = job.out_folder(f"gguf-{kind.lower()}")
+    if (model_type := _model_type(job.target())) not in gguf.ARCHITECTURES:
+        llama_cpp.converter(model_type)
+    run = job.checked_target()
+    kinds = bases(run, choice)
+    with job.draft(run, out) as draft:
+        remarks = list[str]()
+        for each in kinds if _proves(draft) else [better({}, kinds)]:
+            (place := draft.folder / each).mkdir()
+            path = place / f"{file_name(run)}-{kind}.gguf"
+            remarks += _write_gguf(job, run, each, path, kind)
+            _prove(draft, path, kind, each)
+        base = better(draft.proofs, kinds)
+        remarks += _notes(draft, kinds, base)
+        result = draft.exported(f"GGUF file in {kind}", base, remarks)
+        draft.keep(base)
         if modelfile:
-            file = next(temporary.glob("*.gguf"))
-            ollama.write(temporary / "Modelfile", file.name, _tokenizer(found), found.recipe)
-        finish(temporary, found, made)
-    return made
+            file = next(draft.folder.glob("*.gguf"))
+            ollama.write(draft.folder / "Modelfile", file.name, _tokenizer(run), run.recipe)
+        return draft.finish(result)
 
 
-def prove(asking: Asking, path: Path, kind: str, base: BaseKind, adapter: Path | None = None) -> Proof:
-    """A GGUF file beside the run, by llama.cpp."""
-    own = _family(kind)
-    others = _OTHERS.get(own, (own, own))  # of blocks it rounds what they are multiplied with alike
-    return asking.prove(path, "llama.cpp", own, f"llama-{base}", base=base, others=others, adapter=adapter)
-
-
-def _family(kind: str) -> str:
-    return kind[:4] if kind in gguf.QUANTISED else kind
-
-
-def _write(wish: Wish, found: Target, base: BaseKind, path: Path, kind: str) -> list[str]:
-    """One file; returns what is to be known of it."""
-    merged = Merged(found, base, wish.tell)
-    ours = _model_type(found) in gguf.ARCHITECTURES
-    plain = "F16" if kind in gguf.QUANTISED or not (ours or kind in ("F32", "BF16", "Q8_0")) else kind
-    weights = sum(item.source.nbytes for item in merged.items)
-    folder.check_space(path.parent, 2 * weights + folder.BESIDE_BYTES)
-    wish.tell.say(f"from {describe(base)}, in {kind}", label="gguf")
-    first = path.with_suffix(".f16") if plain != kind else path
-    told = list(_known(merged))
-    if ours:
-        gguf.write(merged, first, plain, add_tokenizer(found, merged))
-    else:
-        converter.write(merged, first, plain)
-        told.append(f"{merged.config.model_type} was written by llama.cpp's own converter")
-    if plain != kind:
-        gguf.quantised(first, path, kind)
-        first.unlink()
-        if fallen := gguf.fallen_back(path, kind):
-            told.append(fallen)
-    return told
-
-
-def _model_type(found: Target) -> str:
-    config = open_config(find_model(found.recipe).path, trust_remote_code=found.recipe.trust_remote_code)
-    return str(config.get_text_config().model_type)
-
-
-def _known(merged: Merged) -> list[str]:
-    window = getattr(merged.config.get_text_config(), "sliding_window", None)
-    if merged.config.model_type == "mistral" and window:
-        return [f"llama.cpp has no place for this model's window of {window} tokens: longer texts differ"]
-    return []
-
-
-def add_tokenizer(found: Target, merged: Merged) -> Callable[[GGUFWriter], None]:
-    """What puts a run's tokenizer and chat template into a GGUF writer."""
-    tokenizer = _tokenizer(found)
-    rows = int(merged.config.get_text_config().vocab_size)
-    template = chat_template(tokenizer, found.recipe.data)
-    return lambda writer: gguf_tokenizer.add(writer, tokenizer, rows, merged.checkpoint, template)
-
-
-def _tokenizer(found: Target) -> Tokenizer:
-    return tokenizer_of(found, find_model(found.recipe))
-
-
-def name_of(found: Target) -> str:
-    """What a file is called: by the base."""
-    return Path(find_model(found.recipe).id.removesuffix(".gguf")).name
-
-
-def to_gguf_lora(wish: Wish, *, modelfile: bool = False) -> Exported:
-    """The adapter as a GGUF adapter, with a GGUF file of its base beside it to be proven on.
+def to_gguf_lora(job: ExportJob, *, modelfile: bool = False) -> Exported:
+    """The adapter as a GGUF adapter, proven on a GGUF file of its base, which does not stay.
 
     Raises:
         ExportError: it holds what such an adapter cannot, or does not say what the run says.
     """
-    out = wish.place("gguf-lora")
-    found = wish.checked()
-    merged = Merged(found, "16bit", wish.tell)
-    tried: dict[str, Proof] = {}
-    with wish.asking(out) as asking, folder.whole_or_absent(out) as temporary:
-        path = temporary / f"{name_of(found)}-lora.gguf"
+    out = job.out_folder("gguf-lora")
+    run = job.checked_target()
+    merged = Merged(run, "16bit", job.tell)
+    with job.draft(run, out) as draft:
+        path = draft.folder / f"{file_name(run)}-lora.gguf"
         lora.write_gguf(merged, path)
-        if asking is not None and programs.has_llama():
-            alone = temporary / "base.gguf"
-            _write(wish, Target(found.path, found.recipe, None, found.run), "16bit", alone, "F16")
-            tried["16bit"] = prove(asking, alone, "F16", "16bit", path)
+        if _proves(draft):
+            alone = draft.folder / "base.gguf"
+            _write_gguf(job, Target(run.path, run.recipe, None, run.run), "16bit", alone, "F16")
+            _prove(draft, alone, "F16", "16bit", path)
             alone.unlink()
-        told = notes(found, ["16bit"], tried, "16bit") if tried or asking is None else [NO_LLAMA]
-        own = [f"llama-cli -m BASE.gguf --lora {out / path.name}, on a GGUF file of {merged.checkpoint.id} in 16 bits"]
-        made = Exported(out, "GGUF adapter", "16bit", tried, (*own, *told))
-        made.check()
+        use = f"llama-cli -m BASE.gguf --lora {out / path.name}, on a GGUF file of {merged.checkpoint.id} in 16 bits"
+        result = draft.exported("GGUF adapter", "16bit", [use, *_notes(draft, ["16bit"], "16bit")])
         if modelfile:
-            ollama.write(temporary / "Modelfile", "BASE.gguf", _tokenizer(found), found.recipe, adapter=path.name)
-        finish(temporary, found, made)
-    return made
+            ollama.write(draft.folder / "Modelfile", "BASE.gguf", _tokenizer(run), run.recipe, adapter=path.name)
+        return draft.finish(result)
 
 
-def to_peft(wish: Wish) -> Exported:
+def _write_gguf(job: ExportJob, run: Target, base: BaseKind, path: Path, kind: str) -> list[str]:
+    """Write one file; returns what a user should know of it."""
+    merged = Merged(run, base, job.tell)
+    ours = _model_type(run) in gguf.ARCHITECTURES
+    plain = "F16" if kind in gguf.QUANTISED or not (ours or kind in ("F32", "BF16", "Q8_0")) else kind
+    weights = sum(item.source.nbytes for item in merged.items)
+    folder.check_space(path.parent, 2 * weights + folder.BESIDE_BYTES)
+    job.tell.say(f"from {describe(base)}, in {kind}", label="gguf")
+    first, remarks = path.with_suffix(".f16") if plain != kind else path, list[str]()
+    window = getattr(merged.config.get_text_config(), "sliding_window", None)
+    if merged.config.model_type == "mistral" and window:
+        remarks.append(f"llama.cpp has no place for this model's window of {window} tokens: longer texts differ")
+    if ours:
+        gguf.write(merged, first, plain, add_tokenizer(run, merged))
+    else:
+        llama_cpp.convert(merged, first, plain)
+        remarks.append(f"{merged.config.model_type} was written by llama.cpp's own converter")
+    if plain != kind:
+        llama_cpp.quantise(first, path, kind)
+        first.unlink()
+        remarks += llama_cpp.other_formats(path, kind)
+    return remarks
+
+
+def _proves(draft: Draft) -> bool:
+    return draft.witness is not None and programs.has_llama()
+
+
+def _prove(draft: Draft, path: Path, kind: str, base: BaseKind, adapter: Path | None = None) -> None:
+    """Compare a GGUF file with the run, by llama.cpp, where that can be done."""
+    if draft.witness is not None and programs.has_llama():
+        family = kind[:4] if kind in gguf.QUANTISED else kind
+        others = (family,) if family in _FLOATS else (family, family)
+        name = f"llama-{base}"
+        draft.proofs[base] = draft.witness.prove(
+            path, "llama.cpp", family, name, base=base, others=others, adapter=adapter
+        )
+
+
+def _notes(draft: Draft, kinds: list[BaseKind], base: str) -> list[str]:
+    return list(notes(kinds, draft.proofs, base)) if draft.proofs or draft.witness is None else [NO_LLAMA]
+
+
+def _model_type(run: Target) -> str:
+    config = open_config(find_model(run.recipe).path, trust_remote_code=run.recipe.trust_remote_code)
+    return str(config.get_text_config().model_type)
+
+
+def add_tokenizer(run: Target, merged: Merged) -> Callable[[GGUFWriter], None]:
+    """A function that puts a run's tokenizer and chat template into a GGUF writer."""
+    tokenizer = _tokenizer(run)
+    rows = int(merged.config.get_text_config().vocab_size)
+    template = chat_template(tokenizer, run.recipe.data)
+    return lambda writer: gguf_tokenizer.add(writer, tokenizer, rows, merged.checkpoint, template)
+
+
+def _tokenizer(run: Target) -> Tokenizer:
+    return tokenizer_of(run, find_model(run.recipe))
+
+
+def file_name(run: Target) -> str:
+    """The base's name, for a file."""
+    return Path(find_model(run.recipe).id.removesuffix(".gguf")).name
+
+
+# ------------------------------------------------------------------ PEFT
+def to_peft(job: ExportJob) -> Exported:
     """A PEFT folder of one rank and one scaling, as vLLM reads them.
 
     Raises:
         ExportError: vLLM could not hold it.
     """
-    out = wish.place("peft")
-    found = wish.checked()
-    with folder.whole_or_absent(out) as temporary:
-        merged = Merged(found, "16bit", wish.tell)
-        told = lora.write_peft(merged, temporary)
-        made = Exported(out, "PEFT adapter", "16bit", {}, tuple(told))
-        finish(temporary, found, made)
-    return made
+    out = job.out_folder("peft")
+    run = job.checked_target()
+    with job.draft(run, out, prove=False) as draft:
+        remarks = lora.write_peft(Merged(run, "16bit", job.tell), draft.folder)
+        return draft.finish(draft.exported("PEFT adapter", "16bit", remarks))

@@ -1,7 +1,7 @@
 """A merged model as a folder that plain transformers opens: weights, config, tokenizer, chat template.
 
-Why: whole or absent. It is written beside its place and renamed when every byte is on the disk, so a kill, a full disk
-or an error leaves nothing under its name.
+Why: it is whole or absent. It is written beside its place and renamed when every byte is on the disk, so a kill, a full
+disk or an error leaves nothing under its name.
 Cost: the source read once, the result written once; two files at a time, each one matrix and its delta in fp32.
 """
 
@@ -28,13 +28,13 @@ from halfbyte.recipe.schema import Recipe
 from halfbyte.system import files
 
 FILES_AT_ONCE = 2
-# Config, tokenizer, card; beside which the headers are nothing.
+# Config, tokenizer and card; the headers are far smaller.
 BESIDE_BYTES = 100_000_000
-# What an adapter's folder holds of a tokenizer of its own.
+# The files of a tokenizer in an adapter's folder.
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
-MORE_ROOM = "free some space, or name another folder: --out DIR"
+MORE_SPACE = "free some space, or name another folder: --out DIR"
 
 
 def check_free(out: Path) -> None:
@@ -50,30 +50,30 @@ def check_space(out: Path, need_bytes: int) -> None:
     if (free := files.free_bytes(out.absolute())) < need_bytes:
         raise ExportError(
             f"no space left for {out}: it needs {need_bytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free.",
-            fix=MORE_ROOM,
+            fix=MORE_SPACE,
         )
 
 
 @contextmanager
 def whole_or_absent(out: Path) -> Iterator[Path]:
-    """An empty folder that is called `out` when the block ends; after an error nothing is left of it. What a killed
-    process has left under a name of its own is removed."""
+    """An empty folder that is named `out` when the block ends; after an error nothing is left of it. What killed
+    processes have left is removed."""
     files.clear_dead(out.absolute().parent, out.name)
     try:
         with files.new_folder(out) as temporary:
             yield temporary
     except OSError as error:
         why = error.strerror or str(error)
-        raise ExportError(f"{out} could not be written: {why}. Nothing of it is left.", fix=MORE_ROOM) from error
+        raise ExportError(f"{out} could not be written: {why}. Nothing of it is left.", fix=MORE_SPACE) from error
 
 
 def nbytes(merged: Merged) -> int:
-    """What the folder takes."""
+    """Bytes that the folder takes."""
     return sum(item.source.nbytes for item in merged.items) + BESIDE_BYTES
 
 
 def write(merged: Merged, folder: Path) -> None:
-    """Fill an empty folder."""
+    """Write weights, config, tokenizer and chat template into an empty folder."""
     plans, stop, threads = _plans(merged), threading.Event(), torch.get_num_threads()
     # each a thread of its own: pieces are small, and threads of one operation would wait for each other
     with merged, ThreadPoolExecutor(FILES_AT_ONCE, "merge", torch.set_num_threads, (1,)) as pool:
@@ -124,7 +124,7 @@ def _write_beside(merged: Merged, folder: Path) -> None:
     if merged.untied:
         config["tie_word_embeddings"] = False
     files.write(folder / "config.json", files.as_json(config))
-    put_tokenizer(folder, merged.found.adapter, merged.found.recipe, merged.checkpoint)
+    put_tokenizer(folder, merged.run.adapter, merged.run.recipe, merged.checkpoint)
 
 
 def put_tokenizer(folder: Path, adapter: Path | None, recipe: Recipe, checkpoint: Checkpoint) -> None:

@@ -1,7 +1,7 @@
 """The merged model as a GGUF file: what llama.cpp's converter does, by the tables that a GGUF file is read with.
 
-What: `models/gguf` says which tensor of a file is which parameter and what turns one into the other; here the same is
-undone. What was written is read back: a config that does not come back as it was is refused.
+What: `models/gguf` says which tensor of a file is which parameter and how one becomes the other; here that is inverted.
+The file is read back: a config that comes back otherwise is refused.
 Source: llama.cpp's converter (conversion/) for what each architecture states; the gguf package for names and formats.
 Cost: one tensor in fp32 at a time, and its encoding; K-quants by llama.cpp's own quantiser, from a file in F16.
 """
@@ -33,13 +33,13 @@ ARCHITECTURES = {
     "gemma3_text": "gemma3", "phi3": "phi3", "gpt2": "gpt2", "bloom": "bloom", "granite": "granite",
     "smollm3": "smollm3",
 }  # fmt: skip
-# What the gguf package encodes; everything else goes through llama.cpp's quantiser.
+# What the gguf package encodes; the rest goes through llama.cpp's quantiser (`llama_cpp.py`).
 WRITTEN = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 QUANTISED = {
     "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17,
     "Q6_K": 18,
 }  # fmt: skip
-_FTYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
+FTYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
 _KEYS = (
     "context_length", "embedding_length", "feed_forward_length", "attention.head_count", "attention.head_count_kv",
     "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon",
@@ -50,9 +50,9 @@ _MORE = {
     "phi3": "attention.sliding_window",
     "granite": "attention.scale embedding_scale residual_scale logit_scale",
 }
-# Always fp32, as llama.cpp has them.
-_WHOLE = ("position_embd.weight", "token_types.weight")
-# Of a config what says how much is computed; each must read back as it was.
+# Always in fp32, as in llama.cpp's files.
+_FP32 = ("position_embd.weight", "token_types.weight")
+# The fields of a config that change what is computed; each must read back as it was.
 _COMPUTES = frozenset(
     (
         "hidden_size", "n_embd", "intermediate_size", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head",
@@ -67,8 +67,8 @@ _COMPUTES = frozenset(
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a file will say below its architecture's name; `number` as `GgufReader` has it of a file."""
+class FileMetadata:
+    """The metadata of a file to be, below its architecture's name; read like that of an existing one (`GgufReader`)."""
 
     architecture: str
     values: Document
@@ -91,7 +91,7 @@ def architecture_of(config: Config) -> str:
     return name
 
 
-def describe(config: Config) -> tuple[Said, dict[str, np.ndarray]]:
+def describe(config: Config) -> tuple[FileMetadata, dict[str, np.ndarray]]:
     """Metadata and tables of rotary factors for a model's config.
 
     Raises:
@@ -111,14 +111,14 @@ def describe(config: Config) -> tuple[Said, dict[str, np.ndarray]]:
         values.pop("attention.head_count_kv", None)
         values["context_length"] = config.n_positions
     if architecture in ("gpt2", "bloom"):
-        return Said(architecture, values), {}
+        return FileMetadata(architecture, values), {}
     size = getattr(config, "head_dim", None) or hidden // heads
     values |= {"attention.key_length": size, "attention.value_length": size}
     if architecture == "granite":
         values |= {"attention.scale": float(config.attention_multiplier)}
     _check_pattern(config, architecture, size)
     tables = _rope(config, architecture, values, size)
-    return Said(architecture, values), tables
+    return FileMetadata(architecture, values), tables
 
 
 def _check_pattern(config: Config, architecture: str, size: int) -> None:
@@ -181,17 +181,17 @@ def _rope(config: Config, architecture: str, values: Document, size: int) -> dic
 
 
 def _llama3(params: Document, theta: float, dims: int) -> np.ndarray:
-    """By what each frequency is divided; transformers, `modeling_rope_utils.py`, `_compute_llama3_parameters`."""
+    """The divisor of each frequency: transformers, `modeling_rope_utils.py`, `_compute_llama3_parameters`."""
     wave = 2 * math.pi * theta ** (np.arange(0, dims, 2, dtype=np.float64) / dims)
     factor, low, high = params["factor"], params["low_freq_factor"], params["high_freq_factor"]
     original = params["original_max_position_embeddings"]
     smooth = (original / wave - low) / (high - low)
     between = 1 / ((1 - smooth) / factor + smooth)
-    made = np.where(wave < original / high, 1.0, np.where(wave > original / low, factor, between))
-    return made.astype(np.float32)
+    factors = np.where(wave < original / high, 1.0, np.where(wave > original / low, factor, between))
+    return factors.astype(np.float32)
 
 
-def names_of(config: Config, items: list[Item], said: Said) -> dict[str, str]:
+def names_of(config: Config, items: list[Item], metadata: FileMetadata) -> dict[str, str]:
     """The tensor of the file for each of a checkpoint.
 
     Raises:
@@ -200,15 +200,15 @@ def names_of(config: Config, items: list[Item], said: Said) -> dict[str, str]:
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
-    table = get_tensor_name_map(kinds[said.architecture], config.num_hidden_layers)
-    found = {}
+    table = get_tensor_name_map(kinds[metadata.architecture], config.num_hidden_layers)
+    names = {}
     for item in items:
-        ways = [item.name, item.target, item.target.partition(".")[2]]
-        mapped = [table.get_name(way, try_suffixes=(".weight", ".bias")) for way in ways]
+        candidates = [item.name, item.parameter, item.parameter.partition(".")[2]]
+        mapped = [table.get_name(name, try_suffixes=(".weight", ".bias")) for name in candidates]
         if (name := next((each for each in mapped if each), None)) is None:
-            raise ExportError(f"{item.name} has no place in a GGUF file of {said.architecture}.")
-        found[item.name] = name
-    return found
+            raise ExportError(f"{item.name} has no place in a GGUF file of {metadata.architecture}.")
+        names[item.name] = name
+    return names
 
 
 def write(merged: Merged, path: Path, kind: str, add_tokenizer: Callable[[GGUFWriter], None]) -> None:
@@ -223,41 +223,37 @@ def write(merged: Merged, path: Path, kind: str, add_tokenizer: Callable[[GGUFWr
     import gguf
 
     config = merged.config.get_text_config()
-    said, tables = describe(config)
-    writer = gguf.GGUFWriter(path, said.architecture)
+    metadata, tables = describe(config)
+    writer = gguf.GGUFWriter(path, metadata.architecture)
     writer.add_type("model")
     writer.add_name(Path(merged.checkpoint.id).name)
-    writer.add_file_type(_FTYPES[kind])
+    writer.add_file_type(FTYPES[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for key, value in said.values.items():
-        put(writer, f"{said.architecture}.{key}", value)
+    for key, value in metadata.values.items():
+        put(writer, f"{metadata.architecture}.{key}", value)
     add_tokenizer(writer)
-    items = [item for item in merged.items if item.target in set(merged.plain.state_dict())]
-    names = names_of(config, items, said)
+    items = [item for item in merged.items if item.parameter in set(merged.plain.state_dict())]
+    names = names_of(config, items, metadata)
     plans = {names[item.name]: (item, _type_of(names[item.name], item, kind)) for item in items}
     for name, table in tables.items():
         _announce(writer, name, table.shape, "F32")
-    for name, (item, own) in plans.items():
-        turned = transform_of(said.architecture, name).transposed and len(item.source.shape) > 1
-        _announce(writer, name, item.source.shape[::-1] if turned else item.source.shape, own)
+    for name, (item, tensor_kind) in plans.items():
+        turned = transform_of(metadata.architecture, name).transposed and len(item.source.shape) > 1
+        _announce(writer, name, item.source.shape[::-1] if turned else item.source.shape, tensor_kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for table in tables.values():
         writer.write_tensor_data(table)
     with merged:
-        for name, (item, own) in plans.items():
-            writer.write_tensor_data(encoded(values_of(merged, item, name, said), own))
+        for name, (item, tensor_kind) in plans.items():
+            values = transform_of(metadata.architecture, name).inverse(merged.value(item).numpy(), metadata, name)
+            writer.write_tensor_data(encode(values, tensor_kind))
     writer.close()
     check(path, config)
 
 
-def values_of(merged: Merged, item: Item, name: str, said: Said) -> np.ndarray:
-    """One tensor of the file, fp32."""
-    return transform_of(said.architecture, name).inverse(merged.value(item).numpy(), said, name)
-
-
-def encoded(values: np.ndarray, kind: str) -> np.ndarray:
+def encode(values: np.ndarray, kind: str) -> np.ndarray:
     """fp32 values in a format."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
@@ -266,12 +262,12 @@ def encoded(values: np.ndarray, kind: str) -> np.ndarray:
         return values.astype(np.float32)
     if kind == "F16" and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
         raise ExportError(f"a weight is {np.abs(values).max():.3g}, which F16 cannot hold.", fix="--gguf BF16")
-    made: np.ndarray = quantize(values, GGMLQuantizationType[kind])
-    return made
+    blocks: np.ndarray = quantize(values, GGMLQuantizationType[kind])
+    return blocks
 
 
 def _type_of(name: str, item: Item, kind: str) -> str:
-    if len(item.source.shape) < 2 or name in _WHOLE or name.endswith("_norm.weight"):
+    if len(item.source.shape) < 2 or name in _FP32 or name.endswith("_norm.weight"):
         return "F32"
     rows = item.source.shape[-1]
     return "F16" if kind in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1") and rows % 32 else kind
@@ -281,13 +277,14 @@ def _announce(writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: str) 
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import quant_shape_to_byte_shape
 
-    own = GGMLQuantizationType[kind]
-    block, nbytes = GGML_QUANT_SIZES[own]
+    ggml_kind = GGMLQuantizationType[kind]
+    block, nbytes = GGML_QUANT_SIZES[ggml_kind]
     total = math.prod(shape) // block * nbytes
     if kind in ("F32", "F16"):
         writer.add_tensor_info(name, shape, np.dtype(np.float32 if kind == "F32" else np.float16), total)
     else:
-        writer.add_tensor_info(name, quant_shape_to_byte_shape(shape, own), np.dtype(np.uint8), total, raw_dtype=own)
+        byte_shape = quant_shape_to_byte_shape(shape, ggml_kind)
+        writer.add_tensor_info(name, byte_shape, np.dtype(np.uint8), total, raw_dtype=ggml_kind)
 
 
 def put(writer: GGUFWriter, key: str, value: object) -> None:
@@ -305,7 +302,7 @@ def put(writer: GGUFWriter, key: str, value: object) -> None:
 
 
 def check(path: Path, config: Config) -> None:
-    """What was written must read back as the model that it is.
+    """The file must read back as the model that was written.
 
     Raises:
         ExportError: names what came back otherwise.
@@ -319,9 +316,9 @@ def check(path: Path, config: Config) -> None:
         raise ExportError(f"GGUF has no place for what the model computes with: {'; '.join(differ[:3])}.")
 
 
-def _differences(own: Document, read: Document) -> Iterator[tuple[str, object, object]]:
-    for key in sorted(set(own) & set(read) & _COMPUTES):
-        a, b = own[key], read[key]
+def _differences(written: Document, read: Document) -> Iterator[tuple[str, object, object]]:
+    for key in sorted(set(written) & set(read) & _COMPUTES):
+        a, b = written[key], read[key]
         if key == "rope_parameters":
             a, b = _plain_rope(a), _plain_rope(b)
         same = a == b or (isinstance(a, float) and isinstance(b, (float, int)) and math.isclose(a, b, rel_tol=1e-6))
@@ -332,39 +329,6 @@ def _differences(own: Document, read: Document) -> Iterator[tuple[str, object, o
 def _plain_rope(params: Document) -> object:
     if isinstance(params, dict) and any(isinstance(v, dict) for v in params.values()):
         return {key: _plain_rope(value) for key, value in params.items()}
-    kept = ("rope_type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor")
-    found = {key: params[key] for key in kept if params and params.get(key) not in (None, 1.0)}
-    return {key: value if isinstance(value, str) else round(float(value), 4) for key, value in found.items()}
-
-
-def quantised(source: Path, target: Path, kind: str) -> None:
-    """A file in another format, by llama.cpp's own quantiser.
-
-    Raises:
-        ExportError: the wheel is not installed, or refuses.
-    """
-    from halfbyte.proofs import programs
-
-    if not programs.has_llama():
-        raise ExportError(
-            f"{kind} is quantised by llama.cpp, which is not installed.", fix="pip install 'halfbyte[gguf]'"
-        )
-    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
-
-    ffi, lib = get_ffi(), get_lib()
-    settings = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())
-    settings.ftype, settings.nthread = (QUANTISED | _FTYPES)[kind], 2
-    if lib.llama_model_quantize(str(source).encode(), str(target).encode(), settings):
-        raise ExportError(f"llama.cpp could not quantise {source.name} to {kind}.")
-
-
-def fallen_back(path: Path, kind: str) -> str:
-    """What is to be said where llama.cpp could not hold every matrix in a K-quant; empty where it could."""
-    matrices = [t for t in read_header(path).tensors if len(t.shape) > 1 and t.type not in ("F32", "F16", "BF16")]
-    others = [t for t in matrices if not t.type.endswith("_K")]
-    if not others:
-        return ""
-    kinds = ", ".join(sorted({t.type for t in others}))
-    return (
-        f"{len(others)} of {len(matrices)} matrices are in {kinds} instead of {kind}: their rows are no multiple of 256"
-    )
+    keys = ("rope_type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor")
+    values = {key: params[key] for key in keys if params and params.get(key) not in (None, 1.0)}
+    return {key: value if isinstance(value, str) else round(float(value), 4) for key, value in values.items()}

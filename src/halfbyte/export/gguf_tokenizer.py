@@ -1,8 +1,8 @@
 """A tokenizer as a GGUF file's `tokenizer.*`.
 
-What: of a GGUF source its own, value by value. Else a byte-level BPE (model "gpt2") whose rule of cutting text is found
-by trying those that `models/gguf/tokenizer.py` reads, on texts that tell them apart; or a SentencePiece-like BPE with
-byte fallback (model "llama"), whose scores are the order of its merges. What is neither is refused.
+What: a GGUF source's tokenizer is copied. Otherwise it is a byte-level BPE (model "gpt2"), whose rule for splitting
+text is found by trying the known ones (`models/gguf/tokenizer.py`) on texts that distinguish them; or a
+SentencePiece-like BPE with byte fallback (model "llama"), whose scores are the order of its merges. Others are refused.
 Source: llama.cpp, src/llama-vocab.cpp, for what each kind computes.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import ExportError
 from halfbyte.models.gguf.tokenizer import PROBE, SPLITS, WHOLE_WORDS, cutting
@@ -21,12 +21,13 @@ from halfbyte.types import Document, Tokenizer
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+# llama.cpp's kinds of tokens, 1 to 6.
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
 PROBES = (
     PROBE, " A b\n\n  c's 1234567.5 Straße naïve 日本語 🙂\tend ", "I'LL we've DON'T 3.14 a1b22c333 x==y;{}\r\n\n z",
     "Привет, мир!  مرحبا १२३४ ١٢٣٤ — “q” … e\u0301 ﬁ £5 C++ foo_bar  \t\tz\u00a0nbsp …،۔ 1.2,3|4",
 )  # fmt: skip
-# Tried first: of rules that cut alike, the best known.
+# Tried first: of several rules that split alike, the best known.
 _FIRST = ("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "bloom", "gpt-4o", "deepseek-v3", "falcon")
 
 
@@ -44,7 +45,7 @@ def add(writer: GGUFWriter, tokenizer: Tokenizer, rows: int, checkpoint: Checkpo
     """Put a tokenizer into a writer.
 
     Args:
-        rows: of the embedding; what has no token is padded. template: the chat template that was trained with.
+        rows: of the embedding; those without a token are padded. template: the chat template of the training.
     """
     if (file := source_file(checkpoint)) is not None:
         _copy(writer, file, tokenizer, template)
@@ -96,32 +97,35 @@ def _tokens(values: Document, rows: int) -> tuple[list[str], list[int]]:
 
 
 def rule_of(tokenizer: Tokenizer) -> str:
-    """The rule (`tokenizer.ggml.pre`) by which a byte-level tokenizer cuts text.
+    """The rule (`tokenizer.ggml.pre`) by which a byte-level tokenizer splits text.
 
     Raises:
         ExportError: none that is known.
     """
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    own = tokenizer.backend_tokenizer
-    whole = bool(json.loads(own.to_str())["model"].get("ignore_merges"))
-    normalise = (lambda text: own.normalizer.normalize_str(text)) if own.normalizer is not None else str
-    wanted = [[piece for piece, _ in own.pre_tokenizer.pre_tokenize_str(normalise(text))] for text in PROBES]
+    backend = tokenizer.backend_tokenizer
+    whole = bool(json.loads(backend.to_str())["model"].get("ignore_merges"))
+    normalise = (lambda text: backend.normalizer.normalize_str(text)) if backend.normalizer is not None else str
+
+    def split(pre_tokenizer: Any) -> list[list[str]]:
+        return [[piece for piece, _ in pre_tokenizer.pre_tokenize_str(normalise(text))] for text in PROBES]
+
+    expected = split(backend.pre_tokenizer)
     rules = [r for r in dict.fromkeys((*_FIRST, *SPLITS, *GGUF_PRE_TOKENIZER_SPLITS)) if (r in WHOLE_WORDS) == whole]
     for rule in rules:
-        cut = cutting(rule)
-        if wanted == [[piece for piece, _ in cut.pre_tokenize_str(normalise(text))] for text in PROBES]:
+        if split(cutting(rule)) == expected:
             return rule
     raise ExportError("the tokenizer cuts text by a rule that llama.cpp is not known to have.", fix=_BY_HAND)
 
 
 def _sentencepiece(writer: GGUFWriter, values: Document, tokens: list[str], types: list[int]) -> None:
-    """Scores by the order of merges: the earlier a merge, the higher the score of what it makes."""
+    """Scores by the order of merges: the earlier a merge, the higher the score of its token."""
     scores = [0.0] * len(tokens)
     number = {token: n for n, token in enumerate(tokens)}
     for rank, merge in enumerate(values["model"]["merges"]):
-        made = "".join(merge if isinstance(merge, list) else merge.split(" "))
-        if (n := number.get(made)) is not None and scores[n] == 0.0:
+        token = "".join(merge if isinstance(merge, list) else merge.split(" "))
+        if (n := number.get(token)) is not None and scores[n] == 0.0:
             scores[n] = -float(rank + 1)
     text = json.dumps([values.get("normalizer"), values.get("pre_tokenizer")])
     prefix = '"prepend"' in text.lower() or '"prepend_scheme": "first"' in text or '"prepend_scheme": "always"' in text
@@ -134,7 +138,7 @@ def _sentencepiece(writer: GGUFWriter, values: Document, tokens: list[str], type
 
 
 def _copy(writer: GGUFWriter, file: Path, tokenizer: Tokenizer, template: str | None) -> None:
-    """`tokenizer.*` of a GGUF file, with the chat template and the tokens that were trained with."""
+    """Copy `tokenizer.*` of a GGUF file, with the chat template and the special tokens of the training."""
     from gguf import GGUFReader, GGUFValueType
 
     reader = GGUFReader(file)
@@ -146,7 +150,7 @@ def _copy(writer: GGUFWriter, file: Path, tokenizer: Tokenizer, template: str | 
         if key == "tokenizer.ggml.tokens":
             value = [added.get(n, token) for n, token in enumerate(value)]
         elif key == "tokenizer.ggml.token_type":
-            value = [CONTROL if n in added and kept != UNKNOWN else kept for n, kept in enumerate(value)]
+            value = [CONTROL if n in added and kind_ != UNKNOWN else kind_ for n, kind_ in enumerate(value)]
         elif key == "tokenizer.ggml.eos_token_id" and tokenizer.eos_token_id is not None:
             value = tokenizer.eos_token_id
         writer.add_key_value(key, value, kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)

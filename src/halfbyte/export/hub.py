@@ -1,9 +1,9 @@
 """The hub: the model card (README.md) of an export, by huggingface_hub's own classes, and `halfbyte push`.
 
-What it says is what is known: the base and its revision, the rows, the figures of `report.json`, of the evaluation and
-of the proof, the recipe, and how the export is used. PEFT's own card names a local path as the base; this one a base
-that others can find, or says that it is local. A push is private unless it is asked to be public; the token is
-huggingface_hub's own (`hf auth login`, HF_TOKEN), read by that library alone and never shown.
+The card says what is known: the base and its revision, the rows, the figures of `report.json`, of the evaluation and of
+the proof, the recipe, and how the export is used. PEFT's own card may name a local path as the base; this one names a
+base that others can find, or says that it is local. A push is private unless asked to be public; only huggingface_hub
+reads the token (`hf auth login`, HF_TOKEN), which is never shown.
 """
 
 from __future__ import annotations
@@ -24,41 +24,41 @@ if TYPE_CHECKING:
 CARD = "README.md"
 
 
-def write(folder: Path, found: Target, made: Exported) -> None:
+def write(folder: Path, run: Target, export: Exported) -> None:
     """Write the card of an export."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    base, revision = found.recipe.model, found.recipe.revision
+    base, revision = run.recipe.model, run.recipe.revision
     public = HUB_ID.fullmatch(base.partition("@")[0]) is not None
     results = [
         EvalResult(task_type="text-generation", dataset_type="local", dataset_name=name, metric_type=metric,
                    metric_value=value, verified=None)
-        for name, metric, value, _ in metrics(found, made)
+        for name, metric, value, _ in metrics(run, export)
     ]  # fmt: skip
-    kind = "peft" if "adapter" in made.kind.lower() else "gguf" if "gguf" in made.kind.lower() else "transformers"
+    kind = "peft" if "adapter" in export.kind.lower() else "gguf" if "gguf" in export.kind.lower() else "transformers"
     data = ModelCardData(
         base_model=base.partition("@")[0] if public else None,
         library_name=kind,
-        license=licence(found),
+        license=licence(run),
         tags=["halfbyte", "qlora", "lora"],
         pipeline_tag="text-generation",
         model_name=folder.name if results else None,
         eval_results=results or None,
     )
-    text = f"---\n{data.to_yaml()}\n---\n{body(found, made, base, revision, public=public)}"
+    text = f"---\n{data.to_yaml()}\n---\n{body(run, export, base, revision, public=public)}"
     ModelCard(text).save(folder / CARD)
 
 
-def metrics(found: Target, made: Exported) -> list[tuple[str, str, float, str]]:
+def metrics(run: Target, export: Exported) -> list[tuple[str, str, float, str]]:
     """(rows, metric, value, its interval in words) of the run's own evaluation, else of the proof."""
-    path = found.run.path / "eval" / "scores.json" if found.run is not None else None
+    path = run.run.path / "eval" / "scores.json" if run.run is not None else None
     rows: list[tuple[str, str, float, str]] = []
     if path is not None and path.is_file():
         try:
             rows = list(_scores(json.loads(path.read_text(encoding="utf-8"))))
         except (ValueError, KeyError, TypeError, AttributeError):
             rows = []
-    if not rows and (proven := made.proven) is not None:
+    if not rows and (proven := export.proven) is not None:
         rows = [("held-out rows of the proof", "loss", round(proven.loss, 4), "")]
         if proven.references:
             share = f"{proven.exact} of {proven.references}"
@@ -80,75 +80,77 @@ def _scores(values: Any) -> list[tuple[str, str, float, str]]:
     return rows
 
 
-def licence(found: Target) -> str | None:
+def licence(run: Target) -> str | None:
     """The base's, as its own card says it; None where it has none."""
     from huggingface_hub import ModelCard
 
     from halfbyte.models.sources.lookup import find_model
 
     try:
-        card = find_model(found.recipe).path / CARD
-        said = ModelCard.load(card).data.to_dict().get("license") if card.is_file() else None
+        card = find_model(run.recipe).path / CARD
+        name = ModelCard.load(card).data.to_dict().get("license") if card.is_file() else None
     except (HalfbyteError, OSError, ValueError):
         return None
-    return said if isinstance(said, str) else None
+    return name if isinstance(name, str) else None
 
 
-def body(found: Target, made: Exported, base: str, revision: str | None, *, public: bool) -> str:
+def body(run: Target, export: Exported, base: str, revision: str | None, *, public: bool) -> str:
     """Everything below the metadata."""
     name = base.partition("@")[0] if public else Path(base).name
-    own = "" if public else " (a local model: say where others can find it)"
+    local = "" if public else " (a local model: say where others can find it)"
     at = f" at revision `{revision}`" if revision else ""
-    lines = [f"# {name}, fine-tuned with QLoRA", "", f"A {made.kind}. Base: `{name}`{at}{own}.", ""]
-    lines += ["## Training", "", *_training(found), ""]
-    if rows := metrics(found, made):
+    lines = [f"# {name}, fine-tuned with QLoRA", "", f"A {export.kind}. Base: `{name}`{at}{local}.", ""]
+    lines += ["## Training", "", *_training(run), ""]
+    if rows := metrics(run, export):
         lines += ["## Evaluation", "", "| rows | metric | value | interval |", "| --- | --- | --- | --- |"]
         lines += [f"| {rows_} | {metric} | {value:g} | {words or '-'} |" for rows_, metric, value, words in rows] + [""]
-    lines += ["## Proof", "", *_proof(made), "", "## Use", "", "```", *_use(made), "```", ""]
+    lines += ["## Proof", "", *_proof(export), "", "## Use", "", "```", *_use(export), "```", ""]
     return "\n".join(lines)
 
 
-def _training(found: Target) -> list[str]:
-    recipe, report = found.recipe, dict[str, Any]()
-    if found.run is not None and found.run.report.is_file():
-        report = json.loads(found.run.report.read_text(encoding="utf-8"))
+def _training(run: Target) -> list[str]:
+    recipe, report = run.recipe, dict[str, Any]()
+    if run.run is not None and run.run.report.is_file():
+        report = json.loads(run.run.report.read_text(encoding="utf-8"))
     names = recipe.data.train if isinstance(recipe.data.train, str) else ", ".join(map(str, recipe.data.train or ()))
     lora = recipe.lora
-    said = [f"- rows: {', '.join(Path(n).name for n in names.split(', ')) or 'not known'}"]
-    said.append(f"- base in {recipe.quant.type}; LoRA rank {lora.r}, alpha {lora.lora_alpha}, on {lora.target_modules}")
+    lines = [f"- rows: {', '.join(Path(n).name for n in names.split(', ')) or 'not known'}"]
+    lines.append(
+        f"- base in {recipe.quant.type}; LoRA rank {lora.r}, alpha {lora.lora_alpha}, on {lora.target_modules}"
+    )
     for key, words in (("tokens", "{:,} tokens"), ("steps", "{:,} steps"), ("train_seconds", "{:,.0f} s"),
                        ("peak_rss_bytes", "{:,} bytes of memory at most")):  # fmt: skip
         if isinstance(report.get(key), (int, float)):
-            said.append(f"- {words.format(report[key])}")
-    if found.run is not None and found.run.recipe.is_file():
-        text = found.run.recipe.read_text(encoding="utf-8").rstrip()
-        said += ["", "<details><summary>recipe</summary>", "", "```yaml", text, "```", "", "</details>"]
-    return [*said, "", f"halfbyte {versions().get('halfbyte', '')}"]
+            lines.append(f"- {words.format(report[key])}")
+    if run.run is not None and run.run.recipe.is_file():
+        text = run.run.recipe.read_text(encoding="utf-8").rstrip()
+        lines += ["", "<details><summary>recipe</summary>", "", "```yaml", text, "```", "", "</details>"]
+    return [*lines, "", f"halfbyte {versions().get('halfbyte', '')}"]
 
 
-def _proof(made: Exported) -> list[str]:
-    if (proven := made.proven) is None:
-        return list(made.notes) or ["Not proven."]
-    said = (
+def _proof(export: Exported) -> list[str]:
+    if (proven := export.proven) is None:
+        return list(export.notes) or ["Not proven."]
+    figures = (
         f"Opened by {proven.program} and compared with the run on {proven.positions} labelled tokens and "
         f"{proven.answers} prompts: logits differ by {proven.difference:.3g} of their spread, {proven.same_answers} "
         f"greedy answers are the same token for token, the loss is {proven.loss:.4f} (the run: {proven.run_loss:.4f})."
     )
-    return [said, *(["", *made.notes] if made.notes else [])]
+    return [figures, *(["", *export.notes] if export.notes else [])]
 
 
-def _use(made: Exported) -> list[str]:
-    if made.kind.startswith("GGUF file"):
+def _use(export: Exported) -> list[str]:
+    if export.kind.startswith("GGUF file"):
         return ["llama-cli -m FILE.gguf -cnv", "ollama create NAME -f Modelfile   # where there is one"]
-    if made.kind.startswith("GGUF adapter"):
+    if export.kind.startswith("GGUF adapter"):
         return ["llama-cli -m BASE.gguf --lora FILE.gguf -cnv"]
-    if made.kind.startswith("PEFT"):
-        return [*made.notes, "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)"]
+    if export.kind.startswith("PEFT"):
+        return [*export.notes, "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)"]
     return ["AutoModelForCausalLM.from_pretrained(FOLDER)   # transformers", "vllm serve FOLDER"]
 
 
-# What a run keeps for itself.
-LEFT = ("lock", "*.lock", "checkpoints/*", "*.tmp", ".*")
+# Files of a run that are not pushed.
+NOT_PUSHED = ("lock", "*.lock", "checkpoints/*", "*.tmp", ".*")
 
 
 def folder_of(path: Path) -> Path:
@@ -174,14 +176,14 @@ def push(path: Path, repo: str, *, public: bool = False) -> str:
         raise ExportError(f"{repo!r} is no name of a repository.", fix="USER/NAME")
     api = HfApi()
     try:
-        made = api.create_repo(repo, private=not public, exist_ok=True)
-        if not public and not api.repo_info(made.repo_id).private:
+        address = api.create_repo(repo, private=not public, exist_ok=True)
+        if not public and not api.repo_info(address.repo_id).private:
             raise ExportError(f"{repo} is there and is public; nothing was pushed.", fix="--public, or another name")
-        api.upload_folder(repo_id=made.repo_id, folder_path=folder, ignore_patterns=list(LEFT))
+        api.upload_folder(repo_id=address.repo_id, folder_path=folder, ignore_patterns=list(NOT_PUSHED))
     except (HfHubHTTPError, HFValidationError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         fix = "hf auth login, with a token that may write" if status in (401, 403) else None
         raise ExportError(f"the hub refused {repo}: {first_line(error)}", fix=fix) from error
     except OSError as error:
         raise ExportError(f"the hub cannot be reached: {first_line(error)}") from error
-    return str(made)
+    return str(address)

@@ -1,9 +1,9 @@
 """An adapter for other programs: a GGUF adapter for llama.cpp, and a PEFT folder within vLLM's limits.
 
 llama.cpp scales every layer by one alpha over the layer's own rank, and vLLM by one alpha and one rank; neither reads
-rsLoRA's or a pattern's scaling of a single layer. So that scaling is put into B, and what neither can hold (DoRA,
-biases, modules trained whole, rows of tokens, experts) is refused. A residual start becomes twice the rank: what was
-learned since is B A less the factors that it began at.
+rsLoRA's or a pattern's scaling of a single layer. So that scaling is multiplied into B, and what neither can hold
+(DoRA, biases, modules trained whole, rows of tokens, experts) is refused. A residual start doubles the rank: what was
+learned since is B A minus the factors that it began with.
 Source: llama.cpp, src/llama-adapter.h (`get_scale`); vLLM, vllm/lora/peft_helper.py.
 Cost: the adapter in fp32.
 """
@@ -36,7 +36,7 @@ MERGED = "halfbyte merge RUN, or halfbyte export RUN --gguf: there everything is
 class Factors:
     """One layer's delta as B A, its whole scaling in B: B (O, R) and A (R, D), fp32."""
 
-    target: str
+    parameter: str
     b: torch.Tensor
     a: torch.Tensor
 
@@ -47,26 +47,26 @@ def factors(merged: Merged, program: str) -> list[Factors]:
     Raises:
         ExportError: names what the program's adapters cannot hold.
     """
-    found, held = list[Factors](), dict[str, list[str]]()
-    for target, change in merged.changes.items():
+    layers, refused = list[Factors](), dict[str, list[str]]()
+    for parameter, change in merged.changes.items():
         layer = change.layer
         if layer is None or change.norms or not hasattr(layer, "lora_A") or not layer.lora_A:
             what = (
-                "experts" if change.experts is not None else "a trained bias" if target.endswith(".bias")
+                "experts" if change.experts is not None else "a trained bias" if parameter.endswith(".bias")
                 else "trained rows of tokens" if change.rows is not None else "DoRA" if change.norms
                 else "LoRA on an embedding" if layer is not None else "a module trained whole"
             )  # fmt: skip
-            held.setdefault(what, []).append(target)
+            refused.setdefault(what, []).append(parameter)
             continue
         key = next(iter(layer.scaling))
         b, a = layer.lora_B[key].weight.detach() * layer.scaling[key], layer.lora_A[key].weight.detach()
         if change.start is not None:
             b, a = torch.cat([b, -change.start[0]], 1), torch.cat([a, change.start[1]])
-        found.append(Factors(target, b, a))
-    if held:
-        listed = "; ".join(f"{what} ({names[0]})" for what, names in held.items())
+        layers.append(Factors(parameter, b, a))
+    if refused:
+        listed = "; ".join(f"{what} ({names[0]})" for what, names in refused.items())
         raise ExportError(f"an adapter for {program} cannot hold {listed}.", fix=MERGED)
-    return found
+    return layers
 
 
 def write_gguf(merged: Merged, path: Path) -> None:
@@ -78,24 +78,24 @@ def write_gguf(merged: Merged, path: Path) -> None:
     from gguf import GGUFWriter
 
     config = merged.config.get_text_config()
-    said, _ = gguf.describe(config)
+    assert merged.run.adapter is not None
+    metadata, _ = gguf.describe(config)
     every = factors(merged, "llama.cpp")
-    by_target = {item.target: item for item in merged.items}
-    names = gguf.names_of(config, [by_target[each.target] for each in every], said)
-    assert merged.found.adapter is not None
-    alpha = float(read_config(merged.found.adapter)["lora_alpha"])
-    writer = GGUFWriter(path, said.architecture)
+    items = {item.parameter: item for item in merged.items}
+    names = gguf.names_of(config, [items[each.parameter] for each in every], metadata)
+    alpha = float(read_config(merged.run.adapter)["lora_alpha"])
+    writer = GGUFWriter(path, metadata.architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
     writer.add_name(Path(merged.checkpoint.id).name)
     for each in every:
-        name = names[by_target[each.target].name]
-        order = transform_of(said.architecture, name).order
+        name = names[items[each.parameter].name]
+        order = transform_of(metadata.architecture, name).order
         b = each.b.numpy() * (each.a.shape[0] / alpha)  # llama.cpp multiplies by alpha over the rank
         if order is not None:
             turned = np.empty_like(b)
-            turned[order(said, name, len(b))] = b
+            turned[order(metadata, name, len(b))] = b
             b = turned
         writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(each.a.numpy()))
         writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(b))
@@ -106,12 +106,12 @@ def write_gguf(merged: Merged, path: Path) -> None:
 
 
 def write_peft(merged: Merged, folder: Path) -> list[str]:
-    """A PEFT folder of one rank and one alpha, which plain PEFT and vLLM read alike; returns what is to be known.
+    """A PEFT folder of one rank and one alpha, which plain PEFT and vLLM read alike; returns notes on its use.
 
     Raises:
         ExportError: vLLM could not hold it.
     """
-    adapter = merged.found.adapter
+    adapter = merged.run.adapter
     assert adapter is not None
     every = factors(merged, "vLLM")
     rank = max(each.a.shape[0] for each in every)
@@ -119,37 +119,38 @@ def write_peft(merged: Merged, folder: Path) -> list[str]:
         raise ExportError(f"the adapter's rank is {rank}, and vLLM holds {VLLM_RANKS[-1]} at most.", fix=MERGED)
     tensors = dict[str, torch.Tensor]()
     for each in every:
-        name = f"base_model.model.{each.target.removesuffix('.weight')}"
+        name = f"base_model.model.{each.parameter.removesuffix('.weight')}"
         a, b = each.a.new_zeros(rank, each.a.shape[1]), each.b.new_zeros(each.b.shape[0], rank)
         a[: len(each.a)], b[:, : each.b.shape[1]] = each.a, each.b  # alpha = r: B has the scaling
         tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
     config = read_config(adapter) | {
         "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
         "init_lora_weights": True, "base_model_name_or_path": merged.checkpoint.id,
-        "target_modules": sorted({each.target.removesuffix(".weight").rpartition(".")[2] for each in every}),
+        "target_modules": sorted({each.parameter.removesuffix(".weight").rpartition(".")[2] for each in every}),
         "layers_to_transform": None, "layers_pattern": None, "exclude_modules": None, "lora_bias": False,
         "bias": "none",
     }  # fmt: skip
-    left_out = set(_reached(merged, config["target_modules"])) - {e.target.removesuffix(".weight") for e in every}
-    if left_out:  # named in full where the last part of a name says too much
-        config["target_modules"] = sorted(each.target.removesuffix(".weight") for each in every)
+    modules = {each.parameter.removesuffix(".weight") for each in every}
+    if set(_modules_of(merged, config["target_modules"])) - modules:  # the last part of a name names others too
+        config["target_modules"] = sorted(modules)
     save_file(tensors, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
     files.write(folder / ADAPTER_FILES[1], json.dumps(config, indent=2).encode() + b"\n")
     for path in adapter.iterdir():
         if path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "chat_template")):
             shutil.copyfile(path, folder / path.name)
-    return list(_vllm(rank, quantised=merged.found.recipe.quant.quantises))
+    return list(_vllm(rank, quantised=merged.run.recipe.quant.quantises))
 
 
-def _reached(merged: Merged, leaves: list[str]) -> Iterator[str]:
+def _modules_of(merged: Merged, leaves: list[str]) -> Iterator[str]:
+    """The modules that PEFT finds by the last parts of their names."""
     for item in merged.items:
-        module = item.target.removesuffix(".weight")
-        if item.target.endswith(".weight") and module.rpartition(".")[2] in leaves:
+        module = item.parameter.removesuffix(".weight")
+        if item.parameter.endswith(".weight") and module.rpartition(".")[2] in leaves:
             yield module
 
 
 def _vllm(rank: int, *, quantised: bool) -> Iterator[str]:
-    most = next(each for each in VLLM_RANKS if each >= rank)
-    yield f"vLLM: --enable-lora --max-lora-rank {most} --lora-modules NAME=FOLDER"
+    max_rank = next(each for each in VLLM_RANKS if each >= rank)
+    yield f"vLLM: --enable-lora --max-lora-rank {max_rank} --lora-modules NAME=FOLDER"
     if quantised:
         yield "it was trained on 4-bit weights: on the 16-bit base of vLLM it says what `merge --base 16bit` says"

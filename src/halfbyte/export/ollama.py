@@ -1,15 +1,15 @@
-"""A Modelfile for Ollama: the file, the chat template in Ollama's language, and what ends an answer.
+"""A Modelfile for Ollama: the model file, the chat template in Ollama's language, and what ends an answer.
 
-Ollama's templates are Go's, a tokenizer's are Jinja. What stands around each message is found by rendering messages of
-known text; texts go into the Go template as quoted strings, so that nothing of Go's white-space rules touches them. A
-template that is not made of messages with something around each is refused.
+Ollama's templates are Go's, a tokenizer's are Jinja's. What stands around each message is found by rendering messages
+of known text; it goes into the Go template as quoted strings, which Go's white-space rules leave alone. A template that
+is more than messages with something around each is refused.
 Source: Ollama, parser/parser.go (commands, quotes of three) and template/template.go (.Messages, .Role, .Content).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,15 +46,15 @@ class Around:
         for number, (role, before) in enumerate(self.before.items()):
             word = "if" if number == 0 else "else if"
             branches.append(
-                f'{{{{- {word} eq .Role "{role}" }}}}{_said(before)}{{{{ .Content }}}}{_said(self.after[role])}'
+                f'{{{{- {word} eq .Role "{role}" }}}}{_quoted(before)}{{{{ .Content }}}}{_quoted(self.after[role])}'
             )
-        head = _said(self.head)
+        head = _quoted(self.head)
         if head and "system" in self.before:
             head = f'{{{{- if ne (index .Messages 0).Role "system" }}}}{head}{{{{- end }}}}'
-        return f"{head}{{{{- range .Messages }}}}{''.join(branches)}{{{{- end }}}}{{{{- end }}}}{_said(self.ask)}"
+        return f"{head}{{{{- range .Messages }}}}{''.join(branches)}{{{{- end }}}}{{{{- end }}}}{_quoted(self.ask)}"
 
 
-def _said(text: str) -> str:
+def _quoted(text: str) -> str:
     quoted = "".join(c if c.isprintable() else _escaped(c) for c in json.dumps(text, ensure_ascii=False))
     return f"{{{{- {quoted} }}}}" if text else ""
 
@@ -105,13 +105,13 @@ def around(tokenizer: Tokenizer, template: str) -> Around:
         return text.removeprefix(bos) if bos else text
 
     try:
-        found = _found(render)
+        guess = _around_known_texts(render)
         talks: list[Messages] = [
             [("user", "one")], [("user", "one"), ("assistant", "two"), ("user", "three")],
-            *([[("system", "zero"), ("user", "one")]] if "system" in found.before else []),
+            *([[("system", "zero"), ("user", "one")]] if "system" in guess.before else []),
         ]  # fmt: skip
-        if all(found.render(talk) == render(ask=True, texts=talk) for talk in talks):
-            return found
+        if all(guess.render(talk) == render(ask=True, texts=talk) for talk in talks):
+            return guess
     except (ValueError, IndexError, KeyError, TypeError):
         pass
     raise ExportError(
@@ -120,8 +120,8 @@ def around(tokenizer: Tokenizer, template: str) -> Around:
     )
 
 
-def _found(render: object) -> Around:
-    assert callable(render)
+def _around_known_texts(render: Callable[..., str]) -> Around:
+    """What stands around messages of known text. Raises an error of any kind where that cannot be told."""
     user = render("user")
     first, after_user = user.split(_TEXTS["user"])
     one, rest = render("user", "assistant", "user").split(_TEXTS["assistant"])
@@ -130,7 +130,7 @@ def _found(render: object) -> Around:
     before_user = rest.split(_TEXTS["user"])[0][len(after_assistant) :]
     if not first.endswith(before_user):
         raise ValueError("messages differ by their place")
-    found = Around(
+    without_system = Around(
         before={"user": before_user, "assistant": before_assistant},
         after={"user": after_user, "assistant": after_assistant},
         head=first.removesuffix(before_user),
@@ -141,11 +141,11 @@ def _found(render: object) -> Around:
         before, rest = both.split(_TEXTS["system"])
         after = rest.split(_TEXTS["user"])[0]
     except Exception:  # a template may refuse a system message in its own words
-        return found
+        return without_system
     if not after.endswith(before_user):
-        return found
+        return without_system
     return replace(
-        found,
-        before={"system": before, **found.before},
-        after={"system": after.removesuffix(before_user), **found.after},
+        without_system,
+        before={"system": before, **without_system.before},
+        after={"system": after.removesuffix(before_user), **without_system.after},
     )

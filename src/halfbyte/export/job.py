@@ -1,0 +1,237 @@
+"""What every export shares: what is asked for, whether the adapter belongs to the base that is here, what the run says
+(its witness), which base is merged into, and the folder that appears when it is whole.
+
+Which base: a QLoRA adapter was trained on the 4-bit weights, and has learned to make up for some of what they lost.
+Into the 16-bit weights it carries that along, where nothing was lost; into the dequantised ones the model stays the one
+that was trained, with what 4 bits have lost. Neither is always better, so `auto` writes both and measures.
+Cost: hashing the adapter and reading the base's headers; a child process that opens the run, and one for each proof.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from halfbyte.adapters import passport
+from halfbyte.base import load
+from halfbyte.base.config import open_config
+from halfbyte.base.store import supply
+from halfbyte.data.encoding.chatml import chat_template
+from halfbyte.errors import ExportError
+from halfbyte.export import folder, hub
+from halfbyte.export.weights import BaseKind, starts_residual
+from halfbyte.export.witness import PROMPTS, WITNESS, RunQuestions, ask_run
+from halfbyte.inference import target
+from halfbyte.inference.load import tokenizer_of
+from halfbyte.inference.target import Target
+from halfbyte.models import tensors
+from halfbyte.models.sources.lookup import find_model
+from halfbyte.models.structure import meta_model
+from halfbyte.proofs.export import Exported, Proof, ask_program, prove_export
+from halfbyte.recipe.adapter import read_config, read_passport
+from halfbyte.system import device, files
+
+BaseChoice = Literal["16bit", "4bit", "auto"]
+EXPORT = "export.json"
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """What is asked of any export.
+
+    Args:
+        run: a run folder, or an adapter's. out: None takes a folder in the run. data: rows to compare on.
+        prove: False writes it unproven, and says so in it. prompts: at most so many are answered for the proof.
+    """
+
+    run: Path
+    out: Path | None = None
+    overrides: Sequence[str] = ()
+    force: bool = False
+    data: Path | None = None
+    prove: bool = True
+    prompts: int = PROMPTS
+    tell: supply.Tell = field(default_factory=supply.Tell)
+
+    def target(self) -> Target:
+        """The run or adapter, on this machine."""
+        run = target.find(self.run, self.overrides)
+        if run.adapter is None:
+            raise ExportError(f"{self.run} is a base without an adapter: there is nothing to ship.")
+        return run
+
+    def checked_target(self) -> Target:
+        """The same, once its passport says that it belongs to the base that is here."""
+        run = self.target()
+        check_passport(run, self.tell, force=self.force)
+        return run
+
+    def out_folder(self, name: str) -> Path:
+        """Where the export goes; nothing is there yet."""
+        out = self.out or (self.run / name if (self.run / "recipe.yaml").is_file() else Path(f"{self.run}-{name}"))
+        folder.check_free(out)
+        return out
+
+    @contextmanager
+    def draft(self, run: Target, out: Path, *, prove: bool = True) -> Iterator[Draft]:
+        """An export in the making: `out` appears when the block ends, and nothing after an error."""
+        with self._asked(run, out, prove=prove) as witness, folder.whole_or_absent(out) as temporary:
+            yield Draft(run, out, temporary, witness)
+
+    @contextmanager
+    def _asked(self, run: Target, out: Path, *, prove: bool) -> Iterator[RunWitness | None]:
+        """The run's answers, in a folder that goes with them; None where nothing is proven."""
+        if not (prove and self.prove):
+            yield None
+            return
+        above, name = next(p for p in out.absolute().parents if p.exists()), f"{out.name}-asked"
+        files.clear_dead(above, name)
+        place = files.beside(above / name)
+        place.mkdir()
+        try:
+            yield RunWitness(self, run, place)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+class RunWitness:
+    """What a run says, for exports to be compared with; each is asked in a process of its own."""
+
+    def __init__(self, job: ExportJob, run: Target, place: Path) -> None:
+        self.job, self.run, self.place = job, run, place
+        job.tell.say("the run is asked, to be compared with", label="proof")
+        self.path = self._ask("run")
+
+    def _ask(self, name: str, *, unquantised: bool = False) -> Path:
+        out, job = self.place / name, self.job
+        out.mkdir()
+        data = str(job.data) if job.data is not None else None
+        overrides = tuple(job.overrides)
+        return ask_run(RunQuestions(str(job.run), str(out), overrides, job.force, unquantised, data, job.prompts))
+
+    def unquantised(self) -> Path:
+        """The folder of what base and adapter say in 16 bits."""
+        if not (self.place / "unquantised" / WITNESS).is_file():
+            self._ask("unquantised", unquantised=True)
+        return self.place / "unquantised"
+
+    def prove(
+        self, path: Path, program: str, kind: str, name: str, *, base: BaseKind, others: Sequence[str] = (),
+        adapter: Path | None = None, bounded: bool = True,
+    ) -> Proof:  # fmt: skip
+        """Open an export by a program and compare it with the run; a difference is in the proof, not raised."""
+        assert self.run.adapter is not None
+        self.job.tell.say(f"{path.name} is opened by {program}", label="proof")
+        ask_program(program, path, self.path, self.place / name, adapter)
+        on_16_bits = base == "16bit" and self.run.recipe.quant.quantises
+        # what these would be on 16-bit weights no run can say
+        unlike = on_16_bits and (read_config(self.run.adapter).get("use_dora") or starts_residual(self.run.adapter))
+        bounded = bounded and not unlike
+        reference = self.unquantised() if on_16_bits and bounded else None
+        said = self.place / name
+        return prove_export(self.path, said, program, kind, others=others, reference=reference, bounded=bounded)
+
+
+@dataclass
+class Draft:
+    """An export while it is written.
+
+    Args:
+        folder: gets the name `out` when it is whole. witness: None where nothing is proven.
+        proofs: by the base that was merged into.
+    """
+
+    run: Target
+    out: Path
+    folder: Path
+    witness: RunWitness | None
+    proofs: dict[str, Proof] = field(default_factory=dict)
+
+    def exported(self, kind: str, base: str, notes: Sequence[str]) -> Exported:
+        """The result. Raises ExportError where it does not say what the run says."""
+        result = Exported(self.out, kind, base, dict(self.proofs), tuple(notes))
+        result.check()
+        return result
+
+    def keep(self, base: str) -> None:
+        """Of the folders of several bases move one's files up, and remove the others."""
+        for place in [path for path in self.folder.iterdir() if path.is_dir()]:
+            for path in place.iterdir() if place.name == base else ():
+                path.rename(self.folder / path.name)
+            shutil.rmtree(place)
+
+    def finish(self, result: Exported) -> Exported:
+        """Write the figures and the card beside what was written."""
+        files.write(self.folder / EXPORT, files.as_json(result.to_json()))
+        hub.write(self.folder, self.run, result)
+        return result
+
+
+def check_passport(run: Target, tell: supply.Tell, *, force: bool = False) -> None:
+    """Whether an adapter belongs to the base that is here, without opening it; one without a passport passes.
+
+    Opening a run checks this too, but an export may be unproven, and an adapter's folder is never opened here.
+
+    Raises:
+        AdapterError: it belongs to another base, quantiser, tokenizer or chat template, or is not the file that was
+            trained.
+    """
+    if run.adapter is None or read_passport(run.adapter) is None:
+        return
+    recipe, checkpoint, machine = run.recipe, find_model(run.recipe), device.detect()
+    config = open_config(checkpoint.path, trust_remote_code=recipe.trust_remote_code)
+    specs = tuple(tensors.read_checkpoint(checkpoint.path)) if not checkpoint.pickle else ()
+    name, why = device.compute_dtype(machine, recipe.quant.compute_dtype)
+    store = None
+    if recipe.quant.quantises and not tensors.is_quantised(config.to_dict()) and not hasattr(config, "auto_map"):
+        store, _ = load.stored_base(load.store_spec(checkpoint, config, recipe.quant, machine, specs), machine, tell)
+    tokenizer = tokenizer_of(run, checkpoint)
+    base = load.Base(meta_model(config), tokenizer, checkpoint, specs, name, why, 0, 0, store=store)
+    here = passport.belongs_to(base, recipe.quant, tokenizer, chat_template(tokenizer, recipe.data))
+    for text in passport.check(run.adapter, here, force=force):
+        tell.say(text, label="note")
+
+
+def describe(base: str) -> str:
+    return "the 16-bit weights" if base == "16bit" else "the dequantised weights that were trained on"
+
+
+def bases(run: Target, choice: BaseChoice) -> list[BaseKind]:
+    """What is merged into: the base asked for, or those to choose among."""
+    if not run.recipe.quant.quantises:
+        if choice == "4bit":
+            raise ExportError("the run was trained on 16-bit weights, so there are no others.", fix="--base 16bit")
+        return ["16bit"]
+    return ["16bit", "4bit"] if choice == "auto" else [choice]
+
+
+def better(proofs: dict[str, Proof], kinds: Sequence[BaseKind]) -> BaseKind:
+    """Of the sound ones the base nearer to the run, by KL; what was trained where nothing is measured."""
+    sound = [kind for kind in kinds if kind in proofs and not proofs[kind].problems]
+    if not proofs and len(kinds) > 1:
+        return "4bit"
+    return min(sound or kinds, key=lambda kind: proofs[kind].kl if kind in proofs else 0.0)
+
+
+def notes(kinds: Sequence[str], proofs: dict[str, Proof], base: str) -> Iterator[str]:
+    """Why a base was chosen, and what its proof cannot see."""
+    if len(kinds) > 1 and proofs:
+        figures = "; ".join(
+            f"{kind}: KL {p.kl:.4f}, loss {p.loss:.4f}, exact {p.exact} of {p.references}" for kind, p in proofs.items()
+        )
+        run = proofs[base]
+        yield (
+            f"into {describe(base)}, the nearer to the run by KL ({figures}; the run: loss {run.run_loss:.4f}, exact "
+            f"{run.run_exact} of {run.references}; the base alone is {run.base_kl:.4f} away)"
+        )
+    if not proofs:
+        yield "not proven: it was not asked for (--no-proof)"
+    if blind := next((proof for proof in proofs.values() if proof.moved < proof.bound), None):
+        yield (
+            f"the adapter moves logits by {blind.moved:.3g} of their spread, and rounding may by "
+            f"{blind.bound:.3g}: an adapter that is not there would not be seen"
+        )
