@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from halfbyte.data.encoding.encoder import Encoded, Encoder
+from halfbyte.data.encoding.encoder import EncodedRows, Encoder
 from halfbyte.data.encoding.examples import Examples
 from halfbyte.data.encoding.tally import Tally
 from halfbyte.data.reading import files
@@ -23,7 +23,7 @@ def read_rows(names: Path | str | Sequence[str], data: Data) -> list[Row]:
     return rows
 
 
-def encode(rows: Sequence[Row], tokenizer: Any, data: Data) -> Encoded:
+def encode(rows: Sequence[Row], tokenizer: Any, data: Data) -> EncodedRows:
     """Rows to examples; raises what is wrong with any of them."""
     encoder, tally, batches = Encoder(tokenizer, data), Tally(), []
     for at in range(0, len(rows), CHUNK_ROWS):
@@ -32,4 +32,4 @@ def encode(rows: Sequence[Row], tokenizer: Any, data: Data) -> Encoded:
         tally.merge(seen)
     tally.check(data)
     tally.check_length(data)
-    return Encoded(Examples(batches), tally)
+    return EncodedRows(Examples(batches), tally)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from halfbyte.data.blocks import Blocks, stream
 from halfbyte.data.collate import collate
-from halfbyte.data.encoding.examples import IGNORED, Examples, Tokens, batch
+from halfbyte.data.encoding.examples import IGNORED, Examples, TokenizedRow, batch
 from halfbyte.data.reading.formats import Row
 from halfbyte.errors import DataError
 from tests.data.in_memory import encode
@@ -21,7 +21,7 @@ def texts(lengths: list[int]) -> Examples:
     """Texts of these lengths, no token twice, in two batches."""
     made, at = [], 0
     for n, length in enumerate(lengths, start=1):
-        made.append(Tokens(list(range(at, at + length)), [(1, length)] if length > 1 else [], f"t:{n}", [], ""))
+        made.append(TokenizedRow(list(range(at, at + length)), [(1, length)] if length > 1 else [], f"t:{n}", [], ""))
         at += length
     half = len(made) // 2
     return Examples([batch(made[:half]), batch(made[half:])])

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from halfbyte import finetune
 from halfbyte.data import gates
-from halfbyte.data.encoding.encoder import Encoded
+from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.gates import Finding
 from halfbyte.data.reading.formats import Message, Row
 from halfbyte.errors import DataError
@@ -36,7 +36,7 @@ GATES = [
 GOOD: list[Pair] = [("Hello there", "I am fine."), ("and you", "Thank you very much")]
 
 
-def pairs(tokenizer: Any, data: Any, talk: list[Pair], name: str = "t.jsonl") -> Encoded:
+def pairs(tokenizer: Any, data: Any, talk: list[Pair], name: str = "t.jsonl") -> EncodedRows:
     rows = [Row(f"{name}:{n}", prompt=p, completion=c) for n, (p, c) in enumerate(talk, start=1)]
     return encode(rows, tokenizer, data)
 

@@ -69,7 +69,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder, runs = tmp_path_factory.mktemp("world"), list[Path]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HALFBYTE_CACHE", str(folder / "cache"))
-        patch.setattr(token_cache, "LEAST_ROWS", 1)
+        patch.setattr(token_cache, "MIN_ROWS", 1)
         for seed in (0, 1):
             here = folder / str(seed)
             here.mkdir()

@@ -9,13 +9,13 @@ token of each piece has no label. Blocks count as rows: batch x accumulation is 
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.data.encoding.encoder import Encoded
+from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import IGNORED, Example, Examples
 
 
-def stream(texts: Encoded, block_tokens: int) -> Encoded:
+def stream(texts: EncodedRows, block_tokens: int) -> EncodedRows:
     """The same tokens in blocks; the tally of the texts stays."""
-    return Encoded(Blocks(texts.examples, block_tokens), texts.tally, texts=len(texts.examples))
+    return EncodedRows(Blocks(texts.examples, block_tokens), texts.tally, texts=len(texts.examples))
 
 
 class Blocks(Examples):
@@ -33,7 +33,7 @@ class Blocks(Examples):
     def __len__(self) -> int:
         return len(self._first)
 
-    def _made(self, index: int) -> Example:
+    def _example(self, index: int) -> Example:
         first, stop = self._edges[index : index + 2].tolist()
         ids: list[int] = []
         labels: list[int] = []

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.data.encoding.chatml import is_reserved
-from halfbyte.data.encoding.encoder import Encoded
+from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.reading.problems import some
 from halfbyte.errors import DataError
 from halfbyte.models.context import Context
@@ -43,8 +43,8 @@ class Finding:
 
 
 def check(
-    train: Encoded,
-    held_out: Encoded | None,
+    train: EncodedRows,
+    held_out: EncodedRows | None,
     tokenizer: Tokenizer,
     data: Data,
     *,
@@ -76,7 +76,7 @@ def refuse(findings: Sequence[Finding]) -> None:
         raise DataError(f"the data is refused: {text}.", fix="; ".join(f.fix for f in refused if f.fix) or None)
 
 
-def _labels(train: Encoded) -> Said:
+def _labels(train: EncodedRows) -> Said:
     stats, share = train.stats, train.stats.labelled_share
     percent = f"{share:.1%}" if share >= LEAST_LABELLED_SHARE else f"{share:.2%}"
     text = f"{stats.labelled_tokens:,} of {stats.tokens:,} tokens are labelled ({percent})"
@@ -85,7 +85,7 @@ def _labels(train: Encoded) -> Said:
     return "ok", text, None
 
 
-def _ends(train: Encoded) -> Said:
+def _ends(train: EncodedRows) -> Said:
     without, rows = train.tally.endless, train.tally.kept
     fix = "a larger data.max_length, or data.overlong: skip"
     if not without:
@@ -96,7 +96,7 @@ def _ends(train: Encoded) -> Said:
     return "warning", f"missing in the labels of {without.count:,} of {rows:,} rows ({without.first()})", fix
 
 
-def _length(train: Encoded, held_out: Encoded | None, data: Data) -> Said:
+def _length(train: EncodedRows, held_out: EncodedRows | None, data: Data) -> Said:
     stats, limit = train.stats, data.max_length
     if data.packing == "stream":
         return "ok", f"texts of {stats.min_length:,} to {stats.max_length:,} tokens in blocks of {limit:,}", None
@@ -115,7 +115,7 @@ def _length(train: Encoded, held_out: Encoded | None, data: Data) -> Said:
     return "warning", text, f"data.max_length: {tally.longest} takes them whole"
 
 
-def _context(encoded: Sequence[Encoded], data: Data, context: Context | None) -> Said:
+def _context(encoded: Sequence[EncodedRows], data: Data, context: Context | None) -> Said:
     lengths = np.concatenate([rows.lengths for rows in encoded])
     if data.packing == "stream":  # blocks of that many
         lengths = np.array([min(data.max_length, max(int(rows.lengths.sum()) for rows in encoded))])
@@ -133,7 +133,7 @@ def _context(encoded: Sequence[Encoded], data: Data, context: Context | None) ->
     return "refused", text, fix
 
 
-def _duplicates(train: Encoded) -> Said:
+def _duplicates(train: EncodedRows) -> Said:
     digests = train.examples.digests()
     again = np.setdiff1d(np.arange(len(digests)), np.unique(digests, return_index=True)[1])
     if not len(again):
@@ -146,7 +146,7 @@ def _duplicates(train: Encoded) -> Said:
     return "warning", text, "take them out, unless they are meant to count twice"
 
 
-def _empty(train: Encoded) -> Said:
+def _empty(train: EncodedRows) -> Said:
     empty = train.tally.empty
     if not empty:
         return "ok", "none", None
@@ -155,7 +155,7 @@ def _empty(train: Encoded) -> Said:
     return "warning", text, "the model would learn to say nothing"
 
 
-def _overlap(train: Encoded, held_out: Encoded | None) -> Said:
+def _overlap(train: EncodedRows, held_out: EncodedRows | None) -> Said:
     if held_out is None:
         return "ok", "no rows are held out (data.eval)", None
     theirs = held_out.examples.digests()
@@ -166,7 +166,7 @@ def _overlap(train: Encoded, held_out: Encoded | None) -> Said:
     return "warning", text, "the eval loss will look better than it is"
 
 
-def _unseen(train: Encoded, tokenizer: Tokenizer, trained: frozenset[int]) -> Said:
+def _unseen(train: EncodedRows, tokenizer: Tokenizer, trained: frozenset[int]) -> Said:
     unknown, used = tokenizer.unk_token_id, train.tally.used
     reserved = {i for i, t in tokenizer.added_tokens_decoder.items() if is_reserved(t.content)}
     strange = (reserved | {unknown}) - trained
@@ -180,7 +180,7 @@ def _unseen(train: Encoded, tokenizer: Tokenizer, trained: frozenset[int]) -> Sa
     return "warning", text, "the tokenizer cannot write that text" if unknown in new else fix
 
 
-def _vocabulary(train: Encoded, held_out: Encoded | None, tokenizer: Tokenizer, rows: int) -> Said:
+def _vocabulary(train: EncodedRows, held_out: EncodedRows | None, tokenizer: Tokenizer, rows: int) -> Said:
     size = len(tokenizer)
     if size <= rows:
         return "ok", f"{size:,} tokens, the embedding has {rows:,} rows", None
@@ -193,6 +193,6 @@ def _vocabulary(train: Encoded, held_out: Encoded | None, tokenizer: Tokenizer, 
     return "refused", f"{text}, and the rows use {shown}", "use the tokenizer that belongs to this checkpoint"
 
 
-def _named(encoded: Encoded, rows: NDArray[np.int64]) -> str:
+def _named(encoded: EncodedRows, rows: NDArray[np.int64]) -> str:
     """The names of the first few of these rows."""
     return some([encoded.examples.where(int(row)) for row in rows[:3]], len(rows))

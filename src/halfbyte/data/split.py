@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from halfbyte.data.encoding.encoder import Encoded
+from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import SCHEMA, Examples, Subset
 from halfbyte.data.encoding.tally import Tally
 from halfbyte.errors import DataError, RunError
@@ -24,7 +24,9 @@ from halfbyte.recipe.data import Data
 from halfbyte.system import files
 
 
-def split(rows: Encoded, data: Data, seed: int, *, wanted: bool | None = None) -> tuple[Encoded, Encoded | None]:
+def split(
+    rows: EncodedRows, data: Data, seed: int, *, wanted: bool | None = None
+) -> tuple[EncodedRows, EncodedRows | None]:
     """The rows that train and those that `data.eval` holds out of them, None for none.
 
     Args:
@@ -50,7 +52,7 @@ def split(rows: Encoded, data: Data, seed: int, *, wanted: bool | None = None) -
         return rows, None
     left = np.setdiff1d(np.arange(total), held)
     tally = Tally(seen=len(held), kept=len(held))
-    return replace(rows, examples=Subset(rows.examples, left)), Encoded(Subset(rows.examples, held), tally)
+    return replace(rows, examples=Subset(rows.examples, left)), EncodedRows(Subset(rows.examples, held), tally)
 
 
 def choose(digests: NDArray[np.uint64], of_files: Sequence[int], count: int, seed: int) -> NDArray[np.int64]:
@@ -93,11 +95,11 @@ def keep(held: Examples | None, path: Path) -> None:
         files.put(partial, path)
 
 
-def load(path: Path) -> Encoded:
+def load(path: Path) -> EncodedRows:
     """The rows that a run holds out; a RunError where the file cannot be read."""
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         rows = Examples([reader.get_batch(i) for i in range(reader.num_record_batches)])
     except (OSError, pa.ArrowException) as error:
         raise RunError(f"{path} cannot be read: {error}") from None
-    return Encoded(rows, Tally(seen=len(rows), kept=len(rows)))
+    return EncodedRows(rows, Tally(seen=len(rows), kept=len(rows)))

@@ -13,7 +13,7 @@ from halfbyte.base.config import open_config
 from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.data import blocks, gates, split
 from halfbyte.data.encoding import chatml, encode
-from halfbyte.data.encoding.encoder import Encoded
+from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import Examples
 from halfbyte.data.reading import read
 from halfbyte.models.context import context_of
@@ -32,10 +32,10 @@ class Prepared:
     checkpoint: Checkpoint
     config: Config
     tokenizer: Tokenizer
-    train: Encoded
-    evaluation: Encoded | None
+    train: EncodedRows
+    evaluation: EncodedRows | None
     findings: tuple[gates.Finding, ...]
-    chatml: chatml.Settled | None = None
+    chatml: chatml.ChatmlMarks | None = None
     """Where the model has no chat template of its own; then `recipe` trains the rows of its new tokens."""
     held_out: Examples | None = None
     """The rows (texts, not blocks of them) that were taken out of the training rows."""
@@ -79,7 +79,9 @@ def look(recipe: Recipe) -> Prepared:
     return Prepared(recipe, checkpoint, config, tokenizer, train, evaluation, findings, settled, kept)
 
 
-def _held_out(recipe: Recipe, train: Encoded, tokenizer: Tokenizer) -> tuple[Encoded, Encoded | None, Examples | None]:
+def _held_out(
+    recipe: Recipe, train: EncodedRows, tokenizer: Tokenizer
+) -> tuple[EncodedRows, EncodedRows | None, Examples | None]:
     """The rows that train, those that are held out, and these again where they were taken out of the training rows."""
     data, asks = recipe.data, recipe.train
     if data.eval_names is not None:
@@ -113,7 +115,7 @@ def data_note(prepared: Prepared) -> str:
 def data_report(prepared: Prepared) -> Document:
     """The rows and what the gates found, as `report.json` has them."""
 
-    def counts(encoded: Encoded) -> Document:
+    def counts(encoded: EncodedRows) -> Document:
         stats, tally = encoded.stats, encoded.tally
         used = stats.rows if encoded.texts is None else encoded.texts
         return {
@@ -133,7 +135,7 @@ def data_report(prepared: Prepared) -> Document:
 def fingerprints(prepared: Prepared) -> Document:
     """How many rows there are, and a hash of their tokens in their order, for each of `train` and `eval`."""
 
-    def of(encoded: Encoded | None) -> Document | None:
+    def of(encoded: EncodedRows | None) -> Document | None:
         if encoded is None:
             return None
         digest = hashlib.sha256()

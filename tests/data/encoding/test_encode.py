@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from halfbyte.data.encoding import encode, token_cache, workers
+from halfbyte.data.encoding import encode, token_cache
 from halfbyte.data.reading import files, read
 from halfbyte.errors import DataError
 
@@ -22,7 +22,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(read, "CHUNK_ROWS", 32)
     monkeypatch.setattr(encode, "ALONE_CHUNKS", 2)
-    monkeypatch.setattr(token_cache, "LEAST_ROWS", 100)
+    monkeypatch.setattr(token_cache, "MIN_ROWS", 100)
 
 
 def write(path: Path, lines: list[str]) -> str:
@@ -58,13 +58,13 @@ def test_two_processes_make_what_one_makes(
     alone = outcome(encode.encode(names, tokenizer, data, cores=1))
     shutil.rmtree(tmp_path / "cache")
     asked: list[bool] = []
-    real = workers.Helpers._ask
+    real = encode.Helpers._ask
 
     def ask(self: Any, *args: Any) -> Any:
         asked.append(True)
         return real(self, *args)
 
-    monkeypatch.setattr(workers.Helpers, "_ask", ask)
+    monkeypatch.setattr(encode.Helpers, "_ask", ask)
     monkeypatch.setattr(encode.Encoder, "part", lambda *a, **k: pytest.fail("not by a helper"))
     together = encode.encode(names, tokenizer, data, cores=2)
     assert outcome(together) == alone and len(asked) == 10 + 2 + 3 + 2
@@ -104,18 +104,18 @@ def test_what_cannot_be_read_is_told_before_what_cannot_be_encoded(
 
 
 def ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers.sys, "executable", shutil.which("false"))
+    monkeypatch.setattr(encode.sys, "executable", shutil.which("false"))
 
 
 def cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers.sys, "executable", "/nowhere/python")
+    monkeypatch.setattr(encode.sys, "executable", "/nowhere/python")
 
 
 def cannot_be_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     def dumps(value: Any) -> bytes:
         raise TypeError("cannot pickle")
 
-    monkeypatch.setattr(workers.pickle, "dumps", dumps)
+    monkeypatch.setattr(encode.pickle, "dumps", dumps)
 
 
 @pytest.mark.parametrize("harm", [ends_early, cannot_start, cannot_be_handed_over])
@@ -132,7 +132,7 @@ def test_a_helper_that_does_not_help_is_done_without(
 def test_few_rows_start_no_process(
     tmp_path: Path, make_byte_level: Any, templates: Any, make_data: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "Helpers", lambda *args: pytest.fail("a process was started"))
+    monkeypatch.setattr(encode, "Helpers", lambda *args: pytest.fail("a process was started"))
     name = write(tmp_path / "a.jsonl", [json.dumps(row) for row in ROWS[:64]])
     encoded = encode.encode(name, make_byte_level(templates.chatml), make_data(), cores=2)
     assert len(encoded.examples) == 64

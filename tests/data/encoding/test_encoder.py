@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from halfbyte.data.encoding.encoder import Encoded
+from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.data.reading.formats import Message, Row
 from halfbyte.errors import DataError
@@ -293,7 +293,7 @@ def long_rows(tokenizer: Any, make_data: Any) -> list[Row]:
     ]
 
 
-def fit(make_byte_level: Any, make_data: Any, overlong: str) -> Encoded:
+def fit(make_byte_level: Any, make_data: Any, overlong: str) -> EncodedRows:
     tokenizer = make_byte_level()
     rows = long_rows(tokenizer, make_data)
     return encode(rows, tokenizer, make_data(max_length=10, overlong=overlong))

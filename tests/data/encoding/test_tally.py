@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 
-from halfbyte.data.encoding.examples import Tokens
+from halfbyte.data.encoding.examples import TokenizedRow
 from halfbyte.data.encoding.tally import Tally
 
 END, SPECIAL = frozenset({2}), frozenset({1, 2})
@@ -13,8 +13,8 @@ END, SPECIAL = frozenset({2}), frozenset({1, 2})
 ROWS = [([1, 7, 7, 2], [(1, 4)]), ([1, 7, 8], [(1, 3)]), ([1, 9, 2], [(2, 3)])]
 
 
-def tokens(*numbers: int) -> list[Tokens]:
-    return [Tokens(*ROWS[n], f"t.jsonl:{n + 1}", [1], "") for n in numbers]
+def tokens(*numbers: int) -> list[TokenizedRow]:
+    return [TokenizedRow(*ROWS[n], f"t.jsonl:{n + 1}", [1], "") for n in numbers]
 
 
 def tally(*numbers: int) -> Tally:

@@ -16,7 +16,7 @@ ROWS = [{"prompt": f"what is {n}", "completion": f"a number, {n}"} for n in rang
 @pytest.fixture
 def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(token_cache, "LEAST_ROWS", 1)
+    monkeypatch.setattr(token_cache, "MIN_ROWS", 1)
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return path
@@ -99,8 +99,8 @@ def test_few_rows_are_not_kept_and_the_oldest_go_first(
 
     (first,) = kept()
     size = next(token_cache.folder().glob("*.arrow")).stat().st_size
-    monkeypatch.setattr(token_cache, "MOST_BYTES", size + size // 2)
+    monkeypatch.setattr(token_cache, "MAX_BYTES", size + size // 2)
     (second,) = kept(mask="all")
     assert first != second
-    monkeypatch.setattr(token_cache, "LEAST_ROWS", 1000)
+    monkeypatch.setattr(token_cache, "MIN_ROWS", 1000)
     assert kept(max_length=99) == [second]

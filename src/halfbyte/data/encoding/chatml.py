@@ -46,13 +46,12 @@ def chat_template(tokenizer: Tokenizer, data: Data) -> str | None:
         if not tokenizer.chat_template:
             return None
         try:
-            own: str = tokenizer.get_chat_template()
+            return str(tokenizer.get_chat_template())
         except ValueError as error:
             raise DataError(
                 f"the tokenizer has several chat templates and no default one: {error}",
                 fix="data.chat_template: a file with the one to use",
             ) from None
-        return own
     if "{" in asked:
         return asked
     try:
@@ -65,8 +64,8 @@ def chat_template(tokenizer: Tokenizer, data: Data) -> str | None:
 
 
 @dataclass(frozen=True)
-class Settled:
-    """The tokens whose rows must train, and what to tell the user."""
+class ChatmlMarks:
+    """ChatML's new tokens, whose rows of the embedding must train, and what to tell the user."""
 
     new_tokens: tuple[int, ...]
     notice: str
@@ -84,7 +83,7 @@ def is_needed(names: str | Sequence[str], tokenizer: Tokenizer, data: Data) -> b
     return any(row is not None and row.messages is not None for row in first)
 
 
-def settle(tokenizer: Tokenizer, data: Data, *, embedding_rows: int, tied: bool) -> Settled:
+def settle(tokenizer: Tokenizer, data: Data, *, embedding_rows: int, tied: bool) -> ChatmlMarks:
     """Give the tokenizer ChatML: its template, and new tokens where there are rows for them.
 
     Args:
@@ -101,30 +100,30 @@ def settle(tokenizer: Tokenizer, data: Data, *, embedding_rows: int, tied: bool)
     tokenizer.chat_template = ("{{ bos_token }}" if opens else "") + template
     ids = tuple(sorted(int(tokenizer.convert_tokens_to_ids(token)) for token in new))
     trained = f"; rows {', '.join(map(str, ids))} of the embedding are trained" if ids else ""
-    return Settled(ids, f"ChatML, {why}: {how}{trained}")
+    return ChatmlMarks(ids, f"ChatML, {why}: {how}{trained}")
 
 
 def _marks(tokenizer: Tokenizer, embedding_rows: int, tied: bool) -> tuple[str, str, str, tuple[str, ...]]:
     """The two marks, how they came about, and which of them are new."""
-    known, own_end = tokenizer.get_vocab(), tokenizer.eos_token
+    known, eos = tokenizer.get_vocab(), tokenizer.eos_token
     if START in known and END in known:
         return START, END, "its tokenizer knows both tokens", ()
-    wanted = (START, END) if tied or own_end is None else (START,)
-    ends = f"; a turn ends with {own_end}" if len(wanted) == 1 else ""
-    if embedding_rows - max(known.values()) > len(wanted):
-        tokenizer.add_special_tokens({"additional_special_tokens": list(wanted)})
-        how = f"{' and '.join(wanted)} {'are new tokens' if len(wanted) == 2 else 'is a new token'}{ends}"
-        return START, wanted[-1] if len(wanted) == 2 else own_end, how, wanted
-    reserved = sorted((i, t) for t, i in known.items() if i < embedding_rows and is_reserved(t))[: len(wanted)]
-    if len(reserved) == len(wanted):
+    marks = (START, END) if tied or eos is None else (START,)
+    ends = f"; a turn ends with {eos}" if len(marks) == 1 else ""
+    if embedding_rows - max(known.values()) > len(marks):
+        tokenizer.add_special_tokens({"additional_special_tokens": list(marks)})
+        how = f"{' and '.join(marks)} {'are new tokens' if len(marks) == 2 else 'is a new token'}{ends}"
+        return START, marks[-1] if len(marks) == 2 else eos, how, marks
+    reserved = sorted((i, t) for t, i in known.items() if i < embedding_rows and is_reserved(t))[: len(marks)]
+    if len(reserved) == len(marks):
         names = tuple(token for _, token in reserved)
         how = f"reserved tokens stand for its marks, {' and '.join(names)}{ends}"
-        return names[0], names[-1] if len(names) == 2 else own_end, how, names
-    if own_end is None:
+        return names[0], names[-1] if len(names) == 2 else eos, how, names
+    if eos is None:
         raise DataError(
             f"the rows are conversations, and this tokenizer has no chat template and no end token; {END} would be "
             f"new, but the embedding has {embedding_rows:,} rows for {len(tokenizer):,} tokens, none to spare, and it "
             "is not resized.",
             fix="data.chat_template: a file with a template of the model's own tokens",
         )
-    return START, own_end, f"{START} is written as plain text, and a turn ends with {own_end}", ()
+    return START, eos, f"{START} is written as plain text, and a turn ends with {eos}", ()

@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from halfbyte.data.encoding.examples import Examples, Tokens, batch
-from halfbyte.data.encoding.render import Refused, Rendered, Renderer, common_length
+from halfbyte.data.encoding.examples import Examples, TokenizedRow, batch
+from halfbyte.data.encoding.render import Refused, RenderedRow, Renderer, common_length
 from halfbyte.data.encoding.tally import Tally
 from halfbyte.data.reading.formats import Row
 from halfbyte.data.reading.problems import Problems
@@ -49,7 +49,7 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedRows:
     """All rows of a recipe's `data.train` or `data.eval` as tokens, and what was counted meanwhile."""
 
     examples: Examples
@@ -81,7 +81,9 @@ class Encoded:
 
 
 @dataclass
-class Part:
+class EncodedChunk:
+    """What a chunk of records became."""
+
     problems: Problems
     batch: pa.RecordBatch | None = None
     """Of `examples.SCHEMA`; None where nothing was encoded."""
@@ -100,17 +102,17 @@ class Encoder:
         added = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self._special = frozenset(added | set(tokenizer.all_special_ids))
 
-    def part(self, chunk: Chunk, *, only_read: bool) -> Part:
+    def encode_chunk(self, chunk: Chunk, *, only_read: bool) -> EncodedChunk:
         """The tokens of a chunk; with `only_read` only what is wrong with its records."""
         rows, problems = understand(chunk, self._data)
-        made = Part(problems)
+        encoded = EncodedChunk(problems)
         if not only_read:
             try:
-                made.batch, made.tally = self.encode(rows)
-                made.tally.sources[str((chunk.source.path, chunk.source.hub))] = made.tally.kept
+                encoded.batch, encoded.tally = self.encode(rows)
+                encoded.tally.sources[str((chunk.source.path, chunk.source.hub))] = encoded.tally.kept
             except HalfbyteError as error:
-                made.error = error
-        return made
+                encoded.error = error
+        return encoded
 
     def encode(self, rows: Sequence[Row]) -> tuple[pa.RecordBatch, Tally]:
         """A record batch of the rows that are trained on, cut as `data.overlong` says, and the counts.
@@ -123,7 +125,7 @@ class Encoder:
                 "data.packing stream is for plain text, and the rows are conversations or prompts.",
                 fix="data.packing: rows, or data.format: text",
             )
-        tally, rendered = Tally(seen=len(rows), texts=sum(row.text is not None for row in rows)), list[Rendered]()
+        tally, rendered = Tally(seen=len(rows), texts=sum(row.text is not None for row in rows)), list[RenderedRow]()
         self._renderer.counts = tally.notices
         for row in rows:
             try:
@@ -133,11 +135,11 @@ class Encoder:
         tally.different.update(
             hashlib.sha256(t.encode()).hexdigest() for t in islice(dict.fromkeys(r.text for r in rendered), 2)
         )
-        kept = [t for tokens in self._lexer.tokens(rendered) if (t := self._fit(tokens, tally)) is not None]
-        tally.keep(kept, self._ends, self._special)
-        return batch(kept), tally
+        fitting = [fit for row in self._lexer.tokenize(rendered) if (fit := self._fit(row, tally)) is not None]
+        tally.keep(fitting, self._ends, self._special)
+        return batch(fitting), tally
 
-    def _fit(self, row: Tokens, tally: Tally) -> Tokens | None:
+    def _fit(self, row: TokenizedRow, tally: Tally) -> TokenizedRow | None:
         """The row as `data.overlong` leaves it; None if it is left out."""
         length, limit = len(row.ids), self._data.max_length
         if not row.labelled:
@@ -168,11 +170,11 @@ class _Lexer:
         self._tokenizer = tokenizer
         self._eos = tokenizer.eos_token_id
         self._cuts = all(a + b == whole for a, b, whole in (self._ids([a, b, a + b]) for a, b in _CUT_PROBES))
-        (bare,), dressed = self._ids(["a"]), list(tokenizer("a").input_ids)
-        at = next((k for k in range(len(dressed)) if bare and dressed[k : k + len(bare)] == bare), 0)
-        self._opening: list[int] = dressed[:at]
+        (bare,), with_special = self._ids(["a"]), list(tokenizer("a").input_ids)
+        start = next((k for k in range(len(with_special)) if bare and with_special[k : k + len(bare)] == bare), 0)
+        self._opening: list[int] = with_special[:start]
 
-    def tokens(self, rendered: Sequence[Rendered]) -> Iterator[Tokens]:
+    def tokenize(self, rendered: Sequence[RenderedRow]) -> Iterator[TokenizedRow]:
         if self._eos is None and any(r.ends for r in rendered):
             raise DataError(
                 "nothing would teach this model to stop: its tokenizer has no eos token, and its chat template, if it "
@@ -184,7 +186,7 @@ class _Lexer:
         for r, group in zip(rendered, texts, strict=True):
             yield self._row(r, list(islice(ids, len(group))))
 
-    def _texts(self, r: Rendered) -> list[str]:
+    def _texts(self, r: RenderedRow) -> list[str]:
         """What to tokenise for a row: its pieces, or the row and its beginnings; then the prompt, if not among them."""
         edges = _edges(r)
         if not self._cuts:
@@ -192,21 +194,21 @@ class _Lexer:
         pieces = [r.text[a:b] for a, b in zip([0, *edges], [*edges, len(r.text)], strict=True)]
         return pieces if r.text.startswith(r.prompt) else [*pieces, r.prompt]
 
-    def _row(self, r: Rendered, parts: list[list[int]]) -> Tokens:
+    def _row(self, r: RenderedRow, parts: list[list[int]]) -> TokenizedRow:
         edges = _edges(r)
         ids: list[int] = []
-        at = {0: 0}  # edge in characters -> in tokens
+        token_at = {0: 0}  # edge in characters -> in tokens
         if self._cuts:
             for edge, part in zip([*edges, len(r.text)], parts, strict=False):
                 ids += part
-                at[edge] = len(ids)
+                token_at[edge] = len(ids)
         else:
             ids += parts[0]
-            at |= {edge: common_length(ids, part) for edge, part in zip(edges, parts[1:], strict=False)}
-            at[len(r.text)] = len(ids)
-        own = self._cuts and r.text.startswith(r.prompt)
-        prompt = ids[: at[len(r.prompt)]] if own else parts[-1]
-        trained = [(at[a], at[b]) for a, b in r.spans]
+            token_at |= {edge: common_length(ids, part) for edge, part in zip(edges, parts[1:], strict=False)}
+            token_at[len(r.text)] = len(ids)
+        begins_with_prompt = self._cuts and r.text.startswith(r.prompt)
+        prompt = ids[: token_at[len(r.prompt)]] if begins_with_prompt else parts[-1]
+        trained = [(token_at[a], token_at[b]) for a, b in r.spans]
         if r.ends:
             if r.spans and r.spans[-1][1] == len(r.text):
                 trained[-1] = (trained[-1][0], len(ids) + 1)
@@ -216,7 +218,7 @@ class _Lexer:
             ids, prompt = self._opening + ids, self._opening + prompt
             trained = [(a and a + opening, b + opening) for a, b in trained]
         # nothing predicts the first token
-        return Tokens(ids, [(max(a, 1), b) for a, b in trained if b > max(a, 1)], r.where, prompt, r.completion)
+        return TokenizedRow(ids, [(max(a, 1), b) for a, b in trained if b > max(a, 1)], r.where, prompt, r.completion)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -227,7 +229,7 @@ class _Lexer:
         return [known[t] for t in texts]
 
 
-def _edges(r: Rendered) -> list[int]:
+def _edges(r: RenderedRow) -> list[int]:
     """No token may cross these: the edges of the labelled spans, and the end of the prompt."""
     edges = {edge for span in r.spans for edge in span}
     if r.text.startswith(r.prompt):

@@ -37,6 +37,8 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Example:
+    """One row, or one block, as it trains: ids and labels."""
+
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     """As long as `input_ids` and not shifted; -100 where no loss is taken, and always at the first token."""
@@ -55,8 +57,8 @@ class Example:
 
 
 @dataclass
-class Tokens:
-    """One row as the lexer makes it; `spans` are tokens [start, stop) that are labelled, never the first one."""
+class TokenizedRow:
+    """One row as token ids; `spans` are tokens [start, stop) that are labelled, never the first one."""
 
     ids: list[int]
     spans: list[tuple[int, int]]
@@ -69,24 +71,24 @@ class Tokens:
     def labelled(self) -> int:
         return sum(b - a for a, b in self.spans)
 
-    def cut(self, limit: int) -> Tokens:
+    def cut(self, limit: int) -> TokenizedRow:
         """Its first `limit` tokens. The prompt for generation stays whole."""
         return replace(self, ids=self.ids[:limit], spans=[(a, min(b, limit)) for a, b in self.spans if a < limit])
 
 
-def batch(rows: Sequence[Tokens]) -> pa.RecordBatch:
+def batch(rows: Sequence[TokenizedRow]) -> pa.RecordBatch:
     return pa.RecordBatch.from_pylist([_values(row) for row in rows], schema=SCHEMA)
 
 
-def _values(row: Tokens) -> dict[str, object]:
-    own = row.ids[: len(row.prompt)] == row.prompt
+def _values(row: TokenizedRow) -> dict[str, object]:
+    begins_with_prompt = row.ids[: len(row.prompt)] == row.prompt
     digest = hashlib.blake2b(array("I", row.ids).tobytes(), digest_size=8).digest()
     return {
         "ids": row.ids,
         "spans": [edge for span in row.spans for edge in span],
         "labelled": row.labelled,
-        "prompt": [] if own else row.prompt,
-        "prompt_length": len(row.prompt) if own else -1,
+        "prompt": [] if begins_with_prompt else row.prompt,
+        "prompt_length": len(row.prompt) if begins_with_prompt else -1,
         "completion": row.completion,
         "where": row.where,
         "digest": int.from_bytes(digest, "little"),
@@ -112,7 +114,7 @@ class Examples(Sequence[Example]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        return self._made(index % len(self))
+        return self._example(index % len(self))
 
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row: (rows,) int64."""
@@ -138,13 +140,13 @@ class Examples(Sequence[Example]):
         """The rows as record batches of `SCHEMA`."""
         return self.batches
 
-    def _made(self, index: int) -> Example:
+    def _example(self, index: int) -> Example:
         names = ("ids", "spans", "prompt", "prompt_length", "completion", "where")
-        ids, spans, prompt, own, completion, where = (self._value(name, index).as_py() for name in names)
+        ids, spans, prompt, length, completion, where = (self._value(name, index).as_py() for name in names)
         labels = [IGNORED] * len(ids)
         for a, b in zip(spans[::2], spans[1::2], strict=True):
             labels[a:b] = ids[a:b]
-        return Example(tuple(ids), tuple(labels), where, tuple(ids[:own] if own >= 0 else prompt), completion)
+        return Example(tuple(ids), tuple(labels), where, tuple(ids[:length] if length >= 0 else prompt), completion)
 
     def _value(self, name: str, index: int) -> pa.Scalar:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -169,8 +171,8 @@ class Subset(Examples):
 
     def parts(self) -> list[pa.RecordBatch]:
         edges = np.searchsorted(self._numbers, self._starts)
-        own = [self._numbers[a:b] - start for a, b, start in zip(edges, edges[1:], self._starts, strict=False)]
-        return [b.take(pa.array(rows)) for b, rows in zip(self.batches, own, strict=True) if len(rows)]
+        chosen = [self._numbers[a:b] - start for a, b, start in zip(edges, edges[1:], self._starts, strict=False)]
+        return [b.take(pa.array(rows)) for b, rows in zip(self.batches, chosen, strict=True) if len(rows)]
 
     def _value(self, name: str, index: int) -> pa.Scalar:
         return super()._value(name, int(self._numbers[index]))

@@ -31,11 +31,11 @@ _TAIL_CHARS = 8  # characters of a prompt's end that are searched for, where the
 _PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text holds and no template strips
 _UNWRITTEN = "messages[{i}]: the chat template does not write the {what} of this assistant message"
 _TOOLS_FIX = "data.chat_template: that of a model that was trained to call tools, as a file"
-_ASKED, _SAID = Message("user", "a"), Message("assistant", chr(_PRIVATE_USE[0]))
+_QUESTION, _ANSWER = Message("user", "a"), Message("assistant", chr(_PRIVATE_USE[0]))
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedRow:
     """One row as text, with the spans of it that are labelled."""
 
     where: str
@@ -80,7 +80,7 @@ class Renderer:
         self._header = self._generation_prompt() if self._template is not None else ""
         self._ends = self._end_marks() if self._template is not None else set()
 
-    def render(self, row: Row) -> Rendered:
+    def render(self, row: Row) -> RenderedRow:
         """
         Raises:
             Refused: the template cannot render this row, or not so that its assistant texts can be found.
@@ -89,7 +89,7 @@ class Renderer:
         self._tools = row.tools
         if row.text is not None:
             self._count_special((row.text,))
-            return Rendered(row.where, row.text, ((0, len(row.text)),), "", "", ends=True, opens=True)
+            return RenderedRow(row.where, row.text, ((0, len(row.text)),), "", "", ends=True, opens=True)
         if row.messages is not None:
             if self._template is None:
                 raise DataError(
@@ -103,14 +103,14 @@ class Renderer:
         self._count_special((prompt, completion))
         start, stop = len(prompt), len(prompt) + len(completion)
         span = (0 if self._mask == "all" else start, stop)
-        return Rendered(row.where, prompt + completion, (span,), prompt, completion, ends=True, opens=True)
+        return RenderedRow(row.where, prompt + completion, (span,), prompt, completion, ends=True, opens=True)
 
     def end_tokens(self) -> frozenset[int]:
         """Ids of the tokens that end an assistant's turn, or a text."""
         names = [*self._ends, *(t for t in [self._tokenizer.eos_token] if t is not None)]
         return frozenset(self._tokenizer.convert_tokens_to_ids(name) for name in names)
 
-    def _chat(self, where: str, messages: tuple[Message, ...]) -> Rendered:
+    def _chat(self, where: str, messages: tuple[Message, ...]) -> RenderedRow:
         last = len(messages) - 1
         text = self._apply(messages)
         for i in range(last):
@@ -133,7 +133,7 @@ class Renderer:
         if any(a[1] > b[0] for a, b in itertools.pairwise(spans)):
             raise Refused("the chat template does not write the messages in their order")
         self._notice(text, messages, spans)
-        return Rendered(where, text, tuple(spans), prompt, messages[last].content, ends=not ending)
+        return RenderedRow(where, text, tuple(spans), prompt, messages[last].content, ends=not ending)
 
     def _check_calls(self, text: str, messages: tuple[Message, ...], i: int) -> None:
         """Refuse a turn whose tool calls the template leaves out: an empty turn would stand in their place."""
@@ -248,27 +248,27 @@ class Renderer:
         then the header is put behind each prompt (`_lead`).
         """
         try:
-            without, with_it = self._apply((_ASKED,)), self._apply((_ASKED,), prompt=True)
+            without, with_it = self._apply((_QUESTION,)), self._apply((_QUESTION,), prompt=True)
             if with_it != without:
                 same = common_length(without, with_it)
                 cut = [m.start() for m in self._added.finditer(with_it) if m.start() <= same]  # not inside a token
                 return with_it[same:] if with_it.startswith(without) else with_it[max(cut, default=same) :]
-            whole = self._apply((_ASKED, _SAID))
+            whole = self._apply((_QUESTION, _ANSWER))
         except Refused:
             return ""
-        lead = whole[len(without) : whole.find(_SAID.content)] if whole.startswith(without) else ""
+        lead = whole[len(without) : whole.find(_ANSWER.content)] if whole.startswith(without) else ""
         self._lead = lead if lead.strip() else ""
         return self._lead
 
     def _end_marks(self) -> set[str]:
         """The tokens that end an assistant's turn: the last one, and one that others follow."""
         ends: set[str] = set()
-        for talk in ((_ASKED, _SAID), (_ASKED, _SAID, _ASKED, _SAID)):
+        for talk in ((_QUESTION, _ANSWER), (_QUESTION, _ANSWER, _QUESTION, _ANSWER)):
             try:
                 text = self._apply(talk)
             except Refused:
                 continue
-            ending = self._endings.search(text, max(0, text.find(_SAID.content)))
+            ending = self._endings.search(text, max(0, text.find(_ANSWER.content)))
             ends |= {ending.group().rstrip()} if ending else set()
         return ends
 
@@ -284,8 +284,8 @@ def common_length(a: Sequence[object], b: Sequence[object]) -> int:
 
 def _other(message: Message) -> tuple[Message, str]:
     """The same message with another text, or with other arguments of its tool calls; and that other text."""
-    said = f"{message.content}{dict(message.more)}"
-    mark = next(c for c in map(chr, _PRIVATE_USE) if c not in said)
+    text = f"{message.content}{dict(message.more)}"
+    mark = next(c for c in map(chr, _PRIVATE_USE) if c not in text)
     calls = message.more.get("tool_calls")
     if not calls:
         return Message("assistant", mark), mark

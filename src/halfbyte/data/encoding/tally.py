@@ -13,7 +13,7 @@ from itertools import chain
 
 import numpy as np
 
-from halfbyte.data.encoding.examples import Tokens
+from halfbyte.data.encoding.examples import TokenizedRow
 from halfbyte.data.reading.problems import Problems
 from halfbyte.errors import DataError
 from halfbyte.recipe.data import Data
@@ -47,7 +47,7 @@ class Tally:
     used: Counter[int] = field(default_factory=Counter)
     """Token id -> how often the kept rows hold it."""
 
-    def keep(self, rows: Iterable[Tokens], ends: frozenset[int], special: frozenset[int]) -> None:
+    def keep(self, rows: Iterable[TokenizedRow], ends: frozenset[int], special: frozenset[int]) -> None:
         """Count rows that are trained on. `ends` end a turn or a text; tokens that are `special` are no words."""
         rows = list(rows)
         self.kept += len(rows)
@@ -63,11 +63,11 @@ class Tally:
     def merge(self, later: Tally) -> None:
         """Take in what was seen of the rows after these."""
         for name, value in vars(later).items():
-            own = getattr(self, name)
-            if not isinstance(own, int):
-                own.update(value)
+            count = getattr(self, name)
+            if not isinstance(count, int):
+                count.update(value)
             else:
-                setattr(self, name, max(own, value) if name == "longest" else own + value)
+                setattr(self, name, max(count, value) if name == "longest" else count + value)
 
     def check(self, data: Data) -> None:
         """Raise a DataError if rows cannot be encoded, or if no row is left."""
@@ -102,16 +102,9 @@ class Tally:
 
     @classmethod
     def from_json(cls, values: Document) -> Tally:
-        used = {int(token): n for token, n in values["used"].items()}
-        made = cls(
-            **{
-                **values,
-                "notices": Counter(values["notices"]),
-                "sources": Counter(values["sources"]),
-                "different": Counter(values["different"]),
-                "used": Counter(used),
-            }
-        )
+        tally = cls(**{**values, "used": {int(token): n for token, n in values["used"].items()}})
+        for name in ("notices", "sources", "different", "used"):
+            setattr(tally, name, Counter(getattr(tally, name)))
         for name in ("refused", "long", "skipped", "endless", "empty"):
-            setattr(made, name, Problems(**values[name]))
-        return made
+            setattr(tally, name, Problems(**values[name]))
+        return tally

@@ -1,4 +1,4 @@
-"""Rows as tokens, kept on disk: what was tokenised once is mapped into memory the next time.
+"""The cache of tokenised rows: what was tokenised once is mapped into memory the next time.
 
 Why: seven thousand rows take two seconds to render and tokenise, two million take minutes, and nothing of it changes
 between runs.
@@ -6,7 +6,7 @@ What: one Arrow file for each content of the rows' files, tokenizer, template an
 another file. Written beside its place, batch by batch as rows are encoded, and moved there whole; the last batch has
 no rows, and carries what was seen of them. Rows that have no name are written as well, and go with the process.
 Cost: a hash of the files (about 1 GB/s; of large ones only once, then a `stat`), 4 bytes a token on disk. The oldest
-files go when all take more than `MOST_BYTES`.
+files go when all take more than `MAX_BYTES`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from halfbyte.data.encoding.chatml import CHATML
-from halfbyte.data.encoding.encoder import Encoded
+from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import SCHEMA, Examples, batch
 from halfbyte.data.encoding.tally import Tally
 from halfbyte.data.reading.files import find
@@ -34,11 +34,11 @@ from halfbyte.types import Tokenizer
 
 # Counts up when rendering, tokenising or the file's layout changes.
 FORMAT = 7
-LEAST_ROWS = 1000  # fewer are tokenised in no time
-MOST_BYTES = 5_000_000_000
+MIN_ROWS = 1000  # fewer are tokenised in no time
+MAX_BYTES = 5_000_000_000
 LARGE_BYTES = 64_000_000  # smaller files are hashed in no time
 SETTLED_S = 2.0
-MOST_FILES = 1000
+MAX_FILES = 1000
 _TALLY = b"halfbyte.tally"
 _ELSEWHERE = {"train", "eval"}  # fields of `data:` that name the rows
 
@@ -95,7 +95,7 @@ def digest(path: Path) -> str:
             known = {**_known(), stamp: fresh}
             with contextlib.suppress(OSError):  # a disk that cannot be written keeps nothing
                 folder().mkdir(parents=True, exist_ok=True)
-                files.write(_digests(), files.as_json(dict(list(known.items())[-MOST_FILES:])))
+                files.write(_digests(), files.as_json(dict(list(known.items())[-MAX_FILES:])))
         return fresh
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
@@ -118,7 +118,7 @@ def _known() -> dict[str, str]:
     return known if isinstance(known, dict) else {}
 
 
-def load(name: str) -> Encoded | None:
+def load(name: str) -> EncodedRows | None:
     """What was kept under `name`, mapped; None if nothing whole is there."""
     path = folder() / f"{name}.arrow"
     try:
@@ -130,7 +130,7 @@ def load(name: str) -> Encoded | None:
     return _map(path)
 
 
-def _map(path: Path) -> Encoded | None:
+def _map(path: Path) -> EncodedRows | None:
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         *batches, _ = [reader.get_batch(i) for i in range(reader.num_record_batches)]
@@ -138,10 +138,10 @@ def _map(path: Path) -> Encoded | None:
         tally = Tally.from_json(json.loads(seen[_TALLY]))
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
         return None
-    return Encoded(Examples(batches), tally)
+    return EncodedRows(Examples(batches), tally)
 
 
-class Writer:
+class CacheWriter:
     """Rows as they are encoded: few stay in memory, many go to a file at once. A context; what is not kept is removed.
 
     Args:
@@ -156,7 +156,7 @@ class Writer:
         self._writer: pa.RecordBatchFileWriter | None = None
         self._open = contextlib.ExitStack()
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> CacheWriter:
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -169,25 +169,25 @@ class Writer:
         """Raise an OSError if the disk is full, or cannot be written."""
         self._rows += encoded.num_rows
         self._batches.append(encoded)
-        if self._rows < LEAST_ROWS:
+        if self._rows < MIN_ROWS:
             return
         if self._writer is None:
             folder().mkdir(parents=True, exist_ok=True)
             sink = self._open.enter_context(pa.OSFile(str(self._partial), "wb"))
             self._writer = self._open.enter_context(pa.ipc.new_file(sink, SCHEMA))
-        for held in self._batches:
-            if held.num_rows:
-                self._writer.write_batch(held)
+        for rows in self._batches:
+            if rows.num_rows:
+                self._writer.write_batch(rows)
         self._batches = []
 
-    def finish(self, tally: Tally) -> Encoded:
+    def finish(self, tally: Tally) -> EncodedRows:
         """All rows; mapped where they are many, and kept under their name if they have one.
 
         Raises:
             OSError: the disk is full, or cannot be written.
         """
         if self._writer is None:
-            return Encoded(Examples(self._batches), tally)
+            return EncodedRows(Examples(self._batches), tally)
         self._writer.write_batch(batch([]), custom_metadata={_TALLY: json.dumps(tally.to_json()).encode()})
         self._open.close()
         path = self._partial
@@ -195,19 +195,19 @@ class Writer:
             path = folder() / f"{self._name}.arrow"
             files.write(path.with_suffix(".sha256"), f"{self._name} {files.sha256(self._partial)}".encode())
             files.put(self._partial, path)
-        made = _map(path)
-        if made is None:
+        rows = _map(path)
+        if rows is None:
             raise OSError("what was written cannot be read back")
         _tidy()
-        return made
+        return rows
 
 
 def _tidy() -> None:
-    """Remove what was longest of no use, down to `MOST_BYTES`."""
-    kept = sorted((f.stat().st_mtime, f.stat().st_size, f) for f in folder().glob("*.arrow"))
-    total = sum(size for _, size, _ in kept)
-    for _, size, path in kept[:-1]:
-        if total <= MOST_BYTES:
+    """Remove the files that were used longest ago, down to `MAX_BYTES`."""
+    cached = sorted((f.stat().st_mtime, f.stat().st_size, f) for f in folder().glob("*.arrow"))
+    total = sum(size for _, size, _ in cached)
+    for _, size, path in cached[:-1]:
+        if total <= MAX_BYTES:
             return
         path.unlink(missing_ok=True)
         path.with_suffix(".sha256").unlink(missing_ok=True)

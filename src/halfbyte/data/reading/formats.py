@@ -135,26 +135,26 @@ def _conversation(
 def _message(item: object, field: str, role_key: str, content_key: str, shares: bool) -> Message:
     if not isinstance(item, dict):
         raise BadRow(f"{field}: an object with {role_key} and {content_key} is needed, got {kind(item)}")
-    said, at = text_in(item, role_key, f"{field}."), f"{field}.{content_key}"
+    speaker, content_field = text_in(item, role_key, f"{field}."), f"{field}.{content_key}"
     names = SPEAKERS if shares else ROLES
-    role = SPEAKERS.get(said, said)
-    if said not in names:
+    role = SPEAKERS.get(speaker, speaker)
+    if speaker not in names:
         allowed = ", ".join(names)
-        raise BadRow(f"{field}.{role_key}: one of {allowed} is needed, got {shorten(said)!r}{near(said, names)}")
+        raise BadRow(f"{field}.{role_key}: one of {allowed} is needed, got {shorten(speaker)!r}{near(speaker, names)}")
     for key, value in item.items():
         if key not in _KNOWN and key not in (role_key, content_key) and value is not None:
             raise BadRow(f"{field}: {key!r} is not supported; allowed: {', '.join(_KNOWN)}")
     more = _more(item, field, role)
-    if shares and said == "function_call":
-        call = _from_json(value_of(item, content_key, f"{field}."), at)
-        return Message(role, "", _train(item, field, role), {"tool_calls": [_call(call, at)]})
+    if shares and speaker == "function_call":
+        call = _from_json(value_of(item, content_key, f"{field}."), content_field)
+        return Message(role, "", _train(item, field, role), {"tool_calls": [_call(call, content_field)]})
     content = item.get(content_key) if more else value_of(item, content_key, f"{field}.")
     may_be_empty = role in ("system", "tool") or "tool_calls" in more
     if content is None and may_be_empty:
         content = ""
     if isinstance(content, list):
-        content = _parts(content, at)
-    return Message(role, text_of(content, at, empty=may_be_empty), _train(item, field, role), more)
+        content = _parts(content, content_field)
+    return Message(role, text_of(content, content_field, empty=may_be_empty), _train(item, field, role), more)
 
 
 def _more(item: dict[str, Any], field: str, role: str) -> Mapping[str, Any]:
@@ -194,10 +194,10 @@ def _call(call: object, field: str) -> dict[str, Any]:
         raise BadRow(f"{field}.arguments: an object, or its JSON, is needed, got {kind(arguments)}")
     # columnar files give every call the arguments of all the others, as null
     arguments = {k: v for k, v in arguments.items() if v is not None}
-    made: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    tool_call: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
     if call.get("id") is not None:
-        made["id"] = text_in(call, "id", f"{field}.")
-    return made
+        tool_call["id"] = text_in(call, "id", f"{field}.")
+    return tool_call
 
 
 def _from_json(value: object, field: str) -> Any:
@@ -282,13 +282,13 @@ def _lists(f: Fields, where: str, record: Mapping[str, object]) -> Row:
     talk: list[Message] = []
     for column, role in ((f.prompt, "user"), (f.completion, "assistant")):
         value = value_of(record, column)
-        said = value if isinstance(value, list) else [{"role": role, "content": text_in(record, column)}]
+        items = value if isinstance(value, list) else [{"role": role, "content": text_in(record, column)}]
         names = f.role or "role", f.content or "content"
-        found = [_message(m, f"{column}[{i}]", *names, shares=False) for i, m in enumerate(said)]
-        if column == f.completion and (not found or found[-1].role != "assistant"):
+        messages = [_message(m, f"{column}[{i}]", *names, shares=False) for i, m in enumerate(items)]
+        if column == f.completion and (not messages or messages[-1].role != "assistant"):
             raise BadRow(f"{column}: the last message must be of the assistant")
         context = column == f.prompt
-        talk += [replace(m, train=False) if context and m.role == "assistant" else m for m in found]
+        talk += [replace(m, train=False) if context and m.role == "assistant" else m for m in messages]
     return _row(f, where, record, talk, _tools(record, f))
 
 

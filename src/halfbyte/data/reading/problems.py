@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-SHOWN_PROBLEMS, SAID_EACH = 20, 3
+SHOWN_PROBLEMS, SHOWN_ALIKE = 20, 3
 _KINDS = {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
 
 
@@ -46,7 +46,7 @@ class Problems:
         lines = list[str]()
         for text in self.shown:
             where, _, why = text.partition(": ")
-            if len(rows := alike.get(why, [])) <= SAID_EACH:
+            if len(rows := alike.get(why, [])) <= SHOWN_ALIKE:
                 lines.append(text)
             elif where == rows[0]:
                 lines.append(f"{some(rows, len(rows))}: {why}")

@@ -56,14 +56,14 @@ def look(names: str | Path | Sequence[str], data: Data) -> None:
 
 def unread(names: str | Path | Sequence[str], data: Data) -> list[str]:
     """Of each file, in words: its format, and the columns that nothing is read from; told from its first rows."""
-    said = []
+    notes = []
     for source in find(names):
         if source.kind != "hub" and source.path.is_file():
             known = next(Reader([source], data).chunks()).known
             if known is not None and (columns := unread_columns(known[0], data, known[1])):
                 listed = ", ".join(shorten(column) for column in columns)
-                said.append(f"{source.path.name} is read as {known[0]}; not read of it: {listed}")
-    return said
+                notes.append(f"{source.path.name} is read as {known[0]}; not read of it: {listed}")
+    return notes
 
 
 def columns(names: str | Path | Sequence[str]) -> tuple[str, ...]:

@@ -117,10 +117,10 @@ def parse(raw: Record) -> Document:
     except UnicodeDecodeError as error:
         raise BadRow(f"not UTF-8 (byte {raw[error.start]:#04x} at {error.start + 1})") from None
     except json.JSONDecodeError as error:
-        said = f"{error.msg} at character {error.colno}"
+        why = f"{error.msg} at character {error.colno}"
         if error.msg == "Extra data" and "\r" in error.doc:
-            said = "a carriage return alone ends no line; tr '\\r' '\\n' < FILE"
-        raise BadRow(f"not JSON ({said}): {shorten(error.doc)}") from None
+            why = "a carriage return alone ends no line; tr '\\r' '\\n' < FILE"
+        raise BadRow(f"not JSON ({why}): {shorten(error.doc)}") from None
     except RecursionError:
         raise BadRow("not JSON that can be read: it is nested too deeply") from None
     except ValueError as error:  # a whole number of thousands of digits
@@ -212,53 +212,53 @@ def _json_list(source: RowSource) -> Numbered:
     """The items of one JSON list, read piece by piece."""
     decoder = json.JSONDecoder()
     with _open(source) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", errors="strict", newline="") as file:
-        number, text, at, ended = 0, "", 0, False
+        number, text, position, ended = 0, "", 0, False
 
         def more() -> None:
-            nonlocal text, at, ended
-            read = file.read(max(_CHUNK_CHARS, len(text) - at))
+            nonlocal text, position, ended
+            read = file.read(max(_CHUNK_CHARS, len(text) - position))
             ended = not read
-            text, at = text[at:] + read, 0
+            text, position = text[position:] + read, 0
 
         def next_char() -> str:
             """The next character that is no white space, not taken; empty at the end."""
-            nonlocal at
+            nonlocal position
             while True:
-                while at < len(text) and text[at] in " \t\r\n":
-                    at += 1
-                if at < len(text) or ended:
-                    return text[at : at + 1]
+                while position < len(text) and text[position] in " \t\r\n":
+                    position += 1
+                if position < len(text) or ended:
+                    return text[position : position + 1]
                 more()
 
         try:
             next_char()
-            at += 1  # the opening bracket
+            position += 1  # the opening bracket
             closed = next_char() == "]"
             while not closed:
                 number += 1
                 while True:
                     try:
                         next_char()
-                        item, end = decoder.raw_decode(text, at)
+                        item, end = decoder.raw_decode(text, position)
                         if end == len(text) and not ended:
                             raise ValueError("a number may go on")
                         break
                     except ValueError as error:
-                        if ended or len(text) - at > MAX_ROW_BYTES:
-                            said = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
-                            yield number, BadRow(f"not JSON ({said}), so the rest of the file cannot be read")
+                        if ended or len(text) - position > MAX_ROW_BYTES:
+                            why = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+                            yield number, BadRow(f"not JSON ({why}), so the rest of the file cannot be read")
                             return
                         more()
-                at = end
+                position = end
                 yield number, item if isinstance(item, dict) else BadRow(f"an object is needed, got {kind(item)}")
                 follows = next_char()
-                at += 1
+                position += 1
                 closed = follows == "]"
                 if not closed and follows != ",":
                     got = repr(follows) if follows else "the end of the file"
                     yield number + 1, BadRow(f"a comma or ] is needed, got {got}; the rest cannot be read")
                     return
-            at += number == 0
+            position += number == 0
             if rest := next_char():
                 yield number + 1, BadRow(f"{rest!r} follows the end of the list, and cannot be read")
         except UnicodeDecodeError as error:
