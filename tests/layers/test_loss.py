@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from halfbyte.data.collate import collate
 from halfbyte.data.encoding.examples import Example
 from halfbyte.layers import loss, packing
-from halfbyte.layers.kernels import wanted
+from halfbyte.layers.kernels import last_layer
 from halfbyte.layers.loss import Head, head_loss, head_of
 from halfbyte.proofs.packing import prove_packing
 from tests import small_models, tiny
@@ -229,9 +229,9 @@ def test_rows_are_added_to_a_batch_that_knows_only_where_its_examples_begin(monk
 def test_the_gradient_of_chosen_rows_is_that_of_index_select(count: int) -> None:
     x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
     rows = torch.tensor([0, 2, 3, 6])
-    assert torch.autograd.gradcheck(lambda t: wanted.Picked.apply(t, rows, count), (x,))
+    assert torch.autograd.gradcheck(lambda t: last_layer.SelectRows.apply(t, rows, count), (x,))
     empty = torch.tensor([], dtype=torch.long)
-    assert torch.autograd.grad(wanted.Picked.apply(x, empty, 3).sum(), x)[0].abs().sum() == 0
+    assert torch.autograd.grad(last_layer.SelectRows.apply(x, empty, 3).sum(), x)[0].abs().sum() == 0
 
 
 def test_a_head_that_is_not_plain_is_left_to_the_model() -> None:

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from halfbyte.errors import BaseModelError
-from halfbyte.layers import packed_attention, packing, padded_rows
+from halfbyte.layers import packed_attention, packing
 from halfbyte.proofs import setting
 from halfbyte.proofs.packing import prove_packing
 from tests import tiny
@@ -299,7 +299,7 @@ class TestProof:
         proof = prove_packing(model)
         assert proof.mode == "single" and "ValueError: no packs here" in proof.reason
         assert model.config._attn_implementation == "eager"  # as the user had it
-        assert padded_rows.Rows.attached(model.model) is None
+        assert packing.PaddedRows.attached(model.model) is None
 
     def test_bitsandbytes_inside_peft(self, tmp_path: Any) -> None:
         quant = transformers.BitsAndBytesConfig(

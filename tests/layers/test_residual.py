@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.layers import fuse, loss, norm_gate, packing
-from halfbyte.layers.kernels import cpu, dropout, wanted
+from halfbyte.layers.kernels import cpu, dropout, last_layer
 from halfbyte.proofs.fusing import prove_fused
 from halfbyte.proofs.packing import prove_packing
 from tests import plain_peft, small_models, tiny
@@ -25,13 +25,13 @@ ROWS = tuple(range(3, 3 + len(LENGTHS)))
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(rows, of how many) that layers were asked for and took out."""
     found: list[tuple[int, int]] = []
-    real = wanted.Wanted.of
+    real = last_layer.LastLayerRows.select
 
-    def spy(self: wanted.Wanted, x: Tensor) -> Tensor:
+    def spy(self: last_layer.LastLayerRows, x: Tensor) -> Tensor:
         found.append((self.count, x.shape[1]))
         return real(self, x)
 
-    monkeypatch.setattr(wanted.Wanted, "of", spy)
+    monkeypatch.setattr(last_layer.LastLayerRows, "select", spy)
     return found
 
 
@@ -62,12 +62,12 @@ def test_dropout_meets_the_same_numbers(
     sites = dropout.sites_of(model)
 
     def made() -> dict[str, Tensor]:
-        with dropout.drawn(sites, ROWS, LENGTHS, seed=1, step=2):
+        with dropout.row_masks(sites, ROWS, LENGTHS, seed=1, step=2):
             return gradients(model)
 
     some = made()
     assert bool(taken) == (again != "full"), "a forward that is done again makes all rows"
-    monkeypatch.setattr(wanted, "by", lambda module: None)
+    monkeypatch.setattr(last_layer, "rows_for", lambda module: None)
     assert apart(made(), some) < 1e-6
 
 
@@ -120,7 +120,7 @@ def test_a_norm_beside_its_input(dtype: torch.dtype, one_plus: bool, used: str) 
     draw = torch.Generator().manual_seed(0)
     x, dx, dy, w = (torch.randn(s, generator=draw).to(dtype) for s in ((3, 7, 48), (3, 7, 48), (3, 7, 48), (48,)))
     x.requires_grad_()
-    kept, y = norm_gate.norm_beside(x, w, 1e-5, one_plus=one_plus)
+    kept, y = norm_gate.residual_and_norm(x, w, 1e-5, one_plus=one_plus)
     assert torch.equal(kept, x)
     parts = {"both": ((kept, dx), (y, dy)), "the norm": ((y, dy),), "the sum": ((kept, dx),)}[used]
     torch.autograd.backward([p for p, _ in parts], [g for _, g in parts])
@@ -137,7 +137,7 @@ def test_a_norm_beside_its_input(dtype: torch.dtype, one_plus: bool, used: str) 
 @pytest.mark.parametrize("n", [1, 5, 400])
 def test_a_sum_in_memory_of_the_pool(n: int) -> None:
     x, y = (torch.randn(n, 64, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in (0, 1))
-    made = norm_gate.added(x, y)
+    made = norm_gate.residual_sum(x, y)
     assert torch.equal(made, x + y)
     made.backward(torch.full_like(made, 3.0))
     assert x.grad is not None and y.grad is not None
@@ -146,8 +146,9 @@ def test_a_sum_in_memory_of_the_pool(n: int) -> None:
 
 
 def rows_of_others(patch: pytest.MonkeyPatch) -> None:
-    real = wanted.Picked.forward
-    patch.setattr(wanted.Picked, "forward", lambda ctx, x, rows, count: real(ctx, x, (rows - 1).clamp(min=0), count))
+    real = last_layer.SelectRows.forward
+    before = lambda ctx, x, rows, count: real(ctx, x, (rows - 1).clamp(min=0), count)  # noqa: E731
+    patch.setattr(last_layer.SelectRows, "forward", before)
 
 
 def lost_gradient(patch: pytest.MonkeyPatch) -> None:
@@ -162,7 +163,7 @@ def lost_sum(patch: pytest.MonkeyPatch) -> None:
 
 
 def gradient_of_a_sum_for_one(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(norm_gate.Added, "backward", lambda ctx, grad: (None, grad))
+    patch.setattr(norm_gate.ResidualSum, "backward", lambda ctx, grad: (None, grad))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

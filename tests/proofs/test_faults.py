@@ -108,7 +108,7 @@ def around_packed(patch: Patch, **changes: Any) -> None:
 
     def faulty(query: Any, key: Any, value: Any, pack: Any, asked: Any) -> Any:
         if "lengths" in changes:
-            return real(query, key, value, card.Lengths((sum(pack.of),)), asked)
+            return real(query, key, value, card.PackLengths((sum(pack.lengths),)), asked)
         return real(query, key, value, pack, replace(asked, **changes))
 
     patch.setattr(packed_attention, "_packed", faulty)

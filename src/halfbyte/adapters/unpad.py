@@ -2,9 +2,9 @@
 
 Why: a Trainer with dynamic padding, or TRL, spends a third of its step on padding and on dense masks. What a
 script sees does not change: hidden states and logits have their (B, L) shape, with zeros where the padding was.
-What: two torch hooks on the model's body, the mirror of `padded_rows.py`: before it, real tokens are laid end to end
-with their lengths; after it, hidden states go back to their places. `training_loss` is the shorter way for a Trainer,
-which asks for the loss alone: logits are then made where there is a label, and never whole.
+What: two torch hooks on the model's body, the mirror of `packing.PaddedRows`: before it, real tokens are laid end to
+end with their lengths; after it, hidden states go back to their places. `training_loss` is the shorter way for a
+Trainer, which asks for the loss alone: logits are then made where there is a label, and never whole.
 Only what is surely the same is touched: a training forward with gradients, rows that are padded on the right, positions
 as the model counts them itself, no cache, no hidden states of every layer asked for.
 Cost: one gather of the ids, one scatter of (T, D).
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.layers import loss, packing
-from halfbyte.layers.padded_rows import Hooks
+from halfbyte.layers.packing import BodyHooks
 from halfbyte.models import structure
 from halfbyte.proofs.packing import prove_packing
 
@@ -69,7 +69,7 @@ def pack(lengths: Tensor, width: int) -> Batch:
     return {"position_ids": (real_tokens(lengths, width) % width)[None], "cu_seq_lens_q": starts}
 
 
-class Unpad(Hooks):
+class Unpad(BodyHooks):
     """Padded rows of a training forward become a pack."""
 
     def change(
@@ -120,11 +120,11 @@ def training_loss(model: Model, inputs: dict[str, Tensor]) -> Tensor | None:
         None if this batch must go the ordinary way: other arguments, padding elsewhere than on the right, labels on
         padding, or a model whose logits are not its plain head's.
     """
-    own, items = training_batch(model, inputs), inputs.get("num_items_in_batch")
-    if own is None or items is None:
+    batch, items = training_batch(model, inputs), inputs.get("num_items_in_batch")
+    if batch is None or items is None:
         return None
     ids = inputs["input_ids"]
-    summed = loss.micro_batch_loss(model, own).to(ids.device)  # the head may be on another card
+    summed = loss.micro_batch_loss(model, batch).to(ids.device)  # the head may be on another card
     return summed / (items.to(ids.device) if isinstance(items, Tensor) else items)
 
 
@@ -149,8 +149,8 @@ def training_batch(model: Model, inputs: dict[str, Tensor]) -> Batch | None:
     if int((flat != -100).sum()) != int((flat[tokens] != -100).sum()):
         return None
     packed = pack(lengths, width)
-    wanted = flat[tokens].clone()  # (T,)
-    wanted[packed["cu_seq_lens_q"][:-1].long()] = -100  # the first token of an example is nobody's next token
-    keep = (wanted[1:] != -100).nonzero().squeeze(1)
-    own: Batch = {"input_ids": ids.flatten()[tokens.to(ids.device)][None], "keep": keep, "targets": wanted[keep + 1]}
-    return {**packed, **own}
+    packed_labels = flat[tokens].clone()  # (T,)
+    packed_labels[packed["cu_seq_lens_q"][:-1].long()] = -100  # the first token of an example is nobody's next token
+    keep = (packed_labels[1:] != -100).nonzero().squeeze(1)
+    packed_ids = ids.flatten()[tokens.to(ids.device)][None]  # (1, T)
+    return {**packed, "input_ids": packed_ids, "keep": keep, "targets": packed_labels[keep + 1]}

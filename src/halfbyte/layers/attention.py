@@ -1,9 +1,10 @@
-"""Causal attention over packed examples on a CPU: rotary, torch's flash forward, and a backward of matrix products.
+"""Causal attention over packed examples on a CPU, with rotary: one kernel of our own, or torch's flash forward and a
+backward of matrix products.
 
 Why: torch's flash attention for CPUs runs its backward at a tenth of the matmul's rate (SmolLM2 on GSM8K: a fifth of a
 step), and rotary in plain torch makes some twenty passes over q and k.
 What: q and k are rotated while they are copied into blocks of heads (`kernels/cpu/scores.py`). All else is one kernel
-(`kernels/cpu/attention/`) in fp32 with AVX2, and in bf16 with AVX512-BF16. Elsewhere forward is torch's flash
+(`kernels/cpu/attention/`) in fp32 with AVX2, and in bf16 with AVX512-BF16. Elsewhere (on ARM) forward is torch's flash
 kernel, whose log-sum-exp is kept; backward computes scores and dP in fp32 by batched matmul, turns both into P and dS
 in one pass, and gets dq, dk, dv from three more matmuls in the compute dtype. Query heads of one key head are rows of
 one matrix, so nothing is repeated. Long examples go in blocks of rows that see only the columns before them.
@@ -34,7 +35,7 @@ SCORES_BYTES = 24_000_000  # fp32 scores at once; as many again for dP
 
 
 @dataclass(frozen=True, eq=False)
-class Blocks:
+class HeadBlocks:
     """Where each token of a pack goes. `runs` are (first token, n, L) for neighbours of equal length.
 
     The blocks of an example begin at row H * start of H * T rows, head after head, L rows each.
@@ -47,16 +48,16 @@ class Blocks:
 
 
 @lru_cache(maxsize=16)
-def blocks_of(lengths: tuple[int, ...]) -> Blocks:
-    runs, at = [], 0
+def blocks_of(lengths: tuple[int, ...]) -> HeadBlocks:
+    runs, first = [], 0
     for length, same in groupby(lengths):
         n = sum(1 for _ in same)
-        runs.append((at, n, length))
-        at += n * length
+        runs.append((first, n, length))
+        first += n * length
     sizes = torch.tensor(lengths)
     before = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
     start = torch.repeat_interleave(before[:-1], sizes)
-    return Blocks(tuple(runs), before, start, torch.repeat_interleave(sizes, sizes))
+    return HeadBlocks(tuple(runs), before, start, torch.repeat_interleave(sizes, sizes))
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -89,7 +90,7 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, blocks: Blocks, scale: float
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, blocks: HeadBlocks, scale: float
     ) -> Tensor:
         none = cos[:, :0]
         qb, kb = _to_blocks(q, cos, sin, blocks), _to_blocks(k, cos, sin, blocks)
@@ -132,7 +133,7 @@ def _kernels(x: Tensor) -> "Attention":
     return fp32.KERNELS
 
 
-def _forward_by_torch(qb: Tensor, kb: Tensor, vb: Tensor, blocks: Blocks, scale: float) -> tuple[Tensor, Tensor]:
+def _forward_by_torch(qb: Tensor, kb: Tensor, vb: Tensor, blocks: HeadBlocks, scale: float) -> tuple[Tensor, Tensor]:
     """The output (T, H, D) by tokens, and the log-sum-exp in blocks of (H, L), fp32."""
     tokens, heads, d = qb.shape
     groups = heads // kb.shape[1]
@@ -153,17 +154,17 @@ def _forward_by_torch(qb: Tensor, kb: Tensor, vb: Tensor, blocks: Blocks, scale:
 
 
 def _backward_by_matmul(
-    qb: Tensor, kb: Tensor, vb: Tensor, dob: Tensor, lse: Tensor, delta: Tensor, blocks: Blocks, scale: float
+    qb: Tensor, kb: Tensor, vb: Tensor, dob: Tensor, lse: Tensor, delta: Tensor, blocks: HeadBlocks, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the blocks by batched products, scores in memory."""
     heads = qb.shape[1]
-    dqb, dkb, dvb = pool.empty_like(qb), pool.empty_like(kb), pool.empty_like(vb)
+    dqb, dkb, dvb = (pool.empty_like(x) for x in (qb, kb, vb))
     for first, n, length in blocks.runs:
         step = max(1, SCORES_BYTES // (heads * length * length * 4))  # examples at once
         for a in range(0, n, step):
-            at, count = first + a * length, min(step, n - a)
-            parts = [_run(x, at, count, length) for x in (qb, kb, vb, dob, dqb, dkb, dvb)]
-            rows = slice(at * heads, (at + count * length) * heads)
+            begin, count = first + a * length, min(step, n - a)
+            parts = [_run(x, begin, count, length) for x in (qb, kb, vb, dob, dqb, dkb, dvb)]
+            rows = slice(begin * heads, (begin + count * length) * heads)
             sums = lse[rows].view(count, heads, length), delta[rows].view(count, heads, length)
             _example_backward(parts, sums, scale)
     return dqb, dkb, dvb
@@ -197,18 +198,18 @@ def _example_backward(parts: list[Tensor], sums: tuple[Tensor, Tensor], scale: f
         p, ds = p.view(s.shape), ds.view(s.shape)
         dq1 = torch.bmm(ds, k[:, :r1])  # (m, G rows, D)
         dq.view(m, groups, length, d)[:, :, r0:r1] = dq1.view(m, groups, tall, d)
-        if r0 == 0 and r1 == length:
+        if tall == length:
             torch.bmm(p.transpose(1, 2), do1, out=dv)
             torch.bmm(ds.transpose(1, 2), q1, out=dk)
-        elif r0 == 0:
+            continue
+        if r0 == 0:
             dv.zero_()
             dk.zero_()
-        if not (r0 == 0 and r1 == length):
-            dv[:, :r1].baddbmm_(p.transpose(1, 2), do1)
-            dk[:, :r1].baddbmm_(ds.transpose(1, 2), q1)
+        dv[:, :r1].baddbmm_(p.transpose(1, 2), do1)
+        dk[:, :r1].baddbmm_(ds.transpose(1, 2), q1)
 
 
-def _to_blocks(x: Tensor, cos: Tensor, sin: Tensor, blocks: Blocks) -> Tensor:
+def _to_blocks(x: Tensor, cos: Tensor, sin: Tensor, blocks: HeadBlocks) -> Tensor:
     """(T, heads, D) -> the same number of elements in blocks, seen as (T, heads, D)."""
     from halfbyte.layers.kernels.cpu import scores as kernels
 

@@ -22,9 +22,9 @@ from halfbyte.errors import AdapterError
 from halfbyte.layers import attention, norm_gate, sight
 from halfbyte.layers.experts import interface
 from halfbyte.layers.experts.layout import is_quantised
-from halfbyte.layers.kernels import dropout, wanted
+from halfbyte.layers.kernels import dropout, last_layer
 from halfbyte.layers.kernels.cpu import available
-from halfbyte.layers.lora_linear import REMADE, Remade, frozen_linear, lora_linear
+from halfbyte.layers.lora_linear import REMAKE, Remake, frozen_linear, lora_linear
 from halfbyte.quant import formats
 
 ADAPTERS_DISABLED, NO_ADAPTER = "adapters disabled", "no active adapter"
@@ -155,7 +155,7 @@ class _RmsNorm(_Fast):
         """(x, its norm) for what it `takes`; for a sum with x behind the norm."""
         eps = float(getattr(self, "variance_epsilon", 0.0) or getattr(self, "eps", 0.0))
         weight, one_plus, given = self.weight, bool(is_one_plus(type(self))), x.detach()
-        kept, y = norm_gate.norm_beside(x, weight, eps, one_plus=one_plus)
+        kept, y = norm_gate.residual_and_norm(x, weight, eps, one_plus=one_plus)
         return kept, _cheap(self, y, lambda: norm_gate.rms_norm(given, weight, eps, one_plus=one_plus))
 
 
@@ -167,8 +167,8 @@ class _GatedMlp(_Fast):
             return super().forward(x)
         g, u = self.gate_proj(x), self.up_proj(x)
         kind, kept = norm_gate.ACTIVATIONS[activation_of(self)], (g.detach(), u.detach())
-        h = norm_gate.gated(g, u, kind)
-        return self.down_proj(_cheap(self, h, lambda: norm_gate.gated(*kept, kind)))
+        h = norm_gate.glu(g, u, kind)
+        return self.down_proj(_cheap(self, h, lambda: norm_gate.glu(*kept, kind)))
 
 
 class _Attention(_Fast):
@@ -191,34 +191,34 @@ class _Attention(_Fast):
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = (x[0] for x in position_embeddings)  # (T, R)
         out = attention.attention(q, k, v, lengths, self.scaling, cos, sin).view(1, tokens, -1)
-        some = wanted.by(self)
+        some = last_layer.rows_for(self)
         if some is None:
             return self.o_proj(out), None
-        with dropout.narrowed(some.rows):
-            return self.o_proj(some.of(out)), None
+        with dropout.select_tokens(some.rows):
+            return self.o_proj(some.select(out)), None
 
 
 class DecoderLayer(_Fast):
     """A layer of two halves, each x + f(norm(x)): its sums in memory of the pool, the norms' gradients added with them,
-    and behind the attention only the rows that are wanted."""
+    and behind the attention only the rows that are needed."""
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: Any) -> Any:
         norms = self.input_layernorm, self.post_attention_layernorm
         if args or not torch.is_grad_enabled() or not all(_runs_fused(norm, hidden_states) for norm in norms):
             return super().forward(hidden_states, *args, **kwargs)
-        some = wanted.by(self)
+        some = last_layer.rows_for(self)
         if some is not None:
-            some.taken = True
+            some.selected = True
         kept, x = norms[0].beside(hidden_states)
         x = self.self_attn(hidden_states=x, **kwargs)[0]
         if some is None:
             return self._second_half(kept, x)
-        with dropout.narrowed(some.rows):
-            return self._second_half(some.of(kept), x if x.shape[1] == some.count else some.of(x))
+        with dropout.select_tokens(some.rows):
+            return self._second_half(some.select(kept), x if x.shape[1] == some.count else some.select(x))
 
     def _second_half(self, kept: Tensor, x: Tensor) -> Tensor:
-        kept, x = self.post_attention_layernorm.beside(norm_gate.added(kept, x))
-        return norm_gate.added(kept, self.mlp(x))
+        kept, x = self.post_attention_layernorm.beside(norm_gate.residual_sum(kept, x))
+        return norm_gate.residual_sum(kept, self.mlp(x))
 
 
 def _runs_fused(norm: nn.Module, x: Tensor) -> bool:
@@ -322,7 +322,7 @@ def recompute_cheap(model: nn.Module, *, on: bool) -> None:
 
 def _cheap(module: nn.Module, y: Tensor, make: Callable[[], Tensor]) -> Tensor:
     if module.__dict__.get("_halfbyte_cheap") and torch.is_grad_enabled():
-        setattr(y, REMADE, Remade(make))
+        setattr(y, REMAKE, Remake(make))
     return y
 
 

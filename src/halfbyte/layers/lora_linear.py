@@ -15,8 +15,7 @@ Letters: N tokens, D in, O out, R rank.
 
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from types import ModuleType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,31 +24,32 @@ from torch.autograd.function import FunctionCtx
 from halfbyte.layers.kernels import dropout, pool
 from halfbyte.layers.kernels.cpu import available, lora_products
 from halfbyte.layers.kernels.cpu.integer import products as integer
-from halfbyte.layers.kernels.cpu.integer.part import Lora
 from halfbyte.layers.kernels.cpu.matmul import into, product
+from halfbyte.layers.kernels.dropout import LoraTerm
 from halfbyte.quant import formats
-from halfbyte.quant.number_format import NumberFormat
+
+if TYPE_CHECKING:
+    from halfbyte.layers.kernels.cpu.lora.common import LoraProducts
 
 # Where kernels are at hand the mask is a hash of (seed, position), or of what `kernels.dropout` says; elsewhere it is
 # made once and kept, a byte a number.
 _SEEDS = 2**31 - 1
-Seed = int | dropout.Keyed
+Seed = int | dropout.TokenSeed
+
+# Under this name a tensor carries the way to make it again (`Remake`), where recomputation is selective.
+REMAKE = "_halfbyte_remake"
 
 
-# Under this name a tensor carries the way to make it again (`Remade`), where recomputation is selective.
-REMADE = "_halfbyte_remade"
-
-
-class Remade:
+class Remake:
     """A tensor that is cheap to make again from what is kept anyway. Made once for all that were promised it."""
 
     def __init__(self, make: Callable[[], Tensor]) -> None:
         self._make: Callable[[], Tensor] | None = make
         self._value: Tensor | None = None
-        self._promised = 0
+        self._promises = 0
 
     def promise(self) -> Self:
-        self._promised += 1
+        self._promises += 1
         return self
 
     def take(self) -> Tensor:
@@ -59,8 +59,8 @@ class Remade:
             with torch.no_grad():
                 self._value = self._make()
         value = self._value
-        self._promised -= 1
-        if self._promised <= 0:
+        self._promises -= 1
+        if self._promises <= 0:
             self._value = self._make = None
         return value
 
@@ -77,13 +77,12 @@ def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 def integer_weight(layer: nn.Module, dtype: torch.dtype) -> integer.Weight:
     """The weight of `layer` for an integer product: its codes, or `frozen_weight` in pieces of rows, in their order,
     each to be used before the next is asked for."""
-    held = formats.of_module(layer)
-    codes = held.codes(layer)
-    return codes if codes is not None and integer.takes(codes, dtype) else _pieces(layer, held, dtype)
+    codes = formats.of_module(layer).codes(layer)
+    return codes if codes is not None and integer.takes(codes, dtype) else _pieces(layer, dtype)
 
 
-def _pieces(layer: nn.Module, held: NumberFormat, dtype: torch.dtype) -> Iterator[Tensor]:
-    for piece in held.pieces(layer, dtype, integer.rows_of_piece(layer.in_features)):
+def _pieces(layer: nn.Module, dtype: torch.dtype) -> Iterator[Tensor]:
+    for piece in formats.of_module(layer).pieces(layer, dtype, integer.rows_of_piece(layer.in_features)):
         yield piece if piece.dtype == dtype else piece.to(dtype)
 
 
@@ -92,15 +91,15 @@ def frozen_input(layer: nn.Module, x: Tensor) -> Tensor:
     return formats.of_module(layer).inputs(layer, x)
 
 
-def integer_input(layer: nn.Module, x: Tensor) -> integer.Rounded | None:
+def integer_input(layer: nn.Module, x: Tensor) -> integer.Int8Rows | None:
     """x in 8 bits where the layer's forward product is an integer one now, else None."""
-    products = integer.asked(layer, x)
-    return integer.rounded(frozen_input(layer, x)) if products is not None and products.forward else None
+    products = integer.products_of(layer, x)
+    return integer.round_rows(frozen_input(layer, x)) if products is not None and products.forward else None
 
 
 def integer_gradient(layer: nn.Module, x: Tensor) -> bool:
     """Whether the product of the gradient of the input x is an integer one."""
-    products = integer.asked(layer, x)
+    products = integer.products_of(layer, x)
     return products is not None and products.backward
 
 
@@ -115,7 +114,7 @@ class FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, x: Tensor, bias: Tensor | None, layer: nn.Module,
-        rounded: integer.Rounded | None = None, gradient8: bool = False,
+        rounded: integer.Int8Rows | None = None, gradient8: bool = False,
     ) -> Tensor:  # fmt: skip
         ctx.layer, ctx.gradient8 = layer, gradient8
         ctx.dtype = x.dtype
@@ -146,21 +145,21 @@ class LoraLinear(torch.autograd.Function):
 
     Args of `apply`:
         x: (N, D) in the compute dtype. a: (R, D), b: (O, R), masters of any float dtype. bias: (O,) or None.
-        layer: the module that holds W. scale: LoRA's. p: dropout. seed: of the mask. remade: makes x again in backward,
+        layer: the module that holds W. scale: LoRA's. p: dropout. seed: of the mask. remake: makes x again in backward,
         where it is then not kept; None keeps it. rounded, gradient8: as in `FrozenLinear`.
     """
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, layer: nn.Module,
-        scale: float, p: float, seed: Seed, remade: Remade | None = None,
-        rounded: integer.Rounded | None = None, gradient8: bool = False,
+        scale: float, p: float, seed: Seed, remake: Remake | None = None,
+        rounded: integer.Int8Rows | None = None, gradient8: bool = False,
     ) -> Tensor:  # fmt: skip
         scale = scale / (1 - p) if p else scale
         a16, b16 = a.to(x.dtype), b.to(x.dtype)
         h, mask = lora_down(x, a16, p, seed)
         y = pool.empty((x.shape[0], b16.shape[0]), x)
-        lora = Lora(h, b16.T, scale)
+        lora = LoraTerm(h, b16.T, scale)
         fused = rounded is not None and integer.takes_lora(lora)
         if not fused:
             y.addmm_(h, b16.T, beta=0, alpha=scale)  # (N, R) @ (R, O) -> (N, O)
@@ -170,18 +169,20 @@ class LoraLinear(torch.autograd.Function):
             into(y, frozen_input(layer, x), frozen_weight(layer, x.dtype).T, add=True)  # (N, D) @ (D, O)
         if bias is not None:
             y.add_(bias)
-        ctx.save_for_backward(None if remade else x, h, a16, b16, mask)
-        ctx.layer, ctx.scale, ctx.p, ctx.seed, ctx.gradient8 = layer, scale, p, seed, gradient8
-        ctx.remade = remade.promise() if remade else None
-        ctx.dtypes = a.dtype, b.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(None if remake else x, h, a16, b16, mask)
+        ctx.layer, ctx.gradient8 = layer, gradient8
+        ctx.scale, ctx.p = scale, p
+        ctx.seed = seed
+        ctx.remake = remake.promise() if remake else None
+        ctx.dtypes = (a.dtype, b.dtype, None if bias is None else bias.dtype)
         return y
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         x, h, a16, b16, mask = ctx.saved_tensors
-        if ctx.remade is not None:
-            x = ctx.remade.take().view(-1, a16.shape[1])
+        if ctx.remake is not None:
+            x = ctx.remake.take().view(-1, a16.shape[1])
         da = db = dbias = dx = None
         skinny = dy.dtype == torch.float32  # in bf16 a library's products are as fast as ours without dropout
         dh = (lora_down(dy, b16.T, 0.0, 0)[0] if skinny else dy @ b16).mul_(ctx.scale)  # (N, O) @ (O, R) -> (N, R)
@@ -192,7 +193,7 @@ class LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             da = lora_gradient(dh, x, a16, ctx.p, ctx.seed, mask).to(ctx.dtypes[0])
         if ctx.needs_input_grad[0]:
-            lora = Lora(dh, a16, 1.0, ctx.p, ctx.seed)
+            lora = LoraTerm(dh, a16, 1.0, ctx.p, ctx.seed)
             fused = ctx.gradient8 and mask is None and integer.takes_lora(lora)
             dx = pool.empty((dy.shape[0], a16.shape[1]), dy) if fused else lora_up(dh, a16, ctx.p, ctx.seed, mask)
             if ctx.gradient8:
@@ -230,9 +231,10 @@ def lora_up(dh: Tensor, a: Tensor, p: float, seed: Seed, mask: Tensor | None) ->
     return dx
 
 
-def _lora(x: Tensor) -> ModuleType:
+def _lora(x: Tensor) -> "LoraProducts":
     """The kernels for these products in x's dtype; compiled when they are first asked for."""
-    return import_module(f"halfbyte.layers.kernels.cpu.lora.{'bf16' if x.dtype == torch.bfloat16 else 'fp32'}")
+    name = "bf16" if x.dtype == torch.bfloat16 else "fp32"
+    return import_module(f"halfbyte.layers.kernels.cpu.lora.{name}").PRODUCTS
 
 
 def drop(x: Tensor, p: float, seed: Seed, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -241,8 +243,8 @@ def drop(x: Tensor, p: float, seed: Seed, mask: Tensor | None = None) -> tuple[T
         out = pool.empty_like(x)
         _drop_by_hash(x, out, p, seed)
         return out, None
-    if mask is None and isinstance(seed, dropout.Keyed):
-        mask = dropout.kept(seed, x.shape, p, x.device)
+    if mask is None and isinstance(seed, dropout.TokenSeed):
+        mask = dropout.keep_mask(seed, x.shape, p, x.device)
     elif mask is None:
         generator = torch.Generator(device=x.device).manual_seed(seed)
         mask = torch.rand(x.shape, device=x.device, generator=generator) >= p
@@ -260,14 +262,14 @@ def drop_(x: Tensor, p: float, seed: Seed, mask: Tensor | None) -> None:
 def _drop_by_hash(x: Tensor, out: Tensor, p: float, seed: Seed) -> None:
     from halfbyte.layers.kernels.cpu import gate
 
-    if isinstance(seed, dropout.Keyed):
-        gate.dropped_rows(x, out, p, seed.seed, seed.keys)
+    if isinstance(seed, dropout.TokenSeed):
+        gate.drop_rows(x, out, p, seed.seed, seed.keys)
     else:
-        gate.dropped(x, out, p, seed)
+        gate.drop(x, out, p, seed)
 
 
 def _by_hash(x: Tensor, seed: Seed) -> bool:
-    numbers = x.shape[-1] if isinstance(seed, dropout.Keyed) else x.numel()  # a word of two never crosses a row
+    numbers = x.shape[-1] if isinstance(seed, dropout.TokenSeed) else x.numel()  # a word of two never crosses a row
     return available(x) and x.is_contiguous() and numbers % 2 == 0
 
 
@@ -286,10 +288,10 @@ def frozen_linear(x: Tensor, layer: nn.Module) -> Tensor:
 def lora_linear(x: Tensor, layer: nn.Module, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
     """(..., D) -> (..., O) through a frozen layer and its LoRA; p is 0 outside training."""
     flat = x.reshape(-1, x.shape[-1])
-    remade = getattr(x, REMADE, None) if torch.is_grad_enabled() else None
+    remake = getattr(x, REMAKE, None) if torch.is_grad_enabled() else None
     seed: Seed = 0
     if p:
-        seed = dropout.keyed(layer, flat, by_kernel=available(flat)) or draw_seed()
+        seed = dropout.token_seed(layer, flat, by_kernel=available(flat)) or draw_seed()
     eight = integer_input(layer, x), integer_gradient(layer, x)
-    y = LoraLinear.apply(flat, a, b, layer.bias, layer, scale, p, seed, remade, *eight)
+    y = LoraLinear.apply(flat, a, b, layer.bias, layer, scale, p, seed, remake, *eight)
     return y.view(*x.shape[:-1], y.shape[-1])

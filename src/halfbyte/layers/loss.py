@@ -23,10 +23,10 @@ from weakref import WeakKeyDictionary
 import torch
 
 from halfbyte.layers import fuse, packing
-from halfbyte.layers.kernels import dropout, pool, wanted
+from halfbyte.layers.kernels import dropout, last_layer, pool
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.layers.kernels.cpu.matmul import by_kernel, into, product
-from halfbyte.layers.padded_rows import with_hidden
+from halfbyte.layers.packing import with_hidden
 from halfbyte.models import structure
 
 if TYPE_CHECKING:
@@ -134,13 +134,13 @@ def _hidden(lm: Model, inputs: dict[str, torch.Tensor], keep: torch.Tensor) -> t
     # where its forward is done again it would not be asked again; a mask drawn for all rows is not that of some
     able = torch.is_grad_enabled() and last is not None and not last.gradient_checkpointing
     if able and texts == 1 and 0 < count < tokens and (dropout.by_row() or not lm.training):
-        with wanted.asked(wanted.Wanted(last, keep, count)) as some:
+        with last_layer.only_rows(last_layer.LastLayerRows(last, keep, count)) as some:
             hidden: torch.Tensor = body(**inputs)[0][0]  # (count, D), or (T, D)
-        if some.taken:
+        if some.selected:
             return hidden[: len(keep)]
     else:
         hidden = body(**inputs)[0][0]  # (T, D)
-    made: torch.Tensor = wanted.Picked.apply(hidden, keep.to(hidden.device), len(keep))
+    made: torch.Tensor = last_layer.SelectRows.apply(hidden, keep.to(hidden.device), len(keep))
     return made
 
 

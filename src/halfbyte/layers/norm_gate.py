@@ -43,7 +43,7 @@ class RmsNorm(torch.autograd.Function):
         return dx, None, None, None
 
 
-class Added(torch.autograd.Function):
+class ResidualSum(torch.autograd.Function):
     """x + y in memory of the pool. Both of one shape and dtype."""
 
     @staticmethod
@@ -55,7 +55,7 @@ class Added(torch.autograd.Function):
         return grads[0], grads[0]
 
 
-class Gated(torch.autograd.Function):
+class Glu(torch.autograd.Function):
     """act(g) * u. g, u: (N, I) contiguous."""
 
     @staticmethod
@@ -64,34 +64,34 @@ class Gated(torch.autograd.Function):
 
         ctx.save_for_backward(g, u)
         ctx.kind = kind
-        return gate.gated(g, u, kind)
+        return gate.glu(g, u, kind)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from halfbyte.layers.kernels.cpu import gate
 
         g, u = ctx.saved_tensors
-        return *gate.gated_backward(grads[0].contiguous(), g, u, ctx.kind), None
+        return *gate.glu_backward(grads[0].contiguous(), g, u, ctx.kind), None
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float, *, one_plus: bool) -> Tensor:
     """(..., D) -> (..., D)."""
     if available(x, w) and x.dtype == w.dtype:
-        return norm_beside(x, w, eps, one_plus=one_plus)[1]
+        return residual_and_norm(x, w, eps, one_plus=one_plus)[1]
     return rms_norm_formula(x, w, eps, one_plus=one_plus)
 
 
-def norm_beside(x: Tensor, w: Tensor, eps: float, *, one_plus: bool) -> tuple[Tensor, Tensor]:
+def residual_and_norm(x: Tensor, w: Tensor, eps: float, *, one_plus: bool) -> tuple[Tensor, Tensor]:
     """(x, its norm), both (..., D), for a sum with x after the norm. For what `available` says, in w's dtype."""
-    kept, y = RmsNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), w, eps, one_plus)
-    return kept.view(x.shape), y.view(x.shape)
+    residual, y = RmsNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), w, eps, one_plus)
+    return residual.view(x.shape), y.view(x.shape)
 
 
-def added(x: Tensor, y: Tensor) -> Tensor:
+def residual_sum(x: Tensor, y: Tensor) -> Tensor:
     """x + y, (..., D) each."""
     if not available(x, y) or x.dtype != y.dtype or x.shape != y.shape:
         return x + y
-    total: Tensor = Added.apply(x, y)
+    total: Tensor = ResidualSum.apply(x, y)
     return total
 
 
@@ -102,9 +102,9 @@ def rms_norm_formula(x: Tensor, w: Tensor, eps: float, *, one_plus: bool) -> Ten
     return (normal * (1.0 + w.float())).to(x.dtype) if one_plus else w * normal.to(x.dtype)
 
 
-def gated(g: Tensor, u: Tensor, kind: int) -> Tensor:
+def glu(g: Tensor, u: Tensor, kind: int) -> Tensor:
     """act(g) * u, elementwise."""
     if available(g, u) and g.is_contiguous() and u.is_contiguous() and g.dtype == u.dtype:
-        h: Tensor = Gated.apply(g, u, kind)
+        h: Tensor = Glu.apply(g, u, kind)
         return h
     return (F.silu(g) if kind == SILU else F.gelu(g, approximate="tanh")) * u

@@ -7,7 +7,7 @@ name in AttentionMaskInterface. Given `cu_seq_lens_q` it runs torch SDPA on each
 batch; a card's flash kernel takes all of them in one call (`kernels/card.py`). Without it (padding, generation with a
 cache) it is stock SDPA.
 Whatever the fused kernel cannot say (score softcap, attention sinks) runs by the eager formula, example by example;
-whatever is not understood raises `PackingError`, which the proof in `packing.py` turns into one example a micro-batch.
+whatever is not understood raises `PackingError`, which `proofs/packing.py` turns into one example a micro-batch.
 Source: the contract is the one flash attention has upstream: `cu_seq_lens_*` and `sliding_window` are the whole mask.
 Cost: one split of q, k, v and one concatenation of the outputs; both are copies once in the backward pass.
 
@@ -56,6 +56,9 @@ class Formula:
         """Whether softmax(q k^T scale) v says it all, as the fused kernels have it."""
         return self.softcap is None and self.s_aux is None
 
+    def scale(self, query: Tensor) -> float:
+        return query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
+
 
 def register() -> None:
     """Make `NAME` known to transformers. Calling it again changes nothing.
@@ -73,8 +76,8 @@ def _mask(
     marked = sight.mark(mask_function, q_length, device, plain=not rest.get("use_vmap"))
     if marked is not None:
         return marked
-    made: Tensor | None = sdpa_mask(q_length=q_length, mask_function=mask_function, device=device, **rest)
-    return made
+    mask: Tensor | None = sdpa_mask(q_length=q_length, mask_function=mask_function, device=device, **rest)
+    return mask
 
 
 def no_mask(device: torch.device | str) -> Tensor:
@@ -136,12 +139,13 @@ def attention(
 
 def _check_packed(
     query: Tensor, key: Tensor, causal: bool, cu_q: Tensor, cu_k: Tensor | None, rest: dict[str, object]
-) -> card.Lengths:
+) -> card.PackLengths:
     """The lengths of the examples, after everything that would be silently wrong has been refused."""
-    known = rest.pop(LENGTHS, None)
-    told = isinstance(known, card.Lengths)  # by `packing.packed_inputs`; else they are read from the tensor
-    pack = known if isinstance(known, card.Lengths) else card.Lengths(tuple(cu_q.diff().tolist()), card.chosen())
-    lengths, problems = pack.of, []
+    pack = rest.pop(LENGTHS, None)
+    told = isinstance(pack, card.PackLengths)  # by `packing.packed_inputs`; else they are read from the tensor
+    if not isinstance(pack, card.PackLengths):
+        pack = card.PackLengths(tuple(cu_q.diff().tolist()), card.kernel_name())
+    lengths, problems = pack.lengths, []
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         problems.append(f"one pack and no earlier keys, got query {tuple(query.shape)}, key {tuple(key.shape)}")
     if sum(lengths) != query.shape[2]:
@@ -161,22 +165,19 @@ def _check_packed(
     return pack
 
 
-def _packed(query: Tensor, key: Tensor, value: Tensor, pack: card.Lengths, asked: Formula) -> Tensor:
+def _packed(query: Tensor, key: Tensor, value: Tensor, pack: card.PackLengths, asked: Formula) -> Tensor:
     """Causal attention; on a card all examples at once where its kernel can, else each run of neighbours of equal
     length L as one batch. Returns (1, T, H, D)."""
-    lengths = pack.of
+    lengths = pack.lengths
     slides = asked.sliding_window is not None and pack.longest > asked.sliding_window
-    if query.device.type != "cpu" and asked.is_plain and not asked.dropout:
+    if asked.is_plain and not asked.dropout:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
-        if card.takes(q, k, v, pack.kernel):
-            scale = query.shape[-1] ** -0.5 if asked.scaling is None else asked.scaling
-            return card.attention(q, k, v, pack, scale, asked.sliding_window if slides else None)[None]
-    wanted = query.requires_grad or whole_attention(query)  # without gradients torch's own kernel is as good as blocks
-    if wanted and not asked.dropout and asked.is_plain and not slides:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
-        if block_attention.takes(q, k, v):
-            scale = query.shape[-1] ** -0.5 if asked.scaling is None else asked.scaling
-            return block_attention.attention(q, k, v, lengths, scale, None, None)[None]
+        if query.device.type != "cpu" and card.takes(q, k, v, pack.kernel):
+            return card.attention(q, k, v, pack, asked.scale(query), asked.sliding_window if slides else None)[None]
+        # without gradients torch's own kernel is as good as blocks
+        blocks = not slides and (query.requires_grad or whole_attention(query))
+        if blocks and block_attention.takes(q, k, v):
+            return block_attention.attention(q, k, v, lengths, asked.scale(query), None, None)[None]
     runs = [(length, sum(1 for _ in same)) for length, same in groupby(lengths)]  # (L, how many)
     # split, not slices: its backward is one concatenation, where each slice would add a zero-filled (T, D) tensor
     sizes = [length * count for length, count in runs]
@@ -212,8 +213,7 @@ def _one_length(query: Tensor, key: Tensor, value: Tensor, asked: Formula) -> Te
 
 def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, asked: Formula) -> Tensor:
     """The formula itself, scores in memory: softmax(softcap(q k^T scale) | sink) v, as gemma2 and gpt_oss have it."""
-    scale = query.shape[-1] ** -0.5 if asked.scaling is None else asked.scaling
-    scores = query @ _repeat(key, query).transpose(2, 3) * scale  # (n, H, Lq, Lk)
+    scores = query @ _repeat(key, query).transpose(2, 3) * asked.scale(query)  # (n, H, Lq, Lk)
     if asked.softcap is not None:
         scores = torch.tanh(scores / asked.softcap) * asked.softcap
     if mask is not None:
@@ -231,8 +231,8 @@ def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, asked
 
 def _visible(length: int, sliding_window: int | None, device: torch.device) -> Tensor:
     """(L, L) bool: which key (column) a query (row) sees."""
-    at = torch.arange(length, device=device)
-    back = at[:, None] - at[None, :]
+    positions = torch.arange(length, device=device)
+    back = positions[:, None] - positions[None, :]
     return back >= 0 if sliding_window is None else (back >= 0) & (back < sliding_window)
 
 

@@ -3,7 +3,7 @@
 What: three layouts, tried in this order; the first that is proven (`proofs/packing.py`) is used.
     cu_seq_lens   our attention runs per example. Needs transformers' attention interface and the promise
                   (`_supports_flash_attn`) that lengths and `sliding_window` say all that a mask would.
-    rows          the body runs on padded rows (`padded_rows.py`): ALiBi, an attention outside the interface, recurrent
+    rows          the body runs on padded rows (`PaddedRows`): ALiBi, an attention outside the interface, recurrent
                   layers, chunks.
     single        nothing proven: one example a micro-batch, plain input.
 Tried and dropped: transformers' own block mask where positions restart. It is dense over the whole pack, T^2 a head; by
@@ -13,14 +13,15 @@ it Falcon ran at a third of the plain stack's speed (docs/log).
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, Self
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import BaseModelError
-from halfbyte.layers import padded_rows, sight
+from halfbyte.layers import sight
 from halfbyte.layers.kernels import card
 from halfbyte.layers.packed_attention import LENGTHS, NAME, no_mask, register
 from halfbyte.models import structure
@@ -38,14 +39,14 @@ ROWS, ALIGNED_FROM = 16, 32
 def layouts(model: Model) -> tuple[Layout, ...]:
     """The packed layouts that this model could take, best first. Nothing is proven yet."""
     lm = structure.causal_lm(model)
-    found: list[Layout] = []
+    possible: list[Layout] = []
     # ALiBi counts positions from the mask, not from position_ids: in a long pack its bf16 biases would lose precision.
     restarts = "position_ids" in inspect.signature(lm.forward).parameters and not getattr(lm.config, "alibi", False)
     if restarts and lm._supports_flash_attn and lm._can_set_attn_implementation():
-        found.append("cu_seq_lens")
+        possible.append("cu_seq_lens")
     if structure.body(lm) is not lm:
-        found.append("rows")
-    return tuple(found)
+        possible.append("rows")
+    return tuple(possible)
 
 
 def install(model: Model, layout: Layout | None = None) -> Layout:
@@ -55,18 +56,18 @@ def install(model: Model, layout: Layout | None = None) -> Layout:
     """
     lm = structure.causal_lm(model)
     chosen: Layout = next(iter(layouts(lm)), "single") if layout is None else layout
-    hooks = padded_rows.Rows.attached(structure.body(lm))
+    hooks = PaddedRows.attached(structure.body(lm))
     if chosen == "rows" and hooks is None:
-        padded_rows.Rows(structure.body(lm))
+        PaddedRows(structure.body(lm))
     elif chosen != "rows" and hooks is not None:
         hooks.remove()
-    own = lm.config._attn_implementation
-    if own is not None and own.startswith("flash_attention"):  # its kernel is used on packs, where it can be
-        _ASKED[structure.body(lm)] = own
+    before = lm.config._attn_implementation
+    if before is not None and before.startswith("flash_attention"):  # its kernel is used on packs, where it can be
+        _ASKED[structure.body(lm)] = before
     if chosen == "cu_seq_lens":
         register()
         lm.set_attn_implementation(NAME)
-    elif own == NAME:
+    elif before == NAME:
         lm.set_attn_implementation(None)  # transformers' own choice for this model
     elif structure.body(lm) in _ASKED:
         lm.set_attn_implementation("sdpa")  # the same function, also in the fp32 of a proof
@@ -85,16 +86,17 @@ def asked_attention(model: Model) -> str | None:
 def installed(model: Model) -> Layout:
     """Which layout this model is set up for, read from the model itself."""
     lm = structure.causal_lm(model)
-    if padded_rows.Rows.attached(structure.body(lm)) is not None:
+    if PaddedRows.attached(structure.body(lm)) is not None:
         return "rows"
     return "cu_seq_lens" if lm.config._attn_implementation == NAME else "single"
 
 
 def takes_use_cache(lm: Model) -> bool:
     """Whether a model can be told to keep no cache: by its own argument, or by one that it hands to its body."""
-    own = inspect.signature(lm.forward).parameters
-    handed_on = any(p.kind == p.VAR_KEYWORD for p in own.values())
-    return "use_cache" in own or (handed_on and "use_cache" in inspect.signature(structure.body(lm).forward).parameters)
+    parameters = inspect.signature(lm.forward).parameters
+    handed_on = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    of_body = inspect.signature(structure.body(lm).forward).parameters if handed_on else {}
+    return "use_cache" in parameters or "use_cache" in of_body
 
 
 def forward_inputs(model: Model, batch: Batch) -> dict[str, Tensor]:
@@ -123,7 +125,7 @@ def forward_inputs(model: Model, batch: Batch) -> dict[str, Tensor]:
     if layout == "cu_seq_lens":
         inputs |= packed_inputs(structure.body(lm), batch)
     elif layout == "rows":
-        inputs["attention_mask"] = padded_rows.example_numbers(starts.diff()).to(device)
+        inputs["attention_mask"] = example_numbers(starts.diff()).to(device)
     else:
         raise BaseModelError(
             f"{type(lm).__name__} is not set up for {len(starts) - 1} examples in one micro-batch",
@@ -147,10 +149,11 @@ def aligned(batch: Batch) -> Batch:
     more = up_to(tokens) - tokens
     if not more or tokens < ALIGNED_FROM:
         return batch
-    ids, positions, starts = batch["input_ids"], batch["position_ids"], batch["cu_seq_lens_q"]
+    ids, positions = batch["input_ids"], batch["position_ids"]
+    starts = batch["cu_seq_lens_q"]
     ends = torch.cat([starts, starts.new_tensor([tokens + more])])
     longest = int(ends.diff().max())
-    made: Batch = {
+    longer: Batch = {
         "input_ids": torch.cat([ids, ids[:, :1].expand(1, more)], 1),
         "position_ids": torch.cat([positions, torch.arange(more, device=positions.device)[None]], 1),
         "cu_seq_lens_q": ends,
@@ -158,7 +161,7 @@ def aligned(batch: Batch) -> Batch:
         "max_length_q": longest,
         "max_length_k": longest,
     }
-    return {**batch, **made}
+    return {**batch, **longer}
 
 
 def packed_inputs(body: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -170,7 +173,7 @@ def packed_inputs(body: nn.Module, batch: Batch) -> dict[str, Tensor]:
     not wait for a card each time, nor where something moves a layer's tensors to the layer's own card.
     """
     starts = batch["cu_seq_lens_q"].cpu()
-    known = card.Lengths(tuple(starts.diff().tolist()), card.chosen(_ASKED.get(body)))
+    known = card.PackLengths(tuple(starts.diff().tolist()), card.kernel_name(_ASKED.get(body)))
     longest = known.longest
     sight.look(body, longest)
     device = body.device
@@ -182,3 +185,91 @@ def packed_inputs(body: nn.Module, batch: Batch) -> dict[str, Tensor]:
     }
     lengths[LENGTHS] = known
     return {"position_ids": batch["position_ids"].to(device), "attention_mask": no_mask(device), **lengths}
+
+
+def example_numbers(lengths: Tensor) -> Tensor:
+    """The `attention_mask` that asks for rows: (N,) lengths -> (1, T) numbers from 1."""
+    return torch.arange(1, len(lengths) + 1, device=lengths.device).repeat_interleave(lengths)[None]
+
+
+class BodyHooks:
+    """A pair of hooks on a body: what a subclass's `change` does to its input, and back on its hidden states."""
+
+    def __init__(self, body: torch.nn.Module) -> None:
+        self._back: Callable[[Tensor], Tensor] | None = None  # during a forward whose input was changed
+        self._handles = [
+            body.register_forward_pre_hook(self._before, with_kwargs=True),
+            body.register_forward_hook(self._after),
+        ]
+
+    @classmethod
+    def attached(cls, body: torch.nn.Module) -> Self | None:
+        """The hooks of this kind on a body, if any; found on the body itself, so a copied model knows its own."""
+        owners = (getattr(hook, "__self__", None) for hook in body._forward_pre_hooks.values())
+        return next((owner for owner in owners if isinstance(owner, cls)), None)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def change(
+        self, body: torch.nn.Module, given: dict[str, Any]
+    ) -> tuple[dict[str, Any], Callable[[Tensor], Tensor]] | None:
+        """Other keyword arguments, and the way back for hidden states; None to leave a forward as it is."""
+        raise NotImplementedError
+
+    def _before(self, body: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        self._back = None
+        given = dict(zip(inspect.signature(body.forward).parameters, args, strict=False)) | kwargs
+        changed = self.change(body, given)
+        if changed is None:
+            return None
+        inputs, self._back = changed
+        return (), inputs
+
+    def _after(self, body: torch.nn.Module, args: object, output: Any) -> object:
+        back, self._back = self._back, None
+        return None if back is None else with_hidden(output, back(output[0]))
+
+
+def with_hidden(output: Any, hidden: Tensor) -> object:
+    """A body's output, a tuple or a `ModelOutput`, with other hidden states."""
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    output.last_hidden_state = hidden
+    return output
+
+
+class PaddedRows(BodyHooks):
+    """Packed outside, one row an example inside: a pack becomes right-padded rows where the mask holds example numbers.
+
+    Why: Bloom and MPT (ALiBi), Mamba, chunked attention and the like have no seam for example lengths. A dense block
+    mask over the pack costs T^2 per head and rounds ALiBi's far positions in bf16; a recurrent state ignores a mask
+    altogether.
+    What: before the body (1, T) becomes rows (N, L) with an ordinary padding mask, after it the hidden states become
+    (1, T) again. So the head, the loss and every caller see a pack, and the body runs its stock path on stock input.
+    Cost: padding inside the body, N x (the longest example) tokens instead of T; attention costs N L^2 instead of T^2.
+
+    The lengths arrive in `attention_mask` as example numbers, counted from 1: [[1, 1, 1, 2, 2, 3]]. An ordinary mask
+    (0 and 1) passes untouched.
+    """
+
+    def change(
+        self, body: torch.nn.Module, given: dict[str, Any]
+    ) -> tuple[dict[str, Any], Callable[[Tensor], Tensor]] | None:
+        numbers = given.get("attention_mask")
+        if numbers is None or numbers.dim() != 2 or numbers.shape[0] != 1 or int(numbers.max()) < 2:
+            return None
+        lengths = torch.bincount(numbers[0])[1:]  # (N,)
+        column = torch.arange(int(lengths.max()), device=lengths.device)  # (L,)
+        real = column < lengths[:, None]  # (N, L)
+        token = ((lengths.cumsum(0) - lengths)[:, None] + column).where(real, 0)  # (N, L): where in the pack
+        inputs = {name: _as_rows(x, numbers.shape[1], token) for name, x in given.items()}
+        inputs["attention_mask"] = real.long()
+        return inputs, lambda hidden: hidden[real.to(hidden.device)][None]  # (N, L, D) -> (1, T, D)
+
+
+def _as_rows(x: Tensor, tokens: int, token: Tensor) -> Tensor:
+    """(1, T, ...) -> (N, L, ...); anything of another shape stays. Padding repeats the first token, masked."""
+    is_packed = isinstance(x, Tensor) and x.dim() >= 2 and x.shape[:2] == (1, tokens)
+    return x[0][token.to(x.device)] if is_packed else x

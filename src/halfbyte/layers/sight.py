@@ -73,25 +73,25 @@ def mark(mask_function: Callable[..., Tensor], length: int, device: torch.device
     marks = _MARKS.get()
     if marks is None:
         return None
-    made = torch.empty((1, 1, 0, 0), device=device)
-    marks.append((made, _described(mask_function, length, device) if plain else Sight(length, 0)))
-    return made
+    stand_in = torch.empty((1, 1, 0, 0), device=device)
+    marks.append((stand_in, _describe(mask_function, length, device) if plain else Sight(length, 0)))
+    return stand_in
 
 
-def _described(mask_function: Callable[..., Tensor], length: int, device: torch.device) -> Sight:
-    at = torch.arange(length, device=device)
-    zero = at[:1].view(1, 1, 1, 1)
+def _describe(mask_function: Callable[..., Tensor], length: int, device: torch.device) -> Sight:
+    positions = torch.arange(length, device=device)
+    zero = positions[:1].view(1, 1, 1, 1)
 
     def sees(rows: Tensor, keys: Tensor) -> Tensor:
         seen = mask_function(zero, zero, rows.view(1, 1, -1, 1), keys.view(1, 1, 1, -1))
         return seen.expand(1, 1, len(rows), len(keys))[0, 0]  # (rows, keys) bool
 
-    hidden = (~sees(at, at[:1])[:, 0]).nonzero()  # from which row on the first token is not seen
+    hidden = (~sees(positions, positions[:1])[:, 0]).nonzero()  # from which row on the first token is not seen
     causal = int(hidden[0]) if len(hidden) else length
     spread = torch.linspace(0, length - 1, _SAMPLED_ROWS, device=device).long()
     around = torch.tensor([causal - 1, causal, causal + 1], device=device).clamp(0, length - 1)
     rows = torch.cat([spread, around]).unique()
-    seen, back = sees(rows, at), rows[:, None] - at
+    seen, back = sees(rows, positions), rows[:, None] - positions
     if torch.equal(seen, (back >= 0) & (back < causal)):
         return Sight(length, causal, slides=causal < length)
     early = rows < causal
@@ -115,7 +115,7 @@ def look(body: nn.Module, length: int) -> None:
         inputs["use_cache"] = False
     token = _MARKS.set(marks)
     try:
-        with structure.replaced(holder, name, nn.ModuleList(stands)), torch.no_grad(), _as_it_was(body):
+        with structure.replaced(holder, name, nn.ModuleList(stands)), torch.no_grad(), _restoring(body):
             body(**inputs)
     except Exception:  # the last stand-in stops the forward; any other error leaves layers unknown
         pass
@@ -123,12 +123,12 @@ def look(body: nn.Module, length: int) -> None:
         _MARKS.reset(token)
     for number, layer in enumerate(layers):
         handed = notes.get(number)
-        seen = next((sight for made, sight in marks if made is handed), Sight(length, 0))
+        seen = next((sight for stand_in, sight in marks if stand_in is handed), Sight(length, 0))
         for module in layer.modules():
             _SIGHTS[module] = seen
 
 
-class _Seen(Exception):
+class _AllLayersReached(Exception):
     """Every layer has been handed its mask."""
 
 
@@ -138,7 +138,8 @@ class _StandIn(nn.Module):
     def __init__(self, layer: nn.Module, number: int, count: int, notes: dict[int, Tensor | None]) -> None:
         super().__init__()
         self.layer = layer
-        self.number, self.count, self.notes = number, count, notes
+        self.number, self.count = number, count
+        self.notes = notes
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -148,22 +149,22 @@ class _StandIn(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> object:
         marks = _MARKS.get() or []
-        given = [x for x in (*args, *kwargs.values()) if any(x is made for made, _ in marks)]
+        given = [x for x in (*args, *kwargs.values()) if any(x is stand_in for stand_in, _ in marks)]
         self.notes[self.number] = given[0] if len(given) == 1 else None
         if len(self.notes) == self.count:
-            raise _Seen
+            raise _AllLayersReached
         return args[0] if args else kwargs["hidden_states"]
 
 
 @contextmanager
-def _as_it_was(body: nn.Module) -> Iterator[None]:
+def _restoring(body: nn.Module) -> Iterator[None]:
     """Random numbers that a dropout on embeddings draws, and what rotary embeddings of some kinds keep of a long text,
     are as before afterwards."""
-    kept = [(m, dict(vars(m)), dict(m._buffers)) for m in body.children() if next(m.parameters(), None) is None]
+    states = [(m, dict(vars(m)), dict(m._buffers)) for m in body.children() if next(m.parameters(), None) is None]
     try:
         with accelerator.random_kept([body.device]):
             yield
     finally:
-        for module, own, buffers in kept:
-            vars(module).update(own)
+        for module, attributes, buffers in states:
+            vars(module).update(attributes)
             module._buffers.update(buffers)

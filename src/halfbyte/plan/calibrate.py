@@ -247,8 +247,8 @@ def _attention(tries: Tries, kind: torch.dtype) -> float:
         scale = d**-0.5
         if attention.takes(q, k, v):
             return flop / tries.best(lambda: attention.attention(q, k, v, lengths, scale, None, None).sum().backward())
-        if card.takes(q, k, v, card.chosen()):
-            pack = card.Lengths(lengths, card.chosen())
+        if card.takes(q, k, v, card.kernel_name()):
+            pack = card.PackLengths(lengths, card.kernel_name())
             return flop / tries.best(lambda: card.attention(q, k, v, pack, scale, None).sum().backward())
         shaped = [
             x.detach().view(len(lengths), lengths[0], heads, d).transpose(1, 2).requires_grad_() for x in (q, k, v)

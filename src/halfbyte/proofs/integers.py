@@ -83,7 +83,7 @@ def decide(model: Model, asked: str, batch: Batch) -> Decision:
         AdapterError: int8 is asked for and cannot be computed.
     """
     layers = fuse.frozen_layers(model)
-    integer.ask(layers, None)
+    integer.set_products(layers, None)
     if asked == "exact":
         return Decision(None, "as the recipe says")
     if problem := _why_not(model, layers):
@@ -100,12 +100,12 @@ def decide(model: Model, asked: str, batch: Batch) -> Decision:
     tried: list[tuple[Products, Deviation]] = []
     exact = _loss_and_gradients(model, batch)
     for products in (BOTH, BACKWARD)[: 1 if asked == "int8" else 2]:
-        integer.ask(layers, products)
+        integer.set_products(layers, products)
         tried.append((products, deviation(_loss_and_gradients(model, batch), exact)))
         if tried[-1][1].ok or asked == "int8":
             break
     else:
-        integer.ask(layers, None)
+        integer.set_products(layers, None)
         return Decision(None, f"int8 is too rough for this model: {tried[-1][1]}", tuple(tried))
     dequantise.forget()  # a whole weight, which only exact products need
     products, seen = tried[-1]

@@ -275,7 +275,7 @@ class StepTrainer(Trainer):
         torch.manual_seed(dropout.number(seed, step.index, rows[0]))
         lengths = [int(self.pace.lengths[row]) for row in rows]
         where = {"seed": seed, "step": step.index, "anywhere": not self.world.alone}
-        with dropout.drawn(self._sites, rows, lengths, **where):
+        with dropout.row_masks(self._sites, rows, lengths, **where):
             yield
 
     def _over_all(self, total: torch.Tensor, *, left: bool) -> tuple[torch.Tensor, tuple[int, ...]]:

@@ -55,7 +55,7 @@ def run(leaves: list[torch.Tensor], where: torch.device, window: int | None) -> 
     """Output and gradients by the interface that models call, on a device."""
     there = [x.to(where).requires_grad_() for x in leaves]
     starts = torch.tensor([0, *LENGTHS]).cumsum(0).int()
-    known = {"packed_lengths": card.Lengths(LENGTHS)}
+    known = {"packed_lengths": card.PackLengths(LENGTHS)}
     out, _ = attention(
         Layer(), *there, None, sliding_window=window, cu_seq_lens_q=starts, cu_seq_lens_k=starts, **known
     )
@@ -88,14 +88,14 @@ def test_attention_on_a_card_is_one_call_for_any_lengths(cards: fake_card.Cards,
     cards.reset()
     starts = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     with torch.no_grad():
-        attention(Layer(), *leaves, None, cu_seq_lens_q=starts, packed_lengths=card.Lengths(LENGTHS))
+        attention(Layer(), *leaves, None, cu_seq_lens_q=starts, packed_lengths=card.PackLengths(LENGTHS))
     called = [name for name in cards.calls if "attn" in name or "attention" in name]
     assert called == ["torch_attn._varlen_attn.default"]
     assert cards.syncs == []
 
 
 def test_lengths_are_copied_to_a_card_once(cards: fake_card.Cards, where: torch.device) -> None:
-    known = card.Lengths(LENGTHS)
+    known = card.PackLengths(LENGTHS)
     assert known.starts(where) is known.starts(where)
     assert known.starts(where).cpu().tolist() == [0, 5, 6, 15, 18, 22]
     assert known.starts(where).dtype == torch.int32
@@ -119,7 +119,7 @@ def test_without_a_flash_kernel_no_scores_are_made(
         mock.patch.object(fake_card._Module, "get_device_capability", return_value=capability),
         mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", seen),
     ):
-        attention(Layer(), *leaves, None, cu_seq_lens_q=starts, packed_lengths=card.Lengths(LENGTHS))
+        attention(Layer(), *leaves, None, cu_seq_lens_q=starts, packed_lengths=card.PackLengths(LENGTHS))
     assert set(asked) == {(H, H, False, False)}  # and never by cuDNN
 
 
@@ -169,7 +169,7 @@ def test_flash_attn_is_called_where_it_is_asked_for(
 
 
 def test_the_environment_chooses_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert card.chosen() == card.VARLEN
-    assert card.chosen("flash_attention_2") == card.FLASH_ATTN
+    assert card.kernel_name() == card.VARLEN
+    assert card.kernel_name("flash_attention_2") == card.FLASH_ATTN
     monkeypatch.setenv(card.VARIABLE, "sdpa")
-    assert card.chosen("flash_attention_2") == card.SDPA
+    assert card.kernel_name("flash_attention_2") == card.SDPA

@@ -18,10 +18,10 @@ SITES = {id(LAYER): 5}
 def mask(
     rows: list[int], lengths: list[int], d: int, p: float = 0.3, *, seed: int = 1, step: int = 0, site: int = 5
 ) -> torch.Tensor:
-    with dropout.drawn({id(LAYER): site}, rows, lengths, seed=seed, step=step, anywhere=True):
-        key = dropout.keyed(LAYER, torch.ones(sum(lengths), d), by_kernel=True)
+    with dropout.row_masks({id(LAYER): site}, rows, lengths, seed=seed, step=step, anywhere=True):
+        key = dropout.token_seed(LAYER, torch.ones(sum(lengths), d), by_kernel=True)
     assert key is not None
-    return dropout.kept(key, (sum(lengths), d), p, torch.device("cpu"))
+    return dropout.keep_mask(key, (sum(lengths), d), p, torch.device("cpu"))
 
 
 def lowbias32(x: int) -> int:
@@ -34,8 +34,8 @@ def lowbias32(x: int) -> int:
 
 def test_the_mask_by_hand() -> None:
     keys = dropout.token_keys([9], [3], seed=1, step=2)
-    key = dropout.Keyed(torch.from_numpy(keys), 5)
-    got = dropout.kept(key, (3, 5), 0.25, torch.device("cpu"))
+    key = dropout.TokenSeed(torch.from_numpy(keys), 5)
+    got = dropout.keep_mask(key, (3, 5), 0.25, torch.device("cpu"))
     for t in range(3):
         row = lowbias32((int(keys[t]) & 0xFFFFFFFF) ^ (5 * 0x9E3779B97F4A7C15 & 0xFFFFFFFF))
         for j in range(5):
@@ -47,13 +47,13 @@ def test_the_mask_by_hand() -> None:
 @pytest.mark.parametrize("d", [64, 7])
 def test_the_kernel_is_the_definition(dtype: torch.dtype, d: int) -> None:
     x = torch.randn(12, d).to(dtype)
-    with dropout.drawn(SITES, [3, 8], [5, 6], seed=1, step=2):
-        key = dropout.keyed(LAYER, x, by_kernel=True)  # a row of no text behind the others
-        assert key is not None and dropout.keyed(nn.Linear(2, 2), x, by_kernel=True) is None
-        assert dropout.keyed(LAYER, x[:10], by_kernel=True) is None
-        assert dropout.keyed(LAYER, x, by_kernel=False) is None
-    assert dropout.keyed(LAYER, x, by_kernel=True) is None
-    wanted = dropout.kept(key, x.shape, 0.3, x.device)
+    with dropout.row_masks(SITES, [3, 8], [5, 6], seed=1, step=2):
+        key = dropout.token_seed(LAYER, x, by_kernel=True)  # a row of no text behind the others
+        assert key is not None and dropout.token_seed(nn.Linear(2, 2), x, by_kernel=True) is None
+        assert dropout.token_seed(LAYER, x[:10], by_kernel=True) is None
+        assert dropout.token_seed(LAYER, x, by_kernel=False) is None
+    assert dropout.token_seed(LAYER, x, by_kernel=True) is None
+    wanted = dropout.keep_mask(key, x.shape, 0.3, x.device)
     dropped, made = room.drop(x, 0.3, key)
     assert torch.equal(dropped, x * wanted)
     assert (made is None) == (d % 2 == 0)

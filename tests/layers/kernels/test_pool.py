@@ -24,13 +24,13 @@ def of(lender: Pool, kib: int) -> torch.Tensor:
 def test_a_block_goes_to_the_next_tensor_that_it_holds_and_not_before_it_is_free() -> None:
     lender = Pool()
     first = of(lender, 512)
-    at, held = first.data_ptr(), lender.held
+    at, held = first.data_ptr(), lender.total_bytes
     second = of(lender, 512)
-    assert second.data_ptr() != at and lender.held > held
-    held = lender.held
+    assert second.data_ptr() != at and lender.total_bytes > held
+    held = lender.total_bytes
     del first
     third = of(lender, 300)
-    assert third.data_ptr() == at and lender.held == held, "a smaller tensor takes the larger block"
+    assert third.data_ptr() == at and lender.total_bytes == held, "a smaller tensor takes the larger block"
 
 
 def test_a_view_keeps_the_block_and_the_last_one_gives_it_back() -> None:
@@ -78,9 +78,9 @@ def test_what_is_free_beyond_a_share_of_the_most_that_was_lent_goes_back() -> No
         kept = [of(lender, kib).fill_(1) for _ in range(4)]
         most = sum(tensor.numel() for tensor in kept)
         del kept
-    assert lender.held <= pool.KEPT_SHARE * (most + 4 * 4096)
+    assert lender.total_bytes <= pool.KEPT_SHARE * (most + 4 * 4096)
     lender.give_back()
-    assert lender.held == lender.lent == 0
+    assert lender.total_bytes == lender.lent_bytes == 0
 
 
 def test_memory_that_is_given_back_leaves_the_process() -> None:
@@ -111,11 +111,11 @@ def test_tensors_of_a_graph_give_their_blocks_back_with_it() -> None:
     y = Twice.apply(Twice.apply(x))
     y.sum().backward()
     assert torch.equal(x.grad, torch.full_like(x, 4.0))
-    assert lender.held > 0
+    assert lender.total_bytes > 0
     del y
     gc.collect()
     lender.give_back()
-    assert lender.held == lender.lent == 0
+    assert lender.total_bytes == lender.lent_bytes == 0
 
 
 def test_threads_never_share_a_block() -> None:
@@ -133,7 +133,7 @@ def test_threads_never_share_a_block() -> None:
     for thread in threads:
         thread.join()
     lender.give_back()
-    assert not wrong and lender.held == lender.lent == 0
+    assert not wrong and lender.total_bytes == lender.lent_bytes == 0
 
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no transparent huge pages")

@@ -29,34 +29,36 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VARIABLE = "HALFBYTE_ATTENTION"
-VARLEN, FLASH_ATTN, SDPA = "varlen", "flash_attn", "sdpa"
+VARLEN = "varlen"
+FLASH_ATTN = "flash_attn"
+SDPA = "sdpa"
 LARGEST_HEAD, HEAD_STEP = 256, 8  # what the flash kernels take
 
 
 @dataclass(frozen=True, eq=False)
-class Lengths:
+class PackLengths:
     """The lengths of a pack's examples as numbers, so that no layer has to wait for a card to read them.
 
     `kernel`: by what attention is computed on a card.
     """
 
-    of: tuple[int, ...]
+    lengths: tuple[int, ...]
     kernel: str = VARLEN
     _starts: dict[torch.device, Tensor] = field(default_factory=dict)
 
     @property
     def longest(self) -> int:
-        return max(self.of, default=0)
+        return max(self.lengths, default=0)
 
     def starts(self, device: torch.device) -> Tensor:
         """(examples + 1,) int32 on a card, copied there once."""
         if device not in self._starts:
-            sums = torch.tensor([0, *self.of]).cumsum(0).int()
+            sums = torch.tensor([0, *self.lengths]).cumsum(0).int()
             self._starts[device] = sums.to(device, non_blocking=True)
         return self._starts[device]
 
 
-def chosen(asked: str | None = None) -> str:
+def kernel_name(asked: str | None = None) -> str:
     """The kernel that the environment names, else what a model was opened with, else torch's."""
     named = os.environ.get(VARIABLE, "")
     if named in (VARLEN, FLASH_ATTN, SDPA):
@@ -74,15 +76,15 @@ def takes(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> bool:
     return _kernel(kernel) is not None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float, window: int | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, lengths: PackLengths, scale: float, window: int | None) -> Tensor:
     """(T, H, D), (T, K, D) -> (T, H, D). `window`: how many tokens a token sees, itself included; None for all."""
-    made = _kernel(lengths.kernel)
-    if made is None:
+    kernel = _kernel(lengths.kernel)
+    if kernel is None:
         raise RuntimeError(f"{lengths.kernel} is not here")
-    return made(q, k, v, lengths, scale, window)
+    return kernel(q, k, v, lengths, scale, window)
 
 
-_Kernel = Callable[["Tensor", "Tensor", "Tensor", Lengths, float, "int | None"], "Tensor"]
+_Kernel = Callable[["Tensor", "Tensor", "Tensor", PackLengths, float, "int | None"], "Tensor"]
 
 
 @cache
@@ -98,15 +100,10 @@ def _torchs() -> _Kernel | None:
     if not {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
         return None
 
-    def call(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float, window: int | None) -> Tensor:
-        starts, most = lengths.starts(q.device), lengths.longest
-        back = -1 if window is None else window - 1  # a flash kernel's window leaves the token itself out
-        grouped = q.shape[1] != k.shape[1]
-        seen = (back, 0)
-        made: Tensor = varlen_attn(
-            q, k, v, starts, starts, most, most, scale=scale, window_size=seen, enable_gqa=grouped
-        )
-        return made
+    def call(q: Tensor, k: Tensor, v: Tensor, lengths: PackLengths, scale: float, window: int | None) -> Tensor:
+        pack, grouped = _arguments(lengths, q.device), q.shape[1] != k.shape[1]
+        out: Tensor = varlen_attn(q, k, v, *pack, scale=scale, window_size=_seen(window), enable_gqa=grouped)
+        return out
 
     return call
 
@@ -117,15 +114,23 @@ def _flash_attns() -> _Kernel | None:
     except ImportError:
         return _torchs()
 
-    def call(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float, window: int | None) -> Tensor:
-        starts, most = lengths.starts(q.device), lengths.longest
-        back = -1 if window is None else window - 1
-        made: Tensor = attend(
-            q, k, v, starts, starts, most, most, softmax_scale=scale, causal=True, window_size=(back, 0)
-        )
-        return made
+    def call(q: Tensor, k: Tensor, v: Tensor, lengths: PackLengths, scale: float, window: int | None) -> Tensor:
+        pack = _arguments(lengths, q.device)
+        out: Tensor = attend(q, k, v, *pack, softmax_scale=scale, causal=True, window_size=_seen(window))
+        return out
 
     return call
+
+
+def _arguments(lengths: PackLengths, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    """Where the examples begin and the longest one, for queries and for keys, as both kernels take them."""
+    starts = lengths.starts(device)
+    return starts, starts, lengths.longest, lengths.longest
+
+
+def _seen(window: int | None) -> tuple[int, int]:
+    """How many tokens before and after itself a token sees; -1: all."""
+    return (-1 if window is None else window - 1), 0
 
 
 @contextmanager

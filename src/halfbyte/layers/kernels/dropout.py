@@ -24,7 +24,7 @@ _GOLDEN, _MIX = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # 
 
 
 @dataclass(frozen=True)
-class Keyed:
+class TokenSeed:
     """The seed of one layer's mask: a key for each token, (N,) int32 read as uint32, and the layer's own number."""
 
     keys: Tensor
@@ -36,7 +36,18 @@ class Keyed:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class LoraTerm:
+    """LoRA's part of a result: drop(scale left right). left: (N, R), right: (R, D), bf16. p, seed: of the mask."""
+
+    left: Tensor
+    right: Tensor
+    scale: float = 1.0
+    p: float = 0.0
+    seed: int | TokenSeed = 0
+
+
+@dataclass(frozen=True)
+class RowMasks:
     """The keys of the tokens of the micro-batch that is computed now, (T,) int32, and the number of each module.
 
     `anywhere`: also where no kernel makes the mask.
@@ -47,11 +58,11 @@ class Drawn:
     anywhere: bool
 
 
-_now: Drawn | None = None
+_now: RowMasks | None = None
 
 
 @contextmanager
-def drawn(
+def row_masks(
     sites: Mapping[int, int],
     rows: Sequence[int],
     lengths: Sequence[int],
@@ -67,7 +78,7 @@ def drawn(
         anywhere: also on cards and without kernels, where drawing one mask for all is faster.
     """
     global _now
-    before, _now = _now, Drawn(torch.from_numpy(token_keys(rows, lengths, seed=seed, step=step)), sites, anywhere)
+    before, _now = _now, RowMasks(torch.from_numpy(token_keys(rows, lengths, seed=seed, step=step)), sites, anywhere)
     try:
         yield
     finally:
@@ -80,7 +91,7 @@ def by_row() -> bool:
 
 
 @contextmanager
-def narrowed(rows: Tensor) -> Iterator[None]:
+def select_tokens(rows: Tensor) -> Iterator[None]:
     """While it lasts, only these rows (K,) of the micro-batch's tokens are computed; their masks are as ever."""
     global _now
     before = _now
@@ -97,7 +108,7 @@ def sites_of(model: nn.Module) -> dict[int, int]:
     return {id(module): number for number, module in enumerate(model.modules())}
 
 
-def keyed(layer: nn.Module, x: Tensor, *, by_kernel: bool) -> Keyed | None:
+def token_seed(layer: nn.Module, x: Tensor, *, by_kernel: bool) -> TokenSeed | None:
     """The seed of a layer's mask for x (N, D). None where its rows are not the tokens of the micro-batch, perhaps with
     some of no text behind them; the mask then is drawn."""
     if _now is None or id(layer) not in _now.sites or not (by_kernel or _now.anywhere):
@@ -105,7 +116,7 @@ def keyed(layer: nn.Module, x: Tensor, *, by_kernel: bool) -> Keyed | None:
     keys, more = _now.keys, x.shape[0] - len(_now.keys)
     if more < 0:
         return None
-    return Keyed(torch.cat([keys, keys.new_zeros(more)]) if more else keys, _now.sites[id(layer)])
+    return TokenSeed(torch.cat([keys, keys.new_zeros(more)]) if more else keys, _now.sites[id(layer)])
 
 
 def token_keys(rows: Sequence[int], lengths: Sequence[int], *, seed: int, step: int) -> np.ndarray:
@@ -129,7 +140,7 @@ def _number(*parts: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def kept(key: Keyed, shape: Sequence[int], p: float, device: torch.device) -> Tensor:
+def keep_mask(key: TokenSeed, shape: Sequence[int], p: float, device: torch.device) -> Tensor:
     """The mask by its definition: (N, D) bool, False where a number is dropped. The kernel's is the same."""
     n, d = shape
     rows = _hash((key.keys.to(device).long() & _WORD) ^ key.seed)  # (N,)

@@ -57,8 +57,9 @@ class Pool:
     """Blocks of memory, each lent to one tensor at a time. For use from any thread."""
 
     def __init__(self) -> None:
-        self.held = self.lent = self.most = 0  # bytes: of all blocks, of those that are lent, of the most of these
-        self._made_count = 0
+        self.total_bytes = 0  # of all blocks
+        self.lent_bytes = self.max_lent_bytes = 0  # of those that are lent, now and at most
+        self._block_count = 0
         self._free: list[Block] = []  # by size; of one size the last one returned is first, as it may be in the cache
         self._lock = threading.Lock()
         self._returned: deque[Block] = deque()
@@ -82,9 +83,9 @@ class Pool:
         """Let go of every block that is free."""
         with self._lock:
             self._collect()
-            self.held -= sum(map(len, self._free))
+            self.total_bytes -= sum(map(len, self._free))
             self._free.clear()
-            self.most = self.lent
+            self.max_lent_bytes = self.lent_bytes
 
     def _take(self, size: int) -> Block:
         self._collect()
@@ -93,22 +94,22 @@ class Pool:
         if place < len(self._free) and len(self._free[place]) <= LARGER * size:
             block = self._free.pop(place)
         else:
-            block = self._made(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
-        self.lent += len(block)
-        self.most = max(self.most, self.lent)
+            block = self._new_block(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+        self.lent_bytes += len(block)
+        self.max_lent_bytes = max(self.max_lent_bytes, self.lent_bytes)
         return block
 
-    def _made(self, size: int) -> Block:
+    def _new_block(self, size: int) -> Block:
         """A new block; where that is more than is kept, free ones go, the smallest first."""
-        while self._free and self.held + size > KEPT_SHARE * max(self.most, self.lent + size):
-            self.held -= len(self._free.pop(0))
+        while self._free and self.total_bytes + size > KEPT_SHARE * max(self.max_lent_bytes, self.lent_bytes + size):
+            self.total_bytes -= len(self._free.pop(0))
         block = Block(-1, size, **_FLAGS)
         if size >= HUGE_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without them
                 block.madvise(mmap.MADV_HUGEPAGE)
-        self._made_count += 1
-        block.begin = LINE_BYTES * (self._made_count * 17 % (mmap.PAGESIZE // LINE_BYTES))
-        self.held += size
+        self._block_count += 1
+        block.begin = LINE_BYTES * (self._block_count * 17 % (mmap.PAGESIZE // LINE_BYTES))
+        self.total_bytes += size
         return block
 
     def _back(self, loan: _Loan) -> None:
@@ -119,7 +120,7 @@ class Pool:
     def _collect(self) -> None:
         while self._returned:
             block = self._returned.popleft()
-            self.lent -= len(block)
+            self.lent_bytes -= len(block)
             insort_left(self._free, block, key=len)
 
 

@@ -56,8 +56,8 @@ def test_rms_norm(n: int, d: int, dtype: torch.dtype, one_plus: bool) -> None:
 def test_gated_activation(n: int, d: int, dtype: torch.dtype, kind: int) -> None:
     g, u, dh = draw(n, d, dtype=dtype), draw(n, d, dtype=dtype, seed=1), draw(n, d, dtype=dtype, seed=2)
     g = g * 4
-    h = gate.gated(g, u, kind)
-    dg, du = gate.gated_backward(dh, g, u, kind)
+    h = gate.glu(g, u, kind)
+    dg, du = gate.glu_backward(dh, g, u, kind)
     g64, u64 = g.double().requires_grad_(), u.double().requires_grad_()
     wanted = (F.silu(g64) if kind == 0 else F.gelu(g64, approximate="tanh")) * u64
     wanted.backward(dh.double())
@@ -68,7 +68,7 @@ def test_gated_activation(n: int, d: int, dtype: torch.dtype, kind: int) -> None
 
 def test_an_activation_of_extreme_numbers() -> None:
     g = torch.tensor([-1e4, -88.0, 0.0, 88.0, 1e4, float("inf"), float("nan")])
-    h = gate.gated(g, torch.ones_like(g), 0)
+    h = gate.glu(g, torch.ones_like(g), 0)
     assert torch.equal(h[:5].abs() < 1e-20, torch.tensor([True, True, True, False, False]))
     assert h[3:5].tolist() == [88.0, 1e4]
     assert not h[5:].isfinite().any()
@@ -78,9 +78,9 @@ def test_an_activation_of_extreme_numbers() -> None:
 def test_dropout_keeps_its_share_and_repeats(dtype: torch.dtype) -> None:
     x, p = torch.ones(400, 500, dtype=dtype), 0.1
     first, again, other = (torch.empty_like(x) for _ in range(3))
-    gate.dropped(x, first, p, 7)
-    gate.dropped(x, again, p, 7)
-    gate.dropped(x, other, p, 8)
+    gate.drop(x, first, p, 7)
+    gate.drop(x, again, p, 7)
+    gate.drop(x, other, p, 8)
     kept = float(first.float().mean())
     assert abs(kept - (1 - p)) < 5 * math.sqrt(p * (1 - p) / x.numel())
     assert torch.equal(first, again)
@@ -95,8 +95,8 @@ def test_dropout_keeps_its_share_and_repeats(dtype: torch.dtype) -> None:
 def test_dropout_in_place_is_the_same(dtype: torch.dtype) -> None:
     x = draw(7, 44, dtype=dtype)
     out = torch.empty_like(x)
-    gate.dropped(x, out, 0.3, 5)
-    gate.dropped(x, x, 0.3, 5)
+    gate.drop(x, out, 0.3, 5)
+    gate.drop(x, x, 0.3, 5)
     assert torch.equal(x, out) and (x == 0).any()
 
 
@@ -186,7 +186,7 @@ torch.set_num_threads(1)
 for dtype in (torch.float32, torch.bfloat16):
     draw = torch.Generator().manual_seed(0)
     g, u, dh, w = (torch.randn(37, 96, generator=draw).to(dtype).requires_grad_() for _ in range(4))
-    norm_gate.gated(g, u, 1).backward(dh.detach())
+    norm_gate.glu(g, u, 1).backward(dh.detach())
     norm_gate.rms_norm(u, w[0].detach(), 1e-5, one_plus=False).backward(dh.detach())
     q, k, v = (torch.randn(1300, n, 64, generator=draw).to(dtype).requires_grad_() for n in (9, 3, 3))
     attended = attention.attention(q, k, v, (600, 400, 300), 0.125, None, None)

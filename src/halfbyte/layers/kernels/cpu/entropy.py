@@ -53,21 +53,23 @@ def _gradient(a, lse, low):  # type: ignore[no-untyped-def]
         a[j] = store(exp_f32(load(a[j]) - lse) - low, a)
 
 
-def _make(element: type) -> object:
+@per_dtype
+def _kernel(element: type) -> object:
     # One loop of its own, not `each_block`: split in two, LLVM rounds the gradient's last bit in another way.
     @kernel
     def cross_entropy(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
-        n, block, width, smoothing = s[1], s[2], s[6], np.float32(f[8])
+        n, width = s[1], s[6]
+        smoothing = np.float32(f[8])
         low = smoothing / np.float32(width)
         counter = array(s[0], (1,), np.int64)
         logits = array(s[3], (n, width), element)
         target, loss = array(s[4], (n,), np.int64), array(s[5], (n,), np.float32)
         while True:
-            first = take(counter) * block
+            first = take(counter) * s[2]
             if first >= n:
                 break
-            for i in range(first, min(n, first + block)):
+            for i in range(first, min(n, first + s[2])):
                 a = logits[i]
                 top = _largest(a)
                 lse = top + np.log(_exp_sum(a, top))
@@ -81,9 +83,6 @@ def _make(element: type) -> object:
                     a[target[i]] = store(hit - low - (np.float32(1.0) - smoothing), a)
 
     return cross_entropy
-
-
-_kernel = per_dtype(_make)
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, *, smoothing: float, gradient: bool) -> Tensor:

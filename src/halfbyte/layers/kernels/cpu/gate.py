@@ -19,7 +19,8 @@ def sigmoid(v):  # type: ignore[no-untyped-def]
 
 @inlined
 def _forward_part(g, u, h, kind, first, last):  # type: ignore[no-untyped-def]
-    g, u, h = g[first:last], u[first:last], h[first:last]
+    g, u = g[first:last], u[first:last]
+    h = h[first:last]
     if kind == SILU:
         for j in range(g.shape[0]):
             v = load(g[j])
@@ -34,7 +35,9 @@ def _forward_part(g, u, h, kind, first, last):  # type: ignore[no-untyped-def]
 @inlined
 def _backward_part(dh, g, u, dg, du, kind, first, last):  # type: ignore[no-untyped-def]
     one = np.float32(1.0)
-    dh, g, u, dg, du = dh[first:last], g[first:last], u[first:last], dg[first:last], du[first:last]
+    g, u = g[first:last], u[first:last]
+    dh, dg = dh[first:last], dg[first:last]
+    du = du[first:last]
     if kind == SILU:
         for j in range(g.shape[0]):
             v, d = load(g[j]), load(dh[j])
@@ -53,97 +56,96 @@ def _backward_part(dh, g, u, dg, du, kind, first, last):  # type: ignore[no-unty
 
 
 @inlined
-def masked_words(x, out, low, start, seed):  # type: ignore[no-untyped-def]
+def mask_words(x, out, low, start, seed):  # type: ignore[no-untyped-def]
     """Words of x -> out, those of their numbers 0 that the mask of `seed` drops; the first word is number `start`."""
     for j in range(x.shape[0]):
         out[j] = drop_pair(x[j], hash_u32(counter_bits(start, j, seed)), low)
 
 
 @inlined
-def _masked_part(x, out, low, seed, first, last):  # type: ignore[no-untyped-def]
-    masked_words(x[first:last], out[first:last], low, np.uint32(first), seed)
+def _mask_part(x, out, low, seed, first, last):  # type: ignore[no-untyped-def]
+    mask_words(x[first:last], out[first:last], low, np.uint32(first), seed)
 
 
 @inlined
-def _masked_rows(x, out, low, seed, keys, first, last):  # type: ignore[no-untyped-def]
+def _mask_rows(x, out, low, seed, keys, first, last):  # type: ignore[no-untyped-def]
     for i in range(first, last):
-        masked_words(x[i], out[i], low, np.uint32(0), hash_u32(keys[i] ^ seed))
+        mask_words(x[i], out[i], low, np.uint32(0), hash_u32(keys[i] ^ seed))
 
 
-def _forward(element: type) -> object:
+@per_dtype
+def _forward_kernel(element: type) -> object:
     @kernel
-    def gated(p):  # type: ignore[no-untyped-def]
+    def glu(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
-        n = (s[1],)
-        g, u, h = array(s[3], n, element), array(s[4], n, element), array(s[5], n, element)
-        each_block(s, _forward_part, (g, u, h, s[6]))
+        g, u = array(s[3], (s[1],), element), array(s[4], (s[1],), element)
+        each_block(s, _forward_part, (g, u, array(s[5], (s[1],), element), s[6]))
 
-    return gated
+    return glu
 
 
-def _backward(element: type) -> object:
+@per_dtype
+def _backward_kernel(element: type) -> object:
     @kernel
-    def gated_backward(p):  # type: ignore[no-untyped-def]
+    def glu_backward(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
-        n = (s[1],)
-        dh, g, u = array(s[3], n, element), array(s[4], n, element), array(s[5], n, element)
-        each_block(s, _backward_part, (dh, g, u, array(s[6], n, element), array(s[7], n, element), s[8]))
+        dh, g = array(s[3], (s[1],), element), array(s[4], (s[1],), element)
+        u, dg = array(s[5], (s[1],), element), array(s[6], (s[1],), element)
+        each_block(s, _backward_part, (dh, g, u, dg, array(s[7], (s[1],), element), s[8]))
 
-    return gated_backward
+    return glu_backward
 
 
-def _masking(element: type) -> object:
+@per_dtype
+def _mask_kernel(element: type) -> object:
     """A pair of elements, which is one word, has 2 x 16 random bits from one hash of its number."""
     word = np.uint32 if element is np.uint16 else np.uint64
 
     @kernel
-    def dropped(p):  # type: ignore[no-untyped-def]
+    def drop(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
         x, out = array(s[3], (s[1],), word), array(s[4], (s[1],), word)
-        each_block(s, _masked_part, (x, out, np.uint32(s[5]), np.uint32(s[6])))
+        each_block(s, _mask_part, (x, out, np.uint32(s[5]), np.uint32(s[6])))
 
-    return dropped
+    return drop
 
 
-def _masking_rows(element: type) -> object:
-    """As `_masking`, with a seed for each row of words."""
+@per_dtype
+def _mask_rows_kernel(element: type) -> object:
+    """As `_mask_kernel`, with a seed for each row of words."""
     word = np.uint32 if element is np.uint16 else np.uint64
 
     @kernel
-    def dropped_rows(p):  # type: ignore[no-untyped-def]
+    def drop_rows(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
         x, out = array(s[3], (s[1], s[8]), word), array(s[4], (s[1], s[8]), word)
         keys = array(s[7], (s[1],), np.uint32)
-        each_block(s, _masked_rows, (x, out, np.uint32(s[5]), np.uint32(s[6]), keys))
+        each_block(s, _mask_rows, (x, out, np.uint32(s[5]), np.uint32(s[6]), keys))
 
-    return dropped_rows
-
-
-_forward_kernel, _backward_kernel, _mask_kernel = per_dtype(_forward), per_dtype(_backward), per_dtype(_masking)
-_mask_rows_kernel = per_dtype(_masking_rows)
+    return drop_rows
 
 
-def gated(g: Tensor, u: Tensor, kind: int) -> Tensor:
+def glu(g: Tensor, u: Tensor, kind: int) -> Tensor:
     """act(g) * u for two tensors of one shape, contiguous."""
     h = pool.empty_like(g)
     run(_forward_kernel(g.dtype), g.numel(), BLOCK_ELEMENTS, g, u, h, kind)
     return h
 
 
-def gated_backward(dh: Tensor, g: Tensor, u: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+def glu_backward(dh: Tensor, g: Tensor, u: Tensor, kind: int) -> tuple[Tensor, Tensor]:
     """The gradients of g and u."""
     dg, du = pool.empty_like(g), pool.empty_like(u)
     run(_backward_kernel(g.dtype), g.numel(), BLOCK_ELEMENTS, dh, g, u, dg, du, kind)
     return dg, du
 
 
-def dropped(x: Tensor, out: Tensor, p: float, seed: int) -> None:
+def drop(x: Tensor, out: Tensor, p: float, seed: int) -> None:
     """out = x where the mask of `seed` keeps it, else 0; not scaled by 1 / (1 - p). x is of even size; may be out."""
     low = round(p * 65536)  # an element whose 16 random bits are below it becomes 0
     run(_mask_kernel(x.dtype), x.numel() // 2, BLOCK_ELEMENTS // 2, x, out, low, seed & 0xFFFFFFFF)
 
 
-def dropped_rows(x: Tensor, out: Tensor, p: float, seed: int, keys: Tensor) -> None:
-    """As `dropped`, of x (N, D) with D even, with a key for each row: (N,) int32. The mask is `dropout.kept`'s."""
+def drop_rows(x: Tensor, out: Tensor, p: float, seed: int, keys: Tensor) -> None:
+    """As `drop`, of x (N, D) with D even, with a key for each row: (N,) int32. The mask is `dropout.keep_mask`'s."""
     low, words = round(p * 65536), x.shape[1] // 2
     run(_mask_rows_kernel(x.dtype), x.shape[0], block_rows(x.shape[1]), x, out, low, seed & 0xFFFFFFFF, keys, words)

@@ -41,7 +41,8 @@ def _backward_rows(dy, x, w, rstd, beside, dx, one_plus, first, last):  # type: 
     inverse = np.float32(1.0) / np.float32(width)
     plus = np.float32(one_plus)
     for i in range(first, last):
-        a, g, out, r = x[i], dy[i], dx[i], rstd[i]
+        a, g = x[i], dy[i]
+        out, r = dx[i], rstd[i]
         dot = np.float32(0.0)
         for j in range(width):
             dot += load(g[j]) * (plus + load(w[j])) * load(a[j])
@@ -55,7 +56,8 @@ def _backward_rows(dy, x, w, rstd, beside, dx, one_plus, first, last):  # type: 
                 out[j] = store(r * (load(g[j]) * (plus + load(w[j])) - load(a[j]) * c), out)
 
 
-def _forward(element: type) -> object:
+@per_dtype
+def _forward_kernel(element: type) -> object:
     @kernel
     def rms_norm(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
@@ -67,19 +69,18 @@ def _forward(element: type) -> object:
     return rms_norm
 
 
-def _backward(element: type) -> object:
+@per_dtype
+def _backward_kernel(element: type) -> object:
     @kernel
     def rms_norm_backward(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
         n, d = s[1], s[8]
-        dy, x, dx = array(s[3], (n, d), element), array(s[4], (n, d), element), array(s[7], (n, d), element)
+        dy, x = array(s[3], (n, d), element), array(s[4], (n, d), element)
         w, rstd = array(s[5], (d,), element), array(s[6], (n,), np.float32)
-        each_block(s, _backward_rows, (dy, x, w, rstd, array(s[10], (s[11], d), element), dx, s[9]))
+        beside, dx = array(s[10], (s[11], d), element), array(s[7], (n, d), element)
+        each_block(s, _backward_rows, (dy, x, w, rstd, beside, dx, s[9]))
 
     return rms_norm_backward
-
-
-_forward_kernel, _backward_kernel = per_dtype(_forward), per_dtype(_backward)
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float, *, one_plus: bool) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ Source: rounding to nearest even as in `c10/util/BFloat16.h`; exp after Cephes (
 Cost: none of their own; each is inlined.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_I16, _I32, _I64 = (ir.IntType(bits) for bits in (16, 32, 64))
+_F32 = ir.FloatType()
 # No `nnan`/`ninf`: a loss that is not finite must stay visible.
 FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
 # By force: a part that is compiled on its own as well is there twice, and a process that compiles uses another copy,
@@ -24,6 +26,19 @@ inlined: Any = njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
 
 def _i32(value: int) -> Any:
     return ir.Constant(_I32, value)
+
+
+def call(builder: Any, name: str, result: Any, *args: Any) -> Any:
+    """A call of one of LLVM's functions."""
+    kind = ir.FunctionType(result, [a.type for a in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+
+
+def broadcast(builder: Any, value: Any, lanes: int) -> Any:
+    """A register with this number in each lane."""
+    vector, first = ir.VectorType(value.type, lanes), ir.Constant(ir.VectorType(_I32, lanes), None)
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, _i32(0))
+    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), first)
 
 
 def _rounded(builder: Any, value: Any) -> Any:
@@ -177,6 +192,17 @@ def pointer(typing_context, address):  # type: ignore[no-untyped-def]
     return types.voidptr(types.int64), build
 
 
+def hash_words(builder: Any, value: Any, constant: Callable[[int], Any]) -> Any:
+    """`hash_u32` of a word, or of a register of words, of which `constant` makes constants."""
+
+    def shift_xor(value: Any, by: int) -> Any:
+        return builder.xor(value, builder.lshr(value, constant(by)))
+
+    value = shift_xor(value, 16)
+    value = shift_xor(builder.mul(value, constant(0x7FEB352D)), 15)
+    return shift_xor(builder.mul(value, constant(0x846CA68B)), 16)
+
+
 @intrinsic
 def hash_u32(typing_context, x):  # type: ignore[no-untyped-def]
     """A 32-bit mixing function (two multiplications), for random bits from a counter.
@@ -185,12 +211,7 @@ def hash_u32(typing_context, x):  # type: ignore[no-untyped-def]
     """
 
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        def shift_xor(value: Any, by: int) -> Any:
-            return builder.xor(value, builder.lshr(value, _i32(by)))
-
-        value = shift_xor(args[0], 16)
-        value = shift_xor(builder.mul(value, _i32(0x7FEB352D)), 15)
-        return shift_xor(builder.mul(value, _i32(0x846CA68B)), 16)
+        return hash_words(builder, args[0], _i32)
 
     return types.uint32(types.uint32), build
 

@@ -44,7 +44,8 @@ def _softmax_rows(scores, dp, p, ds, lse, delta, scale, offset, tall, first, las
     width = scores.shape[1]
     for i in range(first, last):
         seen = min(width, offset + i % tall + 1)  # causal: the columns that row i sees
-        a, g, q, d = scores[i], dp[i], p[i], ds[i]
+        a, g = scores[i], dp[i]
+        q, d = p[i], ds[i]
         m, e = lse[i], delta[i]
         for j in range(seen):
             v = exp_f32(a[j] * scale - m)
@@ -67,20 +68,23 @@ def _dot_rows(a, b, start, length, out, heads, d, first, last):  # type: ignore[
             out[start[t] * heads + h * length[t] + t - start[t]] = total
 
 
-def _moving(element: type) -> object:
+@per_dtype
+def _move_kernel(element: type) -> object:
     @kernel
     def move(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
-        n, heads, d, r, stride = s[1], s[9], s[10], s[11], s[12]
+        n, stride = s[1], s[12]
+        heads, d = s[9], s[10]
         x, out = array(s[3], (n * stride,), element), array(s[8], (n * heads * d,), element)
-        cos, sin = array(s[4], (n, r), element), array(s[5], (n, r), element)
+        cos, sin = array(s[4], (n, s[11]), element), array(s[5], (n, s[11]), element)
         start, length = array(s[6], (n,), np.int64), array(s[7], (n,), np.int64)
         each_block(s, _move, (x, stride, cos, sin, start, length, out, heads, d, s[13]))
 
     return move
 
 
-def _softmax_backward(element: type) -> object:
+@per_dtype
+def _softmax_kernel(element: type) -> object:
     @kernel
     def softmax_backward(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
@@ -93,20 +97,18 @@ def _softmax_backward(element: type) -> object:
     return softmax_backward
 
 
-def _row_dots(element: type) -> object:
+@per_dtype
+def _dots_kernel(element: type) -> object:
     @kernel
     def row_dots(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
-        n, heads, d = s[1], s[8], s[9]
-        a, b = array(s[3], (n * heads * d,), element), array(s[4], (n * heads * d,), element)
-        start, length = array(s[5], (n,), np.int64), array(s[6], (n,), np.int64)
-        each_block(s, _dot_rows, (a, b, start, length, array(s[7], (n * heads,), np.float32), heads, d))
+        heads, d = s[8], s[9]
+        size = s[1] * heads * d
+        a, b = array(s[3], (size,), element), array(s[4], (size,), element)
+        start, length = array(s[5], (s[1],), np.int64), array(s[6], (s[1],), np.int64)
+        each_block(s, _dot_rows, (a, b, start, length, array(s[7], (s[1] * heads,), np.float32), heads, d))
 
     return row_dots
-
-
-_move_kernel = per_dtype(_moving)
-_softmax_kernel, _dots_kernel = per_dtype(_softmax_backward), per_dtype(_row_dots)
 
 
 def to_blocks(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, length: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def test_both_products_of_every_format(n: int, d: int, o: int, kind: str, dtype:
     draw = torch.Generator().manual_seed(n)
     x, dy = torch.randn(n, d, generator=draw).to(dtype), torch.randn(n, o, generator=draw).to(dtype)
     w = frozen_weight(layer, dtype).double().clone()
-    integer.ask([layer], integer.Products())
+    integer.set_products([layer], integer.Products())
     given = x.clone().requires_grad_()
     y = frozen_linear(given, layer)
     y.backward(dy)
@@ -88,7 +88,7 @@ def test_loras_own_products_stay_as_they_are(p: float, products: integer.Product
     x, dy, a, b = (torch.randn(*s).to(dtype) for s in ((n, d), (n, o), (r, d), (o, r)))
     found = []
     for asked in (None, products):
-        integer.ask([layer], asked)
+        integer.set_products([layer], asked)
         given = [t.clone().requires_grad_() for t in (x, a, b)]
         torch.manual_seed(3)
         y = lora_linear(given[0], layer, given[1], given[2], 0.7, p)
@@ -107,30 +107,30 @@ def test_without_gradients_products_are_exact() -> None:
     layer = layer_of("nf4", 65, 123, torch.float32)
     x = torch.randn(9, 123)
     exact = frozen_linear(x, layer)
-    integer.ask([layer], integer.Products())
+    integer.set_products([layer], integer.Products())
     with torch.no_grad():
         assert torch.equal(frozen_linear(x, layer), exact)
     assert not torch.equal(frozen_linear(x, layer), exact)
-    integer.ask([layer], None)
+    integer.set_products([layer], None)
     assert torch.equal(frozen_linear(x, layer), exact) and integer.NAME not in layer.__dict__
 
 
 def test_the_rounded_input_is_shared_and_never_stale() -> None:
     x = torch.randn(40, 64)
-    first = integer.rounded(x)
-    assert integer.rounded(x) is first
-    assert integer.rounded(x.clone()) is not first
-    integer.rounded(x)
+    first = integer.round_rows(x)
+    assert integer.round_rows(x) is first
+    assert integer.round_rows(x.clone()) is not first
+    integer.round_rows(x)
     x.mul_(2)
-    assert float(integer.rounded(x).steps[0]) == pytest.approx(2 * float(first.steps[0]))
+    assert float(integer.round_rows(x).steps[0]) == pytest.approx(2 * float(first.steps[0]))
     del x
     gc.collect()
-    assert integer._LAST.held is None
+    assert integer._INPUT.entry is None
 
 
 def test_no_rows_and_many_pieces_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = layer_of("nf4", 24, 40, torch.float32)
-    integer.ask([layer], integer.Products())
+    integer.set_products([layer], integer.Products())
     assert frozen_linear(torch.zeros(0, 40), layer).shape == (0, 24)
     x, dy = torch.randn(601, 40), torch.randn(601, 24)
     found = []
@@ -148,7 +148,7 @@ def test_no_rows_and_many_pieces_of_rows(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_weight_in_pieces_gives_the_same_bits(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = layer_of(kind, 72, 64, dtype)
-    integer.ask([layer], integer.Products())
+    integer.set_products([layer], integer.Products())
     x, dy = torch.randn(9, 64).to(dtype), torch.randn(9, 72).to(dtype)
     found = []
     for piece in (1 << 19, 1):
@@ -164,7 +164,7 @@ def lent_at_most(layers: list[Any], products: integer.Products | None, monkeypat
     """Bytes of the pool that are lent at once in a micro-batch through these layers; nothing is recomputed."""
     fresh = pool.Pool()
     monkeypatch.setattr(pool, "POOL", fresh)
-    integer.ask(layers, products)
+    integer.set_products(layers, products)
     x = pool.empty((512, layers[0].in_features), torch.zeros(1, dtype=torch.bfloat16)).zero_()
     y = x.requires_grad_()
     for k, layer in enumerate(layers):

@@ -53,7 +53,7 @@ def check(q: Tensor, steps: Tensor, wanted: Tensor, share: float = 1.0) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_rows_are_mixed_and_rounded(width: int, dtype: torch.dtype) -> None:
     x = torch.randn(5, width, generator=torch.Generator().manual_seed(width)).to(dtype)
-    factors = torch.rand(rounding.filled(width), generator=torch.Generator().manual_seed(1)) + 0.1
+    factors = torch.rand(rounding.padded_width(width), generator=torch.Generator().manual_seed(1)) + 0.1
     check(*rounding.rows(x, share=0.25), filled(x) @ whole(width, far=True).T, 0.25)
     check(*rounding.rows(x, factors), (filled(x) @ whole(width, far=False).T) * factors.double())
 
@@ -68,7 +68,7 @@ def test_rows_are_mixed_with_one_another(rows: int, width: int, dtype: torch.dty
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_transform_is_orthogonal_but_for_its_size(width: int) -> None:
-    for far, size in ((True, rounding.mixed(width)), (False, rounding.MOST)):
+    for far, size in ((True, rounding.square_gain(width)), (False, rounding.MOST)):
         h = whole(width, far=far)
         torch.testing.assert_close(h.T @ h, size * torch.eye(len(h)).double())
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from halfbyte.layers.kernels import cpu, dropout
-from halfbyte.layers.kernels.cpu import gate, tiles
+from halfbyte.layers.kernels.cpu import tiles
 from halfbyte.layers.kernels.cpu.integer import products as integer
-from halfbyte.layers.kernels.cpu.integer.part import Lora
+from halfbyte.layers.kernels.dropout import LoraTerm
 from halfbyte.layers.lora_linear import lora_linear
 from tests.layers.kernels.cpu.integer.test_products import layer_of
 
 if not cpu.available(torch.zeros(1)) or not tiles.available():
     pytest.skip("needs numba and AVX512-BF16", allow_module_level=True)
 from halfbyte.layers.kernels.cpu.integer import rounding, sums
-from halfbyte.layers.kernels.cpu.lora import bf16 as own
+from halfbyte.layers.kernels.cpu.lora.bf16 import PRODUCTS
 
 SHAPES = [(1, 2, 32), (13, 6, 192), (24, 16, 224), (61, 64, 576)]
 
@@ -31,21 +32,31 @@ def drawn(n: int, r: int, d: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
     return left, right, made, torch.rand(n, generator=draw) * 1e-6, torch.rand(d, generator=draw)
 
 
-def in_pieces(y: Tensor, made: Tensor, rows: Tensor, columns: Tensor | None, lora: Lora, piece: int) -> None:
+def in_pieces(y: Tensor, made: Tensor, rows: Tensor, columns: Tensor | None, lora: LoraTerm, piece: int) -> None:
     right = sums.pairs(lora.right)
     for first in range(0, len(y), piece):
         part = slice(first, first + piece)
         sums.onto(y[part], made[part], rows[part], columns, lora, right, first)
 
 
-def kept(n: int, d: int, p: float, seed: int | dropout.Keyed) -> Tensor:
-    """1 where the mask keeps a number, else 0."""
-    ones, out = torch.ones(n, d).bfloat16(), torch.empty(n, d).bfloat16()
-    if isinstance(seed, dropout.Keyed):
-        gate.dropped_rows(ones, out, p, seed.seed, seed.keys)
+def hashed(x: np.ndarray) -> np.ndarray:
+    """lowbias32 of C. Wellons, github.com/skeeto/hash-prospector."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
+
+
+def mask(n: int, d: int, p: float, seed: int | dropout.TokenSeed) -> Tensor:
+    """1 where a number is kept, else 0: two neighbours share the 32 bits of their pair's hash; each is dropped where
+    its 16 are below p. A pair is numbered in its row, under the hash of the row's key, or else in the whole matrix."""
+    pairs = np.arange(n * d // 2, dtype=np.uint32).reshape(n, d // 2)
+    if isinstance(seed, dropout.TokenSeed):
+        keys = seed.keys.numpy().view(np.uint32)
+        bits = hashed(pairs[:1] ^ hashed(keys ^ np.uint32(seed.seed))[:, None])
     else:
-        gate.dropped(ones, out, p, seed)
-    return out
+        bits = hashed(pairs ^ np.uint32(seed))
+    halves = np.stack([bits & np.uint32(0xFFFF), bits >> np.uint32(16)], axis=-1).reshape(n, d)
+    return torch.from_numpy(halves >= round(p * 65536)).double()
 
 
 @pytest.mark.parametrize("columns", [True, False])
@@ -54,10 +65,10 @@ def kept(n: int, d: int, p: float, seed: int | dropout.Keyed) -> Tensor:
 @pytest.mark.parametrize(("n", "r", "d"), SHAPES)
 def test_both_parts_are_added_and_rounded(n: int, r: int, d: int, keyed: bool, p: float, columns: bool) -> None:
     left, right, made, rows, across = drawn(n, r, d)
-    seed: Any = dropout.Keyed(torch.arange(3, 3 + n, dtype=torch.int32), 5) if keyed else 11
+    seed: Any = dropout.TokenSeed(torch.arange(3, 3 + n, dtype=torch.int32), 5) if keyed else 11
     by, y = across if columns else None, torch.empty(n, d).bfloat16()
-    in_pieces(y, made, rows, by, Lora(left, right, 0.7, p, seed), 7)
-    small = 0.7 * (left.double() @ right.double()) * (kept(n, d, p, seed).double() if p else 1)
+    in_pieces(y, made, rows, by, LoraTerm(left, right, 0.7, p, seed), 7)
+    small = 0.7 * (left.double() @ right.double()) * (mask(n, d, p, seed) if p else 1)
     wanted = small + made.double() * rows.double()[:, None] * (across.double() if columns else 1)
     # bf16 rounds LoRA's part and the sum; fp32 sums of R products, of numbers below 5
     most = 2**-8 * small.abs() + 2**-8 * wanted.abs() * 1.01 + 2**-23 * (25 * r + 4)
@@ -67,10 +78,10 @@ def test_both_parts_are_added_and_rounded(n: int, r: int, d: int, keyed: bool, p
 @pytest.mark.parametrize(("n", "r", "d"), SHAPES)
 def test_the_bits_are_those_of_one_after_the_other(n: int, r: int, d: int) -> None:
     left, right, made, rows, across = drawn(n, r, d)
-    for lora, by in ((Lora(left, right, 1.0, 0.3, 11), None), (Lora(left, right, 1.0), across)):
+    for lora, by in ((LoraTerm(left, right, 1.0, 0.3, 11), None), (LoraTerm(left, right, 1.0), across)):
         y = torch.empty(n, d).bfloat16()
         in_pieces(y, made, rows, by, lora, 12)
-        other = own.up(left, right, lora.p, 11)
+        other = PRODUCTS.up(left, right, lora.p, 11)
         rounding.onto(other, made, rows, by, add=True)
         assert torch.equal(y, other)
 
@@ -79,7 +90,7 @@ def test_the_bits_are_those_of_one_after_the_other(n: int, r: int, d: int) -> No
 def test_a_layer_gives_the_same_bits_with_and_without(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
     n, d, o, r = 61, 192, 96, 6
     layer = layer_of("nf4", o, d, torch.bfloat16)
-    integer.ask([layer], integer.Products())
+    integer.set_products([layer], integer.Products())
     x, dy, a, b = (torch.randn(*s) for s in ((n, d), (n, o), (r, d), (o, r)))
     monkeypatch.setattr(integer, "LEAST_ROWS", 7)
     monkeypatch.setattr(integer, "SUMS", 1)
@@ -96,9 +107,9 @@ def test_a_layer_gives_the_same_bits_with_and_without(p: float, monkeypatch: pyt
 
 def test_what_the_kernel_does_not_take() -> None:
     half, whole = torch.zeros(3, 4).bfloat16(), torch.zeros(4, 64).bfloat16()
-    assert integer.takes_lora(Lora(half, whole))
+    assert integer.takes_lora(LoraTerm(half, whole))
     for left, right in ((half.float(), whole), (half, whole[:3]), (half, whole[:, :40]), (half, whole[:0])):
-        assert not integer.takes_lora(Lora(left, right))
+        assert not integer.takes_lora(LoraTerm(left, right))
 
 
 def test_a_wrong_number_is_seen_before_the_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +123,6 @@ def test_a_wrong_number_is_seen_before_the_first_product(monkeypatch: pytest.Mon
     monkeypatch.setattr(sums, "onto", wrong)
     cpu.works.cache_clear()
     try:
-        assert not integer.takes_lora(Lora(torch.zeros(3, 4).bfloat16(), torch.zeros(4, 64).bfloat16()))
+        assert not integer.takes_lora(LoraTerm(torch.zeros(3, 4).bfloat16(), torch.zeros(4, 64).bfloat16()))
     finally:
         cpu.works.cache_clear()

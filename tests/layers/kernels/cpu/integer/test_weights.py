@@ -60,7 +60,7 @@ def test_codes_are_decoded_mixed_and_rounded(
     assert weights.takes(codes)
     rows = weights.rows(codes, share=0.25, out=made(o, d))
     check(*rows, weight.double() @ whole(d, far=True).T, 0.25)
-    groups = weights.groups(codes, share=0.5, out=made(rounding.filled(o), d))
+    groups = weights.groups(codes, share=0.5, out=made(rounding.padded_width(o), d))
     check(*groups, whole(o, far=False) @ filled(weight.T).T, 0.5)
     # the same bits as by way of a matrix in memory
     for ours, known in ((rows, rounding.rows(weight, share=0.25)), (groups, rounding.groups(weight, share=0.5))):
@@ -80,7 +80,7 @@ def test_scales_that_are_not_finite_are_not_hidden() -> None:
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_a_layer_gives_the_same_bits_by_its_codes_and_by_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = layer_of(kind, 72, 192, torch.bfloat16)
-    integer.ask([layer], integer.Products())
+    integer.set_products([layer], integer.Products())
     assert isinstance(lora_linear.integer_weight(layer, torch.bfloat16), Codes)
     x, dy = torch.randn(9, 192).bfloat16(), torch.randn(9, 72).bfloat16()
     found = []

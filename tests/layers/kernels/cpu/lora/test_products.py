@@ -17,9 +17,9 @@ from halfbyte.layers.kernels.cpu import gate, lora_products, tiles
 # where numba works, on processors that have the instructions
 KERNELS: dict[torch.dtype, Any] = {}
 if cpu.enabled() and tiles.available():
-    KERNELS[torch.bfloat16] = import_module("halfbyte.layers.kernels.cpu.lora.bf16")
+    KERNELS[torch.bfloat16] = import_module("halfbyte.layers.kernels.cpu.lora.bf16").PRODUCTS
 if cpu.enabled() and tiles.available32():
-    KERNELS[torch.float32] = import_module("halfbyte.layers.kernels.cpu.lora.fp32")
+    KERNELS[torch.float32] = import_module("halfbyte.layers.kernels.cpu.lora.fp32").PRODUCTS
 if not KERNELS:
     pytest.skip("needs AVX2 or AVX512-BF16, and numba", allow_module_level=True)
 dtypes = pytest.mark.parametrize("dtype", KERNELS)
@@ -34,16 +34,16 @@ def given(n: int, d: int, r: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
     return tuple(torch.randn(*shape, generator=draw).to(dtype) for shape in ((n, d), (r, d), (n, r)))  # type: ignore[return-value]
 
 
-def seeds(n: int) -> list[int | dropout.Keyed]:
+def seeds(n: int) -> list[int | dropout.TokenSeed]:
     keys = dropout.token_keys([5, 2], [n // 2, n - n // 2], seed=3, step=4)
-    return [12345, dropout.Keyed(torch.from_numpy(keys), site=7)]
+    return [12345, dropout.TokenSeed(torch.from_numpy(keys), site=7)]
 
 
-def kept(seed: int | dropout.Keyed, n: int, d: int, p: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    if isinstance(seed, dropout.Keyed):
-        return dropout.kept(seed, torch.Size((n, d)), p, torch.device("cpu"))
+def kept(seed: int | dropout.TokenSeed, n: int, d: int, p: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    if isinstance(seed, dropout.TokenSeed):
+        return dropout.keep_mask(seed, torch.Size((n, d)), p, torch.device("cpu"))
     ones, out = torch.ones(n, d, dtype=dtype), torch.empty(n, d, dtype=dtype)
-    gate.dropped(ones, out, p, seed)
+    gate.drop(ones, out, p, seed)
     return out.bool()
 
 
@@ -107,7 +107,7 @@ def test_other_shapes_are_the_librarys(d: int, r: int, dtype: torch.dtype) -> No
 
 @dtypes
 def test_the_mask_of_a_kernel_is_the_definition(dtype: torch.dtype) -> None:
-    """Of `dropout.kept`, in numpy, number by number."""
+    """Of `dropout.keep_mask`, in numpy, number by number."""
     x = torch.ones(30, 32, dtype=dtype)
     seed = seeds(30)[1]
     eye = torch.eye(32, dtype=dtype)
@@ -129,13 +129,11 @@ def test_a_wrong_product_is_seen_at_the_start_and_not_used(
         return made
 
     monkeypatch.setattr(lora, name, wrong)
-    lora.fault.cache_clear()
     cpu.works.cache_clear()
     try:
         assert not lora_products(x, a)
         assert "of LoRA is wrong by our kernel on this machine" in caplog.text
     finally:
         monkeypatch.undo()
-        lora.fault.cache_clear()
         cpu.works.cache_clear()
     assert lora_products(x, a)

@@ -14,9 +14,10 @@ import math
 import numpy as np
 from numba import carray
 
-from halfbyte.layers.kernels.cpu.attention.tasks import PAD, TALL, WIDE, Attention, largest, part_of, scratch
-from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel
-from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, load, store, take, up
+from halfbyte.layers.kernels.cpu.attention import tasks
+from halfbyte.layers.kernels.cpu.attention.tasks import PAD, TALL, WIDE, largest, scratch, store_rows
+from halfbyte.layers.kernels.cpu.parallel import kernel
+from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, load, store, up
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS, ROWS, available, tile
 
 if not available():  # LLVM ends the process where it meets an instruction that the processor lacks
@@ -26,12 +27,13 @@ _HIGH = np.uint32(16)
 
 
 @inlined
-def _columns_in_pairs(x, row, rows, pairs, out, padded):  # type: ignore[no-untyped-def]
-    """x (rows, pairs) of 32 bits, `row` apart -> out (pairs, padded): the transpose, for products over D."""
+def _columns_in_pairs(x, rows, d, out, padded):  # type: ignore[no-untyped-def]
+    """x (rows, d) of 16 bits -> out (d / 2, padded) of 32: the transpose, for products over D."""
+    x, pairs = x.view(np.uint32), d // 2
     for c in range(pairs):
         to = out[c * padded : (c + 1) * padded]
         for i in range(rows):
-            to[i] = x[i * row + c]
+            to[i] = x[i * pairs + c]
         for i in range(rows, padded):
             to[i] = np.uint32(0)
 
@@ -65,15 +67,6 @@ def _copy_rows(x, row, rows, pairs, out, padded):  # type: ignore[no-untyped-def
 
 
 @inlined
-def _store_rows(x, wide, rows, d, out):  # type: ignore[no-untyped-def]
-    """x (rows, wide) in fp32 -> out (rows, d) in 16 bits."""
-    for r in range(rows):
-        a, to = x[r * wide : r * wide + d], out[r * d : (r + 1) * d]
-        for c in range(d):
-            to[c] = store(a[c], to)
-
-
-@inlined
 def _softmax_rows(s, p, o_sums, first, length, padded, until, scale, lse):  # type: ignore[no-untyped-def]
     """Rows of scores s (ROWS, padded) -> p in bf16, unnormalised; zeros where a row does not see, up to `until`."""
     for r in range(ROWS):
@@ -95,12 +88,13 @@ def _softmax_rows(s, p, o_sums, first, length, padded, until, scale, lse):  # ty
 
 
 @inlined
-def _forward_head(head, keys, work, length, row, scale):  # type: ignore[no-untyped-def]
-    """One query head of one example: q (L, D / 2) of 32 bits -> out (L, D) of 16 bits, `row` apart, and lse (L)."""
+def _forward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
+    """One query head of one example: q (L, D) of 16 bits -> out (L, D), `row` apart, and lse (L)."""
     q, out, lse = head
-    kt, vp, padded, d, wide = keys
+    kt, vp = keys
+    length, padded, d, wide, row, scale = sizes
     s, p, o, qp, sums = work
-    pairs = d // 2
+    pairs, q = d // 2, q.view(np.uint32)
     for i in range(0, length, ROWS):
         rows = min(ROWS, length - i)
         columns = i + rows
@@ -118,35 +112,11 @@ def _forward_head(head, keys, work, length, row, scale):  # type: ignore[no-unty
                 to[c] = store(a[c] * share, to)
 
 
-@inlined
-def _forward_task(given, sizes, keys, work, task, _):  # type: ignore[no-untyped-def]
-    q, k, v, out, lse, starts = given
-    heads, key_heads, d, parts, wide, scale = sizes
-    kt, vp = keys
-    start, length, key_head, part = part_of(task, starts, key_heads, parts)
-    padded, groups = up(length, PAD), heads // key_heads
-    block = (start * key_heads + key_head * length) * d
-    _columns_in_pairs(k[block // 2 :], d // 2, length, d // 2, kt, padded)
-    _rows_in_pairs(v[block:], d, length, d, vp, wide, padded)
-    for g in range(part * groups // parts, (part + 1) * groups // parts):
-        head = key_head * groups + g
-        block = start * heads + head * length
-        own = (q[block * d // 2 :], out[(start * heads + head) * d :], lse[block:])
-        _forward_head(own, (kt, vp, padded, d, wide), work, length, heads * d, scale)
-
-
 @kernel
 def _forward(address):  # type: ignore[no-untyped-def]
-    slot, number = carray(address, (32,), np.int64), carray(address, (32,), np.float64)
-    tokens, heads, key_heads, d, parts, examples = slot[3], slot[4], slot[5], slot[6], slot[7], slot[8]
-    q, k = (
-        array(slot[13], (tokens * heads * d // 2,), np.uint32),
-        array(slot[14], (tokens * key_heads * d // 2,), np.uint32),
-    )
-    v, out = array(slot[15], (tokens * key_heads * d,), np.uint16), array(slot[16], (tokens * heads * d,), np.uint16)
-    lse, starts = array(slot[17], (tokens * heads,), np.float32), array(slot[18], (examples + 1,), np.int64)
-    wide, most = up(d, COLUMNS), up(slot[9], PAD)
-    at = slot[10] + take(array(slot[0], (8,), np.int64)[1:]) * slot[11]
+    slot = carray(address, (32,), np.int64)
+    d, most = slot[tasks.WIDTH], up(slot[tasks.LONGEST], PAD)
+    wide, at = up(d, COLUMNS), tasks.memory_of_thread(slot)
     kt, at = scratch(at, d // 2 * most, np.uint32)
     vp, at = scratch(at, most // 2 * wide, np.uint32)
     s, at = scratch(at, ROWS * most, np.float32)
@@ -154,8 +124,7 @@ def _forward(address):  # type: ignore[no-untyped-def]
     o, at = scratch(at, ROWS * wide, np.float32)
     qp, at = scratch(at, ROWS * d // 2, np.uint32)
     work = (s, p, o, qp, np.empty(ROWS, np.float32))
-    sizes = (heads, key_heads, d, parts, wide, np.float32(number[12]))
-    each_block(slot, _forward_task, ((q, k, v, out, lse, starts), sizes, (kt, vp), work))
+    tasks.forward_tasks(address, np.uint16, _columns_in_pairs, _rows_in_pairs, _forward_head, wide, (kt, vp), work)
 
 
 @inlined
@@ -191,10 +160,11 @@ def _probabilities(s, dp, i0, j0, rows, width, until, scale, lse, delta, ds, dsp
 
 
 @inlined
-def _backward_head(head, keys, work, length, row, scale):  # type: ignore[no-untyped-def]
+def _backward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
     """One query head of one example: fills dq (L, D) of 16 bits, adds to dk and dv (padded, wide) in fp32."""
     q, do, o, lse, dq = head
-    kt, kp, vt, dk, dv, padded, d, wide = keys
+    kt, kp, vt, dk, dv = keys
+    length, padded, d, wide, row, scale = sizes
     s, dp, ds, dsp, pp, qn, qp, don, dop, dqa, delta, sums = work
     pairs = d // 2
     q32, do32 = q.view(np.uint32), do.view(np.uint32)
@@ -234,44 +204,14 @@ def _backward_head(head, keys, work, length, row, scale):  # type: ignore[no-unt
                     to, a, b = (j0 + j) * wide + c, skip * WIDE + j, skip * wide + c
                     tile(dv[to:], wide, pp[a:], 1, WIDE, dop[b:], wide, TALL // 2 - skip, 1)
                     tile(dk[to:], wide, dsp[a:], 1, WIDE, qp[b:], wide, TALL // 2 - skip, 1)
-        _store_rows(dqa, wide, rows, d, dq[i0 * d :])
-
-
-@inlined
-def _backward_task(given, sizes, keys, work, task, _):  # type: ignore[no-untyped-def]
-    q, k, v, o, do, lse, starts, dq, dk, dv = given
-    tokens, heads, key_heads, d, parts, wide, scale = sizes
-    kt, vt, kp, dka, dva = keys
-    start, length, key_head, part = part_of(task, starts, key_heads, parts)
-    padded, groups = up(length, PAD), heads // key_heads
-    block = (start * key_heads + key_head * length) * d
-    _columns_in_pairs(k[block:].view(np.uint32), d // 2, length, d // 2, kt, padded)
-    _columns_in_pairs(v[block:].view(np.uint32), d // 2, length, d // 2, vt, padded)
-    _rows_in_pairs(k[block:], d, length, d, kp, wide, padded)
-    for j in range(padded * wide):
-        dka[j] = np.float32(0.0)
-        dva[j] = np.float32(0.0)
-    for g in range(part * groups // parts, (part + 1) * groups // parts):
-        head = key_head * groups + g
-        own, rows = start * heads + head * length, (start * heads + head) * d
-        mine = (q[own * d :], do[rows:], o[rows:], lse[own:], dq[own * d :])
-        _backward_head(mine, (kt, kp, vt, dka, dva, padded, d, wide), work, length, heads * d, scale)
-    block += part * tokens * key_heads * d
-    _store_rows(dka, wide, length, d, dk[block:])
-    _store_rows(dva, wide, length, d, dv[block:])
+        store_rows(dqa, wide, rows, d, dq[i0 * d :])
 
 
 @kernel
 def _backward(address):  # type: ignore[no-untyped-def]
-    slot, number = carray(address, (32,), np.int64), carray(address, (32,), np.float64)
-    tokens, heads, key_heads, d, parts, examples = slot[3], slot[4], slot[5], slot[6], slot[7], slot[8]
-    n, m = tokens * heads * d, tokens * key_heads * d
-    q, k, v = array(slot[13], (n,), np.uint16), array(slot[14], (m,), np.uint16), array(slot[15], (m,), np.uint16)
-    o, do, dq = array(slot[16], (n,), np.uint16), array(slot[17], (n,), np.uint16), array(slot[20], (n,), np.uint16)
-    lse, starts = array(slot[18], (tokens * heads,), np.float32), array(slot[19], (examples + 1,), np.int64)
-    dk, dv = array(slot[21], (parts * m,), np.uint16), array(slot[22], (parts * m,), np.uint16)
-    wide, most = up(d, COLUMNS), up(slot[9], PAD)
-    at = slot[10] + take(array(slot[0], (8,), np.int64)[1:]) * slot[11]
+    slot = carray(address, (32,), np.int64)
+    d, most = slot[tasks.WIDTH], up(slot[tasks.LONGEST], PAD)
+    wide, at = up(d, COLUMNS), tasks.memory_of_thread(slot)
     kt, at = scratch(at, d // 2 * most, np.uint32)
     vt, at = scratch(at, d // 2 * most, np.uint32)
     kp, at = scratch(at, most // 2 * wide, np.uint32)
@@ -289,11 +229,11 @@ def _backward(address):  # type: ignore[no-untyped-def]
     dqa, at = scratch(at, TALL * wide, np.float32)
     delta, sums = np.empty(TALL, np.float32), np.empty(TALL, np.float32)
     work = (s, dp, ds, dsp, pp, qn, qp, don, dop, dqa, delta, sums)
-    sizes = (tokens, heads, key_heads, d, parts, wide, np.float32(number[12]))
-    each_block(slot, _backward_task, ((q, k, v, o, do, lse, starts, dq, dk, dv), sizes, (kt, vt, kp, dka, dva), work))
+    keys = (kt, kp, vt, dka, dva)
+    tasks.backward_tasks(address, np.uint16, _columns_in_pairs, _rows_in_pairs, _backward_head, wide, keys, work)
 
 
-KERNELS = Attention(
+KERNELS = tasks.Attention(
     _forward,
     _backward,
     COLUMNS,

@@ -16,9 +16,10 @@ import math
 import numpy as np
 from numba import carray
 
-from halfbyte.layers.kernels.cpu.attention.tasks import PAD, TALL, WIDE, Attention, largest, part_of, scratch
-from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel
-from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, take, up
+from halfbyte.layers.kernels.cpu.attention import tasks
+from halfbyte.layers.kernels.cpu.attention.tasks import PAD, TALL, WIDE, largest, scratch, store_rows
+from halfbyte.layers.kernels.cpu.parallel import kernel
+from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, up
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS32 as COLUMNS
 from halfbyte.layers.kernels.cpu.tiles import ROWS32 as ROWS
 from halfbyte.layers.kernels.cpu.tiles import tile32
@@ -69,10 +70,11 @@ def _softmax(s, sums, first, rows, padded, scale, lse):  # type: ignore[no-untyp
 
 
 @inlined
-def _forward_head(head, keys, work, length, row, scale):  # type: ignore[no-untyped-def]
+def _forward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
     """One query head of one example: q (L, D) -> out (L, D), `row` apart, and lse (L)."""
     q, out, lse = head
-    kt, vp, padded, d, wide = keys
+    kt, vp = keys
+    length, padded, d, wide, row, scale = sizes
     s, o, qp, sums = work
     for i in range(0, length, TALL):
         rows = min(TALL, length - i)
@@ -92,41 +94,18 @@ def _forward_head(head, keys, work, length, row, scale):  # type: ignore[no-unty
                 to[c] = a[c] * share
 
 
-@inlined
-def _forward_task(given, sizes, keys, work, task, _):  # type: ignore[no-untyped-def]
-    q, k, v, out, lse, starts = given
-    heads, key_heads, d, parts, wide, scale = sizes
-    kt, vp = keys
-    start, length, key_head, part = part_of(task, starts, key_heads, parts)
-    padded, groups = up(length, PAD), heads // key_heads
-    block = (start * key_heads + key_head * length) * d
-    _panels(k[block:], length, d, kt, padded)
-    _rows(v[block:], d, length, d, vp, wide, padded)
-    for g in range(part * groups // parts, (part + 1) * groups // parts):
-        head = key_head * groups + g
-        block = start * heads + head * length
-        own = (q[block * d :], out[(start * heads + head) * d :], lse[block:])
-        _forward_head(own, (kt, vp, padded, d, wide), work, length, heads * d, scale)
-
-
 @kernel
 def _forward(address):  # type: ignore[no-untyped-def]
-    slot, number = carray(address, (32,), np.int64), carray(address, (32,), np.float64)
-    tokens, heads, key_heads, d, parts, examples = slot[3], slot[4], slot[5], slot[6], slot[7], slot[8]
-    n, m = tokens * heads * d, tokens * key_heads * d
-    q, k, v = array(slot[13], (n,), np.float32), array(slot[14], (m,), np.float32), array(slot[15], (m,), np.float32)
-    out, lse = array(slot[16], (n,), np.float32), array(slot[17], (tokens * heads,), np.float32)
-    starts = array(slot[18], (examples + 1,), np.int64)
-    wide, most = up(d, COLUMNS), up(slot[9], PAD)
-    at = slot[10] + take(array(slot[0], (8,), np.int64)[1:]) * slot[11]
+    slot = carray(address, (32,), np.int64)
+    d, most = slot[tasks.WIDTH], up(slot[tasks.LONGEST], PAD)
+    wide, at = up(d, COLUMNS), tasks.memory_of_thread(slot)
     kt, at = scratch(at, d * most, np.float32)
     vp, at = scratch(at, most * wide, np.float32)
     s, at = scratch(at, TALL * most, np.float32)
     o, at = scratch(at, TALL * wide, np.float32)
     qp, at = scratch(at, TALL * d, np.float32)
     work = (s, o, qp, np.empty(TALL, np.float32))
-    sizes = (heads, key_heads, d, parts, wide, np.float32(number[12]))
-    each_block(slot, _forward_task, ((q, k, v, out, lse, starts), sizes, (kt, vp), work))
+    tasks.forward_tasks(address, np.float32, _panels, _rows, _forward_head, wide, (kt, vp), work)
 
 
 @inlined
@@ -147,10 +126,11 @@ def _probabilities(s, dp, i0, j0, rows, width, scale, lse, delta):  # type: igno
 
 
 @inlined
-def _backward_head(head, keys, work, length, row, scale):  # type: ignore[no-untyped-def]
+def _backward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
     """One query head of one example: fills dq (L, D), adds to dk and dv (padded, wide)."""
     q, do, o, lse, dq = head
-    kt, kp, vt, dk, dv, d, wide = keys
+    kt, kp, vt, dk, dv = keys
+    length, _, d, wide, row, scale = sizes
     s, dp, qp, dop, dqa, delta, sums = work
     for i0 in range(0, length, TALL):
         rows = min(TALL, length - i0)
@@ -182,49 +162,14 @@ def _backward_head(head, keys, work, length, row, scale):  # type: ignore[no-unt
                     to, a, b = (j0 + j) * wide + c, skip * WIDE + j, skip * wide + c
                     tile32(dv[to:], wide, s[a:], 1, WIDE, dop[b:], wide, rows - skip, 1)
                     tile32(dk[to:], wide, dp[a:], 1, WIDE, qp[b:], wide, rows - skip, 1)
-        for r in range(rows):
-            a, to = dqa[r * wide : r * wide + d], dq[(i0 + r) * d : (i0 + r + 1) * d]
-            for c in range(d):
-                to[c] = a[c]
-
-
-@inlined
-def _backward_task(given, sizes, keys, work, task, _):  # type: ignore[no-untyped-def]
-    q, k, v, o, do, lse, starts, dq, dk, dv = given
-    tokens, heads, key_heads, d, parts, wide, scale = sizes
-    kt, vt, kp, dka, dva = keys
-    start, length, key_head, part = part_of(task, starts, key_heads, parts)
-    padded, groups = up(length, PAD), heads // key_heads
-    block = (start * key_heads + key_head * length) * d
-    _panels(k[block:], length, d, kt, padded)
-    _panels(v[block:], length, d, vt, padded)
-    _rows(k[block:], d, length, d, kp, wide, padded)
-    for j in range(padded * wide):
-        dka[j] = _ZERO
-        dva[j] = _ZERO
-    for g in range(part * groups // parts, (part + 1) * groups // parts):
-        head = key_head * groups + g
-        own, rows = start * heads + head * length, (start * heads + head) * d
-        mine = (q[own * d :], do[rows:], o[rows:], lse[own:], dq[own * d :])
-        _backward_head(mine, (kt, kp, vt, dka, dva, d, wide), work, length, heads * d, scale)
-    block += part * tokens * key_heads * d
-    for i in range(length):
-        a, b, to = i * wide, i * wide + d, block + i * d
-        dk[to : to + d] = dka[a:b]
-        dv[to : to + d] = dva[a:b]
+        store_rows(dqa, wide, rows, d, dq[i0 * d :])
 
 
 @kernel
 def _backward(address):  # type: ignore[no-untyped-def]
-    slot, number = carray(address, (32,), np.int64), carray(address, (32,), np.float64)
-    tokens, heads, key_heads, d, parts, examples = slot[3], slot[4], slot[5], slot[6], slot[7], slot[8]
-    n, m = tokens * heads * d, tokens * key_heads * d
-    q, k, v = array(slot[13], (n,), np.float32), array(slot[14], (m,), np.float32), array(slot[15], (m,), np.float32)
-    o, do, dq = array(slot[16], (n,), np.float32), array(slot[17], (n,), np.float32), array(slot[20], (n,), np.float32)
-    lse, starts = array(slot[18], (tokens * heads,), np.float32), array(slot[19], (examples + 1,), np.int64)
-    dk, dv = array(slot[21], (parts * m,), np.float32), array(slot[22], (parts * m,), np.float32)
-    wide, most = up(d, COLUMNS), up(slot[9], PAD)
-    at = slot[10] + take(array(slot[0], (8,), np.int64)[1:]) * slot[11]
+    slot = carray(address, (32,), np.int64)
+    d, most = slot[tasks.WIDTH], up(slot[tasks.LONGEST], PAD)
+    wide, at = up(d, COLUMNS), tasks.memory_of_thread(slot)
     kt, at = scratch(at, d * most, np.float32)
     vt, at = scratch(at, d * most, np.float32)
     kp, at = scratch(at, most * wide, np.float32)
@@ -236,11 +181,11 @@ def _backward(address):  # type: ignore[no-untyped-def]
     dop, at = scratch(at, TALL * wide, np.float32)
     dqa, at = scratch(at, TALL * wide, np.float32)
     work = (s, dp, qp, dop, dqa, np.empty(TALL, np.float32), np.empty(TALL, np.float32))
-    sizes = (tokens, heads, key_heads, d, parts, wide, np.float32(number[12]))
-    each_block(slot, _backward_task, ((q, k, v, o, do, lse, starts, dq, dk, dv), sizes, (kt, vt, kp, dka, dva), work))
+    keys = (kt, kp, vt, dka, dva)
+    tasks.backward_tasks(address, np.float32, _panels, _rows, _backward_head, wide, keys, work)
 
 
-KERNELS = Attention(
+KERNELS = tasks.Attention(
     _forward,
     _backward,
     COLUMNS,

@@ -21,14 +21,14 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu import LARGEST_RANK, available, works
-from halfbyte.layers.kernels.cpu.integer.part import Lora
+from halfbyte.layers.kernels.dropout import LoraTerm
 from halfbyte.quant.number_format import Codes
 from halfbyte.system import pages
 
@@ -62,14 +62,14 @@ class Products:
 
 
 @dataclass(frozen=True)
-class Rounded:
+class Int8Rows:
     """Rows in int8 (N, D), and the step of each (N,) fp32."""
 
     numbers: Tensor
     steps: Tensor
 
 
-def asked(layer: nn.Module, x: Tensor) -> Products | None:
+def products_of(layer: nn.Module, x: Tensor) -> Products | None:
     """What a frozen layer's products are to be now, None for exact ones. Integers are for training alone: whatever is
     computed without gradients, an evaluation or an answer, is exact."""
     products: Products | None = layer.__dict__.get(NAME)
@@ -78,7 +78,7 @@ def asked(layer: nn.Module, x: Tensor) -> Products | None:
     return products
 
 
-def ask(layers: list[nn.Module], products: Products | None) -> None:
+def set_products(layers: list[nn.Module], products: Products | None) -> None:
     """Set what the products of these layers are from now on."""
     for layer in layers:
         layer.__dict__.pop(NAME, None)
@@ -101,7 +101,7 @@ def takes(codes: Codes, dtype: torch.dtype) -> bool:
     return weights.takes(codes) and works("integer.weights")
 
 
-def takes_lora(lora: Lora) -> bool:
+def takes_lora(lora: LoraTerm) -> bool:
     """Whether LoRA's part is made where the sums are scaled, of bf16, pairs of ranks and whole tiles of columns."""
     from halfbyte.layers.kernels.cpu import tiles
 
@@ -112,7 +112,7 @@ def takes_lora(lora: Lora) -> bool:
     )
 
 
-class _Kept(threading.local):
+class _Scratch(threading.local):
     """Memory of this thread for what a product needs for a moment, by name; the next call with a name overwrites it.
 
     Not the pool's: there a tensor that is kept for backward takes the block that a sum has just left, which is up to
@@ -130,35 +130,36 @@ class _Kept(threading.local):
         return self.blocks[name][:size].view(dtype).view(shape)
 
 
-class _Last:
-    """The rows that were rounded last: several layers take the same input. Forgotten when that input is gone, and when
-    a backward begins."""
+class _LastInput:
+    """The input that was rounded last: several layers take the same one. Forgotten when that input is gone, and when a
+    backward begins."""
 
     def __init__(self) -> None:
-        self.held: tuple[weakref.ref[Tensor], int, Rounded] | None = None
+        self.entry: tuple[weakref.ref[Tensor], int, Int8Rows] | None = None
 
-    def of(self, x: Tensor) -> Rounded:
-        held = self.held
+    def round(self, x: Tensor) -> Int8Rows:
+        entry = self.entry
         if x.is_inference():  # it counts no changes
-            return _rows(x.reshape(-1, x.shape[-1]))
-        if held is not None and held[1] == x._version and held[0]() is x:
-            return held[2]
-        self.held = None  # its memory is there for the next
-        made = _rows(x.detach().reshape(-1, x.shape[-1]))
-        self.held = (weakref.ref(x, self._gone), x._version, made)
-        return made
+            return _round(x.reshape(-1, x.shape[-1]))
+        if entry is not None and entry[1] == x._version and entry[0]() is x:
+            return entry[2]
+        self.entry = None  # its memory is there for the next
+        rows = _round(x.detach().reshape(-1, x.shape[-1]))
+        self.entry = (weakref.ref(x, self._forget), x._version, rows)
+        return rows
 
-    def _gone(self, reference: object) -> None:
-        if self.held is not None and self.held[0] is reference:
-            self.held = None
-
-
-_KEPT, _LAST = _Kept(), _Last()
+    def _forget(self, reference: object) -> None:
+        if self.entry is not None and self.entry[0] is reference:
+            self.entry = None
 
 
-def rounded(x: Tensor) -> Rounded:
+_SCRATCH = _Scratch()
+_INPUT = _LastInput()
+
+
+def round_rows(x: Tensor) -> Int8Rows:
     """x (..., D) as the forward product takes it, as rows; made once for an input that several layers share."""
-    return _LAST.of(x)
+    return _INPUT.round(x)
 
 
 def rows_of_piece(width: int) -> int:
@@ -166,46 +167,54 @@ def rows_of_piece(width: int) -> int:
     return max(1, PIECE // width // 16) * 16
 
 
-def forward(y: Tensor, x: Rounded, weight: Weight, *, add: bool = False, lora: Lora | None = None) -> None:
+def forward(y: Tensor, x: Int8Rows, weight: Weight, *, add: bool = False, lora: LoraTerm | None = None) -> None:
     """y = x W^T, y += x W^T, or y = LoRA's part (`takes_lora`) + x W^T. y: (N, O) contiguous, weight: W (O, D)."""
     from halfbyte.layers.kernels.cpu.integer import rounding
 
-    numbers, steps = made = _made(y.shape[1], x.numbers.shape[1])
-    if isinstance(weight, Codes):
-        from halfbyte.layers.kernels.cpu.integer import weights
-
-        weights.rows(weight, share=1.0 / rounding.mixed(weight.shape[1]), out=made)
-    else:
-        for piece, out in _in_parts(weight, made):
-            rounding.rows(piece, share=1.0 / rounding.mixed(piece.shape[1]), out=out)
+    width = x.numbers.shape[1]
+    numbers, steps = _rounded_weight("rows", weight, (y.shape[1], width), 1.0 / rounding.square_gain(width))
     finish = _finishing(lora, add=add)
     for part, memory in _parts(y):
         sums = torch._int_mm(x.numbers[part], numbers.T, out=memory)
         finish(y[part], sums, x.steps[part], steps, part.start)
 
 
-def backward(dx: Tensor, dy: Tensor, weight: Weight, *, add: bool = False, lora: Lora | None = None) -> None:
+def backward(dx: Tensor, dy: Tensor, weight: Weight, *, add: bool = False, lora: LoraTerm | None = None) -> None:
     """dx = dy W, dx += dy W, or dx = LoRA's part + dy W. dx: (N, D) contiguous, dy: (N, O), weight: as in `forward`."""
     from halfbyte.layers.kernels.cpu.integer import rounding
 
-    _LAST.held = None
-    numbers, steps = made = _made(rounding.filled(dy.shape[1]), dx.shape[1])
+    _INPUT.entry = None
+    shape = rounding.padded_width(dy.shape[1]), dx.shape[1]
+    numbers, steps = _rounded_weight("groups", weight, shape, 1.0 / rounding.MOST)
+    dy, finish = dy.contiguous(), _finishing(lora, add=add)
+    for part, memory in _parts(dx):
+        out = _SCRATCH.empty("rows", (len(memory), len(numbers)), torch.int8), torch.empty(len(memory))
+        gradient, gradient_steps = rounding.rows(dy[part], steps, out=out)
+        sums = torch._int_mm(gradient, numbers, out=memory)
+        finish(dx[part], sums, gradient_steps, None, part.start)
+
+
+def _rounded_weight(
+    how: Literal["rows", "groups"], weight: Weight, shape: tuple[int, int], share: float
+) -> tuple[Tensor, Tensor]:
+    """A weight in 8 bits, mixed and rounded by `rounding.rows` or `rounding.groups`; the next one overwrites it."""
+    from halfbyte.layers.kernels.cpu.integer import rounding
+
+    numbers, steps = _SCRATCH.empty("weight", shape, torch.int8), torch.empty(shape[0], dtype=torch.float32)
     if isinstance(weight, Codes):
         from halfbyte.layers.kernels.cpu.integer import weights
 
-        weights.groups(weight, share=1.0 / rounding.MOST, out=made)
-    else:
-        for piece, out in _in_parts(weight, made):
-            rounding.groups(piece, share=1.0 / rounding.MOST, out=out)
-    dy, finish = dy.contiguous(), _finishing(lora, add=add)
-    for part, memory in _parts(dx):
-        of = _KEPT.empty("rows", (len(memory), len(numbers)), torch.int8), torch.empty(len(memory))
-        given = rounding.rows(dy[part], steps, out=of)
-        sums = torch._int_mm(given[0], numbers, out=memory)
-        finish(dx[part], sums, given[1], None, part.start)
+        getattr(weights, how)(weight, share=share, out=(numbers, steps))
+        return numbers, steps
+    first = 0
+    for piece in weight:  # of whole groups but for the last
+        rows = slice(first, first + rounding.padded_width(len(piece)))
+        getattr(rounding, how)(piece.contiguous(), share=share, out=(numbers[rows], steps[rows]))
+        first += len(piece)
+    return numbers, steps
 
 
-def _finishing(lora: Lora | None, *, add: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor | None, int], None]:
+def _finishing(lora: LoraTerm | None, *, add: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor | None, int], None]:
     """What scales sums onto rows of a result: (rows, sums, steps of rows, of columns or None, number of the first)."""
     from halfbyte.layers.kernels.cpu.integer import rounding
 
@@ -222,35 +231,19 @@ def _parts(y: Tensor) -> Iterator[tuple[slice, Tensor]]:
     scaled."""
     pieces = -(-len(y) // max(LEAST_ROWS, SUMS // y.shape[1]))
     rows = -(-len(y) // max(1, pieces))
-    memory = _KEPT.empty("sums", (rows, y.shape[1]), torch.int32)
+    memory = _SCRATCH.empty("sums", (rows, y.shape[1]), torch.int32)
     for first in range(0, len(y), rows or 1):
         yield slice(first, first + rows), memory[: len(y) - first]
 
 
-def _made(rows: int, width: int) -> tuple[Tensor, Tensor]:
-    """Where a rounded weight goes, and its steps."""
-    return _KEPT.empty("weight", (rows, width), torch.int8), torch.empty(rows, dtype=torch.float32)
-
-
-def _in_parts(weight: Iterable[Tensor], made: tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
-    """Each piece of a weight, of whole groups but for the last, and where it goes."""
-    from halfbyte.layers.kernels.cpu.integer import rounding
-
-    first = 0
-    for piece in weight:
-        rows = slice(first, first + rounding.filled(len(piece)))
-        yield piece.contiguous(), (made[0][rows], made[1][rows])
-        first += len(piece)
-
-
-def _rows(x: Tensor) -> Rounded:
+def _round(x: Tensor) -> Int8Rows:
     """In a block of the size of a tensor like x, which such a tensor takes next; of a smaller size it would be taken by
     one that is kept."""
     from halfbyte.layers.kernels.cpu.integer import rounding
 
-    n, wide = len(x), rounding.filled(x.shape[1])
+    n, wide = len(x), rounding.padded_width(x.shape[1])
     numbers = pool.empty((x.dtype.itemsize * n, wide), x, torch.int8)[:n]
-    return Rounded(*rounding.rows(x.contiguous(), out=(numbers, torch.empty(n))))
+    return Int8Rows(*rounding.rows(x.contiguous(), out=(numbers, torch.empty(n))))
 
 
 @cache

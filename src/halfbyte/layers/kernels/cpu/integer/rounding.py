@@ -25,7 +25,7 @@ from torch import Tensor
 
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, per_dtype, run
-from halfbyte.layers.kernels.cpu.scalar import inlined, load, store
+from halfbyte.layers.kernels.cpu.scalar import broadcast, call, inlined, load, store
 
 Value: TypeAlias = Any  # of LLVM's, or a builder of them: llvmlite has no types
 LANES = 16  # numbers of a register
@@ -33,55 +33,47 @@ MOST = 16  # registers, or rows, that are mixed with one another
 LARGEST = 127.0
 # A row whose largest number is below this is taken for zeros: 127 / largest must be finite.
 TINY = 2.0**-100
-_I1, _I8, _I16, _I32, _I64, _F32 = (*(ir.IntType(n) for n in (1, 8, 16, 32, 64)), ir.FloatType())
-_FLOATS, _WORDS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_FLOATS, _WORDS = (ir.VectorType(element, LANES) for element in (ir.FloatType(), _I32))
+_FMA = f"llvm.fma.v{LANES}f32"
 _MAGIC = 1.5 * 2**23
 
 
-def filled(width: int) -> int:
+def padded_width(width: int) -> int:
     """Numbers of whole registers that hold a row of this width."""
     return -(-width // LANES) * LANES
 
 
-def apart(width: int) -> int:
+def registers_mixed(width: int) -> int:
     """How many registers of a row of this width are mixed with one another: a power of two."""
-    registers = filled(width) // LANES
+    registers = padded_width(width) // LANES
     return min(MOST, registers & -registers)
 
 
-def in_thirds(width: int) -> bool:
+def mirrors_thirds(width: int) -> bool:
     """Whether registers a third of the row apart are mixed, too."""
-    return apart(width) < MOST and filled(width) // LANES % 3 == 0
+    return registers_mixed(width) < MOST and padded_width(width) // LANES % 3 == 0
 
 
-def mixed(width: int) -> int:
+def square_gain(width: int) -> int:
     """By what `rows` multiplies the square of the norm of a row of this width: 16 F."""
-    return LANES * apart(width)
+    return LANES * registers_mixed(width)
 
 
-def every(builder: Value, value: Value, lanes: int = LANES) -> Value:
-    """A register with this number in each lane."""
-    vector, first = ir.VectorType(value.type, lanes), ir.Constant(ir.VectorType(_I32, lanes), None)
-    one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, _I32(0))
-    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), first)
-
-
-class _Part:
+class _Stream:
     """Loads and stores of 16 numbers, or of the last ones of a stream."""
 
     def __init__(self, builder: Value, left: Value = None) -> None:
         self.b, self.mask = builder, None
         if left is not None:
             places = ir.Constant(_WORDS, list(range(LANES)))
-            self.mask = builder.icmp_signed("<", places, every(builder, builder.trunc(left, _I32)))
+            self.mask = builder.icmp_signed("<", places, broadcast(builder, builder.trunc(left, _I32), LANES))
 
     def _masked(self, name: str, kind: Value, *args: Value) -> Value:
         """`llvm.masked.load` or `store`."""
         result = kind if name == "load" else ir.VoidType()
         suffix = f"v{LANES}{'f32' if kind is _FLOATS else f'i{kind.element.width}'}.p0"
-        function = ir.FunctionType(result, [a.type for a in args])
-        callee = cgutils.get_or_insert_function(self.b.module, function, f"llvm.masked.{name}.{suffix}")
-        return self.b.call(callee, args)
+        return call(self.b, f"llvm.masked.{name}.{suffix}", result, *args)
 
     def load(self, at: Value, kind: Value) -> Value:
         pointer = self.b.inttoptr(at, kind.as_pointer())
@@ -104,13 +96,13 @@ class _Part:
 
 
 def _over(builder: Value, count: Value, body: Value) -> None:
-    """body(part, first number) for every 16 of `count` numbers, and for what is left."""
+    """body(stream, first number) for every 16 of `count` numbers, and for what is left."""
     whole = builder.lshr(count, _I64(4))
     with cgutils.for_range(builder, whole, intp=_I64) as loop:
-        body(_Part(builder), builder.shl(loop.index, _I64(4)))
+        body(_Stream(builder), builder.shl(loop.index, _I64(4)))
     left = builder.and_(count, _I64(LANES - 1))
     with builder.if_then(builder.icmp_signed("!=", left, _I64(0))):
-        body(_Part(builder, left), builder.shl(whole, _I64(4)))
+        body(_Stream(builder, left), builder.shl(whole, _I64(4)))
 
 
 def _butterflies(builder: Value, values: list[Value]) -> list[Value]:
@@ -126,13 +118,10 @@ def _butterflies(builder: Value, values: list[Value]) -> list[Value]:
 
 def _in_register(builder: Value, value: Value) -> Value:
     """A Hadamard transform over the 16 numbers of a register: each plus or minus the one `half` places away."""
-    fma = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), f"llvm.fma.v{LANES}f32"
-    )
     for half in (1, 2, 4, 8):
         signs = ir.Constant(_FLOATS, [-1.0 if i & half else 1.0 for i in range(LANES)])
         other = builder.shuffle_vector(value, value, ir.Constant(_WORDS, [i ^ half for i in range(LANES)]))
-        value = builder.call(fma, [value, signs, other])
+        value = call(builder, _FMA, _FLOATS, value, signs, other)
     return value
 
 
@@ -144,9 +133,7 @@ def _larger(builder: Value, most: Value, value: Value) -> None:
 
 
 def _largest(builder: Value, most: Value) -> Value:
-    kind = ir.FunctionType(_I32, [_WORDS])
-    callee = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.smax.v{LANES}i32")
-    return builder.call(callee, [builder.load(most)])
+    return call(builder, f"llvm.vector.reduce.smax.v{LANES}i32", _I32, builder.load(most))
 
 
 def _row_mixing(count: int, *, weighted: bool = False) -> Value:
@@ -162,17 +149,17 @@ def _row_mixing(count: int, *, weighted: bool = False) -> Value:
 
         def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
             _, source, factors, out, distance = args
-            b, part = builder, _Part(builder)
+            b, stream = builder, _Stream(builder)
             most = cgutils.alloca_once_value(b, ir.Constant(_WORDS, None))
             b.store(ir.Constant(_WORDS, None), most)
             with cgutils.for_range(b, distance, intp=_I64) as loop:
                 first = [b.mul(b.add(loop.index, b.mul(distance, _I64(k))), _I64(LANES)) for k in range(count)]
-                v = [part.floats(b.add(source, b.mul(at, _I64(2 if bf16 else 4))), bf16=bf16) for at in first]
+                v = [stream.floats(b.add(source, b.mul(at, _I64(2 if bf16 else 4))), bf16=bf16) for at in first]
                 for at, value in zip(first, _butterflies(b, v), strict=True):
                     value = _in_register(b, value)
                     if weighted:
-                        value = b.fmul(value, part.load(b.add(factors, b.mul(at, _I64(4))), _FLOATS))
-                    part.store(value, b.add(out, b.mul(at, _I64(4))))
+                        value = b.fmul(value, stream.load(b.add(factors, b.mul(at, _I64(4))), _FLOATS))
+                    stream.store(value, b.add(out, b.mul(at, _I64(4))))
                     _larger(b, most, value)
             return _largest(b, most)
 
@@ -183,27 +170,31 @@ def _row_mixing(count: int, *, weighted: bool = False) -> Value:
 
 
 @intrinsic
-def mirrored(typing_context, like, source, out, distance):  # type: ignore[no-untyped-def]
+def mirror(typing_context, like, source, out, distance):  # type: ignore[no-untyped-def]
     """Registers i, i + distance and i + 2 distance of a row, each less two thirds of their sum, as fp32: a reflection,
     so an orthogonal matrix. Addresses as in `_row_mixing`."""
     bf16 = like.dtype == types.uint16
 
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
         _, source, out, distance = args
-        b, part = builder, _Part(builder)
+        b, stream = builder, _Stream(builder)
         with cgutils.for_range(b, distance, intp=_I64) as loop:
             first = [b.mul(b.add(loop.index, b.mul(distance, _I64(k))), _I64(LANES)) for k in range(3)]
-            v = [part.floats(b.add(source, b.mul(at, _I64(2 if bf16 else 4))), bf16=bf16) for at in first]
+            v = [stream.floats(b.add(source, b.mul(at, _I64(2 if bf16 else 4))), bf16=bf16) for at in first]
             two = b.fmul(b.fadd(b.fadd(v[0], v[1]), v[2]), ir.Constant(_FLOATS, [2 / 3] * LANES))
             for at, value in zip(first, v, strict=True):
-                part.store(b.fsub(value, two), b.add(out, b.mul(at, _I64(4))))
+                stream.store(b.fsub(value, two), b.add(out, b.mul(at, _I64(4))))
         return context.get_dummy_value()
 
     n = types.int64
     return types.void(like, n, n, n), build
 
 
-_mix_1, _mix_2, _mix_4, _mix_8, _mix_16 = (_row_mixing(n) for n in (1, 2, 4, 8, 16))
+_mix_1 = _row_mixing(1)
+_mix_2 = _row_mixing(2)
+_mix_4 = _row_mixing(4)
+_mix_8 = _row_mixing(8)
+_mix_16 = _row_mixing(16)
 _mix_weighted = _row_mixing(1, weighted=True)
 
 
@@ -238,10 +229,10 @@ def mix_group(typing_context, like, source, source_row, out, out_row, width, pea
         def at(base: Value, row: Value, k: int, first: Value, size: int) -> Value:
             return b.add(base, b.mul(b.add(b.mul(row, _I64(k)), first), _I64(size)))
 
-        def body(part: _Part, first: Value) -> None:
-            v = [part.floats(at(source, source_row, k, first, 2 if bf16 else 4), bf16=bf16) for k in range(MOST)]
+        def body(stream: _Stream, first: Value) -> None:
+            v = [stream.floats(at(source, source_row, k, first, 2 if bf16 else 4), bf16=bf16) for k in range(MOST)]
             for k, value in enumerate(_butterflies(b, v)):
-                part.store(value, at(out, out_row, k, first, 4))
+                stream.store(value, at(out, out_row, k, first, 4))
                 _larger(b, most[k], value)
 
         _over(b, width, body)
@@ -259,15 +250,12 @@ def to_bytes(typing_context, source, factor, out, width):  # type: ignore[no-unt
 
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
         source, factor, out, width = args
-        times, magic = every(builder, factor), ir.Constant(_FLOATS, [_MAGIC] * LANES)
-        callee = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), f"llvm.fma.v{LANES}f32"
-        )
+        times, magic = broadcast(builder, factor, LANES), ir.Constant(_FLOATS, [_MAGIC] * LANES)
 
-        def body(part: _Part, first: Value) -> None:
-            value = part.load(builder.add(source, builder.mul(first, _I64(4))), _FLOATS)
-            bits = builder.bitcast(builder.call(callee, [value, times, magic]), _WORDS)
-            part.store(builder.trunc(bits, ir.VectorType(_I8, LANES)), builder.add(out, first))
+        def body(stream: _Stream, first: Value) -> None:
+            value = stream.load(builder.add(source, builder.mul(first, _I64(4))), _FLOATS)
+            bits = builder.bitcast(call(builder, _FMA, _FLOATS, value, times, magic), _WORDS)
+            stream.store(builder.trunc(bits, ir.VectorType(_I8, LANES)), builder.add(out, first))
 
         _over(builder, width, body)
         return context.get_dummy_value()
@@ -291,10 +279,27 @@ def step_of(peak):  # type: ignore[no-untyped-def]
 
 
 @inlined
+def round_row(mixed, peak, q, width):  # type: ignore[no-untyped-def]
+    """A mixed row at an address -> int8 at another; returns its step. peak: of its largest size, as fp32."""
+    step, times = step_of(peak)
+    to_bytes(mixed, times, q, width)
+    return step
+
+
+@inlined
+def round_group(mixed, wide, peaks, q, steps, group, width, share):  # type: ignore[no-untyped-def]
+    """The 16 rows of a group, `wide` numbers apart, into their places."""
+    for k in range(MOST):
+        row = group * MOST + k
+        steps[row] = round_row(mixed + k * wide * 4, peaks.view(np.float32)[k], q + row * width, width) * share
+
+
+@inlined
 def _rows(like, factors, q, steps, count, thirds, itemsize, share, first, last):  # type: ignore[no-untyped-def]
     width = like.shape[1]
     padded = -(-width // LANES) * LANES
-    mixed, whole, peak = np.empty(padded, np.float32), np.zeros(padded, like.dtype), np.empty(1, np.int32)
+    mixed, whole = np.empty(padded, np.float32), np.zeros(padded, like.dtype)
+    peak = np.empty(1, np.int32)
     for i in range(first, last):
         row = like.ctypes.data + i * width * itemsize
         if padded != width:
@@ -302,13 +307,11 @@ def _rows(like, factors, q, steps, count, thirds, itemsize, share, first, last):
                 whole[j] = like[i, j]
             row = whole.ctypes.data
         if thirds and factors == 0:
-            mirrored(like, row, mixed.ctypes.data, padded // LANES // 3)
+            mirror(like, row, mixed.ctypes.data, padded // LANES // 3)
             peak[0] = mix(count, mixed, mixed.ctypes.data, 0, mixed.ctypes.data, padded // LANES // count)
         else:
             peak[0] = mix(count, like, row, factors, mixed.ctypes.data, padded // LANES // count)
-        step, times = step_of(peak.view(np.float32)[0])
-        steps[i] = step * share
-        to_bytes(mixed.ctypes.data, times, q + i * padded, padded)
+        steps[i] = round_row(mixed.ctypes.data, peak.view(np.float32)[0], q + i * padded, padded) * share
 
 
 @inlined
@@ -317,19 +320,15 @@ def _groups(like, q, steps, itemsize, share, first, last):  # type: ignore[no-un
     wide = row_in_cache(width)
     mixed, peaks = np.empty(wide * MOST, np.float32), np.empty(MOST, np.int32)
     for i in range(first, last):
-        at, have = like.ctypes.data + i * MOST * width * itemsize, min(MOST, rows - i * MOST)
-        if have < MOST:
+        source, count = like.ctypes.data + i * MOST * width * itemsize, min(MOST, rows - i * MOST)
+        if count < MOST:
             whole = np.zeros((MOST, width), like.dtype)
-            for k in range(have):
+            for k in range(count):
                 for j in range(width):
                     whole[k, j] = like[i * MOST + k, j]
-            at = whole.ctypes.data
-        mix_group(like, at, width, mixed.ctypes.data, wide, width, peaks.ctypes.data)
-        for k in range(MOST):
-            step, times = step_of(peaks.view(np.float32)[k])
-            row = i * MOST + k
-            steps[row] = step * share
-            to_bytes(mixed.ctypes.data + k * wide * 4, times, q + row * width, width)
+            source = whole.ctypes.data
+        mix_group(like, source, width, mixed.ctypes.data, wide, width, peaks.ctypes.data)
+        round_group(mixed.ctypes.data, wide, peaks, q, steps, i, width, share)
 
 
 @inlined
@@ -356,7 +355,8 @@ def _onto_evenly(y, sums, rows, add, first, last):  # type: ignore[no-untyped-de
                 b[j] = store(np.float32(a[j]) * row, b)
 
 
-def _rows_of(element: type) -> object:
+@per_dtype
+def _rows_kernel(element: type) -> object:
     size = 2 if element is np.uint16 else 4
 
     @kernel
@@ -368,7 +368,8 @@ def _rows_of(element: type) -> object:
     return rounded_rows
 
 
-def _groups_of(element: type) -> object:
+@per_dtype
+def _groups_kernel(element: type) -> object:
     size = 2 if element is np.uint16 else 4
 
     @kernel
@@ -380,7 +381,8 @@ def _groups_of(element: type) -> object:
     return rounded_groups
 
 
-def _onto_of(element: type) -> object:
+@per_dtype
+def _onto_kernel(element: type) -> object:
     @kernel
     def scaled_onto(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
@@ -395,35 +397,35 @@ def _onto_of(element: type) -> object:
     return scaled_onto
 
 
-_rows_kernel, _groups_kernel, _onto_kernel = per_dtype(_rows_of), per_dtype(_groups_of), per_dtype(_onto_of)
+Int8Matrix: TypeAlias = tuple[Tensor, Tensor]  # int8 rows and the steps of each
 
 
-Made: TypeAlias = tuple[Tensor, Tensor]  # int8 rows and the steps of each
-
-
-def rows(x: Tensor, factors: Tensor | None = None, *, share: float = 1.0, out: Made | None = None) -> Made:
-    """Rows of x, mixed along their width and rounded: (N, D) bf16 or fp32 -> int8 (N, `filled` D), fp32 share x steps
-    (N,).
+def rows(x: Tensor, factors: Tensor | None = None, *, share: float = 1.0, out: Int8Matrix | None = None) -> Int8Matrix:
+    """Rows of x, mixed along their width and rounded: (N, D) bf16 or fp32 -> int8 (N, padded D), share x steps (N,).
 
     Args:
-        factors: (`filled` D,) fp32, multiplied with the mixed numbers before they are rounded; then only 16 neighbours
+        factors: (padded D,) fp32, multiplied with the mixed numbers before they are rounded; then only 16 neighbours
             are mixed, as in `groups`.
         out: where to; contiguous.
     """
     n, d = x.shape
-    q, steps = out or (pool.empty((n, filled(d)), x, torch.int8), torch.empty(n, dtype=torch.float32))
-    by = 0 if factors is None else factors
-    run(_rows_kernel(x.dtype), n, block_rows(d), x, by, q, steps, d, apart(d), int(in_thirds(d)), float(share))
+    q, steps = out or _new(n, padded_width(d), x)
+    mixing = 0 if factors is None else factors, q, steps, d, registers_mixed(d), int(mirrors_thirds(d))
+    run(_rows_kernel(x.dtype), n, block_rows(d), x, *mixing, float(share))
     return q, steps
 
 
-def groups(w: Tensor, *, share: float = 1.0, out: Made | None = None) -> Made:
+def groups(w: Tensor, *, share: float = 1.0, out: Int8Matrix | None = None) -> Int8Matrix:
     """Rows of w, 16 that follow each other mixed with one another, and rounded: (O, D) bf16 or fp32 -> int8
-    (`filled` O, D), share x steps fp32 (`filled` O,)."""
+    (padded O, D), share x steps fp32 (padded O,)."""
     o, d = w.shape
-    q, steps = out or (pool.empty((filled(o), d), w, torch.int8), torch.empty(filled(o), dtype=torch.float32))
-    run(_groups_kernel(w.dtype), filled(o) // MOST, block_rows(d * MOST), w, q, steps, o, d, float(share))
+    q, steps = out or _new(padded_width(o), d, w)
+    run(_groups_kernel(w.dtype), padded_width(o) // MOST, block_rows(d * MOST), w, q, steps, o, d, float(share))
     return q, steps
+
+
+def _new(rows: int, width: int, like: Tensor) -> Int8Matrix:
+    return pool.empty((rows, width), like, torch.int8), torch.empty(rows, dtype=torch.float32)
 
 
 def onto(y: Tensor, sums: Tensor, row_steps: Tensor, column_steps: Tensor | None = None, *, add: bool) -> None:
@@ -433,5 +435,5 @@ def onto(y: Tensor, sums: Tensor, row_steps: Tensor, column_steps: Tensor | None
         y: (N, D) bf16 or fp32, contiguous. sums: (N, D) int32. row_steps: (N,) fp32. column_steps: (D,) fp32 or None.
     """
     n, d = y.shape
-    by = 0 if column_steps is None else column_steps
-    run(_onto_kernel(y.dtype), n, block_rows(d), y, sums, row_steps, by, d, int(add))
+    across = 0 if column_steps is None else column_steps
+    run(_onto_kernel(y.dtype), n, block_rows(d), y, sums, row_steps, across, d, int(add))

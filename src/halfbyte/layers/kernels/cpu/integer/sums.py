@@ -18,15 +18,16 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from halfbyte.layers.kernels.cpu import gate, tiles
-from halfbyte.layers.kernels.cpu.integer.part import Lora
-from halfbyte.layers.kernels.cpu.integer.rounding import LANES, Value, every
-from halfbyte.layers.kernels.cpu.lora.shared import mask_of
+from halfbyte.layers.kernels.cpu.integer.rounding import LANES, Value
+from halfbyte.layers.kernels.cpu.lora.common import mask_of
 from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, run
-from halfbyte.layers.kernels.cpu.scalar import hash_u32, inlined
+from halfbyte.layers.kernels.cpu.scalar import broadcast, call, hash_u32, hash_words, inlined
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS, ROWS, BFloat, rows_into, tile
+from halfbyte.layers.kernels.dropout import LoraTerm
 
-_I16, _I32, _I64, _F32 = (*(ir.IntType(n) for n in (16, 32, 64)), ir.FloatType())
-_FLOATS, _WORDS, _PAIRS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES), ir.VectorType(BFloat(), 2 * LANES)
+_I16, _I32, _I64 = (ir.IntType(bits) for bits in (16, 32, 64))
+_FLOATS, _WORDS = (ir.VectorType(element, LANES) for element in (ir.FloatType(), _I32))
+_PAIRS = ir.VectorType(BFloat(), 2 * LANES)
 AT_ONCE = 6 * COLUMNS  # columns of a result that are made at once
 TAKEN = 4 * ROWS  # rows that a thread takes at once
 
@@ -34,19 +35,9 @@ if not tiles.available():  # LLVM ends the process where it meets an instruction
     raise ImportError("these kernels multiply pairs of bf16, which this processor does not (avx512_bf16)")
 
 
-def _hashed(b: Value, value: Value) -> Value:
-    """`scalar.hash_u32` of 16 words."""
-
-    def shift_xor(value: Value, by: int) -> Value:
-        return b.xor(value, b.lshr(value, ir.Constant(_WORDS, [by] * LANES)))
-
-    value = b.mul(shift_xor(value, 16), ir.Constant(_WORDS, [0x7FEB352D] * LANES))
-    return shift_xor(b.mul(shift_xor(value, 15), ir.Constant(_WORDS, [0x846CA68B] * LANES)), 16)
-
-
-def _called(b: Value, name: str, result: Value, *args: Value) -> Value:
-    kind = ir.FunctionType(result, [a.type for a in args])
-    return b.call(cgutils.get_or_insert_function(b.module, kind, name), args)
+def _words(number: int) -> Value:
+    """A register with this number in each of its 16 words."""
+    return ir.Constant(_WORDS, [number] * LANES)
 
 
 def _two(b: Value, at: Value, kind: Value) -> list[Value]:
@@ -56,38 +47,38 @@ def _two(b: Value, at: Value, kind: Value) -> list[Value]:
 
 
 @intrinsic
-def _finish(typing_context, made, scale, low, start, own, sums, row, columns, y, count):  # type: ignore[no-untyped-def]
-    """y = drop(bf16(made x scale)) + sums x row x columns as bf16, for `count` columns, whole tiles of them.
+def _finish(typing_context, product, scale, low, start, seed, sums, row, columns, y, count):  # type: ignore[no-untyped-def]
+    """y = drop(bf16(product x scale)) + sums x row x columns as bf16, for `count` columns, whole tiles of them.
 
     Args: addresses of fp32, int32, fp32 (0 for none) and bf16; low: 0 for no mask; start: number of the first word of
-        a mask of seed `own`.
+        a mask of this seed.
     """
 
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        made, scale, low, start, own, sums, row, columns, y, count = args
+        product, scale, low, start, seed, sums, row, columns, y, count = args
         b, bits = builder, ir.VectorType(_I16, COLUMNS)
-        by, steps, seed = (every(b, each) for each in (scale, row, own))
-        least, lanes = every(b, b.trunc(low, _I16), COLUMNS), ir.Constant(_WORDS, list(range(LANES)))
+        by, steps, words_seed = (broadcast(b, each, LANES) for each in (scale, row, seed))
+        least, lanes = broadcast(b, b.trunc(low, _I16), COLUMNS), ir.Constant(_WORDS, list(range(LANES)))
 
         def packed(two: list[Value]) -> Value:  # to nearest even, in one instruction; below 2^-126 it gives 0
-            return b.bitcast(_called(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _PAIRS, two[1], two[0]), bits)
+            return b.bitcast(call(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _PAIRS, two[1], two[0]), bits)
 
         def body(first: Value, *, masked: bool, across: bool) -> None:
             four = b.mul(first, _I64(4))
-            small = packed([b.fmul(each, by) for each in _two(b, b.add(made, four), _FLOATS)])
+            small = packed([b.fmul(each, by) for each in _two(b, b.add(product, four), _FLOATS)])
             if masked:
                 word = b.add(start, b.trunc(b.lshr(first, _I64(1)), _I32))
-                drawn = _hashed(b, b.xor(b.add(every(b, word), lanes), seed))
+                drawn = hash_words(b, b.xor(b.add(broadcast(b, word, LANES), lanes), words_seed), _words)
                 keep = b.icmp_unsigned(">=", b.bitcast(drawn, bits), least)
                 small = b.select(keep, small, ir.Constant(bits, None))
-            found, times = [], _two(b, b.add(columns, four), _FLOATS) if across else None
+            results, times = [], _two(b, b.add(columns, four), _FLOATS) if across else None
             for k, sum_ in enumerate(_two(b, b.add(sums, four), _WORDS)):
                 here = ir.Constant(_WORDS, list(range(LANES * k, LANES * (k + 1))))
                 upper = b.zext(b.shuffle_vector(small, ir.Constant(bits, ir.Undefined), here), _WORDS)
-                lora = b.bitcast(b.shl(upper, ir.Constant(_WORDS, [16] * LANES)), _FLOATS)
+                lora = b.bitcast(b.shl(upper, _words(16)), _FLOATS)
                 step = b.fmul(steps, times[k]) if times else steps
-                found.append(_called(b, "llvm.fma.v16f32", _FLOATS, b.sitofp(sum_, _FLOATS), step, lora))
-            b.store(packed(found), b.inttoptr(b.add(y, b.mul(first, _I64(2))), bits.as_pointer()), align=2)
+                results.append(call(b, "llvm.fma.v16f32", _FLOATS, b.sitofp(sum_, _FLOATS), step, lora))
+            b.store(packed(results), b.inttoptr(b.add(y, b.mul(first, _I64(2))), bits.as_pointer()), align=2)
 
         def loop(*, masked: bool, across: bool) -> None:
             with cgutils.for_range(b, b.lshr(count, _I64(5)), intp=_I64) as each:
@@ -108,7 +99,7 @@ def _finish(typing_context, made, scale, low, start, own, sums, row, columns, y,
 
 @inlined
 def _part(left, right, y, sums, rows, columns, width, scale, low, seed, keys, before, first, last):  # type: ignore[no-untyped-def]
-    pairs, made = left.shape[1], np.empty(ROWS * AT_ONCE, np.float32)
+    pairs, product = left.shape[1], np.empty(ROWS * AT_ONCE, np.float32)
     here = np.zeros(ROWS * pairs, np.uint32)
     for i in range(first, last, ROWS):
         many = min(ROWS, last - i)
@@ -116,16 +107,16 @@ def _part(left, right, y, sums, rows, columns, width, scale, low, seed, keys, be
         for c in range(0, width, AT_ONCE):
             wide = min(AT_ONCE, width - c)
             for j in range(0, wide, COLUMNS):
-                tile(made[j:], AT_ONCE, here, pairs, 1, right[c + j :], width, pairs, 0)
+                tile(product[j:], AT_ONCE, here, pairs, 1, right[c + j :], width, pairs, 0)
             for k in range(many):
                 row = before + i + k
                 if keys.shape[0] > 0:
-                    start, own = np.uint32(c // 2), hash_u32(keys[row] ^ seed)
+                    start, row_seed = np.uint32(c // 2), hash_u32(keys[row] ^ seed)
                 else:
-                    start, own = np.uint32((row * width + c) // 2), seed
+                    start, row_seed = np.uint32((row * width + c) // 2), seed
                 at, across = (i + k) * width + c, columns + c * 4 if columns != 0 else 0
-                one = made.ctypes.data + k * AT_ONCE * 4
-                _finish(one, scale, low, start, own, sums + at * 4, rows[i + k], across, y + at * 2, wide)
+                one = product.ctypes.data + k * AT_ONCE * 4
+                _finish(one, scale, low, start, row_seed, sums + at * 4, rows[i + k], across, y + at * 2, wide)
 
 
 @kernel
@@ -147,7 +138,7 @@ def pairs(right: Tensor) -> Tensor:
 
 
 def onto(
-    y: Tensor, sums: Tensor, row_steps: Tensor, column_steps: Tensor | None, lora: Lora, right: Tensor, first: int
+    y: Tensor, sums: Tensor, row_steps: Tensor, column_steps: Tensor | None, lora: LoraTerm, right: Tensor, first: int
 ) -> None:
     """y = LoRA's part + sums x steps of their row and column, rounded once more.
 
@@ -157,9 +148,9 @@ def onto(
     """
     n, d = y.shape
     left = lora.left[first : first + n].contiguous()
-    by = 0 if column_steps is None else column_steps
+    across = 0 if column_steps is None else column_steps
     mask, keys = mask_of(lora.p, lora.seed)
-    given = (y, sums, row_steps, by, left, right, d, left.shape[1] // 2, float(lora.scale))
+    given = (y, sums, row_steps, across, left, right, d, left.shape[1] // 2, float(lora.scale))
     run(lora_onto, n, TAKEN, *given, *mask, keys, first)
 
 
@@ -171,8 +162,8 @@ def fault() -> str | None:
     sums = torch.randint(-(10**6), 10**6, (n, d), generator=draw, dtype=torch.int32)
     rows, columns = torch.rand(n, generator=draw) * 1e-6, torch.rand(d, generator=draw)
     mask, ones = torch.empty(first + n, d, dtype=torch.bfloat16), torch.ones(first + n, d, dtype=torch.bfloat16)
-    gate.dropped(ones, mask, 0.5, 7)
-    for lora, by in ((Lora(left, right, 0.5), columns), (Lora(left, right, 1.0, 0.5, 7), None)):
+    gate.drop(ones, mask, 0.5, 7)
+    for lora, by in ((LoraTerm(left, right, 0.5), columns), (LoraTerm(left, right, 1.0, 0.5, 7), None)):
         y = torch.empty(n, d, dtype=torch.bfloat16)
         onto(y, sums, rows, by, lora, pairs(right), first)
         wanted = (lora.scale * (left.float() @ right.float()) * (mask.float() if lora.p else 1))[first:]

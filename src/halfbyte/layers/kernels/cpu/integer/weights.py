@@ -15,32 +15,34 @@ from llvmlite import ir
 from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from torch import Tensor
 
 from halfbyte.layers.kernels.cpu import tiles
 from halfbyte.layers.kernels.cpu.integer import rounding
 from halfbyte.layers.kernels.cpu.integer.rounding import (
     LANES,
     MOST,
-    Made,
+    Int8Matrix,
     Value,
-    apart,
-    every,
-    filled,
-    in_thirds,
-    mirrored,
+    mirror,
+    mirrors_thirds,
     mix,
     mix_group,
+    padded_width,
+    registers_mixed,
+    round_group,
+    round_row,
     row_in_cache,
-    step_of,
-    to_bytes,
 )
 from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, run
-from halfbyte.layers.kernels.cpu.scalar import inlined
+from halfbyte.layers.kernels.cpu.scalar import broadcast, call, inlined
 from halfbyte.quant import dequantise
 from halfbyte.quant.number_format import Codes, Nested
 
-_I8, _I32, _I64, _F32 = (*(ir.IntType(n) for n in (8, 32, 64)), ir.FloatType())
-_FLOATS, _WORDS, _EIGHT = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES), ir.VectorType(_I64, LANES // 2)
+_I8, _I32, _I64 = (ir.IntType(bits) for bits in (8, 32, 64))
+_F32 = ir.FloatType()
+_FLOATS, _WORDS = (ir.VectorType(element, LANES) for element in (_F32, _I32))
+_EIGHT = ir.VectorType(_I64, LANES // 2)
 
 
 if not tiles.has("avx512f"):
@@ -67,13 +69,11 @@ def _decode(typing_context, codes, scales, table, out, blocks, registers, bf16):
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
         codes, scales, table, out, blocks, registers, bf16 = args
         b = builder
-        look = ir.FunctionType(_FLOATS, [_FLOATS, _WORDS])
-        permuted = cgutils.get_or_insert_function(b.module, look, "llvm.x86.avx512.permvar.sf.512")
         values = b.load(b.inttoptr(table, _FLOATS.as_pointer()), align=4)
         size = b.mul(registers, _I64(LANES))
         with cgutils.for_range(b, blocks, intp=_I64) as block:
             scale = b.load(b.inttoptr(b.add(scales, b.mul(block.index, _I64(4))), _F32.as_pointer()))
-            exact = b.fmul(values, every(b, scale))
+            exact = b.fmul(values, broadcast(b, scale, LANES))
             scaled = b.select(b.icmp_signed("!=", bf16, _I64(0)), _to_bf16(b, exact), exact)
             first = b.mul(block.index, size)
             with cgutils.for_range(b, registers, intp=_I64) as register:
@@ -82,8 +82,8 @@ def _decode(typing_context, codes, scales, table, out, blocks, registers, bf16):
                 pairs = b.zext(b.load(place, align=1), _EIGHT)  # a byte in each: its upper half is the earlier code
                 halves = [ir.Constant(_EIGHT, [n] * (LANES // 2)) for n in (4, 32)]
                 which = b.bitcast(b.or_(b.lshr(pairs, halves[0]), b.shl(pairs, halves[1])), _WORDS)
-                found = b.call(permuted, [scaled, which])  # looks at 4 bits of each
-                b.store(found, b.inttoptr(b.add(out, b.mul(at, _I64(4))), _FLOATS.as_pointer()), align=4)
+                numbers = call(b, "llvm.x86.avx512.permvar.sf.512", _FLOATS, scaled, which)  # looks at 4 bits of each
+                b.store(numbers, b.inttoptr(b.add(out, b.mul(at, _I64(4))), _FLOATS.as_pointer()), align=4)
         return context.get_dummy_value()
 
     n = types.int64
@@ -112,10 +112,9 @@ def _scales(typing_context, scales, nested, first, count, out):  # type: ignore[
             with b.if_else(b.icmp_signed("!=", values, _I64(0))) as (inner, plain):
                 with inner:
                     value = read(values, b.zext(read(scales, number, _I8, 1), _I64), _F32, 4)
-                    made = b.fmul(value, read(outer, b.udiv(number, size), _F32, 4))
-                    kind = ir.FunctionType(_F32, [_F32])  # or both would be one operation, with other last bits
-                    fence = cgutils.get_or_insert_function(b.module, kind, "llvm.arithmetic.fence.f32")
-                    b.store(b.fadd(b.call(fence, [made]), offset), to)
+                    product = b.fmul(value, read(outer, b.udiv(number, size), _F32, 4))
+                    # fenced, or both would be one operation, with other last bits
+                    b.store(b.fadd(call(b, "llvm.arithmetic.fence.f32", _F32, product), offset), to)
                 with plain:
                     b.store(read(scales, number, _F32, 4), to)
         return context.get_dummy_value()
@@ -126,43 +125,37 @@ def _scales(typing_context, scales, nested, first, count, out):  # type: ignore[
 
 @inlined
 def _rows(codes, scales, nested, table, q, steps, width, block, bf16, count, thirds, share, first, last):  # type: ignore[no-untyped-def]
-    mixed, own = np.empty(width, np.float32), np.empty(width // block, np.float32)
+    mixed, row_scales = np.empty(width, np.float32), np.empty(width // block, np.float32)
     here, peak = mixed.ctypes.data, np.empty(1, np.int32)
     for i in range(first, last):
         at = i * width
-        _scales(scales, nested, at // block, width // block, own.ctypes.data)
-        _decode(codes + at // 2, own.ctypes.data, table, here, width // block, block // LANES, bf16)
+        _scales(scales, nested, at // block, width // block, row_scales.ctypes.data)
+        _decode(codes + at // 2, row_scales.ctypes.data, table, here, width // block, block // LANES, bf16)
         if thirds:
-            mirrored(mixed, here, here, width // LANES // 3)
+            mirror(mixed, here, here, width // LANES // 3)
         peak[0] = mix(count, mixed, here, 0, here, width // LANES // count)
-        step, times = step_of(peak.view(np.float32)[0])
-        steps[i] = step * share
-        to_bytes(here, times, q + at, width)
+        steps[i] = round_row(here, peak.view(np.float32)[0], q + at, width) * share
 
 
 @inlined
 def _groups(codes, scales, nested, table, q, steps, width, block, bf16, rows, share, first, last):  # type: ignore[no-untyped-def]
     wide = row_in_cache(width)
     mixed, peaks = np.empty(wide * MOST, np.float32), np.empty(MOST, np.int32)
-    here, own = mixed.ctypes.data, np.empty(width // block, np.float32)
+    here, row_scales = mixed.ctypes.data, np.empty(width // block, np.float32)
     for i in range(first, last):
         have = min(MOST, rows - i * MOST)
         mixed[have * wide :] = 0
         for k in range(have):
             at = (i * MOST + k) * width
             to = here + k * wide * 4
-            _scales(scales, nested, at // block, width // block, own.ctypes.data)
-            _decode(codes + at // 2, own.ctypes.data, table, to, width // block, block // LANES, bf16)
+            _scales(scales, nested, at // block, width // block, row_scales.ctypes.data)
+            _decode(codes + at // 2, row_scales.ctypes.data, table, to, width // block, block // LANES, bf16)
         mix_group(mixed, here, wide, here, wide, width, peaks.ctypes.data)
-        for k in range(MOST):
-            step, times = step_of(peaks.view(np.float32)[k])
-            row = i * MOST + k
-            steps[row] = step * share
-            to_bytes(here + k * wide * 4, times, q + row * width, width)
+        round_group(here, wide, peaks, q, steps, i, width, share)
 
 
 @kernel
-def decoded_rows(p):  # type: ignore[no-untyped-def]
+def decode_rows(p):  # type: ignore[no-untyped-def]
     s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
     steps, share = array(s[7], (s[1],), np.float32), np.float32(f[13])
     nested = (s[14], s[15], s[16], np.float32(f[17]))
@@ -170,7 +163,7 @@ def decoded_rows(p):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def decoded_groups(p):  # type: ignore[no-untyped-def]
+def decode_groups(p):  # type: ignore[no-untyped-def]
     s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
     steps, share = array(s[7], (s[1] * MOST,), np.float32), np.float32(f[12])
     nested = (s[13], s[14], s[15], np.float32(f[16]))
@@ -185,26 +178,25 @@ def takes(codes: Codes) -> bool:
     return fits and codes.packed.device.type == "cpu" and scales.dtype == torch.float32 and scales.is_contiguous()
 
 
-def _nested(codes: Codes) -> tuple[torch.Tensor | int, torch.Tensor | int, int, float]:
-    held = codes.nested
-    return (0, 0, 1, 0.0) if held is None else (held.values, held.scales, held.block, held.offset)
+def _given(codes: Codes, out: Int8Matrix) -> tuple[tuple[Tensor | int, ...], tuple[Tensor | int | float, ...]]:
+    """What both kernels take: first codes, where to and sizes; then what says of scales that are nested."""
+    first = (codes.packed, codes.scales, codes.values, *out, codes.shape[1], codes.block)
+    nested = codes.nested
+    last = (0, 0, 1, 0.0) if nested is None else (nested.values, nested.scales, nested.block, nested.offset)
+    return (*first, int(codes.dtype == torch.bfloat16)), last
 
 
-def rows(codes: Codes, *, share: float = 1.0, out: Made) -> Made:
+def rows(codes: Codes, *, share: float = 1.0, out: Int8Matrix) -> Int8Matrix:
     """As `rounding.rows` of the weight that these codes stand for."""
-    o, d = codes.shape
-    q, steps = out
-    given = (codes.packed, codes.scales, codes.values, q, steps, d, codes.block, int(codes.dtype == torch.bfloat16))
-    run(decoded_rows, o, block_rows(d), *given, apart(d), int(in_thirds(d)), float(share), *_nested(codes))
+    (o, d), (given, nested) = codes.shape, _given(codes, out)
+    run(decode_rows, o, block_rows(d), *given, registers_mixed(d), int(mirrors_thirds(d)), float(share), *nested)
     return out
 
 
-def groups(codes: Codes, *, share: float = 1.0, out: Made) -> Made:
+def groups(codes: Codes, *, share: float = 1.0, out: Int8Matrix) -> Int8Matrix:
     """As `rounding.groups` of the weight that these codes stand for."""
-    o, d = codes.shape
-    q, steps = out
-    given = (codes.packed, codes.scales, codes.values, q, steps, d, codes.block, int(codes.dtype == torch.bfloat16))
-    run(decoded_groups, filled(o) // MOST, block_rows(d * MOST), *given, o, float(share), *_nested(codes))
+    (o, d), (given, nested) = codes.shape, _given(codes, out)
+    run(decode_groups, padded_width(o) // MOST, block_rows(d * MOST), *given, o, float(share), *nested)
     return out
 
 
@@ -220,9 +212,8 @@ def fault() -> str | None:
         plain, scales = torch.empty(o * d, dtype=dtype), nested.values[bytes_.int()]
         scales = scales * nested.scales.repeat_interleave(8)[: len(scales)] + nested.offset
         dequantise.write_by_table(packed, scales, plain, block, kind)
-        for ours, known, count in ((rows, rounding.rows, o), (groups, rounding.groups, filled(o))):
-            made = torch.empty(count, d, dtype=torch.int8), torch.empty(count)
-            wanted = known(plain.view(o, d))
-            if not all(map(torch.equal, ours(codes, out=made), wanted)):
+        for ours, known, count in ((rows, rounding.rows, o), (groups, rounding.groups, padded_width(o))):
+            out = torch.empty(count, d, dtype=torch.int8), torch.empty(count)
+            if not all(map(torch.equal, ours(codes, out=out), known(plain.view(o, d)))):
                 return f"a weight in {kind} is rounded to other numbers"
     return None

@@ -11,18 +11,14 @@ Cost: N D R multiplications each, and one pass over x or dx.
 Letters: N tokens, D in, R rank; a word is two neighbours of 16 bits.
 """
 
-from functools import cache
-
 import numpy as np
 import torch
 from numba import carray
-from torch import Tensor
 
-from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu import tiles
-from halfbyte.layers.kernels.cpu.gate import masked_words
-from halfbyte.layers.kernels.cpu.lora.shared import PART, TAKEN, Seed, fault_of, mask_of
-from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, run
+from halfbyte.layers.kernels.cpu.gate import mask_words
+from halfbyte.layers.kernels.cpu.lora.common import PART, LoraProducts
+from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel
 from halfbyte.layers.kernels.cpu.scalar import hash_u32, inlined, store
 from halfbyte.layers.kernels.cpu.tiles import (
     COLUMNS,
@@ -45,15 +41,15 @@ if not tiles.available():  # LLVM ends the process where it meets an instruction
 
 
 @inlined
-def _dropped(x, out, low, seed, keys, i):  # type: ignore[no-untyped-def]
+def _drop(x, out, low, seed, keys, i):  # type: ignore[no-untyped-def]
     """Words of row i of x (words,) -> out, those that its mask drops 0."""
     if low == 0:
         for j in range(x.shape[0]):
             out[j] = x[j]
     elif keys.shape[0] > 0:
-        masked_words(x, out, low, np.uint32(0), hash_u32(keys[i] ^ seed))
+        mask_words(x, out, low, np.uint32(0), hash_u32(keys[i] ^ seed))
     else:
-        masked_words(x, out, low, np.uint32(i * x.shape[0]), seed)
+        mask_words(x, out, low, np.uint32(i * x.shape[0]), seed)
 
 
 @inlined
@@ -64,39 +60,40 @@ def _down(x, a, h, wide, low, seed, keys, first, last):  # type: ignore[no-untyp
     for i in range(first, last, most):
         rows = min(most, last - i)
         for k in range(rows):
-            _dropped(x[i + k], here[k * words : (k + 1) * words], low, seed, keys, i + k)
+            _drop(x[i + k], here[k * words : (k + 1) * words], low, seed, keys, i + k)
         if wide == TALL_COLUMNS:
             tall_tile(sums, wide, here, words, 1, a, wide, words, 0)
         else:
             for j in range(0, wide, COLUMNS):
                 tile(sums[j:], wide, here, words, 1, a[j:], wide, words, 0)
         for k in range(rows):
-            made, to = sums[k * wide : k * wide + rank], h[i + k]
+            product, to = sums[k * wide : k * wide + rank], h[i + k]
             for j in range(rank):
-                to[j] = store(made[j], to)
+                to[j] = store(product[j], to)
 
 
 @inlined
 def _up(dh, a, out, low, seed, keys, first, last):  # type: ignore[no-untyped-def]
     pairs, width = dh.shape[1], 2 * out.shape[1]
-    here, sums, row = np.zeros(ROWS * pairs, np.uint32), np.empty(ROWS * width, np.float32), np.empty(width, np.uint16)
+    here, sums = np.zeros(ROWS * pairs, np.uint32), np.empty(ROWS * width, np.float32)
+    row = np.empty(width, np.uint16)
     for i in range(first, last, ROWS):
         rows = min(ROWS, last - i)
         rows_into(here, dh, i, rows)
         for j in range(0, width, COLUMNS):
             tile(sums[j:], width, here, pairs, 1, a[j:], width, pairs, 0)
         for k in range(rows):
-            made = sums[k * width : (k + 1) * width]
+            product = sums[k * width : (k + 1) * width]
             for j in range(width):
-                row[j] = store(made[j], row)
-            _dropped(row.view(np.uint32), out[i + k], low, seed, keys, i + k)
+                row[j] = store(product[j], row)
+            _drop(row.view(np.uint32), out[i + k], low, seed, keys, i + k)
 
 
 @inlined
 def _gradient(dh, x, out, low, seed, keys, first, last):  # type: ignore[no-untyped-def]
     """Parts [first, last) of the sum over rows: out (parts, ranks, 2 words) in fp32, even columns first, then odd ones;
     `ranks` of whole tiles."""
-    n, words, rank, ranks = x.shape[0], x.shape[1], dh.shape[1], out.shape[1]
+    (n, words), rank, ranks = x.shape, dh.shape[1], out.shape[1]
     wide = 2 * words
     a, b = np.empty(words, np.uint32), np.empty(words, np.uint32)
     pairs, given = np.empty(PAIRS * wide, np.uint32), np.zeros(PAIRS * ranks, np.uint32)
@@ -107,9 +104,9 @@ def _gradient(dh, x, out, low, seed, keys, first, last):  # type: ignore[no-unty
             many = (min(2 * PAIRS, end - i) + 1) // 2
             for k in range(many):
                 one = i + 2 * k
-                _dropped(x[one], a, low, seed, keys, one)
+                _drop(x[one], a, low, seed, keys, one)
                 if one + 1 < end:
-                    _dropped(x[one + 1], b, low, seed, keys, one + 1)
+                    _drop(x[one + 1], b, low, seed, keys, one + 1)
                 else:
                     b[:] = 0
                 even, odd = pairs[k * wide : k * wide + words], pairs[k * wide + words : (k + 1) * wide]
@@ -153,40 +150,17 @@ def lora_gradient(p):  # type: ignore[no-untyped-def]
     each_block(s, _gradient, (dh, x, out, np.uint32(s[6]), np.uint32(s[7]), keys))
 
 
-def down(x: Tensor, a: Tensor, p: float, seed: Seed) -> Tensor:
-    """drop(x) A^T, not scaled by 1 / (1 - p): x (N, D), A (R, D) -> (N, R), bf16. The mask is `gate.dropped`'s."""
-    (n, width), rank = x.shape, a.shape[0]
-    h = pool.empty((n, rank), x)
-    wide = TALL_COLUMNS if rank <= TALL_COLUMNS else -(-rank // COLUMNS) * COLUMNS
-    turned = torch.zeros(width // 2, wide, dtype=torch.int32)
-    turned[:, :rank] = a.contiguous().view(torch.int32).T
-    mask, keys = mask_of(p, seed)
-    run(lora_down, n, TAKEN, x, turned, h, *mask, width // 2, rank, wide, keys)
-    return h
+PRODUCTS = LoraProducts(
+    lora_down,
+    lora_up,
+    lora_gradient,
+    dtype=torch.bfloat16,
+    word=torch.int32,
+    columns=lambda rank: TALL_COLUMNS if rank <= TALL_COLUMNS else -(-rank // COLUMNS) * COLUMNS,
+    ranks=lambda rank: min(-(-rank // rows) * rows for rows in (ROWS, LOW_ROWS)),
+)
 
 
-def up(dh: Tensor, a: Tensor, p: float, seed: Seed) -> Tensor:
-    """drop(dh A), not scaled: dh (N, R), A (R, D) -> (N, D), bf16, in memory of the pool."""
-    (rank, width), n = a.shape, dh.shape[0]
-    out = pool.empty((n, width), a)
-    pairs = a.view(rank // 2, 2, width).transpose(1, 2).contiguous().view(torch.int32)  # (R / 2, D, 1)
-    mask, keys = mask_of(p, seed)
-    run(lora_up, n, TAKEN, dh.contiguous(), pairs, out, *mask, width // 2, rank // 2, keys)
-    return out
-
-
-def gradient(dh: Tensor, x: Tensor, p: float, seed: Seed) -> Tensor:
-    """dh^T drop(x), not scaled: dh (N, R), x (N, D), bf16 -> (R, D) fp32."""
-    (n, width), rank = x.shape, dh.shape[1]
-    parts, ranks = -(-n // PART), min(-(-rank // rows) * rows for rows in (ROWS, LOW_ROWS))
-    out = pool.empty((parts, ranks, width), x, torch.float32)
-    mask, keys = mask_of(p, seed)
-    run(lora_gradient, parts, 1, dh.contiguous(), x, out, *mask, width // 2, rank, ranks, n, keys)
-    made = out[:, :rank].sum(0) if parts > 1 else out[0, :rank]
-    return made.view(rank, 2, width // 2).transpose(1, 2).reshape(rank, width)
-
-
-@cache
 def fault() -> str | None:
     """What these products get wrong on this machine, with tiles of each size; None where nothing is."""
-    return fault_of(down, gradient, up, torch.bfloat16, ranks=(6, TALL_COLUMNS + 8))
+    return PRODUCTS.fault(6, TALL_COLUMNS + 8)

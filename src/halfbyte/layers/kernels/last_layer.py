@@ -1,8 +1,8 @@
-"""Rows of tokens that the last layer is asked for: those that predict a labelled token.
+"""The rows that the last layer need make: those of tokens that predict a labelled token.
 
 Why: of a prompt's tokens nobody reads what the last layer makes, beyond their keys and values. On GSM8K that is 42% of
 the rows of its MLP and of its attention's last product: 1% of a step, forward and back.
-What: `asked` tells one layer for one forward. It takes these rows out behind its attention, where rows meet no more.
+What: `only_rows` tells one layer for one forward. It selects these rows behind its attention, where rows meet no more.
 Each number is what it would have been.
 Cost: a copy of the rows, twice, forward and back.
 
@@ -22,7 +22,7 @@ from torch.autograd.function import FunctionCtx
 from halfbyte.layers.kernels import pool
 
 
-class Picked(torch.autograd.Function):
+class SelectRows(torch.autograd.Function):
     """Rows (K,) of x (N, D), named once each, and zeros behind them: (count, D). Backward copies, where torch's
     `index_select` adds one row after another."""
 
@@ -38,13 +38,13 @@ class Picked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (rows,), (grad,) = ctx.saved_tensors, grads
-        made = pool.empty((ctx.size, *grad.shape[1:]), grad).zero_()
-        return made.index_copy_(0, rows, grad[: len(rows)]), None, None
+        dx = pool.empty((ctx.size, *grad.shape[1:]), grad).zero_()
+        return dx.index_copy_(0, rows, grad[: len(rows)]), None, None
 
 
 @dataclass(eq=False)
-class Wanted:
-    """What the last layer of a forward is asked for, and whether it did that.
+class LastLayerRows:
+    """The rows that the last layer of a forward need make, and whether it made no others.
 
     Args:
         layer: the last one. rows: (K,) of its T tokens. count: how many rows it makes, K or some of zeros more.
@@ -53,30 +53,31 @@ class Wanted:
     layer: nn.Module
     rows: Tensor
     count: int
-    taken: bool = False
+    selected: bool = False
 
-    def of(self, x: Tensor) -> Tensor:
+    def select(self, x: Tensor) -> Tensor:
         """(1, T, D) -> (1, count, D)."""
-        made: Tensor = Picked.apply(x[0], self.rows, self.count)
-        return made[None]
+        rows: Tensor = SelectRows.apply(x[0], self.rows, self.count)
+        return rows[None]
 
 
-_now: Wanted | None = None
+_now: LastLayerRows | None = None
 
 
 @contextmanager
-def asked(wanted: Wanted) -> Iterator[Wanted]:
-    """While it lasts (a forward), `wanted.layer` need make no other rows."""
+def only_rows(needed: LastLayerRows) -> Iterator[LastLayerRows]:
+    """While it lasts (a forward), `needed.layer` need make no other rows."""
     global _now
-    before, _now = _now, wanted
+    before, _now = _now, needed
     try:
-        yield wanted
+        yield needed
     finally:
         _now = before
 
 
-def by(module: nn.Module) -> Wanted | None:
-    """What this layer, or the attention of a layer that has begun, is asked for; None for all rows."""
-    if _now is None or not (module is _now.layer or (_now.taken and module is getattr(_now.layer, "self_attn", None))):
+def rows_for(module: nn.Module) -> LastLayerRows | None:
+    """The rows that this layer, or the attention of a layer that has begun, need make; None for all rows."""
+    if _now is None:
         return None
-    return _now
+    asked = module is _now.layer or (_now.selected and module is getattr(_now.layer, "self_attn", None))
+    return _now if asked else None
