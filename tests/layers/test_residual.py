@@ -159,7 +159,7 @@ def lost_gradient(patch: pytest.MonkeyPatch) -> None:
 
 
 def lost_sum(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(norm_gate, "added", lambda x, y: y)
+    patch.setattr(norm_gate, "residual_sum", lambda x, y: y)
 
 
 def gradient_of_a_sum_for_one(patch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,7 @@ def test_each_layer_is_told_apart_from_its_own_mask(case: str) -> None:
 
 def test_masks_are_described_as_they_are() -> None:
     def described(function: Any, length: int = 40) -> sight.Sight:
-        return sight._described(function, length, "cpu")
+        return sight._describe(function, length, "cpu")
 
     assert described(sliding_window_causal_mask_function(8)) == sight.Sight(40, 8, slides=True)
     assert described(sliding_window_causal_mask_function(40)) == sight.Sight(40, 40)

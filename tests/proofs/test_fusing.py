@@ -75,7 +75,7 @@ def a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(norm_gate, "gated", broken)
+    monkeypatch.setattr(norm_gate, "glu", broken)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from halfbyte.layers.loss import keeps_some
 from halfbyte.system import files
 from halfbyte.types import Document, Model
 
-ROWS, TOKENS, LIKELIEST = 3, 16, 5
+ROWS, TOKENS = 3, 16
+LIKELIEST = 5
 # What another order of the same sums may do, in units of the dtype's rounding and relative to the largest logit. In
 # fp32 each sum has thousands of terms; in 16 bits sums are in fp32, and what is rounded is a few results in a row.
 ROUNDINGS = {"float32": 128, "bfloat16": 4, "float16": 4}

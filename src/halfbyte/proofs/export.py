@@ -32,7 +32,8 @@ LOGITS = "logits.npy"
 # The rms error of one number in each format, relative to the rms of normally distributed ones. Floats: half a unit in
 # the last place, evenly spread. Blocks: range of a block over its levels, over sqrt(12); 32 normal numbers reach 2.07
 # on either side, 16 reach 1.77.
-_BLOCK32, _BLOCK16, _EVEN = 2.07, 1.77, math.sqrt(12)
+_BLOCK32, _BLOCK16 = 2.07, 1.77
+_EVEN = math.sqrt(12)
 # Between fp32 numbers it is the sums that differ: some thousand terms, each rounded once more in another order.
 _SUMMED = 32.0
 ROUNDING = {
@@ -43,7 +44,8 @@ ROUNDING = {
     "Q2_K": 2 * _BLOCK16 / 3 / _EVEN,
 }  # fmt: skip
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-PRODUCTS_OF_A_LAYER, MARGIN, MOST = 5, 2.0, 0.5
+PRODUCTS_OF_A_LAYER = 5
+MARGIN, MAX_BOUND = 2.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -80,16 +82,16 @@ class Proof:
     @property
     def problems(self) -> list[str]:
         """What rounding does not explain."""
-        found = []
+        wrong = []
         if not math.isfinite(self.difference) or (self.bounded and self.difference > self.bound):
-            found.append(f"logits differ by {self.difference:.3g} of their spread; rounding explains {self.bound:.3g}")
+            wrong.append(f"logits differ by {self.difference:.3g} of their spread; rounding explains {self.bound:.3g}")
         if not self.bounded and not self.kl < max(self.base_kl, 1e-6):
-            found.append(f"it is no nearer to the run (KL {self.kl:.3g}) than the base alone ({self.base_kl:.3g})")
+            wrong.append(f"it is no nearer to the run (KL {self.kl:.3g}) than the base alone ({self.base_kl:.3g})")
         if self.bounded and self.unlike:
-            found.append(f"{self.unlike} of {self.answers} answers part from the run's where its choice was clear")
+            wrong.append(f"{self.unlike} of {self.answers} answers part from the run's where its choice was clear")
         if self.tokenized:
-            found.append(f"{self.tokenized} texts become other tokens")
-        return found
+            wrong.append(f"{self.tokenized} texts become other tokens")
+        return wrong
 
     def to_json(self) -> Document:
         return {**vars(self), "ok": not self.problems, "problems": self.problems}
@@ -143,7 +145,8 @@ def prove_export(
     )
     expected = np.load(reference / LOGITS) if reference is not None else run
     squares = sum(ROUNDING[each] ** 2 for each in (kind, *others, _DTYPES[asked["dtype"]]))
-    bound = min(MOST, accumulated_rounding(math.sqrt(squares), PRODUCTS_OF_A_LAYER * asked["layers"], margin=MARGIN))
+    roundings = PRODUCTS_OF_A_LAYER * asked["layers"]
+    bound = min(MAX_BOUND, accumulated_rounding(math.sqrt(squares), roundings, margin=MARGIN))
     following = np.array(asked["next"])
     parted = [_parted(a, b, c) for a, b, c in zip(asked["answers"], heard["answers"], asked["clear"], strict=True)]
     wanted = asked["references"]

@@ -30,7 +30,8 @@ from halfbyte.types import Batch, Document, Model
 
 TOKENS = 512
 # ||integer - exact|| / ||exact|| of the gradients of all adapters, and of those of one kind of layer; and of the loss.
-GRADIENTS, KIND, LOSS = 0.25, 0.35, 0.01
+GRADIENTS, KIND = 0.25, 0.35
+LOSS = 0.01
 BOTH, BACKWARD = Products(), Products(forward=False)
 
 

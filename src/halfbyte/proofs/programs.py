@@ -116,7 +116,8 @@ class LlamaCpp:
         try:
             batch.n_tokens = len(ids)
             for i, token in enumerate(ids):
-                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, first + i, 1, 0
+                batch.token[i], batch.pos[i] = token, first + i
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
                 batch.logits[i] = i in at
             if (code := self.lib.llama_decode(self.context, batch)) != 0:
                 raise SystemExit(f"llama.cpp could not read {len(ids)} tokens (code {code})")
@@ -151,12 +152,12 @@ def ask(program: Program, asked: Document, out: Path) -> None:
     logits = np.concatenate([program.logits(row["ids"], row["at"]) for row in rows])
     np.save(out / "logits.npy", logits[:, : asked["vocabulary"]])
     answers = [program.answer(ids, asked["stop"], asked["new_tokens"]) for ids in asked["prompts"]]
-    said = {
+    answer = {
         "tokenized": [program.tokens(each["text"]) for each in asked["tokenized"]],
         "answers": answers,
         "texts": [program.text(ids) for ids in answers],
     }
-    (out / SAID).write_text(json.dumps(said), encoding="utf-8")
+    (out / SAID).write_text(json.dumps(answer), encoding="utf-8")
 
 
 def main(program: str, task: Path) -> None:

@@ -47,28 +47,28 @@ class Witness:
 
     def changes(self) -> list[str]:
         """What is computed otherwise now, in words; empty where nothing is."""
-        found = []
+        changes = []
         try:
             with self.readable():
                 wrong = dequantising.wrong_shapes(self.model)
             if wrong:
-                found.append(f"dequantised weights of shape {', '.join(wrong[:3])}")
+                changes.append(f"dequantised weights of shape {', '.join(wrong[:3])}")
             now = self._compute()
         except Exception as error:  # of any kind, from the model's code or ours: at the start there was none
-            return [*found, f"{type(error).__name__}: {first_line(error)}"]
+            return [*changes, f"{type(error).__name__}: {first_line(error)}"]
         lost = sorted(set(self.seen) - set(now))
         if lost:
-            return [*found, f"no gradient for {', '.join(lost[:3])}{' ...' if len(lost) > 3 else ''}"]
+            return [*changes, f"no gradient for {', '.join(lost[:3])}{' ...' if len(lost) > 3 else ''}"]
         eps = torch.finfo(structure.causal_lm(self.model).dtype).eps
         off = {name: distance(now[name], was) for name, was in self.seen.items()}
         logits = off.pop(_LOGITS)
         if not logits <= ALLOWED_EPS * eps:
-            found.append(f"logits of packed rows by {logits:.1e}")
+            changes.append(f"logits of packed rows by {logits:.1e}")
         moved = [name for name, by in off.items() if not by <= ALLOWED_EPS * eps]
         if moved:
             worst = max(moved, key=lambda name: off[name])
-            found.append(f"gradients of {len(moved)} of {len(off)} adapters, {worst} by {off[worst]:.1e}")
-        return found
+            changes.append(f"gradients of {len(moved)} of {len(off)} adapters, {worst} by {off[worst]:.1e}")
+        return changes
 
     def check(self, step: int, run: object) -> None:
         """Before a checkpoint of this step.

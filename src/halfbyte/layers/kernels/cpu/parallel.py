@@ -41,7 +41,8 @@ def array(address, shape, element):  # type: ignore[no-untyped-def]
 @inlined
 def each_block(slots, part, args):  # type: ignore[no-untyped-def]
     """part(*args, first, last) for every block of rows that this thread gets."""
-    counter, rows, block = array(slots[0], (1,), np.int64), slots[1], slots[2]
+    counter = array(slots[0], (1,), np.int64)
+    rows, block = slots[1], slots[2]
     while True:
         first = take(counter) * block
         if first >= rows:
@@ -54,12 +55,12 @@ def _openmp() -> Any | None:
     """`GOMP_parallel` of the OpenMP library that torch has loaded; None where it has none of that name."""
     for path in _openmp_libraries():
         try:
-            found = ctypes.CDLL(path).GOMP_parallel
+            parallel = ctypes.CDLL(path).GOMP_parallel
         except (OSError, AttributeError):
             continue
-        found.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        found.restype = None
-        return found
+        parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        parallel.restype = None
+        return parallel
     return None
 
 
@@ -67,10 +68,10 @@ def _openmp_libraries(maps: Path = Path("/proc/self/maps")) -> list[str]:
     """Where the OpenMP library in this process lies: as Linux lists it, else the one that torch's wheel brings."""
     try:
         lines = maps.read_text(encoding="utf-8", errors="replace").splitlines()
-        found = {line.split(maxsplit=5)[5] for line in lines if "omp" in line}  # a path may hold spaces
+        mapped = {line.split(maxsplit=5)[5] for line in lines if "omp" in line}  # a path may hold spaces
     except OSError:
-        found = {str(path) for path in (Path(torch.__file__).parent / "lib").glob("lib*omp*")}
-    paths = {path for path in found if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))}
+        mapped = {str(path) for path in (Path(torch.__file__).parent / "lib").glob("lib*omp*")}
+    paths = {path for path in mapped if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))}
     return [path for path in sorted(paths) if f"{os.sep}torch" in path] or sorted(paths)
 
 

@@ -88,20 +88,20 @@ def _panels(b, row, step, n, k, out, first, last):  # type: ignore[no-untyped-de
 
 
 @inlined
-def _edge(x, panel, c, c_row, size, more, made):  # type: ignore[no-untyped-def]
+def _edge(x, panel, c, c_row, size, more, tile):  # type: ignore[no-untyped-def]
     """A tile that ends outside of C, by way of memory of its own."""
     rows, columns, steps = size
-    tile32(made, COLUMNS, x, STEPS, 1, panel, COLUMNS, steps, 0)
+    tile32(tile, COLUMNS, x, STEPS, 1, panel, COLUMNS, steps, 0)
     for r in range(rows):
         for t in range(columns):
             before = c[r * c_row + t] if more else _ZERO
-            c[r * c_row + t] = before + made[r * COLUMNS + t]
+            c[r * c_row + t] = before + tile[r * COLUMNS + t]
 
 
 @inlined
 def _blocks(a, a_row, panels, c, c_row, sizes, add, work, first, last):  # type: ignore[no-untyped-def]
     m, n, k, tall, wide, groups, threads = sizes
-    x, made = work[: TALL * STEPS], work[TALL * STEPS :]
+    x, tile = work[: TALL * STEPS], work[TALL * STEPS :]
     for task in range(first, last):
         i0, j0 = task // groups * tall, task % groups * wide
         i1, j1 = min(m, i0 + tall), min(n, j0 + wide)
@@ -128,13 +128,14 @@ def _blocks(a, a_row, panels, c, c_row, sizes, add, work, first, last):  # type:
                                 fetch(to[r * c_row + t :])
                         tile32(to, c_row, rows, STEPS, 1, panel, COLUMNS, steps, more)
                     else:
-                        _edge(rows, panel, to, c_row, (min(ROWS, m - i), min(COLUMNS, n - j), steps), more, made)
+                        _edge(rows, panel, to, c_row, (min(ROWS, m - i), min(COLUMNS, n - j), steps), more, tile)
 
 
 @kernel
 def _pack(p):  # type: ignore[no-untyped-def]
     s = carray(p, (32,), np.int64)
-    n, k, row, step = s[5], s[6], s[7], s[8]
+    n, k = s[5], s[6]
+    row, step = s[7], s[8]
     b = array(s[3], ((k - 1) * row + (n - 1) * step + 1,), np.float32)
     each_block(s, _panels, (b, row, step, n, k, array(s[4], (s[1] * COLUMNS * k,), np.float32)))
 
@@ -142,7 +143,9 @@ def _pack(p):  # type: ignore[no-untyped-def]
 @kernel
 def _multiply(p):  # type: ignore[no-untyped-def]
     s = carray(p, (32,), np.int64)
-    m, n, k, a_row, c_row = s[6], s[7], s[8], s[9], s[10]
+    m, n = s[6], s[7]
+    k = s[8]
+    a_row, c_row = s[9], s[10]
     a, c = array(s[3], ((m - 1) * a_row + k,), np.float32), array(s[5], ((m - 1) * c_row + n,), np.float32)
     panels = array(s[4], (-(-n // COLUMNS) * COLUMNS * k,), np.float32)
     thread = take(array(s[0], (8,), np.int64)[1:])
@@ -154,35 +157,36 @@ def product_(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
     """out = a b, or out += a b, for what `takes` says: (M, K) @ (K, N) -> (M, N)."""
     (k, n), longest = b.shape, _even(b.shape[0], LONGEST, 1)
     widest = _even(n, max(COLUMNS, PANEL_NUMBERS // longest), COLUMNS)
-    room = _room(longest * up(widest, COLUMNS))
+    memory = _memory_for(longest * up(widest, COLUMNS))
     for j in range(0, n, widest):
         for s in range(0, k, longest):
             part = b[s : s + longest, j : j + widest]
-            _part(out[:, j : j + widest], a[:, s : s + longest], part, room, add or s > 0)
+            _part(out[:, j : j + widest], a[:, s : s + longest], part, memory, add or s > 0)
     return out
 
 
-class _Memory(threading.local):
+class _ThreadMemory(threading.local):
     """What a thread that asks for a product lays B out in, and each thread that makes it its rows of A. No block of
     the pool, which would be taken from larger tensors for a moment."""
 
     panels = torch.empty(0)
 
 
-_memory = _Memory()
+_thread = _ThreadMemory()
 
 
-def _room(numbers: int) -> tuple[Tensor, Tensor]:
+def _memory_for(numbers: int) -> tuple[Tensor, Tensor]:
     """Memory for so many numbers of B, and for the work of each thread."""
     work = torch.get_num_threads() * WORK
-    if max(numbers, PANEL_NUMBERS) + work > _memory.panels.numel():
-        _memory.panels = torch.empty(max(numbers, PANEL_NUMBERS) + work)
-    return _memory.panels[work:], _memory.panels[:work]
+    if max(numbers, PANEL_NUMBERS) + work > _thread.panels.numel():
+        _thread.panels = torch.empty(max(numbers, PANEL_NUMBERS) + work)
+    return _thread.panels[work:], _thread.panels[:work]
 
 
-def _part(out: Tensor, a: Tensor, b: Tensor, room: tuple[Tensor, Tensor], add: bool) -> None:
-    panels, work = room
-    (m, k), n, threads = a.shape, b.shape[1], torch.get_num_threads()
+def _part(out: Tensor, a: Tensor, b: Tensor, memory: tuple[Tensor, Tensor], add: bool) -> None:
+    panels, work = memory
+    m, k = a.shape
+    n, threads = b.shape[1], torch.get_num_threads()
     tall, wide = _blocks_of(m, n, threads)
     count, groups = -(-n // COLUMNS), -(-n // wide)
     run(_pack, count, max(1, min(4, count // threads)), b, panels, n, k, *b.stride())
@@ -201,6 +205,6 @@ def _blocks_of(m: int, n: int, threads: int) -> tuple[int, int]:
     return tall, wide
 
 
-def _even(size: int, most: int, step: int) -> int:
-    """The length of equal parts of `size`, each at most about `most`, in whole steps."""
-    return -(-size // -(-size // most) // step) * step
+def _even(size: int, longest: int, step: int) -> int:
+    """The length of equal parts of `size`, each at most about `longest`, in whole steps."""
+    return -(-size // -(-size // longest) // step) * step

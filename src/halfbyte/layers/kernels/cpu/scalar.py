@@ -7,7 +7,7 @@ Cost: none of their own; each is inlined.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from llvmlite import ir
@@ -15,6 +15,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+Value: TypeAlias = Any  # of LLVM's, a type of it, or a builder of them: llvmlite has no types
 _I16, _I32, _I64 = (ir.IntType(bits) for bits in (16, 32, 64))
 _F32 = ir.FloatType()
 # No `nnan`/`ninf`: a loss that is not finite must stay visible.
@@ -24,24 +25,24 @@ FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
 inlined: Any = njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
 
 
-def _i32(value: int) -> Any:
+def _i32(value: int) -> Value:
     return ir.Constant(_I32, value)
 
 
-def call(builder: Any, name: str, result: Any, *args: Any) -> Any:
+def call(builder: Value, name: str, result: Value, *args: Value) -> Value:
     """A call of one of LLVM's functions."""
     kind = ir.FunctionType(result, [a.type for a in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
 
 
-def broadcast(builder: Any, value: Any, lanes: int) -> Any:
+def broadcast(builder: Value, value: Value, lanes: int) -> Value:
     """A register with this number in each lane."""
     vector, first = ir.VectorType(value.type, lanes), ir.Constant(ir.VectorType(_I32, lanes), None)
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, _i32(0))
     return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), first)
 
 
-def _rounded(builder: Any, value: Any) -> Any:
+def _rounded(builder: Value, value: Value) -> Value:
     """bf16 bits of a float, to nearest even. NaN stays NaN for the quiet NaNs that arithmetic makes."""
     bits = builder.bitcast(value, _I32)
     odd = builder.and_(builder.lshr(bits, _i32(16)), _i32(1))
@@ -192,10 +193,10 @@ def pointer(typing_context, address):  # type: ignore[no-untyped-def]
     return types.voidptr(types.int64), build
 
 
-def hash_words(builder: Any, value: Any, constant: Callable[[int], Any]) -> Any:
+def hash_words(builder: Value, value: Value, constant: Callable[[int], Value]) -> Value:
     """`hash_u32` of a word, or of a register of words, of which `constant` makes constants."""
 
-    def shift_xor(value: Any, by: int) -> Any:
+    def shift_xor(value: Value, by: int) -> Value:
         return builder.xor(value, builder.lshr(value, constant(by)))
 
     value = shift_xor(value, 16)

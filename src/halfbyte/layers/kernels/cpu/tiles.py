@@ -8,15 +8,15 @@ Source: VDPBF16PS, Intel SDM volume 2; blocking after Goto and van de Geijn, "An
 multiplication" (ACM TOMS 2008): 24 of 32 registers accumulate, 2 hold B, A is broadcast from memory.
 """
 
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-from halfbyte.layers.kernels.cpu.scalar import inlined
+from halfbyte.layers.kernels.cpu.scalar import Value, broadcast, call, inlined
 
 ROWS, COLUMNS = 12, 32
 _LANES = 16
@@ -64,7 +64,13 @@ def rows_into(here, x, first, many):  # type: ignore[no-untyped-def]
             here[i * width + j] = x[first + i, j]
 
 
-def _tile(rows: int, columns: int) -> Any:
+def _addresses(context: Value, builder: Value, signature: Value, args: Sequence[Value]) -> tuple[Value, ...]:
+    """Of c, a and b, which begin with a tile."""
+    arrays = (context.make_array(signature.args[i])(context, builder, args[i]) for i in (0, 2, 5))
+    return tuple(builder.ptrtoint(array.data, _I64) for array in arrays)
+
+
+def _tile(rows: int, columns: int) -> Value:
     """`tile` for tiles of this size: as many accumulators as rows times registers of columns, at most 24."""
 
     @intrinsic
@@ -78,17 +84,13 @@ def _tile(rows: int, columns: int) -> Any:
 
         def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
             _, c_row, _, a_row, a_step, _, b_step, steps, add = args
-            arrays = (context.make_array(signature.args[i])(context, builder, args[i]) for i in (0, 2, 5))
-            c, a, b = (builder.ptrtoint(array.data, _I64) for array in arrays)
-            multiply = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(_FLOATS, [_FLOATS, _PAIRS, _PAIRS]), "llvm.x86.avx512bf16.dpbf16ps.512"
-            )
+            c, a, b = _addresses(context, builder, signature, args)
             half = range(columns // _LANES)
 
-            def read(at: Any, kind: Any) -> Any:
+            def read(at: Value, kind: Value) -> Value:
                 return builder.load(builder.inttoptr(at, kind.as_pointer()), align=4)
 
-            def c_at(row: int, column: int) -> Any:
+            def c_at(row: int, column: int) -> Value:
                 offset = builder.add(builder.mul(c_row, _I64(row)), _I64(column * _LANES))
                 return builder.inttoptr(builder.add(c, builder.mul(offset, _I64(4))), _FLOATS.as_pointer())
 
@@ -103,19 +105,18 @@ def _tile(rows: int, columns: int) -> Any:
                         builder.store(ir.Constant(_FLOATS, None), sums[row][column])
             with cgutils.for_range(builder, steps, intp=_I64) as loop:
                 b_now = builder.add(b, builder.mul(builder.mul(loop.index, b_step), _I64(4)))
-                found = [
+                right = [
                     builder.bitcast(read(builder.add(b_now, _I64(column * _LANES * 4)), _WORDS), _PAIRS)
                     for column in half
                 ]
                 a_now = builder.add(a, builder.mul(builder.mul(loop.index, a_step), _I64(4)))
                 for row in range(rows):
                     pair = read(builder.add(a_now, builder.mul(builder.mul(a_row, _I64(row)), _I64(4))), _I32)
-                    one = builder.insert_element(ir.Constant(_WORDS, ir.Undefined), pair, _I32(0))
-                    every = builder.shuffle_vector(one, ir.Constant(_WORDS, ir.Undefined), ir.Constant(_WORDS, None))
-                    spread = builder.bitcast(every, _PAIRS)
+                    left = builder.bitcast(broadcast(builder, pair, _LANES), _PAIRS)
                     for column in half:
-                        before = builder.load(sums[row][column])
-                        builder.store(builder.call(multiply, [before, spread, found[column]]), sums[row][column])
+                        total = builder.load(sums[row][column])
+                        total = call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, total, left, right[column])
+                        builder.store(total, sums[row][column])
             for row, column in places:
                 builder.store(builder.load(sums[row][column]), c_at(row, column), align=4)
             return context.get_dummy_value()
@@ -128,7 +129,8 @@ def _tile(rows: int, columns: int) -> Any:
 
 tile = _tile(ROWS, COLUMNS)
 # Where a tile of those sizes would be half idle: for 16 columns, and for 8 or 16 rows.
-TALL_ROWS, TALL_COLUMNS, LOW_ROWS = 24, 16, 8
+TALL_ROWS, TALL_COLUMNS = 24, 16
+LOW_ROWS = 8
 tall_tile, low_tile = _tile(TALL_ROWS, TALL_COLUMNS), _tile(LOW_ROWS, COLUMNS)
 
 
@@ -153,10 +155,7 @@ def tile32(typing_context, c, c_row, a, a_row, a_step, b, b_step, steps, add):  
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
         _, c_row, _, a_row, a_step, _, b_step, steps, add = args
         vector, half = ir.VectorType(ir.FloatType(), LANES32), range(2)
-        arrays = (context.make_array(signature.args[i])(context, builder, args[i]) for i in (0, 2, 5))
-        c, a, b = (builder.ptrtoint(array.data, _I64) for array in arrays)
-        kind = ir.FunctionType(vector, [vector] * 3)
-        multiply = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES32}f32")
+        c, a, b = _addresses(context, builder, signature, args)
 
         def at(start: ir.Value, numbers: ir.Value, column: int, kind: ir.Type = vector) -> ir.Value:
             bytes_ = builder.mul(builder.add(numbers, _I64(column * LANES32)), _I64(4))
@@ -168,26 +167,25 @@ def tile32(typing_context, c, c_row, a, a_row, a_step, b, b_step, steps, add):  
             for column in half:
                 builder.store(ir.Constant(vector, None), sums[row][column])
         with cgutils.for_range(builder, steps, intp=_I64) as loop:
-            found = [builder.load(at(b, builder.mul(loop.index, b_step), column), align=4) for column in half]
+            right = [builder.load(at(b, builder.mul(loop.index, b_step), column), align=4) for column in half]
             for row in range(ROWS32):
                 place = builder.add(builder.mul(loop.index, a_step), builder.mul(a_row, _I64(row)))
                 number = builder.load(at(a, place, 0, ir.FloatType()), align=4)
-                one = builder.insert_element(ir.Constant(vector, ir.Undefined), number, _I32(0))
-                zeros = ir.Constant(ir.VectorType(_I32, LANES32), None)
-                spread = builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
+                left = broadcast(builder, number, LANES32)
                 for column in half:
-                    before = builder.load(sums[row][column])
-                    builder.store(builder.call(multiply, [spread, found[column], before]), sums[row][column])
+                    total = builder.load(sums[row][column])
+                    total = call(builder, f"llvm.fma.v{LANES32}f32", vector, left, right[column], total)
+                    builder.store(total, sums[row][column])
         # what is there is added last: a long sum in parts is then as exact as its parts are short
         with builder.if_else(builder.icmp_signed("!=", add, _I64(0))) as (then, otherwise):
             for branch, more in ((then, True), (otherwise, False)):
                 with branch:
                     for row in range(ROWS32):
                         for column in half:
-                            made = builder.load(sums[row][column])
+                            total = builder.load(sums[row][column])
                             if more:
-                                made = builder.fadd(builder.load(c_at[row][column], align=4), made)
-                            builder.store(made, c_at[row][column], align=4)
+                                total = builder.fadd(builder.load(c_at[row][column], align=4), total)
+                            builder.store(total, c_at[row][column], align=4)
         return context.get_dummy_value()
 
     n = types.int64

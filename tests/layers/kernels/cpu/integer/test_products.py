@@ -174,7 +174,7 @@ def lent_at_most(layers: list[Any], products: integer.Products | None, monkeypat
         )
         y = lora_linear(y, layer, a, b, 0.5, 0.05)
     y.sum().backward()
-    return fresh.most
+    return fresh.max_lent_bytes
 
 
 def test_no_more_of_the_pool_is_lent_than_by_exact_products(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,7 +136,8 @@ def _probabilities(s, dp, i0, j0, rows, width, until, scale, lse, delta, ds, dsp
         da, db = ds[a * WIDE : a * WIDE + until], ds[b * WIDE : b * WIDE + until]
         sa, ga = s[a * WIDE : a * WIDE + until], dp[a * WIDE : a * WIDE + until]
         sb, gb = s[b * WIDE : b * WIDE + until], dp[b * WIDE : b * WIDE + until]
-        la, ea, lb, eb = lse[a], delta[a], lse[b], delta[b]
+        la, ea = lse[a], delta[a]
+        lb, eb = lse[b], delta[b]
         seen_a = max(0, min(width, i0 + a + 1 - j0)) if a < rows else 0
         seen_b = max(0, min(width, i0 + b + 1 - j0)) if b < rows else 0
         both_see = min(seen_a, seen_b)
@@ -147,7 +148,7 @@ def _probabilities(s, dp, i0, j0, rows, width, until, scale, lse, delta, ds, dsp
             td[j] = np.uint32(ua) | (np.uint32(ub) << _HIGH)
             tp[j] = np.uint32(store(pa, da)) | (np.uint32(store(pb, db)) << _HIGH)
         for j in range(both_see, until):
-            ua, ub, wa, wb = np.uint16(0), np.uint16(0), np.uint16(0), np.uint16(0)
+            ua = ub = wa = wb = np.uint16(0)
             if j < seen_a:
                 pa = exp_f32(sa[j] * scale - la)
                 wa, ua = store(pa, da), store(pa * (ga[j] - ea) * scale, da)
@@ -201,7 +202,8 @@ def _backward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
             for j in range(0, width, ROWS):
                 skip = max(0, j0 + j - i0) // 2  # rows of queries before the first that sees column j
                 for c in range(0, wide, COLUMNS):
-                    to, a, b = (j0 + j) * wide + c, skip * WIDE + j, skip * wide + c
+                    to = (j0 + j) * wide + c
+                    a, b = skip * WIDE + j, skip * wide + c
                     tile(dv[to:], wide, pp[a:], 1, WIDE, dop[b:], wide, TALL // 2 - skip, 1)
                     tile(dk[to:], wide, dsp[a:], 1, WIDE, qp[b:], wide, TALL // 2 - skip, 1)
         store_rows(dqa, wide, rows, d, dq[i0 * d :])

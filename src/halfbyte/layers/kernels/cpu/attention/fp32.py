@@ -159,7 +159,8 @@ def _backward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
             for j in range(0, width, ROWS):
                 skip = max(0, j0 + j - i0)  # rows of queries before the first that sees column j
                 for c in range(0, wide, COLUMNS):
-                    to, a, b = (j0 + j) * wide + c, skip * WIDE + j, skip * wide + c
+                    to = (j0 + j) * wide + c
+                    a, b = skip * WIDE + j, skip * wide + c
                     tile32(dv[to:], wide, s[a:], 1, WIDE, dop[b:], wide, rows - skip, 1)
                     tile32(dk[to:], wide, dp[a:], 1, WIDE, qp[b:], wide, rows - skip, 1)
         store_rows(dqa, wide, rows, d, dq[i0 * d :])

@@ -64,9 +64,10 @@ def _given(slot, element):  # type: ignore[no-untyped-def]
 @inlined
 def _place(task, starts, slot):  # type: ignore[no-untyped-def]
     """Of a task: tokens before its example, the example's tokens, key head, first and last of its query heads."""
-    heads, key_heads, parts = slot[HEADS], slot[KEY_HEADS], slot[PARTS]
+    key_heads, parts = slot[KEY_HEADS], slot[PARTS]
     example, rest = task // (key_heads * parts), task % (key_heads * parts)
-    key_head, part, groups = rest // parts, rest % parts, heads // key_heads
+    key_head, part = rest // parts, rest % parts
+    groups = slot[HEADS] // key_heads
     first, last = key_head * groups + part * groups // parts, key_head * groups + (part + 1) * groups // parts
     return starts[example], starts[example + 1] - starts[example], key_head, first, last
 

@@ -13,7 +13,7 @@ Cost: about one instruction a number for rounding in, half of one for the way ba
 Letters: N rows, D width, F registers that are mixed.
 """
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -25,9 +25,8 @@ from torch import Tensor
 
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, per_dtype, run
-from halfbyte.layers.kernels.cpu.scalar import broadcast, call, inlined, load, store
+from halfbyte.layers.kernels.cpu.scalar import Value, broadcast, call, inlined, load, store
 
-Value: TypeAlias = Any  # of LLVM's, or a builder of them: llvmlite has no types
 LANES = 16  # numbers of a register
 MOST = 16  # registers, or rows, that are mixed with one another
 LARGEST = 127.0
@@ -334,7 +333,8 @@ def _groups(like, q, steps, itemsize, share, first, last):  # type: ignore[no-un
 @inlined
 def _onto(y, sums, rows, columns, add, first, last):  # type: ignore[no-untyped-def]
     for i in range(first, last):
-        a, b, row = sums[i], y[i], rows[i]
+        a, b = sums[i], y[i]
+        row = rows[i]
         if add:
             for j in range(columns.shape[0]):
                 b[j] = store(load(b[j]) + np.float32(a[j]) * (row * columns[j]), b)
@@ -346,7 +346,8 @@ def _onto(y, sums, rows, columns, add, first, last):  # type: ignore[no-untyped-
 @inlined
 def _onto_evenly(y, sums, rows, add, first, last):  # type: ignore[no-untyped-def]
     for i in range(first, last):
-        a, b, row = sums[i], y[i], rows[i]
+        a, b = sums[i], y[i]
+        row = rows[i]
         if add:
             for j in range(a.shape[0]):
                 b[j] = store(load(b[j]) + np.float32(a[j]) * row, b)

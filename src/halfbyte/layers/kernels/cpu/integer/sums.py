@@ -18,10 +18,10 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from halfbyte.layers.kernels.cpu import gate, tiles
-from halfbyte.layers.kernels.cpu.integer.rounding import LANES, Value
+from halfbyte.layers.kernels.cpu.integer.rounding import LANES
 from halfbyte.layers.kernels.cpu.lora.common import mask_of
 from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, run
-from halfbyte.layers.kernels.cpu.scalar import broadcast, call, hash_u32, hash_words, inlined
+from halfbyte.layers.kernels.cpu.scalar import Value, broadcast, call, hash_u32, hash_words, inlined
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS, ROWS, BFloat, rows_into, tile
 from halfbyte.layers.kernels.dropout import LoraTerm
 
@@ -93,8 +93,8 @@ def _finish(typing_context, product, scale, low, start, seed, sums, row, columns
                         loop(masked=masked, across=False)
         return context.get_dummy_value()
 
-    n, w, f = types.int64, types.uint32, types.float32
-    return types.void(n, f, w, w, w, n, f, n, n, n), build
+    n, w = types.int64, types.uint32
+    return types.void(n, types.float32, w, w, w, n, types.float32, n, n, n), build
 
 
 @inlined
@@ -122,10 +122,10 @@ def _part(left, right, y, sums, rows, columns, width, scale, low, seed, keys, be
 @kernel
 def lora_onto(p):  # type: ignore[no-untyped-def]
     s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
-    n, width, pairs = s[1], s[9], s[10]
-    rows = array(s[5], (n,), np.float32)
-    left, right = array(s[7], (n, pairs), np.uint32), array(s[8], (pairs * width,), np.uint32)
-    keys, low, seed = array(s[14], (s[15],), np.uint32), np.uint32(s[12]), np.uint32(s[13])
+    width, pairs = s[9], s[10]
+    rows, keys = array(s[5], (s[1],), np.float32), array(s[14], (s[15],), np.uint32)
+    left, right = array(s[7], (s[1], pairs), np.uint32), array(s[8], (pairs * width,), np.uint32)
+    low, seed = np.uint32(s[12]), np.uint32(s[13])
     each_block(s, _part, (left, right, s[3], s[4], rows, s[6], width, np.float32(f[11]), low, seed, keys, s[16]))
 
 
@@ -157,7 +157,8 @@ def onto(
 def fault() -> str | None:
     """What this gets wrong on this machine, seen once beside torch's products; None where nothing is."""
     draw = torch.Generator().manual_seed(0)
-    n, r, d, first = ROWS + 5, 6, AT_ONCE + COLUMNS, 7
+    n, d = ROWS + 5, AT_ONCE + COLUMNS
+    r, first = 6, 7
     left, right = (torch.randn(s, generator=draw).bfloat16() for s in ((first + n, r), (r, d)))
     sums = torch.randint(-(10**6), 10**6, (n, d), generator=draw, dtype=torch.int32)
     rows, columns = torch.rand(n, generator=draw) * 1e-6, torch.rand(d, generator=draw)

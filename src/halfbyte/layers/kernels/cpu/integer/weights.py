@@ -23,7 +23,6 @@ from halfbyte.layers.kernels.cpu.integer.rounding import (
     LANES,
     MOST,
     Int8Matrix,
-    Value,
     mirror,
     mirrors_thirds,
     mix,
@@ -35,7 +34,7 @@ from halfbyte.layers.kernels.cpu.integer.rounding import (
     row_in_cache,
 )
 from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, run
-from halfbyte.layers.kernels.cpu.scalar import broadcast, call, inlined
+from halfbyte.layers.kernels.cpu.scalar import Value, broadcast, call, inlined
 from halfbyte.quant import dequantise
 from halfbyte.quant.number_format import Codes, Nested
 

@@ -93,7 +93,8 @@ def _up(dh, a, out, low, seed, keys, first, last):  # type: ignore[no-untyped-de
 def _gradient(dh, x, out, low, seed, keys, first, last):  # type: ignore[no-untyped-def]
     """Parts [first, last) of the sum over rows: out (parts, ranks, 2 words) in fp32, even columns first, then odd ones;
     `ranks` of whole tiles."""
-    (n, words), rank, ranks = x.shape, dh.shape[1], out.shape[1]
+    n, words = x.shape
+    rank, ranks = dh.shape[1], out.shape[1]
     wide = 2 * words
     a, b = np.empty(words, np.uint32), np.empty(words, np.uint32)
     pairs, given = np.empty(PAIRS * wide, np.uint32), np.zeros(PAIRS * ranks, np.uint32)

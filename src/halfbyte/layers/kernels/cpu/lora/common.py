@@ -73,7 +73,8 @@ class LoraProducts:
     def gradient(self, dh: Tensor, x: Tensor, p: float, seed: Seed) -> Tensor:
         """dh^T drop(x): dh (N, R), x (N, D) -> (R, D) fp32."""
         (n, width), rank = x.shape, dh.shape[1]
-        parts, ranks, words = -(-n // PART), self.ranks(rank), width // self.numbers
+        parts, words = -(-n // PART), width // self.numbers
+        ranks = self.ranks(rank)
         out, (mask, keys) = pool.empty((parts, ranks, width), x, torch.float32), mask_of(p, seed)
         run(self.gradient_kernel, parts, 1, dh.contiguous(), x, out, *mask, words, rank, ranks, n, keys)
         total = out[:, :rank].sum(0) if parts > 1 else out[0, :rank]

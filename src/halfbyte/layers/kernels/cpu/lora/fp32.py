@@ -82,7 +82,8 @@ def _up(dh, a, out, mask, work, first, last):  # type: ignore[no-untyped-def]
 @inlined
 def _gradient(dh, x, out, mask, work, first, last):  # type: ignore[no-untyped-def]
     """Parts [first, last) of the sum over rows: out (parts, ranks, D), `ranks` of whole tiles."""
-    (n, width), rank, ranks = x.shape, dh.shape[1], out.shape[1]
+    n, width = x.shape
+    rank, ranks = dh.shape[1], out.shape[1]
     here, given, bits = work
     for part in range(first, last):
         end = min(n, (part + 1) * PART)
