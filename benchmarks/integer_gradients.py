@@ -21,7 +21,7 @@ from halfbyte.adapters.assembly import assembled
 from halfbyte.base import load
 from halfbyte.data import collate
 from halfbyte.layers import fuse
-from halfbyte.layers.kernels.cpu.integer.products import Products, ask
+from halfbyte.layers.kernels.cpu.integer.products import Products, set_products
 from halfbyte.proofs import setting
 from halfbyte.proofs.integers import kind_of
 from halfbyte.recipe.file import recipe_from
@@ -50,7 +50,7 @@ def computed(run: Path, data: str, at: int, dtype: str, rows: list[int]) -> Iter
         lora.put_weights(made.model, run / "checkpoints" / f"step-{at:06}")
     batch = collate.Batches(prepared.train.examples, ()).of(rows)
     for name, products in WAYS.items():
-        ask(fuse.frozen_layers(made.model), products)
+        set_products(fuse.frozen_layers(made.model), products)
         with setting.as_given(made.model):
             loss, gradients = setting.loss_and_gradients(made.model, [batch])
         yield f"{dtype}, {name}", loss, {n: g.double() for n, g in gradients.items()}
