@@ -65,7 +65,7 @@ def test_two_processes_make_what_one_makes(
         return real(self, *args)
 
     monkeypatch.setattr(encode.Helpers, "_ask", ask)
-    monkeypatch.setattr(encode.Encoder, "part", lambda *a, **k: pytest.fail("not by a helper"))
+    monkeypatch.setattr(encode.Encoder, "encode_chunk", lambda *a, **k: pytest.fail("not by a helper"))
     together = encode.encode(names, tokenizer, data, cores=2)
     assert outcome(together) == alone and len(asked) == 10 + 2 + 3 + 2
     assert sorted(p.suffix for p in token_cache.folder().iterdir()) == [".arrow", ".sha256"]

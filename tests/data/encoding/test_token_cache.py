@@ -27,7 +27,7 @@ def test_the_second_time_nothing_is_tokenised_and_all_is_the_same(
 ) -> None:
     tokenizer, data = make_byte_level(templates.chatml), make_data()
     first = encode.encode(rows, tokenizer, data)
-    monkeypatch.setattr(encoder.Encoder, "part", lambda *args, **more: pytest.fail("tokenised again"))
+    monkeypatch.setattr(encoder.Encoder, "encode_chunk", lambda *args, **more: pytest.fail("tokenised again"))
     again = encode.encode(rows, tokenizer, data)
     assert list(again.examples) == list(first.examples) and len(again.examples) == len(ROWS)
     assert again.tally == first.tally
