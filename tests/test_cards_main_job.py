@@ -23,11 +23,11 @@ from halfbyte.base import load, stream
 from halfbyte.errors import BaseModelError
 from halfbyte.inference import generate
 from halfbyte.inference import load as opened
-from halfbyte.layers import loss
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.plan import choose
 from halfbyte.quant import bnb as codec
 from halfbyte.system import device
+from halfbyte.training.objective import CausalLM, mean_scores
 from tests import fake_card, tiny, tiny_run
 from tests.test_fake_card import DROPIN, Notes, losses, machine, of_cpu, on, padded
 
@@ -60,10 +60,11 @@ def test_a_run_that_is_split_over_two_cards_learns_what_it_learns_on_the_cpu(tmp
         used = opened.open_run(tmp_path / "card/run")
         prompt = generate.chat_ids(used.tokenizer, [{"role": "user", "content": "red green"}])
         answer = generate.generate(used.model, used.tokenizer, [prompt], generate.Sampling(max_new_tokens=4))
-        scored = loss.mean_loss(used.model, [tiny.batch((5, 9), tiny_run.VOCAB)])["loss"]
+        scored = mean_scores(CausalLM(), used.model, [tiny.batch((5, 9), tiny_run.VOCAB)])["loss"]
     there = opened.open_run(tmp_path / "cpu/run")
     assert answer == generate.generate(there.model, there.tokenizer, [prompt], generate.Sampling(max_new_tokens=4))
-    assert scored == pytest.approx(loss.mean_loss(there.model, [tiny.batch((5, 9), tiny_run.VOCAB)])["loss"], 1e-5)
+    there_scored = mean_scores(CausalLM(), there.model, [tiny.batch((5, 9), tiny_run.VOCAB)])["loss"]
+    assert scored == pytest.approx(there_scored, 1e-5)
 
 
 def test_a_run_from_one_card_goes_on_on_two(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from halfbyte.system.libraries import versions
 from halfbyte.training import fit, prepare, resuming
 from halfbyte.training.callback import Follower, RunCallback
 from halfbyte.training.events import Listener, StopRequest, stop_on_signals, without_a_terminal
+from halfbyte.training.objective import Objective
 from halfbyte.training.pace import Pace, recompute_as
 from halfbyte.training.schedule import cadence, eval_every, micro_batches, plan_steps
 from halfbyte.training.stopping import EarlyStopping
@@ -99,6 +100,7 @@ def train(
     force: bool = False,
     listener: Listener | None = None,
     world: World | None = None,
+    objective: Objective | None = None,
 ) -> Outcome:
     """Fine-tune. Nothing is written before the model, the data and the adapters are known to be good.
 
@@ -106,13 +108,14 @@ def train(
         resume: go on from the run's newest checkpoint; a finished run of which no more is asked stays as it is.
         force: go on also where base, tokenizer or chat template are not those of the checkpoint.
         world: the processes that train together; None for those that a launcher has started (`distributed.world`).
+        objective: what is learned of the rows (`training.objective`); None for what the recipe asks for.
 
     Raises:
         HalfbyteError: a mistake in the recipe, the data or the model, before the run folder exists; TrainError after.
     """
     if world is None:
         with worlds.opened() as found:
-            return train(loaded, resume=resume, force=force, listener=listener, world=found)
+            return train(loaded, resume=resume, force=force, listener=listener, world=found, objective=objective)
     tell, out = (listener if world.first else None) or Listener(), Path(loaded.recipe.output)
     machine = world.share(device.detect())
     with without_a_terminal():
@@ -124,7 +127,7 @@ def train(
         if resume and point is None:
             tell.note("resume", "from the beginning: the run was ended before its first checkpoint")
         agree.check(world, points.values_that_train(loaded.recipe))
-        ready = make_ready(loaded.recipe, machine, tell, point, force=force, world=world)
+        ready = make_ready(loaded.recipe, machine, tell, point, force=force, world=world, objective=objective)
         if not world.first:
             return _followed(ready, out)
         local = ready.job.prepared.checkpoint.kind in ("folder", "gguf")
@@ -183,6 +186,7 @@ def make_ready(
     *,
     force: bool = False,
     world: World | None = None,
+    objective: Objective | None = None,
 ) -> Ready:
     """Rows, plan, base, adapters and micro-batches; the longest of these runs once unless the plan leaves much free."""
     world = world or World()
@@ -191,7 +195,7 @@ def make_ready(
     for text in machine.notes:
         tell.note("machine", text)
     with world.node_first():
-        job = fit.planned(recipe, machine, tell, ranks=world.size)
+        job = fit.planned(recipe, machine, tell, ranks=world.size, objective=objective)
     if world.first:
         fit.check_disk(job.plan, Path(recipe.output))
     prepared, plan = job.prepared, job.plan
@@ -199,7 +203,9 @@ def make_ready(
         residual.look(prepared.checkpoint, prepared.config, prepared.recipe, job.modules)
     fingerprints = prepare.fingerprints(prepared)
     agree.check(world, {"rows": fingerprints, **fit.alike(job)})
-    notices = [] if point is None else resuming.check(point, recipe, fingerprints, job.job.steps, tell)
+    notices = []
+    if point is not None:
+        notices = resuming.check(point, recipe, prepared.objective, fingerprints, job.job.steps, tell)
     for name, why in plan.reasons.items():
         tell.note("plan", f"{name} {getattr(plan, name)}: {why}")
     dropped = "" if plan.host_lines else f"; {plan.peak_bytes / 1e9:.2f} GB with pages of files, which can be dropped"
@@ -227,7 +233,7 @@ def make_ready(
     scores = evaluate.of_run(job, base.model, pace.tokens)
     held = fit.rehearsed(job, base.model, pace, steps, held_out, tell)
     shards = shard.over(world, plan, base.model, tell.note)
-    trained = points.trained_with(recipe, fingerprints, belongs)
+    trained = points.trained_with(recipe, prepared.objective.name, fingerprints, belongs)
     kept = (settings, notices, point, trained, compute, world, shards)
     return Ready(job, base, placed, pace, steps, held_out, scores, held, *kept)
 
@@ -306,8 +312,9 @@ def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener) -
     trainer = StepTrainer(
         model,
         arguments,
-        train_dataset=collate.StepDataset(prepared.train.examples, steps),
+        train_dataset=collate.StepDataset(prepared.train.examples, steps, prepared.objective.collate),
         eval_batches=ready.held_out,
+        objective=prepared.objective,
         loraplus_lr_ratio=recipe.train.loraplus_lr_ratio,
         pace=ready.pace,
         world=world,
@@ -361,7 +368,7 @@ def _writer(
         stop=stop,
         best=checkpoint.Best.of(prepared.recipe, run) if prepared.evaluation is not None else None,
         trained=ready.trained,
-        witness=Witness(model, ready.base.packed.ok, shard.first_whole(ready.shards)),
+        witness=Witness(prepared.objective, model, ready.base.packed.ok, shard.first_whole(ready.shards)),
         resume=resume,
     )
 

@@ -23,6 +23,7 @@ from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.proofs.packing import prove_packing
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import device, pages
+from halfbyte.training.objective import CausalLM, mean_scores
 from tests import mapped, tiny, tiny_run
 from tests.present import present_bytes
 
@@ -181,7 +182,7 @@ def test_evaluation_and_generation_are_the_same_and_leave_the_gradients_alone(fo
 
     def run() -> tuple[Any, ...]:
         before = gradients(model, (9,), fused=True)
-        score = loss.mean_loss(model, [tiny.batch((9,), VOCAB)])["loss"]
+        score = mean_scores(CausalLM(), model, [tiny.batch((9,), VOCAB)])["loss"]
         model.eval()
         with torch.no_grad():
             text = model.generate(**inputs, **options)
@@ -229,7 +230,7 @@ def test_at_most_two_layers_are_in_memory_at_any_time(wide: Path, fused: bool, r
         watch = _watch(model, lambda: seen.append(sum(present_bytes(spans) for spans in layers)))
         next(watch)
         gradients(model, (9, 5), fused=fused)
-        loss.mean_loss(model, [tiny.batch((9, 5), VOCAB)])
+        mean_scores(CausalLM(), model, [tiny.batch((9, 5), VOCAB)])
         next(watch, None)
         return max(seen)
 

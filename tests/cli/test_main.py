@@ -29,7 +29,6 @@ from halfbyte.base import load
 from halfbyte.cli import conversation, progress, show, show_plan
 from halfbyte.errors import HalfbyteError
 from halfbyte.inference import generate
-from halfbyte.layers import loss
 from halfbyte.plan import estimate
 from halfbyte.recipe.command import recipe_or_model
 from halfbyte.recipe.file import load_recipe
@@ -37,6 +36,7 @@ from halfbyte.recipe.schema import leaves
 from halfbyte.runs import points
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import files
+from halfbyte.training.objective import CausalLM
 from tests import tiny_run
 from tests.in_process import Cli, Ended, runner
 
@@ -149,14 +149,14 @@ def test_long_lines_go_on_under_their_beginning(here: Path, capsys: pytest.Captu
 
 def test_the_reported_evaluation_is_that_of_the_kept_adapter(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = ("train.max_steps=20", "train.learning_rate=0.1", "train.eval_strategy=steps", "train.eval_steps=5")
-    own, numbers = loss.mean_loss, count(1)
+    scores, numbers = CausalLM.scores, count(1)
 
     def rises(*given: Any) -> dict[str, float]:  # from the third evaluation on, whatever this machine's rounding does
-        seen = own(*given)
+        seen = scores(*given)
         return {**seen, "loss": seen["loss"] + (next(numbers) >= 3)}
 
     with monkeypatch.context() as patched:
-        patched.setattr(loss, "mean_loss", rises)
+        patched.setattr(CausalLM, "scores", rises)
         ended = halfbyte("train", "recipe.yaml", "--json", *(part for value in changes for part in ("--set", value)))
     assert ended.code == 0
     losses = [row["eval_loss"] for row in RunFolder(Path("run")).read_metrics() if "eval_loss" in row]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from halfbyte.errors import RunError
-from halfbyte.runs.report import Comparison, above_start, before_training, build, got_worse, usual_seconds
+from halfbyte.runs.report import MeasuredLine, above_start, before_training, build, got_worse, usual_seconds
 
 ROWS: list[dict[str, Any]] = [
     {"step": 1, "loss": 4.0, "tokens": 100, "seconds": 1.0, "rss_bytes": 700},
@@ -27,7 +27,7 @@ def report(rows: list[dict[str, Any]], peak_rss_bytes: int = 800) -> dict[str, A
         planned=planned,
         peak_rss_bytes=peak_rss_bytes,
         peak_device_bytes=None,
-        lines=[Comparison("base", 90, 100)],
+        lines=[MeasuredLine("base", 90, 100)],
     )
     document: dict[str, Any] = json.loads(json.dumps(built))
     return document
@@ -73,7 +73,7 @@ def test_a_usual_step_is_the_median_without_the_first() -> None:
 
 
 def test_a_line_that_could_not_be_measured_has_no_error() -> None:
-    assert Comparison("a micro-batch", 5, 0).error == 0.0
+    assert MeasuredLine("a micro-batch", 5, 0).error == 0.0
 
 
 def run_of(losses: list[float], evals: dict[int, float] | None = None) -> list[dict[str, Any]]:

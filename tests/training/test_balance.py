@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from halfbyte.proofs.packing import prove_packing
-from halfbyte.training import balance
+from halfbyte.training.objective import CausalLM, micro_batch_loss
 from tests import plain_peft, small_models, tiny
 
 
@@ -25,7 +25,7 @@ def test_it_is_the_loss_of_transformers(kind: str, tokens: int) -> None:
     plain = copy.deepcopy(model)
     prove_packing(model, tokens)
     (row,) = plain_peft.texts((tokens,), small_models.VOCAB)
-    got = balance.micro_batch_loss(model, tiny.batch_of([row]))
+    got = micro_batch_loss(CausalLM(), model, tiny.batch_of([row]))
     wanted = plain(input_ids=row[None], labels=row[None], use_cache=False).loss * (tokens - 1)
     assert abs(float(got - wanted)) <= 1e-5 * float(wanted)
     got.backward()
@@ -39,5 +39,5 @@ def test_it_is_the_loss_of_transformers(kind: str, tokens: int) -> None:
 def test_a_model_that_is_not_asked_adds_nothing() -> None:
     model = plain_peft.adapt(small_models.build("mixtral"), ["q_proj"])
     (row,) = plain_peft.texts((19,), small_models.VOCAB)
-    got = balance.micro_batch_loss(model, tiny.batch_of([row]))
+    got = micro_batch_loss(CausalLM(), model, tiny.batch_of([row]))
     assert torch.isclose(got, model(input_ids=row[None], labels=row[None], use_cache=False).loss * 18)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import torch
 
 from halfbyte import finetune
 from halfbyte.errors import TrainError
-from halfbyte.layers import loss
 from halfbyte.training import fit
 from halfbyte.training.events import Listener
+from halfbyte.training.objective import CausalLM
 from halfbyte.training.pace import Pace, rehearse
 from tests import tiny_run
 from tests.layers.test_fuse import adapted, batch
@@ -28,15 +27,18 @@ def pace(said: list[str], applied: list[str], *, policies: Any = ("none", "full"
     )  # fmt: skip
 
 
-def test_it_runs_the_longest_micro_batch_and_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs_the_longest_micro_batch_and_leaves_everything_as_it_was() -> None:
     model, ran = adapted("llama").eval(), list[bool]()
-    real = loss.micro_batch_loss
 
-    def seen(model: Any, *args: Any, **kwargs: Any) -> Any:
-        ran.append(model.training)
-        return real(model, *args, **kwargs)
+    class Seen(CausalLM):
+        def loss(self, model: Any, batch: Any) -> Any:
+            ran.append(model.training)
+            return super().loss(model, batch)
 
-    monkeypatch.setattr(loss, "micro_batch_loss", seen)
+        def sums(self, model: Any, batch: Any) -> Any:
+            ran.append(model.training)
+            return super().sums(model, batch)
+
     state, weights = torch.random.get_rng_state(), {n: p.detach().clone() for n, p in model.named_parameters()}
     asked: list[tuple[int, ...]] = []
 
@@ -44,7 +46,7 @@ def test_it_runs_the_longest_micro_batch_and_leaves_everything_as_it_was(monkeyp
         asked.append(rows)
         return batch()
 
-    found = rehearse(model, pace([], []), (0, 1), made, [batch()])
+    found = rehearse(Seen(), model, pace([], []), (0, 1), made, [batch()])
     assert asked == [(0, 1)] and found.tokens == 50
     assert ran == [True, False], "a micro-batch of training, a batch of an evaluation"
     assert found.held.private > 0 and found.micro_batch_bytes >= 0 and found.seconds > 0
@@ -53,30 +55,29 @@ def test_it_runs_the_longest_micro_batch_and_leaves_everything_as_it_was(monkeyp
         assert parameter.grad is None and torch.equal(parameter, weights[name])
 
 
-def failing(times: int) -> Callable[..., Any]:
-    real = loss.micro_batch_loss
+class Failing(CausalLM):
+    """Finds no memory for its first micro-batches."""
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        nonlocal times
-        times -= 1
-        if times >= 0:
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.left = [None] * times
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        if self.left:
+            self.left.pop()
             raise torch.OutOfMemoryError("can't allocate memory")
-        return real(*args, **kwargs)
-
-    return run
+        return super().loss(model, batch)
 
 
-def test_it_steps_down_until_it_fits_and_tells_where_nothing_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_steps_down_until_it_fits_and_tells_where_nothing_does() -> None:
     said: list[str] = []
     applied: list[str] = []
-    monkeypatch.setattr(loss, "micro_batch_loss", failing(2))
     way = pace(said, applied)
-    found = rehearse(adapted("llama"), way, (0, 1, 2), lambda rows: batch())
+    found = rehearse(Failing(2), adapted("llama"), way, (0, 1, 2), lambda rows: batch())
     assert applied == ["full"] and way.tokens == 30 and found.tokens == 30
     assert "none -> full" in said[0] and "60 -> 30 tokens" in said[1]
-    monkeypatch.setattr(loss, "micro_batch_loss", failing(99))
     with pytest.raises(TrainError, match="there is no smaller way"):
-        rehearse(adapted("llama"), pace([], [], policies=("none",)), (0, 1, 2), lambda rows: batch())
+        rehearse(Failing(99), adapted("llama"), pace([], [], policies=("none",)), (0, 1, 2), lambda rows: batch())
 
 
 @pytest.mark.parametrize(("share", "rehearsed"), [(0.0, True), (1.0, False)])

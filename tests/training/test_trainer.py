@@ -32,6 +32,7 @@ from halfbyte.runs import points
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device
 from halfbyte.training.events import Listener
+from halfbyte.training.objective import CausalLM, mean_scores
 from halfbyte.training.prepare import prepare
 from tests import scored, tiny, tiny_run
 
@@ -288,7 +289,7 @@ def test_gradients_are_the_same_bits_after_an_evaluation(name: str, again: bool,
     model.eval()
     with torch.no_grad():
         model(input_ids=batch["input_ids"])
-    assert loss.mean_loss(model, [batch])["loss"] > 0
+    assert mean_scores(CausalLM(), model, [batch])["loss"] > 0
     prompts = [example.prompt_ids for example in prepared.train.examples[:2]]
     assert len(generate(model, prepared.tokenizer, prompts, Sampling(max_new_tokens=4))) == 2
     after = gradients()

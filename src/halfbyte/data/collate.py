@@ -6,7 +6,7 @@ Source: the keys of transformers' `DataCollatorWithFlattening(return_flash_attn_
 that makes logits only where there is a label.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import TypedDict
@@ -55,6 +55,7 @@ class Batches:
 
     examples: Sequence[Example]
     micro_batches: Sequence[MicroBatch]
+    lay_out: Callable[[Sequence[Example]], Batch] = collate
 
     def __len__(self) -> int:
         return len(self.micro_batches)
@@ -64,7 +65,7 @@ class Batches:
 
     def of(self, rows: Sequence[int]) -> Batch:
         """The batch of other rows of the same examples: a step may be split anew while it runs."""
-        return collate([self.examples[r] for r in rows])
+        return self.lay_out([self.examples[r] for r in rows])
 
 
 class StepItem(TypedDict):
@@ -78,10 +79,11 @@ class StepDataset(Dataset[StepItem]):
 
     examples: Sequence[Example]
     steps: Steps
+    lay_out: Callable[[Sequence[Example]], Batch] = collate
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __getitem__(self, index: int) -> StepItem:
         step = self.steps[index]
-        return {"step": step, "micro_batches": Batches(self.examples, step.micro_batches)}
+        return {"step": step, "micro_batches": Batches(self.examples, step.micro_batches, self.lay_out)}

@@ -20,6 +20,8 @@ MicroBatch = tuple[int, ...]
 """Numbers of the rows that share a forward pass."""
 Sizes = Sequence[int] | NDArray[np.int64]
 """Tokens of each row."""
+Weights = NDArray[np.int64] | NDArray[np.float64]
+"""What each row counts for in the mean of its step."""
 
 # Rows of an evaluation are packed in windows: first-fit looks at every open micro-batch, which is quadratic.
 EVAL_WINDOW_ROWS = 512
@@ -36,6 +38,8 @@ class Step:
     micro_batches: tuple[MicroBatch, ...]
     labelled_tokens: int
     tokens: int
+    weight: float
+    """What the sum of its rows' losses is divided by."""
 
 
 @dataclass(eq=False)
@@ -62,6 +66,8 @@ class Steps:
     rank: int = 0
     """Of several processes this one: a step's micro-batches are those of its rows alone, its tokens those of all."""
     ranks: int = 1
+    weights: Weights | None = None
+    """What each row counts for; None: as many as it has labelled tokens."""
     _orders: dict[int, NDArray[np.uint32]] = field(default_factory=dict, init=False)
 
     @property
@@ -86,6 +92,7 @@ class Steps:
             ),
             labelled_tokens=int(self.labelled[rows].sum()),
             tokens=int(self.lengths[rows].sum()),
+            weight=(self.labelled if self.weights is None else self.weights)[rows].sum().item(),
         )
 
     def _own(self, rows: Sequence[int]) -> Sequence[int]:

@@ -29,7 +29,6 @@ from halfbyte.errors import DataError, StoreError
 from halfbyte.inference import evaluate
 from halfbyte.inference.load import open_target
 from halfbyte.inference.target import Target
-from halfbyte.layers.loss import mean_loss
 from halfbyte.models import tensors
 from halfbyte.models.context import context_of
 from halfbyte.models.lora_sites import split_at_layer
@@ -40,6 +39,7 @@ from halfbyte.recipe import number_formats
 from halfbyte.recipe.schema import Lora, Quant, Recipe
 from halfbyte.system import device, files
 from halfbyte.system.libraries import versions
+from halfbyte.training.objective import CausalLM, mean_scores
 from halfbyte.types import Config, Document
 
 FILE = "quality.json"
@@ -233,7 +233,7 @@ class _Measuring:
                 recipe = recipe.model_copy(update={"model": str(stored[1]), "revision": None, "allow_pickle": False})
             opened = open_target(Target(Path(recipe.model), recipe), tell)
             with opened.using(base=True):
-                loss = mean_loss(opened.model, evaluate.micro_batches(opened, self.examples)[0])
+                scores = mean_scores(CausalLM(), opened.model, evaluate.micro_batches(opened, self.examples)[0])
             del opened
             gc.collect()
         itemsize = load.DTYPES[dtype].itemsize
@@ -242,8 +242,8 @@ class _Measuring:
             quant=quant,
             nbytes=sum(policy.encoded_bytes(spec, quant, itemsize) for spec in self.specs),
             parameters=sum(spec.numel for spec in self.specs),
-            loss=loss["loss"],
-            perplexity=loss["perplexity"],
+            loss=scores["loss"],
+            perplexity=scores["perplexity"],
             errors=errors,
         )
 

@@ -13,8 +13,7 @@ Cost: 2 x K D V x 2 FLOP, `CHUNK` logits, (K, D) kept.
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -36,10 +35,11 @@ if TYPE_CHECKING:
 
     from halfbyte.types import Batch, Config, Model
 
-# Numbers of logits at once: large enough for the matmul's full rate; in 16 bits small enough for a CPU's third-level
-# cache, too; in fp32, too large for it, as many again, as the head is read again and laid out for each chunk. So it is
-# on a card.
-CHUNK, CHUNK32, CARD_CHUNK = 16_000_000, 32_000_000, 128_000_000
+# Numbers of logits at once: large enough for the matmul's full rate, in 16 bits small enough for a CPU's third-level
+# cache. In fp32 they are too large for it anyway, so twice as many: the head is read and laid out once for each chunk.
+CHUNK = 16_000_000
+CHUNK32 = 32_000_000
+CARD_CHUNK = 128_000_000
 # Rows of the head in one fp32 product on a CPU: the library packs them first, which stays in cache for so few.
 HEAD_ROWS = 2048
 
@@ -64,37 +64,36 @@ def micro_batch_loss(model: Model, batch: Batch, *, label_smoothing: float = 0.0
         label_smoothing: as `TrainingArguments.label_smoothing_factor`.
         fused: False for the model's own forward and torch's cross-entropy, the reference.
     """
-    made, targets, head = _labelled(model, batch, fused=fused)
+    head = head_of(model) if fused else None
     if head is not None:
-        return head_loss(made, targets, head, smoothing=label_smoothing)
-    return torch.nn.functional.cross_entropy(made.float(), targets, reduction="sum", label_smoothing=label_smoothing)
+        return head_loss(*_labelled_hidden(model, batch), head, smoothing=label_smoothing)
+    logits, targets = labelled_logits(model, batch)
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
 
 
 def text_losses(model: Model, batch: Batch) -> list[float]:
     """Summed cross-entropy of each text of a micro-batch, without gradients, as `micro_batch_loss` sums over all."""
-    losses = []
+    head = head_of(model)
     with torch.no_grad():
-        made, targets, head = _labelled(model, batch)
-        for first, end in labels_of_texts(batch):
-            own, wanted = made[first:end], targets[first:end]
-            if head is not None:
-                losses.append(float(head_loss(own, wanted, head)))
-            else:
-                losses.append(float(torch.nn.functional.cross_entropy(own.float(), wanted, reduction="sum")))
-    return losses
+        states, targets = labelled_logits(model, batch) if head is None else _labelled_hidden(model, batch)
+        texts = [(states[first:end], targets[first:end]) for first, end in labels_of_texts(batch)]
+        if head is not None:
+            return [float(head_loss(hidden, labels, head)) for hidden, labels in texts]
+        cross_entropy = torch.nn.functional.cross_entropy
+        return [float(cross_entropy(logits.float(), labels, reduction="sum")) for logits, labels in texts]
 
 
 def text_likelihoods(model: Model, batch: Batch) -> list[tuple[float, bool]]:
     """Log-likelihood of the labelled tokens of each text, from the model's own logits in fp32; and whether each of them
     is the most likely one."""
-    made = []
+    likelihoods = []
     with torch.no_grad():
-        logits, targets, _ = _labelled(model, batch, fused=False)
+        logits, targets = labelled_logits(model, batch)
         for first, end in labels_of_texts(batch):
-            log_p, wanted = torch.log_softmax(logits[first:end].float(), -1), targets[first:end]
-            own = log_p.gather(1, wanted[:, None])
-            made.append((float(own.sum()), bool((log_p.argmax(-1) == wanted).all())))
-    return made
+            log_p, labels = torch.log_softmax(logits[first:end].float(), -1), targets[first:end]
+            of_labels = log_p.gather(1, labels[:, None])
+            likelihoods.append((float(of_labels.sum()), bool((log_p.argmax(-1) == labels).all())))
+    return likelihoods
 
 
 def labels_of_texts(batch: Batch) -> Iterator[tuple[int, int]]:
@@ -103,27 +102,35 @@ def labels_of_texts(batch: Batch) -> Iterator[tuple[int, int]]:
     return pairwise([0, *ends])
 
 
-def _labelled(model: Model, batch: Batch, *, fused: bool = True) -> tuple[torch.Tensor, torch.Tensor, Head | None]:
-    """What predicts the labelled tokens: their hidden states (K, D) with the head, or without one their logits (K, V);
-    and the labels (K,), on the same device."""
-    device = next(model.parameters()).device
-    keep, targets = batch["keep"].to(device), batch["targets"].to(device)  # (K,), (K,)
-    if torch.is_grad_enabled() and packing.installed(model) == "cu_seq_lens":
-        batch = packing.aligned(batch)
-    inputs = packing.forward_inputs(model, batch)
-    inputs.pop("labels", None)
-    inputs["input_ids"] = inputs["input_ids"].to(device)
-    head = head_of(model) if fused else None
-    if head is not None:
-        with torch.autocast(device.type, enabled=False):
-            return _hidden(structure.causal_lm(model), inputs, keep), targets, head
+def labelled_logits(model: Model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits (K, V) of the model's own forward that predict the labelled tokens, and the labels (K,), on the same
+    device."""
+    inputs, keep, targets = _inputs(model, batch)
     # over several cards a forward would index the last one's hidden states with numbers on the first
     if keeps_some(model):
         logits = model(**inputs, logits_to_keep=keep).logits[0]  # (K, V)
     else:
         logits = model(**inputs).logits[0]  # (N, V)
         logits = logits.index_select(0, keep.to(logits.device))  # (K, V)
-    return logits, targets.to(logits.device), None
+    return logits, targets.to(logits.device)
+
+
+def _labelled_hidden(model: Model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden states (K, D) that predict the labelled tokens, and the labels (K,)."""
+    inputs, keep, targets = _inputs(model, batch)
+    with torch.autocast(keep.device.type, enabled=False):
+        return _hidden(structure.causal_lm(model), inputs, keep), targets
+
+
+def _inputs(model: Model, batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """What a forward takes of a micro-batch; its positions whose next token is labelled (K,), and the labels (K,)."""
+    device = next(model.parameters()).device
+    if torch.is_grad_enabled() and packing.installed(model) == "cu_seq_lens":
+        batch = packing.aligned(batch)
+    inputs = packing.forward_inputs(model, batch)
+    inputs.pop("labels", None)
+    inputs["input_ids"] = inputs["input_ids"].to(device)
+    return inputs, batch["keep"].to(device), batch["targets"].to(device)
 
 
 def _hidden(lm: Model, inputs: dict[str, torch.Tensor], keep: torch.Tensor) -> torch.Tensor:
@@ -140,16 +147,16 @@ def _hidden(lm: Model, inputs: dict[str, torch.Tensor], keep: torch.Tensor) -> t
             return hidden[: len(keep)]
     else:
         hidden = body(**inputs)[0][0]  # (T, D)
-    made: torch.Tensor = last_layer.SelectRows.apply(hidden, keep.to(hidden.device), len(keep))
-    return made
+    picked: torch.Tensor = last_layer.SelectRows.apply(hidden, keep.to(hidden.device), len(keep))
+    return picked
 
 
 def _last_layer(module: torch.nn.Module) -> fuse.DecoderLayer | None:
     """The last fused layer in it; looked for from the end, as a model has thousands of modules."""
     if isinstance(module, fuse.DecoderLayer):
         return module
-    found = (_last_layer(child) for child in reversed(list(module.children())))
-    return next((layer for layer in found if layer is not None), None)
+    layers = (_last_layer(child) for child in reversed(list(module.children())))
+    return next((layer for layer in layers if layer is not None), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,9 +210,9 @@ def _linear_head(lm: Model) -> tuple[Model, torch.dtype | None, tuple[torch.Tens
         return (head if rows is None and not alone else layer.base_layer), None, rows or ()
     if not isinstance(head, ModulesToSaveWrapper):
         return head, None, ()
-    own, active = head.original_module, [name for name in head.active_adapters if name in head.modules_to_save]
-    used = head.modules_to_save[active[0]] if active and not head.disable_adapters else own
-    return used, getattr(getattr(own, "weight", None), "dtype", None), ()
+    base, active = head.original_module, [name for name in head.active_adapters if name in head.modules_to_save]
+    used = head.modules_to_save[active[0]] if active and not head.disable_adapters else base
+    return used, getattr(getattr(base, "weight", None), "dtype", None), ()
 
 
 _SEEN: WeakKeyDictionary[torch.nn.Module, tuple[torch.Tensor, bool]] = WeakKeyDictionary()
@@ -246,8 +253,8 @@ def _computes_logits(lm: Model, head: Head) -> bool:
                 if size is not None:
                     scaled.factor = size / float(wanted.square().mean().sqrt().clamp_min(1e-6))
                     wanted = lm(input_ids=ids, **options).logits[0].float()
-                own = structure.body(lm)(input_ids=ids, **options)[0][0].to(head.weight.device)
-                got = head_logits(own, head).float()
+                hidden = structure.body(lm)(input_ids=ids, **options)[0][0].to(head.weight.device)
+                got = head_logits(hidden, head).float()
                 wanted = wanted.to(got.device)
                 if got.shape != wanted.shape or not bool((got - wanted).norm() <= 1e-2 * wanted.norm()):
                     return False
@@ -305,7 +312,7 @@ class _HeadLoss(torch.autograd.Function):
         head: Head,
         smoothing: float,
     ) -> torch.Tensor:
-        made = [
+        head_gradients = [
             torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if x is not None and needed else None
             for x, needed in zip((weight, bias, values), ctx.needs_input_grad[1:4], strict=True)
         ]
@@ -317,32 +324,32 @@ class _HeadLoss(torch.autograd.Function):
         losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
         on_cpu = CHUNK32 if hidden.dtype == torch.float32 else CHUNK
         at_once = on_cpu if hidden.device.type == "cpu" else CARD_CHUNK
-        most = max(1, at_once // width // packing.ROWS) * packing.ROWS
+        max_rows = max(1, at_once // width // packing.ROWS) * packing.ROWS
         # even ones, as a short last one costs the head's bytes again
-        chunk = min(most, packing.up_to(-(-rows // -(-rows // most)))) if rows else 1
+        chunk = min(max_rows, packing.up_to(-(-rows // -(-rows // max_rows)))) if rows else 1
         with torch.no_grad():
             # a master's copy in the dtype that is computed in; a frozen one is in it
-            added, lent = (None if x is None else x.to(hidden.dtype) for x in (bias, values))
-            own = replace(head, weight=weight.to(hidden.dtype), bias=added, values=lent)
+            bias_, values_ = (None if x is None else x.to(hidden.dtype) for x in (bias, values))
+            cast = replace(head, weight=weight.to(hidden.dtype), bias=bias_, values=values_)
             for first in range(0, rows, chunk):
                 part = slice(first, min(rows, first + chunk))
-                losses[part], gradient = _part(hidden[part], targets[part], own, smoothing, gradient=grad is not None)
+                losses[part], gradient = _part(hidden[part], targets[part], cast, smoothing, gradient=grad is not None)
                 if grad is not None:
                     gradient[max(0, labelled - first) :] = 0
-                    if own.rows is not None and own.values is not None:
-                        columns = gradient[:, own.rows]  # (C, R)
-                        gradient[:, own.rows] = 0
-                    into(grad[part], gradient, own.weight)  # (C, V) @ (V, D)
-                    if own.rows is not None and own.values is not None:
-                        grad[part] += columns @ own.values  # (C, R) @ (R, D)
-                        if made[2] is not None:
-                            made[2] += columns.T @ hidden[part]
-                    if made[0] is not None:
-                        made[0] += gradient.T @ hidden[part]  # (V, C) @ (C, D)
-                    if made[1] is not None:
-                        made[1] += gradient.sum(0, dtype=torch.float32)
+                    if cast.rows is not None and cast.values is not None:
+                        columns = gradient[:, cast.rows]  # (C, R)
+                        gradient[:, cast.rows] = 0
+                    into(grad[part], gradient, cast.weight)  # (C, V) @ (V, D)
+                    if cast.rows is not None and cast.values is not None:
+                        grad[part] += columns @ cast.values  # (C, R) @ (R, D)
+                        if head_gradients[2] is not None:
+                            head_gradients[2] += columns.T @ hidden[part]
+                    if head_gradients[0] is not None:
+                        head_gradients[0] += gradient.T @ hidden[part]  # (V, C) @ (C, D)
+                    if head_gradients[1] is not None:
+                        head_gradients[1] += gradient.sum(0, dtype=torch.float32)
                 del gradient
-        ctx.gradients = (None if grad is None else grad[:labelled], *made)
+        ctx.gradients = (None if grad is None else grad[:labelled], *head_gradients)
         ctx.dtypes = hidden.dtype, weight.dtype, *(None if x is None else x.dtype for x in (bias, values))
         return losses[:labelled].sum()
 
@@ -365,17 +372,17 @@ def _part(
         logits.index_copy_(1, head.rows, hidden @ head.values.T)  # (C, D) @ (D, R)
     if head.scale != 1.0:
         logits.mul_(head.scale)
-    slope = None
+    cap_slope = None
     if head.softcap is not None:
-        bent = torch.tanh_(logits.div_(head.softcap))
-        slope = 1 - bent * bent if gradient else None
-        logits = bent.mul_(head.softcap)
-    losses, made = _chunk_loss(logits, targets, smoothing, gradient=gradient)
-    if slope is not None:
-        made.mul_(slope)
+        capped = torch.tanh_(logits.div_(head.softcap))
+        cap_slope = 1 - capped * capped if gradient else None
+        logits = capped.mul_(head.softcap)
+    losses, slopes = _chunk_loss(logits, targets, smoothing, gradient=gradient)
+    if cap_slope is not None:
+        slopes.mul_(cap_slope)
     if gradient and head.scale != 1.0:
-        made.mul_(head.scale)
-    return losses, made
+        slopes.mul_(head.scale)
+    return losses, slopes
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -407,29 +414,3 @@ def _chunk_loss(
     p = log_p.exp_().sub_(smoothing / logits.shape[1])
     p[torch.arange(len(targets), device=p.device), targets] -= 1 - smoothing
     return losses, p.to(logits.dtype)
-
-
-def mean_loss(model: Model, batches: Iterable[Batch]) -> dict[str, float]:
-    """Mean loss per labelled token over micro-batches, in eval mode, without gradients; the mode is put back.
-
-    Returns:
-        `loss`, `perplexity`, `labelled_tokens`, `tokens`.
-    """
-    was_training = model.training
-    model.eval()
-    total, labelled, tokens = 0.0, 0, 0
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                total += float(micro_batch_loss(model, batch))
-                labelled += batch["targets"].numel()
-                tokens += batch["input_ids"].numel()
-    finally:
-        model.train(was_training)
-    return mean_of(total, labelled, tokens)
-
-
-def mean_of(total: float, labelled: int, tokens: int) -> dict[str, float]:
-    """What `mean_loss` returns, from sums over all micro-batches."""
-    loss = total / max(labelled, 1)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "labelled_tokens": labelled, "tokens": tokens}

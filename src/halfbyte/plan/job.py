@@ -21,6 +21,7 @@ from halfbyte.models.lora_sites import Site, leaf_of, saved_tensors, sites, trai
 from halfbyte.models.sources.checkpoint import Checkpoint, beside_bytes, tokenizer_bytes
 from halfbyte.models.tensors import Facts, TensorSpec
 from halfbyte.plan.layer import Layer, layer_of
+from halfbyte.plan.objective import NO_COST, ObjectiveCost
 from halfbyte.plan.result import ITEMSIZE
 from halfbyte.plan.store_build import StoreBuild
 from halfbyte.quant import policy
@@ -104,6 +105,7 @@ class Job:
         tokenizer_json_bytes: of the tokenizer's file; None where it is not at hand.
         beside_bytes: of the tokenizer and what else a store copies; None where they are not at hand.
         ranks: processes that share the rows of a step; this is the plan of one of them.
+        objective: what the loss takes beside a forward and a backward.
     """
 
     recipe: Recipe
@@ -122,6 +124,7 @@ class Job:
     tokenizer_bytes: int = 0
     tokenizer_json_bytes: int | None = None
     ranks: int = 1
+    objective: ObjectiveCost = NO_COST
 
     @classmethod
     def of(

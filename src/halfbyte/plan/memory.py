@@ -374,13 +374,14 @@ def scores_bytes(job: Job, largest: MicroBatch) -> float:
 
 
 def logits_bytes(job: Job, labelled: int) -> int:
-    """Logits that exist at once: a chunk; without kernels also their fp32 log-probabilities."""
+    """Logits that exist at once: a chunk, without kernels also its fp32 log-probabilities; and an objective's own."""
     on_cpu = LOGITS_CHUNK32 if job.itemsize == 4 else LOGITS_CHUNK
     at_once = on_cpu if job.kernels else CARD_LOGITS_CHUNK
     max_rows = max(1, at_once // max(1, job.facts.vocab) // LOGITS_ROWS) * LOGITS_ROWS
     even = -(-labelled // max(1, -(-labelled // max_rows)))
     rows = min(max_rows, -(-even // LOGITS_ROWS) * LOGITS_ROWS)
-    return rows * job.facts.vocab * (job.itemsize if job.kernels else job.itemsize + 8)
+    whole = 4 * job.objective.whole_logits * labelled * job.facts.vocab
+    return rows * job.facts.vocab * (job.itemsize if job.kernels else job.itemsize + 8) + whole
 
 
 # --- without gradients -----------------------------------------------------------------------------------------------

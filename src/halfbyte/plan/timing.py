@@ -90,11 +90,12 @@ def step_time(
     rows, facts = job.rows, job.facts
     step_tokens = max(1.0, rows.mean * job.mean_rows_per_step)
     micro_batches = mean_micro_batches(job, tokens)
-    again = {"none": 2.0, "selective": 2.0, "full": 3.0}[recompute]
+    more_forwards = job.objective.forwards + (recompute == "full")
+    again = 2.0 + more_forwards
     products = 2 * again * job.linear_numel + 6 * job.lora_parameters_per_token
-    head = 4 * facts.vocab * facts.hidden * rows.labelled_share
+    head = (4 + 2 * job.objective.forwards) * facts.vocab * facts.hidden * rows.labelled_share
     width = facts.heads * facts.head_size or facts.hidden
-    attention = (14 + 4 * (recompute == "full")) * pairs_of_a_token(rows.mean_of_a_token) * width * facts.layers
+    attention = (14 + 4 * more_forwards) * pairs_of_a_token(rows.mean_of_a_token) * width * facts.layers
     weights = job.dequantised_weights(step_tokens / micro_batches)
     operands = again * (1.5 * step_tokens * job.linear_widths + micro_batches * weights)
     # an adapter's six thin products pass once over the input, the output or a gradient of them

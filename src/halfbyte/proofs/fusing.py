@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -106,7 +107,7 @@ def _compare(model: Model, *, packed: bool, longest: int | None) -> tuple[str, f
             fuse.remove(model)
             packing.install(lm, "single")
             try:
-                _, pefts = loss_and_gradients(model, alone, fused=False)
+                _, pefts = loss_and_gradients(model, alone, loss=partial(loss.micro_batch_loss, fused=False))
             finally:
                 packing.install(lm, layout)
         dead = sorted(set(pefts) - set(ours)) + sorted(set(pefts) - set(again))

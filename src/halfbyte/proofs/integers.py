@@ -21,6 +21,7 @@ from halfbyte.errors import AdapterError
 from halfbyte.layers import fuse
 from halfbyte.layers.kernels.cpu.integer import products as integer
 from halfbyte.layers.kernels.cpu.integer.products import Products
+from halfbyte.layers.loss import micro_batch_loss
 from halfbyte.models import structure
 from halfbyte.proofs import setting
 from halfbyte.proofs.closeness import distance
@@ -72,13 +73,14 @@ class Decision:
         return {"products": str(self.products or "exact"), "reason": self.reason, "tried": tried}
 
 
-def decide(model: Model, asked: str, batch: Batch) -> Decision:
+def decide(model: Model, asked: str, batch: Batch, loss: setting.Loss = micro_batch_loss) -> Decision:
     """Set how a model's frozen products are computed from now on, in training; the proof leaves all else as it was.
 
     Args:
         model: with its adapters, fused (`adapters/assembly.py`), where it will be trained.
         asked: `quant.compute`: auto, exact or int8, which is taken whatever the proof says.
         batch: some rows, at least one token of them labelled.
+        loss: of a micro-batch, a scalar.
 
     Raises:
         AdapterError: int8 is asked for and cannot be computed.
@@ -99,10 +101,10 @@ def decide(model: Model, asked: str, batch: Batch) -> Decision:
     if asked == "auto" and times < integer.PAYS:
         return Decision(None, f"{fast}, and below {integer.PAYS} rounding does not pay")
     tried: list[tuple[Products, Deviation]] = []
-    exact = _loss_and_gradients(model, batch)
+    exact = _loss_and_gradients(model, batch, loss)
     for products in (BOTH, BACKWARD)[: 1 if asked == "int8" else 2]:
         integer.set_products(layers, products)
-        tried.append((products, deviation(_loss_and_gradients(model, batch), exact)))
+        tried.append((products, deviation(_loss_and_gradients(model, batch, loss), exact)))
         if tried[-1][1].ok or asked == "int8":
             break
     else:
@@ -136,9 +138,9 @@ def _why_not(model: Model, layers: Sequence[object]) -> str:
     return integer.why_not()
 
 
-def _loss_and_gradients(model: Model, batch: Batch) -> tuple[float, Gradients]:
+def _loss_and_gradients(model: Model, batch: Batch, loss: setting.Loss) -> tuple[float, Gradients]:
     with setting.as_given(model):
-        return setting.loss_and_gradients(model, [batch])
+        return setting.loss_and_gradients(model, [batch], loss=loss)
 
 
 def deviation(got: tuple[float, Gradients], exact: tuple[float, Gradients]) -> Deviation:

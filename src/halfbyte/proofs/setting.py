@@ -8,14 +8,15 @@ A model is as before after each of these: its weights, modes, gradients and the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from halfbyte.layers import loss, sight
+from halfbyte.layers import sight
+from halfbyte.layers.loss import micro_batch_loss
 from halfbyte.layers.packed_attention import NAME
 from halfbyte.layers.packing import forward_inputs
 from halfbyte.models import structure
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from halfbyte.types import Batch, Model
 
 Gradients = dict[str, Tensor]
+Loss = Callable[["Model", "Batch"], Tensor]
+"""The summed loss of a micro-batch, a scalar."""
 
 SHORT = (5, 1, 9)  # uneven, with the shortest possible example inside
 TOKENS = 256  # of the vocabulary, as many as a proof uses
@@ -74,7 +77,11 @@ def logits(lm: Model, examples: Sequence[Tensor]) -> Tensor:
 
 
 def loss_and_gradients(
-    model: Model, batches: Sequence[Batch], *, parameters: Mapping[str, Tensor] | None = None, fused: bool = True
+    model: Model,
+    batches: Sequence[Batch],
+    *,
+    parameters: Mapping[str, Tensor] | None = None,
+    loss: Loss = micro_batch_loss,
 ) -> tuple[float, Gradients]:
     """Of some micro-batches together, with dropout off; gradients of all that trains, or of these parameters.
 
@@ -84,7 +91,7 @@ def loss_and_gradients(
     if parameters is None:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.enable_grad():
-        summed = sum(loss.micro_batch_loss(model, batch, fused=fused) for batch in batches if len(batch["keep"]))
+        summed = sum(loss(model, batch) for batch in batches if len(batch["keep"]))
         grads = torch.autograd.grad(summed, list(parameters.values()), allow_unused=True)
     return float(summed.detach()), {n: g for n, g in zip(parameters, grads, strict=True) if g is not None}
 

@@ -19,6 +19,7 @@ from halfbyte.types import Document
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+CAUSAL_LM = "causal_lm"
 BACK = "put back what the run had; or start a new run: "
 
 
@@ -32,20 +33,26 @@ class Point:
     trained: Document
     passed_over: tuple[str, ...]
 
+    @property
+    def objective(self) -> str:
+        """The name of what it learns."""
+        return str(self.trained.get("objective", CAUSAL_LM))
+
     def changes(self, recipe: Recipe) -> dict[str, tuple[object, object]]:
         """Fields with another value than the run was trained with: (the run's, the recipe's)."""
         was, now = self.trained.get("recipe", {}), _values(recipe)
         return {name: (was[name], now[name]) for name in now if name in was and was[name] != now[name]}
 
 
-def trained_with(recipe: Recipe, rows: Document, belongs: Document) -> Document:
-    """What a checkpoint keeps beside its files.
+def trained_with(recipe: Recipe, objective: str, rows: Document, belongs: Document) -> Document:
+    """What a checkpoint keeps beside its files; of the objective its name, where it is not the usual one.
 
     Args:
         rows: of `train` and `eval`, each with `rows` and `digest`, or null.
         belongs: base, quantiser, tokenizer and chat template, as `adapters.passport` makes it.
     """
-    return {"recipe": _values(recipe), "rows": rows, "belongs_to": belongs}
+    other = {} if objective == CAUSAL_LM else {"objective": objective}
+    return {"recipe": _values(recipe), "rows": rows, "belongs_to": belongs, **other}
 
 
 def _values(recipe: Recipe) -> Document:
@@ -154,6 +161,16 @@ def check_recipe(point: Point, recipe: Recipe) -> None:
 def _is_moved(name: str, was: object, now: object) -> bool:
     """Whether this is the same model in another place."""
     return name == "model" and Path(str(was)).name == Path(str(now)).name
+
+
+def check_objective(point: Point, recipe: Recipe, objective: str) -> None:
+    """Refuse to go on with another objective (RunError)."""
+    if point.objective != objective:
+        raise RunError(
+            f"the run {recipe.output} was trained until step {point.step} with the objective {point.objective}, and "
+            f"now {objective} is asked for.",
+            fix=f"{BACK}halfbyte train {typed(f'{recipe.output}/recipe.yaml')} --output runs/NAME",
+        )
 
 
 def check_rows(point: Point, recipe: Recipe, rows: Document) -> None:

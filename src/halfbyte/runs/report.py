@@ -14,7 +14,7 @@ WORSE = 1.2
 
 
 @dataclass(frozen=True)
-class Comparison:
+class MeasuredLine:
     """One line of the plan beside what was measured: bytes, or seconds."""
 
     name: str
@@ -33,7 +33,7 @@ def build(
     planned: Document,
     peak_rss_bytes: int,
     peak_device_bytes: int | None,
-    lines: Iterable[Comparison] = (),
+    lines: Iterable[MeasuredLine] = (),
     adapter_step: int | None = None,
 ) -> Document:
     """The figures of a run from its metrics, as `report.json` has them; `tokens` are real ones, never padding.
@@ -70,7 +70,7 @@ def build(
         "eval_loss": reached(rows, adapter_step)["eval_loss"],
         "planned": planned,
         "measured": measured,
-        "errors": {name: Comparison(name, planned[name], measured[name] or 0).error for name in known},
+        "errors": {name: MeasuredLine(name, planned[name], measured[name] or 0).error for name in known},
         "lines": [{**asdict(line), "error": line.error} for line in lines],
     }
 

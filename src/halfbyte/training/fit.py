@@ -25,11 +25,12 @@ from halfbyte.proofs import integers
 from halfbyte.recipe.adapter import PASSPORT
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs.folder import ANOTHER
-from halfbyte.runs.report import Comparison
+from halfbyte.runs.report import MeasuredLine
 from halfbyte.system import files, usage
 from halfbyte.system.device import Device
 from halfbyte.system.usage import Usage
 from halfbyte.training.events import Listener
+from halfbyte.training.objective import Objective
 from halfbyte.training.pace import Pace, recompute_as, rehearse
 from halfbyte.training.prepare import Prepared, data_note, prepare
 from halfbyte.training.schedule import count_steps
@@ -54,17 +55,25 @@ class PlannedRun:
     plan: Plan
 
 
-def planned(recipe: Recipe, machine: Device, listener: Listener | None = None, *, ranks: int = 1) -> PlannedRun:
+def planned(
+    recipe: Recipe,
+    machine: Device,
+    listener: Listener | None = None,
+    *,
+    ranks: int = 1,
+    objective: Objective | None = None,
+) -> PlannedRun:
     """Prepare a run and plan it. Only with a `listener` may the machine be calibrated first.
 
     Args:
         ranks: processes that share the rows of a step; the plan is one's.
+        objective: None for the one that the recipe asks for.
 
     Raises:
         HalfbyteError: a mistake in the recipe, the data or the model.
     """
     shard.check(recipe, ranks)
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, objective)
     check_arguments(prepared.recipe.train, total_steps=count_steps(prepared))
     tell = listener or Listener()
     tell.note("data", data_note(prepared))
@@ -84,7 +93,7 @@ def with_plan(
     rows = Rows(prepared.train.lengths, prepared.train.labelled, held_out)
     job = Job.of_checkpoint(recipe, prepared.checkpoint, meta, rows, machine, targets=targets.names)
     written = job.tokenizer_json_bytes if prepared.chatml is not None else None
-    job = replace(job, tokenizer_bytes=written or 0, ranks=ranks)
+    job = replace(job, tokenizer_bytes=written or 0, ranks=ranks, objective=prepared.objective.cost)
     rates = calibrate.cached(machine, job.dtype)
     if rates is None and say is not None and choose.best_plan(job, machine).time.run_s >= CALIBRATE_FROM_S:
         rates = calibrate.ensure(machine, job.dtype, say=say)
@@ -93,8 +102,14 @@ def with_plan(
 
 def alike(run: PlannedRun) -> Document:
     """What every process of a run must have decided alike, beside recipe, rows and base. JSON."""
-    return {"compute_dtype": run.job.dtype, "steps": run.job.steps, "trained": run.job.trainable,
-            "adapters": len(run.modules), "sharded": run.plan.placement == shard.PLACEMENT}  # fmt: skip
+    return {
+        "compute_dtype": run.job.dtype,
+        "objective": run.prepared.objective.name,
+        "steps": run.job.steps,
+        "trained": run.job.trainable,
+        "adapters": len(run.modules),
+        "sharded": run.plan.placement == shard.PLACEMENT,
+    }
 
 
 def check_disk(plan: Plan, output: Path) -> None:
@@ -139,11 +154,12 @@ def rehearsed(
     job: PlannedRun, model: Model, pace: Pace, steps: pack.Steps, held_out: collate.Batches, tell: Listener
 ) -> Usage:
     """Memory before the first step, after the longest micro-batch has run once unless the plan leaves much free."""
-    plan, longest = job.plan, steps.longest_micro_batch()
+    plan, longest, objective = job.plan, steps.longest_micro_batch(), job.prepared.objective
     if plan.needed_bytes <= UNREHEARSED * plan.available_bytes or not longest:
         tell.note("rehearsed", f"nothing: {plan.needed_bytes / 1e9:.2f} GB are planned, a small part of what is free")
         return usage.now()
-    tried = rehearse(model, pace, longest, collate.Batches(job.prepared.train.examples, ()).of, held_out)
+    batches = collate.Batches(job.prepared.train.examples, (), objective.collate)
+    tried = rehearse(objective, model, pace, longest, batches.of, held_out)
     took = f"{tried.micro_batch_bytes / 1e9:.2f} GB above {tried.held.private / 1e9:.2f} GB held"
     tell.note("rehearsed", f"{tried.tokens} tokens, the longest micro-batch, in {tried.seconds:.1f} s: {took}")
     return tried.held
@@ -157,44 +173,45 @@ def compared(
     run: Path,
     step_s: float | None,
     on_cards: Sequence[tuple[int, int]] = (),
-) -> Sequence[Comparison]:
+) -> Sequence[MeasuredLine]:
     """Planned beside measured, line by line where a line can be measured alone.
 
     Args:
         held: before the first step. seen: the highest private and file bytes seen while training. step_s: of a usual
             step. on_cards: (allocated, reserved) bytes of each at their peak.
     """
-    lines = [Comparison("base", opened.expected_bytes, opened.resident_bytes)]
+    lines = [MeasuredLine("base", opened.expected_bytes, opened.resident_bytes)]
     if plan.host_lines:
-        lines.append(Comparison("host memory", sum(line.bytes for line in plan.host_lines), seen.private))
+        lines.append(MeasuredLine("host memory", sum(line.bytes for line in plan.host_lines), seen.private))
         allocated, reserved = max(on_cards, default=(0, 0))
-        lines.append(Comparison("tensors on a card", plan.allocated_bytes, allocated))
-        lines.append(Comparison("held by torch on a card", plan.allocated_bytes + plan.line("allocator"), reserved))
+        lines.append(MeasuredLine("tensors on a card", plan.allocated_bytes, allocated))
+        lines.append(MeasuredLine("held by torch on a card", plan.allocated_bytes + plan.line("allocator"), reserved))
     else:
         before = ["libraries", "compiler", "data", "adapters"] + ["base"] * (plan.placement == "resident")
         passing = (line.bytes for line in plan.lines if line.where != "file" and line.name not in (*before, "base"))
         lines += [
-            Comparison("before a micro-batch, private", sum(map(plan.line, before)), held.private),
-            Comparison("the longest micro-batch", sum(passing), max(0, seen.private - held.private)),
-            Comparison("private memory", plan.private_bytes, seen.private),
-            Comparison("pages of files", plan.file_bytes, seen.file),
+            MeasuredLine("before a micro-batch, private", sum(map(plan.line, before)), held.private),
+            MeasuredLine("the longest micro-batch", sum(passing), max(0, seen.private - held.private)),
+            MeasuredLine("private memory", plan.private_bytes, seen.private),
+            MeasuredLine("pages of files", plan.file_bytes, seen.file),
         ]
     adapter = sum(line.bytes for line in plan.disk if line.name == "adapter")
     files_of = (file for file in (run / "adapter").rglob("*") if file.is_file() and file.name != PASSPORT)
     written = sum(file.stat().st_size for file in files_of)
-    lines.append(Comparison("adapter on disk", adapter, written))
+    lines.append(MeasuredLine("adapter on disk", adapter, written))
     if step_s is not None:
-        lines.append(Comparison("seconds a step", plan.time.step_s, step_s))
+        lines.append(MeasuredLine("seconds a step", plan.time.step_s, step_s))
     return lines
 
 
 def compute(run: PlannedRun, base: Assembled, step: pack.Step, tell: Listener, notices: list[str]) -> integers.Decision:
     """How the frozen products are computed; proven on some rows of the first step where that is not exact."""
-    asked, train = run.prepared.recipe.quant.compute, run.prepared.train
+    asked, train, objective = run.prepared.recipe.quant.compute, run.prepared.train, run.prepared.objective
     if asked == "exact":
         return integers.decide(base.model, asked, {})
-    batch = collate.Batches(train.examples, ()).of(integers.rows_for_proof(step, train.lengths, packed=base.packed.ok))
-    found = integers.decide(base.model, asked, batch)
-    tell.note("compute", str(found))
-    notices += [] if found.products == integers.BOTH else [f"compute: {found}"]
-    return found
+    rows = integers.rows_for_proof(step, train.lengths, packed=base.packed.ok)
+    batch = objective.collate([train.examples[row] for row in rows])
+    decision = integers.decide(base.model, asked, batch, objective.loss)
+    tell.note("compute", str(decision))
+    notices += [] if decision.products == integers.BOTH else [f"compute: {decision}"]
+    return decision

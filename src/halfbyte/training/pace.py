@@ -20,12 +20,14 @@ from torch import Tensor
 
 from halfbyte.data import pack
 from halfbyte.errors import TrainError, first_line
-from halfbyte.layers import fuse, loss
+from halfbyte.layers import fuse
 from halfbyte.layers.kernels import pool
 from halfbyte.models import structure
 from halfbyte.plan.result import GB, Recompute
 from halfbyte.system import accelerator, usage
 from halfbyte.system.device import ram_available
+from halfbyte.training import objective as objectives
+from halfbyte.training.objective import Objective
 from halfbyte.types import Batch, Model
 
 MARGIN_SHARE = 0.03  # of the machine's memory (or the group's limit) that stays free between micro-batches
@@ -148,6 +150,7 @@ class Rehearsed:
 
 
 def rehearse(
+    objective: Objective,
     model: Model,
     pace: Pace,
     longest: pack.MicroBatch,
@@ -168,10 +171,9 @@ def rehearse(
         try:
             with accelerator.random_kept(devices), usage.Peak() as peak:
                 model.train()
-                loss.micro_batch_loss(model, batch(rows)).backward()
+                objectives.micro_batch_loss(objective, model, batch(rows)).backward()
                 model.zero_grad()
-                for first in islice(evaluation, 1):
-                    loss.mean_loss(model, [first])
+                objectives.evaluate(objective, model, islice(evaluation, 1))
             model.train(training)
             took = max(0, peak.private - held.private)
             if pace.on_card:

@@ -23,12 +23,15 @@ from halfbyte.models.tensors import is_embedding
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device
 from halfbyte.training import early
+from halfbyte.training import objective as objectives
+from halfbyte.training.objective import Objective
 from halfbyte.types import Config, Document, Tokenizer
 
 
 @dataclass(frozen=True)
 class Prepared:
     recipe: Recipe
+    objective: Objective
     checkpoint: Checkpoint
     config: Config
     tokenizer: Tokenizer
@@ -41,12 +44,15 @@ class Prepared:
     """The rows (texts, not blocks of them) that were taken out of the training rows."""
 
 
-def prepare(recipe: Recipe) -> Prepared:
+def prepare(recipe: Recipe, objective: Objective | None = None) -> Prepared:
     """Find the model, read its tokenizer, turn every row into tokens and labels, and let the gates judge them.
+
+    Args:
+        objective: None for the one that the recipe asks for.
 
     A HalfbyteError tells of no model, no rows or bad rows, a DataError of all that the gates refuse.
     """
-    prepared = look(recipe)
+    prepared = look(recipe, objective)
     for rows in (prepared.train, prepared.evaluation):
         if rows is not None:
             rows.tally.check_length(recipe.data)
@@ -54,7 +60,7 @@ def prepare(recipe: Recipe) -> Prepared:
     return prepared
 
 
-def look(recipe: Recipe) -> Prepared:
+def look(recipe: Recipe, objective: Objective | None = None) -> Prepared:
     """As `prepare`, and what the gates refuse is only among the findings."""
     early.rows(recipe)
     checkpoint = find_model(recipe)
@@ -76,7 +82,8 @@ def look(recipe: Recipe) -> Prepared:
     if data.packing == "stream":
         train = blocks.stream(train, data.max_length)
         evaluation = blocks.stream(evaluation, data.max_length) if evaluation is not None else None
-    return Prepared(recipe, checkpoint, config, tokenizer, train, evaluation, findings, settled, kept)
+    objective = objective or objectives.of(recipe)
+    return Prepared(recipe, objective, checkpoint, config, tokenizer, train, evaluation, findings, settled, kept)
 
 
 def _held_out(
@@ -133,13 +140,15 @@ def data_report(prepared: Prepared) -> Document:
 
 
 def fingerprints(prepared: Prepared) -> Document:
-    """How many rows there are, and a hash of their tokens in their order, for each of `train` and `eval`."""
+    """How many rows `train` and `eval` have, and a hash of their tokens and weights in their order."""
 
     def of(encoded: EncodedRows | None) -> Document | None:
         if encoded is None:
             return None
+        columns = [encoded.examples.digests(), encoded.lengths, encoded.labelled]
+        weights = prepared.objective.weights(encoded)
         digest = hashlib.sha256()
-        for column in (encoded.examples.digests(), encoded.lengths, encoded.labelled):
+        for column in columns if weights is encoded.labelled else [*columns, weights]:
             digest.update(column.tobytes())
         return {"rows": len(encoded.examples), "digest": digest.hexdigest()}
 

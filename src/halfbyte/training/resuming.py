@@ -11,6 +11,7 @@ from halfbyte.recipe.schema import Recipe
 from halfbyte.runs import points
 from halfbyte.runs.folder import RunFolder
 from halfbyte.training.events import Listener
+from halfbyte.training.objective import Objective
 from halfbyte.training.prepare import Prepared
 from halfbyte.types import Document
 
@@ -42,8 +43,11 @@ def point_of(fields: Document | None) -> points.Point | None:
     return points.Point(Path(fields["path"]), fields["step"], fields["trained"], tuple(fields["passed_over"]))
 
 
-def check(point: points.Point, recipe: Recipe, rows: Document, total: int, tell: Listener) -> list[str]:
-    """Compare rows and length with those of the run; says from where it goes on. Returns what the report notes.
+def check(
+    point: points.Point, recipe: Recipe, objective: Objective, rows: Document, total: int, tell: Listener
+) -> list[str]:
+    """Compare objective, rows and length with those of the run; says from where it goes on. Returns what the report
+    notes.
 
     Args:
         rows: as `prepare.fingerprints` makes them.
@@ -52,6 +56,7 @@ def check(point: points.Point, recipe: Recipe, rows: Document, total: int, tell:
     Raises:
         RunError: the rows are others, or more steps are done than are asked for.
     """
+    points.check_objective(point, recipe, objective.name)
     points.check_rows(point, recipe, rows)
     if point.step > total:
         raise RunError(

@@ -31,6 +31,7 @@ def plan_steps(prepared: Prepared, tokens: int, examples: int | None, *, rank: i
         examples_per_micro_batch=examples,
         rank=rank,
         ranks=ranks,
+        weights=prepared.objective.weights(prepared.train),
     )
 
 
@@ -42,12 +43,12 @@ def micro_batches(
     steps = plan_steps(prepared, tokens, examples, rank=rank, ranks=ranks)
     if prepared.evaluation is None:
         return steps, collate.Batches((), ())
-    lengths, most = prepared.evaluation.lengths, examples or prepared.recipe.train.per_device_eval_batch_size
-    made = pack.eval_micro_batches(lengths, tokens, most)
+    lengths, max_rows = prepared.evaluation.lengths, examples or prepared.recipe.train.per_device_eval_batch_size
+    held_out = pack.eval_micro_batches(lengths, tokens, max_rows)
     if ranks > 1:
-        sizes = [int(sum(lengths[row] for row in rows)) for rows in made]
-        made = [made[number] for number in pack.share(range(len(made)), sizes, ranks)[rank]]
-    return steps, collate.Batches(prepared.evaluation.examples, made)
+        sizes = [int(sum(lengths[row] for row in rows)) for rows in held_out]
+        held_out = [held_out[number] for number in pack.share(range(len(held_out)), sizes, ranks)[rank]]
+    return steps, collate.Batches(prepared.evaluation.examples, held_out, prepared.objective.collate)
 
 
 @dataclass(frozen=True)

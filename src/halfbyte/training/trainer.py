@@ -28,10 +28,10 @@ from halfbyte.adapters.lora import loraplus_optimizer
 from halfbyte.data import collate, pack
 from halfbyte.distributed.world import World
 from halfbyte.errors import RecipeError, first_line
-from halfbyte.layers import loss
 from halfbyte.layers.kernels import dropout
 from halfbyte.recipe.schema import Train
-from halfbyte.training import balance
+from halfbyte.training import objective as objectives
+from halfbyte.training.objective import Objective
 from halfbyte.training.pace import Pace
 from halfbyte.training.watch import gradients
 from halfbyte.types import Batch, Document, Model
@@ -166,11 +166,13 @@ class StepTrainer(Trainer):
         *,
         train_dataset: collate.StepDataset,
         eval_batches: collate.Batches,
+        objective: Objective,
         loraplus_lr_ratio: float | None,
         pace: Pace,
         world: World | None = None,
         shards: "Shards | None" = None,
     ) -> None:
+        self.objective = objective
         self.world, self.shards, self._sum = world or World(), shards, None
         if not self.world.alone:
             from halfbyte.distributed.step import StepSum
@@ -231,7 +233,7 @@ class StepTrainer(Trainer):
             held = self.pace.hold(model)
             try:
                 with self._drawn(step, waiting[0]), self._passing():
-                    part = self._run_micro_batch(model, micro_batches.of(waiting[0]), step.labelled_tokens)
+                    part = self._run_micro_batch(model, micro_batches.of(waiting[0]), step.weight)
             except (RuntimeError, MemoryError) as error:
                 waiting = self.pace.failed(error, model, held, waiting)
                 continue
@@ -261,7 +263,7 @@ class StepTrainer(Trainer):
         assert self.shards is not None
         with self.shards.passing():
             row = micro_batches.of((self.shards.empty(self.pace.lengths),))
-            self.accelerator.backward(0.0 * balance.micro_batch_loss(model, row))
+            self.accelerator.backward(0.0 * objectives.micro_batch_loss(self.objective, model, row))
 
     def settle(self) -> None:
         """Of a sharded base: wait until the first process has done what it does alone."""
@@ -292,10 +294,9 @@ class StepTrainer(Trainer):
             raise Left
         return total.new_tensor(told.loss), told.bad
 
-    def _run_micro_batch(self, model: Model, batch: Batch, labelled_tokens: int) -> torch.Tensor:
+    def _run_micro_batch(self, model: Model, batch: Batch, step_weight: float) -> torch.Tensor:
         """Forward and backward of one micro-batch; its share of the step's loss."""
-        summed = balance.micro_batch_loss(model, batch, label_smoothing=self.args.label_smoothing_factor)
-        part = summed / labelled_tokens
+        part = objectives.micro_batch_loss(self.objective, model, batch) / step_weight
         self.accelerator.backward(part)
         return part.detach()
 
@@ -312,31 +313,30 @@ class StepTrainer(Trainer):
         if self.shards is not None:
             lengths = [len(example.labels) for example in self.eval_batches.examples]
             row = self.eval_batches.of((self.shards.empty(lengths),))
-            batches = self.shards.evened(iter(batches), lambda: loss.micro_batch_loss(self.model, row))
-        found, stopped = self._evaluated(loss.mean_loss(self.model, batches))
+            batches = self.shards.evened(iter(batches), lambda: self.objective.sums(self.model, row))
+        sums, stopped = self._evaluated(objectives.evaluate(self.objective, self.model, batches))
+        scores = self.objective.scores(sums)
         if last or not stopped:
-            found |= self.world.from_first(self.scores)
+            scores |= self.world.from_first(self.scores)
         self._ended = time.perf_counter()
         if not last and (self.stops() if self.world.alone else stopped):
             self.control.should_training_stop, self.control.should_evaluate = True, False
             return {f"{metric_key_prefix}_loss": math.inf}  # the Trainer looks for it; nobody is told
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in found.items()}
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _evaluated(self, own: dict[str, float]) -> tuple[dict[str, float], bool]:
-        """The evaluation of all processes together, and whether one of them was told to leave it."""
+    def _evaluated(self, sums: objectives.Sums) -> tuple[objectives.Sums, bool]:
+        """The sums of an evaluation over all processes, and whether one of them was told to leave it."""
         if self.world.alone:
-            return own, self.stops()
-        from halfbyte.distributed.step import sums
+            return sums, self.stops()
+        from halfbyte.distributed import step
 
-        labelled = own["labelled_tokens"]
-        asked = [own["loss"] * labelled, labelled, own["tokens"], float(self.stops())]
-        total, labelled, tokens, stops = sums(self.world, asked)
+        *totals, stops = step.sums(self.world, [*sums.values(), float(self.stops())])
         if stops:
             self.heard()
-        return loss.mean_of(total, int(labelled), int(tokens)), stops > 0
+        return dict(zip(sums, totals, strict=True)), stops > 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's, whose one epoch is the whole run: here `epoch` counts passes over the data."""

@@ -18,7 +18,7 @@ from halfbyte.errors import TrainError
 from halfbyte.layers import loss
 from halfbyte.proofs.packing import prove_packing
 from halfbyte.runs.folder import RunFolder
-from halfbyte.training import balance, pace
+from halfbyte.training import objective, pace
 from halfbyte.training.trainer import StepTrainer
 from halfbyte.training.watch import gradients
 from tests import plain_peft, tiny, tiny_run
@@ -28,14 +28,14 @@ Patch = pytest.MonkeyPatch
 
 def at_micro_batch(patch: Patch, number: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """The loss of one micro-batch of the run, changed."""
-    real, seen = balance.micro_batch_loss, [0]
+    real, seen = objective.micro_batch_loss, [0]
 
     def faulty(*args: Any, **kwargs: Any) -> torch.Tensor:
         seen[0] += 1
         summed = real(*args, **kwargs)
         return change(summed) if seen[0] == number else summed
 
-    patch.setattr(balance, "micro_batch_loss", faulty)
+    patch.setattr(objective, "micro_batch_loss", faulty)
 
 
 def small(folder: Path, **more: Any) -> Any:

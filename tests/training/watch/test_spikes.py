@@ -11,7 +11,7 @@ import torch
 
 from halfbyte import finetune
 from halfbyte.runs.folder import RunFolder
-from halfbyte.training import balance
+from halfbyte.training import objective
 from halfbyte.training.watch.spikes import Spikes, notice
 from tests import tiny_run
 
@@ -52,13 +52,13 @@ def test_a_resumed_run_knows_the_steps_before() -> None:
 
 
 def test_a_spike_is_in_metrics_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, count = balance.micro_batch_loss, [0]
+    real, count = objective.micro_batch_loss, [0]
 
     def faulty(*args: Any, **kwargs: Any) -> torch.Tensor:
         count[0] += 1
         return real(*args, **kwargs) * (30.0 if count[0] == 12 else 1.0)
 
-    monkeypatch.setattr(balance, "micro_batch_loss", faulty)
+    monkeypatch.setattr(objective, "micro_batch_loss", faulty)
     loaded = tiny_run.recipe(tmp_path, train__max_steps=14, train__learning_rate=1e-4)
     report = finetune.train(loaded).report
     found = RunFolder(tmp_path / "run").read_metrics()

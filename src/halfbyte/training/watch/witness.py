@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from halfbyte.adapters import learning
+from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import TrainError, first_line, typed
 from halfbyte.models import structure
 from halfbyte.proofs import dequantising, setting
 from halfbyte.proofs.closeness import distance
+from halfbyte.training.objective import Objective
 from halfbyte.types import Model
 
 # Relative, of all logits or gradients together, in units of the dtype's epsilon. On one CPU the same sums come out to
@@ -33,9 +35,13 @@ _SMALL = 1 << 22  # numbers that a fixed parameter is filled with; a larger one 
 
 @dataclass
 class Witness:
-    """What a model computes of fixed rows with fixed adapters. `packed`: rows share a micro-batch. `readable`: in which
-    weights can be read without a forward."""
+    """What a model computes of fixed rows with fixed adapters.
 
+    Args:
+        packed: rows share a micro-batch. readable: in which weights can be read without a forward.
+    """
+
+    objective: Objective
     model: Model
     packed: bool
     readable: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -90,15 +96,22 @@ class Witness:
             model.eval()
             lm = structure.causal_lm(model)
             rows = setting.random_examples(lm, setting.short_lengths(packed=self.packed))
+            batch = self.objective.collate([_example(ids.tolist()) for ids in rows])
             # the names of a layer's A and B are long
             parameters = {f"{name}.{i}": p for name, pair in learning.pairs(model).items() for i, p in enumerate(pair)}
             with torch.no_grad():
                 logits = setting.logits(lm, rows).cpu()
-            _, gradients = setting.loss_and_gradients(model, [setting.labelled(rows)], parameters=parameters)
+            loss = self.objective.loss
+            _, gradients = setting.loss_and_gradients(model, [batch], parameters=parameters, loss=loss)
         return {_LOGITS: logits} | {name: gradient.cpu() for name, gradient in gradients.items()}
 
 
 _LOGITS = ""
+
+
+def _example(ids: list[int]) -> Example:
+    """A row of these tokens, the first two without a label."""
+    return Example(tuple(ids), (IGNORED, IGNORED, *ids[2:])[: len(ids)], "", (), "")
 
 
 @contextmanager

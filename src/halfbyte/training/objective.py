@@ -1,0 +1,178 @@
+"""What is learned: the seam between a method of training and everything that runs one.
+
+What: an `Objective` says of its rows what is laid out, what is labelled and how much each counts; of a micro-batch its
+loss, as a sum; of an evaluation its scores, from sums; and what all of it costs. Trainer, pace, watch, plan and resume
+ask it and know no method themselves. Supervised fine-tuning (`CausalLM`) is the first.
+Why sums: the loss of a step is the sum over all its rows divided once by their weights, so any split into micro-batches
+and over processes trains the same.
+A new method is a class with these members in a file of its own; `finetune.train(..., objective=...)` takes it. A row
+may be several texts (`Example.starts`), as a pair of answers is; a reference model is a forward under
+`adapters.lora.base_alone`, counted in `cost.forwards`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from halfbyte.data import collate, pack
+from halfbyte.layers import loss
+from halfbyte.models import structure
+from halfbyte.plan.objective import NO_COST, ObjectiveCost
+from halfbyte.runs import points
+
+if TYPE_CHECKING:
+    from halfbyte.data.encoding.encoder import Encoded
+    from halfbyte.data.encoding.examples import Example
+    from halfbyte.recipe.schema import Recipe
+    from halfbyte.types import Batch, Model
+
+Sums = dict[str, float]
+"""What an evaluation adds up over micro-batches and processes, by name."""
+
+
+class Objective(Protocol):
+    """A method of training. Everything that is summed may be split at will."""
+
+    @property
+    def name(self) -> str:
+        """Kept in checkpoints: a run goes on with the objective that it began with."""
+
+    @property
+    def cost(self) -> ObjectiveCost:
+        """What it takes beside a forward and a backward, for the plan."""
+
+    @property
+    def sum_names(self) -> tuple[str, ...]:
+        """What `sums` adds up, by name: a process without a held-out row has zeros of them."""
+
+    def weights(self, rows: Encoded) -> pack.Weights:
+        """What each row counts for in the mean of its step: (rows,), each above 0."""
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """The batch of some rows: `data.collate.collate`, and whatever else the loss reads of them."""
+
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        """The loss of a micro-batch in training, summed and not yet divided: a scalar, fp32, with its graph."""
+
+    def weight(self, batch: Batch) -> float:
+        """What the loss of a micro-batch counts for: the sum of the weights of its rows."""
+
+    def sums(self, model: Model, batch: Batch) -> Sums:
+        """What an evaluation adds up of a micro-batch, without gradients."""
+
+    def scores(self, sums: Sums) -> dict[str, float]:
+        """The scores of an evaluation from the sums over all of its rows; `loss` is one of them."""
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Supervised fine-tuning: cross-entropy of the next token, the mean over labelled tokens."""
+
+    label_smoothing: float = 0.0
+    """As `TrainingArguments.label_smoothing_factor`; evaluations are without."""
+
+    name: ClassVar[str] = points.CAUSAL_LM
+    cost: ClassVar[ObjectiveCost] = NO_COST
+    sum_names: ClassVar[tuple[str, ...]] = ("loss", "labelled_tokens", "tokens")
+
+    def weights(self, rows: Encoded) -> pack.Weights:
+        return rows.labelled
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        return collate.collate(examples)
+
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        return loss.micro_batch_loss(model, batch, label_smoothing=self.label_smoothing)
+
+    def weight(self, batch: Batch) -> float:
+        return len(batch["targets"])
+
+    def sums(self, model: Model, batch: Batch) -> Sums:
+        total = float(loss.micro_batch_loss(model, batch))
+        return {"loss": total, "labelled_tokens": batch["targets"].numel(), "tokens": batch["input_ids"].numel()}
+
+    def scores(self, sums: Sums) -> dict[str, float]:
+        """`loss` and `perplexity` of a labelled token; `labelled_tokens`, `tokens`."""
+        labelled = int(sums["labelled_tokens"])
+        mean = sums["loss"] / max(labelled, 1)
+        perplexity = math.exp(min(mean, 700.0))
+        return {"loss": mean, "perplexity": perplexity, "labelled_tokens": labelled, "tokens": int(sums["tokens"])}
+
+
+def of(recipe: Recipe) -> Objective:
+    """The objective that a recipe asks for."""
+    return CausalLM(recipe.train.label_smoothing_factor)
+
+
+def micro_batch_loss(objective: Objective, model: Model, batch: Batch) -> Tensor:
+    """The objective's loss of a micro-batch, and the model's auxiliary loss where its config asks for one.
+
+    That one keeps a mixture's experts evenly used: with `output_router_logits` a model adds `router_aux_loss_coef`
+    times a loss of its routers' logits to the mean. It is the model's own function, over the tokens of a micro-batch,
+    which counts by its weight. An evaluation is told without it, as it says nothing of the text.
+    Source: Switch Transformers, arXiv:2101.03961, section 2.2; `load_balancing_loss_func` in transformers' models.
+    Cost: E numbers a token and layer.
+
+    Returns:
+        The sum, a scalar in fp32.
+    """
+    lm = structure.causal_lm(model)
+    function = _auxiliary_loss(lm)
+    if function is None:
+        return objective.loss(model, batch)
+    routed: list[tuple[Tensor, ...]] = []
+    body = structure.body(lm)
+    asks = body.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "output_router_logits": True}), with_kwargs=True
+    )
+    reads = body.register_forward_hook(lambda module, args, output: routed.append(output.router_logits))
+    try:
+        summed = objective.loss(model, batch)
+    finally:
+        asks.remove()
+        reads.remove()
+    logits = tuple(each for each in routed[-1] if each is not None)
+    tokens = batch["input_ids"].shape[1]
+    mask = None
+    if logits[0].shape[0] > tokens:  # filled up by `packing.aligned`
+        mask = (torch.arange(logits[0].shape[0], device=logits[0].device) < tokens).long()[None]
+    config = lm.config.get_text_config()
+    coefficient = next(getattr(config, name) for name in _COEFFICIENTS if hasattr(config, name))
+    auxiliary: Tensor = function(logits, logits[0].shape[-1], config.num_experts_per_tok, mask)
+    return summed + coefficient * objective.weight(batch) * auxiliary.to(summed.device)
+
+
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+
+
+def _auxiliary_loss(lm: Model) -> Callable[..., Any] | None:
+    """The model's own function; None where the config does not ask for it, or the model has none."""
+    config = lm.config.get_text_config()
+    if not getattr(config, "output_router_logits", False) or not any(hasattr(config, n) for n in _COEFFICIENTS):
+        return None
+    return getattr(sys.modules.get(type(lm).__module__), "load_balancing_loss_func", None)
+
+
+def evaluate(objective: Objective, model: Model, batches: Iterable[Batch]) -> Sums:
+    """The sums of an evaluation over micro-batches, in eval mode, without gradients; the mode is put back."""
+    was_training, total = model.training, dict.fromkeys(objective.sum_names, 0.0)
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                sums = objective.sums(model, batch)
+                total = {name: total[name] + sums[name] for name in total}
+    finally:
+        model.train(was_training)
+    return total
+
+
+def mean_scores(objective: Objective, model: Model, batches: Iterable[Batch]) -> dict[str, float]:
+    return objective.scores(evaluate(objective, model, batches))
