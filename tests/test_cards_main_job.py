@@ -24,10 +24,11 @@ from halfbyte.errors import BaseModelError
 from halfbyte.inference import generate
 from halfbyte.inference import load as opened
 from halfbyte.models.sources.lookup import find_model
+from halfbyte.objectives.causal_lm import CausalLM
+from halfbyte.objectives.objective import mean_scores
 from halfbyte.plan import choose
 from halfbyte.quant import bnb as codec
 from halfbyte.system import device
-from halfbyte.training.objective import CausalLM, mean_scores
 from tests import fake_card, tiny, tiny_run
 from tests.test_fake_card import DROPIN, Notes, losses, machine, of_cpu, on, padded
 

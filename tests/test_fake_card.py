@@ -23,6 +23,8 @@ from halfbyte.inference import generate
 from halfbyte.inference import load as opened
 from halfbyte.layers import loss, packing
 from halfbyte.models import structure, tensors
+from halfbyte.objectives.causal_lm import CausalLM
+from halfbyte.objectives.objective import mean_scores
 from halfbyte.plan import Job, Rows, choose
 from halfbyte.proofs.fusing import prove_fused
 from halfbyte.proofs.packing import prove_packing
@@ -30,7 +32,6 @@ from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device
 from halfbyte.system.cards import Card
 from halfbyte.training.events import Listener
-from halfbyte.training.objective import CausalLM, mean_scores
 from tests import fake_card, tiny, tiny_run
 
 DROPIN = {"r": 4, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}

@@ -25,6 +25,7 @@ from halfbyte.distributed.world import World
 from halfbyte.errors import DataError, TrainError
 from halfbyte.inference import evaluate, verify
 from halfbyte.layers.kernels import pool
+from halfbyte.objectives.objective import Objective
 from halfbyte.plan import calibrate
 from halfbyte.proofs import adapter, integers
 from halfbyte.recipe.adapter import folder_of
@@ -40,7 +41,6 @@ from halfbyte.system.libraries import versions
 from halfbyte.training import fit, prepare, resuming
 from halfbyte.training.callback import Follower, RunCallback
 from halfbyte.training.events import Listener, StopRequest, stop_on_signals, without_a_terminal
-from halfbyte.training.objective import Objective
 from halfbyte.training.pace import Pace, recompute_as
 from halfbyte.training.schedule import cadence, eval_every, micro_batches, plan_steps
 from halfbyte.training.stopping import EarlyStopping
@@ -108,7 +108,7 @@ def train(
         resume: go on from the run's newest checkpoint; a finished run of which no more is asked stays as it is.
         force: go on also where base, tokenizer or chat template are not those of the checkpoint.
         world: the processes that train together; None for those that a launcher has started (`distributed.world`).
-        objective: what is learned of the rows (`training.objective`); None for what the recipe asks for.
+        objective: what is learned of the rows (`objectives/`); None for what the recipe asks for.
 
     Raises:
         HalfbyteError: a mistake in the recipe, the data or the model, before the run folder exists; TrainError after.

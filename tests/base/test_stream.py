@@ -20,10 +20,11 @@ from halfbyte.inference import load as opened_run
 from halfbyte.layers import fuse, loss, packing
 from halfbyte.models import structure
 from halfbyte.models.sources.checkpoint import Checkpoint
+from halfbyte.objectives.causal_lm import CausalLM
+from halfbyte.objectives.objective import mean_scores
 from halfbyte.proofs.packing import prove_packing
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import device, pages
-from halfbyte.training.objective import CausalLM, mean_scores
 from tests import mapped, tiny, tiny_run
 from tests.present import present_bytes
 

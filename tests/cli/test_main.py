@@ -29,6 +29,7 @@ from halfbyte.base import load
 from halfbyte.cli import conversation, progress, show, show_plan
 from halfbyte.errors import HalfbyteError
 from halfbyte.inference import generate
+from halfbyte.objectives.causal_lm import CausalLM
 from halfbyte.plan import estimate
 from halfbyte.recipe.command import recipe_or_model
 from halfbyte.recipe.file import load_recipe
@@ -36,7 +37,6 @@ from halfbyte.recipe.schema import leaves
 from halfbyte.runs import points
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import files
-from halfbyte.training.objective import CausalLM
 from tests import tiny_run
 from tests.in_process import Cli, Ended, runner
 

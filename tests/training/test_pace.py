@@ -10,9 +10,9 @@ import torch
 
 from halfbyte import finetune
 from halfbyte.errors import TrainError
+from halfbyte.objectives.causal_lm import CausalLM
 from halfbyte.training import fit
 from halfbyte.training.events import Listener
-from halfbyte.training.objective import CausalLM
 from halfbyte.training.pace import Pace, rehearse
 from tests import tiny_run
 from tests.layers.test_fuse import adapted, batch

@@ -25,6 +25,8 @@ from halfbyte.errors import DataError, RunError, TrainError
 from halfbyte.inference import load as opened_run
 from halfbyte.inference.generate import Sampling, generate
 from halfbyte.layers import loss, packing
+from halfbyte.objectives.causal_lm import CausalLM
+from halfbyte.objectives.objective import mean_scores
 from halfbyte.proofs.packing import PackingProof, prove_packing
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import Loaded
@@ -32,7 +34,6 @@ from halfbyte.runs import points
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device
 from halfbyte.training.events import Listener
-from halfbyte.training.objective import CausalLM, mean_scores
 from halfbyte.training.prepare import prepare
 from tests import scored, tiny, tiny_run
 

@@ -34,12 +34,13 @@ from halfbyte.models.context import context_of
 from halfbyte.models.lora_sites import split_at_layer
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import find_model
+from halfbyte.objectives.causal_lm import CausalLM
+from halfbyte.objectives.objective import mean_scores
 from halfbyte.quant import policy
 from halfbyte.recipe import number_formats
 from halfbyte.recipe.schema import Lora, Quant, Recipe
 from halfbyte.system import device, files
 from halfbyte.system.libraries import versions
-from halfbyte.training.objective import CausalLM, mean_scores
 from halfbyte.types import Config, Document
 
 FILE = "quality.json"

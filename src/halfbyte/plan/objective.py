@@ -1,6 +1,6 @@
 """What an objective of training takes beside a forward and a backward of its rows, as the plan counts it.
 
-The objectives themselves are in `training/objective.py`, which needs torch; this is their share of memory and time.
+The objectives themselves are in `objectives/`, which needs torch; this is their share of memory and time.
 Cost: none; no torch.
 """
 

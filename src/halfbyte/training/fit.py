@@ -19,6 +19,7 @@ from halfbyte.data import collate, pack
 from halfbyte.distributed import shard
 from halfbyte.errors import RunError
 from halfbyte.models.structure import meta_model
+from halfbyte.objectives.objective import Objective
 from halfbyte.plan import Job, Plan, Rows, calibrate, choose, memory, plan_training
 from halfbyte.plan.result import Recompute
 from halfbyte.proofs import integers
@@ -30,7 +31,6 @@ from halfbyte.system import files, usage
 from halfbyte.system.device import Device
 from halfbyte.system.usage import Usage
 from halfbyte.training.events import Listener
-from halfbyte.training.objective import Objective
 from halfbyte.training.pace import Pace, recompute_as, rehearse
 from halfbyte.training.prepare import Prepared, data_note, prepare
 from halfbyte.training.schedule import count_steps

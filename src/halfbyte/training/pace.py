@@ -23,11 +23,11 @@ from halfbyte.errors import TrainError, first_line
 from halfbyte.layers import fuse
 from halfbyte.layers.kernels import pool
 from halfbyte.models import structure
+from halfbyte.objectives import objective as objectives
+from halfbyte.objectives.objective import Objective
 from halfbyte.plan.result import GB, Recompute
 from halfbyte.system import accelerator, usage
 from halfbyte.system.device import ram_available
-from halfbyte.training import objective as objectives
-from halfbyte.training.objective import Objective
 from halfbyte.types import Batch, Model
 
 MARGIN_SHARE = 0.03  # of the machine's memory (or the group's limit) that stays free between micro-batches

@@ -20,11 +20,11 @@ from halfbyte.models.context import context_of
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.models.tensors import is_embedding
+from halfbyte.objectives import causal_lm
+from halfbyte.objectives.objective import Objective
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device
 from halfbyte.training import early
-from halfbyte.training import objective as objectives
-from halfbyte.training.objective import Objective
 from halfbyte.types import Config, Document, Tokenizer
 
 
@@ -82,7 +82,7 @@ def look(recipe: Recipe, objective: Objective | None = None) -> Prepared:
     if data.packing == "stream":
         train = blocks.stream(train, data.max_length)
         evaluation = blocks.stream(evaluation, data.max_length) if evaluation is not None else None
-    objective = objective or objectives.of(recipe)
+    objective = objective or causal_lm.of_recipe(recipe)
     return Prepared(recipe, objective, checkpoint, config, tokenizer, train, evaluation, findings, settled, kept)
 
 

@@ -6,12 +6,12 @@ from halfbyte.adapters import passport
 from halfbyte.adapters.assembly import Assembled
 from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.errors import RunError, typed
+from halfbyte.objectives.objective import Objective
 from halfbyte.recipe.fields import shown
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs import points
 from halfbyte.runs.folder import RunFolder
 from halfbyte.training.events import Listener
-from halfbyte.training.objective import Objective
 from halfbyte.training.prepare import Prepared
 from halfbyte.types import Document
 

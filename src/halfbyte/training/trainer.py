@@ -29,9 +29,9 @@ from halfbyte.data import collate, pack
 from halfbyte.distributed.world import World
 from halfbyte.errors import RecipeError, first_line
 from halfbyte.layers.kernels import dropout
+from halfbyte.objectives import objective as objectives
+from halfbyte.objectives.objective import Objective
 from halfbyte.recipe.schema import Train
-from halfbyte.training import objective as objectives
-from halfbyte.training.objective import Objective
 from halfbyte.training.pace import Pace
 from halfbyte.training.watch import gradients
 from halfbyte.types import Batch, Document, Model

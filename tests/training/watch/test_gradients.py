@@ -16,9 +16,10 @@ from transformers import TrainerCallback
 from halfbyte import finetune
 from halfbyte.errors import TrainError
 from halfbyte.layers import loss
+from halfbyte.objectives import objective
 from halfbyte.proofs.packing import prove_packing
 from halfbyte.runs.folder import RunFolder
-from halfbyte.training import objective, pace
+from halfbyte.training import pace
 from halfbyte.training.trainer import StepTrainer
 from halfbyte.training.watch import gradients
 from tests import plain_peft, tiny, tiny_run

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from halfbyte import finetune
+from halfbyte.objectives import objective
 from halfbyte.runs.folder import RunFolder
-from halfbyte.training import objective
 from halfbyte.training.watch.spikes import Spikes, notice
 from tests import tiny_run
 

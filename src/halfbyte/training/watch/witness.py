@@ -22,9 +22,9 @@ from halfbyte.adapters import learning
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import TrainError, first_line, typed
 from halfbyte.models import structure
+from halfbyte.objectives.objective import Objective
 from halfbyte.proofs import dequantising, setting
 from halfbyte.proofs.closeness import distance
-from halfbyte.training.objective import Objective
 from halfbyte.types import Model
 
 # Relative, of all logits or gradients together, in units of the dtype's epsilon. On one CPU the same sums come out to

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from halfbyte.objectives.causal_lm import CausalLM
+from halfbyte.objectives.objective import micro_batch_loss
 from halfbyte.proofs.packing import prove_packing
-from halfbyte.training.objective import CausalLM, micro_batch_loss
 from tests import plain_peft, small_models, tiny
 
 

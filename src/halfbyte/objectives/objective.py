@@ -2,35 +2,30 @@
 
 What: an `Objective` says of its rows what is laid out, what is labelled and how much each counts; of a micro-batch its
 loss, as a sum; of an evaluation its scores, from sums; and what all of it costs. Trainer, pace, watch, plan and resume
-ask it and know no method themselves. Supervised fine-tuning (`CausalLM`) is the first.
+ask it and know no method themselves. Supervised fine-tuning (`causal_lm.py`) is the first.
 Why sums: the loss of a step is the sum over all its rows divided once by their weights, so any split into micro-batches
 and over processes trains the same.
-A new method is a class with these members in a file of its own; `finetune.train(..., objective=...)` takes it. A row
+A new method is a class with these members in a file of this room; `finetune.train(..., objective=...)` takes it. A row
 may be several texts (`Example.starts`), as a pair of answers is; a reference model is a forward under
 `adapters.lora.base_alone`, counted in `cost.forwards`.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from halfbyte.data import collate, pack
-from halfbyte.layers import loss
+from halfbyte.data import pack
 from halfbyte.models import structure
-from halfbyte.plan.objective import NO_COST, ObjectiveCost
-from halfbyte.runs import points
+from halfbyte.plan.objective import ObjectiveCost
 
 if TYPE_CHECKING:
     from halfbyte.data.encoding.encoder import Encoded
     from halfbyte.data.encoding.examples import Example
-    from halfbyte.recipe.schema import Recipe
     from halfbyte.types import Batch, Model
 
 Sums = dict[str, float]
@@ -69,46 +64,6 @@ class Objective(Protocol):
 
     def scores(self, sums: Sums) -> dict[str, float]:
         """The scores of an evaluation from the sums over all of its rows; `loss` is one of them."""
-
-
-@dataclass(frozen=True)
-class CausalLM:
-    """Supervised fine-tuning: cross-entropy of the next token, the mean over labelled tokens."""
-
-    label_smoothing: float = 0.0
-    """As `TrainingArguments.label_smoothing_factor`; evaluations are without."""
-
-    name: ClassVar[str] = points.CAUSAL_LM
-    cost: ClassVar[ObjectiveCost] = NO_COST
-    sum_names: ClassVar[tuple[str, ...]] = ("loss", "labelled_tokens", "tokens")
-
-    def weights(self, rows: Encoded) -> pack.Weights:
-        return rows.labelled
-
-    def collate(self, examples: Sequence[Example]) -> Batch:
-        return collate.collate(examples)
-
-    def loss(self, model: Model, batch: Batch) -> Tensor:
-        return loss.micro_batch_loss(model, batch, label_smoothing=self.label_smoothing)
-
-    def weight(self, batch: Batch) -> float:
-        return len(batch["targets"])
-
-    def sums(self, model: Model, batch: Batch) -> Sums:
-        total = float(loss.micro_batch_loss(model, batch))
-        return {"loss": total, "labelled_tokens": batch["targets"].numel(), "tokens": batch["input_ids"].numel()}
-
-    def scores(self, sums: Sums) -> dict[str, float]:
-        """`loss` and `perplexity` of a labelled token; `labelled_tokens`, `tokens`."""
-        labelled = int(sums["labelled_tokens"])
-        mean = sums["loss"] / max(labelled, 1)
-        perplexity = math.exp(min(mean, 700.0))
-        return {"loss": mean, "perplexity": perplexity, "labelled_tokens": labelled, "tokens": int(sums["tokens"])}
-
-
-def of(recipe: Recipe) -> Objective:
-    """The objective that a recipe asks for."""
-    return CausalLM(recipe.train.label_smoothing_factor)
 
 
 def micro_batch_loss(objective: Objective, model: Model, batch: Batch) -> Tensor:

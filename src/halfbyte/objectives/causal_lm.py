@@ -1,0 +1,60 @@
+"""Supervised fine-tuning: cross-entropy of the next token, the mean over labelled tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from halfbyte.data import collate, pack
+from halfbyte.layers import loss
+from halfbyte.objectives.objective import Sums
+from halfbyte.plan.objective import NO_COST, ObjectiveCost
+from halfbyte.runs import points
+
+if TYPE_CHECKING:
+    from halfbyte.data.encoding.encoder import Encoded
+    from halfbyte.data.encoding.examples import Example
+    from halfbyte.recipe.schema import Recipe
+    from halfbyte.types import Batch, Model
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    label_smoothing: float = 0.0
+    """As `TrainingArguments.label_smoothing_factor`; evaluations are without."""
+
+    name: ClassVar[str] = points.CAUSAL_LM
+    cost: ClassVar[ObjectiveCost] = NO_COST
+    sum_names: ClassVar[tuple[str, ...]] = ("loss", "labelled_tokens", "tokens")
+
+    def weights(self, rows: Encoded) -> pack.Weights:
+        return rows.labelled
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        return collate.collate(examples)
+
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        return loss.micro_batch_loss(model, batch, label_smoothing=self.label_smoothing)
+
+    def weight(self, batch: Batch) -> float:
+        return len(batch["targets"])
+
+    def sums(self, model: Model, batch: Batch) -> Sums:
+        total = float(loss.micro_batch_loss(model, batch))
+        return {"loss": total, "labelled_tokens": batch["targets"].numel(), "tokens": batch["input_ids"].numel()}
+
+    def scores(self, sums: Sums) -> dict[str, float]:
+        """`loss` and `perplexity` of a labelled token; `labelled_tokens`, `tokens`."""
+        labelled = int(sums["labelled_tokens"])
+        mean = sums["loss"] / max(labelled, 1)
+        perplexity = math.exp(min(mean, 700.0))
+        return {"loss": mean, "perplexity": perplexity, "labelled_tokens": labelled, "tokens": int(sums["tokens"])}
+
+
+def of_recipe(recipe: Recipe) -> CausalLM:
+    """The objective that a recipe asks for."""
+    return CausalLM(recipe.train.label_smoothing_factor)
