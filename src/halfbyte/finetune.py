@@ -203,9 +203,7 @@ def make_ready(
         residual.look(prepared.checkpoint, prepared.config, prepared.recipe, job.modules)
     fingerprints = prepare.fingerprints(prepared)
     agree.check(world, {"rows": fingerprints, **fit.alike(job)})
-    notices = []
-    if point is not None:
-        notices = resuming.check(point, recipe, prepared.objective, fingerprints, job.job.steps, tell)
+    notices = resuming.check(point, recipe, prepared.objective, fingerprints, job.job.steps, tell) if point else []
     for name, why in plan.reasons.items():
         tell.note("plan", f"{name} {getattr(plan, name)}: {why}")
     dropped = "" if plan.host_lines else f"; {plan.peak_bytes / 1e9:.2f} GB with pages of files, which can be dropped"
