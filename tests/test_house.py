@@ -23,7 +23,7 @@ MAX_LINES = 450
 MAX_FILES_AT_ROOT = 6
 MAX_FILES_IN_A_FOLDER = 20
 MAX_LINES_OF_A_FUNCTION = 60
-MAX_LINES_OF_SOURCE = 49_400
+MAX_LINES_OF_SOURCE = 49_700
 MAX_CLASS_NAMES_WITH_TWO_MEANINGS = 21
 MAX_ASSIGNMENTS_OF_THREE = 218  # `a, b, c = x, y, z`: for what is one thing, as a shape
 MAX_VAGUE_VARIABLES = 470
@@ -62,7 +62,7 @@ LIGHT_FILES = (
     "report.page",
     "report.compare",
     "report.live",
-    "training.early",
+    "training.preflight",
 )
 # What a variable holds has a name: `model`, `rows`, `path`. These say only how it was come by.
 VAGUE = frozenset({"made", "own", "found", "kept", "held", "said"})

@@ -1,52 +1,48 @@
-"""The whole story on one page: recipe -> rows -> plan -> base -> adapters -> proofs -> train -> report.
+"""The whole story on one page: recipe -> rows -> plan -> model -> steps -> adapter and report.
 
+Each stage is a value made of the one before: `Start` (where the run begins), `PlannedRun` (rows and plan),
+`TrainingModel` (base, adapters, proofs), `Setup` (all that the steps need), `Ended` (how far they came), `Outcome`.
 Only this file (and `doctor.py` and the command line) tells the rooms about each other.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from signal import Signals
 
 from halfbyte.adapters import lora, passport
-from halfbyte.adapters.assembly import Assembled, assembled
-from halfbyte.base import load, residual, stream
-from halfbyte.base.store import supply
-from halfbyte.base.tokenizer import check_vocabulary
-from halfbyte.data import collate, pack, split
-from halfbyte.distributed import agree, send, shard
+from halfbyte.base import load, residual
+from halfbyte.data import split
+from halfbyte.distributed import agree, shard
 from halfbyte.distributed import world as worlds
 from halfbyte.distributed.launch import launched
 from halfbyte.distributed.world import World
-from halfbyte.errors import DataError, TrainError
+from halfbyte.errors import TrainError
 from halfbyte.inference import evaluate, verify
 from halfbyte.layers.kernels import pool
 from halfbyte.objectives.objective import Objective
 from halfbyte.plan import calibrate
 from halfbyte.proofs import adapter, integers
-from halfbyte.recipe.adapter import folder_of
 from halfbyte.recipe.file import seen_from, to_yaml
-from halfbyte.recipe.schema import Loaded, Recipe
+from halfbyte.recipe.schema import Loaded
 from halfbyte.report import page
 from halfbyte.report import start as beginning
-from halfbyte.runs import checkpoint, crash, points
+from halfbyte.runs import crash, points
 from halfbyte.runs import report as reporting
 from halfbyte.runs.folder import DiskRetry, RunFolder, space_for, write_json
 from halfbyte.system import accelerator, device, files, threads, usage
 from halfbyte.system.libraries import versions
-from halfbyte.training import fit, prepare, resuming
-from halfbyte.training.callback import Follower, RunCallback
-from halfbyte.training.events import Listener, StopRequest, stop_on_signals, without_a_terminal
-from halfbyte.training.pace import Pace, recompute_as
-from halfbyte.training.schedule import cadence, eval_every, micro_batches, plan_steps
-from halfbyte.training.stopping import EarlyStopping
-from halfbyte.training.trainer import Left, StepTrainer, training_arguments
+from halfbyte.training import fit, pace, preflight, prepare, schedule
+from halfbyte.training.callback import RunCallback
+from halfbyte.training.events import Listener, stop_on_signals, without_a_terminal
+from halfbyte.training.model import open_model
+from halfbyte.training.preflight import Start
+from halfbyte.training.run import Setup, run_steps
 from halfbyte.training.watch import spikes
-from halfbyte.training.watch.witness import Witness
 from halfbyte.types import Document
 
 
@@ -71,28 +67,6 @@ class Outcome:
         return TrainError.exit_code if useless else 0
 
 
-@dataclass(frozen=True)
-class Ready:
-    """Everything that the steps of a run need, known to be good. `held`: memory before the first step. `point`: where
-    a resumed run goes on; `trained`: what its checkpoints and its adapter say that it was trained with."""
-
-    job: fit.PlannedRun
-    base: Assembled
-    placed: stream.Placed
-    pace: Pace
-    steps: pack.Steps
-    held_out: collate.Batches
-    scores: Callable[[], dict[str, float]]
-    held: usage.Usage
-    settings: threads.ProcessSettings
-    notices: Sequence[str]
-    point: points.Point | None
-    trained: Document
-    compute: integers.Decision
-    world: World
-    shards: shard.Shards | None
-
-
 def train(
     loaded: Loaded,
     *,
@@ -113,269 +87,138 @@ def train(
     Raises:
         HalfbyteError: a mistake in the recipe, the data or the model, before the run folder exists; TrainError after.
     """
-    if world is None:
-        with worlds.opened() as found:
-            return train(loaded, resume=resume, force=force, listener=listener, world=found, objective=objective)
-    tell, out = (listener if world.first else None) or Listener(), Path(loaded.recipe.output)
-    machine = world.share(device.detect())
-    with without_a_terminal():
-        resume = world.goes_on(out, resume)
-        begun = world.from_first(lambda: resuming.begin(loaded.recipe, resume=resume))
-        if begun["report"] is not None:
-            return Outcome(out, begun["report"], begun["report"]["steps"])
-        point = resuming.point_of(begun["point"])
-        if resume and point is None:
+    opening = worlds.opened() if world is None else nullcontext(world)
+    with opening as world, without_a_terminal():
+        tell, run = (listener if world.first else None) or Listener(), Path(loaded.recipe.output)
+        start = preflight.begin(world, loaded.recipe, resume=world.goes_on(run, resume))
+        if start.report is not None:
+            return Outcome(run, start.report, start.report["steps"])
+        if start.resume and start.point is None:
             tell.note("resume", "from the beginning: the run was ended before its first checkpoint")
-        agree.check(world, points.values_that_train(loaded.recipe))
-        ready = make_ready(loaded.recipe, machine, tell, point, force=force, world=world, objective=objective)
-        if not world.first:
-            return _followed(ready, out)
-        local = ready.job.prepared.checkpoint.kind in ("folder", "gguf")
-        kept = to_yaml(seen_from(loaded.recipe, out, model=local))
-        beside = launched(world.agents)
-        if resume and (point is None or point.changes(loaded.recipe)):
-            beside["recipe.yaml"] = kept.encode()
-        folder = RunFolder(out) if resume else RunFolder.create(out, kept, beside)
-        for name, content in beside.items() if resume else ():
-            files.write(out / name, content)
-        return _trained(loaded, ready, folder, tell)
-
-
-def _trained(loaded: Loaded, ready: Ready, folder: RunFolder, tell: Listener) -> Outcome:
-    """Every step, and what a finished run leaves, in a folder that is this process's alone."""
-    machine = ready.job.machine.to_json()
-    noted = crash.reporting(folder, machine)
-    with (
-        folder.lock() as run,
-        stop_on_signals(tell.stopping) as stop,
-        page.at_end(run),
-        noted,
-        usage.Peak() as peak,
-    ):
+        setup = set_up(start, world, tell, objective=objective, force=force)
         try:
-            room = DiskRetry(tell.warn, lambda: stop.signal is not None)
-            room.write(lambda: keep_rows(loaded, ready, run))
-            callback, ended = run_steps(ready, run, stop, tell)
-            if ended.stopped_by is None and callback is not None:
-                ended = Outcome(run.path, finish(ready, run, callback, peak, room), ended.step)
-            shard.settle(ready.shards)
-            return ended
-        except KeyboardInterrupt:
-            saved = [points.step_of(path) for path in points.checkpoints(run.checkpoints)]
-            return Outcome(run.path, {}, max(saved, default=0), stop.signal or Signals.SIGINT, at_once=True)
+            return _lead(setup, loaded, tell) if world.first else _follow(setup)
         finally:
-            ready.placed.remove()
+            setup.model.placed.remove()
 
 
-def _followed(ready: Ready, out: Path) -> Outcome:
-    """Every step, in a process that is not the first one: nothing of it is kept."""
-    with tempfile.TemporaryDirectory(prefix="halfbyte-") as folder, stop_on_signals() as stop:
-        try:
-            _, ended = run_steps(ready, RunFolder(Path(folder)), stop, Listener())
-            shard.settle(ready.shards)
-            return Outcome(out, {}, ended.step, ended.stopped_by)
-        finally:
-            ready.placed.remove()
-
-
-def make_ready(
-    recipe: Recipe,
-    machine: device.Device,
-    tell: Listener,
-    point: points.Point | None = None,
-    *,
-    force: bool = False,
-    world: World | None = None,
-    objective: Objective | None = None,
-) -> Ready:
-    """Rows, plan, base, adapters and micro-batches; the longest of these runs once unless the plan leaves much free."""
-    world = world or World()
-    settings = threads.settle(machine.cores, world.env, sharing=world.sharing)
-    tell.note("process", settings.line)
+def set_up(
+    start: Start, world: World, tell: Listener, *, objective: Objective | None = None, force: bool = False
+) -> Setup:
+    """Rows, plan, model and micro-batches; the longest of these runs once unless the plan leaves much memory free."""
+    agree.check(world, points.values_that_train(start.recipe))
+    machine = world.share(device.detect())
+    process = threads.settle(machine.cores, world.env, sharing=world.sharing)
+    tell.note("process", process.line)
     for text in machine.notes:
         tell.note("machine", text)
+
     with world.node_first():
-        job = fit.planned(recipe, machine, tell, ranks=world.size, objective=objective)
+        run = fit.plan_run(start.recipe, machine, tell, ranks=world.size, objective=objective)
+    prepared, plan = run.prepared, run.plan
     if world.first:
-        fit.check_disk(job.plan, Path(recipe.output))
-    prepared, plan = job.prepared, job.plan
-    if point is None:
-        residual.look(prepared.checkpoint, prepared.config, prepared.recipe, job.modules)
-    fingerprints = prepare.fingerprints(prepared)
-    agree.check(world, {"rows": fingerprints, **fit.alike(job)})
-    notices = resuming.check(point, recipe, prepared.objective, fingerprints, job.job.steps, tell) if point else []
-    for name, why in plan.reasons.items():
-        tell.note("plan", f"{name} {getattr(plan, name)}: {why}")
-    dropped = "" if plan.host_lines else f"; {plan.peak_bytes / 1e9:.2f} GB with pages of files, which can be dropped"
-    tell.note(
-        "plan",
-        f"peak memory about {plan.needed_bytes / 1e9:.2f} GB of {plan.available_bytes / 1e9:.1f} GB free{dropped}",
-    )
-    notices += [*prepare.notices(prepared), *(str(f) for f in prepared.findings if f.level != "ok"), *plan.warnings]
-    start = folder_of(recipe.lora.adapter) if recipe.lora.adapter is not None and point is None else None
-    placed, base = _assembled(job, tell, notices, start, fresh=point is None)
-    belongs = resuming.belongs(job.prepared, base, notices, start, point, force=force)
-    if said := agree.join(world, belongs, base.model, settings.threads):
-        tell.note("world", said)
-    recompute_as(base.model, plan.recompute)
-    pace = fit.make_pace(job, base.model, lambda text: tell.note("memory", text), packed=base.packed.ok)
-    examples = pace.examples_per_micro_batch
-    steps, held_out = micro_batches(prepared, pace.tokens, examples, rank=world.rank, ranks=world.size)
-    compute = fit.compute(job, base, plan_steps(prepared, pace.tokens, examples)[0], tell, notices)
+        fit.check_disk(plan, Path(start.recipe.output))
+    if start.point is None:
+        residual.look(prepared.checkpoint, prepared.config, prepared.recipe, run.modules)
+    rows, learns = prepare.fingerprints(prepared), prepared.objective.name
+    agree.check(world, {"rows": rows, **fit.decisions(run)})
+    notices = preflight.check_resumed(start, learns, rows, run.job.steps, tell)
+    fit.announce(plan, tell)
+
+    model = open_model(run, start, tell, force=force)
+    assembled = model.assembled
+    if line := agree.join(world, model.belongs_to, assembled.model, process.threads):
+        tell.note("world", line)
+    pace.recompute_as(assembled.model, plan.recompute)
+    speed = fit.make_pace(run, assembled.model, lambda text: tell.note("memory", text), packed=assembled.packed.ok)
+    limits = speed.tokens, speed.examples_per_micro_batch
+    steps, held_out = schedule.micro_batches(prepared, *limits, rank=world.rank, ranks=world.size)
+    compute = fit.decide_compute(run, assembled, schedule.plan_steps(prepared, *limits)[0], tell)
     agree.check(world, {"compute": {"products": str(compute.products)}})
+    exact = prepared.recipe.quant.compute == "exact" or compute.products == integers.BOTH
+    notices += [*prepare.notices(prepared), *(str(f) for f in prepared.findings if f.level != "ok"), *plan.warnings]
+    notices += [*model.notices, *([] if exact else [f"compute: {compute}"])]
     for notice in notices:
         tell.note("note", notice)
+
     accelerator.reset_peaks()  # of a calibration and the proofs
     usage.trim()  # what the proofs and the opening of the base left, in the heap and in blocks of our own
     pool.POOL.give_back()
-    scores = evaluate.of_run(job, base.model, pace.tokens)
-    held = fit.rehearsed(job, base.model, pace, steps, held_out, tell)
-    shards = shard.over(world, plan, base.model, tell.note)
-    trained = points.trained_with(recipe, prepared.objective.name, fingerprints, belongs)
-    kept = (settings, notices, point, trained, compute, world, shards)
-    return Ready(job, base, placed, pace, steps, held_out, scores, held, *kept)
-
-
-def _assembled(
-    job: fit.PlannedRun, tell: Listener, notices: list[str], start: Path | None, *, fresh: bool
-) -> tuple[stream.Placed, Assembled]:
-    """The base where the plan wants it, with fresh adapters (or those of `start`) and proofs. What falls back is added
-    to `notices`.
-
-    Args:
-        fresh: the adapters begin as the recipe says; else a checkpoint's weights take their place.
-    """
-    prepared, recipe, plan = job.prepared, job.prepared.recipe, job.plan
-    base = load.open_base(
-        prepared.checkpoint,
-        recipe.quant,
-        job.machine,
-        trust_remote_code=recipe.trust_remote_code,
-        device_map="split" if plan.placement == "split" else {"": job.machine.main},
-        with_tokenizer=False,
-        tell=supply.Tell(progress=tell.building, note=tell.note),
-    )
-    check_vocabulary(prepared.checkpoint, prepared.tokenizer, base.model)
-    tell.note(
-        "base",
-        f"{prepared.checkpoint.id}: {recipe.quant.type}, {base.resident_bytes / 1e9:.3f} GB resident "
-        f"({base.expected_bytes / 1e9:.3f} planned), computing in {base.compute_dtype} ({base.dtype_reason})",
-    )
-    tell.note("base", base.origin)
-    factors = residual.ensure(base, recipe.lora, tell.note) if fresh else None
-    placed, elsewhere = stream.place_as_planned(base.model, plan.placement, asked=recipe.quant.placement != "auto")
-    notices += [f"placement: {elsewhere}"] if elsewhere else []
-    tell.note("placement", f"{placed} ({elsewhere or plan.reasons['placement']})")
-    made = assembled(base, recipe, start=start, factors=factors, note=tell.note)
-    if not made.packed.ok and recipe.data.packing == "stream":
-        raise DataError(
-            f"data.packing stream lays several texts end to end, and here that is not safe: {made.packed.reason}",
-            fix="data.packing: rows",
-        )
-    tell.note("packing", f"{made.packed.mode}: {made.packed.reason}")
-    tell.note("engine", made.engine)
-    notices += [] if made.dequantised.ok else [f"base: {made.dequantised.reason}"]
-    notices += [] if made.packed.ok else [f"packing: {made.packed.reason}"]
-    notices += [] if made.fused.ok else [f"engine: {made.fused.reason}"]
-    return placed, made
-
-
-def keep_rows(loaded: Loaded, ready: Ready, run: RunFolder) -> None:
-    """Write the plan, the rows that were held out, and what is known before the first step."""
-    plan = {**ready.job.plan.to_json(), "steps": len(ready.steps), "tokens": ready.steps.tokens}
-    write_json(run.plan, plan)
-    with space_for(run.held_out):
-        split.keep(ready.job.prepared.held_out, run.held_out)
-    at = 0 if ready.point is None else ready.point.step
-    beginning.write(run, partial(beginning.facts, run, loaded, ready.job, ready.base, ready.compute, ready.notices, at))
-
-
-def run_steps(ready: Ready, run: RunFolder, stop: StopRequest, tell: Listener) -> tuple[RunCallback | None, Outcome]:
-    """Every step, from the first or from a checkpoint, until the last or until a signal. The callback of the first
-    process is what writes the run."""
-    prepared, steps, point, world = ready.job.prepared, ready.steps, ready.point, ready.world
-    recipe, model, base = prepared.recipe, ready.base.model, ready.base.base
-    resume = None if point is None else send.checkpoint(world, point.path, run.path)
-    if world.first:
-        run.truncate_metrics(point.step if point is not None else 0)
-        run.report.unlink(missing_ok=True)  # of the shorter run that goes on
-    arguments = training_arguments(
-        recipe.train if world.first else recipe.train.model_copy(update={"report_to": "none"}),
-        folder=run.path,
-        total_steps=len(steps),
-        fp16=base.compute_dtype == "fp16",
-        use_cpu=base.model.device.type == "cpu",
-        eval_steps=eval_every(prepared),
-    )
-    trainer = StepTrainer(
-        model,
-        arguments,
-        train_dataset=collate.StepDataset(prepared.train.examples, steps, prepared.objective.collate),
-        eval_batches=ready.held_out,
-        objective=prepared.objective,
-        loraplus_lr_ratio=recipe.train.loraplus_lr_ratio,
-        pace=ready.pace,
+    return Setup(
+        start=start,
         world=world,
-        shards=ready.shards,
-    )
-    agreed = stop if world.alone else StopRequest()  # of several processes none ends alone
-    trainer.heard = lambda: setattr(agreed, "signal", agreed.signal or stop.signal or Signals.SIGTERM)
-    callback = _writer(ready, run, trainer, agreed, tell, resume) if world.first else None
-    trainer.add_callback(callback or Follower(trainer, agreed, resume))
-    early = None
-    if recipe.train.early_stopping_patience is not None:
-        early = EarlyStopping(recipe.train, world.from_first(run.read_metrics))
-        trainer.add_callback(early)
-    trainer.scores = ready.scores
-    # early stopping decides on the evaluation itself, so that one is always finished
-    trainer.evaluating, trainer.stops = tell.evaluating, lambda: stop.signal is not None and early is None
-    trainer.leaves = lambda: stop.signal is not None
-    try:
-        trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
-    except Left:
-        if callback is not None:
-            callback.leave()
-    finally:
-        if callback is not None:
-            callback.writing.abandon()
-        tell.end()
-    at = trainer.state.global_step
-    stopped_early = early is not None and early.stops and at < len(steps)
-    if stopped_early and callback is not None:
-        patience = recipe.train.early_stopping_patience
-        callback.stopped_early = True
-        callback.notices.append(f"stopped early at step {at} of {len(steps)}: no better evaluation in {patience}")
-        tell.note("note", callback.notices[-1])
-    stopped = agreed.signal if at < len(steps) and not stopped_early else None
-    return callback, Outcome(run.path, {}, at, stopped)
-
-
-def _writer(
-    ready: Ready, run: RunFolder, trainer: StepTrainer, stop: StopRequest, tell: Listener, resume: Path | None
-) -> RunCallback:
-    """Who writes the run folder while it trains."""
-    prepared, model = ready.job.prepared, ready.base.model
-    source = prepared.checkpoint
-    return RunCallback(
-        trainer=trainer,
+        process=process,
         run=run,
-        listener=tell,
-        cadence=cadence(prepared),
-        # at full precision, so that a resumed run continues from the same numbers
-        adapter=partial(lora.writer, model, base_id=source.id, revision=source.revision, dtype=None),
-        stop=stop,
-        best=checkpoint.Best.of(prepared.recipe, run) if prepared.evaluation is not None else None,
-        trained=ready.trained,
-        witness=Witness(prepared.objective, model, ready.base.packed.ok, shard.first_whole(ready.shards)),
-        resume=resume,
+        model=model,
+        pace=speed,
+        steps=steps,
+        held_out=held_out,
+        compute=compute,
+        answer_scores=evaluate.answer_scores(run, assembled.model, speed.tokens),
+        memory_before=fit.memory_before_steps(run, assembled.model, speed, steps, held_out, tell),
+        shards=shard.over(world, plan, assembled.model, tell.note),
+        trained=points.trained_with(start.recipe, learns, rows, model.belongs_to),
+        notices=tuple(notices),
     )
 
 
-def save(ready: Ready, run: RunFolder, callback: RunCallback) -> int | None:
+def _follow(setup: Setup) -> Outcome:
+    """Every step, in a process that is not the first one: it keeps nothing."""
+    with tempfile.TemporaryDirectory(prefix="halfbyte-") as folder, stop_on_signals() as stop:
+        ended = run_steps(setup, RunFolder(Path(folder)), stop, Listener())
+        shard.settle(setup.shards)
+        return Outcome(Path(setup.start.recipe.output), {}, ended.step, ended.stopped_by)
+
+
+def _lead(setup: Setup, loaded: Loaded, tell: Listener) -> Outcome:
+    """Every step, and what a finished run leaves, in a folder that is this process's alone."""
+    folder = _open_folder(setup, loaded)
+    reported = crash.reporting(folder, setup.run.machine.to_json())
+    with folder.lock() as run, stop_on_signals(tell.stopping) as stop, page.at_end(run), reported, usage.Peak() as peak:
+        try:
+            disk = DiskRetry(tell.warn, lambda: stop.signal is not None)
+            disk.write(lambda: _write_start(setup, loaded, run))
+            ended = run_steps(setup, run, stop, tell)
+            report = {}
+            if ended.stopped_by is None and ended.callback is not None:
+                report = _finish(setup, run, ended.callback, peak, disk)
+            shard.settle(setup.shards)
+            return Outcome(run.path, report, ended.step, ended.stopped_by)
+        except KeyboardInterrupt:
+            saved = [points.step_of(path) for path in points.checkpoints(run.checkpoints)]
+            return Outcome(run.path, {}, max(saved, default=0), stop.signal or Signals.SIGINT, at_once=True)
+
+
+def _open_folder(setup: Setup, loaded: Loaded) -> RunFolder:
+    """The run's folder, a new one or that of the run that goes on, with the recipe as it is now."""
+    start, path = setup.start, Path(setup.start.recipe.output)
+    local = setup.run.prepared.checkpoint.kind in ("folder", "gguf")
+    recipe = to_yaml(seen_from(loaded.recipe, path, model=local))
+    beside = launched(setup.world.agents)
+    if not start.resume:
+        return RunFolder.create(path, recipe, beside)
+    if start.point is None or start.point.changes(start.recipe):
+        beside["recipe.yaml"] = recipe.encode()
+    for name, content in beside.items():
+        files.write(path / name, content)
+    return RunFolder(path)
+
+
+def _write_start(setup: Setup, loaded: Loaded, run: RunFolder) -> None:
+    """Write the plan, the rows that were held out, and what is known before the first step."""
+    planned, step = setup.run, setup.start.step
+    write_json(run.plan, {**planned.plan.to_json(), "steps": len(setup.steps), "tokens": setup.steps.tokens})
+    with space_for(run.held_out):
+        split.keep(planned.prepared.held_out, run.held_out)
+    known = partial(beginning.facts, run, loaded, planned, setup.model.assembled, setup.compute, setup.notices, step)
+    beginning.write(run, known)
+
+
+def _save(setup: Setup, run: RunFolder, callback: RunCallback) -> int | None:
     """Save the adapter, the best one where evaluations chose it, with its passport, and what it says of some rows.
     Returns the step that was chosen."""
-    callback.keep_late()
-    prepared, model = ready.job.prepared, ready.base.model
+    callback.keep_late_best()
+    prepared, model = setup.run.prepared, setup.model.assembled.model
     source, recipe, rows = prepared.checkpoint, prepared.recipe, run.read_metrics()
     best = callback.best if recipe.train.load_best_model_at_end else None
     step = None if best is None else best.step
@@ -387,42 +230,43 @@ def save(ready: Ready, run: RunFolder, callback: RunCallback) -> int | None:
     def beside(folder: Path) -> None:
         if prepared.chatml is not None:
             prepared.tokenizer.save_pretrained(folder)
-        passport.write(folder, ready.trained, reporting.reached(rows, step))
+        passport.write(folder, setup.trained, reporting.reached(rows, step))
 
     dtype = load.DTYPES[recipe.lora.save_dtype]
     lora.save(model, run.adapter, base_id=source.id, revision=source.revision, dtype=dtype, beside=beside)
-    said = (prepared.evaluation or prepared.train).examples
+    examples = (prepared.evaluation or prepared.train).examples
     with space_for(run.proof):
-        adapter.keep_logits(run.proof, model, said, lora.base_alone(model, []), dtype)
+        adapter.keep_logits(run.proof, model, examples, lora.base_alone(model, []), dtype)
     return step
 
 
-def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak, room: DiskRetry) -> Document:
+def _finish(setup: Setup, run: RunFolder, callback: RunCallback, peak: usage.Peak, disk: DiskRetry) -> Document:
     """Save the adapter and the report; returns the report. After a run of some length the adapter is opened once more,
     in a process of its own."""
-    prepared, plan, machine = ready.job.prepared, ready.job.plan, ready.job.machine
-    adapter_step = room.write(lambda: save(ready, run, callback))
+    plan, machine = setup.run.plan, setup.run.machine
+    adapter_step = disk.write(lambda: _save(setup, run, callback))
     used, cards, rows = usage.process_memory(), accelerator.peaks(), run.read_metrics()
     on_card, timed = machine.on_card, plan.time.measured
-    seen, step_s = usage.Usage(peak.private, peak.file), reporting.usual_seconds(rows)
-    if step_s is not None and ready.world.alone:  # of several, the link's time is in it
+    measured, step_s = usage.Usage(peak.private, peak.file), reporting.usual_seconds(rows)
+    if step_s is not None and setup.world.alone:  # of several, the link's time is in it
         ran = usage.cpu_time()
         calibrate.correct(machine, plan.compute_dtype, plan.time, step_s, ran.waited_share if ran else None)
+    base, before = setup.model.assembled.base, setup.memory_before
     report = reporting.build(
         rows,
         planned={
-            "tokens": ready.steps.tokens,
-            "steps": len(ready.steps),
+            "tokens": setup.steps.tokens,
+            "steps": len(setup.steps),
             "train_seconds": plan.time.run_s if timed else None,
             "peak_rss_bytes": None if on_card else plan.peak_bytes,
             "peak_device_bytes": plan.allocated_bytes if on_card else None,
         },
-        lines=fit.compared(plan, ready.base.base, ready.held, seen, run.path, step_s if timed else None, cards),
+        lines=fit.compare(plan, base, before, measured, run.path, step_s if timed else None, cards),
         peak_rss_bytes=used["peak_rss_bytes"],
         peak_device_bytes=used.get("peak_device_bytes"),
         adapter_step=adapter_step,
     )
-    verified = verify.after(run.path, 0 if room.stops() else report["train_seconds"], plan, machine)
+    verified = verify.after(run.path, 0 if disk.stops() else report["train_seconds"], plan, machine)
     if verified["ok"] is False:
         callback.listener.warn(f"the saved adapter does not say what it said when it was trained: {verified['seen']}")
     worse, diverged = reporting.got_worse(rows)
@@ -430,22 +274,22 @@ def finish(ready: Ready, run: RunFolder, callback: RunCallback, peak: usage.Peak
         callback.listener.warn(worse)
     report |= {
         "versions": versions(),
-        "machine": {**machine.to_json(), "process": ready.settings.to_json()},
-        "data": prepare.data_report(prepared),
+        "machine": {**machine.to_json(), "process": setup.process.to_json()},
+        "data": prepare.data_report(setup.run.prepared),
         "diverged": diverged,
         "stopped_early": callback.stopped_early,
         "adapters": callback.moved,
-        "compute": ready.compute.to_json(),
+        "compute": setup.compute.to_json(),
         "spikes": [{"step": row["step"], **row["spike"]} for row in rows if row.get("spike")],
         "verified": verified,
         "notices": [
             *([worse] if worse else []),
-            *ready.notices,
+            *setup.notices,
             *callback.notices,
             *spikes.notice(rows),
-            *(f"memory: {down}" for down in ready.pace.downs),
+            *(f"memory: {down}" for down in setup.pace.downs),
         ],
     }
-    room.write(run.end_metrics)
-    room.write(lambda: write_json(run.report, report))
+    disk.write(run.end_metrics)
+    disk.write(lambda: write_json(run.report, report))
     return report

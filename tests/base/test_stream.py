@@ -25,6 +25,7 @@ from halfbyte.objectives.objective import mean_scores
 from halfbyte.proofs.packing import prove_packing
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import device, pages
+from halfbyte.training import run
 from tests import mapped, tiny, tiny_run
 from tests.present import present_bytes
 
@@ -361,13 +362,13 @@ def test_proofs_of_a_streamed_run_read_two_layers_and_the_engine_is_on_all(
     made.rename(tmp_path / "model")
     tiny_run.tokenizer().save_pretrained(tmp_path / "model")
     trainers: list[Any] = []
-    make = finetune.StepTrainer
+    make = run.StepTrainer
 
     def keep(*args: Any, **kwargs: Any) -> Any:
         trainers.append(make(*args, **kwargs))
         return trainers[-1]
 
-    monkeypatch.setattr(finetune, "StepTrainer", keep)
+    monkeypatch.setattr(run, "StepTrainer", keep)
     losses, fused = {}, {}
     for placement in ("resident", "mapped", "streamed"):
         loaded = tiny_run.recipe(

@@ -17,7 +17,7 @@ from halfbyte.errors import AdapterError, RecipeError
 from halfbyte.recipe import adapter
 from halfbyte.recipe.file import load_recipe
 from halfbyte.runs.folder import RunFolder
-from halfbyte.training import early
+from halfbyte.training import preflight
 from tests import tiny, tiny_run
 
 NOT_GIVEN: dict[str, Any] = {"lora__r": None, "lora__lora_alpha": None}
@@ -107,7 +107,7 @@ def test_what_cannot_be_trained_on_is_refused(change: dict[str, Any], said: str,
 def test_no_adapter_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
     loaded = tiny_run.recipe(tmp_path, lora__adapter=tmp_path / "nothing")
     with pytest.raises(AdapterError, match=r"nothing is not an adapter: it has no adapter_model"):
-        early.check(loaded.recipe)
+        preflight.check(loaded.recipe)
 
 
 def test_an_adapter_of_another_model_is_refused(trained: Path) -> None:

@@ -27,6 +27,7 @@ from halfbyte.layers.kernels.cpu.integer import products as integer
 from halfbyte.models.sources import lookup
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import SECTIONS, Recipe, leaves
+from halfbyte.training import run
 from tests import scored, tiny_run
 
 Change = dict[str, Any]
@@ -554,7 +555,7 @@ class Lab:
         values = {k: self.at[v] if isinstance(v, str) and v in self.at else v for k, v in values.items()}
         ran = Ran(Path(values["output"]), [], Counter())
         loaded = tiny_run.recipe(folder, **values)
-        make = finetune.training_arguments
+        make = run.training_arguments
 
         def spied(*args: Any, **kwargs: Any) -> Any:
             ran.args = make(*args, **kwargs)
@@ -566,7 +567,7 @@ class Lab:
         hook = register_module_forward_hook(count)
         try:
             with pytest.MonkeyPatch.context() as patch, show.out.capture() as captured:
-                patch.setattr(finetune, "training_arguments", spied)
+                patch.setattr(run, "training_arguments", spied)
                 finetune.train(loaded, listener=progress.PlainListener(quiet=False))
         finally:
             hook.remove()

@@ -13,7 +13,7 @@ from halfbyte.plan import calibrate
 from halfbyte.system import device
 from halfbyte.training import fit, preview
 from halfbyte.training.events import Listener
-from halfbyte.training.fit import planned, with_plan
+from halfbyte.training.fit import plan_run, with_plan
 from halfbyte.training.prepare import look
 from tests import tiny_run
 
@@ -37,7 +37,7 @@ def test_it_knows_rows_targets_steps_and_plan_and_loads_no_weight(
 
     monkeypatch.setattr(fit, "meta_model", spied)
     recipe = tiny_run.recipe(tmp_path, train__max_steps=None, train__num_train_epochs=3).recipe
-    job = planned(recipe, device.detect())
+    job = plan_run(recipe, device.detect())
     assert len(job.prepared.train.examples) == 16
     (meta,) = made
     assert all(p.device.type == "meta" for p in meta.parameters())
@@ -72,7 +72,7 @@ def test_what_the_trainer_cannot_do_is_refused_before_the_rows_are_told(tmp_path
     heard = Notes()
     recipe = tiny_run.recipe(tmp_path, train__max_steps=1_000_001).recipe
     with pytest.raises(RecipeError, match=r"1,000,001 steps are more than"):
-        planned(recipe, device.detect(), heard)
+        plan_run(recipe, device.detect(), heard)
     assert heard.notes == []
 
 
@@ -80,7 +80,7 @@ def test_targets_that_match_nothing_are_refused_after_the_rows_are_told(tmp_path
     heard = Notes()
     recipe = tiny_run.recipe(tmp_path, lora__exclude_modules=["nowhere"]).recipe
     with pytest.raises(AdapterError, match="nowhere"):
-        planned(recipe, device.detect(), heard)
+        plan_run(recipe, device.detect(), heard)
     assert {label for label, _ in heard.notes} == {"data"}
 
 
@@ -96,5 +96,5 @@ def test_the_machine_is_calibrated_only_for_a_run(
     monkeypatch.setattr(fit, "CALIBRATE_FROM_S", 0.0)
     monkeypatch.setattr(calibrate, "cached", lambda *_: None)
     monkeypatch.setattr(calibrate, "ensure", measured)
-    planned(tiny_run.recipe(tmp_path).recipe, device.detect(), Notes() if listens else None)
+    plan_run(tiny_run.recipe(tmp_path).recipe, device.detect(), Notes() if listens else None)
     assert asked == [True] * listens

@@ -49,7 +49,7 @@ def test_it_runs_the_longest_micro_batch_and_leaves_everything_as_it_was() -> No
     found = rehearse(Seen(), model, pace([], []), (0, 1), made, [batch()])
     assert asked == [(0, 1)] and found.tokens == 50
     assert ran == [True, False], "a micro-batch of training, a batch of an evaluation"
-    assert found.held.private > 0 and found.micro_batch_bytes >= 0 and found.seconds > 0
+    assert found.memory_before.private > 0 and found.micro_batch_bytes >= 0 and found.seconds > 0
     assert torch.equal(torch.random.get_rng_state(), state) and not model.training
     for name, parameter in model.named_parameters():
         assert parameter.grad is None and torch.equal(parameter, weights[name])

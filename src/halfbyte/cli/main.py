@@ -89,7 +89,8 @@ def train(
     """Fine-tune: a recipe in, a working adapter out."""
     from halfbyte.distributed import world as worlds
     from halfbyte.recipe import command
-    from halfbyte.training import early
+    from halfbyte.runs import points
+    from halfbyte.training import preflight
 
     overrides = [*set_, *([f"output={output}"] if output is not None else [])]
     if resume and (data is not None or any(value.startswith("output=") for value in overrides)):
@@ -99,7 +100,7 @@ def train(
         )
     if dry_run:
         loaded = command.to_resume(recipe, overrides) if resume else command.to_train(recipe, data, overrides)
-        early.check(loaded.recipe, resume=resume, writes=False)
+        preflight.check(loaded.recipe, resume=resume, writes=False)
         with libraries.loading():
             from halfbyte.training import preview
 
@@ -110,11 +111,11 @@ def train(
         loaded = _loaded(world, recipe, data, overrides, resume=resume)
         run = Path(loaded.recipe.output)
         resume = world.goes_on(run, resume)
-        report = world.from_first(lambda: early.complete(loaded.recipe) if resume else None)
+        report = world.from_first(lambda: points.complete(loaded.recipe) if resume else None)
         if report is None:
             code = _trained(world, loaded, resume=resume, force=force, live=live, json_=json_, quiet=quiet)
         elif world.first:
-            show.document(report) if json_ else show.complete(run, report, early.more(loaded.recipe))
+            show.document(report) if json_ else show.complete(run, report, preflight.more_steps_command(loaded.recipe))
     if report is None:
         raise typer.Exit(code)
 
@@ -136,10 +137,10 @@ def _loaded(world: World, recipe: str, data: str | None, overrides: list[str], *
 def _trained(world: World, loaded: Loaded, *, resume: bool, force: bool, live: bool, json_: bool, quiet: bool) -> int:
     """Train, and show how it ends, in the world's first process. Returns the exit code."""
     from halfbyte.recipe.file import to_yaml
-    from halfbyte.training import early
+    from halfbyte.training import preflight
 
     first = world.first
-    early.check(loaded.recipe, resume=resume and first, writes=first)
+    preflight.check(loaded.recipe, resume=resume and first, writes=first)
     for warning in loaded.warnings if first else ():
         show.warning(warning)
     if loaded.path is None and first and not (json_ or quiet):
@@ -354,9 +355,9 @@ def check(
     from halfbyte.recipe.command import recipe_or_rows
 
     loaded = recipe_or_rows(target, model, set_)
-    from halfbyte.training import early
+    from halfbyte.training import preflight
 
-    early.check(loaded.recipe, writes=False)
+    preflight.check(loaded.recipe, writes=False)
     with libraries.loading():
         from halfbyte.training import preview
 

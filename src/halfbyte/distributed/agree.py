@@ -1,4 +1,4 @@
-"""Whether all processes of a run have the same of everything that it learns from, and what joins them.
+"""Whether all processes of a run have the same of everything that it learns from; and what they are given alike.
 
 Why: `auto` differs by machine, files differ by disk, and a sum over different models is still a sum. It is seen before
 the first step, with the ranks and the fields.
@@ -7,20 +7,24 @@ Cost: some kilobytes of digests; two all-reduces, the larger of 4 MB.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.errors import WorldError
+from halfbyte.runs import points
 
 if TYPE_CHECKING:
     from halfbyte.distributed.world import World
     from halfbyte.types import Document, Model
 
-MOST, SHOWN = 6, 24
+MAX_SHOWN, MAX_CHARACTERS = 6, 24
 MEASURED_BYTES, TRIES = 4_000_000, 3
+PIECE_BYTES = 64_000_000  # of a checkpoint's file that is sent
 
 
 def check(world: World, about: Document) -> None:
@@ -31,21 +35,21 @@ def check(world: World, about: Document) -> None:
     """
     if world.alone:
         return
-    found = [dict(_leaves(each)) for each in world.gather(about)]
-    known = dict.fromkeys(name for each in found for name in each)
-    names = [name for name in known if len({str(each.get(name)) for each in found}) > 1]
+    values_of = [dict(_leaves(each)) for each in world.gather(about)]
+    known = dict.fromkeys(name for each in values_of for name in each)
+    names = [name for name in known if len({str(each.get(name)) for each in values_of}) > 1]
     if not names:
         return
     lines = []
-    for name in names[:MOST]:
-        values = [str(each.get(name)) for each in found]
-        (most, times), *_ = Counter(values).most_common(1)
-        usual = most if times > 1 else values[0]
+    for name in names[:MAX_SHOWN]:
+        values = [str(each.get(name)) for each in values_of]
+        (commonest, times), *_ = Counter(values).most_common(1)
+        usual = commonest if times > 1 else values[0]
         others = [f"{_text(value)} ({world.names[rank]})" for rank, value in enumerate(values) if value != usual]
-        rest = " ..." if len(others) > MOST else ""
-        lines.append(f"  - {name}: {_text(usual)}, but {', '.join(others[:MOST])}{rest}")
-    if len(names) > MOST:
-        lines.append(f"  - and {len(names) - MOST} more")
+        rest = " ..." if len(others) > MAX_SHOWN else ""
+        lines.append(f"  - {name}: {_text(usual)}, but {', '.join(others[:MAX_SHOWN])}{rest}")
+    if len(names) > MAX_SHOWN:
+        lines.append(f"  - and {len(names) - MAX_SHOWN} more")
     fix = "the same model, rows and versions on every machine"
     if any(name == "compute_dtype" for name in names):
         fix = "--set quant.compute_dtype=fp32 (or bf16), as auto differs by machine"
@@ -61,7 +65,7 @@ def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _text(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}..."
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,8 @@ def measure(world: World) -> AllReduceSpeed:
             times.append(time.perf_counter() - began)
         return min(times)
 
-    latency, whole = best(1), best(MEASURED_BYTES // 4)
-    return AllReduceSpeed(latency, MEASURED_BYTES / max(1e-6, whole - latency))
+    latency, total = best(1), best(MEASURED_BYTES // 4)
+    return AllReduceSpeed(latency, MEASURED_BYTES / max(1e-6, total - latency))
 
 
 def join(world: World, belongs: Document, model: Model, threads: int) -> str:
@@ -109,13 +113,43 @@ def join(world: World, belongs: Document, model: Model, threads: int) -> str:
 
     check(world, {**belongs, "base": belongs["base"]["content"]})
     same_start(world, model.parameters())
-    return described(world, threads, measure(world))
+    return describe(world, threads, measure(world))
 
 
-def described(world: World, threads: int, link: AllReduceSpeed) -> str:
+def describe(world: World, threads: int, link: AllReduceSpeed) -> str:
     """The world in a line; how many machines, so that one that trains alone is missed."""
     where = "1 machine" if world.machines == 1 else f"{world.machines} machines"
     return (
         f"{world.size} processes on {where}, {threads} threads each; an all-reduce passes "
         f"{link.bytes_s / 1e6:.0f} MB/s, {link.latency_s * 1e3:.1f} ms at least"
     )
+
+
+def share_checkpoint(world: World, path: Path, into: Path) -> Path:
+    """The checkpoint at `path` of the first process, for machines that do not share a disk with it: at the same path
+    where all of its files are the same, else received into the folder `into`. Returns where it is.
+
+    Cost: its bytes once over the network, where some process cannot read the same files.
+    """
+    import torch
+
+    manifest = (path / points.MANIFEST).read_text() if (path / points.MANIFEST).is_file() else ""
+    of_first = world.from_first(lambda: manifest)
+    have = world.first or (manifest == of_first and points.is_whole(path, hashes=True))
+    if all(world.gather(have)):
+        return path
+    sizes = world.from_first(lambda: {p.name: p.stat().st_size for p in sorted(path.iterdir()) if p.is_file()})
+    target = path if have else into / path.name
+    target.mkdir(parents=True, exist_ok=True)
+    for name, size in sizes.items():
+        if world.first:
+            with (path / name).open("rb") as file:
+                for _ in range(0, size, PIECE_BYTES):
+                    world.broadcast_(torch.frombuffer(bytearray(file.read(PIECE_BYTES)), dtype=torch.uint8))
+            continue
+        with Path(os.devnull if have else target / name).open("wb") as file:
+            for at in range(0, size, PIECE_BYTES):
+                piece = torch.empty(min(PIECE_BYTES, size - at), dtype=torch.uint8)
+                world.broadcast_(piece)
+                file.write(piece.numpy().tobytes())
+    return target

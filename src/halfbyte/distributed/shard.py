@@ -71,9 +71,9 @@ def settle(shards: Shards | None) -> None:
         shards.settle()
 
 
-def first_whole(shards: Shards | None) -> Callable[[], contextlib.AbstractContextManager[object]]:
+def first_layers_whole(shards: Shards | None) -> Callable[[], contextlib.AbstractContextManager[object]]:
     """In which the first layers can be read without a forward."""
-    return contextlib.nullcontext if shards is None else shards.first_whole
+    return contextlib.nullcontext if shards is None else shards.first_layers_whole
 
 
 class Shards:
@@ -124,10 +124,10 @@ class Shards:
             if not p.requires_grad and p.ndim > 1
         ]
         whole = {id(p) for *_, p in places}
-        kept = {p for p in layer.parameters() if id(p) not in whole}
+        others = {p for p in layer.parameters() if id(p) not in whole}
         before = {id(p): p.data for *_, p in places}
         mesh = DeviceMesh.from_group(self.world.group, self.model.device.type)
-        layer = fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
+        layer = fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=others)
         layer.set_custom_all_gather(_Gather(self, number))
         for module, name, was in places:  # what bitsandbytes keeps on its parameter
             part = getattr(module, name)
@@ -143,13 +143,13 @@ class Shards:
         layer.reshard()
         _let_go(list(before.values()))
 
-    def more(self, own: bool, *, leaves: bool = False) -> bool:
-        """Whether there is another pass for all: somebody has a micro-batch left, and nobody is to leave."""
+    def more(self, waiting: bool, *, stops: bool = False) -> bool:
+        """Whether there is another pass for all: some process has a micro-batch left, and none is to stop."""
         if not self._together:
             self.settle()
             self._together = True
-        waiting, leaving = sums(self.world, [float(own), float(leaves)])
-        self._together = waiting > 0 and not leaving
+        waiting_processes, stopping = sums(self.world, [float(waiting), float(stops)])
+        self._together = waiting_processes > 0 and not stopping
         return self._together
 
     def evened(self, batches: Iterator[Batch], empty: Callable[[], object]) -> Iterator[Batch]:
@@ -186,7 +186,7 @@ class Shards:
             raise
 
     @contextlib.contextmanager
-    def first_whole(self) -> Iterator[None]:
+    def first_layers_whole(self) -> Iterator[None]:
         """The model with its first layers only (`structure.shallow`), and these whole."""
         with structure.shallow(self.model):
             layers: list[FSDPModule] = structure.decoder_layers(self.model)

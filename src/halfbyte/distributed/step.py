@@ -24,14 +24,14 @@ class StepResult:
     """What all processes know after a step.
 
     Args:
-        loss: of the whole step. left: whether some micro-batches were left out, so the step does not count. stops:
-            whether a signal has come to anyone. bad: ranks whose own loss or gradients are not finite.
+        loss: of the whole step. interrupted: some process has left micro-batches out, so the step does not count.
+            stops: a signal has come to some process. not_finite: ranks whose own loss or gradients are not finite.
     """
 
     loss: float
-    left: bool
+    interrupted: bool
     stops: bool
-    bad: tuple[int, ...]
+    not_finite: tuple[int, ...]
 
 
 class StepSum:
@@ -49,22 +49,23 @@ class StepSum:
         for p, part in self._parts():
             p.grad = part if p.dtype == part.dtype and p.device == part.device else None
 
-    def reduce(self, loss: Tensor, *, left: bool, stops: bool) -> StepResult:
+    def reduce(self, loss: Tensor, *, interrupted: bool, stops: bool) -> StepResult:
         """Sum over all processes; afterwards each has the gradients of the whole step."""
         for p, part in self._parts():
             if p.grad is None:
                 part.zero_()
             elif p.grad.data_ptr() != part.data_ptr():  # of another dtype, or put back after a failed micro-batch
                 part.copy_(p.grad)
-        own = self.flat[: -self._flags]
-        finite = bool(torch.isfinite(loss)) and bool(torch.isfinite(own.sum()))
+        gradients = self.flat[: -self._flags]
+        finite = bool(torch.isfinite(loss)) and bool(torch.isfinite(gradients.sum()))
         bad = [float(not finite and rank == self.world.rank) for rank in range(self.world.size)]
-        self.flat[-self._flags :] = torch.tensor([float(loss), float(left), float(stops), *bad])
+        self.flat[-self._flags :] = torch.tensor([float(loss), float(interrupted), float(stops), *bad])
         self.world.sum_(self.flat)
         for p, part in self._parts():
             p.grad = part if p.dtype == part.dtype and p.device == part.device else part.to(p.device, p.dtype)
-        value, out, stopped, *flags = self.flat[-self._flags :].tolist()
-        return StepResult(value, out > 0, stopped > 0, tuple(rank for rank, flag in enumerate(flags) if flag > 0))
+        total, interruptions, stopping, *flags = self.flat[-self._flags :].tolist()
+        not_finite = tuple(rank for rank, flag in enumerate(flags) if flag > 0)
+        return StepResult(total, interruptions > 0, stopping > 0, not_finite)
 
     def _parts(self) -> Iterable[tuple[Tensor, Tensor]]:
         at = 0
@@ -87,6 +88,6 @@ def same_start(world: World, parameters: Iterable[Tensor]) -> None:
     with torch.no_grad():
         for p in parameters:
             if p.requires_grad:
-                kept = p.detach().contiguous()
-                world.broadcast_(kept)
-                p.copy_(kept)
+                value = p.detach().contiguous()
+                world.broadcast_(value)
+                p.copy_(value)

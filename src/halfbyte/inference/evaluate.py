@@ -105,7 +105,7 @@ def while_training(
     return scores
 
 
-def of_run(job: PlannedRun, model: Model, tokens: int) -> Callable[[], dict[str, float]]:
+def answer_scores(job: PlannedRun, model: Model, tokens: int) -> Callable[[], dict[str, float]]:
     """`while_training` of a run: as many answers at once as there is memory for beside the training. Nothing where no
     metric is asked for.
 

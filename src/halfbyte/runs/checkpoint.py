@@ -68,7 +68,7 @@ class Randomness:
 def snapshot(
     step: int,
     *,
-    drawn: Randomness,
+    randomness: Randomness,
     write_adapter: Callable[[Path], None],
     trainer_state: str,
     optimizer: torch.optim.Optimizer,
@@ -82,13 +82,13 @@ def snapshot(
         write_adapter: writes PEFT's two adapter files into the folder it is given.
         trainer_state: the text of transformers' `trainer_state.json`.
         trained: what the run is trained with, as `points.trained_with` makes it.
-        drawn: before the step that follows.
+        randomness: before the step that follows.
         scaler: of the loss, where a run computes in fp16 on a card.
     """
     tensors, rest = _flatten(optimizer.state_dict())
-    state = {"optimizer": rest, "scheduler": _plain(scheduler.state_dict()), "python_random": drawn.python}
+    state = {"optimizer": rest, "scheduler": _plain(scheduler.state_dict()), "python_random": randomness.python}
     state |= {} if scaler is None else {"scaler": scaler.state_dict()}
-    return Snapshot(step, write_adapter, trainer_state, tensors, json.dumps(state), drawn.tensors, trained)
+    return Snapshot(step, write_adapter, trainer_state, tensors, json.dumps(state), randomness.tensors, trained)
 
 
 def write(folder: Path, taken: Snapshot, have_read: Callable[[], None] = lambda: None) -> Path:

@@ -1,4 +1,4 @@
-"""What happens around a step: metrics, checkpoints by steps, minutes and signals, and the best adapter.
+"""What happens around a step: metrics, checkpoints by steps, minutes and signals, the best adapter, early stopping.
 
 Why: a run that is stopped at any moment loses at most the time since its last checkpoint; SIGINT and SIGTERM save one.
 Source: `transformers/trainer_callback.py` (events and their order in `trainer.py`, `_run_epoch`).
@@ -8,15 +8,16 @@ Cost: one JSON line a step; a checkpoint costs its files.
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from halfbyte.adapters import learning
 from halfbyte.errors import DiskFull
+from halfbyte.recipe.schema import Train
 from halfbyte.runs import checkpoint
 from halfbyte.runs import report as reporting
 from halfbyte.runs.checkpoint_writer import CheckpointWriter
@@ -33,7 +34,7 @@ from halfbyte.types import Document
 
 @dataclass
 class Follower(TrainerCallback):
-    """Of a process that is not the run's first: it writes nothing, and begins and ends as the first one does."""
+    """In a process that is not the run's first: it writes nothing, and begins and ends as the first one does."""
 
     trainer: StepTrainer
     stop: StopRequest
@@ -80,12 +81,12 @@ class RunCallback(TrainerCallback):
     _rates: float = 0.0
     _saved_at: float = 0.0
     _saved_step: int = -1
-    _full: bool = False
-    _late: Callable[[], None] | None = None
-    _drawn: checkpoint.Randomness | None = None
+    _disk_full: bool = False
+    _late_best: Callable[[], None] | None = None
+    _randomness: checkpoint.Randomness | None = None
 
     def __post_init__(self) -> None:
-        self.writing = CheckpointWriter(self.run.checkpoints, self.cadence.keep, self.listener.saved, self._no_room)
+        self.writer = CheckpointWriter(self.run.checkpoints, self.cadence.keep, self.listener.saved, self._no_room)
 
     def on_train_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         if self.resume is not None:
@@ -101,7 +102,7 @@ class RunCallback(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: object, **_: object) -> None:
         if self.resume is not None:
             checkpoint.load_rng(self.resume)
-        self._drawn = checkpoint.Randomness.now()
+        self._randomness = checkpoint.Randomness.now()
         if self.resume is None:
             return
         self.resume = None
@@ -113,22 +114,22 @@ class RunCallback(TrainerCallback):
             self.trainer.evaluate()  # which the run was stopped in, after its checkpoint
 
     def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
-        self.writing.wait_until_read()
+        self.writer.wait_until_read()
 
     def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         row = {**self.trainer.last, **usage.process_memory()}
         self._rates += row["learning_rate"]
-        if spike := self._spikes.of(row):
+        if spike := self._spikes.find(row):
             row["spike"] = spike
-        self.writing.look()
+        self.writer.look()
         self._append(row)
         self.listener.step(row)
         seconds = time.monotonic() - self._saved_at
         if self.stop.signal is not None:
-            self.save(f"{self.stop.signal.name} received", drawn=checkpoint.Randomness.now())
+            self.save(f"{self.stop.signal.name} received", randomness=checkpoint.Randomness.now())
             control.should_training_stop = True
         elif state.global_step < state.max_steps and self.cadence.is_due(state.global_step, seconds):
-            self.save("", drawn=checkpoint.Randomness.now())
+            self.save("", randomness=checkpoint.Randomness.now())
 
     def on_evaluate(
         self, args: object, state: TrainerState, control: object, metrics: dict[str, float], **_: object
@@ -137,12 +138,12 @@ class RunCallback(TrainerCallback):
         self._append(row)
         best = self.best
         if best is not None and best.metric in row and best.is_better(row[best.metric]):
-            self._late = None
+            self._late_best = None
             try:
                 best.keep(row[best.metric], state.global_step, self.adapter())
             except DiskFull as error:
                 self._no_room(error.message)
-                self._late = partial(best.keep, row[best.metric], state.global_step, self.adapter(copied=True))
+                self._late_best = partial(best.keep, row[best.metric], state.global_step, self.adapter(copied=True))
                 best.value = row[best.metric]  # of those that follow, none is kept that is not better
             above = reporting.above_start(self.run.read_metrics(), row["eval_loss"]) if state.global_step else None
             row = {**row, "best": True, **({"above": above} if above is not None else {})}
@@ -152,38 +153,38 @@ class RunCallback(TrainerCallback):
         if self._rates > 0 and self.stop.signal is None:
             self.moved = self._has_moved()
         if self.cadence.at_end and self.stop.signal is None:
-            self.save("end of training", drawn=checkpoint.Randomness.now())
+            self.save("end of training", randomness=checkpoint.Randomness.now())
         elif self.stop.signal is not None and self._saved_step != self.trainer.state.global_step:
-            self.save(f"{self.stop.signal.name} received", drawn=checkpoint.Randomness.now())
-        self.writing.finish()
+            self.save(f"{self.stop.signal.name} received", randomness=checkpoint.Randomness.now())
+        self.writer.finish()
         self.listener.end()
 
-    def leave(self) -> None:
-        """Save the last whole step, after a signal has ended the one behind it between two micro-batches."""
+    def save_last_step(self) -> None:
+        """Save the last whole step, after a signal has ended the next one between two micro-batches."""
         step, signal = self.trainer.state.global_step, self.stop.signal
-        if self._drawn is not None and signal is not None and step and self._saved_step != step:
-            self.save(f"{signal.name} received", drawn=self._drawn)
-        self.writing.finish()
+        if self._randomness is not None and signal is not None and step and self._saved_step != step:
+            self.save(f"{signal.name} received", randomness=self._randomness)
+        self.writer.finish()
 
-    def keep_late(self) -> None:
+    def keep_late_best(self) -> None:
         """Write the best adapter that found no room when it was evaluated; DiskFull where there is none yet."""
-        if self._late is not None:
-            self._late()
-            self._late = None
+        if self._late_best is not None:
+            self._late_best()
+            self._late_best = None
 
     def _append(self, row: Document) -> None:
         if not self.run.append_metrics(row):
             self._no_room(f"metrics wait in memory: {files.no_room(self.run.path)}")
-        elif self._full:
+        elif self._disk_full:
             with contextlib.suppress(DiskFull):
-                self.keep_late()
-                self._full = False
+                self.keep_late_best()
+                self._disk_full = False
                 self.listener.note("disk", "there is room again")
 
     def _no_room(self, text: str) -> None:
         """Said once until there is room again."""
-        if not self._full:
-            self._full = True
+        if not self._disk_full:
+            self._disk_full = True
             self.notices.append(f"step {self.trainer.state.global_step}: {text}")
             self.listener.warn(f"{text.rstrip('.')}; the run goes on, and its earlier checkpoints stay")
 
@@ -196,15 +197,15 @@ class RunCallback(TrainerCallback):
             self.listener.warn(self.notices[-1])
         return {"layers": len(layers), "moved": len(layers) - len(still)}
 
-    def save(self, reason: str, *, drawn: checkpoint.Randomness) -> None:
+    def save(self, reason: str, *, randomness: checkpoint.Randomness) -> None:
         trainer = self.trainer
         self.witness.check(trainer.state.global_step, self.run.path)
         self._saved_at, self._saved_step = time.monotonic(), trainer.state.global_step
         if not self.run.write_metrics():
             return  # a checkpoint without its rows would be resumed without them
-        taken = checkpoint.snapshot(
+        snapshot = checkpoint.snapshot(
             trainer.state.global_step,
-            drawn=drawn,
+            randomness=randomness,
             write_adapter=self.adapter(),
             trainer_state=json.dumps(asdict(trainer.state), indent=2, sort_keys=True) + "\n",
             optimizer=trainer.optimizer,
@@ -212,4 +213,31 @@ class RunCallback(TrainerCallback):
             trained=self.trained,
             scaler=trainer.scaler,
         )
-        self.writing.start(taken, reason)
+        self.writer.start(snapshot, reason)
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Stops after `early_stopping_patience` evaluations that were not better.
+
+    Args:
+        earlier: rows of the evaluations of this run's earlier processes. They are counted again, as a checkpoint can be
+            older than they are.
+    """
+
+    def __init__(self, train: Train, earlier: Sequence[Document]) -> None:
+        super().__init__(train.early_stopping_patience, train.early_stopping_threshold)
+        metric = checkpoint.metric_name(train)
+        self.earlier = [row[metric] for row in earlier if metric in row]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        state.best_metric = None
+        for value in self.earlier:
+            self.check_metric_value(args, state, control, value)
+            better = max if args.greater_is_better else min
+            state.best_metric = value if state.best_metric is None else better(value, state.best_metric)
+
+    @property
+    def stops(self) -> bool:
+        return bool(self.early_stopping_patience_counter >= self.early_stopping_patience)

@@ -44,6 +44,9 @@ class StopRequest:
 
     signal: Signals | None = None
 
+    def give(self, signal: Signals) -> None:
+        self.signal = self.signal or signal
+
 
 @contextmanager
 def stop_on_signals(tell: Callable[[Signals], None] = lambda signal: None) -> Iterator[StopRequest]:
@@ -79,8 +82,8 @@ def stop_on_signals(tell: Callable[[Signals], None] = lambda signal: None) -> It
 def without_a_terminal() -> Iterator[None]:
     """Go on where the terminal goes away (SIGHUP): what would be written to it goes nowhere from then on. Who has asked
     for another way (nohup) keeps it. Only in the main thread."""
-    own = hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread()
-    if not own or signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
+    able = hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread()
+    if not able or signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
         yield
         return
 

@@ -55,7 +55,7 @@ class PlannedRun:
     plan: Plan
 
 
-def planned(
+def plan_run(
     recipe: Recipe,
     machine: Device,
     listener: Listener | None = None,
@@ -100,7 +100,7 @@ def with_plan(
     return PlannedRun(prepared, machine, targets, modules, job, plan_training(job, machine, rates))
 
 
-def alike(run: PlannedRun) -> Document:
+def decisions(run: PlannedRun) -> Document:
     """What every process of a run must have decided alike, beside recipe, rows and base. JSON."""
     return {
         "compute_dtype": run.job.dtype,
@@ -110,6 +110,15 @@ def alike(run: PlannedRun) -> Document:
         "adapters": len(run.modules),
         "sharded": run.plan.placement == shard.PLACEMENT,
     }
+
+
+def announce(plan: Plan, tell: Listener) -> None:
+    """Tell what the plan has chosen and the memory it needs."""
+    for name, why in plan.reasons.items():
+        tell.note("plan", f"{name} {getattr(plan, name)}: {why}")
+    dropped = "" if plan.host_lines else f"; {plan.peak_bytes / 1e9:.2f} GB with pages of files, which can be dropped"
+    needed = f"{plan.needed_bytes / 1e9:.2f} GB of {plan.available_bytes / 1e9:.1f} GB free"
+    tell.note("plan", f"peak memory about {needed}{dropped}")
 
 
 def check_disk(plan: Plan, output: Path) -> None:
@@ -150,26 +159,27 @@ def make_pace(run: PlannedRun, model: Model, tell: Callable[[str], None], *, pac
     )
 
 
-def rehearsed(
-    job: PlannedRun, model: Model, pace: Pace, steps: pack.Steps, held_out: collate.Batches, tell: Listener
+def memory_before_steps(
+    run: PlannedRun, model: Model, pace: Pace, steps: pack.Steps, held_out: collate.Batches, tell: Listener
 ) -> Usage:
     """Memory before the first step, after the longest micro-batch has run once unless the plan leaves much free."""
-    plan, longest, objective = job.plan, steps.longest_micro_batch(), job.prepared.objective
+    plan, longest, objective = run.plan, steps.longest_micro_batch(), run.prepared.objective
     if plan.needed_bytes <= UNREHEARSED * plan.available_bytes or not longest:
         tell.note("rehearsed", f"nothing: {plan.needed_bytes / 1e9:.2f} GB are planned, a small part of what is free")
         return usage.now()
-    batches = collate.Batches(job.prepared.train.examples, (), objective.collate)
-    tried = rehearse(objective, model, pace, longest, batches.of, held_out)
-    took = f"{tried.micro_batch_bytes / 1e9:.2f} GB above {tried.held.private / 1e9:.2f} GB held"
-    tell.note("rehearsed", f"{tried.tokens} tokens, the longest micro-batch, in {tried.seconds:.1f} s: {took}")
-    return tried.held
+    batches = collate.Batches(run.prepared.train.examples, (), objective.collate)
+    rehearsal = rehearse(objective, model, pace, longest, batches.of, held_out)
+    before = rehearsal.memory_before
+    took = f"{rehearsal.micro_batch_bytes / 1e9:.2f} GB above {before.private / 1e9:.2f} GB held"
+    tell.note("rehearsed", f"{rehearsal.tokens} tokens, the longest micro-batch, in {rehearsal.seconds:.1f} s: {took}")
+    return before
 
 
-def compared(
+def compare(
     plan: Plan,
-    opened: Base,
-    held: Usage,
-    seen: Usage,
+    base: Base,
+    memory_before: Usage,
+    peak: Usage,
     run: Path,
     step_s: float | None,
     on_cards: Sequence[tuple[int, int]] = (),
@@ -177,12 +187,12 @@ def compared(
     """Planned beside measured, line by line where a line can be measured alone.
 
     Args:
-        held: before the first step. seen: the highest private and file bytes seen while training. step_s: of a usual
+        memory_before: the first step. peak: the highest private and file bytes seen while training. step_s: of a usual
             step. on_cards: (allocated, reserved) bytes of each at their peak.
     """
-    lines = [MeasuredLine("base", opened.expected_bytes, opened.resident_bytes)]
+    lines = [MeasuredLine("base", base.expected_bytes, base.resident_bytes)]
     if plan.host_lines:
-        lines.append(MeasuredLine("host memory", sum(line.bytes for line in plan.host_lines), seen.private))
+        lines.append(MeasuredLine("host memory", sum(line.bytes for line in plan.host_lines), peak.private))
         allocated, reserved = max(on_cards, default=(0, 0))
         lines.append(MeasuredLine("tensors on a card", plan.allocated_bytes, allocated))
         lines.append(MeasuredLine("held by torch on a card", plan.allocated_bytes + plan.line("allocator"), reserved))
@@ -190,10 +200,10 @@ def compared(
         before = ["libraries", "compiler", "data", "adapters"] + ["base"] * (plan.placement == "resident")
         passing = (line.bytes for line in plan.lines if line.where != "file" and line.name not in (*before, "base"))
         lines += [
-            MeasuredLine("before a micro-batch, private", sum(map(plan.line, before)), held.private),
-            MeasuredLine("the longest micro-batch", sum(passing), max(0, seen.private - held.private)),
-            MeasuredLine("private memory", plan.private_bytes, seen.private),
-            MeasuredLine("pages of files", plan.file_bytes, seen.file),
+            MeasuredLine("before a micro-batch, private", sum(map(plan.line, before)), memory_before.private),
+            MeasuredLine("the longest micro-batch", sum(passing), max(0, peak.private - memory_before.private)),
+            MeasuredLine("private memory", plan.private_bytes, peak.private),
+            MeasuredLine("pages of files", plan.file_bytes, peak.file),
         ]
     adapter = sum(line.bytes for line in plan.disk if line.name == "adapter")
     files_of = (file for file in (run / "adapter").rglob("*") if file.is_file() and file.name != PASSPORT)
@@ -204,14 +214,13 @@ def compared(
     return lines
 
 
-def compute(run: PlannedRun, base: Assembled, step: pack.Step, tell: Listener, notices: list[str]) -> integers.Decision:
+def decide_compute(run: PlannedRun, base: Assembled, step: pack.Step, tell: Listener) -> integers.Decision:
     """How the frozen products are computed; proven on some rows of the first step where that is not exact."""
-    asked, train, objective = run.prepared.recipe.quant.compute, run.prepared.train, run.prepared.objective
-    if asked == "exact":
-        return integers.decide(base.model, asked, {})
+    how, train, objective = run.prepared.recipe.quant.compute, run.prepared.train, run.prepared.objective
+    if how == "exact":
+        return integers.decide(base.model, how, {})
     rows = integers.rows_for_proof(step, train.lengths, packed=base.packed.ok)
     batch = objective.collate([train.examples[row] for row in rows])
-    decision = integers.decide(base.model, asked, batch, objective.loss)
+    decision = integers.decide(base.model, how, batch, objective.loss)
     tell.note("compute", str(decision))
-    notices += [] if decision.products == integers.BOTH else [f"compute: {decision}"]
     return decision

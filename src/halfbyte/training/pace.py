@@ -99,34 +99,34 @@ class Pace:
         if place + 1 < len(self.policies):
             before, self.recompute = self.recompute, self.policies[place + 1]
             self.apply(self.recompute)
-            said = f"recomputation {before} -> {self.recompute}"
+            change = f"recomputation {before} -> {self.recompute}"
         elif self.tokens > longest:
             before_tokens, self.tokens = self.tokens, max(longest, self.tokens // 2)
-            said = f"micro-batches of {before_tokens} -> {self.tokens} tokens"
+            change = f"micro-batches of {before_tokens} -> {self.tokens} tokens"
         else:
             return False
-        self.downs.append(f"{said}: {reason}")
-        self.tell(f"stepping down, {said} ({reason}); what is learned stays the same")
+        self.downs.append(f"{change}: {reason}")
+        self.tell(f"stepping down, {change} ({reason}); what is learned stays the same")
         return True
 
-    def hold(self, model: Model) -> list[Tensor | None] | None:
+    def gradients_to_restore(self, model: Model) -> list[Tensor | None] | None:
         """The gradients before a micro-batch, to undo a failed one with; None where failures do not come as errors."""
         if not self.on_card:
             return None
         return [None if p.grad is None else p.grad.clone() for p in model.parameters() if p.requires_grad]
 
-    def failed(
-        self, error: BaseException, model: Model, held: list[Tensor | None] | None, waiting: Sequence[pack.MicroBatch]
+    def after_failure(
+        self, error: BaseException, model: Model, before: list[Tensor | None] | None, waiting: Sequence[pack.MicroBatch]
     ) -> list[pack.MicroBatch]:
         """After an allocation failed in the first of `waiting`: gradients as before it, one step down, all again.
 
         Raises:
-            TrainError: there is no step down left. `error` itself if it is another one, or nothing was held.
+            TrainError: there is no step down left. `error` itself if it is another one, or gradients were not kept.
         """
-        if held is None or not accelerator.out_of_memory(error):
+        if before is None or not accelerator.out_of_memory(error):
             raise error
-        for parameter, before in zip((p for p in model.parameters() if p.requires_grad), held, strict=True):
-            parameter.grad = before
+        for parameter, gradient in zip((p for p in model.parameters() if p.requires_grad), before, strict=True):
+            parameter.grad = gradient
         accelerator.empty_cache()
         if not self.down(f"an allocation failed: {first_line(error, 120)}"):
             raise TrainError(
@@ -140,11 +140,11 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Rehearsed:
-    """What the longest micro-batch took above what was held before it, and what was held."""
+class Rehearsal:
+    """What the longest micro-batch took, above the memory before it."""
 
     tokens: int
-    held: usage.Usage
+    memory_before: usage.Usage
     micro_batch_bytes: int
     seconds: float
 
@@ -156,7 +156,7 @@ def rehearse(
     longest: pack.MicroBatch,
     batch: Callable[[pack.MicroBatch], Batch],
     evaluation: Iterable[Batch] = (),
-) -> Rehearsed:
+) -> Rehearsal:
     """Run the longest micro-batch forward and backward, and one batch of an evaluation, before anything is learned.
 
     Gradients and the random state are as before. Steps down until it fits; a TrainError if there is no smaller way.
@@ -165,7 +165,7 @@ def rehearse(
     devices = {p.device for p in model.parameters()}
     while True:
         rows = max(pace.split([longest]), key=lambda rows: pace.largest([rows]))
-        held, began = usage.now(), time.perf_counter()
+        before, began = usage.now(), time.perf_counter()
         accelerator.reset_peaks()
         on_card = max(accelerator.allocated(), default=0)
         try:
@@ -175,13 +175,13 @@ def rehearse(
                 model.zero_grad()
                 objectives.evaluate(objective, model, islice(evaluation, 1))
             model.train(training)
-            took = max(0, peak.private - held.private)
+            took = max(0, peak.private - before.private)
             if pace.on_card:
                 took = max(0, max((allocated for allocated, _ in accelerator.peaks()), default=0) - on_card)
-            return Rehearsed(pace.largest([rows]), held, took, time.perf_counter() - began)
+            return Rehearsal(pace.largest([rows]), before, took, time.perf_counter() - began)
         except (RuntimeError, MemoryError) as error:
             model.zero_grad()
-            pace.failed(error, model, [None for p in model.parameters() if p.requires_grad], [rows])
+            pace.after_failure(error, model, [None for p in model.parameters() if p.requires_grad], [rows])
 
 
 def recompute_as(model: Model, policy: Recompute) -> None:

@@ -24,7 +24,7 @@ from halfbyte.objectives import causal_lm
 from halfbyte.objectives.objective import Objective
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device
-from halfbyte.training import early
+from halfbyte.training import preflight
 from halfbyte.types import Config, Document, Tokenizer
 
 
@@ -62,7 +62,7 @@ def prepare(recipe: Recipe, objective: Objective | None = None) -> Prepared:
 
 def look(recipe: Recipe, objective: Objective | None = None) -> Prepared:
     """As `prepare`, and what the gates refuse is only among the findings."""
-    early.rows(recipe)
+    preflight.check_rows(recipe)
     checkpoint = find_model(recipe)
     config = open_config(checkpoint.path, trust_remote_code=recipe.trust_remote_code)
     tokenizer = open_tokenizer(checkpoint, trust_remote_code=recipe.trust_remote_code)

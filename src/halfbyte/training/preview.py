@@ -19,7 +19,7 @@ from halfbyte.plan import Plan
 from halfbyte.recipe.schema import Loaded, Origin, rows
 from halfbyte.system import device
 from halfbyte.training import prepare
-from halfbyte.training.fit import PlannedRun, planned, with_plan
+from halfbyte.training.fit import PlannedRun, plan_run, with_plan
 from halfbyte.training.schedule import plan_steps
 from halfbyte.types import Document, Tokenizer
 
@@ -45,7 +45,7 @@ class Resolution:
 
 def resolve(loaded: Loaded) -> Resolution:
     """Resolve every `auto` without loading a weight; the data is read, since the plan follows from its lengths."""
-    job = planned(loaded.recipe, device.detect())
+    job = plan_run(loaded.recipe, device.detect())
     prepared, source = job.prepared, job.prepared.checkpoint
     begin = residual.look(source, prepared.config, prepared.recipe, job.modules)
     steps = f"{job.job.steps} steps of {min(prepared.recipe.train.rows_per_step, len(prepared.train.examples))} rows"

@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import takewhile
 from operator import itemgetter
 from pathlib import Path
@@ -145,8 +146,23 @@ def check_arguments(train: Train, *, total_steps: int) -> None:
         ) from error
 
 
-class Left(Exception):
-    """A step that was ended between two micro-batches, before it changed anything."""
+class StepInterrupted(Exception):
+    """A step was ended between two micro-batches, before it changed anything."""
+
+
+@dataclass(frozen=True)
+class RunHooks:
+    """What a run asks of its steps, and is told of them."""
+
+    stops_step: Callable[[], bool] = lambda: False
+    """Whether a step is to end with the micro-batch under way, and training with it."""
+    stops_evaluation: Callable[[], bool] = lambda: False
+    """The same of an evaluation."""
+    on_stop: Callable[[], None] = lambda: None
+    """The run is to end, as some process was told to."""
+    on_evaluation: Callable[[], None] = lambda: None
+    answer_scores: Callable[[], dict[str, float]] = dict
+    """Scores of what the model writes to the held-out rows."""
 
 
 class StepTrainer(Trainer):
@@ -169,24 +185,20 @@ class StepTrainer(Trainer):
         objective: Objective,
         loraplus_lr_ratio: float | None,
         pace: Pace,
+        hooks: RunHooks,
         world: World | None = None,
         shards: "Shards | None" = None,
     ) -> None:
-        self.objective = objective
+        self.objective, self.hooks, self.pace = objective, hooks, pace
         self.world, self.shards, self._sum = world or World(), shards, None
         if not self.world.alone:
             from halfbyte.distributed.step import StepSum
 
             self._sum = StepSum(self.world, model.parameters())
         self._sites = dropout.sites_of(model)
-        self.heard: Callable[[], None] = lambda: None  # the run is to end, as a signal has come to some process
-        self.eval_batches, self.pace, self.loraplus_lr_ratio = eval_batches, pace, loraplus_lr_ratio
+        self.eval_batches, self.loraplus_lr_ratio = eval_batches, loraplus_lr_ratio
         self.last: Document = {}
-        self._downs = 0
-        self.evaluating: Callable[[], None] = lambda: None
-        self.stops: Callable[[], bool] = lambda: False  # an evaluation ends with its micro-batch, and training
-        self.scores: Callable[[], dict[str, float]] = dict  # of what is written to the held-out rows
-        self.leaves: Callable[[], bool] = lambda: False  # so does a step
+        self._steps_down = 0
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=[])
         self.loss_is_scaled_for_ga = True
         for callback in (PrinterCallback, ProgressCallback):
@@ -196,8 +208,8 @@ class StepTrainer(Trainer):
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
         """What scales the loss in fp16 on a card."""
-        made: torch.amp.GradScaler | None = getattr(self.accelerator, "scaler", None)
-        return made
+        scaler: torch.amp.GradScaler | None = getattr(self.accelerator, "scaler", None)
+        return scaler
 
     def get_train_dataloader(self) -> DataLoader[Document]:
         """Items in their order, one at a time: the order was drawn when the steps were planned."""
@@ -214,7 +226,7 @@ class StepTrainer(Trainer):
         """Forward and backward over every micro-batch of one step. Returns its loss for a labelled token, a scalar.
 
         Raises:
-            Left: the run is to end, and there are micro-batches left.
+            StepInterrupted: the run is to end, and there are micro-batches left.
             TrainError: the loss or a gradient is not finite (names the rows), or an adapter got no gradient.
         """
         model.train()
@@ -230,18 +242,18 @@ class StepTrainer(Trainer):
             if not waiting:
                 self._run_empty(model, micro_batches)
                 continue
-            held = self.pace.hold(model)
+            before = self.pace.gradients_to_restore(model)
             try:
-                with self._drawn(step, waiting[0]), self._passing():
+                with self._dropout_of(step, waiting[0]), self._sharded_pass():
                     part = self._run_micro_batch(model, micro_batches.of(waiting[0]), step.weight)
             except (RuntimeError, MemoryError) as error:
-                waiting = self.pace.failed(error, model, held, waiting)
+                waiting = self.pace.after_failure(error, model, before, waiting)
                 continue
             total += part.to(total.device)
             parts.append((waiting[0], part))
             done, waiting = done + 1, self.pace.between(waiting[1:])
-        total, bad = self._over_all(total, left=bool(waiting))
-        (value, norm), at = self._seen(total), self.state.global_step + 1
+        total, bad = self._over_all(total, interrupted=bool(waiting))
+        (value, norm), at = self._loss_and_norm(total), self.state.global_step + 1
         if not (math.isfinite(value) and math.isfinite(norm or 0.0)) and self.world.rank != min(bad, default=0):
             self.world.await_failure()
         gradients.check(model, Path(self.args.output_dir), at, micro_batches, parts, total=value, norm=norm or 0.0)
@@ -252,10 +264,10 @@ class StepTrainer(Trainer):
 
     def _another(self, waiting: list[pack.MicroBatch], done: int) -> bool:
         """Whether a micro-batch follows, in this process or, of a sharded base, in any."""
-        leaves = done > 0 and self.leaves()
-        return bool(waiting) and not leaves if self.shards is None else self.shards.more(bool(waiting), leaves=leaves)
+        stops = done > 0 and self.hooks.stops_step()
+        return bool(waiting) and not stops if self.shards is None else self.shards.more(bool(waiting), stops=stops)
 
-    def _passing(self) -> contextlib.AbstractContextManager[None]:
+    def _sharded_pass(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.shards is None else self.shards.passing()
 
     def _run_empty(self, model: Model, micro_batches: collate.Batches) -> None:
@@ -266,12 +278,12 @@ class StepTrainer(Trainer):
             self.accelerator.backward(0.0 * objectives.micro_batch_loss(self.objective, model, row))
 
     def settle(self) -> None:
-        """Of a sharded base: wait until the first process has done what it does alone."""
+        """With a sharded base: wait until the first process has done what it does alone."""
         if self.shards is not None:
             self.shards.settle()
 
     @contextlib.contextmanager
-    def _drawn(self, step: pack.Step, rows: pack.MicroBatch) -> Iterator[None]:
+    def _dropout_of(self, step: pack.Step, rows: pack.MicroBatch) -> Iterator[None]:
         """What is random in a micro-batch depends on the seed, the step and its rows, not on what ran before it."""
         seed = self.args.seed
         torch.manual_seed(dropout.number(seed, step.index, rows[0]))
@@ -280,19 +292,19 @@ class StepTrainer(Trainer):
         with dropout.row_masks(self._sites, rows, lengths, **where):
             yield
 
-    def _over_all(self, total: torch.Tensor, *, left: bool) -> tuple[torch.Tensor, tuple[int, ...]]:
-        """The loss of the whole step, and which processes have one that is not finite. Left where any of them has left
-        micro-batches out."""
+    def _over_all(self, total: torch.Tensor, *, interrupted: bool) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """The loss of the whole step, and which processes have one that is not finite; StepInterrupted where any of
+        them was interrupted."""
         if self._sum is None:
-            if left:
-                raise Left
+            if interrupted:
+                raise StepInterrupted
             return total, ()
-        told = self._sum.reduce(total, left=left, stops=self.leaves())
-        if told.stops:
-            self.heard()
-        if told.left:
-            raise Left
-        return total.new_tensor(told.loss), told.bad
+        result = self._sum.reduce(total, interrupted=interrupted, stops=self.hooks.stops_step())
+        if result.stops:
+            self.hooks.on_stop()
+        if result.interrupted:
+            raise StepInterrupted
+        return total.new_tensor(result.loss), result.not_finite
 
     def _run_micro_batch(self, model: Model, batch: Batch, step_weight: float) -> torch.Tensor:
         """Forward and backward of one micro-batch; its share of the step's loss."""
@@ -303,39 +315,39 @@ class StepTrainer(Trainer):
     def evaluate(
         self, eval_dataset: object = None, ignore_keys: object = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss per labelled token over the held-out rows, without touching the random state or the weights. One
-        that is left early is told to nobody."""
-        self.evaluating()
+        """The objective's scores of the held-out rows; weights and random state stay as they are. An interrupted
+        evaluation is not reported."""
+        self.hooks.on_evaluation()
         last = self.state.global_step >= self.state.max_steps or isinstance(self.lr_scheduler, ReduceLROnPlateau)
         batches: Iterable[Batch] = self.eval_batches
         if not last:
-            batches = takewhile(lambda _: not self.stops(), self.eval_batches)
+            batches = takewhile(lambda _: not self.hooks.stops_evaluation(), self.eval_batches)
         if self.shards is not None:
             lengths = [len(example.labels) for example in self.eval_batches.examples]
             row = self.eval_batches.of((self.shards.empty(lengths),))
             batches = self.shards.evened(iter(batches), lambda: self.objective.sums(self.model, row))
-        sums, stopped = self._evaluated(objectives.evaluate(self.objective, self.model, batches))
+        sums, stopped = self._evaluation_of_all(objectives.evaluate(self.objective, self.model, batches))
         scores = self.objective.scores(sums)
         if last or not stopped:
-            scores |= self.world.from_first(self.scores)
+            scores |= self.world.from_first(self.hooks.answer_scores)
         self._ended = time.perf_counter()
-        if not last and (self.stops() if self.world.alone else stopped):
+        if not last and (self.hooks.stops_evaluation() if self.world.alone else stopped):
             self.control.should_training_stop, self.control.should_evaluate = True, False
-            return {f"{metric_key_prefix}_loss": math.inf}  # the Trainer looks for it; nobody is told
+            return {f"{metric_key_prefix}_loss": math.inf}  # the Trainer looks for it; it is not reported
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _evaluated(self, sums: objectives.Sums) -> tuple[objectives.Sums, bool]:
-        """The sums of an evaluation over all processes, and whether one of them was told to leave it."""
+    def _evaluation_of_all(self, sums: objectives.Sums) -> tuple[objectives.Sums, bool]:
+        """The sums of an evaluation over all processes, and whether one of them was told to end it."""
         if self.world.alone:
-            return sums, self.stops()
+            return sums, self.hooks.stops_evaluation()
         from halfbyte.distributed import step
 
-        *totals, stops = step.sums(self.world, [*sums.values(), float(self.stops())])
+        *totals, stops = step.sums(self.world, [*sums.values(), float(self.hooks.stops_evaluation())])
         if stops:
-            self.heard()
+            self.hooks.on_stop()
         return dict(zip(sums, totals, strict=True)), stops > 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -347,11 +359,11 @@ class StepTrainer(Trainer):
         """4 FLOP a base parameter and token: forward and the gradient of the input; a frozen weight needs no third."""
         return 4.0 * self.model.get_nb_trainable_parameters()[1] * inputs["step"].tokens
 
-    def _seen(self, total: torch.Tensor) -> tuple[float, float | None]:
+    def _loss_and_norm(self, total: torch.Tensor) -> tuple[float, float | None]:
         """The loss, and the norm of all gradients as the optimiser will see them; a card is waited for once. No norm
         where it is not finite and that is loss scaling's: it leaves the step out, and scales less."""
-        found = [p.grad for p in self.model.parameters() if p.grad is not None]
-        size = torch.nn.utils.get_total_norm(found) if found else torch.zeros(())
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        size = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
         value, norm = torch.stack([total, size.to(total.device, total.dtype)]).tolist()
         if self.scaler is None:
             return value, norm
@@ -360,7 +372,7 @@ class StepTrainer(Trainer):
 
     def _record(self, step: pack.Step, value: float, norm: float | None, micro_batches: int) -> None:
         began, self._ended = self._ended, time.perf_counter()
-        downs, self._downs = self.pace.downs[self._downs :], len(self.pace.downs)
+        downs, self._steps_down = self.pace.downs[self._steps_down :], len(self.pace.downs)
         self.last = {
             "step": self.state.global_step + 1,
             "epoch": self.train_dataset.steps.passes(self.state.global_step + 1),

@@ -22,7 +22,7 @@ def rows(losses: list[float], norm: float = 1.0) -> list[dict[str, Any]]:
 
 def seen(losses: list[float]) -> list[int]:
     spikes = Spikes()
-    return [row["step"] for row in rows(losses) if spikes.of(row)]
+    return [row["step"] for row in rows(losses) if spikes.find(row)]
 
 
 def test_one_far_step_is_a_spike_and_the_ones_after_it_are_not() -> None:
@@ -42,13 +42,13 @@ def test_unrest_a_falling_loss_and_the_first_steps_are_none() -> None:
 
 def test_a_gradient_alone_is_told_as_a_multiple() -> None:
     spikes = Spikes(rows([1.0] * 10))
-    assert spikes.of({"step": 11, "loss": 1.0, "grad_norm": 20.0}) == {"grad_norm": 20.0}
+    assert spikes.find({"step": 11, "loss": 1.0, "grad_norm": 20.0}) == {"grad_norm": 20.0}
 
 
 def test_a_resumed_run_knows_the_steps_before() -> None:
     losses = [2.0] * 20 + [7.0]
     earlier = rows(losses)[:20]
-    assert Spikes(earlier).of(rows(losses)[20]) == {"loss": 3.5}
+    assert Spikes(earlier).find(rows(losses)[20]) == {"loss": 3.5}
 
 
 def test_a_spike_is_in_metrics_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

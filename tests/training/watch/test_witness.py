@@ -99,9 +99,9 @@ def test_a_flipped_bit_of_the_base_is_seen(tmp_path: Path, monkeypatch: Patch) -
     models: list[Any] = []
     real = finetune.run_steps
 
-    def run_steps(ready: Any, *rest: Any) -> Any:
-        models.append(ready.base.model)
-        return real(ready, *rest)
+    def run_steps(setup: Any, *rest: Any) -> Any:
+        models.append(setup.model.assembled.model)
+        return real(setup, *rest)
 
     def flip() -> None:
         layer = next(m for m in models[0].modules() if formats.is_quantised(m))

@@ -26,11 +26,11 @@ class Spikes:
         self._last = {name: deque[float](maxlen=LAST) for name in ABOVE}
         for row in earlier:
             if "loss" in row:
-                self.of(row)
+                self.find(row)
 
-    def of(self, row: Document) -> dict[str, float]:
+    def find(self, row: Document) -> dict[str, float]:
         """What spikes in this step, each as a multiple of its median; empty in nearly all."""
-        found = {}
+        spikes = {}
         for name, times in ABOVE.items():
             last, value = self._last[name], row.get(name)
             if value is None or not math.isfinite(value):
@@ -39,9 +39,9 @@ class Spikes:
                 usual = median(last)
                 spread = 1.4826 * median(abs(x - usual) for x in last)
                 if value > times * usual and value > usual + SIGMAS * spread:
-                    found[name] = value / usual if usual > 0 else math.inf
+                    spikes[name] = value / usual if usual > 0 else math.inf
             last.append(float(value))
-        return found
+        return spikes
 
 
 def notice(rows: Sequence[Document]) -> list[str]:

@@ -1,0 +1,76 @@
+"""The model of a run: its base where the plan wants it, with adapters on it and the proofs of both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from halfbyte.adapters import passport
+from halfbyte.adapters.assembly import Assembled, assembled
+from halfbyte.base import load, residual, stream
+from halfbyte.base.store import supply
+from halfbyte.base.tokenizer import check_vocabulary
+from halfbyte.data.encoding.chatml import chat_template
+from halfbyte.errors import DataError
+from halfbyte.training.events import Listener
+from halfbyte.training.fit import PlannedRun
+from halfbyte.training.preflight import Start
+from halfbyte.types import Document
+
+
+@dataclass(frozen=True)
+class TrainingModel:
+    """A base with adapters that train. `notices`: what is not as the recipe or the plan had it."""
+
+    assembled: Assembled
+    placed: stream.Placed
+    belongs_to: Document
+    """Base, quantiser, tokenizer and chat template that the adapters belong to, as `adapters.passport` makes it."""
+    notices: tuple[str, ...]
+
+
+def open_model(run: PlannedRun, start: Start, tell: Listener, *, force: bool) -> TrainingModel:
+    """The base, with fresh adapters or those that the run begins with; a checkpoint's weights are put in later.
+
+    Args:
+        force: also where base, tokenizer or chat template are not those of the checkpoint; else that is an error. Of an
+            adapter that the run begins with it is only noted.
+    """
+    prepared, plan = run.prepared, run.plan
+    recipe, tokenizer = prepared.recipe, prepared.tokenizer
+    base = load.open_base(
+        prepared.checkpoint,
+        recipe.quant,
+        run.machine,
+        trust_remote_code=recipe.trust_remote_code,
+        device_map="split" if plan.placement == "split" else {"": run.machine.main},
+        with_tokenizer=False,
+        tell=supply.Tell(progress=tell.building, note=tell.note),
+    )
+    check_vocabulary(prepared.checkpoint, tokenizer, base.model)
+    tell.note(
+        "base",
+        f"{prepared.checkpoint.id}: {recipe.quant.type}, {base.resident_bytes / 1e9:.3f} GB resident "
+        f"({base.expected_bytes / 1e9:.3f} planned), computing in {base.compute_dtype} ({base.dtype_reason})",
+    )
+    tell.note("base", base.origin)
+    factors = residual.ensure(base, recipe.lora, tell.note) if start.point is None else None
+    placed, elsewhere = stream.place_as_planned(base.model, plan.placement, asked=recipe.quant.placement != "auto")
+    notices = [f"placement: {elsewhere}"] if elsewhere else []
+    tell.note("placement", f"{placed} ({elsewhere or plan.reasons['placement']})")
+    model = assembled(base, recipe, start=start.adapter, factors=factors, note=tell.note)
+    if not model.packed.ok and recipe.data.packing == "stream":
+        raise DataError(
+            f"data.packing stream lays several texts end to end, and here that is not safe: {model.packed.reason}",
+            fix="data.packing: rows",
+        )
+    tell.note("packing", f"{model.packed.mode}: {model.packed.reason}")
+    tell.note("engine", model.engine)
+    proofs = {"base": model.dequantised, "packing": model.packed, "engine": model.fused}
+    notices += [f"{name}: {proof.reason}" for name, proof in proofs.items() if not proof.ok]
+    belongs_to = passport.belongs_to(base, recipe.quant, tokenizer, chat_template(tokenizer, recipe.data))
+    if start.point is not None and "belongs_to" in start.point.trained:
+        differences = passport.differences(start.point.trained["belongs_to"], belongs_to)
+        notices += passport.refuse(f"the checkpoint {start.point.path}", differences, force=force)
+    if start.adapter is not None:
+        notices += passport.check(start.adapter, belongs_to, force=True)
+    return TrainingModel(model, placed, belongs_to, tuple(notices))

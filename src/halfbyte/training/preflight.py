@@ -1,0 +1,156 @@
+"""Where a run begins, and what can be told of it before a library is loaded, a model looked for or a base opened.
+
+Why: a missing file or a folder that is taken must not cost the half minute in which a model is converted. A run that
+goes on ends as it would have ended, or says why it cannot.
+Cost: the first rows of each file, milliseconds; the hashes of one checkpoint; no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from halfbyte.data.reading import read
+from halfbyte.errors import RunError, typed
+from halfbyte.models.sources import lookup
+from halfbyte.recipe import adapter
+from halfbyte.recipe.fields import shown
+from halfbyte.recipe.schema import Recipe
+from halfbyte.runs import points
+from halfbyte.runs.folder import RunFolder
+from halfbyte.types import Document
+
+if TYPE_CHECKING:
+    from halfbyte.distributed.world import World
+    from halfbyte.training.events import Listener
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins. Checkpoints are compared with `recipe`, which is as the user wrote it."""
+
+    recipe: Recipe
+    resume: bool
+    point: points.Point | None = None
+    """The checkpoint to go on from; None at the first step."""
+    report: Document | None = None
+    """Of a finished run of which no more is asked."""
+
+    @property
+    def step(self) -> int:
+        return 0 if self.point is None else self.point.step
+
+    @property
+    def adapter(self) -> Path | None:
+        """The folder of a trained adapter whose weights the fresh ones begin with."""
+        name = self.recipe.lora.adapter
+        return adapter.folder_of(name) if name is not None and self.point is None else None
+
+
+def begin(world: World, recipe: Recipe, *, resume: bool) -> Start:
+    """Where a run begins, decided by the first process.
+
+    Raises:
+        RunError: the folder is taken; or it is no run, or one that was trained otherwise.
+    """
+
+    def decide() -> Document:
+        if not resume:
+            RunFolder.check_free(Path(recipe.output))
+            return {}
+        RunFolder.open(Path(recipe.output), need_adapter=False)
+        if (report := points.complete(recipe)) is not None:
+            return {"report": report}
+        point = _newest(recipe)
+        return {} if point is None else {"point": {**vars(point), "path": str(point.path)}}
+
+    decision = world.from_first(decide)
+    point = decision.get("point")
+    if point is not None:
+        point = points.Point(Path(point["path"]), point["step"], point["trained"], tuple(point["passed_over"]))
+    return Start(recipe, resume, point, decision.get("report"))
+
+
+def _newest(recipe: Recipe) -> points.Point | None:
+    """The newest whole checkpoint of the recipe's run, which has trained as the recipe says."""
+    point = points.newest(RunFolder.open(Path(recipe.output), need_adapter=False).checkpoints)
+    if point is not None:
+        points.check_recipe(point, recipe)
+    return point
+
+
+def check(recipe: Recipe, *, resume: bool = False, writes: bool = True) -> None:
+    """Refuse a run whose folder is taken (or, to resume, is none), whose rows are missing or have other fields, or
+    whose model is not there.
+
+    Args:
+        writes: False where nothing is trained, so that the folder does not matter.
+
+    Raises:
+        RunError, DataError, SourceError: as the run itself would say it.
+    """
+    if resume:
+        _newest(recipe)
+    elif writes or not Path(recipe.output).exists():  # a dry run of a run that is there already shows what it did
+        RunFolder.check_free(Path(recipe.output))
+    if recipe.lora.adapter is not None and not resume:
+        adapter.read_config(adapter.folder_of(recipe.lora.adapter))
+    check_rows(recipe)
+    lookup.look(recipe)
+
+
+def check_rows(recipe: Recipe) -> None:
+    """A DataError where the recipe's rows are missing or have other fields than it says."""
+    for names in (recipe.data.train, recipe.data.eval_names):
+        if names:
+            read.look(names, recipe.data)
+
+
+def check_resumed(start: Start, objective: str, rows: Document, total_steps: int, tell: Listener) -> list[str]:
+    """Compare objective, rows and length with those of the run that goes on; says from where. Returns what the report
+    notes.
+
+    Args:
+        rows: as `prepare.fingerprints` makes them.
+        total_steps: that the recipe asks for.
+
+    Raises:
+        RunError: the rows are others, or more steps are done than are asked for.
+    """
+    point, recipe = start.point, start.recipe
+    if point is None:
+        return []
+    points.check_objective(point, recipe, objective)
+    points.check_rows(point, recipe, rows)
+    if point.step > total_steps:
+        raise RunError(
+            f"the run {recipe.output} is at step {point.step}, and the recipe asks for {total_steps}.",
+            fix=f"more: halfbyte train {typed(recipe.output)} --resume --set train.max_steps={2 * point.step}",
+        )
+    tell.note("resume", f"from step {point.step} of {total_steps}, {point.path}")
+    changes = point.changes(recipe)
+    for name, (was, now) in changes.items():
+        if name != "output":  # the folder was moved
+            tell.note("resume", f"{name} {shown(was)} -> {shown(now)}")
+    if {"train.max_steps", "train.num_train_epochs"} & set(changes):
+        schedule = f"{recipe.train.lr_scheduler_type} learning rate"
+        tell.note("resume", f"the {schedule} is computed anew over {total_steps} steps, from step {point.step + 1} on")
+    notices = [f"checkpoint {damaged} is damaged and passed over" for damaged in point.passed_over]
+    if not point.trained:
+        notices.append("the checkpoint does not say what it was trained with, so recipe and rows are not compared")
+    for notice in notices:
+        tell.warn(f"{notice}; going on from step {point.step}")
+    return notices
+
+
+def more_steps_command(recipe: Recipe) -> str:
+    """The command with which a finished run goes on, for twice its length; without a checkpoint, a new run."""
+    run, train = recipe.output, recipe.train
+    if not points.checkpoints(RunFolder(Path(run)).checkpoints):
+        return (
+            f"halfbyte train {typed(f'{run}/recipe.yaml')} --output {typed(f'{run}-2')} "
+            f"--set {typed(f'lora.adapter={run}/adapter')}"
+        )
+    name, now = ("max_steps", train.max_steps) if train.max_steps > 0 else ("num_train_epochs", train.num_train_epochs)
+    return f"halfbyte train {typed(run)} --resume --set train.{name}={2 * now:g}"

@@ -1,0 +1,145 @@
+"""Every step of a run: the trainer and what happens around it, from the first step or a checkpoint to the last step or
+a signal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from signal import Signals
+
+from halfbyte.adapters import lora
+from halfbyte.data import collate, pack
+from halfbyte.distributed import agree
+from halfbyte.distributed.shard import Shards, first_layers_whole
+from halfbyte.distributed.world import World
+from halfbyte.proofs.integers import Decision
+from halfbyte.runs.checkpoint import Best
+from halfbyte.runs.folder import RunFolder
+from halfbyte.system.threads import ProcessSettings
+from halfbyte.system.usage import Usage
+from halfbyte.training.callback import EarlyStopping, Follower, RunCallback
+from halfbyte.training.events import Listener, StopRequest
+from halfbyte.training.fit import PlannedRun
+from halfbyte.training.model import TrainingModel
+from halfbyte.training.pace import Pace
+from halfbyte.training.preflight import Start
+from halfbyte.training.schedule import cadence, eval_every
+from halfbyte.training.trainer import RunHooks, StepInterrupted, StepTrainer, training_arguments
+from halfbyte.training.watch.witness import Witness
+from halfbyte.types import Document
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that the steps of a run and its report need, known to be good. Nothing of it is written yet."""
+
+    start: Start
+    world: World
+    process: ProcessSettings
+    run: PlannedRun
+    model: TrainingModel
+    shards: Shards | None
+    pace: Pace
+    steps: pack.Steps
+    held_out: collate.Batches
+    compute: Decision
+    answer_scores: Callable[[], dict[str, float]]
+    """Scores of answers to the held-out rows, for each evaluation."""
+    memory_before: Usage
+    trained: Document
+    """What checkpoints and adapter say that they were trained with, as `points.trained_with` makes it."""
+    notices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How far the steps came. `callback` has written the run, in the first process; `stopped_by`: the signal that ended
+    it early."""
+
+    step: int
+    stopped_by: Signals | None
+    callback: RunCallback | None
+
+
+def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener) -> Ended:
+    """Train until the last step, until early stopping, or until a signal, after which a checkpoint is written."""
+    prepared, steps, world, assembled = setup.run.prepared, setup.steps, setup.world, setup.model.assembled
+    train, point = prepared.recipe.train, setup.start.point
+    resume = None if point is None else agree.share_checkpoint(world, point.path, folder.path)
+    if world.first:
+        folder.truncate_metrics(setup.start.step)
+        folder.report.unlink(missing_ok=True)  # of the shorter run that goes on
+    early = None
+    if train.early_stopping_patience is not None:
+        early = EarlyStopping(train, world.from_first(folder.read_metrics))
+    stop_of_all = stop if world.alone else StopRequest()  # of several processes none ends alone
+    hooks = RunHooks(
+        stops_step=lambda: stop.signal is not None,
+        # early stopping decides on the evaluation itself, so that one is always finished
+        stops_evaluation=lambda: stop.signal is not None and early is None,
+        on_stop=lambda: stop_of_all.give(stop.signal or Signals.SIGTERM),
+        on_evaluation=tell.evaluating,
+        answer_scores=setup.answer_scores,
+    )
+    trainer = StepTrainer(
+        assembled.model,
+        training_arguments(
+            train if world.first else train.model_copy(update={"report_to": "none"}),
+            folder=folder.path,
+            total_steps=len(steps),
+            fp16=assembled.base.compute_dtype == "fp16",
+            use_cpu=assembled.base.model.device.type == "cpu",
+            eval_steps=eval_every(prepared),
+        ),
+        train_dataset=collate.StepDataset(prepared.train.examples, steps, prepared.objective.collate),
+        eval_batches=setup.held_out,
+        objective=prepared.objective,
+        loraplus_lr_ratio=train.loraplus_lr_ratio,
+        pace=setup.pace,
+        hooks=hooks,
+        world=world,
+        shards=setup.shards,
+    )
+    callback = _run_callback(setup, folder, trainer, stop_of_all, tell, resume) if world.first else None
+    trainer.add_callback(callback or Follower(trainer, stop_of_all, resume))
+    if early is not None:
+        trainer.add_callback(early)
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
+    except StepInterrupted:
+        if callback is not None:
+            callback.save_last_step()
+    finally:
+        if callback is not None:
+            callback.writer.abandon()
+        tell.end()
+    done = trainer.state.global_step
+    stopped_early = early is not None and early.stops and done < len(steps)
+    if stopped_early and callback is not None:
+        callback.stopped_early = True
+        patience = train.early_stopping_patience
+        callback.notices.append(f"stopped early at step {done} of {len(steps)}: no better evaluation in {patience}")
+        tell.note("note", callback.notices[-1])
+    return Ended(done, stop_of_all.signal if done < len(steps) and not stopped_early else None, callback)
+
+
+def _run_callback(
+    setup: Setup, folder: RunFolder, trainer: StepTrainer, stop: StopRequest, tell: Listener, resume: Path | None
+) -> RunCallback:
+    prepared, assembled = setup.run.prepared, setup.model.assembled
+    source, packed, readable = prepared.checkpoint, assembled.packed.ok, first_layers_whole(setup.shards)
+    return RunCallback(
+        trainer=trainer,
+        run=folder,
+        listener=tell,
+        cadence=cadence(prepared),
+        # at full precision, so that a resumed run continues from the same numbers
+        adapter=partial(lora.writer, assembled.model, base_id=source.id, revision=source.revision, dtype=None),
+        stop=stop,
+        best=Best.of(prepared.recipe, folder) if prepared.evaluation is not None else None,
+        trained=setup.trained,
+        witness=Witness(prepared.objective, assembled.model, packed, readable),
+        resume=resume,
+    )
