@@ -36,7 +36,7 @@ def talk() -> dict[str, Any]:
         if here.rank == 2:  # as after a failed micro-batch
             parameters[0].grad = parameters[0].grad.clone()  # type: ignore[union-attr]
         loss = torch.tensor(float("nan") if here.rank == 2 else 1.0)
-        told = summed.reduce(loss, left=here.rank == 1, stops=False)
+        told = summed.reduce(loss, interrupted=here.rank == 1, stops=False)
         flat = torch.full((3,), float(here.rank))
         here.broadcast_(flat)
         with here.node_first():
@@ -46,7 +46,7 @@ def talk() -> dict[str, Any]:
             "gathered": here.gather({"rank": here.rank}),
             "first": here.from_first(lambda: ["it was", here.rank]),
             "grads": [None if p.grad is None else p.grad.tolist() for p in parameters],
-            "told": (told.left, told.stops, told.bad),
+            "told": (told.interrupted, told.stops, told.not_finite),
             "sums": sums(here, [1.0, float(here.rank)]),
             "broadcast": flat.tolist(),
             "at": at,
