@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.layers.decoding import head
-from halfbyte.layers.decoding.tape import Eight, Tape, isa
+from halfbyte.layers.decoding.tape import Int8Head, Tape, isa
 
 pytestmark = pytest.mark.skipif(isa(torch.float32) is None, reason="no kernels for this processor")
 DTYPES = [d for d in (torch.bfloat16, torch.float32) if isa(d)]
@@ -26,16 +26,16 @@ def weights(o: int, d: int, dtype: torch.dtype) -> Tensor:
     return w.to(dtype)
 
 
-def largest(w: Tensor, eight: Eight, x: Tensor) -> tuple[Tensor, Tensor]:
+def largest(w: Tensor, eight: Int8Head, x: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (M, O) with the head in 8 bits, and by the whole head."""
     tape = Tape(w.dtype, len(x))
     to = tape.vectors(x.shape[1])
-    seen = tape.whole(to, x.shape[1])
+    integers = tape.int16_vectors(to, x.shape[1])
     out, whole = tape.buffer(len(x), len(w)), tape.buffer(len(x), len(w))
-    tape.norm(x, to, None, whole=seen)
+    tape.norm(x, to, None, integers=integers)
     tape.then()
     tape.dense(w, to.plain, whole)
-    tape.largest(w, eight, to.plain, seen, out)
+    tape.largest(w, eight, to.plain, integers, out)
     tape.run()
     return out.clone(), whole.clone()
 

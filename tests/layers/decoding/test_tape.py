@@ -10,8 +10,14 @@ from torch import Tensor, nn
 
 from halfbyte.layers.decoding import linears
 from halfbyte.layers.decoding.tape import Tape, isa
-from halfbyte.quant.kernels import nf4_cpu
 
+# bitsandbytes, `get_4bit_type`.
+LEVELS = {
+    "nf4": [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+            -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+            0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
+    "fp4": [n / 12 for n in (0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3)],
+}  # fmt: skip
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 # Sums of up to 1,536 products in fp32, in another order: 2^-24 times the root of their number, with room.
 SUMS = 4e-6
@@ -19,13 +25,14 @@ SUMS = 4e-6
 
 def quantised(o: int, d: int, kind: str, nested: bool, bias: bool) -> nn.Module:
     torch.manual_seed(o + d)
-    made = bnb.nn.Linear4bit(d, o, bias=bias, quant_type=kind, compress_statistics=nested)
-    made.weight.data *= torch.logspace(-2, 1, o * d // 64).repeat_interleave(64).view(o, d)  # scales that differ
-    return made.to("cpu")
+    layer = bnb.nn.Linear4bit(d, o, bias=bias, quant_type=kind, compress_statistics=nested)
+    layer.weight.data *= torch.logspace(-2, 1, o * d // 64).repeat_interleave(64).view(o, d)  # scales that differ
+    return layer.to("cpu")
 
 
-def definition(layer: nn.Module, levels: np.ndarray) -> np.ndarray:
-    """(O, D) in fp64: the level of each code times its block's scale."""
+def definition(layer: nn.Module, dtype: torch.dtype | None = None) -> np.ndarray:
+    """(O, D) in fp64: the level of each code times its block's scale; levels as the kernels of a dtype hold them."""
+    levels = rounded(np.array(LEVELS[layer.weight.quant_type], np.float32), dtype)
     state = layer.weight.quant_state
     packed = layer.weight.data.reshape(-1).numpy().view(np.uint8)
     codes = np.stack([packed >> 4, packed & 15], 1).reshape(-1)
@@ -34,11 +41,13 @@ def definition(layer: nn.Module, levels: np.ndarray) -> np.ndarray:
         outer = state.state2
         each = outer.absmax.numpy().astype(np.float64).repeat(256)[: len(scales)]
         scales = outer.code.numpy().astype(np.float64)[state.absmax.numpy()] * each + float(state.offset)
-    return (levels.astype(np.float64)[codes].reshape(-1, 64) * scales[:, None]).reshape(tuple(state.shape))
+    return (levels[codes].reshape(-1, 64) * scales[:, None]).reshape(tuple(state.shape))
 
 
-def rounded(levels: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """Levels as the kernels hold them: bf16, or in fp32 whole numbers of 1 / 4096."""
+def rounded(levels: np.ndarray, dtype: torch.dtype | None) -> np.ndarray:
+    """Levels as the kernels hold them: bf16, or in fp32 whole numbers of 1 / 4096; None: as they are defined."""
+    if dtype is None:
+        return levels.astype(np.float64)
     if dtype == torch.float32:
         return np.rint(levels.astype(np.float64) * 4096) / 4096
     return torch.from_numpy(levels).bfloat16().double().numpy()
@@ -81,9 +90,9 @@ def test_a_product_is_that_of_the_definition(
     got = multiplied(layer, x, dtype)
     seen = seen_by(x, dtype)
     add = layer.bias.detach().double().numpy() if bias else 0.0
-    wanted = seen @ definition(layer, rounded(nf4_cpu.code(kind), dtype)).T + add
+    wanted = seen @ definition(layer, dtype).T + add
     assert np.linalg.norm(got - wanted) < SUMS * np.linalg.norm(wanted)
-    exact = x.to(dtype).double().numpy() @ definition(layer, nf4_cpu.code(kind)).T + add
+    exact = x.to(dtype).double().numpy() @ definition(layer).T + add
     assert np.linalg.norm(got - exact) < ROUNDED[dtype] * np.linalg.norm(exact)
 
 
@@ -92,7 +101,7 @@ def multiplied(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> np.ndarray:
     to, out = tape.vectors(x.shape[1]), tape.buffer(len(x), linears.Linear(tape, layer).shape[0])
     tape.norm(x, to, None)
     tape.then()
-    linears.add(tape, to, [(layer, out, False)])
+    linears.write(tape, to, [(layer, out)])
     tape.run()
     return out.double().numpy()
 
@@ -115,7 +124,7 @@ def test_lora_is_added_inside(rank: int, dtype: torch.dtype) -> None:
     x = torch.randn(5, 192)
     got = multiplied(layer, x, dtype)
     a, b = (layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach())
-    base = seen_by(x, dtype) @ definition(layer.base_layer, rounded(nf4_cpu.code("nf4"), dtype)).T
+    base = seen_by(x, dtype) @ definition(layer.base_layer, dtype).T
     h = 24 / rank * x.double() @ a.to(dtype).double().T
     wanted = base + layer.base_layer.bias.detach().double().numpy() + (h @ b.to(dtype).double().T).numpy()
     assert np.linalg.norm(got - wanted) < (2**-8 if dtype == torch.bfloat16 else SUMS) * np.linalg.norm(wanted)
@@ -130,7 +139,7 @@ def test_each_group_sees_what_the_one_before_has_written(threads: int) -> None:
     if isa(torch.float32) is None:
         pytest.skip("no kernels for this processor")
     layer, before = quantised(192, 192, "nf4", True, False), torch.get_num_threads()
-    w = torch.from_numpy(definition(layer, rounded(nf4_cpu.code("nf4"), torch.float32)))
+    w = torch.from_numpy(definition(layer, torch.float32))
     w = w / torch.linalg.matrix_norm(w, 2)
     tape = Tape(torch.float32, 1)
     x = tape.buffer(1, 192)
@@ -172,21 +181,21 @@ def test_a_plain_row_gives_a_vector_the_same_bits_whatever_stands_beside(o: int,
         pytest.skip("no kernels for this processor")
     torch.manual_seed(d)
     w, x = torch.randn(o, d).to(dtype), torch.randn(15, d)
-    found = {m: dense(w, x[:m]) for m in (1, 2, 3, 7, 8, 15)}
+    products = {m: dense(w, x[:m]) for m in (1, 2, 3, 7, 8, 15)}
     wanted = x.double() @ w.double().T
-    assert torch.linalg.norm(found[15] - wanted) < SUMS * torch.linalg.norm(wanted)
-    for m, out in found.items():
-        assert torch.equal(out, found[15][:m])
-    taken = torch.tensor([0.0, 1.0] * 8)
-    some = dense(w, x, taken)
-    assert torch.equal(some[1::2], found[15][1::2]) and not some[::2].any()
+    assert torch.linalg.norm(products[15] - wanted) < SUMS * torch.linalg.norm(wanted)
+    for m, out in products.items():
+        assert torch.equal(out, products[15][:m])
+    uses = torch.tensor([0.0, 1.0] * 8)
+    some = dense(w, x, uses)
+    assert torch.equal(some[1::2], products[15][1::2]) and not some[::2].any()
 
 
-def dense(w: Tensor, x: Tensor, taken: Tensor | None = None) -> Tensor:
+def dense(w: Tensor, x: Tensor, uses: Tensor | None = None) -> Tensor:
     tape = Tape(w.dtype, len(x))
     to, out = tape.vectors(x.shape[1]), tape.buffer(len(x), len(w))
     tape.norm(x, to, None)
     tape.then()
-    tape.dense(w, to.plain, out, taken=taken)
+    tape.dense(w, to.plain, out, uses=uses)
     tape.run()
     return out

@@ -19,18 +19,18 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from halfbyte.layers.decoding.tape import Eight, Tape, largest_whole
-from halfbyte.layers.kernels.cpu.decoding.nibbles import WHOLE
+from halfbyte.layers.decoding.tape import Int8Head, Tape, largest_int16
 from halfbyte.system import pages
 
 _log = logging.getLogger(__name__)
+_PIECE = 64  # numbers that a row is a multiple of
 _CHUNK = 4096  # rows that are widened at once
 _EPS = 2.0**-24  # of fp32, to nearest
 _PROBES = 15  # vectors of the proof: 8 + 4 + 2 + 1, one of each kernel
-_made: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Eight | None]] = WeakKeyDictionary()
+_made: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Int8Head | None]] = WeakKeyDictionary()
 
 
-def of(head: nn.Module, dtype: torch.dtype) -> Eight | None:
+def of(head: nn.Module, dtype: torch.dtype) -> Int8Head | None:
     """The head in 8 bits, made and proven when it is first asked for; None where it is no plain linear layer of rows of
     whole 64 numbers, or where the proof failed, which the log says."""
     weight = getattr(head, "weight", None)
@@ -41,14 +41,14 @@ def of(head: nn.Module, dtype: torch.dtype) -> Eight | None:
         or weight.dtype != dtype
         or weight.device.type != "cpu"
         or not weight.is_contiguous()
-        or weight.shape[1] % WHOLE
+        or weight.shape[1] % _PIECE
     ):
         return None
     key = (weight.data_ptr(), weight._version, dtype)
     held = _made.get(head)
     if held is None or held[0] != key:
         with torch.no_grad():
-            made: Eight | None = rounded(weight.detach())
+            made: Int8Head | None = rounded(weight.detach())
             assert made is not None
             if (fault := wrong(weight.detach(), made)) is not None:
                 _log.warning("the head is not used in 8 bits: %s", fault)
@@ -57,7 +57,7 @@ def of(head: nn.Module, dtype: torch.dtype) -> Eight | None:
     return held[1]
 
 
-def rounded(weight: Tensor) -> Eight:
+def rounded(weight: Tensor) -> Int8Head:
     """Rows (O, D) of bf16 or fp32 in 8 bits, each with a scale of its own and its bound."""
     o, d = weight.shape
     rows = pages.Arena(o * d).empty((o, d), torch.int8)
@@ -65,7 +65,7 @@ def rounded(weight: Tensor) -> Eight:
     # Sums of d products over at least 8 lanes, and a few more roundings: scale, comparison, the difference below.
     sums = (d / 8 + 16) * _EPS
     # x is rounded too, each number by at most half of a step, which is |x| / most at the largest.
-    also = d**0.5 / (2 * largest_whole(d))
+    also = d**0.5 / (2 * largest_int16(d))
     for first in range(0, o, _CHUNK):
         w, at = weight[first : first + _CHUNK].float(), slice(first, first + _CHUNK)
         s = w.abs().amax(1) / 127
@@ -76,10 +76,10 @@ def rounded(weight: Tensor) -> Eight:
         size = w.norm(dim=1) + q.norm(dim=1)
         off = (w - q).norm(dim=1) + also * q.norm(dim=1)
         bounds[at] = (off + 2 * sums * size) * (1 + 4 * d * _EPS)  # the norms are rounded, x's too
-    return Eight(rows, scales, bounds)
+    return Int8Head(rows, scales, bounds)
 
 
-def wrong(weight: Tensor, eight: Eight) -> str | None:
+def wrong(weight: Tensor, eight: Int8Head) -> str | None:
     """What the kernels get wrong with these rows, against torch; None where all is within the bounds."""
     o, d = weight.shape
     generator = torch.Generator().manual_seed(0)
@@ -89,15 +89,15 @@ def wrong(weight: Tensor, eight: Eight) -> str | None:
     return _wrong(weight, eight, x) or _wrong(weight, eight, x[:1]) or _wrong(weight, eight, x[-1:])
 
 
-def _wrong(weight: Tensor, eight: Eight, x: Tensor) -> str | None:
+def _wrong(weight: Tensor, eight: Int8Head, x: Tensor) -> str | None:
     """The same for vectors (M, D)."""
     (o, d), m = weight.shape, len(x)
     tape = Tape(weight.dtype, m)
     to, out = tape.vectors(d), tape.buffer(m, o)
-    whole = tape.whole(to, d)
-    tape.norm(x, to, None, whole=whole)
+    integers = tape.int16_vectors(to, d)
+    tape.norm(x, to, None, integers=integers)
     tape.then()
-    tape.largest(weight, eight, to.plain, whole, out)
+    tape.largest(weight, eight, to.plain, integers, out)
     tape.run()
     exact = torch.cat([x @ weight[i : i + _CHUNK].float().T for i in range(0, o, _CHUNK)], 1)
     allowed = eight.bounds * x.norm(dim=1)[:, None]

@@ -29,11 +29,11 @@ class Unsupported(Exception):
 
 
 @dataclass(frozen=True)
-class Lora:
+class LoraTerm:
     a: Tensor  # (R, D)
     b: Tensor  # (O, R)
     scale: float
-    taken: Tensor | None = None  # (M,) fp32
+    uses: Tensor | None = None  # (M,) fp32, 0.0 where a text does not use it
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Parts:
     """A linear layer: what is frozen, and what LoRA adds to it."""
 
     base: nn.Module
-    loras: tuple[Lora, ...] = ()
+    loras: tuple[LoraTerm, ...] = ()
 
 
 def parts_of(module: nn.Module) -> Parts:
@@ -59,8 +59,8 @@ def parts_of(module: nn.Module) -> Parts:
     return Parts(module.base_layer, (_lora(module, name),))
 
 
-def _lora(module: nn.Module, name: str, taken: Tensor | None = None) -> Lora:
-    return Lora(module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]), taken)
+def _lora(module: nn.Module, name: str, uses: Tensor | None = None) -> LoraTerm:
+    return LoraTerm(module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]), uses)
 
 
 def parts_of_all(module: nn.Module, adapters: TextAdapters) -> Parts:
@@ -94,8 +94,7 @@ class Linear:
         self.a: list[Tensor] = []
         self.b: Tensor | None = None
         self.h: Tensor | None = None
-        number_format = formats.of_module(parts.base)
-        weight = parts.base.weight
+        number_format, weight = formats.of_module(parts.base), parts.base.weight
         if weight.device.type != "cpu":
             raise Unsupported("not on the CPU")
         self.codes = number_format.codes(parts.base)
@@ -114,10 +113,10 @@ class Linear:
             if module not in copies:
                 copies[module] = [x.a.detach().to(tape.dtype).contiguous() for x in parts.loras], self._side_by_side()
             self.a, self.b = copies[module]
-            ranks = sum(map(self._wide, parts.loras))
+            ranks = sum(map(self._columns, parts.loras))
             self.h = tape.buffer(tape.m, ranks, dtype=tape.dtype if self.is_codes else torch.float32)
 
-    def _wide(self, lora: Lora) -> int:
+    def _columns(self, lora: LoraTerm) -> int:
         """Columns of its B: with codes whole pieces."""
         piece = _PIECE_BYTES // self.tape.dtype.itemsize if self.is_codes else 1
         return -(-lora.a.shape[0] // piece) * piece
@@ -125,13 +124,13 @@ class Linear:
     def _side_by_side(self) -> Tensor:
         """All B (O, R), padded with zeros; with LoRA's scale where `down` does not multiply by it. Beside codes in fp32
         it is (R, O), in rows of whole 8."""
-        made, at = torch.zeros((self.shape[0], sum(map(self._wide, self.loras))), dtype=self.tape.dtype), 0
+        b, at = torch.zeros((self.shape[0], sum(map(self._columns, self.loras))), dtype=self.tape.dtype), 0
         for lora in self.loras:
-            made[:, at : at + lora.a.shape[0]] = lora.b.detach() if self.is_codes else lora.b.detach() * lora.scale
-            at += self._wide(lora)
+            b[:, at : at + lora.a.shape[0]] = lora.b.detach() if self.is_codes else lora.b.detach() * lora.scale
+            at += self._columns(lora)
         if self.is_codes and self.tape.isa == "avx2":
-            return nn.functional.pad(made.T, (0, -len(made) % 8)).contiguous()
-        return made
+            return nn.functional.pad(b.T, (0, -len(b) % 8)).contiguous()
+        return b
 
     def down(self, x: Vectors) -> None:
         """h = s x A^T, where there is LoRA."""
@@ -139,29 +138,29 @@ class Linear:
         for lora, a in zip(self.loras, self.a, strict=True):
             assert self.h is not None
             out = self.h[:, at : at + a.shape[0]]
-            self.tape.dense(a, x.plain, out, scale=lora.scale if self.is_codes else 0.0, taken=lora.taken)
-            at += self._wide(lora)
+            self.tape.dense(a, x.plain, out, scale=lora.scale if self.is_codes else 0.0, uses=lora.uses)
+            at += self._columns(lora)
 
-    def up(self, x: Vectors, out: Tensor, *, onto: bool = False) -> None:
+    def up(self, x: Vectors, out: Tensor, *, add: bool = False) -> None:
         """out (M, O) = or += x W^T + bias + h B^T."""
         if self.codes is not None:
             self.tape.codes(
                 self.codes.packed, scales_of(self.codes), self.codes.values, self.shape, x, out,
-                onto=onto, bias=self.bias, up=self.b, h=self.h,
+                add=add, bias=self.bias, up=self.b, h=self.h,
             )  # fmt: skip
             return
-        self.tape.dense(self.base.weight.data, x.plain, out, onto=onto, bias=self.bias)
+        self.tape.dense(self.base.weight.data, x.plain, out, add=add, bias=self.bias)
         if self.b is not None and self.h is not None:
             self.tape.then()
-            self.tape.dense(self.b, self.h, out, onto=True)
+            self.tape.dense(self.b, self.h, out, add=True)
 
 
-def add(tape: Tape, x: Vectors, layers: list[tuple[nn.Module, Tensor, bool]]) -> None:
-    """Layers that read the same x: (module, out (M, O), whether onto it). Ends its last group."""
-    made = [(Linear(tape, module), out, onto) for module, out, onto in layers]
-    for linear, _, _ in made:
+def write(tape: Tape, x: Vectors, layers: list[tuple[nn.Module, Tensor]], *, add: bool = False) -> None:
+    """Layers that read the same x: (module, out (M, O)); `add`: onto what is in `out`. Ends its last group."""
+    linears = [(Linear(tape, module), out) for module, out in layers]
+    for linear, _ in linears:
         linear.down(x)
     tape.then()
-    for linear, out, onto in made:
-        linear.up(x, out, onto=onto)
+    for linear, out in linears:
+        linear.up(x, out, add=add)
     tape.then()

@@ -23,7 +23,7 @@ from halfbyte.layers import fuse, norm_gate, sight
 from halfbyte.layers.decoding import head as eight_bits
 from halfbyte.layers.decoding import linears
 from halfbyte.layers.decoding.linears import Unsupported
-from halfbyte.layers.decoding.tape import Attention, Eight, Tape, TextAdapters, Vectors, Whole
+from halfbyte.layers.decoding.tape import CachedAttention, Int8Head, Int16Vectors, Tape, TextAdapters, Vectors
 from halfbyte.models import structure
 from halfbyte.quant import bnb, policy
 
@@ -194,17 +194,17 @@ def _shrunk(config: Config) -> float:
     return float(getattr(config, "residual_multiplier", 1.0))
 
 
-def _eight(layers: list[nn.Module], head: nn.Module, dtype: torch.dtype) -> Eight | None:
+def _eight(layers: list[nn.Module], head: nn.Module, dtype: torch.dtype) -> Int8Head | None:
     """The head in 8 bits, where that is worth its memory."""
     others = sum(t.nbytes for layer in layers for t in bnb.held_tensors(layer))
     worth = policy.head_in_eight_bits(head.weight.nbytes, others)
     return eight_bits.of(head, dtype) if worth else None
 
 
-def _head(made: Decoder, norm: nn.Module, head: nn.Module, eight: Eight | None) -> None:
+def _head(made: Decoder, norm: nn.Module, head: nn.Module, eight: Int8Head | None) -> None:
     tape, hidden = made.tape, made.hidden
     x = tape.vectors(hidden.shape[1])
-    whole = None if eight is None else tape.whole(x, hidden.shape[1])
+    whole = None if eight is None else tape.int16_vectors(x, hidden.shape[1])
     _norm(tape, norm, hidden, x, whole, made.shrunk)
     made.normed, made.body = x.plain, len(tape)
     if eight is not None and whole is not None:
@@ -212,7 +212,7 @@ def _head(made: Decoder, norm: nn.Module, head: nn.Module, eight: Eight | None) 
         tape.largest(head.weight.data, eight, x.plain, whole, made.logits)
         tape.then()
         made.rough, tape.before = range(first, len(tape)), before  # the whole head needs no more than that one
-    linears.add(tape, x, [(head, made.logits, False)])
+    linears.write(tape, x, [(head, made.logits)])
 
 
 def _first(other: Decoder, layer: int, texts: int | None) -> tuple[Tensor, Tensor]:
@@ -254,7 +254,7 @@ def _norm_facts(module: nn.Module, d: int) -> tuple[Tensor, float, bool]:
 
 
 def _norm(
-    tape: Tape, module: nn.Module, x: Tensor, to: Vectors, whole: Whole | None = None, shrunk: float = 1.0
+    tape: Tape, module: nn.Module, x: Tensor, to: Vectors, whole: Int16Vectors | None = None, shrunk: float = 1.0
 ) -> None:
     weight, eps, one_plus = _norm_facts(module, x.shape[1])
     tape.norm(x, to, weight.to(tape.dtype), eps / shrunk**2, one_plus, whole)
@@ -299,12 +299,12 @@ class _Layer:
         """hidden += module(x), normalised in a sandwich."""
         hidden = self.made.hidden
         if not self.is_sandwich:
-            linears.add(self.tape, x, [(module, hidden, True)])
+            linears.write(self.tape, x, [(module, hidden)], add=True)
             return
         out = self.tape.buffer(*hidden.shape)
-        linears.add(self.tape, x, [(module, out, False)])
+        linears.write(self.tape, x, [(module, out)])
         weight, eps, one_plus = _norm_facts(norm, hidden.shape[1])
-        self.tape.norm_onto(out, hidden, weight.to(self.tape.dtype), eps, one_plus)
+        self.tape.add_norm(out, hidden, weight.to(self.tape.dtype), eps, one_plus)
         self.tape.then()
 
     def _attention(self, x: Vectors) -> None:
@@ -313,12 +313,11 @@ class _Layer:
         heads, key_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         qkv = tape.buffer(tape.m, (heads + 2 * key_heads) * d)
         if hasattr(module, "qkv_proj"):
-            linears.add(tape, x, [(module.qkv_proj, qkv, False)])
+            linears.write(tape, x, [(module.qkv_proj, qkv)])
         else:
             ends = (0, heads * d, (heads + key_heads) * d, qkv.shape[1])
             outs = [qkv[:, a:b] for a, b in pairwise(ends)]
-            each = zip((module.q_proj, module.k_proj, module.v_proj), outs, strict=True)
-            linears.add(tape, x, [(linear, out, False) for linear, out in each])
+            linears.write(tape, x, list(zip((module.q_proj, module.k_proj, module.v_proj), outs, strict=True)))
         keys, values = self.caches or (tape.cache(key_heads, d, self.count), tape.cache(key_heads, d, self.count))
         self.made.keys.append(keys)
         self.made.values.append(values)
@@ -331,7 +330,7 @@ class _Layer:
                 continue
             weight, eps, one_plus = _norm_facts(norm, d)
             norms.append(weight.to(tape.dtype).contiguous())
-        attention = Attention(
+        attention = CachedAttention(
             qkv, keys, values, self.made.positions, heads, key_heads, d, float(module.scaling),
             float(getattr(module, "attn_logit_softcapping", None) or 0.0), self._window(module), norms[0], norms[1],
             eps, one_plus, self.made.places,
@@ -362,11 +361,11 @@ class _Layer:
         if hasattr(mlp, "gate_up_proj"):
             inner = linears.Linear(tape, mlp.gate_up_proj).shape[0] // 2
             both = tape.buffer(tape.m, 2 * inner)
-            linears.add(tape, x, [(mlp.gate_up_proj, both, False)])
+            linears.write(tape, x, [(mlp.gate_up_proj, both)])
         elif hasattr(mlp, "gate_proj") and hasattr(mlp, "up_proj"):
             inner = linears.Linear(tape, mlp.gate_proj).shape[0]
             both = tape.buffer(tape.m, 2 * inner)
-            linears.add(tape, x, [(mlp.gate_proj, both[:, :inner], False), (mlp.up_proj, both[:, inner:], False)])
+            linears.write(tape, x, [(mlp.gate_proj, both[:, :inner]), (mlp.up_proj, both[:, inner:])])
         else:
             raise Unsupported(f"{type(mlp).__name__} is no gated MLP")
         to = tape.vectors(inner)

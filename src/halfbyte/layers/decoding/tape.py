@@ -1,7 +1,8 @@
-"""Write the operations of a token for `kernels.cpu.decoding.tape`, and run them.
+"""Write the operations of a token for `kernels.cpu.decoding.interpreter`, and run them.
 
 What: operations are added in groups; a group begins when the one before is done. Buffers and tensors that operations
 point to are kept alive here. Run again, the same operations read what their buffers hold now.
+Source: `kernels/cpu/decoding/slots.py` says what an operation's numbers mean, with a picture.
 Cost: a microsecond an operation to write; a run is one call on torch's threads.
 
 Letters: M vectors (texts at once), D in, O out, R rank.
@@ -19,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.layers.kernels import cpu
+from halfbyte.layers.kernels.cpu.decoding import slots as s
 from halfbyte.system import pages
 
 MAX_VECTORS = 16  # beyond, a matrix product on dequantised weights is faster
 _ITEM_BYTES = 64 * 1024  # of a matrix that a thread takes at once
-_ITEMS_OF_EIGHT = 4  # of them, of a head in 8 bits: each of its items looks at what all have found
-_FEWEST_ITEMS = 16  # of 4-bit rows: what a thread may have to wait for is one of them
-_ROWS = 8  # of codes, that the kernels for fp32 take at once
+_ITEMS_OF_INT8_HEAD = 4  # of them: each item of the head looks at what all have found
+_MIN_ITEMS = 16  # of 4-bit rows: what a thread may have to wait for is one of them
 
 
 @cache
@@ -42,11 +43,73 @@ def isa(dtype: torch.dtype) -> str | None:
 
 @dataclass(frozen=True)
 class Vectors:
-    """What products read: M vectors (M, wide), in fp32, and in the kernels' order and type; zeros up to `wide`."""
+    """What products read: M vectors (M, width), in fp32, and in the kernels' order and type; zeros up to `width`."""
 
     plain: Tensor
     ordered: Tensor
-    wide: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Int8Head:
+    """Rows in 8 bits: integers (O, D) int8, scales (O,), bounds (O,) of the error for a vector of length 1."""
+
+    rows: Tensor
+    scales: Tensor
+    bounds: Tensor
+
+
+@dataclass(frozen=True)
+class Int16Vectors:
+    """What the head in 8 bits reads of M vectors: lengths (M,), and integers (M, D..) int16 up to `largest` with a step
+    for each vector (M,)."""
+
+    lengths: Tensor
+    steps: Tensor
+    largest: int
+    numbers: Tensor
+
+
+def largest_int16(d: int) -> int:
+    """Integers of x (D,) up to this times 8 bits: sums of D / 8 products are below 2^31."""
+    return min(2**14, (2**31 - 1) // (127 * -(-d // 8)))
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Of each block, in fp32; or 8-bit codes in `absmax`, with the table and the outer scales they stand for."""
+
+    absmax: Tensor
+    nested: Tensor | None = None
+    table: Tensor | None = None
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class CachedAttention:
+    """One layer's attention: where its queries, keys and values are, and what it does with them.
+
+    Args:
+        qkv: (M, (H + 2 K) d) fp32. keys, values: (M, K, T, d), of `Tape.cache`. positions: (M,) int64, of this token.
+        places: (M,) int64, of its cache among those that there are; None: M of them, in order.
+        cap: of scores, by tanh; 0: none. window: tokens seen, itself included; 0: all.
+    """
+
+    qkv: Tensor
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    heads: int
+    key_heads: int
+    d: int
+    scale: float
+    cap: float = 0.0
+    window: int = 0
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    eps: float = 0.0
+    one_plus: bool = False
+    places: Tensor | None = None
 
 
 @dataclass
@@ -79,46 +142,63 @@ class Tape:
     def __init__(
         self, dtype: torch.dtype, vectors: int, max_tokens: int = 1, adapters: TextAdapters | None = None
     ) -> None:
-        from halfbyte.layers.kernels.cpu.decoding import tape
-
         name = isa(dtype)
         if name is None:
             raise ValueError(f"no kernels for {dtype} here")
-        self.dtype, self.m, self.max_tokens, self.kinds, self.adapters = dtype, vectors, max_tokens, tape, adapters
-        self._rows: list[np.ndarray] = []
-        self._kept: list[object] = []
-        self.before, self._group = (0, 0), 0
+        from halfbyte.layers.kernels.cpu.decoding import attend, code_tables, codes_bf16, codes_int16, interpreter
+
+        self.kernels, self.attention, self.code_tables = interpreter, attend, code_tables
+        self.bf16, self.int16 = codes_bf16, codes_int16
+        self.isa, self.dtype, self.adapters = name, dtype, adapters
+        self.m, self.max_tokens = vectors, max_tokens
         self.used = vectors  # those of them that a run computes; the first ones
-        self.isa, self._groups, self._blocks, self._scratch = name, 1, 1, 0
+        self._rows: list[np.ndarray] = []
+        self.before, self._group = (0, 0), 0
+        self._alive: list[object] = []
         self._levels: dict[bytes, Tensor] = {}
+        self._planes: dict[bytes, Tensor] = {}
         self._caches: pages.Arena | None = None
-        self._planes_of: dict[bytes, Tensor] = {}
-        self._slots: np.ndarray | None = None
+        # What the largest operation needs: groups of 256 blocks, blocks of a row, bytes.
+        self._groups, self._blocks, self._scratch = 1, 1, 0
+        self._run: np.ndarray | None = None
 
     # ------------------------------------------------------------------ memory
-    def kept(self, tensor: Tensor) -> int:
-        """The address of a contiguous tensor, which lives as long as the tape."""
+    def keep(self, tensor: Tensor | None) -> int:
+        """The address of a contiguous tensor, which lives as long as the tape; 0 for none."""
+        if tensor is None:
+            return 0
         if not tensor.is_contiguous():
             raise ValueError("not contiguous")
-        self._kept.append(tensor)
+        self._alive.append(tensor)
         return tensor.data_ptr()
 
     def buffer(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        made = torch.zeros(shape, dtype=dtype)
-        self._kept.append(made)
-        return made
+        zeros = torch.zeros(shape, dtype=dtype)
+        self._alive.append(zeros)
+        return zeros
 
-    def vectors(self, width: int) -> Vectors:
-        from halfbyte.layers.kernels.cpu.decoding import nibbles
+    def vectors(self, d: int) -> Vectors:
+        """Memory for what products read of M vectors (M, D)."""
+        width = -(-d // self.bf16.CHUNK) * self.bf16.CHUNK
+        if self.isa == "avx2":
+            count = self.int16.ordered_bytes(self.m, width) // 4
+        else:  # of one vector from its last block on once more (`codes_bf16.py`)
+            count = self.m * width * (2 if self.m == 1 else 1)
+        return Vectors(self.buffer(self.m, width), self.buffer(count, dtype=self.dtype), width)
 
-        wide = -(-width // nibbles.CHUNK) * nibbles.CHUNK
-        count = self.m * wide
-        if self.isa == "avx2":  # in whole numbers of 16 bits, once more for eight vectors at once; and their steps
-            groups, blocks = -(-self.m // 8), wide // nibbles.BLOCK
-            count = (2 * count + 16 * groups * wide + 32 * groups * blocks + 4 * self.m * blocks) // 4
-        elif self.m == 1:  # from its last block on once more (`single.py`)
-            count *= 2
-        return Vectors(self.buffer(self.m, wide), self.buffer(count, dtype=self.dtype), wide)
+    def int16_vectors(self, to: Vectors, d: int) -> Int16Vectors:
+        """Memory for what `largest` reads of M vectors (M, D)."""
+        lengths, steps = self.buffer(self.m), self.buffer(self.m)
+        return Int16Vectors(lengths, steps, largest_int16(d), self.buffer(self.m, to.width, dtype=torch.int16))
+
+    def cache(self, key_heads: int, d: int, count: int = 2) -> Tensor:
+        """Keys or values (M, K, T, d), zeros, as `attend` reads them: rows of whole registers. In large pages where the
+        system has them, in one piece for `count` of this size; they take memory as texts are put there."""
+        chunk = self.attention.CHUNK_BYTES[self.dtype.itemsize] // self.dtype.itemsize
+        shape = (self.m, key_heads, self.max_tokens, -(-d // chunk) * chunk)
+        if self._caches is None:
+            self._caches = pages.Arena(count * math.prod(shape) * self.dtype.itemsize)
+        return self._caches.zeros(shape, self.dtype)[..., :d]
 
     # -------------------------------------------------------------- operations
     def __len__(self) -> int:
@@ -129,277 +209,206 @@ class Tape:
         if len(self._rows) > self._group:
             self.before, self._group = (self._group, len(self._rows)), len(self._rows)
 
-    def _add(self, kind: int, items: int, slots: dict[int, int | float]) -> None:
-        row = np.zeros(self.kinds.WIDTH, np.int64)
-        row[:4] = kind, items, *self.before
-        for at, value in slots.items():
-            if isinstance(value, float):
-                row.view(np.float64)[at] = value
-            else:
-                row[at] = value
+    def _add(self, kind: int, items: int, numbers: dict[int, int | float]) -> None:
+        row = np.zeros(s.WIDTH, np.int64)
+        row[[s.KIND, s.ITEMS, s.AFTER, s.UNTIL]] = kind, items, *self.before
+        for slot, number in numbers.items():
+            row.view(np.float64 if isinstance(number, float) else np.int64)[slot] = number
         self._rows.append(row)
 
     def norm(
         self, x: Tensor, to: Vectors, weight: Tensor | None, eps: float = 0.0, one_plus: bool = False,
-        whole: Whole | None = None,
+        integers: Int16Vectors | None = None,
     ) -> None:  # fmt: skip
-        """x (M, D..) -> to, normalised where there is a weight (D,); and to `whole`, what `largest` reads."""
-        d = len(weight) if weight is not None else min(x.shape[1], to.wide)
-        address = self.kept(weight) if weight is not None else 0
-        slots: dict[int, int | float] = {
-            4: self.kept(x), 5: x.shape[1], 6: address, 7: d, 8: eps, 9: int(one_plus), 10: to.plain.data_ptr(),
-            11: to.ordered.data_ptr(), 12: to.wide,
+        """x (M, D..) -> to, normalised where there is a weight (D,); and to `integers`, what `largest` reads."""
+        d = len(weight) if weight is not None else min(x.shape[1], to.width)
+        numbers: dict[int, int | float] = {
+            s.NORM_X: self.keep(x), s.NORM_X_ROW: x.shape[1], s.NORM_WEIGHT: self.keep(weight), s.NORM_D: d,
+            s.NORM_EPS: eps, s.NORM_ONE_PLUS: int(one_plus), s.NORM_PLAIN: to.plain.data_ptr(),
+            s.NORM_ORDERED: to.ordered.data_ptr(), s.NORM_WIDTH: to.width,
         }  # fmt: skip
-        if whole is not None:
-            slots |= {14: self.kept(whole.lengths), 15: self.kept(whole.numbers), 16: self.kept(whole.steps)}
-            slots[17] = float(whole.most)
-        self._add(self.kinds.NORM, self.m, slots)
+        if integers is not None:
+            numbers |= {
+                s.NORM_LENGTHS: self.keep(integers.lengths), s.NORM_INTS: self.keep(integers.numbers),
+                s.NORM_STEPS: self.keep(integers.steps), s.NORM_MAX_INT: float(integers.largest),
+            }  # fmt: skip
+        self._add(s.NORM, self.m, numbers)
 
-    def whole(self, to: Vectors, d: int) -> Whole:
-        """Memory for what `largest` reads of M vectors (M, D)."""
-        lengths, steps = self.buffer(self.m), self.buffer(self.m)
-        return Whole(lengths, steps, largest_whole(d), self.buffer(self.m, to.wide, dtype=torch.int16))
+    def add_norm(self, x: Tensor, to: Tensor, weight: Tensor, eps: float, one_plus: bool) -> None:
+        """to += norm(x), both (M, D)."""
+        self._add(s.NORM, self.m, {
+            s.NORM_X: self.keep(x), s.NORM_X_ROW: x.shape[1], s.NORM_WEIGHT: self.keep(weight), s.NORM_D: len(weight),
+            s.NORM_EPS: eps, s.NORM_ONE_PLUS: int(one_plus), s.NORM_ADD_TO: self.keep(to),
+        })  # fmt: skip
 
-    def norm_onto(self, x: Tensor, onto: Tensor, weight: Tensor, eps: float, one_plus: bool) -> None:
-        """onto += norm(x), both (M, D)."""
-        self._add(
-            self.kinds.NORM, self.m,
-            {4: self.kept(x), 5: x.shape[1], 6: self.kept(weight), 7: len(weight), 8: eps, 9: int(one_plus),
-             13: self.kept(onto)},
-        )  # fmt: skip
+    def _matrix(
+        self, w: Tensor, shape: tuple[int, int], x: Tensor, x_row: int, out: Tensor, item_rows: int
+    ) -> dict[int, int | float]:
+        """What all products with a matrix (O, D) have."""
+        return {
+            s.W: self.keep(w), s.D: shape[1], s.O: shape[0], s.X: x.data_ptr(), s.X_ROW: x_row, s.OUT: out.data_ptr(),
+            s.OUT_ROW: out.stride(0), s.ITEM_ROWS: item_rows, s.VECTORS: self.m,
+        }  # fmt: skip
+
+    def _bias(self, add: bool, bias: Tensor | None) -> dict[int, int | float]:
+        return {s.ADD: int(add), s.BIAS: 0 if bias is None else self.keep(bias.float())}
 
     def dense(
-        self, w: Tensor, x: Tensor, out: Tensor, *, onto: bool = False, bias: Tensor | None = None, scale: float = 0.0,
-        taken: Tensor | None = None,
+        self, w: Tensor, x: Tensor, out: Tensor, *, add: bool = False, bias: Tensor | None = None, scale: float = 0.0,
+        uses: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """x (M, D.. fp32) times w (O, D) -> out (M, O..), a view into a buffer; with a scale, times it, in `dtype`.
-        taken: (M,) fp32; a vector whose number is 0.0 gives zeros."""
+        """x (M, D.. fp32) times w (O, D) -> or added to out (M, O..), a view into a buffer; with a scale, times it, in
+        `dtype`. uses: (M,) fp32; a vector whose number is 0.0 gives zeros."""
         o, d = w.shape
         rows = self._item_rows(o, d * w.itemsize)
-        self._add(
-            self.kinds.DENSE, -(-o // rows),
-            {4: self.kept(w), 9: d, 10: o, 11: x.data_ptr(), 12: x.stride(0) * 4, 13: out.data_ptr(), 14: out.stride(0),
-             15: int(onto), 16: 0 if bias is None else self.kept(bias.float()), 17: int(scale != 0.0), 18: scale,
-             19: 0 if taken is None else self.kept(taken), 23: rows, 24: self.m},
-        )  # fmt: skip
+        numbers = self._matrix(w, (o, d), x, x.stride(0) * 4, out, rows) | self._bias(add, bias)
+        numbers |= {s.DENSE_SCALED: int(scale != 0.0), s.DENSE_SCALE: scale, s.DENSE_USES: self.keep(uses)}
+        self._add(s.DENSE, -(-o // rows), numbers)
 
-    def largest(self, w: Tensor, eight: Eight, x: Tensor, whole: Whole, out: Tensor) -> None:
+    def largest(self, w: Tensor, head: Int8Head, x: Tensor, integers: Int16Vectors, out: Tensor) -> None:
         """x (M, D fp32) times w (O, D) -> out (M, O): exact where it may be the largest, elsewhere less and within
-        `eight.bounds` times the lengths of x. In two groups."""
+        `head.bounds` times the lengths of x. In two groups."""
         o, d = w.shape
-        rows = -(-_ITEMS_OF_EIGHT * self._item_rows(o, d) // 16) * 16  # whole ones of `single.py`
+        rows = -(-_ITEMS_OF_INT8_HEAD * self._item_rows(o, d) // self.bf16.ROWS) * self.bf16.ROWS
         items = -(-o // rows)
-        slots: dict[int, int | float] = {
-            6: self.kept(eight.bounds), 7: self.kept(whole.lengths), 8: self.buffer(2, items, self.m).data_ptr(), 9: d,
-            10: o, 11: x.data_ptr(), 12: x.stride(0) * 4, 13: out.data_ptr(), 14: out.stride(0), 23: rows, 24: self.m,
-            15: whole.numbers.data_ptr(), 16: 2 * whole.numbers.stride(0), 17: whole.steps.data_ptr(),
+        numbers = self._matrix(w, (o, d), x, x.stride(0) * 4, out, rows) | {
+            s.HEAD_BOUNDS: self.keep(head.bounds), s.HEAD_LENGTHS: self.keep(integers.lengths),
+            s.HEAD_ENDS: self.buffer(2, items, self.m).data_ptr(), s.HEAD_INTS: integers.numbers.data_ptr(),
+            s.HEAD_INTS_ROW: 2 * integers.numbers.stride(0), s.HEAD_STEPS: integers.steps.data_ptr(),
+            s.HEAD_ITEMS: items,
         }  # fmt: skip
-        self._add(self.kinds.EIGHTS, items, {**slots, 4: self.kept(eight.rows), 5: self.kept(eight.scales)})
+        self._add(s.HEAD_ROUGH, items, {**numbers, s.W: self.keep(head.rows), s.HEAD_SCALES: self.keep(head.scales)})
         self.then()
-        self._add(self.kinds.EXACT, items, {**slots, 4: self.kept(w), 5: items})
+        self._add(s.HEAD_EXACT, items, numbers)
 
     def codes(
         self, codes: Tensor, scales: Scales, values: Tensor, shape: tuple[int, int], x: Vectors, out: Tensor, *,
-        onto: bool = False, bias: Tensor | None = None, up: Tensor | None = None, h: Tensor | None = None,
+        add: bool = False, bias: Tensor | None = None, up: Tensor | None = None, h: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """x (M, D) times 4-bit rows (O, D) with the 16 `values`, plus h (M, R) times up: (O, R) in pieces of
-        32 bytes; in fp32 (R, O ..)."""
-        from halfbyte.layers.kernels.cpu.decoding import single
-
+        """x (M, D) times 4-bit rows (O, D) with the 16 `values`, plus h (M, R) times up: (O, R) in pieces of 32 bytes; in
+        fp32 (R, O ..)."""
         o, d = shape
-        nested = scales.nested is not None and scales.table is not None
-        in_planes = nested and self.isa == "avx512" and single.available(nested)
         rows = self._item_rows(o, d // 2)
         if self.isa == "avx2":
-            rows = -(-rows // _ROWS) * _ROWS
+            rows = -(-rows // self.int16.ROWS) * self.int16.ROWS
         else:
-            rows = max(1, min(rows, o // _FEWEST_ITEMS) // single.ROWS) * single.ROWS
+            rows = max(1, min(rows, o // _MIN_ITEMS) // self.bf16.ROWS) * self.bf16.ROWS
         self._blocks = max(self._blocks, d // 64)
         self._groups = max(self._groups, rows * (d // 64) // 256 + 2)
-        table = self._planes(scales.table) if in_planes else scales.table
-        slots: dict[int, int | float] = {
-            4: self.kept(codes), 5: self.kept(scales.absmax), 6: self.kept(table) if nested else 0,
-            7: self.kept(scales.nested) if nested else 0, 8: scales.offset, 9: d, 10: o, 11: x.ordered.data_ptr(),
-            12: 2 * x.wide, 13: out.data_ptr(), 14: out.stride(0), 15: int(onto),
-            16: 0 if bias is None else self.kept(bias.float()), 22: self._table(values), 23: rows, 24: self.m,
-            25: int(in_planes),
-        }  # fmt: skip
+        numbers = self._matrix(codes, shape, x.ordered, 2 * x.width, out, rows) | self._bias(add, bias)
+        numbers |= {s.CODES_SCALES: self.keep(scales.absmax), s.CODES_LEVELS: self._level_table(values)}
+        if scales.nested is not None and scales.table is not None:
+            in_planes = self.isa == "avx512" and self.code_tables.has_planes()
+            numbers |= {
+                s.CODES_TABLE: self.keep(self._planes_of(scales.table) if in_planes else scales.table),
+                s.CODES_IN_PLANES: int(in_planes), s.CODES_OUTER: self.keep(scales.nested),
+                s.CODES_OFFSET: scales.offset,
+            }  # fmt: skip
         if up is not None and h is not None:
             row_bytes = h.shape[1] * h.itemsize
-            count = h.shape[1] if self.isa == "avx2" else row_bytes // 32
-            slots |= {17: self.kept(up), 18: up.shape[1] * up.itemsize, 19: self.kept(h), 20: row_bytes, 21: count}
-        self._add(self.kinds.CODES, -(-o // rows), slots)
+            numbers |= {
+                s.CODES_UP: self.keep(up), s.CODES_UP_ROW: up.shape[1] * up.itemsize, s.CODES_H: self.keep(h),
+                s.CODES_H_ROW: row_bytes, s.CODES_PIECES: h.shape[1] if self.isa == "avx2" else row_bytes // 32,
+            }  # fmt: skip
+        self._add(s.CODES, -(-o // rows), numbers)
 
-    def gate(self, g: Tensor, u: Tensor, inner: int, kind: int, to: Vectors) -> None:
+    def gate(self, g: Tensor, u: Tensor, inner: int, activation: int, to: Vectors) -> None:
         """act(g) * u, both (M, I) views with one stride -> to."""
-        parts = -(-to.wide // self.kinds.GATE_ELEMENTS)
-        self._add(
-            self.kinds.GATE, self.m * parts,
-            {4: g.data_ptr(), 5: u.data_ptr(), 6: g.stride(0), 7: inner, 8: kind, 9: self.m, 22: to.plain.data_ptr(),
-             23: to.ordered.data_ptr(), 24: to.wide},
-        )  # fmt: skip
+        parts = -(-to.width // self.kernels.GATE_ELEMENTS)
+        self._add(s.GATE, self.m * parts, {
+            s.GATE_G: g.data_ptr(), s.GATE_U: u.data_ptr(), s.GATE_ROW: g.stride(0), s.GATE_INNER: inner,
+            s.GATE_ACTIVATION: activation, s.GATE_VECTORS: self.m, s.GATE_PLAIN: to.plain.data_ptr(),
+            s.GATE_ORDERED: to.ordered.data_ptr(), s.GATE_WIDTH: to.width,
+        })  # fmt: skip
 
-    def attend(self, attention: Attention, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    def attend(self, a: CachedAttention, cos: Tensor, sin: Tensor, out: Tensor) -> None:
         """Keys and values to their caches, rotated (cos, sin: (M, R)), then attention -> out: (M, H d). In two groups
         where vectors may be tokens of one text, which look at each other's keys."""
-        from halfbyte.layers.kernels.cpu.decoding import attend
-
-        a, items = attention, self.m * attention.key_heads
-        self._scratch = max(self._scratch, attend.scratch_bytes(a.keys.stride(2) * a.keys.itemsize, a.keys.itemsize))
-        rotated = {9: self.kept(cos), 10: self.kept(sin), 8: cos.shape[1], 13: a.eps, 14: int(a.one_plus)}
-        for at, weight in ((11, a.q_norm), (12, a.k_norm)):
-            rotated[at] = 0 if weight is None else self.kept(weight)
+        items = self.m * a.key_heads
+        cache_row = a.keys.stride(2) * a.keys.itemsize
+        self._scratch = max(self._scratch, self.attention.scratch_bytes(cache_row, a.keys.itemsize))
+        both: dict[int, int | float] = {
+            s.ATTEND_QKV: a.qkv.data_ptr(), s.ATTEND_HEADS: a.heads, s.ATTEND_KEY_HEADS: a.key_heads,
+            s.ATTEND_HEAD_SIZE: a.d, s.ATTEND_KEYS: a.keys.data_ptr(), s.ATTEND_VALUES: a.values.data_ptr(),
+            s.ATTEND_CACHE_ROW: cache_row, s.ATTEND_MAX_TOKENS: a.values.shape[2],
+            s.ATTEND_POSITIONS: a.positions.data_ptr(), s.ATTEND_PLACES: self.keep(a.places),
+        }  # fmt: skip
+        rotation: dict[int, int | float] = {
+            s.ATTEND_COS: self.keep(cos), s.ATTEND_SIN: self.keep(sin), s.ATTEND_ROTARY: cos.shape[1],
+            s.ATTEND_Q_NORM: self.keep(a.q_norm), s.ATTEND_K_NORM: self.keep(a.k_norm), s.ATTEND_EPS: a.eps,
+            s.ATTEND_ONE_PLUS: int(a.one_plus),
+        }  # fmt: skip
         if a.places is not None:
-            self._add(self.kinds.ROTATE, items, a.slots() | rotated)
+            self._add(s.ROTATE, items, both | rotation)
             self.then()
-            rotated = {}
-        slots = {19: a.scale, 20: a.cap, 21: a.window, 22: out.data_ptr(), 24: out.shape[1]}
-        self._add(self.kinds.ATTEND, items, a.slots() | rotated | slots)
-
-    def cache(self, key_heads: int, d: int, count: int = 2) -> Tensor:
-        """Keys or values (M, K, T, d), zeros, as `attend` reads them: rows of whole registers. In large pages where the
-        system has them, in one piece for `count` of this size; they take memory as texts are put there."""
-        shape = self._shape(key_heads, d)
-        if self._caches is None:
-            self._caches = pages.Arena(count * math.prod(shape) * self.dtype.itemsize)
-        return self._caches.zeros(shape, self.dtype)[..., :d]
-
-    def _shape(self, key_heads: int, d: int) -> tuple[int, int, int, int]:
-        from halfbyte.layers.kernels.cpu.decoding import attend
-
-        chunk = attend.CHUNK_BYTES[self.dtype.itemsize] // self.dtype.itemsize
-        return self.m, key_heads, self.max_tokens, -(-d // chunk) * chunk
+            rotation = {}
+        self._add(s.ATTEND, items, both | rotation | {
+            s.ATTEND_SCALE: a.scale, s.ATTEND_CAP: a.cap, s.ATTEND_WINDOW: a.window, s.ATTEND_OUT: out.data_ptr(),
+            s.ATTEND_OUT_ROW: out.shape[1],
+        })  # fmt: skip
 
     def _item_rows(self, rows: int, row_bytes: int) -> int:
         return max(1, min(_ITEM_BYTES // max(1, row_bytes), math.ceil(rows / 8)))
 
-    def _table(self, values: Tensor) -> int:
-        from halfbyte.layers.kernels.cpu.decoding import nibbles, words
-
+    def _level_table(self, values: Tensor) -> int:
         numbers = values.numpy()
         key = numbers.tobytes()
         if key not in self._levels:
-            table = words.table if self.isa == "avx2" else nibbles.table
+            table = self.code_tables.int16_levels if self.isa == "avx2" else self.code_tables.bf16_levels
             self._levels[key] = torch.from_numpy(table(numbers))
-        return self.kept(self._levels[key])
+        return self.keep(self._levels[key])
 
-    def _planes(self, table: Tensor | None) -> Tensor:
+    def _planes_of(self, table: Tensor) -> Tensor:
         """One for all matrices whose scales stand for the same numbers."""
-        from halfbyte.layers.kernels.cpu.decoding import single
-
-        assert table is not None
         numbers = table.contiguous().numpy()
         key = numbers.tobytes()
-        if key not in self._planes_of:
-            self._planes_of[key] = torch.from_numpy(single.planes(numbers))
-        return self._planes_of[key]
+        if key not in self._planes:
+            self._planes[key] = torch.from_numpy(self.code_tables.planes(numbers))
+        return self._planes[key]
 
     # --------------------------------------------------------------------- run
     def run(self, first: int = 0, last: int | None = None) -> None:
         """Run operations first .. last; a token begins with the first one."""
         from halfbyte.layers.kernels.cpu import parallel
 
-        threads, slots = torch.get_num_threads(), self._slots
+        threads, run = torch.get_num_threads(), self._run
         # within a token the shares stay: what is done is counted by them, and more or fewer threads may come
-        if slots is None or slots[1] != len(self._rows) or (first == 0 and slots[9] != threads):
-            self._finish(threads)
-        assert self._slots is not None
+        if run is None or run[s.TAPE_COUNT] != len(self._rows) or (first == 0 and run[s.TAPE_THREADS] != threads):
+            run = self._run = self._prepared(threads)
         if first == 0:
             self._counters.fill(0)
         self._arrived.fill(0)
-        self._slots[2:4] = first, len(self._rows) if last is None else last
-        self._ops[self.kinds.USED :: self.kinds.WIDTH] = self.used
-        parallel.start(self.kinds.compiled(self.dtype), self._slots)
+        run[s.TAPE_FIRST], run[s.TAPE_LAST] = first, len(self._rows) if last is None else last
+        self._operations[s.USED :: s.WIDTH] = self.used
+        parallel.start(self.kernels.compiled(self.dtype), run)
 
-    def _finish(self, threads: int) -> None:
-        self._ops = np.concatenate(self._rows)
-        self._counters = np.zeros((threads + 1) * len(self._rows) * self.kinds.LINE, np.int64)
-        self._arrived = np.zeros(self.kinds.LINE, np.int64)
-        self._slots = np.zeros(32, np.int64)
-        self._slots[:2] = self._ops.ctypes.data, len(self._rows)
-        scratch = max(self._scratch, 12 * 1024 + 160 * self.m + 32 * self._blocks)
-        self._slots[4:9] = self._counters.ctypes.data, self._groups, self.max_tokens, scratch, _yield_address()
-        self._slots[9:11] = threads, self._arrived.ctypes.data
+    def _prepared(self, threads: int) -> np.ndarray:
+        """The slots of a run."""
+        line = self.kernels.LINE
+        self._operations = np.concatenate(self._rows)
+        self._counters = np.zeros((threads + 1) * len(self._rows) * line, np.int64)
+        self._arrived = np.zeros(line, np.int64)
+        run = np.zeros(s.WIDTH, np.int64)
+        for slot, number in {
+            s.TAPE_OPERATIONS: self._operations.ctypes.data, s.TAPE_COUNT: len(self._rows),
+            s.TAPE_COUNTERS: self._counters.ctypes.data, s.TAPE_GROUPS: self._groups,
+            s.TAPE_MAX_TOKENS: self.max_tokens, s.TAPE_YIELD: _yield_address(), s.TAPE_THREADS: threads,
+            s.TAPE_SCRATCH_BYTES: max(self._scratch, 12 * 1024 + 160 * self.m + 32 * self._blocks),
+            s.TAPE_ARRIVED: self._arrived.ctypes.data,
+        }.items():  # fmt: skip
+            run[slot] = number
         self._name_matrices()
+        return run
 
     def _name_matrices(self) -> None:
         """In each operation the next matrix, itself included: address, items, bytes of an item."""
-        widths, ops = {self.kinds.CODES: 0.5, self.kinds.EIGHTS: 1.0, self.kinds.DENSE: self.dtype.itemsize}, self._ops
+        itemsizes = {s.CODES: 0.5, s.HEAD_ROUGH: 1.0, s.DENSE: self.dtype.itemsize}
         following = np.zeros(3, np.int64)
-        for row in ops.reshape(-1, self.kinds.WIDTH)[::-1]:
-            if row[0] in widths:
-                following[:] = row[4], row[1], int(row[23] * row[9] * widths[int(row[0])])
-            row[28:31] = following
-
-
-@dataclass(frozen=True)
-class Eight:
-    """Rows in 8 bits: whole numbers (O, D) int8, scales (O,), bounds (O,) of the error for a vector of length 1."""
-
-    rows: Tensor
-    scales: Tensor
-    bounds: Tensor
-
-
-@dataclass(frozen=True)
-class Whole:
-    """What the head in 8 bits reads of M vectors: lengths (M,), and whole numbers (M, D..) int16 up to `most` with a
-    step for each vector (M,)."""
-
-    lengths: Tensor
-    steps: Tensor
-    most: int
-    numbers: Tensor
-
-
-def largest_whole(d: int) -> int:
-    """Whole numbers of x (D,) up to this times 8 bits: sums of D / 8 products are below 2^31."""
-    return min(2**14, (2**31 - 1) // (127 * -(-d // 8)))
-
-
-@dataclass(frozen=True)
-class Scales:
-    """Of each block, in fp32; or 8-bit codes in `absmax`, with the table and the outer scales they stand for."""
-
-    absmax: Tensor
-    nested: Tensor | None = None
-    table: Tensor | None = None
-    offset: float = 0.0
-
-
-@dataclass(frozen=True)
-class Attention:
-    """One layer's attention: where its queries, keys and values are, and what it does with them.
-
-    Args:
-        qkv: (M, (H + 2 K) d) fp32. keys, values: (M, K, T, d), of `Tape.cache`. positions: (M,) int64, of this token.
-        places: (M,) int64, of its cache among those that there are; None: M of them, in order.
-        cap: of scores, by tanh; 0: none. window: tokens seen, itself included; 0: all.
-    """
-
-    qkv: Tensor
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    heads: int
-    key_heads: int
-    d: int
-    scale: float
-    cap: float = 0.0
-    window: int = 0
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-    eps: float = 0.0
-    one_plus: bool = False
-    places: Tensor | None = None
-
-    def slots(self) -> dict[int, int | float]:
-        return {
-            4: self.qkv.data_ptr(), 5: self.heads, 6: self.key_heads, 7: self.d, 15: self.keys.data_ptr(),
-            16: self.values.data_ptr(), 17: self.values.shape[2], 18: self.positions.data_ptr(),
-            25: 0 if self.places is None else self.places.data_ptr(),
-            26: self.keys.stride(2) * self.keys.itemsize,
-        }  # fmt: skip
+        for row in self._operations.reshape(-1, s.WIDTH)[::-1]:
+            if row[s.KIND] in itemsizes:
+                item_bytes = int(row[s.ITEM_ROWS] * row[s.D] * itemsizes[int(row[s.KIND])])
+                following[:] = row[s.W], row[s.ITEMS], item_bytes
+            row[s.NEXT_W], row[s.NEXT_ITEMS], row[s.NEXT_ITEM_BYTES] = following
 
 
 @cache

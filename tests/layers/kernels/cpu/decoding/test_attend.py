@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfbyte.layers.decoding.tape import Attention, Tape, isa
+from halfbyte.layers.decoding.tape import CachedAttention, Tape, isa
 
 DTYPES = [d for d in (torch.bfloat16, torch.float32) if isa(d)]
 # Scores and sums are fp32: sums of d and of n products in any order, exp within 2e-7, a softmax over scores below 10.
@@ -28,7 +28,9 @@ def normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return x if weight is None else x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def reference(a: Attention, m: int, qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def reference(
+    a: CachedAttention, m: int, qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
     """Text m's out (H d) in fp64; keys and values (K, T, d) are put there."""
     n, h, k = int(a.positions[m]) + 1, a.heads, a.key_heads
     q, own, v = qkv[m].double().view(-1, a.d).split([h, k, k])
@@ -74,7 +76,7 @@ def test_attention_is_that_of_its_formulas(case: dict[str, Any], dtype: torch.dt
     norms = [torch.randn(d).to(dtype) if case.get("normed") else None for _ in range(2)]
     places = torch.tensor(case["places"]) if "places" in case else None
     qkv, out = tape.buffer(m, (h + 2 * k) * d), tape.buffer(m, h * d + 5)
-    a = Attention(
+    a = CachedAttention(
         qkv, keys, values, positions, h, k, d, 1 / math.sqrt(d), case.get("cap", 0.0), case.get("window", 0), *norms,
         eps=1e-5, places=places,
     )  # fmt: skip
@@ -107,7 +109,7 @@ def test_a_number_that_is_none_is_seen_and_stays_in_its_text() -> None:
     qkv.normal_()
     values[1, 0, 3, 7] = float("nan")
     positions = torch.tensor([20, 20])
-    a = Attention(qkv, keys, values, positions, 1, 1, 64, 0.125)
+    a = CachedAttention(qkv, keys, values, positions, 1, 1, 64, 0.125)
     out = tape.buffer(2, 64)
     tape.attend(a, torch.ones(2, 64), torch.zeros(2, 64), out)
     tape.run()

@@ -1,0 +1,347 @@
+"""A token's whole way through a model as one call: a list of operations that all threads walk through together.
+
+Why: a small model has 210 matrix products a token; started one by one from Python, or one by one on a pool of threads,
+the starts cost more than the products. Here each operation is split into items; a thread takes the next item from a
+counter, and an operation begins when those that it names are done. No thread waits for a thread, only for work, so any
+number of threads is right, one included.
+What: `slots.py` says what an operation's numbers mean; `layers/decoding/tape.py` writes them. Activations between
+operations are fp32; what a product reads is there twice, in order in fp32, and in the kernels' order and type. Each
+thread has a share of an operation's items, neighbours in memory, before it takes another's; and while it waits it asks
+for the first bytes of its share of the next matrix.
+Source: products are in `codes_bf16.py`, `codes_int16.py`, `dense.py` and `int8_head.py`, attention in `attend.py`; the
+rest are the formulas of `norm.py` and `gate.py`.
+Cost: about 0.2 microseconds between two operations on two threads.
+"""
+
+import math
+
+import numpy as np
+from numba import carray, types
+from numba.extending import overload
+
+from halfbyte.layers.kernels.cpu.decoding import attend, code_tables, codes_bf16, codes_int16, dense, int8_head, slots
+from halfbyte.layers.kernels.cpu.decoding.emit import ask
+from halfbyte.layers.kernels.cpu.gate import SILU, sigmoid
+from halfbyte.layers.kernels.cpu.parallel import SLOTS, array, kernel, per_dtype
+from halfbyte.layers.kernels.cpu.scalar import FASTMATH, give, inlined, load, pause, read, store, take
+
+LINE = 8  # int64 of a cache line: each counter has its own
+GATE_ELEMENTS = 1024  # of an item
+BLOCK, CHUNK, GROUP = code_tables.BLOCK, codes_bf16.CHUNK, code_tables.GROUP
+_SPINS = 2000  # looks at a counter before the core is offered to others
+_ASKED_BYTES = 32 * 1024  # of the next matrix, by each thread while it waits
+
+
+@inlined
+def _order(x, like, out, m, vectors, d, first, last):  # type: ignore[no-untyped-def]
+    """Vector m's x[first:last] in fp32 -> `out`, as products read it; `first` and `last` are whole chunks.
+
+    bf16: (M, D') by `order_vector`; of one vector of an odd number of blocks also (D'), from its last block on.
+    fp32: as `ordered_parts` says.
+    """
+    width = len(x)
+    if like.itemsize == 2:
+        to = out + (m * width + first) * like.itemsize
+        codes_bf16.order_vector(like, x.ctypes.data + 4 * first, (last - first) // CHUNK, to)
+        if vectors == 1 and d % CHUNK == BLOCK:
+            ordered, after = array(out, (width,), like.dtype), array(out + width * like.itemsize, (width,), like.dtype)
+            for c in range(first, last, CHUNK):
+                _order_from_last(ordered[c : c + CHUNK], after, c, width)
+    else:
+        blocks, eight, lane = width // BLOCK, m // 8, m % 8
+        pairs, pair_steps, steps = codes_int16.ordered_parts(out, vectors, width)
+        pairs, pair_steps = pairs + 16 * eight * width + 4 * lane, pair_steps + 32 * eight * blocks + 4 * lane
+        for c in range(first // BLOCK, last // BLOCK):
+            codes_int16.round_block(
+                like, x.ctypes.data + 256 * c, out + 2 * m * width + 128 * c, steps + 4 * m * blocks + 4 * c,
+                pairs + 1024 * c if vectors >= codes_int16.FEWEST_OF_MANY else 0, pair_steps + 32 * c,
+            )  # fmt: skip
+
+
+@inlined
+def _order_from_last(ordered, out, c, width):  # type: ignore[no-untyped-def]
+    """A chunk, numbers c .. c + 128 of a vector, to where `rows_times_one` reads it for every second row."""
+    for k in range(0, CHUNK, 32):
+        for j in range(16):
+            out[c + k + 16 + j] = ordered[k + j]
+        if c + CHUNK < width:
+            for j in range(16):
+                out[c + CHUNK + k + j] = ordered[k + 16 + j]
+        else:
+            for j in range(16):
+                out[k + j] = ordered[k + j]
+
+
+@inlined
+def _norm(op, number, like, m):  # type: ignore[no-untyped-def]
+    """NORM: vector m, normalised where there is a weight, to where products read it; or onto another one."""
+    d, width = op[slots.NORM_D], op[slots.NORM_WIDTH]
+    if m >= op[slots.USED]:
+        return
+    x = array(op[slots.NORM_X] + m * op[slots.NORM_X_ROW] * 4, (d,), np.float32)
+    share, one = np.float32(1.0), np.float32(0.0)
+    weight = array(op[slots.NORM_WEIGHT], (d,), like.dtype)
+    if op[slots.NORM_WEIGHT] != 0:
+        total = np.float32(0.0)
+        for j in range(d):
+            total += x[j] * x[j]
+        mean = total / np.float32(d) + np.float32(number[slots.NORM_EPS])
+        share = np.float32(1.0) / np.float32(math.sqrt(mean))
+        one = np.float32(op[slots.NORM_ONE_PLUS])
+    if op[slots.NORM_ADD_TO] != 0:
+        onto = array(op[slots.NORM_ADD_TO] + m * d * 4, (d,), np.float32)
+        for j in range(d):
+            onto[j] += x[j] * share * (load(weight[j]) + one)
+        return
+    out = array(op[slots.NORM_PLAIN] + m * width * 4, (width,), np.float32)
+    if op[slots.NORM_WEIGHT] != 0:
+        for j in range(d):
+            out[j] = x[j] * share * (load(weight[j]) + one)
+    else:
+        for j in range(d):
+            out[j] = x[j]
+    if op[slots.NORM_LENGTHS] != 0:
+        total = np.float32(0.0)
+        for j in range(d):
+            total += out[j] * out[j]
+        array(op[slots.NORM_LENGTHS], (m + 1,), np.float32)[m] = np.float32(math.sqrt(total))
+    if op[slots.NORM_INTS] != 0:
+        ints, steps = op[slots.NORM_INTS] + m * width * 2, op[slots.NORM_STEPS] + 4 * m
+        codes_int16.round_vector(like, out.ctypes.data, width, np.float32(number[slots.NORM_MAX_INT]), ints, steps)
+    _order(out, like, op[slots.NORM_ORDERED], m, op[slots.ITEMS], d, 0, width)
+
+
+def _codes_int16(op, number, like, lookups, scratch, item):  # type: ignore[no-untyped-def]
+    """CODES in fp32, eight rows at a time."""
+    d, vectors, nested = op[slots.D], op[slots.VECTORS], op[slots.CODES_TABLE] != 0
+    blocks, rows = d // BLOCK, codes_int16.ROWS
+    begin, end = item * op[slots.ITEM_ROWS], min(op[slots.O], (item + 1) * op[slots.ITEM_ROWS])
+    group = begin * blocks // GROUP
+    if nested:
+        count, offset = (end * blocks - 1) // GROUP - group + 1, np.float32(number[slots.CODES_OFFSET])
+        code_tables.lookups(
+            like, op[slots.CODES_TABLE], op[slots.CODES_OUTER], offset, group, count, lookups.ctypes.data
+        )
+    levels = (scratch.ctypes.data + 63) // 64 * 64
+    sums = array(levels + codes_int16.LEVELS_BYTES, (vectors, rows), np.float32)
+    scales = array(levels + codes_int16.LEVELS_BYTES + 32 * (vectors + 16), (blocks, rows), np.float32)
+    bias = array(op[slots.BIAS], (op[slots.O],), np.float32)
+    width = op[slots.X_ROW] // 2
+    pairs, pair_steps, steps = codes_int16.ordered_parts(op[slots.X], vectors, width)
+    for r in range(begin, end, rows):
+        n, at = min(rows, end - r), op[slots.CODES_SCALES] + r * blocks * (1 if nested else 4)
+        table, first = (np.int64(lookups.ctypes.data), r * blocks - group * GROUP) if nested else (0, 0)
+        code_tables.scales_of_8_rows(like, at, table, first, blocks, n, scales.ctypes.data)
+        codes_int16.rows_times_vectors(
+            like, op[slots.W] + r * (d // 2), d // 2, n, vectors, op[slots.X], steps, pairs, pair_steps, width,
+            scales.ctypes.data, blocks, op[slots.CODES_LEVELS], levels, sums.ctypes.data,
+        )  # fmt: skip
+        if op[slots.CODES_UP] != 0:
+            codes_int16.add_lora(
+                like, vectors, sums.ctypes.data, op[slots.CODES_UP] + 4 * r, op[slots.CODES_UP_ROW],
+                op[slots.CODES_H], op[slots.CODES_H_ROW], op[slots.CODES_PIECES],
+            )  # fmt: skip
+        for m in range(vectors):
+            out = array(op[slots.OUT] + (m * op[slots.OUT_ROW] + r) * 4, (n,), np.float32)
+            for k in range(n):
+                total = sums[m, k] + (bias[r + k] if op[slots.BIAS] != 0 else np.float32(0.0))
+                out[k] = total + out[k] if op[slots.ADD] != 0 else total
+
+
+@inlined
+def _scales(op, number, like, looked_up, begin, end):  # type: ignore[no-untyped-def]
+    """The scales of rows begin .. end, which are codes of 8 bits -> `looked_up`, from a block that is a multiple of
+    64."""
+    blocks, codes_at, offset = op[slots.D] // BLOCK, op[slots.CODES_SCALES], np.float32(number[slots.CODES_OFFSET])
+    first, last = begin * blocks, end * blocks
+    for at in range(last, min(op[slots.O], end + op[slots.ITEM_ROWS]) * blocks, 64):  # those of the next item
+        ask(codes_at + at)
+    if op[slots.CODES_IN_PLANES] != 0:
+        code_tables.scales_of_planes(
+            like, codes_at, op[slots.CODES_TABLE], op[slots.CODES_OUTER], offset, first, last, looked_up
+        )
+        return
+    codes, table = array(codes_at, (last,), np.uint8), array(op[slots.CODES_TABLE], (GROUP,), np.float32)
+    outer = array(op[slots.CODES_OUTER], (last // GROUP + 1,), np.float32)
+    scales, start = array(looked_up, (last - first + 64,), np.float32), first // 64 * 64
+    for n in range(first, last):
+        scales[n - start] = table[codes[n]] * outer[n // GROUP] + offset
+
+
+def _codes_bf16(op, number, like, lookups, scratch, item):  # type: ignore[no-untyped-def]
+    """CODES in bf16, 16 rows at a time."""
+    begin, end = item * op[slots.ITEM_ROWS], min(op[slots.O], (item + 1) * op[slots.ITEM_ROWS])
+    sums, looked_up = (np.int64(scratch.ctypes.data) + 63) // 64 * 64, np.int64(lookups.ctypes.data)
+    d, all_scales = op[slots.D], op[slots.CODES_SCALES]
+    blocks = d // BLOCK
+    if op[slots.CODES_TABLE] != 0:
+        _scales(op, number, like, looked_up, begin, end)
+        all_scales = looked_up - 4 * (begin * blocks // 64 * 64)
+    for r in range(begin, end, codes_bf16.ROWS):
+        n, w, scales = min(codes_bf16.ROWS, end - r), op[slots.W] + r * (d // 2), all_scales + 4 * r * blocks
+        up, bias = op[slots.CODES_UP] + r * op[slots.CODES_UP_ROW], op[slots.BIAS] + 4 * r if op[slots.BIAS] != 0 else 0
+        if op[slots.VECTORS] == 1:
+            codes_bf16.rows_times_one(
+                like, w, n, blocks, op[slots.X], op[slots.X] + op[slots.X_ROW], scales, op[slots.CODES_LEVELS], up,
+                op[slots.CODES_UP_ROW], op[slots.CODES_H], op[slots.CODES_PIECES], sums, bias, op[slots.ADD],
+                op[slots.OUT] + 4 * r,
+            )  # fmt: skip
+        else:
+            codes_bf16.rows_times_vectors(
+                like, w, n, blocks, op[slots.USED], op[slots.X], op[slots.X_ROW], scales, op[slots.CODES_LEVELS], up,
+                op[slots.CODES_UP_ROW], op[slots.CODES_H], op[slots.CODES_H_ROW], op[slots.CODES_PIECES], sums, bias,
+                op[slots.ADD], op[slots.OUT] + 4 * r, 4 * op[slots.OUT_ROW],
+            )  # fmt: skip
+
+
+def _codes(op, number, like, lookups, scratch, item) -> None:  # type: ignore[no-untyped-def]
+    raise NotImplementedError
+
+
+@overload(_codes, jit_options={"forceinline": True, "fastmath": FASTMATH, "error_model": "numpy"})
+def _codes_of_type(op, number, like, lookups, scratch, item):  # type: ignore[no-untyped-def]
+    """The other one is not compiled."""
+    return _codes_bf16 if like.dtype == types.uint16 else _codes_int16
+
+
+@inlined
+def _dense(op, number, like, sums, item):  # type: ignore[no-untyped-def]
+    """DENSE: rows of plain numbers."""
+    d, vectors, row = op[slots.D], op[slots.USED], op[slots.X_ROW]
+    bias = array(op[slots.BIAS], (op[slots.O],), np.float32)
+    uses = array(op[slots.DENSE_USES], (op[slots.VECTORS],), np.float32)
+    lanes = dense.LANES_BF16 if like.itemsize == 2 else dense.LANES_FP32
+    for r in range(item * op[slots.ITEM_ROWS], min(op[slots.O], (item + 1) * op[slots.ITEM_ROWS])):
+        at = op[slots.W] + r * d * like.itemsize
+        w, add = array(at, (d,), like.dtype), bias[r] if op[slots.BIAS] != 0 else np.float32(0.0)
+        if op[slots.DENSE_USES] == 0:
+            dense.row_dots(like, vectors, at, op[slots.X], row, d // lanes, sums.ctypes.data)
+        else:
+            for m in range(vectors):
+                sums[m] = np.float32(0.0)
+                if uses[m] != np.float32(0.0):
+                    dense.row_dot(like, at, op[slots.X] + m * row, d // lanes, sums.ctypes.data + m * 4)
+        for m in range(vectors):
+            total = sums[m]
+            if op[slots.DENSE_USES] == 0 or uses[m] != np.float32(0.0):
+                x = array(op[slots.X] + m * row, (d,), np.float32)
+                for j in range(d // lanes * lanes, d):
+                    total += load(w[j]) * x[j]
+            place = m * op[slots.OUT_ROW] + r
+            if op[slots.DENSE_SCALED] != 0:
+                half = array(op[slots.OUT] + place * like.itemsize, (1,), like.dtype)
+                half[0] = store(total * np.float32(number[slots.DENSE_SCALE]), half)
+            else:
+                out = array(op[slots.OUT] + place * 4, (1,), np.float32)
+                out[0] = total + add + out[0] if op[slots.ADD] != 0 else total + add
+
+
+@inlined
+def _gate(op, like, item):  # type: ignore[no-untyped-def]
+    """GATE: act(g) * u to where products read it."""
+    inner, width = op[slots.GATE_INNER], op[slots.GATE_WIDTH]
+    parts = (width + GATE_ELEMENTS - 1) // GATE_ELEMENTS
+    m, first = item // parts, item % parts * GATE_ELEMENTS
+    if m >= op[slots.USED]:
+        return
+    last, at = min(inner, first + GATE_ELEMENTS), (m * op[slots.GATE_ROW] + first) * 4
+    g = array(op[slots.GATE_G] + at, (last - first,), np.float32)
+    u = array(op[slots.GATE_U] + at, (last - first,), np.float32)
+    out = array(op[slots.GATE_PLAIN] + m * width * 4, (width,), np.float32)
+    to = out[first:last]
+    if op[slots.GATE_ACTIVATION] == SILU:
+        for j in range(last - first):
+            to[j] = g[j] * sigmoid(g[j]) * u[j]
+    else:
+        for j in range(last - first):
+            v = g[j]
+            z = np.float32(1.5957691216) * (v + np.float32(0.044715) * v * v * v)  # 2 sqrt(2 / pi)
+            to[j] = v * sigmoid(z) * u[j]
+    vectors = op[slots.GATE_VECTORS]
+    _order(out, like, op[slots.GATE_ORDERED], m, vectors, inner, first, min(width, first + GATE_ELEMENTS))
+
+
+@inlined
+def _share(items, threads, share):  # type: ignore[no-untyped-def]
+    """The first item of a thread's share."""
+    return share * items // threads
+
+
+@inlined
+def _wait(counters, lines, op, ops, me, threads, asked, yielding):  # type: ignore[no-untyped-def]
+    """Until all before `op` is done. Asks meanwhile for bytes of this thread's share of the next matrix; `asked`: its
+    address, and how many were."""
+    begin, end = _share(op[slots.NEXT_ITEMS], threads, me), _share(op[slots.NEXT_ITEMS], threads, me + 1)
+    if asked[0] != op[slots.NEXT_W]:
+        asked[0], asked[1] = op[slots.NEXT_W], 0
+    limit = min(_ASKED_BYTES, (end - begin) * op[slots.NEXT_ITEM_BYTES])
+    for one in range(op[slots.AFTER], op[slots.UNTIL]):
+        items, spins = ops[one * slots.WIDTH + slots.ITEMS], 0
+        while read(counters[((one + 1) * lines - 1) * LINE :]) < items:
+            spins += 1
+            if asked[1] < limit:
+                for k in range(0, 256, 64):
+                    ask(op[slots.NEXT_W] + begin * op[slots.NEXT_ITEM_BYTES] + asked[1] + k)
+                asked[1] += 256
+            else:
+                pause(yielding if spins % _SPINS == 0 else 0)
+
+
+@inlined
+def _do(op, number, like, lookups, s, sums, scratch, item):  # type: ignore[no-untyped-def]
+    kind = op[slots.KIND]
+    if kind == slots.CODES:
+        _codes(op, number, like, lookups, scratch, item)
+    elif kind == slots.DENSE:
+        _dense(op, number, like, sums, item)
+    elif kind == slots.NORM:
+        _norm(op, number, like, item)
+    elif kind == slots.ROTATE or kind == slots.ATTEND:
+        if op[slots.ATTEND_COS] != 0:
+            attend.rotate(op, number, like, item)
+        if kind == slots.ATTEND:
+            attend.attend(op, number, like, s, scratch, item)
+    elif kind == slots.HEAD_ROUGH:
+        int8_head.rough(op, like, sums, scratch, item)
+    elif kind == slots.HEAD_EXACT:
+        int8_head.exact(op, like, sums, item)
+    else:
+        _gate(op, like, item)
+
+
+def _make(element: type) -> object:
+    @kernel
+    def token(address):  # type: ignore[no-untyped-def]
+        """`address`: of the slots TAPE_*. Counters of an operation, each in a line: taken of each share; items done."""
+        run = carray(address, (SLOTS,), np.int64)
+        threads, lines, width = run[slots.TAPE_THREADS], run[slots.TAPE_THREADS] + 1, slots.WIDTH
+        me = take(array(run[slots.TAPE_ARRIVED], (1,), np.int64)) % threads
+        ops = array(run[slots.TAPE_OPERATIONS], (run[slots.TAPE_COUNT] * width,), np.int64)
+        numbers = array(run[slots.TAPE_OPERATIONS], (run[slots.TAPE_COUNT] * width,), np.float64)
+        counters = array(run[slots.TAPE_COUNTERS], (run[slots.TAPE_COUNT] * lines * LINE,), np.int64)
+        like = array(run[slots.TAPE_OPERATIONS], (1,), element)
+        lookups = np.empty(run[slots.TAPE_GROUPS] * GROUP, np.float32)
+        s = np.empty(attend.AT_ONCE * run[slots.TAPE_MAX_TOKENS], np.float32)
+        scratch = np.empty(run[slots.TAPE_SCRATCH_BYTES], np.uint8)
+        sums, asked = np.empty(64, np.float32), np.zeros(2, np.int64)
+        for i in range(run[slots.TAPE_FIRST], run[slots.TAPE_LAST]):
+            op, number = ops[i * width : (i + 1) * width], numbers[i * width : (i + 1) * width]
+            _wait(counters, lines, op, ops, me, threads, asked, run[slots.TAPE_YIELD])
+            turn, count = 0, 0
+            while turn < threads:
+                share = (me + turn) % threads
+                first, end = _share(op[slots.ITEMS], threads, share), _share(op[slots.ITEMS], threads, share + 1)
+                taken = counters[(i * lines + share) * LINE :]
+                item = first + (take(taken) if turn == 0 or first + read(taken) < end else end)
+                if item >= end:
+                    turn += 1
+                    continue
+                _do(op, number, like, lookups, s, sums, scratch, item)
+                count += 1
+            if count > 0:
+                give(counters[((i + 1) * lines - 1) * LINE :], count)
+
+    return token
+
+
+compiled = per_dtype(_make)

@@ -1,0 +1,104 @@
+"""The slots of a tape: which number of an operation stands where. `layers/decoding/tape.py` writes, the kernels read.
+
+An operation is a row of `WIDTH` slots, each an int64: a number, the address of a buffer or weight, or, marked `float`,
+the bits of a float64. Lengths of rows are in elements, but for those in bytes. 0 as an address: there is none.
+
+    TAPE_*, slots of a run                   the operations, one row each
+    +--------------------+     +---------------------------------------------------------+
+    | TAPE_OPERATIONS  --|---> | KIND ITEMS AFTER UNTIL | what its kind reads | .. NEXT_* |
+    | TAPE_FIRST, .. LAST|     | KIND ITEMS AFTER UNTIL | X --> buffer, W --> weight, OUT -->
+    | TAPE_COUNTERS    --|--+  | ...                                                      |
+    +--------------------+  |
+                            +> of each operation a cache line a thread (how many items of its share are taken), and one
+                               (how many items are done); an operation begins when those AFTER .. UNTIL are done
+
+Letters: M vectors (texts at once), D in, O out, D' D filled up to whole chunks, H query heads, K key heads, d numbers
+of a head, T max_tokens, R rotary width.
+"""
+
+WIDTH = 32
+# What an operation does.
+NORM, CODES, DENSE, ROTATE, ATTEND, GATE, HEAD_ROUGH, HEAD_EXACT = range(8)
+
+# Every operation.
+KIND = 0
+ITEMS = 1  # parts that threads take
+AFTER, UNTIL = 2, 3  # the range of operations that must be done before
+USED = 27  # how many of the M vectors there are now
+NEXT_W = 28  # the next matrix from this operation on, itself included
+NEXT_ITEMS, NEXT_ITEM_BYTES = 29, 30
+
+# Products with a matrix: CODES, DENSE, HEAD_*.
+W = 4  # (O, D): 4-bit codes, numbers of the tape's type, or 8-bit numbers
+D, O = 5, 6  # noqa: E741
+X = 7  # (M, ..): CODES as `Vectors.ordered`, else fp32
+X_ROW = 8  # bytes
+OUT, OUT_ROW = 9, 10  # (M, ..) fp32; DENSE with a scale: of the tape's type
+ADD = 11  # whether it is added to what is in OUT
+BIAS = 12  # (O,) fp32
+ITEM_ROWS = 13  # rows of W in an item
+VECTORS = 14  # M
+
+CODES_SCALES = 15  # of blocks of 64: fp32, or a byte with the next three
+CODES_TABLE = 16  # (256,) fp32 that a byte stands for, or in planes
+CODES_IN_PLANES = 17
+CODES_OUTER = 18  # fp32, of each 256 blocks
+CODES_OFFSET = 19  # float
+CODES_LEVELS = 20  # the 16 levels as the kernel looks them up
+CODES_UP, CODES_UP_ROW = 21, 22  # LoRA's B; bytes
+CODES_H, CODES_H_ROW = 23, 24  # x times LoRA's A; bytes
+CODES_PIECES = 25  # of H's row: of 32 bytes in bf16, of one rank in fp32
+
+DENSE_SCALED, DENSE_SCALE = 15, 16  # float
+DENSE_USES = 17  # (M,) fp32: a vector whose number is 0.0 gives zeros
+
+HEAD_SCALES, HEAD_BOUNDS = 15, 16  # (O,) fp32
+HEAD_LENGTHS = 17  # (M,) fp32, of x
+HEAD_ENDS = 18  # (2, items, M) fp32: what the largest logit of an item's rows is at least, and at most
+HEAD_INTS, HEAD_INTS_ROW = 19, 20  # x in 16-bit integers (M, D'); bytes
+HEAD_STEPS = 21  # (M,) fp32, of those
+HEAD_ITEMS = 22  # items of HEAD_ROUGH
+
+NORM_X, NORM_X_ROW = 4, 5  # (M, D..) fp32
+NORM_WEIGHT = 6  # (D,) of the tape's type; 0: no norm, only the order
+NORM_D = 7
+NORM_EPS = 8  # float
+NORM_ONE_PLUS = 9  # whether the factor is 1 + weight
+NORM_PLAIN, NORM_ORDERED, NORM_WIDTH = 10, 11, 12  # `Vectors`; D'
+NORM_ADD_TO = 13  # (M, D) fp32 that the norm is added to, instead of writing vectors
+NORM_LENGTHS = 14  # (M,) fp32 or 0
+NORM_INTS, NORM_STEPS = 15, 16  # as HEAD_INTS, or 0
+NORM_MAX_INT = 17  # float
+
+# ROTATE and ATTEND; ATTEND rotates itself where it has ATTEND_COS.
+ATTEND_QKV = 4  # (M, (H + 2 K) d) fp32
+ATTEND_HEADS, ATTEND_KEY_HEADS, ATTEND_HEAD_SIZE = 5, 6, 7
+ATTEND_ROTARY = 8  # R
+ATTEND_COS, ATTEND_SIN = 9, 10  # (M, R) fp32
+ATTEND_Q_NORM, ATTEND_K_NORM = 11, 12  # (d,) of the tape's type, or 0
+ATTEND_EPS = 13  # float
+ATTEND_ONE_PLUS = 14
+ATTEND_KEYS, ATTEND_VALUES = 15, 16  # caches (M, K, T, d')
+ATTEND_CACHE_ROW = 17  # bytes of d'
+ATTEND_MAX_TOKENS = 18  # T
+ATTEND_POSITIONS = 19  # (M,) int64
+ATTEND_PLACES = 20  # (M,) int64, whose cache; 0: its own
+ATTEND_SCALE, ATTEND_CAP = 21, 22  # float
+ATTEND_WINDOW = 23  # tokens seen; 0: all
+ATTEND_OUT, ATTEND_OUT_ROW = 24, 25  # (M, D') fp32
+
+GATE_G, GATE_U, GATE_ROW = 4, 5, 6  # (M, ..) fp32
+GATE_INNER = 7  # numbers of both
+GATE_ACTIVATION = 8
+GATE_VECTORS = 9
+GATE_PLAIN, GATE_ORDERED, GATE_WIDTH = 10, 11, 12  # `Vectors` of the product
+
+# A run of a tape.
+TAPE_OPERATIONS, TAPE_COUNT = 0, 1
+TAPE_FIRST, TAPE_LAST = 2, 3
+TAPE_COUNTERS = 4
+TAPE_GROUPS = 5  # groups of 256 blocks that an item of CODES has at most
+TAPE_MAX_TOKENS = 6  # T
+TAPE_SCRATCH_BYTES = 7
+TAPE_YIELD = 8  # the function that offers the core to other threads, or 0
+TAPE_THREADS, TAPE_ARRIVED = 9, 10
