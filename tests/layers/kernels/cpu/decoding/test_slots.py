@@ -14,7 +14,7 @@ from halfbyte.layers.kernels.cpu.decoding import slots
 LAYERS = Path(halfbyte.__file__).parent / "layers"
 KERNELS = LAYERS / "kernels" / "cpu" / "decoding"
 # What an operation's numbers, or a run's, are called in these files.
-ROWS = {"op", "ops", "number", "numbers", "row", "run", "_run", "_operations"}
+ROWS = {"op", "ops", "number", "row", "run", "_run", "_operations"}
 
 
 def bare_slots(tree: ast.AST) -> Iterator[int]:
