@@ -285,8 +285,8 @@ class Tape:
         self, codes: Tensor, scales: Scales, values: Tensor, shape: tuple[int, int], x: Vectors, out: Tensor, *,
         add: bool = False, bias: Tensor | None = None, up: Tensor | None = None, h: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """x (M, D) times 4-bit rows (O, D) with the 16 `values`, plus h (M, R) times up: (O, R) in pieces of 32 bytes; in
-        fp32 (R, O ..)."""
+        """x (M, D) times 4-bit rows (O, D) with the 16 `values`, plus h (M, R) times up: (O, R) in pieces of 32 bytes;
+        in fp32 (R, O ..)."""
         o, d = shape
         rows = self._item_rows(o, d // 2)
         if self.isa == "avx2":

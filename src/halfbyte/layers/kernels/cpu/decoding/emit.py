@@ -30,7 +30,7 @@ AHEAD_BYTES = 8192  # of a matrix, that are asked for before they are needed
 BF16, FP32 = types.uint16, types.float32  # elements of `like`
 
 
-def emitted(names: str, *, only: Any = None) -> Callable[[Callable[["Code", Any], None]], Callable[..., None]]:
+def emitted(names: str, *, only: Value = None) -> Callable[[Callable[["Code", Value], None]], Callable[..., None]]:
     """A decorator: `build(code, args)`, which writes instructions -> a function that kernels call.
 
     It is called with `like`, an array of the type that is computed in (bf16 as uint16, or float32), then with the
@@ -41,7 +41,7 @@ def emitted(names: str, *, only: Any = None) -> Callable[[Callable[["Code", Any]
     """
     kinds = {name.removesuffix(":f"): FP32 if name.endswith(":f") else types.int64 for name in names.split()}
 
-    def decorate(build: Callable[["Code", Any], None]) -> Callable[..., None]:
+    def decorate(build: Callable[["Code", Value], None]) -> Callable[..., None]:
         def define(typing_context, like, *args):  # type: ignore[no-untyped-def]
             def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
                 if only is None or like.dtype == only:
