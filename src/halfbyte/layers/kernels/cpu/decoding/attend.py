@@ -27,7 +27,7 @@ from halfbyte.layers.kernels.cpu.decoding.emit import (
     mask,
 )  # fmt: skip
 from halfbyte.layers.kernels.cpu.parallel import array
-from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, load, store
+from halfbyte.layers.kernels.cpu.scalar import Value, exp_f32, inlined, load, store
 
 CHUNK_BYTES = {2: 64, 4: 32}  # of a cache's row, that are read at once: its type's bytes
 AT_ONCE = 3  # queries that read keys and values together

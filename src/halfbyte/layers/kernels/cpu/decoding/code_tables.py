@@ -27,6 +27,7 @@ from halfbyte.layers.kernels.cpu.decoding.emit import (
     mask,
     zeros,
 )  # fmt: skip
+from halfbyte.layers.kernels.cpu.scalar import Value
 
 BLOCK = 64  # weights of a scale
 GROUP = 256  # blocks that have one outer scale, and numbers that a scale of 8 bits stands for

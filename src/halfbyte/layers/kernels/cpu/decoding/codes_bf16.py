@@ -40,6 +40,7 @@ from halfbyte.layers.kernels.cpu.decoding.emit import (
     mask,
     zeros,
 )  # fmt: skip
+from halfbyte.layers.kernels.cpu.scalar import Value
 
 binding.initialize_native_asmparser()
 CHUNK = 2 * BLOCK  # weights that x is laid out by

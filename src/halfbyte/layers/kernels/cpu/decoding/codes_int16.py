@@ -34,7 +34,7 @@ from halfbyte.layers.kernels.cpu.decoding.emit import (
     mask,
     zeros,
 )  # fmt: skip
-from halfbyte.layers.kernels.cpu.scalar import inlined
+from halfbyte.layers.kernels.cpu.scalar import Value, inlined
 
 NUMBER = 8191  # the largest number of x: 64 products with levels are below 2^31
 ROWS = 8

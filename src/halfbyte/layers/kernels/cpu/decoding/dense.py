@@ -6,7 +6,8 @@ register of sums, over every 16th (fp32: 8th) number, so its sum is the same to 
 
 from llvmlite import ir
 
-from halfbyte.layers.kernels.cpu.decoding.emit import F32, I16, I32, I64, Code, Value, emitted
+from halfbyte.layers.kernels.cpu.decoding.emit import F32, I16, I32, I64, Code, emitted
+from halfbyte.layers.kernels.cpu.scalar import Value
 
 LANES_BF16, LANES_FP32 = 16, 8
 

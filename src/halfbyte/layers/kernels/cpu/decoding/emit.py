@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import Parameter, Signature
 from types import SimpleNamespace
-from typing import Any, TypeAlias
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from halfbyte.layers.kernels.cpu import scalar
+from halfbyte.layers.kernels.cpu.scalar import Value
 from halfbyte.layers.kernels.cpu.tiles import BFloat
 
-Value: TypeAlias = Any  # of LLVM's, or a builder of them: llvmlite has no types
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F32 = ir.FloatType()
 # Registers of 64 bytes, and of 32.
@@ -110,8 +110,8 @@ class Code:
 
     # -------------------------------------------------------------------- flow
     def call(self, name: str, kind: Value, *args: Value) -> Value:
-        function = ir.FunctionType(kind, [a.type for a in args])
-        return self.b.call(cgutils.get_or_insert_function(self.b.module, function, name), args)
+        """A call of one of LLVM's functions, which gives a `kind`."""
+        return scalar.call(self.b, name, kind, *args)
 
     @contextmanager
     def rolled(self, count: Value) -> Iterator[Value]:
@@ -160,9 +160,7 @@ class Code:
 
     def every(self, value: Value, lanes: int) -> Value:
         """A number in each lane."""
-        vector = ir.VectorType(value.type, lanes)
-        one = self.b.insert_element(ir.Constant(vector, ir.Undefined), value, I32(0))
-        return self.b.shuffle_vector(one, ir.Constant(vector, ir.Undefined), mask([0] * lanes))
+        return scalar.broadcast(self.b, value, lanes)
 
     def total(self, vector: Value) -> Value:
         """The sum of a vector's lanes, by halves."""

@@ -32,7 +32,7 @@ from halfbyte.layers.kernels.cpu.decoding.emit import (
     emitted,
 )  # fmt: skip
 from halfbyte.layers.kernels.cpu.parallel import array
-from halfbyte.layers.kernels.cpu.scalar import inlined
+from halfbyte.layers.kernels.cpu.scalar import Value, inlined
 
 PIECE = 64  # numbers that a row is a multiple of
 
