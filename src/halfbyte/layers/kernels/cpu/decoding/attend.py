@@ -15,16 +15,9 @@ import numpy as np
 from llvmlite import ir
 
 from halfbyte.layers.kernels.cpu.decoding import slots
-from halfbyte.layers.kernels.cpu.decoding.emit import (
-    F32,
-    F32X8,
-    F32X16,
-    I32X16,
-    I64,
-    Code,
-    Value,
-    emitted,
-    mask,
+
+from halfbyte.layers.kernels.cpu.decoding.emit import (  # isort: skip
+    F32, F32X8, F32X16, I32X16, I64, Code, emitted, mask,
 )  # fmt: skip
 from halfbyte.layers.kernels.cpu.parallel import array
 from halfbyte.layers.kernels.cpu.scalar import Value, exp_f32, inlined, load, store

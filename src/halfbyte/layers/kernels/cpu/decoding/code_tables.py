@@ -10,22 +10,9 @@ import numpy as np
 from numba.core import cgutils
 
 from halfbyte.layers.kernels.cpu import tiles
-from halfbyte.layers.kernels.cpu.decoding.emit import (
-    BF16,
-    F32,
-    F32X8,
-    F32X16,
-    FP32,
-    I8,
-    I8X64,
-    I16X16,
-    I32,
-    I64,
-    Code,
-    Value,
-    emitted,
-    mask,
-    zeros,
+
+from halfbyte.layers.kernels.cpu.decoding.emit import (  # isort: skip
+    BF16, F32, F32X8, F32X16, FP32, I8, I8X64, I16X16, I32, I64, Code, emitted, mask, zeros,
 )  # fmt: skip
 from halfbyte.layers.kernels.cpu.scalar import Value
 

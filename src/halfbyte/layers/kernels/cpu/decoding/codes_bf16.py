@@ -24,21 +24,9 @@ from llvmlite import binding, ir
 from numba.core import cgutils
 
 from halfbyte.layers.kernels.cpu.decoding.code_tables import BLOCK
-from halfbyte.layers.kernels.cpu.decoding.emit import (
-    AHEAD_BYTES,
-    BF16,
-    BF16X32,
-    F32,
-    F32X16,
-    I1,
-    I16X16,
-    I16X32,
-    I64,
-    Code,
-    Value,
-    emitted,
-    mask,
-    zeros,
+
+from halfbyte.layers.kernels.cpu.decoding.emit import (  # isort: skip
+    AHEAD_BYTES, BF16, BF16X32, F32, F32X16, I1, I16X16, I16X32, I64, Code, emitted, mask, zeros,
 )  # fmt: skip
 from halfbyte.layers.kernels.cpu.scalar import Value
 

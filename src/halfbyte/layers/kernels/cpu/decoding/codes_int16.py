@@ -18,21 +18,9 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from halfbyte.layers.kernels.cpu.decoding.code_tables import BLOCK, LEVEL
-from halfbyte.layers.kernels.cpu.decoding.emit import (
-    F32,
-    F32X8,
-    FP32,
-    I8X32,
-    I16,
-    I16X16,
-    I32,
-    I32X8,
-    I64,
-    Code,
-    Value,
-    emitted,
-    mask,
-    zeros,
+
+from halfbyte.layers.kernels.cpu.decoding.emit import (  # isort: skip
+    F32, F32X8, FP32, I8X32, I16, I16X16, I32, I32X8, I64, Code, emitted, mask, zeros,
 )  # fmt: skip
 from halfbyte.layers.kernels.cpu.scalar import Value, inlined
 

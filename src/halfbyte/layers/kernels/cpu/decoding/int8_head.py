@@ -13,23 +13,9 @@ from llvmlite import ir
 from halfbyte.layers.kernels.cpu.decoding import dense, slots
 from halfbyte.layers.kernels.cpu.decoding.codes_bf16 import ROWS, SUMS
 from halfbyte.layers.kernels.cpu.decoding.codes_int16 import int16_dot
-from halfbyte.layers.kernels.cpu.decoding.emit import (
-    AHEAD_BYTES,
-    BF16,
-    F32,
-    F32X8,
-    F32X16,
-    FP32,
-    I8,
-    I8X32,
-    I16X16,
-    I16X32,
-    I32X8,
-    I32X16,
-    I64,
-    Code,
-    Value,
-    emitted,
+
+from halfbyte.layers.kernels.cpu.decoding.emit import (  # isort: skip
+    AHEAD_BYTES, BF16, F32, F32X8, F32X16, FP32, I8, I8X32, I16X16, I16X32, I32X8, I32X16, I64, Code, emitted,
 )  # fmt: skip
 from halfbyte.layers.kernels.cpu.parallel import array
 from halfbyte.layers.kernels.cpu.scalar import Value, inlined
