@@ -17,7 +17,7 @@ from halfbyte.base.config import open_config
 from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.errors import ExportError, HalfbyteError
 from halfbyte.export import folder, gguf, gguf_tokenizer, llama_cpp, lora, ollama
-from halfbyte.export.job import BaseChoice, Draft, ExportJob, bases, better, describe, notes
+from halfbyte.export.job import BaseChoice, DraftExport, ExportJob, bases, better, describe, notes
 from halfbyte.export.weights import BaseKind, Merged
 from halfbyte.inference.load import tokenizer_of
 from halfbyte.inference.target import Target
@@ -79,7 +79,7 @@ def write_merged(job: ExportJob, run: Target, base: BaseKind, place: Path, *, co
     return max(set(dtypes), key=dtypes.count) if dtypes else "F32"
 
 
-def _quantise(job: ExportJob, draft: Draft, merged: Exported, place: Path) -> Exported:
+def _quantise(job: ExportJob, draft: DraftExport, merged: Exported, place: Path) -> Exported:
     """Quantise the merged folder at `place` again, into the folder `store` beside it."""
     from halfbyte.base.quantize import quantize
 
@@ -183,11 +183,11 @@ def _write_gguf(job: ExportJob, run: Target, base: BaseKind, path: Path, kind: s
     return remarks
 
 
-def _proves(draft: Draft) -> bool:
+def _proves(draft: DraftExport) -> bool:
     return draft.witness is not None and programs.has_llama()
 
 
-def _prove(draft: Draft, path: Path, kind: str, base: BaseKind, adapter: Path | None = None) -> None:
+def _prove(draft: DraftExport, path: Path, kind: str, base: BaseKind, adapter: Path | None = None) -> None:
     """Compare a GGUF file with the run, by llama.cpp, where that can be done."""
     if draft.witness is not None and programs.has_llama():
         family = kind[:4] if kind in gguf.QUANTISED else kind
@@ -198,7 +198,7 @@ def _prove(draft: Draft, path: Path, kind: str, base: BaseKind, adapter: Path | 
         )
 
 
-def _notes(draft: Draft, kinds: list[BaseKind], base: str) -> list[str]:
+def _notes(draft: DraftExport, kinds: list[BaseKind], base: str) -> list[str]:
     return list(notes(kinds, draft.proofs, base)) if draft.proofs or draft.witness is None else [NO_LLAMA]
 
 

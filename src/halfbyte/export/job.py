@@ -77,10 +77,10 @@ class ExportJob:
         return out
 
     @contextmanager
-    def draft(self, run: Target, out: Path, *, prove: bool = True) -> Iterator[Draft]:
+    def draft(self, run: Target, out: Path, *, prove: bool = True) -> Iterator[DraftExport]:
         """An export in the making: `out` appears when the block ends, and nothing after an error."""
         with self._asked(run, out, prove=prove) as witness, folder.whole_or_absent(out) as temporary:
-            yield Draft(run, out, temporary, witness)
+            yield DraftExport(run, out, temporary, witness)
 
     @contextmanager
     def _asked(self, run: Target, out: Path, *, prove: bool) -> Iterator[RunWitness | None]:
@@ -137,7 +137,7 @@ class RunWitness:
 
 
 @dataclass
-class Draft:
+class DraftExport:
     """An export while it is written.
 
     Args:
