@@ -19,6 +19,7 @@ from halfbyte.errors import ExportError
 from halfbyte.export import hub as shipping
 from halfbyte.inference.target import Target
 from halfbyte.proofs.export import Exported, Proof
+from halfbyte.scoring.sheet import Score, Sheet, Value
 from tests import tiny_run
 
 TOKEN = "hf_stand_in_of_a_token_0123456789"
@@ -147,16 +148,21 @@ def test_a_card_says_what_is_known(tmp_path: Path) -> None:
 
     recipe = tiny_run.recipe(tmp_path, model="org/name@abc", output=tmp_path / "run").recipe
     run = RunFolder(tmp_path / "run")
-    (run.path / "eval").mkdir(parents=True)
-    scores = {"adapter": {"exact_match": {"value": 0.75, "interval": [0.6, 0.9]}, "loss": {"value": 0.5}}}
-    (run.path / "eval/scores.json").write_text(json.dumps(scores))
+    run.path.mkdir()
+    exact = Score("exact_match", 8, True, Value(0.75, (0.6, 0.9)), Value(0.5))
+    base_alone = Score("number", 8, True, None, Value(0.5))
+    Sheet("t.jsonl", 8, 1.0, (exact, Score("loss", 8, False, Value(0.5), None), base_alone), (), {}).write(
+        run.path / "eval"
+    )
     run.report.write_text(json.dumps({"tokens": 12345, "steps": 4, "train_seconds": 61.0, "peak_rss_bytes": 10**9}))
     run.recipe.write_text("model: org/name\n")
     seen = Proof("transformers", "F32", 1.0, 0.1, 0.5, 0.3, 1.0, 2.0, 1.9, 10, 6, 6, 0, 1, 2, 6, 0)
     made = Exported(tmp_path, "merged model", "4bit", {"4bit": seen}, ("a note",))
     found = Target(run.path, recipe.model_copy(update={"model": "org/name", "revision": "abc"}), None, run)
-    shipping.write(tmp_path, found, made)
-    read = ModelCard.load(tmp_path / "README.md")
+    (temporary := tmp_path / ".temporary").mkdir()
+    shipping.write(temporary, found, made)
+    read = ModelCard.load(temporary / "README.md")
+    assert read.data.model_name == tmp_path.name, "not the name of the folder that it is written in"
     assert read.data.base_model == "org/name" and read.data.library_name == "transformers"
     assert {(r.metric_type, r.metric_value) for r in read.data.eval_results or ()} == {
         ("exact_match", 0.75),

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halfbyte.cli import begin, conversation, progress, reports, scores, ship, show, show_plan
-from halfbyte.cli.options import BaseOnly, Force, Quiet, Run, Set, Temperature, Tokens, opened
-from halfbyte.cli.store import Json, stores
+from halfbyte.cli.options import BaseOnly, Force, Json, Quiet, Run, Set, Temperature, Tokens, opened
+from halfbyte.cli.store import stores
 from halfbyte.errors import HalfbyteError, RecipeError, typed
 from halfbyte.system import libraries
 
@@ -39,7 +39,7 @@ rows = typer.Typer(help="The rows that a model would be trained on.", no_args_is
 app.add_typer(rows, name="data")
 app.command()(reports.report)
 app.command()(reports.compare)
-app.command(name="runs")(reports.listed)
+app.command()(reports.runs)
 app.command(name="eval")(scores.evaluate)
 app.command()(begin.init)
 
@@ -121,17 +121,17 @@ def train(
 
 
 def _loaded(world: World, recipe: str, data: str | None, overrides: list[str], *, resume: bool) -> Loaded:
-    """The recipe that is trained. Of a run it is the first process's, since nobody else need have its folder."""
+    """The recipe that is trained. That of a run is read by the first process, since others may not have its folder."""
     from halfbyte.recipe import command
     from halfbyte.recipe.schema import Loaded, Recipe
 
     if not resume:
         return command.to_train(recipe, data, overrides)
-    own = command.to_resume(recipe, overrides) if world.first else None
-    if world.alone and own is not None:
-        return own
-    sent = world.from_first(lambda: own.recipe.model_dump(mode="json") if own else {})
-    return own or Loaded(Recipe.model_validate(sent), {}, (), None)
+    loaded = command.to_resume(recipe, overrides) if world.first else None
+    if world.alone and loaded is not None:
+        return loaded
+    sent = world.from_first(lambda: loaded.recipe.model_dump(mode="json") if loaded else {})
+    return loaded or Loaded(Recipe.model_validate(sent), {}, (), None)
 
 
 def _trained(world: World, loaded: Loaded, *, resume: bool, force: bool, live: bool, json_: bool, quiet: bool) -> int:
@@ -282,10 +282,7 @@ def verify(
             from halfbyte.inference import verify as verifying
 
         verified = verifying.verify(run, set_, hashes=not quick)
-    if json_:
-        show.document(verified.to_json())
-    else:
-        show.checks(verified.checks)
+    show.document(verified.to_json()) if json_ else show.checks(verified.checks)
     if not verified.ok:
         raise typer.Exit(1)
 
@@ -376,8 +373,8 @@ def version() -> None:
 
 
 def _guard(call: Callable[[], object], words: Sequence[str] = ()) -> int:
-    """Run the app; a HalfbyteError, or what the system refuses, is one message on stderr and an exit code. What the
-    parser refuses of `words` it has said itself, but for JSON."""
+    """Run the app; a HalfbyteError, or what the system refuses, is one message on stderr and an exit code. The parser
+    says itself what it refuses of `words`, except as JSON."""
     try:
         call()
     except SystemExit as left:

@@ -1,4 +1,4 @@
-"""Options that several commands take, and what those begin with that use a run."""
+"""Options that several commands take, and how a run is opened for those that use one."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halfbyte.cli import progress
+from halfbyte.cli import progress, show
 from halfbyte.system import libraries
 
 if TYPE_CHECKING:
     from halfbyte.inference.load import Opened
 
+Json = Annotated[bool, typer.Option("--json", callback=show.as_json, help="Print one JSON document instead of text.")]
 Set = Annotated[list[str], typer.Option("--set", metavar="a.b=c", help="Change one value of the recipe; repeatable.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines only, and few of them.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, an adapter's folder, or a model.")]
@@ -31,10 +32,10 @@ def opened(
     force: bool,
     asks: tuple[list[list[dict[str, str]]], int] = ([], 0),
 ) -> Opened:
-    """A run, an adapter or a base, ready to answer. That there is none is told before a library is loaded.
+    """A run, an adapter or a base, ready to answer. That there is none is said before a library is loaded.
 
     Args:
-        asks: conversations, and the tokens of an answer; what is too long is refused before the base is opened.
+        asks: conversations, and the tokens of an answer; too long ones are refused before the base is opened.
     """
     from halfbyte.inference import target
 

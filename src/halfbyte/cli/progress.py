@@ -1,5 +1,5 @@
 """What a command shows while it works: a run's steps, a build, a wait, a count. On a terminal a bar or a line that
-changes, elsewhere plain lines; nothing where JSON is asked for."""
+changes, elsewhere plain lines; nothing with --json."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from halfbyte.base.store.build import Progress
     from halfbyte.types import Document
 
-# Plain lines of a build come at most this often. When quiet they do so this often, and steps no less often.
+# A build prints a line at most this often; with --quiet this often, and steps no less often.
 LINE_SECONDS, QUIET_SECONDS = 5.0, 60.0
-SCORING_SECONDS = 15.0  # those of an evaluation
+SCORING_SECONDS = 15.0  # an evaluation
 _nowhere = Console(quiet=True, force_terminal=False)
 
 
 class SilentListener(Listener):
-    """Says nothing but that a signal was heard."""
+    """Says only that a signal was received."""
 
     evaluates = False
 
@@ -47,11 +47,13 @@ class SilentListener(Listener):
 
 
 class PlainListener(SilentListener):
-    """One line for each thing that happens; steps every `log_every`, or ten in a run when quiet."""
+    """A line for each event; for steps every `log_every`, or ten in a run when quiet."""
 
     def __init__(self, *, quiet: bool, build: Callable[[Progress], None] | None = None) -> None:
-        self.quiet, self.total, self.every, self.started, self.first = quiet, 0, 1, 0.0, 0
-        self.build, self.said = build, time.monotonic()
+        self.quiet, self.build = quiet, build
+        self.first = self.total = 0  # steps
+        self.every = 1
+        self.started = self.printed = time.monotonic()
 
     def building(self, progress: Progress) -> None:
         if self.build is not None:
@@ -67,11 +69,12 @@ class PlainListener(SilentListener):
     def begin(self, total_steps: int, done_steps: int, log_every: int) -> None:
         if done_steps:
             show.out.print(f"going on from step {done_steps}/{total_steps}")
-        self.total, self.first, self.started = total_steps, done_steps, time.monotonic()
+        self.first, self.total = done_steps, total_steps
+        self.started = time.monotonic()
         self.every = max(1, total_steps // 10) if self.quiet else log_every
         if self.quiet:
             show.out.print(f"training: {total_steps - done_steps} steps")
-            self.said = time.monotonic()
+            self.printed = time.monotonic()
 
     def reached(self, row: Document, memory: str = "") -> str:
         done = row["step"] - self.first
@@ -83,9 +86,9 @@ class PlainListener(SilentListener):
 
     def step(self, row: Document) -> None:
         super().step(row)
-        waited = self.quiet and time.monotonic() - self.said >= QUIET_SECONDS
+        waited = self.quiet and time.monotonic() - self.printed >= QUIET_SECONDS
         if row["step"] % self.every == 0 or row["step"] == self.total or waited:
-            self.said = time.monotonic()
+            self.printed = time.monotonic()
             show.out.print(f"step {row['step']}/{self.total}  {self.reached(row, 'memory ')}")
 
     def evaluated(self, row: Document) -> None:
@@ -145,8 +148,8 @@ def training(*, quiet: bool, silent: bool) -> Iterator[Listener]:
 
 @contextmanager
 def _building(console: Console, *, quiet: bool = False) -> Iterator[Callable[[Progress], None]]:
-    """Whom to tell how a store's build goes. On a terminal a bar that goes away at the end; elsewhere a line every few
-    seconds, none for a short build."""
+    """A function that shows how a store's build goes: on a terminal a bar, which goes away at the end; elsewhere a line
+    every few seconds, none for a short build."""
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
 
@@ -186,54 +189,54 @@ def line(now: Progress) -> str:
 
 @contextmanager
 def quantizing(*, silent: bool) -> Iterator[supply.Tell]:
-    """While a store is built: yields whom to tell how it goes."""
+    """While a store is built: what its progress and notes are given to."""
     from halfbyte.base.store import supply
 
     console = _nowhere if silent else show.err
     with _building(console) as tell:
         yield supply.Tell(
-            progress=tell, note=lambda label, said: console.print(escape(f"{label:<{show.LABEL_WIDTH}}{said}"))
+            progress=tell, note=lambda label, text: console.print(escape(f"{label:<{show.LABEL_WIDTH}}{text}"))
         )
 
 
 @contextmanager
 def waiting(what: str, *, silent: bool) -> Iterator[supply.Tell]:
-    """While something is opened: yields whom to tell how the building of a store goes."""
+    """While something is opened: the same for a store that is built on the way."""
     from halfbyte.base.store import supply
 
     console = _nowhere if silent else show.err
     with (console if console.is_terminal else _nowhere).status(what) as status, _building(console) as tell:
         yield supply.Tell(
             progress=(lambda now: status.update(f"{what}: {line(now)}")) if console.is_terminal else tell,
-            note=lambda label, said: console.print(escape(said)),
+            note=lambda label, text: console.print(escape(text)),
         )
 
 
 @contextmanager
 def scoring(*, silent: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Who is told (what, done, of): on a terminal a line that changes, elsewhere a line every `SCORING_SECONDS`."""
-    began, said, before = time.monotonic(), time.monotonic(), ""
+    """A function of (what, done, total): on a terminal a line that changes, elsewhere one every `SCORING_SECONDS`."""
+    stage, first = "", 0
+    began = printed = time.monotonic()
     with (show.err if show.err.is_terminal and not silent else _nowhere).status("scoring") as status:
 
-        def tell(what: str, done: int, of: int) -> None:
-            nonlocal began, said, before
+        def tell(what: str, done: int, total: int) -> None:
+            nonlocal stage, first, began, printed
             now = time.monotonic()
-            if what != before:
-                began, said, before = now, said, what
-                first[what] = done - 1
-            left = (now - began) / max(1, done - first[what]) * (of - done)
-            line = f"{what}  {done:,} of {of:,}  ETA {show.duration(left)}"
+            if what != stage:
+                stage, first = what, done - 1
+                began = now
+            left = (now - began) / max(1, done - first) * (total - done)
+            line = f"{what}  {done:,} of {total:,}  ETA {show.duration(left)}"
             status.update(line)
-            if now - said >= SCORING_SECONDS and not silent and not show.err.is_terminal:
-                said = now
+            if now - printed >= SCORING_SECONDS and not silent and not show.err.is_terminal:
+                printed = now
                 show.err.print(line)
 
-        first: dict[str, int] = {}
         yield tell
 
 
 @contextmanager
 def counting(what: str, *, silent: bool) -> Iterator[Callable[[int, int], None]]:
-    """A counter `(done, total)`; drawn on a terminal only."""
+    """A function of (done, total); shown on a terminal only."""
     with (show.err if show.err.is_terminal and not silent else _nowhere).status(what) as status:
         yield lambda done, total: status.update(f"{done} of {total} {what}")

@@ -1,8 +1,7 @@
-"""`halfbyte report`, `compare` and `runs`, and the page of a run while it trains."""
+"""`halfbyte report`, `compare` and `runs`, and serving a run's page while it trains."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from halfbyte.cli import show
-from halfbyte.cli.store import Json
+from halfbyte.cli.options import Json
 
 if TYPE_CHECKING:
     from halfbyte.report.compare import RunComparison
@@ -47,11 +45,11 @@ def compare(
     if json_:
         show.document({**value.to_json(), "page": str(written)})
     else:
-        compared(value)
+        _side_by_side(value)
         show.text(f"\ncurves   {written}")
 
 
-def listed(
+def runs(
     folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where runs are.")] = Path("runs"),
     json_: Json = False,
 ) -> None:
@@ -64,7 +62,7 @@ def listed(
             f"there is no folder {folder}.", fix="halfbyte runs FOLDER, with the folder that holds your runs"
         )
     entries = listing.runs_in(folder)
-    show.document([entry.to_json() for entry in entries]) if json_ else entered(folder, entries)
+    show.document([entry.to_json() for entry in entries]) if json_ else _list(folder, entries)
 
 
 @contextmanager
@@ -80,38 +78,32 @@ def live(run: Path, asked: bool) -> Iterator[None]:
         yield
 
 
-def entered(folder: Path, entries: list[RunSummary]) -> None:
+def _list(folder: Path, entries: list[RunSummary]) -> None:
     if not entries:
         show.text(f"no runs in {folder}")
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("run", "state", "step", "loss", "held out", "model", "last written"):
-        right = column in ("step", "loss", "held out")
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    columns = ("run", "state", "step", "loss", "held out", "model", "last written")
+    table = show.table(*columns, right=("step", "loss", "held out"))
     for entry in entries:
         state, name = entry.state, entry.state.name
         step = f"{state.step:,}" + (f"/{state.steps:,}" if state.steps else "")
         losses = ("" if value is None else f"{value:.4f}" for value in (entry.loss, entry.eval_loss))
-        said = f"[{STYLES.get(name, 'dim')}]{name}[/]" + (f" ({escape(state.why)})" if state.why else "")
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.changed))
-        table.add_row(
-            escape(show.visible(str(entry.run))), said, step, *losses, escape(show.visible(entry.model)), when
-        )
+        what = f"[{STYLES.get(name, 'dim')}]{name}[/]" + (f" ({escape(state.why)})" if state.why else "")
+        run, model = show.escaped(str(entry.run)), show.escaped(entry.model)
+        table.add_row(run, what, step, *losses, model, show.date(entry.changed))
     show.out.print(table)
 
 
-def compared(value: RunComparison) -> None:
+def _side_by_side(value: RunComparison) -> None:
     """Figures, scores and recipe, a column for each run; then what makes the comparison unfair."""
     for title, rows in (("figures", value.figures), ("scores", value.scores), ("recipe, what differs", value.recipe)):
-        if not rows:
-            continue
-        table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
-        table.add_column("")
-        for name in value.names:
-            table.add_column(escape(show.visible(name)), justify="right", overflow="fold")
-        for name, cells in rows:
-            table.add_row(escape(name), *(escape(show.visible(cell)) for cell in cells))
-        show.out.print(table)
-        show.text("")
+        if rows:
+            names = tuple(map(show.escaped, value.names))
+            table = show.table("", *names, right=names, title=title, title_justify="left")
+            table.columns[0].overflow = "ellipsis"
+            for name, cells in rows:
+                table.add_row(escape(name), *map(show.escaped, cells))
+            show.out.print(table)
+            show.text("")
     for note in value.notes:
         show.warning(note)

@@ -11,9 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from halfbyte.cli import progress, show
-from halfbyte.cli.options import Force, Run, Set, opened
+from halfbyte.cli.options import Force, Json, Run, Set, opened
 from halfbyte.cli.show import aside, duration, labelled, out, text, visible
-from halfbyte.cli.store import Json
 from halfbyte.scoring.intervals import CONFIDENCE
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""`halfbyte merge`, `export` and `push`: a run put into other programs' hands, and what each then says."""
+"""`halfbyte merge`, `export` and `push`: a run for other programs; `serve`: a run behind OpenAI's interface."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halfbyte.cli import progress, show
-from halfbyte.cli.options import Force, Quiet, Set
-from halfbyte.cli.store import Json
+from halfbyte.cli.options import Force, Json, Quiet, Set
 from halfbyte.errors import ExportError
 from halfbyte.system import libraries
 
@@ -24,16 +23,18 @@ Proven = Annotated[bool, typer.Option("--proof/--no-proof", help="Open what was 
 Prompts = Annotated[int, typer.Option("--prompts", min=1, help="Held-out prompts that both answer, for the proof.")]
 
 
-class Base(StrEnum):
-    auto, full, trained = "auto", "16bit", "4bit"
+class BaseOption(StrEnum):
+    auto = "auto"
+    full = "16bit"
+    trained = "4bit"
 
 
 def merge(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or an adapter's.")],
     base: Annotated[
-        Base,
+        BaseOption,
         typer.Option("--base", help="Which weights: 16bit, 4bit (as trained on, dequantised), or auto: the nearer."),
-    ] = Base.auto,
+    ] = BaseOption.auto,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: RUN/merged.")] = None,
     quantise: Annotated[
         bool, typer.Option("--quantise", help="Quantise it again, as the run's base is, and measure what that costs.")
@@ -53,8 +54,8 @@ def merge(
             from halfbyte.export.job import ExportJob
 
         job = ExportJob(run, out, tuple(set_), force, data, proof, prompts, tell)
-        made = exporting.merge(job, base.value, quantise=quantise)
-    show.document(made.to_json()) if json_ else _shown(made)
+        result = exporting.merge(job, base.value, quantise=quantise)
+    _show(result, json_=json_)
 
 
 def export(
@@ -69,7 +70,7 @@ def export(
         bool, typer.Option("--ollama", help="Also a Modelfile; alone it takes a GGUF file in Q8_0.")
     ] = False,
     peft: Annotated[bool, typer.Option("--peft", help="The adapter alone, within the limits of vLLM.")] = False,
-    base: Annotated[Base, typer.Option("--base", help="As of merge.")] = Base.auto,
+    base: Annotated[BaseOption, typer.Option("--base", help="As of merge.")] = BaseOption.auto,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: a folder in RUN.")] = None,
     data: Compared = None,
     proof: Proven = True,
@@ -89,12 +90,12 @@ def export(
 
         job = ExportJob(run, out, tuple(set_), force, data, proof, prompts, tell)
         if peft:
-            made = exporting.to_peft(job)
+            result = exporting.to_peft(job)
         elif gguf_lora:
-            made = exporting.to_gguf_lora(job, modelfile=ollama)
+            result = exporting.to_gguf_lora(job, modelfile=ollama)
         else:
-            made = exporting.to_gguf(job, gguf or "Q8_0", base.value, modelfile=ollama)
-    show.document(made.to_json()) if json_ else _shown(made)
+            result = exporting.to_gguf(job, gguf or "Q8_0", base.value, modelfile=ollama)
+    _show(result, json_=json_)
 
 
 def push(
@@ -143,7 +144,7 @@ def serve(
     from halfbyte.serving import names
     from halfbyte.serving import settings as where
 
-    found = names.find(runs, set_)
+    named = names.find(runs, set_)
     where.check_installed()
     hosts = frozenset(map(str.lower, allow_host))
     settings = where.Settings(host, port, hosts, where.key_of(key_file), time_limit, grace)
@@ -154,7 +155,7 @@ def serve(
             from halfbyte.serving.engine import Engine
             from halfbyte.serving.http import server
 
-        opened = models.open_all(found, tell, room=context, places=at_once, force=force)
+        opened = models.open_all(named, tell, room=context, places=at_once, force=force)
         engine = Engine(opened, queue, pack=pack)
     address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
     lines = [
@@ -165,10 +166,13 @@ def serve(
     server.serve(engine, settings, sock, lambda: show.text("\n".join(lines[: 1 if quiet else 3])))
 
 
-def _shown(made: Exported) -> None:
-    """The folder, the proof's figures, and what is to be known."""
-    lines = [f"{made.kind}: {made.path}"]
-    if (proven := made.proven) is not None:
+def _show(result: Exported, *, json_: bool) -> None:
+    """The folder, the proof's figures, and notes."""
+    if json_:
+        show.document(result.to_json())
+        return
+    lines = [f"{result.kind}: {result.path}"]
+    if (proven := result.proven) is not None:
         lines += [
             f"  opened by {proven.program}: logits differ by {proven.difference:.2g} of their spread "
             + (f"(rounding explains {proven.bound:.2g}" if proven.bounded else "(not bounded by rounding")
@@ -177,7 +181,7 @@ def _shown(made: Exported) -> None:
             f"  exact match {proven.exact} of {proven.references}, the run {proven.run_exact}",
             f"  loss {proven.loss:.4f}, the run {proven.run_loss:.4f}; KL from the run {proven.kl:.2g} nats",
         ]
-    show.text("\n".join([*lines, *(f"  {note}" for note in made.notes)]))
+    show.text("\n".join([*lines, *(f"  {note}" for note in result.notes)]))
 
 
 COMMANDS = (merge, export, push, serve)

@@ -1,4 +1,4 @@
-"""How the command line looks: text, tables, warnings and errors; what goes on meanwhile is in `progress.py`."""
+"""How the command line looks: text, tables, warnings and errors. What a command shows meanwhile is in `progress.py`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import logging
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from halfbyte.types import Check, Document
 
 LABEL_WIDTH = 10
-# a pipe has no width: tables then take what they need
+# a pipe has no width; there tables are as wide as they need
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 _as_json = False
@@ -44,8 +44,20 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def date(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
 def text(value: str) -> None:
-    out.print(escape(visible(value)))
+    out.print(escaped(value))
+
+
+def table(*columns: str, right: Container[str] = (), **looks: Any) -> Table:
+    """A table without lines, with bold heads; numbers are in the columns that `right` names."""
+    lines = Table(box=None, pad_edge=False, header_style="bold", **looks)
+    for column in columns:
+        lines.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return lines
 
 
 def labelled(label: str, value: str, *, width: int = LABEL_WIDTH) -> None:
@@ -64,16 +76,16 @@ def wrapped(line: str, *, indent: int = 2) -> None:
 
 
 def warning(value: str) -> None:
-    err.print(f"[yellow]warning:[/yellow] {escape(visible(value))}")
+    err.print(f"[yellow]warning:[/yellow] {escaped(value)}")
 
 
 def aside(value: str) -> None:
     """What is being done now; not part of the output."""
-    err.print(f"[dim]{escape(visible(value))}[/dim]")
+    err.print(f"[dim]{escaped(value)}[/dim]")
 
 
-class _Heard(logging.Handler):
-    """What halfbyte's rooms log: how a model is fetched or converted, and what is used in place of something else."""
+class _LogHandler(logging.Handler):
+    """Shows what halfbyte's rooms log: how a model is fetched or converted, and what is used instead of what."""
 
     def emit(self, record: logging.LogRecord) -> None:
         (warning if record.levelno >= logging.WARNING else aside)(record.getMessage())
@@ -83,13 +95,13 @@ def hear() -> None:
     """Show from now on what halfbyte's rooms log."""
     log = logging.getLogger("halfbyte")
     log.setLevel(logging.INFO)
-    if not any(isinstance(handler, _Heard) for handler in log.handlers):
-        log.addHandler(_Heard())
+    if not any(isinstance(handler, _LogHandler) for handler in log.handlers):
+        log.addHandler(_LogHandler())
 
 
 def document(value: object) -> None:
-    own = "utf" not in (sys.stdout.encoding or "").lower()  # a pipe of another encoding gets escapes
-    sys.stdout.write(json.dumps(value, indent=2, default=str, ensure_ascii=own) + "\n")
+    ascii_only = "utf" not in (sys.stdout.encoding or "").lower()  # a pipe of another encoding gets escapes
+    sys.stdout.write(json.dumps(value, indent=2, default=str, ensure_ascii=ascii_only) + "\n")
 
 
 def as_json(asked: bool) -> bool:
@@ -125,13 +137,18 @@ def visible(value: str) -> str:
     return value.translate(_CONTROLS)
 
 
+def escaped(value: str) -> str:
+    """The same for rich, which then finds no markup in it."""
+    return escape(visible(value))
+
+
 def stream(piece: str) -> None:
     sys.stdout.write(visible(piece))
     sys.stdout.flush()
 
 
 def questioner() -> Callable[[str], str]:
-    """Who asks a question at a terminal; an answer is shown in grey until one is typed. Tab completes paths."""
+    """A function that asks for a line at a terminal; its default is shown in grey. Tab completes paths."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import PathCompleter
     from prompt_toolkit.formatted_text import FormattedText
@@ -148,7 +165,7 @@ def heading(who: str) -> None:
 
 
 def asker() -> Callable[[], str]:
-    """Who asks for what to say; on a terminal with arrow keys, history, and several lines (Alt-Enter, or pasted)."""
+    """A function that asks for a message; on a terminal with arrow keys, history, and several lines (Alt-Enter)."""
     if not (sys.stdin.isatty() and out.is_terminal):
         return lambda: out.input("you> ").strip()
     from prompt_toolkit import PromptSession
@@ -158,7 +175,7 @@ def asker() -> Callable[[], str]:
     keys = KeyBindings()
 
     @keys.add("enter")
-    @keys.add("c-j")  # what a program sends that types for a user
+    @keys.add("c-j")  # sent by programs that type for a user
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.validate_and_handle()
 
@@ -207,16 +224,16 @@ def report(outcome: Outcome) -> None:
 def stopped(outcome: Outcome) -> None:
     """A run that a signal has ended, and how it goes on."""
     name = outcome.stopped_by.name if outcome.stopped_by is not None else ""
-    said = f"stopped by {name} after step {outcome.step}; nothing is lost."
+    what = f"stopped by {name} after step {outcome.step}; nothing is lost."
     if not outcome.step:
-        said = f"stopped by {name} before the first checkpoint."
+        what = f"stopped by {name} before the first checkpoint."
     elif outcome.at_once:
-        said = f"stopped at once; the last checkpoint is that of step {outcome.step}."
-    warning(f"{said}\n  continue: halfbyte train {typed(outcome.run)} --resume")
+        what = f"stopped at once; the last checkpoint is that of step {outcome.step}."
+    warning(f"{what}\n  continue: halfbyte train {typed(outcome.run)} --resume")
 
 
 def complete(run: Path, report: Document, more: str) -> None:
-    """A run of which no more is asked; `more` is the command that goes on."""
+    """A run that has made all its steps; `more` is the command that goes on."""
     loss = report["loss"]
     text(
         f"{run} is already complete: {report['steps']} steps, loss {loss['first']:.4f} -> {loss['last']:.4f}\n"
@@ -226,12 +243,9 @@ def complete(run: Path, report: Document, more: str) -> None:
 
 def built(store: Built) -> None:
     """What `halfbyte quantize` has built, or what was there already."""
-    made, what = store.manifest, f"built in {store.seconds:.1f} s" if store.built else "was there already"
-    text(f"store    {store.path}")
-    text(
-        f"         {made.source['id']} in {made.quant['type']}: {made.nbytes / 1e9:.3f} GB for "
-        f"{made.parameters:,} parameters; {what}"
-    )
+    base, how = store.manifest, f"built in {store.seconds:.1f} s" if store.built else "was there already"
+    size = f"{base.nbytes / 1e9:.3f} GB for {base.parameters:,} parameters"
+    text(f"store    {store.path}\n         {base.source['id']} in {base.quant['type']}: {size}; {how}")
 
 
 def stores(folder: Path, entries: list[Shelved]) -> None:
@@ -239,16 +253,14 @@ def stores(folder: Path, entries: list[Shelved]) -> None:
     if not entries:
         out.print(f"nothing in {folder}")
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("store", "source", "GB", "state", "last used"):
-        table.add_column(column, justify="right" if column == "GB" else "left", overflow="fold")
+    lines = table("store", "source", "GB", "state", "last used", right=("GB",))
     for entry in entries:
         source = entry.manifest.source if entry.manifest else {}
         revision = f"@{source['revision'][:8]}" if source.get("revision") else ""
         state = f"{entry.state}, in use" if entry.in_use else entry.state
-        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
-        table.add_row(entry.key, escape(f"{source.get('id', '-')}{revision}"), f"{entry.nbytes / 1e9:.2f}", state, used)
-    out.print(table)
+        name, size = escape(f"{source.get('id', '-')}{revision}"), f"{entry.nbytes / 1e9:.2f}"
+        lines.add_row(entry.key, name, size, state, date(entry.last_used))
+    out.print(lines)
     out.print(f"{len(entries)} in {folder}, {gb(sum(entry.nbytes for entry in entries))}")
 
 

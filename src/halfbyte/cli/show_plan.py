@@ -60,11 +60,11 @@ def scaled(value: ScalingEstimate) -> None:
     """A step on more machines: what each holds, what the sum of gradients takes, what it brings and where that ends."""
     asked, alone = value.asked, value.others[0].step_s
     link = f"{value.link.bytes_s * 8 / 1e9:g} Gb/s, {value.link.delay_s * 1e3:g} ms"
-    held = f"{show.gb(value.plan.private_bytes)} private, {show.gb(value.plan.file_bytes)} of pages of files"
+    memory = f"{show.gb(value.plan.private_bytes)} private, {show.gb(value.plan.file_bytes)} of pages of files"
     summed = f"{asked.reduce_s:.2f} s to sum {show.gb(value.wire_bytes)} of gradients over {link}"
     share = f"{asked.compute_s:.2f} s for the fullest share ({asked.balance:.2f} of the mean one)"
     show.text("")
-    show.labelled("nodes", f"{asked.nodes}; each process holds {held}")
+    show.labelled("nodes", f"{asked.nodes}; each process holds {memory}")
     show.labelled("step", f"{share}, {summed}")
     show.labelled("speed-up", f"{asked.speed_up:.2f} times on {asked.nodes}, where one takes {alone:.2f} s a step")
     brought = ", ".join(f"{each.nodes}: {each.speed_up:.1f}" for each in value.others)
@@ -73,21 +73,19 @@ def scaled(value: ScalingEstimate) -> None:
 
 def resolution(value: Resolution) -> None:
     """Every resolved value with where it came from and why, then what follows from them."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("field", no_wrap=True)
-    for column in ("value", "from", "why"):
-        table.add_column(column, overflow="fold")
+    table = show.table("field", "value", "from", "why")
+    table.columns[0].no_wrap = True
     for field, given, origin in value.rows:
         shown = given if isinstance(given, str) else json.dumps(given, default=str)
         shown = shown if len(shown) <= 100 else shown[:97] + "..."
         style = {"default": "dim", "auto": "cyan"}.get(origin.kind, "")
         table.add_row(field, escape(shown), origin.kind, escape(origin.why), style=style)
     show.out.print(table)
-    for label, said in value.notes:
-        show.labelled(label, said)
+    for label, note in value.notes:
+        show.labelled(label, note)
     summary(value.plan)
-    for said in value.warnings:
-        show.wrapped(f"warning: {said}")
+    for warning in value.warnings:
+        show.wrapped(f"warning: {warning}")
 
 
 def summary(plan: Plan) -> None:
@@ -130,34 +128,35 @@ def table(title: str, lines: tuple[Line, ...], available: int, plan: Plan | None
     """
     busy_bytes, read_bytes = (plan.busy_file_bytes, plan.read_bytes) if plan else (0, 0)
     needed = sum(line.bytes for line in lines if line.where != "file") + busy_bytes
-    whole = max(needed, available, 1)
-    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=False)
-    made.add_column("name", no_wrap=True)
-    made.add_column("GB", justify="right", no_wrap=True)
-    made.add_column("bar", no_wrap=True)
-    made.add_column("how", overflow="fold", style="dim")
+    full_scale = max(needed, available, 1)
+    rows = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=False)
+    rows.add_column("name", no_wrap=True)
+    rows.add_column("GB", justify="right", no_wrap=True)
+    rows.add_column("bar", no_wrap=True)
+    rows.add_column("how", overflow="fold", style="dim")
+
+    def add(name: str, size: int, colour: str, how: str, style: str | None = None) -> None:
+        rows.add_row(name, show.gb(size), bar(size, full_scale, colour), escape(how), style=style)
+
     for line in lines:
         if line.where != "file":
-            made.add_row(line.name, show.gb(line.bytes), bar(line.bytes, whole, STYLES[line.where]), escape(line.how))
+            add(line.name, line.bytes, STYLES[line.where], line.how)
     if busy_bytes:
-        made.add_row("base in use", show.gb(busy_bytes), bar(busy_bytes, whole, "blue"), "pages of the layers at work")
-    style = "red" if needed > available else "green"
-    made.add_row("needed", show.gb(needed), bar(needed, whole, style), f"of {show.gb(available)} free", style="bold")
+        add("base in use", busy_bytes, STYLES["file"], "pages of the layers at work")
+    add("needed", needed, "red" if needed > available else "green", f"of {show.gb(available)} free", "bold")
     for line in lines:
         rest = line.bytes - (busy_bytes if line.name == "base" else 0)
         if line.where == "file" and rest > 0:
             name = "base, the rest" if line.name == "base" else line.name
-            made.add_row(
-                name, show.gb(rest), bar(rest, whole, STYLES["file"]), escape(f"{line.how}; stays while there is room")
-            )
+            add(name, rest, STYLES["file"], f"{line.how}; stays while there is room")
     if read_bytes:
-        made.add_row("read from disk", show.gb(read_bytes), "", "of the base in a step, as it does not stay in memory")
-    return made
+        rows.add_row("read from disk", show.gb(read_bytes), "", "of the base in a step, as it does not stay in memory")
+    return rows
 
 
-def bar(value: float, whole: float, style: str) -> str:
-    """Eighths of a block, so that small lines are told apart."""
-    eighths = round(8 * BAR * value / whole)
+def bar(value: float, full_scale: float, style: str) -> str:
+    """A bar in eighths of a character, so that small values differ."""
+    eighths = round(8 * BAR * value / full_scale)
     full, rest = divmod(eighths, 8)
     blocks = "█" * full + ("▏▎▍▌▋▊▉"[rest - 1] if rest else "")
     return f"[{style}]{blocks or ('▏' if value else '')}[/{style}]"
@@ -171,7 +170,7 @@ def times(plan: Plan) -> str:
 
 
 def reading(plan: Plan) -> str:
-    """How long a step reads the base from disk, where it does not stay in memory."""
+    """How long a step takes to read the base from disk, where it does not stay in memory."""
     if not plan.read_bytes:
         return ""
     waits = plan.time.parts.get("waiting for disk", 0.0)
@@ -184,14 +183,14 @@ def seconds(value: float) -> str:
 
 
 def ways(compared: tuple[Method, ...]) -> Table:
-    made = Table(header_style="bold", title="side by side, the same rows, no recomputation", title_justify="left")
-    made.add_column("")
+    rows = Table(header_style="bold", title="side by side, the same rows, no recomputation", title_justify="left")
+    rows.add_column("")
     for name in ("memory", "trainable", "%", "time a step"):
-        made.add_column(name, justify="right")
-    for way in compared:
-        percent, time = f"{way.percent:.2f}", f"x{way.relative_time:.2f}"
-        made.add_row(way.name, show.gb(way.bytes), f"{way.trainable:,}", percent, time)
-    return made
+        rows.add_column(name, justify="right")
+    for method in compared:
+        percent, time = f"{method.percent:.2f}", f"x{method.relative_time:.2f}"
+        rows.add_row(method.name, show.gb(method.bytes), f"{method.trainable:,}", percent, time)
+    return rows
 
 
 def machine(device: Device) -> str:

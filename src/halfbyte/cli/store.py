@@ -5,9 +5,9 @@ from typing import Annotated
 import typer
 
 from halfbyte.cli import progress, show
+from halfbyte.cli.options import Json
 
 stores = typer.Typer(help="The quantised bases in halfbyte's cache, and what else lies there.", no_args_is_help=True)
-Json = Annotated[bool, typer.Option("--json", callback=show.as_json, help="Print one JSON document instead of text.")]
 
 
 @stores.command(name="list")
@@ -61,15 +61,15 @@ def gc(
     """Remove interrupted builds, conversions and downloads, damaged stores and old formats."""
     from halfbyte.base.store import cache, shelf
 
-    removed, kept = shelf.collect(unused_days=unused_days, everything=everything, dry_run=dry_run)
+    removed, in_use = shelf.collect(unused_days=unused_days, everything=everything, dry_run=dry_run)
     removed += cache.collect(unused_days=unused_days, everything=everything, dry_run=dry_run)
     if json_:
-        names = {"removed": removed, "kept": kept}
+        names = {"removed": removed, "kept": in_use}
         show.document({"dry_run": dry_run, **{k: [entry.to_json() for entry in v] for k, v in names.items()}})
         return
     verb = "would be removed" if dry_run else "removed"
     show.text(f"{verb}: {len(removed)}, {show.gb(sum(entry.nbytes for entry in removed))}")
     for entry in removed:
         show.text(f"  {entry.key if '/' in entry.key else entry.path.name} ({entry.state})")
-    for entry in kept:
+    for entry in in_use:
         show.text(f"  kept, in use: {entry.path.name}")

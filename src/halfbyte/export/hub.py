@@ -8,13 +8,14 @@ reads the token (`hf auth login`, HF_TOKEN), which is never shown.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from halfbyte.errors import ExportError, HalfbyteError, first_line
 from halfbyte.models.sources.hub import HUB_ID
-from halfbyte.runs.folder import RunFolder
+from halfbyte.runs.folder import RunFolder, read_json
+from halfbyte.scoring.intervals import CONFIDENCE
+from halfbyte.scoring.sheet import SCORES
 from halfbyte.system.libraries import versions
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def write(folder: Path, run: Target, export: Exported) -> None:
         license=licence(run),
         tags=["halfbyte", "qlora", "lora"],
         pipeline_tag="text-generation",
-        model_name=folder.name if results else None,
+        model_name=export.path.name if results else None,
         eval_results=results or None,
     )
     text = f"---\n{data.to_yaml()}\n---\n{body(run, export, base, revision, public=public)}"
@@ -51,32 +52,19 @@ def write(folder: Path, run: Target, export: Exported) -> None:
 
 def metrics(run: Target, export: Exported) -> list[tuple[str, str, float, str]]:
     """(rows, metric, value, its interval in words) of the run's own evaluation, else of the proof."""
-    path = run.run.path / "eval" / "scores.json" if run.run is not None else None
-    rows: list[tuple[str, str, float, str]] = []
-    if path is not None and path.is_file():
-        try:
-            rows = list(_scores(json.loads(path.read_text(encoding="utf-8"))))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            rows = []
+    scores = read_json(run.run.path / "eval" / SCORES) if run.run is not None else {}
+    rows = []
+    for metric in scores.get("metrics") or []:
+        if (adapter := metric.get("adapter")) is not None:
+            ends = adapter.get("interval")
+            words = f"{CONFIDENCE:.0%} {ends[0]:.4g} to {ends[1]:.4g}" if ends else ""
+            rows.append(("held-out rows", str(metric["name"]), float(adapter["value"]), words))
     if not rows and (proven := export.proven) is not None:
-        rows = [("held-out rows of the proof", "loss", round(proven.loss, 4), "")]
+        where = "held-out rows of the proof"
+        rows = [(where, "loss", round(proven.loss, 4), "")]
         if proven.references:
             share = f"{proven.exact} of {proven.references}"
-            rows.append(
-                ("held-out rows of the proof", "exact_match", round(proven.exact / proven.references, 4), share)
-            )
-    return rows
-
-
-def _scores(values: Any) -> list[tuple[str, str, float, str]]:
-    """Every number called by a metric's name, with its interval where one is beside it."""
-    rows = []
-    for name, metric in (values.get("adapter") or values.get("metrics") or values).items():
-        value = metric.get("value") if isinstance(metric, dict) else metric
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            ends = metric.get("interval") or metric.get("ci") if isinstance(metric, dict) else None
-            words = f"95% {ends[0]:.4g} to {ends[1]:.4g}" if isinstance(ends, list) and len(ends) == 2 else ""
-            rows.append(("held-out rows", name, float(value), words))
+            rows.append((where, "exact_match", round(proven.exact / proven.references, 4), share))
     return rows
 
 
@@ -109,9 +97,7 @@ def body(run: Target, export: Exported, base: str, revision: str | None, *, publ
 
 
 def _training(run: Target) -> list[str]:
-    recipe, report = run.recipe, dict[str, Any]()
-    if run.run is not None and run.run.report.is_file():
-        report = json.loads(run.run.report.read_text(encoding="utf-8"))
+    recipe, report = run.recipe, read_json(run.run.report) if run.run is not None else {}
     names = recipe.data.train if isinstance(recipe.data.train, str) else ", ".join(map(str, recipe.data.train or ()))
     lora = recipe.lora
     lines = [f"- rows: {', '.join(Path(n).name for n in names.split(', ')) or 'not known'}"]
