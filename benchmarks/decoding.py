@@ -7,8 +7,8 @@ MODEL: what `halfbyte generate` takes as a base, or a folder with a 4-bit checkp
 
     plain           transformers and bitsandbytes, which dequantises for each token
     plain-packed    the same as it comes on AVX512-BF16: repacked at the first forward, its own 4-bit product
-    own             halfbyte by the model's own loop
-    halfbyte        halfbyte by its own loop
+    own             halfbyte's model by transformers' loop
+    halfbyte        halfbyte's own writer
     halfbyte-lora   the same with a LoRA of rank 16 on all linears, its weights random
     llama.cpp       a GGUF file of the model by llama.cpp's own library, from the wheel (`--gguf`)
 
@@ -157,13 +157,22 @@ class Stamps:
 
 def generated(model: Any, ids: Any, count: int, stack: str) -> list[float]:
     """When each token of an answer came."""
-    from halfbyte.inference import decode
+    if stack.startswith("halfbyte"):
+        from halfbyte.writing.sampling import SamplingParams
+        from halfbyte.writing.text import Text
+        from halfbyte.writing.writer import Writer
 
+        text = Text(ids[0].tolist(), SamplingParams(count), ())
+        writer, at = Writer(model, 1, ids.shape[1] + count), [time.perf_counter()]
+        writer.insert([text])
+        while not text.ended:
+            writer.step()
+            at.append(time.perf_counter())
+        return at
     stamps = Stamps()
-    loop = decode.Loop(stamps) if stack.startswith("halfbyte") else None
     model.generate(
         input_ids=ids, max_new_tokens=count, do_sample=False, temperature=None, top_p=None, top_k=None, pad_token_id=0,
-        custom_generate=loop, streamer=stamps,
+        streamer=stamps,
     )  # fmt: skip
     return stamps.at
 

@@ -174,18 +174,19 @@ async def memory(url: str, process: psutil.Process, count: int) -> dict[str, Any
 
 def expected(runs: list[str], most: int) -> dict[tuple[str, str], str]:
     """What `generate` gives for each model and order, one after another."""
-    from halfbyte.inference.generate import Sampling, chat_ids, generate
+    from halfbyte.inference.generate import chat_ids, generate
     from halfbyte.serving import models
     from halfbyte.serving import names as naming
+    from halfbyte.writing.sampling import SamplingParams
 
-    made = models.open_all(naming.find(runs, ()))
-    found = {}
-    for name, model in made.named.items():
-        with made.using(model.adapter):
+    opened = models.open_all(naming.find(runs, ()))
+    answers = {}
+    for name, model in opened.by_name.items():
+        with opened.using(model.adapter):
             for order in ORDERS:
                 ids = chat_ids(model.tokenizer, [{"role": "user", "content": order}])
-                (found[name, order],) = generate(made.model, model.tokenizer, [ids], Sampling(most))
-    return found
+                (answers[name, order],) = generate(opened.model, model.tokenizer, [ids], SamplingParams(most))
+    return answers
 
 
 async def crowd(url: str, wanted: dict[tuple[str, str], str], most: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from halfbyte.objectives.objective import mean_scores
 from halfbyte.plan import choose
 from halfbyte.quant import bnb as codec
 from halfbyte.system import device
+from halfbyte.writing.sampling import SamplingParams
 from tests import fake_card, tiny, tiny_run
 from tests.test_fake_card import DROPIN, Notes, losses, machine, of_cpu, on, padded
 
@@ -60,10 +61,10 @@ def test_a_run_that_is_split_over_two_cards_learns_what_it_learns_on_the_cpu(tmp
         assert (resumed.step, losses(again.rows)) == (4, pytest.approx(wanted[2:], rel=1e-5))
         used = opened.open_run(tmp_path / "card/run")
         prompt = generate.chat_ids(used.tokenizer, [{"role": "user", "content": "red green"}])
-        answer = generate.generate(used.model, used.tokenizer, [prompt], generate.Sampling(max_new_tokens=4))
+        answer = generate.generate(used.model, used.tokenizer, [prompt], SamplingParams(4))
         scored = mean_scores(CausalLM(), used.model, [tiny.batch((5, 9), tiny_run.VOCAB)])["loss"]
     there = opened.open_run(tmp_path / "cpu/run")
-    assert answer == generate.generate(there.model, there.tokenizer, [prompt], generate.Sampling(max_new_tokens=4))
+    assert answer == generate.generate(there.model, there.tokenizer, [prompt], SamplingParams(4))
     there_scored = mean_scores(CausalLM(), there.model, [tiny.batch((5, 9), tiny_run.VOCAB)])["loss"]
     assert scored == pytest.approx(there_scored, 1e-5)
 

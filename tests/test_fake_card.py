@@ -32,6 +32,7 @@ from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device
 from halfbyte.system.cards import Card
 from halfbyte.training.events import Listener
+from halfbyte.writing.sampling import SamplingParams
 from tests import fake_card, tiny, tiny_run
 
 DROPIN = {"r": 4, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
@@ -99,10 +100,10 @@ def test_a_run_on_a_card_learns_what_it_learns_on_the_cpu(tmp_path: Path, kind: 
         used = opened.open_run(tmp_path / "card" / "run")
         assert used.model.device.type == fake_card.KIND
         prompt = generate.chat_ids(used.tokenizer, [{"role": "user", "content": "red green"}])
-        answer = generate.generate(used.model, used.tokenizer, [prompt], generate.Sampling(max_new_tokens=4))
+        answer = generate.generate(used.model, used.tokenizer, [prompt], SamplingParams(4))
         scored = mean_scores(CausalLM(), used.model, [tiny.batch((5, 9), tiny_run.VOCAB)])
     there = opened.open_run(tmp_path / "cpu" / "run")
-    wanted_text = generate.generate(there.model, there.tokenizer, [prompt], generate.Sampling(max_new_tokens=4))
+    wanted_text = generate.generate(there.model, there.tokenizer, [prompt], SamplingParams(4))
     assert answer == wanted_text
     assert scored["loss"] == pytest.approx(
         mean_scores(CausalLM(), there.model, [tiny.batch((5, 9), tiny_run.VOCAB)])["loss"], 1e-5

@@ -255,6 +255,27 @@ def test_a_library_has_its_doors(library: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_one_room_writes_texts() -> None:
+    """No other opens a tape to write by it, draws a token, or has transformers prepare a loop."""
+    wrong = [
+        f"{name}:{line} imports {dotted}"
+        for name, path in sources().items()
+        if room_of(name) not in ("writing", "layers.decoding")
+        for dotted, line in imports(tree(path))
+        if dotted.startswith("halfbyte.layers.decoding")
+    ]
+    words = ("multinomial", "custom_generate", "prepare_inputs_for_generation")
+    wrong += [
+        f"{name}:{node.lineno} {word}"
+        for name, path in sources().items()
+        if room_of(name) != "writing"
+        for node in ast.walk(tree(path))
+        for word in [getattr(node, "attr", getattr(node, "arg", None))]
+        if word in words and isinstance(node, ast.Attribute | ast.keyword)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_only_training_knows_the_trainer() -> None:
     wrong = [
         f"{name}:{line} imports {dotted}"

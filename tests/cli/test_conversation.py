@@ -18,7 +18,7 @@ from prompt_toolkit.output import DummyOutput
 
 from halfbyte.cli import conversation, show
 from halfbyte.inference import generate
-from halfbyte.inference.generate import Sampling
+from halfbyte.writing.sampling import SamplingParams
 
 CONTEXT = 100
 
@@ -33,7 +33,7 @@ class Told:
         self.model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
         self.tokenizer, self.base = None, False
         self.heard: list[tuple[bool, int]] = []
-        self.kept: list[object] = []
+        self.sessions: list[object] = []
         self.interrupts: dict[int, int] = {}
         self.says = 5
         monkeypatch.setattr(generate, "chat_ids", lambda _, messages: list("".join(m["content"] for m in messages)))
@@ -46,12 +46,12 @@ class Told:
         self.base = False
 
     def generate(
-        self, model: object, tokenizer: object, prompts: list[Any], sampling: Sampling, **more: Any
+        self, model: object, tokenizer: object, prompts: list[Any], params: SamplingParams, **more: Any
     ) -> list[str]:
         self.heard.append((self.base, len(prompts[0])))
-        self.kept.append(more["kept"])
+        self.sessions.append(more["session"])
         said = ""
-        for number in range(min(self.says, sampling.max_new_tokens)):
+        for number in range(min(self.says, params.max_tokens)):
             for _ in range(self.interrupts.get(number, 0)):
                 os.kill(os.getpid(), signal.SIGINT)
             said += "b" if self.base else "a"
@@ -68,7 +68,7 @@ def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Told:
 
 
 def chat(told: Told, *lines: str, tokens: int = 20) -> conversation.Chat:
-    talk = conversation.Chat(told, Sampling(max_new_tokens=tokens), None)  # type: ignore[arg-type]
+    talk = conversation.Chat(told, SamplingParams(tokens), None)  # type: ignore[arg-type]
     for line in lines:
         talk.say(line)
     return talk
@@ -89,7 +89,7 @@ def test_both_answer_the_same_question(told: Told, capsys: pytest.CaptureFixture
 
 def test_each_side_keeps_what_it_has_read_until_reset(told: Told) -> None:
     chat(told, "one", "two", "/both three", "/reset", "four")
-    adapter, again, base, third, fresh = told.kept
+    adapter, again, base, third, fresh = told.sessions
     assert adapter is again is third and base is not adapter and fresh is not adapter
 
 
@@ -153,7 +153,7 @@ def test_ctrl_c_at_the_prompt_leaves_at_the_second_time(
         return str(line)
 
     monkeypatch.setattr(show, "asker", lambda: ask)
-    conversation.Chat(told, Sampling(), None).run()  # type: ignore[arg-type]
+    conversation.Chat(told, SamplingParams(), None).run()  # type: ignore[arg-type]
     assert next(lines) == "never" and told.heard == [(False, 5)]
     assert capsys.readouterr().out.count("Ctrl-C again leaves") == 2
 
@@ -172,5 +172,5 @@ def test_lines_are_edited_with_arrow_keys_and_alt_enter(monkeypatch: pytest.Monk
 
 
 def test_speed_is_of_the_tokens_after_the_first() -> None:
-    assert conversation.Watch(tokens=11, first_s=2.0, last_s=4.0).per_second == pytest.approx(5.0)
-    assert conversation.Watch(tokens=1, first_s=2.0, last_s=2.0).per_second == 0.0
+    assert conversation.TokenWatch(tokens=11, first_s=2.0, last_s=4.0).per_second == pytest.approx(5.0)
+    assert conversation.TokenWatch(tokens=1, first_s=2.0, last_s=2.0).per_second == 0.0

@@ -14,7 +14,7 @@ from halfbyte.cli.main import app
 from halfbyte.serving.engine import Ask, Engine
 from halfbyte.serving.http import server
 from halfbyte.serving.settings import Settings
-from halfbyte.serving.text import Wish
+from halfbyte.writing.sampling import SamplingParams
 from tests import tiny_run
 from tests.serving import served
 
@@ -43,7 +43,7 @@ def started(base: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[E
 def test_without_options(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, settings, said = started(base, monkeypatch)
     assert settings == Settings(port=0)
-    assert (engine.most_waiting, engine.pack, engine.models.places) == (128, False, 16)
+    assert (engine.max_waiting, engine.pack, engine.models.places) == (128, False, 16)
     assert "serving tiny at http://127.0.0.1:" in said and "Ctrl-C ends it" in said
 
 
@@ -55,8 +55,8 @@ def test_every_option_arrives(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
     }  # fmt: skip
     words = [word for pair in options.items() for word in pair]
     engine, settings, said = started(base, monkeypatch, *words, "--pack", "--quiet")
-    assert (engine.most_waiting, engine.pack) == (5, True)
-    assert (engine.models.room, engine.models.places) == (64, 2)
+    assert (engine.max_waiting, engine.pack) == (5, True)
+    assert (engine.models.max_length, engine.models.places) == (64, 2)
     assert settings == Settings("127.0.0.1", 0, frozenset({"my.host"}), "k" * 24, 7.0, 3.0)
     assert "Ctrl-C" not in said
 
@@ -70,8 +70,8 @@ def test_the_time_at_the_end_is_the_servers(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(("pack", "wanted"), [(False, 1), (True, 3)])
 def test_prompts_that_wait_are_read_together_if_asked(pack: bool, wanted: int) -> None:
     engine = Engine(served.two(), pack=pack)
-    model = engine.models.named["first"]
-    engine.queue.extend(Ask(model, served.prompt(text), Wish(4)) for text in served.QUESTIONS[:3])
+    model = engine.models.by_name["first"]
+    engine.queue.extend(Ask(model, served.prompt(text), SamplingParams(4)) for text in served.QUESTIONS[:3])
     assert len(engine._next()) == wanted
 
 

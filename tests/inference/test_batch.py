@@ -10,10 +10,15 @@ import torch
 
 from halfbyte.data.encoding.examples import Example
 from halfbyte.errors import DataError
-from halfbyte.inference import batch, choices, decode
+from halfbyte.inference import batch, choices
 from halfbyte.layers import packing
+from halfbyte.layers.decoding.llama import Decoder
 from halfbyte.layers.decoding.tape import isa
 from halfbyte.recipe.evaluation import Eval
+from halfbyte.writing.places import CachePlaces, FastPathUnavailable
+from halfbyte.writing.prefill import Prefilled, TapeReader
+from halfbyte.writing.text import Text
+from halfbyte.writing.writer import check
 from tests import tiny, tiny_run
 
 WORDS = ["red", "green cup", "a large round box of old trees", "blue", "new road", "small square tree and a cup"]
@@ -42,9 +47,9 @@ def alone(model: Any, prompt: list[int], most: int) -> str:
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Why another way was taken."""
-    said: list[str] = []
-    monkeypatch.setattr(batch, "say", said.append)
-    return said
+    reasons: list[str] = []
+    monkeypatch.setattr(batch, "log_once", reasons.append)
+    return reasons
 
 
 @pytest.mark.skipif(isa(torch.float32) is None, reason="no kernels for this processor")
@@ -72,32 +77,51 @@ def test_answers_in_a_batch_are_those_of_one_by_one(
 
 
 @pytest.mark.skipif(isa(torch.float32) is None, reason="no kernels for this processor")
-def test_a_fault_of_the_tape_is_seen_and_the_models_own_loop_answers(
-    told: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fault", ["put", "read"])
+def test_a_fault_of_the_tape_is_seen_and_the_models_own_forward_answers(
+    fault: str, told: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny.model("llama", vocab_size=tiny_run.VOCAB)
     wanted = [alone(model, prompt, 6) for prompt in prompts(4)]
-    put = batch._Slots.put
+    put, read, rows = Prefilled.put, TapeReader.read, [example("red: ", "cup")] * 4
 
-    def faulty(slots: Any, m: int, *rest: Any) -> None:
-        put(slots, m, *rest)
-        slots.made.keys[0][m].neg_()
+    def faulty(prefilled: Any, i: int, decoder: Decoder, place: int) -> None:
+        put(prefilled, i, decoder, place)
+        decoder.keys[0][place].neg_()
 
-    monkeypatch.setattr(batch._Slots, "put", faulty)
-    assert batch.answers(model, tiny_run.tokenizer(), prompts(4), [6] * 4) == wanted
+    def misread(reader: Any, jobs: Any) -> None:
+        read(reader, jobs)
+        reader.target.keys[0].neg_()
+
+    monkeypatch.setattr(Prefilled, "put", faulty)
+    monkeypatch.setattr(TapeReader, "read", misread)
+    asked = [row.prompt_ids for row in rows] if fault == "put" else prompts(4)
+    losses: dict[int, float] | None = {} if fault == "put" else None  # rows are read by a forward
+    wanted = [alone(model, list(prompt), 6) for prompt in asked]
+    found = batch.answers(
+        model, tiny_run.tokenizer(), asked, [6] * 4, rows=rows if fault == "put" else (), losses=losses
+    )  # fmt: skip
+    assert found == wanted and not losses
     assert len(told) == 1 and "apart from the model's own" in told[0]
 
 
-def test_another_architecture_and_other_settings_take_the_models_own_loop(told: list[str]) -> None:
+def test_another_architecture_takes_the_models_own_forward(told: list[str]) -> None:
     model = tiny.model("gpt2", vocab_size=tiny_run.VOCAB)
     wanted = [alone(model, prompt, 5) for prompt in prompts(5)]
     assert batch.answers(model, tiny_run.tokenizer(), prompts(5), [5] * 5, at_once=2) == wanted
-    model = tiny.model("llama", vocab_size=tiny_run.VOCAB)
+    assert len(told) == 1 and "not built like Llama" in told[0]
+    assert batch.answers(model, tiny_run.tokenizer(), [], []) == []
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_a_generation_config_does_to_logits_and_stop_strings(name: str) -> None:
+    model, tokenizer = tiny.model(name, vocab_size=tiny_run.VOCAB), tiny_run.tokenizer()
     model.generation_config.repetition_penalty = 5.0
     wanted = [alone(model, prompt, 12) for prompt in prompts(3)]
-    assert batch.answers(model, tiny_run.tokenizer(), prompts(3), [12] * 3) == wanted
-    assert len(told) == 2 and "repetition_penalty 5.0" in told[1]
-    assert batch.answers(model, tiny_run.tokenizer(), [], []) == []
+    assert batch.answers(model, tokenizer, prompts(3), [12] * 3) == wanted
+    stops = ("<|im_end|>", wanted[0][2:4])  # a special token is none of the text
+    found = batch.answers(model, tokenizer, prompts(3), [12] * 3, stops=stops, ends=[2])
+    assert found == [text.partition(stops[1])[0] for text in wanted]
 
 
 @pytest.mark.skipif(isa(torch.float32) is None, reason="no kernels for this processor")
@@ -152,10 +176,10 @@ def test_what_is_expected_is_a_draft(name: str, told: list[str], monkeypatch: py
     asked = [list(row.prompt_ids) for row in rows]
     wanted, losses = [alone(model, prompt, 9) for prompt in asked], losses_of(model, rows)
     packing.install(model, "cu_seq_lens")
-    counted = mock.Mock(side_effect=batch._Queue._take, autospec=True)
-    monkeypatch.setattr(batch._Queue, "_take", lambda *args: counted(*args))
-    steps = mock.Mock(side_effect=batch.llama.Decoder.step, autospec=True)
-    monkeypatch.setattr(batch.llama.Decoder, "step", lambda *args: steps(*args))
+    counted = mock.Mock(side_effect=Text.add, autospec=True)
+    monkeypatch.setattr(Text, "add", lambda *args: counted(*args))
+    steps = mock.Mock(side_effect=Decoder.step, autospec=True)
+    monkeypatch.setattr(Decoder, "step", lambda *args, **more: steps(*args, **more))
     found: dict[int, float] = {}
     assert batch.answers(model, tokenizer, asked, [9] * 19, at_once=1, rows=rows, losses=found) == wanted
     assert told == [] and [found[i] for i in range(19)] == pytest.approx(losses, rel=1e-6)
@@ -165,34 +189,22 @@ def test_what_is_expected_is_a_draft(name: str, told: list[str], monkeypatch: py
 
 @pytest.mark.skipif(isa(torch.float32) != "avx2", reason="prompts are read by a forward")
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_prompts_that_begin_alike_are_read_by_a_tape(
+def test_what_prompts_begin_with_is_read_once_and_copied(
     name: str, told: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = tiny.model(name, vocab_size=tiny_run.VOCAB), tiny_run.tokenizer()
-    asked = [tokenizer(f"a large round box of old trees {WORDS[i % 6]} {i}: ")["input_ids"] for i in range(19)]
+    shared = "a large round box of old trees " * 9
+    asked = [tokenizer(f"{shared}{WORDS[i % 6]} {i}: ")["input_ids"] for i in range(19)]
     wanted = [alone(model, prompt, 9) for prompt in asked]
     packing.install(model, "cu_seq_lens")
-    read, shared = batch.Reader.read, list[int]()
-
-    def noted(reader: Any, texts: Any) -> Any:
-        shared.append(reader.shared)
-        return read(reader, texts)
-
-    monkeypatch.setattr(batch.Reader, "read", noted)
+    copied, read = list[int](), list[int]()
+    copy, own = CachePlaces.copy, TapeReader.read
+    monkeypatch.setattr(CachePlaces, "copy", lambda places, m, to, n: (copied.append(n), copy(places, m, to, n)))
+    monkeypatch.setattr(
+        TapeReader, "read", lambda reader, jobs: (read.extend(len(t) - n for _, t, n in jobs), own(reader, jobs))
+    )
     assert batch.answers(model, tokenizer, asked, [9] * 19, at_once=4) == wanted
-    assert told == [] and len(shared) > 2 and shared[-1] > 4
-
-
-@pytest.mark.skipif(isa(torch.float32) != "avx2", reason="prompts are read by a forward")
-def test_a_fault_of_the_tape_that_reads_is_seen_and_a_forward_reads(
-    told: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny.model("llama", vocab_size=tiny_run.VOCAB)
-    wanted = [alone(model, prompt, 6) for prompt in prompts(7)]
-    read = batch.Reader.read
-    monkeypatch.setattr(batch.Reader, "read", lambda reader, texts: [x.flip(-1) for x in read(reader, texts)])
-    assert batch.answers(model, tiny_run.tokenizer(), prompts(7), [6] * 7, at_once=4) == wanted
-    assert len(told) == 1 and "read by the model's own forward" in told[0]
+    assert told == [] and len(read) == 19 and read[0] > 64 > max(read[1:]) and min(n for n in copied if n) > 64
 
 
 def example(prompt: str, answer: str) -> Example:
@@ -243,6 +255,6 @@ def test_choices_that_cannot_be_are_told() -> None:
 
 def test_the_proof_allows_rounding_and_nothing_else() -> None:
     own = torch.randn(3, 50)
-    assert decode.check(own.clone(), own, 2) == 0
-    with pytest.raises(decode.Slower, match="apart"):
-        decode.check(own * 1.5, own, 2)
+    assert check(own.clone(), own, 2) == 0
+    with pytest.raises(FastPathUnavailable, match="apart"):
+        check(own * 1.5, own, 2)

@@ -15,10 +15,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from halfbyte.inference import decode, load
-from halfbyte.inference.generate import Sampling, chat_ids, generate, stop_ids
+from halfbyte.inference import load
+from halfbyte.inference.generate import chat_ids, generate, stop_ids
 from halfbyte.layers.decoding.tape import isa
 from halfbyte.models import structure
+from halfbyte.writing.sampling import SamplingParams
+from halfbyte.writing.text import Text
+from halfbyte.writing.writer import Writer, tolerance
 
 pytestmark = [
     pytest.mark.slow,
@@ -51,8 +54,8 @@ def test_greedy_answers_are_those_of_plain_transformers(
     asked = [chat_ids(tokenizer, [{"role": "user", "content": ask.format(s)}]) for s in SUBJECTS for ask in ASKS]
     with nullcontext() if adapter else opened.using(base=True):
         told: list[str] = []
-        monkeypatch.setattr("halfbyte.inference.generate.say", told.append)
-        fast = [generate(model, tokenizer, [ids], Sampling(TOKENS))[0] for ids in asked]
+        monkeypatch.setattr("halfbyte.inference.generate.log_once", told.append)
+        fast = [generate(model, tokenizer, [ids], SamplingParams(TOKENS))[0] for ids in asked]
         assert told == []
         own = written_by_its_own(opened, asked, tmp_path if adapter else None)
         parted = [i for i in range(len(asked)) if fast[i] != own[i]]
@@ -62,7 +65,7 @@ def test_greedy_answers_are_those_of_plain_transformers(
             same = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
             worst = max(worst, apart_after(model, asked[i] + a[:same]))
     lm = structure.causal_lm(model)
-    allowed = decode.tolerance(lm.config.num_hidden_layers, lm.get_input_embeddings().weight.dtype)
+    allowed = tolerance(lm.config.num_hidden_layers, lm.get_input_embeddings().weight.dtype)
     print(f"{len(asked) - len(parted)} of {len(asked)} answers of {TOKENS} tokens are the same;")
     print(f"where they part logits are at most {worst:.3g} apart, {allowed:.3g} allowed")
     assert worst <= allowed
@@ -90,10 +93,8 @@ def written_by_its_own(opened: load.Opened, asked: list[list[int]], folder: Path
 
 
 def apart_after(model, ids) -> float:  # type: ignore[no-untyped-def]
-    """How far the two paths' logits are apart after these tokens; the loop's own proof, which raises beyond it."""
-    lm, loop, one = structure.causal_lm(model), decode.Loop(), torch.tensor([ids])
+    """How far the two ways' logits are apart after these tokens; the writer's own proof, which raises beyond it."""
+    writer = Writer(model, 1, len(ids) + 1)
     with torch.no_grad():
-        loop._check(lm, 1)
-        made = loop._decoder(lm, 1, len(ids) + 1, largest=True)
-        loop._prefilled(made, lm, one, torch.ones_like(one))
-    return loop.apart
+        writer.insert([Text(ids, SamplingParams(1), ())])
+    return writer.apart

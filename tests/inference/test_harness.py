@@ -19,9 +19,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from halfbyte import finetune
-from halfbyte.inference import decode
 from halfbyte.inference.load import Opened, open_run
 from halfbyte.layers.decoding.tape import isa
+from halfbyte.writing.writer import tolerance
 from tests import tiny_run
 from tests.base import dequantised
 
@@ -165,7 +165,7 @@ def test_tasks_score_as_through_hflm_on_plain_transformers(world: World, base: b
         found = samples(HalfbyteLM(world.opened), world.folder)
     allowed = 1e-4
     if world.opened.store is not None:
-        allowed = math.sqrt(2) * decode.tolerance(plain.config.num_hidden_layers, torch.float32)
+        allowed = math.sqrt(2) * tolerance(plain.config.num_hidden_layers, torch.float32)
     parted = [i for i in range(len(world.rows)) if found["answer"][i] != wanted["answer"][i]]
     for i in parted:
         assert unclear(plain, tokenizer, world.rows[i]["prompt"], found["answer"][i][0]) < allowed, i

@@ -18,13 +18,14 @@ from halfbyte.errors import RecipeError
 from halfbyte.export import folder
 from halfbyte.export.weights import Merged
 from halfbyte.inference import target
-from halfbyte.inference.generate import Sampling, generate
+from halfbyte.inference.generate import generate
 from halfbyte.inference.load import open_target
 from halfbyte.layers.decoding import linears
 from halfbyte.models.sources.safetensors import read_header, weight_files
 from halfbyte.quant import bnb, formats
 from halfbyte.recipe import number_formats
 from halfbyte.recipe.schema import Quant
+from halfbyte.writing.sampling import SamplingParams
 from tests import tiny, tiny_run
 from tests.base.store.helpers import opened
 from tests.inference.test_generate import greedy
@@ -91,7 +92,7 @@ def test_a_run_trains_is_decoded_and_merged(tmp_path: Path) -> None:
     model, tokenizer = opened_run.model, tiny_run.tokenizer()
     assert len(layers(model)) == 14
     wanted = tokenizer.decode(greedy(model, prompt, [], 4), skip_special_tokens=True)
-    assert generate(model, tokenizer, [prompt], Sampling(max_new_tokens=4)) == [wanted]
+    assert generate(model, tokenizer, [prompt], SamplingParams(4)) == [wanted]
     tape: Any = SimpleNamespace(adapters=None, dtype=torch.float32)
     with pytest.raises(linears.Unsupported, match=r"TwoBitLinear in two_bits, torch\.uint8"):
         linears.Linear(tape, next(iter(layers(model).values())))

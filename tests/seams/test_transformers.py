@@ -105,7 +105,7 @@ def test_recomputation_is_asked_for_by_name() -> None:
 
 
 def test_generate_calls_a_loop_of_ones_own() -> None:
-    """`inference/decode.py`: what `custom_generate` is called with; a streamer is not handed on, its prompt is put."""
+    """`writing/plain.py`: what `custom_generate` is called with; a streamer is not handed on, its prompt is put."""
     model = tiny.model("llama")
     put: list[list[int]] = []
     seen: dict[str, object] = {}

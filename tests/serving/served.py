@@ -42,10 +42,12 @@ _KEPT: list[Any] = []
 FP32 = ("quant.compute_dtype=fp32", "quant.type=none")
 
 
-def opened(where: Path, adapters: tuple[str, ...] = tuple(ADAPTERS), **sizes: Any) -> models.Models:
+def opened(
+    where: Path, adapters: tuple[str, ...] = tuple(ADAPTERS), overrides: tuple[str, ...] = FP32, **sizes: Any
+) -> models.Models:
     """Unquantised in fp32, so that plain PEFT computes the same but for the order of sums."""
     words = [str(where / name) for name in adapters] or [str(where / BASE)]
-    return models.open_all(names.find(words, FP32), **{"room": 128, "places": 8} | sizes)
+    return models.open_all(names.find(words, overrides), **{"max_length": 128, "places": 8} | sizes)
 
 
 @cache

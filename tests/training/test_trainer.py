@@ -23,7 +23,7 @@ from halfbyte.data import collate, pack
 from halfbyte.data.encoding.examples import Example
 from halfbyte.errors import DataError, RunError, TrainError
 from halfbyte.inference import load as opened_run
-from halfbyte.inference.generate import Sampling, generate
+from halfbyte.inference.generate import generate
 from halfbyte.layers import loss, packing
 from halfbyte.objectives.causal_lm import CausalLM
 from halfbyte.objectives.objective import mean_scores
@@ -35,6 +35,7 @@ from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device
 from halfbyte.training.events import Listener
 from halfbyte.training.prepare import prepare
+from halfbyte.writing.sampling import SamplingParams
 from tests import scored, tiny, tiny_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -292,7 +293,7 @@ def test_gradients_are_the_same_bits_after_an_evaluation(name: str, again: bool,
         model(input_ids=batch["input_ids"])
     assert mean_scores(CausalLM(), model, [batch])["loss"] > 0
     prompts = [example.prompt_ids for example in prepared.train.examples[:2]]
-    assert len(generate(model, prepared.tokenizer, prompts, Sampling(max_new_tokens=4))) == 2
+    assert len(generate(model, prepared.tokenizer, prompts, SamplingParams(4))) == 2
     after = gradients()
     assert before.keys() == after.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
     assert all(bool(gradient.any()) for gradient in before.values())

@@ -16,9 +16,9 @@ from halfbyte.cli import show
 from halfbyte.errors import HalfbyteError, typed
 
 if TYPE_CHECKING:
-    from halfbyte.inference.decode import Kept
-    from halfbyte.inference.generate import Sampling
+    from halfbyte.inference.generate import Session
     from halfbyte.inference.load import Opened
+    from halfbyte.writing.sampling import SamplingParams
 
     Messages = Sequence[dict[str, str]]
 
@@ -29,11 +29,11 @@ HELP = """\
 /reset         forget everything said
 /quit          leave; so does Ctrl-D
 Enter sends, Alt-Enter begins a new line, arrow keys go through what was asked, Ctrl-C stops an answer."""
-LEAST_ROOM = 8  # tokens of an answer; where fewer are left the context is full
+MIN_LEFT = 8  # tokens of an answer; where fewer are left the context is full
 
 
 @dataclass
-class Watch:
+class TokenWatch:
     """Asked after each token: counts them, and says whether Ctrl-C was pressed. `first_s` is the prompt's time."""
 
     tokens: int = 0
@@ -57,25 +57,27 @@ class Watch:
 def answer(
     opened: Opened,
     messages: Messages,
-    sampling: Sampling,
+    params: SamplingParams,
     *,
     base: bool = False,
     silent: bool = False,
     each: Callable[[], bool] | None = None,
-    kept: Kept | None = None,
+    session: Session | None = None,
 ) -> str:
     """What the adapter says to a conversation, or the base alone; printed as it comes unless `silent`.
 
     Args:
         each: called after each token; True ends the answer there.
-        kept: what this side has read of the conversation, and need not read again.
+        session: what this side has read of the conversation, and need not read again.
     """
     from halfbyte.inference import generate
 
     ids = generate.chat_ids(opened.tokenizer, messages)
     with opened.using(base=base):
         emit = None if silent else show.stream
-        (text,) = generate.generate(opened.model, opened.tokenizer, [ids], sampling, emit=emit, each=each, kept=kept)
+        (text,) = generate.generate(
+            opened.model, opened.tokenizer, [ids], params, emit=emit, each=each, session=session
+        )
     if not silent:
         show.text("")
     return text
@@ -84,12 +86,12 @@ def answer(
 class Chat:
     """A conversation that grows line by line."""
 
-    def __init__(self, opened: Opened, sampling: Sampling, system: str | None) -> None:
-        self._opened, self._sampling = opened, sampling
+    def __init__(self, opened: Opened, params: SamplingParams, system: str | None) -> None:
+        self._opened, self._params = opened, params
         self._first = [{"role": "system", "content": system}] if system else []
         self.messages = list(self._first)
         self._file: Path | None = None
-        self._kept: dict[bool, Kept] = {}  # of the base, and of the adapter
+        self._sessions: dict[bool, Session] = {}  # of the base, and of the adapter
 
     def run(self) -> None:
         """Until the user leaves: /quit, Ctrl-D, or Ctrl-C twice at the prompt, where the first drops what is typed."""
@@ -118,7 +120,7 @@ class Chat:
         rest = rest.strip()
         if command == "/reset":
             self.messages = list(self._first)
-            self._kept.clear()
+            self._sessions.clear()
         elif command in ("/base", "/both"):
             self._beside(rest, both=command == "/both")
         elif command == "/save":
@@ -153,12 +155,12 @@ class Chat:
         talk = self.messages[: asked[-1] + 1]
         if both:
             show.heading("base")
-        said = self._answered(talk, base=True)
-        if both and said is not None:
+        reply = self._answered(talk, base=True)
+        if both and reply is not None:
             show.heading("adapter")
-            said = self._answered(talk)
+            reply = self._answered(talk)
         if text:
-            self._keep(said if both or self._opened.alone else None)
+            self._keep(reply if both or self._opened.alone else None)
 
     def _save(self, name: str) -> None:
         """Add the conversation to a JSONL file: the one named, else the last one, else a new one."""
@@ -177,59 +179,59 @@ class Chat:
 
     def _answered(self, messages: Messages, *, base: bool = False) -> str | None:
         """An answer, as far as it came where Ctrl-C has stopped it; None where there is none. The chat goes on."""
-        from halfbyte.inference.decode import Kept
+        from halfbyte.inference.generate import Session
 
-        kept = self._kept.setdefault(base, Kept())
+        session = self._sessions.setdefault(base, Session())
         try:
-            room, context = self._room(messages)
-            if context is not None and room < LEAST_ROOM:
-                used = context - room
+            left, context = self._left(messages)
+            if context is not None and left < MIN_LEFT:
+                used = context - left
                 show.warning(
                     f"the context is full: {used:,} of {context:,} tokens are taken. /reset begins anew, after /save"
                 )
                 return None
-            least = min(room, self._sampling.max_new_tokens)
+            max_tokens = min(left, self._params.max_tokens)
             with _interrupts() as watch:
-                sampling = replace(self._sampling, max_new_tokens=least)
-                text = answer(self._opened, messages, sampling, base=base, each=watch, kept=kept)
+                params = replace(self._params, max_tokens=max_tokens)
+                text = answer(self._opened, messages, params, base=base, each=watch, session=session)
         except KeyboardInterrupt:
             show.text("\n(stopped)")
             return None
         except HalfbyteError as error:
             show.warning(f"{error}\n  or /reset")
             return None
-        self._told(watch, room, context, least)
+        self._report(watch, left, context, max_tokens)
         return text or None if watch.stopped else text
 
-    def _room(self, messages: Messages) -> tuple[int, int | None]:
+    def _left(self, messages: Messages) -> tuple[int, int | None]:
         """Tokens that are left for an answer, and those of the context; without a limit as many as are asked for."""
         from halfbyte.inference import generate
         from halfbyte.models.context import context_of
 
         context = context_of(self._opened.model.config)
         if context is None:
-            return self._sampling.max_new_tokens, None
+            return self._params.max_tokens, None
         return context.tokens - len(generate.chat_ids(self._opened.tokenizer, messages)), context.tokens
 
-    def _told(self, watch: Watch, room: int, context: int | None, least: int) -> None:
+    def _report(self, watch: TokenWatch, left: int, context: int | None, max_tokens: int) -> None:
         """How long the answer was and how fast; and why it ends where that is not its own end."""
         if not watch.tokens:
             return
         ended = ""
         if watch.stopped:
             ended = "stopped; "
-        elif watch.tokens >= least:
-            full = context is not None and least == room
+        elif watch.tokens >= max_tokens:
+            full = context is not None and max_tokens == left
             ended = "the context is full, /reset begins anew; " if full else "cut, see --max-new-tokens; "
-        taken = "" if context is None else f", {context - room + watch.tokens:,} of {context:,} of the context"
+        taken = "" if context is None else f", {context - left + watch.tokens:,} of {context:,} of the context"
         speed = f", {watch.per_second:.1f} tokens/s" if watch.per_second else ""
         show.aside(f"({ended}{watch.tokens} tokens{speed}, the first after {watch.first_s:.1f} s{taken})")
 
 
 @contextmanager
-def _interrupts() -> Iterator[Watch]:
+def _interrupts() -> Iterator[TokenWatch]:
     """The first Ctrl-C ends the answer with the token under way, so that no forward is torn; a second at once."""
-    watch = Watch()
+    watch = TokenWatch()
 
     def handle(number: int, frame: object) -> None:
         if watch.stopped:

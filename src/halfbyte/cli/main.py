@@ -237,14 +237,14 @@ def generate(
     """Answer prompts with the adapter on its base, or with the base alone."""
     talks = [[{"role": "user", "content": text}] for text in prompt]
     ready = opened(run, set_, silent=json_, force=force, asks=(talks, max_new_tokens))
-    from halfbyte.inference.generate import Sampling
+    from halfbyte.writing.sampling import SamplingParams
 
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    params = SamplingParams(max_new_tokens, temperature, seed=seed)
     answers = []
     for number, talk in enumerate(talks, 1):
         if len(talks) > 1 and not json_:
             show.text(f"{'' if number == 1 else chr(10)}prompt {number}: {prompt[number - 1]}")
-        answers.append(conversation.answer(ready, talk, sampling, base=base, silent=json_))
+        answers.append(conversation.answer(ready, talk, params, base=base, silent=json_))
     if json_:
         rows = [{"prompt": p, "output": a} for p, a in zip(prompt, answers, strict=True)]
         show.document({"run": str(run), "with_adapter": not (base or ready.alone), "answers": rows})
@@ -261,9 +261,9 @@ def chat(
 ) -> None:
     """Talk to the adapter. /base and /both ask the base too, /save keeps the talk, /reset forgets, /quit leaves."""
     ready = opened(run, set_, silent=False, force=force)
-    from halfbyte.inference.generate import Sampling
+    from halfbyte.writing.sampling import SamplingParams
 
-    conversation.Chat(ready, Sampling(max_new_tokens=max_new_tokens, temperature=temperature), system).run()
+    conversation.Chat(ready, SamplingParams(max_new_tokens, temperature), system).run()
 
 
 @app.command()

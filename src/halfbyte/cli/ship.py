@@ -155,12 +155,13 @@ def serve(
             from halfbyte.serving.engine import Engine
             from halfbyte.serving.http import server
 
-        opened = models.open_all(named, tell, room=context, places=at_once, force=force)
+        opened = models.open_all(named, tell, max_length=context, places=at_once, force=force)
         engine = Engine(opened, queue, pack=pack)
     address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
+    sizes = f"{opened.max_length:,} tokens each, caches of {opened.cache_bytes / 1e9:.2f} GB"
     lines = [
-        f"serving {', '.join(opened.named)} at {address}/v1, and a page at {address}/",
-        f"  {engine.why}; {opened.room:,} tokens each, caches of {opened.cache_bytes / 1e9:.2f} GB; {queue} may wait",
+        f"serving {', '.join(opened.by_name)} at {address}/v1, and a page at {address}/",
+        f"  {engine.why}; {sizes}; {queue} may wait",
         "  Ctrl-C ends it when the answers that are being written are whole; twice: at once",
     ]
     server.serve(engine, settings, sock, lambda: show.text("\n".join(lines[: 1 if quiet else 3])))

@@ -23,8 +23,8 @@ from halfbyte.data import split
 from halfbyte.data.encoding import encode
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import DataError, HalfbyteError
-from halfbyte.inference import decode, target
-from halfbyte.inference.generate import stop_ids
+from halfbyte.inference import target
+from halfbyte.inference.generate import generate_ids, stop_ids
 from halfbyte.inference.load import Opened, open_target
 from halfbyte.models.context import context_of
 from halfbyte.proofs.adapter import logits_at
@@ -32,6 +32,7 @@ from halfbyte.proofs.export import LOGITS, run_child
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device, files
 from halfbyte.types import Document
+from halfbyte.writing.sampling import SamplingParams
 
 ROWS, TOKENS_OF_A_ROW, PROMPTS, NEW_TOKENS = 20, 32, 20, 64
 WITNESS = "witness.json"
@@ -146,21 +147,9 @@ def _logits(opened: Opened, rows: Sequence[tuple[Example, list[int]]], *, base: 
 
 def _answer(opened: Opened, prompt: list[int]) -> tuple[list[int], list[float]]:
     """The greedy answer's tokens, and of each by how much it led, in units of the spread of all logits there."""
-    model, tokenizer = opened.model, opened.tokenizer
-    context = context_of(model.config)
-    room = NEW_TOKENS if context is None else max(1, min(NEW_TOKENS, context.tokens - len(prompt)))
-    ids = torch.tensor([prompt], device=model.device)
-    how: Document = {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": room, "do_sample": False,
-        "temperature": None, "top_p": None, "top_k": None, "eos_token_id": stop_ids(model, tokenizer),
-        "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0, "use_cache": True,
-    }  # fmt: skip
-    with torch.no_grad():
-        try:
-            out = model.generate(**how, custom_generate=decode.Loop(None))
-        except decode.Slower:
-            out = model.generate(**how)
-    answer = [int(i) for i in out[0, len(prompt) :]]
+    model, context = opened.model, context_of(opened.model.config)
+    max_tokens = NEW_TOKENS if context is None else context.fitting(len(prompt), NEW_TOKENS)
+    (answer,) = generate_ids(model, opened.tokenizer, [prompt], SamplingParams(max_tokens))
     at = range(len(prompt) - 1, len(prompt) - 1 + len(answer))
     logits = logits_at(model, [*prompt, *answer], list(at))
     best = logits.gather(1, torch.tensor(answer, device=logits.device)[:, None])[:, 0]

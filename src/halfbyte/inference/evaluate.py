@@ -20,7 +20,7 @@ from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import DataError
 from halfbyte.inference import batch, choices, target
 from halfbyte.layers import loss
-from halfbyte.models.context import Context, context_of
+from halfbyte.models.context import context_of
 from halfbyte.plan import InferencePlan, Rows, plan_inference, sequences_beside
 from halfbyte.recipe.evaluation import Eval
 from halfbyte.runs.folder import RunFolder
@@ -180,13 +180,14 @@ class Scoring:
         losses: dict[int, float] | None = None,
     ) -> list[sheet.Answer]:
         """What the model writes for each row, and its scores; `losses` gets those of the rows where it can be had."""
-        context, texts, chosen = context_of(self.model.config), [""] * len(asking), list[metrics.Scores]()
+        context, new = context_of(self.model.config), self.settings.max_new_tokens
+        texts, chosen = [""] * len(asking), list[metrics.Scores]()
         if self.metrics:
             texts = batch.answers(
                 self.model,
                 self.tokenizer,
                 [e.prompt_ids for e in asking],
-                [_room(e, context, self.settings.max_new_tokens) for e in asking],
+                [new if context is None else context.fitting(len(e.prompt_ids), new) for e in asking],
                 at_once=at_once,
                 tokens_at_once=tokens,
                 rows=asking if losses is not None else (),
@@ -202,11 +203,6 @@ class Scoring:
                 scores |= metric.score(example.completion, text)
             made.append(sheet.Answer(text, scores))
         return made
-
-
-def _room(example: Example, context: Context | None, most: int) -> int:
-    """New tokens of an answer, as far as the model reads."""
-    return most if context is None else max(1, min(most, context.tokens - len(example.prompt_ids)))
 
 
 def row_losses(model: Model, batches: collate.Batches, tell: Progress = lambda what, done, of: None) -> list[float]:

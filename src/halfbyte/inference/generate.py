@@ -1,54 +1,36 @@
-"""Text from a base or from base and adapter: batches, streams, and the tokens that end a turn.
+"""Text from a base or from base and adapter: prompts of a conversation, a few answers, streams of them.
 
-Source: transformers' `generate`; left padding with an attention mask, greedy unless a temperature is given. Its loop is
-ours (`decode.py`) where that is proven on the prompts; else the model's own, and the log says so.
-Cost: each new token reads the base once for up to 16 texts; by the model's own loop it dequantises the base once.
+What: greedy unless a temperature is given, by `writing.Writer` where that is proven on the prompts; else by the model's
+own forward, and the log says so.
+Cost: each new token reads the base once for up to 16 texts; by the model's own forward it dequantises the base once.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import StoppingCriteria, TextStreamer
 
-from halfbyte.errors import DataError, first_line
-from halfbyte.inference import decode
-from halfbyte.layers.decoding.tape import MAX_VECTORS
+from halfbyte.errors import DataError, HalfbyteError, first_line
 from halfbyte.models.context import Context, context_of
 from halfbyte.system import limits
 from halfbyte.types import Document, Model, Tokenizer
+from halfbyte.writing.places import MAX_TEXTS, FastPathUnavailable
+from halfbyte.writing.plain import PlainWriter
+from halfbyte.writing.sampling import SamplingParams
+from halfbyte.writing.text import Detokenizer, Text
+from halfbyte.writing.writer import Writer
 
 _log = logging.getLogger(__name__)
-_said: set[str] = set()
+_logged: set[str] = set()
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How to choose tokens. `temperature` 0 is greedy; `seed` makes sampling repeatable."""
+@dataclass
+class Session:
+    """A conversation's writer, which keeps what it has read, by one adapter, from one answer to the next."""
 
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    seed: int | None = None
-
-
-class _Stream(TextStreamer):
-    def __init__(self, tokenizer: Tokenizer, emit: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.emit = emit
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.emit(text)
-
-
-class _Each(StoppingCriteria):
-    """Asked after each token; a forward that an exception leaves in the middle would leave PEFT's hooks behind."""
-
-    def __init__(self, ends: Callable[[], bool]) -> None:
-        self.ends = ends
-
-    def __call__(self, input_ids: torch.Tensor, scores: object, **more: object) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.ends(), dtype=torch.bool, device=input_ids.device)
+    writer: Writer | None = None
 
 
 def chat_ids(tokenizer: Tokenizer, messages: Sequence[Document], tools: Sequence[Document] | None = None) -> list[int]:
@@ -83,11 +65,16 @@ def check(asks: tuple[Sequence[Sequence[dict[str, str]]], int], tokenizer: Token
 
 def stop_ids(model: Model, tokenizer: Tokenizer) -> list[int]:
     """Tokens that end an answer: the model's own, the tokenizer's, and the end of turn in its template."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id}
+    ids: set[int | None] = {*eos_ids(model), tokenizer.eos_token_id}
     if tokenizer.chat_template:
         ids.add(end_of_turn_id(tokenizer))
     return sorted(i for i in ids if i is not None)
+
+
+def eos_ids(model: Model) -> list[int]:
+    """Tokens that end a text, as the model's generation_config has them."""
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def end_of_turn_id(tokenizer: Tokenizer) -> int | None:
@@ -108,85 +95,101 @@ def generate(
     model: Model,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    params: SamplingParams,
     *,
     emit: Callable[[str], None] | None = None,
     each: Callable[[], bool] | None = None,
-    kept: decode.Kept | None = None,
+    session: Session | None = None,
 ) -> list[str]:
     """Continue each prompt (token ids).
 
     Args:
         emit: takes new text as it comes; of one prompt only.
         each: called after each token; True ends the answers there, as far as they are.
-        kept: of one prompt: what of it was read by the call before, with the same adapter; then what this one read.
+        session: of one prompt: what was read in it before, with the same adapter, is not read again.
 
     Raises:
         DataError: prompt and answer are longer than what the model reads at once.
     """
+
+    def after_step(texts: Sequence[Text]) -> bool:
+        ends = each is not None and each()
+        if emit is not None:
+            if ends:
+                texts[0].end()
+            if (chunk := texts[0].chunk()) is not None and chunk.text:
+                emit(chunk.text)
+        return ends
+
+    ids = generate_ids(model, tokenizer, prompts, params, after_step, session)
+    return [str(text) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def generate_ids(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    after_step: Callable[[Sequence[Text]], bool] = lambda texts: False,
+    session: Session | None = None,
+) -> list[list[int]]:
+    """The tokens of `generate`, with the one that ends an answer. after_step: True ends all texts there."""
     if (context := context_of(model.config)) is not None:
-        context.check(max(map(len, prompts)), sampling.max_new_tokens)
-    if sampling.temperature > 0 and sampling.seed is not None:
-        torch.manual_seed(sampling.seed)
-    writer = _Writer(model, tokenizer, sampling, emit, each, kept)
-    was_training, texts = model.training, []
+        context.check(max(map(len, prompts)), params.max_tokens)
+    ends = stop_ids(model, tokenizer)
+    ids: list[list[int]] = []
+    with evaluating(model):
+        while len(ids) < len(prompts):
+            texts = [Text(p, params, ends, detokenizer=Detokenizer(tokenizer)) for p in prompts[len(ids) :]]
+            writer: Writer | PlainWriter
+            try:
+                writer = _read(model, texts[:MAX_TEXTS], session)
+                texts = texts[:MAX_TEXTS]
+            except FastPathUnavailable as why:
+                log_once(f"tokens come from the model's own forward, which is slower: {why}")
+                writer = PlainWriter(model)
+                writer.insert(texts, packed=True)
+            try:
+                ended = False
+                while not (ended or all(text.ended for text in texts)):
+                    writer.step()
+                    ended = after_step(texts)
+            finally:
+                for text in texts:
+                    writer.remove(text)
+            if (error := next((text.error for text in texts if text.error is not None), None)) is not None:
+                raise HalfbyteError(f"the answer has failed: {error}.") from error
+            ids += [text.tokens for text in texts]
+    return ids
+
+
+def _read(model: Model, texts: Sequence[Text], session: Session | None) -> Writer:
+    """The session's writer, or a new one, which has read these prompts, each by itself: so its bits are its own."""
+    writer = None if session is None else session.writer
+    if writer is None:
+        length = max(len(text.prompt) + text.params.max_tokens for text in texts)
+        writer = Writer(model, len(texts), length, rough=texts[0].sampler.greedy, exact=session is None)
+    if session is not None:
+        session.writer = writer
+    for text in sorted(texts, key=lambda text: -len(text.prompt)):
+        writer.insert([text])
+    return writer
+
+
+@contextmanager
+def evaluating(model: Model) -> Iterator[None]:
+    """Without dropout and gradients."""
+    was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(prompts), MAX_VECTORS):
-            state = torch.get_rng_state()
-            try:
-                texts += writer.write(prompts[start : start + MAX_VECTORS], fast=True)
-            except decode.Slower as why:
-                say(f"tokens come from the model's own forward, which is slower: {why}")
-                torch.set_rng_state(state)
-                texts += writer.write(prompts[start:], fast=False)
-                break
+        with torch.no_grad():
+            yield
     finally:
         model.train(was_training)
-    return texts
 
 
-def say(text: str) -> None:
-    """To the log, once: a conversation would repeat it with each answer."""
-    if text not in _said:
-        _said.add(text)
+def log_once(text: str) -> None:
+    """A conversation would repeat it with each answer."""
+    if text not in _logged:
+        _logged.add(text)
         _log.info(text)
-
-
-@dataclass(frozen=True)
-class _Writer:
-    model: Model
-    tokenizer: Tokenizer
-    sampling: Sampling
-    emit: Callable[[str], None] | None
-    each: Callable[[], bool] | None = None
-    kept: decode.Kept | None = None
-
-    def write(self, prompts: Sequence[Sequence[int]], *, fast: bool) -> list[str]:
-        """Texts of these prompts as one batch, by our loop or by the model's own."""
-        model, tokenizer, sampling = self.model, self.tokenizer, self.sampling
-        width, device = max(map(len, prompts)), next(model.parameters()).device
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-        ids = torch.full((len(prompts), width), pad, device=device)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(list(prompt), device=device)
-            mask[row, width - len(prompt) :] = 1
-        chosen: Document = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if sampling.temperature > 0:
-            chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0}
-        streamer = _Stream(tokenizer, self.emit) if self.emit is not None else None
-        with torch.no_grad():
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=stop_ids(model, tokenizer),
-                pad_token_id=pad,
-                use_cache=True,
-                streamer=streamer,
-                stopping_criteria=None if self.each is None else [_Each(self.each)],
-                custom_generate=decode.Loop(streamer, self.kept) if fast else None,
-                **chosen,
-            )
-        return [str(text) for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]

@@ -25,6 +25,7 @@ from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import RecipeError, first_line
 from halfbyte.inference import batch
 from halfbyte.inference.evaluate import Progress
+from halfbyte.inference.generate import eos_ids
 from halfbyte.layers import loss, packing
 from halfbyte.models.context import context_of
 
@@ -163,8 +164,6 @@ class HalfbyteLM(TemplateLM):
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         new = int(next((options[n] for n in ("max_gen_toks", "max_new_tokens") if n in options), _NEW_TOKENS))
         prompts = [self.tok_encode(text)[-max(1, self.max_length - new) :] for text in contexts]
-        own = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = {*(own if isinstance(own, list) else [own]), self.eot_token_id} - {None}
         return batch.answers(
             self.model,
             self.tokenizer,
@@ -173,7 +172,7 @@ class HalfbyteLM(TemplateLM):
             at_once=self.plan.sequences,
             tokens_at_once=self.plan.max_tokens_per_micro_batch,
             stops=stops,
-            ends=ends,
+            ends={*eos_ids(self.model), self.eot_token_id},
             progress=lambda done, of: self.progress("answers", done, of),
         )
 

@@ -31,6 +31,10 @@ class Context:
             fix=f"--max-new-tokens {room}" if room > 0 else f"a prompt of fewer than {self.tokens:,} tokens",
         )
 
+    def fitting(self, prompt: int, new_tokens: int) -> int:
+        """As many of the new tokens as the model reads after a prompt of so many; at least one."""
+        return max(1, min(new_tokens, self.tokens - prompt))
+
 
 def context_of(config: Config) -> Context | None:
     """None where nothing limits it: no positions (state spaces), or ALiBi."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
     from torch import Tensor
 
-    from halfbyte.serving.models import Named
+    from halfbyte.serving.models import ServedModel
 
 # Some models would write line ends without end where JSON allows any number of them.
 _SPACES = {"whitespace_pattern": r"[ ]?|\n[ ]{0,12}"}
@@ -28,7 +28,7 @@ _TABLES: dict[tuple[str, int], LLTokenizer] = {}
 
 
 class Grammar:
-    """What one text may be. `of` is its way through a schema; each text of an ask needs its own (`copy`)."""
+    """A `writing.sampling.Constraint`: one text's way through a schema. Each text of an ask needs its own (`copy`)."""
 
     def __init__(self, table: LLTokenizer, grammar: str) -> None:
         from llguidance import LLMatcher
@@ -45,9 +45,9 @@ class Grammar:
         """Which of so many tokens may come next: (V,) bool."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         flags = np.unpackbits(bits, bitorder="little").astype(bool)[:size]
-        made = torch.zeros(size, dtype=torch.bool)
-        made[: len(flags)] = torch.from_numpy(flags)
-        return made
+        allowed = torch.zeros(size, dtype=torch.bool)
+        allowed[: len(flags)] = torch.from_numpy(flags)
+        return allowed
 
     def take(self, token: int) -> bool:
         """Go on by a token; whether the JSON is whole."""
@@ -56,7 +56,7 @@ class Grammar:
         return bool(self._matcher.is_stopped())
 
 
-def table_of(model: Named, vocabulary: int) -> LLTokenizer:
+def table_of(model: ServedModel, vocabulary: int) -> LLTokenizer:
     """The tokens of a model's tokenizer as llguidance wants them."""
     from llguidance.hf import from_tokenizer
 
@@ -65,11 +65,11 @@ def table_of(model: Named, vocabulary: int) -> LLTokenizer:
         if key not in _TABLES:
             if not model.tokenizer.is_fast:
                 raise DataError("the tokenizer has no table of its tokens: response_format cannot be followed.")
-            _TABLES[key] = from_tokenizer(model.tokenizer, n_vocab=vocabulary, eos_token=sorted(model.stops))
+            _TABLES[key] = from_tokenizer(model.tokenizer, n_vocab=vocabulary, eos_token=sorted(model.stop_ids))
         return _TABLES[key]
 
 
-def of_schema(model: Named, vocabulary: int, schema: Document) -> Grammar:
+def of_schema(model: ServedModel, vocabulary: int, schema: Document) -> Grammar:
     """Raises DataError: what is wrong with the schema."""
     from llguidance import LLMatcher
 

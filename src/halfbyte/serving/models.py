@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
 from halfbyte.adapters import lora
 from halfbyte.base.store.supply import Tell
 from halfbyte.errors import RecipeError
@@ -19,39 +21,43 @@ from halfbyte.plan import choose
 from halfbyte.plan.memory import cache_bytes
 from halfbyte.serving.names import Names
 from halfbyte.system import device
+from halfbyte.writing.places import SIZES, FastPathUnavailable
+from halfbyte.writing.plain import PlainWriter
+from halfbyte.writing.sampling import SamplingParams
+from halfbyte.writing.text import Text
+from halfbyte.writing.writer import Writer, check, layers_of
 
 if TYPE_CHECKING:
     from halfbyte.types import Model, Tokenizer
 
-PLACES = (16, 8, 4, 2, 1)
-ROOM = 4096  # tokens of a text, where neither the user nor the model says fewer
+MAX_LENGTH = 4096  # tokens of a text, where neither the user nor the model says fewer
 _CACHE_SHARE = 0.5  # of the memory that is free when the base is open
 
 
 @dataclass(frozen=True)
-class Named:
+class ServedModel:
     """A model as a client names it.
 
     Args:
-        adapter: PEFT's name, None for the base alone. stops: tokens that end an answer. longest: characters of the
-            longest token, so that a text that cannot fit is refused before it is tokenised.
+        adapter: PEFT's name, None for the base alone. stop_ids: tokens that end an answer. longest_token: its
+            characters, so that a text that cannot fit is refused before it is tokenised.
     """
 
     name: str
     adapter: str | None
     tokenizer: Tokenizer
-    stops: frozenset[int]
-    longest: int
+    stop_ids: frozenset[int]
+    longest_token: int
 
 
 @dataclass(frozen=True)
 class Models:
-    """All that one engine serves. room: tokens of a text, its prompt included; places: texts at once."""
+    """All that one engine serves. max_length: tokens of a text, its prompt included; places: texts at once."""
 
     opened: load.Opened
-    named: dict[str, Named]
+    by_name: dict[str, ServedModel]
     base: str
-    room: int
+    max_length: int
     places: int
     cache_bytes: int
     vocabulary: int
@@ -70,60 +76,104 @@ def open_all(
     names: Names,
     tell: Tell | None = None,
     *,
-    room: int | None = None,
+    max_length: int | None = None,
     places: int | None = None,
     force: bool = False,
 ) -> Models:
     """Open the base once, with every adapter on it.
 
     Args:
-        room: most tokens of a text, prompt and answer; None: what the model reads, at most 4,096.
+        max_length: of a text, prompt and answer, in tokens; None: what the model reads, at most 4,096.
         places: most texts at once; fewer where their caches would not fit.
 
     Raises:
-        AdapterError: one belongs to another base or tokenizer. RecipeError: the room is more than the model reads.
+        AdapterError: one belongs to another base or tokenizer. RecipeError: more tokens than the model reads.
     """
     targets = list(names.adapters.items())
     internal = {name: "default" if i == 0 else f"adapter{i}" for i, (name, _) in enumerate(targets)}
-    beside = {internal[name]: found for name, found in targets[1:]}
+    beside = {internal[name]: target for name, target in targets[1:]}
     opened = load.open_target(names.first, tell, beside=beside, force=force, lasting=True)
     checkpoint = find_model(names.first.recipe)
-    named = {}
-    for name, found in targets:
-        tokenizer = opened.tokenizer if found is names.first else load.tokenizer_of(found, checkpoint)
-        named[name] = _named(opened.model, name, internal[name], tokenizer)
-    named[names.base] = _named(opened.model, names.base, None, opened.tokenizer)
-    room, places, cache_bytes = _sized(opened, room, places)
+    by_name = {}
+    for name, target in targets:
+        tokenizer = opened.tokenizer if target is names.first else load.tokenizer_of(target, checkpoint)
+        by_name[name] = _served(opened.model, name, internal[name], tokenizer)
+    by_name[names.base] = _served(opened.model, names.base, None, opened.tokenizer)
+    max_length, places, cache_bytes = _sized(opened, max_length, places)
     lm = structure.causal_lm(opened.model)
     head = lm.get_output_embeddings()
     vocabulary = int(head.weight.shape[0] if head is not None else lm.config.get_text_config().vocab_size)
-    return Models(opened, named, names.base, room, places, cache_bytes, vocabulary, tuple(internal.values()))
+    adapters = tuple(internal.values())
+    return Models(opened, by_name, names.base, max_length, places, cache_bytes, vocabulary, adapters)
 
 
-def _named(model: Model, name: str, adapter: str | None, tokenizer: Tokenizer) -> Named:
+def _served(model: Model, name: str, adapter: str | None, tokenizer: Tokenizer) -> ServedModel:
     longest = max(map(len, tokenizer.get_vocab()), default=1)
-    return Named(name, adapter, tokenizer, frozenset(stop_ids(model, tokenizer)), longest)
+    return ServedModel(name, adapter, tokenizer, frozenset(stop_ids(model, tokenizer)), longest)
 
 
-def _sized(opened: load.Opened, room: int | None, places: int | None) -> tuple[int, int, int]:
+def _sized(opened: load.Opened, max_length: int | None, places: int | None) -> tuple[int, int, int]:
     """Tokens of a text, texts at once, and bytes of their caches, within half of what is free now."""
-    reads = context_of(opened.model.config)
-    if room is not None and reads is not None and room > reads.tokens:
+    context = context_of(opened.model.config)
+    if max_length is not None and context is not None and max_length > context.tokens:
         raise RecipeError(
-            f"--context {room:,} is more than the model reads, {reads.tokens:,} ({reads.why}).",
-            fix=f"--context {reads.tokens}",
+            f"--context {max_length:,} is more than the model reads, {context.tokens:,} ({context.why}).",
+            fix=f"--context {context.tokens}",
         )
-    room = room or min(ROOM, reads.tokens if reads is not None else ROOM)
-    each = cache_bytes(opened.job, room)
+    max_length = max_length or min(MAX_LENGTH, context.tokens if context is not None else MAX_LENGTH)
+    each = cache_bytes(opened.job, max_length)
     free = _CACHE_SHARE * choose.available_bytes(device.detect())
-    fitting = [n for n in _sizes(places) if n * each <= free]
+    fitting = [n for n in _counts(places) if n * each <= free]
     if not fitting:
         raise RecipeError(
-            f"the cache of one text of {room:,} tokens takes {each / 1e9:.1f} GB; {free / 1e9:.1f} GB may be used.",
-            fix=f"--context {max(64, int(room * free / each) // 64 * 64)}",
+            f"the cache of one text of {max_length:,} tokens takes {each / 1e9:.1f} GB; "
+            f"{free / 1e9:.1f} GB may be used.",
+            fix=f"--context {max(64, int(max_length * free / each) // 64 * 64)}",
         )
-    return room, fitting[0], fitting[0] * each
+    return max_length, fitting[0], fitting[0] * each
 
 
-def _sizes(places: int | None) -> Sequence[int]:
-    return PLACES if places is None else [places, *(n for n in PLACES if n < places)]
+def _counts(places: int | None) -> Sequence[int]:
+    descending = SIZES[::-1]
+    return descending if places is None else [places, *(n for n in descending if n < places)]
+
+
+def writer_for(models: Models) -> tuple[Writer | PlainWriter, str]:
+    """The fast writer where it is proven for every model that is served, else the model's own forward; and why.
+
+    Raises:
+        FastPathUnavailable: neither gives what a forward without a cache gives.
+    """
+    try:
+        if models.opened.own_biases:
+            raise FastPathUnavailable("the adapter has biases of its own")
+        writer = Writer(models.model, models.places, models.max_length, adapters=models.adapters, using=models.using)
+        _prove(writer, models, min(2, models.places))
+    except FastPathUnavailable as why:
+        plain = PlainWriter(models.model, models.using)
+        _prove(plain, models, 1)
+        return plain, f"answers come from the model's own forward, one after another: {why}"
+    return writer, f"up to {models.places} texts a step"
+
+
+def _prove(writer: Writer | PlainWriter, models: Models, count: int) -> None:
+    """What a writer gives for each model after two tokens, beside what a forward without a cache gives; also of a
+    second text, most of which is not read again."""
+    lm = structure.causal_lm(models.model)
+    layers, by_tape = len(layers_of(lm)), isinstance(writer, Writer) and writer.streamed is None
+    for one in models.by_name.values():
+        ids = list(one.tokenizer("Why is the sky blue, and what are 7 cups of tea?")["input_ids"])[:30]
+        texts = [Text(tuple(ids), SamplingParams(9, logprobs=0), (), adapter=one.adapter) for _ in range(count)]
+        for text in texts:
+            writer.insert([text])
+            writer.step()
+            writer.step()
+            logits = next((row.clone() for other, row in writer.next_logits() if other is text), None)
+            with models.using(one.adapter):
+                read = torch.tensor([[*ids, *text.tokens]], device=lm.get_input_embeddings().weight.device)
+                expected = lm(input_ids=read, use_cache=False).logits[:, -1].float().cpu()
+            if logits is None:
+                raise FastPathUnavailable("its logits are not finite")
+            check(logits[None].float().cpu(), expected, layers, read=by_tape)
+        for text in texts:
+            writer.remove(text)

@@ -9,7 +9,7 @@ import pytest
 
 from halfbyte.serving.http import app
 from halfbyte.serving.http.answers import Choice, Form, tool_calls
-from halfbyte.serving.text import Piece
+from halfbyte.writing.text import TextChunk
 from tests.serving import served
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
@@ -35,12 +35,12 @@ def test_calls_are_found_whole_or_not_at_all(text: str, wanted: list[tuple[str, 
 
 
 def streamed(pieces: list[str]) -> list[Any]:
-    form = Form(served.two().named["first"], chat=True, calls=True)
+    form = Form(served.two().by_name["first"], chat=True, calls=True)
     choice, chunks = Choice(), list[Any]()
     for number, text in enumerate(pieces):
-        piece = Piece(0, text, number + 1, finish="stop" if number == len(pieces) - 1 else None)
+        piece = TextChunk(0, text, number + 1, finish="stop" if number == len(pieces) - 1 else None)
         choice.add(piece)
-        chunks += app._chunks(form, 0, piece, choice)
+        chunks += app._events(form, 0, piece, choice)
     return [(chunk["choices"][0]["delta"], chunk["choices"][0]["finish_reason"]) for chunk in chunks]
 
 

@@ -319,7 +319,7 @@ def test_a_crowd_with_hang_ups() -> None:
         seen, wrong = asyncio.run(_crowd(made, 64))
         assert not wrong and seen["full"] == 0 and seen["right"] + seen["gone"] == 64 and seen["gone"] >= 10
         until(lambda: made.engine.running == made.engine.waiting == 0)
-        assert made.engine.lane.text == [None] * 8  # type: ignore[attr-defined]
+        assert made.engine.writers[0].free == 8  # type: ignore[union-attr]
     finally:
         made.end()
 
@@ -361,13 +361,14 @@ def test_an_answer_that_takes_too_long_is_an_error(monkeypatch: pytest.MonkeyPat
 def test_a_step_that_fails_is_an_error_and_the_engine_goes_on(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = running.engine.lane.step
+    writer = running.engine.writers[0]
+    step = writer.step
 
     def broken() -> None:
-        monkeypatch.setattr(running.engine.lane, "step", step)
+        monkeypatch.setattr(writer, "step", step)
         raise RuntimeError("a secret path /home/x")
 
-    monkeypatch.setattr(running.engine.lane, "step", broken)
+    monkeypatch.setattr(writer, "step", broken)
     options: Any = {"model": "first", "messages": asked("green cup"), "max_tokens": 8, "temperature": 0}
     with pytest.raises(openai.InternalServerError, match="the answer has failed: RuntimeError") as error:
         running.client().chat.completions.create(**options)
@@ -383,7 +384,7 @@ def test_an_engine_that_has_ended_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     def ended() -> None:
         raise SystemExit
 
-    monkeypatch.setattr(made.engine, "_free_gone", ended)
+    monkeypatch.setattr(made.engine, "_next", ended)
     try:
         for _ in range(2):
             with pytest.raises(openai.InternalServerError, match="the engine has failed: SystemExit"):

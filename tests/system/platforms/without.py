@@ -151,6 +151,7 @@ def work(folder: Path) -> dict[str, Any]:
     from halfbyte import finetune
     from halfbyte.inference import generate, load
     from halfbyte.training.events import Listener
+    from halfbyte.writing.sampling import SamplingParams
     from tests import tiny_run
 
     class Notes(Listener):
@@ -172,7 +173,7 @@ def work(folder: Path) -> dict[str, Any]:
     finetune.train(recipe, resume=True, listener=again)
     used = load.open_run(folder / "run")
     prompt = generate.chat_ids(used.tokenizer, [{"role": "user", "content": "red green"}])
-    said = generate.generate(used.model, used.tokenizer, [prompt], generate.Sampling(max_new_tokens=8))
+    said = generate.generate(used.model, used.tokenizer, [prompt], SamplingParams(8))
     peak = report["peak_rss_bytes"]
     return {"losses": told.rows, "resumed": again.rows, "said": said, "notes": told.notes, "peak": peak}
 

@@ -2,7 +2,7 @@
 
 What is recognised is structure, not names of classes: norms, attention projections (one or three), output projection,
 a gated MLP (its two inner projections in one or apart), and where the norms stand. What a model does beside that is not
-looked for: `inference/decode.py` compares logits with the model's own before a token is used.
+looked for: `writing/writer.py` compares logits with the model's own before a token is used.
 Source: transformers' modeling files of Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3, Phi-3, Granite.
 Cost: tens of milliseconds to write; LoRA is copied in the compute dtype.
 

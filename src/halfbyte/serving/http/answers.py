@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 from starlette.responses import Response
 
 from halfbyte.serving.http.wire import Refusal
-from halfbyte.serving.text import Piece, Told
 from halfbyte.types import Document
+from halfbyte.writing.sampling import TokenLogprob
+from halfbyte.writing.text import TextChunk
 
 if TYPE_CHECKING:
-    from halfbyte.serving.models import Named
+    from halfbyte.serving.models import ServedModel
 
 CALL = "<tool_call>"
 _CALLS = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|\Z)", re.DOTALL)
@@ -45,14 +46,14 @@ class Choice:
 
     text: str = ""
     tokens: int = 0
-    told: list[Told] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: str | None = None
 
-    def add(self, piece: Piece) -> None:
-        self.text += piece.text
-        self.tokens = piece.tokens
-        self.told += piece.told
-        self.finish = piece.finish or self.finish
+    def add(self, chunk: TextChunk) -> None:
+        self.text += chunk.text
+        self.tokens = chunk.tokens
+        self.logprobs += chunk.logprobs
+        self.finish = chunk.finish or self.finish
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ class Form:
     """How the answers to one request look.
 
     Args:
-        chat: messages, or plain texts. likely: tokens told beside each; None: none. calls: whether calls of tools are
-            looked for.
+        chat: messages, or plain texts. likely: tokens reported beside each; None: none. calls: whether to look for
+            calls of tools.
     """
 
-    model: Named
+    model: ServedModel
     chat: bool
     likely: int | None = None
     calls: bool = False
@@ -72,58 +73,57 @@ class Form:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, choices: Sequence[Choice], prompt_tokens: int) -> Document:
-        made = self._head("chat.completion" if self.chat else "text_completion")
-        made["choices"] = [self._choice(i, choice) for i, choice in enumerate(choices)]
-        made["usage"] = usage(prompt_tokens, sum(choice.tokens for choice in choices))
-        return made
+        return self._head("chat.completion" if self.chat else "text_completion") | {
+            "choices": [self._choice(i, choice) for i, choice in enumerate(choices)],
+            "usage": usage(prompt_tokens, sum(choice.tokens for choice in choices)),
+        }
 
     def _head(self, kind: str) -> Document:
         name = f"{'chatcmpl' if self.chat else 'cmpl'}-{self.id}"
         return {"id": name, "object": kind, "created": self.created, "model": self.model.name}
 
     def _choice(self, index: int, choice: Choice) -> Document:
-        told = self._told(choice.told) if self.likely is not None else None
+        logprobs = self._logprobs(choice.logprobs) if self.likely is not None else None
         if not self.chat:
-            return {"index": index, "text": choice.text, "logprobs": told, "finish_reason": choice.finish}
+            return {"index": index, "text": choice.text, "logprobs": logprobs, "finish_reason": choice.finish}
         message: Document = {"role": "assistant", "content": choice.text, "refusal": None}
         finish = choice.finish
-        if self.calls and (found := tool_calls(choice.text)):
-            message |= {"content": choice.text[: choice.text.find(CALL)].strip() or None, "tool_calls": found}
+        if self.calls and (calls := tool_calls(choice.text)):
+            message |= {"content": choice.text[: choice.text.find(CALL)].strip() or None, "tool_calls": calls}
             finish = "tool_calls"
-        return {"index": index, "message": message, "logprobs": told, "finish_reason": finish}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
 
     def chunk(
-        self, index: int, delta: Document | str, told: Sequence[Told] = (), finish: str | None = None
+        self, index: int, delta: Document | str, logprobs: Sequence[TokenLogprob] = (), finish: str | None = None
     ) -> Document:
         """delta: of a message, or the new text."""
-        made = self._head("chat.completion.chunk" if self.chat else "text_completion")
-        logprobs = self._told(told) if self.likely is not None and told else None
+        reported = self._logprobs(logprobs) if self.likely is not None and logprobs else None
         content = {"delta": delta} if self.chat else {"text": delta}
-        made["choices"] = [{"index": index, **content, "logprobs": logprobs, "finish_reason": finish}]
-        return made
+        choice = {"index": index, **content, "logprobs": reported, "finish_reason": finish}
+        return self._head("chat.completion.chunk" if self.chat else "text_completion") | {"choices": [choice]}
 
     def last(self, prompt_tokens: int, tokens: int) -> Document:
         """The chunk with the usage, which has no choice."""
-        made = self._head("chat.completion.chunk" if self.chat else "text_completion")
-        return made | {"choices": [], "usage": usage(prompt_tokens, tokens)}
+        head = self._head("chat.completion.chunk" if self.chat else "text_completion")
+        return head | {"choices": [], "usage": usage(prompt_tokens, tokens)}
 
-    def _told(self, told: Sequence[Told]) -> Document:
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Document:
         if self.chat:
             return {
                 "content": [
                     self._token(one.token, one.logprob) | {"top_logprobs": [self._token(*pair) for pair in one.likely]}
-                    for one in told
+                    for one in logprobs
                 ],
                 "refusal": None,
             }
-        names = [self._text(one.token) for one in told]
-        at = list(accumulate(map(len, names), initial=0))[:-1]
-        likely = [{self._text(token): value for token, value in one.likely} for one in told]
+        names = [self._text(one.token) for one in logprobs]
+        offsets = list(accumulate(map(len, names), initial=0))[:-1]
+        likely = [{self._text(token): value for token, value in one.likely} for one in logprobs]
         return {
             "tokens": names,
-            "token_logprobs": [one.logprob for one in told],
+            "token_logprobs": [one.logprob for one in logprobs],
             "top_logprobs": likely if self.likely else None,
-            "text_offset": at,
+            "text_offset": offsets,
         }
 
     def _text(self, token: int) -> str:
@@ -140,13 +140,13 @@ def usage(prompt: int, written: int) -> Document:
 
 def tool_calls(text: str) -> list[Document]:
     """Calls as Qwen, Hermes and SmolLM write them: JSON between <tool_call> marks. Empty if one is broken."""
-    made: list[Document] = []
-    for found in _CALLS.finditer(text):
+    calls: list[Document] = []
+    for match in _CALLS.finditer(text):
         try:
-            call = json.loads(found[1])
+            call = json.loads(match[1])
             name, arguments = str(call["name"]), call.get("arguments", {})
         except (ValueError, KeyError, TypeError, AttributeError):
             return []
         function = {"name": name, "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments)}
-        made.append({"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function})
-    return made
+        calls.append({"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function})
+    return calls

@@ -30,12 +30,13 @@ from halfbyte.serving.http import wire
 from halfbyte.serving.http.answers import CALL, Choice, Form, Json, tool_calls
 from halfbyte.serving.http.gauges import Gauges
 from halfbyte.serving.http.wire import ChatRequest, CompletionRequest, Refusal, Request
-from halfbyte.serving.text import Piece, Wish
+from halfbyte.writing.sampling import SamplingParams
+from halfbyte.writing.text import TextChunk
 
 if TYPE_CHECKING:
     from starlette.requests import Request as Http
 
-    from halfbyte.serving.models import Named
+    from halfbyte.serving.models import ServedModel
     from halfbyte.types import Document
 
 WEB = Path(__file__).parent / "web"
@@ -49,7 +50,7 @@ _PAGE = {
     "/page.js": ("page.js", "text/javascript"),
     "/style.css": ("style.css", "text/css"),
 }
-_Made = TypeVar("_Made")
+_Result = TypeVar("_Result")
 
 
 @dataclass
@@ -61,40 +62,41 @@ class Service:
     answer_s: float = 600.0
     words: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "halfbyte-words"))
 
-    def named(self, name: str) -> Named:
-        found = self.engine.models.named.get(name)
-        if found is None:
-            known = ", ".join(self.engine.models.named)
+    def model_named(self, name: str) -> ServedModel:
+        model = self.engine.models.by_name.get(name)
+        if model is None:
+            known = ", ".join(self.engine.models.by_name)
             raise Refusal(404, f"there is no model {name[:200]!r}; there are {known}.", code="model_not_found",
                           param="model")  # fmt: skip
-        return found
+        return model
 
-    async def aside(self, work: Callable[[], _Made]) -> _Made:
+    async def aside(self, work: Callable[[], _Result]) -> _Result:
         """Words to tokens, and schemas, in a thread; what is wrong with them is the client's."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self.words, work)
         except DataError as error:
             raise Refusal(400, error.message, code="invalid_value") from None
 
-    def check_length(self, model: Named, characters: int) -> None:
+    def check_length(self, model: ServedModel, characters: int) -> None:
         """Refuse, before it is tokenised, what has more characters than the longest tokens could hold."""
-        room = self.engine.models.room
-        if characters > room * model.longest:
-            raise _too_long(f"the prompt has {characters:,} characters", room)
+        max_length = self.engine.models.max_length
+        if characters > max_length * model.longest_token:
+            raise _too_long(f"the prompt has {characters:,} characters", max_length)
 
-    def wish(self, asked: Request, prompt: Sequence[int], most: int | None, logprobs: int | None) -> Wish:
-        room, places = self.engine.models.room, self.engine.models.places
-        left = room - len(prompt)
-        if left < 1 or (most is not None and most > left):
-            answer = "" if most is None else f" and the answer up to {most:,}"
-            raise _too_long(f"the prompt has {len(prompt):,} tokens{answer}", room)
+    def params(
+        self, asked: Request, prompt: Sequence[int], max_tokens: int | None, logprobs: int | None
+    ) -> SamplingParams:
+        max_length, places = self.engine.models.max_length, self.engine.models.places
+        left = max_length - len(prompt)
+        if left < 1 or (max_tokens is not None and max_tokens > left):
+            answer = "" if max_tokens is None else f" and the answer up to {max_tokens:,}"
+            raise _too_long(f"the prompt has {len(prompt):,} tokens{answer}", max_length)
         if not prompt:
             raise Refusal(400, "the prompt is empty.", code="invalid_value")
         if (asked.n or 1) > places:
             raise Refusal(400, f"n: at most {places} texts are written at once here.", code="invalid_value", param="n")
-        given = asked.temperature, asked.top_p
-        temperature, top_p = (1.0 if value is None else value for value in given)
-        return Wish(most or left, temperature, top_p, asked.seed, asked.stops, logprobs)
+        temperature, top_p = (1.0 if value is None else value for value in (asked.temperature, asked.top_p))
+        return SamplingParams(max_tokens or left, temperature, top_p, asked.seed, asked.stops, logprobs)
 
     def submit(self, asks: Sequence[Ask]) -> None:
         try:
@@ -107,7 +109,7 @@ class Service:
 
     async def chat(self, http: Http) -> Response:
         asked = wire.read(ChatRequest, await http.body())
-        model = self.named(asked.model)
+        model = self.model_named(asked.model)
         messages = [message.for_template() for message in asked.messages]
         self.check_length(model, sum(len(message["content"]) for message in messages))
         tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()]
@@ -117,18 +119,18 @@ class Service:
                           code="unsupported_parameter")  # fmt: skip
         prompt = await self.aside(partial(chat_ids, model.tokenizer, messages, tools or None))
         likely = (asked.top_logprobs or 0) if asked.logprobs else None
-        wish = self.wish(asked, prompt, asked.max_completion_tokens or asked.max_tokens, likely)
+        params = self.params(asked, prompt, asked.max_completion_tokens or asked.max_tokens, likely)
         schema = asked.response_format.schema_wanted if asked.response_format is not None else None
-        followed = None
+        constraint = None
         if schema is not None:
             vocabulary = self.engine.models.vocabulary
-            followed = await self.aside(partial(grammar.of_schema, model, vocabulary, schema))
-        ask = Ask(model, prompt, wish, asked.n or 1, followed)
+            constraint = await self.aside(partial(grammar.of_schema, model, vocabulary, schema))
+        ask = Ask(model, prompt, params, asked.n or 1, constraint)
         return await self.answer(http, asked, [ask], Form(model, chat=True, likely=likely, calls=bool(tools)))
 
     async def complete(self, http: Http) -> Response:
         asked = wire.read(CompletionRequest, await http.body())
-        model = self.named(asked.model)
+        model = self.model_named(asked.model)
         asks = []
         if len(asked.prompts) * (asked.n or 1) > self.engine.models.places:
             raise Refusal(400, f"prompt: at most {self.engine.models.places} texts in a request.", param="prompt",
@@ -141,8 +143,8 @@ class Service:
                 prompt = given
                 if any(not 0 <= token < self.engine.models.vocabulary for token in prompt):
                     raise Refusal(400, "prompt: a token is none of the model's.", code="invalid_value", param="prompt")
-            wish = self.wish(asked, prompt, asked.max_tokens or 16, asked.logprobs)
-            asks.append(Ask(model, prompt, wish, asked.n or 1))
+            params = self.params(asked, prompt, asked.max_tokens or 16, asked.logprobs)
+            asks.append(Ask(model, prompt, params, asked.n or 1))
         return await self.answer(http, asked, asks, Form(model, chat=False, likely=asked.logprobs))
 
     async def answer(self, http: Http, asked: Request, asks: list[Ask], form: Form) -> Response:
@@ -165,8 +167,8 @@ class Service:
 
     async def _collected(self, asks: list[Ask]) -> list[Choice]:
         choices = [Choice() for ask in asks for _ in range(ask.n)]
-        async for number, piece in self._pieces(asks):
-            choices[number].add(piece)
+        async for number, chunk in self._arriving(asks):
+            choices[number].add(chunk)
         return choices
 
     async def events(self, asks: list[Ask], form: Form, *, usage: bool) -> AsyncIterator[dict[str, str]]:
@@ -176,11 +178,11 @@ class Service:
             if form.chat:
                 for index in range(len(choices)):
                     yield _event(form.chunk(index, {"role": "assistant", "content": ""}))
-            async for number, piece in self._pieces(asks):
+            async for number, chunk in self._arriving(asks):
                 choice = choices[number]
-                choice.add(piece)
-                for chunk in _chunks(form, number, piece, choice):
-                    yield _event(chunk)
+                choice.add(chunk)
+                for event in _events(form, number, chunk, choice):
+                    yield _event(event)
             if usage:
                 prompt = sum(len(ask.prompt) for ask in asks)
                 yield _event(form.last(prompt, sum(choice.tokens for choice in choices)))
@@ -190,20 +192,20 @@ class Service:
             self._leave(asks)
         yield {"data": "[DONE]"}
 
-    async def _pieces(self, asks: list[Ask]) -> AsyncIterator[tuple[int, Piece]]:
-        """(number of the choice, piece), until all have ended."""
+    async def _arriving(self, asks: list[Ask]) -> AsyncIterator[tuple[int, TextChunk]]:
+        """(number of the choice, what is new of it), until all have ended."""
         left, first = sum(ask.n for ask in asks), True
         try:
             async with asyncio.timeout(self.answer_s):
                 arriving = _merged(asks) if len(asks) > 1 else _of_one(asks[0])
-                async for number, piece in arriving:
-                    if isinstance(piece, Exception):
-                        raise _failed(piece)
+                async for number, chunk in arriving:
+                    if isinstance(chunk, Exception):
+                        raise _failed(chunk)
                     if first:
                         self.gauges.first(asks[0])
                         first = False
-                    left -= piece.finish is not None
-                    yield number, piece
+                    left -= chunk.finish is not None
+                    yield number, chunk
                     if not left:
                         break
         except TimeoutError:
@@ -216,16 +218,16 @@ class Service:
             self.engine.leave(ask)
 
     async def models(self, http: Http) -> Response:
-        return Json({"object": "list", "data": [self._model(one) for one in self.engine.models.named.values()]})
+        return Json({"object": "list", "data": [self._model(one) for one in self.engine.models.by_name.values()]})
 
     async def model(self, http: Http) -> Response:
-        return Json(self._model(self.named(http.path_params["name"])))
+        return Json(self._model(self.model_named(http.path_params["name"])))
 
-    def _model(self, one: Named) -> Document:
+    def _model(self, one: ServedModel) -> Document:
         models = self.engine.models
         parent = None if one.adapter is None else models.base
         owner = {"id": one.name, "object": "model", "created": 0, "owned_by": "halfbyte"}
-        return owner | {"parent": parent, "max_model_len": models.room}
+        return owner | {"parent": parent, "max_model_len": models.max_length}
 
     async def health(self, http: Http) -> Response:
         alive = self.engine.alive
@@ -275,23 +277,23 @@ def application(service: Service) -> Starlette:
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
 
 
-def _chunks(form: Form, number: int, piece: Piece, choice: Choice) -> list[Document]:
-    """What one piece becomes. Where tools are offered, a call is told when it is whole."""
+def _events(form: Form, number: int, chunk: TextChunk, choice: Choice) -> list[Document]:
+    """What new text becomes. Where tools are offered, a call is told when it is whole."""
     if not form.chat:
-        return [form.chunk(number, piece.text, piece.told, piece.finish)]
-    text, finish = piece.text, piece.finish
-    made = []
+        return [form.chunk(number, chunk.text, chunk.logprobs, chunk.finish)]
+    text, finish = chunk.text, chunk.finish
+    events = []
     if form.calls:
-        before = choice.text[: len(choice.text) - len(piece.text)]
+        before = choice.text[: len(choice.text) - len(chunk.text)]
         text = _outside_call(before, choice.text, ended=finish is not None)
-        found = tool_calls(choice.text) if finish is not None else []
-        if found:
+        calls = tool_calls(choice.text) if finish is not None else []
+        if calls:
             text, finish = "", None
-            calls = [{"index": i, **call} for i, call in enumerate(found)]
-            made = [form.chunk(number, {"tool_calls": calls}), form.chunk(number, {}, (), "tool_calls")]
-    if text or piece.told:
-        made.insert(0, form.chunk(number, {"content": text}, piece.told))
-    return [*made, form.chunk(number, {}, (), finish)] if finish is not None else made
+            numbered = [{"index": i, **call} for i, call in enumerate(calls)]
+            events = [form.chunk(number, {"tool_calls": numbered}), form.chunk(number, {}, (), "tool_calls")]
+    if text or chunk.logprobs:
+        events.insert(0, form.chunk(number, {"content": text}, chunk.logprobs))
+    return [*events, form.chunk(number, {}, (), finish)] if finish is not None else events
 
 
 def _outside_call(before: str, now: str, *, ended: bool) -> str:
@@ -306,23 +308,23 @@ def _outside_call(before: str, now: str, *, ended: bool) -> str:
     return now[safe(before) : len(now) if ended else safe(now)]
 
 
-async def _of_one(ask: Ask) -> AsyncIterator[tuple[int, Piece | Exception]]:
+async def _of_one(ask: Ask) -> AsyncIterator[tuple[int, TextChunk | Exception]]:
     while True:
-        piece = await ask.pieces.get()
-        yield (0 if isinstance(piece, Exception) else piece.index), piece
+        chunk = await ask.chunks.get()
+        yield (0 if isinstance(chunk, Exception) else chunk.index), chunk
 
 
-async def _merged(asks: list[Ask]) -> AsyncIterator[tuple[int, Piece | Exception]]:
+async def _merged(asks: list[Ask]) -> AsyncIterator[tuple[int, TextChunk | Exception]]:
     """Of several asks, whichever comes first."""
-    waiting = {asyncio.ensure_future(ask.pieces.get()): number for number, ask in enumerate(asks)}
+    waiting = {asyncio.ensure_future(ask.chunks.get()): number for number, ask in enumerate(asks)}
     try:
         while True:
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                number, piece = waiting.pop(task), task.result()
-                waiting[asyncio.ensure_future(asks[number].pieces.get())] = number
+                number, chunk = waiting.pop(task), task.result()
+                waiting[asyncio.ensure_future(asks[number].chunks.get())] = number
                 first = sum(ask.n for ask in asks[:number])
-                yield first + (0 if isinstance(piece, Exception) else piece.index), piece
+                yield first + (0 if isinstance(chunk, Exception) else chunk.index), chunk
     finally:
         for task in waiting:
             task.cancel()
@@ -333,7 +335,7 @@ async def _gone(http: Http) -> None:
         pass
 
 
-def _tokens(model: Named, text: str) -> list[int]:
+def _tokens(model: ServedModel, text: str) -> list[int]:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -345,8 +347,8 @@ def _event(document: Document) -> dict[str, str]:
     return {"data": json.dumps(document)}
 
 
-def _too_long(what: str, room: int) -> Refusal:
-    return Refusal(400, f"{what}; prompt and answer may have {room:,} tokens here.", param="messages",
+def _too_long(what: str, max_length: int) -> Refusal:
+    return Refusal(400, f"{what}; prompt and answer may have {max_length:,} tokens here.", param="messages",
                    code="context_length_exceeded")  # fmt: skip
 
 

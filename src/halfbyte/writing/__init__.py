@@ -1,0 +1,1 @@
+"""Texts written token by token: the only room that samples, and that runs a tape to write."""

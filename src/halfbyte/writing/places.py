@@ -1,0 +1,142 @@
+"""Places for up to 16 texts: their caches, which adapter each uses, and what was read into each before.
+
+Why: a step reads the base once for all texts, so it takes the smallest tape that holds those that there are; and what
+a prompt begins with that was read for another is not read again.
+What: one set of caches, with a tape for 1, 2, 4, 8 and 16 texts on it, written when it is first needed. Texts move to
+the first places when a smaller tape is enough.
+Cost: a tape is a few tens of ms to write; caches take memory as texts are put there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from halfbyte.layers.decoding import llama
+from halfbyte.layers.decoding.linears import Unsupported
+from halfbyte.layers.decoding.tape import MAX_VECTORS, TextAdapters
+
+if TYPE_CHECKING:
+    from halfbyte.layers.decoding.llama import Decoder
+    from halfbyte.types import Model
+    from halfbyte.writing.text import Text
+
+MAX_TEXTS = MAX_VECTORS
+SIZES = (1, 2, 4, 8, 16)
+MIN_SHARED = 4  # tokens; fewer are read again rather than copied
+
+
+class FastPathUnavailable(Exception):
+    """Why texts are left to the model's own forward."""
+
+
+def same_beginning(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens that both begin with."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+class CachePlaces:
+    """Raises FastPathUnavailable where the model cannot be written as a tape.
+
+    Args:
+        count: most texts at once. max_length: tokens of a text, its prompt included. adapters: PEFT's names, one of
+            which each text uses; None: all use what is active. rough: the head may be used in 8 bits.
+    """
+
+    def __init__(
+        self, lm: Model, count: int, max_length: int, adapters: Sequence[str] | None = None, *, rough: bool = True
+    ) -> None:
+        self.lm, self.rough = lm, rough
+        self.adapters = None
+        if adapters is not None:
+            self.adapters = TextAdapters(tuple(adapters), torch.zeros(len(adapters), count))
+        self.texts: list[Text | None] = [None] * count
+        self.lengths = [0] * count
+        """Tokens in each cache before the one that the next step reads. A place without a text computes at 0."""
+        self.contents: list[tuple[str | None, list[int], bool]] = [("", [], False)] * count
+        """By which adapter what was read, and whether by a tape; token 0 is invalid once a place has no text."""
+        self._open(max_length)
+
+    def _open(self, max_length: int) -> None:
+        self.max_length = max_length
+        self.decoders: dict[int, Decoder] = {}
+        self.caches = self.decoder(len(self.texts))
+
+    def decoder(self, count: int) -> Decoder:
+        """The smallest tape for so many texts."""
+        most = len(self.texts)
+        size = next((n for n in SIZES if count <= n < most), most)
+        if size not in self.decoders:
+            try:
+                self.decoders[size] = llama.decoder(
+                    self.lm, size, self.max_length, adapters=self.adapters, largest=self.rough,
+                    beside=None if size == most else self.caches,
+                )  # fmt: skip
+            except Unsupported as why:
+                raise FastPathUnavailable(str(why)) from why
+        return self.decoders[size]
+
+    @property
+    def active(self) -> list[int]:
+        return [m for m, text in enumerate(self.texts) if text is not None]
+
+    def take(self, text: Text) -> int:
+        """Give a text the first free place."""
+        m = self.texts.index(None)
+        self.texts[m], self.lengths[m] = text, len(text.prompt) - 1
+        self.contents[m] = "", [], False  # until its prompt has been read
+        if self.adapters is not None:
+            self.adapters.use(m, text.adapter)
+        return m
+
+    def leave(self, m: int) -> None:
+        """What place m holds may still be used by others."""
+        text, (adapter, tokens, by_tape) = self.texts[m], self.contents[m]
+        assert text is not None
+        self.contents[m] = adapter, [*tokens, *text.tokens][: self.lengths[m]] if tokens else [], by_tape
+        self.texts[m], self.lengths[m] = None, 0
+
+    def find(self, adapter: str | None, prompt: Sequence[int], *, any_reader: bool = False) -> tuple[int, int]:
+        """The place where most first tokens of a prompt were read by this adapter, and how many; 0: too few.
+
+        Args:
+            any_reader: also what the model's own forward has read, whose bits are others than a tape's.
+        """
+        lengths = [0] * len(self.texts)
+        for m, (reader, tokens, by_tape) in enumerate(self.contents):
+            if reader == adapter and (by_tape or any_reader):
+                there = len(tokens) if self.texts[m] is None else min(len(tokens), self.lengths[m])
+                lengths[m] = same_beginning(tokens[:there], prompt)
+        n = max(lengths)
+        return lengths.index(n), n if n >= MIN_SHARED else 0
+
+    def copy(self, source: int, target: int, n: int) -> None:
+        """The first n tokens that a place has read, to another place."""
+        if n and source != target:
+            for cache in (*self.caches.keys, *self.caches.values):
+                cache[target, :, :n] = cache[source, :, :n]
+
+    def compact(self) -> None:
+        """Move texts to the first places where that makes a smaller tape enough."""
+        active = self.active
+        size = self.decoder(len(active)).tape.m
+        for m in active:
+            if m >= size:
+                target = self.texts.index(None)
+                self.copy(m, target, self.lengths[m])
+                self.contents[target], self.contents[m] = self.contents[m], ("", [], False)
+                self.lengths[target], self.lengths[m] = self.lengths[m], 0
+                self.texts[target], self.texts[m] = self.texts[m], None
+                if self.adapters is not None:
+                    self.adapters.uses[:, target] = self.adapters.uses[:, m]
+
+    def grow(self, max_length: int) -> None:
+        """Longer texts, without losing what was read."""
+        old = self.caches
+        self._open(max_length)
+        for new, before in zip((*self.caches.keys, *self.caches.values), (*old.keys, *old.values), strict=True):
+            for m, (_, tokens, _) in enumerate(self.contents):
+                n = max(len(tokens), self.lengths[m])
+                new[m, :, :n] = before[m, :, :n]

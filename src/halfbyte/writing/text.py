@@ -1,0 +1,179 @@
+"""One text that is being written: its tokens, what ends it, and what of it may be sent.
+
+A part of a letter, and what may be the beginning of a stop string, is held back until it is clear.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from tokenizers.decoders import DecodeStream
+
+from halfbyte.writing.sampling import Constraint, Sampler, SamplingParams, TokenLogprob, logprob_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from halfbyte.data.encoding.examples import Example
+    from halfbyte.types import Tokenizer
+
+Finish = Literal["stop", "length"]
+
+
+class Detokenizer:
+    """Tokens to characters as a text grows; at its end the same as all tokens decoded at once."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self.tokenizer, self.skips = tokenizer, skip_special_tokens
+        self.ids: list[int] = []
+        self.sent = ""
+        self.stream = DecodeStream(skip_special_tokens=skip_special_tokens) if tokenizer.is_fast else None
+
+    def add(self, token: int) -> str:
+        """What is new; nothing as long as a letter is incomplete."""
+        self.ids.append(token)
+        if self.stream is not None:
+            new = self.stream.step(self.tokenizer.backend_tokenizer, token) or ""
+        else:
+            text = self._decoded()
+            new = "" if text.endswith("\ufffd") else text[len(self.sent) :]
+        self.sent += new
+        return new
+
+    def rest(self) -> str:
+        """What was held back of a letter that never was complete."""
+        text = self._decoded()
+        return text[len(self.sent) :] if text.startswith(self.sent) else ""
+
+    def _decoded(self) -> str:
+        return str(self.tokenizer.decode(self.ids, skip_special_tokens=self.skips))
+
+
+@dataclass(frozen=True)
+class TextChunk:
+    """What is new of text `index` after a prompt. tokens: those written so far."""
+
+    index: int
+    text: str
+    tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: Finish | None = None
+
+    def joined(self, after: TextChunk) -> TextChunk:
+        """This one and the one after it, as one."""
+        logprobs = self.logprobs + after.logprobs
+        return TextChunk(self.index, self.text + after.text, after.tokens, logprobs, after.finish)
+
+
+class Text:
+    """A prompt and what is written after it.
+
+    Args:
+        stop_ids: tokens that end it. adapter: by which it is written, where there are several; None: the base, or what
+            is active. index: of texts after the same prompt, which are inserted one after another.
+        detokenizer: where pieces are asked for, or there are stop strings. row: begins with the prompt; its loss is
+            wanted, and what it expects is a draft of the answer.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        stop_ids: Collection[int],
+        *,
+        adapter: str | None = None,
+        index: int = 0,
+        detokenizer: Detokenizer | None = None,
+        constraint: Constraint | None = None,
+        row: Example | None = None,
+    ) -> None:
+        self.prompt, self.params, self.stop_ids = prompt, params, frozenset(stop_ids)
+        self.adapter, self.index, self.detokenizer, self.row = adapter, index, detokenizer, row
+        self.sampler = Sampler(params, index, constraint)
+        self.tokens: list[int] = []
+        self.finish: Finish | None = None
+        self.error: Exception | None = None
+        self.loss: float | None = None
+        self._pending = ""
+        self._logprobs: list[TokenLogprob] = []
+
+    @property
+    def last(self) -> int:
+        """The token that the next step reads."""
+        return self.tokens[-1] if self.tokens else self.prompt[-1]
+
+    @property
+    def ended(self) -> bool:
+        return self.finish is not None or self.error is not None
+
+    def take(self, logits: Tensor) -> None:
+        """Choose the next token from logits (V,). One that cannot be chosen is an `error`, which ends the text."""
+        try:
+            if self.sampler.greedy and logits.device.type != "cpu":
+                token = int(logits.argmax())
+            else:
+                logits = logits.float().cpu()
+                token = self.sampler.choose(logits, (*self.prompt, *self.tokens) if self.sampler.processors else ())
+            if not math.isfinite(float(logits[token])):
+                raise FloatingPointError("the model's logits are not finite")
+            if self.params.logprobs is not None:
+                self._logprobs.append(logprob_of(logits, token, self.params.logprobs))
+            self.add(token)
+        except (FloatingPointError, RuntimeError) as error:
+            self.error = error
+
+    def add(self, token: int) -> None:
+        """The next token, whoever has chosen it."""
+        self.tokens.append(token)
+        constraint = self.sampler.constraint
+        complete = constraint is not None and token not in self.stop_ids and constraint.take(token)
+        if token in self.stop_ids or complete:
+            self.finish = "stop"
+        elif len(self.tokens) >= self.params.max_tokens:
+            self.finish = "length"
+        if self.detokenizer is not None:
+            self._pending += self.detokenizer.add(token)
+            if self.finish is not None:
+                self._pending += self.detokenizer.rest()
+            text = before_stop(self._pending, self.params.stop)
+            if len(text) < len(self._pending):
+                self.finish, self._pending = "stop", text
+
+    def end(self) -> None:
+        """End it here, as it is."""
+        if self.finish is None:
+            self.finish = "stop"
+            self._pending += "" if self.detokenizer is None else self.detokenizer.rest()
+
+    def chunk(self) -> TextChunk | None:
+        """What may be sent now, with the reason why the text ends here, if it does; None where there is nothing."""
+        back = 0 if self.finish is not None else _stop_begun(self._pending, self.params.stop)
+        ready, self._pending = self._pending[: len(self._pending) - back], self._pending[len(self._pending) - back :]
+        if not ready and self.finish is None:
+            return None
+        logprobs, self._logprobs = tuple(self._logprobs), []
+        return TextChunk(self.index, ready, len(self.tokens), logprobs, self.finish)
+
+
+def by_prompt(texts: Iterable[Text]) -> list[list[Text]]:
+    """Texts after the same prompt together."""
+    groups: list[list[Text]] = []
+    for text in texts:
+        if text.index == 0 or not groups:
+            groups.append([])
+        groups[-1].append(text)
+    return groups
+
+
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first of the strings that end it."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def _stop_begun(text: str, stops: Sequence[str]) -> int:
+    """Characters at the end of a text that may be the beginning of one of `stops`."""
+    beginnings = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    return max(beginnings, default=0)
