@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.layers import lora_linear as room
-from halfbyte.layers.lora_linear import FrozenLinear, LoraLinear, drop, frozen_linear, frozen_weight, lora_linear
+from halfbyte.layers.lora_linear import (
+    LoraLinear,
+    drop,
+    frozen_backward,
+    frozen_forward,
+    frozen_linear,
+    frozen_weight,
+    lora_linear,
+)
+from halfbyte.quant.number_format import frozen_function
 
 
 def four_bit(out: int, width: int, *, bias: bool, dtype: torch.dtype) -> Any:
@@ -120,7 +129,8 @@ def test_gradcheck(p: float) -> None:
         return LoraLinear.apply(*given, layer, 0.7, p, 5)
 
     assert torch.autograd.gradcheck(call, (x, a, b, bias))
-    assert torch.autograd.gradcheck(lambda x, bias: FrozenLinear.apply(x, bias, layer), (x, bias))
+    products = frozen_forward, frozen_backward
+    assert torch.autograd.gradcheck(lambda x, bias: frozen_function().apply(x, bias, layer, *products), (x, bias))
 
 
 def test_a_trained_bias_gets_its_gradient() -> None:

@@ -209,8 +209,8 @@ def _needs_recompute(model: Model) -> bool:
     facts = tensors.facts_of(model.config.to_dict(), ())
     itemsize = torch.finfo(model.dtype).bits // 8
     layer = decoder.layer_of(facts, (), itemsize, kernels=True, dropout=False)
-    kept = PREPARED_TOKENS * facts.layers * (layer.kept + 2 * itemsize * facts.hidden)  # and what adapters read
-    return kept > COMFORT * device.detect().ram_available_bytes
+    kept_bytes = PREPARED_TOKENS * facts.layers * (layer.kept + 2 * itemsize * facts.hidden)  # and what adapters read
+    return kept_bytes > COMFORT * device.detect().ram_available_bytes
 
 
 def make_ready(model: Model) -> bool:
@@ -223,9 +223,9 @@ def make_ready(model: Model) -> bool:
     wrong = torch.float16 if on_cpu else None if accelerator.multiplies_bf16(where) else torch.bfloat16
     if wrong not in dtypes:
         # forward and backward dequantise to one dtype, the one that the residual stream has
-        own = getattr(model, "dtype", None) or next(d for d in dtypes if d is not None and d.is_floating_point)
-        usual = own in (torch.bfloat16, torch.float32) or not on_cpu
-        codec.set_compute_dtype(model, own if usual else torch.float32)
+        dtype = getattr(model, "dtype", None) or next(d for d in dtypes if d is not None and d.is_floating_point)
+        usual = dtype in (torch.bfloat16, torch.float32) or not on_cpu
+        codec.set_compute_dtype(model, dtype if usual else torch.float32)
         return on_cpu
     if on_cpu:
         name, reason = device.compute_dtype(device.detect(), "auto")

@@ -18,16 +18,16 @@ from halfbyte.types import Model
 
 def pairs(adapted: Model) -> dict[str, list[torch.nn.Parameter]]:
     """The A and B of each LoRA layer that train, by the layer's name."""
-    found = {}
+    trained = {}
     for name, module in adapted.named_modules():
         if isinstance(module, LoraLayer):
             parts = (*module.lora_A.values(), *module.lora_B.values())
-            held = [p for part in parts for p in part.parameters() if p.requires_grad]
+            parameters = [p for part in parts for p in part.parameters() if p.requires_grad]
             embedded = (*module.lora_embedding_A.values(), *module.lora_embedding_B.values())
-            held += [p for p in embedded if p.requires_grad]
-            if held:
-                found[name] = held
-    return found
+            parameters += [p for p in embedded if p.requires_grad]
+            if parameters:
+                trained[name] = parameters
+    return trained
 
 
 def without_gradient(adapted: Model) -> list[str]:
@@ -65,5 +65,5 @@ def unmoved(adapted: Model, start: Mapping[str, str]) -> list[str]:
     """LoRA layers of which both A and B are, byte for byte, what they were when `digests` gave `start`."""
     now = digests(adapted)
     names = {id(p): n for n, p in adapted.named_parameters() if p.requires_grad}
-    own = {layer: [names[id(p)] for p in parts] for layer, parts in pairs(adapted).items()}
-    return [layer for layer, parts in own.items() if all(now[n] == start.get(n) for n in parts)]
+    by_layer = {layer: [names[id(p)] for p in parts] for layer, parts in pairs(adapted).items()}
+    return [layer for layer, parts in by_layer.items() if all(now[n] == start.get(n) for n in parts)]

@@ -140,7 +140,7 @@ def _trained_twice(model: Model, lora: Lora) -> list[str]:
         f"lora.modules_to_save trains {asked} whole, lora.trainable_token_indices rows of {what or 'it'}: one of both"
         for asked in lora.modules_to_save or ()
         for what, module in kinds.items()
-        if any(module is found for name, found in named if name.endswith(asked))
+        if any(module is other for name, other in named if name.endswith(asked))
     ]
 
 
@@ -198,7 +198,8 @@ def writer(
     are chosen now, as while a forward lasts a model may hold others in their places (`masters.py`); `copied` for a
     writing that may be later than that step."""
     config = copy(adapted.peft_config[adapted.active_adapter])
-    config.base_model_name_or_path, config.revision, config.inference_mode = base_id, revision, True
+    config.base_model_name_or_path, config.revision = base_id, revision
+    config.inference_mode = True
     if isinstance(config.target_modules, set):  # its order changes from process to process
         config.target_modules = sorted(config.target_modules)
     saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
@@ -241,8 +242,8 @@ def load_beside(adapted: Model, folder: Path, name: str) -> None:
     """
 
     def put() -> Model:
-        found = adapted.load_adapter(str(folder), adapter_name=name)
-        if lost := [key for key in found.missing_keys if f".{name}." in f"{key}."]:
+        result = adapted.load_adapter(str(folder), adapter_name=name)
+        if lost := [key for key in result.missing_keys if f".{name}." in f"{key}."]:
             warnings.warn(f"missing adapter keys: {', '.join(lost)}", stacklevel=1)
         return adapted
 
@@ -329,13 +330,13 @@ def start_from(adapted: Model, folder: Path) -> None:
         AdapterError: it is of another model: names tensors that are missing, too many, or of another shape.
     """
     other_base = f"it was trained on {read_config(folder).get('base_model_name_or_path')!r}; name that as the model"
-    own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    fresh = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     try:
         with safe_open(folder / ADAPTER_FILES[0], "pt") as file:
             saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise damaged(folder, first_line(error)) from error
-    shapes = {name: tuple(value.shape) for name, value in own.items()}
+    shapes = {name: tuple(value.shape) for name, value in fresh.items()}
     if strange := sorted(name for name in {*saved, *shapes} if saved.get(name) != shapes.get(name)):
         of = ", ".join(f"{name} ({saved.get(name)} there, {shapes.get(name)} here)" for name in strange[:3])
         raise AdapterError(
@@ -365,7 +366,8 @@ def start_at(adapted: Model, factors: Mapping[str, tuple[torch.Tensor, torch.Ten
         )
     for name, layer in layers.items():
         for key, scaling in layer.scaling.items():
-            (b, a), rank, root = factors[name], layer.r[key], math.sqrt(scaling)
+            (b, a), rank = factors[name], layer.r[key]
+            root = math.sqrt(scaling)
             with torch.no_grad():
                 layer.lora_A[key].weight.copy_(a[:rank] / root)
                 layer.lora_B[key].weight.copy_(b[:, :rank] / root)

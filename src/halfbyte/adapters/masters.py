@@ -77,17 +77,17 @@ class _Cast:
 
     places: list[tuple[nn.Module, str]]
     like: nn.Parameter
-    held: list[nn.Parameter | None] = field(default_factory=list)
+    masters: list[nn.Parameter | None] = field(default_factory=list)
 
     def before(self, module: nn.Module, args: object, kwargs: object) -> None:
-        if self.held:
+        if self.masters:
             return
-        self.held = [part._parameters[name] for part, name in self.places]
-        for (part, name), master in zip(self.places, self.held, strict=True):
+        self.masters = [part._parameters[name] for part, name in self.places]
+        for (part, name), master in zip(self.places, self.masters, strict=True):
             if master is not None:
                 part._parameters[name] = master.to(self.like.dtype)
 
     def after(self, module: nn.Module, args: object, output: object) -> None:
-        for (part, name), master in zip(self.places, self.held, strict=False):
+        for (part, name), master in zip(self.places, self.masters, strict=False):
             part._parameters[name] = master
-        self.held = []
+        self.masters = []

@@ -67,14 +67,14 @@ class WeightChange:
 
     @torch.no_grad()
     def of_rows(self, weight: Tensor, first_row: int) -> Tensor:
-        """The changed rows of a weight in their own memory, (rows, in) fp32, beginning at a row of the whole's."""
+        """The changed rows of a weight in their rows memory, (rows, in) fp32, beginning at a row of the whole's."""
         assert self.layer is not None
-        key, own = _key(self.layer), slice(first_row, first_row + len(weight))
+        key, rows = _key(self.layer), slice(first_row, first_row + len(weight))
         b, a = self.layer.lora_B[key].weight, self.layer.lora_A[key].weight
-        weight.addmm_(b[own], a, alpha=self.layer.scaling[key])
+        weight.addmm_(b[rows], a, alpha=self.layer.scaling[key])
         if self.start is not None:
             b, a = (factor.float() for factor in self.start)
-            weight.addmm_(b[own], a, alpha=-1)
+            weight.addmm_(b[rows], a, alpha=-1)
         return weight
 
     @torch.no_grad()
@@ -96,8 +96,8 @@ class WeightChange:
         delta = self.layer.get_delta_weight(key)
         if self.norms:
             magnitude, transposed = self.layer.lora_magnitude_vector[key], self.layer.fan_in_fan_out
-            own = weight if trained_on is None else trained_on().float()
-            norm = magnitude.get_weight_norm(own, delta.T if transposed else delta, scaling=1)
+            trained = weight if trained_on is None else trained_on().float()
+            norm = magnitude.get_weight_norm(trained, delta.T if transposed else delta, scaling=1)
             factor = (magnitude.weight / norm).view(-1, 1)
             return weight.add_(delta).mul_(factor.T if transposed else factor)
         weight.add_(delta)
@@ -134,32 +134,32 @@ def changes(config: Config, folder: Path, start: Factors | None = None) -> dict[
     Raises:
         AdapterError: it does not fit the model, or is of a kind that no weight can take up.
     """
-    inner, found = _on_nothing(config, folder).get_base_model(), dict[str, WeightChange]()
+    inner, changed = _on_nothing(config, folder).get_base_model(), dict[str, WeightChange]()
     for name, module in inner.named_modules():
         plain = _WRAPPING.sub("", name)
         if isinstance(module, ParamWrapper):
-            found[f"{plain}.{module.parameter_name}"] = WeightChange(experts=module)
+            changed[f"{plain}.{module.parameter_name}"] = WeightChange(experts=module)
         elif isinstance(module, LoraLayer) and _key(module):
             _check(name, module)
-            found[f"{plain}.weight"] = WeightChange(layer=module, start=None if start is None else start[plain])
+            changed[f"{plain}.weight"] = WeightChange(layer=module, start=None if start is None else start[plain])
             if module.lora_bias.get(_key(module)):
                 key = _key(module)
-                found[f"{plain}.bias"] = WeightChange(
+                changed[f"{plain}.bias"] = WeightChange(
                     bias=module.lora_B[key].bias.detach().float() * module.scaling[key]
                 )
         elif isinstance(module, ModulesToSaveWrapper):
             for leaf, parameter in module.modules_to_save[module.active_adapters[0]].named_parameters():
-                found[f"{plain}.{leaf}"] = WeightChange(value=parameter.detach())
+                changed[f"{plain}.{leaf}"] = WeightChange(value=parameter.detach())
         elif isinstance(module, TrainableTokensWrapper):
             rows = module.token_adapter
             key = rows.active_adapters[0]
             indices, values = torch.tensor(rows.token_indices[key]), rows.trainable_tokens_delta[key].detach()
-            found[f"{plain}.weight"] = WeightChange(value=values, rows=indices, shared=True)
+            changed[f"{plain}.weight"] = WeightChange(value=values, rows=indices, shared=True)
     inside = (".modules_to_save.", ".lora_", ".trainable_tokens")
     for name, parameter in inner.named_parameters():  # biases, which PEFT trains in the base
         if parameter.device.type != "meta" and not any(part in f".{name}" for part in inside):
-            found.setdefault(_WRAPPING.sub("", name), WeightChange(value=parameter.detach()))
-    return found
+            changed.setdefault(_WRAPPING.sub("", name), WeightChange(value=parameter.detach()))
+    return changed
 
 
 def _key(layer: LoraLayer) -> str:

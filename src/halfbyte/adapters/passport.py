@@ -36,9 +36,9 @@ def belongs_to(base: Base, quant: Quant, tokenizer: Tokenizer, template: str | N
     source = base.checkpoint
     settings = shelf.settings(quant, base.compute_dtype) if quant.quantises else {"type": quant.type}
     settings.pop("compute_dtype", None)  # a machine without bf16 computes the same in fp32
-    made = manifest.read(base.store).content_sha256 if base.store is not None else _sampled(base)
+    content = manifest.read(base.store).content_sha256 if base.store is not None else _sampled(base)
     return {
-        "base": {"id": source.id, "revision": source.revision, "content": made},
+        "base": {"id": source.id, "revision": source.revision, "content": content},
         "quant": settings,
         "tokenizer": _tokenizer_digest(tokenizer),
         "chat_template": template,
@@ -89,20 +89,21 @@ def write(folder: Path, trained: Document, reached: Document) -> None:
 
 def differences(was: Document, now: Document) -> list[str]:
     """What an adapter belongs to beside what is here, a sentence each; empty where it belongs here."""
-    a, b, found = was["base"], now["base"], list[str]()
+    a, b = was["base"], now["base"]
+    sentences: list[str] = []
     # a whole hash and one of samples say nothing of each other
     comparable = a["content"].startswith("samples:") == b["content"].startswith("samples:")
     if comparable and a["content"] != b["content"]:
-        found.append(f"base: trained on {_named(a)}, here is {_named(b)}")
+        sentences.append(f"base: trained on {_named(a)}, here is {_named(b)}")
     for name in sorted({*was["quant"], *now["quant"]}):
         x, y = was["quant"].get(name), now["quant"].get(name)
         if x != y:
-            found.append(f"quant.{name}: trained with {shown(x)}, here is {shown(y)}")
+            sentences.append(f"quant.{name}: trained with {shown(x)}, here is {shown(y)}")
     if was["tokenizer"] != now["tokenizer"]:
-        found.append(f"tokenizer: trained with {was['tokenizer'][:12]}, here is {now['tokenizer'][:12]}")
+        sentences.append(f"tokenizer: trained with {was['tokenizer'][:12]}, here is {now['tokenizer'][:12]}")
     if was["chat_template"] != now["chat_template"]:
-        found.append(f"chat template: trained with {_text(was)}, here is {_text(now)}")
-    return found
+        sentences.append(f"chat template: trained with {_text(was)}, here is {_text(now)}")
+    return sentences
 
 
 def _named(base: Document) -> str:
@@ -132,8 +133,8 @@ def check(folder: Path, now: Document, *, force: bool = False) -> list[str]:
         return []
     if files.sha256(folder / ADAPTER_FILES[0]) != passport["adapter_sha256"] and not force:
         raise damaged(folder, f"it is not the file that {PASSPORT} beside it names; --force uses it all the same")
-    own = passport.get("config_sha256")  # none in passports of earlier versions
-    if own is not None and _config_digest(folder) != own and not force:
+    config_sha256 = passport.get("config_sha256")  # none in passports of earlier versions
+    if config_sha256 is not None and _config_digest(folder) != config_sha256 and not force:
         raise AdapterError(
             f"{folder / ADAPTER_FILES[1]} is not the file that {PASSPORT} beside it names; --force uses it all the "
             "same.",
@@ -142,12 +143,12 @@ def check(folder: Path, now: Document, *, force: bool = False) -> list[str]:
     return refuse(f"the adapter {folder}", differences(passport["belongs_to"], now), force=force)
 
 
-def refuse(what: str, found: list[str], *, force: bool) -> list[str]:
+def refuse(what: str, sentences: list[str], *, force: bool) -> list[str]:
     """Raise an AdapterError that lists these differences, unless there are none or `force` is given."""
-    if found and not force:
-        listed = "\n".join(f"  - {text}" for text in found)
+    if sentences and not force:
+        listed = "\n".join(f"  - {text}" for text in sentences)
         raise AdapterError(
             f"{what} does not belong to what is here:\n{listed}",
             fix="open it with what it was trained with; --force goes on all the same",
         )
-    return [f"{what} does not belong here, used all the same: {text}" for text in found]
+    return [f"{what} does not belong here, used all the same: {text}" for text in sentences]

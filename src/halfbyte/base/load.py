@@ -83,7 +83,8 @@ def open_base(
     specs = tuple(tensors.read_checkpoint(checkpoint.path)) if not checkpoint.pickle else ()
     policy.check_experts(config.model_type, specs, quant)
     quantised = is_quantised_already(config, checkpoint.path)
-    folder, origin, stored, spec = checkpoint.path, str(checkpoint.path), None, None
+    folder, origin = checkpoint.path, str(checkpoint.path)
+    stored, spec = None, None
     if use_store and quant.quantises and not quantised and not hasattr(config, "auto_map"):
         spec = store_spec(checkpoint, config, quant, device, specs)
         stored, why = stored_base(spec, device, tell)
@@ -98,11 +99,11 @@ def open_base(
         device_map = structure.split_map(empty, [f"{device.kind}:{card.index}" for card in device.cards])
     where = device_map if device.on_card else {"": "cpu"}
     model = opening.model(device_map=where, trust_remote_code=trust_remote_code)
-    held = codec.resident_bytes(model)
+    resident = codec.resident_bytes(model)
     if not quantised:
-        residency.check_resident(model, quant, held, expected, checkpoint.id)
+        residency.check_resident(model, quant, resident, expected, checkpoint.id)
     tokenizer = open_tokenizer(checkpoint, model, trust_remote_code=trust_remote_code) if with_tokenizer else None
-    return Base(model, tokenizer, checkpoint, specs, dtype_name, reason, held, expected, origin, stored, spec)
+    return Base(model, tokenizer, checkpoint, specs, dtype_name, reason, resident, expected, origin, stored, spec)
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class _Opening:
     def model(self, **how: object) -> Model:
         """The model, whole and safe to train. `how` is handed on to `from_pretrained`."""
         from_store = self.folder != self.checkpoint.path
-        own = loader.opening_config(open_config(self.folder) if from_store else self.config)
+        config = loader.opening_config(open_config(self.folder) if from_store else self.config)
         bits = None
         if self.quant.quantises and not self.quantised and not from_store:
             heads = residency.heads_to_skip(self.config, self.quant)
@@ -134,11 +135,11 @@ class _Opening:
         if bits is None:
             reading.read_first_pages(self.folder)
         how |= {} if bits is None else {"quantization_config": bits}
-        how |= {} if own is None else {"config": own}
+        how |= {} if config is None else {"config": config}
         model = self._from_pretrained(use_safetensors=from_store or not self.checkpoint.pickle, **how)
         if bits is None:
             codec.forget_deserialising(model)
-        loader.settle(model)
+        loader.settle(model, self.dtype)
         formats.settle(model)
         residency.check_scales(model, self.checkpoint.id)
         codec.set_compute_dtype(model, self.dtype)

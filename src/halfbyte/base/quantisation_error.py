@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfbyte.base.store import layout, mxfp4, shelf, supply
-from halfbyte.base.store.reading import Source, SourceTensor, TensorPlan
+from halfbyte.base.store import layout, shelf, supply
+from halfbyte.base.store.encode import TensorReader
+from halfbyte.base.store.reading import Source, TensorPlan
 from halfbyte.errors import StoreError
 from halfbyte.models import tensors
 from halfbyte.models.sources.gguf_file import NOTE
@@ -68,54 +69,36 @@ def matrices(model: Model, spec: shelf.StoreSpec, *, with_experts: bool = False)
     maps = pages.FileMaps.read()
     with source:
         for plan in sorted(plans, key=lambda plan: (plan.sources[0].file, plan.sources[0].start)):
-            if not plan.target:
-                path, stack = stacks[plan.name]
-                for e in range(len(stack)):
-                    yield Matrix(f"{path}.{e}", _expert(source, plan, e), stack.expert(e, spec.dtype).to("cpu"))
+            for e, matrix in enumerate(_sources(source, spec, plan)):
+                if not plan.target:
+                    path, stack = stacks[plan.name]
+                    yield Matrix(f"{path}.{e}", matrix, stack.expert(e, spec.dtype).to("cpu"))
                     let_go(stack.of_expert(e)[0], maps)
-                continue
-            name = plan.target.removesuffix(".weight")
-            module = modules[name]
-            weight = formats.of_module(module).weight(module, spec.dtype)
-            yield Matrix(name, _read(source, plan), weight.to("cpu"))
-            let_go(module.weight.data, maps)
+                    continue
+                name = plan.target.removesuffix(".weight")
+                module = modules[name]
+                weight = formats.of_module(module).weight(module, spec.dtype)
+                yield Matrix(name, matrix, weight.to("cpu"))
+                let_go(module.weight.data, maps)
     if changed := source.changed():
         raise StoreError(
             f"{changed[0]} was changed while it was read.", fix="run the same command again when the file is complete"
         )
 
 
-def _read(source: Source, plan: TensorPlan) -> Tensor:
-    """A matrix of the source as it was quantised: (out, in), cast to the dtype that is computed in."""
-    (tensor,) = plan.sources
-    values = _values(source, tensor).view(tensor.shape)
-    return (values.T.contiguous() if plan.transposed else values).to(plan.dtype)
-
-
-def _expert(source: Source, plan: TensorPlan, e: int) -> Tensor:
-    """One expert of a stack as it was quantised: (a, b) of the stack's (E, a, b), cast as above. It lies in a tensor
-    of all experts, or in one or more of its own, one after the other."""
-    count, a, b = plan.shape
-    if plan.mxfp4:
-        blocks, scales = (_raw(source, half, e, count).reshape(half.shape[1:]) for half in plan.sources)
-        return mxfp4.decoded(blocks, scales, plan.dtype).view(a, b)
-    each = len(plan.sources) // count
-    if each:
-        values = torch.cat([_values(source, tensor) for tensor in plan.sources[e * each : (e + 1) * each]])
-    else:
-        values = _values(source, plan.sources[0], e, count)
-    return (values.view(b, a).T.contiguous() if plan.transposed else values.view(a, b)).to(plan.dtype)
-
-
-def _values(source: Source, tensor: SourceTensor, share: int = 0, shares: int = 1) -> Tensor:
-    return torch.from_numpy(_raw(source, tensor, share, shares)).view(torch_dtypes()[tensor.dtype])
-
-
-def _raw(source: Source, tensor: SourceTensor, share: int, shares: int) -> np.ndarray:
-    """The bytes of one of the equal shares of a tensor."""
-    raw = np.empty(tensor.nbytes // shares, np.uint8)
-    source.read(tensor, share * len(raw), raw.data)
-    return raw
+def _sources(source: Source, spec: shelf.StoreSpec, plan: TensorPlan) -> Iterator[Tensor]:
+    """A matrix of the source as it was quantised, or each expert of a stack: (out, in), in the dtype that is computed
+    in. What is yielded is not used again."""
+    rows, columns = plan.shape[-2:]
+    matrix, filled = torch.empty(rows * columns, dtype=plan.dtype), 0
+    for _, values in TensorReader(source, spec.quant).chunks(plan):
+        while len(values):
+            some = values[: len(matrix) - filled]
+            matrix[filled : filled + len(some)] = some
+            filled, values = filled + len(some), values[len(some) :]
+            if filled == len(matrix):
+                yield matrix.view(rows, columns)
+                matrix, filled = torch.empty_like(matrix), 0
 
 
 def let_go(codes: Tensor, maps: pages.FileMaps) -> None:

@@ -71,7 +71,7 @@ def big_unquantised(model: Model, quant: Quant) -> list[tuple[str, nn.Parameter]
     exempt |= {id(m.weight) for _, m in codec.quantised_linears(model) if m.weight.is_meta}  # still to be filled
     exempt.add(id(getattr(model.get_output_embeddings(), "weight", None)))
     skipped = getattr(getattr(model, "hf_quantizer", None), "modules_to_not_convert", None) or ()
-    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()
     total = sum(p.numel() for p in model.parameters())
     return [
         (name, p)
@@ -81,7 +81,7 @@ def big_unquantised(model: Model, quant: Quant) -> list[tuple[str, nn.Parameter]
         and id(p) not in exempt
         and p.numel() * 1000 > total
         and not name.endswith("_bias")  # one row for each expert
-        and not matches(name, (*quant.exempt, *skipped, *kept))
+        and not matches(name, (*quant.exempt, *skipped, *in_fp32))
     ]
 
 

@@ -99,8 +99,8 @@ class Placed:
             self.stream.remove()
             if self.experts is not None:
                 self.experts.remove()
-            self.experts = None
-            self.stream, self.placement, self.layers = None, "mapped", 0
+            self.stream = self.experts = None
+            self.placement, self.layers = "mapped", 0
 
 
 def place_as_planned(model: Model, placement: str, *, asked: bool) -> tuple[Placed, str]:
@@ -352,14 +352,11 @@ class ExpertReader:
             pages.read_ahead(span, on=wanted)
 
     def _before(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        """`forward(hidden, index (T, k), weights)`, by position or by whatever name a model gives them."""
-        _, index, *_ = (*args, *kwargs.values())
-        self._ask(module, index.unique().tolist())
+        self._ask(module, _chosen(args, kwargs))
 
     def _after(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         if output.requires_grad:
-            _, index, *_ = (*args, *kwargs.values())
-            chosen = index.unique().tolist()
+            chosen = _chosen(args, kwargs)
             output.register_hook(lambda gradient: self._ask(module, chosen))
 
     def _ask(self, module: nn.Module, chosen: Iterable[int]) -> None:
@@ -380,3 +377,9 @@ class ExpertReader:
         for start, size in areas:
             first = start // pages.PAGE * pages.PAGE  # with the pages that it shares with its neighbours
             pages.bring(pages.Span(first, -(-(start + size) // pages.PAGE) * pages.PAGE))
+
+
+def _chosen(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> list[int]:
+    """The experts in `forward(hidden, index (T, k), weights)`, by position or by whatever name a model gives them."""
+    index = (*args, *kwargs.values())[1]
+    return list(index.unique().tolist())

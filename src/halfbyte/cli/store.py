@@ -13,9 +13,9 @@ stores = typer.Typer(help="The quantised bases in halfbyte's cache, and what els
 @stores.command(name="list")
 def list_stores(json_: Json = False) -> None:
     """What is in the cache: source, size, state and last use of every store; conversions, packaged models, tokens."""
-    from halfbyte.base.store import cache, shelf
+    from halfbyte.base.store import shelf
 
-    entries = [*shelf.listing(), *cache.listing()]
+    entries = [*shelf.listing(), *shelf.listing_beside()]
     if json_:
         show.document([entry.to_json() for entry in entries])
     else:
@@ -59,10 +59,10 @@ def gc(
     json_: Json = False,
 ) -> None:
     """Remove interrupted builds, conversions and downloads, damaged stores and old formats."""
-    from halfbyte.base.store import cache, shelf
+    from halfbyte.base.store import shelf
 
     removed, in_use = shelf.collect(unused_days=unused_days, everything=everything, dry_run=dry_run)
-    removed += cache.collect(unused_days=unused_days, everything=everything, dry_run=dry_run)
+    removed += shelf.collect_beside(unused_days=unused_days, everything=everything, dry_run=dry_run)
     if json_:
         names = {"removed": removed, "kept": in_use}
         show.document({"dry_run": dry_run, **{k: [entry.to_json() for entry in v] for k, v in names.items()}})

@@ -14,6 +14,7 @@ Letters: N tokens, D in, O out, R rank.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Self
 
@@ -27,6 +28,7 @@ from halfbyte.layers.kernels.cpu.integer import products as integer
 from halfbyte.layers.kernels.cpu.matmul import into, product
 from halfbyte.layers.kernels.dropout import LoraTerm
 from halfbyte.quant import formats
+from halfbyte.quant.number_format import frozen_function
 
 if TYPE_CHECKING:
     from halfbyte.layers.kernels.cpu.lora.common import LoraProducts
@@ -103,41 +105,24 @@ def integer_gradient(layer: nn.Module, x: Tensor) -> bool:
     return products is not None and products.backward
 
 
-class FrozenLinear(torch.autograd.Function):
-    """x W^T + b for a frozen W. Keeps nothing but the layer; b may train.
+def frozen_forward(
+    layer: nn.Module, x: Tensor, bias: Tensor | None, *, rounded: integer.Int8Rows | None = None
+) -> Tensor:
+    """x W^T + b (N, O) for a frozen W; `rounded`: x in 8 bits, for an integer product."""
+    if rounded is None:
+        return product(frozen_input(layer, x), frozen_weight(layer, x.dtype).T, bias)
+    y = pool.empty((x.shape[0], layer.out_features), x)
+    integer.forward(y, rounded, integer_weight(layer, x.dtype), add=False)
+    return y if bias is None else y.add_(bias)
 
-    Args of `apply`:
-        x: (N, D) in the compute dtype. bias: (O,) or None. layer: the module that holds W. rounded: x in 8 bits, for
-        an integer product. gradient8: whether the gradient's product is one.
-    """
 
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, bias: Tensor | None, layer: nn.Module,
-        rounded: integer.Int8Rows | None = None, gradient8: bool = False,
-    ) -> Tensor:  # fmt: skip
-        ctx.layer, ctx.gradient8 = layer, gradient8
-        ctx.dtype = x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        bias = None if bias is None else bias.to(x.dtype)
-        if rounded is None:
-            return product(frozen_input(layer, x), frozen_weight(layer, x.dtype).T, bias)  # (N, O)
-        y = pool.empty((x.shape[0], layer.out_features), x)
-        integer.forward(y, rounded, integer_weight(layer, x.dtype), add=False)
-        return y if bias is None else y.add_(bias)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        dx = None
-        if ctx.needs_input_grad[0]:
-            if ctx.gradient8:
-                dx = pool.empty((dy.shape[0], ctx.layer.in_features), dy)
-                integer.backward(dx, dy, integer_weight(ctx.layer, ctx.dtype), add=False)
-            else:
-                dx = product(dy, frozen_weight(ctx.layer, ctx.dtype))  # (N, D)
-        db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
-        return dx, db, None, None, None
+def frozen_backward(layer: nn.Module, dy: Tensor, dtype: torch.dtype, *, eight_bits: bool = False) -> Tensor:
+    """The gradient of x, dy W (N, D); `eight_bits`: by an integer product."""
+    if not eight_bits:
+        return product(dy, frozen_weight(layer, dtype))
+    dx = pool.empty((dy.shape[0], layer.in_features), dy)
+    integer.backward(dx, dy, integer_weight(layer, dtype), add=False)
+    return dx
 
 
 class LoraLinear(torch.autograd.Function):
@@ -146,7 +131,8 @@ class LoraLinear(torch.autograd.Function):
     Args of `apply`:
         x: (N, D) in the compute dtype. a: (R, D), b: (O, R), masters of any float dtype. bias: (O,) or None.
         layer: the module that holds W. scale: LoRA's. p: dropout. seed: of the mask. remake: makes x again in backward,
-        where it is then not kept; None keeps it. rounded, gradient8: as in `FrozenLinear`.
+        where it is then not kept; None keeps it. rounded: x in 8 bits, for an integer product.
+        gradient8: whether the gradient's product is one.
     """
 
     @staticmethod
@@ -280,8 +266,9 @@ def draw_seed() -> int:
 
 def frozen_linear(x: Tensor, layer: nn.Module) -> Tensor:
     """(..., D) -> (..., O) through a frozen layer."""
-    eight = integer_input(layer, x), integer_gradient(layer, x)
-    y = FrozenLinear.apply(x.reshape(-1, x.shape[-1]), layer.bias, layer, *eight)
+    forward = partial(frozen_forward, rounded=integer_input(layer, x))
+    backward = partial(frozen_backward, eight_bits=integer_gradient(layer, x))
+    y = frozen_function().apply(x.reshape(-1, x.shape[-1]), layer.bias, layer, forward, backward)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -51,9 +51,9 @@ def _quantise(keys: object, values: Tensor, block_size: int, quant_type: str, st
     """(packed (n / 2, 1) in the dtype `storage`, absmax (blocks,) fp32), as bitsandbytes gives them."""
     if "failed" not in _held:
         try:
-            made = _with_numba(values, block_size, quant_type, storage)
-            if made is not None:
-                return made
+            result = _with_numba(values, block_size, quant_type, storage)
+            if result is not None:
+                return result
         except Exception:  # of any kind: a script that quantised before must quantise now, more slowly
             _held["failed"] = True
     before: tuple[Tensor, Tensor] = _held[QUANTISE].call_boxed(keys, values, block_size, quant_type, storage)

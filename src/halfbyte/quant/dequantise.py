@@ -26,7 +26,7 @@ _NATIVE_BELOW = 2048
 _TABLE_ELEMENTS = 1 << 22
 # (format, dtype) of functions that `proofs/dequantising.py` has seen to be wrong on this machine.
 _distrusted: set[tuple[str, torch.dtype]] = set()
-_kept = threading.local()
+_memory = threading.local()
 
 
 def dequantised(module: nn.Module, *, reuse: bool = False) -> Tensor:
@@ -37,7 +37,7 @@ def dequantised(module: nn.Module, *, reuse: bool = False) -> Tensor:
             library gives a block of this size back to the system each time, and to be given fresh pages costs seven
             times what the arithmetic does (8192 x 28672: 0.135 s against 0.020 s).
     """
-    packed, state = _held(module)
+    packed, state = _codes_and_state(module)
     if packed.device.type != "cpu" and not is_distrusted(state.quant_type, state.dtype):
         import bitsandbytes.functional as bnb_f
 
@@ -49,7 +49,7 @@ def dequantised(module: nn.Module, *, reuse: bool = False) -> Tensor:
     return out.view(state.shape)
 
 
-def _held(module: nn.Module) -> tuple[Tensor, Any]:
+def _codes_and_state(module: nn.Module) -> tuple[Tensor, Any]:
     """A layer's codes, two a byte, and bitsandbytes' quant state."""
     weight = module.weight
     return weight.data, weight.quant_state
@@ -58,7 +58,7 @@ def _held(module: nn.Module) -> tuple[Tensor, Any]:
 def in_pieces(module: nn.Module, rows: int) -> Iterator[Tensor]:
     """`dequantised`, so many rows at a time where they are whole blocks: whoever uses them finds them in a cache. Each
     is in memory that the next overwrites."""
-    packed, state = _held(module)
+    packed, state = _codes_and_state(module)
     count, width = state.shape
     if packed.device.type != "cpu" or rows >= count or rows * width % state.blocksize:
         yield dequantised(module, reuse=True)
@@ -73,7 +73,7 @@ def in_pieces(module: nn.Module, rows: int) -> Iterator[Tensor]:
 
 def codes_of(module: nn.Module) -> Codes:
     """A 4-bit layer's weight as a kernel takes it; nothing is copied."""
-    packed, state = _held(module)
+    packed, state = _codes_and_state(module)
     codes, (rows, width) = packed.contiguous().view(-1).view(torch.uint8), state.shape
     nested = None
     if state.nested:
@@ -150,8 +150,8 @@ def write_by_table(codes: Tensor, scales: Tensor, out: Tensor, block_size: int, 
     """`write` in plain torch: the value of each code times the scale of its block."""
     n = out.numel()
     codes = codes[: -(-n // 2)]
-    found = values(kind).to(out.device)[torch.stack([codes >> 4, codes & 15], 1).view(-1)[:n].int()]
-    out.copy_(found * scales[: -(-n // block_size)].repeat_interleave(block_size)[:n])
+    of_codes = values(kind).to(out.device)[torch.stack([codes >> 4, codes & 15], 1).view(-1)[:n].int()]
+    out.copy_(of_codes * scales[: -(-n // block_size)].repeat_interleave(block_size)[:n])
 
 
 @cache
@@ -165,7 +165,7 @@ def _native(kind: str, dtype: torch.dtype) -> Callable[..., object] | None:
 
 def forget() -> None:
     """Give back the memory that this thread keeps; the next call takes as much as it needs."""
-    _kept.bytes = None
+    _memory.bytes = None
 
 
 def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -173,8 +173,8 @@ def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tens
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     size = shape.numel() * dtype.itemsize
-    kept: Tensor | None = getattr(_kept, "bytes", None)
-    if kept is None or kept.numel() < size:
-        _kept.bytes = None  # before the larger one is made, not after
-        _kept.bytes = kept = torch.empty(size, dtype=torch.uint8)
-    return kept[:size].view(dtype).view(shape)
+    memory: Tensor | None = getattr(_memory, "bytes", None)
+    if memory is None or memory.numel() < size:
+        _memory.bytes = None  # before the larger one is made, not after
+        _memory.bytes = memory = torch.empty(size, dtype=torch.uint8)
+    return memory[:size].view(dtype).view(shape)

@@ -36,8 +36,9 @@ def is_quantised(module: nn.Module) -> bool:
 
 def settings_of(config: Config) -> Document:
     """What a `BitsAndBytesConfig` asks for, as fields of `Quant`; modules that it names are left out."""
-    found = (each.settings_of(config) for each in QUANTISING)
-    return next((settings for settings in found if settings is not None), {"type": NONE.name})
+    every = (each.settings_of(config) for each in QUANTISING)
+    unknown = {"type": config.bnb_4bit_quant_type if config.load_in_4bit else NONE.name}
+    return next((settings for settings in every if settings is not None), unknown)
 
 
 def settle(model: nn.Module) -> None:

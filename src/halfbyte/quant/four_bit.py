@@ -78,11 +78,15 @@ class FourBit(NumberFormat):
     ) -> nn.Module:
         import bitsandbytes as bnb
 
-        layer = _layer_class()(shape[1], shape[0], False, dtype, quant.double_quant, self.name, device="meta")
-        layer.support_avx512bf16_for_cpu, layer.compute_type_is_set = False, True  # see `bnb.py`
+        layer = self.empty_layer(shape, quant, dtype)
         stats = {suffix.removeprefix("."): part for suffix, part in parts.items() if suffix}
         codes = parts[""]
         layer.weight = bnb.nn.Params4bit.from_prequantized(codes, stats, device=codes.device, module=layer)
+        return layer
+
+    def empty_layer(self, shape: tuple[int, int], quant: Quant, dtype: torch.dtype) -> nn.Module:
+        layer = _layer_class()(shape[1], shape[0], False, dtype, quant.double_quant, self.name, device="meta")
+        layer.support_avx512bf16_for_cpu, layer.compute_type_is_set = False, True  # see `bnb.py`
         return layer
 
     def stack(
@@ -211,7 +215,8 @@ class FourBitEncoder:
     """
 
     def __init__(self, quant: Quant, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> None:
-        self.quant, self.shape, self.dtype, self.name = quant, tuple(shape), dtype, name
+        self.quant, self.dtype = quant, dtype
+        self.shape, self.name = tuple(shape), name
         self.block = quant.block_size or BLOCK
         self.absmax = np.empty(-(-int(np.prod(shape)) // self.block), np.float32)
 

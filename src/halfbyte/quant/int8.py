@@ -76,11 +76,13 @@ class RowWise8(NumberFormat):
     def layer(self, parts: Mapping[str, Tensor], shape: tuple[int, int], quant: Quant, dtype: torch.dtype) -> nn.Module:
         import bitsandbytes as bnb
 
-        layer = _layer_class()(
-            shape[1], shape[0], False, has_fp16_weights=False, threshold=activation_threshold(quant), device="meta"
-        )
+        layer = self.empty_layer(shape, quant, dtype)
         layer.weight = bnb.nn.Int8Params(parts[""], requires_grad=False, SCB=parts["SCB"])
         return layer
+
+    def empty_layer(self, shape: tuple[int, int], quant: Quant, dtype: torch.dtype) -> nn.Module:
+        threshold = activation_threshold(quant)
+        return _layer_class()(shape[1], shape[0], False, has_fp16_weights=False, threshold=threshold, device="meta")
 
     def stack(
         self, parts: Mapping[str, Tensor], shape: tuple[int, ...], quant: Quant, dtype: torch.dtype

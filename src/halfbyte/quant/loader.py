@@ -1,11 +1,11 @@
-"""Quantisers of our own for transformers' loader: few bits for what its quantisers pass over, and formats that it does
+"""A quantiser of ours for transformers' loader: few bits for what its quantisers pass over, and formats that it does
 not know.
 
 Why: transformers quantises `nn.Linear` itself. It passes over Falcon's own subclass, whose forward is the same product,
 and over a mixture's experts, which are parameters (`experts.py`); a router that is a linear layer it takes along.
-What: quantisers and their configs under names of their own, in transformers' registry for custom quantisers: its own
-for bitsandbytes, taught the rest, and one for every other format. A store that needs one says so in its config.json;
-plain transformers refuses to open it, as its shapes are not the model's.
+What: a quantiser and its config under a name of our own, in transformers' registry for custom quantisers. It asks the
+number format alone. A store that needs it says so in its config.json; plain transformers refuses to open it, as its
+shapes are not the model's. Every other store is opened by transformers' own quantisers for bitsandbytes.
 Source: `transformers/quantizers/auto.py`, `register_quantizer`, `register_quantization_config`;
 `core_model_loading.py`, `WeightConverter`, `ConversionOps`.
 """
@@ -18,7 +18,6 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from halfbyte.quant import formats
-from halfbyte.quant.number_format import torch_dtypes
 from halfbyte.quant.policy import matches
 from halfbyte.recipe import number_formats
 from halfbyte.recipe.schema import Quant
@@ -31,22 +30,37 @@ if TYPE_CHECKING:
 
 # By model type: subclasses of nn.Linear whose forward is the plain product, and which the loader leaves in 16 bits.
 PLAIN_LINEARS = {"falcon": "FalconLinear"}
-# Our quantisers' names: of a format that transformers does not know, and of bitsandbytes' by `load_in_8bit`.
 METHOD = "halfbyte"
-TAUGHT = {False: "halfbyte_4bit", True: "halfbyte_8bit"}
-# The key in a store's `quantization_config`: patterns of modules that stay as they are.
+# The key in the `quantization_config` of a store that says bitsandbytes: patterns of modules that stay as they are.
 MARK = "halfbyte_plain_linears_but"
 
 
-def stored_config(quant: Quant, dtype: torch.dtype, head_names: Iterable[str], *, taught: bool) -> Document:
+def load_config(
+    model: Model, quant: Quant, dtype: torch.dtype, head_names: Iterable[str] = ()
+) -> QuantizationConfigMixin | None:
+    """What `from_pretrained` needs to quantise while it loads; None if nothing is quantised.
+
+    Args:
+        model: on the meta device, or any other of its kind; not quantised yet.
+        head_names: as for `NumberFormat.load_config`.
+    """
+    config = formats.of(quant).load_config(quant, dtype, head_names)
+    if not quant.quantises or (config is not None and not _passes_over(model, quant.exempt)):
+        return config
+    return _own_config(quant, head_names)
+
+
+def stored_config(quant: Quant, dtype: torch.dtype, head_names: Iterable[str], *, marked: bool) -> Document:
     """What a store's config.json says of its quantising; nothing for 16 bits.
 
     Args:
-        taught: it opens with `opening_config` only.
+        marked: transformers knows the format, but our quantiser is needed to open the store.
     """
-    config = formats.of(quant).load_config(quant, dtype, head_names) or _own_config(quant, head_names)
+    config = formats.of(quant).load_config(quant, dtype, head_names)
+    if config is None and quant.quantises:
+        config = _own_config(quant, head_names)
     values: Document = {} if config is None else config.to_dict()
-    return {**values, MARK: sorted(set(quant.exempt))} if taught else values
+    return {**values, MARK: sorted(set(quant.exempt))} if marked else values
 
 
 def opening_config(config: Config) -> Config | None:
@@ -57,43 +71,34 @@ def opening_config(config: Config) -> Config | None:
     _registered()
     config = copy.deepcopy(config)
     if MARK in values:
-        config.quantization_config = _taught({k: v for k, v in values.items() if k != MARK}, values[MARK])
+        from transformers import BitsAndBytesConfig
+
+        upstream = BitsAndBytesConfig.from_dict({k: v for k, v in values.items() if k not in (MARK, "quant_method")})
+        quant = {**formats.settings_of(upstream), "skip_modules": values[MARK]}
+        skipped = upstream.llm_int8_skip_modules
+        config.quantization_config = {"quant_method": METHOD, "quant": quant, "skipped": skipped}
     return config
 
 
-def load_config(
-    model: Model, quant: Quant, dtype: torch.dtype, head_names: Iterable[str] = ()
-) -> QuantizationConfigMixin | None:
-    """What `from_pretrained` needs to quantise while it loads, as `NumberFormat.load_config`, taught what transformers'
-    own quantiser would leave out.
-
-    Args:
-        model: on the meta device, or any other of its kind; not quantised yet.
-    """
-    config = formats.of(quant).load_config(quant, dtype, head_names)
-    if config is None:
-        return _own_config(quant, head_names)
-    if not _needs_teaching(model, quant.exempt):
-        return config
-    values = _taught(config.to_dict(), quant.exempt)
-    return _registered()[values["quant_method"]].from_dict(values)
+def is_own(config: QuantizationConfigMixin | None) -> bool:
+    """Whether our quantiser is needed."""
+    return config is not None and config.quant_method == METHOD
 
 
-def is_taught(config: QuantizationConfigMixin | None) -> bool:
-    """Whether a store that is opened with it has to be marked."""
-    return config is not None and config.quant_method in TAUGHT.values()
-
-
-def settle(model: Model) -> None:
-    """After opening: the model says that it is bitsandbytes', which it is, so that PEFT and saving know it."""
+def settle(model: Model, dtype: torch.dtype) -> None:
+    """After opening: a model in a format of bitsandbytes says that it is bitsandbytes', so that PEFT and saving know
+    it."""
     config = getattr(model.config, "quantization_config", None)
-    if config is not None and getattr(config, "quant_method", None) in TAUGHT.values():
-        model.config.quantization_config = config.plain()
-        model.quantization_method = model.config.quantization_config.quant_method
+    if config is not None and is_own(config):
+        upstream = formats.of(config.settings).load_config(config.settings, dtype, ())
+        if upstream is not None:
+            upstream.llm_int8_skip_modules = config.skipped
+            model.config.quantization_config, model.quantization_method = upstream, upstream.quant_method
 
 
 def plain_linears(model: Model, exempt: Iterable[str]) -> list[tuple[str, nn.Module]]:
-    """(name, module) of what transformers passes over, but modules named by `exempt` and the output head."""
+    """(name, module) of the linear layers that transformers passes over, but modules named by `exempt` and the output
+    head."""
     patterns = tuple(exempt)
     return [
         (name, module)
@@ -104,16 +109,8 @@ def plain_linears(model: Model, exempt: Iterable[str]) -> list[tuple[str, nn.Mod
     ]
 
 
-def _own_config(quant: Quant, head_names: Iterable[str]) -> QuantizationConfigMixin | None:
-    if not quant.quantises:
-        return None
-    fields = {"type", *number_formats.UNSET, "skip_modules", "fp32_modules"}
-    skipped = [*head_names, *quant.exempt] if quant.exempt else None
-    config: QuantizationConfigMixin = _registered()[METHOD](quant.model_dump(mode="json", include=fields), skipped)
-    return config
-
-
-def _needs_teaching(model: Model, exempt: Iterable[str]) -> bool:
+def _passes_over(model: Model, exempt: Iterable[str]) -> bool:
+    """Whether transformers' own quantisers would not hold a model as the policy says."""
     from halfbyte.quant import experts
 
     # Llama 4's experts they replace by linear layers, but only where a checkpoint is quantised already
@@ -121,41 +118,20 @@ def _needs_teaching(model: Model, exempt: Iterable[str]) -> bool:
     return bool(replaced or plain_linears(model, exempt) or experts.expert_parameters(model))
 
 
-def _taught(bitsandbytes: Document, exempt: Iterable[str]) -> Document:
-    _registered()
-    inner = {name: value for name, value in bitsandbytes.items() if name != "quant_method"}
-    in_8bit = bool(inner.get("load_in_8bit", inner.get("_load_in_8bit")))
-    return {"quant_method": TAUGHT[in_8bit], "exempt": exempt, "bitsandbytes": inner}
+def _own_config(quant: Quant, head_names: Iterable[str]) -> QuantizationConfigMixin:
+    fields = {"type", *number_formats.UNSET, "skip_modules", "fp32_modules"}
+    skipped = [*head_names, *quant.exempt] if quant.exempt else None
+    config: QuantizationConfigMixin = _registered()(quant.model_dump(mode="json", include=fields), skipped)
+    return config
 
 
 @cache
-def _registered() -> dict[str, Model]:
-    """The config class of each method, which is registered with its quantiser when it is first needed."""
-    from transformers import BitsAndBytesConfig
+def _registered() -> type:
+    """The config class, which is registered with its quantiser when it is first needed."""
     from transformers.quantizers import register_quantization_config, register_quantizer
-    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-    from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    class TaughtConfig(BitsAndBytesConfig):
-        """A bitsandbytes config, and the patterns of modules that stay as they are."""
-
-        method: str
-
-        @classmethod
-        def from_dict(cls, config_dict: Document, return_unused_kwargs: bool = False, **kwargs: object) -> object:
-            config = super().from_dict(config_dict["bitsandbytes"])
-            config.quant_method, config.exempt = cls.method, tuple(config_dict["exempt"])
-            return (config, kwargs) if return_unused_kwargs else config
-
-        def plain(self) -> BitsAndBytesConfig:
-            inner = {k: v for k, v in self.to_dict().items() if k not in ("quant_method", "exempt")}
-            return BitsAndBytesConfig.from_dict(inner)
-
-        @property
-        def settings(self) -> Quant:
-            return Quant(**formats.settings_of(self))
-
+    @register_quantization_config(METHOD)
     class OwnConfig(QuantizationConfigMixin):
         """The fields of a recipe's `quant:`; `skipped`: names of modules, None for transformers' own choice."""
 
@@ -166,77 +142,19 @@ def _registered() -> dict[str, Model]:
         def settings(self) -> Quant:
             return Quant(**self.quant)
 
-        @property
-        def exempt(self) -> tuple[str, ...]:
-            return self.settings.exempt
-
-    def register(method: str, config: type, quantiser: type) -> type:
-        register_quantizer(method)(_with_experts(quantiser))
-        registered: type = register_quantization_config(method)(config)
-        return registered
-
-    by_bits = {False: Bnb4BitHfQuantizer, True: Bnb8BitHfQuantizer}
-    configs = {
-        method: register(method, type("TaughtConfig", (TaughtConfig,), {"method": method}), by_bits[in_8bit])
-        for in_8bit, method in TAUGHT.items()
-    }
-    return {**configs, METHOD: register(METHOD, OwnConfig, _own_quantiser())}
+    register_quantizer(METHOD)(_quantiser())
+    return OwnConfig
 
 
-def _with_experts(quantiser: type) -> type:
-    """A quantiser that takes plain subclasses of nn.Linear and experts too, and leaves routers out."""
-    import torch
-    from torch import nn
-    from transformers.core_model_loading import WeightConverter
-
-    from halfbyte.quant import experts
-    from halfbyte.quant.stack import ExpertStack
-
-    class WithExperts(quantiser):
-        def get_modules_to_not_convert(self, model: Model, *args: object, **kwargs: object) -> list[str]:
-            return [*super().get_modules_to_not_convert(model, *args, **kwargs), *experts.routers(model)]
-
-        def _process_model_before_weight_loading(self, model: Model, device_map: object = None, **more: object) -> None:
-            settings, exempt = self.quantization_config.settings, self.quantization_config.exempt
-            for name, module in plain_linears(model, exempt):
-                with torch.device("meta"):
-                    plain = nn.Linear(
-                        module.in_features, module.out_features, module.bias is not None, dtype=model.dtype
-                    )
-                model.set_submodule(name, plain)
-            super()._process_model_before_weight_loading(model, device_map=device_map, **more)
-            for each in experts.expert_parameters(model, exempt):
-                empty = ExpertStack.empty(formats.of(settings), each.parameter.shape, model.dtype, settings)
-                each.module.register_parameter(each.name, empty)
-
-        def param_needs_quantization(self, model: Model, param_name: str, **kwargs: object) -> bool:
-            is_stack = isinstance(model.get_parameter_or_buffer(param_name), ExpertStack)
-            return is_stack or bool(super().param_needs_quantization(model, param_name, **kwargs))
-
-        def get_quantize_ops(self) -> object:
-            return _quantize()(self, super().get_quantize_ops())
-
-        def update_weight_conversions(self, weight_conversions: list[object], model: Model) -> list[object]:
-            """What brings the stacks of a store into the model is tried before the model's own conversions."""
-            conversions: dict[str, object] = {}
-            for path, each in experts.stacks(model) if self.pre_quantized else ():
-                pattern = ".".join(path.split(".")[-2:])  # a parameter's name and its module's
-                parts = each.number_format.parts(tuple(each.shape), self.quantization_config.settings)
-                names = [rf"(?<=\.){part.name(pattern + '.weight')}" for part in parts]
-                conversions[pattern] = WeightConverter(names, pattern, [_deserialize()(self)])
-            return [*conversions.values(), *super().update_weight_conversions(weight_conversions, model)]
-
-    return WithExperts
-
-
-def _own_quantiser() -> type:
-    """The quantiser of every format that transformers does not know."""
-    import torch
+def _quantiser() -> type:
     from torch import nn
     from transformers.core_model_loading import WeightConverter
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
+
+    from halfbyte.quant import experts
+    from halfbyte.quant.stack import ExpertStack
 
     class OwnQuantizer(HfQuantizer):
         is_trainable, requires_calibration = True, False
@@ -245,38 +163,63 @@ def _own_quantiser() -> type:
             return True
 
         def _process_model_before_weight_loading(self, model: Model, **_: object) -> None:
-            self.modules_to_not_convert = self.get_modules_to_not_convert(
-                model, self.quantization_config.skipped, model._keep_in_fp32_modules
-            )
-            for name, module in list(model.named_modules()):
-                if type(module) in (nn.Linear, Conv1D) and should_convert_module(name, self.modules_to_not_convert):
-                    model.set_submodule(name, _empty_layer(module, self.quantization_config.settings, model.dtype))
+            quant, kinds = self.quantization_config.settings, (nn.Linear, Conv1D)
+            self.modules_to_not_convert = [
+                *self.get_modules_to_not_convert(model, self.quantization_config.skipped, model._keep_in_fp32_modules),
+                *experts.routers(model),
+            ]
+            linears = [item for item in model.named_modules() if type(item[1]) in kinds]
+            taken = [item for item in linears if should_convert_module(item[0], self.modules_to_not_convert)]
+            for name, module in (*taken, *plain_linears(model, quant.exempt)):
+                model.set_submodule(name, _empty_layer(module, quant, model.dtype))
+            for each in experts.expert_parameters(model, quant.exempt):
+                empty = ExpertStack.empty(formats.of(quant), each.parameter.shape, model.dtype, quant)
+                each.module.register_parameter(each.name, empty)
+
+        def _process_model_after_weight_loading(self, model: Model, **_: object) -> Model:
+            bits = number_formats.FORMATS[self.quantization_config.settings.type].bits
+            if bits in (4, 8):  # PEFT asks for these
+                setattr(model, f"is_loaded_in_{bits}bit", True)
+            return model
 
         def param_needs_quantization(self, model: Model, param_name: str, **_: object) -> bool:
             path, _dot, name = param_name.rpartition(".")
-            return name == "weight" and formats.is_quantised(model.get_submodule(path))
+            is_stack = isinstance(model.get_parameter_or_buffer(param_name), ExpertStack)
+            return is_stack or (name == "weight" and hasattr(model.get_submodule(path), "source_cls"))
 
-        def get_quantize_ops(self) -> None:
-            return None
+        def get_quantize_ops(self) -> object:
+            return _quantize()(self)
 
         def get_weight_conversions(self) -> list[object]:
-            settings = self.quantization_config.settings
-            names = [part.name("weight") for part in formats.of(settings).parts((1, 1), settings)]
+            quant = self.quantization_config.settings
+            names = [part.name("weight") for part in formats.of(quant).parts((1, 1), quant)]
             return [WeightConverter(names, "weight", [_deserialize()(self)])] if self.pre_quantized else []
 
-    def _empty_layer(module: nn.Module, quant: Quant, dtype: torch.dtype) -> nn.Module:
-        shape = (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
-        parts = {
-            part.suffix: torch.empty(part.shape, dtype=torch_dtypes()[part.dtype], device="meta")
-            for part in formats.of(quant).parts(shape, quant)
-        }
-        layer = formats.of(quant).layer(parts, shape, quant, dtype)
-        if module.bias is not None:
-            layer.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype, device="meta"))
-        layer.source_cls = type(module)
-        return layer.requires_grad_(False)
+        def update_weight_conversions(self, weight_conversions: list[object], model: Model) -> list[object]:
+            """What brings the stacks of a store into the model is tried before the model's own conversions."""
+            conversions: dict[str, object] = {}
+            for path, stack in experts.stacks(model) if self.pre_quantized else ():
+                pattern = ".".join(path.split(".")[-2:])  # a parameter's name and its module's
+                parts = stack.number_format.parts(tuple(stack.shape), self.quantization_config.settings)
+                names = [rf"(?<=\.){part.name(pattern + '.weight')}" for part in parts]
+                conversions[pattern] = WeightConverter(names, pattern, [_deserialize()(self)])
+            return [*conversions.values(), *super().update_weight_conversions(weight_conversions, model)]
 
     return OwnQuantizer
+
+
+def _empty_layer(module: nn.Module, quant: Quant, dtype: torch.dtype) -> nn.Module:
+    """A quantised layer on the meta device, in the place of a linear one."""
+    import torch
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    shape = (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
+    layer = formats.of(quant).empty_layer(shape, quant, dtype)
+    if module.bias is not None:
+        layer.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype, device="meta"))
+    layer.source_cls = type(module)
+    return layer.requires_grad_(False)
 
 
 def _parameter(quantiser: Model, model: Model, name: str, parts: Mapping[str, torch.Tensor]) -> torch.nn.Parameter:
@@ -288,9 +231,8 @@ def _parameter(quantiser: Model, model: Model, name: str, parts: Mapping[str, to
         return formats.of(quant).stack(parts, tuple(place.shape), quant, place.compute_dtype)
     layer = model.get_submodule(name.rpartition(".")[0])
     layer._is_hf_initialized = True
-    weight: torch.nn.Parameter = (
-        formats.of(quant).layer(parts, (layer.out_features, layer.in_features), quant, model.dtype).weight
-    )
+    shape = (layer.out_features, layer.in_features)
+    weight: torch.nn.Parameter = formats.of(quant).layer(parts, shape, quant, model.dtype).weight
     return weight
 
 
@@ -334,36 +276,25 @@ def _quantize() -> type:
     from transformers.core_model_loading import ConversionOps
     from transformers.pytorch_utils import Conv1D
 
-    from halfbyte.quant.stack import ExpertStack
-
     class Quantize(ConversionOps):
-        """A stack, or a weight that upstream does not know, is quantised as it is loaded; others by upstream."""
+        """Stacks and weights in 16 bits are quantised as they are loaded."""
 
-        def __init__(self, hf_quantizer: Model, upstream: ConversionOps | None) -> None:
-            self.hf_quantizer, self.upstream = hf_quantizer, upstream
+        def __init__(self, hf_quantizer: Model) -> None:
+            self.hf_quantizer = hf_quantizer
 
         def convert(
             self, input_dict: dict[str, torch.Tensor], model: Model, **kwargs: object
         ) -> dict[str, torch.Tensor]:
-            parameters, others = {}, {}
+            quant, parameters = self.hf_quantizer.quantization_config.settings, {}
             for name, given in input_dict.items():
-                value, place = given[0] if isinstance(given, list) else given, model.get_parameter(name)
-                if isinstance(place, ExpertStack):
-                    parameters[name] = self._quantised(value.to(place.compute_dtype), name, model)
-                elif self.upstream is None:
-                    turned = issubclass(model.get_submodule(name.rpartition(".")[0]).source_cls, Conv1D)
-                    parameters[name] = self._quantised(value.T.contiguous() if turned else value, name, model)
-                else:
-                    others[name] = given
-            if self.upstream is not None and others:
-                parameters |= self.upstream.convert(others, model=model, **kwargs)
+                values = given[0] if isinstance(given, list) else given
+                source = getattr(model.get_submodule(name.rpartition(".")[0]), "source_cls", object)
+                values = (values.T.contiguous() if issubclass(source, Conv1D) else values).to(model.dtype)
+                encoder = formats.of(quant).encoder(quant, tuple(values.shape), values.dtype, name)
+                first, *_ = formats.of(quant).parts(tuple(values.shape), quant)
+                codes = torch.from_numpy(encoder.codes(0, values.cpu().reshape(-1))).view(first.shape)
+                parts = {s: part.to(values.device) for s, part in {"": codes, **encoder.parts()}.items()}
+                parameters[name] = _parameter(self.hf_quantizer, model, name, parts)
             return parameters
-
-        def _quantised(self, values: torch.Tensor, name: str, model: Model) -> torch.nn.Parameter:
-            quant = self.hf_quantizer.quantization_config.settings
-            encoder = formats.of(quant).encoder(quant, tuple(values.shape), values.dtype, name)
-            parts = {"": torch.from_numpy(encoder.codes(0, values.cpu().reshape(-1))), **encoder.parts()}
-            there = {suffix: part.to(values.device) for suffix, part in parts.items()}
-            return _parameter(self.hf_quantizer, model, name, there)
 
     return Quantize

@@ -7,7 +7,7 @@ Planning, storing, loading and computing ask the same object, so that a new form
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -134,11 +134,19 @@ class NumberFormat:
         to the matrix is the layer's `weight` or an attribute of that, so that a loader can put it into another layer.
 
         Args:
-            parts: the tensors of `parts`, by suffix, where they are to stay: nothing is copied. On the meta device the
-                layer is a place for others.
+            parts: the tensors of `parts`, by suffix, where they are to stay: nothing is copied.
             shape: (out, in). dtype: what it multiplies in.
         """
         raise NotImplementedError(self.name)
+
+    def empty_layer(self, shape: tuple[int, int], quant: Quant, dtype: torch.dtype) -> nn.Module:
+        """The same on the meta device, whose weight a loader fills in."""
+        import torch
+
+        kinds = torch_dtypes()
+        parts = self.parts(shape, quant)
+        empty = {part.suffix: torch.empty(part.shape, dtype=kinds[part.dtype], device="meta") for part in parts}
+        return self.layer(empty, shape, quant, dtype)
 
     def stack(
         self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], quant: Quant, dtype: torch.dtype
@@ -255,36 +263,45 @@ def own_weight(module: nn.Module) -> object:
     return attributes["weight"] if "weight" in attributes else attributes.get("_parameters", {}).get("weight")
 
 
-def frozen_product(x: torch.Tensor, layer: nn.Module, held: NumberFormat) -> torch.Tensor:
-    """x W^T + b (..., out) in x's dtype for a layer whose frozen W is held in a format; W is dequantised again in
-    backward, and nothing but the layer is kept for it."""
-    product: torch.Tensor = _product().apply(x, layer.bias, layer, held)
+def frozen_product(x: torch.Tensor, layer: nn.Module, number_format: NumberFormat) -> torch.Tensor:
+    """x W^T + b (..., O) in x's dtype for a layer whose frozen W is held in a format."""
+    from torch.nn import functional as F
+
+    def forward(layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(number_format.inputs(layer, x), number_format.weight(layer, x.dtype).to(x.dtype), bias)
+
+    def backward(layer: nn.Module, dy: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return dy @ number_format.weight(layer, dtype).to(dtype)
+
+    product: torch.Tensor = frozen_function().apply(x, layer.bias, layer, forward, backward)
     return product
 
 
 @cache
-def _product() -> type[torch.autograd.Function]:
-    import torch
-    from torch.nn import functional as F
+def frozen_function() -> type[torch.autograd.Function]:
+    """x W^T + b for a frozen W, which is dequantised again in backward: nothing but the layer is kept for it.
 
-    class Product(torch.autograd.Function):
+    Args of `apply`:
+        x: (..., D). bias: (O,) or None; it may train. layer: the module that holds W.
+        forward: (layer, x, bias in x's dtype) -> (..., O). backward: (layer, dy, x's dtype) -> (..., D).
+    """
+    import torch
+
+    class FrozenLinear(torch.autograd.Function):
         @staticmethod
         def forward(
-            ctx: torch.autograd.function.FunctionCtx,
-            x: torch.Tensor,
-            bias: torch.Tensor | None,
-            layer: nn.Module,
-            held: NumberFormat,
-        ) -> torch.Tensor:
-            ctx.layer, ctx.held, ctx.bias_dtype = layer, held, None if bias is None else bias.dtype
-            bias = None if bias is None else bias.to(x.dtype)
-            return F.linear(held.inputs(layer, x), held.weight(layer, x.dtype).to(x.dtype), bias)
+            ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor, bias: torch.Tensor | None, layer: nn.Module,
+            forward: Callable[..., torch.Tensor], backward: Callable[..., torch.Tensor],
+        ) -> torch.Tensor:  # fmt: skip
+            ctx.layer, ctx.gradient = layer, backward
+            ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+            return forward(layer, x, None if bias is None else bias.to(x.dtype))
 
         @staticmethod
         def backward(ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor) -> tuple[object, ...]:
             (dy,) = grads
-            dx = dy @ ctx.held.weight(ctx.layer, dy.dtype).to(dy.dtype) if ctx.needs_input_grad[0] else None
+            dx = ctx.gradient(ctx.layer, dy, ctx.dtype) if ctx.needs_input_grad[0] else None
             db = dy.flatten(0, -2).sum(0, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-            return dx, None if db is None else db.to(ctx.bias_dtype), None, None
+            return dx, None if db is None else db.to(ctx.bias_dtype), None, None, None
 
-    return Product
+    return FrozenLinear

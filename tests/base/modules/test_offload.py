@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import halfbyte
-from halfbyte.base.modules import offload, places, settings, sites
+from halfbyte.base.modules import offload, places, settings
+from halfbyte.base.modules.survey import survey
 from halfbyte.system import device as machine
 from halfbyte.system import pages
 from tests.base.modules.helpers import empty, made, output, quantised, save
@@ -121,7 +122,7 @@ def test_an_automatic_map_fills_what_there_is_room_for(tmp_path: Path) -> None:
     folder = save(made("llama"), tmp_path / "weights")
     whole = halfbyte.quantize_model(empty("llama"), folder, device_map="auto", dtype="fp32")
     asked = settings.read("nf4", "fp32")
-    of_layer = [s.nbytes(asked) for s in sites.survey(empty("llama"), asked).sites if ".layers.0." in s.name]
+    of_layer = [s.nbytes(asked) for s in survey(empty("llama"), asked).tensors if ".layers.0." in s.name]
     room = whole.model.embed_tokens.weight.nbytes + int(2.5 * sum(of_layer))
     held = halfbyte.quantize_model(
         empty("llama"),
@@ -149,8 +150,8 @@ def test_an_automatic_map_fills_what_there_is_room_for(tmp_path: Path) -> None:
 def test_cards_are_filled_before_memory(how: str, wanted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     module = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(6)))
     asked = settings.read("int8")
-    found = sites.survey(module, asked)
-    size = found.sites[0].nbytes(asked)
+    found = survey(module, asked)
+    size = found.tensors[0].nbytes(asked)
     room = {0: 3 * size, 1: 9 * size, "cpu": 99} if how == "sequential" else {0: 9 * size, 1: 9 * size}
     if how == "balanced":
         wanted = ["cuda:0"] * 4 + ["cuda:1"] * 2  # a share and the largest part
@@ -160,6 +161,6 @@ def test_cards_are_filled_before_memory(how: str, wanted: list[str], monkeypatch
 
 def test_without_a_map_everything_is_in_memory_here() -> None:
     asked = settings.read("nf4")
-    put = places.resolve(made("llama"), sites.survey(made("llama"), asked), asked, None)
+    put = places.resolve(made("llama"), survey(made("llama"), asked), asked, None)
     card = machine.detect().kind == "cuda"
     assert set(put.of.values()) == ({"cuda:0"} if card else {"cpu"})

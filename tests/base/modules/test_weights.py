@@ -13,7 +13,7 @@ from torch import nn
 from transformers import ViTForImageClassification
 
 import halfbyte
-from halfbyte.base.modules import weights
+from halfbyte.plan import store_build
 from tests.base.modules import helpers
 from tests.base.modules.helpers import empty, llama_config, made, output, quantised, save
 
@@ -73,7 +73,7 @@ def test_any_float_dtype_is_cast(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_a_tensor_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch, wanted: nn.Module, tmp_path: Path) -> None:
-    monkeypatch.setattr(weights, "CHUNK_NUMBERS", 130)  # no multiple of a block
+    monkeypatch.setattr(store_build, "CHUNK_ELEMENTS", 130)  # no multiple of a block
     save(made("encoder"), tmp_path)
     assert same(halfbyte.quantize_model(empty("encoder"), tmp_path), wanted)
     eight = halfbyte.quantize_model(empty("encoder"), tmp_path, quant="int8")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import halfbyte
-from halfbyte.base.modules import weights
+from halfbyte.base.store import encode
 from halfbyte.errors import BaseModelError, HalfbyteError, RecipeError, SourceError
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import files
@@ -40,7 +40,7 @@ def refused(match: str, kind: type[HalfbyteError] = BaseModelError, **call: Any)
 
 @pytest.fixture(autouse=True)
 def _reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights.Weights, "chunks", None)
+    monkeypatch.setattr(encode.TensorReader, "chunks", None)
 
 
 def test_settings_that_exclude_each_other(folder: Path) -> None:

@@ -1,1 +1,1 @@
-"""Any `nn.Module`, quantised tensor by tensor from its weights: settings, sites, weights, places, fill, offload."""
+"""Any `nn.Module`, quantised tensor by tensor from its weights: settings, survey, weights, places, fill, offload."""

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import nn
 
-from halfbyte.base.modules import fill, offload, places, settings, sites
+from halfbyte.base.modules import fill, offload, places, settings
 from halfbyte.base.modules import weights as numbers
+from halfbyte.base.modules.survey import survey
 from halfbyte.base.residency import computes_in_fp32
 from halfbyte.errors import BaseModelError
 from halfbyte.layers.experts import interface
@@ -71,25 +72,25 @@ def quantize_model(
         module.tie_weights()  # accelerate's init_empty_weights undoes ties
     on_card = places.uses_card(device_map, machine.detect())
     asked = settings.read(quant, dtype, skip_modules, keep_in_fp32_modules, on_card=on_card)
-    survey = sites.survey(module, asked)
+    surveyed = survey(module, asked)
     put = places.resolve(
-        module, survey, asked, device_map, max_memory=max_memory, whole=tuple(no_split_module_classes or ())
+        module, surveyed, asked, device_map, max_memory=max_memory, whole=tuple(no_split_module_classes or ())
     )
     folder = None if offload_folder is None else Path(offload_folder)
-    places.check_folder(put, survey, asked, folder)
+    places.check_folder(put, surveyed, asked, folder)
     source = None if weights is None else numbers.open_source(Path(weights))
-    found = numbers.match(module, survey.sites, source, str(weights))
-    numbers.make_loose(module)
+    matched = numbers.match(module, surveyed.tensors, source, str(weights))
+    numbers.make_buffers(module)
     if folder is not None and places.DISK in put.of.values():
         _make(folder)
-    fill.Filling(module, asked, found, put, folder).all(survey.sites)
-    for name, is_head in survey.fp32:
+    fill.Filling(module, asked, matched, put, folder).all(surveyed.tensors)
+    for name, is_head in surveyed.fp32:
         computes_in_fp32(module.get_submodule(name), None if is_head else asked.rest)
     _call_quantised_layers(module)
     if asked.quant.quantises:  # PEFT asks for these
-        module.is_loaded_in_8bit = number_formats.FORMATS[asked.quant.type].bits == 8
-        module.is_loaded_in_4bit = not module.is_loaded_in_8bit
-    offload.attach(module, survey, put)
+        bits = number_formats.FORMATS[asked.quant.type].bits
+        module.is_loaded_in_8bit, module.is_loaded_in_4bit = bits == 8, bits == 4
+    offload.attach(module, surveyed, put)
     return module
 
 

@@ -10,7 +10,7 @@ Trap: a layer of bitsandbytes itself keeps its weight on the card for backward; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.base.modules.places import CPU, DISK, Places
-from halfbyte.base.modules.sites import Survey, tensors_of
+from halfbyte.base.modules.survey import Survey, tensors_of
 from halfbyte.base.stream import Mover, after
 from halfbyte.quant import bnb
 from halfbyte.system import pages
@@ -41,14 +41,14 @@ class Copies:
 
     def __init__(self, parts: Sequence[nn.Module], device: torch.device) -> None:
         self._parts, self._device = parts, device
-        self._own = [[(o, a, getattr(o, a)) for o, a in _held(part)] for part in parts]
-        self._there: set[int] = set()
+        self._home = [[(o, a, getattr(o, a)) for o, a in _computed_with(part)] for part in parts]
+        self._present: set[int] = set()
 
     def fetch(self, group: int) -> None:
-        if group not in self._there:
-            for owner, attribute, tensor in self._own[group]:
+        if group not in self._present:
+            for owner, attribute, tensor in self._home[group]:
                 setattr(owner, attribute, tensor.to(self._device, non_blocking=True, copy=True))
-            self._there.add(group)
+            self._present.add(group)
 
     def need(self, group: int) -> None:
         for parameter in self._parts[group].parameters():
@@ -56,13 +56,13 @@ class Copies:
                 parameter.data = parameter.data.to(self._device)
 
     def drop(self, group: int) -> None:
-        if group in self._there:
-            for owner, attribute, tensor in self._own[group]:
+        if group in self._present:
+            for owner, attribute, tensor in self._home[group]:
                 setattr(owner, attribute, tensor)
-            self._there.discard(group)
+            self._present.discard(group)
 
 
-def _held(part: nn.Module) -> Iterable[tuple[object, str]]:
+def _computed_with(part: nn.Module) -> Iterator[tuple[object, str]]:
     """(owner, attribute) of every tensor that a part computes with."""
     yield from ((tensor, "data") for tensor in (*part.parameters(), *part.buffers()))
     yield from bnb.state_tensors(part)
@@ -73,7 +73,7 @@ class Recent:
 
     def __init__(self, parts: Sequence[nn.Module], moves: Moves) -> None:
         self.moves, self.uses = moves, 0
-        self.there: set[int] = set(range(len(parts)))
+        self.present: set[int] = set(range(len(parts)))
         self._last = (-1, -1)
         self._followed: dict[tuple[int, int], int] = {}
         for number, part in enumerate(parts):
@@ -92,13 +92,13 @@ class Recent:
             self._keep(wanted)
             for number in (part, *(wanted - {part})):
                 self.moves.fetch(number)
-            self.there |= wanted
+            self.present |= wanted
         self.moves.need(part)
 
     def _keep(self, wanted: set[int]) -> None:
-        for number in self.there - wanted:
+        for number in self.present - wanted:
             self.moves.drop(number)
-        self.there &= wanted
+        self.present &= wanted
 
 
 def attach(root: nn.Module, survey: Survey, places: Places) -> Recent | None:
@@ -107,45 +107,28 @@ def attach(root: nn.Module, survey: Survey, places: Places) -> Recent | None:
     Returns:
         None where everything stays.
     """
-    where: dict[str, set[str]] = {}
-    for site in survey.sites:
-        for name in site.names[:1]:
-            part = _part(name, places.parts)
-            if part is not None:
-                where.setdefault(part, set()).add(places.of[site.name])
-    away = [name for name, on in where.items() if on & ({DISK, CPU} if places.on_card else {DISK})]
-    parts = [root.get_submodule(name) for name in away]
+    away = {DISK, CPU} if places.on_card else {DISK}
+    moving = [places.part_of(t.name) for t in survey.tensors if places.of[t.name] in away]
+    parts = [root.get_submodule(name) for name in dict.fromkeys(moving) if name is not None]
     recent = None
     if parts and places.on_card:
         recent = Recent(parts, Copies(parts, torch.device(places.main)))
     elif parts and pages.supported():
-        groups = _mapped(parts)
+        maps = pages.FileMaps.read()
+        groups = [[t for t in bnb.held_tensors(part) if maps.holds(t.data_ptr(), t.nbytes)] for part in parts]
         recent = Recent(parts, Mover(groups, groups))
     if places.on_card:
-        _move_loose(root, places)
+        _move_buffers(root, places)
         _send_inputs(root, places)
     return recent
 
 
-def _part(name: str, parts: Iterable[str]) -> str | None:
-    known, path = set(parts), name.rpartition(".")[0]
-    while path and path not in known:
-        path = path.rpartition(".")[0]
-    return path if path in known else None
-
-
-def _mapped(parts: Sequence[nn.Module]) -> list[list[Tensor]]:
-    maps = pages.FileMaps.read()
-    held = ([getattr(o, a) for o, a in _held(part)] for part in parts)
-    return [[t for t in tensors if t.nbytes and maps.holds(t.data_ptr(), t.nbytes)] for tensors in held]
-
-
-def _move_loose(root: nn.Module, places: Places) -> None:
+def _move_buffers(root: nn.Module, places: Places) -> None:
     """Buffers that no checkpoint holds go where their module computes."""
+    of_part = {part: place for name, place in places.of.items() if (part := places.part_of(name)) is not None}
     for name, buffer in tensors_of(root, persistent=False).items():
-        part = _part(name, places.parts)
-        on = next((p for n, p in places.of.items() if part is not None and _part(n, places.parts) == part), places.main)
-        buffer.data = buffer.data.to(places.main if on in (CPU, DISK) else on)
+        place = of_part.get(places.part_of(name) or "", places.main)
+        buffer.data = buffer.data.to(places.main if place in (CPU, DISK) else place)
 
 
 def _send_inputs(root: nn.Module, places: Places) -> None:
@@ -154,21 +137,20 @@ def _send_inputs(root: nn.Module, places: Places) -> None:
 
     def before(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         tensor = next((t for t in (*module.parameters(), *module.buffers())), None)
-        where = torch.device(places.main) if tensor is None else tensor.device
-        return send_to_device(args, where), send_to_device(kwargs, where)
+        device = torch.device(places.main) if tensor is None else tensor.device
+        return send_to_device(args, device), send_to_device(kwargs, device)
 
-    asked: list[torch.device] = []
+    came_from: list[torch.device] = []
 
     def begin(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
-        asked[:] = [] if given is None else [given.device]
+        came_from[:] = [] if given is None else [given.device]
         return send_to_device(args, places.main), send_to_device(kwargs, places.main)
 
     def end(module: nn.Module, args: object, output: object) -> object:
-        return send_to_device(output, asked[0]) if asked else output
+        return send_to_device(output, came_from[0]) if came_from else output
 
-    for name in places.parts:
-        if name:
-            root.get_submodule(name).register_forward_pre_hook(before, with_kwargs=True)
+    for name in filter(None, places.parts):
+        root.get_submodule(name).register_forward_pre_hook(before, with_kwargs=True)
     root.register_forward_pre_hook(begin, with_kwargs=True)
     root.register_forward_hook(end)

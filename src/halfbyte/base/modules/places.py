@@ -1,4 +1,4 @@
-"""Where each part of a module goes: a card, memory, or disk; from a device map or from the room that there is.
+"""Where each part of a module goes: a card, memory, or disk; from a device map or from the memory that there is.
 
 Parts are the largest modules that are called as one: the elements of lists of layers, and what lies beside them. Their
 tensors come and go together. Source of the maps' meaning: accelerate, `infer_auto_device_map`, `dispatch_model`.
@@ -6,15 +6,15 @@ tensors come and go together. Source of the maps' meaning: accelerate, `infer_au
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from halfbyte.base.modules.settings import Settings
-from halfbyte.base.modules.sites import Site, Survey, nearest, tensors_of
+from halfbyte.base.modules.settings import ModuleSettings
+from halfbyte.base.modules.survey import ModuleTensor, Survey, nearest, tensors_of
 from halfbyte.errors import BaseModelError
 from halfbyte.system import device as machine
 from halfbyte.system import files
@@ -28,7 +28,7 @@ _HEADER_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Places:
-    """`of`: site -> device or disk. `parts`: the modules whose tensors come and go together. `main`: where what is in
+    """`of`: tensor -> device or disk. `parts`: the modules whose tensors come and go together. `main`: where what is in
     memory or on disk is computed."""
 
     of: dict[str, str]
@@ -38,6 +38,10 @@ class Places:
     @property
     def on_card(self) -> bool:
         return self.main != CPU
+
+    def part_of(self, name: str) -> str | None:
+        """The part that a tensor belongs to; None for one beside all parts."""
+        return _innermost(name, self.parts)
 
 
 def parts_of(root: nn.Module, whole: Iterable[str] = ()) -> Iterator[str]:
@@ -67,61 +71,48 @@ def uses_card(device_map: str | Mapping[str, object] | None, device: machine.Dev
 def resolve(
     root: nn.Module,
     survey: Survey,
-    settings: Settings,
+    settings: ModuleSettings,
     device_map: str | Mapping[str, object] | None,
     *,
     max_memory: Mapping[object, object] | None = None,
     whole: Iterable[str] = (),
 ) -> Places:
-    """Decide for every site.
+    """Decide for every tensor.
 
     Raises:
         BaseModelError: a map with unknown names, tensors that it does not cover, or a device that is not here.
     """
-    parts = tuple(parts_of(root, whole))
-    owner = _part_of(parts)
-    device = machine.detect()
+    parts, device = tuple(parts_of(root, whole)), machine.detect()
+    names = [tensor.name for tensor in survey.tensors]
     if isinstance(device_map, Mapping):
         _check_map(root, device_map)
-        of = {site.name: _looked_up(site.name, device_map) for site in survey.sites}
-        if uncovered := [name for name, place in of.items() if not place]:
+        nearest_entry = {name: _innermost(name, device_map, with_tensor=True) for name in names}
+        if uncovered := [name for name, entry in nearest_entry.items() if entry is None]:
             raise BaseModelError(
                 f"device_map says nothing about {len(uncovered)} tensors: {', '.join(uncovered[:5])}.",
                 fix='add their modules, or "" for everything that is not named',
             )
+        of = {name: _device(device_map[entry]) for name, entry in nearest_entry.items() if entry is not None}
     elif device_map is None:
-        of = dict.fromkeys((site.name for site in survey.sites), device.main)
+        of = dict.fromkeys(names, device.main)
     elif device_map in AUTOMATIC:
-        room = _room(device, max_memory)
-        of = _filled(survey.sites, owner, room, settings, even=device_map.startswith("balanced"))
+        free = _free_bytes(device, max_memory)
+        of = _filled(survey.tensors, parts, free, settings, even=device_map.startswith("balanced"))
     else:
         raise BaseModelError(f"device_map must be a mapping or one of {', '.join(AUTOMATIC)}, got {device_map!r}.")
-    cards = [place for place in of.values() if place not in (CPU, DISK)]
-    main = cards[0] if cards else CPU
+    main = next((place for place in of.values() if place not in (CPU, DISK)), CPU)
     # What belongs to no part is needed throughout a forward.
-    of = {name: main if place == DISK and owner(name) is None else place for name, place in of.items()}
+    of = {n: main if place == DISK and _innermost(n, parts) is None else place for n, place in of.items()}
     return Places(of, parts, main)
 
 
-def _part_of(parts: Sequence[str]) -> Callable[[str], str | None]:
-    known = set(parts)
-
-    def owner(name: str) -> str | None:
-        path = name
-        while path:
-            path = path.rpartition(".")[0]
-            if path in known:
-                return path
-        return None
-
-    return owner
-
-
-def _looked_up(name: str, device_map: Mapping[str, object]) -> str:
-    path = name
-    while path and path not in device_map:
+def _innermost(name: str, known: Iterable[str], *, with_tensor: bool = False) -> str | None:
+    """The innermost module around a tensor that is `known`, or the tensor itself `with_tensor`; None if there is none.
+    The module as a whole, "", only counts where it is known."""
+    names, path = set(known), name if with_tensor else name.rpartition(".")[0]
+    while path and path not in names:
         path = path.rpartition(".")[0]
-    return _device(device_map[path]) if path in device_map else ""
+    return path if path in names else None
 
 
 def _check_map(root: nn.Module, device_map: Mapping[str, object]) -> None:
@@ -151,11 +142,11 @@ def _device(value: object) -> str:
     return "cuda:0" if text == "cuda" else text.removesuffix(":0") if text.startswith(CPU) else text
 
 
-def _room(device: machine.Device, max_memory: Mapping[object, object] | None) -> dict[str, int]:
+def _free_bytes(device: machine.Device, max_memory: Mapping[object, object] | None) -> dict[str, int]:
     """Bytes for each device, cards first; disk takes the rest."""
     if max_memory is None:
-        room = {f"{device.kind}:{card.index}": int(card.free_bytes * _SHARE) for card in device.cards}
-        return {**room, CPU: int(device.ram_available_bytes * _SHARE)}
+        free = {f"{device.kind}:{card.index}": int(card.free_bytes * _SHARE) for card in device.cards}
+        return {**free, CPU: int(device.ram_available_bytes * _SHARE)}
     from accelerate.utils.modeling import convert_file_size_to_int
 
     given = {_device(key): int(convert_file_size_to_int(size)) for key, size in max_memory.items()}
@@ -163,37 +154,37 @@ def _room(device: machine.Device, max_memory: Mapping[object, object] | None) ->
 
 
 def _filled(
-    sites: Sequence[Site], owner: Callable[[str], str | None], room: dict[str, int], settings: Settings, *, even: bool
+    tensors: Sequence[ModuleTensor], parts: Sequence[str], free: dict[str, int], settings: ModuleSettings, *, even: bool
 ) -> dict[str, str]:
-    """Parts in their order, each on the first device that still has room for it; `even` fills cards alike."""
-    sizes: dict[str, int] = {}
-    for site in sites:
-        key = owner(site.name) or site.name
-        sizes[key] = sizes.get(key, 0) + site.nbytes(settings)
-    cards = [name for name in room if name != CPU]
-    left, total = dict(room), sum(sizes.values())
+    """Parts in their order, each on the first device that still has memory for it; `even` fills cards alike."""
+    groups = {tensor.name: _innermost(tensor.name, parts) or tensor.name for tensor in tensors}
+    sizes = dict.fromkeys(groups.values(), 0)
+    for tensor in tensors:
+        sizes[groups[tensor.name]] += tensor.nbytes(settings)
+    cards = [name for name in free if name != CPU]
     if even and len(cards) > 1:
-        share = total // len(cards) + max(sizes.values())
-        left |= {name: min(left[name], share) for name in cards}
-    order, at, placed = [*left, DISK], 0, {}
-    for key, size in sizes.items():
-        while order[at] != DISK and left[order[at]] < size:
-            at += 1
-        placed[key] = order[at]
-        left[order[at]] = left.get(order[at], 0) - size
-    return {site.name: placed[owner(site.name) or site.name] for site in sites}
+        share = sum(sizes.values()) // len(cards) + max(sizes.values())
+        free = {name: min(size, share) if name in cards else size for name, size in free.items()}
+    devices, left = iter(free.items()), 0
+    place, placed = "", dict[str, str]()
+    for group, size in sizes.items():
+        while place != DISK and (not place or left < size):
+            place, left = next(devices, (DISK, 0))
+        placed[group] = place
+        left -= size
+    return {name: placed[group] for name, group in groups.items()}
 
 
-def check_folder(places: Places, survey: Survey, settings: Settings, folder: Path | None) -> None:
+def check_folder(places: Places, survey: Survey, settings: ModuleSettings, folder: Path | None) -> None:
     """Refuse an offload folder that cannot take what is to go there.
 
     Raises:
-        BaseModelError: none named, not writable, or without room.
+        BaseModelError: none named, not writable, or without space.
     """
-    disk = [site for site in survey.sites if places.of[site.name] == DISK]
+    disk = [tensor for tensor in survey.tensors if places.of[tensor.name] == DISK]
     if not disk:
         return
-    need = sum(site.nbytes(settings) + _HEADER_BYTES // 64 for site in disk) + _HEADER_BYTES
+    need = sum(tensor.nbytes(settings) + _HEADER_BYTES // 64 for tensor in disk) + _HEADER_BYTES
     if folder is None:
         raise BaseModelError(f"{len(disk)} tensors go to disk, and no folder is named.", fix="offload_folder='offload'")
     if why := files.why_unwritable(folder):

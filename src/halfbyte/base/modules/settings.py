@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from pydantic import ValidationError
 
+from halfbyte.base.load import DTYPES
 from halfbyte.errors import RecipeError
 from halfbyte.quant import formats
 from halfbyte.recipe.messages import sentences
@@ -26,12 +27,11 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 Asked: TypeAlias = "str | Quant | Mapping[str, object] | BitsAndBytesConfig | BnbQuantizationConfig"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Settings:
+class ModuleSettings:
     """How a module is held.
 
     Args:
@@ -56,7 +56,7 @@ def read(
     fp32: Iterable[str] | None = None,
     *,
     on_card: bool = False,
-) -> Settings:
+) -> ModuleSettings:
     """The settings of a call.
 
     Args:
@@ -65,32 +65,30 @@ def read(
     Raises:
         RecipeError: values that are unknown or exclude each other; all of them at once.
     """
-    values, own_rest, storage = _values(asked)
+    values, rest_dtype = _fields(asked)
     wanted = _NAMES.get(dtype, str(dtype)) if isinstance(dtype, torch.dtype) else dtype
     if wanted != "auto":
-        values, own_rest = {**values, "compute_dtype": wanted}, None
-    quant = validated(values)
-    rest = quant.compute_dtype if own_rest is None else own_rest
-    device = machine.detect()
-    device = device if on_card else replace(device, kind="cpu")
-    compute = machine.compute_dtype(device, quant.compute_dtype)
-    other = machine.compute_dtype(device, rest)
-    for name, (got, reason) in ((quant.compute_dtype, compute), (rest, other)):
-        if name == "fp16" and got != "fp16":
+        values, rest_dtype = {**values, "compute_dtype": wanted}, None
+    quant = _validated(values)
+    device = machine.detect() if on_card else replace(machine.detect(), kind="cpu")
+    chosen: list[tuple[str, torch.dtype]] = []
+    for name in (quant.compute_dtype, rest_dtype or quant.compute_dtype):
+        got, reason = machine.compute_dtype(device, name)
+        if name == "fp16" and got != "fp16" and "fp16" not in [one for one, _ in chosen]:
             warnings.warn(f"float16 was asked for; computing in {got} ({reason}).", stacklevel=3)
-            break
-    every = [tuple(_names(s, "skip_modules")) for s in (skip, quant.skip_modules or None) if s is not None]
-    return Settings(
+        chosen.append((name, DTYPES[got]))
+    skipped = [_list(names, "skip_modules") for names in (skip, quant.skip_modules or None) if names is not None]
+    return ModuleSettings(
         quant,
-        DTYPES[compute[0]],
-        DTYPES[other[0]],
-        skip=tuple(name for names in every for name in names) if every else None,
-        fp32=(*_names(fp32 or (), "keep_in_fp32_modules"), *quant.fp32_modules),
-        storage=storage,
+        compute=chosen[0][1],
+        rest=chosen[1][1],
+        skip=tuple(name for names in skipped for name in names) if skipped else None,
+        fp32=(*_list(fp32 or (), "keep_in_fp32_modules"), *quant.fp32_modules),
+        storage=getattr(asked, "bnb_4bit_quant_storage", None) or torch.uint8,
     )
 
 
-def validated(values: Mapping[str, object]) -> Quant:
+def _validated(values: Mapping[str, object]) -> Quant:
     """A `Quant` of these fields, or RecipeError with every problem in a sentence."""
     try:
         quant = Quant(**values)
@@ -103,34 +101,31 @@ def validated(values: Mapping[str, object]) -> Quant:
     return quant
 
 
-def _names(names: Iterable[str], argument: str) -> Iterable[str]:
+def _list(names: Iterable[str], argument: str) -> tuple[str, ...]:
     if isinstance(names, str):
         raise RecipeError(f"{argument} must be a list of module names, got {names!r}", fix=f"{argument}=[{names!r}]")
-    return names
+    return tuple(names)
 
 
-def _values(asked: Asked) -> tuple[Document, str | None, torch.dtype]:
-    """(fields of `Quant`, dtype of the rest where the configuration has one of its own, storage dtype)."""
+def _fields(asked: Asked) -> tuple[Document, str | None]:
+    """(fields of `Quant`, dtype of the rest where the configuration has one of its own)."""
     if isinstance(asked, str):
-        return {"type": asked}, None, torch.uint8
-    if isinstance(asked, Quant):
-        return asked.model_dump(), None, torch.uint8
-    if isinstance(asked, Mapping):
-        return dict(asked), None, torch.uint8
+        return {"type": asked}, None
+    if isinstance(asked, (Quant, Mapping)):
+        return dict(asked), None
     if not hasattr(asked, "bnb_4bit_quant_type"):
         raise RecipeError(
             f"quant must be a type (nf4, fp4, int8), fields of `quant:`, a BitsAndBytesConfig or a "
             f"BnbQuantizationConfig, got {type(asked).__name__}"
         )
-    rest = getattr(asked, "torch_dtype", None)  # accelerate's alone
     skipped = asked.skip_modules if hasattr(asked, "skip_modules") else asked.llm_int8_skip_modules
+    rest = getattr(asked, "torch_dtype", None)  # accelerate's alone
+    rest_dtype = None if rest is None else _NAMES.get(rest, "auto")
+    compute = rest_dtype or "auto" if asked.load_in_8bit else _NAMES.get(asked.bnb_4bit_compute_dtype, "auto")
     values: Document = {
+        "compute_dtype": compute,
+        **formats.settings_of(asked),
         "skip_modules": tuple(skipped or ()),
         "fp32_modules": tuple(getattr(asked, "keep_in_fp32_modules", None) or ()),
-        "compute_dtype": _NAMES.get(asked.bnb_4bit_compute_dtype, "auto"),
     }
-    if asked.load_in_8bit:
-        values["compute_dtype"] = "auto" if rest is None else _NAMES.get(rest, "auto")
-    values |= formats.settings_of(asked)
-    storage = getattr(asked, "bnb_4bit_quant_storage", None) or torch.uint8
-    return values, None if rest is None else _NAMES.get(rest, "auto"), storage
+    return values, rest_dtype

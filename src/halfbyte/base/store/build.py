@@ -7,30 +7,25 @@ A finished file is durable and noted in a journal before it counts; the folder g
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from halfbyte.base.store import manifest, mxfp4, shelf
-from halfbyte.base.store.layout import FilePlan, StoreLayout, slots
-from halfbyte.base.store.reading import Source, TensorPlan
+from halfbyte.base.store import manifest, shelf
+from halfbyte.base.store.encode import TensorReader, slots
+from halfbyte.base.store.layout import FilePlan, StoreLayout
+from halfbyte.base.store.reading import Source
 from halfbyte.base.store.writer import SafetensorsWriter
 from halfbyte.errors import HalfbyteError, StoreError
 from halfbyte.models.sources.checkpoint import beside_bytes, beside_weights
 from halfbyte.models.sources.safetensors import INDEX
 from halfbyte.plan import store_build
-from halfbyte.quant import formats, loader
-from halfbyte.quant.number_format import torch_dtypes
+from halfbyte.quant import loader
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import files
 from halfbyte.types import Document
@@ -105,7 +100,8 @@ class _Journal:
         for line in text.splitlines():
             try:
                 value = json.loads(line)
-                key, entry, tensors = value["key"], manifest.Entry(**value["entry"]), dict(value["tensors"])
+                key, tensors = value["key"], dict(value["tensors"])
+                entry = manifest.Entry(**value["entry"])
             except (ValueError, TypeError, KeyError):
                 continue  # cut while it was written: that file is built again
             # Hashed again: what an interrupted process left behind is not believed.
@@ -145,10 +141,15 @@ def _write_files(job: BuildJob, source: Source, journal: _Journal, tell: Callabl
     stop = threading.Event()
     threads: set[threading.Thread] = set()
 
+    def on_read(nbytes: int) -> None:
+        count.add(nbytes)
+        if stop.is_set():
+            raise _Stopped("the build was stopped")
+
     def one(plan: FilePlan) -> None:
         threads.add(threading.current_thread())
         if not stop.is_set():
-            _FileBuild(plan, job.spec.quant, source, journal, stop, count).run()
+            _build_file(plan, job.spec.quant, source, journal, on_read)
 
     pool = ThreadPoolExecutor(job.spec.cores + store_build.EXTRA_THREADS, thread_name_prefix="store")
     pending: set[Future[None]] = set()
@@ -184,8 +185,9 @@ class _Stopped(HalfbyteError):
 
 class _Counter:
     def __init__(self, done: int, total: int) -> None:
-        self.lock, self.before, self.done, self.total = threading.Lock(), done, done, total
-        self.started = time.monotonic()
+        self.lock, self.started = threading.Lock(), time.monotonic()
+        self.before = self.done = done
+        self.total = total
 
     def add(self, nbytes: int) -> None:
         with self.lock:
@@ -197,92 +199,17 @@ class _Counter:
         return Progress(self.done, self.total, rate, seconds)
 
 
-class _FileBuild:
-    """One file from its tensors, on one thread, with buffers that are used again."""
-
-    def __init__(
-        self, plan: FilePlan, quant: Quant, source: Source, journal: _Journal, stop: threading.Event, count: _Counter
-    ) -> None:
-        self.plan, self.quant, self.source, self.journal = plan, quant, source, journal
-        self.stop, self.count = stop, count
-        self.buffer = np.empty(0, np.uint8)
-
-    def run(self) -> None:
-        late: dict[str, bytes] = {}
-        hashes: dict[str, str] = {}
-        with SafetensorsWriter(self.journal.folder / self.plan.name, slots(self.plan.tensors, self.quant)) as out:
-            for tensor in self.plan.tensors:
-                if tensor.encoding == "copy":
-                    for first, values in self._chunks(tensor, hashes):
-                        out.put(tensor.name, values.view(torch.uint8).numpy(), first * tensor.dtype.itemsize)
-                else:
-                    late |= self._quantise(tensor, out, hashes)
-            entry = out.finish(late)
-        self.journal.add(entry, hashes)
-
-    def _chunks(self, tensor: TensorPlan, hashes: dict[str, str]) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first element, values in the wanted dtype) in pieces of the tensor; a transposed matrix comes at once.
-
-        The hash of each source is put into `hashes`, by its name.
-        """
-        if tensor.mxfp4:
-            yield from self._experts_of_mxfp4(tensor, hashes)
-            return
-        unit = 1 if tensor.encoding == "copy" else formats.of(self.quant).unit(tensor.shape, self.quant)
-        most = max(1, store_build.CHUNK_ELEMENTS // unit) * unit
-        start = 0
-        for source in tensor.sources:
-            kind, numel = torch_dtypes()[source.dtype], math.prod(source.shape)
-            digest = hashlib.sha256(f"{source.dtype}{list(source.shape)}".encode())
-            at_once = math.prod(source.shape[-2:]) if tensor.transposed else most
-            for first in range(0, numel, max(1, at_once)):
-                if self.stop.is_set():
-                    raise _Stopped("the build was stopped")
-                count = min(at_once, numel - first)
-                nbytes = count * kind.itemsize
-                if len(self.buffer) < nbytes:
-                    self.buffer = np.empty(nbytes, np.uint8)
-                raw = self.buffer[:nbytes]
-                self.source.read(source, first * kind.itemsize, raw.data)
-                digest.update(raw.data)
-                values = torch.from_numpy(raw).view(kind).to(tensor.dtype)
-                if tensor.transposed:
-                    values = values.view(source.shape[-2:]).T.contiguous().view(-1)
-                yield start + first, values
-                self.count.add(nbytes)
-            hashes[source.name] = digest.hexdigest()
-            start += numel
-
-    def _experts_of_mxfp4(self, tensor: TensorPlan, hashes: dict[str, str]) -> Iterator[tuple[int, torch.Tensor]]:
-        """The same for a stack in MXFP4: an expert at a time."""
-        digests = [hashlib.sha256(f"{source.dtype}{list(source.shape)}".encode()) for source in tensor.sources]
-        numel = tensor.numel // tensor.shape[0]
-        for expert in range(tensor.shape[0]):
-            if self.stop.is_set():
-                raise _Stopped("the build was stopped")
-            raw = [bytearray(source.nbytes // source.shape[0]) for source in tensor.sources]
-            for source, digest, half in zip(tensor.sources, digests, raw, strict=True):
-                self.source.read(source, expert * len(half), memoryview(half))
-                digest.update(half)
-            shapes = (source.shape[1:] for source in tensor.sources)
-            blocks, scales = (np.frombuffer(h, np.uint8).reshape(n) for h, n in zip(raw, shapes, strict=True))
-            yield expert * numel, mxfp4.decoded(blocks, scales, tensor.dtype)
-            self.count.add(sum(map(len, raw)))
-        hashes |= {source.name: digest.hexdigest() for source, digest in zip(tensor.sources, digests, strict=True)}
-
-    def _quantise(self, tensor: TensorPlan, out: SafetensorsWriter, hashes: dict[str, str]) -> dict[str, bytes]:
-        name, number_format = tensor.name, formats.of(self.quant)
-        encoder = number_format.encoder(self.quant, tensor.shape, tensor.dtype, name)
-        for first, values in self._chunks(tensor, hashes):
-            out.put(name, encoder.codes(first, values).data, encoder.code_bytes(first))
-        beside, late = encoder.parts(), {}
-        for part in number_format.parts(tensor.shape, self.quant)[1:]:
-            data = beside[part.suffix].contiguous().view(-1).view(torch.uint8).numpy()
-            if part.nbytes is None:
-                late[part.name(name)] = data.tobytes()
-            else:
-                out.put(part.name(name), data)
-        return late
+def _build_file(
+    plan: FilePlan, quant: Quant, source: Source, journal: _Journal, on_read: Callable[[int], None]
+) -> None:
+    """One file from its tensors, on one thread."""
+    hashes: dict[str, str] = {}
+    reader, late = TensorReader(source, quant, on_read=on_read, hashes=hashes), dict[str, bytes]()
+    with SafetensorsWriter(journal.folder / plan.name, slots(plan.tensors, quant)) as out:
+        for tensor in plan.tensors:
+            late |= reader.write(tensor, out)
+        entry = out.finish(late)
+    journal.add(entry, hashes)
 
 
 def _finish(job: BuildJob, journal: _Journal, seconds: float) -> None:
@@ -317,7 +244,7 @@ def _config(job: BuildJob) -> Document:
     values: Document = json.loads((spec.checkpoint.path / "config.json").read_text(encoding="utf-8"))
     values.pop("torch_dtype", None)
     values["dtype"] = spec.dtype_name
-    settings = loader.stored_config(spec.quant, spec.dtype, spec.head_names, taught=job.layout.taught)
+    settings = loader.stored_config(spec.quant, spec.dtype, spec.head_names, marked=job.layout.marked)
     return {**values, "quantization_config": settings} if settings else values
 
 

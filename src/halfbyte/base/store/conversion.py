@@ -69,6 +69,13 @@ def renamed(
     return targets
 
 
+def planned_dtype(plan: Mapping[str, torch.dtype], name: str) -> torch.dtype | None:
+    """transformers' own exception from a model's dtype for a tensor; `plan` has patterns, as `_get_dtype_plan`."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    return next((dtype for p, dtype in plan.items() if build_glob_alternation([p])[0].search(name)), None)
+
+
 # A tensor of the source, and the rule that takes it.
 Member = tuple[SourceTensor, Rule | None]
 

@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from halfbyte.base.store import conversion, mxfp4
-from halfbyte.base.store.conversion import Rule, renamed
+from halfbyte.base.store.conversion import Rule, planned_dtype, renamed
+from halfbyte.base.store.encode import slots
 from halfbyte.base.store.reading import FLOATS, SourceTensor, TensorPlan
 from halfbyte.base.store.shelf import CannotHold, StoreSpec
-from halfbyte.base.store.writer import Slot
 from halfbyte.models.tensors import spec_of
 from halfbyte.plan.store_build import OWN_FILE_BYTES
 from halfbyte.quant import experts, formats, loader
-from halfbyte.quant.number_format import torch_dtypes
 from halfbyte.recipe.schema import Quant
 
 if TYPE_CHECKING:
@@ -43,10 +42,10 @@ class FilePlan:
 
 @dataclass(frozen=True)
 class StoreLayout:
-    """`taught`: it opens with `quant.loader.opening_config` only."""
+    """`marked`: transformers knows its format, but it opens with `quant.loader.opening_config` only."""
 
     files: tuple[FilePlan, ...]
-    taught: bool
+    marked: bool
 
     @property
     def source_bytes(self) -> int:
@@ -96,21 +95,7 @@ def lay_out(tensors: dict[str, SourceTensor], spec: StoreSpec) -> StoreLayout:
         missing = empty.missing({target for _, target in plans})
         spec.check(empty.model, {"missing_keys": missing, "mismatched_keys": wrong})
     named = _names(_once(plans, empty.tied), _EmptyModel(spec, pre_quantised=True), spec.quant)
-    return StoreLayout(_files(named, spec.config.model_type), empty.taught)
-
-
-def slots(plans: Iterable[TensorPlan], quant: Quant) -> list[Slot]:
-    """The tensors that plans become in their file."""
-    names = {dtype: name for name, dtype in torch_dtypes().items()}
-    every: list[Slot] = []
-    for plan in plans:
-        if plan.encoding == "copy":
-            nbytes = plan.numel * plan.dtype.itemsize
-            every.append(Slot(plan.name, names[plan.dtype], plan.shape, nbytes))
-        else:
-            parts = formats.of(quant).parts(plan.shape, quant)
-            every += (Slot(part.name(plan.name), part.dtype, part.shape, part.nbytes) for part in parts)
-    return every
+    return StoreLayout(_files(named, spec.config.model_type), empty.marked)
 
 
 class _EmptyModel:
@@ -127,7 +112,8 @@ class _EmptyModel:
             self.model = AutoModelForCausalLM.from_config(copy.deepcopy(spec.config), dtype=dtype)
         self.original = dict(self.model.named_modules())
         settings = loader.load_config(self.model, quant, dtype, spec.head_names)
-        self.taught, self.quantiser = loader.is_taught(settings), None
+        known = formats.of(quant).load_config(quant, dtype) is not None
+        self.marked, self.quantiser = known and loader.is_own(settings), None
         if settings is not None:  # None copies a model in the compute dtype
             self.quantiser = AutoHfQuantizer.from_config(settings, pre_quantized=pre_quantised)
             self.quantiser.preprocess_model(
@@ -163,10 +149,8 @@ class _EmptyModel:
 
     def dtype_of(self, target: str, *, quantised: bool) -> torch.dtype:
         """What the loader casts a tensor to."""
-        from transformers.core_model_loading import build_glob_alternation
-
         usual = self.compute_dtype if quantised else self.state[target].dtype
-        return next((t for p, t in self.dtype_plan.items() if build_glob_alternation([p])[0].search(target)), usual)
+        return planned_dtype(self.dtype_plan, target) or usual
 
 
 def _once(plans: list[tuple[TensorPlan, str]], tied: dict[str, str]) -> list[tuple[TensorPlan, str]]:

@@ -43,12 +43,12 @@ def joined(tensors: dict[str, SourceTensor]) -> tuple[dict[str, SourceTensor], H
     if not halves:
         return tensors, halves
     parts = {half.name for pair in halves.values() for half in pair}
-    made = {name: tensor for name, tensor in tensors.items() if name not in parts}
+    joint = {name: tensor for name, tensor in tensors.items() if name not in parts}
     for name, (blocks, scales) in halves.items():
         count, rows, per_row, _ = blocks.shape
         shape = (count, per_row * BLOCK, rows)
-        made[name] = replace(blocks, name=name, dtype=DTYPE, shape=shape, nbytes=blocks.nbytes + scales.nbytes)
-    return made, halves
+        joint[name] = replace(blocks, name=name, dtype=DTYPE, shape=shape, nbytes=blocks.nbytes + scales.nbytes)
+    return joint, halves
 
 
 def decoded(blocks: np.ndarray, scales: np.ndarray, dtype: torch.dtype) -> torch.Tensor:

@@ -149,12 +149,17 @@ class PickledSource(Source):
                     self.tensors[name] = SourceTensor(name, names[value.dtype], shape, nbytes, file, value.data_ptr())
 
     def read(self, tensor: SourceTensor, offset: int, into: memoryview) -> None:
-        import torch
+        read_tensor(self._values[tensor.name], offset, into)
 
-        flat = self._values[tensor.name].reshape(-1)
-        size = flat.element_size()
-        part = flat[offset // size : (offset + len(into)) // size].contiguous()
-        into[:] = memoryview(part.view(torch.uint8).numpy())
+
+def read_tensor(value: torch.Tensor, offset: int, into: memoryview) -> None:
+    """Fill `into` with bytes of a tensor, on any device, from `offset` on."""
+    import torch
+
+    flat = value.detach().reshape(-1)
+    size = flat.element_size()
+    part = flat[offset // size : (offset + len(into)) // size].cpu().contiguous()
+    into[:] = memoryview(part.view(torch.uint8).numpy())
 
 
 def unsafe_pickle(checkpoint: Checkpoint, error: UnpicklingError) -> BaseModelError:

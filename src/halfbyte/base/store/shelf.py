@@ -36,7 +36,11 @@ from halfbyte.types import Config, Document, Model
 if TYPE_CHECKING:
     import torch
 
-PARTIAL, BROKEN, LOCKS, USED = ".partial", ".broken", ".locks", "last-used"
+PARTIAL, BROKEN = ".partial", ".broken"
+LOCKS, USED = ".locks", "last-used"
+FOLDERS, FETCHING = ("gguf", "packaged", "tokens"), "fetch-"
+# What has been written to so lately may be under way, where no lock tells.
+UNDER_WAY_S = 3600.0
 _KEY = re.compile(r"[\w.-]+-[0-9a-f]{16}")
 # Shared locks of the stores that this process has opened.
 _in_use: dict[str, IO[str]] = {}
@@ -95,7 +99,7 @@ class Shelved:
     in_use: bool
 
     def to_json(self) -> Document:
-        made = self.manifest
+        store = self.manifest
         return {
             "key": self.key,
             "path": str(self.path),
@@ -103,9 +107,9 @@ class Shelved:
             "bytes": self.nbytes,
             "last_used": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.last_used)),
             "in_use": self.in_use,
-            "source": made.source if made else None,
-            "quant": made.quant if made else None,
-            "content_sha256": made.content_sha256 if made else None,
+            "source": store.source if store else None,
+            "quant": store.quant if store else None,
+            "content_sha256": store.content_sha256 if store else None,
         }
 
 
@@ -115,7 +119,7 @@ def folder() -> Path:
 
 def settings(quant: Quant, dtype: str) -> Document:
     """What decides the bytes of a store besides its source. Weights are cast to the compute dtype, then quantised."""
-    own = number_formats.FORMATS[quant.type].reads.difference(number_formats.BLOCK_FIELDS)
+    extra = number_formats.FORMATS[quant.type].reads.difference(number_formats.BLOCK_FIELDS)
     return {
         "type": quant.type,
         "double_quant": quant.double_quant,
@@ -123,7 +127,7 @@ def settings(quant: Quant, dtype: str) -> Document:
         "compute_dtype": dtype,
         "skip_modules": sorted(quant.skip_modules),
         "fp32_modules": sorted(quant.fp32_modules),
-        **{name: getattr(quant, name) for name in sorted(own)},
+        **{name: getattr(quant, name) for name in sorted(extra)},
     }
 
 
@@ -283,8 +287,8 @@ def collect(
     because a process uses them)."""
     oldest = 0.0 if unused_days is None else time.time() - unused_days * 86400
     chosen = [e for e in listing() if not e.in_use and (everything or e.state != "whole" or e.last_used < oldest)]
-    kept = [] if dry_run else [entry for entry in chosen if not remove(entry)]
-    return [entry for entry in chosen if entry not in kept], kept
+    used = [] if dry_run else [entry for entry in chosen if not remove(entry)]
+    return [entry for entry in chosen if entry not in used], used
 
 
 def remove(entry: Shelved) -> bool:
@@ -306,15 +310,15 @@ def remove(entry: Shelved) -> bool:
 def _shelved(path: Path) -> Shelved:
     key = _KEY.match(path.name)
     name = key[0] if key is not None else path.name
-    made, state = None, "building" if path.name == name + PARTIAL else "broken"
+    store, state = None, "building" if path.name == name + PARTIAL else "broken"
     if path.name == name:
         try:
-            made = manifest.read(path)
-            state = "broken" if manifest.problems(path, made) else "whole"
+            store = manifest.read(path)
+            state = "broken" if manifest.problems(path, store) else "whole"
         except StoreError as error:
             state = "old format" if "of format" in error.message else "broken"
     nbytes, touched = size_and_age(path)
-    return Shelved(name, path, state, nbytes, touched, made, _busy(name))
+    return Shelved(name, path, state, nbytes, touched, store, _busy(name))
 
 
 def size_and_age(path: Path) -> tuple[int, float]:
@@ -353,3 +357,46 @@ def _lock(file: IO[str], *, shared: bool = False, wait: bool = False) -> bool:
         return files.lock(file, shared=shared, wait=wait)
     except OSError as error:
         raise StoreError(f"{file.name} cannot be locked: {error.strerror or error}.") from error
+
+
+def listing_beside() -> list[Shelved]:
+    """What lies in the cache beside the stores, the last used first: converted GGUF files, packaged models, rows as
+    tokens. All of it can be made or fetched again. A folder that is a link is somebody else's, and is left out."""
+    folders = [cache_dir() / name for name in FOLDERS]
+    entries = [_beside(path) for folder in folders if not folder.is_symlink() for path in _inside(folder)]
+    return sorted(entries, key=lambda entry: -entry.last_used)
+
+
+def collect_beside(*, unused_days: float | None, everything: bool, dry_run: bool) -> list[Shelved]:
+    """Remove of that what was interrupted; tokens unused for so long; with `everything`, all that is not under way. Of
+    conversions and packaged models it is not known when they were last used."""
+    oldest = 0.0 if unused_days is None else time.time() - unused_days * 86400
+    chosen = [
+        entry
+        for entry in listing_beside()
+        if not entry.in_use
+        and (everything or entry.state != "whole" or (entry.path.suffix == ".arrow" and entry.last_used < oldest))
+    ]
+    for entry in () if dry_run else chosen:
+        try:
+            shutil.rmtree(entry.path) if entry.path.is_dir() else entry.path.unlink()
+        except OSError as error:
+            raise StoreError(f"{entry.path} cannot be removed: {error.strerror or error}.") from error
+    return chosen
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    with suppress(OSError):
+        yield from (path for path in folder.iterdir() if path.suffix not in (".lock", ".json"))
+
+
+def _beside(path: Path) -> Shelved:
+    half = path.name.endswith(PARTIAL) or path.name.startswith(FETCHING)
+    nbytes, touched = size_and_age(path)
+    busy = half and time.time() - touched < UNDER_WAY_S
+    lock = path.with_name(path.name.removesuffix(PARTIAL) + ".lock")
+    if half and lock.is_file():
+        with lock.open("a") as file:
+            busy = not files.lock(file, wait=False)
+    state = "interrupted" if half else "whole"
+    return Shelved(f"{path.parent.name}/{path.name}", path, state, nbytes, touched, None, busy)

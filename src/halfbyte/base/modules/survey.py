@@ -1,7 +1,7 @@
 """The tensors of any module, each with how it is to be held: quantised, in the rest's dtype, or in fp32.
 
-What is quantised: `nn.Linear` itself, GPT-2's Conv1D, the plain subclasses of `quant/loader.py`, and stacks of
-experts that run through transformers' experts interface. A subclass of nn.Linear may be used in another way:
+What is quantised: `nn.Linear` itself, GPT-2's Conv1D, the plain subclasses of `quant/loader.py`, and stacks of experts
+that run through transformers' experts interface. A subclass of nn.Linear may be used in another way:
 `nn.MultiheadAttention` never calls its `out_proj`, it takes its weight.
 What stays: routers of experts; tied parameters, since the embedding that shares them needs numbers; output layers,
 found by what they are (`get_output_embeddings`, or outside of a transformers model's body); what transformers itself
@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from halfbyte.base.modules.settings import Settings
+from halfbyte.base.modules.settings import ModuleSettings
+from halfbyte.base.store.conversion import planned_dtype
 from halfbyte.errors import BaseModelError
 from halfbyte.quant import bnb, experts, formats
 from halfbyte.quant.loader import PLAIN_LINEARS
@@ -33,9 +34,15 @@ _UNSAID_SHARE = 0.02
 
 
 @dataclass(frozen=True)
-class Site:
-    """One tensor of a module's state dict. `names`: every place that shares it; `dtype`: what its numbers are cast to,
-    before they are quantised too; `transposed`: held (in, out); `stack`: experts of one layer, (experts, out, in)."""
+class ModuleTensor:
+    """One tensor of a module's state dict.
+
+    Args:
+        names: every place that shares it. shape: as the module has it. dtype: what its numbers are cast to, before they
+            are quantised too.
+        transposed: it is quantised, and the module has it (in, out).
+        stack: it is quantised, and is the experts of a layer, (experts, out, in).
+    """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
@@ -49,33 +56,26 @@ class Site:
         return self.names[0]
 
     @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
     def held_shape(self) -> tuple[int, ...]:
-        """(out, in), or (experts, out, in)."""
+        """(out, in), or (experts, out, in), of what is quantised."""
         return self.shape[::-1] if self.transposed else self.shape
 
-    def nbytes(self, settings: Settings) -> int:
+    def nbytes(self, settings: ModuleSettings) -> int:
         """Bytes in memory, or on disk but for headers."""
         if self.quantised:
             return formats.of(settings.quant).nbytes(self.held_shape, settings.quant)
-        return self.numel * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Survey:
     """`fp32`: the modules whose own tensors are fp32, with whether their output stays so (output layers)."""
 
-    sites: tuple[Site, ...]
+    tensors: tuple[ModuleTensor, ...]
     fp32: tuple[tuple[str, bool], ...]
 
-    def bytes(self, settings: Settings) -> int:
-        return sum(site.nbytes(settings) for site in self.sites)
 
-
-def survey(root: nn.Module, settings: Settings) -> Survey:
+def survey(root: nn.Module, settings: ModuleSettings) -> Survey:
     """Decide about every tensor.
 
     Raises:
@@ -89,53 +89,50 @@ def survey(root: nn.Module, settings: Settings) -> Survey:
     shared: dict[int, list[str]] = {}
     for name, tensor in state.items():
         shared.setdefault(id(tensor), []).append(name)
-    fp32 = _fp32(modules, state, shared, settings)
-    heads = _heads(root, modules)
-    kept_by_class = (*(getattr(root, "_keep_in_fp32_modules", None) or ()),
-                     *(getattr(root, "_keep_in_fp32_modules_strict", None) or ()))  # fmt: skip
-    plan = _dtype_plan(root, settings.rest)
-    named = (*(settings.skip or ()), *settings.fp32)
-    stacks, routers = _stacks(root, state, settings), set(experts.routers(root))
-    sites, unasked = [], []
+    fp32, heads = _fp32(modules, state, shared, settings), _heads(root, modules)
+    plan = root._get_dtype_plan(settings.rest) if callable(getattr(root, "_get_dtype_plan", None)) else {}
+    stay = _names_that_stay(root, settings)
+    stacks, routers = _stacks(root, settings), set(experts.routers(root))
+    tensors, unasked = [], []
     for names in shared.values():
-        tensor = state[names[0]]
-        owners = {id(modules[_owner(name)]): modules[_owner(name)] for name in names}
+        name, tensor = names[0], state[names[0]]
+        owners = {id(modules[owner_of(n)]): modules[owner_of(n)] for n in names}
         module = next(iter(owners.values()))
-        kind = _linear_kind(root, module) if names[0].endswith("weight") and tensor.is_floating_point() else ""
-        head = any(id(m) in heads for m in owners.values()) and settings.skip != ()
-        asked = any(matches(name, named) for name in names)
-        stack = names[0] in stacks
-        kept = head or asked or len(owners) > 1 or matches(names[0], kept_by_class) or _owner(names[0]) in routers
-        quantised = (bool(kind) or stack) and not kept and settings.quant.quantises
-        if (
-            tensor.is_floating_point()
-            and tensor.ndim > 1
-            and not (quantised or kept or isinstance(module, nn.Embedding))
-        ):
-            unasked.append((names[0], tensor))
-        dtype = settings.compute if quantised else _dtype(names, tensor, fp32, plan, settings.rest)
-        turned = kind == "Conv1D"
-        sites.append(Site(tuple(names), tuple(tensor.shape), dtype, quantised, turned, quantised and stack))
+        stays = len(owners) > 1 or owner_of(name) in routers or any(matches(n, stay) for n in names)
+        stays = stays or (settings.skip != () and any(id(owner) in heads for owner in owners.values()))
+        floats = tensor.is_floating_point()
+        kind = _linear_kind(root, module) if name.endswith("weight") and floats else ""
+        quantised = (bool(kind) or name in stacks) and not stays and settings.quant.quantises
+        if floats and tensor.ndim > 1 and not (quantised or stays or isinstance(module, nn.Embedding)):
+            unasked.append((name, tensor))
+        dtype = settings.compute if quantised else tensor.dtype
+        if floats and not quantised:
+            dtype = torch.float32 if fp32.intersection(names) else planned_dtype(plan, name) or settings.rest
+        turned, stack = quantised and kind == "Conv1D", quantised and name in stacks
+        tensors.append(ModuleTensor(tuple(names), tuple(tensor.shape), dtype, quantised, turned, stack))
     if settings.quant.quantises:
-        _check_any(root, sites, unasked)
-    out = tuple((name, id(modules[name]) in heads) for name in dict.fromkeys(_owner(n) for n in fp32))
-    return Survey(tuple(sites), out)
+        _check_any(root, tensors, unasked)
+    owners_in_fp32 = dict.fromkeys(owner_of(name) for name in fp32)
+    return Survey(tuple(tensors), tuple((name, id(modules[name]) in heads) for name in owners_in_fp32))
 
 
-def _stacks(root: nn.Module, state: dict[str, Tensor], settings: Settings) -> set[str]:
+def _names_that_stay(root: nn.Module, settings: ModuleSettings) -> tuple[str, ...]:
+    """Names that are not quantised: those that are asked for, and those that the class keeps in fp32."""
+    kept_by_class = [getattr(root, f"_keep_in_fp32_modules{strict}", None) or () for strict in ("", "_strict")]
+    return (*(settings.skip or ()), *settings.fp32, *kept_by_class[0], *kept_by_class[1])
+
+
+def _stacks(root: nn.Module, settings: ModuleSettings) -> set[str]:
     """Parameters of experts that can be held in few bits: each expert is whole blocks, its input is not rounded."""
-    quant, found = settings.quant, set()
-    for place in experts.expert_parameters(root):
-        shape = tuple(state[place.path].shape)
-        if not formats.of(quant).rounds_inputs(quant) and not math.prod(shape[1:]) % formats.of(quant).unit(
-            shape, quant
-        ):
-            found.add(place.path)
-    return found
+    number_format, quant = formats.of(settings.quant), settings.quant
+    if not quant.quantises or number_format.rounds_inputs(quant):
+        return set()
+    every = [(each.path, tuple(each.parameter.shape)) for each in experts.expert_parameters(root)]
+    return {path for path, shape in every if not math.prod(shape[1:]) % number_format.unit(shape, quant)}
 
 
-def nearest(name: str, known: Iterable[str], *, whole: bool = False) -> str:
-    """The known name, or (unless `whole`) run of its dotted parts, that is most like `name`; empty if none is.
+def nearest(name: str, known: Iterable[str], *, whole_names: bool = False) -> str:
+    """The known name, or (unless `whole_names`) run of its dotted parts, that is most like `name`; empty if none is.
 
     Of names that differ in their numbers alone one is looked at: that with the numbers of `name`, or the first.
     """
@@ -146,30 +143,28 @@ def nearest(name: str, known: Iterable[str], *, whole: bool = False) -> str:
         if pattern not in once or re.findall(r"\d+", each) == numbers:
             once[pattern] = each
     parts = [each.split(".") for each in once.values()]
-    runs = {".".join(p[-n:]): None for p in parts for n in ({len(p)} if whole else {1, 2, 3, len(p)}) if n <= len(p)}
+    ends = [(p, {len(p)} if whole_names else {1, 2, 3, len(p)}) for p in parts]
+    runs = {".".join(p[-n:]): None for p, lengths in ends for n in lengths if n <= len(p)}
     return next(iter(difflib.get_close_matches(name, [r for r in runs if not r.isdigit()], 1, cutoff=0.5)), "")
 
 
-def _owner(name: str) -> str:
+def owner_of(name: str) -> str:
+    """The module of a tensor."""
     return name.rpartition(".")[0]
 
 
-def _check_names(settings: Settings, modules: dict[str, nn.Module], state: dict[str, Tensor]) -> None:
-    every = (
-        (settings.skip or (), [*modules, *state], "skip_modules"),
-        (settings.fp32, modules, "keep_in_fp32_modules"),
-    )
-    problems = []
-    for patterns, known, argument in every:
-        for pattern in patterns:
-            if not any(matches(name, (pattern,)) for name in known):
-                near = nearest(pattern, known)
-                problems.append(
-                    f"{argument} {pattern!r} names no module" + (f"; did you mean {near!r}?" if near else "")
-                )
-    if problems:
+def _check_names(settings: ModuleSettings, modules: dict[str, nn.Module], state: dict[str, Tensor]) -> None:
+    every = ("skip_modules", settings.skip or (), [*modules, *state]), ("keep_in_fp32_modules", settings.fp32, modules)
+    unknown = [
+        (argument, pattern, nearest(pattern, known))
+        for argument, patterns, known in every
+        for pattern in patterns
+        if not any(matches(name, (pattern,)) for name in known)
+    ]
+    if unknown:
+        hints = [(f"{argument} {name!r} names no module", near) for argument, name, near in unknown]
         raise BaseModelError(
-            "; ".join(problems) + ".",
+            "; ".join(text + (f"; did you mean {near!r}?" if near else "") for text, near in hints) + ".",
             fix="a name is one or several whole parts of a name in `module.named_modules()`, such as `mlp.down_proj`",
         )
 
@@ -191,65 +186,42 @@ def _linear_kind(root: nn.Module, module: nn.Module) -> str:
     """Linear, Conv1D, or the name of a subclass whose forward is the plain product; empty for anything else."""
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     plain = PLAIN_LINEARS.get(getattr(getattr(root, "config", None), "model_type", ""))
-    kinds = ((nn.Linear, "Linear"), (conv1d, "Conv1D"))
     if "weight" not in dict(module.named_parameters(recurse=False)):  # made in a hook, as by `nn.utils.weight_norm`
         return ""
-    return next((name for kind, name in kinds if type(module) is kind), plain if type(module).__name__ == plain else "")
+    name = type(module).__name__
+    return name if type(module) in (nn.Linear, conv1d) or name == plain else ""
 
 
 def _fp32(
-    modules: dict[str, nn.Module], state: dict[str, Tensor], shared: dict[int, list[str]], settings: Settings
+    modules: dict[str, nn.Module], state: dict[str, Tensor], shared: dict[int, list[str]], settings: ModuleSettings
 ) -> set[str]:
     """Names of tensors in fp32: what is asked for, what is tied to it, and all that its modules hold themselves."""
-    chosen = {name for name in state if matches(_owner(name), settings.fp32)} if settings.fp32 else set()
+    chosen = {name for name in state if matches(owner_of(name), settings.fp32)} if settings.fp32 else set()
     size = -1
     while size != len(chosen):
         size = len(chosen)
         chosen |= {tied for name in chosen for tied in shared[id(state[name])]}
-        owners = {id(modules[_owner(name)]) for name in chosen}
-        chosen |= {name for name in state if id(modules[_owner(name)]) in owners}
+        owners = {id(modules[owner_of(name)]) for name in chosen}
+        chosen |= {name for name in state if id(modules[owner_of(name)]) in owners}
     return {name for name in chosen if state[name].is_floating_point()}
 
 
-def _dtype(
-    names: Iterable[str], tensor: Tensor, fp32: set[str], plan: dict[str, torch.dtype], rest: torch.dtype
-) -> torch.dtype:
-    if not tensor.is_floating_point():
-        return tensor.dtype
-    if fp32.intersection(names):
-        return torch.float32
-    return _planned(next(iter(names)), plan) or rest
-
-
-def _dtype_plan(root: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """transformers' own exceptions from a dtype, by pattern."""
-    own = getattr(root, "_get_dtype_plan", None)
-    return dict(own(dtype)) if callable(own) else {}
-
-
-def _planned(name: str, plan: dict[str, torch.dtype]) -> torch.dtype | None:
-    if not plan:
-        return None
-    from transformers.core_model_loading import build_glob_alternation
-
-    return next((t for p, t in plan.items() if build_glob_alternation([p])[0].search(name)), None)
-
-
-def _check_any(root: nn.Module, sites: list[Site], unasked: list[tuple[str, Tensor]]) -> None:
+def _check_any(root: nn.Module, tensors: list[ModuleTensor], unasked: list[tuple[str, Tensor]]) -> None:
     name, left = type(root).__name__, sorted(unasked, key=lambda item: -item[1].numel())
     listed = ", ".join(f"{n} {tuple(t.shape)}" for n, t in left[:3])
-    if not any(site.quantised for site in sites):
+    quantised = [tensor.name for tensor in tensors if tensor.quantised]
+    if not quantised:
         raise BaseModelError(
             f"{name} has no linear layer that could be quantised"
             + (f"; its largest matrices are {listed}." if left else "."),
             fix="skip fewer modules; what is quantised is nn.Linear and transformers' Conv1D, not subclasses of them",
         )
-    if [site for site in sites if site.quantised and site.name == "weight"]:
+    if "weight" in quantised:
         raise BaseModelError(
             f"{name} is a layer itself and cannot be replaced in place.", fix="wrap it: nn.Sequential(layer)"
         )
     numbers = sum(t.numel() for _, t in left)
-    if numbers > _UNSAID_SHARE * sum(site.numel for site in sites):
+    if numbers > _UNSAID_SHARE * sum(math.prod(tensor.shape) for tensor in tensors):
         warnings.warn(
             f"{len(left)} matrices with {numbers / 1e6:.1f} M numbers stay as they are, being no plain linear "
             f"layers; the largest: {listed}.",
