@@ -84,28 +84,28 @@ def _with_model(seen: Diagnosis, recipe: Recipe, tell: Callable[[str], None]) ->
         with_tokenizer=False,
         tell=supply.Tell(note=lambda _, text: tell(text)),
     )
-    held = f"{base.resident_bytes:,} bytes, {base.expected_bytes:,} by its list of tensors"
+    sizes = f"{base.resident_bytes:,} bytes, {base.expected_bytes:,} by its list of tensors"
     tell("proving on its first layers")
-    made = assembled(base, recipe)
-    with structure.shallow(made.model):
-        wherever = _wherever(made.model, packed=made.packed.ok)
+    assembly = assembled(base, recipe)
+    with structure.shallow(assembly.model):
+        wherever = _same_wherever(assembly.model, packed=assembly.packed.ok)
     learns = "the engine learns what PEFT's own forward learns, also after an evaluation"
     checks = (
-        Check("resident as the policy says", base.resident_bytes == base.expected_bytes, held),
-        Check("weights are dequantised as their format defines", made.dequantised.ok, made.dequantised.reason),
-        Check("packed examples do not see each other", made.packed.ok, made.packed.reason),
-        Check(learns, made.fused.ok, made.fused.reason),
+        Check("resident as the policy says", base.resident_bytes == base.expected_bytes, sizes),
+        Check("weights are dequantised as their format defines", assembly.dequantised.ok, assembly.dequantised.reason),
+        Check("packed examples do not see each other", assembly.packed.ok, assembly.packed.reason),
+        Check(learns, assembly.fused.ok, assembly.fused.reason),
         wherever,
     )
-    return replace(seen, model=checkpoint.id, layers=made.layers, checks=checks)
+    return replace(seen, model=checkpoint.id, layers=assembly.layers, checks=checks)
 
 
-def _wherever(model: Model, *, packed: bool) -> Check:
+def _same_wherever(model: Model, *, packed: bool) -> Check:
     """The same gradients to the bit from a base that is mapped, streamed, and in private memory."""
     claim = "the same gradients wherever the base lies"
     if not stream.is_mapped(model):
         return Check(claim, True, "not applicable: the base was quantised while loading, so it can only be resident")
-    wanted = sample_gradients(model, packed=packed)
+    expected = sample_gradients(model, packed=packed)
     differing = []
     for placement in ("streamed", "resident"):
         try:
@@ -116,6 +116,6 @@ def _wherever(model: Model, *, packed: bool) -> Check:
             got = sample_gradients(model, packed=packed)
         finally:
             placed.remove()
-        if got.keys() != wanted.keys() or any(not torch.equal(got[name], wanted[name]) for name in wanted):
+        if got.keys() != expected.keys() or any(not torch.equal(got[name], expected[name]) for name in expected):
             differing.append(f"{placement} differs from mapped")
     return Check(claim, not differing, "; ".join(differing) or "mapped, streamed and resident are equal to the bit")

@@ -14,7 +14,7 @@ from halfbyte import finetune
 from halfbyte.data import gates
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.gates import Finding
-from halfbyte.data.reading.formats import Message, Row
+from halfbyte.data.reading.formats import ChatMessage, Row
 from halfbyte.errors import DataError
 from halfbyte.models.context import Context
 from halfbyte.training.events import Listener
@@ -87,7 +87,7 @@ def test_almost_nothing_is_labelled(tokenizer: Any, make_data: Any) -> None:
 
 
 def test_nothing_is_labelled(tokenizer: Any, make_data: Any) -> None:
-    talk = (Message("user", "a"), Message("assistant", "b", train=False))
+    talk = (ChatMessage("user", "a"), ChatMessage("assistant", "b", train=False))
     with pytest.raises(DataError) as error:
         encode([Row("t.jsonl:1", talk)], tokenizer, make_data())
     assert str(error.value) == (

@@ -130,7 +130,7 @@ def test_the_run_keeps_them_scores_them_and_resumes_with_them(tmp_path: Path) ->
     rows = (tmp_path / "train.jsonl").read_text()
     (tmp_path / "train.jsonl").write_text("gone")
     made = scored(open_run(run.path))
-    assert [asked.where for asked in made.asked] == kept
+    assert [question.where for question in made.questions] == kept
     assert loss(made) == pytest.approx(report["eval_loss"], rel=1e-3)
 
     (tmp_path / "train.jsonl").write_text(rows)

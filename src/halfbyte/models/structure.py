@@ -82,19 +82,19 @@ def split_map(lm: Model, devices: Sequence[str]) -> dict[str, str]:
     embedding.
     """
     holder, name = layer_list(lm)
-    layers, first, last = getattr(holder, name), devices[0], devices[-1]
-    place = {id(layer): devices[n * len(devices) // len(layers)] for n, layer in enumerate(layers)}
+    layers = getattr(holder, name)
+    device_of = {id(layer): devices[n * len(devices) // len(layers)] for n, layer in enumerate(layers)}
     head = lm.get_output_embeddings()
     inside = {id(m) for m in layers.modules()}
-    passed, of = False, dict[str, str]()
+    after_layers, device_map = False, dict[str, str]()
     for path, module in lm.named_modules():
-        if id(module) in place:
-            of[path], passed = place[id(module)], True
+        if id(module) in device_of:
+            device_map[path], after_layers = device_of[id(module)], True
         elif id(module) not in inside and not list(module.children()):
-            own = list(module.parameters(recurse=False))
+            has_parameters = any(True for _ in module.parameters(recurse=False))
             tied = module is head and getattr(lm.config.get_text_config(), "tie_word_embeddings", False)
-            of[path] = last if passed and own and not tied else first
-    return of
+            device_map[path] = devices[-1] if after_layers and has_parameters and not tied else devices[0]
+    return device_map
 
 
 @contextmanager
@@ -111,21 +111,21 @@ def shallow(model: Model) -> Iterator[int]:
         yield 0
         return
     holder, name = layer_list(model)
-    whole = list(getattr(holder, name))
-    kinds = getattr(causal_lm(model).config.get_text_config(), "layer_types", None) or [""] * len(whole)
+    layers = list(getattr(holder, name))
+    kinds = getattr(causal_lm(model).config.get_text_config(), "layer_types", None) or [""] * len(layers)
     enough = max(kinds.index(kind) for kind in set(kinds)) + 1
-    trained = [i for i, layer in enumerate(whole) if any(p.requires_grad for p in layer.parameters())]
-    count = min(len(whole), max(2, enough, *[i + 1 for i in trained[:1]]))
-    with replaced(holder, name, nn.ModuleList(whole[:count])):
+    trained = [i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())]
+    count = min(len(layers), max(2, enough, *[i + 1 for i in trained[:1]]))
+    with replaced(holder, name, nn.ModuleList(layers[:count])):
         yield count
 
 
 @contextmanager
 def replaced(holder: nn.Module, name: str, child: nn.Module) -> Iterator[None]:
     """Another module in the place of `holder.name`, which is back afterwards."""
-    own = getattr(holder, name)
+    original = getattr(holder, name)
     setattr(holder, name, child)
     try:
         yield
     finally:
-        setattr(holder, name, own)
+        setattr(holder, name, original)

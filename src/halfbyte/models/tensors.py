@@ -135,7 +135,7 @@ def _stacked(specs: list[TensorSpec]) -> list[TensorSpec]:
         if (match := _ONE_EXPERT.match(spec.name)) is not None and len(spec.shape) == 2:
             part = _PART_OF_EXPERT[match[2]]
             groups.setdefault(match[1], {}).setdefault(part, []).append(spec)
-    made: dict[str, TensorSpec] = {}
+    stacks: dict[str, TensorSpec] = {}
     for home, parts in groups.items():
         gates, ups = parts.get("gate", []), parts.get("up", [])
         for name, members in (("gate_up_proj" if gates else "up_proj", gates + ups), ("down_proj", parts.get("down"))):
@@ -144,16 +144,16 @@ def _stacked(specs: list[TensorSpec]) -> list[TensorSpec]:
             both, (rows, width) = 1 + (members[-1] in ups and bool(gates)), members[0].shape
             shape = (len(members) // both, both * rows, width)
             stack = replace(members[0], name=f"{home}.{name}", shape=shape, role="expert")
-            made |= {members[0].name: stack} | {m.name: stack for m in members[1:]}
+            stacks |= {members[0].name: stack} | {m.name: stack for m in members[1:]}
     for spec in specs:
         if spec.name.endswith("_blocks") and spec.dtype == "U8" and len(spec.shape) == 4:
             count, rows, blocks, nbytes = spec.shape
             shape = (count, 2 * nbytes * blocks, rows)
-            made[spec.name] = replace(
-                spec, name=spec.name.removesuffix("_blocks"), shape=shape, dtype="F4", role="expert"
-            )
-            made[spec.name.removesuffix("_blocks") + "_scales"] = made[spec.name]
-    return list({made.get(spec.name, spec).name: made.get(spec.name, spec) for spec in specs}.values())
+            name = spec.name.removesuffix("_blocks")
+            stacks[spec.name] = replace(spec, name=name, shape=shape, dtype="F4", role="expert")
+            stacks[f"{name}_scales"] = stacks[spec.name]
+    stacked = [stacks.get(spec.name, spec) for spec in specs]
+    return list({spec.name: spec for spec in stacked}.values())
 
 
 def is_quantised(config: ConfigFile) -> bool:
@@ -196,12 +196,13 @@ def facts_of(config: ConfigFile, specs: Iterable[TensorSpec]) -> Facts:
     hidden = _first(config, "hidden_size", "n_embd", "d_model", "model_dim", "dim") or embedding[-1]
     deepest = max((s.layer for s in specs if s.layer is not None), default=-1) + 1
     layers = _first(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or deepest
-    own = ["moe_intermediate_size"] if _experts(config) else []  # of one expert, where others are wider
+    of_expert = ["moe_intermediate_size"] if _experts(config) else []  # of one expert, where others are wider
     shared = _first(config, "n_shared_experts") * _first(config, "moe_intermediate_size")
     return Facts(
         model_type=kind,
         hidden=hidden,
-        intermediate=_first(config, *own, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * hidden,
+        intermediate=_first(config, *of_expert, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+        or 4 * hidden,
         layers=layers,
         vocab=_first(config, "vocab_size") or embedding[0],
         experts=_experts(config),

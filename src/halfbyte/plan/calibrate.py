@@ -74,9 +74,8 @@ def threads(device: Device) -> int:
 
 def ensure(device: Device, dtype: str, *, say: Callable[[str], None] = lambda text: None, anew: bool = False) -> Rates:
     """The kept rates, or new ones (always with `anew`), kept unless the machine was busy."""
-    kept = None if anew else cached(device, dtype)
-    if kept is not None:
-        return kept
+    if not anew and (rates := cached(device, dtype)) is not None:
+        return rates
     say("calibrating this machine (a few seconds)")
     rates = measure(device, dtype)
     if rates.busy:
@@ -97,15 +96,17 @@ def correct(device: Device, dtype: str, time_planned: Time, step_s: float, waite
         The new rates; None where the run tells nothing: another load beside it, a plan from other rates, or a base that
         is read from disk.
     """
-    kept = cached(device, dtype)
-    if kept is None or kept.source != time_planned.source or time_planned.reading_s:
+    before = cached(device, dtype)
+    if before is None or before.source != time_planned.source or time_planned.reading_s:
         return None
     if waited_share is None or waited_share > BUSY_SHARE or not min(step_s, time_planned.step_s) > 0:
         return None
     ratio = min(max(step_s / time_planned.step_s, 1 / CORRECTED_AT_MOST), CORRECTED_AT_MOST)
-    correction = min(max(kept.correction * ratio**0.5, 1 / CORRECTION_LIMIT), CORRECTION_LIMIT)
-    source = f"{kept.source.partition('; corrected')[0]}; corrected {_today()} by finished runs: times {correction:.2f}"
-    rates = replace(kept, correction=correction, source=source)
+    correction = min(max(before.correction * ratio**0.5, 1 / CORRECTION_LIMIT), CORRECTION_LIMIT)
+    source = (
+        f"{before.source.partition('; corrected')[0]}; corrected {_today()} by finished runs: times {correction:.2f}"
+    )
+    rates = replace(before, correction=correction, source=source)
     _keep(device, dtype, rates)
     return rates
 

@@ -160,11 +160,11 @@ class Plan:
 
 def library_lines(private_bytes: int, names: str) -> tuple[Line, ...]:
     """RAM of the libraries: `private_bytes` with a build of torch for CPUs, more with one for cards; and their code."""
-    private, file, words = private_bytes, LIBRARIES_FILE_BYTES, names
+    file_bytes = LIBRARIES_FILE_BYTES
     if torch_build() in ("cuda", "rocm"):
-        private, file = private + CARD_BUILD_PRIVATE_BYTES, file + CARD_BUILD_FILE_BYTES
-        words = f"{names}; torch is a build for cards"
+        private_bytes, file_bytes = private_bytes + CARD_BUILD_PRIVATE_BYTES, file_bytes + CARD_BUILD_FILE_BYTES
+        names = f"{names}; torch is a build for cards"
     return (
-        Line("libraries", private, words, "measured on a tiny run"),
-        Line("libraries, mapped", file, "their code", "measured on a tiny run", "file"),
+        Line("libraries", private_bytes, names, "measured on a tiny run"),
+        Line("libraries, mapped", file_bytes, "their code", "measured on a tiny run", "file"),
     )

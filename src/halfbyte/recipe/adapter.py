@@ -92,18 +92,18 @@ def is_explosive(pattern: str) -> bool:
         return False  # whoever compiles it says what is wrong
     if parsed is None:
         return True
-    found = [*_repeats(parsed, 0)]
-    return len(found) > MOST_REPEATS or max(found, default=0) > 1
+    depths = [*_repeats(parsed, 0)]
+    return len(depths) > MOST_REPEATS or max(depths, default=0) > 1
 
 
 def _repeats(node: object, depth: int) -> Iterator[int]:
     """Of each repeat that can be long, how many such it is inside of, itself among them."""
     if isinstance(node, tuple) and len(node) == 2 and str(node[0]).endswith("REPEAT"):
-        _, most, inner = node[1]
-        own = depth + (int(most) > 10)
-        if own > depth:
-            yield own
-        yield from _repeats(inner, own)
+        _, max_times, repeated = node[1]
+        inner = depth + (int(max_times) > 10)
+        if inner > depth:
+            yield inner
+        yield from _repeats(repeated, inner)
     elif isinstance(node, list | tuple | re_parser.SubPattern):
         for part in node:
             yield from _repeats(part, depth)
@@ -159,8 +159,7 @@ def take(recipe: Recipe, origins: dict[str, Origin]) -> tuple[Recipe, dict[str, 
     name = recipe.lora.adapter
     if name is None or not is_adapter(name):
         return recipe, origins
-    own = settings(folder_of(name))
-    taken = {field: value for field, value in own if field not in CHOSEN}
+    taken = {field: value for field, value in settings(folder_of(name)) if field not in CHOSEN}
     if problems := [*_contradictions(recipe.lora, taken, origins)]:
         raise RecipeError(problems, fix="leave these fields out: lora.adapter decides them")
     why = Origin("auto", f"of the adapter {name}")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, TypeGuard
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -24,9 +24,7 @@ def field(default: Any, what: str, *usual: str, **limits: Any) -> Any:
     return Field(default, description=what, examples=list(usual), **limits)
 
 
-def must(
-    be: str, allowed: Callable[[Any], object], kind: type[Any] = BeforeValidator
-) -> BeforeValidator | AfterValidator:
+def must(be: str, allowed: Callable[[Any], object], kind: type[Any] = BeforeValidator) -> Any:
     """Refuses what is not `allowed`, in words of ours: pydantic's are about each member of a union."""
 
     def check(value: object) -> object:
@@ -34,8 +32,7 @@ def must(
             raise ValueError(f"must be {be}")
         return value
 
-    made: BeforeValidator | AfterValidator = kind(check)
-    return made
+    return kind(check)
 
 
 def is_list_of_names(value: object) -> TypeGuard[Sequence[str]]:
@@ -62,13 +59,13 @@ def _held_out(value: object) -> object:
     text = "none" if value is None else str(value).strip()
     if isinstance(value, bool) or not isinstance(value, str | int | float | None):
         return value
-    found = _SPLIT.fullmatch(text)
-    if found is None:
+    match = _SPLIT.fullmatch(text)
+    if match is None:
         return text if isinstance(value, str | None) else value
-    percent = float(found["percent"] or 100 * float(found["share"] or 0))
-    if found["count"] is None and not 0 < percent < 100:
+    percent = float(match["percent"] or 100 * float(match["share"] or 0))
+    if match["count"] is None and not 0 < percent < 100:
         raise ValueError(f"must be {_LIKE}")
-    return found["count"] or f"{percent:g}%"
+    return match["count"] or f"{percent:g}%"
 
 
 HeldOut = Annotated[str | tuple[str, ...], must(_LIKE, is_name_or_list), BeforeValidator(_held_out)]

@@ -1,7 +1,6 @@
 """The `eval:` section of a recipe: what answers are scored by. No torch; pydantic."""
 
 import re
-from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -24,14 +23,11 @@ LOSSES = ("loss", "perplexity")
 
 def _metrics(value: object) -> object:
     names = (value,) if isinstance(value, str) else value
-    if names is not None and not (is_list_of_names(names) and set(names) <= {*METRICS, *LOSSES}):
+    if names is None:
+        return None
+    if not is_list_of_names(names) or not set(names) <= {*METRICS, *LOSSES}:
         raise ValueError(f"must be a list of {', '.join(METRICS)} (loss and perplexity are always among them)")
-    return names if names is None else tuple(dict.fromkeys(n for n in _names(names) if n not in LOSSES))
-
-
-def _names(names: object) -> Sequence[str]:
-    assert isinstance(names, (list, tuple))
-    return names
+    return tuple(dict.fromkeys(name for name in names if name not in LOSSES))
 
 
 def _pattern(value: str | None) -> str | None:

@@ -148,13 +148,13 @@ def init_template(
     ]
     for section, names in _INIT_SHOWN.items():
         lines.append(f"{section}:    # {about[section]}")
-        own = {name.partition(".")[2]: _scalar(v) for name, v in values.items() if name.startswith(f"{section}.")}
-        for name in dict.fromkeys([*names, *own]):
+        given = {name.partition(".")[2]: _scalar(v) for name, v in values.items() if name.startswith(f"{section}.")}
+        for name in dict.fromkeys([*names, *given]):
             field = SECTIONS[section].model_fields[name]
             value = _scalar(data) if name == "train" else _EXAMPLES.get(name) or shown(field.default)
             usual = f"; usual: {', '.join(field.examples)}" if field.examples else ""
-            off = "# " * (name in _EXAMPLES and name not in own)
-            lines.append(f"  {off}{name}: {own.get(name, value)}    # {field.description}{usual}")
+            off = "# " * (name in _EXAMPLES and name not in given)
+            lines.append(f"  {off}{name}: {given.get(name, value)}    # {field.description}{usual}")
     lines.append(f"output: {_scalar(str(values.get('output', f'runs/{Path(data).stem}')))}    # {about['output']}")
     return "\n".join(lines) + "\n"
 
@@ -320,8 +320,8 @@ def _validate(values: Document) -> tuple[Recipe | None, list[Problem]]:
     except ValidationError as error:
         for item in error.errors(include_url=False):
             if item["type"] == "together":
-                kept = [text for text in item["ctx"]["problems"] if not bad & _with_sections(fields_in(text))]
-                mistakes.append({**item, "ctx": {"problems": kept}})
+                others = [text for text in item["ctx"]["problems"] if not bad & _with_sections(fields_in(text))]
+                mistakes.append({**item, "ctx": {"problems": others}})
     return None, mistakes
 
 

@@ -34,10 +34,10 @@ _MUST_BE = {
 
 def first_of_each(items: Sequence[Problem]) -> list[Problem]:
     """One problem a field: a union of types reports the same value once for each of them."""
-    kept: dict[tuple[str, str], Problem] = {}
+    by_field: dict[tuple[str, str], Problem] = {}
     for item in items:
-        kept.setdefault((field_of(item), "" if item["loc"] else str(item.get("ctx"))), item)
-    return [*kept.values()]
+        by_field.setdefault((field_of(item), "" if item["loc"] else str(item.get("ctx"))), item)
+    return [*by_field.values()]
 
 
 def fields_in(sentence: str) -> list[str]:
@@ -48,11 +48,10 @@ def fields_in(sentence: str) -> list[str]:
 def sentences(item: Problem, lines: Mapping[str, int], given: Mapping[str, Origin]) -> list[str]:
     """Pydantic's problem in our words, with line and field; contradictions are several."""
     if item["type"] == "together":
-        said = []
-        for text in item["ctx"]["problems"]:
-            line = next((f"line {lines[name]}: " for name in fields_in(text) if name in lines), "")
-            said.append(line + text)
-        return said
+        return [
+            next((f"line {lines[name]}: " for name in fields_in(text) if name in lines), "") + text
+            for text in item["ctx"]["problems"]
+        ]
     dotted = field_of(item)
     if item["type"] == "missing":
         outer, _, name = dotted.rpartition(".")
@@ -96,11 +95,11 @@ def _unknown(location: list[str]) -> str:
     *outer, name = location
     section = ".".join(outer)
     known = [*SECTIONS[section].model_fields] if section in SECTIONS else []
-    own = _REFUSED.get(section, {})
+    refused_here = _REFUSED.get(section, {})
     elsewhere = [f"{other}.{name}".lstrip(".") for other, model in SECTIONS.items() if name in model.model_fields]
-    if elsewhere and name not in own:
+    if elsewhere and name not in refused_here:
         return f" is not a field; did you mean {elsewhere[0]}?"
-    for refused in (own, *_REFUSED.values()):
+    for refused in (refused_here, *_REFUSED.values()):
         if name in refused:
             return f" is not supported: {refused[name]}"
     if name in ELSEWHERE:
@@ -114,16 +113,16 @@ def _unknown(location: list[str]) -> str:
 
 def unusual(recipe: Recipe) -> tuple[str, ...]:
     """Values outside the ranges that usually serve, and values that others leave unread. They are allowed."""
-    lora, said = recipe.lora, []
+    lora, warnings = recipe.lora, []
     if not 8 <= lora.r <= 64:
-        said.append(f"lora.r {lora.r} is outside the usual 8 to 64")
+        warnings.append(f"lora.r {lora.r} is outside the usual 8 to 64")
     if lora.lora_alpha != 2 * lora.r and not lora.use_rslora:
-        said.append(f"lora.lora_alpha {lora.lora_alpha:g} is not the usual 2 x r = {2 * lora.r}")
+        warnings.append(f"lora.lora_alpha {lora.lora_alpha:g} is not the usual 2 x r = {2 * lora.r}")
     if not 0.05 <= lora.lora_dropout <= 0.1 and not lora.target_parameters:  # which take none
-        said.append(f"lora.lora_dropout {lora.lora_dropout:g} is outside the usual 0.05 to 0.1")
+        warnings.append(f"lora.lora_dropout {lora.lora_dropout:g} is outside the usual 0.05 to 0.1")
     train = recipe.train
     if "adam" in train.optim and not 1e-5 <= train.learning_rate <= 1e-3:
-        said.append(f"train.learning_rate {train.learning_rate:g} is outside the usual 1e-05 to 0.001")
+        warnings.append(f"train.learning_rate {train.learning_rate:g} is outside the usual 1e-05 to 0.001")
     unread = {
         "num_train_epochs": train.max_steps > 0 and f"max_steps {train.max_steps}",
         "warmup_steps": train.lr_scheduler_type == "constant" and "lr_scheduler_type constant",
@@ -136,4 +135,4 @@ def unusual(recipe: Recipe) -> tuple[str, ...]:
         ),
     }
     changed = [name for name in unread if getattr(train, name) != Train.model_fields[name].default]
-    return (*said, *(f"train.{name} is not read with {unread[name]}" for name in changed if unread[name]))
+    return (*warnings, *(f"train.{name} is not read with {unread[name]}" for name in changed if unread[name]))

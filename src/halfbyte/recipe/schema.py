@@ -341,7 +341,8 @@ def _in_lora(recipe: Recipe) -> Iterator[str]:
 
 
 def _in_train(recipe: Recipe) -> Iterator[str]:
-    train, dtype, strategy = recipe.train, recipe.quant.compute_dtype, recipe.train.eval_strategy
+    train, dtype = recipe.train, recipe.quant.compute_dtype
+    strategy = train.eval_strategy
     if recipe.data.eval == "none":
         asking = {
             f"eval_strategy {strategy}": strategy in ("steps", "epoch"),
@@ -359,8 +360,8 @@ def _in_train(recipe: Recipe) -> Iterator[str]:
         yield f"train.metric_for_best_model {name} is not among eval.metrics, so no evaluation would have it"
     if train.greater_is_better is not None and train.greater_is_better != greatest:
         better = "greater" if greatest else "smaller"
-        said = str(train.greater_is_better).lower()
-        yield f"train.greater_is_better {said}: {name} (train.metric_for_best_model) is better when {better}"
+        as_given = str(train.greater_is_better).lower()
+        yield f"train.greater_is_better {as_given}: {name} (train.metric_for_best_model) is better when {better}"
     if "regex" in (recipe.eval.metrics or ()) and not recipe.eval.pattern:
         yield "eval.metrics has regex, which needs eval.pattern, a regular expression"
     if train.bf16 and train.fp16:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte.data.reading.formats import Message
+from halfbyte.data.reading.formats import ChatMessage
 
 Pieces = list[tuple[str, int | None]]
 """Text, and the message whose words the model must write there; None for what it is given."""
@@ -24,7 +24,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 @dataclass(frozen=True)
 class Family:
     name: str
-    write: Callable[[Sequence[Message], Any], Pieces]
+    write: Callable[[Sequence[ChatMessage], Any], Pieces]
     special: tuple[str, ...]
     """Special tokens, besides <s>, </s> and <pad>."""
     plain: tuple[str, ...] = ()
@@ -40,21 +40,21 @@ class Family:
         return (TEMPLATES / f"{self.name}.jinja").read_text(encoding="utf-8")
 
 
-def arguments(message: Message) -> list[tuple[str, str]]:
+def arguments(message: ChatMessage) -> list[tuple[str, str]]:
     calls = [c["function"] for c in message.more["tool_calls"]]
     return [(c["name"], json.dumps(c["arguments"], ensure_ascii=False)) for c in calls]
 
 
-def thoughts(message: Message) -> str:
+def thoughts(message: ChatMessage) -> str:
     return str(message.more.get("thinking", ""))
 
 
-def with_system(messages: Sequence[Message]) -> tuple[str, list[tuple[int, Message]]]:
+def with_system(messages: Sequence[ChatMessage]) -> tuple[str, list[tuple[int, ChatMessage]]]:
     numbered = list(enumerate(messages))
     return (messages[0].content, numbered[1:]) if messages[0].role == "system" else ("", numbered)
 
 
-def llama2(messages: Sequence[Message], tools: Any) -> Pieces:
+def llama2(messages: Sequence[ChatMessage], tools: Any) -> Pieces:
     system, talk = with_system(messages)
     head = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if messages[0].role == "system" else ""
     pieces: Pieces = []
@@ -67,7 +67,7 @@ def llama2(messages: Sequence[Message], tools: Any) -> Pieces:
     return pieces
 
 
-def llama3(messages: Sequence[Message], tools: Any) -> Pieces:
+def llama3(messages: Sequence[ChatMessage], tools: Any) -> Pieces:
     def header(role: str) -> str:
         return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
@@ -105,19 +105,19 @@ def _qwen_begin(system: str, tools: Any, default: str) -> str:
     return f"<|im_start|>system\n{said}<|im_end|>\n" if said else ""
 
 
-def _qwen_tool(messages: Sequence[Message], i: int) -> str:
+def _qwen_tool(messages: Sequence[ChatMessage], i: int) -> str:
     opens = messages[i - 1].role != "tool"
     closes = i + 1 == len(messages) or messages[i + 1].role != "tool"
     said = f"\n<tool_response>\n{messages[i].content}\n</tool_response>"
     return ("<|im_start|>user" if opens else "") + said + ("<|im_end|>\n" if closes else "")
 
 
-def _qwen_calls(message: Message) -> list[str]:
+def _qwen_calls(message: ChatMessage) -> list[str]:
     given = arguments(message)
     return [f'<tool_call>\n{{"name": "{name}", "arguments": {a}}}\n</tool_call>' for name, a in given]
 
 
-def qwen2_5(messages: Sequence[Message], tools: Any) -> Pieces:
+def qwen2_5(messages: Sequence[ChatMessage], tools: Any) -> Pieces:
     system, talk = with_system(messages)
     default = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
     pieces: Pieces = [(_qwen_begin(system, tools, default), None)]
@@ -134,7 +134,7 @@ def qwen2_5(messages: Sequence[Message], tools: Any) -> Pieces:
     return pieces
 
 
-def qwen3(messages: Sequence[Message], tools: Any) -> Pieces:
+def qwen3(messages: Sequence[ChatMessage], tools: Any) -> Pieces:
     system, talk = with_system(messages)
     last_asked = max(i for i, m in talk if m.role == "user")
     pieces: Pieces = [(_qwen_begin(system, tools, ""), None)]
@@ -157,7 +157,7 @@ def qwen3(messages: Sequence[Message], tools: Any) -> Pieces:
     return pieces
 
 
-def gemma(messages: Sequence[Message], tools: Any) -> Pieces:
+def gemma(messages: Sequence[ChatMessage], tools: Any) -> Pieces:
     system, talk = with_system(messages)
     head = f"{system}\n\n" if messages[0].role == "system" else ""
     pieces: Pieces = [("<s>", None)]
@@ -170,7 +170,7 @@ def gemma(messages: Sequence[Message], tools: Any) -> Pieces:
     return pieces
 
 
-def mistral(messages: Sequence[Message], tools: Any) -> Pieces:
+def mistral(messages: Sequence[ChatMessage], tools: Any) -> Pieces:
     system, talk = with_system(messages)
     last_asked = max(i for i, m in talk if m.role == "user")
     pieces: Pieces = [("<s>", None)]
@@ -194,7 +194,7 @@ def mistral(messages: Sequence[Message], tools: Any) -> Pieces:
     return pieces
 
 
-def phi3(messages: Sequence[Message], tools: Any) -> Pieces:
+def phi3(messages: Sequence[ChatMessage], tools: Any) -> Pieces:
     pieces: Pieces = []
     for i, m in enumerate(messages):
         if m.role == "assistant":
@@ -204,7 +204,7 @@ def phi3(messages: Sequence[Message], tools: Any) -> Pieces:
     return [*pieces, ("<|endoftext|>", None)]
 
 
-def smollm2(messages: Sequence[Message], tools: Any) -> Pieces:
+def smollm2(messages: Sequence[ChatMessage], tools: Any) -> Pieces:
     default = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     pieces: Pieces = [] if messages[0].role == "system" else [(f"<|im_start|>system\n{default}<|im_end|>\n", None)]
     for i, m in enumerate(messages):
@@ -215,7 +215,7 @@ def smollm2(messages: Sequence[Message], tools: Any) -> Pieces:
     return pieces
 
 
-def gpt_oss(messages: Sequence[Message], tools: Any) -> Pieces:
+def gpt_oss(messages: Sequence[ChatMessage], tools: Any) -> Pieces:
     system, talk = with_system(messages)
     begin = (
         "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\nReasoning: medium\n\n"
@@ -285,7 +285,7 @@ FAMILIES = {
 
 
 def reference(
-    family: Family, messages: Sequence[Message], tools: Any, mask: str, tokenizer: Any
+    family: Family, messages: Sequence[ChatMessage], tools: Any, mask: str, tokenizer: Any
 ) -> tuple[list[int], list[int]]:
     """(ids, labels) of a conversation: its pieces joined where the label does not change, each tokenised alone."""
     last = len(messages) - 1

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import IGNORED, Example
-from halfbyte.data.reading.formats import Message, Row
+from halfbyte.data.reading.formats import ChatMessage, Row
 from halfbyte.errors import DataError
 from tests.data.in_memory import encode
 
@@ -25,7 +25,7 @@ TALK = (
 
 
 def chat(*messages: tuple[str, str], where: str = "t.jsonl:1", untrained: Sequence[int] = ()) -> Row:
-    return Row(where, messages=tuple(Message(r, c, i not in untrained) for i, (r, c) in enumerate(messages)))
+    return Row(where, messages=tuple(ChatMessage(r, c, i not in untrained) for i, (r, c) in enumerate(messages)))
 
 
 def one(row: Row, tokenizer: Any, data: Any) -> Example:
@@ -371,8 +371,9 @@ def test_a_template_that_leaves_tool_calls_out(
     """An empty turn would stand where the model called a tool."""
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     talk = (
-        Message("user", "1 + 2?"), Message("assistant", "", train, {"tool_calls": [call]}), Message("tool", "3"),
-        Message("assistant", "It is 3."),
+        ChatMessage("user", "1 + 2?"), ChatMessage("assistant", "", train, {"tool_calls": [call]}),
+        ChatMessage("tool", "3"),
+        ChatMessage("assistant", "It is 3."),
     )  # fmt: skip
     with pytest.raises(DataError, match=r"messages\[1\]: the chat template does not write the tool calls"):
         encode([Row("t.jsonl:1", talk)], make_byte_level(templates.chatml), make_data(mask=mask))

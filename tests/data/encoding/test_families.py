@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from halfbyte.data.encoding.examples import IGNORED
-from halfbyte.data.reading.formats import Message, Row
+from halfbyte.data.reading.formats import ChatMessage, Row
 from tests.data.encoding.families import FAMILIES, Family, reference
 from tests.data.in_memory import encode
 
@@ -19,18 +19,18 @@ MASKS = ("completion", "assistant", "all")
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"a": "integer"}}}]
 
 
-def said(role: str, content: str, train: bool = True, **more: Any) -> Message:
+def said(role: str, content: str, train: bool = True, **more: Any) -> ChatMessage:
     if "thinking" in more:
         more["reasoning_content"] = more["thinking"]
-    return Message(role, content, train, more)
+    return ChatMessage(role, content, train, more)
 
 
-def call(number: int, *, content: str = "", train: bool = True, **given: Any) -> Message:
+def call(number: int, *, content: str = "", train: bool = True, **given: Any) -> ChatMessage:
     made = {"id": f"call{number:05}", "type": "function", "function": {"name": "add", "arguments": given}}
     return said("assistant", content, train, tool_calls=[made])
 
 
-def result(number: int, content: str) -> Message:
+def result(number: int, content: str) -> ChatMessage:
     return said("tool", content, tool_call_id=f"call{number:05}")
 
 
@@ -93,7 +93,7 @@ def tokenizers(make_byte_level: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("family", "talk", "tools"), cases())
 def test_masks_equal_the_reference(
-    tokenizers: Any, make_data: Any, family: Family, talk: Sequence[Message], tools: Any
+    tokenizers: Any, make_data: Any, family: Family, talk: Sequence[ChatMessage], tools: Any
 ) -> None:
     tokenizer = tokenizers[family.name]
     row = Row("t.jsonl:1", messages=tuple(talk), tools=None if tools is None else tuple(tools))
@@ -117,7 +117,7 @@ THOUGHT_OR_NONE = st.one_of(st.none(), WORDS)
 
 
 @st.composite
-def talks(draw: Any) -> list[Message]:
+def talks(draw: Any) -> list[ChatMessage]:
     """Conversations of one to three turns, some of them with a system message, thoughts, or turns not to train."""
     talk = [said("system", draw(WORDS))] if draw(st.booleans()) else []
     turns = draw(st.integers(1, 3))
@@ -136,9 +136,9 @@ def test_what_is_labelled_is_what_was_said_and_its_end(tokenizers: Any, make_dat
 
     @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
     @given(talk=talks(), mask=st.sampled_from(MASKS))
-    def check(talk: list[Message], mask: str) -> None:
+    def check(talk: list[ChatMessage], mask: str) -> None:
         if not family.thinks:
-            talk = [Message(m.role, m.content, m.train) for m in talk]
+            talk = [ChatMessage(m.role, m.content, m.train) for m in talk]
         (example,) = encode([Row("x:1", tuple(talk))], tokenizer, make_data(mask=mask, max_length=100_000)).examples
         pieces = family.write(talk, None)
         last = len(talk) - 1

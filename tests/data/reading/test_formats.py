@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from halfbyte.data.reading.formats import Message, Row, detect_format, parser
+from halfbyte.data.reading.formats import ChatMessage, Row, detect_format, parser
 from halfbyte.data.reading.problems import BadRow
 
-TALK = (Message("user", "q"), Message("assistant", "a"))
+TALK = (ChatMessage("user", "q"), ChatMessage("assistant", "a"))
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 
@@ -73,10 +73,10 @@ def test_formats(make_data: Any, record: dict[str, Any], expected: str) -> None:
 def test_alpaca_with_an_input_and_a_system_column(make_data: Any) -> None:
     record = {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Be brief."}
     assert row(record, make_data()).messages == (
-        Message("system", "Be brief."), Message("user", "Add.\n\n1 2"), Message("assistant", "3"),
+        ChatMessage("system", "Be brief."), ChatMessage("user", "Add.\n\n1 2"), ChatMessage("assistant", "3"),
     )  # fmt: skip
     pair = {"prompt": "q", "completion": "a", "system": "s"}
-    assert row(pair, make_data()).messages == (Message("system", "s"), *TALK)
+    assert row(pair, make_data()).messages == (ChatMessage("system", "s"), *TALK)
     assert row({"prompt": "q", "completion": "a", "system": None}, make_data()).prompt == "q"
     twice = {"messages": [{"role": "system", "content": "t"}, *MESSAGES], "system": "s"}
     assert said(twice, make_data()) == "system: the first message is a system message too; which one is meant?"
@@ -100,7 +100,7 @@ def test_tool_calls_in_openai_style(make_data: Any, arguments: Any) -> None:
         found = row({"messages": talk, "tools": given}, make_data())
         assert found.tools == tuple(tools)
         assert found.messages is not None
-        assert found.messages[1] == Message("assistant", "", more={"tool_calls": [{**CALL, "id": "c1"}]})
+        assert found.messages[1] == ChatMessage("assistant", "", more={"tool_calls": [{**CALL, "id": "c1"}]})
         assert found.messages[2].to_template() == {"role": "tool", "content": "", "tool_call_id": "c1"}
 
 
@@ -111,8 +111,8 @@ def test_tool_calls_in_sharegpt(make_data: Any) -> None:
     ]  # fmt: skip
     found = row({"conversations": talk, "system": "s", "tools": "[]"}, make_data())
     assert found.messages == (
-        Message("system", "s"), TALK[0], Message("assistant", "", more={"tool_calls": [CALL]}), Message("tool", "3"),
-        TALK[1],
+        ChatMessage("system", "s"), TALK[0], ChatMessage("assistant", "", more={"tool_calls": [CALL]}),
+        ChatMessage("tool", "3"), TALK[1],
     )  # fmt: skip
     assert found.tools is None
 
@@ -143,7 +143,7 @@ def test_developer_is_openais_newer_name_of_system(make_data: Any) -> None:
         {"messages": [{"role": "developer", "content": "s"}, *MESSAGES]},
         {"conversations": [{"from": "developer", "value": "s"}, *SHARED]},
     ):
-        assert row(record, make_data()).messages == (Message("system", "s"), *TALK)
+        assert row(record, make_data()).messages == (ChatMessage("system", "s"), *TALK)
 
 
 @pytest.mark.parametrize(("label", "text"), [(0, "0"), (3, "3"), (-12, "-12")])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from halfbyte.data.reading.formats import Message, detect_format
+from halfbyte.data.reading.formats import ChatMessage, detect_format
 from halfbyte.data.reading.read import unread
 from halfbyte.errors import DataError
 from tests.data.in_memory import read_rows
@@ -64,11 +64,11 @@ def test_messages(tmp_path: Path, make_data: Any) -> None:
     ]
     (row,) = read_rows(write(tmp_path, json.dumps({"messages": messages})), make_data())
     assert row.messages == (
-        Message("system", "s"),
-        Message("user", "u"),
-        Message("assistant", "a", train=False),
-        Message("tool", "t", train=False),
-        Message("assistant", "b"),
+        ChatMessage("system", "s"),
+        ChatMessage("user", "u"),
+        ChatMessage("assistant", "a", train=False),
+        ChatMessage("tool", "t", train=False),
+        ChatMessage("assistant", "b"),
     )
 
 

@@ -67,7 +67,8 @@ def _run(
     cores: int,
     keep: Callable[[pa.RecordBatch], None],
 ) -> Tally:
-    reader, encoder, tally = Reader(files.find(names), data), Encoder(tokenizer, data), Tally()
+    reader, encoder = Reader(files.find(names), data), Encoder(tokenizer, data)
+    tally = Tally()
     error: HalfbyteError | None = None
 
     def only_read() -> bool:

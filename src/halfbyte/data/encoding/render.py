@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from jinja2 import TemplateSyntaxError
 
 from halfbyte.data.encoding.chatml import chat_template
-from halfbyte.data.reading.formats import Message, Row
+from halfbyte.data.reading.formats import ChatMessage, Row
 from halfbyte.errors import DataError, first_line
 from halfbyte.recipe.data import Data
 from halfbyte.system import limits
@@ -31,7 +31,7 @@ _TAIL_CHARS = 8  # characters of a prompt's end that are searched for, where the
 _PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text holds and no template strips
 _UNWRITTEN = "messages[{i}]: the chat template does not write the {what} of this assistant message"
 _TOOLS_FIX = "data.chat_template: that of a model that was trained to call tools, as a file"
-_QUESTION, _ANSWER = Message("user", "a"), Message("assistant", chr(_PRIVATE_USE[0]))
+_QUESTION, _ANSWER = ChatMessage("user", "a"), ChatMessage("assistant", chr(_PRIVATE_USE[0]))
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Renderer:
             return self._chat(row.where, row.messages)
         prompt, completion = row.prompt or "", row.completion or ""
         if self._template is not None:
-            return self._chat(row.where, (Message("user", prompt), Message("assistant", completion)))
+            return self._chat(row.where, (ChatMessage("user", prompt), ChatMessage("assistant", completion)))
         self._count_special((prompt, completion))
         start, stop = len(prompt), len(prompt) + len(completion)
         span = (0 if self._mask == "all" else start, stop)
@@ -110,7 +110,7 @@ class Renderer:
         names = [*self._ends, *(t for t in [self._tokenizer.eos_token] if t is not None)]
         return frozenset(self._tokenizer.convert_tokens_to_ids(name) for name in names)
 
-    def _chat(self, where: str, messages: tuple[Message, ...]) -> RenderedRow:
+    def _chat(self, where: str, messages: tuple[ChatMessage, ...]) -> RenderedRow:
         last = len(messages) - 1
         text = self._apply(messages)
         for i in range(last):
@@ -135,14 +135,14 @@ class Renderer:
         self._notice(text, messages, spans)
         return RenderedRow(where, text, tuple(spans), prompt, messages[last].content, ends=not ending)
 
-    def _check_calls(self, text: str, messages: tuple[Message, ...], i: int) -> None:
+    def _check_calls(self, text: str, messages: tuple[ChatMessage, ...], i: int) -> None:
         """Refuse a turn whose tool calls the template leaves out: an empty turn would stand in their place."""
         if "tool_calls" in messages[i].more:
             changed, _ = _other(messages[i])
             if self._apply((*messages[:i], changed, *messages[i + 1 :])) == text:
                 raise Refused(f"{_UNWRITTEN.format(i=i, what='tool calls')}; {_TOOLS_FIX}")
 
-    def _earlier(self, text: str, messages: tuple[Message, ...], i: int, *, ends: bool) -> tuple[int, int]:
+    def _earlier(self, text: str, messages: tuple[ChatMessage, ...], i: int, *, ends: bool) -> tuple[int, int]:
         """The span of a turn before the last one. `ends`: a token ends the last turn, so one ends this turn too."""
         start, stop, _ = self._turn(text, messages, i)
         if "tool_calls" in messages[i].more:
@@ -154,7 +154,7 @@ class Renderer:
         self.counts["no end-of-turn token after an earlier assistant turn; only its text is labelled"] += 1
         return start, stop
 
-    def _after_calls(self, text: str, messages: tuple[Message, ...], i: int, stop: int) -> int:
+    def _after_calls(self, text: str, messages: tuple[ChatMessage, ...], i: int, stop: int) -> int:
         """Where a turn's own text ends, given `stop`, the end of the last argument of its last tool call."""
         alone, other = self._apply(messages[: i + 1]), self._apply((*messages[:i], _other(messages[i])[0]))
         tail = alone[len(alone) - common_length(alone[::-1], other[::-1]) :]  # brackets, marks, the end of the turn
@@ -163,7 +163,7 @@ class Renderer:
                 return stop + ending.start()
         return stop
 
-    def _turn(self, text: str, messages: tuple[Message, ...], i: int) -> tuple[int, int, str]:
+    def _turn(self, text: str, messages: tuple[ChatMessage, ...], i: int) -> tuple[int, int, str]:
         """Of turn i: where the model's own text opens, where it closes, and the prompt before it."""
         message = messages[i]
         prompt = self._apply(messages[:i], prompt=True) + self._lead if i else ""
@@ -211,7 +211,7 @@ class Renderer:
         opens = at + len(self._header)
         return opens if at >= 0 and not any(end in text[opens:start] for end in self._ends) else None
 
-    def _notice(self, text: str, messages: tuple[Message, ...], spans: list[tuple[int, int]]) -> None:
+    def _notice(self, text: str, messages: tuple[ChatMessage, ...], spans: list[tuple[int, int]]) -> None:
         self._count_special(m.content for m in messages)
         for role in {m.role for m in messages if m.role != "assistant" and m.content.strip() not in text}:
             self.counts[f"the chat template changes or leaves out the text of a {role} message"] += 1
@@ -221,7 +221,7 @@ class Renderer:
         if any(isinstance(name, str) and name not in text for name in names):
             self.counts["the chat template leaves out the tools"] += 1
 
-    def _apply(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
+    def _apply(self, messages: Sequence[ChatMessage], *, prompt: bool = False) -> str:
         chat = [m.to_template() for m in messages]
         tools = None if self._tools is None else list(self._tools)
         try:
@@ -282,13 +282,13 @@ def common_length(a: Sequence[object], b: Sequence[object]) -> int:
     return bisect_left(range(1, min(len(a), len(b)) + 1), True, key=lambda n: a[:n] != b[:n])
 
 
-def _other(message: Message) -> tuple[Message, str]:
+def _other(message: ChatMessage) -> tuple[ChatMessage, str]:
     """The same message with another text, or with other arguments of its tool calls; and that other text."""
     text = f"{message.content}{dict(message.more)}"
     mark = next(c for c in map(chr, _PRIVATE_USE) if c not in text)
     calls = message.more.get("tool_calls")
     if not calls:
-        return Message("assistant", mark), mark
+        return ChatMessage("assistant", mark), mark
     changed = [{**c, "function": {"name": c["function"]["name"], "arguments": {mark: mark}}} for c in calls]
     return replace(message, more={**message.more, "tool_calls": changed}), mark
 

@@ -31,7 +31,9 @@ _KNOWN = ("role", "content", "train", "tool_calls", "tool_call_id", "name", "rea
 
 
 @dataclass(frozen=True)
-class Message:
+class ChatMessage:
+    """One message of a conversation."""
+
     role: str
     content: str
     train: bool = True
@@ -49,7 +51,7 @@ class Row:
 
     where: str
     """File name and line, `train.jsonl:12`."""
-    messages: tuple[Message, ...] | None = None
+    messages: tuple[ChatMessage, ...] | None = None
     prompt: str | None = None
     completion: str | None = None
     text: str | None = None
@@ -132,7 +134,7 @@ def _conversation(
     return _row(f, where, record, messages, _tools(record, f))
 
 
-def _message(item: object, field: str, role_key: str, content_key: str, shares: bool) -> Message:
+def _message(item: object, field: str, role_key: str, content_key: str, shares: bool) -> ChatMessage:
     if not isinstance(item, dict):
         raise BadRow(f"{field}: an object with {role_key} and {content_key} is needed, got {kind(item)}")
     speaker, content_field = text_in(item, role_key, f"{field}."), f"{field}.{content_key}"
@@ -147,14 +149,14 @@ def _message(item: object, field: str, role_key: str, content_key: str, shares: 
     more = _more(item, field, role)
     if shares and speaker == "function_call":
         call = _from_json(value_of(item, content_key, f"{field}."), content_field)
-        return Message(role, "", _train(item, field, role), {"tool_calls": [_call(call, content_field)]})
+        return ChatMessage(role, "", _train(item, field, role), {"tool_calls": [_call(call, content_field)]})
     content = item.get(content_key) if more else value_of(item, content_key, f"{field}.")
     may_be_empty = role in ("system", "tool") or "tool_calls" in more
     if content is None and may_be_empty:
         content = ""
     if isinstance(content, list):
         content = _parts(content, content_field)
-    return Message(role, text_of(content, content_field, empty=may_be_empty), _train(item, field, role), more)
+    return ChatMessage(role, text_of(content, content_field, empty=may_be_empty), _train(item, field, role), more)
 
 
 def _more(item: dict[str, Any], field: str, role: str) -> Mapping[str, Any]:
@@ -248,7 +250,7 @@ def _row(
     f: Fields,
     where: str,
     record: Mapping[str, object],
-    messages: Sequence[Message],
+    messages: Sequence[ChatMessage],
     tools: tuple[Any, ...] | None = None,
 ) -> Row:
     """The messages, behind the text of the system column where a row has one."""
@@ -256,7 +258,7 @@ def _row(
         text = text_in(record, f.system)
         if messages[0].role == "system":
             raise BadRow(f"{f.system}: the first message is a system message too; which one is meant?")
-        messages = [Message("system", text), *messages]
+        messages = [ChatMessage("system", text), *messages]
     return Row(where, tuple(messages), tools=tools)
 
 
@@ -264,8 +266,8 @@ def _alpaca(f: Fields, where: str, record: Mapping[str, object]) -> Row:
     asked = text_in(record, f.instruction)
     given = record.get(f.input)
     given = "" if given is None else text_of(given, f.input, empty=True)
-    talk = Message("user", f"{asked}\n\n{given}" if given.strip() else asked)
-    return _row(f, where, record, [talk, Message("assistant", _answer(record, f.output))])
+    talk = ChatMessage("user", f"{asked}\n\n{given}" if given.strip() else asked)
+    return _row(f, where, record, [talk, ChatMessage("assistant", _answer(record, f.output))])
 
 
 def _pair(f: Fields, where: str, record: Mapping[str, object]) -> Row:
@@ -273,13 +275,13 @@ def _pair(f: Fields, where: str, record: Mapping[str, object]) -> Row:
         return _lists(f, where, record)
     prompt, completion = text_in(record, f.prompt), _answer(record, f.completion)
     if record.get(f.system):
-        return _row(f, where, record, [Message("user", prompt), Message("assistant", completion)])
+        return _row(f, where, record, [ChatMessage("user", prompt), ChatMessage("assistant", completion)])
     return Row(where, prompt=prompt, completion=completion)
 
 
 def _lists(f: Fields, where: str, record: Mapping[str, object]) -> Row:
     """TRL's conversational prompt and completion: two lists of messages, of which only the second is trained."""
-    talk: list[Message] = []
+    talk: list[ChatMessage] = []
     for column, role in ((f.prompt, "user"), (f.completion, "assistant")):
         value = value_of(record, column)
         items = value if isinstance(value, list) else [{"role": role, "content": text_in(record, column)}]

@@ -69,7 +69,8 @@ class _Inflated(io.RawIOBase):
     """What a gzip file holds, as long as it is not a bomb: rows of text become at most some dozen times as much."""
 
     def __init__(self, file: gzip.GzipFile, source: RowSource) -> None:
-        self.file, self.source, self.read_bytes = file, source, 0
+        self.file, self.source = file, source
+        self.read_bytes = 0
 
     def readable(self) -> bool:
         return True
@@ -342,7 +343,8 @@ def _parquet(source: RowSource) -> Numbered:
     import pyarrow
     import pyarrow.parquet
 
-    number, what, end = 0, f"{source.path.name}, unpacked,", object()
+    number, end = 0, object()
+    what = f"{source.path.name}, unpacked,"
     # a few rows at a time: a column can hold one text a million times in a few bytes
     try:
         with limits.limited(what, seconds=READ_S):

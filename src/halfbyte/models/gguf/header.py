@@ -178,8 +178,8 @@ class _Parser:
     """A position in the file, moved forward by each read; `field` is what is being read, for errors."""
 
     def __init__(self, path: Path, blob: mmap.mmap, size_bytes: int) -> None:
-        self.path, self.blob, self.size_bytes, self.position = path, blob, size_bytes, len(MAGIC)
-        self.field = "version"
+        self.path, self.blob, self.size_bytes = path, blob, size_bytes
+        self.position, self.field = len(MAGIC), "version"
 
     def header(self) -> GgufHeader:
         (version,) = self._unpack("I")

@@ -64,7 +64,8 @@ def parameter_sources(
         raise GgufError(f"the installed gguf package does not know {header.architecture!r}: pip install -U gguf")
     names = get_tensor_name_map(kinds[header.architecture], layers)
     sources: dict[str, ParameterSource] = {}
-    used, missing, wrong = set(ROPE_TABLES), list[str](), list[str]()
+    used, missing = set(ROPE_TABLES), list[str]()
+    wrong: list[str] = []
     for name, shape in shapes.items():
         composed = _composed_source(model_type, name, file)
         if composed is not None:

@@ -56,7 +56,8 @@ def _llama3(factors: np.ndarray, dims: int, theta: float) -> Document:
         return {}
     wavelengths = 2 * math.pi * theta ** (np.arange(0, dims, 2, dtype=np.float64) / dims)
     for original in (8192, 4096, 16384, 32768):
-        factor, low, high = float(factors.max()), 1.0, 4.0
+        factor = float(factors.max())
+        low, high = 1.0, 4.0
         smooth = (original / wavelengths - low) / (high - low)
         expected = 1 / ((1 - smooth) / factor + smooth)
         expected = np.where(

@@ -124,8 +124,8 @@ def _no_config(folder: Path, files: set[str], name: str) -> SourceError:
             f"{name} is a run folder, not a model",
             fix=f'to use what it trained: halfbyte generate {typed(name)} --prompt "..."',
         )
-    found = ", ".join(sorted(files)[:5]) or "nothing"
+    listed = ", ".join(sorted(files)[:5]) or "nothing"
     return SourceError(
-        f"{name} is not a checkpoint: it has no config.json (found {found})",
+        f"{name} is not a checkpoint: it has no config.json (found {listed})",
         fix=f"give a folder with config.json and {SINGLE} (or {INDEX} and its shards)",
     )

@@ -95,12 +95,12 @@ def _run_child(file: Path, partial: Path, header: GgufHeader, lock: int) -> None
         log.info("converting %s to safetensors, once: half a minute, and more for a larger model", file.name)
         # The child holds the lock too: if this process is killed, the next one waits for it.
         with (
-            tempfile.TemporaryFile("w+", errors="replace") as said,
+            tempfile.TemporaryFile("w+", errors="replace") as messages,
             subprocess.Popen(
                 command,
                 env={**os.environ, **quiet},
                 stdout=subprocess.PIPE,
-                stderr=said,
+                stderr=messages,
                 text=True,
                 pass_fds=calls.handed_on(lock),
             ) as child,
@@ -112,8 +112,8 @@ def _run_child(file: Path, partial: Path, header: GgufHeader, lock: int) -> None
             except BaseException:
                 child.kill()
                 raise
-            said.seek(0)
-            lines = [line.strip() for line in said if line.strip()]
+            messages.seek(0)
+            lines = [line.strip() for line in messages if line.strip()]
     if code == 0:
         return
     if code < 0:

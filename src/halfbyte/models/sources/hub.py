@@ -47,7 +47,8 @@ def is_out_of_reach() -> bool:
     """
     from huggingface_hub import constants, get_session
 
-    connected, ended, answers = threading.Event(), threading.Event(), list[bool]()
+    connected, ended = threading.Event(), threading.Event()
+    answers: list[bool] = []
 
     def trace(event: str, _details: object) -> None:
         if event == "connection.connect_tcp.complete":
