@@ -81,8 +81,16 @@ def test_its_files_are_as_readable_as_each_other(world: Path) -> None:
     assert len({file.stat().st_mode for file in (world / "run/adapter").iterdir()}) == 1
 
 
-def test_it_is_used_where_it_belongs_and_another_name_of_the_same_weights_is_the_same(copy: Path) -> None:
-    open_run(copy / "run")
+def test_it_is_used_where_it_belongs_and_another_name_of_the_same_weights_is_the_same(world: Path, copy: Path) -> None:
+    """The passport names the folder that it was trained on; the same weights in another one are taken unsaid."""
+    assert passport_of(copy)["base"]["id"] == str(world / "model")
+    notes: list[str] = []
+    ids = torch.arange(12)[None]
+    with torch.inference_mode():
+        there = open_run(world / "run").model(input_ids=ids).logits
+        here = open_run(copy / "run", Tell(note=lambda label, text: notes.append(text))).model(input_ids=ids).logits
+    assert torch.equal(here, there)
+    assert not [text for text in notes if "trained on" in text or "used all the same" in text]
 
 
 def test_a_base_of_the_same_shapes_is_another_base(copy: Path) -> None:
