@@ -111,9 +111,12 @@ def test_what_a_claims_command_runs_is_there() -> None:
 def files_named(text: str) -> set[str]:
     """Python files in backticks, and folders that begin with a room's, without those of other programs."""
     named = re.findall(r"`((?:\w+/)*\w+\.py|(?:\w+/)+)`", text)
+    named += re.findall(r"\b((?:tests|benchmarks|tools|examples)/[\w/]+\.(?:py|sh|yaml))\b", text)
     rooms = {folder.name for folder in (ROOT / "src" / "halfbyte").iterdir() if folder.is_dir()}
     return {
-        path for path in named if not path.startswith(OTHERS) and (path.endswith(".py") or path.split("/")[0] in rooms)
+        path
+        for path in named
+        if not path.startswith(OTHERS) and (path.endswith((".py", ".sh", ".yaml")) or path.split("/")[0] in rooms)
     }
 
 
@@ -144,7 +147,8 @@ def test_files_that_the_source_names_are_there() -> None:
 
 
 def test_the_search_for_files_named_sees_them() -> None:
-    assert files_named("`plan/none.py`, `peft/a.py`, `plan/`, `x/`, none.py") == {"plan/none.py", "plan/"}
+    text = "`plan/none.py`, `peft/a.py`, `plan/`, `x/`, none.py, `pytest tests/none.py -s`"
+    assert files_named(text) == {"plan/none.py", "plan/", "tests/none.py"}
     assert is_there("choose.py") and is_there("plan/") and is_there("tests/test_docs.py")
     assert not is_there("plan/none.py") and not is_there("none/")
 
