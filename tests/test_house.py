@@ -23,10 +23,10 @@ MAX_LINES = 450
 MAX_FILES_AT_ROOT = 6
 MAX_FILES_IN_A_FOLDER = 20
 MAX_LINES_OF_A_FUNCTION = 60
-MAX_LINES_OF_SOURCE = 49_700
-MAX_CLASS_NAMES_WITH_TWO_MEANINGS = 18
-MAX_ASSIGNMENTS_OF_THREE = 155  # `a, b, c = x, y, z`: for what is one thing, as a shape
-MAX_VAGUE_VARIABLES = 295
+MAX_LINES_OF_SOURCE = 49_200
+MAX_CLASS_NAMES_WITH_TWO_MEANINGS = 10
+MAX_ASSIGNMENTS_OF_THREE = 95  # `a, b, c = x, y, z`: for what is one thing, as a shape
+MAX_VAGUE_VARIABLES = 97
 MAX_ANY = 150  # occurrences of `Any` in the package; name the type instead (halfbyte.types)
 HELP_CPU_SECONDS = 0.5
 
