@@ -16,7 +16,7 @@ from halfbyte.plan.objective import NO_COST, ObjectiveCost
 from halfbyte.runs import points
 
 if TYPE_CHECKING:
-    from halfbyte.data.encoding.encoder import Encoded
+    from halfbyte.data.encoding.encoder import EncodedRows
     from halfbyte.data.encoding.examples import Example
     from halfbyte.recipe.schema import Recipe
     from halfbyte.types import Batch, Model
@@ -31,7 +31,7 @@ class CausalLM:
     cost: ClassVar[ObjectiveCost] = NO_COST
     sum_names: ClassVar[tuple[str, ...]] = ("loss", "labelled_tokens", "tokens")
 
-    def weights(self, rows: Encoded) -> pack.Weights:
+    def weights(self, rows: EncodedRows) -> pack.Weights:
         return rows.labelled
 
     def collate(self, examples: Sequence[Example]) -> Batch:

@@ -24,7 +24,7 @@ from halfbyte.models import structure
 from halfbyte.plan.objective import ObjectiveCost
 
 if TYPE_CHECKING:
-    from halfbyte.data.encoding.encoder import Encoded
+    from halfbyte.data.encoding.encoder import EncodedRows
     from halfbyte.data.encoding.examples import Example
     from halfbyte.types import Batch, Model
 
@@ -47,7 +47,7 @@ class Objective(Protocol):
     def sum_names(self) -> tuple[str, ...]:
         """What `sums` adds up, by name: a process without a held-out row has zeros of them."""
 
-    def weights(self, rows: Encoded) -> pack.Weights:
+    def weights(self, rows: EncodedRows) -> pack.Weights:
         """What each row counts for in the mean of its step: (rows,), each above 0."""
 
     def collate(self, examples: Sequence[Example]) -> Batch:
