@@ -14,7 +14,7 @@ def printed(patch: pytest.MonkeyPatch, label: str, value: str, *, columns: int |
     console = Console(width=columns, force_terminal=columns is not None, color_system=None, soft_wrap=True)
     patch.setattr(show, "out", console)
     with console.capture() as captured:
-        show.labelled(label, value, width=width)
+        show.field(label, value, width=width)
     return captured.get()
 
 

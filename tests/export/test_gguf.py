@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from halfbyte.errors import ExportError
 from halfbyte.export import gguf as writing
 from halfbyte.export import gguf_tokenizer
-from halfbyte.export.weights import Merged
+from halfbyte.export.weights import MergedModel
 from halfbyte.inference.target import Target
 from halfbyte.models.sources.gguf_file import checkpoint_of
 from halfbyte.proofs import programs
@@ -56,7 +56,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 IDS = [int(i) for i in np.random.default_rng(0).integers(5, 300, 24)]
 
 
-def build(folder: Path, name: str, **changes: Any) -> tuple[Any, Merged]:
+def build(folder: Path, name: str, **changes: Any) -> tuple[Any, MergedModel]:
     """A tiny random model, and its checkpoint as what is to be written."""
     kind, values = CONFIGS[name]
     with torch.random.fork_rng(devices=[]):
@@ -69,10 +69,10 @@ def build(folder: Path, name: str, **changes: Any) -> tuple[Any, Merged]:
     model.save_pretrained(folder / "model")
     tiny_run.tokenizer().save_pretrained(folder / "model")
     recipe = tiny_run.recipe(folder, quant__type="none").recipe
-    return model, Merged(Target(folder, recipe), "16bit")
+    return model, MergedModel(Target(folder, recipe), "16bit")
 
 
-def write(merged: Merged, path: Path, kind: str = "F32") -> Path:
+def write(merged: MergedModel, path: Path, kind: str = "F32") -> Path:
     tokenizer = tiny_run.tokenizer()
     writing.write(
         merged,
@@ -138,11 +138,11 @@ def test_formats_by_the_gguf_packages_own_reader(kind: str, tmp_path: Path) -> N
 
 def test_the_adapter_is_in_it(tmp_path: Path) -> None:
     found = runs.make(tmp_path, "rslora", quant__type="none")
-    path = write(Merged(found, "16bit"), tmp_path / "m.gguf")
+    path = write(MergedModel(found, "16bit"), tmp_path / "m.gguf")
     (tmp_path / "out").mkdir()
     from halfbyte.export import folder
 
-    folder.write(Merged(found, "16bit"), tmp_path / "out")
+    folder.write(MergedModel(found, "16bit"), tmp_path / "out")
     read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
     wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert np.abs(logits(read) - logits(wanted)).max() < 1e-4

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from halfbyte.errors import ExportError
 from halfbyte.export import gguf as writing
 from halfbyte.export import gguf_tokenizer
-from halfbyte.export.weights import Merged
+from halfbyte.export.weights import MergedModel
 from halfbyte.inference.target import Target
 from halfbyte.models.gguf.header import read_header
 from halfbyte.models.gguf.tokenizer import SPLITS, cutting, tokenizer_of
@@ -64,7 +64,7 @@ def file_of(tokenizer: Any, folder: Path, checkpoint: Checkpoint | None = None) 
     with torch.random.fork_rng(devices=[]):
         LlamaForCausalLM(config).save_pretrained(folder / "model")
     recipe = tiny_run.recipe(folder, quant__type="none").recipe
-    merged = Merged(Target(folder, recipe), "16bit")
+    merged = MergedModel(Target(folder, recipe), "16bit")
     origin = checkpoint or merged.checkpoint
     path = folder / "m.gguf"
     writing.write(merged, path, "F16", lambda w: gguf_tokenizer.add(w, tokenizer, rows, origin, None))

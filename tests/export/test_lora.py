@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from halfbyte import finetune
 from halfbyte.errors import ExportError
 from halfbyte.export import gguf, gguf_tokenizer, lora
-from halfbyte.export.weights import Merged
+from halfbyte.export.weights import MergedModel
 from halfbyte.inference import target
 from halfbyte.inference.target import Target
 from halfbyte.proofs import programs
@@ -49,12 +49,12 @@ def adapted(folder: Path) -> np.ndarray:
 def test_a_gguf_adapter_in_llama_cpp(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed: pip install 'halfbyte[gguf]'")
     found = runs.make(tmp_path, kind, quant__type="none")
-    bare = Merged(Target(tmp_path, found.recipe), "16bit")
+    bare = MergedModel(Target(tmp_path, found.recipe), "16bit")
     gguf.write(
         bare, tmp_path / "base.gguf", "F32",
         lambda w: gguf_tokenizer.add(w, tiny_run.tokenizer(), tiny_run.VOCAB, bare.checkpoint, None),
     )  # fmt: skip
-    lora.write_gguf(Merged(found, "16bit"), tmp_path / "lora.gguf")
+    lora.write_gguf(MergedModel(found, "16bit"), tmp_path / "lora.gguf")
     program = programs.LlamaCpp(str(tmp_path / "base.gguf"), str(tmp_path / "lora.gguf"), tokens=64)
     wanted = adapted(tmp_path)
     assert np.abs(program.logits(IDS, range(len(IDS))) - wanted).max() < 1e-2
@@ -66,7 +66,7 @@ def test_a_gguf_adapter_in_llama_cpp(kind: str, tmp_path: Path) -> None:
 def test_a_gguf_adapter_by_its_definition(kind: str, tmp_path: Path) -> None:
     """alpha / rank x B A of the file, rows as llama.cpp has them, is PEFT's own delta."""
     found = runs.make(tmp_path, kind, quant__type="none")
-    lora.write_gguf(Merged(found, "16bit"), tmp_path / "lora.gguf")
+    lora.write_gguf(MergedModel(found, "16bit"), tmp_path / "lora.gguf")
     read = package.GGUFReader(tmp_path / "lora.gguf")
     alpha = read.fields["adapter.lora.alpha"].contents()
     tensors = {t.name: torch.from_numpy(np.array(t.data)) for t in read.tensors}
@@ -84,7 +84,7 @@ def test_a_gguf_adapter_by_its_definition(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", sorted(REFUSED))
 def test_what_an_adapter_of_other_programs_cannot_hold(kind: str, tmp_path: Path) -> None:
-    merged = Merged(runs.make(tmp_path, kind, quant__type="none"), "16bit")
+    merged = MergedModel(runs.make(tmp_path, kind, quant__type="none"), "16bit")
     for write in (lambda: lora.factors(merged, "llama.cpp"), lambda: lora.write_peft(merged, tmp_path)):
         with pytest.raises(ExportError, match=REFUSED[kind]):
             write()
@@ -95,7 +95,7 @@ def test_a_folder_of_one_rank_and_one_scaling(kind: str, tmp_path: Path) -> None
     """What vLLM reads of it (r, lora_alpha, use_rslora) is all that its scaling is; plain PEFT says the same."""
     found = runs.make(tmp_path, kind, quant__type="none")
     (tmp_path / "out").mkdir()
-    told = lora.write_peft(Merged(found, "16bit"), tmp_path / "out")
+    told = lora.write_peft(MergedModel(found, "16bit"), tmp_path / "out")
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] and not config["use_rslora"] and not config["rank_pattern"]
     assert not config["alpha_pattern"] and not config["modules_to_save"] and "--max-lora-rank 8" in told[0]
@@ -110,7 +110,7 @@ def test_a_folder_of_one_rank_and_one_scaling(kind: str, tmp_path: Path) -> None
 
 def test_a_residual_start_in_twice_the_rank(tmp_path: Path) -> None:
     finetune.train(tiny_run.recipe(tmp_path, lora__init_lora_weights="residual"))
-    merged = Merged(target.find(tmp_path / "run"), "16bit")
+    merged = MergedModel(target.find(tmp_path / "run"), "16bit")
     (tmp_path / "out").mkdir()
     lora.write_peft(merged, tmp_path / "out")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)

@@ -24,7 +24,7 @@ from halfbyte.errors import AdapterError, ExportError
 from halfbyte.export import folder, weights
 from halfbyte.export.export import merge
 from halfbyte.export.job import ExportJob
-from halfbyte.export.weights import BaseKind, Merged
+from halfbyte.export.weights import BaseKind, MergedModel
 from halfbyte.inference import target
 from halfbyte.inference.target import Target
 from tests import tiny_run
@@ -38,7 +38,7 @@ def some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def written(found: Target, base: BaseKind, out: Path) -> Any:
     out.mkdir()
-    folder.write(Merged(found, base), out)
+    folder.write(MergedModel(found, base), out)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     return dict(model.named_parameters(remove_duplicate=False))
 
@@ -145,17 +145,17 @@ def test_an_adapter_that_began_with_one_that_is_gone(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "run/adapter", tmp_path / "first")
     finetune.train(tiny_run.recipe(tmp_path, lora={"adapter": str(tmp_path / "first")}, output=tmp_path / "second"))
     found = target.find(tmp_path / "second")
-    Merged(found, "16bit")
+    MergedModel(found, "16bit")
     shutil.rmtree(tmp_path / "first")
     with pytest.raises(AdapterError, match="not there any more"):
-        Merged(found, "16bit")
-    Merged(found, "4bit")
+        MergedModel(found, "16bit")
+    MergedModel(found, "4bit")
 
 
 def test_untouched_tensors_are_the_sources(tmp_path: Path) -> None:
     found = runs.make(tmp_path, "plain")
     (tmp_path / "out").mkdir()
-    folder.write(Merged(found, "16bit"), tmp_path / "out")
+    folder.write(MergedModel(found, "16bit"), tmp_path / "out")
     source, got = (load_file(tmp_path / n / "model.safetensors") for n in ("model", "out"))
     same = {n for n in source if torch.equal(source[n], got[n])}
     assert {n for n in source if not n.endswith(("q_proj.weight", "v_proj.weight"))} == same
@@ -190,7 +190,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         pytest.raises(ExportError, match=r"No space left.*Nothing of it is left"),
         folder.whole_or_absent(tmp_path / "o") as t,
     ):
-        folder.write(Merged(found, "16bit"), t)
+        folder.write(MergedModel(found, "16bit"), t)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith((".o", "o"))]
 
 
@@ -225,4 +225,4 @@ def test_a_killed_merge_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
 def test_no_room_is_told_before_anything_is_written(tmp_path: Path) -> None:
     found = runs.make(tmp_path, "plain")
     with pytest.raises(ExportError, match="no space left"):
-        folder.check_space(tmp_path / "o", folder.nbytes(Merged(found, "16bit")) + 10**18)
+        folder.check_space(tmp_path / "o", folder.nbytes(MergedModel(found, "16bit")) + 10**18)

@@ -18,7 +18,7 @@ from halfbyte import finetune
 from halfbyte.errors import ExportError
 from halfbyte.export import export as exporting
 from halfbyte.export import folder, job, witness
-from halfbyte.export.weights import Merged
+from halfbyte.export.weights import MergedModel
 from halfbyte.inference import target
 from halfbyte.proofs import export as proof
 from halfbyte.proofs import programs
@@ -36,7 +36,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "run").mkdir()
     witness.write(witness.RunQuestions(str(here / "trained"), str(here / "run"), prompts=5))
     (here / "merged").mkdir()
-    folder.write(Merged(target.find(here / "trained"), "4bit"), here / "merged")
+    folder.write(MergedModel(target.find(here / "trained"), "4bit"), here / "merged")
     return here
 
 
@@ -98,14 +98,14 @@ def test_a_fault_fails_the_export_and_nothing_is_left(
     again = cli("merge", trained, "--base", "4bit", "--out", str(tmp_path / "good"))
     assert again.code == 1 and "exists already" in again.err
 
-    written = Merged.written
+    written = MergedModel.pieces
 
-    def forgets(self: Merged, item: Any) -> Any:
+    def forgets(self: MergedModel, item: Any) -> Any:
         if item.name.endswith("layers.1.self_attn.q_proj.weight"):
             self.changes.pop(item.parameter)
         return written(self, item)
 
-    monkeypatch.setattr(Merged, "written", forgets)
+    monkeypatch.setattr(MergedModel, "pieces", forgets)
     failed = cli("merge", trained, "--base", "4bit", "--out", str(tmp_path / "bad"))
     assert failed.code == 1 and "does not say what the run says" in failed.err and "Nothing of it is left" in failed.err
     assert [path.name for path in tmp_path.iterdir()] == ["good"]

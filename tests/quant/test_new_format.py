@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from halfbyte import finetune
 from halfbyte.errors import RecipeError
 from halfbyte.export import folder
-from halfbyte.export.weights import Merged
+from halfbyte.export.weights import MergedModel
 from halfbyte.inference import target
 from halfbyte.inference.generate import generate
 from halfbyte.inference.load import open_target
@@ -102,7 +102,7 @@ def test_a_run_trains_is_decoded_and_merged(tmp_path: Path) -> None:
 def merged_into_two_bits(found: target.Target, model: Any, out: Path) -> None:
     """Each weight is that of the format's reference and LoRA's own on top."""
     out.mkdir()
-    folder.write(Merged(found, "4bit"), out)
+    folder.write(MergedModel(found, "4bit"), out)
     merged = load_file(out / "model.safetensors")
     adapter = load_file(found.path / "adapter" / "adapter_model.safetensors")
     for name, layer in layers(model).items():

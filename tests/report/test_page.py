@@ -228,13 +228,13 @@ def steps_down(run: RunFolder) -> None:
 def test_what_happened_is_told(tmp_path: Path, change: Any, said: str) -> None:
     run = made.run(tmp_path / "run", made.metrics(20))
     change(run)
-    assert said in " ".join(page.happened(record.read(run.path)))
+    assert said in " ".join(page.summary(record.read(run.path)))
 
 
 def test_a_run_that_was_stopped_early_says_so(tmp_path: Path) -> None:
     run = made.finished(tmp_path / "run", made.metrics(20, evals=4), stopped_early=True)
     read = record.read(run.path)
-    assert "Stopped early at step 20 of 20" in page.happened(read)[0]
+    assert "Stopped early at step 20 of 20" in page.summary(read)[0]
     assert "stopped early" in " ".join(seen(page.html(read)).words)
 
 

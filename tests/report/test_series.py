@@ -67,11 +67,11 @@ def test_smoothing_is_a_weighted_mean_that_passes_over_gaps() -> None:
     line = Series(np.arange(60.0), values)
     width = series.span(57)
     assert width >= 3
-    np.testing.assert_allclose(series.smoothed(line).y, by_definition(values.tolist(), width), rtol=1e-12)
+    np.testing.assert_allclose(series.smooth(line).y, by_definition(values.tolist(), width), rtol=1e-12)
 
 
 def test_a_short_line_is_not_smoothed() -> None:
-    assert len(series.smoothed(Series(np.arange(5.0), np.arange(5.0)))) == 0
+    assert len(series.smooth(Series(np.arange(5.0), np.arange(5.0)))) == 0
 
 
 @pytest.mark.parametrize("points", [7, 1200, 1201, 99_991])
@@ -79,7 +79,7 @@ def test_thinning_keeps_every_extreme_and_the_ends(points: int) -> None:
     values = np.random.default_rng(points).normal(size=points)
     values[points // 3], values[points // 2] = 1e6, -1e6
     line = Series(np.arange(float(points)), values)
-    thin = series.thinned(line)
+    thin = series.thin(line)
     assert len(thin) <= max(points, 5 * series.BUCKETS) and len(thin) <= 5 * series.BUCKETS
     assert {1e6, -1e6} <= set(thin.y.tolist())
     assert (thin.x[0], thin.x[-1]) == (0, points - 1)
@@ -90,7 +90,7 @@ def test_thinning_keeps_every_extreme_and_the_ends(points: int) -> None:
 def test_thinning_keeps_a_gap_of_each_part_that_has_one() -> None:
     values = np.ones(100_000)
     values[::2] = np.nan
-    thin = series.thinned(Series(np.arange(100_000.0), values))
+    thin = series.thin(Series(np.arange(100_000.0), values))
     assert np.isnan(thin.y).sum() == series.BUCKETS
     assert len(thin) <= 5 * series.BUCKETS
 

@@ -66,7 +66,7 @@ def init(
     command.write_template(path, draft.model, draft.data, draft.values, draft.remarks)
     show.text(f"wrote {path}")
     for remark in draft.remarks:
-        show.wrapped(f"  {remark}")
+        show.paragraph(f"  {remark}")
     show.text(f"  next: halfbyte data check {typed(path)}   then   halfbyte train {typed(path)}")
 
 
@@ -126,7 +126,7 @@ def _ask(question: str, default: str, take: Callable[[str], None], answer: str |
         take(answer)
         return
     ask = show.questioner()
-    show.wrapped(question)
+    show.paragraph(question)
     while True:
         try:
             take(ask(default) or default)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halfbyte.cli import begin, conversation, progress, reports, scores, ship, show, show_plan
-from halfbyte.cli.options import BaseOnly, Force, Json, Quiet, Run, Set, Temperature, Tokens, opened
+from halfbyte.cli.options import BaseOnly, Force, Json, Quiet, Run, Set, Temperature, Tokens, open_run
 from halfbyte.cli.store import stores
 from halfbyte.errors import HalfbyteError, RecipeError, typed
 from halfbyte.system import libraries
@@ -107,7 +107,7 @@ def train(
         resolution = preview.resolve(loaded)
         show.document(resolution.to_json()) if json_ else show_plan.resolution(resolution)
         return
-    with worlds.opened(show.told) as world:
+    with worlds.opened(show.report_error) as world:
         loaded = _loaded(world, recipe, data, overrides, resume=resume)
         run = Path(loaded.recipe.output)
         resume = world.goes_on(run, resume)
@@ -152,7 +152,7 @@ def _trained(world: World, loaded: Loaded, *, resume: bool, force: bool, live: b
 
         outcome = finetune.train(loaded, resume=resume, force=force, listener=listener, world=world)
     if first:
-        show.ended(outcome, json_=json_)
+        show.outcome(outcome, json_=json_)
     return outcome.exit_code if first or outcome.stopped_by is not None else 0
 
 
@@ -194,9 +194,9 @@ def plan(
     if json_:
         show.document(planned.to_json() | ({} if scaled is None else {"nodes": scaled.to_json()}))
     else:
-        show_plan.planned(planned)
+        show_plan.estimate(planned)
         if scaled is not None:
-            show_plan.scaled(scaled)
+            show_plan.scaling(scaled)
     if planned.plan.short_bytes:
         raise typer.Exit(3)
 
@@ -236,7 +236,7 @@ def generate(
 ) -> None:
     """Answer prompts with the adapter on its base, or with the base alone."""
     talks = [[{"role": "user", "content": text}] for text in prompt]
-    ready = opened(run, set_, silent=json_, force=force, asks=(talks, max_new_tokens))
+    ready = open_run(run, set_, silent=json_, force=force, asks=(talks, max_new_tokens))
     from halfbyte.writing.sampling import SamplingParams
 
     params = SamplingParams(max_new_tokens, temperature, seed=seed)
@@ -260,7 +260,7 @@ def chat(
     force: Force = False,
 ) -> None:
     """Talk to the adapter. /base and /both ask the base too, /save keeps the talk, /reset forgets, /quit leaves."""
-    ready = opened(run, set_, silent=False, force=force)
+    ready = open_run(run, set_, silent=False, force=force)
     from halfbyte.writing.sampling import SamplingParams
 
     conversation.Chat(ready, SamplingParams(max_new_tokens, temperature), system).run()
@@ -333,7 +333,7 @@ def quantize(
     if json_:
         show.document(built.to_json() | ({} if measured is None else {"quality": measured.to_json()}))
         return
-    show.built(built)
+    show.built_store(built)
     if measured is not None:
         scores.quality(measured)
 
@@ -359,7 +359,7 @@ def check(
         from halfbyte.training import preview
 
     checked = preview.check(loaded, row=row)
-    show.document(checked.to_json()) if json_ else show_plan.checked(checked)
+    show.document(checked.to_json()) if json_ else show_plan.data_check(checked)
     if checked.refused:
         raise typer.Exit(2)
 
@@ -383,7 +383,7 @@ def _guard(call: Callable[[], object], words: Sequence[str] = ()) -> int:
             show.error(usage(), int(left.code or 0), kind="UsageError")
         raise
     except HalfbyteError as error:
-        show.told(error)
+        show.report_error(error)
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

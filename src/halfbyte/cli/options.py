@@ -24,7 +24,7 @@ Force = Annotated[bool, typer.Option("--force", help="Also where base or tokeniz
 BaseOnly = Annotated[bool, typer.Option("--base", help="The base alone, without the adapter.")]
 
 
-def opened(
+def open_run(
     run: Path,
     overrides: list[str],
     *,

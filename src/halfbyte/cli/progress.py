@@ -61,7 +61,7 @@ class PlainListener(SilentListener):
 
     def note(self, label: str, text: str) -> None:
         if not self.quiet:
-            show.labelled(label, text)
+            show.field(label, text)
 
     def warn(self, text: str) -> None:
         show.warning(text)
@@ -180,11 +180,11 @@ def _building(console: Console, *, quiet: bool = False) -> Iterator[Callable[[Pr
 
 def line(now: Progress) -> str:
     """`quantising  45%  6.10 of 13.50 GB  1.21 GB/s  ETA 0:06`"""
-    done, total, left = now.done_bytes, now.total_bytes, now.eta_seconds
-    return (
-        f"quantising {100 * done // total if total else 100:3d}%  {done / 1e9:.2f} of {show.gb(total)}  "
-        f"{show.gb(now.bytes_per_second)}/s  ETA {'-' if left is None else show.duration(left)}"
-    )
+    done, total = now.done_bytes, now.total_bytes
+    eta = "-" if now.eta_seconds is None else show.duration(now.eta_seconds)
+    percent = 100 * done // total if total else 100
+    size = f"{done / 1e9:.2f} of {show.gb(total)}"
+    return f"quantising {percent:3d}%  {size}  {show.gb(now.bytes_per_second)}/s  ETA {eta}"
 
 
 @contextmanager

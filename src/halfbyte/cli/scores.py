@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from halfbyte.cli import progress, show
-from halfbyte.cli.options import Force, Json, Run, Set, opened
-from halfbyte.cli.show import aside, duration, labelled, out, text, visible
+from halfbyte.cli.options import Force, Json, Run, Set, open_run
+from halfbyte.cli.show import aside, duration, field, out, text, visible
 from halfbyte.scoring.intervals import CONFIDENCE
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def evaluate(
     found = target.find(run, overrides)
     if task:
         sheet.need_harness()
-        ready = opened(run, overrides, silent=json_, force=force)
+        ready = open_run(run, overrides, silent=json_, force=force)
         from halfbyte.inference import harness
 
         with progress.scoring(silent=json_) as tell:
@@ -70,7 +70,7 @@ def evaluate(
     target.held_out(found.recipe, run, data)
     wanted = sheet.EvalOptions.of(found.recipe.eval, metric, limit=limit, with_base=base, sure=sure)
     folder = to or (sheet.folder_of(run, data) if found.run is not None else None)
-    ready = opened(run, overrides, silent=json_, force=force)
+    ready = open_run(run, overrides, silent=json_, force=force)
     from halfbyte.inference import evaluate as scoring
 
     with progress.scoring(silent=json_) as tell:
@@ -171,9 +171,9 @@ def quality(made: Report) -> None:
     """Loss by format, then what was lost by kind of module and by layer."""
     from halfbyte.inference.quality import kind_of, layer_of
 
-    labelled("text", f"{made.text}: {made.rows:,} rows, {made.labelled_tokens:,} tokens that count")
+    field("text", f"{made.text}: {made.rows:,} rows, {made.labelled_tokens:,} tokens that count")
     for note in made.notes:
-        labelled("note", note)
+        field("note", note)
     first = made.formats[0]
     table = _table("format", "bits a parameter", "GB", "relative error", "SQNR dB", "loss", "more", "perplexity")
     for row in made.formats:

@@ -60,14 +60,14 @@ def table(*columns: str, right: Container[str] = (), **looks: Any) -> Table:
     return lines
 
 
-def labelled(label: str, value: str, *, width: int = LABEL_WIDTH) -> None:
+def field(label: str, value: str, *, width: int = LABEL_WIDTH) -> None:
     """A label and its text; on a terminal a long line is wrapped and goes on under its beginning."""
     first, *rest = value.splitlines() or [""]
     for line in (f"{label:<{width}}{first}", *rest):
-        wrapped(line, indent=width if width <= out.width // 2 else 2)
+        paragraph(line, indent=width if width <= out.width // 2 else 2)
 
 
-def wrapped(line: str, *, indent: int = 2) -> None:
+def paragraph(line: str, *, indent: int = 2) -> None:
     """A line; on a terminal a long one is wrapped between words."""
     if out.is_terminal:
         under = " " * indent
@@ -118,7 +118,7 @@ def failed(said: str, code: int, **more: str | None) -> None:
         error(without_secrets(said), code, **{name: text and without_secrets(text) for name, text in more.items()})
 
 
-def told(error: HalfbyteError) -> None:
+def report_error(error: HalfbyteError) -> None:
     """One of our errors, as the command line says it."""
     failed(str(error), error.exit_code, message=error.message, fix=error.fix, kind=type(error).__name__)
 
@@ -192,12 +192,12 @@ def asker() -> Callable[[], str]:
     return lambda: session.prompt().strip()
 
 
-def ended(outcome: Outcome, *, json_: bool) -> None:
+def outcome(value: Outcome, *, json_: bool) -> None:
     """The end of a run, finished or stopped."""
-    if outcome.stopped_by is not None:
-        stopped(outcome)
+    if value.stopped_by is not None:
+        interruption(value)
     else:
-        document(outcome.report) if json_ else report(outcome)
+        document(value.report) if json_ else report(value)
 
 
 def report(outcome: Outcome) -> None:
@@ -205,7 +205,7 @@ def report(outcome: Outcome) -> None:
     row = outcome.report
     loss = row["loss"]
     out.print()
-    wrapped(
+    paragraph(
         f"{row['steps']} steps, {row['tokens']:,} tokens in {duration(row['train_seconds'])} "
         f"({row['tokens_per_second']:.0f} tokens/s)   loss {loss['first']:.4f} -> {loss['last']:.4f}"
         + (f"   eval loss {row['eval_loss']:.4f}" if row["eval_loss"] is not None else "")
@@ -221,7 +221,7 @@ def report(outcome: Outcome) -> None:
     text(f"adapter  {outcome.run}/adapter\n  next: {first}   or   halfbyte chat {typed(run)}")
 
 
-def stopped(outcome: Outcome) -> None:
+def interruption(outcome: Outcome) -> None:
     """A run that a signal has ended, and how it goes on."""
     name = outcome.stopped_by.name if outcome.stopped_by is not None else ""
     what = f"stopped by {name} after step {outcome.step}; nothing is lost."
@@ -241,7 +241,7 @@ def complete(run: Path, report: Document, more: str) -> None:
     )
 
 
-def built(store: Built) -> None:
+def built_store(store: Built) -> None:
     """What `halfbyte quantize` has built, or what was there already."""
     base, how = store.manifest, f"built in {store.seconds:.1f} s" if store.built else "was there already"
     size = f"{base.nbytes / 1e9:.3f} GB for {base.parameters:,} parameters"
@@ -275,34 +275,34 @@ def diagnosis(value: Diagnosis) -> None:
     """How `halfbyte doctor` looks."""
     machine, rates = value.machine, value.rates
     flags = " ".join(machine.isa) or "no flags"
-    labelled("processor", f"{machine.cpu or 'unknown'}, {machine.cores} cores: {flags}")
-    labelled("memory", f"{gb(machine.ram_available_bytes)} free of {gb(machine.ram_bytes)}")
+    field("processor", f"{machine.cpu or 'unknown'}, {machine.cores} cores: {flags}")
+    field("memory", f"{gb(machine.ram_available_bytes)} free of {gb(machine.ram_bytes)}")
     for card in machine.cards:
-        labelled("card", f"{card.name}, {gb(card.free_bytes)} free of {gb(card.total_bytes)}")
+        field("card", f"{card.name}, {gb(card.free_bytes)} free of {gb(card.total_bytes)}")
     for note in machine.notes:
-        labelled("note", note)
+        field("note", note)
     row = value.platform
-    labelled("platform", f"{row['platform']}: {row['runs']}")
-    labelled("", f"executed: {row['executed']}; slow: {row['slow']} (docs/machines.md)")
-    labelled("cache", f"{value.cache}, {gb(value.cache_free_bytes)} free")
+    field("platform", f"{row['platform']}: {row['runs']}")
+    field("", f"executed: {row['executed']}; slow: {row['slow']} (docs/machines.md)")
+    field("cache", f"{value.cache}, {gb(value.cache_free_bytes)} free")
     if value.cache_problem:
         warning(
             f"the cache cannot be written ({value.cache_problem}): nothing is converted, and bases are quantised anew "
             "for each command\n  fix: export HALFBYTE_CACHE=/path/with/space"
         )
-    labelled("computes", f"in {value.compute_dtype} ({value.compute_dtype_reason})")
+    field("computes", f"in {value.compute_dtype} ({value.compute_dtype_reason})")
     eight = f" ({rates.integer_ops / 1e9:,.0f} in int8)" if rates.integer_ops else " (none in int8)"
-    labelled(
+    field(
         "rates",
         f"{rates.matmul_flops / 1e9:,.0f} GFLOP/s in matrix products{eight}, {rates.attention_flops / 1e9:,.0f} in "
         f"attention, {rates.dequant_elements / 1e9:.1f} G weights/s dequantised, memory "
         f"{rates.memory_bytes / 1e9:.1f} GB/s, disk {rates.disk_bytes / 1e9:.2f} GB/s ({rates.source})",
     )
-    labelled("versions", ", ".join(f"{name} {version}" for name, version in value.versions.items()))
+    field("versions", ", ".join(f"{name} {version}" for name, version in value.versions.items()))
     for wanted, installed in value.outside_ranges.items():
         warning(f"{installed} is installed, and the tests cover {wanted}\n  fix: pip install '{wanted}'")
     if value.model is None:
         return
     text("")
-    labelled("model", f"{value.model}, {value.layers} layers at their true width")
+    field("model", f"{value.model}, {value.layers} layers at their true width")
     checks(value.checks)

@@ -26,15 +26,16 @@ ROWS_BAR = 40
 STYLES = {"private": "cyan", "device": "cyan", "file": "blue", "disk": "dim"}
 
 
-def planned(value: Estimate) -> None:
+def estimate(value: Estimate) -> None:
     """Model, machine, memory line by line, disk, time, the choices, and whether it fits."""
-    shape, plan, recipe = value.shape, value.plan, value.recipe
+    shape, plan = value.shape, value.plan
     show.text(f"{shape.name}: {shape.parameters / 1e9:.2f} B parameters, {shape.facts.layers} layers ({shape.origin})")
-    show.labelled("machine", f"{machine(value.device)}, computing in {plan.compute_dtype}")
-    rows = recipe.train.rows_per_step
+    show.field("machine", f"{machine(value.device)}, computing in {plan.compute_dtype}")
     percent = 100 * plan.trainable / max(1, plan.parameters)
-    how = f"r {recipe.lora.r}, {rows} rows a step, quant.type {recipe.quant.type}"
-    show.labelled("training", f"{plan.trainable:,} parameters ({percent:.2f}%), {how}")
+    how = (
+        f"r {value.recipe.lora.r}, {value.recipe.train.rows_per_step} rows a step, quant.type {value.recipe.quant.type}"
+    )
+    show.field("training", f"{plan.trainable:,} parameters ({percent:.2f}%), {how}")
     for note in value.notes:
         show.text(f"          {note}")
     show.text("")
@@ -44,19 +45,19 @@ def planned(value: Estimate) -> None:
         show.out.print(table("beside it, in RAM", plan.host_lines, plan.host_available_bytes))
     also = [("loading", plan.loading_bytes), ("an evaluation", plan.evaluating_bytes)]
     also += [("generating 1,024 tokens", plan.generating_bytes), ("building the base's store", plan.building_bytes)]
-    show.labelled("also", ", ".join(f"{name} {show.gb(size)}" for name, size in also if size))
-    show.labelled("disk", ", ".join(f"{line.name} {show.gb(line.bytes)} ({line.how})" for line in plan.disk))
-    show.labelled("time", times(plan))
+    show.field("also", ", ".join(f"{name} {show.gb(size)}" for name, size in also if size))
+    show.field("disk", ", ".join(f"{line.name} {show.gb(line.bytes)} ({line.how})" for line in plan.disk))
+    show.field("time", times(plan))
     show.text("")
     for name, why in plan.reasons.items():
-        show.labelled(name, f"{getattr(plan, name)}: {why}", width=len("max_tokens_per_micro_batch") + 1)
+        show.field(name, f"{getattr(plan, name)}: {why}", width=len("max_tokens_per_micro_batch") + 1)
     verdict(plan)
     if value.methods:
         show.text("")
         show.out.print(ways(value.methods))
 
 
-def scaled(value: ScalingEstimate) -> None:
+def scaling(value: ScalingEstimate) -> None:
     """A step on more machines: what each holds, what the sum of gradients takes, what it brings and where that ends."""
     asked, alone = value.asked, value.others[0].step_s
     link = f"{value.link.bytes_s * 8 / 1e9:g} Gb/s, {value.link.delay_s * 1e3:g} ms"
@@ -64,11 +65,11 @@ def scaled(value: ScalingEstimate) -> None:
     summed = f"{asked.reduce_s:.2f} s to sum {show.gb(value.wire_bytes)} of gradients over {link}"
     share = f"{asked.compute_s:.2f} s for the fullest share ({asked.balance:.2f} of the mean one)"
     show.text("")
-    show.labelled("nodes", f"{asked.nodes}; each process holds {memory}")
-    show.labelled("step", f"{share}, {summed}")
-    show.labelled("speed-up", f"{asked.speed_up:.2f} times on {asked.nodes}, where one takes {alone:.2f} s a step")
+    show.field("nodes", f"{asked.nodes}; each process holds {memory}")
+    show.field("step", f"{share}, {summed}")
+    show.field("speed-up", f"{asked.speed_up:.2f} times on {asked.nodes}, where one takes {alone:.2f} s a step")
     brought = ", ".join(f"{each.nodes}: {each.speed_up:.1f}" for each in value.others)
-    show.labelled("", f"{brought}; beyond {value.last.nodes}, twice as many bring less than a tenth")
+    show.field("", f"{brought}; beyond {value.last.nodes}, twice as many bring less than a tenth")
 
 
 def resolution(value: Resolution) -> None:
@@ -82,22 +83,22 @@ def resolution(value: Resolution) -> None:
         table.add_row(field, escape(shown), origin.kind, escape(origin.why), style=style)
     show.out.print(table)
     for label, note in value.notes:
-        show.labelled(label, note)
+        show.field(label, note)
     summary(value.plan)
     for warning in value.warnings:
-        show.wrapped(f"warning: {warning}")
+        show.paragraph(f"warning: {warning}")
 
 
 def summary(plan: Plan) -> None:
     """A plan in a few lines: name, GB, how it was counted; then the choices and the warnings."""
     for line in plan.lines:
-        show.labelled(line.name, f"{line.bytes / 1e9:8.3f} GB  {line.how}", width=23)
-    show.labelled("peak", f"{plan.peak_bytes / 1e9:8.3f} GB  with pages of files", width=23)
-    show.labelled("needed", f"{plan.needed_bytes / 1e9:8.3f} GB  of {plan.available_bytes / 1e9:.1f} GB free", width=23)
+        show.field(line.name, f"{line.bytes / 1e9:8.3f} GB  {line.how}", width=23)
+    show.field("peak", f"{plan.peak_bytes / 1e9:8.3f} GB  with pages of files", width=23)
+    show.field("needed", f"{plan.needed_bytes / 1e9:8.3f} GB  of {plan.available_bytes / 1e9:.1f} GB free", width=23)
     for name, why in plan.reasons.items():
-        show.wrapped(f"{name} {getattr(plan, name)}: {why}")
+        show.paragraph(f"{name} {getattr(plan, name)}: {why}")
     for warning in plan.warnings:
-        show.wrapped(f"warning: {warning}")
+        show.paragraph(f"warning: {warning}")
 
 
 def verdict(plan: Plan) -> None:
@@ -117,7 +118,7 @@ def verdict(plan: Plan) -> None:
         when = " (most of all while loading or in an evaluation)" if plan.needed_bytes > plan.step_needed_bytes else ""
         show.out.print(f"[green]it fits[/green]: {needed}, {share:.0%}{when}")
         if plan.generating_bytes > plan.available_bytes:
-            show.wrapped(f"but not generating 1,024 tokens at once, which takes {show.gb(plan.generating_bytes)}")
+            show.paragraph(f"but not generating 1,024 tokens at once, which takes {show.gb(plan.generating_bytes)}")
 
 
 def table(title: str, lines: tuple[Line, ...], available: int, plan: Plan | None = None) -> Table:
@@ -202,15 +203,15 @@ def machine(device: Device) -> str:
     return f"{device.cores} cores ({device.cpu or 'CPU'}), {ram}"
 
 
-def checked(value: Checked) -> None:
+def data_check(value: Checked) -> None:
     """Model, rows, gates, lengths, the run over these rows, and a few rows."""
     from halfbyte.training import prepare
 
     prepared = value.prepared
-    show.labelled("model", prepared.checkpoint.id)
-    show.labelled("data", prepare.data_note(prepared))
+    show.field("model", prepared.checkpoint.id)
+    show.field("data", prepare.data_note(prepared))
     for notice in prepare.notices(prepared):
-        show.labelled("note", notice)
+        show.field("note", notice)
     show.text("")
     for finding in prepared.findings:
         line = Text(show.visible(finding.line))
@@ -223,13 +224,13 @@ def checked(value: Checked) -> None:
         show.out.print(Text(f"{part.least:>7,} to {part.most:>6,} tokens  {part.rows:>9,}  ").append(bar, "cyan"))
     show.text("")
     about, time = value.to_json()["run"], value.plan.time
-    show.labelled(
+    show.field(
         "run",
         f"{value.steps:,} steps of {about['rows_per_step']} rows, {value.tokens:,} tokens; "
         f"{about['micro_batches_per_step']:.1f} micro-batches a step, {about['rows_per_micro_batch']:.1f} rows in each "
         f"(at most {about['max_tokens_per_micro_batch']:,} tokens)",
     )
-    show.labelled("time", f"about {show.duration(time.run_s)}{'' if time.measured else f' ({time.source})'}")
+    show.field("time", f"about {show.duration(time.run_s)}{'' if time.measured else f' ({time.source})'}")
     for row in value.shown:
         show.text("")
         example(row)

@@ -18,7 +18,7 @@ from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.errors import ExportError, HalfbyteError
 from halfbyte.export import folder, gguf, gguf_tokenizer, llama_cpp, lora, ollama
 from halfbyte.export.job import BaseChoice, DraftExport, ExportJob, bases, better, describe, notes
-from halfbyte.export.weights import BaseKind, Merged
+from halfbyte.export.weights import BaseKind, MergedModel
 from halfbyte.inference.load import tokenizer_of
 from halfbyte.inference.target import Target
 from halfbyte.models.sources.lookup import find_model
@@ -59,7 +59,7 @@ def merge(job: ExportJob, choice: BaseChoice = "auto", *, quantise: bool = False
         for kind in kinds:
             if kind != base:
                 shutil.rmtree(draft.folder / kind)
-        result = draft.exported("merged model", base, list(notes(kinds, draft.proofs, base)))
+        result = draft.result("merged model", base, list(notes(kinds, draft.proofs, base)))
         if quantise:
             result = _quantise(job, draft, result, draft.folder / base)
         draft.keep("store" if quantise else base)
@@ -68,7 +68,7 @@ def merge(job: ExportJob, choice: BaseChoice = "auto", *, quantise: bool = False
 
 def write_merged(job: ExportJob, run: Target, base: BaseKind, place: Path, *, copies: int = 1) -> str:
     """Write the merged folder; returns the dtype of its matrices."""
-    merged = Merged(run, base, job.tell)
+    merged = MergedModel(run, base, job.tell)
     nbytes = folder.nbytes(merged)
     folder.check_space(place, copies * nbytes)
     job.tell.say(f"into {describe(base)}: {nbytes / 1e9:.2f} GB", label="merge")
@@ -97,7 +97,7 @@ def _quantise(job: ExportJob, draft: DraftExport, merged: Exported, place: Path)
     name = f"{quant.type} of {merged.base}"
     proof = draft.witness.prove(store, "transformers", "Q4_0", "quantised", base="4bit", bounded=False)
     draft.proofs[name] = proof
-    return draft.exported(f"merged model in {quant.type}", name, merged.notes)
+    return draft.result(f"merged model in {quant.type}", name, merged.notes)
 
 
 # ------------------------------------------------------------------ GGUF
@@ -109,9 +109,9 @@ def to_gguf(job: ExportJob, kind: str, choice: BaseChoice = "auto", *, modelfile
             written does not say what the run says; nothing is left then.
     """
     kind = kind.upper()
-    if kind not in (every := (*gguf.WRITTEN, *gguf.QUANTISED)):
+    if kind not in (every := (*gguf.OWN_FORMATS, *gguf.K_QUANTS)):
         raise ExportError(f"--gguf {kind}: no such format.", fix=f"one of {', '.join(every)}")
-    if kind in gguf.QUANTISED:
+    if kind in gguf.K_QUANTS:
         llama_cpp.need(kind)
     out = job.out_folder(f"gguf-{kind.lower()}")
     if (model_type := _model_type(job.target())) not in gguf.ARCHITECTURES:
@@ -127,7 +127,7 @@ def to_gguf(job: ExportJob, kind: str, choice: BaseChoice = "auto", *, modelfile
             _prove(draft, path, kind, each)
         base = better(draft.proofs, kinds)
         remarks += _notes(draft, kinds, base)
-        result = draft.exported(f"GGUF file in {kind}", base, remarks)
+        result = draft.result(f"GGUF file in {kind}", base, remarks)
         draft.keep(base)
         if modelfile:
             file = next(draft.folder.glob("*.gguf"))
@@ -143,7 +143,7 @@ def to_gguf_lora(job: ExportJob, *, modelfile: bool = False) -> Exported:
     """
     out = job.out_folder("gguf-lora")
     run = job.checked_target()
-    merged = Merged(run, "16bit", job.tell)
+    merged = MergedModel(run, "16bit", job.tell)
     with job.draft(run, out) as draft:
         path = draft.folder / f"{file_name(run)}-lora.gguf"
         lora.write_gguf(merged, path)
@@ -153,7 +153,7 @@ def to_gguf_lora(job: ExportJob, *, modelfile: bool = False) -> Exported:
             _prove(draft, alone, "F16", "16bit", path)
             alone.unlink()
         use = f"llama-cli -m BASE.gguf --lora {out / path.name}, on a GGUF file of {merged.checkpoint.id} in 16 bits"
-        result = draft.exported("GGUF adapter", "16bit", [use, *_notes(draft, ["16bit"], "16bit")])
+        result = draft.result("GGUF adapter", "16bit", [use, *_notes(draft, ["16bit"], "16bit")])
         if modelfile:
             ollama.write(draft.folder / "Modelfile", "BASE.gguf", _tokenizer(run), run.recipe, adapter=path.name)
         return draft.finish(result)
@@ -161,9 +161,9 @@ def to_gguf_lora(job: ExportJob, *, modelfile: bool = False) -> Exported:
 
 def _write_gguf(job: ExportJob, run: Target, base: BaseKind, path: Path, kind: str) -> list[str]:
     """Write one file; returns what a user should know of it."""
-    merged = Merged(run, base, job.tell)
+    merged = MergedModel(run, base, job.tell)
     ours = _model_type(run) in gguf.ARCHITECTURES
-    plain = "F16" if kind in gguf.QUANTISED or not (ours or kind in ("F32", "BF16", "Q8_0")) else kind
+    plain = "F16" if kind in gguf.K_QUANTS or not (ours or kind in ("F32", "BF16", "Q8_0")) else kind
     weights = sum(item.source.nbytes for item in merged.items)
     folder.check_space(path.parent, 2 * weights + folder.BESIDE_BYTES)
     job.tell.say(f"from {describe(base)}, in {kind}", label="gguf")
@@ -190,7 +190,7 @@ def _proves(draft: DraftExport) -> bool:
 def _prove(draft: DraftExport, path: Path, kind: str, base: BaseKind, adapter: Path | None = None) -> None:
     """Compare a GGUF file with the run, by llama.cpp, where that can be done."""
     if draft.witness is not None and programs.has_llama():
-        family = kind[:4] if kind in gguf.QUANTISED else kind
+        family = kind[:4] if kind in gguf.K_QUANTS else kind
         others = (family,) if family in _FLOATS else (family, family)
         name = f"llama-{base}"
         draft.proofs[base] = draft.witness.prove(
@@ -207,7 +207,7 @@ def _model_type(run: Target) -> str:
     return str(config.get_text_config().model_type)
 
 
-def add_tokenizer(run: Target, merged: Merged) -> Callable[[GGUFWriter], None]:
+def add_tokenizer(run: Target, merged: MergedModel) -> Callable[[GGUFWriter], None]:
     """A function that puts a run's tokenizer and chat template into a GGUF writer."""
     tokenizer = _tokenizer(run)
     rows = int(merged.config.get_text_config().vocab_size)
@@ -234,5 +234,5 @@ def to_peft(job: ExportJob) -> Exported:
     out = job.out_folder("peft")
     run = job.checked_target()
     with job.draft(run, out, prove=False) as draft:
-        remarks = lora.write_peft(Merged(run, "16bit", job.tell), draft.folder)
-        return draft.finish(draft.exported("PEFT adapter", "16bit", remarks))
+        remarks = lora.write_peft(MergedModel(run, "16bit", job.tell), draft.folder)
+        return draft.finish(draft.result("PEFT adapter", "16bit", remarks))

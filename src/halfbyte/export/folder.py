@@ -21,7 +21,7 @@ from halfbyte.base.store.writer import SafetensorsWriter, Slot
 from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.data.encoding.chatml import CHATML, chat_template
 from halfbyte.errors import ExportError
-from halfbyte.export.weights import Item, Merged
+from halfbyte.export.weights import Item, MergedModel
 from halfbyte.models.sources.checkpoint import Checkpoint, beside_weights
 from halfbyte.models.sources.safetensors import INDEX, SINGLE
 from halfbyte.recipe.schema import Recipe
@@ -67,15 +67,16 @@ def whole_or_absent(out: Path) -> Iterator[Path]:
         raise ExportError(f"{out} could not be written: {why}. Nothing of it is left.", fix=MORE_SPACE) from error
 
 
-def nbytes(merged: Merged) -> int:
+def nbytes(merged: MergedModel) -> int:
     """Bytes that the folder takes."""
     return sum(item.source.nbytes for item in merged.items) + BESIDE_BYTES
 
 
-def write(merged: Merged, folder: Path) -> None:
+def write(merged: MergedModel, folder: Path) -> None:
     """Write weights, config, tokenizer and chat template into an empty folder."""
-    plans, stop, threads = _plans(merged), threading.Event(), torch.get_num_threads()
-    # each a thread of its own: pieces are small, and threads of one operation would wait for each other
+    plans = _plans(merged)
+    stop, threads = threading.Event(), torch.get_num_threads()
+    # one thread a file: pieces are small, and the threads of one operation would wait for each other
     with merged, ThreadPoolExecutor(FILES_AT_ONCE, "merge", torch.set_num_threads, (1,)) as pool:
         try:
             for future in [pool.submit(_write_file, merged, folder / n, i, stop) for n, i in plans.items()]:
@@ -94,7 +95,7 @@ def write(merged: Merged, folder: Path) -> None:
     _write_beside(merged, folder)
 
 
-def _plans(merged: Merged) -> dict[str, list[Item]]:
+def _plans(merged: MergedModel) -> dict[str, list[Item]]:
     """One file for each of the source's, under the usual names."""
     by_file: dict[Path, list[Item]] = {}
     for item in merged.items:
@@ -105,18 +106,18 @@ def _plans(merged: Merged) -> dict[str, list[Item]]:
     return {f"model-{n:05}-of-{len(ordered):05}.safetensors": by_file[file] for n, file in enumerate(ordered, 1)}
 
 
-def _write_file(merged: Merged, path: Path, items: list[Item], stop: threading.Event) -> None:
+def _write_file(merged: MergedModel, path: Path, items: list[Item], stop: threading.Event) -> None:
     slots = [Slot(item.name, item.source.dtype, item.source.shape, item.source.nbytes) for item in items]
     with SafetensorsWriter(path, slots) as out:
         for item in items:
             if stop.is_set():
                 return
-            for first, part in merged.written(item):
+            for first, part in merged.pieces(item):
                 out.put(item.name, part.data, first)
         out.close({})
 
 
-def _write_beside(merged: Merged, folder: Path) -> None:
+def _write_beside(merged: MergedModel, folder: Path) -> None:
     """Config, generation settings, tokenizer and chat template."""
     for path in beside_weights(merged.checkpoint.path):
         shutil.copyfile(path, folder / path.name)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from halfbyte.errors import ExportError
-from halfbyte.export.weights import Item, Merged
+from halfbyte.export.weights import Item, MergedModel
 from halfbyte.models.gguf.architectures import NAMES, config_of
 from halfbyte.models.gguf.header import read_header
 from halfbyte.models.gguf.layouts import transform_of
@@ -34,8 +34,8 @@ ARCHITECTURES = {
     "smollm3": "smollm3",
 }  # fmt: skip
 # What the gguf package encodes; the rest goes through llama.cpp's quantiser (`llama_cpp.py`).
-WRITTEN = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
-QUANTISED = {
+OWN_FORMATS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+K_QUANTS = {
     "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17,
     "Q6_K": 18,
 }  # fmt: skip
@@ -211,8 +211,8 @@ def names_of(config: Config, items: list[Item], metadata: FileMetadata) -> dict[
     return names
 
 
-def write(merged: Merged, path: Path, kind: str, add_tokenizer: Callable[[GGUFWriter], None]) -> None:
-    """Write one file in a format of `WRITTEN`.
+def write(merged: MergedModel, path: Path, kind: str, add_tokenizer: Callable[[GGUFWriter], None]) -> None:
+    """Write one file in a format of `OWN_FORMATS`.
 
     Args:
         add_tokenizer: puts `tokenizer.*` into a writer.

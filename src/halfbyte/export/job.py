@@ -79,11 +79,11 @@ class ExportJob:
     @contextmanager
     def draft(self, run: Target, out: Path, *, prove: bool = True) -> Iterator[DraftExport]:
         """An export in the making: `out` appears when the block ends, and nothing after an error."""
-        with self._asked(run, out, prove=prove) as witness, folder.whole_or_absent(out) as temporary:
+        with self._witness(run, out, prove=prove) as witness, folder.whole_or_absent(out) as temporary:
             yield DraftExport(run, out, temporary, witness)
 
     @contextmanager
-    def _asked(self, run: Target, out: Path, *, prove: bool) -> Iterator[RunWitness | None]:
+    def _witness(self, run: Target, out: Path, *, prove: bool) -> Iterator[RunWitness | None]:
         """The run's answers, in a folder that goes with them; None where nothing is proven."""
         if not (prove and self.prove):
             yield None
@@ -99,10 +99,11 @@ class ExportJob:
 
 
 class RunWitness:
-    """What a run says, for exports to be compared with; each is asked in a process of its own."""
+    """What a run says, for exports to be compared with. Run and export are each opened in a process of their own."""
 
     def __init__(self, job: ExportJob, run: Target, place: Path) -> None:
-        self.job, self.run, self.place = job, run, place
+        self.job, self.run = job, run
+        self.place = place
         job.tell.say("the run is asked, to be compared with", label="proof")
         self.path = self._ask("run")
 
@@ -132,8 +133,8 @@ class RunWitness:
         unlike = on_16_bits and (read_config(self.run.adapter).get("use_dora") or starts_residual(self.run.adapter))
         bounded = bounded and not unlike
         reference = self.unquantised() if on_16_bits and bounded else None
-        said = self.place / name
-        return prove_export(self.path, said, program, kind, others=others, reference=reference, bounded=bounded)
+        answers = self.place / name
+        return prove_export(self.path, answers, program, kind, others=others, reference=reference, bounded=bounded)
 
 
 @dataclass
@@ -151,7 +152,7 @@ class DraftExport:
     witness: RunWitness | None
     proofs: dict[str, Proof] = field(default_factory=dict)
 
-    def exported(self, kind: str, base: str, notes: Sequence[str]) -> Exported:
+    def result(self, kind: str, base: str, notes: Sequence[str]) -> Exported:
         """The result. Raises ExportError where it does not say what the run says."""
         result = Exported(self.out, kind, base, dict(self.proofs), tuple(notes))
         result.check()
@@ -182,7 +183,8 @@ def check_passport(run: Target, tell: supply.Tell, *, force: bool = False) -> No
     """
     if run.adapter is None or read_passport(run.adapter) is None:
         return
-    recipe, checkpoint, machine = run.recipe, find_model(run.recipe), device.detect()
+    recipe, machine = run.recipe, device.detect()
+    checkpoint = find_model(recipe)
     config = open_config(checkpoint.path, trust_remote_code=recipe.trust_remote_code)
     specs = tuple(tensors.read_checkpoint(checkpoint.path)) if not checkpoint.pickle else ()
     name, why = device.compute_dtype(machine, recipe.quant.compute_dtype)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from halfbyte.errors import ExportError
 from halfbyte.export import folder
-from halfbyte.export.gguf import FTYPES, QUANTISED
-from halfbyte.export.weights import Merged
+from halfbyte.export.gguf import FTYPES, K_QUANTS
+from halfbyte.export.weights import MergedModel
 from halfbyte.models.gguf.header import read_header
 from halfbyte.proofs import programs
 
@@ -45,7 +45,7 @@ def converter(model_type: str) -> list[str]:
     return [sys.executable, str(script)]
 
 
-def convert(merged: Merged, path: Path, kind: str) -> None:
+def convert(merged: MergedModel, path: Path, kind: str) -> None:
     """Write one GGUF file in F32, F16, BF16 or Q8_0.
 
     Raises:
@@ -81,7 +81,7 @@ def quantise(source: Path, path: Path, kind: str) -> None:
 
     ffi, lib = get_ffi(), get_lib()
     settings = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())
-    settings.ftype, settings.nthread = (QUANTISED | FTYPES)[kind], 2
+    settings.ftype, settings.nthread = (K_QUANTS | FTYPES)[kind], 2
     if lib.llama_model_quantize(str(source).encode(), str(path).encode(), settings):
         raise ExportError(f"llama.cpp could not quantise {source.name} to {kind}.")
 

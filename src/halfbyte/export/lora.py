@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from halfbyte.errors import ExportError
 from halfbyte.export import gguf
-from halfbyte.export.weights import Merged
+from halfbyte.export.weights import MergedModel
 from halfbyte.models.gguf.layouts import transform_of
 from halfbyte.recipe.adapter import ADAPTER_FILES, read_config
 from halfbyte.system import files
@@ -41,7 +41,7 @@ class Factors:
     a: torch.Tensor
 
 
-def factors(merged: Merged, program: str) -> list[Factors]:
+def factors(merged: MergedModel, program: str) -> list[Factors]:
     """The adapter's layers.
 
     Raises:
@@ -69,7 +69,7 @@ def factors(merged: Merged, program: str) -> list[Factors]:
     return layers
 
 
-def write_gguf(merged: Merged, path: Path) -> None:
+def write_gguf(merged: MergedModel, path: Path) -> None:
     """A GGUF adapter, for a GGUF file of the base.
 
     Raises:
@@ -105,7 +105,7 @@ def write_gguf(merged: Merged, path: Path) -> None:
     writer.close()
 
 
-def write_peft(merged: Merged, folder: Path) -> list[str]:
+def write_peft(merged: MergedModel, folder: Path) -> list[str]:
     """A PEFT folder of one rank and one alpha, which plain PEFT and vLLM read alike; returns notes on its use.
 
     Raises:
@@ -141,7 +141,7 @@ def write_peft(merged: Merged, folder: Path) -> list[str]:
     return list(_vllm(rank, quantised=merged.run.recipe.quant.quantises))
 
 
-def _modules_of(merged: Merged, leaves: list[str]) -> Iterator[str]:
+def _modules_of(merged: MergedModel, leaves: list[str]) -> Iterator[str]:
     """The modules that PEFT finds by the last parts of their names."""
     for item in merged.items:
         module = item.parameter.removesuffix(".weight")

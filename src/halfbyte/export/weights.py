@@ -60,7 +60,7 @@ class Item:
     first_row: int = 0
 
 
-class Merged:
+class MergedModel:
     """A run's base with its adapter merged in. A context manager: the source's files are open inside.
 
     Raises:
@@ -88,7 +88,7 @@ class Merged:
         self.items, self.untied = self._items()
         self._maps, self._stack = pages.FileMaps.read(), ExitStack()
 
-    def __enter__(self) -> Merged:
+    def __enter__(self) -> MergedModel:
         self._stack.enter_context(self.source)
         return self
 
@@ -99,7 +99,7 @@ class Merged:
         """Whether it differs from the source's tensor."""
         return item.parameter in self.changes or (self.base == "4bit" and self._quantised(item) is not None)
 
-    def written(self, item: Item) -> Iterator[tuple[int, np.ndarray]]:
+    def pieces(self, item: Item) -> Iterator[tuple[int, np.ndarray]]:
         """The merged tensor in the source's dtype, rounded once, in pieces of (first byte, bytes). Each piece reuses
         the memory of the one before."""
         if not self.is_changed(item):

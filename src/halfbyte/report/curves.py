@@ -64,13 +64,13 @@ def of_runs(runs: Iterable[tuple[str, Record]]) -> list[Chart]:
 
 def _raw_and_smooth(column: Series, *, over: bool = False) -> list[Curve]:
     """Each step's value and, where there are enough of them, their mean; `over`: its name says over how many steps."""
-    smooth = series.smoothed(column)
+    smooth = series.smooth(column)
     name = f"smoothed over {series.span(len(column.known))} steps" if over else "smoothed"
     return [Curve("each step", column, "raw"), *([Curve(name, smooth, "smooth")] if len(smooth) else [])]
 
 
 def _smooth_or_raw(column: Series) -> Series:
-    smooth = series.smoothed(column)
+    smooth = series.smooth(column)
     return smooth if len(smooth) else column
 
 

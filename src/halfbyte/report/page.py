@@ -70,7 +70,7 @@ def html(run: Record, *, live: bool = False) -> str:
         run=run,
         heat=heat,
         facts=facts(run),
-        happened=happened(run),
+        summary=summary(run),
         most_rows=max((part["rows"] for part in run.started.get("histogram") or []), default=1),
         confidence=CONFIDENCE,
     )
@@ -124,7 +124,7 @@ def facts(run: Record) -> list[tuple[str, str]]:
     return figures
 
 
-def happened(run: Record) -> list[str]:
+def summary(run: Record) -> list[str]:
     """What a reader must know before the curves, a sentence each."""
     state, sentences = run.state, list[str]()
     of = f" of {state.steps:,}" if state.steps else ""

@@ -1,7 +1,7 @@
 """Line plots and heat maps as SVG: titles, units, ticks, legends; curves differ by stroke as well as by colour.
 
 Why: a page that opens anywhere can load no library. Colours (light, dark, print) are in `web/style.css`.
-Cost: some kB a curve, whatever its length (`series.thinned`).
+Cost: some kB a curve, whatever its length (`series.thin`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup, escape
 
-from halfbyte.report.series import Series, thinned
+from halfbyte.report.series import Series, thin
 
 # Pixels around the plot, and the height of a row of the legend.
 LEFT, RIGHT = 54, 12
@@ -185,7 +185,7 @@ def _crossed(chart: Chart, x: Axis, y: Axis, start: float, foot: float) -> int:
     """How many pixels of the curves lie behind words that stand on `foot` from `start` to the axis' end."""
     across, crossed = np.arange(start, x.end), 0
     for curve in chart.curves:
-        known = thinned(curve.points).known
+        known = thin(curve.points).known
         if len(known):
             heights = np.interp(across, [x.at(v) for v in known.x], [y.at(v) for v in known.y])
             crossed += int(np.sum((heights >= foot - 10) & (heights <= foot + 2)))
@@ -205,8 +205,9 @@ def _events(chart: Chart, x: Axis, y: Axis) -> Markup:
 
 def _curve(curve: Curve, x: Axis, y: Axis) -> Markup:
     """A path that is broken at each gap. A lone point is a dot; a cross on the axis is a number that is missing."""
-    points, last_cross, pen = thinned(curve.points), -math.inf, "M"
-    path, crosses, dots = list[str](), list[str](), list[str]()
+    path, dots, crosses = list[str](), list[str](), list[str]()
+    pen, last_cross = "M", -math.inf
+    points = thin(curve.points)
     for step, value in zip(points.x.tolist(), points.y.tolist(), strict=True):
         if not math.isfinite(step):
             continue
@@ -233,7 +234,8 @@ def _legend_entries(chart: Chart, width: int) -> list[tuple[str, str, int, int]]
     names = [(curve.name, curve.kind) for curve in chart.curves if len(curve.points)]
     if any(len(curve.points.known) < len(curve.points) for curve in chart.curves):
         names.append(("× no number", ""))
-    entries, at, row = list[tuple[str, str, int, int]](), 8, 0
+    entries: list[tuple[str, str, int, int]] = []
+    at, row = 8, 0
     for name, kind in names if len(names) > 1 else []:
         name = name if len(name) <= 40 else name[:39] + "…"
         entry_width = (26 if kind else 0) + 6 * len(name) + 12

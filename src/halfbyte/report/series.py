@@ -119,7 +119,7 @@ def span(points: int) -> int:
     return 0 if points < 8 else max(3, min(1000, points // 25))
 
 
-def smoothed(line: Series) -> Series:
+def smooth(line: Series) -> Series:
     """An exponential mean of `span` points, unbiased at its beginning (Adam's correction), which passes over gaps."""
     width = span(len(line.known))
     if not width:
@@ -136,7 +136,7 @@ def smoothed(line: Series) -> Series:
     return Series(line.x, np.array(out))
 
 
-def thinned(line: Series, buckets: int = BUCKETS) -> Series:
+def thin(line: Series, buckets: int = BUCKETS) -> Series:
     """At most 5 points a bucket: its first, lowest, highest and last, and its first gap."""
     if len(line) <= 4 * buckets:
         return line
