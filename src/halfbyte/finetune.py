@@ -1,6 +1,6 @@
 """The whole story on one page: recipe -> rows -> plan -> model -> steps -> adapter and report.
 
-Each stage is a value made of the one before: `Start` (where the run begins), `PlannedRun` (rows and plan),
+Each stage is a value made of the one before: `RunStart` (where the run begins), `PlannedRun` (rows and plan),
 `TrainingModel` (base, adapters, proofs), `Setup` (all that the steps need), `Ended` (how far they came), `Outcome`.
 Only this file (and `doctor.py` and the command line) tells the rooms about each other.
 """
@@ -19,7 +19,7 @@ from halfbyte.base import load, residual
 from halfbyte.data import split
 from halfbyte.distributed import agree, shard
 from halfbyte.distributed import world as worlds
-from halfbyte.distributed.launch import launched
+from halfbyte.distributed.launch import launch_file
 from halfbyte.distributed.world import World
 from halfbyte.errors import TrainError
 from halfbyte.inference import evaluate, verify
@@ -40,7 +40,7 @@ from halfbyte.training import fit, pace, preflight, prepare, schedule
 from halfbyte.training.callback import RunCallback
 from halfbyte.training.events import Listener, stop_on_signals, without_a_terminal
 from halfbyte.training.model import open_model
-from halfbyte.training.preflight import Start
+from halfbyte.training.preflight import RunStart
 from halfbyte.training.run import Setup, run_steps
 from halfbyte.training.watch import spikes
 from halfbyte.types import Document
@@ -87,7 +87,7 @@ def train(
     Raises:
         HalfbyteError: a mistake in the recipe, the data or the model, before the run folder exists; TrainError after.
     """
-    opening = worlds.opened() if world is None else nullcontext(world)
+    opening = worlds.open_world() if world is None else nullcontext(world)
     with opening as world, without_a_terminal():
         tell, run = (listener if world.first else None) or Listener(), Path(loaded.recipe.output)
         start = preflight.begin(world, loaded.recipe, resume=world.goes_on(run, resume))
@@ -103,7 +103,7 @@ def train(
 
 
 def set_up(
-    start: Start, world: World, tell: Listener, *, objective: Objective | None = None, force: bool = False
+    start: RunStart, world: World, tell: Listener, *, objective: Objective | None = None, force: bool = False
 ) -> Setup:
     """Rows, plan, model and micro-batches; the longest of these runs once unless the plan leaves much memory free."""
     agree.check(world, points.values_that_train(start.recipe))
@@ -194,7 +194,7 @@ def _open_folder(setup: Setup, loaded: Loaded) -> RunFolder:
     start, path = setup.start, Path(setup.start.recipe.output)
     local = setup.run.prepared.checkpoint.kind in ("folder", "gguf")
     recipe = to_yaml(seen_from(loaded.recipe, path, model=local))
-    beside = launched(setup.world.agents)
+    beside = launch_file(setup.world.agents)
     if not start.resume:
         return RunFolder.create(path, recipe, beside)
     if start.point is None or start.point.changes(start.recipe):
@@ -219,7 +219,8 @@ def _save(setup: Setup, run: RunFolder, callback: RunCallback) -> int | None:
     Returns the step that was chosen."""
     callback.keep_late_best()
     prepared, model = setup.run.prepared, setup.model.assembled.model
-    source, recipe, rows = prepared.checkpoint, prepared.recipe, run.read_metrics()
+    source, recipe = prepared.checkpoint, prepared.recipe
+    rows = run.read_metrics()
     best = callback.best if recipe.train.load_best_model_at_end else None
     step = None if best is None else best.step
     if best is not None and step is not None:
@@ -245,7 +246,8 @@ def _finish(setup: Setup, run: RunFolder, callback: RunCallback, peak: usage.Pea
     in a process of its own."""
     plan, machine = setup.run.plan, setup.run.machine
     adapter_step = disk.write(lambda: _save(setup, run, callback))
-    used, cards, rows = usage.process_memory(), accelerator.peaks(), run.read_metrics()
+    used, cards = usage.process_memory(), accelerator.peaks()
+    rows = run.read_metrics()
     on_card, timed = machine.on_card, plan.time.measured
     measured, step_s = usage.Usage(peak.private, peak.file), reporting.usual_seconds(rows)
     if step_s is not None and setup.world.alone:  # of several, the link's time is in it

@@ -46,7 +46,7 @@ def test_a_task_that_would_train_alone_is_refused(launcher: str, env: dict[str, 
 
 def test_the_launchers_variables_are_hidden_and_come_back() -> None:
     env = {**TORCHRUN, "MASTER_PORT": "1", "PATH": "x"}
-    with launch.hidden(env):
+    with launch.hide_launcher(env):
         assert env == {"PATH": "x"}
     assert env == {**TORCHRUN, "MASTER_PORT": "1", "PATH": "x"}
 
@@ -65,8 +65,8 @@ def test_one_thread_that_torchrun_asked_for_is_not_the_users(env: dict[str, str]
 
 
 def test_a_launch_knows_its_own_run(tmp_path: Path) -> None:
-    (tmp_path / launch.LAUNCH).write_bytes(launch.launched(["a/1/5.0", "b/1/5.0"])[launch.LAUNCH])
-    assert launch.launched([]) == {}
+    (tmp_path / launch.LAUNCH).write_bytes(launch.launch_file(["a/1/5.0", "b/1/5.0"])[launch.LAUNCH])
+    assert launch.launch_file([]) == {}
     assert launch.began(tmp_path, ["b/1/5.0", "c/2/7.0"])
     assert not launch.began(tmp_path, ["a/1/6.0"])
     assert not launch.began(tmp_path, [])
@@ -92,7 +92,7 @@ def test_a_stopped_process_is_ended_and_no_other_of_its_number() -> None:
 def test_alone_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in launch.OPENS:
         monkeypatch.delenv(name, raising=False)
-    with world.opened() as here:
+    with world.open_world() as here:
         assert (here.rank, here.size, here.first, here.alone, here.sharing) == (0, 1, True, True, None)
         assert here.gather({"a": 1}) == [{"a": 1}] and here.from_first(lambda: 3) == 3
         assert not here.goes_on(Path("nowhere"), False) and here.goes_on(Path("nowhere"), True)
@@ -101,7 +101,7 @@ def test_alone_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_process_of_torchrun_opens_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    with world.opened() as here:
+    with world.open_world() as here:
         assert here.alone and here.agents == (launch.agent(),)
         assert "LOCAL_RANK" not in os.environ  # accelerate would open one
     assert os.environ["LOCAL_RANK"] == "0"
@@ -115,7 +115,7 @@ def test_one_process_imports_nothing_more() -> None:
         "of = lambda: sorted(name for name in sys.modules if name.startswith('halfbyte.distributed'))\n"
         "assert of() == [], of()\n"
         "from halfbyte.distributed import world\n"
-        "with world.opened() as here:\n"
+        "with world.open_world() as here:\n"
         "    assert here.alone\n"
         "assert not {'torch', 'psutil', 'multiprocessing'} & set(sys.modules), sorted(sys.modules)\n"
         "assert of() == ['halfbyte.distributed', 'halfbyte.distributed.launch', 'halfbyte.distributed.watch',"

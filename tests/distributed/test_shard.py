@@ -52,7 +52,7 @@ def whole_and_shared(recipe: Path, rounds: list[tuple[str, str]]) -> dict[str, A
         rounds: how to recompute, and where the second pass of rank 1 fails once ("": nowhere).
     """
     loaded = load_recipe(recipe).recipe
-    with worlds.opened() as here:
+    with worlds.open_world() as here:
         base = load.open_base(resolve(loaded.model), loaded.quant, device.detect(), with_tokenizer=False)
         stream.place_as_planned(base.model, shard.PLACEMENT, asked=True)
         model = assembled(base, loaded).model

@@ -25,7 +25,7 @@ from tests.distributed import together
 
 def talk() -> dict[str, Any]:
     """Every way in which processes speak to each other."""
-    with worlds.opened() as here:
+    with worlds.open_world() as here:
         parameters = [torch.zeros(2, 3, requires_grad=True), torch.zeros(4, requires_grad=True), torch.zeros(1)]
         summed = StepSum(here, parameters)
         summed.begin()
@@ -81,7 +81,7 @@ def stale() -> int:
     else:
         TCPStore(address, at, is_master=False).wait(["halfbyte/3/port"])
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "3"}
-    with worlds.opened() as here:
+    with worlds.open_world() as here:
         return int(sums(here, [1.0])[0])
 
 
@@ -99,7 +99,7 @@ def late() -> int:
             return connected(self, *args)  # type: ignore[arg-type]
 
         worlds.Group._connected = after_a_while  # type: ignore[assignment]  # in this process alone
-    with worlds.opened() as here:
+    with worlds.open_world() as here:
         return int(sums(here, [1.0])[0])
 
 
@@ -122,7 +122,7 @@ def fails(how: str, told: str = "") -> None:
         sys.stderr.write(f"error: {error}\n")
         said.append(str(error))
 
-    with worlds.opened(say) as here:
+    with worlds.open_world(say) as here:
         here.gather(0)
         if told:
             (Path(told) / str(here.rank)).touch()

@@ -42,7 +42,7 @@ def sharded() -> dict[str, Any]:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
-    with worlds.opened() as here:
+    with worlds.open_world() as here:
         layer: Any = Layer()
         factor, gather = layer.factor, Gather(here)
         fully_shard(

@@ -107,7 +107,7 @@ def train(
         resolution = preview.resolve(loaded)
         show.document(resolution.to_json()) if json_ else show_plan.resolution(resolution)
         return
-    with worlds.opened(show.report_error) as world:
+    with worlds.open_world(show.report_error) as world:
         loaded = _loaded(world, recipe, data, overrides, resume=resume)
         run = Path(loaded.recipe.output)
         resume = world.goes_on(run, resume)

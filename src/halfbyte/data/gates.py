@@ -22,7 +22,7 @@ from halfbyte.recipe.data import Data
 from halfbyte.types import Tokenizer
 
 Level = Literal["ok", "warning", "refused"]
-Said = tuple[Level, str, str | None]  # level, what was found, fix
+Verdict = tuple[Level, str, str | None]  # level, what was found, fix
 LEAST_LABELLED_SHARE = 0.01
 
 
@@ -54,7 +54,7 @@ def check(
 ) -> tuple[Finding, ...]:
     """The findings of all gates. `trained`: tokens whose rows train, so that the model may meet them as new; `context`:
     what it reads at once, None without a limit."""
-    said = {
+    verdicts = {
         "labels": _labels(train),
         "end token": _ends(train),
         "length": _length(train, held_out, data),
@@ -65,7 +65,7 @@ def check(
         "unseen tokens": _unseen(train, tokenizer, trained),
         "vocabulary": _vocabulary(train, held_out, tokenizer, embedding_rows),
     }
-    return tuple(Finding(gate, *what) for gate, what in said.items())
+    return tuple(Finding(gate, *verdict) for gate, verdict in verdicts.items())
 
 
 def refuse(findings: Sequence[Finding]) -> None:
@@ -76,7 +76,7 @@ def refuse(findings: Sequence[Finding]) -> None:
         raise DataError(f"the data is refused: {text}.", fix="; ".join(f.fix for f in refused if f.fix) or None)
 
 
-def _labels(train: EncodedRows) -> Said:
+def _labels(train: EncodedRows) -> Verdict:
     stats, share = train.stats, train.stats.labelled_share
     percent = f"{share:.1%}" if share >= LEAST_LABELLED_SHARE else f"{share:.2%}"
     text = f"{stats.labelled_tokens:,} of {stats.tokens:,} tokens are labelled ({percent})"
@@ -85,7 +85,7 @@ def _labels(train: EncodedRows) -> Said:
     return "ok", text, None
 
 
-def _ends(train: EncodedRows) -> Said:
+def _ends(train: EncodedRows) -> Verdict:
     without, rows = train.tally.endless, train.tally.kept
     fix = "a larger data.max_length, or data.overlong: skip"
     if not without:
@@ -96,7 +96,7 @@ def _ends(train: EncodedRows) -> Said:
     return "warning", f"missing in the labels of {without.count:,} of {rows:,} rows ({without.first()})", fix
 
 
-def _length(train: EncodedRows, held_out: EncodedRows | None, data: Data) -> Said:
+def _length(train: EncodedRows, held_out: EncodedRows | None, data: Data) -> Verdict:
     stats, limit = train.stats, data.max_length
     if data.packing == "stream":
         return "ok", f"texts of {stats.min_length:,} to {stats.max_length:,} tokens in blocks of {limit:,}", None
@@ -115,7 +115,7 @@ def _length(train: EncodedRows, held_out: EncodedRows | None, data: Data) -> Sai
     return "warning", text, f"data.max_length: {tally.longest} takes them whole"
 
 
-def _context(encoded: Sequence[EncodedRows], data: Data, context: Context | None) -> Said:
+def _context(encoded: Sequence[EncodedRows], data: Data, context: Context | None) -> Verdict:
     lengths = np.concatenate([rows.lengths for rows in encoded])
     if data.packing == "stream":  # blocks of that many
         lengths = np.array([min(data.max_length, max(int(rows.lengths.sum()) for rows in encoded))])
@@ -133,7 +133,7 @@ def _context(encoded: Sequence[EncodedRows], data: Data, context: Context | None
     return "refused", text, fix
 
 
-def _duplicates(train: EncodedRows) -> Said:
+def _duplicates(train: EncodedRows) -> Verdict:
     digests = train.examples.digests()
     again = np.setdiff1d(np.arange(len(digests)), np.unique(digests, return_index=True)[1])
     if not len(again):
@@ -146,7 +146,7 @@ def _duplicates(train: EncodedRows) -> Said:
     return "warning", text, "take them out, unless they are meant to count twice"
 
 
-def _empty(train: EncodedRows) -> Said:
+def _empty(train: EncodedRows) -> Verdict:
     empty = train.tally.empty
     if not empty:
         return "ok", "none", None
@@ -155,7 +155,7 @@ def _empty(train: EncodedRows) -> Said:
     return "warning", text, "the model would learn to say nothing"
 
 
-def _overlap(train: EncodedRows, held_out: EncodedRows | None) -> Said:
+def _overlap(train: EncodedRows, held_out: EncodedRows | None) -> Verdict:
     if held_out is None:
         return "ok", "no rows are held out (data.eval)", None
     theirs = held_out.examples.digests()
@@ -166,7 +166,7 @@ def _overlap(train: EncodedRows, held_out: EncodedRows | None) -> Said:
     return "warning", text, "the eval loss will look better than it is"
 
 
-def _unseen(train: EncodedRows, tokenizer: Tokenizer, trained: frozenset[int]) -> Said:
+def _unseen(train: EncodedRows, tokenizer: Tokenizer, trained: frozenset[int]) -> Verdict:
     unknown, used = tokenizer.unk_token_id, train.tally.used
     reserved = {i for i, t in tokenizer.added_tokens_decoder.items() if is_reserved(t.content)}
     strange = (reserved | {unknown}) - trained
@@ -180,7 +180,7 @@ def _unseen(train: EncodedRows, tokenizer: Tokenizer, trained: frozenset[int]) -
     return "warning", text, "the tokenizer cannot write that text" if unknown in new else fix
 
 
-def _vocabulary(train: EncodedRows, held_out: EncodedRows | None, tokenizer: Tokenizer, rows: int) -> Said:
+def _vocabulary(train: EncodedRows, held_out: EncodedRows | None, tokenizer: Tokenizer, rows: int) -> Verdict:
     size = len(tokenizer)
     if size <= rows:
         return "ok", f"{size:,} tokens, the embedding has {rows:,} rows", None

@@ -88,14 +88,14 @@ class Steps:
         return Step(
             index=index,
             micro_batches=arrange(
-                self._own(rows), self.lengths, self.max_tokens_per_micro_batch, self.examples_per_micro_batch
+                self._of_this_rank(rows), self.lengths, self.max_tokens_per_micro_batch, self.examples_per_micro_batch
             ),
             labelled_tokens=int(self.labelled[rows].sum()),
             tokens=int(self.lengths[rows].sum()),
             weight=(self.labelled if self.weights is None else self.weights)[rows].sum().item(),
         )
 
-    def _own(self, rows: Sequence[int]) -> Sequence[int]:
+    def _of_this_rank(self, rows: Sequence[int]) -> Sequence[int]:
         return rows if self.ranks == 1 else share(rows, self.lengths, self.ranks)[self.rank]
 
     def passes(self, step: int) -> float:
@@ -145,12 +145,12 @@ def share(rows: Sequence[int], lengths: Sizes, ranks: int) -> list[list[int]]:
     """Rows over processes, about as many tokens to each: the longest first, to whoever has least (at most 4/3 of the
     best possible, Graham 1969). In the order of `rows` for each; some may get none."""
     parts: list[list[int]] = [[] for _ in range(ranks)]
-    held = [0] * ranks
+    tokens = [0] * ranks
     sizes = [int(lengths[r]) for r in rows]
     for position in sorted(range(len(rows)), key=lambda p: -sizes[p]):
-        least = min(range(ranks), key=lambda rank: (held[rank], rank))
+        least = min(range(ranks), key=lambda rank: (tokens[rank], rank))
         parts[least].append(position)
-        held[least] += sizes[position]
+        tokens[least] += sizes[position]
     return [[rows[p] for p in sorted(part)] for part in parts]
 
 
@@ -163,7 +163,7 @@ def eval_micro_batches(lengths: Sizes, budget: int, examples_per_micro_batch: in
     """All rows once, in micro-batches of at most `budget` tokens and `examples_per_micro_batch` rows."""
     rows = range(len(lengths))
     windows = (rows[start : start + EVAL_WINDOW_ROWS] for start in rows[::EVAL_WINDOW_ROWS])
-    return [made for window in windows for made in arrange(window, lengths, budget, examples_per_micro_batch)]
+    return [rows for window in windows for rows in arrange(window, lengths, budget, examples_per_micro_batch)]
 
 
 def arrange(
@@ -171,21 +171,21 @@ def arrange(
 ) -> tuple[MicroBatch, ...]:
     """Rows into few micro-batches, first-fit decreasing; within one, and among equals, in the order of `rows`. No rows,
     as a process may have of a step, are no micro-batches."""
-    most = max(1, len(rows)) if examples_per_micro_batch is None else examples_per_micro_batch
-    if max_tokens_per_micro_batch < 1 or most < 1:
+    max_rows = max(1, len(rows)) if examples_per_micro_batch is None else examples_per_micro_batch
+    if max_tokens_per_micro_batch < 1 or max_rows < 1:
         raise ValueError(
             "a micro-batch must hold a token and a row, got "
             f"{max_tokens_per_micro_batch} and {examples_per_micro_batch}"
         )
-    if most == 1:
+    if max_rows == 1:
         return tuple((r,) for r in rows)
     bins: list[list[int]] = []
     free: list[int] = []
     sizes = [int(lengths[r]) for r in rows]
     for position in sorted(range(len(rows)), key=lambda p: -sizes[p]):
         need = sizes[position]
-        for number, room in enumerate(free):
-            if need <= room and len(bins[number]) < most:
+        for number, left in enumerate(free):
+            if need <= left and len(bins[number]) < max_rows:
                 bins[number].append(position)
                 free[number] -= need
                 break

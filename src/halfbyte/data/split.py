@@ -47,12 +47,12 @@ def split(
             f"evaluations are asked for, and {total:,} rows are too few to hold some of them out unasked.",
             fix="data.eval: 10%, or a file of other rows",
         )
-    held = choose(rows.examples.digests(), list(rows.tally.sources.values()), count, seed)
-    if not len(held):
+    held_out = choose(rows.examples.digests(), list(rows.tally.sources.values()), count, seed)
+    if not len(held_out):
         return rows, None
-    left = np.setdiff1d(np.arange(total), held)
-    tally = Tally(seen=len(held), kept=len(held))
-    return replace(rows, examples=Subset(rows.examples, left)), EncodedRows(Subset(rows.examples, held), tally)
+    left = np.setdiff1d(np.arange(total), held_out)
+    tally = Tally(seen=len(held_out), kept=len(held_out))
+    return replace(rows, examples=Subset(rows.examples, left)), EncodedRows(Subset(rows.examples, held_out), tally)
 
 
 def choose(digests: NDArray[np.uint64], of_files: Sequence[int], count: int, seed: int) -> NDArray[np.int64]:
@@ -68,29 +68,29 @@ def choose(digests: NDArray[np.uint64], of_files: Sequence[int], count: int, see
     draw, order = random.Random(f"{seed}/held out"), list[int]()
     file_of = np.searchsorted(np.cumsum(of_files), first, side="right")
     for file in np.unique(file_of):
-        own = np.flatnonzero(file_of == file).tolist()
-        draw.shuffle(own)
-        order += own
+        texts = np.flatnonzero(file_of == file).tolist()
+        draw.shuffle(texts)
+        order += texts
     start = draw.random()
     chosen = [order[int((i + start) * len(order) / many)] for i in range(many)]
     return np.flatnonzero(np.isin(which, chosen))
 
 
-def keep(held: Examples | None, path: Path) -> None:
+def keep(held_out: Examples | None, path: Path) -> None:
     """Write the rows that a run holds out, once; a RunError where it has held out others, as its data has changed."""
     if path.is_file():
         before = load(path).examples.digests()
-        now = held.digests() if held is not None else before[:0]
+        now = held_out.digests() if held_out is not None else before[:0]
         if not np.array_equal(before, now):
             raise RunError(
                 f"{path.parent} holds {len(before):,} rows out, and data.train has changed since: of the {len(now):,} "
                 f"that it would hold out now, {int(np.isin(now, before).sum()):,} are the same.",
                 fix="put data.train and its settings back as they were, or start a new run",
             )
-    elif held is not None:
+    elif held_out is not None:
         partial = path.with_suffix(".partial")
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-            for part in held.parts():
+            for part in held_out.parts():
                 writer.write_batch(part)
         files.put(partial, path)
 

@@ -1,4 +1,4 @@
-"""What a launcher has told this process: its rank, how many there are, and whether this launch began a run before.
+"""What a launcher says to this process: its rank, how many there are, and whether this launch began a run before.
 
 Why: torchrun, accelerate, Ray's TorchTrainer and SkyPilot set torch's variables; `srun` and `mpirun` have their own. A
 task of theirs that nobody told of the others would train alone, unseen, so that is an error.
@@ -73,13 +73,13 @@ def place(env: Mapping[str, str] = os.environ) -> Place | None:
 
 
 @contextlib.contextmanager
-def hidden(env: MutableMapping[str, str] = os.environ) -> Iterator[None]:
-    """Without the launcher's variables: the group is open, and neither a library nor a child is to open another."""
-    kept = {name: env.pop(name) for name in OPENS if name in env}
+def hide_launcher(env: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    """Without the launcher's variables: the group is open, and neither a library nor a child shall open another."""
+    removed = {name: env.pop(name) for name in OPENS if name in env}
     try:
         yield
     finally:
-        env.update(kept)
+        env.update(removed)
 
 
 def is_launchers_one_thread(env: Mapping[str, str] = os.environ) -> bool:
@@ -126,7 +126,7 @@ def boot() -> str:
         return socket.gethostname()
 
 
-def launched(agents: Sequence[str]) -> dict[str, bytes]:
+def launch_file(agents: Sequence[str]) -> dict[str, bytes]:
     """The file by which a run keeps the launch that began it, or goes on with it; none without a launcher."""
     return {LAUNCH: (json.dumps({"agents": sorted(set(agents))}) + "\n").encode()} if agents else {}
 

@@ -72,8 +72,8 @@ class ScalingEstimate:
     plan: Plan
 
     def to_json(self) -> Document:
-        made = asdict(replace(self, plan=None))  # type: ignore[arg-type]
-        return {**made, "memory_of_each": {"private": self.plan.private_bytes, "file": self.plan.file_bytes}}
+        values = asdict(replace(self, plan=None))  # type: ignore[arg-type]
+        return {**values, "memory_of_each": {"private": self.plan.private_bytes, "file": self.plan.file_bytes}}
 
 
 def link_of(text: str) -> Link:
@@ -100,12 +100,12 @@ def expect(planned: Estimate, nodes: int, link: Link) -> ScalingEstimate:
     alone = planned.plan.time.step_s
 
     def on(count: int) -> tuple[OnNodes, Plan]:
-        made = planned.plan
+        plan = planned.plan
         if count > 1:
-            made = plan_training(replace(job, ranks=count), planned.device, planned.rates)
+            plan = plan_training(replace(job, ranks=count), planned.device, planned.rates)
         balance = _balance(job, count)
-        compute, reduce = made.time.step_s * balance, reduce_seconds(size, count, link)
-        return OnNodes(count, compute, balance, reduce, alone / max(1e-9, compute + reduce)), made
+        compute, reduce = plan.time.step_s * balance, reduce_seconds(size, count, link)
+        return OnNodes(count, compute, balance, reduce, alone / max(1e-9, compute + reduce)), plan
 
     asked, each = on(nodes)
     every = [on(count)[0] for count in _doublings(min(MOST_NODES, job.rows_per_step))]

@@ -72,8 +72,8 @@ class Heartbeat:
         self.fault: Fault | None = None
         self.deaf = False
         self._heard, self._found = time.monotonic(), threading.Lock()
-        self._store, self._rank, self._names, self._on_fault = store, rank, names, on_fault
-        self._beside = beside
+        self._store, self._rank, self._names = store, rank, names
+        self._on_fault, self._beside = on_fault, beside
         self._ends = threading.Event()
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._looked = 0.0

@@ -36,7 +36,9 @@ T = TypeVar("T")
 MEET = timedelta(minutes=10)  # for all to be there
 CONNECT = timedelta(seconds=5)
 LONGEST = timedelta(days=2)  # of a wait in a collective: who is gone is found by the watch
-SAID_S, HEARD_S, LAST_S, STUCK_S = 8.0, 3.0, 10.0, 10.0
+# seconds: to wait for the first process's word; of it for the others; to leave in order; of a call that does not end
+SAID_S, HEARD_S = 8.0, 3.0
+LAST_S, STUCK_S = 10.0, 10.0
 POLL_S = 0.0005
 SAID = "said"
 
@@ -44,7 +46,9 @@ SAID = "said"
 class World:
     """One process, alone. Collectives do nothing, and what is gathered is its own."""
 
-    rank, size, local_rank, local_size, machines = 0, 1, 0, 1, 1
+    rank, size = 0, 1
+    local_rank, local_size = 0, 1
+    machines = 1
     names: tuple[str, ...] = ("this process",)
     agents: tuple[str, ...] = ()
     group: ProcessGroup | None = None
@@ -84,10 +88,10 @@ class World:
     @property
     def env(self) -> Mapping[str, str]:
         """The environment, without the one thread that torchrun asks for where nobody did."""
-        own = dict(os.environ)
-        if self.sharing is not None and launch.is_launchers_one_thread(own):
-            del own["OMP_NUM_THREADS"]
-        return own
+        env = dict(os.environ)
+        if self.sharing is not None and launch.is_launchers_one_thread(env):
+            del env["OMP_NUM_THREADS"]
+        return env
 
     def node_first(self) -> contextlib.AbstractContextManager[None]:
         """One process of each machine goes first: what it builds or downloads, the others find."""
@@ -110,12 +114,13 @@ class Group(World):
     """Several processes. Every one calls the same methods in the same order."""
 
     def __init__(self, place: launch.Place, say: Callable[[HalfbyteError], None] | None) -> None:
-        self.rank, self.size, self._say = place.rank, place.size, say
-        self._store: TCPStore | None
-        self._group: ProcessGroup | None
-        self._calls, self._left, self._thread = 0, threading.Event(), threading.get_ident()
-        self._watch: Heartbeat | None = None
-        self._place, self._store, self._group = place, None, None
+        self._place, self._say = place, say
+        self.rank, self.size = place.rank, place.size
+        self._store: TCPStore | None = None
+        self._group: ProcessGroup | None = None
+        self._heartbeat: Heartbeat | None = None
+        self._calls, self._left = 0, threading.Event()
+        self._thread = threading.get_ident()
         self.names = (f"rank {self.rank} of {self.size} on {socket.gethostname()}",)
 
     def open(self) -> None:
@@ -131,8 +136,8 @@ class Group(World):
         self.local_rank = beside.index(self.rank) if place.local_rank is None else place.local_rank
         self.local_size, self._beside = len(beside), beside
         near = {rank: processes[rank] for rank in beside}
-        self._watch = Heartbeat(self._second, self.rank, list(self.names), self._on_fault, near)
-        self._watch.start()
+        self._heartbeat = Heartbeat(self._second, self.rank, list(self.names), self._on_fault, near)
+        self._heartbeat.start()
         self._open()
 
     def _meet(self) -> None:
@@ -150,20 +155,20 @@ class Group(World):
             else:
                 store, self.rank, self.size = next(iter(dist.rendezvous("env://", self.rank, self.size, timeout=MEET)))
             self._base = store  # kept: where the first process is its server, others read from it until they are here
-            kept = [0]
+            ports = [0]
             if self.rank == 0:
-                own = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=MEET)
-                kept = [own.port]
+                server = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=MEET)
+                ports = [server.port]
             if self._given:
-                dist.broadcast_object_list(kept, src=0)
+                dist.broadcast_object_list(ports, src=0)
             elif store is not None and self.rank == 0:
-                store.set(key, str(kept[0]))
+                store.set(key, str(ports[0]))
 
             def port() -> int:
-                return kept[0] or int(store.get(key)) if store is not None else kept[0]
+                return ports[0] or int(store.get(key)) if store is not None else ports[0]
 
-            self._store = own if self.rank == 0 else self._connected(address, port)
-            self._second = self._connected(address, lambda: self._keys.port)  # the watch's own
+            self._store = server if self.rank == 0 else self._connect(address, port)
+            self._second = self._connect(address, lambda: self._keys.port)  # the watch's own
         except (RuntimeError, ValueError, OSError) as error:
             raise WorldError(
                 f"{self.names[0]} did not find the others at {address}:{os.environ['MASTER_PORT']}: "
@@ -171,7 +176,7 @@ class Group(World):
                 fix="the same --nnodes and --rdzv-endpoint on every machine; GLOO_SOCKET_IFNAME names the network card",
             ) from error
 
-    def _connected(self, address: str, port: Callable[[], int]) -> TCPStore:
+    def _connect(self, address: str, port: Callable[[], int]) -> TCPStore:
         """A client of the first process's store. The launcher's store outlives a restart, so the port may be that of a
         first process that is gone: it is read again until somebody answers."""
         from torch.distributed import TCPStore
@@ -215,11 +220,11 @@ class Group(World):
 
     @property
     def fault(self) -> Fault | None:
-        return None if self._watch is None else self._watch.fault
+        return None if self._heartbeat is None else self._heartbeat.fault
 
     @property
     def _deaf(self) -> bool:
-        return self._watch is not None and self._watch.deaf
+        return self._heartbeat is not None and self._heartbeat.deaf
 
     @property
     def sharing(self) -> int | None:
@@ -241,8 +246,8 @@ class Group(World):
                 self._keys.delete_key(f"{name}/{rank}")
             self._keys.set(name, f"[{', '.join(parts)}]")
         self._await(name)
-        found: list[T] = json.loads(self._keys.get(name))
-        return found
+        values: list[T] = json.loads(self._keys.get(name))
+        return values
 
     def from_first(self, make: Callable[[], T]) -> T:
         self._calls += 1
@@ -250,11 +255,11 @@ class Group(World):
         if self.rank == 0:
             self._keys.set(name, json.dumps(make()))
         self._await(name)
-        found: T = json.loads(self._keys.get(name))
-        return found
+        value: T = json.loads(self._keys.get(name))
+        return value
 
     def _await(self, key: str) -> None:
-        if not wait_for(self._keys, key, lambda: self.fault, None if self._watch else MEET.total_seconds()):
+        if not wait_for(self._keys, key, lambda: self.fault, None if self._heartbeat else MEET.total_seconds()):
             raise Interrupted
 
     def sum_(self, flat: Tensor) -> None:
@@ -392,8 +397,8 @@ class Group(World):
     def end(self) -> None:
         """Leave in order: the first one last, since the store is its own."""
         self._left.set()
-        if self._watch is not None:
-            self._watch.stop()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
         with contextlib.suppress(RuntimeError):
             self._keys.set(f"end/{self.rank}", "")
             if self.rank == 0:
@@ -406,7 +411,9 @@ def _lost(fault: Fault) -> RankLost:
 
 
 @contextmanager
-def opened(say: Callable[[HalfbyteError], None] | None = None, env: Mapping[str, str] = os.environ) -> Iterator[World]:
+def open_world(
+    say: Callable[[HalfbyteError], None] | None = None, env: Mapping[str, str] = os.environ
+) -> Iterator[World]:
     """The world that a launcher has started this process in; alone where none has.
 
     Args:
@@ -421,7 +428,7 @@ def opened(say: Callable[[HalfbyteError], None] | None = None, env: Mapping[str,
         yield World()
         return
     if place.size == 1:
-        with launch.hidden():
+        with launch.hide_launcher():
             world = World()
             world.agents = (launch.agent(),)
             yield world
@@ -429,7 +436,7 @@ def opened(say: Callable[[HalfbyteError], None] | None = None, env: Mapping[str,
     group = Group(place, say)
     try:
         group.open()
-        with launch.hidden():
+        with launch.hide_launcher():
             yield group
         group.end()
     except BaseException as error:

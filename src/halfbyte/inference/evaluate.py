@@ -38,7 +38,7 @@ Progress = Callable[[str, int, int], None]
 
 def evaluate(
     opened: Opened,
-    wanted: sheet.EvalOptions | None = None,
+    options: sheet.EvalOptions | None = None,
     *,
     data: Path | None = None,
     progress: Progress = lambda what, done, of: None,
@@ -49,19 +49,16 @@ def evaluate(
         DataError: no rows, rows that the model cannot read, or a metric that has nothing to compare with in them.
     """
     began = time.monotonic()
-    wanted = wanted or sheet.EvalOptions.of(opened.recipe.eval)
-    settings, (examples, source) = wanted.settings, _rows(opened, data, wanted.limit)
-    asking = [e for e in examples if e.completion]  # a plain text asks nothing
-    names = (("exact_match",) if asking else ()) if wanted.names is None else wanted.names
-    expected = [e.completion for e in asking]
-    made = metrics.of(settings, names, expected)
-    scoring = Scoring(opened.model, opened.tokenizer, settings, made, "choice" in names)
-    if scoring.chooses:
-        choices.check(settings, expected)
+    options = options or sheet.EvalOptions.of(opened.recipe.eval)
+    settings, (examples, source) = options.settings, _rows(opened, data, options.limit)
+    names = options.names
+    if names is None:
+        names = ("exact_match",) if any(e.completion for e in examples) else ()
+    scoring = Scoring.of(opened.model, opened.tokenizer, settings, names, examples)
+    asking = scoring.asking
     longest = max((len(e.prompt_ids) for e in asking), default=0)
     batches, plan = micro_batches(opened, examples, generated_tokens=longest + settings.max_new_tokens)
-    own = () if opened.alone and not wanted.with_base else ("adapter",)
-    order = ("base",) if opened.alone else ("base", *own) if wanted.with_base else own
+    order = ("base",) if opened.alone else ("base", "adapter") if options.with_base else ("adapter",)
     sides = {}
     for number, name in enumerate(order):
 
@@ -69,56 +66,45 @@ def evaluate(
             progress(f"{name}: {what}", number * of + done, len(order) * of)
 
         with opened.using(base=name == "base"):
-            sides[name] = scoring.side(examples, asking, batches, plan, tell)
-    sure = intervals.available() if wanted.sure is None else wanted.sure
+            sides[name] = scoring.side(examples, batches, plan, tell)
+    sure = intervals.available() if options.sure is None else options.sure
     scores = tuple(
         sheet.score(name, sides, settings, yes_no=yes_no, sure=sure)
         for name, yes_no in (("loss", False), ("perplexity", False), *scoring.names)
     )
     notes = () if sure else (f"no intervals: scipy is not installed ({intervals.PIP})",)
-    asked = tuple(
+    questions = tuple(
         sheet.Question(e.where, opened.tokenizer.decode(e.prompt_ids, skip_special_tokens=True), e.completion)
         for e in asking
     )
-    return sheet.Sheet(source, len(examples), time.monotonic() - began, scores, asked, sides, notes)
+    return sheet.Sheet(source, len(examples), time.monotonic() - began, scores, questions, sides, notes)
 
 
-def while_training(
-    model: Model, tokenizer: Tokenizer, examples: Sequence[Example], settings: Eval, at_once: int, tokens: int
-) -> Callable[[], dict[str, float]]:
-    """What scores the answers to held-out rows in each evaluation of a training, by `eval.metrics`.
+def answer_scores(run: PlannedRun, model: Model, tokens: int) -> Callable[[], dict[str, float]]:
+    """What scores the answers to held-out rows in each evaluation of a training, by `eval.metrics`: as many answers at
+    once as there is memory for beside the training. Nothing where no metric is asked for.
+
+    Args:
+        tokens: of a micro-batch.
 
     Raises:
         DataError: a metric that has nothing to compare with in these rows.
     """
-    names, asking = settings.metrics or (), [e for e in examples if e.completion]
-    expected = [e.completion for e in asking]
-    scoring = Scoring(model, tokenizer, settings, metrics.of(settings, names, expected), "choice" in names)
-    if scoring.chooses:
-        choices.check(settings, expected)
-
-    def scores() -> dict[str, float]:
-        answers = scoring.answers(asking, at_once, tokens, lambda what, done, of: None)
-        each = {name: [answer.scores.get(name) for answer in answers] for name, _ in scoring.names}
-        return {name: intervals.RowSums.mean(values).value for name, values in each.items()}
-
-    return scores
-
-
-def answer_scores(job: PlannedRun, model: Model, tokens: int) -> Callable[[], dict[str, float]]:
-    """`while_training` of a run: as many answers at once as there is memory for beside the training. Nothing where no
-    metric is asked for.
-
-    Args:
-        tokens: of a micro-batch.
-    """
-    prepared, plan, settings = job.prepared, job.plan, job.prepared.recipe.eval
+    prepared, plan = run.prepared, run.plan
+    settings = prepared.recipe.eval
     if prepared.evaluation is None or not settings.metrics:
         return dict
     examples = prepared.evaluation.examples[: settings.rows]
     longest = max(len(e.prompt_ids) for e in examples) + settings.max_new_tokens
-    at_once = sequences_beside(job.job, plan.available_bytes - plan.needed_bytes, longest)
-    return while_training(model, prepared.tokenizer, examples, settings, at_once, tokens)
+    at_once = sequences_beside(run.job, plan.available_bytes - plan.needed_bytes, longest)
+    scoring = Scoring.of(model, prepared.tokenizer, settings, settings.metrics, examples)
+
+    def scores() -> dict[str, float]:
+        answers = scoring.answers(at_once, tokens, lambda what, done, of: None)
+        by_name = {name: [answer.scores.get(name) for answer in answers] for name, _ in scoring.names}
+        return {name: intervals.RowSums.mean(values).value for name, values in by_name.items()}
+
+    return scores
 
 
 def _rows(opened: Opened, data: Path | None, limit: int | None) -> tuple[list[Example], str]:
@@ -141,73 +127,78 @@ def _rows(opened: Opened, data: Path | None, limit: int | None) -> tuple[list[Ex
 
 @dataclass(frozen=True)
 class Scoring:
-    """Metrics with the model that is scored. `chooses`: the choice by likelihood is among them."""
+    """Metrics with the model that is scored, and the rows that ask for an answer. `chooses`: the choice by likelihood
+    is among the metrics."""
 
     model: Model
     tokenizer: Tokenizer
     settings: Eval
     metrics: Sequence[metrics.Metric]
-    chooses: bool = False
+    chooses: bool
+    asking: Sequence[Example]
+
+    @classmethod
+    def of(
+        cls, model: Model, tokenizer: Tokenizer, settings: Eval, names: Sequence[str], examples: Sequence[Example]
+    ) -> Scoring:
+        """By the metrics of these names; a DataError where one has nothing to compare with in the rows."""
+        asking = [e for e in examples if e.completion]  # a plain text asks nothing
+        expected = [e.completion for e in asking]
+        scoring = cls(model, tokenizer, settings, metrics.of(settings, names, expected), "choice" in names, asking)
+        if scoring.chooses:
+            choices.check(settings, expected)
+        return scoring
 
     @property
     def names(self) -> list[tuple[str, bool]]:
         """Each score's name, and whether its values are 0 and 1."""
-        made = [(name, m.yes_no or name != m.name) for m in self.metrics for name in m.names]
-        return made + [("choice", True)] * self.chooses
+        names = [(name, m.yes_no or name != m.name) for m in self.metrics for name in m.names]
+        return names + [("choice", True)] * self.chooses
 
     def side(
-        self,
-        examples: Sequence[Example],
-        asking: Sequence[Example],
-        batches: collate.Batches,
-        plan: InferencePlan,
-        tell: Progress,
+        self, examples: Sequence[Example], batches: collate.Batches, plan: InferencePlan, tell: Progress
     ) -> sheet.Side:
         """Losses of all rows, and answers with their scores of those that ask."""
         tokens = [sum(label != IGNORED for label in e.labels) for e in examples]
-        found: dict[int, float] = {}
-        read = found if len(asking) == len(examples) else None  # where every row is answered, one forward is enough
-        scored = self.answers(asking, plan.sequences, plan.max_tokens_per_micro_batch, tell, read)
-        losses = [found[i] for i in range(len(examples))] if found else row_losses(self.model, batches, tell)
-        return sheet.Side(tuple(losses), tuple(tokens), tuple(scored))
+        read: dict[int, float] = {}  # where every row is answered, one forward is enough
+        at_once, limit = plan.sequences, plan.max_tokens_per_micro_batch
+        answers = self.answers(at_once, limit, tell, read if len(self.asking) == len(examples) else None)
+        losses = [read[i] for i in range(len(examples))] if read else row_losses(self.model, batches, tell)
+        return sheet.Side(tuple(losses), tuple(tokens), tuple(answers))
 
     def answers(
-        self,
-        asking: Sequence[Example],
-        at_once: int,
-        tokens: int,
-        tell: Progress,
-        losses: dict[int, float] | None = None,
+        self, at_once: int, tokens: int, tell: Progress, losses: dict[int, float] | None = None
     ) -> list[sheet.Answer]:
         """What the model writes for each row, and its scores; `losses` gets those of the rows where it can be had."""
-        context, new = context_of(self.model.config), self.settings.max_new_tokens
-        texts, chosen = [""] * len(asking), list[metrics.Scores]()
+        texts, chosen = [""] * len(self.asking), list[metrics.Scores]()
+        context, limit = context_of(self.model.config), self.settings.max_new_tokens
         if self.metrics:
             texts = batch.answers(
                 self.model,
                 self.tokenizer,
-                [e.prompt_ids for e in asking],
-                [new if context is None else context.fitting(len(e.prompt_ids), new) for e in asking],
+                [e.prompt_ids for e in self.asking],
+                [limit if context is None else context.fitting(len(e.prompt_ids), limit) for e in self.asking],
                 at_once=at_once,
                 tokens_at_once=tokens,
-                rows=asking if losses is not None else (),
+                rows=self.asking if losses is not None else (),
                 losses=losses,
                 progress=lambda done, of: tell("answers", done, of),
             )
         if self.chooses:
-            chosen = choices.scores(self.model, self.tokenizer, asking, self.settings, tokens, tell)
-        made = []
-        for number, (example, text) in enumerate(zip(asking, texts, strict=True)):
+            chosen = choices.scores(self.model, self.tokenizer, self.asking, self.settings, tokens, tell)
+        answers = []
+        for number, (example, text) in enumerate(zip(self.asking, texts, strict=True)):
             scores: metrics.Scores = dict(chosen[number]) if chosen else {}
             for metric in self.metrics:
                 scores |= metric.score(example.completion, text)
-            made.append(sheet.Answer(text, scores))
-        return made
+            answers.append(sheet.Answer(text, scores))
+        return answers
 
 
 def row_losses(model: Model, batches: collate.Batches, tell: Progress = lambda what, done, of: None) -> list[float]:
     """Summed loss of the labelled tokens of each row, in the rows' order; eval mode, which is put back."""
-    was_training, losses, done = model.training, [0.0] * len(batches.examples), 0
+    was_training = model.training
+    losses, done = [0.0] * len(batches.examples), 0
     model.eval()
     try:
         for rows in batches.micro_batches:
@@ -238,10 +229,7 @@ def micro_batches(
     if context is not None and max(lengths) > context.tokens:
         longest = max(examples, key=lambda e: len(e.input_ids))
         reads = f"the model reads {context.tokens:,} ({context.why})"
-        raise DataError(
-            f"{longest.where} has {len(longest.input_ids):,} tokens; {reads}.",
-            fix="shorter rows",
-        )
+        raise DataError(f"{longest.where} has {len(longest.input_ids):,} tokens; {reads}.", fix="shorter rows")
     plan = plan_inference(
         replace(opened.job, rows=Rows(lengths, labelled, lengths)),
         opened.machine,
@@ -249,5 +237,5 @@ def micro_batches(
         placement=opened.plan.placement,
         generated_tokens=generated_tokens,
     )
-    most = opened.recipe.train.per_device_eval_batch_size if opened.job.packed else 1
-    return collate.Batches(examples, pack.eval_micro_batches(lengths, plan.max_tokens_per_micro_batch, most)), plan
+    max_rows = opened.recipe.train.per_device_eval_batch_size if opened.job.packed else 1
+    return collate.Batches(examples, pack.eval_micro_batches(lengths, plan.max_tokens_per_micro_batch, max_rows)), plan

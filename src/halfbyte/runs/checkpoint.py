@@ -35,7 +35,8 @@ from halfbyte.types import Document
 
 NESTED = "/"  # between a state's name and a name inside it
 BEST_JSON = "best.json"
-OPTIMIZER_TENSORS, OPTIMIZER_JSON, RNG_TENSORS = "optimizer.safetensors", "optimizer.json", "rng.safetensors"
+OPTIMIZER_TENSORS, OPTIMIZER_JSON = "optimizer.safetensors", "optimizer.json"
+RNG_TENSORS = "rng.safetensors"
 HAS_JSON = (type(None), bool, int, float, str, list, tuple, dict, torch.Tensor)
 
 
@@ -163,10 +164,10 @@ def load_optimizer(
     (another recipe)."""
     state = json.loads((path / OPTIMIZER_JSON).read_text())
     saved = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
-    own = [len(group["params"]) for group in optimizer.param_groups]
-    if saved != own:
+    trained = [len(group["params"]) for group in optimizer.param_groups]
+    if saved != trained:
         raise RunError(
-            f"checkpoint {path} holds the optimiser state of {sum(saved)} tensors, this recipe trains {sum(own)}.",
+            f"checkpoint {path} holds the optimiser state of {sum(saved)} tensors, this recipe trains {sum(trained)}.",
             fix="resume with the recipe in the run folder, unchanged",
         )
     optimizer.load_state_dict(_unflatten(load_file(path / OPTIMIZER_TENSORS), state["optimizer"]))

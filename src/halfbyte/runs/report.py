@@ -80,8 +80,8 @@ def reached(rows: Sequence[Document], adapter_step: int | None) -> Document:
     of the last one."""
     losses = [row["loss"] for row in rows if "loss" in row]
     evals = {row["step"]: row["eval_loss"] for row in rows if row.get("eval_loss") is not None}
-    kept = adapter_step if adapter_step in evals else max(evals, default=None)
-    return {"steps": len(losses) if adapter_step is None else adapter_step, "eval_loss": evals.get(kept)}
+    step = adapter_step if adapter_step in evals else max(evals, default=None)
+    return {"steps": len(losses) if adapter_step is None else adapter_step, "eval_loss": evals.get(step)}
 
 
 def before_training(rows: Sequence[Document]) -> float | None:

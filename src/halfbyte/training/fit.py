@@ -137,7 +137,8 @@ def check_disk(plan: Plan, output: Path) -> None:
 
 def make_pace(run: PlannedRun, model: Model, tell: Callable[[str], None], *, packed: bool) -> Pace:
     """The split of the run's steps, and the way down from it. `packed`: examples may share a micro-batch."""
-    job, plan, machine = replace(run.job, packed=packed), run.plan, run.machine
+    job, plan = replace(run.job, packed=packed), run.plan
+    machine = run.machine
     where = choose.compute_memory(machine)
     cards = len(machine.cards) if plan.placement == "split" else 1
 
@@ -163,10 +164,11 @@ def memory_before_steps(
     run: PlannedRun, model: Model, pace: Pace, steps: pack.Steps, held_out: collate.Batches, tell: Listener
 ) -> Usage:
     """Memory before the first step, after the longest micro-batch has run once unless the plan leaves much free."""
-    plan, longest, objective = run.plan, steps.longest_micro_batch(), run.prepared.objective
+    plan, longest = run.plan, steps.longest_micro_batch()
     if plan.needed_bytes <= UNREHEARSED * plan.available_bytes or not longest:
         tell.note("rehearsed", f"nothing: {plan.needed_bytes / 1e9:.2f} GB are planned, a small part of what is free")
         return usage.now()
+    objective = run.prepared.objective
     batches = collate.Batches(run.prepared.train.examples, (), objective.collate)
     rehearsal = rehearse(objective, model, pace, longest, batches.of, held_out)
     before = rehearsal.memory_before
@@ -216,7 +218,8 @@ def compare(
 
 def decide_compute(run: PlannedRun, base: Assembled, step: pack.Step, tell: Listener) -> integers.Decision:
     """How the frozen products are computed; proven on some rows of the first step where that is not exact."""
-    how, train, objective = run.prepared.recipe.quant.compute, run.prepared.train, run.prepared.objective
+    train, objective = run.prepared.train, run.prepared.objective
+    how = run.prepared.recipe.quant.compute
     if how == "exact":
         return integers.decide(base.model, how, {})
     rows = integers.rows_for_proof(step, train.lengths, packed=base.packed.ok)

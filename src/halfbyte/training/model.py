@@ -13,7 +13,7 @@ from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.errors import DataError
 from halfbyte.training.events import Listener
 from halfbyte.training.fit import PlannedRun
-from halfbyte.training.preflight import Start
+from halfbyte.training.preflight import RunStart
 from halfbyte.types import Document
 
 
@@ -28,7 +28,7 @@ class TrainingModel:
     notices: tuple[str, ...]
 
 
-def open_model(run: PlannedRun, start: Start, tell: Listener, *, force: bool) -> TrainingModel:
+def open_model(run: PlannedRun, start: RunStart, tell: Listener, *, force: bool) -> TrainingModel:
     """The base, with fresh adapters or those that the run begins with; a checkpoint's weights are put in later.
 
     Args:
@@ -65,8 +65,9 @@ def open_model(run: PlannedRun, start: Start, tell: Listener, *, force: bool) ->
         )
     tell.note("packing", f"{model.packed.mode}: {model.packed.reason}")
     tell.note("engine", model.engine)
-    proofs = {"base": model.dequantised, "packing": model.packed, "engine": model.fused}
-    notices += [f"{name}: {proof.reason}" for name, proof in proofs.items() if not proof.ok]
+    notices += [] if model.dequantised.ok else [f"base: {model.dequantised.reason}"]
+    notices += [] if model.packed.ok else [f"packing: {model.packed.reason}"]
+    notices += [] if model.fused.ok else [f"engine: {model.fused.reason}"]
     belongs_to = passport.belongs_to(base, recipe.quant, tokenizer, chat_template(tokenizer, recipe.data))
     if start.point is not None and "belongs_to" in start.point.trained:
         differences = passport.differences(start.point.trained["belongs_to"], belongs_to)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Start:
+class RunStart:
     """Where a run begins. Checkpoints are compared with `recipe`, which is as the user wrote it."""
 
     recipe: Recipe
@@ -48,7 +48,7 @@ class Start:
         return adapter.folder_of(name) if name is not None and self.point is None else None
 
 
-def begin(world: World, recipe: Recipe, *, resume: bool) -> Start:
+def begin(world: World, recipe: Recipe, *, resume: bool) -> RunStart:
     """Where a run begins, decided by the first process.
 
     Raises:
@@ -69,7 +69,7 @@ def begin(world: World, recipe: Recipe, *, resume: bool) -> Start:
     point = decision.get("point")
     if point is not None:
         point = points.Point(Path(point["path"]), point["step"], point["trained"], tuple(point["passed_over"]))
-    return Start(recipe, resume, point, decision.get("report"))
+    return RunStart(recipe, resume, point, decision.get("report"))
 
 
 def _newest(recipe: Recipe) -> points.Point | None:
@@ -107,7 +107,7 @@ def check_rows(recipe: Recipe) -> None:
             read.look(names, recipe.data)
 
 
-def check_resumed(start: Start, objective: str, rows: Document, total_steps: int, tell: Listener) -> list[str]:
+def check_resumed(start: RunStart, objective: str, rows: Document, total_steps: int, tell: Listener) -> list[str]:
     """Compare objective, rows and length with those of the run that goes on; says from where. Returns what the report
     notes.
 

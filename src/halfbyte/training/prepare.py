@@ -74,7 +74,7 @@ def look(recipe: Recipe, objective: Objective | None = None) -> Prepared:
         settled = chatml.settle(tokenizer, data, embedding_rows=rows, tied=tied)
         recipe = with_trained(recipe, settled.new_tokens)
     train = encode.encode(data.train, tokenizer, data, cores=cores)
-    train, evaluation, kept = _held_out(recipe, train, tokenizer)
+    train, evaluation, held_out = _held_out(recipe, train, tokenizer)
     trained = frozenset(recipe.lora.trainable_token_indices or (settled.new_tokens if settled else ()))
     findings = gates.check(
         train, evaluation, tokenizer, recipe.data, embedding_rows=rows, trained=trained, context=context_of(config)
@@ -83,7 +83,7 @@ def look(recipe: Recipe, objective: Objective | None = None) -> Prepared:
         train = blocks.stream(train, data.max_length)
         evaluation = blocks.stream(evaluation, data.max_length) if evaluation is not None else None
     objective = objective or causal_lm.of_recipe(recipe)
-    return Prepared(recipe, objective, checkpoint, config, tokenizer, train, evaluation, findings, settled, kept)
+    return Prepared(recipe, objective, checkpoint, config, tokenizer, train, evaluation, findings, settled, held_out)
 
 
 def _held_out(
@@ -159,8 +159,8 @@ def notices(prepared: Prepared) -> list[str]:
     """What the user should know of the rows, beside the gates."""
     first = [prepared.chatml.notice] if prepared.chatml else []
     if prepared.held_out is not None:
-        held, asked = len(prepared.held_out), prepared.recipe.data.eval
+        count, asked = len(prepared.held_out), prepared.recipe.data.eval
         off = "; data.eval: none trains on them too" if asked == "auto" else ""
-        first.append(f"{held:,} of {prepared.train.tally.kept:,} rows are held out (data.eval: {asked}){off}")
+        first.append(f"{count:,} of {prepared.train.tally.kept:,} rows are held out (data.eval: {asked}){off}")
     first += read.unread(prepared.recipe.data.train, prepared.recipe.data)
     return first + [m for rows in (prepared.train, prepared.evaluation) if rows for m in rows.tally.messages()]

@@ -70,7 +70,8 @@ def resolved(loaded: Loaded, job: PlannedRun) -> list[tuple[str, object, Origin]
 
 def chosen_values(job: PlannedRun) -> dict[str, tuple[object, str]]:
     """The value of each field that may be `auto`, and why it is this one."""
-    plan, recipe, tokens = job.plan, job.prepared.recipe, "max_tokens_per_micro_batch"
+    plan, recipe = job.plan, job.prepared.recipe
+    tokens = "max_tokens_per_micro_batch"
     values: dict[str, tuple[object, str]] = {
         "quant.compute_dtype": device.compute_dtype(job.machine, recipe.quant.compute_dtype),
         "lora.target_modules": (job.targets.names, job.targets.reason),
@@ -79,10 +80,10 @@ def chosen_values(job: PlannedRun) -> dict[str, tuple[object, str]]:
         f"train.{tokens}": (plan.max_tokens_per_micro_batch, plan.reasons[tokens]),
     }
     if recipe.data.eval == "auto":
-        held, of = job.prepared.held_out, job.prepared.train.tally.kept
+        held_out, total = job.prepared.held_out, job.prepared.train.tally.kept
         values["data.eval"] = (
-            f"{len(held)} rows" if held is not None else "none",
-            f"of {of:,} training rows; none trains on all",
+            f"{len(held_out)} rows" if held_out is not None else "none",
+            f"of {total:,} training rows; none trains on all",
         )
     if job.prepared.chatml is not None:
         values["lora.trainable_token_indices"] = (recipe.lora.trainable_token_indices, job.prepared.chatml.notice)

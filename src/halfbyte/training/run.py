@@ -24,7 +24,7 @@ from halfbyte.training.events import Listener, StopRequest
 from halfbyte.training.fit import PlannedRun
 from halfbyte.training.model import TrainingModel
 from halfbyte.training.pace import Pace
-from halfbyte.training.preflight import Start
+from halfbyte.training.preflight import RunStart
 from halfbyte.training.schedule import cadence, eval_every
 from halfbyte.training.trainer import RunHooks, StepInterrupted, StepTrainer, training_arguments
 from halfbyte.training.watch.witness import Witness
@@ -35,7 +35,7 @@ from halfbyte.types import Document
 class Setup:
     """Everything that the steps of a run and its report need, known to be good. Nothing of it is written yet."""
 
-    start: Start
+    start: RunStart
     world: World
     process: ProcessSettings
     run: PlannedRun
@@ -65,7 +65,8 @@ class Ended:
 
 def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener) -> Ended:
     """Train until the last step, until early stopping, or until a signal, after which a checkpoint is written."""
-    prepared, steps, world, assembled = setup.run.prepared, setup.steps, setup.world, setup.model.assembled
+    prepared, assembled = setup.run.prepared, setup.model.assembled
+    steps, world = setup.steps, setup.world
     train, point = prepared.recipe.train, setup.start.point
     resume = None if point is None else agree.share_checkpoint(world, point.path, folder.path)
     if world.first:
@@ -129,7 +130,7 @@ def _run_callback(
     setup: Setup, folder: RunFolder, trainer: StepTrainer, stop: StopRequest, tell: Listener, resume: Path | None
 ) -> RunCallback:
     prepared, assembled = setup.run.prepared, setup.model.assembled
-    source, packed, readable = prepared.checkpoint, assembled.packed.ok, first_layers_whole(setup.shards)
+    source, readable = prepared.checkpoint, first_layers_whole(setup.shards)
     return RunCallback(
         trainer=trainer,
         run=folder,
@@ -140,6 +141,6 @@ def _run_callback(
         stop=stop,
         best=Best.of(prepared.recipe, folder) if prepared.evaluation is not None else None,
         trained=setup.trained,
-        witness=Witness(prepared.objective, assembled.model, packed, readable),
+        witness=Witness(prepared.objective, assembled.model, assembled.packed.ok, readable),
         resume=resume,
     )

@@ -189,8 +189,9 @@ class StepTrainer(Trainer):
         world: World | None = None,
         shards: "Shards | None" = None,
     ) -> None:
-        self.objective, self.hooks, self.pace = objective, hooks, pace
-        self.world, self.shards, self._sum = world or World(), shards, None
+        self.objective, self.pace = objective, pace
+        self.hooks, self.shards = hooks, shards
+        self.world, self._sum = world or World(), None
         if not self.world.alone:
             from halfbyte.distributed.step import StepSum
 

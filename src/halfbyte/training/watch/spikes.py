@@ -15,7 +15,8 @@ from statistics import median
 
 from halfbyte.types import Document
 
-LAST, FEWEST, SIGMAS = 32, 8, 8.0
+LAST_STEPS, FEWEST_STEPS = 32, 8
+SIGMAS = 8.0
 ABOVE = {"loss": 1.5, "grad_norm": 5.0}  # times the median
 
 
@@ -23,7 +24,7 @@ class Spikes:
     """Looks at each step's row in turn. `earlier`: rows of the run's earlier processes."""
 
     def __init__(self, earlier: Iterable[Document] = ()) -> None:
-        self._last = {name: deque[float](maxlen=LAST) for name in ABOVE}
+        self._last = {name: deque[float](maxlen=LAST_STEPS) for name in ABOVE}
         for row in earlier:
             if "loss" in row:
                 self.find(row)
@@ -35,7 +36,7 @@ class Spikes:
             last, value = self._last[name], row.get(name)
             if value is None or not math.isfinite(value):
                 continue
-            if len(last) >= FEWEST:
+            if len(last) >= FEWEST_STEPS:
                 usual = median(last)
                 spread = 1.4826 * median(abs(x - usual) for x in last)
                 if value > times * usual and value > usual + SIGMAS * spread:
