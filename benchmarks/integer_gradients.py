@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from halfbyte.adapters import lora
-from halfbyte.adapters.assembly import assembled
+from halfbyte.adapters.assembly import assemble
 from halfbyte.base import load
 from halfbyte.data import collate
 from halfbyte.layers import fuse
@@ -45,7 +45,7 @@ def computed(run: Path, data: str, at: int, dtype: str, rows: list[int]) -> Iter
     )  # fmt: skip
     recipe = loaded.recipe
     prepared = prepare(recipe)
-    made = assembled(load.open_base(prepared.checkpoint, recipe.quant, device.detect()), recipe)
+    made = assemble(load.open_base(prepared.checkpoint, recipe.quant, device.detect()), recipe)
     if at:
         lora.put_weights(made.model, run / "checkpoints" / f"step-{at:06}")
     batch = collate.Batches(prepared.train.examples, ()).of(rows)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from halfbyte import plan
-from halfbyte.adapters.assembly import assembled
+from halfbyte.adapters.assembly import assemble
 from halfbyte.base import load, stream
 from halfbyte.base.store import supply
 from halfbyte.errors import BaseModelError
@@ -86,7 +86,7 @@ def _with_model(seen: Diagnosis, recipe: Recipe, tell: Callable[[str], None]) ->
     )
     sizes = f"{base.resident_bytes:,} bytes, {base.expected_bytes:,} by its list of tensors"
     tell("proving on its first layers")
-    assembly = assembled(base, recipe)
+    assembly = assemble(base, recipe)
     with structure.shallow(assembly.model):
         wherever = _same_wherever(assembly.model, packed=assembly.packed.ok)
     learns = "the engine learns what PEFT's own forward learns, also after an evaluation"

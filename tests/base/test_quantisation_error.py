@@ -52,7 +52,7 @@ def test_what_is_lost_is_told_once_the_store_is_built(tmp_path: Path, model: Lla
     assert error == pytest.approx((lost / whole) ** 0.5, rel=1e-6)
 
     told: list[tuple[str, str]] = []
-    tell = quantisation_error.telling(asked, supply.Tell(note=lambda label, said: told.append((label, said))))
+    tell = quantisation_error.tell_gguf_error(asked, supply.Tell(note=lambda label, said: told.append((label, said))))
     assert not told and tell.built is not None
     tell.built()
     ((label, said),) = told
@@ -64,4 +64,4 @@ def test_nothing_is_told_of_a_source_that_has_lost_nothing(
     tmp_path: Path, model: LlamaForCausalLM, kind: str | None
 ) -> None:
     tell = supply.Tell()
-    assert quantisation_error.telling(wanted(tmp_path, model, Quant(), kind), tell) is tell
+    assert quantisation_error.tell_gguf_error(wanted(tmp_path, model, Quant(), kind), tell) is tell

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from halfbyte import finetune
 from halfbyte.adapters import lora
-from halfbyte.adapters.assembly import Assembled, assembled
+from halfbyte.adapters.assembly import AdaptedBase, assemble
 from halfbyte.base import load, quantisation_error, residual
 from halfbyte.base.config import open_config
 from halfbyte.base.quantize import quantize
@@ -51,13 +51,13 @@ def asked(folder: Path, name: str = "llama", **more: Any) -> Loaded:
     return tiny_run.recipe(folder, **more)
 
 
-def started(loaded: Loaded) -> tuple[Assembled, Path]:
+def started(loaded: Loaded) -> tuple[AdaptedBase, Path]:
     """The base of a recipe with its fresh adapters, and its store."""
     recipe = loaded.recipe
     base = load.open_base(find_model(recipe), recipe.quant, device.detect(), with_tokenizer=False)
     assert base.store is not None
     made = residual.ensure(base, recipe.lora, lambda label, text: None)
-    return assembled(base, recipe, factors=made), base.store
+    return assemble(base, recipe, factors=made), base.store
 
 
 def misses(loaded: Loaded) -> dict[str, tuple[float, float, float]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import finetune
-from halfbyte.adapters.assembly import assembled
+from halfbyte.adapters.assembly import assemble
 from halfbyte.base import load, stream
 from halfbyte.distributed import shard
 from halfbyte.distributed import world as worlds
@@ -55,7 +55,7 @@ def whole_and_shared(recipe: Path, rounds: list[tuple[str, str]]) -> dict[str, A
     with worlds.open_world() as here:
         base = load.open_base(resolve(loaded.model), loaded.quant, device.detect(), with_tokenizer=False)
         stream.place_as_planned(base.model, shard.PLACEMENT, asked=True)
-        model = assembled(base, loaded).model
+        model = assemble(base, loaded).model
         torch.manual_seed(1)
         for p in model.parameters():
             if p.requires_grad:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from halfbyte import doctor, finetune
-from halfbyte.adapters.assembly import assembled
+from halfbyte.adapters.assembly import assemble
 from halfbyte.data import pack
 from halfbyte.errors import AdapterError
 from halfbyte.layers import loss
@@ -30,7 +30,7 @@ Patch = pytest.MonkeyPatch
 @pytest.fixture
 def model(tmp_path: Path) -> Model:
     recipe = tiny_run.recipe(tmp_path, lora__target_modules=["q_proj", "v_proj"]).recipe
-    return assembled(opened(recipe), recipe).model
+    return assemble(opened(recipe), recipe).model
 
 
 @pytest.fixture(autouse=True)

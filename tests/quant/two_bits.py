@@ -82,8 +82,8 @@ class TwoBits(NumberFormat):
     def beside(self, module: nn.Module) -> Iterator[tuple[object, str]]:
         yield module.weight, "scales"
 
-    def definition(self, module: nn.Module, at: np.ndarray) -> np.ndarray:
-        return reference(module.weight.data.numpy(), module.weight.scales.numpy())[at]
+    def definition(self, module: nn.Module, positions: np.ndarray) -> np.ndarray:
+        return reference(module.weight.data.numpy(), module.weight.scales.numpy())[positions]
 
     def kind_of(self, module: nn.Module) -> tuple[object, ...]:
         return (module.weight.matrix, self.name)

@@ -23,7 +23,7 @@ from halfbyte.types import Model
 
 
 @dataclass(frozen=True)
-class Assembled:
+class AdaptedBase:
     """A base with its adapters.
 
     Args:
@@ -42,7 +42,7 @@ class Assembled:
     own_biases: lora.Saved
 
 
-def assembled(
+def assemble(
     base: load.Base,
     recipe: Recipe,
     *,
@@ -51,7 +51,7 @@ def assembled(
     start: Path | None = None,
     factors: Path | None = None,
     note: Callable[[str, str], None] = lambda label, text: None,
-) -> Assembled:
+) -> AdaptedBase:
     """Put adapters on an open base, and prove on its first layers what is used from then on.
 
     Args:
@@ -89,4 +89,4 @@ def assembled(
         engine = f"{fuse.install(model)}; {fused.reason}"  # on the layers that the proofs have not seen too
     else:
         fuse.remove(model)
-    return Assembled(base, model, dequantised, packed, fused, engine, layers, own_biases)
+    return AdaptedBase(base, model, dequantised, packed, fused, engine, layers, own_biases)

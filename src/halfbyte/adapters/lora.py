@@ -284,12 +284,12 @@ def biases(model: Model) -> Saved:
 
 
 @contextmanager
-def base_alone(adapted: Model, own: Saved) -> Iterator[None]:
+def base_alone(adapted: Model, biases: Saved) -> Iterator[None]:
     """The base without its adapter. PEFT's `disable_adapter` leaves trained biases (`bias: all`) in place."""
-    trained = [(parameter, parameter.detach().clone()) for parameter, _ in own]
+    trained = [(parameter, parameter.detach().clone()) for parameter, _ in biases]
     with adapted.disable_adapter():
         try:
-            for parameter, value in own:
+            for parameter, value in biases:
                 parameter.data.copy_(value)
             yield
         finally:
@@ -298,10 +298,10 @@ def base_alone(adapted: Model, own: Saved) -> Iterator[None]:
 
 
 @contextmanager
-def using(adapted: Model, name: str | None, own: Saved) -> Iterator[None]:
+def using(adapted: Model, name: str | None, biases: Saved) -> Iterator[None]:
     """One of several adapters; None: the base alone."""
     if name is None:
-        with base_alone(adapted, own):
+        with base_alone(adapted, biases):
             yield
         return
     if adapted.active_adapter != name:

@@ -61,12 +61,12 @@ class WeightChange:
 
     @property
     def by_rows(self) -> bool:
-        """Whether `of_rows` can be asked: LoRA on a matrix (out, in), without a norm over the whole."""
+        """Whether `apply_to_rows` can be asked: LoRA on a matrix (out, in), without a norm over the whole."""
         layer = self.layer
         return bool(layer is not None and layer.lora_A and not (layer.lora_variant or layer.fan_in_fan_out))
 
     @torch.no_grad()
-    def of_rows(self, weight: Tensor, first_row: int) -> Tensor:
+    def apply_to_rows(self, weight: Tensor, first_row: int) -> Tensor:
         """The changed rows of a weight in their rows memory, (rows, in) fp32, beginning at a row of the whole's."""
         assert self.layer is not None
         key, rows = _key(self.layer), slice(first_row, first_row + len(weight))
@@ -78,7 +78,7 @@ class WeightChange:
         return weight
 
     @torch.no_grad()
-    def of(self, weight: Tensor, trained_on: Callable[[], Tensor] | None = None) -> Tensor:
+    def apply(self, weight: Tensor, trained_on: Callable[[], Tensor] | None = None) -> Tensor:
         """The changed weight, fp32, in the memory of `weight` where it can be.
 
         Args:
@@ -108,7 +108,7 @@ class WeightChange:
         return weight
 
     @torch.no_grad()
-    def of_expert(self, weight: Tensor, expert: int, first_row: int = 0) -> Tensor:
+    def apply_to_expert(self, weight: Tensor, expert: int, first_row: int = 0) -> Tensor:
         """The same for rows of one expert's matrix, (rows, in), beginning at a row of the stack's."""
         assert self.experts is not None
         key = _key(self.experts)

@@ -205,7 +205,7 @@ def stored_base(
     """
     tell = tell or supply.Tell()
     try:
-        return supply.ensure(spec, tell=quantisation_error.telling(spec, tell)), ""
+        return supply.ensure(spec, tell=quantisation_error.tell_gguf_error(spec, tell)), ""
     except shelf.CannotHold as reason:
         why = str(reason)
     except shelf.NotWritable as error:

@@ -109,7 +109,7 @@ def let_go(codes: Tensor, maps: pages.FileMaps) -> None:
             pages.let_go(span)
 
 
-def telling(spec: shelf.StoreSpec, tell: supply.Tell) -> supply.Tell:
+def tell_gguf_error(spec: shelf.StoreSpec, tell: supply.Tell) -> supply.Tell:
     """`tell`, which also says what quantising has cost once the store of a GGUF in few bits is built."""
     file_type = _gguf_type(spec)
     if file_type in (None, *_16_BITS):

@@ -19,7 +19,7 @@ from halfbyte.types import Document
 
 
 @dataclass(frozen=True)
-class Built:
+class BuildResult:
     """A store that is there now. `built` is False where it was there before; `seconds` is this call's."""
 
     path: Path
@@ -40,7 +40,7 @@ class Built:
         }
 
 
-def quantize(recipe: Recipe, *, out: Path | None = None, tell: supply.Tell | None = None) -> Built:
+def quantize(recipe: Recipe, *, out: Path | None = None, tell: supply.Tell | None = None) -> BuildResult:
     """Build the store that a run of `recipe` opens, or find it.
 
     Raises:
@@ -64,14 +64,14 @@ def quantize(recipe: Recipe, *, out: Path | None = None, tell: supply.Tell | Non
     try:
         if hasattr(config, "auto_map"):
             raise shelf.CannotHold("it brings Python code of its own")
-        path = supply.ensure(spec, out=out, tell=quantisation_error.telling(spec, telling))
+        path = supply.ensure(spec, out=out, tell=quantisation_error.tell_gguf_error(spec, telling))
     except shelf.CannotHold as reason:
         raise StoreError(
             f"{checkpoint.id} cannot be held in a store: {reason}.",
             fix="nothing is needed: train, eval and chat quantise it each time they load it",
         ) from reason
     begin = residual.beside(spec, path, recipe.lora, lambda label, text: telling.say(text, label))
-    return Built(path, manifest.read(path), bool(built), time.monotonic() - started, begin)
+    return BuildResult(path, manifest.read(path), bool(built), time.monotonic() - started, begin)
 
 
 def _preflight(spec: shelf.StoreSpec, specs: tuple[tensors.TensorSpec, ...]) -> str:

@@ -40,15 +40,15 @@ POWERS, OVERSAMPLING = 4, 16
 
 @dataclass(frozen=True)
 class Start:
-    """Where the factors of a rank are kept, in the store that they belong to; `there` unless they are still to be made
+    """Where the factors of a rank are kept, in the store that they belong to; `exists` unless they are still to be made
     (in a store that is perhaps to be built first)."""
 
     path: Path
     rank: int
-    there: bool
+    exists: bool
 
     def __str__(self) -> str:
-        if self.there:
+        if self.exists:
             return f"rank {self.rank} of what was lost, kept in {self.path}"
         return f"rank {self.rank} of what is lost will be made from the source and kept in {self.path}"
 
@@ -72,8 +72,8 @@ def look(checkpoint: Checkpoint, config: Config, recipe: Recipe, modules: Iterab
         return None
     rank = rank_of(lora)
     if is_quantised_already(config, checkpoint.path):
-        start = _at(checkpoint.path, rank)
-        if not start.there:
+        start = _find(checkpoint.path, rank)
+        if not start.exists:
             raise AdapterError(
                 f"lora.init_lora_weights residual: {checkpoint.id} is quantised already, and no factors of rank {rank} "
                 f"are kept beside it ({start.path}); what was lost cannot be told from codes alone.",
@@ -84,7 +84,7 @@ def look(checkpoint: Checkpoint, config: Config, recipe: Recipe, modules: Iterab
         raise _not_quantised(whole)
     dtype = load.DTYPES[machine.compute_dtype(machine.detect(), quant.compute_dtype)[0]]
     key = shelf.key_of(checkpoint, quant, str(dtype).removeprefix("torch."))
-    return _at(shelf.folder() / key, rank)
+    return _find(shelf.folder() / key, rank)
 
 
 def ensure(base: load.Base, lora: Lora, note: Callable[[str, str], None]) -> Path | None:
@@ -98,9 +98,9 @@ def ensure(base: load.Base, lora: Lora, note: Callable[[str, str], None]) -> Pat
     if lora.init_lora_weights != "residual":
         return None
     if base.store is not None and base.store_spec is not None:
-        return _made(base.model, base.store_spec, _at(base.store, rank_of(lora)), note)
-    start = _at(base.checkpoint.path, rank_of(lora))
-    if not start.there:
+        return _make(base.model, base.store_spec, _find(base.store, rank_of(lora)), note)
+    start = _find(base.checkpoint.path, rank_of(lora))
+    if not start.exists:
         raise AdapterError(
             f"lora.init_lora_weights residual needs a store, beside which the factors are kept; {base.origin}.",
             fix=ANOTHER,
@@ -113,15 +113,15 @@ def beside(spec: shelf.StoreSpec, store: Path, lora: Lora, note: Callable[[str, 
     """The file of factors beside a store that nobody has opened yet; None where another start is asked for."""
     if lora.init_lora_weights != "residual":
         return None
-    start = _at(store, rank_of(lora))
-    return start.path if start.there else _made(load.open_store(spec, store), spec, start, note)
+    start = _find(store, rank_of(lora))
+    return start.path if start.exists else _make(load.open_store(spec, store), spec, start, note)
 
 
-def _made(model: Model, spec: shelf.StoreSpec, start: Start, note: Callable[[str, str], None]) -> Path:
-    if not start.there:
+def _make(model: Model, spec: shelf.StoreSpec, start: Start, note: Callable[[str, str], None]) -> Path:
+    if not start.exists:
         try:
             with shelf.building(start.path.name, where=start.path):
-                if not _at(start.path.parent.parent, start.rank).there:  # not by a process that was waited for
+                if not _find(start.path.parent.parent, start.rank).exists:  # not by a process that was waited for
                     note("residual", write_factors(model, spec, start.path, start.rank))
         except shelf.CannotHold as reason:
             raise AdapterError(f"lora.init_lora_weights residual: {reason}.", fix=ANOTHER) from reason
@@ -156,13 +156,13 @@ def _not_quantised(names: list[str]) -> AdapterError:
     )
 
 
-def _at(store: Path, rank: int) -> Start:
+def _find(store: Path, rank: int) -> Start:
     path = store / FOLDER / f"rank-{rank}.safetensors"
     try:
-        there = bool(safetensors.read_header(path)) if path.is_file() else False
+        exists = bool(safetensors.read_header(path)) if path.is_file() else False
     except SourceError:  # damaged: made again
-        there = False
-    return Start(path, rank, there)
+        exists = False
+    return Start(path, rank, exists)
 
 
 def low_rank(matrix: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:

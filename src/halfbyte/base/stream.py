@@ -75,7 +75,7 @@ class Mover:
 
 
 @dataclass
-class Placed:
+class Placement:
     """A base in its place. `mapped_bytes` of `total_bytes` lie in files; `layers` come and go if it is streamed."""
 
     placement: str
@@ -103,7 +103,7 @@ class Placed:
             self.placement, self.layers = "mapped", 0
 
 
-def place_as_planned(model: Model, placement: str, *, asked: bool) -> tuple[Placed, str]:
+def place_as_planned(model: Model, placement: str, *, asked: bool) -> tuple[Placement, str]:
     """Put the base where a plan says.
 
     Args:
@@ -125,7 +125,7 @@ def place_as_planned(model: Model, placement: str, *, asked: bool) -> tuple[Plac
     return place(model, placement), ""
 
 
-def place(model: Model, placement: str, *, mover: Mover | None = None) -> Placed:
+def place(model: Model, placement: str, *, mover: Mover | None = None) -> Placement:
     """Put a base where it is wanted, before or after its adapters. Adapters and whatever trains stay in memory.
 
     Args:
@@ -145,7 +145,7 @@ def place(model: Model, placement: str, *, mover: Mover | None = None) -> Placed
     if placement == "resident":
         if is_mapped(model, maps):
             _into_memory(model, maps, pages.Arena(_bytes(tensors) + pages.PAGE * len(tensors)))
-        return Placed("resident", total, _bytes(t for t in _tensors(model) if _is_mapped(t, maps)))
+        return Placement("resident", total, _bytes(t for t in _tensors(model) if _is_mapped(t, maps)))
     where = next(model.parameters()).device
     if mover is None and where.type != "cpu":
         raise BaseModelError(
@@ -160,7 +160,7 @@ def place(model: Model, placement: str, *, mover: Mover | None = None) -> Placed
         )
     mapped = _bytes(t for t in tensors if _is_mapped(t, maps))
     if placement == "mapped":
-        return Placed("mapped", total, mapped)
+        return Placement("mapped", total, mapped)
     if mover is None and not pages.supported():
         raise BaseModelError(
             "quant.placement streamed needs Linux with a readable /proc/self/pagemap: a page that was written to must "
@@ -172,13 +172,13 @@ def place(model: Model, placement: str, *, mover: Mover | None = None) -> Placed
     if mover is None:
         experts = ExpertReader(model, maps)
         mover = Mover(*_groups(model, layers, maps, {t.data_ptr() for s in experts.stacks for t in s.tensors}))
-    return Placed("streamed", total, mapped, len(layers), LayerStream(layers, mover), experts)
+    return Placement("streamed", total, mapped, len(layers), LayerStream(layers, mover), experts)
 
 
 _STREAMS: WeakKeyDictionary[nn.Module, LayerStream] = WeakKeyDictionary()
 
 
-def of(layer: nn.Module) -> Callable[[int], None] | None:
+def before_layers(layer: nn.Module) -> Callable[[int], None] | None:
     """What is to be called before layer 0, 1, ... runs by other means than its forward; None if it is not streamed."""
     stream = _STREAMS.get(layer)
     return None if stream is None else stream.upwards
@@ -275,7 +275,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return bnb.held_tensors(module)
 
 
-def _into_memory(model: nn.Module, maps: pages.FileMaps, room: pages.Arena) -> None:
+def _into_memory(model: nn.Module, maps: pages.FileMaps, arena: pages.Arena) -> None:
     """Copy every mapped tensor into private memory; the file's pages are let go tensor by tensor."""
     copies: dict[int, Tensor] = {}
 
@@ -284,7 +284,7 @@ def _into_memory(model: nn.Module, maps: pages.FileMaps, room: pages.Arena) -> N
             return tensor
         address = tensor.data_ptr()
         if address not in copies:
-            copies[address] = room.copy(tensor)
+            copies[address] = arena.copy(tensor)
             if pages.supported():
                 for span in pages.whole_pages(_areas([tensor])):
                     pages.let_go(span)

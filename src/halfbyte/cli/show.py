@@ -19,8 +19,8 @@ from rich.text import Text
 from halfbyte.errors import typed, without_secrets
 
 if TYPE_CHECKING:
-    from halfbyte.base.quantize import Built
-    from halfbyte.base.store.shelf import Shelved
+    from halfbyte.base.quantize import BuildResult
+    from halfbyte.base.store.shelf import CacheEntry
     from halfbyte.doctor import Diagnosis
     from halfbyte.errors import HalfbyteError
     from halfbyte.finetune import Outcome
@@ -241,14 +241,14 @@ def complete(run: Path, report: Document, more: str) -> None:
     )
 
 
-def built_store(store: Built) -> None:
+def built_store(store: BuildResult) -> None:
     """What `halfbyte quantize` has built, or what was there already."""
     base, how = store.manifest, f"built in {store.seconds:.1f} s" if store.built else "was there already"
     size = f"{base.nbytes / 1e9:.3f} GB for {base.parameters:,} parameters"
     text(f"store    {store.path}\n         {base.source['id']} in {base.quant['type']}: {size}; {how}")
 
 
-def stores(folder: Path, entries: list[Shelved]) -> None:
+def stores(folder: Path, entries: list[CacheEntry]) -> None:
     """What is in the cache: key, source, bytes, state and last use."""
     if not entries:
         out.print(f"nothing in {folder}")

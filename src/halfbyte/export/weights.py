@@ -139,7 +139,7 @@ class MergedModel:
                 self.source.read(item.source, at, piece.data)
             values.copy_(part if trained_on is None else trained_on[first : first + count])
             if change is not None:
-                change.of_rows(values, first)
+                change.apply_to_rows(values, first)
             part.copy_(values)
             yield at, piece
         if trained_on is not None:
@@ -154,13 +154,13 @@ class MergedModel:
         if change is None:
             return weight
         if item.expert is not None and change.experts is not None:
-            return change.of_expert(weight, item.expert, item.first_row)
+            return change.apply_to_expert(weight, item.expert, item.first_row)
         if change.experts is not None:
             for expert in range(len(weight)):
-                change.of_expert(weight[expert], expert)
+                change.apply_to_expert(weight[expert], expert)
             return weight
         trained_on = (lambda: self._trained_on(item)) if change.norms and quantised and not from_store else None
-        return change.of(weight, trained_on).reshape(weight.shape)
+        return change.apply(weight, trained_on).reshape(weight.shape)
 
     # --- adapter and store --------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from halfbyte.adapters import lora, passport
-from halfbyte.adapters.assembly import assembled
+from halfbyte.adapters.assembly import assemble
 from halfbyte.base import load, stream
 from halfbyte.base.config import open_config
 from halfbyte.base.store import supply
@@ -108,7 +108,7 @@ def open_target(
     chosen = plan_inference(job, machine, trained, lasting=lasting)
     stream.place_as_planned(base.model, chosen.placement, asked=recipe.quant.placement not in ("auto", "sharded"))
     more = {name: one.adapter for name, one in beside.items() if one.adapter is not None}
-    made = assembled(base, recipe, adapter=found.adapter, beside=more)
+    made = assemble(base, recipe, adapter=found.adapter, beside=more)
     made.model.eval().requires_grad_(False)
     job = replace(job, packed=made.packed.ok)
     alone = found.adapter is None

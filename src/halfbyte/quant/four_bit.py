@@ -182,13 +182,13 @@ class FourBit(NumberFormat):
             yield from ((state, n) for n in ("absmax", "code", "offset") if getattr(state, n, None) is not None)
             state = state.state2 if state.nested else None
 
-    def definition(self, module: nn.Module, at: np.ndarray) -> np.ndarray:
+    def definition(self, module: nn.Module, positions: np.ndarray) -> np.ndarray:
         import torch
 
         packed, state = module.weight.data, module.weight.quant_state
-        codes = packed.reshape(-1).view(torch.uint8)[torch.from_numpy(at // 2).to(packed.device)].cpu().numpy()
-        codes = np.where(at % 2 == 0, codes >> 4, codes & 15)
-        block = at // state.blocksize
+        codes = packed.reshape(-1).view(torch.uint8)[torch.from_numpy(positions // 2).to(packed.device)].cpu().numpy()
+        codes = np.where(positions % 2 == 0, codes >> 4, codes & 15)
+        block = positions // state.blocksize
         scales = state.absmax.cpu().numpy()[block].astype(np.float64)
         if state.nested:
             outer = state.state2

@@ -160,10 +160,10 @@ class RowWise8(NumberFormat):
     def beside(self, module: nn.Module) -> Iterator[tuple[object, str]]:
         yield module.weight, "SCB"
 
-    def definition(self, module: nn.Module, at: np.ndarray) -> np.ndarray:
+    def definition(self, module: nn.Module, positions: np.ndarray) -> np.ndarray:
         codes, scales = module.weight.data.cpu().numpy(), module.weight.SCB.cpu().numpy()
-        rows = scales[at // codes.shape[-1]].astype(np.float64)
-        return codes.reshape(-1)[at].astype(np.float64) * rows / LARGEST
+        rows = scales[positions // codes.shape[-1]].astype(np.float64)
+        return codes.reshape(-1)[positions].astype(np.float64) * rows / LARGEST
 
     def kind_of(self, module: nn.Module) -> tuple[object, ...]:
         return (tuple(module.weight.shape), self.name)

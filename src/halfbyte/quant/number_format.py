@@ -232,7 +232,7 @@ class NumberFormat:
         """(owner, attribute) of each tensor that a layer's weight needs and that is no parameter."""
         return iter(())
 
-    def definition(self, module: nn.Module, at: np.ndarray) -> np.ndarray:
+    def definition(self, module: nn.Module, positions: np.ndarray) -> np.ndarray:
         """The numbers at these positions of a layer's flat weight, as the format defines them: (n,) fp64."""
         raise NotImplementedError(self.name)
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from halfbyte.adapters.assembly import Assembled
+from halfbyte.adapters.assembly import AdaptedBase
 from halfbyte.data import pack
 from halfbyte.proofs.integers import Decision
 from halfbyte.recipe.schema import Loaded
@@ -40,7 +40,7 @@ def facts(
     run: RunFolder,
     loaded: Loaded,
     job: PlannedRun,
-    base: Assembled,
+    base: AdaptedBase,
     compute: Decision,
     notices: Sequence[str],
     from_step: int,
@@ -97,7 +97,7 @@ def cut(row: Document) -> Document:
     return {**row, "pieces": pieces[::-1], "cut": left < 0}
 
 
-def proofs(base: Assembled, compute: Decision) -> list[Document]:
+def proofs(base: AdaptedBase, compute: Decision) -> list[Document]:
     named = (("base", base.dequantised), ("packing", base.packed), ("engine", base.fused))
     rows = [{"name": name, "ok": bool(proof.ok), "said": proof.reason} for name, proof in named]
     if compute.tried:

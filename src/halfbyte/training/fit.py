@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from halfbyte.adapters import lora
-from halfbyte.adapters.assembly import Assembled
+from halfbyte.adapters.assembly import AdaptedBase
 from halfbyte.adapters.targets import Targets
 from halfbyte.base.load import Base
 from halfbyte.data import collate, pack
@@ -216,7 +216,7 @@ def compare(
     return lines
 
 
-def decide_compute(run: PlannedRun, base: Assembled, step: pack.Step, tell: Listener) -> integers.Decision:
+def decide_compute(run: PlannedRun, base: AdaptedBase, step: pack.Step, tell: Listener) -> integers.Decision:
     """How the frozen products are computed; proven on some rows of the first step where that is not exact."""
     train, objective = run.prepared.train, run.prepared.objective
     how = run.prepared.recipe.quant.compute

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from halfbyte.adapters import passport
-from halfbyte.adapters.assembly import Assembled, assembled
+from halfbyte.adapters.assembly import AdaptedBase, assemble
 from halfbyte.base import load, residual, stream
 from halfbyte.base.store import supply
 from halfbyte.base.tokenizer import check_vocabulary
@@ -21,8 +21,8 @@ from halfbyte.types import Document
 class TrainingModel:
     """A base with adapters that train. `notices`: what is not as the recipe or the plan had it."""
 
-    assembled: Assembled
-    placed: stream.Placed
+    assembled: AdaptedBase
+    placed: stream.Placement
     belongs_to: Document
     """Base, quantiser, tokenizer and chat template that the adapters belong to, as `adapters.passport` makes it."""
     notices: tuple[str, ...]
@@ -57,7 +57,7 @@ def open_model(run: PlannedRun, start: RunStart, tell: Listener, *, force: bool)
     placed, elsewhere = stream.place_as_planned(base.model, plan.placement, asked=recipe.quant.placement != "auto")
     notices = [f"placement: {elsewhere}"] if elsewhere else []
     tell.note("placement", f"{placed} ({elsewhere or plan.reasons['placement']})")
-    model = assembled(base, recipe, start=start.adapter, factors=factors, note=tell.note)
+    model = assemble(base, recipe, start=start.adapter, factors=factors, note=tell.note)
     if not model.packed.ok and recipe.data.packing == "stream":
         raise DataError(
             f"data.packing stream lays several texts end to end, and here that is not safe: {model.packed.reason}",

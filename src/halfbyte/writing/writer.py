@@ -103,7 +103,7 @@ class Writer:
         self.embedding = self.lm.get_input_embeddings()
         if adapters is not None and type(self.embedding) is not nn.Embedding:
             raise FastPathUnavailable(f"an adapter changes the embedding ({type(self.embedding).__name__})")
-        self.streamed = stream.of(self.layers[0])
+        self.streamed = stream.before_layers(self.layers[0])
         self.places = CachePlaces(self.lm, places, max_length, adapters, rough=rough and self.streamed is None)
         self.packs = packing.installed(self.lm) == "cu_seq_lens"
         self.factor = 1.0

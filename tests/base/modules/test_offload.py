@@ -156,11 +156,11 @@ def test_cards_are_filled_before_memory(how: str, wanted: list[str], monkeypatch
     if how == "balanced":
         wanted = ["cuda:0"] * 4 + ["cuda:1"] * 2  # a share and the largest part
     put = places.resolve(module, found, asked, how, max_memory=room)
-    assert list(put.of.values()) == wanted and put.main == "cuda:0" and put.on_card
+    assert list(put.device_of.values()) == wanted and put.main == "cuda:0" and put.on_card
 
 
 def test_without_a_map_everything_is_in_memory_here() -> None:
     asked = settings.read("nf4")
     put = places.resolve(made("llama"), survey(made("llama"), asked), asked, None)
     card = machine.detect().kind == "cuda"
-    assert set(put.of.values()) == ({"cuda:0"} if card else {"cpu"})
+    assert set(put.device_of.values()) == ({"cuda:0"} if card else {"cpu"})

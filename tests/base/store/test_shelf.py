@@ -40,7 +40,7 @@ def forget() -> None:
     shelf._in_use.clear()
 
 
-def collectable(**values: Any) -> list[shelf.Shelved]:
+def collectable(**values: Any) -> list[shelf.CacheEntry]:
     return shelf.collect(dry_run=True, **values)[0]
 
 
@@ -128,11 +128,11 @@ def test_the_list_tells_states_sizes_and_last_use(folder: Path) -> None:
     assert found[0].nbytes == sum(f.stat().st_size for f in whole.iterdir())
     assert next(entry for entry in found if entry.path == building).nbytes == 5
     assert found[0].to_json()["source"]["id"] == "org/name"
-    assert {entry.path for entry in shelf.named(["org/name"])} == {whole, broken}
-    assert [entry.path for entry in shelf.named([whole.name])] == [whole]
-    assert {entry.path for entry in shelf.named([])} == {whole, old, broken}
+    assert {entry.path for entry in shelf.find_stores(["org/name"])} == {whole, broken}
+    assert [entry.path for entry in shelf.find_stores([whole.name])] == [whole]
+    assert {entry.path for entry in shelf.find_stores([])} == {whole, old, broken}
     with pytest.raises(StoreError, match="no store is called nothing; there are: "):
-        shelf.named(["nothing"])
+        shelf.find_stores(["nothing"])
 
 
 def test_opening_is_a_use(folder: Path) -> None:

@@ -74,14 +74,14 @@ def quantize_model(
     asked = settings.read(quant, dtype, skip_modules, keep_in_fp32_modules, on_card=on_card)
     surveyed = survey(module, asked)
     put = places.resolve(
-        module, surveyed, asked, device_map, max_memory=max_memory, whole=tuple(no_split_module_classes or ())
+        module, surveyed, asked, device_map, max_memory=max_memory, unsplit_classes=tuple(no_split_module_classes or ())
     )
     folder = None if offload_folder is None else Path(offload_folder)
     places.check_folder(put, surveyed, asked, folder)
     source = None if weights is None else numbers.open_source(Path(weights))
     matched = numbers.match(module, surveyed.tensors, source, str(weights))
     numbers.make_buffers(module)
-    if folder is not None and places.DISK in put.of.values():
+    if folder is not None and places.DISK in put.device_of.values():
         _make(folder)
     fill.Filling(module, asked, matched, put, folder).all(surveyed.tensors)
     for name, is_head in surveyed.fp32:

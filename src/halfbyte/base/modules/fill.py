@@ -52,7 +52,7 @@ class Filling:
         memory: list[ModuleTensor] = []
         disk: dict[str, list[ModuleTensor]] = {}
         for tensor in tensors:
-            on_disk = self.places.of[tensor.name] == DISK
+            on_disk = self.places.device_of[tensor.name] == DISK
             (disk.setdefault(self.places.part_of(tensor.name) or "", []) if on_disk else memory).append(tensor)
         with self.weights.source, ThreadPoolExecutor(min(THREADS, machine.detect().cores)) as pool:
             try:
@@ -99,7 +99,7 @@ class Filling:
 
     def _install(self, tensor: ModuleTensor, get: Callable[[str], Tensor]) -> None:
         """Put a tensor into the module; `get` gives what was made of it, by name."""
-        quant, place = self.settings.quant, self.places.of[tensor.name]
+        quant, place = self.settings.quant, self.places.device_of[tensor.name]
         number_format = formats.of(quant)
         stored = number_format.parts(tensor.held_shape, quant) if tensor.quantised else ()
         parts = {part.suffix: get(part.name(tensor.name)) for part in stored} or {"": get(tensor.name)}

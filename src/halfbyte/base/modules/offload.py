@@ -108,7 +108,7 @@ def attach(root: nn.Module, survey: Survey, places: Places) -> Recent | None:
         None where everything stays.
     """
     away = {DISK, CPU} if places.on_card else {DISK}
-    moving = [places.part_of(t.name) for t in survey.tensors if places.of[t.name] in away]
+    moving = [places.part_of(t.name) for t in survey.tensors if places.device_of[t.name] in away]
     parts = [root.get_submodule(name) for name in dict.fromkeys(moving) if name is not None]
     recent = None
     if parts and places.on_card:
@@ -125,7 +125,7 @@ def attach(root: nn.Module, survey: Survey, places: Places) -> Recent | None:
 
 def _move_buffers(root: nn.Module, places: Places) -> None:
     """Buffers that no checkpoint holds go where their module computes."""
-    of_part = {part: place for name, place in places.of.items() if (part := places.part_of(name)) is not None}
+    of_part = {part: place for name, place in places.device_of.items() if (part := places.part_of(name)) is not None}
     for name, buffer in tensors_of(root, persistent=False).items():
         place = of_part.get(places.part_of(name) or "", places.main)
         buffer.data = buffer.data.to(places.main if place in (CPU, DISK) else place)

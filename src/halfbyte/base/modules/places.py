@@ -28,10 +28,14 @@ _HEADER_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Places:
-    """`of`: tensor -> device or disk. `parts`: the modules whose tensors come and go together. `main`: where what is in
-    memory or on disk is computed."""
+    """Where each tensor goes.
 
-    of: dict[str, str]
+    Args:
+        device_of: of each tensor a device, or disk. parts: the modules whose tensors come and go together.
+        main: where what is in memory or on disk is computed.
+    """
+
+    device_of: dict[str, str]
     parts: tuple[str, ...]
     main: str
 
@@ -44,16 +48,16 @@ class Places:
         return _innermost(name, self.parts)
 
 
-def parts_of(root: nn.Module, whole: Iterable[str] = ()) -> Iterator[str]:
+def parts_of(root: nn.Module, unsplit_classes: Iterable[str] = ()) -> Iterator[str]:
     """Names of the largest modules that are called as one.
 
     Args:
-        whole: names of classes that are not taken apart.
+        unsplit_classes: names of classes that are not taken apart.
     """
 
     def walk(name: str, module: nn.Module) -> Iterator[str]:
         lists = any(isinstance(m, (nn.ModuleList, nn.ModuleDict)) for m in module.modules())
-        if type(module).__name__ in whole or not (lists or isinstance(module, nn.Sequential)):
+        if type(module).__name__ in unsplit_classes or not (lists or isinstance(module, nn.Sequential)):
             yield name
             return
         for child, below in module.named_children():
@@ -75,14 +79,14 @@ def resolve(
     device_map: str | Mapping[str, object] | None,
     *,
     max_memory: Mapping[object, object] | None = None,
-    whole: Iterable[str] = (),
+    unsplit_classes: Iterable[str] = (),
 ) -> Places:
     """Decide for every tensor.
 
     Raises:
         BaseModelError: a map with unknown names, tensors that it does not cover, or a device that is not here.
     """
-    parts, device = tuple(parts_of(root, whole)), machine.detect()
+    parts, device = tuple(parts_of(root, unsplit_classes)), machine.detect()
     names = [tensor.name for tensor in survey.tensors]
     if isinstance(device_map, Mapping):
         _check_map(root, device_map)
@@ -92,18 +96,18 @@ def resolve(
                 f"device_map says nothing about {len(uncovered)} tensors: {', '.join(uncovered[:5])}.",
                 fix='add their modules, or "" for everything that is not named',
             )
-        of = {name: _device(device_map[entry]) for name, entry in nearest_entry.items() if entry is not None}
+        device_of = {name: _device(device_map[entry]) for name, entry in nearest_entry.items() if entry is not None}
     elif device_map is None:
-        of = dict.fromkeys(names, device.main)
+        device_of = dict.fromkeys(names, device.main)
     elif device_map in AUTOMATIC:
         free = _free_bytes(device, max_memory)
-        of = _filled(survey.tensors, parts, free, settings, even=device_map.startswith("balanced"))
+        device_of = _filled(survey.tensors, parts, free, settings, even=device_map.startswith("balanced"))
     else:
         raise BaseModelError(f"device_map must be a mapping or one of {', '.join(AUTOMATIC)}, got {device_map!r}.")
-    main = next((place for place in of.values() if place not in (CPU, DISK)), CPU)
+    main = next((place for place in device_of.values() if place not in (CPU, DISK)), CPU)
     # What belongs to no part is needed throughout a forward.
-    of = {n: main if place == DISK and _innermost(n, parts) is None else place for n, place in of.items()}
-    return Places(of, parts, main)
+    device_of = {n: main if place == DISK and _innermost(n, parts) is None else place for n, place in device_of.items()}
+    return Places(device_of, parts, main)
 
 
 def _innermost(name: str, known: Iterable[str], *, with_tensor: bool = False) -> str | None:
@@ -181,7 +185,7 @@ def check_folder(places: Places, survey: Survey, settings: ModuleSettings, folde
     Raises:
         BaseModelError: none named, not writable, or without space.
     """
-    disk = [tensor for tensor in survey.tensors if places.of[tensor.name] == DISK]
+    disk = [tensor for tensor in survey.tensors if places.device_of[tensor.name] == DISK]
     if not disk:
         return
     need = sum(tensor.nbytes(settings) + _HEADER_BYTES // 64 for tensor in disk) + _HEADER_BYTES

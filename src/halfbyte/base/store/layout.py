@@ -94,7 +94,7 @@ def lay_out(tensors: dict[str, SourceTensor], spec: StoreSpec) -> StoreLayout:
     if spec.check is not None:
         missing = empty.missing({target for _, target in plans})
         spec.check(empty.model, {"missing_keys": missing, "mismatched_keys": wrong})
-    named = _names(_once(plans, empty.tied), _EmptyModel(spec, pre_quantised=True), spec.quant)
+    named = _names(_without_repeated(plans, empty.tied), _EmptyModel(spec, pre_quantised=True), spec.quant)
     return StoreLayout(_files(named, spec.config.model_type), empty.marked)
 
 
@@ -153,7 +153,7 @@ class _EmptyModel:
         return planned_dtype(self.dtype_plan, target) or usual
 
 
-def _once(plans: list[tuple[TensorPlan, str]], tied: dict[str, str]) -> list[tuple[TensorPlan, str]]:
+def _without_repeated(plans: list[tuple[TensorPlan, str]], tied: dict[str, str]) -> list[tuple[TensorPlan, str]]:
     """Without a tied tensor that a pickle holds twice in one storage; loading ties it again."""
     by_target = {target: plan for plan, target in plans}
 

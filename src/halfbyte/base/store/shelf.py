@@ -87,7 +87,7 @@ class StoreSpec:
 
 
 @dataclass(frozen=True)
-class Shelved:
+class CacheEntry:
     """One folder of the shelf. `state`: whole, building (or interrupted), old format, or broken."""
 
     key: str
@@ -174,7 +174,7 @@ def remove_held(key: str) -> None:
     if (file := _in_use.pop(key, None)) is not None:
         file.close()
     if (folder() / key).is_dir():
-        remove(_shelved(folder() / key))
+        remove(_entry(folder() / key))
 
 
 def touch(path: Path) -> None:
@@ -236,15 +236,15 @@ def _hidden(path: Path) -> Path:
     return hidden
 
 
-def listing() -> list[Shelved]:
+def listing() -> list[CacheEntry]:
     """Everything on the shelf, the last used first."""
     if not folder().is_dir():
         return []
-    entries = [_shelved(path) for path in folder().iterdir() if path.is_dir() and path.name != LOCKS]
+    entries = [_entry(path) for path in folder().iterdir() if path.is_dir() and path.name != LOCKS]
     return sorted(entries, key=lambda entry: -entry.last_used)
 
 
-def named(names: list[str]) -> list[Shelved]:
+def find_stores(names: list[str]) -> list[CacheEntry]:
     """The stores that are meant: by the beginning of their key, or by their source; all for none.
 
     Raises:
@@ -252,7 +252,7 @@ def named(names: list[str]) -> list[Shelved]:
     """
     # whole or not, but neither an unfinished build nor what was set aside
     there = [entry for entry in listing() if entry.path.name == entry.key]
-    chosen: dict[Path, Shelved] = {}
+    chosen: dict[Path, CacheEntry] = {}
     for name in names:
         meant = {
             e.path: e for e in there if e.key.startswith(name) or (e.manifest and e.manifest.source.get("id") == name)
@@ -268,7 +268,7 @@ def verify(names: list[str], progress: Callable[[int, int], None] | None = None)
     """Hash every byte of stores, on the shelf or by their folder. Key or folder -> what differs, empty if nothing."""
     todo = {name: Path(name) for name in names if (Path(name) / manifest.MANIFEST).is_file()}
     keys = [name for name in names if name not in todo]
-    todo |= {entry.key: entry.path for entry in (named(keys) if keys or not names else [])}
+    todo |= {entry.key: entry.path for entry in (find_stores(keys) if keys or not names else [])}
     differing: dict[str, list[str]] = {}
     for i, (name, path) in enumerate(todo.items()):
         if progress is not None:
@@ -282,7 +282,7 @@ def verify(names: list[str], progress: Callable[[int, int], None] | None = None)
 
 def collect(
     *, unused_days: float | None = None, everything: bool = False, dry_run: bool = False
-) -> tuple[list[Shelved], list[Shelved]]:
+) -> tuple[list[CacheEntry], list[CacheEntry]]:
     """Remove interrupted builds, damaged stores and old formats, and stores unused for so long. Returns (removed, kept
     because a process uses them)."""
     oldest = 0.0 if unused_days is None else time.time() - unused_days * 86400
@@ -291,7 +291,7 @@ def collect(
     return [entry for entry in chosen if entry not in used], used
 
 
-def remove(entry: Shelved) -> bool:
+def remove(entry: CacheEntry) -> bool:
     """Delete one folder of the shelf unless a process builds or uses it. Returns whether it is gone."""
     locks = [_lock_file(entry.key, kind) for kind in ("build", "use")]
     try:
@@ -307,7 +307,7 @@ def remove(entry: Shelved) -> bool:
     return True
 
 
-def _shelved(path: Path) -> Shelved:
+def _entry(path: Path) -> CacheEntry:
     key = _KEY.match(path.name)
     name = key[0] if key is not None else path.name
     store, state = None, "building" if path.name == name + PARTIAL else "broken"
@@ -318,7 +318,7 @@ def _shelved(path: Path) -> Shelved:
         except StoreError as error:
             state = "old format" if "of format" in error.message else "broken"
     nbytes, touched = size_and_age(path)
-    return Shelved(name, path, state, nbytes, touched, store, _busy(name))
+    return CacheEntry(name, path, state, nbytes, touched, store, _busy(name))
 
 
 def size_and_age(path: Path) -> tuple[int, float]:
@@ -359,7 +359,7 @@ def _lock(file: IO[str], *, shared: bool = False, wait: bool = False) -> bool:
         raise StoreError(f"{file.name} cannot be locked: {error.strerror or error}.") from error
 
 
-def listing_beside() -> list[Shelved]:
+def listing_beside() -> list[CacheEntry]:
     """What lies in the cache beside the stores, the last used first: converted GGUF files, packaged models, rows as
     tokens. All of it can be made or fetched again. A folder that is a link is somebody else's, and is left out."""
     folders = [cache_dir() / name for name in FOLDERS]
@@ -367,7 +367,7 @@ def listing_beside() -> list[Shelved]:
     return sorted(entries, key=lambda entry: -entry.last_used)
 
 
-def collect_beside(*, unused_days: float | None, everything: bool, dry_run: bool) -> list[Shelved]:
+def collect_beside(*, unused_days: float | None, everything: bool, dry_run: bool) -> list[CacheEntry]:
     """Remove of that what was interrupted; tokens unused for so long; with `everything`, all that is not under way. Of
     conversions and packaged models it is not known when they were last used."""
     oldest = 0.0 if unused_days is None else time.time() - unused_days * 86400
@@ -390,7 +390,7 @@ def _inside(folder: Path) -> Iterator[Path]:
         yield from (path for path in folder.iterdir() if path.suffix not in (".lock", ".json"))
 
 
-def _beside(path: Path) -> Shelved:
+def _beside(path: Path) -> CacheEntry:
     half = path.name.endswith(PARTIAL) or path.name.startswith(FETCHING)
     nbytes, touched = size_and_age(path)
     busy = half and time.time() - touched < UNDER_WAY_S
@@ -399,4 +399,4 @@ def _beside(path: Path) -> Shelved:
         with lock.open("a") as file:
             busy = not files.lock(file, wait=False)
     state = "interrupted" if half else "whole"
-    return Shelved(f"{path.parent.name}/{path.name}", path, state, nbytes, touched, None, busy)
+    return CacheEntry(f"{path.parent.name}/{path.name}", path, state, nbytes, touched, None, busy)

@@ -50,12 +50,12 @@ def ensure(spec: shelf.StoreSpec, *, out: Path | None = None, tell: Tell | None 
     target = out.absolute() if out is not None else shelf.folder() / key
     if out is None:
         shelf.hold(key)
-    if (whole := _whole(target, key)) is not None:
+    if (whole := _complete_store(target, key)) is not None:
         return whole
     waiting = f"another process builds the store of {spec.checkpoint.id}; waiting for it"
     with shelf.building(key, lambda: tell.say(waiting), where=out and target):
         # It may have been built while this process waited.
-        if (whole := _whole(target, key, tell)) is not None:
+        if (whole := _complete_store(target, key, tell)) is not None:
             return whole
         if target.exists():
             shelf.set_aside(target)
@@ -85,7 +85,7 @@ def verify(folder: Path, *, full: bool = True) -> manifest.Manifest:
     return built
 
 
-def _whole(target: Path, key: str, tell: Tell | None = None) -> Path | None:
+def _complete_store(target: Path, key: str, tell: Tell | None = None) -> Path | None:
     """`target` if it is the store called `key`; None if it is not there, or damaged on the shelf, which is told."""
     if not target.exists():
         return None
