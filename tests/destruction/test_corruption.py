@@ -155,7 +155,7 @@ def test_stores(name: str, how: str, world: World, kept: Callable[[Path], None])
     kept(path)
     DAMAGES[how](path, other)
     said: list[str] = []
-    assert supply._whole(mine, mine.name, supply.Tell(note=lambda label, text: said.append(text))) is None
+    assert supply._complete_store(mine, mine.name, supply.Tell(note=lambda label, text: said.append(text))) is None
     assert len(said) == 1 and said[0].startswith("a damaged store is built again")
     assert path.name in said[0] or path.name == manifest.MANIFEST, "one of another store names what differs from it"
 
