@@ -200,51 +200,51 @@ def test_the_watch_misses_who_does_not_beat(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(watch.launch, "end", lambda *process: ended.append(process))
     first = watch.Heartbeat(store, 0, names, lambda: None, {0: (10, 0.5)})
     second = watch.Heartbeat(store, 1, names, lambda: None, {1: (11, 1.5), 2: (12, 2.5)})
-    assert first._missing() is None, "who has not begun is not missed"
+    assert first._silent_process() is None, "who has not begun is not missed"
     for rank in range(3):
         store.set(f"beat/{rank}", "0")
-    assert first._missing() is None and second._missing() is None
+    assert first._silent_process() is None and second._silent_process() is None
     store.set("beat/2", "done")
     for second_s in range(1, 21):
         now[0] += 1
         store.set("beat/0", str(second_s))
-        assert first._missing() is None, "not yet"
-        assert second._missing() is None, "it does not look at itself"
+        assert first._silent_process() is None, "not yet"
+        assert second._silent_process() is None, "it does not look at itself"
     now[0] += 1
-    fault = first._missing()
+    fault = first._silent_process()
     assert fault is not None and fault.rank == 1 and "b has not been heard of" in fault.message
-    assert second._told() == fault, "all are told, so that they end at once"
+    assert second._fault_of_others() == fault, "all are told, so that they end at once"
     now[0] += 1000  # all were stopped, as by a machine that sleeps
-    assert first._missing() is None and second._missing() is None
+    assert first._silent_process() is None and second._silent_process() is None
     for _ in range(20):
         now[0] += 1
-        assert second._missing() is None
+        assert second._silent_process() is None
     now[0] += 1
-    fault = second._missing()
+    fault = second._silent_process()
     assert fault is not None and fault.rank == 0 and fault.silent
-    second._ended_by(fault)
+    second._end_by(fault)
     assert ended == [], "the first is on another machine"
     third = watch.Heartbeat(store, 1, names, lambda: None, {1: (11, 1.5), 2: (12, 2.5)})
     for count in range(22):
-        assert third._missing() is None
+        assert third._silent_process() is None
         store.set("beat/0", f"again {count}")
         store.set("beat/2", "stopped")
         now[0] += 1
-    fault = third._missing()
+    fault = third._silent_process()
     assert fault is not None and fault.rank == 2
-    third._ended_by(fault)
+    third._end_by(fault)
     assert ended == [(12, 2.5)]
     told = watch.Fault("why", 2, "do that", 2)
     del store.kept[watch.FAILED]
     store.set(watch.FAILED, told.to_json())
-    assert second._told() == told
+    assert second._fault_of_others() == told
 
 
 def test_a_question_to_a_stopped_store_that_breaks_is_that_it_is_gone() -> None:
     """Whoever is beside the stopped first process kills it, and its store's connections break."""
     group = worlds.Group(launch.Place(1, 2, 1, 2), None)
-    told: Any = SimpleNamespace(fault=watch.Fault("rank 0 is gone", 0, silent=True), deaf=True)
-    group._watch = told
+    told: Any = SimpleNamespace(fault=watch.Fault("rank 0 is gone", 0, silent=True), store_silent=True)
+    group._heartbeat = told
     error = group.failed(RuntimeError("Connection reset by peer"))
     assert isinstance(error, RankLost) and "rank 0 is gone" in str(error)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from halfbyte.plan.alternatives import Method
     from halfbyte.plan.estimate import Estimate
     from halfbyte.system.device import Device
-    from halfbyte.training.preview import Checked, Resolution, Shown
+    from halfbyte.training.preview import DataCheck, Resolution, ShownRow
 
 BAR = 30
 LEVELS = {"ok": "green", "warning": "yellow", "refused": "bold red"}
@@ -203,7 +203,7 @@ def machine(device: Device) -> str:
     return f"{device.cores} cores ({device.cpu or 'CPU'}), {ram}"
 
 
-def data_check(value: Checked) -> None:
+def data_check(value: DataCheck) -> None:
     """Model, rows, gates, lengths, the run over these rows, and a few rows."""
     from halfbyte.training import prepare
 
@@ -236,7 +236,7 @@ def data_check(value: Checked) -> None:
         example(row)
 
 
-def example(row: Shown) -> None:
+def example(row: ShownRow) -> None:
     """One row: labelled and special tokens stand out; without colours, labels are put between ⟦ and ⟧."""
     colours = show.out.is_terminal and not show.out.no_color
     show.text(f"row {row.row} ({row.where}): {row.tokens:,} tokens, {row.labelled:,} labelled")

@@ -152,7 +152,7 @@ class Shards:
         self._together = waiting_processes > 0 and not stopping
         return self._together
 
-    def evened(self, batches: Iterator[Batch], empty: Callable[[], object]) -> Iterator[Batch]:
+    def with_empty_passes(self, batches: Iterator[Batch], empty: Callable[[], object]) -> Iterator[Batch]:
         """The batches of an evaluation, with an `empty` pass wherever only others have one."""
         while True:
             batch = next(batches, None)

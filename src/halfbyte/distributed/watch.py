@@ -55,7 +55,7 @@ class Fault:
 class Heartbeat:
     """A thread that beats and watches, and one that sees whether the first comes back: a question to a store whose
     process is stopped, or whose link drops all, has no end. `fault` is what they have found; then `on_fault` is called,
-    once. `deaf`: the store does not answer, and must not be asked again.
+    once. `store_silent`: the store does not answer, and must not be asked again.
 
     Args:
         beside: the ranks of this machine, each with what `launch.process` said there.
@@ -70,8 +70,8 @@ class Heartbeat:
         beside: Mapping[int, tuple[int, float]],
     ) -> None:
         self.fault: Fault | None = None
-        self.deaf = False
-        self._heard, self._found = time.monotonic(), threading.Lock()
+        self.store_silent = False
+        self._answered_at, self._fault_lock = time.monotonic(), threading.Lock()
         self._store, self._rank, self._names = store, rank, names
         self._on_fault, self._beside = on_fault, beside
         self._ends = threading.Event()
@@ -81,7 +81,7 @@ class Heartbeat:
 
     def start(self) -> None:
         self._store.set(_beat(self._rank), "0")
-        self._heard = time.monotonic()
+        self._answered_at = time.monotonic()
         self._thread.start()
         threading.Thread(target=self._time, name="halfbyte-watch-store", daemon=True).start()
 
@@ -100,14 +100,14 @@ class Heartbeat:
             count += 1
             try:
                 self._store.set(_beat(self._rank), str(count))
-                fault = self._told() or self._missing()
-                self._heard = time.monotonic()
+                fault = self._fault_of_others() or self._silent_process()
+                self._answered_at = time.monotonic()
             except RuntimeError as error:  # torch.distributed's errors are of this kind
-                if not closed(error):
+                if not is_closed(error):
                     continue
                 fault = self._without_store()
             if fault is not None:
-                self._ended_by(fault)
+                self._end_by(fault)
                 return
 
     def _time(self) -> None:
@@ -115,17 +115,17 @@ class Heartbeat:
         while not self._ends.wait(EVERY_S) and self.fault is None:
             now = time.monotonic()
             if now - before > SILENT_S / 2:  # this process was stopped itself
-                self._heard = now
+                self._answered_at = now
             before = now
-            if now - self._heard > STORE_S:
-                self.deaf = True
-                self._ended_by(self._without_store(silent=True))
+            if now - self._answered_at > STORE_S:
+                self.store_silent = True
+                self._end_by(self._without_store(silent=True))
 
     def _without_store(self, silent: bool = False) -> Fault:
         return Fault(f"{self._names[0]} is gone: its store does not answer", 0, silent=silent)
 
-    def _ended_by(self, fault: Fault) -> None:
-        with self._found:
+    def _end_by(self, fault: Fault) -> None:
+        with self._fault_lock:
             if self.fault is not None or self._ends.is_set():
                 return
             self.fault = fault
@@ -133,10 +133,10 @@ class Heartbeat:
             launch.end(*self._beside[fault.rank])
         self._on_fault()
 
-    def _told(self) -> Fault | None:
+    def _fault_of_others(self) -> Fault | None:
         return Fault.of_json(self._store.get(FAILED)) if self._store.check([FAILED]) else None
 
-    def _missing(self) -> Fault | None:
+    def _silent_process(self) -> Fault | None:
         """The first one looks at all, the others at the first and at those of their machine."""
         near = sorted({0, *self._beside} - {self._rank})
         now, looked_at = time.monotonic(), range(len(self._names)) if self._rank == 0 else near
@@ -168,7 +168,7 @@ def interrupt(thread: int) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Interrupted))
 
 
-def closed(error: RuntimeError) -> bool:
+def is_closed(error: RuntimeError) -> bool:
     """Whether the process whose store was asked is gone, or its connection; it does not come back."""
     return any(word in str(error) for word in ("reset", "roken pipe", "likely closed"))
 
@@ -187,7 +187,7 @@ def wait_for(
             if store.check([key]):
                 return True
         except RuntimeError as error:  # the watch says what is wrong
-            if leave and closed(error):
+            if leave and is_closed(error):
                 return False
             pause = EVERY_S / 4
         if fault() is not None or (until is not None and time.monotonic() >= until):

@@ -223,8 +223,8 @@ class Group(World):
         return None if self._heartbeat is None else self._heartbeat.fault
 
     @property
-    def _deaf(self) -> bool:
-        return self._heartbeat is not None and self._heartbeat.deaf
+    def _store_silent(self) -> bool:
+        return self._heartbeat is not None and self._heartbeat.store_silent
 
     @property
     def sharing(self) -> int | None:
@@ -316,7 +316,7 @@ class Group(World):
 
     def _lost(self, error: BaseException) -> RankLost:
         """After a collective failed: what the one that is gone has written down, if it could."""
-        if self._deaf and self.fault is not None:
+        if self._store_silent and self.fault is not None:
             return _lost(self.fault)
         with contextlib.suppress(RuntimeError):
             if self._store is not None and wait_for(self._store, FAILED, lambda: self.fault, 3 * EVERY_S):
@@ -331,7 +331,7 @@ class Group(World):
         """In the watch's thread. Where the main one does not come back, it is in a call that does not end."""
         if not self._left.is_set():
             interrupt(self._thread)
-        if not self._left.wait(STUCK_S) and self.fault is not None and (self._say is not None or self._deaf):
+        if not self._left.wait(STUCK_S) and self.fault is not None and (self._say is not None or self._store_silent):
             if self._say is not None and (self.rank == 0 or self.fault.rank == 0):
                 self._say(_lost(self.fault))
             os._exit(self.fault.exit_code)
@@ -346,7 +346,7 @@ class Group(World):
                 continue
 
     def _failed(self, error: BaseException) -> BaseException:
-        if isinstance(error, Interrupted) or (self._deaf and isinstance(error, RuntimeError)):
+        if isinstance(error, Interrupted) or (self._store_silent and isinstance(error, RuntimeError)):
             error = self._lost(error)  # the second: a question to a stopped first process, ended by its end
         if isinstance(error, Exception) and not isinstance(error, HalfbyteError):
             from halfbyte.runs import crash
@@ -360,9 +360,9 @@ class Group(World):
 
     def _say_once(self, error: HalfbyteError, say: Callable[[HalfbyteError], None]) -> None:
         """The first process says it and waits until the others have heard so; another one only where it does not."""
-        if self._store is None or self.rank == 0 or self._deaf:
+        if self._store is None or self.rank == 0 or self._store_silent:
             say(error)
-        if self._deaf:
+        if self._store_silent:
             return
         with contextlib.suppress(RuntimeError):
             if self._store is not None and self.rank == 0:

@@ -51,7 +51,7 @@ def facts(
     first = before.get("values", {})
     values = {
         field: {"value": json.loads(json.dumps(value, default=str)), "from": origin.kind, "why": origin.why}
-        for field, value, origin in preview.resolved(loaded, job)
+        for field, value, origin in preview.resolve_fields(loaded, job)
     }
     values |= {name: old for name, old in first.items() if name in values and old["value"] == values[name]["value"]}
     return {
@@ -82,7 +82,7 @@ def examples(prepared: prepare.Prepared) -> list[Document]:
     """Three rows as the model sees them: the shortest, one in the middle, the longest."""
     order = np.argsort(np.asarray(prepared.train.lengths), kind="stable")
     chosen = dict.fromkeys(int(order[i]) for i in (0, len(order) // 2, len(order) - 1))
-    return [cut(asdict(preview.shown(prepared.train.examples[n], n + 1, prepared.tokenizer))) for n in chosen]
+    return [cut(asdict(preview.show_row(prepared.train.examples[n], n + 1, prepared.tokenizer))) for n in chosen]
 
 
 def cut(row: Document) -> Document:

@@ -56,19 +56,19 @@ def resolve(loaded: Loaded) -> Resolution:
         ("adapters", f"on {len(job.modules)} modules, {job.job.trainable:,} parameters train"),
         *(() if begin is None else (("residual", str(begin)),)),
     )
-    return Resolution(resolved(loaded, job), notes, job.plan, loaded.warnings)
+    return Resolution(resolve_fields(loaded, job), notes, job.plan, loaded.warnings)
 
 
-def resolved(loaded: Loaded, job: PlannedRun) -> list[tuple[str, object, Origin]]:
+def resolve_fields(loaded: Loaded, job: PlannedRun) -> list[tuple[str, object, Origin]]:
     """Every field with its value, no longer `auto`, and where that came from."""
-    auto, values = chosen_values(job), list[tuple[str, object, Origin]]()
+    auto, values = auto_values(job), list[tuple[str, object, Origin]]()
     for field, value, origin in rows(loaded):
-        shown, why = auto.get(field, (value, ""))
-        values.append((field, shown, origin if shown == value else Origin("auto", why.removeprefix("auto: "))))
+        chosen, why = auto.get(field, (value, ""))
+        values.append((field, chosen, origin if chosen == value else Origin("auto", why.removeprefix("auto: "))))
     return values
 
 
-def chosen_values(job: PlannedRun) -> dict[str, tuple[object, str]]:
+def auto_values(job: PlannedRun) -> dict[str, tuple[object, str]]:
     """The value of each field that may be `auto`, and why it is this one."""
     plan, recipe = job.plan, job.prepared.recipe
     tokens = "max_tokens_per_micro_batch"
@@ -100,7 +100,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownRow:
     """A row as the model meets it. `row` counts from 1, among the rows that are trained on."""
 
     row: int
@@ -120,7 +120,7 @@ class Bin:
 
 
 @dataclass(frozen=True)
-class Checked:
+class DataCheck:
     """What `data check` shows."""
 
     prepared: prepare.Prepared
@@ -129,7 +129,7 @@ class Checked:
     micro_batches: int
     tokens: int
     histogram: tuple[Bin, ...]
-    shown: tuple[Shown, ...]
+    shown: tuple[ShownRow, ...]
 
     @property
     def refused(self) -> bool:
@@ -157,7 +157,7 @@ class Checked:
         }
 
 
-def check(loaded: Loaded, *, row: int | None = None) -> Checked:
+def check(loaded: Loaded, *, row: int | None = None) -> DataCheck:
     """Everything that a run would know of its rows before its first step; shows `row` (from 1), or the first few.
 
     A HalfbyteError tells of no model, bad rows, no such row. What the gates refuse is among the findings.
@@ -170,7 +170,7 @@ def check(loaded: Loaded, *, row: int | None = None) -> Checked:
     steps = plan_steps(prepared, plan.max_tokens_per_micro_batch, None)
     counted = [len(step.micro_batches) for step in islice(steps, COUNTED_STEPS)]
     numbers = [row - 1] if row is not None else range(min(SHOWN_ROWS, count))
-    return Checked(
+    return DataCheck(
         prepared,
         plan,
         len(steps),
@@ -178,7 +178,7 @@ def check(loaded: Loaded, *, row: int | None = None) -> Checked:
         round(sum(counted) * len(steps) / max(1, len(counted))),
         steps.tokens,
         histogram(prepared.train.lengths),
-        tuple(shown(prepared.train.examples[n], n + 1, prepared.tokenizer) for n in numbers),
+        tuple(show_row(prepared.train.examples[n], n + 1, prepared.tokenizer) for n in numbers),
     )
 
 
@@ -190,7 +190,7 @@ def histogram(lengths: pack.Sizes) -> tuple[Bin, ...]:
     return tuple(Bin(first + i * width, first + (i + 1) * width - 1, int(n)) for i, n in enumerate(counts))
 
 
-def shown(example: Example, row: int, tokenizer: Tokenizer) -> Shown:
+def show_row(example: Example, row: int, tokenizer: Tokenizer) -> ShownRow:
     """A row as text, cut where a label or a special token begins or ends."""
     special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids)
     marked = [(i, label >= 0, i in special) for i, label in zip(example.input_ids, example.labels, strict=True)]
@@ -199,4 +199,4 @@ def shown(example: Example, row: int, tokenizer: Tokenizer) -> Shown:
         Piece(str(tokenizer.decode([i for i, _, _ in group], **as_it_is)), labelled, is_special)
         for (labelled, is_special), group in groupby(marked, key=lambda token: token[1:])
     ]
-    return Shown(row, example.where, len(marked), sum(labelled for _, labelled, _ in marked), tuple(pieces))
+    return ShownRow(row, example.where, len(marked), sum(labelled for _, labelled, _ in marked), tuple(pieces))

@@ -326,7 +326,7 @@ class StepTrainer(Trainer):
         if self.shards is not None:
             lengths = [len(example.labels) for example in self.eval_batches.examples]
             row = self.eval_batches.of((self.shards.empty(lengths),))
-            batches = self.shards.evened(iter(batches), lambda: self.objective.sums(self.model, row))
+            batches = self.shards.with_empty_passes(iter(batches), lambda: self.objective.sums(self.model, row))
         sums, stopped = self._evaluation_of_all(objectives.evaluate(self.objective, self.model, batches))
         scores = self.objective.scores(sums)
         if last or not stopped:
