@@ -92,13 +92,13 @@ def test_a_launchers_store_that_knows_an_earlier_attempt() -> None:
 def late() -> int:
     """Rank 1 has met the first process, and asks where its own store is only when that one has long gone on."""
     if os.environ["RANK"] == "1":
-        connected = worlds.Group._connected
+        connected = worlds.Group._connect
 
         def after_a_while(self: worlds.Group, *args: object) -> object:
             time.sleep(2)
             return connected(self, *args)  # type: ignore[arg-type]
 
-        worlds.Group._connected = after_a_while  # type: ignore[assignment]  # in this process alone
+        worlds.Group._connect = after_a_while  # type: ignore[assignment]  # in this process alone
     with worlds.open_world() as here:
         return int(sums(here, [1.0])[0])
 

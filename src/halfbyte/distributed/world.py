@@ -290,7 +290,7 @@ class Group(World):
             raise self._lost(error) from error
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
+    def node_first(self) -> Iterator[None]:
         self._calls += 1
         key = f"turn/{self._calls}/{self._beside[0]}"
         if self.rank != self._beside[0]:
@@ -299,13 +299,8 @@ class Group(World):
         if self.rank == self._beside[0]:
             self._keys.set(key, "")
 
-    def node_first(self) -> contextlib.AbstractContextManager[None]:
-        return self._turn()
-
     def share(self, machine: Device) -> Device:
-        cards = machine.cards
-        if cards:
-            cards = (cards[self.local_rank % len(cards)],)
+        cards = machine.cards and (machine.cards[self.local_rank % len(machine.cards)],)
         return replace(
             machine,
             cores=max(1, machine.cores // self.local_size),

@@ -65,9 +65,8 @@ class Ended:
 
 def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener) -> Ended:
     """Train until the last step, until early stopping, or until a signal, after which a checkpoint is written."""
-    prepared, assembled = setup.run.prepared, setup.model.assembled
     steps, world = setup.steps, setup.world
-    train, point = prepared.recipe.train, setup.start.point
+    train, point = setup.run.prepared.recipe.train, setup.start.point
     resume = None if point is None else agree.share_checkpoint(world, point.path, folder.path)
     if world.first:
         folder.truncate_metrics(setup.start.step)
@@ -84,25 +83,7 @@ def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener
         on_evaluation=tell.evaluating,
         answer_scores=setup.answer_scores,
     )
-    trainer = StepTrainer(
-        assembled.model,
-        training_arguments(
-            train if world.first else train.model_copy(update={"report_to": "none"}),
-            folder=folder.path,
-            total_steps=len(steps),
-            fp16=assembled.base.compute_dtype == "fp16",
-            use_cpu=assembled.base.model.device.type == "cpu",
-            eval_steps=eval_every(prepared),
-        ),
-        train_dataset=collate.StepDataset(prepared.train.examples, steps, prepared.objective.collate),
-        eval_batches=setup.held_out,
-        objective=prepared.objective,
-        loraplus_lr_ratio=train.loraplus_lr_ratio,
-        pace=setup.pace,
-        hooks=hooks,
-        world=world,
-        shards=setup.shards,
-    )
+    trainer = _trainer(setup, folder, hooks)
     callback = _run_callback(setup, folder, trainer, stop_of_all, tell, resume) if world.first else None
     trainer.add_callback(callback or Follower(trainer, stop_of_all, resume))
     if early is not None:
@@ -124,6 +105,30 @@ def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener
         callback.notices.append(f"stopped early at step {done} of {len(steps)}: no better evaluation in {patience}")
         tell.note("note", callback.notices[-1])
     return Ended(done, stop_of_all.signal if done < len(steps) and not stopped_early else None, callback)
+
+
+def _trainer(setup: Setup, folder: RunFolder, hooks: RunHooks) -> StepTrainer:
+    prepared, assembled = setup.run.prepared, setup.model.assembled
+    train = prepared.recipe.train
+    return StepTrainer(
+        assembled.model,
+        training_arguments(
+            train if setup.world.first else train.model_copy(update={"report_to": "none"}),
+            folder=folder.path,
+            total_steps=len(setup.steps),
+            fp16=assembled.base.compute_dtype == "fp16",
+            use_cpu=assembled.base.model.device.type == "cpu",
+            eval_steps=eval_every(prepared),
+        ),
+        train_dataset=collate.StepDataset(prepared.train.examples, setup.steps, prepared.objective.collate),
+        eval_batches=setup.held_out,
+        objective=prepared.objective,
+        loraplus_lr_ratio=train.loraplus_lr_ratio,
+        pace=setup.pace,
+        hooks=hooks,
+        world=setup.world,
+        shards=setup.shards,
+    )
 
 
 def _run_callback(
