@@ -63,7 +63,7 @@ def examine(recipe: Recipe | None = None, *, tell: Callable[[str], None] = lambd
     machine = device.detect()
     asked = recipe.quant.compute_dtype if recipe is not None else "auto"
     dtype, why = device.compute_dtype(machine, asked)
-    threads.settle(machine.cores)
+    threads.configure(machine.cores)
     rates = calibrate.ensure(machine, dtype, say=tell, anew=True)
     cache, free = cache_dir(), free_bytes(cache_dir())
     row = table.here(machine.kind, [(card.name, card.multiplies_bf16) for card in machine.cards], machine.isa)

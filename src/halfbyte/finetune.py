@@ -27,7 +27,7 @@ from halfbyte.layers.kernels import pool
 from halfbyte.objectives.objective import Objective
 from halfbyte.plan import calibrate
 from halfbyte.proofs import adapter, integers
-from halfbyte.recipe.file import seen_from, to_yaml
+from halfbyte.recipe.file import relative_to_run, to_yaml
 from halfbyte.recipe.schema import Loaded
 from halfbyte.report import page
 from halfbyte.report import start as beginning
@@ -108,7 +108,7 @@ def set_up(
     """Rows, plan, model and micro-batches; the longest of these runs once unless the plan leaves much memory free."""
     agree.check(world, points.values_that_train(start.recipe))
     machine = world.share(device.detect())
-    process = threads.settle(machine.cores, world.env, sharing=world.sharing)
+    process = threads.configure(machine.cores, world.env, sharing=world.sharing)
     tell.note("process", process.line)
     for text in machine.notes:
         tell.note("machine", text)
@@ -193,7 +193,7 @@ def _open_folder(setup: Setup, loaded: Loaded) -> RunFolder:
     """The run's folder, a new one or that of the run that goes on, with the recipe as it is now."""
     start, path = setup.start, Path(setup.start.recipe.output)
     local = setup.run.prepared.checkpoint.kind in ("folder", "gguf")
-    recipe = to_yaml(seen_from(loaded.recipe, path, model=local))
+    recipe = to_yaml(relative_to_run(loaded.recipe, path, model=local))
     beside = launch_file(setup.world.agents)
     if not start.resume:
         return RunFolder.create(path, recipe, beside)

@@ -193,7 +193,7 @@ def config(seeds: Seeds, draw: random.Random) -> None:
 def adapter_config(seeds: Seeds, draw: random.Random) -> None:
     path = seeds.folder / "adapter" / "adapter_config.json"
     path.write_bytes(document(seeds.adapter, draw))
-    adapter.settings(seeds.folder / "adapter")
+    adapter.lora_settings(seeds.folder / "adapter")
 
 
 def passport(seeds: Seeds, draw: random.Random) -> None:

@@ -56,7 +56,7 @@ def test_the_best_of_several_tries_is_taken_and_their_spread_is_seen(monkeypatch
     now, slow = [0.0], iter([9.0, 0.5, 0.4, 0.2, 0.8, 0.4, 0.4])
     monkeypatch.setattr(calibrate.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(calibrate, "SECONDS_EACH", 1.0)
-    monkeypatch.setattr(calibrate, "LEAST_TRIES", 6)
+    monkeypatch.setattr(calibrate, "MIN_TRIES", 6)
 
     def call() -> None:
         now[0] += next(slow)
@@ -186,7 +186,7 @@ def test_a_card_is_measured_in_large_pieces_and_waited_for(where: str, monkeypat
         monkeypatch.setattr(torch, "randn", lambda *size, **_: sizes.append(math.prod(size)) or randn(256, 8, 64))
         monkeypatch.setattr("halfbyte.quant.bnb.quantised_linear", lambda weight, at: None)
         monkeypatch.setattr(calibrate.Tries, "best", lambda self, call: 1.0)
-        monkeypatch.setattr(calibrate, "_disk", lambda: 1.0)
+        monkeypatch.setattr(calibrate, "_disk_rate", lambda: 1.0)
         with contextlib.suppress(RuntimeError):  # attention of tensors that are not what was asked for
-            calibrate._seen(calibrate.Tries(where), torch.bfloat16)
+            calibrate._main_rates(calibrate.Tries(where), torch.bfloat16)
     assert (sizes[0], sizes[-1]) == ((2048**2, 1024 * 8 * 64) if where == "cpu" else (8192**2, 8192 * 32 * 128))

@@ -101,7 +101,7 @@ def test_what_cannot_be_trained_on_is_refused(change: dict[str, Any], said: str,
     path = trained / "a/adapter/adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(AdapterError, match=said):
-        adapter.settings(trained / "a/adapter")
+        adapter.lora_settings(trained / "a/adapter")
 
 
 def test_no_adapter_is_told_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from halfbyte.errors import RecipeError
 from halfbyte.recipe import command
-from halfbyte.recipe.file import seen_from, to_yaml
+from halfbyte.recipe.file import relative_to_run, to_yaml
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("r.yaml").write_text("model: model\ndata: {train: rows.jsonl, eval: rows.jsonl}\noutput: runs/a\n")
     recipe = command.recipe_or_model("r.yaml", ()).recipe
     Path("runs/a").mkdir(parents=True)
-    Path("runs/a/recipe.yaml").write_text(to_yaml(seen_from(recipe, Path("runs/a"), model=True)))
+    Path("runs/a/recipe.yaml").write_text(to_yaml(relative_to_run(recipe, Path("runs/a"), model=True)))
     return tmp_path
 
 

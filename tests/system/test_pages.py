@@ -58,11 +58,11 @@ def test_what_is_let_go_is_gone_and_comes_back_the_same(mapped: Any) -> None:
     array, span, content = mapped
     assert int(array.sum()) == int(content.sum())
     assert present_bytes([span]) == span.bytes
-    assert pages.let_go(span) == span.bytes
+    assert pages.release(span) == span.bytes
     assert present_bytes([span]) == 0
     assert np.array_equal(array, content)
-    pages.let_go(span)
-    pages.bring(span)  # into the page cache, not into this process
+    pages.release(span)
+    pages.prefetch(span)  # into the page cache, not into this process
     assert present_bytes([span]) == 0
 
 
@@ -71,11 +71,11 @@ def test_a_page_that_was_written_to_is_kept(mapped: Any) -> None:
     array.sum()
     array[5 * PAGE + 7] ^= 255
     array[-1] ^= 255
-    assert list(pages.clean(span)) == [
+    assert list(pages.unmodified(span)) == [
         Span(span.start, span.start + 5 * PAGE),
         Span(span.start + 6 * PAGE, span.end - PAGE),
     ]
-    assert pages.let_go(span) == span.bytes - 2 * PAGE
+    assert pages.release(span) == span.bytes - 2 * PAGE
     assert array[5 * PAGE + 7] == content[5 * PAGE + 7] ^ 255
     assert array[-1] == content[-1] ^ 255
     changed = np.flatnonzero(array != content)
@@ -85,8 +85,8 @@ def test_a_page_that_was_written_to_is_kept(mapped: Any) -> None:
 def test_all_private_means_nothing_to_let_go(mapped: Any) -> None:
     array, span, _ = mapped
     array[:] = 1
-    assert list(pages.clean(span)) == []
-    assert pages.let_go(span) == 0
+    assert list(pages.unmodified(span)) == []
+    assert pages.release(span) == 0
     assert int(array.sum()) == array.nbytes
 
 
@@ -101,7 +101,7 @@ def test_whole_pages_lie_inside_and_join_over_small_gaps() -> None:
 def test_a_fork_looks_at_its_own_pages(mapped: Any) -> None:
     array, span, _ = mapped
     array.sum()
-    assert pages.let_go(span)
+    assert pages.release(span)
     child = os.fork()
     if child == 0:
         touched = int(array[: 2 * PAGE].sum() > 0) and present_bytes([Span(span.start, span.start + 2 * PAGE)])

@@ -20,20 +20,20 @@ def threads() -> Iterator[int]:
 
 def test_no_more_threads_than_may_run_at_once(threads: int) -> None:
     torch.set_num_threads(4)
-    settings = process.settle(3, env={})
+    settings = process.configure(3, env={})
     assert (settings.threads, torch.get_num_threads()) == (3, 3)
     assert settings.threads_why == "3 of 4: more are not allowed to run at once"
 
 
 def test_fewer_threads_are_left_alone(threads: int) -> None:
     torch.set_num_threads(2)
-    assert process.settle(64, env={}).threads == torch.get_num_threads() == 2
+    assert process.configure(64, env={}).threads == torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("name", process.THREAD_VARIABLES)
 def test_threads_that_the_user_asked_for_stay(name: str, threads: int) -> None:
     torch.set_num_threads(4)
-    settings = process.settle(1, env={name: "4"})
+    settings = process.configure(1, env={name: "4"})
     assert (settings.threads, settings.threads_why, torch.get_num_threads()) == (4, name, 4)
 
 
@@ -54,13 +54,13 @@ def test_what_counts_as_asked_for(env: dict[str, str], asked: tuple[int, str] | 
 @pytest.mark.parametrize("name", process.MALLOC_VARIABLES)
 def test_the_report_names_what_changes_the_allocator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.41"))
-    assert process.settle(2, env={name: "1"}).allocator == f"glibc 2.41, {name}"
-    assert process.settle(2, env={}).allocator == "glibc 2.41"
+    assert process.configure(2, env={name: "1"}).allocator == f"glibc 2.41, {name}"
+    assert process.configure(2, env={}).allocator == "glibc 2.41"
 
 
 def test_another_c_library_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
-    assert process.settle(2, env={}).allocator == "the system's"
+    assert process.configure(2, env={}).allocator == "the system's"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_huge_pages_are_said_as_the_system_has_them(
     monkeypatch.setattr(process, "_HUGE_PAGES", tmp_path / "enabled")
     if text is not None:
         (tmp_path / "enabled").write_text(text)
-    settings = process.settle(2, env={})
+    settings = process.configure(2, env={})
     assert settings.huge_pages == said
     assert said in settings.line and settings.to_json()["huge_pages"] == said
 

@@ -106,7 +106,7 @@ def let_go(codes: Tensor, maps: pages.FileMaps) -> None:
     area = codes.data_ptr(), codes.nbytes
     if codes.device.type == "cpu" and pages.supported() and maps.holds(*area):
         for span in pages.whole_pages([area]):
-            pages.let_go(span)
+            pages.release(span)
 
 
 def tell_gguf_error(spec: shelf.StoreSpec, tell: supply.Tell) -> supply.Tell:

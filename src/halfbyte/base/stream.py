@@ -63,7 +63,7 @@ class Mover:
         if coming is not None:
             coming.cancel()
         for span in self._spans[group]:
-            pages.let_go(span)
+            pages.release(span)
 
     def close(self) -> None:
         """End what runs in the background. Weights can be computed with afterwards."""
@@ -71,7 +71,7 @@ class Mover:
 
     def _bring(self, group: int) -> None:
         for span in self._ahead[group]:
-            pages.bring(span)
+            pages.prefetch(span)
 
 
 @dataclass
@@ -287,7 +287,7 @@ def _into_memory(model: nn.Module, maps: pages.FileMaps, arena: pages.Arena) -> 
             copies[address] = arena.copy(tensor)
             if pages.supported():
                 for span in pages.whole_pages(_areas([tensor])):
-                    pages.let_go(span)
+                    pages.release(span)
         return copies[address]
 
     for parameter in model.parameters():
@@ -376,7 +376,7 @@ class ExpertReader:
     def _bring(areas: list[tuple[int, int]]) -> None:
         for start, size in areas:
             first = start // pages.PAGE * pages.PAGE  # with the pages that it shares with its neighbours
-            pages.bring(pages.Span(first, -(-(start + size) // pages.PAGE) * pages.PAGE))
+            pages.prefetch(pages.Span(first, -(-(start + size) // pages.PAGE) * pages.PAGE))
 
 
 def _chosen(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> list[int]:

@@ -249,4 +249,4 @@ def _let_go(tensors: list[Tensor]) -> None:
     mapped = [(t.data_ptr(), t.nbytes) for t in tensors if t.device.type == "cpu" and t.numel()]
     if pages.supported():
         for span in pages.whole_pages(area for area in mapped if maps.holds(*area)):
-            pages.let_go(span)
+            pages.release(span)

@@ -89,7 +89,7 @@ def open_target(
     many answers will be written."""
     path, recipe, run = found.path, found.recipe, found.run
     checkpoint, machine = find_model(recipe), device.detect()
-    threads.settle(machine.cores)
+    threads.configure(machine.cores)
     tokenizer = tokenizer_of(found, checkpoint)
     foreign = recipe.trust_remote_code
     check(tokenizer, context_of(open_config(checkpoint.path, trust_remote_code=foreign)))

@@ -162,7 +162,7 @@ def _restoring(body: nn.Module) -> Iterator[None]:
     are as before afterwards."""
     states = [(m, dict(vars(m)), dict(m._buffers)) for m in body.children() if next(m.parameters(), None) is None]
     try:
-        with accelerator.random_kept([body.device]):
+        with accelerator.keep_random_state([body.device]):
             yield
     finally:
         for module, attributes, buffers in states:

@@ -36,13 +36,13 @@ def causal_lm(model: Model) -> Model:
 
 
 def body(lm: Model) -> Model:
-    """What the head stands on: takes input_ids and a mask, gives hidden states. `lm` itself where there is none."""
+    """The decoder below the output head: input_ids and a mask -> hidden states. `lm` itself where there is none."""
     decoder = lm.get_decoder()
     return lm.base_model if decoder is lm else decoder
 
 
 def around(lm: Model) -> tuple[nn.Module, nn.Module]:
-    """Embedding and output head as the model has them, inside what PEFT puts around one of which some rows train."""
+    """The embedding and the output head, without the wrapper that PEFT puts around one of which some rows train."""
     ends = (lm.get_input_embeddings(), lm.get_output_embeddings())
     embedding, head = (getattr(getattr(x, "token_adapter", None), "base_layer", x) for x in ends)
     return embedding, head
@@ -101,9 +101,9 @@ def split_map(lm: Model, devices: Sequence[str]) -> dict[str, str]:
 def shallow(model: Model) -> Iterator[int]:
     """The model with its first layers only: two, or as many as hold one of each kind and something that trains.
 
-    For proofs at start: a forward through all of a base costs a second, and where it comes from disk reads all of it.
-    What a proof puts on modules or takes off reaches these layers alone. Whole again afterwards. Yields how many layers
-    there are, 0 for a model without a list of layers, which stays whole.
+    For proofs at start: a forward through all of a base costs a second, and reads all of a base that is on disk. Hooks
+    that a proof sets reach these layers alone. Afterwards the model has all its layers again. Yields how many there are
+    meanwhile; 0 for a model without a list of layers, which stays as it is.
     """
     from torch import nn
 
@@ -122,7 +122,7 @@ def shallow(model: Model) -> Iterator[int]:
 
 @contextmanager
 def replaced(holder: nn.Module, name: str, child: nn.Module) -> Iterator[None]:
-    """Another module in the place of `holder.name`, which is back afterwards."""
+    """`child` in the place of `holder.name`, which is put back afterwards."""
     original = getattr(holder, name)
     setattr(holder, name, child)
     try:

@@ -37,11 +37,11 @@ FILE_BYTES = 256_000_000
 MEMORY_BYTES = 128_000_000  # more than any cache holds
 FORMAT = 6
 DROPPED = 1 << 20  # numbers of a layer's input
-LEAST_TRIES, CALLS_ON_CARD = 5, 8
+MIN_TRIES, CALLS_ON_CARD = 5, 8
 LONG_S = 2.0  # a try that takes so long is not repeated, as products in bf16 where the processor has none
 # Above these the machine was not ours alone. Threads of an idle machine wait for 1 to 2% of their time.
 BUSY_SHARE, BUSY_PRESSURE, BUSY_SPREAD = 0.08, 0.25, 1.5
-CORRECTED_AT_MOST = 2.0  # by one run, before the square root: a run is one model and one kind of rows
+MAX_CORRECTION_OF_A_RUN = 2.0  # by one run, before the square root: a run is one model and one kind of rows
 CORRECTION_LIMIT = 4.0
 
 
@@ -67,7 +67,7 @@ def path_of(device: Device, dtype: str) -> Path:
 
 
 def threads(device: Device) -> int:
-    """Threads that torch will use, once `threads.settle` has been called."""
+    """Threads that torch will use, once `threads.configure` has been called."""
     asked = asked_threads()
     return asked[0] if asked else device.cores
 
@@ -81,7 +81,7 @@ def ensure(device: Device, dtype: str, *, say: Callable[[str], None] = lambda te
     if rates.busy:
         say(f"the machine is busy ({rates.busy}), so times are a guess; this calibration is not kept")
     else:
-        _keep(device, dtype, rates)
+        _save(device, dtype, rates)
     return rates
 
 
@@ -101,17 +101,17 @@ def correct(device: Device, dtype: str, time_planned: Time, step_s: float, waite
         return None
     if waited_share is None or waited_share > BUSY_SHARE or not min(step_s, time_planned.step_s) > 0:
         return None
-    ratio = min(max(step_s / time_planned.step_s, 1 / CORRECTED_AT_MOST), CORRECTED_AT_MOST)
+    ratio = min(max(step_s / time_planned.step_s, 1 / MAX_CORRECTION_OF_A_RUN), MAX_CORRECTION_OF_A_RUN)
     correction = min(max(before.correction * ratio**0.5, 1 / CORRECTION_LIMIT), CORRECTION_LIMIT)
     source = (
         f"{before.source.partition('; corrected')[0]}; corrected {_today()} by finished runs: times {correction:.2f}"
     )
     rates = replace(before, correction=correction, source=source)
-    _keep(device, dtype, rates)
+    _save(device, dtype, rates)
     return rates
 
 
-def _keep(device: Device, dtype: str, rates: Rates) -> None:
+def _save(device: Device, dtype: str, rates: Rates) -> None:
     path = path_of(device, dtype)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs the same seconds again
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,14 +125,14 @@ def measure(device: Device, dtype: str) -> Rates:
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     before, tries = usage.cpu_time(), Tries(device.main)
     with torch.no_grad():
-        seen = _seen(tries, kind)
-        dropped = _dropping(tries, kind) if device.kind == "cpu" else 0.0
-        integers = _integers(tries) if device.kind == "cpu" else 0.0
+        main = _main_rates(tries, kind)
+        dropped = _dropout_rate(tries, kind) if device.kind == "cpu" else 0.0
+        integers = _integer_rate(tries) if device.kind == "cpu" else 0.0
     after = usage.cpu_time()
     waited = after.since(before).waited_share if before and after else None
     busy = load_seen(waited, tries.spread, usage.pressure() if waited is None else None)
     source = f"calibrated {_today()}: {threads(device)} threads, {dtype}{', beside other load' if busy else ''}"
-    return Rates(*seen, source=source, busy=busy, dropped=dropped, integer_ops=integers)
+    return Rates(*main, source=source, busy=busy, dropped=dropped, integer_ops=integers)
 
 
 def load_seen(waited_share: float | None, spread: float, pressure: float | None = None) -> str:
@@ -161,7 +161,7 @@ class Tries:
         """Seconds of the fastest call: what slows another one down is not this machine."""
         self._once(call)
         taken, ends = [self._once(call)], time.perf_counter() + SECONDS_EACH
-        while taken[0] < LONG_S and (len(taken) < LEAST_TRIES or time.perf_counter() < ends):
+        while taken[0] < LONG_S and (len(taken) < MIN_TRIES or time.perf_counter() < ends):
             taken.append(self._once(call))
         self.spread = max(self.spread, statistics.median(taken) / min(taken))
         return min(taken)
@@ -187,7 +187,7 @@ def _today() -> str:
     return time.strftime("%Y-%m-%d")
 
 
-def _seen(tries: Tries, kind: torch.dtype) -> tuple[float, float, float, float, float]:
+def _main_rates(tries: Tries, kind: torch.dtype) -> tuple[float, float, float, float, float]:
     """What is done in a second, in the order of `Rates`."""
     import torch
 
@@ -197,18 +197,17 @@ def _seen(tries: Tries, kind: torch.dtype) -> tuple[float, float, float, float, 
     size = 2048 if tries.where == "cpu" else 8192
     a, b, out = (torch.ones(size, size, dtype=kind, device=tries.where) for _ in range(3))
     long, sums = (torch.ones(MEMORY_BYTES // kind.itemsize, dtype=kind, device=tries.where) for _ in range(2))
-    side = 2048 if tries.where == "cpu" else 8192
-    layer = bnb.quantised_linear(torch.ones(side, side, dtype=kind), tries.where)
+    layer = bnb.quantised_linear(torch.ones(size, size, dtype=kind), tries.where)
     return (
         2 * size**3 / tries.best(lambda: torch.mm(a, b, out=out)),
         3 * long.nbytes / tries.best(lambda: torch.add(long, long, out=sums)),
-        side * side / tries.best(lambda: dequantised(layer, reuse=True)),
-        _attention(tries, kind),
-        _disk(),
+        size * size / tries.best(lambda: dequantised(layer, reuse=True)),
+        _attention_rate(tries, kind),
+        _disk_rate(),
     )
 
 
-def _integers(tries: Tries) -> float:
+def _integer_rate(tries: Tries) -> float:
     """Operations a second of int8 products; 0 where the engine takes none."""
     import torch
 
@@ -221,7 +220,7 @@ def _integers(tries: Tries) -> float:
     return 2 * size**3 / tries.best(lambda: torch._int_mm(a, a, out=out))
 
 
-def _dropping(tries: Tries, kind: torch.dtype) -> float:
+def _dropout_rate(tries: Tries, kind: torch.dtype) -> float:
     """Numbers a second that LoRA's dropout passes over, by the engine's own function; 0 where it is another one's."""
     import torch
 
@@ -232,7 +231,7 @@ def _dropping(tries: Tries, kind: torch.dtype) -> float:
     return DROPPED / tries.best(lambda: drop(x, 0.05, 1)) if available(x) else 0.0
 
 
-def _attention(tries: Tries, kind: torch.dtype) -> float:
+def _attention_rate(tries: Tries, kind: torch.dtype) -> float:
     """Forward and backward of 8 heads of 64 over 4 examples of 256 tokens, by the engine's own function; on a card of
     32 heads of 128 over 8 examples of 1024."""
     import torch
@@ -258,11 +257,10 @@ def _attention(tries: Tries, kind: torch.dtype) -> float:
         return flop / tries.best(lambda: attend(*shaped, is_causal=True).sum().backward())
 
 
-def _disk() -> float:
+def _disk_rate() -> float:
     """Bytes a second of reading a new file, past the page cache where the system lets go of it."""
-    path = (
-        cache_dir() if os.access(cache_dir(), os.W_OK) else Path(tempfile.gettempdir())
-    ) / f".calibration.{os.getpid()}"
+    folder = cache_dir() if os.access(cache_dir(), os.W_OK) else Path(tempfile.gettempdir())
+    path = folder / f".calibration.{os.getpid()}"
     block = os.urandom(1 << 20) * 16
     try:
         with path.open("wb") as file:

@@ -141,7 +141,7 @@ def as_given(model: Model) -> Iterator[None]:
     """Every module's mode and the random state as they were, afterwards."""
     training = {m: m.training for m in model.modules()}
     try:
-        with accelerator.random_kept(p.device for p in model.parameters()):
+        with accelerator.keep_random_state(p.device for p in model.parameters()):
             yield
     finally:
         for module, mode in training.items():

@@ -131,7 +131,7 @@ def read_passport(folder: Path) -> Document | None:
     )
 
 
-def settings(folder: Path) -> Lora:
+def lora_settings(folder: Path) -> Lora:
     """What an adapter is, as a recipe has it; an AdapterError where it is more than a recipe can have."""
     config = read_config(folder)
     strange = [f"{name} ({why})" for name, why in LORA_REFUSED.items() if config.get(name) and name not in HARMLESS]
@@ -150,8 +150,8 @@ def settings(folder: Path) -> Lora:
         ) from error
 
 
-def take(recipe: Recipe, origins: dict[str, Origin]) -> tuple[Recipe, dict[str, Origin]]:
-    """The recipe with what its `lora.adapter` decides. One that is not there (any more) is left to who needs it.
+def apply(recipe: Recipe, origins: dict[str, Origin]) -> tuple[Recipe, dict[str, Origin]]:
+    """The recipe with what its `lora.adapter` decides. A missing adapter is reported where it is needed.
 
     Raises:
         RecipeError: names each field that contradicts the adapter.
@@ -159,7 +159,7 @@ def take(recipe: Recipe, origins: dict[str, Origin]) -> tuple[Recipe, dict[str, 
     name = recipe.lora.adapter
     if name is None or not is_adapter(name):
         return recipe, origins
-    taken = {field: value for field, value in settings(folder_of(name)) if field not in CHOSEN}
+    taken = {field: value for field, value in lora_settings(folder_of(name)) if field not in CHOSEN}
     if problems := [*_contradictions(recipe.lora, taken, origins)]:
         raise RecipeError(problems, fix="leave these fields out: lora.adapter decides them")
     why = Origin("auto", f"of the adapter {name}")
@@ -178,7 +178,7 @@ def _contradictions(lora: Lora, taken: Document, origins: dict[str, Origin]) -> 
         yield f"lora.{field} is {shown(given)}, and the adapter {lora.adapter} has {shown(value)}"
 
 
-def other_base(recipe: Recipe) -> tuple[str, ...]:
+def base_warning(recipe: Recipe) -> tuple[str, ...]:
     """A warning where the adapter was trained on a base of another name."""
     name = recipe.lora.adapter
     if name is None or not is_adapter(name):

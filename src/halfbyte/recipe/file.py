@@ -53,7 +53,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, of_run: bool = Fal
     """Read a recipe file; `overrides` are `a.b=c` and win over it.
 
     Args:
-        of_run: it is a run's own, whose relative paths are meant from its folder (`seen_from`).
+        of_run: it is a run's own, whose relative paths are meant from its folder (`relative_to_run`).
 
     Raises:
         RecipeError: every problem at once, with its line in the file.
@@ -92,7 +92,7 @@ def recipe_from(model: str, data: str, overrides: Sequence[str] = ()) -> Loaded:
     return loaded._replace(origins=origins)
 
 
-def seen_from(recipe: Recipe, folder: Path, *, model: bool) -> Recipe:
+def relative_to_run(recipe: Recipe, folder: Path, *, model: bool) -> Recipe:
     """The recipe as it is kept in a run's folder: relative paths that are there go from that folder, so that they are
     found whatever the working directory is, and when all of it is moved.
 
@@ -246,10 +246,10 @@ def _build(
             fix="`halfbyte init NAME.yaml` writes a recipe with every required field" if required else None,
         )
     origins = {field: given.get(field, Origin("default", "")) for field, _ in leaves(recipe)}
-    recipe, origins = adapter.take(*_feed_dtype(recipe, origins))
+    recipe, origins = adapter.apply(*_feed_dtype(recipe, origins))
     if path is not None:
         recipe = _beside(recipe, origins, path.parent, first=of_run)
-    return Loaded(recipe, origins, (*unusual(recipe), *adapter.other_base(recipe)), path)
+    return Loaded(recipe, origins, (*unusual(recipe), *adapter.base_warning(recipe)), path)
 
 
 def _set(values: Document, override: str, problems: list[str]) -> list[str]:

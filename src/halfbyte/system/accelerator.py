@@ -56,7 +56,7 @@ def empty_cache() -> None:
 
 
 def reset_peaks() -> None:
-    """Begin anew to look for the peaks of each card."""
+    """Start each card's peaks of memory anew."""
     if (cards := module()) is not None:
         for index in range(cards.device_count()):
             cards.reset_peak_memory_stats(index)
@@ -65,9 +65,10 @@ def reset_peaks() -> None:
 def peaks() -> list[tuple[int, int]]:
     """(allocated, reserved) bytes of each card at their highest since `reset_peaks`: tensors, and what torch's
     allocator took from the driver for them."""
-    cards = module()
-    numbers = range(0 if cards is None else cards.device_count())
-    return [(int(cards.max_memory_allocated(n)), int(cards.max_memory_reserved(n))) for n in numbers] if cards else []
+    if (cards := module()) is None:
+        return []
+    numbers = range(cards.device_count())
+    return [(int(cards.max_memory_allocated(n)), int(cards.max_memory_reserved(n))) for n in numbers]
 
 
 def allocated() -> list[int]:
@@ -76,8 +77,8 @@ def allocated() -> list[int]:
     return [int(cards.memory_allocated(n)) for n in range(cards.device_count())] if cards is not None else []
 
 
-def random_kept(devices: Iterable[torch.device]) -> AbstractContextManager[None]:
-    """The random states of the CPU and of these devices are as before afterwards."""
+def keep_random_state(devices: Iterable[torch.device]) -> AbstractContextManager[None]:
+    """A context after which the random states of the CPU and of these devices are as they were before."""
     import torch
 
     on_cards = {device for device in devices if device.type not in ("cpu", "meta")}

@@ -50,12 +50,12 @@ def as_json(value: Mapping[str, object]) -> bytes:
 
 
 def seal(value: Mapping[str, object]) -> dict[str, object]:
-    """The same with a hash of all of it, for a file whose every digit matters."""
+    """The object with a hash of its content, for a file whose every digit matters."""
     return {**value, SEAL: _seal_of(value)}
 
 
 def is_sealed(value: Mapping[str, object]) -> bool:
-    """Whether nothing has changed since `seal`; also of what was never sealed."""
+    """Whether the object is as `seal` left it; True of one that was never sealed."""
     return SEAL not in value or value[SEAL] == _seal_of(value)
 
 
@@ -92,7 +92,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def clear_dead(folder: Path, name: str = "*") -> None:
-    """Remove what writers that are no more have left in a folder, under names as `beside` gives them."""
+    """Remove the temporary files (named by `beside`) of processes that no longer run."""
     import psutil
 
     for path in folder.glob(f".{name}.*"):

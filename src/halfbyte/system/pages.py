@@ -143,7 +143,7 @@ def supported() -> bool:
     return sys.platform == "linux" and os.access(_PAGEMAP, os.R_OK)
 
 
-def bring(span: Span) -> None:
+def prefetch(span: Span) -> None:
     """Start reading a span into the page cache. Returns when the reads are under way; may wait for the disk's queue."""
     _advise(span, _WILLNEED)
 
@@ -153,15 +153,15 @@ def read_ahead(span: Span, *, on: bool) -> None:
     _advise(span, _NORMAL if on else _RANDOM)
 
 
-def let_go(span: Span) -> int:
+def release(span: Span) -> int:
     """Take the span's pages out of this process, except those that are private. Returns the bytes it covered."""
-    parts = list(clean(span))
+    parts = list(unmodified(span))
     for part in parts:
         _advise(part, _DONTNEED)
     return sum(part.bytes for part in parts)
 
 
-def clean(span: Span) -> Iterator[Span]:
+def unmodified(span: Span) -> Iterator[Span]:
     """The parts of a span that can be read from their file again: not a page that was written to, or swapped out."""
     entries = _entries(span)
     written = ((entries & _PRESENT) != 0) & ((entries & _FILE) == 0)  # present, but no file's page

@@ -47,7 +47,7 @@ def keep_few_products(env: MutableMapping[str, str] = os.environ) -> None:
     env.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRODUCTS_KEPT))
 
 
-def settle(cores: int, env: Mapping[str, str] = os.environ, *, sharing: int | None = None) -> ProcessSettings:
+def configure(cores: int, env: Mapping[str, str] = os.environ, *, sharing: int | None = None) -> ProcessSettings:
     """Set the threads of this process to at most `cores`, where the environment does not say otherwise.
 
     Args:

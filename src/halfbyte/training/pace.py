@@ -169,7 +169,7 @@ def rehearse(
         accelerator.reset_peaks()
         on_card = max(accelerator.allocated(), default=0)
         try:
-            with accelerator.random_kept(devices), usage.Peak() as peak:
+            with accelerator.keep_random_state(devices), usage.Peak() as peak:
                 model.train()
                 objectives.micro_batch_loss(objective, model, batch(rows)).backward()
                 model.zero_grad()

@@ -71,7 +71,7 @@ def look(recipe: Recipe, objective: Objective | None = None) -> Prepared:
     rows = text.vocab_size
     if chatml.is_needed(data.train, tokenizer, data):
         tied = bool(getattr(text, "tie_word_embeddings", False))
-        settled = chatml.settle(tokenizer, data, embedding_rows=rows, tied=tied)
+        settled = chatml.install(tokenizer, data, embedding_rows=rows, tied=tied)
         recipe = with_trained(recipe, settled.new_tokens)
     train = encode.encode(data.train, tokenizer, data, cores=cores)
     train, evaluation, held_out = _held_out(recipe, train, tokenizer)

@@ -67,7 +67,7 @@ def test_marks_take_rows_that_are_there(case: str, make_data: Any) -> None:
     special, behind, tied, start, end, new, told = CASES[case]
     tokenizer = fresh(special)
     rows = len(tokenizer) + behind
-    settled = chatml.settle(tokenizer, make_data(), embedding_rows=rows, tied=tied)
+    settled = chatml.install(tokenizer, make_data(), embedding_rows=rows, tied=tied)
     ids = tuple(tokenizer.convert_tokens_to_ids(list(new)))
     trained = f"; rows {', '.join(map(str, ids))} of the embedding are trained" if ids else ""
     notice = f"ChatML, the model has no chat template: {told}{trained}"
@@ -101,7 +101,7 @@ def test_no_end_token_and_no_row(make_data: Any) -> None:
     tokenizer = fresh(PLAIN)
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="has 319 rows for 319 tokens, none to spare, and it is not resized"):
-        chatml.settle(tokenizer, make_data(), embedding_rows=SIZE, tied=True)
+        chatml.install(tokenizer, make_data(), embedding_rows=SIZE, tied=True)
 
 
 def run(folder: Path, special: tuple[str, ...], *, tied: bool, **values: Any) -> Loaded:

@@ -83,7 +83,7 @@ def is_needed(names: str | Sequence[str], tokenizer: Tokenizer, data: Data) -> b
     return any(row is not None and row.messages is not None for row in first)
 
 
-def settle(tokenizer: Tokenizer, data: Data, *, embedding_rows: int, tied: bool) -> ChatmlMarks:
+def install(tokenizer: Tokenizer, data: Data, *, embedding_rows: int, tied: bool) -> ChatmlMarks:
     """Give the tokenizer ChatML: its template, and new tokens where there are rows for them.
 
     Args:

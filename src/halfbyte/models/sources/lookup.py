@@ -29,7 +29,7 @@ def find_model(recipe: Recipe) -> Checkpoint:
 
 
 def look(recipe: Recipe) -> None:
-    """Find a recipe's model as far as that takes no time: nothing is converted or downloaded.
+    """Check that a recipe's model exists, as far as that takes no time: nothing is converted or downloaded.
 
     Raises:
         SourceError: as `resolve`; it is not there.
