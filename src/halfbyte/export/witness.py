@@ -34,7 +34,8 @@ from halfbyte.system import device, files
 from halfbyte.types import Document
 from halfbyte.writing.sampling import SamplingParams
 
-ROWS, TOKENS_OF_A_ROW, PROMPTS, NEW_TOKENS = 20, 32, 20, 64
+ROWS, TOKENS_OF_A_ROW = 20, 32
+PROMPTS, NEW_TOKENS = 20, 64
 WITNESS = "witness.json"
 TEXTS = (
     "Hello  world, it's 12345 + 6.  7\n\n\tdef f(x):\n    return x  # é 日本\n",
@@ -45,9 +46,11 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class RunQuestions:
-    """Args:
-    run: a run folder or an adapter's. out: an empty folder. unquantised: on the base in 16 bits, whatever it was
-        trained on. data: other rows than those held out. prompts: most that are answered.
+    """What a run is asked.
+
+    Args:
+        run: a run folder, or an adapter's. out: an empty folder. unquantised: on the base in 16 bits, whatever it was
+            trained on. data: other rows than those held out. prompts: at most so many are answered.
     """
 
     run: str
@@ -60,7 +63,7 @@ class RunQuestions:
 
 
 def ask_run(questions: RunQuestions) -> Path:
-    """What the run says, in the folder `questions.out`, by a process of its own; the path of its witness."""
+    """Ask the run in a child process, which writes into `questions.out`; returns the path of `witness.json`."""
     task = Path(questions.out, "asked.json")
     files.write(task, files.as_json(vars(questions)))
     run_child(["halfbyte.export.witness", str(task)], "asking the run")
@@ -69,24 +72,22 @@ def ask_run(questions: RunQuestions) -> Path:
 
 def write(questions: RunQuestions) -> None:
     """Open the run, ask it, and write `witness.json` and `logits.npy`."""
-    found = target.find(Path(questions.run), questions.overrides)
+    run = target.find(Path(questions.run), questions.overrides)
     if questions.unquantised:
-        quant = found.recipe.quant.in_type("none")
-        found = replace(found, recipe=found.recipe.model_copy(update={"quant": quant}))
-    opened = open_target(found, force=questions.force or questions.unquantised)
+        quant = run.recipe.quant.in_type("none")
+        run = replace(run, recipe=run.recipe.model_copy(update={"quant": quant}))
+    opened = open_target(run, force=questions.force or questions.unquantised)
     rows = _rows(opened, Path(questions.data) if questions.data else None, max(4 * ROWS, questions.prompts))
     chosen = [(row, _positions(row)) for row in rows if any(label != IGNORED for label in row.labels[1:])][:ROWS]
-    said = _logits(opened, chosen, base=False)
-    alone = _logits(opened, chosen, base=True)
-    np.save(Path(questions.out, LOGITS), said)
-    np.save(Path(questions.out, f"base-{LOGITS}"), alone)
+    logits = _logits(opened, chosen, base=False)
+    np.save(Path(questions.out, LOGITS), logits)
+    np.save(Path(questions.out, f"base-{LOGITS}"), _logits(opened, chosen, base=True))
     tokenizer = opened.tokenizer
     prompts = [list(row.prompt_ids) for row in rows if row.completion][: questions.prompts]
     prompts = prompts or [list(row.input_ids[: 1 + len(row.input_ids) // 2]) for row in rows[: questions.prompts]]
-    prompts = [] if questions.unquantised else prompts  # of which only the logits are asked
-    spoken = [tokenizer.decode(ids) for ids in prompts]
+    prompts = [] if questions.unquantised else prompts  # which is asked for logits alone
     answers = [_answer(opened, ids) for ids in prompts]
-    texts = [*TEXTS, *spoken]
+    texts = [*TEXTS, *(tokenizer.decode(ids) for ids in prompts)]
     document: Document = {
         "rows": [{"ids": list(row.input_ids), "at": at} for row, at in chosen],
         "next": [row.input_ids[i + 1] for row, at in chosen for i in at],
@@ -98,32 +99,32 @@ def write(questions: RunQuestions) -> None:
         "tokenized": [{"text": t, "ids": tokenizer(t, add_special_tokens=False)["input_ids"]} for t in texts],
         "stop": stop_ids(opened.model, tokenizer),
         "new_tokens": NEW_TOKENS,
-        "vocabulary": int(said.shape[1]),
+        "vocabulary": int(logits.shape[1]),
         "dtype": str(opened.model.dtype).removeprefix("torch."),
         "layers": int(opened.model.config.get_text_config().num_hidden_layers),
-        "chat_template": tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
-        "origin": rows[0].where.rpartition(":")[0] if rows else "",
     }
     files.write(Path(questions.out, WITNESS), files.as_json(document))
 
 
-def _rows(opened: Opened, data: Path | None, most: int) -> list[Example]:
-    """Held-out rows; else the rows that were trained on; else lines of a small text of ours."""
+def _rows(opened: Opened, data: Path | None, max_rows: int) -> list[Example]:
+    """Held-out rows; else training rows; else lines of a small text of ours."""
     recipe = opened.recipe
     try:
         names = target.held_out(recipe, opened.run, data)
         if names is None:
-            return list(split.load(RunFolder(opened.run).held_out).examples[:most])
+            return list(split.load(RunFolder(opened.run).held_out).examples[:max_rows])
     except HalfbyteError:
         names = None
-    with resources.as_file(resources.files("halfbyte.inference").joinpath("quality.txt")) as own:
+    with resources.as_file(resources.files("halfbyte.inference").joinpath("quality.txt")) as sample:
         plain = recipe.data.model_copy(update={"overlong": "truncate", "packing": "rows"})
-        for rows in (names, recipe.data.train or None, own):
+        for rows in (names, recipe.data.train or None, sample):
             try:
                 if rows is not None:
-                    settings = plain if rows is not own else plain.model_copy(update={"format": "auto", "fields": {}})
+                    settings = (
+                        plain if rows is not sample else plain.model_copy(update={"format": "auto", "fields": {}})
+                    )
                     encoded = encode.encode(rows, opened.tokenizer, settings, cores=device.cores())
-                    return list(encoded.examples[:most])
+                    return list(encoded.examples[:max_rows])
             except HalfbyteError:
                 continue
     raise DataError("there are no rows to compare an export on.", fix="--data ROWS.jsonl")
@@ -146,7 +147,7 @@ def _logits(opened: Opened, rows: Sequence[tuple[Example, list[int]]], *, base: 
 
 
 def _answer(opened: Opened, prompt: list[int]) -> tuple[list[int], list[float]]:
-    """The greedy answer's tokens, and of each by how much it led, in units of the spread of all logits there."""
+    """The greedy answer's tokens, and by how much each led, in units of the spread of all logits there."""
     model, context = opened.model, context_of(opened.model.config)
     max_tokens = NEW_TOKENS if context is None else context.fitting(len(prompt), NEW_TOKENS)
     (answer,) = generate_ids(model, opened.tokenizer, [prompt], SamplingParams(max_tokens))
