@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from halfbyte.layers import attention, loss, packing
-from halfbyte.layers.experts import grouped
 from halfbyte.layers.kernels.cpu.integer import products as integer
-from halfbyte.plan import job, layer, memory, timing
+from halfbyte.plan import job, memory, timing
 
 
 def test_the_plan_counts_the_chunks_that_the_engine_makes() -> None:
@@ -15,8 +14,6 @@ def test_the_plan_counts_the_chunks_that_the_engine_makes() -> None:
     assert (memory.LOGITS_CHUNK32, memory.CARD_LOGITS_CHUNK) == (loss.CHUNK32, loss.CARD_CHUNK)
     assert (memory.SCORES_BYTES, memory.SCORES_ROWS) == (attention.SCORES_BYTES, attention.ROWS)
     assert job.FILLED_TO == packing.ROWS
-    assert (layer.BUSIEST, layer.LEAST_AT_ONCE, layer.FILL) == (grouped.BUSIEST, grouped.LEAST_AT_ONCE, grouped.FILL)
-    assert all(layer.filled(rows) == grouped.filled(rows) for rows in range(1, 3000))
 
 
 def test_the_plan_counts_integer_products_as_they_are_made() -> None:

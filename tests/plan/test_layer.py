@@ -17,10 +17,11 @@ from halfbyte.adapters import targets
 from halfbyte.base import load
 from halfbyte.layers import fuse, packing
 from halfbyte.models import structure
+from halfbyte.models.families import FAMILIES
 from halfbyte.models.lora_sites import Site, sites
 from halfbyte.models.sources.lookup import resolve
 from halfbyte.models.tensors import Facts, facts_of, read_checkpoint, read_config, spec_of
-from halfbyte.plan.layer import FAMILIES, PADDED, Layer, layer_of, pairs_of
+from halfbyte.plan.layer import PADDED, Layer, layer_of, pairs_of
 from halfbyte.proofs.fusing import prove_fused
 from halfbyte.proofs.packing import prove_packing
 from halfbyte.recipe.schema import Lora, Quant

@@ -25,6 +25,7 @@ from halfbyte.layers.experts.layout import is_quantised
 from halfbyte.layers.kernels import dropout, last_layer
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.layers.lora_linear import REMAKE, Remake, frozen_linear, lora_linear
+from halfbyte.models import families
 from halfbyte.quant import formats
 
 ADAPTERS_DISABLED, NO_ADAPTER = "adapters disabled", "no active adapter"
@@ -57,7 +58,7 @@ class _Fast:
         def merge(self, *args: object, **kwargs: object) -> None: ...
 
 
-class _FrozenLinear(_Fast):
+class _FastFrozenLinear(_Fast):
     """A quantised linear layer without LoRA."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ class _FrozenLinear(_Fast):
         return frozen_linear(x, self)
 
 
-class _LoraLinear(_Fast):
+class _FastLoraLinear(_Fast):
     """PEFT's LoRA layer over a frozen linear layer, when one plain adapter is active."""
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -82,7 +83,7 @@ class _LoraLinear(_Fast):
         return lora_linear(x, base, a, b, self.scaling[name], p)
 
 
-class _LoraExperts(_Fast):
+class _FastLoraExperts(_Fast):
     """PEFT's LoRA on a stack of experts; several of them are nested, and the outer one gives all to our function."""
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -123,9 +124,9 @@ class _TokenRows(_Fast):
         here = indices[slots] == x
         padding = (indices == -1 if base.padding_idx is None else indices == base.padding_idx).nonzero().flatten()
         only = int(padding) if len(padding) else None  # its row has no gradient
-        own = nn.functional.embedding(slots[here], values.to(y.dtype)[order], only)
+        trained = nn.functional.embedding(slots[here], values.to(y.dtype)[order], only)
         scale = self._get_embed_scale()
-        return y.index_put((here,), own if scale is None else own * scale.to(own.dtype))
+        return y.index_put((here,), trained if scale is None else trained * scale.to(trained.dtype))
 
 
 def trained_rows(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
@@ -141,7 +142,7 @@ def trained_rows(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
     return torch.tensor(indices, device=values.device), values
 
 
-class _RmsNorm(_Fast):
+class _FastRmsNorm(_Fast):
     """An RMS norm with a frozen weight, of llama's or gemma's kind."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,25 +154,25 @@ class _RmsNorm(_Fast):
 
     def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(x, its norm) for what it `takes`; for a sum with x behind the norm."""
-        eps = float(getattr(self, "variance_epsilon", 0.0) or getattr(self, "eps", 0.0))
-        weight, one_plus, given = self.weight, bool(is_one_plus(type(self))), x.detach()
-        kept, y = norm_gate.residual_and_norm(x, weight, eps, one_plus=one_plus)
-        return kept, _cheap(self, y, lambda: norm_gate.rms_norm(given, weight, eps, one_plus=one_plus))
+        eps, one_plus = rms_norm_kind(self)
+        weight, given = self.weight, x.detach()
+        residual, y = norm_gate.residual_and_norm(x, weight, eps, one_plus=bool(one_plus))
+        return residual, _cheap(self, y, lambda: norm_gate.rms_norm(given, weight, eps, one_plus=bool(one_plus)))
 
 
-class _GatedMlp(_Fast):
+class _FastGatedMlp(_Fast):
     """down(act(gate(x)) * up(x))."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not available(x):
             return super().forward(x)
         g, u = self.gate_proj(x), self.up_proj(x)
-        kind, kept = norm_gate.ACTIVATIONS[activation_of(self)], (g.detach(), u.detach())
+        kind, inputs = norm_gate.ACTIVATIONS[activation_of(self)], (g.detach(), u.detach())
         h = norm_gate.glu(g, u, kind)
-        return self.down_proj(_cheap(self, h, lambda: norm_gate.glu(*kept, kind)))
+        return self.down_proj(_cheap(self, h, lambda: norm_gate.glu(*inputs, kind)))
 
 
-class _Attention(_Fast):
+class _FastAttention(_Fast):
     """Llama's attention block on a pack: projections, norms of q and k if any, rotary and attention in one."""
 
     def forward(
@@ -209,32 +210,22 @@ class DecoderLayer(_Fast):
         some = last_layer.rows_for(self)
         if some is not None:
             some.selected = True
-        kept, x = norms[0].beside(hidden_states)
+        residual, x = norms[0].beside(hidden_states)
         x = self.self_attn(hidden_states=x, **kwargs)[0]
         if some is None:
-            return self._second_half(kept, x)
+            return self._second_half(residual, x)
         with dropout.select_tokens(some.rows):
-            return self._second_half(some.select(kept), x if x.shape[1] == some.count else some.select(x))
+            return self._second_half(some.select(residual), x if x.shape[1] == some.count else some.select(x))
 
-    def _second_half(self, kept: Tensor, x: Tensor) -> Tensor:
-        kept, x = self.post_attention_layernorm.beside(norm_gate.residual_sum(kept, x))
-        return norm_gate.residual_sum(kept, self.mlp(x))
+    def _second_half(self, residual: Tensor, x: Tensor) -> Tensor:
+        residual, x = self.post_attention_layernorm.beside(norm_gate.residual_sum(residual, x))
+        return norm_gate.residual_sum(residual, self.mlp(x))
 
 
 def _runs_fused(norm: nn.Module, x: Tensor) -> bool:
     """Whether this norm can be computed without its call, which hooks would see."""
     hooked = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
-    return isinstance(norm, _RmsNorm) and not hooked and norm.takes(x)
-
-
-# Layers whose forward is: x + attention(norm(x)), and of that x + mlp(norm(x)).
-DECODER_LAYERS = frozenset(
-    {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "GemmaDecoderLayer"}
-)
-# Attention classes whose forward is: project, (norm q and k,) rotate both halves, attend, project.
-ATTENTIONS = frozenset(
-    {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention", "GemmaAttention", "Gemma3Attention"}
-)
+    return isinstance(norm, _FastRmsNorm) and not hooked and norm.takes(x)
 
 
 def install(model: nn.Module) -> Fused:
@@ -246,34 +237,27 @@ def install(model: nn.Module) -> Fused:
     unfused: Counter[str] = Counter()
     inside = {id(m.base_layer) for m in model.modules() if isinstance(m, LoraLayer)}
     for module in list(model.modules()):
-        kind = type(module) if not isinstance(module, _Fast) else type(module).__bases__[1]
         if isinstance(module, LoraLayer) and interface.is_lora_of_experts(module):
             counts["LoRA experts"] += 1
-            _become(module, _LoraExperts)
+            _become(module, _FastLoraExperts)
         elif isinstance(module, LoraLayer):
             if not hasattr(module, "parameter_name") and _is_linear(module.base_layer):
                 reason = unfused_reason(module)
                 unfused.update([reason] if reason else [])
                 counts["LoRA linears"] += not reason
-                _become(module, _LoraLinear)
+                _become(module, _FastLoraLinear)
         elif formats.is_quantised(module) and id(module) not in inside:
             counts["frozen linears"] += 1
-            _become(module, _FrozenLinear)
+            _become(module, _FastFrozenLinear)
         elif isinstance(module, TrainableTokensLayer):
             counts["trained rows"] += 1
             _become(module, _TokenRows)
         elif _is_rms_norm(module):
             counts["norms"] += 1
-            _become(module, _RmsNorm)
-        elif _is_gated_mlp(module):
-            counts["gated MLPs"] += 1
-            _become(module, _GatedMlp)
-        elif kind.__name__ in ATTENTIONS:
-            counts["attentions"] += 1
-            _become(module, _Attention)
-        elif kind.__name__ in DECODER_LAYERS:
-            counts["layers"] += 1
-            _become(module, DecoderLayer)
+            _become(module, _FastRmsNorm)
+        elif (part := _part(module)) is not None:
+            counts[part[0]] += 1
+            _become(module, part[1])
     if experts := interface.install(model):
         counts["experts"] = experts
     return Fused(dict(counts), dict(unfused))
@@ -281,16 +265,16 @@ def install(model: nn.Module) -> Fused:
 
 def frozen_layers(model: nn.Module) -> list[nn.Module]:
     """The frozen linear layers that run fused now, with LoRA or without."""
-    found = [m.base_layer for m in model.modules() if isinstance(m, _LoraLinear) and not unfused_reason(m)]
-    return [*found, *(m for m in model.modules() if isinstance(m, _FrozenLinear))]
+    adapted = [m.base_layer for m in model.modules() if isinstance(m, _FastLoraLinear) and not unfused_reason(m)]
+    return [*adapted, *(m for m in model.modules() if isinstance(m, _FastFrozenLinear))]
 
 
 def install_quantised_experts(model: nn.Module) -> None:
     """What cannot be left as it is: PEFT's own forward has nothing to add to where experts are quantised."""
-    found = [m for m in model.modules() if interface.is_lora_of_experts(m) and is_quantised(m.get_base_layer())]
-    for module in found:
-        _become(module, _LoraExperts)
-    if found:
+    experts = [m for m in model.modules() if interface.is_lora_of_experts(m) and is_quantised(m.get_base_layer())]
+    for module in experts:
+        _become(module, _FastLoraExperts)
+    if experts:
         interface.install(model)
 
 
@@ -307,7 +291,7 @@ def remove(model: nn.Module) -> int:
 
 
 def _only_ours(module: nn.Module) -> bool:
-    return isinstance(module, _LoraExperts) and is_quantised(module.get_base_layer())
+    return isinstance(module, _FastLoraExperts) and is_quantised(module.get_base_layer())
 
 
 def recompute_cheap(model: nn.Module, *, on: bool) -> None:
@@ -316,7 +300,7 @@ def recompute_cheap(model: nn.Module, *, on: bool) -> None:
     They cost a pass over memory each; outputs of matrix products stay. Only what an adapter reads is kept otherwise.
     """
     for module in model.modules():
-        if isinstance(module, (_RmsNorm, _GatedMlp)):
+        if isinstance(module, (_FastRmsNorm, _FastGatedMlp)):
             module.__dict__["_halfbyte_cheap"] = on
 
 
@@ -376,18 +360,23 @@ def _computes(layer: nn.Module, x: Tensor) -> bool:
     if not isinstance(x, Tensor):
         return False
     few = not torch.is_grad_enabled() and x.numel() < 8 * x.shape[-1]
-    held = formats.of_module(layer)
-    if few and held.upstream_is_right(layer):
+    number_format = formats.of_module(layer)
+    if few and number_format.upstream_is_right(layer):
         return False
-    return held.multiplies_in(layer, x.dtype)
+    return number_format.multiplies_in(layer, x.dtype)
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
-    if isinstance(module, _RmsNorm):
+    if isinstance(module, _FastRmsNorm):
         return True
     if not type(module).__name__.endswith("RMSNorm") or getattr(module, "weight", None) is None:
         return False
     return module.weight.dim() == 1 and not module.weight.requires_grad and is_one_plus(type(module)) is not None
+
+
+def rms_norm_kind(norm: nn.Module) -> tuple[float, bool | None]:
+    """Its eps, and which formula it computes: (1 + w), w, or neither (None)."""
+    return float(getattr(norm, "variance_epsilon", 0.0) or getattr(norm, "eps", 0.0)), is_one_plus(type(norm))
 
 
 @_cached
@@ -414,16 +403,18 @@ def activation_of(mlp: nn.Module) -> str:
     return str(getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None))
 
 
-def _is_gated_mlp(module: nn.Module) -> bool:
-    """An MLP of three linears whose forward is down(act(gate(x)) * up(x)), by its class's name and its parts."""
-    if isinstance(module, _GatedMlp):
-        return True
-    kind, parts = type(module).__name__, dict(module.named_children())
-    of_three = kind in GATED_MLPS and set(parts) == {"gate_proj", "up_proj", "down_proj", "act_fn"}
-    return of_three and activation_of(module) in norm_gate.ACTIVATIONS
-
-
-GATED_MLPS = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP"})
+def _part(module: nn.Module) -> tuple[str, type[_Fast]] | None:
+    """What this part of a layer is counted as, and the forward that takes its place; by its class's name, which a
+    subclass of ours keeps, and of an MLP by what it is made of."""
+    part = families.fused_part(type(module).__name__)
+    if part == "mlp":
+        parts = {name for name, _ in module.named_children()}
+        if parts != families.GATED_MLP_PARTS or activation_of(module) not in norm_gate.ACTIVATIONS:
+            return None
+        return "gated MLPs", _FastGatedMlp
+    if part is None:
+        return None
+    return ("attentions", _FastAttention) if part == "attention" else ("layers", DecoderLayer)
 
 
 def _pack_lengths(

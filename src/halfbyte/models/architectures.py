@@ -2,15 +2,16 @@
 
 Why: `halfbyte plan llama-2-70b` must answer without the model and without a network, and transformers, which knows
 every architecture, costs seconds to import.
-What: a `Layout` for each family names its tensors as transformers does, with a letter for each size.
-Source: `transformers/models/*/modeling_*.py`; a test builds each family there on the meta device and compares.
+What: the `Layout` of a family (`families.py`) names its tensors as transformers does, with a letter for each size.
+Source: a test builds each family in transformers on the meta device and compares.
 """
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from halfbyte.errors import SourceError
+from halfbyte.models.families import FAMILIES, LLAMA, Layout, layout_of
 from halfbyte.models.tensors import Facts, TensorSpec, facts_of, spec_of
 from halfbyte.types import ConfigFile
 
@@ -21,13 +22,13 @@ def tensors_of(config: ConfigFile) -> list[TensorSpec]:
     """The tensors of a model as its checkpoint would list them; a tied head once, as the embedding.
 
     Raises:
-        SourceError: the architecture is not in `FAMILIES`, or the config lacks what the list follows from.
+        SourceError: the architecture has no layout in `FAMILIES`, or the config lacks what the list follows from.
     """
     kind = str(config.get("model_type", ""))
-    if kind not in FAMILIES:
+    if layout_of(kind) is None:
         raise SourceError(
             f"the tensors of the architecture {kind or '(config.json has no model_type)'!r} are not known from its "
-            f"config alone. Known: {', '.join(sorted(FAMILIES))}.",
+            f"config alone. Known: {', '.join(sorted(filter(layout_of, FAMILIES)))}.",
             fix="download the model's .safetensors files (their headers are enough) and give their folder, or give its "
             "hub id: hf download ORG/NAME",
         )
@@ -40,30 +41,6 @@ def tensors_of(config: ConfigFile) -> list[TensorSpec]:
         )
     dtype = _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype") or ""), "BF16")
     return [spec_of(name, shape, dtype, config) for name, shape in _named(_layout(config), config, sizes)]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The names of a family's tensors, and a letter for each of their sizes.
-
-    V vocabulary, D hidden, N the embedding's width (D but in OPT), I the MLP's width, G two of them, A all query heads,
-    K all key heads, Q both and the values, H one head, T 3 D, F 4 D, P positions, O the two more that OPT has.
-    `linears`, `norms` and `head_norms` are of one layer, `outer_norms` and `more` around the layers. Linears whose name
-    matches `biased` have a bias. `tied`: what the architecture does with its head unless the config says.
-    """
-
-    embedding: str
-    layers: str
-    outer_norms: str
-    linears: str
-    norms: str = "input_layernorm post_attention_layernorm"
-    biased: str = ""
-    norm_bias: bool = True
-    head_norms: str = ""
-    more: str = ""
-    head: str = "lm_head"
-    head_bias: bool = False
-    tied: bool = False
 
 
 def _named(layout: Layout, config: ConfigFile, f: Facts) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -86,7 +63,8 @@ def _named(layout: Layout, config: ConfigFile, f: Facts) -> Iterator[tuple[str, 
     yield from tensors("", f"{layout.embedding} VN {layout.more}")
     for n in range(f.layers):
         yield from tensors(f"{layout.layers}.{n}.", layout.linears, layout.biased)
-        yield from tensors(f"{layout.layers}.{n}.", layout.head_norms)
+        if FAMILIES[f.model_type].qk_norms:
+            yield from tensors(f"{layout.layers}.{n}.", "self_attn.q_norm H self_attn.k_norm H")
         yield from norms(f"{layout.layers}.{n}.", layout.norms)
     yield from norms("", layout.outer_norms)
     if layout.head_bias or not config.get("tie_word_embeddings", layout.tied):
@@ -96,15 +74,13 @@ def _named(layout: Layout, config: ConfigFile, f: Facts) -> Iterator[tuple[str, 
 def _layout(config: ConfigFile) -> Layout:
     """The layout of the config's family, with what other values of the config change."""
     kind = config["model_type"]
-    layout = FAMILIES[kind]
-    if layout == FAMILIES["llama"]:
-        biased = [r"\.[qkv]_proj"] if config.get("attention_bias", kind == "qwen2") else []
-        biased += ["o_proj"] if biased and kind != "qwen2" else []
+    family, layout = FAMILIES[kind], layout_of(kind)
+    assert layout is not None
+    if layout.linears == LLAMA.linears:
+        biased = [layout.biased or "self_attn"] if config.get("attention_bias", bool(layout.biased)) else []
         biased += ["mlp"] if config.get("mlp_bias") else []
-        more = " pre_feedforward_layernorm post_feedforward_layernorm" if kind in ("gemma2", "gemma3_text") else ""
-        heads = "self_attn.q_norm H self_attn.k_norm H" if kind in ("qwen3", "gemma3_text") else ""
-        tied = kind.startswith("gemma")
-        return replace(layout, norms=layout.norms + more, biased="|".join(biased), head_norms=heads, tied=tied)
+        norms = layout.norms.split() + ["pre_feedforward_layernorm", "post_feedforward_layernorm"] * (family.norms == 4)
+        return replace(layout, norms=" ".join(norms), biased="|".join(biased))
     if kind == "gpt_neox" and not config.get("attention_bias", True):
         return replace(layout, biased="mlp")
     if kind == "falcon":
@@ -121,60 +97,3 @@ def _layout(config: ConfigFile) -> Layout:
         more = " model.decoder.project_out ND model.decoder.project_in DN" if narrow else ""
         return replace(layout, outer_norms=layout.outer_norms if has_last else "", more=layout.more + more)
     return layout
-
-
-FAMILIES: dict[str, Layout] = {
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "granite", "smollm3", "gemma", "gemma2", "gemma3_text"),
-        Layout(
-            "model.embed_tokens", "model.layers", "model.norm",
-            "self_attn.q_proj AD self_attn.k_proj KD self_attn.v_proj KD self_attn.o_proj DA "
-            "mlp.gate_proj ID mlp.up_proj ID mlp.down_proj DI", norm_bias=False,
-        ),
-    ),
-    "gpt_neox": Layout(
-        "gpt_neox.embed_in", "gpt_neox.layers", "gpt_neox.final_layer_norm",
-        "attention.query_key_value TD attention.dense DD mlp.dense_h_to_4h ID mlp.dense_4h_to_h DI",
-        biased=".", head="embed_out",
-    ),
-    "falcon": Layout(
-        "transformer.word_embeddings", "transformer.h", "transformer.ln_f",
-        "self_attention.query_key_value QD self_attention.dense DD mlp.dense_h_to_4h ID mlp.dense_4h_to_h DI",
-        tied=True,
-    ),
-    "opt": Layout(
-        "model.decoder.embed_tokens", "model.decoder.layers", "model.decoder.final_layer_norm",
-        "self_attn.k_proj DD self_attn.v_proj DD self_attn.q_proj DD self_attn.out_proj DD fc1 ID fc2 DI",
-        norms="self_attn_layer_norm final_layer_norm", biased=".", tied=True,
-        more="model.decoder.embed_positions OD",  # a padded sequence starts after two places
-    ),
-    "phi3": Layout(
-        "model.embed_tokens", "model.layers", "model.norm",
-        "self_attn.o_proj DA self_attn.qkv_proj QD mlp.gate_up_proj GD mlp.down_proj DI", norm_bias=False,
-    ),
-    "phi": Layout(
-        "model.embed_tokens", "model.layers", "model.final_layernorm",
-        "self_attn.q_proj DD self_attn.k_proj KD self_attn.v_proj KD self_attn.dense DD mlp.fc1 ID mlp.fc2 DI",
-        norms="input_layernorm", biased=".", head_bias=True,
-    ),
-    "gpt2": Layout(
-        "transformer.wte", "transformer.h", "transformer.ln_f",
-        "attn.c_attn DT attn.c_proj DD mlp.c_fc DI mlp.c_proj ID",
-        norms="ln_1 ln_2", biased=".", tied=True, more="transformer.wpe PD",
-    ),
-    "gptj": Layout(
-        "transformer.wte", "transformer.h", "transformer.ln_f",
-        "attn.k_proj DD attn.v_proj DD attn.q_proj DD attn.out_proj DD mlp.fc_in ID mlp.fc_out DI",
-        norms="ln_1", biased="mlp", head_bias=True,
-    ),
-    "bloom": Layout(
-        "transformer.word_embeddings", "transformer.h", "transformer.word_embeddings_layernorm transformer.ln_f",
-        "self_attention.query_key_value TD self_attention.dense DD mlp.dense_h_to_4h FD mlp.dense_4h_to_h DF",
-        biased=".", tied=True,
-    ),
-    "mpt": Layout(
-        "transformer.wte", "transformer.blocks", "transformer.norm_f",
-        "attn.Wqkv TD attn.out_proj DD ffn.up_proj FD ffn.down_proj DF",
-        norms="norm_1 norm_2", norm_bias=False, tied=True,
-    ),
-}  # fmt: skip

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from halfbyte.errors import SourceError
 from halfbyte.models import tensors
-from halfbyte.models.architectures import FAMILIES, tensors_of
+from halfbyte.models.architectures import tensors_of
+from halfbyte.models.families import layout_of
 from halfbyte.models.gguf import header as gguf_header
 from halfbyte.models.references import reference_tensors, references
 from halfbyte.models.sources import hub, safetensors
@@ -117,7 +118,7 @@ def of_folder(folder: Path, name: str | None = None) -> Shape:
     try:
         files = safetensors.weight_files(folder)
     except SourceError:
-        if config.get("model_type") not in FAMILIES:
+        if layout_of(config.get("model_type")) is None:
             raise
         return _of(name, config, "config.json alone", read=read, path=folder)
     for file in files:
@@ -165,7 +166,7 @@ def _of_gguf(path: Path) -> Shape:
     config["attention_bias"] = "blk.0.attn_q.bias" in shapes_by_name
     specs = None
     # A Mixtral's file calls itself a llama.
-    if config["model_type"] not in FAMILIES or config.get("num_experts"):
+    if layout_of(config["model_type"]) is None or config.get("num_experts"):
         names = [re.sub(r"^output\.weight$", "lm_head.weight", t.name) for t in header.tensors]
         names = [name.replace("blk.", "layers.").replace("token_embd", "embed_tokens") for name in names]
         names = [name.replace("ffn_gate_inp.", "gate.") for name in names]
@@ -193,7 +194,7 @@ def _of_hub(repo: str, revision: str | None) -> Shape:
     for file in files:
         remote = hub.Remote.open(repo, file, commit)
         if remote is None:
-            if config.get("model_type") not in FAMILIES:
+            if layout_of(config.get("model_type")) is None:
                 raise SourceError(
                     f"{name} has no safetensors, and the tensors of a {config.get('model_type')!r} are not known from "
                     "its config.",

@@ -13,11 +13,11 @@ Cost: a few milliseconds; no torch.
 
 from dataclasses import replace
 
+from halfbyte.models.families import FAMILIES
 from halfbyte.plan import alternatives, choose
 from halfbyte.plan.choose import GENERATED_TOKENS, MARGIN, MAX_TOKENS_PER_MICRO_BATCH, plan_with
 from halfbyte.plan.inference import InferencePlan, RunChoices, plan_inference, sequences_beside
 from halfbyte.plan.job import Job, Rows
-from halfbyte.plan.layer import FAMILIES
 from halfbyte.plan.result import GB, ITEMSIZE, Fix, Line, Plan, Time
 from halfbyte.plan.timing import Rates
 from halfbyte.system.device import Device

@@ -12,68 +12,16 @@ Letters: N tokens, R rank, c bytes of the compute dtype.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from halfbyte.layers.experts.sizes import BUSIEST, FILL, LEAST_AT_ONCE, max_at_once, padded_rows
+from halfbyte.models.families import FAMILIES, UNKNOWN, UNKNOWN_MIXTURE, AttentionKind, Family, MlpKind
 from halfbyte.models.lora_sites import Site
 from halfbyte.models.tensors import Facts
 from halfbyte.plan.result import Recompute
 
-Mlp = Literal["gated", "gated_stock", "formula", "one", "relu", "experts"]
-Attention = Literal["flash", "window", "eager", "alibi", "padded", "dropped"]
 PADDED = ("alibi", "padded")  # the body runs on rows padded to the longest example
 NO_SCORES = ("flash", "window")  # a kernel makes them in cache
-
-
-@dataclass(frozen=True)
-class Family:
-    """How an architecture's layer is built, as far as memory can tell.
-
-    `norms` that keep an input of their own. `mlp`: gated by the engine's kernel or by stock code; `formula`: GELU
-    written as a formula (keeps four tensors); `one`: keeps its input; `relu`: keeps its output, which the
-    next linear reads; `experts`: those of a mixture by `layers/experts` (its input and the inner product of each of a
-    token's experts), beside them what is shared by stock code.
-    `attention`: `flash` keeps no scores; `eager` (softcap) keeps them for each pair of tokens of an example, `alibi`
-    and `padded` for each pair of a row. `flash` becomes `dropped` where the model drops some of its scores in training
-    (GPT-2), which torch's flash kernel cannot, and `window` where a layer's window is shorter than a row: that layer
-    takes each example by torch's kernel, with a mask, and of a `fused_qkv` projection keeps all for its values.
-    `parallel`: attention and MLP read one normed input. `shared_gate`: what shared experts give is multiplied by a
-    gate of its own, which keeps it.
-    """
-
-    norms: int = 2
-    rms: bool = True
-    qk_norms: bool = False
-    mlp: Mlp = "gated"
-    attention: Attention = "flash"
-    fused_qkv: bool = False
-    parallel: bool = False
-    shared_gate: bool = False
-
-
-# An architecture that is not here is counted as the stock gated kind: an estimate, and the plan says so.
-UNKNOWN, UNKNOWN_MIXTURE = Family(mlp="gated_stock"), Family(mlp="experts")
-FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "gemma"), Family()),
-    "qwen3": Family(qk_norms=True),
-    "gemma3_text": Family(norms=4, qk_norms=True),
-    "gemma2": Family(norms=4, attention="eager"),
-    **dict.fromkeys(("granite", "smollm3"), Family(mlp="gated_stock")),
-    "mixtral": UNKNOWN_MIXTURE,
-    "gpt_oss": Family(mlp="experts", attention="eager"),  # sinks: one score more, and none in fp32 (13% less than this)
-    "qwen2_moe": Family(mlp="experts", shared_gate=True),
-    **dict.fromkeys(("qwen3_moe", "olmoe"), Family(mlp="experts", qk_norms=True)),
-    "phi3": Family(mlp="gated_stock", fused_qkv=True),
-    "gpt2": Family(rms=False, mlp="formula"),
-    **dict.fromkeys(("phi", "gptj"), Family(norms=1, rms=False, mlp="formula", parallel=True)),
-    "gpt_neox": Family(norms=1, rms=False, mlp="one"),
-    "opt": Family(rms=False, mlp="relu"),
-    "bloom": Family(rms=False, mlp="one", attention="alibi"),
-    "mpt": Family(rms=False, mlp="one", attention="alibi"),
-    "falcon": Family(norms=1, rms=False, mlp="one", attention="padded", parallel=True),
-}
-# layers/experts/grouped.py: how many tokens of an expert are taken at once; what their rows in a product are a multiple
-# of; and how many products there are of both stacks, forward and backward, without and with LoRA on them.
-BUSIEST, LEAST_AT_ONCE, FILL = 2, 256, 16
+# Products of both stacks of experts, forward and backward, without and with LoRA on them.
 PRODUCTS, ADAPTED_PRODUCTS = 4, 16
 # Of a token: its place in the order for each of its experts (three 64-bit numbers), and scores in fp32 for all experts.
 ROUTED_BYTES, SCORED_BYTES = 24, 4
@@ -104,7 +52,7 @@ class Layer:
     pair: float = 0.0
     pair_moment: float = 0.0
     pair_again: float = 0.0
-    pairs: Attention = "flash"
+    pairs: AttentionKind = "flash"
     window: int = 0
     least: float = 0.0
 
@@ -185,7 +133,7 @@ def layer_of(
 
 
 def _frozen_kept(
-    family: Family, attention: Attention, facts: Facts, c: int, share: float, *, kernels: bool
+    family: Family, attention: AttentionKind, facts: Facts, c: int, share: float, *, kernels: bool
 ) -> tuple[float, float, float, float]:
     """Bytes a token without adapters: around attention, in the MLP; and of these one norm's, the MLP's without norms.
 
@@ -288,22 +236,15 @@ def _experts_moment(facts: Facts, c: int) -> tuple[float, float]:
     return 4 * hidden + share * a_row, LEAST_AT_ONCE * a_row
 
 
-def filled(rows: int) -> int:
-    """Rows of a product for the tokens of one expert."""
-    step = max(FILL, (1 << (rows - 1).bit_length()) // FILL)
-    return -(-rows // step) * step
-
-
 def expert_products(facts: Facts, tokens: int, *, adapted: bool) -> int:
     """Shapes of the products of a mixture's experts in micro-batches of `tokens`: one for each number of rows that one
     expert's may be filled up to."""
-    mean = -(-tokens * facts.experts_per_token // max(1, facts.experts))
-    most = min(tokens, max(LEAST_AT_ONCE, BUSIEST * mean))
-    sizes = {filled(rows) for rows in range(FILL, most + FILL, FILL)}
+    rows_at_once = min(tokens, max_at_once(tokens * facts.experts_per_token, facts.experts))
+    sizes = {padded_rows(rows) for rows in range(FILL, rows_at_once + FILL, FILL)}
     return len(sizes) * (ADAPTED_PRODUCTS if adapted else PRODUCTS)
 
 
-def _mlp_moment(kind: Mlp, inner: float, *, adapted: bool, dropout: bool, again: bool) -> float:
+def _mlp_moment(kind: MlpKind, inner: float, *, adapted: bool, dropout: bool, again: bool) -> float:
     """Bytes above what is kept at the worst moment of an MLP's backward, but for the gradient that comes in.
 
     Through the last matrix: the gradient of what it reads, and with an adapter that drops, two more of that size (what

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 
 from halfbyte.layers import fuse
-from halfbyte.layers.experts import grouped, interface
+from halfbyte.layers.experts import forward, interface
 from halfbyte.layers.experts.layout import experts_of
 from halfbyte.proofs.fusing import prove_fused
 from halfbyte.proofs.packing import prove_packing
@@ -82,13 +82,13 @@ def test_the_proof_at_start_covers_experts(kind: str, dtype: torch.dtype) -> Non
 
 def test_a_fault_in_16_bits_alone_is_seen_by_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted("olmoe", torch.bfloat16)
-    real = grouped.Experts.backward
+    real = forward.Experts.backward
 
     def faulty(ctx: Any, *grads: torch.Tensor) -> Any:
         dx, *rest = real(ctx, *grads)
         return dx * (3.0 if dx.dtype == torch.bfloat16 else 1.0), *rest
 
-    monkeypatch.setattr(grouped.Experts, "backward", staticmethod(faulty))
+    monkeypatch.setattr(forward.Experts, "backward", staticmethod(faulty))
     proof = prove_fused(model, packed=True)
     assert not proof.ok and "gradients differ" in proof.reason
 
@@ -109,7 +109,7 @@ FAULTS: dict[str, Any] = {
 @pytest.mark.parametrize("kind", ["olmoe", "gpt_oss"])
 def test_a_fault_of_the_function_is_seen_by_the_proof(kind: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(kind)
-    monkeypatch.setattr(grouped._Product, "of", FAULTS[fault](grouped._Product.of))
+    monkeypatch.setattr(forward._Stack, "of", FAULTS[fault](forward._Stack.of))
     proof = prove_fused(model, packed=True)
     assert not proof.ok and "gradients differ" in proof.reason
     assert all(not interface.takes_lora(module) for _, module in experts_of(model))
@@ -118,12 +118,12 @@ def test_a_fault_of_the_function_is_seen_by_the_proof(kind: str, fault: str, mon
 def test_lost_routing_gradient_is_seen_by_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     """The router is frozen, and what reads its input trains: attention before it."""
     model = adapted("olmoe")
-    real = grouped.Experts.backward
+    real = forward.Experts.backward
 
     def lost(ctx: Any, *grads: torch.Tensor) -> Any:
         dx, dweights, *rest = real(ctx, *grads)
         return dx, torch.zeros_like(dweights), *rest
 
-    monkeypatch.setattr(grouped.Experts, "backward", staticmethod(lost))
+    monkeypatch.setattr(forward.Experts, "backward", staticmethod(lost))
     proof = prove_fused(model, packed=True)
     assert not proof.ok and "gradients differ" in proof.reason

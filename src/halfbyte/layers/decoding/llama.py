@@ -1,38 +1,35 @@
 """A Llama-like model as a tape: embedding aside, a token's whole way from hidden state to logits.
 
 What is recognised is structure, not names of classes: norms, attention projections (one or three), output projection,
-a gated MLP (its two inner projections in one or apart), and where the norms stand. What a model does beside that is not
-looked for: `writing/writer.py` compares logits with the model's own before a token is used.
+a gated MLP (its two inner projections in one or apart), and where the norms stand (`models/families.py` has their
+names). What a model does beside that is not looked for: `writing/writer.py` compares logits with the model's own before
+a token is used.
 Source: transformers' modeling files of Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3, Phi-3, Granite.
 Cost: tens of milliseconds to write; LoRA is copied in the compute dtype.
 
-Letters: M texts, H query heads, K key heads, T max_tokens.
+Letters: M texts, H query heads, K key heads, T max_tokens of a cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from halfbyte.layers import fuse, norm_gate, sight
-from halfbyte.layers.decoding import head as eight_bits
+from halfbyte.layers.decoding import head as int8_heads
 from halfbyte.layers.decoding import linears
 from halfbyte.layers.decoding.linears import Unsupported
 from halfbyte.layers.decoding.tape import CachedAttention, Int8Head, Int16Vectors, Tape, TextAdapters, Vectors
-from halfbyte.models import structure
+from halfbyte.models import families, structure
 from halfbyte.quant import bnb, policy
 
 if TYPE_CHECKING:
     from halfbyte.types import Config, Model
 
-_NORMS = {"input_layernorm", "post_attention_layernorm"}
-_ATTENTION = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}
-_SANDWICH = _NORMS | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
 # Rotary embeddings that are another function of the position when a text is longer.
 _CHANGING_ROPES = {"dynamic", "longrope"}
 
@@ -42,8 +39,9 @@ class Decoder:
     """A model's tape with its buffers.
 
     Args:
-        hidden: (M, D) fp32, the embedding of the tokens, divided by `shrunk`: Granite multiplies what is added to it,
-            so here nothing is, and norms see the same but for eps. divided: what logits are divided by.
+        hidden: (M, D) fp32, the embedding of the tokens, divided by `residual_multiplier`: Granite multiplies by it
+            what is added, so here nothing is, and norms see the same but for eps.
+        logits_divisor: what logits are divided by.
         logits: (M, V) fp32. positions: (M,) of the tokens.
         keys, values: of each layer (M, K, T, d). ends: the number of operations after each layer.
         ropes: cos and sin (T, R) with the buffers (M, R) that a token's row goes to.
@@ -58,8 +56,8 @@ class Decoder:
     values: list[Tensor] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     ropes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    shrunk: float = 1.0
-    divided: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
     places: Tensor | None = None  # (M,) int64: whose cache each vector reads and writes; None: its own
     normed: Tensor | None = None  # (M, D..) fp32, what the head reads; there after `body` operations
     body: int = 0
@@ -105,8 +103,8 @@ class Decoder:
     def _enter(self, embedded: Tensor, positions: Sequence[int]) -> None:
         n = len(positions)
         self.hidden[:n] = embedded
-        if self.shrunk != 1.0:
-            self.hidden[:n] /= self.shrunk
+        if self.residual_multiplier != 1.0:
+            self.hidden[:n] /= self.residual_multiplier
         self.positions[:n] = torch.tensor(positions)
         for table, row in self.ropes:
             torch.index_select(table, 0, self.positions, out=row)
@@ -119,7 +117,7 @@ class Decoder:
 
     def capped(self) -> Tensor:
         """The logits (M, V) as they are now."""
-        logits = self.logits if self.divided == 1.0 else self.logits / self.divided
+        logits = self.logits if self.logits_divisor == 1.0 else self.logits / self.logits_divisor
         return self.final_cap * torch.tanh(logits / self.final_cap) if self.final_cap else logits
 
 
@@ -136,12 +134,12 @@ def decoder(
         reads: for `Decoder.read`, of any tokens of the texts in `beside`.
     """
     try:
-        return _written(model, texts, max_tokens, adapters, beside, largest, reads)
+        return _write(model, texts, max_tokens, adapters, beside, largest, reads)
     except (AttributeError, IndexError, TypeError) as why:  # a part that has another name, or none
         raise Unsupported(f"{type(structure.causal_lm(model)).__name__} is not built like Llama: {why}") from why
 
 
-def _written(
+def _write(
     model: Model,
     texts: int,
     max_tokens: int,
@@ -153,13 +151,10 @@ def _written(
     lm = structure.causal_lm(model)
     body, config = structure.body(lm), lm.config.get_text_config()
     head, norm = lm.get_output_embeddings(), getattr(body, "norm", None)
-    dtype = next(lm.get_input_embeddings().parameters()).dtype
-    if (
-        not isinstance(getattr(head, "weight", None), Tensor)
-        or norm is None
-        or not isinstance(getattr(body, "rotary_emb", None), nn.Module)
-    ):
+    has_head, rotary = isinstance(getattr(head, "weight", None), Tensor), getattr(body, "rotary_emb", None)
+    if not has_head or norm is None or not isinstance(rotary, nn.Module):
         raise Unsupported(f"{type(lm).__name__} is not built like Llama")
+    dtype = next(lm.get_input_embeddings().parameters()).dtype
     max_tokens = -(-max_tokens // 64) * 64
     try:
         tape = Tape(dtype, texts, max_tokens, adapters)
@@ -167,56 +162,50 @@ def _written(
         raise Unsupported(str(error)) from error
     layers = structure.decoder_layers(body)
     sight.look(body, max_tokens)
-    d = layers[0].input_layernorm.weight.shape[0] if hasattr(layers[0], "input_layernorm") else 0
-    made = Decoder(
+    decoder = Decoder(
         tape,
-        hidden=tape.buffer(texts, d),
+        hidden=tape.buffer(texts, norm.weight.shape[0]),
         logits=tape.buffer(texts, head.weight.shape[0]),
         positions=tape.buffer(texts, dtype=torch.int64),
         final_cap=float(getattr(config, "final_logit_softcapping", 0) or 0),
-        shrunk=_shrunk(config),
-        divided=float(getattr(config, "logits_scaling", 1.0)),
+        residual_multiplier=float(getattr(config, "residual_multiplier", 1.0)),
+        logits_divisor=float(getattr(config, "logits_scaling", 1.0)),
         places=tape.buffer(texts, dtype=torch.int64) if reads else None,
     )
     ropes: dict[str | None, tuple[Tensor, Tensor]] = {}
     for number, layer in enumerate(layers):
         kind = _rope_kind(config, number)
         if kind not in ropes:
-            ropes[kind] = _ropes(made, body.rotary_emb, config, kind, max_tokens)
-        caches = None if beside is None else _first(beside, number, None if reads else texts)
-        _Layer(made, layer, config, ropes[kind], caches, 2 * len(layers)).write()
-        made.ends.append(len(tape))
-    _head(made, norm, head, _eight(layers, head, dtype) if largest else None)
-    return made
+            ropes[kind] = _ropes(decoder, rotary, config, kind)
+        if beside is not None:
+            shared = None if reads else texts
+            decoder.keys.append(beside.keys[number][:shared])
+            decoder.values.append(beside.values[number][:shared])
+        _LayerWriter(decoder, layer, config, ropes[kind], caches=2 * len(layers)).write()
+        decoder.ends.append(len(tape))
+    _write_head(decoder, norm, head, _int8_head(layers, head, dtype) if largest else None)
+    return decoder
 
 
-def _shrunk(config: Config) -> float:
-    return float(getattr(config, "residual_multiplier", 1.0))
-
-
-def _eight(layers: list[nn.Module], head: nn.Module, dtype: torch.dtype) -> Int8Head | None:
+def _int8_head(layers: list[nn.Module], head: nn.Module, dtype: torch.dtype) -> Int8Head | None:
     """The head in 8 bits, where that is worth its memory."""
     others = sum(t.nbytes for layer in layers for t in bnb.held_tensors(layer))
     worth = policy.head_in_eight_bits(head.weight.nbytes, others)
-    return eight_bits.of(head, dtype) if worth else None
+    return int8_heads.of(head, dtype) if worth else None
 
 
-def _head(made: Decoder, norm: nn.Module, head: nn.Module, eight: Int8Head | None) -> None:
-    tape, hidden = made.tape, made.hidden
+def _write_head(decoder: Decoder, norm: nn.Module, head: nn.Module, int8_head: Int8Head | None) -> None:
+    tape, hidden = decoder.tape, decoder.hidden
     x = tape.vectors(hidden.shape[1])
-    whole = None if eight is None else tape.int16_vectors(x, hidden.shape[1])
-    _norm(tape, norm, hidden, x, whole, made.shrunk)
-    made.normed, made.body = x.plain, len(tape)
-    if eight is not None and whole is not None:
+    integers = None if int8_head is None else tape.int16_vectors(x, hidden.shape[1])
+    _write_norm(decoder, norm, x, integers)
+    decoder.normed, decoder.body = x.plain, len(tape)
+    if int8_head is not None and integers is not None:
         first, before = len(tape), tape.before
-        tape.largest(head.weight.data, eight, x.plain, whole, made.logits)
+        tape.largest(head.weight.data, int8_head, x.plain, integers, decoder.logits)
         tape.then()
-        made.rough, tape.before = range(first, len(tape)), before  # the whole head needs no more than that one
-    linears.write(tape, x, [(head, made.logits)])
-
-
-def _first(other: Decoder, layer: int, texts: int | None) -> tuple[Tensor, Tensor]:
-    return other.keys[layer][:texts], other.values[layer][:texts]
+        decoder.rough, tape.before = range(first, len(tape)), before  # the whole head needs no more than that one
+    linears.write(tape, x, [(head, decoder.logits)])
 
 
 def _rope_kind(config: Config, number: int) -> str | None:
@@ -226,121 +215,110 @@ def _rope_kind(config: Config, number: int) -> str | None:
     return types[number] if types and types[number] in parameters else None
 
 
-def _ropes(
-    made: Decoder, rotary: nn.Module, config: Config, kind: str | None, max_tokens: int
-) -> tuple[Tensor, Tensor]:
+def _ropes(decoder: Decoder, rotary: nn.Module, config: Config, kind: str | None) -> tuple[Tensor, Tensor]:
     """Buffers (M, R) of cos and sin, with their tables (T, R) noted."""
-    parameters = getattr(config, "rope_parameters", None) or {}
+    tape, parameters = decoder.tape, getattr(config, "rope_parameters", None) or {}
     parameters = parameters[kind] if kind is not None else parameters
     if parameters.get("rope_type") in _CHANGING_ROPES:
         raise Unsupported(f"rotary embedding of type {parameters['rope_type']}")
-    at, like = torch.arange(max_tokens)[None], torch.zeros(1, dtype=torch.float32)
-    tables = rotary(like, at) if kind is None else rotary(like, at, kind)
+    positions, like = torch.arange(tape.max_tokens)[None], torch.zeros(1, dtype=torch.float32)
+    tables = rotary(like, positions) if kind is None else rotary(like, positions, kind)
     if not all(isinstance(table, Tensor) and table.is_floating_point() for table in tables):
         raise Unsupported("a rotary embedding that is no cos and sin")
     rows = []
     for table in tables:
-        rows.append(made.tape.buffer(made.tape.m, table.shape[-1]))
-        made.ropes.append((table[0].float().contiguous(), rows[-1]))
+        rows.append(tape.buffer(tape.m, table.shape[-1]))
+        decoder.ropes.append((table[0].float().contiguous(), rows[-1]))
     return rows[0], rows[1]
 
 
-def _norm_facts(module: nn.Module, d: int) -> tuple[Tensor, float, bool]:
-    one_plus = fuse.is_one_plus(type(module))
+def _norm_of(module: nn.Module, d: int, dtype: torch.dtype) -> tuple[Tensor, float, bool]:
+    """(weight (d,), eps, whether the factor is 1 + weight) of an RMS norm."""
+    eps, one_plus = fuse.rms_norm_kind(module)
     if one_plus is None or module.weight.shape != (d,):
         raise Unsupported(f"{type(module).__name__} is no RMS norm")
-    eps = float(getattr(module, "variance_epsilon", 0.0) or getattr(module, "eps", 0.0))
-    return module.weight.data, eps, one_plus
+    return module.weight.data.to(dtype), eps, one_plus
 
 
-def _norm(
-    tape: Tape, module: nn.Module, x: Tensor, to: Vectors, whole: Int16Vectors | None = None, shrunk: float = 1.0
-) -> None:
-    weight, eps, one_plus = _norm_facts(module, x.shape[1])
-    tape.norm(x, to, weight.to(tape.dtype), eps / shrunk**2, one_plus, whole)
+def _write_norm(decoder: Decoder, norm: nn.Module, to: Vectors, integers: Int16Vectors | None = None) -> None:
+    """hidden, normalised, to where products read it."""
+    tape, hidden = decoder.tape, decoder.hidden
+    weight, eps, one_plus = _norm_of(norm, hidden.shape[1], tape.dtype)
+    tape.norm(hidden, to, weight, eps / decoder.residual_multiplier**2, one_plus, integers)
     tape.then()
 
 
-class _Layer:
-    """One decoder layer on its way into a tape."""
+class _LayerWriter:
+    """Writes one decoder layer into a tape."""
 
     def __init__(
-        self,
-        made: Decoder,
-        layer: nn.Module,
-        config: Config,
-        rope: tuple[Tensor, Tensor],
-        caches: tuple[Tensor, Tensor] | None = None,
-        count: int = 2,
+        self, decoder: Decoder, layer: nn.Module, config: Config, rope: tuple[Tensor, Tensor], caches: int
     ) -> None:
-        """caches: those of another tape; None: new ones, of `count` in all."""
-        self.caches, self.count = caches, count
-        self.made, self.tape, self.layer, self.config, self.rope = made, made.tape, layer, config, rope
+        """caches: how many the model has; one of its own for keys and values each, where the decoder has none yet."""
+        self.decoder, self.tape, self.caches = decoder, decoder.tape, caches
+        self.layer, self.config, self.rope = layer, config, rope
         parts = {name for name, child in layer.named_children() if any(True for _ in child.parameters())}
-        self.is_sandwich = parts == _SANDWICH | {"self_attn", "mlp"}
-        if not self.is_sandwich and parts != _NORMS | {"self_attn", "mlp"}:
+        norms = parts - {"self_attn", "mlp"}
+        self.is_sandwich = norms == families.SANDWICH_NORMS
+        if not {"self_attn", "mlp"} <= parts or norms not in (families.NORMS, families.SANDWICH_NORMS):
             raise Unsupported(f"{type(layer).__name__} has {', '.join(sorted(parts))}")
         # one token's logits hardly show what is done to its values alone, so the proof may not see these
-        inside = {name for name, _ in layer.self_attn.named_children()} - _ATTENTION
+        inside = {name for name, _ in layer.self_attn.named_children()} - families.ATTENTION_PARTS
         if more := inside | {name for name, _ in layer.named_buffers(recurse=False)}:
             raise Unsupported(f"{type(layer).__name__} has {', '.join(sorted(more))}")
 
     def write(self) -> None:
-        layer, tape, hidden = self.layer, self.tape, self.made.hidden
-        d = hidden.shape[1]
-        x = tape.vectors(d)
-        _norm(tape, layer.input_layernorm, hidden, x, shrunk=self.made.shrunk)
+        layer = self.layer
+        x = self.tape.vectors(self.decoder.hidden.shape[1])
+        _write_norm(self.decoder, layer.input_layernorm, x)
         self._attention(x)
         before = layer.pre_feedforward_layernorm if self.is_sandwich else layer.post_attention_layernorm
-        _norm(tape, before, hidden, x, shrunk=self.made.shrunk)
+        _write_norm(self.decoder, before, x)
         self._mlp(x)
 
-    def _onto(self, module: nn.Module, x: Vectors, norm: nn.Module) -> None:
-        """hidden += module(x), normalised in a sandwich."""
-        hidden = self.made.hidden
+    def _add(self, module: nn.Module, x: Vectors, norm: str) -> None:
+        """hidden += module(x), in a sandwich normalised by the layer's part of this name."""
+        hidden = self.decoder.hidden
         if not self.is_sandwich:
             linears.write(self.tape, x, [(module, hidden)], add=True)
             return
         out = self.tape.buffer(*hidden.shape)
         linears.write(self.tape, x, [(module, out)])
-        weight, eps, one_plus = _norm_facts(norm, hidden.shape[1])
-        self.tape.add_norm(out, hidden, weight.to(self.tape.dtype), eps, one_plus)
+        weight, eps, one_plus = _norm_of(getattr(self.layer, norm), hidden.shape[1], self.tape.dtype)
+        self.tape.add_norm(out, hidden, weight, eps, one_plus)
         self.tape.then()
 
     def _attention(self, x: Vectors) -> None:
-        tape, module, config = self.tape, self.layer.self_attn, self.config
+        tape, module, config, decoder = self.tape, self.layer.self_attn, self.config, self.decoder
         d = int(module.head_dim)
         heads, key_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         qkv = tape.buffer(tape.m, (heads + 2 * key_heads) * d)
         if hasattr(module, "qkv_proj"):
             linears.write(tape, x, [(module.qkv_proj, qkv)])
         else:
-            ends = (0, heads * d, (heads + key_heads) * d, qkv.shape[1])
-            outs = [qkv[:, a:b] for a, b in pairwise(ends)]
+            outs = qkv.split([heads * d, key_heads * d, key_heads * d], dim=1)
             linears.write(tape, x, list(zip((module.q_proj, module.k_proj, module.v_proj), outs, strict=True)))
-        keys, values = self.caches or (tape.cache(key_heads, d, self.count), tape.cache(key_heads, d, self.count))
-        self.made.keys.append(keys)
-        self.made.values.append(values)
-        norms: list[Tensor | None] = []
+        number = len(decoder.ends)
+        if len(decoder.keys) == number:
+            decoder.keys.append(tape.cache(key_heads, d, self.caches))
+            decoder.values.append(tape.cache(key_heads, d, self.caches))
+        norms: dict[str, Tensor] = {}
         eps, one_plus = 0.0, False
         for name in ("q_norm", "k_norm"):
-            norm = getattr(module, name, None)
-            if norm is None:
-                norms.append(None)
-                continue
-            weight, eps, one_plus = _norm_facts(norm, d)
-            norms.append(weight.to(tape.dtype).contiguous())
+            if (norm := getattr(module, name, None)) is not None:
+                weight, eps, one_plus = _norm_of(norm, d, tape.dtype)
+                norms[name] = weight.contiguous()
         attention = CachedAttention(
-            qkv, keys, values, self.made.positions, heads, key_heads, d, float(module.scaling),
-            float(getattr(module, "attn_logit_softcapping", None) or 0.0), self._window(module), norms[0], norms[1],
-            eps, one_plus, self.made.places,
+            qkv, decoder.keys[number], decoder.values[number], decoder.positions, heads, key_heads, d,
+            float(module.scaling), float(getattr(module, "attn_logit_softcapping", None) or 0.0), self._window(module),
+            norms.get("q_norm"), norms.get("k_norm"), eps, one_plus, decoder.places,
         )  # fmt: skip
         out, to = tape.buffer(tape.m, heads * d), tape.vectors(heads * d)
         tape.attend(attention, *self.rope, out)
         tape.then()
         tape.norm(out, to, None)
         tape.then()
-        self._onto(module.o_proj, to, self.layer.post_attention_layernorm)
+        self._add(module.o_proj, to, "post_attention_layernorm")
 
     def _window(self, module: nn.Module) -> int:
         seen = sight.of(module)
@@ -371,4 +349,4 @@ class _Layer:
         to = tape.vectors(inner)
         tape.gate(both[:, :inner], both[:, inner:], inner, kind, to)
         tape.then()
-        self._onto(mlp.down_proj, to, self.layer.post_feedforward_layernorm if self.is_sandwich else self.layer)
+        self._add(mlp.down_proj, to, "post_feedforward_layernorm")

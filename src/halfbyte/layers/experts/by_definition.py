@@ -3,7 +3,7 @@
 What: one expert after the other in plain torch under autograd, LoRA as what it is defined to be, an addition to the
 weight. Each expert is computed again in backward, so that a dequantised weight is there one expert at a time.
 Why: transformers' own code indexes stacks of numbers, and a quantised stack has none.
-Rows of zeros are added up to a multiple of `ROWS`: oneDNN keeps the code of a product of each shape, and every expert
+Rows of zeros are added up to a multiple of `FILL`: oneDNN keeps the code of a product of each shape, and every expert
 has another number of tokens (gpt-oss of 16 experts: 106 MB less in the process after the proof).
 Cost: three products for each of the forward's, and a dense addition for each expert with LoRA.
 """
@@ -27,8 +27,7 @@ from halfbyte.layers.experts.layout import (
     post_norm_of,
     stacks_of,
 )
-
-ROWS = 16
+from halfbyte.layers.experts.sizes import FILL
 
 
 def experts_by_definition(
@@ -38,20 +37,20 @@ def experts_by_definition(
     out = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
     # taken now: PEFT's own wrapper changes what the module's attributes are while a forward lasts
     products = [
-        _Product(self, getattr(self, n), bias_of(self, n), (loras or {}).get(n, NO_LORA)) for n in stacks_of(self)
+        _SlowProduct(self, getattr(self, n), bias_of(self, n), (loras or {}).get(n, NO_LORA)) for n in stacks_of(self)
     ]
     for expert in top_k_index.unique().tolist():
         if expert >= self.num_experts:  # experts of another process
             continue
         tokens, places = torch.where(top_k_index == expert)
-        x = nn.functional.pad(hidden_states[tokens], (0, 0, 0, -len(tokens) % ROWS))
+        x = nn.functional.pad(hidden_states[tokens], (0, 0, 0, -len(tokens) % FILL))
         y = checkpoint(_one, self, products, expert, x, use_reentrant=False)[: len(tokens)]
         out = out.index_add(0, tokens, y.to(out.dtype) * top_k_weights[tokens, places, None].to(out.dtype))
     return out.to(hidden_states.dtype)
 
 
 @dataclass(frozen=True)
-class _Product:
+class _SlowProduct:
     module: nn.Module
     stack: Any
     bias: Tensor | None
@@ -68,7 +67,7 @@ class _Product:
         return y if self.bias is None else y + self.bias[expert].to(x.dtype)
 
 
-def _one(module: nn.Module, products: list[_Product], expert: int, x: Tensor) -> Tensor:
+def _one(module: nn.Module, products: list[_SlowProduct], expert: int, x: Tensor) -> Tensor:
     first, second = products
     y = second.of(gate_of(module)(first.of(x, expert)), expert)
     norm = post_norm_of(module)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from halfbyte.layers.experts.by_definition import experts_by_definition
-from halfbyte.layers.experts.grouped import experts
+from halfbyte.layers.experts.forward import experts
 from halfbyte.layers.experts.layout import LoraOfExperts, experts_of, is_experts, is_quantised
 from halfbyte.models import structure
 
@@ -33,15 +33,15 @@ def register() -> None:
 
 def install(model: Model) -> int:
     """Compute all experts by our function. Returns how many modules do."""
-    lm, found = structure.causal_lm(model), [module for _, module in experts_of(model)]
-    if not found or not hasattr(lm, "set_experts_implementation"):
+    lm, modules = structure.causal_lm(model), [module for _, module in experts_of(model)]
+    if not modules or not hasattr(lm, "set_experts_implementation"):
         return 0
     register()
     before = lm.get_experts_implementation()
     if not {NAME, BY_DEFINITION} & set(before.values()):
         lm.__dict__[_BEFORE] = before
     lm.set_experts_implementation(NAME)
-    return sum(module.config._experts_implementation == NAME for module in found)
+    return sum(module.config._experts_implementation == NAME for module in modules)
 
 
 def compute_all(root: nn.Module) -> None:
@@ -55,11 +55,11 @@ def compute_all(root: nn.Module) -> None:
 def remove(model: Model) -> int:
     """Compute them by transformers' own code; quantised ones, which it cannot read, by definition. Returns how many."""
     lm = structure.causal_lm(model)
-    found = [module for _, module in experts_of(model) if module.config._experts_implementation == NAME]
-    if found:
-        slow = any(map(is_quantised, found))
+    ours = [module for _, module in experts_of(model) if module.config._experts_implementation == NAME]
+    if ours:
+        slow = any(map(is_quantised, ours))
         lm.set_experts_implementation(BY_DEFINITION if slow else lm.__dict__.pop(_BEFORE, None))
-    return len(found)
+    return len(ours)
 
 
 def is_lora_of_experts(module: nn.Module) -> bool:
@@ -74,12 +74,12 @@ def takes_lora(module: nn.Module) -> bool:
 
 def wrappers_of(outer: nn.Module) -> list[Any]:
     """PEFT's wrappers around an experts module, from the outer one in: one for each stack with LoRA."""
-    found: list[Any] = []
+    wrappers: list[Any] = []
     layer: Any = outer
     while hasattr(layer, "parameter_name"):
-        found.append(layer)
+        wrappers.append(layer)
         layer = layer.base_layer
-    return found
+    return wrappers
 
 
 def lora_of(wrapper: Any) -> tuple[str, LoraOfExperts] | None:

@@ -1,4 +1,4 @@
-"""The grouped forward of experts beside transformers' own eager code under torch's autograd, in fp32."""
+"""The fast forward of experts beside transformers' own eager code under torch's autograd, in fp32."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
-from halfbyte.layers.experts import grouped
+from halfbyte.layers.experts import forward, sizes
 from halfbyte.layers.experts.by_definition import experts_by_definition
 from halfbyte.layers.experts.layout import LoraOfExperts, is_experts, stacks_of
 from tests.layers.experts.stacks import hide_stacks
@@ -75,7 +75,7 @@ def same(got: list[Tensor], wanted: list[Tensor], tolerance: float = 1e-5) -> No
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("kind", LAYOUTS)
-@pytest.mark.parametrize("function", [grouped.experts, experts_by_definition])
+@pytest.mark.parametrize("function", [forward.experts, experts_by_definition])
 def test_each_layout_is_as_in_transformers(kind: str, route: str, function: Callable[..., Tensor]) -> None:
     module = experts_of(kind)
     assert is_experts(module)
@@ -109,7 +109,7 @@ def with_delta(module: Any, loras: dict[str, LoraOfExperts]) -> Any:
 
 @pytest.mark.parametrize("which", ["both", "first", "second"])
 @pytest.mark.parametrize("kind", LAYOUTS)
-@pytest.mark.parametrize("function", [grouped.experts, experts_by_definition])
+@pytest.mark.parametrize("function", [forward.experts, experts_by_definition])
 def test_lora_is_what_a_changed_weight_computes(kind: str, which: str, function: Callable[..., Tensor]) -> None:
     module = experts_of(kind)
     index = ROUTES["odd counts"]()
@@ -127,7 +127,7 @@ def test_biases_that_train_get_their_gradients() -> None:
     biases = [module.gate_up_proj_bias.requires_grad_(), module.down_proj_bias.requires_grad_()]
     index = ROUTES["one expert has all"]()
     wanted = results(module, index, *biases)
-    same(results(lambda *args: grouped.experts(module, *args), index, *biases), wanted)
+    same(results(lambda *args: forward.experts(module, *args), index, *biases), wanted)
 
 
 def test_stacks_that_train_go_the_slow_way() -> None:
@@ -135,13 +135,13 @@ def test_stacks_that_train_go_the_slow_way() -> None:
     module.down_proj.requires_grad_()
     index = ROUTES["odd counts"]()
     wanted = results(module, index, module.down_proj)
-    same(results(lambda *args: grouped.experts(module, *args), index, module.down_proj), wanted)
+    same(results(lambda *args: forward.experts(module, *args), index, module.down_proj), wanted)
 
 
 def test_only_routed_experts_are_asked_for_forward_and_backward() -> None:
     module = experts_of("gate and up")
     stacks = hide_stacks(module, stacks_of(module))
-    results(lambda *args: grouped.experts(module, *args), ROUTES["k = 1, some have none"]())
+    results(lambda *args: forward.experts(module, *args), ROUTES["k = 1, some have none"]())
     assert [sorted(stack.asked) for stack in stacks] == [[1, 1, 4, 4]] * 2
 
 
@@ -154,7 +154,7 @@ def test_backward_keeps_no_weight_and_no_copy_for_each_expert() -> None:
     x, weights = torch.randn(13, D, requires_grad=True), torch.rand(13, K, requires_grad=True)
     kept: dict[int, Tensor] = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
-        grouped.experts(module, x, index, weights, loras=loras)
+        forward.experts(module, x, index, weights, loras=loras)
     counts = torch.bincount(index.reshape(-1), minlength=E)
     filled = torch.where(counts > 0, -(-counts // 16) * 16, 0)
     rows = int((counts.cumsum(0) - counts + filled).max())
@@ -176,23 +176,23 @@ def test_in_bf16_it_is_as_near_to_the_truth_as_transformers() -> None:
         got = results(lambda x, i, w: forward(x.bfloat16(), i, w.bfloat16()).float(), index)
         return [float((a - b).norm() / b.norm()) for a, b in zip(got, truth, strict=True)]
 
-    own, ours = off(half), off(lambda *args: grouped.experts(half, *args))
+    own, ours = off(half), off(lambda *args: forward.experts(half, *args))
     assert all(a < 1.2 * b for a, b in zip(ours, own, strict=True)), (ours, own)
 
 
 @pytest.mark.parametrize("kind", ["gate and up", "transposed, interleaved, biased, clamped", "a norm after"])
 def test_an_expert_with_many_tokens_is_taken_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouped, "LEAST_AT_ONCE", 2)
-    monkeypatch.setattr(grouped, "BUSIEST", 1)
+    monkeypatch.setattr(sizes, "LEAST_AT_ONCE", 2)
+    monkeypatch.setattr(sizes, "BUSIEST", 1)
     module = experts_of(kind)
     index = ROUTES["one expert has all"]()
-    groups = grouped.Groups.of(index, E)
+    groups = forward.Groups.of(index, E)
     assert groups.most == 16 and max(last - first for _, first, last in groups.spans) == 3
     assert [span for span in groups.spans if span[0] == 3][-1][2] == 14
     loras = lora(module, stacks_of(module))
     trained = [part for one in loras.values() for part in (one.a, one.b) if part is not None]
     wanted = results(with_delta(module, loras), index, *trained)
-    same(results(lambda *args: grouped.experts(module, *args, loras=loras), index, *trained), wanted)
+    same(results(lambda *args: forward.experts(module, *args, loras=loras), index, *trained), wanted)
 
 
 class Products(TorchDispatchMode):
@@ -217,13 +217,13 @@ def test_products_have_few_shapes_however_tokens_are_spread() -> None:
         for tokens in (13, 40, 77, 131):
             index = torch.stack([torch.randperm(E, generator=draw)[:K] for _ in range(tokens)])
             x, weights = torch.randn(tokens, D, requires_grad=True), torch.rand(tokens, K)
-            grouped.experts(module, x, index, weights, loras=loras).sum().backward()
+            forward.experts(module, x, index, weights, loras=loras).sum().backward()
     assert products.seen <= {16, 32, 48, 64, 80, 96, 112, 128}, products.seen
     assert len(products.seen) > 2
 
 
 def test_rows_are_filled_by_a_sixteenth_at_most() -> None:
-    sizes = [grouped.filled(rows) for rows in range(1, 5000)]
+    sizes = [sizes.padded_rows(rows) for rows in range(1, 5000)]
     assert all(rows <= size < max(rows + 16, rows * 1.125) for rows, size in enumerate(sizes, 1))
     assert len(set(sizes)) < 60
 
@@ -231,6 +231,6 @@ def test_rows_are_filled_by_a_sixteenth_at_most() -> None:
 def test_no_token_at_all() -> None:
     module = experts_of("gate and up")
     x, weights = torch.zeros(0, D, requires_grad=True), torch.zeros(0, K, requires_grad=True)
-    y = grouped.experts(module, x, torch.zeros(0, K, dtype=torch.long), weights)
+    y = forward.experts(module, x, torch.zeros(0, K, dtype=torch.long), weights)
     y.sum().backward()
     assert y.shape == (0, D) and x.grad is not None and weights.grad is not None

@@ -35,15 +35,9 @@ from halfbyte.layers.experts.layout import (
     post_norm_of,
     stacks_of,
 )
+from halfbyte.layers.experts.sizes import max_at_once, padded_rows
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.matmul import into
-
-# Rows of a product are filled up with zeros to a multiple of this, or of a sixteenth of them: oneDNN compiles each
-# shape (2 ms) and keeps it, and every expert of every micro-batch would have one of its own.
-FILL = 16
-# Tokens of one expert that are taken at once: at most so many times the mean of all experts, or so many. It bounds what
-# is in memory for a moment, however a router chooses; an expert with more is dequantised once more for each part.
-BUSIEST, LEAST_AT_ONCE = 2, 256
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,7 @@ class Groups:
         """Of the experts (T, k) that the router chose. Numbers past the last expert are another process's."""
         flat, order = index.reshape(-1).sort(stable=True)
         counts = torch.bincount(flat, minlength=experts)[:experts].tolist()
-        at_once = max(LEAST_AT_ONCE, BUSIEST * -(-index.numel() // experts))
+        at_once = max_at_once(index.numel(), experts)
         spans, end = [], 0
         for expert, count in enumerate(counts):
             begin, end = end, end + count
@@ -72,32 +66,26 @@ class Groups:
         return cls(order // index.shape[1], order, tuple(spans))
 
     @property
-    def most(self) -> int:
+    def span_rows(self) -> int:
         """Rows of the longest span's products."""
-        return max((filled(last - first) for _, first, last in self.spans), default=0)
+        return max((padded_rows(last - first) for _, first, last in self.spans), default=0)
 
     @property
-    def room(self) -> int:
+    def rows(self) -> int:
         """Rows of all pairs, and of what the last products write behind them."""
-        return max((first + filled(last - first) for _, first, last in self.spans), default=0)
+        return max((first + padded_rows(last - first) for _, first, last in self.spans), default=0)
 
 
-def filled(rows: int) -> int:
-    """Rows of a product for the tokens of one expert."""
-    step = max(FILL, (1 << (rows - 1).bit_length()) // FILL)
-    return -(-rows // step) * step
-
-
-def _taken(x: Tensor, rows: Tensor, out: Tensor) -> Tensor:
-    """Those rows of x, and zeros up to what a product has: (filled n, D), in `out`."""
-    own = out[: filled(len(rows))]
-    torch.index_select(x, 0, rows, out=own[: len(rows)])
-    own[len(rows) :].zero_()
-    return own
+def _padded(x: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+    """Those rows of x, and zeros up to what a product has: (padded n, D), in `out`."""
+    out = out[: padded_rows(len(rows))]
+    torch.index_select(x, 0, rows, out=out[: len(rows)])
+    out[len(rows) :].zero_()
+    return out
 
 
 @dataclass
-class _Product:
+class _Stack:
     """One of the two stacks and its LoRA, in the dtype that is computed in."""
 
     module: nn.Module
@@ -110,7 +98,7 @@ class _Product:
     @classmethod
     def of(
         cls, module: nn.Module, name: str, trained: tuple[Tensor | None, ...], scale: float, dtype: torch.dtype
-    ) -> _Product:
+    ) -> _Stack:
         """`trained`: A, B and the bias, as parameters."""
         a, b, bias = (None if part is None else part.to(dtype) for part in trained)
         experts = int(module.num_experts)
@@ -154,14 +142,14 @@ class _Grads:
     bias: Tensor | None
 
     @classmethod
-    def of(cls, product: _Product, wanted: tuple[bool, bool, bool]) -> _Grads:
+    def of(cls, product: _Stack, wanted: tuple[bool, bool, bool]) -> _Grads:
         parts = (product.a, None if product.b is None else product.b.transpose(1, 2), product.bias)
         return cls(*(
             torch.zeros(part.shape, dtype=torch.float32, device=part.device) if part is not None and need else None
             for part, need in zip(parts, wanted, strict=True)
         ))  # fmt: skip
 
-    def add(self, expert: int, product: _Product, x: Tensor, dy: Tensor, h: Tensor | None, dh: Tensor | None) -> None:
+    def add(self, expert: int, product: _Stack, x: Tensor, dy: Tensor, h: Tensor | None, dh: Tensor | None) -> None:
         if self.a is not None and dh is not None:
             self.a[expert] += dh.T @ x  # (R, n) @ (n, in)
         if self.b is not None and h is not None:
@@ -194,36 +182,38 @@ class Experts(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         trained = (up_a, up_b, up_bias, down_a, down_b, down_bias)
         up, down = (
-            _Product.of(module, name, trained[3 * i : 3 * i + 3], scales[i], x.dtype)
+            _Stack.of(module, name, trained[3 * i : 3 * i + 3], scales[i], x.dtype)
             for i, name in enumerate(stacks_of(module))
         )
         # a span's products write past its end, where the next span's are written after it
-        z = pool.empty((groups.room, up.width), x)
-        kept = [None if p.a is None else x.new_empty((groups.room, p.a.shape[1])) for p in (up, down)]
-        room = [pool.empty((groups.most, x.shape[1]), x) for _ in range(2)]
+        z = pool.empty((groups.rows, up.width), x)
+        lora_outputs = [None if p.a is None else x.new_empty((groups.rows, p.a.shape[1])) for p in (up, down)]
+        scratch = [pool.empty((groups.span_rows, x.shape[1]), x) for _ in range(2)]
         gate, norm = gate_of(module), post_norm_of(module)
         share = weights.reshape(-1).index_select(0, groups.order).float()
         out = torch.zeros_like(x, dtype=torch.float32)
         for expert, first, last in groups.spans:
             rows = groups.tokens[first:last]
-            own = _taken(x, rows, room[0])  # (n, D)
-            at = slice(first, first + len(own))
-            hs = [None if h is None else h[at] for h in kept]
-            inner = _gated(module, gate, up.forward(expert, own, z[at], hs[0]))  # (n, I)
-            y = down.forward(expert, inner, room[1][: len(own)], hs[1])[: len(rows)]  # (n, D)
+            x_expert = _padded(x, rows, scratch[0])  # (n, D)
+            at = slice(first, first + len(x_expert))
+            hs = [None if h is None else h[at] for h in lora_outputs]
+            inner = _gated(module, gate, up.forward(expert, x_expert, z[at], hs[0]))  # (n, I)
+            y = down.forward(expert, inner, scratch[1][: len(x_expert)], hs[1])[: len(rows)]  # (n, D)
             if norm is not None:
                 y = norm(y)
             out.index_add_(0, rows, y.float() * share[first:last, None])
-        ctx.save_for_backward(x, weights, z, *kept, up.a, up.b, down.a, down.b, *trained)
-        ctx.module, ctx.groups, ctx.scales = module, groups, scales
+        ctx.save_for_backward(x, weights, z, *lora_outputs, up.a, up.b, down.a, down.b, *trained)
+        ctx.module, ctx.groups = module, groups
+        ctx.scales = scales
         return out.to(x.dtype)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, z, up_h, down_h, up_a, up_b, down_a, down_b, *trained = ctx.saved_tensors
-        module, groups, needs = cast(nn.Module, ctx.module), cast(Groups, ctx.groups), ctx.needs_input_grad
+        module, groups = cast(nn.Module, ctx.module), cast(Groups, ctx.groups)
+        needs = ctx.needs_input_grad
         up, down = (
-            _Product(module, getattr(module, name), None if bias is None else bias.to(x.dtype), a, b, scale)
+            _Stack(module, getattr(module, name), None if bias is None else bias.to(x.dtype), a, b, scale)
             for name, a, b, bias, scale in zip(
                 stacks_of(module), (up_a, down_a), (up_b, down_b), trained[2::3], ctx.scales, strict=True
             )
@@ -233,17 +223,17 @@ class Experts(torch.autograd.Function):
         share = weights.reshape(-1).index_select(0, groups.order).float()
         dx = torch.zeros_like(x, dtype=torch.float32)
         dshare = torch.zeros_like(share)
-        room = [pool.empty((groups.most, width), x) for width in (x.shape[1], inner_width, x.shape[1])]
+        scratch = [pool.empty((groups.span_rows, width), x) for width in (x.shape[1], inner_width, x.shape[1])]
         gate, norm = gate_of(module), post_norm_of(module)
         for expert, first, last in groups.spans:
             rows = groups.tokens[first:last]
             n = len(rows)
-            dy = _taken(grad, rows, room[0])  # (n, D), zero past the span's end, as all that comes of it
-            into, d_inner = (part[: len(dy)] for part in room[:2])
+            dy = _padded(grad, rows, scratch[0])  # (n, D), zero past the span's end, as all that comes of it
+            dy_rows, d_inner = (part[: len(dy)] for part in scratch[:2])
             at = slice(first, first + len(dy))
             weight, hs = share[first:last, None], [None if h is None else h[at] for h in (up_h, down_h)]
-            z_own = z[at]
-            inner = _gated(module, gate, z_own)  # (n, I)
+            z_expert = z[at]
+            inner = _gated(module, gate, z_expert)  # (n, I)
             if norm is not None:
                 dy[:n], dshare[first:last] = _through_norm(norm, down, expert, inner, dy[:n], weight)
             dh = down.backward(expert, dy, d_inner)
@@ -256,12 +246,12 @@ class Experts(torch.autograd.Function):
                         part[:n].mul_(weight)
             of_down.add(expert, down, inner, dy, hs[1], dh)
             del inner, dy
-            dz = _gated_backward(module, gate, z_own, d_inner)
-            own = _taken(x, rows, room[0]) if of_up.a is not None else into
-            d_own = room[2][: len(own)]
-            dh = up.backward(expert, dz, d_own)
-            of_up.add(expert, up, own, dz, hs[0], dh)
-            dx.index_add_(0, rows, d_own[:n].float())
+            dz = _gated_backward(module, gate, z_expert, d_inner)
+            x_expert = _padded(x, rows, scratch[0]) if of_up.a is not None else dy_rows
+            dx_expert = scratch[2][: len(x_expert)]
+            dh = up.backward(expert, dz, dx_expert)
+            of_up.add(expert, up, x_expert, dz, hs[0], dh)
+            dx.index_add_(0, rows, dx_expert[:n].float())
         dweights = torch.empty_like(dshare)
         dweights[groups.order] = dshare
         of_trained = (*of_up.like(*trained[:3]), *of_down.like(*trained[3:]))
@@ -285,7 +275,7 @@ def experts(
 
 
 def _through_norm(
-    norm: Callable[[Tensor], Tensor], down: _Product, expert: int, inner: Tensor, grad: Tensor, weight: Tensor
+    norm: Callable[[Tensor], Tensor], down: _Stack, expert: int, inner: Tensor, grad: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients of what the norm reads (n, D) and of the routing weights (n,), for the output's."""
     y = grad.new_empty((len(inner), grad.shape[1]))
@@ -299,8 +289,8 @@ def _through_norm(
 
 def _is_silu_gate(module: nn.Module) -> bool:
     """silu(first half) * second half, which has its own formula below."""
-    own = getattr(module._apply_gate, "__func__", None) if module.has_gate else None
-    return own is moe._default_apply_gate and isinstance(module.act_fn, nn.SiLU)
+    gate = getattr(module._apply_gate, "__func__", None) if module.has_gate else None
+    return gate is moe._default_apply_gate and isinstance(module.act_fn, nn.SiLU)
 
 
 def _gated(module: nn.Module, gate: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
