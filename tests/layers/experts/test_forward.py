@@ -187,7 +187,7 @@ def test_an_expert_with_many_tokens_is_taken_in_parts(kind: str, monkeypatch: py
     module = experts_of(kind)
     index = ROUTES["one expert has all"]()
     groups = forward.Groups.of(index, E)
-    assert groups.most == 16 and max(last - first for _, first, last in groups.spans) == 3
+    assert groups.span_rows == 16 and max(last - first for _, first, last in groups.spans) == 3
     assert [span for span in groups.spans if span[0] == 3][-1][2] == 14
     loras = lora(module, stacks_of(module))
     trained = [part for one in loras.values() for part in (one.a, one.b) if part is not None]
