@@ -40,7 +40,8 @@ DROPPED = 1 << 20  # numbers of a layer's input
 MIN_TRIES, CALLS_ON_CARD = 5, 8
 LONG_S = 2.0  # a try that takes so long is not repeated, as products in bf16 where the processor has none
 # Above these the machine was not ours alone. Threads of an idle machine wait for 1 to 2% of their time.
-BUSY_SHARE, BUSY_PRESSURE, BUSY_SPREAD = 0.08, 0.25, 1.5
+BUSY_SHARE, BUSY_PRESSURE = 0.08, 0.25
+BUSY_SPREAD = 1.5
 MAX_CORRECTION_OF_A_RUN = 2.0  # by one run, before the square root: a run is one model and one kind of rows
 CORRECTION_LIMIT = 4.0
 

@@ -37,12 +37,15 @@ FIRST_MICRO_BATCH_BYTES = 50_000_000
 # The compiler (numba, LLVM), where kernels are not in its cache yet; the process keeps it to its end. Measured: a cold
 # run beside a warm one of the same recipe, private: 174 MB in fp32, 296 to 308 in bf16, whose kernels are more, and 379
 # where they multiply integers; 7 MB of code.
-COMPILER_PRIVATE_BYTES, COMPILER_MORE_BYTES, COMPILER_INTEGER_BYTES = 180_000_000, 120_000_000, 75_000_000
+COMPILER_PRIVATE_BYTES = 180_000_000
+COMPILER_BF16_BYTES = 120_000_000
+COMPILER_INTEGER_BYTES = 75_000_000
 COMPILER_FILE_BYTES = 7_000_000
 # oneDNN's code of a matrix product of one shape, and how many shapes a size of micro-batches has: 54 MB more in use for
 # 6 sizes, 90 for 10 (docs/log). `system/threads.py` bounds how many are cached. The first micro-batch's are in its
 # own line.
-PRODUCT_BYTES, PRODUCTS_OF_A_SIZE, PRODUCTS_OF_AN_EVALUATION = 500_000, 25, 8
+PRODUCT_BYTES = 500_000
+PRODUCTS_OF_A_SIZE, PRODUCTS_OF_AN_EVALUATION = 25, 8
 # Resident bytes per byte of tokenizer.json (7.7 at 262k entries, 4 at 49k). Without that file: per entry of the
 # vocabulary (985 and 290).
 TOKENIZER_SHARE, TOKENIZER_BYTES_PER_ENTRY = 8, 1000
@@ -57,8 +60,9 @@ OPTIMIZER_BYTES = {
     "rmsprop_bnb": 4, "rmsprop_bnb_32bit": 4, "rmsprop_bnb_8bit": 1,
 }  # fmt: skip
 
-# layers/loss.py: logits at once at most, on a card too, in multiples of so many rows
-LOGITS_CHUNK, LOGITS_CHUNK32, CARD_LOGITS_CHUNK, LOGITS_ROWS = 16_000_000, 32_000_000, 128_000_000, 16
+# layers/loss.py: logits at once at most, in bf16, in fp32 and on a card, in multiples of so many rows
+LOGITS_CHUNK, LOGITS_CHUNK32 = 16_000_000, 32_000_000
+CARD_LOGITS_CHUNK, LOGITS_ROWS = 128_000_000, 16
 SCORES_BYTES, SCORES_ROWS = 24_000_000, 512  # layers/attention.py: scores in fp32 at once, rows of a long example
 # layers/kernels/cpu/integer/products.py: rows of a result at least, numbers at most at once
 INTEGER_ROWS, INTEGER_SUMS = 512, 3 << 19
@@ -101,7 +105,7 @@ def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
 
 def _compiler_bytes(job: Job) -> int:
     integers = COMPILER_INTEGER_BYTES if job.recipe.quant.compute != "exact" else 0
-    return COMPILER_PRIVATE_BYTES + (COMPILER_MORE_BYTES + integers if job.dtype == "bf16" else 0)
+    return COMPILER_PRIVATE_BYTES + (COMPILER_BF16_BYTES + integers if job.dtype == "bf16" else 0)
 
 
 def _products_bytes(job: Job) -> int:
@@ -301,8 +305,8 @@ def step_lines(job: Job, largest: MicroBatch, recompute: Recompute, where: Where
     Args:
         cards: layers are split over so many; each holds its share of what is kept.
     """
-    layer, c, tokens = job.layer, job.itemsize, largest.tokens
-    hidden = job.facts.hidden
+    layer, tokens = job.layer, largest.tokens
+    c, hidden = job.itemsize, job.facts.hidden
     pairs = pairs_of(layer, largest.lengths)
     rows = len(largest.lengths) * max(largest.lengths) if layer.pairs in PADDED else tokens
     layers = -(-job.facts.layers // cards)

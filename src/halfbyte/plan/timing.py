@@ -33,10 +33,11 @@ BLOCK_ROWS = 48
 TRAFFIC = 10.0
 # Of that, what is done again under a policy.
 TRAFFIC_AGAIN = {"none": 1.0, "selective": 1.2, "full": 1.4}
-# layers/kernels/cpu/integer/products.py: how many times the rate of the compute dtype int8 must have to be taken. Bytes
-# that a product moves more for it: of a number of its input (read, written in 8 bits) and one of its output (sums in 32
-# bits, written and read) together; and of a weight, which is decoded on its way into 8 bits.
-INTEGERS_PAY, ROUND_BYTES, ROUND_WEIGHT = 1.3, 3.0 + 8.0, 1.0
+# layers/kernels/cpu/integer/products.py: int8 is taken from so many times the rate of the compute dtype on.
+INTEGERS_PAY = 1.3
+# Bytes that an int8 product moves more: of a number of its input (read, written in 8 bits) and one of its output (sums
+# in 32 bits, written and read) together; and of a weight, which is decoded on its way into 8 bits.
+ROUND_BYTES, ROUND_WEIGHT = 3.0 + 8.0, 1.0
 # Numbers of a dropout mask that torch draws in a second, whatever the threads, where a model drops by itself: from one
 # run of GPT-2, 1.0 s beside 1.9 of all else for 75 million numbers (docs/log).
 MASK_NUMBERS = 75e6

@@ -51,7 +51,8 @@ RowNames = Annotated[
 
 _LIKE = "rows: files, a glob, a hub: dataset, or a list of them; 5% or a number of the training rows; none; or auto"
 _SPLIT = re.compile(r"(?P<count>[1-9]\d*)|(?P<percent>\d+(\.\d+)?)\s*%|(?P<share>0?\.\d+)")
-AUTO_PERCENT, AUTO_LEAST, AUTO_MOST = 5, 200, 200  # of the rows; of how many at least; how many at most
+AUTO_PERCENT = 5  # of the rows
+AUTO_MIN_ROWS, AUTO_MAX_HELD_OUT = 200, 200
 
 
 def _held_out(value: object) -> object:
@@ -123,6 +124,6 @@ class Data(Section):
         if self.eval_names is not None or asked == "none":
             return 0
         if asked == "auto":
-            return min(round(rows * AUTO_PERCENT / 100), AUTO_MOST) if rows >= AUTO_LEAST else 0
+            return min(round(rows * AUTO_PERCENT / 100), AUTO_MAX_HELD_OUT) if rows >= AUTO_MIN_ROWS else 0
         assert isinstance(asked, str)
         return max(1, round(rows * float(asked[:-1]) / 100)) if asked.endswith("%") else int(asked)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from halfbyte.models.gguf.header import GgufHeader
-from halfbyte.models.gguf.reader import PLAIN, GgufError, GgufReader, Numbers, Transform
+from halfbyte.models.gguf.reader import PLAIN, FileNumbers, GgufError, GgufReader, Transform
 
 if TYPE_CHECKING:
     import numpy as np
@@ -129,7 +129,7 @@ def _in_later_layer(name: str, layers: int) -> bool:
 def _rotary(heads_key: str) -> Order:
     """llama.cpp turns neighbours where transformers turns halves: (head, pair, half) -> (head, half, pair)."""
 
-    def order(numbers: Numbers, name: str, rows: int) -> np.ndarray:
+    def order(numbers: FileNumbers, name: str, rows: int) -> np.ndarray:
         import numpy as np
 
         heads = numbers.number(heads_key) or numbers.number("attention.head_count")
@@ -138,7 +138,7 @@ def _rotary(heads_key: str) -> Order:
     return order
 
 
-def _fused_by_head(numbers: Numbers, name: str, rows: int) -> np.ndarray:
+def _fused_by_head(numbers: FileNumbers, name: str, rows: int) -> np.ndarray:
     """(q, k, v) of all heads -> each head's own q, k, v."""
     import numpy as np
 
@@ -146,7 +146,7 @@ def _fused_by_head(numbers: Numbers, name: str, rows: int) -> np.ndarray:
     return np.arange(rows).reshape(3, heads, rows // heads // 3).swapaxes(0, 1).reshape(-1)
 
 
-def _fused_by_group(numbers: Numbers, name: str, rows: int) -> np.ndarray:
+def _fused_by_group(numbers: FileNumbers, name: str, rows: int) -> np.ndarray:
     """All queries, all keys, all values -> each group's queries, its key, its value (Falcon)."""
     import numpy as np
 
@@ -160,7 +160,7 @@ def _fused_by_group(numbers: Numbers, name: str, rows: int) -> np.ndarray:
 def _grouped_values(size_key: str = "", *, after_keys: bool = False) -> Order:
     """Value heads (turn, key head) -> (key head, turn); `after_keys`: they follow queries and keys (Qwen3.5)."""
 
-    def order(numbers: Numbers, name: str, rows: int) -> np.ndarray:
+    def order(numbers: FileNumbers, name: str, rows: int) -> np.ndarray:
         import numpy as np
 
         keys, heads = numbers.number("ssm.group_count"), numbers.number("ssm.time_step_rank")

@@ -20,7 +20,7 @@ from halfbyte.models.gguf.header import GgufHeader, GgufTensor
 if TYPE_CHECKING:
     import numpy as np
 
-    Order = Callable[["Numbers", str, int], np.ndarray]
+    Order = Callable[["FileNumbers", str, int], np.ndarray]
     """(numbers, a tensor's name, its rows) -> which row of the file each row of the model is."""
 
 PIECE_ELEMENTS = 1 << 22
@@ -30,7 +30,7 @@ class GgufError(Exception):
     """The file is whole, but it cannot be turned into a faithful checkpoint."""
 
 
-class Numbers(Protocol):
+class FileNumbers(Protocol):
     """Who knows the numbers of a file's metadata."""
 
     def number(self, key: str) -> int: ...
@@ -47,7 +47,7 @@ class Transform:
     transposed: bool = False
     back: Callable[[np.ndarray], np.ndarray] | None = None
 
-    def inverse(self, values: np.ndarray, numbers: Numbers, name: str) -> np.ndarray:
+    def inverse(self, values: np.ndarray, numbers: FileNumbers, name: str) -> np.ndarray:
         """The tensor of the file that reads as this parameter.
 
         Args:
