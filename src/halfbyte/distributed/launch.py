@@ -1,7 +1,7 @@
 """What a launcher says to this process: its rank, how many there are, and whether this launch began a run before.
 
 Why: torchrun, accelerate, Ray's TorchTrainer and SkyPilot set torch's variables; `srun` and `mpirun` have their own. A
-task of theirs that nobody told of the others would train alone, unseen, so that is an error.
+task of theirs that does not know of the others would train alone, unseen, so that is an error.
 Source: docs.pytorch.org/docs/stable/elastic/run.html (the variables that torchrun sets); srun(1), "OUTPUT ENVIRONMENT
 VARIABLES"; Open MPI's and MPICH's launchers.
 Cost: none; no torch.
@@ -107,7 +107,7 @@ def process() -> tuple[int, float]:
 
 
 def end(number: int, began: float) -> None:
-    """SIGKILL to a process of this machine, which reaches also one that is stopped; none to another of that number."""
+    """SIGKILL to a process of this machine, also a stopped one; not to a later process of the same number."""
     import psutil
 
     with contextlib.suppress(psutil.Error):

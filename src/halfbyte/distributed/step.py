@@ -1,6 +1,6 @@
 """The end of a step on several processes: one all-reduce of one buffer, with the gradients, the loss and the flags.
 
-Why: each process runs its own micro-batches, as many as it likes, and may step down alone; they meet once. Whether to
+Why: each process runs its own micro-batches, as many as it likes, and may step down alone; all meet once. Whether to
 stop, and who has a loss that is not finite, travels with the sum, so that all decide alike.
 Source: the flat gradient buffer of Horovod and DDP (arXiv:2006.15704, section 3.2.3), without hooks in backward.
 Cost: 4 bytes a trained number, which are its gradient; on the wire 2 (N - 1) / N of them, sent and received.

@@ -1,4 +1,4 @@
-"""Whether all processes of a run are still there, and the reason of the first one that fails, told to all of them.
+"""Whether all processes of a run are alive; all of them get the reason of the first one that fails.
 
 Why: a collective waits for whoever is gone. A closed connection is an error at once; a machine or a link that went
 silent is none, and torch's timeout has to be longer than the longest step. So each process counts a beat into torch's
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 EVERY_S = 1.0
-SILENT_S = 20.0  # a process that has not been heard of for so long is gone
+SILENT_S = 20.0  # a process without a beat for so long is gone
 STORE_S = 20.0  # so is the first one, if its store does not answer
 FAILED = "failed"
 
@@ -36,7 +36,7 @@ class Interrupted(BaseException):
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a world ends. `rank` is None where it is not known who failed; `silent`: it is not heard of, and may live."""
+    """Why a run ends. `rank`: of the process that failed, if known; `silent`: it does not answer, and may be alive."""
 
     message: str
     rank: int | None = None
@@ -53,12 +53,12 @@ class Fault:
 
 
 class Heartbeat:
-    """A thread that beats and watches, and one that sees whether the first comes back: a question to a store whose
-    process is stopped, or whose link drops all, has no end. `fault` is what they have found; then `on_fault` is called,
-    once. `store_silent`: the store does not answer, and must not be asked again.
+    """A thread that beats and watches, and one that watches the first: a call to a store whose process is stopped, or
+    whose link drops everything, does not return. `on_fault` is called once `fault` is set. `store_silent`: the store
+    does not answer, and must not be called again.
 
     Args:
-        beside: the ranks of this machine, each with what `launch.process` said there.
+        beside: the ranks of this machine, each with its `launch.process`.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Heartbeat:
         """The first one looks at all, the others at the first and at those of their machine."""
         near = sorted({0, *self._beside} - {self._rank})
         now, looked_at = time.monotonic(), range(len(self._names)) if self._rank == 0 else near
-        if now - self._looked > SILENT_S / 2:  # this one was stopped, perhaps with the others: it has not heard them
+        if now - self._looked > SILENT_S / 2:  # this process was stopped, perhaps the others too: their beats are old
             self._seen.clear()
         self._looked = now
         keys = [_beat(rank) for rank in looked_at]

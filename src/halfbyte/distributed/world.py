@@ -87,7 +87,7 @@ class World:
 
     @property
     def env(self) -> Mapping[str, str]:
-        """The environment, without the one thread that torchrun asks for where nobody did."""
+        """The environment, without torchrun's OMP_NUM_THREADS=1 where the user did not set it."""
         env = dict(os.environ)
         if self.sharing is not None and launch.is_launchers_one_thread(env):
             del env["OMP_NUM_THREADS"]
@@ -102,7 +102,7 @@ class World:
         return machine
 
     def await_failure(self) -> None:
-        """Another process has a reason to end and says it now; this one waits to be told."""
+        """Wait for another process to publish why it ends."""
 
     @property
     def sharing(self) -> int | None:
@@ -310,7 +310,7 @@ class Group(World):
         )
 
     def _lost(self, error: BaseException) -> RankLost:
-        """After a collective failed: what the one that is gone has written down, if it could."""
+        """After a collective failed: the reason that the failed process has published, if it could."""
         if self._store_silent and self.fault is not None:
             return _lost(self.fault)
         with contextlib.suppress(RuntimeError):
@@ -323,7 +323,7 @@ class Group(World):
         )
 
     def _on_fault(self) -> None:
-        """In the watch's thread. Where the main one does not come back, it is in a call that does not end."""
+        """Called in the watching thread. If the main thread does not return, it is in a call that does not end."""
         if not self._left.is_set():
             interrupt(self._thread)
         if not self._left.wait(STUCK_S) and self.fault is not None and (self._say is not None or self._store_silent):
@@ -332,7 +332,7 @@ class Group(World):
             os._exit(self.fault.exit_code)
 
     def failed(self, error: BaseException) -> BaseException:
-        """Tell all others why this process ends, and say it once. Returns the error to end with."""
+        """Publish why this process ends, and report it once. Returns the error to end with."""
         self._left.set()
         while True:
             try:
@@ -354,7 +354,7 @@ class Group(World):
         return error
 
     def _say_once(self, error: HalfbyteError, say: Callable[[HalfbyteError], None]) -> None:
-        """The first process says it and waits until the others have heard so; another one only where it does not."""
+        """The first process reports it and waits until the others know; another one only if the first does not."""
         if self._store is None or self.rank == 0 or self._store_silent:
             say(error)
         if self._store_silent:

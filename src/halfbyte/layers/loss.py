@@ -3,7 +3,7 @@
 Why: a vocabulary of 50,000 to 250,000 makes whole logits the largest tensor of a step, and on completion-only data most
 rows of it carry no label.
 What: the body's hidden states at labelled positions meet the head in chunks; each chunk's gradient takes the place of
-its logits and is multiplied back at once. Scaled and softcapped logits (granite, cohere, gemma) are told by the config
+its logits and is multiplied back at once. Scaled and softcapped logits (granite, cohere, gemma) are read off the config
 and checked against the model's own logits; a model that does anything else gets its logits from its own forward, for
 labelled positions only (`logits_to_keep`, a documented argument).
 Source: the order of work is that of Liger-Kernel's fused linear cross-entropy (arXiv:2410.10989, section 3.2).

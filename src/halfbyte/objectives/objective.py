@@ -71,7 +71,7 @@ def micro_batch_loss(objective: Objective, model: Model, batch: Batch) -> Tensor
 
     That one keeps a mixture's experts evenly used: with `output_router_logits` a model adds `router_aux_loss_coef`
     times a loss of its routers' logits to the mean. It is the model's own function, over the tokens of a micro-batch,
-    which counts by its weight. An evaluation is told without it, as it says nothing of the text.
+    which counts by its weight. Evaluations leave it out, as it says nothing of the text.
     Source: Switch Transformers, arXiv:2101.03961, section 2.2; `load_balancing_loss_func` in transformers' models.
     Cost: E numbers a token and layer.
 

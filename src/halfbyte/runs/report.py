@@ -1,4 +1,4 @@
-"""`report.json`: what a run did, measured, beside what its plan had said.
+"""`report.json`: what a run did, measured, beside its plan.
 
 Why: a plan that is never compared with a measurement is a guess.
 Source: the rows of `metrics.jsonl`, so a resumed run counts the steps of all its processes.
@@ -92,7 +92,7 @@ def before_training(rows: Sequence[Document]) -> float | None:
 
 def above_start(rows: Sequence[Document], eval_loss: float) -> float | None:
     """The loss that a run began with, where this one of held-out rows is above it; None where it is not, or where that
-    cannot be told: the first step's rows are others, so only a far higher loss is above theirs."""
+    is not known: the first step's rows are others, so only a far higher loss is above theirs."""
     before = before_training(rows)
     held_out = any(row["step"] == 0 and "eval_loss" in row for row in rows)
     return before if before is not None and eval_loss > before * (1.0 if held_out else WORSE) else None

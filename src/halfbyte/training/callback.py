@@ -167,7 +167,7 @@ class RunCallback(TrainerCallback):
         self.writer.finish()
 
     def keep_late_best(self) -> None:
-        """Write the best adapter that found no room when it was evaluated; DiskFull where there is none yet."""
+        """Write the best adapter that found no space when it was evaluated; DiskFull where there is still none."""
         if self._late_best is not None:
             self._late_best()
             self._late_best = None
@@ -182,7 +182,7 @@ class RunCallback(TrainerCallback):
                 self.listener.note("disk", "there is room again")
 
     def _no_room(self, text: str) -> None:
-        """Said once until there is room again."""
+        """Warn once until there is space again."""
         if not self._disk_full:
             self._disk_full = True
             self.notices.append(f"step {self.trainer.state.global_step}: {text}")

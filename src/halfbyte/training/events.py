@@ -1,4 +1,4 @@
-"""What a run says while it works, and the signals that it hears: the first SIGINT or SIGTERM ends it after the
+"""What a run reports while it works, and the signals that end it: the first SIGINT or SIGTERM ends it after the
 micro-batch under way, with a checkpoint; a second one ends it at once; a lost terminal changes nothing."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SAME_S = 1.0
 
 
 class Listener:
-    """Who is told what a run does; this one ignores everything. The command line prints, a script may collect."""
+    """Receives what a run reports. This one ignores everything; the command line prints, a script may collect."""
 
     def note(self, label: str, text: str) -> None: ...
     def warn(self, text: str) -> None: ...
@@ -50,7 +50,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals(tell: Callable[[Signals], None] = lambda signal: None) -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request, which is told at once, and a second one into a
+    """Turn the first SIGINT or SIGTERM into a request, reported to `tell` at once, and a second one into a
     KeyboardInterrupt; earlier handlers are put back. Only in the main thread.
 
     A SIGTERM within `SAME_S` of another is the same one: supervisors send it to a process and to its group.

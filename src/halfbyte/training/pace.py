@@ -40,7 +40,7 @@ class Pace:
 
     Args:
         lengths: tokens of each row. tokens: the most in a micro-batch; never below the longest row.
-        need: bytes that a micro-batch of so many tokens adds to what is held, under a policy of recomputation.
+        need: bytes that a micro-batch of so many tokens adds, under a policy of recomputation.
         policies: from the one that recomputes least to the one that recomputes most.
         apply: makes the model recompute as a policy says.
         on_card: on a card an allocation that fails is an error; RAM is looked at before it runs out.

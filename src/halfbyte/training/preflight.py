@@ -1,4 +1,4 @@
-"""Where a run begins, and what can be told of it before a library is loaded, a model looked for or a base opened.
+"""Where a run begins, and what can be checked before a library is loaded, a model looked for or a base opened.
 
 Why: a missing file or a folder that is taken must not cost the half minute in which a model is converted. A run that
 goes on ends as it would have ended, or says why it cannot.

@@ -1,6 +1,6 @@
 """What a recipe names, before a weight is loaded: the checkpoint, its tokenizer, every row as tokens, and the gates.
 
-Why: a missing file, a bad row or the wrong labels must be told in seconds, not after the base is loaded.
+Why: a missing file, a bad row or wrong labels must be reported in seconds, not after the base is loaded.
 Cost: tokenising, about 3,000 rows of 200 tokens a second a core; once, then their pages.
 """
 

@@ -101,7 +101,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class ShownRow:
-    """A row as the model meets it. `row` counts from 1, among the rows that are trained on."""
+    """A row as the model sees it. `row` counts from 1, among the rows that are trained on."""
 
     row: int
     where: str

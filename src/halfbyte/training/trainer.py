@@ -152,14 +152,14 @@ class StepInterrupted(Exception):
 
 @dataclass(frozen=True)
 class RunHooks:
-    """What a run asks of its steps, and is told of them."""
+    """What the steps ask the run, and report to it."""
 
     stops_step: Callable[[], bool] = lambda: False
     """Whether a step is to end with the micro-batch under way, and training with it."""
     stops_evaluation: Callable[[], bool] = lambda: False
     """The same of an evaluation."""
     on_stop: Callable[[], None] = lambda: None
-    """The run is to end, as some process was told to."""
+    """Called when some process was asked to stop: the run ends."""
     on_evaluation: Callable[[], None] = lambda: None
     answer_scores: Callable[[], dict[str, float]] = dict
     """Scores of what the model writes to the held-out rows."""
@@ -169,7 +169,7 @@ class StepTrainer(Trainer):
     """A Trainer whose dataset yields `{"step": Step, "micro_batches": [batch, ...]}`, each a whole optimiser step.
 
     `pace` splits steps anew when memory runs short; `last` is the row in `metrics.jsonl` of the last step. In a `world`
-    of several processes each has its own micro-batches, and all meet at the end of the step.
+    of several processes each has its own micro-batches; one all-reduce ends the step.
     """
 
     optimizer: Optimizer
@@ -341,7 +341,7 @@ class StepTrainer(Trainer):
         return metrics
 
     def _evaluation_of_all(self, sums: objectives.Sums) -> tuple[objectives.Sums, bool]:
-        """The sums of an evaluation over all processes, and whether one of them was told to end it."""
+        """The sums of an evaluation over all processes, and whether one of them was asked to stop."""
         if self.world.alone:
             return sums, self.hooks.stops_evaluation()
         from halfbyte.distributed import step
