@@ -4,9 +4,9 @@ computes.
 What: FSDP2 (`fully_shard`) on each decoder layer, over the codes of its frozen matrices alone. What trains, scales,
 biases, norms, embedding and head are whole in every process, so that the loss, the one all-reduce of a step and the
 checkpoints know nothing of it. Each layer is a root of its own, so gathers come in the order in which layers compute.
-Every pass is a collective: a process without a micro-batch runs a short row that counts nothing, as long as any has one. What
-the first process computes alone (the proof before a checkpoint, the saved adapter's) is announced to the others, which
-gather along.
+Every pass is a collective: a process that has no micro-batch left runs a short row that counts nothing, as long as
+another has one. What the first process computes alone (the proof before a checkpoint, the saved adapter's) is announced
+to the others, which gather along.
 Source: `torch.distributed.fsdp.fully_shard`; ZeRO-3, arXiv:1910.02054; `set_custom_all_gather` is its seam for ours.
 Cost: (N - 1) / N of the layers' bytes received in a forward, and again in a backward; two copies of one layer.
 """
