@@ -46,7 +46,7 @@ def advance(model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler:
 def save(folder: Path, step: int, optimizer: Any, scheduler: Any, adapter: bytes = b"weights") -> Path:
     taken = checkpoint.snapshot(
         step,
-        drawn=checkpoint.Randomness.now(),
+        randomness=checkpoint.Randomness.now(),
         write_adapter=lambda p: (p / "adapter_model.safetensors").write_bytes(adapter) and None,
         trainer_state="{}",
         optimizer=optimizer,

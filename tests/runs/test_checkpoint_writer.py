@@ -45,7 +45,7 @@ def taken(step: int, write: Any) -> checkpoint.Snapshot:
     optimizer = torch.optim.AdamW(model.parameters())
     return checkpoint.snapshot(
         step,
-        drawn=checkpoint.Randomness.now(),
+        randomness=checkpoint.Randomness.now(),
         write_adapter=write,
         trainer_state="{}",
         optimizer=optimizer,

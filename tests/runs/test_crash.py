@@ -75,7 +75,7 @@ def test_another_command_says_it_in_one_line(
     def breaks(*_: object) -> object:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(main.show, "built", breaks)
+    monkeypatch.setattr(main.show, "built_store", breaks)
     monkeypatch.setattr("halfbyte.base.quantize.quantize", lambda *_, **__: None)
     ended = runner(tmp_path, capsys)("quantize", "smollm2-135m")
     assert ended.code == 1 and "Traceback" not in ended.err + ended.out

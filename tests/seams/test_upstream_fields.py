@@ -113,7 +113,7 @@ def test_an_optimiser_trains_and_comes_back_from_a_checkpoint(name: str, tmp_pat
     assert not torch.equal(start, model.weight)
     taken = checkpoint.snapshot(
         3,
-        drawn=checkpoint.Randomness.now(),
+        randomness=checkpoint.Randomness.now(),
         write_adapter=lambda folder: None,
         trainer_state="{}",
         optimizer=optimizer,
