@@ -62,7 +62,7 @@ def test_every_option_arrives(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_time_at_the_end_is_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = [server.made(Engine(served.two()), Settings(grace_s=seconds)) for seconds in (3.0, 60.0)]
+    made = [server.build(Engine(served.two()), Settings(grace_s=seconds)) for seconds in (3.0, 60.0)]
     assert all(isinstance(each, uvicorn.Server) for each in made)
     assert [each.config.timeout_graceful_shutdown for each in made] == [3, 60]
 

@@ -236,7 +236,7 @@ def test_where_neither_is_right_nothing_is_served(monkeypatch: pytest.MonkeyPatc
 
     own = PlainWriter.next_logits
     monkeypatch.setattr(PlainWriter, "next_logits", lambda writer: [(text, -row) for text, row in own(writer)])
-    monkeypatch.setattr(models, "Writer", refused)
+    monkeypatch.setattr(Writer, "__init__", refused)
     with pytest.raises(FastPathUnavailable, match="apart"):
         writer_for(served.two())
 

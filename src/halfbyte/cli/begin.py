@@ -193,22 +193,22 @@ def fit(draft: Draft, machine: str | None) -> None:
     if longest > recipe.data.max_length:
         room = 1 << (longest - 1).bit_length()
         trial.values["data.max_length"] = min(room, context.tokens) if context is not None else room
-    made = estimate.plan_model(recipe_from(trial.model, trial.data, trial.sets), device=machine)
+    estimated = estimate.plan_model(recipe_from(trial.model, trial.data, trial.sets), device=machine)
     # rows that are longer than the limit would be refused
-    fixes = [fix for fix in made.plan.fixes if not fix.setting.startswith("data.")]
+    fixes = [fix for fix in estimated.plan.fixes if not fix.setting.startswith("data.")]
     for fix in fixes[:MOST_FIXES]:
         name, _, value = fix.setting.partition("=")
         trial.values[name] = yaml.safe_load(value)
         trial.remarks.append(f"{fix.setting}, as memory is short: {fix.change}")
-        made = estimate.plan_model(recipe_from(trial.model, trial.data, trial.sets), device=machine)
-        if not made.plan.short_bytes:
+        estimated = estimate.plan_model(recipe_from(trial.model, trial.data, trial.sets), device=machine)
+        if not estimated.plan.short_bytes:
             break
-    plan = made.plan
+    plan = estimated.plan
     if plan.short_bytes:
         raise RecipeError(
             f"{draft.model} does not fit {machine or 'here'}: {show.gb(plan.short_bytes)} are missing.",
             fix=f"a smaller model, or another machine; `halfbyte plan {typed(draft.model)}` says what would help",
         )
     needs = f"{show.gb(plan.needed_bytes)} of {show.gb(plan.available_bytes)} are needed"
-    trial.remarks.append("; ".join([f"planned for {machine or 'this machine'}: {needs}", *made.notes[:1]]))
+    trial.remarks.append("; ".join([f"planned for {machine or 'this machine'}: {needs}", *estimated.notes[:1]]))
     draft.values, draft.remarks = trial.values, trial.remarks

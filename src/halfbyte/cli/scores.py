@@ -55,7 +55,7 @@ def evaluate(
     from halfbyte.scoring import sheet
 
     overrides = [*set_, *([f"eval.max_new_tokens={max_new_tokens}"] if max_new_tokens is not None else [])]
-    found = target.find(run, overrides)
+    subject = target.find(run, overrides)
     if task:
         sheet.need_harness()
         ready = open_run(run, overrides, silent=json_, force=force)
@@ -63,31 +63,31 @@ def evaluate(
 
         with progress.scoring(silent=json_) as tell:
             results = harness.run(ready, task, task_path, limit=limit, with_base=base, progress=tell)
-        folder = to or (sheet.folder_of(run, None) if found.run is not None else None)
+        folder = to or (sheet.folder_of(run, None) if subject.run is not None else None)
         sheet.write_harness(results, folder)
         show.document(results) if json_ else tasks(results)
         return
-    target.held_out(found.recipe, run, data)
-    wanted = sheet.EvalOptions.of(found.recipe.eval, metric, limit=limit, with_base=base, sure=sure)
-    folder = to or (sheet.folder_of(run, data) if found.run is not None else None)
+    target.held_out(subject.recipe, run, data)
+    wanted = sheet.EvalOptions.of(subject.recipe.eval, metric, limit=limit, with_base=base, sure=sure)
+    folder = to or (sheet.folder_of(run, data) if subject.run is not None else None)
     ready = open_run(run, overrides, silent=json_, force=force)
     from halfbyte.inference import evaluate as scoring
 
     with progress.scoring(silent=json_) as tell:
-        made = scoring.evaluate(ready, wanted, data=data, progress=tell)
+        scored = scoring.evaluate(ready, wanted, data=data, progress=tell)
     if folder is not None:
-        _keep(made, folder, run if found.run is not None else None)
+        _keep(scored, folder, run if subject.run is not None else None)
     if json_:
-        show.document({**made.to_json(), "folder": None if folder is None else str(folder)})
+        show.document({**scored.to_json(), "folder": None if folder is None else str(folder)})
     else:
-        table(made, samples, folder)
+        table(scored, samples, folder)
 
 
-def _keep(made: Sheet, folder: Path, run: Path | None) -> None:
+def _keep(scored: Sheet, folder: Path, run: Path | None) -> None:
     """Scores and answers on disk; the page of a run has those of its own rows."""
     from halfbyte.report import page
 
-    made.write(folder)
+    scored.write(folder)
     if run is not None and folder == run / "eval":
         page.renew(run)
 
@@ -97,8 +97,8 @@ def tasks(results: dict[str, Document]) -> None:
     lines = Table(header_style="bold")
     for column in ("task", "metric", *results):
         lines.add_column(column, justify="right" if column in results else "left")
-    for name, found in next(iter(results.values())).items():
-        for metric in (m for m, value in found.items() if isinstance(value, float) and "_stderr," not in m):
+    for name, scores in next(iter(results.values())).items():
+        for metric in (m for m, value in scores.items() if isinstance(value, float) and "_stderr," not in m):
             name_, _, of = metric.partition(",")
             each = [(side[name][metric], side[name].get(f"{name_}_stderr,{of}")) for side in results.values()]
             shown = [f"{v:.4f}" + (f" ± {e:.4f}" if isinstance(e, float) else "") for v, e in each]
@@ -106,36 +106,36 @@ def tasks(results: dict[str, Document]) -> None:
     out.print(lines)
 
 
-def table(made: Sheet, samples: int, folder: Path | None) -> None:
+def table(scored: Sheet, samples: int, folder: Path | None) -> None:
     """Base and adapter side by side with their intervals, then some answers of each."""
-    for note in made.notes:
+    for note in scored.notes:
         aside(note)
     lines = Table(header_style="bold")
     lines.add_column("")
-    for name in made.sides:
+    for name in scored.sides:
         lines.add_column(name, justify="right")
-    both = len(made.sides) > 1
+    both = len(scored.sides) > 1
     if both:
         lines.add_column("difference", justify="right")
         lines.add_column("p", justify="right")
-    for score in made.scores:
-        sides = [_shown(score, getattr(score, name)) for name in made.sides]
+    for score in scored.scores:
+        sides = [_shown(score, getattr(score, name)) for name in scored.sides]
         p = "" if score.p_value is None else _p(score.p_value)
         lines.add_row(score.name, *sides, *([_shown(score, score.difference, sign=True), p] if both else []))
     out.print(lines)
-    sure = f"; [..]: {CONFIDENCE:.0%} interval" if any(s.adapter and s.adapter.interval for s in made.scores) else ""
-    out.print(f"{made.rows:,} rows in {duration(made.seconds)}{sure}", style="dim")
-    _samples(made, samples)
+    sure = f"; [..]: {CONFIDENCE:.0%} interval" if any(s.adapter and s.adapter.interval for s in scored.scores) else ""
+    out.print(f"{scored.rows:,} rows in {duration(scored.seconds)}{sure}", style="dim")
+    _samples(scored, samples)
     if folder is not None:
         out.print(f"\nevery answer: {escape(str(folder / 'answers.jsonl'))}", style="dim", soft_wrap=True)
 
 
-def _samples(made: Sheet, samples: int) -> None:
-    for number, asked in enumerate(made.questions[:samples]):
+def _samples(scored: Sheet, samples: int) -> None:
+    for number, asked in enumerate(scored.questions[:samples]):
         out.print(f"\n[bold]{escape(visible(asked.where))}[/bold]")
         out.print(escape(visible(asked.prompt.strip())), style="dim")
         out.print(f"{'expected':>9}: {escape(visible(asked.expected))}")
-        for name, side in made.sides.items():
+        for name, side in scored.sides.items():
             answer = side.answers[number]
             marks = "  ".join(_mark(metric, value) for metric, value in answer.scores.items() if "." not in metric)
             out.print(f"{name:>9}: {escape(visible(answer.text.strip()))}  {marks}")
@@ -167,29 +167,29 @@ def _p(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
 
 
-def quality(made: Report) -> None:
+def quality(report: Report) -> None:
     """Loss by format, then what was lost by kind of module and by layer."""
     from halfbyte.inference.quality import kind_of, layer_of
 
-    field("text", f"{made.text}: {made.rows:,} rows, {made.labelled_tokens:,} tokens that count")
-    for note in made.notes:
+    field("text", f"{report.text}: {report.rows:,} rows, {report.labelled_tokens:,} tokens that count")
+    for note in report.notes:
         field("note", note)
-    first = made.formats[0]
+    first = report.formats[0]
     table = _table("format", "bits a parameter", "GB", "relative error", "SQNR dB", "loss", "more", "perplexity")
-    for row in made.formats:
+    for row in report.formats:
         error = (f"{row.error.relative:.4f}", f"{row.error.sqnr_db:.1f}") if row.errors else ("-", "-")
         bits, size = ("-", "-") if not row.parameters else (f"{row.bits:.3f}", f"{row.nbytes / 1e9:.3f}")
         more = "" if row is first else f"{row.loss - first.loss:+.4f}"
         table.add_row(escape(visible(row.name)), bits, size, *error, f"{row.loss:.4f}", more, f"{row.perplexity:.3f}")
     out.print(table)
-    _errors(made, "kind of module", kind_of)
-    _errors(made, "layer", layer_of)
-    if made.path is not None:
-        text(f"kept     {made.path}")
+    _errors(report, "kind of module", kind_of)
+    _errors(report, "layer", layer_of)
+    if report.path is not None:
+        text(f"kept     {report.path}")
 
 
-def _errors(made: Report, what: str, key: Callable[[str], str | None]) -> None:
-    rows = {row.name: row.by(key) for row in made.formats if row.errors}
+def _errors(report: Report, what: str, key: Callable[[str], str | None]) -> None:
+    rows = {row.name: row.by(key) for row in report.formats if row.errors}
     groups = next(iter(rows.values()), {})
     if not groups:
         return

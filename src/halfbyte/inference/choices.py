@@ -34,14 +34,14 @@ def check(settings: Eval, expected: Sequence[str]) -> tuple[str, ...]:
         DataError: an expected answer that is not among them, or as many answers as rows.
     """
     if settings.choices is None:
-        found = tuple(dict.fromkeys(expected))
-        if not 1 < len(found) <= min(_MOST, max(2, len(expected) // 2)):
+        answers = tuple(dict.fromkeys(expected))
+        if not 1 < len(answers) <= min(_MOST, max(2, len(expected) // 2)):
             raise DataError(
-                f"the metric choice needs choices, and there are none: {len(expected):,} rows expect {len(found):,} "
+                f"the metric choice needs choices, and there are none: {len(expected):,} rows expect {len(answers):,} "
                 "different answers.",
                 fix="--set 'eval.choices=[good, bad]'",
             )
-        return found
+        return answers
     strange = next((answer for answer in expected if answer not in settings.choices), None)
     if strange is not None:
         raise DataError(
@@ -63,12 +63,12 @@ def scores(
     named = check(settings, [e.completion for e in asking])
     stops = set(stop_ids(model, tokenizer))
     ids = {name: tokenizer(name, add_special_tokens=False)["input_ids"] for name in named}
-    made: list[Scores] = []
+    chosen: list[Scores] = []
     packed = packing.installed(model) != "single"
     for done, example in enumerate(asking, 1):
         rows = [with_answer(example, ids[name], stops) for name in named]
-        own = rows[named.index(example.completion)]
-        if own.input_ids != example.input_ids[: len(own.input_ids)]:
+        expected = rows[named.index(example.completion)]
+        if expected.input_ids != example.input_ids[: len(expected.input_ids)]:
             raise DataError(
                 f"{example.where}: the metric choice cannot put another answer in the place of {example.completion!r}, "
                 "as this tokenizer reads it in one piece with what stands before it.",
@@ -79,9 +79,9 @@ def scores(
         losses = {row: value for rows_ in batches.micro_batches
                   for row, value in zip(rows_, loss.text_losses(model, batches.of(rows_)), strict=True)}  # fmt: skip
         best = min(losses, key=lambda row: losses[row])
-        made.append({"choice": float(named[best] == example.completion)})
+        chosen.append({"choice": float(named[best] == example.completion)})
         tell("choices", done, len(asking))
-    return made
+    return chosen
 
 
 def with_answer(example: Example, ids: Sequence[int], stops: set[int]) -> Example:

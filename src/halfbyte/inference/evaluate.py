@@ -58,7 +58,7 @@ def evaluate(
     asking = scoring.asking
     longest = max((len(e.prompt_ids) for e in asking), default=0)
     batches, plan = micro_batches(opened, examples, generated_tokens=longest + settings.max_new_tokens)
-    order = ("base",) if opened.alone else ("base", "adapter") if options.with_base else ("adapter",)
+    order = opened.sides(with_base=options.with_base)
     sides = {}
     for number, name in enumerate(order):
 

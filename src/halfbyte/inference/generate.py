@@ -19,7 +19,7 @@ from halfbyte.types import Document, Model, Tokenizer
 from halfbyte.writing.places import MAX_TEXTS, FastPathUnavailable
 from halfbyte.writing.plain import PlainWriter
 from halfbyte.writing.sampling import SamplingParams
-from halfbyte.writing.text import Detokenizer, Text
+from halfbyte.writing.text import Detokenizer, Text, TextWriter
 from halfbyte.writing.writer import Writer
 
 _log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def generate_ids(
     with evaluating(model):
         while len(ids) < len(prompts):
             texts = [Text(p, params, ends, detokenizer=Detokenizer(tokenizer)) for p in prompts[len(ids) :]]
-            writer: Writer | PlainWriter
+            writer: TextWriter
             try:
                 writer = _read(model, texts[:MAX_TEXTS], session)
                 texts = texts[:MAX_TEXTS]

@@ -62,22 +62,22 @@ def run(
     if unknown:
         where = "" if folder is None else f", nor in {folder}"
         raise RecipeError(f"lm-evaluation-harness knows no task {unknown[0]}{where}.", fix="lm-eval ls tasks")
-    made: dict[str, Document] = {}
-    for name in ("base",) if opened.alone else ("base", "adapter") if with_base else ("adapter",):
+    results: dict[str, Document] = {}
+    for name in opened.sides(with_base=with_base):
         with opened.using(base=name == "base"):
-            lm = HalfbyteLM(opened, partial(_told, progress, name))
+            lm = HalfbyteLM(opened, partial(_of_side, progress, name))
             try:
-                found = lm_eval.simple_evaluate(
+                scores = lm_eval.simple_evaluate(
                     model=lm, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False
                 )
             except (OSError, ValueError, KeyError) as error:
                 raise RecipeError(f"{', '.join(tasks)} cannot be run: {first_line(error)}") from error
-        made[name] = json.loads(json.dumps((found or {}).get("results", {}), default=str))
-    return made
+        results[name] = json.loads(json.dumps((scores or {}).get("results", {}), default=str))
+    return results
 
 
-def _told(progress: Progress, side: str, what: str, done: int, of: int) -> None:
-    progress(f"{side}: {what}", done, of)
+def _of_side(progress: Progress, side: str, what: str, done: int, total: int) -> None:
+    progress(f"{side}: {what}", done, total)
 
 
 class HalfbyteLM(TemplateLM):
@@ -128,15 +128,15 @@ class HalfbyteLM(TemplateLM):
         lengths = [len(row.input_ids) for row in rows]
         planned = pack.eval_micro_batches(lengths, self.plan.max_tokens_per_micro_batch, most)
         batches, done = collate.Batches(rows, planned), 0
-        found: dict[int, tuple[float, bool]] = {}
+        likelihoods: dict[int, tuple[float, bool]] = {}
         for numbers in batches.micro_batches:
-            found.update(zip(numbers, loss.text_likelihoods(self.model, batches.of(numbers)), strict=True))
+            likelihoods.update(zip(numbers, loss.text_likelihoods(self.model, batches.of(numbers)), strict=True))
             done += len(numbers)
             self.progress("likelihoods", done, len(rows))
-        return [found[i] for i in range(len(rows))]
+        return [likelihoods[i] for i in range(len(rows))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        made = []
+        sums = []
         for (text,) in (request.args for request in requests):
             windows = get_rolling_token_windows(
                 token_list=self.tok_encode(text),
@@ -145,17 +145,19 @@ class HalfbyteLM(TemplateLM):
                 context_len=1,
             )
             pairs = [(("", ""), *make_disjoint_window(window)) for window in windows]
-            made.append(sum(value for value, _ in self._loglikelihood_tokens(pairs)))
-        return made
+            sums.append(sum(value for value, _ in self._loglikelihood_tokens(pairs)))
+        return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         asked = [request.args for request in requests]
         order = sorted(range(len(asked)), key=lambda i: json.dumps(asked[i][1], sort_keys=True))
-        made: dict[int, str] = {}
+        answers: dict[int, str] = {}
         for _, same in groupby(order, key=lambda i: json.dumps(asked[i][1], sort_keys=True)):
             numbers = list(same)
-            made.update(zip(numbers, self._answers([asked[i][0] for i in numbers], asked[numbers[0]][1]), strict=True))
-        return [made[i] for i in range(len(asked))]
+            answers.update(
+                zip(numbers, self._answers([asked[i][0] for i in numbers], asked[numbers[0]][1]), strict=True)
+            )
+        return [answers[i] for i in range(len(asked))]
 
     def _answers(self, contexts: Sequence[str], options: Document) -> list[str]:
         if options.get("do_sample") or options.get("temperature"):
@@ -177,8 +179,8 @@ class HalfbyteLM(TemplateLM):
         )
 
 
-def _example(context: Sequence[int], wanted: Sequence[int], most: int) -> Example:
+def _example(context: Sequence[int], wanted: Sequence[int], max_length: int) -> Example:
     """A text of which the end is labelled; a longer one loses its beginning, as in HFLM."""
-    ids = tuple([*context, *wanted][-(most + 1) :])
+    ids = tuple([*context, *wanted][-(max_length + 1) :])
     labels = (*[IGNORED] * (len(ids) - len(wanted)), *wanted)
     return Example(ids, labels, "", (), "")

@@ -49,6 +49,10 @@ class Opened:
     store: Path | None = None
     """The folder of the base's store, if it has one."""
 
+    def sides(self, *, with_base: bool) -> tuple[str, ...]:
+        """What is scored: `base`, `adapter`."""
+        return ("base",) if self.alone else ("base", "adapter") if with_base else ("adapter",)
+
     def using(self, *, base: bool) -> AbstractContextManager[None]:
         """The base alone, or with its adapter."""
         return lora.base_alone(self.model, self.own_biases) if base or self.alone else nullcontext()
@@ -77,7 +81,7 @@ def open_run(
 
 
 def open_target(
-    found: target.Target,
+    subject: target.Target,
     tell: supply.Tell | None = None,
     check: Callable[[Tokenizer, Context | None], None] = lambda tokenizer, context: None,
     *,
@@ -87,17 +91,17 @@ def open_target(
 ) -> Opened:
     """`open_run` of what has been found already. `beside`: more adapters on the same base, by PEFT's names. `lasting`:
     many answers will be written."""
-    path, recipe, run = found.path, found.recipe, found.run
+    recipe, run = subject.recipe, subject.run
     checkpoint, machine = find_model(recipe), device.detect()
     threads.configure(machine.cores)
-    tokenizer = tokenizer_of(found, checkpoint)
+    tokenizer = tokenizer_of(subject, checkpoint)
     foreign = recipe.trust_remote_code
     check(tokenizer, context_of(open_config(checkpoint.path, trust_remote_code=foreign)))
     base = load.open_base(checkpoint, recipe.quant, machine, trust_remote_code=foreign, with_tokenizer=False, tell=tell)
     check_vocabulary(checkpoint, tokenizer, base.model)
-    for one in (found, *beside.values()):
+    for one in (subject, *beside.values()):
         if one.adapter is not None:
-            words = tokenizer if one is found else tokenizer_of(one, checkpoint)
+            words = tokenizer if one is subject else tokenizer_of(one, checkpoint)
             here = passport.belongs_to(base, recipe.quant, words, chat_template(words, one.recipe.data))
             for text in passport.check(one.adapter, here, force=force):
                 (tell or supply.Tell()).say(text, label="note")
@@ -108,20 +112,20 @@ def open_target(
     chosen = plan_inference(job, machine, trained, lasting=lasting)
     stream.place_as_planned(base.model, chosen.placement, asked=recipe.quant.placement not in ("auto", "sharded"))
     more = {name: one.adapter for name, one in beside.items() if one.adapter is not None}
-    made = assemble(base, recipe, adapter=found.adapter, beside=more)
-    made.model.eval().requires_grad_(False)
-    job = replace(job, packed=made.packed.ok)
-    alone = found.adapter is None
+    assembly = assemble(base, recipe, adapter=subject.adapter, beside=more)
+    assembly.model.eval().requires_grad_(False)
+    job = replace(job, packed=assembly.packed.ok)
     return Opened(
-        path, recipe, made.model, tokenizer, made.own_biases, machine, job, trained, chosen, alone, base.store
-    )
+        subject.path, recipe, assembly.model, tokenizer, assembly.own_biases, machine, job, trained, chosen,
+        alone=subject.adapter is None, store=base.store,
+    )  # fmt: skip
 
 
-def tokenizer_of(found: target.Target, checkpoint: Checkpoint) -> Tokenizer:
-    recipe = found.recipe
-    if found.adapter is not None and (found.adapter / "tokenizer_config.json").is_file():
+def tokenizer_of(subject: target.Target, checkpoint: Checkpoint) -> Tokenizer:
+    recipe = subject.recipe
+    if subject.adapter is not None and (subject.adapter / "tokenizer_config.json").is_file():
         # ChatML, with tokens that the base's own does not have
-        return open_tokenizer(replace(checkpoint, path=found.adapter), trust_remote_code=recipe.trust_remote_code)
+        return open_tokenizer(replace(checkpoint, path=subject.adapter), trust_remote_code=recipe.trust_remote_code)
     tokenizer = open_tokenizer(checkpoint, trust_remote_code=recipe.trust_remote_code)
     if recipe.data.chat_template is not None:
         tokenizer.chat_template = chat_template(tokenizer, recipe.data)

@@ -81,7 +81,7 @@ class Error:
 
 
 @dataclass(frozen=True)
-class Row:
+class FormatQuality:
     """One number format. `errors`: of each quantised matrix, by its module's name; none in 16 bits.
 
     `nbytes` is the base's as it is held; `loss` is the mean of the text's labelled tokens.
@@ -106,11 +106,11 @@ class Row:
 
     def by(self, key: Callable[[str], str | None]) -> dict[str, Error]:
         """Errors together by a part of the module's name: `layer_of` or `kind_of`; in the model's order."""
-        made: dict[str, Error] = {}
+        groups: dict[str, Error] = {}
         for name, error in self.errors.items():
             if (group := key(name)) is not None:
-                made[group] = made.get(group, Error()) + error
-        return made
+                groups[group] = groups.get(group, Error()) + error
+        return groups
 
     def to_json(self) -> Document:
         values = {key: getattr(self, key) for key in ("name", "nbytes", "parameters", "loss", "perplexity")}
@@ -135,15 +135,15 @@ class Report:
     rows: int
     tokens: int
     labelled_tokens: int
-    formats: tuple[Row, ...]
+    formats: tuple[FormatQuality, ...]
     notes: tuple[str, ...]
     path: Path | None = None
 
     def to_json(self) -> Document:
-        own = {k: v for k, v in asdict(self).items() if k not in ("formats", "path")}
-        every = {**own, "formats": [row.to_json() for row in self.formats], "versions": versions()}
-        made: Document = json.loads(files.as_json(every))  # without infinities
-        return made
+        values = {k: v for k, v in asdict(self).items() if k not in ("formats", "path")}
+        values |= {"formats": [row.to_json() for row in self.formats], "versions": versions()}
+        document: Document = json.loads(files.as_json(values))  # without infinities
+        return document
 
 
 def layer_of(module: str) -> str | None:
@@ -176,17 +176,17 @@ def measure(
     examples, rows = _examples(recipe, checkpoint, config, text, limit)
     specs = tuple(tensors.read_checkpoint(checkpoint.path)) if not checkpoint.pickle else ()
     measuring = _Measuring(recipe.model_copy(update={"lora": Lora()}), checkpoint, config, machine, specs, examples)
-    made: list[Row] = []
+    formats: list[FormatQuality] = []
     for quant in _formats(recipe.quant):
-        made.append(measuring.row(quant, tell))
-        tell.say(f"{made[-1].name}: loss {made[-1].loss:.4f}", label="measured")
+        formats.append(measuring.format(quant, tell))
+        tell.say(f"{formats[-1].name}: loss {formats[-1].loss:.4f}", label="measured")
     report = Report(
         model=checkpoint.id,
         text=str(text) if text is not None else "a small text of halfbyte's own",
         rows=rows,
         tokens=sum(len(e.input_ids) for e in examples),
         labelled_tokens=sum(label != IGNORED for e in examples for label in e.labels),
-        formats=tuple(made),
+        formats=tuple(formats),
         notes=(GGUF,) if checkpoint.kind in ("gguf", "packaged") else (),
         path=store / FILE,
     )
@@ -198,11 +198,11 @@ def measure(
     return report
 
 
-def _formats(own: Quant) -> list[Quant]:
+def _formats(asked: Quant) -> list[Quant]:
     """16 bits, those that are compared, and the recipe's own."""
     named = number_formats.compared()
-    compared = [own.in_type("none"), *(own.in_type(name).model_copy(update=dict(fields)) for name, fields in named)]
-    return [*compared, *([own] if own not in compared else [])]
+    compared = [asked.in_type("none"), *(asked.in_type(name).model_copy(update=dict(fields)) for name, fields in named)]
+    return [*compared, *([asked] if asked not in compared else [])]
 
 
 def name_of(quant: Quant, dtype: str) -> str:
@@ -222,7 +222,7 @@ class _Measuring:
     specs: tuple[tensors.TensorSpec, ...]
     examples: Sequence[Example]
 
-    def row(self, quant: Quant, tell: supply.Tell) -> Row:
+    def format(self, quant: Quant, tell: supply.Tell) -> FormatQuality:
         """One format, measured."""
         dtype, _ = device.compute_dtype(self.machine, quant.compute_dtype)
         recipe, errors = self.recipe.model_copy(update={"quant": quant}), dict[str, Error]()
@@ -238,7 +238,7 @@ class _Measuring:
             del opened
             gc.collect()
         itemsize = load.DTYPES[dtype].itemsize
-        return Row(
+        return FormatQuality(
             name=name_of(quant, dtype),
             quant=quant,
             nbytes=sum(policy.encoded_bytes(spec, quant, itemsize) for spec in self.specs),
@@ -255,13 +255,13 @@ class _Measuring:
         if not quant.quantises and self._is_plain(dtype):
             yield None
             return
-        wanted, built = load.store_spec(self.checkpoint, self.config, quant, self.machine, self.specs), list[bool]()
+        spec, built = load.store_spec(self.checkpoint, self.config, quant, self.machine, self.specs), list[bool]()
         try:
             try:
-                path = supply.ensure(wanted, tell=replace(tell, built=lambda: built.append(True)))
+                path = supply.ensure(spec, tell=replace(tell, built=lambda: built.append(True)))
             except shelf.CannotHold as reason:
                 raise StoreError(f"{self.checkpoint.id} cannot be held in a store: {reason}.") from reason
-            yield wanted, path
+            yield spec, path
         finally:
             if built:
                 with suppress(StoreError):
@@ -273,13 +273,13 @@ class _Measuring:
         return bool(matrices) and all(spec.dtype == SAFETENSORS[dtype] for spec in matrices)
 
 
-def errors_of(wanted: shelf.StoreSpec, store: Path) -> dict[str, Error]:
+def errors_of(spec: shelf.StoreSpec, store: Path) -> dict[str, Error]:
     """What each matrix of a store has lost, by its module's name, layer after layer; experts one by one."""
-    model = load.open_store(wanted, store)
-    found = {matrix.name: _error(matrix) for matrix in quantisation_error.matrices(model, wanted, with_experts=True)}
-    place = {name: at for at, (name, _) in enumerate(model.named_modules())}
-    at = {name: place.get(name, place.get(name.rsplit(".", 2)[0], len(place))) for name in found}
-    return {name: found[name] for name in sorted(found, key=at.__getitem__)}
+    model = load.open_store(spec, store)
+    errors = {matrix.name: _error(matrix) for matrix in quantisation_error.matrices(model, spec, with_experts=True)}
+    number = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    order = {name: number.get(name, number.get(name.rsplit(".", 2)[0], len(number))) for name in errors}
+    return {name: errors[name] for name in sorted(errors, key=order.__getitem__)}
 
 
 def _error(matrix: quantisation_error.Matrix) -> Error:
@@ -298,8 +298,8 @@ def _examples(
     data = recipe.data.model_copy(update={"overlong": "error", "packing": "rows"})
     context = context_of(config)
     size = min(data.max_length, context.tokens) if context is not None else data.max_length
-    with resources.as_file(resources.files(__package__).joinpath("quality.txt")) as own:
-        rows = encode.encode(text or own, tokenizer, data, cores=device.cores()).examples[:limit]
+    with resources.as_file(resources.files(__package__).joinpath("quality.txt")) as sample:
+        rows = encode.encode(text or sample, tokenizer, data, cores=device.cores()).examples[:limit]
     pieces = [piece for row in rows for piece in _pieces(row, size)]
     if not pieces:
         raise DataError(f"{text} has no row of two tokens, so there is nothing to predict.", fix="give a longer text")

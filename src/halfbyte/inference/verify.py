@@ -95,13 +95,13 @@ def after(path: Path, train_seconds: float, plan: Plan, machine: device.Device) 
 
 
 def _files(run: RunFolder) -> list[Check]:
-    found = []
+    checks = []
     for path in points.every(run.checkpoints):
-        wrong = points.damage(path, hashes=True)
-        found.append(Check(path.name, wrong is None, wrong or "whole"))
+        damage = points.damage(path, hashes=True)
+        checks.append(Check(path.name, damage is None, damage or "whole"))
     try:
         rows = run.read_metrics()
-        found.append(Check("metrics", bool(rows), f"{len(rows):,} rows"))
+        checks.append(Check("metrics", bool(rows), f"{len(rows):,} rows"))
     except HalfbyteError as error:
-        found.append(Check("metrics", False, error.message))
-    return found
+        checks.append(Check("metrics", False, error.message))
+    return checks

@@ -23,8 +23,7 @@ from halfbyte.serving.models import Models, ServedModel, writer_for
 from halfbyte.writing.places import FastPathUnavailable
 from halfbyte.writing.plain import PlainWriter
 from halfbyte.writing.sampling import SamplingParams
-from halfbyte.writing.text import Detokenizer, Text, TextChunk
-from halfbyte.writing.writer import Writer
+from halfbyte.writing.text import Detokenizer, Text, TextChunk, TextWriter
 
 GATHERED_S = 0.04  # new text is sent so often at most, but for an answer's first and last: each sending costs 1 ms
 _log = logging.getLogger(__name__)
@@ -78,10 +77,11 @@ class Engine:
     Without it an answer is, to the bit, that of `generate`, whatever else is being written."""
 
     def __init__(self, models: Models, waiting: int = 128, *, pack: bool = False) -> None:
-        self.models, self.max_waiting, self.pack = models, waiting, pack
+        self.models = models
+        self.max_waiting, self.pack = waiting, pack
         with torch.no_grad():
             writer, self.why = writer_for(models)
-        self.writers: list[Writer | PlainWriter] = [writer]
+        self.writers: list[TextWriter] = [writer]
         """The last one reads what comes; one before it writes what it has begun."""
         self.queue: deque[Ask] = deque()
         self.ask_of: dict[Text, Ask] = {}

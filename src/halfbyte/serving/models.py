@@ -24,7 +24,7 @@ from halfbyte.system import device
 from halfbyte.writing.places import SIZES, FastPathUnavailable
 from halfbyte.writing.plain import PlainWriter
 from halfbyte.writing.sampling import SamplingParams
-from halfbyte.writing.text import Text
+from halfbyte.writing.text import Text, TextWriter
 from halfbyte.writing.writer import Writer, check, layers_of
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _counts(places: int | None) -> Sequence[int]:
     return descending if places is None else [places, *(n for n in descending if n < places)]
 
 
-def writer_for(models: Models) -> tuple[Writer | PlainWriter, str]:
+def writer_for(models: Models) -> tuple[TextWriter, str]:
     """The fast writer where it is proven for every model that is served, else the model's own forward; and why.
 
     Raises:
@@ -156,7 +156,7 @@ def writer_for(models: Models) -> tuple[Writer | PlainWriter, str]:
     return writer, f"up to {models.places} texts a step"
 
 
-def _prove(writer: Writer | PlainWriter, models: Models, count: int) -> None:
+def _prove(writer: TextWriter, models: Models, count: int) -> None:
     """What a writer gives for each model after two tokens, beside what a forward without a cache gives; also of a
     second text, most of which is not read again."""
     lm = structure.causal_lm(models.model)

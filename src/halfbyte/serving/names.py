@@ -39,20 +39,20 @@ def find(words: Sequence[str], overrides: Sequence[str] = ()) -> Names:
     adapters: dict[str, Target] = {}
     bases: list[Target] = []
     for word in words:
-        name, found = _one(word, overrides)
-        if found.adapter is None:
-            bases.append(found)
+        name, one = _one(word, overrides)
+        if one.adapter is None:
+            bases.append(one)
         elif name in adapters:
             fix = f"name one of them: halfbyte serve {typed(f'OTHER={word}')}"
-            raise RecipeError(f"two adapters would be served as {name}: {adapters[name].path}, {found.path}.", fix=fix)
+            raise RecipeError(f"two adapters would be served as {name}: {adapters[name].path}, {one.path}.", fix=fix)
         else:
-            adapters[name] = found
+            adapters[name] = one
     first = next(iter(adapters.values()), bases[0] if bases else None)
     if first is None:
         raise RecipeError("nothing is named that could be served.", fix="halfbyte serve RUN")
     for other in (*adapters.values(), *bases):
         _check_same(first, other)
-    if len(adapters) > 1 and (biased := [n for n, one in adapters.items() if one.recipe.lora.bias != "none"]):
+    if len(adapters) > 1 and (biased := [n for n, each in adapters.items() if each.recipe.lora.bias != "none"]):
         raise AdapterError(
             f"{biased[0]} has trained the base's biases (lora.bias), which its neighbours would get too.",
             fix=f"serve it alone: halfbyte serve {typed(adapters[biased[0]].path)}",
@@ -68,9 +68,9 @@ def _one(word: str, overrides: Sequence[str]) -> tuple[str, Target]:
     if given is not None and not Path(word).exists():
         return given["name"], target.find(Path(given["path"]), overrides)
     path = Path(word)
-    found = target.find(path, overrides)
+    one = target.find(path, overrides)
     folder = path.resolve()
-    return (folder.parent if folder.name == "adapter" and found.run is None else folder).name, found
+    return (folder.parent if folder.name == "adapter" and one.run is None else folder).name, one
 
 
 def _base_name(model: str) -> str:

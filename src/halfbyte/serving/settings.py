@@ -54,15 +54,15 @@ def bind(settings: Settings) -> socket.socket:
         )
     try:
         where = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(where[0], where[1])
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(where[4])
+        sock = socket.socket(where[0], where[1])
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(where[4])
     except (OSError, OverflowError) as error:
         raise RecipeError(
             f"{settings.host}:{settings.port} cannot be used: {getattr(error, 'strerror', None) or error}.",
             fix=f"--port {settings.port + 1}",
         ) from error
-    return made
+    return sock
 
 
 def check_installed() -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from halfbyte.models import structure
-from halfbyte.writing.text import by_prompt
+from halfbyte.writing.text import TextWriter, by_prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,8 +43,8 @@ def processors(lm: Model, text: Text) -> Processors | None:
     if all(getattr(config, name, None) in (None, 0, 1, False, [], {}) for name in PROCESSORS):
         return None
     ids = torch.tensor([list(text.prompt)], device=lm.device)
-    found: Processors = _prepared(lm, ids, torch.ones_like(ids), text)["logits_processor"]
-    return found
+    prepared: Processors = _prepared(lm, ids, torch.ones_like(ids), text)["logits_processor"]
+    return prepared
 
 
 def _prepared(lm: Model, ids: Tensor, mask: Tensor, text: Text) -> Document:
@@ -109,7 +109,7 @@ class _PaddedBatch:
         return _PaddedBatch(self.adapter, [text], self.ids, copy.deepcopy(self.inputs), self.logits)
 
 
-class PlainWriter:
+class PlainWriter(TextWriter):
     """Args: using: makes one of several adapters active."""
 
     def __init__(
@@ -119,8 +119,7 @@ class PlainWriter:
         self.batches: list[_PaddedBatch] = []
 
     def insert(self, texts: Sequence[Text], *, packed: bool = False) -> None:
-        """Read prompts, of one adapter. packed: as one batch, where rounding may change a text with its neighbours;
-        else each by itself."""
+        """packed: as one batch, where rounding may change a text with its neighbours; else each by itself."""
         with self.using(texts[0].adapter):
             if packed:
                 self.batches.append(_PaddedBatch.read(self.lm, texts))
@@ -131,18 +130,7 @@ class PlainWriter:
                     other.sampler.processors = processors(self.lm, other)
                 self.batches += [batch, *map(batch.copied, others)]
 
-    def step(self) -> list[Text]:
-        """Give each text its next token; one that ends leaves."""
-        texts = []
-        for text, logits in self.next_logits():
-            text.take(logits)
-            texts.append(text)
-            if text.ended:
-                self.remove(text)
-        return texts
-
     def next_logits(self) -> list[tuple[Text, Tensor]]:
-        """Each text with the logits (V,) after its last token; to be used before the next step."""
         rows = []
         for adapter, batches in groupby(sorted(self.batches, key=lambda b: str(b.adapter)), key=lambda b: b.adapter):
             with self.using(adapter):

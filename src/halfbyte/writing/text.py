@@ -6,6 +6,7 @@ A part of a letter, and what may be the beginning of a stop string, is held back
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -156,6 +157,36 @@ class Text:
             return None
         logprobs, self._logprobs = tuple(self._logprobs), []
         return TextChunk(self.index, ready, len(self.tokens), logprobs, self.finish)
+
+
+class TextWriter(ABC):
+    """Writes texts side by side."""
+
+    @abstractmethod
+    def insert(self, texts: Sequence[Text], *, packed: bool = False) -> None:
+        """Read the prompts of texts, of one adapter; texts after the same prompt follow each other.
+
+        Args:
+            packed: read prompts together where that is faster; rounding may then change what is written.
+        """
+
+    @abstractmethod
+    def next_logits(self) -> list[tuple[Text, Tensor]]:
+        """Each text with the logits (V,) after its last token; to be used before the next call."""
+
+    @abstractmethod
+    def remove(self, text: Text) -> None:
+        """A text leaves, if it is here."""
+
+    def step(self) -> list[Text]:
+        """Give each text its next token; one that ends leaves."""
+        texts = []
+        for text, logits in self.next_logits():
+            text.take(logits)
+            texts.append(text)
+            if text.ended:
+                self.remove(text)
+        return texts
 
 
 def by_prompt(texts: Iterable[Text]) -> list[list[Text]]:

@@ -30,7 +30,7 @@ from halfbyte.proofs import closeness
 from halfbyte.writing import plain, prefill
 from halfbyte.writing.places import CachePlaces, FastPathUnavailable, same_beginning
 from halfbyte.writing.prefill import Prefilled, TapeReader
-from halfbyte.writing.text import by_prompt
+from halfbyte.writing.text import TextWriter, by_prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +81,7 @@ def layers_of(lm: Model) -> list[nn.Module]:
         raise FastPathUnavailable(str(why)) from why
 
 
-class Writer:
+class Writer(TextWriter):
     """Raises FastPathUnavailable where the model cannot be written as a tape.
 
     Args:
@@ -118,11 +118,8 @@ class Writer:
 
     # ----------------------------------------------------------------- reading
     def insert(self, texts: Sequence[Text], *, packed: bool = False) -> None:
-        """Read prompts, of one adapter, and give each text a place; texts after the same prompt follow each other.
-
-        Args:
-            packed: prompts go through as few forwards as may be, where those are faster than a tape; then first tokens
-                are chosen from the forward's logits, and rows get their losses.
+        """packed: prompts go through as few forwards as may be, where those are faster than a tape; then first tokens
+        are chosen from the forward's logits, and rows get their losses.
 
         Raises:
             FastPathUnavailable: the tape is not right; none of the texts is written.
@@ -278,18 +275,7 @@ class Writer:
             self.remove(text)
 
     # ----------------------------------------------------------------- writing
-    def step(self) -> list[Text]:
-        """Give each text its next token; one that ends leaves its place."""
-        texts = []
-        for text, logits in self.next_logits():
-            text.take(logits)
-            texts.append(text)
-            if text.ended:
-                self.remove(text)
-        return texts
-
     def next_logits(self) -> list[tuple[Text, Tensor]]:
-        """Each text with the logits (V,) after its last token; to be used before the next step."""
         self.places.compact()
         texts = [(m, text) for m, text in enumerate(self.places.texts) if text is not None]
         _, logits = self._run(whole=not all(text.sampler.greedy for _, text in texts))
@@ -309,6 +295,5 @@ class Writer:
         return decoder, decoder.step(embedded, places.lengths[: decoder.tape.m], self.streamed, whole=whole)
 
     def remove(self, text: Text) -> None:
-        """Free the place of a text, if it has one."""
         if text in self.places.texts:
             self.places.leave(self.places.texts.index(text))

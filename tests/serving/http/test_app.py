@@ -31,7 +31,7 @@ class Running:
         self.settings = Settings(port=0, **settings)
         self.sock = bind(self.settings)
         self.sock.listen(64)
-        self.engine, self.server = engine, server.made(engine, self.settings)
+        self.engine, self.server = engine, server.build(engine, self.settings)
         self.url = f"http://127.0.0.1:{self.sock.getsockname()[1]}"
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.sock]})
         self.thread.start()

@@ -35,24 +35,23 @@ class _Server(uvicorn.Server):
         threading.Thread(target=self.engine.drain, daemon=True).start()
 
 
-def made(engine: Engine, settings: Settings) -> uvicorn.Server:
+def build(engine: Engine, settings: Settings) -> uvicorn.Server:
     """The server, to be run with a socket; it ends when its `should_exit` is set."""
     AppStatus.disable_automatic_graceful_drain()  # or a stream would end in the middle of its answer
     service = Service(engine, Gauges(engine), settings.answer_s)
-    own = frozenset({settings.host.lower()}) | settings.hosts
-    rules = Rules(settings.key, own, settings.body_bytes)
-    app = application(service)
-    guarded = Guard(app, rules)
+    hosts = frozenset({settings.host.lower()}) | settings.hosts
+    rules = Rules(settings.key, hosts, settings.body_bytes)
     config = uvicorn.Config(
-        guarded, log_config=None, access_log=False, server_header=False, http="h11", ws="none", lifespan="on",
-        timeout_keep_alive=20, timeout_graceful_shutdown=int(settings.grace_s), proxy_headers=False, backlog=512,
+        Guard(application(service), rules), log_config=None, access_log=False, server_header=False, http="h11",
+        ws="none", lifespan="on", timeout_keep_alive=20, timeout_graceful_shutdown=int(settings.grace_s),
+        proxy_headers=False, backlog=512,
     )  # fmt: skip
     return _Server(config, engine)
 
 
 def serve(engine: Engine, settings: Settings, sock: socket.socket, ready: Callable[[], None] = lambda: None) -> None:
     """Serve until a signal. `ready` is called when connections are taken."""
-    server = made(engine, settings)
+    server = build(engine, settings)
     # uvicorn raises a signal again when it has ended
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     sock.listen(512)

@@ -109,17 +109,17 @@ class Message(_Strict):
     def for_template(self) -> Document:
         """As chat templates read it: one text; arguments of calls as objects."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
-        made: Document = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        message: Document = {"role": "system" if self.role == "developer" else self.role, "content": text}
         for field in ("name", "tool_call_id"):
             if (value := getattr(self, field)) is not None:
-                made[field] = value
+                message[field] = value
         if self.tool_calls:
             calls = [{"name": c.function.name, "arguments": _object(c.function.arguments)} for c in self.tool_calls]
             ids = [call.id for call in self.tool_calls]
-            made["tool_calls"] = [
+            message["tool_calls"] = [
                 {"type": "function", "function": f, **({"id": i} if i else {})} for f, i in zip(calls, ids, strict=True)
             ]
-        return made
+        return message
 
 
 class _Function(_Strict):
