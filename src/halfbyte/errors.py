@@ -4,8 +4,6 @@ Why: a user's mistake must never end in a traceback; `cli/main.py` prints `str(e
 Cost: nothing heavy is imported here.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -6,8 +6,6 @@ Source: `peft/mapping_func.py`, `peft/peft_model.py`, `peft/utils/other.py`.
 Cost: none; nothing is upcast.
 """
 
-from __future__ import annotations
-
 import warnings
 from functools import cache
 from typing import Any, Literal

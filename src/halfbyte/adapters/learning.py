@@ -5,8 +5,6 @@ base says. Nothing in PEFT or the Trainer looks.
 Cost: a pass over the gradients of one step; two hashes of what trains (1 GB/s).
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 

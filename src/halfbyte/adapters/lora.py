@@ -4,8 +4,6 @@ Source: LoRA, arXiv:2106.09685; `peft/tuners/lora/model.py`.
 Cost: rank x (in + out) parameters a layer, fp32 while training.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections import Counter

@@ -11,8 +11,6 @@ Source: mixed-precision training, arXiv:1710.03740, section 3.1.
 Cost: two hooks on each part that holds some; a copy in the compute dtype while a micro-batch lasts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 

@@ -8,8 +8,6 @@ Source: `peft/tuners/lora/layer.py` (`get_delta_weight`), `variants.py` (`DoraLi
 Cost: the adapter in fp32, and while a weight is asked for, that weight and its delta in fp32.
 """
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Callable

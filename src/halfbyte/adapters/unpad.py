@@ -10,10 +10,8 @@ as the model counts them itself, no cache, no hidden states of every layer asked
 Cost: one gather of the ids, one scatter of (T, D).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,9 +21,7 @@ from halfbyte.layers import loss, packing
 from halfbyte.layers.packing import BodyHooks
 from halfbyte.models import structure
 from halfbyte.proofs.packing import prove_packing
-
-if TYPE_CHECKING:
-    from halfbyte.types import Batch, Model
+from halfbyte.types import Batch, Model
 
 _PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "use_cache", "return_dict", "position_ids"})
 # Whether a causal LM takes packed examples, once it has been seen.

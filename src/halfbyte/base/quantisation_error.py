@@ -6,8 +6,6 @@ Cost: the source is read once, front to back, past the page cache; memory of the
 takes 65,536 weights of each matrix: about a second for 7 billion.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator

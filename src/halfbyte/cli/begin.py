@@ -5,8 +5,6 @@ the columns of the rows, the longest of them, and the machine's memory.
 Cost: one pass over the rows; no torch.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field

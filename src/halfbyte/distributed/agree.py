@@ -5,22 +5,17 @@ the first step, with the ranks and the fields.
 Cost: some kilobytes of digests; two all-reduces, the larger of 4 MB.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from halfbyte.distributed.world import World
 from halfbyte.errors import WorldError
 from halfbyte.runs import points
-
-if TYPE_CHECKING:
-    from halfbyte.distributed.world import World
-    from halfbyte.types import Document, Model
+from halfbyte.types import Document, Model
 
 MAX_SHOWN, MAX_CHARACTERS = 6, 24
 MEASURED_BYTES, TRIES = 4_000_000, 3

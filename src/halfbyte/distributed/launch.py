@@ -7,8 +7,6 @@ VARIABLES"; Open MPI's and MPICH's launchers.
 Cost: none; no torch.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -6,8 +6,6 @@ Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009. The
 Cost: milliseconds; no torch.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace

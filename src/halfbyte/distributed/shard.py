@@ -15,26 +15,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup, Work
+from torch.distributed.fsdp import FSDPModule
 
+from halfbyte.data import pack
 from halfbyte.distributed.step import sums
+from halfbyte.distributed.world import World
 from halfbyte.errors import BaseModelError, RecipeError
 from halfbyte.models import structure
+from halfbyte.plan import Plan
 from halfbyte.quant import bnb, experts
+from halfbyte.recipe.schema import Recipe
 from halfbyte.system import accelerator, pages
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup, Work
-    from torch.distributed.fsdp import FSDPModule
-
-    from halfbyte.data import pack
-    from halfbyte.distributed.world import World
-    from halfbyte.plan import Plan
-    from halfbyte.recipe.schema import Recipe
-    from halfbyte.types import Batch, Model
+from halfbyte.types import Batch, Model
 
 DONE = -1
 PLACEMENT = "sharded"

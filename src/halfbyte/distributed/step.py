@@ -6,17 +6,13 @@ Source: the flat gradient buffer of Horovod and DDP (arXiv:2006.15704, section 3
 Cost: 4 bytes a trained number, which are its gradient; on the wire 2 (N - 1) / N of them, sent and received.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from halfbyte.distributed.world import World
+from halfbyte.distributed.world import World
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ is more than messages with something around each is refused.
 Source: Ollama, parser/parser.go (commands, quotes of three) and template/template.go (.Messages, .Role, .Content).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

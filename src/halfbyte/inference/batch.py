@@ -6,25 +6,20 @@ What: prompts go from long to short through `writing.Writer`; where losses are w
 begin, so that a row is read once. Where the model's own forward writes, in groups by length.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import groupby, islice
-from typing import TYPE_CHECKING
 
+from halfbyte.data.encoding.examples import Example
 from halfbyte.inference.generate import evaluating, log_once, stop_ids
 from halfbyte.layers import loss
 from halfbyte.models import structure
+from halfbyte.types import Model, Tokenizer
 from halfbyte.writing.places import SIZES, FastPathUnavailable
 from halfbyte.writing.plain import PlainWriter
 from halfbyte.writing.sampling import SamplingParams
 from halfbyte.writing.text import Detokenizer, Text, before_stop
 from halfbyte.writing.writer import Writer
-
-if TYPE_CHECKING:
-    from halfbyte.data.encoding.examples import Example
-    from halfbyte.types import Model, Tokenizer
 
 Progress = Callable[[int, int], None]
 

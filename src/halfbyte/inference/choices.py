@@ -7,11 +7,8 @@ Source: lm-evaluation-harness calls it `acc` of a multiple-choice task; there th
 Cost: a forward of the row for each choice.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from halfbyte.data import collate, pack
 from halfbyte.data.encoding.examples import IGNORED, Example
@@ -20,9 +17,7 @@ from halfbyte.inference.generate import stop_ids
 from halfbyte.layers import loss, packing
 from halfbyte.recipe.evaluation import Eval
 from halfbyte.scoring.metrics import Scores
-
-if TYPE_CHECKING:
-    from halfbyte.types import Model, Tokenizer
+from halfbyte.types import Model, Tokenizer
 
 _MOST = 64  # labels that are taken from the rows
 

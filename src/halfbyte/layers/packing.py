@@ -10,11 +10,9 @@ Tried and dropped: transformers' own block mask where positions restart. It is d
 it Falcon ran at a third of the plain stack's speed (docs/log).
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,9 +23,7 @@ from halfbyte.layers import sight
 from halfbyte.layers.kernels import card
 from halfbyte.layers.packed_attention import LENGTHS, NAME, no_mask, register
 from halfbyte.models import structure
-
-if TYPE_CHECKING:
-    from halfbyte.types import Batch, Document, Model
+from halfbyte.types import Batch, Document, Model
 
 Layout = Literal["cu_seq_lens", "rows", "single"]
 

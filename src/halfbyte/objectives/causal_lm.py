@@ -1,25 +1,21 @@
 """Supervised fine-tuning: cross-entropy of the next token, the mean over labelled tokens."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from halfbyte.data import collate, pack
+from halfbyte.data.encoding.encoder import EncodedRows
+from halfbyte.data.encoding.examples import Example
 from halfbyte.layers import loss
 from halfbyte.objectives.objective import Sums
 from halfbyte.plan.objective import NO_COST, ObjectiveCost
+from halfbyte.recipe.schema import Recipe
 from halfbyte.runs import points
-
-if TYPE_CHECKING:
-    from halfbyte.data.encoding.encoder import EncodedRows
-    from halfbyte.data.encoding.examples import Example
-    from halfbyte.recipe.schema import Recipe
-    from halfbyte.types import Batch, Model
+from halfbyte.types import Batch, Model
 
 
 @dataclass(frozen=True)

@@ -10,23 +10,19 @@ may be several texts (`Example.starts`), as a pair of answers is; a reference mo
 `adapters.lora.base_alone`, counted in `cost.forwards`.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from halfbyte.data import pack
+from halfbyte.data.encoding.encoder import EncodedRows
+from halfbyte.data.encoding.examples import Example
 from halfbyte.models import structure
 from halfbyte.plan.objective import ObjectiveCost
-
-if TYPE_CHECKING:
-    from halfbyte.data.encoding.encoder import EncodedRows
-    from halfbyte.data.encoding.examples import Example
-    from halfbyte.types import Batch, Model
+from halfbyte.types import Batch, Model
 
 Sums = dict[str, float]
 """What an evaluation adds up over micro-batches and processes, by name."""

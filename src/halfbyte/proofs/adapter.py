@@ -6,8 +6,6 @@ far the adapter has moved them, so that a small difference can be told from an a
 Cost: two forwards of three rows, once at the end of a run, and again at each `halfbyte verify`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager

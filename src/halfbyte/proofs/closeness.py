@@ -6,8 +6,6 @@ Source: errors of independent roundings add by their squares (N. Higham, "Accura
 Algorithms", section 2.8).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

@@ -7,8 +7,6 @@ what rounds (the file's weights, the program's numbers, the run's own). Twice th
 that have nothing to do with each other differ by 1.4 of their spread.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess

@@ -10,14 +10,11 @@ Why: a wrong gradient under a healthy loss curve is the worst bug of this trade;
 Cost: five micro-batches of 15 tokens forward and backward, or of a long row.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -29,9 +26,7 @@ from halfbyte.models import structure
 from halfbyte.proofs import setting
 from halfbyte.proofs.closeness import distance
 from halfbyte.proofs.setting import Gradients, labelled, loss_and_gradients
-
-if TYPE_CHECKING:
-    from halfbyte.types import Model
+from halfbyte.types import Model
 
 # ||fused - PEFT's|| / ||PEFT's|| over all adapters' gradients together. Measured in fp32: 2e-6.
 TOLERANCE = 1e-3

@@ -10,8 +10,6 @@ else, as evaluations and answers are exact (docs/log).
 Cost: a forward and a backward of up to `TOKENS` tokens, two or three times.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -6,12 +6,9 @@ Why a proof: a model that lets examples see each other trains without any error,
 Cost: some fifteen forward passes of 15 tokens, at start; with a long row two of its length more.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,9 +19,7 @@ from halfbyte.layers.packing import Layout, asked_attention, install, layouts
 from halfbyte.models import structure
 from halfbyte.proofs import setting
 from halfbyte.proofs.closeness import row_distances
-
-if TYPE_CHECKING:
-    from halfbyte.types import Model
+from halfbyte.types import Model
 
 # The largest ||difference|| / ||logits|| of a token, in units of the dtype's epsilon. Packed and alone multiply
 # matrices of different shapes, so sums round in another order, once or twice a layer. Measured on a 30-layer model and

@@ -5,21 +5,16 @@ where one is given, through the wheel llama-cpp-py-sync. Each is asked what the 
 Why a process of its own: llama.cpp ends its process where it meets what it does not know.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from halfbyte.types import Document
-
-if TYPE_CHECKING:
-    from typing import Any
 
 SAID = "said.json"
 INSTALL = "pip install 'halfbyte[gguf]'"

@@ -6,11 +6,9 @@ model is added where the run has such rows and it can be afforded.
 A model is as before after each of these: its weights, modes, gradients and the random state.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +20,7 @@ from halfbyte.layers.packing import forward_inputs
 from halfbyte.models import structure
 from halfbyte.quant import bnb, dequantise, formats
 from halfbyte.system import accelerator
-
-if TYPE_CHECKING:
-    from halfbyte.types import Batch, Model
+from halfbyte.types import Batch, Model
 
 Gradients = dict[str, Tensor]
 Loss = Callable[["Model", "Batch"], Tensor]

@@ -6,18 +6,15 @@ training step then runs a kernel without autograd, and all LoRA gradients silent
 What an 8-bit layer needs is told in `int8.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from halfbyte.quant import experts, formats
 from halfbyte.recipe.schema import Quant
 from halfbyte.types import Model
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 
 def linears_4bit(model: nn.Module) -> list[tuple[str, nn.Module]]:

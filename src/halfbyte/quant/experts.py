@@ -5,8 +5,6 @@ are called as a linear layer's are: `experts.down_proj.weight`, `experts.down_pr
 Source: `transformers/integrations/moe.py`, `use_experts_implementation`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 

@@ -3,13 +3,10 @@
 Source: `adapter_config.json`, as PEFT writes it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from re import _parser as re_parser  # type: ignore[attr-defined]  # the only door to a pattern's parts
-from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -17,9 +14,7 @@ from halfbyte.errors import AdapterError, RecipeError
 from halfbyte.recipe.fields import INIT_REFUSED, LORA_REFUSED, shown
 from halfbyte.recipe.schema import Lora, Origin, Recipe
 from halfbyte.system import limits
-
-if TYPE_CHECKING:
-    from halfbyte.types import Document
+from halfbyte.types import Document
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 PASSPORT, PASSPORT_FORMAT = "halfbyte.json", 1

@@ -3,15 +3,12 @@
 Source: YAML 1.1 through PyYAML's safe loader; precedence is `--set` > recipe > default.
 """
 
-from __future__ import annotations
-
 import glob
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import yaml
 from pydantic import ValidationError
@@ -22,9 +19,7 @@ from halfbyte.recipe.fields import shown
 from halfbyte.recipe.messages import Problem, field_of, fields_in, first_of_each, sentences, unusual
 from halfbyte.recipe.schema import SECTIONS, Loaded, Origin, Recipe, is_path, leaves
 from halfbyte.system import files
-
-if TYPE_CHECKING:
-    from halfbyte.types import Document
+from halfbyte.types import Document
 
 MOST_BYTES, MOST_VALUES = 100_000, 20_000  # PyYAML reads 100 kB a second
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")

@@ -4,8 +4,6 @@ What encodes and computes with them is `quant/formats.py`, under the same names.
 in both tables.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType

@@ -1,7 +1,5 @@
 """Kinds of values that a recipe's fields take, each with its refusal in words of ours. No torch; pydantic."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from collections.abc import Callable, Collection, Mapping

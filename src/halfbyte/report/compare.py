@@ -3,8 +3,6 @@
 Cost: one pass over each run's metrics; no torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,8 +1,6 @@
 """Which charts a page has: of a run its loss, evaluations, learning rate, gradient norm, speed and memory beside its
 plan; of several runs their curves over each other."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from halfbyte.report import series

@@ -6,8 +6,6 @@ Source: http.server of the standard library, one thread.
 Cost: a page is made when it is asked for, at most a twentieth of the time.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Iterator

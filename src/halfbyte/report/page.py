@@ -5,8 +5,6 @@ own script, named by its hash, and loads nothing.
 Cost: about a tenth of a second, and a second for 200,000 steps; no torch but for the adapter's norms.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

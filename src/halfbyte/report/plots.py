@@ -4,8 +4,6 @@ Why: a page that opens anywhere can load no library. Colours (light, dark, print
 Cost: some kB a curve, whatever its length (`series.thin`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

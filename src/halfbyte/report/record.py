@@ -3,8 +3,6 @@
 Cost: one pass over the metrics; the adapter's weights are read only for `update_norms`.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from functools import cached_property

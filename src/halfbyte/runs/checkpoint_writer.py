@@ -7,8 +7,6 @@ Why: on a slow disk a checkpoint takes as long as many steps.
 Cost: a wait where a forward and backward is shorter than writing 12 bytes a trained number into the system's memory.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 It holds no environment and no token: versions, machine, plan, recipe and traceback.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 import traceback

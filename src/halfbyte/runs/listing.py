@@ -3,8 +3,6 @@
 Cost: the last kB of each run's metrics and two small files; no torch.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ Source: normalising as in SQuAD's evaluation script (lower case, no punctuation,
 after `####` is GSM8K's convention.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import string

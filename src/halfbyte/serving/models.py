@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,14 +20,12 @@ from halfbyte.plan import choose
 from halfbyte.plan.memory import cache_bytes
 from halfbyte.serving.names import Names
 from halfbyte.system import device
+from halfbyte.types import Model, Tokenizer
 from halfbyte.writing.places import SIZES, FastPathUnavailable
 from halfbyte.writing.plain import PlainWriter
 from halfbyte.writing.sampling import SamplingParams
 from halfbyte.writing.text import Text, TextWriter
 from halfbyte.writing.writer import Writer, check, layers_of
-
-if TYPE_CHECKING:
-    from halfbyte.types import Model, Tokenizer
 
 MAX_LENGTH = 4096  # tokens of a text, where neither the user nor the model says fewer
 _CACHE_SHARE = 0.5  # of the memory that is free when the base is open

@@ -3,8 +3,6 @@
 A word of the command is RUN or NAME=RUN; a run's name is that of its folder, the base's that of the model.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Where and for whom is served, and the socket for it: known before a model is opened. No torch."""
 
-from __future__ import annotations
-
 import os
 import socket
 from dataclasses import dataclass, field

@@ -7,8 +7,6 @@ Source: `torch.cuda` and `torch.xpu` (`get_device_properties`, `mem_get_info`); 
 Cost: three seconds where there may be a card, nothing elsewhere.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import re
@@ -19,12 +17,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
 
-if TYPE_CHECKING:
-    from types import ModuleType
-
-    from halfbyte.types import Document
+from halfbyte.types import Document
 
 KINDS = ("cuda", "xpu")  # AMD's cards are "cuda" in torch
 BF16_CAPABILITY = (8, 0)

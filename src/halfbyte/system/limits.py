@@ -8,8 +8,6 @@ Source: setrlimit(2), RLIMIT_AS; `PyThreadState_SetAsyncExc` of Python's C inter
 Cost: two system calls for each piece of work (3 us), a look at /proc every second; one thread that sleeps.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import re

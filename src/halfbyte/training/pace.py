@@ -8,8 +8,6 @@ down. If an allocation fails (cards raise an error; Linux mostly kills), the mic
 Cost: a look at /proc between micro-batches, 0.2 ms; where failures are caught, a copy of the gradients.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field

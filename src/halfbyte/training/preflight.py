@@ -5,13 +5,11 @@ goes on ends as it would have ended, or says why it cannot.
 Cost: the first rows of each file, milliseconds; the hashes of one checkpoint; no torch.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from halfbyte.data.reading import read
+from halfbyte.distributed.world import World
 from halfbyte.errors import RunError, typed
 from halfbyte.models.sources import lookup
 from halfbyte.recipe import adapter
@@ -19,11 +17,8 @@ from halfbyte.recipe.fields import shown
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs import points
 from halfbyte.runs.folder import RunFolder
+from halfbyte.training.events import Listener
 from halfbyte.types import Document
-
-if TYPE_CHECKING:
-    from halfbyte.distributed.world import World
-    from halfbyte.training.events import Listener
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from itertools import takewhile
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch.optim import Optimizer
@@ -27,6 +26,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from halfbyte.adapters.lora import loraplus_optimizer
 from halfbyte.data import collate, pack
+from halfbyte.distributed.shard import Shards
 from halfbyte.distributed.world import World
 from halfbyte.errors import RecipeError, first_line
 from halfbyte.layers.kernels import dropout
@@ -36,9 +36,6 @@ from halfbyte.recipe.schema import Train
 from halfbyte.training.pace import Pace
 from halfbyte.training.watch import gradients
 from halfbyte.types import Batch, Document, Model
-
-if TYPE_CHECKING:
-    from halfbyte.distributed.shard import Shards
 
 # Names under `train:` that never reach the Trainer, or are not its own: batch and accumulation are inside the item, the
 # dtype is the base's, checkpoints and the best adapter are ours.

@@ -7,21 +7,16 @@ the first places when a smaller tape is enough.
 Cost: a tape is a few tens of ms to write; caches take memory as texts are put there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from halfbyte.layers.decoding import llama
 from halfbyte.layers.decoding.linears import Unsupported
+from halfbyte.layers.decoding.llama import Decoder
 from halfbyte.layers.decoding.tape import MAX_VECTORS, TextAdapters
-
-if TYPE_CHECKING:
-    from halfbyte.layers.decoding.llama import Decoder
-    from halfbyte.types import Model
-    from halfbyte.writing.text import Text
+from halfbyte.types import Model
+from halfbyte.writing.text import Text
 
 MAX_TEXTS = MAX_VECTORS
 SIZES = (1, 2, 4, 8, 16)

@@ -14,19 +14,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from halfbyte.models import structure
-from halfbyte.writing.text import TextWriter, by_prompt
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from halfbyte.types import Document, Model
-    from halfbyte.writing.sampling import Processors
-    from halfbyte.writing.text import Text
+from halfbyte.types import Document, Model
+from halfbyte.writing.sampling import Processors
+from halfbyte.writing.text import Text, TextWriter, by_prompt
 
 # Of a model's generation_config: what changes logits whatever is drawn from them.
 PROCESSORS = (

@@ -6,27 +6,21 @@ bits its products are faster for many tokens. `by_tape` is the policy.
 Cost: a tape more, of tens of ms to write.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 from halfbyte.data import collate
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.layers import loss, packing
 from halfbyte.layers.decoding import llama
+from halfbyte.layers.decoding.llama import Decoder
 from halfbyte.models import structure
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from halfbyte.layers.decoding.llama import Decoder
-    from halfbyte.types import Batch, Model
+from halfbyte.types import Batch, Model
 
 VECTORS = 64  # tokens that a tape reads at once
 LONGEST = 512  # tokens of a prompt that a tape reads in bf16: of a longer one a forward's products are the faster ones

@@ -5,16 +5,12 @@ Why: each text has a random generator of its own and draws in fp64, so a seed gi
 Source: top-p sampling, arXiv:1904.09751.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
 _FIRST_LOOK = 512  # of the most likely tokens, for top_p; all are sorted only where these are not enough
 # Logits (1, V) after the tokens (1, N) of a text -> logits (1, V): transformers' processors, of a generation_config.

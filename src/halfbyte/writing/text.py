@@ -9,17 +9,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from tokenizers.decoders import DecodeStream
+from torch import Tensor
 
+from halfbyte.data.encoding.examples import Example
+from halfbyte.types import Tokenizer
 from halfbyte.writing.sampling import Constraint, Sampler, SamplingParams, TokenLogprob, logprob_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from halfbyte.data.encoding.examples import Example
-    from halfbyte.types import Tokenizer
 
 Finish = Literal["stop", "length"]
 

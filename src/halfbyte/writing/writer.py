@@ -11,33 +11,25 @@ Of a row in fp32 the forward shows how far the model itself would write what is 
 Source: the interface is that of mlx-lm's `BatchGenerator`; the tolerance is derived at `tolerance`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from halfbyte.base import stream
 from halfbyte.errors import BaseModelError
 from halfbyte.layers import loss, packing
 from halfbyte.layers.decoding.linears import Unsupported
+from halfbyte.layers.decoding.llama import Decoder
 from halfbyte.models import structure
 from halfbyte.proofs import closeness
+from halfbyte.types import Batch, Model
 from halfbyte.writing import plain, prefill
 from halfbyte.writing.places import CachePlaces, FastPathUnavailable, same_beginning
 from halfbyte.writing.prefill import Prefilled, TapeReader
-from halfbyte.writing.text import TextWriter, by_prompt
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from halfbyte.layers.decoding.llama import Decoder
-    from halfbyte.types import Batch, Model
-    from halfbyte.writing.text import Text
+from halfbyte.writing.text import Text, TextWriter, by_prompt
 
 # Root mean square of what rounding to bf16 changes, relative to the number: 2^-8 / sqrt(3) at the lower end of a
 # binade, half of it at the upper end; over numbers spread evenly by their logarithm 0.0016.

@@ -5,8 +5,6 @@ not even with its embedding. Reading, hashing, quantising and writing all run wi
 A finished file is durable and noted in a journal before it counts; the folder gets its manifest last, then its name.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import threading

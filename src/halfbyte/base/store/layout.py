@@ -6,13 +6,12 @@ what a store's tensors would be called when it is opened is tried out before any
 Source: transformers, `convert_and_load_state_dict_in_model` in core_model_loading.py; quantizers/quantizer_bnb_4bit.py.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+
+import torch
 
 from halfbyte.base.store import conversion, mxfp4
 from halfbyte.base.store.conversion import Rule, planned_dtype, renamed
@@ -23,9 +22,6 @@ from halfbyte.models.tensors import spec_of
 from halfbyte.plan.store_build import OWN_FILE_BYTES
 from halfbyte.quant import experts, formats, loader
 from halfbyte.recipe.schema import Quant
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ Cost: a byte a number, and one pass when it is made, once a model; with it a pro
 vectors, through the kernels and through torch.
 """
 
-from __future__ import annotations
-
 import logging
 from weakref import WeakKeyDictionary
 

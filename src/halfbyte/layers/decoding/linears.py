@@ -8,8 +8,6 @@ zeros from the A of the other adapters. So the base is read once for all texts, 
 has with its adapter alone.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -10,11 +10,8 @@ Cost: tens of milliseconds to write; LoRA is copied in the compute dtype.
 Letters: M texts, H query heads, K key heads, T max_tokens of a cache.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +23,7 @@ from halfbyte.layers.decoding.linears import Unsupported
 from halfbyte.layers.decoding.tape import CachedAttention, Int8Head, Int16Vectors, Tape, TextAdapters, Vectors
 from halfbyte.models import families, structure
 from halfbyte.quant import bnb, policy
-
-if TYPE_CHECKING:
-    from halfbyte.types import Config, Model
+from halfbyte.types import Config, Model
 
 # Rotary embeddings that are another function of the position when a text is longer.
 _CHANGING_ROPES = {"dynamic", "longrope"}

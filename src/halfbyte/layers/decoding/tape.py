@@ -8,8 +8,6 @@ Cost: a microsecond an operation to write; a run is one call on torch's threads.
 Letters: M vectors (texts at once), D in, O out, R rank.
 """
 
-from __future__ import annotations
-
 import ctypes
 import math
 from dataclasses import dataclass, field

@@ -8,8 +8,6 @@ has another number of tokens (gpt-oss of 16 experts: 106 MB less in the process 
 Cost: three products for each of the forward's, and a dense addition for each expert with LoRA.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -5,21 +5,16 @@ whatever arguments it is given, so that LoRA reaches our function by an argument
 Source: `transformers/integrations/moe.py`; `peft/tuners/lora/layer.py`, `ParamWrapper`.
 """
 
-from __future__ import annotations
+from typing import Any
 
-from typing import TYPE_CHECKING, Any
-
+from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from halfbyte.layers.experts.by_definition import experts_by_definition
 from halfbyte.layers.experts.forward import experts
 from halfbyte.layers.experts.layout import LoraOfExperts, experts_of, is_experts, is_quantised
 from halfbyte.models import structure
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from halfbyte.types import Model
+from halfbyte.types import Model
 
 NAME, BY_DEFINITION = "halfbyte", "halfbyte_by_definition"
 _BEFORE = "_halfbyte_experts_before"

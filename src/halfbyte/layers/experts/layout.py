@@ -11,8 +11,6 @@ Cost: a walk over modules.
 Letters: E experts, D hidden width, I an expert's inner width, W what the first stack makes: 2 I with a gate, else I.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias

@@ -10,8 +10,6 @@ Cost: one call a layer; no scores in memory.
 Letters: T tokens of a pack, H query heads, K key heads, D head size.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import os
@@ -19,14 +17,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from halfbyte.system import accelerator
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 VARIABLE = "HALFBYTE_ATTENTION"
 VARLEN = "varlen"

@@ -8,8 +8,6 @@ is `kernels.cpu.scalar.hash_u32`.
 Cost: a hash for each row of a micro-batch, and one for each of its tokens in every layer, beside those for the pairs.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

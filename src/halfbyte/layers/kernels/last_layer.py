@@ -9,8 +9,6 @@ Cost: a copy of the rows, twice, forward and back.
 Letters: T tokens, K rows that are read, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -10,8 +10,6 @@ Source: `torch.frombuffer`, which keeps the buffer's exporter alive, and no more
 Cost: about five microseconds a tensor, so small ones stay torch's own.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import mmap
@@ -20,14 +18,10 @@ import threading
 import weakref
 from bisect import bisect_left, insort_left
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
+from torch import Tensor
 
 LEAST_BYTES = 65_536  # a smaller tensor is torch's own
 LARGER = 2.0  # a block may be so many times as large as its tensor

@@ -6,8 +6,6 @@ that a file states below its architecture's name has to find a place here; one t
 Source: llama.cpp's converter and graphs (conversion/, src/models/), and transformers' config classes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

@@ -14,11 +14,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from sse_starlette import EventSourceResponse
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import Request as Http
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -30,14 +31,10 @@ from halfbyte.serving.http import wire
 from halfbyte.serving.http.answers import CALL, Choice, Form, Json, tool_calls
 from halfbyte.serving.http.gauges import Gauges
 from halfbyte.serving.http.wire import ChatRequest, CompletionRequest, Refusal, Request
+from halfbyte.serving.models import ServedModel
+from halfbyte.types import Document
 from halfbyte.writing.sampling import SamplingParams
 from halfbyte.writing.text import TextChunk
-
-if TYPE_CHECKING:
-    from starlette.requests import Request as Http
-
-    from halfbyte.serving.models import ServedModel
-    from halfbyte.types import Document
 
 WEB = Path(__file__).parent / "web"
 PING_S, SEND_S = 15, 60.0

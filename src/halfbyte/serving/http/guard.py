@@ -6,23 +6,18 @@ What: Host, Origin and the key are checked; a body has to come within a time and
 headers that keep browsers from guessing and framing. Only then the application runs, which sees the whole body.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from halfbyte.serving.http.answers import Json
 from halfbyte.serving.http.wire import Refusal
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _DRAINED = 8  # times the limit
 OPEN = frozenset({"/", "/page.js", "/style.css", "/health"})  # nothing of a model, nothing that was asked

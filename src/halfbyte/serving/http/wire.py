@@ -4,8 +4,6 @@ A field that would change the answer and cannot be followed is refused by name; 
 Source: the `openai` package, 3.57: types/chat, types/completion; its client's handling of errors.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -6,8 +6,6 @@ Source: Python's `os`, `fcntl`, `resource` pages ("Availability"); portalocker (
 Cost: none on Linux, where each is the system's own call.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import threading

@@ -3,8 +3,6 @@
 One list: `docs/machines.md` prints it, and `halfbyte doctor` prints the row of the machine that it runs on.
 """
 
-from __future__ import annotations
-
 import platform
 import sys
 from collections.abc import Callable, Sequence

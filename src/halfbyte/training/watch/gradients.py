@@ -4,8 +4,6 @@ Why: a NaN in one step is in every weight after the next, and the loss of the st
 Cost: nothing: the loss and the gradients' norm are read once a step for the metrics anyway.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

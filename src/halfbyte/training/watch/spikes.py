@@ -6,8 +6,6 @@ Source: Rousseeuw and Croux, "Alternatives to the median absolute deviation", 19
 Cost: a sort of 32 numbers a step.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence

@@ -9,8 +9,6 @@ switch that an evaluation left on train on under a healthy loss curve, into chec
 Cost: a forward of 15 tokens, one with its backward, through two layers; see docs/log.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field

@@ -13,27 +13,22 @@ Cost: 6 MB of int32 sums (more for a weight of over 3,072 outputs) and 8 bits a 
 product to the next; 8 bits a number of x for as long as it is needed.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu import LARGEST_RANK, available, works
 from halfbyte.layers.kernels.dropout import LoraTerm
 from halfbyte.quant.number_format import Codes
 from halfbyte.system import pages
-
-if TYPE_CHECKING:
-    from torch import nn
 
 # Under this name a frozen layer says which of its products are integer ones.
 NAME = "_halfbyte_integer"
