@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, get_linear_sc
 from halfbyte import finetune
 from halfbyte.adapters import assembly, lora
 from halfbyte.base import load
-from halfbyte.data import collate, pack
+from halfbyte.data import collate
 from halfbyte.data.encoding.examples import Example
 from halfbyte.errors import DataError, RunError, TrainError
 from halfbyte.inference import load as opened_run
@@ -64,7 +64,7 @@ def texts_of(row: Example) -> list[Example]:
 def reference(loaded: Loaded) -> list[float]:
     """The same run with transformers and PEFT alone: padded batches, its own loss, accumulation, AdamW, clipping.
 
-    Only the tokens of the rows and their order are ours.
+    Only the tokens of the rows are ours, and the seed of their order.
     """
     recipe = loaded.recipe
     train, dtype = recipe.train, DTYPES[recipe.quant.compute_dtype]
@@ -99,18 +99,13 @@ def reference(loaded: Loaded) -> list[float]:
         ]
     optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, weight_decay=train.weight_decay)
     schedule = get_linear_schedule_with_warmup(optimizer, 0, train.max_steps)
-    steps = pack.Steps(
-        prepared.train.lengths,
-        prepared.train.labelled,
-        rows_per_step=train.per_device_train_batch_size * train.gradient_accumulation_steps,
-        total=train.max_steps,
-        seed=train.seed,
-        max_tokens_per_micro_batch=10**9,
-        examples_per_micro_batch=None,
-    )
-    found = []
-    for step in steps:
-        rows = [text for rows in step.micro_batches for row in rows for text in texts_of(prepared.train.examples[row])]
+    found, examples, per_step = [], prepared.train.examples, train.rows_per_step
+    per_epoch = -(-len(examples) // per_step)
+    for index in range(train.max_steps):
+        order = list(range(len(examples)))
+        random.Random(f"{train.seed}/{index // per_epoch}").shuffle(order)
+        start = index % per_epoch * per_step
+        rows = [text for row in order[start : start + per_step] for text in texts_of(examples[row])]
         labelled = sum(label != -100 for row in rows for label in row.labels)
         total = 0.0
         for start in range(0, len(rows), ROWS_PER_MICRO_BATCH):
