@@ -41,7 +41,8 @@ class TapeReader:
     """Reads prompts by a tape of many vectors into the places of another. Raises linears.Unsupported."""
 
     def __init__(self, lm: Model, decoder: Decoder, factor: float = 1.0) -> None:
-        self.lm, self.target, self.factor = lm, decoder, factor
+        self.lm, self.target = lm, decoder
+        self.factor = factor
         adapters = decoder.tape.adapters
         if adapters is not None:
             adapters = replace(adapters, uses=torch.zeros(len(adapters.names), VECTORS))
@@ -57,12 +58,13 @@ class TapeReader:
             for at, token in enumerate(tokens)
             if at >= start or at == 0
         ]
-        table, adapters, used = self.lm.get_input_embeddings(), self.decoder.tape.adapters, self.target.tape.adapters
+        embedding = self.lm.get_input_embeddings()
+        adapters, used = self.decoder.tape.adapters, self.target.tape.adapters
         for n in range(0, len(flat), VECTORS):
             places, positions, tokens = zip(*flat[n : n + VECTORS], strict=True)
             if adapters is not None and used is not None:
                 adapters.uses[:, : len(places)] = used.uses[:, list(places)]
-            self.decoder.read(table(torch.tensor(tokens)).float() * self.factor, positions, places)
+            self.decoder.read(embedding(torch.tensor(tokens)).float() * self.factor, positions, places)
 
 
 @dataclass

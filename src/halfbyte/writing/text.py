@@ -88,8 +88,10 @@ class Text:
         constraint: Constraint | None = None,
         row: Example | None = None,
     ) -> None:
-        self.prompt, self.params, self.stop_ids = prompt, params, frozenset(stop_ids)
-        self.adapter, self.index, self.detokenizer, self.row = adapter, index, detokenizer, row
+        self.prompt, self.params = prompt, params
+        self.stop_ids = frozenset(stop_ids)
+        self.adapter, self.index = adapter, index
+        self.detokenizer, self.row = detokenizer, row
         self.sampler = Sampler(params, index, constraint)
         self.tokens: list[int] = []
         self.finish: Finish | None = None

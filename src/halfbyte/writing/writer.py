@@ -90,7 +90,8 @@ class Writer(TextWriter):
         using: Using = lambda adapter: nullcontext(), rough: bool = True, exact: bool = True,
         forward_tokens: int = 2048,
     ) -> None:  # fmt: skip
-        self.lm, self.using, self.forward_tokens, self.exact = structure.causal_lm(model), using, forward_tokens, exact
+        self.lm, self.using = structure.causal_lm(model), using
+        self.forward_tokens, self.exact = forward_tokens, exact
         self.layers = layers_of(self.lm)
         self.embedding = self.lm.get_input_embeddings()
         if adapters is not None and type(self.embedding) is not nn.Embedding:
