@@ -26,23 +26,13 @@ PART = 2048
 
 
 @inlined
-def _exp_sum(a, top):  # type: ignore[no-untyped-def]
+def _sum(a, top, exponential):  # type: ignore[no-untyped-def]
+    """The sum of a, or of exp(a - top)."""
     total = np.float64(0.0)
     for first in range(0, a.shape[0], PART):
         part = np.float32(0.0)
         for j in range(first, min(first + PART, a.shape[0])):
-            part += exp_f32(load(a[j]) - top)
-        total += np.float64(part)
-    return np.float32(total)
-
-
-@inlined
-def _plain_sum(a):  # type: ignore[no-untyped-def]
-    total = np.float64(0.0)
-    for first in range(0, a.shape[0], PART):
-        part = np.float32(0.0)
-        for j in range(first, min(first + PART, a.shape[0])):
-            part += load(a[j])
+            part += exp_f32(load(a[j]) - top) if exponential else load(a[j])
         total += np.float64(part)
     return np.float32(total)
 
@@ -72,11 +62,11 @@ def _kernel(element: type) -> object:
             for i in range(first, min(n, first + s[2])):
                 a = logits[i]
                 top = _largest(a)
-                lse = top + np.log(_exp_sum(a, top))
+                lse = top + np.log(_sum(a, top, True))
                 wanted = load(a[target[i]])
                 loss[i] = lse - (np.float32(1.0) - smoothing) * wanted
                 if smoothing > np.float32(0.0):
-                    loss[i] -= low * _plain_sum(a)
+                    loss[i] -= low * _sum(a, top, False)
                 if s[7]:
                     hit = exp_f32(wanted - lse)
                     _gradient(a, lse, low)

@@ -59,8 +59,8 @@ def square_gain(width: int) -> int:
     return LANES * registers_mixed(width)
 
 
-class _Stream:
-    """Loads and stores of 16 numbers, or of the last ones of a stream."""
+class _Vector:
+    """Loads and stores of 16 numbers, or of the last ones of a row."""
 
     def __init__(self, builder: Value, left: Value = None) -> None:
         self.b, self.mask = builder, None
@@ -95,13 +95,13 @@ class _Stream:
 
 
 def _over(builder: Value, count: Value, body: Value) -> None:
-    """body(stream, first number) for every 16 of `count` numbers, and for what is left."""
+    """body(vector, first number) for every 16 of `count` numbers, and for what is left."""
     whole = builder.lshr(count, _I64(4))
     with cgutils.for_range(builder, whole, intp=_I64) as loop:
-        body(_Stream(builder), builder.shl(loop.index, _I64(4)))
+        body(_Vector(builder), builder.shl(loop.index, _I64(4)))
     left = builder.and_(count, _I64(LANES - 1))
     with builder.if_then(builder.icmp_signed("!=", left, _I64(0))):
-        body(_Stream(builder, left), builder.shl(whole, _I64(4)))
+        body(_Vector(builder, left), builder.shl(whole, _I64(4)))
 
 
 def _butterflies(builder: Value, values: list[Value]) -> list[Value]:
@@ -148,17 +148,17 @@ def _row_mixing(count: int, *, weighted: bool = False) -> Value:
 
         def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
             _, source, factors, out, distance = args
-            b, stream = builder, _Stream(builder)
+            b, vector = builder, _Vector(builder)
             most = cgutils.alloca_once_value(b, ir.Constant(_WORDS, None))
             b.store(ir.Constant(_WORDS, None), most)
             with cgutils.for_range(b, distance, intp=_I64) as loop:
                 first = [b.mul(b.add(loop.index, b.mul(distance, _I64(k))), _I64(LANES)) for k in range(count)]
-                v = [stream.floats(b.add(source, b.mul(at, _I64(2 if bf16 else 4))), bf16=bf16) for at in first]
+                v = [vector.floats(b.add(source, b.mul(at, _I64(2 if bf16 else 4))), bf16=bf16) for at in first]
                 for at, value in zip(first, _butterflies(b, v), strict=True):
                     value = _in_register(b, value)
                     if weighted:
-                        value = b.fmul(value, stream.load(b.add(factors, b.mul(at, _I64(4))), _FLOATS))
-                    stream.store(value, b.add(out, b.mul(at, _I64(4))))
+                        value = b.fmul(value, vector.load(b.add(factors, b.mul(at, _I64(4))), _FLOATS))
+                    vector.store(value, b.add(out, b.mul(at, _I64(4))))
                     _larger(b, most, value)
             return _largest(b, most)
 
@@ -176,13 +176,13 @@ def mirror(typing_context, like, source, out, distance):  # type: ignore[no-unty
 
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
         _, source, out, distance = args
-        b, stream = builder, _Stream(builder)
+        b, vector = builder, _Vector(builder)
         with cgutils.for_range(b, distance, intp=_I64) as loop:
             first = [b.mul(b.add(loop.index, b.mul(distance, _I64(k))), _I64(LANES)) for k in range(3)]
-            v = [stream.floats(b.add(source, b.mul(at, _I64(2 if bf16 else 4))), bf16=bf16) for at in first]
+            v = [vector.floats(b.add(source, b.mul(at, _I64(2 if bf16 else 4))), bf16=bf16) for at in first]
             two = b.fmul(b.fadd(b.fadd(v[0], v[1]), v[2]), ir.Constant(_FLOATS, [2 / 3] * LANES))
             for at, value in zip(first, v, strict=True):
-                stream.store(b.fsub(value, two), b.add(out, b.mul(at, _I64(4))))
+                vector.store(b.fsub(value, two), b.add(out, b.mul(at, _I64(4))))
         return context.get_dummy_value()
 
     n = types.int64
@@ -228,10 +228,10 @@ def mix_group(typing_context, like, source, source_row, out, out_row, width, pea
         def at(base: Value, row: Value, k: int, first: Value, size: int) -> Value:
             return b.add(base, b.mul(b.add(b.mul(row, _I64(k)), first), _I64(size)))
 
-        def body(stream: _Stream, first: Value) -> None:
-            v = [stream.floats(at(source, source_row, k, first, 2 if bf16 else 4), bf16=bf16) for k in range(MOST)]
+        def body(vector: _Vector, first: Value) -> None:
+            v = [vector.floats(at(source, source_row, k, first, 2 if bf16 else 4), bf16=bf16) for k in range(MOST)]
             for k, value in enumerate(_butterflies(b, v)):
-                stream.store(value, at(out, out_row, k, first, 4))
+                vector.store(value, at(out, out_row, k, first, 4))
                 _larger(b, most[k], value)
 
         _over(b, width, body)
@@ -251,10 +251,10 @@ def to_bytes(typing_context, source, factor, out, width):  # type: ignore[no-unt
         source, factor, out, width = args
         times, magic = broadcast(builder, factor, LANES), ir.Constant(_FLOATS, [_MAGIC] * LANES)
 
-        def body(stream: _Stream, first: Value) -> None:
-            value = stream.load(builder.add(source, builder.mul(first, _I64(4))), _FLOATS)
+        def body(vector: _Vector, first: Value) -> None:
+            value = vector.load(builder.add(source, builder.mul(first, _I64(4))), _FLOATS)
             bits = builder.bitcast(call(builder, _FMA, _FLOATS, value, times, magic), _WORDS)
-            stream.store(builder.trunc(bits, ir.VectorType(_I8, LANES)), builder.add(out, first))
+            vector.store(builder.trunc(bits, ir.VectorType(_I8, LANES)), builder.add(out, first))
 
         _over(builder, width, body)
         return context.get_dummy_value()

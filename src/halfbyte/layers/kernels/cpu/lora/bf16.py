@@ -156,7 +156,7 @@ PRODUCTS = LoraProducts(
     lora_up,
     lora_gradient,
     dtype=torch.bfloat16,
-    word=torch.int32,
+    numbers=2,
     columns=lambda rank: TALL_COLUMNS if rank <= TALL_COLUMNS else -(-rank // COLUMNS) * COLUMNS,
     ranks=lambda rank: min(-(-rank // rows) * rows for rows in (ROWS, LOW_ROWS)),
 )

@@ -33,7 +33,7 @@ class LoraProducts:
     """Three kernels as functions of tensors. None of them scales by 1 / (1 - p); the mask is `gate.drop`'s.
 
     Args:
-        word: the dtype that a kernel sees a word as.
+        numbers: of a word.
         columns, ranks: columns of all tiles that hold a rank, and rows.
     """
 
@@ -41,22 +41,17 @@ class LoraProducts:
     up_kernel: object
     gradient_kernel: object
     dtype: torch.dtype
-    word: torch.dtype
+    numbers: int
     columns: Callable[[int], int]
     ranks: Callable[[int], int]
-
-    @property
-    def numbers(self) -> int:
-        """Numbers of a word."""
-        return self.word.itemsize // self.dtype.itemsize
 
     def down(self, x: Tensor, a: Tensor, p: float, seed: Seed) -> Tensor:
         """drop(x) A^T: x (N, D), A (R, D) -> (N, R)."""
         (n, width), rank = x.shape, a.shape[0]
         h, columns = pool.empty((n, rank), x), self.columns(rank)
-        words = width // self.numbers
-        turned = torch.zeros(words, columns, dtype=self.word)
-        turned[:, :rank] = a.contiguous().view(self.word).T
+        a, words = self._words(a), width // self.numbers
+        turned = torch.zeros(words, columns, dtype=a.dtype)
+        turned[:, :rank] = a.T
         mask, keys = mask_of(p, seed)
         run(self.down_kernel, n, TAKEN, x, turned, h, *mask, words, rank, columns, keys)
         return h
@@ -66,7 +61,9 @@ class LoraProducts:
         (rank, width), n = a.shape, dh.shape[0]
         out, (mask, keys) = pool.empty((n, width), a), mask_of(p, seed)
         ranks = rank // self.numbers
-        words = a.view(ranks, self.numbers, width).transpose(1, 2).contiguous().view(self.word)  # (ranks, D, 1)
+        if self.numbers > 1:
+            a = a.view(ranks, self.numbers, width).transpose(1, 2)
+        words = self._words(a).contiguous()  # (ranks, D)
         run(self.up_kernel, n, TAKEN, dh.contiguous(), words, out, *mask, width // self.numbers, ranks, keys)
         return out
 
@@ -78,7 +75,12 @@ class LoraProducts:
         out, (mask, keys) = pool.empty((parts, ranks, width), x, torch.float32), mask_of(p, seed)
         run(self.gradient_kernel, parts, 1, dh.contiguous(), x, out, *mask, words, rank, ranks, n, keys)
         total = out[:, :rank].sum(0) if parts > 1 else out[0, :rank]
+        if self.numbers == 1:
+            return total
         return total.view(rank, self.numbers, words).transpose(1, 2).reshape(rank, width)
+
+    def _words(self, x: Tensor) -> Tensor:
+        return x if self.numbers == 1 else x.contiguous().view(torch.int32)
 
     def fault(self, *ranks: int) -> str | None:
         """What is wrong on this machine, seen once on small products beside torch's; None where nothing is."""

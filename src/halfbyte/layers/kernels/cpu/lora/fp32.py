@@ -138,7 +138,7 @@ PRODUCTS = LoraProducts(
     lora_up,
     lora_gradient,
     dtype=torch.float32,
-    word=torch.float32,
+    numbers=1,
     columns=lambda rank: -(-rank // COLUMNS) * COLUMNS,
     ranks=lambda rank: -(-rank // ROWS) * ROWS,
 )
