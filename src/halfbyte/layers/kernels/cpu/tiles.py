@@ -58,6 +58,15 @@ def rows_into(here, x, first, many):  # type: ignore[no-untyped-def]
             here[i * width + j] = x[first + i, j]
 
 
+def _either_way(builder: Value, add: Value, do: Callable[[bool], None]) -> None:
+    """do(True) where `add` is not 0, else do(False)."""
+    with builder.if_else(builder.icmp_signed("!=", add, _I64(0))) as (then, otherwise):
+        with then:
+            do(True)
+        with otherwise:
+            do(False)
+
+
 def _tile(rows: int, columns: int, lanes: int, *, pairs: bool) -> Value:
     """A tile of this size, of registers of `lanes` numbers: of pairs of bf16, else of fp32."""
     half, vector = range(columns // lanes), ir.VectorType(ir.FloatType(), lanes)
@@ -95,16 +104,9 @@ def _tile(rows: int, columns: int, lanes: int, *, pairs: bool) -> Value:
                         total = builder.fadd(builder.load(c_at[place], align=4), total)
                     builder.store(total, c_at[place], align=4)
 
-            def where_added(do: Callable[[bool], None]) -> None:
-                with builder.if_else(builder.icmp_signed("!=", add, _I64(0))) as (then, otherwise):
-                    with then:
-                        do(True)
-                    with otherwise:
-                        do(False)
-
             c_at = {(row, column): at(c, builder.mul(c_row, _I64(row)), column, vector) for row, column in places}
             sums = {place: cgutils.alloca_once(builder, vector) for place in places}
-            where_added(begin) if pairs else begin(False)
+            _either_way(builder, add, begin) if pairs else begin(False)
             with cgutils.for_range(builder, steps, intp=_I64) as loop:
                 b_row = builder.mul(loop.index, b_step)
                 right = [builder.load(at(b, b_row, column, operands), align=4) for column in half]
@@ -117,7 +119,7 @@ def _tile(rows: int, columns: int, lanes: int, *, pairs: bool) -> Value:
                         given = (total, left, right[column]) if pairs else (left, right[column], total)
                         builder.store(call(builder, multiply, vector, *given), sums[row, column])
             # in fp32 what is there is added last: a long sum in parts is then as exact as its parts are short
-            end(False) if pairs else where_added(end)
+            end(False) if pairs else _either_way(builder, add, end)
             return context.get_dummy_value()
 
         n = types.int64
