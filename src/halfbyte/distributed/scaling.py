@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
-import numpy as np
-
 from halfbyte.data import pack
 from halfbyte.errors import RecipeError
 from halfbyte.plan import Job, Plan, plan_training
@@ -126,14 +124,12 @@ def _balance(job: Job, ranks: int) -> float:
     """Tokens of the fullest share of a step over those of the mean one, by the steps that the run will take."""
     if ranks == 1:
         return 1.0
-    lengths, train = np.asarray(job.rows.lengths, dtype=np.int64), job.recipe.train
     if job.rows.assumed:
         return -(-job.rows_per_step // ranks) * ranks / job.rows_per_step
-    seed = train.seed if train.data_seed is None else train.data_seed
-    steps = pack.Steps(lengths, lengths, job.rows_per_step, max(1, job.steps), seed, 1 << 40, None)
-    fullest = whole = 0
-    for step in islice(steps, LOOKED_AT_STEPS):
-        rows = [row for rows in step.micro_batches for row in rows]
-        fullest += max(sum(int(lengths[row]) for row in part) for part in pack.share(rows, lengths, ranks))
-        whole += step.tokens
-    return fullest * ranks / max(1, whole)
+    fullest = total = 0
+    for step in islice(job.order or (), LOOKED_AT_STEPS):
+        rows = [row for (row,) in step.micro_batches]
+        shares = pack.share(rows, job.rows.lengths, ranks)
+        fullest += max(sum(int(job.rows.lengths[row]) for row in share) for share in shares)
+        total += step.tokens
+    return fullest * ranks / max(1, total)

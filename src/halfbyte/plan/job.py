@@ -335,18 +335,18 @@ class Job:
     def step_tokens(self) -> int:
         """Tokens of the largest step, by the order that the run will take its rows in; of several processes the most
         that one of them gets."""
-        if self._order is None:
+        if self.order is None:
             return 1
-        step = max(1, self._order.most_tokens())
+        step = max(1, self.order.most_tokens())
         return step if self.ranks == 1 else min(step, -(-step // self.ranks) + self.rows.longest)
 
     @cached_property
     def micro_batch_sizes(self) -> int:
         """How many sizes of micro-batches a run meets: oneDNN compiles for each. Counted by the steps of an epoch, as
         the parts of a split step are no more diverse; each is filled up to a multiple of `FILLED_TO` tokens."""
-        if self._order is None:
+        if self.order is None:
             return 1
-        return max(1, len(np.unique(-(-self._order.sums(0) // FILLED_TO))))
+        return max(1, len(np.unique(-(-self.order.sums(0) // FILLED_TO))))
 
     @cached_property
     def evaluation_sizes(self) -> int:
@@ -354,10 +354,9 @@ class Job:
         return math.ceil(int(np.sum(self.rows.evaluated)) / max(1, self.step_tokens))
 
     @cached_property
-    def _order(self) -> pack.Steps | None:
+    def order(self) -> pack.Steps | None:
         """The run's steps; None where there are none."""
         rows, train = np.asarray(self.rows.lengths), self.recipe.train
         if not self.steps or not len(rows):
             return None
-        seed = train.seed if train.data_seed is None else train.data_seed
-        return pack.Steps(rows, rows, self.rows_per_step, self.steps, seed, 1, 1)
+        return pack.Steps(rows, rows, self.rows_per_step, self.steps, train.order_seed, 1, 1)

@@ -259,6 +259,11 @@ class Train(Section):
         return self.best_metric not in LOSSES
 
     @property
+    def order_seed(self) -> int:
+        """Of the order of rows."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
     def rows_per_step(self) -> int:
         """Examples that one optimiser step takes, however they are split into micro-batches."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps

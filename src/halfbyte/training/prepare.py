@@ -96,8 +96,7 @@ def _held_out(
     stops = asks.early_stopping_patience is not None
     wanted = True if stops or asks.eval_on_start or asks.eval_strategy in ("steps", "epoch") else None
     wanted = False if asks.eval_strategy == "no" else wanted
-    seed = asks.seed if asks.data_seed is None else asks.data_seed
-    train, evaluation = split.split(train, data, seed, wanted=wanted)
+    train, evaluation = split.split(train, data, asks.order_seed, wanted=wanted)
     return train, evaluation, evaluation.examples if evaluation is not None else None
 
 

@@ -26,7 +26,7 @@ def plan_steps(prepared: Prepared, tokens: int, examples: int | None, *, rank: i
         prepared.train.labelled,
         rows_per_step=train.rows_per_step,
         total=count_steps(prepared),
-        seed=train.seed if train.data_seed is None else train.data_seed,
+        seed=train.order_seed,
         max_tokens_per_micro_batch=tokens,
         examples_per_micro_batch=examples,
         rank=rank,
