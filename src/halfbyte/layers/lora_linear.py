@@ -26,7 +26,7 @@ from halfbyte.layers.kernels import dropout, pool
 from halfbyte.layers.kernels.cpu import available, lora_products
 from halfbyte.layers.kernels.cpu.integer import products as integer
 from halfbyte.layers.kernels.cpu.matmul import into, product
-from halfbyte.layers.kernels.dropout import LoraTerm
+from halfbyte.layers.kernels.dropout import LoraPart
 from halfbyte.quant import formats
 from halfbyte.quant.number_format import frozen_function
 
@@ -145,7 +145,7 @@ class LoraLinear(torch.autograd.Function):
         a16, b16 = a.to(x.dtype), b.to(x.dtype)
         h, mask = lora_down(x, a16, p, seed)
         y = pool.empty((x.shape[0], b16.shape[0]), x)
-        lora = LoraTerm(h, b16.T, scale)
+        lora = LoraPart(h, b16.T, scale)
         fused = rounded is not None and integer.takes_lora(lora)
         if not fused:
             y.addmm_(h, b16.T, beta=0, alpha=scale)  # (N, R) @ (R, O) -> (N, O)
@@ -179,7 +179,7 @@ class LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             da = lora_gradient(dh, x, a16, ctx.p, ctx.seed, mask).to(ctx.dtypes[0])
         if ctx.needs_input_grad[0]:
-            lora = LoraTerm(dh, a16, 1.0, ctx.p, ctx.seed)
+            lora = LoraPart(dh, a16, 1.0, ctx.p, ctx.seed)
             fused = ctx.gradient8 and mask is None and integer.takes_lora(lora)
             dx = pool.empty((dy.shape[0], a16.shape[1]), dy) if fused else lora_up(dh, a16, ctx.p, ctx.seed, mask)
             if ctx.gradient8:

@@ -34,7 +34,7 @@ class TokenSeed:
 
 
 @dataclass(frozen=True)
-class LoraTerm:
+class LoraPart:
     """LoRA's part of a result: drop(scale left right). left: (N, R), right: (R, D), bf16. p, seed: of the mask."""
 
     left: Tensor

@@ -12,7 +12,7 @@ from torch import Tensor
 from halfbyte.layers.kernels import cpu, dropout
 from halfbyte.layers.kernels.cpu import tiles
 from halfbyte.layers.kernels.cpu.integer import products as integer
-from halfbyte.layers.kernels.dropout import LoraTerm
+from halfbyte.layers.kernels.dropout import LoraPart
 from halfbyte.layers.lora_linear import lora_linear
 from tests.layers.kernels.cpu.integer.test_products import layer_of
 
@@ -32,7 +32,7 @@ def drawn(n: int, r: int, d: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
     return left, right, made, torch.rand(n, generator=draw) * 1e-6, torch.rand(d, generator=draw)
 
 
-def in_pieces(y: Tensor, made: Tensor, rows: Tensor, columns: Tensor | None, lora: LoraTerm, piece: int) -> None:
+def in_pieces(y: Tensor, made: Tensor, rows: Tensor, columns: Tensor | None, lora: LoraPart, piece: int) -> None:
     right = sums.pairs(lora.right)
     for first in range(0, len(y), piece):
         part = slice(first, first + piece)
@@ -67,7 +67,7 @@ def test_both_parts_are_added_and_rounded(n: int, r: int, d: int, keyed: bool, p
     left, right, made, rows, across = drawn(n, r, d)
     seed: Any = dropout.TokenSeed(torch.arange(3, 3 + n, dtype=torch.int32), 5) if keyed else 11
     by, y = across if columns else None, torch.empty(n, d).bfloat16()
-    in_pieces(y, made, rows, by, LoraTerm(left, right, 0.7, p, seed), 7)
+    in_pieces(y, made, rows, by, LoraPart(left, right, 0.7, p, seed), 7)
     small = 0.7 * (left.double() @ right.double()) * (mask(n, d, p, seed) if p else 1)
     wanted = small + made.double() * rows.double()[:, None] * (across.double() if columns else 1)
     # bf16 rounds LoRA's part and the sum; fp32 sums of R products, of numbers below 5
@@ -78,7 +78,7 @@ def test_both_parts_are_added_and_rounded(n: int, r: int, d: int, keyed: bool, p
 @pytest.mark.parametrize(("n", "r", "d"), SHAPES)
 def test_the_bits_are_those_of_one_after_the_other(n: int, r: int, d: int) -> None:
     left, right, made, rows, across = drawn(n, r, d)
-    for lora, by in ((LoraTerm(left, right, 1.0, 0.3, 11), None), (LoraTerm(left, right, 1.0), across)):
+    for lora, by in ((LoraPart(left, right, 1.0, 0.3, 11), None), (LoraPart(left, right, 1.0), across)):
         y = torch.empty(n, d).bfloat16()
         in_pieces(y, made, rows, by, lora, 12)
         other = PRODUCTS.up(left, right, lora.p, 11)
@@ -107,9 +107,9 @@ def test_a_layer_gives_the_same_bits_with_and_without(p: float, monkeypatch: pyt
 
 def test_what_the_kernel_does_not_take() -> None:
     half, whole = torch.zeros(3, 4).bfloat16(), torch.zeros(4, 64).bfloat16()
-    assert integer.takes_lora(LoraTerm(half, whole))
+    assert integer.takes_lora(LoraPart(half, whole))
     for left, right in ((half.float(), whole), (half, whole[:3]), (half, whole[:, :40]), (half, whole[:0])):
-        assert not integer.takes_lora(LoraTerm(left, right))
+        assert not integer.takes_lora(LoraPart(left, right))
 
 
 def test_a_wrong_number_is_seen_before_the_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +123,6 @@ def test_a_wrong_number_is_seen_before_the_first_product(monkeypatch: pytest.Mon
     monkeypatch.setattr(sums, "onto", wrong)
     cpu.works.cache_clear()
     try:
-        assert not integer.takes_lora(LoraTerm(torch.zeros(3, 4).bfloat16(), torch.zeros(4, 64).bfloat16()))
+        assert not integer.takes_lora(LoraPart(torch.zeros(3, 4).bfloat16(), torch.zeros(4, 64).bfloat16()))
     finally:
         cpu.works.cache_clear()

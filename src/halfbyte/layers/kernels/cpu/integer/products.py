@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu import LARGEST_RANK, available, works
-from halfbyte.layers.kernels.dropout import LoraTerm
+from halfbyte.layers.kernels.dropout import LoraPart
 from halfbyte.quant.number_format import Codes
 from halfbyte.system import pages
 
@@ -96,7 +96,7 @@ def takes(codes: Codes, dtype: torch.dtype) -> bool:
     return weights.takes(codes) and works("integer.weights")
 
 
-def takes_lora(lora: LoraTerm) -> bool:
+def takes_lora(lora: LoraPart) -> bool:
     """Whether LoRA's part is made where the sums are scaled, of bf16, pairs of ranks and whole tiles of columns."""
     from halfbyte.layers.kernels.cpu import tiles
 
@@ -162,7 +162,7 @@ def rows_of_piece(width: int) -> int:
     return max(1, PIECE // width // 16) * 16
 
 
-def forward(y: Tensor, x: Int8Rows, weight: Weight, *, add: bool = False, lora: LoraTerm | None = None) -> None:
+def forward(y: Tensor, x: Int8Rows, weight: Weight, *, add: bool = False, lora: LoraPart | None = None) -> None:
     """y = x W^T, y += x W^T, or y = LoRA's part (`takes_lora`) + x W^T. y: (N, O) contiguous, weight: W (O, D)."""
     from halfbyte.layers.kernels.cpu.integer import rounding
 
@@ -174,7 +174,7 @@ def forward(y: Tensor, x: Int8Rows, weight: Weight, *, add: bool = False, lora: 
         finish(y[part], sums, x.steps[part], steps, part.start)
 
 
-def backward(dx: Tensor, dy: Tensor, weight: Weight, *, add: bool = False, lora: LoraTerm | None = None) -> None:
+def backward(dx: Tensor, dy: Tensor, weight: Weight, *, add: bool = False, lora: LoraPart | None = None) -> None:
     """dx = dy W, dx += dy W, or dx = LoRA's part + dy W. dx: (N, D) contiguous, dy: (N, O), weight: as in `forward`."""
     from halfbyte.layers.kernels.cpu.integer import rounding
 
@@ -209,7 +209,7 @@ def _rounded_weight(
     return numbers, steps
 
 
-def _finishing(lora: LoraTerm | None, *, add: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor | None, int], None]:
+def _finishing(lora: LoraPart | None, *, add: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor | None, int], None]:
     """What scales sums onto rows of a result: (rows, sums, steps of rows, of columns or None, number of the first)."""
     from halfbyte.layers.kernels.cpu.integer import rounding
 

@@ -23,7 +23,7 @@ from halfbyte.layers.kernels.cpu.lora.common import mask_of
 from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, run
 from halfbyte.layers.kernels.cpu.scalar import Value, broadcast, call, hash_u32, hash_words, inlined
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS, ROWS, BFloat, rows_into, tile
-from halfbyte.layers.kernels.dropout import LoraTerm
+from halfbyte.layers.kernels.dropout import LoraPart
 
 _I16, _I32, _I64 = (ir.IntType(bits) for bits in (16, 32, 64))
 _FLOATS, _WORDS = (ir.VectorType(element, LANES) for element in (ir.FloatType(), _I32))
@@ -138,7 +138,7 @@ def pairs(right: Tensor) -> Tensor:
 
 
 def onto(
-    y: Tensor, sums: Tensor, row_steps: Tensor, column_steps: Tensor | None, lora: LoraTerm, right: Tensor, first: int
+    y: Tensor, sums: Tensor, row_steps: Tensor, column_steps: Tensor | None, lora: LoraPart, right: Tensor, first: int
 ) -> None:
     """y = LoRA's part + sums x steps of their row and column, rounded once more.
 
@@ -164,7 +164,7 @@ def fault() -> str | None:
     rows, columns = torch.rand(n, generator=draw) * 1e-6, torch.rand(d, generator=draw)
     mask, ones = torch.empty(first + n, d, dtype=torch.bfloat16), torch.ones(first + n, d, dtype=torch.bfloat16)
     gate.drop(ones, mask, 0.5, 7)
-    for lora, by in ((LoraTerm(left, right, 0.5), columns), (LoraTerm(left, right, 1.0, 0.5, 7), None)):
+    for lora, by in ((LoraPart(left, right, 0.5), columns), (LoraPart(left, right, 1.0, 0.5, 7), None)):
         y = torch.empty(n, d, dtype=torch.bfloat16)
         onto(y, sums, rows, by, lora, pairs(right), first)
         wanted = (lora.scale * (left.float() @ right.float()) * (mask.float() if lora.p else 1))[first:]
