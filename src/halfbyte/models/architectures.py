@@ -79,8 +79,8 @@ def _layout(config: ConfigFile) -> Layout:
     if layout.linears == LLAMA.linears:
         biased = [layout.biased or "self_attn"] if config.get("attention_bias", bool(layout.biased)) else []
         biased += ["mlp"] if config.get("mlp_bias") else []
-        norms = layout.norms.split() + ["pre_feedforward_layernorm", "post_feedforward_layernorm"] * (family.norms == 4)
-        return replace(layout, norms=" ".join(norms), biased="|".join(biased))
+        more = " pre_feedforward_layernorm post_feedforward_layernorm" if family.norms == 4 else ""
+        return replace(layout, norms=layout.norms + more, biased="|".join(biased))
     if kind == "gpt_neox" and not config.get("attention_bias", True):
         return replace(layout, biased="mlp")
     if kind == "falcon":

@@ -100,12 +100,12 @@ def layer_of(
     hidden = facts.hidden
     wide, narrow = heads * facts.head_size or hidden, facts.key_heads * facts.head_size or hidden
     share = len(sliding) / layers
-    kept, mlp, norm, of_mlp = _frozen_kept(family, attention, facts, c, share, kernels=kernels)
+    saved, mlp, norm, of_mlp = _frozen_saved(family, attention, facts, c, share, kernels=kernels)
     there = set(range(layers)) - set(sliding) if kernels and attention in NO_SCORES else set[int]()
-    (more, more_mlp, remade), adapted = _adapters_kept(
+    (more, more_mlp, remade), adapted = _adapters_saved(
         sites, family, c, layers, there, facts.experts_per_token, kernels=kernels, dropout=dropout, fused=fused
     )
-    kept, mlp = kept + more, mlp + more_mlp
+    saved, mlp = saved + more, mlp + more_mlp
 
     pair, pair_moment = {
         "flash": (0.0, 0.0), "window": (c * share, 0.0),
@@ -116,8 +116,8 @@ def layer_of(
     both = family.norms == 1 and not adapted & {"mlp", "inner"}  # branches read the embedding
     moments, least = _moments(family, facts, c, adapted, kernels=kernels, dropout=dropout)
     return Layer(
-        kept=kept + mlp,
-        selective=kept + mlp - remade,
+        kept=saved + mlp,
+        selective=saved + mlp - remade,
         entry=c * hidden,
         idle=norm + (of_mlp if both else 0),
         mlp=moments[0],
@@ -132,7 +132,7 @@ def layer_of(
     )
 
 
-def _frozen_kept(
+def _frozen_saved(
     family: Family, attention: AttentionKind, facts: Facts, c: int, share: float, *, kernels: bool
 ) -> tuple[float, float, float, float]:
     """Bytes a token without adapters: around attention, in the MLP; and of these one norm's, the MLP's without norms.
@@ -147,24 +147,24 @@ def _frozen_kept(
     norm = 4 + number * hidden if family.rms else c * hidden + 2 * c
     around_attention = max(1, family.norms // 2)
     if family.mlp == "experts":
-        of_mlp = _experts_kept(facts, c) + c * hidden * family.shared_gate
+        of_mlp = _experts_saved(facts, c) + c * hidden * family.shared_gate
     else:
         of_mlp = inner * (2 if family.mlp == "gated" and kernels else _TENSORS[family.mlp])
     mlp: float = (family.norms - around_attention) * norm + of_mlp
-    kept: float = around_attention * norm
+    saved: float = around_attention * norm
     if attention in NO_SCORES:
-        kept += c * (2 * wide + 2 * narrow) + 4 * facts.heads
-        kept += c * (wide + narrow) * share if family.fused_qkv else 0
+        saved += c * (2 * wide + 2 * narrow) + 4 * facts.heads
+        saved += c * (wide + narrow) * share if family.fused_qkv else 0
     else:  # keys and values under each query head; torch's own formula works in fp32
-        kept += (4 if attention in ("padded", "dropped") else c) * 3 * wide
+        saved += (4 if attention in ("padded", "dropped") else c) * 3 * wide
     if family.qk_norms:
-        kept += number * (wide + narrow) + 4 * (facts.heads + facts.key_heads)
+        saved += number * (wide + narrow) + 4 * (facts.heads + facts.key_heads)
     if facts.residual_dropout:  # torch's dropout for CPUs keeps its mask as numbers
-        kept, mlp = (part + (c if kernels else 1) * hidden for part in (kept, mlp))
-    return kept, mlp, norm, of_mlp
+        saved, mlp = (part + (c if kernels else 1) * hidden for part in (saved, mlp))
+    return saved, mlp, norm, of_mlp
 
 
-def _adapters_kept(
+def _adapters_saved(
     sites: Sequence[Site],
     family: Family,
     c: int,
@@ -188,7 +188,7 @@ def _adapters_kept(
         for s in sites
         if s.reads != "experts"
     }
-    kept, again = {False: 0.0, True: 0.0}, 0.0  # by: in the MLP
+    saved, again = {False: 0.0, True: 0.0}, 0.0  # by: in the MLP
     for (layer, what), width in read.items():
         if (what == "attended" and layer in there) or (what == "inner" and family.mlp == "relu"):
             continue
@@ -196,13 +196,13 @@ def _adapters_kept(
         # `fuse.recompute_cheap` makes outputs of norms and the MLP's inner product again
         if kernels and what != "attended" and (family.mlp == "gated" if what == "inner" else family.rms):
             again += size
-        kept[what in ("mlp", "inner")] += size
-    kept[True] += sum(c * s.rank * per_token for s in sites if s.reads == "experts") / layers
+        saved[what in ("mlp", "inner")] += size
+    saved[True] += sum(c * s.rank * per_token for s in sites if s.reads == "experts") / layers
     for site in (site for site in sites if site.reads != "experts"):
         size = c * site.rank + (site.inputs if dropout and not kernels and fused else 0)
         size += 0 if fused else site.inputs * (8 if dropout else 4)
-        kept[site.reads in ("mlp", "inner")] += size / layers
-    return (kept[False], kept[True], again), {what for _, what in read}
+        saved[site.reads in ("mlp", "inner")] += size / layers
+    return (saved[False], saved[True], again), {what for _, what in read}
 
 
 def _moments(
@@ -220,7 +220,7 @@ def _moments(
     ], 0.0
 
 
-def _experts_kept(facts: Facts, c: int) -> float:
+def _experts_saved(facts: Facts, c: int) -> float:
     """Bytes a token that a mixture keeps: its input, what the first stack makes for each of the token's experts, who
     goes where, the router's scores, and what shared experts keep in stock code."""
     pairs = facts.experts_per_token * (2 * c * facts.intermediate + ROUTED_BYTES)

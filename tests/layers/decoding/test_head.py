@@ -118,10 +118,10 @@ def test_the_proof_sees_a_fault_and_the_whole_head_is_used(fault: str, monkeypat
 def test_the_proof_sees_a_largest_one_that_was_not_multiplied_again(monkeypatch: pytest.MonkeyPatch) -> None:
     w = weights(1000, 192, torch.float32)
     eight = head.rounded(w)
-    assert head.wrong(w, eight) is None
+    assert head.fault_of(w, eight) is None
     run = Tape.run
     monkeypatch.setattr(Tape, "run", lambda tape: run(tape, 0, len(tape) - 1))  # without the last operation
-    assert "largest" in str(head.wrong(w, eight))
+    assert "largest" in str(head.fault_of(w, eight))
 
 
 def test_other_heads_are_left_as_they_are() -> None:

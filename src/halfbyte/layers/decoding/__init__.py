@@ -1,1 +1,1 @@
-"""Single tokens at the speed of memory: a model's layers as one list of operations for the compiled `tape`."""
+"""Single tokens at the speed of memory: a model's layers as one list of operations for a compiled interpreter."""

@@ -25,7 +25,7 @@ _PIECE = 64  # numbers that a row is a multiple of
 _CHUNK = 4096  # rows that are widened at once
 _EPS = 2.0**-24  # of fp32, to nearest
 _PROBES = 15  # vectors of the proof: 8 + 4 + 2 + 1, one of each kernel
-_made: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Int8Head | None]] = WeakKeyDictionary()
+_int8_heads: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Int8Head | None]] = WeakKeyDictionary()
 
 
 def of(head: nn.Module, dtype: torch.dtype) -> Int8Head | None:
@@ -43,20 +43,19 @@ def of(head: nn.Module, dtype: torch.dtype) -> Int8Head | None:
     ):
         return None
     key = (weight.data_ptr(), weight._version, dtype)
-    held = _made.get(head)
-    if held is None or held[0] != key:
+    known = _int8_heads.get(head)
+    if known is None or known[0] != key:
         with torch.no_grad():
-            made: Int8Head | None = rounded(weight.detach())
-            assert made is not None
-            if (fault := wrong(weight.detach(), made)) is not None:
-                _log.warning("the head is not used in 8 bits: %s", fault)
-                made = None
-        _made[head] = held = key, made
-    return held[1]
+            int8_head = rounded(weight.detach())
+            fault = fault_of(weight.detach(), int8_head)
+        if fault is not None:
+            _log.warning("the head is not used in 8 bits: %s", fault)
+        _int8_heads[head] = known = key, int8_head if fault is None else None
+    return known[1]
 
 
 def rounded(weight: Tensor) -> Int8Head:
-    """Rows (O, D) of bf16 or fp32 in 8 bits, each with a scale of its own and its bound."""
+    """Rows (O, D) of bf16 or fp32 in 8 bits, each with a scale of its logit and its bound."""
     o, d = weight.shape
     rows = pages.Arena(o * d).empty((o, d), torch.int8)
     scales, bounds = torch.empty(o), torch.empty(o)
@@ -77,17 +76,17 @@ def rounded(weight: Tensor) -> Int8Head:
     return Int8Head(rows, scales, bounds)
 
 
-def wrong(weight: Tensor, eight: Int8Head) -> str | None:
+def fault_of(weight: Tensor, head: Int8Head) -> str | None:
     """What the kernels get wrong with these rows, against torch; None where all is within the bounds."""
     o, d = weight.shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((_PROBES, d), generator=generator)
     some = torch.randint(0, o, (_PROBES // 2,), generator=generator)
     x[: len(some)] = weight[some].float() * (d**0.5 / weight[some].float().norm(dim=1, keepdim=True).clamp_min(1e-30))
-    return _wrong(weight, eight, x) or _wrong(weight, eight, x[:1]) or _wrong(weight, eight, x[-1:])
+    return _fault(weight, head, x) or _fault(weight, head, x[:1]) or _fault(weight, head, x[-1:])
 
 
-def _wrong(weight: Tensor, eight: Int8Head, x: Tensor) -> str | None:
+def _fault(weight: Tensor, head: Int8Head, x: Tensor) -> str | None:
     """The same for vectors (M, D)."""
     (o, d), m = weight.shape, len(x)
     tape = Tape(weight.dtype, m)
@@ -95,18 +94,18 @@ def _wrong(weight: Tensor, eight: Int8Head, x: Tensor) -> str | None:
     integers = tape.int16_vectors(to, d)
     tape.norm(x, to, None, integers=integers)
     tape.then()
-    tape.largest(weight, eight, to.plain, integers, out)
+    tape.largest(weight, head, to.plain, integers, out)
     tape.run()
     exact = torch.cat([x @ weight[i : i + _CHUNK].float().T for i in range(0, o, _CHUNK)], 1)
-    allowed = eight.bounds * x.norm(dim=1)[:, None]
+    allowed = head.bounds * x.norm(dim=1)[:, None]
     if not (torch.isfinite(out).all() and ((out - exact).abs() <= allowed).all()):
         worst = ((out - exact).abs() / allowed).max()
         return f"a logit is {float(worst):.3g} times as far off as its bound allows"
     token = out.argmax(1, keepdim=True)
     slack = 4 * d * _EPS * weight[token[:, 0]].float().norm(dim=1) * x.norm(dim=1)
-    own = exact.gather(1, token)[:, 0]
-    if not ((out.gather(1, token)[:, 0] - own).abs() <= slack).all():
+    logit = exact.gather(1, token)[:, 0]
+    if not ((out.gather(1, token)[:, 0] - logit).abs() <= slack).all():
         return "the largest logit is not that of the whole head"
-    if not (exact.amax(1) - own <= slack).all():
+    if not (exact.amax(1) - logit <= slack).all():
         return "another token has the largest logit"
     return None

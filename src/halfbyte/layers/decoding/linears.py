@@ -27,7 +27,7 @@ class Unsupported(Exception):
 
 
 @dataclass(frozen=True)
-class LoraTerm:
+class LoraFactors:
     a: Tensor  # (R, D)
     b: Tensor  # (O, R)
     scale: float
@@ -39,7 +39,7 @@ class Parts:
     """A linear layer: what is frozen, and what LoRA adds to it."""
 
     base: nn.Module
-    loras: tuple[LoraTerm, ...] = ()
+    loras: tuple[LoraFactors, ...] = ()
 
 
 def parts_of(module: nn.Module) -> Parts:
@@ -57,8 +57,8 @@ def parts_of(module: nn.Module) -> Parts:
     return Parts(module.base_layer, (_lora(module, name),))
 
 
-def _lora(module: nn.Module, name: str, uses: Tensor | None = None) -> LoraTerm:
-    return LoraTerm(module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]), uses)
+def _lora(module: nn.Module, name: str, uses: Tensor | None = None) -> LoraFactors:
+    return LoraFactors(module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]), uses)
 
 
 def parts_of_all(module: nn.Module, adapters: TextAdapters) -> Parts:
@@ -114,7 +114,7 @@ class Linear:
             ranks = sum(map(self._columns, parts.loras))
             self.h = tape.buffer(tape.m, ranks, dtype=tape.dtype if self.is_codes else torch.float32)
 
-    def _columns(self, lora: LoraTerm) -> int:
+    def _columns(self, lora: LoraFactors) -> int:
         """Columns of its B: with codes whole pieces."""
         piece = _PIECE_BYTES // self.tape.dtype.itemsize if self.is_codes else 1
         return -(-lora.a.shape[0] // piece) * piece

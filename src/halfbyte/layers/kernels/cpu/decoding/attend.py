@@ -28,7 +28,7 @@ _PRODUCTS_BYTES = AT_ONCE * 1024  # of scratch, for their products with a regist
 _TURNS = 4  # tokens whose values have sums of their own
 
 
-class _Numbers:
+class _CacheType:
     """How numbers of a cache's type are read."""
 
     def __init__(self, code: Code) -> None:
@@ -76,7 +76,7 @@ class _Numbers:
 @emitted("q d scale:f out")
 def _spread(code: Code, args: Value) -> None:
     """q (d) fp32 times scale -> out (d') as caches are read."""
-    numbers, b = _Numbers(code), code.b
+    numbers, b = _CacheType(code), code.b
     with code.rolled(b.sdiv(code.at(args.d, numbers.count - 1), I64(numbers.count))) as c:
         first = [code.at(I64(0), (c, numbers.count), lane) for lane in range(0, numbers.count, numbers.lanes)]
         parts = []
@@ -99,7 +99,7 @@ def _scores(code: Code, args: Value) -> None:
 
 
 def _scores_of(code: Code, args: Value, queries: int) -> None:
-    numbers, b = _Numbers(code), code.b
+    numbers, b = _CacheType(code), code.b
     floats, lanes = numbers.floats, numbers.lanes
     largest = code.variables(floats, queries)
     for one in largest:
@@ -147,7 +147,7 @@ def _weighted_sums(code: Code, args: Value) -> None:
 
 
 def _weighted_sums_of(code: Code, args: Value, queries: int) -> None:
-    numbers, b = _Numbers(code), code.b
+    numbers, b = _CacheType(code), code.b
     floats, lanes = numbers.floats, numbers.lanes
 
     def add(t: Value, values: Value, totals: list[list[Value]]) -> None:
