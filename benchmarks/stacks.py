@@ -220,10 +220,7 @@ def run_transformers(case: Case, stack: str) -> None:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[case.dtype]
     quantised = json.loads((folder / "config.json").read_text()).get("quantization_config")
     config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(

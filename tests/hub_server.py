@@ -185,11 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, json.dumps({"error": message}).encode(), headers)
 
     def _file(self, file: str, data: bytes | Sparse, commit: str) -> None:
-        headers = {
-            "ETag": f'"{_digest(data)}"',
-            "X-Repo-Commit": commit,
-            "Accept-Ranges": "bytes",
-        }
+        headers = {"ETag": f'"{_digest(data)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         status, start, end = 200, 0, len(data)
         wanted = self.headers.get("Range")
         if self.command == "GET" and wanted:

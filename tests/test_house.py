@@ -594,11 +594,7 @@ def test_the_search_for_vague_variables_sees_them(code: str, expected: list[str]
 
 @pytest.mark.parametrize(
     ("code", "count"),
-    [
-        ("a, b, c = x, y, z", 1),
-        ("n = (a, *b, [c]) = 1, 2, 3", 1),
-        ("a, b = b, a\na, b, c = x.shape\na = 1, 2, 3", 0),
-    ],
+    [("a, b, c = x, y, z", 1), ("n = (a, *b, [c]) = 1, 2, 3", 1), ("a, b = b, a\na, b, c = x.shape\na = 1, 2, 3", 0)],
 )
 def test_the_search_for_assignments_of_three_sees_them(code: str, count: int) -> None:
     assert len(list(assignments_of_three(ast.parse(code)))) == count

@@ -61,13 +61,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("FalconConfig", {**_SIZES, "ffn_hidden_size": INTERMEDIATE}),  # multi-query, rotary, as falcon-7b
     "mpt": (
         "MptConfig",
-        {
-            "d_model": HIDDEN,
-            "n_heads": HEADS,
-            "n_layers": LAYERS,
-            "max_seq_len": POSITIONS,
-            "initializer_range": _STD,
-        },
+        {"d_model": HIDDEN, "n_heads": HEADS, "n_layers": LAYERS, "max_seq_len": POSITIONS, "initializer_range": _STD},
     ),
     "qwen3": ("Qwen3Config", {**_LLAMA_LIKE, "head_dim": 16}),
     "gemma3": (
@@ -86,7 +80,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 ARCHITECTURES: tuple[str, ...] = tuple(_CONFIGS)
 # Built by name, and not among those that every test of an architecture runs through.
 _MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixtral": ("MixtralConfig", {**_LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral": ("MixtralConfig", {**_LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2})
 }
 
 

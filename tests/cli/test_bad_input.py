@@ -292,11 +292,7 @@ CASES = [
         "error: recipe.yaml: 2 problems\n  - --set lora.r must be >= 1, got 0\n"
         "  - --set train.learning_rate must be > 0, got -1",
     ),
-    Case(
-        "unknown field",
-        train("lora.rr=3"),
-        "error: recipe.yaml: --set lora.rr is not a field; did you mean lora.r?",
-    ),
+    Case("unknown field", train("lora.rr=3"), "error: recipe.yaml: --set lora.rr is not a field; did you mean lora.r?"),
     Case(
         "set without a value",
         train("lora.r"),
@@ -1001,11 +997,7 @@ def test_a_base_that_is_not_finite(halfbyte: Cli) -> None:
         ("train nope.yaml", 2, "error: there is no recipe nope.yaml.\n"),
         ("train recipe.yaml --set lora.r=0", 2, "error: recipe.yaml: --set lora.r must be >= 1, got 0\n"),
         ("train recipe.yaml -q --set data.train=empty", 2, "error: empty has no rows.\n"),
-        (
-            "train recipe.yaml -q --set train.optim=sgd --set train.learning_rate=1e30",
-            1,
-            "error: the loss is ",
-        ),
+        ("train recipe.yaml -q --set train.optim=sgd --set train.learning_rate=1e30", 1, "error: the loss is "),
     ],
 )
 def test_as_a_process(command: str, code: int, err: str, here: Path) -> None:

@@ -139,10 +139,7 @@ def test_rows_longer_than_the_model_reads(tokenizer: Any, make_data: Any) -> Non
     fix = "data.max_length: 30 with data.overlong: truncate or skip"
     fix += "; or rope scaling in config.json, where it was made for that"
     said = "2 of 4 rows are over the 30 that the model reads (max_position_embeddings 30)"
-    assert (found.level, str(found)) == (
-        "refused",
-        f"{said}, the longest has {longest} tokens; {fix}",
-    )
+    assert (found.level, str(found)) == ("refused", f"{said}, the longest has {longest} tokens; {fix}")
     assert judge(tokenizer, make_data(), talk, context=Context(longest, ""))["context"].level == "ok"
 
 

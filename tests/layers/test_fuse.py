@@ -94,11 +94,7 @@ def test_what_runs_fused_on_llama() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lora", "why"),
-    [
-        ({"use_dora": True}, "DoRA or another variant"),
-        ({"lora_bias": True}, "lora_bias"),
-    ],
+    ("lora", "why"), [({"use_dora": True}, "DoRA or another variant"), ({"lora_bias": True}, "lora_bias")]
 )
 def test_what_peft_can_do_and_is_not_fused_goes_pefts_way_and_is_said(lora: dict[str, Any], why: str) -> None:
     model = adapted("llama", **lora)

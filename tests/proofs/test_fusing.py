@@ -80,11 +80,7 @@ def a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("break_it", "word"),
-    [
-        (wrong_scale, "gradients differ"),
-        (no_gradient_for_a, "got no gradient"),
-        (a_crash, "no such instruction"),
-    ],
+    [(wrong_scale, "gradients differ"), (no_gradient_for_a, "got no gradient"), (a_crash, "no such instruction")],
 )
 def test_wrong_layers_are_taken_off_and_it_is_said(break_it: Any, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted("llama")

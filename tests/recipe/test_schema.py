@@ -65,17 +65,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "data.fields.messages": ("chat", {}),
     **{
         f"data.fields.{name}": ("mine", {})
-        for name in (
-            "conversations",
-            "role",
-            "content",
-            "instruction",
-            "input",
-            "output",
-            "text",
-            "system",
-            "tools",
-        )
+        for name in ("conversations", "role", "content", "instruction", "input", "output", "text", "system", "tools")
     },
     "data.max_length": (2048, {}),
     "data.mask": ("all", {}),

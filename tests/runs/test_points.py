@@ -29,10 +29,7 @@ def test_the_newest_whole_checkpoint_is_taken_and_what_is_damaged_is_named(tmp_p
     (tmp_path / "step-000012" / "weights").unlink()
     point = points.newest(tmp_path)
     assert (point.step, point.trained) == (4, {"recipe": {"lora.r": 4}, "rows": {}})
-    assert point.passed_over == (
-        "step-000030 (weights has another sha256)",
-        "step-000012 (weights is missing)",
-    )
+    assert point.passed_over == ("step-000030 (weights has another sha256)", "step-000012 (weights is missing)")
     (tmp_path / "step-000004" / "manifest.json").write_text("{")
     with pytest.raises(RunError, match=r"only damaged ones: step-000004 \(manifest\.json cannot be read\)"):
         points.newest(tmp_path)

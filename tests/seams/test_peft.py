@@ -128,8 +128,7 @@ def test_a_module_to_save_is_a_copy_behind_the_bases_own() -> None:
 
 def test_trained_rows_are_cast_to_the_embedding_by_peft() -> None:
     model = get_peft_model(
-        tiny.model("llama", dtype=torch.bfloat16),
-        LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 4]),
+        tiny.model("llama", dtype=torch.bfloat16), LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 4])
     )
     rows = [p for n, p in model.named_parameters() if "trainable_tokens_delta" in n]
     assert [p.dtype for p in rows] == [torch.float32]

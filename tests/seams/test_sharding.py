@@ -46,10 +46,7 @@ def sharded() -> dict[str, Any]:
         layer: Any = Layer()
         factor, gather = layer.factor, Gather(here)
         fully_shard(
-            layer,
-            mesh=DeviceMesh.from_group(here.group, "cpu"),
-            reshard_after_forward=True,
-            ignored_params={factor},
+            layer, mesh=DeviceMesh.from_group(here.group, "cpu"), reshard_after_forward=True, ignored_params={factor}
         )
         layer.set_custom_all_gather(gather)
         part = layer.codes

@@ -155,8 +155,7 @@ def no_rename(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("failing", "there"),
-    [(full, True), (full, False), (no_rename, True), (no_rename, False), (second_rename, True)],
+    ("failing", "there"), [(full, True), (full, False), (no_rename, True), (no_rename, False), (second_rename, True)]
 )
 def test_a_folder_is_as_it_was_when_a_step_fails(
     failing: Callable[[pytest.MonkeyPatch], None], there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -53,7 +53,7 @@ def test_the_oldest_versions_are_the_lower_bounds_of_pyproject() -> None:
     wanted = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]
     assert len(oldest(wanted)) == len(wanted)
     assert oldest(["torch>=2.9", "peft>=0.21,<0.22", "prompt_toolkit>=3.0.50,<4"]) == [
-        *("torch==2.9", "peft==0.21", "prompt_toolkit==3.0.50"),
+        *("torch==2.9", "peft==0.21", "prompt_toolkit==3.0.50")
     ]
     for no_bound in ("torch", "torch<3", "torch>=2.9.*", "torch<3,>=2.9"):
         with pytest.raises(ValueError, match="write it as name>=version"):

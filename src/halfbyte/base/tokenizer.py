@@ -31,10 +31,7 @@ def open_tokenizer(checkpoint: Checkpoint, model: Model | None = None, *, trust_
             raise
         there = any(f.stem in TOKENIZER_STEMS for f in checkpoint.path.iterdir())
         why = first_line(error) if there else "it has no tokenizer.json"
-        raise BaseModelError(
-            f"no tokenizer could be read from {checkpoint.path}: {why}",
-            fix=BESIDE,
-        ) from error
+        raise BaseModelError(f"no tokenizer could be read from {checkpoint.path}: {why}", fix=BESIDE) from error
     if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():  # made by transformers out of no file
         looked_for = {"tokenizer.json", *type(tokenizer).vocab_files_names.values()}
         raise BaseModelError(

@@ -22,8 +22,7 @@ Page = Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE.html", h
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not.")],
-    out: Page = None,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not.")], out: Page = None
 ) -> None:
     """Make the page of a run anew: report.html in its folder, one file that opens without network."""
     from halfbyte.report import page

@@ -28,8 +28,7 @@ def evaluate(
     base: Annotated[bool, typer.Option("--base", help="Score the base alone too, on the same rows.")] = False,
     data: Annotated[Path | None, typer.Option(help="Rows to score; default: the recipe's data.eval.")] = None,
     metric: Annotated[
-        list[str],
-        typer.Option("--metric", "-m", metavar="NAME", help="Instead of eval.metrics; repeatable."),
+        list[str], typer.Option("--metric", "-m", metavar="NAME", help="Instead of eval.metrics; repeatable.")
     ] = [],  # noqa: B006
     task: Annotated[
         list[str], typer.Option("--task", metavar="NAME", help="A task of lm-evaluation-harness instead; repeatable.")

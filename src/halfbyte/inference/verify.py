@@ -85,12 +85,7 @@ def after(path: Path, train_seconds: float, plan: Plan, machine: device.Device) 
         return {"ok": check["ok"], "seen": check["seen"]}
     except subprocess.TimeoutExpired:
         return {"ok": None, "seen": f"not seen: it took more than {limit:.0f} s"}
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ) as error:  # it did not start, or has no document
+    except (OSError, ValueError, KeyError, TypeError) as error:  # it did not start, or has no document
         return {"ok": None, "seen": f"not seen: the second process ended without a word ({type(error).__name__})"}
 
 

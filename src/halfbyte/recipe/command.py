@@ -124,11 +124,7 @@ def check_new(path: Path) -> None:
 
 
 def write_template(
-    path: Path,
-    model: str,
-    data: str,
-    values: Mapping[str, object] = MappingProxyType({}),
-    remarks: Sequence[str] = (),
+    path: Path, model: str, data: str, values: Mapping[str, object] = MappingProxyType({}), remarks: Sequence[str] = ()
 ) -> None:
     """Write the commented recipe of `halfbyte init`, as `init_template` makes it.
 

@@ -53,8 +53,7 @@ class Eval(Section):
     """What answers are scored by, in `halfbyte eval` and, where `metrics` names any, while training."""
 
     metrics: Annotated[tuple[str, ...] | None, BeforeValidator(_metrics)] = field(
-        None,
-        f"beside loss and perplexity: {', '.join(METRICS)}; null: exact_match after a training, none in it",
+        None, f"beside loss and perplexity: {', '.join(METRICS)}; null: exact_match after a training, none in it"
     )
     mark: str = field("####", "number: the first number after it counts", min_length=1)
     pattern: Annotated[str | None, AfterValidator(_pattern)] = field(

@@ -155,10 +155,7 @@ def prune(folder: Path, keep: int | None) -> None:
 
 
 def load_optimizer(
-    path: Path,
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
-    scaler: torch.amp.GradScaler | None = None,
+    path: Path, optimizer: torch.optim.Optimizer, scheduler: LRScheduler, scaler: torch.amp.GradScaler | None = None
 ) -> None:
     """Put the state of the optimiser, the schedule and the loss's scale back; a RunError if it is of other parameters
     (another recipe)."""

@@ -178,7 +178,7 @@ def _json_fields(settings: Eval, expected: Sequence[str]) -> Metric:
     if missing := [name for name in names if name not in known]:
         raise DataError(
             f"the metric json_fields: no expected answer has the field {missing[0]!r} (eval.json_fields); there are "
-            f"{', '.join(known)}.",
+            f"{', '.join(known)}."
         )
     parts = tuple(f"json_fields.{name}" for name in names) if len(names) <= _MAX_FIELDS else ()
 

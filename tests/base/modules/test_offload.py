@@ -144,8 +144,7 @@ def test_an_automatic_map_fills_what_there_is_room_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "wanted"),
-    [("sequential", ["cuda:0"] * 3 + ["cuda:1"] * 3), ("balanced", ["cuda:0"] * 3 + ["cuda:1"] * 3)],
+    ("how", "wanted"), [("sequential", ["cuda:0"] * 3 + ["cuda:1"] * 3), ("balanced", ["cuda:0"] * 3 + ["cuda:1"] * 3)]
 )
 def test_cards_are_filled_before_memory(how: str, wanted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     module = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(6)))

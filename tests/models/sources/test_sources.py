@@ -101,11 +101,7 @@ def test_every_problem_of_the_shards_is_named_at_once(folder: Path) -> None:
         ("config.json", b"{}", "config.json has no model_type"),
         ("model.safetensors", b"", "model.safetensors is not a safetensors file (0 bytes)"),
         ("model.safetensors", b"\xff" * 64, "model.safetensors is not a safetensors file (64 bytes)"),
-        (
-            "model.safetensors",
-            (900).to_bytes(8, "little") + b"{",
-            "inside its header: 9 bytes of at least 908",
-        ),
+        ("model.safetensors", (900).to_bytes(8, "little") + b"{", "inside its header: 9 bytes of at least 908"),
         ("model.safetensors", (2).to_bytes(8, "little") + b"[]", "its header cannot be read"),
         ("model.safetensors", (2).to_bytes(8, "little") + b"{}more", "4 bytes more than its header says"),
     ],

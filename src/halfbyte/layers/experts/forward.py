@@ -25,16 +25,7 @@ from torch.nn import functional as F
 from transformers.integrations import moe
 
 from halfbyte.layers.experts.by_definition import experts_by_definition
-from halfbyte.layers.experts.layout import (
-    NO_LORA,
-    Loras,
-    bias_of,
-    gate_of,
-    is_frozen,
-    matrix,
-    post_norm_of,
-    stacks_of,
-)
+from halfbyte.layers.experts.layout import NO_LORA, Loras, bias_of, gate_of, is_frozen, matrix, post_norm_of, stacks_of
 from halfbyte.layers.experts.sizes import max_at_once, padded_rows
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.matmul import into

@@ -228,8 +228,7 @@ def explain(error: Exception, repo: str, revision: str) -> NoReturn:
         raise SourceError(f"{repo!r} is not a hub id: {error}") from error
     if isinstance(error, errors.GatedRepoError):
         raise SourceError(
-            f"{repo} is gated: its owner must grant you access",
-            fix=f"accept its terms at {hub}/{repo}, then {login}",
+            f"{repo} is gated: its owner must grant you access", fix=f"accept its terms at {hub}/{repo}, then {login}"
         ) from error
     if isinstance(error, errors.RevisionNotFoundError):
         raise SourceError(

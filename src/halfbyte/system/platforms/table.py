@@ -163,19 +163,9 @@ PLATFORMS: tuple[Platform, ...] = (
         WHEEL + " (PyPI's torch is a build for processors; for a card see its row)",
     ),
     Platform(
-        "Windows, ARM64",
-        lambda m: m.system == "win32",
-        "nothing: pyarrow has no wheel for it",
-        "never",
-        "-",
-        "use WSL",
+        "Windows, ARM64", lambda m: m.system == "win32", "nothing: pyarrow has no wheel for it", "never", "-", "use WSL"
     ),
     Platform(
-        "another system",
-        lambda m: True,
-        "not known",
-        "never",
-        "-",
-        "torch, bitsandbytes and numba have to be built",
+        "another system", lambda m: True, "not known", "never", "-", "torch, bitsandbytes and numba have to be built"
     ),
 )
