@@ -35,7 +35,7 @@ def test_of_a_streamed_mixture_only_experts_with_tokens_are_read(
     embedding.requires_grad_(True)  # so that backward runs through every layer
     wanted = torch.autograd.grad(model(input_ids=ids).logits.float().sum(), embedding)[0]
     asked: list[pages.Span] = []
-    monkeypatch.setattr(pages, "bring", asked.append)  # what is read ahead: it is not in this process until touched
+    monkeypatch.setattr(pages, "prefetch", asked.append)  # what is read ahead: it is not in this process until touched
     placed = stream.place(model, "streamed")
     met: dict[str, set[int]] = {}
     here: dict[str, dict[int, int]] = {}

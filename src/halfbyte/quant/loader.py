@@ -136,7 +136,8 @@ def _registered() -> type:
         """The fields of a recipe's `quant:`; `skipped`: names of modules, None for transformers' own choice."""
 
         def __init__(self, quant: Document, skipped: list[str] | None = None, **_: object) -> None:
-            self.quant_method, self.quant, self.skipped = METHOD, quant, skipped
+            self.quant_method = METHOD
+            self.quant, self.skipped = quant, skipped
 
         @property
         def settings(self) -> Quant:

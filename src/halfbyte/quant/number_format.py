@@ -169,8 +169,8 @@ class NumberFormat:
     def load_config(
         self, quant: Quant, compute_dtype: torch.dtype, head_names: Iterable[str] = ()
     ) -> QuantizationConfigMixin | None:
-        """What `from_pretrained` needs to quantise while it loads; None if nothing is quantised, and
-        for a format that transformers does not know: then our own quantiser does it (`loader.py`).
+        """What `from_pretrained` needs to quantise while it loads; None if nothing is quantised, and for a format that
+        transformers does not know: then our own quantiser does it (`loader.py`).
 
         Args:
             head_names: modules that transformers would skip by default (the output head); naming any module of one's
