@@ -24,7 +24,6 @@ MAX_FILES_AT_ROOT = 6
 MAX_FILES_IN_A_FOLDER = 20
 MAX_LINES_OF_A_FUNCTION = 60
 MAX_LINES_OF_SOURCE = 48_900
-MAX_CLASS_NAMES_WITH_TWO_MEANINGS = 1
 MAX_ASSIGNMENTS_OF_THREE = 50  # `a, b, c = x, y, z`: for what is one thing, as a shape
 MAX_VAGUE_VARIABLES = 25
 MAX_ANY = 150  # occurrences of `Any` in the package; name the type instead (halfbyte.types)
@@ -72,7 +71,6 @@ PAST_FORMS = re.compile(
     r"|sent|shown|spent|taken|thrown|told|won|written)"
 )
 NO_PAST_FORMS = frozenset({"embed", "feed", "need", "seed", "speed", "distributed"})  # the last is torch's own name
-MODULES_OF_BEFORE = frozenset({"grouped"})
 # Library -> the rooms that may import it.
 DOORS = {"bitsandbytes": {"quant"}, "peft": {"adapters", "layers", "proofs"}}
 TRAINER_NAMES = re.compile(r"^(Trainer|TrainingArguments|Seq2SeqTrainer|TrainerCallback|trainer(_\w+)?)$")
@@ -550,12 +548,12 @@ def test_a_class_name_has_one_meaning() -> None:
         for name in classes(tree(path)):
             places.setdefault(name, []).append(name_of(path))
     twice = [f"{name}: {', '.join(where)}" for name, where in sorted(places.items()) if len(where) > 1]
-    assert len(twice) <= MAX_CLASS_NAMES_WITH_TWO_MEANINGS, "\n".join(twice)
+    assert not twice, "\n".join(twice)
 
 
 def test_no_module_is_a_participle() -> None:
     words = {word for name in sources() for word in name.split(".") if is_past_form(word)}
-    assert not words - MODULES_OF_BEFORE
+    assert not words
 
 
 def test_a_variable_says_what_it_holds() -> None:
