@@ -136,12 +136,12 @@ def test_the_same_bits_wherever_the_base_lies(model: Model) -> None:
     assert integers.decide(model, "int8", some_rows()).products == integers.BOTH
     eight = sample_gradients(model, packed=True)
     assert any(not torch.equal(eight[name], exact[name]) for name in exact)
-    found = doctor._wherever(model, packed=True)
+    found = doctor._same_wherever(model, packed=True)
     assert found.ok and "equal to the bit" in found.seen, found
 
 
 def test_rows_for_the_proof() -> None:
-    step = pack.Step(0, ((3, 0), (1, 2)), 1, 1)
+    step = pack.Step(0, ((3, 0), (1, 2)), 1, 1, 1.0)
     assert integers.rows_for_proof(step, [300, 200, 900, 100], packed=True) == [3, 1]
     assert integers.rows_for_proof(step, [300, 200, 900, 100], packed=False) == [3]
     assert integers.rows_for_proof(step, [5000] * 4, packed=True) == [3]
