@@ -83,7 +83,7 @@ def test_its_scores_are_those_of_plain_peft(limit: int, world: Path, opened: Ope
     adapted = PeftModel.from_pretrained(base, str(world / "run" / "adapter")).eval()
     assert loss(made) == pytest.approx(losses(adapted, world, limit), rel=1e-5)
     assert abs(loss(made, "base") - loss(made)) > 0.01, "the adapter has learned something"
-    assert made.rows == limit == len(made.asked)
+    assert made.rows == limit == len(made.questions)
     of_loss, of_perplexity = made.scores[:2]
     for side in ("base", "adapter"):
         assert getattr(of_perplexity, side).value == pytest.approx(math.exp(getattr(of_loss, side).value))
@@ -96,7 +96,7 @@ def test_plain_text_has_a_loss_and_no_exact_match(world: Path, opened: Opened, p
     data = opened.recipe.data.model_copy(update={"packing": packing})
     plain = replace(opened, recipe=opened.recipe.model_copy(update={"data": data}))
     made = scored(plain, data=world / "texts.jsonl")
-    assert loss(made) > 0 and sum(made.sides["adapter"].tokens) > 5 and made.asked == ()
+    assert loss(made) > 0 and sum(made.sides["adapter"].tokens) > 5 and made.questions == ()
     assert [score.name for score in made.scores] == ["loss", "perplexity"]
 
 

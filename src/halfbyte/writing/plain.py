@@ -52,8 +52,8 @@ def _prepared(lm: Model, ids: Tensor, mask: Tensor, text: Text) -> Document:
 
     lm.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=text.params.max_tokens, do_sample=False, temperature=None,
-        top_p=None, top_k=None, eos_token_id=sorted(text.stop_ids) or None, pad_token_id=0, use_cache=True,
-        custom_generate=note,
+        top_p=None, top_k=None, num_beams=1, num_return_sequences=1, eos_token_id=sorted(text.stop_ids) or None,
+        pad_token_id=0, use_cache=True, custom_generate=note,
     )  # fmt: skip
     return prepared
 
