@@ -190,23 +190,29 @@ def _lead(setup: Setup, loaded: Loaded, tell: Listener) -> Outcome:
 
 
 def _open_folder(setup: Setup, loaded: Loaded) -> RunFolder:
-    """The run's folder, a new one or that of the run that goes on, with the recipe as it is now."""
-    start, path = setup.start, Path(setup.start.recipe.output)
+    """The run's folder: a new one, or that of the run that goes on."""
+    path = Path(setup.start.recipe.output)
+    if setup.start.resume:
+        return RunFolder(path)
+    return RunFolder.create(path, _recipe_text(setup, loaded), launch_file(setup.world.agents))
+
+
+def _recipe_text(setup: Setup, loaded: Loaded) -> str:
+    """The recipe as it is now, with paths as they are seen from the run's folder."""
     local = setup.run.prepared.checkpoint.kind in ("folder", "gguf")
-    recipe = to_yaml(relative_to_run(loaded.recipe, path, model=local))
-    beside = launch_file(setup.world.agents)
-    if not start.resume:
-        return RunFolder.create(path, recipe, beside)
-    if start.point is None or start.point.changes(start.recipe):
-        beside["recipe.yaml"] = recipe.encode()
-    for name, content in beside.items():
-        files.write(path / name, content)
-    return RunFolder(path)
+    return to_yaml(relative_to_run(loaded.recipe, Path(setup.start.recipe.output), model=local))
 
 
 def _write_start(setup: Setup, loaded: Loaded, run: RunFolder) -> None:
-    """Write the plan, the rows that were held out, and what is known before the first step."""
-    planned, step = setup.run, setup.start.step
+    """Write the plan, the rows that were held out, and what is known before the first step; of a run that goes on the
+    recipe, too, where it has changed."""
+    start, planned, step = setup.start, setup.run, setup.start.step
+    if start.resume:
+        beside = launch_file(setup.world.agents)
+        if start.point is None or start.point.changes(start.recipe):
+            beside["recipe.yaml"] = _recipe_text(setup, loaded).encode()
+        for name, content in beside.items():
+            files.write(run.path / name, content)
     write_json(run.plan, {**planned.plan.to_json(), "steps": len(setup.steps), "tokens": setup.steps.tokens})
     with space_for(run.held_out):
         split.keep(planned.prepared.held_out, run.held_out)

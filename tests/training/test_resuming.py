@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from halfbyte import finetune
+from halfbyte.errors import RunError
 from halfbyte.recipe import fields
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import Loaded, leaves
@@ -69,6 +70,18 @@ def test_more_steps_go_on_with_a_schedule_over_all_of_them(tmp_path: Path) -> No
     ]
     assert rates(run)[4:] == pytest.approx([5e-3, 3.75e-3, 2.5e-3, 1.25e-3])
     assert (outcome.step, outcome.report["steps"], load_recipe(run.recipe).recipe.train.max_steps) == (8, 8, 8)
+
+
+def test_a_run_that_another_process_writes_keeps_its_recipe(tmp_path: Path) -> None:
+    loaded = tiny_run.recipe(tmp_path, **SAVED)
+    finetune.train(loaded)
+    run = RunFolder(Path(loaded.recipe.output))
+    before = run.recipe.read_bytes()
+    with run.lock(), pytest.raises(RunError, match="is being written"):
+        again(loaded, "train.max_steps=8")
+    assert run.recipe.read_bytes() == before
+    again(loaded, "train.max_steps=8")
+    assert run.recipe.read_bytes() != before
 
 
 def test_more_epochs_take_the_rows_that_a_longer_run_takes(tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def add(writer: GGUFWriter, tokenizer: Tokenizer, rows: int, checkpoint: Checkpo
     """Put a tokenizer into a writer.
 
     Args:
-        rows: of the embedding; those without a token are padded. template: the chat template of the training.
+        rows: of the embedding; those without a token are padded.
+        template: the chat template that the run was trained with.
     """
     if (file := source_file(checkpoint)) is not None:
         _copy(writer, file, tokenizer, template)
@@ -116,7 +117,7 @@ def rule_of(tokenizer: Tokenizer) -> str:
     for rule in rules:
         if split(cutting(rule)) == expected:
             return rule
-    raise ExportError("the tokenizer cuts text by a rule that llama.cpp is not known to have.", fix=_BY_HAND)
+    raise ExportError("the tokenizer splits text by no rule that llama.cpp is known to have.", fix=_BY_HAND)
 
 
 def _sentencepiece(writer: GGUFWriter, values: Document, tokens: list[str], types: list[int]) -> None:

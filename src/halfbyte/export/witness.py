@@ -1,4 +1,4 @@
-"""`python -m halfbyte.export.witness ASKED.json`: the child process that writes down what a run says.
+"""`python -m halfbyte.export.witness ASKED.json`: in a process of its own, records what a run says.
 
 What: of held-out rows the logits at labelled tokens; of prompts the answers, token by token, with how clear each choice
 was; how a text becomes tokens; and the same logits of the base alone, so that a rounding can be told from an adapter

@@ -70,7 +70,7 @@ def answers(
             if losses is not None:
                 losses.update((i, text.loss) for i, text in enumerate(texts) if text.loss is not None)
         except FastPathUnavailable as why:
-            log_once(f"answers are not written in one queue: {why}")
+            log_once(f"answers come from the model's own forward, which is slower: {why}")
             texts = begun(scored=False)
             for done in _groups(PlainWriter(model), texts, at_once):
                 progress(done, len(texts))

@@ -1,7 +1,7 @@
 """How far apart two ways of computing the same thing are, and how far rounding alone may bring them.
 
-A distance is ||got - expected|| / ||expected||, computed in fp64. It is infinite where a number is NaN or infinite on
-one side only, and where a tensor is missing, so that `distance <= bound` is false whenever it should be.
+A distance is ||got - expected|| / ||expected||, computed in fp64. It is infinite where a number is NaN, or is
+infinite while the tensors differ, and where `got` lacks a tensor: `distance <= bound` is false when it should be.
 Source: errors of independent roundings add by their squares (N. Higham, "Accuracy and Stability of Numerical
 Algorithms", section 2.8).
 """
@@ -22,7 +22,7 @@ def distance(got: Tensor | Mapping[str, Tensor], expected: Tensor | Mapping[str,
 
 
 def row_distances(got: Tensor, expected: Tensor) -> Tensor:
-    """`distance` of each row: (N, D) twice -> (N,) fp64."""
+    """`distance` of each row: both (N, D); returns (N,) in fp64."""
     got, expected = got.double(), expected.double()
     off = (got - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
     return off.nan_to_num(math.inf, math.inf)

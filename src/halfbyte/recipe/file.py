@@ -114,7 +114,7 @@ def _is_there(name: str | Path) -> bool:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The recipe as YAML, with every value that is not null by default; loading it gives an equal recipe."""
+    """The recipe as YAML, but for fields that are null by default and null; loading it gives an equal recipe."""
     values = recipe.model_dump(mode="json")
     for section, model in SECTIONS.items():
         inner = values

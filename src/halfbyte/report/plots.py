@@ -74,7 +74,7 @@ class Axis:
 
 
 def nice(value: float) -> float:
-    """The least of 1, 2, 2.5, 5 times a power of ten that is not below `value`."""
+    """The smallest number of the form (1, 2, 2.5 or 5) x 10^n that is not below `value`."""
     if not value > 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
@@ -82,7 +82,7 @@ def nice(value: float) -> float:
 
 
 def short(value: float) -> str:
-    """A number of at most five signs or so: 0.0002, 1.5, 12k, 3.2M."""
+    """A number of at most five characters or so: 0.0002, 1.5, 12k, 3.2M."""
     size = abs(value)
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= unit:

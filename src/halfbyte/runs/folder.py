@@ -1,6 +1,6 @@
 """The run folder: create it, lock it, append metrics, find it again.
 
-Who may write into a run folder: only the process that holds its `lock`, from `create` on until it ends. The commands
+Who may write into a run folder: after `create` has made it whole, only the process that holds its `lock`. The commands
 `eval`, `report`, `merge` and `export` need no lock: they write `eval/`, `report.html` and folders of their own.
 Why: a run never overwrites another, two processes never write one, and a crash at any moment leaves files that can be
 read: the folder appears whole, JSON is replaced in one step, metrics grow by whole lines, a torn last one is cut away.

@@ -189,8 +189,8 @@ def compare(
     """Planned beside measured, line by line where a line can be measured alone.
 
     Args:
-        memory_before: the first step. peak: the highest private and file bytes seen while training. step_s: of a usual
-            step. on_cards: (allocated, reserved) bytes of each at their peak.
+        memory_before: what was used before the first step. peak: the highest private and file bytes seen while
+            training. step_s: of a usual step. on_cards: (allocated, reserved) bytes of each at their peak.
     """
     lines = [MeasuredLine("base", base.expected_bytes, base.resident_bytes)]
     if plan.host_lines:

@@ -60,7 +60,7 @@ def check(fast: Tensor, own: Tensor, layers: int, *, read: bool = False) -> floa
     allowed = tolerance(layers, own.dtype, read=read)
     if not apart <= allowed:
         raise FastPathUnavailable(
-            f"its logits are {apart:.3g} apart from the model's own, where {allowed:.3g} are allowed"
+            f"the tape's logits are {apart:.3g} apart from the model's own, where {allowed:.3g} are allowed"
         )
     return apart
 
@@ -245,7 +245,7 @@ class Writer(TextWriter):
         largest = decoder.logits.amax(1)
         fast = decoder.whole()
         if not torch.equal(largest, decoder.logits.amax(1)):
-            raise FastPathUnavailable("its largest logit is not that of the whole head")
+            raise FastPathUnavailable("the tape's largest logit is not that of the whole head")
         pairs = [(self.places.texts.index(text), i) for i, same in enumerate(choices) for text in same]
         places, numbers = zip(*pairs, strict=True)
         self.apart = check(fast[list(places)], result.logits[list(numbers)], len(self.layers), read=read)

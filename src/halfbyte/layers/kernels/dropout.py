@@ -1,4 +1,5 @@
-"""Which numbers LoRA's dropout sets to 0, where a row of the data is to meet the same ones wherever it is computed.
+"""Masks of LoRA's dropout that depend on the row, not on its micro-batch or process: with kernels on a CPU, and always
+where several processes train. One process on a card draws its masks instead (`lora_linear.py`).
 
 Why: with a mask drawn for a whole micro-batch, what a step learns depends on how its rows share micro-batches, and on
 which process computes them. Here it is a hash of (seed, step, row, position in the row; layer, feature), so any split

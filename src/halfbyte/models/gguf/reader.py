@@ -1,10 +1,11 @@
 """What a GGUF model states, and its tensors as float32, in pieces of whole rows.
 
 Why: transformers dequantises the whole model into memory. Blocks never cross a row of a tensor, so rows can be read,
-dequantised and put into another order a few at a time. Every key that is read is noted, so that what nobody has read
-can be refused.
+dequantised and put into another order a few at a time. Every key that `get` reads is noted, so that what nobody has
+read can be refused.
 Source: `gguf.quants.dequantize`, the gguf package's own.
-Cost: 16 MB a piece whatever the tensor's size; 50 to 300 million elements a second and thread, by type.
+Cost: 16 MB a piece whatever the tensor's size, but for one that is turned; 50 to 300 million elements a second and
+thread, by type.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class GgufError(Exception):
 
 
 class FileNumbers(Protocol):
-    """Who knows the numbers of a file's metadata."""
+    """What looks up a number of a file's metadata."""
 
     def number(self, key: str) -> int: ...
 
