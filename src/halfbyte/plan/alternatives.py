@@ -83,7 +83,7 @@ def _with(recipe: Recipe, setting: str, value: object) -> Recipe:
 
 @dataclass(frozen=True)
 class Method:
-    """One method of fine-tuning: the memory it needs, whatever the machine has, and its time beside full fine-tuning."""
+    """One method of fine-tuning: the memory it needs, whatever the machine has, its time beside full fine-tuning."""
 
     name: str
     lines: tuple[Line, ...]
