@@ -5,8 +5,6 @@ Each stage is a value made of the one before: `RunStart` (where the run begins),
 Only this file (and `doctor.py` and the command line) tells the rooms about each other.
 """
 
-from __future__ import annotations
-
 import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass

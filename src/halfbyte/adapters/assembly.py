@@ -4,8 +4,6 @@ Why: whoever uses a model begins here, so no one can forget a proof.
 Cost: a second or two of proofs, on the first layers alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -11,8 +11,6 @@ Cost: the source is read once; a second for 60 M weights on a core (rank 16); 4 
 One matrix and its factors are in memory at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ disk or an error leaves nothing under its name.
 Cost: the source read once, the result written once; two files at a time, each one matrix and its delta in fp32.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import threading

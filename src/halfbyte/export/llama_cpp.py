@@ -6,8 +6,6 @@ imported: a child process runs it on a merged folder. The quantiser is in the wh
 Cost: the merged folder, or an F16 file, on the disk meanwhile.
 """
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

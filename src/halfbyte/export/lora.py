@@ -8,8 +8,6 @@ Source: llama.cpp, src/llama-adapter.h (`get_scale`); vLLM, vllm/lora/peft_helpe
 Cost: the adapter in fp32.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator

@@ -7,8 +7,6 @@ Why a process of its own: base and adapter are gone when it ends, and who writes
 Cost: opening the run, two forwards of `ROWS` rows, `PROMPTS` answers.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator, Sequence

@@ -3,8 +3,6 @@
 Cost: loading the base once; the base alone is the same model with its adapter switched off.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -3,8 +3,6 @@
 Cost: reading the run's files and its base's store once (1 GB/s), and opening the base.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -4,8 +4,6 @@ Why: where a value came from, how a row looks to the model and what was proven i
 Cost: three rows as text, one small file.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import time

@@ -4,8 +4,6 @@ Who waits is served in the order of coming. A text that ends, or whose client is
 next. Chunks of text go to the event loop that asked.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import math

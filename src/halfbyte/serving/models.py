@@ -1,7 +1,5 @@
 """A base with all adapters that are served on it, each with its own tokenizer and its own tokens that end an answer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field

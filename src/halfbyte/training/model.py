@@ -1,7 +1,5 @@
 """The model of a run: its base where the plan wants it, with adapters on it and the proofs of both."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from halfbyte.adapters import passport

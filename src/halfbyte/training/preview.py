@@ -4,8 +4,6 @@ Why: a mask that is wrong, or an end token that is never learned, shows at a gla
 Cost: tokenising, and the shapes of the model; no weight is read.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 

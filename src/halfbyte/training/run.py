@@ -1,8 +1,6 @@
 """Every step of a run: the trainer and what happens around it, from the first step or a checkpoint to the last step or
 a signal."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

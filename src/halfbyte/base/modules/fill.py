@@ -5,8 +5,6 @@ does not grow with it. A tensor of the module itself goes as soon as its success
 module is one file, opened memory-mapped when it is whole; a file that is not finished has another name.
 """
 
-from __future__ import annotations
-
 import re
 import threading
 from collections.abc import Callable, Iterable, Sequence

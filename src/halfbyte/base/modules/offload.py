@@ -8,8 +8,6 @@ inside: adapters and fused layers read a layer's weight without calling it.
 Trap: a layer of bitsandbytes itself keeps its weight on the card for backward; ours do not (`quant/number_format.py`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Protocol

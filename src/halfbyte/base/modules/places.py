@@ -4,8 +4,6 @@ Parts are the largest modules that are called as one: the elements of lists of l
 tensors come and go together. Source of the maps' meaning: accelerate, `infer_auto_device_map`, `dispatch_model`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

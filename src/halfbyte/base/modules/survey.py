@@ -9,8 +9,6 @@ keeps in fp32; names.
 Cost: no weight is read.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import re

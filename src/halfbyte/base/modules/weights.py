@@ -6,8 +6,6 @@ anything is changed.
 Cost: a header for each file; a tensor is later read in chunks.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A client that hangs up frees its place at the next token. An answer that takes l
 stream its last event.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence

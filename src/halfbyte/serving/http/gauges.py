@@ -1,7 +1,5 @@
 """Figures for Prometheus, in a registry of their own; no label holds what a client has written."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 

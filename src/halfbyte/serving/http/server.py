@@ -4,8 +4,6 @@ The first SIGTERM or SIGINT ends the server when what is being written is writte
 one ends it at once.
 """
 
-from __future__ import annotations
-
 import signal
 import socket
 import threading
