@@ -170,7 +170,9 @@ def _follow(setup: Setup) -> Outcome:
 
 def _lead(setup: Setup, loaded: Loaded, tell: Listener) -> Outcome:
     """Every step, and what a finished run leaves, in a folder that is this process's alone."""
-    folder = _open_folder(setup, loaded)
+    folder = RunFolder(Path(setup.start.recipe.output))
+    if not setup.start.resume:
+        folder = RunFolder.create(folder.path, _recipe_text(setup, loaded), launch_file(setup.world.agents))
     reported = crash.reporting(folder, setup.run.machine.to_json())
     with folder.lock() as run, stop_on_signals(tell.stopping) as stop, page.at_end(run), reported, usage.Peak() as peak:
         try:
@@ -185,14 +187,6 @@ def _lead(setup: Setup, loaded: Loaded, tell: Listener) -> Outcome:
         except KeyboardInterrupt:
             saved = [points.step_of(path) for path in points.checkpoints(run.checkpoints)]
             return Outcome(run.path, {}, max(saved, default=0), stop.signal or Signals.SIGINT, at_once=True)
-
-
-def _open_folder(setup: Setup, loaded: Loaded) -> RunFolder:
-    """The run's folder: a new one, or that of the run that goes on."""
-    path = Path(setup.start.recipe.output)
-    if setup.start.resume:
-        return RunFolder(path)
-    return RunFolder.create(path, _recipe_text(setup, loaded), launch_file(setup.world.agents))
 
 
 def _recipe_text(setup: Setup, loaded: Loaded) -> str:

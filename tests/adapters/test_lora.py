@@ -163,7 +163,7 @@ def test_a_rank_16_adapter_of_a_7b_shape_fits_34_mb(
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.requires_grad:
                 setattr(module, name, torch.nn.Parameter(torch.zeros(parameter.shape)))
-    adapters.write_files(adapted, tmp_path / "adapter", base_id="org/name", revision=None, dtype=dtype)
+    adapters.writer(adapted, base_id="org/name", revision=None, dtype=dtype)(tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     with safe_open(file, "pt") as opened:
         assert len(opened.keys()) == 2 * modules

@@ -136,7 +136,7 @@ def test_the_scheduler_and_clipping_see_one_item_as_one_step(tmp_path: Path) -> 
 
 def resumable(folder: Path, state: TrainerState, model: Any) -> Path:
     folder.mkdir()
-    lora.write_files(model, folder, base_id="org/name", revision=None, dtype=None)
+    lora.writer(model, base_id="org/name", revision=None, dtype=None)(folder)
     state.save_to_json(str(folder / "trainer_state.json"))
     return folder
 

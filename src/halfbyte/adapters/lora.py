@@ -175,26 +175,19 @@ def save(
     """Write `folder` in PEFT's format, whole or not at all; an older one there is replaced. `beside` writes more files
     into it, after the adapter's own."""
     with checkpoint.whole_or_absent(f"the adapter {folder}", folder) as temporary:
-        write_files(adapted, temporary, base_id=base_id, revision=revision, dtype=dtype)
+        writer(adapted, base_id=base_id, revision=revision, dtype=dtype)(temporary)
         beside(temporary)
 
 
-def write_files(adapted: Model, folder: Path, *, base_id: str, revision: str | None, dtype: torch.dtype | None) -> None:
-    """Write PEFT's two adapter files (`adapter_model.safetensors`, `adapter_config.json`) into `folder`.
+def writer(adapted: Model, *, base_id: str, revision: str | None, dtype: torch.dtype | None) -> Callable[[Path], None]:
+    """Writes PEFT's two adapter files (`adapter_model.safetensors`, `adapter_config.json`) into a folder, in another
+    thread too, until the optimiser's next step. The tensors are chosen now, as while a forward lasts a model may hold
+    others in their places (`masters.py`).
 
     Args:
         base_id: hub id, folder or packaged name that the base came from; never a path inside a cache.
         dtype: of the saved tensors; None keeps each in its own (training masters are fp32).
     """
-    writer(adapted, base_id=base_id, revision=revision, dtype=dtype)(folder)
-
-
-def writer(
-    adapted: Model, *, base_id: str, revision: str | None, dtype: torch.dtype | None, copied: bool = False
-) -> Callable[[Path], None]:
-    """What `write_files` does, to be done later, by another thread too: until the optimiser's next step. The tensors
-    are chosen now, as while a forward lasts a model may hold others in their places (`masters.py`); `copied` for a
-    writing that may be later than that step."""
     config = copy(adapted.peft_config[adapted.active_adapter])
     config.base_model_name_or_path, config.revision = base_id, revision
     config.inference_mode = True
@@ -204,7 +197,6 @@ def writer(
     # under `bias: all` PEFT adds what is in its own wrappers under their names too
     inner = (".original_module.", ".modules_to_save.")
     chosen = {name: value.detach() for name, value in saved.items() if not any(part in name for part in inner)}
-    chosen = {name: value.clone() for name, value in chosen.items()} if copied else chosen
 
     def write(folder: Path) -> None:
         config.save_pretrained(str(folder))
@@ -343,12 +335,6 @@ def start_from(adapted: Model, folder: Path) -> None:
     put_weights(adapted, folder)
 
 
-def adapted_modules(adapted: Model) -> dict[str, LoraLayer]:
-    """The layers with an adapter, by their names in the base."""
-    inner = adapted.get_base_model()
-    return {name: module for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
-
-
 def start_at(adapted: Model, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Begin fresh adapters at a low-rank part of what quantising lost, so that base + scaling B A is nearer to what
     was quantised.
@@ -356,7 +342,7 @@ def start_at(adapted: Model, factors: Mapping[str, tuple[torch.Tensor, torch.Ten
     Args:
         factors: B (O, R) and A (R, D) of each layer, R at least its rank, the largest direction first.
     """
-    layers = adapted_modules(adapted)
+    layers = {name: m for name, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer)}
     if without := [name for name in layers if name not in factors]:
         raise AdapterError(
             f"lora.init_lora_weights residual is for linear layers, and {without[0]} is none (an expert).",

@@ -163,7 +163,7 @@ def _find(store: Path, rank: int) -> Start:
     return Start(path, rank, exists)
 
 
-def low_rank(matrix: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """B and A with B A close to the best approximation of a rank.
 
     Args:
@@ -175,7 +175,7 @@ def low_rank(matrix: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tenso
         of B and rows of A are those of a lower rank.
     """
     width = min(rank + OVERSAMPLING, *matrix.shape)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     sketch = torch.randn(matrix.shape[1], width, generator=generator)
     basis = torch.linalg.qr(matrix @ sketch).Q  # (O, width)
     for _ in range(POWERS):

@@ -99,9 +99,6 @@ def asked(model: str | None, data: str | None, machine: str | None) -> Draft:
         draft.data, draft.values, draft.remarks = answer, {}, []
         look_at_rows(draft)
 
-    def machine_is(answer: str) -> None:
-        fit(draft, None if answer == "here" else answer)
-
     here = sorted(str(p) for pattern in ("*.jsonl", "*.csv", "*.parquet") for p in Path().glob(pattern))
     rows = next((name for name in here if "train" in name), here[0] if here else ROWS)
     packaged = f"a hub id, a folder, a .gguf file, or packaged: {', '.join(MODELS)}"
@@ -112,7 +109,7 @@ def asked(model: str | None, data: str | None, machine: str | None) -> Draft:
     _ask(
         f"Where will it train? (here: {in_words(detect())}; or 24GB for a card, cpu:16GB for a machine without)",
         "here",
-        machine_is,
+        lambda answer: fit(draft, None if answer == "here" else answer),
         machine,
     )
     return draft

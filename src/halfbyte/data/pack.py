@@ -85,18 +85,15 @@ class Steps:
             raise IndexError(f"step {index} of {self.total}")
         epoch, place = divmod(index, self.per_epoch)
         rows = self._order(epoch)[place * self.rows_per_step : (place + 1) * self.rows_per_step].tolist()
+        share_of_rank = rows if self.ranks == 1 else share(rows, self.lengths, self.ranks)[self.rank]
+        limits = self.max_tokens_per_micro_batch, self.examples_per_micro_batch
         return Step(
             index=index,
-            micro_batches=arrange(
-                self._of_this_rank(rows), self.lengths, self.max_tokens_per_micro_batch, self.examples_per_micro_batch
-            ),
+            micro_batches=arrange(share_of_rank, self.lengths, *limits),
             labelled_tokens=int(self.labelled[rows].sum()),
             tokens=int(self.lengths[rows].sum()),
             weight=(self.labelled if self.weights is None else self.weights)[rows].sum().item(),
         )
-
-    def _of_this_rank(self, rows: Sequence[int]) -> Sequence[int]:
-        return rows if self.ranks == 1 else share(rows, self.lengths, self.ranks)[self.rank]
 
     def passes(self, step: int) -> float:
         """How often the data has been passed over after so many steps: 1.5 is all rows once, and half of them again."""

@@ -7,7 +7,6 @@ Cost: milliseconds; no torch.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
@@ -104,20 +103,13 @@ def expect(planned: Estimate, nodes: int, link: Link) -> ScalingEstimate:
         return OnNodes(count, compute, balance, reduce, alone / max(1e-9, compute + reduce)), plan
 
     asked, each = on(nodes)
-    every = [on(count)[0] for count in _doublings(min(MOST_NODES, job.rows_per_step))]
+    every = [on(1 << doubling)[0] for doubling in range(min(MOST_NODES, job.rows_per_step).bit_length())]
     last = every[0]
     for more in every[1:]:
         if last.step_s < GAIN * more.step_s:
             break
         last = more
     return ScalingEstimate(asked, tuple(every), last, size, link, each)
-
-
-def _doublings(most: int) -> Iterator[int]:
-    count = 1
-    while count <= most:
-        yield count
-        count *= 2
 
 
 def _balance(job: Job, ranks: int) -> float:

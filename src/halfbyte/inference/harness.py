@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,8 +63,12 @@ def run(
         raise RecipeError(f"lm-evaluation-harness knows no task {unknown[0]}{where}.", fix="lm-eval ls tasks")
     results: dict[str, Document] = {}
     for name in opened.sides(with_base=with_base):
+
+        def tell(what: str, done: int, total: int, side: str = name) -> None:
+            progress(f"{side}: {what}", done, total)
+
         with opened.using(base=name == "base"):
-            lm = HalfbyteLM(opened, partial(_of_side, progress, name))
+            lm = HalfbyteLM(opened, tell)
             try:
                 scores = lm_eval.simple_evaluate(
                     model=lm, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False
@@ -74,10 +77,6 @@ def run(
                 raise RecipeError(f"{', '.join(tasks)} cannot be run: {first_line(error)}") from error
         results[name] = json.loads(json.dumps((scores or {}).get("results", {}), default=str))
     return results
-
-
-def _of_side(progress: Progress, side: str, what: str, done: int, total: int) -> None:
-    progress(f"{side}: {what}", done, total)
 
 
 class HalfbyteLM(TemplateLM):

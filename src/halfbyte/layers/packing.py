@@ -121,7 +121,8 @@ def forward_inputs(model: Model, batch: Batch) -> dict[str, Tensor]:
     if layout == "cu_seq_lens":
         inputs |= packed_inputs(structure.body(lm), batch)
     elif layout == "rows":
-        inputs["attention_mask"] = example_numbers(starts.diff()).to(device)
+        numbers = torch.arange(1, len(starts), device=starts.device)  # of the examples: this mask asks for rows
+        inputs["attention_mask"] = numbers.repeat_interleave(starts.diff())[None].to(device)
     else:
         raise BaseModelError(
             f"{type(lm).__name__} is not set up for {len(starts) - 1} examples in one micro-batch",
@@ -181,11 +182,6 @@ def packed_inputs(body: nn.Module, batch: Batch) -> dict[str, Tensor]:
     }
     lengths[LENGTHS] = known
     return {"position_ids": batch["position_ids"].to(device), "attention_mask": no_mask(device), **lengths}
-
-
-def example_numbers(lengths: Tensor) -> Tensor:
-    """The `attention_mask` that asks for rows: (N,) lengths -> (1, T) numbers from 1."""
-    return torch.arange(1, len(lengths) + 1, device=lengths.device).repeat_interleave(lengths)[None]
 
 
 class BodyHooks:

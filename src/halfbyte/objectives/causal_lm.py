@@ -13,7 +13,6 @@ from halfbyte.data.encoding.examples import Example
 from halfbyte.layers import loss
 from halfbyte.objectives.objective import Sums
 from halfbyte.plan.objective import NO_COST, ObjectiveCost
-from halfbyte.recipe.schema import Recipe
 from halfbyte.runs import points
 from halfbyte.types import Batch, Model
 
@@ -49,8 +48,3 @@ class CausalLM:
         mean = sums["loss"] / max(labelled, 1)
         perplexity = math.exp(min(mean, 700.0))
         return {"loss": mean, "perplexity": perplexity, "labelled_tokens": labelled, "tokens": int(sums["tokens"])}
-
-
-def of_recipe(recipe: Recipe) -> CausalLM:
-    """The objective that a recipe asks for."""
-    return CausalLM(recipe.train.label_smoothing_factor)

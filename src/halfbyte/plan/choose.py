@@ -121,9 +121,7 @@ def compute_memory(device: Device) -> Where:
 def process_lines(job: Job, device: Device) -> tuple[tuple[Line, ...], tuple[Line, ...]]:
     """The process's own lines, where the model computes, and in RAM beside a card."""
     process = memory.process_lines(device, job)
-    if device.kind == "cpu":
-        return process, ()
-    return memory.card_lines(), process
+    return (process, ()) if device.kind == "cpu" else (memory.CARD_LINES, process)
 
 
 def page_cache_bytes(lines: Iterable[Line], available: int) -> float:

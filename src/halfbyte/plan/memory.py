@@ -30,6 +30,10 @@ LIBRARIES_PRIVATE_BYTES = 470_000_000
 # Of each card, round figures that were not measured here: what the driver keeps for a process, code of kernels with it;
 # and cuBLAS's workspace (torch: 32 MiB from compute capability 9.0 on, 8 before), once for each thread that multiplies.
 CUDA_CONTEXT_BYTES, CUBLAS_BYTES = 530_000_000, 2 * 2**25
+CARD_LINES = (  # what is taken on each card whatever runs there
+    Line("CUDA context", CUDA_CONTEXT_BYTES, "of the driver, for each card: a round figure", "", "device"),
+    Line("cuBLAS workspace", CUBLAS_BYTES, "forward and backward have a thread each", "torch", "device"),
+)
 HOST_OF_CARD_BYTES = 2_500_000_000  # a CUDA build's libraries and pinned buffers in RAM; a round figure, not measured
 # What the first micro-batches leave in the process beside tensors: compiled kernels, buffers of threads, the Trainer's
 # own.
@@ -115,14 +119,6 @@ def _products_bytes(job: Job) -> int:
         adapted = any(site.reads == "experts" for site in job.sites)
         products += expert_products(job.facts, job.step_tokens, adapted=adapted)
     return PRODUCT_BYTES * (min(PRODUCTS_KEPT, products) - PRODUCTS_OF_A_SIZE)
-
-
-def card_lines() -> tuple[Line, ...]:
-    """What is taken on each card whatever runs there."""
-    return (
-        Line("CUDA context", CUDA_CONTEXT_BYTES, "of the driver, for each card: a round figure", "", "device"),
-        Line("cuBLAS workspace", CUBLAS_BYTES, "forward and backward have a thread each", "torch", "device"),
-    )
 
 
 def base_lines(job: Job, placement: Placement, cards: int, where: Where, cache_bytes: float) -> tuple[Line, ...]:

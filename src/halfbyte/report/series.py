@@ -136,12 +136,12 @@ def smooth(line: Series) -> Series:
     return Series(line.x, np.array(out))
 
 
-def thin(line: Series, buckets: int = BUCKETS) -> Series:
+def thin(line: Series) -> Series:
     """At most 5 points a bucket: its first, lowest, highest and last, and its first gap."""
-    if len(line) <= 4 * buckets:
+    if len(line) <= 4 * BUCKETS:
         return line
     chosen: set[int] = set()
-    edges = np.linspace(0, len(line), buckets + 1).astype(int)
+    edges = np.linspace(0, len(line), BUCKETS + 1).astype(int)
     for start, end in pairwise(edges.tolist()):
         part = line.y[start:end]
         finite = np.flatnonzero(np.isfinite(part))

@@ -20,7 +20,7 @@ from halfbyte.models.context import context_of
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.models.tensors import is_embedding
-from halfbyte.objectives import causal_lm
+from halfbyte.objectives.causal_lm import CausalLM
 from halfbyte.objectives.objective import Objective
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device
@@ -82,7 +82,7 @@ def look(recipe: Recipe, objective: Objective | None = None) -> Prepared:
     if data.packing == "stream":
         train = blocks.stream(train, data.max_length)
         evaluation = blocks.stream(evaluation, data.max_length) if evaluation is not None else None
-    objective = objective or causal_lm.of_recipe(recipe)
+    objective = objective or CausalLM(recipe.train.label_smoothing_factor)
     return Prepared(recipe, objective, checkpoint, config, tokenizer, train, evaluation, findings, settled, held_out)
 
 

@@ -24,7 +24,7 @@ from halfbyte.types import Document
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-PAGE = 4096
+PAGE, SPARE_BYTES = 4096, 1024
 # Digits that an offset may take in the header.
 _LARGEST = 10**15
 
@@ -43,10 +43,10 @@ class SafetensorsWriter:
     """A file under construction: `NAME.tmp`, renamed to NAME when it is whole and on the disk.
 
     Args:
-        slots: every tensor; those whose length is not known yet get at most `spare_bytes` each.
+        slots: every tensor; those whose length is not known yet get at most `SPARE_BYTES` each.
     """
 
-    def __init__(self, path: Path, slots: Iterable[Slot], *, spare_bytes: int = 1024) -> None:
+    def __init__(self, path: Path, slots: Iterable[Slot]) -> None:
         self.path = path
         self.partial = path.with_name(path.name + ".tmp")
         every = list(slots)
@@ -59,7 +59,7 @@ class SafetensorsWriter:
         self.placed = list(zip(self.known, ends, ends[1:], strict=False))
         self.starts = {slot.name: start for slot, start, _ in self.placed}
         self.known_bytes = ends[-1]
-        self.max_bytes = self.data_start + self.known_bytes + spare_bytes * len(self.late)
+        self.max_bytes = self.data_start + self.known_bytes + SPARE_BYTES * len(self.late)
         self.fd = -1
 
     def __enter__(self) -> SafetensorsWriter:

@@ -12,6 +12,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from halfbyte.models.gguf.header import GgufHeader
@@ -157,26 +158,14 @@ def _fused_by_group(numbers: FileNumbers, name: str, rows: int) -> np.ndarray:
     return np.concatenate(parts, axis=1).reshape(-1)
 
 
-def _grouped_values(size_key: str = "", *, after_keys: bool = False) -> Order:
+def _grouped_values(numbers: FileNumbers, name: str, rows: int, *, after_keys: bool = False) -> np.ndarray:
     """Value heads (turn, key head) -> (key head, turn); `after_keys`: they follow queries and keys (Qwen3.5)."""
+    import numpy as np
 
-    def order(numbers: FileNumbers, name: str, rows: int) -> np.ndarray:
-        import numpy as np
-
-        keys, heads = numbers.number("ssm.group_count"), numbers.number("ssm.time_step_rank")
-        first = 2 * keys * numbers.number("ssm.state_size") if after_keys else 0
-        tail = np.arange(first, rows).reshape(heads // keys, keys, -1).swapaxes(0, 1).reshape(-1)
-        return np.concatenate([np.arange(first), tail])
-
-    return order
-
-
-def _minus_one(values: np.ndarray) -> np.ndarray:
-    return values - 1
-
-
-def _plus_one(values: np.ndarray) -> np.ndarray:
-    return values + 1
+    keys, heads = numbers.number("ssm.group_count"), numbers.number("ssm.time_step_rank")
+    first = 2 * keys * numbers.number("ssm.state_size") if after_keys else 0
+    tail = np.arange(first, rows).reshape(heads // keys, keys, -1).swapaxes(0, 1).reshape(-1)
+    return np.concatenate([np.arange(first), tail])
 
 
 def _log_of_negated(values: np.ndarray) -> np.ndarray:
@@ -190,19 +179,20 @@ _LLAMA = {
     "attn_q.*": Transform(order=_rotary("attention.head_count")),
     "attn_k.*": Transform(order=_rotary("attention.head_count_kv")),
 }
-_MINUS_ONE = {"*norm.weight": Transform(value=_minus_one, back=_plus_one)}
+_MINUS_ONE = {"*norm.weight": Transform(value=lambda values: values - 1, back=lambda values: values + 1)}
+_GROUPED_AFTER_KEYS = partial(_grouped_values, after_keys=True)
 _BY_HEAD = {"attn_qkv.*": Transform(order=_fused_by_head)}
 _QWEN35 = {
     "ssm_norm.weight": PLAIN,
     **_MINUS_ONE,
-    "ssm_a": Transform(order=_grouped_values(), value=_log_of_negated),
-    "ssm_dt.bias": Transform(order=_grouped_values()),
-    "ssm_alpha.weight": Transform(order=_grouped_values()),
-    "ssm_beta.weight": Transform(order=_grouped_values()),
-    "attn_gate.weight": Transform(order=_grouped_values()),
-    "attn_qkv.weight": Transform(order=_grouped_values(after_keys=True)),
-    "ssm_conv1d.weight": Transform(order=_grouped_values(after_keys=True)),
-    "ssm_out.weight": Transform(columns=_grouped_values()),
+    "ssm_a": Transform(order=_grouped_values, value=_log_of_negated),
+    "ssm_dt.bias": Transform(order=_grouped_values),
+    "ssm_alpha.weight": Transform(order=_grouped_values),
+    "ssm_beta.weight": Transform(order=_grouped_values),
+    "attn_gate.weight": Transform(order=_grouped_values),
+    "attn_qkv.weight": Transform(order=_GROUPED_AFTER_KEYS),
+    "ssm_conv1d.weight": Transform(order=_GROUPED_AFTER_KEYS),
+    "ssm_out.weight": Transform(columns=_grouped_values),
 }
 # Architecture of the file -> tensor, without its block -> how it is read. The first pattern that fits counts.
 _TRANSFORMS: dict[str, dict[str, Transform]] = {

@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from starlette.responses import Response
@@ -29,10 +28,8 @@ _CALLS = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|\Z)", re.DOTALL)
 class Json(Response):
     media_type = "application/json"
 
-    def __init__(
-        self, content: Document, status_code: int = 200, headers: Mapping[str, str] = MappingProxyType({})
-    ) -> None:
-        super().__init__(json.dumps(content).encode(), status_code, dict(headers))
+    def __init__(self, content: Document, status_code: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(json.dumps(content).encode(), status_code, headers)
 
     @classmethod
     def of(cls, refusal: Refusal, *, close: bool = False) -> Json:
