@@ -182,7 +182,7 @@ def save(
 def writer(adapted: Model, *, base_id: str, revision: str | None, dtype: torch.dtype | None) -> Callable[[Path], None]:
     """Writes PEFT's two adapter files (`adapter_model.safetensors`, `adapter_config.json`) into a folder, in another
     thread too, until the optimiser's next step. The tensors are chosen now, as while a forward lasts a model may hold
-    others in their places (`masters.py`).
+    others in their places (`masters.py`); `copied` for a writing that may be later than that step.
 
     Args:
         base_id: hub id, folder or packaged name that the base came from; never a path inside a cache.
@@ -197,6 +197,7 @@ def writer(adapted: Model, *, base_id: str, revision: str | None, dtype: torch.d
     # under `bias: all` PEFT adds what is in its own wrappers under their names too
     inner = (".original_module.", ".modules_to_save.")
     chosen = {name: value.detach() for name, value in saved.items() if not any(part in name for part in inner)}
+    chosen = {name: value.clone() for name, value in chosen.items()} if copied else chosen
 
     def write(folder: Path) -> None:
         config.save_pretrained(str(folder))
