@@ -179,7 +179,9 @@ def save(
         beside(temporary)
 
 
-def writer(adapted: Model, *, base_id: str, revision: str | None, dtype: torch.dtype | None) -> Callable[[Path], None]:
+def writer(
+    adapted: Model, *, base_id: str, revision: str | None, dtype: torch.dtype | None, copied: bool = False
+) -> Callable[[Path], None]:
     """Writes PEFT's two adapter files (`adapter_model.safetensors`, `adapter_config.json`) into a folder, in another
     thread too, until the optimiser's next step. The tensors are chosen now, as while a forward lasts a model may hold
     others in their places (`masters.py`); `copied` for a writing that may be later than that step.
