@@ -333,6 +333,21 @@ def test_eval_as_json_agrees_with_the_run(halfbyte: Cli) -> None:
     assert json.loads(Path("done/eval/scores.json").read_text()) == shown
 
 
+def test_scores_stay_those_of_the_adapter_that_gave_them(halfbyte: Cli) -> None:
+    steps = ("--set", "train.eval_strategy=no", "--set", "train.save_strategy=steps", "--set", "train.save_steps=2")
+    assert halfbyte("train", "recipe.yaml", *steps, "--set", "train.max_steps=2").code == 0
+    scored = json.loads(halfbyte("eval", "run", "--json", "--max-new-tokens", "1").out)
+    assert scored["adapter"] == {"sha256": files.sha256(Path("run", ADAPTER)), "step": 2}
+    words, page = "of an earlier adapter (step 2)", Path("run/report.html")
+    assert words not in page.read_text()
+    assert halfbyte("train", "run", "--resume", "--set", "train.max_steps=3").code == 0
+    assert words in page.read_text(), "the page that the training leaves"
+    compared = halfbyte("compare", "done", "run", "--json")
+    assert f"The scores of run are {words}, not of the one that the run has now." in json.loads(compared.out)["notes"]
+    halfbyte("eval", "run", "--json", "--max-new-tokens", "1")
+    assert words not in page.read_text() and words not in halfbyte("compare", "done", "run").out
+
+
 class Terminal:
     """A command on a pseudo-terminal of its own."""
 

@@ -19,7 +19,7 @@ from halfbyte.errors import ExportError
 from halfbyte.export import hub as shipping
 from halfbyte.inference.target import Target
 from halfbyte.proofs.export import Exported, Proof
-from halfbyte.scoring.sheet import Score, Sheet, Value
+from halfbyte.scoring.sheet import Score, Sheet, Value, adapter_of
 from tests import tiny_run
 
 TOKEN = "hf_stand_in_of_a_token_0123456789"
@@ -151,9 +151,10 @@ def test_a_card_says_what_is_known(tmp_path: Path) -> None:
     run.path.mkdir()
     exact = Score("exact_match", 8, True, Value(0.75, (0.6, 0.9)), Value(0.5))
     base_alone = Score("number", 8, True, None, Value(0.5))
-    Sheet("t.jsonl", 8, 1.0, (exact, Score("loss", 8, False, Value(0.5), None), base_alone), (), {}).write(
-        run.path / "eval"
-    )
+    run.adapter.mkdir()
+    (run.adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    scores = (exact, Score("loss", 8, False, Value(0.5), None), base_alone)
+    Sheet("t.jsonl", 8, 1.0, scores, (), {}, adapter=adapter_of(run.adapter)).write(run.path / "eval")
     run.report.write_text(json.dumps({"tokens": 12345, "steps": 4, "train_seconds": 61.0, "peak_rss_bytes": 10**9}))
     run.recipe.write_text("model: org/name\n")
     seen = Proof("transformers", "F32", 1.0, 0.1, 0.5, 0.3, 1.0, 2.0, 1.9, 10, 6, 6, 0, 1, 2, 6, 0)
@@ -179,3 +180,8 @@ def test_a_card_says_what_is_known(tmp_path: Path) -> None:
         "2.0000",
     ):
         assert words in read.text, words
+    (run.adapter / "adapter_model.safetensors").write_bytes(b"weights of a later step")
+    assert shipping.metrics(found, made) == [
+        ("held-out rows of the proof", "loss", 2.0, ""),
+        ("held-out rows of the proof", "exact_match", 0.1667, "1 of 6"),
+    ], "scores of an earlier adapter are left out"

@@ -43,6 +43,20 @@ def test_what_differs_is_told_and_what_is_alike_is_not(tmp_path: Path) -> None:
     json.dumps(value.to_json())
 
 
+def test_scores_of_an_earlier_adapter_are_said_to_be_so(tmp_path: Path) -> None:
+    one, other = two(tmp_path)
+    scored(one, SCORES, [answer("a")])
+    scored(other, {**SCORES, "adapter": {"sha256": "0" * 64, "step": 20}}, [answer("a")])
+    value = compare.compare([one.path, other.path])
+    assert dict(value.scores) == {
+        "exact_match": ("0.9583 [0.86, 0.99]", "0.9583 [0.86, 0.99] of an earlier adapter (step 20)"),
+        "exact_match of the base": ("0 [0, 0.07]", "0 [0, 0.07]"),
+        "loss": ("0.21", "0.21 of an earlier adapter (step 20)"),
+    }
+    said = "The scores of other are of an earlier adapter (step 20), not of the one that the run has now."
+    assert value.notes == (said,) and value.to_json()["notes"] == [said]
+
+
 def test_a_run_from_before_origins_were_kept_is_compared_by_its_recipe(tmp_path: Path) -> None:
     one, other = two(tmp_path)
     one.started.write_text(json.dumps(started(model={"id": "tiny-model", "revision": None})))

@@ -109,9 +109,13 @@ def everywhere(value: Any) -> Any:
 
 
 def scored(run: RunFolder, scores: dict[str, Any], answers: list[dict[str, Any]]) -> None:
-    folder = run.path / "eval"
+    """Scores of the adapter that the run has, unless `scores` names another."""
+    folder, weights = run.path / "eval", run.adapter / "adapter_model.safetensors"
     folder.mkdir()
-    (folder / "scores.json").write_text(json.dumps(scores))
+    run.adapter.mkdir(exist_ok=True)
+    weights.write_bytes((2).to_bytes(8, "little") + b"{}")  # of no tensor
+    adapter = {"sha256": hashlib.sha256(weights.read_bytes()).hexdigest(), "step": 20}
+    (folder / "scores.json").write_text(json.dumps({"adapter": adapter, **scores}))
     (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
 
 
@@ -244,6 +248,27 @@ def test_rows_on_which_base_and_adapter_differ_come_first(tmp_path: Path) -> Non
     read = record.read(run.path)
     assert [row["expected"] for row in read.answers[:2]] == ["better", "same 0"]
     assert len(read.answers) == record.MAX_ANSWERS
+
+
+@pytest.mark.parametrize(
+    ("adapter", "words"),
+    [
+        ({"sha256": "0" * 64, "step": 20}, "an earlier adapter (step 20)"),
+        ({"sha256": "0" * 64, "step": None}, "an earlier adapter"),
+        (None, "an adapter that is not known"),  # scores of a version that did not keep it
+    ],
+)
+def test_scores_of_another_adapter_are_not_shown_as_the_runs(tmp_path: Path, adapter: Any, words: str) -> None:
+    run = made.finished(tmp_path / "run", made.metrics(30))
+    scored(run, {**SCORES, "adapter": adapter}, [answer("blue", "red")])
+    text = " ".join(seen(page.html(record.read(run.path))).words)
+    assert f"These scores and answers are of {words}, not of the one that the run has now." in text
+    assert f" {words} difference" in text, "the column's head"
+    assert "exact_match" in text and "blue" in text
+    scores_now = json.loads((run.path / "eval" / "scores.json").read_text())
+    digest = hashlib.sha256((run.adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    (run.path / "eval" / "scores.json").write_text(json.dumps(scores_now | {"adapter": {"sha256": digest, "step": 30}}))
+    assert words not in " ".join(seen(page.html(record.read(run.path))).words)
 
 
 def test_files_that_cannot_be_read_leave_a_page(tmp_path: Path) -> None:

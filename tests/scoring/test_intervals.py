@@ -48,7 +48,7 @@ def test_a_mean_has_scipys_interval() -> None:
     assert found == pytest.approx((wanted.low, wanted.high), rel=1e-9)
     assert intervals.interval(RowSums.mean(values.tolist()), **DRAWN) == found
     assert intervals.interval(RowSums.mean(values.tolist()), resamples=3000, seed=8) != found
-    assert intervals.interval(RowSums.mean([1.0]), **DRAWN) is None
+    assert intervals.interval(RowSums.mean([0.5]), **DRAWN) is None
 
 
 def test_a_difference_is_of_the_same_rows() -> None:
@@ -88,6 +88,71 @@ def test_the_exact_test_is_mcnemars(better: int, worse: int, p: float) -> None:
     assert intervals.exact_test([a for a, _ in rows], [b for _, b in rows]) == pytest.approx(p)
 
 
-def test_all_rows_equal_have_an_interval_of_no_width() -> None:
+def test_a_share_has_an_exact_interval_also_where_all_rows_agree() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for right, rows in ((0, 8), (8, 8), (3, 8), (1, 1), (150, 200)):
+        wanted = stats.binomtest(right, rows).proportion_ci(method="exact")
+        values = [1.0] * right + [0.0] * (rows - right)
+        assert intervals.interval(RowSums.mean(values), **DRAWN) == pytest.approx((wanted.low, wanted.high))
+    # by hand: none of 8 is right with probability (1 - p)^8, which is 2.5% at the upper limit
+    assert intervals.interval(RowSums.mean([0.0] * 8), **DRAWN) == pytest.approx((0, 1 - 0.025 ** (1 / 8)))
+
+
+def test_a_difference_of_shares_has_a_width_also_where_all_rows_agree() -> None:
     pytest.importorskip("scipy")
-    assert intervals.interval(RowSums.mean([1.0] * 9), **DRAWN) == (1.0, 1.0)
+    sides = {"base": side([0.0] * 8, [2.0] * 8), "adapter": side([0.0] * 8, [1.0] * 8)}
+    same = sheet.score("exact_match", sides, Eval(), yes_no=True, sure=True).difference
+    assert same is not None and same.interval is not None
+    assert same.interval[0] == pytest.approx(-same.interval[1]) and 0.3 < same.interval[1] < 0.4
+    sides["adapter"] = side([1.0] * 8, [1.0] * 8)
+    better = sheet.score("exact_match", sides, Eval(), yes_no=True, sure=True).difference
+    assert better is not None and better.interval is not None
+    assert better.value == better.interval[1] == 1 and 0.2 < better.interval[0] < 0.5
+    assert intervals.interval(sides["base"].rows_of("loss"), **DRAWN) is not None, "a loss is no share"
+
+
+SIZES = (5, 8, 13, 30, 200)
+REPETITIONS = 400
+
+
+def enough(covered: np.ndarray) -> bool:
+    """Whether so many of the repetitions are covered as a coverage of 95% has in all but 1 of 100,000 cases."""
+    from scipy import stats
+
+    return bool((covered.sum(-1) >= stats.binom.ppf(1e-5, covered.shape[-1], intervals.CONFIDENCE)).all())
+
+
+@pytest.mark.parametrize("rows", SIZES)
+def test_intervals_of_shares_and_of_their_differences_cover(rows: int) -> None:
+    """Seeded samples of rows on which base and adapter are right or wrong; shares from 0 to 1, differences -1 to 1."""
+    pytest.importorskip("scipy")
+    draw, grid = np.random.default_rng(rows), np.linspace(0, 1, 21)
+    right = draw.binomial(rows, grid[:, None], (len(grid), REPETITIONS))
+    low, high = intervals.share_limits(right, rows)
+    assert enough((low <= grid[:, None] + 1e-12) & (grid[:, None] - 1e-12 <= high))
+    shares = np.array([(p, q, max(0.0, 1 - p - q)) for p in grid for q in grid if p + q < 1 + 1e-9])
+    shares /= shares.sum(-1, keepdims=True)
+    better, worse, _ = np.moveaxis(draw.multinomial(rows, shares[:, None], (len(shares), REPETITIONS)), -1, 0)
+    low, high = intervals.difference_limits(better, worse, rows)
+    truth = (shares[:, 0] - shares[:, 1])[:, None]
+    assert enough((low <= truth + 1e-12) & (truth - 1e-12 <= high))
+    assert (low >= -1 - 1e-12).all() and (high <= 1 + 1e-12).all() and (high - low > 0).all()
+
+
+@pytest.mark.parametrize("rows", SIZES[:4])
+def test_intervals_of_shares_cover_by_summing_over_all_outcomes(rows: int) -> None:
+    """The same without chance: the probability of every outcome whose interval holds the truth."""
+    stats = pytest.importorskip("scipy.stats")
+    right, grid = np.arange(rows + 1), np.linspace(0.01, 0.99, 99)
+    low, high = intervals.share_limits(right, rows)
+    for p in grid:
+        assert stats.binom.pmf(right, rows, p)[(low <= p) & (p <= high)].sum() >= 0.95
+    counts = np.indices((rows + 1, rows + 1))
+    better, worse = counts[:, counts.sum(0) <= rows]
+    low, high = intervals.difference_limits(better, worse, rows)
+    outcomes = np.stack([better, worse, rows - better - worse], -1)
+    for p in (0.01, 0.05, 0.2, 0.5, 0.8, 0.95):
+        for q in (0.0, 0.02, 0.05, 0.2, 0.5):
+            if p + q <= 1:
+                chances = stats.multinomial.pmf(outcomes, rows, [p, q, max(0.0, 1 - p - q)])
+                assert chances[(low <= p - q + 1e-12) & (p - q - 1e-12 <= high)].sum() >= 0.95, (p, q)

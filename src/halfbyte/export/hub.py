@@ -15,7 +15,7 @@ from halfbyte.errors import ExportError, HalfbyteError, first_line
 from halfbyte.models.sources.hub import HUB_ID
 from halfbyte.runs.folder import RunFolder, read_json
 from halfbyte.scoring.intervals import CONFIDENCE
-from halfbyte.scoring.sheet import SCORES
+from halfbyte.scoring.sheet import SCORES, other_adapter
 from halfbyte.system.libraries import versions
 
 if TYPE_CHECKING:
@@ -51,8 +51,10 @@ def write(folder: Path, run: Target, export: Exported) -> None:
 
 
 def metrics(run: Target, export: Exported) -> list[tuple[str, str, float, str]]:
-    """(rows, metric, value, its interval in words) of the run's own evaluation, else of the proof."""
+    """(rows, metric, value, its interval in words) of the evaluation of this very adapter, else of the proof."""
     scores = read_json(run.run.path / "eval" / SCORES) if run.run is not None else {}
+    if run.run is not None and other_adapter(scores, run.run.adapter):
+        scores = {}
     rows = []
     for metric in scores.get("metrics") or []:
         if (adapter := metric.get("adapter")) is not None:

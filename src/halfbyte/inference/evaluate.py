@@ -22,6 +22,7 @@ from halfbyte.inference import batch, choices, target
 from halfbyte.layers import loss
 from halfbyte.models.context import context_of
 from halfbyte.plan import InferencePlan, Rows, plan_inference, sequences_beside
+from halfbyte.recipe.adapter import folder_of
 from halfbyte.recipe.evaluation import Eval
 from halfbyte.runs.folder import RunFolder
 from halfbyte.scoring import intervals, metrics, sheet
@@ -59,6 +60,7 @@ def evaluate(
     longest = max((len(e.prompt_ids) for e in asking), default=0)
     batches, plan = micro_batches(opened, examples, generated_tokens=longest + settings.max_new_tokens)
     order = opened.sides(with_base=options.with_base)
+    adapter = None if opened.alone else sheet.adapter_of(folder_of(opened.run))
     sides = {}
     for number, name in enumerate(order):
 
@@ -77,7 +79,7 @@ def evaluate(
         sheet.Question(e.where, opened.tokenizer.decode(e.prompt_ids, skip_special_tokens=True), e.completion)
         for e in asking
     )
-    return sheet.Sheet(source, len(examples), time.monotonic() - began, scores, questions, sides, notes)
+    return sheet.Sheet(source, len(examples), time.monotonic() - began, scores, questions, sides, notes, adapter)
 
 
 def answer_scores(run: PlannedRun, model: Model, tokens: int) -> Callable[[], dict[str, float]]:

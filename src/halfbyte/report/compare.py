@@ -83,7 +83,7 @@ def scores(runs: Sequence[Record]) -> Table:
     """Each score of the adapters, with its interval; the base's too where a run has it."""
     columns = [
         {
-            f"{metric.get('name')}{suffix}": interval(metric.get(side))
+            f"{metric.get('name')}{suffix}": interval(metric.get(side), run.scored_adapter if side == "adapter" else "")
             for metric in run.scores.get("metrics") or []
             for side, suffix in (("adapter", ""), ("base", " of the base"))
         }
@@ -92,12 +92,13 @@ def scores(runs: Sequence[Record]) -> Table:
     return tuple((name, cells) for name, cells in side_by_side(columns, missing="") if any(cells))
 
 
-def interval(score: Document | None) -> str:
-    """A score as text: `0.958 [0.88, 1]`."""
+def interval(score: Document | None, adapter: str = "") -> str:
+    """A score as text: `0.958 [0.88, 1]`. `adapter`: which one it is of, where it is not the run's."""
     if not score:
         return ""
     between = score.get("interval")
-    return page.number(score["value"]) + (f" [{page.number(between[0])}, {page.number(between[1])}]" if between else "")
+    limits = f" [{page.number(between[0])}, {page.number(between[1])}]" if between else ""
+    return page.number(score["value"]) + limits + (f" of {adapter}" if adapter else "")
 
 
 def notes(runs: Sequence[Record], names: Sequence[str]) -> tuple[str, ...]:
@@ -111,6 +112,8 @@ def notes(runs: Sequence[Record], names: Sequence[str]) -> tuple[str, ...]:
     scored = {str(run.scores["data"]) + f" ({run.scores.get('rows')} rows)" for run in runs if run.scores.get("data")}
     if len(scored) > 1:
         sentences.append(f"They were scored on different rows: {', '.join(sorted(scored))}.")
+    sentences += [f"The scores of {name} are of {run.scored_adapter}, not of the one that the run has now."
+             for name, run in zip(names, runs, strict=True) if run.scored_adapter]  # fmt: skip
     sentences += [f"{name} is not finished: {run.state.name}." for name, run in zip(names, runs, strict=True)
              if run.state.name not in ("finished", "diverged")]  # fmt: skip
     return tuple(sentences)

@@ -15,6 +15,7 @@ from halfbyte.recipe.adapter import read_passport
 from halfbyte.report import series, update_norms
 from halfbyte.runs import crash, listing
 from halfbyte.runs.folder import RunFolder, read_json
+from halfbyte.scoring.sheet import other_adapter
 from halfbyte.types import Document
 
 MAX_ANSWERS = 6  # shown, chosen from so many:
@@ -59,6 +60,11 @@ class Record:
         except Exception:  # a page does without it; `halfbyte verify` says what is wrong
             return None
         return None if passport is None else (passport.get("reached") or {}).get("steps")
+
+    @cached_property
+    def scored_adapter(self) -> str:
+        """Which adapter the scores and answers are of, in words, where it is not the run's; else empty."""
+        return other_adapter(self.scores, self.run.adapter)
 
     @property
     def resumed(self) -> list[tuple[int, float]]:

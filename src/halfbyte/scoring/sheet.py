@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from halfbyte.errors import RecipeError
+from halfbyte.recipe.adapter import ADAPTER_FILES, read_passport
 from halfbyte.recipe.evaluation import LOSSES, Eval
 from halfbyte.scoring import intervals, metrics
 from halfbyte.scoring.intervals import Interval, RowSums
@@ -128,7 +129,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A whole evaluation. `sides`: `base`, `adapter` or both."""
+    """A whole evaluation. `sides`: `base`, `adapter` or both. `adapter`: which one, as `adapter_of` has it."""
 
     data: str
     rows: int
@@ -137,11 +138,13 @@ class Sheet:
     questions: tuple[Question, ...]
     sides: dict[str, Side]
     notes: tuple[str, ...] = ()
+    adapter: Document | None = None
 
     def to_json(self) -> Document:
         """What `scores.json` holds."""
         return {
             "data": self.data,
+            "adapter": self.adapter,
             "rows": self.rows,
             "seconds": self.seconds,
             "metrics": [score.to_json() for score in self.scores],
@@ -177,6 +180,25 @@ def score(name: str, sides: dict[str, Side], settings: Eval, *, yes_no: bool, su
     interval = intervals.interval_of_difference(one, other, **bootstrap) if sure else None
     p = intervals.exact_test(one.numerators.tolist(), other.numerators.tolist()) if sure and yes_no else None
     return Score(name, count, yes_no, adapter, base, Value(adapter.value - base.value, interval), p)
+
+
+def adapter_of(folder: Path) -> Document:
+    """Which adapter lies in a folder: the hash of its weights, and its step where its passport says it."""
+    reached = (read_passport(folder) or {}).get("reached") or {}
+    return {"sha256": files.sha256(folder / ADAPTER_FILES[0]), "step": reached.get("steps")}
+
+
+def other_adapter(scores: Document, folder: Path) -> str:
+    """Which adapter gave the scores of a `scores.json`, in words, where it is not that of `folder`; else empty."""
+    adapter, weights = scores.get("adapter"), folder / ADAPTER_FILES[0]
+    if not scores.get("metrics"):
+        return ""
+    if not isinstance(adapter, dict):
+        return "an adapter that is not known"
+    if weights.is_file() and adapter.get("sha256") == files.sha256(weights):
+        return ""
+    step = adapter.get("step")
+    return "an earlier adapter" + (f" (step {step:,})" if isinstance(step, int) else "")
 
 
 def need_harness() -> None:
