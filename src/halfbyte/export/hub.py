@@ -53,10 +53,9 @@ def write(folder: Path, run: Target, export: Exported) -> None:
 def metrics(run: Target, export: Exported) -> list[tuple[str, str, float, str]]:
     """(rows, metric, value, its interval in words) of the evaluation of this very adapter, else of the proof."""
     scores = read_json(run.run.path / "eval" / SCORES) if run.run is not None else {}
-    if run.run is not None and other_adapter(scores, run.run.adapter):
-        scores = {}
+    other = run.run is not None and other_adapter(scores, run.run.adapter)
     rows = []
-    for metric in scores.get("metrics") or []:
+    for metric in [] if other else scores.get("metrics") or []:
         if (adapter := metric.get("adapter")) is not None:
             ends = adapter.get("interval")
             words = f"{CONFIDENCE:.0%} {ends[0]:.4g} to {ends[1]:.4g}" if ends else ""

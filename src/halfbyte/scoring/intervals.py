@@ -23,7 +23,6 @@ CONFIDENCE = 0.95
 PIP = "pip install 'halfbyte[eval]'"
 Interval = tuple[float, float]
 Floats = NDArray[np.float64]
-Counts = NDArray[np.int64]
 
 
 def available() -> bool:
@@ -67,8 +66,7 @@ class RowSums:
 def interval(rows: RowSums, *, resamples: int, seed: int) -> Interval | None:
     """Interval of a score: exact of a share, else by the bootstrap; None for a single row that is no share."""
     if rows.share:
-        low, high = share_limits(rows.numerators.sum().astype(np.int64), len(rows.numerators))
-        return float(low), float(high)
+        return _numbers(share_limits(rows.numerators.sum(), len(rows.numerators)))
     samples = rows.numerators, rows.denominators
     return _bootstrap(samples, lambda a, b, axis=-1: rows.ratio(a, b), resamples, seed)
 
@@ -78,13 +76,12 @@ def interval_of_difference(one: RowSums, other: RowSums, *, resamples: int, seed
     resample takes the same rows of both."""
     if one.share and other.share:
         better, worse = ((a.numerators > b.numerators).sum() for a, b in ((one, other), (other, one)))
-        low, high = difference_limits(better, worse, len(one.numerators))
-        return float(low), float(high)
+        return _numbers(difference_limits(better, worse, len(one.numerators)))
     samples = (one.numerators, one.denominators, other.numerators, other.denominators)
     return _bootstrap(samples, lambda a, b, c, d, axis=-1: one.ratio(a, b) - other.ratio(c, d), resamples, seed)
 
 
-def share_limits(count: Counts, rows: int) -> tuple[Floats, Floats]:
+def share_limits(count: Floats, rows: int) -> tuple[Floats, Floats]:
     """Clopper-Pearson limits of `count` of `rows`, elementwise: they hold the true share at least 95% of the time."""
     from scipy import stats
 
@@ -94,16 +91,13 @@ def share_limits(count: Counts, rows: int) -> tuple[Floats, Floats]:
     return np.nan_to_num(low, nan=0.0), np.nan_to_num(high, nan=1.0)
 
 
-def difference_limits(better: Counts, worse: Counts, rows: int) -> tuple[Floats, Floats]:
-    """Limits of the difference of two shares of the same rows, elementwise: the method of variance estimates recovery.
+def difference_limits(better: Floats, worse: Floats, rows: int) -> tuple[Floats, Floats]:
+    """Limits of the difference of two shares of the same rows, elementwise.
 
-    The limits of the shares of better and of worse rows are put together as dependent deviations. Their correlation is
-    that of two counts of a multinomial, taken at the limits and not at the estimates: there it is right also for few
-    rows. So at least 95% of intervals hold the true difference from 5 to 200 rows (with Wilson's limits, or by Tango's
-    score, down to 90%).
-
-    Args:
-        better: on how many rows the first is 1 and the second 0. worse: the other way round.
+    The limits of the shares of `better` rows (1 beside 0) and `worse` rows (0 beside 1) are put together as dependent
+    deviations, with the correlation that two counts of a multinomial have at these limits. So at least 95% of intervals
+    hold the true difference, from 5 to 200 rows. With the correlation at the estimates, with Wilson's limits, or by
+    Tango's score it was 83 to 91% at the worst.
     """
     (low_better, high_better), (low_worse, high_worse) = share_limits(better, rows), share_limits(worse, rows)
     more, less = better / rows, worse / rows
@@ -115,8 +109,7 @@ def difference_limits(better: Counts, worse: Counts, rows: int) -> tuple[Floats,
 def _deviation(one: Floats, other: Floats, p: Floats, q: Floats) -> Floats:
     """The deviation of a difference from those of its two shares, which are `p` and `q` of a multinomial."""
     odds = p * q / np.maximum((1 - p) * (1 - q), 1e-300)
-    deviation: Floats = np.sqrt(one**2 + other**2 + 2 * np.sqrt(np.minimum(odds, 1.0)) * one * other)
-    return deviation
+    return (one**2 + other**2 + 2 * np.minimum(odds, 1.0) ** 0.5 * one * other) ** 0.5
 
 
 def exact_test(one: Sequence[float], other: Sequence[float]) -> float:
@@ -137,5 +130,8 @@ def _bootstrap(samples: tuple[Floats, ...], statistic: object, resamples: int, s
         samples, statistic, n_resamples=resamples, paired=True, vectorized=True, method="percentile",
         confidence_level=CONFIDENCE, rng=np.random.default_rng(seed), batch=max(1, 1_000_000 // len(samples[0])),
     )  # fmt: skip
-    low, high = result.confidence_interval
-    return float(low), float(high)
+    return _numbers(result.confidence_interval)
+
+
+def _numbers(limits: tuple[Floats, Floats]) -> Interval:
+    return float(limits[0]), float(limits[1])

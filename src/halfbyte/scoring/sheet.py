@@ -191,10 +191,8 @@ def adapter_of(folder: Path) -> Document:
 def other_adapter(scores: Document, folder: Path) -> str:
     """Which adapter gave the scores of a `scores.json`, in words, where it is not that of `folder`; else empty."""
     adapter, weights = scores.get("adapter"), folder / ADAPTER_FILES[0]
-    if not scores.get("metrics"):
-        return ""
     if not isinstance(adapter, dict):
-        return "an adapter that is not known"
+        return "an adapter that is not known" if scores.get("metrics") else ""
     if weights.is_file() and adapter.get("sha256") == files.sha256(weights):
         return ""
     step = adapter.get("step")
