@@ -1,4 +1,4 @@
-"""architectures.py and references.py: the tensor list from a config alone, against the real modules of transformers."""
+"""architectures.py and the references of describe.py: a config's tensors, against the real modules of transformers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import torch
 
 from halfbyte.errors import SourceError
 from halfbyte.models.architectures import tensors_of
-from halfbyte.models.describe import describe
+from halfbyte.models.describe import describe, reference_tensors, references
 from halfbyte.models.families import FAMILIES, layout_of
-from halfbyte.models.references import reference_tensors, references
 from tests import tiny
 
 REFERENCES = {name: values["config"] for name, values in references().items() if "tensors" not in values}
@@ -115,7 +114,7 @@ def test_what_does_not_follow_is_said(config: dict[str, Any], message: str) -> N
 def test_the_list_of_a_70b_takes_no_torch() -> None:
     code = (
         "import sys\nfrom halfbyte.models.architectures import tensors_of\n"
-        "from halfbyte.models.references import references\n"
+        "from halfbyte.models.describe import references\n"
         "tensors_of(references()['llama-2-70b']['config'])\nprint('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

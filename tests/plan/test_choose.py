@@ -12,7 +12,7 @@ import pytest
 from halfbyte.cli import show, show_plan
 from halfbyte.data import pack
 from halfbyte.models.architectures import tensors_of
-from halfbyte.models.references import references
+from halfbyte.models.describe import references
 from halfbyte.models.tensors import facts_of
 from halfbyte.plan import MARGIN, Job, Plan, Rows, choose, plan_training, result
 from halfbyte.plan.alternatives import compare

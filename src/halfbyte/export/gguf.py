@@ -22,6 +22,7 @@ from halfbyte.models.gguf.architectures import NAMES, config_of
 from halfbyte.models.gguf.header import read_header
 from halfbyte.models.gguf.layouts import transform_of
 from halfbyte.models.gguf.reader import GgufError
+from halfbyte.models.gguf.rope import llama3_factors
 from halfbyte.types import Config, Document
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def _rope(config: Config, architecture: str, values: Document, size: int) -> dic
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(params["factor"])}
         return {}
     if kind == "llama3":
-        return {"rope_freqs.weight": _llama3(params, theta, dims)}
+        return {"rope_freqs.weight": llama3_factors(params, theta, dims).astype(np.float32)}
     if kind == "yarn":
         original = params.get("original_max_position_embeddings") or config.max_position_embeddings
         values |= {"rope.scaling.type": "yarn", "rope.scaling.factor": float(params["factor"])}
@@ -178,17 +179,6 @@ def _rope(config: Config, architecture: str, values: Document, size: int) -> dic
             for which in ("long", "short")
         }
     raise ExportError(f"its rotary positions are scaled by {kind!r}; written as GGUF: linear, yarn, llama3, longrope.")
-
-
-def _llama3(params: Document, theta: float, dims: int) -> np.ndarray:
-    """The divisor of each frequency: transformers, `modeling_rope_utils.py`, `_compute_llama3_parameters`."""
-    wave = 2 * math.pi * theta ** (np.arange(0, dims, 2, dtype=np.float64) / dims)
-    factor, low, high = params["factor"], params["low_freq_factor"], params["high_freq_factor"]
-    original = params["original_max_position_embeddings"]
-    smooth = (original / wave - low) / (high - low)
-    between = 1 / ((1 - smooth) / factor + smooth)
-    factors = np.where(wave < original / high, 1.0, np.where(wave > original / low, factor, between))
-    return factors.astype(np.float32)
 
 
 def names_of(config: Config, items: list[Item], metadata: FileMetadata) -> dict[str, str]:

@@ -6,13 +6,11 @@ quantised matrix is what training multiplied with.
 Cost: the adapter, and one matrix and its delta in fp32; of a mapped store one matrix' pages.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -88,7 +86,7 @@ class MergedModel:
         self.items, self.untied = self._items()
         self._maps, self._stack = pages.FileMaps.read(), ExitStack()
 
-    def __enter__(self) -> MergedModel:
+    def __enter__(self) -> Self:
         self._stack.enter_context(self.source)
         return self
 

@@ -6,9 +6,12 @@ own header; a hub id the same through HTTP range requests (RFC 9110, section 14)
 """
 
 import difflib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 from pathlib import Path
 
 from halfbyte.errors import SourceError
@@ -16,7 +19,6 @@ from halfbyte.models import tensors
 from halfbyte.models.architectures import tensors_of
 from halfbyte.models.families import layout_of
 from halfbyte.models.gguf import header as gguf_header
-from halfbyte.models.references import reference_tensors, references
 from halfbyte.models.sources import hub, safetensors
 from halfbyte.models.tensors import Facts, TensorSpec
 from halfbyte.types import ConfigFile, Document
@@ -100,6 +102,31 @@ def reference_of(repo: str) -> str | None:
             return None
         name = shorter
     return name
+
+
+@cache
+def references() -> dict[str, Document]:
+    """Shapes of well-known models, from `references.json`: name -> `config`, and of a mixture `tensors`: a name, `0-31`
+    for the numbers of its layers -> shape. Only what shapes follow from is kept.
+
+    Source: the models' published `config.json`; the numbers of parameters that follow are compared with the published
+    ones in a test.
+    """
+    text = resources.files(__package__).joinpath("references.json").read_text("utf-8")
+    shapes: dict[str, Document] = json.loads(text)
+    return shapes
+
+
+def reference_tensors(name: str) -> list[tuple[str, tuple[int, ...]]] | None:
+    """Every tensor of a bundled mixture, with its shape; None where they follow from the config."""
+    patterns = references()[name].get("tensors")
+    return None if patterns is None else [each for pattern in patterns.items() for each in _of_every_layer(*pattern)]
+
+
+def _of_every_layer(pattern: str, shape: list[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    span = re.search(r"\.(\d+)-(\d+)\.", pattern)
+    for layer in range(int(span[1]), int(span[2]) + 1) if span else (None,):
+        yield pattern if span is None else pattern.replace(span[0], f".{layer}."), tuple(shape)
 
 
 def _of_reference(model: str, name: str, origin: str) -> Shape:

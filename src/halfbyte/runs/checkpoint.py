@@ -8,8 +8,6 @@ Format: safetensors for tensors, JSON for the rest; `adapter_*` files are PEFT's
 Cost: one write of the adapter and of its optimiser state (8 bytes a trained parameter for AdamW).
 """
 
-from __future__ import annotations
-
 import json
 import math
 import random
@@ -18,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -62,7 +60,7 @@ class Randomness:
     python: tuple[Any, ...]
 
     @classmethod
-    def now(cls) -> Randomness:
+    def now(cls) -> Self:
         return cls(_rng_state(), random.getstate())
 
 
@@ -266,7 +264,7 @@ class Best:
     step: int | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe, run: RunFolder) -> Best:
+    def of(cls, recipe: Recipe, run: RunFolder) -> Self:
         """The best of a run so far, also of an earlier process, which may have been killed between two renames."""
         best = cls(metric_name(recipe.train), run.checkpoints / "best", recipe.train.best_is_greatest)
         older = files.aside(best.folder)

@@ -10,8 +10,6 @@ Source: `rename(2)` (atomic within a file system), `flock(2)` (released by the k
 Cost: one small write a step.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -20,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from halfbyte.errors import DiskFull, RunError, typed
 from halfbyte.system import files
@@ -65,7 +63,7 @@ class RunFolder:
             raise RunError(f"the run folder {path} cannot be made: {why}.", fix=ANOTHER)
 
     @classmethod
-    def create(cls, path: Path, recipe_yaml: str, more: Mapping[str, bytes] | None = None) -> RunFolder:
+    def create(cls, path: Path, recipe_yaml: str, more: Mapping[str, bytes] | None = None) -> Self:
         """Make a new run folder with its resolved recipe and `more` files, whole or not at all.
 
         Raises:
@@ -93,7 +91,7 @@ class RunFolder:
         return cls(path)
 
     @classmethod
-    def open(cls, path: Path, *, need_adapter: bool = True) -> RunFolder:
+    def open(cls, path: Path, *, need_adapter: bool = True) -> Self:
         """Find a run again; without `need_adapter` it may be unfinished. Raises RunError where it is none."""
         if not path.exists():
             fix = "give the `output:` of a run, such as runs/quickstart"
@@ -126,7 +124,7 @@ class RunFolder:
     # --- who may write ------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[RunFolder]:
+    def lock(self) -> Iterator[Self]:
         """Hold the run for writing. The lock ends with its process, so one that crashed leaves none behind.
 
         Raises:

@@ -6,14 +6,12 @@ Source: Arrow's columnar format; record batches of at most `read.CHUNK_ROWS` row
 Cost: 4 bytes a token on disk or in memory; about 30 microseconds to make one `Example`.
 """
 
-from __future__ import annotations
-
 import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, overload
+from typing import Any, Self, overload
 
 import numpy as np
 import pyarrow as pa
@@ -71,7 +69,7 @@ class TokenizedRow:
     def labelled(self) -> int:
         return sum(b - a for a, b in self.spans)
 
-    def cut(self, limit: int) -> TokenizedRow:
+    def cut(self, limit: int) -> Self:
         """Its first `limit` tokens. The prompt for generation stays whole."""
         return replace(self, ids=self.ids[:limit], spans=[(a, min(b, limit)) for a, b in self.spans if a < limit])
 

@@ -4,12 +4,11 @@ Why: the gates judge all rows, and a second look at two million of them would ta
 Cost: under a microsecond a token; only counts and the first 20 names of each kind are kept.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Self
 
 import numpy as np
 
@@ -60,7 +59,7 @@ class Tally:
         ids = np.flatnonzero(counts)
         self.used.update(dict(zip(ids.tolist(), counts[ids].tolist(), strict=True)))
 
-    def merge(self, later: Tally) -> None:
+    def merge(self, later: Self) -> None:
         """Take in what was seen of the rows after these."""
         for name, value in vars(later).items():
             count = getattr(self, name)
@@ -101,7 +100,7 @@ class Tally:
         return {k: vars(v) if isinstance(v, Problems) else v for k, v in vars(self).items()}
 
     @classmethod
-    def from_json(cls, values: Document) -> Tally:
+    def from_json(cls, values: Document) -> Self:
         tally = cls(**{**values, "used": {int(token): n for token, n in values["used"].items()}})
         for name in ("notices", "sources", "different", "used"):
             setattr(tally, name, Counter(getattr(tally, name)))

@@ -9,8 +9,6 @@ Cost: a hash of the files (about 1 GB/s; of large ones only once, then a `stat`)
 files go when all take more than `MAX_BYTES`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -18,6 +16,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import pyarrow as pa
 
@@ -156,7 +155,7 @@ class CacheWriter:
         self._writer: pa.RecordBatchFileWriter | None = None
         self._open = contextlib.ExitStack()
 
-    def __enter__(self) -> CacheWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *raised: object) -> None:

@@ -4,11 +4,10 @@ Why: a row that cannot be used is named with its file, line and field, but a mil
 lines.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 SHOWN_PROBLEMS, SHOWN_ALIKE = 20, 3
 _KINDS = {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
@@ -28,7 +27,7 @@ class Problems:
     def add(self, text: str) -> None:
         self.update(Problems(1, [text]))
 
-    def update(self, later: Problems) -> None:
+    def update(self, later: Self) -> None:
         """Append the problems of later rows."""
         self.shown += later.shown[: SHOWN_PROBLEMS - len(self.shown)]
         self.count += later.count

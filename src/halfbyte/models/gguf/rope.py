@@ -54,18 +54,24 @@ def _llama3(factors: np.ndarray, dims: int, theta: float) -> Document:
 
     if np.allclose(factors, 1):
         return {}
-    wavelengths = 2 * math.pi * theta ** (np.arange(0, dims, 2, dtype=np.float64) / dims)
     for original in (8192, 4096, 16384, 32768):
-        factor = float(factors.max())
-        low, high = 1.0, 4.0
-        smooth = (original / wavelengths - low) / (high - low)
-        expected = 1 / ((1 - smooth) / factor + smooth)
-        expected = np.where(
-            wavelengths < original / high, 1.0, np.where(wavelengths > original / low, factor, expected)
-        )
+        params = {
+            "rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": original,
+        }  # fmt: skip
+        expected = llama3_factors(params, theta, dims)
         if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-4):
-            return {
-                "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
-                "original_max_position_embeddings": original,
-            }  # fmt: skip
+            return params
     raise GgufError("its rope_freqs.weight is not Llama 3's scaling, the only one of this form that is known")
+
+
+def llama3_factors(params: Document, theta: float, dims: int) -> np.ndarray:
+    """The divisor of each frequency: transformers, `modeling_rope_utils.py`, `_compute_llama3_parameters`."""
+    import numpy as np
+
+    wave = 2 * math.pi * theta ** (np.arange(0, dims, 2, dtype=np.float64) / dims)
+    factor, low, high = params["factor"], params["low_freq_factor"], params["high_freq_factor"]
+    original = params["original_max_position_embeddings"]
+    smooth = (original / wave - low) / (high - low)
+    between = 1 / ((1 - smooth) / factor + smooth)
+    return np.where(wave < original / high, 1.0, np.where(wave > original / low, factor, between))
