@@ -170,6 +170,21 @@ def test_a_rank_16_adapter_of_a_7b_shape_fits_34_mb(
     assert 30e6 < file.stat().st_size <= 34e6
 
 
+def test_a_copied_adapter_is_written_as_it_was(tmp_path: Path) -> None:
+    adapted = small()
+    write = adapters.writer(adapted, base_id="org/name", revision=None, dtype=None, copied=True)
+    before = {name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    write(tmp_path / "adapter")
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as opened:
+        saved = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    assert len(saved) == len(before)
+    assert all(torch.equal(value, before[name.replace(".weight", ".default.weight")]) for name, value in saved.items())
+
+
 def test_adapters_that_do_not_fit_are_one_clear_error(tmp_path: Path) -> None:
     adapters.save(small(), tmp_path / "adapter", base_id="org/asked", revision=None)
     wider = tiny.model("llama", changes={"hidden_size": 128, "head_dim": 16})
