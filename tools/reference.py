@@ -73,7 +73,8 @@ def lora_page() -> str:
     return f"""{NOTE}
 # LoRA parameters
 
-The names under `lora:` are those of `peft.LoraConfig`. A value outside the recommended range is used, with a warning.
+The names under `lora:` are those of `peft.LoraConfig`. A value outside the recommended range is used, with a
+warning; the default of `lora_alpha` stays 32 whatever `r` is, and without one.
 
 {fields_table("lora")}
 

@@ -1,12 +1,14 @@
 """halfbyte: fine-tune a language model at half a byte per weight, on the machine you have.
 
-Drop-in: `from peft import X` becomes `from halfbyte import X` for the names below, and the classic QLoRA script runs as
-it is. Everything is imported when it is first used, so `import halfbyte` costs nothing.
+Drop-in: `from peft import X` becomes `from halfbyte import X`, and the classic QLoRA script runs as it is. What has no
+form of ours is PEFT's own. Everything is imported when it is first used, so `import halfbyte` costs nothing.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,12 +35,13 @@ __all__ = [
     "quantize_model",
 ]
 
+_DROPIN = "halfbyte.adapters.dropin"
 _HOMES = {
     "BnbQuantizationConfig": "accelerate.utils",
     "LoraConfig": "peft",
-    "PeftModel": "halfbyte.adapters.dropin",
-    "get_peft_model": "halfbyte.adapters.dropin",
-    "prepare_model_for_kbit_training": "halfbyte.adapters.dropin",
+    "PeftModel": _DROPIN,
+    "get_peft_model": _DROPIN,
+    "prepare_model_for_kbit_training": _DROPIN,
     "load_base": "halfbyte.base.load",
     "load_tokenizer": "halfbyte.base.load",
     "load_and_quantize_model": "halfbyte.base.modules.any_module",
@@ -48,10 +51,13 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'halfbyte' has no attribute {name!r}; it offers {', '.join(sorted(_HOMES))}")
-    return getattr(import_module(_HOMES[name]), name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name.startswith("_") or find_spec(f"halfbyte.{name}") is not None:  # `from halfbyte import cli` asks here first
+        raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
+    return import_module(_DROPIN).of_peft(name, beside=__all__)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    peft = sys.modules.get("peft")  # where it is loaded; Python looks for the nearest name here
+    return sorted({*__all__, *getattr(peft, "__all__", ())})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,34 @@ def test_names_that_are_offered() -> None:
         assert getattr(halfbyte, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'LoraConfg'"):
         halfbyte.LoraConfg  # noqa: B018
+
+
+def test_what_halfbyte_does_not_define_comes_from_peft() -> None:
+    import peft
+
+    import halfbyte
+
+    ours = {"PeftModel", "get_peft_model", "prepare_model_for_kbit_training"}
+    assert {name for name in peft.__all__ if getattr(halfbyte, name) is not getattr(peft, name)} == ours
+    from halfbyte import AutoPeftModelForCausalLM, PeftConfig, TaskType, get_peft_model_state_dict  # noqa: F401
+
+    assert {"PeftConfig", "load_base"} <= set(dir(halfbyte))  # where Python looks for the nearest name
+
+
+def test_a_name_of_neither_says_the_nearest() -> None:
+    import halfbyte
+
+    for name, near in (("PeftConfigs", "PeftConfig"), ("LoraConfg", "LoraConfig"), ("load_bas", "load_base")):
+        with pytest.raises(AttributeError, match=f"no attribute '{name}'; did you mean {near}\\?"):
+            getattr(halfbyte, name)
+    assert not hasattr(halfbyte, "__wrapped__")
+    with pytest.raises(ImportError, match="PeftConfigs"):
+        from halfbyte import PeftConfigs  # noqa: F401
+
+
+def test_a_module_of_the_package_is_not_asked_of_peft() -> None:
+    code = "from halfbyte import cli, errors\nimport halfbyte.cli.main, sys; print('peft' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_load_base_is_the_classic_reload_line(tmp_path: Path) -> None:

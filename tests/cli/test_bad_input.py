@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from halfbyte import finetune
 from halfbyte.adapters import lora
+from halfbyte.cli.options import one_each
 from halfbyte.errors import HalfbyteError
 from halfbyte.recipe.file import load_recipe
 from halfbyte.runs import checkpoint, points
@@ -291,6 +292,12 @@ CASES = [
         train("lora.r=0", "train.learning_rate=-1"),
         "error: recipe.yaml: 2 problems\n  - --set lora.r must be >= 1, got 0\n"
         "  - --set train.learning_rate must be > 0, got -1",
+    ),
+    Case(
+        "several values after one --set",
+        "train recipe.yaml --quiet --set lora.r=0 train.learning_rate=-1 lora.rr=3",
+        "error: recipe.yaml: 3 problems\n  - --set lora.r must be >= 1, got 0\n"
+        "  - --set lora.rr is not a field; did you mean lora.r?\n  - --set train.learning_rate must be > 0, got -1",
     ),
     Case("unknown field", train("lora.rr=3"), "error: recipe.yaml: --set lora.rr is not a field; did you mean lora.r?"),
     Case(
@@ -600,6 +607,15 @@ CASES = [
         train("output=train.jsonl/run"),
         f"error: the run folder train.jsonl/run cannot be made: TMP/train.jsonl is a file.{OTHER_OUTPUT}",
     ),
+    Case(
+        "another learning rate of a run that was stopped",
+        "train done --resume --set train.learning_rate=0.002",
+        "error: the run done was trained until step 4 with other values:\n"
+        "  - train.learning_rate: 0.001 in the run, 0.002 asked\n<...>\n<...>halfbyte train done/recipe.yaml --output "
+        "runs/NAME; from its weights, add --set lora.adapter=done/checkpoints/step-000004 "
+        "--set train.learning_rate=0.002",
+        remove("done/adapter"),
+    ),
     Case("training a run", "train done", "error: done is a run folder.\n  fix: halfbyte train done --resume"),
     Case(
         "resuming nothing",
@@ -626,7 +642,8 @@ CASES = [
         "resuming with a recipe that was edited",
         "train done --resume",
         "error: the run done was trained until step 4 with other values:\n"
-        "  - train.learning_rate: 0.001 in the run, 0.002 asked\n<...>\n<...>",
+        "  - train.learning_rate: 0.001 in the run, 0.002 asked\n<...>\n<...>halfbyte train done/recipe.yaml --output "
+        "runs/NAME; from its weights, add --set lora.adapter=done --set train.learning_rate=0.002",
         lambda: edited("done/recipe.yaml", "learning_rate: 0.001", "learning_rate: 0.002"),
     ),
     Case(
@@ -660,8 +677,23 @@ CASES = [
         "no adapter yet",
         "eval done",
         "error: the run done has no adapter yet: it got to step 4, with a checkpoint at step 4.\n"
-        "  fix: halfbyte train done --resume",
+        "  fix: halfbyte train done --resume; or use its checkpoint, as generate, chat and serve can too: "
+        "halfbyte eval done/checkpoints/step-000004 --data ROWS.jsonl",
         remove("done/adapter"),
+    ),
+    Case(
+        "no adapter yet to verify",
+        "verify done",
+        "error: the run done has no adapter yet: it got to step 4, with a checkpoint at step 4.\n"
+        "  fix: halfbyte train done --resume; or use its checkpoint<...>done/checkpoints/step-000004<...>",
+        remove("done/adapter"),
+    ),
+    Case(
+        "neither adapter nor checkpoint yet",
+        "eval done",
+        "error: the run done has no adapter yet: it got to step 4, without a checkpoint.\n"
+        "  fix: halfbyte train done --resume",
+        all_of(remove("done/adapter"), remove("done/checkpoints/step-000002"), remove("done/checkpoints/step-000004")),
     ),
     Case(
         "no held-out rows",
@@ -744,6 +776,39 @@ CASES = [
         lambda: Path("model").rename("moved_model"),
     ),
 ]
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (
+            "train r.yaml --set a=1 lora.r=2 train.seed=3 -q",
+            "train r.yaml --set a=1 --set lora.r=2 --set train.seed=3 -q",
+        ),
+        ("train model --set lora.r=2 rows.jsonl", "train model --set lora.r=2 rows.jsonl"),
+        ("train model rows.jsonl lora.r=2 --set lora.r=3", "train model rows.jsonl lora.r=2 --set lora.r=3"),
+        ("generate run --set data.eval=none -p model=x", "generate run --set data.eval=none -p model=x"),
+        ("train r.yaml --set lora.r=2 x.y=3", "train r.yaml --set lora.r=2 x.y=3"),
+    ],
+)
+def test_values_after_one_set_are_one_each(words: str, meant: str) -> None:
+    assert one_each(words.split()) == meant.split()
+
+
+def test_what_is_told_to_begin_with_a_runs_weights_does(halfbyte: Cli) -> None:
+    said = halfbyte("train", "done", "--resume", "--set", "train.learning_rate=0.002").err
+    command, added = re.search(r"a new run: halfbyte (.*); from its weights, add (.*)", said).groups()
+    begun = halfbyte(*command.split(), *added.split(), "--dry-run")
+    assert begun.code == 0 and "of the adapter done" in begun.out, begun
+
+
+def test_the_checkpoint_that_is_named_can_be_used(halfbyte: Cli) -> None:
+    remove("done/adapter")()
+    command = (
+        halfbyte("eval", "done").err.rpartition("can too: halfbyte ")[2].replace("ROWS.jsonl", "train.jsonl").split()
+    )
+    scored = halfbyte(*command, "--limit", "2", "--metric", "exact_match", "--json")
+    assert scored.code == 0 and json.loads(scored.out)["rows"] == 2, scored
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -477,7 +477,8 @@ def test_a_signal_saves_and_resume_ends_in_the_same_bytes(
     assert early.code == 2
     assert early.err == (
         f"error: the run run has no adapter yet: it got to step {step}, with a checkpoint at step {step}.\n"
-        "  fix: halfbyte train run --resume\n"
+        "  fix: halfbyte train run --resume; or use its checkpoint, as generate, chat and serve can too: "
+        f"halfbyte eval run/checkpoints/step-{step:06d} --data ROWS.jsonl\n"
     )
     if number == signal.SIGINT:
         command = [sys.executable, "-m", "halfbyte", "train", "run", "--resume", "--quiet"]

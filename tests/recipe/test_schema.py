@@ -529,6 +529,35 @@ def test_contradictions_hold_without_a_file_too() -> None:
         Recipe.model_validate({"model": "m", "data": {"train": "t"}, "train": {"bf16": True, "fp16": True}})
 
 
+@pytest.mark.parametrize(
+    ("train", "overrides", "expected"),
+    [
+        ("eval_steps: 5", ["train.eval_strategy=no"], ("no", None)),
+        ("eval_steps: 5", ["train.eval_strategy=epoch"], ("epoch", None)),
+        ("eval_steps: 5", ["train.eval_strategy=steps"], ("steps", 5)),
+        ("eval_strategy: epoch", ["train.eval_steps=3"], ("auto", 3)),
+        ("eval_strategy: steps", ["train.eval_steps=3"], ("steps", 3)),
+        ("eval_strategy: epoch", ["train={eval_steps: 3}"], ("auto", 3)),
+    ],
+)
+def test_of_when_to_evaluate_the_command_line_is_stronger(
+    load: Load, train: str, overrides: list[str], expected: tuple[str, float | None]
+) -> None:
+    loaded = load(f"{LEAST}train: {{{train}}}\n", "data.eval=e.jsonl", *overrides)
+    assert (loaded.recipe.train.eval_strategy, loaded.recipe.train.eval_steps) == expected
+
+
+def test_why_a_weaker_value_is_not_the_recipes_is_told(load: Load) -> None:
+    loaded = load(LEAST + "train: {eval_steps: 5}\n", "data.eval=e.jsonl", "train.eval_strategy=no")
+    why = "--set train.eval_strategy is stronger than the recipe's"
+    assert loaded.origins["train.eval_steps"] == ("auto", why)
+
+
+def test_two_that_the_command_line_contradicts_are_refused(load: Load) -> None:
+    with pytest.raises(RecipeError, match=r"train\.eval_steps is not read with train\.eval_strategy no"):
+        load(LEAST, "train.eval_strategy=no", "train.eval_steps=5")
+
+
 # --- warnings ---------------------------------------------------------------------------------------------------------
 
 
@@ -542,7 +571,9 @@ def test_contradictions_hold_without_a_file_too() -> None:
         ("lora: {r: 128, lora_alpha: 256}", ["lora.r 128 is outside the usual 8 to 64"]),
         ("lora: {lora_alpha: 16}", ["lora.lora_alpha 16 is not the usual 2 x r = 32"]),
         ("lora: {lora_alpha: 16, use_rslora: true}", []),
-        ("lora: {lora_dropout: 0}", ["lora.lora_dropout 0 is outside the usual 0.05 to 0.1"]),
+        ("lora: {r: 8}", []),  # and alpha is 32, as everywhere where none is given
+        ("lora: {lora_dropout: 0}", []),
+        ("lora: {lora_dropout: 0.01}", ["lora.lora_dropout 0.01 is outside the usual 0.05 to 0.1"]),
         ("lora: {lora_dropout: 0.2}", ["lora.lora_dropout 0.2 is outside the usual 0.05 to 0.1"]),
         ("train: {learning_rate: 1}", ["train.learning_rate 1 is outside the usual 1e-05 to 0.001"]),
         ("train: {learning_rate: 2.0e-6}", ["train.learning_rate 2e-06 is outside the usual 1e-05 to 0.001"]),

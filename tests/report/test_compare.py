@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,6 +79,31 @@ def test_what_is_unfair_is_said(tmp_path: Path) -> None:
         "other is not",
     ):
         assert said in notes
+
+
+def test_modules_in_another_order_are_the_same(tmp_path: Path) -> None:
+    runs = [made.finished(tmp_path / name, made.metrics(3)) for name in ("one", "other")]
+    for run, names, files in zip(runs, (["q", "v"], ["v", "q"]), (["a", "b"], ["b", "a"]), strict=True):
+        values = {"lora.target_modules": {"value": names}, "data.train": {"value": files}}
+        run.started.write_text(json.dumps(started(values=values)))
+    assert [name for name, _ in compare.compare([run.path for run in runs]).recipe] == ["data.train"]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "said"),
+    [
+        ((None, None), False),
+        ((None, {"tokens": 0}), False),
+        ((None, {"tokens": 7}), False),
+        (({"tokens": 7}, {"tokens": 7}), False),
+        (({"tokens": 7}, {"tokens": 8}), True),
+    ],
+)
+def test_held_out_rows_are_compared_where_there_are_some(tmp_path: Path, held_out: tuple[Any, Any], said: bool) -> None:
+    runs = [made.finished(tmp_path / name, made.metrics(3)) for name in ("one", "other")]
+    for run, rows in zip(runs, held_out, strict=True):
+        run.started.write_text(json.dumps(started(data={"train": {}, "eval": rows})))
+    assert any("held-out" in note for note in compare.compare([run.path for run in runs]).notes) == said
 
 
 def test_runs_of_the_same_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:

@@ -6,11 +6,14 @@ Source: `peft/mapping_func.py`, `peft/peft_model.py`, `peft/utils/other.py`.
 Cost: none; nothing is upcast.
 """
 
+import difflib
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, WeakSet
 
+import peft
 import torch
 from peft import PeftConfig, PeftModelForCausalLM
 from peft import PeftModel as _PeftModel
@@ -37,6 +40,15 @@ threads.keep_few_products()
 # What a script of unknown batch size is prepared for: 4 examples of 1024 tokens, a plan's largest micro-batch.
 PREPARED_TOKENS = 4096
 COMFORT = 0.5  # share of free memory that activations may take before they are made again
+
+
+def of_peft(name: str, beside: Sequence[str]) -> object:
+    """PEFT's own `name`, of which halfbyte has no form; an AttributeError with the nearest of PEFT's and `beside`."""
+    if name in peft.__all__:
+        return getattr(peft, name)
+    near = difflib.get_close_matches(name, [*beside, *peft.__all__], 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise AttributeError(f"module 'halfbyte' has no attribute {name!r}{hint}")
 
 
 class Adapted(PeftModelForCausalLM):

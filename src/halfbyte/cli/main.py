@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halfbyte.cli import begin, conversation, progress, reports, scores, ship, show, show_plan
-from halfbyte.cli.options import BaseOnly, Force, Json, Quiet, Run, Set, Temperature, Tokens, open_run
+from halfbyte.cli.options import BaseOnly, Commands, Force, Json, Quiet, Run, Set, Temperature, Tokens, open_run
 from halfbyte.cli.store import stores
 from halfbyte.errors import HalfbyteError, RecipeError, typed
 from halfbyte.system import libraries
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="halfbyte",
+    cls=Commands,
     help="Fine-tune a language model at half a byte per weight, on the machine you have.",
     no_args_is_help=True,
     add_completion=False,

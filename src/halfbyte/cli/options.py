@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from halfbyte.cli import progress, show
 from halfbyte.system import libraries
@@ -15,13 +17,32 @@ if TYPE_CHECKING:
     from halfbyte.inference.load import Opened
 
 Json = Annotated[bool, typer.Option("--json", callback=show.as_json, help="Print one JSON document instead of text.")]
-Set = Annotated[list[str], typer.Option("--set", metavar="a.b=c", help="Change one value of the recipe; repeatable.")]
+Set = Annotated[list[str], typer.Option("--set", metavar="a.b=c", help="Change a value of the recipe; repeatable.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines only, and few of them.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, an adapter's folder, or a model.")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
 Force = Annotated[bool, typer.Option("--force", help="Also where base or tokenizer are not those of the adapter.")]
 BaseOnly = Annotated[bool, typer.Option("--base", help="The base alone, without the adapter.")]
+
+
+class Commands(TyperGroup):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, one_each(args))
+
+
+def one_each(words: list[str]) -> list[str]:
+    """A command's words with a `--set` before each of several values after one: `--set lora.r=8 train.seed=3`."""
+    if "--set" not in words:  # nothing is imported for `--help`
+        return words
+    from halfbyte.recipe.schema import Recipe
+
+    spread, is_value = list[str](), False
+    for before, word in zip(["", *words], words, strict=False):
+        follows = is_value and "=" in word and re.split("[.=]", word)[0] in Recipe.model_fields
+        spread += ["--set", word] if follows else [word]
+        is_value = follows or before == "--set"
+    return spread
 
 
 def open_run(

@@ -62,7 +62,8 @@ def to_train(target: str, data: str | None, overrides: Sequence[str]) -> Loaded:
             f"{target} is not a recipe (.yaml), and no data is given to train a model on.",
             fix=f"halfbyte train {typed(target)} DATA.jsonl, or write a recipe with `halfbyte init`",
         )
-    return load_recipe(path, overrides)
+    of_run = path.name == "recipe.yaml" and (path.parent / "checkpoints").is_dir()
+    return load_recipe(path, overrides, of_run=of_run)
 
 
 def to_resume(target: str, overrides: Sequence[str] = ()) -> Loaded:

@@ -23,6 +23,7 @@ from halfbyte.types import Document
 
 MOST_BYTES, MOST_VALUES = 100_000, 20_000  # PyYAML reads 100 kB a second
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+_WHEN = ("train.eval_strategy", "train.eval_steps")
 # What `halfbyte init` writes of each section, and the values of what it comments out.
 _INIT_SHOWN = {
     "quant": (*SECTIONS["quant"].model_fields,),
@@ -229,6 +230,7 @@ def _build(
         for dotted in _set(merged, override, problems):
             given[dotted] = Origin("set", "")
             lines = {k: v for k, v in lines.items() if k != dotted}
+    _give_way(merged, given)
     if _split_revision(merged):
         given["revision"] = given["model"]
     recipe, mistakes = _validate(merged)
@@ -270,6 +272,17 @@ def _set(values: Document, override: str, problems: list[str]) -> list[str]:
         put += [name, *(f"{name}.{key}" for key in _dotted(inner))]
         put += [".".join(outer[:depth]) for depth in range(1, len(outer) + 1)]
     return [name for name in put if name not in SECTIONS]
+
+
+def _give_way(values: Document, given: dict[str, Origin]) -> None:
+    """Of the two fields that say when to evaluate, one that `--set` gives is stronger than the recipe's other."""
+    train, kinds = values.get("train"), {name: given[name].kind for name in _WHEN if name in given}
+    if not isinstance(train, dict) or set(kinds.values()) != {"set", "recipe"}:
+        return
+    weaker, stronger = sorted(kinds, key=kinds.__getitem__)
+    if train["eval_strategy"] in ("no", False, "epoch") and train["eval_steps"] is not None:
+        del train[weaker.partition(".")[2]]
+        given[weaker] = Origin("auto", f"--set {stronger} is stronger than the recipe's")
 
 
 def _inside(values: Document, keys: Sequence[str]) -> Document | None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from halfbyte.recipe.fields import ELSEWHERE, LORA_REFUSED, NOT_NEEDED, TRAIN_REFUSED, shown
-from halfbyte.recipe.schema import SECTIONS, Origin, Recipe, Train
+from halfbyte.recipe.schema import SECTIONS, Lora, Origin, Recipe, Train
 
 Problem: TypeAlias = Mapping[str, Any]
 """One error as pydantic lists it: type, loc, msg, input, ctx."""
@@ -116,9 +116,10 @@ def unusual(recipe: Recipe) -> tuple[str, ...]:
     lora, warnings = recipe.lora, []
     if not 8 <= lora.r <= 64:
         warnings.append(f"lora.r {lora.r} is outside the usual 8 to 64")
-    if lora.lora_alpha != 2 * lora.r and not lora.use_rslora:
-        warnings.append(f"lora.lora_alpha {lora.lora_alpha:g} is not the usual 2 x r = {2 * lora.r}")
-    if not 0.05 <= lora.lora_dropout <= 0.1 and not lora.target_parameters:  # which take none
+    usual = (2 * lora.r, Lora.model_fields["lora_alpha"].default)  # a default that nobody chose is no news
+    if lora.lora_alpha not in usual and not lora.use_rslora:
+        warnings.append(f"lora.lora_alpha {lora.lora_alpha:g} is not the usual 2 x r = {usual[0]}")
+    if lora.lora_dropout and not 0.05 <= lora.lora_dropout <= 0.1:
         warnings.append(f"lora.lora_dropout {lora.lora_dropout:g} is outside the usual 0.05 to 0.1")
     train = recipe.train
     if "adam" in train.optim and not 1e-5 <= train.learning_rate <= 1e-3:

@@ -125,7 +125,7 @@ class Lora(Section):
         None, "stacks of a mixture's experts, which get an adapter too, such as [gate_up_proj, down_proj]"
     )
     lora_dropout: Float = field(
-        0.05, "share of the adapter's input set to zero while training", "0.05 to 0.1", ge=0, lt=1
+        0.05, "share of the adapter's input set to zero while training", "0, or 0.05 to 0.1", ge=0, lt=1
     )
     bias: Literal["none", "all", "lora_only"] = field(
         "none", "which biases of the base train: none, all, or lora_only (those of the target layers)", "none"

@@ -15,6 +15,7 @@ from halfbyte.types import Document
 
 MAX_RUNS = 8  # so many curves differ by stroke and colour
 NOT_COMPARED = frozenset({"output"})
+SETS = ("lora.", "quant.")  # lists there mean the same in any order
 Table = tuple[tuple[str, tuple[str, ...]], ...]
 """Rows of a name and a text for each run."""
 
@@ -72,11 +73,15 @@ def side_by_side(columns: Sequence[dict[str, str]], *, missing: str) -> Table:
 def differences(runs: Sequence[Record]) -> Table:
     """Each field of the recipe whose values are not all the same."""
     if all(run.started.get("values") for run in runs):
-        values = [{name: page.shown(row["value"]) for name, row in run.values.items()} for run in runs]
+        values = [{name: text_of(name, row["value"]) for name, row in run.values.items()} for run in runs]
     else:  # a run from before `started.json` has its recipe alone, where null is left out
-        values = [{name: page.shown(value) for name, value in record.flat(run.recipe)} for run in runs]
+        values = [{name: text_of(name, value) for name, value in record.flat(run.recipe)} for run in runs]
     rows = side_by_side(values, missing="-")
     return tuple((name, cells) for name, cells in rows if name not in NOT_COMPARED and len(set(cells)) > 1)
+
+
+def text_of(name: str, value: object) -> str:
+    return page.shown(sorted(value, key=str) if name.startswith(SETS) and isinstance(value, list) else value)
 
 
 def scores(runs: Sequence[Record]) -> Table:
@@ -106,8 +111,8 @@ def notes(runs: Sequence[Record], names: Sequence[str]) -> tuple[str, ...]:
     sentences = list[str]()
     if len({run.model for run in runs}) > 1:
         sentences.append("The runs have different models: their losses are not of the same tokens.")
-    known = [run.started["data"] for run in runs if run.started.get("data")]
-    if len({(data.get("eval") or {}).get("tokens") for data in known}) > 1:
+    held_out = [(run.started.get("data") or {}).get("eval") or {} for run in runs]
+    if len({rows["tokens"] for rows in held_out if rows.get("tokens")}) > 1:  # of those that hold any out
         sentences.append("Their held-out rows are not the same: their evaluations cannot be compared.")
     scored = {str(run.scores["data"]) + f" ({run.scores.get('rows')} rows)" for run in runs if run.scores.get("data")}
     if len(scored) > 1:

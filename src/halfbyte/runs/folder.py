@@ -106,6 +106,9 @@ class RunFolder:
             raise RunError(f"{path} is not a run folder: it has no {' and no '.join(missing)}.{hint}")
         if need_adapter and not (run.adapter / "adapter_config.json").is_file():
             fix = f"halfbyte train {typed(path)} --resume"
+            if saved := max(run.checkpoints.glob("step-*/adapter_config.json"), default=None):  # by six digits
+                fix += "; or use its checkpoint, as generate, chat and serve can too: "
+                fix += f"halfbyte eval {typed(saved.parent)} --data ROWS.jsonl"
             raise RunError(f"the run {path} has no adapter yet: {run.progress()}.", fix=fix)
         return run
 

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from halfbyte.errors import RunError, typed
+from halfbyte.recipe.adapter import is_adapter
 from halfbyte.recipe.fields import GOES_ON, MAY_CHANGE, shown
 from halfbyte.recipe.schema import Recipe, leaves
 from halfbyte.runs.folder import RunFolder
@@ -154,8 +155,17 @@ def check_recipe(point: Point, recipe: Recipe) -> None:
             f"the run {recipe.output} was trained until step {point.step} with other values:\n{listed}\n"
             f"  What may change: data.train and data.eval (the same rows elsewhere), quant.placement, lora.save_dtype; "
             f"under train: {', '.join(free)}",
-            fix=f"{BACK}halfbyte train {typed(f'{recipe.output}/recipe.yaml')} --output runs/NAME",
+            fix=f"{BACK}halfbyte train {typed(f'{recipe.output}/recipe.yaml')} --output runs/NAME"
+            + _from_its_weights(point, recipe.output, {name: now for name, (_, now) in strange.items()}),
         )
+
+
+def _from_its_weights(point: Point, run: str, asked: Document) -> str:
+    """What to add to the command of a new run for the weights of this one, where they allow what is asked."""
+    if not all(name.startswith(("train.", "data.")) for name in asked):
+        return ""
+    values = {"lora.adapter": run if is_adapter(run) else point.path, **asked}
+    return "; from its weights, add" + "".join(f" --set {typed(f'{name}={shown(x)}')}" for name, x in values.items())
 
 
 def _is_moved(name: str, was: object, now: object) -> bool:
