@@ -97,7 +97,7 @@ def test_a_rule_that_nobody_has(tmp_path: Path) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("e", behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    with pytest.raises(ExportError, match=r"cuts text by a rule(.|\n)*convert_hf_to_gguf"):
+    with pytest.raises(ExportError, match=r"splits text by no rule(.|\n)*convert_hf_to_gguf"):
         gguf_tokenizer.rule_of(tokenizer)
     assert "gpt-2" in SPLITS
 
