@@ -136,7 +136,7 @@ def _use(export: Exported) -> list[str]:
     return ["AutoModelForCausalLM.from_pretrained(FOLDER)   # transformers", "vllm serve FOLDER"]
 
 
-# Files of a run that are not pushed.
+# Files of a pushed folder that stay here.
 NOT_PUSHED = ("lock", "*.lock", "checkpoints/*", "*.tmp", ".*")
 
 

@@ -1,8 +1,8 @@
-"""`halfbyte plan`: from a model's name or a recipe to a plan, before anything is downloaded, loaded or tokenised.
+"""`halfbyte plan`: from a model's name or a recipe to a plan, before a weight is downloaded or loaded.
 
 What: shapes from headers; LoRA's sites from names; lengths of rows from the recipe's files, counted with the tokenizer
 where it is at hand, else estimated from characters. A run plans again from its real tokens.
-Cost: under a second; no torch.
+Cost: under a second, and counting the tokens of the rows; no torch.
 """
 
 import re

@@ -1,7 +1,7 @@
 """What building the store of a base takes, before it begins: RAM at its peak, and bytes on disk.
 
 What: a few threads each read a tensor in chunks into one buffer, cast and quantise a chunk, and write it. So the peak
-does not grow with the model. Only tensors that a checkpoint holds transposed come whole.
+does not grow with the model. Only matrices that a checkpoint holds transposed, and experts in MXFP4, come whole.
 Source: `store/build.py` (buffers), `store/writer.py` and `store/layout.py` (files); the process itself is measured.
 Cost: one walk over the tensors; no torch.
 """

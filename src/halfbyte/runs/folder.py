@@ -1,7 +1,7 @@
 """The run folder: create it, lock it, append metrics, find it again.
 
-Who may write into a run folder: after `create` has made it whole, only the process that holds its `lock`. The commands
-`eval`, `report`, `merge` and `export` need no lock: they write `eval/`, `report.html` and folders of their own.
+Who may write into a run folder: after `create` has made it whole, only the process that holds its `lock`, but for
+`eval/` and `report.html`, which `eval` and `report` write without it. `merge` and `export` write folders of their own.
 Why: a run never overwrites another, two processes never write one, and a crash at any moment leaves files that can be
 read: the folder appears whole, JSON is replaced in one step, metrics grow by whole lines, a torn last one is cut away.
 Where the disk is full, a write is tried again for some minutes (`DiskRetry`): the end of a run of hours must not be
@@ -32,7 +32,7 @@ RETRY_EVERY_S = 1.0
 
 @dataclass
 class RunFolder:
-    """A run on disk, with the paths of its files, whether they exist yet or not. Only the holder of its `lock` writes.
+    """A run on disk, with the paths of its files, whether they exist yet or not. Who may write: above.
     `unwritten`: rows of metrics for which the disk had no space yet."""
 
     path: Path

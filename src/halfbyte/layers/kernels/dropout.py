@@ -1,5 +1,5 @@
 """Masks of LoRA's dropout that depend on the row, not on its micro-batch or process: with kernels on a CPU, and always
-where several processes train. One process on a card draws its masks instead (`lora_linear.py`).
+where several processes train. One process on a card, or without kernels, draws its masks instead (`lora_linear.py`).
 
 Why: with a mask drawn for a whole micro-batch, what a step learns depends on how its rows share micro-batches, and on
 which process computes them. Here it is a hash of (seed, step, row, position in the row; layer, feature), so any split
