@@ -46,7 +46,7 @@ from halfbyte.types import Document
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `stopped_by` is the signal that ended it early, with a checkpoint of `step` written (none for 0).
+    """How a run ended. `stopped_by` is the signal that ended it early, with a checkpoint of `step` (none for 0).
     `at_once`: in the middle of a step; then `step` is that of the last checkpoint, 0 for none."""
 
     run: Path

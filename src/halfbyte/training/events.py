@@ -1,5 +1,5 @@
-"""What a run reports while it works, and the signals that end it: the first SIGINT or SIGTERM ends it after the
-micro-batch under way, with a checkpoint of the last whole step; a second one at once; a lost terminal changes nothing."""
+"""What a run reports while it works, and the signals that end it: the first SIGINT or SIGTERM ends it after its
+micro-batch, with a checkpoint of the last whole step; a second one at once; a lost terminal changes nothing."""
 
 from __future__ import annotations
 
