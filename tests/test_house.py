@@ -250,25 +250,41 @@ def test_a_library_has_its_doors(library: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_one_room_writes_texts() -> None:
-    """No other opens a tape to write by it, draws a token, or has transformers prepare a loop."""
-    wrong = [
-        f"{name}:{line} imports {dotted}"
-        for name, path in sources().items()
-        if room_of(name) not in ("writing", "layers.decoding")
-        for dotted, line in imports(tree(path))
-        if dotted.startswith("halfbyte.layers.decoding")
-    ]
+def writing_elsewhere(room: str, module: ast.Module) -> Iterator[tuple[str, int]]:
+    """What a room other than `writing` would use to write a text: it opens a tape, draws a token, or has transformers
+    prepare a loop."""
+    if room not in ("writing", "layers.decoding"):
+        yield from ((dotted, line) for dotted, line in imports(module) if dotted.startswith("halfbyte.layers.decoding"))
     words = ("multinomial", "custom_generate", "prepare_inputs_for_generation")
-    wrong += [
-        f"{name}:{node.lineno} {word}"
+    for node in ast.walk(module) if room != "writing" else ():
+        word = getattr(node, "attr", None) if isinstance(node, ast.Attribute) else getattr(node, "arg", None)
+        if isinstance(node, ast.Attribute | ast.keyword) and word in words:
+            yield word, node.lineno if isinstance(node, ast.Attribute) else node.value.lineno
+
+
+def test_one_room_writes_texts() -> None:
+    wrong = [
+        f"{name}:{line} {what}"
         for name, path in sources().items()
-        if room_of(name) != "writing"
-        for node in ast.walk(tree(path))
-        for word in [getattr(node, "attr", getattr(node, "arg", None))]
-        if word in words and isinstance(node, ast.Attribute | ast.keyword)
+        for what, line in writing_elsewhere(room_of(name), tree(path))
     ]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("room", "code", "count"),
+    [
+        ("serving", "from halfbyte.layers.decoding import llama", 1),
+        ("inference", "def f():\n    import halfbyte.layers.decoding.tape", 1),
+        ("inference", "token = torch.multinomial(p, 1)", 1),
+        ("serving", "model.generate(ids, custom_generate=loop)", 1),
+        ("training", "lm.prepare_inputs_for_generation(ids)", 1),
+        ("writing", "from halfbyte.layers.decoding import llama\ntorch.multinomial(p, 1)", 0),
+        ("serving", "from halfbyte.writing.writer import Writer", 0),
+    ],
+)
+def test_the_check_for_writers_sees_them(room: str, code: str, count: int) -> None:
+    assert len(list(writing_elsewhere(room, ast.parse(code)))) == count
 
 
 def test_only_training_knows_the_trainer() -> None:
