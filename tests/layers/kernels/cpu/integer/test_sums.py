@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from halfbyte.layers.kernels.cpu import tiles
 from halfbyte.layers.kernels.cpu.integer import products as integer
 from halfbyte.layers.kernels.dropout import LoraPart
 from halfbyte.layers.lora_linear import lora_linear
+from tests.dropout_masks import mask
 from tests.layers.kernels.cpu.integer.test_products import layer_of
 
 if not cpu.available(torch.zeros(1)) or not tiles.available():
@@ -37,26 +37,6 @@ def in_pieces(y: Tensor, made: Tensor, rows: Tensor, columns: Tensor | None, lor
     for first in range(0, len(y), piece):
         part = slice(first, first + piece)
         sums.onto(y[part], made[part], rows[part], columns, lora, right, first)
-
-
-def hashed(x: np.ndarray) -> np.ndarray:
-    """lowbias32 of C. Wellons, github.com/skeeto/hash-prospector."""
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
-    return x ^ (x >> np.uint32(16))
-
-
-def mask(n: int, d: int, p: float, seed: int | dropout.TokenSeed) -> Tensor:
-    """1 where a number is kept, else 0: two neighbours share the 32 bits of their pair's hash; each is dropped where
-    its 16 are below p. A pair is numbered in its row, under the hash of the row's key, or else in the whole matrix."""
-    pairs = np.arange(n * d // 2, dtype=np.uint32).reshape(n, d // 2)
-    if isinstance(seed, dropout.TokenSeed):
-        keys = seed.keys.numpy().view(np.uint32)
-        bits = hashed(pairs[:1] ^ hashed(keys ^ np.uint32(seed.seed))[:, None])
-    else:
-        bits = hashed(pairs ^ np.uint32(seed))
-    halves = np.stack([bits & np.uint32(0xFFFF), bits >> np.uint32(16)], axis=-1).reshape(n, d)
-    return torch.from_numpy(halves >= round(p * 65536)).double()
 
 
 @pytest.mark.parametrize("columns", [True, False])

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from halfbyte.layers import lora_linear
 from halfbyte.layers.kernels import cpu, dropout
-from halfbyte.layers.kernels.cpu import gate, lora_products, tiles
+from halfbyte.layers.kernels.cpu import lora_products, tiles
+from tests.dropout_masks import mask
 
 # where numba works, on processors that have the instructions
 KERNELS: dict[torch.dtype, Any] = {}
@@ -39,14 +40,6 @@ def seeds(n: int) -> list[int | dropout.TokenSeed]:
     return [12345, dropout.TokenSeed(torch.from_numpy(keys), site=7)]
 
 
-def kept(seed: int | dropout.TokenSeed, n: int, d: int, p: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    if isinstance(seed, dropout.TokenSeed):
-        return dropout.keep_mask(seed, torch.Size((n, d)), p, torch.device("cpu"))
-    ones, out = torch.ones(n, d, dtype=dtype), torch.empty(n, d, dtype=dtype)
-    gate.drop(ones, out, p, seed)
-    return out.bool()
-
-
 def near(got: Tensor, wanted: Tensor, sizes: Tensor, terms: int, eps: float) -> None:
     """Sums of `terms` exact products in fp32, in any order, of these sizes in all; then one rounding."""
     off = (got.double() - wanted).abs()
@@ -60,12 +53,12 @@ def test_products_are_those_of_the_dropped_numbers(n: int, d: int, r: int, p: fl
     (x, a, dh), lora, eps = given(n, d, r, dtype), KERNELS[dtype], EPS[dtype]
     assert lora_products(x, a)
     for seed in seeds(n):
-        mask = kept(seed, n, d, p, dtype) if p else torch.ones(n, d, dtype=torch.bool)
-        assert not p or n * d < 1000 or abs(float(mask.double().mean()) - (1 - p)) < 5 * (p / (n * d)) ** 0.5
-        dropped, a64, dh64 = x.double() * mask, a.double(), dh.double()
+        keep = mask(n, d, p, seed)
+        assert not p or n * d < 1000 or abs(float(keep.mean()) - (1 - p)) < 5 * (p / (n * d)) ** 0.5
+        dropped, a64, dh64 = x.double() * keep, a.double(), dh.double()
         near(lora.down(x, a, p, seed), dropped @ a64.T, dropped.abs() @ a64.abs().T, d, eps)
         near(lora.gradient(dh, x, p, seed), dh64.T @ dropped, dh64.abs().T @ dropped.abs(), n, 0.0)
-        near(lora.up(dh, a, p, seed), (dh64 @ a64) * mask, dh64.abs() @ a64.abs(), r, eps)
+        near(lora.up(dh, a, p, seed), (dh64 @ a64) * keep, dh64.abs() @ a64.abs(), r, eps)
 
 
 @dtypes
@@ -97,9 +90,9 @@ def test_other_shapes_are_the_librarys(d: int, r: int, dtype: torch.dtype) -> No
         pytest.skip("only bf16 is multiplied in pairs")
     x, a, dh = given(40, d, r, dtype)
     assert not lora_products(x, a)
-    h, mask = lora_linear.lora_down(x, a, 0.2, 11)
-    seen = kept(11, 40, d, 0.2, dtype)
-    assert mask is None
+    h, stored = lora_linear.lora_down(x, a, 0.2, 11)
+    seen = mask(40, d, 0.2, 11).to(dtype)
+    assert stored is None
     torch.testing.assert_close(h, (x * seen) @ a.T)
     torch.testing.assert_close(lora_linear.lora_gradient(dh, x, a, 0.2, 11, None), dh.T @ (x * seen))
     torch.testing.assert_close(lora_linear.lora_up(dh, a, 0.2, 11, None), (dh @ a) * seen)
@@ -111,7 +104,7 @@ def test_the_mask_of_a_kernel_is_the_definition(dtype: torch.dtype) -> None:
     x = torch.ones(30, 32, dtype=dtype)
     seed = seeds(30)[1]
     eye = torch.eye(32, dtype=dtype)
-    assert np.array_equal(KERNELS[dtype].down(x, eye, 0.3, seed).bool().numpy(), kept(seed, 30, 32, 0.3).numpy())
+    assert np.array_equal(KERNELS[dtype].down(x, eye, 0.3, seed).bool().numpy(), mask(30, 32, 0.3, seed).bool().numpy())
 
 
 @dtypes
