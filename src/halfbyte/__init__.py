@@ -55,7 +55,7 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(_HOMES[name]), name)
     if name.startswith("_") or find_spec(f"halfbyte.{name}") is not None:  # `from halfbyte import cli` asks here first
         raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
-    return import_module(_DROPIN).of_peft(name, beside=__all__)
+    return import_module(_DROPIN).peft_attribute(name, beside=__all__)
 
 
 def __dir__() -> list[str]:

@@ -42,7 +42,7 @@ PREPARED_TOKENS = 4096
 COMFORT = 0.5  # share of free memory that activations may take before they are made again
 
 
-def of_peft(name: str, beside: Sequence[str]) -> object:
+def peft_attribute(name: str, beside: Sequence[str]) -> object:
     """PEFT's own `name`, of which halfbyte has no form; an AttributeError with the nearest of PEFT's and `beside`."""
     if name in peft.__all__:
         return getattr(peft, name)
