@@ -1,4 +1,4 @@
-"""Masks of dropout by their definition, in numpy: the reference of kernels that drop. Of ours is only the class of a seed.
+"""Masks of dropout by their definition, in numpy: the reference of kernels that drop. Ours is only the class of a seed.
 Use: `from tests.dropout_masks import mask`.
 """
 
