@@ -22,22 +22,16 @@ from halfbyte.types import Model
 
 @dataclass(frozen=True)
 class AdaptedBase:
-    """A base with its adapters.
-
-    Args:
-        engine: whether the adapters run our fused layers, or PEFT's own forward.
-        layers: how many layers the proofs ran through; 0 for all of a model without a list of layers.
-        own_biases: the base's own, where a loaded adapter has replaced them.
-    """
+    """A base with its adapters."""
 
     base: load.Base
     model: Model
     dequantised: DequantProof
     packed: PackingProof
     fused: FusedProof
-    engine: str
-    layers: int
-    own_biases: lora.Saved
+    engine: str  # whether the adapters run our fused layers, or PEFT's own forward
+    layers: int  # how many layers the proofs ran through; 0 for all of a model without a list of layers
+    own_biases: lora.Saved  # the base's own, where a loaded adapter has replaced them
 
 
 def assemble(

@@ -52,10 +52,9 @@ def peft_attribute(name: str, beside: Sequence[str]) -> object:
 
 
 class Adapted(PeftModelForCausalLM):
-    """A PeftModelForCausalLM that computes in the base's own dtype, whatever autocast its caller has entered, and
-    that runs the padded batches of a training script without their padding (`unpad.py`). The first training
-    forward proves the fused layers on a few layers of the model; if they are wrong there, PEFT's own run instead.
-    """
+    """A PeftModelForCausalLM that computes in the base's own dtype, whatever autocast its caller has entered, and that
+    runs the padded batches of a training script without their padding (`unpad.py`). The first training forward proves
+    the fused layers on a few layers of the model; if they are wrong there, PEFT's own run instead."""
 
     def forward(self, *args: object, **kwargs: object) -> ModelOutput:
         with torch.autocast(self.device.type, enabled=False):

@@ -29,10 +29,8 @@ def pairs(adapted: Model) -> dict[str, list[torch.nn.Parameter]]:
 
 
 def without_gradient(adapted: Model) -> list[str]:
-    """What trains and has no gradient after a backward, and LoRA layers that have one of zeros: silent failures.
-
-    Of A and B one begins at 0, and then the other's gradient is 0 at first: so a layer is one whose both are.
-    """
+    """What trains and has no gradient after a backward, and LoRA layers that have one of zeros: silent failures. Of A
+    and B one begins at 0, and then the other's gradient is 0 at first: so a layer is one whose both are."""
     missing = [n for n, p in adapted.named_parameters() if p.requires_grad and p.grad is None]
     if missing:
         return missing

@@ -58,14 +58,9 @@ def lora_config(lora: Lora, targets: Targets) -> LoraConfig:
 
 
 def add(model: Model, lora: Lora, targets: Targets, *, seed: int) -> Model:
-    """Put fresh adapters on a base.
-
-    Args:
-        seed: of LoRA A's random start; the global random state is left as `torch.manual_seed(seed)` makes it.
-
-    Raises:
-        AdapterError: nothing matches (with near names), or PEFT refuses the settings.
-    """
+    """Put fresh adapters on a base. `seed`: of LoRA A's random start; the global random state is left as
+    `torch.manual_seed(seed)` makes it. Raises AdapterError: nothing matches (with near names), or PEFT refuses the
+    settings."""
     model.requires_grad_(False)
     torch.manual_seed(seed)
     try:
@@ -212,11 +207,8 @@ def writer(
 
 
 def load(model: Model, folder: Path, *, trainable: bool = False) -> Model:
-    """Put a saved adapter on its base; unless it shall be `trainable`, nothing trains.
-
-    Raises:
-        AdapterError: it does not fit: names tensors whose shape differs or that the base has no place for.
-    """
+    """Put a saved adapter on its base; unless it shall be `trainable`, nothing trains. Raises AdapterError: it does not
+    fit: names tensors whose shape differs or that the base has no place for."""
 
     def put() -> Model:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
@@ -228,11 +220,8 @@ def load(model: Model, folder: Path, *, trainable: bool = False) -> Model:
 
 
 def load_beside(adapted: Model, folder: Path, name: str) -> None:
-    """Put one more saved adapter on the same base, under a name; the active one stays active, nothing trains.
-
-    Raises:
-        AdapterError: as `load`.
-    """
+    """Put one more saved adapter on the same base, under a name; the active one stays active, nothing trains. Raises
+    AdapterError: as `load`."""
 
     def put() -> Model:
         result = adapted.load_adapter(str(folder), adapter_name=name)
@@ -317,11 +306,8 @@ def put_weights(adapted: Model, folder: Path) -> None:
 
 
 def start_from(adapted: Model, folder: Path) -> None:
-    """Give fresh adapters the weights of a trained one, of which they have the settings.
-
-    Raises:
-        AdapterError: it is of another model: names tensors that are missing, too many, or of another shape.
-    """
+    """Give fresh adapters the weights of a trained one, of which they have the settings. Raises AdapterError: it is of
+    another model: names tensors that are missing, too many, or of another shape."""
     other_base = f"it was trained on {read_config(folder).get('base_model_name_or_path')!r}; name that as the model"
     fresh = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     try:
@@ -339,12 +325,8 @@ def start_from(adapted: Model, folder: Path) -> None:
 
 
 def start_at(adapted: Model, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Begin fresh adapters at a low-rank part of what quantising lost, so that base + scaling B A is nearer to what
-    was quantised.
-
-    Args:
-        factors: B (O, R) and A (R, D) of each layer, R at least its rank, the largest direction first.
-    """
+    """Begin fresh adapters at a low-rank part of what quantising lost, so that base + scaling B A is nearer to what was
+    quantised. `factors`: B (O, R) and A (R, D) of each layer, R at least its rank, the largest direction first."""
     layers = {name: m for name, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer)}
     if without := [name for name in layers if name not in factors]:
         raise AdapterError(

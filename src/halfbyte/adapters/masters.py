@@ -26,10 +26,8 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def hold(adapted: Model) -> int:
-    """Make every 16-bit parameter that trains an fp32 master, in place. Returns how many there are.
-
-    The parameters stay the same objects, so an optimiser that has them already is right too.
-    """
+    """Make every 16-bit parameter that trains an fp32 master, in place. Returns how many there are. The parameters stay
+    the same objects, so an optimiser that has them already is right too."""
     masters = {id(p) for p in adapted.parameters() if p.requires_grad and p.dtype in HALVES}
     if not masters:
         return 0
@@ -67,14 +65,10 @@ def _parts_of_layers(adapted: Model) -> list[nn.Module]:
 
 @dataclass
 class _Cast:
-    """Two hooks around a forward: masters in the dtype that is computed in, and back.
+    """Two hooks around a forward: masters in the dtype that is computed in, and back."""
 
-    Args:
-        places: modules and the names of their parameters. like: a frozen parameter of that dtype, now and later.
-    """
-
-    places: list[tuple[nn.Module, str]]
-    like: nn.Parameter
+    places: list[tuple[nn.Module, str]]  # modules and the names of their parameters
+    like: nn.Parameter  # a frozen parameter of that dtype, now and later
     masters: list[nn.Parameter | None] = field(default_factory=list)
 
     def before(self, module: nn.Module, args: object, kwargs: object) -> None:

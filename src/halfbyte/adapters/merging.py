@@ -34,23 +34,15 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class WeightChange:
-    """How one weight is changed. Just one of these is set, but for a layer's `layer` and its `start`.
+    """How one weight is changed. Just one of these is set, but for a layer's `layer` and its `start`."""
 
-    Args:
-        layer: PEFT's layer, whose delta is added. experts: PEFT's wrapper of a stack, (E, a, b).
-        value: takes the weight's place. rows: these rows of it are `value`.
-        bias: is added.
-        start: B and A of a residual start, taken away again.
-        shared: the weight is tied to another one and the change is made to both.
-    """
-
-    layer: LoraLayer | None = None
-    experts: ParamWrapper | None = None
-    value: Tensor | None = None
-    rows: Tensor | None = None
-    bias: Tensor | None = None
-    start: tuple[Tensor, Tensor] | None = None
-    shared: bool = False
+    layer: LoraLayer | None = None  # PEFT's layer, whose delta is added
+    experts: ParamWrapper | None = None  # PEFT's wrapper of a stack, (E, a, b)
+    value: Tensor | None = None  # takes the weight's place
+    rows: Tensor | None = None  # these rows of it are `value`
+    bias: Tensor | None = None  # is added
+    start: tuple[Tensor, Tensor] | None = None  # B and A of a residual start, taken away again
+    shared: bool = False  # the weight is tied to another one and the change is made to both
 
     @property
     def norms(self) -> bool:
@@ -77,11 +69,8 @@ class WeightChange:
 
     @torch.no_grad()
     def apply(self, weight: Tensor, trained_on: Callable[[], Tensor] | None = None) -> Tensor:
-        """The changed weight, fp32, in the memory of `weight` where it can be.
-
-        Args:
-            weight: fp32, as a checkpoint has it (a Conv1D's is (in, out)). trained_on: gives the one trained on, alike.
-        """
+        """The changed weight, fp32, in the memory of `weight` where it can be. `weight`: fp32, as a checkpoint has it
+        (a Conv1D's is (in, out)). `trained_on`: gives the one trained on, alike."""
         if self.value is not None:
             if self.rows is None:
                 return self.value.float()
@@ -124,14 +113,9 @@ class WeightChange:
 
 
 def changes(config: Config, folder: Path, start: Factors | None = None) -> dict[str, WeightChange]:
-    """The weights that an adapter changes, by the model's names of them.
-
-    Args:
-        folder: the adapter, in PEFT's format. start: of a residual start that is not in the weights merged into.
-
-    Raises:
-        AdapterError: it does not fit the model, or is of a kind that no weight can take up.
-    """
+    """The weights that an adapter changes, by the model's names of them. `folder`: the adapter, in PEFT's format.
+    `start`: of a residual start that is not in the weights merged into. Raises AdapterError: it does not fit the model,
+    or is of a kind that no weight can take up."""
     inner, changed = _on_nothing(config, folder).get_base_model(), dict[str, WeightChange]()
     for name, module in inner.named_modules():
         plain = _WRAPPING.sub("", name)

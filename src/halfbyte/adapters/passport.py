@@ -28,11 +28,7 @@ _PROBE = " A b\n\n  c's 1234567.5 Straße naïve 日本語 🙂\tend "
 
 
 def belongs_to(base: Base, quant: Quant, tokenizer: Tokenizer, template: str | None) -> Document:
-    """What an adapter that is trained or used here belongs to.
-
-    Args:
-        template: the text of the chat template in use.
-    """
+    """What an adapter that is trained or used here belongs to. `template`: the text of the chat template in use."""
     source = base.checkpoint
     settings = shelf.settings(quant, base.compute_dtype) if quant.quantises else {"type": quant.type}
     settings.pop("compute_dtype", None)  # a machine without bf16 computes the same in fp32
@@ -71,11 +67,8 @@ def _config_digest(folder: Path) -> str:
 
 
 def write(folder: Path, trained: Document, reached: Document) -> None:
-    """Put the passport beside an adapter's weights, which are there already.
-
-    Args:
-        trained: as `points.trained_with` makes it. reached: as `report.reached` makes it.
-    """
+    """Put the passport beside an adapter's weights, which are there already. `trained`: as `points.trained_with` makes
+    it. `reached`: as `report.reached` makes it."""
     values = {
         "format": PASSPORT_FORMAT,
         "adapter_sha256": files.sha256(folder / ADAPTER_FILES[0]),
@@ -117,17 +110,9 @@ def _text(belongs: Document) -> str:
 
 
 def check(folder: Path, now: Document, *, force: bool = False) -> list[str]:
-    """Refuse an adapter that belongs elsewhere, or whose weights are not those that its passport names.
-
-    Args:
-        now: as `belongs_to` makes it. force: say it, and go on.
-
-    Returns:
-        What is to be told: nothing, or with `force` what would have been refused.
-
-    Raises:
-        AdapterError: names both sides of each difference.
-    """
+    """Refuse an adapter that belongs elsewhere, or whose weights are not those that its passport names. `now`: as
+    `belongs_to` makes it. `force`: say it, and go on. Returns what is to be told: nothing, or with `force` what would
+    have been refused. Raises AdapterError: names both sides of each difference."""
     passport = read_passport(folder)
     if passport is None:
         return []

@@ -77,11 +77,9 @@ def auto_targets(model: nn.Module) -> Targets:
 
 
 def all_linear(model: nn.Module) -> Targets:
-    """What PEFT's `all-linear` takes, less routers, heads of any name, and other senses' towers.
-
-    In some MoE architectures PEFT rewrites names such as `gate_proj` into the fused 3-D expert parameters. Those names
-    are left out too (shared experts with them): such experts are not adapted here.
-    """
+    """What PEFT's `all-linear` takes, less routers, heads of any name, and other senses' towers. In some MoE
+    architectures PEFT rewrites names such as `gate_proj` into the fused 3-D expert parameters. Those names are left out
+    too (shared experts with them): such experts are not adapted here."""
     architecture, usable = _architecture(model), _usable(model)
     rewritten = sorted(leaf for leaf in {leaf_of(name) for name in usable} if _becomes_expert_parameter(model, leaf))
     chosen = {name for name in usable if leaf_of(name) not in rewritten}
@@ -94,11 +92,8 @@ def all_linear(model: nn.Module) -> Targets:
 
 
 def resolve_targets(model: nn.Module, asked: str | Sequence[str]) -> Targets:
-    """`lora.target_modules` as the recipe has it -> what PEFT is given. Every entry must match something.
-
-    Raises:
-        AdapterError: nothing matches; names near to what was asked and the linear layers that exist are listed.
-    """
+    """`lora.target_modules` as the recipe has it -> what PEFT is given. Every entry must match something. Raises
+    AdapterError: nothing matches; names near to what was asked and the linear layers that exist are listed."""
     if isinstance(asked, str):
         if asked.lower() == AUTO:
             return auto_targets(model)
@@ -112,11 +107,8 @@ def resolve_targets(model: nn.Module, asked: str | Sequence[str]) -> Targets:
 
 
 def matched(model: nn.Module, targets: Targets, lora: Lora | None = None) -> list[str]:
-    """Full names of the modules that PEFT will adapt under the limits of `lora`, in the model's order.
-
-    Raises:
-        AdapterError: an entry matches nothing, or something that cannot carry an adapter.
-    """
+    """Full names of the modules that PEFT will adapt under the limits of `lora`, in the model's order. Raises
+    AdapterError: an entry matches nothing, or something that cannot carry an adapter."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     _refuse_unmatched(model, targets)
@@ -308,12 +300,8 @@ def _show(targets: Targets) -> str:
 
 
 def matched_stacks(model: nn.Module, asked: Sequence[str]) -> list[str]:
-    """Full names of the stacks that PEFT will adapt, in the model's order.
-
-    Raises:
-        AdapterError: a name hits nothing, or something other than a stack of experts, or experts of a layout that is
-            not known here.
-    """
+    """Full names of the stacks that PEFT will adapt, in the model's order. Raises AdapterError: a name hits nothing, or
+    something other than a stack of experts, or experts of a layout that is not known here."""
     from halfbyte.layers.experts import layout
 
     if not asked:

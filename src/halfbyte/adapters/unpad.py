@@ -38,11 +38,8 @@ def packs(model: Model) -> bool:
 
 
 def lengths_of(mask: Tensor | None, rows: int, width: int) -> Tensor | None:
-    """(B,) lengths of right-padded rows, on the CPU; None if they are padded in another way, or a row is empty.
-
-    Args:
-        mask: (B, L); of a card it is copied to the CPU once, where all else is computed.
-    """
+    """(B,) lengths of right-padded rows, on the CPU; None if they are padded in another way, or a row is empty. `mask`:
+    (B, L); of a card it is copied to the CPU once, where all else is computed."""
     if mask is None:
         return torch.full((rows,), width)
     if mask.dim() != 2 or mask.shape != (rows, width):

@@ -9,11 +9,8 @@ from halfbyte.types import Config
 
 
 def open_config(folder: Path, *, trust_remote_code: bool = False) -> Config:
-    """The checkpoint's config as transformers reads it.
-
-    Raises:
-        BaseModelError: the architecture is unknown, is not a causal LM, or comes as code that is not trusted.
-    """
+    """The checkpoint's config as transformers reads it. Raises BaseModelError: the architecture is unknown, is not a
+    causal LM, or comes as code that is not trusted."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -49,11 +46,8 @@ def _method(quantised: Any) -> str:
 
 
 def is_quantised_already(config: Config, folder: Path) -> bool:
-    """Whether the checkpoint was quantised before it came here.
-
-    Raises:
-        BaseModelError: in a way that no base can be held in.
-    """
+    """Whether the checkpoint was quantised before it came here. Raises BaseModelError: in a way that no base can be
+    held in."""
     quantised = getattr(config, "quantization_config", None)
     if quantised is None:
         return False

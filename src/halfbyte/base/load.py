@@ -199,10 +199,7 @@ def stored_base(
     spec: shelf.StoreSpec, device: machine.Device, tell: supply.Tell | None = None
 ) -> tuple[Path | None, str]:
     """The folder of the store, found or built; or None, and why the base is quantised while it is loaded instead.
-
-    Raises:
-        StoreError: no store can be written, and the 16-bit weights do not fit in memory either.
-    """
+    Raises StoreError: no store can be written, and the 16-bit weights do not fit in memory either."""
     tell = tell or supply.Tell()
     try:
         return supply.ensure(spec, tell=quantisation_error.tell_gguf_error(spec, tell)), ""

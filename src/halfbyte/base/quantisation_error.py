@@ -32,17 +32,11 @@ _16_BITS = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Matrix:
-    """One quantised matrix.
+    """One quantised matrix."""
 
-    Args:
-        name: its module's full name; an expert's with its number at the end.
-        source: (out, in) in the compute dtype; an expert's in its stack's order.
-        quantised: the same as training multiplies with it. It lies in memory that the next matrix overwrites.
-    """
-
-    name: str
-    source: Tensor
-    quantised: Tensor
+    name: str  # its module's full name; an expert's with its number at the end
+    source: Tensor  # (out, in) in the compute dtype; an expert's in its stack's order
+    quantised: Tensor  # the same as training multiplies with it. It lies in memory that the next matrix overwrites
 
     def difference(self) -> Tensor:
         """source - quantised: (out, in) fp32."""
@@ -128,9 +122,7 @@ def tell_gguf_error(spec: shelf.StoreSpec, tell: supply.Tell) -> supply.Tell:
 
 def sampled_error(spec: shelf.StoreSpec) -> tuple[float, int]:
     """(norm of the difference over norm of the weights, how many weights) of a sample of each matrix to be quantised.
-
-    The weights are the checkpoint's in the compute dtype, as they are quantised.
-    """
+    The weights are the checkpoint's in the compute dtype, as they are quantised."""
     config, number_format = spec.config.to_dict(), formats.of(spec.quant)
     lost = whole = 0.0
     count = 0

@@ -41,12 +41,8 @@ class BuildResult:
 
 
 def quantize(recipe: Recipe, *, out: Path | None = None, tell: supply.Tell | None = None) -> BuildResult:
-    """Build the store that a run of `recipe` opens, or find it.
-
-    Raises:
-        StoreError: it cannot be built: with the reason, and what helps.
-        BaseModelError: nothing is to be quantised, or the model is quantised already.
-    """
+    """Build the store that a run of `recipe` opens, or find it. Raises StoreError: it cannot be built: with the reason,
+    and what helps. BaseModelError: nothing is to be quantised, or the model is quantised already."""
     if not recipe.quant.quantises:
         raise BaseModelError("quant.type none keeps the base in 16 bits, as it is; there is nothing to quantise.")
     started, built = time.monotonic(), []

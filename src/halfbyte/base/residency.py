@@ -20,11 +20,8 @@ RESIDENT_TOLERANCE = 0.02
 
 
 def check_resident(model: Model, quant: Quant, resident: int, expected: int, name: str) -> None:
-    """Compare what is in memory with what the policy says.
-
-    Raises:
-        BaseModelError: matrices that the policy quantises stayed in 16 bits (fused experts), naming the largest.
-    """
+    """Compare what is in memory with what the policy says. Raises BaseModelError: matrices that the policy quantises
+    stayed in 16 bits (fused experts), naming the largest."""
     if not quant.quantises:
         return
     stayed = big_unquantised(model, quant)
@@ -63,10 +60,8 @@ def check_scales(model: Model, name: str) -> None:
 
 
 def big_unquantised(model: Model, quant: Quant) -> list[tuple[str, nn.Parameter]]:
-    """Weight matrices that are neither quantised, nor an embedding or head, nor exempted by the recipe.
-
-    Small ones (routers, convolutions: under 1/1000 of the model's parameters each) are not meant.
-    """
+    """Weight matrices that are neither quantised, nor an embedding or head, nor exempted by the recipe. Small ones
+    (routers, convolutions: under 1/1000 of the model's parameters each) are not meant."""
     exempt = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     exempt |= {id(m.weight) for _, m in codec.quantised_linears(model) if m.weight.is_meta}  # still to be filled
     exempt.add(id(getattr(model.get_output_embeddings(), "weight", None)))
@@ -136,11 +131,8 @@ def heads_to_skip(config: Config, quant: Quant) -> tuple[str, ...]:
 
 
 def check_complete(model: Model, info: Document, checkpoint: Checkpoint, quant: Quant) -> None:
-    """Refuse a model that would have random weights, or lacks a module that the recipe skips (BaseModelError).
-
-    Args:
-        info: what transformers says of the load.
-    """
+    """Refuse a model that would have random weights, or lacks a module that the recipe skips (BaseModelError). `info`:
+    what transformers says of the load."""
     missing = sorted(info.get("missing_keys", ()))
     mismatched = sorted(
         f"{name} is {tuple(there)}, not {tuple(needed)}" for name, there, needed in info.get("mismatched_keys", ())

@@ -57,14 +57,9 @@ def rank_of(lora: Lora) -> int:
 
 
 def look(checkpoint: Checkpoint, config: Config, recipe: Recipe, modules: Iterable[str]) -> Start | None:
-    """Where the factors of a recipe are or will be; None where it asks for another start. Nothing is made.
-
-    Args:
-        modules: the full names of the layers that get an adapter.
-
-    Raises:
-        AdapterError: there is nothing to make them from, or a layer is not quantised.
-    """
+    """Where the factors of a recipe are or will be; None where it asks for another start. Nothing is made. `modules`:
+    the full names of the layers that get an adapter. Raises AdapterError: there is nothing to make them from, or a
+    layer is not quantised."""
     lora, quant = recipe.lora, recipe.quant
     if lora.init_lora_weights != "residual":
         return None
@@ -87,12 +82,8 @@ def look(checkpoint: Checkpoint, config: Config, recipe: Recipe, modules: Iterab
 
 def ensure(base: load.Base, lora: Lora, note: Callable[[str, str], None]) -> Path | None:
     """The file of factors for an open base, found or made now, before the base is placed or gets adapters; None where
-    another start is asked for.
-
-    Raises:
-        AdapterError: it has no store, whether of its own or of ours.
-        StoreError: the file cannot be written, or the source is not what was quantised.
-    """
+    another start is asked for. Raises AdapterError: it has no store, whether of its own or of ours. StoreError: the
+    file cannot be written, or the source is not what was quantised."""
     if lora.init_lora_weights != "residual":
         return None
     if base.store is not None and base.store_spec is not None:
@@ -131,11 +122,8 @@ def _make(model: Model, spec: shelf.StoreSpec, start: Start, note: Callable[[str
 
 
 def read(path: Path, modules: Iterable[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """B (O, rank) and A (rank, D) of each module that gets an adapter, mapped.
-
-    Raises:
-        AdapterError: a module is not quantised, so that nothing was lost there.
-    """
+    """B (O, rank) and A (rank, D) of each module that gets an adapter, mapped. Raises AdapterError: a module is not
+    quantised, so that nothing was lost there."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
@@ -164,16 +152,9 @@ def _find(store: Path, rank: int) -> Start:
 
 
 def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """B and A with B A close to the best approximation of a rank.
-
-    Args:
-        matrix: (O, D) fp32.
-        rank: at most min(O, D); of a larger one the rest is zeros.
-
-    Returns:
-        B (O, rank) and A (rank, D) fp32, each with half of every singular value, the largest first. The first columns
-        of B and rows of A are those of a lower rank.
-    """
+    """B and A with B A close to the best approximation of a rank. `matrix`: (O, D) fp32. `rank`: at most min(O, D); of
+    a larger one the rest is zeros. Returns B (O, rank) and A (rank, D) fp32, each with half of every singular value,
+    the largest first. The first columns of B and rows of A are those of a lower rank."""
     width = min(rank + OVERSAMPLING, *matrix.shape)
     generator = torch.Generator().manual_seed(0)
     sketch = torch.randn(matrix.shape[1], width, generator=generator)
@@ -191,11 +172,8 @@ def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def write_factors(model: Model, spec: shelf.StoreSpec, path: Path, rank: int) -> str:
-    """Make the file for an open base, whole or not at all. Returns in words how much of the loss it holds.
-
-    Raises:
-        StoreError: the source lacks a matrix that the base has, or has changed.
-    """
+    """Make the file for an open base, whole or not at all. Returns in words how much of the loss it holds. Raises
+    StoreError: the source lacks a matrix that the base has, or has changed."""
     todo = {n: (m.out_features, m.in_features) for n, m in bnb.quantised_linears(model) if formats.is_quantised(m)}
     lost_sum = left_sum = 0.0
     with SafetensorsWriter(path, [slot for name, shape in todo.items() for slot in _slots(name, *shape, rank)]) as out:

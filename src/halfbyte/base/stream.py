@@ -104,15 +104,9 @@ class Placement:
 
 
 def place_as_planned(model: Model, placement: str, *, asked: bool) -> tuple[Placement, str]:
-    """Put the base where a plan says.
-
-    Args:
-        placement: of the plan; `split` is over cards, where loading put it already.
-        asked: the recipe asks for it: then what is not possible is an error.
-
-    Returns:
-        Where the base is, and why if that is not the plan's placement.
-    """
+    """Put the base where a plan says. `placement`: of the plan; `split` is over cards, where loading put it already.
+    `asked`: the recipe asks for it: then what is not possible is an error. Returns where the base is, and why if that
+    is not the plan's placement."""
     if placement == "split":
         return place(model, "resident"), ""
     if placement == "sharded":  # shared out after its proofs; until then it is mapped if it can be
@@ -185,10 +179,8 @@ def before_layers(layer: nn.Module) -> Callable[[int], None] | None:
 
 
 class LayerStream:
-    """The cursor over the layers: which one computes now, and so which is fetched and which is dropped.
-
-    The group after the last layer is what is around them: embedding, last norm, head.
-    """
+    """The cursor over the layers: which one computes now, and so which is fetched and which is dropped. The group after
+    the last layer is what is around them: embedding, last norm, head."""
 
     def __init__(self, layers: list[nn.Module], mover: Mover) -> None:
         self.mover = mover

@@ -13,11 +13,8 @@ BESIDE = "put the model's tokenizer.json and tokenizer_config.json beside its co
 
 
 def open_tokenizer(checkpoint: Checkpoint, model: Model | None = None, *, trust_remote_code: bool = False) -> Tokenizer:
-    """The checkpoint's tokenizer.
-
-    Raises:
-        BaseModelError: none is there, it knows no text, or it knows more tokens than the embedding has rows.
-    """
+    """The checkpoint's tokenizer. Raises BaseModelError: none is there, it knows no text, or it knows more tokens than
+    the embedding has rows."""
     from transformers import AutoTokenizer
 
     for file in checkpoint.path.glob("*"):

@@ -23,11 +23,8 @@ PIECE_BYTES = 64_000_000  # of a checkpoint's file that is sent
 
 
 def check(world: World, about: Document) -> None:
-    """Compare what each process has.
-
-    Raises:
-        WorldError: names the fields that differ, with each value and who has it.
-    """
+    """Compare what each process has. Raises WorldError: names the fields that differ, with each value and who has
+    it."""
     if world.alone:
         return
     values_of = [dict(_leaves(each)) for each in world.gather(about)]
@@ -122,10 +119,8 @@ def describe(world: World, threads: int, link: AllReduceSpeed) -> str:
 
 def share_checkpoint(world: World, path: Path, into: Path) -> Path:
     """The checkpoint at `path` of the first process, for machines that do not share a disk with it: at the same path
-    where all of its files are the same, else received into the folder `into`. Returns where it is.
-
-    Cost: its bytes once over the network, where some process cannot read the same files.
-    """
+    where all of its files are the same, else received into the folder `into`. Returns where it is. Cost: its bytes once
+    over the network, where some process cannot read the same files."""
     import torch
 
     manifest = (path / points.MANIFEST).read_text() if (path / points.MANIFEST).is_file() else ""

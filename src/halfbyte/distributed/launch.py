@@ -48,11 +48,8 @@ class Place:
 
 
 def place(env: Mapping[str, str] = os.environ) -> Place | None:
-    """Where this process is; None for one that is alone.
-
-    Raises:
-        WorldError: a launcher started several, and does not say where they meet.
-    """
+    """Where this process is; None for one that is alone. Raises WorldError: a launcher started several, and does not
+    say where they meet."""
     if env.get("RANK", "").isdigit() and env.get("WORLD_SIZE", "").isdigit():
         local = (int(env[name]) if env.get(name, "").isdigit() else None for name in TORCH[2:])
         return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), *local)

@@ -72,11 +72,7 @@ class ScalingEstimate:
 
 
 def link_of(text: str) -> Link:
-    """`1Gb/s` (bits) or `125MB/s` (bytes), with a delay `1Gb/s,5ms`.
-
-    Raises:
-        RecipeError: anything else.
-    """
+    """`1Gb/s` (bits) or `125MB/s` (bytes), with a delay `1Gb/s,5ms`. Raises RecipeError: anything else."""
     match = _LINK.fullmatch(text.strip())
     if match is None or float(match["size"]) <= 0:
         raise RecipeError(f"--link {text!r} is not a link; allowed: {LINK_HELP}.", fix="--link 1Gb/s")

@@ -17,17 +17,12 @@ from halfbyte.distributed.world import World
 
 @dataclass(frozen=True)
 class StepResult:
-    """What all processes know after a step.
+    """What all processes know after a step."""
 
-    Args:
-        loss: of the whole step. interrupted: some process has left micro-batches out, so the step does not count.
-            stops: a signal has come to some process. not_finite: ranks whose own loss or gradients are not finite.
-    """
-
-    loss: float
-    interrupted: bool
-    stops: bool
-    not_finite: tuple[int, ...]
+    loss: float  # of the whole step
+    interrupted: bool  # some process has left micro-batches out, so the step does not count
+    stops: bool  # a signal has come to some process
+    not_finite: tuple[int, ...]  # ranks whose own loss or gradients are not finite
 
 
 class StepSum:

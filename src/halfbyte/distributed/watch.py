@@ -177,10 +177,7 @@ def wait_for(
     store: TCPStore, key: str, fault: Callable[[], Fault | None], seconds: float | None = None, leave: bool = False
 ) -> bool:
     """Wait for a key of the store, as long as nobody has failed. False after so many seconds, or after a fault.
-
-    Args:
-        leave: do not wait for the watch to say that the store is gone.
-    """
+    `leave`: do not wait for the watch to say that the store is gone."""
     until, pause = None if seconds is None else time.monotonic() + seconds, 0.002
     while True:
         try:

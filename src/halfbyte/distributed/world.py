@@ -409,15 +409,9 @@ def _lost(fault: Fault) -> RankLost:
 def open_world(
     say: Callable[[HalfbyteError], None] | None = None, env: Mapping[str, str] = os.environ
 ) -> Iterator[World]:
-    """The world that a launcher has started this process in; alone where none has.
-
-    Args:
-        say: prints an error. It is called in one process, the first if it can; then SystemExit ends all of them. None:
-            every process raises the error.
-
-    Raises:
-        HalfbyteError: what another process has failed with, or this one.
-    """
+    """The world that a launcher has started this process in; alone where none has. `say`: prints an error. It is called
+    in one process, the first if it can; then SystemExit ends all of them. None: every process raises the error. Raises
+    HalfbyteError: what another process has failed with, or this one."""
     place = launch.place(env)
     if place is None:
         yield World()

@@ -36,14 +36,9 @@ _FLOATS = ("F32", "F16", "BF16")
 
 # ------------------------------------------------------------------ merged folder
 def merge(job: ExportJob, choice: BaseChoice = "auto", *, quantise: bool = False) -> Exported:
-    """Write base and adapter as one model that plain transformers opens.
-
-    Args:
-        quantise: quantise it again, as the run's base is; what that costs is measured.
-
-    Raises:
-        ExportError: no space, or what was written does not say what the run says; nothing is left then.
-    """
+    """Write base and adapter as one model that plain transformers opens. `quantise`: quantise it again, as the run's
+    base is; what that costs is measured. Raises ExportError: no space, or what was written does not say what the run
+    says; nothing is left then."""
     out = job.out_folder("merged")
     run = job.checked_target()
     kinds = bases(run, choice)
@@ -102,12 +97,9 @@ def _quantise(job: ExportJob, draft: DraftExport, merged: Exported, place: Path)
 
 # ------------------------------------------------------------------ GGUF
 def to_gguf(job: ExportJob, kind: str, choice: BaseChoice = "auto", *, modelfile: bool = False) -> Exported:
-    """The merged model as one GGUF file in a folder, with `--ollama` a Modelfile beside it.
-
-    Raises:
-        ExportError: the architecture is not written here, llama.cpp is not there for a K-quant, no space, or what was
-            written does not say what the run says; nothing is left then.
-    """
+    """The merged model as one GGUF file in a folder, with `--ollama` a Modelfile beside it. Raises ExportError: the
+    architecture is not written here, llama.cpp is not there for a K-quant, no space, or what was written does not say
+    what the run says; nothing is left then."""
     kind = kind.upper()
     if kind not in (every := (*gguf.OWN_FORMATS, *gguf.K_QUANTS)):
         raise ExportError(f"--gguf {kind}: no such format.", fix=f"one of {', '.join(every)}")
@@ -136,11 +128,8 @@ def to_gguf(job: ExportJob, kind: str, choice: BaseChoice = "auto", *, modelfile
 
 
 def to_gguf_lora(job: ExportJob, *, modelfile: bool = False) -> Exported:
-    """The adapter as a GGUF adapter, proven on a GGUF file of its base, which does not stay.
-
-    Raises:
-        ExportError: it holds what such an adapter cannot, or does not say what the run says.
-    """
+    """The adapter as a GGUF adapter, proven on a GGUF file of its base, which does not stay. Raises ExportError: it
+    holds what such an adapter cannot, or does not say what the run says."""
     out = job.out_folder("gguf-lora")
     run = job.checked_target()
     merged = MergedModel(run, "16bit", job.tell)
@@ -226,11 +215,7 @@ def file_name(run: Target) -> str:
 
 # ------------------------------------------------------------------ PEFT
 def to_peft(job: ExportJob) -> Exported:
-    """A PEFT folder of one rank and one scaling, as vLLM reads them.
-
-    Raises:
-        ExportError: vLLM could not hold it.
-    """
+    """A PEFT folder of one rank and one scaling, as vLLM reads them. Raises ExportError: vLLM could not hold it."""
     out = job.out_folder("peft")
     run = job.checked_target()
     with job.draft(run, out, prove=False) as draft:

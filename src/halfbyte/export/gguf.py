@@ -79,11 +79,7 @@ class FileMetadata:
 
 
 def architecture_of(config: Config) -> str:
-    """The file's architecture for a model.
-
-    Raises:
-        ExportError: none that is written here.
-    """
+    """The file's architecture for a model. Raises ExportError: none that is written here."""
     if (name := ARCHITECTURES.get(config.model_type)) is None:
         raise ExportError(
             f"{config.model_type} is not written as GGUF here; these are: {', '.join(ARCHITECTURES)}.",
@@ -93,11 +89,8 @@ def architecture_of(config: Config) -> str:
 
 
 def describe(config: Config) -> tuple[FileMetadata, dict[str, np.ndarray]]:
-    """Metadata and tables of rotary factors for a model's config.
-
-    Raises:
-        ExportError: the file has no place for something that the model computes with.
-    """
+    """Metadata and tables of rotary factors for a model's config. Raises ExportError: the file has no place for
+    something that the model computes with."""
     architecture = architecture_of(config)
     values: Document = {"block_count": config.num_hidden_layers, "vocab_size": config.vocab_size}
     for key in [*_KEYS, *_MORE.get(architecture, "").split()]:
@@ -182,11 +175,7 @@ def _rope(config: Config, architecture: str, values: Document, size: int) -> dic
 
 
 def names_of(config: Config, items: list[Item], metadata: FileMetadata) -> dict[str, str]:
-    """The tensor of the file for each of a checkpoint.
-
-    Raises:
-        ExportError: a tensor has no place in the file.
-    """
+    """The tensor of the file for each of a checkpoint. Raises ExportError: a tensor has no place in the file."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
@@ -202,14 +191,8 @@ def names_of(config: Config, items: list[Item], metadata: FileMetadata) -> dict[
 
 
 def write(merged: MergedModel, path: Path, kind: str, add_tokenizer: Callable[[GGUFWriter], None]) -> None:
-    """Write one file in a format of `OWN_FORMATS`.
-
-    Args:
-        add_tokenizer: puts `tokenizer.*` into a writer.
-
-    Raises:
-        ExportError: the architecture, or something that it computes with, has no place in the file.
-    """
+    """Write one file in a format of `OWN_FORMATS`. `add_tokenizer`: puts `tokenizer.*` into a writer. Raises
+    ExportError: the architecture, or something that it computes with, has no place in the file."""
     import gguf
 
     config = merged.config.get_text_config()
@@ -292,11 +275,7 @@ def put(writer: GGUFWriter, key: str, value: object) -> None:
 
 
 def check(path: Path, config: Config) -> None:
-    """The file must read back as the model that was written.
-
-    Raises:
-        ExportError: names what came back otherwise.
-    """
+    """The file must read back as the model that was written. Raises ExportError: names what came back otherwise."""
     try:
         read = config_of(read_header(path))
     except GgufError as refusal:

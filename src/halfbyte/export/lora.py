@@ -40,11 +40,7 @@ class Factors:
 
 
 def factors(merged: MergedModel, program: str) -> list[Factors]:
-    """The adapter's layers.
-
-    Raises:
-        ExportError: names what the program's adapters cannot hold.
-    """
+    """The adapter's layers. Raises ExportError: names what the program's adapters cannot hold."""
     layers, refused = list[Factors](), dict[str, list[str]]()
     for parameter, change in merged.changes.items():
         layer = change.layer
@@ -68,11 +64,8 @@ def factors(merged: MergedModel, program: str) -> list[Factors]:
 
 
 def write_gguf(merged: MergedModel, path: Path) -> None:
-    """A GGUF adapter, for a GGUF file of the base.
-
-    Raises:
-        ExportError: the architecture, or a part of the adapter, has no place in it.
-    """
+    """A GGUF adapter, for a GGUF file of the base. Raises ExportError: the architecture, or a part of the adapter, has
+    no place in it."""
     from gguf import GGUFWriter
 
     config = merged.config.get_text_config()
@@ -104,11 +97,8 @@ def write_gguf(merged: MergedModel, path: Path) -> None:
 
 
 def write_peft(merged: MergedModel, folder: Path) -> list[str]:
-    """A PEFT folder of one rank and one alpha, which plain PEFT and vLLM read alike; returns notes on its use.
-
-    Raises:
-        ExportError: vLLM could not hold it.
-    """
+    """A PEFT folder of one rank and one alpha, which plain PEFT and vLLM read alike; returns notes on its use. Raises
+    ExportError: vLLM could not hold it."""
     adapter = merged.run.adapter
     assert adapter is not None
     every = factors(merged, "vLLM")

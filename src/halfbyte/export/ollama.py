@@ -64,11 +64,8 @@ def _escaped(character: str) -> str:
 
 
 def write(path: Path, model: str, tokenizer: Tokenizer, recipe: Recipe, *, adapter: str | None = None) -> None:
-    """Write a Modelfile. `model` and `adapter` are files beside it.
-
-    Raises:
-        ExportError: there is no chat template, or one that cannot be put into Ollama's language.
-    """
+    """Write a Modelfile. `model` and `adapter` are files beside it. Raises ExportError: there is no chat template, or
+    one that cannot be put into Ollama's language."""
     template = chat_template(tokenizer, recipe.data)
     if not template:
         raise ExportError("the run has no chat template, so a Modelfile could not say how to talk to it.")
@@ -84,11 +81,8 @@ def write(path: Path, model: str, tokenizer: Tokenizer, recipe: Recipe, *, adapt
 
 
 def around(tokenizer: Tokenizer, template: str) -> Around:
-    """What stands around messages; without the beginning-of-text token that llama.cpp puts before a text itself.
-
-    Raises:
-        ExportError: the template does more than that.
-    """
+    """What stands around messages; without the beginning-of-text token that llama.cpp puts before a text itself. Raises
+    ExportError: the template does more than that."""
     plain = tokenizer("a")["input_ids"]
     bos = tokenizer.bos_token if plain[:1] == [tokenizer.bos_token_id] else None
 

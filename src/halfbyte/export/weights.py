@@ -44,28 +44,19 @@ CHUNK_NUMBERS = 1 << 18
 
 @dataclass(frozen=True)
 class Item:
-    """One tensor of the merged checkpoint.
-
-    Args:
-        source: the tensor it begins with, whose dtype and shape it has. parameter: the model's name for it.
-        expert: which one of a stack; the tensor begins at `first_row` of the expert's matrix.
-    """
+    """One tensor of the merged checkpoint."""
 
     name: str
-    source: SourceTensor
-    parameter: str
-    expert: int | None = None
+    source: SourceTensor  # the tensor it begins with, whose dtype and shape it has
+    parameter: str  # the model's name for it
+    expert: int | None = None  # which one of a stack; the tensor begins at `first_row` of the expert's matrix
     first_row: int = 0
 
 
 class MergedModel:
-    """A run's base with its adapter merged in. A context manager: the source's files are open inside.
-
-    Raises:
-        AdapterError: the adapter changes what cannot be written, or does not fit.
-        BaseModelError: the source is in few bits itself.
-        StoreError: the store that it was trained on cannot be built again.
-    """
+    """A run's base with its adapter merged in. A context manager: the source's files are open inside. Raises
+    AdapterError: the adapter changes what cannot be written, or does not fit. BaseModelError: the source is in few bits
+    itself. StoreError: the store that it was trained on cannot be built again."""
 
     def __init__(self, run: Target, base: BaseKind, tell: supply.Tell | None = None) -> None:
         tell = tell or supply.Tell()
@@ -309,11 +300,8 @@ def rank_of(changes: dict[str, merging.WeightChange], module: str) -> int:
 
 
 def starts_residual(adapter: Path) -> bool:
-    """Whether an adapter, or the one that it was trained on from, began with `init_lora_weights: residual`.
-
-    Raises:
-        AdapterError: it was trained on from one that is gone, so nobody knows.
-    """
+    """Whether an adapter, or the one that it was trained on from, began with `init_lora_weights: residual`. Raises
+    AdapterError: it was trained on from one that is gone, so nobody knows."""
     passport = read_passport(adapter)
     recipe = (passport or {}).get("recipe", {})
     if recipe.get("lora.init_lora_weights") == "residual":

@@ -44,20 +44,15 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class RunQuestions:
-    """What a run is asked.
+    """What a run is asked."""
 
-    Args:
-        run: a run folder, or an adapter's. out: an empty folder. unquantised: on the base in 16 bits, whatever it was
-            trained on. data: other rows than those held out. prompts: at most so many are answered.
-    """
-
-    run: str
-    out: str
+    run: str  # a run folder, or an adapter's
+    out: str  # an empty folder
     overrides: Sequence[str] = ()
     force: bool = False
-    unquantised: bool = False
-    data: str | None = None
-    prompts: int = PROMPTS
+    unquantised: bool = False  # on the base in 16 bits, whatever it was trained on
+    data: str | None = None  # other rows than those held out
+    prompts: int = PROMPTS  # at most so many are answered
 
 
 def ask_run(questions: RunQuestions) -> Path:

@@ -23,11 +23,8 @@ _MOST = 64  # labels that are taken from the rows
 
 
 def check(settings: Eval, expected: Sequence[str]) -> tuple[str, ...]:
-    """The choices of every row: those of the recipe, or else the answers that the rows expect.
-
-    Raises:
-        DataError: an expected answer that is not among them, or as many answers as rows.
-    """
+    """The choices of every row: those of the recipe, or else the answers that the rows expect. Raises DataError: an
+    expected answer that is not among them, or as many answers as rows."""
     if settings.choices is None:
         answers = tuple(dict.fromkeys(expected))
         if not 1 < len(answers) <= min(_MOST, max(2, len(expected) // 2)):

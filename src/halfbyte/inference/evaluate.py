@@ -44,11 +44,8 @@ def evaluate(
     data: Path | None = None,
     progress: Progress = lambda what, done, of: None,
 ) -> sheet.Sheet:
-    """Score the adapter, and with `with_base` the base alone, on the same rows.
-
-    Raises:
-        DataError: no rows, rows that the model cannot read, or a metric that has nothing to compare with in them.
-    """
+    """Score the adapter, and with `with_base` the base alone, on the same rows. Raises DataError: no rows, rows that
+    the model cannot read, or a metric that has nothing to compare with in them."""
     began = time.monotonic()
     options = options or sheet.EvalOptions.of(opened.recipe.eval)
     settings, (examples, source) = options.settings, _rows(opened, data, options.limit)
@@ -84,14 +81,8 @@ def evaluate(
 
 def answer_scores(run: PlannedRun, model: Model, tokens: int) -> Callable[[], dict[str, float]]:
     """What scores the answers to held-out rows in each evaluation of a training, by `eval.metrics`: as many answers at
-    once as there is memory for beside the training. Nothing where no metric is asked for.
-
-    Args:
-        tokens: of a micro-batch.
-
-    Raises:
-        DataError: a metric that has nothing to compare with in these rows.
-    """
+    once as there is memory for beside the training. Nothing where no metric is asked for. `tokens`: of a micro-batch.
+    Raises DataError: a metric that has nothing to compare with in these rows."""
     prepared, plan = run.prepared, run.plan
     settings = prepared.recipe.eval
     if prepared.evaluation is None or not settings.metrics:
@@ -217,14 +208,8 @@ def row_losses(model: Model, batches: collate.Batches, tell: Progress = lambda w
 def micro_batches(
     opened: Opened, examples: Sequence[Example], *, generated_tokens: int = 1
 ) -> tuple[collate.Batches, InferencePlan]:
-    """Rows in micro-batches as planned for them; the base stays where it is.
-
-    Args:
-        generated_tokens: of a sequence: its prompt and what is written.
-
-    Raises:
-        DataError: a row is longer than what the model reads.
-    """
+    """Rows in micro-batches as planned for them; the base stays where it is. `generated_tokens`: of a sequence: its
+    prompt and what is written. Raises DataError: a row is longer than what the model reads."""
     lengths = [len(e.input_ids) for e in examples]
     labelled = [sum(label != IGNORED for label in e.labels) for e in examples]
     context = context_of(opened.model.config)

@@ -35,10 +35,7 @@ class Session:
 
 def chat_ids(tokenizer: Tokenizer, messages: Sequence[Document], tools: Sequence[Document] | None = None) -> list[int]:
     """Token ids of a conversation up to where the assistant speaks; the plain text where there is no chat template.
-
-    Args:
-        tools: as the template takes them; None: none.
-    """
+    `tools`: as the template takes them; None: none."""
     given: Document = {"tools": list(tools)} if tools else {}
     if tokenizer.chat_template:
         try:

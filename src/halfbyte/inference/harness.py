@@ -48,14 +48,9 @@ def run(
     with_base: bool = False,
     progress: Progress = lambda what, done, of: None,
 ) -> dict[str, Document]:
-    """Results by side (`base`, `adapter`) and task, as lm-evaluation-harness names them.
-
-    Args:
-        folder: where tasks of one's own are (YAML files), beside those that lm_eval knows.
-
-    Raises:
-        RecipeError: a task that is not known, or that cannot be read.
-    """
+    """Results by side (`base`, `adapter`) and task, as lm-evaluation-harness names them. `folder`: where tasks of one's
+    own are (YAML files), beside those that lm_eval knows. Raises RecipeError: a task that is not known, or that cannot
+    be read."""
     manager = TaskManager(include_path=None if folder is None else str(folder))
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:

@@ -53,15 +53,11 @@ SAFETENSORS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 @dataclass(frozen=True)
 class Error:
-    """What matrices have lost, together: sums over their numbers, from which the usual measures follow.
+    """What matrices have lost, together: sums over their numbers, from which the usual measures follow."""
 
-    Args:
-        lost: of (source - held) squared. whole: of source squared. worst: the largest |source - held|.
-    """
-
-    lost: float = 0.0
-    whole: float = 0.0
-    worst: float = 0.0
+    lost: float = 0.0  # of (source - held) squared
+    whole: float = 0.0  # of source squared
+    worst: float = 0.0  # the largest |source - held|
 
     def __add__(self, other: Error) -> Error:
         return Error(self.lost + other.lost, self.whole + other.whole, max(self.worst, other.worst))
@@ -82,10 +78,8 @@ class Error:
 
 @dataclass(frozen=True)
 class FormatQuality:
-    """One number format. `errors`: of each quantised matrix, by its module's name; none in 16 bits.
-
-    `nbytes` is the base's as it is held; `loss` is the mean of the text's labelled tokens.
-    """
+    """One number format. `errors`: of each quantised matrix, by its module's name; none in 16 bits. `nbytes` is the
+    base's as it is held; `loss` is the mean of the text's labelled tokens."""
 
     name: str
     quant: Quant

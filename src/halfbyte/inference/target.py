@@ -25,11 +25,8 @@ class Target:
 
 
 def find(path: Path, overrides: Sequence[str] = ()) -> Target:
-    """What a name stands for: a run folder, a PEFT folder, or a model that is on this machine.
-
-    Raises:
-        RunError: it is none of them. RecipeError: a value is set that must stay. AdapterError: it names no base.
-    """
+    """What a name stands for: a run folder, a PEFT folder, or a model that is on this machine. Raises RunError: it is
+    none of them. RecipeError: a value is set that must stay. AdapterError: it names no base."""
     if not (path / "recipe.yaml").is_file():
         if (path / ADAPTER_FILES[1]).is_file():
             return _adapter(path, overrides)
@@ -40,11 +37,8 @@ def find(path: Path, overrides: Sequence[str] = ()) -> Target:
 
 
 def held_out(recipe: Recipe, run: Path, data: Path | None) -> str | Path | Sequence[str] | None:
-    """The rows that `halfbyte eval` scores: `data`, else the recipe's own; None for those that the run has kept.
-
-    Raises:
-        DataError: there are none.
-    """
+    """The rows that `halfbyte eval` scores: `data`, else the recipe's own; None for those that the run has kept. Raises
+    DataError: there are none."""
     names = data or recipe.data.eval_names
     if not names and RunFolder(run).held_out.is_file():
         return None

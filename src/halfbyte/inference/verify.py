@@ -38,14 +38,8 @@ class Verified:
 
 
 def verify(path: Path, overrides: Sequence[str] = (), *, hashes: bool = True) -> Verified:
-    """Check a finished run.
-
-    Args:
-        hashes: also of every checkpoint and of the base's store; else only what the adapter says.
-
-    Raises:
-        RunError: there is no finished run. Whatever else is wrong is among the checks.
-    """
+    """Check a finished run. `hashes`: also of every checkpoint and of the base's store; else only what the adapter
+    says. Raises RunError: there is no finished run. Whatever else is wrong is among the checks."""
     run = RunFolder.open(path)
     checks = [*_files(run)] if hashes else []
     try:
@@ -66,10 +60,8 @@ def verify(path: Path, overrides: Sequence[str] = (), *, hashes: bool = True) ->
 
 
 def after(path: Path, train_seconds: float, plan: Plan, machine: device.Device) -> Document:
-    """What a process of its own sees of an adapter that was just saved: `ok` (None where it did not look), `seen`.
-
-    A run of less than a minute, or one that leaves no memory for a second process, is left to `halfbyte verify`.
-    """
+    """What a process of its own sees of an adapter that was just saved: `ok` (None where it did not look), `seen`. A
+    run of less than a minute, or one that leaves no memory for a second process, is left to `halfbyte verify`."""
     if train_seconds < AFTER_S:
         return {"ok": None, "seen": f"not asked of a run of less than {AFTER_S:.0f} s"}
     if machine.on_card or device.ram_available() < plan.private_bytes:

@@ -36,10 +36,8 @@ SCORES_BYTES = 24_000_000  # fp32 scores at once; as many again for dP
 
 @dataclass(frozen=True, eq=False)
 class HeadBlocks:
-    """Where each token of a pack goes. `runs` are (first token, n, L) for neighbours of equal length.
-
-    The blocks of an example begin at row H * start of H * T rows, head after head, L rows each.
-    """
+    """Where each token of a pack goes. `runs` are (first token, n, L) for neighbours of equal length. The blocks of an
+    example begin at row H * start of H * T rows, head after head, L rows each."""
 
     runs: tuple[tuple[int, int, int], ...]
     starts: Tensor  # (examples + 1,) int64: tokens before each example, and all of them
@@ -171,12 +169,8 @@ def _backward_by_matmul(
 
 
 def _example_backward(parts: list[Tensor], sums: tuple[Tensor, Tensor], scale: float) -> None:
-    """Gradients of n examples of one length.
-
-    Args:
-        parts: q, k, v, the output's gradient, and dq, dk, dv to be filled; each (n, its heads, L, D).
-        sums: log-sum-exp and the rows' dots of output and gradient, (n, H, L).
-    """
+    """Gradients of n examples of one length. `parts`: q, k, v, the output's gradient, and dq, dk, dv to be filled; each
+    (n, its heads, L, D). `sums`: log-sum-exp and the rows' dots of output and gradient, (n, H, L)."""
     from halfbyte.layers.kernels.cpu import scores as kernels
 
     q, k, v, do, dq, dk, dv = parts

@@ -279,10 +279,8 @@ def install_quantised_experts(model: nn.Module) -> None:
 
 
 def remove(model: nn.Module) -> int:
-    """Give every module its own class back, and experts their own code. Returns how many had another.
-
-    LoRA on quantised experts keeps ours, as PEFT's has nothing to add to; it is computed by definition then.
-    """
+    """Give every module its own class back, and experts their own code. Returns how many had another. LoRA on quantised
+    experts keeps ours, as PEFT's has nothing to add to; it is computed by definition then."""
     fast = [m for m in model.modules() if isinstance(m, _Fast) and not _only_ours(m)]
     for module in fast:
         module.__class__ = type(module).__bases__[1]
@@ -296,9 +294,7 @@ def _only_ours(module: nn.Module) -> bool:
 
 def recompute_cheap(model: nn.Module, *, on: bool) -> None:
     """Selective recomputation: outputs of norms and the gated MLP's inner product are made again in backward, not kept.
-
-    They cost a pass over memory each; outputs of matrix products stay. Only what an adapter reads is kept otherwise.
-    """
+    They cost a pass over memory each; outputs of matrix products stay. Only what an adapter reads is kept otherwise."""
     for module in model.modules():
         if isinstance(module, (_FastRmsNorm, _FastGatedMlp)):
             module.__dict__["_halfbyte_cheap"] = on

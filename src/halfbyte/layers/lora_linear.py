@@ -68,10 +68,8 @@ class Remake:
 
 
 def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The (O, D) matrix that `layer` multiplies with, in `dtype`: dequantised, or the weight itself.
-
-    To be used at once: a dequantised one is in memory that the next call overwrites.
-    """
+    """The (O, D) matrix that `layer` multiplies with, in `dtype`: dequantised, or the weight itself. To be used at
+    once: a dequantised one is in memory that the next call overwrites."""
     weight = formats.of_module(layer).weight(layer, dtype)
     return weight if weight.dtype == dtype else weight.to(dtype)
 

@@ -161,11 +161,9 @@ def _last_layer(module: torch.nn.Module) -> fuse.DecoderLayer | None:
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """An output head: logits = cap(scale * (h W^T + b)), with cap(z) = softcap * tanh(z / softcap) if any.
-
-    W and b may train, as fp32 masters: it computes in `dtype`, of the weight where that is None. Or only `rows` of W
-    train: `values` stand in their place.
-    """
+    """An output head: logits = cap(scale * (h W^T + b)), with cap(z) = softcap * tanh(z / softcap) if any. W and b may
+    train, as fp32 masters: it computes in `dtype`, of the weight where that is None. Or only `rows` of W train:
+    `values` stand in their place."""
 
     weight: torch.Tensor  # (V, D)
     bias: torch.Tensor | None  # (V,)
@@ -178,10 +176,8 @@ class Head:
 
 def head_of(model: Model) -> Head | None:
     """The head of a model whose logits are seen to be this head's; None where they must come from its own forward.
-
     None: the head carries an adapter, is not a plain linear layer, or the model (DDP, a prompt, a projection after the
-    body) does more between body and logits than `Head` can say. Seen once per model, on three tokens.
-    """
+    body) does more between body and logits than `Head` can say. Seen once per model, on three tokens."""
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         return None
     lm = structure.causal_lm(model)
@@ -236,10 +232,8 @@ def _scaling(config: Config) -> tuple[float, float | None]:
 
 
 def _computes_logits(lm: Model, head: Head) -> bool:
-    """Whether `head` on the body's output gives the logits of the model's own forward, also where they are large.
-
-    A cap that the config does not name as ours does is lost in the rounding of the small logits of a small model.
-    """
+    """Whether `head` on the body's output gives the logits of the model's own forward, also where they are large. A cap
+    that the config does not name as ours does is lost in the rounding of the small logits of a small model."""
     ids = torch.arange(1, 4, device=lm.device)[None] % lm.config.get_text_config().vocab_size
     options = {"use_cache": False} if packing.takes_use_cache(lm) else {}
     training = [m for m in lm.modules() if m.training]

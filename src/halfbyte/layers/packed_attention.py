@@ -61,10 +61,8 @@ class Formula:
 
 
 def register() -> None:
-    """Make `NAME` known to transformers. Calling it again changes nothing.
-
-    Both registries are needed: without the mask function transformers drops a 2-D padding mask silently.
-    """
+    """Make `NAME` known to transformers. Calling it again changes nothing. Both registries are needed: without the mask
+    function transformers drops a 2-D padding mask silently."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, _mask)
 
@@ -81,11 +79,9 @@ def _mask(
 
 
 def no_mask(device: torch.device | str) -> Tensor:
-    """The `attention_mask` of a packed forward: no element, four dimensions.
-
-    transformers hands a 4-D mask through as it is, so the dense block mask is never built; and any code that would
-    add this one to its scores fails on the shape, instead of attending to everything.
-    """
+    """The `attention_mask` of a packed forward: no element, four dimensions. transformers hands a 4-D mask through as
+    it is, so the dense block mask is never built; and any code that would add this one to its scores fails on the
+    shape, instead of attending to everything."""
     return torch.empty((1, 1, 0, 0), device=device)
 
 

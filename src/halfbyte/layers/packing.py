@@ -47,9 +47,7 @@ def layouts(model: Model) -> tuple[Layout, ...]:
 
 def install(model: Model, layout: Layout | None = None) -> Layout:
     """Set the model up for one layout (the best candidate if not said) and return it. Idempotent; switches layouts.
-
-    Only public seams of the instance are used: `set_attn_implementation`, and torch's forward hooks on the body.
-    """
+    Only public seams of the instance are used: `set_attn_implementation`, and torch's forward hooks on the body."""
     lm = structure.causal_lm(model)
     chosen: Layout = next(iter(layouts(lm)), "single") if layout is None else layout
     hooks = PaddedRows.attached(structure.body(lm))
@@ -138,10 +136,8 @@ def up_to(count: int) -> int:
 
 def aligned(batch: Batch) -> Batch:
     """The batch with tokens of no example behind the others, until its rows are a multiple that products are fast at.
-
-    They are an example of their own without a label, so no other token sees them and no gradient comes from them.
-    A micro-batch of less than `ALIGNED_FROM` tokens stays as it is, as there they would cost more than they save.
-    """
+    They are an example of their own without a label, so no other token sees them and no gradient comes from them. A
+    micro-batch of less than `ALIGNED_FROM` tokens stays as it is, as there they would cost more than they save."""
     tokens = batch["input_ids"].shape[1]
     more = up_to(tokens) - tokens
     if not more or tokens < ALIGNED_FROM:

@@ -65,11 +65,8 @@ def of(module: nn.Module) -> Sight | None:
 
 
 def mark(mask_function: Callable[..., Tensor], length: int, device: torch.device, *, plain: bool) -> Tensor | None:
-    """During `look`, the stand-in for the mask that `mask_function` describes; None at any other time.
-
-    Args:
-        plain: the function is computed on tensors of indices (`use_vmap` is False).
-    """
+    """During `look`, the stand-in for the mask that `mask_function` describes; None at any other time. `plain`: the
+    function is computed on tensors of indices (`use_vmap` is False)."""
     marks = _MARKS.get()
     if marks is None:
         return None
@@ -100,9 +97,7 @@ def _describe(mask_function: Callable[..., Tensor], length: int, device: torch.d
 
 def look(body: nn.Module, length: int) -> None:
     """Find out what each decoder layer of a body sees of texts of up to `length` tokens, where that is not known yet.
-
-    The model must be set to the attention of `packed_attention.py`. Nothing about it is changed afterwards.
-    """
+    The model must be set to the attention of `packed_attention.py`. Nothing about it is changed afterwards."""
     holder, name = structure.layer_list(body)
     layers = list(getattr(holder, name))
     if all(layer in _SIGHTS and _SIGHTS[layer].tokens >= length for layer in layers):

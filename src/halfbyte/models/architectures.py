@@ -19,11 +19,8 @@ _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
 def tensors_of(config: ConfigFile) -> list[TensorSpec]:
-    """The tensors of a model as its checkpoint would list them; a tied head once, as the embedding.
-
-    Raises:
-        SourceError: the architecture has no layout in `FAMILIES`, or the config lacks what the list follows from.
-    """
+    """The tensors of a model as its checkpoint would list them; a tied head once, as the embedding. Raises SourceError:
+    the architecture has no layout in `FAMILIES`, or the config lacks what the list follows from."""
     kind = str(config.get("model_type", ""))
     if layout_of(kind) is None:
         raise SourceError(

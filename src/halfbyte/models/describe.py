@@ -59,12 +59,9 @@ class Shape:
 
 
 def describe(model: str, revision: str | None = None) -> Shape:
-    """The shape of a bundled name, a folder, a `.gguf` file or a hub id `org/name[@revision]`.
-
-    Raises:
-        SourceError: nothing is there under that name; a file is damaged; the architecture is unknown and no header is
-            at hand; the config says nothing that a decoder could be made of.
-    """
+    """The shape of a bundled name, a folder, a `.gguf` file or a hub id `org/name[@revision]`. Raises SourceError:
+    nothing is there under that name; a file is damaged; the architecture is unknown and no header is at hand; the
+    config says nothing that a decoder could be made of."""
     model = model.strip()
     name = ALIASES.get(model.lower(), model.lower())
     if name in references():
@@ -107,11 +104,8 @@ def reference_of(repo: str) -> str | None:
 @cache
 def references() -> dict[str, Document]:
     """Shapes of well-known models, from `references.json`: name -> `config`, and of a mixture `tensors`: a name, `0-31`
-    for the numbers of its layers -> shape. Only what shapes follow from is kept.
-
-    Source: the models' published `config.json`; the numbers of parameters that follow are compared with the published
-    ones in a test.
-    """
+    for the numbers of its layers -> shape. Only what shapes follow from is kept. Source: the models' published
+    `config.json`; the numbers of parameters that follow are compared with the published ones in a test."""
     text = resources.files(__package__).joinpath("references.json").read_text("utf-8")
     shapes: dict[str, Document] = json.loads(text)
     return shapes

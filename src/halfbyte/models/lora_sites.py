@@ -93,14 +93,8 @@ class Site:
 
 
 def sites(specs: Sequence[TensorSpec], lora: Lora, names: Sequence[str] | str | None = None) -> tuple[Site, ...]:
-    """The layers that get an adapter.
-
-    Args:
-        names: target modules as `targets.resolve_targets` chose them for the built model; None reads the recipe's.
-
-    Raises:
-        AdapterError: nothing matches; says what there is.
-    """
+    """The layers that get an adapter. `names`: target modules as `targets.resolve_targets` chose them for the built
+    model; None reads the recipe's. Raises AdapterError: nothing matches; says what there is."""
     linears = {s.name.removesuffix(".weight"): s for s in specs if s.role == "linear" and s.layer is not None}
     targets = lora.target_modules if names is None else names
     saved = "|".join(lora.modules_to_save or ())  # what trains whole gets no adapter
@@ -158,10 +152,8 @@ def trainable(placed: Sequence[Site], specs: Sequence[TensorSpec], lora: Lora) -
 
 
 def saved_tensors(specs: Sequence[TensorSpec], lora: Lora) -> list[TensorSpec]:
-    """The tensors of `modules_to_save`: PEFT copies every module whose full name ends in one of these names.
-
-    A head that is tied to the embedding is copied too, and is no longer tied.
-    """
+    """The tensors of `modules_to_save`: PEFT copies every module whose full name ends in one of these names. A head
+    that is tied to the embedding is copied too, and is no longer tied."""
     ends = tuple(lora.modules_to_save or ())
     if not ends:
         return []

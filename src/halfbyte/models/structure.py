@@ -76,11 +76,8 @@ def _layer_lists(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def split_map(lm: Model, devices: Sequence[str]) -> dict[str, str]:
-    """A `device_map` by which each device has as many decoder layers as another, one after the other.
-
-    What comes before them lies on the first device, the last norm and the head on the last; a tied head beside its
-    embedding.
-    """
+    """A `device_map` by which each device has as many decoder layers as another, one after the other. What comes before
+    them lies on the first device, the last norm and the head on the last; a tied head beside its embedding."""
     holder, name = layer_list(lm)
     layers = getattr(holder, name)
     device_of = {id(layer): devices[n * len(devices) // len(layers)] for n, layer in enumerate(layers)}

@@ -45,11 +45,9 @@ _CONV1D_TYPES = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transform
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a checkpoint, under the checkpoint's own name.
-
-    `role` "linear" is what the policy may quantise as a matrix, "expert" the same for fused or unnamed expert tensors;
-    `transposed`: stored (in, out), as GPT-2's Conv1D does, where nn.Linear stores (out, in).
-    """
+    """One tensor of a checkpoint, under the checkpoint's own name. `role` "linear" is what the policy may quantise as a
+    matrix, "expert" the same for fused or unnamed expert tensors; `transposed`: stored (in, out), as GPT-2's Conv1D
+    does, where nn.Linear stores (out, in)."""
 
     name: str
     shape: tuple[int, ...]
@@ -101,13 +99,9 @@ class Facts:
 
 
 def read_checkpoint(folder: Path) -> list[TensorSpec]:
-    """Every tensor that loading will use, in the order of the files' names and then of their data.
-
-    A head that the config ties to the embedding is listed once, as the embedding.
-
-    Raises:
-        SourceError: no config, no safetensors, a shard missing, or a file that is cut short or not what it says.
-    """
+    """Every tensor that loading will use, in the order of the files' names and then of their data. A head that the
+    config ties to the embedding is listed once, as the embedding. Raises SourceError: no config, no safetensors, a
+    shard missing, or a file that is cut short or not what it says."""
     config = read_config(folder)
     return specs_of(map(read_header, weight_files(folder)), config)
 

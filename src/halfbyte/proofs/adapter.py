@@ -47,11 +47,8 @@ class AdapterCheck:
 def keep_logits(
     path: Path, model: Model, rows: Sequence[Example], alone: AbstractContextManager[None], saved: torch.dtype
 ) -> None:
-    """Write what an adapter says of the first rows to a JSON file.
-
-    Args:
-        alone: in which the model is the base without its adapter. saved: the dtype of the adapter's file.
-    """
+    """Write what an adapter says of the first rows to a JSON file. `alone`: in which the model is the base without its
+    adapter. `saved`: the dtype of the adapter's file."""
     samples: list[Document] = []
     chosen = [row for row in rows[: 4 * ROWS] if any(label != IGNORED for label in row.labels)][:ROWS]
     for row in chosen:
@@ -78,11 +75,7 @@ def keep_logits(
 
 
 def compare_logits(path: Path, model: Model) -> AdapterCheck:
-    """What an adapter says now beside what it said when it was trained.
-
-    Raises:
-        RunError: the file cannot be read.
-    """
+    """What an adapter says now beside what it said when it was trained. Raises RunError: the file cannot be read."""
     try:
         values: Document = json.loads(path.read_text(encoding="utf-8"))
         difference = _largest_difference(model, values["rows"])

@@ -35,11 +35,8 @@ def centred(logits: Tensor) -> Tensor:
 
 
 def accumulated_rounding(rounding: float, times: float, *, margin: float) -> float:
-    """A bound for the distance after so many independent roundings, one after another.
-
-    Args:
-        rounding: root mean square of what one rounding changes, relative to the number. margin: in standard deviations.
-    """
+    """A bound for the distance after so many independent roundings, one after another. `rounding`: root mean square of
+    what one rounding changes, relative to the number. `margin`: in standard deviations."""
     return margin * rounding * math.sqrt(times)
 
 

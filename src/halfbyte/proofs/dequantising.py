@@ -30,11 +30,8 @@ class DequantProof:
 
 
 def prove_dequantised(model: nn.Module) -> DequantProof:
-    """Compare one quantised matrix of each shape with the definition; what is wrong is not used again.
-
-    Raises:
-        BaseModelError: the slow path is wrong too, so the weights cannot be read at all.
-    """
+    """Compare one quantised matrix of each shape with the definition; what is wrong is not used again. Raises
+    BaseModelError: the slow path is wrong too, so the weights cannot be read at all."""
     dtype, one_of_each = _dtype(model), _one_of_each(model)
     wrong = {kind: module for kind, module in one_of_each.items() if not _is_right(module, dtype)}
     if not wrong:

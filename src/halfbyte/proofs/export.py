@@ -48,33 +48,25 @@ MARGIN, MAX_BOUND = 2.0, 0.5
 
 @dataclass(frozen=True)
 class Proof:
-    """What an export says beside what the run says.
-
-    Args:
-        difference: of logits, the rms over their spread, over all positions. moved: that of the base alone from the
-            run. kl: mean Kullback-Leibler divergence from the run, in nats. base_kl: that of the base alone.
-        same_answers: greedy answers alike, of `answers`. unlike: of the others those in which the run's choice, where
-            they part, was clearer than rounding can turn.
-        tokenized: texts that become other tokens.
-    """
+    """What an export says beside what the run says."""
 
     program: str
     format: str
     bound: float
-    difference: float
-    moved: float
-    kl: float
-    base_kl: float
+    difference: float  # of logits, the rms over their spread, over all positions
+    moved: float  # that of the base alone from the run
+    kl: float  # mean Kullback-Leibler divergence from the run, in nats
+    base_kl: float  # that of the base alone
     loss: float
     run_loss: float
     positions: int
     answers: int
-    same_answers: int
-    unlike: int
+    same_answers: int  # greedy answers alike, of `answers`
+    unlike: int  # of the others those in which the run's choice, where they part, was clearer than rounding can turn
     exact: int
     run_exact: int
     references: int
-    tokenized: int
+    tokenized: int  # texts that become other tokens
     bounded: bool = True
 
     @property

@@ -70,10 +70,8 @@ def prove_fused(model: Model, *, packed: bool, longest: int | None = None) -> Fu
 
 
 def sample_gradients(model: Model, *, packed: bool) -> Gradients:
-    """The gradients of every adapter on the proof's examples, with dropout off; the model is as before afterwards.
-
-    For comparing two ways to run one model, to the bit.
-    """
+    """The gradients of every adapter on the proof's examples, with dropout off; the model is as before afterwards. For
+    comparing two ways to run one model, to the bit."""
     with setting.as_given(model), _random_b(model):
         lengths = setting.short_lengths(packed=packed)
         batch = labelled(setting.random_examples(structure.causal_lm(model), lengths))

@@ -79,10 +79,8 @@ def loss_and_gradients(
     parameters: Mapping[str, Tensor] | None = None,
     loss: Loss = micro_batch_loss,
 ) -> tuple[float, Gradients]:
-    """Of some micro-batches together, with dropout off; gradients of all that trains, or of these parameters.
-
-    By `autograd.grad`, which leaves `.grad` alone and calls no hook that waits for it (of DDP, for one).
-    """
+    """Of some micro-batches together, with dropout off; gradients of all that trains, or of these parameters. By
+    `autograd.grad`, which leaves `.grad` alone and calls no hook that waits for it (of DDP, for one)."""
     model.eval()
     if parameters is None:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -107,12 +105,8 @@ def _trained_tokens(lm: Model) -> list[Any]:
 
 def long_row(lm: Model, longest: int | None) -> tuple[int, str]:
     """(tokens of a row longer than every window and chunk, 0 where none is needed or affordable; what is not tried).
-
     Windows are those that the layers show; in another layout than ours, which runs transformers' own masks, none do.
-
-    Args:
-        longest: tokens of the longest row of the run, where it is known.
-    """
+    `longest`: tokens of the longest row of the run, where it is known."""
     body = structure.body(lm)
     if lm.config._attn_implementation != NAME:
         return 0, ""

@@ -34,11 +34,9 @@ def quantised_linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def forget_deserialising(model: Model) -> None:
-    """Let a model that was opened pre-quantised be saved again.
-
-    transformers keeps the conversions of a load and reverts them in `save_pretrained`, but cannot revert this one
-    (`core_model_loading.py`, `ConversionOps.reverse_op`); without it the tensors are written as they are held.
-    """
+    """Let a model that was opened pre-quantised be saved again. transformers keeps the conversions of a load and
+    reverts them in `save_pretrained`, but cannot revert this one (`core_model_loading.py`, `ConversionOps.reverse_op`);
+    without it the tensors are written as they are held."""
 
     def is_lasting(conversion: object) -> bool:
         ops = {type(op).__name__ for op in getattr(conversion, "operations", ())}
@@ -49,11 +47,9 @@ def forget_deserialising(model: Model) -> None:
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Make every 4-bit layer multiply in `dtype`, forward and backward.
-
-    The backward dequantises to `quant_state.dtype` and the forward to the input's dtype (`MatMul4Bit` in
-    `bitsandbytes/autograd/_functions.py`): unless the two are one dtype, forward and backward use different weights.
-    """
+    """Make every 4-bit layer multiply in `dtype`, forward and backward. The backward dequantises to `quant_state.dtype`
+    and the forward to the input's dtype (`MatMul4Bit` in `bitsandbytes/autograd/_functions.py`): unless the two are one
+    dtype, forward and backward use different weights."""
     for _, module in linears_4bit(model):
         module.compute_dtype, module.compute_type_is_set = dtype, True
         if module.weight.quant_state is not None:

@@ -208,11 +208,8 @@ class FourBit(NumberFormat):
 
 
 class FourBitEncoder:
-    """One matrix on its way into 4 bits, byte for byte as bitsandbytes makes it.
-
-    Args:
-        dtype: bf16, fp16 or fp32: that of the values, and what the weight is later dequantised to.
-    """
+    """One matrix on its way into 4 bits, byte for byte as bitsandbytes makes it. `dtype`: bf16, fp16 or fp32: that of
+    the values, and what the weight is later dequantised to."""
 
     def __init__(self, quant: Quant, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> None:
         self.quant, self.dtype = quant, dtype

@@ -38,12 +38,8 @@ MARK = "halfbyte_plain_linears_but"
 def load_config(
     model: Model, quant: Quant, dtype: torch.dtype, head_names: Iterable[str] = ()
 ) -> QuantizationConfigMixin | None:
-    """What `from_pretrained` needs to quantise while it loads; None if nothing is quantised.
-
-    Args:
-        model: on the meta device, or any other of its kind; not quantised yet.
-        head_names: as for `NumberFormat.load_config`.
-    """
+    """What `from_pretrained` needs to quantise while it loads; None if nothing is quantised. `model`: on the meta
+    device, or any other of its kind; not quantised yet. `head_names`: as for `NumberFormat.load_config`."""
     config = formats.of(quant).load_config(quant, dtype, head_names)
     if not quant.quantises or (config is not None and not _passes_over(model, quant.exempt)):
         return config
@@ -51,11 +47,8 @@ def load_config(
 
 
 def stored_config(quant: Quant, dtype: torch.dtype, head_names: Iterable[str], *, marked: bool) -> Document:
-    """What a store's config.json says of its quantising; nothing for 16 bits.
-
-    Args:
-        marked: transformers knows the format, but our quantiser is needed to open the store.
-    """
+    """What a store's config.json says of its quantising; nothing for 16 bits. `marked`: transformers knows the format,
+    but our quantiser is needed to open the store."""
     config = formats.of(quant).load_config(quant, dtype, head_names)
     if config is None and quant.quantises:
         config = _own_config(quant, head_names)

@@ -25,14 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoredPart:
-    """One tensor that a quantised matrix becomes on disk; dtypes as in safetensors.
+    """One tensor that a quantised matrix becomes on disk; dtypes as in safetensors. `nbytes`: None where it is known
+    only when the matrix is encoded; `likely_bytes` is then what to plan with."""
 
-    Args:
-        suffix: what its name adds to the matrix's name: `.absmax`; with `beside_weight` it replaces `weight`: `SCB`.
-        nbytes: None where it is known only when the matrix is encoded; `likely_bytes` is then what to plan with.
-    """
-
-    suffix: str
+    suffix: str  # what its name adds to the matrix's name: `.absmax`; with `beside_weight` it replaces `weight`: `SCB`
     dtype: str
     shape: tuple[int, ...]
     nbytes: int | None
@@ -77,11 +73,8 @@ class MatrixEncoder(Protocol):
     """One matrix on its way into a format, in chunks of whole `NumberFormat.unit`s."""
 
     def codes(self, first: int, values: torch.Tensor) -> np.ndarray:
-        """The bytes of the codes of `values`, the elements from `first` on.
-
-        Raises:
-            BaseModelError: NaN or Inf among the values: they would turn a whole block into nonsense.
-        """
+        """The bytes of the codes of `values`, the elements from `first` on. Raises BaseModelError: NaN or Inf among the
+        values: they would turn a whole block into nonsense."""
 
     def decoded(self, codes: np.ndarray, first: int, out: torch.Tensor) -> torch.Tensor:
         """Fill `out` with what the codes just made of the elements from `first` on stand for, in scales of full
@@ -96,16 +89,11 @@ class MatrixEncoder(Protocol):
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """A format by its name in a recipe. A matrix's `shape` is (out, in), or (experts, out, in).
-
-    Args:
-        source: where its bytes come from, as a plan says it.
-        speed: of dequantising, in weights a second, beside that of NF4, which a machine is measured with.
-    """
+    """A format by its name in a recipe. A matrix's `shape` is (out, in), or (experts, out, in)."""
 
     name: str
-    source: str = "itemsize x weights"
-    speed: float = 1.0
+    source: str = "itemsize x weights"  # where its bytes come from, as a plan says it
+    speed: float = 1.0  # of dequantising, in weights a second, beside that of NF4, which a machine is measured with
 
     def nbytes(self, shape: tuple[int, ...], quant: Quant) -> int:
         """Bytes of one quantised matrix in memory."""
@@ -151,11 +139,8 @@ class NumberFormat:
     def stack(
         self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], quant: Quant, dtype: torch.dtype
     ) -> nn.Parameter:
-        """The same for the experts of a layer, (experts, a, b), as one parameter (`stack.py`).
-
-        Args:
-            dtype: what an expert is dequantised to.
-        """
+        """The same for the experts of a layer, (experts, a, b), as one parameter (`stack.py`). `dtype`: what an expert
+        is dequantised to."""
         raise NotImplementedError(self.name)
 
     def expert(self, module: nn.Module, e: int, out: torch.Tensor) -> torch.Tensor:
@@ -200,11 +185,8 @@ class NumberFormat:
 
     def weight(self, module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
         """The (out, in) matrix that a layer multiplies with. To be used at once: a dequantised one is in memory that
-        the next call overwrites.
-
-        Args:
-            dtype: what it will be multiplied in. A format whose layers have a dtype of their own returns that.
-        """
+        the next call overwrites. `dtype`: what it will be multiplied in. A format whose layers have a dtype of their
+        own returns that."""
         weight: torch.Tensor = module.weight
         return weight
 

@@ -21,10 +21,8 @@ FIXED_EXPERTS = {
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a dotted tensor or module name holds one of `patterns` as a run of whole dotted parts.
-
-    `mlp.down_proj` matches `model.layers.0.mlp.down_proj.weight`; `down` does not.
-    """
+    """Whether a dotted tensor or module name holds one of `patterns` as a run of whole dotted parts. `mlp.down_proj`
+    matches `model.layers.0.mlp.down_proj.weight`; `down` does not."""
     dotted = f".{name}."
     return any(f".{pattern.strip('.')}." in dotted for pattern in patterns)
 
@@ -53,10 +51,7 @@ def encoded_bytes(spec: TensorSpec, quant: Quant, compute_itemsize: int) -> int:
 
 def check_experts(model_type: str, specs: Iterable[TensorSpec], quant: Quant) -> None:
     """Refuse a mixture whose experts cannot be held in few bits; by its type and tensors, before anything is loaded.
-
-    Raises:
-        BaseModelError: naming the modules that can be left as they are.
-    """
+    Raises BaseModelError: naming the modules that can be left as they are."""
     experts = [s for s in specs if s.role == "expert" and encoding(s, quant) == "quantised"]
     if experts and formats.of(quant).rounds_inputs(quant):
         raise BaseModelError(

@@ -92,11 +92,8 @@ class ExpertStack(nn.Parameter):
         return tuple(part.view(-1)[e * n : (e + 1) * n] for part, n in shares)
 
     def expert(self, e: int, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
-        """The dense matrix (a, b) of one expert, in new memory or in `out`, (a, b) contiguous in `dtype`.
-
-        Raises:
-            IndexError: there is no such expert.
-        """
+        """The dense matrix (a, b) of one expert, in new memory or in `out`, (a, b) contiguous in `dtype`. Raises
+        IndexError: there is no such expert."""
         count, a, b = self._logical
         if not 0 <= e < count:
             raise IndexError(f"expert {e} of {count}")

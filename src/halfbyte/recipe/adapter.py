@@ -106,10 +106,7 @@ def _repeats(node: object, depth: int) -> Iterator[int]:
 
 def read_passport(folder: Path) -> Document | None:
     """The passport of an adapter's folder (`adapters/passport.py`); None where it has none, as PEFT's own have none.
-
-    Raises:
-        AdapterError: it cannot be read, or is of another version.
-    """
+    Raises AdapterError: it cannot be read, or is of another version."""
     path = folder / PASSPORT
     try:
         values: Document = limits.read_json(path, MOST_BYTES)  # type: ignore[assignment]
@@ -146,11 +143,8 @@ def lora_settings(folder: Path) -> Lora:
 
 
 def apply(recipe: Recipe, origins: dict[str, Origin]) -> tuple[Recipe, dict[str, Origin]]:
-    """The recipe with what its `lora.adapter` decides. A missing adapter is reported where it is needed.
-
-    Raises:
-        RecipeError: names each field that contradicts the adapter.
-    """
+    """The recipe with what its `lora.adapter` decides. A missing adapter is reported where it is needed. Raises
+    RecipeError: names each field that contradicts the adapter."""
     name = recipe.lora.adapter
     if name is None or not is_adapter(name):
         return recipe, origins

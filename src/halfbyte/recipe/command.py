@@ -24,11 +24,8 @@ def recipe_or_model(target: str, overrides: Sequence[str]) -> Loaded:
 
 
 def recipe_or_rows(target: str, model: str | None, overrides: Sequence[str]) -> Loaded:
-    """A recipe file, in which `model` stands for another one; or a file of rows, for `model`.
-
-    Raises:
-        RecipeError: rows without a model; what the recipe holds.
-    """
+    """A recipe file, in which `model` stands for another one; or a file of rows, for `model`. Raises RecipeError: rows
+    without a model; what the recipe holds."""
     if is_recipe(target):
         return load_recipe(Path(target), [*overrides, *([f"model={model}"] if model else [])])
     if model is None:
@@ -40,11 +37,8 @@ def recipe_or_rows(target: str, model: str | None, overrides: Sequence[str]) -> 
 
 
 def to_train(target: str, data: str | None, overrides: Sequence[str]) -> Loaded:
-    """A recipe file; or the default recipe of a model, with a file of rows.
-
-    Raises:
-        RecipeError: a run folder, a recipe with rows beside it, a model without rows; what the recipe holds.
-    """
+    """A recipe file; or the default recipe of a model, with a file of rows. Raises RecipeError: a run folder, a recipe
+    with rows beside it, a model without rows; what the recipe holds."""
     path = Path(target)
     if path.is_file() and path.suffix in ROW_SUFFIXES:
         model = data or "MODEL"
@@ -67,11 +61,8 @@ def to_train(target: str, data: str | None, overrides: Sequence[str]) -> Loaded:
 
 
 def to_resume(target: str, overrides: Sequence[str] = ()) -> Loaded:
-    """The recipe of a run folder; or a recipe file, that of the run which it names.
-
-    Raises:
-        RecipeError: there is no such run.
-    """
+    """The recipe of a run folder; or a recipe file, that of the run which it names. Raises RecipeError: there is no
+    such run."""
     path, given = Path(target), None
     if path.is_file():
         given = load_recipe(path, overrides)
@@ -94,11 +85,8 @@ USABLE_ALONE = ("model", "revision", "quant.", "trust_remote_code", "allow_pickl
 
 
 def to_use(file: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a finished run. Where it was trained an integration was installed that need not be here.
-
-    Raises:
-        RecipeError: a value is set that an adapter has been trained with.
-    """
+    """The recipe of a finished run. Where it was trained an integration was installed that need not be here. Raises
+    RecipeError: a value is set that an adapter has been trained with."""
     _check_usable(overrides, USABLE)
     return load_recipe(file, ["train.report_to=none", *overrides], of_run=True).recipe
 
@@ -127,11 +115,8 @@ def check_new(path: Path) -> None:
 def write_template(
     path: Path, model: str, data: str, values: Mapping[str, object] = MappingProxyType({}), remarks: Sequence[str] = ()
 ) -> None:
-    """Write the commented recipe of `halfbyte init`, as `init_template` makes it.
-
-    Raises:
-        RecipeError: the file exists, or cannot be written.
-    """
+    """Write the commented recipe of `halfbyte init`, as `init_template` makes it. Raises RecipeError: the file exists,
+    or cannot be written."""
     check_new(path)
     try:
         path.write_text(init_template(model, data, values, remarks))

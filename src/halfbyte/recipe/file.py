@@ -46,14 +46,9 @@ _EXAMPLES = {
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), *, of_run: bool = False) -> Loaded:
-    """Read a recipe file; `overrides` are `a.b=c` and win over it.
-
-    Args:
-        of_run: it is a run's own, whose relative paths are meant from its folder (`relative_to_run`).
-
-    Raises:
-        RecipeError: every problem at once, with its line in the file.
-    """
+    """Read a recipe file; `overrides` are `a.b=c` and win over it. `of_run`: it is a run's own, whose relative paths
+    are meant from its folder (`relative_to_run`). Raises RecipeError: every problem at once, with its line in the
+    file."""
     try:
         with path.open("rb") as file:
             raw = file.read(MOST_BYTES + 1)
@@ -90,11 +85,7 @@ def recipe_from(model: str, data: str, overrides: Sequence[str] = ()) -> Loaded:
 
 def relative_to_run(recipe: Recipe, folder: Path, *, model: bool) -> Recipe:
     """The recipe as it is kept in a run's folder: relative paths that are there go from that folder, so that they are
-    found whatever the working directory is, and when all of it is moved.
-
-    Args:
-        model: its name is a path.
-    """
+    found whatever the working directory is, and when all of it is moved. `model`: its name is a path."""
 
     def seen(name: object) -> object:
         if isinstance(name, list | tuple):
@@ -130,11 +121,8 @@ def to_yaml(recipe: Recipe) -> str:
 def init_template(
     model: str, data: str, values: Mapping[str, object] = MappingProxyType({}), remarks: Sequence[str] = ()
 ) -> str:
-    """The commented recipe that `halfbyte init` writes. It loads as it is.
-
-    Args:
-        values: what is not a default, by dotted name. remarks: comments at its top.
-    """
+    """The commented recipe that `halfbyte init` writes. It loads as it is. `values`: what is not a default, by dotted
+    name. `remarks`: comments at its top."""
     about = {name: field.description for name, field in Recipe.model_fields.items()}
     lines = [
         "# A halfbyte recipe. Every field, with what it does: docs/recipe.md and docs/lora.md",

@@ -16,21 +16,14 @@ _ONCE: tuple[Mapping[str, object], ...] = (MappingProxyType({}),)
 
 @dataclass(frozen=True)
 class FormatInfo:
-    """What is said of a format.
-
-    Args:
-        bits: of a weight's code.
-        reads: which fields of `UNSET` it reads.
-        scales: why it reads no `BLOCK_FIELDS`, as a refusal ends: "has one scale for each row of a matrix".
-        suggested: whether a plan names it where fewer bits would fit; at most one format of so many bits.
-        compared: with which of its fields `halfbyte quantize --report` measures it, once for each.
-    """
+    """What is said of a format. `scales`: why it reads no `BLOCK_FIELDS`, as a refusal ends: "has one scale for each
+    row of a matrix". `compared`: with which of its fields `halfbyte quantize --report` measures it, once for each."""
 
     name: str
-    bits: int
-    reads: frozenset[str] = frozenset(BLOCK_FIELDS)
+    bits: int  # of a weight's code
+    reads: frozenset[str] = frozenset(BLOCK_FIELDS)  # which fields of `UNSET` it reads
     scales: str = "has no blocks"
-    suggested: bool = False
+    suggested: bool = False  # whether a plan names it where fewer bits would fit; at most one format of so many bits
     compared: tuple[Mapping[str, object], ...] = _ONCE
 
     @property

@@ -165,11 +165,9 @@ def _cgroup_memory(root: Path) -> Iterator[tuple[int, int]]:
 
 
 def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
-    """The group of this process for a controller (v1) and the unified one (v2), each with every parent.
-
-    In a container the path that `/proc/self/cgroup` gives may be the host's; the mount's root then is the group, and it
-    is always among the parents.
-    """
+    """The group of this process for a controller (v1) and the unified one (v2), each with every parent. In a container
+    the path that `/proc/self/cgroup` gives may be the host's; the mount's root then is the group, and it is always
+    among the parents."""
     mount = root / "sys/fs/cgroup"
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]

@@ -77,10 +77,8 @@ def finite(value: object) -> object:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """An empty folder to write into; when the block ends it is called `path`, and an older `path` is gone.
-
-    After an error nothing is left of it, and the older one is untouched.
-    """
+    """An empty folder to write into; when the block ends it is called `path`, and an older `path` is gone. After an
+    error nothing is left of it, and the older one is untouched."""
     temporary = beside(path)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -101,11 +99,9 @@ def clear_dead(folder: Path, name: str = "*") -> None:
 
 
 def put(new: Path, path: Path) -> None:
-    """Give a finished file or folder its name, durably, in place of an older one.
-
-    A folder cannot be replaced in one step. An error puts the older one back; a process killed between the two renames
-    leaves it under the name `aside(path)`.
-    """
+    """Give a finished file or folder its name, durably, in place of an older one. A folder cannot be replaced in one
+    step. An error puts the older one back; a process killed between the two renames leaves it under the name
+    `aside(path)`."""
     for written in (*new.rglob("*"), new):
         sync(written)
     old = aside(path)

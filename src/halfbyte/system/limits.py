@@ -42,11 +42,8 @@ class TooMuch(ValueError):
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> object:
-    """The JSON in a file of UTF-8 text.
-
-    Raises:
-        OSError. ValueError: it is too long, nested too deeply, not UTF-8 or not JSON.
-    """
+    """The JSON in a file of UTF-8 text. Raises OSError. ValueError: it is too long, nested too deeply, not UTF-8 or not
+    JSON."""
     with path.open("rb") as file:
         return parse_json(file.read(max_bytes + 1), max_bytes)
 
@@ -63,10 +60,7 @@ def parse_json(raw: bytes, max_bytes: int = MAX_JSON_BYTES) -> object:
 
 def read_config(path: Path) -> object:
     """A `config.json`, whose numbers can be counted up to: a model is built layer by layer, a label is an entry each.
-
-    Raises:
-        OSError. ValueError: as `read_json`; a number that no model has.
-    """
+    Raises OSError. ValueError: as `read_json`; a number that no model has."""
     value = read_json(path, MAX_CONFIG_BYTES)
     waiting = [value]
     while waiting:
@@ -86,11 +80,8 @@ def read_config(path: Path) -> object:
 
 @contextmanager
 def limited(what: str, *, seconds: float = SECONDS, more_bytes: int = BYTES) -> Iterator[None]:
-    """Do a piece of work in at most so many seconds and so many bytes above what this process has now.
-
-    Raises:
-        TooMuch: names `what`, and the limit.
-    """
+    """Do a piece of work in at most so many seconds and so many bytes above what this process has now. Raises TooMuch:
+    names `what`, and the limit."""
     with _watch.limit(f"{what} takes longer than {seconds:.0f} s", seconds):
         before = _lower(more_bytes)
         try:
@@ -104,14 +95,9 @@ def limited(what: str, *, seconds: float = SECONDS, more_bytes: int = BYTES) -> 
 
 @contextmanager
 def template(text: object) -> Iterator[None]:
-    """Render a chat template, in transformers' sandbox and in here.
-
-    Args:
-        text: the template; what is no text (several of them by name) is not looked at before.
-
-    Raises:
-        TooMuch: it takes more than it may, or calculates powers, which are one long operation that nothing can end.
-    """
+    """Render a chat template, in transformers' sandbox and in here. `text`: the template; what is no text (several of
+    them by name) is not looked at before. Raises TooMuch: it takes more than it may, or calculates powers, which are
+    one long operation that nothing can end."""
     if isinstance(text, str) and _has_powers(text):
         raise TooMuch("the chat template calculates powers (**), which can take for ever")
     with limited("the chat template"):
@@ -170,11 +156,7 @@ class Watch:
 
     @contextmanager
     def limit(self, message: str, seconds: float) -> Iterator[None]:
-        """Do a piece of work of this thread in at most so many seconds.
-
-        Raises:
-            TooMuch: with this message.
-        """
+        """Do a piece of work of this thread in at most so many seconds. Raises TooMuch: with this message."""
         number = threading.get_ident()
         with self._lock:
             outer = self._deadlines.get(number)

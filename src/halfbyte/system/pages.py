@@ -78,12 +78,8 @@ class FileMaps:
 
 
 def whole_pages(areas: Iterable[tuple[int, int]], *, gap: int = PAGE) -> tuple[Span, ...]:
-    """The pages that lie wholly inside `areas` of (address, bytes).
-
-    Args:
-        gap: areas nearer to each other than this are joined first; what lies between two tensors of one layer in one
-            file is a few bytes of alignment.
-    """
+    """The pages that lie wholly inside `areas` of (address, bytes). `gap`: areas nearer to each other than this are
+    joined first; what lies between two tensors of one layer in one file is a few bytes of alignment."""
     joined: list[Span] = []
     for start, size in sorted(areas):
         if joined and start - joined[-1].end < gap:

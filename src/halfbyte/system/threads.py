@@ -48,11 +48,8 @@ def keep_few_products(env: MutableMapping[str, str] = os.environ) -> None:
 
 
 def configure(cores: int, env: Mapping[str, str] = os.environ, *, sharing: int | None = None) -> ProcessSettings:
-    """Set the threads of this process to at most `cores`, where the environment does not say otherwise.
-
-    Args:
-        sharing: so many processes of one run share this machine, and `cores` are this one's.
-    """
+    """Set the threads of this process to at most `cores`, where the environment does not say otherwise. `sharing`: so
+    many processes of one run share this machine, and `cores` are this one's."""
     keep_few_products()
     return ProcessSettings(*_threads(cores, env, sharing), _allocator(env), _huge_pages())
 

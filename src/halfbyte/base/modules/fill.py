@@ -42,11 +42,8 @@ class Filling:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def all(self, tensors: Iterable[ModuleTensor]) -> None:
-        """Install every tensor; errors of any thread end it.
-
-        Raises:
-            BaseModelError: a weight that is not finite; a disk that is full. The module is not whole then.
-        """
+        """Install every tensor; errors of any thread end it. Raises BaseModelError: a weight that is not finite; a disk
+        that is full. The module is not whole then."""
         memory: list[ModuleTensor] = []
         disk: dict[str, list[ModuleTensor]] = {}
         for tensor in tensors:

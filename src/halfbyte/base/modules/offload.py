@@ -31,11 +31,8 @@ class Moves(Protocol):
 
 
 class Copies:
-    """Copies the tensors of parts to a device when they are needed; their own stay where they are.
-
-    Args:
-        parts: modules; adapters that are put on later are moved to the device for good.
-    """
+    """Copies the tensors of parts to a device when they are needed; their own stay where they are. `parts`: modules;
+    adapters that are put on later are moved to the device for good."""
 
     def __init__(self, parts: Sequence[nn.Module], device: torch.device) -> None:
         self._parts, self._device = parts, device
@@ -100,11 +97,8 @@ class Recent:
 
 
 def attach(root: nn.Module, survey: Survey, places: Places) -> Recent | None:
-    """Let what is not where it computes come and go; and send each part's inputs to its card.
-
-    Returns:
-        None where everything stays.
-    """
+    """Let what is not where it computes come and go; and send each part's inputs to its card. Returns None where
+    everything stays."""
     away = {DISK, CPU} if places.on_card else {DISK}
     moving = [places.part_of(t.name) for t in survey.tensors if places.device_of[t.name] in away]
     parts = [root.get_submodule(name) for name in dict.fromkeys(moving) if name is not None]

@@ -26,16 +26,11 @@ _HEADER_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Places:
-    """Where each tensor goes.
+    """Where each tensor goes."""
 
-    Args:
-        device_of: of each tensor a device, or disk. parts: the modules whose tensors come and go together.
-        main: where what is in memory or on disk is computed.
-    """
-
-    device_of: dict[str, str]
-    parts: tuple[str, ...]
-    main: str
+    device_of: dict[str, str]  # of each tensor a device, or disk
+    parts: tuple[str, ...]  # the modules whose tensors come and go together
+    main: str  # where what is in memory or on disk is computed
 
     @property
     def on_card(self) -> bool:
@@ -47,11 +42,8 @@ class Places:
 
 
 def parts_of(root: nn.Module, unsplit_classes: Iterable[str] = ()) -> Iterator[str]:
-    """Names of the largest modules that are called as one.
-
-    Args:
-        unsplit_classes: names of classes that are not taken apart.
-    """
+    """Names of the largest modules that are called as one. `unsplit_classes`: names of classes that are not taken
+    apart."""
 
     def walk(name: str, module: nn.Module) -> Iterator[str]:
         lists = any(isinstance(m, (nn.ModuleList, nn.ModuleDict)) for m in module.modules())
@@ -79,11 +71,8 @@ def resolve(
     max_memory: Mapping[object, object] | None = None,
     unsplit_classes: Iterable[str] = (),
 ) -> Places:
-    """Decide for every tensor.
-
-    Raises:
-        BaseModelError: a map with unknown names, tensors that it does not cover, or a device that is not here.
-    """
+    """Decide for every tensor. Raises BaseModelError: a map with unknown names, tensors that it does not cover, or a
+    device that is not here."""
     parts, device = tuple(parts_of(root, unsplit_classes)), machine.detect()
     names = [tensor.name for tensor in survey.tensors]
     if isinstance(device_map, Mapping):
@@ -178,11 +167,8 @@ def _filled(
 
 
 def check_folder(places: Places, survey: Survey, settings: ModuleSettings, folder: Path | None) -> None:
-    """Refuse an offload folder that cannot take what is to go there.
-
-    Raises:
-        BaseModelError: none named, not writable, or without space.
-    """
+    """Refuse an offload folder that cannot take what is to go there. Raises BaseModelError: none named, not writable,
+    or without space."""
     disk = [tensor for tensor in survey.tensors if places.device_of[tensor.name] == DISK]
     if not disk:
         return

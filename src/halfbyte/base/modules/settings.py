@@ -32,21 +32,15 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class ModuleSettings:
-    """How a module is held.
-
-    Args:
-        compute: what quantised layers multiply in. rest: dtype of what is not quantised.
-        skip: names that stay in `rest`, beside output layers; None for those alone; empty: not even those.
-        fp32: names that stay in fp32.
-        storage: dtype that packed 4-bit codes are seen as.
-    """
+    """How a module is held. `skip`: names that stay in `rest`, beside output layers; None for those alone; empty: not
+    even those."""
 
     quant: Quant
-    compute: torch.dtype
-    rest: torch.dtype
+    compute: torch.dtype  # what quantised layers multiply in
+    rest: torch.dtype  # dtype of what is not quantised
     skip: tuple[str, ...] | None = None
-    fp32: tuple[str, ...] = ()
-    storage: torch.dtype = torch.uint8
+    fp32: tuple[str, ...] = ()  # names that stay in fp32
+    storage: torch.dtype = torch.uint8  # dtype that packed 4-bit codes are seen as
 
 
 def read(
@@ -57,14 +51,8 @@ def read(
     *,
     on_card: bool = False,
 ) -> ModuleSettings:
-    """The settings of a call.
-
-    Args:
-        dtype: auto, bf16, fp16, fp32 or a torch.dtype; anything but auto goes before what `asked` says.
-
-    Raises:
-        RecipeError: values that are unknown or exclude each other; all of them at once.
-    """
+    """The settings of a call. `dtype`: auto, bf16, fp16, fp32 or a torch.dtype; anything but auto goes before what
+    `asked` says. Raises RecipeError: values that are unknown or exclude each other; all of them at once."""
     values, rest_dtype = _fields(asked)
     wanted = _NAMES.get(dtype, str(dtype)) if isinstance(dtype, torch.dtype) else dtype
     if wanted != "auto":

@@ -33,21 +33,14 @@ _UNSAID_SHARE = 0.02
 
 @dataclass(frozen=True)
 class ModuleTensor:
-    """One tensor of a module's state dict.
+    """One tensor of a module's state dict."""
 
-    Args:
-        names: every place that shares it. shape: as the module has it. dtype: what its numbers are cast to, before they
-            are quantised too.
-        transposed: it is quantised, and the module has it (in, out).
-        stack: it is quantised, and is the experts of a layer, (experts, out, in).
-    """
-
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    names: tuple[str, ...]  # every place that shares it
+    shape: tuple[int, ...]  # as the module has it
+    dtype: torch.dtype  # what its numbers are cast to, before they are quantised too
     quantised: bool
-    transposed: bool = False
-    stack: bool = False
+    transposed: bool = False  # it is quantised, and the module has it (in, out)
+    stack: bool = False  # it is quantised, and is the experts of a layer, (experts, out, in)
 
     @property
     def name(self) -> str:
@@ -74,11 +67,8 @@ class Survey:
 
 
 def survey(root: nn.Module, settings: ModuleSettings) -> Survey:
-    """Decide about every tensor.
-
-    Raises:
-        BaseModelError: a name that is not there; nothing that could be quantised; quantised already.
-    """
+    """Decide about every tensor. Raises BaseModelError: a name that is not there; nothing that could be quantised;
+    quantised already."""
     modules = dict(root.named_modules(remove_duplicate=False))
     state = tensors_of(root)
     if bnb.quantised_linears(root):
@@ -130,10 +120,8 @@ def _stacks(root: nn.Module, settings: ModuleSettings) -> set[str]:
 
 
 def nearest(name: str, known: Iterable[str], *, whole_names: bool = False) -> str:
-    """The known name, or (unless `whole_names`) run of its dotted parts, that is most like `name`; empty if none is.
-
-    Of names that differ in their numbers alone one is looked at: that with the numbers of `name`, or the first.
-    """
+    """The known name, or (unless `whole_names`) run of its dotted parts, that is most like `name`; empty if none is. Of
+    names that differ in their numbers alone one is looked at: that with the numbers of `name`, or the first."""
     numbers = re.findall(r"\d+", name)
     once: dict[str, str] = {}
     for each in filter(None, known):

@@ -33,11 +33,8 @@ _LISTED = 5
 
 def open_source(weights: Path) -> Source:
     """The tensors of a file, an index or a folder: safetensors before pickles, which are read with weights_only=True.
-
-    Raises:
-        SourceError: nothing there, no weights in it, a file that is cut short.
-        BaseModelError: pickled objects other than tensors.
-    """
+    Raises SourceError: nothing there, no weights in it, a file that is cut short. BaseModelError: pickled objects other
+    than tensors."""
     files = _files(weights)
     if files[0].suffix not in PICKLES:
         return Source(files)
@@ -109,11 +106,8 @@ class Weights:
 
 
 def match(root: nn.Module, tensors: Sequence[ModuleTensor], source: Source | None, origin: str) -> Weights:
-    """Find every tensor's numbers.
-
-    Raises:
-        BaseModelError: weights that are missing, not in the module, or of another shape; tied ones that differ.
-    """
+    """Find every tensor's numbers. Raises BaseModelError: weights that are missing, not in the module, or of another
+    shape; tied ones that differ."""
     if source is None:
         if empty := [tensor.name for tensor in tensors if tensor_at(root, tensor.name).is_meta]:
             raise BaseModelError(
@@ -143,11 +137,8 @@ def match(root: nn.Module, tensors: Sequence[ModuleTensor], source: Source | Non
 
 
 def _module_names(root: nn.Module, source: Source, tensors: Sequence[ModuleTensor]) -> dict[str, str]:
-    """What the module calls each tensor of the source.
-
-    Raises:
-        BaseModelError: transformers merges or splits tensors of this model while it loads.
-    """
+    """What the module calls each tensor of the source. Raises BaseModelError: transformers merges or splits tensors of
+    this model while it loads."""
     state = {name: True for tensor in tensors for name in tensor.names}
     targets = renamed(root, source.tensors, state)
     if merged := [name for name, (_, converted) in targets.items() if converted]:
@@ -218,14 +209,9 @@ def _same(source: Source, one: SourceTensor, other: SourceTensor) -> bool:
 
 
 def make_buffers(root: nn.Module) -> None:
-    """Give the buffers that no checkpoint holds their numbers where the module is on the meta device.
-
-    A transformers model computes them again, as it does while it loads (`_init_weights`); parameters are marked, so
-    that nothing is done to them.
-
-    Raises:
-        BaseModelError: the module cannot compute them.
-    """
+    """Give the buffers that no checkpoint holds their numbers where the module is on the meta device. A transformers
+    model computes them again, as it does while it loads (`_init_weights`); parameters are marked, so that nothing is
+    done to them. Raises BaseModelError: the module cannot compute them."""
     empty = {name: b for name, b in tensors_of(root, persistent=False).items() if b.is_meta}
     if not empty:
         return

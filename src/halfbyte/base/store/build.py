@@ -60,12 +60,9 @@ class BuildJob:
 
 
 def build(job: BuildJob, source: Source, target: Path, tell: Callable[[Progress], None] | None = None) -> None:
-    """Make the folder `target`, which must not be there. Call it under the lock of `shelf.building`.
-
-    Raises:
-        StoreError: no space, a source that changes or ends too early, a folder that cannot be written.
-        BaseModelError: a weight that is not finite.
-    """
+    """Make the folder `target`, which must not be there. Call it under the lock of `shelf.building`. Raises StoreError:
+    no space, a source that changes or ends too early, a folder that cannot be written. BaseModelError: a weight that is
+    not finite."""
     partial = target.with_name(target.name + shelf.PARTIAL)
     try:
         partial.mkdir(parents=True, exist_ok=True)

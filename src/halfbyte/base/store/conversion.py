@@ -29,15 +29,10 @@ if TYPE_CHECKING:
 
 
 class Rule(NamedTuple):
-    """How tensors become another one.
+    """How tensors become another one."""
 
-    Args:
-        pattern: which of the converter's patterns a tensor's name holds.
-        converter: its patterns, in the order in which their tensors are taken, and its operations.
-    """
-
-    pattern: str
-    converter: WeightConverter
+    pattern: str  # which of the converter's patterns a tensor's name holds
+    converter: WeightConverter  # its patterns, in the order in which their tensors are taken, and its operations
 
 
 def renamed(
@@ -118,10 +113,8 @@ def stack_plan(
 
 
 def in_order(target: str, members: list[Member]) -> tuple[SourceTensor, ...]:
-    """Sources in the order in which their numbers follow each other in the result.
-
-    A converter takes a list for each of its patterns.
-    """
+    """Sources in the order in which their numbers follow each other in the result. A converter takes a list for each of
+    its patterns."""
     lists: dict[str, list[SourceTensor]] = {}
     for source, rule in members:
         lists.setdefault(rule.pattern if rule else "", []).append(source)

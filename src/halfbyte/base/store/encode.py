@@ -64,12 +64,8 @@ def slots(plans: Iterable[TensorPlan], quant: Quant) -> list[Slot]:
 
 
 class TensorReader:
-    """Reads tensors, on one thread, with a buffer that is used again.
-
-    Args:
-        on_read: is told the bytes of each chunk when it has been used.
-        hashes: gets the hash of each tensor of the source, by its name; None makes none.
-    """
+    """Reads tensors, on one thread, with a buffer that is used again. `on_read`: is told the bytes of each chunk when
+    it has been used. `hashes`: gets the hash of each tensor of the source, by its name; None makes none."""
 
     def __init__(
         self,
@@ -130,11 +126,8 @@ class TensorReader:
             self.hashes |= {source.name: d.hexdigest() for source, d in zip(plan.sources, digests, strict=True)}
 
     def write(self, plan: TensorPlan, out: Sink) -> dict[str, bytes]:
-        """Put a tensor into its place; what is known only when all of it is read is handed back, by name.
-
-        Raises:
-            BaseModelError: a weight that is not finite.
-        """
+        """Put a tensor into its place; what is known only when all of it is read is handed back, by name. Raises
+        BaseModelError: a weight that is not finite."""
         if plan.encoding == "copy":
             for first, values in self.chunks(plan):
                 out.put(plan.name, values.view(torch.uint8).numpy(), first * plan.dtype.itemsize)

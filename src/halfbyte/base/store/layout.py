@@ -53,11 +53,8 @@ class StoreLayout:
 
 
 def lay_out(tensors: dict[str, SourceTensor], spec: StoreSpec) -> StoreLayout:
-    """Decide everything about a store of these tensors.
-
-    Raises:
-        CannotHold: transformers merges or splits matrices that are to be quantised, or would not find them again.
-    """
+    """Decide everything about a store of these tensors. Raises CannotHold: transformers merges or splits matrices that
+    are to be quantised, or would not find them again."""
     empty = _EmptyModel(spec, pre_quantised=False)
     plans: list[tuple[TensorPlan, str]] = []
     wrong: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []

@@ -57,11 +57,7 @@ def write(folder: Path, manifest: Manifest) -> None:
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest of a folder.
-
-    Raises:
-        StoreError: none is there, it is not one, or it is of another format version.
-    """
+    """The manifest of a folder. Raises StoreError: none is there, it is not one, or it is of another format version."""
     path = folder / MANIFEST
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -83,11 +79,7 @@ def read(folder: Path) -> Manifest:
 
 
 def problems(folder: Path, manifest: Manifest, *, full: bool = False) -> list[str]:
-    """What differs from the manifest; empty for a whole store.
-
-    Args:
-        full: hash every byte, not only sizes and headers.
-    """
+    """What differs from the manifest; empty for a whole store. `full`: hash every byte, not only sizes and headers."""
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         every = pool.map(lambda entry: problem(folder / entry.name, entry, full=full), manifest.files)
         return [each for each in every if each]

@@ -28,10 +28,7 @@ Halves = dict[str, tuple[SourceTensor, SourceTensor]]
 
 def joined(tensors: dict[str, SourceTensor]) -> tuple[dict[str, SourceTensor], Halves]:
     """A checkpoint's tensors with blocks and scales as one tensor of the dtype `MXFP4`; and by its name what it is of.
-
-    Raises:
-        BaseModelError: blocks without the scales that belong to them.
-    """
+    Raises BaseModelError: blocks without the scales that belong to them."""
     halves: Halves = {}
     for name, blocks in tensors.items():
         if name.endswith("_blocks") and blocks.dtype == "U8" and len(blocks.shape) == 4 and blocks.shape[3] == 16:
@@ -52,11 +49,7 @@ def joined(tensors: dict[str, SourceTensor]) -> tuple[dict[str, SourceTensor], H
 
 
 def decoded(blocks: np.ndarray, scales: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    """One expert, (in, out) flat.
-
-    Args:
-        blocks: (out, n, 16) uint8. scales: (out, n) uint8.
-    """
+    """One expert, (in, out) flat. `blocks`: (out, n, 16) uint8. `scales`: (out, n) uint8."""
     import torch
 
     codes = torch.from_numpy(blocks)

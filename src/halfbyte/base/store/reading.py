@@ -48,24 +48,16 @@ class SourceTensor:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor of a store, from one tensor of the source or from all experts' tensors, one after the other.
-
-    Args:
-        shape: as it is held: (out, in), or (experts, out, in) as the model has them.
-        dtype: what its values are cast to, before they are quantised too.
-        transposed: each matrix of the source is.
-        mxfp4: the sources are blocks and scales of that format (`mxfp4.py`).
-        target: what the model calls it; empty for a stack of experts.
-    """
+    """One tensor of a store, from one tensor of the source or from all experts' tensors, one after the other."""
 
     name: str
     sources: tuple[SourceTensor, ...]
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # as it is held: (out, in), or (experts, out, in) as the model has them
     encoding: Literal["quantised", "copy"]
-    dtype: torch.dtype
-    transposed: bool = False
-    mxfp4: bool = False
-    target: str = ""
+    dtype: torch.dtype  # what its values are cast to, before they are quantised too
+    transposed: bool = False  # each matrix of the source is
+    mxfp4: bool = False  # the sources are blocks and scales of that format (`mxfp4.py`)
+    target: str = ""  # what the model calls it; empty for a stack of experts
 
     @property
     def numel(self) -> int:
@@ -110,11 +102,8 @@ class Source:
         self._fds.clear()
 
     def read(self, tensor: SourceTensor, offset: int, into: memoryview) -> None:
-        """Fill `into` with bytes of a tensor, from `offset` on; the page cache lets go of them.
-
-        Raises:
-            StoreError: the file has become shorter.
-        """
+        """Fill `into` with bytes of a tensor, from `offset` on; the page cache lets go of them. Raises StoreError: the
+        file has become shorter."""
         fd, at = self._fds[tensor.file], tensor.start + offset
         count, done = len(into), 0
         while done < count:

@@ -62,23 +62,16 @@ class NotWritable(StoreError):
 
 @dataclass(frozen=True)
 class StoreSpec:
-    """A base that is to be quantised.
-
-    Args:
-        config: of the model, as transformers reads it.
-        dtype: the compute dtype. transformers casts to it before it quantises, so it is part of a store's identity.
-        head_names: as for `NumberFormat.load_config`.
-        cores: how many threads may compute at once.
-        check: is shown the empty model and what transformers would say of the load (`missing_keys`,
-            `mismatched_keys`) before anything is built, and raises what is wrong.
-    """
+    """A base that is to be quantised. `dtype`: the compute dtype. transformers casts to it before it quantises, so it
+    is part of a store's identity. `check`: is shown the empty model and what transformers would say of the load
+    (`missing_keys`, `mismatched_keys`) before anything is built, and raises what is wrong."""
 
     checkpoint: Checkpoint
-    config: Config
+    config: Config  # of the model, as transformers reads it
     quant: Quant
     dtype: torch.dtype
-    head_names: tuple[str, ...] = ()
-    cores: int = 1
+    head_names: tuple[str, ...] = ()  # as for `NumberFormat.load_config`
+    cores: int = 1  # how many threads may compute at once
     check: Callable[[Model, Document], None] | None = None
 
     @property
@@ -185,11 +178,8 @@ def touch(path: Path) -> None:
 
 @contextmanager
 def building(key: str, on_wait: Callable[[], None] | None = None, *, where: Path | None = None) -> Iterator[None]:
-    """Hold the right to build a store; a second process waits, after `on_wait` was called once.
-
-    Args:
-        where: a folder outside the shelf that is built; its lock lies beside it.
-    """
+    """Hold the right to build a store; a second process waits, after `on_wait` was called once. `where`: a folder
+    outside the shelf that is built; its lock lies beside it."""
     file = _lock_file(key, "build", where)
     if file is None:
         target = where.parent if where is not None else folder()
@@ -245,11 +235,8 @@ def listing() -> list[CacheEntry]:
 
 
 def find_stores(names: list[str]) -> list[CacheEntry]:
-    """The stores that are meant: by the beginning of their key, or by their source; all for none.
-
-    Raises:
-        StoreError: a name that means none, with those that are there.
-    """
+    """The stores that are meant: by the beginning of their key, or by their source; all for none. Raises StoreError: a
+    name that means none, with those that are there."""
     # whole or not, but neither an unfinished build nor what was set aside
     there = [entry for entry in listing() if entry.path.name == entry.key]
     chosen: dict[Path, CacheEntry] = {}

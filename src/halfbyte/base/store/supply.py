@@ -71,11 +71,8 @@ HASHED_BYTES = 500_000_000
 
 
 def verify(folder: Path, *, full: bool = True) -> manifest.Manifest:
-    """Check a store against its manifest.
-
-    Raises:
-        StoreError: it is none, of another format, or differs; names every file that does.
-    """
+    """Check a store against its manifest. Raises StoreError: it is none, of another format, or differs; names every
+    file that does."""
     built = manifest.read(folder)
     if wrong := manifest.problems(folder, built, full=full):
         raise StoreError(

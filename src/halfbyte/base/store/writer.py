@@ -40,11 +40,8 @@ class Slot:
 
 
 class SafetensorsWriter:
-    """A file under construction: `NAME.tmp`, renamed to NAME when it is whole and on the disk.
-
-    Args:
-        slots: every tensor; those whose length is not known yet get at most `SPARE_BYTES` each.
-    """
+    """A file under construction: `NAME.tmp`, renamed to NAME when it is whole and on the disk. `slots`: every tensor;
+    those whose length is not known yet get at most `SPARE_BYTES` each."""
 
     def __init__(self, path: Path, slots: Iterable[Slot]) -> None:
         self.path = path

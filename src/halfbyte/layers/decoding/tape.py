@@ -85,41 +85,32 @@ class Scales:
 
 @dataclass(frozen=True)
 class CachedAttention:
-    """One layer's attention: where its queries, keys and values are, and what it does with them.
+    """One layer's attention: where its queries, keys and values are, and what it does with them. `keys`, `values`: (M,
+    K, T, d), of `Tape.cache`."""
 
-    Args:
-        qkv: (M, (H + 2 K) d) fp32. keys, values: (M, K, T, d), of `Tape.cache`. positions: (M,) int64, of this token.
-        places: (M,) int64, of its cache among those that there are; None: M of them, in order.
-        cap: of scores, by tanh; 0: none. window: tokens seen, itself included; 0: all.
-    """
-
-    qkv: Tensor
+    qkv: Tensor  # (M, (H + 2 K) d) fp32
     keys: Tensor
     values: Tensor
-    positions: Tensor
+    positions: Tensor  # (M,) int64, of this token
     heads: int
     key_heads: int
     d: int
     scale: float
-    cap: float = 0.0
-    window: int = 0
+    cap: float = 0.0  # of scores, by tanh; 0: none
+    window: int = 0  # tokens seen, itself included; 0: all
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     eps: float = 0.0
     one_plus: bool = False
-    places: Tensor | None = None
+    places: Tensor | None = None  # (M,) int64, of its cache among those that there are; None: M of them, in order
 
 
 @dataclass
 class TextAdapters:
-    """Which of a model's adapters each text uses. Tapes of one model share it, and with it what is copied of LoRA.
+    """Which of a model's adapters each text uses. Tapes of one model share it, and with it what is copied of LoRA."""
 
-    Args:
-        names: PEFT's names of them. uses: (names, M) fp32, 1.0 where a text uses the adapter, else 0.0.
-    """
-
-    names: tuple[str, ...]
-    uses: Tensor
+    names: tuple[str, ...]  # PEFT's names of them
+    uses: Tensor  # (names, M) fp32, 1.0 where a text uses the adapter, else 0.0
     copies: dict[nn.Module, tuple[list[Tensor], Tensor]] = field(default_factory=dict)
 
     def use(self, text: int, name: str | None) -> None:

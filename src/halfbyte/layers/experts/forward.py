@@ -33,15 +33,11 @@ from halfbyte.layers.kernels.cpu.matmul import into
 
 @dataclass(frozen=True)
 class Groups:
-    """The pairs of a token and an expert, by expert.
+    """The pairs of a token and an expert, by expert. `spans`: (expert, first, last) of each that has any; several of
+    one with more tokens than are taken at once."""
 
-    Args:
-        tokens: (S,) the token of each pair. order: (S,) the pair's place in the flat (T, k).
-        spans: (expert, first, last) of each that has any; several of one with more tokens than are taken at once.
-    """
-
-    tokens: Tensor
-    order: Tensor
+    tokens: Tensor  # (S,) the token of each pair
+    order: Tensor  # (S,) the pair's place in the flat (T, k)
     spans: tuple[tuple[int, int, int], ...]
 
     @classmethod

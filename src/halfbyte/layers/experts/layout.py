@@ -26,15 +26,11 @@ _FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_
 
 @dataclass(frozen=True)
 class LoraOfExperts:
-    """The LoRA of one stack, as PEFT's `ParamWrapper` holds it, whatever the way that the stack is stored in.
+    """The LoRA of one stack, as PEFT's `ParamWrapper` holds it, whatever the way that the stack is stored in."""
 
-    Args:
-        a: (E R, in), all of an expert together. b: (out, R E), all experts of one rank together. scale: LoRA's.
-    """
-
-    a: Tensor | None
-    b: Tensor | None
-    scale: float
+    a: Tensor | None  # (E R, in), all of an expert together
+    b: Tensor | None  # (out, R E), all experts of one rank together
+    scale: float  # LoRA's
 
 
 NO_LORA = LoraOfExperts(None, None, 1.0)

@@ -32,10 +32,8 @@ LARGEST_HEAD, HEAD_STEP = 256, 8  # what the flash kernels take
 
 @dataclass(frozen=True, eq=False)
 class PackLengths:
-    """The lengths of a pack's examples as numbers, so that no layer has to wait for a card to read them.
-
-    `kernel`: by what attention is computed on a card.
-    """
+    """The lengths of a pack's examples as numbers, so that no layer has to wait for a card to read them. `kernel`: by
+    what attention is computed on a card."""
 
     lengths: tuple[int, ...]
     kernel: str = VARLEN

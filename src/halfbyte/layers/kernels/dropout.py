@@ -48,9 +48,7 @@ class LoraPart:
 @dataclass(frozen=True)
 class RowMasks:
     """The keys of the tokens of the micro-batch that is computed now, (T,) int32, and the number of each module.
-
-    `anywhere`: also where no kernel makes the mask.
-    """
+    `anywhere`: also where no kernel makes the mask."""
 
     keys: Tensor
     sites: Mapping[int, int]

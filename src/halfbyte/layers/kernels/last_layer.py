@@ -42,15 +42,11 @@ class SelectRows(torch.autograd.Function):
 
 @dataclass(eq=False)
 class LastLayerRows:
-    """The rows that the last layer of a forward need make, and whether it made no others.
+    """The rows that the last layer of a forward need make, and whether it made no others."""
 
-    Args:
-        layer: the last one. rows: (K,) of its T tokens. count: how many rows it makes, K or some of zeros more.
-    """
-
-    layer: nn.Module
-    rows: Tensor
-    count: int
+    layer: nn.Module  # the last one
+    rows: Tensor  # (K,) of its T tokens
+    count: int  # how many rows it makes, K or some of zeros more
     selected: bool = False
 
     def select(self, x: Tensor) -> Tensor:

@@ -65,11 +65,8 @@ _SOFTMAX, _SIGMOID = 1, 2
 
 
 def config_of(header: GgufHeader) -> Config:
-    """transformers' config for a file.
-
-    Raises:
-        GgufError: the architecture is not known here, or the file says something that the config has no place for.
-    """
+    """transformers' config for a file. Raises GgufError: the architecture is not known here, or the file says something
+    that the config has no place for."""
     from huggingface_hub.errors import StrictDataclassError
 
     file = GgufReader(header)

@@ -28,13 +28,9 @@ def say(stage: str) -> None:
 
 
 def convert(source: Path, target: Path) -> None:
-    """Write the model in bf16, its config, tokenizer and chat template into the empty folder `target`.
-
-    `source` should be alone in its folder but for its own parts: transformers prefers a tokenizer.json beside it.
-
-    Raises:
-        GgufError: the file does not hold what this architecture's class needs, or says what that has no place for.
-    """
+    """Write the model in bf16, its config, tokenizer and chat template into the empty folder `target`. `source` should
+    be alone in its folder but for its own parts: transformers prefers a tokenizer.json beside it. Raises GgufError: the
+    file does not hold what this architecture's class needs, or says what that has no place for."""
     say("reading its header")
     header = read_header(source)
     config = config_of(header)
@@ -77,10 +73,8 @@ def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
 def _write(
     path: Path, header: GgufHeader, shapes: dict[str, tuple[int, ...]], sources: dict[str, ParameterSource]
 ) -> None:
-    """One safetensors file, its tensors one after the other and each in pieces.
-
-    What a file has in float32 stays so where bf16 would change a value; the rest becomes bf16.
-    """
+    """One safetensors file, its tensors one after the other and each in pieces. What a file has in float32 stays so
+    where bf16 would change a value; the rest becomes bf16."""
     import torch
 
     torch.set_num_threads(1)  # pieces are small: threads would wait for each other, long on a busy machine

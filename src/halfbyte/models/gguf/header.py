@@ -84,11 +84,8 @@ class GgufHeader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read and check the header of a GGUF model, of each of its files where it is split.
-
-    Raises:
-        SourceError: not a GGUF, an unknown version or tensor type, cut short, a part missing, or no tokenizer.
-    """
+    """Read and check the header of a GGUF model, of each of its files where it is split. Raises SourceError: not a
+    GGUF, an unknown version or tensor type, cut short, a part missing, or no tokenizer."""
     first = _read_file(path)
     count = _number(path, first, "split.count", 1)
     if count <= 1:

@@ -48,15 +48,9 @@ class ParameterSource:
 def parameter_sources(
     header: GgufHeader, model_type: str, shapes: Mapping[str, tuple[int, ...]], prefix: str, layers: int
 ) -> dict[str, ParameterSource]:
-    """Where each parameter of a checkpoint comes from, given the shapes that transformers' class has for it.
-
-    Args:
-        prefix: the class's base_model_prefix, which the name map has only for some.
-        layers: of the model; what the file holds for further ones (prediction of several tokens) is left out.
-
-    Raises:
-        GgufError: anything that does not match.
-    """
+    """Where each parameter of a checkpoint comes from, given the shapes that transformers' class has for it. `prefix`:
+    the class's base_model_prefix, which the name map has only for some. `layers`: of the model; what the file holds for
+    further ones (prediction of several tokens) is left out. Raises GgufError: anything that does not match."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     file = GgufReader(header)

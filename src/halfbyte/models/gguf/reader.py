@@ -49,11 +49,8 @@ class Transform:
     back: Callable[[np.ndarray], np.ndarray] | None = None
 
     def inverse(self, values: np.ndarray, numbers: FileNumbers, name: str) -> np.ndarray:
-        """The tensor of the file that reads as this parameter.
-
-        Args:
-            numbers: what the file will state of its heads and groups.
-        """
+        """The tensor of the file that reads as this parameter. `numbers`: what the file will state of its heads and
+        groups."""
         import numpy as np
 
         if self.transposed and values.ndim > 1:
@@ -131,10 +128,8 @@ class GgufReader:
         return self.tensors[name].shape[0 if expert is None else 1 :]
 
     def pieces(self, name: str, expert: int | None = None, transform: Transform = PLAIN) -> Iterator[np.ndarray]:
-        """The values, row by row in pieces of (rows, columns); of a stack those of one expert, or of all in turn.
-
-        A tensor that is transposed is one piece.
-        """
+        """The values, row by row in pieces of (rows, columns); of a stack those of one expert, or of all in turn. A
+        tensor that is transposed is one piece."""
         import numpy as np
 
         tensor = self.tensors[name]

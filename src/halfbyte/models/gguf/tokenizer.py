@@ -51,10 +51,7 @@ PROBE = "Hello  world, it's 12345 + 6.  7\n\n\tdef f(x):\n    return x  # é 日
 
 def tokenizer_of(folder: str, name: str, header: GgufHeader, config: Config) -> Tokenizer:
     """The tokenizer of the file `name`, alone in `folder`: transformers prefers a tokenizer.json that lies beside it.
-
-    Raises:
-        GgufError: it is of a kind, or cuts text by a rule, that is not known.
-    """
+    Raises GgufError: it is of a kind, or cuts text by a rule, that is not known."""
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 

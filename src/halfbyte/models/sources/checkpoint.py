@@ -21,11 +21,9 @@ BESIDE = (*DESCRIPTIONS, "preprocessor_config.json", "processor_config.json", "L
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on this disk that `from_pretrained(path)` can open.
-
-    `id` names it elsewhere: hub id, absolute path of folder or .gguf, packaged name. `revision` is the commit of a hub
-    model. `pickle`: the weights are `.bin` files, which are read with `weights_only=True`.
-    """
+    """A model on this disk that `from_pretrained(path)` can open. `id` names it elsewhere: hub id, absolute path of
+    folder or .gguf, packaged name. `revision` is the commit of a hub model. `pickle`: the weights are `.bin` files,
+    which are read with `weights_only=True`."""
 
     path: Path
     id: str
@@ -77,10 +75,8 @@ def need_space(folder: Path, need_bytes: int, what: str) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[int]:
-    """Hold an exclusive lock on `path`; the second process waits. Yields the descriptor.
-
-    A child that inherits the descriptor keeps the lock alive, also when this process is killed.
-    """
+    """Hold an exclusive lock on `path`; the second process waits. Yields the descriptor. A child that inherits the
+    descriptor keeps the lock alive, also when this process is killed."""
     make_folder(path.parent)
     try:
         file = path.open("a")

@@ -16,15 +16,9 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 
 
 def check_folder(folder: Path, *, allow_pickle: bool, label: str | None = None) -> bool:
-    """Check that `folder` holds a whole checkpoint; True when its weights are pickled `.bin` files.
-
-    Args:
-        allow_pickle: accept `.bin` weights when there is no safetensors file.
-        label: what the user calls it, when that is not the folder (a hub id).
-
-    Raises:
-        SourceError: with every problem found.
-    """
+    """Check that `folder` holds a whole checkpoint; True when its weights are pickled `.bin` files. `allow_pickle`:
+    accept `.bin` weights when there is no safetensors file. `label`: what the user calls it, when that is not the
+    folder (a hub id). Raises SourceError: with every problem found."""
     name = label or str(folder)
     try:
         files = {entry.name for entry in os.scandir(folder)}

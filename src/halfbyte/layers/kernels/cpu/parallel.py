@@ -86,10 +86,8 @@ if hasattr(os, "register_at_fork"):
 
 
 def run(compiled: Any, rows: int, block: int, *values: Tensor | int | float) -> None:
-    """Call a kernel with `values` in slots 3, 4, ...; returns when every block is done.
-
-    Tensors must be contiguous on the CPU and stay alive until then, which this frame sees to.
-    """
+    """Call a kernel with `values` in slots 3, 4, ...; returns when every block is done. Tensors must be contiguous on
+    the CPU and stay alive until then, which this frame sees to."""
     counter = np.zeros(8, dtype=np.int64)  # a cache line of its own
     slots = np.zeros(SLOTS, dtype=np.int64)
     floats = slots.view(np.float64)
@@ -142,11 +140,9 @@ def block_rows(width: int) -> int:
 
 
 def per_dtype(make: Callable[[type], object]) -> Callable[[torch.dtype], object]:
-    """A kernel for bf16 and fp32 from one source, `make(element type)`, compiled when first used.
-
-    What `make` closes over must be the element type alone: numba looks its cache up by the values of a closure, and a
-    compiled function among them would be another one in each process.
-    """
+    """A kernel for bf16 and fp32 from one source, `make(element type)`, compiled when first used. What `make` closes
+    over must be the element type alone: numba looks its cache up by the values of a closure, and a compiled function
+    among them would be another one in each process."""
 
     @cache
     def get(dtype: torch.dtype) -> object:

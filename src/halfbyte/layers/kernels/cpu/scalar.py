@@ -206,10 +206,8 @@ def hash_words(builder: Value, value: Value, constant: Callable[[int], Value]) -
 
 @intrinsic
 def hash_u32(typing_context, x):  # type: ignore[no-untyped-def]
-    """A 32-bit mixing function (two multiplications), for random bits from a counter.
-
-    Source: "lowbias32" by C. Wellons (bias 0.17), github.com/skeeto/hash-prospector, public domain.
-    """
+    """A 32-bit mixing function (two multiplications), for random bits from a counter. Source: "lowbias32" by C. Wellons
+    (bias 0.17), github.com/skeeto/hash-prospector, public domain."""
 
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return hash_words(builder, args[0], _i32)

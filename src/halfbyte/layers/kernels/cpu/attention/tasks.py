@@ -147,29 +147,19 @@ def tasks_of_a_head(q: Tensor, k: Tensor, starts: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Attention:
-    """Two kernels as functions of tensors.
-
-    Args:
-        columns: of a tile. forward_bytes, backward_bytes: scratch of a thread, of (D, D in whole tiles, the longest
-            example in whole pads).
-    """
+    """Two kernels as functions of tensors. `forward_bytes`, `backward_bytes`: scratch of a thread, of (D, D in whole
+    tiles, the longest example in whole pads)."""
 
     forward_kernel: object
     backward_kernel: object
-    columns: int
+    columns: int  # of a tile
     forward_bytes: Callable[[int, int, int], int]
     backward_bytes: Callable[[int, int, int], int]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Causal attention of each example.
-
-        Args:
-            q: (T, H, D), k, v: (T, K, D) of the kernels' dtype in blocks: example after example, each (heads, L, D).
-            starts: (examples + 1,) int64: tokens before each example, and T.
-
-        Returns:
-            The output (T, H, D) by tokens, and the log-sum-exp in blocks of (H, L), fp32.
-        """
+        """Causal attention of each example. `q`: (T, H, D), k, v: (T, K, D) of the kernels' dtype in blocks: example
+        after example, each (heads, L, D). `starts`: (examples + 1,) int64: tokens before each example, and T. Returns
+        the output (T, H, D) by tokens, and the log-sum-exp in blocks of (H, L), fp32."""
         out, lse = pool.empty_like(q), torch.empty(q.shape[0] * q.shape[1], dtype=torch.float32)
         self._run(self.forward_kernel, self.forward_bytes, q, k, starts, scale, v, out, lse, starts)
         return out, lse

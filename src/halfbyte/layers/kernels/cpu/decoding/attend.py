@@ -89,11 +89,9 @@ def _spread(code: Code, args: Value) -> None:
 
 @emitted("queries q q_row chunks keys row n far products s s_row largest")
 def _scores(code: Code, args: Value) -> None:
-    """Up to three queries as `_spread` has them times n keys, `row` bytes apart -> s, whole registers.
-
-    q_row, s_row: bytes from a query to the next. far: what lies so many bytes after the keys is asked for. products:
-    _PRODUCTS_BYTES of scratch. largest: (queries,) fp32, the largest of each.
-    """
+    """Up to three queries as `_spread` has them times n keys, `row` bytes apart -> s, whole registers. q_row, s_row:
+    bytes from a query to the next. far: what lies so many bytes after the keys is asked for. products: _PRODUCTS_BYTES
+    of scratch. largest: (queries,) fp32, the largest of each."""
     for queries in code.cases(args.queries, range(AT_ONCE, 0, -1)):
         _scores_of(code, args, queries)
 
@@ -138,10 +136,8 @@ def _scores_of(code: Code, args: Value, queries: int) -> None:
 
 @emitted("queries s s_row n values row d shares far out out_row")
 def _weighted_sums(code: Code, args: Value) -> None:
-    """For each of up to three queries s (n) times its share, times n values of d numbers -> out (d).
-
-    shares: (queries,) fp32. far: what lies so many bytes after the values is asked for.
-    """
+    """For each of up to three queries s (n) times its share, times n values of d numbers -> out (d). shares: (queries,)
+    fp32. far: what lies so many bytes after the values is asked for."""
     for queries in code.cases(args.queries, range(AT_ONCE, 0, -1)):
         _weighted_sums_of(code, args, queries)
 

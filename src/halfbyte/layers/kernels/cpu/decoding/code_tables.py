@@ -88,10 +88,8 @@ def _floats(code: Code, planes: list[Value]) -> list[Value]:
 
 @emitted("table outer offset:f group groups out")
 def lookups(code: Code, args: Value) -> None:
-    """out[g, j] = table[j] * outer[group + g] + offset, j < 256.
-
-    Written here since an index into an array of numba's may be negative, which keeps a loop from being vectorised.
-    """
+    """out[g, j] = table[j] * outer[group + g] + offset, j < 256. Written here since an index into an array of numba's
+    may be negative, which keeps a loop from being vectorised."""
     with cgutils.for_range(code.b, args.groups, intp=I64) as loop:
         outer = code.every(code.load(code.at(args.outer, (args.group, 4), (loop.index, 4)), F32), 8)
         for j in range(0, 4 * GROUP, 32):
@@ -101,10 +99,8 @@ def lookups(code: Code, args: Value) -> None:
 
 @emitted("at lookup first blocks rows out", only=FP32)
 def scales_of_8_rows(code: Code, args: Value) -> None:
-    """The scales of up to eight rows' blocks -> out (blocks, 8) in fp32; of rows that are not there any.
-
-    at: scales of the first row, fp32; or where `lookup` is not 0, bytes: block n's is lookup[(first + n) / 256][byte].
-    """
+    """The scales of up to eight rows' blocks -> out (blocks, 8) in fp32; of rows that are not there any. at: scales of
+    the first row, fp32; or where `lookup` is not 0, bytes: block n's is lookup[(first + n) / 256][byte]."""
     b, last = code.b, code.b.sub(args.rows, I64(1))
     starts = [b.mul(args.blocks, b.select(b.icmp_signed("<", I64(i), last), I64(i), last)) for i in range(8)]
 

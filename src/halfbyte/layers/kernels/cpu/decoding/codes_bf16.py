@@ -192,10 +192,8 @@ def _odd_rows(code: Code, table: Value, args: Value) -> None:
 # ----------------------------------------------------------------- several vectors
 @emitted("w rows blocks vectors x x_row scales table up up_row h h_row pieces sums bias add out out_row", only=BF16)
 def rows_times_vectors(code: Code, args: Value) -> None:
-    """Up to 16 rows of codes times vectors, as `rows_times_one`.
-
-    x_row, h_row, out_row: bytes from a vector to the next. sums: SUMS bytes of scratch for each of up to eight vectors.
-    """
+    """Up to 16 rows of codes times vectors, as `rows_times_one`. x_row, h_row, out_row: bytes from a vector to the
+    next. sums: SUMS bytes of scratch for each of up to eight vectors."""
     _row_sizes(code, args)
     for size, first in code.ladder(args.vectors):
         table = code.load(args.table, I16X32)
@@ -244,10 +242,8 @@ def _two_rows_chunks(
 
 
 def _two_rows_chunk(code: Code, totals: list[Value], levels: list[list[Value]], shares: list[Value], x: Value) -> None:
-    """128 weights of two rows times 128 numbers of a vector, at address x, onto the rows' totals.
-
-    As text, since LLVM would load all vectors first, and put the half of its registers into memory.
-    """
+    """128 weights of two rows times 128 numbers of a vector, at address x, onto the rows' totals. As text, since LLVM
+    would load all vectors first, and put the half of its registers into memory."""
     # 0, 1 totals; 2, 3 sums; 4 x; 5 .. 8 and 9 .. 12 levels; 13, 14 shares
     lines = [f"vpxord ${n}, ${n}, ${n}" for n in (2, 3)]
     for k in range(4):

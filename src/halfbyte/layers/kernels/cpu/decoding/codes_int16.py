@@ -50,11 +50,9 @@ def ordered_parts(ordered, vectors, width):  # type: ignore[no-untyped-def]
 # --------------------------------------------------------------- products of 8 rows
 @emitted("w w_row rows vectors x steps pairs pair_steps width scales blocks table levels out", only=FP32)
 def rows_times_vectors(code: Code, args: Value) -> None:
-    """Up to eight rows of codes times vectors -> out (vectors, 8) in fp32.
-
-    w, w_row, rows: codes. x, steps, pairs, pair_steps: `ordered_parts`; width: D'. scales: (blocks, 8) fp32. table:
-    `int16_levels`. levels: LEVELS_BYTES of scratch.
-    """
+    """Up to eight rows of codes times vectors -> out (vectors, 8) in fp32. w, w_row, rows: codes. x, steps, pairs,
+    pair_steps: `ordered_parts`; width: D'. scales: (blocks, 8) fp32. table: `int16_levels`. levels: LEVELS_BYTES of
+    scratch."""
     b = code.b
     sets = b.lshr(code.at(args.vectors, 3), I64(4))  # 13 vectors are one set of 16
     with code.when(sets):
@@ -199,10 +197,8 @@ def _integers(code: Code, part: Value, factor: Value) -> Value:
 
 @emitted("x numbers step pairs pair_step", only=FP32)
 def round_block(code: Code, args: Value) -> None:
-    """A block of x in fp32 -> 64 whole numbers of 16 bits in the order of `_unpacked`, and their step.
-
-    pairs, pair_step: the same among seven other vectors', 32 bytes from two numbers to the next two; 0 for none.
-    """
+    """A block of x in fp32 -> 64 whole numbers of 16 bits in the order of `_unpacked`, and their step. pairs,
+    pair_step: the same among seven other vectors', 32 bytes from two numbers to the next two; 0 for none."""
     b = code.b
     parts = [code.load(code.at(args.x, 32 * k), F32X8) for k in range(8)]
     peak = _peak(code, parts)

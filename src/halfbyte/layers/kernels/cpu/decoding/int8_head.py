@@ -50,11 +50,9 @@ def _dot_of_32(code: Code, row: Value, x: Value) -> Value:
 
 @emitted("w pieces x step:f scales bounds length:f sums out ends", only=BF16)
 def rows_times_one(code: Code, args: Value) -> None:
-    """16 rows of 8-bit integers times one vector of 16-bit ones -> out (16,) in fp32.
-
-    x, step: integers, of how much. scales, bounds: of the rows. length: of x. sums: SUMS bytes of scratch. ends: (2,
-    16) fp32, raised to what each number of `out` is at least and at most, as far as those are numbers.
-    """
+    """16 rows of 8-bit integers times one vector of 16-bit ones -> out (16,) in fp32. x, step: integers, of how much.
+    scales, bounds: of the rows. length: of x. sums: SUMS bytes of scratch. ends: (2, 16) fp32, raised to what each
+    number of `out` is at least and at most, as far as those are numbers."""
     b = code.b
     with code.rolled(I64(ROWS)) as r:
         totals = code.variables(I32X16, 2)

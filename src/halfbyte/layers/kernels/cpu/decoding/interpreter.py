@@ -34,11 +34,9 @@ _ASKED_BYTES = 32 * 1024  # of the next matrix, by each thread while it waits
 
 @inlined
 def _order(x, like, out, m, vectors, d, first, last):  # type: ignore[no-untyped-def]
-    """Vector m's x[first:last] in fp32 -> `out`, as products read it; `first` and `last` are whole chunks.
-
-    bf16: (M, D') by `order_vector`; of one vector of an odd number of blocks also (D'), from its last block on.
-    fp32: as `ordered_parts` says.
-    """
+    """Vector m's x[first:last] in fp32 -> `out`, as products read it; `first` and `last` are whole chunks. bf16: (M,
+    D') by `order_vector`; of one vector of an odd number of blocks also (D'), from its last block on. fp32: as
+    `ordered_parts` says."""
     width = len(x)
     if like.itemsize == 2:
         to = out + (m * width + first) * like.itemsize

@@ -109,10 +109,8 @@ def takes_lora(lora: LoraPart) -> bool:
 
 class _Scratch(threading.local):
     """Memory of this thread for what a product needs for a moment, by name; the next call with a name overwrites it.
-
     Not the pool's: there a tensor that is kept for backward takes the block that a sum has just left, which is up to
-    twice its size, and the next sum a new one (Llama-2-7B's shape, 512 tokens: 0.9 GB more than exact products).
-    """
+    twice its size, and the next sum a new one (Llama-2-7B's shape, 512 tokens: 0.9 GB more than exact products)."""
 
     def __init__(self) -> None:
         self.blocks: dict[str, Tensor] = {}

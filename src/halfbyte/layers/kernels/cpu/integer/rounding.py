@@ -403,12 +403,8 @@ Int8Matrix: TypeAlias = tuple[Tensor, Tensor]  # int8 rows and the steps of each
 
 def rows(x: Tensor, factors: Tensor | None = None, *, share: float = 1.0, out: Int8Matrix | None = None) -> Int8Matrix:
     """Rows of x, mixed along their width and rounded: (N, D) bf16 or fp32 -> int8 (N, padded D), share x steps (N,).
-
-    Args:
-        factors: (padded D,) fp32, multiplied with the mixed numbers before they are rounded; then only 16 neighbours
-            are mixed, as in `groups`.
-        out: where to; contiguous.
-    """
+    `factors`: (padded D,) fp32, multiplied with the mixed numbers before they are rounded; then only 16 neighbours are
+    mixed, as in `groups`. `out`: where to; contiguous."""
     n, d = x.shape
     q, steps = out or _new(n, padded_width(d), x)
     mixing = 0 if factors is None else factors, q, steps, d, registers_mixed(d), int(mirrors_thirds(d))

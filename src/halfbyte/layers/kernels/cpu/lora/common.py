@@ -30,18 +30,14 @@ def mask_of(p: float, seed: Seed) -> tuple[tuple[int, int, Tensor | int], int]:
 
 @dataclass
 class LoraProducts:
-    """Three kernels as functions of tensors. None of them scales by 1 / (1 - p); the mask is `gate.drop`'s.
-
-    Args:
-        numbers: of a word.
-        columns, ranks: columns of all tiles that hold a rank, and rows.
-    """
+    """Three kernels as functions of tensors. None of them scales by 1 / (1 - p); the mask is `gate.drop`'s. `columns`,
+    `ranks`: columns of all tiles that hold a rank, and rows."""
 
     down_kernel: object
     up_kernel: object
     gradient_kernel: object
     dtype: torch.dtype
-    numbers: int
+    numbers: int  # of a word
     columns: Callable[[int], int]
     ranks: Callable[[int], int]
 
