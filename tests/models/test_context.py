@@ -66,3 +66,5 @@ def test_a_prompt_and_its_answer_must_fit() -> None:
         context.check(200, 57)
     with pytest.raises(DataError, match="a prompt of fewer than 256 tokens"):
         context.check(256, 1)
+    assert [context.left(prompt) for prompt in (0, 200, 256, 300)] == [256, 56, 0, -44]
+    assert [context.fitting(prompt, 60) for prompt in (100, 200, 300)] == [60, 56, 1]

@@ -211,7 +211,7 @@ class Chat:
         context = context_of(self._opened.model.config)
         if context is None:
             return self._params.max_tokens, None
-        return context.tokens - len(generate.chat_ids(self._opened.tokenizer, messages)), context.tokens
+        return context.left(len(generate.chat_ids(self._opened.tokenizer, messages))), context.tokens
 
     def _report(self, watch: TokenWatch, left: int, context: int | None, max_tokens: int) -> None:
         """How long the answer was and how fast; and why it ends where that is not its own end."""

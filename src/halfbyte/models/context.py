@@ -20,11 +20,15 @@ class Context:
     why: str
     """Which fields of the config say so."""
 
+    def left(self, prompt: int) -> int:
+        """Tokens of an answer after a prompt of so many; 0 or less: there is no place for one."""
+        return self.tokens - prompt
+
     def check(self, prompt: int, new_tokens: int) -> None:
         """Raise a DataError if a prompt of so many tokens and its answer do not fit."""
-        if prompt + new_tokens <= self.tokens:
+        room = self.left(prompt)
+        if new_tokens <= room:
             return
-        room = self.tokens - prompt
         raise DataError(
             f"the prompt has {prompt:,} tokens and the answer up to {new_tokens:,}; the model reads "
             f"{self.tokens:,} ({self.why}).",
@@ -33,7 +37,7 @@ class Context:
 
     def fitting(self, prompt: int, new_tokens: int) -> int:
         """As many of the new tokens as the model reads after a prompt of so many; at least one."""
-        return max(1, min(new_tokens, self.tokens - prompt))
+        return max(1, min(new_tokens, self.left(prompt)))
 
 
 def context_of(config: Config) -> Context | None:

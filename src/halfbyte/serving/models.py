@@ -12,7 +12,7 @@ from halfbyte.errors import RecipeError
 from halfbyte.inference import load
 from halfbyte.inference.generate import stop_ids
 from halfbyte.models import structure
-from halfbyte.models.context import context_of
+from halfbyte.models.context import Context, context_of
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.plan import choose
 from halfbyte.plan.memory import cache_bytes
@@ -58,6 +58,11 @@ class Models:
     vocabulary: int
     """Rows of the head: the length of logits."""
     adapters: tuple[str, ...] = field(default=())
+
+    @property
+    def context(self) -> Context:
+        """What decides whether a prompt and its answer fit: the caches, which are no longer than the model reads."""
+        return Context(self.max_length, "--context")
 
     @property
     def model(self) -> Model:

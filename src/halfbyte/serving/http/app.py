@@ -74,18 +74,21 @@ class Service:
 
     def check_length(self, model: ServedModel, characters: int) -> None:
         """Refuse, before it is tokenised, what has more characters than the longest tokens could hold."""
-        max_length = self.engine.models.max_length
-        if characters > max_length * model.longest_token:
-            raise _too_long(f"the prompt has {characters:,} characters", max_length)
+        if characters > self.engine.models.context.tokens * model.longest_token:
+            raise self._too_long(f"the prompt has {characters:,} characters")
+
+    def _too_long(self, what: str) -> Refusal:
+        tokens = self.engine.models.context.tokens
+        return Refusal(400, f"{what}; prompt and answer may have {tokens:,} tokens here.", param="messages",
+                       code="context_length_exceeded")  # fmt: skip
 
     def params(
         self, asked: Request, prompt: Sequence[int], max_tokens: int | None, logprobs: int | None
     ) -> SamplingParams:
-        max_length, places = self.engine.models.max_length, self.engine.models.places
-        left = max_length - len(prompt)
-        if left < 1 or (max_tokens is not None and max_tokens > left):
+        places, left = self.engine.models.places, self.engine.models.context.left(len(prompt))
+        if (max_tokens or 1) > left:
             answer = "" if max_tokens is None else f" and the answer up to {max_tokens:,}"
-            raise _too_long(f"the prompt has {len(prompt):,} tokens{answer}", max_length)
+            raise self._too_long(f"the prompt has {len(prompt):,} tokens{answer}")
         if not prompt:
             raise Refusal(400, "the prompt is empty.", code="invalid_value")
         if (asked.n or 1) > places:
@@ -222,7 +225,7 @@ class Service:
         models = self.engine.models
         parent = None if one.adapter is None else models.base
         owner = {"id": one.name, "object": "model", "created": 0, "owned_by": "halfbyte"}
-        return owner | {"parent": parent, "max_model_len": models.max_length}
+        return owner | {"parent": parent, "max_model_len": models.context.tokens}
 
     async def health(self, http: Http) -> Response:
         alive = self.engine.alive
@@ -340,11 +343,6 @@ def _tokens(model: ServedModel, text: str) -> list[int]:
 
 def _event(document: Document) -> dict[str, str]:
     return {"data": json.dumps(document)}
-
-
-def _too_long(what: str, max_length: int) -> Refusal:
-    return Refusal(400, f"{what}; prompt and answer may have {max_length:,} tokens here.", param="messages",
-                   code="context_length_exceeded")  # fmt: skip
 
 
 def _failed(error: Exception) -> Refusal:
