@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
 import threading
 import time
 from pathlib import Path
@@ -99,3 +101,11 @@ def test_memory_past_the_limit_is_refused_and_the_limit_is_taken_back() -> None:
     assert resource.getrlimit(resource.RLIMIT_AS) == before
     with limited("it", more_bytes=10**9):
         _ = b"x" * 10**8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of memory is Linux's")
+def test_what_was_mapped_a_moment_ago_is_not_counted_against_the_work() -> None:
+    with limited("a"):
+        pass
+    with mmap.mmap(-1, 2 * limits.BYTES), limited("b"):  # a library is loaded, a base is mapped
+        bytearray(200_000_000)

@@ -17,7 +17,7 @@ import torch
 
 from halfbyte.base.store.writer import SafetensorsWriter, Slot
 from halfbyte.base.tokenizer import open_tokenizer
-from halfbyte.data.encoding.chatml import CHATML, chat_template
+from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.errors import ExportError
 from halfbyte.export.weights import Item, MergedModel
 from halfbyte.models.sources.checkpoint import Checkpoint, beside_weights
@@ -132,6 +132,6 @@ def put_tokenizer(folder: Path, adapter: Path | None, recipe: Recipe, checkpoint
         for name in TOKENIZER:
             if (adapter / name).is_file():
                 shutil.copyfile(adapter / name, folder / name)
-    elif recipe.data.chat_template not in (None, CHATML):
+    elif recipe.data.chat_template is not None:
         text = chat_template(open_tokenizer(checkpoint), recipe.data)
         files.write(folder / "chat_template.jinja", (text or "").encode())

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from halfbyte.data.encoding.chatml import with_tools
 from halfbyte.errors import DataError, HalfbyteError, first_line
 from halfbyte.models.context import Context, context_of
 from halfbyte.system import limits
@@ -35,11 +36,12 @@ class Session:
 
 def chat_ids(tokenizer: Tokenizer, messages: Sequence[Document], tools: Sequence[Document] | None = None) -> list[int]:
     """Token ids of a conversation up to where the assistant speaks; the plain text where there is no chat template.
-    `tools`: as the template takes them; None: none."""
-    given: Document = {"tools": list(tools)} if tools else {}
-    if tokenizer.chat_template:
+    `tools`: as the template takes them, or a bundled one where the tokenizer's own takes none; None: none."""
+    template = with_tools(tokenizer) if tools else None
+    given: Document = {"tools": list(tools), "chat_template": template} if tools else {}
+    if template or tokenizer.chat_template:
         try:
-            with limits.template(tokenizer.chat_template):
+            with limits.template(template or tokenizer.chat_template):
                 text = tokenizer.apply_chat_template(
                     list(messages), tokenize=False, add_generation_prompt=True, **given
                 )

@@ -110,7 +110,9 @@ class Data(Section):
     packing: Literal["rows", "stream"] = field(
         "rows", "rows as they are; or stream: plain texts end to end, in blocks of max_length tokens"
     )
-    chat_template: str | None = field(None, "a Jinja template, or its file, or chatml, instead of the model's own")
+    chat_template: str | None = field(
+        None, "not the model's own: a Jinja template, its file, or chatml, chatml-tools, qwen-tools, llama3-tools"
+    )
 
     @property
     def eval_names(self) -> str | tuple[str, ...] | None:

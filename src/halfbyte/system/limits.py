@@ -5,11 +5,12 @@ What: JSON is looked at before it is parsed. Work that cannot be looked at befor
 columns) is done under `limited`: on Linux an allocation past the limit fails, and in the main thread, or any other that
 runs Python code, an exception ends it when its time is over.
 Source: setrlimit(2), RLIMIT_AS; `PyThreadState_SetAsyncExc` of Python's C interface.
-Cost: two system calls for each piece of work (3 us), a look at /proc every second; one thread that sleeps.
+Cost: two system calls and a look at /proc for each piece of work (8 us); one thread that sleeps.
 """
 
 import ctypes
 import json
+import os
 import re
 import sys
 import threading
@@ -129,16 +130,13 @@ def _lower(more_bytes: int) -> tuple[int, int] | None:
     return before
 
 
-_address_space_read: list[float] = [0.0, 0.0]  # when, and bytes
-
-
 def _address_space() -> int:
-    """Bytes that this process has mapped, as they were at most a second ago."""
-    now = time.monotonic()
-    if now > _address_space_read[0] + 1.0:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            _address_space_read[:] = [now, int(file.read().split()[0]) * resource.getpagesize()]
-    return int(_address_space_read[1])
+    """Bytes that this process has mapped. Takes 5 us."""
+    file = os.open("/proc/self/statm", os.O_RDONLY)
+    try:
+        return int(os.read(file, 64).split()[0]) * resource.getpagesize()
+    finally:
+        os.close(file)
 
 
 class _Late(BaseException):

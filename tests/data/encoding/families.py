@@ -1,4 +1,4 @@
-"""Nine chat templates' families, each rendered a second time by hand: the reference that masks are compared with.
+"""Twelve chat templates (three are bundled), each rendered a second time by hand: what masks are compared with.
 
 A family is a template file (written from its public definition, shortened where it lists what no mask depends on), the
 tokens its tokenizer has, and a function that writes a conversation piece by piece, saying which message's words each
@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halfbyte.data.encoding import chatml
 from halfbyte.data.reading.formats import ChatMessage
 
 Pieces = list[tuple[str, int | None]]
 """Text, and the message whose words the model must write there; None for what it is given."""
 
 TEMPLATES = Path(__file__).parent / "templates"
+BUNDLED = Path(chatml.__file__).parent / "jinja"
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,11 @@ class Family:
     system: bool = True
     tools: bool = False
     thinks: bool = False
+    place: Path = TEMPLATES
 
     @property
     def template(self) -> str:
-        return (TEMPLATES / f"{self.name}.jinja").read_text(encoding="utf-8")
+        return (self.place / f"{self.name}.jinja").read_text(encoding="utf-8")
 
 
 def arguments(message: ChatMessage) -> list[tuple[str, str]]:
@@ -255,13 +258,101 @@ def gpt_oss(messages: Sequence[ChatMessage], tools: Any) -> Pieces:
     return pieces
 
 
+def _think(message: ChatMessage) -> str:
+    return f"<think>\n{thoughts(message)}\n</think>\n\n" if thoughts(message) else ""
+
+
+HERMES_BEFORE = (
+    "You are a function calling AI model. You are provided with function signatures within <tools></tools> XML tags. "
+    "You may call one or more functions to assist with the user query. Don't make assumptions about what values to "
+    "plug into functions.\n<tools>\n"
+)
+HERMES_AFTER = (
+    "</tools>\nFor each function call return a JSON object with the function name and arguments within "
+    '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
+    "</tool_call>"
+)
+QWEN_BEFORE = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function "
+    "signatures within <tools></tools> XML tags:\n<tools>\n"
+)
+QWEN_AFTER = (
+    "</tools>\n\nFor each function call, return a json object with function name and arguments within "
+    '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
+    "</tool_call>"
+)
+
+
+def _in_chatml(messages: Sequence[ChatMessage], tools: Any, around: tuple[str, str], tool: str, kept: int) -> Pieces:
+    """A conversation in ChatML. `around`: what stands around the tools; `tool`: who tells results; thoughts stand in
+    messages behind `kept`."""
+    system, talk = with_system(messages)
+    listed = "".join(json.dumps(t, ensure_ascii=False) + "\n" for t in tools or ())
+    before = "\n\n".join(p for p in (system, around[0] + listed + around[1] if tools else "") if p)
+    pieces: Pieces = [(f"<|im_start|>system\n{before}<|im_end|>\n", None)] if before else []
+    for i, m in talk:
+        if m.role == "tool":
+            said = f"<tool_response>\n{m.content}\n</tool_response>"
+            begins, ends = messages[i - 1].role != "tool", i + 1 == len(messages) or messages[i + 1].role != "tool"
+            opening = f"<|im_start|>{tool}\n" if begins else "\n"
+            pieces.append((opening + said + ("<|im_end|>\n" if ends else ""), None))
+        elif m.role == "assistant":
+            calls = "\n".join(_qwen_calls(m)) if "tool_calls" in m.more else ""
+            gap = "\n" if m.content and calls else ""
+            said = (_think(m) if i > kept else "") + m.content + gap + calls
+            pieces += [("<|im_start|>assistant\n", None), (f"{said}<|im_end|>", i), ("\n", None)]
+        else:
+            pieces.append((f"<|im_start|>{m.role}\n{m.content}<|im_end|>\n", None))
+    return pieces
+
+
+def chatml_tools(messages: Sequence[ChatMessage], tools: Any) -> Pieces:
+    return _in_chatml(messages, tools, (HERMES_BEFORE, HERMES_AFTER), "tool", -1)
+
+
+def qwen_tools(messages: Sequence[ChatMessage], tools: Any) -> Pieces:
+    last_asked = max(i for i, m in enumerate(messages) if m.role == "user")
+    return _in_chatml(messages, tools, (QWEN_BEFORE, QWEN_AFTER), "user", last_asked)
+
+
+def llama3_tools(messages: Sequence[ChatMessage], tools: Any) -> Pieces:
+    def header(role: str) -> str:
+        return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+    system, talk = with_system(messages)
+    pieces: Pieces = []
+    if tools:
+        task = (
+            "Given the following functions, please respond with a JSON for a function call with its proper arguments "
+            'that best answers the given prompt.\n\nRespond in the format {"name": function name, "parameters": '
+            "dictionary of argument name and its value}. Do not use variables. Separate several calls by "
+            '"; ".\n'
+        )
+        listed = "".join("\n" + json.dumps(t, ensure_ascii=False) for t in tools)
+        before = f"{system}\n\n" if system else ""
+        pieces.append((f"{header('system')}Environment: ipython\n\n{before}{task}{listed}<|eot_id|>", None))
+    elif system:
+        pieces.append((f"{header('system')}{system}<|eot_id|>", None))
+    for i, m in talk:
+        if m.role == "assistant":
+            given = arguments(m) if "tool_calls" in m.more else []
+            calls = "; ".join(f'{{"name": "{name}", "parameters": {a}}}' for name, a in given)
+            gap = "\n" if m.content and calls else ""
+            pieces += [(header("assistant"), None), (f"{_think(m)}{m.content}{gap}{calls}<|eot_id|>", i)]
+        else:
+            role = "ipython" if m.role == "tool" else m.role
+            pieces.append((f"{header(role)}{m.content}<|eot_id|>", None))
+    return pieces
+
+
 IM = ("<|im_start|>", "<|im_end|>")
+LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 QWEN = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 FAMILIES = {
     f.name: f
     for f in (
         Family("llama2", llama2, ()),
-        Family("llama3", llama3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), tools=True),
+        Family("llama3", llama3, LLAMA3, tools=True),
         Family("qwen2_5", qwen2_5, IM, QWEN, eos="<|im_end|>", tools=True),
         Family("qwen3", qwen3, IM, (*QWEN, "<think>", "</think>"), eos="<|im_end|>", tools=True, thinks=True),
         Family("gemma", gemma, ("<start_of_turn>", "<end_of_turn>")),
@@ -280,6 +371,9 @@ FAMILIES = {
             ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>"), eos="<|return|>",
             tools=True, thinks=True,
         ),
+        Family("chatml-tools", chatml_tools, IM, eos="<|im_end|>", tools=True, thinks=True, place=BUNDLED),
+        Family("qwen-tools", qwen_tools, IM, QWEN, eos="<|im_end|>", tools=True, thinks=True, place=BUNDLED),
+        Family("llama3-tools", llama3_tools, LLAMA3, tools=True, thinks=True, place=BUNDLED),
     )
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Masks on nine families' chat templates equal a reference that renders by hand and labels token by token."""
+"""Masks on twelve families' chat templates equal a reference that renders by hand and labels token by token."""
 
 from __future__ import annotations
 
@@ -59,6 +59,13 @@ THOUGHT_AND_TOOLED = (
 )  # fmt: skip
 THEN_ASKED_AGAIN = (*THOUGHT_AND_TOOLED, said("user", "sure?"), said("assistant", "yes", thinking="yes"))
 
+TWO_CALLS = call(1, a=1, b=[2, None]).more["tool_calls"] + call(2, a={"é": "x"}).more["tool_calls"]
+SEVERAL = (
+    said("user", "q"), said("assistant", "Both.", tool_calls=TWO_CALLS), result(1, "3"), result(2, '{"n": 5}'),
+    said("assistant", "8"), said("user", "again"), said("assistant", "", tool_calls=TWO_CALLS),
+)  # fmt: skip
+ONE_CALL_A_TURN = ("llama3", "mistral", "gpt_oss")
+
 PLAIN = {"one": ONE, "two": TWO, "spaced": SPACED, "echo": ECHO, "untrained": UNTRAINED}
 WITH_TOOLS = {"tooled": TOOLED, "twice": TOOLED_TWICE, "chain": CHAIN, "ends with a call": ENDS_WITH_A_CALL}
 WITH_THOUGHTS = {
@@ -74,6 +81,8 @@ def cases() -> list[Any]:
         if family.tools:
             talks += [(f"tools {n}", t, TOOLS) for n, t in WITH_TOOLS.items()]
             talks += [(f"tools, system {n}", (said("system", "Be brief."), *t), TOOLS) for n, t in WITH_TOOLS.items()]
+        if family.tools and family.name not in ONE_CALL_A_TURN:
+            talks += [("several calls", SEVERAL, TOOLS)]
         if family.thinks:
             talks += [
                 (f"thoughts {n}", t, TOOLS if "t" in n[:1] or n == "asked again" else None)

@@ -1,4 +1,4 @@
-"""Which chat template a run uses: the recipe's, the tokenizer's own, or ChatML; and which embedding rows train for it.
+"""Which chat template a run uses: the recipe's, the tokenizer's own, or a bundled one; which embedding rows it trains.
 
 Why: a base model has never seen the marks of a conversation. A new mark needs a row of the embedding, and a base that
 is mapped or quantised is never resized or copied. So marks use rows that exist, and only those rows train (PEFT's
@@ -10,13 +10,15 @@ What ChatML takes, in this order:
   (tied). If the head is a matrix of its own, its row for a new token would stay untrained, and the model could not
   learn to write it: then a turn ends with the tokenizer's own end token;
 - else `<|im_start|>` is plain text, of tokens that the model knows, and a turn ends with the tokenizer's end token.
-Source: OpenAI's ChatML.
+The bundled ones lie in jinja/: ChatML without and with tools, and tools as Qwen and Llama 3 write them.
+Source: OpenAI's ChatML; Hermes 2 Pro, Qwen 2.5 and 3, Llama 3.1 for how tools are written.
 Cost: the first records of each source are read once more.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 from halfbyte.data.reading import files
@@ -25,13 +27,14 @@ from halfbyte.errors import DataError
 from halfbyte.recipe.data import Data
 from halfbyte.types import Tokenizer
 
-CHATML = "chatml"  # in the recipe
+CHATML = ("chatml", "chatml-tools", "qwen-tools")  # in the recipe; their marks can be new to a tokenizer
 _RESERVED = re.compile(r"<?\W*(reserved|unused|extra_id|dummy|placeholder)\w*\W*\d+\W*>?", re.IGNORECASE)
 START, END = "<|im_start|>", "<|im_end|>"
-_TURNS = (
-    "{%- for m in messages %}{{ START + m['role'] + '\\n' + m['content'] + END + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ START + 'assistant\\n' }}{% endif %}"
-)
+BUNDLED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(CHATML, (START, END)),
+    "llama3-tools": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+}
+"""Name in the recipe -> the tokens that the template writes."""
 
 
 def is_reserved(token: str) -> bool:
@@ -40,9 +43,17 @@ def is_reserved(token: str) -> bool:
 
 
 def chat_template(tokenizer: Tokenizer, data: Data) -> str | None:
-    """The chat template as Jinja text: the recipe's (text, or a file of it), else the tokenizer's own, else None."""
+    """The chat template as Jinja text: the recipe's (a bundled name, text, or a file of it), else the tokenizer's own,
+    else None.
+
+    Raises:
+        DataError: a file that cannot be read, a bundled template whose tokens the tokenizer has not, or several
+            templates and no default one.
+    """
     asked = data.chat_template
-    if asked is None or asked == CHATML:  # by now ChatML is the tokenizer's own template
+    if asked in BUNDLED and _knows(tokenizer, asked):
+        return bundled(asked, tokenizer)
+    if asked is None or asked in CHATML:  # by now ChatML with other marks is the tokenizer's own template
         if not tokenizer.chat_template:
             return None
         try:
@@ -52,6 +63,11 @@ def chat_template(tokenizer: Tokenizer, data: Data) -> str | None:
                 f"the tokenizer has several chat templates and no default one: {error}",
                 fix="data.chat_template: a file with the one to use",
             ) from None
+    if asked in BUNDLED:
+        raise DataError(
+            f"data.chat_template {asked} writes {', '.join(BUNDLED[asked])}, which this tokenizer has not.",
+            fix="data.chat_template: chatml-tools",
+        )
     if "{" in asked:
         return asked
     try:
@@ -59,8 +75,36 @@ def chat_template(tokenizer: Tokenizer, data: Data) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"data.chat_template {asked!r} is neither Jinja text nor a file that can be read ({error}).",
-            fix="data.chat_template: chat.jinja, or chatml",
+            fix=f"data.chat_template: chat.jinja, or {', '.join(BUNDLED)}",
         ) from None
+
+
+def bundled(name: str, tokenizer: Tokenizer, marks: tuple[str, str] = (START, END)) -> str:
+    """A template of `BUNDLED` for this tokenizer: a text begins with its BOS where it begins texts with one.
+
+    Args:
+        marks: what stands for ChatML's two.
+    """
+    text = resources.files(__package__).joinpath("jinja", f"{name}.jinja").read_text(encoding="utf-8").strip()
+    opens = tokenizer.bos_token is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return ("{{ bos_token }}" if opens else "") + text.replace(START, marks[0]).replace(END, marks[1])
+
+
+def with_tools(tokenizer: Tokenizer) -> str | None:
+    """The chat template for a conversation with tools, as Jinja text, to be given to `apply_chat_template(messages,
+    tools=..., chat_template=...)`: the tokenizer's own where it reads tools, else the bundled one in whose tokens it
+    speaks: chatml-tools (calls are JSON in <tool_call>), or llama3-tools (JSON with name and parameters). None where it
+    speaks in neither."""
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):
+        templates = templates.get("tool_use", templates.get("default"))
+    if templates and "tools" in templates:
+        return str(templates)
+    return next((bundled(n, tokenizer) for n in ("chatml-tools", "llama3-tools") if _knows(tokenizer, n)), None)
+
+
+def _knows(tokenizer: Tokenizer, name: str) -> bool:
+    return tokenizer.get_vocab().keys() >= set(BUNDLED[name])
 
 
 @dataclass(frozen=True)
@@ -78,7 +122,7 @@ def is_needed(names: str | Sequence[str], tokenizer: Tokenizer, data: Data) -> b
         DataError: names that stand for nothing, sources that cannot be read.
     """
     if data.chat_template is not None or tokenizer.chat_template:
-        return data.chat_template == CHATML
+        return data.chat_template in CHATML
     first = (next(iter(Reader([source], data)), None) for source in files.find(names))
     return any(row is not None and row.messages is not None for row in first)
 
@@ -93,14 +137,13 @@ def install(tokenizer: Tokenizer, data: Data, *, embedding_rows: int, tied: bool
     Raises:
         DataError: the tokenizer has no end token, and no row is free for a new one.
     """
-    why = "as data.chat_template says" if data.chat_template == CHATML else "the model has no chat template"
-    opens = tokenizer.bos_token is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    name = data.chat_template or CHATML[0]
+    why = f"{name}, as data.chat_template says" if data.chat_template else "ChatML, the model has no chat template"
     start, end, how, new = _marks(tokenizer, embedding_rows, tied)
-    template = _TURNS.replace("START", repr(start)).replace("END", repr(end))
-    tokenizer.chat_template = ("{{ bos_token }}" if opens else "") + template
+    tokenizer.chat_template = bundled(name, tokenizer, (start, end))
     ids = tuple(sorted(int(tokenizer.convert_tokens_to_ids(token)) for token in new))
     trained = f"; rows {', '.join(map(str, ids))} of the embedding are trained" if ids else ""
-    return ChatmlMarks(ids, f"ChatML, {why}: {how}{trained}")
+    return ChatmlMarks(ids, f"{why}: {how}{trained}")
 
 
 def _marks(tokenizer: Tokenizer, embedding_rows: int, tied: bool) -> tuple[str, str, str, tuple[str, ...]]:

@@ -30,7 +30,7 @@ from halfbyte.types import Document, Tokenizer
 _TAIL_CHARS = 8  # characters of a prompt's end that are searched for, where the template rewrites what came before
 _PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text holds and no template strips
 _UNWRITTEN = "messages[{i}]: the chat template does not write the {what} of this assistant message"
-_TOOLS_FIX = "data.chat_template: that of a model that was trained to call tools, as a file"
+_TOOLS_FIX = "data.chat_template: chatml-tools (or qwen-tools, llama3-tools)"
 _QUESTION, _ANSWER = ChatMessage("user", "a"), ChatMessage("assistant", chr(_PRIVATE_USE[0]))
 
 
@@ -219,7 +219,7 @@ class Renderer:
             self.counts["the chat template leaves out the thoughts of an assistant message"] += 1
         names = [(tool.get("function") or tool).get("name") for tool in self._tools or ()]
         if any(isinstance(name, str) and name not in text for name in names):
-            self.counts["the chat template leaves out the tools"] += 1
+            self.counts[f"the chat template leaves out the tools; {_TOOLS_FIX}"] += 1
 
     def _apply(self, messages: Sequence[ChatMessage], *, prompt: bool = False) -> str:
         chat = [m.to_template() for m in messages]

@@ -20,7 +20,7 @@ from typing import Self
 
 import pyarrow as pa
 
-from halfbyte.data.encoding.chatml import CHATML
+from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import SCHEMA, Examples, batch
 from halfbyte.data.encoding.tally import Tally
@@ -56,17 +56,14 @@ def key(names: Path | str | Sequence[str], tokenizer: Tokenizer, data: Data) -> 
     sources = find(names)
     if backend is None or any(source.kind == "hub" for source in sources):
         return None
-    asked = data.chat_template if data.chat_template != CHATML else None
-    template = Path(asked) if asked and "{" not in asked else None
-    with contextlib.suppress(OSError):  # a template that cannot be read is an error where it is used
+    with contextlib.suppress(DataError):  # a template that cannot be read is an error where it is used
         values = {
             "format": FORMAT,
             "versions": [version(name) for name in ("halfbyte", "transformers", "tokenizers", "jinja2")],
             "files": [[str(source.path), source.label, digest(source.path)] for source in sources],
             "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
             "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-            "template": tokenizer.chat_template,
-            "asked": template.read_text(encoding="utf-8") if template else asked,
+            "template": chat_template(tokenizer, data),
             "data": data.model_dump(mode="json", exclude=_ELSEWHERE),
         }
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:32]
