@@ -19,15 +19,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from halfbyte.errors import AdapterError
-from halfbyte.models.lora_sites import (
-    ALL_LINEAR,
-    AUTO,
-    endings_of,
-    is_aside,
-    is_mixer_projection,
-    leaf_of,
-    split_at_layer,
-)
+
+from halfbyte.models.lora_sites import (  # isort: skip
+    ALL_LINEAR, AUTO, endings_of, is_aside, is_mixer_projection, leaf_of, split_at_layer,
+)  # fmt: skip
 from halfbyte.recipe.schema import Lora
 
 if TYPE_CHECKING:

@@ -157,6 +157,13 @@ def release(span: Span) -> int:
     return sum(part.bytes for part in parts)
 
 
+def let_go(tensors: Iterable[Tensor], maps: FileMaps) -> None:
+    """Release what lies in a file of these tensors, where pages can be looked up."""
+    areas = [(t.data_ptr(), t.nbytes) for t in tensors if t.device.type == "cpu" and t.numel()]
+    for span in whole_pages(area for area in areas if maps.holds(*area)) if supported() else ():
+        release(span)
+
+
 def unmodified(span: Span) -> Iterator[Span]:
     """The parts of a span that can be read from their file again: not a page that was written to, or swapped out."""
     entries = _entries(span)

@@ -90,17 +90,15 @@ def _write(
     with path.open("wb") as out:
         out.write(len(head).to_bytes(8, "little") + head)
         for name, shape in shapes.items():
-            written = 0
+            given = 0
             for piece in sources[name].pieces(file):
                 values = torch.from_numpy(piece)
                 if not bool(torch.isfinite(values).all()):
                     raise GgufError(f"its tensor {sources[name].name} holds values that are not finite")
-                written += piece.size
+                given += piece.size
                 out.write(values.to(dtypes[kinds[name]]).view(torch.uint8).numpy().data)
-            if written != math.prod(shape):
-                raise GgufError(
-                    f"its {sources[name].name} gives {written:,} values, and {name} has {math.prod(shape):,}"
-                )
+            if given != math.prod(shape):
+                raise GgufError(f"its {sources[name].name} gives {given:,} values, and {name} has {math.prod(shape):,}")
 
 
 def _fits_bf16(parameter: ParameterSource, file: GgufReader) -> bool:
