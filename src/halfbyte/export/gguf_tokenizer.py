@@ -17,6 +17,7 @@ from halfbyte.models.gguf.tokenizer import PROBE, SPLITS, WHOLE_WORDS, cutting
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.gguf_file import NOTE
 from halfbyte.types import Document, Tokenizer
+from halfbyte.upstream.transformers import GGUF_RULES, gguf_splits
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -96,8 +97,6 @@ def _tokens(values: Document, rows: int) -> tuple[list[str], list[int]]:
 def rule_of(tokenizer: Tokenizer) -> str:
     """The rule (`tokenizer.ggml.pre`) by which a byte-level tokenizer splits text. Raises ExportError: none that is
     known."""
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
     backend = tokenizer.backend_tokenizer
     whole = bool(json.loads(backend.to_str())["model"].get("ignore_merges"))
     normalise = (lambda text: backend.normalizer.normalize_str(text)) if backend.normalizer is not None else str
@@ -106,7 +105,8 @@ def rule_of(tokenizer: Tokenizer) -> str:
         return [[piece for piece, _ in pre_tokenizer.pre_tokenize_str(normalise(text))] for text in PROBES]
 
     expected = split(backend.pre_tokenizer)
-    rules = [r for r in dict.fromkeys((*_FIRST, *SPLITS, *GGUF_PRE_TOKENIZER_SPLITS)) if (r in WHOLE_WORDS) == whole]
+    known = dict.fromkeys((*_FIRST, *SPLITS, *(gguf_splits() if GGUF_RULES.there else ())))
+    rules = [r for r in known if (r in WHOLE_WORDS) == whole]
     for rule in rules:
         if split(cutting(rule)) == expected:
             return rule
