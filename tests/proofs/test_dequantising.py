@@ -42,13 +42,13 @@ def test_a_model_without_quantised_layers_passes() -> None:
 def test_the_fault_of_bitsandbytes_is_caught_and_goes_round(double: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The C function called as bitsandbytes calls it, with the rows of the matrix."""
     made = layer((64, 96), "nf4", double)
-    native = dequantise._native("nf4", torch.bfloat16)
+    native = dequantise.c_dequantise("nf4", "bf16")
     assert native is not None
 
     def by_rows(codes: Any, scales: Any, out: Any, block: Any, rows: Any, columns: Any) -> None:
         native(codes, scales, out, block, ctypes.c_longlong(64), ctypes.c_longlong(96))
 
-    monkeypatch.setattr(dequantise, "_native", lambda kind, dtype: by_rows)
+    monkeypatch.setattr(dequantise, "c_dequantise", lambda kind, dtype: by_rows)
     model = nn.Sequential(layer((64, 64), "nf4", double), made)
     proof = prove_dequantised(nn.Sequential(made))
     assert not proof.ok and "(64, 96)" in proof.reason and "slower" in proof.reason
@@ -60,7 +60,7 @@ def test_the_fault_of_bitsandbytes_is_caught_and_goes_round(double: bool, monkey
 @pytest.mark.parametrize("place", [0, 64 * 96 // 2, 64 * 96 - 1])
 def test_one_wrong_number_is_caught(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made = layer((64, 96), "nf4", True)
-    native = dequantise._native("nf4", torch.bfloat16)
+    native = dequantise.c_dequantise("nf4", "bf16")
     assert native is not None
 
     def nearly(codes: Any, scales: Any, out: Any, *sizes: Any) -> None:
@@ -68,7 +68,7 @@ def test_one_wrong_number_is_caught(place: int, monkeypatch: pytest.MonkeyPatch)
         number = ctypes.c_uint16.from_address(out.value + 2 * place)
         number.value += 2  # two units in the last place
 
-    monkeypatch.setattr(dequantise, "_native", lambda kind, dtype: nearly)
+    monkeypatch.setattr(dequantise, "c_dequantise", lambda kind, dtype: nearly)
     assert not prove_dequantised(nn.Sequential(made)).ok
     assert_is(dequantise.dequantised(made), by_definition(made))
 
@@ -79,7 +79,7 @@ def test_weights_that_cannot_be_read_are_refused(monkeypatch: pytest.MonkeyPatch
     def wrong(codes: Any, scales: Any, out: torch.Tensor, block_size: int, kind: str) -> None:
         out.fill_(float("nan"))
 
-    monkeypatch.setattr(dequantise, "_native", lambda kind, dtype: None)
+    monkeypatch.setattr(dequantise, "c_dequantise", lambda kind, dtype: None)
     monkeypatch.setattr(dequantise, "write_by_table", wrong)
     with pytest.raises(BaseModelError, match=r"\(64, 96\) cannot be dequantised"):
         prove_dequantised(nn.Sequential(made))

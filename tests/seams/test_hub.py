@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import inspect
 
+import pytest
+
+from halfbyte.upstream.transformers import GGUF_RULES
+
+needs_rules = pytest.mark.skipif(not GGUF_RULES.there, reason=GGUF_RULES.reason or "there")
+
 
 def test_the_hub_has_the_names_that_its_failures_are_told_apart_by() -> None:
     from huggingface_hub import errors, get_cached_repo_tree, snapshot_download
@@ -16,6 +22,7 @@ def test_the_hub_has_the_names_that_its_failures_are_told_apart_by() -> None:
         assert issubclass(getattr(errors, name), Exception)
 
 
+@needs_rules
 def test_the_fast_tokenizer_is_made_of_a_gguf_whatever_its_architecture() -> None:
     from transformers import PreTrainedTokenizerFast
 
@@ -23,6 +30,7 @@ def test_the_fast_tokenizer_is_made_of_a_gguf_whatever_its_architecture() -> Non
     assert "gguf_file" in source and "get_gguf_tokenizer" in source and "ARCHS" not in source
 
 
+@needs_rules
 def test_transformers_still_lacks_the_rules_that_are_listed_here() -> None:
     """When this fails, upstream cuts by them itself, and they can go from the table."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS

@@ -9,9 +9,11 @@ import tomllib
 from importlib import metadata
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from halfbyte.system.libraries import outside_ranges, version, versions
-from tests.oldest import PYPROJECT, oldest
+from tests.version_sets import MIDDLE, PYPROJECT, constraints, oldest, prereleases
 
 CODE = """
 import gc, json
@@ -58,6 +60,23 @@ def test_the_oldest_versions_are_the_lower_bounds_of_pyproject() -> None:
     for no_bound in ("torch", "torch<3", "torch>=2.9.*", "torch<3,>=2.9"):
         with pytest.raises(ValueError, match="write it as name>=version"):
             oldest([no_bound])
+
+
+def test_the_middle_versions_are_within_the_ranges_and_pre_releases_are_those_that_are_newer() -> None:
+    wanted = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]
+    ranges = {each.name: each.specifier for each in map(Requirement, wanted)}
+    assert all(number in ranges[name] for name, number in MIDDLE.items())
+    assert constraints("middle")[0] == f"transformers=={MIDDLE['transformers']}" and constraints("newest") == []
+    newest = {**{name: ["5.24.0", "5.24.0rc1"] for name in MIDDLE}, "peft": ["0.22.0rc0", "0.21.2"]}
+    assert prereleases(newest.__getitem__) == ["peft==0.22.0rc0"]
+
+
+@pytest.mark.parametrize("name", ["transformers", "peft", "bitsandbytes", "accelerate"])
+def test_no_upper_bound_lies_below_the_next_major_version(name: str) -> None:
+    wanted = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]
+    (requirement,) = (each for each in map(Requirement, wanted) if each.name == name)
+    (upper,) = (each.version for each in requirement.specifier if each.operator == "<")
+    assert upper == str(Version(version(name)).major + 1)
 
 
 def test_the_collector_rests_while_libraries_are_imported() -> None:

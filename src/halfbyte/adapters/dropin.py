@@ -34,6 +34,7 @@ from halfbyte.quant import bnb as codec
 from halfbyte.quant import formats
 from halfbyte.system import accelerator, device, threads
 from halfbyte.types import Model
+from halfbyte.upstream import transformers as upstream
 
 threads.keep_few_products()
 
@@ -206,14 +207,14 @@ def prepare_model_for_kbit_training(
         use_gradient_checkpointing = gradient_checkpointing_kwargs is not None or not on_cpu or _needs_recompute(model)
     if use_gradient_checkpointing:
         model.enable_input_require_grads()
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=gradient_checkpointing_kwargs or {})
+        upstream.recompute(model, gradient_checkpointing_kwargs or {})
     if auto_clear_cache:
         accelerator.empty_cache()
     return model
 
 
 def _needs_recompute(model: Model) -> bool:
-    if not hasattr(model, "activation_checkpointing_enable"):  # a module that is not transformers'
+    if not hasattr(model, "gradient_checkpointing_enable"):  # a module that is not transformers'
         return False
     facts = tensors.facts_of(model.config.to_dict(), ())
     itemsize = torch.finfo(model.dtype).bits // 8

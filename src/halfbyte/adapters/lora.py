@@ -17,7 +17,6 @@ from typing import TypeAlias
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
@@ -37,6 +36,7 @@ from halfbyte.recipe.adapter import ADAPTER_FILES, read_config
 from halfbyte.recipe.schema import Lora
 from halfbyte.runs import checkpoint
 from halfbyte.types import Document, Model
+from halfbyte.upstream import peft as upstream
 
 # Names under `lora:` that are not fields of peft.LoraConfig.
 OWN_FIELDS = frozenset({"adapter", "save_dtype"})
@@ -147,7 +147,12 @@ def summary(adapted: Model) -> str:
 def loraplus_optimizer(adapted: Model, cls: type[Optimizer], ratio: float, decay: float, kwargs: Document) -> Optimizer:
     """An optimiser whose learning rate for B is `ratio` times that for A (LoRA+, arXiv:2402.12354)."""
     kwargs = {**kwargs, "loraplus_lr_ratio": ratio, "loraplus_weight_decay": decay}
-    return create_loraplus_optimizer(adapted, cls, **kwargs)
+    if upstream.LORAPLUS.reason:
+        raise AdapterError(
+            f"train.loraplus_lr_ratio: {upstream.LORAPLUS.reason}.", fix="leave it out, or pip install -U peft"
+        )
+    optimizer: Optimizer = upstream.loraplus()(adapted, cls, **kwargs)
+    return optimizer
 
 
 def save(

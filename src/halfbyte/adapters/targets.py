@@ -24,6 +24,7 @@ from halfbyte.models.lora_sites import (  # isort: skip
     ALL_LINEAR, AUTO, endings_of, is_aside, is_mixer_projection, leaf_of, split_at_layer,
 )  # fmt: skip
 from halfbyte.recipe.schema import Lora
+from halfbyte.upstream import peft as upstream
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -214,7 +215,6 @@ def _regex(chosen: set[str]) -> str:
 def _peft_config(model: nn.Module, targets: Targets, **limits: object) -> LoraConfig:
     """The LoraConfig as PEFT will see it, after its renames for fused experts."""
     from peft import LoraConfig
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
     if isinstance(targets.names, str) and limits.get("layers_to_transform") is not None:
         raise AdapterError(
@@ -226,7 +226,8 @@ def _peft_config(model: nn.Module, targets: Targets, **limits: object) -> LoraCo
     except ValueError as error:
         raise AdapterError(f"lora: PEFT refuses these settings: {error}") from error
     try:
-        convert_peft_config_for_transformers(config, model=model, conversions=None)
+        if upstream.EXPERT_NAMES.there:
+            upstream.convert_expert_names()(config, model=model, conversions=None)
         experts = sorted(config.target_parameters or ())
     except ValueError as error:
         experts = [str(error)]
@@ -301,6 +302,9 @@ def matched_stacks(model: nn.Module, asked: Sequence[str]) -> list[str]:
 
     if not asked:
         return []
+    if upstream.EXPERT_LORA.reason:
+        fix = f"{_WITHOUT_EXPERTS}; or pip install -U peft"
+        raise AdapterError(f"lora.target_parameters: {upstream.EXPERT_LORA.reason}.", fix=fix)
     outside = layout.outside_interface(model)
     stacks = stacks_of(model)
     hit = [name for name, _ in model.named_parameters() if any(_hits(name, target) for target in asked)]

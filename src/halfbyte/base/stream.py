@@ -187,6 +187,7 @@ class LayerStream:
         self.count = len(layers)
         self.present: set[int] = set(range(self.count + 1))
         self.visits = 0
+        self._descending: int | None = None  # the layer whose backward began last, until another runs forward
         self._handles = [x.register_forward_hook(after(partial(self.downwards, n))) for n, x in enumerate(layers)]
         for number, layer in enumerate(layers):
             self._handles.append(layer.register_forward_pre_hook(lambda *_, number=number: self.upwards(number)))
@@ -194,11 +195,16 @@ class LayerStream:
         self._drop_all_but(set())
 
     def upwards(self, layer: int) -> None:
-        """`layer` is about to run forward."""
+        """`layer` is about to run forward. Some versions of transformers call hooks in a recomputation too; then the
+        layers below come next."""
+        if layer and self._descending == layer:
+            return
+        self._descending = None
         self._move(layer, range(layer + 1, min(layer + 1 + AHEAD, self.count + 1)))
 
     def downwards(self, layer: int) -> None:
         """`layer` is about to run backward; below the first one the next forward begins, with the first one."""
+        self._descending = layer
         self._move(layer, range(layer - 1, max(-1, layer - 1 - AHEAD), -1))
 
     def remove(self) -> None:

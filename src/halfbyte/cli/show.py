@@ -299,6 +299,8 @@ def diagnosis(value: Diagnosis) -> None:
         f"{rates.memory_bytes / 1e9:.1f} GB/s, disk {rates.disk_bytes / 1e9:.2f} GB/s ({rates.source})",
     )
     field("versions", ", ".join(f"{name} {version}" for name, version in value.versions.items()))
+    for number, (lack, without) in enumerate(value.lacking.items()):
+        field("" if number else "without", f"{lack}: {without}")
     for wanted, installed in value.outside_ranges.items():
         warning(f"{installed} is installed, and the tests cover {wanted}\n  fix: pip install '{wanted}'")
     if value.model is None:

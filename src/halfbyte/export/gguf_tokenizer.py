@@ -18,6 +18,7 @@ from halfbyte.models.gguf.tokenizer import PROBE, SPLITS, WHOLE_WORDS, cutting
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.gguf_file import NOTE
 from halfbyte.types import Document, Tokenizer
+from halfbyte.upstream.transformers import GGUF_RULES, gguf_splits
 
 # llama.cpp's kinds of tokens, 1 to 6.
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
@@ -102,7 +103,8 @@ def rule_of(tokenizer: Tokenizer) -> str:
         return [[piece for piece, _ in pre_tokenizer.pre_tokenize_str(normalise(text))] for text in PROBES]
 
     expected = split(backend.pre_tokenizer)
-    rules = [r for r in dict.fromkeys((*_FIRST, *SPLITS, *GGUF_PRE_TOKENIZER_SPLITS)) if (r in WHOLE_WORDS) == whole]
+    known = dict.fromkeys((*_FIRST, *SPLITS, *(gguf_splits() if GGUF_RULES.there else ())))
+    rules = [r for r in known if (r in WHOLE_WORDS) == whole]
     for rule in rules:
         if split(cutting(rule)) == expected:
             return rule

@@ -29,6 +29,8 @@ from halfbyte.layers.kernels.cpu import available
 from halfbyte.layers.lora_linear import REMAKE, Remake, frozen_linear, lora_linear
 from halfbyte.models import families
 from halfbyte.quant import formats
+from halfbyte.upstream.peft import LORA_LAYER
+from halfbyte.upstream.transformers import CACHE_ARGUMENTS
 
 ADAPTERS_DISABLED, NO_ADAPTER = "adapters disabled", "no active adapter"
 
@@ -310,6 +312,8 @@ def is_lora(module: nn.Module) -> bool:
 
 def unfused_reason(layer: nn.Module) -> str:
     """Why this LoRA layer must run PEFT's own forward now; empty if it need not."""
+    if not LORA_LAYER.there:
+        return LORA_LAYER.reason
     if layer.disable_adapters:
         return ADAPTERS_DISABLED
     if layer.merged:
@@ -410,7 +414,7 @@ def _pack_lengths(module: nn.Module, x: Tensor, positions: Any, kwargs: dict[str
     cu = kwargs.get("cu_seq_lens_q")
     if x.dim() != 3 or x.shape[0] != 1 or positions is None or not available(x):
         return None
-    if cu is None or kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None:
+    if cu is None or any(kwargs.get(name) is not None for name in CACHE_ARGUMENTS):
         return None
     if not torch.is_grad_enabled() or (module.training and module.attention_dropout):
         return None

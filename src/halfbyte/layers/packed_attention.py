@@ -22,9 +22,6 @@ from itertools import groupby
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from halfbyte.errors import BaseModelError
 from halfbyte.layers import attention as block_attention
@@ -32,6 +29,7 @@ from halfbyte.layers import sight
 from halfbyte.layers.kernels import card
 from halfbyte.layers.kernels.cpu import whole_attention
 from halfbyte.system import accelerator
+from halfbyte.upstream import transformers as upstream
 
 NAME = "halfbyte_packed"
 LENGTHS = "packed_lengths"  # what attention reads the lengths from, where they are known as numbers
@@ -63,8 +61,8 @@ class Formula:
 def register() -> None:
     """Make `NAME` known to transformers. Calling it again changes nothing. Both registries are needed: without the mask
     function transformers drops a 2-D padding mask silently."""
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, _mask)
+    upstream.attention().register(NAME, attention)
+    upstream.attention_masks().register(NAME, _mask)
 
 
 def _mask(
@@ -74,7 +72,8 @@ def _mask(
     marked = sight.mark(mask_function, q_length, device, plain=not rest.get("use_vmap"))
     if marked is not None:
         return marked
-    mask: Tensor | None = sdpa_mask(q_length=q_length, mask_function=mask_function, device=device, **rest)
+    stock = upstream.attention_masks()()["sdpa"]
+    mask: Tensor | None = stock(q_length=q_length, mask_function=mask_function, device=device, **rest)
     return mask
 
 
@@ -122,7 +121,8 @@ def attention(
     if attention_mask is not None and attention_mask.numel() == 0:
         raise PackingError(f"{type(module).__name__} was handed packed examples without their lengths (cu_seq_lens_q)")
     if asked.is_plain:
-        return sdpa_attention_forward(
+        stock = upstream.attention()()["sdpa"]
+        return stock(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **rest
         )
     if rest.get("position_bias") is not None:

@@ -24,6 +24,7 @@ from halfbyte.layers.kernels import card
 from halfbyte.layers.packed_attention import LENGTHS, NAME, no_mask, register
 from halfbyte.models import structure
 from halfbyte.types import Batch, Document, Model
+from halfbyte.upstream.transformers import PACKED_ATTENTION
 
 Layout = Literal["cu_seq_lens", "rows", "single"]
 
@@ -38,7 +39,7 @@ def layouts(model: Model) -> tuple[Layout, ...]:
     possible: list[Layout] = []
     # ALiBi counts positions from the mask, not from position_ids: in a long pack its bf16 biases would lose precision.
     restarts = "position_ids" in inspect.signature(lm.forward).parameters and not getattr(lm.config, "alibi", False)
-    if restarts and lm._supports_flash_attn and lm._can_set_attn_implementation():
+    if PACKED_ATTENTION.there and restarts and lm._supports_flash_attn and lm._can_set_attn_implementation():
         possible.append("cu_seq_lens")
     if structure.body(lm) is not lm:
         possible.append("rows")

@@ -9,7 +9,7 @@ Cost: that of the C function, in memory that a thread keeps. Through the table a
 
 import ctypes
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.autograd.function import FunctionCtx
 
 from halfbyte.quant.kernels import nf4_cpu
 from halfbyte.quant.number_format import Codes, Nested, NumberFormat
+from halfbyte.upstream.bitsandbytes import c_dequantise
 
 _NATIVE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # From this block size on, the C function is inaccurate on AVX-512 (`bitsandbytes/backends/cpu/ops.py`).
@@ -129,7 +130,7 @@ def write(packed: Tensor, scales: Tensor, out: Tensor, block_size: int, kind: st
         kind: nf4 or fp4.
     """
     codes = packed.contiguous().view(-1).view(torch.uint8)
-    native = _native(kind, out.dtype) if block_size < _NATIVE_BELOW and out.device.type == "cpu" else None
+    native = c_dequantise(kind, _NATIVE[out.dtype]) if block_size < _NATIVE_BELOW and out.device.type == "cpu" else None
     done = 0
     if native is not None and not is_distrusted(kind, out.dtype):
         blocks = out.numel() // block_size
@@ -147,15 +148,6 @@ def write_by_table(codes: Tensor, scales: Tensor, out: Tensor, block_size: int, 
     codes = codes[: -(-n // 2)]
     of_codes = values(kind).to(out.device)[torch.stack([codes >> 4, codes & 15], 1).view(-1)[:n].int()]
     out.copy_(of_codes * scales[: -(-n // block_size)].repeat_interleave(block_size)[:n])
-
-
-@cache
-def _native(kind: str, dtype: torch.dtype) -> Callable[..., object] | None:
-    """bitsandbytes' C function behind `dequantize_4bit` on a CPU, or None where its library has none."""
-    from bitsandbytes.cextension import lib
-
-    function = getattr(lib, f"cdequantize_blockwise_cpu_{kind}_{_NATIVE.get(dtype)}", None)
-    return function if hasattr(function, "argtypes") else None  # for what it lacks, `lib` gives a function that raises
 
 
 def forget() -> None:

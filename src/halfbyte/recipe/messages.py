@@ -11,10 +11,13 @@ from typing import Any, TypeAlias
 
 from halfbyte.recipe.fields import ELSEWHERE, LORA_REFUSED, NOT_NEEDED, TRAIN_REFUSED, shown
 from halfbyte.recipe.schema import SECTIONS, Lora, Origin, Recipe, Train
+from halfbyte.upstream import peft, transformers
 
 Problem: TypeAlias = Mapping[str, Any]
 """One error as pydantic lists it: type, loc, msg, input, ctx."""
 _REFUSED = {"lora": LORA_REFUSED, "train": TRAIN_REFUSED}
+# Section -> the fields that the installed library has under the names of the section.
+_UPSTREAM = {"lora": peft.lora_fields, "train": transformers.training_fields, "quant": transformers.quantization_fields}
 # Beginning of pydantic's type -> what the value must be; the first that matches counts.
 _MUST_BE = {
     "greater_than_equal": ">= {ge:.12g}",
@@ -106,6 +109,8 @@ def _unknown(location: list[str]) -> str:
         return f" is not a field; write {ELSEWHERE[name]}"
     if name in NOT_NEEDED:
         return f" is not needed: {NOT_NEEDED[name]}"
+    if name in _UPSTREAM.get(section, frozenset)():
+        return " is not known to this version of halfbyte; pip install -U halfbyte, or leave it out"
     if near := difflib.get_close_matches(name, known, 1):
         return f" is not a field; did you mean {'.'.join([*outer, near[0]])}?"
     return f" is not a field; {section or 'a recipe'} has {', '.join(known)}"

@@ -27,6 +27,7 @@ from halfbyte.plan.result import GB, Recompute
 from halfbyte.system import accelerator, usage
 from halfbyte.system.device import ram_available
 from halfbyte.types import Batch, Model
+from halfbyte.upstream import transformers as upstream
 
 MARGIN_SHARE = 0.03  # of the machine's memory (or the group's limit) that stays free between micro-batches
 MARGIN_BYTES = 64_000_000
@@ -187,7 +188,7 @@ def recompute_as(model: Model, policy: Recompute) -> None:
     lm = structure.causal_lm(model)
     fuse.recompute_cheap(lm, on=policy == "selective")
     if policy == "full":
-        lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        upstream.recompute(lm, {"use_reentrant": False})
         return
-    if lm.is_activation_checkpointing:
-        lm.activation_checkpointing_disable()
+    if upstream.recomputes(lm):
+        upstream.recompute_nothing(lm)

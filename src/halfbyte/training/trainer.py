@@ -33,9 +33,11 @@ from halfbyte.layers.kernels import dropout
 from halfbyte.objectives import objective as objectives
 from halfbyte.objectives.objective import Objective
 from halfbyte.recipe.schema import Train
+from halfbyte.system import device
 from halfbyte.training.pace import Pace
 from halfbyte.training.watch import gradients
 from halfbyte.types import Batch, Document, Model
+from halfbyte.upstream.bitsandbytes import CPU_OPTIMISERS
 
 # Names under `train:` that never reach the Trainer, or are not its own: batch and accumulation are inside the item, the
 # dtype is the base's, checkpoints and the best adapter are ours.
@@ -127,6 +129,11 @@ def check_arguments(train: Train, *, total_steps: int) -> None:
         where = Path("unused")
         args = training_arguments(train, folder=where, total_steps=total_steps, fp16=False, use_cpu=True, eval_steps=0)
         cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+        if cls.__module__.startswith("bitsandbytes") and device.detect().kind == "cpu" and CPU_OPTIMISERS.reason:
+            raise RecipeError(
+                f"train.optim {train.optim} needs a card here: {CPU_OPTIMISERS.reason}.",
+                fix="--set train.optim=adamw_torch; or pip install -U bitsandbytes",
+            )
         optimizer = cls([torch.nn.Parameter(torch.zeros(1))], **kwargs)
         get_scheduler(
             args.lr_scheduler_type,
@@ -196,7 +203,7 @@ class StepTrainer(Trainer):
         self._sites = dropout.sites_of(model)
         self.eval_batches, self.loraplus_lr_ratio = eval_batches, loraplus_lr_ratio
         self.last: Document = {}
-        self._steps_down = 0
+        self._steps_down, self._checked_first = 0, False
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=[])
         self.loss_is_scaled_for_ga = True
         for callback in (PrinterCallback, ProgressCallback):
@@ -255,7 +262,8 @@ class StepTrainer(Trainer):
         if not (math.isfinite(value) and math.isfinite(norm or 0.0)) and self.world.rank != min(bad, default=0):
             self.world.await_failure()
         gradients.check(model, Path(self.args.output_dir), at, micro_batches, parts, total=value, norm=norm or 0.0)
-        if at == self._initial_global_step + 1:
+        if not self._checked_first:
+            self._checked_first = True
             gradients.check_first(self.model, self.pace.largest([(r,) for rows in step.micro_batches for r in rows]))
         self._record(step, value, norm, done)
         return total

@@ -6,7 +6,6 @@ bits its products are faster for many tokens. `by_tape` is the policy.
 Cost: a tape more, of tens of ms to write.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from halfbyte.layers.decoding import llama
 from halfbyte.layers.decoding.llama import Decoder
 from halfbyte.models import structure
 from halfbyte.types import Batch, Model
+from halfbyte.upstream.transformers import cache_argument
 
 VECTORS = 64  # tokens that a tape reads at once
 LONGEST = 512  # tokens of a prompt that a tape reads in bf16: of a longer one a forward's products are the faster ones
@@ -98,8 +98,7 @@ def forward(
     for layer, (keys, values) in enumerate(before):
         cache.update(keys, values, layer)
     cached = before[0][0].shape[2] if before else 0
-    name = "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
-    inputs = {**packing.forward_inputs(lm, batch), "use_cache": True, name: cache}
+    inputs = {**packing.forward_inputs(lm, batch), "use_cache": True, cache_argument(module): cache}
     inputs.pop("labels", None)
     if before:
         tokens = cached + len(prompts[0])

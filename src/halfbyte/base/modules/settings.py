@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 Asked: TypeAlias = "str | Quant | Mapping[str, object] | BitsAndBytesConfig | BnbQuantizationConfig"
+# What may be set of both configurations: what is read here, and what is about the loading that halfbyte does itself.
+_KNOWN = frozenset(
+    {
+        "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage",
+        "llm_int8_threshold", "llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload", "llm_int8_has_fp16_weight",
+        "skip_modules", "keep_in_fp32_modules", "torch_dtype", "target_dtype",
+    }
+)  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -93,6 +101,14 @@ def _list(names: Iterable[str], argument: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _unknown(asked: object) -> set[str]:
+    """Fields of transformers' or accelerate's configuration that were set, and are not known here."""
+    modes = {name: getattr(asked, name) for name in ("load_in_4bit", "load_in_8bit")}
+    plain = vars(type(asked)(**modes))
+    changed = {name for name, value in vars(asked).items() if name not in plain or plain[name] != value}
+    return changed - _KNOWN
+
+
 def _fields(asked: Asked) -> tuple[Document, str | None]:
     """(fields of `Quant`, dtype of the rest where the configuration has one of its own)."""
     if isinstance(asked, str):
@@ -103,6 +119,11 @@ def _fields(asked: Asked) -> tuple[Document, str | None]:
         raise RecipeError(
             f"quant must be a type (nf4, fp4, int8), fields of `quant:`, a BitsAndBytesConfig or a "
             f"BnbQuantizationConfig, got {type(asked).__name__}"
+        )
+    if unknown := sorted(_unknown(asked)):
+        raise RecipeError(
+            f"{type(asked).__name__}: {', '.join(unknown)} not known to this version of halfbyte",
+            fix="pip install -U halfbyte, or leave it out",
         )
     skipped = asked.skip_modules if hasattr(asked, "skip_modules") else asked.llm_int8_skip_modules
     rest = getattr(asked, "torch_dtype", None)  # accelerate's alone

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
-from transformers.integrations import moe
 
 from halfbyte.layers.experts.by_definition import experts_by_definition
 from halfbyte.layers.experts.layout import NO_LORA, Loras, bias_of, gate_of, is_frozen, matrix, post_norm_of, stacks_of
 from halfbyte.layers.experts.sizes import max_at_once, padded_rows
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.matmul import into
+from halfbyte.upstream.transformers import plain_gate
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ def _through_norm(
 def _is_silu_gate(module: nn.Module) -> bool:
     """silu(first half) * second half, which has its own formula below."""
     gate = getattr(module._apply_gate, "__func__", None) if module.has_gate else None
-    return gate is moe._default_apply_gate and isinstance(module.act_fn, nn.SiLU)
+    return gate is plain_gate() and isinstance(module.act_fn, nn.SiLU)
 
 
 def _gated(module: nn.Module, gate: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ Source: `transformers/integrations/moe.py`; `peft/tuners/lora/layer.py`, `ParamW
 from typing import Any
 
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from halfbyte.layers.experts.by_definition import experts_by_definition
 from halfbyte.layers.experts.forward import experts
 from halfbyte.layers.experts.layout import LoraOfExperts, experts_of, is_experts, is_quantised
 from halfbyte.models import structure
 from halfbyte.types import Model
+from halfbyte.upstream import transformers as upstream
+from halfbyte.upstream.peft import EXPERT_LORA
 
 NAME, BY_DEFINITION = "halfbyte", "halfbyte_by_definition"
 _BEFORE = "_halfbyte_experts_before"
@@ -22,8 +23,9 @@ _BEFORE = "_halfbyte_experts_before"
 
 def register() -> None:
     """Make both names known to transformers. Calling it again changes nothing."""
-    ALL_EXPERTS_FUNCTIONS.register(NAME, experts)
-    ALL_EXPERTS_FUNCTIONS.register(BY_DEFINITION, experts_by_definition)
+    functions = upstream.experts_functions()
+    functions.register(NAME, experts)
+    functions.register(BY_DEFINITION, experts_by_definition)
 
 
 def install(model: Model) -> int:
@@ -32,7 +34,7 @@ def install(model: Model) -> int:
     if not modules or not hasattr(lm, "set_experts_implementation"):
         return 0
     register()
-    before = lm.get_experts_implementation()
+    before = upstream.experts_implementation(lm)
     if not {NAME, BY_DEFINITION} & set(before.values()):
         lm.__dict__[_BEFORE] = before
     lm.set_experts_implementation(NAME)
@@ -59,7 +61,8 @@ def remove(model: Model) -> int:
 
 def is_lora_of_experts(module: nn.Module) -> bool:
     """Whether this is PEFT's `ParamWrapper` on a stack of experts."""
-    return hasattr(module, "parameter_name") and is_experts(module.get_base_layer())
+    wraps = hasattr(module, "parameter_name") and is_experts(module.get_base_layer())
+    return wraps and EXPERT_LORA.there
 
 
 def takes_lora(module: nn.Module) -> bool:

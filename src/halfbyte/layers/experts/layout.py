@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.quant import dequantise
+from halfbyte.upstream.transformers import EXPERTS
 
-# The flags that `use_experts_implementation` sets on each instance.
-_FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel", "down_proj")
+# The flags that `use_experts_implementation` sets on each instance, in every version of transformers.
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ Loras: TypeAlias = dict[str, LoraOfExperts]
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module computes its experts through transformers' interface."""
-    return not hasattr(module, "base_layer") and all(hasattr(module, flag) for flag in _FLAGS)
+    mark = not hasattr(module, "base_layer") and all(hasattr(module, flag) for flag in _FLAGS)
+    return mark and EXPERTS.there
 
 
 def experts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -75,7 +77,7 @@ def is_quantised(module: nn.Module) -> bool:
 def is_frozen(module: nn.Module) -> bool:
     """Whether no weight of an experts module trains, but biases. PEFT's own wrapper makes a stack one that does."""
     stacks = (getattr(module, name) for name in stacks_of(module))
-    norm = module.post_expert_norm.parameters() if module.has_post_expert_norm else ()
+    norm = getattr(post_norm_of(module), "parameters", tuple)()
     return not any(getattr(part, "requires_grad", False) for part in (*stacks, *norm))
 
 
@@ -102,5 +104,6 @@ def gate_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def post_norm_of(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    norm: Callable[[Tensor], Tensor] | None = module.post_expert_norm if module.has_post_expert_norm else None
+    has = getattr(module, "has_post_expert_norm", False)  # the first versions of transformers 5 know of none
+    norm: Callable[[Tensor], Tensor] | None = module.post_expert_norm if has else None
     return norm

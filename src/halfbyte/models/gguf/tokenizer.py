@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from halfbyte.models.gguf.header import GgufHeader
 from halfbyte.models.gguf.reader import GgufError
 from halfbyte.types import Config, Tokenizer
+from halfbyte.upstream.transformers import GGUF_RULES, gguf_splits
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
@@ -53,10 +54,11 @@ def tokenizer_of(folder: str, name: str, header: GgufHeader, config: Config) -> 
     """The tokenizer of the file `name`, alone in `folder`: transformers prefers a tokenizer.json that lies beside it.
     Raises GgufError: it is of a kind, or cuts text by a rule, that is not known."""
     from transformers import PreTrainedTokenizerFast
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
+    if GGUF_RULES.reason:
+        raise GgufError(f"its tokenizer cannot be read: {GGUF_RULES.reason}; pip install -U transformers")
     kind, rule = header.metadata.get("tokenizer.ggml.model"), header.metadata.get("tokenizer.ggml.pre", "default")
-    if kind == "gpt2" and rule not in {*SPLITS, *GGUF_PRE_TOKENIZER_SPLITS, "default"}:
+    if kind == "gpt2" and rule not in {*SPLITS, *gguf_splits(), "default"}:
         raise GgufError(f"its tokenizer cuts text by the rule {rule!r} (tokenizer.ggml.pre), which is not known")
     try:
         # AutoTokenizer asks transformers' own table of architectures first.
@@ -77,9 +79,8 @@ def tokenizer_of(folder: str, name: str, header: GgufHeader, config: Config) -> 
 def cutting(rule: str) -> PreTokenizer:
     """What cuts a text by a rule of `SPLITS` or of transformers' own table."""
     from tokenizers import Regex, pre_tokenizers
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    splits = SPLITS.get(rule) or (GGUF_PRE_TOKENIZER_SPLITS[rule],)
+    splits = SPLITS.get(rule) or (gguf_splits()[rule],)
     cuts = [
         pre_tokenizers.Split(Regex(cut), behavior="isolated")
         if cut != _DIGIT

@@ -1,0 +1,102 @@
+"""What differs between the versions of transformers 5."""
+
+import inspect
+from collections.abc import Mapping
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from halfbyte.upstream.seam import Seam, fields_of
+
+# What a model and its layers take their cache by: the name of newer versions, and that of older ones.
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+
+
+def cache_argument(model: Any) -> str:
+    """Of `CACHE_ARGUMENTS` the one that the forward of this model has."""
+    return CACHE_ARGUMENTS["cache" not in inspect.signature(model.forward).parameters]
+
+
+def recompute(model: Any, options: dict[str, Any]) -> None:
+    """Recompute activations of a model's layers in backward. `options`: of `torch.utils.checkpoint`."""
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)(options)
+
+
+def recompute_nothing(model: Any) -> None:
+    (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
+
+
+def recomputes(model: Any) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def attention() -> Any:
+    """The registry of attention functions, by name."""
+    from transformers import AttentionInterface
+
+    return AttentionInterface
+
+
+def attention_masks() -> Any:
+    """The registry of the functions that make their masks, by the same names."""
+    from transformers import AttentionMaskInterface
+
+    return AttentionMaskInterface
+
+
+@cache
+def _moe() -> ModuleType:
+    from transformers.integrations import moe
+
+    return moe
+
+
+def experts_functions() -> Any:
+    """The registry of functions that compute experts, by name."""
+    return _moe().ALL_EXPERTS_FUNCTIONS
+
+
+def experts_implementation(model: Any) -> dict[str, str | None]:
+    """By which function a model and its parts compute experts, as `set_experts_implementation` takes it."""
+    parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
+    configs = {"": model.config, **parts}
+    return {name: config._experts_implementation for name, config in configs.items() if config is not None}
+
+
+def plain_gate() -> object:
+    """What stands between an expert's two stacks where its class says nothing else."""
+    return getattr(_moe(), "_default_apply_gate", None)
+
+
+def gguf_splits() -> Mapping[str, str]:
+    """Rule (`tokenizer.ggml.pre`) -> the expression that text is cut by, of those that transformers knows. ImportError
+    with a version whose reader of GGUF tokenizers does not go by the file's rule."""
+    from transformers.integrations.gguf import gguf_tokenizer_mapping
+
+    splits: Mapping[str, str] = gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS
+    return splits
+
+
+def training_fields() -> frozenset[str]:
+    """The fields of TrainingArguments."""
+    return fields_of("transformers.training_args", "TrainingArguments")
+
+
+def quantization_fields() -> frozenset[str]:
+    """The arguments of BitsAndBytesConfig."""
+    return fields_of("transformers.utils.quantization_config", "BitsAndBytesConfig")
+
+
+PACKED_ATTENTION = Seam(
+    "transformers", "registry of attention functions with its masks", "each micro-batch is one example",
+    lambda: "sdpa" in attention()() and "sdpa" in attention_masks()(),
+)  # fmt: skip
+EXPERTS = Seam(
+    "transformers", "registry of experts functions", "mixtures of experts are not quantised",
+    lambda: bool(experts_functions()),
+)  # fmt: skip
+GGUF_RULES = Seam(
+    "transformers", "table of rules for GGUF tokenizers", "a GGUF file is not read as a model",
+    lambda: bool(gguf_splits()),
+)  # fmt: skip
+SEAMS = (PACKED_ATTENTION, EXPERTS, GGUF_RULES)
