@@ -9,7 +9,7 @@ from importlib import metadata
 from packaging.requirements import Requirement
 
 TORCH = "torch==2.10.0"
-TESTS = ("pytest", "hypothesis", "scipy", "portalocker")
+TESTS = ("pytest", "hypothesis", "portalocker")
 NOT_THERE = ("torch", "halfbyte", "llama-cpp-py-sync", "triton")  # torch apart; the others are not needed
 
 

@@ -179,7 +179,6 @@ def written(ran: Ran) -> Any:
 
 
 def interval(ran: Ran) -> Any:
-    pytest.importorskip("scipy")
     score = scored.evaluated(ran.folder, sure=True).scores[0]
     return score.adapter and score.adapter.interval
 

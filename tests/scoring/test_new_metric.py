@@ -21,7 +21,6 @@ def length_ratio(expected: str, answer: str) -> float:
 def test_a_new_metric_is_known_everywhere(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("scipy")
     monkeypatch.setitem(METRICS, "length_ratio", "the shorter text's length over the longer one's")
     monkeypatch.setitem(BUILDERS, "length_ratio", of_answer("length_ratio", length_ratio, yes_no=False))
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from halfbyte.cli import progress, show
 from halfbyte.cli.options import Force, Json, Run, Set, open_run
-from halfbyte.cli.show import aside, duration, field, out, text, visible
+from halfbyte.cli.show import duration, field, out, text, visible
 from halfbyte.scoring.intervals import CONFIDENCE
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def evaluate(
         int | None, typer.Option("--max-new-tokens", min=1, help="The longest answer; default: eval.max_new_tokens.")
     ] = None,
     sure: Annotated[
-        bool | None, typer.Option("--intervals/--no-intervals", help="Intervals and tests; default: where scipy is.")
-    ] = None,
+        bool, typer.Option("--intervals/--no-intervals", help="With intervals and tests, or scores alone.")
+    ] = True,
     to: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Keep scores and answers there.")] = None,
     set_: Set = [],  # noqa: B006
     force: Force = False,
@@ -107,8 +107,6 @@ def tasks(results: dict[str, Document]) -> None:
 
 def table(scored: Sheet, samples: int, folder: Path | None) -> None:
     """Base and adapter side by side with their intervals, then some answers of each."""
-    for note in scored.notes:
-        aside(note)
     lines = Table(header_style="bold")
     lines.add_column("")
     for name in scored.sides:

@@ -66,17 +66,15 @@ def evaluate(
 
         with opened.using(base=name == "base"):
             sides[name] = scoring.side(examples, batches, plan, tell)
-    sure = intervals.available() if options.sure is None else options.sure
     scores = tuple(
-        sheet.score(name, sides, settings, yes_no=yes_no, sure=sure)
+        sheet.score(name, sides, settings, yes_no=yes_no, sure=options.sure)
         for name, yes_no in (("loss", False), ("perplexity", False), *scoring.names)
     )
-    notes = () if sure else (f"no intervals: scipy is not installed ({intervals.PIP})",)
     questions = tuple(
         sheet.Question(e.where, opened.tokenizer.decode(e.prompt_ids, skip_special_tokens=True), e.completion)
         for e in asking
     )
-    return sheet.Sheet(source, len(examples), time.monotonic() - began, scores, questions, sides, notes, adapter)
+    return sheet.Sheet(source, len(examples), time.monotonic() - began, scores, questions, sides, adapter)
 
 
 def answer_scores(run: PlannedRun, model: Model, tokens: int) -> Callable[[], dict[str, float]]:

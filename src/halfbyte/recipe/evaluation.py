@@ -65,5 +65,5 @@ class Eval(Section):
     )
     max_new_tokens: Count = field(256, "the longest answer, in tokens")
     rows: Count | None = field(None, "held-out rows that are answered in an evaluation of a training; null: all")
-    resamples: Annotated[Int, Field(ge=100)] = field(2000, "resamples of the rows, of a bootstrap interval (95%)")
+    resamples: Annotated[Int, Field(ge=100)] = field(2000, "resamples of the rows, of an interval of losses (95%)")
     seed: Seed = field(0, "seed of the resamples")

@@ -31,26 +31,32 @@ SIDES = ("adapter", "base")
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What is scored, and how. `names`: metrics beside loss and perplexity; None: exact match where rows ask for an
-    answer."""
+    """What is scored, and how.
+
+    Args:
+        names: metrics beside loss and perplexity; None: exact match where rows ask for an answer.
+        limit: only so many rows. with_base: score the base alone too.
+        sure: with intervals and tests.
+    """
 
     settings: Eval
     names: tuple[str, ...] | None = None
-    limit: int | None = None  # only so many rows
-    with_base: bool = False  # score the base alone too
-    sure: bool | None = None  # with intervals and tests, which scipy computes; None: where it is installed
+    limit: int | None = None
+    with_base: bool = False
+    sure: bool = True
 
     @classmethod
     def of(
         cls, settings: Eval, names: Sequence[str] = (), *, limit: int | None = None, with_base: bool = False,
-        sure: bool | None = None,
+        sure: bool = True,
     ) -> EvalOptions:  # fmt: skip
-        """The recipe's metrics, or those named on the command line. Raises RecipeError: an unknown metric, one whose
-        setting is missing, or intervals without scipy."""
+        """The recipe's metrics, or those named on the command line.
+
+        Raises:
+            RecipeError: an unknown metric, or one whose setting is missing.
+        """
         chosen = tuple(dict.fromkeys(n for n in names if n not in LOSSES)) if names else settings.metrics
         metrics.check(settings, chosen or ())
-        if sure:
-            intervals.need()
         return cls(settings, chosen, limit, with_base, sure)
 
 
@@ -129,7 +135,6 @@ class Sheet:
     scores: tuple[Score, ...]
     questions: tuple[Question, ...]
     sides: dict[str, Side]
-    notes: tuple[str, ...] = ()
     adapter: Document | None = None
 
     def to_json(self) -> Document:
@@ -140,7 +145,6 @@ class Sheet:
             "rows": self.rows,
             "seconds": self.seconds,
             "metrics": [score.to_json() for score in self.scores],
-            "notes": list(self.notes),
         }
 
     def answers(self) -> list[Document]:
