@@ -41,7 +41,8 @@ class Stopping(HalfbyteError):
 
 @dataclass(eq=False)
 class Ask:
-    """Up to `n` texts after one prompt. What comes back is read from `chunks`: chunks, or an exception as the last."""
+    """Up to `n` texts after one prompt. What comes back is read from `chunks`: one without a token when they have their
+    places, then those with text; or an exception as the last."""
 
     model: ServedModel
     prompt: Sequence[int]
@@ -197,7 +198,8 @@ class Engine:
                 self.queue.remove(ask)
                 ask.begin()
                 self.ask_of.update(dict.fromkeys(ask.texts, ask))
-            return chosen
+        self._post([(ask, TextChunk(0, "", 0)) for ask in chosen])
+        return chosen
 
     def _insert(self, asks: list[Ask]) -> None:
         """Read prompts; their first tokens come with the next step."""

@@ -14,9 +14,10 @@ import uvicorn
 from sse_starlette.sse import AppStatus
 
 from halfbyte.serving.engine import Engine
-from halfbyte.serving.http.app import Service, application
+from halfbyte.serving.http.app import application
 from halfbyte.serving.http.gauges import Gauges
 from halfbyte.serving.http.guard import Guard, Rules
+from halfbyte.serving.http.service import Service
 from halfbyte.serving.settings import Settings
 
 
