@@ -69,7 +69,7 @@ def test_calls_are_the_same_however_the_text_is_cut(
 
 
 def test_arguments_come_in_pieces_and_a_call_that_is_cut_says_so() -> None:
-    choice, parts = read(MARKED, CALL[:-20], list(range(len(CALL))), "length")
+    choice, parts = read(MARKED, CALL[:-18], list(range(len(CALL))), "length")
     assert sum(bool(part.arguments) for part in parts) > 5
     assert choice.finish == "length" and choice.calls[0].arguments == '{"city": "Os'
 

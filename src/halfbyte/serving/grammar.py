@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from threading import Lock
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from halfbyte.errors import DataError
+from halfbyte.types import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from halfbyte.serving.models import ServedModel
 
 _LOCK = Lock()
-_TABLES: dict[tuple[str, int], LLTokenizer] = {}
+_TABLES: WeakKeyDictionary[Tokenizer, dict[int, LLTokenizer]] = WeakKeyDictionary()
 
 
 class Grammar:
@@ -58,12 +60,12 @@ def table_of(model: ServedModel, vocabulary: int) -> LLTokenizer:
     from llguidance.hf import from_tokenizer
 
     with _LOCK:
-        key = (model.name, vocabulary)
-        if key not in _TABLES:
+        tables = _TABLES.setdefault(model.tokenizer, {})
+        if vocabulary not in tables:
             if not model.tokenizer.is_fast:
-                raise DataError("the tokenizer has no table of its tokens: response_format cannot be followed.")
-            _TABLES[key] = from_tokenizer(model.tokenizer, n_vocab=vocabulary, eos_token=sorted(model.stop_ids))
-        return _TABLES[key]
+                raise DataError("the tokenizer has no table of its tokens: no grammar can be followed.")
+            tables[vocabulary] = from_tokenizer(model.tokenizer, n_vocab=vocabulary, eos_token=sorted(model.stop_ids))
+        return tables[vocabulary]
 
 
 def of(model: ServedModel, vocabulary: int, lark: str) -> Grammar:

@@ -16,6 +16,7 @@ import openai
 import pytest
 
 from halfbyte.inference.generate import generate
+from halfbyte.serving.adapters import AdapterFolders
 from halfbyte.serving.engine import Engine
 from halfbyte.serving.http import server
 from halfbyte.serving.settings import Settings, bind
@@ -24,17 +25,18 @@ from tests import tiny_run
 from tests.serving import served
 
 WAITING = 3
+_NONE = AdapterFolders()
 NAMES = ("first", "second", served.BASE)
 
 
 class Running:
     """A server in a thread of its own."""
 
-    def __init__(self, engine: Engine, **settings: Any) -> None:
+    def __init__(self, engine: Engine, *, folders: AdapterFolders = _NONE, **settings: Any) -> None:
         self.settings = Settings(port=0, **settings)
         self.sock = bind(self.settings)
         self.sock.listen(64)
-        self.engine, self.server = engine, server.build(engine, self.settings)
+        self.engine, self.server = engine, server.build(engine, self.settings, folders)
         self.url = f"http://127.0.0.1:{self.sock.getsockname()[1]}"
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.sock]})
         self.thread.start()

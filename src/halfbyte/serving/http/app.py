@@ -11,7 +11,8 @@ from starlette.requests import Request as Http
 from starlette.responses import Response
 from starlette.routing import Route
 
-from halfbyte.serving.http import chat
+from halfbyte.serving.adapters import AdapterFolders
+from halfbyte.serving.http import adapters, chat, ollama, responses, tokens
 from halfbyte.serving.http.answers import Json
 from halfbyte.serving.http.service import Gone, Service
 from halfbyte.serving.http.wire import Refusal
@@ -30,7 +31,7 @@ _PAGE = {
 }
 
 
-def application(service: Service) -> Starlette:
+def application(service: Service, folders: AdapterFolders) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         service.engine.start()
@@ -43,7 +44,7 @@ def application(service: Service) -> Starlette:
     async def refused(http: Http, error: Exception) -> Response:
         assert isinstance(error, Refusal)
         service.gauges.refused(error)
-        return Json.of(error)
+        return Json({"error": str(error)}, error.status, error.headers) if _of_ollama(http) else Json.of(error)
 
     async def unknown(http: Http, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -57,6 +58,10 @@ def application(service: Service) -> Starlette:
 
     routes = [
         *chat.routes(service),
+        *responses.routes(service),
+        *ollama.routes(service),
+        *tokens.routes(service),
+        *(adapters.routes(service, folders) if folders.allowed else []),
         Route("/v1/models", partial(_models, service)),
         Route("/v1/models/{name:path}", partial(_model, service)),
         Route("/health", partial(_health, service)),
@@ -65,6 +70,10 @@ def application(service: Service) -> Starlette:
     ]
     handlers = {Refusal: refused, Gone: gone, HTTPException: unknown, Exception: failed}
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+
+
+def _of_ollama(http: Http) -> bool:
+    return http.url.path.startswith("/api/")
 
 
 async def _models(service: Service, http: Http) -> Response:

@@ -27,7 +27,7 @@ from halfbyte.data.encoding.chatml import with_tools
 from halfbyte.errors import DataError
 from halfbyte.inference.generate import chat_ids
 from halfbyte.serving import grammar, tools
-from halfbyte.serving.engine import Ask, Engine, Full, Stopping
+from halfbyte.serving.engine import Ask, Engine, Full, Stopping, Unloaded
 from halfbyte.serving.http.answers import Json, Reply
 from halfbyte.serving.http.gauges import Gauges
 from halfbyte.serving.http.wire import ChatRequest, Refusal, Request
@@ -66,15 +66,8 @@ class Service:
     # -------------------------------------------------------------- what is asked
     async def conversation(self, asked: ChatRequest) -> tuple[Ask, tools.CallForm | None]:
         """The ask of a conversation, and the form of the calls that its answer may have."""
-        model = self.model_named(asked.model)
-        messages, rules = [message.for_template() for message in asked.messages], asked.rules
-        self.check_length(model, sum(len(message["content"]) for message in messages))
-        template = str((with_tools if rules.tools else _own_template)(model.tokenizer) or "")
-        if rules.tools and not template:
-            raise Refusal(400, f"neither the chat template of {model.name} nor a bundled one takes tools here.",
-                          param="tools", code="unsupported_parameter")  # fmt: skip
-        variables = _variables(asked, template, model.tokenizer)
-        prompt = await self.aside(partial(chat_ids, model.tokenizer, messages, rules.tools or None, variables))
+        model, rules = self.model_named(asked.model), asked.rules
+        prompt, template = await self.prompt(asked, model)
         likely = (asked.top_logprobs or 0) if asked.logprobs else None
         params = self.params(asked, prompt, asked.max_completion_tokens or asked.max_tokens, likely)
         form = tools.form_of(template) if rules.tools else None
@@ -83,6 +76,18 @@ class Service:
             text = tools.grammar(form or tools.MARKED, rules)
             constraint = await self.aside(partial(grammar.of, model, self.engine.models.vocabulary, text))
         return Ask(model, prompt, params, asked.n or 1, constraint), form
+
+    async def prompt(self, asked: ChatRequest, model: ServedModel) -> tuple[list[int], str]:
+        """A conversation's tokens up to its answer, and the template that has made them."""
+        messages, rules = [message.for_template() for message in asked.messages], asked.rules
+        self.check_length(model, sum(len(message["content"]) for message in messages))
+        template = str((with_tools if rules.tools else _own_template)(model.tokenizer) or "")
+        if rules.tools and not template:
+            raise Refusal(400, f"neither the chat template of {model.name} nor a bundled one takes tools here.",
+                          param="tools", code="unsupported_parameter")  # fmt: skip
+        variables = _variables(asked, template, model.tokenizer)
+        work = partial(chat_ids, model.tokenizer, messages, rules.tools or None, variables)
+        return await self.aside(work), template
 
     async def aside(self, work: Callable[[], _Result]) -> _Result:
         """Words to tokens, and schemas, in a thread; what is wrong with them is the client's."""
@@ -126,8 +131,8 @@ class Service:
         except Full as full:
             raise Refusal(429, str(full), kind="rate_limit_error", code="queue_full",
                           headers={"Retry-After": str(full.after_s)}) from None  # fmt: skip
-        except Stopping as ending:
-            raise _failed(ending) from None
+        except (Stopping, Unloaded) as error:
+            raise failed(error) from None
         begun = False
         try:
             await _unless_gone(http, self._placed(asks))
@@ -145,7 +150,7 @@ class Service:
         async with self._time_limit(asks):
             for ask in asks:
                 if isinstance(chunk := await ask.chunks.get(), Exception):
-                    raise _failed(chunk)
+                    raise failed(chunk)
 
     async def _read(self, asks: list[Ask], reply: Reply) -> None:
         async for number, chunk in self._arriving(asks):
@@ -173,7 +178,7 @@ class Service:
             arriving = _merged(asks) if len(asks) > 1 else _of_one(asks[0])
             async for number, chunk in arriving:
                 if isinstance(chunk, Exception):
-                    raise _failed(chunk)
+                    raise failed(chunk)
                 if first:
                     self.gauges.first(asks[0])
                     first = False
@@ -286,9 +291,11 @@ def _variables(asked: ChatRequest, template: str, tokenizer: Tokenizer) -> Mappi
     return given
 
 
-def _failed(error: Exception) -> Refusal:
+def failed(error: Exception) -> Refusal:
     if isinstance(error, Stopping):
         headers = {"Retry-After": "10"}
         return Refusal(503, error.message, kind="server_error", code="stopping", headers=headers)
+    if isinstance(error, Unloaded):
+        return Refusal(404, error.message, code="model_not_found", param="model")
     return Refusal(500, f"the answer has failed: {type(error).__name__}; the server's log says more.",
                    kind="server_error", code="failed")  # fmt: skip

@@ -5,7 +5,8 @@ Source: the `openai` package, 3.57: types/chat, types/completion; its client's h
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Annotated, Literal, Self, TypeVar
 
@@ -17,7 +18,7 @@ from halfbyte.writing.sampling import SamplingParams
 
 MOST_CHOICES, MOST_STOPS, MOST_LIKELY = 16, 16, 20
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Asked = TypeVar("Asked", bound="Request")
+Asked = TypeVar("Asked", bound="Strict")
 
 
 class Refusal(Exception):
@@ -38,16 +39,16 @@ class Refusal(Exception):
         self.body: Document = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
-class Request(_Strict):
+class Request(Strict):
     """What both kinds of request have."""
 
     model: str
@@ -101,24 +102,24 @@ class Request(_Strict):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
-class _Part(_Strict):
+class _Part(Strict):
     type: Literal["text"]
     text: str
 
 
-class _CalledFunction(_Strict):
+class _CalledFunction(Strict):
     name: str
     arguments: str
 
 
-class _Call(_Strict):
+class _Call(Strict):
     id: str | None = None
     type: Literal["function"] = "function"
     function: _CalledFunction
     index: int | None = None
 
 
-class Message(_Strict):
+class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[_Part] | None = None
     name: str | None = None
@@ -144,35 +145,35 @@ class Message(_Strict):
         return message
 
 
-class _Function(_Strict):
+class _Function(Strict):
     name: Annotated[str, Field(min_length=1, max_length=64)]
     description: str | None = None
     parameters: Document | None = None
     strict: bool | None = None
 
 
-class Tool(_Strict):
+class Tool(Strict):
     type: Literal["function"]
     function: _Function
 
 
-class _Name(_Strict):
+class _Name(Strict):
     name: str
 
 
-class NamedTool(_Strict):
+class NamedTool(Strict):
     type: Literal["function"]
     function: _Name
 
 
-class _Schema(_Strict):
+class _Schema(Strict):
     name: str
     description: str | None = None
     schema_: Document | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
-class Format(_Strict):
+class Format(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: _Schema | None = None
 
@@ -245,8 +246,17 @@ class CompletionRequest(Request):
 
 def read(kind: type[Asked], body: bytes) -> Asked:
     """Raises Refusal: names the field and what is allowed."""
+    return _validated(partial(kind.model_validate_json, body))
+
+
+def checked(kind: type[Asked], document: Document) -> Asked:
+    """As `read`, of what has been read already."""
+    return _validated(partial(kind.model_validate, document))
+
+
+def _validated(validate: Callable[[], Asked]) -> Asked:
     try:
-        return kind.model_validate_json(body)
+        return validate()
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False, include_input=False)
         first = problems[0]
