@@ -306,3 +306,19 @@ def test_a_page_that_cannot_be_made_ends_no_run(
     assert "no page today" in caplog.text and not run.page.exists()
     with pytest.raises(KeyError), page.at_end(run):
         raise KeyError("the run's own error")
+
+
+def test_a_column_of_tests_is_there_only_where_something_was_tested(tmp_path: Path) -> None:
+    untested = {
+        **SCORES,
+        "metrics": [{"name": "loss", "adapter": score(0.2), "base": score(0.9), "difference": score(-0.7)}],
+    }
+    for name, scores, there in (("tested", SCORES, True), ("untested", untested, False)):
+        run = made.finished(tmp_path / name, made.metrics(20), started=started())
+        scored(run, scores, [])
+        text = page.write(run.path).read_text()
+        table = text[text.index('<table class="scores">') :]
+        table = table[: table.index("</table>")]
+        assert (">p</th>" in table, "McNemar" in text) == (there, there)
+        cells = {row.count("<th") + row.count("<td") for row in table.split("<tr>")[1:]}
+        assert cells == {5 if there else 4}
