@@ -11,21 +11,31 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.system import hub_kernel
+
 if TYPE_CHECKING:
     from accelerate.utils import BnbQuantizationConfig
-    from peft import LoraConfig
 
-    from halfbyte.adapters.dropin import PeftModel, get_peft_model, prepare_model_for_kbit_training
+    from halfbyte.adapters.dropin import (
+        AutoPeftModelForCausalLM,
+        LoraConfig,
+        PeftModel,
+        PeftModelForCausalLM,
+        get_peft_model,
+        prepare_model_for_kbit_training,
+    )
     from halfbyte.base.load import load_base, load_tokenizer
     from halfbyte.base.modules.any_module import load_and_quantize_model, quantize_model
     from halfbyte.errors import HalfbyteError
 
 __version__ = "0.1.0"
 __all__ = [
+    "AutoPeftModelForCausalLM",
     "BnbQuantizationConfig",
     "HalfbyteError",
     "LoraConfig",
     "PeftModel",
+    "PeftModelForCausalLM",
     "__version__",
     "get_peft_model",
     "load_and_quantize_model",
@@ -36,23 +46,21 @@ __all__ = [
 ]
 
 _DROPIN = "halfbyte.adapters.dropin"
+# Of the names above, those that are not the drop-in's.
 _HOMES = {
     "BnbQuantizationConfig": "accelerate.utils",
-    "LoraConfig": "peft",
-    "PeftModel": _DROPIN,
-    "get_peft_model": _DROPIN,
-    "prepare_model_for_kbit_training": _DROPIN,
     "load_base": "halfbyte.base.load",
     "load_tokenizer": "halfbyte.base.load",
     "load_and_quantize_model": "halfbyte.base.modules.any_module",
     "quantize_model": "halfbyte.base.modules.any_module",
     "HalfbyteError": "halfbyte.errors",
 }
+hub_kernel.silence()
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in __all__:
+        return getattr(import_module(_HOMES.get(name, _DROPIN)), name)
     if name.startswith("_") or find_spec(f"halfbyte.{name}") is not None:  # `from halfbyte import cli` asks here first
         raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
     return import_module(_DROPIN).peft_attribute(name, beside=__all__)

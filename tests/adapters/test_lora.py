@@ -105,7 +105,7 @@ def test_plain_pefts_here(name: str, tmp_path: Path) -> None:
         adapters.load(our_base(tmp_path / "model"), tmp_path / "adapter"),
         halfbyte.PeftModel.from_pretrained(our_base(tmp_path / "model"), str(tmp_path / "adapter")),
     ):
-        assert isinstance(model, dropin.Adapted)
+        assert isinstance(model, dropin.PeftModelForCausalLM)
         assert difference(logits(model), wanted) < FUSED
         assert fuse.remove(model)
         assert difference(logits(model), wanted) < BF16_ROUNDING

@@ -312,3 +312,19 @@ def test_what_was_measured_stands_beside_its_plan_in_words() -> None:
     lines = [{"planned": 2e9, "measured": size} for size in (2.4e9, 1.6e9, 2.001e9, "much")]
     said = ["20% more than planned", "20% less than planned", "as planned", ""]
     assert [page.beside(line) for line in lines] == said
+
+
+def test_a_column_of_tests_is_there_only_where_something_was_tested(tmp_path: Path) -> None:
+    untested = {
+        **SCORES,
+        "metrics": [{"name": "loss", "adapter": score(0.2), "base": score(0.9), "difference": score(-0.7)}],
+    }
+    for name, scores, there in (("tested", SCORES, True), ("untested", untested, False)):
+        run = made.finished(tmp_path / name, made.metrics(20), started=started())
+        scored(run, scores, [])
+        text = page.write(run.path).read_text()
+        table = text[text.index('<table class="scores">') :]
+        table = table[: table.index("</table>")]
+        assert (">p</th>" in table, "McNemar" in text) == (there, there)
+        cells = {row.count("<th") + row.count("<td") for row in table.split("<tr>")[1:]}
+        assert cells == {5 if there else 4}

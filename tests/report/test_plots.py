@@ -124,3 +124,13 @@ def test_the_largest_cell_is_the_darkest() -> None:
     svg = plots.heat_map("t", ["0", "1"], ["q", "v"], [[1.0, 4.0], [math.nan, 2.0]])
     cells = [float(c.attrib["fill-opacity"]) for c in parsed(svg).iter(f"{SPACE}rect")]
     assert cells == [0.19, 0.75, 0.38]
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"), [([2.5, 2.0, 1.25], "2.5 → 1.25"), ([math.nan, 2.0, 1.5, math.nan], "2 → 1.5"), ([3.0], "3")]
+)
+def test_a_chart_says_its_first_and_last_value(values: list[float], shown: str) -> None:
+    both = plots.svg(chart(line(values, "training"), line(values, "held out", "eval")))
+    assert f">training {shown}</text>" in both and f">held out {shown}</text>" in both
+    if not any(map(math.isnan, values)):  # gaps have a legend of their own
+        assert f"unit  {shown}</tspan>" in plots.svg(chart(line(values)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -136,3 +137,16 @@ def test_where_an_8_bit_layer_of_transformers_holds_what(tmp_path: Path) -> None
     assert model.is_loaded_in_8bit  # by this PEFT chooses its layer
     made.eval()(torch.randn(2, made.in_features, dtype=torch.bfloat16))
     assert made.weight.SCB is None and made.state.SCB is not None  # the first forward moves them
+
+
+def test_the_word_about_a_kernel_on_a_hub() -> None:
+    """`system/hub_kernel.py`: the logger, the name of the kernel that was not found, and a word of the message."""
+    from bitsandbytes.backends.cpu import ops
+
+    from halfbyte.system import hub_kernel
+
+    source = Path(ops.__file__).read_text(encoding="utf-8")
+    assert ops.logger.name == hub_kernel.MODULE
+    assert "gemm_4bit_forward_kernel = None" in source and "from kernels-community: %s" in source
+    record = logging.makeLogRecord({"msg": "Failed to load it from kernels-community: %s", "args": ("no",)})
+    assert not ops.logger.filter(record) and ops.logger.filter(logging.makeLogRecord({"msg": "another word"}))

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import inspect
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model, get_peft_model_state_dict
 from peft import set_peft_model_state_dict as set_state
 from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.lora import LoraModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
 from halfbyte.adapters import dropin
 from halfbyte.layers import fuse
@@ -42,11 +47,11 @@ def test_an_instance_takes_our_class() -> None:
     assert type(model) is PeftModelForCausalLM
     wanted = logits(model)
     own = dropin.own_class(model)
-    assert own is model and type(own) is dropin.Adapted and isinstance(own, PeftModel)
+    assert own is model and type(own) is dropin.PeftModelForCausalLM and isinstance(own, PeftModel)
     torch.testing.assert_close(logits(own), wanted, rtol=1e-4, atol=1e-5)  # fused: other roundings
     assert fuse.remove(own) > 0
     assert torch.equal(logits(own), wanted)
-    assert type(copy.deepcopy(own)) is dropin.Adapted
+    assert type(copy.deepcopy(own)) is dropin.PeftModelForCausalLM
 
 
 def test_an_adapted_model_without_its_adapter_is_the_base() -> None:
@@ -174,3 +179,37 @@ def test_pefts_layer_of_trained_rows_has_the_fields_that_the_fused_one_reads() -
     assert layer.active_adapters == ["default"] and not layer.disable_adapters and not layer.merged
     assert float(layer._get_embed_scale()) == tiny.HIDDEN**0.5
     assert layer.trainable_tokens_delta["default"].shape == (2, tiny.HIDDEN)
+
+
+def test_torch_tells_of_the_part_that_pefts_model_is_built_on() -> None:
+    """`dropin._adopt`: called when PEFT sets `base_model`, with the LoRA layers and their config in place."""
+    seen: list[tuple[type, str, type, bool]] = []
+
+    def hear(module: torch.nn.Module, name: str, part: torch.nn.Module | None) -> None:
+        if isinstance(part, LoraModel):
+            layers = any(isinstance(m, BaseTunerLayer) for m in part.model.modules())
+            seen.append((type(module), name, type(part.peft_config["default"]), layers))
+
+    handle = register_module_module_registration_hook(hear)
+    try:
+        adapted()
+        get_peft_model(tiny.model("llama"), LoraConfig(target_modules=["q_proj"]))
+    finally:
+        handle.remove()
+    assert seen == [(PeftModelForCausalLM, "base_model", LoraConfig, True), (PeftModel, "base_model", LoraConfig, True)]
+
+
+def test_pefts_auto_class_asks_for_a_class_by_its_name() -> None:
+    target = peft.AutoPeftModelForCausalLM._target_peft_class
+    assert target is PeftModelForCausalLM and dropin.AutoPeftModelForCausalLM._target_peft_class is not target
+    assert dropin.PeftModelForCausalLM.__name__ == target.__name__ == "PeftModelForCausalLM"
+    assert target.__name__ in SUPPORTED_PEFT_TASKS["text-generation"]  # a pipeline looks for the name too
+
+
+def test_trl_calls_pefts_own_function_and_makes_lora_bf16() -> None:
+    pytest.importorskip("trl")
+    for name in ("sft", "dpo"):
+        trainer = importlib.util.find_spec(f"trl.trainer.{name}_trainer")
+        source = Path(str(trainer and trainer.origin)).read_text(encoding="utf-8")
+        assert "model = get_peft_model(model, peft_config" in source
+        assert "param.data = param.data.to(torch.bfloat16)" in source

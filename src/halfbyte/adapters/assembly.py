@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from halfbyte.adapters import lora
+from halfbyte.adapters import first_step, lora
 from halfbyte.base import load, residual
 from halfbyte.layers import fuse, loss
 from halfbyte.models import structure
@@ -71,6 +71,7 @@ def assemble(
         model = lora.load(base.model, adapter).eval()
         for name, folder in beside.items():
             lora.load_beside(model, folder, name)
+    first_step.SEEN.add(model)
     dequantised = prove_dequantised(model)
     with structure.shallow(model) as layers:
         packed = prove_packing(model, recipe.data.max_length)

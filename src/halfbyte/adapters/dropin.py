@@ -2,7 +2,10 @@
 
 Why: the classic QLoRA script must run as it is. On a CPU it would compute in fp16 (whose backward is about a thousand
 times slower), its Trainer's autocast would cast every layer's input, and an evaluation would end its gradients.
-Source: `peft/mapping_func.py`, `peft/peft_model.py`, `peft/utils/other.py`.
+What: functions and classes of PEFT's names. A trainer that adapts its model itself (TRL's `peft_config`) calls PEFT's
+own `get_peft_model`: our `LoraConfig` is then seen by `_adopt`, a hook of torch's for every module that gets a part.
+Source: `peft/mapping_func.py`, `peft/peft_model.py`, `peft/utils/other.py`; torch documents the hook among those "for
+all modules" (`register_module_module_registration_hook`).
 Cost: none; nothing is upcast.
 """
 
@@ -15,21 +18,19 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import peft
 import torch
-from peft import PeftConfig, PeftModelForCausalLM
-from peft import PeftModel as _PeftModel
-from peft import get_peft_model as _get_peft_model
+from peft import PeftConfig
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import cast_adapter_dtype
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
 
-from halfbyte.adapters import masters, unpad
+from halfbyte.adapters import first_step, masters, unpad
 from halfbyte.errors import BaseModelError, RecipeError
 from halfbyte.layers import fuse
 from halfbyte.models import structure, tensors
 from halfbyte.plan import layer as decoder
-from halfbyte.proofs import setting
-from halfbyte.proofs.fusing import prove_fused
-from halfbyte.proofs.integers import decide
-from halfbyte.proofs.setting import labelled
 from halfbyte.quant import bnb as codec
 from halfbyte.quant import formats
 from halfbyte.system import accelerator, device, threads
@@ -40,7 +41,11 @@ threads.keep_few_products()
 
 # What a script of unknown batch size is prepared for: 4 examples of 1024 tokens, a plan's largest micro-batch.
 PREPARED_TOKENS = 4096
+# What PEFT's class for causal LMs keeps of its base, for its `generate`.
+_PREPARES = "prepare_inputs_for_generation"
 COMFORT = 0.5  # share of free memory that activations may take before they are made again
+# PEFT asks its base by the older name; no script can mend that.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def peft_attribute(name: str, beside: Sequence[str]) -> object:
@@ -52,23 +57,40 @@ def peft_attribute(name: str, beside: Sequence[str]) -> object:
     raise AttributeError(f"module 'halfbyte' has no attribute {name!r}{hint}")
 
 
-class Adapted(PeftModelForCausalLM):
-    """A PeftModelForCausalLM that computes in the base's own dtype, whatever autocast its caller has entered, and that
-    runs the padded batches of a training script without their padding (`unpad.py`). The first training forward proves
-    the fused layers on a few layers of the model; if they are wrong there, PEFT's own run instead."""
+class LoraConfig(peft.LoraConfig):
+    """PEFT's `LoraConfig`. Who hands it to PEFT's own `get_peft_model`, as TRL's trainers do, gets our model."""
+
+
+class PeftModelForCausalLM(peft.PeftModelForCausalLM):
+    """PEFT's `PeftModelForCausalLM`, computing in the base's own dtype, whatever autocast its caller has entered, and
+    running the padded batches of a training script without their padding (`unpad.py`). The first training forward
+    proves the fused layers on a few layers of the model; if they are wrong there, PEFT's own run instead.
+    """
+
+    @classmethod
+    def from_pretrained(cls, model: Model, model_id: str, *args: Any, **kwargs: Any) -> Model:
+        return PeftModel.from_pretrained(model, model_id, *args, **kwargs)
 
     def forward(self, *args: object, **kwargs: object) -> ModelOutput:
         with torch.autocast(self.device.type, enabled=False):
-            if self.training and torch.is_grad_enabled():
-                _prove_once(self, {} if args else kwargs)
-                unpad.attach(self)
-                loss = None if args else unpad.training_loss(self, kwargs)
-                if loss is not None:
-                    return CausalLMOutputWithPast(loss=loss)
-            out = super().forward(*args, **_beside(self, kwargs))
-            if isinstance(labels := kwargs.get("labels"), torch.Tensor) and getattr(out, "loss", None) is not None:
-                out.loss = out.loss.to(labels.device)  # a Trainer takes it from nowhere else
+            if not (self.training and torch.is_grad_enabled()):
+                return self._plain(args, kwargs)
+            step = None
+            if self not in first_step.SEEN:
+                _refuse_apples_gpu(next(self.parameters()), *kwargs.values())
+                step = first_step.prove(self, {} if args else kwargs, raised=_hold(self), compute=compute_of(self))
+            unpad.attach(self)
+            loss, why = (None, "positional arguments") if args else unpad.training_loss(self, kwargs)
+            out = CausalLMOutputWithPast(loss=loss) if loss is not None else self._plain(args, kwargs)
+            if step is not None:
+                step.say(self, why)
             return out
+
+    def _plain(self, args: tuple[object, ...], kwargs: dict[str, object]) -> ModelOutput:
+        out = super().forward(*args, **_beside(self, kwargs))
+        if isinstance(labels := kwargs.get("labels"), torch.Tensor) and getattr(out, "loss", None) is not None:
+            out.loss = out.loss.to(labels.device)  # a Trainer takes it from nowhere else
+        return out
 
     def add_adapter(
         self,
@@ -82,13 +104,30 @@ class Adapted(PeftModelForCausalLM):
             _ROUNDED.add(self)
         _hold(self)
 
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        _hold(self)  # a checkpoint's fp32 numbers must find fp32 ones
+        return super().load_adapter(*args, **kwargs)
+
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode)
         _hold(self)  # what trains beside LoRA in another adapter trains from now on
 
 
+class AutoPeftModelForCausalLM(peft.AutoPeftModelForCausalLM):
+    """PEFT's class of this name, giving our model."""
+
+    _target_peft_class = PeftModelForCausalLM
+
+
 # Of which a script has asked for no fp32 masters.
-_ROUNDED: WeakSet[Adapted] = WeakSet()
+_ROUNDED: WeakSet[PeftModelForCausalLM] = WeakSet()
+# What the products of a base's layers are asked to be; of each base that was prepared here.
+_COMPUTE: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
+
+
+def compute_of(model: Model) -> str:
+    """What `prepare_model_for_kbit_training` was asked for: exact, auto or int8."""
+    return _COMPUTE.get(structure.causal_lm(model), "exact")
 
 
 def _beside(model: Model, inputs: dict[str, object]) -> dict[str, object]:
@@ -97,35 +136,33 @@ def _beside(model: Model, inputs: dict[str, object]) -> dict[str, object]:
     return {name: x.to(where) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
 
 
-def _hold(model: Model) -> None:
-    if model not in _ROUNDED:
-        masters.hold(model)
+def _hold(model: Model) -> int:
+    """Make fp32 what trains and is not (TRL makes LoRA bf16 on a 4-bit base). Returns how many parameters were."""
+    if model in _ROUNDED:
+        return 0
+    halves = sum(p.requires_grad and p.dtype in masters.HALVES for p in model.parameters())
+    for name in model.peft_config if halves else ():
+        cast_adapter_dtype(model.base_model, adapter_name=name, autocast_adapter_dtype=True)
+    masters.hold(model)
+    return halves
 
 
-_PROVEN: WeakSet[Adapted] = WeakSet()
-# What the products of a base's layers are asked to be, where not exact.
-_COMPUTE: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
-
-
-def _prove_once(model: Adapted, inputs: dict[str, Any]) -> None:
-    """Compare the fused layers with PEFT's own, at the first training forward; take them off if they are wrong. And see
-    on its batch whether integer products are right, where they were asked for."""
-    if model in _PROVEN:
+def _adopt(module: torch.nn.Module, name: str, part: torch.nn.Module | None) -> None:
+    """A model that PEFT builds becomes ours while it is built, where its config or its base comes from here."""
+    if name != "base_model" or not isinstance(part, LoraModel) or not isinstance(module, peft.PeftModel):
         return
-    _refuse_apples_gpu(next(model.parameters()), *inputs.values())
-    _PROVEN.add(model)
-    packed = unpad.packs(model)
-    with structure.shallow(model):
-        proof = prove_fused(model, packed=packed)
-    if not proof.ok:
-        fuse.remove(model)
-        warnings.warn(f"halfbyte's fused layers are not used on this model. {proof.reason}", stacklevel=3)
-    asked = _COMPUTE.get(structure.causal_lm(model), "exact")
-    if asked != "exact":
-        batch = unpad.training_batch(model, inputs)
-        if batch is None:
-            batch = labelled(setting.random_examples(structure.causal_lm(model), setting.SHORT))
-        warnings.warn(f"halfbyte computes the frozen base's products so: {decide(model, asked, batch)}", stacklevel=3)
+    lm = part.model
+    ours = lm in _COMPUTE or any(isinstance(config, LoraConfig) for config in part.peft_config.values())
+    if type(module) is peft.PeftModel and ours and type(lm).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        setattr(module, f"base_model_{_PREPARES}", getattr(lm, _PREPARES))  # no task_type was given
+    elif type(module) is not peft.PeftModelForCausalLM or not ours:
+        return
+    make_ready(lm)
+    module.__class__ = PeftModelForCausalLM
+    fuse.install(part)
+
+
+register_module_module_registration_hook(_adopt)
 
 
 def get_peft_model(model: Model, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: object) -> Model:
@@ -136,7 +173,7 @@ def get_peft_model(model: Model, peft_config: PeftConfig, adapter_name: str = "d
     """
     _refuse_apples_gpu(next(model.parameters()))
     formats.settle(model)
-    adapted = _get_peft_model(model, peft_config, adapter_name, **kwargs)
+    adapted = peft.get_peft_model(model, peft_config, adapter_name, **kwargs)
     if kwargs.get("autocast_adapter_dtype", True):
         masters.hold(adapted)
     else:
@@ -156,15 +193,15 @@ def _refuse_apples_gpu(*values: object) -> None:
 def own_class(adapted: Model) -> Model:
     """Give a plain PeftModelForCausalLM our class, which adds no state, and fused forwards; other task types stay, but
     for LoRA on quantised experts, which only our function computes."""
-    if type(adapted) is PeftModelForCausalLM:
-        adapted.__class__ = Adapted
+    if type(adapted) in (peft.PeftModelForCausalLM, PeftModelForCausalLM):
+        adapted.__class__ = PeftModelForCausalLM
         fuse.install(adapted)
     else:
         fuse.install_quantised_experts(adapted)
     return adapted
 
 
-class PeftModel(_PeftModel):
+class PeftModel(peft.PeftModel):
     """PEFT's PeftModel with the same `from_pretrained`, on a base that is safe to evaluate while training."""
 
     @classmethod
@@ -172,7 +209,7 @@ class PeftModel(_PeftModel):
         cls, model: Model, model_id: str, adapter_name: str = "default", is_trainable: bool = False, **kwargs: object
     ) -> Model:
         make_ready(model)
-        adapted = _PeftModel.from_pretrained(model, model_id, adapter_name, is_trainable, **kwargs)
+        adapted = peft.PeftModel.from_pretrained(model, model_id, adapter_name, is_trainable, **kwargs)
         if is_trainable and kwargs.get("autocast_adapter_dtype", True) and masters.hold(adapted):
             kwargs.pop("config", None)
             adapted.load_adapter(model_id, adapter_name, is_trainable=True, **kwargs)  # anew: they were rounded
@@ -196,7 +233,7 @@ def prepare_model_for_kbit_training(
         use_gradient_checkpointing: None (where PEFT's has True) turns recomputation on where it is needed: on a card,
             and on a CPU where the activations of `PREPARED_TOKENS` tokens would take more than half of free memory.
         gradient_checkpointing_kwargs, auto_clear_cache: as PEFT's (`peft/utils/other.py`).
-        compute: as a recipe's `quant.compute`; the first training forward decides on its batch, and a warning says how.
+        compute: as a recipe's `quant.compute`; the first training forward decides on its batch, and says how.
     """
     if compute not in ("auto", "exact", "int8"):
         raise RecipeError(f"compute must be auto, exact or int8, got {compute!r}")

@@ -22,7 +22,10 @@ from halfbyte.models import structure
 from halfbyte.proofs.packing import prove_packing
 from halfbyte.types import Batch, Model
 
-_PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "use_cache", "return_dict", "position_ids"})
+_PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "use_cache", "return_dict"})
+_LABELLED = frozenset({"input_ids", "attention_mask", "labels", "use_cache", "return_dict"})
+NOT_RIGHT = "rows are not padded on the right"
+NOT_PROVEN = "packing is not proven on this model"
 # Whether a causal LM takes packed examples, once it has been seen.
 _PROVEN: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
@@ -61,22 +64,30 @@ def pack(lengths: Tensor, width: int) -> Batch:
     return {"position_ids": (real_tokens(lengths, width) % width)[None], "cu_seq_lens_q": starts}
 
 
+def _beyond(given: dict[str, Any], taken: frozenset[str]) -> str:
+    """What a forward was given that is not `taken`, in words; empty if nothing."""
+    more = sorted({*given} - taken | ({"use_cache"} if given.get("use_cache") else set()))
+    return f"the script passes {', '.join(more)}" if more else ""
+
+
 class Unpad(BodyHooks):
-    """Padded rows of a training forward become a pack."""
+    """Padded rows of a training forward become a pack. `why` the last one's did not."""
+
+    why = ""
 
     def change(self, body: torch.nn.Module, given: dict[str, Any]) -> packing.Change | None:
         if not (body.training and torch.is_grad_enabled()):
             return None
         given = {k: v for k, v in given.items() if v is not None and v is not False}
-        if given.get("use_cache") or not set(given) <= _PLAIN or "position_ids" in given:
-            return None
+        self.why = _beyond(given, _PLAIN)
         name = "input_ids" if "input_ids" in given else "inputs_embeds"
         x = given.get(name)
-        if x is None:
+        if self.why or x is None:
             return None
         rows, width = x.shape[:2]
         lengths = lengths_of(given.get("attention_mask"), rows, width)
         if lengths is None:
+            self.why = NOT_RIGHT
             return None
         tokens = real_tokens(lengths, width).to(x.device)
         inputs = packing.packed_inputs(body, pack(lengths, width))
@@ -100,47 +111,57 @@ def attach(model: Model) -> bool:
     return True
 
 
-def training_loss(model: Model, inputs: dict[str, Tensor]) -> Tensor | None:
+def why_padded(model: Model) -> str:
+    """Why the last training forward computed its padding too; empty if it did not."""
+    hooks = Unpad.attached(structure.body(structure.causal_lm(model)))
+    return NOT_PROVEN if hooks is None else hooks.why
+
+
+def training_loss(model: Model, inputs: dict[str, Tensor]) -> tuple[Tensor | None, str]:
     """The mean loss of a Trainer's batch: the sum over labelled tokens divided by its `num_items_in_batch`.
 
     Args:
         inputs: a forward's keyword arguments: input_ids (B, L), labels (B, L), num_items_in_batch, perhaps a mask.
 
     Returns:
-        None if this batch must go the ordinary way: other arguments, padding elsewhere than on the right, labels on
-        padding, or a model whose logits are not its plain head's.
+        None and why, if this batch must go the ordinary way: other arguments, padding elsewhere than on the right,
+        labels on padding, or a model whose logits are not its plain head's.
     """
-    batch, items = training_batch(model, inputs), inputs.get("num_items_in_batch")
-    if batch is None or items is None:
-        return None
-    ids = inputs["input_ids"]
+    batch, why = training_batch(model, inputs)
+    if batch is None:
+        return None, why
+    ids, items = inputs["input_ids"], inputs["num_items_in_batch"]
     summed = loss.micro_batch_loss(model, batch).to(ids.device)  # the head may be on another card
-    return summed / (items.to(ids.device) if isinstance(items, Tensor) else items)
+    return summed / (items.to(ids.device) if isinstance(items, Tensor) else items), ""
 
 
-def training_batch(model: Model, inputs: dict[str, Tensor]) -> Batch | None:
-    """A Trainer's batch as one packed micro-batch; None where `training_loss` is."""
+def training_batch(model: Model, inputs: dict[str, Tensor]) -> tuple[Batch | None, str]:
+    """A Trainer's batch as one packed micro-batch; None and why, where `training_loss` is."""
     given = {k: v for k, v in inputs.items() if v is not None and v is not False}
     if given.pop("num_items_in_batch", None) is None:
-        return None
-    if not set(given) <= {"input_ids", "attention_mask", "labels", "use_cache", "return_dict"}:
-        return None
+        return None, _beyond(given, _LABELLED) or "it does not say num_items_in_batch"
+    if why := _beyond(given, _LABELLED):
+        return None, why
     ids, labels = given.get("input_ids"), given.get("labels")
-    if ids is None or labels is None or ids.dim() != 2 or labels.shape != ids.shape or given.get("use_cache"):
-        return None
+    if ids is None or labels is None or ids.dim() != 2 or labels.shape != ids.shape:
+        return None, "no labels (B, L) beside input_ids (B, L)"
     rows, width = ids.shape
     mask = given.get("attention_mask")
     if mask is not None and mask.shape == labels.shape and mask.device == labels.device:
         mask, labels = torch.stack([mask.to(labels.dtype), labels]).cpu().unbind()  # a card is waited for once
     lengths, labels = lengths_of(mask, rows, width), labels.cpu()
-    if lengths is None or not packs(model) or loss.head_of(model) is None:
-        return None
+    if lengths is None:
+        return None, NOT_RIGHT
+    if not packs(model):
+        return None, NOT_PROVEN
+    if loss.head_of(model) is None:
+        return None, "this model's logits are not its head's alone"
     tokens, flat = real_tokens(lengths, width), labels.flatten()
     if int((flat != -100).sum()) != int((flat[tokens] != -100).sum()):
-        return None
+        return None, "padding has labels"
     packed = pack(lengths, width)
     packed_labels = flat[tokens].clone()  # (T,)
     packed_labels[packed["cu_seq_lens_q"][:-1].long()] = -100  # the first token of an example is nobody's next token
     keep = (packed_labels[1:] != -100).nonzero().squeeze(1)
     packed_ids = ids.flatten()[tokens.to(ids.device)][None]  # (1, T)
-    return {**packed, "input_ids": packed_ids, "keep": keep, "targets": packed_labels[keep + 1]}
+    return {**packed, "input_ids": packed_ids, "keep": keep, "targets": packed_labels[keep + 1]}, ""

@@ -93,6 +93,12 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
+def ends(curve: Curve) -> str:
+    """A curve's first and last value; its only one; nothing of a curve without any."""
+    values = curve.points.known.y
+    return " → ".join(short(float(value)) for value in (values if len(values) < 2 else values[[0, -1]]))
+
+
 def axes(chart: Chart, width: int, height: int) -> tuple[Axis, Axis] | None:
     """The x and the y axis of a chart; None where it has no point."""
     known = [curve.points.known for curve in chart.curves if len(curve.points.known)]
@@ -127,7 +133,10 @@ def svg(chart: Chart, *, width: int = 420, height: int = 250) -> Markup:
             _text("title", 8, 15, chart.title), _text("tick", 8, 40, "no numbers yet")
         )
     x, y = both
-    unit = Markup('<tspan class="unit">  {}{}</tspan>').format(chart.unit, " (logarithmic)" if y.log else "")
+    unnamed = [curve for curve in chart.curves if len(curve.points)] if not _legend_entries(chart, width) else []
+    alone = "".join(f"  {ends(curve)}" for curve in unnamed)
+    scale = " (logarithmic)" if y.log else ""
+    unit = Markup('<tspan class="unit">  {}{}{}</tspan>').format(chart.unit, scale, alone)
     about = " ".join(f'data-{k}="{v}"' for k, v in axis_data(x, y, chart.x_unit).items())
     attributes = Markup(f" {about}>")  # numbers, and a unit that is escaped  # nosec B704
     head = _text("title", 8, 15, escape(chart.title) + unit)
@@ -229,19 +238,23 @@ def _curve(curve: Curve, x: Axis, y: Axis) -> Markup:
 
 def _legend_entries(chart: Chart, width: int) -> list[tuple[str, str, int, int]]:
     """Entries of the legend with their place: (name, kind, x, row); none for a single curve."""
-    names = [(curve.name, curve.kind) for curve in chart.curves if len(curve.points)]
+    drawn = [curve for curve in chart.curves if len(curve.points)]
+    names = [(f"{_cut(curve.name)} {ends(curve)}", curve.kind) for curve in drawn]
     if any(len(curve.points.known) < len(curve.points) for curve in chart.curves):
         names.append(("× no number", ""))
     entries: list[tuple[str, str, int, int]] = []
     at, row = 8, 0
     for name, kind in names if len(names) > 1 else []:
-        name = name if len(name) <= 40 else name[:39] + "…"
         entry_width = (26 if kind else 0) + 6 * len(name) + 12
         if at + entry_width > width and at > 8:
             at, row = 8, row + 1
         entries.append((name, kind, at, row))
         at += entry_width
     return entries
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= 40 else name[:39] + "…"
 
 
 def legend_rows(chart: Chart, width: int) -> int:

@@ -85,7 +85,7 @@ def training_arguments(
     """The recipe's `train:` as TrainingArguments for a run of `total_steps` items.
 
     Args:
-        fp16: loss scaling, for a card without bf16; autocast itself is switched off in `adapters.Adapted`.
+        fp16: loss scaling, for a card without bf16; autocast itself is switched off in `adapters.dropin`.
         eval_steps: 0 for none; epochs are turned into steps by the caller, as the Trainer sees one epoch of all steps.
     """
     values = train.model_dump(exclude=set(NOT_FOR_TRAINER), exclude_none=True)

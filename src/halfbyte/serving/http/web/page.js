@@ -29,6 +29,7 @@ async function connect() {
     const response = await fetch("/v1/models", { headers: headers() });
     if (response.status === 401) {
       $("key-row").hidden = false;
+      $("fold").open = true;
       state("a key is needed", "bad");
       return;
     }
@@ -72,14 +73,42 @@ async function* events(response) {
   }
 }
 
+// JSON is shown indented, bare or in a fence; anything else as it is.
+function show(text, said) {
+  const inner = said.trim().replace(/^```(?:json)?\n([^]*)\n```$/, "$1");
+  text.textContent = said;
+  text.classList.toggle("json", /^\s*(```json\n\s*)?[{[]/.test(said));
+  try {
+    const value = JSON.parse(inner);
+    if (value !== null && typeof value === "object") text.textContent = JSON.stringify(value, null, 2);
+  } catch { /* it is prose, or not whole */ }
+}
+
+async function copy(button, box) {
+  const text = box.querySelector(".text");
+  try {
+    await navigator.clipboard.writeText(text.textContent);
+  } catch { // a page that is not https, from another machine
+    getSelection().selectAllChildren(text);
+    document.execCommand("copy");
+  }
+  button.textContent = "Copied";
+  setTimeout(() => { button.textContent = "Copy"; }, 1500);
+}
+
 async function answer(side, model, box, signal) {
+  box.replaceChildren();
+  const name = put(box, "p", "name");
+  put(name, "b", "", model);
+  const figures = put(name, "span", "", "");
   const text = put(box, "p", "text", "");
-  const figures = put(box.querySelector(".name"), "span", "", "");
+  const most = Math.max(1, Number($("most").value) || 256);
+  let said = "";
   const system = $("system").value.trim();
   const messages = [...(system ? [{ role: "system", content: system }] : []), ...talks[side]];
   const body = {
     model, messages, stream: true, stream_options: { include_usage: true },
-    temperature: Number($("temperature").value) || 0, max_tokens: Math.max(1, Number($("most").value) || 256),
+    temperature: Number($("temperature").value) || 0, max_tokens: most,
   };
   const began = performance.now();
   box.classList.add("busy");
@@ -94,8 +123,10 @@ async function answer(side, model, box, signal) {
       const choice = chunk.choices && chunk.choices[0];
       if (!choice) continue;
       const near = $("talk").scrollHeight - $("talk").scrollTop - $("talk").clientHeight < 80;
-      text.textContent += choice.delta.content || "";
-      if (choice.finish_reason === "length") figures.textContent = "cut at its most tokens";
+      said += choice.delta.content || "";
+      show(text, said);
+      if (choice.finish_reason === "length")
+        put(box, "p", "cut", "Cut here, at its limit: the longest answer is " + most + " tokens, or the model's context is full.");
       if (near) $("talk").scrollTop = $("talk").scrollHeight;
     }
   } catch (error) {
@@ -103,8 +134,29 @@ async function answer(side, model, box, signal) {
     else put(box, "p", "error", String(error.message || error));
   } finally {
     box.classList.remove("busy");
-    talks[side].push({ role: "assistant", content: text.textContent });
+    if (box.isConnected) talks[side].push({ role: "assistant", content: said });
+    const buttons = put(box, "p", "tools");
+    put(buttons, "button", "copy", "Copy").addEventListener("click", (event) => copy(event.target, box));
+    put(buttons, "button", "again", "Again").addEventListener("click", () => again(side, model, box));
+    for (const button of buttons.children) button.type = "button";
   }
+}
+
+// Answers that are waited for together; Stop ends them all.
+async function wait(begin) {
+  running = new AbortController();
+  $("send").disabled = true;
+  $("stop").disabled = false;
+  await Promise.all(begin(running.signal));
+  running = null;
+  $("send").disabled = false;
+  $("stop").disabled = true;
+}
+
+function again(side, model, box) {
+  if (running) return;
+  talks[side].pop(); // its answer; the question stays
+  wait((signal) => [answer(side, model, box, signal)]);
 }
 
 async function ask() {
@@ -117,20 +169,12 @@ async function ask() {
   const pair = put(turn, "div", "pair");
   const asked = sides.filter((side) => $(side).value);
   if (asked.length === 1) pair.classList.add("single");
-  running = new AbortController();
-  $("send").disabled = true;
-  $("stop").disabled = false;
-  const waiting = asked.map((side) => {
-    talks[side].push({ role: "user", content: question });
-    const box = put(pair, "article", "answer " + side);
-    put(put(box, "p", "name"), "b", "", $(side).value);
-    return answer(side, $(side).value, box, running.signal);
-  });
+  const boxes = asked.map((side) => put(pair, "article", "answer " + side));
   turn.scrollIntoView({ block: "end" });
-  await Promise.all(waiting);
-  running = null;
-  $("send").disabled = false;
-  $("stop").disabled = true;
+  await wait((signal) => asked.map((side, n) => {
+    talks[side].push({ role: "user", content: question });
+    return answer(side, $(side).value, boxes[n], signal);
+  }));
   $("ask").focus();
 }
 
@@ -151,5 +195,12 @@ document.addEventListener("keydown", (event) => { if (event.key === "Escape" && 
 $("stop").addEventListener("click", () => running && running.abort());
 $("clear").addEventListener("click", clear);
 $("key").addEventListener("change", connect);
-for (const side of sides) $(side).addEventListener("change", () => { talks[side].length = 0; });
+for (const side of sides) $(side).addEventListener("change", () => {
+  talks[side].length = 0;
+  for (const old of document.querySelectorAll("." + side + " .again")) old.remove();
+});
+const narrow = matchMedia("(max-width: 640px)"); // there settings are folded
+const fold = () => { $("fold").open = !narrow.matches; };
+narrow.addEventListener("change", fold);
+fold();
 connect();

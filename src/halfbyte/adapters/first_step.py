@@ -1,0 +1,102 @@
+"""The first training forward of a script: its proofs, and in a line before and a line after what is done and what runs.
+
+Why: it compiles kernels and proves them, which takes from seconds to minutes, and a script or a notebook that is silent
+meanwhile looks hung. And a script may bring what only the model's own code takes: right and slow, so it is said.
+What: the lines go to the logger "halfbyte" as warnings, which Python writes to stderr where nobody has set up logging.
+Cost: the proofs' (`proofs/fusing.py`, `proofs/packing.py`).
+"""
+
+import logging
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet
+
+import torch
+
+from halfbyte.adapters import unpad
+from halfbyte.layers import fuse
+from halfbyte.layers.kernels.cpu import available
+from halfbyte.models import structure
+from halfbyte.proofs import setting
+from halfbyte.proofs.fusing import prove_fused
+from halfbyte.proofs.integers import decide
+from halfbyte.proofs.setting import labelled
+from halfbyte.system import hub_kernel, kernel_cache
+from halfbyte.types import Model
+
+_log = logging.getLogger("halfbyte")
+# Models whose first training forward was, or whose proofs another has made.
+SEEN: WeakSet[torch.nn.Module] = WeakSet()
+
+
+@dataclass(frozen=True)
+class FirstStep:
+    """What was seen before the first training forward.
+
+    Args:
+        problem: why PEFT's own layers run; empty if ours do.
+        products: how the frozen base's products are computed, where that was asked for.
+        raised: how many parameters that train were not fp32, and are now.
+        begin: when it began, of `time.perf_counter`.
+    """
+
+    problem: str
+    products: str
+    raised: int
+    begin: float
+
+    def say(self, model: Model, why_logits: str) -> None:
+        """After that forward: what runs fast in this training, and what does not and why.
+
+        Args:
+            why_logits: why the loss was not made from the labelled tokens alone; empty if it was.
+        """
+        layers = "" if self.problem else f"its layers ({fuse.install(model)})"
+        padded = unpad.why_padded(model) if why_logits else ""
+        parts = (
+            (layers, "PEFT's own layers", self.problem),
+            ("rows without padding", "rows with their padding", padded),
+            ("logits of labelled tokens alone", "the script's own loss", why_logits),
+        )
+        fast = [text for text, _, why in parts if not why]
+        fast += ["fp32 for what trains, which it was not"] * bool(self.raised) + [self.products] * bool(self.products)
+        slow = "; ".join(f"{text} ({why})" for _, text, why in parts if why)
+        _log.warning(
+            "halfbyte runs here: %s.%s%s This took %.0f s.",
+            "; ".join(fast) or "nothing",
+            f" Not: {slow}." if slow else "",
+            " The kernel that bitsandbytes did not find (kernels-community) is not used." if hub_kernel.TOLD else "",
+            time.perf_counter() - self.begin,
+        )
+
+
+def prove(model: Model, inputs: dict[str, Any], *, raised: int, compute: str) -> FirstStep:
+    """Compare the fused layers with PEFT's own, before the first training forward; take them off if they are wrong. And
+    see on its batch whether integer products are right, where they were asked for.
+
+    Args:
+        inputs: the forward's keyword arguments.
+        raised: as `FirstStep` has it.
+        compute: exact, auto or int8.
+    """
+    SEEN.add(model)
+    begin = time.perf_counter()
+    about = "which takes some seconds, or a minute where others use the machine's cores"
+    if available(next(model.parameters())) and not kernel_cache.has_kernels():
+        about = "and compiles its kernels, once on this machine: a minute, or some where others use its cores"
+    _log.warning("halfbyte checks its layers on this model before the first step, %s ...", about)
+    packed = unpad.packs(model)
+    with structure.shallow(model):
+        proof = prove_fused(model, packed=packed)
+    if not proof.ok:
+        fuse.remove(model)
+        warnings.warn(f"halfbyte's fused layers are not used on this model. {proof.reason}", stacklevel=4)
+    products = ""
+    if compute != "exact":
+        batch, _ = unpad.training_batch(model, inputs)
+        if batch is None:
+            batch = labelled(setting.random_examples(structure.causal_lm(model), setting.SHORT))
+        products = f"the frozen base's products so: {decide(model, compute, batch)}"
+    return FirstStep("" if proof.ok else proof.reason, products, raised, begin)
