@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from halfbyte.errors import ExportError
 from halfbyte.models.gguf.tokenizer import PROBE, SPLITS, WHOLE_WORDS, cutting

@@ -9,7 +9,7 @@ Cost: that of the C function, in memory that a thread keeps. Through the table a
 
 import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
